@@ -1,0 +1,609 @@
+"""COSMOS: cross-modality self-distillation for vision-language pre-training (CVPR 2025, arXiv 2412.01814).
+
+CLIP matches a picture with its caption by one vector each, and big objects drown small ones. COSMOS shows the
+student crops of both: image crops, and text crops (single sentences), while a slowly moving teacher sees whole
+pictures and long captions. Each vector of the student then looks into the tokens of the other modality before it
+has to find the teacher's vectors, so a sentence on a small object must be found in the picture.
+
+One training step, every name is a name below:
+
+    images = [2 global views (B,3,224,224), 6 local (B,3,96,96)]       texts = [2 global (B,77), 6 local (B,T)]
+                       |                                                       |
+         student  VisionTower ----- patch tokens of view 0 ----.   .---- word tokens of caption 0 ----- TextTower
+                       |                                        \ /                                      |
+                    [cls] (V,B,D) --- query ---> text_cross <----X----> image_cross <--- query --- [eot] (U,B,D)
+                       |                            |                      |                             |
+                       '------- + ------------> image_x = h_I          text_x = h_T <----------- + ------'      Eq. 1-2
+                       |                            |                      |                             |
+                  clip_loss(image, text)     cosmos_loss(image_x, text_x against the teacher's image, text)     Eq. 6
+                                                             |
+         teacher  EMA copy of the student, sees only the 2 + 2 globals, has no gradient and uses no cross-attention
+
+    out = model(images, texts)                                    # student, all views
+    teacher_image, teacher_text = teacher(images[:2], texts[:2])  # teacher, globals only
+    loss = clip_loss(out, model.logit_scale.exp())
+    loss = loss + cosmos_loss(out, teacher_image, teacher_text, model.distill_logit_scale.exp())
+    loss.backward(); optimizer.step()
+    teacher.update(model, momentum)
+
+Read it beside Section 3 of the paper. Sections 1-3 below are CLIP (skip them if you know it), 4-7 are COSMOS.
+
+Notation, in every shape comment. Views come first, (V, B, D), and views 0 and 1 are the two globals, always.
+    B pairs on this GPU     N pairs on all GPUs     V image views, 2 global + local     U captions, 2 global + local
+    P patches               T tokens                L either of them, as a sequence     n sequences in one pass
+    C tower width           D joint width           H heads, d = C / H or D / H
+
+`code≠paper:` marks what follows the released code (github.com/ExplainableML/cosmos) where the paper's text differs or
+is silent; `ours:` marks a deliberate difference from that code. Parameters in the towers have open_clip's names.
+"""
+import copy
+import math
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Configuration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the shapes of the parameters. Raises ValueError when the sizes do not fit together."""
+    embed_dim: int = 512            # D, the joint space of images and texts
+    image_size: int = 224           # side of a global view, in pixels; fixes the grid of position embeddings
+    local_image_size: int = 96      # side of a local view
+    patch_size: int = 16
+    vision_width: int = 768
+    vision_layers: int = 12
+    vision_heads: int = 12
+    text_width: int = 512
+    text_layers: int = 12
+    text_heads: int = 8
+    context_length: int = 77        # T of a caption that is not cut
+    vocab_size: int = 49408         # CLIP's; id vocab_size - 1 ends a text and must be the largest
+    cross_heads: int = 8            # heads of C^I and C^T; 0 builds a plain CLIP without anything of COSMOS
+
+    def __post_init__(self):
+        p, sizes = self.patch_size, {'image_size': self.image_size, 'local_image_size': self.local_image_size}
+        for name, size in sizes.items():
+            if size % p or size < p:
+                raise ValueError(f'{name} {size} is no multiple of the patch size {p}; choose {max(size // p, 1) * p}')
+        for width, heads in ('vision_width', 'vision_heads'), ('text_width', 'text_heads'), ('embed_dim', 'cross_heads'):
+            if getattr(self, heads) and getattr(self, width) % getattr(self, heads):
+                raise ValueError(f'{width} {getattr(self, width)} cannot be split into {getattr(self, heads)} {heads}')
+
+    @classmethod
+    def preset(cls, name, **changes):
+        """A named configuration, with any field changed. Raises ValueError for an unknown name."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset '{name}'; choose from {', '.join(PRESETS)}")
+        return replace(cls(**PRESETS[name]), **changes)
+
+
+PRESETS = {
+    'vit-b-16': dict(),                                               # the paper's main model: 152,382,466 parameters
+    'vit-b-32': dict(patch_size=32),                                  # the other released one
+    'vit-s-16': dict(embed_dim=384, vision_width=384, vision_heads=6, text_width=384, text_heads=6),
+    'tiny': dict(embed_dim=128, image_size=64, local_image_size=32, patch_size=8, vision_width=192, vision_layers=6,
+                 vision_heads=3, text_width=128, text_layers=4, text_heads=2, context_length=64, cross_heads=4),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Transformer: attention, block, stack. Shared by both towers; Attention also by the cross-attention heads.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def attention_weights(q, k, mask=None):
+    """softmax(q k^T / sqrt(d)): q (..., Q, d), k (..., L, d) -> (..., Q, L); mask is True where a key may be seen."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                            # (..., Q, L)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(dim=-1)
+
+
+def attend(q, k, v, mask=None):
+    """Weighted values, (..., Q, d). The two branches are the same mathematics.
+
+    The fused kernel is the right thing on a GPU. On CPUs it costs up to five times the written-out form at the short
+    sequences of this method.
+    """
+    if q.device.type == 'cpu':
+        return attention_weights(q, k, mask) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with the parameters, names and initial values of nn.MultiheadAttention.
+
+    Written out because three uses need what that module hides: one row of queries against all keys (last block),
+    queries of all views against keys projected once (cross-attention), and the correlative form (segmentation).
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))               # rows: query, key, value
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def project(self, query, context):
+        """query (n, Q, C), context (n, L, C) -> q (n, H, Q, d), k and v (n, H, L, d)."""
+        if query is context:                                                            # one product instead of two
+            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            C = query.shape[-1]
+            weight_q, weight_kv = self.in_proj_weight.split([C, 2 * C])
+            bias_q, bias_kv = self.in_proj_bias.split([C, 2 * C])
+            projected = F.linear(query, weight_q, bias_q), *F.linear(context, weight_kv, bias_kv).chunk(2, dim=-1)
+        return [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected]
+
+    def forward(self, query, context, mask=None, csa=False):
+        q, k, v = self.project(query, context)
+        if csa:     # SCLIP's correlative self-attention: places that look alike attend to each other, so they stay put
+            pooled = (attention_weights(q, q) + attention_weights(k, k)) @ v            # (n, H, Q, d)
+        else:
+            pooled = attend(q, k, v, mask)                                              # (n, H, Q, d)
+        return self.out_proj(pooled.transpose(1, 2).flatten(2))                         # (n, Q, C)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(LN x), then x + MLP(LN x). GELU is exact, as in the released models."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({'c_fc': nn.Linear(width, 4 * width), 'c_proj': nn.Linear(4 * width, width)})
+
+    def forward(self, x, causal=False, row=None, csa=False):
+        """x (n, L, C) -> (n, L, C); with `row` (n,) only that row of each sequence, (n, 1, C).
+
+        All rows are keys and values either way, so the one row equals that row of the whole result.
+        """
+        context = query = self.ln_1(x)                                                  # (n, L, C)
+        position = keys = torch.arange(x.shape[1], device=x.device)                     # (L,)
+        if row is not None:
+            index = row[:, None, None].expand(-1, 1, x.shape[2])                        # (n, 1, C)
+            x, query = x.gather(1, index), context.gather(1, index)                     # (n, 1, C)
+            position = row[:, None, None]                                               # (n, 1, 1): heads, queries
+        mask = keys <= position[..., None] if causal else None                          # (L, L) or (n, 1, 1, L)
+        x = x + self.attn(query, context, mask, csa)
+        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x))))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks. `grad_checkpointing` trades a second forward pass for the memory of all activations."""
+
+    def __init__(self, width, layers, heads):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.grad_checkpointing = False
+
+    def forward(self, x, row, keep, causal=False, csa=False):
+        """x (n, L, C) -> row `row` (n,) of every sequence, (n, C), and all rows of the first `keep` ones (keep, L, C).
+
+        Only the cross-attention reads whole sequences, and only those of view 0; of all others one row is read, so the
+        last block computes no more than that. Deeper down every row is needed.
+        """
+        for block in self.resblocks[:-1]:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, causal, use_reentrant=False)
+            else:
+                x = block(x, causal)
+        last, parts, tokens = self.resblocks[-1], [], None
+        if keep:
+            tokens = last(x[:keep], causal, csa=csa)                                    # (keep, L, C)
+            parts.append(tokens.gather(1, row[:keep, None, None].expand(-1, 1, x.shape[2])))
+        if keep < len(x):
+            parts.append(last(x[keep:], causal, row[keep:], csa))                       # (n - keep, 1, C)
+        return torch.cat(parts).squeeze(1), tokens
+
+
+def same_size(views):
+    """Neighbouring views of one size, as lists: [224, 224, 96, 96, 96] -> [[224, 224], [96, 96, 96]]. One pass each."""
+    return [list(group) for _, group in groupby(views, key=lambda view: view.shape)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The two towers (CLIP)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class VisionTower(nn.Module):
+    """ViT: patches and a class token in, the projected class token and the normalised patch tokens out."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, grid = config.vision_width, config.image_size // config.patch_size
+        self.patch_size = config.patch_size
+        self.conv1 = nn.Conv2d(3, C, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(C ** -0.5 * torch.randn(C))
+        self.positional_embedding = nn.Parameter(C ** -0.5 * torch.randn(grid ** 2 + 1, C))
+        self.ln_pre = nn.LayerNorm(C)
+        self.transformer = Transformer(C, config.vision_layers, config.vision_heads)
+        self.ln_post = nn.LayerNorm(C)
+        self.proj = nn.Parameter(C ** -0.5 * torch.randn(C, config.embed_dim))
+
+    def positions(self, h, w):
+        """Position embeddings for an h x w grid of patches, (1 + h*w, C): the learned grid, or bicubic from it."""
+        grid = math.isqrt(len(self.positional_embedding) - 1)
+        if (h, w) == (grid, grid):
+            return self.positional_embedding
+        cls, patches = self.positional_embedding.split([1, grid ** 2])
+        patches = patches.T.unflatten(1, (grid, grid))[None]                            # (1, C, grid, grid)
+        # code≠paper: DINO's + 0.1 guarded against rounding a size down. It also shifts where the grid is sampled, and the
+        # released weights were trained with it: without, 96-pixel crops get other positions. transformer.py:646-669
+        scale = (h + 0.1) / grid, (w + 0.1) / grid
+        patches = F.interpolate(patches, scale_factor=scale, mode='bicubic')            # (1, C, h, w)
+        return torch.cat([cls, patches[0].flatten(1).T])
+
+    def forward(self, views, keep=False, csa=False):
+        """views: list of V (B, 3, h, w) -> [cls] (V, B, D), and if `keep` the patch tokens of view 0 (B, P, C).
+
+        Sizes may differ between views; h and w must be multiples of the patch. The tokens come after ln_post and without
+        the class token, which is the query, never a key.
+        """
+        for h, w in {view.shape[-2:] for view in views}:
+            if h % self.patch_size or w % self.patch_size:      # the convolution would drop the edge without a word
+                raise ValueError(f'an image of {h} x {w} pixels cannot be cut into patches of {self.patch_size}; '
+                                 'resize or pad it to multiples of that')
+        pooled, tokens, B = [], None, len(views[0])
+        for i, group in enumerate(same_size(views)):                                    # one pass per resolution
+            x = self.conv1(torch.cat(group))                                            # (n, C, h, w), n = views * B
+            h, w = x.shape[-2:]
+            x = x.flatten(2).transpose(1, 2)                                            # (n, P, C)
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positions(h, w)
+            row = torch.zeros(len(x), dtype=torch.long, device=x.device)                # the class token is row 0
+            x, kept = self.transformer(self.ln_pre(x), row, B if keep and i == 0 else 0, csa=csa)
+            pooled.append(self.ln_post(x) @ self.proj)                                  # (n, D)
+            if kept is not None:
+                tokens = self.ln_post(kept[:, 1:])                                      # (B, P, C)
+        return torch.cat(pooled).unflatten(0, (len(views), B)), tokens
+
+
+class TextTower(nn.Module):
+    """Causal transformer. The end-of-text token is the only one that has seen the whole caption: it is the sentence."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, layers = config.text_width, config.text_layers
+        self.token_embedding = nn.Embedding(config.vocab_size, C)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, C))
+        self.transformer = Transformer(C, layers, config.text_heads)
+        self.ln_final = nn.LayerNorm(C)
+        self.text_projection = nn.Parameter(C ** -0.5 * torch.randn(C, config.embed_dim))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        for block in self.transformer.resblocks:                                        # CLIP's scaling, as released
+            nn.init.normal_(block.attn.in_proj_weight, std=C ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=C ** -0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * C) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=C ** -0.5 * (2 * layers) ** -0.5)
+
+    def forward(self, captions, keep=False):
+        """captions: list of U (B, T) -> [eot] (U, B, D), and if `keep` the tokens of caption 0 (B, T, C).
+
+        Lengths may differ between captions: attention is causal, so cutting the padding behind the longest of a batch
+        changes no row that is read. The tokens are all T positions after ln_final, start, end and padding included
+        (code≠paper: transformer.py:772-775).
+        """
+        pooled, tokens, B = [], None, len(captions[0])
+        groups = [torch.cat(group) for group in same_size(captions)]                    # each (n, T)
+        # One lookup for all captions: its backward fills a whole (vocab, C) gradient, so one per length would cost.
+        embedded = self.token_embedding(torch.cat([ids.flatten() for ids in groups]))
+        for i, (ids, x) in enumerate(zip(groups, embedded.split([ids.numel() for ids in groups]))):
+            x = x.view(*ids.shape, -1) + self.positional_embedding[:ids.shape[1]]       # (n, T, C)
+            row = ids.argmax(dim=1)                                                     # end-of-text has the largest id
+            x, kept = self.transformer(x, row, B if keep and i == 0 else 0, causal=True)
+            pooled.append(self.ln_final(x) @ self.text_projection)                      # (n, D)
+            if kept is not None:
+                tokens = self.ln_final(kept)                                            # (B, T, C)
+        return torch.cat(pooled).unflatten(0, (len(captions), B)), tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Cross-attention heads                                                                            Sec. 3.2, Eq. 1-2
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CrossAttention(nn.Module):
+    """C: global vectors of one modality pool the tokens of the other. One attention, no MLP, no mask.
+
+    The residual of Eq. 1-2 is added outside. Padding positions are legal keys (code≠paper: transformer.py:210-230):
+    behind the causal mask they are further summaries of the caption, not noise.
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.ln_q = nn.LayerNorm(width)
+        self.ln_k = nn.LayerNorm(width)
+
+    def forward(self, query, tokens):
+        """query (V, B, D), un-normalised; tokens (B, L, D) -> (V, B, D).
+
+        Views become the query axis, so keys and values are projected once per pair, not once per view.
+        """
+        return self.attn(self.ln_q(query).transpose(0, 1), self.ln_k(tokens)).transpose(0, 1)
+
+    def weights(self, query, tokens):
+        """How much each token counts for a query (B, D): (B, L), averaged over heads, rows sum to 1."""
+        q, k, _ = self.attn.project(self.ln_q(query)[:, None], self.ln_k(tokens))
+        return attention_weights(q.float(), k.float()).mean(dim=1)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The student, and its EMA teacher                                                                 framework figure
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Output(NamedTuple):
+    """What the losses read, all of unit length. The cross-modal ones are None in a plain CLIP."""
+    image: torch.Tensor         # (V, B, D)  [cls]
+    text: torch.Tensor          # (U, B, D)  [eot]
+    image_x: torch.Tensor       # (V, B, D)  h_I, Eq. 1
+    text_x: torch.Tensor        # (U, B, D)  h_T, Eq. 2
+
+
+def unit(x):
+    """Rows of length 1, in float32 under any autocast: half precision here moves every logit."""
+    return F.normalize(x.float(), dim=-1)
+
+
+class COSMOS(nn.Module):
+    """Two towers, two token maps, two cross-attention heads, two learned scales. With cross_heads = 0 a plain CLIP."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, D = config, config.embed_dim
+        self.visual = VisionTower(config)
+        self.text = TextTower(config)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))               # ln(1/temperature), CLIP loss
+        if config.cross_heads:
+            # code≠paper: the tokens pass a linear map before Eq. 1-2 (model.py:285-287, 306, 331), and L_COSMOS has a
+            # scale of its own (model.py:274).
+            self.image_tokens = nn.Linear(config.vision_width, D)
+            self.text_tokens = nn.Linear(config.text_width, D)
+            self.image_cross = CrossAttention(D, config.cross_heads)                    # C^I, reads image tokens
+            self.text_cross = CrossAttention(D, config.cross_heads)                     # C^T, reads text tokens
+            self.distill_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, images, texts):
+        """images: list of V (B, 3, s, s); texts: list of U (B, T) or one (U, B, T) -> Output.
+
+        Keys and values are the tokens of image 0 and caption 0, for the queries of every view (code≠paper: it says "global
+        crops"; model.py:370-382). Caption 0 therefore must come at full length; the others may be cut.
+        """
+        cross = self.config.cross_heads > 0
+        image, patches = self.visual(list(images), keep=cross)                          # (V, B, D), (B, P, C)
+        text, words = self.text(list(texts), keep=cross)                                # (U, B, D), (B, T, C)
+        if not cross:
+            return Output(unit(image), unit(text), None, None)
+        image_x = image + self.text_cross(image, self.text_tokens(words))               # (V, B, D)  h_I, Eq. 1
+        text_x = text + self.image_cross(text, self.image_tokens(patches))              # (U, B, D)  h_T, Eq. 2
+        return Output(unit(image), unit(text), unit(image_x), unit(text_x))
+
+    def encode_image(self, images):
+        """images (B, 3, h, w), h and w multiples of the patch -> [cls] (B, D), tokens (B, P, D), both un-normalised.
+
+        In a plain CLIP the tokens are None: it has no map for them.
+        """
+        cross = self.config.cross_heads > 0
+        pooled, patches = self.visual([images], keep=cross)
+        return pooled[0], self.image_tokens(patches) if cross else None
+
+    def encode_text(self, tokens):
+        """tokens (B, T) -> [eot] (B, D), tokens (B, T, D), both un-normalised (tokens None in a plain CLIP)."""
+        cross = self.config.cross_heads > 0
+        pooled, words = self.text([tokens], keep=cross)
+        return pooled[0], self.text_tokens(words) if cross else None
+
+    def encode_dense(self, images, csa=False):
+        """images (B, 3, h, w) -> (B, h/p, w/p, D): one unit vector a patch, comparable with text vectors.
+
+        Used for segmentation. With `csa` the last block attends correlatively, as SCLIP does (transformer.py:687-764).
+        """
+        _, patches = self.visual([images], keep=True, csa=csa)                          # (B, P, C)
+        return unit(patches @ self.visual.proj).unflatten(1, (images.shape[-2] // self.config.patch_size, -1))
+
+    def attention(self, images, tokens):
+        """images (B, 3, h, w), tokens (B, T) -> weights of C^I over patches (B, P), of C^T over words (B, T).
+
+        C^I is asked by the caption and C^T by the image: the qualitative figure of the paper.
+        """
+        if not self.config.cross_heads:
+            raise ValueError('this model is a plain CLIP and has no cross-attention heads to show; use COSMOS weights')
+        (image, patches), (text, words) = self.encode_image(images), self.encode_text(tokens)
+        return self.image_cross.weights(text, patches), self.text_cross.weights(image, words)
+
+    @torch.no_grad()
+    def clamp_scales(self):
+        """Keep both scales in [0, ln 100], after each optimizer step: beyond, the softmax saturates and training breaks."""
+        for name in ('logit_scale', 'distill_logit_scale'):
+            if hasattr(self, name):
+                getattr(self, name).clamp_(0, math.log(100))
+
+    def set_grad_checkpointing(self, on=True):
+        """Recompute activations in the backward pass: about a third more time for a fraction of the memory."""
+        self.visual.transformer.grad_checkpointing = self.text.transformer.grad_checkpointing = on
+
+
+class Teacher(nn.Module):
+    """theta_t <- lambda theta_t + (1 - lambda) theta_s: an exponential moving average of the student, without gradient.
+
+    It starts as a copy and averages every parameter: the heads too, though it never runs them, so that attention can be
+    drawn from the teacher's weights, and the scales.
+    """
+
+    def __init__(self, student):
+        super().__init__()
+        self.model = copy.deepcopy(student).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images, texts):
+        """The two global views (2 x (B, 3, s, s), 2 x (B, T)) -> image (2, B, D), text (2, B, D), of unit length."""
+        return unit(self.model.visual(list(images))[0]), unit(self.model.text(list(texts))[0])
+
+    @torch.no_grad()
+    def update(self, student, momentum):
+        """ours: call it after optimizer.step, as the paper's text and DINO do. The released code averages the student
+        of one step earlier (train.py:185-193 comes before 213-221)."""
+        torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - momentum)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Across GPUs: my rows against everybody's columns
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Gather(torch.autograd.Function):
+    """(V, B, D) on every rank -> (V, N, D) on all of them, and gradients back the same way.
+
+    ours: the gradient is exact. Every rank's loss depends on my rows, so what the others owe me is summed. The released
+    code gathers without gradient: its gradient is 1/world of the true one. Detaching the columns while keeping
+    local rows only would even turn its direction.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.B = x.shape[1]
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[:, dist.get_rank() * ctx.B:][:, :ctx.B]
+
+
+def gather(*features):
+    """Several (V, B, D) -> several (V, N, D), in one collective. Alone in the world they pass untouched."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return features
+    return Gather.apply(torch.cat(features)).split([len(x) for x in features])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. The two losses                                                                                            Sec. 3.3
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def nce(rows, columns, scale):
+    """L_nce averaged over all pairs of views: row i must find column i among all N.
+
+    rows (V, B, D), columns (U, N, D), of unit length; scale = 1/temperature -> scalar. On rank r row i is column r*B + i.
+
+    By pencil: rows (1, 0) and (0, 1), columns (1, 0) and (0.6, 0.8), scale 1. Logits [[1, 0.6], [0, 0.8]]: row 0 loses
+    ln(1 + e^-0.4) = 0.5130, row 1 ln(1 + e^-0.8) = 0.3711, mean 0.4421. The columns lose ln(1 + e^-1) = 0.3133 and
+    ln(1 + e^-0.2) = 0.5981, mean 0.4557. symmetric_nce is the mean of both means: 0.4489.
+    """
+    (V, B, _), (U, N, _) = rows.shape, columns.shape
+    first = dist.get_rank() * B if N > B else 0
+    with torch.autocast(rows.device.type, enabled=False):                               # float32, whatever trains
+        logits = scale * rows.flatten(0, 1) @ columns.flatten(0, 1).T                   # (V*B, U*N), all views at once
+        target = (torch.arange(B, device=rows.device) + first).repeat_interleave(U).repeat(V)   # (V*B*U,)
+        return F.cross_entropy(logits.view(V * B * U, N), target)
+
+
+def symmetric_nce(a, b, all_a, all_b, scale):
+    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2: a (V, B, D), b (U, B, D), all_* the same gathered to N."""
+    return (nce(a, all_b, scale) + nce(b, all_a, scale)) / 2
+
+
+def clip_loss(out, scale):
+    """L_CLIP: the student's two global images against all its captions, 2 x U pairs of views. scale = exp(logit_scale).
+
+    code≠paper: local image views stay out, because with them the released model overfitted (loss.py:203-206).
+    """
+    image, text = out.image[:2], out.text
+    return symmetric_nce(image, text, *gather(image, text), scale)
+
+
+def cosmos_terms(out, teacher_image, teacher_text, scale):
+    """The four terms of L_COSMOS, (4,): h_I to CLS_t, h_I to EOT_t, h_T to CLS_t, h_T to EOT_t.          Sec. 3.3, Eq. 6
+
+    Each pairs every student view with both teacher views (V x 2 or U x 2 pairs). Pairs of the same view count too, where
+    DINO leaves them out (code≠paper: loss.py:131-139). scale = exp(distill_logit_scale).
+    """
+    h_I, h_T = out.image_x, out.text_x
+    all_I, all_T, all_cls, all_eot = gather(h_I, h_T, teacher_image, teacher_text)
+    return torch.stack([symmetric_nce(h_I, teacher_image, all_I, all_cls, scale),
+                        symmetric_nce(h_I, teacher_text, all_I, all_eot, scale),
+                        symmetric_nce(h_T, teacher_image, all_T, all_cls, scale),
+                        symmetric_nce(h_T, teacher_text, all_T, all_eot, scale)])
+
+
+def cosmos_loss(out, teacher_image, teacher_text, scale):
+    """L_COSMOS, the mean of the four terms. The total loss is L_CLIP + L_COSMOS, unweighted.          Sec. 3.3, Eq. 6"""
+    return cosmos_terms(out, teacher_image, teacher_text, scale).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Names of the released code and of open_clip
+# ---------------------------------------------------------------------------------------------------------------------
+
+RENAMES = {                         # our prefix -> theirs; first match wins. They keep the text tower at the root.
+    'image_cross.': 'visual.attn_cross_pool.',
+    'text_cross.': 'text_attn_cross_pool.',
+    'image_tokens.': 'image_token_mapping.',
+    'text_tokens.': 'text_token_mapping.',
+    'visual.': 'visual.',
+    'logit_scale': 'logit_scale',
+    'distill_logit_scale': 'distill_logit_scale',
+    'text.': '',
+}
+
+
+def rename(state_dict, table):
+    """Every key with its first matching prefix replaced; values pass untouched."""
+    def new(key):
+        old = next((old for old in table if key.startswith(old)), None)
+        if old is None:
+            raise ValueError(f"'{key}' is no parameter of COSMOS; expected names that start with {', '.join(table)}")
+        return table[old] + key[len(old):]
+    return {new(key): value for key, value in state_dict.items()}
+
+
+def to_openclip(state_dict):
+    """Our names -> the released code's. open_clip loads the result with only the COSMOS heads left over."""
+    return rename(state_dict, RENAMES)
+
+
+def from_openclip(state_dict):
+    """The released code's or open_clip's names -> ours, for load_state_dict(strict=True).
+
+    Weights of open_clip's ViT-B have no heads: load them into a model with cross_heads=0.
+    """
+    return rename(state_dict, {theirs: ours for ours, theirs in RENAMES.items()})
+
+
+if __name__ == '__main__':      # python cosmos.py: one step of the method on noise, with every shape of the map above
+    torch.manual_seed(0)
+    B, config = 4, Config.preset('tiny', vocab_size=1000)
+    model = COSMOS(config)
+    teacher = Teacher(model)
+    images = [torch.randn(B, 3, size, size) for size in [config.image_size] * 2 + [config.local_image_size] * 6]
+    texts = [torch.randint(1, 998, (B, length)) for length in [config.context_length] * 2 + [16] * 6]
+    for caption in texts:
+        caption[:, 0], caption[:, -1] = config.vocab_size - 2, config.vocab_size - 1
+    out = model(images, texts)
+    teacher_image, teacher_text = teacher(images[:2], texts[:2])
+    loss = clip_loss(out, model.logit_scale.exp())
+    loss = loss + cosmos_loss(out, teacher_image, teacher_text, model.distill_logit_scale.exp())
+    loss.backward()
+    teacher.update(model, momentum=0.999)
+    print(f'{sum(p.numel() for p in model.parameters()):,} parameters, B = {B}, D = {config.embed_dim}')
+    for name, value in {**out._asdict(), 'teacher_image': teacher_image, 'teacher_text': teacher_text}.items():
+        print(f'{name:14} {tuple(value.shape)}')
+    print(f'loss {loss.item():.4f} on noise; blind guessing among {B} pairs would be 2 ln {B} = {2 * math.log(B):.4f}')
