@@ -1,0 +1,917 @@
+"""Pairs in, views out: shards, captions, tokenizer, text crops, image crops, and the built-in set of drawn scenes.
+
+    python data.py make DIR              draws the built-in set: DIR/train/*.tar, DIR/val/*.tar
+    python data.py inspect SHARDS        counts, caption statistics, and a contact sheet of samples, views and text crops
+
+A shard is a tar as img2dataset writes it: members that share a stem are one pair.
+
+    000000017.jpg     jpg, jpeg, png or webp
+    000000017.json    {"raw_caption": "...", "shortIB_captions": ["...", "..."], ...}, or {"caption": "..."}; see CAPTION_KEYS
+    000000017.txt     the caption alone; used when the json has none
+
+Every random choice for a sample comes from (seed, epoch, index of the pair), and the order of the pairs from (seed, epoch).
+So a run sees the same numbers with any number of workers and GPUs, and goes on from any step.
+"""
+import argparse
+import difflib
+import glob
+import gzip
+import hashlib
+import heapq
+import html
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import socket
+import sys
+import tarfile
+import textwrap
+import unicodedata
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from cosmos import Config
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Shards: every header is read once, then any pair is one seek away
+# ---------------------------------------------------------------------------------------------------------------------
+
+PAIR = np.dtype([('shard', '<i4'), ('image', '<i8'), ('image_size', '<i4'), ('json', '<i8'), ('json_size', '<i4'),
+                 ('txt', '<i8'), ('txt_size', '<i4')])                  # 40 bytes a pair; a size of 0 means: not there
+MEMBERS = {'jpg': 'image', 'jpeg': 'image', 'png': 'image', 'webp': 'image', 'json': 'json', 'txt': 'txt'}
+
+
+def find_shards(pattern):
+    """A folder, a glob, a brace pattern such as /shards/{00000..00575}.tar, or several joined by '::' -> sorted paths.
+
+    Raises ValueError when a part matches nothing.
+    """
+    paths = []
+    for part in str(pattern).split('::'):
+        names, found = [os.path.expanduser(part)], []
+        while any('{' in name for name in names):                       # one brace of every name per round
+            names = [name.replace(brace[0], item, 1) for name in names for brace in [re.search(r'{([^{}]*)}', name)]
+                     for item in brace_items(brace[1], part)]
+        for name in names:
+            if os.path.isdir(name):
+                found += sorted(glob.glob(os.path.join(glob.escape(name), '*.tar')))
+            else:
+                found += sorted(glob.glob(name))
+        if not found:
+            what = 'holds no .tar file' if os.path.isdir(names[0]) else 'does not exist or matches nothing'
+            raise ValueError(f"'{part}' {what}; --data takes a folder of tars, a glob, or a pattern like '/shards/{{00000..00575}}.tar'")
+        paths += found
+    return paths
+
+
+def brace_items(inside, pattern):
+    """'00000..00575' -> zero-padded numbers, 'a,b' -> ['a', 'b']."""
+    bounds = re.fullmatch(r'(\d+)\.\.(\d+)', inside)
+    if bounds is None and ',' not in inside:
+        raise ValueError(f"cannot read the braces of '{pattern}'; write {{00000..00575}} or {{a,b}}")
+    if bounds is None:
+        return inside.split(',')
+    first, last = bounds.groups()
+    return [f'{i:0{len(first)}d}' for i in range(int(first), int(last) + 1)]
+
+
+def scan_shard(path, number):
+    """Headers of one tar -> its pairs, (n,) PAIR in order of their images. What is whole in a cut file still counts."""
+    pairs, size = {}, os.path.getsize(path)
+    try:
+        with tarfile.open(path, 'r:') as tar:
+            for member in tar:
+                stem, _, extension = member.name.rpartition('/')[2].partition('.')
+                kind = MEMBERS.get(extension.lower())
+                if kind and member.isfile() and 0 < member.size <= size - member.offset_data:
+                    pair = pairs.setdefault((member.name.rpartition('/')[0], stem), {})
+                    pair.setdefault(kind, (member.offset_data, member.size))
+                tar.members = []                                        # or it keeps every header of a large shard
+    except tarfile.ReadError as error:
+        if not pairs:
+            raise ValueError(f'{path} is no readable tar ({error}); remove it or fetch it again') from None
+    rows = [(number, *pair['image'], *pair.get('json', (0, 0)), *pair.get('txt', (0, 0)))
+            for pair in pairs.values() if 'image' in pair and ('json' in pair or 'txt' in pair)]
+    if pairs and not rows:
+        raise ValueError(f"{path} has members but no image with a .json or .txt beside it; a pair shares its name up to the dot")
+    return np.array(rows, dtype=PAIR)
+
+
+class Shards:
+    """Random access to all pairs of a set of tars. `cache` is a folder for the index, which is then memory-mapped.
+
+    Raises ValueError when nothing is found, or a shard's captions are under none of the keys, naming shard and keys.
+    """
+
+    def __init__(self, pattern, cache=None, caption_keys=None):
+        self.paths, self.caption_keys, self.files = find_shards(pattern), caption_keys, {}
+        stamp = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in self.paths]
+        name = cache and os.path.join(cache, f'index-{hashlib.sha1(repr(stamp).encode()).hexdigest()[:16]}.npy')
+        if name and os.path.exists(name):
+            self.pairs = np.load(name, mmap_mode='r')
+            return
+        shards = tqdm(self.paths, desc='reading headers', disable=None, leave=False)
+        self.pairs = np.concatenate([scan_shard(path, number) for number, path in enumerate(shards)])
+        if not len(self.pairs):
+            raise ValueError(f"'{pattern}' holds {len(self.paths)} tars but no pair of image and caption; see the format "
+                             'in the README')
+        for first in np.unique(self.pairs['shard'], return_index=True)[1]:
+            self.check_captions(range(first, min(first + 5, len(self.pairs))))
+        if name:
+            os.makedirs(cache, exist_ok=True)
+            np.save(f'{name}.{os.getpid()}.npy', self.pairs)
+            os.replace(f'{name}.{os.getpid()}.npy', name)               # ranks that share the folder see all or nothing
+            self.pairs = np.load(name, mmap_mode='r')
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getstate__(self):
+        return {**self.__dict__, 'files': {}}                           # open files do not travel to spawned workers
+
+    def read(self, shard, offset, size):
+        if shard not in self.files:
+            if len(self.files) >= 128:                                  # stay far below the usual limit of 1,024
+                self.files.pop(next(iter(self.files))).close()
+            self.files[shard] = open(self.paths[shard], 'rb', buffering=0)
+        self.files[shard].seek(offset)
+        return self.files[shard].read(size)
+
+    def image(self, i):
+        """The encoded bytes of image i."""
+        pair = self.pairs[i]
+        return self.read(int(pair['shard']), int(pair['image']), int(pair['image_size']))
+
+    def record(self, i):
+        """The json of pair i as a dict, with the .txt under 'txt'."""
+        pair, record = self.pairs[i], {}
+        if pair['json_size']:
+            record = json.loads(self.read(int(pair['shard']), int(pair['json']), int(pair['json_size'])))
+            record = record if isinstance(record, dict) else {'captions': record}
+        if pair['txt_size']:
+            text = self.read(int(pair['shard']), int(pair['txt']), int(pair['txt_size'])).decode('utf-8', 'replace')
+            record.setdefault('txt', text)
+        return record
+
+    def pool(self, i):
+        """All sentences of pair i; ValueError when there is none."""
+        record = self.record(i)
+        pool = caption_pool(record, self.caption_keys)
+        if not pool:
+            raise ValueError(f"no usable caption under the keys {', '.join(sorted(record)) or '(none)'}")
+        return pool
+
+    def name(self, i):
+        """Where pair i lies, for messages: shard and member."""
+        pair = self.pairs[i]
+        header = self.read(int(pair['shard']), int(pair['image']) - 512, 100)
+        return f"{self.paths[pair['shard']]}:{header.rstrip(bytes(1)).decode('utf-8', 'replace')}"
+
+    def check_captions(self, some):
+        problems = []
+        for i in some:
+            try:
+                self.pool(i)
+                return
+            except ValueError as error:
+                problems.append(str(error))
+        raise ValueError(f"{self.name(some[0]).rpartition(':')[0]} has captions that cannot be used ({problems[0]}); "
+                         'name the right ones with --caption-keys')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Captions: a pool of sentences per pair, and text crops from it                                            Sec. 3.1
+# ---------------------------------------------------------------------------------------------------------------------
+
+CAPTION_KEYS = [        # the first family that has a sentence is the pool
+    ['raw_caption', 'shortIB_captions', 'shortSV_captions', 'shortLLA_captions',
+     'longIB_captions', 'longSV_captions', 'longLLA_captions'],         # DreamLIP, the paper's main data
+    ['original_caption', 'caption'],                                    # PixelProse
+    ['captions'], ['caption'], ['txt'],
+]
+
+
+def sentences(value):
+    """A string, or a list of strings, -> its sentences: split at newlines, '</s>' and full stops, '3.5' kept whole.
+
+    Both forms give the same list. (The released sampler, given a string, trains on single letters without a word.)
+    """
+    if isinstance(value, (list, tuple)):
+        return [sentence for item in value for sentence in sentences(item)]
+    if not isinstance(value, str):
+        return []
+    return [part.strip() for part in re.split(r'\n|</s>|\.(?!\d)|(?<!\d)\.', value) if part.strip()]
+
+
+def caption_pool(record, keys=None):
+    """The record's sentences as one flat list, duplicates kept; [] when it has none, or only single characters."""
+    for family in [keys] if keys else CAPTION_KEYS:
+        if family[0] == 'original_caption' and 'original_caption' not in record:
+            continue                                # else img2dataset's own 'caption' would pass for PixelProse's
+        pool = [sentence for key in family for sentence in sentences(record.get(key))]
+        if any(len(sentence) > 1 for sentence in pool):
+            return pool
+    return []
+
+
+def text_crops(pool, rng, globals_=2, local=6):
+    """Globals of 1-5 sentences joined by '. ', then `local` single sentences -> list of globals_ + local strings.
+
+    Sentences come in random order, without replacement within a global and within the locals, independently between them.
+    A pool that is too small is repeated whole, plus a random rest (code≠paper: data.py:238-270 of the released code).
+    """
+    def draw(k):
+        times, rest = divmod(k, len(pool))
+        return pool * times + rng.sample(pool, rest)
+    return ['. '.join(draw(rng.randint(1, 5))) for _ in range(globals_)] + draw(local)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Tokenizer: CLIP's byte-pair encoding, with CLIP's merges or learned ones
+# ---------------------------------------------------------------------------------------------------------------------
+
+VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
+VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
+VOCAB_HELP = f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or learn a vocabulary with --vocab learn'
+
+# Every byte is shown as one visible character, so that merges are lines of text: printable Latin-1 as itself and first,
+# the other 68 from U+0100 on. NB: this order is ids 0..255; with any other, released weights quietly read noise.
+BYTE_SYMBOL = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+BYTE_SYMBOL |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in BYTE_SYMBOL)}
+SYMBOL_BYTE = {symbol: byte for byte, symbol in BYTE_SYMBOL.items()}
+
+# ftfy's rewriting, character by character: controls go, quotes straighten, lone surrogates become U+FFFD, ligatures and
+# full or half widths take their plain forms.
+CLEAN = dict.fromkeys([*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)], '')
+CLEAN |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
+CLEAN |= dict.fromkeys(range(0xD800, 0xE000), '\ufffd')
+CLEAN |= {code: unicodedata.normalize('NFKC', chr(code)) for code in [
+    0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07), *range(0xFF01, 0xFFF0)]}
+CLEAN |= {0x149: "'n", 0xFB05: 'ſt'}
+
+# CLIP's pattern wants \p{L} and \p{N}, which `re` lacks. Its \w is exactly L, N and '_', but its \d only the decimal N:
+# the others (² ½ Ⅷ ①) get spaces here, or they would pass for letters. (Listed in a [class] they slow `re` down 25x.)
+CLEAN |= {ord(c): f' {c} ' for c in map(chr, range(sys.maxunicode + 1)) if c.isnumeric() > c.isalpha() + c.isdecimal()}
+SPECIAL = '<start_of_text>', '<end_of_text>'
+WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
+
+
+def symbols_of(word):
+    """'cat' -> ['c', 'a', 't</w>']: a symbol per UTF-8 byte, the last one marked: 'cat' is not the 'cat' of 'cats'."""
+    symbols = [BYTE_SYMBOL[byte] for byte in word.encode()]
+    return symbols[:-1] + [symbols[-1] + '</w>']
+
+
+def fuse(symbols, left, right):
+    """Joins every neighbour pair `left`, `right`, from left to right: a a a with (a, a) gives aa a."""
+    out = []
+    for symbol in symbols:
+        if symbol == right and out and out[-1] == left:
+            out[-1] += symbol
+        else:
+            out.append(symbol)
+    return out
+
+
+def fetch_vocab():
+    """Path of CLIP's merges in the user's cache, downloaded on first use. ValueError when they can't be had."""
+    cache = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'cosmos')
+    path, patience = os.path.join(cache, os.path.basename(VOCAB_URL)), socket.getdefaulttimeout()
+    if os.path.isfile(path):
+        return path
+    try:
+        socket.setdefaulttimeout(10)                            # else a silent network hangs the run
+        os.makedirs(cache, exist_ok=True)
+        # Checks a temporary file of its own before it renames it, so that ranks may fetch side by side.
+        torch.hub.download_url_to_file(VOCAB_URL, path, VOCAB_SHA256, progress=False)
+    except Exception as error:                                  # no network, a proxy's page, a full disk: one remedy
+        raise ValueError(f"CLIP's vocabulary can't be fetched into {path} ({error}); {VOCAB_HELP}") from None
+    finally:
+        socket.setdefaulttimeout(patience)
+    return path
+
+
+class Tokenizer:
+    """CLIP's tokenizer: clean, split into words, byte-pair encode each. tokenizer(texts) -> (n, context_length) int64
+
+    merges: lines 'left right', most urgent first. Ids: 256 bytes, 256 bytes closing a word, one a merge, start, end.
+    The end is highest because the text tower finds it by argmax; padding is 0. Ids equal CLIP's (simple_tokenizer.py
+    with ftfy and regex), but ftfy's repair of wrongly decoded text ('Ã©' for 'é', C1 controls) is not reproduced.
+    """
+
+    def __init__(self, merges, context_length=77):
+        self.merges, self.context_length = list(merges), context_length
+        pairs = [tuple(line.split()) for line in self.merges]
+        self.symbols = [*SYMBOL_BYTE, *(s + '</w>' for s in SYMBOL_BYTE), *map(''.join, pairs), *SPECIAL]
+        self.vocab_size = len(self.symbols)
+        self.sot, self.eot = self.vocab_size - 2, self.vocab_size - 1
+        self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
+        self.rank = {pair: i for i, pair in enumerate(pairs)}
+        self.cache = {symbol: [self.ids[symbol]] for symbol in SPECIAL}         # word -> ids
+
+    @classmethod
+    def clip(cls, path=None, context_length=77):
+        """CLIP's 48,894 merges: from `path`, else $COSMOS_VOCAB, else cache or net. ValueError if it's another file."""
+        path = os.path.expanduser(path or os.environ.get('COSMOS_VOCAB') or fetch_vocab())
+        try:
+            with open(path, 'rb') as file:
+                data = file.read()
+        except OSError as error:
+            raise ValueError(f"CLIP's vocabulary {path} can't be read ({error.strerror}); {VOCAB_HELP}") from None
+        if hashlib.sha256(data).hexdigest() != VOCAB_SHA256:
+            kind = {b'v': 'a git-lfs pointer', b'<': 'a web page'}.get(data[:1], f'{len(data)} bytes of something else')
+            raise ValueError(f"{path} is {kind}, not CLIP's vocabulary (wrong SHA-256): remove it, then {VOCAB_HELP}")
+        return cls(gzip.decompress(data).decode().split('\n')[1:48895], context_length)  # 0: header, rest: unused
+
+    @classmethod
+    def learn(cls, texts, vocab_size, context_length=77):
+        """Merges the most frequent pair (of equals the smallest) until `vocab_size`, or until none occurs twice."""
+        if vocab_size < 514:
+            raise ValueError(f'vocabulary size {vocab_size} leaves no room for bytes, start and end; use 514 or more')
+        tally = Counter(word for text in texts for word in cls.split(text) if word not in SPECIAL)
+        words = [[symbols_of(word), times] for word, times in tally.items()]
+        count, holders, changed = Counter(), defaultdict(set), set()    # holders: pair -> words that have or had it
+        heap, merges = [], {}
+
+        def recount(i, sign):
+            symbols, times = words[i]
+            for pair in zip(symbols, symbols[1:]):
+                count[pair] += sign * times
+                holders[pair].add(i)
+                changed.add(pair)
+
+        for i in range(len(words)):
+            recount(i, 1)
+        while len(merges) < vocab_size - 514:
+            for pair in changed:
+                heapq.heappush(heap, (-count[pair], pair))
+            changed.clear()
+            while heap and -heap[0][0] != count[heap[0][1]]:    # an old count; the true one was pushed when it changed
+                heapq.heappop(heap)
+            if not heap or heap[0][0] > -2:
+                break
+            pair = heap[0][1]
+            merges[' '.join(pair)] = None       # a dict: a pair may return (abc = ab c or a bc) but keeps its rank
+            for i in holders.pop(pair):
+                recount(i, -1)
+                words[i][0] = fuse(words[i][0], *pair)
+                recount(i, 1)
+        return cls(merges, context_length)
+
+    @staticmethod
+    def split(text):
+        """Words of the cleaned text by CLIP's pattern: letters, single digits, other signs, 's 't 're 've 'm 'll 'd."""
+        text = html.unescape(html.unescape(text))               # twice: web captions hold '&amp;lt;'
+        return WORD.findall(' '.join(unicodedata.normalize('NFC', text.translate(CLEAN)).split()).lower())
+
+    def word_ids(self, word):
+        """Ids of one word: fuses the pair of lowest rank while there is any. Cached: few words fill most texts."""
+        if word in self.cache:
+            return self.cache[word]
+        symbols, last = symbols_of(word), len(self.rank)
+        while (pair := min(zip(symbols, symbols[1:]), key=lambda p: self.rank.get(p, last), default=None)) in self.rank:
+            symbols = fuse(symbols, *pair)
+        ids = [self.ids[symbol] for symbol in symbols]
+        if len(self.cache) < 200_000:                           # the web never runs out of new words; memory does
+            self.cache[word] = ids
+        return ids
+
+    def encode(self, text):
+        """Ids without start, end and padding."""
+        return [i for word in self.split(text) for i in self.word_ids(word)]
+
+    def words(self, text):
+        """[(word, how many ids it takes)] in order, to sum attention over pieces into attention over words."""
+        return [(word, len(self.word_ids(word))) for word in self.split(text)]
+
+    def decode(self, ids):
+        """Text of ids (list or tensor row) up to the first end: beyond it is padding, which would read '!!!'."""
+        ids = [int(i) for i in ids if int(i) != self.sot] + [self.eot]
+        data = bytes(SYMBOL_BYTE[char] for i in ids[:ids.index(self.eot)] for char in self.symbols[i])
+        return data.decode(errors='replace').replace('</w>', ' ').strip()
+
+    def __call__(self, texts, context_length=None):
+        """n texts (or one) -> (n, context_length) int64: start, ids, end, zeros. A long text loses ids, not its end."""
+        texts, length = [texts] if isinstance(texts, str) else texts, context_length or self.context_length
+        rows = [[self.sot, *self.encode(text)[:length - 2], self.eot] for text in texts]
+        return torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.int64).view(-1, length)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Image crops                                                                                               Sec. 3.1
+# ---------------------------------------------------------------------------------------------------------------------
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)      # OpenAI's, as released
+BICUBIC = v2.InterpolationMode.BICUBIC
+
+
+def decode(data):
+    """Encoded bytes -> (3, h, w) uint8. Raises OSError or RuntimeError for what is no image."""
+    try:
+        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    except RuntimeError:                                                # rarer kinds, such as CMYK: slower, but all of them
+        return v2.functional.pil_to_tensor(Image.open(io.BytesIO(data)).convert('RGB'))
+
+
+def image_crops(config, augment):
+    """Three transforms, uint8 (3, h, w) -> (3, s, s): global view 0, global view 1, local view.
+
+    augment 'crops': RandomResizedCrop alone, for captions that name sides and colours. 'full': the released recipe
+    (transform.py:462-515), which differs between views only in blur and solarisation.
+    """
+    def crop(size, scale, blur, solarize):
+        steps = [v2.RandomResizedCrop(size, scale, interpolation=BICUBIC, antialias=True)]
+        if augment == 'full':
+            steps += [v2.RandomHorizontalFlip(), v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+                      v2.RandomGrayscale(0.2), v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=blur),
+                      v2.RandomSolarize(128, p=solarize)]
+        return v2.Compose(steps)
+    size, local = config.image_size, config.local_image_size
+    return [crop(size, (0.4, 1.0), 1.0, 0.0), crop(size, (0.4, 1.0), 0.1, 0.2), crop(local, (0.05, 0.4), 0.5, 0.0)]
+
+
+def normalize(images):
+    """uint8 (..., 3, h, w) -> float32 with the released models' mean and deviation, on the device where it already is."""
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    return (images.float() / 255 - mean) / std
+
+
+class Preprocess:
+    """The evaluation transform: PIL image of any mode -> (3, size, size) float. Short side to `size`, bicubic, centre."""
+
+    def __init__(self, size):
+        self.steps = v2.Compose([v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.ToImage(),
+                                 v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+
+    def __call__(self, image):
+        return self.steps(image.convert('RGB'))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Samples and batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def order(seed, epoch, pairs):
+    """The order of all pairs in an epoch, (pairs,): a pure function, so no state has to be saved to go on with it."""
+    return np.random.default_rng((seed, epoch)).permutation(pairs).astype(np.uint32)
+
+
+class Order(torch.utils.data.Sampler):
+    """Which pairs make batch `step`: a pure function of (seed, step), cut into equal slices for the ranks.
+
+    Yields, for every step in [start, stop), this rank's list of (epoch, position in its order, index of the pair). An
+    epoch holds pairs // batch whole batches; the rest of its order is left out.
+    """
+
+    def __init__(self, pairs, batch, start, stop, seed=0, rank=0, world=1):
+        self.pairs, self.batch, self.start, self.stop, self.seed = pairs, batch, start, stop, seed
+        self.share, self.rank = batch // world, rank
+        if batch > pairs:
+            raise ValueError(f'--batch {batch} is larger than the set of {pairs} pairs; lower --batch')
+        if batch % world:
+            raise ValueError(f'--batch {batch} cannot be split over {world} processes; choose a multiple of {world}')
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        for step in range(self.start, self.stop):
+            epoch, k = divmod(step, self.pairs // self.batch)
+            first = k * self.batch + self.rank * self.share
+            indices = order(self.seed, epoch, self.pairs)[first:first + self.share].tolist()
+            yield [(epoch, first + i, index) for i, index in enumerate(indices)]
+
+
+class Views(torch.utils.data.Dataset):
+    """The training set: (epoch, position, index) -> views of one pair, as uint8 crops and token ids.
+
+    A pair that cannot be read is replaced by the one a whole batch further on in the order (the very next one would often
+    be in the same batch, and twice in a batch is a false negative), reported once with shard and name, and counted.
+    """
+
+    def __init__(self, shards, tokenizer, config, seed, batch, globals_=2, local_crops=6, local_captions=6, augment='full'):
+        self.shards, self.tokenizer, self.seed, self.batch = shards, tokenizer, seed, batch
+        self.globals, self.local_crops, self.local_captions = globals_, local_crops, local_captions
+        self.crops, self.reported = image_crops(config, augment), set()
+
+    def __getitem__(self, where):
+        epoch, position, index = where
+        for bad in range(100):
+            try:
+                large, small, captions = self.views(epoch, index)
+                return large, small, self.tokenizer(captions), bad
+            except (OSError, ValueError, RuntimeError, SyntaxError) as error:       # what decoders, json and PIL raise
+                if index not in self.reported:
+                    self.reported.add(index)
+                    print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
+            position = (position + self.batch) % len(self.shards)
+            index = int(order(self.seed, epoch, len(self.shards))[position])
+        raise ValueError(f'100 pairs in a row up to {self.shards.name(index)} cannot be read; look at the shards with '
+                         'python data.py inspect')
+
+    def views(self, epoch, index):
+        """-> globals (2, 3, S, S) uint8, locals (n, 3, s, s) uint8, list of 2 + local captions."""
+        rng = random.Random(f'{self.seed} {epoch} {index}')
+        captions = text_crops(self.shards.pool(index), rng, self.globals, self.local_captions)
+        image = decode(self.shards.image(index))
+        with torch.random.fork_rng(devices=[]):                         # torchvision draws from torch's own generator
+            torch.default_generator.manual_seed(rng.getrandbits(63))
+            *large, local = self.crops
+            large = torch.stack([crop(image) for crop in large[:self.globals]])
+            small = [local(image) for _ in range(self.local_crops)]
+        return large, torch.stack(small) if small else large[:0], captions
+
+
+class Batch(NamedTuple):
+    """Views of B pairs in few large tensors. Captions are cut to their longest, but caption 0 keeps its padding: C^T reads it.
+    """
+    images: list        # (2, B, 3, S, S) and (local, B, 3, s, s), uint8
+    texts: list         # (1, B, context length), (1, B, length) and (local, B, longest), int64
+    length: int         # of the longest global caption: the teacher reads ends only, so it gets caption 0 cut to this
+    bad: int            # pairs that were replaced because they could not be read
+
+    def to(self, device):
+        """The batch on a device, without waiting for it."""
+        images, texts = ([tensor.to(device, non_blocking=True) for tensor in part] for part in (self.images, self.texts))
+        return self._replace(images=images, texts=texts)
+
+    def views(self):
+        """What COSMOS.forward takes: V images (B, 3, s, s), normalised, and U captions (B, T)."""
+        return [view for group in self.images for view in normalize(group)], [row for group in self.texts for row in group]
+
+
+def collate(samples):
+    """Samples of Views -> Batch."""
+    large, small, tokens, bad = zip(*samples)
+    images = [torch.stack(part, dim=1) for part in (large, small) if len(part[0])]
+    tokens = torch.stack(tokens, dim=1)                                 # (U, B, T)
+    count = len(large[0])                                               # globals come first, of captions as of images
+    ends = tokens.argmax(dim=-1) + 1                                    # the end of a text has the largest id
+    length = int(ends[:count].max())
+    texts = [tokens[:1], tokens[1:count, :, :length]]
+    if len(tokens) > count:
+        texts.append(tokens[count:, :, :int(ends[count:].max())])
+    return Batch(images, [group for group in texts if len(group)], length, sum(bad))
+
+
+def loader(views, sampler, workers):
+    """The plain DataLoader that serves batch after batch of `sampler`."""
+    return torch.utils.data.DataLoader(views, batch_sampler=sampler, num_workers=workers, collate_fn=collate,
+                                       pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The built-in set: scenes with one dominant and one to three small objects, drawn
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLORS = {'red': (222, 30, 38), 'orange': (255, 132, 0), 'yellow': (255, 224, 30), 'green': (28, 165, 60),
+          'blue': (28, 70, 225), 'purple': (130, 40, 180), 'pink': (255, 110, 190), 'cyan': (40, 215, 235)}
+GROUNDS = {'grey': (132, 134, 136), 'beige': (205, 190, 162), 'brown': (116, 92, 74), 'olive': (122, 124, 86),
+           'slate': (92, 104, 120), 'mauve': (158, 134, 148)}
+TEXTURES = ['plain', 'striped', 'dotted']
+PATTERNS = TEXTURES + ['checkered', 'mottled', 'shaded']
+T = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+SPIN, TEN = np.exp(1j * T), np.arange(10)
+# Outlines as complex x + iy of any scale, y down as in images; the first is filled and a second one is a hole in it.
+SHAPES = {
+    'circle': [SPIN], 'ring': [SPIN, 0.5 * SPIN], 'square': [1j ** np.arange(4) * (1 + 1j)],
+    'triangle': [np.array([-0.95j, 1 + 0.8j, -1 + 0.8j])], 'diamond': [np.array([-1j, 0.62, 1j, -0.62])],
+    'star': [-1j * np.exp(0.2j * np.pi * TEN) * np.where(TEN % 2, 0.43, 1)],
+    'flower': [SPIN * (0.55 + 0.45 * np.abs(np.sin(3 * T))), 0.2 * SPIN],
+    'heart': [16 * np.sin(T) ** 3 - 1j * (13 * np.cos(T) - 5 * np.cos(2 * T) - 2 * np.cos(3 * T) - np.cos(4 * T))],
+    'cross': [np.outer(1j ** np.arange(4), [0.34 + 1j, -0.34 + 1j, -0.34 + 0.34j]).ravel()],
+    'moon': [np.r_[np.exp(1j * np.linspace(0.9, 5.38)), 0.45 + 0.8 * np.exp(1j * np.linspace(4.5, 1.78))]],
+    'arrow': [np.array([-1 - 0.3j, 0.1 - 0.3j, 0.1 - 0.8j, 1, 0.1 + 0.8j, 0.1 + 0.3j, -1 + 0.3j])],
+    'fish': [np.r_[0.25 - 0.75 * np.cos(T[4:-3]) - 0.55j * np.sin(T[4:-3]), -1 + 0.6j, -0.8, -1 - 0.6j]],
+}
+SS, QUALITY = 3, 50                          # supersampling per axis; WebP's quality, for about 1.1 KB an image
+# The words of the three describers; `place` phrases are for a corner, top or bottom, left or right, centre.
+VOICES = {
+    'IB': dict(large='large', small='small', place=('at the {}',) * 4, main='There is {}', also='{} is {}',
+               relation='The {a} is {r} the {b}', ground='The background is {}'),
+    'SV': dict(large='big', small='little', place=('in the {}', 'in the {} part', 'in the {} part', 'in the middle'),
+               main='We see {}', also='{} sits {}', relation='{R} the {b} is the {a}', ground='The ground looks {}'),
+    'LLA': dict(large='huge', small='tiny', main='The image shows {}', also='{} appears {}',
+                place=('in the {} corner', 'near the {}', 'on the {} side', 'in the centre'),
+                relation='The {a} lies {r} the {b}', ground='Everything lies on a {} surface')}
+
+
+def _woven(kind, n, period, first, second, rng):
+    """An (n, n) RGB patch of two colours, for grounds and objects alike; period in its own (supersampled) pixels."""
+    x, angle = np.arange(n, dtype=np.float32) - n / 2, rng.uniform(0, math.pi)
+    c, s = math.cos(angle) / period, math.sin(angle) / period
+    u, v = c * x + s * x[:, None], c * x[:, None] - s * x
+    if kind == 'plain':
+        weight = 0 * u
+    elif kind == 'striped':
+        weight = u - np.floor(u) < 0.42
+    elif kind == 'dotted':
+        weight = (u - np.floor(u) - 0.5) ** 2 + (v - np.floor(v) - 0.5) ** 2 < 0.075
+    elif kind == 'checkered':
+        weight = (np.floor(u) + np.floor(v)) % 2
+    elif kind == 'shaded':
+        weight = (u - u.min()) / np.ptp(u)
+    else:                                    # mottled: coarse noise
+        weight = np.array([rng.random() for _ in range(49)]).reshape(7, 7)
+    weight = Image.fromarray((weight * 255.0).astype(np.uint8)).resize((n, n), Image.BICUBIC)
+    return Image.composite(Image.new('RGB', (n, n), second), Image.new('RGB', (n, n), first), weight)
+
+
+def _layout(rng, size):
+    """Objects as dicts, the dominant one first, lengths in pixels; starts afresh when a small one finds no room."""
+    while True:
+        objects = []
+        for k, shape in enumerate(rng.sample(list(SHAPES), rng.randint(2, 4))):
+            warp, spin = rng.uniform(0.87, 1.15), np.exp(1j * rng.uniform(-0.3, 0.3))
+            lines = [(line.real * warp + 1j * line.imag) * spin for line in SHAPES[shape]]
+            low, high = (complex(f(lines[0].real), f(lines[0].imag)) for f in (np.min, np.max))
+            side = size * (rng.uniform(0.17, 0.24) if k else rng.uniform(0.42, 0.6))
+            zoom = side / max((high - low).real, (high - low).imag)
+            w, h = (high - low).real * zoom, (high - low).imag * zoom
+            for _ in range(40):
+                x, y = (rng.uniform(2 + e / 2, size - 2 - e / 2) for e in (w, h))
+                # Small objects keep 2 px apart, but may reach 4 px into the dominant one's box, in front of it.
+                if all(max(abs(x - o['x']) - (w + o['w']) / 2, abs(y - o['y']) - (h + o['h']) / 2) > (2 if j else -4)
+                       for j, o in enumerate(objects)):
+                    break
+            else:
+                break
+            row, col = int(3 * y / size), int(3 * x / size)
+            place = f"{('top', '', 'bottom')[row]} {('left', '', 'right')[col]}".strip() or 'centre'
+            color = rng.choice(list(COLORS))
+            objects.append(dict(name=f'{color} {shape}', shape=shape, color=color, texture=rng.choice(TEXTURES),
+                                size='small' if k else 'large', place=place, side=side, x=x, y=y, w=w, h=h,
+                                lines=[(line - (low + high) / 2) * zoom for line in lines]))
+        else:
+            return objects
+
+
+def _paint(canvas, o, rng):
+    """Paint object `o` on the supersampled canvas; returns the pixels it covers by half or more, (size, size) bool."""
+    n = math.ceil(1.2 * o['side'] + 4) * SS
+    fill, edge, cover = Image.new('L', (n, n)), Image.new('L', (n, n)), Image.new('L', canvas.size)
+    for k, line in enumerate(o['lines']):
+        points = [(p.real * SS + n / 2, p.imag * SS + n / 2) for p in line.tolist()]
+        ImageDraw.Draw(fill).polygon(points, fill=0 if k else 255)
+        ImageDraw.Draw(edge).line(points + points[:2], 255, round(SS * (0.9 + 0.015 * o['side'])), joint='curve')
+    color = [c * rng.uniform(0.95, 1) for c in COLORS[o['color']]]
+    accent = [c * 0.5 if o['color'] in ('yellow', 'cyan', 'pink') else c * 0.4 + 153 for c in color]
+    first, second, dark = (tuple(map(int, c)) for c in (color, accent, [c * 0.3 for c in color]))
+    tile = _woven(o['texture'], n, SS * (2.6 + 0.12 * o['side']), first, second, rng)
+    tile.paste(dark, mask=edge)
+    fill.paste(255, mask=edge)
+    corner = round(o['x'] * SS - n / 2), round(o['y'] * SS - n / 2)
+    canvas.paste(tile, corner, fill)
+    cover.paste(fill, corner)
+    return np.asarray(cover.reduce(SS)) >= 128
+
+
+def _draw(rng, size):
+    """One scene: image (size, size, 3) uint8, mask (size, size) uint8, its objects, and the words for its ground."""
+    while True:
+        objects, pattern, (one, two) = _layout(rng, size), rng.choice(PATTERNS), rng.sample(list(GROUNDS), 2)
+        canvas = _woven(pattern, size * SS, SS * size * rng.uniform(0.12, 0.25), GROUNDS[one], GROUNDS[two], rng)
+        mask = np.zeros((size, size), np.uint8)
+        for k, o in enumerate(objects, 1):
+            mask[_paint(canvas, o, rng)] = k
+        if np.bincount(mask.ravel(), minlength=len(objects) + 1).min() * (96 / size) ** 2 >= 64:
+            break                            # else a thin small shape came out too faint to be seen at all
+    noise = np.random.default_rng(rng.getrandbits(32)).normal(rng.uniform(-6, 6), 1, (size, size, 1))
+    pixels = (np.asarray(canvas.reduce(SS)) * rng.uniform(0.88, 1.1) + noise).clip(0, 255).astype(np.uint8)
+    return pixels, mask, objects, pattern + ' ' + (one if pattern == 'plain' else f'{one} and {two}')
+
+
+def _a(words):
+    return ('an ' if words[0] in 'aeiou' else 'a ') + words
+
+
+def _list(items):
+    return ' and '.join(filter(None, (', '.join(items[:-1]), items[-1])))
+
+
+def _say(o, voice, texture=True):
+    """('a small dotted blue ring', 'at the top left'), in one describer's words."""
+    v, at = VOICES[voice], o['place']
+    kind = 3 if at == 'centre' else 0 if ' ' in at else 1 if at in ('top', 'bottom') else 2
+    at = at.replace('top', 'upper').replace('bottom', 'lower') if voice == 'SV' else at
+    return _a(f"{v[o['size']]} {o['texture'] + ' ' if texture else ''}{o['name']}"), v['place'][kind].format(at)
+
+
+def _relation(a, b):
+    dx, dy = a['x'] - b['x'], a['y'] - b['y']
+    return ('above' if dy < 0 else 'below') if abs(dy) > abs(dx) else f"to the {'left' if dx < 0 else 'right'} of"
+
+
+def _captions(rng, objects, ground):
+    """DreamLIP's keys, each a list of sentences: the short ones see little but the dominant object, the long all."""
+    main, *small = objects
+    name, other, grounded = main['name'], rng.choice(small)['name'], rng.choice(list(VOICES))
+    short, long = {'raw_caption': [rng.choice([f'{name} picture', f'photo of {_a(name)}', f'cute {name} on {ground}',
+                                               f'free image of {_a(name)}', f"my {main['texture']} {name}"])]}, {}
+    for voice, v in VOICES.items():
+        what = _a(f"{v['large']} {name}")
+        short[f'short{voice}_captions'] = [rng.choice([f'{what} on a {ground} ground', f'a picture of {what}',
+                                                       _a(f"{main['texture']} {name}"), f'{_a(name)} and {_a(other)}'])]
+        told = [v['also'].format(*_say(o, voice)).capitalize() for o in rng.sample(small, len(small))]
+        a, b = rng.sample(objects, 2)
+        r = _relation(a, b)
+        last = [v['relation'].format(a=a['name'], b=b['name'], r=r, R=r.capitalize())] * (len(small) < 3)
+        long[f'long{voice}_captions'] = [v['main'].format(' '.join(_say(main, voice))), *told,
+                                         *([v['ground'].format(ground)] if voice == grounded else last)]
+    return short | long
+
+
+def _full_captions(objects, ground):
+    """Five captions that each name every object; the first three leave the ground out."""
+    main, *small = objects
+    told = {voice: [' '.join(_say(o, voice, texture=voice == 'IB')) for o in objects] for voice in VOICES}
+    near = {'above': 'above it', 'below': 'below it',
+            'to the left of': 'to its left', 'to the right of': 'to its right'}
+    return [f"{told['IB'][0]} with {_list(told['IB'][1:])}",
+            f"{_a(main['name'])} with {_list([_a(o['name']) + ' ' + near[_relation(o, main)] for o in small])}",
+            f"the image shows {_list([_say(o, 'LLA')[0] for o in objects])}",
+            f"{_list(told['SV'][1:] + told['SV'][:1])} on a {ground} ground",
+            f"on a {ground} background there is {_list(told['LLA'])}"]
+
+
+def _facts(rng, mask, objects):
+    """The val json's `objects`, in mask order: what each is, its pixels, and nine names of things not in the scene."""
+    facts, present = [], {o['name'] for o in objects}
+    for k, o in enumerate(objects, 1):
+        (y, x), (bottom, right) = (f(np.argwhere(mask == k), axis=0).tolist() for f in (np.min, np.max))
+        absent = [(c, s) for c in COLORS for s in SHAPES if f'{c} {s}' not in present]
+        kinds = [[f'{c} {s}' for c, s in absent if (s == o['shape'], c == o['color']) == same]
+                 for same in ((True, False), (False, True), (False, False))]
+        facts.append({key: o[key] for key in ('name', 'shape', 'color', 'texture', 'size', 'place')} | {
+            'role': 'small' if k > 1 else 'dominant', 'bbox': [x, y, right - x + 1, bottom - y + 1],
+            'area': int((mask == k).sum()), 'negatives': [name for kind in kinds for name in rng.sample(kind, 3)]})
+    return facts
+
+
+def _scene(job):
+    """(seed, split, index, size) -> [(member name, bytes), ...]; an rng of its own makes it alike in any process."""
+    seed, split, index, size = job
+    rng = random.Random(f'{seed}/{split}/{index}')
+    pixels, mask, objects, ground = _draw(rng, size)
+    record, webp, png = _captions(rng, objects, ground), io.BytesIO(), io.BytesIO()
+    Image.fromarray(pixels).save(webp, 'WEBP', quality=QUALITY)
+    members = {'webp': webp.getvalue()}
+    if split == 'val':
+        record = {'captions': _full_captions(objects, ground), **record, 'objects': _facts(rng, mask, objects)}
+        Image.fromarray(mask).save(png, 'PNG', optimize=True)
+        members['mask.png'] = png.getvalue()
+    members['json'] = json.dumps(record, separators=(',', ':')).encode()
+    return [(f'{index:06d}.{kind}', data) for kind, data in members.items()]
+
+
+def make_scenes(root, train=8000, val=1000, seed=0, size=96, workers=None):
+    """Draw the synthetic data set on all cores, as WebDataset tars root/{train,val}/00000.tar ... of 1,000 pairs each.
+
+    Train members: KEY.webp (size x size RGB) and KEY.json (DreamLIP's caption keys). Val adds KEY.mask.png (uint8, 0 =
+    ground, k = k-th of the json's `objects`) and to the json `captions` (5 strings) and `objects` (bbox is x, y, w, h
+    in pixels, area in pixels). Equal arguments give equal bytes, whatever `workers` is. Raises FileExistsError where a
+    folder holds tars that this call would not replace: a reader of *.tar would mix the two sets.
+    """
+    counts = {'train': train, 'val': val}
+    for split, count in counts.items():
+        stale = [p for p in Path(root, split).glob('*.tar') if p.name >= f'{-(-count // 1000):05d}.tar']
+        if stale:
+            raise FileExistsError(f'{stale[0]} is not part of a set of {count} {split} scenes: remove it first')
+    jobs = [(seed, split, i, size) for split, count in counts.items() for i in range(count)]
+    with ProcessPoolExecutor(workers) as pool:
+        scenes = iter(tqdm(pool.map(_scene, jobs, chunksize=25), 'scenes', len(jobs)))
+        for split, start in ((split, start) for split, count in counts.items() for start in range(0, count, 1000)):
+            path = Path(root, split, f'{start // 1000:05d}.tar')
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix('.tmp')          # an interrupted run must not leave a tar that looks whole
+            with tarfile.open(part, 'w', format=tarfile.USTAR_FORMAT) as tar:
+                for name, data in itertools.chain(*itertools.islice(scenes, min(1000, counts[split] - start))):
+                    info = tarfile.TarInfo(name)     # its mtime is 0: equal seeds, equal bytes
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+            os.replace(part, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers in one sentence, exit status 1, and names the nearest flag for one it does not know."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message):
+        if message.startswith('unrecognized arguments: '):
+            unknown = message.split(': ')[1].split()[0].partition('=')[0]
+            subparsers = [action for action in self._actions if isinstance(action.choices, dict)]
+            known = [flag for parser in [self, *(p for action in subparsers for p in action.choices.values())]
+                     for flag in parser._option_string_actions]
+            near = difflib.get_close_matches(unknown, known, n=1)
+            message = f"unknown argument '{unknown}'; " + (f'did you mean {near[0]}?' if near else 'see --help')
+        self.exit(1, f'error: {message}\n')
+
+
+def cli(main):
+    """Run a command: what a user can cause becomes one sentence and exit status 1, anything else keeps its traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f'error: {error}')
+
+
+def sheet(rows, path, tile=112, width=1000):
+    """Contact sheet PNG. rows: list of (list of PIL images or (3, h, w) uint8 tensors, list of lines of text below them)."""
+    font, step, y = ImageFont.load_default(13), 17, 6
+    canvas = Image.new('RGB', (width, sum(tile + 12 + step * sum(len(textwrap.wrap(line, 140)) for line in lines)
+                                          for _, lines in rows) + 12), 'white')
+    draw = ImageDraw.Draw(canvas)
+    for images, lines in rows:
+        for k, image in enumerate(images):
+            image = image if isinstance(image, Image.Image) else v2.functional.to_pil_image(image)
+            canvas.paste(ImageOps.contain(image, (tile, tile), Image.BICUBIC), (6 + k * (tile + 4), y))
+        y += tile + 4
+        for text in (piece for line in lines for piece in textwrap.wrap(line, 140)):
+            draw.text((6, y), text, fill='black', font=font)
+            y += step
+        y += 8
+    canvas.save(path)
+
+
+def sample_sheet(views, path, count=4):
+    """What the student is shown: for some pairs the image, its views, and its text crops (G global, L local)."""
+    rows = []
+    for i in np.linspace(0, len(views.shards) - 1, count, dtype=int):
+        large, small, captions = views.views(0, int(i))
+        marks = ['G'] * len(large) + ['L'] * len(captions)
+        rows.append(([decode(views.shards.image(i)), *large, *small], [f'{m}  {c}' for m, c in zip(marks, captions)]))
+    sheet(rows, path)
+
+
+def inspect(pattern, caption_keys, preset, out, most=5000):
+    """Counts and caption statistics of shards on the terminal, and a contact sheet PNG."""
+    shards = Shards(pattern, caption_keys=caption_keys)
+    some = np.linspace(0, len(shards) - 1, min(len(shards), most), dtype=int)
+    pools, bad = [], []
+    for i in tqdm(some, desc='reading captions', disable=None, leave=False):
+        try:
+            pools.append(shards.pool(i))
+        except ValueError as error:
+            bad.append(f'{shards.name(i)}: {error}')
+    if not pools:
+        raise ValueError(f'no caption of {pattern} can be read ({bad[0]})')
+    kinds = Counter(key for i in some[:200] for key in shards.record(i))
+    show = lambda values: ', '.join(f'{q:g} % {np.percentile(values, q):g}' for q in (0, 10, 50, 90, 100))
+    print(f'{len(shards):,} pairs in {len(shards.paths)} shards, {sum(map(os.path.getsize, shards.paths)) / 2 ** 20:,.1f} MiB')
+    print(f"bytes per image      {show(shards.pairs['image_size'])}")
+    print(f'keys                 {", ".join(f"{key} ({n / len(some[:200]):.0%})" for key, n in kinds.most_common())}')
+    print(f'sentences per pair   {show([len(pool) for pool in pools])}')
+    print(f'words per sentence   {show([len(sentence.split()) for pool in pools for sentence in pool])}')
+    print(f'unusable captions    {len(bad)} of {len(some)} read' + (f', first {bad[0]}' if bad else ''))
+    print(f'an example           {" | ".join(pools[0])}')
+    views = Views(shards, None, Config.preset(preset), seed=0, batch=1, augment='full' if preset != 'tiny' else 'crops')
+    sample_sheet(views, out)
+    print(f'views and text crops {out}')
+
+
+def main():
+    parser = Parser(description=__doc__.split('\n')[0])
+    commands = parser.add_subparsers(dest='command', required=True)
+    make = commands.add_parser('make', help='draw the built-in set')
+    make.add_argument('root', metavar='DIR')
+    make.add_argument('--train', type=int, default=8000, help='training pairs')
+    make.add_argument('--val', type=int, default=1000, help='held-out pairs')
+    make.add_argument('--seed', type=int, default=0)
+    show = commands.add_parser('inspect', help='counts, caption statistics and a contact sheet of shards')
+    show.add_argument('shards', help='a folder, glob or pattern of tars')
+    show.add_argument('--caption-keys', nargs='+', help='json keys that hold the captions')
+    show.add_argument('--preset', default='tiny', help='whose views to draw')
+    show.add_argument('--out', default='samples.png', help='the contact sheet')
+    args = parser.parse_args()
+    if args.command == 'make':
+        make_scenes(args.root, args.train, args.val, args.seed)
+        print(f'{args.train:,} training and {args.val:,} held-out scenes in {args.root}')
+    else:
+        inspect(args.shards, args.caption_keys, args.preset, args.out)
+
+
+if __name__ == '__main__':
+    cli(main)

@@ -1,0 +1,461 @@
+"""Zero-shot evaluation of a checkpoint, and pictures of what it attends to.
+
+    python eval.py retrieval CKPT --coco DIR                      images/val2017 + annotations/captions_val2017.json
+    python eval.py retrieval CKPT --karpathy dataset_coco.json --split test --images DIR
+    python eval.py retrieval CKPT --shards runs/scenes/val
+    python eval.py classify CKPT --folder DIR                     one folder a class, or a labels.json with --classes FILE
+    python eval.py classify CKPT --shards runs/scenes/val         the dominant and the small object of each scene
+    python eval.py attend CKPT --image a.jpg --text "a red star" "a small blue ring" --out attention.png
+
+CKPT is ours (runs/.../last.pt), a released cosmos_vitb*.pt, or an open_clip ViT state dict. Scores come from the teacher, the
+averaged weights, unless --weights student. Features are float32 and of unit length; a score is their dot product.
+"""
+import dataclasses
+import io
+import json
+import math
+import os
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from cosmos import COSMOS, Config, from_openclip, unit
+from data import Parser, Preprocess, Shards, Tokenizer, cli
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path):
+    """A file of tensors and plain values. Anything that would have to execute code to load is refused (ValueError)."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f'checkpoint {path} does not exist') from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f'{path} is no checkpoint of tensors and plain values ({str(error).splitlines()[0][:120]}); save its '
+                         'state dict alone: torch.save({k: v.clone() for k, v in model.state_dict().items()}, path)') from None
+
+
+def infer_config(state):
+    """Config of released or open_clip weights from their shapes. Heads are 64 wide in all of these; the heads C have 8."""
+    patch, width = state['visual.conv1.weight'].shape[-1], state['visual.conv1.weight'].shape[0]
+    layers = lambda prefix: len({key.split('resblocks.')[1].split('.')[0] for key in state if key.startswith(prefix)})
+    context_length, text_width = state['positional_embedding'].shape
+    return Config(embed_dim=state['text_projection'].shape[1], patch_size=patch, local_image_size=96 // patch * patch or patch,
+                  image_size=math.isqrt(len(state['visual.positional_embedding']) - 1) * patch,
+                  vision_width=width, vision_layers=layers('visual.transformer.'), vision_heads=width // 64,
+                  text_width=text_width, text_layers=layers('transformer.'), text_heads=text_width // 64,
+                  context_length=context_length, vocab_size=len(state['token_embedding.weight']),
+                  cross_heads=8 if 'image_token_mapping.weight' in state else 0)
+
+
+def load_weights(model, state, path):
+    """Strictly: every name and shape must fit, or ValueError lists what is missing, unexpected and of another shape."""
+    own = model.state_dict()
+    problems = {'missing': [key for key in own if key not in state],
+                'unexpected': [key for key in state if key not in own],
+                'of another shape': [f'{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}' for key in own
+                                     if key in state and state[key].shape != own[key].shape]}
+    told = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for kind, keys in problems.items() if keys]
+    if told:
+        raise ValueError(f'{path} does not fit this model: ' + '; '.join(told))
+    model.load_state_dict(state)
+
+
+def load(path, weights='teacher', config=None, vocab=None):
+    """-> (model in eval mode, tokenizer, preprocess: PIL image -> (3, S, S)).
+
+    path: our checkpoint, a released one (dict with 'student' and 'teacher'), or an open_clip state dict; `module.` and
+    `_orig_mod.` prefixes are stripped. `config` is needed only where heads are not 64 wide, `vocab` is Tokenizer.clip's.
+    """
+    saved = read_checkpoint(path)
+    if not isinstance(saved, dict):
+        raise ValueError(f'{path} holds a {type(saved).__name__}, not a state dict')
+    state = saved.get(weights) or saved.get('student') or saved.get('state_dict') or saved
+    state = {re.sub(r'^((module|_orig_mod)\.)+', '', key): value for key, value in state.items()}
+    if 'merges' in saved:                                               # ours
+        config, tokenizer = Config(**saved['config']), Tokenizer(saved['merges'], saved['config']['context_length'])
+    elif 'visual.conv1.weight' in state and 'positional_embedding' in state:
+        state = {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}
+        config = config or infer_config(state)
+        state, tokenizer = from_openclip(state), Tokenizer.clip(vocab, config.context_length)
+    else:
+        raise ValueError(f"{path} holds none of the weights this reads (its keys: {', '.join(map(str, list(saved)[:5]))}, ...); "
+                         'give a checkpoint of train.py, a released cosmos_vitb*.pt or an open_clip ViT state dict')
+    model = COSMOS(config)
+    load_weights(model, state, path)
+    return model.eval(), tokenizer, Preprocess(config.image_size)
+
+
+OPENAI_EXTRAS = ('input_resolution', 'context_length', 'vocab_size', 'attn_mask')       # no parameters, in OpenAI's files
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Features
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Images(torch.utils.data.Dataset):
+    """Preprocessed images of a list of paths or of Shards."""
+
+    def __init__(self, source, preprocess):
+        self.source, self.preprocess = source, preprocess
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        inside = isinstance(self.source, Shards)
+        data = self.source.image(i) if inside else Path(self.source[i]).read_bytes()
+        try:
+            return self.preprocess(Image.open(io.BytesIO(data)))
+        except OSError as error:
+            raise ValueError(f'{self.source.name(i) if inside else self.source[i]} is no readable image ({error})') from None
+
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+@torch.no_grad()
+def embed_images(model, source, preprocess, batch=64, workers=0):
+    """Paths or Shards -> (n, D) unit vectors on the CPU."""
+    loader = torch.utils.data.DataLoader(Images(source, preprocess), batch, num_workers=workers)
+    parts = [unit(model.visual([images.to(device_of(model))])[0][0]).cpu()
+             for images in tqdm(loader, desc='images', disable=None, leave=False)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def embed_texts(model, tokenizer, texts, batch=256):
+    """n texts -> (n, D) unit vectors on the CPU. Neighbours in length share a batch, cut to its longest."""
+    tokens = tokenizer(texts, model.config.context_length)
+    length = tokens.argmax(dim=1) + 1                                   # the end has the largest id
+    features = torch.empty(len(tokens), model.config.embed_dim)
+    for some in tqdm(length.argsort().split(batch), desc='texts', disable=None, leave=False):
+        ids = tokens[some, :int(length[some].max())].to(device_of(model))
+        features[some] = unit(model.text([ids])[0][0]).cpu()
+    return features
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Retrieval
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ranks(queries, targets, query_ids, target_ids, chunk=1024):
+    """Rank from 1 of the best right target of each query, (n,). Right targets have the query's id, and never outrank it.
+
+    A wrong target with an equal score counts as ahead: features that are all the same must not look perfect.
+    """
+    out = []
+    for some in torch.arange(len(queries)).split(chunk):                # never the whole n x m matrix
+        scores = queries[some] @ targets.T                              # (chunk, m)
+        right = query_ids[some, None] == target_ids[None]
+        best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
+        out.append(1 + ((scores >= best) & ~right).sum(dim=1))
+    return torch.cat(out)
+
+
+def retrieval(image_features, text_features, owner):
+    """Zero-shot retrieval figures. owner (captions,): the image of each caption.
+
+    Image to text: a hit if any of the image's captions is in the first K. Text to image: the one image. Fractions, ranks
+    from 1; chance is the R@1 of guessing.
+    """
+    ids = torch.arange(len(image_features))
+    figures = {'images': len(ids), 'captions': len(owner), 'chance': 1 / len(ids)}
+    for name, found in (('image_to_text', ranks(image_features, text_features, ids, owner)),
+                        ('text_to_image', ranks(text_features, image_features, owner, ids))):
+        figures |= {f'{name}_R@{k}': (found <= k).float().mean().item() for k in (1, 5, 10)}
+        figures |= {f'{name}_mean_rank': found.float().mean().item(), f'{name}_median_rank': found.median().item()}
+    return figures
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except OSError as error:
+        raise ValueError(f'{path} cannot be read ({error.strerror})') from None
+    except ValueError as error:
+        raise ValueError(f'{path} is no JSON ({error})') from None
+
+
+def coco_captions(root):
+    """COCO layout -> (image paths, captions, owner)."""
+    root = Path(root)
+    listing = read_json(root / 'annotations/captions_val2017.json')
+    number = {image['id']: i for i, image in enumerate(listing['images'])}
+    paths = [root / 'images/val2017' / image['file_name'] for image in listing['images']]
+    return (paths, [a['caption'] for a in listing['annotations']],
+            torch.tensor([number[a['image_id']] for a in listing['annotations']]))
+
+
+def karpathy_captions(path, split, images):
+    """Karpathy's dataset_coco.json or dataset_flickr30k.json -> (image paths, captions, owner) of one split."""
+    chosen = [image for image in read_json(path)['images'] if image['split'] == split]
+    if not chosen:
+        raise ValueError(f"{path} has no image of split '{split}'; Karpathy's are train, restval, val, test")
+    root = Path(images or Path(path).parent)
+    paths = [root / image.get('filepath', '') / image['filename'] for image in chosen]
+    captions = [[sentence['raw'] for sentence in image['sentences']] for image in chosen]
+    return paths, sum(captions, []), torch.arange(len(paths)).repeat_interleave(torch.tensor([len(c) for c in captions]))
+
+
+def shard_captions(shards):
+    """-> (shards, captions, owner): what `captions` lists, else the one raw caption of each pair, whole, never split."""
+    captions, owner = [], []
+    for i in range(len(shards)):
+        record = shards.record(i)
+        found = next((record[key] for key in ('captions', 'raw_caption', 'caption', 'txt') if record.get(key)), None)
+        found = found if isinstance(found, list) else [found]
+        captions += [caption for caption in found if isinstance(caption, str)]
+        owner += [i] * sum(isinstance(caption, str) for caption in found)
+    missing = sorted(set(range(len(shards))) - set(owner))
+    if missing:
+        raise ValueError(f'{shards.name(missing[0])} has no caption to retrieve by; held-out pairs need captions, raw_caption, '
+                         'caption or a .txt')
+    return shards, captions, torch.tensor(owner)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Zero-shot classification
+# ---------------------------------------------------------------------------------------------------------------------
+
+TEMPLATES = ('a photo of a {}', 'a picture of a {}', 'an image of a {}', 'there is a {} in the picture', 'a small {}', 'a large {}')
+
+
+def class_vectors(model, tokenizer, names, templates=TEMPLATES):
+    """Prompt ensemble: embed every template, normalise, average, normalise again. -> (len(names), D)"""
+    prompts = [template.format(name) for name in names for template in templates]
+    return unit(embed_texts(model, tokenizer, prompts).view(len(names), len(templates), -1).mean(dim=1))
+
+
+def classify(image_features, vectors, labels):
+    """Plain accuracy. image_features (n, D), vectors (K, D), labels (n,) -> top1, top5, counts, chance."""
+    scores = image_features @ vectors.T
+    own = scores.gather(1, labels[:, None])
+    wrong = torch.arange(len(vectors)) != labels[:, None]
+    ahead = ((scores >= own) & wrong).sum(dim=1)                        # ties count against us, as in `ranks`
+    return {'images': len(labels), 'classes': len(vectors), 'chance': 1 / len(vectors),
+            'top1': (ahead < 1).float().mean().item(), 'top5': (ahead < 5).float().mean().item()}
+
+
+def folder_classes(root, classes=None, subset=None):
+    """-> (paths, labels, names, templates). One folder a class, or labels.json: [{"file", "class_id"}, ...] with a classes file.
+
+    A classes file is a list of names, or {"classes": [{"id", "name", "noun_phrase"}], "subsets": {name: ids}, "templates"}.
+    """
+    root = Path(root)
+    if not (root / 'labels.json').exists():
+        names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        found = [(path, k) for k, name in enumerate(names) for path in sorted((root / name).rglob('*')) if path.is_file()]
+        if not found:
+            raise ValueError(f'{root} has neither one folder of images per class nor a labels.json')
+        return [path for path, _ in found], torch.tensor([k for _, k in found]), [n.replace('_', ' ') for n in names], TEMPLATES
+    if not classes:
+        raise ValueError(f'{root}/labels.json numbers its classes; name them with --classes FILE')
+    listing = read_json(classes)
+    listing = listing if isinstance(listing, dict) else {'classes': [{'id': i, 'name': n} for i, n in enumerate(listing)]}
+    if subset and subset not in listing.get('subsets', {}):
+        raise ValueError(f"{classes} has no subset '{subset}'; it has {', '.join(listing.get('subsets', {})) or 'none'}")
+    wanted = {item['id']: item.get('noun_phrase') or item['name'] for item in listing['classes']}
+    wanted = {i: wanted[i] for i in (listing['subsets'][subset] if subset else wanted)}
+    number = {class_id: k for k, class_id in enumerate(wanted)}
+    chosen = [item for item in read_json(root / 'labels.json') if item['class_id'] in number]
+    return ([root / item['file'] for item in chosen], torch.tensor([number[item['class_id']] for item in chosen]),
+            list(wanted.values()), listing.get('templates', TEMPLATES))
+
+
+def classify_objects(model, tokenizer, image_features, shards):
+    """Feature suppression, measured: is an object named right among its own name and the listed wrong ones?
+
+    Counts every object of every scene, apart for the dominant and the small ones. -> {role: {top1, chance, objects}}, {} when
+    the shards list no objects.
+    """
+    objects = [(i, thing) for i in range(len(shards)) for thing in shards.record(i).get('objects', [])]
+    if not objects:
+        return {}
+    names = sorted({name for _, thing in objects for name in [thing['name'], *thing['negatives']]})
+    number = {name: k for k, name in enumerate(names)}
+    vectors, right = class_vectors(model, tokenizer, names), {}
+    for i, thing in objects:
+        scores = vectors[[number[name] for name in [thing['name'], *thing['negatives']]]] @ image_features[i]
+        right.setdefault(thing['role'], []).append(bool((scores[0] > scores[1:]).all()))
+    wrong = len(objects[0][1]['negatives'])
+    return {role: {'top1': float(np.mean(hits)), 'chance': 1 / (1 + wrong), 'objects': len(hits)} for role, hits in right.items()}
+
+
+def evaluate(model, tokenizer, preprocess, shards):
+    """All that held-out shards allow: retrieval, and the dominant and small object where they list objects."""
+    model.eval()
+    _, captions, owner = shard_captions(shards)
+    image_features = embed_images(model, shards, preprocess)
+    figures = {'retrieval': retrieval(image_features, embed_texts(model, tokenizer, captions), owner)}
+    return figures | classify_objects(model, tokenizer, image_features, shards)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Attention pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+RAMP = np.array([(0, 32, 77), (66, 78, 108), (124, 123, 120), (186, 174, 105), (255, 234, 70)], np.float32)     # low .. high
+
+
+def colour(values):
+    """Values in [0, 1] -> (..., 3) float32: dark blue over grey to yellow, readable by the colour-blind."""
+    at = np.clip(values, 0, 1) * (len(RAMP) - 1)
+    low = np.minimum(at.astype(int), len(RAMP) - 2)
+    return RAMP[low] + (RAMP[low + 1] - RAMP[low]) * (at - low)[..., None]
+
+
+@torch.no_grad()
+def attention(model, tokenizer, preprocess, image, caption):
+    """-> map (h, w) of C^I asked by the caption, and [(word, weight)] of C^T asked by the image, both scaled to [0, 1].
+
+    Pieces of a word are summed. Start, end and padding are keys too, but no words: they are left out before scaling.
+    """
+    pixels, tokens = preprocess(image)[None].to(device_of(model)), tokenizer([caption], model.config.context_length)
+    patch_weights, token_weights = model.attention(pixels, tokens.to(device_of(model)))
+    side = math.isqrt(patch_weights.shape[1])
+    words, at = [], 1                                                   # position 0 is the start
+    for word, pieces in tokenizer.words(caption):
+        if at + pieces >= model.config.context_length:
+            break
+        words.append((word, token_weights[0, at:at + pieces].sum().item()))
+        at += pieces
+    scaled = lambda x: (x - x.min()) / max(x.max() - x.min(), 1e-12)
+    weights = scaled(np.array([weight for _, weight in words] or [0.0]))
+    return scaled(patch_weights[0].view(side, side).cpu().numpy()), [(word, weight) for (word, _), weight in zip(words, weights)]
+
+
+def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=224):
+    """One row a caption: the image, the map of C^I over it, and the words shaded by C^T. Written to `path` as PNG."""
+    font, width, gap = ImageFont.load_default(15), 3 * tile + 200, 8
+    canvas = Image.new('RGB', (width, len(captions) * (tile + gap) + gap + 22), 'white')
+    draw = ImageDraw.Draw(canvas)
+    view = image.convert('RGB')
+    side = min(view.size)
+    left, top = (view.width - side) // 2, (view.height - side) // 2     # the part that `preprocess` shows the model
+    view = view.crop((left, top, left + side, top + side)).resize((tile, tile), Image.BICUBIC)
+    for row, caption in enumerate(captions):
+        grid, words = attention(model, tokenizer, preprocess, image, caption)
+        heat = np.asarray(Image.fromarray(np.float32(grid)).resize((tile, tile), Image.BILINEAR))
+        over = Image.fromarray(np.uint8(0.4 * np.asarray(view, np.float32) + 0.6 * colour(heat)))
+        y = gap + row * (tile + gap)
+        canvas.paste(view, (gap, y))
+        canvas.paste(over, (2 * gap + tile, y))
+        x, line = 2 * tile + 3 * gap, y
+        for word, weight in words:
+            length = draw.textlength(word, font) + 8
+            if x + length > width - gap:
+                x, line = 2 * tile + 3 * gap, line + 26
+            draw.rectangle((x, line, x + length, line + 22), fill=tuple(int(c) for c in colour(np.array(weight))))
+            draw.text((x + 4, line + 2), word, fill='black' if weight > 0.5 else 'white', font=font)
+            x += length + 3
+    draw.text((gap, canvas.height - 22), 'image | where C^I looks for the caption | which words C^T reads for the image. Dark blue '
+              'low, yellow high; start, end and padding left out.', fill='black', font=ImageFont.load_default(12))
+    canvas.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def show(figures, indent=''):
+    """Print nested figures, one a line; shares as percentages beside their chance."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            print(f'{indent}{name}')
+            show(value, indent + '  ')
+        elif isinstance(value, float) and ('rank' not in name):
+            print(f'{indent}{name:28} {value:8.2%}')
+        else:
+            print(f'{indent}{name:28} {value:8.1f}' if isinstance(value, float) else f'{indent}{name:28} {value:>8}')
+
+
+def run_retrieval(args, model, tokenizer, preprocess):
+    chosen = [name for name in ('coco', 'karpathy', 'shards') if getattr(args, name)]
+    if len(chosen) != 1:
+        raise ValueError('retrieval takes exactly one of --coco DIR, --karpathy JSON and --shards SHARDS')
+    if args.coco:
+        source, captions, owner = coco_captions(args.coco)
+    elif args.karpathy:
+        source, captions, owner = karpathy_captions(args.karpathy, args.split, args.images)
+    else:
+        source, captions, owner = shard_captions(Shards(args.shards))
+    image_features = embed_images(model, source, preprocess, workers=args.workers)
+    return retrieval(image_features, embed_texts(model, tokenizer, captions), owner)
+
+
+def run_classify(args, model, tokenizer, preprocess):
+    if bool(args.folder) == bool(args.shards):
+        raise ValueError('classify takes exactly one of --folder DIR and --shards SHARDS')
+    if args.shards:
+        shards = Shards(args.shards)
+        figures = classify_objects(model, tokenizer, embed_images(model, shards, preprocess, workers=args.workers), shards)
+        if not figures:
+            raise ValueError(f"{args.shards} lists no objects to name; its json needs 'objects' as `data.py make` writes them")
+        return figures
+    paths, labels, names, templates = folder_classes(args.folder, args.classes, args.subset)
+    print(f'{len(names)} classes, prompts: ' + ' | '.join(template.format(names[0]) for template in templates))
+    return classify(embed_images(model, paths, preprocess, workers=args.workers),
+                    class_vectors(model, tokenizer, names, templates), labels)
+
+
+def run_attend(args, model, tokenizer, preprocess):
+    attention_picture(model, tokenizer, preprocess, Image.open(args.image), args.text, args.out)
+    return {'picture': args.out}
+
+
+def main():
+    parser = Parser(description=__doc__.split('\n')[0])
+    commands = parser.add_subparsers(dest='command', required=True)
+
+    def command(name, run, help):
+        sub = commands.add_parser(name, help=help)
+        sub.set_defaults(run=run)
+        sub.add_argument('checkpoint', metavar='CKPT')
+        sub.add_argument('--weights', choices=['teacher', 'student'], default='teacher', help='which network of the checkpoint')
+        sub.add_argument('--vocab', help="CLIP's merges, for checkpoints that carry none")
+        sub.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+        sub.add_argument('--workers', type=int, default=2, help='processes that read images')
+        sub.add_argument('--json', help='also write the figures to this file')
+        return sub
+
+    sub = command('retrieval', run_retrieval, 'R@1/5/10 and ranks, both ways')
+    sub.add_argument('--coco', help='folder with images/val2017 and annotations/captions_val2017.json')
+    sub.add_argument('--karpathy', help="Karpathy's dataset_coco.json or dataset_flickr30k.json")
+    sub.add_argument('--split', default='test', help="Karpathy's split")
+    sub.add_argument('--images', help="folder of Karpathy's images (default: beside the JSON)")
+    sub.add_argument('--shards', help='held-out shards')
+    sub = command('classify', run_classify, 'zero-shot top-1 and top-5')
+    sub.add_argument('--folder', help='one folder of images per class, or images with a labels.json')
+    sub.add_argument('--classes', help='JSON of class names for a labels.json')
+    sub.add_argument('--subset', help="a subset of the classes file")
+    sub.add_argument('--shards', help='shards that list objects: names the dominant and the small ones')
+    sub = command('attend', run_attend, 'picture of the cross-attention weights')
+    sub.add_argument('--image', required=True)
+    sub.add_argument('--text', required=True, nargs='+', help='one or more captions')
+    sub.add_argument('--out', default='attention.png')
+
+    args = parser.parse_args()
+    model, tokenizer, preprocess = load(args.checkpoint, args.weights, vocab=args.vocab)
+    print(f'{args.checkpoint}: {args.weights}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.command} on '
+          + ', '.join(str(getattr(args, k)) for k in ('coco', 'karpathy', 'folder', 'shards', 'image') if getattr(args, k, None)))
+    figures = args.run(args, model.to(args.device), tokenizer, preprocess)
+    show(figures)
+    if args.json:
+        Path(args.json).write_text(json.dumps({'checkpoint': args.checkpoint, 'weights': args.weights, **figures}, indent=1))
+
+
+if __name__ == '__main__':
+    cli(main)
