@@ -7,17 +7,20 @@ has to find the teacher's vectors, so a sentence on a small object must be found
 
 One training step, every name is a name below:
 
-    images = [2 global views (B,3,224,224), 6 local (B,3,96,96)]       texts = [2 global (B,77), 6 local (B,T)]
-                       |                                                       |
-         student  VisionTower ----- patch tokens of view 0 ----.   .---- word tokens of caption 0 ----- TextTower
-                       |                                        \ /                                      |
-                    [cls] (V,B,D) --- query ---> text_cross <----X----> image_cross <--- query --- [eot] (U,B,D)
-                       |                            |                      |                             |
-                       '------- + ------------> image_x = h_I          text_x = h_T <----------- + ------'      Eq. 1-2
-                       |                            |                      |                             |
-                  clip_loss(image, text)     cosmos_loss(image_x, text_x against the teacher's image, text)     Eq. 6
-                                                             |
-         teacher  EMA copy of the student, sees only the 2 + 2 globals, has no gradient and uses no cross-attention
+    images = [2 global views (B,3,224,224), 6 local (B,3,96,96)]             texts = [2 global (B,77), 6 local (B,T)]
+                     |                                                                   |
+    student     VisionTower ---- patch tokens of view 0 --.    .-- word tokens of caption 0 ---- TextTower
+                     |                                     |  |                                  |
+              [cls] (V,B,D) --- query ---> text_cross <----|--'                                  |
+                     |                         |           '----> image_cross <--- query --- [eot] (U,B,D)
+                     '---------- + ------------'                      '------------- + ----------'
+                     |           |                                                   |           |
+                     |       image_x = h_I, Eq. 1                     Eq. 2, text_x = h_T        |
+                     |           |                                                   |           |
+                     |           '--- cosmos_loss, against the teacher, Eq. 6 ---------'           |
+                     '------------------------------ clip_loss ------------------------------------'
+
+    teacher     an EMA copy of the student that sees only the 2 + 2 globals, without gradient or cross-attention
 
     out = model(images, texts)                                    # student, all views
     teacher_image, teacher_text = teacher(images[:2], texts[:2])  # teacher, globals only

@@ -1,15 +1,15 @@
 """Pairs in, views out: shards, captions, tokenizer, text crops, image crops, and the built-in set of drawn scenes.
 
     python data.py make DIR              draws the built-in set: DIR/train/*.tar, DIR/val/*.tar
-    python data.py inspect SHARDS        counts, caption statistics, and a contact sheet of samples, views and text crops
+    python data.py inspect SHARDS        counts, caption statistics, and a contact sheet of views and text crops
 
 A shard is a tar as img2dataset writes it: members that share a stem are one pair.
 
     000000017.jpg     jpg, jpeg, png or webp
-    000000017.json    {"raw_caption": "...", "shortIB_captions": ["...", "..."], ...}, or {"caption": "..."}; see CAPTION_KEYS
+    000000017.json    {"raw_caption": "...", "shortIB_captions": ["...", "..."], ...}; see CAPTION_KEYS
     000000017.txt     the caption alone; used when the json has none
 
-Every random choice for a sample comes from (seed, epoch, index of the pair), and the order of the pairs from (seed, epoch).
+Every random choice for a sample comes from (seed, epoch, index of the pair), and the order of pairs from (seed, epoch).
 So a run sees the same numbers with any number of workers and GPUs, and goes on from any step.
 """
 import argparse
@@ -73,7 +73,7 @@ def find_shards(pattern):
                 found += sorted(glob.glob(name))
         if not found:
             what = 'holds no .tar file' if os.path.isdir(names[0]) else 'does not exist or matches nothing'
-            raise ValueError(f"'{part}' {what}; --data takes a folder of tars, a glob, or a pattern like '/shards/{{00000..00575}}.tar'")
+            raise ValueError(f"'{part}' {what}; give a folder of tars, a glob, or '/shards/{{00000..00575}}.tar'")
         paths += found
     return paths
 
@@ -107,7 +107,7 @@ def scan_shard(path, number):
     rows = [(number, *pair['image'], *pair.get('json', (0, 0)), *pair.get('txt', (0, 0)))
             for pair in pairs.values() if 'image' in pair and ('json' in pair or 'txt' in pair)]
     if pairs and not rows:
-        raise ValueError(f"{path} has members but no image with a .json or .txt beside it; a pair shares its name up to the dot")
+        raise ValueError(f'{path} has no image with a .json or .txt of the same name; see the format in README')
     return np.array(rows, dtype=PAIR)
 
 
@@ -127,8 +127,7 @@ class Shards:
         shards = tqdm(self.paths, desc='reading headers', disable=None, leave=False)
         self.pairs = np.concatenate([scan_shard(path, number) for number, path in enumerate(shards)])
         if not len(self.pairs):
-            raise ValueError(f"'{pattern}' holds {len(self.paths)} tars but no pair of image and caption; see the format "
-                             'in the README')
+            raise ValueError(f"'{pattern}' is {len(self.paths)} tars without one pair of image and caption; see README")
         for first in np.unique(self.pairs['shard'], return_index=True)[1]:
             self.check_captions(range(first, min(first + 5, len(self.pairs))))
         if name:
@@ -231,7 +230,7 @@ def caption_pool(record, keys=None):
 def text_crops(pool, rng, globals_=2, local=6):
     """Globals of 1-5 sentences joined by '. ', then `local` single sentences -> list of globals_ + local strings.
 
-    Sentences come in random order, without replacement within a global and within the locals, independently between them.
+    Sentences come in random order, without replacement in a global and in the locals, independently between them.
     A pool that is too small is repeated whole, plus a random rest (code≠paper: data.py:238-270 of the released code).
     """
     def draw(k):
@@ -423,7 +422,7 @@ def decode(data):
     """Encoded bytes -> (3, h, w) uint8. Raises OSError or RuntimeError for what is no image."""
     try:
         return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-    except RuntimeError:                                                # rarer kinds, such as CMYK: slower, but all of them
+    except RuntimeError:                                                # rarer kinds, such as CMYK: slower, but all
         return v2.functional.pil_to_tensor(Image.open(io.BytesIO(data)).convert('RGB'))
 
 
@@ -445,13 +444,13 @@ def image_crops(config, augment):
 
 
 def normalize(images):
-    """uint8 (..., 3, h, w) -> float32 with the released models' mean and deviation, on the device where it already is."""
+    """uint8 (..., 3, h, w) -> float32 with the released models' mean and deviation, on the device where it is."""
     mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
     return (images.float() / 255 - mean) / std
 
 
 class Preprocess:
-    """The evaluation transform: PIL image of any mode -> (3, size, size) float. Short side to `size`, bicubic, centre."""
+    """The evaluation transform: PIL image -> (3, size, size) float. Short side to `size`, bicubic, then the centre."""
 
     def __init__(self, size):
         self.steps = v2.Compose([v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.ToImage(),
@@ -501,13 +500,13 @@ class Order(torch.utils.data.Sampler):
 class Views(torch.utils.data.Dataset):
     """The training set: (epoch, position, index) -> views of one pair, as uint8 crops and token ids.
 
-    A pair that cannot be read is replaced by the one a whole batch further on in the order (the very next one would often
+    A pair that cannot be read is replaced by the one a whole batch further on in the order (the very next would often
     be in the same batch, and twice in a batch is a false negative), reported once with shard and name, and counted.
     """
 
-    def __init__(self, shards, tokenizer, config, seed, batch, globals_=2, local_crops=6, local_captions=6, augment='full'):
+    def __init__(self, shards, tokenizer, config, seed, batch, counts=(2, 6, 6), augment='full'):
         self.shards, self.tokenizer, self.seed, self.batch = shards, tokenizer, seed, batch
-        self.globals, self.local_crops, self.local_captions = globals_, local_crops, local_captions
+        self.counts = counts                                            # globals, local images, local captions
         self.crops, self.reported = image_crops(config, augment), set()
 
     def __getitem__(self, where):
@@ -527,20 +526,19 @@ class Views(torch.utils.data.Dataset):
 
     def views(self, epoch, index):
         """-> globals (2, 3, S, S) uint8, locals (n, 3, s, s) uint8, list of 2 + local captions."""
-        rng = random.Random(f'{self.seed} {epoch} {index}')
-        captions = text_crops(self.shards.pool(index), rng, self.globals, self.local_captions)
+        rng, (globals_, locals_, local_captions) = random.Random(f'{self.seed} {epoch} {index}'), self.counts
+        captions = text_crops(self.shards.pool(index), rng, globals_, local_captions)
         image = decode(self.shards.image(index))
         with torch.random.fork_rng(devices=[]):                         # torchvision draws from torch's own generator
             torch.default_generator.manual_seed(rng.getrandbits(63))
             *large, local = self.crops
-            large = torch.stack([crop(image) for crop in large[:self.globals]])
-            small = [local(image) for _ in range(self.local_crops)]
+            large = torch.stack([crop(image) for crop in large[:globals_]])
+            small = [local(image) for _ in range(locals_)]
         return large, torch.stack(small) if small else large[:0], captions
 
 
 class Batch(NamedTuple):
-    """Views of B pairs in few large tensors. Captions are cut to their longest, but caption 0 keeps its padding: C^T reads it.
-    """
+    """Views of B pairs in few large tensors. Captions are cut to their longest, but caption 0: C^T reads its padding."""
     images: list        # (2, B, 3, S, S) and (local, B, 3, s, s), uint8
     texts: list         # (1, B, context length), (1, B, length) and (local, B, longest), int64
     length: int         # of the longest global caption: the teacher reads ends only, so it gets caption 0 cut to this
@@ -548,12 +546,13 @@ class Batch(NamedTuple):
 
     def to(self, device):
         """The batch on a device, without waiting for it."""
-        images, texts = ([tensor.to(device, non_blocking=True) for tensor in part] for part in (self.images, self.texts))
-        return self._replace(images=images, texts=texts)
+        move = lambda tensors: [tensor.to(device, non_blocking=True) for tensor in tensors]
+        return self._replace(images=move(self.images), texts=move(self.texts))
 
     def views(self):
         """What COSMOS.forward takes: V images (B, 3, s, s), normalised, and U captions (B, T)."""
-        return [view for group in self.images for view in normalize(group)], [row for group in self.texts for row in group]
+        images = [view for group in self.images for view in normalize(group)]
+        return images, [caption for group in self.texts for caption in group]
 
 
 def collate(samples):
@@ -831,7 +830,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def cli(main):
-    """Run a command: what a user can cause becomes one sentence and exit status 1, anything else keeps its traceback."""
+    """Run a command: what a user can cause becomes one sentence and exit status 1, all else keeps its traceback."""
     try:
         main()
     except (ValueError, OSError) as error:
@@ -839,7 +838,7 @@ def cli(main):
 
 
 def sheet(rows, path, tile=112, width=1000):
-    """Contact sheet PNG. rows: list of (list of PIL images or (3, h, w) uint8 tensors, list of lines of text below them)."""
+    """Contact sheet PNG. rows: list of (list of PIL images or (3, h, w) uint8 tensors, list of lines of text below)."""
     font, step, y = ImageFont.load_default(13), 17, 6
     canvas = Image.new('RGB', (width, sum(tile + 12 + step * sum(len(textwrap.wrap(line, 140)) for line in lines)
                                           for _, lines in rows) + 12), 'white')
@@ -880,7 +879,8 @@ def inspect(pattern, caption_keys, preset, out, most=5000):
         raise ValueError(f'no caption of {pattern} can be read ({bad[0]})')
     kinds = Counter(key for i in some[:200] for key in shards.record(i))
     show = lambda values: ', '.join(f'{q:g} % {np.percentile(values, q):g}' for q in (0, 10, 50, 90, 100))
-    print(f'{len(shards):,} pairs in {len(shards.paths)} shards, {sum(map(os.path.getsize, shards.paths)) / 2 ** 20:,.1f} MiB')
+    size = sum(map(os.path.getsize, shards.paths)) / 2 ** 20
+    print(f'{len(shards):,} pairs in {len(shards.paths)} shards, {size:,.1f} MiB')
     print(f"bytes per image      {show(shards.pairs['image_size'])}")
     print(f'keys                 {", ".join(f"{key} ({n / len(some[:200]):.0%})" for key, n in kinds.most_common())}')
     print(f'sentences per pair   {show([len(pool) for pool in pools])}')

@@ -3,14 +3,13 @@
     python eval.py retrieval CKPT --coco DIR                      images/val2017 + annotations/captions_val2017.json
     python eval.py retrieval CKPT --karpathy dataset_coco.json --split test --images DIR
     python eval.py retrieval CKPT --shards runs/scenes/val
-    python eval.py classify CKPT --folder DIR                     one folder a class, or a labels.json with --classes FILE
+    python eval.py classify CKPT --folder DIR                     one folder a class, or labels.json with --classes FILE
     python eval.py classify CKPT --shards runs/scenes/val         the dominant and the small object of each scene
     python eval.py attend CKPT --image a.jpg --text "a red star" "a small blue ring" --out attention.png
 
-CKPT is ours (runs/.../last.pt), a released cosmos_vitb*.pt, or an open_clip ViT state dict. Scores come from the teacher, the
-averaged weights, unless --weights student. Features are float32 and of unit length; a score is their dot product.
+CKPT is ours (runs/.../last.pt), a released cosmos_vitb*.pt, or an open_clip ViT state dict. Scores come from the
+teacher, the averaged weights, unless --weights student. Features are float32 of unit length, a score is their product.
 """
-import dataclasses
 import io
 import json
 import math
@@ -40,17 +39,17 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise ValueError(f'checkpoint {path} does not exist') from None
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f'{path} is no checkpoint of tensors and plain values ({str(error).splitlines()[0][:120]}); save its '
-                         'state dict alone: torch.save({k: v.clone() for k, v in model.state_dict().items()}, path)') from None
+        raise ValueError(f'{path} is no checkpoint of tensors and plain values ({str(error).splitlines()[0][:120]}); where '
+                         'you trust it, convert it: torch.save(torch.load(OLD, weights_only=False)[...], NEW)') from None
 
 
 def infer_config(state):
-    """Config of released or open_clip weights from their shapes. Heads are 64 wide in all of these; the heads C have 8."""
+    """Config of released or open_clip weights from their shapes. Attention is 64 wide in all of these; C has 8 heads."""
     patch, width = state['visual.conv1.weight'].shape[-1], state['visual.conv1.weight'].shape[0]
     layers = lambda prefix: len({key.split('resblocks.')[1].split('.')[0] for key in state if key.startswith(prefix)})
     context_length, text_width = state['positional_embedding'].shape
-    return Config(embed_dim=state['text_projection'].shape[1], patch_size=patch, local_image_size=96 // patch * patch or patch,
-                  image_size=math.isqrt(len(state['visual.positional_embedding']) - 1) * patch,
+    return Config(embed_dim=state['text_projection'].shape[1],
+                  patch_size=patch, local_image_size=96 // patch * patch or patch, image_size=math.isqrt(len(state['visual.positional_embedding']) - 1) * patch,
                   vision_width=width, vision_layers=layers('visual.transformer.'), vision_heads=width // 64,
                   text_width=text_width, text_layers=layers('transformer.'), text_heads=text_width // 64,
                   context_length=context_length, vocab_size=len(state['token_embedding.weight']),
@@ -64,7 +63,8 @@ def load_weights(model, state, path):
                 'unexpected': [key for key in state if key not in own],
                 'of another shape': [f'{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}' for key in own
                                      if key in state and state[key].shape != own[key].shape]}
-    told = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for kind, keys in problems.items() if keys]
+    told = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for kind, keys in problems.items() if keys]
     if told:
         raise ValueError(f'{path} does not fit this model: ' + '; '.join(told))
     model.load_state_dict(state)
@@ -74,7 +74,7 @@ def load(path, weights='teacher', config=None, vocab=None):
     """-> (model in eval mode, tokenizer, preprocess: PIL image -> (3, S, S)).
 
     path: our checkpoint, a released one (dict with 'student' and 'teacher'), or an open_clip state dict; `module.` and
-    `_orig_mod.` prefixes are stripped. `config` is needed only where heads are not 64 wide, `vocab` is Tokenizer.clip's.
+    `_orig_mod.` prefixes are stripped. `config` is needed only where heads are not 64 wide; `vocab` goes to Tokenizer.clip.
     """
     saved = read_checkpoint(path)
     if not isinstance(saved, dict):
@@ -88,14 +88,14 @@ def load(path, weights='teacher', config=None, vocab=None):
         config = config or infer_config(state)
         state, tokenizer = from_openclip(state), Tokenizer.clip(vocab, config.context_length)
     else:
-        raise ValueError(f"{path} holds none of the weights this reads (its keys: {', '.join(map(str, list(saved)[:5]))}, ...); "
-                         'give a checkpoint of train.py, a released cosmos_vitb*.pt or an open_clip ViT state dict')
+        raise ValueError(f"{path} holds no weights of this model (its keys: {', '.join(map(str, list(saved)[:5]))}); give "
+                         'a checkpoint of train.py, a released cosmos_vitb*.pt or an open_clip ViT state dict')
     model = COSMOS(config)
     load_weights(model, state, path)
     return model.eval(), tokenizer, Preprocess(config.image_size)
 
 
-OPENAI_EXTRAS = ('input_resolution', 'context_length', 'vocab_size', 'attn_mask')       # no parameters, in OpenAI's files
+OPENAI_EXTRAS = 'input_resolution', 'context_length', 'vocab_size', 'attn_mask'          # in OpenAI's files, no weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Features
@@ -113,11 +113,12 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         inside = isinstance(self.source, Shards)
-        data = self.source.image(i) if inside else Path(self.source[i]).read_bytes()
         try:
+            data = self.source.image(i) if inside else Path(self.source[i]).read_bytes()
             return self.preprocess(Image.open(io.BytesIO(data)))
         except OSError as error:
-            raise ValueError(f'{self.source.name(i) if inside else self.source[i]} is no readable image ({error})') from None
+            where = self.source.name(i) if inside else self.source[i]
+            raise ValueError(f'{where} is no readable image ({error})') from None
 
 
 def device_of(model):
@@ -151,7 +152,7 @@ def embed_texts(model, tokenizer, texts, batch=256):
 
 
 def ranks(queries, targets, query_ids, target_ids, chunk=1024):
-    """Rank from 1 of the best right target of each query, (n,). Right targets have the query's id, and never outrank it.
+    """Rank from 1 of each query's best right target, (n,). Right targets have the query's id; they do not outrank it.
 
     A wrong target with an equal score counts as ahead: features that are all the same must not look perfect.
     """
@@ -167,8 +168,8 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
 def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures. owner (captions,): the image of each caption.
 
-    Image to text: a hit if any of the image's captions is in the first K. Text to image: the one image. Fractions, ranks
-    from 1; chance is the R@1 of guessing.
+    Image to text: a hit if any of the image's captions is in the first K. Text to image: the one image. R@K are fractions,
+    ranks count from 1, chance is the R@1 of guessing.
     """
     ids = torch.arange(len(image_features))
     figures = {'images': len(ids), 'captions': len(owner), 'chance': 1 / len(ids)}
@@ -205,12 +206,12 @@ def karpathy_captions(path, split, images):
         raise ValueError(f"{path} has no image of split '{split}'; Karpathy's are train, restval, val, test")
     root = Path(images or Path(path).parent)
     paths = [root / image.get('filepath', '') / image['filename'] for image in chosen]
-    captions = [[sentence['raw'] for sentence in image['sentences']] for image in chosen]
-    return paths, sum(captions, []), torch.arange(len(paths)).repeat_interleave(torch.tensor([len(c) for c in captions]))
+    pairs = [(i, sentence['raw']) for i, image in enumerate(chosen) for sentence in image['sentences']]
+    return paths, [caption for _, caption in pairs], torch.tensor([i for i, _ in pairs])
 
 
 def shard_captions(shards):
-    """-> (shards, captions, owner): what `captions` lists, else the one raw caption of each pair, whole, never split."""
+    """-> (shards, captions, owner): what `captions` lists, else the one raw caption of a pair; whole, never split."""
     captions, owner = [], []
     for i in range(len(shards)):
         record = shards.record(i)
@@ -220,8 +221,8 @@ def shard_captions(shards):
         owner += [i] * sum(isinstance(caption, str) for caption in found)
     missing = sorted(set(range(len(shards))) - set(owner))
     if missing:
-        raise ValueError(f'{shards.name(missing[0])} has no caption to retrieve by; held-out pairs need captions, raw_caption, '
-                         'caption or a .txt')
+        raise ValueError(f'{shards.name(missing[0])} has no caption to retrieve by; held-out pairs need captions, '
+                         'raw_caption, caption or a .txt')
     return shards, captions, torch.tensor(owner)
 
 
@@ -229,7 +230,8 @@ def shard_captions(shards):
 # 4. Zero-shot classification
 # ---------------------------------------------------------------------------------------------------------------------
 
-TEMPLATES = ('a photo of a {}', 'a picture of a {}', 'an image of a {}', 'there is a {} in the picture', 'a small {}', 'a large {}')
+TEMPLATES = ('a photo of a {}', 'a picture of a {}', 'an image of a {}', 'there is a {} in the picture',
+             'a small {}', 'a large {}')
 
 
 def class_vectors(model, tokenizer, names, templates=TEMPLATES):
@@ -249,23 +251,25 @@ def classify(image_features, vectors, labels):
 
 
 def folder_classes(root, classes=None, subset=None):
-    """-> (paths, labels, names, templates). One folder a class, or labels.json: [{"file", "class_id"}, ...] with a classes file.
+    """-> (paths, labels, names, templates) of one folder a class, or of labels.json [{"file", "class_id"}] and a classes file.
 
-    A classes file is a list of names, or {"classes": [{"id", "name", "noun_phrase"}], "subsets": {name: ids}, "templates"}.
+    The file is a list of names, or {"classes": [{"id", "name", "noun_phrase"}], "subsets": {name: ids}, "templates"}.
     """
     root = Path(root)
     if not (root / 'labels.json').exists():
         names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-        found = [(path, k) for k, name in enumerate(names) for path in sorted((root / name).rglob('*')) if path.is_file()]
+        found = [(p, k) for k, name in enumerate(names) for p in sorted((root / name).rglob('*')) if p.is_file()]
         if not found:
             raise ValueError(f'{root} has neither one folder of images per class nor a labels.json')
-        return [path for path, _ in found], torch.tensor([k for _, k in found]), [n.replace('_', ' ') for n in names], TEMPLATES
+        names = [name.replace('_', ' ') for name in names]
+        return [path for path, _ in found], torch.tensor([k for _, k in found]), names, TEMPLATES
     if not classes:
         raise ValueError(f'{root}/labels.json numbers its classes; name them with --classes FILE')
     listing = read_json(classes)
-    listing = listing if isinstance(listing, dict) else {'classes': [{'id': i, 'name': n} for i, n in enumerate(listing)]}
+    if isinstance(listing, list):
+        listing = {'classes': [{'id': i, 'name': name} for i, name in enumerate(listing)]}
     if subset and subset not in listing.get('subsets', {}):
-        raise ValueError(f"{classes} has no subset '{subset}'; it has {', '.join(listing.get('subsets', {})) or 'none'}")
+        raise ValueError(f"{classes} has no subset '{subset}'; it has: {', '.join(listing.get('subsets', {})) or 'none'}")
     wanted = {item['id']: item.get('noun_phrase') or item['name'] for item in listing['classes']}
     wanted = {i: wanted[i] for i in (listing['subsets'][subset] if subset else wanted)}
     number = {class_id: k for k, class_id in enumerate(wanted)}
@@ -277,8 +281,8 @@ def folder_classes(root, classes=None, subset=None):
 def classify_objects(model, tokenizer, image_features, shards):
     """Feature suppression, measured: is an object named right among its own name and the listed wrong ones?
 
-    Counts every object of every scene, apart for the dominant and the small ones. -> {role: {top1, chance, objects}}, {} when
-    the shards list no objects.
+    Counts every object of every scene, apart for the dominant and the small ones -> {role: {top1, chance, objects}}; {}
+    when the shards list no objects.
     """
     objects = [(i, thing) for i in range(len(shards)) for thing in shards.record(i).get('objects', [])]
     if not objects:
@@ -290,7 +294,8 @@ def classify_objects(model, tokenizer, image_features, shards):
         scores = vectors[[number[name] for name in [thing['name'], *thing['negatives']]]] @ image_features[i]
         right.setdefault(thing['role'], []).append(bool((scores[0] > scores[1:]).all()))
     wrong = len(objects[0][1]['negatives'])
-    return {role: {'top1': float(np.mean(hits)), 'chance': 1 / (1 + wrong), 'objects': len(hits)} for role, hits in right.items()}
+    return {role: {'top1': float(np.mean(hits)), 'chance': 1 / (1 + wrong), 'objects': len(hits)}
+            for role, hits in right.items()}
 
 
 def evaluate(model, tokenizer, preprocess, shards):
@@ -306,7 +311,7 @@ def evaluate(model, tokenizer, preprocess, shards):
 # 5. Attention pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
-RAMP = np.array([(0, 32, 77), (66, 78, 108), (124, 123, 120), (186, 174, 105), (255, 234, 70)], np.float32)     # low .. high
+RAMP = np.float32([(0, 32, 77), (66, 78, 108), (124, 123, 120), (186, 174, 105), (255, 234, 70)])      # low to high
 
 
 def colour(values):
@@ -332,8 +337,8 @@ def attention(model, tokenizer, preprocess, image, caption):
         words.append((word, token_weights[0, at:at + pieces].sum().item()))
         at += pieces
     scaled = lambda x: (x - x.min()) / max(x.max() - x.min(), 1e-12)
-    weights = scaled(np.array([weight for _, weight in words] or [0.0]))
-    return scaled(patch_weights[0].view(side, side).cpu().numpy()), [(word, weight) for (word, _), weight in zip(words, weights)]
+    grid = scaled(patch_weights[0].view(side, side).cpu().numpy())
+    return grid, list(zip([word for word, _ in words], scaled(np.array([weight for _, weight in words] or [0.0]))))
 
 
 def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=224):
@@ -360,8 +365,8 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=
             draw.rectangle((x, line, x + length, line + 22), fill=tuple(int(c) for c in colour(np.array(weight))))
             draw.text((x + 4, line + 2), word, fill='black' if weight > 0.5 else 'white', font=font)
             x += length + 3
-    draw.text((gap, canvas.height - 22), 'image | where C^I looks for the caption | which words C^T reads for the image. Dark blue '
-              'low, yellow high; start, end and padding left out.', fill='black', font=ImageFont.load_default(12))
+    draw.text((gap, canvas.height - 22), 'image | where C^I looks for the caption | which words C^T reads for the image. '
+              'Dark blue low, yellow high; start, end and padding left out.', fill='black', font=ImageFont.load_default(12))
     canvas.save(path)
 
 
@@ -401,9 +406,10 @@ def run_classify(args, model, tokenizer, preprocess):
         raise ValueError('classify takes exactly one of --folder DIR and --shards SHARDS')
     if args.shards:
         shards = Shards(args.shards)
-        figures = classify_objects(model, tokenizer, embed_images(model, shards, preprocess, workers=args.workers), shards)
+        image_features = embed_images(model, shards, preprocess, workers=args.workers)
+        figures = classify_objects(model, tokenizer, image_features, shards)
         if not figures:
-            raise ValueError(f"{args.shards} lists no objects to name; its json needs 'objects' as `data.py make` writes them")
+            raise ValueError(f"{args.shards} lists no objects to name; its json needs 'objects' as data.py make writes them")
         return figures
     paths, labels, names, templates = folder_classes(args.folder, args.classes, args.subset)
     print(f'{len(names)} classes, prompts: ' + ' | '.join(template.format(names[0]) for template in templates))
@@ -424,7 +430,7 @@ def main():
         sub = commands.add_parser(name, help=help)
         sub.set_defaults(run=run)
         sub.add_argument('checkpoint', metavar='CKPT')
-        sub.add_argument('--weights', choices=['teacher', 'student'], default='teacher', help='which network of the checkpoint')
+        sub.add_argument('--weights', choices=['teacher', 'student'], default='teacher', help='which of the two networks')
         sub.add_argument('--vocab', help="CLIP's merges, for checkpoints that carry none")
         sub.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
         sub.add_argument('--workers', type=int, default=2, help='processes that read images')
@@ -449,12 +455,14 @@ def main():
 
     args = parser.parse_args()
     model, tokenizer, preprocess = load(args.checkpoint, args.weights, vocab=args.vocab)
-    print(f'{args.checkpoint}: {args.weights}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.command} on '
-          + ', '.join(str(getattr(args, k)) for k in ('coco', 'karpathy', 'folder', 'shards', 'image') if getattr(args, k, None)))
+    sources = [getattr(args, name, None) for name in ('coco', 'karpathy', 'folder', 'shards', 'image')]
+    print(f'{args.command} of {args.checkpoint} ({args.weights}, {sum(p.numel() for p in model.parameters()):,} parameters) '
+          f"on {', '.join(filter(None, sources))}")
     figures = args.run(args, model.to(args.device), tokenizer, preprocess)
     show(figures)
     if args.json:
-        Path(args.json).write_text(json.dumps({'checkpoint': args.checkpoint, 'weights': args.weights, **figures}, indent=1))
+        figures = {'checkpoint': args.checkpoint, 'weights': args.weights, **figures}
+        Path(args.json).write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == '__main__':
