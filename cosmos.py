@@ -78,9 +78,10 @@ class Config:
         for name, size in sizes.items():
             if size % p or size < p:
                 raise ValueError(f'{name} {size} is no multiple of the patch size {p}; choose {max(size // p, 1) * p}')
-        for width, heads in ('vision_width', 'vision_heads'), ('text_width', 'text_heads'), ('embed_dim', 'cross_heads'):
-            if getattr(self, heads) and getattr(self, width) % getattr(self, heads):
-                raise ValueError(f'{width} {getattr(self, width)} cannot be split into {getattr(self, heads)} {heads}')
+        pairs = ('vision_width', 'vision_heads'), ('text_width', 'text_heads'), ('embed_dim', 'cross_heads')
+        for (width, wide), (heads, many) in [[(name, getattr(self, name)) for name in pair] for pair in pairs]:
+            if many and wide % many:
+                raise ValueError(f'{width} {wide} cannot be split into {many} {heads}; choose a multiple of {many}')
 
     @classmethod
     def preset(cls, name, **changes):
@@ -244,8 +245,8 @@ class VisionTower(nn.Module):
             return self.positional_embedding
         cls, patches = self.positional_embedding.split([1, grid ** 2])
         patches = patches.T.unflatten(1, (grid, grid))[None]                            # (1, C, grid, grid)
-        # code≠paper: DINO's + 0.1 guarded against rounding a size down. It also shifts where the grid is sampled, and the
-        # released weights were trained with it: without, 96-pixel crops get other positions. transformer.py:646-669
+        # code≠paper: DINO's + 0.1 guarded against rounding a size down. It also shifts where the grid is sampled, so
+        # released weights need it: without, 96-pixel crops get other positions. transformer.py:646-669
         scale = (h + 0.1) / grid, (w + 0.1) / grid
         patches = F.interpolate(patches, scale_factor=scale, mode='bicubic')            # (1, C, h, w)
         return torch.cat([cls, patches[0].flatten(1).T])
@@ -253,7 +254,7 @@ class VisionTower(nn.Module):
     def forward(self, views, keep=False, csa=False):
         """views: list of V (B, 3, h, w) -> [cls] (V, B, D), and if `keep` the patch tokens of view 0 (B, P, C).
 
-        Sizes may differ between views; h and w must be multiples of the patch. The tokens come after ln_post and without
+        Sizes may differ between views; h and w must be multiples of the patch. The tokens come after ln_post, without
         the class token, which is the query, never a key.
         """
         for h, w in {view.shape[-2:] for view in views}:
@@ -383,8 +384,8 @@ class COSMOS(nn.Module):
     def forward(self, images, texts):
         """images: list of V (B, 3, s, s); texts: list of U (B, T) or one (U, B, T) -> Output.
 
-        Keys and values are the tokens of image 0 and caption 0, for the queries of every view (code≠paper: it says "global
-        crops"; model.py:370-382). Caption 0 therefore must come at full length; the others may be cut.
+        Keys and values are the tokens of image 0 and caption 0, for the queries of every view (code≠paper, which says
+        "global crops"; model.py:370-382). Caption 0 therefore must come at full length; the others may be cut.
         """
         cross = self.config.cross_heads > 0
         image, patches = self.visual(list(images), keep=cross)                          # (V, B, D), (B, P, C)
@@ -430,7 +431,7 @@ class COSMOS(nn.Module):
 
     @torch.no_grad()
     def clamp_scales(self):
-        """Keep both scales in [0, ln 100], after each optimizer step: beyond, the softmax saturates and training breaks."""
+        """Keep both scales in [0, ln 100], after each step: beyond, the softmax saturates and training breaks."""
         for name in ('logit_scale', 'distill_logit_scale'):
             if hasattr(self, name):
                 getattr(self, name).clamp_(0, math.log(100))
@@ -505,7 +506,7 @@ def gather(*features):
 def nce(rows, columns, scale):
     """L_nce averaged over all pairs of views: row i must find column i among all N.
 
-    rows (V, B, D), columns (U, N, D), of unit length; scale = 1/temperature -> scalar. On rank r row i is column r*B + i.
+    rows (V, B, D), columns (U, N, D), of unit length; scale = 1/temperature. On rank r row i belongs to column r*B + i.
 
     By pencil: rows (1, 0) and (0, 1), columns (1, 0) and (0.6, 0.8), scale 1. Logits [[1, 0.6], [0, 0.8]]: row 0 loses
     ln(1 + e^-0.4) = 0.5130, row 1 ln(1 + e^-0.8) = 0.3711, mean 0.4421. The columns lose ln(1 + e^-1) = 0.3133 and
@@ -534,9 +535,9 @@ def clip_loss(out, scale):
 
 
 def cosmos_terms(out, teacher_image, teacher_text, scale):
-    """The four terms of L_COSMOS, (4,): h_I to CLS_t, h_I to EOT_t, h_T to CLS_t, h_T to EOT_t.          Sec. 3.3, Eq. 6
+    """The four terms of L_COSMOS, (4,): h_I to CLS_t, h_I to EOT_t, h_T to CLS_t, h_T to EOT_t.     Sec. 3.3, Eq. 6
 
-    Each pairs every student view with both teacher views (V x 2 or U x 2 pairs). Pairs of the same view count too, where
+    Each pairs every student view with both teacher views (V x 2 or U x 2 pairs). Pairs of the same view count too;
     DINO leaves them out (code≠paper: loss.py:131-139). scale = exp(distill_logit_scale).
     """
     h_I, h_T = out.image_x, out.text_x
@@ -548,7 +549,7 @@ def cosmos_terms(out, teacher_image, teacher_text, scale):
 
 
 def cosmos_loss(out, teacher_image, teacher_text, scale):
-    """L_COSMOS, the mean of the four terms. The total loss is L_CLIP + L_COSMOS, unweighted.          Sec. 3.3, Eq. 6"""
+    """L_COSMOS, the mean of the four terms. The total loss is L_CLIP + L_COSMOS, unweighted.      Sec. 3.3, Eq. 6"""
     return cosmos_terms(out, teacher_image, teacher_text, scale).mean()
 
 

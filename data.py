@@ -17,12 +17,9 @@ import difflib
 import glob
 import gzip
 import hashlib
-import heapq
 import html
 import io
-import itertools
 import json
-import math
 import os
 import random
 import re
@@ -34,12 +31,13 @@ import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -62,15 +60,9 @@ def find_shards(pattern):
     """
     paths = []
     for part in str(pattern).split('::'):
-        names, found = [os.path.expanduser(part)], []
-        while any('{' in name for name in names):                       # one brace of every name per round
-            names = [name.replace(brace[0], item, 1) for name in names for brace in [re.search(r'{([^{}]*)}', name)]
-                     for item in brace_items(brace[1], part)]
+        names, found = expand_braces(os.path.expanduser(part)), []
         for name in names:
-            if os.path.isdir(name):
-                found += sorted(glob.glob(os.path.join(glob.escape(name), '*.tar')))
-            else:
-                found += sorted(glob.glob(name))
+            found += sorted(glob.glob(os.path.join(glob.escape(name), '*.tar') if os.path.isdir(name) else name))
         if not found:
             what = 'holds no .tar file' if os.path.isdir(names[0]) else 'does not exist or matches nothing'
             raise ValueError(f"'{part}' {what}; give a folder of tars, a glob, or '/shards/{{00000..00575}}.tar'")
@@ -78,15 +70,17 @@ def find_shards(pattern):
     return paths
 
 
-def brace_items(inside, pattern):
-    """'00000..00575' -> zero-padded numbers, 'a,b' -> ['a', 'b']."""
-    bounds = re.fullmatch(r'(\d+)\.\.(\d+)', inside)
-    if bounds is None and ',' not in inside:
+def expand_braces(pattern):
+    """'{08..10}.tar' -> 08.tar, 09.tar, 10.tar; '{a,b}.tar' -> a.tar, b.tar; of several braces, every combination."""
+    brace = re.search(r'{([^{}]*)}', pattern)
+    if not brace:
+        return [pattern]
+    items, bounds = brace[1].split(','), re.fullmatch(r'(\d+)\.\.(\d+)', brace[1])
+    if bounds:
+        items = [f'{i:0{len(bounds[1])}d}' for i in range(int(bounds[1]), int(bounds[2]) + 1)]
+    elif len(items) == 1:
         raise ValueError(f"cannot read the braces of '{pattern}'; write {{00000..00575}} or {{a,b}}")
-    if bounds is None:
-        return inside.split(',')
-    first, last = bounds.groups()
-    return [f'{i:0{len(first)}d}' for i in range(int(first), int(last) + 1)]
+    return [name for item in items for name in expand_braces(pattern.replace(brace[0], item, 1))]
 
 
 def scan_shard(path, number):
@@ -129,7 +123,7 @@ class Shards:
         if not len(self.pairs):
             raise ValueError(f"'{pattern}' is {len(self.paths)} tars without one pair of image and caption; see README")
         for first in np.unique(self.pairs['shard'], return_index=True)[1]:
-            self.check_captions(range(first, min(first + 5, len(self.pairs))))
+            self.check_captions(first)
         if name:
             os.makedirs(cache, exist_ok=True)
             np.save(f'{name}.{os.getpid()}.npy', self.pairs)
@@ -143,27 +137,26 @@ class Shards:
         return {**self.__dict__, 'files': {}}                           # open files do not travel to spawned workers
 
     def read(self, shard, offset, size):
-        if shard not in self.files:
+        key = os.getpid(), shard                                        # NB: forked workers would share its position
+        if key not in self.files:
             if len(self.files) >= 128:                                  # stay far below the usual limit of 1,024
                 self.files.pop(next(iter(self.files))).close()
-            self.files[shard] = open(self.paths[shard], 'rb', buffering=0)
-        self.files[shard].seek(offset)
-        return self.files[shard].read(size)
+            self.files[key] = open(self.paths[shard], 'rb', buffering=0)
+        self.files[key].seek(offset)
+        return self.files[key].read(size)
 
     def image(self, i):
         """The encoded bytes of image i."""
-        pair = self.pairs[i]
-        return self.read(int(pair['shard']), int(pair['image']), int(pair['image_size']))
+        return self.read(*self.pairs[i][['shard', 'image', 'image_size']])
 
     def record(self, i):
         """The json of pair i as a dict, with the .txt under 'txt'."""
         pair, record = self.pairs[i], {}
         if pair['json_size']:
-            record = json.loads(self.read(int(pair['shard']), int(pair['json']), int(pair['json_size'])))
+            record = json.loads(self.read(*pair[['shard', 'json', 'json_size']]))
             record = record if isinstance(record, dict) else {'captions': record}
         if pair['txt_size']:
-            text = self.read(int(pair['shard']), int(pair['txt']), int(pair['txt_size'])).decode('utf-8', 'replace')
-            record.setdefault('txt', text)
+            record.setdefault('txt', self.read(*pair[['shard', 'txt', 'txt_size']]).decode('utf-8', 'replace'))
         return record
 
     def pool(self, i):
@@ -177,18 +170,17 @@ class Shards:
     def name(self, i):
         """Where pair i lies, for messages: shard and member."""
         pair = self.pairs[i]
-        header = self.read(int(pair['shard']), int(pair['image']) - 512, 100)
+        header = self.read(pair['shard'], pair['image'] - 512, 100)
         return f"{self.paths[pair['shard']]}:{header.rstrip(bytes(1)).decode('utf-8', 'replace')}"
 
-    def check_captions(self, some):
-        problems = []
-        for i in some:
+    def check_captions(self, first):
+        """Of the first pairs of a shard one must have captions: if none has, the keys are wrong, not the pairs."""
+        for i in range(first, min(first + 5, len(self))):
             try:
-                self.pool(i)
-                return
+                return self.pool(i)
             except ValueError as error:
-                problems.append(str(error))
-        raise ValueError(f"{self.name(some[0]).rpartition(':')[0]} has captions that cannot be used ({problems[0]}); "
+                problem = error
+        raise ValueError(f"{self.name(first).rpartition(':')[0]} has captions that cannot be used ({problem}); "
                          'name the right ones with --caption-keys')
 
 
@@ -253,15 +245,13 @@ BYTE_SYMBOL = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *
 BYTE_SYMBOL |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in BYTE_SYMBOL)}
 SYMBOL_BYTE = {symbol: byte for byte, symbol in BYTE_SYMBOL.items()}
 
-# ftfy's rewriting, character by character: controls go, quotes straighten, lone surrogates become U+FFFD, ligatures and
-# full or half widths take their plain forms.
+# ftfy's rewriting by character: no controls, straight quotes, U+FFFD for lone surrogates, plain ligatures and widths.
 CLEAN = dict.fromkeys([*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)], '')
 CLEAN |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
 CLEAN |= dict.fromkeys(range(0xD800, 0xE000), '\ufffd')
 CLEAN |= {code: unicodedata.normalize('NFKC', chr(code)) for code in [
     0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07), *range(0xFF01, 0xFFF0)]}
 CLEAN |= {0x149: "'n", 0xFB05: 'ſt'}
-
 # CLIP's pattern wants \p{L} and \p{N}, which `re` lacks. Its \w is exactly L, N and '_', but its \d only the decimal N:
 # the others (² ½ Ⅷ ①) get spaces here, or they would pass for letters. (Listed in a [class] they slow `re` down 25x.)
 CLEAN |= {ord(c): f' {c} ' for c in map(chr, range(sys.maxunicode + 1)) if c.isnumeric() > c.isalpha() + c.isdecimal()}
@@ -271,8 +261,8 @@ WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|[^\W\d_]+
 
 def symbols_of(word):
     """'cat' -> ['c', 'a', 't</w>']: a symbol per UTF-8 byte, the last one marked: 'cat' is not the 'cat' of 'cats'."""
-    symbols = [BYTE_SYMBOL[byte] for byte in word.encode()]
-    return symbols[:-1] + [symbols[-1] + '</w>']
+    *start, last = (BYTE_SYMBOL[byte] for byte in word.encode())
+    return [*start, last + '</w>']
 
 
 def fuse(symbols, left, right):
@@ -288,20 +278,18 @@ def fuse(symbols, left, right):
 
 def fetch_vocab():
     """Path of CLIP's merges in the user's cache, downloaded on first use. ValueError when they can't be had."""
-    cache = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'cosmos')
-    path, patience = os.path.join(cache, os.path.basename(VOCAB_URL)), socket.getdefaulttimeout()
-    if os.path.isfile(path):
-        return path
+    path = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'cosmos', Path(VOCAB_URL).name).expanduser()
+    patience = socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(10)                            # else a silent network hangs the run
-        os.makedirs(cache, exist_ok=True)
-        # Checks a temporary file of its own before it renames it, so that ranks may fetch side by side.
-        torch.hub.download_url_to_file(VOCAB_URL, path, VOCAB_SHA256, progress=False)
+        if not path.is_file():                                  # ranks may fetch side by side: each renames its own
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(VOCAB_URL, str(path), VOCAB_SHA256, progress=False)
+        return path
     except Exception as error:                                  # no network, a proxy's page, a full disk: one remedy
-        raise ValueError(f"CLIP's vocabulary can't be fetched into {path} ({error}); {VOCAB_HELP}") from None
+        raise ValueError(f"CLIP's vocabulary could not be fetched into {path} ({error}); {VOCAB_HELP}") from None
     finally:
         socket.setdefaulttimeout(patience)
-    return path
 
 
 class Tokenizer:
@@ -327,8 +315,7 @@ class Tokenizer:
         """CLIP's 48,894 merges: from `path`, else $COSMOS_VOCAB, else cache or net. ValueError if it's another file."""
         path = os.path.expanduser(path or os.environ.get('COSMOS_VOCAB') or fetch_vocab())
         try:
-            with open(path, 'rb') as file:
-                data = file.read()
+            data = Path(path).read_bytes()
         except OSError as error:
             raise ValueError(f"CLIP's vocabulary {path} can't be read ({error.strerror}); {VOCAB_HELP}") from None
         if hashlib.sha256(data).hexdigest() != VOCAB_SHA256:
@@ -343,28 +330,20 @@ class Tokenizer:
             raise ValueError(f'vocabulary size {vocab_size} leaves no room for bytes, start and end; use 514 or more')
         tally = Counter(word for text in texts for word in cls.split(text) if word not in SPECIAL)
         words = [[symbols_of(word), times] for word, times in tally.items()]
-        count, holders, changed = Counter(), defaultdict(set), set()    # holders: pair -> words that have or had it
-        heap, merges = [], {}
+        count, holders = Counter(), defaultdict(set)            # holders: pair -> words that have or had it
 
         def recount(i, sign):
             symbols, times = words[i]
             for pair in zip(symbols, symbols[1:]):
                 count[pair] += sign * times
                 holders[pair].add(i)
-                changed.add(pair)
 
         for i in range(len(words)):
             recount(i, 1)
-        while len(merges) < vocab_size - 514:
-            for pair in changed:
-                heapq.heappush(heap, (-count[pair], pair))
-            changed.clear()
-            while heap and -heap[0][0] != count[heap[0][1]]:    # an old count; the true one was pushed when it changed
-                heapq.heappop(heap)
-            if not heap or heap[0][0] > -2:
-                break
-            pair = heap[0][1]
-            merges[' '.join(pair)] = None       # a dict: a pair may return (abc = ab c or a bc) but keeps its rank
+        merges = {}                             # a dict: a pair may return (abc = ab c or a bc) but keeps its rank
+        while len(merges) < vocab_size - 514 and (most := max(count.values(), default=0)) > 1:
+            pair = min(pair for pair, times in count.items() if times == most)
+            merges[' '.join(pair)] = None
             for i in holders.pop(pair):
                 recount(i, -1)
                 words[i][0] = fuse(words[i][0], *pair)
@@ -449,15 +428,12 @@ def normalize(images):
     return (images.float() / 255 - mean) / std
 
 
-class Preprocess:
+class Preprocess(v2.Compose):
     """The evaluation transform: PIL image -> (3, size, size) float. Short side to `size`, bicubic, then the centre."""
 
     def __init__(self, size):
-        self.steps = v2.Compose([v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.ToImage(),
-                                 v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-
-    def __call__(self, image):
-        return self.steps(image.convert('RGB'))
+        super().__init__([v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.ToImage(),
+                          v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,7 +514,7 @@ class Views(torch.utils.data.Dataset):
 
 
 class Batch(NamedTuple):
-    """Views of B pairs in few large tensors. Captions are cut to their longest, but caption 0: C^T reads its padding."""
+    """Views of B pairs in few large tensors. Captions are cut to their longest, except 0: C^T reads its padding."""
     images: list        # (2, B, 3, S, S) and (local, B, 3, s, s), uint8
     texts: list         # (1, B, context length), (1, B, length) and (local, B, longest), int64
     length: int         # of the longest global caption: the teacher reads ends only, so it gets caption 0 cut to this
@@ -560,12 +536,10 @@ def collate(samples):
     large, small, tokens, bad = zip(*samples)
     images = [torch.stack(part, dim=1) for part in (large, small) if len(part[0])]
     tokens = torch.stack(tokens, dim=1)                                 # (U, B, T)
+    longest = (tokens.argmax(dim=-1) + 1).amax(dim=1).tolist()          # (U,): the end of a text has the largest id
     count = len(large[0])                                               # globals come first, of captions as of images
-    ends = tokens.argmax(dim=-1) + 1                                    # the end of a text has the largest id
-    length = int(ends[:count].max())
-    texts = [tokens[:1], tokens[1:count, :, :length]]
-    if len(tokens) > count:
-        texts.append(tokens[count:, :, :int(ends[count:].max())])
+    length = max(longest[:count])
+    texts = [tokens[:1], tokens[1:count, :, :length], tokens[count:, :, :max(longest[count:], default=0)]]
     return Batch(images, [group for group in texts if len(group)], length, sum(bad))
 
 
@@ -583,183 +557,118 @@ COLORS = {'red': (222, 30, 38), 'orange': (255, 132, 0), 'yellow': (255, 224, 30
           'blue': (28, 70, 225), 'purple': (130, 40, 180), 'pink': (255, 110, 190), 'cyan': (40, 215, 235)}
 GROUNDS = {'grey': (132, 134, 136), 'beige': (205, 190, 162), 'brown': (116, 92, 74), 'olive': (122, 124, 86),
            'slate': (92, 104, 120), 'mauve': (158, 134, 148)}
-TEXTURES = ['plain', 'striped', 'dotted']
-PATTERNS = TEXTURES + ['checkered', 'mottled', 'shaded']
-T = np.linspace(0, 2 * np.pi, 60, endpoint=False)
-SPIN, TEN = np.exp(1j * T), np.arange(10)
+PATTERNS = {            # where the second of two colours shows, 0 to 1; u and v count periods
+    'plain': lambda u, v: 0 * u,
+    'striped': lambda u, v: u % 1 < 0.42,
+    'dotted': lambda u, v: (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.075,
+    'checkered': lambda u, v: (u % 2 < 1) ^ (v % 2 < 1),
+    'shaded': lambda u, v: (u - u.min()) / np.ptp(u),
+}
 # Outlines as complex x + iy of any scale, y down as in images; the first is filled and a second one is a hole in it.
+T, TEN = np.linspace(0, 2 * np.pi, 60, endpoint=False), np.arange(10)
+ROUND = np.exp(1j * T)
 SHAPES = {
-    'circle': [SPIN], 'ring': [SPIN, 0.5 * SPIN], 'square': [1j ** np.arange(4) * (1 + 1j)],
-    'triangle': [np.array([-0.95j, 1 + 0.8j, -1 + 0.8j])], 'diamond': [np.array([-1j, 0.62, 1j, -0.62])],
+    'circle': [ROUND], 'ring': [ROUND, 0.5 * ROUND], 'square': [1j ** np.arange(4) * (1 + 1j)],
+    'triangle': [np.array([-0.95j, 1 + 0.8j, -1 + 0.8j])],
     'star': [-1j * np.exp(0.2j * np.pi * TEN) * np.where(TEN % 2, 0.43, 1)],
-    'flower': [SPIN * (0.55 + 0.45 * np.abs(np.sin(3 * T))), 0.2 * SPIN],
+    'flower': [ROUND * (0.55 + 0.45 * np.abs(np.sin(3 * T))), 0.2 * ROUND],
     'heart': [16 * np.sin(T) ** 3 - 1j * (13 * np.cos(T) - 5 * np.cos(2 * T) - 2 * np.cos(3 * T) - np.cos(4 * T))],
     'cross': [np.outer(1j ** np.arange(4), [0.34 + 1j, -0.34 + 1j, -0.34 + 0.34j]).ravel()],
     'moon': [np.r_[np.exp(1j * np.linspace(0.9, 5.38)), 0.45 + 0.8 * np.exp(1j * np.linspace(4.5, 1.78))]],
-    'arrow': [np.array([-1 - 0.3j, 0.1 - 0.3j, 0.1 - 0.8j, 1, 0.1 + 0.8j, 0.1 + 0.3j, -1 + 0.3j])],
     'fish': [np.r_[0.25 - 0.75 * np.cos(T[4:-3]) - 0.55j * np.sin(T[4:-3]), -1 + 0.6j, -0.8, -1 - 0.6j]],
 }
-SS, QUALITY = 3, 50                          # supersampling per axis; WebP's quality, for about 1.1 KB an image
-# The words of the three describers; `place` phrases are for a corner, top or bottom, left or right, centre.
-VOICES = {
-    'IB': dict(large='large', small='small', place=('at the {}',) * 4, main='There is {}', also='{} is {}',
-               relation='The {a} is {r} the {b}', ground='The background is {}'),
-    'SV': dict(large='big', small='little', place=('in the {}', 'in the {} part', 'in the {} part', 'in the middle'),
-               main='We see {}', also='{} sits {}', relation='{R} the {b} is the {a}', ground='The ground looks {}'),
-    'LLA': dict(large='huge', small='tiny', main='The image shows {}', also='{} appears {}',
-                place=('in the {} corner', 'near the {}', 'on the {} side', 'in the centre'),
-                relation='The {a} lies {r} the {b}', ground='Everything lies on a {} surface')}
+VOICES = {              # three describers: large, small, place, the main object, the others, a relation, the ground
+    'IB': ('large', 'small', 'at the {}', 'there is {}', '{} is {}', 'the {a} is {r} the {b}', 'the background is {}'),
+    'SV': ('big', 'little', 'in the {} part', 'we see {}', '{} sits {}', '{r} the {b} is the {a}', 'the ground is {}'),
+    'LLA': ('huge', 'tiny', 'near the {}', 'the image shows {}', '{} appears {}', 'the {a} lies {r} the {b}',
+            'everything lies on a {} surface'),
+}
+TEXTURES = list(PATTERNS)[:3]                   # of objects; grounds have all patterns
+SS = 2                                          # supersampling per axis
 
 
-def _woven(kind, n, period, first, second, rng):
-    """An (n, n) RGB patch of two colours, for grounds and objects alike; period in its own (supersampled) pixels."""
-    x, angle = np.arange(n, dtype=np.float32) - n / 2, rng.uniform(0, math.pi)
-    c, s = math.cos(angle) / period, math.sin(angle) / period
-    u, v = c * x + s * x[:, None], c * x[:, None] - s * x
-    if kind == 'plain':
-        weight = 0 * u
-    elif kind == 'striped':
-        weight = u - np.floor(u) < 0.42
-    elif kind == 'dotted':
-        weight = (u - np.floor(u) - 0.5) ** 2 + (v - np.floor(v) - 0.5) ** 2 < 0.075
-    elif kind == 'checkered':
-        weight = (np.floor(u) + np.floor(v)) % 2
-    elif kind == 'shaded':
-        weight = (u - u.min()) / np.ptp(u)
-    else:                                    # mottled: coarse noise
-        weight = np.array([rng.random() for _ in range(49)]).reshape(7, 7)
-    weight = Image.fromarray((weight * 255.0).astype(np.uint8)).resize((n, n), Image.BICUBIC)
-    return Image.composite(Image.new('RGB', (n, n), second), Image.new('RGB', (n, n), first), weight)
+def _woven(pattern, n, period, first, second, rng):
+    """An (n, n) RGB image of two colours in a pattern at a random angle; period in its own (supersampled) pixels."""
+    x = np.arange(n, dtype=np.float32) - n / 2
+    z = (x + 1j * x[:, None]) * np.complex64(np.exp(1j * rng.uniform(0, np.pi)) / period)
+    share = Image.fromarray((PATTERNS[pattern](z.real, z.imag) * 255.0).astype(np.uint8))
+    return Image.composite(Image.new('RGB', (n, n), second), Image.new('RGB', (n, n), first), share)
 
 
 def _layout(rng, size):
-    """Objects as dicts, the dominant one first, lengths in pixels; starts afresh when a small one finds no room."""
-    while True:
-        objects = []
-        for k, shape in enumerate(rng.sample(list(SHAPES), rng.randint(2, 4))):
-            warp, spin = rng.uniform(0.87, 1.15), np.exp(1j * rng.uniform(-0.3, 0.3))
-            lines = [(line.real * warp + 1j * line.imag) * spin for line in SHAPES[shape]]
-            low, high = (complex(f(lines[0].real), f(lines[0].imag)) for f in (np.min, np.max))
-            side = size * (rng.uniform(0.17, 0.24) if k else rng.uniform(0.42, 0.6))
-            zoom = side / max((high - low).real, (high - low).imag)
-            w, h = (high - low).real * zoom, (high - low).imag * zoom
-            for _ in range(40):
-                x, y = (rng.uniform(2 + e / 2, size - 2 - e / 2) for e in (w, h))
-                # Small objects keep 2 px apart, but may reach 4 px into the dominant one's box, in front of it.
-                if all(max(abs(x - o['x']) - (w + o['w']) / 2, abs(y - o['y']) - (h + o['h']) / 2) > (2 if j else -4)
-                       for j, o in enumerate(objects)):
-                    break
-            else:
-                break
-            row, col = int(3 * y / size), int(3 * x / size)
-            place = f"{('top', '', 'bottom')[row]} {('left', '', 'right')[col]}".strip() or 'centre'
-            color = rng.choice(list(COLORS))
-            objects.append(dict(name=f'{color} {shape}', shape=shape, color=color, texture=rng.choice(TEXTURES),
-                                size='small' if k else 'large', place=place, side=side, x=x, y=y, w=w, h=h,
-                                lines=[(line - (low + high) / 2) * zoom for line in lines]))
-        else:
-            return objects
+    """Two to four objects as dicts, the dominant one first; `at` is the centre x + iy, `side` the longer side."""
+    objects, gaps = [], [0]
+    for k, shape in enumerate(rng.sample(list(SHAPES), rng.randint(2, 4))):
+        color, side = rng.choice(list(COLORS)), size * (rng.uniform(0.22, 0.3) if k else rng.uniform(0.42, 0.56))
+        objects.append(dict(name=f'{color} {shape}', shape=shape, color=color, texture=rng.choice(TEXTURES), side=side,
+                            size='small' if k else 'large', role='small' if k else 'dominant'))
+    while min(gaps) <= 0:       # until small ones are 2 px apart; they may reach 4 px into the dominant one's square
+        for o in objects:
+            o['at'] = complex(*(rng.uniform(2 + o['side'] / 2, size - 2 - o['side'] / 2) for _ in 'xy'))
+        gaps = [max(abs((a['at'] - b['at']).real), abs((a['at'] - b['at']).imag)) - (a['side'] + b['side']) / 2
+                - (2 if a['role'] == 'small' else -4) for a, b in combinations(objects, 2)]
+    for o in objects:
+        column, row = int(3 * o['at'].real / size), int(3 * o['at'].imag / size)
+        o['place'] = f"{('top', '', 'bottom')[row]} {('left', '', 'right')[column]}".strip() or 'centre'
+    return objects
 
 
 def _paint(canvas, o, rng):
     """Paint object `o` on the supersampled canvas; returns the pixels it covers by half or more, (size, size) bool."""
-    n = math.ceil(1.2 * o['side'] + 4) * SS
-    fill, edge, cover = Image.new('L', (n, n)), Image.new('L', (n, n)), Image.new('L', canvas.size)
-    for k, line in enumerate(o['lines']):
-        points = [(p.real * SS + n / 2, p.imag * SS + n / 2) for p in line.tolist()]
+    warp, turn = rng.uniform(0.87, 1.15), np.exp(1j * rng.uniform(-0.3, 0.3))
+    lines = [(line.real * warp + 1j * line.imag) * turn for line in SHAPES[o['shape']]]
+    low, high = (complex(f(lines[0].real), f(lines[0].imag)) for f in (np.min, np.max))
+    zoom = o['side'] / max((high - low).real, (high - low).imag)
+    fill, edge = Image.new('L', canvas.size), Image.new('L', canvas.size)
+    for k, line in enumerate(lines):
+        line = SS * (o['at'] + (line - (low + high) / 2) * zoom)
+        points = list(zip(line.real, line.imag))
         ImageDraw.Draw(fill).polygon(points, fill=0 if k else 255)
         ImageDraw.Draw(edge).line(points + points[:2], 255, round(SS * (0.9 + 0.015 * o['side'])), joint='curve')
-    color = [c * rng.uniform(0.95, 1) for c in COLORS[o['color']]]
-    accent = [c * 0.5 if o['color'] in ('yellow', 'cyan', 'pink') else c * 0.4 + 153 for c in color]
-    first, second, dark = (tuple(map(int, c)) for c in (color, accent, [c * 0.3 for c in color]))
-    tile = _woven(o['texture'], n, SS * (2.6 + 0.12 * o['side']), first, second, rng)
-    tile.paste(dark, mask=edge)
     fill.paste(255, mask=edge)
-    corner = round(o['x'] * SS - n / 2), round(o['y'] * SS - n / 2)
-    canvas.paste(tile, corner, fill)
-    cover.paste(fill, corner)
-    return np.asarray(cover.reduce(SS)) >= 128
-
-
-def _draw(rng, size):
-    """One scene: image (size, size, 3) uint8, mask (size, size) uint8, its objects, and the words for its ground."""
-    while True:
-        objects, pattern, (one, two) = _layout(rng, size), rng.choice(PATTERNS), rng.sample(list(GROUNDS), 2)
-        canvas = _woven(pattern, size * SS, SS * size * rng.uniform(0.12, 0.25), GROUNDS[one], GROUNDS[two], rng)
-        mask = np.zeros((size, size), np.uint8)
-        for k, o in enumerate(objects, 1):
-            mask[_paint(canvas, o, rng)] = k
-        if np.bincount(mask.ravel(), minlength=len(objects) + 1).min() * (96 / size) ** 2 >= 64:
-            break                            # else a thin small shape came out too faint to be seen at all
-    noise = np.random.default_rng(rng.getrandbits(32)).normal(rng.uniform(-6, 6), 1, (size, size, 1))
-    pixels = (np.asarray(canvas.reduce(SS)) * rng.uniform(0.88, 1.1) + noise).clip(0, 255).astype(np.uint8)
-    return pixels, mask, objects, pattern + ' ' + (one if pattern == 'plain' else f'{one} and {two}')
-
-
-def _a(words):
-    return ('an ' if words[0] in 'aeiou' else 'a ') + words
-
-
-def _list(items):
-    return ' and '.join(filter(None, (', '.join(items[:-1]), items[-1])))
-
-
-def _say(o, voice, texture=True):
-    """('a small dotted blue ring', 'at the top left'), in one describer's words."""
-    v, at = VOICES[voice], o['place']
-    kind = 3 if at == 'centre' else 0 if ' ' in at else 1 if at in ('top', 'bottom') else 2
-    at = at.replace('top', 'upper').replace('bottom', 'lower') if voice == 'SV' else at
-    return _a(f"{v[o['size']]} {o['texture'] + ' ' if texture else ''}{o['name']}"), v['place'][kind].format(at)
+    color, accent, dark = (tuple(int(f * c) for c in COLORS[o['color']]) for f in (rng.uniform(0.95, 1), 0.5, 0.3))
+    canvas.paste(_woven(o['texture'], canvas.width, SS * (2.6 + 0.12 * o['side']), color, accent, rng), mask=fill)
+    canvas.paste(dark, mask=edge)
+    return np.asarray(fill.reduce(SS)) >= 128
 
 
 def _relation(a, b):
-    dx, dy = a['x'] - b['x'], a['y'] - b['y']
-    return ('above' if dy < 0 else 'below') if abs(dy) > abs(dx) else f"to the {'left' if dx < 0 else 'right'} of"
+    x, y = (a['at'] - b['at']).real, (a['at'] - b['at']).imag
+    return ('above' if y < 0 else 'below') if abs(y) > abs(x) else ('left of' if x < 0 else 'right of')
 
 
 def _captions(rng, objects, ground):
-    """DreamLIP's keys, each a list of sentences: the short ones see little but the dominant object, the long all."""
+    """DreamLIP's keys, of which the long captions tell all, and five captions that name every object, for val."""
     main, *small = objects
-    name, other, grounded = main['name'], rng.choice(small)['name'], rng.choice(list(VOICES))
-    short, long = {'raw_caption': [rng.choice([f'{name} picture', f'photo of {_a(name)}', f'cute {name} on {ground}',
-                                               f'free image of {_a(name)}', f"my {main['texture']} {name}"])]}, {}
-    for voice, v in VOICES.items():
-        what = _a(f"{v['large']} {name}")
-        short[f'short{voice}_captions'] = [rng.choice([f'{what} on a {ground} ground', f'a picture of {what}',
-                                                       _a(f"{main['texture']} {name}"), f'{_a(name)} and {_a(other)}'])]
-        told = [v['also'].format(*_say(o, voice)).capitalize() for o in rng.sample(small, len(small))]
+    name, texture, other, grounded = main['name'], main['texture'], rng.choice(small)['name'], rng.choice(list(VOICES))
+    raw = rng.choice([f'{name} picture', f'photo of a {name}', f'cute {name} on {ground}', f'my {texture} {name}'])
+    record, told = {'raw_caption': [raw]}, {}
+    for voice, (large, little, place, first, also, relation, last) in VOICES.items():
+        said = [(f"a {large if o is main else little} {o['texture']} {o['name']}", place.format(o['place']))
+                for o in objects]
+        told[voice] = ' and '.join(' '.join(pair) for pair in said)
         a, b = rng.sample(objects, 2)
-        r = _relation(a, b)
-        last = [v['relation'].format(a=a['name'], b=b['name'], r=r, R=r.capitalize())] * (len(small) < 3)
-        long[f'long{voice}_captions'] = [v['main'].format(' '.join(_say(main, voice))), *told,
-                                         *([v['ground'].format(ground)] if voice == grounded else last)]
-    return short | long
-
-
-def _full_captions(objects, ground):
-    """Five captions that each name every object; the first three leave the ground out."""
-    main, *small = objects
-    told = {voice: [' '.join(_say(o, voice, texture=voice == 'IB')) for o in objects] for voice in VOICES}
-    near = {'above': 'above it', 'below': 'below it',
-            'to the left of': 'to its left', 'to the right of': 'to its right'}
-    return [f"{told['IB'][0]} with {_list(told['IB'][1:])}",
-            f"{_a(main['name'])} with {_list([_a(o['name']) + ' ' + near[_relation(o, main)] for o in small])}",
-            f"the image shows {_list([_say(o, 'LLA')[0] for o in objects])}",
-            f"{_list(told['SV'][1:] + told['SV'][:1])} on a {ground} ground",
-            f"on a {ground} background there is {_list(told['LLA'])}"]
+        related = relation.format(a=a['name'], b=b['name'], r=_relation(a, b))
+        record[f'short{voice}_captions'] = [rng.choice([f'a {large} {name} on a {ground} ground', f'a {texture} {name}',
+                                                        f'a {name} and a {other}', f'a picture of a {large} {name}'])]
+        long = [first.format(' '.join(said[0])), *(also.format(*pair) for pair in rng.sample(said[1:], len(small))),
+                last.format(ground) if voice == grounded else related]
+        record[f'long{voice}_captions'] = [sentence.capitalize() for sentence in long]
+    names, around = (' and '.join(part) for part in ([f"a {o['name']}" for o in objects],
+                                                      [f"a {o['name']} {_relation(o, main)} it" for o in small]))
+    return record, [told['IB'], f'a {name} with {around}', f'the image shows {names}',
+                    f"{told['SV']} on a {ground} ground", f"on a {ground} background there is {told['LLA']}"]
 
 
 def _facts(rng, mask, objects):
     """The val json's `objects`, in mask order: what each is, its pixels, and nine names of things not in the scene."""
-    facts, present = [], {o['name'] for o in objects}
+    facts, present = [], [o['name'] for o in objects]
+    absent = [f'{color} {shape}' for color in COLORS for shape in SHAPES if f'{color} {shape}' not in present]
     for k, o in enumerate(objects, 1):
-        (y, x), (bottom, right) = (f(np.argwhere(mask == k), axis=0).tolist() for f in (np.min, np.max))
-        absent = [(c, s) for c in COLORS for s in SHAPES if f'{c} {s}' not in present]
-        kinds = [[f'{c} {s}' for c, s in absent if (s == o['shape'], c == o['color']) == same]
-                 for same in ((True, False), (False, True), (False, False))]
-        facts.append({key: o[key] for key in ('name', 'shape', 'color', 'texture', 'size', 'place')} | {
-            'role': 'small' if k > 1 else 'dominant', 'bbox': [x, y, right - x + 1, bottom - y + 1],
-            'area': int((mask == k).sum()), 'negatives': [name for kind in kinds for name in rng.sample(kind, 3)]})
+        x, y, right, bottom = Image.fromarray(mask == k).getbbox()
+        facts.append({key: o[key] for key in o if key not in ('at', 'side')} | {
+            'bbox': [x, y, right - x, bottom - y], 'area': int((mask == k).sum()),
+            'negatives': rng.sample(absent, 9)})
     return facts
 
 
@@ -767,15 +676,22 @@ def _scene(job):
     """(seed, split, index, size) -> [(member name, bytes), ...]; an rng of its own makes it alike in any process."""
     seed, split, index, size = job
     rng = random.Random(f'{seed}/{split}/{index}')
-    pixels, mask, objects, ground = _draw(rng, size)
-    record, webp, png = _captions(rng, objects, ground), io.BytesIO(), io.BytesIO()
-    Image.fromarray(pixels).save(webp, 'WEBP', quality=QUALITY)
+    objects, pattern, (one, two) = _layout(rng, size), rng.choice(list(PATTERNS)), rng.sample(list(GROUNDS), 2)
+    canvas = _woven(pattern, size * SS, SS * size * rng.uniform(0.12, 0.25), GROUNDS[one], GROUNDS[two], rng)
+    mask = np.zeros((size, size), np.uint8)
+    for k, o in enumerate(objects, 1):
+        mask[_paint(canvas, o, rng)] = k
+    image = Image.fromarray((np.asarray(canvas.reduce(SS)) * rng.uniform(0.85, 1.1)).clip(0, 255).astype(np.uint8))
+    record, captions = _captions(rng, objects, f'plain {one}' if pattern == 'plain' else f'{pattern} {one} and {two}')
+    webp, png = io.BytesIO(), io.BytesIO()
+    image.save(webp, 'WEBP', quality=50)                                # about 1.1 KB
     members = {'webp': webp.getvalue()}
     if split == 'val':
-        record = {'captions': _full_captions(objects, ground), **record, 'objects': _facts(rng, mask, objects)}
+        record |= {'captions': captions, 'objects': _facts(rng, mask, objects)}
         Image.fromarray(mask).save(png, 'PNG', optimize=True)
         members['mask.png'] = png.getvalue()
-    members['json'] = json.dumps(record, separators=(',', ':')).encode()
+    text = json.dumps(record, separators=(',', ':'))
+    members['json'] = re.sub(r'\b([Aa]) (?=[aeiou])', r'\1n ', text).encode()      # a orange -> an orange
     return [(f'{index:06d}.{kind}', data) for kind, data in members.items()]
 
 
@@ -787,20 +703,20 @@ def make_scenes(root, train=8000, val=1000, seed=0, size=96, workers=None):
     in pixels, area in pixels). Equal arguments give equal bytes, whatever `workers` is. Raises FileExistsError where a
     folder holds tars that this call would not replace: a reader of *.tar would mix the two sets.
     """
-    counts = {'train': train, 'val': val}
-    for split, count in counts.items():
+    shards = []
+    for split, count in (('train', train), ('val', val)):
         stale = [p for p in Path(root, split).glob('*.tar') if p.name >= f'{-(-count // 1000):05d}.tar']
         if stale:
             raise FileExistsError(f'{stale[0]} is not part of a set of {count} {split} scenes: remove it first')
-    jobs = [(seed, split, i, size) for split, count in counts.items() for i in range(count)]
+        shards += [(split, range(start, min(start + 1000, count))) for start in range(0, count, 1000)]
     with ProcessPoolExecutor(workers) as pool:
-        scenes = iter(tqdm(pool.map(_scene, jobs, chunksize=25), 'scenes', len(jobs)))
-        for split, start in ((split, start) for split, count in counts.items() for start in range(0, count, 1000)):
-            path = Path(root, split, f'{start // 1000:05d}.tar')
+        for split, indices in tqdm(shards, 'drawing shards', disable=None):
+            path = Path(root, split, f'{indices[0] // 1000:05d}.tar')
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix('.tmp')          # an interrupted run must not leave a tar that looks whole
             with tarfile.open(part, 'w', format=tarfile.USTAR_FORMAT) as tar:
-                for name, data in itertools.chain(*itertools.islice(scenes, min(1000, counts[split] - start))):
+                jobs = [(seed, split, index, size) for index in indices]
+                for name, data in (member for scene in pool.map(_scene, jobs, chunksize=25) for member in scene):
                     info = tarfile.TarInfo(name)     # its mtime is 0: equal seeds, equal bytes
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -819,13 +735,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def error(self, message):
-        if message.startswith('unrecognized arguments: '):
-            unknown = message.split(': ')[1].split()[0].partition('=')[0]
-            subparsers = [action for action in self._actions if isinstance(action.choices, dict)]
-            known = [flag for parser in [self, *(p for action in subparsers for p in action.choices.values())]
-                     for flag in parser._option_string_actions]
-            near = difflib.get_close_matches(unknown, known, n=1)
-            message = f"unknown argument '{unknown}'; " + (f'did you mean {near[0]}?' if near else 'see --help')
+        unknown = re.match('unrecognized arguments: ([^ =]+)', message)
+        if unknown:
+            commands = [parser for action in self._actions if isinstance(action.choices, dict)
+                        for parser in action.choices.values()]
+            known = [flag for parser in [self, *commands] for flag in parser._option_string_actions]
+            near = difflib.get_close_matches(unknown[1], known, n=1)
+            message = f"unknown argument '{unknown[1]}'; " + (f'did you mean {near[0]}?' if near else 'see --help')
         self.exit(1, f'error: {message}\n')
 
 
@@ -837,32 +753,20 @@ def cli(main):
         sys.exit(f'error: {error}')
 
 
-def sheet(rows, path, tile=112, width=1000):
-    """Contact sheet PNG. rows: list of (list of PIL images or (3, h, w) uint8 tensors, list of lines of text below)."""
-    font, step, y = ImageFont.load_default(13), 17, 6
-    canvas = Image.new('RGB', (width, sum(tile + 12 + step * sum(len(textwrap.wrap(line, 140)) for line in lines)
-                                          for _, lines in rows) + 12), 'white')
-    draw = ImageDraw.Draw(canvas)
-    for images, lines in rows:
-        for k, image in enumerate(images):
-            image = image if isinstance(image, Image.Image) else v2.functional.to_pil_image(image)
-            canvas.paste(ImageOps.contain(image, (tile, tile), Image.BICUBIC), (6 + k * (tile + 4), y))
-        y += tile + 4
-        for text in (piece for line in lines for piece in textwrap.wrap(line, 140)):
-            draw.text((6, y), text, fill='black', font=font)
-            y += step
-        y += 8
-    canvas.save(path)
-
-
 def sample_sheet(views, path, count=4):
-    """What the student is shown: for some pairs the image, its views, and its text crops (G global, L local)."""
-    rows = []
+    """What the student is shown, as a PNG: for some pairs the image, its views, and its text crops (Global, Local)."""
+    canvas, y = Image.new('RGB', (1000, 900 * count), 'white'), 6       # taller than any text; cut at the end
+    draw = ImageDraw.Draw(canvas)
     for i in np.linspace(0, len(views.shards) - 1, count, dtype=int):
         large, small, captions = views.views(0, int(i))
-        marks = ['G'] * len(large) + ['L'] * len(captions)
-        rows.append(([decode(views.shards.image(i)), *large, *small], [f'{m}  {c}' for m, c in zip(marks, captions)]))
-    sheet(rows, path)
+        for k, image in enumerate([decode(views.shards.image(i)), *large, *small]):
+            tile = ImageOps.contain(v2.functional.to_pil_image(image), (112, 112), Image.BICUBIC)
+            canvas.paste(tile, (6 + 116 * k, y))
+        text = '\n'.join(textwrap.fill(f"{'G' if k < len(large) else 'L'}  {caption}", 140)
+                         for k, caption in enumerate(captions))
+        draw.text((6, y + 116), text, 'black', font_size=13)
+        y = int(draw.textbbox((6, y + 116), text, font_size=13)[3]) + 12
+    canvas.crop((0, 0, 1000, y)).save(path)
 
 
 def inspect(pattern, caption_keys, preset, out, most=5000):

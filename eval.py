@@ -8,19 +8,17 @@
     python eval.py attend CKPT --image a.jpg --text "a red star" "a small blue ring" --out attention.png
 
 CKPT is ours (runs/.../last.pt), a released cosmos_vitb*.pt, or an open_clip ViT state dict. Scores come from the
-teacher, the averaged weights, unless --weights student. Features are float32 of unit length, a score is their product.
+teacher, the averaged weights, unless --weights student. Features are float32 of unit length, scores their products.
 """
 import io
 import json
 import math
-import os
 import pickle
 import re
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -39,20 +37,22 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise ValueError(f'checkpoint {path} does not exist') from None
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f'{path} is no checkpoint of tensors and plain values ({str(error).splitlines()[0][:120]}); where '
-                         'you trust it, convert it: torch.save(torch.load(OLD, weights_only=False)[...], NEW)') from None
+        reason = (str(error) or 'it ends too early').splitlines()[0][:120]
+        raise ValueError(f'{path} is no checkpoint of tensors and plain values ({reason}); where you trust it, '
+                         'convert it: torch.save(torch.load(OLD, weights_only=False)[...], NEW)') from None
 
 
 def infer_config(state):
-    """Config of released or open_clip weights from their shapes. Attention is 64 wide in all of these; C has 8 heads."""
-    patch, width = state['visual.conv1.weight'].shape[-1], state['visual.conv1.weight'].shape[0]
+    """Config of released or open_clip weights, from their shapes: towers have heads 64 wide, cross-attention has 8."""
+    width, _, _, patch = state['visual.conv1.weight'].shape
     layers = lambda prefix: len({key.split('resblocks.')[1].split('.')[0] for key in state if key.startswith(prefix)})
     context_length, text_width = state['positional_embedding'].shape
-    return Config(embed_dim=state['text_projection'].shape[1],
-                  patch_size=patch, local_image_size=96 // patch * patch or patch, image_size=math.isqrt(len(state['visual.positional_embedding']) - 1) * patch,
-                  vision_width=width, vision_layers=layers('visual.transformer.'), vision_heads=width // 64,
-                  text_width=text_width, text_layers=layers('transformer.'), text_heads=text_width // 64,
-                  context_length=context_length, vocab_size=len(state['token_embedding.weight']),
+    grid = math.isqrt(len(state['visual.positional_embedding']) - 1)    # one row is the class token's
+    return Config(embed_dim=state['text_projection'].shape[1], image_size=grid * patch, patch_size=patch,
+                  local_image_size=96 // patch * patch or patch, vision_width=width, vision_heads=width // 64,
+                  vision_layers=layers('visual.transformer.'), text_layers=layers('transformer.'),
+                  text_width=text_width, text_heads=text_width // 64, context_length=context_length,
+                  vocab_size=len(state['token_embedding.weight']),
                   cross_heads=8 if 'image_token_mapping.weight' in state else 0)
 
 
@@ -74,28 +74,29 @@ def load(path, weights='teacher', config=None, vocab=None):
     """-> (model in eval mode, tokenizer, preprocess: PIL image -> (3, S, S)).
 
     path: our checkpoint, a released one (dict with 'student' and 'teacher'), or an open_clip state dict; `module.` and
-    `_orig_mod.` prefixes are stripped. `config` is needed only where heads are not 64 wide; `vocab` goes to Tokenizer.clip.
+    `_orig_mod.` prefixes are stripped. Where there is no teacher the student is taken: model.origin tells which it was.
+    `config` is needed only where heads are not 64 wide; `vocab` goes to Tokenizer.clip.
     """
     saved = read_checkpoint(path)
     if not isinstance(saved, dict):
         raise ValueError(f'{path} holds a {type(saved).__name__}, not a state dict')
-    state = saved.get(weights) or saved.get('student') or saved.get('state_dict') or saved
-    state = {re.sub(r'^((module|_orig_mod)\.)+', '', key): value for key, value in state.items()}
+    origin = next((name for name in (weights, 'student', 'state_dict') if name in saved), 'state dict')
+    state = {re.sub(r'^((module|_orig_mod)\.)+', '', key): value for key, value in saved.get(origin, saved).items()}
     if 'merges' in saved:                                               # ours
         config, tokenizer = Config(**saved['config']), Tokenizer(saved['merges'], saved['config']['context_length'])
-    elif 'visual.conv1.weight' in state and 'positional_embedding' in state:
-        state = {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}
+    elif 'input_resolution' in state:                                   # NB: they would load, and score low unnoticed
+        raise ValueError(f"{path} holds OpenAI's weights, which need QuickGELU; this model has GELU: take LAION's")
+    elif 'visual.class_embedding' in state and 'positional_embedding' in state:
         config = config or infer_config(state)
         state, tokenizer = from_openclip(state), Tokenizer.clip(vocab, config.context_length)
     else:
-        raise ValueError(f"{path} holds no weights of this model (its keys: {', '.join(map(str, list(saved)[:5]))}); give "
-                         'a checkpoint of train.py, a released cosmos_vitb*.pt or an open_clip ViT state dict')
+        raise ValueError(f"{path} holds no weights of this model (its keys: {', '.join(map(str, list(saved)[:5]))}); "
+                         'give a checkpoint of train.py, a released cosmos_vitb*.pt or an open_clip ViT state dict')
     model = COSMOS(config)
     load_weights(model, state, path)
+    model.origin = origin
     return model.eval(), tokenizer, Preprocess(config.image_size)
 
-
-OPENAI_EXTRAS = 'input_resolution', 'context_length', 'vocab_size', 'attn_mask'          # in OpenAI's files, no weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Features
@@ -129,9 +130,11 @@ def device_of(model):
 def embed_images(model, source, preprocess, batch=64, workers=0):
     """Paths or Shards -> (n, D) unit vectors on the CPU."""
     loader = torch.utils.data.DataLoader(Images(source, preprocess), batch, num_workers=workers)
-    parts = [unit(model.visual([images.to(device_of(model))])[0][0]).cpu()
-             for images in tqdm(loader, desc='images', disable=None, leave=False)]
-    return torch.cat(parts)
+    try:
+        return torch.cat([unit(model.visual([images.to(device_of(model))])[0][0]).cpu()
+                          for images in tqdm(loader, desc='images', disable=None, leave=False)])
+    except ValueError as error:                         # from a worker it comes with a traceback; its sentence is last
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix('ValueError: ')) from None
 
 
 @torch.no_grad()
@@ -168,31 +171,35 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
 def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures. owner (captions,): the image of each caption.
 
-    Image to text: a hit if any of the image's captions is in the first K. Text to image: the one image. R@K are fractions,
-    ranks count from 1, chance is the R@1 of guessing.
+    An image has a hit if any of its captions does. R@K are fractions, ranks count from 1, chance is R@1 of guessing.
     """
     ids = torch.arange(len(image_features))
     figures = {'images': len(ids), 'captions': len(owner), 'chance': 1 / len(ids)}
     for name, found in (('image_to_text', ranks(image_features, text_features, ids, owner)),
                         ('text_to_image', ranks(text_features, image_features, owner, ids))):
         figures |= {f'{name}_R@{k}': (found <= k).float().mean().item() for k in (1, 5, 10)}
-        figures |= {f'{name}_mean_rank': found.float().mean().item(), f'{name}_median_rank': found.median().item()}
+        figures |= {f'{name}_mean_rank': found.float().mean().item(), f'{name}_median_rank': float(np.median(found))}
     return figures
 
 
-def read_json(path):
+def read_json(path, *keys):
+    """The JSON at `path`, an object with `keys` where any are named; else ValueError."""
     try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
+        value = json.loads(Path(path).read_text(encoding='utf-8'))
     except OSError as error:
         raise ValueError(f'{path} cannot be read ({error.strerror})') from None
     except ValueError as error:
         raise ValueError(f'{path} is no JSON ({error})') from None
+    for key in keys:
+        if key not in value:
+            raise ValueError(f"{path} has no '{key}'; is it the file that --help describes?")
+    return value
 
 
 def coco_captions(root):
     """COCO layout -> (image paths, captions, owner)."""
     root = Path(root)
-    listing = read_json(root / 'annotations/captions_val2017.json')
+    listing = read_json(root / 'annotations/captions_val2017.json', 'images', 'annotations')
     number = {image['id']: i for i, image in enumerate(listing['images'])}
     paths = [root / 'images/val2017' / image['file_name'] for image in listing['images']]
     return (paths, [a['caption'] for a in listing['annotations']],
@@ -201,7 +208,7 @@ def coco_captions(root):
 
 def karpathy_captions(path, split, images):
     """Karpathy's dataset_coco.json or dataset_flickr30k.json -> (image paths, captions, owner) of one split."""
-    chosen = [image for image in read_json(path)['images'] if image['split'] == split]
+    chosen = [image for image in read_json(path, 'images')['images'] if image.get('split') == split]
     if not chosen:
         raise ValueError(f"{path} has no image of split '{split}'; Karpathy's are train, restval, val, test")
     root = Path(images or Path(path).parent)
@@ -251,38 +258,40 @@ def classify(image_features, vectors, labels):
 
 
 def folder_classes(root, classes=None, subset=None):
-    """-> (paths, labels, names, templates) of one folder a class, or of labels.json [{"file", "class_id"}] and a classes file.
+    """One folder per class, or labels.json [{"file", "class_id"}] and `classes` -> (paths, labels, names, templates).
 
-    The file is a list of names, or {"classes": [{"id", "name", "noun_phrase"}], "subsets": {name: ids}, "templates"}.
+    `classes` is a list of names, or {"classes": [{"id", "name", "noun_phrase"}], "subsets": {name: ids}, "templates"}.
     """
     root = Path(root)
     if not (root / 'labels.json').exists():
-        names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-        found = [(p, k) for k, name in enumerate(names) for p in sorted((root / name).rglob('*')) if p.is_file()]
+        folders = sorted(p for p in root.glob('[!.]*') if p.is_dir())   # NB: .cache would be one class more to guess
+        found = [(p, k) for k, folder in enumerate(folders) for p in sorted(folder.rglob('[!.]*')) if p.is_file()]
         if not found:
             raise ValueError(f'{root} has neither one folder of images per class nor a labels.json')
-        names = [name.replace('_', ' ') for name in names]
+        names = [folder.name.replace('_', ' ') for folder in folders]
         return [path for path, _ in found], torch.tensor([k for _, k in found]), names, TEMPLATES
     if not classes:
         raise ValueError(f'{root}/labels.json numbers its classes; name them with --classes FILE')
     listing = read_json(classes)
     if isinstance(listing, list):
         listing = {'classes': [{'id': i, 'name': name} for i, name in enumerate(listing)]}
-    if subset and subset not in listing.get('subsets', {}):
-        raise ValueError(f"{classes} has no subset '{subset}'; it has: {', '.join(listing.get('subsets', {})) or 'none'}")
+    subsets = listing.get('subsets', {})
+    if subset and subset not in subsets:
+        raise ValueError(f"{classes} has no subset '{subset}'; it has: {', '.join(subsets) or 'none'}")
     wanted = {item['id']: item.get('noun_phrase') or item['name'] for item in listing['classes']}
-    wanted = {i: wanted[i] for i in (listing['subsets'][subset] if subset else wanted)}
+    wanted = {i: wanted[i] for i in (subsets[subset] if subset else wanted)}
     number = {class_id: k for k, class_id in enumerate(wanted)}
     chosen = [item for item in read_json(root / 'labels.json') if item['class_id'] in number]
+    if not chosen:
+        raise ValueError(f'no image of {root}/labels.json is of a class in {classes}; are its ids the same?')
     return ([root / item['file'] for item in chosen], torch.tensor([number[item['class_id']] for item in chosen]),
             list(wanted.values()), listing.get('templates', TEMPLATES))
 
 
 def classify_objects(model, tokenizer, image_features, shards):
-    """Feature suppression, measured: is an object named right among its own name and the listed wrong ones?
+    """Feature suppression, measured: does an object's own name score above the wrong names listed for it?
 
-    Counts every object of every scene, apart for the dominant and the small ones -> {role: {top1, chance, objects}}; {}
-    when the shards list no objects.
+    -> {role: {top1, chance, objects}} over the objects of all scenes; {} where the shards list none.
     """
     objects = [(i, thing) for i in range(len(shards)) for thing in shards.record(i).get('objects', [])]
     if not objects:
@@ -342,12 +351,11 @@ def attention(model, tokenizer, preprocess, image, caption):
 
 
 def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=224):
-    """One row a caption: the image, the map of C^I over it, and the words shaded by C^T. Written to `path` as PNG."""
-    font, width, gap = ImageFont.load_default(15), 3 * tile + 200, 8
+    """PNG of a row per caption: the image, the map of C^I over it, and the words shaded by C^T."""
+    font, small, width, gap = ImageFont.load_default(15), ImageFont.load_default(12), 3 * tile + 200, 8
     canvas = Image.new('RGB', (width, len(captions) * (tile + gap) + gap + 22), 'white')
     draw = ImageDraw.Draw(canvas)
-    view = image.convert('RGB')
-    side = min(view.size)
+    view, side = image.convert('RGB'), min(image.size)
     left, top = (view.width - side) // 2, (view.height - side) // 2     # the part that `preprocess` shows the model
     view = view.crop((left, top, left + side, top + side)).resize((tile, tile), Image.BICUBIC)
     for row, caption in enumerate(captions):
@@ -365,8 +373,8 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=
             draw.rectangle((x, line, x + length, line + 22), fill=tuple(int(c) for c in colour(np.array(weight))))
             draw.text((x + 4, line + 2), word, fill='black' if weight > 0.5 else 'white', font=font)
             x += length + 3
-    draw.text((gap, canvas.height - 22), 'image | where C^I looks for the caption | which words C^T reads for the image. '
-              'Dark blue low, yellow high; start, end and padding left out.', fill='black', font=ImageFont.load_default(12))
+    draw.text((gap, canvas.height - 22), 'image | where C^I looks for the caption | which words C^T reads for the '
+              'image. Dark blue low, yellow high; start, end and padding left out.', fill='black', font=small)
     canvas.save(path)
 
 
@@ -376,15 +384,14 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=
 
 
 def show(figures, indent=''):
-    """Print nested figures, one a line; shares as percentages beside their chance."""
+    """Print nested figures, one a line: fractions in percent, ranks as they are."""
     for name, value in figures.items():
         if isinstance(value, dict):
             print(f'{indent}{name}')
             show(value, indent + '  ')
-        elif isinstance(value, float) and ('rank' not in name):
-            print(f'{indent}{name:28} {value:8.2%}')
         else:
-            print(f'{indent}{name:28} {value:8.1f}' if isinstance(value, float) else f'{indent}{name:28} {value:>8}')
+            form = '>8' if not isinstance(value, float) else '8.1f' if 'rank' in name else '8.2%'
+            print(f'{indent}{name:28} {value:{form}}')
 
 
 def run_retrieval(args, model, tokenizer, preprocess):
@@ -409,12 +416,12 @@ def run_classify(args, model, tokenizer, preprocess):
         image_features = embed_images(model, shards, preprocess, workers=args.workers)
         figures = classify_objects(model, tokenizer, image_features, shards)
         if not figures:
-            raise ValueError(f"{args.shards} lists no objects to name; its json needs 'objects' as data.py make writes them")
-        return figures
+            raise ValueError(f"{args.shards} lists no objects to name; its json needs 'objects', as of data.py make")
+        return {'prompts': ' | '.join(TEMPLATES), **figures}
     paths, labels, names, templates = folder_classes(args.folder, args.classes, args.subset)
-    print(f'{len(names)} classes, prompts: ' + ' | '.join(template.format(names[0]) for template in templates))
-    return classify(embed_images(model, paths, preprocess, workers=args.workers),
-                    class_vectors(model, tokenizer, names, templates), labels)
+    image_features = embed_images(model, paths, preprocess, workers=args.workers)
+    vectors = class_vectors(model, tokenizer, names, templates)
+    return {'prompts': ' | '.join(templates), **classify(image_features, vectors, labels)}
 
 
 def run_attend(args, model, tokenizer, preprocess):
@@ -430,7 +437,7 @@ def main():
         sub = commands.add_parser(name, help=help)
         sub.set_defaults(run=run)
         sub.add_argument('checkpoint', metavar='CKPT')
-        sub.add_argument('--weights', choices=['teacher', 'student'], default='teacher', help='which of the two networks')
+        sub.add_argument('--weights', choices=['teacher', 'student'], default='teacher', help='which network')
         sub.add_argument('--vocab', help="CLIP's merges, for checkpoints that carry none")
         sub.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
         sub.add_argument('--workers', type=int, default=2, help='processes that read images')
@@ -446,7 +453,7 @@ def main():
     sub = command('classify', run_classify, 'zero-shot top-1 and top-5')
     sub.add_argument('--folder', help='one folder of images per class, or images with a labels.json')
     sub.add_argument('--classes', help='JSON of class names for a labels.json')
-    sub.add_argument('--subset', help="a subset of the classes file")
+    sub.add_argument('--subset', help='a subset that the classes file lists')
     sub.add_argument('--shards', help='shards that list objects: names the dominant and the small ones')
     sub = command('attend', run_attend, 'picture of the cross-attention weights')
     sub.add_argument('--image', required=True)
@@ -455,14 +462,15 @@ def main():
 
     args = parser.parse_args()
     model, tokenizer, preprocess = load(args.checkpoint, args.weights, vocab=args.vocab)
-    sources = [getattr(args, name, None) for name in ('coco', 'karpathy', 'folder', 'shards', 'image')]
-    print(f'{args.command} of {args.checkpoint} ({args.weights}, {sum(p.numel() for p in model.parameters()):,} parameters) '
-          f"on {', '.join(filter(None, sources))}")
+    given = [vars(args).get(name) for name in ('coco', 'karpathy', 'folder', 'shards', 'image')]
+    source = ', '.join(filter(None, given)) + (f', split {args.split}' if getattr(args, 'karpathy', None) else '')
+    count = sum(p.numel() for p in model.parameters())
+    print(f'{args.command} of {args.checkpoint} ({model.origin}, {count:,} parameters) on {source}')
     figures = args.run(args, model.to(args.device), tokenizer, preprocess)
     show(figures)
     if args.json:
-        figures = {'checkpoint': args.checkpoint, 'weights': args.weights, **figures}
-        Path(args.json).write_text(json.dumps(figures, indent=1))
+        about = {'checkpoint': args.checkpoint, 'weights': model.origin, 'data': source}
+        Path(args.json).write_text(json.dumps(about | figures, indent=1))
 
 
 if __name__ == '__main__':

@@ -71,7 +71,7 @@ class Options:
 
 
 PAPER = dict(epochs=32, batch=1024, lr=5e-4, warmup=2000, wd=0.5, momentum=0.999, momentum_ramp=0,
-             augment='full', vocab='clip')          # for CC3M (released train_cc3m.sh); README has those of the larger sets
+             augment='full', vocab='clip')          # of CC3M (released train_cc3m.sh); README has those of larger sets
 LAPTOP = dict(steps=300, batch=64, lr=1e-3, warmup=50, wd=0.1, momentum=0.99, momentum_ramp=10,
               augment='crops', vocab='learn')       # captions of the lesson name sides and colours: no flip, no jitter
 RECIPES = {'vit-b-16': PAPER, 'vit-b-32': PAPER, 'vit-s-16': PAPER, 'tiny': LAPTOP}
@@ -219,7 +219,7 @@ class Run:
                            options.augment)
 
     def batches(self):
-        """Batches from this step to the last. The global batch of a step is the same for any number of workers and ranks."""
+        """Batches from this step to the last. The global batch of a step is the same for any workers and ranks."""
         options, workers = self.options, self.options.workers
         workers = (8 if self.device.type == 'cuda' else 1) if workers is None else workers
         order = Order(len(self.shards), options.batch, self.step, options.steps, options.seed, self.rank, self.world)
@@ -410,8 +410,8 @@ def train(run):
             entry = describe(run, state, time.perf_counter() - clock, waited, step - since) | {'bad': bad}
             clock, waited, since = time.perf_counter(), 0.0, step
         if broken:
-            raise ValueError(f'loss or gradient is not finite in step {run.step + 1}: {json.dumps(entry)}; go on from the '
-                             'last checkpoint with --resume auto and a lower --lr or --precision fp32')
+            raise ValueError(f'loss or gradient is not finite in step {step}: {json.dumps(entry)}; go on from the last '
+                             'checkpoint with --resume auto and a lower --lr or --precision fp32')
         if spoilt:
             raise ValueError(f'{bad} of {seen} pairs could not be read, over 5 %; the lines above name them')
         update(run, state['norm'])
@@ -447,9 +447,10 @@ def announce(run):
     print(f'data       {len(run.shards):,} pairs in {len(run.shards.paths)} shards of {o.data}, {held}')
     print(f'model      {o.preset}, {o.method}, {sum(p.numel() for p in run.model.parameters()):,} parameters, '
           f'vocabulary {run.tokenizer.vocab_size:,} ({o.vocab})')
-    print(f'views      global + local: {globals_} + {crops} images, {globals_} + {captions} captions; augment {o.augment}')
-    print(f'run        steps {run.step} to {o.steps} ({o.steps * o.batch / len(run.shards):.1f} epochs) of {o.batch} pairs '
-          f'on {run.world} x {run.device} in {run.precision}; lr {o.lr}, warm-up {o.warmup}, decay {o.wd}')
+    print(f'views      {globals_} + {crops} images, {globals_} + {captions} captions (global + local), {o.augment}')
+    epochs = o.steps * o.batch / len(run.shards)
+    print(f'run        steps {run.step} to {o.steps} ({epochs:.1f} epochs) of {o.batch} pairs on {run.world} x '
+          f'{run.device} in {run.precision}; lr {o.lr}, warm-up {o.warmup}, decay {o.wd}')
     if run.teacher and o.momentum < 1:
         half = math.log(0.5) / math.log(o.momentum)
         print(f'teacher    momentum {o.momentum}: half of it is the last {half:.0f} steps, {half * o.batch:,.0f} pairs')
@@ -469,7 +470,8 @@ def finish(run, seconds):
         evaluation.attention_picture(run.network(), run.tokenizer, Preprocess(run.config.image_size),
                                      Image.open(io.BytesIO(shards.image(0))), captions, run.out / 'attention.png')
     (run.out / 'eval.json').write_text(json.dumps({'steps': run.step, 'seconds': seconds, **figures}, indent=1))
-    print(f"\n{run.step} steps, {seconds / 60:.1f} minutes; the {'teacher' if run.teacher else 'model'} on held-out pairs:")
+    whose = 'teacher' if run.teacher else 'model'
+    print(f'\n{run.step} steps, {seconds / 60:.1f} minutes; the {whose} on held-out pairs:')
     evaluation.show(figures or {'nothing': 'no --val shards'})
     print(f"{run.out} holds {', '.join(files)}")
     print(f"next       python eval.py retrieval {run.out}/last.pt --shards {run.options.val or 'SHARDS'}")
@@ -489,8 +491,11 @@ def locate_data(options, rank):
 
 
 def close():
-    """Leave the process group, if there is one. Without the barrier a rank may free it while gloo's thread still frees the
-    tensors of the last collective, and both wait for Python's lock for ever (seen with torch 2.13)."""
+    """Leave the process group, if there is one.
+
+    Without the barrier a rank may free the group while gloo's thread still frees the tensors of the last collective,
+    and both wait for Python's lock for ever (seen in one of three exits with torch 2.13).
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
