@@ -95,8 +95,8 @@ PRESETS = {
     'vit-b-16': dict(),                                               # the paper's main model: 152,382,466 parameters
     'vit-b-32': dict(patch_size=32),                                  # the other released one
     'vit-s-16': dict(embed_dim=384, vision_width=384, vision_heads=6, text_width=384, text_heads=6),
-    'tiny': dict(embed_dim=128, image_size=64, local_image_size=32, patch_size=8, vision_width=192, vision_layers=6,
-                 vision_heads=3, text_width=128, text_layers=4, text_heads=2, context_length=64, cross_heads=4),
+    'tiny': dict(embed_dim=128, image_size=64, local_image_size=32, patch_size=8, vision_width=192, vision_layers=4,
+                 vision_heads=3, text_width=128, text_layers=2, text_heads=2, context_length=64, cross_heads=4),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -549,7 +549,10 @@ def cosmos_terms(out, teacher_image, teacher_text, scale):
 
 
 def cosmos_loss(out, teacher_image, teacher_text, scale):
-    """L_COSMOS, the mean of the four terms. The total loss is L_CLIP + L_COSMOS, unweighted.      Sec. 3.3, Eq. 6"""
+    """L_COSMOS, the mean of the four terms.                                                          Sec. 3.3, Eq. 6
+
+    The total loss is L_CLIP + L_COSMOS, with weights 1 and 1.
+    """
     return cosmos_terms(out, teacher_image, teacher_text, scale).mean()
 
 

@@ -23,6 +23,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import sys
 import tarfile
@@ -106,14 +107,16 @@ def scan_shard(path, number):
 
 
 class Shards:
-    """Random access to all pairs of a set of tars. `cache` is a folder for the index, which is then memory-mapped.
+    """Random access to all pairs of a set of tars. `cache` is a folder for the index, which is then memory-mapped;
+    `caption_keys` are the json keys of the captions, joined by commas.
 
     Raises ValueError when nothing is found, or a shard's captions are under none of the keys, naming shard and keys.
     """
 
     def __init__(self, pattern, cache=None, caption_keys=None):
-        self.paths, self.caption_keys, self.files = find_shards(pattern), caption_keys, {}
-        stamp = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in self.paths]
+        self.paths, self.files = find_shards(pattern), {}
+        self.caption_keys = [key.strip() for key in caption_keys.split(',')] if caption_keys else None
+        stamp = [caption_keys, *((path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in self.paths)]
         name = cache and os.path.join(cache, f'index-{hashlib.sha1(repr(stamp).encode()).hexdigest()[:16]}.npy')
         if name and os.path.exists(name):
             self.pairs = np.load(name, mmap_mode='r')
@@ -491,7 +494,7 @@ class Views(torch.utils.data.Dataset):
             try:
                 large, small, captions = self.views(epoch, index)
                 return large, small, self.tokenizer(captions), bad
-            except (OSError, ValueError, RuntimeError, SyntaxError) as error:       # what decoders, json and PIL raise
+            except Exception as error:                                  # decoders raise what they like: none ends a run
                 if index not in self.reported:
                     self.reported.add(index)
                     print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
@@ -501,7 +504,10 @@ class Views(torch.utils.data.Dataset):
                          'python data.py inspect')
 
     def views(self, epoch, index):
-        """-> globals (2, 3, S, S) uint8, locals (n, 3, s, s) uint8, list of 2 + local captions."""
+        """-> global images (2, 3, S, S) and local ones (n, 3, s, s), uint8; global and local captions, list of strings.
+
+        A plain CLIP has one global of each kind and no locals.
+        """
         rng, (globals_, locals_, local_captions) = random.Random(f'{self.seed} {epoch} {index}'), self.counts
         captions = text_crops(self.shards.pool(index), rng, globals_, local_captions)
         image = decode(self.shards.image(index))
@@ -543,18 +549,27 @@ def collate(samples):
     return Batch(images, [group for group in texts if len(group)], length, sum(bad))
 
 
+def ignore_signals(worker):
+    """Slurm and torchrun signal a whole process group. A worker that died of it would keep the run from saving."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def loader(views, sampler, workers):
     """The plain DataLoader that serves batch after batch of `sampler`."""
     return torch.utils.data.DataLoader(views, batch_sampler=sampler, num_workers=workers, collate_fn=collate,
-                                       pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
+                                       pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
+                                       worker_init_fn=ignore_signals)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. The built-in set: scenes with one dominant and one to three small objects, drawn
 # ---------------------------------------------------------------------------------------------------------------------
 
-COLORS = {'red': (222, 30, 38), 'orange': (255, 132, 0), 'yellow': (255, 224, 30), 'green': (28, 165, 60),
-          'blue': (28, 70, 225), 'purple': (130, 40, 180), 'pink': (255, 110, 190), 'cyan': (40, 215, 235)}
+COLORS = {'red': (222, 30, 38), 'orange': (255, 132, 0), 'yellow': (255, 224, 30), 'lime': (160, 235, 40),
+          'green': (20, 135, 50), 'cyan': (40, 215, 235), 'blue': (28, 90, 235), 'navy': (20, 25, 110),
+          'purple': (130, 40, 180), 'pink': (255, 130, 195), 'white': (250, 250, 250), 'black': (25, 25, 25),
+          'teal': (15, 135, 135), 'magenta': (215, 15, 140), 'maroon': (110, 15, 30), 'peach': (255, 195, 150)}
 GROUNDS = {'grey': (132, 134, 136), 'beige': (205, 190, 162), 'brown': (116, 92, 74), 'olive': (122, 124, 86),
            'slate': (92, 104, 120), 'mauve': (158, 134, 148)}
 PATTERNS = {            # where the second of two colours shows, 0 to 1; u and v count periods
@@ -598,8 +613,9 @@ def _woven(pattern, n, period, first, second, rng):
 def _layout(rng, size):
     """Two to four objects as dicts, the dominant one first; `at` is the centre x + iy, `side` the longer side."""
     objects, gaps = [], [0]
-    for k, shape in enumerate(rng.sample(list(SHAPES), rng.randint(2, 4))):
-        color, side = rng.choice(list(COLORS)), size * (rng.uniform(0.22, 0.3) if k else rng.uniform(0.42, 0.56))
+    count = rng.randint(2, 4)
+    for k, (shape, color) in enumerate(zip(rng.sample(list(SHAPES), count), rng.sample(list(COLORS), count))):
+        side = size * (rng.uniform(0.24, 0.32) if k else rng.uniform(0.42, 0.56))
         objects.append(dict(name=f'{color} {shape}', shape=shape, color=color, texture=rng.choice(TEXTURES), side=side,
                             size='small' if k else 'large', role='small' if k else 'dominant'))
     while min(gaps) <= 0:       # until small ones are 2 px apart; they may reach 4 px into the dominant one's square
@@ -626,7 +642,8 @@ def _paint(canvas, o, rng):
         ImageDraw.Draw(fill).polygon(points, fill=0 if k else 255)
         ImageDraw.Draw(edge).line(points + points[:2], 255, round(SS * (0.9 + 0.015 * o['side'])), joint='curve')
     fill.paste(255, mask=edge)
-    color, accent, dark = (tuple(int(f * c) for c in COLORS[o['color']]) for f in (rng.uniform(0.95, 1), 0.5, 0.3))
+    color, dark = (tuple(int(f * c) for c in COLORS[o['color']]) for f in (rng.uniform(0.95, 1), 0.3))
+    accent = tuple(int(0.6 * c + (90 if max(color) < 120 else 0)) for c in color)      # dark ones get lighter stripes
     canvas.paste(_woven(o['texture'], canvas.width, SS * (2.6 + 0.12 * o['side']), color, accent, rng), mask=fill)
     canvas.paste(dark, mask=edge)
     return np.asarray(fill.reduce(SS)) >= 128
@@ -641,15 +658,14 @@ def _captions(rng, objects, ground):
     """DreamLIP's keys, of which the long captions tell all, and five captions that name every object, for val."""
     main, *small = objects
     name, texture, other, grounded = main['name'], main['texture'], rng.choice(small)['name'], rng.choice(list(VOICES))
-    raw = rng.choice([f'{name} picture', f'photo of a {name}', f'cute {name} on {ground}', f'my {texture} {name}'])
+    raw = rng.choice([f'{name} picture', f'photo of a {name}', f'cute {name}', f'my {texture} {name}'])
     record, told = {'raw_caption': [raw]}, {}
     for voice, (large, little, place, first, also, relation, last) in VOICES.items():
-        said = [(f"a {large if o is main else little} {o['texture']} {o['name']}", place.format(o['place']))
-                for o in objects]
+        said = [(f"a {large if o is main else little} {o['name']}", place.format(o['place'])) for o in objects]
         told[voice] = ' and '.join(' '.join(pair) for pair in said)
         a, b = rng.sample(objects, 2)
         related = relation.format(a=a['name'], b=b['name'], r=_relation(a, b))
-        record[f'short{voice}_captions'] = [rng.choice([f'a {large} {name} on a {ground} ground', f'a {texture} {name}',
+        record[f'short{voice}_captions'] = [rng.choice([f'a {large} {name}', f'a {texture} {name}',
                                                         f'a {name} and a {other}', f'a picture of a {large} {name}'])]
         long = [first.format(' '.join(said[0])), *(also.format(*pair) for pair in rng.sample(said[1:], len(small))),
                 last.format(ground) if voice == grounded else related]
@@ -732,7 +748,7 @@ class Parser(argparse.ArgumentParser):
     """argparse that answers in one sentence, exit status 1, and names the nearest flag for one it does not know."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         unknown = re.match('unrecognized arguments: ([^ =]+)', message)
@@ -750,45 +766,50 @@ def cli(main):
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f'error: {error}')
+        # From a loader's worker it comes wrapped in a traceback, of which it is the last line.
+        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}")
 
 
 def sample_sheet(views, path, count=4):
     """What the student is shown, as a PNG: for some pairs the image, its views, and its text crops (Global, Local)."""
-    canvas, y = Image.new('RGB', (1000, 900 * count), 'white'), 6       # taller than any text; cut at the end
+    canvas, y = Image.new('RGB', (1056, 900 * count), 'white'), 6       # taller than any text; cut at the end
     draw = ImageDraw.Draw(canvas)
-    for i in np.linspace(0, len(views.shards) - 1, count, dtype=int):
-        large, small, captions = views.views(0, int(i))
+    for i in np.linspace(0, len(views.shards) - 1, count, dtype=int).tolist():
+        try:
+            large, small, captions = views.views(0, i)
+        except Exception as error:                                      # a picture for the reader: do without this pair
+            print(f'not drawn: {views.shards.name(i)}: {error}', file=sys.stderr)
+            continue
         for k, image in enumerate([decode(views.shards.image(i)), *large, *small]):
             tile = ImageOps.contain(v2.functional.to_pil_image(image), (112, 112), Image.BICUBIC)
             canvas.paste(tile, (6 + 116 * k, y))
-        text = '\n'.join(textwrap.fill(f"{'G' if k < len(large) else 'L'}  {caption}", 140)
+        text = '\n'.join(textwrap.fill(f"{'G' if k < len(large) else 'L'}  {caption}", 150)
                          for k, caption in enumerate(captions))
         draw.text((6, y + 116), text, 'black', font_size=13)
         y = int(draw.textbbox((6, y + 116), text, font_size=13)[3]) + 12
-    canvas.crop((0, 0, 1000, y)).save(path)
+    canvas.crop((0, 0, 1056, y)).save(path)
 
 
 def inspect(pattern, caption_keys, preset, out, most=5000):
     """Counts and caption statistics of shards on the terminal, and a contact sheet PNG."""
     shards = Shards(pattern, caption_keys=caption_keys)
     some = np.linspace(0, len(shards) - 1, min(len(shards), most), dtype=int)
-    pools, bad = [], []
+    pools, kinds, bad = [], Counter(), []
     for i in tqdm(some, desc='reading captions', disable=None, leave=False):
         try:
             pools.append(shards.pool(i))
+            kinds.update(shards.record(i).keys())
         except ValueError as error:
             bad.append(f'{shards.name(i)}: {error}')
     if not pools:
         raise ValueError(f'no caption of {pattern} can be read ({bad[0]})')
-    kinds = Counter(key for i in some[:200] for key in shards.record(i))
     show = lambda values: ', '.join(f'{q:g} % {np.percentile(values, q):g}' for q in (0, 10, 50, 90, 100))
     size = sum(map(os.path.getsize, shards.paths)) / 2 ** 20
     print(f'{len(shards):,} pairs in {len(shards.paths)} shards, {size:,.1f} MiB')
     print(f"bytes per image      {show(shards.pairs['image_size'])}")
-    print(f'keys                 {", ".join(f"{key} ({n / len(some[:200]):.0%})" for key, n in kinds.most_common())}')
-    print(f'sentences per pair   {show([len(pool) for pool in pools])}')
-    print(f'words per sentence   {show([len(sentence.split()) for pool in pools for sentence in pool])}')
+    print(f'keys                 {", ".join(f"{key} ({n / len(pools):.0%})" for key, n in kinds.most_common())}')
+    print(f'captions per pair    {show([len(pool) for pool in pools])}')
+    print(f'words per caption    {show([len(sentence.split()) for pool in pools for sentence in pool])}')
     print(f'unusable captions    {len(bad)} of {len(some)} read' + (f', first {bad[0]}' if bad else ''))
     print(f'an example           {" | ".join(pools[0])}')
     views = Views(shards, None, Config.preset(preset), seed=0, batch=1, augment='full' if preset != 'tiny' else 'crops')
@@ -806,7 +827,7 @@ def main():
     make.add_argument('--seed', type=int, default=0)
     show = commands.add_parser('inspect', help='counts, caption statistics and a contact sheet of shards')
     show.add_argument('shards', help='a folder, glob or pattern of tars')
-    show.add_argument('--caption-keys', nargs='+', help='json keys that hold the captions')
+    show.add_argument('--caption-keys', help='comma-separated json keys of the captions')
     show.add_argument('--preset', default='tiny', help='whose views to draw')
     show.add_argument('--out', default='samples.png', help='the contact sheet')
     args = parser.parse_args()

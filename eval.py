@@ -384,14 +384,16 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=
 
 
 def show(figures, indent=''):
-    """Print nested figures, one a line: fractions in percent, ranks as they are."""
+    """Print nested figures, one a line: fractions in percent, with what guessing gives beside them; and ranks."""
     for name, value in figures.items():
+        top = re.search(r'(?:R@|top)(\d+)$', name)
         if isinstance(value, dict):
             print(f'{indent}{name}')
             show(value, indent + '  ')
-        else:
-            form = '>8' if not isinstance(value, float) else '8.1f' if 'rank' in name else '8.2%'
-            print(f'{indent}{name:28} {value:{form}}')
+        elif top and 'chance' in figures:                               # K guesses find one target K times as often
+            print(f"{indent}{name:28} {value:8.2%}    chance {min(1, int(top[1]) * figures['chance']):.2%}")
+        elif name != 'chance':
+            print(f'{indent}{name:28} {value:>8.1f}' if isinstance(value, float) else f'{indent}{name:28} {value:>8}')
 
 
 def run_retrieval(args, model, tokenizer, preprocess):

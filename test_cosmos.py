@@ -9,6 +9,7 @@ import ast
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -812,7 +813,8 @@ def test_resume_is_exact(monkeypatch, quick, tmp_path, method, workers):
     step = train.forward_backward
     def interrupted(run, batch):
         if run.step == 3 and run.options.resume is None:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for pid in [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]:
+                os.kill(pid, signal.SIGTERM)                            # to the whole group, as torchrun and Slurm do
         return step(run, batch)
     monkeypatch.setattr(train, 'forward_backward', interrupted)
     assert run_main(monkeypatch, train.main, *common, '--out', tmp_path / 'two') == 128 + signal.SIGTERM
@@ -895,6 +897,10 @@ def test_errors_are_one_sentence(monkeypatch, tmp_path, scenes):
     out, val = ['--out', tmp_path / 'out'], ['--shards', scenes / 'val']
     tiny = ['--preset', 'tiny', *out]
     cases = [
+        (train, ['--steps', '0'], ['--steps 0', 'at least 1']),
+        (train, ['--momentum', '2'], ['--momentum 2.0', 'at most 1']),
+        (train, ['--steps', '5', '--epochs', '2'], ['--steps 5', '--epochs 2', 'one of them']),
+        (train, ['--data', scenes, '--resume', tmp_path / 'other.pt', *tiny], ['other.pt', 'no run to resume']),
         (train, ['--data', tmp_path / 'absent', *out], ['absent', 'does not exist']),
         (train, ['--data', tmp_path / 'empty', *out], ['empty', 'no .tar file']),
         (train, ['--data', tmp_path / 'silent.tar', *out], ['silent.tar', 'alt, url', '--caption-keys']),

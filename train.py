@@ -15,11 +15,11 @@ import json
 import math
 import os
 import re
-import resource
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -31,6 +31,9 @@ from tqdm import tqdm
 import eval as evaluation
 from cosmos import COSMOS, Config, Teacher, clip_loss, cosmos_terms
 from data import Order, Parser, Preprocess, Shards, Tokenizer, Views, cli, loader, make_scenes, sample_sheet
+
+with contextlib.suppress(ImportError):      # Windows has none; the log then shows no memory
+    import resource
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Options: one list, whose comments are the --help
@@ -55,7 +58,7 @@ class Options:
     clip_grad: float = 0.0       # largest norm of the gradient; 0 does not clip, as released
     local_crops: int = 6         # local image views a pair
     local_captions: int = 6      # single-sentence captions a pair
-    augment: str = None          # full: flip, colour, blur as released; crops: crops alone (default: the preset's)
+    augment: str = None          # full: flip, colour, blur as released; or crops (default: the preset's; clip: crops)
     caption_keys: str = None     # comma-separated json keys of the captions (default: the formats in README)
     vocab: str = None            # clip, learn (from the captions), or a path to CLIP's merges (default: the preset's)
     precision: str = 'auto'      # fp32, bf16, fp16, or auto: bf16 where the hardware has it, else fp32
@@ -72,11 +75,14 @@ class Options:
 
 PAPER = dict(epochs=32, batch=1024, lr=5e-4, warmup=2000, wd=0.5, momentum=0.999, momentum_ramp=0,
              augment='full', vocab='clip')          # of CC3M (released train_cc3m.sh); README has those of larger sets
-LAPTOP = dict(steps=300, batch=64, lr=1e-3, warmup=50, wd=0.1, momentum=0.99, momentum_ramp=10,
+LAPTOP = dict(steps=280, batch=32, lr=1e-3, warmup=30, wd=0.1, momentum=0.99, momentum_ramp=10,
               augment='crops', vocab='learn')       # captions of the lesson name sides and colours: no flip, no jitter
 RECIPES = {'vit-b-16': PAPER, 'vit-b-32': PAPER, 'vit-s-16': PAPER, 'tiny': LAPTOP}
 CHOICES = {'method': ('cosmos', 'clip'), 'precision': ('auto', 'fp32', 'bf16', 'fp16'), 'augment': ('full', 'crops'),
            'device': ('auto', 'cuda', 'mps', 'cpu')}
+LEAST = {'batch': 2, 'steps': 1, 'epochs': 1e-9, 'lr': 0, 'warmup': 0, 'wd': 0, 'momentum': 1e-9, 'momentum_ramp': 0,
+         'clip_grad': 0, 'local_crops': 0, 'local_captions': 0, 'workers': 0, 'save_every': 1, 'eval_every': 0,
+         'log_every': 1}
 
 
 def parse_options(argv=None):
@@ -84,20 +90,29 @@ def parse_options(argv=None):
     parser = Parser(description=__doc__.split('\n')[0])
     comments = dict(re.findall(r'^    (\w+): .*?# (.*)$', inspect.getsource(Options), re.M))
     for field in dataclasses.fields(Options):
-        kind = {'action': 'store_true'} if field.type is bool else {'type': field.type, 'default': field.default}
-        parser.add_argument('--' + field.name.replace('_', '-'), help=comments[field.name].replace('%', '%%'), **kind)
+        help, kind = comments[field.name].replace('%', '%%'), {'action': 'store_true'}
+        if field.type is not bool:
+            kind = {'type': field.type, 'default': field.default}
+            help += '' if field.default is None else f' (default: {field.default})'
+        parser.add_argument('--' + field.name.replace('_', '-'), help=help, **kind)
     options = Options(**vars(parser.parse_args(argv)))
     options.preset = options.preset or ('vit-b-16' if options.data else 'tiny')
     Config.preset(options.preset)                                       # raises for a name it does not know
-    for name, value in RECIPES[options.preset].items():
-        given = options.steps or options.epochs if name in ('steps', 'epochs') else getattr(options, name)
-        if given is None:
+    if options.steps is not None and options.epochs is not None:
+        raise ValueError(f'--steps {options.steps} and --epochs {options.epochs} both set the length; give one of them')
+    recipe = RECIPES[options.preset] | ({'augment': 'crops'} if options.method == 'clip' else {})
+    for name, value in recipe.items():
+        length = name in ('steps', 'epochs') and not (options.steps is None and options.epochs is None)
+        if getattr(options, name) is None and not length:
             setattr(options, name, value)
     for name, allowed in CHOICES.items():
         if getattr(options, name) not in allowed:
             raise ValueError(f"unknown --{name} '{getattr(options, name)}'; choose from {', '.join(allowed)}")
-    if options.batch < 2:
-        raise ValueError(f'--batch {options.batch} leaves no wrong pair to tell the right one from; use at least 2')
+    for name, least in LEAST.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value < math.inf or name == 'momentum' and value > 1:
+            bounds = 'more than 0 and at most 1' if name == 'momentum' else f'at least {least:g}'
+            raise ValueError(f"--{name.replace('_', '-')} {value} makes no sense; give {bounds}")
     options.out = options.out or f'runs/{options.preset}-{options.method}'
     return options
 
@@ -110,14 +125,21 @@ def parse_options(argv=None):
 def setup(options):
     """-> (rank, world, device). torchrun's environment is the only switch: alone, the same code runs with world 1."""
     kind = options.device
+    there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if kind == 'auto':
-        kind = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        kind = next(name for name in there if there[name])
+    if not there[kind]:
+        raise ValueError(f'--device {kind} is not on this machine; use --device auto')
     if 'RANK' not in os.environ:
         return 0, 1, torch.device(kind)
     index = int(os.environ['LOCAL_RANK']) if kind == 'cuda' else None
     if kind == 'cuda':
+        if index >= torch.cuda.device_count():
+            raise ValueError(f'process {index} of this node has no GPU, there are {torch.cuda.device_count()}; '
+                             'lower --nproc_per_node')
         torch.cuda.set_device(index)
-    dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
+    # While rank 0 reads headers or evaluates, the others wait in a barrier: longer than the 10 minutes that are usual.
+    dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(hours=2))
     return dist.get_rank(), dist.get_world_size(), torch.device(kind, index)
 
 
@@ -170,8 +192,8 @@ def make_optimizer(model, options, device):
 # 4. The run: data, model, teacher, optimizer, and how they are saved
 # ---------------------------------------------------------------------------------------------------------------------
 
-REPEATS = ('batch', 'seed', 'steps', 'lr', 'warmup', 'wd', 'momentum', 'momentum_ramp', 'clip_grad', 'augment',
-           'local_crops', 'local_captions', 'caption_keys')             # options that decide what a step computes
+REPEATS = ('data', 'batch', 'seed', 'steps', 'lr', 'warmup', 'wd', 'momentum', 'momentum_ramp', 'clip_grad', 'augment',
+           'local_crops', 'local_captions', 'caption_keys', 'precision')        # what decides the result of a step
 
 
 class Run:
@@ -189,8 +211,10 @@ class Run:
         self.teacher = Teacher(self.model) if self.cosmos else None
         self.optimizer = make_optimizer(self.model, options, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == 'fp16')
+        self.begun = time.perf_counter()
         if saved:
             self.restore(saved)
+        self.check_agreement()
         if options.compile:
             self.model.compile(dynamic=True)                            # in place: no prefix on the parameters' names
         self.student = self.model                                       # what forward is called on
@@ -200,10 +224,11 @@ class Run:
 
     def open_data(self, saved):
         options = self.options
-        keys = options.caption_keys.split(',') if options.caption_keys else None
         with main_first(self.rank):                                     # the index is cached in --out
-            self.shards = Shards(options.data, self.out, keys)
-            self.val = Shards(options.val, self.out) if options.val else None
+            self.shards = Shards(options.data, self.out, options.caption_keys)
+            self.val = Shards(options.val, self.out, options.caption_keys) if options.val else None
+            if self.val and self.main:
+                evaluation.shard_captions(self.val)                     # better refused now than at the end
         if saved:
             self.config = Config(**saved['config'])
             self.tokenizer = Tokenizer(saved['merges'], self.config.context_length)
@@ -226,33 +251,62 @@ class Run:
         return iter(loader(self.views, order, workers))
 
     def find_checkpoint(self):
-        path = self.options.resume
+        last, path = self.out / 'last.pt', self.options.resume
         if path == 'auto':
-            path = self.out / 'last.pt'
-            path = path if path.exists() else None
-        return evaluation.read_checkpoint(path) if path else None
+            path = last if last.exists() else None
+        if not path:
+            if last.exists() and self.main:
+                print(f'note       a fresh start; the last.pt of the run before is now {self.out}/previous.pt')
+                os.replace(last, self.out / 'previous.pt')
+            return None
+        saved = evaluation.read_checkpoint(path)
+        if not isinstance(saved, dict) or not {'step', 'config', 'options', 'merges', 'optimizer'} <= saved.keys():
+            raise ValueError(f'{path} is no checkpoint of train.py, so there is no run to resume in it')
+        for name in ('preset', 'method'):
+            was, now = saved['options'][name], getattr(self.options, name)
+            if was != now:
+                raise ValueError(f'{path} was trained with --{name} {was}, not {now}; give the same to resume it')
+        return saved
 
     def restore(self, saved):
         before, now = saved['options'], asdict(self.options)
-        if before['method'] != now['method']:
-            raise ValueError(f"{now['resume']} was trained with --method {before['method']}, not {now['method']}")
         evaluation.load_weights(self.model, saved['student'], now['resume'])
         if self.teacher:
             evaluation.load_weights(self.teacher.model, saved['teacher'], now['resume'])
         self.optimizer.load_state_dict(saved['optimizer'])
-        self.scaler.load_state_dict(saved['scaler'])
-        self.step = saved['step']
+        for group, wd in zip(self.optimizer.param_groups, (self.options.wd, 0.0)):
+            group['weight_decay'] = wd                                  # of this command, not of the checkpoint
+        if saved['scaler']:
+            self.scaler.load_state_dict(saved['scaler'])
+        self.step, self.begun = saved['step'], self.begun - saved['seconds']
         changed = [f'--{name} {before[name]} -> {now[name]}' for name in REPEATS if now[name] != before[name]]
         if changed and self.main:
             print('note       not a repeat of the run it resumes: ' + ', '.join(changed))
+
+    def check_agreement(self):
+        """All ranks must stand at the same step of the same run: without a common --out some would start afresh."""
+        own = [self.step, self.options.steps, len(self.shards), self.config.vocab_size]
+        own = torch.tensor(own, device=self.device)
+        least, most = own.clone(), own.clone()
+        if self.world > 1:
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        if not torch.equal(least, most):
+            raise ValueError(f'processes differ in step, steps, pairs or vocabulary, {least.tolist()} and '
+                             f'{most.tolist()}; let all nodes see the same --data and --out')
+
+    def seconds(self):
+        """Of training so far, earlier parts of a resumed run counted in."""
+        return time.perf_counter() - self.begun
 
     def save(self):
         """last.pt: tensors and plain values only. Written aside, then renamed: a kill leaves the old one whole."""
         if not self.main:
             return
-        state = {'step': self.step, 'config': asdict(self.config), 'options': asdict(self.options),
-                 'merges': self.tokenizer.merges, 'student': self.model.state_dict(),
-                 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict()}
+        state = {'step': self.step, 'seconds': self.seconds(),
+                 'config': asdict(self.config), 'options': asdict(self.options), 'merges': self.tokenizer.merges,
+                 'student': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
+                 'scaler': self.scaler.state_dict()}
         if self.teacher:
             state['teacher'] = self.teacher.model.state_dict()
         partial = self.out / f'last.pt.{os.getpid()}'
@@ -268,7 +322,11 @@ def make_tokenizer(vocab, shards, context_length):
     if vocab != 'learn':
         return Tokenizer.clip(None if vocab == 'clip' else vocab, context_length)
     some = range(0, len(shards), max(1, len(shards) // 20_000))         # enough to meet every frequent word
-    return Tokenizer.learn((sentence for i in some for sentence in shards.pool(i)), 8192, context_length)
+    texts = []
+    for i in some:
+        with contextlib.suppress(ValueError):                           # a broken pair is reported when it is its turn
+            texts += shards.pool(i)
+    return Tokenizer.learn(texts, 8192, context_length)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,17 +346,17 @@ def forward_backward(run, batch):
     clip = clip_loss(out, model.logit_scale.exp())
     if run.cosmos:
         terms = cosmos_terms(out, teacher_image, teacher_text, model.distill_logit_scale.exp())
-    loss = clip + terms.mean()                                          # L_CLIP + L_COSMOS, Eq. 6
+    loss = clip + terms.mean()                                          # L_CLIP + L_COSMOS
     run.optimizer.zero_grad()
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     return dict(out=out, teacher_image=teacher_image, norm=norm,
                 loss=loss.detach(), clip=clip.detach(), terms=terms.detach())
 
 
 def update(run, norm):
-    """Optimizer, scales, teacher: the second half of a step, once all ranks know that the numbers are finite."""
+    """Optimizer, scales, teacher: the second half of a step, once all ranks know that it may count."""
     for group in run.optimizer.param_groups:
         group['lr'] = lr_at(run.step, run.options)
     if run.options.clip_grad:
@@ -344,8 +402,11 @@ def describe(run, state, seconds, waited, steps):
         entry |= {'distill_logit_scale': run.model.distill_logit_scale.exp().item(),
                   'momentum': momentum_at(step, run.options),
                   'teacher_cosine': (image * state['teacher_image'][0]).sum(dim=-1).mean().item()}
-    peak = (torch.cuda.max_memory_allocated() if run.device.type == 'cuda' else
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))
+    peak = 0
+    if run.device.type == 'cuda':
+        peak = torch.cuda.max_memory_allocated()
+    elif 'resource' in globals():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
     return entry | {'samples_per_s': steps * run.options.batch / seconds, 'data_share': waited / seconds,
                     'memory_GiB': peak / 2 ** 30,
                     'minutes_left': (run.options.steps - step) * seconds / steps / 60}
@@ -357,27 +418,37 @@ def log_line(e, total):
     terms = f" + cosmos {e['cosmos']:.2f} ({' '.join(format(e[name], '.2f') for name in TERMS)})" if cosmos else ''
     scales = f"{e['logit_scale']:.1f}" + (f"/{e['distill_logit_scale']:.1f}" if cosmos else '')
     teacher = f"  m {e['momentum']:.3f} cos {e['teacher_cosine']:.2f}" if cosmos else ''
+    held_out = f"  held out: {summary(e['eval'])}" if 'eval' in e else ''
     return (f"{e['step']}/{total}  loss {e['loss']:.3f} = clip {e['clip']:.2f}{terms}, chance {e['chance']:.2f}  "
             f"acc {e['accuracy']:.2f}  scale {scales}{teacher}  spread {e['spread']:.2f}  lr {e['lr']:.1e}  "
             f"grad {e['grad_norm']:.2f}  {e['samples_per_s']:.0f}/s  data {e['data_share']:.0%}  "
-            f"{e['memory_GiB']:.1f} GiB  {e['minutes_left']:.1f} min left")
+            f"{e['memory_GiB']:.1f} GiB  {e['minutes_left']:.1f} min left{held_out}")
 
 
 class Log:
-    """Entries to the terminal, to log.jsonl and, where it is installed, to TensorBoard. Silent but on rank 0."""
+    """Entries to the terminal, to log.jsonl and, where it is installed, to TensorBoard. Silent but on rank 0.
+
+    log.jsonl keeps what a resumed run had logged up to its checkpoint; what came after is computed, and logged, again.
+    """
 
     def __init__(self, run):
-        self.run, self.writer = run, None
+        self.run, self.path, self.writer = run, run.out / 'log.jsonl', None
+        if not run.main:
+            return
+        old = self.path.read_text().splitlines() if self.path.exists() else []
+        self.path.write_text(''.join(f'{line}\n' for line in old if json.loads(line)['step'] <= run.step))
         with contextlib.suppress(ImportError):                          # welcome, not required
             from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(run.out) if run.main else None
+            self.writer = SummaryWriter(run.out)
 
     def __call__(self, entry, line):
         if not self.run.main:
             return
         tqdm.write(line)
-        with open(self.run.out / 'log.jsonl', 'a') as file:
-            file.write(json.dumps(entry) + '\n')
+        # JSON has no NaN and no infinity (a skipped fp16 step has such a gradient norm)
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        with open(self.path, 'a') as file:
+            file.write(json.dumps(plain) + '\n')
         for name, value in entry.items() if self.writer else ():
             if isinstance(value, (int, float)):
                 self.writer.add_scalar(name, value, entry['step'])
@@ -391,8 +462,8 @@ class Log:
 def train(run):
     """Steps to the end or to a signal, whose number it returns, else 0."""
     options, log, caught = run.options, Log(run), []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: caught.append(number))
+    handlers = {number: signal.signal(number, lambda number, frame: caught.append(number))
+                for number in (signal.SIGTERM, signal.SIGINT)}
     batches, bad, seen, first = run.batches(), 0, 0, run.step
     clock, waited, since = time.perf_counter(), 0.0, run.step
     for _ in tqdm(range(first, options.steps), initial=first, total=options.steps, disable=None if run.main else True):
@@ -400,12 +471,13 @@ def train(run):
         batch = next(batches)
         waited += time.perf_counter() - asked
         bad, seen = bad + batch.bad, seen + options.batch // run.world
-        state = forward_backward(run, batch)
-        # fp16 gradients may overflow, the scaler then skips the step. A loss never may.
-        finite = torch.isfinite(state['loss']) and (run.precision == 'fp16' or torch.isfinite(state['norm']))
+        state, step = forward_backward(run, batch), run.step + 1
+        # fp16 gradients may overflow, the scaler then skips the step and lowers its scale. A loss never may.
+        finite = torch.isfinite(state['loss'])
+        finite &= run.scaler.get_scale() >= 1 if run.precision == 'fp16' else torch.isfinite(state['norm'])
         broken, stop, spoilt = agree(run, not finite, bool(caught), bad > max(0.05 * seen, 10))
-        step = run.step + 1
-        due = step % options.log_every == 0 or step - first in (1, 5) or step == options.steps
+        scoring = options.eval_every and step % options.eval_every == 0 and step < options.steps
+        due = step % options.log_every == 0 or step in (1, 5, options.steps) or scoring
         if due or broken:
             entry = describe(run, state, time.perf_counter() - clock, waited, step - since) | {'bad': bad}
             clock, waited, since = time.perf_counter(), 0.0, step
@@ -413,30 +485,42 @@ def train(run):
             raise ValueError(f'loss or gradient is not finite in step {step}: {json.dumps(entry)}; go on from the last '
                              'checkpoint with --resume auto and a lower --lr or --precision fp32')
         if spoilt:
-            raise ValueError(f'{bad} of {seen} pairs could not be read, over 5 %; the lines above name them')
+            raise ValueError(f'over 5 % of the pairs cannot be read ({bad} of {seen} in process {run.rank}); see the '
+                             'lines above, and python data.py inspect')
         update(run, state['norm'])
 
+        if scoring:
+            entry['eval'] = evaluate(run)
+            clock = time.perf_counter()
         if due:
             log(entry, log_line(entry, options.steps))
-        if stop or run.step % options.save_every == 0:
+        if stop or step % options.save_every == 0:
             run.save()
         if stop:
             return caught[0] if caught else signal.SIGTERM
-        if options.eval_every and run.step % options.eval_every == 0 and run.step < options.steps:
-            figures = evaluate(run)
-            log({'step': run.step, 'eval': figures}, f'{run.step}/{options.steps}  held out: {json.dumps(figures)}')
-            clock, waited, since = time.perf_counter(), 0.0, run.step
+    for number, handler in handlers.items():                            # nothing left to lose: a signal may end it
+        signal.signal(number, handler)
     return 0
 
 
 def evaluate(run):
-    """Figures of the held-out shards. Rank 0 computes them, the others wait."""
+    """Figures of the held-out shards. Rank 0 computes them, the others wait. A bad held-out image ends no training."""
     figures = {}
     with main_first(run.rank):
         if run.val and run.main:
-            figures = evaluation.evaluate(run.network(), run.tokenizer, Preprocess(run.config.image_size), run.val)
+            try:
+                figures = evaluation.evaluate(run.network(), run.tokenizer, Preprocess(run.config.image_size), run.val)
+            except ValueError as error:
+                tqdm.write(f'not evaluated: {error}')
             run.model.train()
     return figures
+
+
+def summary(figures):
+    """The figures that fit a line."""
+    chosen = {name: figures['retrieval'][name] for name in ('image_to_text_R@1', 'text_to_image_R@1') if figures}
+    chosen |= {f'{role} top1': figures[role]['top1'] for role in ('dominant', 'small') if role in figures}
+    return ', '.join(f'{name} {value:.1%}' for name, value in chosen.items()) or 'nothing (no --val)'
 
 
 def announce(run):
@@ -457,19 +541,23 @@ def announce(run):
     print(f'out        {o.out}; the log lines estimate the time left')
 
 
-def finish(run, seconds):
+def finish(run):
     """Checkpoint, final figures, the attention picture, and where everything lies."""
     run.save()
-    figures = evaluate(run)
+    seconds, figures = run.seconds(), evaluate(run)
     if not run.main:
         return
-    shards, files = run.val or run.shards, ['last.pt', 'log.jsonl', 'config.json', 'eval.json', 'samples.png']
-    if run.cosmos:
-        files.append('attention.png')
-        captions = [f"a {thing['name']}" for thing in shards.record(0).get('objects', [])] or shards.pool(0)[:3]
-        evaluation.attention_picture(run.network(), run.tokenizer, Preprocess(run.config.image_size),
-                                     Image.open(io.BytesIO(shards.image(0))), captions, run.out / 'attention.png')
     (run.out / 'eval.json').write_text(json.dumps({'steps': run.step, 'seconds': seconds, **figures}, indent=1))
+    files = ['last.pt', 'log.jsonl', 'config.json', 'eval.json', 'samples.png']
+    if run.cosmos:
+        shards = run.val or run.shards
+        try:
+            captions = [f"a {thing['name']}" for thing in shards.record(0).get('objects', [])] or shards.pool(0)[:3]
+            evaluation.attention_picture(run.network(), run.tokenizer, Preprocess(run.config.image_size),
+                                         Image.open(io.BytesIO(shards.image(0))), captions, run.out / 'attention.png')
+            files.append('attention.png')
+        except (ValueError, OSError) as error:
+            print(f'no attention picture: {shards.name(0)} cannot be read ({error})')
     whose = 'teacher' if run.teacher else 'model'
     print(f'\n{run.step} steps, {seconds / 60:.1f} minutes; the {whose} on held-out pairs:')
     evaluation.show(figures or {'nothing': 'no --val shards'})
@@ -482,7 +570,7 @@ def locate_data(options, rank):
     if options.data is None:
         options.data = 'runs/scenes'
         with main_first(rank):
-            if not Path(options.data, 'val').is_dir():
+            if not Path(options.data, 'val/00000.tar').exists():        # the last file to be drawn
                 print('data       drawing the built-in set into runs/scenes, once')
                 make_scenes(options.data)
     train_half, val_half = Path(options.data, 'train'), Path(options.data, 'val')
@@ -512,15 +600,12 @@ def main():
         everything = {**asdict(options), 'config': asdict(run.config)}
         (run.out / 'config.json').write_text(json.dumps(everything, indent=1))
         sample_sheet(run.views, run.out / 'samples.png')
-    begun = time.perf_counter()
     stopped = train(run)
-    if stopped:
-        run.save()
-        if run.main:
-            name = signal.Signals(stopped).name
-            print(f'{name}: step {run.step} is saved in {run.out}/last.pt; go on with --resume auto')
-    else:
-        finish(run, time.perf_counter() - begun)
+    if stopped and run.main:
+        name = signal.Signals(stopped).name
+        print(f'{name}: step {run.step} is saved in {run.out}/last.pt; go on with --resume auto')
+    if not stopped:
+        finish(run)
     close()
     sys.exit(128 + stopped if stopped else 0)
 
