@@ -51,10 +51,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Configuration
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 1. Configuration ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
@@ -99,10 +96,7 @@ PRESETS = {
                  vision_heads=3, text_width=128, text_layers=2, text_heads=2, context_length=64, cross_heads=4),
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Transformer: attention, block, stack. Shared by both towers; Attention also by the cross-attention heads.
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 2. Transformer: attention, block, stack. Shared by both towers; Attention also by the cross-attention heads. ----
 
 def attention_weights(q, k, mask=None):
     """softmax(q k^T / sqrt(d)): q (..., Q, d), k (..., L, d) -> (..., Q, L); mask is True where a key may be seen."""
@@ -218,10 +212,7 @@ def same_size(views):
     return [list(group) for _, group in groupby(views, key=lambda view: view.shape)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. The two towers (CLIP)
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 3. The two towers (CLIP) ----------------------------------------------------------------------------------------
 
 class VisionTower(nn.Module):
     """ViT: patches and a class token in, the projected class token and the normalised patch tokens out."""
@@ -314,10 +305,7 @@ class TextTower(nn.Module):
         return torch.cat(pooled).unflatten(0, (len(captions), B)), tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Cross-attention heads                                                                            Sec. 3.2, Eq. 1-2
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 4. Cross-attention heads ------------------------------------------------------------------ Sec. 3.2, Eq. 1-2 ---
 
 class CrossAttention(nn.Module):
     """C: global vectors of one modality pool the tokens of the other. One attention, no MLP, no mask.
@@ -345,10 +333,7 @@ class CrossAttention(nn.Module):
         return attention_weights(q.float(), k.float()).mean(dim=1)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. The student, and its EMA teacher                                                                 framework figure
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 5. The student, and its EMA teacher -------------------------------------------------------- framework figure ---
 
 class Output(NamedTuple):
     """What the losses read, all of unit length. The cross-modal ones are None in a plain CLIP."""
@@ -464,10 +449,7 @@ class Teacher(nn.Module):
         torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - momentum)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Across GPUs: my rows against everybody's columns
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 6. Across GPUs: my rows against everybody's columns -------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
     """(V, B, D) on every rank -> (V, N, D) on all of them, and gradients back the same way.
@@ -498,10 +480,7 @@ def gather(*features):
     return Gather.apply(torch.cat(features)).split([len(x) for x in features])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. The two losses                                                                                            Sec. 3.3
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 7. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
 def nce(rows, columns, scale):
     """L_nce averaged over all pairs of views: row i must find column i among all N.
@@ -556,9 +535,7 @@ def cosmos_loss(out, teacher_image, teacher_text, scale):
     return cosmos_terms(out, teacher_image, teacher_text, scale).mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. Names of the released code and of open_clip
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 8. Names of the released code and of open_clip ------------------------------------------------------------------
 
 RENAMES = {                         # our prefix -> theirs; first match wins. They keep the text tower at the root.
     'image_cross.': 'visual.attn_cross_pool.',

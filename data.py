@@ -45,9 +45,7 @@ from tqdm import tqdm
 
 from cosmos import Config
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Shards: every header is read once, then any pair is one seek away
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 1. Shards: every header is read once, then any pair is one seek away --------------------------------------------
 
 PAIR = np.dtype([('shard', '<i4'), ('image', '<i8'), ('image_size', '<i4'), ('json', '<i8'), ('json_size', '<i4'),
                  ('txt', '<i8'), ('txt_size', '<i4')])                  # 40 bytes a pair; a size of 0 means: not there
@@ -187,9 +185,7 @@ class Shards:
                          'name the right ones with --caption-keys')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Captions: a pool of sentences per pair, and text crops from it                                            Sec. 3.1
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 2. Captions: a pool of sentences per pair, and text crops from it ---------------------------------- Sec. 3.1 ---
 
 CAPTION_KEYS = [        # the first family that has a sentence is the pool
     ['raw_caption', 'shortIB_captions', 'shortSV_captions', 'shortLLA_captions',
@@ -234,9 +230,7 @@ def text_crops(pool, rng, globals_=2, local=6):
     return ['. '.join(draw(rng.randint(1, 5))) for _ in range(globals_)] + draw(local)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Tokenizer: CLIP's byte-pair encoding, with CLIP's merges or learned ones
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 3. Tokenizer: CLIP's byte-pair encoding, with CLIP's merges or learned ones -------------------------------------
 
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
@@ -392,9 +386,7 @@ class Tokenizer:
         return torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.int64).view(-1, length)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Image crops                                                                                               Sec. 3.1
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 4. Image crops ------------------------------------------------------------------------------------- Sec. 3.1 ---
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)      # OpenAI's, as released
 BICUBIC = v2.InterpolationMode.BICUBIC
@@ -439,10 +431,7 @@ class Preprocess(v2.Compose):
                           v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Samples and batches
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 5. Samples and batches ------------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=1)
 def order(seed, epoch, pairs):
@@ -562,9 +551,7 @@ def loader(views, sampler, workers):
                                        worker_init_fn=ignore_signals)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. The built-in set: scenes with one dominant and one to three small objects, drawn
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 6. The built-in set: scenes with one dominant and one to three small objects, drawn -----------------------------
 
 COLORS = {'red': (222, 30, 38), 'orange': (255, 132, 0), 'yellow': (255, 224, 30), 'lime': (160, 235, 40),
           'green': (20, 135, 50), 'cyan': (40, 215, 235), 'blue': (28, 90, 235), 'navy': (20, 25, 110),
@@ -739,10 +726,7 @@ def make_scenes(root, train=8000, val=1000, seed=0, size=96, workers=None):
             os.replace(part, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Commands
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 7. Commands -----------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse that answers in one sentence, exit status 1, and names the nearest flag for one it does not know."""

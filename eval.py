@@ -25,10 +25,7 @@ from tqdm import tqdm
 from cosmos import COSMOS, Config, from_openclip, unit
 from data import Parser, Preprocess, Shards, Tokenizer, cli
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 1. Checkpoints --------------------------------------------------------------------------------------------------
 
 def read_checkpoint(path):
     """A file of tensors and plain values. Anything that would have to execute code to load is refused (ValueError)."""
@@ -98,10 +95,7 @@ def load(path, weights='teacher', config=None, vocab=None):
     return model.eval(), tokenizer, Preprocess(config.image_size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Features
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 2. Features -----------------------------------------------------------------------------------------------------
 
 class Images(torch.utils.data.Dataset):
     """Preprocessed images of a list of paths or of Shards."""
@@ -149,10 +143,7 @@ def embed_texts(model, tokenizer, texts, batch=256):
     return features
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Retrieval
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 3. Retrieval ----------------------------------------------------------------------------------------------------
 
 def ranks(queries, targets, query_ids, target_ids, chunk=1024):
     """Rank from 1 of each query's best right target, (n,). Right targets have the query's id; they do not outrank it.
@@ -233,9 +224,7 @@ def shard_captions(shards):
     return shards, captions, torch.tensor(owner)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Zero-shot classification
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 4. Zero-shot classification -------------------------------------------------------------------------------------
 
 TEMPLATES = ('a photo of a {}', 'a picture of a {}', 'an image of a {}', 'there is a {} in the picture',
              'a small {}', 'a large {}')
@@ -316,9 +305,7 @@ def evaluate(model, tokenizer, preprocess, shards):
     return figures | classify_objects(model, tokenizer, image_features, shards)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Attention pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 5. Attention pictures -------------------------------------------------------------------------------------------
 
 RAMP = np.float32([(0, 32, 77), (66, 78, 108), (124, 123, 120), (186, 174, 105), (255, 234, 70)])      # low to high
 
@@ -378,10 +365,7 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=
     canvas.save(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Commands
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 6. Commands -----------------------------------------------------------------------------------------------------
 
 def show(figures, indent=''):
     """Print nested figures, one a line: fractions in percent, with what guessing gives beside them; and ranks."""

@@ -35,10 +35,7 @@ from data import Order, Parser, Preprocess, Shards, Tokenizer, Views, cli, loade
 with contextlib.suppress(ImportError):      # Windows has none; the log then shows no memory
     import resource
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Options: one list, whose comments are the --help
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 1. Options: one list, whose comments are the --help -------------------------------------------------------------
 
 @dataclass
 class Options:
@@ -117,10 +114,7 @@ def parse_options(argv=None):
     return options
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Where it runs
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 2. Where it runs ------------------------------------------------------------------------------------------------
 
 def setup(options):
     """-> (rank, world, device). torchrun's environment is the only switch: alone, the same code runs with world 1."""
@@ -164,10 +158,7 @@ def choose_precision(name, device):
     return name, {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': None}[name]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Schedules, pure functions of the step (from 0), and the optimizer
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 3. Schedules, pure functions of the step (from 0), and the optimizer --------------------------------------------
 
 def lr_at(step, options):
     """Linear warm-up to the peak, then a cosine to 0 (scheduler.py:43-53 of the released code)."""
@@ -188,9 +179,7 @@ def make_optimizer(model, options, device):
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), eps=1e-8, fused=device.type in ('cuda', 'cpu'))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. The run: data, model, teacher, optimizer, and how they are saved
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 4. The run: data, model, teacher, optimizer, and how they are saved ---------------------------------------------
 
 REPEATS = ('data', 'batch', 'seed', 'steps', 'lr', 'warmup', 'wd', 'momentum', 'momentum_ramp', 'clip_grad', 'augment',
            'local_crops', 'local_captions', 'caption_keys', 'precision')        # what decides the result of a step
@@ -329,10 +318,7 @@ def make_tokenizer(vocab, shards, context_length):
     return Tokenizer.learn(texts, 8192, context_length)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. One step
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 5. One step -----------------------------------------------------------------------------------------------------
 
 def forward_backward(run, batch):
     """Both losses and their gradients -> tensors for the log. The arithmetic of the method is all in cosmos.py."""
@@ -377,9 +363,7 @@ def agree(run, *flags):
     return flags.tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. The log line
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 6. The log line -------------------------------------------------------------------------------------------------
 
 TERMS = 'h_I_cls', 'h_I_eot', 'h_T_cls', 'h_T_eot'                      # of Eq. 6
 
@@ -452,12 +436,11 @@ class Log:
         for name, value in entry.items() if self.writer else ():
             if isinstance(value, (int, float)):
                 self.writer.add_scalar(name, value, entry['step'])
+        if self.writer:
+            self.writer.flush()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. The loop
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 7. The loop -----------------------------------------------------------------------------------------------------
 
 def train(run):
     """Steps to the end or to a signal, whose number it returns, else 0."""
@@ -578,15 +561,17 @@ def locate_data(options, rank):
         options.data, options.val = str(train_half), options.val or str(val_half)
 
 
-def close():
-    """Leave the process group, if there is one.
+def leave(status):
+    """End the process. Of several, once all are here.
 
-    Without the barrier a rank may free the group while gloo's thread still frees the tensors of the last collective,
-    and both wait for Python's lock for ever (seen in one of three exits with torch 2.13).
+    NB: not by destroying the process group. Freeing DDP frees gloo's group with Python's lock held, while gloo's thread may
+    want that lock to free the tensors of its last collective: one exit in three hung for ever with torch 2.13.
     """
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main():
@@ -606,8 +591,7 @@ def main():
         print(f'{name}: step {run.step} is saved in {run.out}/last.pt; go on with --resume auto')
     if not stopped:
         finish(run)
-    close()
-    sys.exit(128 + stopped if stopped else 0)
+    leave(128 + stopped if stopped else 0)
 
 
 if __name__ == '__main__':
