@@ -72,7 +72,7 @@ class Options:
 
 PAPER = dict(epochs=32, batch=1024, lr=5e-4, warmup=2000, wd=0.5, momentum=0.999, momentum_ramp=0,
              augment='full', vocab='clip')          # of CC3M (released train_cc3m.sh); README has those of larger sets
-LAPTOP = dict(steps=280, batch=32, lr=1e-3, warmup=30, wd=0.1, momentum=0.99, momentum_ramp=10,
+LAPTOP = dict(steps=320, batch=32, lr=1e-3, warmup=30, wd=0.1, momentum=0.99, momentum_ramp=10,
               augment='crops', vocab='learn')       # captions of the lesson name sides and colours: no flip, no jitter
 RECIPES = {'vit-b-16': PAPER, 'vit-b-32': PAPER, 'vit-s-16': PAPER, 'tiny': LAPTOP}
 CHOICES = {'method': ('cosmos', 'clip'), 'precision': ('auto', 'fp32', 'bf16', 'fp16'), 'augment': ('full', 'crops'),
