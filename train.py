@@ -564,8 +564,8 @@ def locate_data(options, rank):
 def leave(status):
     """End the process. Of several, once all are here.
 
-    NB: not by destroying the process group. Freeing DDP frees gloo's group with Python's lock held, while gloo's thread may
-    want that lock to free the tensors of its last collective: one exit in three hung for ever with torch 2.13.
+    NB: not by destroying the process group. Freeing DDP frees gloo's group with Python's lock held, while gloo's thread
+    may want that lock to free the tensors of its last collective: one exit in three hung for ever with torch 2.13.
     """
     if dist.is_initialized():
         dist.barrier()
