@@ -422,7 +422,7 @@ class COSMOS(nn.Module):
                 getattr(self, name).clamp_(0, math.log(100))
 
     def set_grad_checkpointing(self, on=True):
-        """Recompute activations in the backward pass: about a third more time for a fraction of the memory."""
+        """Recompute activations in the backward pass: one more forward pass for less memory."""
         self.visual.transformer.grad_checkpointing = self.text.transformer.grad_checkpointing = on
 
 

@@ -67,7 +67,7 @@ class Options:
     eval_every: int = 0          # steps between evaluations on --val; 0 evaluates at the end only
     log_every: int = 20          # steps between log lines
     compile: bool = False        # torch.compile the student: for GPUs, on CPUs it gains nothing
-    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, about a third more time
+    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, one more forward pass
 
 
 PAPER = dict(epochs=32, batch=1024, lr=5e-4, warmup=2000, wd=0.5, momentum=0.999, momentum_ramp=0,
