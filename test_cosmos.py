@@ -745,6 +745,253 @@ def test_checkpoints_of_every_origin(tmp_path):
             evaluation.load(tmp_path / 'saved', vocab=vocab)
 
 
+def test_sliding_windows_equal_loops_over_pixels():
+    """oracle: a loop over windows and single pixels with the bilinear formula written out, on a size no stride fits."""
+    model, (W, H) = micro()[0].eval(), (47, 37)
+    pixels, vectors = torch.randn(3, H, W), F.normalize(torch.randn(5, 16), dim=-1)
+    for csa in (False, True):
+        total, count = torch.zeros(5, H, W), torch.zeros(H, W)
+        for y0 in (0, 5):                                               # the last window ends at the border
+            for x0 in (0, 12, 15):
+                grid = model.encode_dense(pixels[None, :, y0:y0 + 32, x0:x0 + 32], csa)[0] @ vectors.T      # (4, 4, 5)
+                for y in range(32):
+                    for x in range(32):
+                        (v, a), (u, b) = (divmod(min(max((p + 0.5) * 4 / 32 - 0.5, 0), 3), 1) for p in (y, x))
+                        v, u, below, right = int(v), int(u), min(int(v) + 1, 3), min(int(u) + 1, 3)
+                        value = ((1 - a) * ((1 - b) * grid[v, u] + b * grid[v, right])
+                                 + a * ((1 - b) * grid[below, u] + b * grid[below, right]))
+                        total[:, y0 + y, x0 + x] += value.detach()
+                        count[y0 + y, x0 + x] += 1
+        close(evaluation.window_scores(model, pixels, vectors, 32, 12, csa), total / count)
+
+
+def test_segmentation_by_hand(monkeypatch):
+    """oracle: six pixels decided by pencil: synonyms, probability and area thresholds; then IoU from sets of pixels."""
+    # names: ground | ape, monkey | ox. Softmax at scale ln 3 and cosines 0 or 1: one name at 1 of 4 gets 3/6.
+    scores = torch.tensor([[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 1], [0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 1, 0.0]])
+    monkeypatch.setattr(evaluation, 'window_scores', lambda *a: scores.view(4, 2, 3))
+    settings = evaluation.Settings(2, math.log(3), 0, 0, False, 2, 1)
+    segment = lambda **changes: evaluation.segment_image(
+        micro()[0], Image.new('RGB', (3, 2)), torch.zeros(4, 16), [1, 2, 1], settings._replace(**changes)).flatten().tolist()
+    assert segment() == [0, 1, 1, 1, 2, 1]                              # monkey is ape
+    assert segment(probability=0.4) == [0, 1, 1, 1, 2, 0]               # two names share: 3/8 each
+    assert segment(area=0.2) == [0, 1, 1, 1, 0, 1]                      # ox has 1 of 5 foreground pixels, no more
+    assert segment(area=0.19) == [0, 1, 1, 1, 2, 1]
+    truth, labels = torch.tensor([0, 1, 1, 255, 2, 0]), torch.tensor(segment())
+    matrix = evaluation.confusion(truth, labels, 4)
+    figures = evaluation.segmentation_figures(matrix, ['ground', 'ape', 'ox', 'absent'])
+    assert figures['IoU'] == {'ground': 1 / 2, 'ape': 2 / 3, 'ox': 1.0} and figures['pixel_accuracy'] == 4 / 5
+    assert figures['mIoU'] == pytest.approx((1 / 2 + 2 / 3 + 1) / 3)
+    assert figures['all_class_0_mIoU'] == pytest.approx(2 / 5 / 3) and figures['all_class_0_pixel_accuracy'] == 2 / 5
+    torch.manual_seed(0)
+    truth, labels = torch.randint(0, 7, (30, 40)), torch.randint(0, 6, (30, 40))
+    truth[torch.rand(30, 40) < 0.1] = 255
+    figures = evaluation.segmentation_figures(evaluation.confusion(truth, labels, 8), 'abcdefgh')
+    places = lambda values, k: {i for i, v in enumerate(values.flatten().tolist()) if v == k}
+    counted = places(truth != 255, True)
+    for k, name in enumerate('abcdefg'):
+        own, found = places(truth, k), places(labels, k) & counted
+        assert figures['IoU'][name] == len(own & found) / len(own | found)
+    assert 'h' not in figures['IoU'] and figures['classes'] == 7
+
+
+def test_masks_and_their_errors(tmp_path):
+    """oracle: masks written here; what is wrong with one names its file and says what."""
+    save = lambda name, values, mode='L': Image.fromarray(np.array(values, np.uint8), mode).save(tmp_path / name)
+    save('a.png', [[0, 1, 255], [2, 2, 0]])
+    save('colour.png', np.zeros((2, 3, 3)), 'RGB')
+    palette = Image.fromarray(np.array([[0, 1, 255], [2, 2, 0]], np.uint8)).convert('L')
+    palette = Image.frombytes('P', (3, 2), palette.tobytes())
+    palette.putpalette(list(range(256)) * 3)
+    palette.save(tmp_path / 'p.png')
+    for name in ('a.png', 'p.png'):
+        assert evaluation.read_mask(tmp_path / name, (3, 2), 3).tolist() == [[0, 1, 255], [2, 2, 0]]
+        assert evaluation.read_mask(tmp_path / name, (3, 2), 2, True).tolist() == [[255, 0, 255], [1, 1, 255]]
+    for name, size, classes, told in [('a.png', (3, 2), 2, 'a.png has label 2, the class file names 0 to 1'),
+                                      ('a.png', (2, 3), 3, 'a.png is 3 x 2 pixels, its image 2 x 3'),
+                                      ('colour.png', (3, 2), 3, 'colour.png has colours'), ('x.png', (3, 2), 3, 'x.png')]:
+        with pytest.raises(ValueError, match=told):
+            evaluation.read_mask(tmp_path / name, size, classes)
+    for name in ('images/s/a_rgb.jpg', 'images/s/b_rgb.jpg', 'masks/s/a_ids.png', 'masks/s/a_colour.png', 'list.txt'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('a\nb\n')
+    pair = lambda **rest: evaluation.mask_pairs(tmp_path / 'images', tmp_path / 'masks', '_rgb', '_ids', **rest)
+    assert [tuple(p.name for p in some) for some in pair()] == [('a_rgb.jpg', 'a_ids.png')]
+    with pytest.raises(ValueError, match='b_ids.png'):
+        pair(listing=tmp_path / 'list.txt')
+    (tmp_path / 'images/s/a_rgb.jpg').unlink()
+    with pytest.raises(ValueError, match='a_ids.png'):
+        pair()
+
+
+def test_pairs_by_hand_and_published_rows(tmp_path, monkeypatch):
+    """oracle: Winoground's three scores by pencil, ties as misses; rows as each set publishes them; probes by hand."""
+    table = lambda *rows: torch.tensor(rows)
+    right, image, text, tie = (table((2.0, 1), (1, 2)), table((2.0, 3), (1, 4)), table((2.0, 1), (3, 4)), table((1.0, 1), (1, 1)))
+    assert [evaluation.pair_hits(m) for m in (right, image, text, tie)] == [
+        ([True, True], [True, True]), ([True, True], [False, True]), ([False, True], [True, True]), ([False] * 2, [False] * 2)]
+    figures = evaluation.pair_scores([right, image, text, tie])
+    assert figures == {'items': 4, 'image_score': 0.5, 'image_chance': 0.25, 'text_score': 0.5, 'text_chance': 0.25,
+                       'group_score': 0.25}
+    assert evaluation.pair_scores([table((3.0, 1, 2)), table((1.0, 0, 2))]) == {
+        'items': 2, 'text_score': 0.5, 'text_chance': pytest.approx(1 / 3)}
+    assert evaluation.pair_scores([table((3.0,), (1.0,))]) == {'items': 1, 'image_score': 1.0, 'image_chance': 0.5}
+    def rows(name, text):
+        (tmp_path / name).write_text(text)
+        return evaluation.read_pairs(tmp_path / name)
+    line = json.dumps({'images': ['a.jpg'], 'captions': ['x', 'y'], 'type': 't'})
+    assert rows('own.jsonl', line + '\n\n' + line) == [(['a.jpg'], ['x', 'y'], 't')] * 2
+    assert rows('crepe.json', json.dumps({'0': {'filename': 'a.jpg', 'caption': 'x', 'negative_caption': 'y'}})) == [
+        (['a.jpg'], ['x', 'y'], None)]
+    assert rows('wino.jsonl', json.dumps({'id': 0, 'image_0': 'a', 'image_1': 'b', 'caption_0': 'x', 'caption_1': 'y',
+                                          'tag': 'Object'})) == [(['a', 'b'], ['x', 'y'], 'Object')]
+    assert rows('svo.csv', 'sentence,pos_image_id,neg_image_id,subj_neg,verb_neg,obj_neg\nx,7,8,False,True,False\n') == [
+        (['7', '8'], ['x'], 'verb_neg')]
+    assert rows('Questions.csv', 'Question ID,Type,Statement\n1,Color,red\n2,Color,blue\n') == [
+        (['Color/1', 'Color/2'], ['a photo of red', 'a photo of blue'], 'Color')]
+    for name, text, told in [('a.jsonl', '{"image": "a"}', 'item 1 of .*a.jsonl has the keys image;'), ('b.jsonl', '{', 'b.jsonl'),
+                             ('c.jsonl', '{"images": ["a", "b"], "captions": ["x", "y", "z"]}', '2 images and 3 captions')]:
+        with pytest.raises(ValueError, match=told):
+            rows(name, text)
+    # Two probes; a feature is one number a picture, one a name, and the score their product.
+    query = lambda right, swap: {'positive': right, 'swap': swap, 'negatives': ['no']}
+    probes = [{'images': {'A': 'a', 'B': 'b', 'C': 'c'}, 'dominant_query': query('good', 'bad'), 'small_query': query(*small)}
+              for small in (('good', 'bad'), ('bad', 'good'))]
+    (tmp_path / 'probes.json').write_text(json.dumps(probes))
+    values = {'a': 1.0, 'b': -1, 'c': -1, 'good': 1, 'bad': -1, 'no': 0}
+    monkeypatch.setattr(evaluation, 'embed_images', lambda m, paths, p, workers: torch.tensor([[values[q.stem]] for q in paths]))
+    monkeypatch.setattr(evaluation, 'embed_texts', lambda m, t, texts: torch.tensor([[float(values[q])] for q in texts]))
+    figures = evaluation.suppression(None, None, None, tmp_path)
+    assert (figures['dominant']['scene_top1'], figures['small']['scene_top1']) == (1.0, 0.5)
+    assert (figures['dominant']['name_top1'], figures['small']['name_top1']) == (1.0, 0.5)
+    assert (figures['dominant']['standard_error'], figures['small']['standard_error']) == (0, pytest.approx(0.5))
+
+
+def test_torchvision_sets_and_wordnet_folders(tmp_path):
+    """oracle: a describable-textures folder written here as torchvision reads it; labels, names and both errors."""
+    for name, text in (('labels/test1.txt', 'woven/a.jpg\nbanded/b.jpg\n'), ('labels/train1.txt', '')):
+        (tmp_path / 'dtd/dtd' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'dtd/dtd' / name).write_text(text)
+    for name in ('woven/a.jpg', 'banded/b.jpg'):
+        (tmp_path / 'dtd/dtd/images' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'dtd/dtd/images' / name).write_bytes(picture())
+    source, names = evaluation.torchvision_set('dtd', tmp_path)
+    assert names == ['banded', 'woven']
+    model, preprocess = micro()[0].eval(), data.Preprocess(32)
+    features, labels = evaluation.embed_labelled(model, source, preprocess)
+    assert labels.tolist() == [1, 0]
+    close(features, evaluation.embed_images(model, [tmp_path / 'dtd/dtd/images' / p for p in ('woven/a.jpg', 'banded/b.jpg')],
+                                            preprocess))
+    for name, told in (('dtdd', "has no 'dtdd'; it has .*DTD"), ('food101', 'cannot read food101 from .*--download'),
+                       ('FakeData', 'no class names')):
+        with pytest.raises(ValueError, match=told):
+            evaluation.torchvision_set(name, tmp_path)
+    for i in range(1000):
+        (tmp_path / f'in/n{i:08d}').mkdir(parents=True)
+    (tmp_path / 'in/n00000002/x.png').write_bytes(b'')
+    _, labels, names, _ = evaluation.folder_classes(tmp_path / 'in')
+    assert labels.tolist() == [2] and names[2] == 'great white shark' and len(names) == 1000
+    (tmp_path / 'in/n00000999').rmdir()
+    with pytest.raises(ValueError, match='999 folders of WordNet ids'):
+        evaluation.folder_classes(tmp_path / 'in')
+    (tmp_path / 'templates').write_text('a {}\n\nthe {c}!\n')
+    assert evaluation.read_templates(tmp_path / 'templates') == ['a {}', 'the {}!']
+    (tmp_path / 'templates').write_text('["a {} b", "nothing"]')
+    with pytest.raises(ValueError, match="'nothing'"):
+        evaluation.read_templates(tmp_path / 'templates')
+
+
+def test_search_refreshes_what_changed(tmp_path, monkeypatch, capsys):
+    """oracle: features without a cache, and the list of files that were embedded: only new or changed ones, ever."""
+    folder, asked = tmp_path / 'photos', []
+    for name in ('b/one.png', 'two.png', 'bad.jpg', 'note.txt'):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture('PNG') if name.endswith('png') else b'no image')
+    whole = evaluation.embed_labelled
+    monkeypatch.setattr(evaluation, 'embed_labelled', lambda model, source, *rest, **more: (
+        asked.append([path.name for path in source]), whole(model, source, *rest, **more))[1])
+    model, preprocess = micro()[0].eval(), data.Preprocess(32)
+    paths, features = evaluation.folder_features(model, preprocess, folder)
+    assert [path.name for path in paths] == ['one.png', 'two.png'] and 'bad.jpg is no readable image' in capsys.readouterr().out
+    close(features, evaluation.embed_images(model, paths, preprocess))
+    asked.clear()
+    (folder / 'two.png').write_bytes(picture('PNG', 'L'))
+    (folder / 'three.png').write_bytes(picture())
+    paths, features = evaluation.folder_features(model, preprocess, folder)
+    assert asked == [['three.png', 'two.png']]
+    close(features, evaluation.embed_images(model, paths, preprocess))
+    (folder / 'b/one.png').unlink()
+    asked.clear()
+    assert len(evaluation.folder_features(model, preprocess, folder)[0]) == 2 and asked == []
+    evaluation.folder_features(micro(seed=1)[0].eval(), preprocess, folder)
+    assert len(asked[0]) == 3                                           # other weights: all of them, the bad one too
+
+
+def test_export_is_open_clips(tmp_path):
+    """oracle: the recorded names and shapes of the released checkpoint without its heads, and the values."""
+    golden = torch.load(shared('golden', 'tiny.pt'), weights_only=True)
+    for prefix in ('', 'module.'):
+        saved = {name: {prefix + key: value for key, value in golden[name].items()} for name in ('student', 'teacher')}
+        torch.save(saved, tmp_path / 'released.pt')
+        config = Config(**golden['config'])
+        model, _, _ = evaluation.load(tmp_path / 'released.pt', config=config, vocab=shared('vocab', 'bpe_simple_vocab_16e6.txt.gz'))
+        evaluation.export(model, tmp_path / 'clip.pt')
+        written, heads = torch.load(tmp_path / 'clip.pt', weights_only=True), ('attn_cross_pool', 'token_mapping', 'distill')
+        wanted = {key: value for key, value in golden['teacher'].items() if not any(part in key for part in heads)}
+        assert written.keys() == wanted.keys() and all(torch.equal(written[key], wanted[key]) for key in wanted)
+        out = model.visual(golden['images'][:2])[0]
+        close(F.normalize(out, dim=-1), golden['expected']['teacher_image'], 2e-5)
+
+
+def test_every_command_of_eval(monkeypatch, tmp_path, capsys):
+    """oracle: the functions that the tests above check, called on the same input; the pictures open."""
+    model, tokenizer = spelling_model()
+    torch.save({'config': vars(model.config), 'merges': [], 'student': model.state_dict()}, tmp_path / 'ours.pt')
+    for kind in ('images', 'masks'):
+        (tmp_path / kind).mkdir()
+    for i in range(3):
+        Image.effect_mandelbrot((50, 40), (-2 + i, -1, 1, 1), 40).convert('RGB').save(tmp_path / f'images/{i}.jpg')
+        Image.fromarray(np.arange(2000, dtype=np.uint8).reshape(40, 50) % 2).save(tmp_path / f'masks/{i}.png')
+    (tmp_path / 'classes.txt').write_text('ground, sky\nox\n')
+    (tmp_path / 'items.jsonl').write_text(json.dumps({'images': ['0', '1'], 'captions': ['an ox', 'a cat'], 'type': 'big'}))
+    (tmp_path / 'flickr.json').write_text(json.dumps([{'image': f'{i}.jpg', 'caption': [f'{i}', 'ox']} for i in range(3)]))
+    def run(command, *argv):
+        figures = ['--workers', 0, '--json', tmp_path / 'figures.json']
+        assert run_main(monkeypatch, evaluation.main, command, tmp_path / 'ours.pt', *argv, *figures) is None
+        return json.loads((tmp_path / 'figures.json').read_text()), capsys.readouterr().out
+    images, preprocess = ['--images', tmp_path / 'images'], data.Preprocess(32)
+    paths = [tmp_path / f'images/{i}.jpg' for i in range(3)]
+    features, words = evaluation.embed_images(model, paths, preprocess), lambda *t: evaluation.embed_texts(model, tokenizer, t)
+    figures, told = run('segment', *images, '--masks', tmp_path / 'masks', '--classes', tmp_path / 'classes.txt',
+                        '--benchmark', 'voc21', '--size', 40, '--area', 0, '--save', tmp_path / 'seen')
+    assert json.loads(figures['settings']) == {'size': 40, 'scale': 65, 'probability': 0.1, 'area': 0.0,
+                                               'reduce_zero_label': False, 'window': 32, 'stride': 16, 'csa': False}
+    vectors, matrix = evaluation.class_vectors(model, tokenizer, ['ground', 'sky', 'ox']), 0
+    for i, path in enumerate(paths):
+        settings = evaluation.Settings(**json.loads(figures['settings']))
+        labels = evaluation.segment_image(model, Image.open(path), vectors, [2, 1], settings)
+        matrix = matrix + evaluation.confusion(evaluation.read_mask(tmp_path / f'masks/{i}.png', (50, 40), 2), labels, 2)
+    assert figures['mIoU'] == evaluation.segmentation_figures(matrix, ['ground', 'ox'])['mIoU'] and 'IoU' in told
+    assert Image.open(tmp_path / 'seen/2.png').size == (270, 52)
+    figures, _ = run('pairs', '--items', tmp_path / 'items.jsonl', *images)
+    scores = features[:2] @ words('an ox', 'a cat').T
+    assert figures['all 2 x 2'] == figures['big 2 x 2'] == evaluation.pair_scores([scores])
+    figures, told = run('search', 'an ox', *images, '--out', tmp_path / 'found.png')
+    scores, order = (features @ words('an ox')[0]).sort(descending=True)
+    assert [line.split()[1] for line in told.splitlines()[1:4]] == [str(paths[i]) for i in order]
+    assert [float(line.split()[0]) for line in told.splitlines()[1:4]] == pytest.approx(scores.tolist(), abs=1e-4)
+    _, told = run('search', '--like', paths[2], *images, '--top', 1, '--out', tmp_path / 'found.png')
+    assert str(paths[2]) in told and '1.0000' in told and Image.open(tmp_path / 'found.png').size[0] > 1000
+    figures, _ = run('retrieval', '--flickr', tmp_path / 'flickr.json', *images)
+    want = evaluation.retrieval(features, words('0', 'ox', '1', 'ox', '2', 'ox'), torch.tensor([0, 0, 1, 1, 2, 2]))
+    assert {key: figures[key] for key in want} == want
+    figures, _ = run('export', tmp_path / 'clip.pt')
+    assert figures['parameters'] == sum(p.numel() for p in model.parameters()) - sum(
+        p.numel() for name, p in model.named_parameters() if re.match('(image|text)_(cross|tokens)|distill', name))
+    run('attend', '--image', paths[0], '--text', 'an ox', '--out', tmp_path / 'seen.png')
+    assert Image.open(tmp_path / 'seen.png').mode == 'RGB'
+
+
 def test_checkpoint_that_executes_is_refused(tmp_path, monkeypatch):
     """oracle: the file that its pickle would create: it must not exist."""
     class Malicious:
