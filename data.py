@@ -2,6 +2,8 @@
 
     python data.py make DIR              draws the built-in set: DIR/train/*.tar, DIR/val/*.tar
     python data.py inspect SHARDS        counts, caption statistics, and a contact sheet of views and text crops
+    python data.py pack ROWS IMAGES OUT  JSONL, CSV, TSV or COCO captions and a folder of images into shards
+    python data.py join CSV SHARDS OUT   DreamLIP's captions onto img2dataset's shards, by URL
 
 A shard is a tar as img2dataset writes it: members that share a stem are one pair.
 
@@ -13,6 +15,7 @@ Every random choice for a sample comes from (seed, epoch, index of the pair), an
 So a run sees the same numbers with any number of workers and GPUs, and goes on from any step.
 """
 import argparse
+import csv
 import difflib
 import glob
 import gzip
@@ -29,6 +32,7 @@ import sys
 import tarfile
 import textwrap
 import unicodedata
+from array import array
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -38,6 +42,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
@@ -82,54 +87,141 @@ def expand_braces(pattern):
     return [name for item in items for name in expand_braces(pattern.replace(brace[0], item, 1))]
 
 
+PAX_PATH, PAX_SIZE = re.compile(rb'\d+ path=([^\n]*)\n'), re.compile(rb'\d+ size=(\d+)\n')
+
+
+def tar_number(field):
+    """A number in a tar header: octal, or GNU's binary form for what that cannot hold. ValueError for neither."""
+    if field[:1] == b'\x80':
+        return int.from_bytes(field[1:], 'big')
+    return int(field.split(b'\0')[0] or b'0', 8)
+
+
+def tar_members(file):
+    """(name, offset of the data, size) of the files in an open tar of any format: USTAR, GNU, PAX.
+
+    tarfile stops at the first damaged header. This goes on at the next one whose checksum is right, so that no flipped
+    bit hides the rest or gives a file another's name; and it is several times as fast.
+    """
+    def read(offset, size):
+        file.seek(offset)
+        return file.read(size)
+    end, at, start, block, name, size = file.seek(0, os.SEEK_END), 0, 0, b'', None, None
+    after = 1                                                           # where to look for headers once one is damaged
+    while at + 512 <= end:
+        if not start <= at <= start + len(block) - 512:
+            start, block = at, read(at, 16384)                          # headers of small files nearby come along
+        header = block[at - start:at - start + 512]
+        try:    # The checksum is the sum of bytes, its own 8 taken as spaces; a number is the sum of its bytes mod 255.
+            total = int.from_bytes(header, 'big') - int.from_bytes(header[148:156], 'big') + 8 * 32
+            if (total - tar_number(header[148:156])) % 255:
+                raise ValueError
+            length = tar_number(header[124:136])
+        except ValueError:      # The zeros of the end, or damage: it may have moved what follows into the last file.
+            at, name, size = next_header(read, after, end), None, None
+            after = at + 1
+            continue
+        kind, after = header[156:157], at + 512
+        at = after
+        if kind in b'xL':                               # of the next file: PAX's fields, GNU's long name
+            extra = read(at, min(length, 1 << 20))
+            fields = dict(re.findall(rb'\d+ (path|size)=([^\n]*)\n', extra)) if kind == b'x' else {}
+            name = extra.rstrip(b'\0') if kind == b'L' else fields.get(b'path', name)
+            size = int(fields[b'size']) if b'size' in fields else size
+        elif kind in b'0\0':
+            length = size or length
+            prefix = header[345:500].rstrip(b'\0') if header[257:263] == b'ustar\0' else b''
+            name = name or (prefix + b'/' if prefix else b'') + header[:100].partition(b'\0')[0]
+            if 0 < length <= end - at:                                  # the last file of a cut tar is not whole
+                yield name.decode('utf-8', 'surrogateescape'), at, length
+        if kind not in b'xLKg':
+            name = size = None
+        at += 0 if kind in b'123456' else -(-length // 512) * 512       # links and folders have no data
+
+
+def next_header(read, at, end, step=1 << 20):
+    """Offset of the next place, from `at` on, that has the magic word of a header; `end` where there is none."""
+    for start in range(at, end, step):
+        found = read(start, step + 512).find(b'ustar', 257)             # its place in a header
+        if found >= 0:
+            return start + found - 257
+    return end
+
+
 def scan_shard(path, number):
-    """Headers of one tar -> its pairs, (n,) PAIR in order of their images. What is whole in a cut file still counts."""
-    pairs, size = {}, os.path.getsize(path)
-    try:
-        with tarfile.open(path, 'r:') as tar:
-            for member in tar:
-                stem, _, extension = member.name.rpartition('/')[2].partition('.')
-                kind = MEMBERS.get(extension.lower())
-                if kind and member.isfile() and 0 < member.size <= size - member.offset_data:
-                    pair = pairs.setdefault((member.name.rpartition('/')[0], stem), {})
-                    pair.setdefault(kind, (member.offset_data, member.size))
-                tar.members = []                                        # or it keeps every header of a large shard
-    except tarfile.ReadError as error:
-        if not pairs:
-            raise ValueError(f'{path} is no readable tar ({error}); remove it or fetch it again') from None
+    """Headers of one tar -> its pairs, (n,) PAIR in order of their images. What is whole in a damaged one counts."""
+    pairs = {}
+    with open(path, 'rb', buffering=0) as file:
+        for name, offset, length in tar_members(file):
+            folder, _, base = name.rpartition('/')
+            stem, _, extension = base.partition('.')
+            kind = MEMBERS.get(extension.lower())
+            if kind and length < 1 << 31:
+                pairs.setdefault((folder, stem), {}).setdefault(kind, (offset, length))
     rows = [(number, *pair['image'], *pair.get('json', (0, 0)), *pair.get('txt', (0, 0)))
             for pair in pairs.values() if 'image' in pair and ('json' in pair or 'txt' in pair)]
-    if pairs and not rows:
-        raise ValueError(f'{path} has no image with a .json or .txt of the same name; see the format in README')
+    if not rows:
+        raise ValueError(f'{path} has no image with a .json or .txt of the same name; see the format in README' if pairs
+                         else f'{path} is no readable tar with images; remove it or fetch it again')
     return np.array(rows, dtype=PAIR)
 
 
 class Shards:
     """Random access to all pairs of a set of tars. `cache` is a folder for the index, which is then memory-mapped;
-    `caption_keys` are the json keys of the captions, joined by commas.
+    `caption_keys` are the json keys of the captions, joined by commas. With `together` all ranks read headers, each of
+    its share of the shards: every rank must come here.
 
-    Raises ValueError when nothing is found, or a shard's captions are under none of the keys, naming shard and keys.
+    Shards without a pair are named and left out. Raises ValueError when no pair is left, or when a shard's captions are
+    under none of the keys, naming shard and keys.
     """
 
-    def __init__(self, pattern, cache=None, caption_keys=None):
-        self.paths, self.files = find_shards(pattern), {}
+    def __init__(self, pattern, cache=None, caption_keys=None, together=False):
+        self.paths, self.files, self.problem = find_shards(pattern), {}, None
         self.caption_keys = [key.strip() for key in caption_keys.split(',')] if caption_keys else None
-        stamp = [caption_keys, *((path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in self.paths)]
-        name = cache and os.path.join(cache, f'index-{hashlib.sha1(repr(stamp).encode()).hexdigest()[:16]}.npy')
-        if name and os.path.exists(name):
-            self.pairs = np.load(name, mmap_mode='r')
-            return
-        shards = tqdm(self.paths, desc='reading headers', disable=None, leave=False)
-        self.pairs = np.concatenate([scan_shard(path, number) for number, path in enumerate(shards)])
-        if not len(self.pairs):
-            raise ValueError(f"'{pattern}' is {len(self.paths)} tars without one pair of image and caption; see README")
-        for first in np.unique(self.pairs['shard'], return_index=True)[1]:
-            self.check_captions(first)
-        if name:
+        self.stamps = [(os.path.getsize(path), os.stat(path).st_mtime_ns) for path in self.paths]
+        key = hashlib.sha1(repr((caption_keys, self.paths, self.stamps)).encode()).hexdigest()[:16]
+        name = cache and os.path.join(cache, f'index-{key}.npy')
+        if not (name and os.path.exists(name)):
+            together = together and dist.is_initialized()
+            rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+            self.pairs = self.scan(rank, world)
+            if not name:
+                self.need_pairs()
+                return
             os.makedirs(cache, exist_ok=True)
-            np.save(f'{name}.{os.getpid()}.npy', self.pairs)
-            os.replace(f'{name}.{os.getpid()}.npy', name)               # ranks that share the folder see all or nothing
-            self.pairs = np.load(name, mmap_mode='r')
+            np.save(f'{name}.{rank}.npy', self.pairs)                   # renamed when whole: others see all or nothing
+            if world > 1:
+                dist.barrier()
+                if rank == 0:
+                    self.pairs = np.concatenate([np.load(f'{name}.{r}.npy') for r in range(world)])
+                    self.pairs.sort(order=['shard', 'image'])           # the same for any number of ranks
+                    np.save(f'{name}.0.npy', self.pairs)
+            if rank == 0:
+                os.replace(f'{name}.0.npy', name)
+            if world > 1:
+                dist.barrier()
+                if rank:
+                    os.remove(f'{name}.{rank}.npy')
+        self.pairs = np.load(name, mmap_mode='r')
+        self.need_pairs()
+
+    def scan(self, rank, world):
+        """Pairs of every world-th shard from `rank` on."""
+        some, parts, self.pairs = range(rank, len(self.paths), world), [np.empty(0, PAIR)], np.empty(0, PAIR)
+        for number in tqdm(some, desc='reading headers', disable=None, leave=False):
+            try:
+                parts.append(scan_shard(self.paths[number], number))
+            except ValueError as error:
+                self.problem = error
+                print(f'WARNING    {error}', file=sys.stderr)
+                continue
+            self.pairs = parts[-1]
+            self.check_captions()
+        return np.concatenate(parts)
+
+    def need_pairs(self):
+        if not len(self.pairs):
+            raise self.problem or ValueError(f'{self.paths[0]} and {len(self.paths) - 1} more tars hold no pair')
 
     def __len__(self):
         return len(self.pairs)
@@ -142,9 +234,15 @@ class Shards:
         if key not in self.files:
             if len(self.files) >= 128:                                  # stay far below the usual limit of 1,024
                 self.files.pop(next(iter(self.files))).close()
-            self.files[key] = open(self.paths[shard], 'rb', buffering=0)
+            file = open(self.paths[shard], 'rb', buffering=0)
+            if (os.fstat(file.fileno()).st_size, os.fstat(file.fileno()).st_mtime_ns) != self.stamps[shard]:
+                raise ValueError(f'{self.paths[shard]} was changed after its headers were read')
+            self.files[key] = file
         self.files[key].seek(offset)
-        return self.files[key].read(size)
+        data = self.files[key].read(size)
+        if len(data) < size:
+            raise ValueError(f'{self.paths[shard]} ends before byte {offset + size}; it was cut during the run')
+        return data
 
     def image(self, i):
         """The encoded bytes of image i."""
@@ -153,6 +251,8 @@ class Shards:
     def record(self, i):
         """The json of pair i as a dict, with the .txt under 'txt'."""
         pair, record = self.pairs[i], {}
+        if max(pair['json_size'], pair['txt_size']) > 16 << 20:
+            raise ValueError(f"a caption file of {max(pair['json_size'], pair['txt_size']):,} bytes is too large")
         if pair['json_size']:
             record = json.loads(self.read(*pair[['shard', 'json', 'json_size']]))
             record = record if isinstance(record, dict) else {'captions': record}
@@ -174,15 +274,27 @@ class Shards:
         header = self.read(pair['shard'], pair['image'] - 512, 100)
         return f"{self.paths[pair['shard']]}:{header.rstrip(bytes(1)).decode('utf-8', 'replace')}"
 
-    def check_captions(self, first):
-        """Of the first pairs of a shard one must have captions: if none has, the keys are wrong, not the pairs."""
-        for i in range(first, min(first + 5, len(self))):
+    def check_captions(self):
+        """Of the first pairs one must have captions: if none has, the keys are wrong, not the pairs."""
+        for i in range(min(20, len(self))):
             try:
                 return self.pool(i)
             except ValueError as error:
                 problem = error
-        raise ValueError(f"{self.name(first).rpartition(':')[0]} has captions that cannot be used ({problem}); "
+        raise ValueError(f"{self.name(0).rpartition(':')[0]} has captions that cannot be used ({problem}); "
                          'name the right ones with --caption-keys')
+
+
+def write_shard(path, members):
+    """A tar of (name, bytes), whole or not at all; equal members give equal bytes."""
+    partial = Path(f'{path}.partial')                                   # an interrupted one must not look whole
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(partial, 'w', format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)                                # with mtime 0
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    os.replace(partial, path)
 
 
 # --- 2. Captions: a pool of sentences per pair, and text crops from it ---------------------------------- Sec. 3.1 ---
@@ -393,11 +505,15 @@ BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 def decode(data):
-    """Encoded bytes -> (3, h, w) uint8. Raises OSError or RuntimeError for what is no image."""
+    """Encoded bytes -> (3, h, w) uint8, upright as EXIF says. Raises OSError, RuntimeError or ValueError."""
+    image = Image.open(io.BytesIO(data))                                # reads the header only
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:             # a few bytes can ask for all memory
+        raise ValueError(f'an image of {image.width} x {image.height} pixels is too large')
     try:
-        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
     except RuntimeError:                                                # rarer kinds, such as CMYK: slower, but all
-        return v2.functional.pil_to_tensor(Image.open(io.BytesIO(data)).convert('RGB'))
+        return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert('RGB'))
 
 
 def image_crops(config, augment):
@@ -519,6 +635,12 @@ class Batch(NamedTuple):
         """The batch on a device, without waiting for it."""
         move = lambda tensors: [tensor.to(device, non_blocking=True) for tensor in tensors]
         return self._replace(images=move(self.images), texts=move(self.texts))
+
+    def split(self, parts):
+        """The batch as `parts` batches of equally many pairs."""
+        cut = lambda tensors: zip(*(tensor.chunk(parts, dim=1) for tensor in tensors))
+        return [self._replace(images=list(images), texts=list(texts))
+                for images, texts in zip(cut(self.images), cut(self.texts))]
 
     def views(self):
         """What COSMOS.forward takes: V images (B, 3, s, s), normalised, and U captions (B, T)."""
@@ -714,19 +836,136 @@ def make_scenes(root, train=8000, val=1000, seed=0, size=96, workers=None):
         shards += [(split, range(start, min(start + 1000, count))) for start in range(0, count, 1000)]
     with ProcessPoolExecutor(workers) as pool:
         for split, indices in tqdm(shards, 'drawing shards', disable=None):
+            scenes = pool.map(_scene, [(seed, split, index, size) for index in indices], chunksize=25)
             path = Path(root, split, f'{indices[0] // 1000:05d}.tar')
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix('.tmp')          # an interrupted run must not leave a tar that looks whole
-            with tarfile.open(part, 'w', format=tarfile.USTAR_FORMAT) as tar:
-                jobs = [(seed, split, index, size) for index in indices]
-                for name, data in (member for scene in pool.map(_scene, jobs, chunksize=25) for member in scene):
-                    info = tarfile.TarInfo(name)     # its mtime is 0: equal seeds, equal bytes
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-            os.replace(part, path)
+            write_shard(path, (member for scene in scenes for member in scene))
 
 
-# --- 7. Commands -----------------------------------------------------------------------------------------------------
+# --- 7. Data from elsewhere: into shards (pack), captions onto shards (join) ------------------------------------------
+
+IMAGE_COLUMNS = 'image', 'filepath', 'file_name', 'filename', 'path', 'file'
+URL_COLUMNS = 'url', 'URL', 'image_url', 'Image Path', 'image_path'                     # DreamLIP's CSV: Image Path
+CAPTION_COLUMNS = {'title': 'caption', 'text': 'caption', 'sentence': 'caption'}        # what others call a caption
+
+
+def first_of(names, columns, path):
+    found = [name for name in names if name in columns]
+    if not found:
+        raise ValueError(f"{path} has the columns {', '.join(map(str, columns))}, none of {', '.join(names)}")
+    return found[0]
+
+
+def read_rows(path):
+    """JSONL, CSV, TSV or COCO-caption JSON -> {image name: record}. Rows of one image become one with all captions."""
+    kind, rows = Path(path).suffix.lower(), {}
+    try:
+        text = Path(path).read_text(encoding='utf-8-sig')
+        if kind in ('.csv', '.tsv'):
+            listing = list(csv.DictReader(io.StringIO(text), delimiter=',\t'[kind == '.tsv']))
+        elif kind == '.json':
+            whole = json.loads(text)
+            names = {image['id']: image['file_name'] for image in whole['images']}
+            listing = [{'image': names[a['image_id']], 'caption': a['caption']} for a in whole['annotations']]
+        else:
+            listing = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, UnicodeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} cannot be read as JSONL, CSV, TSV or COCO captions ({error})') from None
+    if not listing:
+        raise ValueError(f'{path} has no rows')
+    column = first_of(IMAGE_COLUMNS, listing[0], path)
+    for row in listing:
+        record = {CAPTION_COLUMNS.get(key, key): value for key, value in row.items() if key != column}
+        known = rows.setdefault(row[column], record)
+        if known is not record and record.get('caption'):
+            known['captions'] = [*known.get('captions', [known.get('caption')]), record['caption']]
+    return rows
+
+
+def pack(source, images, out, size=5000):
+    """Rows and a folder of images -> shards out/00000.tar ... of `size` rows. Goes on where it was interrupted.
+
+    Image bytes are copied as they are. Rows whose image is missing or no image are named, counted and left out.
+    """
+    rows, bad = list(read_rows(source).items()), 0
+    for number in tqdm(range(-(-len(rows) // size)), desc='writing shards', disable=None):
+        path, members = Path(out, f'{number:05d}.tar'), []
+        if path.exists():                                               # only whole shards have that name
+            continue
+        for i, (name, record) in enumerate(rows[number * size:(number + 1) * size]):
+            try:
+                data = Path(images, name).read_bytes()
+                with Image.open(io.BytesIO(data)) as image:
+                    extension = {'JPEG': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}[image.format]
+                if not caption_pool(record):
+                    raise ValueError(f"no caption under {', '.join(record)}")
+                key = f'{number:05d}{i:05d}'
+                members += [(f'{key}.{extension}', data), (f'{key}.json', json.dumps(record).encode())]
+            except (OSError, KeyError, ValueError) as error:
+                bad += 1
+                print(f'left out   {name}: {error}', file=sys.stderr)
+        write_shard(path, members)
+    return len(rows), bad
+
+
+class Lines:
+    """The lines of a file, and how many bytes of it were taken."""
+
+    def __init__(self, file):
+        self.file, self.taken = file, 0
+
+    def __iter__(self):
+        for line in self.file:
+            self.taken += len(line)
+            yield line.decode('utf-8', 'replace')
+
+
+def join(table, pattern, out):
+    """DreamLIP's CSV onto img2dataset shards by URL: pairs it knows, with its captions as sentences, in new shards.
+
+    The table is read twice by offsets (16 bytes of memory a row), for it may be larger than memory. -> (pairs, matched)
+    """
+    url_hash = lambda url: int.from_bytes(hashlib.blake2b(url.strip().encode(), digest_size=8).digest(), 'big')
+    csv.field_size_limit(1 << 24)
+    with open(table, 'rb') as file:
+        lines = Lines(file)
+        reader = csv.reader(lines)
+        columns = next(reader)
+        at = columns.index(first_of(URL_COLUMNS, columns, table))
+        keys, offsets, taken = array('Q'), array('Q'), lines.taken
+        for row in tqdm(reader, desc='reading urls', disable=None, leave=False):
+            keys.append(url_hash(row[at]) if len(row) > at else 0)
+            offsets.append(taken)
+            taken = lines.taken
+        keys, offsets = np.array(keys), np.array(offsets)
+        place, shards, pairs, matched = keys.argsort(kind='stable'), Shards(pattern), 0, 0
+
+        def captions(url):
+            """The row of an URL as a record of sentence lists, or None."""
+            key = np.uint64(url_hash(url))
+            first, last = (np.searchsorted(keys, key, side, sorter=place) for side in ('left', 'right'))
+            for k in place[first:last]:
+                file.seek(offsets[k])
+                row = next(csv.reader(line.decode('utf-8', 'replace') for line in file))
+                if row[at].strip() == url.strip():
+                    return {name: sentences(value) for name, value in zip(columns, row) if name in CAPTION_KEYS[0]}
+
+        for number, path in enumerate(tqdm(shards.paths, desc='joining', disable=None)):
+            target, members = Path(out, Path(path).name), []
+            if target.exists():                                         # only whole shards have that name
+                continue
+            for i in np.flatnonzero(shards.pairs['shard'] == number):
+                record, name = shards.record(i), shards.name(i).rpartition(':')[2]
+                known = record.get('url') and captions(record['url'])
+                pairs, matched = pairs + 1, matched + bool(known)
+                if known:
+                    text = json.dumps(record | known).encode()
+                    members += [(name, shards.image(i)), (f"{name.rpartition('.')[0]}.json", text)]
+            if members:
+                write_shard(target, members)
+    return pairs, matched
+
+
+# --- 8. Commands -----------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse that answers in one sentence, exit status 1, and names the nearest flag for one it does not know."""
@@ -814,8 +1053,23 @@ def main():
     show.add_argument('--caption-keys', help='comma-separated json keys of the captions')
     show.add_argument('--preset', default='tiny', help='whose views to draw')
     show.add_argument('--out', default='samples.png', help='the contact sheet')
+    into = commands.add_parser('pack', help='rows and a folder of images into shards')
+    into.add_argument('rows', help='JSONL {"image", "captions"}, CSV or TSV with such columns, or COCO-caption JSON')
+    into.add_argument('images', help='folder that the image names are relative to')
+    into.add_argument('out', help='folder of the shards')
+    into.add_argument('--size', type=int, default=5000, help='rows a shard')
+    onto = commands.add_parser('join', help="DreamLIP's captions onto img2dataset's shards")
+    onto.add_argument('table', help='CSV with a column of URLs and the seven caption columns')
+    onto.add_argument('shards', help='a folder, glob or pattern of tars whose json has the url')
+    onto.add_argument('out', help='folder of the new shards')
     args = parser.parse_args()
-    if args.command == 'make':
+    if args.command == 'pack':
+        rows, bad = pack(args.rows, args.images, args.out, args.size)
+        print(f'{rows:,} images, {bad:,} left out, in {args.out}')
+    elif args.command == 'join':
+        pairs, matched = join(args.table, args.shards, args.out)
+        print(f'{matched:,} of {pairs:,} pairs matched ({matched / max(pairs, 1):.1%}), in {args.out}')
+    elif args.command == 'make':
         make_scenes(args.root, args.train, args.val, args.seed)
         print(f'{args.train:,} training and {args.val:,} held-out scenes in {args.root}')
     else:

@@ -551,7 +551,8 @@ def overlay(image, labels, names, path):
     draw = ImageDraw.Draw(canvas)
     for row, (k, share) in enumerate(sorted(zip(present, count / labels.size), key=lambda item: -item[1])):
         y = 4 + 22 * row
-        draw.rectangle((image.width + 8, y, image.width + 24, y + 16), fill='white' if k == bare else hue(k), outline='black')
+        fill = 'white' if k == bare else hue(k)
+        draw.rectangle((image.width + 8, y, image.width + 24, y + 16), fill=fill, outline='black')
         draw.text((image.width + 30, y), f'{names[k][:22]} {share:.0%}', 'black', font_size=13)
     canvas.save(path)
 

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import eval as evaluation
-from cosmos import COSMOS, Config, Teacher, clip_loss, cosmos_terms
+from cosmos import COSMOS, Config, Output, Teacher, clip_loss, cosmos_terms
 from data import Order, Parser, Preprocess, Shards, Tokenizer, Views, cli, loader, make_scenes, sample_sheet
 
 with contextlib.suppress(ImportError):      # Windows has none; the log then shows no memory
@@ -46,7 +46,8 @@ class Options:
     method: str = 'cosmos'       # cosmos, or clip: one image crop, one caption of 1-5 sentences, no teacher
     steps: int = None            # optimizer steps in all (default: the preset's)
     epochs: float = None         # instead of --steps: passes over the data (default: the preset's)
-    batch: int = None            # pairs a step, over all processes (default: the preset's)
+    batch: int = None            # pairs a step, over all processes and --accum (default: the preset's)
+    accum: int = 1               # parts a process runs one after the other: the same gradient, less memory
     lr: float = None             # peak learning rate (default: the preset's)
     warmup: int = None           # steps of linear warm-up before the cosine (default: the preset's)
     wd: float = None             # weight decay of matrices; vectors and scales have none (default: the preset's)
@@ -64,8 +65,10 @@ class Options:
     seed: int = 0                # of everything random
     resume: str = None           # a checkpoint, or auto: the newest in --out, or a fresh start
     save_every: int = 1000       # steps between checkpoints; one is always written at the end
+    save_minutes: float = 30.0   # minutes between checkpoints, whichever comes first
     eval_every: int = 0          # steps between evaluations on --val; 0 evaluates at the end only
     log_every: int = 20          # steps between log lines
+    max_skipped: int = 5         # steps in a row that may be skipped because their loss or gradient is not finite
     compile: bool = False        # torch.compile the student: for GPUs, on CPUs it gains nothing
     grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, one more forward pass
 
@@ -79,7 +82,7 @@ CHOICES = {'method': ('cosmos', 'clip'), 'precision': ('auto', 'fp32', 'bf16', '
            'device': ('auto', 'cuda', 'mps', 'cpu')}
 LEAST = {'batch': 2, 'steps': 1, 'epochs': 1e-9, 'lr': 0, 'warmup': 0, 'wd': 0, 'momentum': 1e-9, 'momentum_ramp': 0,
          'clip_grad': 0, 'local_crops': 0, 'local_captions': 0, 'workers': 0, 'save_every': 1, 'eval_every': 0,
-         'log_every': 1}
+         'log_every': 1, 'accum': 1, 'save_minutes': 0, 'max_skipped': 0}
 
 
 def parse_options(argv=None):
@@ -200,7 +203,7 @@ class Run:
         self.teacher = Teacher(self.model) if self.cosmos else None
         self.optimizer = make_optimizer(self.model, options, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == 'fp16')
-        self.begun = time.perf_counter()
+        self.begun, self.saved, self.saved_step = time.perf_counter(), time.monotonic(), None
         if saved:
             self.restore(saved)
         self.check_agreement()
@@ -213,11 +216,10 @@ class Run:
 
     def open_data(self, saved):
         options = self.options
-        with main_first(self.rank):                                     # the index is cached in --out
-            self.shards = Shards(options.data, self.out, options.caption_keys)
-            self.val = Shards(options.val, self.out, options.caption_keys) if options.val else None
-            if self.val and self.main:
-                evaluation.shard_captions(self.val)                     # better refused now than at the end
+        read = lambda pattern: Shards(pattern, self.out, options.caption_keys, together=True)    # index cached in --out
+        self.shards, self.val = read(options.data), read(options.val) if options.val else None
+        if self.val and self.main:
+            evaluation.shard_captions(self.val)                         # better refused now than at the end
         if saved:
             self.config = Config(**saved['config'])
             self.tokenizer = Tokenizer(saved['merges'], self.config.context_length)
@@ -236,19 +238,34 @@ class Run:
         """Batches from this step to the last. The global batch of a step is the same for any workers and ranks."""
         options, workers = self.options, self.options.workers
         workers = (8 if self.device.type == 'cuda' else 1) if workers is None else workers
+        if options.batch // self.world % options.accum:
+            raise ValueError(f'--batch {options.batch} on {self.world} processes cannot be split into --accum '
+                             f'{options.accum} parts; choose a multiple of {self.world * options.accum}')
         order = Order(len(self.shards), options.batch, self.step, options.steps, options.seed, self.rank, self.world)
         return iter(loader(self.views, order, workers))
 
     def find_checkpoint(self):
-        last, path = self.out / 'last.pt', self.options.resume
+        """What --resume asks for, read; None for a fresh start. auto goes back to previous.pt where last.pt is torn."""
+        last, previous, path = self.out / 'last.pt', self.out / 'previous.pt', self.options.resume
         if path == 'auto':
-            path = last if last.exists() else None
-        if not path:
+            kept = [path for path in (last, previous) if path.exists()]
+            for path in kept:
+                try:
+                    saved = evaluation.read_checkpoint(path)
+                    break
+                except ValueError as error:
+                    if path == kept[-1]:
+                        raise
+                    print(f'WARNING    {error}\nWARNING    going on from {previous} instead')
+            else:
+                return None
+        elif path:
+            saved = evaluation.read_checkpoint(path)
+        else:
             if last.exists() and self.main:
-                print(f'note       a fresh start; the last.pt of the run before is now {self.out}/previous.pt')
-                os.replace(last, self.out / 'previous.pt')
+                print(f'note       a fresh start; the last.pt of the run before is now {previous}')
+                os.replace(last, previous)
             return None
-        saved = evaluation.read_checkpoint(path)
         if not isinstance(saved, dict) or not {'step', 'config', 'options', 'merges', 'optimizer'} <= saved.keys():
             raise ValueError(f'{path} is no checkpoint of train.py, so there is no run to resume in it')
         for name in ('preset', 'method'):
@@ -288,9 +305,13 @@ class Run:
         """Of training so far, earlier parts of a resumed run counted in."""
         return time.perf_counter() - self.begun
 
-    def save(self):
-        """last.pt: tensors and plain values only. Written aside, then renamed: a kill leaves the old one whole."""
-        if not self.main:
+    def save(self, must=True):
+        """last.pt, tensors and plain values only; the one before becomes previous.pt.
+
+        Written aside, flushed to the disk, then renamed: a kill or a full disk leaves the old one whole. Raises
+        ValueError when it cannot be written; without `must` it only warns, for the run may outlive a full disk.
+        """
+        if not self.main or self.saved_step == self.step:
             return
         state = {'step': self.step, 'seconds': self.seconds(),
                  'config': asdict(self.config), 'options': asdict(self.options), 'merges': self.tokenizer.merges,
@@ -298,9 +319,22 @@ class Run:
                  'scaler': self.scaler.state_dict()}
         if self.teacher:
             state['teacher'] = self.teacher.model.state_dict()
-        partial = self.out / f'last.pt.{os.getpid()}'
-        torch.save(state, partial)
-        os.replace(partial, self.out / 'last.pt')
+        last, partial = self.out / 'last.pt', self.out / 'last.pt.partial'
+        try:
+            with open(partial, 'wb') as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if last.exists():
+                os.replace(last, self.out / 'previous.pt')
+            os.replace(partial, last)
+            self.saved, self.saved_step = time.monotonic(), self.step
+        except (OSError, RuntimeError) as error:                        # torch's writer raises RuntimeError
+            partial.unlink(missing_ok=True)
+            told = f'step {self.step} could not be saved in {last} ({error}); the checkpoint before it is kept'
+            if must:
+                raise ValueError(f'{told}; make room, then go on with --resume auto') from None
+            tqdm.write(f'WARNING    {told}')
 
     def network(self):
         """What is evaluated: the teacher, where there is one."""
@@ -320,25 +354,69 @@ def make_tokenizer(vocab, shards, context_length):
 
 # --- 5. One step -----------------------------------------------------------------------------------------------------
 
+def forward(run, batch, student, with_teacher=True):
+    """One batch through the student, and the teacher -> Output and (teacher image, teacher text), or () in a CLIP."""
+    images, texts = batch.views()
+    short = [caption[:, :batch.length] for caption in texts[:2]]        # globals without the padding nobody else reads
+    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
+        out = student(images, texts if run.cosmos else short)
+        return out, run.teacher(images[:2], short) if run.cosmos and with_teacher else ()
+
+
+def losses(run, out, teacher, scales):
+    """-> the total loss, L_CLIP, and the four terms of L_COSMOS (zeros in a CLIP)."""
+    clip, terms = clip_loss(out, scales[0].exp()), torch.zeros(4, device=run.device)
+    if run.cosmos:
+        terms = cosmos_terms(out, *teacher, scales[1].exp())
+    return clip + terms.mean(), clip, terms                             # L_CLIP + L_COSMOS
+
+
+def scales_of(model):
+    return [getattr(model, name) for name in ('logit_scale', 'distill_logit_scale') if hasattr(model, name)]
+
+
+def accumulate(run, batch):
+    """--accum n: the gradient of the whole batch, exactly, with the activations of an n-th of it.
+
+    All parts pass without gradient first, for their embeddings: from them the loss follows as if they had come at once.
+    Then each passes again, and its embeddings get the gradient that the loss left at them. That is exact because an
+    embedding, cross-modal or not, depends on its own pair only; averaging the losses of parts would lose negatives.
+    """
+    model, parts = run.model, batch.split(run.options.accum)
+    with torch.no_grad():
+        done = [forward(run, part, model) for part in parts]
+    join = lambda some: None if some[0] is None else torch.cat(some, dim=1)             # (V, b, D) -> (V, B, D)
+    out = Output(*map(join, zip(*(out for out, _ in done))))
+    teacher = [join(some) for some in zip(*(teacher for _, teacher in done))]
+    leaves = [x.requires_grad_() for x in out if x is not None]
+    scales = [scale.detach().requires_grad_() for scale in scales_of(model)]
+    total, clip, terms = losses(run, out, teacher, scales)
+    run.scaler.scale(total).backward()
+    owed = zip(*(x.grad.chunk(len(parts), dim=1) for x in leaves))
+    for k, (part, grads) in enumerate(zip(parts, owed), 1):
+        last = k == len(parts)                                          # DDP sends gradients once, with the last part
+        with run.student.no_sync() if run.world > 1 and not last else contextlib.nullcontext():
+            again = [x for x in forward(run, part, run.student, with_teacher=False)[0] if x is not None]
+            if last:
+                again, grads = again + scales_of(model), [*grads, *(scale.grad for scale in scales)]
+            torch.autograd.backward(again, grads)
+    return out, teacher, total, clip, terms
+
+
 def forward_backward(run, batch):
     """Both losses and their gradients -> tensors for the log. The arithmetic of the method is all in cosmos.py."""
-    model, (images, texts) = run.model, batch.to(run.device).views()
-    short = [caption[:, :batch.length] for caption in texts[:2]]        # globals without the padding nobody else reads
-    teacher_image, terms = None, torch.zeros(4, device=run.device)
-    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-        out = run.student(images, texts if run.cosmos else short)
-        if run.cosmos:
-            teacher_image, teacher_text = run.teacher(images[:2], short)
-    clip = clip_loss(out, model.logit_scale.exp())
-    if run.cosmos:
-        terms = cosmos_terms(out, teacher_image, teacher_text, model.distill_logit_scale.exp())
-    loss = clip + terms.mean()                                          # L_CLIP + L_COSMOS
+    model, batch = run.model, batch.to(run.device)
     run.optimizer.zero_grad()
-    run.scaler.scale(loss).backward()
+    if run.options.accum > 1:
+        out, teacher, total, clip, terms = accumulate(run, batch)
+    else:
+        out, teacher = forward(run, batch, run.student)
+        total, clip, terms = losses(run, out, teacher, scales_of(model))
+        run.scaler.scale(total).backward()
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    return dict(out=out, teacher_image=teacher_image, norm=norm,
-                loss=loss.detach(), clip=clip.detach(), terms=terms.detach())
+    return dict(out=out, teacher_image=teacher[0] if teacher else None, norm=norm,
+                loss=total.detach(), clip=clip.detach(), terms=terms.detach())
 
 
 def update(run, norm):
@@ -419,7 +497,7 @@ class Log:
         self.run, self.path, self.writer = run, run.out / 'log.jsonl', None
         if not run.main:
             return
-        old = self.path.read_text().splitlines() if self.path.exists() else []
+        old = self.path.read_text().split('\n')[:-1] if self.path.exists() else []      # what a kill cut has no end
         self.path.write_text(''.join(f'{line}\n' for line in old if json.loads(line)['step'] <= run.step))
         with contextlib.suppress(ImportError):                          # welcome, not required
             from torch.utils.tensorboard import SummaryWriter
@@ -442,12 +520,14 @@ class Log:
 
 # --- 7. The loop -----------------------------------------------------------------------------------------------------
 
+SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]   # USR1: Slurm
+
+
 def train(run):
     """Steps to the end or to a signal, whose number it returns, else 0."""
     options, log, caught = run.options, Log(run), []
-    handlers = {number: signal.signal(number, lambda number, frame: caught.append(number))
-                for number in (signal.SIGTERM, signal.SIGINT)}
-    batches, bad, seen, first = run.batches(), 0, 0, run.step
+    handlers = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in SIGNALS}
+    batches, bad, seen, skipped, first = run.batches(), 0, 0, 0, run.step
     clock, waited, since = time.perf_counter(), 0.0, run.step
     for _ in tqdm(range(first, options.steps), initial=first, total=options.steps, disable=None if run.main else True):
         asked = time.perf_counter()
@@ -464,21 +544,28 @@ def train(run):
         if due or broken:
             entry = describe(run, state, time.perf_counter() - clock, waited, step - since) | {'bad': bad}
             clock, waited, since = time.perf_counter(), 0.0, step
-        if broken:
-            raise ValueError(f'loss or gradient is not finite in step {step}: {json.dumps(entry)}; go on from the last '
-                             'checkpoint with --resume auto and a lower --lr or --precision fp32')
+        skipped = skipped + 1 if broken else 0
+        if skipped > options.max_skipped:
+            run.save()                                                  # the weights are those of the last good step
+            raise ValueError(f'loss or gradient is not finite in step {step}, {skipped} steps in a row: '
+                             f'{json.dumps(entry)}; {options.out}/last.pt holds the weights before them: go on with '
+                             '--resume auto and a lower --lr or --precision fp32')
         if spoilt:
             raise ValueError(f'over 5 % of the pairs cannot be read ({bad} of {seen} in process {run.rank}); see the '
                              'lines above, and python data.py inspect')
-        update(run, state['norm'])
+        if broken:
+            tqdm.write(f'WARNING    step {step} is skipped, its loss or gradient is not finite: {json.dumps(entry)}')
+            run.step += 1                                               # its pairs count as seen
+        else:
+            update(run, state['norm'])
 
         if scoring:
             entry['eval'] = evaluate(run)
             clock = time.perf_counter()
         if due:
             log(entry, log_line(entry, options.steps))
-        if stop or step % options.save_every == 0:
-            run.save()
+        if stop or step % options.save_every == 0 or time.monotonic() - run.saved > 60 * options.save_minutes > 0:
+            run.save(must=bool(stop))
         if stop:
             return caught[0] if caught else signal.SIGTERM
     for number, handler in handlers.items():                            # nothing left to lose: a signal may end it
@@ -516,7 +603,8 @@ def announce(run):
           f'vocabulary {run.tokenizer.vocab_size:,} ({o.vocab})')
     print(f'views      {globals_} + {crops} images, {globals_} + {captions} captions (global + local), {o.augment}')
     epochs = o.steps * o.batch / len(run.shards)
-    print(f'run        steps {run.step} to {o.steps} ({epochs:.1f} epochs) of {o.batch} pairs on {run.world} x '
+    parts = f' in {o.accum} parts' if o.accum > 1 else ''
+    print(f'run        steps {run.step} to {o.steps} ({epochs:.1f} epochs) of {o.batch} pairs{parts} on {run.world} x '
           f'{run.device} in {run.precision}; lr {o.lr}, warm-up {o.warmup}, decay {o.wd}')
     if run.teacher and o.momentum < 1:
         half = math.log(0.5) / math.log(o.momentum)
