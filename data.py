@@ -4,6 +4,7 @@
     python data.py inspect SHARDS        counts, caption statistics, and a contact sheet of views and text crops
     python data.py pack ROWS IMAGES OUT  JSONL, CSV, TSV or COCO captions and a folder of images into shards
     python data.py join CSV SHARDS OUT   DreamLIP's captions onto img2dataset's shards, by URL
+    python data.py bench SHARDS          samples a second of one loader worker, by part
 
 A shard is a tar as img2dataset writes it: members that share a stem are one pair.
 
@@ -31,6 +32,7 @@ import socket
 import sys
 import tarfile
 import textwrap
+import time
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
@@ -1040,6 +1042,26 @@ def inspect(pattern, caption_keys, preset, out, most=5000):
     print(f'views and text crops {out}')
 
 
+def bench(pattern, preset, augment, rate, seconds):
+    """What one worker does a second, by part, on the terminal: reading, decoding, and whole samples without tokens."""
+    shards, config = Shards(pattern), Config.preset(preset)
+    views, some = Views(shards, None, config, 0, 1, augment=augment), np.random.default_rng(0).permutation(len(shards))
+    torch.set_num_threads(1)                                            # as in a loader's worker
+    tokenizer = Tokenizer.learn([text for i in some[:500] for text in shards.pool(i)], 8192, config.context_length)
+    parts = {'read image and json': lambda i: (shards.image(i), shards.record(i)),
+             'decode': lambda i: decode(shards.image(i)), 'all views, uint8': lambda i: views.views(0, int(i)),
+             'all views and tokens': lambda i: tokenizer(views.views(0, int(i))[2])}
+    for name, part in parts.items():
+        part(some[0])
+        begun, done = time.perf_counter(), 0
+        while time.perf_counter() - begun < seconds:
+            part(some[done % len(some)])
+            done += 1
+        speed = done / (time.perf_counter() - begun)
+        print(f'{name:22} {speed:9,.0f} samples/s')
+    print(f'{rate:,.0f} samples/s need {-(-rate // speed):.0f} workers of this kind ({preset}, {augment})')
+
+
 def main():
     parser = Parser(description=__doc__.split('\n')[0])
     commands = parser.add_subparsers(dest='command', required=True)
@@ -1062,8 +1084,16 @@ def main():
     onto.add_argument('table', help='CSV with a column of URLs and the seven caption columns')
     onto.add_argument('shards', help='a folder, glob or pattern of tars whose json has the url')
     onto.add_argument('out', help='folder of the new shards')
+    speed = commands.add_parser('bench', help='samples a second of one loader worker, by part')
+    speed.add_argument('shards', help='a folder, glob or pattern of tars')
+    speed.add_argument('--preset', default='vit-b-16', help='whose views to make')
+    speed.add_argument('--augment', choices=['full', 'crops'], default='full')
+    speed.add_argument('--rate', type=float, default=1000, help='samples/s that the GPUs of a node take')
+    speed.add_argument('--seconds', type=float, default=5, help='time for each part')
     args = parser.parse_args()
-    if args.command == 'pack':
+    if args.command == 'bench':
+        bench(args.shards, args.preset, args.augment, args.rate, args.seconds)
+    elif args.command == 'pack':
         rows, bad = pack(args.rows, args.images, args.out, args.size)
         print(f'{rows:,} images, {bad:,} left out, in {args.out}')
     elif args.command == 'join':

@@ -321,34 +321,54 @@ def rank_gradients(rank, world, accum, method, path, port, dtype=None):
     run = SimpleNamespace(model=model, student=wrapped, teacher=Teacher(COSMOS(model.config)), dtype=dtype, world=world,
                           cosmos=method == 'cosmos', device=torch.device('cpu'), options=SimpleNamespace(accum=accum),
                           optimizer=torch.optim.SGD(model.parameters()), scaler=torch.amp.GradScaler(enabled=False))
+    calls, dist, products = [], torch.distributed, []
+    counted = lambda call: lambda *args: (calls.append((call.__name__, args[-1].numel())), call(*args))[1]
+    dist.all_gather, dist.all_reduce = counted(dist.all_gather), counted(dist.all_reduce)
+    entropy = F.cross_entropy
+    F.cross_entropy = lambda logits, target: (products.append(logits.numel()), entropy(logits, target))[1]
     loss = train.forward_backward(run, data.Batch(images, texts, 12, 0))['loss']
+    F.cross_entropy, sent = entropy, calls[:]
     if world > 1:
         torch.distributed.all_reduce(loss)
     if rank == 0:
-        torch.save(({name: p.grad for name, p in model.named_parameters()}, loss / world), f'{path}/{world}{accum}.pt')
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        torch.save((grads, loss / world, sent, sum(products)), f'{path}/{world}{accum}.pt')
     if world > 1:
         train.leave(0)
+
+
+def traffic(V, U, B, N, D):
+    """Numbers that a rank sends in the gathers and reduces in the backward pass, and logits, of README's table."""
+    vectors = (2 + U) + (V + U + 4)                                     # of L_CLIP, of L_COSMOS with the teacher's four
+    pairs = 2 * U + 2 * (2 * V + 2 * U)
+    return vectors * B * D, vectors * N * D, 2 * pairs * B * N
 
 
 @pytest.mark.parametrize('method', ['cosmos', 'clip'])
 def test_ranks_and_accumulation_equal_one_process(tmp_path, method):
     """oracle: one process with the whole batch: same loss, and the same gradient in every parameter and scale."""
     rank_gradients(0, 1, 1, method, str(tmp_path), None)
-    want, want_loss = torch.load(tmp_path / '11.pt')
+    want, want_loss, sent, _ = torch.load(tmp_path / '11.pt')
+    assert not sent
     for world, accum in ((1, 2), (1, 4), (2, 1), (4, 1), (2, 2)):
         if world == 1:
             rank_gradients(0, 1, accum, method, str(tmp_path), None)
         else:
             args = (world, accum, method, str(tmp_path), free_port())
             torch.multiprocessing.spawn(rank_gradients, args, nprocs=world)
-        found, loss = torch.load(tmp_path / f'{world}{accum}.pt')
+        found, loss, sent, products = torch.load(tmp_path / f'{world}{accum}.pt')
         close(loss, want_loss, 1e-6)
+        if method == 'cosmos':
+            sends, reduces, logits = traffic(4, 5, 8 // world, 8, 16)
+            assert products == logits
+            assert [name for name, _ in sent] == (['all_gather'] * 2 + ['all_reduce'] * 2 if world > 1 else [])
+            assert world == 1 or [sum(n for _, n in some) for some in (sent[:2], sent[2:])] == [sends, reduces]
         for name in want:
             close(found[name], want[name], 1e-5)
     if method == 'cosmos':                                              # and in bf16, recomputing activations
         for accum in (1, 4):
             rank_gradients(0, 1, accum, method, str(tmp_path), None, torch.bfloat16)
-        (want, _), (found, _) = (torch.load(tmp_path / f'1{accum}.pt') for accum in (1, 4))
+        want, found = (torch.load(tmp_path / f'1{accum}.pt')[0] for accum in (1, 4))
         for name in want:
             close(found[name], want[name], 0.02)
 
@@ -1458,6 +1478,22 @@ def test_help_is_the_comments(monkeypatch, capsys):
         assert '--' + name.replace('_', '-') in told and ' '.join(comment.split())[:30] in told
 
 
+def test_readme_snippet_runs(monkeypatch, tmp_path, capsys):
+    """oracle: the snippet under 'Use a checkpoint' itself, run on a checkpoint and a picture of those names."""
+    model, tokenizer = spelling_model()
+    saved = {'config': vars(model.config), 'merges': [], 'student': model.state_dict()}
+    monkeypatch.chdir(tmp_path)
+    Path('runs/tiny-cosmos').mkdir(parents=True)
+    torch.save(saved, 'runs/tiny-cosmos/last.pt')
+    Path('photo.jpg').write_bytes(picture())
+    readme = (HERE / 'README.md').read_text(encoding='utf-8')
+    (snippet,) = re.findall(r'```python\n(import torch\n.*?)```', readme, re.S)
+    exec(snippet, {})
+    scores = evaluation.embed_images(model, ['photo.jpg'], data.Preprocess(32)) @ evaluation.embed_texts(
+        model, tokenizer, ['a red star', 'a blue ring']).T
+    assert capsys.readouterr().out.strip() == str(scores)
+
+
 def test_readme_keeps_its_promises():
     """oracle: the files: line ranges, flags and commands that README names are there."""
     text = (HERE / 'README.md').read_text(encoding='utf-8')
@@ -1467,6 +1503,16 @@ def test_readme_keeps_its_promises():
     for name, first, last in ranges:
         found = re.match(rf'(class|def) {name}\b', lines[int(first) - 1])
         assert found and int(first) < int(last) <= len(lines), f'{name} is not at line {first}'
+    number = lambda cell: float(cell.replace(',', ''))
+    row = r'^\| ([\d,]+) \| (\d+) \| [\d,]+ \| (\d), \d \| (.*) MB \| (.*) MB \| (.*) MB \| (\d+), (.*) MB'
+    rows = re.findall(row, text, re.M)
+    assert len(rows) == 8
+    for N, W, count, *told, released, whole in ([number(cell) for cell in row] for row in rows):
+        sends, reduces, logits = traffic(8, 8, N // W, N, 512)
+        want = [0, 0, logits] if W == 1 else [sends, reduces, logits]
+        assert told == [pytest.approx(4e-6 * n, abs=0.6) for n in want]
+        assert (count, released) == ((0, 0), (2, 160))[W > 1]
+        assert whole == pytest.approx(4e-6 * traffic(8, 8, N, N, 512)[2], abs=0.6)
     known = {'--' + name.replace('_', '-') for name in vars(train.Options())}
     commands = re.findall(r'(?:python|torchrun[^\n]*?) train\.py([^\n`]*)', text)
     assert commands
