@@ -45,6 +45,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
@@ -245,6 +246,10 @@ class Shards:
         if len(data) < size:
             raise ValueError(f'{self.paths[shard]} ends before byte {offset + size}; it was cut during the run')
         return data
+
+    def bounds(self):
+        """The first pair of every shard that has pairs, and the number of pairs, as a tuple: for `order`."""
+        return (*np.unique(self.pairs['shard'], return_index=True)[1].tolist(), len(self))
 
     def image(self, i):
         """The encoded bytes of image i."""
@@ -500,45 +505,138 @@ class Tokenizer:
         return torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.int64).view(-1, length)
 
 
-# --- 4. Image crops ------------------------------------------------------------------------------------- Sec. 3.1 ---
+# --- 4. Image crops: boxes and pixels in the loader's workers, colours in batches where the model runs -- Sec. 3.1 ---
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)      # OpenAI's, as released
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 
-def decode(data):
-    """Encoded bytes -> (3, h, w) uint8, upright as EXIF says. Raises OSError, RuntimeError or ValueError."""
-    image = Image.open(io.BytesIO(data))                                # reads the header only
+def upright_size(data):
+    """Height and width of encoded bytes, upright as EXIF says, from the header alone. Raises OSError or ValueError."""
+    image = Image.open(io.BytesIO(data))
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:             # a few bytes can ask for all memory
         raise ValueError(f'an image of {image.width} x {image.height} pixels is too large')
-    try:
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError:                                                # rarer kinds, such as CMYK: slower, but all
-        return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert('RGB'))
+    return image.size if image.getexif().get(0x112, 1) > 4 else image.size[::-1]
 
 
-def image_crops(config, augment):
-    """Three transforms, uint8 (3, h, w) -> (3, s, s): global view 0, global view 1, local view.
+def decode(data, shrink=1):
+    """Encoded bytes -> (3, h, w) uint8, upright. A JPEG may come at 1/2, 1/4 or 1/8 of its size, in less time.
 
-    augment 'crops': RandomResizedCrop alone, for captions that name sides and colours. 'full': the released recipe
-    (transform.py:462-515), which differs between views only in blur and solarisation.
+    Raises OSError, RuntimeError or ValueError for what is no image.
     """
-    def crop(size, scale, blur, solarize):
-        steps = [v2.RandomResizedCrop(size, scale, interpolation=BICUBIC, antialias=True)]
-        if augment == 'full':
-            steps += [v2.RandomHorizontalFlip(), v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-                      v2.RandomGrayscale(0.2), v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=blur),
-                      v2.RandomSolarize(128, p=solarize)]
-        return v2.Compose(steps)
+    upright_size(data)
+    if shrink == 1:
+        try:
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+        except RuntimeError:                                            # rarer kinds, such as CMYK: slower, but all
+            pass
+    image = Image.open(io.BytesIO(data))
+    image.draft('RGB', (image.width // shrink, image.height // shrink))
+    return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert('RGB'))
+
+
+class Kind(NamedTuple):
+    """A kind of image view."""
+    size: int           # side, in pixels
+    scale: tuple        # least and most share of the image's area
+    blur: float         # probability
+    solarize: float     # probability
+
+
+def view_kinds(config):
+    """Global view 0, global view 1, local view, as released (transform.py:462-515)."""
     size, local = config.image_size, config.local_image_size
-    return [crop(size, (0.4, 1.0), 1.0, 0.0), crop(size, (0.4, 1.0), 0.1, 0.2), crop(local, (0.05, 0.4), 0.5, 0.0)]
+    return [Kind(size, (0.4, 1.0), 1.0, 0.0), Kind(size, (0.4, 1.0), 0.1, 0.2), Kind(local, (0.05, 0.4), 0.5, 0.0)]
+
+
+def image_crops(data, kinds):
+    """One random crop for each kind of view -> list of (3, s, s) uint8. torchvision draws from torch's generator."""
+    h, w = upright_size(data)
+    blank = torch.empty(1).expand(3, h, w)                              # only its shape is asked for
+    boxes = [v2.RandomResizedCrop.get_params(blank, kind.scale, (3 / 4, 4 / 3)) for kind in kinds]      # y, x, h, w
+    room = min(min(box[2:]) / kind.size for box, kind in zip(boxes, kinds))
+    image = decode(data, 8 if room >= 8 else 4 if room >= 4 else 2 if room >= 2 else 1)
+    zoom = image.shape[1] / h
+    return [v2.functional.resized_crop(image, *(round(zoom * x) for x in box), [kind.size] * 2, BICUBIC, antialias=True)
+            for box, kind in zip(boxes, kinds)]
+
+
+def draw_colours(kind, rng):
+    """The 12 numbers of a view for `photometric`: flip; the order of the four jitters and their strengths; gray; sigma
+    of the blur in pixels, 0 for none; solarise. Probabilities and ranges as released (transform.py:470-506)."""
+    order, strengths = rng.sample(range(4), 4), [1.0, 1.0, 1.0, 0.0]    # brightness, contrast, saturation, hue
+    if rng.random() < 0.8:
+        strengths = [rng.uniform(0.6, 1.4), rng.uniform(0.6, 1.4), rng.uniform(0.8, 1.2), rng.uniform(-0.1, 0.1)]
+    sigma = rng.uniform(0.1, 2.0) if rng.random() < kind.blur else 0.0
+    return [rng.random() < 0.5, *order, *strengths, rng.random() < 0.2, sigma, rng.random() < kind.solarize]
+
+
+def gray(x):
+    return x.mul(x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
+
+
+def brightness(x, strength):
+    return (strength * x).clamp(0, 1)
+
+
+def contrast(x, strength):
+    return (strength * x + (1 - strength) * gray(x).mean(dim=(2, 3), keepdim=True)).clamp(0, 1)
+
+
+def saturation(x, strength):
+    return (strength * x + (1 - strength) * gray(x)).clamp(0, 1)
+
+
+def hue(x, turn):
+    """Turn the colour circle by `turn` of its full way; value and chroma stay."""
+    (r, g, b), high = x.unbind(dim=1), x.amax(dim=1)
+    chroma = high - x.amin(dim=1)
+    c = chroma.masked_fill(chroma == 0, 1)
+    sixth = torch.where(high == r, (g - b) / c, torch.where(high == g, (b - r) / c + 2, (r - g) / c + 4))
+    sixth = (sixth + 6 * turn[:, 0]) % 6                                # 0 red, 2 green, 4 blue
+    k = (sixth[:, None] + sixth.new_tensor([5, 3, 1]).view(3, 1, 1)) % 6                # (B, 3, h, w)
+    return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def blur(x, sigma):
+    """Gaussian blur, a sigma for each image (B, 1, 1, 1), borders mirrored: 6 pixels reach 3 of the largest sigma."""
+    kernel = torch.exp(-0.5 * (torch.arange(-6, 7, device=x.device) / sigma.view(-1, 1)) ** 2)
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)     # (3B, 13)
+    x, shape = F.pad(x, (6, 6, 6, 6), mode='reflect').flatten(0, 1)[None], x.shape      # (1, 3B, h + 12, w + 12)
+    x = F.conv2d(F.conv2d(x, kernel[:, None, None], groups=len(kernel)), kernel[:, None, :, None], groups=len(kernel))
+    return x.view(shape)
+
+
+def photometric(images, colours):
+    """uint8 (B, 3, h, w) and the numbers of `draw_colours` (B, 12), or (B, 0) for none -> float32 in [0, 1].
+
+    `colours` stays on the CPU: which images an operation touches must not be asked of the GPU, that would wait for it.
+    """
+    x = images.float() / 255
+    if not colours.shape[1]:
+        return x
+
+    def change(some, operation, *numbers):
+        at = some.nonzero()[:, 0].to(x.device, non_blocking=True)
+        if len(at):
+            x[at] = operation(x[at], *(n[some].view(-1, 1, 1, 1).to(x.device, non_blocking=True) for n in numbers))
+
+    change(colours[:, 0] > 0, lambda x: x.flip(-1))
+    for place in range(1, 5):
+        for k, operation in enumerate((brightness, contrast, saturation, hue)):
+            strength = colours[:, 5 + k]
+            change((colours[:, place] == k) & (strength != (operation is not hue)), operation, strength)
+    change(colours[:, 9] > 0, lambda x: gray(x).expand_as(x))
+    change(colours[:, 10] > 0, blur, colours[:, 10])
+    change(colours[:, 11] > 0, lambda x: torch.where(x >= 128 / 255, 1 - x, x))
+    return x
 
 
 def normalize(images):
-    """uint8 (..., 3, h, w) -> float32 with the released models' mean and deviation, on the device where it is."""
+    """uint8, or float in [0, 1], (..., 3, h, w) -> float32 with the released models' mean and deviation."""
     mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
+    return ((images.float() / 255 if images.dtype == torch.uint8 else images) - mean) / std
 
 
 class Preprocess(v2.Compose):
@@ -552,9 +650,19 @@ class Preprocess(v2.Compose):
 # --- 5. Samples and batches ------------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=1)
-def order(seed, epoch, pairs):
-    """The order of all pairs in an epoch, (pairs,): a pure function, so no state has to be saved to go on with it."""
-    return np.random.default_rng((seed, epoch)).permutation(pairs).astype(np.uint32)
+def order(seed, epoch, pairs, bounds=(), window=0):
+    """The order of all pairs in an epoch, (pairs,): a pure function, so no state has to be saved to go on with it.
+
+    With `window` shards are shuffled, and the pairs within so many of them at a time: each tar is read in one go, which
+    shared file systems like. bounds: the first pair of every shard, and the number of pairs.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    if not window:
+        return rng.permutation(pairs).astype(np.uint32)
+    spans = [np.arange(a, b, dtype=np.uint32) for a, b in zip(bounds, bounds[1:])]
+    shards = rng.permutation(len(spans))
+    return np.concatenate([rng.permutation(np.concatenate([spans[k] for k in shards[i:i + window]]))
+                           for i in range(0, len(shards), window)])
 
 
 class Order(torch.utils.data.Sampler):
@@ -564,8 +672,9 @@ class Order(torch.utils.data.Sampler):
     epoch holds pairs // batch whole batches; the rest of its order is left out.
     """
 
-    def __init__(self, pairs, batch, start, stop, seed=0, rank=0, world=1):
+    def __init__(self, pairs, batch, start, stop, seed=0, rank=0, world=1, shuffle=()):
         self.pairs, self.batch, self.start, self.stop, self.seed = pairs, batch, start, stop, seed
+        self.shuffle = shuffle                                          # (bounds, window) of `order`, or ()
         self.share, self.rank = batch // world, rank
         if batch > pairs:
             raise ValueError(f'--batch {batch} is larger than the set of {pairs} pairs; lower --batch')
@@ -579,7 +688,7 @@ class Order(torch.utils.data.Sampler):
         for step in range(self.start, self.stop):
             epoch, k = divmod(step, self.pairs // self.batch)
             first = k * self.batch + self.rank * self.share
-            indices = order(self.seed, epoch, self.pairs)[first:first + self.share].tolist()
+            indices = order(self.seed, epoch, self.pairs, *self.shuffle)[first:first + self.share].tolist()
             yield [(epoch, first + i, index) for i, index in enumerate(indices)]
 
 
@@ -590,46 +699,48 @@ class Views(torch.utils.data.Dataset):
     be in the same batch, and twice in a batch is a false negative), reported once with shard and name, and counted.
     """
 
-    def __init__(self, shards, tokenizer, config, seed, batch, counts=(2, 6, 6), augment='full'):
-        self.shards, self.tokenizer, self.seed, self.batch = shards, tokenizer, seed, batch
+    def __init__(self, shards, tokenizer, config, seed, batch, counts=(2, 6, 6), augment='full', shuffle=()):
+        self.shards, self.tokenizer, self.seed, self.batch, self.shuffle = shards, tokenizer, seed, batch, shuffle
         self.counts = counts                                            # globals, local images, local captions
-        self.crops, self.reported = image_crops(config, augment), set()
+        self.kinds, self.augment, self.reported = view_kinds(config), augment, set()
 
     def __getitem__(self, where):
         epoch, position, index = where
         for bad in range(100):
             try:
-                large, small, captions = self.views(epoch, index)
-                return large, small, self.tokenizer(captions), bad
+                large, small, colours, captions = self.views(epoch, index)
+                return large, small, colours, self.tokenizer(captions), bad
             except Exception as error:                                  # decoders raise what they like: none ends a run
                 if index not in self.reported:
                     self.reported.add(index)
                     print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
             position = (position + self.batch) % len(self.shards)
-            index = int(order(self.seed, epoch, len(self.shards))[position])
+            index = int(order(self.seed, epoch, len(self.shards), *self.shuffle)[position])
         raise ValueError(f'100 pairs in a row up to {self.shards.name(index)} cannot be read; look at the shards with '
                          'python data.py inspect')
 
     def views(self, epoch, index):
-        """-> global images (2, 3, S, S) and local ones (n, 3, s, s), uint8; global and local captions, list of strings.
+        """-> global images (2, 3, S, S) and local ones (n, 3, s, s), uint8, before `photometric`; its numbers for them,
+        (2 + n, 12); global and local captions, list of strings. A plain CLIP has one global of each and no locals.
 
-        A plain CLIP has one global of each kind and no locals.
+        augment 'full' is the released recipe; 'crops' leaves colours and sides alone, for captions that name them.
         """
         rng, (globals_, locals_, local_captions) = random.Random(f'{self.seed} {epoch} {index}'), self.counts
         captions = text_crops(self.shards.pool(index), rng, globals_, local_captions)
-        image = decode(self.shards.image(index))
-        with torch.random.fork_rng(devices=[]):                         # torchvision draws from torch's own generator
+        kinds = self.kinds[:globals_] + self.kinds[2:] * locals_
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(rng.getrandbits(63))
-            *large, local = self.crops
-            large = torch.stack([crop(image) for crop in large[:globals_]])
-            small = [local(image) for _ in range(locals_)]
-        return large, torch.stack(small) if small else large[:0], captions
+            crops = image_crops(self.shards.image(index), kinds)
+        large, small = torch.stack(crops[:globals_]), crops[globals_:]
+        colours = torch.tensor([draw_colours(kind, rng) if self.augment == 'full' else [] for kind in kinds])
+        return large, torch.stack(small) if small else large[:0], colours, captions
 
 
 class Batch(NamedTuple):
     """Views of B pairs in few large tensors. Captions are cut to their longest, except 0: C^T reads its padding."""
     images: list        # (2, B, 3, S, S) and (local, B, 3, s, s), uint8
-    texts: list         # (1, B, context length), (1, B, length) and (local, B, longest), int64
+    colours: list       # (2, B, 12) and (local, B, 12), for `photometric`; they stay on the CPU
+    texts: list         # (1, B, context length), (1, B, length) and local ones (some, B, their longest), int64
     length: int         # of the longest global caption: the teacher reads ends only, so it gets caption 0 cut to this
     bad: int            # pairs that were replaced because they could not be read
 
@@ -641,25 +752,29 @@ class Batch(NamedTuple):
     def split(self, parts):
         """The batch as `parts` batches of equally many pairs."""
         cut = lambda tensors: zip(*(tensor.chunk(parts, dim=1) for tensor in tensors))
-        return [self._replace(images=list(images), texts=list(texts))
-                for images, texts in zip(cut(self.images), cut(self.texts))]
+        return [self._replace(images=images, colours=colours, texts=texts)
+                for images, colours, texts in zip(cut(self.images), cut(self.colours), cut(self.texts))]
 
     def views(self):
         """What COSMOS.forward takes: V images (B, 3, s, s), normalised, and U captions (B, T)."""
-        images = [view for group in self.images for view in normalize(group)]
+        images = [normalize(photometric(*view)) for groups in zip(self.images, self.colours) for view in zip(*groups)]
         return images, [caption for group in self.texts for caption in group]
 
 
 def collate(samples):
     """Samples of Views -> Batch."""
-    large, small, tokens, bad = zip(*samples)
+    large, small, colours, tokens, bad = zip(*samples)
     images = [torch.stack(part, dim=1) for part in (large, small) if len(part[0])]
-    tokens = torch.stack(tokens, dim=1)                                 # (U, B, T)
-    longest = (tokens.argmax(dim=-1) + 1).amax(dim=1).tolist()          # (U,): the end of a text has the largest id
-    count = len(large[0])                                               # globals come first, of captions as of images
-    length = max(longest[:count])
-    texts = [tokens[:1], tokens[1:count, :, :length], tokens[count:, :, :max(longest[count:], default=0)]]
-    return Batch(images, [group for group in texts if len(group)], length, sum(bad))
+    colours = torch.stack(colours, dim=1).split([len(group) for group in images])
+    tokens, count = torch.stack(tokens, dim=1), len(large[0])           # (U, B, T); globals of texts as of images
+    ends = tokens.argmax(dim=-1)                                        # (U, B): the end of a text has the largest id
+    length = int(ends[:count].max()) + 1
+    texts = [tokens[:1], tokens[1:count, :, :length]]
+    # Which local caption of a pair comes first is of no matter. Sorted by length, most of them are short in all pairs.
+    local = tokens[count:].gather(0, ends[count:].argsort(dim=0)[..., None].expand_as(tokens[count:]))
+    longest = [min(-(-(int(n) + 1) // 8) * 8, tokens.shape[-1]) for n in local.argmax(dim=-1).amax(dim=1)]
+    texts += [local[longest.index(n):, :, :n][:longest.count(n)] for n in dict.fromkeys(longest)]
+    return Batch(images, list(colours), [group for group in texts if len(group)], length, sum(bad))
 
 
 def ignore_signals(worker):
@@ -1001,11 +1116,12 @@ def sample_sheet(views, path, count=4):
     draw = ImageDraw.Draw(canvas)
     for i in np.linspace(0, len(views.shards) - 1, count, dtype=int).tolist():
         try:
-            large, small, captions = views.views(0, i)
+            large, small, colours, captions = views.views(0, i)
         except Exception as error:                                      # a picture for the reader: do without this pair
             print(f'not drawn: {views.shards.name(i)}: {error}', file=sys.stderr)
             continue
-        for k, image in enumerate([decode(views.shards.image(i)), *large, *small]):
+        shown = [photometric(view[None], colour[None])[0] for view, colour in zip([*large, *small], colours)]
+        for k, image in enumerate([decode(views.shards.image(i)), *shown]):
             tile = ImageOps.contain(v2.functional.to_pil_image(image), (112, 112), Image.BICUBIC)
             canvas.paste(tile, (6 + 116 * k, y))
         text = '\n'.join(textwrap.fill(f"{'G' if k < len(large) else 'L'}  {caption}", 150)

@@ -30,7 +30,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
+from torch.utils.flop_counter import FlopCounterMode
 
 import cosmos
 import data
@@ -69,6 +70,17 @@ def micro(seed=0, B=3, local=2, **changes):
         tokens[:, 0], tokens[:, length - 1] = 48, 49                    # start and end: the two highest ids
         texts.append(tokens * (torch.arange(12) < length))
     return model, images, texts
+
+
+def naive_loss(out, teacher_image, teacher_text, scale, distill_scale):
+    """L_CLIP + L_COSMOS as a reader of the paper would loop it: a full N x N product for every pair of views."""
+    def pair(a, b, scale):
+        logits, own = scale * a @ b.T, torch.arange(len(a))
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    mean = lambda first, second, scale: torch.stack([pair(a, b, scale) for a in first for b in second]).mean()
+    targets = teacher_image, teacher_text
+    terms = [mean(h, target, distill_scale) for h in (out.image_x, out.text_x) for target in targets]
+    return mean(out.image[:2], out.text, scale) + torch.stack(terms).mean()
 
 
 def total_loss(model, teacher, images, texts, forward=None):
@@ -233,6 +245,13 @@ def test_shortcuts_change_nothing():
     whole, short = model(images, torch.stack(texts)), model(images, cut)
     for a, b in zip(whole, short):
         close(b, a, 1e-5)
+    teacher, grads = Teacher(COSMOS(model.config)), []
+    scales = model.logit_scale, model.distill_logit_scale               # and the gradients, of the losses in loops too
+    for loss in (naive_loss(whole, *teacher(images[:2], texts[:2]), *(scale.exp() for scale in scales)),
+                 total_loss(model, teacher, images, cut)):
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    for a, b in zip(*grads):
+        close(b, a, 2e-5)
     one, other = texts[1].clone(), texts[1].clone()
     other[:, 5] = one[:, 5] % 40 + 1
     a, b = model.encode_text(one)[1], model.encode_text(other)[1]
@@ -326,7 +345,8 @@ def rank_gradients(rank, world, accum, method, path, port, dtype=None):
     dist.all_gather, dist.all_reduce = counted(dist.all_gather), counted(dist.all_reduce)
     entropy = F.cross_entropy
     F.cross_entropy = lambda logits, target: (products.append(logits.numel()), entropy(logits, target))[1]
-    loss = train.forward_backward(run, data.Batch(images, texts, 12, 0))['loss']
+    batch = data.Batch(images, [torch.empty(2, len(x[0]), 0) for x in images], texts, 12, 0)
+    loss = train.forward_backward(run, batch)['loss']
     F.cross_entropy, sent = entropy, calls[:]
     if world > 1:
         torch.distributed.all_reduce(loss)
@@ -726,12 +746,30 @@ def test_order_and_batches_are_pure_functions(scenes):
     runs = [list(data.loader(views, data.Order(40, 4, 1, 4, seed=3), workers)) for workers in (0, 1, 3)]
     for one, *others in zip(*runs, strict=True):
         for other in others:
-            assert all(map(torch.equal, one.images + one.texts, other.images + other.texts))
+            assert all(map(torch.equal, one.images + one.colours + one.texts,
+                           other.images + other.colours + other.texts))
     batch = runs[0][0]
     images, texts = batch.views()
     assert [tuple(x.shape) for x in images] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 2 and len(texts) == 5
     assert texts[0].shape[1] == 12 and texts[1].shape[1] == batch.length
-    assert texts[2].shape[1] == max(int(t.argmax(dim=1).max()) for t in texts[2:]) + 1
+    ends = torch.stack([F.pad(text, (0, 12 - text.shape[1])) for text in texts]).argmax(dim=-1)         # (U, B)
+    assert (ends[2:-1] <= ends[3:]).all()                               # local ones from short to long, each cut alone
+    assert [text.shape[1] for text in texts[2:]] == [min(-(-(int(end.max()) + 1) // 8) * 8, 12) for end in ends[2:]]
+
+
+def test_shuffled_shards_are_read_one_window_after_the_other():
+    """oracle: sets: each window of the permuted shards gives all pairs of its shards, mixed, before the next begins."""
+    bounds = 0, 5, 12, 13, 20, 30
+    for epoch in (0, 1):
+        found, at = data.order(3, epoch, 30, bounds, 2).tolist(), 0
+        shards = np.random.default_rng((3, epoch)).permutation(5)
+        for some in (shards[:2], shards[2:4], shards[4:]):
+            own = [i for k in some for i in range(bounds[k], bounds[k + 1])]
+            window = found[at:at + len(own)]
+            assert sorted(window) == sorted(own) and (window != own or len(own) == 1)
+            at += len(own)
+        rows = [row for step in data.Order(30, 6, 5 * epoch, 5 * epoch + 5, 3, shuffle=(bounds, 2)) for row in step]
+        assert [index for _, _, index in rows] == found
 
 
 def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
@@ -751,13 +789,14 @@ def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
 def test_image_crops_follow_the_released_distribution():
     """oracle: area and aspect drawn by numpy, those that fit kept; pixels that hold their own place tell the crop's."""
     ys, xs = torch.meshgrid(torch.arange(256), torch.arange(256), indexing='ij')
-    image, rng = torch.stack([ys, xs, ys]).to(torch.uint8), np.random.default_rng(0)
+    Image.fromarray(torch.stack([ys, xs, ys], dim=-1).to(torch.uint8).numpy()).save(file := io.BytesIO(), 'PNG')
     torch.manual_seed(0)
-    for crop, (low, high) in zip(data.image_crops(Config(**MICRO), 'crops'), ((0.4, 1.0), (0.4, 1.0), (0.05, 0.4))):
+    rng, kinds = np.random.default_rng(0), data.view_kinds(Config(**MICRO))
+    drawn = [data.image_crops(file.getvalue(), kinds) for _ in range(300)]
+    for views, (low, high) in zip(zip(*drawn), ((0.4, 1.0), (0.4, 1.0), (0.05, 0.4))):
         area, aspect = [], []
-        for _ in range(300):
-            view = crop(image).float()
-            n = len(view[0])
+        for view in views:
+            view, n = view.float(), view.shape[1]
             h, w = ((view[c, -1, -1] - view[c, 0, 0]).item() * n / (n - 1) for c in (0, 1))
             area.append(h * w / 256 ** 2)
             aspect.append(w / h)
@@ -767,11 +806,77 @@ def test_image_crops_follow_the_released_distribution():
         assert abs(np.mean(area) - a[fits].mean()) < 0.03 * (low + high)
         assert np.std(aspect) > 0.7 * np.std(np.exp(log_r[fits])) and abs(np.mean(np.log(aspect))) < 0.05
         assert 0.7 < min(aspect) and max(aspect) < 1.43
-    full, kinds = [crop.transforms for crop in data.image_crops(Config(**MICRO), 'full')], [
-        'ResizedCrop', 'HorizontalFlip', 'Apply', 'Grayscale', 'Apply', 'Solarize']
-    assert [[type(step).__name__ for step in steps] for steps in full] == [['Random' + kind for kind in kinds]] * 3
-    assert [[step.p for step in steps[1:]] for steps in full] == [      # flip, jitter, grey, blur, solarise
-        [0.5, 0.8, 0.2, 1.0, 0.0], [0.5, 0.8, 0.2, 0.1, 0.2], [0.5, 0.8, 0.2, 0.5, 0.0]]
+
+
+def test_colours_equal_torchvision_one_by_one():
+    """oracle: torchvision's own functions, image by image, in the order drawn; alone or in a batch the same."""
+    torch.manual_seed(0)
+    images, rng, V = torch.randint(0, 256, (40, 3, 20, 24), dtype=torch.uint8), random.Random(0), data.v2.functional
+    images[0], images[1, :, :10] = 77, torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)       # gray, pure red
+    colours = torch.tensor([data.draw_colours(data.Kind(20, (0, 1), 0.5, 0.5), rng) for _ in images])
+    together = data.photometric(images, colours)
+    for image, numbers, found in zip(images, colours, together):
+        assert torch.allclose(data.photometric(image[None], numbers[None])[0], found, atol=1e-6)
+        flip, *order, b, c, s, h, gray, sigma, solarize = numbers.tolist()
+        want = V.horizontal_flip(image.float() / 255) if flip else image.float() / 255
+        for k in map(int, order if h else ()):                          # without jitter its hue is turned by 0
+            operation = (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue)[k]
+            want = operation(want, (b, c, s, h)[k])
+        want = V.rgb_to_grayscale(want, 3) if gray else want
+        want = V.gaussian_blur(want, 13, sigma) if sigma else want
+        want = V.solarize(want, 128 / 255) if solarize else want
+        assert torch.allclose(found, want, atol=2e-5), numbers
+    assert data.photometric(images, torch.empty(40, 0)).equal(images.float() / 255)
+
+
+def test_views_have_the_statistics_of_the_released_recipe():
+    """oracle: torchvision's transforms with the released probabilities, and Pillow's blur, on the same image: mean and
+    variance of 2,500 views within sampling error; how often and how strongly each operation comes, over 5,000 draws."""
+    torch.manual_seed(0)
+    noise = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8), (48, 64), mode='bicubic')[0].clamp(0, 1)
+    Image.fromarray((noise * 255).byte().permute(1, 2, 0).numpy()).save(file := io.BytesIO(), 'PNG')
+    picture_, v2, rng = Image.open(file).convert('RGB'), data.v2, random.Random(1)
+    for kind in data.view_kinds(Config(**MICRO)):
+        reference = v2.Compose([
+            v2.RandomResizedCrop(kind.size, kind.scale, interpolation=data.BICUBIC), v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(0.2),
+            lambda x: x.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2))) if rng.random() < kind.blur else x,
+            v2.RandomSolarize(128, p=kind.solarize), v2.PILToTensor()])
+        want = torch.stack([reference(picture_) for _ in range(2500)]).float() / 255
+        views = torch.stack([data.image_crops(file.getvalue(), [kind])[0] for _ in range(2500)])
+        found = data.photometric(views, torch.tensor([data.draw_colours(kind, rng) for _ in views]))
+        for statistic in (lambda x: x.mean(dim=(1, 2, 3)), lambda x: x.var(dim=(1, 2, 3)),
+                          lambda x: (x[..., 1:] - x[..., :-1]).abs().mean(dim=(1, 2, 3)),       # falls with the blur
+                          lambda x: (x.amax(dim=1) - x.amin(dim=1)).mean(dim=(1, 2))):          # colourfulness
+            a, b = statistic(want), statistic(found)
+            error = ((a.var() + b.var()) / 2500).sqrt()
+            assert abs(a.mean() - b.mean()) < 4 * error + 0.01 * a.mean(), (kind, a.mean(), b.mean(), error)
+            assert 0.85 < a.std() / b.std() < 1.18
+        flip, *order, b, c, s, h, gray, sigma, solarize = zip(*(data.draw_colours(kind, rng) for _ in range(5000)))
+        touched = np.array(flip) > 0, np.array(b) != 1, np.array(gray) > 0, np.array(sigma) > 0, np.array(solarize) > 0
+        for share, p in zip(map(np.mean, touched), (0.5, 0.8, 0.2, kind.blur, kind.solarize)):
+            assert abs(share - p) <= 4 * math.sqrt(p * (1 - p) / 5000)
+        for strength, low, high in ((b, 0.6, 1.4), (c, 0.6, 1.4), (s, 0.8, 1.2), (h, -0.1, 0.1), (sigma, 0.1, 2)):
+            x = np.array([v for v in strength if v != (strength is not h) and (strength is not sigma or v)])
+            assert low <= x.min() and x.max() <= high and abs(x.mean() - (low + high) / 2) < 0.05 * (high - low)
+            assert abs(x.std() - (high - low) / math.sqrt(12)) < 0.05 * (high - low)
+        assert Counter(order[0]).keys() == {0, 1, 2, 3} and max(Counter(order[0]).values()) < 1400
+
+
+def test_large_jpegs_are_decoded_small(monkeypatch):
+    """oracle: the same crops from the whole image; a decoder that tells at which scale it was asked."""
+    image, asked, whole = Image.effect_mandelbrot((2000, 1400), (-2, -1.2, 1, 1.2), 60).convert('RGB'), [], data.decode
+    image.save(file := io.BytesIO(), 'JPEG', quality=95)
+    kinds = data.view_kinds(Config(**MICRO))
+    crops = []
+    for limit in (8, 1):
+        spy = lambda data, shrink=1: (asked.append(shrink), whole(data, min(shrink, limit)))[1]
+        monkeypatch.setattr(data, 'decode', spy)
+        torch.manual_seed(3)
+        crops.append(data.image_crops(file.getvalue(), kinds))
+    assert asked == [8, 8] and whole(file.getvalue(), 8).shape == (3, 175, 250)
+    for small, large in zip(*crops):
+        assert (small.float() - large.float()).abs().mean() < 6                             # of 255
 
 
 # --- eval.py ---------------------------------------------------------------------------------------------------------
@@ -1202,15 +1307,17 @@ def test_checkpoint_that_executes_is_refused(tmp_path, monkeypatch):
 def test_schedules_and_decay():
     """oracle: closed forms at the corners of warm-up, cosine and ramp; the paper's settings; and the rule that matrices
     decay, but not LayerNorms, biases, the class token and the two scales."""
-    options = train.parse_options('--steps 110 --warmup 10 --lr 1 --momentum 0.9 --momentum-ramp 3'.split())
+    options = train.parse_options('--steps 110 --warmup 10 --lr 1 --lr-end 0 --momentum 0.9 --momentum-ramp 3'.split())
     assert [train.lr_at(step, options) for step in (0, 9)] == [0.1, 1.0]
     assert train.lr_at(60, options) == pytest.approx(0.5) and train.lr_at(110, options) == pytest.approx(0)
+    options.lr_end = 0.2
+    assert train.lr_at(60, options) == pytest.approx(0.6) and train.lr_at(110, options) == pytest.approx(0.2)
     assert [train.momentum_at(step, options) for step in (0, 2, 99)] == [0.25, 0.5, 0.9]
     options.momentum_ramp = 0
     assert train.momentum_at(0, options) == 0.9
     paper = train.parse_options(['--data', 'x'])
     assert {'preset': 'vit-b-16', 'batch': 1024, 'lr': 5e-4, 'wd': 0.5, 'warmup': 2000, 'epochs': 32, 'momentum': 0.999,
-            'momentum_ramp': 0}.items() <= vars(paper).items()
+            'momentum_ramp': 0, 'lr_end': 0}.items() <= vars(paper).items()
     model, _, _ = micro()
     decay, free = train.make_optimizer(model, train.parse_options(['--wd', '0.3']), torch.device('cpu')).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
@@ -1374,6 +1481,74 @@ def test_torn_checkpoints_and_full_disks(monkeypatch, quick, tmp_path, capsys):
     same_run(tmp_path / 'whole', tmp_path / 'full')
 
 
+def test_too_many_bad_pairs_and_ranks_that_differ(monkeypatch, quick, tmp_path):
+    """oracle: the share of pairs broken on purpose, below and above 5 %; a rank that stands at another step."""
+    for bad, told in ((3, None), (40, 'over 5 % of the pairs cannot be read')):
+        members = [m for i in range(120) for m in ((f'{i}.jpg', picture() if i >= bad else b'no image'),
+                                                   (f'{i}.json', {'caption': f'dog {i}'}))]
+        write_tar(tmp_path / 'a.tar', members)
+        flags = [*quick, '--data', tmp_path / 'a.tar', '--steps', 25, '--out', tmp_path / str(bad)]
+        stopped = run_main(monkeypatch, train.main, *flags)
+        assert stopped == 0 if told is None else told in stopped
+    run = SimpleNamespace(step=3, options=SimpleNamespace(steps=9), shards=[0] * 5, config=Config(**MICRO), world=2,
+                          device='cpu')
+    def reduce(behind):
+        least = torch.distributed.ReduceOp.MIN
+        return lambda x, op: x.sub_(torch.tensor([behind, 0, 0, 0])) if op == least else x
+    monkeypatch.setattr(torch.distributed, 'all_reduce', reduce(0))
+    assert train.Run.check_agreement(run) is None
+    monkeypatch.setattr(torch.distributed, 'all_reduce', reduce(3))
+    with pytest.raises(ValueError, match=r'\[0, 9, 5, 50\] and \[3, 9, 5, 50\]; let all nodes see the same'):
+        train.Run.check_agreement(run)
+
+
+def test_half_precision_with_a_scaler(monkeypatch, quick, tmp_path):
+    """oracle: the float32 run: the loss of its first step. The scaler's state is saved and read again."""
+    run = lambda name, *flags: run_main(
+        monkeypatch, train.main, *quick, '--precision', name, '--out', tmp_path / name, *flags)
+    for name in ('fp32', 'fp16'):
+        assert run(name, '--steps', 3) == 0
+    full, half = (read_log(tmp_path / name) for name in ('fp32', 'fp16'))
+    assert full[0]['loss'] == pytest.approx(half[0]['loss'], rel=0.01)
+    assert len(half) == 3 and all(math.isfinite(entry['loss']) for entry in half)
+    scale = torch.load(tmp_path / 'fp16/last.pt', weights_only=True)['scaler']['scale']
+    assert run('fp16', '--steps', 4, '--resume', 'auto') == 0
+    assert torch.load(tmp_path / 'fp16/last.pt', weights_only=True)['scaler']['scale'] == scale > 1
+
+
+@pytest.mark.parametrize('method', ['cosmos', 'clip'])
+def test_flops_are_counted_exactly(method):
+    """oracle: torch's own counter, around the calls that --bench times."""
+    cosmos_, B = method == 'cosmos', 3
+    model, images, texts = micro(B=B, cross_heads=2 if cosmos_ else 0)
+    images, texts = (images, texts[:2] + [t[:, :5] for t in texts[2:]]) if cosmos_ else (images[:1], texts[1:2])
+    teacher, found = Teacher(model), {}
+    run = SimpleNamespace(cosmos=cosmos_, device=torch.device('cpu'))
+    def counted(name, call):
+        with FlopCounterMode(display=False) as counter:
+            result = call()
+        found[name] = counter.get_total_flops()
+        return result
+    out = counted('student', lambda: model(images, texts))
+    target = counted('teacher', lambda: teacher(images[:2], texts[:2]) if cosmos_ else ())
+    loss = counted('losses', lambda: train.losses(run, out, target, train.scales_of(model))[0])
+    counted('backward', loss.backward)
+    sides, lengths = [tuple(view.shape[-2:]) for view in images], [text.shape[1] for text in texts]
+    assert train.count_flops(model.config, B, sides, lengths, cosmos_) == found
+
+
+def test_bench_prints_what_it_timed(monkeypatch, quick, capsys):
+    """oracle: its own lines: the parts add up to the step, the rates follow from it."""
+    run_main(monkeypatch, train.main, '--preset', 'micro', '--batch', 4, '--bench', 3, '--device', 'cpu')
+    told = capsys.readouterr().out
+    parts = dict(re.findall(r'^(\w[\w ]*?) +([\d.]+) ms', told, re.M))
+    step = float(parts.pop('step'))
+    assert parts.keys() == {'student forward', 'teacher forward', 'losses', 'backward', 'AdamW', 'EMA'}
+    assert 0.5 * step < sum(map(float, parts.values())) < 1.5 * step
+    speed = float(re.search(r'([\d,.]+) samples/s', told)[1].replace(',', ''))
+    assert speed == pytest.approx(4000 / step, rel=0.05) and 'GFLOP/s' in told
+
+
 def test_steps_that_are_not_finite(monkeypatch, quick, tmp_path, capsys):
     """oracle: losses made NaN in chosen steps: few in a row are skipped without a trace, more stop the run, saved."""
     whole = train.losses
@@ -1518,3 +1693,45 @@ def test_readme_keeps_its_promises():
     assert commands
     for command in commands:
         assert set(re.findall(r'--[\w-]+', command)) <= known, command
+
+
+# --- What the shortcuts gain ------------------------------------------------------------------------------------------
+
+def against_plain_forms(config, B, lengths, repeats=7):
+    """Seconds, forward and backward, of the parts in their plain form and in ours, in turn -> {part: (plain, ours)}.
+
+    Plain: captions padded to the context, all rows of all blocks; keys and values projected for every view; naive_loss.
+    """
+    torch.manual_seed(0)
+    model, D, V = COSMOS(config), config.embed_dim, 8
+    whole = torch.randint(1, config.vocab_size - 2, (8, B, config.context_length))
+    for caption, (least, most) in zip(whole, lengths):
+        caption[torch.arange(B), torch.randint(least - 1, most, (B,))] = config.vocab_size - 1
+    samples = [(torch.empty(2, 0), torch.empty(6, 0), torch.empty(8, 0), whole[:, i], 0) for i in range(B)]
+    cut = [caption for group in data.collate(samples).texts for caption in group]
+    query, tokens = torch.randn(V, B, D, requires_grad=True), torch.randn(B, 64, D, requires_grad=True)
+    vectors = [cosmos.unit(torch.randn(n, B, D)).requires_grad_() for n in (8, 8, 8, 8)]
+    targets, out = [cosmos.unit(torch.randn(2, B, D)) for _ in range(2)], Output(*vectors)
+    cross = model.image_cross
+    parts = {
+        'text tower': (lambda: sum(x.sum() for x in model.text([whole.flatten(0, 1)], keep=True)),
+                       lambda: sum(x.sum() for x in model.text(cut, keep=True))),
+        'cross-attention': (lambda: torch.cat([cross(query[v:v + 1], tokens) for v in range(V)]).sum(),
+                            lambda: cross(query, tokens).sum()),
+        'losses': (lambda: naive_loss(out, *targets, 14, 14),
+                   lambda: clip_loss(out, 14) + cosmos_loss(out, *targets, 14))}
+    times = {name: ([], []) for name in parts}
+    for _ in range(repeats):
+        for name, forms in parts.items():
+            for form, kept in zip(forms, times[name]):
+                begun = time.perf_counter()
+                form().backward()
+                kept.append(time.perf_counter() - begun)
+    return {name: tuple(sorted(some)[repeats // 2] for some in pair) for name, pair in times.items()}
+
+
+if __name__ == '__main__':      # python test_cosmos.py: the gains of README's table on this machine
+    small = Config.preset('tiny', context_length=77, vision_layers=6, text_layers=4)
+    for name, config, B in (('small', small, 32), ('big', Config(), 4)):
+        for part, (plain, ours) in against_plain_forms(config, B, [(10, 77)] * 2 + [(10, 20)] * 6).items():
+            print(f'{name:6} {part:16} plain {1000 * plain:8.1f} ms  ours {1000 * ours:8.1f} ms  {plain / ours:5.1f} x')

@@ -21,10 +21,12 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -49,6 +51,7 @@ class Options:
     batch: int = None            # pairs a step, over all processes and --accum (default: the preset's)
     accum: int = 1               # parts a process runs one after the other: the same gradient, less memory
     lr: float = None             # peak learning rate (default: the preset's)
+    lr_end: float = None         # share of the peak at which the cosine ends (default: the preset's)
     warmup: int = None           # steps of linear warm-up before the cosine (default: the preset's)
     wd: float = None             # weight decay of matrices; vectors and scales have none (default: the preset's)
     momentum: float = None       # lambda of the teacher (default: the preset's)
@@ -57,6 +60,8 @@ class Options:
     local_crops: int = 6         # local image views a pair
     local_captions: int = 6      # single-sentence captions a pair
     augment: str = None          # full: flip, colour, blur as released; or crops (default: the preset's; clip: crops)
+    shuffle: str = 'pairs'       # pairs: all of them; shards: whole tars, --window at a time, each read in one go
+    window: int = 8              # tars that --shuffle shards mixes
     caption_keys: str = None     # comma-separated json keys of the captions (default: the formats in README)
     vocab: str = None            # clip, learn (from the captions), or a path to CLIP's merges (default: the preset's)
     precision: str = 'auto'      # fp32, bf16, fp16, or auto: bf16 where the hardware has it, else fp32
@@ -68,21 +73,23 @@ class Options:
     save_minutes: float = 30.0   # minutes between checkpoints, whichever comes first
     eval_every: int = 0          # steps between evaluations on --val; 0 evaluates at the end only
     log_every: int = 20          # steps between log lines
+    bench: int = 0               # time this many steps on random data by part, and stop
     max_skipped: int = 5         # steps in a row that may be skipped because their loss or gradient is not finite
     compile: bool = False        # torch.compile the student: for GPUs, on CPUs it gains nothing
     grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, one more forward pass
 
 
-PAPER = dict(epochs=32, batch=1024, lr=5e-4, warmup=2000, wd=0.5, momentum=0.999, momentum_ramp=0,
+PAPER = dict(epochs=32, batch=1024, lr=5e-4, lr_end=0.0, warmup=2000, wd=0.5, momentum=0.999, momentum_ramp=0,
              augment='full', vocab='clip')          # of CC3M (released train_cc3m.sh); README has those of larger sets
-LAPTOP = dict(steps=320, batch=32, lr=1e-3, warmup=30, wd=0.1, momentum=0.99, momentum_ramp=10,
+LAPTOP = dict(steps=320, batch=32, lr=1e-3, lr_end=0.5, warmup=30, wd=0.1, momentum=0.99, momentum_ramp=10,
               augment='crops', vocab='learn')       # captions of the lesson name sides and colours: no flip, no jitter
 RECIPES = {'vit-b-16': PAPER, 'vit-b-32': PAPER, 'vit-s-16': PAPER, 'tiny': LAPTOP}
 CHOICES = {'method': ('cosmos', 'clip'), 'precision': ('auto', 'fp32', 'bf16', 'fp16'), 'augment': ('full', 'crops'),
-           'device': ('auto', 'cuda', 'mps', 'cpu')}
-LEAST = {'batch': 2, 'steps': 1, 'epochs': 1e-9, 'lr': 0, 'warmup': 0, 'wd': 0, 'momentum': 1e-9, 'momentum_ramp': 0,
-         'clip_grad': 0, 'local_crops': 0, 'local_captions': 0, 'workers': 0, 'save_every': 1, 'eval_every': 0,
-         'log_every': 1, 'accum': 1, 'save_minutes': 0, 'max_skipped': 0}
+           'shuffle': ('pairs', 'shards'), 'device': ('auto', 'cuda', 'mps', 'cpu')}
+LEAST = {'batch': 2, 'steps': 1, 'epochs': 1e-9, 'lr': 0, 'lr_end': 0, 'warmup': 0, 'wd': 0, 'momentum': 1e-9,
+         'momentum_ramp': 0, 'clip_grad': 0, 'local_crops': 0, 'local_captions': 0, 'workers': 0, 'save_every': 1,
+         'eval_every': 0, 'log_every': 1, 'accum': 1, 'save_minutes': 0, 'max_skipped': 0, 'bench': 0, 'window': 1}
+MOST = {'momentum': 1, 'lr_end': 1}
 
 
 def parse_options(argv=None):
@@ -110,8 +117,8 @@ def parse_options(argv=None):
             raise ValueError(f"unknown --{name} '{getattr(options, name)}'; choose from {', '.join(allowed)}")
     for name, least in LEAST.items():
         value = getattr(options, name)
-        if value is not None and not least <= value < math.inf or name == 'momentum' and value > 1:
-            bounds = 'more than 0 and at most 1' if name == 'momentum' else f'at least {least:g}'
+        if value is not None and not least <= value <= MOST.get(name, sys.maxsize):
+            bounds = f'at least {least:g}' + (f' and at most {MOST[name]}' if name in MOST else '')
             raise ValueError(f"--{name.replace('_', '-')} {value} makes no sense; give {bounds}")
     options.out = options.out or f'runs/{options.preset}-{options.method}'
     return options
@@ -135,8 +142,8 @@ def setup(options):
             raise ValueError(f'process {index} of this node has no GPU, there are {torch.cuda.device_count()}; '
                              'lower --nproc_per_node')
         torch.cuda.set_device(index)
-    # While rank 0 reads headers or evaluates, the others wait in a barrier: longer than the 10 minutes that are usual.
-    dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(hours=2))
+    # A rank that hangs or is gone ends the others after this time. While rank 0 evaluates they wait, hence not less.
+    dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(minutes=30))
     return dist.get_rank(), dist.get_world_size(), torch.device(kind, index)
 
 
@@ -164,10 +171,11 @@ def choose_precision(name, device):
 # --- 3. Schedules, pure functions of the step (from 0), and the optimizer --------------------------------------------
 
 def lr_at(step, options):
-    """Linear warm-up to the peak, then a cosine to 0 (scheduler.py:43-53 of the released code)."""
+    """Linear warm-up to the peak, then a cosine to its share lr_end, 0 as released (scheduler.py:43-53)."""
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
-    return options.lr * (1 + math.cos(math.pi * (step - options.warmup) / max(options.steps - options.warmup, 1))) / 2
+    cosine = (1 + math.cos(math.pi * (step - options.warmup) / max(options.steps - options.warmup, 1))) / 2
+    return options.lr * (options.lr_end + (1 - options.lr_end) * cosine)
 
 
 def momentum_at(step, options):
@@ -184,8 +192,9 @@ def make_optimizer(model, options, device):
 
 # --- 4. The run: data, model, teacher, optimizer, and how they are saved ---------------------------------------------
 
-REPEATS = ('data', 'batch', 'seed', 'steps', 'lr', 'warmup', 'wd', 'momentum', 'momentum_ramp', 'clip_grad', 'augment',
-           'local_crops', 'local_captions', 'caption_keys', 'precision')        # what decides the result of a step
+# What decides the result of a step.
+REPEATS = ('data', 'batch', 'seed', 'steps', 'lr', 'lr_end', 'warmup', 'wd', 'momentum', 'momentum_ramp', 'clip_grad',
+           'augment', 'local_crops', 'local_captions', 'caption_keys', 'shuffle', 'window', 'precision')
 
 
 class Run:
@@ -231,17 +240,19 @@ class Run:
         if options.steps is None:
             options.steps = max(1, round(options.epochs * (len(self.shards) // options.batch)))
         counts = (2, options.local_crops, options.local_captions) if self.cosmos else (1, 0, 0)
+        self.shuffle = (self.shards.bounds(), options.window) if options.shuffle == 'shards' else ()
         self.views = Views(self.shards, self.tokenizer, self.config, options.seed, options.batch, counts,
-                           options.augment)
+                           options.augment, self.shuffle)
+        if options.batch // self.world % options.accum:
+            raise ValueError(f'--batch {options.batch} on {self.world} processes cannot be split into --accum '
+                             f'{options.accum} parts; choose a multiple of {self.world * options.accum}')
 
     def batches(self):
         """Batches from this step to the last. The global batch of a step is the same for any workers and ranks."""
         options, workers = self.options, self.options.workers
         workers = (8 if self.device.type == 'cuda' else 1) if workers is None else workers
-        if options.batch // self.world % options.accum:
-            raise ValueError(f'--batch {options.batch} on {self.world} processes cannot be split into --accum '
-                             f'{options.accum} parts; choose a multiple of {self.world * options.accum}')
-        order = Order(len(self.shards), options.batch, self.step, options.steps, options.seed, self.rank, self.world)
+        order = Order(len(self.shards), options.batch, self.step, options.steps, options.seed, self.rank, self.world,
+                      self.shuffle)
         return iter(loader(self.views, order, workers))
 
     def find_checkpoint(self):
@@ -285,7 +296,7 @@ class Run:
         if saved['scaler']:
             self.scaler.load_state_dict(saved['scaler'])
         self.step, self.begun = saved['step'], self.begun - saved['seconds']
-        changed = [f'--{name} {before[name]} -> {now[name]}' for name in REPEATS if now[name] != before[name]]
+        changed = [f'--{name} {before.get(name)} -> {now[name]}' for name in REPEATS if now[name] != before.get(name)]
         if changed and self.main:
             print('note       not a repeat of the run it resumes: ' + ', '.join(changed))
 
@@ -443,6 +454,14 @@ def agree(run, *flags):
 
 # --- 6. The log line -------------------------------------------------------------------------------------------------
 
+def peak_memory(device):
+    """Most bytes so far: on the GPU, else of this process; 0 where the system does not tell."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == 'darwin' else 1024) if 'resource' in globals() else 0
+
+
 TERMS = 'h_I_cls', 'h_I_eot', 'h_T_cls', 'h_T_eot'                      # of Eq. 6
 
 
@@ -464,13 +483,8 @@ def describe(run, state, seconds, waited, steps):
         entry |= {'distill_logit_scale': run.model.distill_logit_scale.exp().item(),
                   'momentum': momentum_at(step, run.options),
                   'teacher_cosine': (image * state['teacher_image'][0]).sum(dim=-1).mean().item()}
-    peak = 0
-    if run.device.type == 'cuda':
-        peak = torch.cuda.max_memory_allocated()
-    elif 'resource' in globals():
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
     return entry | {'samples_per_s': steps * run.options.batch / seconds, 'data_share': waited / seconds,
-                    'memory_GiB': peak / 2 ** 30,
+                    'memory_GiB': peak_memory(run.device) / 2 ** 30,
                     'minutes_left': (run.options.steps - step) * seconds / steps / 60}
 
 
@@ -636,6 +650,109 @@ def finish(run):
     print(f"next       python eval.py retrieval {run.out}/last.pt --shards {run.options.val or 'SHARDS'}")
 
 
+# --- 8. --bench: time by part, and the share of what the machine's matrix products reach -----------------------------
+
+def count_flops(config, B, images, texts, cosmos=True):
+    """Floating-point operations of a step on one process: {'student', 'teacher', 'losses', 'backward'}.
+
+    images: (h, w) of all views; texts: lengths of all captions. A multiplication and its addition are two; counted are
+    matrix products and the convolution, as torch.utils.flop_counter does (test).
+    """
+    c, D = config, config.embed_dim
+
+    def tower(L, C, layers, whole):                 # one sequence of L rows; `whole`: the last block does all of them
+        block = L * 24 * C ** 2 + 4 * L ** 2 * C                        # q, k, v, out: 8 C^2, MLP: 16 C^2; attention
+        row = L * 4 * C ** 2 + 20 * C ** 2 + 4 * L * C                  # k, v of all rows, the rest of one
+        return (layers - 1) * block + (block if whole else row) + 2 * C * D
+
+    patches = [h // c.patch_size * (w // c.patch_size) for h, w in images]
+    stem = sum(P * 6 * c.patch_size ** 2 * c.vision_width for P in patches)             # the convolution
+    def towers(patches, texts, whole):
+        return (sum(tower(P + 1, c.vision_width, c.vision_layers, whole and i == 0) for i, P in enumerate(patches)) +
+                sum(tower(T, c.text_width, c.text_layers, whole and i == 0) for i, T in enumerate(texts)))
+    V, U = len(images), len(texts)
+    student, teacher, clip, distill = towers(patches, texts, cosmos) + stem, 0, 4 * min(V, 2) * U * B * D, 0
+    if cosmos:
+        for n, L, C in ((U, patches[0], c.vision_width), (V, texts[0], c.text_width)):  # C^I, C^T
+            student += 2 * L * C * D + L * 4 * D ** 2 + n * (4 * D ** 2 + 4 * L * D)
+        teacher = towers(patches[:2], texts[:2], False) + stem * sum(patches[:2]) // sum(patches)
+        distill = 4 * (4 * V + 4 * U) * B * D
+    # Each product has two gradients, but none for pixels, and none for the teacher's features where they are columns
+    # (as rows they are scaled first, by a parameter).
+    backward = 2 * student - stem + 2 * clip + distill * 3 // 2
+    return {'student': B * student, 'teacher': B * teacher, 'losses': B * (clip + distill), 'backward': B * backward}
+
+
+def matmul_peak(device, dtype, n=2048):
+    """FLOP/s of an n x n x n product, the best of 10."""
+    a, b, times = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), []
+    for _ in range(12):
+        times.append(timed(device, lambda: a @ b)[1])
+    return 2 * n ** 3 / min(times[2:])
+
+
+def timed(device, call):
+    """-> what `call` returns, and its seconds, the device's work included."""
+    begun = time.perf_counter()
+    result = call()
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - begun
+
+
+def bench(options, device):
+    """Steps on random data, timed by part: medians, samples/s, memory, FLOPs and their share of the machine's peak."""
+    cosmos = options.method == 'cosmos'
+    config = Config.preset(options.preset, **({} if cosmos else {'cross_heads': 0}))
+    precision, dtype = choose_precision(options.precision, device)
+    model, B = COSMOS(config).to(device), options.batch
+    model.set_grad_checkpointing(options.grad_checkpoint)
+    teacher, optimizer = Teacher(model) if cosmos else None, make_optimizer(model, options, device)
+    if options.compile:
+        model.compile(dynamic=True)
+    V, U = ((2, options.local_crops), (2, options.local_captions)) if cosmos else ((1, 0), (1, 0))
+    sides = [config.image_size] * V[0] + [config.local_image_size] * V[1]
+    # Lengths as in captions of the field: globals 10 to 77 tokens, locals 10 to 20, sorted and rounded up by `collate`.
+    longest = config.context_length
+    lengths = [longest] * U[0] + [min(16, longest)] * (U[1] // 2) + [min(24, longest)] * (U[1] - U[1] // 2)
+    images = [torch.randn(B, 3, side, side, device=device) for side in sides]
+    texts = [torch.randint(1, config.vocab_size - 2, (B, length), device=device) for length in lengths]
+    for text in texts:
+        text[:, 0], text[:, -1] = config.vocab_size - 2, config.vocab_size - 1
+    run = SimpleNamespace(cosmos=cosmos, device=device)
+    parts = {}
+
+    def part(name, call):
+        result, seconds = timed(device, call)
+        parts.setdefault(name, []).append(seconds)
+        return result
+
+    def step():
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            out = part('student forward', lambda: model(images, texts))
+            target = part('teacher forward', lambda: teacher(images[:2], texts[:2])) if cosmos else ()
+        loss = part('losses', lambda: losses(run, out, target, scales_of(model))[0])
+        part('backward', loss.backward)
+        part('AdamW', lambda: (optimizer.step(), optimizer.zero_grad()))
+        if cosmos:
+            part('EMA', lambda: teacher.update(model, 0.99))
+
+    for i in range(options.bench + 2):
+        parts = parts if i > 2 else {}                                  # the first two warm up
+        part('step', step)
+    medians = {name: sorted(times)[len(times) // 2] for name, times in parts.items()}
+    flops, peak = count_flops(config, B, [(s, s) for s in sides], lengths, cosmos), matmul_peak(device, dtype)
+    total, seconds = sum(flops.values()), medians.pop('step')
+    print(f'bench      {options.preset}, {options.method}, batch {B}, {len(sides)} images and {len(lengths)} captions, '
+          f'{precision} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}')
+    for name, value in medians.items():
+        print(f'{name:18} {1000 * value:10.1f} ms   {value / seconds:4.0%}')
+    memory, speed = peak_memory(device) / 2 ** 30, total / seconds
+    print(f'step               {1000 * seconds:10.1f} ms   {B / seconds:,.1f} samples/s   {memory:.2f} GiB')
+    print(f'FLOPs              {total / 1e9:10.1f} GFLOP   {speed / 1e9:,.0f} GFLOP/s, {speed / peak:.0%} of the '
+          f'{peak / 1e9:,.0f} that a product of 2,048 x 2,048 matrices reaches here')
+
+
 def locate_data(options, rank):
     """Fill in --data and --val: the built-in set, drawn if it is absent, or the two halves of a folder like it."""
     if options.data is None:
@@ -665,6 +782,8 @@ def leave(status):
 def main():
     options = parse_options()
     rank, world, device = setup(options)
+    if options.bench:
+        return bench(options, device)
     locate_data(options, rank)
     Path(options.out).mkdir(parents=True, exist_ok=True)
     run = Run(options, rank, world, device)
@@ -683,4 +802,4 @@ def main():
 
 
 if __name__ == '__main__':
-    cli(main)
+    cli(record(main))       # torchrun then ends with the error of the rank that failed first
