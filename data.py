@@ -16,6 +16,7 @@ Every random choice for a sample comes from (seed, epoch, index of the pair), an
 So a run sees the same numbers with any number of workers and GPUs, and goes on from any step.
 """
 import argparse
+import contextlib
 import csv
 import difflib
 import glob
@@ -29,12 +30,12 @@ import random
 import re
 import signal
 import socket
+import sqlite3
 import sys
 import tarfile
 import textwrap
 import time
 import unicodedata
-from array import array
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -85,12 +86,9 @@ def expand_braces(pattern):
     items, bounds = brace[1].split(','), re.fullmatch(r'(\d+)\.\.(\d+)', brace[1])
     if bounds:
         items = [f'{i:0{len(bounds[1])}d}' for i in range(int(bounds[1]), int(bounds[2]) + 1)]
-    elif len(items) == 1:
+    if len(items) == 1 and not bounds or not items:
         raise ValueError(f"cannot read the braces of '{pattern}'; write {{00000..00575}} or {{a,b}}")
     return [name for item in items for name in expand_braces(pattern.replace(brace[0], item, 1))]
-
-
-PAX_PATH, PAX_SIZE = re.compile(rb'\d+ path=([^\n]*)\n'), re.compile(rb'\d+ size=(\d+)\n')
 
 
 def tar_number(field):
@@ -103,8 +101,8 @@ def tar_number(field):
 def tar_members(file):
     """(name, offset of the data, size) of the files in an open tar of any format: USTAR, GNU, PAX.
 
-    tarfile stops at the first damaged header. This goes on at the next one whose checksum is right, so that no flipped
-    bit hides the rest or gives a file another's name; and it is several times as fast.
+    tarfile stops at the first damaged header. This goes on at the next one whose checksum is right, so that a flipped
+    bit in a header hides neither the rest nor gives a file another's name; and it is several times as fast.
     """
     def read(offset, size):
         file.seek(offset)
@@ -130,7 +128,7 @@ def tar_members(file):
             extra = read(at, min(length, 1 << 20))
             fields = dict(re.findall(rb'\d+ (path|size)=([^\n]*)\n', extra)) if kind == b'x' else {}
             name = extra.rstrip(b'\0') if kind == b'L' else fields.get(b'path', name)
-            size = int(fields[b'size']) if b'size' in fields else size
+            size = int(fields[b'size']) if fields.get(b'size', b'').isdigit() else size
         elif kind in b'0\0':
             length = size or length
             prefix = header[345:500].rstrip(b'\0') if header[257:263] == b'ustar\0' else b''
@@ -163,6 +161,7 @@ def scan_shard(path, number):
                 pairs.setdefault((folder, stem), {}).setdefault(kind, (offset, length))
     rows = [(number, *pair['image'], *pair.get('json', (0, 0)), *pair.get('txt', (0, 0)))
             for pair in pairs.values() if 'image' in pair and ('json' in pair or 'txt' in pair)]
+    rows.sort()                                                         # by the offset of the image
     if not rows:
         raise ValueError(f'{path} has no image with a .json or .txt of the same name; see the format in README' if pairs
                          else f'{path} is no readable tar with images; remove it or fetch it again')
@@ -184,9 +183,13 @@ class Shards:
         self.stamps = [(os.path.getsize(path), os.stat(path).st_mtime_ns) for path in self.paths]
         key = hashlib.sha1(repr((caption_keys, self.paths, self.stamps)).encode()).hexdigest()[:16]
         name = cache and os.path.join(cache, f'index-{key}.npy')
-        if not (name and os.path.exists(name)):
-            together = together and dist.is_initialized()
-            rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        together = together and dist.is_initialized()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        asked = [name, bool(name) and os.path.exists(name)]
+        if world > 1:                       # rank 0 decides: others may see other times of their copies of the shards
+            dist.broadcast_object_list(asked)
+        name, cached = asked
+        if not cached:
             self.pairs = self.scan(rank, world)
             if not name:
                 self.need_pairs()
@@ -277,8 +280,9 @@ class Shards:
 
     def name(self, i):
         """Where pair i lies, for messages: shard and member."""
-        pair = self.pairs[i]
-        header = self.read(pair['shard'], pair['image'] - 512, 100)
+        pair, header = self.pairs[i], b'(gone)'
+        with contextlib.suppress(OSError, ValueError):                  # of a shard that vanished during the run
+            header = self.read(pair['shard'], pair['image'] - 512, 100)
         return f"{self.paths[pair['shard']]}:{header.rstrip(bytes(1)).decode('utf-8', 'replace')}"
 
     def check_captions(self):
@@ -329,7 +333,7 @@ def sentences(value):
 def caption_pool(record, keys=None):
     """The record's sentences as one flat list, duplicates kept; [] when it has none, or only single characters."""
     for family in [keys] if keys else CAPTION_KEYS:
-        if family[0] == 'original_caption' and 'original_caption' not in record:
+        if not keys and family[0] == 'original_caption' and 'original_caption' not in record:
             continue                                # else img2dataset's own 'caption' would pass for PixelProse's
         pool = [sentence for key in family for sentence in sentences(record.get(key))]
         if any(len(sentence) > 1 for sentence in pool):
@@ -516,7 +520,7 @@ def upright_size(data):
     image = Image.open(io.BytesIO(data))
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:             # a few bytes can ask for all memory
         raise ValueError(f'an image of {image.width} x {image.height} pixels is too large')
-    return image.size if image.getexif().get(0x112, 1) > 4 else image.size[::-1]
+    return tuple(image.size if image.getexif().get(0x112, 1) > 4 else image.size[::-1])
 
 
 def decode(data, shrink=1):
@@ -524,16 +528,22 @@ def decode(data, shrink=1):
 
     Raises OSError, RuntimeError or ValueError for what is no image.
     """
-    upright_size(data)
+    size = upright_size(data)
     if shrink == 1:
         try:
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-        except RuntimeError:                                            # rarer kinds, such as CMYK: slower, but all
+            image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+            if image.dtype == torch.uint8 and image.shape[1:] == size:
+                return image
+        except RuntimeError:
             pass
+    # Rarer kinds, slower but all: CMYK, 16 bits a colour, a WebP that EXIF turns.
     image = Image.open(io.BytesIO(data))
     image.draft('RGB', (image.width // shrink, image.height // shrink))
-    return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert('RGB'))
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I'):                                      # 16 bits: Pillow would cut them off at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return v2.functional.pil_to_tensor(image.convert('RGB'))
 
 
 class Kind(NamedTuple):
@@ -557,9 +567,10 @@ def image_crops(data, kinds):
     boxes = [v2.RandomResizedCrop.get_params(blank, kind.scale, (3 / 4, 4 / 3)) for kind in kinds]      # y, x, h, w
     room = min(min(box[2:]) / kind.size for box, kind in zip(boxes, kinds))
     image = decode(data, 8 if room >= 8 else 4 if room >= 4 else 2 if room >= 2 else 1)
-    zoom = image.shape[1] / h
-    return [v2.functional.resized_crop(image, *(round(zoom * x) for x in box), [kind.size] * 2, BICUBIC, antialias=True)
-            for box, kind in zip(boxes, kinds)]
+    zoom = image.shape[1] / h, image.shape[2] / w
+    scaled = [[int(x * z) for x, z in zip(box, zoom * 2)] for box in boxes]       # rounded down: never over an edge
+    return [v2.functional.resized_crop(image, *box, [kind.size] * 2, BICUBIC, antialias=True)
+            for box, kind in zip(scaled, kinds)]
 
 
 def draw_colours(kind, rng):
@@ -576,16 +587,20 @@ def gray(x):
     return x.mul(x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
 
 
+def blend(x, y, share):
+    return (share * x + (1 - share) * y).clamp(0, 1)
+
+
 def brightness(x, strength):
     return (strength * x).clamp(0, 1)
 
 
 def contrast(x, strength):
-    return (strength * x + (1 - strength) * gray(x).mean(dim=(2, 3), keepdim=True)).clamp(0, 1)
+    return blend(x, gray(x).mean(dim=(2, 3), keepdim=True), strength)
 
 
 def saturation(x, strength):
-    return (strength * x + (1 - strength) * gray(x)).clamp(0, 1)
+    return blend(x, gray(x), strength)
 
 
 def hue(x, turn):
@@ -714,7 +729,7 @@ class Views(torch.utils.data.Dataset):
                 if index not in self.reported:
                     self.reported.add(index)
                     print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
-            position = (position + self.batch) % len(self.shards)
+            position = (position + (self.batch % len(self.shards) or 1)) % len(self.shards)
             index = int(order(self.seed, epoch, len(self.shards), *self.shuffle)[position])
         raise ValueError(f'100 pairs in a row up to {self.shards.name(index)} cannot be read; look at the shards with '
                          'python data.py inspect')
@@ -741,24 +756,33 @@ class Batch(NamedTuple):
     images: list        # (2, B, 3, S, S) and (local, B, 3, s, s), uint8
     colours: list       # (2, B, 12) and (local, B, 12), for `photometric`; they stay on the CPU
     texts: list         # (1, B, context length), (1, B, length) and local ones (some, B, their longest), int64
+    place: object       # (U, B): where among a pair's captions in `texts` the one is that was drawn as u-th
     length: int         # of the longest global caption: the teacher reads ends only, so it gets caption 0 cut to this
     bad: int            # pairs that were replaced because they could not be read
 
     def to(self, device):
         """The batch on a device, without waiting for it."""
         move = lambda tensors: [tensor.to(device, non_blocking=True) for tensor in tensors]
-        return self._replace(images=move(self.images), texts=move(self.texts))
+        return self._replace(images=move(self.images), texts=move(self.texts), place=move([self.place])[0])
 
     def split(self, parts):
         """The batch as `parts` batches of equally many pairs."""
         cut = lambda tensors: zip(*(tensor.chunk(parts, dim=1) for tensor in tensors))
-        return [self._replace(images=images, colours=colours, texts=texts)
-                for images, colours, texts in zip(cut(self.images), cut(self.colours), cut(self.texts))]
+        pieces = zip(cut(self.images), cut(self.colours), cut(self.texts), self.place.chunk(parts, dim=1))
+        return [Batch(*piece, self.length, self.bad) for piece in pieces]
 
     def views(self):
-        """What COSMOS.forward takes: V images (B, 3, s, s), normalised, and U captions (B, T)."""
+        """What COSMOS.forward takes: V images (B, 3, s, s), normalised, and U captions (B, T), see `drawn`."""
         images = [normalize(photometric(*view)) for groups in zip(self.images, self.colours) for view in zip(*groups)]
         return images, [caption for group in self.texts for caption in group]
+
+
+    def drawn(self, text):
+        """Text features (U, B, D) of `views` -> the same with each pair's captions in the order drawn.
+
+        The losses contrast the u-th captions of all pairs. In the order of length these would be alike, or even equal.
+        """
+        return text.gather(0, self.place[..., None].expand_as(text))
 
 
 def collate(samples):
@@ -770,16 +794,20 @@ def collate(samples):
     ends = tokens.argmax(dim=-1)                                        # (U, B): the end of a text has the largest id
     length = int(ends[:count].max()) + 1
     texts = [tokens[:1], tokens[1:count, :, :length]]
-    # Which local caption of a pair comes first is of no matter. Sorted by length, most of them are short in all pairs.
-    local = tokens[count:].gather(0, ends[count:].argsort(dim=0)[..., None].expand_as(tokens[count:]))
+    # The local captions of each pair are sorted by length: then most passes are short for all pairs.
+    place = torch.cat([torch.arange(count)[:, None].expand_as(ends[:count]), count + ends[count:].argsort(dim=0)])
+    local, place = tokens.gather(0, place[..., None].expand_as(tokens))[count:], place.argsort(dim=0)
     longest = [min(-(-(int(n) + 1) // 8) * 8, tokens.shape[-1]) for n in local.argmax(dim=-1).amax(dim=1)]
     texts += [local[longest.index(n):, :, :n][:longest.count(n)] for n in dict.fromkeys(longest)]
-    return Batch(images, list(colours), [group for group in texts if len(group)], length, sum(bad))
+    return Batch(images, list(colours), [group for group in texts if len(group)], place, length, sum(bad))
+
+
+SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]   # USR1: Slurm
 
 
 def ignore_signals(worker):
     """Slurm and torchrun signal a whole process group. A worker that died of it would keep the run from saving."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -983,18 +1011,21 @@ def read_rows(path):
             whole = json.loads(text)
             names = {image['id']: image['file_name'] for image in whole['images']}
             listing = [{'image': names[a['image_id']], 'caption': a['caption']} for a in whole['annotations']]
-        else:
-            listing = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, UnicodeError, ValueError, KeyError, TypeError) as error:
+        else:                               # not splitlines: JSON may hold U+2028, which that takes for a line's end
+            listing = [json.loads(line) for line in text.split('\n') if line.strip()]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f'{path} cannot be read as JSONL, CSV, TSV or COCO captions ({error})') from None
-    if not listing:
-        raise ValueError(f'{path} has no rows')
+    if not listing or not all(isinstance(row, dict) for row in listing):
+        raise ValueError(f'{path} has no rows, or rows without names')
     column = first_of(IMAGE_COLUMNS, listing[0], path)
-    for row in listing:
+    for number, row in enumerate(listing, 1):
+        if not row.get(column):
+            raise ValueError(f"row {number} of {path} has no '{column}'")
         record = {CAPTION_COLUMNS.get(key, key): value for key, value in row.items() if key != column}
         known = rows.setdefault(row[column], record)
-        if known is not record and record.get('caption'):
-            known['captions'] = [*known.get('captions', [known.get('caption')]), record['caption']]
+        if known is not record:
+            told = [part for some in (known, record) for part in (some.get('captions') or [some.get('caption')])]
+            known['captions'] = list(dict.fromkeys(part for part in told if part))
     return rows
 
 
@@ -1003,82 +1034,70 @@ def pack(source, images, out, size=5000):
 
     Image bytes are copied as they are. Rows whose image is missing or no image are named, counted and left out.
     """
-    rows, bad = list(read_rows(source).items()), 0
-    for number in tqdm(range(-(-len(rows) // size)), desc='writing shards', disable=None):
-        path, members = Path(out, f'{number:05d}.tar'), []
-        if path.exists():                                               # only whole shards have that name
-            continue
+    rows, left_out = list(read_rows(source).items()), []
+
+    def members(number):
         for i, (name, record) in enumerate(rows[number * size:(number + 1) * size]):
+            key = f'{number:05d}{i:05d}'
             try:
                 data = Path(images, name).read_bytes()
-                with Image.open(io.BytesIO(data)) as image:
-                    extension = {'JPEG': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}[image.format]
+                decode(data)
                 if not caption_pool(record):
                     raise ValueError(f"no caption under {', '.join(record)}")
-                key = f'{number:05d}{i:05d}'
-                members += [(f'{key}.{extension}', data), (f'{key}.json', json.dumps(record).encode())]
-            except (OSError, KeyError, ValueError) as error:
-                bad += 1
+                kind = {'JPEG': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}[Image.open(io.BytesIO(data)).format]
+            except Exception as error:                                  # decoders raise what they like
+                left_out.append(name)
                 print(f'left out   {name}: {error}', file=sys.stderr)
-        write_shard(path, members)
-    return len(rows), bad
+                continue
+            yield f'{key}.{kind}', data
+            yield f'{key}.json', json.dumps(record).encode()
 
-
-class Lines:
-    """The lines of a file, and how many bytes of it were taken."""
-
-    def __init__(self, file):
-        self.file, self.taken = file, 0
-
-    def __iter__(self):
-        for line in self.file:
-            self.taken += len(line)
-            yield line.decode('utf-8', 'replace')
+    for number in tqdm(range(-(-len(rows) // size)), desc='writing shards', disable=None):
+        path = Path(out, f'{number:05d}.tar')
+        if not path.exists():                                           # only whole shards have that name
+            write_shard(path, members(number))
+    return len(rows), len(left_out)
 
 
 def join(table, pattern, out):
     """DreamLIP's CSV onto img2dataset shards by URL: pairs it knows, with its captions as sentences, in new shards.
 
-    The table is read twice by offsets (16 bytes of memory a row), for it may be larger than memory. -> (pairs, matched)
+    The table goes through a database in a temporary file, for it may be larger than memory. -> (pairs, matched), of the
+    shards that were not there yet.
     """
-    url_hash = lambda url: int.from_bytes(hashlib.blake2b(url.strip().encode(), digest_size=8).digest(), 'big')
     csv.field_size_limit(1 << 24)
-    with open(table, 'rb') as file:
-        lines = Lines(file)
-        reader = csv.reader(lines)
-        columns = next(reader)
-        at = columns.index(first_of(URL_COLUMNS, columns, table))
-        keys, offsets, taken = array('Q'), array('Q'), lines.taken
-        for row in tqdm(reader, desc='reading urls', disable=None, leave=False):
-            keys.append(url_hash(row[at]) if len(row) > at else 0)
-            offsets.append(taken)
-            taken = lines.taken
-        keys, offsets = np.array(keys), np.array(offsets)
-        place, shards, pairs, matched = keys.argsort(kind='stable'), Shards(pattern), 0, 0
+    rows = sqlite3.connect('')                                          # '' is a temporary file
+    rows.execute('create table captions (url primary key, record)')
+    with open(table, encoding='utf-8', errors='replace', newline='') as file:
+        reader = csv.DictReader(file)
+        column = first_of(URL_COLUMNS, reader.fieldnames or (), table)
+        record = lambda row: json.dumps({key: sentences(row[key]) for key in CAPTION_KEYS[0] if row.get(key)})
+        some = tqdm(reader, desc='reading the table', disable=None, leave=False)
+        rows.executemany('insert or ignore into captions values (?, ?)',
+                         (((row[column] or '').strip(), record(row)) for row in some))
+    shards, pairs, matched = Shards(pattern, caption_keys='url'), 0, 0
 
-        def captions(url):
-            """The row of an URL as a record of sentence lists, or None."""
-            key = np.uint64(url_hash(url))
-            first, last = (np.searchsorted(keys, key, side, sorter=place) for side in ('left', 'right'))
-            for k in place[first:last]:
-                file.seek(offsets[k])
-                row = next(csv.reader(line.decode('utf-8', 'replace') for line in file))
-                if row[at].strip() == url.strip():
-                    return {name: sentences(value) for name, value in zip(columns, row) if name in CAPTION_KEYS[0]}
-
-        for number, path in enumerate(tqdm(shards.paths, desc='joining', disable=None)):
-            target, members = Path(out, Path(path).name), []
-            if target.exists():                                         # only whole shards have that name
+    def members(number):
+        nonlocal pairs, matched
+        for i in np.flatnonzero(shards.pairs['shard'] == number):
+            pairs += 1
+            try:
+                record, data = shards.record(i), shards.image(i)
+                kind = {'JPEG': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}[Image.open(io.BytesIO(data)).format]
+            except Exception as error:
+                print(f'left out   {shards.name(i)}: {error}', file=sys.stderr)
                 continue
-            for i in np.flatnonzero(shards.pairs['shard'] == number):
-                record, name = shards.record(i), shards.name(i).rpartition(':')[2]
-                known = record.get('url') and captions(record['url'])
-                pairs, matched = pairs + 1, matched + bool(known)
-                if known:
-                    text = json.dumps(record | known).encode()
-                    members += [(name, shards.image(i)), (f"{name.rpartition('.')[0]}.json", text)]
-            if members:
-                write_shard(target, members)
+            url = str(record.get('url')).strip()
+            known = rows.execute('select record from captions where url = ?', (url,)).fetchone()
+            if known:
+                matched += 1
+                yield f'{number:05d}{i:07d}.{kind}', data
+                yield f'{number:05d}{i:07d}.json', json.dumps(record | json.loads(known[0])).encode()
+
+    for number in tqdm(range(len(shards.paths)), desc='joining', disable=None):
+        path = Path(out, f'{number:05d}.tar')
+        if not path.exists():                                           # only whole shards have that name
+            write_shard(path, members(number))
     return pairs, matched
 
 
@@ -1107,7 +1126,11 @@ def cli(main):
         main()
     except (ValueError, OSError) as error:
         # From a loader's worker it comes wrapped in a traceback, of which it is the last line.
-        sys.exit(f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}")
+        told = f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}"
+        if dist.is_available() and dist.is_initialized():               # see train.leave: the usual way out may hang
+            print(told, file=sys.stderr, flush=True)
+            os._exit(1)
+        sys.exit(told)
 
 
 def sample_sheet(views, path, count=4):
@@ -1166,7 +1189,7 @@ def bench(pattern, preset, augment, rate, seconds):
     tokenizer = Tokenizer.learn([text for i in some[:500] for text in shards.pool(i)], 8192, config.context_length)
     parts = {'read image and json': lambda i: (shards.image(i), shards.record(i)),
              'decode': lambda i: decode(shards.image(i)), 'all views, uint8': lambda i: views.views(0, int(i)),
-             'all views and tokens': lambda i: tokenizer(views.views(0, int(i))[2])}
+             'all views and tokens': lambda i: tokenizer(views.views(0, int(i))[-1])}
     for name, part in parts.items():
         part(some[0])
         begun, done = time.perf_counter(), 0

@@ -1,23 +1,18 @@
 """Zero-shot evaluation of a checkpoint, search, and pictures of what it attends to.
 
-    python eval.py retrieval CKPT --coco DIR                      images/val2017 + annotations/captions_val2017.json
+    python eval.py retrieval CKPT --shards runs/scenes/val        or --coco DIR, or --flickr flickr30k_val.json
     python eval.py retrieval CKPT --karpathy dataset_coco.json --split test --images DIR
-    python eval.py retrieval CKPT --flickr flickr30k_val.json --images DIR
-    python eval.py retrieval CKPT --shards runs/scenes/val
-    python eval.py classify CKPT --dataset dtd --root DIR         a set of torchvision.datasets, by name
-    python eval.py classify CKPT --folder DIR                     one folder a class, or labels.json with --classes FILE
     python eval.py classify CKPT --shards runs/scenes/val         the dominant and the small object of each scene
+    python eval.py classify CKPT --dataset dtd --root DIR         a set of torchvision.datasets by name; or --folder DIR
     python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21 --csa --save DIR
-    python eval.py pairs CKPT --items items.jsonl                 SugarCrepe, SVO-Probes, MMVP-VLM, Winoground, or yours
-    python eval.py pairs CKPT --suppression DIR                   probes.json: the dominant against the small object
+    python eval.py pairs CKPT --items items.jsonl                 hard negatives; or --suppression DIR with probes.json
     python eval.py attend CKPT --image a.jpg --text "a red star" "a small blue ring" --out attention.png
-    python eval.py search CKPT --images DIR "a red star"          ranks the images of a folder
+    python eval.py search CKPT --images DIR "a red star"          ranks the images of a folder; or --like a.jpg
     python eval.py export CKPT OUT.pt                             a state dict that open_clip loads
 
 CKPT is ours (runs/.../last.pt), a released cosmos_vitb*.pt, or an open_clip ViT state dict. Scores come from the
 teacher, the averaged weights, unless --weights student. Features are float32 of unit length, scores their products.
 """
-import colorsys
 import csv
 import hashlib
 import inspect
@@ -26,6 +21,7 @@ import json
 import math
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,21 +29,67 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from cosmos import COSMOS, Config, from_openclip, to_openclip, unit
 from data import Parser, Preprocess, Shards, Tokenizer, cli, normalize
 
-# --- 1. Checkpoints --------------------------------------------------------------------------------------------------
+# --- 1. Files and checkpoints ----------------------------------------------------------------------------------------
+
+IMAGE_KINDS = '.jpg', '.jpeg', '.png', '.webp'
+
+
+def need(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def read_text(path):
+    try:
+        return Path(path).read_text(encoding='utf-8-sig')               # with or without a byte order mark
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', 'no UTF-8 text')})") from None
+
+
+def read_json(path, *keys):
+    """The JSON at `path`, an object with `keys` where any are named; else ValueError."""
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{path} is no JSON ({error})') from None
+    for key in keys:
+        need(key in value, f"{path} has no '{key}'; is it the file that --help describes?")
+    return value
+
+
+def read_lines(path):
+    """The lines of a text file that are not blank, or the items of a JSON list."""
+    text = read_text(path)
+    return [line for line in (read_json(path) if text.lstrip()[:1] == '[' else text.splitlines()) if line]
+
+
+def read_image(file, name=None):
+    """A path, or an open file and its name -> PIL image, decoded. ValueError names what is no image."""
+    try:
+        image = Image.open(file)
+        image.load()
+        return image
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:       # SyntaxError: a broken PNG
+        raise ValueError(f'{name or file} is no readable image ({error})') from None
+
+
+def images_in(folder):
+    """Paths of the images in a folder and its subfolders, sorted; hidden files are left out."""
+    return [path for path in sorted(Path(folder).rglob('[!.]*')) if path.suffix.lower() in IMAGE_KINDS]
+
 
 def read_checkpoint(path):
     """A file of tensors and plain values. Anything that would have to execute code to load is refused (ValueError)."""
+    need(Path(path).exists(), f'checkpoint {path} does not exist')
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f'checkpoint {path} does not exist') from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:           # OSError: a torn file
         reason = (str(error) or 'it ends too early').splitlines()[0][:120]
         raise ValueError(f'{path} is no checkpoint of tensors and plain values ({reason}); where you trust it, '
                          'convert it: torch.save(torch.load(OLD, weights_only=False)[...], NEW)') from None
@@ -76,21 +118,17 @@ def load_weights(model, state, path):
                                      if key in state and state[key].shape != own[key].shape]}
     told = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
             for kind, keys in problems.items() if keys]
-    if told:
-        raise ValueError(f'{path} does not fit this model: ' + '; '.join(told))
+    need(not told, f'{path} does not fit this model: ' + '; '.join(told))
     model.load_state_dict(state)
 
 
 def load(path, weights='teacher', config=None, vocab=None):
     """-> (model in eval mode, tokenizer, preprocess: PIL image -> (3, S, S)).
-
     path: our checkpoint, a released one (dict with 'student' and 'teacher'), or an open_clip state dict; `module.` and
     `_orig_mod.` prefixes are stripped. Where there is no teacher the student is taken: model.origin tells which it was.
-    `config` is needed only where heads are not 64 wide; `vocab` goes to Tokenizer.clip.
-    """
+    `config` is needed only where heads are not 64 wide; `vocab` goes to Tokenizer.clip."""
     saved = read_checkpoint(path)
-    if not isinstance(saved, dict):
-        raise ValueError(f'{path} holds a {type(saved).__name__}, not a state dict')
+    need(isinstance(saved, dict), f'{path} holds a {type(saved).__name__}, not a state dict')
     origin = next((name for name in (weights, 'student', 'state_dict') if name in saved), 'state dict')
     state = {re.sub(r'^((module|_orig_mod)\.)+', '', key): value for key, value in saved.get(origin, saved).items()}
     if 'merges' in saved:                                               # ours
@@ -119,46 +157,38 @@ def export(model, path):
 
 # --- 2. Features -----------------------------------------------------------------------------------------------------
 
-class Images(torch.utils.data.Dataset):
-    """Preprocessed images of a list of paths, of Shards or of a torchvision set -> (pixels (3, S, S), label or -1).
-
-    A file that is no image raises ValueError that names it; with `skip` its pixels are NaN instead.
-    """
-
-    def __init__(self, source, preprocess, skip=False):
-        self.source, self.preprocess, self.skip = source, preprocess, skip
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, i):
+def read_batch(source, preprocess, skip, numbers):
+    """Images by number of a list of paths, of Shards or of a torchvision set -> pixels (B, 3, S, S), labels (B,) or -1.
+    A file that is no image raises ValueError that names it; with `skip` its pixels are NaN instead."""
+    pixels, labels = [], []
+    for i in numbers:
+        image, label = None, -1
         try:
-            if isinstance(self.source, torchvision.datasets.VisionDataset):
-                image, label = self.source[i]
-                return self.preprocess(image), int(label)
-            inside = isinstance(self.source, Shards)
-            data = self.source.image(i) if inside else Path(self.source[i]).read_bytes()
-            return self.preprocess(Image.open(io.BytesIO(data))), -1
+            if isinstance(source, torchvision.datasets.VisionDataset):
+                image, label = source[i]
+            elif isinstance(source, Shards):
+                image = read_image(io.BytesIO(source.image(i)), source.name(i))
+            else:
+                image = read_image(source[i])
         except OSError as error:
-            if self.skip:
-                return self.preprocess(Image.new('RGB', (8, 8))) * math.nan, -1
-            where = (self.source.name(i) if isinstance(self.source, Shards) else
-                     self.source[i] if isinstance(self.source, list) else f'image {i} of the set')
-            raise ValueError(f'{where} is no readable image ({error})') from None
-
-
-def device_of(model):
-    return next(model.parameters()).device
+            raise ValueError(f'image {i} of the set is no readable image ({error})') from None
+        except ValueError:
+            if not skip:
+                raise
+        pixels.append(preprocess(image) if image else preprocess(Image.new('RGB', (8, 8))) * math.nan)
+        labels.append(int(label))
+    return torch.stack(pixels), torch.tensor(labels)
 
 
 @torch.no_grad()
 def embed_labelled(model, source, preprocess, batch=64, workers=0, skip=False):
     """Paths, Shards or a torchvision set -> (n, D) unit vectors and (n,) labels, -1 where there are none."""
-    loader = torch.utils.data.DataLoader(Images(source, preprocess, skip), batch, num_workers=workers)
+    loader = torch.utils.data.DataLoader(range(len(source)), batch, num_workers=workers,
+                                         collate_fn=partial(read_batch, source, preprocess, skip))
     features, labels = [], []
     try:
         for images, some in tqdm(loader, desc='images', disable=None, leave=False):
-            features.append(unit(model.visual([images.to(device_of(model))])[0][0]).cpu())
+            features.append(unit(model.visual([images.to(model.logit_scale.device)])[0][0]).cpu())
             labels.append(some)
     except ValueError as error:                         # from a worker it comes with a traceback; its sentence is last
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix('ValueError: ')) from None
@@ -173,15 +203,13 @@ def embed_images(model, source, preprocess, batch=64, workers=0):
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts, batch=256, chunk=8192):
     """n texts -> (n, D) unit vectors on the CPU. Neighbours in length share a batch, cut to its longest.
-
-    A chunk of texts is in memory as tokens at a time: a million captions cost their features and no more.
-    """
+    A chunk of texts is in memory as tokens at a time: a million captions cost their features and no more."""
     features = torch.empty(len(texts), model.config.embed_dim)
     for first in tqdm(range(0, len(texts), chunk), desc='texts', disable=None, leave=False):
         tokens = tokenizer(texts[first:first + chunk], model.config.context_length)
         length = tokens.argmax(dim=1) + 1                               # the end has the largest id
         for some in length.argsort().split(batch):
-            ids = tokens[some, :int(length[some].max())].to(device_of(model))
+            ids = tokens[some, :int(length[some].max())].to(model.logit_scale.device)
             features[first + some] = unit(model.text([ids])[0][0]).cpu()
     return features
 
@@ -190,9 +218,7 @@ def embed_texts(model, tokenizer, texts, batch=256, chunk=8192):
 
 def ranks(queries, targets, query_ids, target_ids, chunk=1024):
     """Rank from 1 of each query's best right target, (n,). Right targets have the query's id; they do not outrank it.
-
-    A wrong target with an equal score counts as ahead: features that are all the same must not look perfect.
-    """
+    A wrong target with an equal score counts as ahead: features that are all the same must not look perfect."""
     out = []
     for some in torch.arange(len(queries)).split(chunk):                # never the whole n x m matrix
         scores = queries[some] @ targets.T                              # (chunk, m)
@@ -204,9 +230,7 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
 
 def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures. owner (captions,): the image of each caption.
-
-    An image has a hit if any of its captions does. R@K are fractions, ranks count from 1, chance is R@1 of guessing.
-    """
+    An image has a hit if any of its captions does. R@K are fractions, ranks count from 1, chance is R@1 of guessing."""
     ids = torch.arange(len(image_features))
     figures = {'images': len(ids), 'captions': len(owner), 'chance': 1 / len(ids)}
     for name, found in (('image_to_text', ranks(image_features, text_features, ids, owner)),
@@ -216,77 +240,49 @@ def retrieval(image_features, text_features, owner):
     return figures
 
 
-def read_text(path):
-    try:
-        return Path(path).read_text(encoding='utf-8')
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', 'no UTF-8 text')})") from None
-
-
-def read_lines(path):
-    """The lines of a text file that are not blank, or the items of a JSON list."""
-    text = read_text(path)
-    return [line for line in (read_json(path) if text.lstrip()[:1] == '[' else text.splitlines()) if line]
-
-
-def read_json(path, *keys):
-    """The JSON at `path`, an object with `keys` where any are named; else ValueError."""
-    text = read_text(path)
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f'{path} is no JSON ({error})') from None
-    for key in keys:
-        if key not in value:
-            raise ValueError(f"{path} has no '{key}'; is it the file that --help describes?")
-    return value
-
-
 def coco_captions(root):
     """COCO layout -> (image paths, captions, owner)."""
-    root = Path(root)
-    listing = read_json(root / 'annotations/captions_val2017.json', 'images', 'annotations')
+    listing = read_json(Path(root, 'annotations/captions_val2017.json'), 'images', 'annotations')
     number = {image['id']: i for i, image in enumerate(listing['images'])}
-    paths = [root / 'images/val2017' / image['file_name'] for image in listing['images']]
-    return (paths, [a['caption'] for a in listing['annotations']],
+    return ([Path(root, 'images/val2017', image['file_name']) for image in listing['images']],
+            [a['caption'] for a in listing['annotations']],
             torch.tensor([number[a['image_id']] for a in listing['annotations']]))
+
+
+def with_owners(images, pools):
+    """Images and the list of captions of each -> (images, captions, owner (captions,): the number of its image)."""
+    return (images, [caption for pool in pools for caption in pool],
+            torch.tensor([i for i, pool in enumerate(pools) for _ in pool]))
 
 
 def karpathy_captions(path, split, images):
     """Karpathy's dataset_coco.json or dataset_flickr30k.json -> (image paths, captions, owner) of one split."""
     chosen = [image for image in read_json(path, 'images')['images'] if image.get('split') == split]
-    if not chosen:
-        raise ValueError(f"{path} has no image of split '{split}'; Karpathy's are train, restval, val, test")
+    need(chosen, f"{path} has no image of split '{split}'; Karpathy's are train, restval, val, test")
     root = Path(images or Path(path).parent)
-    paths = [root / image.get('filepath', '') / image['filename'] for image in chosen]
-    pairs = [(i, sentence['raw']) for i, image in enumerate(chosen) for sentence in image['sentences']]
-    return paths, [caption for _, caption in pairs], torch.tensor([i for i, _ in pairs])
+    return with_owners([root / image.get('filepath', '') / image['filename'] for image in chosen],
+                       [[sentence['raw'] for sentence in image['sentences']] for image in chosen])
 
 
 def flickr_captions(path, images):
     """The released code's flickr30k_val.json, [{"image", "caption": [five]}] -> (image paths, captions, owner)."""
     listing, root = read_json(path), Path(images or Path(path).parent)
-    if not (isinstance(listing, list) and listing and all({'image', 'caption'} <= item.keys() for item in listing)):
-        raise ValueError(f"{path} is no list of objects with 'image' and 'caption'")
-    captions = [[item['caption']] if isinstance(item['caption'], str) else item['caption'] for item in listing]
-    owner = [i for i, some in enumerate(captions) for _ in some]
-    return [root / item['image'] for item in listing], sum(captions, []), torch.tensor(owner)
+    need(isinstance(listing, list) and listing and all({'image', 'caption'} <= item.keys() for item in listing),
+         f"{path} is no list of objects with 'image' and 'caption'")
+    return with_owners([root / item['image'] for item in listing],
+                       [[item['caption']] if isinstance(item['caption'], str) else item['caption'] for item in listing])
 
 
 def shard_captions(shards):
     """-> (shards, captions, owner): what `captions` lists, else the one raw caption of a pair; whole, never split."""
-    captions, owner = [], []
+    pools = []
     for i in range(len(shards)):
         record = shards.record(i)
         found = next((record[key] for key in ('captions', 'raw_caption', 'caption', 'txt') if record.get(key)), None)
-        found = found if isinstance(found, list) else [found]
-        captions += [caption for caption in found if isinstance(caption, str)]
-        owner += [i] * sum(isinstance(caption, str) for caption in found)
-    missing = sorted(set(range(len(shards))) - set(owner))
-    if missing:
-        raise ValueError(f'{shards.name(missing[0])} has no caption to retrieve by; held-out pairs need captions, '
-                         'raw_caption, caption or a .txt')
-    return shards, captions, torch.tensor(owner)
+        pools.append([text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)])
+        need(pools[i], f'{shards.name(i)} has no caption to retrieve by; held-out pairs need captions, raw_caption, '
+                       'caption or a .txt')
+    return with_owners(shards, pools)
 
 
 # --- 4. Zero-shot classification -------------------------------------------------------------------------------------
@@ -295,12 +291,14 @@ TEMPLATES = ('a photo of a {}', 'a picture of a {}', 'an image of a {}', 'there 
              'a small {}', 'a large {}')
 
 
-def read_templates(path):
+def read_templates(path, default=TEMPLATES):
     """Prompts with {} for the class: a line each, or a JSON list. CLIP_benchmark's {c} will do too."""
+    if not path:
+        return default
     templates = [str(line).strip().replace('{c}', '{}') for line in read_lines(path)]
     for template in templates:
-        if template.count('{}') != 1 or re.search(r'[{}]', template.replace('{}', '')):
-            raise ValueError(f"template '{template}' of {path} needs one {{}} where the class goes")
+        need(re.findall('[{}]', template) == ['{', '}'] and '{}' in template,
+             f"template '{template}' of {path} needs one {{}} where the class goes")
     return templates
 
 
@@ -312,108 +310,77 @@ def class_vectors(model, tokenizer, names, templates=TEMPLATES):
 
 def classify(image_features, vectors, labels):
     """image_features (n, D), vectors (K, D), labels (n,) -> top1, top5, mean of the classes' top1, counts, chance."""
-    scores = image_features @ vectors.T
-    own = scores.gather(1, labels[:, None])
-    wrong = torch.arange(len(vectors)) != labels[:, None]
-    ahead = ((scores >= own) & wrong).sum(dim=1)                        # ties count against us, as in `ranks`
-    count = torch.bincount(labels, minlength=len(vectors))
-    right = torch.bincount(labels[ahead < 1], minlength=len(vectors))
-    return {'images': len(labels), 'classes': len(vectors), 'chance': 1 / len(vectors),
-            'top1': (ahead < 1).float().mean().item(), 'top5': (ahead < 5).float().mean().item(),
-            'mean_per_class_top1': (right / count)[count > 0].mean().item()}
+    K = len(vectors)
+    rank = ranks(image_features, vectors, labels, torch.arange(K))
+    count, right = torch.bincount(labels, minlength=K), torch.bincount(labels[rank == 1], minlength=K)
+    return {'images': len(labels), 'classes': K, 'chance': 1 / K, 'top1': (rank == 1).float().mean().item(),
+            'top5': (rank <= 5).float().mean().item(), 'mean_per_class_top1': (right / count)[count > 0].mean().item()}
 
 
 def torchvision_set(name, root, split=None, download=False):
     """A classification set of torchvision.datasets, by its class's name in any case -> (the set, class names).
-
-    split: its name there (default: test, else val). Raises ValueError for a set without class names, or not at `root`.
-    """
+    split: its name there (default: test, else val). ValueError for a set without class names, or not at `root`."""
     kinds = {kind.lower(): kind for kind in torchvision.datasets.__all__}
-    if name.lower() not in kinds:
-        raise ValueError(f"torchvision.datasets has no '{name}'; it has {', '.join(sorted(kinds.values()))}")
-    kind, error = getattr(torchvision.datasets, kinds[name.lower()]), None
-    accepts = inspect.signature(kind).parameters
+    need(name.lower() in kinds, f"torchvision.datasets has no '{name}'; it has {', '.join(sorted(kinds.values()))}")
+    kind, failed = getattr(torchvision.datasets, kinds[name.lower()]), []
     for wanted in [split] if split else ['test', 'val']:
-        given = {'split': wanted} if 'split' in accepts or kind is torchvision.datasets.ImageNet else {}
-        given |= {'train': wanted == 'train'} if 'train' in accepts else {}
-        given |= {'download': True} if download and 'download' in accepts else {}
+        given = {'split': wanted, 'train': wanted == 'train', 'download': download}
         try:
-            source = kind(root, **given)
+            source = kind(root, **{key: given[key] for key in given if key in inspect.signature(kind).parameters})
             break
-        except (TypeError, ValueError, RuntimeError, OSError, AttributeError, ImportError) as failed:
-            error = error or failed                                     # of 'test' and 'val' the first says more
-    else:
-        raise ValueError(f'torchvision cannot read {name} from {root} ({str(error).splitlines()[0]}); try --download, '
-                         'or another --split')
+        except (TypeError, ValueError, RuntimeError, OSError, AttributeError, ImportError) as error:
+            failed.append((str(error) or type(error).__name__).splitlines()[0])
+    else:                                                               # of 'test' and 'val' the first says more
+        raise ValueError(f'torchvision cannot read {name} from {root} ({failed[0]}); try --download or another --split')
     names = getattr(source, 'classes', None) or getattr(source, 'categories', None)
-    if not names:
-        raise ValueError(f"torchvision's {name} has no class names; use --folder with one folder per class")
-    plain = lambda name: (name if isinstance(name, str) else name[0])   # ImageNet's are tuples of synonyms
-    return source, [re.sub(r'[_/]+', ' ', plain(name)).strip() for name in names]
-
-
-def wordnet_names(folders, root):
-    """Names for folders called n01440764 and so on: torchvision's thousand, which are in the order of the ids."""
-    if len(folders) != 1000:
-        raise ValueError(f'{root} has {len(folders)} folders of WordNet ids, not all 1,000 of ImageNet; name them with '
-                         '--classes FILE, a JSON object of id: name')
-    return list(torchvision.models.ResNet18_Weights.DEFAULT.meta['categories'])
+    need(names, f"torchvision's {name} has no class names; use --folder with one folder per class")
+    names = [name if isinstance(name, str) else name[0] for name in names]              # ImageNet: tuples of synonyms
+    return source, [re.sub(r'[_/]+', ' ', name).strip() for name in names]
 
 
 def folder_classes(root, classes=None, subset=None):
     """One folder per class, or labels.json [{"file", "class_id"}] and `classes` -> (paths, labels, names, templates).
-
     `classes` is a list of names, or {"classes": [{"id", "name", "noun_phrase"}], "subsets": {name: ids}, "templates"};
-    for folders, {folder: name}. Folders of WordNet ids have torchvision's names of ImageNet.
-    """
+    for folders, {folder: name}. A thousand folders of WordNet ids have torchvision's names of ImageNet."""
     root = Path(root)
     if not (root / 'labels.json').exists():
         folders = sorted(p for p in root.glob('[!.]*') if p.is_dir())   # NB: .cache would be one class more to guess
         found = [(p, k) for k, folder in enumerate(folders) for p in sorted(folder.rglob('[!.]*')) if p.is_file()]
-        if not found:
-            raise ValueError(f'{root} has neither one folder of images per class nor a labels.json')
-        names = [folder.name.replace('_', ' ') for folder in folders]
+        need(found, f'{root} has neither one folder of images per class nor a labels.json')
+        ids = [folder.name for folder in folders]
+        names = [name.replace('_', ' ') for name in ids]
         if classes:
-            table = read_json(classes, *(folder.name for folder in folders))
-            names = [table[folder.name] for folder in folders]
-        elif all(re.fullmatch(r'n\d{8}', name) for name in names):
-            names = wordnet_names(folders, root)
+            names = list(map(read_json(classes, *ids).get, ids))
+        elif all(re.fullmatch(r'n\d{8}', name) for name in ids):
+            need(len(ids) == 1000, f'{root} has {len(ids)} folders of WordNet ids, not all 1,000 of ImageNet; name '
+                                   'them with --classes FILE, a JSON object of id: name')
+            names = torchvision.models.ResNet18_Weights.DEFAULT.meta['categories']      # in the order of the ids
         return [path for path, _ in found], torch.tensor([k for _, k in found]), names, TEMPLATES
-    if not classes:
-        raise ValueError(f'{root}/labels.json numbers its classes; name them with --classes FILE')
+    need(classes, f'{root}/labels.json numbers its classes; name them with --classes FILE')
     listing = read_json(classes)
     if isinstance(listing, list):
         listing = {'classes': [{'id': i, 'name': name} for i, name in enumerate(listing)]}
-    subsets = listing.get('subsets', {})
-    if subset and subset not in subsets:
-        raise ValueError(f"{classes} has no subset '{subset}'; it has: {', '.join(subsets) or 'none'}")
-    wanted = {item['id']: item.get('noun_phrase') or item['name'] for item in listing['classes']}
-    wanted = {i: wanted[i] for i in (subsets[subset] if subset else wanted)}
-    number = {class_id: k for k, class_id in enumerate(wanted)}
+    names = {item['id']: item.get('noun_phrase') or item['name'] for item in listing['classes']}
+    subsets = {None: names, **listing.get('subsets', {})}
+    need(subset in subsets, f"{classes} has no subset '{subset}'; it has: {', '.join(list(subsets)[1:]) or 'none'}")
+    number = {class_id: k for k, class_id in enumerate(subsets[subset])}
     chosen = [item for item in read_json(root / 'labels.json') if item['class_id'] in number]
-    if not chosen:
-        raise ValueError(f'no image of {root}/labels.json is of a class in {classes}; are its ids the same?')
+    need(chosen, f'no image of {root}/labels.json is of a class in {classes}; are its ids the same?')
     return ([root / item['file'] for item in chosen], torch.tensor([number[item['class_id']] for item in chosen]),
-            list(wanted.values()), listing.get('templates', TEMPLATES))
+            [names[class_id] for class_id in number], listing.get('templates', TEMPLATES))
 
 
-def classify_objects(model, tokenizer, image_features, shards):
+def classify_objects(model, tokenizer, image_features, shards, templates=TEMPLATES):
     """Feature suppression, measured: does an object's own name score above the wrong names listed for it?
-
-    -> {role: {top1, chance, objects}} over the objects of all scenes; {} where the shards list none.
-    """
+    -> {role: {top1, chance, objects}} over the objects of all scenes; {} where the shards list none."""
     objects = [(i, thing) for i in range(len(shards)) for thing in shards.record(i).get('objects', [])]
-    if not objects:
-        return {}
     names = sorted({name for _, thing in objects for name in [thing['name'], *thing['negatives']]})
-    number = {name: k for k, name in enumerate(names)}
-    vectors, right = class_vectors(model, tokenizer, names), {}
+    vectors, right = dict(zip(names, class_vectors(model, tokenizer, names, templates))) if names else {}, {}
     for i, thing in objects:
-        scores = vectors[[number[name] for name in [thing['name'], *thing['negatives']]]] @ image_features[i]
+        scores = torch.stack([vectors[name] for name in [thing['name'], *thing['negatives']]]) @ image_features[i]
         right.setdefault(thing['role'], []).append(bool((scores[0] > scores[1:]).all()))
-    wrong = len(objects[0][1]['negatives'])
-    return {role: {'top1': float(np.mean(hits)), 'chance': 1 / (1 + wrong), 'objects': len(hits)}
-            for role, hits in right.items()}
+    return {role: {'top1': float(np.mean(hits)), 'chance': 1 / (1 + len(objects[0][1]['negatives'])),
+                   'objects': len(hits)} for role, hits in right.items()}
 
 
 def evaluate(model, tokenizer, preprocess, shards):
@@ -428,32 +395,29 @@ def evaluate(model, tokenizer, preprocess, shards):
 # --- 5. Zero-shot segmentation ---------------------------------------------------------------------------------------
 
 class Settings(NamedTuple):
-    """How to segment."""
-    size: int                           # short side of the image, in pixels
-    scale: float                        # of the cosines before the softmax
-    probability: float                  # pixels whose best class has less become class 0
-    area: float                         # classes with no more than this share of the foreground vanish
+    """How to segment. Each is a flag of `segment`, with its comment as help."""
+    size: int                           # short side of the image in pixels (default: 1.5 windows)
+    scale: float                        # scale of the cosines before the softmax (default: 40)
+    probability: float                  # pixels whose best class has less become class 0 (default: 0)
+    area: float                         # classes with no more than this share of the foreground vanish (default: 0)
     reduce_zero_label: bool             # label 0 of the masks is ignored, 1 becomes class 0
-    window: int = 224
-    stride: int = 112
+    window: int = 224                   # side of the window (default: the model's image)
+    stride: int = 112                   # step of the window (default: half of it)
     csa: bool = False                   # correlative self-attention in the last block
 
 
 BENCHMARKS = {      # size, scale, probability, area, reduce_zero_label: of the released code, after SCLIP
     'voc21': (336, 65, 0.1, 0.1, False), 'context60': (336, 50, 0.1, 0, False), 'coco-object': (336, 50, 0.1, 0, False),
     'voc20': (336, 40, 0, 0, True), 'cityscapes': (560, 40, 0, 0, False), 'context59': (336, 40, 0, 0, True),
-    'ade20k': (336, 40, 0, 0, True), 'coco-stuff': (448, 40, 0, 0, False),
-}
+    'ade20k': (336, 40, 0, 0, True), 'coco-stuff': (448, 40, 0, 0, False)}
 IGNORE = 255                                                            # a mask's pixels that count nowhere
 
 
 @torch.no_grad()
 def window_scores(model, pixels, vectors, window, stride, csa=False):
     """pixels (3, H, W), vectors (Q, D) -> (Q, H, W): cosines of patches and texts, averaged over sliding windows.
-
-    Every window is scored alone, its grid of patches made bilinear to its pixels; the last ones end at the border.
-    """
-    (_, H, W), patch = pixels.shape, model.config.patch_size
+    Every window is scored alone, its grid of patches made bilinear to its pixels; the last ones end at the border."""
+    _, H, W = pixels.shape
     starts = lambda length: [min(s, length - window) for s in range(0, length - window + stride, stride)]
     corners = [(y, x) for y in starts(H) for x in starts(W)]
     total, count = pixels.new_zeros(len(vectors), H, W), pixels.new_zeros(H, W)
@@ -469,14 +433,12 @@ def window_scores(model, pixels, vectors, window, stride, csa=False):
 
 def segment_image(model, image, vectors, counts, o):
     """One image -> (h, w) int64 class of each pixel. vectors (Q, D) of all names, counts: how many each class has.
-
     Steps of clip_segmentor.py:113-276 of the released code: softmax over all names at o.scale, of a class's names the
-    best; classes under o.area of the foreground vanish; pixels under o.probability become class 0.
-    """
+    best; classes under o.area of the foreground vanish; pixels under o.probability become class 0."""
     width, height = image.size
     zoom = max(min(o.size / min(image.size), 2048 / max(image.size)), o.window / min(image.size))
     small = image.convert('RGB').resize((round(width * zoom), round(height * zoom)), Image.BILINEAR)
-    pixels = normalize(torch.from_numpy(np.array(small)).permute(2, 0, 1).to(device_of(model)))
+    pixels = normalize(torch.from_numpy(np.array(small)).permute(2, 0, 1).to(model.logit_scale.device))
     scores = window_scores(model, pixels, vectors, o.window, o.stride, o.csa)
     shares = (o.scale * F.interpolate(scores[None], (height, width), mode='bilinear')[0]).softmax(dim=0)
     best = torch.stack([names.amax(dim=0) for names in shares.split(counts)])           # (classes, h, w)
@@ -505,108 +467,96 @@ def segmentation_figures(matrix, names):
 
 def read_mask(path, size, classes, reduce_zero_label=False):
     """A PNG of class numbers, grey or palette, of `size` (w, h) -> (h, w) int64, IGNORE where it does not count."""
-    try:
-        mask = Image.open(path)
-        values = torch.from_numpy(np.array(mask).astype(np.int64))
-    except OSError as error:
-        raise ValueError(f'mask {path} cannot be read ({error})') from None
-    if values.ndim != 2:
-        raise ValueError(f'mask {path} has colours ({mask.mode}), not class numbers; save it as grey or palette PNG')
-    if mask.size != size:
-        raise ValueError(f'mask {path} is {mask.size[0]} x {mask.size[1]} pixels, its image {size[0]} x {size[1]}')
+    mask = read_image(path)
+    values = torch.from_numpy(np.array(mask).astype(np.int64))
+    need(values.ndim == 2, f'mask {path} has colours ({mask.mode}), not class numbers; save it as grey or palette PNG')
+    need(mask.size == size, f'mask {path} is {mask.width} x {mask.height} pixels, its image {size[0]} x {size[1]}')
     if reduce_zero_label:
         values = torch.where((values == 0) | (values == IGNORE), IGNORE, values - 1)
-    labels = values[values != IGNORE]
-    if labels.numel() and int(labels.max()) >= classes:
-        raise ValueError(f'mask {path} has label {int(labels.max())}, the class file names 0 to {classes - 1}')
+    most = int(values.masked_fill(values == IGNORE, 0).max())
+    need(most < classes, f'mask {path} has label {most}, the class file names 0 to {classes - 1}')
     return values
 
 
 def mask_pairs(images, masks, image_suffix='', mask_suffix='', listing=None):
     """[(image path, mask path)] of equal stems, suffixes cut off; of those in `listing`, a stem a line, if given."""
-    kinds, stems = ('.jpg', '.jpeg', '.png', '.webp'), read_text(listing).split() if listing else None
-    stem = lambda path, suffix: path.stem[:len(path.stem) - len(suffix)] if path.stem.endswith(suffix) else None
-    pictures = {stem(p, image_suffix): p for p in sorted(Path(images).rglob('*')) if p.suffix.lower() in kinds}
+    stems = read_text(listing).split() if listing else None
+    stem = lambda path, suffix: path.stem.removesuffix(suffix) if path.stem.endswith(suffix) else None
+    pictures = {stem(p, image_suffix): p for p in images_in(images)}
     found = {stem(p, mask_suffix): p for p in sorted(Path(masks).rglob('*.png'))}
     pairs = {name: path for name, path in found.items() if name and (stems is None or name in stems)}
     missing = [path for name, path in pairs.items() if name not in pictures]
     missing += [Path(masks, f'{name}{mask_suffix}.png') for name in stems or () if name not in found]
     if missing:
         raise ValueError(f'{missing[0]} and an image of that name in {images} are not both there; see --image-suffix')
-    if not pairs:
-        raise ValueError(f"{masks} holds no mask '*{mask_suffix}.png'; see --mask-suffix")
+    need(pairs, f"{masks} holds no mask '*{mask_suffix}.png'; see --mask-suffix")
     return [(pictures[name], path) for name, path in pairs.items()]
 
 
 def overlay(image, labels, names, path):
     """PNG of an image under its classes in colours, with a legend of name and share; 'background' stays as it is."""
+    palette = [ImageColor.getrgb(f'hsv({k * 222.5 % 360},85%,100%)') for k in range(len(names))]    # neighbours differ
+    mixed = Image.blend(image.convert('RGB'), Image.fromarray(np.uint8(palette)[labels]), 0.65)
+    if names[0].lower() == 'background':
+        mixed.paste(image, mask=Image.fromarray(np.uint8(255 * (labels == 0))))
+        palette[0] = 'white'
     present, count = np.unique(labels, return_counts=True)
-    hue = lambda k: tuple(int(255 * c) for c in colorsys.hsv_to_rgb(k * 0.618 % 1, 0.85, 1))   # neighbours far apart
-    palette = np.array([hue(k) for k in range(len(names))], np.float32)
-    pixels = np.asarray(image.convert('RGB'), np.float32)
-    bare = 0 if names[0].lower() == 'background' else -1
-    mixed = np.where(labels[..., None] == bare, pixels, 0.35 * pixels + 0.65 * palette[labels])
     canvas = Image.new('RGB', (image.width + 220, max(image.height, 22 * len(present) + 8)), 'white')
-    canvas.paste(Image.fromarray(np.uint8(mixed)), (0, 0))
+    canvas.paste(mixed)
     draw = ImageDraw.Draw(canvas)
-    for row, (k, share) in enumerate(sorted(zip(present, count / labels.size), key=lambda item: -item[1])):
-        y = 4 + 22 * row
-        fill = 'white' if k == bare else hue(k)
-        draw.rectangle((image.width + 8, y, image.width + 24, y + 16), fill=fill, outline='black')
-        draw.text((image.width + 30, y), f'{names[k][:22]} {share:.0%}', 'black', font_size=13)
+    for row, i in enumerate(count.argsort()[::-1]):
+        x, y, k = image.width + 8, 4 + 22 * row, present[i]
+        draw.rectangle((x, y, x + 16, y + 16), fill=palette[k], outline='black')
+        draw.text((x + 22, y), f'{names[k][:22]} {count[i] / labels.size:.0%}', 'black', font_size=13)
     canvas.save(path)
 
 
 # --- 6. Pairs: k images and k captions that differ in one thing ------------------------------------------------------
 
+PAIR_LAYOUTS = (    # of published rows: the keys of the images, of the captions
+    (['filename'], ['caption', 'negative_caption']),                    # SugarCrepe, 1 x 2
+    (['pos_image_id', 'neg_image_id'], ['sentence']),                   # SVO-Probes, 2 x 1
+    (['image_0', 'image_1'], ['caption_0', 'caption_1']))               # Winoground, 2 x 2
+
+
 def read_pairs(path):
     """Items of a hard-negative test as (image names, captions, type). The right ones stand at the same position.
-
-    JSONL, JSON or CSV; a row is ours, {"images": [...], "captions": [...], "type"}, or of a published layout:
-    SugarCrepe (1 image x 2), SVO-Probes (2 x 1), Winoground (2 x 2), MMVP-VLM's Questions.csv (two rows are a 2 x 2).
-    """
-    text = read_text(path)
+    JSONL, JSON or CSV; a row is ours, {"images": [...], "captions": [...], "type"}, or of a published layout: those
+    above, or MMVP-VLM's Questions.csv (two rows are a 2 x 2)."""
+    text, kind, items = read_text(path), Path(path).suffix, []
     try:
-        rows = (list(csv.DictReader(io.StringIO(text))) if str(path).endswith('.csv') else
-                [json.loads(line) for line in text.splitlines() if line.strip()] if str(path).endswith('.jsonl') else
-                json.loads(text))
+        rows = (list(csv.DictReader(io.StringIO(text))) if kind == '.csv' else json.loads(text) if kind != '.jsonl' else
+                [json.loads(line) for line in text.splitlines() if line.strip()])
     except ValueError as error:
         raise ValueError(f'{path} is neither JSON lines nor JSON nor CSV ({error})') from None
-    rows, items = list(rows.values()) if isinstance(rows, dict) else rows, []
-    for number, row in enumerate(rows, 1):
-        keys = row.keys() if isinstance(row, dict) else ()
-        if {'images', 'captions'} <= keys:
+    for number, row in enumerate(rows.values() if isinstance(rows, dict) else rows, 1):
+        row = row if isinstance(row, dict) else {}
+        layout = next((layout for layout in PAIR_LAYOUTS if {*layout[0], *layout[1]} <= row.keys()), None)
+        if {'images', 'captions'} <= row.keys():
             items.append((row['images'], row['captions'], row.get('type')))
-        elif {'filename', 'caption', 'negative_caption'} <= keys:
-            items.append(([row['filename']], [row['caption'], row['negative_caption']], None))
-        elif {'image_0', 'image_1', 'caption_0', 'caption_1'} <= keys:
-            items.append(([row['image_0'], row['image_1']], [row['caption_0'], row['caption_1']], row.get('tag')))
-        elif {'sentence', 'pos_image_id', 'neg_image_id'} <= keys:
-            kind = next((k for k in ('subj_neg', 'verb_neg', 'obj_neg') if str(row.get(k)).lower() == 'true'), None)
-            items.append(([row['pos_image_id'], row['neg_image_id']], [row['sentence']], kind))
-        elif {'Question ID', 'Type', 'Statement'} <= keys:
-            picture, caption = f"{row['Type']}/{row['Question ID']}", f"a photo of {row['Statement']}"
+        elif layout:
+            images, captions = ([row[key] for key in keys] for keys in layout)
+            flagged = [key for key in ('subj_neg', 'verb_neg', 'obj_neg') if str(row.get(key)).lower() == 'true']
+            items.append((images, captions, flagged[0] if flagged else row.get('tag')))
+        elif {'Question ID', 'Type', 'Statement'} <= row.keys():
             if number % 2:
-                items.append(([picture], [caption], row['Type']))
-            else:
-                items[-1][0].append(picture)
-                items[-1][1].append(caption)
+                items.append(([], [], row['Type']))
+            items[-1][0].append(f"{row['Type']}/{row['Question ID']}")
+            items[-1][1].append(f"a photo of {row['Statement']}")
         else:
-            raise ValueError(f"item {number} of {path} has the keys {', '.join(keys) or '(none)'}; it needs images and "
-                             'captions, or those of SugarCrepe, SVO-Probes, Winoground or MMVP-VLM')
+            raise ValueError(f"item {number} of {path} has the keys {', '.join(map(str, row)) or '(none)'}; it needs "
+                             'images and captions, or those of SugarCrepe, SVO-Probes, Winoground or MMVP-VLM')
     for number, (images, captions, _) in enumerate(items, 1):
         k, m = len(images), len(captions)
-        if min(k, m) < 1 or k * m < 2 or min(k, m) > 1 and k != m:
-            raise ValueError(f'item {number} of {path} has {k} images and {m} captions; give k and k, k and 1, 1 and k')
+        need(k == m > 1 or min(k, m) == 1 < max(k, m),
+             f'item {number} of {path} has {k} images and {m} captions; give k and k, k and 1, 1 and k')
     return items
 
 
 def pair_hits(scores):
     """scores (k images, m captions), right ones at equal positions -> (image hits, text hits): one bool a question.
-
     Image hits: for each caption, is its image above all others? Text hits: the same with the roles exchanged. Empty
-    where there is nothing to choose from. A tie is a miss.
-    """
+    where there is nothing to choose from. A tie is a miss."""
     def hits(scores):
         own, others = scores.diagonal(), len(scores) - 1
         return ((scores[:, :len(own)] < own).sum(dim=0) == others).tolist() if others else []
@@ -615,125 +565,104 @@ def pair_hits(scores):
 
 def pair_scores(matrices):
     """Score matrices of items of one shape -> shares of items with all image, all text, and all questions right."""
-    hits = [pair_hits(matrix) for matrix in matrices]
-    (k, m), figures = matrices[0].shape, {'items': len(matrices)}
-    for name, choices, chosen in (('image', k, [all(image) for image, _ in hits]),
-                                  ('text', m, [all(text) for _, text in hits])):
+    hits, (k, m), figures = list(map(pair_hits, matrices)), matrices[0].shape, {'items': len(matrices)}
+    for name, choices, side in (('image', k, 0), ('text', m, 1)):
         if choices > 1:
-            figures |= {f'{name}_score': float(np.mean(chosen)), f'{name}_chance': (1 / choices) ** min(k, m)}
-    return figures | ({'group_score': float(np.mean([all(a + b) for a, b in hits]))} if min(k, m) > 1 else {})
+            figures[f'{name}_score'] = float(np.mean([all(hit[side]) for hit in hits]))
+            figures[f'{name}_chance'] = (1 / choices) ** min(k, m)
+    if min(k, m) > 1:
+        figures['group_score'] = float(np.mean([all(a + b) for a, b in hits]))
+    return figures
 
 
 def embed_items(model, tokenizer, preprocess, items, root, workers=0):
     """Items of `read_pairs` -> their score matrices. Every image and every caption is embedded once."""
     def locate(name):
-        found = [Path(root, f'{name}{kind}') for kind in ('', '.jpg', '.png', '.jpeg', '.webp')]
+        found = [Path(root, f'{name}{kind}') for kind in ('', *IMAGE_KINDS)]
         return next((path for path in found if path.is_file()), found[0])
-    pictures = {name: i for i, name in enumerate(dict.fromkeys(str(name) for item in items for name in item[0]))}
-    texts = {text: i for i, text in enumerate(dict.fromkeys(text for item in items for text in item[1]))}
-    image_features = embed_images(model, [locate(name) for name in pictures], preprocess, workers=workers)
-    text_features = embed_texts(model, tokenizer, list(texts))
-    pick = lambda features, number, names: features[[number[name] for name in names]]
-    return [pick(image_features, pictures, map(str, images)) @ pick(text_features, texts, captions).T
+    names = list(dict.fromkeys(str(name) for images, _, _ in items for name in images))
+    texts = list(dict.fromkeys(text for _, captions, _ in items for text in captions))
+    image = dict(zip(names, embed_images(model, [locate(name) for name in names], preprocess, workers=workers)))
+    text = dict(zip(texts, embed_texts(model, tokenizer, texts)))       # caption: its (D,)
+    return [torch.stack([image[str(name)] for name in images]) @ torch.stack([text[c] for c in captions]).T
             for images, captions, _ in items]
 
 
 def suppression(model, tokenizer, preprocess, root, workers=0):
     """Feature suppression by root/probes.json: scenes A and B differ at the small object only, A and C at the big one.
-
     -> per role: how often a name of the object finds its scene of the two, with the standard error over probes, and how
-    often scene A finds the name among nine others'.
-    """
+    often scene A finds the name among nine others'."""
     probes, figures = read_json(Path(root, 'probes.json')), {}
     for role, other in (('dominant', 'C'), ('small', 'B')):
-        asked = [probe[f'{role}_query'] for probe in probes]
-        pairs = [([probe['images']['A'], probe['images'][other]], [query['positive'], query['swap']], None)
-                 for probe, query in zip(probes, asked)]
-        names = [([probe['images']['A']], [query['positive'], *query['negatives']], None)
-                 for probe, query in zip(probes, asked)]
-        matrices = embed_items(model, tokenizer, preprocess, pairs + names, root, workers)
-        share = np.array([np.mean(pair_hits(matrix)[0]) for matrix in matrices[:len(pairs)]])
+        scenes, names = [], []
+        for images, query in ((probe['images'], probe[f'{role}_query']) for probe in probes):
+            scenes.append(([images['A'], images[other]], [query['positive'], query['swap']], None))
+            names.append(([images['A']], [query['positive'], *query['negatives']], None))
+        matrices = embed_items(model, tokenizer, preprocess, scenes + names, root, workers)
+        share = np.array([np.mean(pair_hits(matrix)[0]) for matrix in matrices[:len(probes)]])
+        named = pair_scores(matrices[len(probes):])
         figures[role] = {'probes': len(probes), 'scene_top1': float(share.mean()), 'scene_chance': 0.5,
                          'standard_error': float(share.std(ddof=1) / math.sqrt(len(share))),
-                         'name_top1': float(np.mean([pair_hits(matrix)[1][0] for matrix in matrices[len(pairs):]])),
-                         'name_chance': 1 / len(names[0][1])}
+                         'name_top1': named['text_score'], 'name_chance': named['text_chance']}
     return figures
 
 
 # --- 7. Attention pictures -------------------------------------------------------------------------------------------
 
-RAMP = np.float32([(0, 32, 77), (66, 78, 108), (124, 123, 120), (186, 174, 105), (255, 234, 70)])      # low to high
-
-
-def colour(values):
-    """Values in [0, 1] -> (..., 3) float32: dark blue over grey to yellow, readable by the colour-blind."""
-    at = np.clip(values, 0, 1) * (len(RAMP) - 1)
-    low = np.minimum(at.astype(int), len(RAMP) - 2)
-    return RAMP[low] + (RAMP[low + 1] - RAMP[low]) * (at - low)[..., None]
+def shade(grey):
+    """A grey picture in dark blue over grey to yellow, readable by the colour-blind."""
+    return ImageOps.colorize(grey, (0, 32, 77), (255, 234, 70), mid=(124, 123, 120))
 
 
 @torch.no_grad()
 def attention(model, tokenizer, preprocess, image, caption):
     """-> map (h, w) of C^I asked by the caption, and [(word, weight)] of C^T asked by the image, both scaled to [0, 1].
-
-    Pieces of a word are summed. Start, end and padding are keys too, but no words: they are left out before scaling.
-    """
-    pixels, tokens = preprocess(image)[None].to(device_of(model)), tokenizer([caption], model.config.context_length)
-    patch_weights, token_weights = model.attention(pixels, tokens.to(device_of(model)))
-    side = math.isqrt(patch_weights.shape[1])
-    words, at = [], 1                                                   # position 0 is the start
-    for word, pieces in tokenizer.words(caption):
-        if at + pieces >= model.config.context_length:
-            break
-        words.append((word, token_weights[0, at:at + pieces].sum().item()))
-        at += pieces
+    Pieces of a word are summed. Start, end and padding are keys too, but no words: they are left out before scaling."""
+    device, words, length = model.logit_scale.device, tokenizer.words(caption), model.config.context_length
+    tokens = tokenizer([caption], length)
+    patch_weights, token_weights = model.attention(preprocess(image)[None].to(device), tokens.to(device))
+    ends = 1 + np.cumsum([pieces for _, pieces in words], dtype=int)    # position 0 is the start
+    sums = [token_weights[0, end - pieces:end].sum().item() for end, (_, pieces) in zip(ends, words) if end < length]
     scaled = lambda x: (x - x.min()) / max(x.max() - x.min(), 1e-12)
-    grid = scaled(patch_weights[0].view(side, side).cpu().numpy())
-    return grid, list(zip([word for word, _ in words], scaled(np.array([weight for _, weight in words] or [0.0]))))
+    grid = patch_weights[0].unflatten(0, (math.isqrt(patch_weights.shape[1]), -1)).cpu().numpy()
+    return scaled(grid), list(zip([word for word, _ in words], scaled(np.array(sums or [0.0]))))
 
 
 def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=224):
     """PNG of a row per caption: the image, the map of C^I over it, and the words shaded by C^T."""
-    font, small, width, gap = ImageFont.load_default(15), ImageFont.load_default(12), 3 * tile + 200, 8
+    font, width, gap = ImageFont.load_default(15), 3 * tile + 200, 8
     canvas = Image.new('RGB', (width, len(captions) * (tile + gap) + gap + 22), 'white')
     draw = ImageDraw.Draw(canvas)
-    view, side = image.convert('RGB'), min(image.size)
-    left, top = (view.width - side) // 2, (view.height - side) // 2     # the part that `preprocess` shows the model
-    view = view.crop((left, top, left + side, top + side)).resize((tile, tile), Image.BICUBIC)
+    view = ImageOps.fit(image.convert('RGB'), (tile, tile), Image.BICUBIC)      # what `preprocess` shows the model
     for row, caption in enumerate(captions):
         grid, words = attention(model, tokenizer, preprocess, image, caption)
-        heat = np.asarray(Image.fromarray(np.float32(grid)).resize((tile, tile), Image.BILINEAR))
-        over = Image.fromarray(np.uint8(0.4 * np.asarray(view, np.float32) + 0.6 * colour(heat)))
-        y = gap + row * (tile + gap)
+        heat = shade(Image.fromarray(np.uint8(255 * grid)).resize((tile, tile), Image.BILINEAR))
+        left, y = 2 * tile + 3 * gap, gap + row * (tile + gap)
         canvas.paste(view, (gap, y))
-        canvas.paste(over, (2 * gap + tile, y))
-        x, line = 2 * tile + 3 * gap, y
+        canvas.paste(Image.blend(view, heat, 0.6), (2 * gap + tile, y))
+        x = left
         for word, weight in words:
-            length = draw.textlength(word, font) + 8
+            length = int(draw.textlength(word, font)) + 8
             if x + length > width - gap:
-                x, line = 2 * tile + 3 * gap, line + 26
-            draw.rectangle((x, line, x + length, line + 22), fill=tuple(int(c) for c in colour(np.array(weight))))
-            draw.text((x + 4, line + 2), word, fill='black' if weight > 0.5 else 'white', font=font)
+                x, y = left, y + 26
+            canvas.paste(shade(Image.new('L', (length, 22), int(255 * weight))), (x, y))
+            draw.text((x + 4, y + 2), word, 'black' if weight > 0.5 else 'white', font)
             x += length + 3
     draw.text((gap, canvas.height - 22), 'image | where C^I looks for the caption | which words C^T reads for the '
-              'image. Dark blue low, yellow high; start, end and padding left out.', fill='black', font=small)
+              'image. Dark blue low, yellow high; start, end and padding left out.', 'black', font_size=12)
     canvas.save(path)
+    return path
 
 
 # --- 8. Search -------------------------------------------------------------------------------------------------------
 
 def folder_features(model, preprocess, folder, workers=0):
     """All images under a folder -> (paths, (n, D) features), unreadable ones left out and named.
-
     Kept in FOLDER.features.pt beside it, per file with size and time: a second call embeds only what is new or changed.
-    Other weights start over.
-    """
-    folder = Path(folder)
-    paths = [p for p in sorted(folder.rglob('[!.]*')) if p.suffix.lower() in ('.jpg', '.jpeg', '.png', '.webp')]
-    if not paths:
-        raise ValueError(f'{folder} holds no jpg, jpeg, png or webp image')
+    Other weights start over."""
+    paths, cache, known = images_in(folder), Path(f'{Path(folder).absolute()}.features.pt'), {}
+    need(paths, f'{folder} holds no jpg, jpeg, png or webp image')
     weights = hashlib.sha1(model.visual.proj.detach().cpu().numpy().tobytes()).hexdigest()
-    cache, known = folder.absolute().with_name(folder.absolute().name + '.features.pt'), {}
     if cache.exists():
         saved = read_checkpoint(cache)
         known = saved['features'] if saved.get('weights') == weights else {}
@@ -749,8 +678,8 @@ def folder_features(model, preprocess, folder, workers=0):
             print(f'not cached in {cache}: {error}')
     features = torch.stack([known[stamp] for stamp in stamps])
     good = features.isfinite().all(dim=1)
-    for path in [path for path, ok in zip(paths, good) if not ok]:
-        print(f'left out   {path} is no readable image')
+    for i in (~good).nonzero()[:, 0].tolist():
+        print(f'left out   {paths[i]} is no readable image')
     return [path for path, ok in zip(paths, good) if ok], features[good]
 
 
@@ -762,8 +691,7 @@ def contact_sheet(paths, scores, title, out, tile=176, columns=6):
     draw.text((6, 6), title, 'black', font_size=15)
     for k, (path, score) in enumerate(zip(paths, scores)):
         x, y = 6 + k % columns * (tile + 6), 30 + k // columns * step
-        picture = ImageOps.contain(Image.open(path).convert('RGB'), (tile, tile), Image.BICUBIC)
-        canvas.paste(picture, (x + (tile - picture.width) // 2, y + (tile - picture.height) // 2))
+        canvas.paste(ImageOps.pad(read_image(path).convert('RGB'), (tile, tile), Image.BICUBIC, 'white'), (x, y))
         draw.text((x, y + tile + 2), f'{score:.3f} {path.name}'[:tile // 7], 'black', font_size=12)
     canvas.save(out)
 
@@ -778,65 +706,50 @@ def show(figures, indent=''):
         if isinstance(value, dict):
             print(f'{indent}{name}')
             show(value, indent + '  ')
-        elif name.endswith('chance'):
-            continue
-        elif isinstance(value, float) and 'rank' not in name:           # K guesses find one target K times as often
+        elif not name.endswith('chance'):                               # K guesses find one target K times as often
             told = f'    chance {min(1, int(top[1] if top else 1) * chance):.2%}' if chance else ''
-            print(f'{indent}{name:28} {value:8.2%}{told}')
-        else:
-            print(f'{indent}{name:28} {value:>8.1f}' if isinstance(value, float) else f'{indent}{name:28} {value:>8}')
-
-
-def exactly_one(args, *names):
-    """The one of these options that is given; ValueError for none or several."""
-    chosen = [name for name in names if getattr(args, name)]
-    if len(chosen) != 1:
-        raise ValueError(f"{args.command} takes exactly one of {', '.join('--' + name for name in names)}")
-    return chosen[0]
+            form = '>8' if not isinstance(value, float) else '8.1f' if 'rank' in name else '8.2%'
+            print(f'{indent}{name:28} {value:{form}}{told}')
 
 
 def run_retrieval(args, model, tokenizer, preprocess):
-    read = {'coco': lambda: coco_captions(args.coco), 'flickr': lambda: flickr_captions(args.flickr, args.images),
-            'karpathy': lambda: karpathy_captions(args.karpathy, args.split, args.images),
-            'shards': lambda: shard_captions(Shards(args.shards))}
-    source, captions, owner = read[exactly_one(args, *read)]()
+    source, captions, owner = (coco_captions(args.coco) if args.coco else
+                               karpathy_captions(args.karpathy, args.split, args.images) if args.karpathy else
+                               flickr_captions(args.flickr, args.images) if args.flickr else
+                               shard_captions(Shards(args.shards)))
     image_features = embed_images(model, source, preprocess, workers=args.workers)
     return retrieval(image_features, embed_texts(model, tokenizer, captions), owner)
 
 
 def run_classify(args, model, tokenizer, preprocess):
-    kind = exactly_one(args, 'dataset', 'folder', 'shards')
-    if kind == 'shards':
-        shards = Shards(args.shards)
-        image_features = embed_images(model, shards, preprocess, workers=args.workers)
-        figures = classify_objects(model, tokenizer, image_features, shards)
-        if not figures:
-            raise ValueError(f"{args.shards} lists no objects to name; its json needs 'objects', as of data.py make")
-        return {'prompts': ' | '.join(TEMPLATES), **figures}
-    if kind == 'dataset':
-        (source, names), templates = torchvision_set(args.dataset, args.root, args.split, args.download), TEMPLATES
-        image_features, labels = embed_labelled(model, source, preprocess, workers=args.workers)
+    own = TEMPLATES
+    if args.shards:
+        source = Shards(args.shards)
+    elif args.dataset:
+        source, names = torchvision_set(args.dataset, args.root, args.split, args.download)
     else:
-        source, labels, names, templates = folder_classes(args.folder, args.classes, args.subset)
-        image_features = embed_images(model, source, preprocess, workers=args.workers)
-    templates = read_templates(args.templates) if args.templates else templates
-    vectors = class_vectors(model, tokenizer, names, templates)
-    return {'prompts': ' | '.join(templates), **classify(image_features, vectors, labels)}
+        source, labels, names, own = folder_classes(args.folder, args.classes, args.subset)
+    templates = read_templates(args.templates, own)
+    image_features, known = embed_labelled(model, source, preprocess, workers=args.workers)
+    if args.shards:
+        figures = classify_objects(model, tokenizer, image_features, source, templates)
+        need(figures, f"{args.shards} lists no objects to name; its json needs 'objects', as of data.py make")
+    else:
+        vectors = class_vectors(model, tokenizer, names, templates)
+        figures = classify(image_features, vectors, known if args.dataset else labels)
+    return {'prompts': ' | '.join(templates), **figures}
 
 
 def run_segment(args, model, tokenizer, preprocess):
     window = args.window or model.config.image_size
     o = Settings(*BENCHMARKS.get(args.benchmark, (window * 3 // 2, 40, 0, 0, False)), window, window // 2)
-    o = o._replace(**{k: v for k, v in vars(args).items() if k in o._fields and v is not None and v is not False})
+    o = o._replace(**{name: value for name, value in vars(args).items() if name in o._fields and value is not None})
     classes = [[name.strip() for name in line.split(',')] for line in read_lines(args.classes)]
-    names, templates = [some[0] for some in classes], read_templates(args.templates) if args.templates else TEMPLATES
-    vectors = class_vectors(model, tokenizer, sum(classes, []), templates).to(device_of(model))
+    names, templates = [some[0] for some in classes], read_templates(args.templates)
+    vectors = class_vectors(model, tokenizer, sum(classes, []), templates).to(model.logit_scale.device)
     pairs, matrix = mask_pairs(args.images, args.masks, args.image_suffix, args.mask_suffix, args.list), 0
     for picture, mask in tqdm(pairs, desc='images', disable=None, leave=False):
-        try:
-            image = Image.open(picture).convert('RGB')
-        except OSError as error:
-            raise ValueError(f'{picture} is no readable image ({error})') from None
+        image = read_image(picture)
         truth = read_mask(mask, image.size, len(classes), o.reduce_zero_label)
         labels = segment_image(model, image, vectors, list(map(len, classes)), o)
         matrix = matrix + confusion(truth, labels, len(classes))
@@ -848,7 +761,7 @@ def run_segment(args, model, tokenizer, preprocess):
 
 
 def run_pairs(args, model, tokenizer, preprocess):
-    if exactly_one(args, 'items', 'suppression') == 'suppression':
+    if args.suppression:
         return suppression(model, tokenizer, preprocess, args.suppression, args.workers)
     items, groups = read_pairs(args.items), {}
     matrices = embed_items(model, tokenizer, preprocess, items, args.images or Path(args.items).parent, args.workers)
@@ -858,104 +771,102 @@ def run_pairs(args, model, tokenizer, preprocess):
     return {name: pair_scores(some) for name, some in groups.items()}
 
 
-def run_attend(args, model, tokenizer, preprocess):
-    attention_picture(model, tokenizer, preprocess, Image.open(args.image), args.text, args.out)
-    return {'picture': args.out}
-
-
 def run_search(args, model, tokenizer, preprocess):
-    if bool(args.query) == bool(args.like):
-        raise ValueError('search takes a query in words, or --like IMAGE')
+    need(bool(args.query) != bool(args.like), 'search takes a query in words, or --like IMAGE')
     paths, features = folder_features(model, preprocess, args.images, args.workers)
     query = (embed_texts(model, tokenizer, [args.query]) if args.query else
              embed_images(model, [args.like], preprocess))[0]
     scores, best = (features @ query).topk(min(args.top, len(paths)))
-    found = [paths[i] for i in best]
-    contact_sheet(found, scores.tolist(), args.query or f'like {args.like}', args.out)
-    for path, score in zip(found, scores.tolist()):
+    found, scores = [paths[i] for i in best], scores.tolist()
+    contact_sheet(found, scores, args.query or f'like {args.like}', args.out)
+    for path, score in zip(found, scores):
         print(f'{score:.4f}  {path}')
     return {'images': len(paths), 'picture': args.out}
 
 
-def run_export(args, model, tokenizer, preprocess):
-    return export(model, args.out)
+must = lambda help, **more: dict(required=True, help=help, **more)
+COMMON = {          # flag: its help, or what argparse is told
+    'checkpoint': dict(metavar='CKPT'), '--vocab': "CLIP's merges, for checkpoints that carry none",
+    '--weights': dict(choices=['teacher', 'student'], default='teacher', help='which network'),
+    '--device': 'cuda or cpu (default: cuda where there is one)', '--json': 'also write the figures to this file',
+    '--workers': dict(type=int, default=2, help='processes that read images')}
+COMMANDS = {        # what it does, function, flags of which exactly one is given, other flags
+    'retrieval': ('R@1/5/10 and ranks, both ways', run_retrieval, {
+        '--coco': 'folder with images/val2017 and annotations/captions_val2017.json', '--shards': 'held-out shards',
+        '--karpathy': "Karpathy's dataset_coco.json or dataset_flickr30k.json",
+        '--flickr': "the released code's flickr30k_val.json: a list of image and captions"}, {
+        '--split': dict(default='test', help="Karpathy's split"),
+        '--images': 'folder of the images of --karpathy or --flickr (default: beside the JSON)'}),
+    'classify': ('zero-shot top-1, top-5 and mean per class', run_classify, {
+        '--dataset': 'a classification set of torchvision.datasets, such as cifar10, dtd, food101',
+        '--folder': 'one folder of images per class, or images with a labels.json',
+        '--shards': 'shards that list objects: names the dominant and the small ones'}, {
+        '--root': dict(default='data', help='where --dataset lies'),
+        '--split': "torchvision's name of the split (default: test, else val)",
+        '--download': dict(action='store_true', help='let torchvision fetch it into --root'),
+        '--classes': 'JSON of class names: for a labels.json, or {folder: name}',
+        '--subset': 'a subset that the classes file lists',
+        '--templates': 'file of prompts with {} for the class, a line each or a JSON list'}),
+    'segment': ('zero-shot segmentation: mIoU, IoU of each class, pixel accuracy', run_segment, {}, {
+        '--images': must('folder of images'), '--masks': must('folder of PNG masks of class numbers; 255 is ignored'),
+        '--classes': must('a class a line, in the order of its numbers, names by commas'),
+        '--templates': 'file of prompts with {} for the class', '--save': 'folder for overlays with a legend',
+        '--image-suffix': dict(default='', help='end of image names that masks lack, as _leftImg8bit'),
+        '--mask-suffix': dict(default='', help='end of mask names that images lack, as _labelTrainIds'),
+        '--list': 'file of the stems to evaluate, as of a split',
+        '--benchmark': dict(choices=BENCHMARKS, help="a benchmark's settings; what follows changes single ones")}),
+    'pairs': ('hard negatives: image, text and group score', run_pairs, {
+        '--items': 'JSONL of images and captions, or a file of SugarCrepe, SVO, MMVP-VLM, Winoground',
+        '--suppression': 'folder with probes.json: dominant against small objects'}, {
+        '--images': 'folder of the images of --items (default: beside it)'}),
+    'attend': ('picture of the cross-attention weights', lambda args, *net: {
+        'picture': attention_picture(*net, read_image(args.image), args.text, args.out)}, {}, {
+        '--image': must('the image'), '--text': must('one or more captions', nargs='+'),
+        '--out': dict(default='attention.png', help='the picture')}),
+    'search': ('rank the images of a folder for a query', run_search, {}, {
+        'query': dict(nargs='?', help='what to look for'), '--like': 'an image to look for instead of words',
+        '--images': must('folder of images; features are kept beside it'),
+        '--top': dict(type=int, default=12, help='how many to show'),
+        '--out': dict(default='search.png', help='the contact sheet')}),
+    'export': ("open_clip's state dict", lambda args, model, *_: export(model, args.out), {}, {
+        'out': dict(metavar='OUT')})}
+
+
+def parse_arguments():
+    """The command line, by COMMANDS; the fields of Settings are flags of `segment`."""
+    parser = Parser(description=__doc__.split('\n')[0])
+    commands = parser.add_subparsers(dest='command', required=True)
+    told = dict(re.findall(r'^    (\w+): .*?# (.*)$', inspect.getsource(Settings), re.M))
+    kinds = {bool: dict(action='store_true', default=None), int: dict(type=int), float: dict(type=float)}
+    settings = {f"--{name.replace('_', '-')}": dict(help=told[name], **kinds[kind])
+                for name, kind in Settings.__annotations__.items()}
+    for name, (about, run, one_of, others) in COMMANDS.items():
+        sub = commands.add_parser(name, help=about)
+        sub.set_defaults(run=run)
+        for flag, how in {**COMMON, **one_of, **others, **(settings if run is run_segment else {})}.items():
+            sub.add_argument(flag, **({'help': how} if isinstance(how, str) else how))
+    args, rest = parser.parse_known_args()
+    if args.command == 'search' and rest and not (args.query or rest[0].startswith('-')):
+        args.query = rest.pop(0)            # argparse before Python 3.13 does not find an optional word behind flags
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    one_of = COMMANDS[args.command][2]
+    if one_of and sum(bool(vars(args)[flag[2:]]) for flag in one_of) != 1:
+        parser.error(f"{args.command} takes exactly one of {', '.join(one_of)}")
+    return args
 
 
 def main():
-    parser = Parser(description=__doc__.split('\n')[0])
-    commands = parser.add_subparsers(dest='command', required=True)
-
-    def command(name, run, help):
-        sub = commands.add_parser(name, help=help)
-        sub.set_defaults(run=run)
-        sub.add_argument('checkpoint', metavar='CKPT')
-        sub.add_argument('--weights', choices=['teacher', 'student'], default='teacher', help='which network')
-        sub.add_argument('--vocab', help="CLIP's merges, for checkpoints that carry none")
-        sub.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-        sub.add_argument('--workers', type=int, default=2, help='processes that read images')
-        sub.add_argument('--json', help='also write the figures to this file')
-        return sub
-
-    sub = command('retrieval', run_retrieval, 'R@1/5/10 and ranks, both ways')
-    sub.add_argument('--coco', help='folder with images/val2017 and annotations/captions_val2017.json')
-    sub.add_argument('--karpathy', help="Karpathy's dataset_coco.json or dataset_flickr30k.json")
-    sub.add_argument('--split', default='test', help="Karpathy's split")
-    sub.add_argument('--flickr', help="the released code's flickr30k_val.json: a list of image and captions")
-    sub.add_argument('--images', help='folder of the images of --karpathy or --flickr (default: beside the JSON)')
-    sub.add_argument('--shards', help='held-out shards')
-    sub = command('classify', run_classify, 'zero-shot top-1, top-5 and mean per class')
-    sub.add_argument('--dataset', help='a classification set of torchvision.datasets, such as cifar10, dtd, food101')
-    sub.add_argument('--root', default='data', help='where it lies')
-    sub.add_argument('--split', help="torchvision's name of the split (default: test, else val)")
-    sub.add_argument('--download', action='store_true', help='let torchvision fetch it into --root')
-    sub.add_argument('--folder', help='one folder of images per class, or images with a labels.json')
-    sub.add_argument('--classes', help='JSON of class names: for a labels.json, or {folder: name}')
-    sub.add_argument('--subset', help='a subset that the classes file lists')
-    sub.add_argument('--templates', help='file of prompts with {} for the class, a line each or a JSON list')
-    sub.add_argument('--shards', help='shards that list objects: names the dominant and the small ones')
-    sub = command('segment', run_segment, 'zero-shot segmentation: mIoU, IoU of each class, pixel accuracy')
-    sub.add_argument('--images', required=True, help='folder of images')
-    sub.add_argument('--masks', required=True, help='folder of PNG masks of class numbers; 255 is ignored')
-    sub.add_argument('--classes', required=True, help='a class a line, in the order of its numbers, names by commas')
-    sub.add_argument('--templates', help='file of prompts with {} for the class')
-    sub.add_argument('--benchmark', choices=BENCHMARKS, help="a benchmark's settings; what follows changes single ones")
-    sub.add_argument('--size', type=int, help='short side in pixels (default: 1.5 windows)')
-    sub.add_argument('--window', type=int, help="side of the window (default: the model's image)")
-    sub.add_argument('--stride', type=int, help='step of the window (default: half of it)')
-    sub.add_argument('--csa', action='store_true', help='correlative self-attention in the last block')
-    sub.add_argument('--scale', type=float, help='scale of the cosines before the softmax (default: 40)')
-    sub.add_argument('--probability', type=float, help='pixels under it become class 0 (default: 0)')
-    sub.add_argument('--area', type=float, help='classes with no more of the foreground vanish (default: 0)')
-    sub.add_argument('--reduce-zero-label', action='store_true', help='label 0 is ignored, 1 becomes class 0')
-    sub.add_argument('--image-suffix', default='', help='end of image names that masks lack, as _leftImg8bit')
-    sub.add_argument('--mask-suffix', default='', help='end of mask names that images lack, as _labelTrainIds')
-    sub.add_argument('--list', help='file of the stems to evaluate, as of a split')
-    sub.add_argument('--save', help='folder for overlays with a legend')
-    sub = command('pairs', run_pairs, 'hard negatives: image, text and group score')
-    sub.add_argument('--items', help='JSONL of images and captions, or a file of SugarCrepe, SVO, MMVP-VLM, Winoground')
-    sub.add_argument('--images', help='folder of its images (default: beside it)')
-    sub.add_argument('--suppression', help='folder with probes.json: dominant against small objects')
-    sub = command('attend', run_attend, 'picture of the cross-attention weights')
-    sub.add_argument('--image', required=True)
-    sub.add_argument('--text', required=True, nargs='+', help='one or more captions')
-    sub.add_argument('--out', default='attention.png')
-    sub = command('search', run_search, 'rank the images of a folder for a query')
-    sub.add_argument('query', nargs='?', help='what to look for')
-    sub.add_argument('--images', required=True, help='folder of images; features are kept beside it')
-    sub.add_argument('--like', help='an image to look for instead of words')
-    sub.add_argument('--top', type=int, default=12, help='how many to show')
-    sub.add_argument('--out', default='search.png', help='the contact sheet')
-    sub = command('export', run_export, "open_clip's state dict")
-    sub.add_argument('out', metavar='OUT')
-
-    args = parser.parse_args()
+    args = parse_arguments()
     model, tokenizer, preprocess = load(args.checkpoint, args.weights, vocab=args.vocab)
     asked = 'coco karpathy flickr dataset folder shards items suppression masks images image'.split()
     given = [str(vars(args)[name]) for name in asked if vars(args).get(name)]
-    source = ', '.join(given) + (f', split {args.split}' if getattr(args, 'split', None) else '')
-    count = sum(p.numel() for p in model.parameters())
+    if vars(args).get('karpathy') or vars(args).get('dataset') and args.split:
+        given.append(f'split {args.split}')
+    source, count = ', '.join(given), sum(p.numel() for p in model.parameters())
     print(f'{args.command} of {args.checkpoint} ({model.origin}, {count:,} parameters)' + f' on {source}' * bool(given))
-    figures = args.run(args, model.to(args.device), tokenizer, preprocess)
+    model.to(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    figures = args.run(args, model, tokenizer, preprocess)
     show(figures)
     if args.json:
         about = {'checkpoint': args.checkpoint, 'weights': model.origin, 'data': source}

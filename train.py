@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 import eval as evaluation
 from cosmos import COSMOS, Config, Output, Teacher, clip_loss, cosmos_terms
-from data import Order, Parser, Preprocess, Shards, Tokenizer, Views, cli, loader, make_scenes, sample_sheet
+from data import (SIGNALS, Order, Parser, Preprocess, Shards, Tokenizer, Views, cli, loader, make_scenes,
+                  sample_sheet)
 
 with contextlib.suppress(ImportError):      # Windows has none; the log then shows no memory
     import resource
@@ -203,7 +204,7 @@ class Run:
     def __init__(self, options, rank, world, device):
         self.options, self.rank, self.world, self.device, self.step = options, rank, world, device, 0
         self.out, self.main, self.cosmos = Path(options.out), rank == 0, options.method == 'cosmos'
-        self.precision, self.dtype = choose_precision(options.precision, device)
+        options.precision, self.dtype = choose_precision(options.precision, device)      # auto no more, for the resumed
         saved = self.find_checkpoint()
         self.open_data(saved)
         torch.manual_seed(options.seed)                                 # all ranks start from the same weights
@@ -211,7 +212,7 @@ class Run:
         self.model.set_grad_checkpointing(options.grad_checkpoint)
         self.teacher = Teacher(self.model) if self.cosmos else None
         self.optimizer = make_optimizer(self.model, options, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == 'fp16')
+        self.scaler = torch.amp.GradScaler(device.type, enabled=options.precision == 'fp16')
         self.begun, self.saved, self.saved_step = time.perf_counter(), time.monotonic(), None
         if saved:
             self.restore(saved)
@@ -268,14 +269,18 @@ class Run:
                     if path == kept[-1]:
                         raise
                     print(f'WARNING    {error}\nWARNING    going on from {previous} instead')
+                    if self.main:                                       # else it would become the next previous.pt
+                        os.replace(last, self.out / 'torn.pt')
             else:
                 return None
         elif path:
             saved = evaluation.read_checkpoint(path)
         else:
-            if last.exists() and self.main:
-                print(f'note       a fresh start; the last.pt of the run before is now {previous}')
-                os.replace(last, previous)
+            if self.main and last.exists():
+                print(f'note       a fresh start; the last.pt of the run before is now {self.out}/before.pt')
+                os.replace(last, self.out / 'before.pt')
+            if self.main:
+                previous.unlink(missing_ok=True)                        # or auto would take it for this run's
             return None
         if not isinstance(saved, dict) or not {'step', 'config', 'options', 'merges', 'optimizer'} <= saved.keys():
             raise ValueError(f'{path} is no checkpoint of train.py, so there is no run to resume in it')
@@ -304,10 +309,10 @@ class Run:
         """All ranks must stand at the same step of the same run: without a common --out some would start afresh."""
         own = [self.step, self.options.steps, len(self.shards), self.config.vocab_size]
         own = torch.tensor(own, device=self.device)
-        least, most = own.clone(), own.clone()
+        most, least = own.clone(), own.clone()
         if self.world > 1:
-            dist.all_reduce(least, dist.ReduceOp.MIN)
             dist.all_reduce(most, dist.ReduceOp.MAX)
+            dist.all_reduce(least, dist.ReduceOp.MIN)
         if not torch.equal(least, most):
             raise ValueError(f'processes differ in step, steps, pairs or vocabulary, {least.tolist()} and '
                              f'{most.tolist()}; let all nodes see the same --data and --out')
@@ -331,6 +336,7 @@ class Run:
         if self.teacher:
             state['teacher'] = self.teacher.model.state_dict()
         last, partial = self.out / 'last.pt', self.out / 'last.pt.partial'
+        self.saved = time.monotonic()                                   # a full disk is tried again, but later
         try:
             with open(partial, 'wb') as file:
                 torch.save(state, file)
@@ -339,7 +345,7 @@ class Run:
             if last.exists():
                 os.replace(last, self.out / 'previous.pt')
             os.replace(partial, last)
-            self.saved, self.saved_step = time.monotonic(), self.step
+            self.saved_step = self.step
         except (OSError, RuntimeError) as error:                        # torch's writer raises RuntimeError
             partial.unlink(missing_ok=True)
             told = f'step {self.step} could not be saved in {last} ({error}); the checkpoint before it is kept'
@@ -371,7 +377,10 @@ def forward(run, batch, student, with_teacher=True):
     short = [caption[:, :batch.length] for caption in texts[:2]]        # globals without the padding nobody else reads
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
         out = student(images, texts if run.cosmos else short)
-        return out, run.teacher(images[:2], short) if run.cosmos and with_teacher else ()
+        if not run.cosmos:
+            return out, ()
+        out = out._replace(text=batch.drawn(out.text), text_x=batch.drawn(out.text_x))
+        return out, run.teacher(images[:2], short) if with_teacher else ()
 
 
 def losses(run, out, teacher, scales):
@@ -523,8 +532,11 @@ class Log:
         tqdm.write(line)
         # JSON has no NaN and no infinity (a skipped fp16 step has such a gradient norm)
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        with open(self.path, 'a') as file:
-            file.write(json.dumps(plain) + '\n')
+        try:
+            with open(self.path, 'a') as file:
+                file.write(json.dumps(plain) + '\n')
+        except OSError as error:                                        # a full disk: the run may outlive it
+            tqdm.write(f'WARNING    step {entry["step"]} is not in {self.path} ({error})')
         for name, value in entry.items() if self.writer else ():
             if isinstance(value, (int, float)):
                 self.writer.add_scalar(name, value, entry['step'])
@@ -533,8 +545,6 @@ class Log:
 
 
 # --- 7. The loop -----------------------------------------------------------------------------------------------------
-
-SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]   # USR1: Slurm
 
 
 def train(run):
@@ -551,9 +561,9 @@ def train(run):
         state, step = forward_backward(run, batch), run.step + 1
         # fp16 gradients may overflow, the scaler then skips the step and lowers its scale. A loss never may.
         finite = torch.isfinite(state['loss'])
-        finite &= run.scaler.get_scale() >= 1 if run.precision == 'fp16' else torch.isfinite(state['norm'])
+        finite &= run.scaler.get_scale() >= 1 if options.precision == 'fp16' else torch.isfinite(state['norm'])
         broken, stop, spoilt = agree(run, not finite, bool(caught), bad > max(0.05 * seen, 10))
-        scoring = options.eval_every and step % options.eval_every == 0 and step < options.steps
+        scoring = not stop and options.eval_every and step % options.eval_every == 0 and step < options.steps
         due = step % options.log_every == 0 or step in (1, 5, options.steps) or scoring
         if due or broken:
             entry = describe(run, state, time.perf_counter() - clock, waited, step - since) | {'bad': bad}
@@ -568,18 +578,19 @@ def train(run):
             raise ValueError(f'over 5 % of the pairs cannot be read ({bad} of {seen} in process {run.rank}); see the '
                              'lines above, and python data.py inspect')
         if broken:
+            run.scaler.update()                                         # unscaled, but not stepped
             tqdm.write(f'WARNING    step {step} is skipped, its loss or gradient is not finite: {json.dumps(entry)}')
             run.step += 1                                               # its pairs count as seen
         else:
             update(run, state['norm'])
 
+        if stop or step % options.save_every == 0 or time.monotonic() - run.saved > 60 * options.save_minutes > 0:
+            run.save(must=bool(stop))
         if scoring:
             entry['eval'] = evaluate(run)
             clock = time.perf_counter()
         if due:
             log(entry, log_line(entry, options.steps))
-        if stop or step % options.save_every == 0 or time.monotonic() - run.saved > 60 * options.save_minutes > 0:
-            run.save(must=bool(stop))
         if stop:
             return caught[0] if caught else signal.SIGTERM
     for number, handler in handlers.items():                            # nothing left to lose: a signal may end it
@@ -619,7 +630,7 @@ def announce(run):
     epochs = o.steps * o.batch / len(run.shards)
     parts = f' in {o.accum} parts' if o.accum > 1 else ''
     print(f'run        steps {run.step} to {o.steps} ({epochs:.1f} epochs) of {o.batch} pairs{parts} on {run.world} x '
-          f'{run.device} in {run.precision}; lr {o.lr}, warm-up {o.warmup}, decay {o.wd}')
+          f'{run.device} in {o.precision}; lr {o.lr}, warm-up {o.warmup}, decay {o.wd}')
     if run.teacher and o.momentum < 1:
         half = math.log(0.5) / math.log(o.momentum)
         print(f'teacher    momentum {o.momentum}: half of it is the last {half:.0f} steps, {half * o.batch:,.0f} pairs')
@@ -637,7 +648,8 @@ def finish(run):
     if run.cosmos:
         shards = run.val or run.shards
         try:
-            captions = [f"a {thing['name']}" for thing in shards.record(0).get('objects', [])] or shards.pool(0)[:3]
+            things = [thing for thing in shards.record(0).get('objects') or [] if isinstance(thing, dict)]
+            captions = [f"a {thing['name']}" for thing in things if 'name' in thing] or shards.pool(0)[:3]
             evaluation.attention_picture(run.network(), run.tokenizer, Preprocess(run.config.image_size),
                                          Image.open(io.BytesIO(shards.image(0))), captions, run.out / 'attention.png')
             files.append('attention.png')
@@ -684,19 +696,17 @@ def count_flops(config, B, images, texts, cosmos=True):
 
 
 def matmul_peak(device, dtype, n=2048):
-    """FLOP/s of an n x n x n product, the best of 10."""
-    a, b, times = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), []
-    for _ in range(12):
-        times.append(timed(device, lambda: a @ b)[1])
-    return 2 * n ** 3 / min(times[2:])
+    """FLOP/s of an n x n x n product, the best of 12."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in 'ab')
+    return 2 * n ** 3 / min(timed(device, lambda: a @ b)[1] for _ in range(12))
 
 
 def timed(device, call):
     """-> what `call` returns, and its seconds, the device's work included."""
     begun = time.perf_counter()
     result = call()
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
+    if device.type != 'cpu':
+        getattr(torch, device.type).synchronize()
     return result, time.perf_counter() - begun
 
 
