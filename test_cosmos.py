@@ -612,7 +612,8 @@ def test_odd_members_are_read_or_refused(tmp_path):
     good = {'cmyk.jpg': encoded(wide('CMYK', (0, 200, 100, 30)), 'JPEG'), 'gray.png': encoded(gray),
             'gray2.jpg': encoded(gray, 'JPEG'), 'palette.png': encoded(red.convert('P')),
             'alpha.png': encoded(wide('RGBA', (0, 200, 100, 30))), 'photo.jpeg': encoded(red, 'JPEG', exif=exif),
-            'w.webp': encoded(red, 'WEBP')}
+            'w.webp': encoded(red, 'WEBP'), 'photo turned.webp': encoded(red, 'WEBP', exif=exif),
+            'gray16.png': encoded(Image.fromarray(np.full((20, 40), 128 * 257, np.uint16)))}
     for name in ('UPPER.JPG', 'ünï/cödé.jpg', f"{'long' * 40}/{'name' * 30}.jpg", 'deep/er/dot.jpg'):
         good[name] = encoded(red, 'JPEG')
     huge = bytearray(encoded(red))
@@ -638,12 +639,13 @@ def test_odd_members_are_read_or_refused(tmp_path):
 
 def test_damaged_shards_lose_only_what_is_damaged(tmp_path):
     """oracle: which bytes were damaged: 240 tars from a seed. Every untouched pair is there, image with caption."""
-    colour, rng = lambda i: (i * 20, 255 - i * 20, 7 * i), random.Random(0)
-    image = lambda i: encoded(Image.new('RGB', (8, 8), colour(i))) + bytes(1500 * (i % 3))
+    rng, colour = random.Random(0), lambda i: (i * 20, 255 - i * 20, 7 * i)
+    names = ['long/' * 25 * (i % 2) + str(i) for i in range(10)]        # long ones take a header more in GNU and PAX
+    pairs = [m for i, name in enumerate(names) for m in (
+        (f'{name}.png', encoded(Image.new('RGB', (8, 8), colour(i))) + bytes(1500 * (i % 3))),
+        (f'{name}.json', {'caption': f'dog {i}'}))]
     for trial in range(240):
-        members = [m for i in range(10) for m in ((f'{i}.png', image(i)), (f'{i}.json', {'caption': f'dog {i}'}))]
-        if trial % 4 == 3:
-            rng.shuffle(members)                                        # partners far apart
+        members = rng.sample(pairs, 20) if trial % 4 == 3 else pairs    # partners far apart, or neighbours
         raw = bytearray(write_tar(tmp_path / 'a.tar', members, FORMATS[trial % 3]).read_bytes())
         with tarfile.open(tmp_path / 'a.tar') as tar:                   # bytes of each member, headers included
             spans = {m.name: (m.offset, m.offset_data + -(-m.size // 512) * 512) for m in tar}
@@ -656,7 +658,7 @@ def test_damaged_shards_lose_only_what_is_damaged(tmp_path):
             (at, at + n, b''))[trial // 3 % 5]                          # a part lost
         raw[first:last] = new
         touched = {name for name, (a, b) in spans.items() if a < max(last, first + 1) and b > first}
-        untouched = [i for i in range(10) if not {f'{i}.png', f'{i}.json'} & touched]
+        untouched = [i for i, name in enumerate(names) if not {f'{name}.png', f'{name}.json'} & touched]
         if untouched:                                                   # none: it was cut within the first pair
             put(tmp_path / 'a.tar', bytes(raw))
             found = readable(data.Shards(tmp_path / 'a.tar'), Exception)
@@ -723,13 +725,18 @@ def test_batches_are_cut_exactly_and_have_no_bad_pair(tmp_path, scenes, capsys):
     """oracle: where captions end; the pairs broken on purpose: none is served, each is counted and named once."""
     shards = data.Shards(scenes / 'train')
     tokenizer = Tokenizer.learn((s for i in range(len(shards)) for s in shards.pool(i)), 600, 12)
-    (batch,) = data.loader(data.Views(shards, tokenizer, MICRO, 3, 4, (2, 2, 3)), data.Order(40, 4, 1, 2, seed=3), 0)
+    views_, (rows,) = data.Views(shards, tokenizer, MICRO, 3, 4, (2, 2, 3)), data.Order(40, 4, 1, 2, seed=3)
+    (batch,) = data.loader(views_, [rows], 0)
     images, texts = batch.views()
     assert [tuple(x.shape) for x in images] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 2 and len(texts) == 5
     assert texts[0].shape[1] == 12 and texts[1].shape[1] == batch.length
     ends = torch.stack([F.pad(text, (0, 12 - text.shape[1])) for text in texts]).argmax(dim=-1)         # (U, B)
     assert (ends[2:-1] <= ends[3:]).all()                               # local ones from short to long, each cut alone
     assert [text.shape[1] for text in texts[2:]] == [min(-(-(int(end.max()) + 1) // 8) * 8, 12) for end in ends[2:]]
+    whole, place = torch.stack([F.pad(text, (0, 12 - text.shape[1])) for text in texts]), batch.place   # (U, B, T)
+    assert torch.equal(batch.drawn(whole), whole[place, torch.arange(4)])
+    drawn = [tokenizer(data.Views.views(views_, epoch, index)[-1]) for epoch, _, index in rows]
+    assert torch.equal(batch.drawn(whole), torch.stack(drawn, dim=1))   # back in the order of `views`
     shards = data.Shards(write_tar(tmp_path / 'a.tar', dogs(12, no_image=[5], no_text=[7])))
     views = data.Views(shards, LOW, MICRO, 3, 4, (2, 2, 3))
     for epoch in range(2):
@@ -739,6 +746,8 @@ def test_batches_are_cut_exactly_and_have_no_bad_pair(tmp_path, scenes, capsys):
         assert {text.replace(' ', '') for text in served} == {f'dog{i}' for i in range(12) if i not in (5, 7)}
     told = capsys.readouterr().err
     assert told.count('a.tar:5.jpg') == told.count('a.tar:7.jpg') == 1
+    (batch,) = data.loader(data.Views(shards, LOW, MICRO, 3, 12, (2, 2, 3)), data.Order(12, 12, 0, 1, seed=3), 0)
+    assert batch.bad >= 2                                               # also where one batch is the whole set
 
 
 def test_image_crops_follow_the_released_distribution(monkeypatch):
@@ -1260,6 +1269,11 @@ def test_torn_checkpoints_and_full_disks(monkeypatch, fit, whole, tmp_path, caps
     assert saved(full)['step'] == 2 and not list(full.glob('*.partial'))
     assert fit(full, *flags) == 0
     same_run(whole, full)
+    with monkeypatch.context() as patch:                                # a fresh start, killed before its first save
+        patch.setattr(train, 'train', lambda run: sys.exit('killed'))
+        assert fit(full, *SIX) == 'killed' and (full / 'before.pt').exists()
+    capsys.readouterr()
+    assert fit(full, *flags) == 0 and 'steps 0 to 6' in capsys.readouterr().out         # not from the run before
 
 
 def test_half_precision_with_a_scaler(fit, tmp_path):
@@ -1277,18 +1291,20 @@ def test_half_precision_with_a_scaler(fit, tmp_path):
 def test_what_is_skipped_and_what_stops_a_run(monkeypatch, fit, tmp_path):
     """oracle: the share of pairs broken on purpose, below and above 5 %; losses made NaN in chosen steps, few in a row
     skipped without a trace, more not; a rank that stands at another step, by an all_reduce that answers for it."""
-    for bad in (3, 40):
+    for bad in (5, 20):
         write_tar(tmp_path / 'a.tar', dogs(120, no_image=range(bad)))
         told = fit(tmp_path / str(bad), '--data', tmp_path / 'a.tar', '--steps', 25)
-        assert told == 0 if bad == 3 else 'over 5 % of the pairs cannot be read' in told
+        assert told == 0 if bad == 5 else 'over 5 % of the pairs cannot be read' in told
     losses = train.losses
-    def broken(out, steps):
+    def broken(out, steps, *flags):
         with monkeypatch.context() as patch:
             patch.setattr(train, 'losses', lambda run, *rest: [
                 x * (math.nan if run.step in steps else 1) for x in losses(run, *rest)])
-            told = fit(out, '--steps', 8, '--max-skipped', 2)
+            told = fit(out, '--steps', 8, '--max-skipped', 2, *flags)
         assert all(torch.isfinite(x).all() for x in saved(out)['student'].values())
         return told, saved(out)
+    told, state = broken(tmp_path / 'half', {2, 5}, '--precision', 'fp16')
+    assert told == 0 and state['step'] == 8
     told, state = broken(tmp_path / 'few', {2, 3, 5})
     assert told == 0 and state['step'] == 8
     assert {int(moments['step']) for moments in state['optimizer']['state'].values()} == {5}
@@ -1305,7 +1321,7 @@ def test_what_is_skipped_and_what_stops_a_run(monkeypatch, fit, tmp_path):
 
 
 @pytest.mark.parametrize('method', ['cosmos', 'clip'])
-def test_flops_and_bench(method, capsys):
+def test_flops_and_bench(method, scenes, capsys):
     """oracle: torch's own counter, around the calls that --bench times; of its lines, that the parts add up."""
     model, images, texts = micro(method)
     teacher, plan, found = Teacher(model), SimpleNamespace(cosmos=method == 'cosmos', device=CPU), {}
@@ -1329,6 +1345,11 @@ def test_flops_and_bench(method, capsys):
     assert 0.5 * step < sum(map(float, parts.values())) < 1.5 * step
     speed = float(re.search(r'([\d,.]+) samples/s', told)[1].replace(',', ''))
     assert speed == pytest.approx(4000 / step, rel=0.05) and 'GFLOP/s' in told
+    run(data, 'bench', scenes / 'val', '--preset', 'tiny', '--rate', 1e6, '--seconds', 0.05)
+    told = capsys.readouterr().out
+    speeds = [float(number.replace(',', '')) for number in re.findall(r'([\d,]+) samples/s$', told, re.M)]
+    assert len(speeds) == 4 and speeds[0] > speeds[3] > 0
+    assert int(re.search(r'need (\d+) workers', told)[1]) == pytest.approx(1e6 / speeds[3], rel=0.01)
 
 
 def test_two_processes_log_the_same(tmp_path, scenes):
