@@ -93,9 +93,9 @@ def expand_braces(pattern):
 
 def tar_number(field):
     """A number in a tar header: octal, or GNU's binary form for what that cannot hold. ValueError for neither."""
-    if field[:1] == b'\x80':
+    if field[0] == 0x80:
         return int.from_bytes(field[1:], 'big')
-    return int(field.split(b'\0')[0] or b'0', 8)
+    return int(field.partition(b'\0')[0] or b'0', 8)
 
 
 def tar_members(file):
@@ -154,11 +154,10 @@ def scan_shard(path, number):
     pairs = {}
     with open(path, 'rb', buffering=0) as file:
         for name, offset, length in tar_members(file):
-            folder, _, base = name.rpartition('/')
-            stem, _, extension = base.partition('.')
-            kind = MEMBERS.get(extension.lower())
-            if kind and length < 1 << 31:
-                pairs.setdefault((folder, stem), {}).setdefault(kind, (offset, length))
+            dot = name.find('.', name.rfind('/') + 1)                   # the first in the name, folders left aside
+            kind = MEMBERS.get(name[dot + 1:].lower())
+            if kind and dot > 0 and length < 1 << 31:
+                pairs.setdefault(name[:dot], {}).setdefault(kind, (offset, length))
     rows = [(number, *pair['image'], *pair.get('json', (0, 0)), *pair.get('txt', (0, 0)))
             for pair in pairs.values() if 'image' in pair and ('json' in pair or 'txt' in pair)]
     rows.sort()                                                         # by the offset of the image
