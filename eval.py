@@ -373,7 +373,8 @@ def folder_classes(root, classes=None, subset=None):
 def classify_objects(model, tokenizer, image_features, shards, templates=TEMPLATES):
     """Feature suppression, measured: does an object's own name score above the wrong names listed for it?
     -> {role: {top1, chance, objects}} over the objects of all scenes; {} where the shards list none."""
-    objects = [(i, thing) for i in range(len(shards)) for thing in shards.record(i).get('objects', [])]
+    ours = lambda thing: isinstance(thing, dict) and {'name', 'role', 'negatives'} <= thing.keys()
+    objects = [(i, thing) for i in range(len(shards)) for thing in shards.record(i).get('objects') or [] if ours(thing)]
     names = sorted({name for _, thing in objects for name in [thing['name'], *thing['negatives']]})
     vectors, right = dict(zip(names, class_vectors(model, tokenizer, names, templates))) if names else {}, {}
     for i, thing in objects:
