@@ -521,7 +521,9 @@ class Log:
         if not run.main:
             return
         old = self.path.read_text().split('\n')[:-1] if self.path.exists() else []      # what a kill cut has no end
-        self.path.write_text(''.join(f'{line}\n' for line in old if json.loads(line)['step'] <= run.step))
+        partial = run.out / 'log.jsonl.partial'                         # renamed: a kill here must not cost the log
+        partial.write_text(''.join(f'{line}\n' for line in old if json.loads(line)['step'] <= run.step))
+        os.replace(partial, self.path)
         with contextlib.suppress(ImportError):                          # welcome, not required
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(run.out)
