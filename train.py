@@ -61,7 +61,7 @@ class Options:
     local_crops: int = 6         # local image views a pair
     local_captions: int = 6      # single-sentence captions a pair
     augment: str = None          # full: flip, colour, blur as released; or crops (default: the preset's; clip: crops)
-    shuffle: str = 'pairs'       # pairs: all of them; shards: whole tars, --window at a time, each read in one go
+    shuffle: str = 'pairs'       # pairs: all of them; shards: whole tars, and pairs within --window of them
     window: int = 8              # tars that --shuffle shards mixes
     caption_keys: str = None     # comma-separated json keys of the captions (default: the formats in README)
     vocab: str = None            # clip, learn (from the captions), or a path to CLIP's merges (default: the preset's)
