@@ -667,7 +667,7 @@ class Preprocess(v2.Compose):
 def order(seed, epoch, pairs, bounds=(), window=0):
     """The order of all pairs in an epoch, (pairs,): a pure function, so no state has to be saved to go on with it.
 
-    With `window` shards are shuffled, and the pairs within so many of them at a time: an epoch is done with a tar before
+    With `window` shards are shuffled, and the pairs within so many of them at a time: an epoch ends them before
     it opens the next window, so a cache serves it. bounds: the first pair of every shard, and the number of pairs.
     """
     rng = np.random.default_rng((seed, epoch))
