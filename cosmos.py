@@ -439,8 +439,12 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, texts):
-        """The two global views (2 x (B, 3, s, s), 2 x (B, T)) -> image (2, B, D), text (2, B, D), of unit length."""
-        return unit(self.model.visual(list(images))[0]), unit(self.model.text(list(texts))[0])
+        """The two global views (2 x (B, 3, s, s), 2 x (B, T)) -> image (2, B, D), text (2, B, D), of unit length.
+
+        Without texts, as a teacher of images alone needs none, the second is None.
+        """
+        image = unit(self.model.visual(list(images))[0])
+        return image, unit(self.model.text(list(texts))[0]) if len(texts) else None
 
     @torch.no_grad()
     def update(self, student, momentum):
@@ -533,6 +537,17 @@ def cosmos_loss(out, teacher_image, teacher_text, scale):
     The total loss is L_CLIP + L_COSMOS, with weights 1 and 1.
     """
     return cosmos_terms(out, teacher_image, teacher_text, scale).mean()
+
+
+def distill_terms(out, teacher_image, teacher_text, scale):
+    """Self-distillation without cross-attention: [cls] to CLS_t, (1,), and with a teacher_text [eot] to EOT_t, (2,).
+
+    For the rows of Table 5 between CLIP and COSMOS. Our reading: their loss is not known to us, so it is that of Eq. 6
+    with the embeddings themselves in place of h_I and h_T, each against the teacher of its own modality.
+    """
+    pairs = [(out.image, teacher_image)] + ([] if teacher_text is None else [(out.text, teacher_text)])
+    everybody = gather(*(features for pair in pairs for features in pair))
+    return torch.stack([symmetric_nce(*pair, *everybody[2 * k:][:2], scale) for k, pair in enumerate(pairs)])
 
 
 # --- 8. Names of the released code and of open_clip ------------------------------------------------------------------

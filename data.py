@@ -39,7 +39,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,8 +98,8 @@ def tar_number(field):
     return int(field.partition(b'\0')[0] or b'0', 8)
 
 
-def tar_members(file):
-    """(name, offset of the data, size) of the files in an open tar of any format: USTAR, GNU, PAX.
+def tar_members(file, at=0):
+    """(name, offset of the data, size) of the files in an open tar of any format, USTAR, GNU, PAX, from byte `at` on.
 
     tarfile stops at the first damaged header. This goes on at the next one whose checksum is right, so that a flipped
     bit in a header hides neither the rest nor gives a file another's name; and it is several times as fast.
@@ -107,8 +107,8 @@ def tar_members(file):
     def read(offset, size):
         file.seek(offset)
         return file.read(size)
-    end, at, start, block, name, size = file.seek(0, os.SEEK_END), 0, 0, b'', None, None
-    after = 1                                                           # where to look for headers once one is damaged
+    end, start, block, name, size = file.seek(0, os.SEEK_END), at, b'', None, None
+    after = at + 1                                                      # where to look for headers once one is damaged
     while at + 512 <= end:
         if not start <= at <= start + len(block) - 512:
             start, block = at, read(at, 16384)                          # headers of small files nearby come along
@@ -257,6 +257,14 @@ class Shards:
         """The encoded bytes of image i."""
         return self.read(*self.pairs[i][['shard', 'image', 'image_size']])
 
+    def mask(self, i):
+        """The bytes of pair i's KEY.mask.png, where that follows its image as in the built-in set; else None."""
+        pair = self.pairs[i]
+        with open(self.paths[pair['shard']], 'rb') as file:
+            (image, *_), *rest = islice(tar_members(file, int(pair['image']) - 512), 2)
+        wanted = image[:image.find('.', image.rfind('/') + 1)] + '.mask.png'
+        return next((self.read(pair['shard'], *place) for name, *place in rest if name == wanted), None)
+
     def record(self, i):
         """The json of pair i as a dict, with the .txt under 'txt'."""
         pair, record = self.pairs[i], {}
@@ -315,6 +323,8 @@ CAPTION_KEYS = [        # the first family that has a sentence is the pool
     ['original_caption', 'caption'],                                    # PixelProse
     ['captions'], ['caption'], ['txt'],
 ]
+POOLS = {'raw': 'raw_caption', 'all': None} | {                         # --caption-pool: which of DreamLIP's keys
+    kind: ','.join(key for key in CAPTION_KEYS[0] if key.startswith(kind)) for kind in ('short', 'long')}
 
 
 def sentences(value):
@@ -350,6 +360,18 @@ def text_crops(pool, rng, globals_=2, local=6):
         times, rest = divmod(k, len(pool))
         return pool * times + rng.sample(pool, rest)
     return ['. '.join(draw(rng.randint(1, 5))) for _ in range(globals_)] + draw(local)
+
+
+def seen_sentences(pool, objects, box):
+    """The sentences that name objects of a scene, and only such as have their centre in the image crop `box` (y, x, h,
+    w); the whole pool where there is none. objects: [{'name', 'bbox': (x, y, w, h)}], as the built-in set lists them.
+    """
+    seen = {}
+    for thing in objects:
+        x, y, w, h = thing['bbox']
+        seen[thing['name']] = 0 <= y + h / 2 - box[0] < box[2] and 0 <= x + w / 2 - box[1] < box[3]
+    told = [[seen[name] for name in seen if name in sentence.lower()] for sentence in pool]
+    return [sentence for sentence, named in zip(pool, told) if named and all(named)] or pool
 
 
 # --- 3. Tokenizer: CLIP's byte-pair encoding, with CLIP's merges or learned ones -------------------------------------
@@ -560,16 +582,19 @@ def view_kinds(config):
 
 
 def image_crops(data, kinds):
-    """One random crop for each kind of view -> list of (3, s, s) uint8. torchvision draws from torch's generator."""
+    """One random crop for each kind of view -> list of (3, s, s) uint8, and their boxes in the image (y, x, h, w).
+
+    torchvision draws from torch's generator.
+    """
     h, w = upright_size(data)
     blank = torch.empty(1).expand(3, h, w)                              # only its shape is asked for
-    boxes = [v2.RandomResizedCrop.get_params(blank, kind.scale, (3 / 4, 4 / 3)) for kind in kinds]      # y, x, h, w
+    boxes = [v2.RandomResizedCrop.get_params(blank, kind.scale, (3 / 4, 4 / 3)) for kind in kinds]
     room = min(min(box[2:]) / kind.size for box, kind in zip(boxes, kinds))
     image = decode(data, 8 if room >= 8 else 4 if room >= 4 else 2 if room >= 2 else 1)
     zoom = image.shape[1] / h, image.shape[2] / w
     scaled = [[int(x * z) for x, z in zip(box, zoom * 2)] for box in boxes]       # rounded down: never over an edge
     return [v2.functional.resized_crop(image, *box, [kind.size] * 2, BICUBIC, antialias=True)
-            for box, kind in zip(scaled, kinds)]
+            for box, kind in zip(scaled, kinds)], boxes
 
 
 def draw_colours(kind, rng):
@@ -713,9 +738,10 @@ class Views(torch.utils.data.Dataset):
     be in the same batch, and twice in a batch is a false negative), reported once with shard and name, and counted.
     """
 
-    def __init__(self, shards, tokenizer, config, seed, batch, counts=(2, 6, 6), augment='full', shuffle=()):
+    def __init__(self, shards, tokenizer, config, seed, batch, counts=(2, 6, 2, 6), augment='full', shuffle=(),
+                 aligned=False):
         self.shards, self.tokenizer, self.seed, self.batch, self.shuffle = shards, tokenizer, seed, batch, shuffle
-        self.counts = counts                                            # globals, local images, local captions
+        self.counts, self.aligned = counts, aligned                     # global and local images, captions
         self.kinds, self.augment, self.reported = view_kinds(config), augment, set()
 
     def __getitem__(self, where):
@@ -739,12 +765,18 @@ class Views(torch.utils.data.Dataset):
 
         augment 'full' is the released recipe; 'crops' leaves colours and sides alone, for captions that name them.
         """
-        rng, (globals_, locals_, local_captions) = random.Random(f'{self.seed} {epoch} {index}'), self.counts
-        captions = text_crops(self.shards.pool(index), rng, globals_, local_captions)
+        rng, (globals_, locals_, *texts) = random.Random(f'{self.seed} {epoch} {index}'), self.counts
+        pool = self.shards.pool(index)
+        captions = text_crops(pool, rng, *texts)
         kinds = self.kinds[:globals_] + self.kinds[2:] * locals_
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(rng.getrandbits(63))
-            crops = image_crops(self.shards.image(index), kinds)
+            crops, boxes = image_crops(self.shards.image(index), kinds)
+        if self.aligned:        # Caption k tells what crop k shows, globals to globals and locals to locals.
+            pools = [seen_sentences(pool, self.shards.record(index).get('objects') or [], box) for box in boxes]
+            whole, single = pools[:globals_], pools[globals_:]
+            captions[:len(whole)] = [text_crops(seen, rng, 1, 0)[0] for seen in whole][:texts[0]]
+            captions[texts[0]:texts[0] + len(single)] = [rng.choice(seen) for seen in single][:texts[1]]
         large, small = torch.stack(crops[:globals_]), crops[globals_:]
         colours = torch.tensor([draw_colours(kind, rng) if self.augment == 'full' else [] for kind in kinds])
         return large, torch.stack(small) if small else large[:0], colours, captions
@@ -789,7 +821,8 @@ def collate(samples):
     large, small, colours, tokens, bad = zip(*samples)
     images = [torch.stack(part, dim=1) for part in (large, small) if len(part[0])]
     colours = torch.stack(colours, dim=1).split([len(group) for group in images])
-    tokens, count = torch.stack(tokens, dim=1), len(large[0])           # (U, B, T); globals of texts as of images
+    tokens = torch.stack(tokens, dim=1)                                 # (U, B, T)
+    count = min(len(tokens), 2)                                         # globals; one alone has no locals
     ends = tokens.argmax(dim=-1)                                        # (U, B): the end of a text has the largest id
     length = int(ends[:count].max()) + 1
     texts = [tokens[:1], tokens[1:count, :, :length]]
@@ -934,11 +967,15 @@ def _facts(rng, mask, objects):
     facts, present = [], [o['name'] for o in objects]
     absent = [f'{color} {shape}' for color in COLORS for shape in SHAPES if f'{color} {shape}' not in present]
     for k, o in enumerate(objects, 1):
-        x, y, right, bottom = Image.fromarray(mask == k).getbbox()
         facts.append({key: o[key] for key in o if key not in ('at', 'side')} | {
-            'bbox': [x, y, right - x, bottom - y], 'area': int((mask == k).sum()),
-            'negatives': rng.sample(absent, 9)})
+            'bbox': _box(mask == k), 'area': int((mask == k).sum()), 'negatives': rng.sample(absent, 9)})
     return facts
+
+
+def _box(inside):
+    """x, y, width, height of the pixels inside."""
+    x, y, right, bottom = Image.fromarray(inside).getbbox()
+    return [x, y, right - x, bottom - y]
 
 
 def _scene(job):
@@ -955,7 +992,9 @@ def _scene(job):
     webp, png = io.BytesIO(), io.BytesIO()
     image.save(webp, 'WEBP', quality=50)                                # about 1.1 KB
     members = {'webp': webp.getvalue()}
-    if split == 'val':
+    if split == 'train':
+        record['objects'] = [{'name': o['name'], 'bbox': _box(mask == k)} for k, o in enumerate(objects, 1)]
+    else:
         record |= {'captions': captions, 'objects': _facts(rng, mask, objects)}
         Image.fromarray(mask).save(png, 'PNG', optimize=True)
         members['mask.png'] = png.getvalue()
@@ -967,10 +1006,11 @@ def _scene(job):
 def make_scenes(root, train=8000, val=1000, seed=0, size=96, workers=None):
     """Draw the synthetic data set on all cores, as WebDataset tars root/{train,val}/00000.tar ... of 1,000 pairs each.
 
-    Train members: KEY.webp (size x size RGB) and KEY.json (DreamLIP's caption keys). Val adds KEY.mask.png (uint8, 0 =
-    ground, k = k-th of the json's `objects`) and to the json `captions` (5 strings) and `objects` (bbox is x, y, w, h
-    in pixels, area in pixels). Equal arguments give equal bytes, whatever `workers` is. Raises FileExistsError where a
-    folder holds tars that this call would not replace: a reader of *.tar would mix the two sets.
+    Train members: KEY.webp (size x size RGB) and KEY.json: DreamLIP's caption keys and `objects` (name, and bbox: x, y,
+    w, h in pixels). Val adds KEY.mask.png (uint8, 0 = ground, k = k-th of the objects) and to the json `captions` (5
+    strings) and more of the objects: role, area in pixels, nine names of absent ones. Equal arguments give equal bytes,
+    whatever `workers` is. Raises FileExistsError where a folder holds tars that this call would not replace: a reader
+    of *.tar would mix the two sets.
     """
     shards = []
     for split, count in (('train', train), ('val', val)):

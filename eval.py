@@ -7,6 +7,7 @@
     python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21 --csa --save DIR
     python eval.py pairs CKPT --items items.jsonl                 hard negatives; or --suppression DIR with probes.json
     python eval.py attend CKPT --image a.jpg --text "a red star" "a small blue ring" --out attention.png
+    python eval.py attend CKPT --shards runs/scenes/val           how often attention falls on the named object
     python eval.py search CKPT --images DIR "a red star"          ranks the images of a folder; or --like a.jpg
     python eval.py export CKPT OUT.pt                             a state dict that open_clip loads
 
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from cosmos import COSMOS, Config, from_openclip, to_openclip, unit
@@ -370,27 +372,104 @@ def folder_classes(root, classes=None, subset=None):
             [names[class_id] for class_id in number], listing.get('templates', TEMPLATES))
 
 
+def listed_objects(shards):
+    """[(pair, its k-th object, the object)] of shards as of data.py make, whose objects have name, role, negatives."""
+    ours = lambda thing: isinstance(thing, dict) and {'name', 'role', 'negatives'} <= thing.keys()
+    return [(i, k, thing) for i in range(len(shards))
+            for k, thing in enumerate(shards.record(i).get('objects') or []) if ours(thing)]
+
+
+def own_name_wins(objects, score):
+    """score(pair, names) -> (len(names),). For each object: is its own name above the wrong ones listed for it?"""
+    scores = (score(i, [thing['name'], *thing['negatives']]) for i, _, thing in objects)
+    return [bool((some[0] > some[1:]).all()) for some in scores]
+
+
+def probe_objects(image_features, objects, penalty=0.1):
+    """Is it in the features, whatever texts find there? Own name against wrong ones as above, by a linear probe.
+    objects: of one role. Ridge regression from image features to the words of their names, fitted on pairs of even
+    number and asked about the odd ones, then the reverse; a name's score is the mean of its words'. -> list of bool"""
+    words = {word for _, _, thing in objects for name in (thing['name'], *thing['negatives']) for word in name.split()}
+    number, hits = {word: k for k, word in enumerate(sorted(words))}, []
+    spelt = lambda name: [number[word] for word in name.split()]
+    target = torch.zeros(len(image_features), len(number))
+    for i, _, thing in objects:
+        target[i, spelt(thing['name'])] = 1
+    pairs = torch.tensor(sorted({i for i, _, _ in objects}))
+    for odd in (0, 1):
+        fit, asked = pairs[pairs % 2 == odd], [thing for thing in objects if thing[0] % 2 != odd]
+        if not len(fit):
+            continue
+        x = (image_features - image_features[fit].mean(dim=0)) / image_features[fit].std(dim=0, correction=0).add(1e-6)
+        gram = x[fit].T @ x[fit] + penalty * len(fit) * torch.eye(x.shape[1])
+        scores = x @ torch.linalg.solve(gram, x[fit].T @ (target[fit] - target[fit].mean(dim=0))) + target[fit].mean(0)
+        hits += own_name_wins(asked, lambda i, names: torch.stack([scores[i, spelt(name)].mean() for name in names]))
+    return hits
+
+
 def classify_objects(model, tokenizer, image_features, shards, templates=TEMPLATES):
     """Feature suppression, measured: does an object's own name score above the wrong names listed for it?
-    -> {role: {top1, chance, objects}} over the objects of all scenes; {} where the shards list none."""
-    ours = lambda thing: isinstance(thing, dict) and {'name', 'role', 'negatives'} <= thing.keys()
-    objects = [(i, thing) for i in range(len(shards)) for thing in shards.record(i).get('objects') or [] if ours(thing)]
-    names = sorted({name for _, thing in objects for name in [thing['name'], *thing['negatives']]})
-    vectors, right = dict(zip(names, class_vectors(model, tokenizer, names, templates))) if names else {}, {}
-    for i, thing in objects:
-        scores = torch.stack([vectors[name] for name in [thing['name'], *thing['negatives']]]) @ image_features[i]
-        right.setdefault(thing['role'], []).append(bool((scores[0] > scores[1:]).all()))
-    return {role: {'top1': float(np.mean(hits)), 'chance': 1 / (1 + len(objects[0][1]['negatives'])),
-                   'objects': len(hits)} for role, hits in right.items()}
+    -> {role: {top1, chance, objects, probe_top1 of a linear probe}} over the objects of all scenes; {} where the shards
+    list none. The small ones have `of_dominant` too, the ratio of the two top1: 1 would be no suppression."""
+    objects, figures = listed_objects(shards), {}
+    names = sorted({name for *_, thing in objects for name in [thing['name'], *thing['negatives']]})
+    vectors = dict(zip(names, class_vectors(model, tokenizer, names, templates))) if names else {}
+    score = lambda i, names: torch.stack([vectors[name] for name in names]) @ image_features[i]
+    for role in dict.fromkeys(thing['role'] for *_, thing in objects):
+        some = [item for item in objects if item[2]['role'] == role]
+        figures[role] = {'top1': float(np.mean(own_name_wins(some, score))),
+                         'chance': 1 / (1 + len(some[0][2]['negatives'])), 'objects': len(some),
+                         'probe_top1': float(np.mean(probe_objects(image_features, some) or [math.nan]))}
+    if {'dominant', 'small'} <= figures.keys():
+        figures['small']['of_dominant'] = figures['small']['top1'] / max(figures['dominant']['top1'], 1e-12)
+    return figures
+
+
+@torch.no_grad()
+def pointing(model, tokenizer, preprocess, shards, most=300):
+    """Where do maps of a named object point? For the objects of the first `most` pairs, by their masks -> {map: {role:
+    figures}}. Maps: 'cross_attention', weights of C^I asked by "a NAME" (COSMOS only); 'cosine' of patches and caption.
+    hit: the map's highest pixel lies on the object, chance its share of the area. mass: share of the weight on it,
+    beside the same chance. entropy of the weights, 1 for a uniform map. {} where the shards have no masks."""
+    size, device, figures = model.config.image_size, model.logit_scale.device, {}
+    cut = v2.Compose([v2.Resize(size, v2.InterpolationMode.NEAREST), v2.CenterCrop(size)])          # as `preprocess`
+    objects = [(*item, mask) for item in listed_objects(shards) if item[0] < most and (mask := shards.mask(item[0]))]
+    for first in range(0, len(objects), 64):
+        some = objects[first:first + 64]
+        pixels = torch.stack([preprocess(read_image(io.BytesIO(shards.image(i)))) for i, *_ in some]).to(device)
+        masks = [np.array(cut(read_image(io.BytesIO(mask)))) == k + 1 for _, k, _, mask in some]
+        masks, tokens = torch.from_numpy(np.stack(masks)), tokenizer([f"a {thing['name']}" for *_, thing, _ in some])
+        dense, text = model.encode_dense(pixels), unit(model.encode_text(tokens.to(device))[0])
+        maps = {'cosine': (dense @ text[:, None, :, None])[..., 0].cpu()}                           # (n, h, w)
+        if model.config.cross_heads:
+            weights = model.attention(pixels, tokens.to(device))[0].cpu()
+            maps['cross_attention'] = weights.view(maps['cosine'].shape)
+        for name, grids in maps.items():
+            full = F.interpolate(grids[:, None], (size, size), mode='bilinear').flatten(1)
+            share = masks.float().mean(dim=(1, 2))
+            hit = masks.flatten(1).gather(1, full.argmax(dim=1, keepdim=True))[:, 0]
+            told = {'hit': hit.float(), 'hit_chance': share}
+            if name == 'cross_attention':
+                covered = F.adaptive_avg_pool2d(masks[:, None].float(), grids.shape[1:])[:, 0]
+                entropy = -(grids * grids.clamp_min(1e-12).log()).sum(dim=(1, 2)) / math.log(grids[0].numel())
+                told |= {'mass': (grids * covered).sum(dim=(1, 2)), 'mass_chance': share, 'entropy': entropy}
+            for row, (*_, thing, _) in enumerate(some):
+                one = {key: value[row].item() for key, value in told.items()}
+                figures.setdefault(name, {}).setdefault(thing['role'], []).append(one)
+    return {name: {role: {key: float(np.mean([told[key] for told in some])) for key in some[0]}
+                   for role, some in roles.items()} for name, roles in figures.items()}
 
 
 def evaluate(model, tokenizer, preprocess, shards):
-    """All that held-out shards allow: retrieval, and the dominant and small object where they list objects."""
+    """All that held-out shards allow: retrieval; the dominant and the small object where they list objects; and where
+    maps of them point, by their masks."""
     model.eval()
     _, captions, owner = shard_captions(shards)
     image_features = embed_images(model, shards, preprocess)
     figures = {'retrieval': retrieval(image_features, embed_texts(model, tokenizer, captions), owner)}
-    return figures | classify_objects(model, tokenizer, image_features, shards)
+    figures |= classify_objects(model, tokenizer, image_features, shards)
+    maps = pointing(model, tokenizer, preprocess, shards)
+    return figures | ({'pointing': maps} if maps else {})
 
 
 # --- 5. Zero-shot segmentation ---------------------------------------------------------------------------------------
@@ -655,6 +734,48 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=
     return path
 
 
+def attention_strip(image, columns, path, tile=112):
+    """PNG of maps over training: a row a caption; the image, then a column a (label, {caption: map in [0, 1]})."""
+    captions = list(columns[0][1])
+    canvas = Image.new('RGB', ((tile + 4) * (len(columns) + 1) + 4, (tile + 24) * len(captions) + 24), 'white')
+    draw, view = ImageDraw.Draw(canvas), ImageOps.fit(image.convert('RGB'), (tile, tile), Image.BICUBIC)
+    for row, caption in enumerate(captions):
+        y = 24 + row * (tile + 24)
+        canvas.paste(view, (4, y))
+        draw.text((4, y + tile + 2), f'"{caption}"', 'black', font_size=13)
+        for k, (label, maps) in enumerate(columns, 1):
+            grid = Image.fromarray(np.uint8(255 * np.array(maps[caption]))).resize((tile, tile), Image.BILINEAR)
+            canvas.paste(Image.blend(view, shade(grid), 0.6), (4 + k * (tile + 4), y))
+            draw.text((4 + k * (tile + 4), 4), label, 'black', font_size=13)
+    canvas.save(path)
+
+
+@torch.no_grad()
+def naming_picture(model, tokenizer, preprocess, shards, path, scenes=3, tile=176):
+    """PNG of held-out scenes, and beside each the names that it must be told from for its objects: bars are cosines
+    with the image, the right name is green, red where a wrong one wins."""
+    objects = [[item for item in listed_objects(shards) if item[0] == i][:3] for i in range(min(scenes, len(shards)))]
+    font, columns = 12, max(map(len, objects), default=0)
+    need(columns, 'these shards list no objects with names to choose from')
+    canvas = Image.new('RGB', (tile + 12 + 200 * columns, len(objects) * (tile + 8) + 8), 'white')
+    draw = ImageDraw.Draw(canvas)
+    for row, some in enumerate(objects):
+        y, image = 8 + row * (tile + 8), read_image(io.BytesIO(shards.image(row)))
+        canvas.paste(ImageOps.fit(image.convert('RGB'), (tile, tile), Image.BICUBIC), (6, y))
+        feature = unit(model.visual([preprocess(image)[None].to(model.logit_scale.device)])[0][0]).cpu()[0]
+        for column, (_, _, thing) in enumerate(some):
+            names, x = [thing['name'], *thing['negatives']], tile + 14 + 200 * column
+            scores = class_vectors(model, tokenizer, names) @ feature
+            colour = (0, 140, 60) if scores.argmax() == 0 else (200, 30, 30)
+            draw.text((x, y - 2), f"{thing['role']}: {thing['name']}", colour, font_size=font)
+            for k, i in enumerate(scores.argsort(descending=True).tolist(), 1):
+                length = 80 * float((scores[i] - scores.min()) / (scores.max() - scores.min()).clamp_min(1e-12))
+                top, shown = y + 16 * k, colour if i == 0 else (150, 150, 150)
+                draw.rectangle((x, top + 2, x + 1 + length, top + 12), shown)
+                draw.text((x + 86, top), names[i], shown if i == 0 else 'black', font_size=font)
+    canvas.save(path)
+
+
 # --- 8. Search -------------------------------------------------------------------------------------------------------
 
 def folder_features(model, preprocess, folder, workers=0):
@@ -735,6 +856,8 @@ def run_classify(args, model, tokenizer, preprocess):
     if args.shards:
         figures = classify_objects(model, tokenizer, image_features, source, templates)
         need(figures, f"{args.shards} lists no objects to name; its json needs 'objects', as of data.py make")
+        if args.picture:
+            naming_picture(model, tokenizer, preprocess, source, args.picture)
     else:
         vectors = class_vectors(model, tokenizer, names, templates)
         figures = classify(image_features, vectors, known if args.dataset else labels)
@@ -772,6 +895,15 @@ def run_pairs(args, model, tokenizer, preprocess):
     return {name: pair_scores(some) for name, some in groups.items()}
 
 
+def run_attend(args, model, tokenizer, preprocess):
+    if args.shards:
+        figures = pointing(model, tokenizer, preprocess, Shards(args.shards))
+        need(figures, f'{args.shards} has no KEY.mask.png of listed objects, as the held-out half of data.py make has')
+        return figures
+    need(args.text, 'attend --image needs captions to ask with: --text "a red star"')
+    return {'picture': attention_picture(model, tokenizer, preprocess, read_image(args.image), args.text, args.out)}
+
+
 def run_search(args, model, tokenizer, preprocess):
     need(bool(args.query) != bool(args.like), 'search takes a query in words, or --like IMAGE')
     paths, features = folder_features(model, preprocess, args.images, args.workers)
@@ -805,6 +937,7 @@ COMMANDS = {        # what it does, function, flags of which exactly one is give
         '--root': dict(default='data', help='where --dataset lies'),
         '--split': "torchvision's name of the split (default: test, else val)",
         '--download': dict(action='store_true', help='let torchvision fetch it into --root'),
+        '--picture': 'PNG of three scenes of --shards, with the names to choose from and their scores',
         '--classes': 'JSON of class names: for a labels.json, or {folder: name}',
         '--subset': 'a subset that the classes file lists',
         '--templates': 'file of prompts with {} for the class, a line each or a JSON list'}),
@@ -820,9 +953,9 @@ COMMANDS = {        # what it does, function, flags of which exactly one is give
         '--items': 'JSONL of images and captions, or a file of SugarCrepe, SVO, MMVP-VLM, Winoground',
         '--suppression': 'folder with probes.json: dominant against small objects'}, {
         '--images': 'folder of the images of --items (default: beside it)'}),
-    'attend': ('picture of the cross-attention weights', lambda args, *net: {
-        'picture': attention_picture(*net, read_image(args.image), args.text, args.out)}, {}, {
-        '--image': must('the image'), '--text': must('one or more captions', nargs='+'),
+    'attend': ('picture of the cross-attention weights, or how often they fall on what is named', run_attend, {
+        '--image': 'the image of the picture', '--shards': 'held-out shards with masks of their objects, to count'}, {
+        '--text': dict(nargs='+', help='one or more captions'),
         '--out': dict(default='attention.png', help='the picture')}),
     'search': ('rank the images of a folder for a query', run_search, {}, {
         'query': dict(nargs='?', help='what to look for'), '--like': 'an image to look for instead of words',

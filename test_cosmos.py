@@ -95,11 +95,11 @@ def spelling_model(merges=(), length=48):
 
 def total_loss(model, teacher, images, texts):
     """What train.py minimises."""
-    plan = SimpleNamespace(cosmos=model.config.cross_heads > 0, device=CPU)
+    plan = SimpleNamespace(method=train.METHODS['cosmos' if model.config.cross_heads else 'clip'], device=CPU)
     return train.losses(plan, model(images, texts), teacher(images[:2], texts[:2]), train.scales_of(model))[0]
 
 
-def naive_losses(out, teacher_image, teacher_text, scale, distill_scale):
+def naive_losses(out, teacher_image, teacher_text, scale, distill_scale, clip=True):
     """L_CLIP and the terms of L_COSMOS as a reader of the paper would loop them: an N x N product a pair of views."""
     def pair(a, b, scale):
         logits, own = scale * a @ b.T, torch.arange(len(a))
@@ -107,7 +107,7 @@ def naive_losses(out, teacher_image, teacher_text, scale, distill_scale):
     mean = lambda first, second, scale: torch.stack([pair(a, b, scale) for a in first for b in second]).mean()
     targets = teacher_image, teacher_text
     terms = [mean(h, target, distill_scale) for h in (out.image_x, out.text_x) for target in targets]
-    return mean(out.image[:2], out.text, scale), torch.stack(terms)
+    return mean(out.image[:2], out.text, scale) if clip else None, torch.stack(terms)
 
 
 def as_bytes(value):
@@ -296,6 +296,10 @@ def test_losses_by_pencil_loops_and_limits():
     for found, want in ((clip_loss(out, 9.0), clip), (cosmos.cosmos_terms(out, *targets, 7.0), terms),
                         (cosmos_loss(out, *targets, 7.0), terms.mean())):
         assert found.shape == want.shape and (found - want).abs().max() < 1e-12
+    alone = naive_losses(Output(None, None, out.image, out.text), *targets, 1.0, 7.0, clip=False)[1][[0, 3]]
+    for text, want in ((targets[1], alone), (None, alone[:1])):         # the rows of Table 5 below cross-attention
+        found = cosmos.distill_terms(out, targets[0], text, 7.0)
+        assert found.shape == want.shape and (found - want).abs().max() < 1e-12
     same, apart = F.normalize(torch.ones(2, 6, 4), dim=-1), torch.eye(6).expand(2, 6, 6)
     terms = cosmos.cosmos_terms(Output(same, same, same, same), same, same, 14.0)
     assert torch.allclose(terms, torch.tensor(math.log(6)).expand(4))
@@ -427,7 +431,7 @@ def rank_gradients(rank, world, method, cases, path):
         model.set_grad_checkpointing(accum == 4)
         run = SimpleNamespace(
             model=model, student=torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model,
-            teacher=Teacher(COSMOS(model.config)), cosmos=method == 'cosmos', device=CPU, dtype=dtype, world=world,
+            teacher=Teacher(COSMOS(model.config)), method=train.METHODS[method], device=CPU, dtype=dtype, world=world,
             options=SimpleNamespace(accum=accum), optimizer=torch.optim.SGD(model.parameters()),
             scaler=torch.amp.GradScaler(enabled=False))
         given.update(all_gather=[], all_reduce=[], cross_entropy=[])
@@ -446,7 +450,7 @@ def traffic(V, U, B, N, D):
     return [vectors * B * D, vectors * N * D, 2 * pairs * B * N]
 
 
-@pytest.mark.parametrize('method', ['cosmos', 'clip'])
+@pytest.mark.parametrize('method', ['cosmos', 'text-distill', 'clip'])
 def test_ranks_and_accumulation_equal_one_process(tmp_path, method):
     """oracle: one process with the whole batch: same loss, same gradient in every parameter and scale, also where
     activations are recomputed (--accum 4), and in bf16. Of README's table the counts and sizes."""
@@ -554,6 +558,44 @@ def test_captions_and_text_crops():
     assert sorted(lengths) == [1, 2, 3, 4, 5] and min(lengths.values()) > 80            # uniform: 120 each
     few = data.text_crops(['a', 'b'], random.Random(0), 1, 5)[1:]
     assert few[:4] == ['a', 'b', 'a', 'b'] and few[4] in 'ab'                       # whole repeats, then a random rest
+
+
+def test_pools_and_aligned_crops(scenes):
+    """oracle: the keys of each pool; by hand, which sentences name what lies in a box; of drawn samples, that sentences
+    which name an object whose centre was cut off come only where no other could."""
+    record = {'raw_caption': 'rr', 'shortIB_captions': ['ab'], 'longIB_captions': ['cd', 'ef'], 'longSV_captions': 'gh'}
+    pool = lambda name: data.caption_pool(record, data.POOLS[name] and data.POOLS[name].split(','))
+    assert [pool(name) for name in ('raw', 'short', 'long')] == [['rr'], ['ab'], ['cd', 'ef', 'gh']]
+    assert pool('all') == ['rr', 'ab', 'cd', 'ef', 'gh']
+    things = [{'name': 'red star', 'bbox': [0, 0, 10, 10]}, {'name': 'blue ring', 'bbox': [40, 40, 8, 8]}]
+    told = ['A red star', 'a blue ring', 'the red star is above the blue ring', 'grey ground']
+    for box, seen in (((0, 0, 20, 20), told[:1]), ((30, 30, 40, 40), told[1:2]), ((0, 0, 90, 90), told[:3]),
+                      ((20, 20, 9, 9), told)):
+        assert data.seen_sentences(told, things, box) == seen
+    shards, cut = data.Shards(scenes / 'train'), data.image_crops
+    for counts in ((2, 2, 2, 3), (2, 3, 2, 1), (2, 0, 1, 0)):
+        views, boxes = data.Views(shards, LOW, MICRO, 0, 4, counts, 'crops', aligned=True), []
+        for i in range(20):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(data, 'image_crops', lambda *args: boxes.append(cut(*args)) or boxes[-1])
+                captions = views.views(0, i)[-1]
+            assert len(captions) == sum(counts[2:])
+            whole, objects = shards.pool(i), shards.record(i)['objects']
+            places = boxes[-1][1][:counts[0]][:counts[2]] + boxes[-1][1][counts[0]:][:counts[3]]
+            kept = captions[:counts[2]] + captions[counts[2]:][:counts[1]]
+            for caption, box in zip(kept, places, strict=True):
+                assert set(caption.split('. ')) <= set(data.seen_sentences(whole, objects, box))
+
+
+def test_rows_of_table_5_show_what_they_say():
+    """oracle: the table of METHODS, read out by hand: views, captions, teacher and heads of each row."""
+    flags = ['--data', 'x', '--local-crops', '4', '--local-captions', '5', '--method']
+    counts = {name: train.view_counts(train.parse_options([*flags, name])) for name in train.METHODS}
+    assert counts == {'clip': (1, 0, 1, 0), 'clip-aug': (2, 0, 1, 0), 'image-distill': (2, 4, 1, 0),
+                      'text-crop': (2, 4, 2, 5), 'text-distill': (2, 4, 2, 5), 'cosmos': (2, 4, 2, 5)}
+    assert [len(method.terms) for method in train.METHODS.values()] == [0, 0, 1, 1, 2, 4]
+    assert [method.cross for method in train.METHODS.values()] == [False] * 5 + [True]
+    assert train.parse_options([*flags, 'clip']).augment == 'crops' != train.parse_options([*flags, 'clip-aug']).augment
 
 
 def test_built_in_set(scenes, tmp_path):
@@ -725,7 +767,7 @@ def test_batches_are_cut_exactly_and_have_no_bad_pair(tmp_path, scenes, capsys):
     """oracle: where captions end; the pairs broken on purpose: none is served, each is counted and named once."""
     shards = data.Shards(scenes / 'train')
     tokenizer = Tokenizer.learn((s for i in range(len(shards)) for s in shards.pool(i)), 600, 12)
-    views_, (rows,) = data.Views(shards, tokenizer, MICRO, 3, 4, (2, 2, 3)), data.Order(40, 4, 1, 2, seed=3)
+    views_, (rows,) = data.Views(shards, tokenizer, MICRO, 3, 4, (2, 2, 2, 3)), data.Order(40, 4, 1, 2, seed=3)
     (batch,) = data.loader(views_, [rows], 0)
     images, texts = batch.views()
     assert [tuple(x.shape) for x in images] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 2 and len(texts) == 5
@@ -738,7 +780,7 @@ def test_batches_are_cut_exactly_and_have_no_bad_pair(tmp_path, scenes, capsys):
     drawn = [tokenizer(data.Views.views(views_, epoch, index)[-1]) for epoch, _, index in rows]
     assert torch.equal(batch.drawn(whole), torch.stack(drawn, dim=1))   # back in the order of `views`
     shards = data.Shards(write_tar(tmp_path / 'a.tar', dogs(12, no_image=[5], no_text=[7])))
-    views = data.Views(shards, LOW, MICRO, 3, 4, (2, 2, 3))
+    views = data.Views(shards, LOW, MICRO, 3, 4, (2, 2, 2, 3))
     for epoch in range(2):
         batches = list(data.loader(views, data.Order(12, 4, 3 * epoch, 3 * epoch + 3, seed=3), 0))
         assert sum(batch.bad for batch in batches) >= 2 and all(len(batch.images[0][0]) == 4 for batch in batches)
@@ -746,7 +788,7 @@ def test_batches_are_cut_exactly_and_have_no_bad_pair(tmp_path, scenes, capsys):
         assert {text.replace(' ', '') for text in served} == {f'dog{i}' for i in range(12) if i not in (5, 7)}
     told = capsys.readouterr().err
     assert told.count('a.tar:5.jpg') == told.count('a.tar:7.jpg') == 1
-    (batch,) = data.loader(data.Views(shards, LOW, MICRO, 3, 12, (2, 2, 3)), data.Order(12, 12, 0, 1, seed=3), 0)
+    (batch,) = data.loader(data.Views(shards, LOW, MICRO, 3, 12, (2, 2, 2, 3)), data.Order(12, 12, 0, 1, seed=3), 0)
     assert batch.bad >= 2                                               # also where one batch is the whole set
 
 
@@ -757,7 +799,7 @@ def test_image_crops_follow_the_released_distribution(monkeypatch):
     file = encoded(Image.fromarray(np.stack([ys, xs, ys], axis=-1)))
     torch.manual_seed(0)
     rng, kinds = np.random.default_rng(0), data.view_kinds(MICRO)
-    drawn = [data.image_crops(file, kinds) for _ in range(300)]
+    drawn = [data.image_crops(file, kinds)[0] for _ in range(300)]
     for views, (low, high) in zip(zip(*drawn), ((0.4, 1.0), (0.4, 1.0), (0.05, 0.4))):
         area, aspect = [], []
         for view in views:
@@ -777,7 +819,7 @@ def test_image_crops_follow_the_released_distribution(monkeypatch):
         spy = lambda data, shrink=1: (asked.append(shrink), decode(data, min(shrink, limit)))[1]
         monkeypatch.setattr(data, 'decode', spy)
         torch.manual_seed(3)
-        crops.append(data.image_crops(file, kinds))
+        crops.append(data.image_crops(file, kinds)[0])
     assert asked == [8, 8] and decode(file, 8).shape == (3, 175, 250)
     for small, large in zip(*crops):
         assert (small.float() - large.float()).abs().mean() < 6                             # of 255
@@ -868,9 +910,57 @@ def test_classification_by_hand():
     scene = [thing('dominant', 'red star', 'blue ring'), thing('small', 'blue ring', 'red star')]
     for seen, dominant in ((['red star', 'red star'], 1.0), (['red star', 'blue ring'], 0.5)):
         features = evaluation.class_vectors(model, tokenizer, seen)
-        assert evaluation.classify_objects(model, tokenizer, features, Scenes([scene, scene])) == {
-            role: {'top1': top1, 'chance': 1 / 3, 'objects': 2}
-            for role, top1 in (('dominant', dominant), ('small', 1 - dominant))}
+        figures = evaluation.classify_objects(model, tokenizer, features, Scenes([scene, scene]))
+        for role, top1 in (('dominant', dominant), ('small', 1 - dominant)):
+            assert {'top1': top1, 'chance': 1 / 3, 'objects': 2}.items() <= figures[role].items()
+        assert figures['small']['of_dominant'] == pytest.approx((1 - dominant) / dominant)
+
+
+def test_probe_finds_what_is_there(scenes):
+    """oracle: features made of an object's own words and noise beside them: all are named right; noise alone: chance,
+    one in three; and ridge regression by numpy's least squares of the augmented system."""
+    torch.manual_seed(0)
+    rng, words, shapes = random.Random(0), ('red', 'blue', 'lime', 'pink'), ('star', 'ring', 'moon')
+    code = dict(zip(words + shapes, torch.eye(7)))
+    objects = []
+    for i in range(200):
+        name, *others = rng.sample([f'{word} {shape}' for word in words for shape in shapes], 3)
+        objects.append((i, 0, {'name': name, 'role': 'small', 'negatives': others}))
+    clean = torch.stack([sum(code[word] for word in thing['name'].split()) for *_, thing in objects])
+    noise = torch.randn(200, 8)
+    features = torch.cat([clean, noise], dim=1)
+    assert len(evaluation.probe_objects(features, objects)) == 200 and all(evaluation.probe_objects(features, objects))
+    assert 0.2 < np.mean(evaluation.probe_objects(noise, objects)) < 0.47
+
+
+def test_maps_point_at_masks(scenes, monkeypatch):
+    """oracle: a uniform map puts as much weight on an object as it has area, at entropy 1; one with all its weight on
+    the patch that the object covers most has that share by numpy, and hits where the mask is set at its centre."""
+    (model, tokenizer), shards = spelling_model(), data.Shards(scenes / 'val')
+    with tarfile.open(scenes / 'val/00000.tar') as tar:
+        for i in range(len(shards)):
+            name = shards.name(i).rpartition(':')[2].replace('.webp', '.mask.png')
+            assert shards.mask(i) == tar.extractfile(name).read()
+    assert data.Shards(scenes / 'train').mask(0) is None
+    objects, masks = evaluation.listed_objects(shards), []
+    for i, k, _ in objects:
+        masks.append(np.array(Image.open(io.BytesIO(shards.mask(i))).resize((32, 32), Image.NEAREST)) == k + 1)
+    cells = [mask.reshape(4, 8, 4, 8).mean(axis=(1, 3)).ravel() for mask in masks]      # the share of a patch it covers
+    best = [int(cell.argmax()) for cell in cells]
+    figures, big = {}, [thing['role'] == 'dominant' for *_, thing in objects]
+    for name, grids in (('uniform', [np.full(16, 1 / 16)] * len(cells)), ('best', [np.eye(16)[k] for k in best])):
+        left = iter(np.float32(grids))
+        monkeypatch.setattr(model, 'attention', lambda images, tokens: (
+            torch.from_numpy(np.stack([next(left) for _ in images])), None))
+        figures[name] = evaluation.pointing(model, tokenizer, data.Preprocess(32), shards)['cross_attention']
+    for told, entropy in ((figures['uniform']['dominant'], 1), (figures['best']['dominant'], 0)):
+        assert told['entropy'] == pytest.approx(entropy, abs=1e-5)
+        assert told['hit_chance'] == told['mass_chance'] == pytest.approx(np.mean(np.array(masks)[big]))
+    assert figures['uniform']['small']['mass'] == pytest.approx(figures['uniform']['small']['mass_chance'])
+    mass = np.mean([cell.max() for cell, dominant in zip(cells, big) if dominant])
+    hit = np.mean([mask[8 * (k // 4) + 3, 8 * (k % 4) + 3] for mask, k, dominant in zip(masks, best, big) if dominant])
+    assert figures['best']['dominant']['mass'] == pytest.approx(mass)
+    assert figures['best']['dominant']['hit'] == pytest.approx(hit) and hit > 0.7
 
 
 def test_attention_words():
@@ -1097,7 +1187,7 @@ def test_search_refreshes_what_changed(tmp_path, monkeypatch, capsys):
     found(['three.png', 'two.png'], [['bad.jpg', 'three.png', 'two.png']], micro(seed=1)[0].eval())     # other weights
 
 
-def test_every_command_of_eval(monkeypatch, tmp_path, capsys):
+def test_every_command_of_eval(monkeypatch, tmp_path, scenes, capsys):
     """oracle: the functions that the tests above check, on the same input; pictures open, README's snippet runs."""
     (model, tokenizer), checkpoint = spelling_model(), put(tmp_path / 'runs/tiny-cosmos/last.pt')
     torch.save({'config': vars(model.config), 'merges': [], 'student': model.state_dict()}, checkpoint)
@@ -1143,6 +1233,12 @@ def test_every_command_of_eval(monkeypatch, tmp_path, capsys):
     assert figures['parameters'] == sum(p.numel() for name, p in model.named_parameters() if not heads.match(name))
     command('attend', '--image', paths[0], '--text', 'an ox', '--out', tmp_path / 'seen.png')
     assert Image.open(tmp_path / 'seen.png').mode == 'RGB'
+    figures, _ = command('attend', '--shards', scenes / 'val')
+    want = evaluation.pointing(model, tokenizer, data.Preprocess(32), data.Shards(scenes / 'val'))
+    assert want.items() <= figures.items()
+    figures, told = command('classify', '--shards', scenes / 'val', '--picture', tmp_path / 'names.png')
+    assert figures['small'].keys() >= {'top1', 'probe_top1', 'of_dominant'} and 'probe_top1' in told
+    assert Image.open(tmp_path / 'names.png').mode == 'RGB'
     readme = (HERE / 'README.md').read_text(encoding='utf-8')
     (snippet,) = re.findall(r'```python\n(import torch\n.*?)```', readme, re.S)
     monkeypatch.chdir(tmp_path)
@@ -1178,7 +1274,7 @@ def test_schedules_and_decay():
 def test_a_run_leaves_everything(whole, scenes, tmp_path):
     """oracle: the list of design: files, log fields; chances by arithmetic; eval.py's score of the checkpoint."""
     assert all((whole / name).stat().st_size for name in (
-        'last.pt', 'log.jsonl', 'config.json', 'samples.png', 'attention.png', 'eval.json'))
+        'last.pt', 'log.jsonl', 'config.json', 'samples.png', 'attention.png', 'strip.png', 'eval.json'))
     first, *_ = entries = read_log(whole)
     assert {'step', 'loss', 'clip', 'cosmos', 'h_I_cls', 'h_I_eot', 'h_T_cls', 'h_T_eot', 'chance', 'logit_scale', 'lr',
             'momentum', 'distill_logit_scale', 'grad_norm', 'accuracy', 'spread', 'teacher_cosine', 'samples_per_s',
@@ -1203,11 +1299,11 @@ def test_it_learns(fit, tmp_path):
         assert end < 0.75 * math.log(8) < 1.2 * start
 
 
-@pytest.mark.parametrize('method, workers', [('cosmos', 0), ('cosmos', 2), ('clip', 0)])
+@pytest.mark.parametrize('method, workers', [('cosmos', 0), ('cosmos', 2), ('clip', 0), ('image-distill', 0)])
 def test_resume_is_exact(monkeypatch, fit, whole, tmp_path, method, workers):
     """oracle: the run that was not interrupted, read by the main process: weights, optimizer, teacher and log."""
     flags, step = [*SIX, '--method', method, '--workers', workers], train.forward_backward
-    if method == 'clip':
+    if method != 'cosmos':
         whole = tmp_path / 'whole'
         assert fit(whole, *flags) == 0
     def interrupted(run, batch):
@@ -1320,27 +1416,30 @@ def test_what_is_skipped_and_what_stops_a_run(monkeypatch, fit, tmp_path):
     refused(r'\[0, 9, 5, 50\] and \[3, 9, 5, 50\]; let all nodes see the same', check, own)
 
 
-@pytest.mark.parametrize('method', ['cosmos', 'clip'])
+@pytest.mark.parametrize('method', train.METHODS)
 def test_flops_and_bench(method, scenes, capsys):
     """oracle: torch's own counter, around the calls that --bench times; of its lines, that the parts add up."""
     model, images, texts = micro(method)
-    teacher, plan, found = Teacher(model), SimpleNamespace(cosmos=method == 'cosmos', device=CPU), {}
-    images, texts = (images, texts[:2] + [t[:, :5] for t in texts[2:]]) if plan.cosmos else (images[:1], texts[1:2])
+    plan, found = SimpleNamespace(method=train.METHODS[method], device=CPU), {}
+    teacher = Teacher(model) if plan.method.terms else None
+    images = images[:plan.method.images] + images[2:] * plan.method.crops
+    texts = texts[2 - plan.method.captions:2] + [text[:, :5] for text in texts[2:] * plan.method.sentences]
+    taught = texts[:2] if len(plan.method.terms) > 1 else []
     def counted(name, call):
         with FlopCounterMode(display=False) as counter:
             result = call()
         found[name] = counter.get_total_flops()
         return result
     out = counted('student', lambda: model(images, texts))
-    target = counted('teacher', lambda: teacher(images[:2], texts[:2]) if plan.cosmos else ())
+    target = counted('teacher', lambda: teacher(images[:2], taught) if teacher else ())
     loss = counted('losses', lambda: train.losses(plan, out, target, train.scales_of(model))[0])
     counted('backward', loss.backward)
     sides, lengths = [tuple(view.shape[-2:]) for view in images], [text.shape[1] for text in texts]
-    assert train.count_flops(model.config, 3, sides, lengths, plan.cosmos) == found
+    assert train.count_flops(model.config, 3, sides, lengths, plan.method) == found
     run(train, *QUICK, '--method', method, '--bench', 3, '--device', 'cpu')
     told = capsys.readouterr().out
     parts = dict(re.findall(r'^(\w[\w ]*?) +([\d.]+) ms', told, re.M))
-    step, teachers = float(parts.pop('step')), {'teacher forward', 'EMA'} if plan.cosmos else set()
+    step, teachers = float(parts.pop('step')), {'teacher forward', 'EMA'} if teacher else set()
     assert parts.keys() == {'student forward', 'losses', 'backward', 'AdamW'} | teachers
     assert 0.5 * step < sum(map(float, parts.values())) < 1.5 * step
     speed = float(re.search(r'([\d,.]+) samples/s', told)[1].replace(',', ''))
@@ -1379,6 +1478,7 @@ def test_errors_are_one_sentence(monkeypatch, tmp_path, scenes):
     Path('empty').mkdir()
     write_tar('silent.tar', [('a.jpg', picture()), ('a.json', {'alt': 'a dog', 'url': 'x'})])
     write_tar('lonely.tar', [('a.jpg', picture())])
+    write_tar('brief.tar', dogs(4))
     for name, text in (('stub.gz', 'version https://git'), ('text.tar', 'no tar'), ('junk.pt', 'x'), ('empty.pt', '')):
         put(Path(name), text)
     class Malicious:
@@ -1394,7 +1494,10 @@ def test_errors_are_one_sentence(monkeypatch, tmp_path, scenes):
             (train, '--stepz 3', ["'--stepz'", 'did you mean --steps?']),
             (train, '--preset vit-b-61', ["'vit-b-61'", 'vit-b-16']),
             (train, '--steps many', ['--steps', "'many'"]),
-            (train, '--method clap', ["'clap'", 'cosmos, clip']),
+            (train, '--method clap', ["'clap'", 'clip, clip-aug']),
+            (train, '--caption-pool raw --caption-keys a', ['--caption-keys a', '--caption-pool raw', 'one of them']),
+            (train, '--data brief.tar --preset tiny --aligned-crops', ['brief.tar', "'objects'", '--aligned-crops']),
+            (train, '--data brief.tar --preset tiny --caption-pool long', ['brief.tar', '--caption-keys']),
             (train, '--data absent', ['absent', 'does not exist']),
             (train, '--data empty', ['empty', 'no .tar file']),
             (train, '--data silent.tar', ['silent.tar', 'alt, url', '--caption-keys']),

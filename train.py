@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,14 +32,38 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import eval as evaluation
-from cosmos import COSMOS, Config, Output, Teacher, clip_loss, cosmos_terms
-from data import (SIGNALS, Order, Parser, Preprocess, Shards, Tokenizer, Views, cli, loader, make_scenes,
+from cosmos import COSMOS, Config, Output, Teacher, clip_loss, cosmos_terms, distill_terms
+from data import (POOLS, SIGNALS, Order, Parser, Preprocess, Shards, Tokenizer, Views, cli, loader, make_scenes,
                   sample_sheet)
 
 with contextlib.suppress(ImportError):      # Windows has none; the log then shows no memory
     import resource
 
-# --- 1. Options: one list, whose comments are the --help -------------------------------------------------------------
+# --- 1. The methods; options: one list, whose comments are the --help ------------------------------------------------
+
+TERMS = 'h_I_cls', 'h_I_eot', 'h_T_cls', 'h_T_eot'                      # of Eq. 6
+
+
+class Method(NamedTuple):
+    """What a row of Table 5 trains with, beside L_CLIP."""
+    images: int         # global image views
+    captions: int       # global captions, of 1-5 sentences
+    crops: bool         # --local-crops more image views
+    sentences: bool     # --local-captions more captions
+    terms: tuple        # the student's features and the teacher's of each self-distillation term; () for no teacher
+    cross: bool         # cross-attention heads
+
+
+METHODS = {     # Each adds to the one above. Our reading of the labels of Table 5, but for the first and the last.
+    'clip':          Method(1, 1, False, False, (), False),
+    'clip-aug':      Method(2, 1, False, False, (), False),             # + image augmentation
+    'image-distill': Method(2, 1, True, False, ('cls_cls',), False),    # + image self-distillation, DINO's multi-crop
+    'text-crop':     Method(2, 2, True, True, ('cls_cls',), False),     # + text augmentation; Table 5 also adds the
+                                        # synthetic captions here, we do not: give the rows above --caption-pool raw
+    'text-distill':  Method(2, 2, True, True, ('cls_cls', 'eot_eot'), False),           # + text self-distillation
+    'cosmos':        Method(2, 2, True, True, TERMS, True),             # + cross-attention
+}
+
 
 @dataclass
 class Options:
@@ -46,7 +71,7 @@ class Options:
     val: str = None              # held-out shards, evaluated every --eval-every steps and at the end
     out: str = None              # folder for checkpoint, log and pictures (default: runs/PRESET-METHOD)
     preset: str = None           # vit-b-16, vit-b-32, vit-s-16 or tiny (default: tiny without --data, else vit-b-16)
-    method: str = 'cosmos'       # cosmos, or clip: one image crop, one caption of 1-5 sentences, no teacher
+    method: str = 'cosmos'       # clip, clip-aug, image-distill, text-crop, text-distill or cosmos: METHODS in train.py
     steps: int = None            # optimizer steps in all (default: the preset's)
     epochs: float = None         # instead of --steps: passes over the data (default: the preset's)
     batch: int = None            # pairs a step, over all processes and --accum (default: the preset's)
@@ -60,10 +85,12 @@ class Options:
     clip_grad: float = 0.0       # largest norm of the gradient; 0 does not clip, as released
     local_crops: int = 6         # local image views a pair
     local_captions: int = 6      # single-sentence captions a pair
+    aligned_crops: bool = False  # captions tell what their image crop shows; of the built-in set, which knows places
     augment: str = None          # full: flip, colour, blur as released; or crops (default: the preset's; clip: crops)
     shuffle: str = 'pairs'       # pairs: all of them; shards: whole tars, and pairs within --window of them
     window: int = 8              # tars that --shuffle shards mixes
     caption_keys: str = None     # comma-separated json keys of the captions (default: the formats in README)
+    caption_pool: str = 'all'    # of DreamLIP's captions: raw, short, long or all
     vocab: str = None            # clip, learn (from the captions), or a path to CLIP's merges (default: the preset's)
     precision: str = 'auto'      # fp32, bf16, fp16, or auto: bf16 where the hardware has it, else fp32
     device: str = 'auto'         # cuda, mps or cpu
@@ -85,8 +112,8 @@ PAPER = dict(epochs=32, batch=1024, lr=5e-4, lr_end=0.0, warmup=2000, wd=0.5, mo
 LAPTOP = dict(steps=320, batch=32, lr=1e-3, lr_end=0.5, warmup=30, wd=0.1, momentum=0.99, momentum_ramp=10,
               augment='crops', vocab='learn')       # captions of the lesson name sides and colours: no flip, no jitter
 RECIPES = {'vit-b-16': PAPER, 'vit-b-32': PAPER, 'vit-s-16': PAPER, 'tiny': LAPTOP}
-CHOICES = {'method': ('cosmos', 'clip'), 'precision': ('auto', 'fp32', 'bf16', 'fp16'), 'augment': ('full', 'crops'),
-           'shuffle': ('pairs', 'shards'), 'device': ('auto', 'cuda', 'mps', 'cpu')}
+CHOICES = {'method': METHODS, 'caption_pool': POOLS, 'precision': ('auto', 'fp32', 'bf16', 'fp16'),
+           'augment': ('full', 'crops'), 'shuffle': ('pairs', 'shards'), 'device': ('auto', 'cuda', 'mps', 'cpu')}
 LEAST = {'batch': 2, 'steps': 1, 'epochs': 1e-9, 'lr': 0, 'lr_end': 0, 'warmup': 0, 'wd': 0, 'momentum': 1e-9,
          'momentum_ramp': 0, 'clip_grad': 0, 'local_crops': 0, 'local_captions': 0, 'workers': 0, 'save_every': 1,
          'eval_every': 0, 'log_every': 1, 'accum': 1, 'save_minutes': 0, 'max_skipped': 0, 'bench': 0, 'window': 1}
@@ -115,7 +142,11 @@ def parse_options(argv=None):
             setattr(options, name, value)
     for name, allowed in CHOICES.items():
         if getattr(options, name) not in allowed:
-            raise ValueError(f"unknown --{name} '{getattr(options, name)}'; choose from {', '.join(allowed)}")
+            raise ValueError(f"unknown --{name.replace('_', '-')} '{getattr(options, name)}'; choose from "
+                             f"{', '.join(allowed)}")
+    if options.caption_keys and options.caption_pool != 'all':
+        raise ValueError(f'--caption-keys {options.caption_keys} and --caption-pool {options.caption_pool} both name '
+                         'the captions; give one of them')
     for name, least in LEAST.items():
         value = getattr(options, name)
         if value is not None and not least <= value <= MOST.get(name, sys.maxsize):
@@ -195,7 +226,8 @@ def make_optimizer(model, options, device):
 
 # What decides the result of a step.
 REPEATS = ('data', 'batch', 'seed', 'steps', 'lr', 'lr_end', 'warmup', 'wd', 'momentum', 'momentum_ramp', 'clip_grad',
-           'augment', 'local_crops', 'local_captions', 'caption_keys', 'shuffle', 'window', 'precision')
+           'augment', 'local_crops', 'local_captions', 'aligned_crops', 'caption_keys', 'caption_pool', 'shuffle',
+           'window', 'precision')
 
 
 class Run:
@@ -203,14 +235,14 @@ class Run:
 
     def __init__(self, options, rank, world, device):
         self.options, self.rank, self.world, self.device, self.step = options, rank, world, device, 0
-        self.out, self.main, self.cosmos = Path(options.out), rank == 0, options.method == 'cosmos'
+        self.out, self.main, self.method = Path(options.out), rank == 0, METHODS[options.method]
         options.precision, self.dtype = choose_precision(options.precision, device)      # auto no more, for the resumed
         saved = self.find_checkpoint()
         self.open_data(saved)
         torch.manual_seed(options.seed)                                 # all ranks start from the same weights
         self.model = COSMOS(self.config).to(device)
         self.model.set_grad_checkpointing(options.grad_checkpoint)
-        self.teacher = Teacher(self.model) if self.cosmos else None
+        self.teacher = Teacher(self.model) if self.method.terms else None
         self.optimizer = make_optimizer(self.model, options, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.precision == 'fp16')
         self.begun, self.saved, self.saved_step = time.perf_counter(), time.monotonic(), None
@@ -226,8 +258,12 @@ class Run:
 
     def open_data(self, saved):
         options = self.options
-        read = lambda pattern: Shards(pattern, self.out, options.caption_keys, together=True)    # index cached in --out
-        self.shards, self.val = read(options.data), read(options.val) if options.val else None
+        read = lambda pattern, keys=None: Shards(pattern, self.out, keys, together=True)         # index cached in --out
+        self.shards = read(options.data, options.caption_keys or POOLS[options.caption_pool])
+        self.val = read(options.val, options.caption_keys) if options.val else None
+        if options.aligned_crops and not self.shards.record(0).get('objects'):
+            raise ValueError(f"{self.shards.name(0)} lists no 'objects' with places, which --aligned-crops needs; draw "
+                             'the built-in set anew (data.py make), or leave it out')
         if self.val and self.main:
             evaluation.shard_captions(self.val)                         # better refused now than at the end
         if saved:
@@ -237,13 +273,12 @@ class Run:
             preset = Config.preset(options.preset)
             self.tokenizer = make_tokenizer(options.vocab, self.shards, preset.context_length)
             self.config = dataclasses.replace(preset, vocab_size=self.tokenizer.vocab_size,
-                                              cross_heads=preset.cross_heads if self.cosmos else 0)
+                                              cross_heads=preset.cross_heads if self.method.cross else 0)
         if options.steps is None:
             options.steps = max(1, round(options.epochs * (len(self.shards) // options.batch)))
-        counts = (2, options.local_crops, options.local_captions) if self.cosmos else (1, 0, 0)
         self.shuffle = (self.shards.bounds(), options.window) if options.shuffle == 'shards' else ()
-        self.views = Views(self.shards, self.tokenizer, self.config, options.seed, options.batch, counts,
-                           options.augment, self.shuffle)
+        self.views = Views(self.shards, self.tokenizer, self.config, options.seed, options.batch, view_counts(options),
+                           options.augment, self.shuffle, options.aligned_crops)
         if options.batch // self.world % options.accum:
             raise ValueError(f'--batch {options.batch} on {self.world} processes cannot be split into --accum '
                              f'{options.accum} parts; choose a multiple of {self.world * options.accum}')
@@ -358,6 +393,13 @@ class Run:
         return self.teacher.model if self.teacher else self.model
 
 
+def view_counts(options):
+    """Global and local image views, global and local captions."""
+    method = METHODS[options.method]
+    return (method.images, options.local_crops * method.crops, method.captions,
+            options.local_captions * method.sentences)
+
+
 def make_tokenizer(vocab, shards, context_length):
     if vocab != 'learn':
         return Tokenizer.clip(None if vocab == 'clip' else vocab, context_length)
@@ -372,22 +414,23 @@ def make_tokenizer(vocab, shards, context_length):
 # --- 5. One step -----------------------------------------------------------------------------------------------------
 
 def forward(run, batch, student, with_teacher=True):
-    """One batch through the student, and the teacher -> Output and (teacher image, teacher text), or () in a CLIP."""
+    """One batch through the student, and the teacher -> Output and (teacher image, teacher text), or () without one."""
     images, texts = batch.views()
-    short = [caption[:, :batch.length] for caption in texts[:2]]        # globals without the padding nobody else reads
+    short = [caption[:, :batch.length] for caption in texts[:2]]        # globals without the padding that C^T reads
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-        out = student(images, texts if run.cosmos else short)
-        if not run.cosmos:
-            return out, ()
-        out = out._replace(text=batch.drawn(out.text), text_x=batch.drawn(out.text_x))
-        return out, run.teacher(images[:2], short) if with_teacher else ()
+        out = student(images, texts if run.method.cross else short + texts[2:])
+        out = out._replace(text=batch.drawn(out.text), text_x=batch.drawn(out.text_x) if run.method.cross else None)
+        teach = run.teacher if with_teacher and run.method.terms else lambda *views: ()
+        return out, teach(images[:2], short if len(run.method.terms) > 1 else [])
 
 
 def losses(run, out, teacher, scales):
-    """-> the total loss, L_CLIP, and the four terms of L_COSMOS (zeros in a CLIP)."""
-    clip, terms = clip_loss(out, scales[0].exp()), torch.zeros(4, device=run.device)
-    if run.cosmos:
+    """-> the total loss, L_CLIP, and the terms of L_COSMOS or of plain self-distillation (one zero in a CLIP)."""
+    clip, terms = clip_loss(out, scales[0].exp()), torch.zeros(1, device=run.device)
+    if run.method.cross:
         terms = cosmos_terms(out, *teacher, scales[1].exp())
+    elif run.method.terms:
+        terms = distill_terms(out, *teacher, scales[0].exp())
     return clip + terms.mean(), clip, terms                             # L_CLIP + L_COSMOS
 
 
@@ -471,9 +514,6 @@ def peak_memory(device):
         1 if sys.platform == 'darwin' else 1024) if 'resource' in globals() else 0
 
 
-TERMS = 'h_I_cls', 'h_I_eot', 'h_T_cls', 'h_T_eot'                      # of Eq. 6
-
-
 @torch.no_grad()
 def describe(run, state, seconds, waited, steps):
     """One log entry of plain numbers. Losses are means over ranks, the rest is of rank 0. Every rank must call it."""
@@ -483,14 +523,16 @@ def describe(run, state, seconds, waited, steps):
     loss, clip, *terms = (losses / run.world).tolist()
     image, text, step = state['out'].image[0], state['out'].text[0], run.step
     right = (image @ text.T).argmax(dim=1) == torch.arange(len(image), device=run.device)
-    entry = {'step': step + 1, 'loss': loss, 'clip': clip, 'cosmos': sum(terms) / 4, **dict(zip(TERMS, terms)),
+    entry = {'step': step + 1, 'loss': loss, 'clip': clip, 'cosmos': sum(terms) / len(terms),
+             **dict(zip(run.method.terms, terms)),
              'chance': math.log(run.options.batch),                     # of every single term: a guess among N
              'logit_scale': run.model.logit_scale.exp().item(), 'lr': lr_at(step, run.options),
              'grad_norm': state['norm'].item(), 'accuracy': right.float().mean().item(),
              'spread': image.std(dim=0).norm().item()}                  # 1: all over the sphere, 0: one point
-    if run.cosmos:
-        entry |= {'distill_logit_scale': run.model.distill_logit_scale.exp().item(),
-                  'momentum': momentum_at(step, run.options),
+    if run.method.cross:
+        entry |= {'distill_logit_scale': run.model.distill_logit_scale.exp().item()}
+    if run.teacher:
+        entry |= {'momentum': momentum_at(step, run.options),
                   'teacher_cosine': (image * state['teacher_image'][0]).sum(dim=-1).mean().item()}
     return entry | {'samples_per_s': steps * run.options.batch / seconds, 'data_share': waited / seconds,
                     'memory_GiB': peak_memory(run.device) / 2 ** 30,
@@ -499,10 +541,10 @@ def describe(run, state, seconds, waited, steps):
 
 def log_line(e, total):
     """The entry for a reader, shortest names first told in README."""
-    cosmos = 'momentum' in e
-    terms = f" + cosmos {e['cosmos']:.2f} ({' '.join(format(e[name], '.2f') for name in TERMS)})" if cosmos else ''
-    scales = f"{e['logit_scale']:.1f}" + (f"/{e['distill_logit_scale']:.1f}" if cosmos else '')
-    teacher = f"  m {e['momentum']:.3f} cos {e['teacher_cosine']:.2f}" if cosmos else ''
+    several = [format(e[name], '.2f') for name in ('cls_cls', 'eot_eot', *TERMS) if name in e]
+    terms = f" + cosmos {e['cosmos']:.2f} ({' '.join(several)})" if several else ''
+    scales = f"{e['logit_scale']:.1f}" + (f"/{e['distill_logit_scale']:.1f}" if 'distill_logit_scale' in e else '')
+    teacher = f"  m {e['momentum']:.3f} cos {e['teacher_cosine']:.2f}" if 'momentum' in e else ''
     held_out = f"  held out: {summary(e['eval'])}" if 'eval' in e else ''
     return (f"{e['step']}/{total}  loss {e['loss']:.3f} = clip {e['clip']:.2f}{terms}, chance {e['chance']:.2f}  "
             f"acc {e['accuracy']:.2f}  scale {scales}{teacher}  spread {e['spread']:.2f}  lr {e['lr']:.1e}  "
@@ -601,16 +643,30 @@ def train(run):
 
 
 def evaluate(run):
-    """Figures of the held-out shards. Rank 0 computes them, the others wait. A bad held-out image ends no training."""
-    figures = {}
+    """Figures of the held-out shards, and `maps`, {caption: C^I of their first image}, for the strip of pictures.
+
+    Rank 0 computes them, the others wait. A bad held-out image ends no training.
+    """
+    figures, network = {}, (run.network(), run.tokenizer, Preprocess(run.config.image_size))
     with main_first(run.rank):
         if run.val and run.main:
             try:
-                figures = evaluation.evaluate(run.network(), run.tokenizer, Preprocess(run.config.image_size), run.val)
-            except ValueError as error:
+                figures = evaluation.evaluate(*network, run.val)
+                if run.method.cross:
+                    image, captions = example(run)
+                    figures['maps'] = {caption: evaluation.attention(*network, image, caption)[0].round(3).tolist()
+                                       for caption in captions}
+            except (ValueError, OSError) as error:
                 tqdm.write(f'not evaluated: {error}')
             run.model.train()
     return figures
+
+
+def example(run):
+    """The first held-out image, or the first of training, and captions to ask it with: its objects, else its own."""
+    shards = run.val or run.shards
+    things = [thing for thing in shards.record(0).get('objects') or [] if isinstance(thing, dict) and 'name' in thing]
+    return Image.open(io.BytesIO(shards.image(0))), [f"a {thing['name']}" for thing in things] or shards.pool(0)[:3]
 
 
 def summary(figures):
@@ -623,12 +679,12 @@ def summary(figures):
 def announce(run):
     """What this run will do, before it does it."""
     o, views = run.options, run.views
-    globals_, crops, captions = views.counts
+    globals_, crops, captions, local = views.counts
     held = f'{len(run.val):,} held out in {o.val}' if run.val else 'none held out (--val)'
     print(f'data       {len(run.shards):,} pairs in {len(run.shards.paths)} shards of {o.data}, {held}')
     print(f'model      {o.preset}, {o.method}, {sum(p.numel() for p in run.model.parameters()):,} parameters, '
           f'vocabulary {run.tokenizer.vocab_size:,} ({o.vocab})')
-    print(f'views      {globals_} + {crops} images, {globals_} + {captions} captions (global + local), {o.augment}')
+    print(f'views      {globals_} + {crops} images, {captions} + {local} captions (global + local), {o.augment}')
     epochs = o.steps * o.batch / len(run.shards)
     parts = f' in {o.accum} parts' if o.accum > 1 else ''
     print(f'run        steps {run.step} to {o.steps} ({epochs:.1f} epochs) of {o.batch} pairs{parts} on {run.world} x '
@@ -645,18 +701,22 @@ def finish(run):
     seconds, figures = run.seconds(), evaluate(run)
     if not run.main:
         return
+    maps = figures.pop('maps', None)
     (run.out / 'eval.json').write_text(json.dumps({'steps': run.step, 'seconds': seconds, **figures}, indent=1))
     files = ['last.pt', 'log.jsonl', 'config.json', 'eval.json', 'samples.png']
-    if run.cosmos:
-        shards = run.val or run.shards
+    if run.method.cross:
         try:
-            things = [thing for thing in shards.record(0).get('objects') or [] if isinstance(thing, dict)]
-            captions = [f"a {thing['name']}" for thing in things if 'name' in thing] or shards.pool(0)[:3]
-            evaluation.attention_picture(run.network(), run.tokenizer, Preprocess(run.config.image_size),
-                                         Image.open(io.BytesIO(shards.image(0))), captions, run.out / 'attention.png')
+            image, captions = example(run)
+            evaluation.attention_picture(run.network(), run.tokenizer, Preprocess(run.config.image_size), image,
+                                         captions, run.out / 'attention.png')
             files.append('attention.png')
         except (ValueError, OSError) as error:
-            print(f'no attention picture: {shards.name(0)} cannot be read ({error})')
+            print(f'no attention picture: {(run.val or run.shards).name(0)} cannot be read ({error})')
+    scored = [entry for entry in map(json.loads, (run.out / 'log.jsonl').open()) if 'maps' in entry.get('eval', {})]
+    if scored and maps:                                                 # --eval-every
+        columns = [(f"step {entry['step']}", entry['eval']['maps']) for entry in scored] + [(f'step {run.step}', maps)]
+        evaluation.attention_strip(image, columns, run.out / 'strip.png')
+        files.append('strip.png')
     whose = 'teacher' if run.teacher else 'model'
     print(f'\n{run.step} steps, {seconds / 60:.1f} minutes; the {whose} on held-out pairs:')
     evaluation.show(figures or {'nothing': 'no --val shards'})
@@ -666,7 +726,7 @@ def finish(run):
 
 # --- 8. --bench: time by part, and the share of what the machine's matrix products reach -----------------------------
 
-def count_flops(config, B, images, texts, cosmos=True):
+def count_flops(config, B, images, texts, method=METHODS['cosmos']):
     """Floating-point operations of a step on one process: {'student', 'teacher', 'losses', 'backward'}.
 
     images: (h, w) of all views; texts: lengths of all captions. A multiplication and its addition are two; counted are
@@ -685,12 +745,14 @@ def count_flops(config, B, images, texts, cosmos=True):
         return (sum(tower(P + 1, c.vision_width, c.vision_layers, whole and i == 0) for i, P in enumerate(patches)) +
                 sum(tower(T, c.text_width, c.text_layers, whole and i == 0) for i, T in enumerate(texts)))
     V, U = len(images), len(texts)
-    student, teacher, clip, distill = towers(patches, texts, cosmos) + stem, 0, 4 * min(V, 2) * U * B * D, 0
-    if cosmos:
+    student, teacher, clip, distill = towers(patches, texts, method.cross) + stem, 0, 4 * min(V, 2) * U * B * D, 0
+    if method.cross:
         for n, L, C in ((U, patches[0], c.vision_width), (V, texts[0], c.text_width)):  # C^I, C^T
             student += 2 * L * C * D + L * 4 * D ** 2 + n * (4 * D ** 2 + 4 * L * D)
-        teacher = towers(patches[:2], texts[:2], False) + stem * sum(patches[:2]) // sum(patches)
-        distill = 4 * (4 * V + 4 * U) * B * D
+    if method.terms:
+        both = len(method.terms) > 1                                                    # else images only
+        teacher = towers(patches[:2], texts[:2 * both], False) + stem * sum(patches[:2]) // sum(patches)
+        distill = 4 * (2 * V + 2 * U * both) * B * D * (1 + method.cross)
     # Each product has two gradients, but none for pixels, and none for the teacher's features where they are columns
     # (as rows they are scaled first, by a parameter).
     backward = 2 * student - stem + 2 * clip + distill * 3 // 2
@@ -714,24 +776,24 @@ def timed(device, call):
 
 def bench(options, device):
     """Steps on random data, timed by part: medians, samples/s, memory, FLOPs and their share of the machine's peak."""
-    cosmos = options.method == 'cosmos'
-    config = Config.preset(options.preset, **({} if cosmos else {'cross_heads': 0}))
+    method = METHODS[options.method]
+    config = Config.preset(options.preset, **({} if method.cross else {'cross_heads': 0}))
     precision, dtype = choose_precision(options.precision, device)
     model, B = COSMOS(config).to(device), options.batch
     model.set_grad_checkpointing(options.grad_checkpoint)
-    teacher, optimizer = Teacher(model) if cosmos else None, make_optimizer(model, options, device)
+    teacher, optimizer = Teacher(model) if method.terms else None, make_optimizer(model, options, device)
     if options.compile:
         model.compile(dynamic=True)
-    V, U = ((2, options.local_crops), (2, options.local_captions)) if cosmos else ((1, 0), (1, 0))
-    sides = [config.image_size] * V[0] + [config.local_image_size] * V[1]
+    large, small, globals_, local = view_counts(options)
+    sides = [config.image_size] * large + [config.local_image_size] * small
     # Lengths as in captions of the field: globals 10 to 77 tokens, locals 10 to 20, sorted and rounded up by `collate`.
     longest = config.context_length
-    lengths = [longest] * U[0] + [min(16, longest)] * (U[1] // 2) + [min(24, longest)] * (U[1] - U[1] // 2)
+    lengths = [longest] * globals_ + [min(16, longest)] * (local // 2) + [min(24, longest)] * (local - local // 2)
     images = [torch.randn(B, 3, side, side, device=device) for side in sides]
     texts = [torch.randint(1, config.vocab_size - 2, (B, length), device=device) for length in lengths]
     for text in texts:
         text[:, 0], text[:, -1] = config.vocab_size - 2, config.vocab_size - 1
-    run = SimpleNamespace(cosmos=cosmos, device=device)
+    run, short = SimpleNamespace(method=method, device=device), texts[:2 * (len(method.terms) > 1)]
     parts = {}
 
     def part(name, call):
@@ -742,18 +804,18 @@ def bench(options, device):
     def step():
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = part('student forward', lambda: model(images, texts))
-            target = part('teacher forward', lambda: teacher(images[:2], texts[:2])) if cosmos else ()
+            target = part('teacher forward', lambda: teacher(images[:2], short)) if teacher else ()
         loss = part('losses', lambda: losses(run, out, target, scales_of(model))[0])
         part('backward', loss.backward)
         part('AdamW', lambda: (optimizer.step(), optimizer.zero_grad()))
-        if cosmos:
+        if teacher:
             part('EMA', lambda: teacher.update(model, 0.99))
 
     for i in range(options.bench + 2):
         parts = parts if i > 2 else {}                                  # the first two warm up
         part('step', step)
     medians = {name: sorted(times)[len(times) // 2] for name, times in parts.items()}
-    flops, peak = count_flops(config, B, [(s, s) for s in sides], lengths, cosmos), matmul_peak(device, dtype)
+    flops, peak = count_flops(config, B, [(s, s) for s in sides], lengths, method), matmul_peak(device, dtype)
     total, seconds = sum(flops.values()), medians.pop('step')
     print(f'bench      {options.preset}, {options.method}, batch {B}, {len(sides)} images and {len(lengths)} captions, '
           f'{precision} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}')
