@@ -14,6 +14,7 @@
 CKPT is ours (runs/.../last.pt), a released cosmos_vitb*.pt, or an open_clip ViT state dict. Scores come from the
 teacher, the averaged weights, unless --weights student. Features are float32 of unit length, scores their products.
 """
+import contextlib
 import csv
 import hashlib
 import inspect
@@ -63,6 +64,16 @@ def read_json(path, *keys):
     for key in keys:
         need(key in value, f"{path} has no '{key}'; is it the file that --help describes?")
     return value
+
+
+@contextlib.contextmanager
+def layout_of(path):
+    """Reading what the JSON at `path` holds: a key that is not there, or a list for an object, becomes a sentence."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f'{path} is not laid out as this command expects ({type(error).__name__}: {error}); see '
+                         'README and --help') from None
 
 
 def read_lines(path):
@@ -244,11 +255,13 @@ def retrieval(image_features, text_features, owner):
 
 def coco_captions(root):
     """COCO layout -> (image paths, captions, owner)."""
-    listing = read_json(Path(root, 'annotations/captions_val2017.json'), 'images', 'annotations')
-    number = {image['id']: i for i, image in enumerate(listing['images'])}
-    return ([Path(root, 'images/val2017', image['file_name']) for image in listing['images']],
-            [a['caption'] for a in listing['annotations']],
-            torch.tensor([number[a['image_id']] for a in listing['annotations']]))
+    path = Path(root, 'annotations/captions_val2017.json')
+    listing = read_json(path, 'images', 'annotations')
+    with layout_of(path):
+        number = {image['id']: i for i, image in enumerate(listing['images'])}
+        return ([Path(root, 'images/val2017', image['file_name']) for image in listing['images']],
+                [a['caption'] for a in listing['annotations']],
+                torch.tensor([number[a['image_id']] for a in listing['annotations']]))
 
 
 def with_owners(images, pools):
@@ -259,20 +272,21 @@ def with_owners(images, pools):
 
 def karpathy_captions(path, split, images):
     """Karpathy's dataset_coco.json or dataset_flickr30k.json -> (image paths, captions, owner) of one split."""
-    chosen = [image for image in read_json(path, 'images')['images'] if image.get('split') == split]
-    need(chosen, f"{path} has no image of split '{split}'; Karpathy's are train, restval, val, test")
-    root = Path(images or Path(path).parent)
-    return with_owners([root / image.get('filepath', '') / image['filename'] for image in chosen],
-                       [[sentence['raw'] for sentence in image['sentences']] for image in chosen])
+    root, listing = Path(images or Path(path).parent), read_json(path, 'images')['images']
+    with layout_of(path):
+        chosen = [image for image in listing if image.get('split') == split]
+        need(chosen, f"{path} has no image of split '{split}'; Karpathy's are train, restval, val, test")
+        return with_owners([root / image.get('filepath', '') / image['filename'] for image in chosen],
+                           [[sentence['raw'] for sentence in image['sentences']] for image in chosen])
 
 
 def flickr_captions(path, images):
     """The released code's flickr30k_val.json, [{"image", "caption": [five]}] -> (image paths, captions, owner)."""
     listing, root = read_json(path), Path(images or Path(path).parent)
-    need(isinstance(listing, list) and listing and all({'image', 'caption'} <= item.keys() for item in listing),
-         f"{path} is no list of objects with 'image' and 'caption'")
-    return with_owners([root / item['image'] for item in listing],
-                       [[item['caption']] if isinstance(item['caption'], str) else item['caption'] for item in listing])
+    with layout_of(path):
+        need(listing, f'{path} lists no image')
+        return with_owners([root / item['image'] for item in listing], [
+            [item['caption']] if isinstance(item['caption'], str) else item['caption'] for item in listing])
 
 
 def shard_captions(shards):
@@ -360,16 +374,19 @@ def folder_classes(root, classes=None, subset=None):
         return [path for path, _ in found], torch.tensor([k for _, k in found]), names, TEMPLATES
     need(classes, f'{root}/labels.json numbers its classes; name them with --classes FILE')
     listing = read_json(classes)
-    if isinstance(listing, list):
-        listing = {'classes': [{'id': i, 'name': name} for i, name in enumerate(listing)]}
-    names = {item['id']: item.get('noun_phrase') or item['name'] for item in listing['classes']}
-    subsets = {None: names, **listing.get('subsets', {})}
-    need(subset in subsets, f"{classes} has no subset '{subset}'; it has: {', '.join(list(subsets)[1:]) or 'none'}")
-    number = {class_id: k for k, class_id in enumerate(subsets[subset])}
-    chosen = [item for item in read_json(root / 'labels.json') if item['class_id'] in number]
-    need(chosen, f'no image of {root}/labels.json is of a class in {classes}; are its ids the same?')
-    return ([root / item['file'] for item in chosen], torch.tensor([number[item['class_id']] for item in chosen]),
-            [names[class_id] for class_id in number], listing.get('templates', TEMPLATES))
+    with layout_of(classes):
+        if isinstance(listing, list):
+            listing = {'classes': [{'id': i, 'name': name} for i, name in enumerate(listing)]}
+        names = {item['id']: item.get('noun_phrase') or item['name'] for item in listing['classes']}
+        subsets = {None: names, **listing.get('subsets', {})}
+        need(subset in subsets, f"{classes} has no subset '{subset}'; it has: {', '.join(list(subsets)[1:]) or 'none'}")
+        number = {class_id: k for k, class_id in enumerate(subsets[subset])}
+        named = [names[class_id] for class_id in number]
+    with layout_of(root / 'labels.json'):
+        chosen = [item for item in read_json(root / 'labels.json') if item['class_id'] in number]
+        need(chosen, f'no image of {root}/labels.json is of a class in {classes}; are its ids the same?')
+        return ([root / item['file'] for item in chosen], torch.tensor([number[item['class_id']] for item in chosen]),
+                named, listing.get('templates', TEMPLATES))
 
 
 def listed_objects(shards):
@@ -561,16 +578,34 @@ def read_mask(path, size, classes, reduce_zero_label=False):
 def mask_pairs(images, masks, image_suffix='', mask_suffix='', listing=None):
     """[(image path, mask path)] of equal stems, suffixes cut off; of those in `listing`, a stem a line, if given."""
     stems = read_text(listing).split() if listing else None
-    stem = lambda path, suffix: path.stem.removesuffix(suffix) if path.stem.endswith(suffix) else None
-    pictures = {stem(p, image_suffix): p for p in images_in(images)}
-    found = {stem(p, mask_suffix): p for p in sorted(Path(masks).rglob('*.png'))}
-    pairs = {name: path for name, path in found.items() if name and (stems is None or name in stems)}
+    def by_stem(paths, suffix):
+        found = {}
+        for path in (path for path in paths if path.stem.endswith(suffix)):
+            other = found.setdefault(path.stem.removesuffix(suffix), path)
+            need(other is path, f'{other} and {path} have one name; rename one, or give folders apart')
+        return found
+    pictures, found = by_stem(images_in(images), image_suffix), by_stem(sorted(Path(masks).rglob('*.png')), mask_suffix)
+    pairs = {name: path for name, path in found.items() if stems is None or name in stems}
     missing = [path for name, path in pairs.items() if name not in pictures]
     missing += [Path(masks, f'{name}{mask_suffix}.png') for name in stems or () if name not in found]
     if missing:
         raise ValueError(f'{missing[0]} and an image of that name in {images} are not both there; see --image-suffix')
     need(pairs, f"{masks} holds no mask '*{mask_suffix}.png'; see --mask-suffix")
     return [(pictures[name], path) for name, path in pairs.items()]
+
+
+def scene_masks(shards, classes):
+    """(name, image, (h, w) truth) of shards with a KEY.mask.png that numbers their `objects`, as of data.py make.
+    classes: lists of names. An object is of the first class with one that is part of its own name, as 'red' of 'red
+    star', and is ignored where there is none; what is no object is class 0."""
+    for i in tqdm(range(len(shards)), desc='images', disable=None, leave=False):
+        data, things = shards.mask(i), shards.record(i).get('objects')
+        need(data and things, f'{shards.name(i)} has no objects with a KEY.mask.png; give --images and --masks')
+        owns = lambda thing, names: any(f' {name} ' in f" {thing['name']} " for name in names)
+        numbers = [next((k for k, names in enumerate(classes) if owns(thing, names)), IGNORE) for thing in things]
+        mask = np.array(read_image(io.BytesIO(data), f'the mask of {shards.name(i)}'))
+        truth = torch.tensor([0, *numbers])[torch.from_numpy(mask).long()]
+        yield f'{i:06d}', read_image(io.BytesIO(shards.image(i))), truth
 
 
 def overlay(image, labels, names, path):
@@ -672,12 +707,15 @@ def suppression(model, tokenizer, preprocess, root, workers=0):
     """Feature suppression by root/probes.json: scenes A and B differ at the small object only, A and C at the big one.
     -> per role: how often a name of the object finds its scene of the two, with the standard error over probes, and how
     often scene A finds the name among nine others'."""
-    probes, figures = read_json(Path(root, 'probes.json')), {}
+    path, figures = Path(root, 'probes.json'), {}
+    probes = read_json(path)
+    need(probes, f'{path} lists no probe')
     for role, other in (('dominant', 'C'), ('small', 'B')):
         scenes, names = [], []
-        for images, query in ((probe['images'], probe[f'{role}_query']) for probe in probes):
-            scenes.append(([images['A'], images[other]], [query['positive'], query['swap']], None))
-            names.append(([images['A']], [query['positive'], *query['negatives']], None))
+        with layout_of(path):
+            for images, query in ((probe['images'], probe[f'{role}_query']) for probe in probes):
+                scenes.append(([images['A'], images[other]], [query['positive'], query['swap']], None))
+                names.append(([images['A']], [query['positive'], *query['negatives']], None))
         matrices = embed_items(model, tokenizer, preprocess, scenes + names, root, workers)
         share = np.array([np.mean(pair_hits(matrix)[0]) for matrix in matrices[:len(probes)]])
         named = pair_scores(matrices[len(probes):])
@@ -864,23 +902,31 @@ def run_classify(args, model, tokenizer, preprocess):
     return {'prompts': ' | '.join(templates), **figures}
 
 
+def folder_masks(args, classes, reduce_zero_label):
+    """(name, image, (h, w) truth) of --images and --masks."""
+    pairs = mask_pairs(args.images, args.masks, args.image_suffix, args.mask_suffix, args.list)
+    for picture, mask in tqdm(pairs, desc='images', disable=None, leave=False):
+        image = read_image(picture)
+        yield picture.stem, image, read_mask(mask, image.size, classes, reduce_zero_label)
+
+
 def run_segment(args, model, tokenizer, preprocess):
     window = args.window or model.config.image_size
     o = Settings(*BENCHMARKS.get(args.benchmark, (window * 3 // 2, 40, 0, 0, False)), window, window // 2)
     o = o._replace(**{name: value for name, value in vars(args).items() if name in o._fields and value is not None})
     classes = [[name.strip() for name in line.split(',')] for line in read_lines(args.classes)]
     names, templates = [some[0] for some in classes], read_templates(args.templates)
+    need(args.shards or args.images, '--masks need their images: --images DIR')
     vectors = class_vectors(model, tokenizer, sum(classes, []), templates).to(model.logit_scale.device)
-    pairs, matrix = mask_pairs(args.images, args.masks, args.image_suffix, args.mask_suffix, args.list), 0
-    for picture, mask in tqdm(pairs, desc='images', disable=None, leave=False):
-        image = read_image(picture)
-        truth = read_mask(mask, image.size, len(classes), o.reduce_zero_label)
+    scenes, count, matrix = (scene_masks(Shards(args.shards), classes) if args.shards else
+                             folder_masks(args, len(classes), o.reduce_zero_label)), 0, 0
+    for name, image, truth in scenes:
         labels = segment_image(model, image, vectors, list(map(len, classes)), o)
-        matrix = matrix + confusion(truth, labels, len(classes))
+        count, matrix = count + 1, matrix + confusion(truth, labels, len(classes))
         if args.save:
             Path(args.save).mkdir(parents=True, exist_ok=True)
-            overlay(image, labels.numpy(), names, Path(args.save, f'{picture.stem}.png'))
-    return {'images': len(pairs), 'settings': json.dumps(o._asdict()), 'prompts': ' | '.join(templates),
+            overlay(image, labels.numpy(), names, Path(args.save, f'{name}.png'))
+    return {'images': count, 'settings': json.dumps(o._asdict()), 'prompts': ' | '.join(templates),
             **segmentation_figures(matrix, names)}
 
 
@@ -941,8 +987,10 @@ COMMANDS = {        # what it does, function, flags of which exactly one is give
         '--classes': 'JSON of class names: for a labels.json, or {folder: name}',
         '--subset': 'a subset that the classes file lists',
         '--templates': 'file of prompts with {} for the class, a line each or a JSON list'}),
-    'segment': ('zero-shot segmentation: mIoU, IoU of each class, pixel accuracy', run_segment, {}, {
-        '--images': must('folder of images'), '--masks': must('folder of PNG masks of class numbers; 255 is ignored'),
+    'segment': ('zero-shot segmentation: mIoU, IoU of each class, pixel accuracy', run_segment, {
+        '--masks': 'folder of PNG masks of class numbers; 255 is ignored',
+        '--shards': 'held-out shards with masks of their objects, which are of the class they have in their name'}, {
+        '--images': 'folder of the images of --masks',
         '--classes': must('a class a line, in the order of its numbers, names by commas'),
         '--templates': 'file of prompts with {} for the class', '--save': 'folder for overlays with a legend',
         '--image-suffix': dict(default='', help='end of image names that masks lack, as _leftImg8bit'),

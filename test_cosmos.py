@@ -990,6 +990,18 @@ def test_published_layouts(tmp_path):
     paths, captions, owner = evaluation.karpathy_captions(listed, 'test', None)
     assert (paths, captions, owner.tolist()) == ([tmp_path / 'val2014/test.jpg'], ['test', 'b'], [0, 0])
     refused("no 'annotations'", evaluation.read_json, listed, 'images', 'annotations')
+    for read, name, value, told in (        # keys that are not there, lists for objects: the file, and what it lacks
+            (evaluation.coco_captions, 'wrong/annotations/captions_val2017.json', {'images': [{'id': 1}],
+                                                                                   'annotations': []}, 'file_name'),
+            (lambda root: evaluation.karpathy_captions(root / 'k.json', 'test', None), 'wrong/k.json',
+             {'images': [{'split': 'test', 'filename': 'a'}]}, 'sentences'),
+            (lambda root: evaluation.flickr_captions(root / 'f.json', None), 'wrong/f.json', [{'image': 'a'}], 'caption'),
+            (lambda root: evaluation.flickr_captions(root / 'f.json', None), 'wrong/f.json', ['a'], 'TypeError'),
+            (lambda root: evaluation.suppression(None, None, None, root), 'wrong/probes.json', [{'images': {}}],
+             'dominant_query'),
+            (lambda root: evaluation.folder_classes(root, root / 'c.json'), 'wrong/c.json', [], 'labels.json')):
+        write('wrong/labels.json', {'file': 'a'})
+        refused(f'wrong/.*{told}', read, write(name, value) and tmp_path / 'wrong')
     root = [write(f'folder/{name}') for name in ('ox_2/1.png', 'ape/2.png', 'ape/.x', '.cache/3.png')][0].parents[1]
     paths, labels, names, _ = evaluation.folder_classes(root)
     assert ([path.name for path in paths], labels.tolist(), names) == (['2.png', '1.png'], [0, 1], ['ape', 'ox 2'])
@@ -1120,6 +1132,22 @@ def test_masks_and_their_errors(tmp_path):
     refused('b_ids.png', evaluation.mask_pairs, *arguments, listing=tmp_path / 'list.txt')
     (tmp_path / 'images/s/a_rgb.jpg').unlink()
     refused('a_ids.png', evaluation.mask_pairs, *arguments)
+    for name in ('images/s/a_rgb.jpg', 'images/t/a_rgb.jpg'):
+        put(tmp_path / name)
+    refused('s/a_rgb.jpg and .*t/a_rgb.jpg have one name', evaluation.mask_pairs, *arguments)
+
+
+def test_scenes_as_masks(scenes):
+    """oracle: the masks and names themselves: every pixel's class by a loop; what no class names is ignored."""
+    shards, classes = data.Shards(scenes / 'val'), [['background'], ['red', 'blue'], ['star']]
+    for i, (name, image, truth) in enumerate(evaluation.scene_masks(shards, classes)):
+        names = [thing['name'] for thing in shards.record(i)['objects']]
+        mask = np.array(Image.open(io.BytesIO(shards.mask(i))))
+        kind = [0] + [1 if name.split()[0] in ('red', 'blue') else 2 if 'star' in name else 255 for name in names]
+        assert truth.tolist() == [[kind[k] for k in row] for row in mask] and image.size == truth.T.shape
+    assert i == 11 and name == '000011'
+    refused('00000.tar:000000.webp has no objects with a KEY.mask.png',
+            lambda: list(evaluation.scene_masks(data.Shards(scenes / 'train'), classes)))
 
 
 def test_pairs_by_hand_and_published_rows(tmp_path, monkeypatch):
