@@ -862,7 +862,8 @@ def show(figures, indent=''):
     """Print nested figures, one a line: fractions in percent, with what guessing gives beside them; and ranks."""
     for name, value in figures.items():
         top = re.fullmatch(r'\w*(?:R@|top)(\d+)', name)
-        chance = figures.get(f"{name.rpartition('_')[0]}_chance", figures.get('chance') if top else None)
+        own = figures.get(f'{name}_chance', figures.get(f"{name.rpartition('_')[0]}_chance"))
+        chance = figures.get('chance') if top and own is None else own
         if isinstance(value, dict):
             print(f'{indent}{name}')
             show(value, indent + '  ')

@@ -991,12 +991,12 @@ def test_published_layouts(tmp_path):
     assert (paths, captions, owner.tolist()) == ([tmp_path / 'val2014/test.jpg'], ['test', 'b'], [0, 0])
     refused("no 'annotations'", evaluation.read_json, listed, 'images', 'annotations')
     for read, name, value, told in (        # keys that are not there, lists for objects: the file, and what it lacks
-            (evaluation.coco_captions, 'wrong/annotations/captions_val2017.json', {'images': [{'id': 1}],
-                                                                                   'annotations': []}, 'file_name'),
+            (evaluation.coco_captions, 'wrong/annotations/captions_val2017.json',
+             {'images': [{'id': 1}], 'annotations': []}, 'file_name'),
             (lambda root: evaluation.karpathy_captions(root / 'k.json', 'test', None), 'wrong/k.json',
              {'images': [{'split': 'test', 'filename': 'a'}]}, 'sentences'),
-            (lambda root: evaluation.flickr_captions(root / 'f.json', None), 'wrong/f.json', [{'image': 'a'}], 'caption'),
-            (lambda root: evaluation.flickr_captions(root / 'f.json', None), 'wrong/f.json', ['a'], 'TypeError'),
+            (lambda root: evaluation.flickr_captions(root / 'f.json', 'x'), 'wrong/f.json', [{'image': 'a'}], 'caption'),
+            (lambda root: evaluation.flickr_captions(root / 'f.json', 'x'), 'wrong/f.json', ['a'], 'TypeError'),
             (lambda root: evaluation.suppression(None, None, None, root), 'wrong/probes.json', [{'images': {}}],
              'dominant_query'),
             (lambda root: evaluation.folder_classes(root, root / 'c.json'), 'wrong/c.json', [], 'labels.json')):
