@@ -336,7 +336,7 @@ class CrossAttention(nn.Module):
 # --- 5. The student, and its EMA teacher -------------------------------------------------------- framework figure ---
 
 class Output(NamedTuple):
-    """What the losses read, all of unit length. The cross-modal ones are None in a plain CLIP."""
+    """What the losses read, all of unit length. The cross-modal ones are None in a model without cross-attention."""
     image: torch.Tensor         # (V, B, D)  [cls]
     text: torch.Tensor          # (U, B, D)  [eot]
     image_x: torch.Tensor       # (V, B, D)  h_I, Eq. 1
@@ -545,9 +545,11 @@ def distill_terms(out, teacher_image, teacher_text, scale):
     For the rows of Table 5 between CLIP and COSMOS. Our reading: their loss is not known to us, so it is that of Eq. 6
     with the embeddings themselves in place of h_I and h_T, each against the teacher of its own modality.
     """
-    pairs = [(out.image, teacher_image)] + ([] if teacher_text is None else [(out.text, teacher_text)])
-    everybody = gather(*(features for pair in pairs for features in pair))
-    return torch.stack([symmetric_nce(*pair, *everybody[2 * k:][:2], scale) for k, pair in enumerate(pairs)])
+    if teacher_text is None:
+        return symmetric_nce(out.image, teacher_image, *gather(out.image, teacher_image), scale)[None]
+    all_I, all_T, all_cls, all_eot = gather(out.image, out.text, teacher_image, teacher_text)
+    return torch.stack([symmetric_nce(out.image, teacher_image, all_I, all_cls, scale),
+                        symmetric_nce(out.text, teacher_text, all_T, all_eot, scale)])
 
 
 # --- 8. Names of the released code and of open_clip ------------------------------------------------------------------

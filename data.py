@@ -323,8 +323,8 @@ CAPTION_KEYS = [        # the first family that has a sentence is the pool
     ['original_caption', 'caption'],                                    # PixelProse
     ['captions'], ['caption'], ['txt'],
 ]
-POOLS = {'raw': 'raw_caption', 'all': None} | {                         # --caption-pool: which of DreamLIP's keys
-    kind: ','.join(key for key in CAPTION_KEYS[0] if key.startswith(kind)) for kind in ('short', 'long')}
+POOLS = {'raw': 'raw_caption', 'short': ','.join(CAPTION_KEYS[0][1:4]), 'long': ','.join(CAPTION_KEYS[0][4:]),
+         'all': None}                                                   # --caption-pool
 
 
 def sentences(value):
@@ -364,14 +364,15 @@ def text_crops(pool, rng, globals_=2, local=6):
 
 def seen_sentences(pool, objects, box):
     """The sentences that name objects of a scene, and only such as have their centre in the image crop `box` (y, x, h,
-    w); the whole pool where there is none. objects: [{'name', 'bbox': (x, y, w, h)}], as the built-in set lists them.
+    w); where there is none those that name no object, or else all. objects: [{'name', 'bbox': (x, y, w, h)}].
     """
     seen = {}
     for thing in objects:
         x, y, w, h = thing['bbox']
         seen[thing['name']] = 0 <= y + h / 2 - box[0] < box[2] and 0 <= x + w / 2 - box[1] < box[3]
     told = [[seen[name] for name in seen if name in sentence.lower()] for sentence in pool]
-    return [sentence for sentence, named in zip(pool, told) if named and all(named)] or pool
+    return ([sentence for sentence, named in zip(pool, told) if named and all(named)] or
+            [sentence for sentence, named in zip(pool, told) if not named] or pool)
 
 
 # --- 3. Tokenizer: CLIP's byte-pair encoding, with CLIP's merges or learned ones -------------------------------------
@@ -771,8 +772,8 @@ class Views(torch.utils.data.Dataset):
                          'python data.py inspect')
 
     def views(self, epoch, index):
-        """-> global images (2, 3, S, S) and local ones (n, 3, s, s), uint8, before `photometric`; its numbers for them,
-        (2 + n, 12); global and local captions, list of strings. A plain CLIP has one global of each and no locals.
+        """-> global images (m, 3, S, S) and local ones (n, 3, s, s), uint8, before `photometric`; its numbers for them,
+        (m + n, 12); global and local captions, list of strings. `counts` says how many of each.
 
         augment 'full' is the released recipe; 'crops' leaves colours and sides alone, for captions that name them.
         """
@@ -784,10 +785,11 @@ class Views(torch.utils.data.Dataset):
             torch.default_generator.manual_seed(rng.getrandbits(63))
             crops, boxes = image_crops(self.shards.image(index), kinds)
         if self.aligned:        # Caption k tells what crop k shows, globals to globals and locals to locals.
-            pools = [seen_sentences(pool, self.shards.record(index).get('objects') or [], box) for box in boxes]
-            whole, single = pools[:globals_], pools[globals_:]
-            captions[:len(whole)] = [text_crops(seen, rng, 1, 0)[0] for seen in whole][:texts[0]]
-            captions[texts[0]:texts[0] + len(single)] = [rng.choice(seen) for seen in single][:texts[1]]
+            objects = self.shards.record(index).get('objects') or []
+            for k, box in enumerate(boxes[:globals_][:texts[0]]):
+                captions[k] = text_crops(seen_sentences(pool, objects, box), rng, 1, 0)[0]
+            for k, box in enumerate(boxes[globals_:][:texts[1]], texts[0]):
+                captions[k] = rng.choice(seen_sentences(pool, objects, box))
         large, small = torch.stack(crops[:globals_]), crops[globals_:]
         colours = torch.tensor([draw_colours(kind, rng) if self.augment == 'full' else [] for kind in kinds])
         return large, torch.stack(small) if small else large[:0], colours, captions
@@ -795,8 +797,8 @@ class Views(torch.utils.data.Dataset):
 
 class Batch(NamedTuple):
     """Views of B pairs in few large tensors. Captions are cut to their longest, except 0: C^T reads its padding."""
-    images: list        # (2, B, 3, S, S) and (local, B, 3, s, s), uint8
-    colours: list       # (2, B, 12) and (local, B, 12), for `photometric`; they stay on the CPU
+    images: list        # global ones (2, B, 3, S, S) and local ones (some, B, 3, s, s), uint8
+    colours: list       # (2, B, 12) and (some, B, 12), for `photometric`; they stay on the CPU
     texts: list         # (1, B, context length), (1, B, length) and local ones (some, B, their longest), int64
     place: object       # (U, B): where among a pair's captions in `texts` the one is that was drawn as u-th
     length: int         # of the longest global caption: the teacher reads ends only, so it gets caption 0 cut to this
@@ -833,7 +835,7 @@ def collate(samples):
     images = [torch.stack(part, dim=1) for part in (large, small) if len(part[0])]
     colours = torch.stack(colours, dim=1).split([len(group) for group in images])
     tokens = torch.stack(tokens, dim=1)                                 # (U, B, T)
-    count = min(len(tokens), 2)                                         # globals; one alone has no locals
+    count = min(len(tokens), 2)                                         # of the globals: two, or the only caption
     ends = tokens.argmax(dim=-1)                                        # (U, B): the end of a text has the largest id
     length = int(ends[:count].max()) + 1
     texts = [tokens[:1], tokens[1:count, :, :length]]

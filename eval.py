@@ -24,6 +24,7 @@ import math
 import pickle
 import re
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -389,11 +390,31 @@ def folder_classes(root, classes=None, subset=None):
                 named, listing.get('templates', TEMPLATES))
 
 
+def things(shards, i):
+    """What the json of pair i lists as `objects`: dicts, {} for what is none; [] where it lists nothing."""
+    listed = shards.record(i).get('objects')
+    return [thing if isinstance(thing, dict) else {} for thing in listed] if isinstance(listed, list) else []
+
+
 def listed_objects(shards):
     """[(pair, its k-th object, the object)] of shards as of data.py make, whose objects have name, role, negatives."""
-    ours = lambda thing: isinstance(thing, dict) and {'name', 'role', 'negatives'} <= thing.keys()
-    return [(i, k, thing) for i in range(len(shards))
-            for k, thing in enumerate(shards.record(i).get('objects') or []) if ours(thing)]
+    return [(i, k, thing) for i in range(len(shards)) for k, thing in enumerate(things(shards, i))
+            if {'name', 'role', 'negatives'} <= thing.keys()]
+
+
+def shard_image(shards, i):
+    return read_image(io.BytesIO(shards.image(i)), shards.name(i))
+
+
+def shard_mask(shards, i, size):
+    """The KEY.mask.png of pair i, of an image of `size` (w, h), as (h, w) numbers of its objects, or None."""
+    data = shards.mask(i)
+    if data is None:
+        return None
+    mask = np.array(read_image(io.BytesIO(data), f'the mask of {shards.name(i)}'))
+    need(mask.shape == size[::-1] and mask.max() <= len(things(shards, i)),
+         f'the mask of {shards.name(i)} does not number its {len(things(shards, i))} objects pixel by pixel')
+    return mask
 
 
 def own_name_wins(objects, score):
@@ -405,7 +426,8 @@ def own_name_wins(objects, score):
 def probe_objects(image_features, objects, penalty=0.1):
     """Is it in the features, whatever texts find there? Own name against wrong ones as above, by a linear probe.
     objects: of one role. Ridge regression from image features to the words of their names, fitted on pairs of even
-    number and asked about the odd ones, then the reverse; a name's score is the mean of its words'. -> list of bool"""
+    number and asked about the odd ones, then the reverse; a name's score is the mean of its words'. So it cannot tell
+    whose colour is whose where a pair has several. -> list of bool, [] where one half has no pair."""
     words = {word for _, _, thing in objects for name in (thing['name'], *thing['negatives']) for word in name.split()}
     number, hits = {word: k for k, word in enumerate(sorted(words))}, []
     spelt = lambda name: [number[word] for word in name.split()]
@@ -416,7 +438,7 @@ def probe_objects(image_features, objects, penalty=0.1):
     for odd in (0, 1):
         fit, asked = pairs[pairs % 2 == odd], [thing for thing in objects if thing[0] % 2 != odd]
         if not len(fit):
-            continue
+            return []
         x = (image_features - image_features[fit].mean(dim=0)) / image_features[fit].std(dim=0, correction=0).add(1e-6)
         gram = x[fit].T @ x[fit] + penalty * len(fit) * torch.eye(x.shape[1])
         scores = x @ torch.linalg.solve(gram, x[fit].T @ (target[fit] - target[fit].mean(dim=0))) + target[fit].mean(0)
@@ -427,7 +449,8 @@ def probe_objects(image_features, objects, penalty=0.1):
 def classify_objects(model, tokenizer, image_features, shards, templates=TEMPLATES):
     """Feature suppression, measured: does an object's own name score above the wrong names listed for it?
     -> {role: {top1, chance, objects, probe_top1 of a linear probe}} over the objects of all scenes; {} where the shards
-    list none. The small ones have `of_dominant` too, the ratio of the two top1: 1 would be no suppression."""
+    list none. The small ones have `of_dominant` too, what they are above chance as a share of what the dominant are: 1
+    would be no suppression, though small things are harder in any case."""
     objects, figures = listed_objects(shards), {}
     names = sorted({name for *_, thing in objects for name in [thing['name'], *thing['negatives']]})
     vectors = dict(zip(names, class_vectors(model, tokenizer, names, templates))) if names else {}
@@ -435,10 +458,12 @@ def classify_objects(model, tokenizer, image_features, shards, templates=TEMPLAT
     for role in dict.fromkeys(thing['role'] for *_, thing in objects):
         some = [item for item in objects if item[2]['role'] == role]
         figures[role] = {'top1': float(np.mean(own_name_wins(some, score))),
-                         'chance': 1 / (1 + len(some[0][2]['negatives'])), 'objects': len(some),
-                         'probe_top1': float(np.mean(probe_objects(image_features, some) or [math.nan]))}
-    if {'dominant', 'small'} <= figures.keys():
-        figures['small']['of_dominant'] = figures['small']['top1'] / max(figures['dominant']['top1'], 1e-12)
+                         'chance': 1 / (1 + len(some[0][2]['negatives'])), 'objects': len(some)}
+        probed = probe_objects(image_features, some)
+        figures[role] |= {'probe_top1': float(np.mean(probed))} if probed else {}
+    above = {role: figures[role]['top1'] - figures[role]['chance'] for role in figures}
+    if above.get('dominant', 0) > 0 and 'small' in above:
+        figures['small']['of_dominant'] = above['small'] / above['dominant']
     return figures
 
 
@@ -446,35 +471,39 @@ def classify_objects(model, tokenizer, image_features, shards, templates=TEMPLAT
 def pointing(model, tokenizer, preprocess, shards, most=300):
     """Where do maps of a named object point? For the objects of the first `most` pairs, by their masks -> {map: {role:
     figures}}. Maps: 'cross_attention', weights of C^I asked by "a NAME" (COSMOS only); 'cosine' of patches and caption.
-    hit: the map's highest pixel lies on the object, chance its share of the area. mass: share of the weight on it,
-    beside the same chance. entropy of the weights, 1 for a uniform map. {} where the shards have no masks."""
-    size, device, figures = model.config.image_size, model.logit_scale.device, {}
-    cut = v2.Compose([v2.Resize(size, v2.InterpolationMode.NEAREST), v2.CenterCrop(size)])          # as `preprocess`
-    objects = [(*item, mask) for item in listed_objects(shards) if item[0] < most and (mask := shards.mask(item[0]))]
-    for first in range(0, len(objects), 64):
-        some = objects[first:first + 64]
-        pixels = torch.stack([preprocess(read_image(io.BytesIO(shards.image(i)))) for i, *_ in some]).to(device)
-        masks = [np.array(cut(read_image(io.BytesIO(mask)))) == k + 1 for _, k, _, mask in some]
-        masks, tokens = torch.from_numpy(np.stack(masks)), tokenizer([f"a {thing['name']}" for *_, thing, _ in some])
-        dense, text = model.encode_dense(pixels), unit(model.encode_text(tokens.to(device))[0])
-        maps = {'cosine': (dense @ text[:, None, :, None])[..., 0].cpu()}                           # (n, h, w)
-        if model.config.cross_heads:
-            weights = model.attention(pixels, tokens.to(device))[0].cpu()
-            maps['cross_attention'] = weights.view(maps['cosine'].shape)
-        for name, grids in maps.items():
-            full = F.interpolate(grids[:, None], (size, size), mode='bilinear').flatten(1)
-            share = masks.float().mean(dim=(1, 2))
-            hit = masks.flatten(1).gather(1, full.argmax(dim=1, keepdim=True))[:, 0]
-            told = {'hit': hit.float(), 'hit_chance': share}
+    hit: the middle of the highest patch lies on the object. mass: share of the weight on it. Both by chance: its share
+    of the area. entropy of the weights, 1 for a uniform map. {} where the shards have no masks."""
+    c, device, rows = model.config, model.logit_scale.device, {}
+    cut = v2.Compose([v2.Resize(c.image_size, v2.InterpolationMode.NEAREST), v2.CenterCrop(c.image_size)])
+    grid, objects = c.image_size // c.patch_size, [item for item in listed_objects(shards) if item[0] < most]
+    for i, some in groupby(objects, key=lambda item: item[0]):
+        image, some = shard_image(shards, i), list(some)
+        mask = shard_mask(shards, i, image.size)
+        if mask is None:
+            continue
+        mask = np.array(cut(Image.fromarray(mask)))                                     # as `preprocess` cuts images
+        masks = torch.from_numpy(np.stack([mask == k + 1 for _, k, _ in some])).float()             # (n, S, S)
+        _, patches = model.visual([preprocess(image)[None].to(device)], keep=True)                  # (1, P, C)
+        text, _ = model.encode_text(tokenizer([f"a {thing['name']}" for *_, thing in some]).to(device))     # (n, D)
+        maps = {'cosine': unit(text) @ unit(patches @ model.visual.proj)[0].T}                      # (n, P)
+        if c.cross_heads:
+            keys = model.image_tokens(patches).expand(len(some), -1, -1)
+            maps['cross_attention'] = model.image_cross.weights(text, keys)
+        middle = masks[:, c.patch_size // 2::c.patch_size, c.patch_size // 2::c.patch_size].flatten(1)
+        covered, area = F.avg_pool2d(masks, c.patch_size).flatten(1), masks.mean(dim=(1, 2))        # (n, P), (n,)
+        for name, weights in maps.items():
+            weights = weights.float().cpu()
+            told = {'hit': middle.gather(1, weights.argmax(dim=1, keepdim=True))[:, 0], 'hit_chance': area}
             if name == 'cross_attention':
-                covered = F.adaptive_avg_pool2d(masks[:, None].float(), grids.shape[1:])[:, 0]
-                entropy = -(grids * grids.clamp_min(1e-12).log()).sum(dim=(1, 2)) / math.log(grids[0].numel())
-                told |= {'mass': (grids * covered).sum(dim=(1, 2)), 'mass_chance': share, 'entropy': entropy}
-            for row, (*_, thing, _) in enumerate(some):
-                one = {key: value[row].item() for key, value in told.items()}
-                figures.setdefault(name, {}).setdefault(thing['role'], []).append(one)
-    return {name: {role: {key: float(np.mean([told[key] for told in some])) for key in some[0]}
-                   for role, some in roles.items()} for name, roles in figures.items()}
+                entropy = -(weights * weights.clamp_min(1e-12).log()).sum(dim=1) / math.log(grid ** 2)
+                told |= {'mass': (weights * covered).sum(dim=1), 'mass_chance': area, 'entropy': entropy}
+            for (*_, thing), *values in zip(some, *map(torch.Tensor.tolist, told.values())):
+                rows.setdefault((name, thing['role']), []).append(dict(zip(told, values)))
+    figures = {}
+    for (name, role), told in rows.items():
+        figures.setdefault(name, {})[role] = {'objects': len(told)} | {
+            key: float(np.mean([row[key] for row in told])) for key in told[0]}
+    return figures
 
 
 def evaluate(model, tokenizer, preprocess, shards):
@@ -599,13 +628,12 @@ def scene_masks(shards, classes):
     classes: lists of names. An object is of the first class with one that is part of its own name, as 'red' of 'red
     star', and is ignored where there is none; what is no object is class 0."""
     for i in tqdm(range(len(shards)), desc='images', disable=None, leave=False):
-        data, things = shards.mask(i), shards.record(i).get('objects')
-        need(data and things, f'{shards.name(i)} has no objects with a KEY.mask.png; give --images and --masks')
-        owns = lambda thing, names: any(f' {name} ' in f" {thing['name']} " for name in names)
-        numbers = [next((k for k, names in enumerate(classes) if owns(thing, names)), IGNORE) for thing in things]
-        mask = np.array(read_image(io.BytesIO(data), f'the mask of {shards.name(i)}'))
-        truth = torch.tensor([0, *numbers])[torch.from_numpy(mask).long()]
-        yield f'{i:06d}', read_image(io.BytesIO(shards.image(i))), truth
+        image, listed = shard_image(shards, i), things(shards, i)
+        mask = shard_mask(shards, i, image.size)
+        need(listed and mask is not None, f'{shards.name(i)} has no objects with a KEY.mask.png; see README')
+        owns = lambda thing, names: any(f' {name} ' in f" {thing.get('name')} " for name in names)
+        numbers = [next((k for k, names in enumerate(classes) if owns(thing, names)), IGNORE) for thing in listed]
+        yield f'{i:06d}', image, torch.tensor([0, *numbers])[torch.from_numpy(mask).long()]
 
 
 def overlay(image, labels, names, path):
@@ -789,21 +817,22 @@ def attention_strip(image, columns, path, tile=112):
 
 
 @torch.no_grad()
-def naming_picture(model, tokenizer, preprocess, shards, path, scenes=3, tile=176):
-    """PNG of held-out scenes, and beside each the names that it must be told from for its objects: bars are cosines
-    with the image, the right name is green, red where a wrong one wins."""
-    objects = [[item for item in listed_objects(shards) if item[0] == i][:3] for i in range(min(scenes, len(shards)))]
-    font, columns = 12, max(map(len, objects), default=0)
-    need(columns, 'these shards list no objects with names to choose from')
-    canvas = Image.new('RGB', (tile + 12 + 200 * columns, len(objects) * (tile + 8) + 8), 'white')
+def naming_picture(model, tokenizer, preprocess, shards, templates, path, scenes=3, tile=176):
+    """PNG of the first scenes, and beside each the names to choose from for up to three objects, best first: bars are
+    their cosines with the image, from the least to the most of the ten; the right name is green, or red if it loses."""
+    objects, groups, font = listed_objects(shards), {}, 12
+    for item in objects:
+        groups.setdefault(item[0], []).append(item)
+    groups = [some[:3] for some in list(groups.values())[:scenes]]
+    canvas = Image.new('RGB', (tile + 12 + 200 * max(map(len, groups)), len(groups) * (tile + 8) + 8), 'white')
     draw = ImageDraw.Draw(canvas)
-    for row, some in enumerate(objects):
-        y, image = 8 + row * (tile + 8), read_image(io.BytesIO(shards.image(row)))
+    for row, some in enumerate(groups):
+        y, image = 8 + row * (tile + 8), shard_image(shards, some[0][0])
         canvas.paste(ImageOps.fit(image.convert('RGB'), (tile, tile), Image.BICUBIC), (6, y))
         feature = unit(model.visual([preprocess(image)[None].to(model.logit_scale.device)])[0][0]).cpu()[0]
         for column, (_, _, thing) in enumerate(some):
             names, x = [thing['name'], *thing['negatives']], tile + 14 + 200 * column
-            scores = class_vectors(model, tokenizer, names) @ feature
+            scores = class_vectors(model, tokenizer, names, templates) @ feature
             colour = (0, 140, 60) if scores.argmax() == 0 else (200, 30, 30)
             draw.text((x, y - 2), f"{thing['role']}: {thing['name']}", colour, font_size=font)
             for k, i in enumerate(scores.argsort(descending=True).tolist(), 1):
@@ -890,13 +919,14 @@ def run_classify(args, model, tokenizer, preprocess):
         source, names = torchvision_set(args.dataset, args.root, args.split, args.download)
     else:
         source, labels, names, own = folder_classes(args.folder, args.classes, args.subset)
+    need(args.shards or not args.picture, '--picture draws the objects of --shards; give those')
     templates = read_templates(args.templates, own)
     image_features, known = embed_labelled(model, source, preprocess, workers=args.workers)
     if args.shards:
         figures = classify_objects(model, tokenizer, image_features, source, templates)
         need(figures, f"{args.shards} lists no objects to name; its json needs 'objects', as of data.py make")
         if args.picture:
-            naming_picture(model, tokenizer, preprocess, source, args.picture)
+            naming_picture(model, tokenizer, preprocess, source, templates, args.picture)
     else:
         vectors = class_vectors(model, tokenizer, names, templates)
         figures = classify(image_features, vectors, known if args.dataset else labels)
@@ -918,6 +948,7 @@ def run_segment(args, model, tokenizer, preprocess):
     classes = [[name.strip() for name in line.split(',')] for line in read_lines(args.classes)]
     names, templates = [some[0] for some in classes], read_templates(args.templates)
     need(args.shards or args.images, '--masks need their images: --images DIR')
+    need(not (args.shards and o.reduce_zero_label), '--reduce-zero-label is of --masks; --shards have no such label')
     vectors = class_vectors(model, tokenizer, sum(classes, []), templates).to(model.logit_scale.device)
     scenes, count, matrix = (scene_masks(Shards(args.shards), classes) if args.shards else
                              folder_masks(args, len(classes), o.reduce_zero_label)), 0, 0
@@ -946,6 +977,7 @@ def run_attend(args, model, tokenizer, preprocess):
     if args.shards:
         figures = pointing(model, tokenizer, preprocess, Shards(args.shards))
         need(figures, f'{args.shards} has no KEY.mask.png of listed objects, as the held-out half of data.py make has')
+        need(not args.text, '--text goes with --image; --shards are asked for the objects that they list')
         return figures
     need(args.text, 'attend --image needs captions to ask with: --text "a red star"')
     return {'picture': attention_picture(model, tokenizer, preprocess, read_image(args.image), args.text, args.out)}
