@@ -487,7 +487,7 @@ def gather(*features):
 # --- 7. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
 def nce(rows, columns, scale):
-    """L_nce averaged over all pairs of views: row i must find column i among all N.
+    """L_nce of every pair of views, (V, U): row i must find column i among all N, the mean over rows.
 
     rows (V, B, D), columns (U, N, D), of unit length; scale = 1/temperature. On rank r row i belongs to column r*B + i.
 
@@ -500,12 +500,15 @@ def nce(rows, columns, scale):
     with torch.autocast(rows.device.type, enabled=False):                               # float32, whatever trains
         logits = scale * rows.flatten(0, 1) @ columns.flatten(0, 1).T                   # (V*B, U*N), all views at once
         target = (torch.arange(B, device=rows.device) + first).repeat_interleave(U).repeat(V)   # (V*B*U,)
-        return F.cross_entropy(logits.view(V * B * U, N), target)
+        return F.cross_entropy(logits.view(V * B * U, N), target, reduction='none').view(V, B, U).mean(dim=1)
 
 
 def symmetric_nce(a, b, all_a, all_b, scale):
-    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2: a (V, B, D), b (U, B, D), all_* the same gathered to N."""
-    return (nce(a, all_b, scale) + nce(b, all_a, scale)) / 2
+    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2 of every pair of views, (V, U).
+
+    a (V, B, D), b (U, B, D); all_a and all_b are the same gathered to N.
+    """
+    return (nce(a, all_b, scale) + nce(b, all_a, scale).T) / 2
 
 
 def clip_loss(out, scale):
@@ -514,7 +517,7 @@ def clip_loss(out, scale):
     code≠paper: local image views stay out, because with them the released model overfitted (loss.py:203-206).
     """
     image, text = out.image[:2], out.text
-    return symmetric_nce(image, text, *gather(image, text), scale)
+    return symmetric_nce(image, text, *gather(image, text), scale).mean()
 
 
 def cosmos_terms(out, teacher_image, teacher_text, scale):
@@ -523,12 +526,10 @@ def cosmos_terms(out, teacher_image, teacher_text, scale):
     Each pairs every student view with both teacher views (V x 2 or U x 2 pairs). Pairs of the same view count too;
     DINO leaves them out (code≠paper: loss.py:131-139). scale = exp(distill_logit_scale).
     """
-    h_I, h_T = out.image_x, out.text_x
-    all_I, all_T, all_cls, all_eot = gather(h_I, h_T, teacher_image, teacher_text)
-    return torch.stack([symmetric_nce(h_I, teacher_image, all_I, all_cls, scale),
-                        symmetric_nce(h_I, teacher_text, all_I, all_eot, scale),
-                        symmetric_nce(h_T, teacher_image, all_T, all_cls, scale),
-                        symmetric_nce(h_T, teacher_text, all_T, all_eot, scale)])
+    student, teacher = torch.cat([out.image_x, out.text_x]), torch.cat([teacher_image, teacher_text])
+    pairs = symmetric_nce(student, teacher, *gather(student, teacher), scale)           # (V + U, 2 + 2), all at once
+    h_I, h_T = pairs.split([len(out.image_x), len(out.text_x)])
+    return torch.stack([h_I[:, :2].mean(), h_I[:, 2:].mean(), h_T[:, :2].mean(), h_T[:, 2:].mean()])
 
 
 def cosmos_loss(out, teacher_image, teacher_text, scale):
@@ -546,10 +547,10 @@ def distill_terms(out, teacher_image, teacher_text, scale):
     with the embeddings themselves in place of h_I and h_T, each against the teacher of its own modality.
     """
     if teacher_text is None:
-        return symmetric_nce(out.image, teacher_image, *gather(out.image, teacher_image), scale)[None]
+        return symmetric_nce(out.image, teacher_image, *gather(out.image, teacher_image), scale).mean()[None]
     all_I, all_T, all_cls, all_eot = gather(out.image, out.text, teacher_image, teacher_text)
-    return torch.stack([symmetric_nce(out.image, teacher_image, all_I, all_cls, scale),
-                        symmetric_nce(out.text, teacher_text, all_T, all_eot, scale)])
+    return torch.stack([symmetric_nce(out.image, teacher_image, all_I, all_cls, scale).mean(),
+                        symmetric_nce(out.text, teacher_text, all_T, all_eot, scale).mean()])
 
 
 # --- 8. Names of the released code and of open_clip ------------------------------------------------------------------

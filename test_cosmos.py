@@ -417,9 +417,9 @@ def rank_gradients(rank, world, method, cases, path):
     dist.init_process_group('gloo', init_method=f'file://{path}.store', rank=rank, world_size=world)
     found, given = [], {}
     def counted(name, call):
-        def count(*args):
+        def count(*args, **kwargs):
             given[name].append(max(x.numel() for x in args if torch.is_tensor(x)))
-            return call(*args)
+            return call(*args, **kwargs)
         return count
     for module, name in ((dist, 'all_gather'), (dist, 'all_reduce'), (F, 'cross_entropy')):
         setattr(module, name, counted(name, getattr(module, name)))
