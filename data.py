@@ -36,6 +36,7 @@ import tarfile
 import textwrap
 import time
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -113,9 +114,9 @@ def tar_members(file, at=0):
         if not start <= at <= start + len(block) - 512:
             start, block = at, read(at, 16384)                          # headers of small files nearby come along
         header = block[at - start:at - start + 512]
-        try:    # The checksum is the sum of bytes, its own 8 taken as spaces; a number is the sum of its bytes mod 255.
-            total = int.from_bytes(header, 'big') - int.from_bytes(header[148:156], 'big') + 8 * 32
-            if (total - tar_number(header[148:156])) % 255:
+        try:    # The checksum is the sum of bytes, its own 8 taken as spaces. Adler's lower half is 1 + sum, mod 65521.
+            total = (zlib.adler32(header) & 0xffff) - 1 - sum(header[148:156]) + 8 * 32
+            if (total - tar_number(header[148:156])) % 65521:
                 raise ValueError
             length = tar_number(header[124:136])
         except ValueError:      # The zeros of the end, or damage: it may have moved what follows into the last file.
