@@ -179,6 +179,7 @@ class Shards:
 
     def __init__(self, pattern, cache=None, caption_keys=None, together=False):
         self.paths, self.files, self.problem = find_shards(pattern), {}, None
+        self.ahead = False                                              # read a shard whole when it is first opened
         self.caption_keys = [key.strip() for key in caption_keys.split(',')] if caption_keys else None
         self.stamps = [(os.path.getsize(path), os.stat(path).st_mtime_ns) for path in self.paths]
         key = hashlib.sha1(repr((caption_keys, self.paths, self.stamps)).encode()).hexdigest()[:16]
@@ -243,6 +244,8 @@ class Shards:
             file = open(self.paths[shard], 'rb', buffering=0)
             if (os.fstat(file.fileno()).st_size, os.fstat(file.fileno()).st_mtime_ns) != self.stamps[shard]:
                 raise ValueError(f'{self.paths[shard]} was changed after its headers were read')
+            if self.ahead and hasattr(os, 'posix_fadvise'):             # into the system's cache, from start to end
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
             self.files[key] = file
         self.files[key].seek(offset)
         data = self.files[key].read(size)

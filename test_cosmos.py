@@ -743,8 +743,9 @@ def test_pack_and_join(tmp_path):
             data.join, tmp_path / 'r.csv', tmp_path / 'i.tar', tmp_path / 'joined')
 
 
-def test_order_is_a_pure_function():
-    """oracle: numpy's permutation of (seed, epoch), which ranks and restarts only cut; of windows of shards, sets."""
+def test_order_is_a_pure_function(monkeypatch, tmp_path):
+    """oracle: numpy's permutation of (seed, epoch), which ranks and restarts only cut; of windows of shards, sets, and
+    what the system is told: to read every tar from start to end, once."""
     steps = list(data.Order(23, 4, 0, 12, seed=5))
     for step, rows in enumerate(steps):
         epoch, k = divmod(step, 5)                                      # 23 // 4 whole batches an epoch
@@ -764,6 +765,15 @@ def test_order_is_a_pure_function():
             at += len(own)
         rows = [row for step in data.Order(30, 6, 5 * epoch, 5 * epoch + 5, 3, shuffle=(bounds, 2)) for row in step]
         assert [index for _, _, index in rows] == found
+    for name in 'abcd':
+        write_tar(tmp_path / f'{name}.tar', dogs(6))
+    shards, told = data.Shards(tmp_path), []
+    monkeypatch.setattr(os, 'posix_fadvise', lambda file, *what: told.append((os.fstat(file).st_ino, *what)))
+    for ahead in (False, True):
+        shards.ahead, shards.files = ahead, {}
+        for i in data.order(0, 0, 24, shards.bounds(), 2):
+            shards.record(int(i))
+    assert sorted(told) == sorted((os.stat(path).st_ino, 0, 0, os.POSIX_FADV_WILLNEED) for path in shards.paths)
 
 
 def test_batches_are_cut_exactly_and_have_no_bad_pair(tmp_path, scenes, capsys):

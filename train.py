@@ -286,6 +286,7 @@ class Run:
         if options.steps is None:
             options.steps = max(1, round(options.epochs * (len(self.shards) // options.batch)))
         self.shuffle = (self.shards.bounds(), options.window) if options.shuffle == 'shards' else ()
+        self.shards.ahead = bool(self.shuffle)
         self.views = Views(self.shards, self.tokenizer, self.config, options.seed, options.batch, view_counts(options),
                            options.augment, self.shuffle, options.aligned_crops)
         if options.batch // self.world % options.accum:
