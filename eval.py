@@ -472,31 +472,36 @@ def pointing(model, tokenizer, preprocess, shards, most=300):
     """Where do maps of a named object point? For the objects of the first `most` pairs, by their masks -> {map: {role:
     figures}}. Maps: 'cross_attention', weights of C^I asked by "a NAME" (COSMOS only); 'cosine' of patches and caption.
     hit: the middle of the highest patch lies on the object. mass: share of the weight on it. Both by chance: its share
-    of the area. entropy of the weights, 1 for a uniform map. {} where the shards have no masks."""
+    of the area. others_...: the same for the scene's other objects. entropy of the weights, 1 for a uniform map. {}
+    where the shards have no masks."""
     c, device, rows = model.config, model.logit_scale.device, {}
     cut = v2.Compose([v2.Resize(c.image_size, v2.InterpolationMode.NEAREST), v2.CenterCrop(c.image_size)])
-    grid, objects = c.image_size // c.patch_size, [item for item in listed_objects(shards) if item[0] < most]
+    p, objects = c.patch_size, [item for item in listed_objects(shards) if item[0] < most]
     for i, some in groupby(objects, key=lambda item: item[0]):
         image, some = shard_image(shards, i), list(some)
         mask = shard_mask(shards, i, image.size)
         if mask is None:
             continue
-        mask = np.array(cut(Image.fromarray(mask)))                                     # as `preprocess` cuts images
-        masks = torch.from_numpy(np.stack([mask == k + 1 for _, k, _ in some])).float()             # (n, S, S)
+        mask = torch.from_numpy(np.array(cut(Image.fromarray(mask))))                           # as `preprocess` cuts
+        own = torch.stack([mask == k + 1 for _, k, _ in some])                                      # (n, S, S)
         _, patches = model.visual([preprocess(image)[None].to(device)], keep=True)                  # (1, P, C)
         text, _ = model.encode_text(tokenizer([f"a {thing['name']}" for *_, thing in some]).to(device))     # (n, D)
         maps = {'cosine': unit(text) @ unit(patches @ model.visual.proj)[0].T}                      # (n, P)
         if c.cross_heads:
             keys = model.image_tokens(patches).expand(len(some), -1, -1)
             maps['cross_attention'] = model.image_cross.weights(text, keys)
-        middle = masks[:, c.patch_size // 2::c.patch_size, c.patch_size // 2::c.patch_size].flatten(1)
-        covered, area = F.avg_pool2d(masks, c.patch_size).flatten(1), masks.mean(dim=(1, 2))        # (n, P), (n,)
         for name, weights in maps.items():
-            weights = weights.float().cpu()
-            told = {'hit': middle.gather(1, weights.argmax(dim=1, keepdim=True))[:, 0], 'hit_chance': area}
+            weights, told = weights.float().cpu(), {}
+            for which, masks in ('', own.float()), ('others_', ((mask > 0) & ~own).float()):
+                middle, area = masks[:, p // 2::p, p // 2::p].flatten(1), masks.mean(dim=(1, 2))    # (n, P), (n,)
+                told[f'{which}hit'] = middle.gather(1, weights.argmax(dim=1, keepdim=True))[:, 0]
+                told[f'{which}hit_chance'] = area
+                if name == 'cross_attention':
+                    told[f'{which}mass'] = (weights * F.avg_pool2d(masks, p).flatten(1)).sum(dim=1)
+                    told[f'{which}mass_chance'] = area
             if name == 'cross_attention':
-                entropy = -(weights * weights.clamp_min(1e-12).log()).sum(dim=1) / math.log(grid ** 2)
-                told |= {'mass': (weights * covered).sum(dim=1), 'mass_chance': area, 'entropy': entropy}
+                entropy = -(weights * weights.clamp_min(1e-12).log()).sum(dim=1)
+                told['entropy'] = entropy / math.log(weights.shape[1])
             for (*_, thing), *values in zip(some, *map(torch.Tensor.tolist, told.values())):
                 rows.setdefault((name, thing['role']), []).append(dict(zip(told, values)))
     figures = {}

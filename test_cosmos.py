@@ -987,6 +987,12 @@ def test_maps_point_at_masks(scenes, monkeypatch):
         assert told['hit_chance'] == told['mass_chance'] == pytest.approx(np.mean(np.array(masks)[big]))
     assert figures['uniform']['small']['mass'] == pytest.approx(figures['uniform']['small']['mass_chance'])
     mass = np.mean([cell.max() for cell, dominant in zip(cells, big) if dominant])
+    scenes_own = {}                                                     # the union of a scene's masks, less the own one
+    for (i, *_), mask in zip(objects, masks):
+        scenes_own[i] = scenes_own.get(i, False) | mask
+    others = [(scenes_own[i] & ~mask).mean() for (i, *_), mask, dominant in zip(objects, masks, big) if dominant]
+    for key in ('others_mass', 'others_mass_chance', 'others_hit_chance'):
+        assert figures['uniform']['dominant'][key] == pytest.approx(np.mean(others))
     middle = lambda mask, k: mask[8 * (k // 4) + 4, 8 * (k % 4) + 4]
     hit = np.mean([middle(mask, k) for mask, k, dominant in zip(masks, best, big) if dominant])
     assert figures['best']['dominant']['mass'] == pytest.approx(mass)
