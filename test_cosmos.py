@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 import cosmos
@@ -372,6 +373,21 @@ def test_shortcuts_change_nothing():
     assert torch.equal(a[:, :5], b[:, :5]) and not torch.allclose(a[:, 5:], b[:, 5:])
     noisy = torch.where(torch.arange(12) > 4, 7, texts[2])              # behind its end
     close(model.encode_text(noisy)[0], model.encode_text(texts[2])[0], 1e-6)
+
+
+def test_compiled_blocks_are_few_and_equal():
+    """oracle: the model as it is; a backend that counts graphs: none is added by other lengths, groups and batches."""
+    counter, graphs, (model, images, texts) = CompileCounter(), [], micro(B=4)
+    torch._dynamo.reset()
+    compiled = Teacher(model).model.requires_grad_(True)
+    train.compile_blocks(compiled, counter)
+    assert compiled.state_dict().keys() == model.state_dict().keys()
+    for B, lengths in ((4, (5, 5, 5)), (3, (6, 6, 7)), (2, (4, 8, 9)), (4, (7, 9, 9))):
+        some = [text[:B] for text in texts[:2]] + [text[:B, :n] for text, n in zip(texts[2:], lengths)]
+        for a, b in zip(compiled([view[:B] for view in images], some), model([view[:B] for view in images], some)):
+            close(a, b, 1e-6)
+        graphs.append(counter.frame_count)
+    assert graphs[1] == graphs[-1] <= 8
 
 
 def test_positions_are_bicubic_with_a_tenth_added():

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import eval as evaluation
-from cosmos import COSMOS, Config, Output, Teacher, clip_loss, cosmos_terms, distill_terms
+from cosmos import COSMOS, Block, Config, Output, Teacher, clip_loss, cosmos_terms, distill_terms
 from data import (POOLS, SIGNALS, Order, Parser, Preprocess, Shards, Tokenizer, Views, caption_pool, cli, loader,
                   make_scenes, sample_sheet)
 
@@ -258,7 +258,7 @@ class Run:
             self.restore(saved)
         self.check_agreement()
         if options.compile:
-            self.model.compile(dynamic=True)                            # in place: no prefix on the parameters' names
+            compile_blocks(self.model)
         self.student = self.model                                       # what forward is called on
         if world > 1:
             devices = [device.index] if device.type == 'cuda' else None
@@ -402,6 +402,17 @@ class Run:
     def network(self):
         """What is evaluated: the teacher, where there is one."""
         return self.teacher.model if self.teacher else self.model
+
+
+def compile_blocks(model, backend='inductor'):
+    """torch.compile block by block, in place, so that no parameter gets another name.
+
+    The number of captions of one length differs from step to step, and a graph of the whole model would be compiled
+    anew for each. Within a block only sizes of tensors differ, and one graph serves all layers and lengths.
+    """
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=True, backend=backend)
 
 
 def view_counts(options):
@@ -798,7 +809,7 @@ def bench(options, device):
     model.set_grad_checkpointing(options.grad_checkpoint)
     teacher, optimizer = Teacher(model) if method.terms else None, make_optimizer(model, options, device)
     if options.compile:
-        model.compile(dynamic=True)
+        compile_blocks(model)
     large, small, globals_, local = view_counts(options)
     sides = [config.image_size] * large + [config.local_image_size] * small
     # Lengths as in captions of the field: globals 10 to 77 tokens, locals 10 to 20, sorted and rounded up by `collate`.
