@@ -390,7 +390,7 @@ def folder_classes(root, classes=None, subset=None):
                 named, listing.get('templates', TEMPLATES))
 
 
-def things(shards, i):
+def objects_of(shards, i):
     """What the json of pair i lists as `objects`: dicts, {} for what is none; [] where it lists nothing."""
     listed = shards.record(i).get('objects')
     return [thing if isinstance(thing, dict) else {} for thing in listed] if isinstance(listed, list) else []
@@ -398,7 +398,7 @@ def things(shards, i):
 
 def listed_objects(shards):
     """[(pair, its k-th object, the object)] of shards as of data.py make, whose objects have name, role, negatives."""
-    return [(i, k, thing) for i in range(len(shards)) for k, thing in enumerate(things(shards, i))
+    return [(i, k, thing) for i in range(len(shards)) for k, thing in enumerate(objects_of(shards, i))
             if {'name', 'role', 'negatives'} <= thing.keys()]
 
 
@@ -412,8 +412,8 @@ def shard_mask(shards, i, size):
     if data is None:
         return None
     mask = np.array(read_image(io.BytesIO(data), f'the mask of {shards.name(i)}'))
-    need(mask.shape == size[::-1] and mask.max() <= len(things(shards, i)),
-         f'the mask of {shards.name(i)} does not number its {len(things(shards, i))} objects pixel by pixel')
+    need(mask.shape == size[::-1] and mask.max() <= len(objects_of(shards, i)),
+         f'the mask of {shards.name(i)} does not number its {len(objects_of(shards, i))} objects pixel by pixel')
     return mask
 
 
@@ -633,7 +633,7 @@ def scene_masks(shards, classes):
     classes: lists of names. An object is of the first class with one that is part of its own name, as 'red' of 'red
     star', and is ignored where there is none; what is no object is class 0."""
     for i in tqdm(range(len(shards)), desc='images', disable=None, leave=False):
-        image, listed = shard_image(shards, i), things(shards, i)
+        image, listed = shard_image(shards, i), objects_of(shards, i)
         mask = shard_mask(shards, i, image.size)
         need(listed and mask is not None, f'{shards.name(i)} has no objects with a KEY.mask.png; see README')
         owns = lambda thing, names: any(f' {name} ' in f" {thing.get('name')} " for name in names)

@@ -270,7 +270,7 @@ class Run:
         self.shards = read(options.data, options.caption_keys or POOLS[options.caption_pool])
         self.val = read(options.val, options.caption_keys) if options.val else None
         if options.aligned_crops and not all({'name', 'bbox'} <= thing.keys()
-                                             for thing in evaluation.things(self.shards, 0) or [{}]):
+                                             for thing in evaluation.objects_of(self.shards, 0) or [{}]):
             raise ValueError(f"{self.shards.name(0)} lists no 'objects' with name and bbox, which --aligned-crops "
                              'needs; draw the built-in set anew (data.py make), or leave it out')
         if self.val and self.main:
@@ -690,7 +690,7 @@ def evaluate(run):
 def example(run):
     """The first held-out image, or the first of training, and captions to ask it with: its objects, else its own."""
     shards = run.val or run.shards
-    names = [f"a {thing['name']}" for thing in evaluation.things(shards, 0) if 'name' in thing]
+    names = [f"a {thing['name']}" for thing in evaluation.objects_of(shards, 0) if 'name' in thing]
     return evaluation.shard_image(shards, 0), names or shards.pool(0)[:3]
 
 
