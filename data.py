@@ -618,7 +618,8 @@ def draw_colours(kind, rng):
 
 
 # All take (B, 3, h, w) in [0, 1], and strengths of (B, 1, 1, 1). In place, by masks and shifts: on one core, for one
-# image of 224 x 224 pixels, hue takes half the time of its plain form with remainders, blur an eighth of a convolution's.
+# image of 224 x 224 pixels, hue takes half the time of its plain form with remainders, blur an eighth of a
+# convolution's.
 
 def gray(x):
     red, green, blue = x.unbind(dim=1)
