@@ -618,8 +618,8 @@ def draw_colours(kind, rng):
     return [rng.random() < 0.5, *order, *strengths, rng.random() < 0.2, sigma, rng.random() < kind.solarize]
 
 
-# All change x, (B, 3, h, w) in [0, 1], in place and return it; strengths are (B, 1, 1, 1). On one core, for one image of
-# 224 x 224 pixels, signs for masks (comparisons are slow) and folds for remainders make hue three times as fast as its
+# All change x, (B, 3, h, w) in [0, 1], in place and return it; strengths are (B, 1, 1, 1). On one core, for an image of
+# 224 x 224 pixels, signs for masks (comparisons are slow) and folds for remainders make hue three times as fast as the
 # plain form, and shifts make blur eight times as fast as a convolution.
 
 def gray(x):

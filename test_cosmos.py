@@ -759,6 +759,34 @@ def test_pack_and_join(tmp_path):
             data.join, tmp_path / 'r.csv', tmp_path / 'i.tar', tmp_path / 'joined')
 
 
+def test_every_command_of_data(tmp_path, capsys):
+    """oracle: the functions that the tests above check, on the same input; counts by hand; the picture opens."""
+    def command(*argv):
+        assert run(data, *argv) is None
+        return capsys.readouterr().out
+    same = lambda a, b: [path.read_bytes() for path in sorted(a.rglob('*.tar'))] == [
+        path.read_bytes() for path in sorted(b.rglob('*.tar'))]
+    assert '6 training and 3 held-out' in command('make', tmp_path / 'set', '--train', 6, '--val', 3, '--seed', 2)
+    data.make_scenes(tmp_path / 'again', 6, 3, 2)
+    assert same(tmp_path / 'set', tmp_path / 'again')
+    told = command('inspect', tmp_path / 'set/train', '--out', tmp_path / 'seen.png')
+    pools = [data.Shards(tmp_path / 'set/train').pool(i) for i in range(6)]
+    assert '6 pairs in 1 shards' in told and 'unusable captions    0 of 6' in told and ' | '.join(pools[0]) in told
+    assert f'50 % {np.median([len(pool) for pool in pools]):g}' in told
+    assert Image.open(tmp_path / 'seen.png').width > 1000
+    for i in range(3):
+        put(tmp_path / f'images/{i}.jpg', picture())
+    rows = put(tmp_path / 'rows.csv', 'image,url,caption\n0.jpg,u0,dog\n1.jpg,u1,cat\n2.jpg,u2,ox\n9.jpg,u9,bee\n')
+    told = command('pack', rows, tmp_path / 'images', tmp_path / 'packed', '--size', 2)
+    assert '4 images, 1 left out' in told and len(list((tmp_path / 'packed').iterdir())) == 2
+    data.pack(rows, tmp_path / 'images', tmp_path / 'again-packed', 2)
+    assert same(tmp_path / 'packed', tmp_path / 'again-packed')
+    table = put(tmp_path / 'dreamlip.csv', 'url,raw_caption\nu2,one ox\nu0,one dog\n')
+    assert '2 of 3 pairs matched (66.7%)' in command('join', table, tmp_path / 'packed', tmp_path / 'joined')
+    shards = data.Shards(tmp_path / 'joined')
+    assert [shards.pool(i) for i in range(2)] == [['one dog'], ['one ox']]
+
+
 def test_order_is_a_pure_function(monkeypatch, tmp_path):
     """oracle: numpy's permutation of (seed, epoch), which ranks and restarts only cut; of windows of shards, sets, and
     what the system is told: to read every tar from start to end, once."""
@@ -899,8 +927,8 @@ def test_colours_come_as_often_and_as_strong_as_released():
 
 
 def test_views_have_the_statistics_of_the_released_recipe(monkeypatch):
-    """oracle: 5,000 views of each kind by torchvision's transforms, image by image. Mean and spread over the views of their
-    channels' means, contrast and edges, and of the boxes' area and aspect, are equal within 4 standard errors."""
+    """oracle: 5,000 views of each kind by torchvision, one by one. Mean and spread over the views of their channels'
+    means, contrast and edges, and of the boxes' area and aspect, are equal within 4 standard errors."""
     T, V, rng = data.v2, data.v2.functional, random.Random(0)
     image = Image.effect_mandelbrot((192, 144), (-2, -1.2, 1, 1.2), 60)
     image = Image.merge('RGB', [image, ImageOps.flip(image), ImageOps.invert(image)])
@@ -915,8 +943,9 @@ def test_views_have_the_statistics_of_the_released_recipe(monkeypatch):
         ours = data.photometric(torch.stack([crops[k] for crops in drawn]), colours)
         recipe = T.Compose([
             T.RandomResizedCrop(kind.size, kind.scale, interpolation=data.BICUBIC), T.RandomHorizontalFlip(),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), T.RandomGrayscale(0.2), T.ToDtype(torch.float, True),
-            T.RandomApply([T.GaussianBlur(13, (0.1, 2.0))], kind.blur), T.RandomSolarize(128 / 255, kind.solarize)])
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), T.RandomGrayscale(0.2),
+            T.ToDtype(torch.float, True), T.RandomApply([T.GaussianBlur(13, (0.1, 2.0))], kind.blur),
+            T.RandomSolarize(128 / 255, kind.solarize)])
         theirs, crop = torch.stack([recipe(whole) for _ in range(n)]), recipe.transforms[0]
         spans = [torch.tensor(some).float() for some in (
             [sizes[k][2:] for sizes in boxes], [crop.get_params(whole, crop.scale, crop.ratio)[2:] for _ in range(n)])]
@@ -1356,6 +1385,18 @@ def test_every_command_of_eval(monkeypatch, tmp_path, scenes, capsys):
     figures, told = command('classify', '--shards', scenes / 'val', '--picture', tmp_path / 'names.png')
     assert figures['small'].keys() >= {'top1', 'probe_top1', 'of_dominant'} and 'probe_top1' in told
     assert Image.open(tmp_path / 'names.png').mode == 'RGB'
+    for i, name in enumerate(('an_ox', 'a_cat', 'an_ox')):
+        put(tmp_path / f'classes/{name}/{i}.jpg', paths[i].read_bytes())
+    figures, _ = command('classify', '--folder', tmp_path / 'classes', '--templates', put(tmp_path / 't.txt', 'my {}'))
+    want = evaluation.classify(features[[1, 0, 2]], words('my a cat', 'my an ox'), torch.tensor([0, 1, 1]))
+    assert want.items() <= figures.items() and figures['prompts'] == 'my {}'
+    for name in ('images/woven/0.jpg', 'images/banded/1.jpg', 'labels/test1.txt'):              # torchvision's DTD
+        put(tmp_path / 'dtd/dtd' / name, paths[int(name[-5])].read_bytes() if name[-1] == 'g' else
+            'woven/0.jpg\nbanded/1.jpg\n')
+    figures, told = command('classify', '--dataset', 'dtd', '--root', tmp_path)
+    want = evaluation.classify(features[:2], evaluation.class_vectors(model, tokenizer, ['banded', 'woven']),
+                               torch.tensor([1, 0]))
+    assert want.items() <= figures.items() and 'mean_per_class_top1' in told
     readme = (HERE / 'README.md').read_text(encoding='utf-8')
     (snippet,) = re.findall(r'```python\n(import torch\n.*?)```', readme, re.S)
     monkeypatch.chdir(tmp_path)
@@ -1386,6 +1427,23 @@ def test_schedules_and_decay():
     assert {'logit_scale', 'distill_logit_scale', 'visual.class_embedding', 'visual.ln_pre.weight'} <= {
         names[id(p)] for p in free['params']}
     assert all(p.ndim >= 2 for p in decay['params']) and len(names) == len(decay['params']) + len(free['params'])
+
+
+@pytest.mark.parametrize('most, share', [(0, 1), (2, 0.4), (9, 1)])
+def test_gradients_are_clipped_by_their_norm(most, share):
+    """oracle: plain gradient descent by hand, of a gradient of norm 5: clipped to 2, to 9, and not at all."""
+    model, options = micro('clip')[0], train.parse_options(f'--clip-grad {most} --warmup 0 --lr 0.5'.split())
+    before = [p.detach().clone() for p in model.parameters()]
+    gradient = torch.randn(sum(p.numel() for p in before))
+    gradient = (5 * F.normalize(gradient, dim=0)).split([p.numel() for p in before])
+    for p, g in zip(model.parameters(), gradient):
+        p.grad = g.view_as(p).clone()
+    plan = SimpleNamespace(options=options, optimizer=torch.optim.SGD(model.parameters(), 1), model=model, step=0,
+                           teacher=None, scaler=torch.amp.GradScaler('cpu', enabled=False))
+    train.update(plan, torch.tensor(5.0))
+    for p, old, g in zip(model.parameters(), before, gradient):
+        close(p.detach(), old - 0.5 * share * g.view_as(p))
+    assert plan.step == 1
 
 
 def test_a_run_leaves_everything(whole, scenes, tmp_path):
