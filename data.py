@@ -449,7 +449,8 @@ class Tokenizer:
 
     merges: lines 'left right', most urgent first. Ids: 256 bytes, 256 bytes closing a word, one a merge, start, end.
     The end is highest because the text tower finds it by argmax; padding is 0. Ids equal CLIP's (simple_tokenizer.py
-    with ftfy and regex), but ftfy's repair of wrongly decoded text ('Ã©' for 'é', C1 controls) is not reproduced.
+    with ftfy and regex), but ftfy's repair of wrongly decoded text ('Ã©' for 'é', C1 controls) is not reproduced; and
+    U+0345, which regex takes for a letter, is none here.
     """
 
     def __init__(self, merges, context_length=77):
@@ -650,8 +651,9 @@ def hue(x, turn):
     green, red = others - blue, 1 - others                              # of equal ones the first counts
     sixth = red.mul_(g - b).addcmul_(green, b - r).addcmul_(blue, r - g).div_(chroma)
     sixth.add_(green, alpha=2).add_(blue, alpha=4)                      # (B, h, w): 0 is red, 2 green, 4 blue
-    far = sixth[:, None] + (6 * turn - turn.new_tensor([0, 2, 4]).view(3, 1, 1))        # (B, 3, h, w): of each channel
-    far.abs_().sub_(3).abs_().clamp_(1, 2)                              # 2 - its share of the chroma
+    channel = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)
+    far = sixth[:, None] + (6 * turn - channel)                         # (B, 3, h, w)
+    far.abs_().sub_(3).abs_().clamp_(1, 2)                              # 2 - the channel's share of the chroma
     return torch.addcmul(low.sub_(chroma)[:, None], chroma[:, None], far, out=x)
 
 
@@ -684,16 +686,17 @@ def photometric(images, colours):
 
 def change_colours(x, colours):
     """`photometric` for x that is in [0, 1] already, in place."""
-    rows = colours.tolist()
+    rows, move = colours.tolist(), lambda numbers: numbers.to(x.device, non_blocking=True)
 
     def change(operation, rule, column=0):
         """The operation, with the numbers of a column, on the images whose numbers obey the rule."""
         at = [i for i, numbers in enumerate(rows) if rule(numbers)]
         if at:
-            strength = colours[at, column].view(-1, 1, 1, 1).to(x.device, non_blocking=True)
+            strength = move(colours[at, column].view(-1, 1, 1, 1))
             if len(at) == len(x):
                 operation(x, strength)
             else:
+                at = move(torch.tensor(at))
                 x[at] = operation(x[at], strength)
 
     change(lambda x, _: x.copy_(x.flip(-1)), lambda row: row[0])
@@ -708,7 +711,7 @@ def change_colours(x, colours):
 
 def normalize(images):
     """uint8, or float in [0, 1] and then in place, (..., 3, h, w) -> float32, with the released mean and deviation."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    mean, std = (torch.tensor(x).view(3, 1, 1).to(images.device, non_blocking=True) for x in (MEAN, STD))
     return (images.float().div_(255) if images.dtype == torch.uint8 else images).sub_(mean).div_(std)
 
 
