@@ -27,6 +27,7 @@ import html
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -37,6 +38,7 @@ import sys
 import tarfile
 import textwrap
 import time
+import traceback
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
@@ -180,7 +182,7 @@ class Shards:
     """
 
     def __init__(self, pattern, cache=None, caption_keys=None, together=False):
-        self.paths, self.files, self.problem = find_shards(pattern), {}, None
+        self.paths, self.files, self.problem, self.index = find_shards(pattern), {}, None, None
         self.ahead = False                                              # read a shard whole when it is first opened
         self.caption_keys = [key.strip() for key in caption_keys.split(',')] if caption_keys else None
         self.stamps = [(os.path.getsize(path), os.stat(path).st_mtime_ns) for path in self.paths]
@@ -215,7 +217,7 @@ class Shards:
                 dist.barrier()
                 if rank:
                     os.remove(f'{name}.{rank}.npy')
-        self.pairs = np.load(name, mmap_mode='r')
+        self.index, self.pairs = name, np.load(name, mmap_mode='r')
         self.need_pairs()
 
     def scan(self, rank, world):
@@ -239,8 +241,13 @@ class Shards:
     def __len__(self):
         return len(self.pairs)
 
-    def __getstate__(self):
-        return {**self.__dict__, 'files': {}}                           # open files do not travel to spawned workers
+    def __getstate__(self):     # to a worker that is spawned go neither open files nor a copy of a memory-mapped index
+        return {**self.__dict__, 'files': {}, 'pairs': None if self.index else self.pairs}
+
+    def __setstate__(self, state):
+        self.__dict__ = state
+        if self.index:
+            self.pairs = np.load(self.index, mmap_mode='r')
 
     def read(self, shard, offset, size):
         key = os.getpid(), shard                                        # NB: forked workers would share its position
@@ -842,9 +849,11 @@ class Batch(NamedTuple):
 
     def views(self):
         """What COSMOS.forward takes: V images (B, 3, s, s), normalised, and U captions (B, T), see `drawn`."""
-        images = [normalize(photometric(*view)) for groups in zip(self.images, self.colours) for view in zip(*groups)]
+        images = []
+        for group, colours in zip(self.images, self.colours):           # all views of one size at once
+            pixels = normalize(photometric(group.flatten(0, 1), colours.flatten(0, 1)))
+            images += pixels.unflatten(0, group.shape[:2])
         return images, [caption for group in self.texts for caption in group]
-
 
     def drawn(self, text):
         """Text features (U, B, D) of `views` -> the same with each pair's captions in the order drawn.
@@ -884,7 +893,7 @@ def ignore_signals(worker):
 def loader(views, sampler, workers):
     """The plain DataLoader that serves batch after batch of `sampler`."""
     return torch.utils.data.DataLoader(views, batch_sampler=sampler, num_workers=workers, collate_fn=collate,
-                                       pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
+                                       pin_memory=torch.cuda.is_available(), prefetch_factor=2 if workers else None,
                                        worker_init_fn=ignore_signals)
 
 
@@ -1208,6 +1217,13 @@ def cli(main):
             print(told, file=sys.stderr, flush=True)
             os._exit(1)
         sys.exit(told)
+    except Exception:
+        # Python would wait for loader workers before it ends, and they for it: they ignore the signal it sends them.
+        if multiprocessing.active_children() or dist.is_available() and dist.is_initialized():
+            traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(1)
+        raise
 
 
 def sample_sheet(views, path, count=4):

@@ -655,6 +655,9 @@ def test_tars_of_every_format_and_pattern(monkeypatch, tmp_path):
             [text] for n in range(3) for text in (f'json {n}', f'text {n}', f'long {n}')]
         assert all(data.decode(shards.image(i)).shape == (3, 30, 40) for i in range(9))
     assert pickle.loads(pickle.dumps(shards)).name(1).endswith('00000.tar:x/a.jpg')
+    mapped = data.Shards(shards.paths[0], cache=tmp_path / 'cache')     # goes to a worker by name, not by value
+    assert pickle.loads(pickle.dumps(mapped)).pairs.tolist() == mapped.pairs.tolist()
+    assert mapped.__getstate__()['pairs'] is None and isinstance(mapped.pairs, np.memmap)
     cached = lambda: data.Shards(path, tmp_path / 'cache')
     assert len(cached()) == 3
     with monkeypatch.context() as patch:
@@ -1545,6 +1548,19 @@ def test_torn_checkpoints_and_full_disks(monkeypatch, fit, whole, tmp_path, caps
         assert fit(full, *SIX) == 'killed' and (full / 'before.pt').exists()
     capsys.readouterr()
     assert fit(full, *flags) == 0 and 'steps 0 to 6' in capsys.readouterr().out         # not from the run before
+    shutil.copy(full / 'previous.pt', full / 'last.pt')
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')               # torchrun --max-restarts, without --resume
+    assert fit(full, *SIX) == 0 and 'steps 4 to 6' in capsys.readouterr().out
+    same_run(whole, full)
+
+
+def test_a_defect_ends_the_process(tmp_path, scenes):
+    """oracle: the clock: neither bad input nor a signal, while loader workers, who ignore signals, wait for work."""
+    code = 'import test_cosmos, data, train; train.losses = lambda *some: 1 / 0; data.cli(train.main)'
+    flags = ['--data', scenes, *QUICK, '--workers', '1', '--out', tmp_path]
+    ended = subprocess.run([sys.executable, '-c', code, *map(str, flags)], cwd=HERE, text=True, capture_output=True,
+                           timeout=120)
+    assert ended.returncode == 1 and 'ZeroDivisionError' in ended.stderr
 
 
 def test_half_precision_with_a_scaler(fit, tmp_path):
@@ -1592,7 +1608,7 @@ def test_what_is_skipped_and_what_stops_a_run(monkeypatch, fit, tmp_path):
 
 
 @pytest.mark.parametrize('method', train.METHODS)
-def test_flops_and_bench(method, scenes, capsys):
+def test_flops_and_bench(monkeypatch, method, scenes, capsys):
     """oracle: torch's own counter, around the calls that --bench times; of its lines, that the parts add up."""
     model, images, texts = micro(method)
     plan, found = SimpleNamespace(method=train.METHODS[method], device=CPU), {}
@@ -1621,6 +1637,8 @@ def test_flops_and_bench(method, scenes, capsys):
     assert speed == pytest.approx(4000 / step, rel=0.05) and 'GFLOP/s' in told
     run(data, 'bench', scenes / 'val', '--preset', 'tiny', '--rate', 1e6, '--seconds', 0.05)
     told = capsys.readouterr().out
+    monkeypatch.setattr(train, 'setup', lambda options: (0, 2, CPU))
+    assert run(train, *QUICK, '--bench', 3) == 'error: --bench 3 times one process, not 2; run it without torchrun'
     speeds = [float(number.replace(',', '')) for number in re.findall(r'([\d,]+) samples/s$', told, re.M)]
     assert len(speeds) == 4 and speeds[0] > speeds[3] > 0
     assert int(re.search(r'need (\d+) workers', told)[1]) == pytest.approx(1e6 / speeds[3], rel=0.01)

@@ -183,8 +183,10 @@ def setup(options):
                              'lower --nproc_per_node')
         torch.cuda.set_device(index)
     # A rank that hangs or is gone ends the others after this time. While rank 0 evaluates they wait, hence not less.
-    dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(minutes=30))
-    return dist.get_rank(), dist.get_world_size(), torch.device(kind, index)
+    device = torch.device(kind, index)
+    dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(minutes=30),
+                            device_id=device if kind == 'cuda' else None)
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 @contextlib.contextmanager
@@ -304,6 +306,8 @@ class Run:
     def find_checkpoint(self):
         """What --resume asks for, read; None for a fresh start. auto goes back to previous.pt where last.pt is torn."""
         last, previous, path = self.out / 'last.pt', self.out / 'previous.pt', self.options.resume
+        if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and (last.exists() or previous.exists()):
+            path = 'auto'                                               # torchrun --max-restarts has started it again
         if path == 'auto':
             kept = [path for path in (last, previous) if path.exists()]
             for path in kept:
@@ -410,6 +414,8 @@ def compile_blocks(model, backend='inductor'):
     The number of captions of one length differs from step to step, and a graph of the whole model would be compiled
     anew for each. Within a block only sizes of tensors differ, and one graph serves all layers and lengths.
     """
+    torch._dynamo.config.cache_size_limit = 64      # the towers, with and without gradient: beyond 8 it stops compiling
+    torch._dynamo.config.optimize_ddp = False       # DDP's cuts at bucket bounds are for graphs of whole models
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=True, backend=backend)
@@ -522,7 +528,7 @@ def update(run, norm):
 
 def agree(run, *flags):
     """Each flag, true if it is true on any rank: no rank may stop or go on alone, or the others would hang."""
-    flags = torch.tensor([float(flag) for flag in flags], device=run.device)
+    flags = torch.stack([torch.as_tensor(flag, dtype=torch.float).to(run.device, non_blocking=True) for flag in flags])
     if run.world > 1:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
     return flags.tolist()
@@ -631,15 +637,18 @@ def train(run):
         # fp16 gradients may overflow, the scaler then skips the step and lowers its scale. A loss never may.
         finite = torch.isfinite(state['loss'])
         finite &= run.scaler.get_scale() >= 1 if options.precision == 'fp16' else torch.isfinite(state['norm'])
-        broken, stop, spoilt = agree(run, not finite, bool(caught), bad > max(0.05 * seen, 10))
+        broken, stop, spoilt = agree(run, ~finite, bool(caught), bad > max(0.05 * seen, 10))
         scoring = not stop and options.eval_every and step % options.eval_every == 0 and step < options.steps
         due = step % options.log_every == 0 or step in (1, 5, options.steps) or scoring
         if due or broken:
             entry = describe(run, state, time.perf_counter() - clock, waited, step - since) | {'bad': bad}
             clock, waited, since = time.perf_counter(), 0.0, step
         skipped = skipped + 1 if broken else 0
-        if skipped > options.max_skipped:
+        if skipped > options.max_skipped or spoilt:
             run.save()                                                  # the weights are those of the last good step
+            if run.world > 1:
+                dist.barrier()                                          # a rank that leaves has the others killed
+        if skipped > options.max_skipped:
             raise ValueError(f'loss or gradient is not finite in step {step}, {skipped} steps in a row: '
                              f'{json.dumps(entry)}; {options.out}/last.pt holds the weights before them: go on with '
                              '--resume auto and a lower --lr or --precision fp32')
@@ -681,7 +690,7 @@ def evaluate(run):
                     image, captions = example(run)
                     figures['maps'] = {caption: evaluation.attention(*network, image, caption)[0].round(3).tolist()
                                        for caption in captions}
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:
                 tqdm.write(f'not evaluated to the end: {error}')
             run.model.train()
     return figures
@@ -785,10 +794,11 @@ def count_flops(config, B, images, texts, method=METHODS['cosmos']):
     return {'student': B * student, 'teacher': B * teacher, 'losses': B * (clip + distill), 'backward': B * backward}
 
 
-def matmul_peak(device, dtype, n=2048):
-    """FLOP/s of an n x n x n product, the best of 12."""
+def matmul_peak(device, dtype):
+    """-> n, and FLOP/s of an n x n x n product, the best of 12; n is large enough to hide a GPU's launch."""
+    n = 2048 if device.type == 'cpu' else 8192
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in 'ab')
-    return 2 * n ** 3 / min(timed(device, lambda: a @ b)[1] for _ in range(12))
+    return n, 2 * n ** 3 / min(timed(device, lambda: a @ b)[1] for _ in range(12))
 
 
 def timed(device, call):
@@ -841,7 +851,7 @@ def bench(options, device):
         parts = parts if i > 2 else {}                                  # the first two warm up
         part('step', step)
     medians = {name: sorted(times)[len(times) // 2] for name, times in parts.items()}
-    flops, peak = count_flops(config, B, [(s, s) for s in sides], lengths, method), matmul_peak(device, dtype)
+    flops, (n, peak) = count_flops(config, B, [(s, s) for s in sides], lengths, method), matmul_peak(device, dtype)
     total, seconds = sum(flops.values()), medians.pop('step')
     print(f'bench      {options.preset}, {options.method}, batch {B}, {len(sides)} images and {len(lengths)} captions, '
           f'{precision} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}')
@@ -850,7 +860,7 @@ def bench(options, device):
     memory, speed = peak_memory(device) / 2 ** 30, total / seconds
     print(f'step               {1000 * seconds:10.1f} ms   {B / seconds:,.1f} samples/s   {memory:.2f} GiB')
     print(f'FLOPs              {total / 1e9:10.1f} GFLOP   {speed / 1e9:,.0f} GFLOP/s, {speed / peak:.0%} of the '
-          f'{peak / 1e9:,.0f} that a product of 2,048 x 2,048 matrices reaches here')
+          f'{peak / 1e9:,.0f} that a product of {n:,} x {n:,} matrices reaches here')
 
 
 def locate_data(options, rank):
@@ -883,6 +893,8 @@ def main():
     options = parse_options()
     rank, world, device = setup(options)
     if options.bench:
+        if world > 1:
+            raise ValueError(f'--bench {options.bench} times one process, not {world}; run it without torchrun')
         return bench(options, device)
     locate_data(options, rank)
     Path(options.out).mkdir(parents=True, exist_ok=True)
