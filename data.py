@@ -288,7 +288,10 @@ class Shards:
         if max(pair['json_size'], pair['txt_size']) > 16 << 20:
             raise ValueError(f"a caption file of {max(pair['json_size'], pair['txt_size']):,} bytes is too large")
         if pair['json_size']:
-            record = json.loads(self.read(*pair[['shard', 'json', 'json_size']]))
+            try:
+                record = json.loads(self.read(*pair[['shard', 'json', 'json_size']]))
+            except RecursionError:
+                raise ValueError('its json is nested too deep') from None
             record = record if isinstance(record, dict) else {'captions': record}
         if pair['txt_size']:
             record.setdefault('txt', self.read(*pair[['shard', 'txt', 'txt_size']]).decode('utf-8', 'replace'))
@@ -321,15 +324,16 @@ class Shards:
 
 
 def write_shard(path, members):
-    """A tar of (name, bytes), whole or not at all; equal members give equal bytes."""
-    partial = Path(f'{path}.partial')                                   # an interrupted one must not look whole
+    """A tar of (name, bytes), whole or not at all, and none of nothing; equal members give equal bytes."""
+    partial = Path(f'{path}.{os.getpid()}.partial')                     # an interrupted one must not look whole
     partial.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(partial, 'w', format=tarfile.USTAR_FORMAT) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)                                # with mtime 0
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    os.replace(partial, path)
+        empty = not tar.offset
+    partial.unlink() if empty else os.replace(partial, path)
 
 
 # --- 2. Captions: a pool of sentences per pair, and text crops from it ---------------------------------- Sec. 3.1 ---
@@ -1065,7 +1069,8 @@ def make_scenes(root, train=8000, val=1000, seed=0, size=96, workers=None):
         if stale:
             raise FileExistsError(f'{stale[0]} is not part of a set of {count} {split} scenes: remove it first')
         shards += [(split, range(start, min(start + 1000, count))) for start in range(0, count, 1000)]
-    with ProcessPoolExecutor(workers) as pool:
+    # Ctrl-C is for this process: a worker that died of it could leave the pool waiting for ever.
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         for split, indices in tqdm(shards, 'drawing shards', disable=None):
             scenes = pool.map(_scene, [(seed, split, index, size) for index in indices], chunksize=25)
             path = Path(root, split, f'{indices[0] // 1000:05d}.tar')
@@ -1091,8 +1096,10 @@ def read_rows(path):
     kind, rows = Path(path).suffix.lower(), {}
     try:
         text = Path(path).read_text(encoding='utf-8-sig')
-        if kind in ('.csv', '.tsv'):
-            listing = list(csv.DictReader(io.StringIO(text), delimiter=',\t'[kind == '.tsv']))
+        if kind == '.csv':
+            listing = list(csv.DictReader(io.StringIO(text, newline=''), strict=True))
+        elif kind == '.tsv':                # without quoting: a caption may begin with a quotation mark
+            listing = list(csv.DictReader(io.StringIO(text, newline=''), delimiter='\t', quoting=csv.QUOTE_NONE))
         elif kind == '.json':
             whole = json.loads(text)
             names = {image['id']: image['file_name'] for image in whole['images']}
@@ -1105,14 +1112,41 @@ def read_rows(path):
         raise ValueError(f'{path} has no rows, or rows without names')
     column = first_of(IMAGE_COLUMNS, listing[0], path)
     for number, row in enumerate(listing, 1):
-        if not row.get(column):
+        if None in row:
+            raise ValueError(f'row {number} of {path} has more fields than the first; put texts with commas in quotes')
+        if not isinstance(row.get(column), str) or not row[column]:
             raise ValueError(f"row {number} of {path} has no '{column}'")
-        record = {CAPTION_COLUMNS.get(key, key): value for key, value in row.items() if key != column}
+        record = {key if 'caption' in row else CAPTION_COLUMNS.get(key, key): value
+                  for key, value in row.items() if key != column}
         known = rows.setdefault(row[column], record)
-        if known is not record:
-            told = [part for some in (known, record) for part in (some.get('captions') or [some.get('caption')])]
-            known['captions'] = list(dict.fromkeys(part for part in told if part))
+        for key in sum(CAPTION_KEYS, []) if known is not record else ():
+            told = [some if isinstance(some, list) else [some] for some in (known.get(key), record.get(key)) if some]
+            if told:
+                known[key] = list(dict.fromkeys(sum(told, [])))
     return rows
+
+
+def claim(out, **source):
+    """A folder of shards belongs to one source: a second run goes on with it, another one is refused (ValueError)."""
+    label = Path(out, 'source.json')
+    known = json.loads(label.read_text()) if label.exists() else None
+    if known != source and (known or list(Path(out).glob('*.tar'))):
+        raise ValueError(f'{out} holds shards made from {known or "something else"}, not from {source}; give another '
+                         'folder, or empty it')
+    label.parent.mkdir(parents=True, exist_ok=True)
+    label.write_text(json.dumps(source))
+
+
+def stamp(path):
+    return f'{Path(path).resolve()}, {os.path.getsize(path):,} bytes, {os.stat(path).st_mtime_ns}'
+
+
+def image_kind(data):
+    """The extension for encoded bytes in a shard; ValueError for what shards cannot hold."""
+    kind = Image.open(io.BytesIO(data)).format
+    if kind not in (kinds := {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}):          # MPO: of phones
+        raise ValueError(f'{kind} is not among the kinds of image here; save it as JPEG, PNG or WebP')
+    return kinds[kind]
 
 
 def pack(source, images, out, size=5000):
@@ -1120,7 +1154,10 @@ def pack(source, images, out, size=5000):
 
     Image bytes are copied as they are. Rows whose image is missing or no image are named, counted and left out.
     """
+    if size < 1 or not Path(images).is_dir():
+        raise ValueError(f'--size {size} is less than 1' if size < 1 else f'{images} is no folder of images')
     rows, left_out = list(read_rows(source).items()), []
+    claim(out, rows=stamp(source), size=size)
 
     def members(number):
         for i, (name, record) in enumerate(rows[number * size:(number + 1) * size]):
@@ -1130,7 +1167,7 @@ def pack(source, images, out, size=5000):
                 decode(data)
                 if not caption_pool(record):
                     raise ValueError(f"no caption under {', '.join(record)}")
-                kind = {'JPEG': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}[Image.open(io.BytesIO(data)).format]
+                kind = image_kind(data)
             except Exception as error:                                  # decoders raise what they like
                 left_out.append(name)
                 print(f'left out   {name}: {error}', file=sys.stderr)
@@ -1142,6 +1179,8 @@ def pack(source, images, out, size=5000):
         path = Path(out, f'{number:05d}.tar')
         if not path.exists():                                           # only whole shards have that name
             write_shard(path, members(number))
+    if not list(Path(out).glob('*.tar')):
+        raise ValueError(f'none of the {len(rows)} rows of {source} could be packed; are its images in {images}?')
     return len(rows), len(left_out)
 
 
@@ -1152,16 +1191,25 @@ def join(table, pattern, out):
     shards that were not there yet.
     """
     csv.field_size_limit(1 << 24)
+    try:
+        shards, pairs, matched = Shards(pattern, caption_keys='url'), 0, 0
+    except ValueError as error:
+        raise ValueError(str(error).replace('captions that cannot be used', "no 'url' to join by").partition(
+            '; name the right ones')[0]) from None
     rows = sqlite3.connect('')                                          # '' is a temporary file
     rows.execute('create table captions (url primary key, record)')
-    with open(table, encoding='utf-8', errors='replace', newline='') as file:
+    with open(table, encoding='utf-8-sig', errors='replace', newline='') as file:
         reader = csv.DictReader(file)
         column = first_of(URL_COLUMNS, reader.fieldnames or (), table)
-        record = lambda row: json.dumps({key: sentences(row[key]) for key in CAPTION_KEYS[0] if row.get(key)})
-        some = tqdm(reader, desc='reading the table', disable=None, leave=False)
-        rows.executemany('insert or ignore into captions values (?, ?)',
-                         (((row[column] or '').strip(), record(row)) for row in some))
-    shards, pairs, matched = Shards(pattern, caption_keys='url'), 0, 0
+        try:
+            for row in tqdm(reader, desc='reading the table', disable=None, leave=False):
+                url, told = (row[column] or '').strip(), {key: sentences(row.get(key)) for key in CAPTION_KEYS[0]}
+                if url and any(told.values()):
+                    rows.execute('insert or ignore into captions values (?, ?)', (url, json.dumps(
+                        {key: value for key, value in told.items() if value})))
+        except csv.Error as error:
+            raise ValueError(f'{table} is no CSV after its line {reader.line_num} ({error})') from None
+    claim(out, table=stamp(table), shards=hashlib.sha1(repr((shards.paths, shards.stamps)).encode()).hexdigest())
 
     def members(number):
         nonlocal pairs, matched
@@ -1169,11 +1217,11 @@ def join(table, pattern, out):
             pairs += 1
             try:
                 record, data = shards.record(i), shards.image(i)
-                kind = {'JPEG': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}[Image.open(io.BytesIO(data)).format]
+                kind = image_kind(data)
             except Exception as error:
                 print(f'left out   {shards.name(i)}: {error}', file=sys.stderr)
                 continue
-            url = str(record.get('url')).strip()
+            url = str(record.get('url') or '').strip()
             known = rows.execute('select record from captions where url = ?', (url,)).fetchone()
             if known:
                 matched += 1
@@ -1208,8 +1256,12 @@ class Parser(argparse.ArgumentParser):
 
 def cli(main):
     """Run a command: what a user can cause becomes one sentence and exit status 1, all else keeps its traceback."""
+    if hasattr(sys.stdout, 'reconfigure'):                              # a terminal that cannot show a character
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as error:
         # From a loader's worker it comes wrapped in a traceback, of which it is the last line.
         told = f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}"
@@ -1276,19 +1328,25 @@ def inspect(pattern, caption_keys, preset, out, most=5000):
 
 def bench(pattern, preset, augment, rate, seconds):
     """What one worker does a second, by part, on the terminal: reading, decoding, and whole samples without tokens."""
+    if seconds <= 0 or rate <= 0:
+        raise ValueError(f'--seconds {seconds:g} and --rate {rate:g} must be above 0')
     shards, config = Shards(pattern), Config.preset(preset)
     views, some = Views(shards, None, config, 0, 1, augment=augment), np.random.default_rng(0).permutation(len(shards))
     torch.set_num_threads(1)                                            # as in a loader's worker
-    tokenizer = Tokenizer.learn([text for i in some[:500] for text in shards.pool(i)], 8192, config.context_length)
+    texts = []
+    for i in some[:500]:
+        with contextlib.suppress(ValueError):                           # a broken pair
+            texts += shards.pool(i)
+    tokenizer = Tokenizer.learn(texts, 8192, config.context_length)
     parts = {'read image and json': lambda i: (shards.image(i), shards.record(i)),
              'decode': lambda i: decode(shards.image(i)), 'all views, uint8': lambda i: views.views(0, int(i)),
              'all views and tokens': lambda i: tokenizer(views.views(0, int(i))[-1])}
     for name, part in parts.items():
-        part(some[0])
-        begun, done = time.perf_counter(), 0
-        while time.perf_counter() - begun < seconds:
-            part(some[done % len(some)])
-            done += 1
+        begun, done = None, 0
+        while not begun or time.perf_counter() - begun < seconds:
+            with contextlib.suppress(Exception):                        # a bad pair, as in training
+                part(some[done % len(some)])
+            done, begun = (done + 1, begun) if begun else (0, time.perf_counter())      # the first warms up
         speed = done / (time.perf_counter() - begun)
         print(f'{name:22} {speed:9,.0f} samples/s')
     print(f'{rate:,.0f} samples/s need {-(-rate // speed):.0f} workers of this kind ({preset}, {augment})')
@@ -1330,7 +1388,8 @@ def main():
         print(f'{rows:,} images, {bad:,} left out, in {args.out}')
     elif args.command == 'join':
         pairs, matched = join(args.table, args.shards, args.out)
-        print(f'{matched:,} of {pairs:,} pairs matched ({matched / max(pairs, 1):.1%}), in {args.out}')
+        print(f'{matched:,} of {pairs:,} pairs matched ({matched / max(pairs, 1):.1%}), in {args.out}' if pairs else
+              f'{args.out} has all shards already')
     elif args.command == 'make':
         make_scenes(args.root, args.train, args.val, args.seed)
         print(f'{args.train:,} training and {args.val:,} held-out scenes in {args.root}')

@@ -21,7 +21,7 @@ import inspect
 import io
 import json
 import math
-import pickle
+import os
 import re
 from functools import partial
 from itertools import groupby
@@ -63,16 +63,16 @@ def read_json(path, *keys):
     except json.JSONDecodeError as error:
         raise ValueError(f'{path} is no JSON ({error})') from None
     for key in keys:
-        need(key in value, f"{path} has no '{key}'; is it the file that --help describes?")
+        need(isinstance(value, dict) and key in value, f"{path} has no '{key}'; is it the file that --help describes?")
     return value
 
 
 @contextlib.contextmanager
 def layout_of(path):
-    """Reading what the JSON at `path` holds: a key that is not there, or a list for an object, becomes a sentence."""
+    """Reading what the file at `path` holds: a key that is not there, or a list for an object, becomes a sentence."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise ValueError(f'{path} is not laid out as this command expects ({type(error).__name__}: {error}); see '
                          'README and --help') from None
 
@@ -80,22 +80,33 @@ def layout_of(path):
 def read_lines(path):
     """The lines of a text file that are not blank, or the items of a JSON list."""
     text = read_text(path)
-    return [line for line in (read_json(path) if text.lstrip()[:1] == '[' else text.splitlines()) if line]
+    lines = [line for line in (read_json(path) if text.lstrip()[:1] == '[' else text.splitlines()) if line]
+    need(lines and all(isinstance(line, str) for line in lines), f'{path} holds no lines of text')
+    return lines
 
 
 def read_image(file, name=None):
-    """A path, or an open file and its name -> PIL image, decoded. ValueError names what is no image."""
+    """A path, or an open file and its name -> PIL image, pixels as stored. ValueError names what is no image."""
     try:
         image = Image.open(file)
         image.load()
         return image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:       # SyntaxError: a broken PNG
+    except Exception as error:                                          # decoders raise what they like
         raise ValueError(f'{name or file} is no readable image ({error})') from None
+
+
+def read_picture(file, name=None):
+    """`read_image` as training sees it: upright, and 16 bits of grey scaled to 8, where Pillow would cut them off."""
+    image = ImageOps.exif_transpose(read_image(file, name))
+    if image.mode.startswith('I'):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image
 
 
 def images_in(folder):
     """Paths of the images in a folder and its subfolders, sorted; hidden files are left out."""
-    return [path for path in sorted(Path(folder).rglob('[!.]*')) if path.suffix.lower() in IMAGE_KINDS]
+    return [path for path in sorted(Path(folder).rglob('*')) if path.suffix.lower() in IMAGE_KINDS and path.is_file()
+            and not any(part.startswith('.') for part in path.relative_to(folder).parts)]
 
 
 def read_checkpoint(path):
@@ -103,8 +114,11 @@ def read_checkpoint(path):
     need(Path(path).exists(), f'checkpoint {path} does not exist')
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:           # OSError: a torn file
+    except Exception as error:                                          # of many kinds, for torn and for other files
         reason = (str(error) or 'it ends too early').splitlines()[0][:120]
+        if Path(path).is_file():
+            with open(path, 'rb') as file:                              # 'P' as in PK of a zip, 0x80 of a pickle
+                reason = reason if file.read(1) in (b'P', b'\x80', b'') else 'perhaps a web page or a git-lfs pointer'
         raise ValueError(f'{path} is no checkpoint of tensors and plain values ({reason}); where you trust it, '
                          'convert it: torch.save(torch.load(OLD, weights_only=False)[...], NEW)') from None
 
@@ -116,7 +130,8 @@ def infer_config(state):
     context_length, text_width = state['positional_embedding'].shape
     grid = math.isqrt(len(state['visual.positional_embedding']) - 1)    # one row is the class token's
     return Config(embed_dim=state['text_projection'].shape[1], image_size=grid * patch, patch_size=patch,
-                  local_image_size=96 // patch * patch or patch, vision_width=width, vision_heads=width // 64,
+                  local_image_size=96 // patch * patch or patch, vision_width=width,
+                  vision_heads=width // (80 if width == 1280 else 64),                  # ViT-H's are 80 wide
                   vision_layers=layers('visual.transformer.'), text_layers=layers('transformer.'),
                   text_width=text_width, text_heads=text_width // 64, context_length=context_length,
                   vocab_size=len(state['token_embedding.weight']),
@@ -144,28 +159,44 @@ def load(path, weights='teacher', config=None, vocab=None):
     saved = read_checkpoint(path)
     need(isinstance(saved, dict), f'{path} holds a {type(saved).__name__}, not a state dict')
     origin = next((name for name in (weights, 'student', 'state_dict') if name in saved), 'state dict')
-    state = {re.sub(r'^((module|_orig_mod)\.)+', '', key): value for key, value in saved.get(origin, saved).items()}
+    state = saved.get(origin, saved)
+    need(isinstance(state, dict) and all(isinstance(key, str) for key in state), f'{path} holds no names of weights')
+    state = {re.sub(r'^((module|_orig_mod)\.)+', '', key): value for key, value in state.items()}
     if 'merges' in saved:                                               # ours
         config, tokenizer = Config(**saved['config']), Tokenizer(saved['merges'], saved['config']['context_length'])
     elif 'input_resolution' in state:                                   # NB: they would load, and score low unnoticed
         raise ValueError(f"{path} holds OpenAI's weights, which need QuickGELU; this model has GELU: take LAION's")
     elif 'visual.class_embedding' in state and 'positional_embedding' in state:
-        config = config or infer_config(state)
+        with layout_of(path):
+            config = config or infer_config(state)
         state, tokenizer = from_openclip(state), Tokenizer.clip(vocab, config.context_length)
     else:
         raise ValueError(f"{path} holds no weights of this model (its keys: {', '.join(map(str, list(saved)[:5]))}); "
                          'give a checkpoint of train.py, a released cosmos_vitb*.pt or an open_clip ViT state dict')
     model = COSMOS(config)
     load_weights(model, state, path)
+    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    need(not broken, f"{path} holds NaN or infinity in {', '.join(broken[:2])}; take an earlier checkpoint")
     model.origin = origin
     return model.eval(), tokenizer, Preprocess(config.image_size)
+
+
+def write_tensors(state, path):
+    """torch.save, whole or not at all."""
+    partial = Path(f'{path}.{os.getpid()}.partial')
+    try:
+        torch.save(state, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:                            # RuntimeError: torch's, for a missing folder
+        partial.unlink(missing_ok=True)
+        raise ValueError(f'{path} cannot be written ({str(error).splitlines()[0]})') from None
 
 
 def export(model, path):
     """Write the towers and the scale under open_clip's names. It has no place for COSMOS's heads: they stay behind."""
     heads = ('image_cross.', 'text_cross.', 'image_tokens.', 'text_tokens.', 'distill_logit_scale')
     state = to_openclip({key: value for key, value in model.state_dict().items() if not key.startswith(heads)})
-    torch.save(state, path)
+    write_tensors(state, path)
     return {'tensors': len(state), 'parameters': sum(value.numel() for value in state.values()), 'file': str(path)}
 
 
@@ -181,9 +212,9 @@ def read_batch(source, preprocess, skip, numbers):
             if isinstance(source, torchvision.datasets.VisionDataset):
                 image, label = source[i]
             elif isinstance(source, Shards):
-                image = read_image(io.BytesIO(source.image(i)), source.name(i))
+                image = read_picture(io.BytesIO(source.image(i)), source.name(i))
             else:
-                image = read_image(source[i])
+                image = read_picture(source[i])
         except OSError as error:
             raise ValueError(f'image {i} of the set is no readable image ({error})') from None
         except ValueError:
@@ -238,7 +269,7 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
         scores = queries[some] @ targets.T                              # (chunk, m)
         right = query_ids[some, None] == target_ids[None]
         best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-        out.append(1 + ((scores >= best) & ~right).sum(dim=1))
+        out.append(1 + (~(scores < best) & ~right).sum(dim=1))         # NaN, too, is ahead
     return torch.cat(out)
 
 
@@ -260,15 +291,17 @@ def coco_captions(root):
     listing = read_json(path, 'images', 'annotations')
     with layout_of(path):
         number = {image['id']: i for i, image in enumerate(listing['images'])}
-        return ([Path(root, 'images/val2017', image['file_name']) for image in listing['images']],
-                [a['caption'] for a in listing['annotations']],
+        images = [Path(root, 'images/val2017', image['file_name']) for image in listing['images']]
+        need(images and listing['annotations'], f'{path} lists no image, or no caption')
+        return (images, [a['caption'] for a in listing['annotations']],
                 torch.tensor([number[a['image_id']] for a in listing['annotations']]))
 
 
 def with_owners(images, pools):
     """Images and the list of captions of each -> (images, captions, owner (captions,): the number of its image)."""
-    return (images, [caption for pool in pools for caption in pool],
-            torch.tensor([i for i, pool in enumerate(pools) for _ in pool]))
+    captions = [caption for pool in pools for caption in pool]
+    need(captions and all(isinstance(caption, str) for caption in captions), f'{captions[:3]} are no captions in words')
+    return images, captions, torch.tensor([i for i, pool in enumerate(pools) for _ in pool])
 
 
 def karpathy_captions(path, split, images):
@@ -290,11 +323,19 @@ def flickr_captions(path, images):
             [item['caption']] if isinstance(item['caption'], str) else item['caption'] for item in listing])
 
 
+def record_of(shards, i):
+    """The json of a held-out pair, and ValueError that says where it is broken."""
+    try:
+        return shards.record(i)
+    except ValueError as error:
+        raise ValueError(f'{shards.name(i)} cannot be read ({error})') from None
+
+
 def shard_captions(shards):
     """-> (shards, captions, owner): what `captions` lists, else the one raw caption of a pair; whole, never split."""
     pools = []
     for i in range(len(shards)):
-        record = shards.record(i)
+        record = record_of(shards, i)
         found = next((record[key] for key in ('captions', 'raw_caption', 'caption', 'txt') if record.get(key)), None)
         pools.append([text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)])
         need(pools[i], f'{shards.name(i)} has no caption to retrieve by; held-out pairs need captions, raw_caption, '
@@ -387,12 +428,12 @@ def folder_classes(root, classes=None, subset=None):
         chosen = [item for item in read_json(root / 'labels.json') if item['class_id'] in number]
         need(chosen, f'no image of {root}/labels.json is of a class in {classes}; are its ids the same?')
         return ([root / item['file'] for item in chosen], torch.tensor([number[item['class_id']] for item in chosen]),
-                named, listing.get('templates', TEMPLATES))
+                named, listing.get('templates') or TEMPLATES)
 
 
 def objects_of(shards, i):
     """What the json of pair i lists as `objects`: dicts, {} for what is none; [] where it lists nothing."""
-    listed = shards.record(i).get('objects')
+    listed = record_of(shards, i).get('objects')
     return [thing if isinstance(thing, dict) else {} for thing in listed] if isinstance(listed, list) else []
 
 
@@ -403,7 +444,7 @@ def listed_objects(shards):
 
 
 def shard_image(shards, i):
-    return read_image(io.BytesIO(shards.image(i)), shards.name(i))
+    return read_picture(io.BytesIO(shards.image(i)), shards.name(i))
 
 
 def shard_mask(shards, i, size):
@@ -674,10 +715,12 @@ def read_pairs(path):
     text, kind, items = read_text(path), Path(path).suffix, []
     try:
         rows = (list(csv.DictReader(io.StringIO(text))) if kind == '.csv' else json.loads(text) if kind != '.jsonl' else
-                [json.loads(line) for line in text.splitlines() if line.strip()])
-    except ValueError as error:
+                [json.loads(line) for line in text.split('\n') if line.strip()])         # see data.read_rows
+    except (ValueError, csv.Error) as error:
         raise ValueError(f'{path} is neither JSON lines nor JSON nor CSV ({error})') from None
-    for number, row in enumerate(rows.values() if isinstance(rows, dict) else rows, 1):
+    rows = list(rows.values()) if isinstance(rows, dict) else rows
+    need(isinstance(rows, list) and rows, f'{path} lists no items')
+    for number, row in enumerate(rows, 1):
         row = row if isinstance(row, dict) else {}
         layout = next((layout for layout in PAIR_LAYOUTS if {*layout[0], *layout[1]} <= row.keys()), None)
         if {'images', 'captions'} <= row.keys():
@@ -695,6 +738,8 @@ def read_pairs(path):
             raise ValueError(f"item {number} of {path} has the keys {', '.join(map(str, row)) or '(none)'}; it needs "
                              'images and captions, or those of SugarCrepe, SVO-Probes, Winoground or MMVP-VLM')
     for number, (images, captions, _) in enumerate(items, 1):
+        need(isinstance(images, list) and isinstance(captions, list) and all(isinstance(c, str) for c in captions),
+             f'item {number} of {path} needs a list of images and a list of captions in words')
         k, m = len(images), len(captions)
         need(k == m > 1 or min(k, m) == 1 < max(k, m),
              f'item {number} of {path} has {k} images and {m} captions; give k and k, k and 1, 1 and k')
@@ -753,7 +798,7 @@ def suppression(model, tokenizer, preprocess, root, workers=0):
         share = np.array([np.mean(pair_hits(matrix)[0]) for matrix in matrices[:len(probes)]])
         named = pair_scores(matrices[len(probes):])
         figures[role] = {'probes': len(probes), 'scene_top1': float(share.mean()), 'scene_chance': 0.5,
-                         'standard_error': float(share.std(ddof=1) / math.sqrt(len(share))),
+                         'standard_error': float(share.std(ddof=1) / math.sqrt(len(share))) if len(share) > 1 else 1.0,
                          'name_top1': named['text_score'], 'name_chance': named['text_chance']}
     return figures
 
@@ -854,22 +899,23 @@ def folder_features(model, preprocess, folder, workers=0):
     """All images under a folder -> (paths, (n, D) features), unreadable ones left out and named.
     Kept in FOLDER.features.pt beside it, per file with size and time: a second call embeds only what is new or changed.
     Other weights start over."""
-    paths, cache, known = images_in(folder), Path(f'{Path(folder).absolute()}.features.pt'), {}
+    paths, cache, known = images_in(folder), Path(f'{Path(folder).resolve()}.features.pt'), {}
     need(paths, f'{folder} holds no jpg, jpeg, png or webp image')
     weights = hashlib.sha1(model.visual.proj.detach().cpu().numpy().tobytes()).hexdigest()
-    if cache.exists():
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):          # what is no cache is made anew
         saved = read_checkpoint(cache)
-        known = saved['features'] if saved.get('weights') == weights else {}
+        known = saved['features'] if saved['weights'] == weights else {}
     stamps = [f'{p.relative_to(folder)}|{p.stat().st_size}|{p.stat().st_mtime_ns}' for p in paths]
     new = [i for i, stamp in enumerate(stamps) if stamp not in known]
     if new:
         fresh, _ = embed_labelled(model, [paths[i] for i in new], preprocess, workers=workers, skip=True)
         known |= {stamps[i]: feature for i, feature in zip(new, fresh)}
     if new or len(known) > len(paths):
+        kept = {stamp: known[stamp].clone() for stamp in stamps if known[stamp].isfinite().all()}
         try:
-            torch.save({'weights': weights, 'features': {stamp: known[stamp].clone() for stamp in stamps}}, cache)
-        except (OSError, RuntimeError) as error:                        # a folder one may only read
-            print(f'not cached in {cache}: {error}')
+            write_tensors({'weights': weights, 'features': kept}, cache)
+        except ValueError as error:                                     # a folder one may only read
+            print(f'not cached: {error}')
     features = torch.stack([known[stamp] for stamp in stamps])
     good = features.isfinite().all(dim=1)
     for i in (~good).nonzero()[:, 0].tolist():
@@ -885,7 +931,7 @@ def contact_sheet(paths, scores, title, out, tile=176, columns=6):
     draw.text((6, 6), title, 'black', font_size=15)
     for k, (path, score) in enumerate(zip(paths, scores)):
         x, y = 6 + k % columns * (tile + 6), 30 + k // columns * step
-        canvas.paste(ImageOps.pad(read_image(path).convert('RGB'), (tile, tile), Image.BICUBIC, 'white'), (x, y))
+        canvas.paste(ImageOps.pad(read_picture(path).convert('RGB'), (tile, tile), Image.BICUBIC, 'white'), (x, y))
         draw.text((x, y + tile + 2), f'{score:.3f} {path.name}'[:tile // 7], 'black', font_size=12)
     canvas.save(out)
 
@@ -903,7 +949,7 @@ def show(figures, indent=''):
             show(value, indent + '  ')
         elif not name.endswith('chance'):                               # K guesses find one target K times as often
             told = f'    chance {min(1, int(top[1] if top else 1) * chance):.2%}' if chance else ''
-            form = '>8' if not isinstance(value, float) else '8.1f' if 'rank' in name else '8.2%'
+            form = '>8' if not isinstance(value, float) else '8.1f' if name.endswith('_rank') else '8.2%'
             print(f'{indent}{name:28} {value:{form}}{told}')
 
 
@@ -950,6 +996,12 @@ def run_segment(args, model, tokenizer, preprocess):
     window = args.window or model.config.image_size
     o = Settings(*BENCHMARKS.get(args.benchmark, (window * 3 // 2, 40, 0, 0, False)), window, window // 2)
     o = o._replace(**{name: value for name, value in vars(args).items() if name in o._fields and value is not None})
+    need(0 < o.stride <= o.window and o.size > 0, f'--window {o.window}, --stride {o.stride}, --size {o.size}: the '
+         'stride must be above 0 and no more than the window')
+    save = args.save and Path(args.save).resolve()
+    for folder in (args.images, args.masks) if save else ():
+        need(not folder or Path(folder).resolve() not in (save, *save.parents), f'--save {args.save} lies in {folder}, '
+             'whose files it could overwrite; name another folder')
     classes = [[name.strip() for name in line.split(',')] for line in read_lines(args.classes)]
     names, templates = [some[0] for some in classes], read_templates(args.templates)
     need(args.shards or args.images, '--masks need their images: --images DIR')
@@ -985,11 +1037,12 @@ def run_attend(args, model, tokenizer, preprocess):
         need(not args.text, '--text goes with --image; --shards are asked for the objects that they list')
         return figures
     need(args.text, 'attend --image needs captions to ask with: --text "a red star"')
-    return {'picture': attention_picture(model, tokenizer, preprocess, read_image(args.image), args.text, args.out)}
+    return {'picture': attention_picture(model, tokenizer, preprocess, read_picture(args.image), args.text, args.out)}
 
 
 def run_search(args, model, tokenizer, preprocess):
     need(bool(args.query) != bool(args.like), 'search takes a query in words, or --like IMAGE')
+    need(args.top > 0, f'--top {args.top} shows nothing; give 1 or more')
     paths, features = folder_features(model, preprocess, args.images, args.workers)
     query = (embed_texts(model, tokenizer, [args.query]) if args.query else
              embed_images(model, [args.like], preprocess))[0]
@@ -999,6 +1052,11 @@ def run_search(args, model, tokenizer, preprocess):
     for path, score in zip(found, scores):
         print(f'{score:.4f}  {path}')
     return {'images': len(paths), 'picture': args.out}
+
+
+def run_export(args, model, *_):
+    need(Path(args.out).resolve() != Path(args.checkpoint).resolve(), f'{args.out} is the checkpoint; name another')
+    return export(model, args.out)
 
 
 must = lambda help, **more: dict(required=True, help=help, **more)
@@ -1048,7 +1106,7 @@ COMMANDS = {        # what it does, function, flags of which exactly one is give
         '--images': must('folder of images; features are kept beside it'),
         '--top': dict(type=int, default=12, help='how many to show'),
         '--out': dict(default='search.png', help='the contact sheet')}),
-    'export': ("open_clip's state dict", lambda args, model, *_: export(model, args.out), {}, {
+    'export': ("open_clip's state dict", run_export, {}, {
         'out': dict(metavar='OUT')})}
 
 
@@ -1085,7 +1143,10 @@ def main():
         given.append(f'split {args.split}')
     source, count = ', '.join(given), sum(p.numel() for p in model.parameters())
     print(f'{args.command} of {args.checkpoint} ({model.origin}, {count:,} parameters)' + f' on {source}' * bool(given))
-    model.to(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    try:
+        model.to(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'--device {args.device} cannot be used ({str(error).splitlines()[0]}); use cpu') from None
     figures = args.run(args, model, tokenizer, preprocess)
     show(figures)
     if args.json:

@@ -746,10 +746,10 @@ def test_pack_and_join(tmp_path):
         shards = data.Shards(out)
         assert [shards.pool(i) for i in range(2)] == [['one dog', 'a dog'], ['two', 'dogs']]
         assert shards.image(1) == picture('PNG')
-    packed = {path.name: path.read_bytes() for path in out.iterdir()}
+    packed = {path.name: path.read_bytes() for path in out.glob('*.tar')}
     (out / '00001.tar').rename(out / '00001.tar.partial')               # as a kill leaves it
     data.pack(*arguments, out, size=1)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == packed
+    assert {path.name: path.read_bytes() for path in out.glob('*.tar')} == packed
     put(tmp_path / 'd.csv', 'Image Path,raw_caption,longIB_captions\nhttp://x/2,two dogs,"A dog.\n'
                             'It is 3.5 m, big."\nhttp://x/9,none,none\nhttp://x/1,one dog,A dog\n')
     write_tar(tmp_path / 'i.tar', [m for i in range(3) for m in (
@@ -760,6 +760,40 @@ def test_pack_and_join(tmp_path):
     assert [shards.record(i)['key'] for i in range(2)] == ['1', '2']
     refused('r.csv has the columns filepath, title, none of url',
             data.join, tmp_path / 'r.csv', tmp_path / 'i.tar', tmp_path / 'joined')
+
+
+def test_tables_and_folders_that_could_be_garbled(tmp_path):
+    """oracle: the captions that stand in the files; what a second run, or a wrong folder, must not mix."""
+    for name in 'ab':
+        put(tmp_path / f'images/{name}.jpg', encoded(Image.new('RGB', (8, 8)), 'MPO' if name == 'b' else 'JPEG'))
+    (tmp_path / 'none').mkdir()
+    def packed(name, text, size=9, images=tmp_path / 'images'):
+        out = tmp_path / f'out-{name}'
+        data.pack(put(tmp_path / name, text), images, out, size)
+        shards = data.Shards(out)
+        return [shards.pool(i) for i in range(len(shards))]
+    line = lambda name, **record: json.dumps({'image': f'{name}.jpg', **record}) + '\n'
+    assert packed('r.jsonl', line('a', captions=['a dog']) + line('b', raw_caption='ox') + line('a', captions='a cat') +
+                  line('b', raw_caption='cow')) == [['a dog', 'a cat'], ['ox', 'cow']]
+    assert packed('q.tsv', 'image\tcaption\na.jpg\t"Oh, a cat\nb.jpg\ta dog\n') == [['"Oh, a cat'], ['a dog']]
+    assert packed('t.csv', 'image,caption,text\na.jpg,a dog,SALE\nb.jpg,"a cat, old",\n') == [['a dog'], ['a cat, old']]
+    refused('row 1 of .*w.csv has more fields', packed, 'w.csv', 'image,caption\na.jpg,a dog, old\n')
+    refused("row 1 of .*l.jsonl has no 'image'", packed, 'l.jsonl', json.dumps({'image': ['a.jpg']}))
+    refused('--size 0', packed, 'r.jsonl', line('a', caption='x'), 0)
+    refused('absent is no folder', packed, 's.jsonl', line('a', caption='x'), 9, tmp_path / 'absent')
+    refused('none of the 1 rows', packed, 's.jsonl', line('a', caption='x'), 9, tmp_path / 'none')
+    refused('out-t.csv holds shards made from .*size', packed, 't.csv', (tmp_path / 't.csv').read_text(), 8)
+    put(tmp_path / 'in/0.tar')
+    shards = write_tar(tmp_path / 'in/0.tar', [m for i, url in enumerate(('', None, 'u', 'none')) for m in (
+        (f'{i}.jpg', picture()), (f'{i}.json', {'url': url, 'caption': 'alt'}))])
+    table = put(tmp_path / 'd.csv', '\ufeffurl,raw_caption\n,no\nNone,no\nnone,\nu,a dog\n')
+    assert data.join(table, shards, tmp_path / 'joined') == (4, 1)
+    assert data.Shards(tmp_path / 'joined').pool(0) == ['a dog']
+    refused('holds shards made from something else', data.join, table, shards, tmp_path / 'in')
+    write_tar(tmp_path / 'b.tar', dogs(2))
+    refused("b.tar has no 'url' to join by", data.join, table, tmp_path / 'b.tar', tmp_path / 'other')
+    table = put(tmp_path / 'e.csv', f'url,raw_caption\nu,x\nv,{"x" * (1 << 24)}y')
+    refused('e.csv is no CSV after its line 2', data.join, table, shards, tmp_path / 'third')
 
 
 def test_every_command_of_data(tmp_path, capsys):
@@ -781,7 +815,7 @@ def test_every_command_of_data(tmp_path, capsys):
         put(tmp_path / f'images/{i}.jpg', picture())
     rows = put(tmp_path / 'rows.csv', 'image,url,caption\n0.jpg,u0,dog\n1.jpg,u1,cat\n2.jpg,u2,ox\n9.jpg,u9,bee\n')
     told = command('pack', rows, tmp_path / 'images', tmp_path / 'packed', '--size', 2)
-    assert '4 images, 1 left out' in told and len(list((tmp_path / 'packed').iterdir())) == 2
+    assert '4 images, 1 left out' in told and len(list((tmp_path / 'packed').glob('*.tar'))) == 2
     data.pack(rows, tmp_path / 'images', tmp_path / 'again-packed', 2)
     assert same(tmp_path / 'packed', tmp_path / 'again-packed')
     table = put(tmp_path / 'dreamlip.csv', 'url,raw_caption\nu2,one ox\nu0,one dog\n')
@@ -973,8 +1007,9 @@ def test_retrieval_by_hand_and_by_loops():
     # image 0: its 1.0 is ahead of all. image 1: its best is 0.8, behind the 0.9 of a caption of image 0
     assert figures['image_to_text_R@1'] == 0.5 and figures['image_to_text_mean_rank'] == 1.5
     assert figures['image_to_text_median_rank'] == 1.5                  # ranks 1 and 2
-    collapsed = evaluation.retrieval(torch.ones(2, 2), torch.ones(10, 2), owner)
-    assert collapsed['image_to_text_R@5'] == collapsed['text_to_image_R@1'] == 0
+    for same in (1.0, math.nan):
+        collapsed = evaluation.retrieval(torch.full((2, 2), same), torch.full((10, 2), same), owner)
+        assert collapsed['image_to_text_R@5'] == collapsed['text_to_image_R@1'] == 0
     torch.manual_seed(0)
     queries, targets, ids = torch.randn(20, 6), torch.randn(30, 6), torch.arange(20)
     target_ids, slow = torch.cat([torch.randperm(20), torch.randint(0, 20, (10,))]), []
@@ -1330,10 +1365,27 @@ def test_search_refreshes_what_changed(tmp_path, monkeypatch, capsys):
     assert 'bad.jpg is no readable image' in capsys.readouterr().out
     put(folder / 'two.png', picture('PNG', 'blue'))
     put(folder / 'three.png', picture())
-    found(['one.png', 'three.png', 'two.png'], [['three.png', 'two.png']])
+    found(['one.png', 'three.png', 'two.png'], [['bad.jpg', 'three.png', 'two.png']])      # bad is tried again
     (folder / 'b/one.png').unlink()
-    found(['three.png', 'two.png'], [])
+    found(['three.png', 'two.png'], [['bad.jpg']])
     found(['three.png', 'two.png'], [['bad.jpg', 'three.png', 'two.png']], micro(seed=1)[0].eval())     # other weights
+    cache = tmp_path / 'photos.features.pt'
+    cache.write_bytes(cache.read_bytes()[:500])                         # torn: made anew
+    put(folder / '.thumbs/two.png', picture())
+    found(['three.png', 'two.png'], [['bad.jpg', 'three.png', 'two.png']])
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [cache.name]
+
+
+def test_pictures_are_seen_as_in_training(tmp_path):
+    """oracle: the decoder of training, for every kind of image that it takes."""
+    ramp = Image.fromarray(np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32))
+    exif = Image.Exif()
+    exif[0x112] = 6                                                     # turned by 90 degrees
+    colour = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 40).convert('RGB')
+    for name, value in (('grey16.png', encoded(ramp)), ('turned.png', encoded(colour, exif=exif)),
+                        ('cmyk.jpg', encoded(colour.convert('CMYK'), 'JPEG'))):
+        seen = evaluation.read_picture(put(tmp_path / name, value)).convert('RGB')
+        assert data.v2.functional.pil_to_tensor(seen).equal(data.decode(value)), name
 
 
 def test_every_command_of_eval(monkeypatch, tmp_path, scenes, capsys):
@@ -1672,13 +1724,22 @@ def test_errors_are_one_sentence(monkeypatch, tmp_path, scenes):
     write_tar('silent.tar', [('a.jpg', picture()), ('a.json', {'alt': 'a dog', 'url': 'x'})])
     write_tar('lonely.tar', [('a.jpg', picture())])
     write_tar('brief.tar', dogs(4))
-    for name, text in (('stub.gz', 'version https://git'), ('text.tar', 'no tar'), ('junk.pt', 'x'), ('empty.pt', '')):
+    for name, text in (('stub.gz', 'version https://git'), ('text.tar', 'no tar'), ('junk.pt', 'x'), ('empty.pt', ''),
+                       ('page.pt', '<html>')):
         put(Path(name), text)
     class Malicious:
         def __reduce__(self):
             return os.system, ('touch executed',)
     torch.save({'weights': torch.zeros(1)}, 'other.pt')
     torch.save({'student': Malicious()}, 'bad.pt')
+    torch.save({0: torch.zeros(1)}, 'numbers.pt')
+    model, _ = spelling_model()
+    fine = {'config': vars(model.config), 'merges': [], 'student': model.state_dict()}
+    torch.save(fine, 'fine.pt')
+    torch.save(fine | {'student': fine['student'] | {'visual.proj': fine['student']['visual.proj'] * math.nan}}, 'nan.pt')
+    write_tar('broken.tar', [('a.jpg', picture()), ('a.json', b'{"caption": "a'), *dogs(2)])
+    put(Path('words.jsonl'), {'images': ['a.jpg'], 'captions': 'a dog'})
+    put(Path('c.txt'), 'red\nblue\n')
     monkeypatch.setattr(data.Parser, 'exit', lambda self, status, told: sys.exit(told.strip() if status == 1 else 2))
     for module, line, parts in [
             (train, '--batch 1', ['--batch 1', 'at least 2']),
@@ -1705,6 +1766,20 @@ def test_errors_are_one_sentence(monkeypatch, tmp_path, scenes):
             (evaluation, 'retrieval other.pt --shards SCENES/val', ['other.pt', 'weights', 'train.py']),
             (evaluation, 'retrieval bad.pt --shards SCENES/val', ['bad.pt', 'plain values', 'where you trust it']),
             (evaluation, 'retrieval other.pt --shards x --shardz x', ['--shardz', 'did you mean --shards?']),
+            (evaluation, 'retrieval nan.pt --shards SCENES/val', ['nan.pt', 'NaN', 'visual.proj', 'earlier']),
+            (evaluation, 'retrieval page.pt --shards SCENES/val', ['page.pt', 'web page']),
+            (evaluation, 'retrieval numbers.pt --shards SCENES/val', ['numbers.pt', 'names of weights']),
+            (evaluation, 'retrieval fine.pt --shards broken.tar', ['broken.tar:a.jpg', 'cannot be read']),
+            (evaluation, 'retrieval fine.pt --shards SCENES/val --device tpu', ['--device tpu', 'cannot be', 'cpu']),
+            (evaluation, 'export fine.pt fine.pt', ['fine.pt is the checkpoint']),
+            (evaluation, 'export fine.pt nowhere/a.pt', ['nowhere/a.pt cannot be written']),
+            (evaluation, 'search fine.pt x --images SCENES --top 0', ['--top 0']),
+            (evaluation, 'classify fine.pt --shards SCENES/val --templates empty.pt', ['empty.pt', 'no lines of text']),
+            (evaluation, 'segment fine.pt --shards SCENES/val --classes c.txt --stride 0', ['--stride 0']),
+            (evaluation, 'segment fine.pt --images a --masks b --classes c.txt --save b/c', ['--save b/c lies in b']),
+            (evaluation, 'pairs fine.pt --items words.jsonl', ['item 1', 'words.jsonl', 'a list of captions']),
+            (evaluation, 'pairs fine.pt --items empty.pt', ['empty.pt']),
+            (data, 'bench SCENES/val --seconds 0', ['--seconds 0']),
             (data, 'inspect absent', ['absent', 'does not exist'])]:
         told = run(module, *line.replace('SCENES', str(scenes)).split())
         assert isinstance(told, str) and told.startswith('error: ') and '\n' not in told, (line, told)
