@@ -798,8 +798,9 @@ def suppression(model, tokenizer, preprocess, root, workers=0):
         share = np.array([np.mean(pair_hits(matrix)[0]) for matrix in matrices[:len(probes)]])
         named = pair_scores(matrices[len(probes):])
         figures[role] = {'probes': len(probes), 'scene_top1': float(share.mean()), 'scene_chance': 0.5,
-                         'standard_error': float(share.std(ddof=1) / math.sqrt(len(share))) if len(share) > 1 else 1.0,
                          'name_top1': named['text_score'], 'name_chance': named['text_chance']}
+        if len(share) > 1:
+            figures[role]['standard_error'] = float(share.std(ddof=1) / math.sqrt(len(share)))
     return figures
 
 
