@@ -53,11 +53,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from cosmos import Config
+
+try:
+    from torchvision.io import ImageReadMode, decode_image
+except ImportError:         # deprecated since torchvision 0.29; without it Pillow decodes, more slowly
+    decode_image = None
 
 # --- 1. Shards: every header is read once, then any pair is one seek away --------------------------------------------
 
@@ -573,7 +577,7 @@ def decode(data, shrink=1):
     Raises OSError, RuntimeError or ValueError for what is no image.
     """
     size = upright_size(data)
-    if shrink == 1:
+    if shrink == 1 and decode_image:
         try:
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)

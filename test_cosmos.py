@@ -1376,8 +1376,10 @@ def test_search_refreshes_what_changed(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [cache.name]
 
 
-def test_pictures_are_seen_as_in_training(tmp_path):
-    """oracle: the decoder of training, for every kind of image that it takes."""
+@pytest.mark.parametrize('decoder', [data.decode_image, None])
+def test_pictures_are_seen_as_in_training(monkeypatch, tmp_path, decoder):
+    """oracle: the decoder of training, with torchvision's and without, for kinds of image that could look different."""
+    monkeypatch.setattr(data, 'decode_image', decoder)
     ramp = Image.fromarray(np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32))
     exif = Image.Exif()
     exif[0x112] = 6                                                     # turned by 90 degrees
