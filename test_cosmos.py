@@ -1390,20 +1390,27 @@ def test_pictures_are_seen_as_in_training(monkeypatch, tmp_path, decoder):
         assert data.v2.functional.pil_to_tensor(seen).equal(data.decode(value)), name
 
 
-def test_every_command_of_eval(monkeypatch, tmp_path, scenes, capsys):
-    """oracle: the functions that the tests above check, on the same input; pictures open, README's snippet runs."""
+@pytest.fixture
+def gallery(tmp_path, capsys):
+    """Three pictures, a checkpoint that spells, and command(name, *flags) -> eval.py's figures and what it told."""
     (model, tokenizer), checkpoint = spelling_model(), put(tmp_path / 'runs/tiny-cosmos/last.pt')
     torch.save({'config': vars(model.config), 'merges': [], 'student': model.state_dict()}, checkpoint)
     fractals = [Image.effect_mandelbrot((50, 40), (-2 + i, -1, 1, 1), 40).convert('RGB') for i in range(3)]
     paths = [put(tmp_path / f'images/{i}.jpg', encoded(image, 'JPEG')) for i, image in enumerate(fractals)]
-    striped = encoded(Image.fromarray(np.arange(2000, dtype=np.uint8).reshape(40, 50) % 2))
-    masks = [put(tmp_path / f'masks/{i}.png', striped) for i in range(3)]
-    images, features = ['--images', tmp_path / 'images'], evaluation.embed_images(model, paths, data.Preprocess(32))
-    words = lambda *texts: evaluation.embed_texts(model, tokenizer, texts)
     def command(name, *argv):
         figures = tmp_path / 'figures.json'
         assert run(evaluation, name, checkpoint, *argv, '--workers', 0, '--json', figures) is None
         return json.loads(figures.read_text()), capsys.readouterr().out
+    return SimpleNamespace(model=model, tokenizer=tokenizer, paths=paths, images=['--images', tmp_path / 'images'],
+                           features=evaluation.embed_images(model, paths, data.Preprocess(32)), command=command,
+                           words=lambda *texts: evaluation.embed_texts(model, tokenizer, texts))
+
+
+def test_every_command_of_eval(monkeypatch, tmp_path, scenes, gallery, capsys):
+    """oracle: the functions that the tests above check, on the same input; pictures open, README's snippet runs."""
+    model, tokenizer, paths, images, features, command, words = vars(gallery).values()
+    striped = encoded(Image.fromarray(np.arange(2000, dtype=np.uint8).reshape(40, 50) % 2))
+    masks = [put(tmp_path / f'masks/{i}.png', striped) for i in range(3)]
     figures, told = command('segment', *images, '--masks', tmp_path / 'masks', '--classes',
                             put(tmp_path / 'classes.txt', 'ground, sky\nox\n'), '--benchmark', 'voc21', '--size', 40,
                             '--area', 0, '--save', tmp_path / 'seen')
@@ -1439,6 +1446,17 @@ def test_every_command_of_eval(monkeypatch, tmp_path, scenes, capsys):
     figures, _ = command('attend', '--shards', scenes / 'val')
     want = evaluation.pointing(model, tokenizer, data.Preprocess(32), data.Shards(scenes / 'val'))
     assert want.items() <= figures.items()
+    readme = (HERE / 'README.md').read_text(encoding='utf-8')
+    (snippet,) = re.findall(r'```python\n(import torch\n.*?)```', readme, re.S)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(paths[0], 'photo.jpg')
+    exec(snippet, {})
+    assert capsys.readouterr().out.strip() == str(features[:1] @ words('a red star', 'a blue ring').T)
+
+
+def test_classify_of_every_source(tmp_path, scenes, gallery):
+    """oracle: the functions that the tests above check, on the same images; the picture opens."""
+    model, tokenizer, paths, images, features, command, words = vars(gallery).values()
     figures, told = command('classify', '--shards', scenes / 'val', '--picture', tmp_path / 'names.png')
     assert figures['small'].keys() >= {'top1', 'probe_top1', 'of_dominant'} and 'probe_top1' in told
     assert Image.open(tmp_path / 'names.png').mode == 'RGB'
@@ -1454,12 +1472,6 @@ def test_every_command_of_eval(monkeypatch, tmp_path, scenes, capsys):
     want = evaluation.classify(features[:2], evaluation.class_vectors(model, tokenizer, ['banded', 'woven']),
                                torch.tensor([1, 0]))
     assert want.items() <= figures.items() and 'mean_per_class_top1' in told
-    readme = (HERE / 'README.md').read_text(encoding='utf-8')
-    (snippet,) = re.findall(r'```python\n(import torch\n.*?)```', readme, re.S)
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(paths[0], 'photo.jpg')
-    exec(snippet, {})
-    assert capsys.readouterr().out.strip() == str(features[:1] @ words('a red star', 'a blue ring').T)
 
 
 # --- train.py, end to end --------------------------------------------------------------------------------------------
@@ -1719,6 +1731,48 @@ def test_two_processes_log_the_same(tmp_path, scenes):
 
 # --- What a newcomer gets wrong, and what the documents promise ------------------------------------------------------
 
+WRONG = [               # a command, and what its sentence must name; SCENES is the small built-in set
+    (train, '--batch 1', ['--batch 1', 'at least 2']),
+    (train, '--momentum 2', ['--momentum 2.0', 'at most 1']),
+    (train, '--steps 5 --epochs 2', ['--steps 5', '--epochs 2', 'one of them']),
+    (train, '--stepz 3', ["'--stepz'", 'did you mean --steps?']),
+    (train, '--preset vit-b-61', ["'vit-b-61'", 'vit-b-16']),
+    (train, '--steps many', ['--steps', "'many'"]),
+    (train, '--method clap', ["'clap'", 'clip, clip-aug']),
+    (train, '--caption-pool raw --caption-keys a', ['--caption-keys a', '--caption-pool raw', 'one of them']),
+    (train, '--data brief.tar --preset tiny --aligned-crops', ['brief.tar', "'objects'", '--aligned-crops']),
+    (train, '--data brief.tar --preset tiny --caption-pool long', ['brief.tar', '--caption-keys']),
+    (train, '--data absent', ['absent', 'does not exist']),
+    (train, '--data empty', ['empty', 'no .tar file']),
+    (train, '--data silent.tar', ['silent.tar', 'alt, url', '--caption-keys']),
+    (train, '--data lonely.tar', ['lonely.tar', '.json or .txt']),
+    (train, '--data text.tar', ['text.tar', 'no readable tar']),
+    (train, '--data SCENES --preset tiny --batch 64', ['--batch 64', '40 pairs', 'lower']),
+    (train, '--data SCENES --preset tiny --vocab stub.gz', ['stub.gz', 'git-lfs', '--vocab PATH']),
+    (train, '--data SCENES --preset tiny --resume other.pt', ['other.pt', 'no run to resume']),
+    (evaluation, 'retrieval junk.pt --shards SCENES/val', ['junk.pt', 'no checkpoint']),
+    (evaluation, 'retrieval absent.pt --shards SCENES/val', ['absent.pt', 'does not exist']),
+    (evaluation, 'retrieval empty.pt --shards SCENES/val', ['empty.pt', 'no checkpoint']),
+    (evaluation, 'retrieval other.pt --shards SCENES/val', ['other.pt', 'weights', 'train.py']),
+    (evaluation, 'retrieval bad.pt --shards SCENES/val', ['bad.pt', 'plain values', 'where you trust it']),
+    (evaluation, 'retrieval other.pt --shards x --shardz x', ['--shardz', 'did you mean --shards?']),
+    (evaluation, 'retrieval nan.pt --shards SCENES/val', ['nan.pt', 'NaN', 'visual.proj', 'earlier']),
+    (evaluation, 'retrieval page.pt --shards SCENES/val', ['page.pt', 'web page']),
+    (evaluation, 'retrieval numbers.pt --shards SCENES/val', ['numbers.pt', 'names of weights']),
+    (evaluation, 'retrieval fine.pt --shards broken.tar', ['broken.tar:a.jpg', 'cannot be read']),
+    (evaluation, 'retrieval fine.pt --shards SCENES/val --device tpu', ['--device tpu', 'cannot be', 'cpu']),
+    (evaluation, 'export fine.pt fine.pt', ['fine.pt is the checkpoint']),
+    (evaluation, 'export fine.pt nowhere/a.pt', ['nowhere/a.pt cannot be written']),
+    (evaluation, 'search fine.pt x --images SCENES --top 0', ['--top 0']),
+    (evaluation, 'classify fine.pt --shards SCENES/val --templates empty.pt', ['empty.pt', 'no lines of text']),
+    (evaluation, 'segment fine.pt --shards SCENES/val --classes c.txt --stride 0', ['--stride 0']),
+    (evaluation, 'segment fine.pt --images a --masks b --classes c.txt --save b/c', ['--save b/c lies in b']),
+    (evaluation, 'pairs fine.pt --items words.jsonl', ['item 1', 'words.jsonl', 'a list of captions']),
+    (evaluation, 'pairs fine.pt --items empty.pt', ['empty.pt']),
+    (data, 'bench SCENES/val --seconds 0', ['--seconds 0']),
+    (data, 'inspect absent', ['absent', 'does not exist'])]
+
+
 def test_errors_are_one_sentence(monkeypatch, tmp_path, scenes):
     """oracle: the rule: status 1, one line, with the value, the place and the remedy; also where no network is."""
     monkeypatch.chdir(tmp_path)
@@ -1738,51 +1792,13 @@ def test_errors_are_one_sentence(monkeypatch, tmp_path, scenes):
     model, _ = spelling_model()
     fine = {'config': vars(model.config), 'merges': [], 'student': model.state_dict()}
     torch.save(fine, 'fine.pt')
-    torch.save(fine | {'student': fine['student'] | {'visual.proj': fine['student']['visual.proj'] * math.nan}}, 'nan.pt')
+    state = fine['student']
+    torch.save(fine | {'student': state | {'visual.proj': state['visual.proj'] * math.nan}}, 'nan.pt')
     write_tar('broken.tar', [('a.jpg', picture()), ('a.json', b'{"caption": "a'), *dogs(2)])
     put(Path('words.jsonl'), {'images': ['a.jpg'], 'captions': 'a dog'})
     put(Path('c.txt'), 'red\nblue\n')
     monkeypatch.setattr(data.Parser, 'exit', lambda self, status, told: sys.exit(told.strip() if status == 1 else 2))
-    for module, line, parts in [
-            (train, '--batch 1', ['--batch 1', 'at least 2']),
-            (train, '--momentum 2', ['--momentum 2.0', 'at most 1']),
-            (train, '--steps 5 --epochs 2', ['--steps 5', '--epochs 2', 'one of them']),
-            (train, '--stepz 3', ["'--stepz'", 'did you mean --steps?']),
-            (train, '--preset vit-b-61', ["'vit-b-61'", 'vit-b-16']),
-            (train, '--steps many', ['--steps', "'many'"]),
-            (train, '--method clap', ["'clap'", 'clip, clip-aug']),
-            (train, '--caption-pool raw --caption-keys a', ['--caption-keys a', '--caption-pool raw', 'one of them']),
-            (train, '--data brief.tar --preset tiny --aligned-crops', ['brief.tar', "'objects'", '--aligned-crops']),
-            (train, '--data brief.tar --preset tiny --caption-pool long', ['brief.tar', '--caption-keys']),
-            (train, '--data absent', ['absent', 'does not exist']),
-            (train, '--data empty', ['empty', 'no .tar file']),
-            (train, '--data silent.tar', ['silent.tar', 'alt, url', '--caption-keys']),
-            (train, '--data lonely.tar', ['lonely.tar', '.json or .txt']),
-            (train, '--data text.tar', ['text.tar', 'no readable tar']),
-            (train, '--data SCENES --preset tiny --batch 64', ['--batch 64', '40 pairs', 'lower']),
-            (train, '--data SCENES --preset tiny --vocab stub.gz', ['stub.gz', 'git-lfs', '--vocab PATH']),
-            (train, '--data SCENES --preset tiny --resume other.pt', ['other.pt', 'no run to resume']),
-            (evaluation, 'retrieval junk.pt --shards SCENES/val', ['junk.pt', 'no checkpoint']),
-            (evaluation, 'retrieval absent.pt --shards SCENES/val', ['absent.pt', 'does not exist']),
-            (evaluation, 'retrieval empty.pt --shards SCENES/val', ['empty.pt', 'no checkpoint']),
-            (evaluation, 'retrieval other.pt --shards SCENES/val', ['other.pt', 'weights', 'train.py']),
-            (evaluation, 'retrieval bad.pt --shards SCENES/val', ['bad.pt', 'plain values', 'where you trust it']),
-            (evaluation, 'retrieval other.pt --shards x --shardz x', ['--shardz', 'did you mean --shards?']),
-            (evaluation, 'retrieval nan.pt --shards SCENES/val', ['nan.pt', 'NaN', 'visual.proj', 'earlier']),
-            (evaluation, 'retrieval page.pt --shards SCENES/val', ['page.pt', 'web page']),
-            (evaluation, 'retrieval numbers.pt --shards SCENES/val', ['numbers.pt', 'names of weights']),
-            (evaluation, 'retrieval fine.pt --shards broken.tar', ['broken.tar:a.jpg', 'cannot be read']),
-            (evaluation, 'retrieval fine.pt --shards SCENES/val --device tpu', ['--device tpu', 'cannot be', 'cpu']),
-            (evaluation, 'export fine.pt fine.pt', ['fine.pt is the checkpoint']),
-            (evaluation, 'export fine.pt nowhere/a.pt', ['nowhere/a.pt cannot be written']),
-            (evaluation, 'search fine.pt x --images SCENES --top 0', ['--top 0']),
-            (evaluation, 'classify fine.pt --shards SCENES/val --templates empty.pt', ['empty.pt', 'no lines of text']),
-            (evaluation, 'segment fine.pt --shards SCENES/val --classes c.txt --stride 0', ['--stride 0']),
-            (evaluation, 'segment fine.pt --images a --masks b --classes c.txt --save b/c', ['--save b/c lies in b']),
-            (evaluation, 'pairs fine.pt --items words.jsonl', ['item 1', 'words.jsonl', 'a list of captions']),
-            (evaluation, 'pairs fine.pt --items empty.pt', ['empty.pt']),
-            (data, 'bench SCENES/val --seconds 0', ['--seconds 0']),
-            (data, 'inspect absent', ['absent', 'does not exist'])]:
+    for module, line, parts in WRONG:
         told = run(module, *line.replace('SCENES', str(scenes)).split())
         assert isinstance(told, str) and told.startswith('error: ') and '\n' not in told, (line, told)
         assert all(part in told for part in parts), told
