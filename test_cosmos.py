@@ -1648,6 +1648,7 @@ def test_what_is_skipped_and_what_stops_a_run(monkeypatch, fit, tmp_path):
         write_tar(tmp_path / 'a.tar', dogs(120, no_image=range(bad)))
         told = fit(tmp_path / str(bad), '--data', tmp_path / 'a.tar', '--steps', 25)
         assert told == 0 if bad == 5 else 'over 5 % of the pairs cannot be read' in told
+        assert 0 < saved(tmp_path / str(bad))['step'] <= 25             # what was learnt is kept
     losses = train.losses
     def broken(out, steps, *flags):
         with monkeypatch.context() as patch:
@@ -1802,6 +1803,9 @@ def test_errors_are_one_sentence(monkeypatch, tmp_path, scenes):
         told = run(module, *line.replace('SCENES', str(scenes)).split())
         assert isinstance(told, str) and told.startswith('error: ') and '\n' not in told, (line, told)
         assert all(part in told for part in parts), told
+    def interrupted():
+        raise KeyboardInterrupt
+    assert run(SimpleNamespace(main=interrupted)) == 130                # as of a shell's Ctrl-C
     assert not Path('executed').exists()                                # what the pickle in bad.pt would have done
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.delenv('COSMOS_VOCAB', raising=False)

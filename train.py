@@ -182,8 +182,8 @@ def setup(options):
             raise ValueError(f'process {index} of this node has no GPU, there are {torch.cuda.device_count()}; '
                              'lower --nproc_per_node')
         torch.cuda.set_device(index)
-    # A rank that hangs or is gone ends the others after this time. While rank 0 evaluates they wait, hence not less.
     device = torch.device(kind, index)
+    # A rank that hangs or is gone ends the others after this time. While rank 0 evaluates they wait, hence not less.
     dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(minutes=30),
                             device_id=device if kind == 'cuda' else None)
     return dist.get_rank(), dist.get_world_size(), device
