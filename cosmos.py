@@ -33,8 +33,8 @@ Read it beside Section 3 of the paper. Sections 1-3 below are CLIP (skip them if
 
 Notation, in every shape comment. Views come first, (V, B, D), and views 0 and 1 are the two globals, always.
     B pairs on this GPU     N pairs on all GPUs     V image views, 2 global + local     U captions, 2 global + local
-    P patches               T tokens                L either of them, as a sequence     n sequences in one pass
-    C tower width           D joint width           H heads, d = C / H or D / H
+    P patches               T tokens                L either of them, as a sequence     n sequences of one length
+    C tower width           D joint width           H heads, d = C / H or D / H         M rows of all sequences
 
 `code≠paper:` marks what follows the released code (github.com/ExplainableML/cosmos) where the paper's text differs or
 is silent; `ours:` marks a deliberate difference from that code. Parameters in the towers have open_clip's names.
@@ -117,6 +117,15 @@ def attend(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+class Group(NamedTuple):
+    """Sequences of one length. All those of a pass lie in one (M, C) tensor, row after row and group after group: only
+    attention must tell them apart."""
+    n: int              # sequences
+    Q: int              # rows of each that ask: all L, or 1
+    L: int              # rows of each, the keys
+    mask: object        # (Q, L) or (n, 1, Q, L), True where a key may be seen; None for everywhere
+
+
 class Attention(nn.Module):
     """Multi-head attention with the parameters, names and initial values of nn.MultiheadAttention.
 
@@ -134,23 +143,31 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def project(self, query, context):
-        """query (n, Q, C), context (n, L, C) -> q (n, H, Q, d), k and v (n, H, L, d)."""
+        """query (R, C), context (M, C) -> q (R, C), k and v (M, C)."""
         if query is context:                                                            # one product instead of two
-            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        else:
-            C = query.shape[-1]
-            weight_q, weight_kv = self.in_proj_weight.split([C, 2 * C])
-            bias_q, bias_kv = self.in_proj_bias.split([C, 2 * C])
-            projected = F.linear(query, weight_q, bias_q), *F.linear(context, weight_kv, bias_kv).chunk(2, dim=-1)
-        return [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected]
+            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        C = query.shape[-1]
+        weight_q, weight_kv = self.in_proj_weight.split([C, 2 * C])
+        bias_q, bias_kv = self.in_proj_bias.split([C, 2 * C])
+        return F.linear(query, weight_q, bias_q), *F.linear(context, weight_kv, bias_kv).chunk(2, dim=-1)
 
-    def forward(self, query, context, mask=None, csa=False):
+    def split_heads(self, x, n):
+        """(n * L, C) -> (n, H, L, d)."""
+        return x.unflatten(0, (n, -1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, query, context, groups, csa=False):
+        """query (R, C), context (M, C): the rows of all sequences, see Group -> (R, C)."""
+        asked, seen = [g.n * g.Q for g in groups], [g.n * g.L for g in groups]
         q, k, v = self.project(query, context)
-        if csa:     # SCLIP's correlative self-attention: places that look alike attend to each other, so they stay put
-            pooled = (attention_weights(q, q) + attention_weights(k, k)) @ v            # (n, H, Q, d)
-        else:
-            pooled = attend(q, k, v, mask)                                              # (n, H, Q, d)
-        return self.out_proj(pooled.transpose(1, 2).flatten(2))                         # (n, Q, C)
+        pooled = []
+        for g, *parts in zip(groups, q.split(asked), k.split(seen), v.split(seen)):     # each sequence sees itself only
+            q, k, v = (self.split_heads(x, g.n) for x in parts)                         # (n, H, Q or L, d)
+            if csa:     # SCLIP's correlative self-attention: places that look alike attend to each other and stay put
+                x = (attention_weights(q, q) + attention_weights(k, k)) @ v             # (n, H, Q, d)
+            else:
+                x = attend(q, k, v, g.mask)                                             # (n, H, Q, d)
+            pooled.append(x.transpose(1, 2).flatten(2).flatten(0, 1))                   # (n * Q, C)
+        return self.out_proj(torch.cat(pooled))
 
 
 class Block(nn.Module):
@@ -163,19 +180,15 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({'c_fc': nn.Linear(width, 4 * width), 'c_proj': nn.Linear(4 * width, width)})
 
-    def forward(self, x, causal=False, row=None, csa=False):
-        """x (n, L, C) -> (n, L, C); with `row` (n,) only that row of each sequence, (n, 1, C).
+    def forward(self, x, groups, read=None, csa=False):
+        """x (M, C), the rows of all sequences -> (M, C); with `read` (R,) only those rows, (R, C).
 
-        All rows are keys and values either way, so the one row equals that row of the whole result.
+        All rows are keys and values either way, so the rows read equal those of the whole result.
         """
-        context = query = self.ln_1(x)                                                  # (n, L, C)
-        position = keys = torch.arange(x.shape[1], device=x.device)                     # (L,)
-        if row is not None:
-            index = row[:, None, None].expand(-1, 1, x.shape[2])                        # (n, 1, C)
-            x, query = x.gather(1, index), context.gather(1, index)                     # (n, 1, C)
-            position = row[:, None, None]                                               # (n, 1, 1): heads, queries
-        mask = keys <= position[..., None] if causal else None                          # (L, L) or (n, 1, 1, L)
-        x = x + self.attn(query, context, mask, csa)
+        context = query = self.ln_1(x)                                                  # (M, C)
+        if read is not None:
+            x, query = x.index_select(0, read), context.index_select(0, read)           # (R, C)
+        x = x + self.attn(query, context, groups, csa)
         return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x))))
 
 
@@ -187,24 +200,34 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.grad_checkpointing = False
 
-    def forward(self, x, row, keep, causal=False, csa=False):
-        """x (n, L, C) -> row `row` (n,) of every sequence, (n, C), and all rows of the first `keep` ones (keep, L, C).
+    def forward(self, x, shapes, row, keep, causal=False, csa=False):
+        """x (M, C), sequences of the shapes [(n, L), ...] -> row `row` (N,) of each of these N sequences, (N, C), and
+        all rows of the first `keep` ones, (keep, L, C), or None.
 
         Only the cross-attention reads whole sequences, and only those of view 0; of all others one row is read, so the
         last block computes no more than that. Deeper down every row is needed.
         """
+        whole, last, places, first = [], [], [], 0
+        for (n, L), at in zip(shapes, row.split([n for n, _ in shapes])):
+            key = torch.arange(L, device=x.device)
+            whole.append(Group(n, L, L, key <= key[:, None] if causal else None))
+            kept = 0 if first else keep
+            if kept:
+                last.append(whole[0]._replace(n=kept))
+            if kept < n:
+                last.append(Group(n - kept, 1, L, key <= at[kept:, None, None, None] if causal else None))
+            places.append(first + L * torch.arange(n, device=x.device) + at)            # (n,), in x
+            first += n * L
         for block in self.resblocks[:-1]:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, causal, use_reentrant=False)
+                x = checkpoint(block, x, whole, use_reentrant=False)
             else:
-                x = block(x, causal)
-        last, parts, tokens = self.resblocks[-1], [], None
-        if keep:
-            tokens = last(x[:keep], causal, csa=csa)                                    # (keep, L, C)
-            parts.append(tokens.gather(1, row[:keep, None, None].expand(-1, 1, x.shape[2])))
-        if keep < len(x):
-            parts.append(last(x[keep:], causal, row[keep:], csa))                       # (n - keep, 1, C)
-        return torch.cat(parts).squeeze(1), tokens
+                x = block(x, whole)
+        row, kept = torch.cat(places), keep * shapes[0][1]
+        every = torch.arange(kept + len(row) - keep, device=x.device)
+        x = self.resblocks[-1](x, last, torch.cat([every[:kept], row[keep:]]), csa)     # whole sequences, then rows
+        tokens = x[:kept].unflatten(0, (keep, -1)) if keep else None
+        return x.index_select(0, torch.cat([row[:keep], every[kept:]])), tokens
 
 
 def same_size(views):
@@ -252,18 +275,19 @@ class VisionTower(nn.Module):
             if h % self.patch_size or w % self.patch_size:      # the convolution would drop the edge without a word
                 raise ValueError(f'an image of {h} x {w} pixels cannot be cut into patches of {self.patch_size}; '
                                  'resize or pad it to multiples of that')
-        pooled, tokens, B = [], None, len(views[0])
-        for i, group in enumerate(same_size(views)):                                    # one pass per resolution
-            x = self.conv1(torch.cat(group))                                            # (n, C, h, w), n = views * B
-            h, w = x.shape[-2:]
-            x = x.flatten(2).transpose(1, 2)                                            # (n, P, C)
-            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positions(h, w)
-            row = torch.zeros(len(x), dtype=torch.long, device=x.device)                # the class token is row 0
-            x, kept = self.transformer(self.ln_pre(x), row, B if keep and i == 0 else 0, csa=csa)
-            pooled.append(self.ln_post(x) @ self.proj)                                  # (n, D)
-            if kept is not None:
-                tokens = self.ln_post(kept[:, 1:])                                      # (B, P, C)
-        return torch.cat(pooled).unflatten(0, (len(views), B)), tokens
+        sequences, B, p = [], len(views[0]), self.patch_size
+        for group in same_size(views):
+            x = torch.cat(group).unflatten(2, (-1, p)).unflatten(4, (-1, p))            # (n, 3, h, p, w, p)
+            n, _, h, _, w, _ = x.shape                                                  # n = views * B
+            # Patches do not overlap, so conv1 is one product with them: in bf16 on CPUs 3 to 5 times as fast.
+            x = x.permute(0, 2, 4, 1, 3, 5).reshape(n, h * w, -1)                       # (n, P, 3 * p * p)
+            x = F.linear(x, self.conv1.weight.flatten(1))                               # (n, P, C)
+            sequences.append(torch.cat([self.class_embedding.expand(n, 1, -1), x], dim=1) + self.positions(h, w))
+        x = self.ln_pre(torch.cat([x.flatten(0, 1) for x in sequences]))                # (M, C)
+        row = torch.zeros(len(views) * B, dtype=torch.long, device=x.device)            # the class token is row 0
+        x, kept = self.transformer(x, [x.shape[:2] for x in sequences], row, B if keep else 0, csa=csa)
+        tokens = self.ln_post(kept[:, 1:]) if keep else None                            # (B, P, C)
+        return (self.ln_post(x) @ self.proj).unflatten(0, (len(views), B)), tokens
 
 
 class TextTower(nn.Module):
@@ -291,18 +315,15 @@ class TextTower(nn.Module):
         changes no row that is read. The tokens are all T positions after ln_final, start, end and padding included
         (code≠paper: transformer.py:772-775).
         """
-        pooled, tokens, B = [], None, len(captions[0])
-        groups = [torch.cat(group) for group in same_size(captions)]                    # each (n, T)
+        B = len(captions[0])
+        groups = [torch.cat(group) for group in same_size(captions)]                    # each (n, T), n = captions * B
         # One lookup for all captions: its backward fills a whole (vocab, C) gradient, so one per length would cost.
-        embedded = self.token_embedding(torch.cat([ids.flatten() for ids in groups]))
-        for i, (ids, x) in enumerate(zip(groups, embedded.split([ids.numel() for ids in groups]))):
-            x = x.view(*ids.shape, -1) + self.positional_embedding[:ids.shape[1]]       # (n, T, C)
-            row = ids.argmax(dim=1)                                                     # end-of-text has the largest id
-            x, kept = self.transformer(x, row, B if keep and i == 0 else 0, causal=True)
-            pooled.append(self.ln_final(x) @ self.text_projection)                      # (n, D)
-            if kept is not None:
-                tokens = self.ln_final(kept)                                            # (B, T, C)
-        return torch.cat(pooled).unflatten(0, (len(captions), B)), tokens
+        x = self.token_embedding(torch.cat([ids.flatten() for ids in groups]))          # (M, C)
+        x = x + torch.cat([self.positional_embedding[:ids.shape[1]].repeat(len(ids), 1) for ids in groups])
+        row = torch.cat([ids.argmax(dim=1) for ids in groups])                          # end-of-text has the largest id
+        x, kept = self.transformer(x, [ids.shape for ids in groups], row, B if keep else 0, causal=True)
+        tokens = self.ln_final(kept) if keep else None                                  # (B, T, C)
+        return (self.ln_final(x) @ self.text_projection).unflatten(0, (len(captions), B)), tokens
 
 
 # --- 4. Cross-attention heads ------------------------------------------------------------------ Sec. 3.2, Eq. 1-2 ---
@@ -325,12 +346,15 @@ class CrossAttention(nn.Module):
 
         Views become the query axis, so keys and values are projected once per pair, not once per view.
         """
-        return self.attn(self.ln_q(query).transpose(0, 1), self.ln_k(tokens)).transpose(0, 1)
+        (V, B, _), L = query.shape, tokens.shape[1]
+        query = self.ln_q(query).transpose(0, 1).flatten(0, 1)                          # (B * V, D)
+        return self.attn(query, self.ln_k(tokens).flatten(0, 1), [Group(B, V, L, None)]).view(B, V, -1).transpose(0, 1)
 
     def weights(self, query, tokens):
         """How much each token counts for a query (B, D): (B, L), averaged over heads, rows sum to 1."""
-        q, k, _ = self.attn.project(self.ln_q(query)[:, None], self.ln_k(tokens))
-        return attention_weights(q.float(), k.float()).mean(dim=1)[:, 0]
+        q, k, _ = self.attn.project(self.ln_q(query), self.ln_k(tokens).flatten(0, 1))
+        q, k = (self.attn.split_heads(x.float(), len(query)) for x in (q, k))           # (B, H, 1 or L, d)
+        return attention_weights(q, k).mean(dim=1)[:, 0]
 
 
 # --- 5. The student, and its EMA teacher -------------------------------------------------------- framework figure ---
@@ -486,29 +510,38 @@ def gather(*features):
 
 # --- 7. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-def nce(rows, columns, scale):
-    """L_nce of every pair of views, (V, U): row i must find column i among all N, the mean over rows.
+def compare(rows, columns, scale):
+    """Logits of all rows with all columns: rows (V, B, D), columns (U, N, D), of unit length -> (V, U, B, N) float32.
 
-    rows (V, B, D), columns (U, N, D), of unit length; scale = 1/temperature. On rank r row i belongs to column r*B + i.
+    scale = 1/temperature.
+    """
+    with torch.autocast(rows.device.type, enabled=False):                               # float32, whatever trains
+        logits = scale * rows.flatten(0, 1) @ columns.flatten(0, 1).T                   # (V*B, U*N), all views at once
+    return logits.view(*rows.shape[:2], *columns.shape[:2]).transpose(1, 2)
+
+
+def nce(logits):
+    """L_nce of every pair of views: logits (..., B, N) -> (...): row i must find column i among all N, the mean over
+    rows. On rank r row i belongs to column r*B + i.
 
     By pencil: rows (1, 0) and (0, 1), columns (1, 0) and (0.6, 0.8), scale 1. Logits [[1, 0.6], [0, 0.8]]: row 0 loses
     ln(1 + e^-0.4) = 0.5130, row 1 ln(1 + e^-0.8) = 0.3711, mean 0.4421. The columns lose ln(1 + e^-1) = 0.3133 and
     ln(1 + e^-0.2) = 0.5981, mean 0.4557. symmetric_nce is the mean of both means: 0.4489.
     """
-    (V, B, _), (U, N, _) = rows.shape, columns.shape
+    B, N = logits.shape[-2:]
     first = dist.get_rank() * B if N > B else 0
-    with torch.autocast(rows.device.type, enabled=False):                               # float32, whatever trains
-        logits = scale * rows.flatten(0, 1) @ columns.flatten(0, 1).T                   # (V*B, U*N), all views at once
-        target = (torch.arange(B, device=rows.device) + first).repeat_interleave(U).repeat(V)   # (V*B*U,)
-        return F.cross_entropy(logits.view(V * B * U, N), target, reduction='none').view(V, B, U).mean(dim=1)
+    target = torch.arange(first, first + B, device=logits.device).expand(logits.shape[:-1])         # (..., B)
+    return F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction='none').view(target.shape).mean(dim=-1)
 
 
 def symmetric_nce(a, b, all_a, all_b, scale):
     """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2 of every pair of views, (V, U).
 
-    a (V, B, D), b (U, B, D); all_a and all_b are the same gathered to N.
+    a (V, B, D), b (U, B, D); all_a and all_b are the same gathered to N. Alone in the world one product serves both.
     """
-    return (nce(a, all_b, scale) + nce(b, all_a, scale).T) / 2
+    logits = compare(a, all_b, scale)                                                   # (V, U, B, N)
+    turned = compare(b, all_a, scale).transpose(0, 1) if all_a.shape != a.shape else logits.mT
+    return nce(torch.stack([logits, turned])).mean(dim=0)
 
 
 def clip_loss(out, scale):
@@ -529,7 +562,7 @@ def cosmos_terms(out, teacher_image, teacher_text, scale):
     student, teacher = torch.cat([out.image_x, out.text_x]), torch.cat([teacher_image, teacher_text])
     pairs = symmetric_nce(student, teacher, *gather(student, teacher), scale)           # (V + U, 2 + 2), all at once
     h_I, h_T = pairs.split([len(out.image_x), len(out.text_x)])
-    return torch.stack([h_I[:, :2].mean(), h_I[:, 2:].mean(), h_T[:, :2].mean(), h_T[:, 2:].mean()])
+    return torch.cat([h_I.mean(dim=0), h_T.mean(dim=0)]).view(4, 2).mean(dim=1)         # teacher's CLS, EOT for each
 
 
 def cosmos_loss(out, teacher_image, teacher_text, scale):

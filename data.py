@@ -841,7 +841,7 @@ class Batch(NamedTuple):
     colours: list       # (2, B, 12) and (some, B, 12), for `photometric`; they stay on the CPU
     texts: list         # (1, B, context length), (1, B, length) and local ones (some, B, their longest), int64
     place: object       # (U, B): where among a pair's captions in `texts` the one is that was drawn as u-th
-    length: int         # of the longest global caption: the teacher reads ends only, so it gets caption 0 cut to this
+    length: int         # that the global captions are cut to, for the teacher caption 0 too: it reads only the ends
     bad: int            # pairs that were replaced because they could not be read
 
     def to(self, device):
@@ -879,12 +879,14 @@ def collate(samples):
     tokens = torch.stack(tokens, dim=1)                                 # (U, B, T)
     count = min(len(tokens), 2)                                         # of the globals: two, or the only caption
     ends = tokens.argmax(dim=-1)                                        # (U, B): the end of a text has the largest id
-    length = int(ends[:count].max()) + 1
+    # Few lengths only: a CPU prepares its bf16 products anew for each, milliseconds and megabytes every time.
+    cut = lambda last, step: min(-(-(int(last) + 1) // step) * step, tokens.shape[-1])
+    length = cut(ends[:count].max(), 8)
     texts = [tokens[:1], tokens[1:count, :, :length]]
     # The local captions of each pair are sorted by length: then most passes are short for all pairs.
     place = torch.cat([torch.arange(count)[:, None].expand_as(ends[:count]), count + ends[count:].argsort(dim=0)])
     local, place = tokens.gather(0, place[..., None].expand_as(tokens))[count:], place.argsort(dim=0)
-    longest = [min(-(-(int(n) + 1) // 8) * 8, tokens.shape[-1]) for n in local.argmax(dim=-1).amax(dim=1)]
+    longest = [cut(last, 4) for last in local.argmax(dim=-1).amax(dim=1)]
     texts += [local[longest.index(n):, :, :n][:longest.count(n)] for n in dict.fromkeys(longest)]
     return Batch(images, list(colours), [group for group in texts if len(group)], place, length, sum(bad))
 
