@@ -707,7 +707,7 @@ def change_colours(x, colours):
         """The operation, with the numbers of a column, on the images whose numbers obey the rule."""
         at = [i for i, numbers in enumerate(rows) if rule(numbers)]
         if at:
-            strength = move(colours[at, column].view(-1, 1, 1, 1))
+            strength = move(torch.tensor([rows[i][column] for i in at]).view(-1, 1, 1, 1))
             if len(at) == len(x):
                 operation(x, strength)
             else:
@@ -715,9 +715,10 @@ def change_colours(x, colours):
                 x[at] = operation(x[at], strength)
 
     change(lambda x, _: x.copy_(x.flip(-1)), lambda row: row[0])
+    jitters = brightness, contrast, saturation, hue
     for place in range(1, 5):
-        for k, operation in enumerate((brightness, contrast, saturation, hue)):
-            change(operation, lambda row: row[place] == k and row[5 + k] != (operation is not hue), 5 + k)
+        for k in sorted({int(row[place]) for row in rows}):
+            change(jitters[k], lambda row: row[place] == k and row[5 + k] != (k < 3), 5 + k)        # 1, 1, 1, 0 change
     change(lambda x, _: x.copy_(gray(x)), lambda row: row[9])
     reach = math.ceil(3 * max(row[10] for row in rows))
     change(lambda x, sigma: blur(x, sigma, reach), lambda row: row[10], 10)
