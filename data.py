@@ -881,13 +881,13 @@ def collate(samples):
     count = min(len(tokens), 2)                                         # of the globals: two, or the only caption
     ends = tokens.argmax(dim=-1)                                        # (U, B): the end of a text has the largest id
     # Few lengths only: a CPU prepares its bf16 products anew for each, milliseconds and megabytes every time.
-    cut = lambda last, step: min(-(-(int(last) + 1) // step) * step, tokens.shape[-1])
-    length = cut(ends[:count].max(), 8)
+    cut = lambda last: min(-(-(int(last) + 1) // 8) * 8, tokens.shape[-1])
+    length = cut(ends[:count].max())
     texts = [tokens[:1], tokens[1:count, :, :length]]
     # The local captions of each pair are sorted by length: then most passes are short for all pairs.
     place = torch.cat([torch.arange(count)[:, None].expand_as(ends[:count]), count + ends[count:].argsort(dim=0)])
     local, place = tokens.gather(0, place[..., None].expand_as(tokens))[count:], place.argsort(dim=0)
-    longest = [cut(last, 4) for last in local.argmax(dim=-1).amax(dim=1)]
+    longest = [cut(last) for last in local.argmax(dim=-1).amax(dim=1)]
     texts += [local[longest.index(n):, :, :n][:longest.count(n)] for n in dict.fromkeys(longest)]
     return Batch(images, list(colours), [group for group in texts if len(group)], place, length, sum(bad))
 

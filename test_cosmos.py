@@ -883,7 +883,7 @@ def test_batches_are_cut_exactly_and_have_no_bad_pair(tmp_path, scenes, capsys):
     assert texts[0].shape[1] == 12 and texts[1].shape[1] == batch.length
     ends = torch.stack([F.pad(text, (0, 12 - text.shape[1])) for text in texts]).argmax(dim=-1)         # (U, B)
     assert (ends[2:-1] <= ends[3:]).all()                               # local ones from short to long, each cut alone
-    assert [text.shape[1] for text in texts[2:]] == [min(-(-(int(end.max()) + 1) // 4) * 4, 12) for end in ends[2:]]
+    assert [text.shape[1] for text in texts[2:]] == [min(-(-(int(end.max()) + 1) // 8) * 8, 12) for end in ends[2:]]
     whole, place = torch.stack([F.pad(text, (0, 12 - text.shape[1])) for text in texts]), batch.place   # (U, B, T)
     assert torch.equal(batch.drawn(whole), whole[place, torch.arange(4)])
     drawn = [tokenizer(data.Views.views(views_, epoch, index)[-1]) for epoch, _, index in rows]
