@@ -1622,6 +1622,12 @@ def test_torn_checkpoints_and_full_disks(monkeypatch, fit, whole, tmp_path, caps
     assert saved(full)['step'] == 2 and not list(full.glob('*.partial'))
     assert fit(full, *flags) == 0
     same_run(whole, full)
+    save = train.Run.save
+    with monkeypatch.context() as patch:                                # killed right behind its first checkpoint
+        patch.setattr(train.Run, 'save', lambda run, must=True: (save(run, must), sys.exit('killed')))
+        assert fit(tmp_path / 'behind', *SIX) == 'killed' and saved(tmp_path / 'behind')['step'] == 2
+    assert fit(tmp_path / 'behind', *flags) == 0
+    same_run(whole, tmp_path / 'behind')
     with monkeypatch.context() as patch:                                # a fresh start, killed before its first save
         patch.setattr(train, 'train', lambda run: sys.exit('killed'))
         assert fit(full, *SIX) == 'killed' and (full / 'before.pt').exists()

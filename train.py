@@ -671,13 +671,13 @@ def train(run):
         else:
             update(run, state['norm'])
 
-        if stop or step % options.save_every == 0 or time.monotonic() - run.saved > 60 * options.save_minutes > 0:
-            run.save(must=bool(stop))
         if scoring:
             entry['eval'] = evaluate(run)
             clock = time.perf_counter()
-        if due:
-            log(entry, log_line(entry, options.steps))
+        if due:                                                         # first: a kill behind the checkpoint would
+            log(entry, log_line(entry, options.steps))                  # cost this line, one before it costs nothing
+        if stop or step % options.save_every == 0 or time.monotonic() - run.saved > 60 * options.save_minutes > 0:
+            run.save(must=bool(stop))
         if stop:
             return caught[0] if caught else signal.SIGTERM
     for number, handler in handlers.items():                            # nothing left to lose: a signal may end it
