@@ -34,7 +34,7 @@ Read it beside Section 3 of the paper. Sections 1-3 below are CLIP (skip them if
 Notation, in every shape comment. Views come first, (V, B, D), and views 0 and 1 are the two globals, always.
     B pairs on this GPU     N pairs on all GPUs     V image views, 2 global + local     U captions, 2 global + local
     P patches               T tokens                L either of them, as a sequence     n sequences of one length
-    C tower width           D joint width           H heads, d = C / H or D / H         M rows of all sequences
+    C tower width           D joint width           H heads, d = C / H or D / H         M rows in all, R that ask
 
 `code≠paper:` marks what follows the released code (github.com/ExplainableML/cosmos) where the paper's text differs or
 is silent; `ours:` marks a deliberate difference from that code. Parameters in the towers have open_clip's names.
@@ -118,11 +118,15 @@ def attend(q, k, v, mask=None):
 
 
 class Group(NamedTuple):
-    """Sequences of one length. All those of a pass lie in one (M, C) tensor, row after row and group after group: only
-    attention must tell them apart."""
+    """n sequences of one length. Views of all sizes lie row after row in one (M, C) tensor, group after group:
+
+        2 global views of B images, 197 rows each | 6 local views of B images, 37 rows each       M = 2 B 197 + 6 B 37
+
+    LayerNorms and products take all rows at once, whatever they belong to; only attention has to tell groups apart.
+    """
     n: int              # sequences
-    Q: int              # rows of each that ask: all L, or 1
-    L: int              # rows of each, the keys
+    Q: int              # rows that ask in each: all L, or 1 of them; in cross-attention V of the other modality
+    L: int              # rows of each, which are its keys
     mask: object        # (Q, L) or (n, 1, Q, L), True where a key may be seen; None for everywhere
 
 
@@ -156,11 +160,10 @@ class Attention(nn.Module):
         return x.unflatten(0, (n, -1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, query, context, groups, csa=False):
-        """query (R, C), context (M, C): the rows of all sequences, see Group -> (R, C)."""
-        asked, seen = [g.n * g.Q for g in groups], [g.n * g.L for g in groups]
-        q, k, v = self.project(query, context)
-        pooled = []
-        for g, *parts in zip(groups, q.split(asked), k.split(seen), v.split(seen)):     # each sequence sees itself only
+        """query (R, C), context (M, C), the rows of all groups -> (R, C). A sequence's queries see its own keys only."""
+        asked, seen, pooled = [g.n * g.Q for g in groups], [g.n * g.L for g in groups], []
+        all_q, all_k, all_v = self.project(query, context)
+        for g, *parts in zip(groups, all_q.split(asked), all_k.split(seen), all_v.split(seen)):
             q, k, v = (self.split_heads(x, g.n) for x in parts)                         # (n, H, Q or L, d)
             if csa:     # SCLIP's correlative self-attention: places that look alike attend to each other and stay put
                 x = (attention_weights(q, q) + attention_weights(k, k)) @ v             # (n, H, Q, d)
@@ -181,7 +184,7 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({'c_fc': nn.Linear(width, 4 * width), 'c_proj': nn.Linear(4 * width, width)})
 
     def forward(self, x, groups, read=None, csa=False):
-        """x (M, C), the rows of all sequences -> (M, C); with `read` (R,) only those rows, (R, C).
+        """x (M, C), the rows of all groups -> (M, C); with `read` (R,) only those rows, (R, C).
 
         All rows are keys and values either way, so the rows read equal those of the whole result.
         """
@@ -200,38 +203,38 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.grad_checkpointing = False
 
-    def forward(self, x, shapes, row, keep, causal=False, csa=False):
-        """x (M, C), sequences of the shapes [(n, L), ...] -> row `row` (N,) of each of these N sequences, (N, C), and
-        all rows of the first `keep` ones, (keep, L, C), or None.
+    def forward(self, x, shapes, at, keep, causal=False, csa=False):
+        """x (M, C), groups of sequences of the shapes [(n, L), ...]; at (sum of n,), the row to read in each sequence
+        -> these rows, (sum of n, C), and all rows of the first `keep` sequences, (keep, L, C), or None.
 
         Only the cross-attention reads whole sequences, and only those of view 0; of all others one row is read, so the
         last block computes no more than that. Deeper down every row is needed.
         """
         whole, last, places, first = [], [], [], 0
-        for (n, L), at in zip(shapes, row.split([n for n, _ in shapes])):
+        for (n, L), own in zip(shapes, at.split([n for n, _ in shapes])):
             key = torch.arange(L, device=x.device)
             whole.append(Group(n, L, L, key <= key[:, None] if causal else None))
-            kept = 0 if first else keep
-            if kept:
-                last.append(whole[0]._replace(n=kept))
-            if kept < n:
-                last.append(Group(n - kept, 1, L, key <= at[kept:, None, None, None] if causal else None))
-            places.append(first + L * torch.arange(n, device=x.device) + at)            # (n,), in x
+            full = 0 if first else keep                                                 # read whole
+            if full:
+                last.append(whole[0]._replace(n=full))
+            if full < n:
+                last.append(Group(n - full, 1, L, key <= own[full:, None, None, None] if causal else None))
+            places.append(first + L * torch.arange(n, device=x.device) + own)           # (n,), among all M rows
             first += n * L
         for block in self.resblocks[:-1]:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, whole, use_reentrant=False)
             else:
                 x = block(x, whole)
-        row, kept = torch.cat(places), keep * shapes[0][1]
-        every = torch.arange(kept + len(row) - keep, device=x.device)
-        x = self.resblocks[-1](x, last, torch.cat([every[:kept], row[keep:]]), csa)     # whole sequences, then rows
-        tokens = x[:kept].unflatten(0, (keep, -1)) if keep else None
-        return x.index_select(0, torch.cat([row[:keep], every[kept:]])), tokens
+        place, front = torch.cat(places), keep * shapes[0][1]
+        every = torch.arange(front + len(place) - keep, device=x.device)                # of what the last block computes
+        x = self.resblocks[-1](x, last, torch.cat([every[:front], place[keep:]]), csa)  # sequences in front, then rows
+        tokens = x[:front].unflatten(0, (keep, -1)) if keep else None                   # (keep, L, C)
+        return x.index_select(0, torch.cat([place[:keep], every[front:]])), tokens
 
 
 def same_size(views):
-    """Neighbouring views of one size, as lists: [224, 224, 96, 96, 96] -> [[224, 224], [96, 96, 96]]. One pass each."""
+    """Neighbouring views of one size, as lists: [224, 224, 96, 96, 96] -> [[224, 224], [96, 96, 96]]."""
     return [list(group) for _, group in groupby(views, key=lambda view: view.shape)]
 
 
@@ -272,7 +275,7 @@ class VisionTower(nn.Module):
         the class token, which is the query, never a key.
         """
         for h, w in {view.shape[-2:] for view in views}:
-            if h % self.patch_size or w % self.patch_size:      # the convolution would drop the edge without a word
+            if h % self.patch_size or w % self.patch_size:      # the reshaping below would refuse it less clearly
                 raise ValueError(f'an image of {h} x {w} pixels cannot be cut into patches of {self.patch_size}; '
                                  'resize or pad it to multiples of that')
         sequences, B, p = [], len(views[0]), self.patch_size
@@ -317,7 +320,7 @@ class TextTower(nn.Module):
         """
         B = len(captions[0])
         groups = [torch.cat(group) for group in same_size(captions)]                    # each (n, T), n = captions * B
-        # One lookup for all captions: its backward fills a whole (vocab, C) gradient, so one per length would cost.
+        # One lookup for all captions: its backward fills a whole (vocab, C) gradient, each time.
         x = self.token_embedding(torch.cat([ids.flatten() for ids in groups]))          # (M, C)
         x = x + torch.cat([self.positional_embedding[:ids.shape[1]].repeat(len(ids), 1) for ids in groups])
         row = torch.cat([ids.argmax(dim=1) for ids in groups])                          # end-of-text has the largest id
@@ -541,7 +544,7 @@ def symmetric_nce(a, b, all_a, all_b, scale):
     """
     logits = compare(a, all_b, scale)                                                   # (V, U, B, N)
     turned = compare(b, all_a, scale).transpose(0, 1) if all_a.shape != a.shape else logits.mT
-    return nce(torch.stack([logits, turned])).mean(dim=0)
+    return (nce(logits) + nce(turned)) / 2
 
 
 def clip_loss(out, scale):

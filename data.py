@@ -837,7 +837,8 @@ class Views(torch.utils.data.Dataset):
 
 
 class Batch(NamedTuple):
-    """Views of B pairs in few large tensors. Captions are cut to their longest, except 0: C^T reads its padding."""
+    """Views of B pairs in few large tensors. Captions are cut to their longest, rounded up to a multiple of 8, except 0:
+    C^T reads its padding."""
     images: list        # global ones (2, B, 3, S, S) and local ones (some, B, 3, s, s), uint8
     colours: list       # (2, B, 12) and (some, B, 12), for `photometric`; they stay on the CPU
     texts: list         # (1, B, context length), (1, B, length) and local ones (some, B, their longest), int64
@@ -884,7 +885,7 @@ def collate(samples):
     cut = lambda last: min(-(-(int(last) + 1) // 8) * 8, tokens.shape[-1])
     length = cut(ends[:count].max())
     texts = [tokens[:1], tokens[1:count, :, :length]]
-    # The local captions of each pair are sorted by length: then most passes are short for all pairs.
+    # The local captions of each pair are sorted by length: then most can be cut short for all pairs.
     place = torch.cat([torch.arange(count)[:, None].expand_as(ends[:count]), count + ends[count:].argsort(dim=0)])
     local, place = tokens.gather(0, place[..., None].expand_as(tokens))[count:], place.argsort(dim=0)
     longest = [cut(last) for last in local.argmax(dim=-1).amax(dim=1)]

@@ -421,9 +421,10 @@ def compile_blocks(model, backend='inductor'):
     """torch.compile block by block, in place, so that no parameter gets another name.
 
     The number of captions of one length differs from step to step, and a graph of the whole model would be compiled
-    anew for each. A block's graph serves all layers and lengths; only another number of lengths asks for another.
+    anew for each. A block's graph serves all layers and lengths. Another number of lengths asks for another graph, and
+    so do sizes that were equal by chance when it was compiled.
     """
-    torch._dynamo.config.cache_size_limit = 64      # the towers, with and without gradient: beyond 8 it stops compiling
+    torch._dynamo.config.cache_size_limit = 128     # towers, numbers of lengths, gradient or not: beyond 8 it gives up
     torch._dynamo.config.optimize_ddp = False       # DDP's cuts at bucket bounds are for graphs of whole models
     for module in model.modules():
         if isinstance(module, Block):
@@ -688,7 +689,7 @@ def train(run):
 def evaluate(run):
     """Figures of the held-out shards, and `maps`, {caption: C^I of their first image}, for the strip of pictures.
 
-    Rank 0 computes them, the others wait. A bad held-out image ends no training.
+    Rank 0 computes them, the others wait. Nothing that goes wrong here ends a training.
     """
     figures, network = {}, (run.network(), run.tokenizer, Preprocess(run.config.image_size))
     with main_first(run.rank):
@@ -699,7 +700,7 @@ def evaluate(run):
                     image, captions = example(run)
                     figures['maps'] = {caption: evaluation.attention(*network, image, caption)[0].round(3).tolist()
                                        for caption in captions}
-            except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            except Exception as error:                                  # a run of weeks outlives it
                 tqdm.write(f'not evaluated to the end: {error}')
             run.model.train()
     return figures
@@ -774,7 +775,7 @@ def count_flops(config, B, images, texts, method=METHODS['cosmos']):
     """Floating-point operations of a step on one process: {'student', 'teacher', 'losses', 'backward'}.
 
     images: (h, w) of all views; texts: lengths of all captions. A multiplication and its addition are two; counted are
-    matrix products and the convolution, as torch.utils.flop_counter does (test).
+    matrix products, as torch.utils.flop_counter does (test).
     """
     c, D = config, config.embed_dim
 
@@ -784,7 +785,7 @@ def count_flops(config, B, images, texts, method=METHODS['cosmos']):
         return (layers - 1) * block + (block if whole else row) + 2 * C * D
 
     patches = [h // c.patch_size * (w // c.patch_size) for h, w in images]
-    stem = sum(P * 6 * c.patch_size ** 2 * c.vision_width for P in patches)             # the convolution
+    stem = sum(P * 6 * c.patch_size ** 2 * c.vision_width for P in patches)             # conv1
     def towers(patches, texts, whole):
         return (sum(tower(P + 1, c.vision_width, c.vision_layers, whole and i == 0) for i, P in enumerate(patches)) +
                 sum(tower(T, c.text_width, c.text_layers, whole and i == 0) for i, T in enumerate(texts)))
@@ -899,8 +900,9 @@ def leave(status):
 
 def main():
     options = parse_options()
-    keep_memory()
     rank, world, device = setup(options)
+    if device.type == 'cpu':
+        keep_memory()
     if options.bench:
         if world > 1:
             raise ValueError(f'--bench {options.bench} times one process, not {world}; run it without torchrun')
