@@ -160,7 +160,7 @@ class Attention(nn.Module):
         return x.unflatten(0, (n, -1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, query, context, groups, csa=False):
-        """query (R, C), context (M, C), the rows of all groups -> (R, C). A sequence's queries see its own keys only."""
+        """query (R, C), context (M, C), the rows of all groups -> (R, C). Queries see their sequence's keys only."""
         asked, seen, pooled = [g.n * g.Q for g in groups], [g.n * g.L for g in groups], []
         all_q, all_k, all_v = self.project(query, context)
         for g, *parts in zip(groups, all_q.split(asked), all_k.split(seen), all_v.split(seen)):
@@ -227,7 +227,7 @@ class Transformer(nn.Module):
             else:
                 x = block(x, whole)
         place, front = torch.cat(places), keep * shapes[0][1]
-        every = torch.arange(front + len(place) - keep, device=x.device)                # of what the last block computes
+        every = torch.arange(front + len(place) - keep, device=x.device)               # of what the last block computes
         x = self.resblocks[-1](x, last, torch.cat([every[:front], place[keep:]]), csa)  # sequences in front, then rows
         tokens = x[:front].unflatten(0, (keep, -1)) if keep else None                   # (keep, L, C)
         return x.index_select(0, torch.cat([place[:keep], every[front:]])), tokens

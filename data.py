@@ -837,8 +837,8 @@ class Views(torch.utils.data.Dataset):
 
 
 class Batch(NamedTuple):
-    """Views of B pairs in few large tensors. Captions are cut to their longest, rounded up to a multiple of 8, except 0:
-    C^T reads its padding."""
+    """Views of B pairs in few large tensors. Captions are cut to their longest, rounded up to a multiple of 8, but not
+    caption 0: C^T reads its padding."""
     images: list        # global ones (2, B, 3, S, S) and local ones (some, B, 3, s, s), uint8
     colours: list       # (2, B, 12) and (some, B, 12), for `photometric`; they stay on the CPU
     texts: list         # (1, B, context length), (1, B, length) and local ones (some, B, their longest), int64

@@ -388,7 +388,7 @@ def test_shortcuts_change_nothing():
 
 
 def test_compiled_blocks_are_few_and_equal():
-    """oracle: the model as it is; a backend that counts graphs: none is added once all numbers of lengths came twice."""
+    """oracle: the model as it is; a backend that counts graphs: none comes once all numbers of lengths came twice."""
     counter, graphs, (model, images, texts) = CompileCounter(), [], micro(B=4)
     torch._dynamo.reset()
     compiled = Teacher(model).model.requires_grad_(True)
