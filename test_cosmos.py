@@ -361,7 +361,9 @@ def test_shortcuts_change_nothing():
         for keep in (0, 2, 4):
             rows, tokens = stack(both, [(4, 6), (3, 5)], row, keep, causal)
             close(rows, torch.stack([x[i] for x, i in zip(alone, row)]), 1e-6)
-            assert tokens is None if not keep else (close(tokens, torch.stack(alone[:keep]), 1e-6) is None)
+            if keep:
+                close(tokens, torch.stack(alone[:keep]), 1e-6)
+            assert (tokens is None) == (keep == 0)
     model, images, texts = micro(local=3)
     image, patches = model.visual(images, keep=True)
     for i, view in enumerate(images):
@@ -1637,6 +1639,18 @@ def test_torn_checkpoints_and_full_disks(monkeypatch, fit, whole, tmp_path, caps
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')               # torchrun --max-restarts, without --resume
     assert fit(full, *SIX) == 0 and 'steps 4 to 6' in capsys.readouterr().out
     same_run(whole, full)
+
+
+def test_a_failed_evaluation_ends_no_run(monkeypatch, fit, whole, tmp_path, capsys):
+    """oracle: the run whose evaluations went well: the same weights."""
+    def fail(*some):
+        raise RuntimeError('out of luck')
+    monkeypatch.setattr(evaluation, 'evaluate', fail)
+    assert fit(tmp_path / 'unlucky', *SIX) == 0
+    told = capsys.readouterr().out
+    assert told.count('not evaluated to the end: RuntimeError, out of luck') == 2 and 'nothing' in told
+    one, two = saved(whole), saved(tmp_path / 'unlucky')
+    assert all(torch.equal(one['student'][name], two['student'][name]) for name in one['student'])
 
 
 def test_a_defect_ends_the_process(tmp_path, scenes):

@@ -701,7 +701,7 @@ def evaluate(run):
                     figures['maps'] = {caption: evaluation.attention(*network, image, caption)[0].round(3).tolist()
                                        for caption in captions}
             except Exception as error:                                  # a run of weeks outlives it
-                tqdm.write(f'not evaluated to the end: {error}')
+                tqdm.write(f'not evaluated to the end: {type(error).__name__}, {error}')
             run.model.train()
     return figures
 
@@ -764,7 +764,7 @@ def finish(run):
             print(f'not all pictures of attention, {(run.val or run.shards).name(0)}: {error}')
     whose = 'teacher' if run.teacher else 'model'
     print(f'\n{run.step} steps, {seconds / 60:.1f} minutes; the {whose} on held-out pairs:')
-    evaluation.show(figures or {'nothing': 'no --val shards'})
+    evaluation.show(figures or {'nothing': 'see above' if run.val else 'no --val shards'})
     print(f"{run.out} holds {', '.join(files)}")
     print(f"next       python eval.py retrieval {run.out}/last.pt --shards {run.options.val or 'SHARDS'}")
 
