@@ -311,22 +311,31 @@ class TextTower(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * C) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=C ** -0.5 * (2 * layers) ** -0.5)
 
-    def forward(self, captions, keep=False):
+    def forward(self, captions, keep=False, cut=None):
         """captions: list of U (B, T) -> [eot] (U, B, D), and if `keep` the tokens of caption 0 (B, T, C).
 
-        Lengths may differ between captions: attention is causal, so cutting the padding behind the longest of a batch
-        changes no row that is read. The tokens are all T positions after ln_final, start, end and padding included
-        (code≠paper: transformer.py:772-775).
+        Attention is causal, so padding that is cut off behind the end of a text changes no row that is read. Whole
+        captions may come cut, each to its own T. Or all come at one T with cut = [(n, L), ...]: the longest n of all
+        are cut to L tokens, and so on. If caption 0 is kept it stays whole, first of all, as (B, T).
+
+        The tokens are all T positions after ln_final, start, end and padding included (code≠paper:
+        transformer.py:772-775).
         """
-        B = len(captions[0])
-        groups = [torch.cat(group) for group in same_size(captions)]                    # each (n, T), n = captions * B
+        U, B = len(captions), len(captions[0])
+        groups = [torch.cat(group) for group in same_size(captions)]                    # each (n, L)
+        order = torch.arange(U * B, device=groups[0].device)
+        if cut:
+            (ids,), front = groups, B * keep
+            order[front:] = ids[front:].argmax(dim=1).argsort(descending=True, stable=True) + front
+            groups = [some[:, :L] for some, (_, L) in zip(ids[order].split([n for n, _ in cut]), cut)]
         # One lookup for all captions: its backward fills a whole (vocab, C) gradient, each time.
         x = self.token_embedding(torch.cat([ids.flatten() for ids in groups]))          # (M, C)
         x = x + torch.cat([self.positional_embedding[:ids.shape[1]].repeat(len(ids), 1) for ids in groups])
         row = torch.cat([ids.argmax(dim=1) for ids in groups])                          # end-of-text has the largest id
         x, kept = self.transformer(x, [ids.shape for ids in groups], row, B if keep else 0, causal=True)
         tokens = self.ln_final(kept) if keep else None                                  # (B, T, C)
-        return (self.ln_final(x) @ self.text_projection).unflatten(0, (len(captions), B)), tokens
+        x = (self.ln_final(x) @ self.text_projection).index_select(0, order.argsort())  # (U * B, D), as they came
+        return x.unflatten(0, (U, B)), tokens
 
 
 # --- 4. Cross-attention heads ------------------------------------------------------------------ Sec. 3.2, Eq. 1-2 ---
@@ -393,15 +402,15 @@ class COSMOS(nn.Module):
             self.text_cross = CrossAttention(D, config.cross_heads)                     # C^T, reads text tokens
             self.distill_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def forward(self, images, texts):
-        """images: list of V (B, 3, s, s); texts: list of U (B, T) or one (U, B, T) -> Output.
+    def forward(self, images, texts, cut=None):
+        """images: list of V (B, 3, s, s); texts: list of U (B, T) or one (U, B, T) -> Output. For `cut` see TextTower.
 
         Keys and values are the tokens of image 0 and caption 0, for the queries of every view (code≠paper, which says
         "global crops"; model.py:370-382). Caption 0 therefore must come at full length; the others may be cut.
         """
         cross = self.config.cross_heads > 0
         image, patches = self.visual(list(images), keep=cross)                          # (V, B, D), (B, P, C)
-        text, words = self.text(list(texts), keep=cross)                                # (U, B, D), (B, T, C)
+        text, words = self.text(list(texts), cross, cut)                                # (U, B, D), (B, T, C)
         if not cross:
             return Output(unit(image), unit(text), None, None)
         image_x = image + self.text_cross(image, self.text_tokens(words))               # (V, B, D)  h_I, Eq. 1
@@ -465,13 +474,13 @@ class Teacher(nn.Module):
         self.model = copy.deepcopy(student).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def forward(self, images, texts):
+    def forward(self, images, texts, cut=None):
         """The two global views (2 x (B, 3, s, s), 2 x (B, T)) -> image (2, B, D), text (2, B, D), of unit length.
 
-        Without texts, as a teacher of images alone needs none, the second is None.
+        Without texts, as a teacher of images alone needs none, the second is None. For `cut` see TextTower.
         """
         image = unit(self.model.visual(list(images))[0])
-        return image, unit(self.model.text(list(texts))[0]) if len(texts) else None
+        return image, unit(self.model.text(list(texts), cut=cut)[0]) if len(texts) else None
 
     @torch.no_grad()
     def update(self, student, momentum):

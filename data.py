@@ -837,40 +837,47 @@ class Views(torch.utils.data.Dataset):
 
 
 class Batch(NamedTuple):
-    """Views of B pairs in few large tensors. Captions are cut to their longest, rounded up to a multiple of 8, but not
-    caption 0: C^T reads its padding."""
-    images: list        # global ones (2, B, 3, S, S) and local ones (some, B, 3, s, s), uint8
-    colours: list       # (2, B, 12) and (some, B, 12), for `photometric`; they stay on the CPU
-    texts: list         # (1, B, context length), (1, B, length) and local ones (some, B, their longest), int64
-    place: object       # (U, B): where among a pair's captions in `texts` the one is that was drawn as u-th
-    length: int         # that the global captions are cut to, for the teacher caption 0 too: it reads only the ends
+    """Views of B pairs in few large tensors."""
+    images: list        # global ones (m, B, 3, S, S) and local ones (n, B, 3, s, s), uint8
+    colours: list       # (m, B, 12) and (n, B, 12), for `photometric`; they stay on the CPU
+    texts: object       # token ids of the captions (U, B, T), global ones first
+    ends: object        # (U, B), where each caption ends; it stays on the CPU, for `cut`
     bad: int            # pairs that were replaced because they could not be read
 
     def to(self, device):
         """The batch on a device, without waiting for it."""
-        move = lambda tensors: [tensor.to(device, non_blocking=True) for tensor in tensors]
-        return self._replace(images=move(self.images), texts=move(self.texts), place=move([self.place])[0])
+        move = lambda tensor: tensor.to(device, non_blocking=True)
+        return self._replace(images=[move(group) for group in self.images], texts=move(self.texts))
 
     def split(self, parts):
         """The batch as `parts` batches of equally many pairs."""
-        cut = lambda tensors: zip(*(tensor.chunk(parts, dim=1) for tensor in tensors))
-        pieces = zip(cut(self.images), cut(self.colours), cut(self.texts), self.place.chunk(parts, dim=1))
-        return [Batch(*piece, self.length, self.bad) for piece in pieces]
+        chunks = lambda tensors: zip(*(tensor.chunk(parts, dim=1) for tensor in tensors))
+        pieces = zip(chunks(self.images), chunks(self.colours), *zip(*chunks([self.texts, self.ends])))
+        return [Batch(*piece, self.bad) for piece in pieces]
 
     def views(self):
-        """What COSMOS.forward takes: V images (B, 3, s, s), normalised, and U captions (B, T), see `drawn`."""
+        """V images (B, 3, s, s), normalised."""
         images = []
         for group, colours in zip(self.images, self.colours):           # all views of one size at once
             pixels = normalize(photometric(group.flatten(0, 1), colours.flatten(0, 1)))
             images += pixels.unflatten(0, group.shape[:2])
-        return images, [caption for group in self.texts for caption in group]
+        return images
 
-    def drawn(self, text):
-        """Text features (U, B, D) of `views` -> the same with each pair's captions in the order drawn.
+    def cut(self, multiple=1, whole=0, some=None):
+        """[(n, L), ...]: how TextTower shall cut the captions, or the first `some` of a pair; `whole` of them stay so.
 
-        The losses contrast the u-th captions of all pairs. In the order of length these would be alike, or even equal.
+        Lengths of global captions differ the most. So the longest, as many as there are global ones, are cut by halves
+        of B, the others by 3 B: more groups would lose in small products what they save in padding. L is rounded up to
+        a `multiple`, for the longest to twice that.
         """
-        return text.gather(0, self.place[..., None].expand_as(text))
+        ends, (_, B, T) = self.ends[whole:some], self.texts.shape
+        longest, half = sorted((ends.flatten() + 1).tolist(), reverse=True), -(-B // 2)
+        fine = B * min(len(ends), 2 - whole)                            # as many as there are global ones
+        first, plan = [*range(0, fine, half), *range(fine, len(longest), 6 * half), len(longest)], [(B, T)] * whole
+        for a, b in zip(first, first[1:]):
+            unit = 2 * multiple if a < fine else multiple
+            plan.append((b - a, min(-(-longest[a] // unit) * unit, T)))
+        return plan
 
 
 def collate(samples):
@@ -878,19 +885,8 @@ def collate(samples):
     large, small, colours, tokens, bad = zip(*samples)
     images = [torch.stack(part, dim=1) for part in (large, small) if len(part[0])]
     colours = torch.stack(colours, dim=1).split([len(group) for group in images])
-    tokens = torch.stack(tokens, dim=1)                                 # (U, B, T)
-    count = min(len(tokens), 2)                                         # of the globals: two, or the only caption
-    ends = tokens.argmax(dim=-1)                                        # (U, B): the end of a text has the largest id
-    # Few lengths only: a CPU prepares its bf16 products anew for each, milliseconds and megabytes every time.
-    cut = lambda last: min(-(-(int(last) + 1) // 8) * 8, tokens.shape[-1])
-    length = cut(ends[:count].max())
-    texts = [tokens[:1], tokens[1:count, :, :length]]
-    # The local captions of each pair are sorted by length: then most can be cut short for all pairs.
-    place = torch.cat([torch.arange(count)[:, None].expand_as(ends[:count]), count + ends[count:].argsort(dim=0)])
-    local, place = tokens.gather(0, place[..., None].expand_as(tokens))[count:], place.argsort(dim=0)
-    longest = [cut(last) for last in local.argmax(dim=-1).amax(dim=1)]
-    texts += [local[longest.index(n):, :, :n][:longest.count(n)] for n in dict.fromkeys(longest)]
-    return Batch(images, list(colours), [group for group in texts if len(group)], place, length, sum(bad))
+    tokens = torch.stack(tokens, dim=1)                                 # (U, B, T); the largest id ends a text
+    return Batch(images, list(colours), tokens, tokens.argmax(dim=-1), sum(bad))
 
 
 SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]   # USR1: Slurm

@@ -374,6 +374,14 @@ def test_shortcuts_change_nothing():
     full, short = model(images, torch.stack(texts)), model(images, cut)
     for a, b in zip(full, short):
         close(b, a, 1e-5)
+    for U, whole in ((5, 1), (5, 0), (2, 0), (1, 0)):                   # the same, sorted by length
+        ends = torch.randint(2, 12, (U, 3))
+        ids = torch.randint(1, 48, (U, 3, 12)).scatter(2, ends[..., None], 49)
+        plan = data.Batch([], [], ids, ends, 0).cut(1, whole)
+        assert sum(n * L for n, L in plan) < ids.numel()
+        plain, sorted_ = model.text(list(ids), whole > 0), model.text(list(ids), whole > 0, plan)
+        for a, b in zip(plain[:1 + whole], sorted_[:1 + whole]):
+            close(b, a, 1e-5)
     teacher, grads = Teacher(COSMOS(model.config)), []                  # and the gradients, of the losses in loops too
     scales = model.logit_scale.exp(), model.distill_logit_scale.exp()
     clip, terms = naive_losses(full, *teacher(images[:2], texts[:2]), *scales)
@@ -390,19 +398,19 @@ def test_shortcuts_change_nothing():
 
 
 def test_compiled_blocks_are_few_and_equal():
-    """oracle: the model as it is; a backend that counts graphs: none comes once all numbers of lengths came twice."""
+    """oracle: the model as it is; a backend that counts graphs: none comes once the sizes have varied."""
     counter, graphs, (model, images, texts) = CompileCounter(), [], micro(B=4)
     torch._dynamo.reset()
     compiled = Teacher(model).model.requires_grad_(True)
     train.compile_blocks(compiled, counter)
     assert compiled.state_dict().keys() == model.state_dict().keys()
-    for B, lengths in ((4, (5, 5, 5)), (3, (6, 6, 7)), (2, (4, 8, 9)), (3, (6, 6, 6)), (2, (7, 9, 9)), (4, (5, 6, 7)),
-                       (2, (8, 8, 8)), (4, (4, 4, 6)), (3, (4, 6, 8))):
-        some = [text[:B] for text in texts[:2]] + [text[:B, :n] for text, n in zip(texts[2:], lengths)]
-        for a, b in zip(compiled([view[:B] for view in images], some), model([view[:B] for view in images], some)):
+    for B in (4, 3, 2, 3, 4, 2, 3, 4, 2):
+        ends, some = torch.randint(2, 12, (5, B)), [view[:B] for view in images]
+        ids = torch.randint(1, 48, (5, B, 12)).scatter(2, ends[..., None], 49)
+        for a, b in zip(compiled(some, ids, data.Batch([], [], ids, ends, 0).cut(1, 1)), model(some, ids)):
             close(a, b, 1e-6)
         graphs.append(counter.frame_count)
-    assert graphs[5] == graphs[-1] <= 12, graphs
+    assert graphs[3] == graphs[-1] <= 8, graphs
 
 
 def test_positions_are_bicubic_with_a_tenth_added():
@@ -875,27 +883,34 @@ def test_order_is_a_pure_function(monkeypatch, tmp_path):
 
 
 def test_batches_are_cut_exactly_and_have_no_bad_pair(tmp_path, scenes, capsys):
-    """oracle: where captions end; the pairs broken on purpose: none is served, each is counted and named once."""
+    """oracle: where captions end, and the rule of `Batch.cut` by its words; the pairs broken on purpose: none is
+    served, each is counted and named once."""
     shards = data.Shards(scenes / 'train')
     tokenizer = Tokenizer.learn((s for i in range(len(shards)) for s in shards.pool(i)), 600, 12)
     views_, (rows,) = data.Views(shards, tokenizer, MICRO, 3, 4, (2, 2, 2, 3)), data.Order(40, 4, 1, 2, seed=3)
     (batch,) = data.loader(views_, [rows], 0)
-    images, texts = batch.views()
-    assert [tuple(x.shape) for x in images] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 2 and len(texts) == 5
-    assert texts[0].shape[1] == 12 and texts[1].shape[1] == batch.length
-    ends = torch.stack([F.pad(text, (0, 12 - text.shape[1])) for text in texts]).argmax(dim=-1)         # (U, B)
-    assert (ends[2:-1] <= ends[3:]).all()                               # local ones from short to long, each cut alone
-    assert [text.shape[1] for text in texts[2:]] == [min(-(-(int(end.max()) + 1) // 8) * 8, 12) for end in ends[2:]]
-    whole, place = torch.stack([F.pad(text, (0, 12 - text.shape[1])) for text in texts]), batch.place   # (U, B, T)
-    assert torch.equal(batch.drawn(whole), whole[place, torch.arange(4)])
     drawn = [tokenizer(data.Views.views(views_, epoch, index)[-1]) for epoch, _, index in rows]
-    assert torch.equal(batch.drawn(whole), torch.stack(drawn, dim=1))   # back in the order of `views`
+    assert [tuple(x.shape) for x in batch.views()] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 2
+    assert torch.equal(batch.texts, torch.stack(drawn, dim=1)) and batch.texts.shape == (5, 4, 12)
+    assert batch.texts.gather(2, batch.ends[..., None]).unique().tolist() == [tokenizer.vocab_size - 1]
+    for part in (batch, *batch.split(2)):
+        B = part.texts.shape[1]
+        for multiple, whole, some in ((1, 1, None), (1, 0, 2), (2, 0, 5), (8, 1, None), (8, 0, 1)):
+            plan = part.cut(multiple, whole, some)
+            lengths = sorted((part.ends[whole:some].flatten() + 1).tolist(), reverse=True)
+            sizes = [B // 2] * (2 * (min(some or 5, 2) - whole))        # halves for each global, then 3 B at a time
+            assert plan[:whole] == [(B, 12)] * whole and [n for n, _ in plan[whole:]][:len(sizes)] == sizes
+            assert sum(n for n, _ in plan) == len(lengths) + B * whole
+            for k, (n, L) in enumerate(plan[whole:]):
+                unit, (longest, *_) = multiple * (2 if k < len(sizes) else 1), lengths
+                assert L == min(12, next(m for m in range(unit, 99, unit) if m >= longest))
+                del lengths[:n]
     shards = data.Shards(write_tar(tmp_path / 'a.tar', dogs(12, no_image=[5], no_text=[7])))
     views = data.Views(shards, LOW, MICRO, 3, 4, (2, 2, 2, 3))
     for epoch in range(2):
         batches = list(data.loader(views, data.Order(12, 4, 3 * epoch, 3 * epoch + 3, seed=3), 0))
         assert sum(batch.bad for batch in batches) >= 2 and all(len(batch.images[0][0]) == 4 for batch in batches)
-        served = {LOW.decode(row).partition(' .')[0] for batch in batches for row in batch.views()[1][0]}
+        served = {LOW.decode(row).partition(' .')[0] for batch in batches for row in batch.texts[0]}
         assert {text.replace(' ', '') for text in served} == {f'dog{i}' for i in range(12) if i not in (5, 7)}
     told = capsys.readouterr().err
     assert told.count('a.tar:5.jpg') == told.count('a.tar:7.jpg') == 1
@@ -1714,19 +1729,20 @@ def test_flops_and_bench(monkeypatch, method, scenes, capsys):
     plan, found = SimpleNamespace(method=train.METHODS[method], device=CPU), {}
     teacher = Teacher(model) if plan.method.terms else None
     images = images[:plan.method.images] + images[2:] * plan.method.crops
-    texts = texts[2 - plan.method.captions:2] + [text[:, :5] for text in texts[2:] * plan.method.sentences]
-    taught = texts[:2] if plan.method.teaches_text else []
+    texts = torch.stack(texts[2 - plan.method.captions:2] + texts[2:] * plan.method.sentences)
+    cut, short = train.cuts(data.Batch([], [], texts, texts.argmax(dim=-1), 0), plan.method, None)
+    taught = texts[:2 * plan.method.teaches_text]
     def counted(name, call):
         with FlopCounterMode(display=False) as counter:
             result = call()
         found[name] = counter.get_total_flops()
         return result
-    out = counted('student', lambda: model(images, texts))
-    target = counted('teacher', lambda: teacher(images[:2], taught) if teacher else ())
+    out = counted('student', lambda: model(images, texts, cut))
+    target = counted('teacher', lambda: teacher(images[:2], taught, short) if teacher else ())
     loss = counted('losses', lambda: train.losses(plan, out, target, train.scales_of(model))[0])
     counted('backward', loss.backward)
-    sides, lengths = [tuple(view.shape[-2:]) for view in images], [text.shape[1] for text in texts]
-    assert train.count_flops(model.config, 3, sides, lengths, plan.method) == found
+    sides = [tuple(view.shape[-2:]) for view in images]
+    assert train.count_flops(model.config, 3, sides, cut, short, plan.method) == found
     run(train, *QUICK, '--method', method, '--bench', 3, '--device', 'cpu')
     told = capsys.readouterr().out
     parts = dict(re.findall(r'^(\w[\w ]*?) +([\d.]+) ms', told, re.M))
@@ -1899,14 +1915,13 @@ def gains(config, B):
     padded = torch.randint(1, end - 1, (8, B, config.context_length))
     for caption, most in zip(padded, [config.context_length] * 2 + [20] * 6):           # of two globals, six locals
         caption[torch.arange(B), torch.randint(9, most, (B,))] = end
-    samples = [(torch.empty(2, 0), torch.empty(6, 0), torch.empty(8, 0), padded[:, i], 0) for i in range(B)]
-    cut = [caption for group in data.collate(samples).texts for caption in group]
+    cut = data.Batch([], [], padded, padded.argmax(dim=-1), 0).cut(whole=1)
     query, tokens = torch.randn(8, B, D, requires_grad=True), torch.randn(B, 64, D, requires_grad=True)
     out = Output(*(cosmos.unit(torch.randn(8, B, D)).requires_grad_() for _ in range(4)))
     targets, cross = [cosmos.unit(torch.randn(2, B, D)) for _ in range(2)], model.image_cross
     for part, *forms in (
             ('text tower', lambda: sum(x.sum() for x in model.text([padded.flatten(0, 1)], keep=True)),
-             lambda: sum(x.sum() for x in model.text(cut, keep=True))),
+             lambda: sum(x.sum() for x in model.text(list(padded), True, cut))),
             ('cross-attention', lambda: torch.cat([cross(one[None], tokens) for one in query]).sum(),
              lambda: cross(query, tokens).sum()),
             ('losses', lambda: sum(x.mean() for x in naive_losses(out, *targets, 14, 14)),

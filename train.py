@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 import eval as evaluation
 from cosmos import COSMOS, Block, Config, Output, Teacher, clip_loss, cosmos_terms, distill_terms
-from data import (POOLS, SIGNALS, Order, Parser, Preprocess, Shards, Tokenizer, Views, caption_pool, cli, loader,
-                  make_scenes, sample_sheet)
+from data import (POOLS, SIGNALS, Batch, Order, Parser, Preprocess, Shards, Tokenizer, Views, caption_pool, cli,
+                  loader, make_scenes, sample_sheet)
 
 with contextlib.suppress(ImportError):      # Windows has none; the log then shows no memory
     import resource
@@ -452,16 +452,24 @@ def make_tokenizer(options, shards, context_length):
 
 # --- 5. One step -----------------------------------------------------------------------------------------------------
 
+def cuts(batch, method, dtype):
+    """Batch.cut of the captions for the student and for the teacher.
+
+    In half precision to few lengths: tensor cores like multiples of 8, and a CPU prepares its products anew for each
+    number of rows, milliseconds and half a megabyte every time.
+    """
+    multiple = 8 if dtype else 1
+    return batch.cut(multiple, whole=int(method.cross)), batch.cut(multiple, some=2) if method.teaches_text else []
+
+
 def forward(run, batch, student, with_teacher=True):
     """One batch through the student, and the teacher -> Output and (teacher image, teacher text), or () without one."""
-    images, texts = batch.views()
-    short = [caption[:, :batch.length] for caption in texts[:2]]        # globals without the padding that C^T reads
+    images, texts, (cut, short) = batch.views(), batch.texts, cuts(batch, run.method, run.dtype)
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-        out = student(images, texts if run.method.cross else short + texts[2:])
-        out = out._replace(text=batch.drawn(out.text), text_x=batch.drawn(out.text_x) if run.method.cross else None)
+        out = student(images, texts, cut)
         if not with_teacher or not run.method.terms:
             return out, ()
-        return out, run.teacher(images[:2], short if run.method.teaches_text else [])
+        return out, run.teacher(images[:2], texts[:2 * run.method.teaches_text], short)
 
 
 def losses(run, out, teacher, scales):
@@ -771,11 +779,11 @@ def finish(run):
 
 # --- 8. --bench: time by part, and the share of what the machine's matrix products reach -----------------------------
 
-def count_flops(config, B, images, texts, method=METHODS['cosmos']):
+def count_flops(config, B, images, cut, short, method=METHODS['cosmos']):
     """Floating-point operations of a step on one process: {'student', 'teacher', 'losses', 'backward'}.
 
-    images: (h, w) of all views; texts: lengths of all captions. A multiplication and its addition are two; counted are
-    matrix products, as torch.utils.flop_counter does (test).
+    images: (h, w) of all views; cut and short: of `cuts`. A multiplication and its addition are two; counted are matrix
+    products, as torch.utils.flop_counter does (test).
     """
     c, D = config, config.embed_dim
 
@@ -785,22 +793,21 @@ def count_flops(config, B, images, texts, method=METHODS['cosmos']):
         return (layers - 1) * block + (block if whole else row) + 2 * C * D
 
     patches = [h // c.patch_size * (w // c.patch_size) for h, w in images]
-    stem = sum(P * 6 * c.patch_size ** 2 * c.vision_width for P in patches)             # conv1
+    stem = B * sum(P * 6 * c.patch_size ** 2 * c.vision_width for P in patches)         # conv1
     def towers(patches, texts, whole):
-        return (sum(tower(P + 1, c.vision_width, c.vision_layers, whole and i == 0) for i, P in enumerate(patches)) +
-                sum(tower(T, c.text_width, c.text_layers, whole and i == 0) for i, T in enumerate(texts)))
-    V, U = len(images), len(texts)
-    student, teacher, clip, distill = towers(patches, texts, method.cross) + stem, 0, 2 * min(V, 2) * U * B * D, 0
+        return (B * sum(tower(P + 1, c.vision_width, c.vision_layers, whole and i == 0) for i, P in enumerate(patches))
+                + sum(n * tower(L, c.text_width, c.text_layers, whole and i == 0) for i, (n, L) in enumerate(texts)))
+    V, U = len(images), sum(n for n, _ in cut) // B
+    student, teacher, clip, distill = towers(patches, cut, method.cross) + stem, 0, 2 * min(V, 2) * U * B * B * D, 0
     if method.cross:
-        for n, L, C in ((U, patches[0], c.vision_width), (V, texts[0], c.text_width)):  # C^I, C^T
-            student += 2 * L * C * D + L * 4 * D ** 2 + n * (4 * D ** 2 + 4 * L * D)
+        for n, L, C in ((U, patches[0], c.vision_width), (V, cut[0][1], c.text_width)):  # C^I, C^T
+            student += B * (2 * L * C * D + L * 4 * D ** 2 + n * (4 * D ** 2 + 4 * L * D))
     if method.terms:
-        text = method.teaches_text
-        teacher = towers(patches[:2], texts[:2 * text], False) + stem * sum(patches[:2]) // sum(patches)
-        distill = 2 * (2 * V + 2 * U * text) * B * D * (1 + method.cross)
+        teacher = towers(patches[:2], short, False) + stem * sum(patches[:2]) // sum(patches)
+        distill = 2 * (2 * V + 2 * U * method.teaches_text) * B * B * D * (1 + method.cross)
     # Each product has two gradients, but none for pixels and for the teacher's features.
-    backward = 2 * student - stem + 2 * clip + distill
-    return {'student': B * student, 'teacher': B * teacher, 'losses': B * (clip + distill), 'backward': B * backward}
+    return {'student': student, 'teacher': teacher, 'losses': clip + distill,
+            'backward': 2 * student - stem + 2 * clip + distill}
 
 
 def matmul_peak(device, dtype):
@@ -829,17 +836,17 @@ def bench(options, device):
     teacher, optimizer = Teacher(model) if method.terms else None, make_optimizer(model, options, device)
     if options.compile:
         compile_blocks(model)
+    torch.manual_seed(options.seed)
     large, small, globals_, local = view_counts(options)
     sides = [config.image_size] * large + [config.local_image_size] * small
-    # Lengths as in captions of the field: globals 10 to 77 tokens, locals 10 to 20, sorted and rounded up by `collate`.
-    longest = config.context_length
-    lengths = [longest] * globals_ + [min(16, longest)] * (local // 2) + [min(24, longest)] * (local - local // 2)
     images = [torch.randn(B, 3, side, side, device=device) for side in sides]
-    texts = [torch.randint(1, config.vocab_size - 2, (B, length), device=device) for length in lengths]
-    for text in texts:
-        text[:, 0], text[:, -1] = config.vocab_size - 2, config.vocab_size - 1
-    run, short = SimpleNamespace(method=method, device=device), texts[:2 * method.teaches_text]
-    parts = {}
+    # Lengths as in captions of the field: globals 10 to 77 tokens, locals 10 to 20.
+    T, end = config.context_length, config.vocab_size - 1
+    ends = torch.cat([torch.randint(min(9, T - 1), last, (n, B)) for n, last in ((globals_, T), (local, min(20, T)))])
+    texts = torch.randint(1, end - 1, (globals_ + local, B, T)).scatter(2, ends[..., None], end)
+    batch = Batch([], [], texts, ends, 0).to(device)
+    cut, short = cuts(batch, method, dtype)
+    run, taught, parts = SimpleNamespace(method=method, device=device), batch.texts[:2 * method.teaches_text], {}
 
     def part(name, call):
         result, seconds = timed(device, call)
@@ -848,8 +855,8 @@ def bench(options, device):
 
     def step():
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            out = part('student forward', lambda: model(images, texts))
-            target = part('teacher forward', lambda: teacher(images[:2], short)) if teacher else ()
+            out = part('student forward', lambda: model(images, batch.texts, cut))
+            target = part('teacher forward', lambda: teacher(images[:2], taught, short)) if teacher else ()
         loss = part('losses', lambda: losses(run, out, target, scales_of(model))[0])
         part('backward', loss.backward)
         part('AdamW', lambda: (optimizer.step(), optimizer.zero_grad()))
@@ -860,9 +867,9 @@ def bench(options, device):
         parts = parts if i > 2 else {}                                  # the first two warm up
         part('step', step)
     medians = {name: sorted(times)[len(times) // 2] for name, times in parts.items()}
-    flops, (n, peak) = count_flops(config, B, [(s, s) for s in sides], lengths, method), matmul_peak(device, dtype)
-    total, seconds = sum(flops.values()), medians.pop('step')
-    print(f'bench      {options.preset}, {options.method}, batch {B}, {len(sides)} images and {len(lengths)} captions, '
+    flops = count_flops(config, B, [(side, side) for side in sides], cut, short, method)
+    (n, peak), total, seconds = matmul_peak(device, dtype), sum(flops.values()), medians.pop('step')
+    print(f'bench      {options.preset}, {options.method}, batch {B}, {len(sides)} images and {len(ends)} captions, '
           f'{precision} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}')
     for name, value in medians.items():
         print(f'{name:18} {1000 * value:10.1f} ms   {value / seconds:4.0%}')
