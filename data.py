@@ -658,18 +658,19 @@ def saturation(x, strength):
 
 
 def hue(x, turn):
-    """Turn the colour circle by `turn` of its full way, at most a sixth; value and chroma stay."""
+    """Turn the colour circle by `turn` of its full way, at most a sixth; value and chroma stay.
+
+    Around the circle a channel is high for two sixths and low for two; on the slopes between it is the middle one of
+    the three. 2 c - mid is c itself on a slope, and on the heights what that slope would be if it went on. So a turn
+    moves every channel along its slope, up or down as the order of the other two tells, and the clamp does the rest.
+    """
     r, g, b = x.unbind(dim=1)
-    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
-    chroma, others = (high - low).clamp_min_(1e-12), high.sub(r).sign_()                # others: 0 where red is highest
-    blue = high.sub_(g).sign_().mul_(others)
-    green, red = others - blue, 1 - others                              # of equal ones the first counts
-    sixth = red.mul_(g - b).addcmul_(green, b - r).addcmul_(blue, r - g).div_(chroma)
-    sixth.add_(green, alpha=2).add_(blue, alpha=4)                      # (B, h, w): 0 is red, 2 green, 4 blue
-    channel = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)
-    far = sixth[:, None] + (6 * turn - channel)                         # (B, 3, h, w)
-    far.abs_().sub_(3).abs_().clamp_(1, 2)                              # 1 + the channel's share of the chroma
-    return torch.addcmul(low.sub_(chroma)[:, None], chroma[:, None], far, out=x)
+    less, more = torch.minimum(r, g), torch.maximum(r, g)
+    low, high, mid = torch.minimum(less, b), torch.maximum(more, b), torch.maximum(less, torch.minimum(more, b))
+    step = torch.sub(low, high, out=less).mul_(6 * turn[:, 0])                          # (B, h, w), downwards
+    for channel, order in zip((r, g, b), (g - b, b - r, r - g)):
+        torch.lerp(mid, channel, 2, out=channel).addcmul_(order.sign_(), step).clamp_(low, high)
+    return x
 
 
 def blur(x, sigma, reach=6):
