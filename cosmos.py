@@ -314,9 +314,10 @@ class TextTower(nn.Module):
     def forward(self, captions, keep=False, cut=None):
         """captions: list of U (B, T) -> [eot] (U, B, D), and if `keep` the tokens of caption 0 (B, T, C).
 
-        Attention is causal, so padding that is cut off behind the end of a text changes no row that is read. Whole
-        captions may come cut, each to its own T. Or all come at one T with cut = [(n, L), ...]: the longest n of all
-        are cut to L tokens, and so on. If caption 0 is kept it stays whole, first of all, as (B, T).
+        Attention is causal, so padding that is cut off behind the end of a text changes no row that is read. A caption
+        may come cut, to its longest of all pairs. Or all come at one T, with cut = [(n, L), ...]: sorted by length, the
+        first n are cut to L tokens, which must reach their ends, and so on. With `keep` the first (n, L) is (B, T), for
+        caption 0, which is not sorted in.
 
         The tokens are all T positions after ln_final, start, end and padding included (code≠paper:
         transformer.py:772-775).

@@ -635,8 +635,7 @@ def draw_colours(kind, rng):
 
 
 # All change x, (B, 3, h, w) in [0, 1], in place and return it; strengths are (B, 1, 1, 1). On one core, for an image of
-# 224 x 224 pixels, signs for masks (comparisons are slow) and folds for remainders make hue 1.6 times as fast, shifts
-# in place of a convolution make blur eight times as fast.
+# 224 x 224 pixels, shifts in place of a convolution make blur eight times as fast.
 
 def gray(x):
     """Of x, which stays as it is: (B, 1, h, w)."""
@@ -661,8 +660,9 @@ def hue(x, turn):
     """Turn the colour circle by `turn` of its full way, at most a sixth; value and chroma stay.
 
     Around the circle a channel is high for two sixths and low for two; on the slopes between it is the middle one of
-    the three. 2 c - mid is c itself on a slope, and on the heights what that slope would be if it went on. So a turn
-    moves every channel along its slope, up or down as the order of the other two tells, and the clamp does the rest.
+    the three. 2 c - mid is c itself on a slope and, where c is flat, what the nearer slope would be if it went on. So a
+    turn moves every channel along its slope, up or down as the order of the other two tells, and the clamp does the
+    rest.
     """
     r, g, b = x.unbind(dim=1)
     less, more = torch.minimum(r, g), torch.maximum(r, g)
@@ -853,7 +853,8 @@ class Batch(NamedTuple):
     def split(self, parts):
         """The batch as `parts` batches of equally many pairs."""
         chunks = lambda tensors: zip(*(tensor.chunk(parts, dim=1) for tensor in tensors))
-        pieces = zip(chunks(self.images), chunks(self.colours), *zip(*chunks([self.texts, self.ends])))
+        texts, ends = self.texts.chunk(parts, dim=1), self.ends.chunk(parts, dim=1)
+        pieces = zip(chunks(self.images), chunks(self.colours), texts, ends)
         return [Batch(*piece, self.bad) for piece in pieces]
 
     def views(self):
@@ -865,19 +866,21 @@ class Batch(NamedTuple):
         return images
 
     def cut(self, multiple=1, whole=0, some=None):
-        """[(n, L), ...]: how TextTower shall cut the captions, or the first `some` of a pair; `whole` of them stay so.
+        """[(n, L), ...] for TextTower: n captions are cut to L tokens, the longest first. Of each pair only the first
+        `some` count, and the first `whole` stay uncut, in front: C^T reads the padding of caption 0.
 
         Lengths of global captions differ the most. So the longest, as many as there are global ones, are cut by halves
         of B, the others by 3 B: more groups would lose in small products what they save in padding. L is rounded up to
-        a `multiple`, for the longest to twice that.
+        a `multiple`, for the longest, which vary the most from batch to batch, to four times that.
         """
         ends, (_, B, T) = self.ends[whole:some], self.texts.shape
-        longest, half = sorted((ends.flatten() + 1).tolist(), reverse=True), -(-B // 2)
+        lengths = sorted((ends.flatten() + 1).tolist(), reverse=True)
         fine = B * min(len(ends), 2 - whole)                            # as many as there are global ones
-        first, plan = [*range(0, fine, half), *range(fine, len(longest), 6 * half), len(longest)], [(B, T)] * whole
+        first = [*range(0, fine, -(-B // 2)), *range(fine, len(lengths), 3 * B), len(lengths)]
+        plan = [(B, T)] * whole
         for a, b in zip(first, first[1:]):
-            unit = 2 * multiple if a < fine else multiple
-            plan.append((b - a, min(-(-longest[a] // unit) * unit, T)))
+            unit = 4 * multiple if a < fine else multiple
+            plan.append((b - a, min(-(-lengths[a] // unit) * unit, T)))
         return plan
 
 

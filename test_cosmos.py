@@ -379,8 +379,11 @@ def test_shortcuts_change_nothing():
         ids = torch.randint(1, 48, (U, 3, 12)).scatter(2, ends[..., None], 49)
         plan = data.Batch([], [], ids, ends, 0).cut(1, whole)
         assert sum(n * L for n, L in plan) < ids.numel()
-        plain, sorted_ = model.text(list(ids), whole > 0), model.text(list(ids), whole > 0, plan)
-        for a, b in zip(plain[:1 + whole], sorted_[:1 + whole]):
+        plain, ours, grads = model.text(list(ids), whole > 0), model.text(list(ids), whole > 0, plan), []
+        for found in (plain, ours):
+            loss = sum((x * torch.linspace(0, 1, x.numel()).view_as(x)).sum() for x in found[:1 + whole])
+            grads.append(torch.autograd.grad(loss, list(model.text.parameters())))
+        for a, b in zip((*plain[:1 + whole], *grads[0]), (*ours[:1 + whole], *grads[1])):
             close(b, a, 1e-5)
     teacher, grads = Teacher(COSMOS(model.config)), []                  # and the gradients, of the losses in loops too
     scales = model.logit_scale.exp(), model.distill_logit_scale.exp()
@@ -464,6 +467,8 @@ def rank_gradients(rank, world, method, cases, path):
         setattr(module, name, counted(name, getattr(module, name)))
     for accum, dtype in cases:
         model, _, texts = micro(method, B=8)
+        for caption in texts:                                           # other ends for every pair: the order matters
+            caption.scatter_(1, torch.randint(2, 12, (8, 1)), 49)
         large, small = (torch.randint(0, 256, (8, 2, 3, s, s), dtype=torch.uint8) for s in (32, 16))
         texts = texts if train.METHODS[method].sentences else texts[1:2]
         samples = list(zip(large, small, torch.empty(8, 4, 0), torch.stack(texts, dim=1), [0] * 8))
@@ -882,9 +887,33 @@ def test_order_is_a_pure_function(monkeypatch, tmp_path):
     assert sorted(told) == sorted((os.stat(path).st_ino, 0, 0, os.POSIX_FADV_WILLNEED) for path in shards.paths)
 
 
-def test_batches_are_cut_exactly_and_have_no_bad_pair(tmp_path, scenes, capsys):
-    """oracle: where captions end, and the rule of `Batch.cut` by its words; the pairs broken on purpose: none is
-    served, each is counted and named once."""
+def test_captions_are_cut_in_few_groups(monkeypatch):
+    """oracle: by hand. And in training no more rows are looked up than that."""
+    # All but the first, sorted: 17, 8, 7, 6, 6, 5, 5, 5, 4, 4, 4, 3, 3, 3, 3, 3.
+    many = [(9, 20), (17, 6), (3, 4), (5, 5), (6, 7), (8, 3), (4, 4), (5, 3), (3, 3)]
+    for lengths, some, want in (
+            (many, dict(whole=1), [(2, 25), (1, 20), (1, 8), (6, 7), (6, 4), (2, 3)]),
+            (many, dict(whole=1, multiple=3), [(2, 25), (1, 24), (1, 12), (6, 9), (6, 6), (2, 3)]),
+            (many, dict(some=2, multiple=2), [(1, 24), (1, 24), (1, 16), (1, 8)]),
+            ([(7, 2, 5)], {}, [(2, 8), (1, 4)]),
+            ([(8,), (5,), (24,)], dict(whole=1, multiple=8), [(1, 25), (1, 25), (1, 8)])):
+        batch = data.Batch([], [], torch.empty(len(lengths), len(lengths[0]), 25), torch.tensor(lengths) - 1, 0)
+        assert batch.cut(**some) == want, some
+    for method in train.METHODS:
+        model, images, texts = micro(method)
+        texts, rows = torch.stack(texts), []
+        batch = data.Batch([], [], texts, texts.argmax(dim=-1), 0)
+        monkeypatch.setattr(data.Batch, 'views', lambda self: images)
+        plan = SimpleNamespace(method=train.METHODS[method], device=CPU, dtype=None, teacher=Teacher(model))
+        for tower in (model.text, plan.teacher.model.text):
+            tower.token_embedding.register_forward_hook(lambda module, given, _: rows.append(given[0].numel()))
+        train.forward(plan, batch, model)
+        plans = [some for some in train.cuts(batch, plan.method, None) if some]
+        assert rows == [sum(n * L for n, L in some) for some in plans] and rows[0] < texts.numel()
+
+
+def test_batches_are_exact_and_have_no_bad_pair(tmp_path, scenes, capsys):
+    """oracle: where captions end; the pairs broken on purpose: none is served, each is counted and named once."""
     shards = data.Shards(scenes / 'train')
     tokenizer = Tokenizer.learn((s for i in range(len(shards)) for s in shards.pool(i)), 600, 12)
     views_, (rows,) = data.Views(shards, tokenizer, MICRO, 3, 4, (2, 2, 2, 3)), data.Order(40, 4, 1, 2, seed=3)
@@ -893,18 +922,8 @@ def test_batches_are_cut_exactly_and_have_no_bad_pair(tmp_path, scenes, capsys):
     assert [tuple(x.shape) for x in batch.views()] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 2
     assert torch.equal(batch.texts, torch.stack(drawn, dim=1)) and batch.texts.shape == (5, 4, 12)
     assert batch.texts.gather(2, batch.ends[..., None]).unique().tolist() == [tokenizer.vocab_size - 1]
-    for part in (batch, *batch.split(2)):
-        B = part.texts.shape[1]
-        for multiple, whole, some in ((1, 1, None), (1, 0, 2), (2, 0, 5), (8, 1, None), (8, 0, 1)):
-            plan = part.cut(multiple, whole, some)
-            lengths = sorted((part.ends[whole:some].flatten() + 1).tolist(), reverse=True)
-            sizes = [B // 2] * (2 * (min(some or 5, 2) - whole))        # halves for each global, then 3 B at a time
-            assert plan[:whole] == [(B, 12)] * whole and [n for n, _ in plan[whole:]][:len(sizes)] == sizes
-            assert sum(n for n, _ in plan) == len(lengths) + B * whole
-            for k, (n, L) in enumerate(plan[whole:]):
-                unit, (longest, *_) = multiple * (2 if k < len(sizes) else 1), lengths
-                assert L == min(12, next(m for m in range(unit, 99, unit) if m >= longest))
-                del lengths[:n]
+    assert all(torch.equal(torch.cat(some, dim=1), whole)
+               for some, whole in zip(list(zip(*batch.split(2)))[2:4], batch[2:4]))
     shards = data.Shards(write_tar(tmp_path / 'a.tar', dogs(12, no_image=[5], no_text=[7])))
     views = data.Views(shards, LOW, MICRO, 3, 4, (2, 2, 2, 3))
     for epoch in range(2):

@@ -420,11 +420,11 @@ class Run:
 def compile_blocks(model, backend='inductor'):
     """torch.compile block by block, in place, so that no parameter gets another name.
 
-    The number of captions of one length differs from step to step, and a graph of the whole model would be compiled
-    anew for each. A block's graph serves all layers and lengths. Another number of lengths asks for another graph, and
-    so do sizes that were equal by chance when it was compiled.
+    The lengths of captions differ from step to step, and a graph of the whole model would be compiled anew for each.
+    A block's graph serves all layers and lengths; only sizes that were equal by chance when it was compiled ask for
+    another.
     """
-    torch._dynamo.config.cache_size_limit = 128     # towers, numbers of lengths, gradient or not: beyond 8 it gives up
+    torch._dynamo.config.cache_size_limit = 128     # towers, student or teacher, equal sizes: beyond 8 it gives up
     torch._dynamo.config.optimize_ddp = False       # DDP's cuts at bucket bounds are for graphs of whole models
     for module in model.modules():
         if isinstance(module, Block):
@@ -456,7 +456,7 @@ def cuts(batch, method, dtype):
     """Batch.cut of the captions for the student and for the teacher.
 
     In half precision to few lengths: tensor cores like multiples of 8, and a CPU prepares its products anew for each
-    number of rows, milliseconds and half a megabyte every time.
+    number of rows, 0.5 to 2 milliseconds and half a megabyte for every one.
     """
     multiple = 8 if dtype else 1
     return batch.cut(multiple, whole=int(method.cross)), batch.cut(multiple, some=2) if method.teaches_text else []
@@ -782,8 +782,8 @@ def finish(run):
 def count_flops(config, B, images, cut, short, method=METHODS['cosmos']):
     """Floating-point operations of a step on one process: {'student', 'teacher', 'losses', 'backward'}.
 
-    images: (h, w) of all views; cut and short: of `cuts`. A multiplication and its addition are two; counted are matrix
-    products, as torch.utils.flop_counter does (test).
+    images: (h, w) of all views; cut, short: what `cuts` returns. A multiplication and its addition are two; counted are
+    matrix products, as torch.utils.flop_counter does (test).
     """
     c, D = config, config.embed_dim
 
