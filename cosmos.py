@@ -524,37 +524,40 @@ def gather(*features):
 # --- 7. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
 def compare(rows, columns, scale):
-    """Logits of all rows with all columns: rows (V, B, D), columns (U, N, D), of unit length -> (V, U, B, N) float32.
+    """Logits of all rows with all columns: rows (V, B, D), columns (U, N, D), of unit length -> (V, B, U, N) float32.
 
     scale = 1/temperature.
     """
     with torch.autocast(rows.device.type, enabled=False):                               # float32, whatever trains
         logits = scale * rows.flatten(0, 1) @ columns.flatten(0, 1).T                   # (V*B, U*N), all views at once
-    return logits.view(*rows.shape[:2], *columns.shape[:2]).transpose(1, 2)
+    return logits.view(*rows.shape[:2], *columns.shape[:2])
 
 
 def nce(logits):
-    """L_nce of every pair of views: logits (..., B, N) -> (...): row i must find column i among all N, the mean over
+    """L_nce of every pair of views: logits (V, B, U, N) -> (V, U): row i must find column i among all N, the mean over
     rows. On rank r row i belongs to column r*B + i.
 
     By pencil: rows (1, 0) and (0, 1), columns (1, 0) and (0.6, 0.8), scale 1. Logits [[1, 0.6], [0, 0.8]]: row 0 loses
     ln(1 + e^-0.4) = 0.5130, row 1 ln(1 + e^-0.8) = 0.3711, mean 0.4421. The columns lose ln(1 + e^-1) = 0.3133 and
     ln(1 + e^-0.2) = 0.5981, mean 0.4557. symmetric_nce is the mean of both means: 0.4489.
     """
-    B, N = logits.shape[-2:]
+    V, B, U, N = logits.shape
     first = dist.get_rank() * B if N > B else 0
-    target = torch.arange(first, first + B, device=logits.device).expand(logits.shape[:-1])         # (..., B)
-    return F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction='none').view(target.shape).mean(dim=-1)
+    target = torch.arange(first, first + B, device=logits.device)[:, None].expand(V, B, U)
+    return F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction='none').view(V, B, U).mean(dim=1)
 
 
 def symmetric_nce(a, b, all_a, all_b, scale):
     """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2 of every pair of views, (V, U).
 
-    a (V, B, D), b (U, B, D); all_a and all_b are the same gathered to N. Alone in the world one product serves both.
+    a (V, B, D), b (U, B, D); all_a and all_b are the same gathered to N.
     """
-    logits = compare(a, all_b, scale)                                                   # (V, U, B, N)
-    turned = compare(b, all_a, scale).transpose(0, 1) if all_a.shape != a.shape else logits.mT
-    return (nce(logits) + nce(turned)) / 2
+    logits = compare(a, all_b, scale)                                                   # (V, B, U, N)
+    if all_a.shape != a.shape:
+        return (nce(logits) + nce(compare(b, all_a, scale)).T) / 2
+    V, B, U, _ = logits.shape                                                           # alone: one product for both
+    target = torch.arange(B, device=logits.device).expand(V, U, B)                      # column i must find row i
+    return (nce(logits) + F.cross_entropy(logits, target, reduction='none').mean(dim=2)) / 2
 
 
 def clip_loss(out, scale):
