@@ -125,7 +125,7 @@ class Group(NamedTuple):
     LayerNorms and products take all rows at once, whatever they belong to; only attention has to tell groups apart.
     """
     n: int              # sequences
-    Q: int              # rows that ask in each: all L, or 1 of them; in cross-attention V of the other modality
+    Q: int              # rows that ask in each: all L, or 1 of them; in cross-attention V or U others
     L: int              # rows of each, which are its keys
     mask: object        # (Q, L) or (n, 1, Q, L), True where a key may be seen; None for everywhere
 
@@ -214,7 +214,7 @@ class Transformer(nn.Module):
         for (n, L), own in zip(shapes, at.split([n for n, _ in shapes])):
             key = torch.arange(L, device=x.device)
             whole.append(Group(n, L, L, key <= key[:, None] if causal else None))
-            full = 0 if first else keep                                                 # read whole
+            full = 0 if places else keep                                                # of the first group, read whole
             if full:
                 last.append(whole[0]._replace(n=full))
             if full < n:
@@ -227,10 +227,11 @@ class Transformer(nn.Module):
             else:
                 x = block(x, whole)
         place, front = torch.cat(places), keep * shapes[0][1]
-        every = torch.arange(front + len(place) - keep, device=x.device)               # of what the last block computes
-        x = self.resblocks[-1](x, last, torch.cat([every[:front], place[keep:]]), csa)  # sequences in front, then rows
+        # The last block returns the first `keep` sequences, `front` rows, and behind them one row of each other one.
+        kept, single = torch.arange(front + len(place) - keep, device=x.device).tensor_split([front])
+        x = self.resblocks[-1](x, last, torch.cat([kept, place[keep:]]), csa)
         tokens = x[:front].unflatten(0, (keep, -1)) if keep else None                   # (keep, L, C)
-        return x.index_select(0, torch.cat([place[:keep], every[front:]])), tokens
+        return x.index_select(0, torch.cat([place[:keep], single])), tokens
 
 
 def same_size(views):
@@ -314,10 +315,10 @@ class TextTower(nn.Module):
     def forward(self, captions, keep=False, cut=None):
         """captions: list of U (B, T) -> [eot] (U, B, D), and if `keep` the tokens of caption 0 (B, T, C).
 
-        Attention is causal, so padding that is cut off behind the end of a text changes no row that is read. A caption
-        may come cut, to its longest of all pairs. Or all come at one T, with cut = [(n, L), ...]: sorted by length, the
-        first n are cut to L tokens, which must reach their ends, and so on. With `keep` the first (n, L) is (B, T), for
-        caption 0, which is not sorted in.
+        Attention is causal, so padding that is cut off behind the end of a text changes no row that is read. So a
+        caption may come with a T of its own, that of its longest text. Or all come at one T, with a plan to cut them,
+        [(n, L), ...]: sorted by length, the n longest pass with L tokens, the next n with the next L. A text longer
+        than its L would lose its end, unnoticed. With `keep` the plan begins with (B, T): caption 0 is not sorted in.
 
         The tokens are all T positions after ln_final, start, end and padding included (code≠paper:
         transformer.py:772-775).
@@ -555,8 +556,8 @@ def symmetric_nce(a, b, all_a, all_b, scale):
     logits = compare(a, all_b, scale)                                                   # (V, B, U, N)
     if all_a.shape != a.shape:
         return (nce(logits) + nce(compare(b, all_a, scale)).T) / 2
-    V, B, U, _ = logits.shape                                                           # alone: one product for both
-    target = torch.arange(B, device=logits.device).expand(V, U, B)                      # column i must find row i
+    V, B, U, _ = logits.shape                                                           # alone: one product for both;
+    target = torch.arange(B, device=logits.device).expand(V, U, B)                      # rows are the classes, dim 1
     return (nce(logits) + F.cross_entropy(logits, target, reduction='none').mean(dim=2)) / 2
 
 
@@ -639,7 +640,7 @@ def from_openclip(state_dict):
     return rename(state_dict, {theirs: ours for ours, theirs in RENAMES.items()})
 
 
-if __name__ == '__main__':      # python cosmos.py: one step of the method on noise, with every shape of the map above
+if __name__ == '__main__':      # python cosmos.py: the losses of a step on noise, and the shapes of what they read
     torch.manual_seed(0)
     B, config = 4, Config.preset('tiny', vocab_size=1000)
     model = COSMOS(config)
@@ -657,4 +658,5 @@ if __name__ == '__main__':      # python cosmos.py: one step of the method on no
     print(f'{sum(p.numel() for p in model.parameters()):,} parameters, B = {B}, D = {config.embed_dim}')
     for name, value in {**out._asdict(), 'teacher_image': teacher_image, 'teacher_text': teacher_text}.items():
         print(f'{name:14} {tuple(value.shape)}')
-    print(f'loss {loss.item():.4f} on noise; blind guessing among {B} pairs would be 2 ln {B} = {2 * math.log(B):.4f}')
+    print(f'loss {loss.item():.4f} on noise; blind guessing among {B} pairs would be 2 ln {B} = {2 * math.log(B):.4f}, '
+          'and random weights, which are sure of themselves at scale 14, are worse')

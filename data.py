@@ -866,21 +866,23 @@ class Batch(NamedTuple):
         return images
 
     def cut(self, multiple=1, whole=0, some=None):
-        """[(n, L), ...] for TextTower: n captions are cut to L tokens, the longest first. Of each pair only the first
-        `some` count, and the first `whole` stay uncut, in front: C^T reads the padding of caption 0.
+        """The plan for TextTower, [(n, L), ...]: the n longest captions are cut to L tokens, the next n to the next L.
 
-        Lengths of global captions differ the most. So the longest, as many as there are global ones, are cut by halves
-        of B, the others by 3 B: more groups would lose in small products what they save in padding. L is rounded up to
-        a `multiple`, for the longest, which vary the most from batch to batch, to four times that.
+        It is made for the first `some` captions of each pair, or all. The first `whole` (0 or 1) stay uncut, in front:
+        C^T reads the padding of caption 0. 32 pairs: [(32, 77), (16, 77), (16, 64), (96, 24), (96, 16)].
+
+        Lengths of global captions differ the most. So the longest, as many as there are global ones to cut, form groups
+        of B / 2, the others of 3 B: smaller ones would lose in small products what they save in padding. L is rounded
+        up to a `multiple`, for the longest, which vary the most from batch to batch, to four times that; T at most.
         """
         ends, (_, B, T) = self.ends[whole:some], self.texts.shape
         lengths = sorted((ends.flatten() + 1).tolist(), reverse=True)
-        fine = B * min(len(ends), 2 - whole)                            # as many as there are global ones
-        first = [*range(0, fine, -(-B // 2)), *range(fine, len(lengths), 3 * B), len(lengths)]
+        long = B * min(len(ends), 2 - whole)
+        first = [*range(0, long, -(-B // 2)), *range(long, len(lengths), 3 * B), len(lengths)]
         plan = [(B, T)] * whole
         for a, b in zip(first, first[1:]):
-            unit = 4 * multiple if a < fine else multiple
-            plan.append((b - a, min(-(-lengths[a] // unit) * unit, T)))
+            step = 4 * multiple if a < long else multiple
+            plan.append((b - a, min(-(-lengths[a] // step) * step, T)))
         return plan
 
 

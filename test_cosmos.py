@@ -402,7 +402,7 @@ def test_shortcuts_change_nothing():
 
 def test_compiled_blocks_are_few_and_equal():
     """oracle: the model as it is; a backend that counts graphs: none comes once the sizes have varied."""
-    counter, graphs, (model, images, texts) = CompileCounter(), [], micro(B=4)
+    counter, graphs, (model, images, _) = CompileCounter(), [], micro(B=4)
     torch._dynamo.reset()
     compiled = Teacher(model).model.requires_grad_(True)
     train.compile_blocks(compiled, counter)
@@ -900,9 +900,10 @@ def test_captions_are_cut_in_few_groups(monkeypatch):
         batch = data.Batch([], [], torch.empty(len(lengths), len(lengths[0]), 25), torch.tensor(lengths) - 1, 0)
         assert batch.cut(**some) == want, some
     for method in train.METHODS:
-        model, images, texts = micro(method)
-        texts, rows = torch.stack(texts), []
-        batch = data.Batch([], [], texts, texts.argmax(dim=-1), 0)
+        model, images, _ = micro(method)
+        ends, rows = torch.tensor([[9, 2, 3]] * 5), []
+        texts = torch.randint(1, 48, (5, 3, 12)).scatter(2, ends[..., None], 49)
+        batch = data.Batch([], [], texts, ends, 0)
         monkeypatch.setattr(data.Batch, 'views', lambda self: images)
         plan = SimpleNamespace(method=train.METHODS[method], device=CPU, dtype=None, teacher=Teacher(model))
         for tower in (model.text, plan.teacher.model.text):
@@ -910,6 +911,10 @@ def test_captions_are_cut_in_few_groups(monkeypatch):
         train.forward(plan, batch, model)
         plans = [some for some in train.cuts(batch, plan.method, None) if some]
         assert rows == [sum(n * L for n, L in some) for some in plans] and rows[0] < texts.numel()
+        assert len(rows) == 1 or rows[1] < texts[:2].numel()
+    wide = batch._replace(texts=torch.empty(5, 3, 77), ends=ends + 30)
+    assert [L for _, L in train.cuts(wide, train.METHODS['cosmos'], torch.bfloat16)[0]] == [77, 64, 64, 40]
+    assert [L for _, L in train.cuts(wide, train.METHODS['cosmos'], None)[1]] == [40, 36, 36]
 
 
 def test_batches_are_exact_and_have_no_bad_pair(tmp_path, scenes, capsys):

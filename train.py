@@ -588,7 +588,7 @@ def describe(run, state, seconds, waited, steps):
 
 
 def log_line(e, total):
-    """The entry for a reader, shortest names first told in README."""
+    """The entry for a reader, in one line."""
     several = [format(e[name], '.2f') for name in ('cls_cls', 'eot_eot', *TERMS) if name in e]
     name = 'distill' if len(several) < 4 else 'cosmos'
     terms = f" + {name} {e['cosmos']:.2f} ({' '.join(several)})" if several else ''
