@@ -556,8 +556,9 @@ def symmetric_nce(a, b, all_a, all_b, scale):
     logits = compare(a, all_b, scale)                                                   # (V, B, U, N)
     if all_a.shape != a.shape:
         return (nce(logits) + nce(compare(b, all_a, scale)).T) / 2
-    V, B, U, _ = logits.shape                                                           # alone: one product for both;
-    target = torch.arange(B, device=logits.device).expand(V, U, B)                      # rows are the classes, dim 1
+    # Alone in the world one product serves both directions: column i must find row i, the classes are in dimension 1.
+    V, B, U, _ = logits.shape
+    target = torch.arange(B, device=logits.device).expand(V, U, B)
     return (nce(logits) + F.cross_entropy(logits, target, reduction='none').mean(dim=2)) / 2
 
 
