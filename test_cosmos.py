@@ -947,9 +947,8 @@ def test_image_crops_follow_the_released_distribution(monkeypatch):
     large JPEGs the crops of the whole image, and a decoder that tells at which scale it was asked."""
     ys, xs = np.mgrid[:256, :256].astype(np.uint8)
     file = encoded(Image.fromarray(np.stack([ys, xs, ys], axis=-1)))
-    torch.manual_seed(0)
-    rng, kinds = np.random.default_rng(0), data.view_kinds(MICRO)
-    drawn = [data.image_crops(file, kinds)[0] for _ in range(300)]
+    rng, draws, kinds = np.random.default_rng(0), random.Random(0), data.view_kinds(MICRO)
+    drawn = [data.image_crops(file, kinds, draws)[0] for _ in range(300)]
     for views, (low, high) in zip(zip(*drawn), ((0.4, 1.0), (0.4, 1.0), (0.05, 0.4))):
         area, aspect = [], []
         for view in views:
@@ -968,11 +967,13 @@ def test_image_crops_follow_the_released_distribution(monkeypatch):
     for limit in (8, 1):
         spy = lambda data, shrink=1: (asked.append(shrink), decode(data, min(shrink, limit)))[1]
         monkeypatch.setattr(data, 'decode', spy)
-        torch.manual_seed(3)
-        crops.append(data.image_crops(file, kinds)[0])
+        crops.append(data.image_crops(file, kinds, random.Random(3))[0])
     assert asked == [8, 8] and decode(file, 8).shape == (3, 175, 250)
     for small, large in zip(*crops):
         assert (small.float() - large.float()).abs().mean() < 6                             # of 255
+    for h, w in ((10, 400), (400, 10)):                                                     # no box of that area fits
+        middle = data.v2.RandomResizedCrop.get_params(torch.empty(3, h, w), (1, 1), (3 / 4, 4 / 3))
+        assert data.random_box(h, w, (1, 1), draws) == middle
 
 
 def test_colours_equal_torchvision_one_by_one():
@@ -994,6 +995,8 @@ def test_colours_equal_torchvision_one_by_one():
         want = V.solarize(want, 128 / 255) if solarize else want
         assert torch.allclose(found, want, atol=2e-5), numbers
     assert data.photometric(images, torch.empty(40, 0)).equal(images.float() / 255)
+    wide = images[:8].repeat(1, 1, 9, 9)                                # too large to share a CPU's cache
+    assert torch.allclose(data.photometric(wide, colours[:8]), data.change_colours(wide / 255, colours[:8]), atol=1e-6)
     noise, inside = torch.rand(1, 3, 48, 64), lambda x: x[..., 6:-6, 6:-6] - 0.5        # borders differ
     for sigma in (0.6, 1.0, 2.0):       # the released blur is Pillow's, three boxes, 11 % away; a wrong sigma is 20 %
         pillow = V.to_pil_image(noise[0]).filter(ImageFilter.GaussianBlur(sigma))
@@ -1027,7 +1030,7 @@ def test_views_have_the_statistics_of_the_released_recipe(monkeypatch):
     monkeypatch.setattr(data, 'decode', lambda file, shrink=1: whole)                   # the same pixels, sooner
     kinds, n = data.view_kinds(MICRO), 5000
     torch.manual_seed(0)
-    drawn, boxes = zip(*(data.image_crops(file, kinds) for _ in range(n)))
+    drawn, boxes = zip(*(data.image_crops(file, kinds, rng) for _ in range(n)))
     errors = lambda ours, theirs: abs(ours.mean(0) - theirs.mean(0)) / ((ours.var(0) + theirs.var(0)) / n).sqrt()
     for k, kind in enumerate(kinds):
         colours = torch.tensor([data.draw_colours(kind, rng) for _ in range(n)])
