@@ -24,6 +24,7 @@ import timeit
 import unicodedata
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -452,12 +453,18 @@ def test_every_parameter_gets_a_gradient(method, local):
         assert all(x is None or x.dtype == torch.float32 for x in model(images, texts))
 
 
-def rank_gradients(rank, world, method, cases, path):
-    """One of `world` processes, with its share of one batch of 8. Saves for every case (--accum, dtype) the gradients
-    that train.py leaves, the mean loss, and how many numbers the collectives and cross-entropies were given."""
+CASES = {       # processes -> (--accum, dtype)
+    1: [(1, None), (1, torch.bfloat16), (2, None), (4, None), (4, torch.bfloat16)], 2: [(1, None), (2, None)],
+    4: [(1, None)]}
+OBJECTIVES = 'cosmos', 'text-distill', 'image-distill', 'clip'
+
+
+def rank_gradients(rank, world, path):
+    """One of `world` processes, with its share of one batch of 8. Saves for each objective and case the gradients that
+    train.py leaves, the mean loss, and how many numbers the collectives and cross-entropies were given."""
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{path}.store', rank=rank, world_size=world)
-    found, given = [], {}
+    found, given = {method: [] for method in OBJECTIVES}, {}
     def counted(name, call):
         def count(*args, **kwargs):
             given[name].append(max(x.numel() for x in args if torch.is_tensor(x)))
@@ -465,7 +472,7 @@ def rank_gradients(rank, world, method, cases, path):
         return count
     for module, name in ((dist, 'all_gather'), (dist, 'all_reduce'), (F, 'cross_entropy')):
         setattr(module, name, counted(name, getattr(module, name)))
-    for accum, dtype in cases:
+    for method, (accum, dtype) in product(OBJECTIVES, CASES[world]):
         model, _, texts = micro(method, B=8)
         for caption in texts:                                           # other ends for every pair: the order matters
             caption.scatter_(1, torch.randint(2, 12, (8, 1)), 49)
@@ -483,7 +490,7 @@ def rank_gradients(rank, world, method, cases, path):
         loss = train.forward_backward(run, batch)['loss']
         sizes = {name: list(some) for name, some in given.items()}
         dist.all_reduce(loss)
-        found.append(({name: p.grad for name, p in model.named_parameters()}, loss / world, sizes))
+        found[method].append(({name: p.grad for name, p in model.named_parameters()}, loss / world, sizes))
     torch.save(found, f'{path}.{rank}')
     train.leave(0)
 
@@ -495,15 +502,22 @@ def traffic(V, U, B, N, D):
     return [vectors * B * D, vectors * N * D, 2 * pairs * B * N]
 
 
-@pytest.mark.parametrize('method', ['cosmos', 'text-distill', 'image-distill', 'clip'])
-def test_ranks_and_accumulation_equal_one_process(tmp_path, method):
+@pytest.fixture(scope='session')
+def by_ranks(tmp_path_factory):
+    """{processes: what rank 0 saved of `rank_gradients`}."""
+    path = tmp_path_factory.mktemp('ranks')
+    for world in CASES:
+        torch.multiprocessing.spawn(rank_gradients, (world, path / str(world)), nprocs=world)
+    return {world: torch.load(path / f'{world}.0') for world in CASES}
+
+
+@pytest.mark.parametrize('method', OBJECTIVES)
+def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
     """oracle: one process with the whole batch: same loss, same gradient in every parameter and scale, also where
     activations are recomputed (--accum 4), and in bf16. Of README's table the counts and sizes."""
     half, want = torch.bfloat16, {}
-    for world, cases in ((1, [(1, None), (1, half), (2, None), (4, None), (4, half)]), (2, [(1, None), (2, None)]),
-                         (4, [(1, None)])):
-        torch.multiprocessing.spawn(rank_gradients, (world, method, cases, tmp_path / f'{world}'), nprocs=world)
-        for (_, dtype), (grads, loss, sizes) in zip(cases, torch.load(tmp_path / f'{world}.0')):
+    for world, cases in CASES.items():
+        for (_, dtype), (grads, loss, sizes) in zip(cases, by_ranks[world][method], strict=True):
             want_grads, want_loss = want.setdefault(dtype, (grads, loss))               # the first of its kind
             close(loss, want_loss, 0.01 if dtype else 1e-6)
             for name in want_grads:
@@ -1619,13 +1633,14 @@ def test_resume_is_exact(monkeypatch, fit, whole, tmp_path, method, workers):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_kills_at_random_moments(tmp_path, scenes, workers):
+def test_kills_at_random_moments(fit, tmp_path, scenes, workers):
     """oracle: the run that nobody killed, bit by bit. SIGKILL in each third; COSMOS_KILLS sets how many times over."""
     code = 'import test_cosmos, data, train; data.cli(train.main)'      # knows the micro preset
-    flags = f'--data {scenes} --steps 12 --save-every 1 --workers {workers} --resume auto --out'.split()
-    start = lambda out: subprocess.Popen([sys.executable, '-c', code, *QUICK, *flags, out], cwd=HERE, text=True,
-                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    assert 'holds last.pt' in start(tmp_path / 'whole').communicate()[0]
+    flags = f'--steps 12 --save-every 1 --workers {workers} --resume auto'.split()
+    command = [sys.executable, '-c', code, '--data', str(scenes), *QUICK, *flags, '--out']
+    start = lambda out: subprocess.Popen([*command, out], cwd=HERE, text=True, stdout=subprocess.PIPE,
+                                         stderr=subprocess.STDOUT, start_new_session=True)
+    assert fit(tmp_path / 'whole', *flags) == 0
     rng = random.Random()
     for trial in range(int(os.environ.get('COSMOS_KILLS', 1))):
         out = tmp_path / f'killed{trial}'
@@ -1789,20 +1804,20 @@ def test_flops_and_bench(monkeypatch, method, scenes, capsys):
 
 def test_two_processes_log_the_same(tmp_path, scenes):
     """oracle: the single process with the same global batch, by torchrun; it goes on from the two's checkpoint."""
-    def fit(out, *launch, resume=()):
-        line = ('train.py --preset tiny --batch 4 --steps 3 --save-every 2 --log-every 1 --workers 0 --precision fp32 '
-                f'--device cpu --data {scenes} --out {tmp_path / out}')
-        command = [sys.executable, *launch, *line.split(), *resume]
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    line = ('--preset tiny --batch 4 --steps 3 --save-every 2 --log-every 1 --workers 0 --precision fp32 --device cpu '
+            f'--data {scenes} --out').split()
+    def fit(out, *resume):
+        assert run(train, *line, tmp_path / out, *resume) == 0
         return read_log(tmp_path / out)
-    one = fit('one')
-    two = fit('two', *'-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc_per_node 2'.split())
+    launch = '-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc_per_node 2 train.py'.split()
+    done = subprocess.run([sys.executable, *launch, *line, tmp_path / 'two'], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = fit('one'), read_log(tmp_path / 'two')
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for key in ('loss', 'clip', 'cosmos', 'grad_norm', 'logit_scale'):
             assert a[key] == pytest.approx(b[key], rel=2e-4), key
-    (on,) = fit('on', resume=['--resume', tmp_path / 'two/previous.pt'])
+    (on,) = fit('on', '--resume', tmp_path / 'two/previous.pt')
     assert on['step'] == 3 and on['loss'] == pytest.approx(two[2]['loss'], rel=1e-5)
 
 
