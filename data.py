@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import csv
 import difflib
-import gc
 import glob
 import gzip
 import hashlib
@@ -44,7 +43,7 @@ import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from itertools import combinations, islice
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,9 +64,10 @@ except ImportError:         # deprecated since torchvision 0.29; without it Pill
 
 # --- 1. Shards: every header is read once, then any pair is one seek away --------------------------------------------
 
-PAIR = np.dtype([('shard', '<i4'), ('image', '<i8'), ('image_size', '<i4'), ('json', '<i8'), ('json_size', '<i4'),
-                 ('txt', '<i8'), ('txt_size', '<i4')])                  # 40 bytes a pair; a size of 0 means: not there
-MEMBERS = {'jpg': 'image', 'jpeg': 'image', 'png': 'image', 'webp': 'image', 'json': 'json', 'txt': 'txt'}
+PAIR = np.dtype([('shard', '<i4')] + [(name + part, kind) for name in ('image', 'json', 'txt', 'mask')
+                                      for part, kind in (('', '<i8'), ('_size', '<i4'))])       # 52 bytes a pair
+FIELDS = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5, 'mask.png': 7}     # where in PAIR they start
+NO_PAIR = 'no readable tar of images, each with a .json or .txt of the same name; see the format in README'
 
 
 def find_shards(pattern):
@@ -79,7 +79,8 @@ def find_shards(pattern):
     for part in str(pattern).split('::'):
         names, found = expand_braces(os.path.expanduser(part)), []
         for name in names:
-            found += sorted(glob.glob(os.path.join(glob.escape(name), '*.tar') if os.path.isdir(name) else name))
+            inside = os.path.join(glob.escape(name), '*.tar') if os.path.isdir(name) else name
+            found += [name] if os.path.isfile(name) else sorted(glob.glob(inside))
         if not found:
             what = 'holds no .tar file' if os.path.isdir(names[0]) else 'does not exist or matches nothing'
             raise ValueError(f"'{part}' {what}; give a folder of tars, a glob, or '/shards/{{00000..00575}}.tar'")
@@ -107,8 +108,8 @@ def tar_number(field):
     return int(field.partition(b'\0')[0] or b'0', 8)
 
 
-def tar_members(file, at=0):
-    """(name, offset of the data, size) of the files in an open tar of any format, USTAR, GNU, PAX, from byte `at` on.
+def tar_members(file):
+    """(name, offset of the data, size) of the files in an open tar of any format, USTAR, GNU, PAX.
 
     tarfile stops at the first damaged header. This goes on at the next one whose checksum is right, so that a flipped
     bit in a header hides neither the rest nor gives a file another's name; and it is several times as fast.
@@ -116,17 +117,15 @@ def tar_members(file, at=0):
     def read(offset, size):
         file.seek(offset)
         return file.read(size)
-    end, start, block, name, size = file.seek(0, os.SEEK_END), at, b'', None, None
-    after = at + 1                                                      # where to look for headers once one is damaged
+    end, at, name, size = file.seek(0, os.SEEK_END), 0, None, None
+    after = 1                                                           # where to look for headers once one is damaged
     while at + 512 <= end:
-        if not start <= at <= start + len(block) - 512:
-            start, block = at, read(at, 16384)                          # headers of small files nearby come along
-        header = block[at - start:at - start + 512]
+        header = read(at, 512)
         try:    # The checksum is the sum of bytes, its own 8 taken as spaces. Adler's lower half is 1 + sum, mod 65521.
             total = (zlib.adler32(header) & 0xffff) - 1 - sum(header[148:156]) + 8 * 32
-            if (total - tar_number(header[148:156])) % 65521:
-                raise ValueError
             length = tar_number(header[124:136])
+            if length < 0 or (total - tar_number(header[148:156])) % 65521:
+                raise ValueError
         except ValueError:      # The zeros of the end, or damage: it may have moved what follows into the last file.
             at, name, size = next_header(read, after, end), None, None
             after = at + 1
@@ -161,19 +160,15 @@ def next_header(read, at, end, step=1 << 20):
 def scan_shard(path, number):
     """Headers of one tar -> its pairs, (n,) PAIR in order of their images. What is whole in a damaged one counts."""
     pairs = {}
-    with open(path, 'rb', buffering=0) as file:
+    with open(path, 'rb', buffering=1 << 14) as file:                   # headers of small files nearby come along
         for name, offset, length in tar_members(file):
             dot = name.find('.', name.rfind('/') + 1)                   # the first in the name, folders left aside
-            kind = MEMBERS.get(name[dot + 1:].lower())
-            if kind and dot > 0 and length < 1 << 31:
-                pairs.setdefault(name[:dot], {}).setdefault(kind, (offset, length))
-    rows = [(number, *pair['image'], *pair.get('json', (0, 0)), *pair.get('txt', (0, 0)))
-            for pair in pairs.values() if 'image' in pair and ('json' in pair or 'txt' in pair)]
-    rows.sort()                                                         # by the offset of the image
-    if not rows:
-        raise ValueError(f'{path} has no image with a .json or .txt of the same name; see the format in README' if pairs
-                         else f'{path} is no readable tar with images; remove it or fetch it again')
-    return np.array(rows, dtype=PAIR)
+            field = FIELDS.get(name[dot + 1:].lower())
+            if field and dot > 0 and length < 1 << 31:
+                pair = pairs.setdefault(name[:dot], [number, *[0] * 8])
+                if not pair[field]:                                     # of several images the first
+                    pair[field:field + 2] = offset, length
+    return np.array(sorted(tuple(pair) for pair in pairs.values() if pair[1] and (pair[3] or pair[5])), dtype=PAIR)
 
 
 class Shards:
@@ -186,7 +181,7 @@ class Shards:
     """
 
     def __init__(self, pattern, cache=None, caption_keys=None, together=False):
-        self.paths, self.files, self.problem, self.index = find_shards(pattern), {}, None, None
+        self.paths, self.files, self.index = find_shards(pattern), {}, None
         self.ahead = False                                              # read a shard whole when it is first opened
         self.caption_keys = [key.strip() for key in caption_keys.split(',')] if caption_keys else None
         self.stamps = [(os.path.getsize(path), os.stat(path).st_mtime_ns) for path in self.paths]
@@ -195,52 +190,38 @@ class Shards:
         together = together and dist.is_initialized()
         rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         asked = [name, bool(name) and os.path.exists(name)]
-        if world > 1:                       # rank 0 decides: others may see other times of their copies of the shards
+        if together:                        # rank 0 decides: others may see other times of their copies of the shards
             dist.broadcast_object_list(asked)
         name, cached = asked
         if not cached:
-            gc.disable()                    # nothing here needs it, and it costs a quarter of the time
-            try:
-                self.pairs = self.scan(rank, world)
-            finally:
-                gc.enable()
-            if not name:
-                self.need_pairs()
-                return
-            os.makedirs(cache, exist_ok=True)
-            np.save(f'{name}.{rank}.npy', self.pairs)                   # renamed when whole: others see all or nothing
-            if world > 1:
+            own = self.scan(rank, world)
+            parts = [own] * world
+            if together:
+                dist.all_gather_object(parts, own)
+            pairs = np.concatenate(parts)
+            if not len(pairs):
+                raise ValueError(f'{pattern}: {NO_PAIR}')
+            self.pairs = pairs[np.argsort(pairs['shard'], kind='stable')]       # the same for any number of ranks
+            if name and rank == 0:
+                os.makedirs(cache, exist_ok=True)
+                np.save(f'{name}.partial.npy', self.pairs)              # renamed when whole: others see all or nothing
+                os.replace(f'{name}.partial.npy', name)
+            if together:
                 dist.barrier()
-                if rank == 0:
-                    self.pairs = np.concatenate([np.load(f'{name}.{r}.npy') for r in range(world)])
-                    self.pairs.sort(order=['shard', 'image'])           # the same for any number of ranks
-                    np.save(f'{name}.0.npy', self.pairs)
-            if rank == 0:
-                os.replace(f'{name}.0.npy', name)
-            if world > 1:
-                dist.barrier()
-                if rank:
-                    os.remove(f'{name}.{rank}.npy')
-        self.index, self.pairs = name, np.load(name, mmap_mode='r')
-        self.need_pairs()
+        if name:
+            self.index, self.pairs = name, np.load(name, mmap_mode='r')
 
     def scan(self, rank, world):
         """Pairs of every world-th shard from `rank` on."""
-        some, parts, self.pairs = range(rank, len(self.paths), world), [np.empty(0, PAIR)], np.empty(0, PAIR)
-        for number in tqdm(some, desc='reading headers', disable=None, leave=False):
-            try:
-                parts.append(scan_shard(self.paths[number], number))
-            except ValueError as error:
-                self.problem = error
-                print(f'WARNING    {error}', file=sys.stderr)
-                continue
-            self.pairs = parts[-1]
-            self.check_captions()
+        parts = [np.empty(0, PAIR)]
+        for number in tqdm(range(rank, len(self.paths), world), desc='reading headers', disable=None, leave=False):
+            self.pairs = scan_shard(self.paths[number], number)
+            if len(self.pairs):
+                self.check_captions()
+                parts.append(self.pairs)
+            else:
+                print(f'WARNING    {self.paths[number]}: {NO_PAIR}', file=sys.stderr)
         return np.concatenate(parts)
-
-    def need_pairs(self):
-        if not len(self.pairs):
-            raise self.problem or ValueError(f'{self.paths[0]} and {len(self.paths) - 1} more tars hold no pair')
 
     def __len__(self):
         return len(self.pairs)
@@ -279,12 +260,9 @@ class Shards:
         return self.read(*self.pairs[i][['shard', 'image', 'image_size']])
 
     def mask(self, i):
-        """The bytes of pair i's KEY.mask.png, where that follows its image as in the built-in set; else None."""
-        pair = self.pairs[i]
-        with open(self.paths[pair['shard']], 'rb') as file:
-            (image, *_), *rest = islice(tar_members(file, int(pair['image']) - 512), 2)
-        wanted = image[:image.find('.', image.rfind('/') + 1)] + '.mask.png'
-        return next((self.read(pair['shard'], *place) for name, *place in rest if name == wanted), None)
+        """The bytes of pair i's KEY.mask.png, as in the built-in set; else None."""
+        place = self.pairs[i][['shard', 'mask', 'mask_size']]
+        return self.read(*place) if place['mask_size'] else None
 
     def record(self, i):
         """The json of pair i as a dict, with the .txt under 'txt'."""
@@ -565,7 +543,10 @@ BICUBIC = v2.InterpolationMode.BICUBIC
 
 def upright_size(data):
     """Height and width of encoded bytes, upright as EXIF says, from the header alone. Raises OSError or ValueError."""
-    image = Image.open(io.BytesIO(data))
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:                       # at twice as many pixels as below
+        raise ValueError(str(error)) from None
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:             # a few bytes can ask for all memory
         raise ValueError(f'an image of {image.width} x {image.height} pixels is too large')
     return tuple(image.size if image.getexif().get(0x112, 1) > 4 else image.size[::-1])
@@ -578,13 +559,11 @@ def decode(data, shrink=1):
     """
     size = upright_size(data)
     if shrink == 1 and decode_image:
-        try:
+        with contextlib.suppress(RuntimeError):
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
             if image.dtype == torch.uint8 and image.shape[1:] == size:
                 return image
-        except RuntimeError:
-            pass
     # Rarer kinds, slower but all: CMYK, 16 bits a colour, a WebP that EXIF turns.
     image = Image.open(io.BytesIO(data))
     image.draft('RGB', (image.width // shrink, image.height // shrink))
@@ -816,8 +795,7 @@ class Order(torch.utils.data.Sampler):
 class Views(torch.utils.data.Dataset):
     """The training set: (epoch, position, index) -> views of one pair, as uint8 crops and token ids.
 
-    A pair that cannot be read is replaced by the one a whole batch further on in the order (the very next would often
-    be in the same batch, and twice in a batch is a false negative), reported once with shard and name, and counted.
+    A pair that cannot be read is replaced by one further on in the order, reported once with shard and name, counted.
     """
 
     def __init__(self, shards, tokenizer, config, seed, batch, counts=(2, 6, 2, 6), augment='full', shuffle=(),
@@ -836,7 +814,9 @@ class Views(torch.utils.data.Dataset):
                 if index not in self.reported:
                     self.reported.add(index)
                     print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
-            position = (position + (self.batch % len(self.shards) or 1)) % len(self.shards)
+            # A batch further on: the next would often be in the same batch, and twice in one is a false negative. If that
+            # one is bad, too, one by one, or only positions of one remainder would ever be asked.
+            position = (position + (1 if bad else self.batch % len(self.shards) or 1)) % len(self.shards)
             index = int(order(self.seed, epoch, len(self.shards), *self.shuffle)[position])
         raise ValueError(f'100 pairs in a row up to {self.shards.name(index)} cannot be read; look at the shards with '
                          'python data.py inspect')
@@ -1049,22 +1029,6 @@ def _captions(rng, objects, ground):
                     f"{told['SV']} on a {ground} ground", f"on a {ground} background there is {told['LLA']}"]
 
 
-def _facts(rng, mask, objects):
-    """The val json's `objects`, in mask order: what each is, its pixels, and nine names of things not in the scene."""
-    facts, present = [], [o['name'] for o in objects]
-    absent = [f'{color} {shape}' for color in COLORS for shape in SHAPES if f'{color} {shape}' not in present]
-    for k, o in enumerate(objects, 1):
-        facts.append({key: o[key] for key in o if key not in ('at', 'side')} | {
-            'bbox': _box(mask == k), 'area': int((mask == k).sum()), 'negatives': rng.sample(absent, 9)})
-    return facts
-
-
-def _box(inside):
-    """x, y, width, height of the pixels inside."""
-    x, y, right, bottom = Image.fromarray(inside).getbbox()
-    return [x, y, right - x, bottom - y]
-
-
 def _scene(job):
     """(seed, split, index, size) -> [(member name, bytes), ...]; an rng of its own makes it alike in any process."""
     seed, split, index, size = job
@@ -1078,11 +1042,16 @@ def _scene(job):
     record, captions = _captions(rng, objects, f'plain {one}' if pattern == 'plain' else f'{pattern} {one} and {two}')
     webp, png = io.BytesIO(), io.BytesIO()
     image.save(webp, 'WEBP', quality=50)                                # about 1.1 KB
-    members = {'webp': webp.getvalue()}
-    if split == 'train':
-        record['objects'] = [{'name': o['name'], 'bbox': _box(mask == k)} for k, o in enumerate(objects, 1)]
-    else:
-        record |= {'captions': captions, 'objects': _facts(rng, mask, objects)}
+    members, record['objects'], present = {'webp': webp.getvalue()}, [], {o['name'] for o in objects}
+    absent = [name for name in (f'{color} {shape}' for color in COLORS for shape in SHAPES) if name not in present]
+    for k, o in enumerate(objects, 1):
+        x, y, right, bottom = Image.fromarray(mask == k).getbbox()
+        thing = {'name': o['name'], 'bbox': [x, y, right - x, bottom - y]}
+        if split == 'val':
+            thing |= {'role': o['role'], 'area': int((mask == k).sum()), 'negatives': rng.sample(absent, 9)}
+        record['objects'].append(thing)
+    if split == 'val':
+        record['captions'] = captions
         Image.fromarray(mask).save(png, 'PNG', optimize=True)
         members['mask.png'] = png.getvalue()
     text = json.dumps(record, separators=(',', ':'))
@@ -1117,7 +1086,7 @@ def make_scenes(root, train=8000, val=1000, seed=0, size=96, workers=None):
 
 IMAGE_COLUMNS = 'image', 'filepath', 'file_name', 'filename', 'path', 'file'
 URL_COLUMNS = 'url', 'URL', 'image_url', 'Image Path', 'image_path'                     # DreamLIP's CSV: Image Path
-CAPTION_COLUMNS = {'title': 'caption', 'text': 'caption', 'sentence': 'caption'}        # what others call a caption
+CAPTION_COLUMNS = 'title', 'text', 'sentence'                                           # what others call a caption
 
 
 def first_of(names, columns, path):
@@ -1152,29 +1121,32 @@ def read_rows(path):
             raise ValueError(f'row {number} of {path} has more fields than the first; put texts with commas in quotes')
         if not isinstance(row.get(column), str) or not row[column]:
             raise ValueError(f"row {number} of {path} has no '{column}'")
-        record = {key if 'caption' in row else CAPTION_COLUMNS.get(key, key): value
-                  for key, value in row.items() if key != column}
+        record = {key: value for key, value in row.items() if key != column}
+        told = next((row[name] for name in CAPTION_COLUMNS if row.get(name)), None)
+        if told and 'caption' not in row:
+            record['caption'] = told
         known = rows.setdefault(row[column], record)
         for key in sum(CAPTION_KEYS, []) if known is not record else ():
             told = [some if isinstance(some, list) else [some] for some in (known.get(key), record.get(key)) if some]
             if told:
-                known[key] = list(dict.fromkeys(sum(told, [])))
+                told = sum(told, [])
+                known[key] = [some for i, some in enumerate(told) if some not in told[:i]]
     return rows
 
 
-def claim(out, **source):
+def claim(out, source, **more):
     """A folder of shards belongs to one source: a second run goes on with it, another one is refused (ValueError)."""
-    label = Path(out, 'source.json')
-    known = json.loads(label.read_text()) if label.exists() else None
-    if known != source and (known or list(Path(out).glob('*.tar'))):
-        raise ValueError(f'{out} holds shards made from {known or "something else"}, not from {source}; give another '
+    label, stat = Path(out, 'source.json'), os.stat(source)
+    made = {'source': f'{Path(source).resolve()}, {stat.st_size:,} bytes, {stat.st_mtime_ns}', **more}
+    try:
+        known = json.loads(label.read_text()) if label.exists() else None
+    except ValueError:                                                  # a kill left it torn
+        known = None
+    if known != made and (known or list(Path(out).glob('*.tar'))):
+        raise ValueError(f'{out} holds shards made from {known or "something else"}, not from {made}; give another '
                          'folder, or empty it')
     label.parent.mkdir(parents=True, exist_ok=True)
-    label.write_text(json.dumps(source))
-
-
-def stamp(path):
-    return f'{Path(path).resolve()}, {os.path.getsize(path):,} bytes, {os.stat(path).st_mtime_ns}'
+    label.write_text(json.dumps(made))
 
 
 def image_kind(data):
@@ -1193,7 +1165,7 @@ def pack(source, images, out, size=5000):
     if size < 1 or not Path(images).is_dir():
         raise ValueError(f'--size {size} is less than 1' if size < 1 else f'{images} is no folder of images')
     rows, left_out = list(read_rows(source).items()), []
-    claim(out, rows=stamp(source), size=size)
+    claim(out, source, size=size)
 
     def members(number):
         for i, (name, record) in enumerate(rows[number * size:(number + 1) * size]):
@@ -1245,7 +1217,7 @@ def join(table, pattern, out):
                         {key: value for key, value in told.items() if value})))
         except csv.Error as error:
             raise ValueError(f'{table} is no CSV after its line {reader.line_num} ({error})') from None
-    claim(out, table=stamp(table), shards=hashlib.sha1(repr((shards.paths, shards.stamps)).encode()).hexdigest())
+    claim(out, table, shards=hashlib.sha1(repr((shards.paths, shards.stamps)).encode()).hexdigest())
 
     def members(number):
         nonlocal pairs, matched
@@ -1253,12 +1225,11 @@ def join(table, pattern, out):
             pairs += 1
             try:
                 record, data = shards.record(i), shards.image(i)
-                kind = image_kind(data)
+                kind, url = image_kind(data), str(record.get('url') or '').strip()
+                known = rows.execute('select record from captions where url = ?', (url,)).fetchone()
             except Exception as error:
                 print(f'left out   {shards.name(i)}: {error}', file=sys.stderr)
                 continue
-            url = str(record.get('url') or '').strip()
-            known = rows.execute('select record from captions where url = ?', (url,)).fetchone()
             if known:
                 matched += 1
                 yield f'{number:05d}{i:07d}.{kind}', data
@@ -1300,7 +1271,7 @@ def cli(main):
         sys.exit(130)
     except (ValueError, OSError) as error:
         # From a loader's worker it comes wrapped in a traceback, of which it is the last line.
-        told = f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}"
+        told = f"error: {(str(error).strip() or repr(error)).splitlines()[-1].removeprefix('ValueError: ')}"
         if dist.is_available() and dist.is_initialized():               # see train.leave: the usual way out may hang
             print(told, file=sys.stderr, flush=True)
             os._exit(1)

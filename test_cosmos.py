@@ -22,6 +22,7 @@ import tarfile
 import time
 import timeit
 import unicodedata
+import zlib
 from collections import Counter
 from dataclasses import replace
 from itertools import product
@@ -697,6 +698,8 @@ def test_tars_of_every_format_and_pattern(monkeypatch, tmp_path):
         assert [shards.pool(i) for i in range(len(shards))] == [
             [text] for n in range(3) for text in (f'json {n}', f'text {n}', f'long {n}')]
         assert all(data.decode(shards.image(i)).shape == (3, 30, 40) for i in range(9))
+    shutil.copy(path, tmp_path / 'a[1].tar')
+    assert len(data.Shards(tmp_path / 'a[1].tar')) == 3
     assert pickle.loads(pickle.dumps(shards)).name(1).endswith('00000.tar:x/a.jpg')
     mapped = data.Shards(shards.paths[0], cache=tmp_path / 'cache')     # goes to a worker by name, not by value
     assert pickle.loads(pickle.dumps(mapped)).pairs.tolist() == mapped.pairs.tolist()
@@ -725,6 +728,8 @@ def test_odd_members_are_read_or_refused(tmp_path):
         good[name] = encoded(red, 'JPEG')
     huge = bytearray(encoded(red))
     huge[16:24] = (60000).to_bytes(4, 'big') * 2                        # says it is 60,000 x 60,000
+    huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, 'big')
+    refused('exceeds limit', data.decode, bytes(huge))
     bad = {f'cut {kind}.{kind}': encoded(noise, kind)[:600] for kind in ('jpeg', 'png', 'webp')}
     bad |= {'bomb.png': bytes(huge), 'text.jpg': b'GIF8', 'empty.jpg': b''}
     text = {'null': {'caption': None}, 'none': {'caption': ''}, 'digit': {'caption': 5}, 'broken': '{"caption": "a d',
@@ -751,6 +756,12 @@ def test_damaged_shards_lose_only_what_is_damaged(tmp_path):
     pairs = [m for i, name in enumerate(names) for m in (
         (f'{name}.png', encoded(Image.new('RGB', (8, 8), colour(i))) + bytes(1500 * (i % 3))),
         (f'{name}.json', {'caption': f'dog {i}'}))]
+    raw = bytearray(write_tar(tmp_path / 'b.tar', pairs).read_bytes())
+    with tarfile.open(tmp_path / 'b.tar') as tar:
+        at = tar.getmembers()[4].offset_data - 512
+    raw[at + 124:at + 136] = b'-0000001000\0'                           # a right checksum, a size below 0
+    raw[at + 148:at + 156] = b'%06o\0 ' % (sum(raw[at:at + 148]) + 8 * 32 + sum(raw[at + 156:at + 512]))
+    assert len(data.Shards(put(tmp_path / 'b.tar', bytes(raw)))) == 9
     for trial in range(240):
         members = rng.sample(pairs, 20) if trial % 4 == 3 else pairs    # partners far apart, or neighbours
         raw = bytearray(write_tar(tmp_path / 'a.tar', members, FORMATS[trial % 3]).read_bytes())
@@ -820,8 +831,9 @@ def test_tables_and_folders_that_could_be_garbled(tmp_path):
         return [shards.pool(i) for i in range(len(shards))]
     line = lambda name, **record: json.dumps({'image': f'{name}.jpg', **record}) + '\n'
     assert packed('r.jsonl', line('a', captions=['a dog']) + line('b', raw_caption='ox') + line('a', captions='a cat') +
-                  line('b', raw_caption='cow')) == [['a dog', 'a cat'], ['ox', 'cow']]
+                  line('b', raw_caption='cow') + line('a', captions=[{}])) == [['a dog', 'a cat'], ['ox', 'cow']]
     assert packed('q.tsv', 'image\tcaption\na.jpg\t"Oh, a cat\nb.jpg\ta dog\n') == [['"Oh, a cat'], ['a dog']]
+    assert packed('u.csv', 'image,title,text\na.jpg,a dog,\nb.jpg,,a cat\n') == [['a dog'], ['a cat']]
     assert packed('t.csv', 'image,caption,text\na.jpg,a dog,SALE\nb.jpg,"a cat, old",\n') == [['a dog'], ['a cat, old']]
     refused('row 1 of .*w.csv has more fields', packed, 'w.csv', 'image,caption\na.jpg,a dog, old\n')
     refused("row 1 of .*l.jsonl has no 'image'", packed, 'l.jsonl', json.dumps({'image': ['a.jpg']}))
@@ -830,10 +842,11 @@ def test_tables_and_folders_that_could_be_garbled(tmp_path):
     refused('none of the 1 rows', packed, 's.jsonl', line('a', caption='x'), 9, tmp_path / 'none')
     refused('out-t.csv holds shards made from .*size', packed, 't.csv', (tmp_path / 't.csv').read_text(), 8)
     put(tmp_path / 'in/0.tar')
-    shards = write_tar(tmp_path / 'in/0.tar', [m for i, url in enumerate(('', None, 'u', 'none')) for m in (
+    shards = write_tar(tmp_path / 'in/0.tar', [m for i, url in enumerate(('', None, 'u', 'none', '\ud800')) for m in (
         (f'{i}.jpg', picture()), (f'{i}.json', {'url': url, 'caption': 'alt'}))])
     table = put(tmp_path / 'd.csv', '\ufeffurl,raw_caption\n,no\nNone,no\nnone,\nu,a dog\n')
-    assert data.join(table, shards, tmp_path / 'joined') == (4, 1)
+    put(tmp_path / 'joined/source.json')                                # as a kill leaves it
+    assert data.join(table, shards, tmp_path / 'joined') == (5, 1)
     assert data.Shards(tmp_path / 'joined').pool(0) == ['a dog']
     refused('holds shards made from something else', data.join, table, shards, tmp_path / 'in')
     write_tar(tmp_path / 'b.tar', dogs(2))
@@ -948,6 +961,9 @@ def test_batches_are_exact_and_have_no_bad_pair(tmp_path, scenes, capsys):
     assert told.count('a.tar:5.jpg') == told.count('a.tar:7.jpg') == 1
     (batch,) = data.loader(data.Views(shards, LOW, MICRO, 3, 12, (2, 2, 2, 3)), data.Order(12, 12, 0, 1, seed=3), 0)
     assert batch.bad >= 2                                               # also where one batch is the whole set
+    shards = data.Shards(write_tar(tmp_path / 'a.tar', dogs(4, no_image=range(3))))
+    (batch,) = data.loader(data.Views(shards, LOW, MICRO, 3, 2, (2, 2, 2, 3)), data.Order(4, 2, 0, 1, seed=3), 0)
+    assert batch.bad and LOW.decode(batch.texts[0, 0].tolist()).replace(' ', '').startswith('dog3')     # the only one
 
 
 def test_image_crops_are_the_pixels_of_their_boxes(monkeypatch):
