@@ -1682,7 +1682,17 @@ def test_torn_checkpoints_and_full_disks(monkeypatch, fit, whole, tmp_path, caps
         assert fit(full, *SIX) == 'killed' and (full / 'before.pt').exists()
     capsys.readouterr()
     assert fit(full, *flags) == 0 and 'steps 0 to 6' in capsys.readouterr().out         # not from the run before
-    shutil.copy(full / 'previous.pt', full / 'last.pt')
+    with monkeypatch.context() as patch:                                # a signal while the last checkpoint is written
+        patch.setattr(torch, 'save', lambda state, file: (write(state, file), state['step'] == 6 and os.kill(
+            os.getpid(), signal.SIGTERM)))
+        assert fit(tmp_path / 'end', *SIX) == 128 + signal.SIGTERM and not (tmp_path / 'end/eval.json').exists()
+    with open(tmp_path / 'end/log.jsonl', 'a') as file:                 # a full disk cut a line short
+        file.write('{"step": 3, "lo')
+    assert fit(tmp_path / 'end', *flags) == 0 and (tmp_path / 'end/eval.json').exists()
+    same_run(whole, tmp_path / 'end')
+    assert fit(full, *SIX, '--resume', whole / 'previous.pt') == 0 and (full / 'before.pt').exists()
+    same_run(whole, full)
+    shutil.copy(whole / 'previous.pt', full / 'last.pt')
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')               # torchrun --max-restarts, without --resume
     assert fit(full, *SIX) == 0 and 'steps 4 to 6' in capsys.readouterr().out
     same_run(whole, full)
@@ -1817,6 +1827,7 @@ def test_two_processes_log_the_same(tmp_path, scenes):
 
 WRONG = [               # a command, and what its sentence must name; SCENES is the small built-in set
     (train, '--batch 1', ['--batch 1', 'at least 2']),
+    (train, '--seed -1', ['--seed -1', 'at least 0']),
     (train, '--momentum 2', ['--momentum 2.0', 'at most 1']),
     (train, '--steps 5 --epochs 2', ['--steps 5', '--epochs 2', 'one of them']),
     (train, '--stepz 3', ["'--stepz'", 'did you mean --steps?']),

@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import dataclasses
 import inspect
-import io
 import json
 import math
 import os
@@ -28,7 +27,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -37,9 +35,6 @@ import eval as evaluation
 from cosmos import COSMOS, Block, Config, Output, Teacher, clip_loss, cosmos_terms, distill_terms
 from data import (POOLS, SIGNALS, Batch, Order, Parser, Preprocess, Shards, Tokenizer, Views, caption_pool, cli,
                   loader, make_scenes, sample_sheet)
-
-with contextlib.suppress(ImportError):      # Windows has none; the log then shows no memory
-    import resource
 
 # --- 1. The methods; options: one list, whose comments are the --help ------------------------------------------------
 
@@ -123,9 +118,8 @@ LAPTOP = dict(steps=320, batch=32, lr=1e-3, lr_end=0.5, warmup=30, wd=0.1, momen
 RECIPES = {'vit-b-16': PAPER, 'vit-b-32': PAPER, 'vit-s-16': PAPER, 'tiny': LAPTOP}
 CHOICES = {'method': METHODS, 'caption_pool': POOLS, 'precision': ('auto', 'fp32', 'bf16', 'fp16'),
            'augment': ('full', 'crops'), 'shuffle': ('pairs', 'shards'), 'device': ('auto', 'cuda', 'mps', 'cpu')}
-LEAST = {'batch': 2, 'steps': 1, 'epochs': 1e-9, 'lr': 0, 'lr_end': 0, 'warmup': 0, 'wd': 0, 'momentum': 1e-9,
-         'momentum_ramp': 0, 'clip_grad': 0, 'local_crops': 0, 'local_captions': 0, 'workers': 0, 'save_every': 1,
-         'eval_every': 0, 'log_every': 1, 'accum': 1, 'save_minutes': 0, 'max_skipped': 0, 'bench': 0, 'window': 1}
+LEAST = {'batch': 2, 'steps': 1, 'epochs': 1e-9, 'momentum': 1e-9, 'save_every': 1, 'log_every': 1, 'accum': 1,
+         'window': 1}                                                   # 0 for every other number
 MOST = {'momentum': 1, 'lr_end': 1}
 
 
@@ -156,10 +150,10 @@ def parse_options(argv=None):
     if options.caption_keys and options.caption_pool != 'all':
         raise ValueError(f'--caption-keys {options.caption_keys} and --caption-pool {options.caption_pool} both name '
                          'the captions; give one of them')
-    for name, least in LEAST.items():
-        value = getattr(options, name)
-        if value is not None and not least <= value <= MOST.get(name, sys.maxsize):
-            bounds = f'at least {least:g}' + (f' and at most {MOST[name]}' if name in MOST else '')
+    for name, value in vars(options).items():
+        least, most = LEAST.get(name, 0), MOST.get(name, sys.maxsize)
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            bounds = f'at least {least:g}' + (f' and at most {most}' if name in MOST else '')
             raise ValueError(f"--{name.replace('_', '-')} {value} makes no sense; give {bounds}")
     options.out = options.out or f'runs/{options.preset}-{options.method}'
     return options
@@ -169,21 +163,18 @@ def parse_options(argv=None):
 
 def setup(options):
     """-> (rank, world, device). torchrun's environment is the only switch: alone, the same code runs with world 1."""
-    kind = options.device
-    there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
-    if kind == 'auto':
-        kind = next(name for name in there if there[name])
-    if not there[kind]:
+    there = ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available() + ['cpu']
+    kind = there[0] if options.device == 'auto' else options.device
+    if kind not in there:
         raise ValueError(f'--device {kind} is not on this machine; use --device auto')
     if 'RANK' not in os.environ:
         return 0, 1, torch.device(kind)
-    index = int(os.environ['LOCAL_RANK']) if kind == 'cuda' else None
+    device = torch.device(kind, int(os.environ['LOCAL_RANK']) if kind == 'cuda' else None)
     if kind == 'cuda':
-        if index >= torch.cuda.device_count():
-            raise ValueError(f'process {index} of this node has no GPU, there are {torch.cuda.device_count()}; '
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f'process {device.index} of this node has no GPU, there are {torch.cuda.device_count()}; '
                              'lower --nproc_per_node')
-        torch.cuda.set_device(index)
-    device = torch.device(kind, index)
+        torch.cuda.set_device(device)
     # A rank that hangs or is gone ends the others after this time. While rank 0 evaluates they wait, hence not less.
     dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=timedelta(minutes=30),
                             device_id=device if kind == 'cuda' else None)
@@ -198,14 +189,9 @@ def keep_memory():
         mallopt(-4, 0), mallopt(-1, -1)                                 # M_MMAP_MAX: none; M_TRIM_THRESHOLD: never
 
 
-@contextlib.contextmanager
-def main_first(rank):
-    """Rank 0 runs the body before the others do: it writes the files that they then find."""
-    several = dist.is_initialized()
-    if several and rank:
-        dist.barrier()
-    yield
-    if several and not rank:
+def barrier():
+    """Wait for the other processes, if there are any."""
+    if dist.is_initialized():
         dist.barrier()
 
 
@@ -277,9 +263,9 @@ class Run:
 
     def open_data(self, saved):
         options = self.options
-        read = lambda pattern, keys=None: Shards(pattern, self.out, keys, together=True)         # index cached in --out
-        self.shards = read(options.data, options.caption_keys or POOLS[options.caption_pool])
-        self.val = read(options.val, options.caption_keys) if options.val else None
+        keys = options.caption_keys or POOLS[options.caption_pool]
+        self.shards = Shards(options.data, self.out, keys, together=True)                        # index cached in --out
+        self.val = Shards(options.val, self.out, options.caption_keys, together=True) if options.val else None
         if options.aligned_crops and not all({'name', 'bbox'} <= thing.keys()
                                              for thing in evaluation.objects_of(self.shards, 0) or [{}]):
             raise ValueError(f"{self.shards.name(0)} lists no 'objects' with name and bbox, which --aligned-crops "
@@ -314,31 +300,27 @@ class Run:
 
     def find_checkpoint(self):
         """What --resume asks for, read; None for a fresh start. auto goes back to previous.pt where last.pt is torn."""
-        last, previous, path = self.out / 'last.pt', self.out / 'previous.pt', self.options.resume
-        if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and (last.exists() or previous.exists()):
-            path = 'auto'                                               # torchrun --max-restarts has started it again
-        if path == 'auto':
-            kept = [path for path in (last, previous) if path.exists()]
-            for path in kept:
-                try:
-                    saved = evaluation.read_checkpoint(path)
-                    break
-                except ValueError as error:
-                    if path == kept[-1]:
-                        raise
-                    print(f'WARNING    {error}\nWARNING    going on from {previous} instead')
-                    if self.main:                                       # else it would become the next previous.pt
-                        os.replace(last, self.out / 'torn.pt')
-            else:
-                return None
-        elif path:
-            saved = evaluation.read_checkpoint(path)
-        else:
-            if self.main and last.exists():
-                print(f'note       a fresh start; the last.pt of the run before is now {self.out}/before.pt')
-                os.replace(last, self.out / 'before.pt')
-            if self.main:
-                previous.unlink(missing_ok=True)                        # or auto would take it for this run's
+        last, previous, resume = self.out / 'last.pt', self.out / 'previous.pt', self.options.resume
+        kept, saved = [path for path in (last, previous) if path.exists()], None
+        if kept and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+            resume = 'auto'                                             # torchrun --max-restarts has started it again
+        paths = kept if resume == 'auto' else [resume] if resume else []
+        for path in paths:
+            try:
+                saved = evaluation.read_checkpoint(path)
+                break
+            except ValueError as error:
+                if path == paths[-1]:
+                    raise
+                print(f'WARNING    {error}\nWARNING    going on from {previous} instead')
+                if self.main:                                           # else it would become the next previous.pt
+                    os.replace(last, self.out / 'torn.pt')
+        own = resume == 'auto' or resume and self.out.resolve() in Path(resume).resolve().parents
+        if kept and not own and self.main:
+            print(f'note       the {kept[0].name} of the run before is now {self.out}/before.pt')
+            os.replace(kept[0], self.out / 'before.pt')
+            previous.unlink(missing_ok=True)                            # or auto would take it for this run's
+        if saved is None:
             return None
         if not isinstance(saved, dict) or not {'step', 'config', 'options', 'merges', 'optimizer'} <= saved.keys():
             raise ValueError(f'{path} is no checkpoint of train.py, so there is no run to resume in it')
@@ -354,13 +336,13 @@ class Run:
         evaluation.load_weights(self.model, saved['student'], now['resume'])
         if self.teacher:
             evaluation.load_weights(self.teacher.model, saved['teacher'], now['resume'])
-        self.optimizer.load_state_dict(saved['optimizer'])
-        for group, wd in zip(self.optimizer.param_groups, (self.options.wd, 0.0)):
-            group['weight_decay'] = wd                                  # of this command, not of the checkpoint
+        own = self.optimizer.state_dict()                               # decay of this command, not of the checkpoint
+        self.optimizer.load_state_dict(own | {'state': saved['optimizer']['state']})
         if saved['scaler']:
             self.scaler.load_state_dict(saved['scaler'])
         self.step, self.begun = saved['step'], self.begun - saved['seconds']
-        changed = [f'--{name} {before[name]} -> {now[name]}' for name in REPEATS if now[name] != before[name]]
+        changed = [f"--{name.replace('_', '-')} {before[name]} -> {now[name]}"
+                   for name in REPEATS if now[name] != before[name]]
         if changed and self.main:
             print('note       not a repeat of the run it resumes: ' + ', '.join(changed))
 
@@ -376,19 +358,12 @@ class Run:
             raise ValueError(f'processes differ in step, steps, pairs or vocabulary, {least.tolist()} and '
                              f'{most.tolist()}; let all nodes see the same --data and --out')
 
-    def seconds(self):
-        """Of training so far, earlier parts of a resumed run counted in."""
-        return time.perf_counter() - self.begun
-
     def save(self, must=True):
-        """last.pt, tensors and plain values only; the one before becomes previous.pt.
-
-        Written aside, flushed to the disk, then renamed: a kill or a full disk leaves the old one whole. Raises
-        ValueError when it cannot be written; without `must` it only warns, for the run may outlive a full disk.
-        """
+        """last.pt, written aside, flushed to the disk, then renamed; the one before becomes previous.pt. Where that
+        fails the old one stays whole: ValueError, or without `must` a warning, for the run may outlive a full disk."""
         if not self.main or self.saved_step == self.step:
             return
-        state = {'step': self.step, 'seconds': self.seconds(),
+        state = {'step': self.step, 'seconds': time.perf_counter() - self.begun,
                  'config': asdict(self.config), 'options': asdict(self.options), 'merges': self.tokenizer.merges,
                  'student': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
                  'scaler': self.scaler.state_dict()}
@@ -412,18 +387,15 @@ class Run:
                 raise ValueError(f'{told}; make room, then go on with --resume auto') from None
             tqdm.write(f'WARNING    {told}')
 
-    def network(self):
-        """What is evaluated: the teacher, where there is one."""
-        return self.teacher.model if self.teacher else self.model
+    def scored(self):
+        """What is evaluated: the teacher where there is one, its tokenizer, and what prepares its images."""
+        model = self.teacher.model if self.teacher else self.model
+        return model, self.tokenizer, Preprocess(self.config.image_size)
 
 
 def compile_blocks(model, backend='inductor'):
-    """torch.compile block by block, in place, so that no parameter gets another name.
-
-    The lengths of captions differ from step to step, and a graph of the whole model would be compiled anew for each.
-    A block's graph serves all layers and lengths; only sizes that were equal by chance when it was compiled ask for
-    another.
-    """
+    """torch.compile block by block, in place: parameters keep their names, and a graph serves all layers and lengths of
+    captions, where one of the whole model would be compiled anew for each."""
     torch._dynamo.config.cache_size_limit = 128     # towers, student or teacher, equal sizes: beyond 8 it gives up
     torch._dynamo.config.optimize_ddp = False       # DDP's cuts at bucket bounds are for graphs of whole models
     for module in model.modules():
@@ -442,9 +414,8 @@ def make_tokenizer(options, shards, context_length):
     """CLIP's vocabulary, or one learnt from all captions: of any --caption-pool, or its words would cost more ids."""
     if options.vocab != 'learn':
         return Tokenizer.clip(None if options.vocab == 'clip' else options.vocab, context_length)
-    some = range(0, len(shards), max(1, len(shards) // 20_000))         # enough to meet every frequent word
     texts = []
-    for i in some:
+    for i in range(0, len(shards), max(1, len(shards) // 20_000)):      # enough to meet every frequent word
         with contextlib.suppress(ValueError):                           # a broken pair is reported when it is its turn
             texts += shards.pool(i) if options.caption_keys else caption_pool(shards.record(i))
     return Tokenizer.learn(texts, 8192, context_length)
@@ -558,8 +529,10 @@ def peak_memory(device):
     """Most bytes so far: on the GPU, else of this process; 0 where the system does not tell."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == 'darwin' else 1024) if 'resource' in globals() else 0
+    with contextlib.suppress(ImportError):                              # Windows has none
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    return 0
 
 
 @torch.no_grad()
@@ -594,34 +567,42 @@ def log_line(e, total):
     terms = f" + {name} {e['cosmos']:.2f} ({' '.join(several)})" if several else ''
     scales = f"{e['logit_scale']:.1f}" + (f"/{e['distill_logit_scale']:.1f}" if 'distill_logit_scale' in e else '')
     teacher = f"  m {e['momentum']:.3f} cos {e['teacher_cosine']:.2f}" if 'momentum' in e else ''
-    held_out = f"  held out: {summary(e['eval'])}" if 'eval' in e else ''
+    held = e.get('eval', {})
+    chosen = {name: value for name, value in held.get('retrieval', {}).items() if name.endswith('R@1')}
+    chosen |= {f'{role} top1': held[role]['top1'] for role in ('dominant', 'small') if role in held}
+    held_out = '  held out: ' * bool(chosen) + ', '.join(f'{name} {value:.1%}' for name, value in chosen.items())
     return (f"{e['step']}/{total}  loss {e['loss']:.3f} = clip {e['clip']:.2f}{terms}, chance {e['chance']:.2f}  "
             f"acc {e['accuracy']:.2f}  scale {scales}{teacher}  spread {e['spread']:.2f}  lr {e['lr']:.1e}  "
             f"grad {e['grad_norm']:.2f}  {e['samples_per_s']:.0f}/s  data {e['data_share']:.0%}  "
             f"{e['memory_GiB']:.1f} GiB  {e['minutes_left']:.1f} min left{held_out}")
 
 
+def read_log(path):
+    """The entries of log.jsonl, without lines that a kill or a full disk has cut short."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
+
+
 class Log:
-    """Entries to the terminal, to log.jsonl and, where it is installed, to TensorBoard. Silent but on rank 0.
+    """Entries to the terminal, to log.jsonl and, where it is installed, to TensorBoard. Rank 0 has one.
 
     log.jsonl keeps what a resumed run had logged up to its checkpoint; what came after is computed, and logged, again.
     """
 
     def __init__(self, run):
-        self.run, self.path, self.writer = run, run.out / 'log.jsonl', None
-        if not run.main:
-            return
-        old = self.path.read_text().split('\n')[:-1] if self.path.exists() else []      # what a kill cut has no end
+        self.path, self.writer = run.out / 'log.jsonl', None
         partial = run.out / 'log.jsonl.partial'                         # renamed: a kill here must not cost the log
-        partial.write_text(''.join(f'{line}\n' for line in old if json.loads(line)['step'] <= run.step))
+        old = [entry for entry in read_log(self.path) if entry['step'] <= run.step]
+        partial.write_text(''.join(json.dumps(entry) + '\n' for entry in old))
         os.replace(partial, self.path)
         with contextlib.suppress(ImportError):                          # welcome, not required
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(run.out)
 
     def __call__(self, entry, line):
-        if not self.run.main:
-            return
         tqdm.write(line)
         # JSON has no NaN and no infinity (a skipped fp16 step has such a gradient norm)
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
@@ -639,10 +620,9 @@ class Log:
 
 # --- 7. The loop -----------------------------------------------------------------------------------------------------
 
-
 def train(run):
     """Steps to the end or to a signal, whose number it returns, else 0."""
-    options, log, caught = run.options, Log(run), []
+    options, log, caught = run.options, Log(run) if run.main else None, []
     handlers = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in SIGNALS}
     batches, bad, seen, skipped, first = run.batches(), 0, 0, 0, run.step
     clock, waited, since = time.perf_counter(), 0.0, run.step
@@ -664,8 +644,7 @@ def train(run):
         skipped = skipped + 1 if broken else 0
         if skipped > options.max_skipped or spoilt:
             run.save()                                                  # the weights are those of the last good step
-            if run.world > 1:
-                dist.barrier()                                          # a rank that leaves has the others killed
+            barrier()                                                   # a rank that leaves has the others killed
         if skipped > options.max_skipped:
             raise ValueError(f'loss or gradient is not finite in step {step}, {skipped} steps in a row: '
                              f'{json.dumps(entry)}; {options.out}/last.pt holds the weights before them: go on with '
@@ -675,7 +654,8 @@ def train(run):
                              'lines above, and python data.py inspect')
         if broken:
             run.scaler.update()                                         # unscaled, but not stepped
-            tqdm.write(f'WARNING    step {step} is skipped, its loss or gradient is not finite: {json.dumps(entry)}')
+            if run.main:
+                tqdm.write(f'WARNING    step {step} is skipped, its loss or gradient is not finite: {json.dumps(entry)}')
             run.step += 1                                               # its pairs count as seen
         else:
             update(run, state['norm'])
@@ -683,49 +663,49 @@ def train(run):
         if scoring:
             entry['eval'] = evaluate(run)
             clock = time.perf_counter()
-        if due:                                                         # first: a kill behind the checkpoint would
+        if due and run.main:                                            # first: a kill behind the checkpoint would
             log(entry, log_line(entry, options.steps))                  # cost this line, one before it costs nothing
         if stop or step % options.save_every == 0 or time.monotonic() - run.saved > 60 * options.save_minutes > 0:
             run.save(must=bool(stop))
         if stop:
             return caught[0] if caught else signal.SIGTERM
+    run.save()                                                          # while no signal can cut it short
     for number, handler in handlers.items():                            # nothing left to lose: a signal may end it
         signal.signal(number, handler)
-    return 0
+    return caught[0] if caught else 0
 
 
 def evaluate(run):
-    """Figures of the held-out shards, and `maps`, {caption: C^I of their first image}, for the strip of pictures.
-
-    Rank 0 computes them, the others wait. Nothing that goes wrong here ends a training.
-    """
-    figures, network = {}, (run.network(), run.tokenizer, Preprocess(run.config.image_size))
-    with main_first(run.rank):
-        if run.val and run.main:
-            try:
-                figures = evaluation.evaluate(*network, run.val)
-                if run.method.cross:
-                    image, captions = example(run)
-                    figures['maps'] = {caption: evaluation.attention(*network, image, caption)[0].round(3).tolist()
-                                       for caption in captions}
-            except Exception as error:                                  # a run of weeks outlives it
-                tqdm.write(f'not evaluated to the end: {type(error).__name__}, {error}')
-            run.model.train()
+    """Figures of the held-out shards, and `maps` as of draw_attention. Rank 0 makes them, the others wait. Nothing that
+    goes wrong here ends a training."""
+    figures = {}
+    if run.main:
+        try:
+            if run.val:
+                figures = evaluation.evaluate(*run.scored(), run.val)
+            if run.method.cross:
+                figures['maps'] = draw_attention(run)
+        except Exception as error:                                      # a run of weeks outlives it
+            tqdm.write(f'not evaluated to the end: {type(error).__name__}, {error}')
+    run.model.train()
+    barrier()
     return figures
 
 
-def example(run):
-    """The first held-out image, or the first of training, and captions to ask it with: its objects, else its own."""
-    shards = run.val or run.shards
+def draw_attention(run):
+    """attention.png: the first held-out image, or the first of training, asked with its objects, else its captions.
+    strip.png: its maps in the log's evaluations and now -> {caption: C^I}, for the strips to come."""
+    shards, scored = run.val or run.shards, run.scored()
     names = [f"a {thing['name']}" for thing in evaluation.objects_of(shards, 0) if 'name' in thing]
-    return evaluation.shard_image(shards, 0), names or shards.pool(0)[:3]
-
-
-def summary(figures):
-    """The figures that fit a line."""
-    chosen = {name: figures['retrieval'][name] for name in ('image_to_text_R@1', 'text_to_image_R@1') if figures}
-    chosen |= {f'{role} top1': figures[role]['top1'] for role in ('dominant', 'small') if role in figures}
-    return ', '.join(f'{name} {value:.1%}' for name, value in chosen.items()) or 'nothing (no --val)'
+    image, captions = evaluation.shard_image(shards, 0), names or shards.pool(0)[:3]
+    evaluation.attention_picture(*scored, image, captions, run.out / 'attention.png')
+    maps = {caption: evaluation.attention(*scored, image, caption)[0].round(3).tolist() for caption in captions}
+    columns = [(entry['step'], entry.get('eval', {}).get('maps')) for entry in read_log(run.out / 'log.jsonl')]
+    columns = [(f'step {step}', some) for step, some in [*columns, (run.step, maps)]
+               if some and some.keys() == maps.keys()]
+    if len(columns) > 1:                                                # --eval-every
+        evaluation.attention_strip(image, columns, run.out / 'strip.png')
+    return maps
 
 
 def announce(run):
@@ -748,31 +728,16 @@ def announce(run):
 
 
 def finish(run):
-    """Checkpoint, final figures, the attention picture, and where everything lies."""
-    run.save()
-    seconds, figures = run.seconds(), evaluate(run)
+    """Final figures, and where everything lies."""
+    seconds, figures = time.perf_counter() - run.begun, evaluate(run)
     if not run.main:
         return
-    maps = figures.pop('maps', None)
+    figures.pop('maps', None)
     (run.out / 'eval.json').write_text(json.dumps({'steps': run.step, 'seconds': seconds, **figures}, indent=1))
-    files = ['last.pt', 'log.jsonl', 'config.json', 'eval.json', 'samples.png']
-    if run.method.cross:
-        try:
-            image, captions = example(run)
-            evaluation.attention_picture(run.network(), run.tokenizer, Preprocess(run.config.image_size), image,
-                                         captions, run.out / 'attention.png')
-            files.append('attention.png')
-            entries = map(json.loads, (run.out / 'log.jsonl').read_text().splitlines())
-            columns = [(entry['step'], entry.get('eval', {}).get('maps')) for entry in entries] + [(run.step, maps)]
-            columns = [(f'step {step}', some) for step, some in columns if some and maps and some.keys() == maps.keys()]
-            if len(columns) > 1:                                        # --eval-every
-                evaluation.attention_strip(image, columns, run.out / 'strip.png')
-                files.append('strip.png')
-        except (ValueError, OSError) as error:
-            print(f'not all pictures of attention, {(run.val or run.shards).name(0)}: {error}')
     whose = 'teacher' if run.teacher else 'model'
     print(f'\n{run.step} steps, {seconds / 60:.1f} minutes; the {whose} on held-out pairs:')
     evaluation.show(figures or {'nothing': 'see above' if run.val else 'no --val shards'})
+    files = ['last.pt', 'log.jsonl', 'config.json', 'eval.json', *sorted(path.name for path in run.out.glob('*.png'))]
     print(f"{run.out} holds {', '.join(files)}")
     print(f"next       python eval.py retrieval {run.out}/last.pt --shards {run.options.val or 'SHARDS'}")
 
@@ -883,10 +848,10 @@ def locate_data(options, rank):
     """Fill in --data and --val: the built-in set, drawn if it is absent, or the two halves of a folder like it."""
     if options.data is None:
         options.data = 'runs/scenes'
-        with main_first(rank):
-            if not Path(options.data, 'val/00000.tar').exists():        # the last file to be drawn
-                print('data       drawing the built-in set into runs/scenes, once')
-                make_scenes(options.data)
+        if rank == 0 and not Path(options.data, 'val/00000.tar').exists():      # the last file to be drawn
+            print('data       drawing the built-in set into runs/scenes, once')
+            make_scenes(options.data)
+        barrier()
     train_half, val_half = Path(options.data, 'train'), Path(options.data, 'val')
     if train_half.is_dir() and val_half.is_dir():
         options.data, options.val = str(train_half), options.val or str(val_half)
@@ -919,15 +884,14 @@ def main():
     run = Run(options, rank, world, device)
     if run.main:
         announce(run)
-        everything = {**asdict(options), 'config': asdict(run.config)}
-        (run.out / 'config.json').write_text(json.dumps(everything, indent=1))
+        (run.out / 'config.json').write_text(json.dumps(asdict(options) | {'config': asdict(run.config)}, indent=1))
         sample_sheet(run.views, run.out / 'samples.png')
     stopped = train(run)
-    if stopped and run.main:
-        name = signal.Signals(stopped).name
-        print(f'{name}: step {run.step} is saved in {run.out}/last.pt; go on with --resume auto')
     if not stopped:
         finish(run)
+    elif run.main:
+        name = signal.Signals(stopped).name
+        print(f'{name}: step {run.step} is saved in {run.out}/last.pt; go on with --resume auto')
     leave(128 + stopped if stopped else 0)
 
 
