@@ -552,6 +552,14 @@ def upright_size(data):
     return tuple(image.size if image.getexif().get(0x112, 1) > 4 else image.size[::-1])
 
 
+def upright(image):
+    """A Pillow image turned as EXIF says, 16 bits of grey scaled to 8: Pillow would cut them off at 255."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I'):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image
+
+
 def decode(data, shrink=1):
     """Encoded bytes -> (3, h, w) uint8, upright. A JPEG may come at 1/2, 1/4 or 1/8 of its size, in less time.
 
@@ -567,10 +575,7 @@ def decode(data, shrink=1):
     # Rarer kinds, slower but all: CMYK, 16 bits a colour, a WebP that EXIF turns.
     image = Image.open(io.BytesIO(data))
     image.draft('RGB', (image.width // shrink, image.height // shrink))
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith('I'):                                      # 16 bits: Pillow would cut them off at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    return v2.functional.pil_to_tensor(image.convert('RGB'))
+    return v2.functional.pil_to_tensor(upright(image).convert('RGB'))
 
 
 class Kind(NamedTuple):
@@ -814,8 +819,8 @@ class Views(torch.utils.data.Dataset):
                 if index not in self.reported:
                     self.reported.add(index)
                     print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
-            # A batch further on: the next would often be in the same batch, and twice in one is a false negative. If that
-            # one is bad, too, one by one, or only positions of one remainder would ever be asked.
+            # A batch further on: the next is often in the same batch, and twice in one is a false negative. If that one
+            # is bad, too, one by one, or only positions of one remainder would ever be asked.
             position = (position + (1 if bad else self.batch % len(self.shards) or 1)) % len(self.shards)
             index = int(order(self.seed, epoch, len(self.shards), *self.shuffle)[position])
         raise ValueError(f'100 pairs in a row up to {self.shards.name(index)} cannot be read; look at the shards with '

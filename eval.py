@@ -24,7 +24,7 @@ import math
 import os
 import re
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from cosmos import COSMOS, Config, from_openclip, to_openclip, unit
-from data import Parser, Preprocess, Shards, Tokenizer, cli, normalize
+from data import Parser, Preprocess, Shards, Tokenizer, cli, normalize, upright
 
 # --- 1. Files and checkpoints ----------------------------------------------------------------------------------------
 
@@ -49,39 +49,33 @@ def need(condition, message):
         raise ValueError(message)
 
 
-def read_text(path):
+@contextlib.contextmanager
+def reading(path):
+    """Whatever goes wrong while the file at `path` is read and taken apart becomes one sentence that names it."""
     try:
-        return Path(path).read_text(encoding='utf-8-sig')               # with or without a byte order mark
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', 'no UTF-8 text')})") from None
+        yield
+    except (OSError, UnicodeError, json.JSONDecodeError, csv.Error,
+            LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f'{path} cannot be read as this command expects ({type(error).__name__}: {error}); see README '
+                         'and --help') from None
 
 
 def read_json(path, *keys):
     """The JSON at `path`, an object with `keys` where any are named; else ValueError."""
-    try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f'{path} is no JSON ({error})') from None
+    with reading(path):
+        value = json.loads(Path(path).read_text(encoding='utf-8-sig'))  # with or without a byte order mark
     for key in keys:
         need(isinstance(value, dict) and key in value, f"{path} has no '{key}'; is it the file that --help describes?")
     return value
 
 
-@contextlib.contextmanager
-def layout_of(path):
-    """Reading what the file at `path` holds: a key that is not there, or a list for an object, becomes a sentence."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise ValueError(f'{path} is not laid out as this command expects ({type(error).__name__}: {error}); see '
-                         'README and --help') from None
-
-
 def read_lines(path):
     """The lines of a text file that are not blank, or the items of a JSON list."""
-    text = read_text(path)
-    lines = [line for line in (read_json(path) if text.lstrip()[:1] == '[' else text.splitlines()) if line]
-    need(lines and all(isinstance(line, str) for line in lines), f'{path} holds no lines of text')
+    with reading(path):
+        text = Path(path).read_text(encoding='utf-8-sig')
+        lines = json.loads(text) if text.lstrip()[:1] == '[' else text.splitlines()
+        lines = [line.strip() for line in lines if line.strip()]
+    need(lines, f'{path} holds no lines of text')
     return lines
 
 
@@ -96,11 +90,8 @@ def read_image(file, name=None):
 
 
 def read_picture(file, name=None):
-    """`read_image` as training sees it: upright, and 16 bits of grey scaled to 8, where Pillow would cut them off."""
-    image = ImageOps.exif_transpose(read_image(file, name))
-    if image.mode.startswith('I'):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    return image
+    """`read_image` as training sees it: upright, and 16 bits of grey scaled to 8."""
+    return upright(read_image(file, name))
 
 
 def images_in(folder):
@@ -140,11 +131,11 @@ def infer_config(state):
 
 def load_weights(model, state, path):
     """Strictly: every name and shape must fit, or ValueError lists what is missing, unexpected and of another shape."""
-    own = model.state_dict()
+    own, shape = model.state_dict(), lambda value: tuple(getattr(value, 'shape', [type(value).__name__]))
     problems = {'missing': [key for key in own if key not in state],
                 'unexpected': [key for key in state if key not in own],
-                'of another shape': [f'{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}' for key in own
-                                     if key in state and state[key].shape != own[key].shape]}
+                'of another shape': [f'{key} {shape(state[key])}, not {shape(own[key])}' for key in own
+                                     if key in state and shape(state[key]) != shape(own[key])]}
     told = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
             for kind, keys in problems.items() if keys]
     need(not told, f'{path} does not fit this model: ' + '; '.join(told))
@@ -163,11 +154,13 @@ def load(path, weights='teacher', config=None, vocab=None):
     need(isinstance(state, dict) and all(isinstance(key, str) for key in state), f'{path} holds no names of weights')
     state = {re.sub(r'^((module|_orig_mod)\.)+', '', key): value for key, value in state.items()}
     if 'merges' in saved:                                               # ours
-        config, tokenizer = Config(**saved['config']), Tokenizer(saved['merges'], saved['config']['context_length'])
+        with reading(path):
+            config = Config(**saved['config'])
+            tokenizer = Tokenizer(saved['merges'], config.context_length)
     elif 'input_resolution' in state:                                   # NB: they would load, and score low unnoticed
         raise ValueError(f"{path} holds OpenAI's weights, which need QuickGELU; this model has GELU: take LAION's")
     elif 'visual.class_embedding' in state and 'positional_embedding' in state:
-        with layout_of(path):
+        with reading(path):
             config = config or infer_config(state)
         state, tokenizer = from_openclip(state), Tokenizer.clip(vocab, config.context_length)
     else:
@@ -202,41 +195,37 @@ def export(model, path):
 
 # --- 2. Features -----------------------------------------------------------------------------------------------------
 
-def read_batch(source, preprocess, skip, numbers):
-    """Images by number of a list of paths, of Shards or of a torchvision set -> pixels (B, 3, S, S), labels (B,) or -1.
-    A file that is no image raises ValueError that names it; with `skip` its pixels are NaN instead."""
-    pixels, labels = [], []
+def read_batch(source, preprocess, numbers):
+    """Images by number of a list of paths, of Shards or of a torchvision set -> pixels (B, 3, S, S), labels (B,) or -1,
+    and a sentence on each file that is no image; its pixels are NaN."""
+    pixels, labels, problems = [], [], []
     for i in numbers:
-        image, label = None, -1
+        label = -1
         try:
             if isinstance(source, torchvision.datasets.VisionDataset):
                 image, label = source[i]
-            elif isinstance(source, Shards):
-                image = read_picture(io.BytesIO(source.image(i)), source.name(i))
             else:
-                image = read_picture(source[i])
-        except OSError as error:
-            raise ValueError(f'image {i} of the set is no readable image ({error})') from None
-        except ValueError:
-            if not skip:
-                raise
-        pixels.append(preprocess(image) if image else preprocess(Image.new('RGB', (8, 8))) * math.nan)
+                image = shard_image(source, i) if isinstance(source, Shards) else read_picture(source[i])
+            pixels.append(preprocess(image))
+        except (OSError, ValueError) as error:
+            problems.append(f'image {i} of the set: {error}' if isinstance(error, OSError) else str(error))
+            pixels.append(preprocess(Image.new('RGB', (8, 8))) * math.nan)
         labels.append(int(label))
-    return torch.stack(pixels), torch.tensor(labels)
+    return torch.stack(pixels), torch.tensor(labels), problems
 
 
 @torch.no_grad()
 def embed_labelled(model, source, preprocess, batch=64, workers=0, skip=False):
     """Paths, Shards or a torchvision set -> (n, D) unit vectors and (n,) labels, -1 where there are none."""
     loader = torch.utils.data.DataLoader(range(len(source)), batch, num_workers=workers,
-                                         collate_fn=partial(read_batch, source, preprocess, skip))
+                                         collate_fn=partial(read_batch, source, preprocess))
     features, labels = [], []
-    try:
-        for images, some in tqdm(loader, desc='images', disable=None, leave=False):
-            features.append(unit(model.visual([images.to(model.logit_scale.device)])[0][0]).cpu())
-            labels.append(some)
-    except ValueError as error:                         # from a worker it comes with a traceback; its sentence is last
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix('ValueError: ')) from None
+    for images, some, problems in tqdm(loader, desc='images', disable=None, leave=False):
+        for problem in problems:                        # told here: a worker's exception carries a traceback
+            need(skip, problem)
+            tqdm.write(f'left out   {problem}')
+        features.append(unit(model.visual([images.to(model.logit_scale.device)])[0][0]).cpu())
+        labels.append(some)
     return torch.cat(features), torch.cat(labels)
 
 
@@ -246,16 +235,15 @@ def embed_images(model, source, preprocess, batch=64, workers=0):
 
 
 @torch.no_grad()
-def embed_texts(model, tokenizer, texts, batch=256, chunk=8192):
-    """n texts -> (n, D) unit vectors on the CPU. Neighbours in length share a batch, cut to its longest.
-    A chunk of texts is in memory as tokens at a time: a million captions cost their features and no more."""
+def embed_texts(model, tokenizer, texts, batch=256):
+    """n texts -> (n, D) unit vectors on the CPU. Neighbours in length share a batch, cut to its longest."""
     features = torch.empty(len(texts), model.config.embed_dim)
-    for first in tqdm(range(0, len(texts), chunk), desc='texts', disable=None, leave=False):
-        tokens = tokenizer(texts[first:first + chunk], model.config.context_length)
-        length = tokens.argmax(dim=1) + 1                               # the end has the largest id
-        for some in length.argsort().split(batch):
-            ids = tokens[some, :int(length[some].max())].to(model.logit_scale.device)
-            features[first + some] = unit(model.text([ids])[0][0]).cpu()
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for first in tqdm(range(0, len(texts), batch), desc='texts', disable=None, leave=False):
+        some = order[first:first + batch]
+        tokens = tokenizer([texts[i] for i in some], model.config.context_length)
+        longest = int(tokens.argmax(dim=1).max()) + 1                   # the end has the largest id
+        features[some] = unit(model.text([tokens[:, :longest].to(model.logit_scale.device)])[0][0]).cpu()
     return features
 
 
@@ -285,42 +273,39 @@ def retrieval(image_features, text_features, owner):
     return figures
 
 
+def with_owners(path, images, told):
+    """told: [(number of an image, a caption of it)] -> (images, captions, owner (captions,))."""
+    need(told and all(isinstance(caption, str) for _, caption in told), f'{path} lists no captions in words')
+    return images, [caption for _, caption in told], torch.tensor([i for i, _ in told])
+
+
 def coco_captions(root):
     """COCO layout -> (image paths, captions, owner)."""
     path = Path(root, 'annotations/captions_val2017.json')
     listing = read_json(path, 'images', 'annotations')
-    with layout_of(path):
+    with reading(path):
         number = {image['id']: i for i, image in enumerate(listing['images'])}
-        images = [Path(root, 'images/val2017', image['file_name']) for image in listing['images']]
-        need(images and listing['annotations'], f'{path} lists no image, or no caption')
-        return (images, [a['caption'] for a in listing['annotations']],
-                torch.tensor([number[a['image_id']] for a in listing['annotations']]))
-
-
-def with_owners(images, pools):
-    """Images and the list of captions of each -> (images, captions, owner (captions,): the number of its image)."""
-    captions = [caption for pool in pools for caption in pool]
-    need(captions and all(isinstance(caption, str) for caption in captions), f'{captions[:3]} are no captions in words')
-    return images, captions, torch.tensor([i for i, pool in enumerate(pools) for _ in pool])
+        return with_owners(path, [Path(root, 'images/val2017', image['file_name']) for image in listing['images']],
+                           [(number[a['image_id']], a['caption']) for a in listing['annotations']])
 
 
 def karpathy_captions(path, split, images):
     """Karpathy's dataset_coco.json or dataset_flickr30k.json -> (image paths, captions, owner) of one split."""
     root, listing = Path(images or Path(path).parent), read_json(path, 'images')['images']
-    with layout_of(path):
+    with reading(path):
         chosen = [image for image in listing if image.get('split') == split]
         need(chosen, f"{path} has no image of split '{split}'; Karpathy's are train, restval, val, test")
-        return with_owners([root / image.get('filepath', '') / image['filename'] for image in chosen],
-                           [[sentence['raw'] for sentence in image['sentences']] for image in chosen])
+        return with_owners(path, [root / image.get('filepath', '') / image['filename'] for image in chosen],
+                           [(i, sentence['raw']) for i, image in enumerate(chosen) for sentence in image['sentences']])
 
 
 def flickr_captions(path, images):
     """The released code's flickr30k_val.json, [{"image", "caption": [five]}] -> (image paths, captions, owner)."""
     listing, root = read_json(path), Path(images or Path(path).parent)
-    with layout_of(path):
-        need(listing, f'{path} lists no image')
-        return with_owners([root / item['image'] for item in listing], [
-            [item['caption']] if isinstance(item['caption'], str) else item['caption'] for item in listing])
+    with reading(path):
+        pools = [[item['caption']] if isinstance(item['caption'], str) else item['caption'] for item in listing]
+        return with_owners(path, [root / item['image'] for item in listing],
+                           [(i, caption) for i, pool in enumerate(pools) for caption in pool])
 
 
 def record_of(shards, i):
@@ -333,14 +318,16 @@ def record_of(shards, i):
 
 def shard_captions(shards):
     """-> (shards, captions, owner): what `captions` lists, else the one raw caption of a pair; whole, never split."""
-    pools = []
+    told = []
     for i in range(len(shards)):
         record = record_of(shards, i)
         found = next((record[key] for key in ('captions', 'raw_caption', 'caption', 'txt') if record.get(key)), None)
-        pools.append([text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)])
-        need(pools[i], f'{shards.name(i)} has no caption to retrieve by; held-out pairs need captions, raw_caption, '
-                       'caption or a .txt')
-    return with_owners(shards, pools)
+        texts = [text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
+        told += [(i, text) for text in texts]
+        if not texts:
+            raise ValueError(f'{shards.name(i)} has no caption to retrieve by; held-out pairs need captions, '
+                             'raw_caption, caption or a .txt')
+    return with_owners(shards.paths[0], shards, told)
 
 
 # --- 4. Zero-shot classification -------------------------------------------------------------------------------------
@@ -376,15 +363,19 @@ def classify(image_features, vectors, labels):
 
 
 def torchvision_set(name, root, split=None, download=False):
-    """A classification set of torchvision.datasets, by its class's name in any case -> (the set, class names).
+    """A classification set of torchvision.datasets, by its class's name in any case -> (the set, class names, split).
     split: its name there (default: test, else val). ValueError for a set without class names, or not at `root`."""
     kinds = {kind.lower(): kind for kind in torchvision.datasets.__all__}
     need(name.lower() in kinds, f"torchvision.datasets has no '{name}'; it has {', '.join(sorted(kinds.values()))}")
     kind, failed = getattr(torchvision.datasets, kinds[name.lower()]), []
+    # EMNIST passes on to its parent what it does not name: all that any of them takes.
+    known = {key for base in kind.__mro__[:-1] for key in inspect.signature(base).parameters}
+    need(split in (None, 'train', 'test') or 'split' in known or 'train' not in known,
+         f"torchvision's {name} has the splits train and test, not '{split}'")
     for wanted in [split] if split else ['test', 'val']:
         given = {'split': wanted, 'train': wanted == 'train', 'download': download}
         try:
-            source = kind(root, **{key: given[key] for key in given if key in inspect.signature(kind).parameters})
+            source = kind(root, **{key: given[key] for key in given if key in known})
             break
         except (TypeError, ValueError, RuntimeError, OSError, AttributeError, ImportError) as error:
             failed.append((str(error) or type(error).__name__).splitlines()[0])
@@ -393,7 +384,8 @@ def torchvision_set(name, root, split=None, download=False):
     names = getattr(source, 'classes', None) or getattr(source, 'categories', None)
     need(names, f"torchvision's {name} has no class names; use --folder with one folder per class")
     names = [name if isinstance(name, str) else name[0] for name in names]              # ImageNet: tuples of synonyms
-    return source, [re.sub(r'[_/]+', ' ', name).strip() for name in names]
+    names = [re.sub(r'^/\w/', '', name) for name in names]                                              # Places365
+    return source, [re.sub(r'[_/]+', ' ', name).strip() for name in names], wanted
 
 
 def folder_classes(root, classes=None, subset=None):
@@ -416,7 +408,7 @@ def folder_classes(root, classes=None, subset=None):
         return [path for path, _ in found], torch.tensor([k for _, k in found]), names, TEMPLATES
     need(classes, f'{root}/labels.json numbers its classes; name them with --classes FILE')
     listing = read_json(classes)
-    with layout_of(classes):
+    with reading(classes):
         if isinstance(listing, list):
             listing = {'classes': [{'id': i, 'name': name} for i, name in enumerate(listing)]}
         names = {item['id']: item.get('noun_phrase') or item['name'] for item in listing['classes']}
@@ -424,7 +416,7 @@ def folder_classes(root, classes=None, subset=None):
         need(subset in subsets, f"{classes} has no subset '{subset}'; it has: {', '.join(list(subsets)[1:]) or 'none'}")
         number = {class_id: k for k, class_id in enumerate(subsets[subset])}
         named = [names[class_id] for class_id in number]
-    with layout_of(root / 'labels.json'):
+    with reading(root / 'labels.json'):
         chosen = [item for item in read_json(root / 'labels.json') if item['class_id'] in number]
         need(chosen, f'no image of {root}/labels.json is of a class in {classes}; are its ids the same?')
         return ([root / item['file'] for item in chosen], torch.tensor([number[item['class_id']] for item in chosen]),
@@ -437,9 +429,10 @@ def objects_of(shards, i):
     return [thing if isinstance(thing, dict) else {} for thing in listed] if isinstance(listed, list) else []
 
 
-def listed_objects(shards):
-    """[(pair, its k-th object, the object)] of shards as of data.py make, whose objects have name, role, negatives."""
-    return [(i, k, thing) for i in range(len(shards)) for k, thing in enumerate(objects_of(shards, i))
+def listed_objects(shards, most=None):
+    """[(pair, its k-th object, the object)] of shards as of data.py make, whose objects have name, role, negatives; of
+    the first `most` pairs."""
+    return [(i, k, thing) for i in range(len(shards))[:most] for k, thing in enumerate(objects_of(shards, i))
             if {'name', 'role', 'negatives'} <= thing.keys()]
 
 
@@ -447,15 +440,13 @@ def shard_image(shards, i):
     return read_picture(io.BytesIO(shards.image(i)), shards.name(i))
 
 
-def shard_mask(shards, i, size):
-    """The KEY.mask.png of pair i, of an image of `size` (w, h), as (h, w) numbers of its objects, or None."""
-    data = shards.mask(i)
-    if data is None:
-        return None
-    mask = np.array(read_image(io.BytesIO(data), f'the mask of {shards.name(i)}'))
-    need(mask.shape == size[::-1] and mask.max() <= len(objects_of(shards, i)),
-         f'the mask of {shards.name(i)} does not number its {len(objects_of(shards, i))} objects pixel by pixel')
-    return mask
+def scene(shards, i):
+    """Pair i -> its image, its listed objects, and its KEY.mask.png as (h, w) numbers of these, or None."""
+    image, listed, data = shard_image(shards, i), objects_of(shards, i), shards.mask(i)
+    mask = None if data is None else np.array(read_image(io.BytesIO(data), f'the mask of {shards.name(i)}'))
+    need(mask is None or mask.shape == image.size[::-1] and mask.max() <= len(listed),
+         f'the mask of {shards.name(i)} does not number its {len(listed)} objects pixel by pixel')
+    return image, listed, mask
 
 
 def own_name_wins(objects, score):
@@ -515,12 +506,11 @@ def pointing(model, tokenizer, preprocess, shards, most=300):
     hit: the middle of the highest patch lies on the object. mass: share of the weight on it. Both by chance: its share
     of the area. others_...: the same for the scene's other objects. entropy of the weights, 1 for a uniform map. {}
     where the shards have no masks."""
-    c, device, rows = model.config, model.logit_scale.device, {}
+    c, device, figures = model.config, model.logit_scale.device, {}
     cut = v2.Compose([v2.Resize(c.image_size, v2.InterpolationMode.NEAREST), v2.CenterCrop(c.image_size)])
-    p, objects = c.patch_size, [item for item in listed_objects(shards) if item[0] < most]
-    for i, some in groupby(objects, key=lambda item: item[0]):
-        image, some = shard_image(shards, i), list(some)
-        mask = shard_mask(shards, i, image.size)
+    p = c.patch_size
+    for i, some in groupby(listed_objects(shards, most), key=lambda item: item[0]):
+        some, (image, _, mask) = list(some), scene(shards, i)
         if mask is None:
             continue
         mask = torch.from_numpy(np.array(cut(Image.fromarray(mask))))                           # as `preprocess` cuts
@@ -535,21 +525,18 @@ def pointing(model, tokenizer, preprocess, shards, most=300):
             weights, told = weights.float().cpu(), {}
             for which, masks in ('', own.float()), ('others_', ((mask > 0) & ~own).float()):
                 middle, area = masks[:, p // 2::p, p // 2::p].flatten(1), masks.mean(dim=(1, 2))    # (n, P), (n,)
-                told[f'{which}hit'] = middle.gather(1, weights.argmax(dim=1, keepdim=True))[:, 0]
-                told[f'{which}hit_chance'] = area
+                hit = middle.gather(1, weights.argmax(dim=1, keepdim=True))[:, 0]
+                told |= {f'{which}hit': hit, f'{which}hit_chance': area}
                 if name == 'cross_attention':
-                    told[f'{which}mass'] = (weights * F.avg_pool2d(masks, p).flatten(1)).sum(dim=1)
-                    told[f'{which}mass_chance'] = area
+                    mass = (weights * F.avg_pool2d(masks, p).flatten(1)).sum(dim=1)
+                    told |= {f'{which}mass': mass, f'{which}mass_chance': area}
             if name == 'cross_attention':
-                entropy = -(weights * weights.clamp_min(1e-12).log()).sum(dim=1)
-                told['entropy'] = entropy / math.log(weights.shape[1])
-            for (*_, thing), *values in zip(some, *map(torch.Tensor.tolist, told.values())):
-                rows.setdefault((name, thing['role']), []).append(dict(zip(told, values)))
-    figures = {}
-    for (name, role), told in rows.items():
-        figures.setdefault(name, {})[role] = {'objects': len(told)} | {
-            key: float(np.mean([row[key] for row in told])) for key in told[0]}
-    return figures
+                told['entropy'] = torch.special.entr(weights).sum(dim=1) / math.log(weights.shape[1])
+            for k, (*_, thing) in enumerate(some):
+                row = {key: value[k].item() for key, value in told.items()}
+                figures.setdefault(name, {}).setdefault(thing['role'], []).append(row)
+    return {name: {role: {'objects': len(rows)} | {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+                   for role, rows in roles.items()} for name, roles in figures.items()}
 
 
 def evaluate(model, tokenizer, preprocess, shards):
@@ -652,7 +639,6 @@ def read_mask(path, size, classes, reduce_zero_label=False):
 
 def mask_pairs(images, masks, image_suffix='', mask_suffix='', listing=None):
     """[(image path, mask path)] of equal stems, suffixes cut off; of those in `listing`, a stem a line, if given."""
-    stems = read_text(listing).split() if listing else None
     def by_stem(paths, suffix):
         found = {}
         for path in (path for path in paths if path.stem.endswith(suffix)):
@@ -660,13 +646,12 @@ def mask_pairs(images, masks, image_suffix='', mask_suffix='', listing=None):
             need(other is path, f'{other} and {path} have one name; rename one, or give folders apart')
         return found
     pictures, found = by_stem(images_in(images), image_suffix), by_stem(sorted(Path(masks).rglob('*.png')), mask_suffix)
-    pairs = {name: path for name, path in found.items() if stems is None or name in stems}
-    missing = [path for name, path in pairs.items() if name not in pictures]
-    missing += [Path(masks, f'{name}{mask_suffix}.png') for name in stems or () if name not in found]
-    if missing:
-        raise ValueError(f'{missing[0]} and an image of that name in {images} are not both there; see --image-suffix')
-    need(pairs, f"{masks} holds no mask '*{mask_suffix}.png'; see --mask-suffix")
-    return [(pictures[name], path) for name, path in pairs.items()]
+    stems = dict.fromkeys(read_lines(listing)) if listing else found
+    need(stems, f"{listing or masks} names no mask '*{mask_suffix}.png'; see --mask-suffix")
+    for stem in stems:
+        need(stem in pictures and stem in found, f'{Path(masks, stem + mask_suffix)}.png and an image of that name in '
+             f'{images} are not both there; see --image-suffix')
+    return [(pictures[stem], found[stem]) for stem in stems]
 
 
 def scene_masks(shards, classes):
@@ -674,8 +659,7 @@ def scene_masks(shards, classes):
     classes: lists of names. An object is of the first class with one that is part of its own name, as 'red' of 'red
     star', and is ignored where there is none; what is no object is class 0."""
     for i in tqdm(range(len(shards)), desc='images', disable=None, leave=False):
-        image, listed = shard_image(shards, i), objects_of(shards, i)
-        mask = shard_mask(shards, i, image.size)
+        image, listed, mask = scene(shards, i)
         need(listed and mask is not None, f'{shards.name(i)} has no objects with a KEY.mask.png; see README')
         owns = lambda thing, names: any(f' {name} ' in f" {thing.get('name')} " for name in names)
         numbers = [next((k for k, names in enumerate(classes) if owns(thing, names)), IGNORE) for thing in listed]
@@ -702,41 +686,37 @@ def overlay(image, labels, names, path):
 
 # --- 6. Pairs: k images and k captions that differ in one thing ------------------------------------------------------
 
-PAIR_LAYOUTS = (    # of published rows: the keys of the images, of the captions
-    (['filename'], ['caption', 'negative_caption']),                    # SugarCrepe, 1 x 2
-    (['pos_image_id', 'neg_image_id'], ['sentence']),                   # SVO-Probes, 2 x 1
-    (['image_0', 'image_1'], ['caption_0', 'caption_1']))               # Winoground, 2 x 2
+PAIR_LAYOUTS = {    # the keys that tell a row's layout: the row as images, captions, type
+    ('images', 'captions'): lambda row: (row['images'], row['captions'], row.get('type')),                  # ours
+    ('filename', 'caption', 'negative_caption'): lambda row: (                                              # SugarCrepe
+        [row['filename']], [row['caption'], row['negative_caption']], None),
+    ('pos_image_id', 'neg_image_id', 'sentence'): lambda row: (                                             # SVO-Probes
+        [row['pos_image_id'], row['neg_image_id']], [row['sentence']],
+        next((key for key in ('subj_neg', 'verb_neg', 'obj_neg') if str(row.get(key)).lower() == 'true'), None)),
+    ('image_0', 'image_1', 'caption_0', 'caption_1'): lambda row: (                                         # Winoground
+        [row['image_0'], row['image_1']], [row['caption_0'], row['caption_1']], row.get('tag')),
+    ('Question ID', 'Type', 'Statement'): lambda row: (                             # MMVP-VLM, two rows are a 2 x 2
+        [f"{row['Type']}/{row['Question ID']}"], [f"a photo of {row['Statement']}"], row['Type'])}
 
 
 def read_pairs(path):
     """Items of a hard-negative test as (image names, captions, type). The right ones stand at the same position.
-    JSONL, JSON or CSV; a row is ours, {"images": [...], "captions": [...], "type"}, or of a published layout: those
-    above, or MMVP-VLM's Questions.csv (two rows are a 2 x 2)."""
-    text, kind, items = read_text(path), Path(path).suffix, []
-    try:
+    JSONL, JSON or CSV; a row is ours, {"images": [...], "captions": [...], "type"}, or of a published layout."""
+    kind, items = Path(path).suffix, []
+    with reading(path):
+        text = Path(path).read_text(encoding='utf-8-sig')
         rows = (list(csv.DictReader(io.StringIO(text))) if kind == '.csv' else json.loads(text) if kind != '.jsonl' else
                 [json.loads(line) for line in text.split('\n') if line.strip()])         # see data.read_rows
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f'{path} is neither JSON lines nor JSON nor CSV ({error})') from None
-    rows = list(rows.values()) if isinstance(rows, dict) else rows
-    need(isinstance(rows, list) and rows, f'{path} lists no items')
-    for number, row in enumerate(rows, 1):
-        row = row if isinstance(row, dict) else {}
-        layout = next((layout for layout in PAIR_LAYOUTS if {*layout[0], *layout[1]} <= row.keys()), None)
-        if {'images', 'captions'} <= row.keys():
-            items.append((row['images'], row['captions'], row.get('type')))
-        elif layout:
-            images, captions = ([row[key] for key in keys] for keys in layout)
-            flagged = [key for key in ('subj_neg', 'verb_neg', 'obj_neg') if str(row.get(key)).lower() == 'true']
-            items.append((images, captions, flagged[0] if flagged else row.get('tag')))
-        elif {'Question ID', 'Type', 'Statement'} <= row.keys():
-            if number % 2:
-                items.append(([], [], row['Type']))
-            items[-1][0].append(f"{row['Type']}/{row['Question ID']}")
-            items[-1][1].append(f"a photo of {row['Statement']}")
-        else:
-            raise ValueError(f"item {number} of {path} has the keys {', '.join(map(str, row)) or '(none)'}; it needs "
-                             'images and captions, or those of SugarCrepe, SVO-Probes, Winoground or MMVP-VLM')
+        rows = list(rows.values()) if isinstance(rows, dict) else rows
+        need(rows, f'{path} lists no items')
+        for number, row in enumerate(rows, 1):
+            read = next((read for keys, read in PAIR_LAYOUTS.items() if {*keys} <= row.keys()), None)
+            need(read, f"item {number} of {path} has the keys {', '.join(map(str, row)) or '(none)'}; it needs images "
+                       'and captions, or those of SugarCrepe, SVO-Probes, Winoground or MMVP-VLM')
+            items.append(read(row))
+        if 'Question ID' in rows[0]:
+            pairs = (items[k:k + 2] for k in range(0, len(items), 2))
+            items = [(sum((row[0] for row in two), []), sum((row[1] for row in two), []), two[0][2]) for two in pairs]
     for number, (images, captions, _) in enumerate(items, 1):
         need(isinstance(images, list) and isinstance(captions, list) and all(isinstance(c, str) for c in captions),
              f'item {number} of {path} needs a list of images and a list of captions in words')
@@ -789,11 +769,10 @@ def suppression(model, tokenizer, preprocess, root, workers=0):
     probes = read_json(path)
     need(probes, f'{path} lists no probe')
     for role, other in (('dominant', 'C'), ('small', 'B')):
-        scenes, names = [], []
-        with layout_of(path):
-            for images, query in ((probe['images'], probe[f'{role}_query']) for probe in probes):
-                scenes.append(([images['A'], images[other]], [query['positive'], query['swap']], None))
-                names.append(([images['A']], [query['positive'], *query['negatives']], None))
+        with reading(path):
+            asked = [(probe['images'], probe[f'{role}_query']) for probe in probes]
+            scenes = [([image['A'], image[other]], [text['positive'], text['swap']], None) for image, text in asked]
+            names = [([image['A']], [text['positive'], *text['negatives']], None) for image, text in asked]
         matrices = embed_items(model, tokenizer, preprocess, scenes + names, root, workers)
         share = np.array([np.mean(pair_hits(matrix)[0]) for matrix in matrices[:len(probes)]])
         named = pair_scores(matrices[len(probes):])
@@ -867,30 +846,25 @@ def attention_strip(image, columns, path, tile=112):
     canvas.save(path)
 
 
-@torch.no_grad()
-def naming_picture(model, tokenizer, preprocess, shards, templates, path, scenes=3, tile=176):
+def naming_picture(model, tokenizer, image_features, shards, templates, path, scenes=3, tile=176):
     """PNG of the first scenes, and beside each the names to choose from for up to three objects, best first: bars are
     their cosines with the image, from the least to the most of the ten; the right name is green, or red if it loses."""
-    objects, groups, font = listed_objects(shards), {}, 12
-    for item in objects:
-        groups.setdefault(item[0], []).append(item)
-    groups = [some[:3] for some in list(groups.values())[:scenes]]
+    groups = [list(some)[:3] for _, some in islice(groupby(listed_objects(shards), lambda item: item[0]), scenes)]
     canvas = Image.new('RGB', (tile + 12 + 200 * max(map(len, groups)), len(groups) * (tile + 8) + 8), 'white')
     draw = ImageDraw.Draw(canvas)
     for row, some in enumerate(groups):
         y, image = 8 + row * (tile + 8), shard_image(shards, some[0][0])
         canvas.paste(ImageOps.fit(image.convert('RGB'), (tile, tile), Image.BICUBIC), (6, y))
-        feature = unit(model.visual([preprocess(image)[None].to(model.logit_scale.device)])[0][0]).cpu()[0]
-        for column, (_, _, thing) in enumerate(some):
+        for column, (pair, _, thing) in enumerate(some):
             names, x = [thing['name'], *thing['negatives']], tile + 14 + 200 * column
-            scores = class_vectors(model, tokenizer, names, templates) @ feature
+            scores = class_vectors(model, tokenizer, names, templates) @ image_features[pair]
             colour = (0, 140, 60) if scores.argmax() == 0 else (200, 30, 30)
-            draw.text((x, y - 2), f"{thing['role']}: {thing['name']}", colour, font_size=font)
+            draw.text((x, y - 2), f"{thing['role']}: {thing['name']}", colour, font_size=12)
             for k, i in enumerate(scores.argsort(descending=True).tolist(), 1):
                 length = 80 * float((scores[i] - scores.min()) / (scores.max() - scores.min()).clamp_min(1e-12))
                 top, shown = y + 16 * k, colour if i == 0 else (150, 150, 150)
                 draw.rectangle((x, top + 2, x + 1 + length, top + 12), shown)
-                draw.text((x + 86, top), names[i], shown if i == 0 else 'black', font_size=font)
+                draw.text((x + 86, top), names[i], shown if i == 0 else 'black', font_size=12)
     canvas.save(path)
 
 
@@ -910,18 +884,14 @@ def folder_features(model, preprocess, folder, workers=0):
     new = [i for i, stamp in enumerate(stamps) if stamp not in known]
     if new:
         fresh, _ = embed_labelled(model, [paths[i] for i in new], preprocess, workers=workers, skip=True)
-        known |= {stamps[i]: feature for i, feature in zip(new, fresh)}
-    if new or len(known) > len(paths):
-        kept = {stamp: known[stamp].clone() for stamp in stamps if known[stamp].isfinite().all()}
+        known |= {stamps[i]: feature.clone() for i, feature in zip(new, fresh) if feature.isfinite().all()}
         try:
-            write_tensors({'weights': weights, 'features': kept}, cache)
+            write_tensors({'weights': weights, 'features': {key: known[key] for key in stamps if key in known}}, cache)
         except ValueError as error:                                     # a folder one may only read
             print(f'not cached: {error}')
-    features = torch.stack([known[stamp] for stamp in stamps])
-    good = features.isfinite().all(dim=1)
-    for i in (~good).nonzero()[:, 0].tolist():
-        print(f'left out   {paths[i]} is no readable image')
-    return [path for path, ok in zip(paths, good) if ok], features[good]
+    good = [i for i, stamp in enumerate(stamps) if stamp in known]
+    need(good, f'no image of {folder} can be read')
+    return [paths[i] for i in good], torch.stack([known[stamps[i]] for i in good])
 
 
 def contact_sheet(paths, scores, title, out, tile=176, columns=6):
@@ -964,11 +934,11 @@ def run_retrieval(args, model, tokenizer, preprocess):
 
 
 def run_classify(args, model, tokenizer, preprocess):
-    own = TEMPLATES
+    own, told = TEMPLATES, {}
     if args.shards:
         source = Shards(args.shards)
     elif args.dataset:
-        source, names = torchvision_set(args.dataset, args.root, args.split, args.download)
+        source, names, told['split'] = torchvision_set(args.dataset, args.root, args.split, args.download)
     else:
         source, labels, names, own = folder_classes(args.folder, args.classes, args.subset)
     need(args.shards or not args.picture, '--picture draws the objects of --shards; give those')
@@ -978,11 +948,11 @@ def run_classify(args, model, tokenizer, preprocess):
         figures = classify_objects(model, tokenizer, image_features, source, templates)
         need(figures, f"{args.shards} lists no objects to name; its json needs 'objects', as of data.py make")
         if args.picture:
-            naming_picture(model, tokenizer, preprocess, source, templates, args.picture)
+            naming_picture(model, tokenizer, image_features, source, templates, args.picture)
     else:
         vectors = class_vectors(model, tokenizer, names, templates)
         figures = classify(image_features, vectors, known if args.dataset else labels)
-    return {'prompts': ' | '.join(templates), **figures}
+    return {**told, 'prompts': ' | '.join(templates), **figures}
 
 
 def folder_masks(args, classes, reduce_zero_label):
@@ -999,10 +969,9 @@ def run_segment(args, model, tokenizer, preprocess):
     o = o._replace(**{name: value for name, value in vars(args).items() if name in o._fields and value is not None})
     need(0 < o.stride <= o.window and o.size > 0, f'--window {o.window}, --stride {o.stride}, --size {o.size}: the '
          'stride must be above 0 and no more than the window')
-    save = args.save and Path(args.save).resolve()
-    for folder in (args.images, args.masks) if save else ():
-        need(not folder or Path(folder).resolve() not in (save, *save.parents), f'--save {args.save} lies in {folder}, '
-             'whose files it could overwrite; name another folder')
+    for folder in filter(None, (args.images, args.masks)):
+        need(not args.save or not Path(args.save).resolve().is_relative_to(Path(folder).resolve()),
+             f'--save {args.save} lies in {folder}, whose files it could overwrite; name another folder')
     classes = [[name.strip() for name in line.split(',')] for line in read_lines(args.classes)]
     names, templates = [some[0] for some in classes], read_templates(args.templates)
     need(args.shards or args.images, '--masks need their images: --images DIR')
@@ -1026,16 +995,16 @@ def run_pairs(args, model, tokenizer, preprocess):
     items, groups = read_pairs(args.items), {}
     matrices = embed_items(model, tokenizer, preprocess, items, args.images or Path(args.items).parent, args.workers)
     for matrix, (_, _, kind) in zip(matrices, items):
-        for name in dict.fromkeys(('all', kind or 'all')):
+        for name in dict.fromkeys(('all', str(kind or 'all'))):
             groups.setdefault(f'{name} {matrix.shape[0]} x {matrix.shape[1]}', []).append(matrix)
     return {name: pair_scores(some) for name, some in groups.items()}
 
 
 def run_attend(args, model, tokenizer, preprocess):
     if args.shards:
+        need(not args.text, '--text goes with --image; --shards are asked for the objects that they list')
         figures = pointing(model, tokenizer, preprocess, Shards(args.shards))
         need(figures, f'{args.shards} has no KEY.mask.png of listed objects, as the held-out half of data.py make has')
-        need(not args.text, '--text goes with --image; --shards are asked for the objects that they list')
         return figures
     need(args.text, 'attend --image needs captions to ask with: --text "a red star"')
     return {'picture': attention_picture(model, tokenizer, preprocess, read_picture(args.image), args.text, args.out)}

@@ -1191,7 +1191,7 @@ def test_attention_words():
     assert np.allclose([weight for _, weight in words], (raw - raw.min()) / np.ptp(raw))
     patches = patches.detach().numpy().reshape(4, 4)                    # rows first
     assert np.allclose(grid, (patches - patches.min()) / np.ptp(patches))
-    assert len(evaluation.attention(model, tokenizer, preprocess, image, 'dog ' * 20)[1]) == 10         # what fits in 12
+    assert len(evaluation.attention(model, tokenizer, preprocess, image, 'dog ' * 20)[1]) == 10     # what fits in 12
 
 
 def test_published_layouts(tmp_path):
@@ -1211,6 +1211,8 @@ def test_published_layouts(tmp_path):
     for read, name, value, told in (        # keys that are not there, lists for objects: the file, and what it lacks
             (evaluation.coco_captions, 'wrong/annotations/captions_val2017.json',
              {'images': [{'id': 1}], 'annotations': []}, 'file_name'),
+            (evaluation.coco_captions, 'wrong/annotations/captions_val2017.json',
+             {'images': [{'id': 1, 'file_name': 'a'}], 'annotations': [{'image_id': 1, 'caption': None}]}, 'in words'),
             (lambda root: evaluation.karpathy_captions(root / 'k.json', 'test', None), 'wrong/k.json',
              {'images': [{'split': 'test', 'filename': 'a'}]}, 'sentences'),
             (lambda root: evaluation.flickr_captions(root / 'f.json', 'x'), 'wrong/f.json', [{'image': 'a'}], 'KeyErr'),
@@ -1238,10 +1240,11 @@ def test_published_layouts(tmp_path):
     (tmp_path / 'in/n00000999').rmdir()
     refused('999 folders of WordNet ids', evaluation.folder_classes, tmp_path / 'in')
     assert evaluation.read_templates(write('prompts', 'a {}\n\nthe {c}!\n')) == ['a {}', 'the {}!']
+    assert evaluation.read_lines(write('classes.txt', 'ox\n \ncat\n')) == ['ox', 'cat']
     refused("'nothing'", evaluation.read_templates, write('prompts', ['a {} b', 'nothing']))
 
 
-def test_images_as_tensors_and_by_workers(tmp_path, scenes):
+def test_images_as_tensors_and_by_workers(monkeypatch, tmp_path, scenes):
     """oracle: Pillow's resizing and cropping, OpenAI's mean and deviation; for workers the main process."""
     model, preprocess = micro()[0].eval(), data.Preprocess(32)
     image = Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 40).convert('RGB')
@@ -1253,6 +1256,10 @@ def test_images_as_tensors_and_by_workers(tmp_path, scenes):
     for name, told in (('dtdd', "has no 'dtdd'; it has .*DTD"), ('food101', 'cannot read food101 from .*--download'),
                        ('FakeData', 'no class names')):
         refused(told, evaluation.torchvision_set, name, tmp_path)
+    asked, sets = [], evaluation.torchvision.datasets                   # EMNIST hands most of its options to MNIST
+    monkeypatch.setattr(sets.MNIST, '__init__', lambda self, root, train=1, download=1: asked.append((train, download)))
+    evaluation.torchvision_set('emnist', tmp_path, 'balanced')
+    assert asked == [(False, False)]
     shards = data.Shards(scenes / 'val')
     features = evaluation.embed_images(model, shards, preprocess, 4)
     shards.record(0)                                                    # leaves a file open, and not at an image
@@ -1519,9 +1526,9 @@ def test_classify_of_every_source(tmp_path, scenes, gallery):
     for name in ('images/woven/0.jpg', 'images/banded/1.jpg', 'labels/test1.txt'):              # torchvision's DTD
         put(tmp_path / 'dtd/dtd' / name, paths[int(name[-5])].read_bytes() if name[-1] == 'g' else
             'woven/0.jpg\nbanded/1.jpg\n')
-    source, names = evaluation.torchvision_set('dtd', tmp_path)
+    source, names, split = evaluation.torchvision_set('dtd', tmp_path)
     found, labels = evaluation.embed_labelled(model, source, data.Preprocess(32))
-    assert names == ['banded', 'woven'] and labels.tolist() == [1, 0]
+    assert (names, split) == (['banded', 'woven'], 'test') and labels.tolist() == [1, 0]
     close(found, features[:2])
     figures, told = command('classify', '--dataset', 'dtd', '--root', tmp_path)
     want = evaluation.classify(found, evaluation.class_vectors(model, tokenizer, names), labels)
@@ -1854,6 +1861,10 @@ WRONG = [               # a command, and what its sentence must name; SCENES is 
     (evaluation, 'retrieval nan.pt --shards SCENES/val', ['nan.pt', 'NaN', 'visual.proj', 'earlier']),
     (evaluation, 'retrieval page.pt --shards SCENES/val', ['page.pt', 'web page']),
     (evaluation, 'retrieval numbers.pt --shards SCENES/val', ['numbers.pt', 'names of weights']),
+    (evaluation, 'retrieval bare.pt --shards SCENES/val', ['bare.pt', "KeyError: 'config'"]),
+    (evaluation, 'retrieval odd.pt --shards SCENES/val', ['odd.pt', "visual.proj ('int',), not (24, 16)"]),
+    (evaluation, 'search fine.pt x --images bad', ['no image of bad', 'can be read']),
+    (evaluation, 'classify fine.pt --dataset cifar10 --split trian', ["'trian'", 'train and test']),
     (evaluation, 'retrieval fine.pt --shards broken.tar', ['broken.tar:a.jpg', 'cannot be read']),
     (evaluation, 'retrieval fine.pt --shards SCENES/val --device tpu', ['--device tpu', 'cannot be', 'cpu']),
     (evaluation, 'export fine.pt fine.pt', ['fine.pt is the checkpoint']),
@@ -1889,6 +1900,9 @@ def test_errors_are_one_sentence(monkeypatch, tmp_path, scenes):
     fine = {'config': vars(model.config), 'merges': [], 'student': model.state_dict()}
     torch.save(fine, 'fine.pt')
     state = fine['student']
+    torch.save({'student': state, 'merges': []}, 'bare.pt')
+    torch.save(fine | {'student': state | {'visual.proj': 1}}, 'odd.pt')
+    put(Path('bad/a.jpg'), 'x')
     torch.save(fine | {'student': state | {'visual.proj': state['visual.proj'] * math.nan}}, 'nan.pt')
     write_tar('broken.tar', [('a.jpg', picture()), ('a.json', b'{"caption": "a'), *dogs(2)])
     monkeypatch.setattr(data.Parser, 'exit', lambda self, status, told: sys.exit(told.strip() if status == 1 else 2))

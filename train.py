@@ -655,7 +655,8 @@ def train(run):
         if broken:
             run.scaler.update()                                         # unscaled, but not stepped
             if run.main:
-                tqdm.write(f'WARNING    step {step} is skipped, its loss or gradient is not finite: {json.dumps(entry)}')
+                told = json.dumps(entry)
+                tqdm.write(f'WARNING    step {step} is skipped, its loss or gradient is not finite: {told}')
             run.step += 1                                               # its pairs count as seen
         else:
             update(run, state['norm'])
