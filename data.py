@@ -185,7 +185,7 @@ class Shards:
         self.ahead = False                                              # read a shard whole when it is first opened
         self.caption_keys = [key.strip() for key in caption_keys.split(',')] if caption_keys else None
         self.stamps = [(os.path.getsize(path), os.stat(path).st_mtime_ns) for path in self.paths]
-        key = hashlib.sha1(repr((caption_keys, self.paths, self.stamps)).encode()).hexdigest()[:16]
+        key = hashlib.sha1(repr((PAIR.descr, caption_keys, self.paths, self.stamps)).encode()).hexdigest()[:16]
         name = cache and os.path.join(cache, f'index-{key}.npy')
         together = together and dist.is_initialized()
         rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
@@ -201,7 +201,8 @@ class Shards:
             pairs = np.concatenate(parts)
             if not len(pairs):
                 raise ValueError(f'{pattern}: {NO_PAIR}')
-            self.pairs = pairs[np.argsort(pairs['shard'], kind='stable')]       # the same for any number of ranks
+            if rank == 0 or not name:
+                self.pairs = pairs[np.argsort(pairs['shard'], kind='stable')]   # the same for any number of ranks
             if name and rank == 0:
                 os.makedirs(cache, exist_ok=True)
                 np.save(f'{name}.partial.npy', self.pairs)              # renamed when whole: others see all or nothing
@@ -823,8 +824,7 @@ class Views(torch.utils.data.Dataset):
             # is bad, too, one by one, or only positions of one remainder would ever be asked.
             position = (position + (1 if bad else self.batch % len(self.shards) or 1)) % len(self.shards)
             index = int(order(self.seed, epoch, len(self.shards), *self.shuffle)[position])
-        raise ValueError(f'100 pairs in a row up to {self.shards.name(index)} cannot be read; look at the shards with '
-                         'python data.py inspect')
+        raise ValueError('100 pairs in a row cannot be read; look at the shards with python data.py inspect')
 
     def views(self, epoch, index):
         """-> global images (m, 3, S, S) and local ones (n, 3, s, s), uint8, before `photometric`; its numbers for them,
@@ -975,7 +975,7 @@ def _layout(rng, size):
     for k, (shape, color) in enumerate(zip(rng.sample(list(SHAPES), count), rng.sample(list(COLORS), count))):
         side = size * (rng.uniform(0.24, 0.32) if k else rng.uniform(0.42, 0.56))
         objects.append(dict(name=f'{color} {shape}', shape=shape, color=color, texture=rng.choice(TEXTURES), side=side,
-                            size='small' if k else 'large', role='small' if k else 'dominant'))
+                            role='small' if k else 'dominant'))
     while min(gaps) <= 0:       # until small ones are 2 px apart; they may reach 4 px into the dominant one's square
         for o in objects:
             o['at'] = complex(*(rng.uniform(2 + o['side'] / 2, size - 2 - o['side'] / 2) for _ in 'xy'))
@@ -1134,8 +1134,7 @@ def read_rows(path):
         for key in sum(CAPTION_KEYS, []) if known is not record else ():
             told = [some if isinstance(some, list) else [some] for some in (known.get(key), record.get(key)) if some]
             if told:
-                told = sum(told, [])
-                known[key] = [some for i, some in enumerate(told) if some not in told[:i]]
+                known[key] = list({json.dumps(some): some for some in sum(told, [])}.values())
     return rows
 
 
@@ -1150,8 +1149,9 @@ def claim(out, source, **more):
     if known != made and (known or list(Path(out).glob('*.tar'))):
         raise ValueError(f'{out} holds shards made from {known or "something else"}, not from {made}; give another '
                          'folder, or empty it')
-    label.parent.mkdir(parents=True, exist_ok=True)
-    label.write_text(json.dumps(made))
+    if known != made:
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text(json.dumps(made))
 
 
 def image_kind(data):

@@ -51,7 +51,7 @@ def need(condition, message):
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever goes wrong while the file at `path` is read and taken apart becomes one sentence that names it."""
+    """What goes wrong while the file at `path` is read and taken apart becomes a sentence, which a ValueError is."""
     try:
         yield
     except (OSError, UnicodeError, json.JSONDecodeError, csv.Error,
@@ -91,7 +91,11 @@ def read_image(file, name=None):
 
 def read_picture(file, name=None):
     """`read_image` as training sees it: upright, and 16 bits of grey scaled to 8."""
-    return upright(read_image(file, name))
+    image = read_image(file, name)
+    try:
+        return upright(image)
+    except Exception as error:                                          # Pillow's SyntaxError, for broken EXIF
+        raise ValueError(f'{name or file} is no readable image ({error})') from None
 
 
 def images_in(folder):
@@ -116,7 +120,8 @@ def read_checkpoint(path):
 
 def infer_config(state):
     """Config of released or open_clip weights, from their shapes: towers have heads 64 wide, cross-attention has 8."""
-    width, _, _, patch = state['visual.conv1.weight'].shape
+    shape = state['visual.conv1.weight'].shape
+    width, patch = shape[0], shape[3]
     layers = lambda prefix: len({key.split('resblocks.')[1].split('.')[0] for key in state if key.startswith(prefix)})
     context_length, text_width = state['positional_embedding'].shape
     grid = math.isqrt(len(state['visual.positional_embedding']) - 1)    # one row is the class token's
@@ -340,7 +345,7 @@ def read_templates(path, default=TEMPLATES):
     """Prompts with {} for the class: a line each, or a JSON list. CLIP_benchmark's {c} will do too."""
     if not path:
         return default
-    templates = [str(line).strip().replace('{c}', '{}') for line in read_lines(path)]
+    templates = [line.replace('{c}', '{}') for line in read_lines(path)]
     for template in templates:
         need(re.findall('[{}]', template) == ['{', '}'] and '{}' in template,
              f"template '{template}' of {path} needs one {{}} where the class goes")
@@ -370,13 +375,16 @@ def torchvision_set(name, root, split=None, download=False):
     kind, failed = getattr(torchvision.datasets, kinds[name.lower()]), []
     # EMNIST passes on to its parent what it does not name: all that any of them takes.
     known = {key for base in kind.__mro__[:-1] for key in inspect.signature(base).parameters}
-    need(split in (None, 'train', 'test') or 'split' in known or 'train' not in known,
-         f"torchvision's {name} has the splits train and test, not '{split}'")
+    need(split is None or 'split' in known or 'train' in known and split in ('train', 'test'),
+         f"torchvision's {name} has {'the splits train and test' if 'train' in known else 'no splits'}, not '{split}'")
     for wanted in [split] if split else ['test', 'val']:
         given = {'split': wanted, 'train': wanted == 'train', 'download': download}
         try:
             source = kind(root, **{key: given[key] for key in given if key in known})
-            break
+            labels = getattr(source, 'targets', None)
+            if not isinstance(labels, list) or labels[:1] != [None]:
+                break
+            failed.append(f'its split {wanted} has no labels')          # Places365's test
         except (TypeError, ValueError, RuntimeError, OSError, AttributeError, ImportError) as error:
             failed.append((str(error) or type(error).__name__).splitlines()[0])
     else:                                                               # of 'test' and 'val' the first says more
@@ -385,7 +393,8 @@ def torchvision_set(name, root, split=None, download=False):
     need(names, f"torchvision's {name} has no class names; use --folder with one folder per class")
     names = [name if isinstance(name, str) else name[0] for name in names]              # ImageNet: tuples of synonyms
     names = [re.sub(r'^/\w/', '', name) for name in names]                                              # Places365
-    return source, [re.sub(r'[_/]+', ' ', name).strip() for name in names], wanted
+    names = [re.sub(r'[_/]+', ' ', name).strip() for name in names]
+    return source, names, wanted if known & {'split', 'train'} else 'all'
 
 
 def folder_classes(root, classes=None, subset=None):
@@ -649,8 +658,9 @@ def mask_pairs(images, masks, image_suffix='', mask_suffix='', listing=None):
     stems = dict.fromkeys(read_lines(listing)) if listing else found
     need(stems, f"{listing or masks} names no mask '*{mask_suffix}.png'; see --mask-suffix")
     for stem in stems:
-        need(stem in pictures and stem in found, f'{Path(masks, stem + mask_suffix)}.png and an image of that name in '
-             f'{images} are not both there; see --image-suffix')
+        mask = found.get(stem, Path(masks, f'{stem}{mask_suffix}.png'))
+        need(stem in pictures and stem in found, f'{mask} and an image of that name in {images} are not both there; '
+             'see --image-suffix')
     return [(pictures[stem], found[stem]) for stem in stems]
 
 
@@ -714,7 +724,7 @@ def read_pairs(path):
             need(read, f"item {number} of {path} has the keys {', '.join(map(str, row)) or '(none)'}; it needs images "
                        'and captions, or those of SugarCrepe, SVO-Probes, Winoground or MMVP-VLM')
             items.append(read(row))
-        if 'Question ID' in rows[0]:
+        if read is PAIR_LAYOUTS['Question ID', 'Type', 'Statement']:
             pairs = (items[k:k + 2] for k in range(0, len(items), 2))
             items = [(sum((row[0] for row in two), []), sum((row[1] for row in two), []), two[0][2]) for two in pairs]
     for number, (images, captions, _) in enumerate(items, 1):

@@ -490,6 +490,7 @@ def rank_gradients(rank, world, path):
         sizes = {name: list(some) for name, some in given.items()}
         dist.all_reduce(loss)
         found[method].append(({name: p.grad for name, p in model.named_parameters()}, loss / world, sizes))
+    found['index'] = data.Shards(path.parent / 'tars', path.parent / f'index{world}', together=True).pairs.tolist()
     torch.save(found, f'{path}.{rank}')
     train.leave(0)
 
@@ -505,6 +506,9 @@ def traffic(V, U, B, N, D):
 def by_ranks(tmp_path_factory):
     """{processes: what rank 0 saved of `rank_gradients`}."""
     path = tmp_path_factory.mktemp('ranks')
+    (path / 'tars').mkdir()
+    for n in range(3):
+        write_tar(path / f'tars/{n}.tar', dogs(n + 1))
     for world in CASES:
         torch.multiprocessing.spawn(rank_gradients, (world, path / str(world)), nprocs=world)
     return {world: torch.load(path / f'{world}.0') for world in CASES}
@@ -525,6 +529,8 @@ def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
                 assert [sum(some) for some in sizes.values()] == traffic(4, 5, 8 // world, 8, 16)
                 assert [len(sizes[name]) for name in ('all_gather', 'all_reduce')] == [2 * (world > 1)] * 2
     close(want[half][1], want[None][1], 0.02)
+    assert [n for n, *_ in by_ranks[1]['index']] == [0, 1, 1, 2, 2, 2]                      # the pairs, read together
+    assert by_ranks[1]['index'] == by_ranks[2]['index'] == by_ranks[4]['index']
 
 
 # --- data.py: tokenizer ----------------------------------------------------------------------------------------------
@@ -1266,6 +1272,8 @@ def test_images_as_tensors_and_by_workers(monkeypatch, tmp_path, scenes):
     places = [file.tell() for file in shards.files.values()]
     assert places and torch.equal(evaluation.embed_images(model, shards, preprocess, 4, workers=1), features)
     assert [file.tell() for file in shards.files.values()] == places    # a fork that shares it would garble both
+    file = io.BytesIO(encoded(image, 'PNG', exif=b'Exif\0\0garbage'))
+    refused('a.png is no readable image', evaluation.read_picture, file, 'a.png')
     for workers in (0, 1):
         refused(r'^\S*absent.jpg is no readable image \(.*\)$',
                 evaluation.embed_images, model, [tmp_path / 'absent.jpg'], preprocess, 4, workers)
@@ -1692,14 +1700,23 @@ def test_torn_checkpoints_and_full_disks(monkeypatch, fit, whole, tmp_path, caps
     with monkeypatch.context() as patch:                                # a signal while the last checkpoint is written
         patch.setattr(torch, 'save', lambda state, file: (write(state, file), state['step'] == 6 and os.kill(
             os.getpid(), signal.SIGTERM)))
-        assert fit(tmp_path / 'end', *SIX) == 128 + signal.SIGTERM and not (tmp_path / 'end/eval.json').exists()
+        assert fit(tmp_path / 'end', *SIX, '--save-every', 4) == 128 + signal.SIGTERM
+    assert not (tmp_path / 'end/eval.json').exists()
     with open(tmp_path / 'end/log.jsonl', 'a') as file:                 # a full disk cut a line short
-        file.write('{"step": 3, "lo')
+        file.write('{"step": 3, "lo\n')
     assert fit(tmp_path / 'end', *flags) == 0 and (tmp_path / 'end/eval.json').exists()
     same_run(whole, tmp_path / 'end')
-    assert fit(full, *SIX, '--resume', whole / 'previous.pt') == 0 and (full / 'before.pt').exists()
+    old, elsewhere = (full / 'last.pt').read_bytes(), ['--resume', whole / 'previous.pt']       # another run's
+    assert 'not clip' in fit(full, *SIX, *elsewhere, '--method', 'clip') and (full / 'last.pt').read_bytes() == old
+    assert fit(full, *SIX, *elsewhere) == 0 and (full / 'before.pt').read_bytes() == old
+    assert not (full / 'previous.pt').exists() and [entry['step'] for entry in read_log(full)] == [5, 6]
+    shutil.copy(whole / 'log.jsonl', full)
+    same_run(whole, full)
+    shutil.copy(whole / 'previous.pt', full)
+    assert fit(full, *SIX, '--resume', full / 'previous.pt') == 0 and (full / 'before.pt').read_bytes() == old
     same_run(whole, full)
     shutil.copy(whole / 'previous.pt', full / 'last.pt')
+    capsys.readouterr()
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')               # torchrun --max-restarts, without --resume
     assert fit(full, *SIX) == 0 and 'steps 4 to 6' in capsys.readouterr().out
     same_run(whole, full)
@@ -1864,6 +1881,7 @@ WRONG = [               # a command, and what its sentence must name; SCENES is 
     (evaluation, 'retrieval bare.pt --shards SCENES/val', ['bare.pt', "KeyError: 'config'"]),
     (evaluation, 'retrieval odd.pt --shards SCENES/val', ['odd.pt', "visual.proj ('int',), not (24, 16)"]),
     (evaluation, 'search fine.pt x --images bad', ['no image of bad', 'can be read']),
+    (evaluation, 'classify fine.pt --dataset sun397 --split trian', ["'trian'", 'no splits']),
     (evaluation, 'classify fine.pt --dataset cifar10 --split trian', ["'trian'", 'train and test']),
     (evaluation, 'retrieval fine.pt --shards broken.tar', ['broken.tar:a.jpg', 'cannot be read']),
     (evaluation, 'retrieval fine.pt --shards SCENES/val --device tpu', ['--device tpu', 'cannot be', 'cpu']),

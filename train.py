@@ -302,7 +302,10 @@ class Run:
         """What --resume asks for, read; None for a fresh start. auto goes back to previous.pt where last.pt is torn."""
         last, previous, resume = self.out / 'last.pt', self.out / 'previous.pt', self.options.resume
         kept, saved = [path for path in (last, previous) if path.exists()], None
-        if kept and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+        again = torch.tensor(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)), device=self.device)
+        if self.world > 1:                                              # only the node that failed counts
+            dist.all_reduce(again, dist.ReduceOp.MAX)
+        if kept and again:
             resume = 'auto'                                             # torchrun --max-restarts has started it again
         paths = kept if resume == 'auto' else [resume] if resume else []
         for path in paths:
@@ -315,19 +318,19 @@ class Run:
                 print(f'WARNING    {error}\nWARNING    going on from {previous} instead')
                 if self.main:                                           # else it would become the next previous.pt
                     os.replace(last, self.out / 'torn.pt')
+        if saved is not None:
+            if not isinstance(saved, dict) or not {'step', 'config', 'options', 'merges', 'optimizer'} <= saved.keys():
+                raise ValueError(f'{path} is no checkpoint of train.py, so there is no run to resume in it')
+            for name in ('preset', 'method'):
+                was, now = saved['options'][name], getattr(self.options, name)
+                if was != now:
+                    raise ValueError(f'{path} was trained with --{name} {was}, not {now}; give the same to resume it')
         own = resume == 'auto' or resume and self.out.resolve() in Path(resume).resolve().parents
         if kept and not own and self.main:
             print(f'note       the {kept[0].name} of the run before is now {self.out}/before.pt')
             os.replace(kept[0], self.out / 'before.pt')
-            previous.unlink(missing_ok=True)                            # or auto would take it for this run's
-        if saved is None:
-            return None
-        if not isinstance(saved, dict) or not {'step', 'config', 'options', 'merges', 'optimizer'} <= saved.keys():
-            raise ValueError(f'{path} is no checkpoint of train.py, so there is no run to resume in it')
-        for name in ('preset', 'method'):
-            was, now = saved['options'][name], getattr(self.options, name)
-            if was != now:
-                raise ValueError(f'{path} was trained with --{name} {was}, not {now}; give the same to resume it')
+            for name in ('previous.pt', 'log.jsonl', 'eval.json', 'attention.png', 'strip.png'):    # not of this run
+                (self.out / name).unlink(missing_ok=True)
         return saved
 
     def restore(self, saved):
@@ -578,9 +581,9 @@ def log_line(e, total):
 
 
 def read_log(path):
-    """The entries of log.jsonl, without lines that a kill or a full disk has cut short."""
+    """The entries of log.jsonl, without lines that a kill or a full disk cut short, and what was written onto them."""
     entries = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors='replace').splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             entries.append(json.loads(line))
     return entries
@@ -671,9 +674,10 @@ def train(run):
         if stop:
             return caught[0] if caught else signal.SIGTERM
     run.save()                                                          # while no signal can cut it short
+    (stop,) = agree(run, bool(caught))                                  # all wait for rank 0's, and end alike
     for number, handler in handlers.items():                            # nothing left to lose: a signal may end it
         signal.signal(number, handler)
-    return caught[0] if caught else 0
+    return 0 if not stop else caught[0] if caught else signal.SIGTERM
 
 
 def evaluate(run):
