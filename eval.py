@@ -51,7 +51,7 @@ def need(condition, message):
 
 @contextlib.contextmanager
 def reading(path):
-    """What goes wrong while the file at `path` is read and taken apart becomes a sentence, which a ValueError is."""
+    """Errors in reading and taking apart the file at `path` become a ValueError that names it."""
     try:
         yield
     except (OSError, UnicodeError, json.JSONDecodeError, csv.Error,

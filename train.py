@@ -299,7 +299,10 @@ class Run:
         return iter(loader(self.views, order, workers))
 
     def find_checkpoint(self):
-        """What --resume asks for, read; None for a fresh start. auto goes back to previous.pt where last.pt is torn."""
+        """What --resume asks for, read; None for a fresh start. auto goes back to previous.pt where last.pt is torn.
+
+        Where it is not this --out's own run that goes on, the checkpoint there is kept as before.pt, its log is not.
+        """
         last, previous, resume = self.out / 'last.pt', self.out / 'previous.pt', self.options.resume
         kept, saved = [path for path in (last, previous) if path.exists()], None
         again = torch.tensor(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)), device=self.device)
