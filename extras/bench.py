@@ -1,0 +1,187 @@
+"""Where the time of a training step goes, and what one worker of the loader does.
+
+    python -m extras.bench step --preset vit-b-16 --batch 128     time by part, FLOPs, share of the matmul peak
+    python -m extras.bench loader SHARDS                          samples a second of one worker, by part
+"""
+import contextlib
+import math
+import statistics
+import time
+from collections import defaultdict
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from cosmos import COSMOS, PRESETS, Config, Teacher
+from data import Parser, Shards, Tokenizer, Views, cli, decode
+
+SECONDS = 5             # time for each part of the loader
+
+# --- 1. A step -------------------------------------------------------------------------------------------------------
+
+class Clock:
+    """`with clock('backward'): ...` adds the seconds of the block to clock.seconds['backward'], the GPU's included."""
+
+    def __init__(self, device):
+        self.device = device
+        self.seconds = defaultdict(list)
+
+    @contextlib.contextmanager
+    def __call__(self, part):
+        begun = time.perf_counter()
+        yield
+        if self.device.type != 'cpu':
+            torch.accelerator.synchronize()
+        self.seconds[part].append(time.perf_counter() - begun)
+
+
+def matmul_peak(device, dtype):
+    """FLOP/s of a product of two matrices that are large enough to hide a GPU's launch, the best of 12."""
+    n = 2048 if device.type == 'cpu' else 8192
+    matrix = torch.randn(n, n, device=device, dtype=dtype)
+    clock = Clock(device)
+    for _ in range(12):
+        with clock('product'):
+            matrix @ matrix
+    return 2 * n ** 3 / min(clock.seconds['product'])
+
+
+def random_views(config, method, B, device):
+    """V images of noise and U captions of random words: the globals of a method, and 6 local ones of each kind."""
+    sides = [config.image_size] * method.global_images
+    lengths = [config.context_length] * method.global_captions
+    if method.local_images:
+        sides += [config.local_image_size] * 6
+    if method.local_captions:
+        lengths += [min(24, config.context_length)] * 6     # as the longest sentence of a batch
+    images = [torch.randn(B, 3, side, side, device=device) for side in sides]
+    texts = []
+    for length in lengths:
+        tokens = torch.randint(1, config.vocab_size - 2, (B, length), device=device)
+        tokens[:, -1] = config.vocab_size - 1               # the end
+        texts.append(tokens)
+    return images, texts
+
+
+def measure_step(preset, method, batch, precision, steps, device, compile):
+    """Steps on random data, timed by part: medians, samples/s, memory, FLOPs and their share of the machine's peak."""
+    device = torch.device(device)
+    train.keep_memory()
+    recipe = train.METHODS[method]
+    changes = {} if recipe.heads else {'cross_heads': 0}
+    config = Config.preset(preset, **changes)
+    precision, dtype = train.choose_precision(precision, device)
+    torch.manual_seed(0)
+    model = COSMOS(config).to(device)
+    teacher = Teacher(model) if recipe.terms else None
+    optimizer = train.make_optimizer(model, 1e-4, 0.1)
+    images, texts = random_views(config, recipe, batch, device)
+    taught = texts[:2] if len(recipe.terms) > 1 else []
+    clock = Clock(device)
+
+    def step():
+        target = ()
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            with clock('student forward'):
+                out = model(images, texts)
+            if teacher:
+                with clock('teacher forward'):
+                    target = teacher(images[:2], taught)
+        with clock('losses'):
+            loss = train.losses(model, recipe, out, target)
+        with clock('backward'):
+            loss.total.backward()
+        with clock('AdamW'):
+            optimizer.step()
+            optimizer.zero_grad()
+        if teacher:
+            with clock('EMA'):
+                teacher.update(model, 0.99)
+
+    with FlopCounterMode(display=False) as counter:         # of matrix products
+        step()
+    if compile:
+        train.compile_blocks(model)
+    for _ in range(steps + 2):                              # the first two warm up
+        with clock('step'):
+            step()
+    print(f'{preset}, {method}, batch {batch}, {len(images)} images and {len(texts)} captions, '
+          f'{precision} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}')
+    report(clock, steps, batch, counter.get_total_flops(), matmul_peak(device, dtype))
+
+
+def report(clock, steps, batch, flops, peak):
+    """Print medians of the last `steps`, samples/s, memory, and FLOP/s beside the peak of a product of matrices."""
+    medians = {part: statistics.median(seconds[-steps:]) for part, seconds in clock.seconds.items()}
+    step = medians.pop('step')
+    for part, seconds in medians.items():
+        print(f'{part:18} {1000 * seconds:10.1f} ms   {seconds / step:4.0%}')
+    memory = train.peak_memory(clock.device)
+    speed = flops / step
+    print(f'step               {1000 * step:10.1f} ms   {batch / step:,.1f} samples/s   {memory:.2f} GiB')
+    print(f'FLOPs              {flops / 1e9:10,.3f} GFLOP   {speed / 1e9:,.1f} GFLOP/s, '
+          f'{speed / peak:.0%} of the {peak / 1e9:,.0f} that a product of large matrices reaches here')
+
+
+# --- 2. The loader ---------------------------------------------------------------------------------------------------
+
+def measure_loader(pattern, preset, rate):
+    """What one worker does a second, by part, and how many such workers `rate` samples a second need."""
+    shards = Shards(pattern)
+    config = Config.preset(preset)
+    order = np.random.default_rng(0).permutation(len(shards))
+    tokenizer = Tokenizer([], config.context_length)        # ids of words are cached, so merges cost no time
+    views = Views(shards, tokenizer, config, seed=0, batch=1)
+    torch.set_num_threads(1)                                # as in a worker
+
+    def read(i):
+        shards.image(i)
+        shards.record(i)
+
+    def read_and_decode(i):
+        decode(shards.image(i))
+
+    def make_sample(i):
+        views[0, 0, i]
+
+    parts = {'read': read, 'read and decode': read_and_decode, 'whole sample': make_sample}
+    for name, part in parts.items():
+        done = 0
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < SECONDS:
+            with contextlib.suppress(Exception):            # training goes on after a bad pair, too
+                part(order[done % len(order)])
+            done += 1
+        speed = done / (time.perf_counter() - begun)
+        print(f'{name:16} {speed:9,.0f} samples/s')
+    print(f'{rate:,.0f} samples/s need {math.ceil(rate / speed)} workers of this kind ({preset})')
+
+
+# --- 3. Commands -----------------------------------------------------------------------------------------------------
+
+def main():
+    parser = Parser(description=__doc__.split('\n')[0])
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser('step', help='time of a training step by part, on random data')
+    command.add_argument('--preset', choices=PRESETS, default='vit-b-16')
+    command.add_argument('--method', choices=train.METHODS, default='cosmos')
+    command.add_argument('--batch', type=int, default=32)
+    command.add_argument('--precision', choices=['auto', 'bf16', 'fp16', 'fp32'], default='auto')
+    command.add_argument('--steps', type=int, default=10)
+    command.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    command.add_argument('--compile', action='store_true', help="compile the transformer's blocks")
+    command.set_defaults(run=measure_step)
+    command = commands.add_parser('loader', help='samples a second of one loader worker, by part')
+    command.add_argument('pattern', help='folder, glob or pattern of shards')
+    command.add_argument('--preset', choices=PRESETS, default='vit-b-16')
+    command.add_argument('--rate', type=float, default=1000, help='samples/s that the GPUs take')
+    command.set_defaults(run=measure_loader)
+    options = vars(parser.parse_args())
+    run = options.pop('run')
+    run(**options)
+
+
+if __name__ == '__main__':
+    cli(main)

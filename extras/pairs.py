@@ -1,0 +1,244 @@
+"""Hard negatives: k images and k captions that differ in one thing, and which the model tells apart.
+
+    python -m extras.pairs CKPT --items FILE --images DIR     SugarCrepe, SVO-Probes, Winoground, MMVP-VLM, or your own
+    python -m extras.pairs CKPT --suppression DIR             DIR/probes.json: dominant against small objects
+
+Your own items are JSON lines, {"images": ["a.jpg", "b.jpg"], "captions": ["a dog on a cat", "a cat on a dog"],
+"type": "relation"}: the right ones at equal positions, k images and k captions, 1 and k, or k and 1.
+"""
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data import Parser, cli
+from eval import (IMAGE_KINDS, add_options, embed_images, embed_texts, execute, need, read_json,
+                  reading)
+from extras.prepare import read_rows
+
+# --- 1. Items, and the layouts they are published in -----------------------------------------------------------------
+
+class Item(NamedTuple):
+    """Image i and caption i belong together. The side with one entry has the right one of the other side first."""
+    images: list            # names
+    captions: list
+    kind: str = None        # of what differs; the scores are given per kind
+
+
+def read_sugarcrepe(row):
+    return Item([row['filename']], [row['caption'], row['negative_caption']])
+
+
+def read_svo(row):
+    item = Item([row['pos_image_id'], row['neg_image_id']], [row['sentence']])
+    for kind in ('subj_neg', 'verb_neg', 'obj_neg'):
+        if str(row.get(kind)).lower() == 'true':
+            item = item._replace(kind=kind)
+    return item
+
+
+def read_winoground(row):
+    images = [row['image_0'], row['image_1']]
+    return Item(images, [row['caption_0'], row['caption_1']], row.get('tag'))
+
+
+def read_mmvp(row):
+    """Half of an item: the next row has the other image and statement."""
+    image = f"{row['Type']}/{row['Question ID']}"
+    return Item([image], [f"a photo of {row['Statement']}"], row['Type'])
+
+
+def read_ours(row):
+    return Item(row['images'], row['captions'], row.get('type'))
+
+
+LAYOUTS = {             # what tells a layout: the names in its rows
+    ('images', 'captions'): read_ours,
+    ('filename', 'caption', 'negative_caption'): read_sugarcrepe,
+    ('pos_image_id', 'neg_image_id', 'sentence'): read_svo,
+    ('image_0', 'image_1', 'caption_0', 'caption_1'): read_winoground,
+    ('Question ID', 'Type', 'Statement'): read_mmvp,
+}
+
+
+def find_layout(row, place):
+    """The function that reads this row."""
+    for names, read in LAYOUTS.items():
+        if set(names) <= row.keys():
+            return read
+    raise ValueError(f"{place} has the keys {', '.join(map(str, row))}; it needs images and captions, "
+                     'or those of SugarCrepe, SVO-Probes, Winoground or MMVP-VLM')
+
+
+def join_halves(halves):
+    """MMVP-VLM: rows 1 and 2 are an item of two images and two statements, rows 3 and 4 the next."""
+    items = []
+    for first, second in zip(halves[::2], halves[1::2]):
+        images = first.images + second.images
+        items.append(Item(images, first.captions + second.captions, first.kind))
+    return items
+
+
+def check_item(item, place):
+    """ValueError unless the item asks a question that has one right answer."""
+    lists = isinstance(item.images, list) and isinstance(item.captions, list)
+    need(lists and all(isinstance(caption, str) for caption in item.captions),
+         f'{place} needs a list of images and a list of captions in words')
+    k = len(item.images)
+    m = len(item.captions)
+    need(k == m > 1 or min(k, m) == 1 < max(k, m),
+         f'{place} has {k} images and {m} captions; give k and k, k and 1, 1 and k')
+
+
+def read_items(path):
+    """The items of a hard-negative test, from JSONL, JSON or CSV in one of the layouts above."""
+    rows = read_rows(path)
+    items = []
+    for number, row in enumerate(rows, 1):
+        read = find_layout(row, f'item {number} of {path}')
+        items.append(read(row))
+    if 'Question ID' in rows[0]:
+        need(len(items) % 2 == 0,
+             f'{path} has {len(items)} rows, but two of MMVP-VLM make an item; is it whole?')
+        items = join_halves(items)
+    for number, item in enumerate(items, 1):
+        check_item(item, f'item {number} of {path}')
+    return items
+
+
+# --- 2. Scores -------------------------------------------------------------------------------------------------------
+
+def choices_right(scores):
+    """scores (k, m), the right row of column j is row j -> min(k, m) bools: is it above all others? A tie is a miss.
+
+    Empty where there is one row only, and so nothing to choose from.
+    """
+    right = scores.diagonal()
+    others = len(scores) - 1
+    if others == 0:
+        return []
+    return ((scores[:, :len(right)] < right).sum(dim=0) == others).tolist()
+
+
+def pair_scores(matrices):
+    """Score matrices (k images, m captions) of items -> shares of items that are right in all questions of a side.
+
+    image_score: each caption finds its image; text_score: each image finds its caption; group_score: both, as
+    Winoground defines them.
+    """
+    k, m = matrices[0].shape
+    image_right = np.array([all(choices_right(scores)) for scores in matrices])
+    text_right = np.array([all(choices_right(scores.T)) for scores in matrices])
+    figures = {'items': len(matrices)}
+    if k > 1:
+        figures['image_score'] = float(image_right.mean())
+        figures['image_chance'] = k ** -min(k, m)
+    if m > 1:
+        figures['text_score'] = float(text_right.mean())
+        figures['text_chance'] = m ** -min(k, m)
+    if min(k, m) > 1:
+        figures['group_score'] = float((image_right & text_right).mean())
+    return figures
+
+
+def find_image(root, name):
+    """The file of an image that a published table names with or without an ending."""
+    for ending in ('', *IMAGE_KINDS):
+        path = Path(root, f'{name}{ending}')
+        if path.is_file():
+            return path
+    return Path(root, f'{name}')
+
+
+def score_items(model, tokenizer, preprocess, items, root, workers=0):
+    """Items -> their score matrices (k, m). Every image and every caption is embedded once."""
+    names = {}              # name: row of its feature
+    captions = {}
+    for item in items:
+        for name in item.images:
+            names.setdefault(name, len(names))
+        for caption in item.captions:
+            captions.setdefault(caption, len(captions))
+    paths = [find_image(root, name) for name in names]
+    image = embed_images(model, paths, preprocess, workers=workers)
+    text = embed_texts(model, tokenizer, list(captions))
+    matrices = []
+    for item in items:
+        rows = image[[names[name] for name in item.images]]
+        columns = text[[captions[caption] for caption in item.captions]]
+        matrices.append(rows @ columns.T)
+    return matrices
+
+
+def score_pairs(model, tokenizer, preprocess, path, root, workers=0):
+    """The scores of a file of items: of all with so many images and captions, and of each kind."""
+    items = read_items(path)
+    groups = defaultdict(list)
+    all_scores = score_items(model, tokenizer, preprocess, items, root, workers)
+    for item, scores in zip(items, all_scores):
+        shape = f'{len(item.images)} x {len(item.captions)}'
+        groups[f'all {shape}'].append(scores)
+        if item.kind:
+            groups[f'{item.kind} {shape}'].append(scores)
+    return {name: pair_scores(matrices) for name, matrices in groups.items()}
+
+
+# --- 3. Feature suppression ------------------------------------------------------------------------------------------
+
+def suppression(model, tokenizer, preprocess, root, workers=0):
+    """Feature suppression by root/probes.json, for the dominant and for the small object of each probe.
+
+    Scenes A and B differ in the small object only, A and C in the dominant one. scene_top1: how often a name of the
+    object finds its scene of the two, with the standard error over probes. name_top1: how often scene A finds the name
+    among nine others.
+    """
+    path = Path(root, 'probes.json')
+    probes = read_json(path)
+    need(probes, f'{path} lists no probe')
+    figures = {}
+    for role, other in (('dominant', 'C'), ('small', 'B')):
+        scenes = []
+        names = []
+        with reading(path):
+            for probe in probes:
+                images = probe['images']
+                query = probe[f'{role}_query']
+                right = query['positive']
+                scenes.append(Item([images['A'], images[other]], [right, query['swap']]))
+                names.append(Item([images['A']], [right, *query['negatives']]))
+        matrices = score_items(model, tokenizer, preprocess, scenes + names, root, workers)
+        share = np.array([np.mean(choices_right(scores)) for scores in matrices[:len(probes)]])
+        named = pair_scores(matrices[len(probes):])
+        figures[role] = {'probes': len(probes),
+                         'scene_top1': float(share.mean()), 'scene_chance': 0.5,
+                         'name_top1': named['text_score'], 'name_chance': named['text_chance']}
+        if len(probes) > 1:
+            figures[role]['standard_error'] = float(share.std(ddof=1) / math.sqrt(len(probes)))
+    return figures
+
+
+# --- 4. Command ------------------------------------------------------------------------------------------------------
+
+def run_pairs(args, model, tokenizer, preprocess):
+    if args.suppression:
+        return suppression(model, tokenizer, preprocess, args.suppression, args.workers)
+    root = args.images or Path(args.items).parent
+    return score_pairs(model, tokenizer, preprocess, args.items, root, args.workers)
+
+
+def main():
+    parser = Parser(description=__doc__.split('\n')[0])
+    add_options(parser)
+    parser.set_defaults(command='pairs', run=run_pairs)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument('--items',
+                        help='JSONL of images and captions, or a file of one of the four published sets')
+    source.add_argument('--suppression', help='folder with probes.json')
+    parser.add_argument('--images', help='folder of the images of --items (default: beside it)')
+    execute(parser.parse_args())
+
+
+if __name__ == '__main__':
+    cli(main)
