@@ -1,26 +1,30 @@
 """COSMOS: cross-modality self-distillation for vision-language pre-training (CVPR 2025, arXiv 2412.01814).
 
-CLIP matches a picture with its caption by one vector each, and big objects drown small ones. COSMOS shows a student
-crops of both: image crops, and text crops (single sentences). A slowly moving teacher sees whole pictures and long
-captions. Each vector of the student looks into the tokens of the other modality, and then has to find the teacher's
-vectors. So a sentence about a small object must be found in the picture.
+CLIP matches one vector of a picture with one vector of its caption, and in both big objects drown small ones. COSMOS
+shows a student network crops: parts of the picture, and single sentences of the caption. A teacher network, a slow
+average of the student, sees whole pictures and long captions. Each vector of the student attends to the tokens of the
+other modality, and must then tell the teacher's vectors of its own pair from those of all others. So a sentence about a
+small object has to be found in the picture.
 
-One training step. Every name is a name below.
+One training step. Every name in the code is defined below.
 
-    images = [2 global views (B,3,224,224), 6 local (B,3,96,96)]             texts = [2 global (B,77), 6 local (B,T)]
-                     |                                                                   |
-    student     VisionTower ---- patch tokens of view 0 --.    .-- word tokens of caption 0 ---- TextTower
-                     |                                     |  |                                  |
-              [cls] (V,B,D) --- query ---> text_cross <----|--'                                  |
-                     |                         |           '----> image_cross <--- query --- [eot] (U,B,D)
-                     '---------- + ------------'                      '------------- + ----------'
-                     |           |                                                   |           |
-                     |       image_x = h_I, Eq. 1                     Eq. 2, text_x = h_T        |
-                     |           |                                                   |           |
-                     |           '--- cosmos_loss, against the teacher, Eq. 6 ---------'           |
-                     '------------------------------ clip_loss ------------------------------------'
-
-    teacher     an EMA copy of the student that sees only the 2 + 2 globals, without gradient or cross-attention
+    images: 2 global (B,3,224,224), 6 local (B,3,96,96)          texts: 2 global (B,77), 6 local (B,T)
+                     |                                                       |
+    student     VisionTower, also gives                                 TextTower, also gives
+                patch tokens of view 0                                  text tokens of caption 0
+                     |                                                       |
+               [cls] (V,B,D) ------------------ clip_loss ------------- [eot] (U,B,D)
+                     |                                                       |
+         text_cross(query [cls],                                 image_cross(query [eot],
+                    keys text tokens) + [cls]                                keys patch tokens) + [eot]
+                     |                                                       |
+              image_x = h_I, Eq. 1                                    text_x = h_T, Eq. 2
+                     |                                                       |
+                     '----------> cosmos_loss, Eq. 6: each <-----------------'
+                                  against both of the teacher's
+                                               |
+    teacher     an EMA copy of the student: [cls] (2,B,D) and [eot] (2,B,D) of the 2 + 2 globals, without gradient
+                and without cross-attention
 
     out = model(images, texts)                                          # student, all views
     teacher_image, teacher_text = teacher(images[:2], texts[:2])        # teacher, globals only
@@ -28,17 +32,20 @@ One training step. Every name is a name below.
     loss = loss + cosmos_loss(out, teacher_image, teacher_text, model.distill_logit_scale.exp())
     loss.backward()
     optimizer.step()
-    teacher.update(model, momentum)
+    model.clamp_scales()
+    teacher.update(model, momentum)                                     # momentum is lambda: 0.999 at batch 1,024
 
-Read it beside Section 3 of the paper. Sections 1-3 below are CLIP (skip them if you know it), 4-7 are COSMOS.
+Read it beside Section 3 of the paper. Parts 1-3 of this file are CLIP: skim them if you know it. Parts 4-7 are COSMOS.
 
 Notation in every shape comment. Views come first, (V, B, D), and views 0 and 1 are the two globals, always.
     B pairs on this GPU     N pairs on all GPUs     V image views, 2 global + local     U captions, 2 global + local
-    P patches               T word tokens           L tokens of a sequence, either kind      n sequences of one length
-    C tower width           D joint width           H attention heads, d = C / H        Q rows of queries
+    P patches               T text tokens, with padding     L rows of a sequence: T, or 1 + P with the class token
+    C tower width           D joint width                   n sequences that go through a tower together
+    Q rows of queries       H attention heads, d = C / H
 
-`code≠paper:` marks where we follow the released code (github.com/ExplainableML/cosmos) and the paper's text differs or
-is silent. `ours:` marks a deliberate difference from that code. Parameters of the towers have open_clip's names.
+`code≠paper:` marks a place where the paper's text says otherwise or nothing, and we follow the released code
+(github.com/ExplainableML/cosmos). `model.py:274` and the like are lines of that code. `ours:` marks a
+deliberate difference from it. Parameters of the towers have open_clip's names.
 """
 import copy
 import math
@@ -57,9 +64,9 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides the shapes of the parameters. Raises ValueError when the sizes do not fit together."""
+    """The sizes of a model and of its views. Raises ValueError when they do not fit together."""
     embed_dim: int = 512            # D, the joint space of images and texts
-    image_size: int = 224  # side of a global view, in pixels; fixes the grid of position embeddings
+    image_size: int = 224           # side of a global view, in pixels; fixes the grid of positions
     local_image_size: int = 96      # side of a local view
     patch_size: int = 16
     vision_width: int = 768
@@ -69,8 +76,8 @@ class Config:
     text_layers: int = 12
     text_heads: int = 8
     context_length: int = 77        # T of a caption that is not cut
-    vocab_size: int = 49408         # CLIP's; id vocab_size - 1 ends a text and must be the largest
-    cross_heads: int = 8    # heads of C^I and C^T; 0 builds a plain CLIP without anything of COSMOS
+    vocab_size: int = 49408         # CLIP's; TextTower finds the end of a text by its id, the last
+    cross_heads: int = 8            # attention heads inside C^I and C^T; 0: plain CLIP without them
 
     def __post_init__(self):
         for size, part in (
@@ -79,9 +86,10 @@ class Config:
                 ('vision_width', 'vision_heads'),
                 ('text_width', 'text_heads'),
                 ('embed_dim', 'cross_heads')):
-            if getattr(self, part) and getattr(self, size) % getattr(self, part):
-                raise ValueError(f'{size} {getattr(self, size)} is no multiple of {part} {getattr(self, part)}; '
-                                 'change one of them')
+            whole = getattr(self, size)
+            divisor = getattr(self, part)
+            if divisor and whole % divisor:         # cross_heads may be 0
+                raise ValueError(f'{size} {whole} is no multiple of {part} {divisor}; change one of them')
 
     @classmethod
     def preset(cls, name, **changes):
@@ -90,8 +98,8 @@ class Config:
 
 
 PRESETS = {
-    'vit-b-16': Config(),                                             # the paper's main model: 152,382,466 parameters
-    'vit-b-32': Config(patch_size=32),                                  # the other released one
+    'vit-b-16': Config(),                           # the paper's main model: 152,382,466 parameters
+    'vit-b-32': Config(patch_size=32),              # the other released one
     'vit-s-16': Config(embed_dim=384, vision_width=384, vision_heads=6, text_width=384, text_heads=6),
     'tiny': Config(
         embed_dim=128, image_size=64, local_image_size=32, patch_size=8,
@@ -114,8 +122,8 @@ def attention_weights(q, k, mask=None):
 class Attention(nn.Module):
     """Multi-head attention with the parameters, names and initial values of nn.MultiheadAttention.
 
-    It is written out because three uses need what that module hides: one row of queries in the last block, the weights
-    of cross-attention for the pictures, and the correlative form for segmentation.
+    Written out, because we need q, k and v themselves: for the weights that the pictures show, and for the correlative
+    form of segmentation. The query may be one row, as in the last block.
     """
 
     def __init__(self, width, heads):
@@ -130,7 +138,7 @@ class Attention(nn.Module):
     def project(self, query, context):
         """query (n, Q, C), context (n, L, C) -> q (n, H, Q, d), k and v (n, H, L, d)."""
         C = query.shape[-1]
-        if query is context:                                            # one product instead of two
+        if query is context:                        # self-attention: one product, not two
             q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
             weight_q, weight_kv = self.in_proj_weight.split([C, 2 * C])
@@ -144,13 +152,13 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, query, context, mask=None, csa=False):
-        """query (n, Q, C) reads context (n, L, C) -> (n, Q, C). mask (Q, L) or (n, 1, Q, L)."""
+        """query (n, Q, C) reads context (n, L, C) -> (n, Q, C). mask (Q, L) or (n, 1, Q, L), not with csa."""
         q, k, v = self.project(query, context)
-        if csa:     # SCLIP's correlative self-attention: places that look alike attend to each other and stay put
+        if csa:     # SCLIP: q with q, k with k. A patch attends to itself and to what looks like it
             x = (attention_weights(q, q) + attention_weights(k, k)) @ v
         elif q.device.type == 'cpu':
             x = attention_weights(q, k, mask) @ v
-        else:       # the same; on CPUs it takes up to five times as long at the short sequences of COSMOS
+        else:       # the same in one kernel, on CPUs up to 5 times as slow at short lengths
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
@@ -189,18 +197,18 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. `grad_checkpointing` trades a second forward pass for the memory of all activations."""
+    """A stack of blocks. `grad_checkpointing` saves memory: it computes activations again in the backward."""
 
     def __init__(self, width, layers, heads):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.grad_checkpointing = False
 
-    def forward(self, x, row, keep=0, mask=None, csa=False):
-        """x (n, L, C), row (n,) -> that row of each sequence (n, C), and all rows of the first `keep` ones or None.
+    def forward(self, x, row, keep_first=0, mask=None, csa=False):
+        """x (n, L, C), row (n,) -> that row of each sequence (n, C), and all rows of the first `keep_first` or None.
 
-        Only cross-attention reads whole sequences, and only those of view 0. All others are read at one row, so the
-        last block computes no more than that. Deeper down every row is needed.
+        Cross-attention and encode_dense read whole sequences, of view 0 only. Of all others one row is read, so the
+        last block computes only that one. The blocks before it need every row.
         """
         *blocks, last = self.resblocks
         for block in blocks:
@@ -208,12 +216,12 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, mask, use_reentrant=False)
             else:
                 x = block(x, mask)
-        if not keep:
+        if not keep_first:
             return last(x, mask, row)[:, 0], None
-        tokens = last(x[:keep], mask, csa=csa)                          # (keep, L, C)
-        rows = pick(tokens, row[:keep])                                 # (keep, 1, C)
-        if keep < len(x):
-            others = last(x[keep:], mask, row[keep:])                   # (n - keep, 1, C)
+        tokens = last(x[:keep_first], mask, csa=csa)                    # (keep_first, L, C)
+        rows = pick(tokens, row[:keep_first])                           # (keep_first, 1, C)
+        if keep_first < len(x):
+            others = last(x[keep_first:], mask, row[keep_first:])       # (n - keep_first, 1, C)
             rows = torch.cat([rows, others])
         return rows[:, 0], tokens
 
@@ -249,8 +257,8 @@ class VisionTower(nn.Module):
             return self.positional_embedding
         cls, patches = self.positional_embedding.split([1, grid ** 2])
         patches = patches.T.unflatten(1, (grid, grid))[None]            # (1, C, grid, grid)
-        # code≠paper: DINO's + 0.1 guarded against rounding a size down. It also shifts where the grid is sampled, so
-        # released weights need it: without, 96-pixel crops get other positions. transformer.py:646-669
+        # code≠paper: DINO adds 0.1 so that rounding never loses a row. This also stretches the grid a little, and the
+        # released weights were trained so: without it local crops get other positions. transformer.py:646-669
         zoom = (h + 0.1) / grid, (w + 0.1) / grid
         patches = F.interpolate(patches, scale_factor=zoom, mode='bicubic')  # (1, C, h, w)
         return torch.cat([cls, patches[0].flatten(1).T])
@@ -262,17 +270,17 @@ class VisionTower(nn.Module):
         if height % p or width % p:
             raise ValueError(f'an image of {height} x {width} pixels cannot be cut into patches of {p}; '
                              'resize or pad it to multiples of that')
-        # Patches do not overlap, so conv1 is one matrix product with them: in bf16 on CPUs 3 to 5 times as fast.
+        # Patches do not overlap, so conv1 equals a matrix product, which in bf16 on CPUs is 3 to 5 times as fast.
         patches = F.unfold(images, kernel_size=p, stride=p).transpose(1, 2)  # (n, P, 3 * p * p)
         patches = F.linear(patches, self.conv1.weight.flatten(1))       # (n, P, C)
         cls = self.class_embedding.expand(n, 1, -1)
         return torch.cat([cls, patches], dim=1) + self.positions(height // p, width // p)
 
     def forward(self, views, keep=False, csa=False):
-        """views: list of V (B, 3, h, w) -> [cls] (V, B, D), and if `keep` the patch tokens of view 0 (B, P, C) or None.
+        """views: list of V (B, 3, h, w) -> [cls] (V, B, D); with `keep` patch tokens of view 0 (B, P, C), else None.
 
-        Sizes may differ between views; views of one size share a pass. The tokens come after ln_post and without the
-        class token, which is the query, never a key.
+        Sizes may differ between views; neighbours of one size share a pass. The tokens come after ln_post and without
+        the class token: it is a query, never a key.
         """
         B = len(views[0])
         pooled = []
@@ -280,7 +288,7 @@ class VisionTower(nn.Module):
         for images in same_size(views):
             x = self.ln_pre(self.embed(images))                         # (n, 1 + P, C)
             class_row = x.new_zeros(len(x), dtype=torch.long)
-            keep_first = B if keep and not pooled else 0              # view 0 is in the first group
+            keep_first = B if keep and not pooled else 0      # only the first group holds view 0
             cls, whole = self.transformer(x, class_row, keep_first, csa=csa)
             pooled.append(self.ln_post(cls) @ self.proj)                # (n, D)
             if keep_first:
@@ -289,7 +297,7 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Causal transformer. The end-of-text token is the only one that has seen the whole caption: it is the sentence."""
+    """Causal transformer. The end-of-text token is the first that has seen the whole caption, so it stands for it."""
 
     def __init__(self, config):
         super().__init__()
@@ -308,25 +316,25 @@ class TextTower(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
     def forward(self, captions, keep=False):
-        """captions: list of U (B, T) -> [eot] (U, B, D), and if `keep` the tokens of caption 0 (B, T, C) or None.
+        """captions: list of U (B, T) -> [eot] (U, B, D); with `keep` also the tokens of caption 0 (B, T, C), else None.
 
-        A caption may be cut behind the end of its longest text, to a T of its own: attention is causal, so no row that
-        is read sees the padding. A text that is cut before its end would lose it, unnoticed. The tokens of caption 0
-        are all T positions after ln_final, padding included (code≠paper: transformer.py:772-775).
+        Each (B, T) may have a T of its own and end behind the longest of its B texts: attention is causal, so [eot]
+        never sees the padding. A text cut before its end gives a wrong [eot] without any error. The tokens of
+        caption 0 are all T positions after ln_final, padding included (code≠paper: transformer.py:772-775).
         """
         B = len(captions[0])
         pooled = []
         tokens = None
         groups = same_size(captions)
-        # One lookup for all captions: its backward fills a whole (vocab, C) gradient, each time.
+        # One lookup for all captions, because the backward of each lookup fills a (vocab, C) gradient.
         embedded = self.token_embedding(torch.cat([ids.flatten() for ids in groups]))
         embedded = embedded.split([ids.numel() for ids in groups])
         for ids, x in zip(groups, embedded):
             n, T = ids.shape
             x = x.view(n, T, -1) + self.positional_embedding[:T]        # (n, T, C)
             end = ids.argmax(dim=1)                                     # it has the largest id
-            keep_first = B if keep and not pooled else 0           # caption 0 is in the first group
-            mask = x.new_ones(T, T, dtype=torch.bool).tril()            # what comes later is not seen
+            keep_first = B if keep and not pooled else 0      # only the first group holds caption 0
+            mask = x.new_ones(T, T, dtype=torch.bool).tril()            # sees itself and earlier tokens
             eot, whole = self.transformer(x, end, keep_first, mask)
             pooled.append(self.ln_final(eot) @ self.text_projection)    # (n, D)
             if keep_first:
@@ -337,10 +345,10 @@ class TextTower(nn.Module):
 # --- 4. Cross-attention heads ------------------------------------------------------------------ Sec. 3.2, Eq. 1-2 ---
 
 class CrossAttention(nn.Module):
-    """C: global vectors of one modality pool the tokens of the other. One attention, no MLP, no mask.
+    """C^I or C^T: global vectors of one modality pool the tokens of the other. One attention, no MLP, no mask.
 
-    The residual of Eq. 1-2 is added outside. Padding positions are legal keys (code≠paper: transformer.py:210-230):
-    behind the causal mask they are further summaries of the caption, not noise.
+    COSMOS.forward adds the residual of Eq. 1-2. Padding is attended to as well (code≠paper: transformer.py:210-230):
+    those rows come after the end, have seen the whole caption too, and so are further summaries of it, not noise.
     """
 
     def __init__(self, width, heads):
@@ -376,7 +384,7 @@ class Output(NamedTuple):
 
 
 def unit(x):
-    """Rows of length 1, in float32 under any autocast: half precision here moves every logit."""
+    """Rows of length 1, in float32 under any autocast: half precision would shift every logit."""
     return F.normalize(x.float(), dim=-1)
 
 
@@ -406,8 +414,8 @@ class COSMOS(nn.Module):
         Keys and values are the tokens of image 0 and caption 0, for the queries of every view (code≠paper, which says
         "global crops"; model.py:370-382). So caption 0 comes at full length. The others may be cut, see TextTower.
         """
-        cls, patches = self.visual(images, keep=self.has_heads)   # (V, B, D), (B, P, C)
-        eot, words = self.text(texts, keep=self.has_heads)        # (U, B, D), (B, T, C)
+        cls, patches = self.visual(images, keep=self.has_heads)         # (V, B, D), (B, P, C)
+        eot, words = self.text(texts, keep=self.has_heads)              # (U, B, D), (B, T, C)
         if not self.has_heads:
             return Output(unit(cls), unit(eot), None, None)
         h_I = self.text_cross(cls, self.text_tokens(words)) + cls       # (V, B, D)  Eq. 1
@@ -458,7 +466,7 @@ class COSMOS(nn.Module):
 
     @torch.no_grad()
     def clamp_scales(self):
-        """Keep both scales in [0, ln 100], after each step: beyond, the softmax saturates and training breaks."""
+        """Clamp these logarithms to [0, ln 100] after each step: beyond, the softmax saturates and training breaks."""
         for scale in self.scales():
             scale.clamp_(0, math.log(100))
 
@@ -466,8 +474,8 @@ class COSMOS(nn.Module):
 class Teacher(nn.Module):
     """theta_t <- lambda theta_t + (1 - lambda) theta_s: an exponential moving average of the student, without gradient.
 
-    It starts as a copy and averages every parameter: the heads too, though it never runs them, so that attention can be
-    drawn from the teacher's weights, and the scales.
+    It starts as a copy and averages every parameter. It uses neither cross-attention nor scales, but with both averaged
+    it is a complete model, whose attention can be drawn.
     """
 
     def __init__(self, student):
@@ -478,7 +486,7 @@ class Teacher(nn.Module):
     def forward(self, images, texts):
         """The two global views, lists of (B, 3, s, s) and (B, T) -> image (2, B, D), text (2, B, D), of unit length.
 
-        Without texts, as a teacher of images alone needs none, the second is None.
+        Where only images are distilled, texts is empty and the second is None.
         """
         image = unit(self.model.visual(images)[0])
         if not len(texts):
@@ -487,18 +495,18 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student, momentum):
-        """ours: call it after optimizer.step, as the paper's text and DINO do. The released code averages the student
-        of one step earlier (train.py:185-193 comes before 213-221)."""
+        """ours: call it after optimizer.step, as the paper's text and DINO do. The released code calls it before, and
+        so averages the student of one step earlier (its train.py:185-193 comes before 213-221)."""
         torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - momentum)
 
 
-# --- 6. Across GPUs: my rows against everybody's columns -------------------------------------------------------------
+# --- 6. Across GPUs: the pairs of this one against the pairs of all --------------------------------------------------
 
 class Gather(torch.autograd.Function):
     """(V, B, D) on every rank -> (V, N, D) on all of them, and gradients back the same way.
 
-    ours: the gradient is exact. Every rank's loss depends on my rows, so what the others owe me is summed. The released
-    code gathers without gradient: its gradient is 1/world of the true one.
+    ours: the gradient is exact. Every rank's loss depends on my vectors, so the gradients of all ranks are summed. The
+    released code gathers without gradient, and DDP's mean over ranks leaves 1/world of the true one.
     """
 
     @staticmethod
@@ -510,7 +518,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous().clone()
+        grad = grad.contiguous().clone()            # all_reduce writes into it
         dist.all_reduce(grad)
         return grad.narrow(1, dist.get_rank() * ctx.B, ctx.B)
 
@@ -519,35 +527,34 @@ def gather(*features):
     """Several (V, B, D) -> several (V, N, D), in one collective. On one GPU they pass untouched."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return features
-    everyones = Gather.apply(torch.cat(features))
-    return everyones.split([len(x) for x in features])
+    gathered = Gather.apply(torch.cat(features))
+    return gathered.split([len(x) for x in features])
 
 
 # --- 7. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
 def nce(queries, keys, scale):
-    """L_nce: query i must find key i among all N. The mean over the B pairs and over all V x U pairs of views.
+    """L_nce: query i must find key i among all N. The mean over the B queries of all V x U combinations of views.
 
     queries (V, B, D) of this GPU, keys (U, N, D) of all, of unit length; scale = 1/temperature.
 
-    By pencil: queries (1, 0) and (0, 1), keys (1, 0) and (0.6, 0.8), scale 1. Logits [[1, 0.6], [0, 0.8]]: query 0
-    loses ln(1 + e^-0.4) = 0.5130, query 1 ln(1 + e^-0.8) = 0.3711, mean 0.4421. With roles exchanged they lose
+    By pencil: queries (1, 0) and (0, 1), keys (1, 0) and (0.6, 0.8), scale 1. Logits [[1, 0.6], [0, 0.8]]. Losses:
+    query 0 ln(1 + e^-0.4) = 0.5130, query 1 ln(1 + e^-0.8) = 0.3711, mean 0.4421. With queries and keys exchanged
     ln(1 + e^-1) = 0.3133 and ln(1 + e^-0.2) = 0.5981, mean 0.4557. symmetric_nce is the mean of both: 0.4489.
     """
     V, B, _ = queries.shape
     U, N, _ = keys.shape
-    with torch.autocast(queries.device.type, enabled=False):            # float32, whatever trains
+    with torch.autocast(queries.device.type, enabled=False):            # float32, also in a bf16 run
         logits = scale * queries.flatten(0, 1) @ keys.flatten(0, 1).T  # (V*B, U*N), all views at once
-    first = dist.get_rank() * B if N > B else 0                         # my pairs among all N
+    first = dist.get_rank() * B if N > B else 0                         # where my pairs begin among all N
     own_key = torch.arange(first, first + B, device=logits.device)
     target = own_key.view(1, B, 1).expand(V, B, U)
-    logits = logits.view(V * B * U, N)
+    logits = logits.view(V * B * U, N)              # rows in the order (V, B, U)
     return F.cross_entropy(logits, target.flatten())
 
 
 def symmetric_nce(a, b, all_a, all_b, scale):
-    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a (V, B, D), b (U, B, D); all_a, all_b: the same of all GPUs.
-    """
+    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a (V, B, D), b (U, B, D) of this GPU, all_a, all_b of all."""
     return (nce(a, all_b, scale) + nce(b, all_a, scale)) / 2
 
 
@@ -567,13 +574,14 @@ def cosmos_terms(out, teacher_image, teacher_text, scale):
     Each pairs every student view with both teacher views (V x 2 or U x 2 pairs). Pairs of the same view count too;
     DINO leaves them out (code≠paper: loss.py:131-139). scale = exp(distill_logit_scale).
     """
-    h_I, h_T, cls_t, eot_t = out.image_x, out.text_x, teacher_image, teacher_text
-    all_h_I, all_h_T, all_cls_t, all_eot_t = gather(h_I, h_T, cls_t, eot_t)
+    h_I = out.image_x
+    h_T = out.text_x
+    all_h_I, all_h_T, all_teacher_image, all_teacher_text = gather(h_I, h_T, teacher_image, teacher_text)
     return torch.stack([
-        symmetric_nce(h_I, cls_t, all_h_I, all_cls_t, scale),
-        symmetric_nce(h_I, eot_t, all_h_I, all_eot_t, scale),
-        symmetric_nce(h_T, cls_t, all_h_T, all_cls_t, scale),
-        symmetric_nce(h_T, eot_t, all_h_T, all_eot_t, scale)])
+        symmetric_nce(h_I, teacher_image, all_h_I, all_teacher_image, scale),
+        symmetric_nce(h_I, teacher_text, all_h_I, all_teacher_text, scale),
+        symmetric_nce(h_T, teacher_image, all_h_T, all_teacher_image, scale),
+        symmetric_nce(h_T, teacher_text, all_h_T, all_teacher_text, scale)])
 
 
 def cosmos_loss(out, teacher_image, teacher_text, scale):
@@ -599,7 +607,9 @@ def rename(state_dict, table):
     """Every key with its first matching prefix replaced; values pass untouched."""
     renamed = {}
     for key, value in state_dict.items():
-        prefix = next(prefix for prefix in table if key.startswith(prefix))
+        prefix = next((prefix for prefix in table if key.startswith(prefix)), None)
+        if prefix is None:
+            raise ValueError(f'{key} is no parameter of COSMOS')
         renamed[table[prefix] + key.removeprefix(prefix)] = value
     return renamed
 

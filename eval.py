@@ -387,7 +387,7 @@ def shard_captions(shards):
 
 
 def evaluate(model, tokenizer, preprocess, shards):
-    """Retrieval on held-out shards -> (figures, image features (n, D)), the features for what else is asked of them."""
+    """Retrieval on held-out shards -> (figures, image features (n, D)), for what else uses the features."""
     _, captions, owner = shard_captions(shards)
     image_features = embed_images(model, shards, preprocess)
     text_features = embed_texts(model, tokenizer, captions)

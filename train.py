@@ -7,7 +7,7 @@
     python train.py --resume auto                               goes on where the checkpoint in --out stopped
 
 --out then holds last.pt and previous.pt (checkpoints), log.jsonl, config.json, eval.json, samples.png (what the student
-sees) and attention.png. Section 5 is the step of the paper.
+sees) and attention.png. Section 6 is the step of the paper.
 """
 import argparse
 import contextlib
@@ -45,20 +45,23 @@ class Method(NamedTuple):
     global_captions: int = 2            # of 1-5 sentences
     local_images: bool = True           # --local-crops more image views
     local_captions: bool = True         # --local-captions more captions, of one sentence
-    terms: tuple = ()      # self-distillation terms, named STUDENT_TEACHER; without any, no teacher
+    terms: tuple = ()       # STUDENT_TEACHER: h_I_eot pairs h_I with EOT_t; without any, no teacher
     heads: bool = False                 # cross-attention
 
 
-# Each row has what the one above has. Only the last one is the released code's; the others are our reading of the
-# table's labels. Its "text augmentation" seems to bring the synthetic captions, too, for the rows above it are far below
-# the CLIP of Table 1: give those rows --caption-pool raw for that.
+# Each row adds to the one above; cosmos replaces the self-distillation terms by those of Eq. 6. Only cosmos is the
+# released code's. The others are our reading of the table's labels. The table's "text augmentation" seems to bring the
+# synthetic captions: the rows above it are far below the CLIP of Table 1. Give those rows --caption-pool raw for that.
 METHODS = {
     'clip': Method(global_images=1, global_captions=1, local_images=False, local_captions=False),
     # + image augmentation
     'clip-aug': Method(global_captions=1, local_images=False, local_captions=False),
+    # + image self-distillation
     'image-distill': Method(global_captions=1, local_captions=False, terms=('cls_cls',)),
-    'text-crop': Method(terms=('cls_cls',)),                                   # + text augmentation
-    'text-distill': Method(terms=('cls_cls', 'eot_eot')),                 # + text self-distillation
+    # + text augmentation
+    'text-crop': Method(terms=('cls_cls',)),
+    # + text self-distillation
+    'text-distill': Method(terms=('cls_cls', 'eot_eot')),
     # + cross-attention
     'cosmos': Method(terms=('h_I_cls', 'h_I_eot', 'h_T_cls', 'h_T_eot'), heads=True)}
 
@@ -94,7 +97,7 @@ WORKERS = min(8, os.cpu_count() // 2 or 1)
 
 
 def option(help, default=None, **argparse_options):
-    """A field of Options: an option on the command line. A default of None means: the recipe of the preset."""
+    """A field of Options: an option on the command line. A default of None: none, or the preset's recipe."""
     return field(default=default, metadata=dict(argparse_options, help=help))
 
 
@@ -115,9 +118,9 @@ class Options:
     augment: str = option('full: with flips and colours (not for clip)', choices=['full', 'crops'])
     aligned_crops: bool = option('captions name what their crop shows; the built-in set', False)
     steps: int = option('optimizer steps in all', type=at_least_1)
-    epochs: float = option('passes over the data; goes before --steps', type=bounded(float, 1e-9))
+    epochs: float = option('passes over the data; wins over --steps', type=bounded(float, 1e-9))
     batch: int = option('pairs a step, over all processes and --accum', type=bounded(int, 2))
-    accum: int = option('parts, one after the other; same gradient', 1, type=at_least_1)
+    accum: int = option('parts a batch is cut into: less memory', 1, type=at_least_1)
     lr: float = option('peak learning rate')
     lr_end: float = option('share of the peak at which the cosine ends', type=bounded(float, 0, 1))
     warmup: int = option('steps of linear warm-up before the cosine')
@@ -144,8 +147,8 @@ GROUPS = {'data': 'data', 'preset': 'method', 'steps': 'schedule', 'precision': 
 
 def parse_command_line(argv=None):
     """What was typed, {name: value}. Everything else comes from the recipe of the preset, or the resumed checkpoint."""
-    recipes = f'Defaults of vit-*: {PAPER}. Of tiny: {LAPTOP}.'
-    parser = Parser(description=__doc__.split('\n')[0], epilog=recipes)
+    recipes = f'vit-*: {PAPER}. tiny: {LAPTOP}.'
+    parser = Parser(description=evaluation.first_line(__doc__), epilog=recipes)
     for entry in fields(Options):
         if entry.name in GROUPS:
             group = parser.add_argument_group(GROUPS[entry.name])
@@ -159,7 +162,7 @@ def parse_command_line(argv=None):
 # --- 2. Where it runs ------------------------------------------------------------------------------------------------
 
 class Processes:
-    """The processes of this run: one, or those that torchrun has started. Its environment is the only switch."""
+    """The processes of this run: one, or those of torchrun, whose environment variables are the only switch."""
 
     def __init__(self, device):
         gpu = torch.cuda.is_available()
@@ -183,7 +186,8 @@ class Processes:
         self.world = dist.get_world_size()
         if self.rank > 0:
             sys.stdout = open(os.devnull, 'w')                          # rank 0 speaks for all
-        # Rank 0 reads headers and evaluates, as long as it takes. The others wait on this group.
+        # Rank 0 reads headers and evaluates, as long as it takes. The others wait on this group: the usual one gives
+        # up after minutes.
         self.patient = dist.new_group(backend='gloo', timeout=timedelta(days=7))
 
     def sum(self, values):
@@ -217,7 +221,8 @@ def choose_precision(name, device):
         if device.type == 'cuda':
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            tests = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')     # private: some versions lack them
+            # private: some versions lack them
+            tests = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
             fast = any(getattr(torch.cpu, test, bool)() for test in tests)
         name = 'bf16' if fast else 'fp32'
     return name, DTYPES[name]
@@ -226,13 +231,10 @@ def choose_precision(name, device):
 def compile_blocks(model):
     """torch.compile block by block, in place: parameters keep their names, and a graph serves all layers and lengths of
     captions, where one of the whole model would be compiled anew for each."""
-    # towers, student and teacher, equal sizes: beyond 8 it gives up
+    # All blocks share their code: by default the compiler gives up after 8 graphs of it.
     torch._dynamo.config.cache_size_limit = 128
-    # DDP's cuts at bucket bounds are for graphs of whole models
-    torch._dynamo.config.optimize_ddp = False
-    for tower in (model.visual, model.text):
-        for block in tower.transformer.resblocks:
-            block.compile(dynamic=True)
+    for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
+        block.compile(dynamic=True)
 
 
 # --- 3. Schedules, pure functions of the step (from 0), and the optimizer --------------------------------------------
@@ -278,22 +280,23 @@ def find_checkpoint(resume, out):
     return None, {}
 
 
-def combine_options(typed, before, preset):
+def combine_options(typed, resumed, preset):
     """Recipe of the preset, then the resumed run's options, then what was typed -> Options. Says what differs."""
     for name in ('preset', 'method'):
-        if name in typed and typed[name] != before.get(name, typed[name]):
-            raise ValueError(f'this run was started with --{name} {before[name]}, not {typed[name]}; give the same to '
-                             'resume it, or another --out')
-    values = {'preset': preset, 'method': 'cosmos', **before, **typed}
+        if name in typed and typed[name] != resumed.get(name, typed[name]):
+            raise ValueError(f'this run was started with --{name} {resumed[name]}, not {typed[name]}; give '
+                             'the same to resume it, or another --out')
+    values = {'preset': preset, 'method': 'cosmos', **resumed, **typed}
     recipe = dict(LAPTOP if values['preset'] == 'tiny' else PAPER)
     if values['method'] == 'clip':
         recipe['augment'] = 'crops'
     options = Options(**recipe | values)
     if 'epochs' in typed:
-        options.steps = None
-    for name, value in typed.items():
-        if before.get(name, value) != value:
-            print(f'note       not a repeat of the run it resumes: {name} {before[name]} -> {value}')
+        options.steps = None                                            # Run works them out anew
+    locate_data(options)
+    for name, value in resumed.items():
+        if name in typed and value != getattr(options, name):
+            print(f'note       --{name} was {value}, is now {getattr(options, name)}')
     return options
 
 
@@ -302,52 +305,62 @@ def locate_data(options):
     if options.data is None:
         from lesson.scenes import built_in_set
         options.data = built_in_set()
-    train_half, val_half = f'{options.data}/train', f'{options.data}/val'
-    if os.path.isdir(train_half) and os.path.isdir(val_half):
-        options.data = train_half
-        options.val = options.val or val_half
+    if os.path.isdir(f'{options.data}/val'):
+        options.val = options.val or f'{options.data}/val'
+        options.data = f'{options.data}/train'
 
 
 def choose_model(options, shards):
-    """-> Config and tokenizer for a fresh start: of --init, or of the preset."""
+    """-> Config, tokenizer and weights of a fresh start: those of --init, or the preset's, --vocab's and none."""
     path = None if options.vocab in ('clip', 'learn') else options.vocab
-    config = PRESETS[options.preset]
+    weights = {}
     if options.init:
-        source, tokenizer, _ = evaluation.load(options.init, vocab=path)
-        config = source.config
-    elif options.vocab == 'learn':
-        captions = []
-        # enough to meet every frequent word
-        for i in range(0, len(shards), len(shards) // 20_000 or 1):
-            with contextlib.suppress(ValueError):    # a broken pair is reported when it is its turn
-                captions += shards.pool(i)
-        tokenizer = Tokenizer.learn(captions, 8192, config.context_length)
+        model, tokenizer, _ = evaluation.load(options.init, vocab=path)
+        config = model.config
+        weights = model.state_dict()
     else:
-        tokenizer = Tokenizer.clip(path, config.context_length)
+        config = PRESETS[options.preset]
+        if options.vocab == 'learn':
+            captions = []
+            # enough for every frequent word
+            for i in range(0, len(shards), len(shards) // 20_000 or 1):
+                # a broken pair is reported when it is its turn
+                with contextlib.suppress(ValueError):
+                    captions += shards.pool(i)
+            tokenizer = Tokenizer.learn(captions, 8192, config.context_length)
+        else:
+            tokenizer = Tokenizer.clip(path, config.context_length)
+        config = replace(config, vocab_size=tokenizer.vocab_size)
     heads = 0
-    if METHODS[options.method].heads:
+    if METHODS[options.method].heads:           # a plain CLIP of --init gets new ones
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
-    return replace(config, vocab_size=tokenizer.vocab_size, cross_heads=heads), tokenizer
+    return replace(config, cross_heads=heads), tokenizer, weights
 
 
 def lock_folder(out):
     """Keep other runs out of the folder until this process ends. ValueError where one is at work in it."""
-    file = os.open(out / '.lock', os.O_RDWR | os.O_CREAT)              # a number: nothing closes it
+    # a bare number: closing a file would unlock it
+    file = os.open(out / '.lock', os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise ValueError(f'another run is at work in {out}; give another --out') from None
+    except OSError:                                             # a file system without locks
+        pass
 
 
-def claim_folder(out, checkpoint, data):
-    """Make --out ours. A fresh start moves a run that lies there aside, whole, to NAME-1, NAME-2, ..."""
-    goes_on = checkpoint and checkpoint.resolve().parent == out.resolve()
-    if (out / 'config.json').exists() and not goes_on:
+def claim_folder(out, checkpoint, sources):
+    """Make --out ours. A fresh start moves a run that lies there aside, whole, to NAME-1, NAME-2, ...
+
+    sources: paths that the run reads, joined by '::'.
+    """
+    resumes_here = checkpoint and checkpoint.parent.resolve() == out.resolve()
+    if (out / 'config.json').exists() and not resumes_here:
         lock_folder(out)
-        data_inside = any(Path(part).resolve().is_relative_to(out.resolve()) for part in data.split('::'))
-        if data_inside or os.path.ismount(out):
-            raise ValueError(f'{out} holds a run and cannot be moved aside, for it is a mount point or --data lies in '
-                             'it; give another --out, or --resume auto')
+        inside = any(Path(path).resolve().is_relative_to(out.resolve()) for path in sources.split('::'))
+        if inside or os.path.ismount(out):
+            raise ValueError(f'{out} holds a run and cannot be moved aside: it is a mount point, or holds '
+                             '--data, --val or --init; give another --out, or --resume auto')
         number = 1
         while Path(f'{out}-{number}').exists():
             number += 1
@@ -360,7 +373,10 @@ def claim_folder(out, checkpoint, data):
 # --- 5. The run ------------------------------------------------------------------------------------------------------
 
 class Run:
-    """Everything of one training run. Rank 0 makes it, the others get a copy of it, and each of them starts its own."""
+    """Everything of one training run.
+
+    Rank 0 checks the options and reads the headers (__init__), all ranks get a copy, and each builds its model (start).
+    """
 
     def __init__(self, typed, world):
         """Everything that can be refused is refused here, before anything in --out is touched."""
@@ -372,7 +388,6 @@ class Run:
         self.options = options = combine_options(typed, saved.get('options', {}), preset)
         options.out = str(self.out)
         self.method = METHODS[options.method]
-        locate_data(options)
         self.shards = Shards(options.data, options.caption_keys or POOLS[options.caption_pool], cache=self.out)
         self.val = None
         if options.val:
@@ -381,18 +396,20 @@ class Run:
             both = set(self.shards.paths) & set(self.val.paths)
             if both:
                 print(f'WARNING    {len(both)} shards are in --data and in --val')
+        # Raises where --batch does not fit.
         Order(len(self.shards), options.batch, 0, 1, world=world * options.accum)
         if options.steps is None:
             options.steps = max(1, round(options.epochs * (len(self.shards) // options.batch)))
+        self.weights = {}                                               # to start from
         if not saved:
-            self.config, self.tokenizer = choose_model(options, self.shards)
+            self.config, self.tokenizer, self.weights = choose_model(options, self.shards)
         elif saved['shards'] == self.shards.fingerprint:
             self.config = Config(**saved['config'])
             self.tokenizer = Tokenizer(saved['merges'], self.config.context_length)
         else:
             raise ValueError(f'this run was started on other shards or pairs than the {len(self.shards):,} of '
                              f'{options.data}; give the same --data, or start anew with --init')
-        claim_folder(self.out, self.checkpoint, options.data)
+        claim_folder(self.out, self.checkpoint, f'{options.data}::{options.val}::{options.init}')
         self.shards.save(self.out)
         if self.val:
             self.val.save(self.out)
@@ -406,19 +423,17 @@ class Run:
         options.precision, self.dtype = choose_precision(options.precision, self.device)
         torch.manual_seed(options.seed)                      # all ranks start from the same weights
         self.model = COSMOS(self.config).to(self.device)
-        if options.init and not self.checkpoint:
-            source, _, _ = evaluation.load(options.init)
-            # heads that it lacks stay fresh
-            self.model.load_state_dict(source.state_dict(), strict=False)
+        self.model.load_state_dict(self.weights, strict=False)     # heads that they lack stay fresh
         self.teacher = Teacher(self.model) if self.method.terms else None
         self.model.visual.transformer.grad_checkpointing = options.grad_checkpoint
         self.model.text.transformer.grad_checkpointing = options.grad_checkpoint
         self.optimizer = make_optimizer(self.model, options.lr, options.wd)
-        # From 1,024 down the scale of fp16 does not need the many overflows of the usual 65,536 to settle.
+        # The usual start, 65,536, would overflow many times before it settles.
         self.scaler = torch.amp.GradScaler(self.device.type, 1024.0, enabled=options.precision == 'fp16')
         method = self.method
-        counts = (method.global_images, options.local_crops * method.local_images,
-                  method.global_captions, options.local_captions * method.local_captions)
+        local_images = options.local_crops if method.local_images else 0
+        local_captions = options.local_captions if method.local_captions else 0
+        counts = (method.global_images, local_images, method.global_captions, local_captions)
         visible_sentences = None
         if options.aligned_crops:
             from lesson.scenes import visible_sentences
@@ -430,7 +445,7 @@ class Run:
             self.restore(self.checkpoint)
         if options.compile:
             compile_blocks(self.model)
-        self.student = Student(self.model, options.accum)               # what forward is called on
+        self.student = Student(self.model, options.accum)
         if processes.world > 1:
             self.student = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
 
@@ -442,7 +457,8 @@ class Run:
         self.optimizer.load_state_dict(saved['optimizer'])
         # this command's, not the checkpoint's
         self.optimizer.param_groups[0]['weight_decay'] = self.options.wd
-        self.scaler.load_state_dict(saved['scaler'])
+        if saved['scaler']:
+            self.scaler.load_state_dict(saved['scaler'])
         self.step = saved['step']
         self.begun -= saved['seconds']
         if self.processes.share(self.step) != self.step:
@@ -483,9 +499,9 @@ class Loss(NamedTuple):
 
 
 class Student(torch.nn.Module):
-    """The model on a batch, which --accum cuts into parts.
+    """The model, run on --accum parts of a batch. DistributedDataParallel goes around it.
 
-    Of several parts no activations are stored: the backward pass computes them again, part by part (checkpoint). The
+    With several parts no activations are stored: the backward pass computes them again, part by part (checkpoint). The
     loss sees the embeddings of all parts at once, so the gradient is that of the whole batch, exactly. Averaging the
     losses of parts would lose negatives.
     """
@@ -495,32 +511,36 @@ class Student(torch.nn.Module):
         self.model = model
         self.accum = accum
 
-    def forward(self, images, captions):
+    def forward(self, images, texts):
         if self.accum == 1:
-            return self.model(images, captions)
-        image_parts = zip(*[view.chunk(self.accum) for view in images])
-        caption_parts = zip(*[caption.chunk(self.accum) for caption in captions])
-        outs = [checkpoint(self.model, *part, use_reentrant=False) for part in zip(image_parts, caption_parts)]
-        return Output(*[None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*outs)])
+            return self.model(images, texts)
+        image_parts = zip(*[view.chunk(self.accum) for view in images])     # (parts, V) tensors
+        text_parts = zip(*[text.chunk(self.accum) for text in texts])       # (parts, U) tensors
+        outs = []
+        for part in zip(image_parts, text_parts):
+            outs.append(checkpoint(self.model, *part, use_reentrant=False))
+        joined = [None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*outs)]
+        return Output(*joined)
 
 
-def forward(run, batch):
-    """The student on all views, the teacher on the globals -> Output, (image, text) of the teacher or ()."""
-    images = batch.views()
-    short = [caption[:, :batch.longest] for caption in batch.texts]     # no text is longer
-    captions = batch.texts if run.method.heads else short  # C^T reads the padding of caption 0, too
-    teacher = ()
+def student_and_teacher(run, batch):
+    """The student on all views, the teacher on the globals -> Output, (teacher_image, teacher_text) or ()."""
+    images, texts = batch.views(), batch.texts
+    short = [texts[0][:, :batch.longest], *texts[1:]]                   # the others are cut already
+    if not run.method.heads:
+        texts = short                                                   # only C^T reads padding
+    targets = ()
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-        out = run.student(images, captions)
-        if run.teacher:
-            teacher = run.teacher(images[:2], short[:2] if len(run.method.terms) > 1 else [])
-    return out, teacher
+        out = run.student(images, texts)
+        if run.teacher:         # a single term is [cls] to CLS_t, which needs no text
+            targets = run.teacher(images[:2], short[:2] if len(run.method.terms) > 1 else [])
+    return out, targets
 
 
 def distill_terms(out, teacher_image, teacher_text, scale):
     """Self-distillation without cross-attention: [cls] to CLS_t, (1,), and with a teacher_text [eot] to EOT_t, (2,).
 
-    For the rows of Table 5 between CLIP and COSMOS. Our reading: their loss is not known to us, so it is that of Eq. 6
+    For the rows of Table 5 between CLIP and COSMOS. The paper's loss for them is not known to us. Ours is that of Eq. 6
     with the embeddings themselves in place of h_I and h_T, each against the teacher of its own modality.
     """
     all_cls, all_cls_t = gather(out.image, teacher_image)
@@ -531,27 +551,28 @@ def distill_terms(out, teacher_image, teacher_text, scale):
     return torch.stack(terms)
 
 
-def losses(model, method, out, teacher):
+def losses(model, method, out, targets):
     """The two losses of the step -> Loss."""
     clip = clip_loss(out, model.logit_scale.exp())
     if method.heads:
-        terms = cosmos_terms(out, *teacher, model.distill_logit_scale.exp())
+        terms = cosmos_terms(out, *targets, model.distill_logit_scale.exp())
     elif method.terms:
-        terms = distill_terms(out, *teacher, model.logit_scale.exp())
+        # a plain CLIP has no second scale
+        terms = distill_terms(out, *targets, model.logit_scale.exp())
     else:
         terms = clip.new_zeros(1)
     return Loss(clip + terms.mean(), clip, terms)
 
 
 def forward_backward(run, batch):
-    """Student, teacher, both losses, backward: the first half of a step. All of the method is in cosmos.py."""
+    """The first half of a step. With `update` these are the lines at the head of cosmos.py."""
     run.optimizer.zero_grad()
-    out, teacher = forward(run, batch)
-    loss = losses(run.model, run.method, out, teacher)
+    out, targets = student_and_teacher(run, batch)
+    loss = losses(run.model, run.method, out, targets)
     run.scaler.scale(loss.total).backward()
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()])
-    return out, teacher, loss, norm
+    return out, targets, loss, norm
 
 
 def update(run, norm):
@@ -571,10 +592,13 @@ def update(run, norm):
 # --- 7. The log ------------------------------------------------------------------------------------------------------
 
 LEGEND = """
-loss       = clip (L_CLIP) + distill (L_COSMOS, the mean of its four terms, which follow: h_I and h_T to CLS_t and EOT_t)
-chance     ln N, what each single term is for a blind guess      accuracy    images that find their caption in the batch
-scale      1/temperature of clip and of distill                  spread      1: all over the sphere, 0: one point
-cosine     of the student's to the teacher's image features      waiting     share of the time spent waiting for data
+loss           clip (L_CLIP) + distill, the mean of the self-distillation terms, which follow
+chance         ln N, what each single term is for a blind guess
+accuracy       images that find their caption among the pairs of their GPU
+spread         of the image features. 1: all over the sphere, 0: one point
+scale          1/temperature of clip; distill_scale: that of distill
+cosine         of the student's image features to the teacher's
+waiting        share of the time spent waiting for data
 """
 
 
@@ -605,7 +629,7 @@ def peak_memory(device):
 
 
 @torch.no_grad()
-def describe(run, meter, out, teacher, loss, norm):
+def describe(run, meter, out, targets, loss, norm):
     """The log entry of the step just done: {name: number}, means over all ranks. Every rank must call it."""
     options = run.options
     image = out.image[0]                                                # (B, D)
@@ -628,7 +652,8 @@ def describe(run, meter, out, teacher, loss, norm):
         **dict(zip(('scale', 'distill_scale'), torch.stack(run.model.scales()).exp()))}
     if run.teacher:
         values['momentum'] = momentum_at(run.step - 1, options)
-        values['cosine'] = (image * teacher[0][0]).sum() / len(image)
+        teacher_image, _ = targets
+        values['cosine'] = (image * teacher_image[0]).sum() / len(image)
     sums = run.processes.sum(values.values())
     return {'step': run.step} | {name: value / run.processes.world for name, value in zip(values, sums)}
 
@@ -649,13 +674,14 @@ def write_log(run, entry):
     """An entry to log.jsonl, and its numbers to the terminal."""
     with open(run.out / 'log.jsonl', 'a') as file:
         file.write(json.dumps(entry) + '\n')
-    tqdm.write('  '.join(f'{name} {value:.4g}' for name, value in entry.items() if name != 'eval'))
+    tqdm.write('  '.join(f'{name} {value:.6g}' for name, value in entry.items() if name != 'eval'))
 
 
 # --- 8. The loop -----------------------------------------------------------------------------------------------------
 
 class Health:
-    """Broken steps and bad pairs, counted over all ranks: no rank may stop or go on alone, or the others would hang."""
+    """Counts broken steps and bad pairs over all ranks, so that all decide alike: one that stops alone leaves the others
+    hanging."""
 
     def __init__(self, run):
         self.run = run
@@ -667,41 +693,41 @@ class Health:
         """-> may the step count, and must the run stop? Ends a run with too many of either kind."""
         run = self.run
         broken, stop, bad = run.processes.sum([~torch.isfinite(loss.total + norm), signals, bad_pairs])
-        self.bad += int(bad)
+        self.bad += bad
         self.seen += run.options.batch
-        self.skipped = self.skipped + 1 if broken else 0
         if self.bad > max(0.05 * self.seen, 10):
-            self.end(f'over 5 % of the pairs cannot be read ({self.bad} of {self.seen}); see the lines above, and '
-                     'python -m extras.prepare inspect')
-        problem = f'step {run.step + 1} has the loss {loss.total:.4g} and a gradient of norm {norm:.4g}'
-        if self.skipped > run.options.max_skipped:
-            self.end(f'{problem}, the last of {self.skipped} such steps; {run.out}/last.pt holds the weights before '
-                     'them: go on with --resume auto and a lower --lr or --precision fp32')
+            self.end(f'over 5 % of the pairs cannot be read ({self.bad:.0f} of {self.seen}); see the lines above, '
+                     'and python -m extras.prepare inspect')
+        self.skipped = self.skipped + 1 if broken else 0
         if broken:
-            run.scaler.update()                                         # unscaled, but not stepped
+            problem = f'step {run.step + 1} has the loss {loss.total:.4g}, its gradient the norm {norm:.4g}'
             tqdm.write(f'WARNING    {problem}: it is skipped')
+            if self.skipped > run.options.max_skipped:
+                self.end(f'{problem}, as {self.skipped} steps in a row; {run.out}/last.pt has the weights before '
+                         'them: go on with --resume auto and a lower --lr or --precision fp32')
+            run.scaler.update()                     # fp16: a lower scale for the next step
         return not broken, stop > 0
 
     def end(self, reason):
         self.run.save()
-        self.run.processes.share(None)                    # a rank that leaves has the others killed
+        self.run.processes.share(None)   # wait for rank 0: a rank that leaves has the others killed
         raise ValueError(reason)
 
 
 def train(run):
-    """Steps to the last one, or to a signal, which asks for a checkpoint after its step -> was it a signal?"""
-    options, caught = run.options, []
+    """Take the steps that are left -> True where a signal ended it sooner. Either way the last one is saved."""
+    options = run.options
+    caught, stop = [], False
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: caught.append(number))
     meter, health = Meter(), Health(run)
     order = Order(len(run.shards), options.batch, run.step, options.steps, options.seed,
                   run.processes.rank, run.processes.world)
     batches = iter(loader(run.views, order, options.workers, multiple=8 if run.dtype else 1))
-    steps = range(run.step, options.steps)
-    # A bar on a terminal, of rank 0 alone.
-    for _ in tqdm(steps, total=options.steps, initial=run.step, disable=None if run.first else True):
+    # A bar, of rank 0, where there is a terminal.
+    for _ in tqdm(range(run.step, options.steps), disable=None if run.first else True):
         batch = meter.next(batches).to(run.device)
-        out, teacher, loss, norm = forward_backward(run, batch)
+        out, targets, loss, norm = forward_backward(run, batch)
         healthy, stop = health.check(loss, norm, batch.bad, len(caught))
         if healthy:
             update(run, norm)
@@ -709,14 +735,15 @@ def train(run):
         last = run.step == options.steps
         score_due = options.eval_every and run.step % options.eval_every == 0 and not last
         if healthy and (run.step % options.log_every == 0 or run.step == 1 or last or score_due):
-            entry = describe(run, meter, out, teacher, loss, norm) | {'bad_pairs': health.bad}
+            entry = describe(run, meter, out, targets, loss, norm) | {'bad_pairs': health.bad}
             if score_due:
                 entry['eval'] = evaluate(run)
-            if run.first:        # before the checkpoint: a kill between them must not cost the line
+            # Before the checkpoint: a line too many is trimmed on resume, a missing one stays missing.
+            if run.first:
                 write_log(run, entry)
             meter.restart()
-        seconds = time.perf_counter() - run.saved_at
-        if stop or last or run.step % options.save_every == 0 or seconds > 60 * options.save_minutes > 0:
+        overdue = time.perf_counter() - run.saved_at > 60 * options.save_minutes > 0
+        if stop or last or overdue or run.step % options.save_every == 0:
             run.save()
         if stop:
             break
@@ -725,32 +752,32 @@ def train(run):
     return stop
 
 
-def score(run):
-    """Figures of the held-out shards, and attention.png: the first pair and its captions."""
+def score(run, figures):
+    """Figures of the held-out shards into the dict, and attention.png: the first pair and its captions."""
     shards = run.val or run.shards
     model = run.teacher.model if run.teacher else run.model
-    scored = model, run.tokenizer, Preprocess(run.config.image_size)
-    figures = {}
+    # as evaluation.load returns them
+    loaded = model, run.tokenizer, Preprocess(run.config.image_size)
+    if run.val:
+        retrieval, image_features = evaluation.evaluate(*loaded, run.val)
+        figures |= retrieval
+        if 'objects' in run.val.record(0):
+            with contextlib.suppress(ModuleNotFoundError):           # lesson/ may have been removed
+                from lesson.suppression import during_training
+                figures |= during_training(*loaded, image_features, run.val, run.out, run.step)
     if run.method.heads:
         image, captions = evaluation.shard_image(shards, 0), shards.pool(0)[:3]
-        evaluation.attention_picture(*scored, image, captions, run.out / 'attention.png')
-    if run.val:
-        figures, image_features = evaluation.evaluate(*scored, run.val)
-        if 'objects' in run.val.record(0):
-            with contextlib.suppress(ImportError):                   # lesson/ may have been removed
-                from lesson.suppression import during_training
-                figures |= during_training(*scored, image_features, run.val, run.out, run.step)
-    return figures
+        evaluation.attention_picture(*loaded, image, captions, run.out / 'attention.png')
 
 
 def evaluate(run):
-    """`score` on rank 0, while the others wait. Nothing that goes wrong here ends a training."""
+    """`score` on rank 0, while the others wait -> its figures. Nothing that goes wrong here ends a training."""
     figures = {}
-    if run.first:
-        try:
-            figures = score(run)
-        except Exception as error:                                      # a run of weeks outlives it
-            tqdm.write(f'not evaluated to the end: {type(error).__name__}, {error}')
+    try:
+        if run.first:
+            score(run, figures)
+    except Exception as error:              # a picture that fails must not end a run of weeks
+        tqdm.write(f'not evaluated to the end: {type(error).__name__}, {error}')
     run.processes.share(None)
     return figures
 
@@ -763,29 +790,29 @@ def announce(run):
     print(f'run        {options.method}, {options.preset}, on {len(run.shards):,} pairs of '
           f'{options.data}\n           steps {run.step} to {options.steps} of {options.batch} pairs on '
           f'{run.processes.world} x {run.device} in {options.precision}, into {run.out}{LEGEND}')
-    config = asdict(options) | {'config': asdict(run.config)}
-    (run.out / 'config.json').write_text(json.dumps(config, indent=1))
+    evaluation.write_json(run.out / 'config.json', asdict(options) | {'config': asdict(run.config)})
+    (run.out / 'eval.json').unlink(missing_ok=True)                     # of fewer steps
     sample_sheet(run.views, run.out / 'samples.png')
     trim_log(run)
 
 
 def finish(run):
     """Final figures into eval.json and log.jsonl, and what to do next."""
-    seconds = time.perf_counter() - run.begun
-    figures = evaluate(run)
+    figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)}
     if run.first:
-        results = json.dumps({'steps': run.step, 'seconds': seconds, **figures}, indent=1)
-        (run.out / 'eval.json').write_text(results)
-        write_log(run, {'step': run.step, 'seconds': seconds, 'eval': figures})
+        score(run, figures)
+        evaluation.write_json(run.out / 'eval.json', figures)
+        write_log(run, {'step': run.step, 'eval': figures})
         evaluation.show(figures)
         print(f'next       python eval.py retrieval {run.out}/last.pt --shards {run.options.val or "SHARDS"}')
+    run.processes.share(None)
 
 
 def leave(status):
     """End the process. Of several, once all are here.
 
-    NB: not by destroying the process group. Freeing DDP frees gloo's group with Python's lock held, while gloo's thread
-    may want that lock to free the tensors of its last collective: one exit in three hung for ever with torch 2.13.
+    NB: destroying the process group may hang (one exit in three with torch 2.13): freeing DDP holds Python's lock and
+    waits for gloo's thread, which may be waiting for that lock.
     """
     if dist.is_initialized():
         dist.barrier()
@@ -800,8 +827,8 @@ def main():
     if processes.device.type == 'cpu':
         keep_memory()
     [restarts] = processes.sum([int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))])
-    if restarts:                                                        # torchrun --max-restarts
-        typed['resume'] = 'auto'
+    if restarts:          # torchrun --max-restarts; only the node that failed counts, hence the sum
+        typed.setdefault('resume', 'auto')
     run = Run(typed, processes.world) if processes.rank == 0 else None
     run = processes.share(run)
     run.start(processes)

@@ -120,7 +120,7 @@ def report(clock, steps, batch, flops, peak):
         print(f'{part:18} {1000 * seconds:10.1f} ms   {seconds / step:4.0%}')
     memory = train.peak_memory(clock.device)
     speed = flops / step
-    print(f'step               {1000 * step:10.1f} ms   {batch / step:,.1f} samples/s   {memory:.2f} GiB')
+    print(f'step               {1000 * step:10.1f} ms   {batch / step:,.1f} samples/s   {memory:.2f} GB')
     print(f'FLOPs              {flops / 1e9:10,.3f} GFLOP   {speed / 1e9:,.1f} GFLOP/s, '
           f'{speed / peak:.0%} of the {peak / 1e9:,.0f} that a product of large matrices reaches here')
 

@@ -260,7 +260,7 @@ def inspect(pattern, caption_keys=None, preset='tiny', out='samples.png', most=5
     size = sum(map(os.path.getsize, shards.paths)) / 2 ** 20
     words = [len(sentence.split()) for pool in pools for sentence in pool]
     print(f'{len(shards):,} pairs in {len(shards.paths)} shards, {size:,.1f} MiB')
-    print('bytes per image     ', percentiles(shards.pairs['image_size']))
+    print('bytes per image     ', percentiles(shards.pairs['image']['size']))
     shares = [f'{key} ({count / len(pools):.0%})' for key, count in keys.most_common()]
     print('keys                ', ', '.join(shares))
     print('captions per pair   ', percentiles([len(pool) for pool in pools]))

@@ -4,7 +4,7 @@
     python -m lesson.scenes DIR --objects 2 --named 0.1         ten sentences a scene, one of them on the small object
     python -m lesson.scenes DIR --small-size 0.12               small objects with a side of 12 % of the image's
 
-A training pair is KEY.webp and KEY.json: DreamLIP's seven caption keys (with --named the one key `captions`), and `objects`
+A training pair is KEY.webp and KEY.json: DreamLIP's seven caption keys (with --named only `captions`), and `objects`
 with name and bbox (x, y, w, h in pixels). A held-out pair has KEY.mask.png as well: 0 is the ground, k the k-th object.
 Its json lists five `captions` that name every object, and more of each object: `role` (dominant or small), `area` in
 pixels, `absent` (nine names that share no word with any object of the scene) and `mixed` (its colour with the shape of
@@ -376,6 +376,8 @@ def visible_sentences(pool, record, box):
 
     record: the pair's json, with objects of name and bbox (x, y, w, h). box: (y, x, h, w) of the crop in pixels.
     """
+    if not record.get('objects'):
+        raise ValueError("its json lists no 'objects' with name and bbox, which --aligned-crops needs; leave that out")
     top, left, height, width = box
     seen = {}
     for thing in record['objects']:

@@ -142,7 +142,7 @@ def probe_scores(image_features, group, penalty=0.1):
 # --- 3. Where C^I looks, and segmentation ----------------------------------------------------------------------------
 
 def point(maps, numbers, number, p):
-    """maps (2, P), asked by the name of object `number` and by an absent one; numbers (S, S) -> figures of `pointing`."""
+    """maps (2, P), asked by the name of object `number` and by an absent one; numbers (S, S) -> row of `pointing`."""
     figures = {}
     on_it = numbers == number
     on_others = (numbers > 0) & ~on_it
@@ -304,7 +304,7 @@ def run(args, model, tokenizer, preprocess):
 
 
 def main():
-    parser = Parser(prog='python -m lesson.suppression', description='What a checkpoint knows of the objects of scenes.')
+    parser = Parser(prog='python -m lesson.suppression', description='What a checkpoint knows of objects in scenes.')
     add_options(parser)
     parser.set_defaults(command='suppression', run=run)
     parser.add_argument('--shards', required=True, help='held-out shards that list objects, as runs/scenes/val')

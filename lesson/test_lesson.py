@@ -137,7 +137,7 @@ def test_named_is_the_share_of_sentences_on_small_objects(drawn, tmp_path, named
 def test_sizes_and_numbers_of_objects(tmp_path):
     """oracle: boxes in pixels, to which the edge adds up to 3; what cannot be drawn is one sentence."""
     for size, least, most in (0.12, 0.42, 0.56), (0.44, 0.44, 0.44):
-        folder = tmp_path / str(size)
+        folder = tmp_path / f'{size}'
         make_scenes(folder, 0, 12, small_size=size, objects=2)
         for objects in objects_in(Shards(folder / 'val')):
             large, small = [max(thing['bbox'][2:]) for thing in objects]
