@@ -24,6 +24,7 @@ import re
 import signal
 import sys
 import tarfile
+import textwrap
 import traceback
 import unicodedata
 from collections import Counter, defaultdict
@@ -44,7 +45,6 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 # --- 1. Shards: every header is read once, then any pair is one read away --------------------------------------------
@@ -63,24 +63,31 @@ def warn(message):
 
 
 @contextmanager
-def replacing(path):
-    """A temporary path beside `path`, which takes its place when the block ends well and is removed when not."""
+def replacing(path, keep=None):
+    """A temporary path beside `path`, which takes its place when the block ends well and is removed when not.
+
+    keep: where the file that it replaces goes. ValueError where it cannot be written, as on a full disk.
+    """
     path = Path(path)
-    partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
+    partial = path.with_name(f'{path.name}.partial')
     try:
         yield partial
         if partial.exists():
             with open(partial, 'rb+') as file:
                 os.fsync(file.fileno())  # else a crash of the machine may leave an empty file under the name
+            if keep and path.exists():
+                os.replace(path, keep)
             os.replace(partial, path)
+    except (OSError, RuntimeError) as error:    # RuntimeError: torch.save's
+        raise ValueError(f'{path} cannot be written ({error}); what was there before is whole') from None
     finally:
         partial.unlink(missing_ok=True)
 
 
-def find_shards(pattern, quiet=True):
+def find_shards(pattern):
     """A folder, a glob, a brace pattern such as /shards/{00000..00575}.tar, or several joined by '::' -> paths.
 
-    Unless quiet, says how many shards of a brace pattern are missing, and how many are named twice: those count once.
+    Says how many shards of a brace pattern are missing, and how many are named twice: those count once.
     Raises ValueError where a part matches nothing.
     """
     paths = []
@@ -90,14 +97,14 @@ def find_shards(pattern, quiet=True):
         if missing == len(found):
             raise ValueError(f"'{part}' does not exist or holds no .tar file; give a folder of tars, a glob, or "
                              "'/shards/{00000..00575}.tar'")
-        if missing and not quiet:
+        if missing:
             warn(f'{missing} of {len(found)} shards of the pattern are missing ({part})')
         paths += sum(found, [])
-    unique = {os.path.realpath(path): path for path in paths}
+    unique = set(map(os.path.realpath, paths))
     twice = len(paths) - len(unique)
-    if twice and not quiet:
+    if twice:
         warn(f'{twice} shards are named twice; each is used once')
-    return list(unique.values())
+    return sorted(unique)
 
 
 def tars_of(name):
@@ -192,21 +199,21 @@ def digest(*values):
 class Shards:
     """Random access to all pairs of a set of tars.
 
-    caption_keys: the json keys of the captions, joined by commas. index: path of an index that `save` wrote; it is
-    mapped and no header is read. cache: a folder where an index of these very shards may lie.
+    caption_keys: the json keys of the captions, joined by commas. cache: a folder where `save` may have left an index of
+    these very shards; it is mapped, and no header is read.
     Raises ValueError where no pair is left, or where the first captions are under none of the keys.
     """
 
-    def __init__(self, pattern, caption_keys=None, cache=None, index=None):
-        self.paths = find_shards(pattern, quiet=index is not None)
+    def __init__(self, pattern, caption_keys=None, cache=None):
+        self.paths = find_shards(pattern)
         self.caption_keys = re.split(' *, *', caption_keys) if caption_keys else None
         self.sizes = list(map(os.path.getsize, self.paths))
         self.times = list(map(os.path.getmtime, self.paths))
         self.index_name = f'index-{digest(self.caption_keys, self.paths, self.sizes, self.times)}.npy'
+        self.index = None
         if cache and Path(cache, self.index_name).exists():
-            index = Path(cache, self.index_name)
-        self.index = index
-        self.table = None if index else self.scan()     # the pairs, where they are not mapped
+            self.index = Path(cache, self.index_name)
+        self.table = None if self.index else self.scan()        # the pairs, where they are not mapped
         if not len(self):
             raise ValueError(f'{pattern}: {NO_PAIR}')
         self.check_captions()
@@ -357,8 +364,7 @@ def text_crops(pool, rng, globals_, local):
         repeats, rest = divmod(count, len(pool))
         return pool * repeats + rng.sample(pool, rest)
 
-    captions = ['. '.join(draw(rng.randint(1, 5))) for _ in range(globals_)]
-    return captions + draw(local)
+    return ['. '.join(draw(rng.randint(1, 5))) for _ in range(globals_)] + draw(local)
 
 
 # --- 3. Tokenizer: CLIP's byte-pair encoding, with CLIP's merges or learned ones -------------------------------------
@@ -767,7 +773,7 @@ class Order:
         if self.batch > self.pairs:
             raise ValueError(f'--batch {self.batch} is larger than the set of {self.pairs} pairs; lower --batch')
         if self.batch % self.world:
-            raise ValueError(f'--batch {self.batch} cannot be split by {self.world}; choose a multiple of {self.world}')
+            raise ValueError(f'--batch {self.batch} cannot be cut into {self.world} parts (processes x --accum); choose a multiple of {self.world}')
 
     def __iter__(self):
         share = self.batch // self.world
@@ -801,6 +807,8 @@ class Views(Dataset):
         kinds = view_kinds(self.config)
         self.kinds = kinds[:self.global_images] + kinds[2:] * self.local_images
         self.reported = set()
+        if self.choose_sentences:       # better refused now
+            self.choose_sentences([], self.shards.record(0), (0, 0, 1, 1))
 
     def __getitem__(self, where):
         epoch, position, index = where
@@ -851,15 +859,6 @@ class Batch(NamedTuple):
         return self._replace(images=[view.to(device, non_blocking=True) for view in self.images],
                              texts=[text.to(device, non_blocking=True) for text in self.texts])
 
-    def split(self, parts):
-        """The batch as `parts` batches of equally many pairs."""
-        pieces = []
-        for k in range(parts):
-            images = [view.chunk(parts)[k] for view in self.images]
-            texts = [text.chunk(parts)[k] for text in self.texts]
-            pieces.append(self._replace(images=images, texts=texts, colours=self.colours.chunk(parts)[k]))
-        return pieces
-
     def views(self):
         """V images (B, 3, s, s), float32, normalised."""
         views = []
@@ -909,21 +908,21 @@ def loader(views, order, workers, multiple=1):
 
 
 def sample_sheet(views, path, count=4):
-    """What the student is shown, as a PNG: the views of the first pairs, a row each, and their text crops below."""
-    tiles = []
-    lines = []
+    """What the student is shown, as a PNG: of the first pairs the views, and below them the text crops."""
+    sheet = Image.new('RGB', (132 * len(views.kinds) + 4, 900 * count), 'white')
+    draw = ImageDraw.Draw(sheet)
+    top = 4
     for index in range(count):
         with suppress(Exception):   # a picture for the reader: do without this pair
             crops, colours, captions = views.views(0, index)
-            for crop, numbers in zip(crops, colours):
+            for k, (crop, numbers) in enumerate(zip(crops, colours)):
                 view = recolour(crop[None], torch.tensor([numbers]), JITTERS)
-                tiles.append(V.resize(view[0], [128, 128]))
-            lines += captions
-    grid = V.to_pil_image(make_grid(tiles, nrow=len(views.kinds), pad_value=1))
-    sheet = ImageOps.expand(grid, (0, 0, 0, 17 * len(lines)), 'white')
-    ImageDraw.Draw(sheet).text((4, grid.height), '\n'.join(lines), 'black', font_size=13)
+                sheet.paste(V.to_pil_image(V.resize(view[0], [128, 128])), (4 + 132 * k, top))
+            text = '\n'.join(textwrap.fill(caption, sheet.width // 7) for caption in captions)
+            draw.text((4, top + 132), text, 'black', font_size=13)
+            top = ceil(draw.textbbox((4, top + 132), text, font_size=13)[3]) + 12
     with replacing(path) as partial:
-        sheet.save(partial, 'PNG')
+        sheet.crop((0, 0, sheet.width, top)).save(partial, 'PNG')
 
 
 # --- 7. Commands -----------------------------------------------------------------------------------------------------

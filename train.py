@@ -66,9 +66,7 @@ METHODS = {
     'cosmos': Method(terms=('h_I_cls', 'h_I_eot', 'h_T_cls', 'h_T_eot'), heads=True)}
 
 # The paper's recipe for CC3M (released train_cc3m.sh); docs/scaling.md has those of the larger sets.
-PAPER = {
-    'epochs': 32.0, 'batch': 1024, 'lr': 5e-4, 'lr_end': 0.0, 'warmup': 2000, 'wd': 0.5,
-    'momentum': 0.999, 'momentum_ramp': 0, 'augment': 'full', 'vocab': 'clip'}
+PAPER = {'epochs': 32.0, 'batch': 1024, 'lr': 5e-4, 'warmup': 2000, 'wd': 0.5, 'momentum': 0.999}
 # Captions of the built-in set name sides and colours, so a flip or a jitter would make them wrong.
 LAPTOP = {
     'steps': 320, 'batch': 32, 'lr': 1e-3, 'lr_end': 0.5, 'warmup': 30, 'wd': 0.1,
@@ -108,25 +106,25 @@ class Options:
     val: str = option('held-out shards, evaluated every --eval-every steps and at the end')
     caption_keys: str = option('comma-separated json keys of the captions; see docs/data.md')
     caption_pool: str = option("DreamLIP's captions, without --caption-keys", 'all', choices=POOLS)
-    vocab: str = option("clip, learn (from the captions), or a path to CLIP's merges")
+    vocab: str = option("clip, learn (from the captions), or a path to CLIP's merges", 'clip')
     workers: int = option('loader processes per training process', WORKERS)
     preset: str = option('model and recipe (vit-b-16 with --data, else tiny)', choices=PRESETS)
     method: str = option('row of Table 5', 'cosmos', choices=METHODS)
     init: str = option('weights to start from: ours, released, open_clip; with their sizes and ids')
     local_crops: int = option('local image views a pair', 6)
     local_captions: int = option('captions of one sentence a pair', 6)
-    augment: str = option('full: with flips and colours (not for clip)', choices=['full', 'crops'])
+    augment: str = option('full: with flips and colours (not for clip)', 'full', choices=['full', 'crops'])
     aligned_crops: bool = option('captions name what their crop shows; the built-in set', False)
     steps: int = option('optimizer steps in all', type=at_least_1)
     epochs: float = option('passes over the data; wins over --steps', type=bounded(float, 1e-9))
     batch: int = option('pairs a step, over all processes and --accum', type=bounded(int, 2))
     accum: int = option('parts a batch is cut into: less memory', 1, type=at_least_1)
     lr: float = option('peak learning rate')
-    lr_end: float = option('share of the peak at which the cosine ends', type=bounded(float, 0, 1))
+    lr_end: float = option('share of the peak at which the cosine ends', 0.0, type=bounded(float, 0, 1))
     warmup: int = option('steps of linear warm-up before the cosine')
     wd: float = option('weight decay of matrices; vectors and scales have none')
     momentum: float = option('lambda of the teacher', type=bounded(float, 1e-9, 1))
-    momentum_ramp: int = option('R: lambda is at most s / (s + R) in step s; 0: fixed')
+    momentum_ramp: int = option('R: lambda is at most s / (s + R) in step s; 0: fixed', 0)
     clip_grad: float = option('largest norm of the gradient; 0 does not clip, as released', 0.0)
     seed: int = option('of everything random', 0)
     precision: str = option('auto: bf16 where it is fast', 'auto', choices=['auto', *DTYPES])
@@ -147,8 +145,8 @@ GROUPS = {'data': 'data', 'preset': 'method', 'steps': 'schedule', 'precision': 
 
 def parse_command_line(argv=None):
     """What was typed, {name: value}. Everything else comes from the recipe of the preset, or the resumed checkpoint."""
-    recipes = f'vit-*: {PAPER}. tiny: {LAPTOP}.'
-    parser = Parser(description=evaluation.first_line(__doc__), epilog=recipes)
+    parser = Parser(description=evaluation.first_line(__doc__),
+                    epilog=f'Defaults of vit-*: {PAPER}. Of tiny: {LAPTOP}.')
     for entry in fields(Options):
         if entry.name in GROUPS:
             group = parser.add_argument_group(GROUPS[entry.name])
@@ -192,8 +190,8 @@ class Processes:
 
     def sum(self, values):
         """Numbers or scalar tensors, each summed over all processes -> list of floats."""
-        numbers = [torch.as_tensor(x, dtype=torch.double, device=self.device) for x in values]
-        total = torch.stack(numbers)
+        total = torch.stack(
+            [torch.as_tensor(value, dtype=torch.double, device=self.device) for value in values])
         if self.world > 1:
             dist.all_reduce(total)
         return total.tolist()
@@ -378,13 +376,16 @@ class Run:
     Rank 0 checks the options and reads the headers (__init__), all ranks get a copy, and each builds its model (start).
     """
 
-    def __init__(self, typed, world):
+    def __init__(self, typed, world, restarted):
         """Everything that can be refused is refused here, before anything in --out is touched."""
         preset = typed.get('preset', 'vit-b-16' if 'data' in typed else 'tiny')
+        resume = typed.pop('resume', None)
+        if resume not in (None, 'auto'):
+            typed.setdefault('out', str(Path(resume).parent))
         self.out = Path(typed.get('out', f"runs/{preset}-{typed.get('method', 'cosmos')}"))
-        self.checkpoint, saved = find_checkpoint(typed.pop('resume', None), self.out)
-        if self.checkpoint and 'out' not in typed:
-            self.out = self.checkpoint.parent
+        if restarted and (self.out / 'last.pt').exists():
+            resume = 'auto'
+        self.checkpoint, saved = find_checkpoint(resume, self.out)
         self.options = options = combine_options(typed, saved.get('options', {}), preset)
         options.out = str(self.out)
         self.method = METHODS[options.method]
@@ -399,7 +400,7 @@ class Run:
         # Raises where --batch does not fit.
         Order(len(self.shards), options.batch, 0, 1, world=world * options.accum)
         if options.steps is None:
-            options.steps = max(1, round(options.epochs * (len(self.shards) // options.batch)))
+            options.steps = round(options.epochs * (len(self.shards) // options.batch)) or 1
         self.weights = {}                                               # to start from
         if not saved:
             self.config, self.tokenizer, self.weights = choose_model(options, self.shards)
@@ -409,7 +410,7 @@ class Run:
         else:
             raise ValueError(f'this run was started on other shards or pairs than the {len(self.shards):,} of '
                              f'{options.data}; give the same --data, or start anew with --init')
-        claim_folder(self.out, self.checkpoint, f'{options.data}::{options.val}::{options.init}')
+        claim_folder(self.out, self.checkpoint, f'{options.data}::{options.val}::{options.init}::{self.checkpoint}')
         self.shards.save(self.out)
         if self.val:
             self.val.save(self.out)
@@ -424,6 +425,7 @@ class Run:
         torch.manual_seed(options.seed)                      # all ranks start from the same weights
         self.model = COSMOS(self.config).to(self.device)
         self.model.load_state_dict(self.weights, strict=False)     # heads that they lack stay fresh
+        del self.weights
         self.teacher = Teacher(self.model) if self.method.terms else None
         self.model.visual.transformer.grad_checkpointing = options.grad_checkpoint
         self.model.text.transformer.grad_checkpointing = options.grad_checkpoint
@@ -482,10 +484,8 @@ class Run:
         if self.teacher:
             state['teacher'] = self.teacher.model.state_dict()
         last = self.out / 'last.pt'
-        with replacing(last) as partial:
+        with replacing(last, keep=self.out / 'previous.pt') as partial:
             torch.save(state, partial)
-            if last.exists():
-                os.replace(last, self.out / 'previous.pt')
         self.saved_at = time.perf_counter()
 
 
@@ -766,8 +766,9 @@ def score(run, figures):
                 from lesson.suppression import during_training
                 figures |= during_training(*loaded, image_features, run.val, run.out, run.step)
     if run.method.heads:
-        image, captions = evaluation.shard_image(shards, 0), shards.pool(0)[:3]
-        evaluation.attention_picture(*loaded, image, captions, run.out / 'attention.png')
+        with contextlib.suppress(ValueError):       # a broken first pair
+            evaluation.attention_picture(*loaded, evaluation.shard_image(shards, 0), shards.pool(0)[:3],
+                                         run.out / 'attention.png')
 
 
 def evaluate(run):
@@ -826,10 +827,9 @@ def main():
     processes = Processes(typed.get('device', 'auto'))
     if processes.device.type == 'cpu':
         keep_memory()
+    # torchrun --max-restarts counts on the node that failed only, hence the sum.
     [restarts] = processes.sum([int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))])
-    if restarts:          # torchrun --max-restarts; only the node that failed counts, hence the sum
-        typed.setdefault('resume', 'auto')
-    run = Run(typed, processes.world) if processes.rank == 0 else None
+    run = Run(typed, processes.world, restarts) if processes.rank == 0 else None
     run = processes.share(run)
     run.start(processes)
     if run.step < run.options.steps:
