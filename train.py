@@ -758,17 +758,17 @@ def score(run, figures):
     model = run.teacher.model if run.teacher else run.model
     # as evaluation.load returns them
     loaded = model, run.tokenizer, Preprocess(run.config.image_size)
+    if run.method.heads:
+        with contextlib.suppress(ValueError, OSError):   # a broken first pair, a full disk
+            evaluation.attention_picture(*loaded, evaluation.shard_image(shards, 0), shards.pool(0)[:3],
+                                         run.out / 'attention.png')
     if run.val:
         retrieval, image_features = evaluation.evaluate(*loaded, run.val)
         figures |= retrieval
         if 'objects' in run.val.record(0):
-            with contextlib.suppress(ModuleNotFoundError):           # lesson/ may have been removed
+            with contextlib.suppress(ModuleNotFoundError):  # lesson/ may have been removed
                 from lesson.suppression import during_training
                 figures |= during_training(*loaded, image_features, run.val, run.out, run.step)
-    if run.method.heads:
-        with contextlib.suppress(ValueError):       # a broken first pair
-            evaluation.attention_picture(*loaded, evaluation.shard_image(shards, 0), shards.pool(0)[:3],
-                                         run.out / 'attention.png')
 
 
 def evaluate(run):

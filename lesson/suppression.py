@@ -25,8 +25,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import save_image
 
 from data import Parser, Shards, cli
-from eval import (Settings, add_options, attention, class_vectors, confusion, embed_images, execute, need, progress,
-                  read_json, segment_image, segmentation_figures, shade, shard_image, write_json)
+from eval import (Settings, add_options, attention, attention_picture, class_vectors, confusion, embed_images, execute,
+                  need, progress, read_json, segment_image, segmentation_figures, shade, shard_image, write_json)
 from lesson.scenes import COLORS, GROUNDS, NAMES, clean_names
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
@@ -253,8 +253,8 @@ def strip(image, maps, path):
 
 
 def track_attention(folder, model, tokenizer, preprocess, shards, step):
-    """Put the maps of C^I at this step, asked by the names of the first scene's objects, into folder/maps.json, and
-    draw folder/strip.png from the second step on. A plain CLIP has no such maps: nothing happens."""
+    """Ask C^I for the objects of the first scene by their names. The maps go into folder/maps.json and attention.png,
+    and those of all steps so far into strip.png, once there are two. A plain CLIP has no such maps: nothing happens."""
     if not model.config.cross_heads:
         return
     image = shard_image(shards, 0)
@@ -266,6 +266,7 @@ def track_attention(folder, model, tokenizer, preprocess, shards, step):
         by_step = maps.setdefault(caption, {})
         by_step[str(step)] = weights.round(3).tolist()
     write_json(path, maps)
+    attention_picture(model, tokenizer, preprocess, image, maps, Path(folder, 'attention.png'))
     if any(len(by_step) > 1 for by_step in maps.values()):
         strip(image, maps, Path(folder, 'strip.png'))
 
