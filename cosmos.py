@@ -2,13 +2,13 @@
 
 CLIP matches one vector of a picture with one vector of its caption, and in both big objects drown small ones. COSMOS
 shows a student network crops: parts of the picture, and single sentences of the caption. A teacher network, a slow
-average of the student, sees whole pictures and long captions. Each vector of the student attends to the tokens of the
+average of the student, sees large crops and several sentences. Each vector of the student attends to the tokens of the
 other modality, and must then tell the teacher's vectors of its own pair from those of all others. So a sentence about a
 small object has to be found in the picture.
 
 One training step. Every name in the code is defined below.
 
-    images: 2 global (B,3,224,224), 6 local (B,3,96,96)          texts: 2 global (B,77), 6 local (B,T)
+    images: 2 global (B,3,224,224), 6 local (B,3,96,96)          texts: caption 0 (B,77), the other 7 (B,T)
                      |                                                       |
     student     VisionTower, also gives                                 TextTower, also gives
                 patch tokens of view 0                                  text tokens of caption 0
@@ -39,7 +39,7 @@ Read it beside Section 3 of the paper. Parts 1-3 of this file are CLIP: skim the
 
 Notation in every shape comment. Views come first, (V, B, D), and views 0 and 1 are the two globals, always.
     B pairs on this GPU     N pairs on all GPUs     V image views, 2 global + local     U captions, 2 global + local
-    P patches               T text tokens, with padding     L rows of a sequence: T, or 1 + P with the class token
+    P patches               T text tokens, with padding     L rows of a sequence: T, P, or 1 + P with the class token
     C tower width           D joint width                   n sequences that go through a tower together
     Q rows of queries       H attention heads, d = C / H
 
@@ -205,7 +205,7 @@ class Transformer(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x, row, keep_first=0, mask=None, csa=False):
-        """x (n, L, C), row (n,) -> that row of each sequence (n, C), and all rows of the first `keep_first` or None.
+        """x (n, L, C), row (n,) -> that row of each sequence (n, C), and all rows of the first `keep_first`, or None.
 
         Cross-attention and encode_dense read whole sequences, of view 0 only. Of all others one row is read, so the
         last block computes only that one. The blocks before it need every row.
@@ -345,7 +345,7 @@ class TextTower(nn.Module):
 # --- 4. Cross-attention heads ------------------------------------------------------------------ Sec. 3.2, Eq. 1-2 ---
 
 class CrossAttention(nn.Module):
-    """C^I or C^T: global vectors of one modality pool the tokens of the other. One attention, no MLP, no mask.
+    """C^I or C^T: the [cls] or [eot] of every view pools the tokens of the other modality. One attention, no MLP.
 
     COSMOS.forward adds the residual of Eq. 1-2. Padding is attended to as well (code≠paper: transformer.py:210-230):
     those rows come after the end, have seen the whole caption too, and so are further summaries of it, not noise.
@@ -411,8 +411,9 @@ class COSMOS(nn.Module):
     def forward(self, images, texts):
         """images: list of V (B, 3, s, s); texts: list of U (B, T), or one tensor (U, B, T) -> Output.
 
-        Keys and values are the tokens of image 0 and caption 0, for the queries of every view (code≠paper, which says
-        "global crops"; model.py:370-382). So caption 0 comes at full length. The others may be cut, see TextTower.
+        Keys and values are the tokens of view 0 and of caption 0 of a pair, for the queries of all its views
+        (code≠paper, which says "global crops"; model.py:370-382). Padding is read too, so caption 0 comes at full
+        length. The others may be cut, see TextTower.
         """
         cls, patches = self.visual(images, keep=self.has_heads)         # (V, B, D), (B, P, C)
         eot, words = self.text(texts, keep=self.has_heads)              # (U, B, D), (B, T, C)
@@ -497,6 +498,7 @@ class Teacher(nn.Module):
     def update(self, student, momentum):
         """ours: call it after optimizer.step, as the paper's text and DINO do. The released code calls it before, and
         so averages the student of one step earlier (its train.py:185-193 comes before 213-221)."""
+        # t + (1 - lambda) (s - t), for all parameters at once
         torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - momentum)
 
 
@@ -505,8 +507,8 @@ class Teacher(nn.Module):
 class Gather(torch.autograd.Function):
     """(V, B, D) on every rank -> (V, N, D) on all of them, and gradients back the same way.
 
-    ours: the gradient is exact. Every rank's loss depends on my vectors, so the gradients of all ranks are summed. The
-    released code gathers without gradient, and DDP's mean over ranks leaves 1/world of the true one.
+    ours: the gradient is exact. Every rank's loss depends on my vectors: the backward sums over ranks, and DDP's mean
+    makes it the gradient of the mean loss. The released code gathers without gradient, which leaves 1/world of it.
     """
 
     @staticmethod
@@ -545,11 +547,11 @@ def nce(queries, keys, scale):
     V, B, _ = queries.shape
     U, N, _ = keys.shape
     with torch.autocast(queries.device.type, enabled=False):            # float32, also in a bf16 run
-        logits = scale * queries.flatten(0, 1) @ keys.flatten(0, 1).T  # (V*B, U*N), all views at once
+        logits = scale * queries.flatten(0, 1) @ keys.flatten(0, 1).T  # (V*B, U*N), one product
     first = dist.get_rank() * B if N > B else 0                         # where my pairs begin among all N
     own_key = torch.arange(first, first + B, device=logits.device)
     target = own_key.view(1, B, 1).expand(V, B, U)
-    logits = logits.view(V * B * U, N)              # rows in the order (V, B, U)
+    logits = logits.view(V * B * U, N)              # each query chooses among the N keys of one view
     return F.cross_entropy(logits, target.flatten())
 
 
@@ -627,7 +629,7 @@ def from_openclip(state_dict):
     return rename(state_dict, {theirs: ours for ours, theirs in RENAMES.items()})
 
 
-if __name__ == '__main__':      # python cosmos.py: one step on noise, and the shapes of what the losses read
+if __name__ == '__main__':      # python cosmos.py: forward and backward on noise, and what the losses read
     torch.manual_seed(0)
     model = COSMOS(Config.preset('tiny', vocab_size=1000))
     teacher = Teacher(model)

@@ -199,8 +199,8 @@ def digest(*values):
 class Shards:
     """Random access to all pairs of a set of tars.
 
-    caption_keys: the json keys of the captions, joined by commas. cache: a folder where `save` may have left an index of
-    these very shards; it is mapped, and no header is read.
+    caption_keys: the json keys of the captions, joined by commas. cache: a folder where `save` may have left an index
+    of these very shards; it is mapped, and no header is read.
     Raises ValueError where no pair is left, or where the first captions are under none of the keys.
     """
 
@@ -773,7 +773,8 @@ class Order:
         if self.batch > self.pairs:
             raise ValueError(f'--batch {self.batch} is larger than the set of {self.pairs} pairs; lower --batch')
         if self.batch % self.world:
-            raise ValueError(f'--batch {self.batch} cannot be cut into {self.world} parts (processes x --accum); choose a multiple of {self.world}')
+            raise ValueError(f'--batch {self.batch} cannot be cut into {self.world} parts (processes x --accum); '
+                             f'choose a multiple of {self.world}')
 
     def __iter__(self):
         share = self.batch // self.world

@@ -444,8 +444,8 @@ def read_names(path, ids):
 def class_names(source, classes=None):
     """Names in words of the classes of a torchvision set, or those in the file `classes`, see `read_names`.
 
-    A thousand folders of WordNet ids have torchvision's names of ImageNet. Of these 296 differ by more than capitals from
-    those of the released evaluation (open_clip's), so the figures are comparable only with a file of those.
+    A thousand folders of WordNet ids have torchvision's names of ImageNet. Of these 296 differ by more than capitals
+    from those of the released evaluation (open_clip's), so the figures are comparable only with a file of those.
     """
     ids = getattr(source, 'classes', None) or getattr(source, 'categories', None)
     need(ids, 'this set of torchvision has no class names; use --folder with one folder per class')

@@ -514,8 +514,8 @@ class Student(torch.nn.Module):
     def forward(self, images, texts):
         if self.accum == 1:
             return self.model(images, texts)
-        image_parts = zip(*[view.chunk(self.accum) for view in images])     # (parts, V) tensors
-        text_parts = zip(*[text.chunk(self.accum) for text in texts])       # (parts, U) tensors
+        image_parts = zip(*[view.chunk(self.accum) for view in images])     # a tuple of V views a part
+        text_parts = zip(*[text.chunk(self.accum) for text in texts])       # a tuple of U captions a part
         outs = []
         for part in zip(image_parts, text_parts):
             outs.append(checkpoint(self.model, *part, use_reentrant=False))
@@ -526,7 +526,7 @@ class Student(torch.nn.Module):
 def student_and_teacher(run, batch):
     """The student on all views, the teacher on the globals -> Output, (teacher_image, teacher_text) or ()."""
     images, texts = batch.views(), batch.texts
-    short = [texts[0][:, :batch.longest], *texts[1:]]                   # the others are cut already
+    short = [texts[0][:, :batch.longest], *texts[1:]]                   # without its padding; the others come cut
     if not run.method.heads:
         texts = short                                                   # only C^T reads padding
     targets = ()
@@ -538,7 +538,7 @@ def student_and_teacher(run, batch):
 
 
 def distill_terms(out, teacher_image, teacher_text, scale):
-    """Self-distillation without cross-attention: [cls] to CLS_t, (1,), and with a teacher_text [eot] to EOT_t, (2,).
+    """Self-distillation without cross-attention -> (1,): [cls] to CLS_t; with a teacher_text (2,): [eot] to EOT_t, too.
 
     For the rows of Table 5 between CLIP and COSMOS. The paper's loss for them is not known to us. Ours is that of Eq. 6
     with the embeddings themselves in place of h_I and h_T, each against the teacher of its own modality.
@@ -576,7 +576,7 @@ def forward_backward(run, batch):
 
 
 def update(run, norm):
-    """Optimizer, scales, teacher: the second half of a step, once all ranks know that it may count."""
+    """Optimizer, scales, teacher: the second half of a step, once all ranks agree that loss and gradient are finite."""
     options = run.options
     for group in run.optimizer.param_groups:
         group['lr'] = lr_at(run.step, options)
@@ -680,8 +680,8 @@ def write_log(run, entry):
 # --- 8. The loop -----------------------------------------------------------------------------------------------------
 
 class Health:
-    """Counts broken steps and bad pairs over all ranks, so that all decide alike: one that stops alone leaves the others
-    hanging."""
+    """Counts broken steps and bad pairs over all ranks, so that all decide alike: one that stops alone leaves the
+    others hanging."""
 
     def __init__(self, run):
         self.run = run
@@ -690,7 +690,7 @@ class Health:
         self.seen = 0
 
     def check(self, loss, norm, bad_pairs, signals):
-        """-> may the step count, and must the run stop? Ends a run with too many of either kind."""
+        """-> may the step count, and must the run stop? Ends a run with too many broken steps or bad pairs."""
         run = self.run
         broken, stop, bad = run.processes.sum([~torch.isfinite(loss.total + norm), signals, bad_pairs])
         self.bad += bad
@@ -703,7 +703,7 @@ class Health:
             problem = f'step {run.step + 1} has the loss {loss.total:.4g}, its gradient the norm {norm:.4g}'
             tqdm.write(f'WARNING    {problem}: it is skipped')
             if self.skipped > run.options.max_skipped:
-                self.end(f'{problem}, as {self.skipped} steps in a row; {run.out}/last.pt has the weights before '
+                self.end(f'{problem}, {self.skipped} steps in a row; {run.out}/last.pt has the weights before '
                          'them: go on with --resume auto and a lower --lr or --precision fp32')
             run.scaler.update()                     # fp16: a lower scale for the next step
         return not broken, stop > 0
@@ -723,6 +723,7 @@ def train(run):
     meter, health = Meter(), Health(run)
     order = Order(len(run.shards), options.batch, run.step, options.steps, options.seed,
                   run.processes.rank, run.processes.world)
+    # Half precision likes captions of multiples of 8 tokens.
     batches = iter(loader(run.views, order, options.workers, multiple=8 if run.dtype else 1))
     # A bar, of rank 0, where there is a terminal.
     for _ in tqdm(range(run.step, options.steps), disable=None if run.first else True):
@@ -742,6 +743,7 @@ def train(run):
             if run.first:
                 write_log(run, entry)
             meter.restart()
+        # --save-minutes 0: never
         overdue = time.perf_counter() - run.saved_at > 60 * options.save_minutes > 0
         if stop or last or overdue or run.step % options.save_every == 0:
             run.save()
