@@ -909,19 +909,22 @@ def loader(views, order, workers, multiple=1):
 
 
 def sample_sheet(views, path, count=4):
-    """What the student is shown, as a PNG: of the first pairs the views, and below them the text crops."""
-    sheet = Image.new('RGB', (132 * len(views.kinds) + 4, 900 * count), 'white')
+    """What the student is shown, as a PNG: of pairs from all over the set the views, and below
+    them the text crops, global (G) and local (L)."""
+    sheet = Image.new('RGB', (1060, 900 * count), 'white')
     draw = ImageDraw.Draw(sheet)
     top = 4
-    for index in range(count):
+    for index in np.linspace(0, len(views.shards) - 1, count, dtype=int):
         with suppress(Exception):   # a picture for the reader: do without this pair
             crops, colours, captions = views.views(0, index)
             for k, (crop, numbers) in enumerate(zip(crops, colours)):
                 view = recolour(crop[None], torch.tensor([numbers]), JITTERS)
                 sheet.paste(V.to_pil_image(V.resize(view[0], [128, 128])), (4 + 132 * k, top))
-            text = '\n'.join(textwrap.fill(caption, sheet.width // 7) for caption in captions)
-            draw.text((4, top + 132), text, 'black', font_size=13)
-            top = ceil(draw.textbbox((4, top + 132), text, font_size=13)[3]) + 12
+            top += 134
+            for label, caption in zip('G' * views.global_texts + 'L' * views.local_texts, captions):
+                text = textwrap.fill(f'{label}   {caption}', 150)
+                draw.text((4, top), text, 'black', font_size=13)
+                top += 17 + 17 * text.count('\n')
     with replacing(path) as partial:
         sheet.crop((0, 0, sheet.width, top)).save(partial, 'PNG')
 

@@ -493,8 +493,7 @@ def torchvision_set(name, root, split=None, download=False):
 def labelled_images(root, classes, subset=None):
     """labels.json [{"file", "class_id"}] in `root` and a file of classes -> [(path, label)], names of the classes.
 
-    `classes` holds {"classes": [{"id", "name", "noun_phrase"}], "subsets": {name: ids}}, of which noun_phrase and
-    subsets may be absent.
+    `classes` holds {"classes": [{"id", "name"}], "subsets": {name: ids}}, of which subsets may be absent.
     """
     path = Path(root, 'labels.json')
     need(classes, f'{path} numbers its classes; name them with --classes FILE')
@@ -502,7 +501,7 @@ def labelled_images(root, classes, subset=None):
     with reading(classes):
         listing = read_json(classes, 'classes')
         for item in listing['classes']:
-            names[item['id']] = item.get('noun_phrase', item['name'])
+            names[item['id']] = item['name']
         ids = listing['subsets'][subset] if subset else list(names)
         chosen = [names[class_id] for class_id in ids]
     pairs = []
@@ -728,7 +727,7 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=
             draw.text((left + 4, y), word, 'black', font_size=13)
         top += step
     legend = ('image | where C^I looks for the caption, dark blue low, yellow high | '
-              'how much C^T reads each word for the image; start, end and padding left out')
+              'how much C^T reads each word, start, end and padding left out. Each scaled to its own range')
     draw.text((8, top), legend, 'black', font_size=12)
     canvas.save(path)
 

@@ -1150,7 +1150,7 @@ def test_classify_of_every_source(gallery):
     put('dtd/dtd/labels/test1.txt', 'woven/0.png\nbanded/1.png\nwoven/2.png\n')
     put('images/labels.json', listed)
     named = [{'id': 7, 'name': 'woven'}, {'id': 6, 'name': 'ox'},
-             {'id': 5, 'name': 'x', 'noun_phrase': 'banded'}]
+             {'id': 5, 'name': 'banded'}]
     put('classes', {'classes': named, 'subsets': {'two': [5, 7]}})
     put('prompts', 'my {c}\n')
     for source in ('--folder dtd/dtd/images', '--dataset dtd --root .',

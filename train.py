@@ -268,9 +268,9 @@ def find_checkpoint(resume, out):
     for path in paths:
         try:
             saved = evaluation.read_checkpoint(path)
-            if 'optimizer' in saved:
+            if 'shards' in saved:
                 return path, saved
-            raise ValueError(f'{path} holds weights, but no run to resume; see --init')
+            raise ValueError(f'{path} holds weights, but no run of this version to resume; see --init')
         except ValueError as error:
             if path == paths[-1]:
                 raise

@@ -377,7 +377,7 @@ def visible_sentences(pool, record, box):
     record: the pair's json, with objects of name and bbox (x, y, w, h). box: (y, x, h, w) of the crop in pixels.
     """
     if not record.get('objects'):
-        raise ValueError("its json lists no 'objects' with name and bbox, which --aligned-crops needs; leave that out")
+        raise ValueError("--aligned-crops needs 'objects' with name and bbox in the json of each pair; leave it out")
     top, left, height, width = box
     seen = {}
     for thing in record['objects']:
