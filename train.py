@@ -270,7 +270,7 @@ def find_checkpoint(resume, out):
             saved = evaluation.read_checkpoint(path)
             if 'shards' in saved:
                 return path, saved
-            raise ValueError(f'{path} holds weights, but no run of this version to resume; see --init')
+            raise ValueError(f'{path} holds no run to resume, or one of an older version; see --init')
         except ValueError as error:
             if path == paths[-1]:
                 raise
