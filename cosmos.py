@@ -376,7 +376,10 @@ class CrossAttention(nn.Module):
 # --- 5. The student, and its EMA teacher -------------------------------------------------------- framework figure ---
 
 class Output(NamedTuple):
-    """What the losses read, all of unit length. The cross-modal ones are None in a model without cross-attention."""
+    """What the losses read, all of unit length. The cross-modal ones are None in a model without cross-attention.
+
+    Pair b of the batch is [:, b]: all its views, and all its captions, are positives of each other.
+    """
     image: torch.Tensor         # (V, B, D)  [cls]
     text: torch.Tensor          # (U, B, D)  [eot]
     image_x: torch.Tensor       # (V, B, D)  h_I, Eq. 1
@@ -389,7 +392,11 @@ def unit(x):
 
 
 class COSMOS(nn.Module):
-    """Two towers, two token maps, two cross-attention heads, two learned scales. With cross_heads = 0 a plain CLIP."""
+    """Two towers, two token maps, two cross-attention heads, two learned scales. With cross_heads = 0 a plain CLIP.
+
+    The towers are CLIP's. The token maps bring the tokens of both to width D, for the heads C^I and C^T to read. After
+    training only the towers are needed: retrieval, classification and segmentation never call the heads.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -475,8 +482,9 @@ class COSMOS(nn.Module):
 class Teacher(nn.Module):
     """theta_t <- lambda theta_t + (1 - lambda) theta_s: an exponential moving average of the student, without gradient.
 
-    It starts as a copy and averages every parameter. It uses neither cross-attention nor scales, but with both averaged
-    it is a complete model, whose attention can be drawn.
+    With lambda = 0.999 half of the average is the last 693 steps. It starts as a copy and averages every parameter. It
+    uses neither cross-attention nor scales, but with both averaged it is a complete model, whose attention can be
+    drawn.
     """
 
     def __init__(self, student):
@@ -526,7 +534,10 @@ class Gather(torch.autograd.Function):
 
 
 def gather(*features):
-    """Several (V, B, D) -> several (V, N, D), in one collective. On one GPU they pass untouched."""
+    """Several (V, B, D) -> several (V, N, D). On one GPU they pass untouched.
+
+    One collective for all of them: the released code has one for every pair of views, 160 a step.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return features
     gathered = Gather.apply(torch.cat(features))
@@ -562,6 +573,8 @@ def symmetric_nce(a, b, all_a, all_b, scale):
 
 def clip_loss(out, scale):
     """L_CLIP: the student's two global images against all its captions, 2 x U pairs of views. scale = exp(logit_scale).
+
+    With 2 + 6 captions these are 16 pairs of views. The heads have no part in it: it is CLIP's loss on [cls] and [eot].
 
     code≠paper: local image views stay out, because with them the released model overfitted (loss.py:203-206).
     """
