@@ -726,8 +726,8 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=
             draw.rectangle((left, y, left + tile * weight, y + 15), '#ffea46')
             draw.text((left + 4, y), word, 'black', font_size=13)
         top += step
-    legend = ('image | where C^I looks for the caption, dark blue low, yellow high | '
-              'how much C^T reads each word, start, end and padding left out. Each scaled to its own range')
+    legend = ('image | where C^I looks for the caption: blue low, yellow high | '
+              'how much C^T reads each word | each on a scale of its own')
     draw.text((8, top), legend, 'black', font_size=12)
     canvas.save(path)
 
