@@ -341,7 +341,7 @@ def lock_folder(out):
     file = os.open(out / '.lock', os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         raise ValueError(f'another run is at work in {out}; give another --out') from None
     except OSError:                                             # a file system without locks
         pass
@@ -356,7 +356,7 @@ def claim_folder(out, checkpoint, sources):
     if (out / 'config.json').exists() and not resumes_here:
         lock_folder(out)
         inside = any(Path(path).resolve().is_relative_to(out.resolve()) for path in sources.split('::'))
-        if inside or os.path.ismount(out):
+        if inside or out.is_mount():
             raise ValueError(f'{out} holds a run and cannot be moved aside: it is a mount point, or holds '
                              '--data, --val or --init; give another --out, or --resume auto')
         number = 1
@@ -519,8 +519,7 @@ class Student(torch.nn.Module):
         outs = []
         for part in zip(image_parts, text_parts):
             outs.append(checkpoint(self.model, *part, use_reentrant=False))
-        joined = [None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*outs)]
-        return Output(*joined)
+        return Output(*[None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*outs)])
 
 
 def student_and_teacher(run, batch):
@@ -832,7 +831,10 @@ def main():
     # torchrun --max-restarts counts on the node that failed only, hence the sum.
     [restarts] = processes.sum([int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))])
     run = Run(typed, processes.world, restarts) if processes.rank == 0 else None
-    run = processes.share(run)
+    try:
+        run = processes.share(run)
+    except RuntimeError:                    # rank 0 is gone: it was refused, and has said why
+        os._exit(1)
     run.start(processes)
     if run.step < run.options.steps:
         if run.first:
