@@ -209,6 +209,15 @@ def paint(canvas, thing, rng):
     return np.asarray(fill.reduce(SS)) >= 128
 
 
+def draw_alone(name):
+    """A drawing of one object, half as long as the image, on a plain ground."""
+    color, shape = name.split()
+    thing = Thing(shape, color, SIZE / 2, 'plain', 'dominant', SIZE / 2, SIZE / 2)
+    canvas = Image.new('RGB', (SIZE * SS, SIZE * SS), GROUNDS['grey'])
+    paint(canvas, thing, random.Random(name))
+    return canvas.reduce(SS)
+
+
 # --- 3. Captions -----------------------------------------------------------------------------------------------------
 
 def say(form, voice, thing):
@@ -357,14 +366,12 @@ def make_scenes(root, train=8000, val=1000, seed=0, workers=None, named=None, sm
 def built_in_set(root='runs/scenes'):
     """-> the folder of the built-in set, drawn where it is absent. One that lists no `mixed` names is left alone."""
     folder = Path(root)
-    number = 1
-    while Path(folder, 'val/00000.tar').exists():                       # the last file to be drawn
-        if 'mixed' in Shards(folder / 'val').record(0)['objects'][0]:
-            return folder
-        number += 1
-        folder = Path(f'{root}-{number}')
-    print(f'data       drawing the built-in set into {folder}, once')
-    make_scenes(folder)
+    shards = folder / 'val/00000.tar'                                   # the last file to be drawn
+    if shards.exists() and 'mixed' not in Shards(shards).record(0)['objects'][0]:
+        return built_in_set(f'{root}-2')
+    if not shards.exists():
+        print(f'data       drawing the built-in set into {folder}, once')
+        make_scenes(folder)
     return folder
 
 

@@ -1,6 +1,6 @@
 """Feature suppression, measured on scenes that list their objects: what does a checkpoint know of the small ones?
 
-    python -m lesson.suppression CKPT --shards runs/scenes/val [--picture naming.png] [--json figures.json]
+    python -m lesson.suppression CKPT --shards runs/scenes/val [--pictures naming] [--json figures.json]
 
 CKPT is any checkpoint that eval.load reads. Printed for the dominant and for the small objects:
 
@@ -13,30 +13,28 @@ CKPT is any checkpoint that eval.load reads. Printed for the dominant and for th
 then where C^I looks when it is asked for an object, by the masks, and the mIoU of segmentation by the colours.
 """
 import io
+import shutil
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import save_image
 
+from cosmos import unit
 from data import Parser, Shards, cli
-from eval import (Settings, add_options, attention, attention_picture, class_vectors, confusion, embed_images, execute,
-                  need, progress, read_json, segment_image, segmentation_figures, shade, shard_image, write_json)
-from lesson.scenes import COLORS, GROUNDS, NAMES, clean_names
+from eval import (Settings, add_options, attention_picture, class_vectors, confusion, embed_images, embed_texts,
+                  execute, need, progress, segment_image, segmentation_figures, shard_image)
+from lesson.scenes import COLORS, GROUNDS, NAMES, clean_names, draw_alone
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
 
 def objects_of(shards, i):
     """What the json of pair i lists as `objects` with a name; [] where there is nothing of that kind."""
-    listed = shards.record(i).get('objects')
-    if not isinstance(listed, list):
-        return []
-    return [thing for thing in listed if isinstance(thing, dict) and 'name' in thing]
+    listed = shards.record(i).get('objects') or []
+    return [thing for thing in listed if 'name' in thing]
 
 
 def listed_objects(shards, most=None):
@@ -86,31 +84,24 @@ def presence(scores, thing, wrong):
 
 def binding(scores, group):
     """The share of the mixed names of all objects of a group that their own names beat. A tie counts half."""
-    margins = torch.cat([lead(scores, thing, thing.mixed) for thing in group])
+    margins = [lead(scores, thing, thing.mixed) for thing in group]
+    margins = torch.cat(margins)
     return (0.5 + margins.sign() / 2).mean().item()
 
 
-def naming_figures(scores, groups):
-    """-> {role: {'top1', 'chance', 'bound', 'objects'}}"""
+def presence_and_binding(scores, groups):
+    """scores of all pairs, the groups of `listed_objects` -> {role: {'top1': presence, 'chance', 'bound': binding,
+    'objects'}}"""
     figures = {}
     for role, group in groups.items():
+        hits = [presence(scores, thing, thing.absent) for thing in group]
         figures[role] = {
-            'top1': fmean(presence(scores, thing, thing.absent) for thing in group),
+            'top1': fmean(hits),
             'chance': 1 / (1 + len(group[0].absent)),
             'bound': binding(scores, group),
             'objects': len(group),
         }
     return figures
-
-
-def presence_and_binding(model, tokenizer, image_features, shards):
-    """The figures of eval.json, {role: {'top1': presence, 'chance', 'bound': binding, 'objects'}}; {} where the shards
-    list no such objects. image_features: of all pairs, (n, D), of unit length."""
-    groups = listed_objects(shards)
-    if not groups:
-        return {}
-    scores = name_scores(model, tokenizer, image_features)
-    return naming_figures(scores, groups)
 
 
 def probe_scores(image_features, group, penalty=0.1):
@@ -125,7 +116,8 @@ def probe_scores(image_features, group, penalty=0.1):
     for thing in group:
         words = set(thing.name.split())
         for name, k in COLUMN.items():
-            target[thing.pair, k] += len(words.intersection(name.split()))
+            shared = words.intersection(name.split())
+            target[thing.pair, k] += len(shared)
     pairs = torch.tensor([thing.pair for thing in group]).unique()
     mean = target[pairs].mean(dim=0)
     scores = torch.zeros_like(target)
@@ -141,60 +133,72 @@ def probe_scores(image_features, group, penalty=0.1):
 
 # --- 3. Where C^I looks, and segmentation ----------------------------------------------------------------------------
 
-def point(maps, numbers, number, p):
-    """maps (2, P), asked by the name of object `number` and by an absent one; numbers (S, S) -> row of `pointing`."""
-    figures = {}
-    on_it = numbers == number
-    on_others = (numbers > 0) & ~on_it
-    for target, pixels in ('', on_it), ('others_', on_others):
-        middles = pixels[p // 2::p, p // 2::p].flatten()                # (P,) does the middle of a patch lie there?
-        covered = F.avg_pool2d(pixels.float()[None], p).flatten()       # (P,) which share of a patch does?
-        figures[f'{target}area'] = covered.mean()
-        for question, weights in zip(('', 'absent_'), maps):
-            figures[f'{question}{target}peak'] = middles[weights.argmax()]
-            figures[f'{question}{target}weight'] = weights @ covered
+def text_x(model, images, tokens, keys):
+    """h_T of each pair (B, D), where C^I may read only the patches `keys` (P,)."""
+    def leave_out(head, inputs):
+        query, patches = inputs
+        return query, patches[:, keys]
+    with model.image_cross.register_forward_pre_hook(leave_out):
+        return model([images], [tokens]).text_x[0]
+
+
+def point(model, images, tokens, pixels):
+    """One image twice (2, 3, S, S), with two questions (2, T): a name that it has, and an absent one; pixels (S, S):
+    where the object of that name is -> row of `pointing`."""
+    p = model.config.patch_size
+    middles = pixels[p // 2::p, p // 2::p].flatten()                    # (P,) does the middle of a patch lie on it?
+    weights, _ = model.attention(images, tokens)                        # (2, P)
+    whole = text_x(model, images, tokens, torch.ones_like(middles))
+    masked = text_x(model, images, tokens, ~middles)
+    change = 1 - (whole * masked).sum(dim=1)
+    figures = {'area': pixels.float().mean()}
+    for row, question in enumerate(('', 'absent_')):
+        figures[f'{question}peak'] = middles[weights[row].argmax()]
+        figures[f'{question}used'] = change[row]
     return figures
 
 
 @torch.no_grad()
-def pointing(model, tokenizer, preprocess, shards, most=300):
+def pointing(model, tokenizer, preprocess, shards, most=150):
     """Where does C^I look? -> {role: means over the objects of the first `most` pairs}; {} for a plain CLIP.
 
-    peak: the highest weight, asked by "a NAME", lies on the object; weight: the share of it that does; a blind guess
-    gives the area. others_: the same of the other objects of the scene. absent_: asked by a name that is not in the
+    peak: the highest weight, asked by "a NAME", lies on the object; a blind guess gives the area. used: 1 - cosine of
+    h_T with and without the object's patches among the keys. absent_: the same, asked by a name that is not in the
     scene, the control.
     """
     figures = {}
     if not model.config.cross_heads:
         return figures
-    device = model.logit_scale.device
     size = model.config.image_size
+    device = model.logit_scale.device
     for role, group in listed_objects(shards, most).items():
         rows = []
         for thing in progress(group, f'maps of {role} objects'):
-            image = preprocess(shard_image(shards, thing.pair)).to(device)
-            tokens = tokenizer([f'a {thing.name}', f'a {thing.absent[0]}']).to(device)
-            maps, _ = model.attention(torch.stack([image, image]), tokens)              # (2, P)
-            mask = read_mask(shards, thing.pair).resize((size, size), Image.NEAREST)
-            numbers = pil_to_tensor(mask)[0]                                            # (S, S)
-            found = point(maps.cpu(), numbers, thing.number, model.config.patch_size)
-            rows.append(found)
+            image = preprocess(shard_image(shards, thing.pair))
+            images = torch.stack([image, image]).to(device)
+            questions = [f'a {thing.name}', f'a {thing.absent[0]}']
+            tokens = tokenizer(questions).to(device)
+            mask = read_mask(shards, thing.pair)
+            mask = mask.resize((size, size), Image.NEAREST)
+            pixels = pil_to_tensor(mask)[0] == thing.number                             # (S, S)
+            rows.append(point(model, images, tokens, pixels.to(device)))
         figures[role] = {}
         for key in rows[0]:
-            figures[role][key] = fmean(row[key].item() for row in rows)
+            figures[role][key] = fmean(row[key] for row in rows)
     return figures
 
 
-def segmentation(model, tokenizer, shards):
-    """mIoU of the objects by their colours; all grounds are class 0."""
+def segmentation(model, tokenizer, shards, most=500):
+    """mIoU of the objects in the first `most` pairs by their colours; all grounds are class 0."""
     ground = ['background', *GROUNDS]
     colors = list(COLORS)
-    vectors = class_vectors(model, tokenizer, ground + colors).to(model.logit_scale.device)
+    vectors = class_vectors(model, tokenizer, ground + colors)
+    vectors = vectors.to(model.logit_scale.device)
     counts = [len(ground)] + [1] * len(colors)
     window = model.config.image_size
     settings = Settings(size=window * 3 // 2, window=window, stride=window // 2)
     matrix = 0
-    for i in progress(range(len(shards)), 'segmentation'):
+    for i in progress(range(len(shards))[:most], 'segmentation'):
         classes = [0]                           # of each number in the mask
         for listed in objects_of(shards, i):
             color, _ = listed['name'].split()
@@ -207,23 +211,41 @@ def segmentation(model, tokenizer, shards):
     return segmentation_figures(matrix, ['ground', *colors])
 
 
-# --- 4. Pictures -----------------------------------------------------------------------------------------------------
+# --- 4. Three tests of the literature (arXiv 2502.19842) --------------------------------------------------------------
 
-def tile(image, lines, side=112, rows=1, weights=None):
-    """A picture, seen through a map of weights (h, w) where one is given, under `rows` lines of (text, colour)."""
-    image = ImageOps.fit(image.convert('RGB'), (side, side))
-    if weights is not None:
-        grid = Image.fromarray(np.uint8(255 * np.array(weights)))
-        heat = shade(grid.resize(image.size, Image.BILINEAR))
-        image = Image.blend(image, heat, 0.6)
-    image = ImageOps.expand(image, (0, 16 * rows + 4, 0, 0))
-    draw = ImageDraw.Draw(image)
-    for number, (text, colour) in enumerate(lines):
-        draw.text((4, 16 * number), text, colour, font_size=13)
-    return pil_to_tensor(image) / 255
+def nearest(scores, scenes):
+    """scores (n, K) of n scenes with all names; the names in each scene -> the share of scenes where the highest score
+    is that of its first name, and of its last."""
+    best = [NAMES[k] for k in scores.argmax(dim=1)]
+    first = fmean(name == names[0] for name, names in zip(best, scenes))
+    last = fmean(name == names[-1] for name, names in zip(best, scenes))
+    return {'first': first, 'last': last}
 
 
-def naming_picture(scores, groups, shards, path, wrong='absent'):
+@torch.no_grad()
+def three_tests(model, tokenizer, preprocess, image_features, shards):
+    """Which of its objects is nearest to a scene, by name and as a drawing of that object alone, and which name to a
+    caption that lists them? The first object is the dominant one; a caption begins with any."""
+    scenes, turned = [], []
+    for pair in range(len(shards)):
+        names = [listed['name'] for listed in objects_of(shards, pair)]
+        start = pair % len(names)
+        scenes.append(names)
+        turned.append(names[start:] + names[:start])
+    drawings = [preprocess(draw_alone(name)) for name in NAMES]
+    drawings = torch.stack(drawings).to(model.logit_scale.device)                       # (K, 3, S, S)
+    alone, _ = model.encode_image(drawings)                                             # (K, D)
+    captions = ['a ' + ' and a '.join(names) for names in turned]
+    text_features = embed_texts(model, tokenizer, captions)
+    return {
+        'name': nearest(name_scores(model, tokenizer, image_features), scenes),
+        'drawing': nearest(image_features @ unit(alone).cpu().T, scenes),
+        'caption': nearest(name_scores(model, tokenizer, text_features), turned)}
+
+
+# --- 5. Pictures -----------------------------------------------------------------------------------------------------
+
+def naming_picture(scores, groups, shards, path, wrong):
     """PNG of the first twelve scenes. Above each the names of its objects and behind them the best of their wrong ones,
     `absent` or `mixed`: green where the name is above it, else red."""
     lines = {}
@@ -237,48 +259,44 @@ def naming_picture(scores, groups, shards, path, wrong='absent'):
     tiles = []
     for pair in sorted(lines)[:12]:
         image = shard_image(shards, pair)
-        tiles.append(tile(image, lines[pair], side=256, rows=4))
+        image = image.resize((256, 256))
+        image = ImageOps.expand(image, (0, 68, 0, 0))
+        draw = ImageDraw.Draw(image)
+        for number, (line, colour) in enumerate(lines[pair]):
+            draw.text((4, 16 * number), line, colour, font_size=13)
+        tiles.append(pil_to_tensor(image) / 255)
     save_image(tiles, path, nrow=4)
 
 
-def strip(image, maps, path):
-    """PNG of maps over training, {caption: {step: (h, w)}}: a row a caption, the image and then a column a step."""
-    tiles = []
-    for caption, by_step in maps.items():
-        tiles.append(tile(image, [(caption, 'white')]))
-        for step, weights in by_step.items():
-            lines = [(f'step {step}', 'white')]
-            tiles.append(tile(image, lines, weights=weights))
-    save_image(tiles, path, nrow=len(tiles) // len(maps))
-
-
 def track_attention(folder, model, tokenizer, preprocess, shards, step):
-    """Ask C^I for the objects of the first scene by their names. The maps go into folder/maps.json and attention.png,
-    and those of all steps so far into strip.png, once there are two. A plain CLIP has no such maps: nothing happens."""
+    """folder/attention.png: C^I and C^T, asked for the objects of the first scene by their names. folder/strip.png: the
+    maps of C^I of all steps so far, side by side. A plain CLIP has no such maps: nothing happens."""
     if not model.config.cross_heads:
         return
-    image = shard_image(shards, 0)
-    path = Path(folder, 'maps.json')
-    maps = read_json(path) if path.exists() else {}
-    for listed in objects_of(shards, 0):
-        caption = f"a {listed['name']}"
-        weights, _ = attention(model, tokenizer, preprocess, image, caption)
-        by_step = maps.setdefault(caption, {})
-        by_step[str(step)] = weights.round(3).tolist()
-    write_json(path, maps)
-    attention_picture(model, tokenizer, preprocess, image, maps, Path(folder, 'attention.png'))
-    if any(len(by_step) > 1 for by_step in maps.values()):
-        strip(image, maps, Path(folder, 'strip.png'))
+    captions = [f"a {listed['name']}" for listed in objects_of(shards, 0)]
+    path = Path(folder, 'attention', f'{step:09d}.png')
+    path.parent.mkdir(exist_ok=True)
+    attention_picture(model, tokenizer, preprocess, shard_image(shards, 0), captions, path)
+    shutil.copy(path, Path(folder, 'attention.png'))
+    columns = []
+    for each in sorted(path.parent.glob('*.png')):
+        whole = Image.open(each)
+        maps = whole.crop((232, 0, 464, whole.height - 22))             # without image, words and legend
+        label = f'step {int(each.stem)}'
+        ImageDraw.Draw(maps).text((12, 12), label, 'white', font_size=13)
+        columns.append(pil_to_tensor(maps) / 255)
+    save_image(columns, Path(folder, 'strip.png'), nrow=len(columns), padding=0)
 
 
 def during_training(model, tokenizer, preprocess, image_features, shards, folder, step):
-    """For an evaluation of train.py -> the figures of eval.json; maps.json and strip.png in `folder` are brought up
-    to date."""
+    """For an evaluation of train.py -> the figures of eval.json; attention.png and strip.png in `folder`
+    are brought up to date."""
     track_attention(folder, model, tokenizer, preprocess, shards, step)
-    return presence_and_binding(model, tokenizer, image_features, shards)
+    scores = name_scores(model, tokenizer, image_features)
+    return presence_and_binding(scores, listed_objects(shards))
 
 
-# --- 5. Command ------------------------------------------------------------------------------------------------------
+# --- 6. Command ------------------------------------------------------------------------------------------------------
 
 def run(args, model, tokenizer, preprocess):
     """All figures, and the naming picture."""
@@ -287,18 +305,20 @@ def run(args, model, tokenizer, preprocess):
     need(groups, f'{args.shards} lists no objects with absent and mixed names; draw a set by python -m lesson.scenes')
     image_features = embed_images(model, shards, preprocess, workers=args.workers)
     scores = name_scores(model, tokenizer, image_features)
-    figures = naming_figures(scores, groups)
+    figures = presence_and_binding(scores, groups)
     for role, group in groups.items():
         probe = probe_scores(image_features, group)
-        all_hits, probe_hits = [], []
+        among_all, probed = [], []
         for thing in group:
             clean = clean_names(NAMES, thing.scene)
-            all_hits.append(presence(scores, thing, clean))
-            probe_hits.append(presence(probe, thing, thing.absent))
-        figures[role]['all_top1'] = fmean(all_hits)
-        figures[role]['probe_top1'] = fmean(probe_hits)
-    if args.picture:
-        naming_picture(scores, groups, shards, args.picture)
+            among_all.append(presence(scores, thing, clean))
+            probed.append(presence(probe, thing, thing.absent))
+        figures[role]['all_top1'] = fmean(among_all)
+        figures[role]['probe_top1'] = fmean(probed)
+    if args.pictures:
+        naming_picture(scores, groups, shards, f'{args.pictures}-presence.png', 'absent')
+        naming_picture(scores, groups, shards, f'{args.pictures}-binding.png', 'mixed')
+    figures['nearest'] = three_tests(model, tokenizer, preprocess, image_features, shards)
     figures['pointing'] = pointing(model, tokenizer, preprocess, shards)
     figures['segmentation'] = segmentation(model, tokenizer, shards)
     return figures
@@ -309,7 +329,7 @@ def main():
     add_options(parser)
     parser.set_defaults(command='suppression', run=run)
     parser.add_argument('--shards', required=True, help='held-out shards that list objects, as runs/scenes/val')
-    parser.add_argument('--picture', help='PNG of scenes with the names that win')
+    parser.add_argument('--pictures', metavar='NAME', help='NAME-presence.png and NAME-binding.png: which names win')
     execute(parser.parse_args())
 
 

@@ -1,0 +1,282 @@
+"""The experiments of the course: what is run, each run a row of lesson/results.csv.
+
+    python -m lesson.experiments named                          the runs of page 2 that have no row, two side by side
+    python -m lesson.experiments named --run q0.2-cosmos 0      one run, without a row: its figures
+
+A run that has a row is not made again, and one that was interrupted goes on where it stopped: start the command again.
+Each run is a process of one thread, whose checkpoint and log lie in runs/lesson.
+"""
+import csv
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import eval as evaluation
+import train
+from cosmos import COSMOS, Output, unit
+from data import Parser, cli, replacing
+from lesson import suppression
+
+# --- 1. Other forwards -----------------------------------------------------------------------------------------------
+
+class WithoutResidual(COSMOS):
+    """h_I and h_T are what the heads return, and nothing else."""
+
+    def forward(self, images, texts):
+        cls, patches = self.visual(images, keep=True)
+        eot, words = self.text(texts, keep=True)
+        h_I = self.text_cross(cls, self.text_tokens(words))         # (V, B, D)  Eq. 1 without + cls
+        h_T = self.image_cross(eot, self.image_tokens(patches))     # (U, B, D)  Eq. 2 without + eot
+        return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
+
+
+class WithoutHeads(COSMOS):
+    """Eq. 6, with its own scale, on the embeddings themselves. Built without heads: they would get no gradient."""
+
+    def __init__(self, config):
+        super().__init__(replace(config, cross_heads=0))
+        self.distill_logit_scale = deepcopy(self.logit_scale)
+
+    def forward(self, images, texts):
+        out = super().forward(images, texts)
+        return Output(out.image, out.text, out.image, out.text)
+
+    def scales(self):
+        return [self.logit_scale, self.distill_logit_scale]
+
+
+# --- 2. The experiments ----------------------------------------------------------------------------------------------
+
+class Variant(NamedTuple):
+    """How a run is made. Variants that differ only in the last two fields share their runs."""
+    flags: str = '--method cosmos'          # of train.py; {scenes} is the folder of the set
+    scenes: str = ''                        # options of lesson.scenes; none: the built-in set
+    model: type = COSMOS
+    seeds: int = 3                          # 0, 1, 2
+    against: str = 'cosmos'                 # the variant it is compared with
+
+
+# Steps in the time that COSMOS takes for 320. Measured at 71da512, alone on the two cores of an Intel Xeon with AMX, by
+# the log of OMP_NUM_THREADS=1 python train.py --method M --workers 1: 237, 137, 70, 61, 64 and 53 pairs/s, the medians
+# of four rounds, which differ by up to 30 %.
+STEPS = {
+    'clip': 1430, 'clip-aug': 830, 'image-distill': 420,
+    'text-crop': 370, 'text-distill': 390, 'cosmos': 320}
+MAIN_ROWS = ('clip', 'text-crop', 'cosmos')
+
+
+def in_equal_time(method):
+    return f'--method {method} --steps {STEPS[method]}'
+
+
+def named():
+    """Which share of the sentences names the small object?"""
+    variants = {}
+    for share in (0, 0.1, 0.2, 0.3, 0.5):
+        scenes = f'--objects 2 --named {share}'
+        for method in MAIN_ROWS:
+            flags = in_equal_time(method)
+            variants[f'q{share}-{method}'] = Variant(flags, scenes, against=f'q{share}-clip')
+    return variants
+
+
+def size():
+    """How large is the small object? R 0.43: as large as the dominant one; q 0.5: named as often."""
+    variants = {}
+    for name in ('q0.3-R0.12', 'q0.3-R0.2', 'q0.3-R0.28', 'q0.3-R0.4', 'q0.3-R0.43', 'q0.5-R0.43'):
+        share, side = re.findall('[0-9.]+', name)
+        scenes = f'--objects 2 --named {share} --small-size {side}'
+        variants[name] = Variant('--eval-every 40', scenes, against='q0.3-R0.28')
+    return variants
+
+
+def table5():
+    """The rows of Table 5: at equal steps each against the one above, in equal time against COSMOS."""
+    variants = {}
+    above = 'clip'
+    for method in STEPS:
+        seeds = 5 if method in MAIN_ROWS else 3
+        variants[method] = Variant(f'--method {method}', seeds=seeds, against=above)
+        above = method
+        if method != 'cosmos':
+            variants[f'{method}-equal-time'] = Variant(in_equal_time(method), seeds=seeds)
+    return variants
+
+
+EIGHTH = ' --data {scenes}/train/00000.tar'     # of the pairs
+LONG = ' --steps 1280'
+
+EXPERIMENTS = {
+    'named': named(),
+    'size': size(),
+    'table5': table5(),
+    'cross': {
+        'cosmos': Variant(seeds=5),
+        'without-heads': Variant(model=WithoutHeads, seeds=5),
+        'without-residual': Variant(model=WithoutResidual, seeds=5)},
+    'captions': {
+        'cosmos': Variant(),                    # all captions, 6 local crops
+        'raw': Variant('--caption-pool raw'),
+        'short': Variant('--caption-pool short'),
+        'long': Variant('--caption-pool long'),
+        'crops-0': Variant('--local-crops 0'),
+        'crops-2': Variant('--local-crops 2'),
+        'crops-4': Variant('--local-crops 4'),
+        'aligned': Variant('--aligned-crops')},
+    'amount': {
+        'clip': Variant('--method clip'),
+        'clip-eighth': Variant('--method clip' + EIGHTH, against='clip'),
+        'clip-1280': Variant('--method clip' + LONG, against='clip'),
+        'clip-eighth-1280': Variant('--method clip' + LONG + EIGHTH, against='clip-1280'),
+        'cosmos': Variant(),
+        'cosmos-eighth': Variant('--method cosmos' + EIGHTH),
+        'cosmos-1280': Variant('--method cosmos' + LONG),
+        'cosmos-eighth-1280': Variant('--method cosmos' + LONG + EIGHTH, against='cosmos-1280')}}
+
+
+# --- 3. One run ------------------------------------------------------------------------------------------------------
+
+def run_folder(variant, seed):
+    """Named by all that makes the run, so that another one never goes on from its checkpoint."""
+    words = f'{variant.model.__name__} {variant.scenes} {variant.flags}'
+    return Path('runs/lesson', re.sub('[^a-zA-Z0-9.]+', '-', words), str(seed))
+
+
+def scene_folder(options):
+    """The set that options of lesson.scenes describe (none: the built-in set), drawn where it is absent."""
+    folder = Path('runs/lesson', f'scenes {options}'.replace(' ', '-'))
+    if not (folder / 'val/00000.tar').exists():                      # the last file to be drawn
+        subprocess.run([sys.executable, '-m', 'lesson.scenes', folder, *options.split()], check=True)
+    return folder
+
+
+def origin():
+    """The machine, and the last commit that changed the code of a run."""
+    name = platform.processor()
+    listed = Path('/proc/cpuinfo')                                      # Linux tells more
+    if listed.exists():
+        name = re.search('model name.*: (.*)|$', listed.read_text())[1] or name
+    # Of lesson/ neither plots.py nor the tests.
+    command = 'git log -1 --format=%h -- cosmos.py data.py eval.py train.py lesson/[!pt]*.py'
+    git = subprocess.run(command.split(), capture_output=True, text=True)
+    return {'commit': git.stdout.strip() or 'unknown', 'machine': f'{name}, {os.cpu_count()} cores'}
+
+
+def flat(figures, prefix=''):
+    """{'small': {'top1': x}} -> {'small.top1': x}"""
+    row = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            row |= flat(value, f'{prefix}{name}.')
+        else:
+            row[prefix + name] = round(value, 4)
+    return row
+
+
+def run(variant, seed):
+    """Train and measure a variant, in this process; all figures go into row.json of its folder."""
+    row = origin()
+    scenes = scene_folder(variant.scenes)
+    out = run_folder(variant, seed)
+    # What train.py and eval.py build is the class of this name.
+    train.COSMOS = variant.model
+    evaluation.COSMOS = variant.model
+    command = 'train.py --preset tiny --data {scenes}/train --val {scenes}/val --workers 1 ' + variant.flags
+    sys.argv = command.format(scenes=scenes).split() + f'--seed {seed} --out {out} --resume auto'.split()
+    with suppress(SystemExit):
+        train.main()
+    loaded = evaluation.load(out / 'last.pt')
+    held_out = SimpleNamespace(shards=scenes / 'val', workers=0, pictures=out / 'naming')
+    figures = evaluation.read_json(out / 'eval.json') | suppression.run(held_out, *loaded)
+    row |= flat(figures)
+    for line in evaluation.read_lines(out / 'log.jsonl'):
+        entry = json.loads(line)
+        for name, value in flat(entry.get('eval', {})).items():
+            if name.endswith('.top1'):                                  # presence over training
+                row[f"{name}@{entry['step']}"] = value
+    evaluation.write_json(out / 'row.json', row)
+    return row
+
+
+# --- 4. Many runs ----------------------------------------------------------------------------------------------------
+
+RESULTS = Path('lesson/results.csv')
+
+
+def read_results():
+    """-> the rows, {column: text} each."""
+    return list(csv.DictReader(RESULTS.read_text().splitlines()))
+
+
+def add_result(row):
+    """A new row may have new columns, so the file is written anew, whole or not at all."""
+    rows = [*read_results(), row]
+    columns = {}
+    for each in rows:
+        columns |= each
+    with replacing(RESULTS) as partial, open(partial, 'w', newline='') as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def missing_runs(experiment, seeds=None):
+    """-> [(experiment, seed, variant)] that have no row, seed 0 of all variants first."""
+    done = [(row['experiment'], row['seed'], row['variant']) for row in read_results()]
+    missing = []
+    for name, variant in EXPERIMENTS[experiment].items():
+        for seed in range(seeds or variant.seeds):
+            key = experiment, str(seed), name
+            if key not in done:
+                missing.append(key)
+    return sorted(missing)
+
+
+def launch(key):
+    """Make a run in a process of one thread, where no other experiment has made it -> its row, None where it fails."""
+    experiment, seed, name = key
+    figures = run_folder(EXPERIMENTS[experiment][name], seed) / 'row.json'
+    if not figures.exists():
+        command = [sys.executable, '-m', 'lesson.experiments', experiment, '--run', name, seed]
+        one_thread = os.environ | {'OMP_NUM_THREADS': '1'}
+        if subprocess.run(command, stdout=subprocess.DEVNULL, env=one_thread).returncode:
+            return None
+    return {'experiment': experiment, 'variant': name, 'seed': seed} | evaluation.read_json(figures)
+
+
+def main():
+    parser = Parser()
+    parser.add_argument('experiment', choices=EXPERIMENTS)
+    parser.add_argument('--seeds', type=int, help='how many, instead of the 3 or 5 of the course')
+    parser.add_argument('--jobs', type=int, default=2)
+    parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run, without a row')
+    args = parser.parse_args()
+    variants = EXPERIMENTS[args.experiment]
+    if args.run:
+        name, seed = args.run
+        evaluation.need(name in variants, f'no variant is called {name}; take one of {", ".join(variants)}')
+        evaluation.show(run(variants[name], seed))
+        return
+    missing = missing_runs(args.experiment, args.seeds)
+    for _, _, name in missing:
+        scene_folder(variants[name].scenes)                             # before two runs need it
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for key, row in zip(missing, pool.map(launch, missing)):
+            if row:
+                add_result(row)
+            else:
+                print('failed', *key)
+
+
+if __name__ == '__main__':
+    cli(main)

@@ -1,0 +1,156 @@
+"""Tables and plots of the course, from lesson/results.csv alone.
+
+    python -m lesson.plots              write lesson/tables.md, draw assets/lesson-*.png (needs matplotlib)
+    python -m lesson.plots --check      are the runs complete, and do tables, plots and README.md agree with them?
+
+In lesson/README.md a figure says behind it where it comes from: 94.8<!-- named q0.2-cosmos small.top1 -->.
+"""
+import functools
+import math
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+
+from PIL import Image
+
+from data import Parser, cli
+from eval import need, read_text
+from lesson.experiments import EXPERIMENTS, missing_runs, read_results
+
+README = Path('lesson/README.md')
+TABLES = Path('lesson/tables.md')
+PLOT = 'assets/lesson-{}.png'
+FIGURES = (
+    'dominant.top1 small.top1 small.all_top1 small.probe_top1 dominant.bound small.bound '
+    'retrieval.image_to_text_R@1 retrieval.text_to_image_R@1 segmentation.mIoU').split()
+POINTING = (
+    'pointing.dominant.peak pointing.dominant.absent_peak pointing.small.peak pointing.small.absent_peak '
+    'pointing.dominant.used pointing.dominant.absent_used pointing.small.used pointing.small.absent_used').split()
+QUANTILES = {3: 4.303, 5: 2.776}        # of Student's t, 97.5 %, by the number of seeds
+
+# --- 1. Tables -------------------------------------------------------------------------------------------------------
+
+results = functools.cache(read_results)
+
+
+def columns_of(experiment):
+    """The columns of results.csv that its table has."""
+    return FIGURES + POINTING if experiment == 'cross' else FIGURES
+
+
+def values(experiment, name, figure):
+    """-> {seed: percent}"""
+    found = {}
+    for row in results():
+        if (row['experiment'], row['variant']) == (experiment, name) and row.get(figure):
+            found[row['seed']] = 100 * float(row[figure])
+    return found
+
+
+def mean(experiment, name, figure):
+    """Over seeds; NaN where there is none."""
+    return fmean(values(experiment, name, figure).values() or [math.nan])
+
+
+def difference(a, b):
+    """Of the seeds in both {seed: value} -> the mean difference, and half of its 95 % interval (infinite: unknown)."""
+    gaps = [a[seed] - b[seed] for seed in a if seed in b]
+    if len(gaps) not in QUANTILES:
+        return math.nan, math.inf
+    return fmean(gaps), QUANTILES[len(gaps)] * stdev(gaps) / math.sqrt(len(gaps))
+
+
+def table(experiment):
+    """Markdown: a line a variant; a cell has the mean over seeds, then the difference to another variant."""
+    columns = columns_of(experiment)
+    heading = ' | '.join(columns)
+    lines = [f'| {experiment} | against | {heading} |', '|---' * (2 + len(columns)) + '|']
+    for name, variant in EXPERIMENTS[experiment].items():
+        cells = [name, variant.against]
+        for figure in columns:
+            cell = f'{mean(experiment, name, figure):.1f}'
+            base = values(experiment, variant.against, figure)
+            gap, half = difference(values(experiment, name, figure), base)
+            if name != variant.against and half < math.inf:
+                mark = '**' if abs(gap) > half else ''                  # the interval is without 0
+                cell += f', {mark}{gap:+.1f} ± {half:.1f}{mark}'
+            cells.append(cell)
+        lines.append(f'| {" | ".join(cells)} |')
+    text = '\n'.join(lines)
+    return f'{text}\n\n{text.count("±")} differences with 95 % intervals. Bold: 0 is outside; the others are open.\n\n'
+
+
+# --- 2. Plots --------------------------------------------------------------------------------------------------------
+
+def lines(experiment, figure):
+    """{label: (x, y)}: over q a line a method, over the steps a line a variant, else a row a variant, a dot a seed."""
+    found = {}
+    for name in EXPERIMENTS[experiment]:
+        seeds = list(values(experiment, name, figure).values())
+        if experiment == 'named':
+            share, method = name[1:].split('-', 1)
+            x, y = found.setdefault(method, ([], []))
+            x.append(float(share))
+            y.append(mean(experiment, name, figure))
+        elif experiment == 'size':
+            steps = range(40, 321, 40)
+            found[name] = steps, [mean(experiment, name, f'{figure}@{step}') for step in steps]
+        else:
+            found[name] = seeds, [name] * len(seeds)
+    return found
+
+
+def draw(experiment):
+    """A panel a figure. The file carries the table that it was drawn with, for --check."""
+    from matplotlib import pyplot
+    columns = FIGURES[:2] if experiment == 'size' else columns_of(experiment)
+    picture, axes = pyplot.subplots(1, len(columns), sharey=True, figsize=(16, 4), layout='constrained')
+    for axis, figure in zip(axes, columns):
+        axis.set_title(figure.replace('.', '\n'), fontsize=8)
+        for label, (x, y) in lines(experiment, figure).items():
+            axis.plot(x, y, 'o-', label=label)
+    if experiment in ('named', 'size'):
+        axes[0].legend()
+    picture.savefig(PLOT.format(experiment), metadata={'Description': table(experiment)})
+
+
+# --- 3. Check --------------------------------------------------------------------------------------------------------
+
+def check(experiment):
+    """The runs of an experiment and its plot. ValueError with a sentence on the first thing that is wrong."""
+    missing = missing_runs(experiment)
+    need(not missing, f'{experiment} lacks {len(missing)} runs, first {missing[:1]}; see python -m lesson.experiments')
+    rows = [row for row in results() if row['experiment'] == experiment]
+    origins = {row['commit'] + ', ' + row['machine'] for row in rows}
+    need(len(origins) == 1, f'{experiment} has runs of several commits or machines: {origins}')
+    drawn_with = Image.open(PLOT.format(experiment)).text.get('Description')
+    need(drawn_with == table(experiment), f'the plot of {experiment} shows other figures; run python -m lesson.plots')
+
+
+def check_text(tables):
+    """The tables, and every figure in README.md that says where it comes from."""
+    need(read_text(TABLES) == tables, f'{TABLES} differs from results.csv; run python -m lesson.plots')
+    source = r'([-.\d]+)<!-- (\w+) (\S+) (\S+) -->'
+    for figure, experiment, name, column in re.findall(source, read_text(README)):
+        right = f'{mean(experiment, name, column):.1f}'
+        need(right == figure, f'{column} of {name} ({experiment}) is {figure} in {README}, {right} in results.csv')
+
+
+def main():
+    parser = Parser()
+    parser.add_argument('--check', action='store_true', help='only compare with results.csv')
+    args = parser.parse_args()
+    tables = ''.join(table(experiment) for experiment in EXPERIMENTS)
+    for experiment in EXPERIMENTS:
+        if args.check:
+            check(experiment)
+        else:
+            draw(experiment)
+    if args.check:
+        check_text(tables)
+    else:
+        TABLES.write_text(tables)
+
+
+if __name__ == '__main__':
+    cli(main)
