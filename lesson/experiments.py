@@ -92,12 +92,14 @@ def named():
 
 def size():
     """How large is the small object? R 0.43: as large as the dominant one; q 0.5: named as often."""
-    variants = {}
-    for name in ('q0.3-R0.12', 'q0.3-R0.2', 'q0.3-R0.28', 'q0.3-R0.4', 'q0.3-R0.43', 'q0.5-R0.43'):
-        share, side = re.findall('[0-9.]+', name)
-        scenes = f'--objects 2 --named {share} --small-size {side}'
-        variants[name] = Variant('--eval-every 40', scenes, against='q0.3-R0.28')
-    return variants
+    scenes = {
+        'R0.12-q0.3': '--objects 2 --named 0.3 --small-size 0.12',
+        'R0.2-q0.3': '--objects 2 --named 0.3 --small-size 0.2',
+        'R0.28-q0.3': '--objects 2 --named 0.3 --small-size 0.28',
+        'R0.4-q0.3': '--objects 2 --named 0.3 --small-size 0.4',
+        'R0.43-q0.3': '--objects 2 --named 0.3 --small-size 0.43',
+        'R0.43-q0.5': '--objects 2 --named 0.5 --small-size 0.43'}
+    return {name: Variant('--eval-every 40', options, against='R0.28-q0.3') for name, options in scenes.items()}
 
 
 def table5():
@@ -112,9 +114,6 @@ def table5():
             variants[f'{method}-equal-time'] = Variant(in_equal_time(method), seeds=seeds)
     return variants
 
-
-EIGHTH = ' --data {scenes}/train/00000.tar'     # of the pairs
-LONG = ' --steps 1280'
 
 EXPERIMENTS = {
     'named': named(),
@@ -135,13 +134,15 @@ EXPERIMENTS = {
         'aligned': Variant('--aligned-crops')},
     'amount': {
         'clip': Variant('--method clip'),
-        'clip-eighth': Variant('--method clip' + EIGHTH, against='clip'),
-        'clip-1280': Variant('--method clip' + LONG, against='clip'),
-        'clip-eighth-1280': Variant('--method clip' + LONG + EIGHTH, against='clip-1280'),
+        'clip-eighth': Variant('--method clip --data {scenes}/train/00000.tar', against='clip'),
+        'clip-1280': Variant('--method clip --steps 1280', against='clip'),
+        'clip-eighth-1280': Variant(
+            '--method clip --data {scenes}/train/00000.tar --steps 1280', against='clip-1280'),
         'cosmos': Variant(),
-        'cosmos-eighth': Variant('--method cosmos' + EIGHTH),
-        'cosmos-1280': Variant('--method cosmos' + LONG),
-        'cosmos-eighth-1280': Variant('--method cosmos' + LONG + EIGHTH, against='cosmos-1280')}}
+        'cosmos-eighth': Variant('--method cosmos --data {scenes}/train/00000.tar'),
+        'cosmos-1280': Variant('--method cosmos --steps 1280'),
+        'cosmos-eighth-1280': Variant(
+            '--method cosmos --data {scenes}/train/00000.tar --steps 1280', against='cosmos-1280')}}
 
 
 # --- 3. One run ------------------------------------------------------------------------------------------------------
@@ -191,8 +192,9 @@ def run(variant, seed):
     # What train.py and eval.py build is the class of this name.
     train.COSMOS = variant.model
     evaluation.COSMOS = variant.model
-    command = 'train.py --preset tiny --data {scenes}/train --val {scenes}/val --workers 1 ' + variant.flags
-    sys.argv = command.format(scenes=scenes).split() + f'--seed {seed} --out {out} --resume auto'.split()
+    command = f'train.py --preset tiny --data {scenes}/train --val {scenes}/val --workers 1 --seed {seed} '
+    command += f'--out {out} --resume auto {variant.flags}'
+    sys.argv = command.format(scenes=scenes).split()
     with suppress(SystemExit):
         train.main()
     loaded = evaluation.load(out / 'last.pt')

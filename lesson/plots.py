@@ -23,9 +23,14 @@ PLOT = 'assets/lesson-{}.png'
 FIGURES = (
     'dominant.top1 small.top1 small.all_top1 small.probe_top1 dominant.bound small.bound '
     'retrieval.image_to_text_R@1 retrieval.text_to_image_R@1 segmentation.mIoU').split()
-POINTING = (
-    'pointing.dominant.peak pointing.dominant.absent_peak pointing.small.peak pointing.small.absent_peak '
-    'pointing.dominant.used pointing.dominant.absent_used pointing.small.used pointing.small.absent_used').split()
+COLUMNS = {                             # where others are shown
+    'size': (
+        'dominant.top1@80 small.top1@80 dominant.top1@160 small.top1@160 '
+        'dominant.top1@320 small.top1@320 dominant.bound small.bound').split(),
+    'cross': FIGURES + (
+        'pointing.dominant.peak pointing.dominant.absent_peak pointing.small.peak pointing.small.absent_peak '
+        'pointing.dominant.used pointing.dominant.absent_used pointing.small.used pointing.small.absent_used').split()}
+CURVES = {'named': 'share of sentences on the small object', 'size': 'side of the small object'}
 QUANTILES = {3: 4.303, 5: 2.776}        # of Student's t, 97.5 %, by the number of seeds
 
 # --- 1. Tables -------------------------------------------------------------------------------------------------------
@@ -33,16 +38,11 @@ QUANTILES = {3: 4.303, 5: 2.776}        # of Student's t, 97.5 %, by the number 
 results = functools.cache(read_results)
 
 
-def columns_of(experiment):
-    """The columns of results.csv that its table has."""
-    return FIGURES + POINTING if experiment == 'cross' else FIGURES
-
-
 def values(experiment, name, figure):
     """-> {seed: percent}"""
     found = {}
     for row in results():
-        if (row['experiment'], row['variant']) == (experiment, name) and row.get(figure):
+        if row['experiment'] == experiment and row['variant'] == name and row.get(figure):
             found[row['seed']] = 100 * float(row[figure])
     return found
 
@@ -52,26 +52,25 @@ def mean(experiment, name, figure):
     return fmean(values(experiment, name, figure).values() or [math.nan])
 
 
-def difference(a, b):
-    """Of the seeds in both {seed: value} -> the mean difference, and half of its 95 % interval (infinite: unknown)."""
-    gaps = [a[seed] - b[seed] for seed in a if seed in b]
-    if len(gaps) not in QUANTILES:
-        return math.nan, math.inf
+def interval(gaps):
+    """Differences of paired seeds -> their mean, and half of its 95 % interval."""
     return fmean(gaps), QUANTILES[len(gaps)] * stdev(gaps) / math.sqrt(len(gaps))
 
 
 def table(experiment):
     """Markdown: a line a variant; a cell has the mean over seeds, then the difference to another variant."""
-    columns = columns_of(experiment)
+    columns = COLUMNS.get(experiment, FIGURES)
     heading = ' | '.join(columns)
     lines = [f'| {experiment} | against | {heading} |', '|---' * (2 + len(columns)) + '|']
     for name, variant in EXPERIMENTS[experiment].items():
         cells = [name, variant.against]
         for figure in columns:
-            cell = f'{mean(experiment, name, figure):.1f}'
+            ours = values(experiment, name, figure)
             base = values(experiment, variant.against, figure)
-            gap, half = difference(values(experiment, name, figure), base)
-            if name != variant.against and half < math.inf:
+            gaps = [ours[seed] - base[seed] for seed in ours if seed in base]
+            cell = f'{mean(experiment, name, figure):.1f}'
+            if name != variant.against and len(gaps) in QUANTILES:
+                gap, half = interval(gaps)
                 mark = '**' if abs(gap) > half else ''                  # the interval is without 0
                 cell += f', {mark}{gap:+.1f} ± {half:.1f}{mark}'
             cells.append(cell)
@@ -82,34 +81,26 @@ def table(experiment):
 
 # --- 2. Plots --------------------------------------------------------------------------------------------------------
 
-def lines(experiment, figure):
-    """{label: (x, y)}: over q a line a method, over the steps a line a variant, else a row a variant, a dot a seed."""
-    found = {}
-    for name in EXPERIMENTS[experiment]:
-        seeds = list(values(experiment, name, figure).values())
-        if experiment == 'named':
-            share, method = name[1:].split('-', 1)
-            x, y = found.setdefault(method, ([], []))
-            x.append(float(share))
-            y.append(mean(experiment, name, figure))
-        elif experiment == 'size':
-            steps = range(40, 321, 40)
-            found[name] = steps, [mean(experiment, name, f'{figure}@{step}') for step in steps]
-        else:
-            found[name] = seeds, [name] * len(seeds)
-    return found
-
-
 def draw(experiment):
-    """A panel a figure. The file carries the table that it was drawn with, for --check."""
+    """A panel a figure: a curve over what the variants' names begin with, or a row a variant, a dot a seed. The file
+    carries the table that it was drawn with, for --check."""
     from matplotlib import pyplot
-    columns = FIGURES[:2] if experiment == 'size' else columns_of(experiment)
+    columns = COLUMNS.get(experiment, FIGURES)
     picture, axes = pyplot.subplots(1, len(columns), sharey=True, figsize=(16, 4), layout='constrained')
     for axis, figure in zip(axes, columns):
         axis.set_title(figure.replace('.', '\n'), fontsize=8)
-        for label, (x, y) in lines(experiment, figure).items():
-            axis.plot(x, y, 'o-', label=label)
-    if experiment in ('named', 'size'):
+        curves = {}
+        for name in EXPERIMENTS[experiment]:
+            if experiment in CURVES:
+                x, label = name[1:].split('-', 1)                       # q0.1-clip
+                curves.setdefault(label, {})[float(x)] = mean(experiment, name, figure)
+            else:
+                found = values(experiment, name, figure).values()
+                axis.plot(found, [name] * len(found), 'o-')
+        for label, curve in curves.items():
+            axis.plot(curve.keys(), curve.values(), 'o-', label=label)
+    if experiment in CURVES:
+        picture.supxlabel(CURVES[experiment])
         axes[0].legend()
     picture.savefig(PLOT.format(experiment), metadata={'Description': table(experiment)})
 
@@ -119,9 +110,8 @@ def draw(experiment):
 def check(experiment):
     """The runs of an experiment and its plot. ValueError with a sentence on the first thing that is wrong."""
     missing = missing_runs(experiment)
-    need(not missing, f'{experiment} lacks {len(missing)} runs, first {missing[:1]}; see python -m lesson.experiments')
-    rows = [row for row in results() if row['experiment'] == experiment]
-    origins = {row['commit'] + ', ' + row['machine'] for row in rows}
+    need(not missing, f'{experiment} lacks runs, first {missing[:1]}; see python -m lesson.experiments')
+    origins = {(row['commit'], row['machine']) for row in results() if row['experiment'] == experiment}
     need(len(origins) == 1, f'{experiment} has runs of several commits or machines: {origins}')
     drawn_with = Image.open(PLOT.format(experiment)).text.get('Description')
     need(drawn_with == table(experiment), f'the plot of {experiment} shows other figures; run python -m lesson.plots')

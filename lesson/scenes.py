@@ -88,6 +88,7 @@ VOICES = {
 }
 SIZE = 96                                       # side of an image in pixels
 SS = 2                                          # supersampling per axis
+CANVAS = SIZE * SS
 DOMINANT_SIDE = (0.42, 0.56)                    # least and most of an object's longer side, as a share of SIZE
 SMALL_SIDE = (0.24, 0.32)
 TRIES = 20_000                                  # layouts to draw before objects are said not to fit
@@ -159,13 +160,12 @@ def pattern_share(pattern, u, v):
 
 
 def woven(pattern, period, first, second, rng):
-    """A canvas, SIZE * SS pixels a side, of two colours in a pattern at a random angle; `period` in its pixels."""
-    n = SIZE * SS
-    x = np.arange(n, dtype=np.float32) - n / 2
+    """A canvas, CANVAS pixels a side, of two colours in a pattern at a random angle; `period` in its pixels."""
+    x = np.arange(CANVAS, dtype=np.float32) - CANVAS / 2
     turn = np.exp(1j * rng.uniform(0, np.pi)) / period
-    points = (x + 1j * x[:, None]) * np.complex64(turn)                                 # (n, n)
+    points = (x + 1j * x[:, None]) * np.complex64(turn)                                 # (CANVAS, CANVAS)
     mask = np.uint8(255.0 * pattern_share(pattern, points.real, points.imag))
-    image = Image.new('RGB', (n, n), first)
+    image = Image.new('RGB', (CANVAS, CANVAS), first)
     image.paste(second, mask=Image.fromarray(mask))
     return image
 
@@ -213,7 +213,7 @@ def draw_alone(name):
     """A drawing of one object, half as long as the image, on a plain ground."""
     color, shape = name.split()
     thing = Thing(shape, color, SIZE / 2, 'plain', 'dominant', SIZE / 2, SIZE / 2)
-    canvas = Image.new('RGB', (SIZE * SS, SIZE * SS), GROUNDS['grey'])
+    canvas = Image.new('RGB', (CANVAS, CANVAS), GROUNDS['grey'])
     paint(canvas, thing, random.Random(name))
     return canvas.reduce(SS)
 
@@ -308,7 +308,7 @@ def draw_scene(seed, split, named, small_size, objects, index):
     things = draw_layout(rng, objects or rng.randint(2, 4), small_size)
     pattern = rng.choice(PATTERNS)
     one, two = rng.sample(list(GROUNDS), 2)
-    period = SS * SIZE * rng.uniform(0.12, 0.25)
+    period = CANVAS * rng.uniform(0.12, 0.25)
     canvas = woven(pattern, period, GROUNDS[one], GROUNDS[two], rng)
     mask = np.zeros((SIZE, SIZE), np.uint8)
     for number, thing in enumerate(things, 1):

@@ -135,10 +135,9 @@ def probe_scores(image_features, group, penalty=0.1):
 
 def text_x(model, images, tokens, keys):
     """h_T of each pair (B, D), where C^I may read only the patches `keys` (P,)."""
-    def leave_out(head, inputs):
-        query, patches = inputs
-        return query, patches[:, keys]
-    with model.image_cross.register_forward_pre_hook(leave_out):
+    def leave_out(linear, inputs, patches):
+        return patches[:, keys]
+    with model.image_tokens.register_forward_hook(leave_out):
         return model([images], [tokens]).text_x[0]
 
 
@@ -316,8 +315,9 @@ def run(args, model, tokenizer, preprocess):
         figures[role]['all_top1'] = fmean(among_all)
         figures[role]['probe_top1'] = fmean(probed)
     if args.pictures:
-        naming_picture(scores, groups, shards, f'{args.pictures}-presence.png', 'absent')
-        naming_picture(scores, groups, shards, f'{args.pictures}-binding.png', 'mixed')
+        for wrong in ('absent', 'mixed'):
+            path = f'{args.pictures}-{wrong}.png'
+            naming_picture(scores, groups, shards, path, wrong)
     figures['nearest'] = three_tests(model, tokenizer, preprocess, image_features, shards)
     figures['pointing'] = pointing(model, tokenizer, preprocess, shards)
     figures['segmentation'] = segmentation(model, tokenizer, shards)
@@ -329,7 +329,7 @@ def main():
     add_options(parser)
     parser.set_defaults(command='suppression', run=run)
     parser.add_argument('--shards', required=True, help='held-out shards that list objects, as runs/scenes/val')
-    parser.add_argument('--pictures', metavar='NAME', help='NAME-presence.png and NAME-binding.png: which names win')
+    parser.add_argument('--pictures', metavar='NAME', help='NAME-absent.png and NAME-mixed.png: which names win')
     execute(parser.parse_args())
 
 
