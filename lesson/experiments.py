@@ -130,7 +130,6 @@ EXPERIMENTS = {
         'long': Variant('--caption-pool long'),
         'crops-0': Variant('--local-crops 0'),
         'crops-2': Variant('--local-crops 2'),
-        'crops-4': Variant('--local-crops 4'),
         'aligned': Variant('--aligned-crops')},
     'amount': {
         'clip': Variant('--method clip'),
@@ -142,7 +141,12 @@ EXPERIMENTS = {
         'cosmos-eighth': Variant('--method cosmos --data {scenes}/train/00000.tar'),
         'cosmos-1280': Variant('--method cosmos --steps 1280'),
         'cosmos-eighth-1280': Variant(
-            '--method cosmos --data {scenes}/train/00000.tar --steps 1280', against='cosmos-1280')}}
+            '--method cosmos --data {scenes}/train/00000.tar --steps 1280', against='cosmos-1280')},
+    'exercises': {
+        'cosmos': Variant(),
+        'no-average': Variant('--momentum 1e-9'),       # the teacher is the student itself
+        'fixed-teacher': Variant('--momentum 1 --momentum-ramp 0'),
+        'globals-only': Variant('--local-crops 0 --local-captions 0')}}
 
 
 # --- 3. One run ------------------------------------------------------------------------------------------------------
@@ -170,7 +174,7 @@ def origin():
     # Of lesson/ neither plots.py nor the tests.
     command = 'git log -1 --format=%h -- cosmos.py data.py eval.py train.py lesson/[!pt]*.py'
     git = subprocess.run(command.split(), capture_output=True, text=True)
-    return {'commit': git.stdout.strip() or 'unknown', 'machine': f'{name}, {os.cpu_count()} cores'}
+    return {'commit': git.stdout.strip(), 'machine': f'{name}, {os.cpu_count()} cores'}
 
 
 def flat(figures, prefix=''):
@@ -234,18 +238,17 @@ def add_result(row):
 
 def missing_runs(experiment, seeds=None):
     """-> [(experiment, seed, variant)] that have no row, seed 0 of all variants first."""
-    done = [(row['experiment'], row['seed'], row['variant']) for row in read_results()]
+    done = [f"{row['experiment']} {row['seed']} {row['variant']}" for row in read_results()]
     missing = []
     for name, variant in EXPERIMENTS[experiment].items():
         for seed in range(seeds or variant.seeds):
-            key = experiment, str(seed), name
-            if key not in done:
-                missing.append(key)
+            if f'{experiment} {seed} {name}' not in done:
+                missing.append((experiment, f'{seed}', name))
     return sorted(missing)
 
 
 def launch(key):
-    """Make a run in a process of one thread, where no other experiment has made it -> its row, None where it fails."""
+    """Make a run in a process of one thread, where no other experiment has made it -> its row, or None: it failed."""
     experiment, seed, name = key
     figures = run_folder(EXPERIMENTS[experiment][name], seed) / 'row.json'
     if not figures.exists():
@@ -273,11 +276,9 @@ def main():
     for _, _, name in missing:
         scene_folder(variants[name].scenes)                             # before two runs need it
     with ThreadPoolExecutor(args.jobs) as pool:
-        for key, row in zip(missing, pool.map(launch, missing)):
+        for row in pool.map(launch, missing):
             if row:
                 add_result(row)
-            else:
-                print('failed', *key)
 
 
 if __name__ == '__main__':

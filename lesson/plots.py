@@ -3,7 +3,7 @@
     python -m lesson.plots              write lesson/tables.md, draw assets/lesson-*.png (needs matplotlib)
     python -m lesson.plots --check      are the runs complete, and do tables, plots and README.md agree with them?
 
-In lesson/README.md a figure says behind it where it comes from: 94.8<!-- named q0.2-cosmos small.top1 -->.
+In lesson/README.md a figure is followed by the place it comes from: 94.8<!-- named q0.2-cosmos small.top1 -->.
 """
 import functools
 import math
@@ -21,15 +21,18 @@ README = Path('lesson/README.md')
 TABLES = Path('lesson/tables.md')
 PLOT = 'assets/lesson-{}.png'
 FIGURES = (
-    'dominant.top1 small.top1 small.all_top1 small.probe_top1 dominant.bound small.bound '
+    'dominant.top1 small.top1 small.all_top1 small.probe_top1 '
+    'dominant.shape_top1 small.shape_top1 dominant.bound small.bound '
     'retrieval.image_to_text_R@1 retrieval.text_to_image_R@1 segmentation.mIoU').split()
 COLUMNS = {                             # where others are shown
     'size': (
         'dominant.top1@80 small.top1@80 dominant.top1@160 small.top1@160 '
         'dominant.top1@320 small.top1@320 dominant.bound small.bound').split(),
     'cross': FIGURES + (
-        'pointing.dominant.peak pointing.dominant.absent_peak pointing.small.peak pointing.small.absent_peak '
-        'pointing.dominant.used pointing.dominant.absent_used pointing.small.used pointing.small.absent_used').split()}
+        'pointing.dominant.peak pointing.dominant.absent_peak '
+        'pointing.small.peak pointing.small.absent_peak '
+        'pointing.dominant.used pointing.dominant.absent_used '
+        'pointing.small.used pointing.small.absent_used').split()}
 CURVES = {'named': 'share of sentences on the small object', 'size': 'side of the small object'}
 QUANTILES = {3: 4.303, 5: 2.776}        # of Student's t, 97.5 %, by the number of seeds
 
@@ -57,26 +60,30 @@ def interval(gaps):
     return fmean(gaps), QUANTILES[len(gaps)] * stdev(gaps) / math.sqrt(len(gaps))
 
 
+def cell(experiment, name, figure):
+    """The mean over seeds, and the difference to the variant that it is compared with: '94.8, **+5.3 ± 2.1**'."""
+    against = EXPERIMENTS[experiment][name].against
+    ours = values(experiment, name, figure)
+    base = values(experiment, against, figure)
+    gaps = [ours[seed] - base[seed] for seed in ours if seed in base]
+    text = f'{mean(experiment, name, figure):.1f}'
+    if name == against or len(gaps) not in QUANTILES:
+        return text
+    gap, half = interval(gaps)
+    mark = '**' if abs(gap) > half else ''                              # the interval is without 0
+    return f'{text}, {mark}{gap:+.1f} ± {half:.1f}{mark}'
+
+
 def table(experiment):
-    """Markdown: a line a variant; a cell has the mean over seeds, then the difference to another variant."""
+    """Markdown: a line a variant, a column a figure."""
     columns = COLUMNS.get(experiment, FIGURES)
     heading = ' | '.join(columns)
     lines = [f'| {experiment} | against | {heading} |', '|---' * (2 + len(columns)) + '|']
     for name, variant in EXPERIMENTS[experiment].items():
-        cells = [name, variant.against]
-        for figure in columns:
-            ours = values(experiment, name, figure)
-            base = values(experiment, variant.against, figure)
-            gaps = [ours[seed] - base[seed] for seed in ours if seed in base]
-            cell = f'{mean(experiment, name, figure):.1f}'
-            if name != variant.against and len(gaps) in QUANTILES:
-                gap, half = interval(gaps)
-                mark = '**' if abs(gap) > half else ''                  # the interval is without 0
-                cell += f', {mark}{gap:+.1f} ± {half:.1f}{mark}'
-            cells.append(cell)
-        lines.append(f'| {" | ".join(cells)} |')
+        cells = [cell(experiment, name, figure) for figure in columns]
+        lines.append(f'| {name} | {variant.against} | {" | ".join(cells)} |')
     text = '\n'.join(lines)
-    return f'{text}\n\n{text.count("±")} differences with 95 % intervals. Bold: 0 is outside; the others are open.\n\n'
+    return f'{text}\n\n{text.count("±")} differences, 95 % intervals. Bold: without 0; the others are open.\n\n'
 
 
 # --- 2. Plots --------------------------------------------------------------------------------------------------------
@@ -86,7 +93,8 @@ def draw(experiment):
     carries the table that it was drawn with, for --check."""
     from matplotlib import pyplot
     columns = COLUMNS.get(experiment, FIGURES)
-    picture, axes = pyplot.subplots(1, len(columns), sharey=True, figsize=(16, 4), layout='constrained')
+    picture, axes = pyplot.subplots(
+        1, len(columns), sharey=True, figsize=(16, 4), layout='constrained')
     for axis, figure in zip(axes, columns):
         axis.set_title(figure.replace('.', '\n'), fontsize=8)
         curves = {}
@@ -110,7 +118,7 @@ def draw(experiment):
 def check(experiment):
     """The runs of an experiment and its plot. ValueError with a sentence on the first thing that is wrong."""
     missing = missing_runs(experiment)
-    need(not missing, f'{experiment} lacks runs, first {missing[:1]}; see python -m lesson.experiments')
+    need(not missing, f'{experiment} lacks runs, first {missing[:1]}; make them by lesson.experiments')
     origins = {(row['commit'], row['machine']) for row in results() if row['experiment'] == experiment}
     need(len(origins) == 1, f'{experiment} has runs of several commits or machines: {origins}')
     drawn_with = Image.open(PLOT.format(experiment)).text.get('Description')
@@ -120,10 +128,11 @@ def check(experiment):
 def check_text(tables):
     """The tables, and every figure in README.md that says where it comes from."""
     need(read_text(TABLES) == tables, f'{TABLES} differs from results.csv; run python -m lesson.plots')
-    source = r'([-.\d]+)<!-- (\w+) (\S+) (\S+) -->'
+    source = r'([-+.\d]+(?: ± [.\d]+)?)<!-- (\w+) (\S+) (\S+) -->'
     for figure, experiment, name, column in re.findall(source, read_text(README)):
-        right = f'{mean(experiment, name, column):.1f}'
-        need(right == figure, f'{column} of {name} ({experiment}) is {figure} in {README}, {right} in results.csv')
+        right = cell(experiment, name, column)
+        parts = right.replace('*', '').split(', ')
+        need(figure in parts, f'{column} of {name} ({experiment}) is {figure} in {README}, {right} in results.csv')
 
 
 def main():

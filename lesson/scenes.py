@@ -347,20 +347,17 @@ def make_scenes(root, train=8000, val=1000, seed=0, workers=None, named=None, sm
 
     named: share of the sentences that name a small object, ten a scene. small_size: side of small objects as a share of
     the image's; from 0.42 on the dominant one has it, too. objects: how many in a scene; two to four by default.
-    Equal arguments give equal bytes for any number of `workers`. ValueError for objects that do not fit, and where a
-    folder holds tars of a larger set, which a reader of *.tar would mix with this one.
+    Equal arguments give equal bytes for any number of `workers`. ValueError for objects that do not fit. Tars of a
+    larger set in the folder are left there.
     """
     # Ctrl-C is for this process: a worker that died of it could leave the pool waiting for ever.
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         for split, count in ('train', train), ('val', val):
-            folder = Path(root, split)
-            starts = range(0, count, 1000)
-            if len(list(folder.glob('*.tar'))) > len(starts):
-                raise ValueError(f'{folder} holds shards of a larger set; remove them first')
             draw = partial(draw_scene, seed, split, named, small_size, objects)
-            for start in tqdm(starts, f'drawing {split}', disable=None):
-                scenes = pool.map(draw, range(start, min(start + 1000, count)), chunksize=25)
-                write_shard(folder / f'{start // 1000:05d}.tar', chain.from_iterable(scenes))
+            for start in tqdm(range(0, count, 1000), f'drawing {split}', disable=None):
+                scenes = pool.map(draw, range(start, min(start + 1000, count)))
+                path = Path(root, split, f'{start // 1000:05d}.tar')
+                write_shard(path, chain.from_iterable(scenes))
 
 
 def built_in_set(root='runs/scenes'):
@@ -378,8 +375,8 @@ def built_in_set(root='runs/scenes'):
 # --- 5. Aligned crops ------------------------------------------------------------------------------------------------
 
 def visible_sentences(pool, record, box):
-    """The sentences that an image crop may have: those that name objects, and only such as have their centre in it;
-    where there is none those that name no object, or else all.
+    """The sentences that an image crop may have: those that name no object whose centre lies outside it; where there is
+    none, all.
 
     record: the pair's json, with objects of name and bbox (x, y, w, h). box: (y, x, h, w) of the crop in pixels.
     """
@@ -391,14 +388,12 @@ def visible_sentences(pool, record, box):
         x, y, w, h = thing['bbox']
         in_rows = top <= y + h / 2 < top + height
         seen[thing['name']] = in_rows and left <= x + w / 2 < left + width
-    visible, nameless = [], []
+    visible = []
     for sentence in pool:
         named = [seen[name] for name in seen if name in sentence.lower()]
-        if not named:
-            nameless.append(sentence)
-        elif all(named):
+        if all(named):
             visible.append(sentence)
-    return visible or nameless or pool
+    return visible or pool
 
 
 # --- 6. Command ------------------------------------------------------------------------------------------------------

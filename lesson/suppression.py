@@ -6,6 +6,7 @@ CKPT is any checkpoint that eval.load reads. Printed for the dominant and for th
 
     top1        presence: is its name above nine names that share no word with the scene? A tie is a miss; chance 10 %
     all_top1    the same against all such names of the set, about 98
+    shape_top1  is it above the names of its own colour with a shape that is not in the scene? Chance about 13 %
     bound       binding: the share of the names mixed of two objects of the scene that its name beats. A tie counts
                 half; chance 50 %
     probe_top1  presence by a linear probe of the image features: is it in there, whatever texts find?
@@ -27,7 +28,7 @@ from cosmos import unit
 from data import Parser, Shards, cli
 from eval import (Settings, add_options, attention_picture, class_vectors, confusion, embed_images, embed_texts,
                   execute, need, progress, segment_image, segmentation_figures, shard_image)
-from lesson.scenes import COLORS, GROUNDS, NAMES, clean_names, draw_alone
+from lesson.scenes import COLORS, NAMES, clean_names, draw_alone
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
 
@@ -79,7 +80,7 @@ def lead(scores, thing, wrong):
 
 def presence(scores, thing, wrong):
     """Is its name above all of them? A tie is a miss."""
-    return bool(lead(scores, thing, wrong).min() > 0)
+    return lead(scores, thing, wrong).min() > 0
 
 
 def binding(scores, group):
@@ -150,7 +151,7 @@ def point(model, images, tokens, pixels):
     whole = text_x(model, images, tokens, torch.ones_like(middles))
     masked = text_x(model, images, tokens, ~middles)
     change = 1 - (whole * masked).sum(dim=1)
-    figures = {'area': pixels.float().mean()}
+    figures = {}
     for row, question in enumerate(('', 'absent_')):
         figures[f'{question}peak'] = middles[weights[row].argmax()]
         figures[f'{question}used'] = change[row]
@@ -161,9 +162,8 @@ def point(model, images, tokens, pixels):
 def pointing(model, tokenizer, preprocess, shards, most=150):
     """Where does C^I look? -> {role: means over the objects of the first `most` pairs}; {} for a plain CLIP.
 
-    peak: the highest weight, asked by "a NAME", lies on the object; a blind guess gives the area. used: 1 - cosine of
-    h_T with and without the object's patches among the keys. absent_: the same, asked by a name that is not in the
-    scene, the control.
+    peak: the highest weight, asked by "a NAME", lies on the object. used: 1 - cosine of h_T with and without the
+    object's patches among the keys. absent_: the same, asked by a name that is not in the scene, the control.
     """
     figures = {}
     if not model.config.cross_heads:
@@ -188,12 +188,11 @@ def pointing(model, tokenizer, preprocess, shards, most=150):
 
 
 def segmentation(model, tokenizer, shards, most=500):
-    """mIoU of the objects in the first `most` pairs by their colours; all grounds are class 0."""
-    ground = ['background', *GROUNDS]
-    colors = list(COLORS)
-    vectors = class_vectors(model, tokenizer, ground + colors)
+    """mIoU of the objects in the first `most` pairs by their colours; class 0 is the ground."""
+    names = ['background', *COLORS]
+    vectors = class_vectors(model, tokenizer, names)
     vectors = vectors.to(model.logit_scale.device)
-    counts = [len(ground)] + [1] * len(colors)
+    counts = [1] * len(names)
     window = model.config.image_size
     settings = Settings(size=window * 3 // 2, window=window, stride=window // 2)
     matrix = 0
@@ -201,13 +200,13 @@ def segmentation(model, tokenizer, shards, most=500):
         classes = [0]                           # of each number in the mask
         for listed in objects_of(shards, i):
             color, _ = listed['name'].split()
-            classes.append(1 + colors.index(color))
+            classes.append(names.index(color))
         numbers = pil_to_tensor(read_mask(shards, i))[0]
         truth = torch.tensor(classes)[numbers.long()]                                   # (h, w)
         image = shard_image(shards, i)
         labels = segment_image(model, image, vectors, counts, settings)
-        matrix += confusion(truth, labels, len(counts))
-    return segmentation_figures(matrix, ['ground', *colors])
+        matrix += confusion(truth, labels, len(names))
+    return segmentation_figures(matrix, names)
 
 
 # --- 4. Three tests of the literature (arXiv 2502.19842) --------------------------------------------------------------
@@ -222,7 +221,7 @@ def nearest(scores, scenes):
 
 
 @torch.no_grad()
-def three_tests(model, tokenizer, preprocess, image_features, shards):
+def three_tests(model, tokenizer, preprocess, image_features, scores, shards):
     """Which of its objects is nearest to a scene, by name and as a drawing of that object alone, and which name to a
     caption that lists them? The first object is the dominant one; a caption begins with any."""
     scenes, turned = [], []
@@ -237,7 +236,7 @@ def three_tests(model, tokenizer, preprocess, image_features, shards):
     captions = ['a ' + ' and a '.join(names) for names in turned]
     text_features = embed_texts(model, tokenizer, captions)
     return {
-        'name': nearest(name_scores(model, tokenizer, image_features), scenes),
+        'name': nearest(scores, scenes),
         'drawing': nearest(image_features @ unit(alone).cpu().T, scenes),
         'caption': nearest(name_scores(model, tokenizer, text_features), turned)}
 
@@ -282,7 +281,7 @@ def track_attention(folder, model, tokenizer, preprocess, shards, step):
         whole = Image.open(each)
         maps = whole.crop((232, 0, 464, whole.height - 22))             # without image, words and legend
         label = f'step {int(each.stem)}'
-        ImageDraw.Draw(maps).text((12, 12), label, 'white', font_size=13)
+        ImageDraw.Draw(maps).text((12, 12), label, 'white')
         columns.append(pil_to_tensor(maps) / 255)
     save_image(columns, Path(folder, 'strip.png'), nrow=len(columns), padding=0)
 
@@ -307,18 +306,21 @@ def run(args, model, tokenizer, preprocess):
     figures = presence_and_binding(scores, groups)
     for role, group in groups.items():
         probe = probe_scores(image_features, group)
-        among_all, probed = [], []
+        hits = {'all_top1': [], 'shape_top1': [], 'probe_top1': []}
         for thing in group:
+            color, _ = thing.name.split()
             clean = clean_names(NAMES, thing.scene)
-            among_all.append(presence(scores, thing, clean))
-            probed.append(presence(probe, thing, thing.absent))
-        figures[role]['all_top1'] = fmean(among_all)
-        figures[role]['probe_top1'] = fmean(probed)
+            other_shapes = [f'{color} {name.split()[1]}' for name in clean]
+            hits['all_top1'].append(presence(scores, thing, clean))
+            hits['shape_top1'].append(presence(scores, thing, other_shapes))
+            hits['probe_top1'].append(presence(probe, thing, thing.absent))
+        for figure, found in hits.items():
+            figures[role][figure] = fmean(found)
     if args.pictures:
         for wrong in ('absent', 'mixed'):
             path = f'{args.pictures}-{wrong}.png'
             naming_picture(scores, groups, shards, path, wrong)
-    figures['nearest'] = three_tests(model, tokenizer, preprocess, image_features, shards)
+    figures['nearest'] = three_tests(model, tokenizer, preprocess, image_features, scores, shards)
     figures['pointing'] = pointing(model, tokenizer, preprocess, shards)
     figures['segmentation'] = segmentation(model, tokenizer, shards)
     return figures
