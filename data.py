@@ -9,6 +9,7 @@ A shard is a tar as img2dataset writes it. Members that share a stem are one pai
 Every random choice for a sample comes from (seed, epoch, index of the pair), and the order of the pairs from
 (seed, epoch). So a run sees the same numbers with any number of workers and GPUs, and goes on from any step.
 """
+import __main__
 import argparse
 import difflib
 import glob
@@ -28,7 +29,6 @@ import textwrap
 import traceback
 import unicodedata
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -45,7 +45,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
-from tqdm import tqdm
+from tqdm.contrib.concurrent import process_map, thread_map
 
 # --- 1. Shards: every header is read once, then any pair is one read away --------------------------------------------
 
@@ -110,8 +110,8 @@ def find_shards(pattern):
 def tars_of(name):
     """The tars that a name without braces stands for."""
     if os.path.isdir(name):
-        return sorted(map(str, Path(name).glob('*.tar')))
-    return [name] if os.path.isfile(name) else sorted(glob.glob(name))
+        return list(map(str, Path(name).glob('*.tar')))
+    return [name] if os.path.isfile(name) else glob.glob(name)
 
 
 def expand_braces(pattern):
@@ -121,7 +121,7 @@ def expand_braces(pattern):
         return [pattern]
     names = []
     for number in range(int(brace[1]), int(brace[2]) + 1):
-        digits = str(number).zfill(len(brace[1]))
+        digits = f'{number:0{len(brace[1])}}'           # as many as the first number has
         names += expand_braces(pattern.replace(brace[0], digits, 1))
     return names
 
@@ -210,9 +210,8 @@ class Shards:
         self.sizes = list(map(os.path.getsize, self.paths))
         self.times = list(map(os.path.getmtime, self.paths))
         self.index_name = f'index-{digest(self.caption_keys, self.paths, self.sizes, self.times)}.npy'
-        self.index = None
-        if cache and Path(cache, self.index_name).exists():
-            self.index = Path(cache, self.index_name)
+        index = Path(cache or '', self.index_name)
+        self.index = index if cache and index.exists() else None
         self.table = None if self.index else self.scan()        # the pairs, where they are not mapped
         if not len(self):
             raise ValueError(f'{pattern}: {NO_PAIR}')
@@ -229,10 +228,10 @@ class Shards:
 
     def scan(self):
         """Reads all headers. Few shards are not worth starting processes for."""
-        with ProcessPoolExecutor() as pool:             # it starts processes only when it is used
-            each = pool.map if len(self.paths) > 16 else map
-            tables = each(scan_shard, self.paths, range(len(self.paths)))
-            return np.concatenate(list(tqdm(tables, 'reading headers', len(self.paths), leave=False, disable=None)))
+        each = process_map if len(self.paths) > 16 else thread_map
+        tables = each(scan_shard, self.paths, range(len(self.paths)), chunksize=1,
+                      desc='reading headers', disable=None)
+        return np.concatenate(tables)
 
     def check_captions(self):
         """Of the first pairs one must have captions: if none has, the keys are wrong, not the pairs."""
@@ -245,14 +244,13 @@ class Shards:
                          'with --caption-keys')
 
     def save(self, folder):
-        """Writes the index into a folder, maps it from there, and returns its path."""
-        pairs = self.pairs
-        self.index = Path(folder, self.index_name)
-        if not self.index.exists():
-            with replacing(self.index) as partial, open(partial, 'wb') as file:
-                np.save(file, pairs)
+        """Writes the index into a folder and maps it from there."""
+        index = Path(folder, self.index_name)
+        if not index.exists():
+            with replacing(index) as partial, open(partial, 'wb') as file:
+                np.save(file, self.pairs)
+        self.index = index
         self.table = None
-        return self.index
 
     def read(self, shard, offset, size):
         file = open_shard(self.paths[shard], self.times[shard], os.getpid())
@@ -269,8 +267,8 @@ class Shards:
         return self.member(i, 'image')
 
     def mask(self, i):
-        """The bytes of pair i's KEY.mask.png, as in the built-in set; else None."""
-        return self.member(i, 'mask') or None
+        """The bytes of pair i's KEY.mask.png, as in the built-in set; else none."""
+        return self.member(i, 'mask')
 
     def record(self, i):
         """The json of pair i as a dict, with the .txt under 'txt'."""
@@ -291,10 +289,13 @@ class Shards:
         return pool
 
     def name(self, i):
-        """Where pair i lies, for messages: shard and member."""
+        """Where pair i lies, for messages: shard and member, and the name of the file that it was packed from."""
         pair = self.pairs[i]
         header = self.read(pair['shard'], pair['image']['offset'] - tarfile.BLOCKSIZE, 100)
-        return f"{self.paths[pair['shard']]}:{header.rstrip(bytes(1)).decode('utf-8', 'replace')}"
+        name = f"{self.paths[pair['shard']]}:{header.rstrip(bytes(1)).decode('utf-8', 'replace')}"
+        with suppress(Exception):       # the json may be what is broken
+            name += f" ({self.record(i)['file']})"
+        return name
 
 
 def write_shard(path, members):
@@ -371,7 +372,8 @@ def text_crops(pool, rng, globals_, local):
 
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
-VOCAB_HELP = f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or learn a vocabulary with --vocab learn'
+VOCAB_HELP = (f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or train without it: --vocab learn, or '
+              '--preset tiny, learns a vocabulary from your captions')
 
 # Every byte is shown as one visible character, so that merges are lines of text: printable Latin-1 as itself and first,
 # the other 68 from U+0100 on. NB: this order is ids 0..255; with any other, released weights quietly read noise.
@@ -576,7 +578,7 @@ def read_image(source, name=None):
 
 def pixels_of(image):
     """Pillow image -> (3, h, w) uint8, upright; in memory the three colours of a pixel stay neighbours."""
-    return torch.from_numpy(np.array(upright(image).convert('RGB'))).permute(2, 0, 1)
+    return V.pil_to_tensor(upright(image).convert('RGB'))
 
 
 def decode(data):
@@ -639,8 +641,7 @@ def image_crops(data, kinds, rng, flip=True):
 
 def Preprocess(size):
     """The evaluation transform: PIL image -> (3, size, size) float. Short side to `size`, bicubic, then the centre."""
-    return v2.Compose([v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.ToImage(),
-                       v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    return v2.Compose([v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
 
 
 # --- 5. Colours: in batches, where the model runs -------------------------------------------------------- Sec. 3.1 ---
@@ -866,10 +867,7 @@ class Batch(NamedTuple):
         for k, images in enumerate(self.images):
             # ours: one order for a view of all pairs. The released code draws one for every image.
             jitters = random.Random(f'{self.key} {k}').sample(JITTERS, 4)
-            few = 8 if images.device.type == 'cpu' else len(images)     # few stay in a CPU's cache
-            parts = zip(images.split(few), self.colours[:, k].split(few))
-            pixels = [recolour(part, colours, jitters) for part, colours in parts]
-            views.append(normalize(torch.cat(pixels)))
+            views.append(normalize(recolour(images, self.colours[:, k], jitters)))
         return views
 
 
@@ -909,30 +907,43 @@ def loader(views, order, workers, multiple=1):
 
 
 def sample_sheet(views, path, count=4):
-    """What the student is shown, as a PNG: of pairs from all over the set the views, and below
-    them the text crops, global (G) and local (L)."""
+    """What the student is shown, as a PNG: of pairs from all over the set the views, and below them the text crops."""
     sheet = Image.new('RGB', (1060, 900 * count), 'white')
-    draw = ImageDraw.Draw(sheet)
-    top = 4
+    write = partial(ImageDraw.Draw(sheet).text, fill='black', font_size=13)
+    write((4, 4), 'G: a global caption, 1 to 5 sentences      L: a local caption, one sentence')
+    top = 28
     for index in np.linspace(0, len(views.shards) - 1, count, dtype=int):
         with suppress(Exception):   # a picture for the reader: do without this pair
             crops, colours, captions = views.views(0, index)
             for k, (crop, numbers) in enumerate(zip(crops, colours)):
+                left = 4 + 132 * k
+                write((left, top), f'global {k + 1}' if k < 2 else f'local {k - 1}')
                 view = recolour(crop[None], torch.tensor([numbers]), JITTERS)
-                sheet.paste(V.to_pil_image(V.resize(view[0], [128, 128])), (4 + 132 * k, top))
-            top += 134
+                sheet.paste(V.to_pil_image(V.resize(view[0], [128, 128])), (left, top + 17))
+            top += 150
             for label, caption in zip('G' * views.global_texts + 'L' * views.local_texts, captions):
-                text = textwrap.fill(f'{label}   {caption}', 150)
-                draw.text((4, top), text, 'black', font_size=13)
-                top += 17 + 17 * text.count('\n')
-    with replacing(path) as partial:
-        sheet.crop((0, 0, sheet.width, top)).save(partial, 'PNG')
+                for line in textwrap.wrap(f'{label}   {caption}', 150):
+                    write((4, top), line)
+                    top += 17
+    with replacing(path) as temporary:
+        sheet.crop((0, 0, sheet.width, top)).save(temporary, 'PNG')
 
 
 # --- 7. Commands -----------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse that answers in one sentence, exit status 1, and names the nearest flag for one it does not know."""
+    """argparse that answers in one sentence, exit status 1, and names the nearest flag for one it does not know.
+
+    --help shows defaults, and at its end the sample commands in the docstring of the program: of a subcommand its own.
+    """
+
+    def format_help(self):
+        for action in self._actions:
+            if str(action.default) not in ('None', 'False', '', argparse.SUPPRESS):
+                action.help = f"{action.help or ''} (default: %(default)s)"
+        command = self.prog.split()[-1].removesuffix('.py')
+        samples = re.findall(f'^ +(?:python|torchrun) .*{command}.*', __main__.__doc__ or '', re.M)
+        return '\n'.join([super().format_help(), 'examples:', *samples, ''])
 
     def error(self, message):
         unknown = re.match('unrecognized arguments: ([^ =]+)', message)
@@ -950,7 +961,7 @@ class Parser(argparse.ArgumentParser):
 
 def cli(main):
     """Run a command: what a user can cause becomes one sentence and exit status 1, all else keeps its traceback."""
-    if hasattr(sys.stdout, 'reconfigure'):  # a terminal that cannot show a character
+    with suppress(AttributeError):          # a terminal that cannot show a character
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
         main()

@@ -26,10 +26,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import draw_segmentation_masks
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from cosmos import COSMOS, Config, from_openclip, to_openclip, unit
@@ -66,14 +65,9 @@ def read_text(path):
         return Path(path).read_text(encoding='utf-8-sig')           # with or without a byte order mark
 
 
-def read_json(path, *keys):
-    """The JSON at `path`, an object with `keys` where any are named; else ValueError."""
+def read_json(path):
     with reading(path):
-        value = json.loads(read_text(path))
-    for key in keys:
-        need(isinstance(value, dict) and key in value,
-             f"{path} has no '{key}'; is it the file that --help describes?")
-    return value
+        return json.loads(read_text(path))
 
 
 def read_lines(path):
@@ -158,7 +152,7 @@ def load_weights(model, state, path):
         raise ValueError(f"{path} does not fit this model: {'; '.join(problems)}") from None
 
 
-def load_openclip(state, path, config, vocab):
+def load_openclip(state, path, vocab):
     """Weights under open_clip's names -> our names, Config, tokenizer. ValueError for other models' weights."""
     layout = read_layout(path)
     # NB: QuickGELU's weights would load, and score low unnoticed.
@@ -167,25 +161,24 @@ def load_openclip(state, path, config, vocab):
     need('visual.class_embedding' in state,
          f"{path} holds no weights of this model (its keys: {', '.join(list(state)[:5])}); "
          'give a checkpoint of train.py, a released cosmos_vitb*.pt or an open_clip ViT state dict')
-    given = config is not None          # then texts may come from elsewhere, as ids
-    config = config or infer_config(state, layout)
+    config = infer_config(state, layout)
     learned = layout.get('text_cfg', {}).get('tokenizer_kwargs')
     if learned:
         tokenizer = Tokenizer(learned['merges'], config.context_length)
     else:
         tokenizer = Tokenizer.clip(vocab, config.context_length)
-    need(given or tokenizer.vocab_size <= config.vocab_size,
+    need(tokenizer.vocab_size <= config.vocab_size,
          f"{path} knows {config.vocab_size:,} ids, CLIP's vocabulary has {tokenizer.vocab_size:,}: its merges "
          'were learned, and lie in the json that export wrote beside it; bring that, too')
     return from_openclip(state), config, tokenizer
 
 
-def load(path, weights='teacher', config=None, vocab=None):
+def load(path, weights='teacher', vocab=None):
     """-> (model in eval mode, tokenizer, preprocess: PIL image -> (3, S, S)).
 
     path: our checkpoint, a released one (dict with 'student' and 'teacher'), or an open_clip state dict; `module.` and
     `_orig_mod.` prefixes are stripped. Where there is no teacher the student is taken: model.origin says which it was.
-    `config` is needed only where heads are not 64 wide and no export's json says so; `vocab` goes to Tokenizer.clip.
+    `vocab` goes to Tokenizer.clip.
     """
     saved = read_checkpoint(path)
     origin = 'state dict'
@@ -200,7 +193,7 @@ def load(path, weights='teacher', config=None, vocab=None):
             config = Config(**saved['config'])
             tokenizer = Tokenizer(saved['merges'], config.context_length)
         else:
-            state, config, tokenizer = load_openclip(state, path, config, vocab)
+            state, config, tokenizer = load_openclip(state, path, vocab)
     model = COSMOS(config)
     load_weights(model, state, path)
     for name, value in state.items():
@@ -222,10 +215,7 @@ def export(model, tokenizer, path):
             'layers': c.text_layers, 'heads': c.text_heads}
     if c.vocab_size != CLIP_VOCABULARY:
         text['tokenizer_kwargs'] = {'merges': tokenizer.merges}
-    towers = {}
-    for name, value in model.state_dict().items():
-        if name.startswith(OPENCLIP_HAS):
-            towers[name] = value.cpu()
+    towers = {name: value.cpu() for name, value in model.state_dict().items() if name.startswith(OPENCLIP_HAS)}
     beside = Path(path).with_suffix('.json')
     write_json(beside, {'embed_dim': c.embed_dim, 'vision_cfg': vision, 'text_cfg': text})
     with replacing(path) as temporary:
@@ -241,8 +231,7 @@ def shard_image(shards, i):
 
 @dataclass
 class Images(Dataset):
-    """Pixels (3, S, S) and label of each image of `source`: Shards, paths (labels -1), [(path, label)] or a
-    torchvision set."""
+    """Pixels (3, S, S) and label of each image of `source`: Shards or paths (labels -1), or a set of (image, label)."""
     source: object
     preprocess: object
 
@@ -250,12 +239,13 @@ class Images(Dataset):
         return len(self.source)
 
     def __getitem__(self, i):
+        label = -1
         if isinstance(self.source, Shards):
-            return self.preprocess(shard_image(self.source, i)), -1
-        item = self.source[i]
-        image, label = item if isinstance(item, tuple) else (item, -1)
-        if not isinstance(image, Image.Image):
-            image = read_image(image)
+            image = shard_image(self.source, i)
+        elif isinstance(self.source, list):
+            image = read_image(self.source[i])
+        else:
+            image, label = self.source[i]
         return self.preprocess(image), label
 
 
@@ -298,7 +288,7 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
     A wrong target with an equal score counts as ahead: features that are all the same must not look perfect.
     """
     found = []
-    for rows in torch.arange(len(queries)).split(chunk):                # never the whole n x m matrix
+    for rows in torch.arange(len(queries)).split(chunk):            # never the whole n x m matrix
         scores = queries[rows] @ targets.T                              # (chunk, m)
         right = query_ids[rows, None] == target_ids[None]
         best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
@@ -336,41 +326,40 @@ def with_owners(path, images, pools):
     return images, captions, torch.tensor(owner)
 
 
-def coco_captions(root):
-    """COCO layout -> (image paths, captions, owner)."""
-    path = Path(root, 'annotations/captions_val2017.json')
-    listing = read_json(path, 'images', 'annotations')
-    paths, pools = [], {}
+def coco_pools(listing):
+    """COCO's captions_val2017.json -> [(name of an image, its captions)]."""
+    pools = {}                                                      # {id: (name, captions)}
+    for image in listing['images']:
+        pools[image['id']] = (Path('images/val2017', image['file_name']), [])
+    for annotation in listing['annotations']:
+        _, pool = pools[annotation['image_id']]
+        pool.append(annotation['caption'])
+    return pools.values()
+
+
+def karpathy_pools(listing, split):
+    """Karpathy's dataset_coco.json or dataset_flickr30k.json -> [(name of an image, its captions)] of one split."""
+    pools = []
+    for image in listing['images']:
+        if image.get('split') == split:
+            name = Path(image.get('filepath', ''), image['filename'])
+            pools.append((name, [sentence['raw'] for sentence in image['sentences']]))
+    return pools
+
+
+def listed_captions(path, root, split='test'):
+    """A JSON file of COCO, of Karpathy or of the released code, [{"image", "caption": [five]}], and the folder of its
+    images -> (image paths, captions, owner)."""
+    listing = read_json(path)
     with reading(path):
-        for image in listing['images']:
-            paths.append(Path(root, 'images/val2017', image['file_name']))
-            pools[image['id']] = []
-        for annotation in listing['annotations']:
-            pools[annotation['image_id']].append(annotation['caption'])
-        return with_owners(path, paths, pools.values())
-
-
-def karpathy_captions(path, split, images=None):
-    """Karpathy's dataset_coco.json or dataset_flickr30k.json -> (image paths, captions, owner) of one split."""
-    root = Path(images or Path(path).parent)
-    paths, pools = [], []
-    with reading(path):
-        for image in read_json(path, 'images')['images']:
-            if image.get('split') == split:
-                paths.append(root / image.get('filepath', '') / image['filename'])
-                pools.append([sentence['raw'] for sentence in image['sentences']])
-    return with_owners(path, paths, pools)
-
-
-def flickr_captions(path, images=None):
-    """The released code's flickr30k_val.json, [{"image", "caption": [five]}] -> (image paths, captions, owner)."""
-    root = Path(images or Path(path).parent)
-    paths, pools = [], []
-    with reading(path):
-        for item in read_json(path):
-            paths.append(root / item['image'])
-            pools.append(item['caption'])
-        return with_owners(path, paths, pools)
+        if isinstance(listing, list):
+            listed = [(item['image'], item['caption']) for item in listing]
+        elif 'annotations' in listing:
+            listed = coco_pools(listing)
+        else:
+            listed = karpathy_pools(listing, split)
+        paths = [Path(root, name) for name, _ in listed]
+        return with_owners(path, paths, [pool for _, pool in listed])
 
 
 def shard_captions(shards):
@@ -401,10 +390,10 @@ TEMPLATES = ('a photo of a {}', 'a picture of a {}', 'an image of a {}', 'there 
 
 
 def read_templates(path):
-    """Prompts with {} for the class, a line each. CLIP_benchmark's {c} will do too."""
+    """Prompts with {} for the class, a line each."""
     if not path:
         return TEMPLATES
-    templates = [line.replace('{c}', '{}') for line in read_lines(path)]
+    templates = read_lines(path)
     for template in templates:
         need('{}' in template, f"'{template}' in {path} needs {{}} where the class goes")
     return templates
@@ -418,24 +407,44 @@ def class_vectors(model, tokenizer, names, templates=TEMPLATES):
 
 
 def classify(image_features, vectors, labels):
-    """image_features (n, D), vectors (K, D), labels (n,) -> top1, top5, mean of the classes' top1, counts, chance."""
+    """image_features (n, D), vectors (K, D), labels (n,) -> figures, class found for each image (n,), confusion (K, K).
+
+    A wrong class whose score equals the right one's is ahead of it, as in `ranks`: then the wrong one is found.
+    """
     K = len(vectors)
     rank = ranks(image_features, vectors, labels, torch.arange(K))
-    count = torch.bincount(labels, minlength=K)
-    right = torch.bincount(labels[rank == 1], minlength=K)
-    return {'images': len(labels),
-            'classes': K,
-            'chance': 1 / K,
-            'top1': (rank == 1).float().mean().item(),
-            'top5': (rank <= 5).float().mean().item(),
-            'mean_per_class_top1': (right / count)[count > 0].mean().item()}
+    scores = image_features @ vectors.T                             # (n, K)
+    wrong = scores.scatter(1, labels[:, None], -math.inf).argmax(dim=1)
+    found = torch.where(rank == 1, labels, wrong)
+    matrix = confusion(labels, found, K, ignore=-1)
+    top1 = matrix.diag() / matrix.sum(dim=1)                        # (K,), NaN without images
+    figures = {'images': len(labels),
+               'classes': K,
+               'chance': 1 / K,
+               'top1': matrix.trace().item() / len(labels),
+               'top5': (rank <= 5).float().mean().item(),
+               'mean_per_class_top1': top1.nanmean().item()}
+    return figures, found, matrix
+
+
+def print_classes(matrix, names):
+    """A table of the ten classes that are found least often. matrix (K, K): their confusion."""
+    count = matrix.sum(dim=1)
+    top1 = matrix.diag() / count                                    # NaN without images: last
+    times, others = (matrix - matrix.diag().diag()).max(dim=1)
+    print(f'{"worst classes":28} {"images":>8} {"top1":>8}   most often taken for')
+    for k in top1.argsort(stable=True)[:10].tolist():
+        other = f'{names[others[k]]} ({times[k]})' if times[k] else ''
+        if count[k]:
+            print(f'{names[k]:28} {count[k]:8} {top1[k]:8.1%}   {other}')
 
 
 def read_names(path, ids):
     """Names of the classes `ids`: a line each in their order, or a JSON object {id: name}."""
     if read_text(path).startswith('{'):
-        listing = read_json(path, *ids)
-        return [listing[name] for name in ids]
+        listing = read_json(path)
+        with reading(path):
+            return [listing[name] for name in ids]
     names = read_lines(path)
     need(len(names) == len(ids), f'{path} has {len(names)} names for {len(ids)} classes; a line for each')
     return names
@@ -472,14 +481,14 @@ def torchvision_set(name, root, split=None, download=False):
     kinds = {kind.lower(): getattr(torchvision.datasets, kind) for kind in torchvision.datasets.__all__}
     kind = kinds.get(name.lower())
     need(kind, f"torchvision.datasets has no '{name}'; it has {', '.join(sorted(kinds))}")
-    options = set()
-    for base in kind.__mro__[:-1]:      # EMNIST names `split`, and passes `train` and `download` on to MNIST
-        options.update(inspect.signature(base).parameters)
+    # EMNIST names `split`, and passes `train` and `download` on to MNIST
+    options = inspect.signature(kind).parameters | inspect.signature(kind.__base__).parameters
     if 'split' not in options:
-        splits = ['train', 'test'] if 'train' in options else []
-        need(split in (None, *splits), f"torchvision's {name} has the splits {splits}, not '{split}'")
+        need(split in (None, 'train', 'test'),
+             f"torchvision's {name} has the splits 'train' and 'test' at most, not '{split}'")
     values = {'split': split or 'test', 'train': split == 'train', 'download': download}
-    values = {option: value for option, value in values.items() if option in options}
+    for option in values.keys() - options:
+        del values[option]
     try:
         source = kind(root, **values)
         targets = getattr(source, 'targets', [0])
@@ -490,27 +499,13 @@ def torchvision_set(name, root, split=None, download=False):
                          'try --download or another --split, such as val') from None
 
 
-def labelled_images(root, classes, subset=None):
-    """labels.json [{"file", "class_id"}] in `root` and a file of classes -> [(path, label)], names of the classes.
-
-    `classes` holds {"classes": [{"id", "name"}], "subsets": {name: ids}}, of which subsets may be absent.
-    """
-    path = Path(root, 'labels.json')
-    need(classes, f'{path} numbers its classes; name them with --classes FILE')
-    names = {}
-    with reading(classes):
-        listing = read_json(classes, 'classes')
-        for item in listing['classes']:
-            names[item['id']] = item['name']
-        ids = listing['subsets'][subset] if subset else list(names)
-        chosen = [names[class_id] for class_id in ids]
-    pairs = []
-    with reading(path):
-        for item in read_json(path):
-            if item['class_id'] in ids:
-                pairs.append((Path(root, item['file']), ids.index(item['class_id'])))
-    need(pairs, f'no image of {path} is of a class in {classes}; are its ids the same?')
-    return pairs, chosen
+def class_folders(root):
+    """One folder of images per class. ValueError for images beside the folders: they would count nowhere."""
+    loose = [path for path in images_in(root) if path.parent == Path(root)]
+    if loose:
+        raise ValueError(f'{len(loose)} images lie beside the folders of the classes in {root}, as {loose[0].name}; '
+                         'move each into the folder of its class, or away')
+    return torchvision.datasets.ImageFolder(root, loader=read_image)
 
 
 # --- 6. Zero-shot segmentation ---------------------------------------------------------------------------------------
@@ -590,29 +585,29 @@ def segment_image(model, image, vectors, counts, settings):
     return labels.masked_fill(most < settings.probability, 0).cpu()
 
 
-def confusion(truth, labels, classes):
-    """truth, labels: integer tensors of one shape -> (classes, classes) counts, rows are the truth; IGNORE left out."""
-    seen = truth != IGNORE
+def confusion(truth, labels, classes, ignore=IGNORE):
+    """truth, labels: integers of one shape -> (classes, classes) counts, rows are the truth; `ignore` is left out."""
+    seen = truth != ignore
     cells = truth[seen] * classes + labels[seen]
     return torch.bincount(cells, minlength=classes ** 2).view(classes, classes)
 
 
+def class_iou(matrix):
+    """IoU of each class; NaN for one that occurs neither in truth nor prediction."""
+    hit = matrix.diag().double()
+    return hit / (matrix.sum(dim=1) + matrix.sum(dim=0) - hit)
+
+
 def segmentation_figures(matrix, names):
     """mIoU over classes that occur in truth or prediction, pixel accuracy, and what class 0 everywhere would give."""
-    hit = matrix.diag().double()
+    iou = class_iou(matrix)
     truth = matrix.sum(dim=1).double()
-    found = matrix.sum(dim=0).double()
-    iou = hit / (truth + found - hit)                               # NaN for a class that occurs nowhere
     present = int((truth > 0).sum())
-    figures = {'classes': present,
-               'mIoU': iou.nanmean().item(),
-               'all_class_0_mIoU': (truth[0] / truth.sum()).item() / present,
-               'pixel_accuracy': (hit.sum() / truth.sum()).item(),
-               'IoU': {}}
-    for name, value in zip(names, iou.tolist()):
-        if not math.isnan(value):
-            figures['IoU'][name] = value
-    return figures
+    return {'classes': present,
+            'mIoU': iou.nanmean().item(),
+            'all_class_0_mIoU': (truth[0] / truth.sum()).item() / present,
+            'pixel_accuracy': (matrix.trace() / truth.sum()).item(),
+            'IoU': {name: value for name, value in zip(names, iou.tolist()) if not math.isnan(value)}}
 
 
 def read_mask(path, size, classes, reduce_zero_label=False):
@@ -623,8 +618,7 @@ def read_mask(path, size, classes, reduce_zero_label=False):
     need(values.shape == size[::-1], f'mask {path} is a {mask.mode} image of {mask.size} pixels; '
                                      f'it must be a grey or palette PNG of {size}, as its image')
     if reduce_zero_label:
-        ignored = (values == 0) | (values == IGNORE)
-        values = np.where(ignored, IGNORE, values - 1)
+        values = np.where(np.isin(values, (0, IGNORE)), IGNORE, values - 1)
     most = values[values != IGNORE].max(initial=0)
     need(most < classes, f'mask {path} has label {most}, the class file names 0 to {classes - 1}')
     return torch.from_numpy(values)
@@ -653,33 +647,30 @@ def mask_pairs(images, masks, image_suffix='', mask_suffix='', listing=None):
     return [(pictures[stem], found[stem]) for stem in stems]
 
 
-def overlay(image, labels, names, path):
-    """PNG of an image under its classes in colours, with a legend; 'background' stays as it is."""
-    numbers = labels.unique().tolist()
-    colours = [f'hsv({k * 222.5 % 360},85%,100%)' for k in numbers]     # neighbours differ
-    masks = torch.stack([labels == k for k in numbers])             # (classes, h, w)
-    if names[numbers[0]].lower() == 'background':
-        masks[0] = False
-        colours[0] = 'white'
-    pixels = pil_to_tensor(image.convert('RGB'))
-    drawn = draw_segmentation_masks(pixels, masks, alpha=0.65, colors=colours)
-    height = max(image.height, 22 * len(numbers) + 8)
-    canvas = Image.new('RGB', (image.width + 220, height), 'black')
-    canvas.paste(to_pil_image(drawn))
+# Class 0, often the background, is grey. Hues that are near differ in saturation.
+COLOURS = ['grey', *(f'hsv({k * 222.5 % 360},{85 - 45 * (k // 8 % 2)}%,100%)' for k in range(1, IGNORE)), 'white']
+
+
+def overlay(image, truth, labels, names, path):
+    """PNG of an image, its true classes, those found, and a legend with the IoU of each in this image.
+
+    A class has one colour in all images. A class that is found only where nothing counts has no IoU: nan.
+    """
+    palette = np.uint8([ImageColor.getrgb(colour) for colour in COLOURS])
+    strip = np.hstack([image.convert('RGB'), palette[truth % 256], palette[labels % 256]])
+    iou = class_iou(confusion(truth, labels, len(names)))
+    seen = torch.stack([truth, labels]).unique()
+    left = strip.shape[1] + 8
+    canvas = Image.new('RGB', (left + 240, max(image.height, 20 * len(seen) + 24)))
+    canvas.paste(Image.fromarray(strip))
     draw = ImageDraw.Draw(canvas)
-    top = 4
-    for k, colour in zip(numbers, colours):
-        draw.text((image.width + 8, top), names[k], colour, font_size=15)
-        top += 22
+    draw.text((left, 4), 'image | truth | prediction, IoU; white: ignored', font_size=11)
+    for row, k in enumerate(seen[seen < len(names)].tolist(), 1):
+        draw.text((left, 20 * row), f'{iou[k]:4.0%} {names[k]}', COLOURS[k % 256], font_size=15)
     canvas.save(path)
 
 
 # --- 7. Attention pictures -------------------------------------------------------------------------------------------
-
-def shade(grey):
-    """A grey picture in dark blue over grey to yellow, readable by the colour-blind."""
-    return ImageOps.colorize(grey, '#00204d', '#ffea46', '#7c7b78')
-
 
 def stretch(x):
     """An array, scaled to [0, 1]."""
@@ -714,17 +705,19 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=
     step = 8 + max(tile, *[18 * len(words) for _, words in maps])
     canvas = Image.new('RGB', (3 * tile + 200, len(maps) * step + 30), 'white')
     draw = ImageDraw.Draw(canvas)
-    view = ImageOps.fit(image.convert('RGB'), (tile, tile))         # what `preprocess` shows the model
+    view = ImageOps.fit(image.convert('RGB'), (tile, tile))     # what `preprocess` shows the model
     left = 2 * tile + 24
     top = 8
     for grid, words in maps:
-        heat = shade(Image.fromarray(np.uint8(255 * grid)).resize(view.size, Image.BILINEAR))
+        grey = Image.fromarray(np.uint8(255 * grid)).resize(view.size, Image.BILINEAR)
+        heat = ImageOps.colorize(grey, '#00204d', '#ffea46', '#7c7b78')    # for the colour-blind, too
         canvas.paste(view, (8, top))
         canvas.paste(Image.blend(view, heat, 0.6), (tile + 16, top))
-        for row, (word, weight) in enumerate(words):
-            y = top + 18 * row
+        y = top
+        for word, weight in words:
             draw.rectangle((left, y, left + tile * weight, y + 15), '#ffea46')
             draw.text((left + 4, y), word, 'black', font_size=13)
+            y += 18
         top += step
     legend = ('image | where C^I looks for the caption: blue low, yellow high | '
               'how much C^T reads each word | each on a scale of its own')
@@ -735,8 +728,10 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=
 # --- 8. Commands -----------------------------------------------------------------------------------------------------
 
 def show(figures, indent=''):
-    """Print nested figures, one a line: fractions in percent, ranks as they are."""
+    """Print nested figures, one a line: fractions in percent, ranks as they are. Lists are for --json only."""
     for name, value in figures.items():
+        if isinstance(value, list):
+            continue
         if isinstance(value, dict):
             print(f'{indent}{name}')
             show(value, indent + '  ')
@@ -749,33 +744,39 @@ def show(figures, indent=''):
 
 def run_retrieval(args, model, tokenizer, preprocess):
     """R@1/5/10 and ranks, both ways."""
-    if args.coco:
-        captioned = coco_captions(args.coco)
-    elif args.karpathy:
-        captioned = karpathy_captions(args.karpathy, args.split, args.images)
-    elif args.flickr:
-        captioned = flickr_captions(args.flickr, args.images)
-    else:
+    if args.shards:
         captioned = shard_captions(Shards(args.shards))
+    else:
+        path = args.karpathy or args.flickr or Path(args.coco, 'annotations/captions_val2017.json')
+        captioned = listed_captions(path, args.coco or args.images or Path(path).parent, args.split)
     source, captions, owner = captioned
     image_features = embed_images(model, source, preprocess, workers=args.workers)
     return retrieval(image_features, embed_texts(model, tokenizer, captions), owner)
 
 
 def run_classify(args, model, tokenizer, preprocess):
-    """Zero-shot top-1, top-5 and mean per class."""
-    if args.folder and Path(args.folder, 'labels.json').exists():
-        source, names = labelled_images(args.folder, args.classes, args.subset)
+    """Zero-shot top-1, top-5 and mean per class; the worst classes.
+
+    --json also holds the class found for each image, with its cosine, and the confusion matrix: a row for each true
+    class.
+    """
+    if args.folder:
+        source = class_folders(args.folder)
     else:
-        if args.folder:
-            source = torchvision.datasets.ImageFolder(args.folder, loader=read_image)
-        else:
-            source = torchvision_set(args.dataset, args.root, args.split, args.download)
-        names = class_names(source, args.classes)
+        source = torchvision_set(args.dataset, args.root, args.split, args.download)
+    names = class_names(source, args.classes)
     features, labels = embed_labelled(model, source, preprocess, workers=args.workers)
     templates = read_templates(args.templates)
     vectors = class_vectors(model, tokenizer, names, templates)
-    return {'prompts': ' | '.join(templates)} | classify(features, vectors, labels)
+    figures, found, matrix = classify(features, vectors, labels)
+    print_classes(matrix, names)
+    scores = (features * vectors[found]).sum(dim=1)
+    files = [path for path, _ in getattr(source, 'samples', [])] or range(len(labels))
+    predictions = []
+    for file, truth, k, score in zip(files, labels, found, scores.tolist()):
+        predictions.append({'image': file, 'truth': names[truth], 'prediction': names[k], 'score': score})
+    return figures | {'prompts': ' | '.join(templates), 'names': names,
+                      'confusion': matrix.tolist(), 'predictions': predictions}
 
 
 def segment_settings(args, image_size):
@@ -804,7 +805,7 @@ def run_segment(args, model, tokenizer, preprocess):
     settings = segment_settings(args, model.config.image_size)
     names, counts, synonyms = [], [], []
     for line in read_lines(args.classes):
-        words = [word.strip() for word in line.split(',')]
+        words = re.split(r'\s*,\s*', line)
         names.append(words[0])
         counts.append(len(words))
         synonyms.extend(words)
@@ -820,7 +821,7 @@ def run_segment(args, model, tokenizer, preprocess):
         labels = segment_image(model, image, vectors, counts, settings)
         matrix += confusion(truth, labels, len(names))
         if args.save:               # under a name that no image or mask has
-            overlay(image, labels, names, Path(args.save, f'{picture.stem}.overlay.png'))
+            overlay(image, truth, labels, names, Path(args.save, f'{picture.stem}.overlay.png'))
     about = {'images': len(pairs), 'settings': str(settings), 'prompts': ' | '.join(templates)}
     return about | segmentation_figures(matrix, names)
 
@@ -864,15 +865,14 @@ def add_retrieval(command):
 def add_classify(command):
     one = command.add_mutually_exclusive_group(required=True).add_argument
     one('--dataset', help='a classification set of torchvision.datasets: cifar10, dtd, food101, ...')
-    one('--folder', help='one folder of images per class, or images with a labels.json')
+    one('--folder', help='one folder of images per class')
     add = command.add_argument
     add('--root', default='data', help='where --dataset lies')
     add('--split', help="torchvision's name of the split (default: test; ImageNet and Places365 have val)")
     add('--download', action='store_true', help='let torchvision fetch it into --root')
     add('--classes', help='file of class names: a line each in the order of the sorted folders, or JSON '
-        '{folder: name}; or the JSON that numbers the classes of a labels.json. Without it ImageNet has '
+        '{folder: name}. Without it ImageNet has '
         "torchvision's names, of which 296 differ from those of the released evaluation")
-    add('--subset', help='a subset that the classes file of a labels.json lists')
     add('--templates', help='file of prompts with {} for the class, a line each')
 
 
@@ -885,7 +885,7 @@ def add_segment(command):
     add('--mask-suffix', default='', help='end of mask names that images lack, as _labelTrainIds')
     add('--list', help='file of the stems to evaluate, as of a split')
     add('--templates', help='file of prompts with {} for the class')
-    add('--save', help='folder for overlays with a legend')
+    add('--save', help='folder for pictures: image, truth, prediction, and the IoU of its classes')
     add('--benchmark', choices=list(BENCHMARKS))
     for name, kind in Settings.__annotations__.items():
         flag = f"--{name.replace('_', '-')}"
@@ -917,6 +917,10 @@ def execute(args):
     show(figures)
     if args.json:
         write_json(args.json, figures)
+    line = f'-m extras.search {args.checkpoint} --images DIR "CAPTION"'
+    if model.has_heads and args.command != 'attend':
+        line = f'eval.py attend {args.checkpoint} --image IMAGE --text "CAPTION"'
+    print(f'next       python {line}')
 
 
 def main():

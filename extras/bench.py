@@ -1,7 +1,9 @@
 """Where the time of a training step goes, and what one worker of the loader does.
 
     python -m extras.bench step --preset vit-b-16 --batch 128     time by part, FLOPs, share of the matmul peak
+    python -m extras.bench step --preset tiny --method clip       without teacher and heads
     python -m extras.bench loader SHARDS                          samples a second of one worker, by part
+    python -m extras.bench loader SHARDS --rate 4000              how many workers feed such GPUs
 """
 import contextlib
 import math
@@ -9,7 +11,6 @@ import statistics
 import time
 from collections import defaultdict
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,11 +58,7 @@ def random_views(config, method, B, device):
     if method.local_captions:
         lengths += [min(24, config.context_length)] * 6     # as the longest sentence of a batch
     images = [torch.randn(B, 3, side, side, device=device) for side in sides]
-    texts = []
-    for length in lengths:
-        tokens = torch.randint(1, config.vocab_size - 2, (B, length), device=device)
-        tokens[:, -1] = config.vocab_size - 1               # the end
-        texts.append(tokens)
+    texts = [torch.randint(config.vocab_size, (B, length), device=device) for length in lengths]
     return images, texts
 
 
@@ -131,7 +128,7 @@ def measure_loader(pattern, preset, rate):
     """What one worker does a second, by part, and how many such workers `rate` samples a second need."""
     shards = Shards(pattern)
     config = Config.preset(preset)
-    order = np.random.default_rng(0).permutation(len(shards))
+    order = torch.randperm(len(shards)).tolist()
     tokenizer = Tokenizer([], config.context_length)        # ids of words are cached, so merges cost no time
     views = Views(shards, tokenizer, config, seed=0, batch=1)
     torch.set_num_threads(1)                                # as in a worker
@@ -168,7 +165,7 @@ def main():
     command.add_argument('--preset', choices=PRESETS, default='vit-b-16')
     command.add_argument('--method', choices=train.METHODS, default='cosmos')
     command.add_argument('--batch', type=int, default=32)
-    command.add_argument('--precision', choices=['auto', 'bf16', 'fp16', 'fp32'], default='auto')
+    command.add_argument('--precision', choices=['auto', *train.DTYPES], default='auto')
     command.add_argument('--steps', type=int, default=10)
     command.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     command.add_argument('--compile', action='store_true', help="compile the transformer's blocks")

@@ -3,19 +3,20 @@
     python -m extras.pairs CKPT --items FILE --images DIR     SugarCrepe, SVO-Probes, Winoground, MMVP-VLM, or your own
     python -m extras.pairs CKPT --suppression DIR             DIR/probes.json: dominant against small objects
 
+--json FILE also lists every item under 'each': files, captions, scores, and whether all its choices are right.
+
 Your own items are JSON lines, {"images": ["a.jpg", "b.jpg"], "captions": ["a dog on a cat", "a cat on a dog"],
 "type": "relation"}: the right ones at equal positions, k images and k captions, 1 and k, or k and 1.
 """
 import math
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import NamedTuple
 
-import numpy as np
-
 from data import Parser, cli
-from eval import (IMAGE_KINDS, add_options, embed_images, embed_texts, execute, need, read_json,
-                  reading)
+from eval import (IMAGE_KINDS, add_options, embed_images, embed_texts, execute, first_line, need,
+                  read_json, reading)
 from extras.prepare import read_rows
 
 # --- 1. Items, and the layouts they are published in -----------------------------------------------------------------
@@ -76,8 +77,7 @@ def join_halves(halves):
     """MMVP-VLM: rows 1 and 2 are an item of two images and two statements, rows 3 and 4 the next."""
     items = []
     for first, second in zip(halves[::2], halves[1::2]):
-        images = first.images + second.images
-        items.append(Item(images, first.captions + second.captions, first.kind))
+        items.append(Item(first.images + second.images, first.captions + second.captions, first.kind))
     return items
 
 
@@ -129,23 +129,24 @@ def pair_scores(matrices):
     Winoground defines them.
     """
     k, m = matrices[0].shape
-    image_right = np.array([all(choices_right(scores)) for scores in matrices])
-    text_right = np.array([all(choices_right(scores.T)) for scores in matrices])
+    image_right = [all(choices_right(scores)) for scores in matrices]
+    text_right = [all(choices_right(scores.T)) for scores in matrices]
     figures = {'items': len(matrices)}
     if k > 1:
-        figures['image_score'] = float(image_right.mean())
+        figures['image_score'] = fmean(image_right)
         figures['image_chance'] = k ** -min(k, m)
     if m > 1:
-        figures['text_score'] = float(text_right.mean())
+        figures['text_score'] = fmean(text_right)
         figures['text_chance'] = m ** -min(k, m)
     if min(k, m) > 1:
-        figures['group_score'] = float((image_right & text_right).mean())
+        both_right = [all(sides) for sides in zip(image_right, text_right)]
+        figures['group_score'] = fmean(both_right)
     return figures
 
 
 def find_image(root, name):
     """The file of an image that a published table names with or without an ending."""
-    for ending in ('', *IMAGE_KINDS):
+    for ending in IMAGE_KINDS:
         path = Path(root, f'{name}{ending}')
         if path.is_file():
             return path
@@ -172,6 +173,16 @@ def score_items(model, tokenizer, preprocess, items, root, workers=0):
     return matrices
 
 
+def describe(items, matrices, root):
+    """For --json: row i of an item's scores is image i, column j caption j."""
+    each = []
+    for item, scores in zip(items, matrices):
+        files = [str(find_image(root, name)) for name in item.images]
+        right = all(choices_right(scores) + choices_right(scores.T))
+        each.append({'images': files, 'captions': item.captions, 'scores': scores.tolist(), 'right': right})
+    return each
+
+
 def score_pairs(model, tokenizer, preprocess, path, root, workers=0):
     """The scores of a file of items: of all with so many images and captions, and of each kind."""
     items = read_items(path)
@@ -182,7 +193,8 @@ def score_pairs(model, tokenizer, preprocess, path, root, workers=0):
         groups[f'all {shape}'].append(scores)
         if item.kind:
             groups[f'{item.kind} {shape}'].append(scores)
-    return {name: pair_scores(matrices) for name, matrices in groups.items()}
+    figures = {name: pair_scores(matrices) for name, matrices in groups.items()}
+    return figures | {'each': describe(items, all_scores, root)}
 
 
 # --- 3. Feature suppression ------------------------------------------------------------------------------------------
@@ -209,13 +221,14 @@ def suppression(model, tokenizer, preprocess, root, workers=0):
                 scenes.append(Item([images['A'], images[other]], [right, query['swap']]))
                 names.append(Item([images['A']], [right, *query['negatives']]))
         matrices = score_items(model, tokenizer, preprocess, scenes + names, root, workers)
-        share = np.array([np.mean(choices_right(scores)) for scores in matrices[:len(probes)]])
+        share = [fmean(choices_right(scores)) for scores in matrices[:len(probes)]]
         named = pair_scores(matrices[len(probes):])
         figures[role] = {'probes': len(probes),
-                         'scene_top1': float(share.mean()), 'scene_chance': 0.5,
-                         'name_top1': named['text_score'], 'name_chance': named['text_chance']}
+                         'scene_top1': fmean(share), 'scene_chance': 0.5,
+                         'name_top1': named['text_score'], 'name_chance': named['text_chance'],
+                         'each': describe(scenes + names, matrices, root)}
         if len(probes) > 1:
-            figures[role]['standard_error'] = float(share.std(ddof=1) / math.sqrt(len(probes)))
+            figures[role]['standard_error'] = stdev(share) / math.sqrt(len(probes))
     return figures
 
 
@@ -229,7 +242,7 @@ def run_pairs(args, model, tokenizer, preprocess):
 
 
 def main():
-    parser = Parser(description=__doc__.split('\n')[0])
+    parser = Parser(description=first_line(__doc__))
     add_options(parser)
     parser.set_defaults(command='pairs', run=run_pairs)
     source = parser.add_mutually_exclusive_group(required=True)

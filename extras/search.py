@@ -1,11 +1,13 @@
 """The images of a folder, ranked for a query in words or for another image, with a contact sheet.
 
-    python -m extras.search CKPT --images DIR "a red star"
+    python -m extras.search CKPT --images DIR "a red star" --out found.png
     python -m extras.search CKPT --images DIR --like a.jpg
 
-Features are kept in DIR.features.pt beside the folder, and refreshed when files change.
+Features are kept in torch's cache, where CLIP's vocabulary is: a file for each folder of images, refreshed when images
+change. Nothing is written into the folder or beside it.
 """
-from concurrent.futures import ThreadPoolExecutor
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,43 +15,47 @@ from PIL import Image, ImageDraw, ImageOps
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 
-from data import Parser, cli, read_image, replacing
-from eval import add_options, embed_images, embed_texts, execute, images_in, need, read_checkpoint
+from data import Parser, cli, digest, read_image, replacing
+from eval import (add_options, embed_images, embed_labelled, embed_texts, execute, first_line,
+                  images_in, need, read_checkpoint)
 
 TILE = 176              # side of an image in the sheet, in pixels
+LABEL = 50              # three lines below it
 
 # --- 1. Features of a folder -----------------------------------------------------------------------------------------
 
-def file_stamp(path, folder):
-    """What changes when the file does: its name in the folder, size and time."""
-    stat = path.stat()
-    return f'{path.relative_to(folder)}|{stat.st_size}|{stat.st_mtime_ns}'
-
-
-def read_cache(path, weights):
-    """{stamp: feature} of an earlier call with the same weights. What is no such file is made anew."""
+def read_index(path):
+    """{stamp: feature} of an earlier call. What is no such file is made anew."""
     try:
-        saved = read_checkpoint(path)
-        return saved['features'] if torch.equal(saved['weights'], weights) else {}
-    except (ValueError, KeyError, TypeError):
+        return read_checkpoint(path)
+    except ValueError:
         return {}
 
 
-def write_cache(path, weights, features):
+def write_index(path, index):
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
-            torch.save({'weights': weights, 'features': features}, partial)
-    except (OSError, RuntimeError) as error:    # torch's own, beside a folder that one may only read
-        print(f'not kept   {path}: {error}')
+            torch.save(index, partial)
+        print(f'features   {path}')
+    except (OSError, ValueError) as error:      # a full disk, or a home that one may only read
+        print(f'not kept   {error}')
 
 
-def is_readable(path):
-    try:
-        read_image(path)
-        return True
-    except ValueError as error:
-        print(f'left out   {error}')
-        return False
+@dataclass
+class Files:
+    """A source for embed_labelled: each image with a 1. What cannot be read is named; it is a blank one with a 0."""
+    paths: list
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        try:
+            return read_image(self.paths[i]), 1
+        except ValueError as error:
+            print(f'left out   {error}')
+            return Image.new('RGB', (8, 8)), 0
 
 
 def folder_features(model, preprocess, folder, workers=0):
@@ -57,62 +63,62 @@ def folder_features(model, preprocess, folder, workers=0):
 
     Only what is new or changed since the last call is embedded. Other weights start over.
     """
+    need(Path(folder).is_dir(), f'--images {folder} is missing or no folder; give a folder of images')
     paths = images_in(folder)
     need(paths, f'{folder} holds no jpg, jpeg, png or webp image')
-    cache = Path(f'{Path(folder).resolve()}.features.pt')
-    weights = model.visual.proj.detach().cpu()              # enough to tell one model from another
-    features = read_cache(cache, weights)
-    stamps = {path: file_stamp(path, folder) for path in paths}
-    new = [path for path in paths if stamps[path] not in features]
-    with ThreadPoolExecutor() as pool:
-        readable = [path for path, good in zip(new, pool.map(is_readable, new)) if good]
-    if readable:
-        embedded = embed_images(model, readable, preprocess, workers=workers)
-        for path, feature in zip(readable, embedded):
-            features[stamps[path]] = feature.clone()        # NB: a view would be saved with its whole matrix
-    paths = [path for path in paths if stamps[path] in features]
+    index = Path(torch.hub.get_dir(), f'features-{digest(Path(folder).resolve())}.pt')
+    known = read_index(index)
+    weights = digest(model.visual.proj[0].tolist())         # enough to tell one model from another
+    stamps = {}                                             # path: what changes when the file does
+    for path in paths:
+        stat = path.stat()
+        stamps[path] = digest(path.relative_to(folder), stat.st_size, stat.st_mtime_ns, weights)
+    new = [path for path in paths if stamps[path] not in known]
+    if new:
+        embedded, readable = embed_labelled(model, Files(new), preprocess, workers=workers)
+        for path, feature, good in zip(new, embedded, readable):
+            if good:
+                known[stamps[path]] = feature
+    paths = [path for path in paths if stamps[path] in known]
     need(paths, f'no image of {folder} can be read')
-    present = {stamps[path]: features[stamps[path]] for path in paths}
-    if readable:
-        write_cache(cache, weights, present)
-    return paths, torch.stack(list(present.values()))
+    features = torch.stack([known[stamps[path]] for path in paths])
+    if new:
+        write_index(index, dict(zip(map(stamps.get, paths), features)))
+    return paths, features
 
 
 # --- 2. Contact sheet ------------------------------------------------------------------------------------------------
 
-def draw_tile(path, score):
-    """An image with its score and name below, (3, h, w) in [0, 1]."""
-    tile = Image.new('RGB', (TILE, TILE + 20), 'white')
+def draw_tile(path, label):
+    """An image with a label of up to three lines below, (3, h, w) in [0, 1]."""
+    tile = Image.new('RGB', (TILE, TILE + LABEL), 'white')
     image = read_image(path).convert('RGB')
     tile.paste(ImageOps.pad(image, (TILE, TILE), Image.BICUBIC, 'white'))
-    ImageDraw.Draw(tile).text((0, TILE + 2), f'{score:.3f} {path.name}'[:25], 'black', font_size=12)
+    lines = textwrap.fill(label, 26)
+    ImageDraw.Draw(tile).text((2, TILE + 2), lines, 'black', font_size=12)
     return to_tensor(tile)
-
-
-def contact_sheet(paths, scores, out):
-    """PNG of images in rows of six, best first."""
-    tiles = [draw_tile(path, score) for path, score in zip(paths, scores)]
-    save_image(tiles, out, nrow=6, pad_value=1)
 
 
 # --- 3. Command ------------------------------------------------------------------------------------------------------
 
 def run_search(args, model, tokenizer, preprocess):
-    paths, features = folder_features(model, preprocess, args.images, args.workers)
     if args.like:
         query = embed_images(model, [args.like], preprocess)[0]
     else:
         query = embed_texts(model, tokenizer, [args.query])[0]
+    paths, features = folder_features(model, preprocess, args.images, args.workers)
     scores, best = (features @ query).topk(min(args.top, len(paths)))
-    found = [paths[i] for i in best]
-    contact_sheet(found, scores.tolist(), args.out)
-    for path, score in zip(found, scores.tolist()):
-        print(f'{score:.4f}  {path}')
+    tiles = []
+    for i, score in zip(best, scores):                      # the best first
+        print(f'{score:.4f}  {paths[i]}')
+        name = paths[i].relative_to(args.images)
+        tiles.append(draw_tile(paths[i], f'{score:.3f} {name}'))
+    save_image(tiles, args.out, nrow=6, pad_value=1)
     return {'images': len(paths), 'picture': args.out}
 
 
 def main():
-    parser = Parser(description=__doc__.split('\n')[0])
+    parser = Parser(description=first_line(__doc__))
     add_options(parser)
     parser.set_defaults(command='search', run=run_search)
     parser.add_argument('query', nargs='?', help='what to look for')
