@@ -1,7 +1,7 @@
 """The experiments of the course: what is run, each run a row of lesson/results.csv.
 
-    python -m lesson.experiments named                          the runs of page 2 that have no row, two side by side
-    python -m lesson.experiments named --run q0.2-cosmos 0      one run, without a row: its figures
+    python -m lesson.experiments named                          the runs of `named` that have no row, two side by side
+    python -m lesson.experiments named --run q0.2-cosmos 0      one run: its figures; the next start adds its row
 
 A run that has a row is not made again, and one that was interrupted goes on where it stopped: start the command again.
 Each run is a process of one thread, whose checkpoint and log lie in runs/lesson.
@@ -41,7 +41,7 @@ class WithoutResidual(COSMOS):
 
 
 class WithoutHeads(COSMOS):
-    """Eq. 6, with its own scale, on the embeddings themselves. Built without heads: they would get no gradient."""
+    """Eq. 6 with the embeddings in place of h_I and h_T, and its own scale. No heads: they would get no gradient."""
 
     def __init__(self, config):
         super().__init__(replace(config, cross_heads=0))
@@ -58,7 +58,7 @@ class WithoutHeads(COSMOS):
 # --- 2. The experiments ----------------------------------------------------------------------------------------------
 
 class Variant(NamedTuple):
-    """How a run is made. Variants that differ only in the last two fields share their runs."""
+    """How a run is made. Variants that differ only in `seeds` and `against` share their runs."""
     flags: str = '--method cosmos'          # of train.py; {scenes} is the folder of the set
     scenes: str = ''                        # options of lesson.scenes; none: the built-in set
     model: type = COSMOS
@@ -68,11 +68,11 @@ class Variant(NamedTuple):
 
 # Steps in the time that COSMOS takes for 320. Measured at 71da512, alone on the two cores of an Intel Xeon with AMX, by
 # the log of OMP_NUM_THREADS=1 python train.py --method M --workers 1: 237, 137, 70, 61, 64 and 53 pairs/s, the medians
-# of four rounds, which differ by up to 30 %.
+# of four rounds, in the order below. Rounds differ by up to 30 %.
 STEPS = {
     'clip': 1430, 'clip-aug': 830, 'image-distill': 420,
     'text-crop': 370, 'text-distill': 390, 'cosmos': 320}
-MAIN_ROWS = ('clip', 'text-crop', 'cosmos')
+MAIN_ROWS = ('clip', 'text-crop', 'cosmos')     # these get five seeds
 
 
 def in_equal_time(method):
@@ -80,7 +80,7 @@ def in_equal_time(method):
 
 
 def named():
-    """Which share of the sentences names the small object?"""
+    """How often is the small object named? Three methods in equal time."""
     variants = {}
     for share in (0, 0.1, 0.2, 0.3, 0.5):
         scenes = f'--objects 2 --named {share}'
@@ -91,7 +91,8 @@ def named():
 
 
 def size():
-    """How large is the small object? R 0.43: as large as the dominant one; q 0.5: named as often."""
+    """R: side of the small object, q: share of sentences on it. At R 0.43 both objects are equally large, at q 0.5 they
+    are named equally often."""
     scenes = {
         'R0.12-q0.3': '--objects 2 --named 0.3 --small-size 0.12',
         'R0.2-q0.3': '--objects 2 --named 0.3 --small-size 0.2',
@@ -99,11 +100,12 @@ def size():
         'R0.4-q0.3': '--objects 2 --named 0.3 --small-size 0.4',
         'R0.43-q0.3': '--objects 2 --named 0.3 --small-size 0.43',
         'R0.43-q0.5': '--objects 2 --named 0.5 --small-size 0.43'}
-    return {name: Variant('--eval-every 40', options, against='R0.28-q0.3') for name, options in scenes.items()}
+    flags = '--method cosmos --eval-every 40'
+    return {name: Variant(flags, options, against='R0.28-q0.3') for name, options in scenes.items()}
 
 
 def table5():
-    """The rows of Table 5: at equal steps each against the one above, in equal time against COSMOS."""
+    """The rows of Table 5: at equal steps each against the method before it, in equal time against COSMOS."""
     variants = {}
     above = 'clip'
     for method in STEPS:
@@ -133,6 +135,7 @@ EXPERIMENTS = {
         'aligned': Variant('--aligned-crops')},
     'amount': {
         'clip': Variant('--method clip'),
+        # the first of 8 tars
         'clip-eighth': Variant('--method clip --data {scenes}/train/00000.tar', against='clip'),
         'clip-1280': Variant('--method clip --steps 1280', against='clip'),
         'clip-eighth-1280': Variant(
@@ -144,8 +147,8 @@ EXPERIMENTS = {
             '--method cosmos --data {scenes}/train/00000.tar --steps 1280', against='cosmos-1280')},
     'exercises': {
         'cosmos': Variant(),
-        'no-average': Variant('--momentum 1e-9'),       # the teacher is the student itself
-        'fixed-teacher': Variant('--momentum 1 --momentum-ramp 0'),
+        'no-average': Variant('--momentum 1e-9'),       # as good as 0: the teacher is the student itself
+        'quick-teacher': Variant('--momentum 0.9'),
         'globals-only': Variant('--local-crops 0 --local-captions 0')}}
 
 
@@ -158,7 +161,7 @@ def run_folder(variant, seed):
 
 
 def scene_folder(options):
-    """The set that options of lesson.scenes describe (none: the built-in set), drawn where it is absent."""
+    """The set that options of lesson.scenes describe (none: a copy of the built-in one), drawn where it is absent."""
     folder = Path('runs/lesson', f'scenes {options}'.replace(' ', '-'))
     if not (folder / 'val/00000.tar').exists():                      # the last file to be drawn
         subprocess.run([sys.executable, '-m', 'lesson.scenes', folder, *options.split()], check=True)
@@ -166,12 +169,13 @@ def scene_folder(options):
 
 
 def origin():
-    """The machine, and the last commit that changed the code of a run."""
+    """The machine, and the last commit that changed the code of a run. Edits that are not committed go unseen."""
     name = platform.processor()
     listed = Path('/proc/cpuinfo')                                      # Linux tells more
     if listed.exists():
+        # `|$`: there is a match, even where no model is named
         name = re.search('model name.*: (.*)|$', listed.read_text())[1] or name
-    # Of lesson/ neither plots.py nor the tests.
+    # git expands the pattern: of lesson/ neither plots.py nor the tests
     command = 'git log -1 --format=%h -- cosmos.py data.py eval.py train.py lesson/[!pt]*.py'
     git = subprocess.run(command.split(), capture_output=True, text=True)
     return {'commit': git.stdout.strip(), 'machine': f'{name}, {os.cpu_count()} cores'}
@@ -196,14 +200,15 @@ def run(variant, seed):
     # What train.py and eval.py build is the class of this name.
     train.COSMOS = variant.model
     evaluation.COSMOS = variant.model
+    flags = variant.flags.format(scenes=scenes)
     command = f'train.py --preset tiny --data {scenes}/train --val {scenes}/val --workers 1 --seed {seed} '
-    command += f'--out {out} --resume auto {variant.flags}'
-    sys.argv = command.format(scenes=scenes).split()
+    command += f'--out {out} --resume auto {flags}'
+    sys.argv = command.split()
     with suppress(SystemExit):
         train.main()
     loaded = evaluation.load(out / 'last.pt')
-    held_out = SimpleNamespace(shards=scenes / 'val', workers=0, pictures=out / 'naming')
-    figures = evaluation.read_json(out / 'eval.json') | suppression.run(held_out, *loaded)
+    args = SimpleNamespace(shards=scenes / 'val', workers=0, pictures=out / 'naming')
+    figures = evaluation.read_json(out / 'eval.json') | suppression.run(args, *loaded)    # more of the same roles
     row |= flat(figures)
     for line in evaluation.read_lines(out / 'log.jsonl'):
         entry = json.loads(line)
@@ -248,7 +253,7 @@ def missing_runs(experiment, seeds=None):
 
 
 def launch(key):
-    """Make a run in a process of one thread, where no other experiment has made it -> its row, or None: it failed."""
+    """Make a run in a process of one thread, unless its row.json is there -> its row, or None: it failed."""
     experiment, seed, name = key
     figures = run_folder(EXPERIMENTS[experiment][name], seed) / 'row.json'
     if not figures.exists():
@@ -264,7 +269,7 @@ def main():
     parser.add_argument('experiment', choices=EXPERIMENTS)
     parser.add_argument('--seeds', type=int, help='how many, instead of the 3 or 5 of the course')
     parser.add_argument('--jobs', type=int, default=2)
-    parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run, without a row')
+    parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run and print it')
     args = parser.parse_args()
     variants = EXPERIMENTS[args.experiment]
     if args.run:

@@ -1,7 +1,7 @@
 """Tables and plots of the course, from lesson/results.csv alone.
 
     python -m lesson.plots              write lesson/tables.md, draw assets/lesson-*.png (needs matplotlib)
-    python -m lesson.plots --check      are the runs complete, and do tables, plots and README.md agree with them?
+    python -m lesson.plots --check      are the runs complete, do tables, plots and lesson/README.md agree with them?
 
 In lesson/README.md a figure is followed by the place it comes from: 94.8<!-- named q0.2-cosmos small.top1 -->.
 """
@@ -24,7 +24,7 @@ FIGURES = (
     'dominant.top1 small.top1 small.all_top1 small.probe_top1 '
     'dominant.shape_top1 small.shape_top1 dominant.bound small.bound '
     'retrieval.image_to_text_R@1 retrieval.text_to_image_R@1 segmentation.mIoU').split()
-COLUMNS = {                             # where others are shown
+COLUMNS = {                             # of experiments that do not show FIGURES
     'size': (
         'dominant.top1@80 small.top1@80 dominant.top1@160 small.top1@160 '
         'dominant.top1@320 small.top1@320 dominant.bound small.bound').split(),
@@ -34,7 +34,7 @@ COLUMNS = {                             # where others are shown
         'pointing.dominant.used pointing.dominant.absent_used '
         'pointing.small.used pointing.small.absent_used').split()}
 CURVES = {'named': 'share of sentences on the small object', 'size': 'side of the small object'}
-QUANTILES = {3: 4.303, 5: 2.776}        # of Student's t, 97.5 %, by the number of seeds
+QUANTILES = {3: 4.303, 5: 2.776}        # of Student's t, 97.5 %, by the number of seeds; others get no interval
 
 # --- 1. Tables -------------------------------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ def interval(gaps):
 
 
 def cell(experiment, name, figure):
-    """The mean over seeds, and the difference to the variant that it is compared with: '94.8, **+5.3 ± 2.1**'."""
+    """The mean over its seeds, and the difference to `against` over the seeds of both: '94.8, **+5.3 ± 2.1**'."""
     against = EXPERIMENTS[experiment][name].against
     ours = values(experiment, name, figure)
     base = values(experiment, against, figure)
@@ -75,7 +75,7 @@ def cell(experiment, name, figure):
 
 
 def table(experiment):
-    """Markdown: a line a variant, a column a figure."""
+    """Markdown: a line per variant, a column per figure."""
     columns = COLUMNS.get(experiment, FIGURES)
     heading = ' | '.join(columns)
     lines = [f'| {experiment} | against | {heading} |', '|---' * (2 + len(columns)) + '|']
@@ -83,14 +83,14 @@ def table(experiment):
         cells = [cell(experiment, name, figure) for figure in columns]
         lines.append(f'| {name} | {variant.against} | {" | ".join(cells)} |')
     text = '\n'.join(lines)
-    return f'{text}\n\n{text.count("±")} differences, 95 % intervals. Bold: without 0; the others are open.\n\n'
+    return f'{text}\n\n{text.count("±")} differences with 95 % intervals. Bold: 0 lies outside; the rest is open.\n\n'
 
 
 # --- 2. Plots --------------------------------------------------------------------------------------------------------
 
 def draw(experiment):
-    """A panel a figure: a curve over what the variants' names begin with, or a row a variant, a dot a seed. The file
-    carries the table that it was drawn with, for --check."""
+    """A panel per figure. In CURVES: means over the number that a variant's name begins with. Else a row per variant
+    and a dot per seed. The file carries the table that it was drawn with, for --check."""
     from matplotlib import pyplot
     columns = COLUMNS.get(experiment, FIGURES)
     picture, axes = pyplot.subplots(

@@ -114,7 +114,7 @@ class Thing:
 # --- 2. Layout and drawing -------------------------------------------------------------------------------------------
 
 def overlap(a, b):
-    """Small objects keep 2 pixels apart; one may reach 4 into the dominant one's square, whose corners are empty."""
+    """Are they too close? Small objects keep 2 pixels apart; one may reach 4 into the square of the dominant, `a`."""
     apart = max(abs(a.x - b.x), abs(a.y - b.y))
     gap = apart - (a.side + b.side) / 2
     return gap <= (-4 if a.role == 'dominant' else 2)
@@ -125,7 +125,7 @@ def draw_layout(rng, count, small_size):
     shapes = rng.sample(list(SHAPES), count)
     colors = rng.sample(list(COLORS), count)
     small = (small_size, small_size) if small_size else SMALL_SIDE
-    sides = max(small, DOMINANT_SIDE)           # from 0.42 on small objects are as large as the dominant one
+    sides = max(small, DOMINANT_SIDE)           # the pair with the larger first number: above 0.42 all are alike
     role = 'dominant'
     things = []
     for shape, color in zip(shapes, colors):
@@ -160,7 +160,7 @@ def pattern_share(pattern, u, v):
 
 
 def woven(pattern, period, first, second, rng):
-    """A canvas, CANVAS pixels a side, of two colours in a pattern at a random angle; `period` in its pixels."""
+    """A canvas, CANVAS pixels a side, of two colours in a pattern at a random angle; `period` in canvas pixels."""
     x = np.arange(CANVAS, dtype=np.float32) - CANVAS / 2
     turn = np.exp(1j * rng.uniform(0, np.pi)) / period
     points = (x + 1j * x[:, None]) * np.complex64(turn)                                 # (CANVAS, CANVAS)
@@ -234,7 +234,8 @@ def relation(a, b):
 
 
 def captions(rng, things, ground):
-    """DreamLIP's keys: raw and short captions are of the dominant object and sometimes another, long ones tell all."""
+    """DreamLIP's keys. Raw: the dominant object. Short: it, at times with another. Long: all objects, and the ground or
+    a relation."""
     main, *small = things
     name = main.name
     other = rng.choice(small).name
@@ -259,7 +260,7 @@ def captions(rng, things, ground):
 
 def captions_by_share(rng, things, named):
     """Ten sentences, each on one object: the share `named` of them on a small one, the rest on the dominant one."""
-    count = int(10 * named + rng.random())      # 10 * named on the mean
+    count = int(10 * named + rng.random())      # rounded up or down at random, so that the mean is right
     sentences = []
     for number in range(10):
         thing = rng.choice(things[1:]) if number < count else things[0]
@@ -303,7 +304,7 @@ def encoded(image, kind, **how):
 
 
 def draw_scene(seed, split, named, small_size, objects, index):
-    """-> [(member name, bytes), ...]. A generator of its own makes a scene alike in any process."""
+    """-> [(member name, bytes), ...]. Its random numbers depend on seed, split and index alone."""
     rng = random.Random(f'{seed}/{split}/{index}')
     things = draw_layout(rng, objects or rng.randint(2, 4), small_size)
     pattern = rng.choice(PATTERNS)
@@ -346,7 +347,7 @@ def make_scenes(root, train=8000, val=1000, seed=0, workers=None, named=None, sm
     """Draw a set as tars root/{train,val}/00000.tar ... of 1,000 pairs each; the head of this file says what they hold.
 
     named: share of the sentences that name a small object, ten a scene. small_size: side of small objects as a share of
-    the image's; from 0.42 on the dominant one has it, too. objects: how many in a scene; two to four by default.
+    the image's; above 0.42 the dominant one has it, too. objects: how many in a scene; two to four by default.
     Equal arguments give equal bytes for any number of `workers`. ValueError for objects that do not fit. Tars of a
     larger set in the folder are left there.
     """
@@ -361,7 +362,8 @@ def make_scenes(root, train=8000, val=1000, seed=0, workers=None, named=None, sm
 
 
 def built_in_set(root='runs/scenes'):
-    """-> the folder of the built-in set, drawn where it is absent. One that lists no `mixed` names is left alone."""
+    """-> the folder of the built-in set, drawn where it is absent. An older one, without `mixed` names, stays:
+    the new one goes to ROOT-2."""
     folder = Path(root)
     shards = folder / 'val/00000.tar'                                   # the last file to be drawn
     if shards.exists() and 'mixed' not in Shards(shards).record(0)['objects'][0]:
@@ -375,8 +377,8 @@ def built_in_set(root='runs/scenes'):
 # --- 5. Aligned crops ------------------------------------------------------------------------------------------------
 
 def visible_sentences(pool, record, box):
-    """The sentences that an image crop may have: those that name no object whose centre lies outside it; where there is
-    none, all.
+    """The sentences that an image crop may have: those whose objects all have their centre in it; where there is none,
+    all.
 
     record: the pair's json, with objects of name and bbox (x, y, w, h). box: (y, x, h, w) of the crop in pixels.
     """

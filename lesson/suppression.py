@@ -5,10 +5,10 @@
 CKPT is any checkpoint that eval.load reads. Printed for the dominant and for the small objects:
 
     top1        presence: is its name above nine names that share no word with the scene? A tie is a miss; chance 10 %
-    all_top1    the same against all such names of the set, about 98
+    all_top1    the same against all such names of the set, 72 to 112
     shape_top1  is it above the names of its own colour with a shape that is not in the scene? Chance about 13 %
-    bound       binding: the share of the names mixed of two objects of the scene that its name beats. A tie counts
-                half; chance 50 %
+    bound       binding: which share of its mixed names (its colour with another object's shape, or the reverse) its
+                name beats. A tie counts half; chance 50 %
     probe_top1  presence by a linear probe of the image features: is it in there, whatever texts find?
 
 then where C^I looks when it is asked for an object, by the masks, and the mIoU of segmentation by the colours.
@@ -39,7 +39,7 @@ def objects_of(shards, i):
 
 
 def listed_objects(shards, most=None):
-    """The objects of the first `most` pairs that list wrong names -> {role: [objects]}.
+    """Objects that list wrong names, in the first `most` pairs -> {role: [objects]}.
 
     An object has as attributes what its json lists, and pair, number (in the mask, from 1) and scene (all its names).
     """
@@ -67,7 +67,7 @@ COLUMN = {name: k for k, name in enumerate(NAMES)}      # of a table of scores (
 
 
 def name_scores(model, tokenizer, image_features):
-    """Cosines of image features (n, D) with all names, (n, K)."""
+    """Cosines of image features (n, D) with all names, (n, K). NB: prompts say "a orange", which no caption does."""
     return image_features @ class_vectors(model, tokenizer, NAMES).T
 
 
@@ -84,15 +84,15 @@ def presence(scores, thing, wrong):
 
 
 def binding(scores, group):
-    """The share of the mixed names of all objects of a group that their own names beat. A tie counts half."""
+    """Over all objects of a group: the share of their mixed names that lose to their own name. A tie counts half."""
     margins = [lead(scores, thing, thing.mixed) for thing in group]
     margins = torch.cat(margins)
     return (0.5 + margins.sign() / 2).mean().item()
 
 
 def presence_and_binding(scores, groups):
-    """scores of all pairs, the groups of `listed_objects` -> {role: {'top1': presence, 'chance', 'bound': binding,
-    'objects'}}"""
+    """scores of all pairs, the groups of `listed_objects` -> {role: {top1 (presence), chance, bound (binding), objects
+    (how many)}}"""
     figures = {}
     for role, group in groups.items():
         hits = [presence(scores, thing, thing.absent) for thing in group]
@@ -106,10 +106,10 @@ def presence_and_binding(scores, groups):
 
 
 def probe_scores(image_features, group, penalty=0.1):
-    """Scores (n, K) by a linear probe: is it in the image features (n, D), whatever texts find there?
+    """Scores (n, K) by a linear probe: is an object in the image features (n, D), even where no text finds it?
 
     Ridge regression to how many words a name shares with the objects of one role, fitted on pairs of even number and
-    asked about the odd ones, then the reverse. A sum over words leaves open whose colour is whose.
+    asked about the odd ones, then the reverse. So it tells presence, not binding.
     """
     spread, middle = torch.std_mean(image_features, dim=0)
     x = (image_features - middle) / (spread + 1e-6)
@@ -137,14 +137,14 @@ def probe_scores(image_features, group, penalty=0.1):
 def text_x(model, images, tokens, keys):
     """h_T of each pair (B, D), where C^I may read only the patches `keys` (P,)."""
     def leave_out(linear, inputs, patches):
-        return patches[:, keys]
+        return patches[:, keys]                     # what a hook returns replaces the keys of C^I
     with model.image_tokens.register_forward_hook(leave_out):
         return model([images], [tokens]).text_x[0]
 
 
 def point(model, images, tokens, pixels):
-    """One image twice (2, 3, S, S), with two questions (2, T): a name that it has, and an absent one; pixels (S, S):
-    where the object of that name is -> row of `pointing`."""
+    """images: one image twice (2, 3, S, S). tokens: a name that it has, and an absent one (2, T). pixels (S, S): where
+    the named object is -> peak and used, of both questions."""
     p = model.config.patch_size
     middles = pixels[p // 2::p, p // 2::p].flatten()                    # (P,) does the middle of a patch lie on it?
     weights, _ = model.attention(images, tokens)                        # (2, P)
@@ -152,9 +152,9 @@ def point(model, images, tokens, pixels):
     masked = text_x(model, images, tokens, ~middles)
     change = 1 - (whole * masked).sum(dim=1)
     figures = {}
-    for row, question in enumerate(('', 'absent_')):
-        figures[f'{question}peak'] = middles[weights[row].argmax()]
-        figures[f'{question}used'] = change[row]
+    for k, question in enumerate(('', 'absent_')):
+        figures[f'{question}peak'] = middles[weights[k].argmax()]
+        figures[f'{question}used'] = change[k]
     return figures
 
 
@@ -162,8 +162,9 @@ def point(model, images, tokens, pixels):
 def pointing(model, tokenizer, preprocess, shards, most=150):
     """Where does C^I look? -> {role: means over the objects of the first `most` pairs}; {} for a plain CLIP.
 
-    peak: the highest weight, asked by "a NAME", lies on the object. used: 1 - cosine of h_T with and without the
-    object's patches among the keys. absent_: the same, asked by a name that is not in the scene, the control.
+    peak: the highest weight, asked by "a NAME", lies on the object. used: 1 - cosine of h_T (with its residual) with
+    and without the object's patches among the keys. absent_: the same, asked by a name that is not in the scene, the
+    control.
     """
     figures = {}
     if not model.config.cross_heads:
@@ -209,7 +210,7 @@ def segmentation(model, tokenizer, shards, most=500):
     return segmentation_figures(matrix, names)
 
 
-# --- 4. Three tests of the literature (arXiv 2502.19842) --------------------------------------------------------------
+# --- 4. Three tests of bias to one object (arXiv 2502.19842) ---------------------------------------------------------
 
 def nearest(scores, scenes):
     """scores (n, K) of n scenes with all names; the names in each scene -> the share of scenes where the highest score
@@ -222,8 +223,9 @@ def nearest(scores, scenes):
 
 @torch.no_grad()
 def three_tests(model, tokenizer, preprocess, image_features, scores, shards):
-    """Which of its objects is nearest to a scene, by name and as a drawing of that object alone, and which name to a
-    caption that lists them? The first object is the dominant one; a caption begins with any."""
+    """The nearest of all names to a scene, the nearest drawing of one object to it, and the nearest name to a caption
+    of all its objects: is it of the first object, or of the last? In a scene the dominant one is first; captions start
+    with each in turn."""
     scenes, turned = [], []
     for pair in range(len(shards)):
         names = [listed['name'] for listed in objects_of(shards, pair)]
@@ -244,8 +246,8 @@ def three_tests(model, tokenizer, preprocess, image_features, scores, shards):
 # --- 5. Pictures -----------------------------------------------------------------------------------------------------
 
 def naming_picture(scores, groups, shards, path, wrong):
-    """PNG of the first twelve scenes. Above each the names of its objects and behind them the best of their wrong ones,
-    `absent` or `mixed`: green where the name is above it, else red."""
+    """PNG of the first twelve scenes. Above each a line per object: its name / the best of its wrong ones, `absent` or
+    `mixed`; green where the name is above it, else red."""
     lines = {}
     for group in groups.values():
         for thing in group:
@@ -279,7 +281,7 @@ def track_attention(folder, model, tokenizer, preprocess, shards, step):
     columns = []
     for each in sorted(path.parent.glob('*.png')):
         whole = Image.open(each)
-        maps = whole.crop((232, 0, 464, whole.height - 22))             # without image, words and legend
+        maps = whole.crop((232, 0, 464, whole.height - 22))             # the second column of attention_picture
         label = f'step {int(each.stem)}'
         ImageDraw.Draw(maps).text((12, 12), label, 'white')
         columns.append(pil_to_tensor(maps) / 255)
@@ -289,9 +291,12 @@ def track_attention(folder, model, tokenizer, preprocess, shards, step):
 def during_training(model, tokenizer, preprocess, image_features, shards, folder, step):
     """For an evaluation of train.py -> the figures of eval.json; attention.png and strip.png in `folder`
     are brought up to date."""
+    groups = listed_objects(shards)
+    if not groups:                                  # objects of another kind
+        return {}
     track_attention(folder, model, tokenizer, preprocess, shards, step)
     scores = name_scores(model, tokenizer, image_features)
-    return presence_and_binding(scores, listed_objects(shards))
+    return presence_and_binding(scores, groups)
 
 
 # --- 6. Command ------------------------------------------------------------------------------------------------------
@@ -310,7 +315,7 @@ def run(args, model, tokenizer, preprocess):
         for thing in group:
             color, _ = thing.name.split()
             clean = clean_names(NAMES, thing.scene)
-            other_shapes = [f'{color} {name.split()[1]}' for name in clean]
+            other_shapes = [f'{color} {name.split()[1]}' for name in clean]     # repeats change nothing
             hits['all_top1'].append(presence(scores, thing, clean))
             hits['shape_top1'].append(presence(scores, thing, other_shapes))
             hits['probe_top1'].append(presence(probe, thing, thing.absent))
