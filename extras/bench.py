@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from cosmos import COSMOS, PRESETS, Config, Teacher
 from data import Parser, Shards, Tokenizer, Views, cli, decode
+from eval import first_line
 
 SECONDS = 5             # time for each part of the loader
 
@@ -70,7 +71,6 @@ def measure_step(preset, method, batch, precision, steps, device, compile):
     changes = {} if recipe.heads else {'cross_heads': 0}
     config = Config.preset(preset, **changes)
     precision, dtype = train.choose_precision(precision, device)
-    torch.manual_seed(0)
     model = COSMOS(config).to(device)
     teacher = Teacher(model) if recipe.terms else None
     optimizer = train.make_optimizer(model, 1e-4, 0.1)
@@ -133,17 +133,9 @@ def measure_loader(pattern, preset, rate):
     views = Views(shards, tokenizer, config, seed=0, batch=1)
     torch.set_num_threads(1)                                # as in a worker
 
-    def read(i):
-        shards.image(i)
-        shards.record(i)
-
-    def read_and_decode(i):
-        decode(shards.image(i))
-
-    def make_sample(i):
-        views[0, 0, i]
-
-    parts = {'read': read, 'read and decode': read_and_decode, 'whole sample': make_sample}
+    parts = {'read': lambda i: (shards.image(i), shards.record(i)),
+             'read and decode': lambda i: decode(shards.image(i)),
+             'whole sample': lambda i: views[0, 0, i]}
     for name, part in parts.items():
         done = 0
         begun = time.perf_counter()
@@ -159,21 +151,23 @@ def measure_loader(pattern, preset, rate):
 # --- 3. Commands -----------------------------------------------------------------------------------------------------
 
 def main():
-    parser = Parser(description=__doc__.split('\n')[0])
+    parser = Parser(description=first_line(__doc__))
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser('step', help='time of a training step by part, on random data')
-    command.add_argument('--preset', choices=PRESETS, default='vit-b-16')
-    command.add_argument('--method', choices=train.METHODS, default='cosmos')
-    command.add_argument('--batch', type=int, default=32)
-    command.add_argument('--precision', choices=['auto', *train.DTYPES], default='auto')
-    command.add_argument('--steps', type=int, default=10)
-    command.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    command.add_argument('--compile', action='store_true', help="compile the transformer's blocks")
+    add = command.add_argument
+    add('--preset', choices=PRESETS, default='vit-b-16')
+    add('--method', choices=train.METHODS, default='cosmos')
+    add('--batch', type=int, default=32)
+    add('--precision', choices=['auto', *train.DTYPES], default='auto')
+    add('--steps', type=int, default=10)
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--compile', action='store_true', help="compile the transformer's blocks")
     command.set_defaults(run=measure_step)
     command = commands.add_parser('loader', help='samples a second of one loader worker, by part')
-    command.add_argument('pattern', help='folder, glob or pattern of shards')
-    command.add_argument('--preset', choices=PRESETS, default='vit-b-16')
-    command.add_argument('--rate', type=float, default=1000, help='samples/s that the GPUs take')
+    add = command.add_argument
+    add('pattern', help='folder, glob or pattern of shards')
+    add('--preset', choices=PRESETS, default='vit-b-16')
+    add('--rate', type=float, default=1000, help='samples/s that the GPUs take')
     command.set_defaults(run=measure_loader)
     options = vars(parser.parse_args())
     run = options.pop('run')

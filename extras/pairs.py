@@ -6,7 +6,8 @@
 --json FILE also lists every item under 'each': files, captions, scores, and whether all its choices are right.
 
 Your own items are JSON lines, {"images": ["a.jpg", "b.jpg"], "captions": ["a dog on a cat", "a cat on a dog"],
-"type": "relation"}: the right ones at equal positions, k images and k captions, 1 and k, or k and 1.
+"type": "relation"}: k images and k captions, the right ones at equal positions; or 1 and k, or k and 1, then the right
+one first.
 """
 import math
 from collections import defaultdict
@@ -22,7 +23,7 @@ from extras.prepare import read_rows
 # --- 1. Items, and the layouts they are published in -----------------------------------------------------------------
 
 class Item(NamedTuple):
-    """Image i and caption i belong together. The side with one entry has the right one of the other side first."""
+    """Image i and caption i belong together. Where there is one image or one caption, the right one is first."""
     images: list            # names
     captions: list
     kind: str = None        # of what differs; the scores are given per kind
@@ -33,11 +34,11 @@ def read_sugarcrepe(row):
 
 
 def read_svo(row):
-    item = Item([row['pos_image_id'], row['neg_image_id']], [row['sentence']])
-    for kind in ('subj_neg', 'verb_neg', 'obj_neg'):
-        if str(row.get(kind)).lower() == 'true':
-            item = item._replace(kind=kind)
-    return item
+    kind = None
+    for name in ('subj_neg', 'verb_neg', 'obj_neg'):
+        if str(row.get(name)).lower() == 'true':
+            kind = name
+    return Item([row['pos_image_id'], row['neg_image_id']], [row['sentence']], kind)
 
 
 def read_winoground(row):
@@ -81,11 +82,14 @@ def join_halves(halves):
     return items
 
 
+def is_list(value, kinds):
+    return isinstance(value, list) and all(isinstance(entry, kinds) for entry in value)
+
+
 def check_item(item, place):
     """ValueError unless the item asks a question that has one right answer."""
-    lists = isinstance(item.images, list) and isinstance(item.captions, list)
-    need(lists and all(isinstance(caption, str) for caption in item.captions),
-         f'{place} needs a list of images and a list of captions in words')
+    need(is_list(item.images, str | int) and is_list(item.captions, str),
+         f'{place} needs a list of image names and a list of captions in words')
     k = len(item.images)
     m = len(item.captions)
     need(k == m > 1 or min(k, m) == 1 < max(k, m),
@@ -113,13 +117,11 @@ def read_items(path):
 def choices_right(scores):
     """scores (k, m), the right row of column j is row j -> min(k, m) bools: is it above all others? A tie is a miss.
 
-    Empty where there is one row only, and so nothing to choose from.
+    A single row is always right: it is above all others, of which there are none.
     """
     right = scores.diagonal()
-    others = len(scores) - 1
-    if others == 0:
-        return []
-    return ((scores[:, :len(right)] < right).sum(dim=0) == others).tolist()
+    behind = scores[:, :len(right)] < right                 # False for the right one itself
+    return (behind.sum(dim=0) == len(scores) - 1).tolist()
 
 
 def pair_scores(matrices):
@@ -129,16 +131,17 @@ def pair_scores(matrices):
     Winoground defines them.
     """
     k, m = matrices[0].shape
+    questions = min(k, m)
     image_right = [all(choices_right(scores)) for scores in matrices]
     text_right = [all(choices_right(scores.T)) for scores in matrices]
     figures = {'items': len(matrices)}
     if k > 1:
         figures['image_score'] = fmean(image_right)
-        figures['image_chance'] = k ** -min(k, m)
+        figures['image_chance'] = k ** -questions
     if m > 1:
         figures['text_score'] = fmean(text_right)
-        figures['text_chance'] = m ** -min(k, m)
-    if min(k, m) > 1:
+        figures['text_chance'] = m ** -questions
+    if questions > 1:
         both_right = [all(sides) for sides in zip(image_right, text_right)]
         figures['group_score'] = fmean(both_right)
     return figures
@@ -153,7 +156,7 @@ def find_image(root, name):
     return Path(root, f'{name}')
 
 
-def score_items(model, tokenizer, preprocess, items, root, workers=0):
+def score_items(model, tokenizer, preprocess, items, root, workers):
     """Items -> their score matrices (k, m). Every image and every caption is embedded once."""
     names = {}              # name: row of its feature
     captions = {}
@@ -183,7 +186,7 @@ def describe(items, matrices, root):
     return each
 
 
-def score_pairs(model, tokenizer, preprocess, path, root, workers=0):
+def score_pairs(model, tokenizer, preprocess, path, root, workers):
     """The scores of a file of items: of all with so many images and captions, and of each kind."""
     items = read_items(path)
     groups = defaultdict(list)
@@ -202,9 +205,9 @@ def score_pairs(model, tokenizer, preprocess, path, root, workers=0):
 def suppression(model, tokenizer, preprocess, root, workers=0):
     """Feature suppression by root/probes.json, for the dominant and for the small object of each probe.
 
-    Scenes A and B differ in the small object only, A and C in the dominant one. scene_top1: how often a name of the
-    object finds its scene of the two, with the standard error over probes. name_top1: how often scene A finds the name
-    among nine others.
+    Scenes A and B differ in the small object only, A and C in the dominant one. scene_top1: how often an object's name
+    finds, of two scenes, the one that has it, with the standard error over probes. name_top1: how often scene A finds
+    the name of its object among nine others.
     """
     path = Path(root, 'probes.json')
     probes = read_json(path)

@@ -1,9 +1,9 @@
 """Data from elsewhere into shards, and a look at shards.
 
-    python -m extras.prepare pack rows.csv images/ shards/train       JSONL, CSV, TSV or COCO captions alike
     python -m extras.prepare pack rows.csv images/ shards --val 0.1   a tenth held out: shards/train and shards/val
+    python -m extras.prepare pack rows.jsonl images/ shards           nothing held out; CSV, TSV and COCO's JSON do, too
     python -m extras.prepare join dreamlip.csv /shards /joined        DreamLIP's captions onto img2dataset's shards
-    python -m extras.prepare inspect shards/train                     counts, captions, what training would skip, a sheet
+    python -m extras.prepare inspect shards/train                     counts, captions, what training would skip, views
 
 `pack` and `join` go on where they were interrupted, and refuse a folder of shards that were made from something else.
 """
@@ -26,8 +26,9 @@ from data import (CAPTION_KEYS, Parser, Shards, Views, caption_pool, cli, find_s
 from eval import first_line, need, progress, read_json, write_json
 
 IMAGE_COLUMNS = 'image', 'image_path', 'filepath', 'file_name', 'filename', 'path', 'file'
+EVERY_CAPTION_KEY = sum(CAPTION_KEYS, [])
 URL_COLUMNS = 'url', 'URL', 'image_url', 'Image Path', 'image_path'     # DreamLIP's CSV: Image Path
-CAPTION_COLUMNS = 'title', 'text', 'sentence'                           # what others call a caption
+CAPTION_COLUMNS = 'caption', 'title', 'text', 'sentence'                # the first that is filled is the caption
 KINDS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}     # MPO: of some phones
 
 # --- 1. Rows ---------------------------------------------------------------------------------------------------------
@@ -52,11 +53,11 @@ def read_rows(path):
         if kind == '.json':
             rows = parse_json(text)
         elif kind in ('.csv', '.tsv'):
-            delimiter = csv.Sniffer().sniff(text.partition('\n')[0], ',;\t|').delimiter
+            delimiter = csv.Sniffer().sniff(first_line(text), ',;\t|').delimiter
             # A TSV has no quoting: a caption in it may begin with a quotation mark.
             quoting = csv.QUOTE_NONE if kind == '.tsv' else csv.QUOTE_MINIMAL
             rows = list(csv.DictReader(io.StringIO(text), strict=True, delimiter=delimiter,
-                                       quoting=quoting))
+                                       quoting=quoting, skipinitialspace=True))
         else:                           # not splitlines: JSON may hold U+2028, which would end a line
             rows = [json.loads(line) for line in text.split('\n') if line.strip()]
     except Exception as error:          # of many kinds, for files of other kinds
@@ -70,7 +71,7 @@ def read_rows(path):
 
 
 def find_column(names, columns, path, remedy=''):
-    """The first of `names` among the columns of a table."""
+    """The first of `names` that the table has as a column. ValueError, with the remedy, where it has none of them."""
     for name in names:
         if name in columns:
             return name
@@ -84,8 +85,8 @@ def as_list(value):
 
 
 def add_captions(record, other):
-    """Append the captions of `other` to those of `record`, key by key, each once."""
-    for key in sum(CAPTION_KEYS, []):
+    """Append the captions of `other` to those of `record`, key by key, each once. They become lists."""
+    for key in EVERY_CAPTION_KEY:
         captions = as_list(record.get(key))
         captions += [caption for caption in as_list(other.get(key)) if caption not in captions]
         if captions:
@@ -95,43 +96,44 @@ def add_captions(record, other):
 def records_by_image(rows, path, image_column=None, caption_column=None):
     """Rows -> {image name: record}. Rows of one image become one record with all captions."""
     names = [image_column] if image_column else IMAGE_COLUMNS
-    column = find_column(names, rows[0], path, '; name that of the images by --image-column')
+    column = find_column(names, rows[0], path,
+                         '; give the column of the image names by --image-column')
+    text_columns = CAPTION_COLUMNS
     if caption_column:
-        find_column([caption_column], rows[0], path)
+        text_columns = [find_column([caption_column], rows[0], path)]
     records = {}
     for number, row in enumerate(rows, 1):
         record = dict(row)
         name = record.pop(column, None)
-        need(isinstance(name, str), f"row {number} of {path} has no '{column}'")
-        record.setdefault('file', name)
-        if caption_column:              # under the first of CAPTION_KEYS, before whatever else the row has
-            record['raw_caption'] = record.pop(caption_column, None)
-        for other_name in CAPTION_COLUMNS:
-            if 'caption' not in record and record.get(other_name):
-                record['caption'] = record[other_name]
-        if name in records:
-            add_captions(records[name], record)
-        else:
-            records[name] = record
+        need(isinstance(name, str), f"row {number} of {path} has no file name under '{column}'")
+        name = os.path.normpath(name)               # ./a.jpg is a.jpg
+        record['file'] = name
+        texts = [record[key] for key in text_columns if record.get(key)]
+        if caption_column:                          # the other captions are for neither training nor retrieval
+            for key in EVERY_CAPTION_KEY:
+                record.pop(key, None)
+        if texts:
+            record['caption'] = texts[0]
+        add_captions(records.setdefault(name, record), record)
     return records
 
 
 # --- 2. Into shards --------------------------------------------------------------------------------------------------
 
 def claim(out, source, **settings):
-    """A folder of shards belongs to one source: a second run goes on with it, for another ValueError is raised."""
+    """A folder of shards belongs to one source. A second run on it goes on; another source raises ValueError."""
     label = Path(out, 'source.json')
     stat = os.stat(source)
-    identity = f'{Path(source).resolve()}, {stat.st_size:,} bytes, {stat.st_mtime_ns}'
-    made = {'source': identity, **settings}
+    settings['source'] = f'{Path(source).resolve()}, {stat.st_size:,} bytes, {stat.st_mtime_ns}'
     if not label.exists():
-        need(not list(Path(out).glob('*.tar')),
+        need(not list(Path(out).rglob('*.tar')),
              f'{out} holds shards made from something else than {source}; give another folder, or empty it')
         Path(out).mkdir(parents=True, exist_ok=True)
-        write_json(label, made)
+        write_json(label, settings)
     known = read_json(label)
-    need(known == made, f'{out} holds shards made from {known}, not from {made}; '
-         'give another folder, or empty it')
+    for key, value in settings.items():
+        need(known.get(key) == value, f'{out} holds shards made from something else '
+             f'({key} was {known.get(key)}, is {value}); give another folder, or empty it')
 
 
 def write_missing(out, count, members):
@@ -159,23 +161,28 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
     need(0 <= val < 1, f'--val {val} is no share; give 0.1 for a tenth')
     need(Path(images).is_dir(), f'{images} is no folder of images')
     records = records_by_image(read_rows(rows), rows, image_column, caption_column)
-    claim(out, rows, size=size, val=val, columns=[image_column, caption_column])
-    parts = defaultdict(list)           # folder -> its images
+    parts = defaultdict(list)                       # side -> its images
     for name, record in records.items():
-        half = 'val' if random.Random(name).random() < val else 'train'
-        parts[Path(out, half if val else '')].append((name, record))
-    for folder, part in parts.items():
-        pack_part(part, images, folder, size)
+        side = 'val' if random.Random(name).random() < val else 'train'
+        parts[side].append((name, record))
+    need(not val or len(parts) == 2,
+         f'--val {val} of {len(records)} images leaves a side empty; give another share')
+    claim(out, rows, size=size, val=val, columns=[image_column, caption_column])
+    packed = 0
+    for side, part in sorted(parts.items()):        # train first
+        packed += pack_part(part, images, Path(out, side if val else ''), size)
+    need(packed, f'none of the {len(records)} images could be packed; are they in {images}?')
 
 
 def pack_part(records, images, out, size):
-    """Shards of (image name, record)s in `out`, and a line that counts them."""
+    """Shards of (image name, record)s in `out`, and a line that counts them -> the number of images in there."""
     def members(number):
         for i, (name, record) in enumerate(records[number * size:(number + 1) * size]):
             key = f'{number:05d}{i:05d}'
             try:
-                image = Path(images, name).read_bytes()
-                read_image(image, name)
+                path = Path(images, name)
+                image = path.read_bytes()
+                read_image(path, 'it')
                 need(caption_pool(record), f"no caption under {', '.join(record)}")
                 kind = image_kind(image)
             except (OSError, ValueError) as error:
@@ -185,10 +192,10 @@ def pack_part(records, images, out, size):
             yield f'{key}.json', json.dumps(record).encode()
 
     write_missing(out, math.ceil(len(records) / size), members)
-    need(list(Path(out).glob('*.tar')),
-         f'none of the {len(records)} images for {out} could be packed; are they in {images}?')
-    there = len(Shards(out))            # with those of an earlier call
-    print(f'{out} holds {there:,} of the {len(records):,} images listed, {len(records) - there:,} left out')
+    there = len(Shards(out)) if list(out.glob('*.tar')) else 0          # with those of an earlier call
+    print(f'{out} holds {there:,} of the {len(records):,} images listed, '
+          f'{len(records) - there:,} left out')
+    return there
 
 
 def read_captions(table):
@@ -258,12 +265,12 @@ def percentiles(values):
     return ', '.join(f'{q} % {np.percentile(values, q):g}' for q in (0, 10, 50, 90, 100))
 
 
-def inspect(pattern, caption_keys=None, preset='tiny', out='samples.png'):
-    """Counts, captions and unreadable pairs on the terminal, of at most 5,000 pairs from all over the set, and a sheet."""
+def inspect(pattern, caption_keys, preset, out):
+    """A report on at most 5,000 pairs from all over the set, and a sheet of views. It names unreadable pairs."""
     shards = Shards(pattern, caption_keys)
-    augment = 'crops' if preset == 'tiny' else 'full'
-    views = Views(shards, None, Config.preset(preset), seed=0, batch=1, augment=augment)
-    sample = np.linspace(0, len(shards) - 1, min(len(shards), 5000), dtype=int)
+    views = Views(shards, None, Config.preset(preset), seed=0, batch=1,
+                  augment='crops' if preset == 'tiny' else 'full')
+    sample = np.unique(np.linspace(0, len(shards) - 1, 5000, dtype=int))
     pools = []
     images = set()
     keys = Counter()
@@ -276,15 +283,15 @@ def inspect(pattern, caption_keys=None, preset='tiny', out='samples.png'):
         pools.append(shards.pool(i))
         images.add(hash(shards.image(i)))
         keys.update(shards.record(i).keys())
-    count = len(pools)
-    need(count, f'none of {len(sample)} pairs of {pattern} can be read')
+    need(pools, f'none of {len(sample)} pairs of {pattern} can be read')
     texts = sum(pools, [])
     print(f'{len(shards):,} pairs in {len(shards.paths)} shards, {sum(shards.sizes) / 2**20:,.1f} MiB')
-    print('would be skipped    ', f'{len(sample) - count} of {len(sample)} read')
-    print('keys                ', ', '.join(f'{key} ({n / count:.0%})' for key, n in keys.most_common()))
-    print('sentences per pair  ', percentiles([len(pool) for pool in pools]))
+    print('would be skipped    ', f'{len(sample) - len(pools)} of {len(sample)} pairs read')
+    print('keys                ',
+          ', '.join(f'{key} ({n / len(pools):.0%})' for key, n in keys.most_common()))
+    print('sentences per pair  ', percentiles(list(map(len, pools))))
     print('words per sentence  ', percentiles([len(text.split()) for text in texts]))
-    print('repeated            ', f'{count - len(images)} of {count} images, '
+    print('repeated            ', f'{len(pools) - len(images)} of {len(pools)} images, '
           f'{len(texts) - len(set(texts))} of {len(texts)} sentences')
     print('an example          ', ' | '.join(pools[0]))
     sample_sheet(views, out)
@@ -298,16 +305,16 @@ def main():
     commands = parser.add_subparsers(required=True)
 
     def command(run, text):
-        parser = commands.add_parser(run.__name__, help=text)
-        parser.set_defaults(run=run)
-        return parser.add_argument
+        subparser = commands.add_parser(run.__name__, help=text)
+        subparser.set_defaults(run=run)
+        return subparser.add_argument
 
     add = command(pack, 'rows and a folder of images into shards')
     add('rows', help='JSONL {"image", "captions"}, a CSV or TSV alike, or COCO-caption JSON')
     add('images', help='folder in which the images have these names')
     add('out', help='folder of the shards')
-    add('--image-column', help=f"that of the names, where it is none of {', '.join(IMAGE_COLUMNS)}")
-    add('--caption-column', help='the one to train on, where there are several, or by another name')
+    add('--image-column', help=f"column of the image names (default: the first of {', '.join(IMAGE_COLUMNS)})")
+    add('--caption-column', help='column of the caption; no other text of the row is then used')
     add('--val', type=float, default=0.0, help='share of the images for OUT/val; the others go to OUT/train')
     add('--size', type=int, default=5000, help='images a shard')
     add = command(join, "DreamLIP's captions onto img2dataset's shards")

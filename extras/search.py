@@ -25,11 +25,12 @@ LABEL = 50              # three lines below it
 # --- 1. Features of a folder -----------------------------------------------------------------------------------------
 
 def read_index(path):
-    """{stamp: feature} of an earlier call. What is no such file is made anew."""
+    """{stamp: feature} of an earlier call. A file that is none of ours counts as empty."""
     try:
-        return read_checkpoint(path)
+        index = read_checkpoint(path)
     except ValueError:
-        return {}
+        index = None
+    return index if isinstance(index, dict) else {}
 
 
 def write_index(path, index):
@@ -44,7 +45,7 @@ def write_index(path, index):
 
 @dataclass
 class Files:
-    """A source for embed_labelled: each image with a 1. What cannot be read is named; it is a blank one with a 0."""
+    """A source for embed_labelled: (image, 1); for one that cannot be read, which is named, (blank image, 0)."""
     paths: list
 
     def __len__(self):
@@ -71,7 +72,7 @@ def folder_features(model, preprocess, folder, workers=0):
     weights = digest(model.visual.proj[0].tolist())         # enough to tell one model from another
     stamps = {}                                             # path: what changes when the file does
     for path in paths:
-        stat = path.stat()
+        stat = path.stat(follow_symlinks=path.exists())             # a link may lead nowhere
         stamps[path] = digest(path.relative_to(folder), stat.st_size, stat.st_mtime_ns, weights)
     new = [path for path in paths if stamps[path] not in known]
     if new:
@@ -93,7 +94,7 @@ def draw_tile(path, label):
     """An image with a label of up to three lines below, (3, h, w) in [0, 1]."""
     tile = Image.new('RGB', (TILE, TILE + LABEL), 'white')
     image = read_image(path).convert('RGB')
-    tile.paste(ImageOps.pad(image, (TILE, TILE), Image.BICUBIC, 'white'))
+    tile.paste(ImageOps.pad(image, (TILE, TILE), color='white'))
     lines = textwrap.fill(label, 26)
     ImageDraw.Draw(tile).text((2, TILE + 2), lines, 'black', font_size=12)
     return to_tensor(tile)
@@ -128,7 +129,7 @@ def main():
     parser.add_argument('--out', default='search.png', help='the contact sheet')
     # Not parse_args: before Python 3.13 it does not find an optional word behind flags.
     args = parser.parse_intermixed_args()
-    need(bool(args.query) != bool(args.like), 'search takes a query in words, or --like IMAGE')
+    need(bool(args.query) != bool(args.like), 'give a query in words or --like IMAGE, not both')
     need(args.top > 0, f'--top {args.top} shows nothing; give 1 or more')
     execute(args)
 
