@@ -22,7 +22,7 @@ import numpy as np
 
 from cosmos import PRESETS, Config
 from data import (CAPTION_KEYS, Parser, Shards, Views, caption_pool, cli, find_shards, open_image,
-                  read_image, replacing, sample_sheet, sentences, write_shard)
+                  read_image, sample_sheet, sentences, write_shard)
 from eval import first_line, need, progress, read_json, write_json
 
 IMAGE_COLUMNS = 'image', 'image_path', 'filepath', 'file_name', 'filename', 'path', 'file'
