@@ -9,7 +9,7 @@ A shard is a tar as img2dataset writes it. Members that share a stem are one pai
 Every random choice for a sample comes from (seed, epoch, index of the pair), and the order of the pairs from
 (seed, epoch). So a run sees the same numbers with any number of workers and GPUs, and goes on from any step.
 """
-import __main__
+import __main__     # its docstring ends --help
 import argparse
 import difflib
 import glob
@@ -69,19 +69,19 @@ def replacing(path, keep=None):
     keep: where the file that it replaces goes. ValueError where it cannot be written, as on a full disk.
     """
     path = Path(path)
-    partial = path.with_name(f'{path.name}.partial')
+    temporary = path.with_name(f'{path.name}.partial')
     try:
-        yield partial
-        if partial.exists():
-            with open(partial, 'rb+') as file:
+        yield temporary
+        if temporary.exists():
+            with open(temporary, 'rb+') as file:
                 os.fsync(file.fileno())  # else a crash of the machine may leave an empty file under the name
             if keep and path.exists():
                 os.replace(path, keep)
-            os.replace(partial, path)
+            os.replace(temporary, path)
     except (OSError, RuntimeError) as error:    # RuntimeError: torch.save's
         raise ValueError(f'{path} cannot be written ({error}); what was there before is whole') from None
     finally:
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def find_shards(pattern):
@@ -110,7 +110,7 @@ def find_shards(pattern):
 def tars_of(name):
     """The tars that a name without braces stands for."""
     if os.path.isdir(name):
-        return list(map(str, Path(name).glob('*.tar')))
+        return glob.glob(f'{glob.escape(name)}/*.tar')
     return [name] if os.path.isfile(name) else glob.glob(name)
 
 
@@ -210,8 +210,9 @@ class Shards:
         self.sizes = list(map(os.path.getsize, self.paths))
         self.times = list(map(os.path.getmtime, self.paths))
         self.index_name = f'index-{digest(self.caption_keys, self.paths, self.sizes, self.times)}.npy'
-        index = Path(cache or '', self.index_name)
-        self.index = index if cache and index.exists() else None
+        self.index = None
+        if cache and Path(cache, self.index_name).exists():
+            self.index = Path(cache, self.index_name)
         self.table = None if self.index else self.scan()        # the pairs, where they are not mapped
         if not len(self):
             raise ValueError(f'{pattern}: {NO_PAIR}')
@@ -247,7 +248,7 @@ class Shards:
         """Writes the index into a folder and maps it from there."""
         index = Path(folder, self.index_name)
         if not index.exists():
-            with replacing(index) as partial, open(partial, 'wb') as file:
+            with replacing(index) as temporary, open(temporary, 'wb') as file:
                 np.save(file, self.pairs)
         self.index = index
         self.table = None
@@ -258,7 +259,7 @@ class Shards:
         return file.read(size)
 
     def member(self, i, role):
-        """The bytes of a member of pair i; none where it has no such member."""
+        """The bytes of a member of pair i; b'' where it has none."""
         pair = self.pairs[i]
         return self.read(pair['shard'], *pair[role].tolist())           # offset and size
 
@@ -267,7 +268,7 @@ class Shards:
         return self.member(i, 'image')
 
     def mask(self, i):
-        """The bytes of pair i's KEY.mask.png, as in the built-in set; else none."""
+        """The bytes of pair i's KEY.mask.png, which the built-in set has; b'' where it has none."""
         return self.member(i, 'mask')
 
     def record(self, i):
@@ -292,7 +293,8 @@ class Shards:
         """Where pair i lies, for messages: shard and member, and the name of the file that it was packed from."""
         pair = self.pairs[i]
         header = self.read(pair['shard'], pair['image']['offset'] - tarfile.BLOCKSIZE, 100)
-        name = f"{self.paths[pair['shard']]}:{header.rstrip(bytes(1)).decode('utf-8', 'replace')}"
+        member = header.rstrip(b'\0').decode('utf-8', 'replace')
+        name = f"{self.paths[pair['shard']]}:{member}"
         with suppress(Exception):       # the json may be what is broken
             name += f" ({self.record(i)['file']})"
         return name
@@ -301,14 +303,14 @@ class Shards:
 def write_shard(path, members):
     """A tar of (name, bytes), whole or not at all, and none of nothing; equal members give equal bytes."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        with tarfile.open(partial, 'w', format=tarfile.USTAR_FORMAT) as tar:
+    with replacing(path) as temporary:
+        with tarfile.open(temporary, 'w', format=tarfile.USTAR_FORMAT) as tar:
             for name, data in members:
                 info = tarfile.TarInfo(name)                            # its time is 0
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
         if not tar.members:
-            partial.unlink()
+            temporary.unlink()
 
 
 # --- 2. Captions: a pool of sentences per pair, and text crops from it ---------------------------------- Sec. 3.1 ---
@@ -379,7 +381,7 @@ VOCAB_HELP = (f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or
 # the other 68 from U+0100 on. NB: this order is ids 0..255; with any other, released weights quietly read noise.
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES += [byte for byte in range(256) if byte not in BYTES]
-SYMBOL_BYTE = {chr(byte if k < 188 else 256 + k - 188): byte for k, byte in enumerate(BYTES)}
+SYMBOL_BYTE = {chr(byte if k < 188 else k + 68): byte for k, byte in enumerate(BYTES)}
 BYTE_SYMBOL = {byte: symbol for symbol, byte in SYMBOL_BYTE.items()}
 
 SPECIAL = '<start_of_text>', '<end_of_text>'
@@ -506,10 +508,7 @@ class Tokenizer:
         if word in self.cache:
             return self.cache[word]
         symbols = symbols_of(word)
-        while True:
-            pairs = [pair for pair in zip(symbols, symbols[1:]) if pair in self.rank]
-            if not pairs:
-                break
+        while pairs := [pair for pair in zip(symbols, symbols[1:]) if pair in self.rank]:
             symbols = fuse(symbols, *min(pairs, key=self.rank.get))
         ids = [self.ids[symbol] for symbol in symbols]
         if len(self.cache) < 200_000:   # the web never runs out of new words; memory does
@@ -564,7 +563,7 @@ def upright(image):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I'):
         gray = np.asarray(image).clip(0, 65535) // 257
-        image = Image.fromarray(gray.astype(np.uint8))
+        image = Image.fromarray(np.uint8(gray))
     return image
 
 
@@ -724,14 +723,14 @@ def solarize(x, threshold):
 JITTERS = brightness, contrast, saturation, hue
 
 
-def recolour(images, colours, order):
+def recolour(images, colours, jitters):
     """uint8 (B, 3, h, w), the numbers of Colours (B, 7), the JITTERS in some order -> float32 in [0, 1].
 
     colours stay on the CPU. There it is known which images an operation changes, without waiting for the GPU.
     """
     x = images.float().div_(255)
     strengths = Colours(*colours.unbind(dim=1))
-    for operation in [*order, gray, blur, solarize]:
+    for operation in [*jitters, gray, blur, solarize]:
         strength = getattr(strengths, operation.__name__)
         changed = (strength != getattr(Colours(), operation.__name__)).nonzero().flatten()
         if len(changed):
@@ -743,14 +742,14 @@ def recolour(images, colours, order):
 
 def normalize(images):
     """uint8, or float in [0, 1], (..., 3, h, w) -> float32, with the released mean and deviation."""
-    mean, std = torch.tensor([MEAN, STD]).view(2, 3, 1, 1).to(images.device, non_blocking=True)
+    mean, std = torch.tensor([MEAN, STD])[..., None, None].to(images.device, non_blocking=True)
     return (V.to_dtype(images, scale=True) - mean) / std
 
 
 # --- 6. Samples and batches ------------------------------------------------------------------------------------------
 
 @lru_cache(1)
-def order(seed, epoch, pairs):
+def shuffled(seed, epoch, pairs):
     """The order of all pairs in an epoch, (pairs,): a pure function, so no state has to be saved to go on with it."""
     return np.random.default_rng((seed, epoch)).permutation(pairs).astype(np.uint32)
 
@@ -782,7 +781,7 @@ class Order:
         for step in range(self.start, self.stop):
             epoch, k = divmod(step, self.pairs // self.batch)
             first = k * self.batch + self.rank * share
-            indices = order(self.seed, epoch, self.pairs)[first:first + share].tolist()
+            indices = shuffled(self.seed, epoch, self.pairs)[first:first + share].tolist()
             yield [(epoch, position, index) for position, index in enumerate(indices, first)]
 
 
@@ -791,9 +790,9 @@ class Views(Dataset):
     """The training set: (epoch, position, index) -> the views of one pair, for `collate`.
 
     counts: global and local images, global and local captions. augment: 'full' is the released recipe, 'crops' leaves
-    colours and sides alone, for captions that name them. choose_sentences(pool, record, box) gives the sentences that
-    the crop `box` = (y, x, h, w) may have; then caption k is drawn for crop k.
-    A pair that cannot be read is replaced by one further on in the order, reported once with shard and name, counted.
+    colours and sides alone, for captions that name them. choose_sentences(pool, record, box) gives those sentences of
+    the pool that are true of the crop `box` = (y, x, h, w). With it caption k is drawn from those of crop k.
+    A pair that cannot be read is replaced by one further on in the order. It is named once, and counted.
     """
     shards: Shards
     tokenizer: Tokenizer
@@ -809,7 +808,7 @@ class Views(Dataset):
         kinds = view_kinds(self.config)
         self.kinds = kinds[:self.global_images] + kinds[2:] * self.local_images
         self.reported = set()
-        if self.choose_sentences:       # better refused now
+        if self.choose_sentences:       # a set it cannot work on is refused here, not skipped pair by pair
             self.choose_sentences([], self.shards.record(0), (0, 0, 1, 1))
 
     def __getitem__(self, where):
@@ -824,10 +823,10 @@ class Views(Dataset):
                 if index not in self.reported:
                     self.reported.add(index)
                     print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
-            # A batch further on: the next is often in the same batch, and twice in one is a false negative. Then ever
-            # further, or only positions of one remainder would be tried.
+            # Not the next one: it is often in the same batch, where a pair that comes twice is its own negative. So a
+            # batch further on. `bad`, as steps of one length might only meet pairs that cannot be read.
             position = (position + self.batch + bad) % pairs
-            index = int(order(self.seed, epoch, pairs)[position])
+            index = int(shuffled(self.seed, epoch, pairs)[position])
         raise ValueError('100 pairs in a row cannot be read; look at the shards with python -m extras.prepare inspect')
 
     def views(self, epoch, index):
@@ -839,7 +838,7 @@ class Views(Dataset):
         crops, boxes = image_crops(self.shards.image(index), self.kinds, rng, flip=full)
         if self.choose_sentences:
             record = self.shards.record(index)
-            for k, box in zip(range(len(captions)), boxes):
+            for k, box in enumerate(boxes[:len(captions)]):
                 seen = self.choose_sentences(pool, record, box)
                 count = (1, 0) if k < self.global_texts else (0, 1)
                 captions[k] = text_crops(seen, rng, *count)[0]
@@ -872,7 +871,7 @@ class Batch(NamedTuple):
 
 
 def collate(samples, multiple=1):
-    """Samples -> Batch. Captions 0 and 1 are the globals, as in all views.
+    """Samples -> Batch. Of a pair's captions 0 and 1 are the globals, the others locals.
 
     Caption 0 keeps all T positions: C^T reads its padding, too. Caption 1 is cut to the longest global, the others to
     the longest local, rounded up to a `multiple`, at most T.
@@ -885,7 +884,7 @@ def collate(samples, multiple=1):
         return min(ceil((max(ends) + 1) / multiple) * multiple, T)
 
     longest = cut(ends[:2])
-    lengths = [T, longest] + [cut(ends[2:] or ends)] * len(ends)
+    lengths = [T, longest] + [cut(ends[2:] or ends)] * len(ends)        # longer than needed: zip stops with the texts
     texts = [text[:, :length] for text, length in zip(tokens.unbind(dim=1), lengths)]
     return Batch(images, colours, keys[0], texts, longest, int(bad.sum()))
 
@@ -899,20 +898,20 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def loader(views, order, workers, multiple=1):
+def loader(views, batches, workers, multiple=1):
     """The plain DataLoader that serves batch after batch of an Order."""
-    return DataLoader(views, batch_sampler=order, num_workers=workers,
+    return DataLoader(views, batch_sampler=batches, num_workers=workers,
                       collate_fn=partial(collate, multiple=multiple),
                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)
 
 
-def sample_sheet(views, path, count=4):
-    """What the student is shown, as a PNG: of pairs from all over the set the views, and below them the text crops."""
-    sheet = Image.new('RGB', (1060, 900 * count), 'white')
+def sample_sheet(views, path):
+    """A PNG of what the student is shown: for pairs from all over the set, the views, and below them the text crops."""
+    sheet = Image.new('RGB', (1060, 3600), 'white')
     write = partial(ImageDraw.Draw(sheet).text, fill='black', font_size=13)
     write((4, 4), 'G: a global caption, 1 to 5 sentences      L: a local caption, one sentence')
     top = 28
-    for index in np.linspace(0, len(views.shards) - 1, count, dtype=int):
+    for index in np.linspace(0, len(views.shards) - 1, 4, dtype=int):
         with suppress(Exception):   # a picture for the reader: do without this pair
             crops, colours, captions = views.views(0, index)
             for k, (crop, numbers) in enumerate(zip(crops, colours)):
@@ -932,30 +931,35 @@ def sample_sheet(views, path, count=4):
 # --- 7. Commands -----------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse that answers in one sentence, exit status 1, and names the nearest flag for one it does not know.
+    """argparse whose errors are one sentence, with exit status 1.
 
-    --help shows defaults, and at its end the sample commands in the docstring of the program: of a subcommand its own.
+    --help ends with samples: the lines of the program's docstring that run it, or for a subcommand those that run that.
+    It shows the default of every option that has one.
     """
 
     def format_help(self):
         for action in self._actions:
-            if str(action.default) not in ('None', 'False', '', argparse.SUPPRESS):
-                action.help = f"{action.help or ''} (default: %(default)s)"
-        command = self.prog.split()[-1].removesuffix('.py')
-        samples = re.findall(f'^ +(?:python|torchrun) .*{command}.*', __main__.__doc__ or '', re.M)
-        return '\n'.join([super().format_help(), 'examples:', *samples, ''])
+            line = action.help or ''
+            if '(default: ' not in line and str(action.default) not in ('None', 'False', '', argparse.SUPPRESS):
+                action.help = f'{line} (default: %(default)s)'
+        text = super().format_help()
+        command = self.prog.replace('.py', r'(?:\.py)?')        # 'eval.py segment', or without the ending
+        samples = re.findall(rf'^ +(?=python|torchrun).*\b{command}\b.*', __main__.__doc__ or '', re.M)
+        if samples:
+            text += '\n'.join(['\nexamples:', *samples, ''])
+        return text
+
+    def parse_known_args(self, *args):
+        """Refuses a flag that it does not know, here: the parser of a subcommand knows the right ones."""
+        namespace, unknown = super().parse_known_args(*args)
+        for flag in unknown:
+            if flag.startswith('-'):
+                near = difflib.get_close_matches(flag.partition('=')[0], self._option_string_actions, n=1, cutoff=0.7)
+                remedy = f'did you mean {near[0]}?' if near else f'see {self.prog} --help'
+                self.error(f"unknown argument '{flag}'; {remedy}")
+        return namespace, unknown
 
     def error(self, message):
-        unknown = re.match('unrecognized arguments: ([^ =]+)', message)
-        if unknown:
-            known = list(self._option_string_actions)
-            for action in self._actions:
-                if isinstance(action, argparse._SubParsersAction):      # commands, each with a parser of its own
-                    for parser in action.choices.values():
-                        known += parser._option_string_actions
-            near = difflib.get_close_matches(unknown[1], known, n=1)
-            remedy = f'did you mean {near[0]}?' if near else 'see --help'
-            message = f"unknown argument '{unknown[1]}'; {remedy}"
         self.exit(1, f'error: {message}\n')
 
 

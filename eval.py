@@ -11,12 +11,12 @@
 CKPT is ours (runs/.../last.pt), a released cosmos_vitb*.pt, or an open_clip ViT state dict. Scores come from the
 teacher, the averaged weights, unless --weights student. Features are float32 of unit length, scores their products.
 """
-import contextlib
 import glob
 import inspect
 import json
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from data import (Parser, Preprocess, Shards, Tokenizer, cli, normalize, open_im
 # --- 1. Files --------------------------------------------------------------------------------------------------------
 
 IMAGE_KINDS = ('.jpg', '.jpeg', '.png', '.webp')
-progress = partial(tqdm, leave=False, disable=None)                 # quiet where the output is no terminal
+progress = partial(tqdm, leave=False, disable=None)  # quiet where the output is no terminal
 
 
 def need(condition, message):
@@ -50,19 +50,19 @@ def first_line(text):
     return str(text).partition('\n')[0]
 
 
-@contextlib.contextmanager
+@contextmanager
 def reading(path):
     """Errors in reading and taking apart the file at `path` become a ValueError that names it."""
     try:
         yield
     except (OSError, LookupError, TypeError, AttributeError, UnicodeError, json.JSONDecodeError) as error:
-        raise ValueError(f'{path} cannot be read as this command expects '
-                         f'({type(error).__name__}: {error}); see --help') from None
+        raise ValueError(
+            f'{path} cannot be read as this command expects ({type(error).__name__}: {error}); see --help') from None
 
 
 def read_text(path):
     with reading(path):
-        return Path(path).read_text(encoding='utf-8-sig')           # with or without a byte order mark
+        return Path(path).read_text(encoding='utf-8-sig')  # with or without a byte order mark
 
 
 def read_json(path):
@@ -72,7 +72,7 @@ def read_json(path):
 
 def read_lines(path):
     """The lines of a text file that are not blank."""
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    lines = [line for line in map(str.strip, read_text(path).splitlines()) if line]
     need(lines, f'{path} holds no lines of text')
     return lines
 
@@ -85,7 +85,7 @@ def write_json(path, value):
 def images_in(folder):
     """Paths of the images in a folder and its subfolders, sorted; hidden files are left out."""
     names = sorted(glob.glob('**/*', root_dir=folder, recursive=True))
-    return [Path(folder, name) for name in names if Path(name).suffix.lower() in IMAGE_KINDS]
+    return [Path(folder, name) for name in names if name.lower().endswith(IMAGE_KINDS)]
 
 
 # --- 2. Checkpoints: ours, the released ones, open_clip's; and back ---------------------------------------------------
@@ -100,9 +100,9 @@ def read_checkpoint(path):
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:          # of many kinds, for torn files and for others
-        raise ValueError(f'{path} is no checkpoint of tensors and plain values ({first_line(error)}). '
-                         'It may be torn, a web page or a git-lfs pointer. Or it holds code: where you trust it, '
-                         'convert it by torch.save(torch.load(OLD, weights_only=False)[...], NEW)') from None
+        raise ValueError(
+            f'{path} is no checkpoint of tensors and plain values ({first_line(error)}): torn, a web page, git-lfs? '
+            'Or it holds code: where you trust it, torch.save(torch.load(OLD, weights_only=False)[...], NEW)') from None
 
 
 def read_layout(path):
@@ -183,11 +183,13 @@ def load(path, weights='teacher', vocab=None):
     saved = read_checkpoint(path)
     origin = 'state dict'
     with reading(path):
+        values = saved
         for name in ('state_dict', 'student', weights):
             if name in saved:
                 origin = name
+                values = saved[name]
         state = {}
-        for name, value in saved.get(origin, saved).items():
+        for name, value in values.items():
             state[name.replace('_orig_mod.', '').removeprefix('module.')] = value
         if 'merges' in saved:           # ours
             config = Config(**saved['config'])
@@ -216,7 +218,11 @@ def export(model, tokenizer, path):
     if c.vocab_size != CLIP_VOCABULARY:
         text['tokenizer_kwargs'] = {'merges': tokenizer.merges}
     towers = {name: value.cpu() for name, value in model.state_dict().items() if name.startswith(OPENCLIP_HAS)}
-    beside = Path(path).with_suffix('.json')
+    path = Path(path)
+    beside = path.with_suffix('.json')
+    need(path != beside, f'{path} is the place of the config; name the weights OUT.pt')
+    need(read_layout(path) or not (path.exists() or beside.exists()),
+         f'{path} or {beside} exists and is no export; name another file')
     write_json(beside, {'embed_dim': c.embed_dim, 'vision_cfg': vision, 'text_cfg': text})
     with replacing(path) as temporary:
         torch.save(to_openclip(towers), temporary)
@@ -225,8 +231,18 @@ def export(model, tokenizer, path):
 
 # --- 3. Features -----------------------------------------------------------------------------------------------------
 
+@contextmanager
+def naming(shards, i, member):
+    """Errors become a ValueError that names the member of pair i. Its name is read only then: that takes a while."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f'the {member} of {shards.name(i)} cannot be used: {error}') from None
+
+
 def shard_image(shards, i):
-    return read_image(shards.image(i), shards.name(i))
+    with naming(shards, i, 'image'):
+        return read_image(shards.image(i), 'this')
 
 
 @dataclass
@@ -250,9 +266,9 @@ class Images(Dataset):
 
 
 @torch.no_grad()
-def embed_labelled(model, source, preprocess, batch=64, workers=0):
+def embed_labelled(model, source, preprocess, workers=0):
     """A source of `Images` -> (n, D) unit vectors and (n,) labels."""
-    loader = DataLoader(Images(source, preprocess), batch, num_workers=workers)
+    loader = DataLoader(Images(source, preprocess), 64, num_workers=workers)
     features, labels = [], []
     for pixels, numbers in progress(loader, 'images'):
         pooled, _ = model.visual([pixels.to(model.logit_scale.device)])     # (1, B, D)
@@ -261,9 +277,9 @@ def embed_labelled(model, source, preprocess, batch=64, workers=0):
     return torch.cat(features), torch.cat(labels)
 
 
-def embed_images(model, source, preprocess, batch=64, workers=0):
+def embed_images(model, source, preprocess, workers=0):
     """Paths or Shards -> (n, D) unit vectors on the CPU."""
-    features, _ = embed_labelled(model, source, preprocess, batch, workers)
+    features, _ = embed_labelled(model, source, preprocess, workers)
     return features
 
 
@@ -283,8 +299,9 @@ def embed_texts(model, tokenizer, texts, batch=256):
 # --- 4. Retrieval ----------------------------------------------------------------------------------------------------
 
 def ranks(queries, targets, query_ids, target_ids, chunk=1024):
-    """Rank from 1 of each query's best right target, (n,). Right targets have the query's id; they do not outrank it.
+    """Rank from 1 of each query's best right target, (n,).
 
+    Targets with the query's id are right. Other right ones do not count as ahead.
     A wrong target with an equal score counts as ahead: features that are all the same must not look perfect.
     """
     found = []
@@ -319,8 +336,8 @@ def with_owners(path, images, pools):
     captions, owner = [], []
     for i, pool in enumerate(pools):
         pool = [pool] if isinstance(pool, str) else pool
-        captions.extend(pool)
-        owner.extend([i] * len(pool))
+        captions += pool
+        owner += [i] * len(pool)
     need(captions and all(isinstance(caption, str) for caption in captions),
          f'{path} lists no captions in words, or none of this split')
     return images, captions, torch.tensor(owner)
@@ -338,13 +355,11 @@ def coco_pools(listing):
 
 
 def karpathy_pools(listing, split):
-    """Karpathy's dataset_coco.json or dataset_flickr30k.json -> [(name of an image, its captions)] of one split."""
-    pools = []
+    """Karpathy's dataset_coco.json or dataset_flickr30k.json -> yields (name of an image, its captions) of a split."""
     for image in listing['images']:
         if image.get('split') == split:
             name = Path(image.get('filepath', ''), image['filename'])
-            pools.append((name, [sentence['raw'] for sentence in image['sentences']]))
-    return pools
+            yield name, [sentence['raw'] for sentence in image['sentences']]
 
 
 def listed_captions(path, root, split='test'):
@@ -357,21 +372,20 @@ def listed_captions(path, root, split='test'):
         elif 'annotations' in listing:
             listed = coco_pools(listing)
         else:
-            listed = karpathy_pools(listing, split)
+            listed = list(karpathy_pools(listing, split))
         paths = [Path(root, name) for name, _ in listed]
         return with_owners(path, paths, [pool for _, pool in listed])
 
 
 def shard_captions(shards):
-    """-> (shards, captions, owner): what `captions` lists, else the one raw caption of a pair; whole, never split."""
+    """-> (shards, captions, owner). A pair's are its `captions`, else raw_caption, caption or the .txt; never split."""
     pools = []
     for i in range(len(shards)):
-        with reading(shards.name(i)):
+        with naming(shards, i, 'json'):
             record = shards.record(i)
-        keys = [key for key in ('captions', 'raw_caption', 'caption', 'txt') if record.get(key)]
-        need(keys, f'{shards.name(i)} has no caption to retrieve by; '
-                   'held-out pairs need captions, raw_caption, caption or a .txt')
-        pools.append(record[keys[0]])
+            keys = [key for key in ('captions', 'raw_caption', 'caption', 'txt') if record.get(key)]
+            need(keys, 'no caption to retrieve by; held-out pairs need captions, raw_caption, caption or a .txt')
+            pools.append(record[keys[0]])
     return with_owners(shards.paths[0], shards, pools)
 
 
@@ -403,7 +417,7 @@ def class_vectors(model, tokenizer, names, templates=TEMPLATES):
     """Prompt ensemble: embed every template, normalise, average, normalise again. -> (len(names), D)"""
     prompts = [template.replace('{}', name) for name in names for template in templates]
     features = embed_texts(model, tokenizer, prompts)
-    return unit(features.view(len(names), len(templates), -1).mean(dim=1))
+    return unit(features.unflatten(0, (len(names), -1)).mean(dim=1))
 
 
 def classify(image_features, vectors, labels):
@@ -414,6 +428,7 @@ def classify(image_features, vectors, labels):
     K = len(vectors)
     rank = ranks(image_features, vectors, labels, torch.arange(K))
     scores = image_features @ vectors.T                             # (n, K)
+    # argmax of all scores might choose the right one in a tie
     wrong = scores.scatter(1, labels[:, None], -math.inf).argmax(dim=1)
     found = torch.where(rank == 1, labels, wrong)
     matrix = confusion(labels, found, K, ignore=-1)
@@ -441,10 +456,10 @@ def print_classes(matrix, names):
 
 def read_names(path, ids):
     """Names of the classes `ids`: a line each in their order, or a JSON object {id: name}."""
-    if read_text(path).startswith('{'):
+    if read_text(path).lstrip().startswith('{'):
         listing = read_json(path)
         with reading(path):
-            return [listing[name] for name in ids]
+            return [listing[name].strip() for name in ids]
     names = read_lines(path)
     need(len(names) == len(ids), f'{path} has {len(names)} names for {len(ids)} classes; a line for each')
     return names
@@ -461,8 +476,8 @@ def class_names(source, classes=None):
     if classes:
         return read_names(classes, getattr(source, 'wnids', ids))
     if all(re.fullmatch(r'n\d{8}', str(name)) for name in ids):
-        need(len(ids) == 1000, f'{len(ids)} folders have WordNet ids, not all 1,000 of ImageNet; '
-                               'name them with --classes FILE')
+        need(len(ids) == 1000,
+             f'{len(ids)} folders have WordNet ids, not all 1,000 of ImageNet; name them by --classes')
         return torchvision.models.ResNet18_Weights.DEFAULT.meta['categories']   # in the order of the ids
     names = []
     for name in ids:
@@ -511,15 +526,25 @@ def class_folders(root):
 # --- 6. Zero-shot segmentation ---------------------------------------------------------------------------------------
 
 class Settings(NamedTuple):
-    """How to segment. Each field is a flag of `segment`."""
-    size: int = 336                     # short side of the image, in pixels
-    scale: float = 40                   # of the cosines, before the softmax
-    probability: float = 0              # pixels whose best class has less become class 0
-    area: float = 0                     # classes with this share of the foreground or less vanish
-    reduce_zero_label: bool = False     # label 0 of the masks is ignored, 1 becomes class 0
-    window: int = 224                   # side of the window, in pixels
-    stride: int = 112                   # step of the window, in pixels
-    csa: bool = False                   # correlative self-attention in the last block
+    """How to segment. Each field is a flag of `segment`, and its line here the help of the flag.
+
+    size: short side of the image, in pixels (default: 1.5 windows)
+    scale: of the cosines, before the softmax (default: 40)
+    probability: pixels whose best class has less become class 0 (default: 0)
+    area: classes with this share of the foreground or less vanish (default: 0)
+    reduce_zero_label: label 0 of the masks is ignored, 1 becomes class 0
+    window: side of the window, in pixels (default: the model's image)
+    stride: step of the window, in pixels (default: half a window)
+    csa: correlative self-attention in the last block
+    """
+    size: int = 336
+    scale: float = 40
+    probability: float = 0
+    area: float = 0
+    reduce_zero_label: bool = False
+    window: int = 224
+    stride: int = 112
+    csa: bool = False
 
 
 BENCHMARKS = {                          # of the released code, after SCLIP
@@ -566,14 +591,13 @@ def segment_image(model, image, vectors, counts, settings):
     Steps of clip_segmentor.py:113-276 of the released code: softmax over all names at settings.scale, of a class's
     names the best; classes under settings.area of the foreground vanish; pixels under settings.probability are class 0.
     """
-    width, height = image.size
-    short = min(width, height)
-    zoom = min(settings.size / short, 2048 / max(width, height))
+    short = min(image.size)
+    zoom = min(settings.size / short, 2048 / max(image.size))  # as released: no side is over 2048
+    # ours: of a very long image that leaves too little for a window
     zoom = max(zoom, settings.window / short)
-    size = (round(width * zoom), round(height * zoom))
-    pixels = pil_to_tensor(image.convert('RGB').resize(size, Image.BILINEAR))
+    pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings)
-    scores = F.interpolate(scores[None], (height, width), mode='bilinear')
+    scores = F.interpolate(scores[None], image.size[::-1], mode='bilinear')
     shares = (settings.scale * scores[0]).softmax(dim=0)            # (Q, h, w)
     best = torch.stack([names.amax(dim=0) for names in shares.split(counts)])
     if settings.area:
@@ -603,6 +627,8 @@ def segmentation_figures(matrix, names):
     iou = class_iou(matrix)
     truth = matrix.sum(dim=1).double()
     present = int((truth > 0).sum())
+    need(present, 'every pixel of every mask is ignored: there is nothing to score; see --masks, --reduce-zero-label')
+    # IoU of class 0 is its share, all others have 0
     return {'classes': present,
             'mIoU': iou.nanmean().item(),
             'all_class_0_mIoU': (truth[0] / truth.sum()).item() / present,
@@ -614,9 +640,9 @@ def read_mask(path, size, classes, reduce_zero_label=False):
     """A PNG of class numbers, grey or palette, of `size` (w, h) -> (h, w) int64, IGNORE where it does not count."""
     with reading(path):
         mask = open_image(path)         # not by read_image, which scales 16 bits of grey
-        values = np.array(mask).astype(np.int64)
-    need(values.shape == size[::-1], f'mask {path} is a {mask.mode} image of {mask.size} pixels; '
-                                     f'it must be a grey or palette PNG of {size}, as its image')
+        values = np.array(mask, np.int64)
+    need(values.shape == size[::-1],
+         f'mask {path} is a {mask.mode} image of {mask.size} pixels; it must be grey or palette, and of {size}')
     if reduce_zero_label:
         values = np.where(np.isin(values, (0, IGNORE)), IGNORE, values - 1)
     most = values[values != IGNORE].max(initial=0)
@@ -635,15 +661,15 @@ def by_stem(paths, suffix):
     return found
 
 
-def mask_pairs(images, masks, image_suffix='', mask_suffix='', listing=None):
+def mask_pairs(images, masks, image_suffix, mask_suffix, listing=None):
     """[(image path, mask path)] of equal stems, suffixes cut off; of those in `listing`, a stem a line, if given."""
     pictures = by_stem(images_in(images), image_suffix)
     found = by_stem(sorted(Path(masks).rglob('*.png')), mask_suffix)
     stems = read_lines(listing) if listing else found
     need(stems, f"{masks} has no mask '*{mask_suffix}.png'; see --mask-suffix")
     for stem in stems:
-        need(stem in pictures and stem in found, f'{stem}{mask_suffix}.png in {masks} and an image of that name in '
-                                                 f'{images} are not both there; see --image-suffix')
+        need(stem in found, f'{masks} has no {stem}{mask_suffix}.png; see --mask-suffix')
+        need(stem in pictures, f'{images} has no image {stem}{image_suffix}, but a mask; see --image-suffix')
     return [(pictures[stem], found[stem]) for stem in stems]
 
 
@@ -652,12 +678,12 @@ COLOURS = ['grey', *(f'hsv({k * 222.5 % 360},{85 - 45 * (k // 8 % 2)}%,100%)' fo
 
 
 def overlay(image, truth, labels, names, path):
-    """PNG of an image, its true classes, those found, and a legend with the IoU of each in this image.
+    """Picture of an image, its true classes, those found, and a legend with the IoU of each in this image.
 
     A class has one colour in all images. A class that is found only where nothing counts has no IoU: nan.
     """
-    palette = np.uint8([ImageColor.getrgb(colour) for colour in COLOURS])
-    strip = np.hstack([image.convert('RGB'), palette[truth % 256], palette[labels % 256]])
+    palette = np.uint8(list(map(ImageColor.getrgb, COLOURS)))
+    strip = np.hstack([image.convert('RGB'), palette[truth], palette[labels]])
     iou = class_iou(confusion(truth, labels, len(names)))
     seen = torch.stack([truth, labels]).unique()
     left = strip.shape[1] + 8
@@ -666,7 +692,7 @@ def overlay(image, truth, labels, names, path):
     draw = ImageDraw.Draw(canvas)
     draw.text((left, 4), 'image | truth | prediction, IoU; white: ignored', font_size=11)
     for row, k in enumerate(seen[seen < len(names)].tolist(), 1):
-        draw.text((left, 20 * row), f'{iou[k]:4.0%} {names[k]}', COLOURS[k % 256], font_size=15)
+        draw.text((left, 20 * row), f'{iou[k]:4.0%} {names[k]}', COLOURS[k], font_size=15)
     canvas.save(path)
 
 
@@ -690,7 +716,7 @@ def attention(model, tokenizer, preprocess, image, caption):
     words, sums = [], []
     first = 1                                                       # position 0 is the start
     for word, pieces in tokenizer.words(caption):
-        if first + pieces < tokens.shape[1]:                        # the rest of a long caption is cut off
+        if first + pieces < tokens.shape[1]:  # the rest of a long caption is cut off
             words.append(word)
             sums.append(weights[0, first:first + pieces].sum().item())
         first += pieces
@@ -699,8 +725,9 @@ def attention(model, tokenizer, preprocess, image, caption):
     return stretch(grid), list(zip(words, stretch(np.array(sums or [0]))))
 
 
-def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=224):
+def attention_picture(model, tokenizer, preprocess, image, captions, path):
     """PNG of a row per caption: the image, the map of C^I over it, and a bar for each word, its weight in C^T."""
+    tile = 224                          # side of a picture, in pixels
     maps = [attention(model, tokenizer, preprocess, image, caption) for caption in captions]
     step = 8 + max(tile, *[18 * len(words) for _, words in maps])
     canvas = Image.new('RGB', (3 * tile + 200, len(maps) * step + 30), 'white')
@@ -710,7 +737,7 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=
     top = 8
     for grid, words in maps:
         grey = Image.fromarray(np.uint8(255 * grid)).resize(view.size, Image.BILINEAR)
-        heat = ImageOps.colorize(grey, '#00204d', '#ffea46', '#7c7b78')    # for the colour-blind, too
+        heat = ImageOps.colorize(grey, '#00204d', '#ffea46', '#7c7b78')  # for the colour-blind, too
         canvas.paste(view, (8, top))
         canvas.paste(Image.blend(view, heat, 0.6), (tile + 16, top))
         y = top
@@ -719,8 +746,7 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=
             draw.text((left + 4, y), word, 'black', font_size=13)
             y += 18
         top += step
-    legend = ('image | where C^I looks for the caption: blue low, yellow high | '
-              'how much C^T reads each word | each on a scale of its own')
+    legend = 'image | where C^I looks: blue low, yellow high | how much C^T reads each word | each on its own scale'
     draw.text((8, top), legend, 'black', font_size=12)
     canvas.save(path)
 
@@ -730,16 +756,14 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path, tile=
 def show(figures, indent=''):
     """Print nested figures, one a line: fractions in percent, ranks as they are. Lists are for --json only."""
     for name, value in figures.items():
-        if isinstance(value, list):
-            continue
         if isinstance(value, dict):
             print(f'{indent}{name}')
             show(value, indent + '  ')
-            continue
-        form = '>8'
-        if isinstance(value, float):
-            form = '8.1f' if name.endswith('_rank') else '8.2%'
-        print(f'{indent}{name:28} {value:{form}}')
+        elif not isinstance(value, list):
+            form = '>8'
+            if isinstance(value, float):
+                form = '8.1f' if name.endswith('_rank') else '8.2%'
+            print(f'{indent}{name:28} {value:{form}}')
 
 
 def run_retrieval(args, model, tokenizer, preprocess):
@@ -771,6 +795,7 @@ def run_classify(args, model, tokenizer, preprocess):
     figures, found, matrix = classify(features, vectors, labels)
     print_classes(matrix, names)
     scores = (features * vectors[found]).sum(dim=1)
+    # other sets have no files: numbers
     files = [path for path, _ in getattr(source, 'samples', [])] or range(len(labels))
     predictions = []
     for file, truth, k, score in zip(files, labels, found, scores.tolist()):
@@ -784,46 +809,40 @@ def segment_settings(args, image_size):
     window = args.window or image_size
     changes = {'window': window, 'stride': window // 2}
     for name in Settings._fields:
-        if getattr(args, name) is not None:
-            changes[name] = getattr(args, name)
+        value = getattr(args, name)
+        if value is not None:
+            changes[name] = value
     settings = BENCHMARKS.get(args.benchmark, Settings(size=window * 3 // 2))._replace(**changes)
     need(0 < settings.stride <= settings.window,
-         f'--window {settings.window}, --stride {settings.stride}: '
-         'the stride must be above 0 and no more than the window')
+         f'--stride {settings.stride} must be above 0 and no more than --window {settings.window}')
     return settings
 
 
 def run_segment(args, model, tokenizer, preprocess):
     """Zero-shot segmentation: mIoU, IoU of each class.
 
-    --benchmark takes its settings, the others change single ones. --size: short side of the image in pixels (default:
-    1.5 windows). --window: its side (default: the model's image). --stride: its step (default: half of it). --scale: of
-    the cosines before the softmax. --probability: pixels whose best class has less become class 0. --area: classes with
-    this share of the foreground or less vanish. --reduce-zero-label: label 0 of the masks is ignored, 1 becomes class
-    0. --csa: correlative self-attention in the last block.
+    --benchmark takes its settings, and other flags change single ones.
     """
     settings = segment_settings(args, model.config.image_size)
-    names, counts, synonyms = [], [], []
-    for line in read_lines(args.classes):
-        words = re.split(r'\s*,\s*', line)
-        names.append(words[0])
-        counts.append(len(words))
-        synonyms.extend(words)
+    classes = [re.split(r'\s*,\s*', line) for line in read_lines(args.classes)]
+    names = [synonyms[0] for synonyms in classes]
+    counts = list(map(len, classes))
+    need(len(names) <= IGNORE, f'{args.classes} names {len(names)} classes; {IGNORE} at most, as masks ignore {IGNORE}')
     templates = read_templates(args.templates)
-    vectors = class_vectors(model, tokenizer, synonyms, templates).to(model.logit_scale.device)
+    vectors = class_vectors(model, tokenizer, sum(classes, []), templates).to(model.logit_scale.device)
     pairs = mask_pairs(args.images, args.masks, args.image_suffix, args.mask_suffix, args.list)
-    if args.save:
-        Path(args.save).mkdir(parents=True, exist_ok=True)
     matrix = 0
     for picture, mask in progress(pairs, 'images'):
         image = read_image(picture)
         truth = read_mask(mask, image.size, len(names), settings.reduce_zero_label)
         labels = segment_image(model, image, vectors, counts, settings)
         matrix += confusion(truth, labels, len(names))
-        if args.save:               # under a name that no image or mask has
-            overlay(image, truth, labels, names, Path(args.save, f'{picture.stem}.overlay.png'))
-    about = {'images': len(pairs), 'settings': str(settings), 'prompts': ' | '.join(templates)}
-    return about | segmentation_figures(matrix, names)
+        if args.save:               # under an ending that no mask has, should it be their folder
+            Path(args.save).mkdir(parents=True, exist_ok=True)
+            overlay(image, truth, labels, names, Path(args.save, f'{picture.stem}.overlay.jpg'))
+    return {'images': len(pairs),
+            'settings': str(settings),
+            'prompts': ' | '.join(templates)} | segmentation_figures(matrix, names)
 
 
 def run_attend(args, model, tokenizer, preprocess):
@@ -835,8 +854,6 @@ def run_attend(args, model, tokenizer, preprocess):
 
 def run_export(args, model, tokenizer, preprocess):
     """A state dict that open_clip loads, and its model config."""
-    need(Path(args.out).resolve() != Path(args.checkpoint).resolve(),
-         f'{args.out} is the checkpoint; name another')
     return export(model, tokenizer, args.out)
 
 
@@ -859,7 +876,8 @@ def add_retrieval(command):
     one('--shards', help='held-out shards')
     add = command.add_argument
     add('--split', default='test', help="Karpathy's split")
-    add('--images', help='folder of the images of --karpathy or --flickr (default: beside the JSON)')
+    add('--images',
+        help='folder of the images of --karpathy or --flickr (default: beside the JSON)')
 
 
 def add_classify(command):
@@ -868,11 +886,11 @@ def add_classify(command):
     one('--folder', help='one folder of images per class')
     add = command.add_argument
     add('--root', default='data', help='where --dataset lies')
-    add('--split', help="torchvision's name of the split (default: test; ImageNet and Places365 have val)")
+    add('--split',
+        help="torchvision's name of the split (default: test; ImageNet and Places365 have val)")
     add('--download', action='store_true', help='let torchvision fetch it into --root')
-    add('--classes', help='file of class names: a line each in the order of the sorted folders, or JSON '
-        '{folder: name}. Without it ImageNet has '
-        "torchvision's names, of which 296 differ from those of the released evaluation")
+    add('--classes', help='file of class names: a line each in the order of the sorted folders, or JSON {folder: '
+        "name} (default: the folders' names; of ImageNet torchvision's, 296 of them unlike the released ones)")
     add('--templates', help='file of prompts with {} for the class, a line each')
 
 
@@ -886,19 +904,21 @@ def add_segment(command):
     add('--list', help='file of the stems to evaluate, as of a split')
     add('--templates', help='file of prompts with {} for the class')
     add('--save', help='folder for pictures: image, truth, prediction, and the IoU of its classes')
-    add('--benchmark', choices=list(BENCHMARKS))
+    add('--benchmark', choices=BENCHMARKS, help='the released settings of this set')
     for name, kind in Settings.__annotations__.items():
         flag = f"--{name.replace('_', '-')}"
+        text = re.search(f'{name}: (.*)', Settings.__doc__)[1]
         if kind is bool:
-            add(flag, action='store_const', const=True)
+            add(flag, action='store_true', default=None, help=text)
         else:
-            add(flag, type=kind)
+            add(flag, type=kind, help=text)
 
 
 def add_attend(command):
-    command.add_argument('--image', required=True)
-    command.add_argument('--text', required=True, nargs='+', help='one or more captions')
-    command.add_argument('--out', default='attention.png', help='the picture')
+    add = command.add_argument
+    add('--image', required=True)
+    add('--text', required=True, nargs='+', help='one or more captions')
+    add('--out', default='attention.png', help='the picture')
 
 
 def add_export(command):

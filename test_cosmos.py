@@ -1137,7 +1137,7 @@ def test_every_command(gallery, capsys):
     figures = gallery.figures('segment --images images --masks masks --classes classes --save seen '
                               '--benchmark voc21 --size 40 --area 0 --csa')
     assert (figures['settings'], figures['mIoU'], figures['images']) == (str(settings), 1, 3)
-    assert Path('seen/2.overlay.png').exists()
+    assert Path('seen/2.overlay.jpg').exists()
     gallery.figures('attend --image images/0.png --text ox cat --out seen.png')
     assert Image.open('seen.png').size == (872, 494)
     assert capsys.readouterr().out.endswith('next       python -m extras.search last.pt --images DIR "CAPTION"\n')
@@ -1171,12 +1171,12 @@ WRONG = [               # a command, and what its sentence must name
     ('retrieval page.pt --shards a.tar', ['page.pt', 'no checkpoint', 'web page']),
     ('retrieval bad.pt --shards a.tar', ['bad.pt', 'plain values', 'where you trust it']),
     ('retrieval nan.pt --shards a.tar', ['nan.pt', 'NaN', 'visual.proj', 'earlier']),
-    ('retrieval last.pt --shards a.tar', ['a.tar:1.png', 'cannot be read']),
+    ('retrieval last.pt --shards a.tar', ['the json of', 'a.tar:1.png']),
     ('retrieval last.pt --coco x', ['x/annotations/captions_val2017.json']),
     ('retrieval last.pt --flickr list.json', ['absent.jpg is no image']),
     ('retrieval last.pt --flickr list.json --device tpu', ['--device tpu', 'cannot be', 'cpu']),
     ('classify last.pt --folder images', ['3 images', 'in images, as 0.png', 'move each']),
-    ('export last.pt last.pt', ['last.pt is the checkpoint']),
+    ('export last.pt last.pt', ['last.pt or last.json', 'no export']),
     ('segment last.pt --images a --masks b --classes c --stride 0', ['--stride 0', 'above 0']),
     ('segment last.pt --images a --masks b --classes page.pt --templates page.pt',
      ["'<html>' in page.pt", '{}']),
