@@ -122,7 +122,8 @@ def check(experiment):
     origins = {(row['commit'], row['machine']) for row in results() if row['experiment'] == experiment}
     need(len(origins) == 1, f'{experiment} has runs of several commits or machines: {origins}')
     drawn_with = Image.open(PLOT.format(experiment)).text.get('Description')
-    need(drawn_with == table(experiment), f'the plot of {experiment} shows other figures; run python -m lesson.plots')
+    need(drawn_with == table(experiment),
+         f'the plot of {experiment} shows other figures; run python -m lesson.plots')
 
 
 def check_text(tables):
@@ -132,7 +133,8 @@ def check_text(tables):
     for figure, experiment, name, column in re.findall(source, read_text(README)):
         right = cell(experiment, name, column)
         parts = right.replace('*', '').split(', ')
-        need(figure in parts, f'{column} of {name} ({experiment}) is {figure} in {README}, {right} in results.csv')
+        need(figure in parts,
+             f'{column} of {name} ({experiment}) is {figure} in {README}, {right} in results.csv')
 
 
 def main():
