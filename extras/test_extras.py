@@ -198,8 +198,6 @@ def test_pack_refuses(tmp_path, images):
     refused('none of the 2 images', prepare.pack, rows, out, tmp_path / 'new')
     wide = put(tmp_path / 'w.csv', 'image,caption\na.jpg,a dog, old\n')
     refused('row 1 of .*w.csv has more fields than the first', prepare.pack, wide, images, out)
-    torn = put(tmp_path / 'b.json', '{')
-    refused('b.json cannot be read', prepare.pack, torn, images, out)
 
 
 URLS = r"""{"url": "http://x/0", "caption": "alt"}

@@ -28,6 +28,9 @@ COLUMNS = {                             # of experiments that do not show FIGURE
     'size': (
         'dominant.top1@80 small.top1@80 dominant.top1@160 small.top1@160 '
         'dominant.top1@320 small.top1@320 dominant.bound small.bound').split(),
+    'drawings': (
+        'dominant.scene_top1 small.scene_top1 dominant.name_top1 small.name_top1 '
+        'retrieval.image_to_text_R@1 retrieval.text_to_image_R@1').split(),
     'cross': FIGURES + (
         'pointing.dominant.peak pointing.dominant.absent_peak '
         'pointing.small.peak pointing.small.absent_peak '
@@ -55,11 +58,6 @@ def mean(experiment, name, figure):
     return fmean(values(experiment, name, figure).values() or [math.nan])
 
 
-def interval(gaps):
-    """Differences of paired seeds -> their mean, and half of its 95 % interval."""
-    return fmean(gaps), QUANTILES[len(gaps)] * stdev(gaps) / math.sqrt(len(gaps))
-
-
 def cell(experiment, name, figure):
     """The mean over its seeds, and the difference to `against` over the seeds of both: '94.8, **+5.3 ± 2.1**'."""
     against = EXPERIMENTS[experiment][name].against
@@ -69,7 +67,8 @@ def cell(experiment, name, figure):
     text = f'{mean(experiment, name, figure):.1f}'
     if name == against or len(gaps) not in QUANTILES:
         return text
-    gap, half = interval(gaps)
+    gap = fmean(gaps)
+    half = QUANTILES[len(gaps)] * stdev(gaps) / math.sqrt(len(gaps))    # of its 95 % interval
     mark = '**' if abs(gap) > half else ''                              # the interval is without 0
     return f'{text}, {mark}{gap:+.1f} ± {half:.1f}{mark}'
 

@@ -400,20 +400,14 @@ def visible_sentences(pool, record, box):
 
 # --- 6. Command ------------------------------------------------------------------------------------------------------
 
-def share(text):
-    if not 0 <= float(text) <= 1:
-        raise ValueError
-    return float(text)
-
-
 def main():
     parser = Parser(prog='python -m lesson.scenes', description='Draws a set of scenes.')
     parser.add_argument('root', metavar='DIR')
     parser.add_argument('--train', type=int, default=8000, help='training pairs')
     parser.add_argument('--val', type=int, default=1000, help='held-out pairs')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--named', type=share, help='share of the sentences that name a small object; ten a scene')
-    parser.add_argument('--small-size', type=share, help="side of small objects as a share of the image's")
+    parser.add_argument('--named', type=float, help='share of the sentences on a small object, 0 to 1; ten a scene')
+    parser.add_argument('--small-size', type=float, help="side of small objects as a share of the image's")
     parser.add_argument('--objects', type=int, choices=(2, 3, 4), help='in a scene (default: two to four)')
     args = parser.parse_args()
     make_scenes(**vars(args))

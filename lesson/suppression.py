@@ -15,6 +15,7 @@ then where C^I looks when it is asked for an object, by the masks, and the mIoU 
 """
 import io
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -56,9 +57,7 @@ def listed_objects(shards, most=None):
 
 def read_mask(shards, i):
     """The number of the object at each pixel of pair i, 0 for the ground -> PIL image."""
-    data = shards.mask(i)
-    need(data, f'{shards.name(i)} has no KEY.mask.png; give the held-out half of a drawn set')
-    return Image.open(io.BytesIO(data))
+    return Image.open(io.BytesIO(shards.mask(i)))
 
 
 # --- 2. Presence and binding -----------------------------------------------------------------------------------------
@@ -143,19 +142,13 @@ def text_x(model, images, tokens, keys):
 
 
 def point(model, images, tokens, pixels):
-    """images: one image twice (2, 3, S, S). tokens: a name that it has, and an absent one (2, T). pixels (S, S): where
-    the named object is -> peak and used, of both questions."""
+    """An image (1, 3, S, S) and a question (1, T). pixels (S, S): where an object is -> peak and used."""
     p = model.config.patch_size
     middles = pixels[p // 2::p, p // 2::p].flatten()                    # (P,) does the middle of a patch lie on it?
-    weights, _ = model.attention(images, tokens)                        # (2, P)
-    whole = text_x(model, images, tokens, torch.ones_like(middles))
+    weights, _ = model.attention(images, tokens)                        # (1, P)
+    whole = text_x(model, images, tokens, torch.ones_like(middles))     # (1, D)
     masked = text_x(model, images, tokens, ~middles)
-    change = 1 - (whole * masked).sum(dim=1)
-    figures = {}
-    for k, question in enumerate(('', 'absent_')):
-        figures[f'{question}peak'] = middles[weights[k].argmax()]
-        figures[f'{question}used'] = change[k]
-    return figures
+    return {'peak': middles[weights.argmax()], 'used': 1 - (whole * masked).sum()}
 
 
 @torch.no_grad()
@@ -172,19 +165,18 @@ def pointing(model, tokenizer, preprocess, shards, most=150):
     size = model.config.image_size
     device = model.logit_scale.device
     for role, group in listed_objects(shards, most).items():
-        rows = []
+        found = defaultdict(list)
         for thing in progress(group, f'maps of {role} objects'):
             image = preprocess(shard_image(shards, thing.pair))
-            images = torch.stack([image, image]).to(device)
-            questions = [f'a {thing.name}', f'a {thing.absent[0]}']
-            tokens = tokenizer(questions).to(device)
             mask = read_mask(shards, thing.pair)
             mask = mask.resize((size, size), Image.NEAREST)
             pixels = pil_to_tensor(mask)[0] == thing.number                             # (S, S)
-            rows.append(point(model, images, tokens, pixels.to(device)))
-        figures[role] = {}
-        for key in rows[0]:
-            figures[role][key] = fmean(row[key] for row in rows)
+            for question, name in ('', thing.name), ('absent_', thing.absent[0]):
+                tokens = tokenizer([f'a {name}'])
+                answer = point(model, image[None].to(device), tokens.to(device), pixels.to(device))
+                for figure, value in answer.items():
+                    found[question + figure].append(value)
+        figures[role] = {figure: fmean(each) for figure, each in found.items()}
     return figures
 
 
@@ -311,7 +303,7 @@ def run(args, model, tokenizer, preprocess):
     figures = presence_and_binding(scores, groups)
     for role, group in groups.items():
         probe = probe_scores(image_features, group)
-        hits = {'all_top1': [], 'shape_top1': [], 'probe_top1': []}
+        hits = defaultdict(list)
         for thing in group:
             color, _ = thing.name.split()
             clean = clean_names(NAMES, thing.scene)
