@@ -155,10 +155,11 @@ EXPERIMENTS = {
         'quick-teacher': Variant('--momentum 0.9'),
         'globals-only': Variant('--local-crops 0 --local-captions 0')},
     'repair': {
-        'cosmos': Variant(f'--method cosmos --steps 200 {FROM_CLIP}', against='clip'),
-        'clip': Variant(f'--method clip --steps 200 {FROM_CLIP}'),
-        'clip-equal-time': Variant(f'--method clip --steps 890 {FROM_CLIP}'),
-        # the time of the CLIP, and of 200 steps more
+        # of learning rates 3e-4 and 1e-3 the better one of seed 0
+        'cosmos': Variant(f'--method cosmos --steps 200 --lr 1e-3 {FROM_CLIP}', against='clip'),
+        'clip': Variant(f'--method clip --steps 200 --lr 3e-4 {FROM_CLIP}'),
+        'clip-equal-time': Variant(f'--method clip --steps 890 --lr 3e-4 {FROM_CLIP}'),
+        # the time of the CLIP and of 200 steps of COSMOS
         'from-nothing': Variant('--method cosmos --steps 520')},
     'drawings': drawings()}
 

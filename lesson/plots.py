@@ -21,7 +21,7 @@ README = Path('lesson/README.md')
 TABLES = Path('lesson/tables.md')
 PLOT = 'assets/lesson-{}.png'
 FIGURES = (
-    'dominant.top1 small.top1 small.all_top1 small.probe_top1 '
+    'dominant.top1 small.top1 small.all_top1 dominant.probe_top1 small.probe_top1 '
     'dominant.shape_top1 small.shape_top1 dominant.bound small.bound '
     'retrieval.image_to_text_R@1 retrieval.text_to_image_R@1 segmentation.mIoU').split()
 COLUMNS = {                             # of experiments that do not show FIGURES
@@ -31,10 +31,11 @@ COLUMNS = {                             # of experiments that do not show FIGURE
     'drawings': (
         'dominant.scene_top1 small.scene_top1 dominant.name_top1 small.name_top1 '
         'retrieval.image_to_text_R@1 retrieval.text_to_image_R@1').split(),
-    'cross': FIGURES + (
+    'cross': (
+        'small.top1 small.probe_top1 segmentation.mIoU '
+        'retrieval.image_to_text_R@1 retrieval.text_to_image_R@1 small.shape_top1 '
         'pointing.dominant.peak pointing.dominant.absent_peak '
         'pointing.small.peak pointing.small.absent_peak '
-        'pointing.dominant.used pointing.dominant.absent_used '
         'pointing.small.used pointing.small.absent_used').split()}
 CURVES = {'named': 'share of sentences on the small object', 'size': 'side of the small object'}
 QUANTILES = {3: 4.303, 5: 2.776}        # of Student's t, 97.5 %, by the number of seeds; others get no interval
@@ -93,8 +94,8 @@ def draw(experiment):
     from matplotlib import pyplot
     columns = COLUMNS.get(experiment, FIGURES)
     picture, axes = pyplot.subplots(
-        1, len(columns), sharey=True, figsize=(16, 4), layout='constrained')
-    for axis, figure in zip(axes, columns):
+        2, len(columns) // 2, sharey=True, figsize=(12, 6), layout='constrained')
+    for axis, figure in zip(axes.flat, columns):
         axis.set_title(figure.replace('.', '\n'), fontsize=8)
         curves = {}
         for name in EXPERIMENTS[experiment]:
@@ -108,7 +109,7 @@ def draw(experiment):
             axis.plot(curve.keys(), curve.values(), 'o-', label=label)
     if experiment in CURVES:
         picture.supxlabel(CURVES[experiment])
-        axes[0].legend()
+        axis.legend()
     picture.savefig(PLOT.format(experiment), metadata={'Description': table(experiment)})
 
 
