@@ -292,10 +292,10 @@ class Shards:
     def name(self, i):
         """Where pair i lies, for messages: shard and member, and the name of the file that it was packed from."""
         pair = self.pairs[i]
-        header = self.read(pair['shard'], pair['image']['offset'] - tarfile.BLOCKSIZE, 100)
-        member = header.rstrip(b'\0').decode('utf-8', 'replace')
-        name = f"{self.paths[pair['shard']]}:{member}"
-        with suppress(Exception):       # the json may be what is broken
+        name = f"{self.paths[pair['shard']]}:"
+        with suppress(Exception):       # the tar or the json may be what is broken
+            header = self.read(pair['shard'], pair['image']['offset'] - tarfile.BLOCKSIZE, 100)
+            name += header.rstrip(b'\0').decode('utf-8', 'replace')
             name += f" ({self.record(i)['file']})"
         return name
 
@@ -792,7 +792,7 @@ class Views(Dataset):
     counts: global and local images, global and local captions. augment: 'full' is the released recipe, 'crops' leaves
     colours and sides alone, for captions that name them. choose_sentences(pool, record, box) gives those sentences of
     the pool that are true of the crop `box` = (y, x, h, w). With it caption k is drawn from those of crop k.
-    A pair that cannot be read is replaced by one further on in the order. It is named once, and counted.
+    A pair that cannot be read is replaced by one further on in the order. Each worker names it once, and it is counted.
     """
     shards: Shards
     tokenizer: Tokenizer
@@ -934,7 +934,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one sentence, with exit status 1.
 
     --help ends with samples: the lines of the program's docstring that run it, or for a subcommand those that run that.
-    It shows the default of every option that has one.
+    It shows the default of every option that has one other than 0.
     """
 
     def format_help(self):

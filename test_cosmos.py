@@ -1530,6 +1530,7 @@ def test_a_run_never_costs_another(fit, whole, scenes, tmp_path, capsys):
     for words, *flags in (
             ('does not exist', '--data', 'scenez'),
             ('cannot be moved', '--data', inside),
+            ("'objects'", '--data', inside, '--aligned-crops'),
             ('cannot be moved', '--val', inside),
             ('cannot be moved', '--init', out / 'last.pt'),
             ('started on other shards', *AUTO, '--data', inside),

@@ -6,8 +6,8 @@
     python train.py --init CKPT --data /shards                  COSMOS put onto a CLIP that exists
     python train.py --resume auto                               goes on where the checkpoint in --out stopped
 
---out then holds last.pt and previous.pt (checkpoints), log.jsonl, config.json, eval.json, samples.png (what the student
-sees) and attention.png. Section 6 is the step of the paper.
+--out then holds last.pt (the checkpoint; the one before is previous.pt), log.jsonl, config.json, eval.json, samples.png
+(what the student sees) and, for COSMOS, attention.png. Section 6 is the step of the paper.
 """
 import argparse
 import contextlib
@@ -383,12 +383,12 @@ class Run:
         if resume not in (None, 'auto'):
             typed.setdefault('out', str(Path(resume).parent))
         self.out = Path(typed.get('out', f"runs/{preset}-{typed.get('method', 'cosmos')}"))
-        if restarted and (self.out / 'last.pt').exists():
+        if restarted and any(self.out.glob('*.pt')):
             resume = 'auto'
         self.checkpoint, saved = find_checkpoint(resume, self.out)
         self.options = options = combine_options(typed, saved.get('options', {}), preset)
         options.out = str(self.out)
-        self.method = METHODS[options.method]
+        self.method = method = METHODS[options.method]
         self.shards = Shards(options.data, options.caption_keys or POOLS[options.caption_pool], cache=self.out)
         self.val = None
         if options.val:
@@ -410,6 +410,14 @@ class Run:
         else:
             raise ValueError(f'this run was started on other shards or pairs than the {len(self.shards):,} of '
                              f'{options.data}; give the same --data, or start anew with --init')
+        local_images = options.local_crops if method.local_images else 0
+        local_captions = options.local_captions if method.local_captions else 0
+        counts = (method.global_images, local_images, method.global_captions, local_captions)
+        visible_sentences = None
+        if options.aligned_crops:
+            from lesson.scenes import visible_sentences
+        self.views = Views(self.shards, self.tokenizer, self.config, options.seed, options.batch, counts,
+                           options.augment, visible_sentences)
         claim_folder(self.out, self.checkpoint, f'{options.data}::{options.val}::{options.init}::{self.checkpoint}')
         self.shards.save(self.out)
         if self.val:
@@ -432,15 +440,6 @@ class Run:
         self.optimizer = make_optimizer(self.model, options.lr, options.wd)
         # The usual start, 65,536, would overflow many times before it settles.
         self.scaler = torch.amp.GradScaler(self.device.type, 1024.0, enabled=options.precision == 'fp16')
-        method = self.method
-        local_images = options.local_crops if method.local_images else 0
-        local_captions = options.local_captions if method.local_captions else 0
-        counts = (method.global_images, local_images, method.global_captions, local_captions)
-        visible_sentences = None
-        if options.aligned_crops:
-            from lesson.scenes import visible_sentences
-        self.views = Views(self.shards, self.tokenizer, self.config, options.seed, options.batch, counts,
-                           options.augment, visible_sentences)
         self.step = 0
         self.begun = self.saved_at = time.perf_counter()
         if self.checkpoint:
@@ -463,9 +462,8 @@ class Run:
             self.scaler.load_state_dict(saved['scaler'])
         self.step = saved['step']
         self.begun -= saved['seconds']
-        if self.processes.share(self.step) != self.step:
-            raise ValueError(f'{path} is at step {self.step} here and at another one for process 0; let all nodes see '
-                             'the same --out')
+        if self.processes.share(saved['seconds']) != saved['seconds']:
+            raise ValueError(f'{path} is not what process 0 goes on from; let all nodes see the same --out')
 
     def save(self):
         """last.pt, whole or not at all; the one before becomes previous.pt. ValueError where the disk is full."""

@@ -167,7 +167,7 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
         parts[side].append((name, record))
     need(not val or len(parts) == 2,
          f'--val {val} of {len(records)} images leaves a side empty; give another share')
-    claim(out, rows, size=size, val=val, columns=[image_column, caption_column])
+    claim(out, rows, size=size, val=val, columns=[image_column, caption_column], images=f'{images}')
     packed = 0
     for side, part in sorted(parts.items()):        # train first
         packed += pack_part(part, images, Path(out, side if val else ''), size)

@@ -176,7 +176,7 @@ def scene_folder(options):
     """The set that options of lesson.scenes describe (none: a copy of the built-in one), drawn where it is absent."""
     folder = Path('runs/lesson', f'scenes {options}'.replace(' ', '-'))
     if not (folder / 'val/00000.tar').exists():                      # the last file to be drawn
-        subprocess.run([sys.executable, '-m', 'lesson.scenes', folder, *options.split()], check=True)
+        subprocess.run([sys.executable, '-m', 'lesson.scenes', folder, *options.split()])
     return folder
 
 
@@ -188,7 +188,7 @@ def origin():
         # `|$`: there is a match, even where no model is named
         name = re.search('model name.*: (.*)|$', listed.read_text())[1] or name
     # of lesson/ neither plots.py nor the tests
-    command = 'git log -1 --format=%h -- cosmos.py data.py eval.py train.py lesson/[!pt]*.py'
+    command = 'git log -1 --format=%h -- cosmos.py data.py eval.py train.py extras/pairs.py lesson/[!pt]*.py'
     return {'commit': subprocess.getoutput(command), 'machine': f'{name}, {os.cpu_count()} cores'}
 
 
@@ -267,21 +267,21 @@ def missing_runs(experiment, seeds=None):
 
 
 def launch(key):
-    """Make a run in a process of one thread, unless its row.json is there -> its row, or None: it failed."""
+    """Make a run in a process of one thread, unless its row.json is there -> its row."""
     experiment, seed, name = key
     figures = run_folder(EXPERIMENTS[experiment][name], seed) / 'row.json'
     if not figures.exists():
         command = [sys.executable, '-m', 'lesson.experiments', experiment, '--run', name, seed]
         one_thread = os.environ | {'OMP_NUM_THREADS': '1'}
-        if subprocess.run(command, stdout=subprocess.DEVNULL, env=one_thread).returncode:
-            return None
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, env=one_thread)
+        evaluation.need(not done.returncode, f'{name} {seed} failed; start the command again for the rows of all others')
     return {'experiment': experiment, 'variant': name, 'seed': seed} | evaluation.read_json(figures)
 
 
 def main():
     parser = Parser()
     parser.add_argument('experiment', choices=EXPERIMENTS)
-    parser.add_argument('--seeds', type=int, help='how many, instead of the 3 or 5 of the course')
+    parser.add_argument('--seeds', type=int, help='how many, instead of those of the course')
     parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run and print it')
     args = parser.parse_args()
     variants = EXPERIMENTS[args.experiment]
@@ -295,8 +295,7 @@ def main():
         scene_folder(variants[name].scenes)                             # before two runs need it
     with ThreadPoolExecutor(2) as pool:
         for row in pool.map(launch, missing):
-            if row:
-                add_result(row)
+            add_result(row)
 
 
 if __name__ == '__main__':

@@ -11,7 +11,8 @@ CKPT is any checkpoint that eval.load reads. Printed for the dominant and for th
                 name beats. A tie counts half; chance 50 %
     probe_top1  presence by a linear probe of the image features: is it in there, whatever texts find?
 
-then where C^I looks when it is asked for an object, by the masks, and the mIoU of segmentation by the colours.
+then the three tests of arXiv 2502.19842 (`three_tests`), where C^I looks when it is asked for an object, by the masks,
+and the mIoU of segmentation by the colours.
 """
 import io
 import shutil
