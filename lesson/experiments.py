@@ -87,7 +87,8 @@ def named():
     for share in (0, 0.1, 0.2, 0.3, 0.5):
         scenes = f'--objects 2 --named {share}'
         for method, other in MAIN_ROWS.items():
-            variants[f'q{share}-{method}'] = Variant(in_equal_time(method), scenes, against=f'q{share}-{other}')
+            variants[f'q{share}-{method}'] = Variant(
+                in_equal_time(method), scenes, against=f'q{share}-{other}')
     return variants
 
 
@@ -109,7 +110,9 @@ def drawings():
     """The rows of Table 5 on emoji, in the time of 800 steps of COSMOS. The set is not drawn here: its folder,
     runs/lesson/scenes-emoji, has train/, val/, and the scenes and names that extras.pairs asks about."""
     flags = '--method {} --steps {} --warmup 100 --lr-end 0.3 --momentum 0.995'
-    return {method: Variant(flags.format(method, 5 * steps // 2), 'emoji', seeds=1) for method, steps in STEPS.items()}
+    return {
+        method: Variant(flags.format(method, 5 * steps // 2), 'emoji', seeds=1)
+        for method, steps in STEPS.items()}
 
 
 def table5():
