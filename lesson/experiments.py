@@ -61,7 +61,7 @@ class WithoutHeads(COSMOS):
 class Variant(NamedTuple):
     """How a run is made. Variants that differ only in `seeds` and `against` share their runs."""
     flags: str = '--method cosmos'          # of train.py; {scenes} is the folder of the set, {seed} the seed
-    scenes: str = ''                        # options of lesson.scenes; none: the built-in set
+    scenes: str = ''                        # options of lesson.scenes (none: the built-in set), or a set's name
     model: type = COSMOS
     seeds: int = 3                          # 0, 1, 2
     against: str = 'cosmos'                 # the variant it is compared with
@@ -177,7 +177,8 @@ def run_folder(variant, seed):
 
 
 def scene_folder(options):
-    """The set that options of lesson.scenes describe (none: a copy of the built-in one), drawn where it is absent."""
+    """The set that options of lesson.scenes describe (none: a copy of the built-in one), drawn where it is absent.
+    `emoji` is not drawn: it must lie there."""
     folder = Path('runs/lesson', f'scenes {options}'.replace(' ', '-'))
     if not (folder / 'val/00000.tar').exists():                      # the last file to be drawn
         subprocess.run([sys.executable, '-m', 'lesson.scenes', folder, *options.split()])
@@ -278,7 +279,7 @@ def launch(key):
         command = [sys.executable, '-m', 'lesson.experiments', experiment, '--run', name, seed]
         one_thread = os.environ | {'OMP_NUM_THREADS': '1'}
         done = subprocess.run(command, stdout=subprocess.DEVNULL, env=one_thread)
-        evaluation.need(not done.returncode, f'{name} {seed} failed; start the command again for the rows of all others')
+        evaluation.need(not done.returncode, f'{name} {seed} failed; start again for the rows of the others')
     return {'experiment': experiment, 'variant': name, 'seed': seed} | evaluation.read_json(figures)
 
 

@@ -109,7 +109,7 @@ def draw(experiment):
             axis.plot(curve.keys(), curve.values(), 'o-', label=label)
     if experiment in CURVES:
         picture.supxlabel(CURVES[experiment])
-        axis.legend()
+        axis.legend()                           # in the last panel
     picture.savefig(PLOT.format(experiment), metadata={'Description': table(experiment)})
 
 
