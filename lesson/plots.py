@@ -3,7 +3,7 @@
     python -m lesson.plots              write lesson/tables.md, draw assets/lesson-*.png (needs matplotlib)
     python -m lesson.plots --check      are the runs complete, do tables, plots and lesson/README.md agree with them?
 
-In lesson/README.md a figure is followed by the place it comes from: 94.8<!-- named q0.2-cosmos small.top1 -->.
+In lesson/README.md a figure is followed by the place it comes from: 94.8<!--named/q0.2-cosmos/small.top1-->.
 """
 import functools
 import math
@@ -129,7 +129,7 @@ def check(experiment):
 def check_text(tables):
     """The tables, and every figure in README.md that says where it comes from."""
     need(read_text(TABLES) == tables, f'{TABLES} differs from results.csv; run python -m lesson.plots')
-    source = r'([-+.\d]+(?: ± [.\d]+)?)<!-- (\w+) (\S+) (\S+) -->'
+    source = r'([-+.\d]+(?: ± [.\d]+)?)<!--(\w+)/(\S+?)/(\S+)-->'
     for figure, experiment, name, column in re.findall(source, read_text(README)):
         right = cell(experiment, name, column)
         parts = right.replace('*', '').split(', ')

@@ -406,7 +406,7 @@ def draw(experiment):
 def test_check(course, monkeypatch):
     """oracle: whole pages pass; a changed text, table or plot, a second machine and a missing run are named."""
     monkeypatch.setattr(plots, 'draw', draw)
-    plots.README.write_text('It is 94.8<!-- one a small.top1 --> %.')
+    plots.README.write_text('It is 94.8<!--one/a/small.top1--> %.')
     results = experiments.RESULTS
     results.write_text(
         'experiment,variant,seed,commit,machine,small.top1\none,a,0,c,m,0.948\ntwo,a,0,c,m,0.948\n')
