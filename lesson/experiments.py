@@ -63,6 +63,7 @@ class Variant(NamedTuple):
     flags: str = '--method cosmos'          # of train.py; {scenes} is the folder of the set, {seed} the seed
     scenes: str = ''                        # options of lesson.scenes (none: the built-in set), or a set's name
     model: type = COSMOS
+    weights: str = 'teacher'                # what is measured; a method without a teacher has its student's only
     seeds: int = 3                          # 0, 1, 2
     against: str = 'cosmos'                 # the variant it is compared with
 
@@ -129,7 +130,7 @@ def table5():
 
 
 # What `clip-equal-time` of table5 has learnt with this seed; make those runs first.
-FROM_CLIP = '--init runs/lesson/COSMOS-method-clip-steps-1430/{seed}/last.pt'
+FROM_CLIP = '--init runs/lesson/COSMOS-method-clip-steps-1430-teacher/{seed}/last.pt'
 
 EXPERIMENTS = {
     'named': named(),
@@ -154,6 +155,10 @@ EXPERIMENTS = {
         'eighth-1280': Variant('--method cosmos --data {scenes}/train/00000.tar --steps 1280', against='1280')},
     'exercises': {
         'cosmos': Variant(),
+        'student': Variant(weights='student'),
+        'clip': Variant('--method clip --steps 1430', against='student'),
+        'image-distill-student': Variant('--method image-distill', weights='student'),
+        'clip-aug': Variant('--method clip-aug', against='image-distill-student'),
         'no-average': Variant('--momentum 1e-9'),       # as good as 0: the teacher is the student itself
         'globals-only': Variant('--local-crops 0 --local-captions 0')},
     'repair': {
@@ -172,7 +177,7 @@ EXPERIMENTS = {
 
 def run_folder(variant, seed):
     """Named by all that makes the run, so that another one never goes on from its checkpoint."""
-    words = f'{variant.model.__name__} {variant.scenes} {variant.flags}'
+    words = f'{variant.model.__name__} {variant.scenes} {variant.flags} {variant.weights}'
     return Path('runs/lesson', re.sub('[^a-zA-Z0-9.]+', '-', words), str(seed))
 
 
@@ -188,10 +193,9 @@ def scene_folder(options):
 def origin():
     """The machine, and the last commit that changed the code of a run. Edits that are not committed go unseen."""
     name = platform.processor()
-    listed = Path('/proc/cpuinfo')                                      # Linux tells more
-    if listed.exists():
+    with suppress(OSError):                                             # Linux tells more
         # `|$`: there is a match, even where no model is named
-        name = re.search('model name.*: (.*)|$', listed.read_text())[1] or name
+        name = re.search('model name.*: (.*)|$', Path('/proc/cpuinfo').read_text())[1] or name
     # of lesson/ neither plots.py nor the tests
     command = 'git log -1 --format=%h -- cosmos.py data.py eval.py train.py extras/pairs.py lesson/[!pt]*.py'
     return {'commit': subprocess.getoutput(command), 'machine': f'{name}, {os.cpu_count()} cores'}
@@ -222,18 +226,20 @@ def run(variant, seed):
     sys.argv = command.split()
     with suppress(SystemExit):
         train.main()
-    loaded = evaluation.load(out / 'last.pt')
-    row |= flat(evaluation.read_json(out / 'eval.json'))
+    for line in evaluation.read_lines(out / 'log.jsonl'):
+        entry = json.loads(line)
+        figures = flat(entry.get('eval', {}))
+        row |= figures                                                  # steps and seconds, of the last evaluation
+        for name, value in figures.items():
+            if name.endswith('.top1'):                                  # presence over training
+                row[f"{name}@{entry['step']}"] = value
+    loaded = evaluation.load(out / 'last.pt', variant.weights)
     if (scenes / 'probes.json').exists():
         row |= flat(pairs.suppression(*loaded, scenes))
     else:
         args = SimpleNamespace(shards=scenes / 'val', workers=0, pictures=out / 'naming')
-        row |= flat(suppression.run(args, *loaded))                     # has the figures of eval.json, too
-    for line in evaluation.read_lines(out / 'log.jsonl'):
-        entry = json.loads(line)
-        for name, value in flat(entry.get('eval', {})).items():
-            if name.endswith('.top1'):                                  # presence over training
-                row[f"{name}@{entry['step']}"] = value
+        row |= flat(evaluation.run_retrieval(args, *loaded), 'retrieval.')
+        row |= flat(suppression.run(args, *loaded))
     evaluation.write_json(out / 'row.json', row)
     return row
 
@@ -298,6 +304,7 @@ def main():
     missing = missing_runs(args.experiment, args.seeds)
     for _, _, name in missing:
         scene_folder(variants[name].scenes)                             # before two runs need it
+    print(f'{len(missing)} runs have no row in {RESULTS}; --run makes one of the others again')
     with ThreadPoolExecutor(2) as pool:
         for row in pool.map(launch, missing):
             add_result(row)

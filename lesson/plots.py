@@ -142,14 +142,13 @@ def main():
     parser.add_argument('--check', action='store_true', help='only compare with results.csv')
     args = parser.parse_args()
     tables = ''.join(table(experiment) for experiment in EXPERIMENTS)
-    for experiment in EXPERIMENTS:
-        if args.check:
-            check(experiment)
-        else:
-            draw(experiment)
     if args.check:
+        for experiment in EXPERIMENTS:
+            check(experiment)
         check_text(tables)
     else:
+        for experiment in EXPERIMENTS:
+            draw(experiment)
         TABLES.write_text(tables)
 
 

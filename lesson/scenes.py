@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
-from data import Parser, Shards, cli, write_shard
+from data import Parser, cli, write_shard
 
 # --- 1. What there is to draw ----------------------------------------------------------------------------------------
 
@@ -362,13 +362,9 @@ def make_scenes(root, train=8000, val=1000, seed=0, workers=None, named=None, sm
 
 
 def built_in_set(root='runs/scenes'):
-    """-> the folder of the built-in set, drawn where it is absent. An older one, without `mixed` names, stays:
-    the new one goes to ROOT-2."""
+    """-> the folder of the built-in set, drawn where it is absent."""
     folder = Path(root)
-    shards = folder / 'val/00000.tar'                                   # the last file to be drawn
-    if shards.exists() and 'mixed' not in Shards(shards).record(0)['objects'][0]:
-        return built_in_set(f'{root}-2')
-    if not shards.exists():
+    if not (folder / 'val/00000.tar').exists():                         # the last file to be drawn
         print(f'data       drawing the built-in set into {folder}, once')
         make_scenes(folder)
     return folder

@@ -91,14 +91,13 @@ def binding(scores, group):
 
 
 def presence_and_binding(scores, groups):
-    """scores of all pairs, the groups of `listed_objects` -> {role: {top1 (presence), chance, bound (binding), objects
-    (how many)}}"""
+    """scores of all pairs, the groups of `listed_objects` -> {role: {top1 (presence), bound (binding), objects (how
+    many)}}"""
     figures = {}
     for role, group in groups.items():
         hits = [presence(scores, thing, thing.absent) for thing in group]
         figures[role] = {
             'top1': fmean(hits),
-            'chance': 1 / (1 + len(group[0].absent)),
             'bound': binding(scores, group),
             'objects': len(group),
         }
@@ -275,8 +274,7 @@ def track_attention(folder, model, tokenizer, preprocess, shards, step):
     for each in sorted(path.parent.glob('*.png')):
         whole = Image.open(each)
         maps = whole.crop((232, 0, 464, whole.height - 22))             # the second column of attention_picture
-        label = f'step {int(each.stem)}'
-        ImageDraw.Draw(maps).text((12, 12), label, 'white')
+        ImageDraw.Draw(maps).text((12, 12), f'step {int(each.stem)}', 'white')
         columns.append(pil_to_tensor(maps) / 255)
     save_image(columns, Path(folder, 'strip.png'), nrow=len(columns), padding=0)
 
@@ -316,8 +314,7 @@ def run(args, model, tokenizer, preprocess):
             figures[role][figure] = fmean(found)
     if args.pictures:
         for wrong in ('absent', 'mixed'):
-            path = f'{args.pictures}-{wrong}.png'
-            naming_picture(scores, groups, shards, path, wrong)
+            naming_picture(scores, groups, shards, f'{args.pictures}-{wrong}.png', wrong)
     figures['nearest'] = three_tests(model, tokenizer, preprocess, image_features, scores, shards)
     figures['pointing'] = pointing(model, tokenizer, preprocess, shards)
     figures['segmentation'] = segmentation(model, tokenizer, shards)
