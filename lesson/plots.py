@@ -77,8 +77,7 @@ def cell(experiment, name, figure):
 def table(experiment):
     """Markdown: a line per variant, a column per figure."""
     columns = COLUMNS.get(experiment, FIGURES)
-    heading = ' | '.join(columns)
-    lines = [f'| {experiment} | against | {heading} |', '|---' * (2 + len(columns)) + '|']
+    lines = [f'| {experiment} | against | {" | ".join(columns)} |', '|---' * (2 + len(columns)) + '|']
     for name, variant in EXPERIMENTS[experiment].items():
         cells = [cell(experiment, name, figure) for figure in columns]
         lines.append(f'| {name} | {variant.against} | {" | ".join(cells)} |')
@@ -98,13 +97,13 @@ def draw(experiment):
     for axis, figure in zip(axes.flat, columns):
         axis.set_title(figure.replace('.', '\n'), fontsize=8)
         curves = {}
-        for name in EXPERIMENTS[experiment]:
+        for name in reversed(EXPERIMENTS[experiment]):              # the first one on top
             if experiment in CURVES:
                 x, label = name[1:].split('-', 1)                       # q0.1-clip
                 curves.setdefault(label, {})[float(x)] = mean(experiment, name, figure)
             else:
                 found = values(experiment, name, figure).values()
-                axis.plot(found, [name] * len(found), 'o-')
+                axis.plot(found, [name] * len(found), 'C0o-')
         for label, curve in curves.items():
             axis.plot(curve.keys(), curve.values(), 'o-', label=label)
     if experiment in CURVES:
