@@ -217,7 +217,12 @@ def nearest(scores, scenes):
 def three_tests(model, tokenizer, preprocess, image_features, scores, shards):
     """The nearest of all names to a scene, the nearest drawing of one object to it, and the nearest name to a caption
     of all its objects: is it of the first object, or of the last? In a scene the dominant one is first; captions start
-    with each in turn."""
+    with each in turn.
+
+    Published shares of CLIP models, for orientation only (scenes of four objects, another set of names): image to
+    image, the large object 65-86 %, the small one 5-17 %; caption to name, the first 50-71 %, the fourth 4-10 %; image
+    to name on COCO, large 46-52 %, small 10-12 %.
+    """
     scenes, turned = [], []
     for pair in range(len(shards)):
         names = [listed['name'] for listed in objects_of(shards, pair)]
