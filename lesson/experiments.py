@@ -160,7 +160,7 @@ EXPERIMENTS = {
         'image-distill-student': Variant('--method image-distill', weights='student'),
         'clip-aug': Variant('--method clip-aug', against='image-distill-student'),
         # as good as 0: the teacher is the student itself
-        'no-average': Variant('--momentum 1e-9', against='student'),
+        'no-average': Variant('--momentum 1e-9', against='clip'),
         'globals-only': Variant('--local-crops 0 --local-captions 0')},
     'repair': {
         # of learning rates 3e-4 and 1e-3 the better one of seed 0
