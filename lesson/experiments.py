@@ -63,7 +63,7 @@ class Variant(NamedTuple):
     flags: str = '--method cosmos'          # of train.py; {scenes} is the folder of the set, {seed} the seed
     scenes: str = ''                        # options of lesson.scenes (none: the built-in set), or a set's name
     model: type = COSMOS
-    weights: str = 'teacher'                # what is measured; a method without a teacher has its student's only
+    weights: str = 'teacher'                # whose figures; a method without a teacher has the student's
     seeds: int = 3                          # 0, 1, 2
     against: str = 'cosmos'                 # the variant it is compared with
 
@@ -230,16 +230,16 @@ def run(variant, seed):
     for line in evaluation.read_lines(out / 'log.jsonl'):
         entry = json.loads(line)
         figures = flat(entry.get('eval', {}))
-        row |= figures                                                  # steps and seconds, of the last evaluation
+        row |= figures                  # steps and seconds of the last one; its other figures are replaced below
         for name, value in figures.items():
             if name.endswith('.top1'):                                  # presence over training
                 row[f"{name}@{entry['step']}"] = value
     loaded = evaluation.load(out / 'last.pt', variant.weights)
+    args = SimpleNamespace(shards=scenes / 'val', workers=0, pictures=out / 'naming')
+    row |= flat(evaluation.run_retrieval(args, *loaded), 'retrieval.')
     if (scenes / 'probes.json').exists():
         row |= flat(pairs.suppression(*loaded, scenes))
     else:
-        args = SimpleNamespace(shards=scenes / 'val', workers=0, pictures=out / 'naming')
-        row |= flat(evaluation.run_retrieval(args, *loaded), 'retrieval.')
         row |= flat(suppression.run(args, *loaded))
     evaluation.write_json(out / 'row.json', row)
     return row
