@@ -107,6 +107,18 @@ def find_shards(pattern):
     return sorted(unique)
 
 
+def half_of(pattern, half):
+    """DIR/train or DIR/val, and a line that says so, where `pattern` is a folder DIR of these two; else the pattern.
+
+    A folder with tars of its own stands for these tars.
+    """
+    halves = [f'{pattern}/train', f'{pattern}/val']
+    if tars_of(str(pattern)) or not all(map(tars_of, halves)):
+        return pattern
+    print(f'data       of {pattern} the half {half}/')
+    return f'{pattern}/{half}'
+
+
 def tars_of(name):
     """The tars that a name without braces stands for."""
     if os.path.isdir(name):
