@@ -1,10 +1,18 @@
 """COSMOS: cross-modality self-distillation for vision-language pre-training (CVPR 2025, arXiv 2412.01814).
 
-CLIP matches one vector of a picture with one vector of its caption, and in both big objects drown small ones. COSMOS
-shows a student network crops: parts of the picture, and single sentences of the caption. A teacher network, a slow
-average of the student, sees large crops and several sentences. Each vector of the student attends to the tokens of the
-other modality, and must then tell the teacher's vectors of its own pair from those of all others. So a sentence about a
-small object has to be found in the picture.
+CLIP matches one vector of an image with one vector of its caption. In both vectors big objects drown small ones. COSMOS
+crops both: the image into large and small views, the caption into groups of sentences and single ones. A student
+network sees all of them. A teacher network, a slow average of the student, sees only the large ones. In the student,
+cross-attention lets each vector of one modality read the tokens of the other. The result must tell the teacher's
+vectors of its own pair from those of all other pairs. So a sentence about a small object has to find it in the image.
+
+Notation. Views come first, (V, B, D), and views 0 and 1 are the two globals, always. "View" also means a caption.
+    B pairs on this GPU     N pairs on all GPUs     V image views, 2 global + local     U captions, 2 global + local
+    P patches               T text tokens, with padding     L rows of a sequence: T, P, or 1 + P with the class token
+    C width of a tower      D width of the joint space      n sequences that go through a tower together
+    Q rows of queries       H attention heads of width d    s, p side of a view and of a patch, in pixels
+`ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors. C^I and C^T are the two
+cross-attention modules, named after what they read: the image or the text.
 
 One training step. Every name is that of the code below.
 
@@ -12,41 +20,34 @@ One training step. Every name is that of the code below.
            |                                                                      |
       VisionTower ------ patches of view 0 -----.      .----- words of caption 0 ----- TextTower               STUDENT
            |                                    |      |                          |
-     cls (V,B,D) ---- query ---> text_cross <---|------'                     eot (U,B,D)
-           |                        C^T         '------> image_cross <-- query ---|
-           |                         |                       C^I                  |
-           |            h_I = C^T + cls   Eq. 1       h_T = C^I + eot   Eq. 2     |
+     cls (V,B,D) ---- query ---> C^T: text_cross <-----'                     eot (U,B,D)
+           |                         |          '-----> C^I: image_cross <--- query --|
            |                         |                        |                   |
-           '------ clip_loss --------|------------------------|-------------------'
-                                     '----- cosmos_loss ------'      Eq. 6: h_I and h_T, each with cls_t and eot_t
+           |             h_I = C^T + cls   Eq. 1      h_T = C^I + eot   Eq. 2     |
+           |                         |                        |                   |
+           '------ clip_loss --------|------------------------|-------------------'  cls of the 2 globals, all eot
+                                     '----- cosmos_loss ------'  Eq. 6: h_I and h_T, each with cls_t and with eot_t
                                               |      |
       VisionTower --------------------- cls_t (2,B,D)  eot_t (2,B,D) ----------------- TextTower               TEACHER
-      on the 2 global views               an average of students                 on the 2 global captions
-                                          without gradient or heads
+      on the 2 global views           a moving average of the student            on the 2 global captions
+                                  without gradient or cross-attention
 
     out = model(images, texts)                                          # student, all views and captions
     cls_t, eot_t = teacher(images[:2], texts[:2])                       # teacher, globals only
     loss = clip_loss(out, model.logit_scale.exp())
     loss = loss + cosmos_loss(out, cls_t, eot_t, model.distill_logit_scale.exp())
+    optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     model.clamp_scales()
-    teacher.update(model, momentum)                                     # momentum is lambda: 0.999 at batch 1,024
+    teacher.update(model, momentum)                                     # the paper's lambda, 0.999 at batch 1,024
 
-Read it beside Section 3 of the paper. Parts 1-5 are COSMOS: what it is, then what it learns from. Parts 6-7 are the
-towers and transformers of CLIP, which they stand on: skim them if you know it.
-
-Notation in every shape comment. Views come first, (V, B, D), and views 0 and 1 are the two globals, always.
-    B pairs on this GPU     N pairs on all GPUs     V image views, 2 global + local     U captions, 2 global + local
-    P patches               T text tokens, with padding     L rows of a sequence: T, P, or 1 + P with the class token
-    C tower width           D joint width                   n sequences that go through a tower together
-    Q rows of queries       H attention heads, d = C / H
-`ids` are numbers of tokens, as a tokenizer gives them; `patches` and `words` are vectors.
+Read it beside Section 3 of the paper. Parts 2-5 are COSMOS: what it is, then what it learns from. Parts 6-7 are CLIP's
+towers and transformer. If you know them, read only how a tower reads its views (class Tower). Part 8 is names.
 
 We follow the released code (github.com/ExplainableML/cosmos); `model.py:274` and the like are lines of it.
-    code≠paper: the paper's text says something else.           paper silent: the paper's text does not say.
+    code≠paper: the paper says something else.          paper silent: the paper does not say.
     ours: here we differ from the released code on purpose.
-Parameters of the towers have open_clip's names.
 """
 import copy
 import math
@@ -76,9 +77,9 @@ class Config:
     text_width: int = 512
     text_layers: int = 12
     text_heads: int = 8
-    context_length: int = 77        # T of a caption that is not cut
-    vocab_size: int = 49408         # CLIP's; TextTower finds the end of a text by its id, the last
-    cross_heads: int = 8            # attention heads inside C^I and C^T; 0: plain CLIP without them
+    context_length: int = 77        # T of a caption at full length
+    vocab_size: int = 49408         # CLIP's; the end-of-text token has the largest id
+    cross_heads: int = 8            # heads inside C^I and C^T each; 0: plain CLIP without them
 
     def __post_init__(self):
         for size, part in (
@@ -94,14 +95,16 @@ class Config:
 
     @classmethod
     def preset(cls, name, **changes):
-        """A named configuration, with any field changed."""
+        """A named configuration, with the given fields changed."""
         return replace(PRESETS[name], **changes)
 
 
 PRESETS = {
     'vit-b-16': Config(),                           # the paper's main model: 152,382,466 parameters
     'vit-b-32': Config(patch_size=32),              # the other released one
-    'vit-s-16': Config(embed_dim=384, vision_width=384, vision_heads=6, text_width=384, text_heads=6),
+    # ours:
+    'vit-s-16': Config(
+        embed_dim=384, vision_width=384, vision_heads=6, text_width=384, text_heads=6),
     'tiny': Config(
         embed_dim=128, image_size=64, local_image_size=32, patch_size=8,
         vision_width=192, vision_layers=4, vision_heads=3,
@@ -112,11 +115,10 @@ PRESETS = {
 # --- 2. The student ----------------------------------------------------------------------------- Sec. 3.2, Eq. 1-2 ---
 
 class CrossAttention(nn.Module):
-    """C^I or C^T: the [cls] or [eot] of every view pools the tokens of the other modality. One attention, no MLP.
+    """C^I or C^T: one attention without MLP. The [cls] or [eot] of every view reads the tokens of the other modality.
 
-    COSMOS.forward adds the residual of Eq. 1-2. Padding of a text is attended to as well (paper silent:
-    transformer.py:210-230): its rows come after the end, so they have seen the whole caption, too. They are further
-    summaries of it, not noise.
+    The residual of Eq. 1-2 is added outside, in COSMOS.forward. Padding of a text is read, too (paper silent;
+    transformer.py:210-230). The text tower is causal and padding comes after the end, so it has seen the whole caption.
     """
 
     def __init__(self, width, heads):
@@ -128,13 +130,13 @@ class CrossAttention(nn.Module):
     def forward(self, query, tokens):
         """query (V, B, D), un-normalised; tokens (B, L, D) -> (V, B, D).
 
-        Views become the query axis, so keys and values are projected once per pair, not once per view.
+        All views of a pair are queries side by side, so its keys and values are projected once, not once per view.
         """
         query = self.ln_q(query).transpose(0, 1)                        # (B, V, D)
         return self.attn(query, self.ln_k(tokens)).transpose(0, 1)
 
     def weights(self, query, tokens):
-        """How much each token counts for a query (B, D): (B, L), averaged over heads, rows sum to 1."""
+        """query (B, D), tokens (B, L, D) -> attention weights (B, L), averaged over heads; they sum to 1 over L."""
         query = self.ln_q(query)[:, None]                               # (B, 1, D)
         q, k, _ = self.attn.project(query, self.ln_k(tokens))           # (B, H, 1 or L, d)
         weights = attention_weights(q, k)                               # (B, H, 1, L)
@@ -148,96 +150,102 @@ class Output(NamedTuple):
     """
     cls: torch.Tensor           # (V, B, D)  one vector for each image view
     eot: torch.Tensor           # (U, B, D)  one vector for each caption
-    h_I: torch.Tensor           # (V, B, D)  the same for image views that have read the caption, Eq. 1
-    h_T: torch.Tensor           # (U, B, D)  and for captions that have read the image, Eq. 2
+    h_I: torch.Tensor           # (V, B, D)  of each image view, once it has read text, Eq. 1
+    h_T: torch.Tensor           # (U, B, D)  of each caption, once it has read an image, Eq. 2
 
 
 def unit(x):
-    """Rows of length 1, in float32 under any autocast: half precision would shift every logit."""
+    """Rows of length 1, in float32 also in a bf16 or fp16 run: half precision would shift every logit."""
     return F.normalize(x.float(), dim=-1)
 
 
 class COSMOS(nn.Module):
-    """Two towers, two linear maps, two cross-attention heads, two learned scales. With cross_heads = 0 a plain CLIP.
+    """Two towers, two linear maps, two cross-attentions, two learned scales. With cross_heads = 0 a plain CLIP.
 
-    The towers are CLIP's. The maps bring patches and words to width D, for the heads C^I and C^T to read. After
-    training only the towers are needed: retrieval, classification and segmentation never call the heads.
+    The towers are CLIP's. The maps bring patches and words to width D, for C^I and C^T to read. After training only the
+    towers are needed: retrieval, classification and segmentation do without cross-attention.
     """
 
     def __init__(self, config):
         super().__init__()
         D = config.embed_dim
         self.config = config
-        self.has_heads = config.cross_heads > 0
+        self.has_cross_attention = config.cross_heads > 0
         self.visual = VisionTower(config)
         self.text = TextTower(config)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # ln(1/temperature), L_CLIP
-        if self.has_heads:
-            # paper silent: the tokens pass a linear map before Eq. 1-2 (training: model.py:285-287, 331, 436), and
-            # L_COSMOS has a scale of its own (model.py:274).
+        first_scale = torch.tensor(math.log(1 / 0.07))                  # ln(1/temperature)
+        self.logit_scale = nn.Parameter(first_scale)                    # L_CLIP
+        if self.has_cross_attention:
+            # paper silent: tokens pass a linear map before Eq. 1-2 (model.py:285-287, 331, 436), and L_COSMOS has a
+            # scale of its own (model.py:274).
             self.image_map = nn.Linear(config.vision_width, D)
             self.text_map = nn.Linear(config.text_width, D)
             self.image_cross = CrossAttention(D, config.cross_heads)    # C^I, reads patches
             self.text_cross = CrossAttention(D, config.cross_heads)     # C^T, reads words
-            self.distill_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.distill_logit_scale = nn.Parameter(first_scale.clone())
 
     def forward(self, images, texts):
         """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output.
 
-        The queries are those of all views. Keys and values are the patches of view 0 and the words of caption 0 alone
-        (code≠paper, which says "global crops": model.py:370-382). Words are all T positions, padding included (paper
-        silent: transformer.py:772-775), so caption 0 comes at full length. The others may be cut, see TextTower.
+        Every [cls] and every [eot] is a query. Keys and values are the patches of view 0 and the words of caption 0
+        only (code≠paper: "global crops"; model.py:370-382). Words are all T positions, padding included, so caption 0
+        must come at full length (paper silent; transformer.py:772-775). The others may be cut, see TextTower.
         """
-        if not self.has_heads:
+        if not self.has_cross_attention:
             return Output(unit(self.visual(images)), unit(self.text(texts)), None, None)
-        cls, rows = self.visual.with_tokens(images)                     # (V, B, D), (B, 1 + P, C)
-        eot, words = self.text.with_tokens(texts)                       # (U, B, D), (B, T, C)
-        patches = rows[:, 1:]                                           # without the class token, as released
+        cls, sequence = self.visual.with_sequence(images)               # (V, B, D), (B, 1 + P, C)
+        eot, words = self.text.with_sequence(texts)                     # (U, B, D), (B, T, C)
+        patches = sequence[:, 1:]                                       # without the class token
         h_I = self.text_cross(cls, self.text_map(words)) + cls          # (V, B, D)  Eq. 1
         h_T = self.image_cross(eot, self.image_map(patches)) + eot      # (U, B, D)  Eq. 2
         return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
 
     def encode_image(self, images):
-        """images (B, 3, h, w), h and w multiples of the patch -> [cls] (B, D), patches (B, P, D), both un-normalised.
+        """images (B, 3, h, w), h and w multiples of p -> [cls] (B, D), patches (B, P, D), both un-normalised.
 
-        In a plain CLIP the patches are None: it has no map for them.
+        These patches are what C^I reads; encode_dense has others, to compare with texts. A plain CLIP has None.
         """
-        cls, rows = self.visual.with_tokens([images])
-        return cls[0], self.image_map(rows[:, 1:]) if self.has_heads else None
+        cls, sequence = self.visual.with_sequence([images])
+        patches = self.image_map(sequence[:, 1:]) if self.has_cross_attention else None
+        return cls[0], patches
 
     def encode_text(self, ids):
         """ids (B, T) -> [eot] (B, D), words (B, T, D), both un-normalised. In a plain CLIP the words are None."""
-        eot, words = self.text.with_tokens([ids])
-        return eot[0], self.text_map(words) if self.has_heads else None
+        eot, sequence = self.text.with_sequence([ids])
+        words = self.text_map(sequence) if self.has_cross_attention else None
+        return eot[0], words
 
     def encode_dense(self, images, csa=False):
-        """images (B, 3, h, w) -> (B, h/p, w/p, D): one unit vector a patch, comparable with text vectors.
+        """images (B, 3, h, w) -> (B, h/p, w/p, D): one unit vector per patch, comparable with text vectors.
 
-        Used for segmentation. With `csa` the last block attends correlatively, as SCLIP does (transformer.py:687-764).
+        Used for segmentation. `csa` is SCLIP's correlative self-attention in the last block (transformer.py:687-764):
+        queries attend to queries and keys to keys.
         """
-        _, rows = self.visual.with_tokens([images], csa)                # (B, 1 + P, C)
-        patches = unit(rows[:, 1:] @ self.visual.proj)                  # (B, P, D)
+        _, sequence = self.visual.with_sequence([images], csa)          # (B, 1 + P, C)
+        patches = unit(sequence[:, 1:] @ self.visual.proj)              # (B, P, D)
         h = images.shape[2] // self.config.patch_size
         return patches.unflatten(1, (h, -1))
 
     def attention(self, images, ids):
         """images (B, 3, h, w), ids (B, T) -> weights of C^I over patches (B, P), of C^T over words (B, T).
 
-        The caption is the query of C^I and the image that of C^T: the qualitative figure of the paper.
+        The query of C^I is the caption, that of C^T the image. The paper's qualitative figure shows these weights.
         """
-        if not self.has_heads:
-            raise ValueError('this model is a plain CLIP and has no cross-attention heads to show; use COSMOS weights')
+        if not self.has_cross_attention:
+            raise ValueError('this model is a plain CLIP without cross-attention to show; use COSMOS weights')
         cls, patches = self.encode_image(images)
         eot, words = self.encode_text(ids)
         return self.image_cross.weights(eot, patches), self.text_cross.weights(cls, words)
 
     def scales(self):
-        """The learned logarithms of 1/temperature: L_CLIP's, and with heads L_COSMOS's."""
-        return [self.logit_scale, self.distill_logit_scale] if self.has_heads else [self.logit_scale]
+        """The learned logarithms of 1/temperature: of L_CLIP, and with cross-attention of L_COSMOS."""
+        if self.has_cross_attention:
+            return [self.logit_scale, self.distill_logit_scale]
+        return [self.logit_scale]
 
     @torch.no_grad()
     def clamp_scales(self):
-        """Clamp these logarithms to [0, ln 100] after each step: beyond, the softmax saturates and training breaks."""
+        """Clamp these logarithms to [0, ln 100] after each step: above, the softmax saturates and training breaks."""
         for scale in self.scales():
             scale.clamp_(0, math.log(100))
 
@@ -248,8 +256,8 @@ class Teacher(nn.Module):
     """theta_t <- lambda theta_t + (1 - lambda) theta_s: an exponential moving average of the student, without gradient.
 
     With lambda = 0.999 the last 693 students have half of the weight. It starts as a copy and averages every parameter.
-    It uses neither cross-attention nor scales, but with both averaged it is a complete model, whose attention can be
-    drawn.
+    As a teacher it uses the towers only. Cross-attention and scales are averaged, too, so that teacher.model is a
+    complete model: to evaluate, and to draw its attention.
     """
 
     def __init__(self, student):
@@ -260,7 +268,7 @@ class Teacher(nn.Module):
     def forward(self, images, texts):
         """The two globals, lists of (B, 3, s, s) and (B, T) -> cls_t (2, B, D), eot_t (2, B, D), of unit length.
 
-        Without texts (None) eot_t is None: for methods that distil images alone.
+        texts may be None, where only images are distilled; then eot_t is None.
         """
         cls_t = unit(self.model.visual(images))
         if texts is None:
@@ -269,46 +277,53 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student, momentum):
-        """ours: call it after optimizer.step, as the paper's text and DINO do. The released code calls it before, and
-        so averages the student of one step earlier (its train.py:185-193 comes before 213-221)."""
-        # t + (1 - lambda) (s - t), for all parameters at once
-        torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - momentum)
+        """Move every parameter by 1 - lambda of the way to the student's.
+
+        ours: call it after optimizer.step, as the paper's text and DINO do. The released code calls it before, and so
+        averages the student of one step earlier (its train.py:185-193 comes before 213-221).
+        """
+        # t + (1 - lambda) (s - t), in one call for all parameters, as torch's optimizers do it
+        mine = list(self.model.parameters())
+        torch._foreach_lerp_(mine, list(student.parameters()), 1 - momentum)
 
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
 def nce(queries, keys, scale):
-    """L_nce: query i must find key i among all N. The mean over the B queries of all V x U combinations of views.
+    """L_nce: query i must find key i among all N. Averaged over all V x U pairs of views and their B queries.
 
-    queries (V, B, D) of this GPU, keys (U, N, D) of all, of unit length; scale = 1/temperature.
+    queries (V, B, D) of this GPU, keys (U, N, D) of all, of unit length; scale = 1/temperature. For nce the views of
+    queries and keys may be of either modality.
 
-    By pencil: queries (1, 0) and (0, 1), keys (1, 0) and (0.6, 0.8), scale 1. Logits [[1, 0.6], [0, 0.8]]. Losses:
+    By hand: queries (1, 0) and (0, 1), keys (1, 0) and (0.6, 0.8), scale 1. Logits [[1, 0.6], [0, 0.8]]. Losses:
     query 0 ln(1 + e^-0.4) = 0.5130, query 1 ln(1 + e^-0.8) = 0.3711, mean 0.4421. With queries and keys exchanged
     ln(1 + e^-1) = 0.3133 and ln(1 + e^-0.2) = 0.5981, mean 0.4557. symmetric_nce is the mean of both: 0.4489.
     """
     V, B, _ = queries.shape
     U, N, _ = keys.shape
-    with torch.autocast(queries.device.type, enabled=False):            # float32, also in a bf16 run
-        logits = scale * queries.flatten(0, 1) @ keys.flatten(0, 1).T  # (V*B, U*N), one product
-    first = dist.get_rank() * B if N > B else 0                         # where my pairs begin among all N
+    with torch.autocast(queries.device.type, enabled=False):            # float32, in a bf16 run too
+        # Row (v, b), column (u, n): all pairs of views in one product.
+        logits = scale * queries.flatten(0, 1) @ keys.flatten(0, 1).T   # (V*B, U*N)
+    first = dist.get_rank() * B if N > B else 0     # where my pairs begin among all N
     own_key = torch.arange(first, first + B, device=logits.device)
     target = own_key.view(1, B, 1).expand(V, B, U)
-    logits = logits.view(V * B * U, N)              # each query chooses among the N keys of one view
+    # Row (v, b, u): query b of view v chooses among the N keys of view u.
+    logits = logits.view(V * B * U, N)
     return F.cross_entropy(logits, target.flatten())
 
 
 def symmetric_nce(a, b, all_a, all_b, scale):
-    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a (V, B, D), b (U, B, D) of this GPU, all_a, all_b of all."""
+    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a (V, B, D), b (U, B, D); all_a, all_b: of all GPUs."""
     return (nce(a, all_b, scale) + nce(b, all_a, scale)) / 2
 
 
 def clip_loss(out, scale):
-    """L_CLIP: the student's two global images against all its captions, 2 x U pairs of views. scale = exp(logit_scale).
+    """L_CLIP: the student's two global images with all its captions, 2 x 8 pairs of views. scale = exp(logit_scale).
 
-    With 2 + 6 captions these are 16 pairs of views. The heads have no part in it: it is CLIP's loss on [cls] and [eot].
+    Cross-attention has no part in it: it is CLIP's loss on [cls] and [eot].
 
-    code≠paper: local image views stay out, because with them the released model overfitted (loss.py:203-206). That the
-    paper takes all crops rests on one account of it.
+    code≠paper: local image views stay out, because a trial with them overfitted (loss.py:203-206). That the paper
+    takes all crops we know from one second-hand summary only.
     """
     cls = out.cls[:2]
     eot = out.eot
@@ -319,8 +334,8 @@ def clip_loss(out, scale):
 def cosmos_terms(out, cls_t, eot_t, scale):
     """The four terms of L_COSMOS by name.                                                            Sec. 3.3, Eq. 6
 
-    Each pairs every student view with both teacher views (V x 2 or U x 2 pairs). Pairs of the same view count, too
-    (paper silent: loss.py:131-139); DINO leaves them out. scale = exp(distill_logit_scale).
+    Each pairs every student view with both teacher views, 8 x 2 pairs. Student view 0 with teacher view 0 counts, too,
+    and 1 with 1 (paper silent; loss.py:131-139); DINO leaves them out. scale = exp(distill_logit_scale).
     """
     h_I = out.h_I
     h_T = out.h_T
@@ -338,14 +353,15 @@ def cosmos_loss(out, cls_t, eot_t, scale):
     return sum(terms.values()) / 4
 
 
-# --- 5. Across GPUs: the pairs of this one against the pairs of all --------------------------------------------------
+# --- 5. Across GPUs: pairs of this GPU against pairs of all ----------------------------------------------------------
 
 class Gather(torch.autograd.Function):
-    """(V, B, D) on every rank -> (V, N, D) on all of them, and gradients back the same way.
+    """(V, B, D) on every rank -> (V, N, D) on all of them, and gradients back the same way. B is equal on all ranks.
 
-    ours: the gradient is exact. Every rank's loss depends on my vectors: the backward sums over ranks, and DDP's mean
-    makes it the gradient of the mean loss. The released code gathers without gradient. Its gradient has the same
-    direction, but on G GPUs a length of 1/G, except for the two scales. AdamW divides that factor out, but for its eps.
+    ours: the gradient is exact. The losses of all G ranks depend on my vectors. The backward adds up what they send
+    back, and DDP's mean over the ranks makes it the gradient of their mean loss.
+    The released code gathers without gradient. For all parameters but the two scales it gets 1/G of the same gradient,
+    a factor that AdamW divides out, except for its eps.
     """
 
     @staticmethod
@@ -365,7 +381,7 @@ class Gather(torch.autograd.Function):
 def gather(*features):
     """Several (V, B, D) -> several (V, N, D). On one GPU they pass untouched.
 
-    One collective for all of them. The released code has two for each of its 80 pairs of views a step.
+    One collective for all of them. The released code has two for each of its 16 + 64 pairs of views per step.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return features
@@ -381,10 +397,10 @@ def same_size(views):
 
 
 class Tower(nn.Module):
-    """What both towers do. Of each view they read one row: of an image the class token, of a text its end.
+    """What both towers do: they read one row of each view, the class token of an image or the end of a text.
 
-    A tower has `embed`, which takes a list of tensors of views, and yields for each its sequences (n, L, C) and the row
-    to read in them (n,); and `transformer`, `norm` and `proj`.
+    A tower has `embed`: for each tensor of a list it yields the sequences (n, L, C) and the row to read in them (n,).
+    It also has `transformer`, `norm` and `proj`.
     """
 
     def forward(self, views):
@@ -392,17 +408,19 @@ class Tower(nn.Module):
 
         No other row is read, so the last block computes only this one.
         """
-        features = [self.read(x, row) for x, row in self.embed(same_size(views))]       # each (n, D)
+        features = [self.read(x, row) for x, row in self.embed(same_size(views))]   # (n, D) each
         return torch.cat(features).unflatten(0, (len(views), -1))
 
-    def with_tokens(self, views, csa=False):
-        """The same, and all rows of view 0, (B, L, C), normalised. View 0 passes alone, for the heads read it whole."""
-        first, *others = self.embed([views[0], *same_size(views[1:])])
-        x, row = first
-        tokens = self.norm(self.transformer(x, csa=csa))                # (B, L, C)
-        features = [pick(tokens, row)[:, 0] @ self.proj]
+    def with_sequence(self, views, csa=False):
+        """-> [cls] or [eot] of all views (V, B, D), and the whole normalised sequence of view 0 (B, L, C).
+
+        Cross-attention reads that sequence. So view 0 passes alone, and its last block computes all rows.
+        """
+        (x, row), *others = self.embed([views[0], *same_size(views[1:])])
+        sequence = self.norm(self.transformer(x, csa=csa))              # (B, L, C)
+        features = [pick(sequence, row)[:, 0] @ self.proj]
         features += [self.read(x, row) for x, row in others]
-        return torch.cat(features).unflatten(0, (len(views), -1)), tokens
+        return torch.cat(features).unflatten(0, (len(views), -1)), sequence
 
     def read(self, x, row):
         """Sequences x (n, L, C), row (n,) -> (n, D)."""
@@ -411,7 +429,7 @@ class Tower(nn.Module):
 
 
 class VisionTower(Tower):
-    """ViT: a class token and patches. Its rows are the class token, then the patches."""
+    """ViT. The rows of a sequence are the class token, then the patches."""
 
     def __init__(self, config):
         super().__init__()
@@ -435,9 +453,9 @@ class VisionTower(Tower):
             if height % p or width % p:
                 raise ValueError(f'an image of {height} x {width} pixels cannot be cut into patches of {p}; '
                                  'resize or pad it to multiples of that')
-            # Patches do not overlap, so conv1 equals a matrix product, in bf16 on CPUs 3 to 5 times as fast.
-            patches = F.unfold(images, kernel_size=p, stride=p).transpose(1, 2)     # (n, P, 3 * p * p)
-            patches = F.linear(patches, self.conv1.weight.flatten(1))   # (n, P, C)
+            # Patches do not overlap, so conv1 is a matrix product. As such it is 3 to 5 times as fast in bf16 on CPUs.
+            pixels = F.unfold(images, kernel_size=p, stride=p).transpose(1, 2)  # (n, P, 3 * p * p)
+            patches = F.linear(pixels, self.conv1.weight.flatten(1))    # (n, P, C)
             cls = self.class_embedding.expand(n, 1, -1)
             x = torch.cat([cls, patches], dim=1) + self.positions(height // p, width // p)
             class_row = torch.zeros(n, dtype=torch.long, device=x.device)
@@ -450,8 +468,8 @@ class VisionTower(Tower):
             return self.positional_embedding
         cls, patches = self.positional_embedding.split([1, grid ** 2])
         patches = patches.T.unflatten(1, (grid, grid))[None]            # (1, C, grid, grid)
-        # paper silent: DINO adds 0.1 so that rounding never loses a row. This also stretches the grid a little, and the
-        # released weights were trained so: without it local crops get other positions. transformer.py:646-669
+        # paper silent (transformer.py:646-669): DINO adds 0.1 so that rounding never loses a row. It also stretches the
+        # grid a little. The released weights were trained so: without it local crops would get other positions.
         zoom = (h + 0.1) / grid, (w + 0.1) / grid
         patches = F.interpolate(patches, scale_factor=zoom, mode='bicubic')  # (1, C, h, w)
         return torch.cat([cls, patches[0].flatten(1).T])
@@ -460,8 +478,8 @@ class VisionTower(Tower):
 class TextTower(Tower):
     """Causal transformer. The end-of-text token is the first that has seen the whole caption, so it stands for it.
 
-    A caption may be cut behind the longest of its B texts: its end never sees the padding. A text that is cut before
-    its end gives a wrong [eot] without any error.
+    A tensor of B texts may be cut behind the longest of them: their ends never see the padding. A text that is cut
+    before its end gives a wrong [eot] without any error.
     """
 
     def __init__(self, config):
@@ -474,16 +492,16 @@ class TextTower(Tower):
         self.proj = nn.Parameter(C ** -0.5 * torch.randn(C, config.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         residual_std = (2 * C * layers) ** -0.5
-        for block in self.transformer.resblocks:                        # CLIP's scaling, as released
+        for block in self.transformer.resblocks:                    # CLIP's scaling, as released
             nn.init.normal_(block.attn.in_proj_weight, std=C ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * C) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
     def embed(self, groups):
-        """Ids (n, T) -> the vectors of tokens and positions, (n, T, C), and the end, which has the largest id.
+        """Ids (n, T) -> vectors of tokens plus positions, (n, T, C), and the row of the end, which has the largest id.
 
-        One lookup for all captions, because the backward of each lookup fills a (vocab, C) gradient.
+        One lookup for all captions, because in the backward pass each lookup fills a (vocab, C) gradient.
         """
         all_ids = torch.cat([ids.flatten() for ids in groups])
         vectors = self.token_embedding(all_ids).split([ids.numel() for ids in groups])
@@ -495,9 +513,9 @@ class TextTower(Tower):
 # --- 7. Transformer: stack, block, attention (CLIP) ------------------------------------------------------------------
 
 class Transformer(nn.Module):
-    """A stack of blocks. In a causal one each row reads itself and the rows before it, else each reads all.
+    """A stack of blocks. If causal, each row reads itself and the rows before it, else each row reads all.
 
-    `grad_checkpointing` saves memory: activations are computed again in the backward.
+    `grad_checkpointing` saves memory: all blocks but the last are recomputed in the backward pass.
     """
 
     def __init__(self, width, layers, heads, causal=False):
@@ -540,7 +558,7 @@ class Block(nn.Module):
     def forward(self, x, mask=None, row=None, csa=False):
         """x (n, L, C), mask (L, L) -> (n, L, C). With `row` (n,) only that row of each sequence is computed, (n, 1, C).
 
-        All rows are keys and values either way, so the row equals that of the whole result.
+        All rows are keys and values either way, so the result is the same as if all were computed and one taken.
         """
         context = query = self.ln_1(x)                                  # (n, L, C)
         if row is not None:
@@ -578,9 +596,9 @@ class Attention(nn.Module):
         q, k, v = self.project(query, context)
         if csa:     # SCLIP: q with q, k with k. A patch attends to itself and to what looks like it
             x = (attention_weights(q, q) + attention_weights(k, k)) @ v
-        elif q.device.type == 'cpu':
+        elif q.device.type == 'cpu':    # up to 5 times as fast as the kernel below, in bf16
             x = attention_weights(q, k, mask) @ v
-        else:       # the same in one kernel; on CPUs in bf16 it is up to 5 times as slow at short lengths
+        else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
@@ -609,7 +627,7 @@ def attention_weights(q, k, mask=None):
 
 # --- 8. Names of the released code and of open_clip ------------------------------------------------------------------
 
-RENAMES = {          # our prefix -> theirs; first match wins. They have the text tower at the root.
+RENAMES = {          # our prefix -> theirs; first match wins. Their text tower has no prefix.
     'visual.norm.': 'visual.ln_post.',
     'text.norm.': 'ln_final.',
     'text.proj': 'text_projection',
@@ -634,7 +652,7 @@ def rename(state_dict, table):
 
 
 def to_openclip(state_dict):
-    """Our names -> the released code's. open_clip loads the result with only the COSMOS heads left over."""
+    """Our names -> the released code's. open_clip loads all (strict=False) but cross-attention, its maps and scale."""
     return rename(state_dict, RENAMES)
 
 
@@ -650,15 +668,14 @@ if __name__ == '__main__':      # python cosmos.py: forward and backward on nois
     torch.manual_seed(0)
     model = COSMOS(Config.preset('tiny', vocab_size=1000))
     teacher = Teacher(model)
-    images = [torch.randn(4, 3, size, size) for size in (64, 64, 32, 32, 32)]
-    texts = torch.randint(1, 999, (5, 4, 64))
+    images = [torch.randn(3, 3, size, size) for size in (64, 64, 32, 32, 32)]   # V = 5, B = 3
+    texts = torch.randint(1, 999, (4, 3, 64))                           # U = 4
     texts[:, :, -1] = 999                                               # the end of text
     out = model(images, texts)
     cls_t, eot_t = teacher(images[:2], texts[:2])
     loss = clip_loss(out, model.logit_scale.exp())
     loss = loss + cosmos_loss(out, cls_t, eot_t, model.distill_logit_scale.exp())
     loss.backward()
-    teacher.update(model, momentum=0.999)
-    for name, value in out._asdict().items():
-        print(f'{name:14} {tuple(value.shape)}')
-    print(f'loss           {loss.item():.4f} on noise; blind guessing among 4 pairs would be 2 ln 4 = 2.7726')
+    for name, value in {**out._asdict(), 'cls_t': cls_t, 'eot_t': eot_t}.items():
+        print(f'{name:8} {tuple(value.shape)}')
+    print(f'loss     {loss.item():.4f} on noise; a blind guess costs ln 3 in each loss, 2.1972 in all')

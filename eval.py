@@ -271,8 +271,8 @@ def embed_labelled(model, source, preprocess, workers=0):
     loader = DataLoader(Images(source, preprocess), 64, num_workers=workers)
     features, labels = [], []
     for pixels, numbers in progress(loader, 'images'):
-        pooled, _ = model.visual([pixels.to(model.logit_scale.device)])     # (1, B, D)
-        features.append(unit(pooled[0]).cpu())
+        cls = model.visual([pixels.to(model.logit_scale.device)])       # (1, B, D)
+        features.append(unit(cls[0]).cpu())
         labels.append(numbers)
     return torch.cat(features), torch.cat(labels)
 
@@ -291,8 +291,8 @@ def embed_texts(model, tokenizer, texts, batch=256):
     features = torch.empty(len(texts), model.config.embed_dim)
     for rows in progress(length.argsort().split(batch), 'texts'):
         cut = tokens[rows, :length[rows].max()]
-        pooled, _ = model.text([cut.to(model.logit_scale.device)])  # (1, B, D)
-        features[rows] = unit(pooled[0]).cpu()
+        eot = model.text([cut.to(model.logit_scale.device)])        # (1, B, D)
+        features[rows] = unit(eot[0]).cpu()
     return features
 
 
@@ -938,7 +938,7 @@ def execute(args):
     if args.json:
         write_json(args.json, figures)
     line = f'-m extras.search {args.checkpoint} --images DIR "CAPTION"'
-    if model.has_heads and args.command != 'attend':
+    if model.has_cross_attention and args.command != 'attend':
         line = f'eval.py attend {args.checkpoint} --image IMAGE --text "CAPTION"'
     print(f'next       python {line}')
 

@@ -6,8 +6,8 @@
     python train.py --init CKPT --data /shards                  COSMOS put onto a CLIP that exists
     python train.py --resume auto                               goes on where the checkpoint in --out stopped
 
---out then holds last.pt (the checkpoint; the one before is previous.pt), log.jsonl, config.json, eval.json, samples.png
-(what the student sees) and, for COSMOS, attention.png. Section 6 is the step of the paper.
+--out then holds last.pt (the checkpoint), log.jsonl, config.json, eval.json, samples.png (what the student sees) and,
+for COSMOS, attention.png. Section 6 is the step of the paper.
 """
 import argparse
 import contextlib
@@ -16,11 +16,12 @@ import fcntl
 import json
 import math
 import os
+import platform
 import resource
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ import eval as evaluation
 from cosmos import COSMOS, PRESETS, Config, Output, Teacher
 from cosmos import clip_loss, cosmos_terms, gather, symmetric_nce
 from data import POOLS, SIGNALS, Order, Parser, Preprocess, Shards, Tokenizer, Views
-from data import cli, loader, replacing, sample_sheet
+from data import cli, half_of, loader, replacing, sample_sheet
 
 # --- 1. The methods of Table 5, and the options ----------------------------------------------------------------------
 
@@ -45,25 +46,26 @@ class Method(NamedTuple):
     global_captions: int = 2            # of 1-5 sentences
     local_images: bool = True           # --local-crops more image views
     local_captions: bool = True         # --local-captions more captions, of one sentence
-    terms: tuple = ()       # STUDENT_TEACHER: h_I_eot pairs h_I with EOT_t; without any, no teacher
-    heads: bool = False                 # cross-attention
+    distills_images: bool = False       # the student's images learn from the teacher
+    distills_texts: bool = False        # the student's captions, too
+    cross_attention: bool = False       # h_I and h_T learn from both: L_COSMOS
 
 
-# Each row adds to the one above; cosmos replaces the self-distillation terms by those of Eq. 6. Only cosmos is the
-# released code's. The others are our reading of the table's labels. The table's "text augmentation" seems to bring the
-# synthetic captions: the rows above it are far below the CLIP of Table 1. Give those rows --caption-pool raw for that.
+# Each row adds to the one above. Only cosmos is the released code's. The others are our reading of the table's labels.
+# The table's "text augmentation" seems to bring the synthetic captions: the rows above it are far below the CLIP of
+# Table 1. Give those rows --caption-pool raw for that.
 METHODS = {
     'clip': Method(global_images=1, global_captions=1, local_images=False, local_captions=False),
     # + image augmentation
     'clip-aug': Method(global_captions=1, local_images=False, local_captions=False),
     # + image self-distillation
-    'image-distill': Method(global_captions=1, local_captions=False, terms=('cls_cls',)),
+    'image-distill': Method(global_captions=1, local_captions=False, distills_images=True),
     # + text augmentation
-    'text-crop': Method(terms=('cls_cls',)),
+    'text-crop': Method(distills_images=True),
     # + text self-distillation
-    'text-distill': Method(terms=('cls_cls', 'eot_eot')),
+    'text-distill': Method(distills_images=True, distills_texts=True),
     # + cross-attention
-    'cosmos': Method(terms=('h_I_cls', 'h_I_eot', 'h_T_cls', 'h_T_eot'), heads=True)}
+    'cosmos': Method(distills_images=True, distills_texts=True, cross_attention=True)}
 
 # The paper's recipe for CC3M (released train_cc3m.sh); docs/scaling.md has those of the larger sets.
 PAPER = {'epochs': 32.0, 'batch': 1024, 'lr': 5e-4, 'warmup': 2000, 'wd': 0.5, 'momentum': 0.999}
@@ -72,89 +74,82 @@ LAPTOP = {
     'steps': 320, 'batch': 32, 'lr': 1e-3, 'lr_end': 0.5, 'warmup': 30, 'wd': 0.1,
     'momentum': 0.99, 'momentum_ramp': 10, 'augment': 'crops', 'vocab': 'learn'}
 
-
 DTYPES = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}           # None: no autocast
-
-
-def bounded(kind, low, high=math.inf):
-    """A type for argparse: a number from `low` to `high`."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f'{text} is out of range; give {low} to {high}')
-        return value
-    return number
-
-
-KINDS = {
-    bool: {'action': 'store_true'},
-    int: {'type': bounded(int, 0)},
-    float: {'type': bounded(float, 0)}}
-at_least_1 = bounded(int, 1)
 WORKERS = min(8, os.cpu_count() // 2 or 1)
 
 
-def option(help, default=None, **argparse_options):
-    """A field of Options: an option on the command line. A default of None: none, or the preset's recipe."""
-    return field(default=default, metadata=dict(argparse_options, help=help))
-
-
-@dataclass
-class Options:
-    """Every option, once. GROUPS says where a group begins in --help."""
-    data: str = option('shards: a folder, glob or brace pattern of tars (default: the built-in set)')
-    val: str = option('held-out shards, evaluated every --eval-every steps and at the end')
-    caption_keys: str = option('comma-separated json keys of the captions; see docs/data.md')
-    caption_pool: str = option("DreamLIP's captions, without --caption-keys", 'all', choices=POOLS)
-    vocab: str = option("clip, learn (from the captions), or a path to CLIP's merges", 'clip')
-    workers: int = option('loader processes per training process', WORKERS)
-    preset: str = option('model and recipe (vit-b-16 with --data, else tiny)', choices=PRESETS)
-    method: str = option('row of Table 5', 'cosmos', choices=METHODS)
-    init: str = option('weights to start from: ours, released, open_clip; with their sizes and ids')
-    local_crops: int = option('local image views a pair', 6)
-    local_captions: int = option('captions of one sentence a pair', 6)
-    augment: str = option('full: with flips and colours (not for clip)', 'full', choices=['full', 'crops'])
-    aligned_crops: bool = option('captions name what their crop shows; the built-in set', False)
-    steps: int = option('optimizer steps in all', type=at_least_1)
-    epochs: float = option('passes over the data; wins over --steps', type=bounded(float, 1e-9))
-    batch: int = option('pairs a step, over all processes and --accum', type=bounded(int, 2))
-    accum: int = option('parts a batch is cut into: less memory', 1, type=at_least_1)
-    lr: float = option('peak learning rate')
-    lr_end: float = option('share of the peak at which the cosine ends', 0.0, type=bounded(float, 0, 1))
-    warmup: int = option('steps of linear warm-up before the cosine')
-    wd: float = option('weight decay of matrices; vectors and scales have none')
-    momentum: float = option('lambda of the teacher', type=bounded(float, 1e-9, 1))
-    momentum_ramp: int = option('R: lambda is at most s / (s + R) in step s; 0: fixed', 0)
-    clip_grad: float = option('largest norm of the gradient; 0 does not clip, as released', 0.0)
-    seed: int = option('of everything random', 0)
-    precision: str = option('auto: bf16 where it is fast', 'auto', choices=['auto', *DTYPES])
-    device: str = option('where to train', 'auto', choices=['auto', 'cuda', 'cpu'])
-    compile: bool = option('torch.compile: for GPUs, on CPUs it gains nothing', False)
-    grad_checkpoint: bool = option('less memory, one more forward pass', False)
-    out: str = option('folder of checkpoint, log and pictures (default: runs/PRESET-METHOD)')
-    resume: str = option('a checkpoint, or auto: the one in --out, or a fresh start')
-    save_every: int = option('steps between checkpoints', 1000, type=at_least_1)
-    save_minutes: float = option('minutes between checkpoints; 0: steps alone', 30.0)
-    eval_every: int = option('steps between evaluations on --val; 0: at the end only', 0)
-    log_every: int = option('steps between log lines', 20, type=at_least_1)
-    max_skipped: int = option('steps in a row that may have no finite loss or gradient', 5)
-
-
-GROUPS = {'data': 'data', 'preset': 'method', 'steps': 'schedule', 'precision': 'machine', 'out': 'output'}
+def make_parser():
+    """All options. In --help a value in brackets is the default; the other numbers come from the preset's recipe."""
+    parser = Parser(epilog=f'{__doc__}\nRecipe of vit-*: {PAPER}.\nOf tiny: {LAPTOP}.')
+    add = parser.add_argument
+    # data
+    add('--data', help='shards: a folder, glob or brace pattern of tars (the built-in set)')
+    add('--val', help='held-out shards, evaluated every --eval-every steps and at the end')
+    add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
+    add('--caption-pool', choices=POOLS, default='all', help="of DreamLIP's captions (%(default)s)")
+    add('--vocab', default='clip', help="%(default)s, learn (from the captions), or a path to merges")
+    add('--workers', type=int, default=WORKERS, help='loader processes a process (%(default)s)')
+    # method
+    add('--preset', choices=PRESETS, help='model and recipe (vit-b-16 with --data, else tiny)')
+    add('--method', choices=METHODS, default='cosmos', help='row of Table 5 (%(default)s)')
+    add('--init', help='weights to start from: ours, released, open_clip; with their sizes and ids')
+    add('--local-crops', type=int, default=6, help='local image views a pair (%(default)s)')
+    add('--local-captions', type=int, default=6, help='local captions a pair (%(default)s)')
+    add('--augment', choices=['full', 'crops'], default='full', help='full: flips, colours; not for clip')
+    # schedule
+    add('--steps', type=int, help='optimizer steps in all')
+    add('--epochs', type=float, help='passes over the data; wins over --steps')
+    add('--batch', type=int, help='pairs a step, over all processes and --accum')
+    add('--accum', type=int, default=1, help='parts a batch is cut into, for memory (%(default)s)')
+    add('--lr', type=float, help='peak learning rate')
+    add('--lr-end', type=float, default=0.0, help='share of the peak at the end (%(default)s)')
+    add('--warmup', type=int, help='steps of linear warm-up before the cosine')
+    add('--wd', type=float, help='weight decay of matrices; vectors and scales have none')
+    add('--momentum', type=float, help='lambda of the teacher')
+    add('--momentum-ramp', type=int, default=0, help='R: in step s at most s / (s + R)')
+    add('--clip-grad', type=float, default=0.0, help='largest norm of the gradient; 0: any')
+    add('--seed', type=int, default=0, help='of everything random (%(default)s)')
+    # machine
+    add('--precision', choices=['auto', *DTYPES], default='auto', help='auto: bf16 if fast')
+    add('--device', choices=['auto', 'cuda', 'cpu'], default='auto', help='auto: cuda if there is')
+    add('--compile', action='store_true', help='torch.compile: for GPUs, on CPUs it gains nothing')
+    add('--grad-checkpoint', action='store_true', help='less memory, one more forward pass')
+    # output
+    add('--out', help='folder of checkpoint, log and pictures (runs/PRESET-METHOD)')
+    add('--resume', help="a checkpoint, a run's folder, or auto: that in --out, or a fresh start")
+    add('--save-every', type=int, default=1000, help='steps between checkpoints (%(default)s)')
+    add('--save-minutes', type=float, default=30.0, help='minutes between them; 0: any (%(default)s)')
+    add('--eval-every', type=int, default=0, help='steps between evaluations; 0: at the end only')
+    add('--log-every', type=int, default=20, help='steps between log lines (%(default)s)')
+    return parser
 
 
 def parse_command_line(argv=None):
-    """What was typed, {name: value}. Everything else comes from the recipe of the preset, or the resumed checkpoint."""
-    parser = Parser(description=evaluation.first_line(__doc__),
-                    epilog=f'Defaults of vit-*: {PAPER}. Of tiny: {LAPTOP}.')
-    for entry in fields(Options):
-        if entry.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[entry.name])
-        how = {**KINDS.get(entry.type, {}), **entry.metadata}
-        if entry.default:
-            how['help'] += f' (default: {entry.default})'
-        group.add_argument('--' + entry.name.replace('_', '-'), default=argparse.SUPPRESS, **how)
-    return vars(parser.parse_args(argv))
+    """-> what was typed, and the defaults of all options, {name: value} each; None where an option has no default.
+
+    What was typed must be known by itself: it goes before the recipe, and before the options of a run that is resumed.
+    """
+    parser = make_parser()
+    defaults = vars(parser.parse_args([]))
+    # argparse puts a default only where the namespace has no such name.
+    blank = argparse.Namespace(**dict.fromkeys(defaults))
+    options = vars(parser.parse_args(argv, blank))
+    typed = {name: value for name, value in options.items() if value is not None}
+    return typed, defaults
+
+
+LEAST = {'steps': 1, 'batch': 2, 'accum': 1, 'save_every': 1, 'log_every': 1}       # of all others: 0
+MOST = {'lr_end': 1, 'momentum': 1}
+
+
+def check_ranges(options):
+    """ValueError for a number that cannot be meant."""
+    for name, value in vars(options).items():
+        low = LEAST.get(name, 0)
+        high = MOST.get(name, math.inf)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            flag = name.replace('_', '-')
+            raise ValueError(f'--{flag} {value} is out of range; give {low} to {high}')
 
 
 # --- 2. Where it runs ------------------------------------------------------------------------------------------------
@@ -262,33 +257,30 @@ def make_optimizer(model, lr, wd):
 
 def find_checkpoint(resume, out):
     """What --resume names -> (path, its content), or (None, {}) for a fresh start."""
-    paths = [Path(resume)] if resume else []
-    if resume == 'auto':
-        paths = [path for path in (out / 'last.pt', out / 'previous.pt') if path.exists()]
-    for path in paths:
-        try:
-            saved = evaluation.read_checkpoint(path)
-            if 'shards' in saved:
-                return path, saved
-            raise ValueError(f'{path} holds no run to resume, or one of an older version; see --init')
-        except ValueError as error:
-            if path == paths[-1]:
-                raise
-            print(f'WARNING    {error}; going on from {paths[-1]} instead')
-    return None, {}
+    last = out / 'last.pt'
+    if not resume or resume == 'auto' and not last.exists():
+        return None, {}
+    path = last if resume == 'auto' else Path(resume)
+    if path.is_dir():
+        path = path / 'last.pt'
+    saved = evaluation.read_checkpoint(path)
+    if 'shards' not in saved:
+        raise ValueError(f'{path} holds no run to resume, or one of an older version; see --init')
+    return path, saved
 
 
-def combine_options(typed, resumed, preset):
-    """Recipe of the preset, then the resumed run's options, then what was typed -> Options. Says what differs."""
+def combine_options(typed, defaults, resumed, preset):
+    """Defaults, the preset's recipe, the resumed run's options, then what was typed -> options. Says what differs."""
     for name in ('preset', 'method'):
         if name in typed and typed[name] != resumed.get(name, typed[name]):
             raise ValueError(f'this run was started with --{name} {resumed[name]}, not {typed[name]}; give '
                              'the same to resume it, or another --out')
-    values = {'preset': preset, 'method': 'cosmos', **resumed, **typed}
-    recipe = dict(LAPTOP if values['preset'] == 'tiny' else PAPER)
-    if values['method'] == 'clip':
+    chosen = {'preset': preset, 'method': defaults['method'], **resumed, **typed}
+    recipe = dict(LAPTOP if chosen['preset'] == 'tiny' else PAPER)
+    if chosen['method'] == 'clip':
         recipe['augment'] = 'crops'
-    options = Options(**recipe | values)
+    options = argparse.Namespace(**defaults | recipe | chosen)
+    check_ranges(options)
     if 'epochs' in typed:
         options.steps = None                                            # Run works them out anew
     locate_data(options)
@@ -303,9 +295,16 @@ def locate_data(options):
     if options.data is None:
         from lesson.scenes import built_in_set
         options.data = built_in_set()
-    if os.path.isdir(f'{options.data}/val'):
-        options.val = options.val or f'{options.data}/val'
-        options.data = f'{options.data}/train'
+    whole = options.data
+    options.data = half_of(whole, 'train')
+    if options.val is None and options.data != whole:
+        options.val = whole
+    if options.val:
+        options.val = half_of(options.val, 'val')
+
+
+LEARNED_VOCAB = 8192
+CAPTIONS_TO_LEARN = 20_000      # pairs whose captions teach the merges: enough for every frequent word
 
 
 def choose_model(options, shards):
@@ -320,19 +319,22 @@ def choose_model(options, shards):
         config = PRESETS[options.preset]
         if options.vocab == 'learn':
             captions = []
-            # enough for every frequent word
-            for i in range(0, len(shards), len(shards) // 20_000 or 1):
-                # a broken pair is reported when it is its turn
-                with contextlib.suppress(ValueError):
+            for i in range(0, len(shards), len(shards) // CAPTIONS_TO_LEARN or 1):
+                with contextlib.suppress(ValueError):           # a broken pair is reported when it is its turn
                     captions += shards.pool(i)
-            tokenizer = Tokenizer.learn(captions, 8192, config.context_length)
+            tokenizer = Tokenizer.learn(captions, LEARNED_VOCAB, config.context_length)
         else:
             tokenizer = Tokenizer.clip(path, config.context_length)
         config = replace(config, vocab_size=tokenizer.vocab_size)
     heads = 0
-    if METHODS[options.method].heads:           # a plain CLIP of --init gets new ones
+    if METHODS[options.method].cross_attention:           # a plain CLIP of --init gets new ones
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
     return replace(config, cross_heads=heads), tokenizer, weights
+
+
+def this_job():
+    """What tells a job of torchrun from others: its processes, also the restarted ones, have one parent a node."""
+    return f'{platform.node()} {os.getppid()}'
 
 
 def lock_folder(out):
@@ -368,6 +370,19 @@ def claim_folder(out, checkpoint, sources):
     lock_folder(out)
 
 
+def resume_after_restart(out):
+    """'auto' where this job left a checkpoint in --out before torchrun restarted it, else None: it starts again.
+
+    ValueError where the folder is another job's: its run must not be taken for ours.
+    """
+    if not (out / 'last.pt').exists():
+        return None
+    if evaluation.read_json(out / 'config.json').get('job') != this_job():
+        raise ValueError(f'{out} holds a run that this job of torchrun did not start on this machine; '
+                         'add --resume auto to go on with it, or give another --out')
+    return 'auto'
+
+
 # --- 5. The run ------------------------------------------------------------------------------------------------------
 
 class Run:
@@ -376,27 +391,21 @@ class Run:
     Rank 0 checks the options and reads the headers (__init__), all ranks get a copy, and each builds its model (start).
     """
 
-    def __init__(self, typed, world, restarted):
+    def __init__(self, typed, defaults, world, restarted):
         """Everything that can be refused is refused here, before anything in --out is touched."""
         preset = typed.get('preset', 'vit-b-16' if 'data' in typed else 'tiny')
         resume = typed.pop('resume', None)
         if resume not in (None, 'auto'):
-            typed.setdefault('out', str(Path(resume).parent))
+            folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+            typed.setdefault('out', str(folder))
         self.out = Path(typed.get('out', f"runs/{preset}-{typed.get('method', 'cosmos')}"))
-        if restarted and any(self.out.glob('*.pt')):
-            resume = 'auto'
+        if restarted and not resume:
+            resume = resume_after_restart(self.out)
         self.checkpoint, saved = find_checkpoint(resume, self.out)
-        self.options = options = combine_options(typed, saved.get('options', {}), preset)
+        self.options = options = combine_options(typed, defaults, saved.get('options', {}), preset)
         options.out = str(self.out)
-        self.method = method = METHODS[options.method]
-        self.shards = Shards(options.data, options.caption_keys or POOLS[options.caption_pool], cache=self.out)
-        self.val = None
-        if options.val:
-            self.val = Shards(options.val, options.caption_keys, cache=self.out)
-            evaluation.shard_captions(self.val)                 # better refused now than at the end
-            both = set(self.shards.paths) & set(self.val.paths)
-            if both:
-                print(f'WARNING    {len(both)} shards are in --data and in --val')
+        self.method = METHODS[options.method]
+        self.open_shards()
         # Raises where --batch does not fit.
         Order(len(self.shards), options.batch, 0, 1, world=world * options.accum)
         if options.steps is None:
@@ -410,18 +419,26 @@ class Run:
         else:
             raise ValueError(f'this run was started on other shards or pairs than the {len(self.shards):,} of '
                              f'{options.data}; give the same --data, or start anew with --init')
-        local_images = options.local_crops if method.local_images else 0
-        local_captions = options.local_captions if method.local_captions else 0
-        counts = (method.global_images, local_images, method.global_captions, local_captions)
-        visible_sentences = None
-        if options.aligned_crops:
-            from lesson.scenes import visible_sentences
+        local_images = options.local_crops if self.method.local_images else 0
+        local_captions = options.local_captions if self.method.local_captions else 0
+        counts = (self.method.global_images, local_images, self.method.global_captions, local_captions)
         self.views = Views(self.shards, self.tokenizer, self.config, options.seed, options.batch, counts,
-                           options.augment, visible_sentences)
+                           options.augment)
         claim_folder(self.out, self.checkpoint, f'{options.data}::{options.val}::{options.init}::{self.checkpoint}')
         self.shards.save(self.out)
         if self.val:
             self.val.save(self.out)
+
+    def open_shards(self):
+        options = self.options
+        self.shards = Shards(options.data, options.caption_keys or POOLS[options.caption_pool], cache=self.out)
+        self.val = None
+        if options.val:
+            self.val = Shards(options.val, options.caption_keys, cache=self.out)
+            evaluation.shard_captions(self.val)                 # better refused now than at the end
+            both = set(self.shards.paths) & set(self.val.paths)
+            if both:
+                print(f'WARNING    {len(both)} shards are in --data and in --val')
 
     def start(self, processes):
         """Build the model and all that goes with it, on this rank."""
@@ -434,7 +451,7 @@ class Run:
         self.model = COSMOS(self.config).to(self.device)
         self.model.load_state_dict(self.weights, strict=False)     # heads that they lack stay fresh
         del self.weights
-        self.teacher = Teacher(self.model) if self.method.terms else None
+        self.teacher = Teacher(self.model) if self.method.distills_images else None
         self.model.visual.transformer.grad_checkpointing = options.grad_checkpoint
         self.model.text.transformer.grad_checkpointing = options.grad_checkpoint
         self.optimizer = make_optimizer(self.model, options.lr, options.wd)
@@ -466,11 +483,11 @@ class Run:
             raise ValueError(f'{path} is not what process 0 goes on from; let all nodes see the same --out')
 
     def save(self):
-        """last.pt, whole or not at all; the one before becomes previous.pt. ValueError where the disk is full."""
+        """last.pt, whole or not at all. ValueError where the disk is full, or the weights are no numbers any more."""
         if not self.first:
             return
         state = {
-            'options': asdict(self.options),
+            'options': vars(self.options),
             'config': asdict(self.config),
             'merges': self.tokenizer.merges,
             'shards': self.shards.fingerprint,
@@ -482,18 +499,93 @@ class Run:
         if self.teacher:
             state['teacher'] = self.teacher.model.state_dict()
         last = self.out / 'last.pt'
-        with replacing(last, keep=self.out / 'previous.pt') as partial:
+        if not all(weights.isfinite().all() for weights in state['student'].values()):
+            raise ValueError(f'the weights are not finite after step {self.step}, so they are not saved; {last} is of '
+                             'an earlier step: go on with --resume auto and a lower --lr or --precision fp32')
+        with replacing(last) as partial:
             torch.save(state, partial)
         self.saved_at = time.perf_counter()
 
 
 # --- 6. One step -----------------------------------------------------------------------------------------------------
 
-class Loss(NamedTuple):
-    total: torch.Tensor     # L_CLIP + the mean of the terms
-    clip: torch.Tensor      # L_CLIP
-    # self-distillation terms, in the order of Method.terms; one zero without any
-    terms: torch.Tensor
+class Step(NamedTuple):
+    """What a step has computed, for the log."""
+    out: Output                 # of the student
+    cls_t: torch.Tensor         # of the teacher, (2, B, D); None without one
+    clip: torch.Tensor          # L_CLIP
+    terms: dict                 # of self-distillation, by name
+    loss: torch.Tensor          # L_CLIP + the mean of the terms
+    norm: torch.Tensor          # of the gradient
+    finite: bool                # else nothing was updated
+
+
+def train_step(run, batch):
+    """One step of training, the lines at the head of cosmos.py -> Step."""
+    method = run.method
+    model = run.model
+    images = batch.views()                                              # V (B, 3, s, s)
+    global_texts = [ids[:, :batch.longest] for ids in batch.texts[:2]]  # without the padding of caption 0
+    texts = [*global_texts, *batch.texts[2:]]
+    if method.cross_attention:
+        texts = batch.texts                                             # with it, for C^T reads it
+    run.optimizer.zero_grad()
+
+    # The student sees all views and captions, the teacher the two globals.
+    cls_t = eot_t = None
+    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
+        out = run.student(images, texts)
+        if method.distills_images:
+            cls_t, eot_t = run.teacher(images[:2], global_texts if method.distills_texts else None)
+
+    # Two losses of equal weight. CLIP has only the first.
+    clip = clip_loss(out, model.logit_scale.exp())
+    terms = distill_terms(method, model, out, cls_t, eot_t)
+    loss = clip + sum(terms.values()) / max(len(terms), 1)
+    run.scaler.scale(loss).backward()
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+
+    # A step that is not finite on one rank is left out by all.
+    [broken] = run.processes.sum([~torch.isfinite(loss + norm)])
+    if broken:
+        run.scaler.update()                                             # fp16: a lower scale for the next step
+    else:
+        update(run, norm)
+    return Step(out, cls_t, clip, terms, loss, norm, not broken)
+
+
+def update(run, norm):
+    """Optimizer, scales, average: the end of a step."""
+    options = run.options
+    for group in run.optimizer.param_groups:
+        group['lr'] = lr_at(run.step, options)
+    if options.clip_grad:
+        torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), options.clip_grad, norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.model.clamp_scales()
+    if run.teacher:
+        run.teacher.update(run.model, momentum_at(run.step, options))
+
+
+def distill_terms(method, model, out, cls_t, eot_t):
+    """The terms of self-distillation by name: with cross-attention the four of Eq. 6, for CLIP none.
+
+    In between are the rows of Table 5 without cross-attention. The paper's loss for them is not known to us. Ours is
+    that of Eq. 6 with the embeddings themselves in place of h_I and h_T, each against the teacher of its own modality.
+    """
+    if method.cross_attention:
+        return cosmos_terms(out, cls_t, eot_t, model.distill_logit_scale.exp())
+    scale = model.logit_scale.exp()                                     # a plain CLIP has no second one
+    terms = {}
+    if method.distills_images:
+        all_cls, all_cls_t = gather(out.cls, cls_t)
+        terms['cls_cls_t'] = symmetric_nce(out.cls, cls_t, all_cls, all_cls_t, scale)
+    if method.distills_texts:
+        all_eot, all_eot_t = gather(out.eot, eot_t)
+        terms['eot_eot_t'] = symmetric_nce(out.eot, eot_t, all_eot, all_eot_t, scale)
+    return terms
 
 
 class Student(torch.nn.Module):
@@ -518,72 +610,6 @@ class Student(torch.nn.Module):
         for part in zip(image_parts, text_parts):
             outs.append(checkpoint(self.model, *part, use_reentrant=False))
         return Output(*[None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*outs)])
-
-
-def student_and_teacher(run, batch):
-    """The student on all views, the teacher on the globals -> Output, (teacher_image, teacher_text) or ()."""
-    images, texts = batch.views(), batch.texts
-    short = [texts[0][:, :batch.longest], *texts[1:]]                   # without its padding; the others come cut
-    if not run.method.heads:
-        texts = short                                                   # only C^T reads padding
-    targets = ()
-    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-        out = run.student(images, texts)
-        if run.teacher:         # a single term is [cls] to CLS_t, which needs no text
-            targets = run.teacher(images[:2], short[:2] if len(run.method.terms) > 1 else [])
-    return out, targets
-
-
-def distill_terms(out, teacher_image, teacher_text, scale):
-    """Self-distillation without cross-attention -> (1,): [cls] to CLS_t; with a teacher_text (2,): [eot] to EOT_t, too.
-
-    For the rows of Table 5 between CLIP and COSMOS. The paper's loss for them is not known to us. Ours is that of Eq. 6
-    with the embeddings themselves in place of h_I and h_T, each against the teacher of its own modality.
-    """
-    all_cls, all_cls_t = gather(out.image, teacher_image)
-    terms = [symmetric_nce(out.image, teacher_image, all_cls, all_cls_t, scale)]
-    if teacher_text is not None:
-        all_eot, all_eot_t = gather(out.text, teacher_text)
-        terms.append(symmetric_nce(out.text, teacher_text, all_eot, all_eot_t, scale))
-    return torch.stack(terms)
-
-
-def losses(model, method, out, targets):
-    """The two losses of the step -> Loss."""
-    clip = clip_loss(out, model.logit_scale.exp())
-    if method.heads:
-        terms = cosmos_terms(out, *targets, model.distill_logit_scale.exp())
-    elif method.terms:
-        # a plain CLIP has no second scale
-        terms = distill_terms(out, *targets, model.logit_scale.exp())
-    else:
-        terms = clip.new_zeros(1)
-    return Loss(clip + terms.mean(), clip, terms)
-
-
-def forward_backward(run, batch):
-    """The first half of a step. With `update` these are the lines at the head of cosmos.py."""
-    run.optimizer.zero_grad()
-    out, targets = student_and_teacher(run, batch)
-    loss = losses(run.model, run.method, out, targets)
-    run.scaler.scale(loss.total).backward()
-    run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()])
-    return out, targets, loss, norm
-
-
-def update(run, norm):
-    """Optimizer, scales, teacher: the second half of a step, once all ranks agree that loss and gradient are finite."""
-    options = run.options
-    for group in run.optimizer.param_groups:
-        group['lr'] = lr_at(run.step, options)
-    if options.clip_grad:
-        torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), options.clip_grad, norm)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.model.clamp_scales()
-    if run.teacher:
-        run.teacher.update(run.model, momentum_at(run.step, options))
 
 
 # --- 7. The log ------------------------------------------------------------------------------------------------------
@@ -626,31 +652,30 @@ def peak_memory(device):
 
 
 @torch.no_grad()
-def describe(run, meter, out, targets, loss, norm):
-    """The log entry of the step just done: {name: number}, means over all ranks. Every rank must call it."""
+def describe(run, meter, done):
+    """The log entry of the Step just done: {name: number}, means over all ranks. Every rank must call it."""
     options = run.options
-    image = out.image[0]                                                # (B, D)
-    nearest = (image @ out.text[0].T).argmax(dim=1)
+    cls = done.out.cls[0]                                               # (B, D)
+    nearest = (cls @ done.out.eot[0].T).argmax(dim=1)
     seconds = time.perf_counter() - meter.begun
     values = {
         'epoch': run.step * options.batch / len(run.shards),
-        'loss': loss.total,
-        'clip': loss.clip,
-        'distill': loss.terms.mean(),
-        **dict(zip(run.method.terms, loss.terms)),
+        'loss': done.loss,
+        'clip': done.clip,
+        'distill': done.loss - done.clip,
+        **done.terms,
         'chance': math.log(options.batch),
         'accuracy': (nearest.cpu() == torch.arange(len(nearest))).double().mean(),
-        'spread': image.std(dim=0).norm(),
+        'spread': cls.std(dim=0).norm(),
         'lr': lr_at(run.step - 1, options),
-        'grad_norm': norm,
+        'grad_norm': done.norm,
         'pairs_per_s': meter.steps * options.batch / seconds,
         'waiting': meter.waited / seconds,
         'memory_GB': peak_memory(run.device),
         **dict(zip(('scale', 'distill_scale'), torch.stack(run.model.scales()).exp()))}
     if run.teacher:
         values['momentum'] = momentum_at(run.step - 1, options)
-        teacher_image, _ = targets
-        values['cosine'] = (image * teacher_image[0]).sum() / len(image)
+        values['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)
     sums = run.processes.sum(values.values())
     return {'step': run.step} | {name: value / run.processes.world for name, value in zip(values, sums)}
 
@@ -676,34 +701,34 @@ def write_log(run, entry):
 
 # --- 8. The loop -----------------------------------------------------------------------------------------------------
 
+MOST_BROKEN = 5         # steps in a row whose loss or gradient is not finite
+
+
 class Health:
-    """Counts broken steps and bad pairs over all ranks, so that all decide alike: one that stops alone leaves the
+    """Counts broken steps and bad pairs of all ranks, so that all end the run together: one that ends alone leaves the
     others hanging."""
 
     def __init__(self, run):
         self.run = run
-        self.skipped = 0                # steps in a row
+        self.broken = 0                 # steps in a row
         self.bad = 0                    # pairs
         self.seen = 0
 
-    def check(self, loss, norm, bad_pairs, signals):
-        """-> may the step count, and must the run stop? Ends a run with too many broken steps or bad pairs."""
+    def check(self, done, bad_pairs):
+        """Ends a run with too many broken steps or bad pairs."""
         run = self.run
-        broken, stop, bad = run.processes.sum([~torch.isfinite(loss.total + norm), signals, bad_pairs])
-        self.bad += bad
+        self.bad += bad_pairs
         self.seen += run.options.batch
+        self.broken = 0 if done.finite else self.broken + 1
         if self.bad > max(0.05 * self.seen, 10):
             self.end(f'over 5 % of the pairs cannot be read ({self.bad:.0f} of {self.seen}); see the lines above, '
                      'and python -m extras.prepare inspect')
-        self.skipped = self.skipped + 1 if broken else 0
-        if broken:
-            problem = f'step {run.step + 1} has the loss {loss.total:.4g}, its gradient the norm {norm:.4g}'
-            tqdm.write(f'WARNING    {problem}: it is skipped')
-            if self.skipped > run.options.max_skipped:
-                self.end(f'{problem}, {self.skipped} steps in a row; {run.out}/last.pt has the weights before '
-                         'them: go on with --resume auto and a lower --lr or --precision fp32')
-            run.scaler.update()                     # fp16: a lower scale for the next step
-        return not broken, stop > 0
+        if self.broken:
+            tqdm.write(f'WARNING    step {run.step} has the loss {done.loss:.4g}, its gradient the norm '
+                       f'{done.norm:.4g}: it is left out')
+        if self.broken == MOST_BROKEN:
+            self.end(f'{MOST_BROKEN} steps in a row were not finite, the last is step {run.step}; {run.out}/last.pt '
+                     'has the weights before them: go on with --resume auto and a lower --lr or --precision fp32')
 
     def end(self, reason):
         self.run.save()
@@ -725,15 +750,15 @@ def train(run):
     # A bar, of rank 0, where there is a terminal.
     for _ in tqdm(range(run.step, options.steps), disable=None if run.first else True):
         batch = meter.next(batches).to(run.device)
-        out, targets, loss, norm = forward_backward(run, batch)
-        healthy, stop = health.check(loss, norm, batch.bad, len(caught))
-        if healthy:
-            update(run, norm)
-        run.step += 1                                    # the pairs of a skipped step count as seen
+        done = train_step(run, batch)
+        run.step += 1                                    # the pairs of a step that was left out count as seen
+        signals, bad_pairs = run.processes.sum([len(caught), batch.bad])
+        health.check(done, bad_pairs)
+        stop = signals > 0
         last = run.step == options.steps
         score_due = options.eval_every and run.step % options.eval_every == 0 and not last
-        if healthy and (run.step % options.log_every == 0 or run.step == 1 or last or score_due):
-            entry = describe(run, meter, out, targets, loss, norm) | {'bad_pairs': health.bad}
+        if done.finite and (run.step % options.log_every == 0 or run.step == 1 or last or score_due):
+            entry = describe(run, meter, done) | {'bad_pairs': health.bad}
             if score_due:
                 entry['eval'] = evaluate(run)
             # Before the checkpoint: a line too many is trimmed on resume, a missing one stays missing.
@@ -757,7 +782,7 @@ def score(run, figures):
     model = run.teacher.model if run.teacher else run.model
     # as evaluation.load returns them
     loaded = model, run.tokenizer, Preprocess(run.config.image_size)
-    if run.method.heads:
+    if run.method.cross_attention:
         with contextlib.suppress(ValueError, OSError):   # a broken first pair, a full disk
             evaluation.attention_picture(*loaded, evaluation.shard_image(shards, 0), shards.pool(0)[:3],
                                          run.out / 'attention.png')
@@ -790,7 +815,7 @@ def announce(run):
     print(f'run        {options.method}, {options.preset}, on {len(run.shards):,} pairs of '
           f'{options.data}\n           steps {run.step} to {options.steps} of {options.batch} pairs on '
           f'{run.processes.world} x {run.device} in {options.precision}, into {run.out}{LEGEND}')
-    evaluation.write_json(run.out / 'config.json', asdict(options) | {'config': asdict(run.config)})
+    evaluation.write_json(run.out / 'config.json', vars(options) | {'config': asdict(run.config), 'job': this_job()})
     (run.out / 'eval.json').unlink(missing_ok=True)                     # of fewer steps
     sample_sheet(run.views, run.out / 'samples.png')
     trim_log(run)
@@ -822,13 +847,13 @@ def leave(status):
 
 
 def main():
-    typed = parse_command_line()
+    typed, defaults = parse_command_line()
     processes = Processes(typed.get('device', 'auto'))
     if processes.device.type == 'cpu':
         keep_memory()
     # torchrun --max-restarts counts on the node that failed only, hence the sum.
     [restarts] = processes.sum([int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))])
-    run = Run(typed, processes.world, restarts) if processes.rank == 0 else None
+    run = Run(typed, defaults, processes.world, restarts) if processes.rank == 0 else None
     try:
         run = processes.share(run)
     except RuntimeError:                    # rank 0 is gone: it was refused, and has said why

@@ -1,7 +1,7 @@
 """Where the time of a training step goes, and what one worker of the loader does.
 
     python -m extras.bench step --preset vit-b-16 --batch 128     time by part, FLOPs, share of the matmul peak
-    python -m extras.bench step --preset tiny --method clip       without teacher and heads
+    python -m extras.bench step --preset tiny --method clip       without teacher and cross-attention
     python -m extras.bench loader SHARDS                          samples a second of one worker, by part
     python -m extras.bench loader SHARDS --rate 4000              how many workers feed such GPUs
 """
@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from cosmos import COSMOS, PRESETS, Config, Teacher
+from cosmos import COSMOS, PRESETS, Config, Teacher, clip_loss
 from data import Parser, Shards, Tokenizer, Views, cli, decode
 from eval import first_line
 
@@ -68,28 +68,29 @@ def measure_step(preset, method, batch, precision, steps, device, compile):
     device = torch.device(device)
     train.keep_memory()
     recipe = train.METHODS[method]
-    changes = {} if recipe.heads else {'cross_heads': 0}
+    changes = {} if recipe.cross_attention else {'cross_heads': 0}
     config = Config.preset(preset, **changes)
     precision, dtype = train.choose_precision(precision, device)
     model = COSMOS(config).to(device)
-    teacher = Teacher(model) if recipe.terms else None
+    teacher = Teacher(model) if recipe.distills_images else None
     optimizer = train.make_optimizer(model, 1e-4, 0.1)
     images, texts = random_views(config, recipe, batch, device)
-    taught = texts[:2] if len(recipe.terms) > 1 else []
+    taught = texts[:2] if recipe.distills_texts else None
     clock = Clock(device)
 
     def step():
-        target = ()
+        cls_t = eot_t = None
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             with clock('student forward'):
                 out = model(images, texts)
             if teacher:
                 with clock('teacher forward'):
-                    target = teacher(images[:2], taught)
+                    cls_t, eot_t = teacher(images[:2], taught)
         with clock('losses'):
-            loss = train.losses(model, recipe, out, target)
+            terms = train.distill_terms(recipe, model, out, cls_t, eot_t)
+            loss = clip_loss(out, model.logit_scale.exp()) + sum(terms.values()) / max(len(terms), 1)
         with clock('backward'):
-            loss.total.backward()
+            loss.backward()
         with clock('AdamW'):
             optimizer.step()
             optimizer.zero_grad()

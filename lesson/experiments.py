@@ -34,10 +34,11 @@ class WithoutResidual(COSMOS):
     """h_I and h_T are what the heads return, and nothing else."""
 
     def forward(self, images, texts):
-        cls, patches = self.visual(images, keep=True)
-        eot, words = self.text(texts, keep=True)
-        h_I = self.text_cross(cls, self.text_tokens(words))         # (V, B, D)  Eq. 1 without + cls
-        h_T = self.image_cross(eot, self.image_tokens(patches))     # (U, B, D)  Eq. 2 without + eot
+        cls, sequence = self.visual.with_sequence(images)
+        eot, words = self.text.with_sequence(texts)
+        patches = sequence[:, 1:]
+        h_I = self.text_cross(cls, self.text_map(words))            # (V, B, D)  Eq. 1 without + cls
+        h_T = self.image_cross(eot, self.image_map(patches))        # (U, B, D)  Eq. 2 without + eot
         return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
 
 
@@ -50,7 +51,7 @@ class WithoutHeads(COSMOS):
 
     def forward(self, images, texts):
         out = super().forward(images, texts)
-        return Output(out.image, out.text, out.image, out.text)
+        return Output(out.cls, out.eot, out.cls, out.eot)
 
     def scales(self):
         return [self.logit_scale, self.distill_logit_scale]
@@ -146,8 +147,7 @@ EXPERIMENTS = {
         'short': Variant('--caption-pool short'),
         'long': Variant('--caption-pool long'),
         'crops-0': Variant('--local-crops 0'),
-        'crops-2': Variant('--local-crops 2'),
-        'aligned': Variant('--aligned-crops')},
+        'crops-2': Variant('--local-crops 2')},
     'amount': {                                 # an eighth: the first of 8 tars
         'cosmos': Variant(),
         'eighth': Variant('--method cosmos --data {scenes}/train/00000.tar'),

@@ -133,12 +133,12 @@ def probe_scores(image_features, group, penalty=0.1):
 
 # --- 3. Where C^I looks, and segmentation ----------------------------------------------------------------------------
 
-def text_x(model, images, tokens, keys):
+def h_T(model, images, tokens, keys):
     """h_T of each pair (B, D), where C^I may read only the patches `keys` (P,)."""
     def leave_out(linear, inputs, patches):
         return patches[:, keys]                     # what a hook returns replaces the keys of C^I
-    with model.image_tokens.register_forward_hook(leave_out):
-        return model([images], [tokens]).text_x[0]
+    with model.image_map.register_forward_hook(leave_out):
+        return model([images], [tokens]).h_T[0]
 
 
 def point(model, images, tokens, pixels):
@@ -146,8 +146,8 @@ def point(model, images, tokens, pixels):
     p = model.config.patch_size
     middles = pixels[p // 2::p, p // 2::p].flatten()                    # (P,) does the middle of a patch lie on it?
     weights, _ = model.attention(images, tokens)                        # (1, P)
-    whole = text_x(model, images, tokens, torch.ones_like(middles))     # (1, D)
-    masked = text_x(model, images, tokens, ~middles)
+    whole = h_T(model, images, tokens, torch.ones_like(middles))     # (1, D)
+    masked = h_T(model, images, tokens, ~middles)
     return {'peak': middles[weights.argmax()], 'used': 1 - (whole * masked).sum()}
 
 
@@ -160,7 +160,7 @@ def pointing(model, tokenizer, preprocess, shards, most=150):
     control.
     """
     figures = {}
-    if not model.config.cross_heads:
+    if not model.has_cross_attention:
         return figures
     size = model.config.image_size
     device = model.logit_scale.device
@@ -268,7 +268,7 @@ def naming_picture(scores, groups, shards, path, wrong):
 def track_attention(folder, model, tokenizer, preprocess, shards, step):
     """folder/attention.png: C^I and C^T, asked for the objects of the first scene by their names. folder/strip.png: the
     maps of C^I of all steps so far, side by side. A plain CLIP has no such maps: nothing happens."""
-    if not model.config.cross_heads:
+    if not model.has_cross_attention:
         return
     captions = [f"a {listed['name']}" for listed in objects_of(shards, 0)]
     path = Path(folder, 'attention', f'{step:09d}.png')

@@ -253,7 +253,7 @@ def test_masked_keys_by_hand(model):
     keys = [*range(10), *range(13, 64)]
     with torch.no_grad():
         figures = suppression.point(network, images, tokens, pixels)
-        whole = network([images], [tokens]).text_x[0]
+        whole = network([images], [tokens]).h_T[0]
         eot, _ = network.encode_text(tokens)
         _, patches = network.encode_image(images)
         masked = unit(network.image_cross(eot[None], patches[:, keys])[0] + eot)
@@ -300,9 +300,9 @@ def test_without_heads(model, views):
     network = WithoutHeads(model[0].config)
     out = network(*views)
     targets = Teacher(network)(*views)
-    loss = train.losses(network, train.METHODS['cosmos'], out, targets)
-    embeddings = out._replace(image_x=out.image, text_x=out.text)
-    assert_close(loss.terms, cosmos_terms(embeddings, *targets, 1 / 0.07))
+    terms = train.distill_terms(train.METHODS['cosmos'], network, out, *targets)
+    embeddings = out._replace(h_I=out.cls, h_T=out.eot)
+    assert_close(terms, cosmos_terms(embeddings, *targets, 1 / 0.07))
 
 
 def test_without_residual(model, views):
@@ -313,8 +313,8 @@ def test_without_residual(model, views):
     out = network(*views)
     cls, patches = whole.encode_image(views[0][0])
     eot, words = whole.encode_text(views[1][0])
-    assert_close(out.image_x[:1], unit(whole.text_cross(cls[None], words)))
-    assert_close(out.text_x[:1], unit(whole.image_cross(eot[None], patches)))
+    assert_close(out.h_I[:1], unit(whole.text_cross(cls[None], words)))
+    assert_close(out.h_T[:1], unit(whole.image_cross(eot[None], patches)))
 
 
 def test_variants(monkeypatch):
