@@ -175,6 +175,76 @@ def scenes(tmp_path_factory):
 
 # --- cosmos.py against the released code -----------------------------------------------------------------------------
 
+# What the released code computes for the weights and inputs of the test below: L_CLIP, L_COSMOS and their sum; h_I of
+# view 0 and h_T of caption 0 of pair 0; norms of the gradient of the sum.
+RELEASED_LOSSES = [1.144916, 1.142693, 2.287610]
+RELEASED_H_I = [
+    0.281730, 0.157082, -0.238676, -0.069201, -0.208976, -0.218391, 0.097343, 0.412781, 0.007528, -0.096994, -0.227825,
+    -0.070147, -0.195077, 0.302107, 0.115595, 0.035327, 0.179858, -0.263263, -0.144182, 0.325059, -0.274422, 0.103162,
+    0.065460, -0.185481]
+RELEASED_H_T = [
+    -0.019756, 0.101438, -0.225228, 0.069547, 0.111738, -0.129658, -0.105673, -0.155727, 0.305763, -0.136925, -0.366250,
+    0.210126, 0.257014, -0.232304, -0.179336, 0.079805, 0.501472, -0.034358, -0.055253, 0.346725, 0.019875, 0.092989,
+    -0.181882, -0.043717]
+RELEASED_NORMS = {
+    'logit_scale': 0.0927175, 'distill_logit_scale': 0.0860079, 'visual.proj': 0.3107190, 'ln_final.weight': 0.4828501,
+    'visual.positional_embedding': 0.01126796, 'token_embedding.weight': 0.07844206, 'image_token_mapping.weight':
+    0.01063868, 'text_attn_cross_pool.attn.in_proj_weight': 0.07270283, 'text_token_mapping.weight': 0.03409340,
+    'visual.attn_cross_pool.ln_k.bias': 0.01735885, 'transformer.resblocks.1.mlp.c_proj.bias': 0.04277705}
+
+
+def released_names():
+    names = ('logit_scale distill_logit_scale text_projection positional_embedding token_embedding.weight visual.proj '
+             'visual.positional_embedding visual.class_embedding visual.conv1.weight').split()
+    modules = ['ln_final', 'visual.ln_pre', 'visual.ln_post', 'image_token_mapping', 'text_token_mapping']
+    blocks = [f'{tower}transformer.resblocks.{layer}' for tower in ('', 'visual.') for layer in (0, 1)]
+    heads = ['visual.attn_cross_pool', 'text_attn_cross_pool']
+    modules += [f'{block}.{part}' for block in blocks for part in ('ln_1', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')]
+    modules += [f'{head}.{norm}' for head in heads for norm in ('ln_q', 'ln_k')]
+    for owner in blocks + heads:
+        modules.append(f'{owner}.attn.out_proj')
+        names += [f'{owner}.attn.in_proj_weight', f'{owner}.attn.in_proj_bias']
+    for module in modules:
+        names += [f'{module}.weight', f'{module}.bias']
+    return set(names)
+
+
+def wave(shape, number, size=1.0):
+    j = torch.arange(math.prod(shape), dtype=torch.float64)
+    return (size * (0.1 * j ** 2 + number).sin()).float().view(shape)
+
+
+def wavy_model(first):
+    model = COSMOS(Config(24, 32, 16, 8, 32, 2, 2, 24, 2, 2, 12, 30, 8))
+    state = to_openclip(model.state_dict())
+    for number, name in enumerate(sorted(state), first):
+        if not name.endswith('logit_scale'):
+            state[name] = wave(state[name].shape, number, 0.2)
+    model.load_state_dict(from_openclip(state))
+    return model
+
+
+def test_equals_the_released_code():
+    """oracle: the released code's losses, embeddings and gradients, which stand above, and its parameters' names."""
+    student, teacher = wavy_model(0), Teacher(wavy_model(100))
+    images = [wave((3, 3, side, side), k) for k, side in enumerate([32, 32, 16, 16, 16])]
+    texts = torch.zeros(4, 3, 12, dtype=torch.long)
+    for u, b in itertools.product(range(4), range(3)):
+        words = [1 + (5 * u + 3 * b + 7 * k) % 27 for k in range(3 + (u + 2 * b) % 5)]
+        texts[u, b, :len(words) + 2] = torch.tensor([28, *words, 29])
+    out = student(images, texts)
+    clip = clip_loss(out, student.logit_scale.exp())
+    distill = cosmos_loss(out, *teacher(images[:2], texts[:2]), student.distill_logit_scale.exp())
+    (clip + distill).backward()
+    assert [clip.item(), distill.item(), (clip + distill).item()] == pytest.approx(RELEASED_LOSSES, abs=1e-6)
+    assert out.h_I[0, 0].tolist() == pytest.approx(RELEASED_H_I, abs=1e-6)
+    assert out.h_T[0, 0].tolist() == pytest.approx(RELEASED_H_T, abs=1e-6)
+    gradients = to_openclip({name: p.grad for name, p in student.named_parameters()})
+    assert gradients.keys() == released_names()
+    for name, norm in RELEASED_NORMS.items():
+        assert gradients[name].norm().item() == pytest.approx(norm, rel=5e-5), name
+
+
 @pytest.fixture(scope='module')
 def golden():
     return torch.load(shared('golden', 'tiny.pt'), weights_only=True)
