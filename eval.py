@@ -817,7 +817,7 @@ def run_segment(args, model, tokenizer, preprocess):
         matrix += confusion(truth, labels, len(names))
     described = str(settings)
     if args.benchmark and not args.templates:
-        described += '; not the 80 released prompts'
+        described += '; but six prompts of ours, not the 80 released ones'
     return {'images': len(pairs),
             'settings': described,
             'prompts': ' | '.join(templates)} | segmentation_figures(matrix, names)

@@ -13,6 +13,7 @@ import pickle
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -882,13 +883,14 @@ def test_retrieval_by_hand_and_by_loops():
 def test_classification_by_hand():
     """oracle: hand-made scores; the ensemble computed one text at a time."""
     scores = torch.tensor([[7.0, 1, 2, 3, 4, 5, 6],                     # right
-                           [1, 7, 6, 5, 4, 3, 2],                       # fourth
+                           [1, 7, 6, 5, 4, 3, 2],                       # fifth
+                           [1, 7, 6, 5, 4, 3, 2],                       # sixth
                            [3, 1, 3, 0, 0, 0, 0]])                      # tied
-    figures, found, matrix = evaluation.classify(scores, torch.eye(7), torch.tensor([0, 4, 0]))
-    assert found.tolist() == [0, 1, 2]
-    assert matrix.nonzero().tolist() == [[0, 0], [0, 2], [4, 1]]
-    assert figures == {'images': 3, 'classes': 7, 'chance': 1 / 7, 'top1': pytest.approx(1 / 3),
-                       'top5': 1, 'mean_per_class_top1': 1 / 4}
+    figures, found, matrix = evaluation.classify(scores, torch.eye(7), torch.tensor([0, 5, 6, 0]))
+    assert found.tolist() == [0, 1, 1, 2]
+    assert matrix.nonzero().tolist() == [[0, 0], [0, 2], [5, 1], [6, 1]]
+    assert figures == {'images': 4, 'classes': 7, 'chance': 1 / 7, 'top1': 1 / 4, 'top5': 3 / 4,
+                       'mean_per_class_top1': pytest.approx(1 / 6)}
     scored = spelling_model()
     vectors = evaluation.class_vectors(*scored, ['tabby cat', 'dog'], ('a {}', '{}!'))
     both = embed(*scored, 'a tabby cat', 'a dog') + embed(*scored, 'tabby cat!', 'dog!')
@@ -906,7 +908,10 @@ def test_embeddings_of_many_of_one_and_of_none():
 
 
 def test_attention_words(gallery):
-    """oracle: the model's own weights: pieces of a word add up; start, end and padding are no words."""
+    """oracle: the model's own weights: pieces of a word add up; start, end and padding are no words.
+
+    In the picture the bar of the most read word is the longest, that of the least read has no length.
+    """
     model, tokenizer = spelling_model(['d o', 'do g</w>'], 12)
     image = Image.open('images/0.png')
     scored = (model, tokenizer, gallery.preprocess, image)
@@ -918,6 +923,16 @@ def test_attention_words(gallery):
     assert names == ('dog', 'ab', 'dog')
     for found, raw in (shares, np.array([dog, a + b, last])), (grid, patches.numpy().reshape(4, 4)):    # rows first
         assert np.allclose(found, (raw - raw.min()) / np.ptp(raw))
+    evaluation.attention_picture(*scored, ['dog ab dog'], 'seen.png')
+    picture = Image.open('seen.png')
+    heat = np.array(picture.crop((240, 8, 464, 232)))
+    assert len(np.unique(heat.reshape(-1, 3), axis=0)) > 16             # colours, not a blank
+    for share, colour in (1, (255, 234, 70)), (0, (255, 255, 255)):
+        row = shares.index(share)
+        assert picture.getpixel((690, 10 + 18 * row)) == colour
+    assert evaluation.attention(*scored, '')[1] == []
+    _, words = evaluation.attention(*scored, 20 * 'dog ')
+    assert len(words) == 10                             # 12 ids without start and end
 
 
 def test_published_layouts(here):
@@ -972,6 +987,7 @@ def test_class_names_of_every_source(here):
     assert names(animals) == ['ape', 'ox 2']
     assert names(animals, 'monkey\n\n bull\n') == ['monkey', 'bull']
     refused('1 names for 2 classes', names, animals, 'monkey')
+    refused('names holds no lines', names, animals, '\n')
     refused('no class names', names, [])
     assert names([], categories=['crab_leg']) == ['crab leg']           # Caltech101
     imagenet = [('tench', 'Tinca tinca'), ('goldfish', 'Carassius')]
@@ -1041,7 +1057,12 @@ def test_checkpoints_of_every_origin(here):
         close(found.text, wanted.text, 1e-6)
     # one patch: 3/7 of it would be none
     small = replace(plain.config, image_size=32, local_image_size=32)
-    assert evaluation.infer_config(to_openclip(COSMOS(small).state_dict())) == small
+    state = to_openclip(COSMOS(small).state_dict())
+    assert evaluation.infer_config(state) == small
+    state['visual.conv1.weight'] = torch.empty(1280, 3, 14, 14)         # ViT-H
+    assert evaluation.infer_config(state).vision_heads == 16
+    evaluation.export(plain, tokenizer, 'clip.pt')
+    assert 'merges' not in Path('clip.json').read_text()                # CLIP's are known to all
     refused('QuickGELU', load, other | {'input_resolution': image})
     refused('its keys: visual.*open_clip ViT', load, {'visual.conv1.weight': image})    # a ResNet
     del other['visual.ln_post.bias']
@@ -1109,6 +1130,7 @@ def test_segmentation_by_hand(monkeypatch):
     assert figures == {'IoU': {'ground': 1 / 2, 'ape': 2 / 3, 'ox': 0, 'cow': 0},
                        'mIoU': pytest.approx(7 / 24), 'pixel_accuracy': 3 / 5, 'classes': 3,
                        'all_class_0_mIoU': pytest.approx(2 / 5 / 3)}
+    refused('every pixel', evaluation.segmentation_figures, 0 * matrix, [])
 
 
 def test_masks_and_their_errors(here):
@@ -1152,9 +1174,10 @@ def test_every_command(gallery, capsys):
     put('classes', 'background, sky\nox\n')
     line = 'segment --images images --masks masks --classes classes --benchmark voc21 --size 40 --area 0 --csa'
     figures = gallery.figures(line)
+    assert re.search('^  ox .* 100.00%$', capsys.readouterr().out, re.M)
     assert (figures['mIoU'], figures['images']) == (1, 3)
     # settings of a benchmark are the released ones, our prompts are not
-    assert figures['settings'] == f'{settings}; not the 80 released prompts'
+    assert figures['settings'] == f'{settings}; but six prompts of ours, not the 80 released ones'
     put('prompts', '\n'.join(evaluation.TEMPLATES))
     assert gallery.figures(f'{line} --templates prompts') == figures | {'settings': str(settings)}
     gallery.figures('attend --image images/0.png --text ox cat --out seen.png')
@@ -1179,9 +1202,11 @@ def test_retrieval_of_shards(gallery, capsys):
         assert 'the half val/' in capsys.readouterr().out
 
 
-def test_help_lists_every_flag(capsys):
+def test_help_lists_every_flag(monkeypatch, capsys):
     """oracle: the rule: --help of all commands has the examples, that of `segment` a flag for each field of Settings."""
-    assert run(evaluation, '--help') == 0
+    monkeypatch.setattr(sys, 'argv', ['eval.py', '--help'])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(HERE / 'eval.py'), run_name='__main__')
     text = capsys.readouterr().out
     examples = ' '.join(text.split())
     for name in 'retrieval', 'classify', 'segment', 'attend', 'export':
