@@ -16,8 +16,8 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 from data import Parser, cli
-from eval import (IMAGE_KINDS, add_options, embed_images, embed_texts, execute, need, read_json,
-                  reading)
+from eval import (IMAGE_KINDS, add_options, embed_images, embed_texts, execute, need,
+                  read_json, reading)
 from extras.prepare import read_rows
 
 # --- 1. Items, and the layouts they are published in -----------------------------------------------------------------

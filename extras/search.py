@@ -16,8 +16,8 @@ from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 
 from data import Parser, cli, digest, read_image, replacing
-from eval import (add_options, embed_images, embed_labelled, embed_texts, execute, images_in,
-                  need, read_checkpoint)
+from eval import (add_options, embed_images, embed_labelled, embed_texts, execute, images_in, need,
+                  read_checkpoint)
 
 TILE = 176              # side of an image in the sheet, in pixels
 LABEL = 50              # three lines below it
