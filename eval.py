@@ -4,7 +4,7 @@
     python eval.py retrieval CKPT --karpathy dataset_coco.json --split test --images DIR
     python eval.py classify CKPT --dataset dtd --root DIR         a set of torchvision.datasets by name
     python eval.py classify CKPT --folder DIR                     one folder of images per class
-    python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21 --csa --save DIR
+    python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21 --csa
     python eval.py attend CKPT --image a.jpg --text "a red star" "a small blue ring" --out attention.png
     python eval.py export CKPT OUT.pt                             a state dict that open_clip loads, and OUT.json
 
@@ -26,14 +26,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageColor, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from cosmos import COSMOS, Config, from_openclip, to_openclip, unit
-from data import (Parser, Preprocess, Shards, Tokenizer, cli, normalize, open_image, read_image,
-                  replacing)
+from data import (Parser, Preprocess, Shards, Tokenizer, cli, half_of, normalize, open_image,
+                  read_image, replacing)
 
 # --- 1. Files --------------------------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ def infer_config(state, layout=None):
     """Config of released or open_clip weights, from the shapes of their tensors.
 
     Shapes do not tell how wide a head is. `layout`, open_clip's model config, does. Without it heads are 64 wide, as in
-    open_clip's ViTs up to L, or 80, as in ViT-H; cross-attention has the released 8 heads.
+    open_clip's ViTs up to L, or 80, as in ViT-H, whose width is 1280. Cross-attention has the released 8 heads.
     """
     vision_width, _, _, patch = state['visual.conv1.weight'].shape
     context_length, text_width = state['positional_embedding'].shape
@@ -130,7 +130,7 @@ def infer_config(state, layout=None):
     vision_layers = sum(name.startswith('visual.') for name in blocks)
     return Config(embed_dim=state['text_projection'].shape[1],
                   image_size=grid * patch,
-                  local_image_size=max(1, round(grid * 3 / 7)) * patch,     # 96 of 224, as in the paper
+                  local_image_size=max(1, round(grid * 3 / 7)) * patch,     # the paper's 96 of 224
                   patch_size=patch,
                   vision_width=vision_width,
                   vision_layers=vision_layers,
@@ -148,7 +148,8 @@ def load_weights(model, state, path):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        problems = [f'{line.strip():.200}' for line in str(error).splitlines()[1:6]]
+        lines = str(error).splitlines()[1:6]            # line 0 is a heading; the first problems will do
+        problems = [f'{line.strip():.200}' for line in lines]
         raise ValueError(f"{path} does not fit this model: {'; '.join(problems)}") from None
 
 
@@ -184,7 +185,7 @@ def load(path, weights='teacher', vocab=None):
     origin = 'state dict'
     with reading(path):
         values = saved
-        for name in ('state_dict', 'student', weights):
+        for name in ('state_dict', 'student', weights):         # the last of these that it has
             if name in saved:
                 origin = name
                 values = saved[name]
@@ -231,6 +232,11 @@ def export(model, tokenizer, path):
 
 # --- 3. Features -----------------------------------------------------------------------------------------------------
 
+# Enough to keep a GPU busy, few enough for the memory of a small one. Figures do not depend on them.
+IMAGE_BATCH = 64
+TEXT_BATCH = 256
+
+
 @contextmanager
 def naming(shards, i, member):
     """Errors become a ValueError that names the member of pair i. Its name is read only then: that takes a while."""
@@ -268,8 +274,10 @@ class Images(Dataset):
 @torch.no_grad()
 def embed_labelled(model, source, preprocess, workers=0):
     """A source of `Images` -> (n, D) unit vectors and (n,) labels."""
-    loader = DataLoader(Images(source, preprocess), 64, num_workers=workers)
-    features, labels = [], []
+    need(len(source), 'there is no image to embed; give one or more')
+    loader = DataLoader(Images(source, preprocess), IMAGE_BATCH, num_workers=workers)
+    features = []
+    labels = []
     for pixels, numbers in progress(loader, 'images'):
         cls = model.visual([pixels.to(model.logit_scale.device)])       # (1, B, D)
         features.append(unit(cls[0]).cpu())
@@ -284,13 +292,16 @@ def embed_images(model, source, preprocess, workers=0):
 
 
 @torch.no_grad()
-def embed_texts(model, tokenizer, texts, batch=256):
-    """n texts -> (n, D) unit vectors on the CPU. Neighbours in length share a batch, cut to its longest."""
-    tokens = tokenizer(texts)                                       # (n, T)
-    length = tokens.argmax(dim=1) + 1                               # the end has the largest id
+def embed_texts(model, tokenizer, texts, batch=TEXT_BATCH):
+    """n texts (or one) -> (n, D) unit vectors on the CPU. Texts of similar length share a batch, cut to its longest."""
+    if isinstance(texts, str):
+        texts = [texts]
+    need(len(texts), 'there is no text to embed; give one or more')
+    ids = tokenizer(texts)                                          # (n, T)
+    length = ids.argmax(dim=1) + 1                                  # the end has the largest id
     features = torch.empty(len(texts), model.config.embed_dim)
     for rows in progress(length.argsort().split(batch), 'texts'):
-        cut = tokens[rows, :length[rows].max()]
+        cut = ids[rows, :length[rows].max()]
         eot = model.text([cut.to(model.logit_scale.device)])        # (1, B, D)
         features[rows] = unit(eot[0]).cpu()
     return features
@@ -319,10 +330,11 @@ def retrieval(image_features, text_features, owner):
 
     An image has a hit if any of its captions does. R@K are fractions, ranks count from 1, chance is R@1 of guessing.
     """
-    ids = torch.arange(len(image_features))
-    figures = {'images': len(ids), 'captions': len(owner), 'chance': 1 / len(ids)}
-    directions = {'image_to_text': ranks(image_features, text_features, ids, owner),
-                  'text_to_image': ranks(text_features, image_features, owner, ids)}
+    n = len(image_features)
+    images = torch.arange(n)                                        # their ids
+    figures = {'images': n, 'captions': len(owner), 'chance': 1 / n}
+    directions = {'image_to_text': ranks(image_features, text_features, images, owner),
+                  'text_to_image': ranks(text_features, image_features, owner, images)}
     for name, rank in directions.items():
         for k in (1, 5, 10):
             figures[f'{name}_R@{k}'] = (rank <= k).float().mean().item()
@@ -331,16 +343,18 @@ def retrieval(image_features, text_features, owner):
     return figures
 
 
-def with_owners(path, images, pools):
-    """pools: the captions of each image, one or several -> (images, all captions, owner (captions,))."""
-    captions, owner = [], []
+def with_owners(path, pools):
+    """pools: the captions of each image, one or several -> (all captions, owner (captions,): the image of each)."""
+    captions = []
+    owner = []
     for i, pool in enumerate(pools):
-        pool = [pool] if isinstance(pool, str) else pool
+        if isinstance(pool, str):
+            pool = [pool]
         captions += pool
         owner += [i] * len(pool)
     need(captions and all(isinstance(caption, str) for caption in captions),
          f'{path} lists no captions in words, or none of this split')
-    return images, captions, torch.tensor(owner)
+    return captions, torch.tensor(owner)
 
 
 def coco_pools(listing):
@@ -374,24 +388,30 @@ def listed_captions(path, root, split='test'):
         else:
             listed = list(karpathy_pools(listing, split))
         paths = [Path(root, name) for name, _ in listed]
-        return with_owners(path, paths, [pool for _, pool in listed])
+        return paths, *with_owners(path, [pool for _, pool in listed])
+
+
+HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']      # unless --caption-keys names others
 
 
 def shard_captions(shards):
-    """-> (shards, captions, owner). A pair's are its `captions`, else raw_caption, caption or the .txt; never split."""
+    """-> (captions, owner). A pair's captions are those under the first of the keys that it has, never split."""
+    keys = shards.caption_keys or HELD_OUT_KEYS
     pools = []
     for i in range(len(shards)):
         with naming(shards, i, 'json'):
             record = shards.record(i)
-            keys = [key for key in ('captions', 'raw_caption', 'caption', 'txt') if record.get(key)]
-            need(keys, 'no caption to retrieve by; held-out pairs need captions, raw_caption, caption or a .txt')
-            pools.append(record[keys[0]])
-    return with_owners(shards.paths[0], shards, pools)
+            present = [key for key in keys if record.get(key)]
+            need(present, f"no caption under {', '.join(keys)}; name others with --caption-keys")
+            pool = record[present[0]]
+            need(isinstance(pool, (str, list)), f'{present[0]} is neither a text nor a list')
+            pools.append(pool)
+    return with_owners(shards.paths[0], pools)
 
 
 def evaluate(model, tokenizer, preprocess, shards):
     """Retrieval on held-out shards -> (figures, image features (n, D)), for what else uses the features."""
-    _, captions, owner = shard_captions(shards)
+    captions, owner = shard_captions(shards)
     image_features = embed_images(model, shards, preprocess)
     text_features = embed_texts(model, tokenizer, captions)
     return {'retrieval': retrieval(image_features, text_features, owner)}, image_features
@@ -442,49 +462,37 @@ def classify(image_features, vectors, labels):
     return figures, found, matrix
 
 
-def print_classes(matrix, names):
-    """A table of the ten classes that are found least often. matrix (K, K): their confusion."""
-    count = matrix.sum(dim=1)
-    top1 = matrix.diag() / count                                    # NaN without images: last
-    times, others = (matrix - matrix.diag().diag()).max(dim=1)
-    print(f'{"worst classes":28} {"images":>8} {"top1":>8}   most often taken for')
-    for k in top1.argsort(stable=True)[:10].tolist():
-        other = f'{names[others[k]]} ({times[k]})' if times[k] else ''
-        if count[k]:
-            print(f'{names[k]:28} {count[k]:8} {top1[k]:8.1%}   {other}')
-
-
-def read_names(path, ids):
-    """Names of the classes `ids`: a line each in their order, or a JSON object {id: name}."""
+def read_names(path, classes):
+    """Names of the classes: a line each in their order, or a JSON object {class: name}."""
     if read_text(path).lstrip().startswith('{'):
         listing = read_json(path)
         with reading(path):
-            return [listing[name].strip() for name in ids]
+            return [listing[key].strip() for key in classes]
     names = read_lines(path)
-    need(len(names) == len(ids), f'{path} has {len(names)} names for {len(ids)} classes; a line for each')
+    need(len(names) == len(classes),
+         f'{path} has {len(names)} names for {len(classes)} classes; give a line for each')
     return names
 
 
-def class_names(source, classes=None):
-    """Names in words of the classes of a torchvision set, or those in the file `classes`, see `read_names`.
+def class_names(source, path=None):
+    """Names in words of the classes of a torchvision set, or those in the file `path`, see `read_names`.
 
     A thousand folders of WordNet ids have torchvision's names of ImageNet. Of these 296 differ by more than capitals
     from those of the released evaluation (open_clip's), so the figures are comparable only with a file of those.
     """
-    ids = getattr(source, 'classes', None) or getattr(source, 'categories', None)
-    need(ids, 'this set of torchvision has no class names; use --folder with one folder per class')
-    if classes:
-        return read_names(classes, getattr(source, 'wnids', ids))
-    if all(re.fullmatch(r'n\d{8}', str(name)) for name in ids):
-        need(len(ids) == 1000,
-             f'{len(ids)} folders have WordNet ids, not all 1,000 of ImageNet; name them by --classes')
+    classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
+    need(classes, 'this set of torchvision has no class names; use --folder with one folder per class')
+    if path:
+        return read_names(path, getattr(source, 'wnids', classes))
+    if all(re.fullmatch(r'n\d{8}', str(name)) for name in classes):
+        need(len(classes) == 1000,
+             f'{len(classes)} folders have WordNet ids, not all 1,000 of ImageNet; name them by --classes')
         return torchvision.models.ResNet18_Weights.DEFAULT.meta['categories']   # in the order of the ids
     names = []
-    for name in ids:
+    for name in classes:
         if not isinstance(name, str):
             name = name[0]                              # ImageNet: a tuple of synonyms
-        words = re.sub(r'^/\w/|[_/]+', ' ', name)      # Places365: /a/airfield
-        names.append(words.strip())
+        names.append(name.replace('_', ' ').strip())
     return names
 
 
@@ -526,25 +534,15 @@ def class_folders(root):
 # --- 6. Zero-shot segmentation ---------------------------------------------------------------------------------------
 
 class Settings(NamedTuple):
-    """How to segment. Each field is a flag of `segment`, and its line here the help of the flag.
-
-    size: short side of the image, in pixels (default: 1.5 windows)
-    scale: of the cosines, before the softmax (default: 40)
-    probability: pixels whose best class has less become class 0 (default: 0)
-    area: classes with this share of the foreground or less vanish (default: 0)
-    reduce_zero_label: label 0 of the masks is ignored, 1 becomes class 0
-    window: side of the window, in pixels (default: the model's image)
-    stride: step of the window, in pixels (default: half a window)
-    csa: correlative self-attention in the last block
-    """
-    size: int = 336
-    scale: float = 40
-    probability: float = 0
-    area: float = 0
-    reduce_zero_label: bool = False
-    window: int = 224
-    stride: int = 112
-    csa: bool = False
+    """How to segment. `segment` has a flag for each field."""
+    size: int = 336                     # short side of the image, in pixels
+    scale: float = 40                   # of the cosines, before the softmax
+    probability: float = 0              # pixels whose best class has less become class 0
+    area: float = 0                     # classes with this share of the foreground or less vanish
+    reduce_zero_label: bool = False     # label 0 of the masks is ignored, 1 becomes class 0
+    window: int = 224                   # side of the window, in pixels
+    stride: int = 112                   # step of the window, in pixels
+    csa: bool = False                   # correlative self-attention in the last block
 
 
 BENCHMARKS = {                          # of the released code, after SCLIP
@@ -558,6 +556,7 @@ BENCHMARKS = {                          # of the released code, after SCLIP
     'coco-stuff': Settings(size=448),
 }
 IGNORE = 255                            # a mask's pixels that count nowhere
+LONGEST_SIDE = 2048                     # of a scaled image, as released
 
 
 def window_starts(length, window, stride):
@@ -578,7 +577,8 @@ def window_scores(model, pixels, vectors, settings):
     for y in window_starts(H, window, settings.stride):
         for x in window_starts(W, window, settings.stride):
             place = (..., slice(y, y + window), slice(x, x + window))
-            grid = model.encode_dense(pixels[place][None], settings.csa) @ vectors.T    # (1, h / p, w / p, Q)
+            patches = model.encode_dense(pixels[place][None], settings.csa)     # (1, h / p, w / p, D)
+            grid = patches @ vectors.T
             scores = F.interpolate(grid.permute(0, 3, 1, 2), (window, window), mode='bilinear')
             total[place] += scores[0]
             count[place] += 1
@@ -592,8 +592,8 @@ def segment_image(model, image, vectors, counts, settings):
     names the best; classes under settings.area of the foreground vanish; pixels under settings.probability are class 0.
     """
     short = min(image.size)
-    zoom = min(settings.size / short, 2048 / max(image.size))  # as released: no side is over 2048
-    # ours: of a very long image that leaves too little for a window
+    zoom = min(settings.size / short, LONGEST_SIDE / max(image.size))
+    # ours: the short side of a very long image would be less than a window
     zoom = max(zoom, settings.window / short)
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings)
@@ -616,23 +616,20 @@ def confusion(truth, labels, classes, ignore=IGNORE):
     return torch.bincount(cells, minlength=classes ** 2).view(classes, classes)
 
 
-def class_iou(matrix):
-    """IoU of each class; NaN for one that occurs neither in truth nor prediction."""
-    hit = matrix.diag().double()
-    return hit / (matrix.sum(dim=1) + matrix.sum(dim=0) - hit)
-
-
 def segmentation_figures(matrix, names):
     """mIoU over classes that occur in truth or prediction, pixel accuracy, and what class 0 everywhere would give."""
-    iou = class_iou(matrix)
-    truth = matrix.sum(dim=1).double()
+    hit = matrix.diag().double()
+    truth = matrix.sum(dim=1)
+    found = matrix.sum(dim=0)
+    iou = hit / (truth + found - hit)           # NaN for a class that occurs in neither
+    pixels = truth.sum().item()
     present = int((truth > 0).sum())
     need(present, 'every pixel of every mask is ignored: there is nothing to score; see --masks, --reduce-zero-label')
-    # IoU of class 0 is its share, all others have 0
     return {'classes': present,
             'mIoU': iou.nanmean().item(),
-            'all_class_0_mIoU': (truth[0] / truth.sum()).item() / present,
-            'pixel_accuracy': (matrix.trace() / truth.sum()).item(),
+            # the IoU of class 0 would be its share, that of all others 0
+            'all_class_0_mIoU': truth[0].item() / pixels / present,
+            'pixel_accuracy': hit.sum().item() / pixels,
             'IoU': {name: value for name, value in zip(names, iou.tolist()) if not math.isnan(value)}}
 
 
@@ -673,33 +670,10 @@ def mask_pairs(images, masks, image_suffix, mask_suffix, listing=None):
     return [(pictures[stem], found[stem]) for stem in stems]
 
 
-# Class 0, often the background, is grey. Hues that are near differ in saturation.
-COLOURS = ['grey', *(f'hsv({k * 222.5 % 360},{85 - 45 * (k // 8 % 2)}%,100%)' for k in range(1, IGNORE)), 'white']
-
-
-def overlay(image, truth, labels, names, path):
-    """Picture of an image, its true classes, those found, and a legend with the IoU of each in this image.
-
-    A class has one colour in all images. A class that is found only where nothing counts has no IoU: nan.
-    """
-    palette = np.uint8(list(map(ImageColor.getrgb, COLOURS)))
-    strip = np.hstack([image.convert('RGB'), palette[truth], palette[labels]])
-    iou = class_iou(confusion(truth, labels, len(names)))
-    seen = torch.stack([truth, labels]).unique()
-    left = strip.shape[1] + 8
-    canvas = Image.new('RGB', (left + 240, max(image.height, 20 * len(seen) + 24)))
-    canvas.paste(Image.fromarray(strip))
-    draw = ImageDraw.Draw(canvas)
-    draw.text((left, 4), 'image | truth | prediction, IoU; white: ignored', font_size=11)
-    for row, k in enumerate(seen[seen < len(names)].tolist(), 1):
-        draw.text((left, 20 * row), f'{iou[k]:4.0%} {names[k]}', COLOURS[k], font_size=15)
-    canvas.save(path)
-
-
 # --- 7. Attention pictures -------------------------------------------------------------------------------------------
 
 def stretch(x):
-    """An array, scaled to [0, 1]."""
+    """An array, scaled to [0, 1]; one of equal numbers becomes 0."""
     return (x - x.min()) / max(np.ptp(x), 1e-12)
 
 
@@ -710,44 +684,52 @@ def attention(model, tokenizer, preprocess, image, caption):
     Pieces of a word are summed. Start, end and padding are keys too, but no words: they are left out before scaling.
     """
     device = model.logit_scale.device
-    tokens = tokenizer([caption]).to(device)
+    ids = tokenizer([caption]).to(device)
     pixels = preprocess(image)[None].to(device)
-    patches, weights = model.attention(pixels, tokens)              # (1, P), (1, T)
-    words, sums = [], []
+    patches, weights = model.attention(pixels, ids)                 # (1, P), (1, T)
+    words = []
+    sums = []
     first = 1                                                       # position 0 is the start
     for word, pieces in tokenizer.words(caption):
-        if first + pieces < tokens.shape[1]:  # the rest of a long caption is cut off
+        if first + pieces < ids.shape[1]:       # the rest of a long caption is cut off
             words.append(word)
             sums.append(weights[0, first:first + pieces].sum().item())
         first += pieces
     side = math.isqrt(patches.shape[1])
     grid = patches.view(side, side).cpu().numpy()
-    return stretch(grid), list(zip(words, stretch(np.array(sums or [0]))))
+    shares = stretch(np.array(sums or [0]))     # a caption may have no word
+    return stretch(grid), list(zip(words, shares))
+
+
+TILE = 224                  # side of an image, in pixels
+LINE = 18                   # height of a word
+MARGIN = 8
 
 
 def attention_picture(model, tokenizer, preprocess, image, captions, path):
     """PNG of a row per caption: the image, the map of C^I over it, and a bar for each word, its weight in C^T."""
-    tile = 224                          # side of a picture, in pixels
     maps = [attention(model, tokenizer, preprocess, image, caption) for caption in captions]
-    step = 8 + max(tile, *[18 * len(words) for _, words in maps])
-    canvas = Image.new('RGB', (3 * tile + 200, len(maps) * step + 30), 'white')
+    most = max(len(words) for _, words in maps)
+    step = MARGIN + max(TILE, LINE * most)
+    width = 3 * TILE + 200                                      # a long word may stand beyond its bar
+    canvas = Image.new('RGB', (width, len(maps) * step + 30), 'white')      # the legend is below
     draw = ImageDraw.Draw(canvas)
-    view = ImageOps.fit(image.convert('RGB'), (tile, tile))     # what `preprocess` shows the model
-    left = 2 * tile + 24
-    top = 8
+    view = ImageOps.fit(image.convert('RGB'), (TILE, TILE))     # what `preprocess` shows the model
+    left = 2 * TILE + 3 * MARGIN
+    top = MARGIN
     for grid, words in maps:
         grey = Image.fromarray(np.uint8(255 * grid)).resize(view.size, Image.BILINEAR)
         heat = ImageOps.colorize(grey, '#00204d', '#ffea46', '#7c7b78')  # for the colour-blind, too
-        canvas.paste(view, (8, top))
-        canvas.paste(Image.blend(view, heat, 0.6), (tile + 16, top))
+        canvas.paste(view, (MARGIN, top))
+        canvas.paste(Image.blend(view, heat, 0.6), (TILE + 2 * MARGIN, top))
         y = top
         for word, weight in words:
-            draw.rectangle((left, y, left + tile * weight, y + 15), '#ffea46')
+            draw.rectangle((left, y, left + TILE * weight, y + LINE - 3), '#ffea46')
             draw.text((left + 4, y), word, 'black', font_size=13)
-            y += 18
+            y += LINE
         top += step
     legend = 'image | where C^I looks: blue low, yellow high | how much C^T reads each word | each on its own scale'
-    draw.text((8, top), legend, 'black', font_size=12)
+    draw.text((MARGIN, top), legend, 'black', font_size=12)
     canvas.save(path)
 
 
@@ -767,23 +749,18 @@ def show(figures, indent=''):
 
 
 def run_retrieval(args, model, tokenizer, preprocess):
-    """R@1/5/10 and ranks, both ways."""
     if args.shards:
-        captioned = shard_captions(Shards(args.shards))
+        source = Shards(half_of(args.shards, 'val'), args.caption_keys)
+        captions, owner = shard_captions(source)
     else:
         path = args.karpathy or args.flickr or Path(args.coco, 'annotations/captions_val2017.json')
-        captioned = listed_captions(path, args.coco or args.images or Path(path).parent, args.split)
-    source, captions, owner = captioned
+        root = args.coco or args.images or Path(path).parent
+        source, captions, owner = listed_captions(path, root, args.split)
     image_features = embed_images(model, source, preprocess, workers=args.workers)
     return retrieval(image_features, embed_texts(model, tokenizer, captions), owner)
 
 
 def run_classify(args, model, tokenizer, preprocess):
-    """Zero-shot top-1, top-5 and mean per class; the worst classes.
-
-    --json also holds the class found for each image, with its cosine, and the confusion matrix: a row for each true
-    class.
-    """
     if args.folder:
         source = class_folders(args.folder)
     else:
@@ -793,13 +770,14 @@ def run_classify(args, model, tokenizer, preprocess):
     templates = read_templates(args.templates)
     vectors = class_vectors(model, tokenizer, names, templates)
     figures, found, matrix = classify(features, vectors, labels)
-    print_classes(matrix, names)
     scores = (features * vectors[found]).sum(dim=1)
-    # other sets have no files: numbers
-    files = [path for path, _ in getattr(source, 'samples', [])] or range(len(labels))
+    files = [path for path, _ in getattr(source, 'samples', [])]
+    if not files:                       # a set that says numbers alone
+        files = range(len(labels))
     predictions = []
     for file, truth, k, score in zip(files, labels, found, scores.tolist()):
-        predictions.append({'image': file, 'truth': names[truth], 'prediction': names[k], 'score': score})
+        predictions.append({'image': file, 'truth': names[truth],
+                            'prediction': names[k], 'score': score})
     return figures | {'prompts': ' | '.join(templates), 'names': names,
                       'confusion': matrix.tolist(), 'predictions': predictions}
 
@@ -807,29 +785,29 @@ def run_classify(args, model, tokenizer, preprocess):
 def segment_settings(args, image_size):
     """The benchmark's settings, or those for `image_size`; flags that were given change single ones."""
     window = args.window or image_size
-    changes = {'window': window, 'stride': window // 2}
+    settings = Settings(size=window * 3 // 2)
+    if args.benchmark:
+        settings = BENCHMARKS[args.benchmark]
+    settings = settings._replace(window=window, stride=window // 2)
     for name in Settings._fields:
         value = getattr(args, name)
         if value is not None:
-            changes[name] = value
-    settings = BENCHMARKS.get(args.benchmark, Settings(size=window * 3 // 2))._replace(**changes)
+            settings = settings._replace(**{name: value})
     need(0 < settings.stride <= settings.window,
          f'--stride {settings.stride} must be above 0 and no more than --window {settings.window}')
     return settings
 
 
 def run_segment(args, model, tokenizer, preprocess):
-    """Zero-shot segmentation: mIoU, IoU of each class.
-
-    --benchmark takes its settings, and other flags change single ones.
-    """
     settings = segment_settings(args, model.config.image_size)
     classes = [re.split(r'\s*,\s*', line) for line in read_lines(args.classes)]
     names = [synonyms[0] for synonyms in classes]
-    counts = list(map(len, classes))
-    need(len(names) <= IGNORE, f'{args.classes} names {len(names)} classes; {IGNORE} at most, as masks ignore {IGNORE}')
+    counts = [len(synonyms) for synonyms in classes]
+    need(len(names) <= IGNORE,
+         f'{args.classes} names {len(names)} classes; masks ignore {IGNORE}, so name {IGNORE} at most')
     templates = read_templates(args.templates)
-    vectors = class_vectors(model, tokenizer, sum(classes, []), templates).to(model.logit_scale.device)
+    vectors = class_vectors(model, tokenizer, sum(classes, []), templates)
+    vectors = vectors.to(model.logit_scale.device)
     pairs = mask_pairs(args.images, args.masks, args.image_suffix, args.mask_suffix, args.list)
     matrix = 0
     for picture, mask in progress(pairs, 'images'):
@@ -837,23 +815,21 @@ def run_segment(args, model, tokenizer, preprocess):
         truth = read_mask(mask, image.size, len(names), settings.reduce_zero_label)
         labels = segment_image(model, image, vectors, counts, settings)
         matrix += confusion(truth, labels, len(names))
-        if args.save:               # under an ending that no mask has, should it be their folder
-            Path(args.save).mkdir(parents=True, exist_ok=True)
-            overlay(image, truth, labels, names, Path(args.save, f'{picture.stem}.overlay.jpg'))
+    described = str(settings)
+    if args.benchmark and not args.templates:
+        described += '; but six prompts of ours, not the 80 released ones'
     return {'images': len(pairs),
-            'settings': str(settings),
+            'settings': described,
             'prompts': ' | '.join(templates)} | segmentation_figures(matrix, names)
 
 
 def run_attend(args, model, tokenizer, preprocess):
-    """Picture of the cross-attention weights."""
     image = read_image(args.image)
     attention_picture(model, tokenizer, preprocess, image, args.text, args.out)
     return {'picture': args.out}
 
 
 def run_export(args, model, tokenizer, preprocess):
-    """A state dict that open_clip loads, and its model config."""
     return export(model, tokenizer, args.out)
 
 
@@ -861,9 +837,11 @@ def add_options(command):
     """What every command takes."""
     add = command.add_argument
     add('checkpoint', metavar='CKPT')
-    add('--weights', choices=['teacher', 'student'], default='teacher', help='which network')
-    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cuda or cpu')
-    add('--workers', type=int, default=2, help='processes that read images')
+    add('--weights', choices=['teacher', 'student'], default='teacher',
+        help='which network (default: %(default)s)')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='cuda or cpu (default: %(default)s)')
+    add('--workers', type=int, default=2, help='processes that read images (default: %(default)s)')
     add('--vocab', help="CLIP's merges, for checkpoints that carry none")
     add('--json', help='also write the figures to this file')
 
@@ -873,24 +851,28 @@ def add_retrieval(command):
     one('--coco', help='folder with images/val2017 and annotations/captions_val2017.json')
     one('--karpathy', help="Karpathy's dataset_coco.json or dataset_flickr30k.json")
     one('--flickr', help="the released code's flickr30k_val.json: a list of image and captions")
-    one('--shards', help='held-out shards')
+    one('--shards', help='held-out shards; of a folder with train/ and val/ the half val/')
     add = command.add_argument
-    add('--split', default='test', help="Karpathy's split")
+    add('--split', default='test', help="Karpathy's split (default: %(default)s)")
     add('--images',
         help='folder of the images of --karpathy or --flickr (default: beside the JSON)')
+    add('--caption-keys',
+        help='json keys of the captions of --shards, joined by commas: of each pair the first that it '
+        f"has counts (default: {','.join(HELD_OUT_KEYS)})")
 
 
 def add_classify(command):
     one = command.add_mutually_exclusive_group(required=True).add_argument
-    one('--dataset', help='a classification set of torchvision.datasets: cifar10, dtd, food101, ...')
+    one('--dataset', help='a classification set of torchvision.datasets: cifar10, dtd, ...')
     one('--folder', help='one folder of images per class')
     add = command.add_argument
-    add('--root', default='data', help='where --dataset lies')
+    add('--root', default='data', help='where --dataset lies (default: %(default)s)')
     add('--split',
         help="torchvision's name of the split (default: test; ImageNet and Places365 have val)")
     add('--download', action='store_true', help='let torchvision fetch it into --root')
-    add('--classes', help='file of class names: a line each in the order of the sorted folders, or JSON {folder: '
-        "name} (default: the folders' names; of ImageNet torchvision's, 296 of them unlike the released ones)")
+    add('--classes',
+        help='file of class names: a line each in the order of the sorted folders, or JSON {folder: name} '
+        "(default: the folders' names; of ImageNet torchvision's, 296 of them unlike the released ones)")
     add('--templates', help='file of prompts with {} for the class, a line each')
 
 
@@ -903,22 +885,29 @@ def add_segment(command):
     add('--mask-suffix', default='', help='end of mask names that images lack, as _labelTrainIds')
     add('--list', help='file of the stems to evaluate, as of a split')
     add('--templates', help='file of prompts with {} for the class')
-    add('--save', help='folder for pictures: image, truth, prediction, and the IoU of its classes')
-    add('--benchmark', choices=BENCHMARKS, help='the released settings of this set')
-    for name, kind in Settings.__annotations__.items():
-        flag = f"--{name.replace('_', '-')}"
-        text = re.search(f'{name}: (.*)', Settings.__doc__)[1]
-        if kind is bool:
-            add(flag, action='store_true', default=None, help=text)
-        else:
-            add(flag, type=kind, help=text)
+    add('--benchmark', choices=BENCHMARKS,
+        help='the released settings of this set; the flags below change single ones. The 80 released '
+        'prompts are not among them: give those by --templates')
+    add('--size', type=int, help='short side of the image, in pixels (default: 1.5 windows)')
+    add('--scale', type=float, help='of the cosines, before the softmax (default: 40)')
+    add('--probability', type=float,
+        help='pixels whose best class has less become class 0 (default: 0)')
+    add('--area', type=float,
+        help='classes with this share of the foreground or less vanish (default: 0)')
+    add('--window', type=int, help="side of the window, in pixels (default: the model's image)")
+    add('--stride', type=int, help='step of the window, in pixels (default: half a window)')
+    # None where they are not given: a benchmark's setting stays
+    add('--reduce-zero-label', action='store_true', default=None,
+        help='label 0 of the masks is ignored, 1 becomes class 0')
+    add('--csa', action='store_true', default=None,
+        help='correlative self-attention in the last block')
 
 
 def add_attend(command):
     add = command.add_argument
     add('--image', required=True)
     add('--text', required=True, nargs='+', help='one or more captions')
-    add('--out', default='attention.png', help='the picture')
+    add('--out', default='attention.png', help='the picture (default: %(default)s)')
 
 
 def add_export(command):
@@ -944,14 +933,15 @@ def execute(args):
 
 
 def main():
-    parser = Parser(description=first_line(__doc__))
+    parser = Parser(epilog=__doc__)
     commands = parser.add_subparsers(dest='command', required=True)
-    for name, run, add_flags in (('retrieval', run_retrieval, add_retrieval),
-                                 ('classify', run_classify, add_classify),
-                                 ('segment', run_segment, add_segment),
-                                 ('attend', run_attend, add_attend),
-                                 ('export', run_export, add_export)):
-        command = commands.add_parser(name, help=first_line(run.__doc__), description=run.__doc__)
+    for name, run, add_flags, text in (
+            ('retrieval', run_retrieval, add_retrieval, 'zero-shot R@1/5/10 and ranks, both ways'),
+            ('classify', run_classify, add_classify, 'zero-shot top-1, top-5, mean per class'),
+            ('segment', run_segment, add_segment, 'zero-shot mIoU, and IoU of each class'),
+            ('attend', run_attend, add_attend, 'picture of the cross-attention weights'),
+            ('export', run_export, add_export, 'state dict for open_clip, and its config')):
+        command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
         add_options(command)
         add_flags(command)

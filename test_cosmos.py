@@ -13,6 +13,7 @@ import pickle
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -960,28 +961,38 @@ def test_retrieval_by_hand_and_by_loops():
             assert found[number] == 1 + sum(score >= best for score in scores[ids != number])
 
 
-def test_classification_by_hand(capsys):
-    """oracle: hand-made scores, a table read off them; the ensemble computed one text at a time."""
+def test_classification_by_hand():
+    """oracle: hand-made scores; the ensemble computed one text at a time."""
     scores = torch.tensor([[7.0, 1, 2, 3, 4, 5, 6],                     # right
-                           [1, 7, 6, 5, 4, 3, 2],                       # fourth
+                           [1, 7, 6, 5, 4, 3, 2],                       # fifth
+                           [1, 7, 6, 5, 4, 3, 2],                       # sixth
                            [3, 1, 3, 0, 0, 0, 0]])                      # tied
-    figures, found, matrix = evaluation.classify(scores, torch.eye(7), torch.tensor([0, 4, 0]))
-    assert found.tolist() == [0, 1, 2]
-    assert matrix.nonzero().tolist() == [[0, 0], [0, 2], [4, 1]]
-    evaluation.print_classes(matrix, 'abcdefg')
-    assert capsys.readouterr().out.split()[-10:] == 'e 1 0.0% b (1) a 2 50.0% c (1)'.split()
-    assert figures == {'images': 3, 'classes': 7, 'chance': 1 / 7, 'top1': pytest.approx(1 / 3),
-                       'top5': 1, 'mean_per_class_top1': 1 / 4}
+    figures, found, matrix = evaluation.classify(scores, torch.eye(7), torch.tensor([0, 5, 6, 0]))
+    assert found.tolist() == [0, 1, 1, 2]
+    assert matrix.nonzero().tolist() == [[0, 0], [0, 2], [5, 1], [6, 1]]
+    assert figures == {'images': 4, 'classes': 7, 'chance': 1 / 7, 'top1': 1 / 4, 'top5': 3 / 4,
+                       'mean_per_class_top1': pytest.approx(1 / 6)}
     scored = spelling_model()
     vectors = evaluation.class_vectors(*scored, ['tabby cat', 'dog'], ('a {}', '{}!'))
     both = embed(*scored, 'a tabby cat', 'a dog') + embed(*scored, 'tabby cat!', 'dog!')
     close(vectors, unit(both))
+
+
+def test_embeddings_of_many_of_one_and_of_none():
+    """oracle: the texts one at a time, in their order; a string is one text; a sentence where there is nothing."""
+    model, tokenizer = spelling_model()
     texts = ['a long text', 'ox', '']
-    close(evaluation.embed_texts(*scored, texts, batch=2), embed(*scored, *texts))
+    close(evaluation.embed_texts(model, tokenizer, texts, batch=2), embed(model, tokenizer, *texts))
+    close(evaluation.embed_texts(model, tokenizer, 'a car'), embed(model, tokenizer, 'a car'))
+    refused('no text to embed', evaluation.embed_texts, model, tokenizer, [])
+    refused('no image to embed', evaluation.embed_images, model, [], data.Preprocess(32))
 
 
 def test_attention_words(gallery):
-    """oracle: the model's own weights: pieces of a word add up; start, end and padding are no words."""
+    """oracle: the model's own weights: pieces of a word add up; start, end and padding are no words.
+
+    In the picture the bar of the most read word is the longest, that of the least read has no length.
+    """
     model, tokenizer = spelling_model(['d o', 'do g</w>'], 12)
     image = Image.open('images/0.png')
     scored = (model, tokenizer, gallery.preprocess, image)
@@ -993,6 +1004,16 @@ def test_attention_words(gallery):
     assert names == ('dog', 'ab', 'dog')
     for found, raw in (shares, np.array([dog, a + b, last])), (grid, patches.numpy().reshape(4, 4)):    # rows first
         assert np.allclose(found, (raw - raw.min()) / np.ptp(raw))
+    evaluation.attention_picture(*scored, ['dog ab dog'], 'seen.png')
+    picture = Image.open('seen.png')
+    heat = np.array(picture.crop((240, 8, 464, 232)))
+    assert len(np.unique(heat.reshape(-1, 3), axis=0)) > 16             # colours, not a blank
+    for share, colour in (1, (255, 234, 70)), (0, (255, 255, 255)):
+        row = shares.index(share)
+        assert picture.getpixel((690, 10 + 18 * row)) == colour
+    assert evaluation.attention(*scored, '')[1] == []
+    _, words = evaluation.attention(*scored, 20 * 'dog ')
+    assert len(words) == 10                             # 12 ids without start and end
 
 
 def test_published_layouts(here):
@@ -1016,6 +1037,27 @@ def test_published_layouts(here):
     refused("list.json.*'caption'", read, put(file, [{'image': 'a'}]), 'root')
 
 
+def test_captions_of_held_out_shards(here):
+    """oracle: pairs written here: the first key that a pair has, never split; only those that were named."""
+    records = [{'captions': ['an ape. an ox', 'a cow'], 'caption': 'dog', 'mine': 'an eel. a fox'},
+               {'raw_caption': 'a gnu. a hen', 'caption': 'ibis', 'mine': '', 'other': ['jay', 'a kid. a lion']}]
+    members = []
+    for i, record in enumerate(records):
+        members += [(f'{i}.png', b'x'), (f'{i}.json', record)]
+    write_tar('a.tar', members)
+    write_tar('b.tar', [('0.png', b'x'), ('0.json', {'mine': 'mouse', 'caption': 5})])
+
+    def read(keys=None, pattern='a.tar'):
+        captions, owner = evaluation.shard_captions(Shards(pattern, keys))
+        return captions, owner.tolist()
+
+    assert read() == (['an ape. an ox', 'a cow', 'a gnu. a hen'], [0, 0, 1])
+    assert read('mine,other') == (['an eel. a fox', 'jay', 'a kid. a lion'], [0, 1, 1])
+    assert read('other , caption') == (['dog', 'jay', 'a kid. a lion'], [0, 1, 1])
+    refused('json of .*a.tar:1.png .* under mine; .*--caption-keys', read, 'mine')
+    refused('json of .*b.tar:0.png', read, 'caption,mine', 'b.tar')     # a number is no caption
+
+
 def test_class_names_of_every_source(here):
     """oracle: names as torchvision's sets have them, files written here, and what must be read."""
     def names(classes, text=None, **more):
@@ -1026,8 +1068,9 @@ def test_class_names_of_every_source(here):
     assert names(animals) == ['ape', 'ox 2']
     assert names(animals, 'monkey\n\n bull\n') == ['monkey', 'bull']
     refused('1 names for 2 classes', names, animals, 'monkey')
+    refused('names holds no lines', names, animals, '\n')
     refused('no class names', names, [])
-    assert names([], categories=['/a/arch_gate/outdoor']) == ['arch gate outdoor']      # Places365
+    assert names([], categories=['crab_leg']) == ['crab leg']           # Caltech101
     imagenet = [('tench', 'Tinca tinca'), ('goldfish', 'Carassius')]
     assert names(imagenet) == ['tench', 'goldfish']
     assert names(imagenet, {'n2': 'b', 'n1': 'a'}, wnids=['n1', 'n2']) == ['a', 'b']
@@ -1037,7 +1080,10 @@ def test_class_names_of_every_source(here):
 
 
 def test_torchvision_sets(monkeypatch):
-    """oracle: what the sets are called with, EMNIST's held-out half among them; sentences for what cannot be read."""
+    """oracle: what the sets are called with, EMNIST's held-out half among them; sentences for what cannot be read.
+
+    Labels that are None are refused; a set that has no list of labels, or one of numbers, is taken.
+    """
     for name, split, sentence in (('dtdd', None, "has no 'dtdd'; it has .*dtd"),
                                   ('food101', None, 'cannot read food101 from .*--download'),
                                   ('sun397', 'trian', "not 'trian'"),
@@ -1050,14 +1096,16 @@ def test_torchvision_sets(monkeypatch):
         calls.append([train, download])
 
     def places365(self, root, split='train-standard'):
-        self.targets = [None]
+        self.targets = {'val': [0, 1], 'test': [None, None]}[split]
 
     monkeypatch.setattr(sets.MNIST, '__init__', mnist)
-    evaluation.torchvision_set('mnist', '', 'train', True)
+    digits = evaluation.torchvision_set('mnist', '', 'train', True)
+    assert isinstance(digits, sets.MNIST) and not hasattr(digits, 'targets')
     evaluation.torchvision_set('emnist', '', 'balanced')
     assert calls == [[True, True], [False, False]]
     monkeypatch.setattr(sets.Places365, '__init__', places365)
     refused('no labels.*such as val', evaluation.torchvision_set, 'places365', '')
+    assert evaluation.torchvision_set('places365', '', 'val').targets == [0, 1]
 
 
 def test_checkpoints_of_every_origin(here):
@@ -1088,6 +1136,14 @@ def test_checkpoints_of_every_origin(here):
         wanted = source([image], [text])
         close(found.cls, wanted.cls, 1e-6)
         close(found.eot, wanted.eot, 1e-6)
+    # one patch: 3/7 of it would be none
+    small = replace(plain.config, image_size=32, local_image_size=32)
+    state = to_openclip(COSMOS(small).state_dict())
+    assert evaluation.infer_config(state) == small
+    state['visual.conv1.weight'] = torch.empty(1280, 3, 14, 14)         # ViT-H
+    assert evaluation.infer_config(state).vision_heads == 16
+    evaluation.export(plain, tokenizer, 'clip.pt')
+    assert 'merges' not in Path('clip.json').read_text()                # CLIP's are known to all
     refused('QuickGELU', load, other | {'input_resolution': image})
     refused('its keys: visual.*open_clip ViT', load, {'visual.conv1.weight': image})    # a ResNet
     del other['visual.ln_post.bias']
@@ -1155,25 +1211,7 @@ def test_segmentation_by_hand(monkeypatch):
     assert figures == {'IoU': {'ground': 1 / 2, 'ape': 2 / 3, 'ox': 0, 'cow': 0},
                        'mIoU': pytest.approx(7 / 24), 'pixel_accuracy': 3 / 5, 'classes': 3,
                        'all_class_0_mIoU': pytest.approx(2 / 5 / 3)}
-
-
-def test_segmentation_picture(here, monkeypatch):
-    """oracle: pencil: five pixels, of which one does not count; the same class has the same colour, others have not."""
-    lines = []
-
-    def write(self, place, line, *colour, font_size):
-        lines.append(line)
-
-    monkeypatch.setattr(evaluation.ImageDraw.ImageDraw, 'text', write)
-    truth = torch.tensor([[0, 1, 1, 1, 255]])
-    labels = torch.tensor([[0, 1, 1, 0, 2]])
-    evaluation.overlay(Image.new('L', (5, 1), 7), truth, labels, ['sky', 'ape', 'ox'], 'seen.png')
-    assert lines[1:] == [' 50% sky', ' 67% ape', 'nan% ox']
-    image, *colours = np.array(Image.open('seen.png'))[0, 4:15]
-    assert image.tolist() == [7, 7, 7]
-    numbers = torch.cat([truth, labels], dim=1)
-    same = (np.array(colours)[:, None] == colours).all(axis=2)
-    assert np.array_equal(same, numbers.T == numbers)
+    refused('every pixel', evaluation.segmentation_figures, 0 * matrix, [])
 
 
 def test_masks_and_their_errors(here):
@@ -1215,15 +1253,50 @@ def test_every_command(gallery, capsys):
         mask = Image.fromarray(labels.byte().numpy())
         put(f'masks/{path.name}', encoded(mask))
     put('classes', 'background, sky\nox\n')
-    figures = gallery.figures('segment --images images --masks masks --classes classes --save seen '
-                              '--benchmark voc21 --size 40 --area 0 --csa')
-    assert (figures['settings'], figures['mIoU'], figures['images']) == (str(settings), 1, 3)
-    assert Path('seen/2.overlay.jpg').exists()
+    line = 'segment --images images --masks masks --classes classes --benchmark voc21 --size 40 --area 0 --csa'
+    figures = gallery.figures(line)
+    assert re.search('^  ox .* 100.00%$', capsys.readouterr().out, re.M)
+    assert (figures['mIoU'], figures['images']) == (1, 3)
+    # settings of a benchmark are the released ones, our prompts are not
+    assert figures['settings'] == f'{settings}; but six prompts of ours, not the 80 released ones'
+    put('prompts', '\n'.join(evaluation.TEMPLATES))
+    assert gallery.figures(f'{line} --templates prompts') == figures | {'settings': str(settings)}
     gallery.figures('attend --image images/0.png --text ox cat --out seen.png')
     assert Image.open('seen.png').size == (872, 494)
     assert capsys.readouterr().out.endswith('next       python -m extras.search last.pt --images DIR "CAPTION"\n')
     gallery.figures('export clip.pt')
     assert Path('clip.json').exists()
+
+
+def test_retrieval_of_shards(gallery, capsys):
+    """oracle: retrieval of the captions written here; of a folder with train/ and val/ it takes val/, and says so."""
+    members = []
+    for i, path in enumerate(gallery.paths):
+        record = {'caption': 'same', 'mine': f'ox {i}'}
+        members += [(f'{i}.png', path.read_bytes()), (f'{i}.json', record)]
+    write_tar(put('set/val/0.tar'), members)
+    dog_tar(put('set/train/0.tar'), 2)
+    mine = ['ox 0', 'ox 1', 'ox 2']
+    for captions, flags in (mine, '--caption-keys mine'), (3 * ['same'], ''):
+        wanted = evaluation.retrieval(gallery.features, embed(*gallery.scored, *captions), torch.arange(3))
+        assert gallery.figures(f'retrieval --shards set {flags}') == wanted
+        assert 'the half val/' in capsys.readouterr().out
+
+
+def test_help_lists_every_flag(monkeypatch, capsys):
+    """oracle: the rule: --help of all commands has the examples, that of `segment` a flag for each field of Settings."""
+    monkeypatch.setattr(sys, 'argv', ['eval.py', '--help'])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(HERE / 'eval.py'), run_name='__main__')
+    text = capsys.readouterr().out
+    examples = ' '.join(text.split())
+    for name in 'retrieval', 'classify', 'segment', 'attend', 'export':
+        assert f'python eval.py {name} CKPT' in examples
+        assert re.search(f'^    {name} +[A-Za-z]', text, re.M), name     # its line of help
+    run(evaluation, 'segment', '--help')
+    text = capsys.readouterr().out
+    for field in evaluation.Settings._fields:
+        assert re.search(rf"^  --{field.replace('_', '-')}\b", text, re.M), field
 
 
 def test_classify_of_every_source(gallery):

@@ -235,7 +235,7 @@ def run(variant, seed):
             if name.endswith('.top1'):                                  # presence over training
                 row[f"{name}@{entry['step']}"] = value
     loaded = evaluation.load(out / 'last.pt', variant.weights)
-    args = SimpleNamespace(shards=scenes / 'val', workers=0, pictures=out / 'naming')
+    args = SimpleNamespace(shards=scenes / 'val', workers=0, pictures=out / 'naming', caption_keys=None)
     row |= flat(evaluation.run_retrieval(args, *loaded), 'retrieval.')
     if (scenes / 'probes.json').exists():
         row |= flat(pairs.suppression(*loaded, scenes))
