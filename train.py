@@ -114,7 +114,6 @@ class Options:
     local_crops: int = option('local image views a pair', 6)
     local_captions: int = option('captions of one sentence a pair', 6)
     augment: str = option('full: with flips and colours (not for clip)', 'full', choices=['full', 'crops'])
-    aligned_crops: bool = option('captions name what their crop shows; the built-in set', False)
     steps: int = option('optimizer steps in all', type=at_least_1)
     epochs: float = option('passes over the data; wins over --steps', type=bounded(float, 1e-9))
     batch: int = option('pairs a step, over all processes and --accum', type=bounded(int, 2))
@@ -413,11 +412,8 @@ class Run:
         local_images = options.local_crops if method.local_images else 0
         local_captions = options.local_captions if method.local_captions else 0
         counts = (method.global_images, local_images, method.global_captions, local_captions)
-        visible_sentences = None
-        if options.aligned_crops:
-            from lesson.scenes import visible_sentences
         self.views = Views(self.shards, self.tokenizer, self.config, options.seed, options.batch, counts,
-                           options.augment, visible_sentences)
+                           options.augment)
         claim_folder(self.out, self.checkpoint, f'{options.data}::{options.val}::{options.init}::{self.checkpoint}')
         self.shards.save(self.out)
         if self.val:
@@ -482,7 +478,7 @@ class Run:
         if self.teacher:
             state['teacher'] = self.teacher.model.state_dict()
         last = self.out / 'last.pt'
-        with replacing(last, keep=self.out / 'previous.pt') as partial:
+        with replacing(last) as partial:
             torch.save(state, partial)
         self.saved_at = time.perf_counter()
 

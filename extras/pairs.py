@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 from data import Parser, cli
-from eval import (IMAGE_KINDS, add_options, embed_images, embed_texts, execute, first_line, need,
+from eval import (IMAGE_KINDS, add_options, embed_images, embed_texts, execute, need,
                   read_json, reading)
 from extras.prepare import read_rows
 
@@ -245,7 +245,7 @@ def run_pairs(args, model, tokenizer, preprocess):
 
 
 def main():
-    parser = Parser(description=first_line(__doc__))
+    parser = Parser(epilog=__doc__)
     add_options(parser)
     parser.set_defaults(command='pairs', run=run_pairs)
     source = parser.add_mutually_exclusive_group(required=True)

@@ -16,8 +16,8 @@ from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 
 from data import Parser, cli, digest, read_image, replacing
-from eval import (add_options, embed_images, embed_labelled, embed_texts, execute, first_line,
-                  images_in, need, read_checkpoint)
+from eval import (add_options, embed_images, embed_labelled, embed_texts, execute, images_in, need,
+                  read_checkpoint)
 
 TILE = 176              # side of an image in the sheet, in pixels
 LABEL = 50              # three lines below it
@@ -119,14 +119,14 @@ def run_search(args, model, tokenizer, preprocess):
 
 
 def main():
-    parser = Parser(description=first_line(__doc__))
+    parser = Parser(epilog=__doc__)
     add_options(parser)
     parser.set_defaults(command='search', run=run_search)
     parser.add_argument('query', nargs='?', help='what to look for')
     parser.add_argument('--like', help='an image to look for instead of words')
     parser.add_argument('--images', required=True, help='folder of images')
-    parser.add_argument('--top', type=int, default=12, help='how many to show')
-    parser.add_argument('--out', default='search.png', help='the contact sheet')
+    parser.add_argument('--top', type=int, default=12, help='how many to show (default: %(default)s)')
+    parser.add_argument('--out', default='search.png', help='the contact sheet (default: %(default)s)')
     # Not parse_args: before Python 3.13 it does not find an optional word behind flags.
     args = parser.parse_intermixed_args()
     need(bool(args.query) != bool(args.like), 'give a query in words or --like IMAGE, not both')

@@ -146,8 +146,7 @@ EXPERIMENTS = {
         'short': Variant('--caption-pool short'),
         'long': Variant('--caption-pool long'),
         'crops-0': Variant('--local-crops 0'),
-        'crops-2': Variant('--local-crops 2'),
-        'aligned': Variant('--aligned-crops')},
+        'crops-2': Variant('--local-crops 2')},
     'amount': {                                 # an eighth: the first of 8 tars
         'cosmos': Variant(),
         'eighth': Variant('--method cosmos --data {scenes}/train/00000.tar'),
@@ -291,7 +290,7 @@ def launch(key):
 
 
 def main():
-    parser = Parser()
+    parser = Parser(epilog=__doc__)
     parser.add_argument('experiment', choices=EXPERIMENTS)
     parser.add_argument('--seeds', type=int, help='how many, instead of those of the course')
     parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run and print it')
