@@ -254,8 +254,8 @@ class Shards:
         self.table = None
 
     def read(self, shard, offset, size):
-        # Not seek and read: forked workers share the position of an open file.
-        return os.pread(open_shard(self.paths[shard]).fileno(), size, offset)
+        file = open_shard(self.paths[shard])
+        return os.pread(file.fileno(), size, offset)    # not seek and read: forked workers share a file's position
 
     def member(self, i, role):
         """The bytes of a member of pair i; b'' where it has none."""
@@ -326,7 +326,6 @@ CAPTION_KEYS = [                # the first family that has a sentence is the po
 ]
 POOLS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
 
-
 # A newline, '</s>', or a full stop that is in no number (3.5) and behind no initial (J. Smith, the U.S. Army).
 BREAK = re.compile(r'\n|</s>|(?<!\b[A-Z])(?:\.(?!\d)|(?<!\d)\.)')
 
@@ -334,7 +333,7 @@ BREAK = re.compile(r'\n|</s>|(?<!\b[A-Z])(?:\.(?!\d)|(?<!\d)\.)')
 def sentences(value, whole=False):
     """A string, or a list of strings, -> its sentences; whole: each string is one, and is not split.
 
-    (The released sampler, given a string, trains on single letters without a word.)
+    (The released sampler splits nothing of DreamLIP's: given seven strings, it trains on single letters.)
     """
     found = []
     if isinstance(value, (list, tuple)):

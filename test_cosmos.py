@@ -790,7 +790,12 @@ def test_the_sheet_of_samples_cuts_nothing(tmp_path, monkeypatch, counts):
     written; right and bottom edge white."""
     written = []
     draw = ImageDraw.ImageDraw.text
-    monkeypatch.setattr(ImageDraw.ImageDraw, 'text', lambda self, *how: written.append(how[1]) or draw(self, *how))
+
+    def write(self, place, text, *how, **options):
+        written.append(text)
+        draw(self, place, text, *how, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, 'text', write)
     words = [f'WWW{i}MMM' for i in range(400)]
     members = [('a.png', encoded(Image.new('RGB', (50, 40)))), ('a.json', {'captions': [' '.join(words)]})]
     views = Views(Shards(write_tar(tmp_path / 'a.tar', members)), LOW, MICRO, 3, 1, counts, 'crops')
