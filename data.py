@@ -971,7 +971,7 @@ def picture_of_text(text):
     font = ImageFont.load_default(13)
     *_, width, height = ImageDraw.Draw(Image.new('1', (1, 1))).textbbox((4, 4), text, font)
     image = Image.new('RGB', (ceil(width) + 4, ceil(height) + 12), 'white')
-    ImageDraw.Draw(image).text((4, 4), text, 'black', font)
+    ImageDraw.Draw(image).text((4, 4), text, fill='black', font=font)
     return image
 
 
