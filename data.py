@@ -750,8 +750,8 @@ def solarize(x, threshold):
     return torch.where(x > threshold, 1 - x, x)
 
 
-JITTERS = [(brightness, 0), (contrast, 1), (saturation, 2), (hue, 3)]           # operation, its column in Colours
-THEN = [(gray, 4), (blur, 5), (solarize, 6)]
+OPERATIONS = brightness, contrast, saturation, hue, gray, blur, solarize       # one for each column of Colours
+JITTERS = range(4)      # the columns of those that come in a random order, before the others
 
 
 def recolour(images, colours, jitters):
@@ -761,13 +761,13 @@ def recolour(images, colours, jitters):
     """
     neutral = Colours()
     x = images.float().div_(255)
-    for operation, column in [*jitters, *THEN]:
+    for column in [*jitters, *range(len(JITTERS), len(OPERATIONS))]:
         strength = colours[:, column]
         changed = (strength != neutral[column]).nonzero().flatten()
         if len(changed):
             strength = strength[changed].view(-1, 1, 1, 1).to(x.device, non_blocking=True)
             changed = changed.to(x.device, non_blocking=True)
-            x[changed] = operation(x[changed], strength)
+            x[changed] = OPERATIONS[column](x[changed], strength)
     return x
 
 
@@ -779,7 +779,7 @@ def normalize(images):
 
 # --- 6. Samples and batches ------------------------------------------------------------------------------------------
 
-MOST_BAD = 100          # pairs in a row: with fewer than half bad never met, beyond it nothing is left to train on
+MOST_BAD = 100          # pairs in a row: a set where they occur has next to nothing to train on
 
 
 @lru_cache(1)

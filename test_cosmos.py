@@ -599,7 +599,7 @@ def test_tars_of_every_format(tmp_path):
     shutil.copytree(tmp_path, tmp_path / 'moved')
     assert Shards(tmp_path / 'moved').fingerprint == shards.fingerprint
     os.replace(dog_tar(tmp_path / 'new', 5), path)
-    changed = Shards(tmp_path, cache=tmp_path)          # not by the index that is out of date, nor the file that is open
+    changed = Shards(tmp_path, cache=tmp_path)          # not by the old index, nor from the file that is open
     assert changed.pool(6) == ['dog 0']
     assert changed.fingerprint != shards.fingerprint
 
