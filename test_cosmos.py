@@ -10,7 +10,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -476,9 +475,11 @@ def test_the_vocabulary_is_fetched_once(tmp_path, monkeypatch):
     assert Tokenizer.clip().merges == ['l o', 'lo w</w>']
     server.shutdown()
     server.server_close()
+    with monkeypatch.context() as patch:
+        patch.setenv('TORCH_HOME', str(tmp_path / 'other'))
+        refused(remedies, Tokenizer.clip)
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda *_, **options: pytest.fail('again'))
     assert Tokenizer.clip().merges == ['l o', 'lo w</w>']
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'other'))
-    refused(remedies, Tokenizer.clip)
 
 
 def test_ids_and_words_by_hand():
@@ -499,15 +500,16 @@ def test_learn_by_hand():
     assert learned.decode(learned.encode('lowest new wéw')) == 'lowest new wéw'
 
 
-def test_learn_equals_recounting():
+def test_learn_equals_recounting(monkeypatch):
     """oracle: every pair counted anew before each merge, of equals the first met: random words of few letters, with
-    many ties, until 40 merges or none comes twice."""
+    many ties, until 15 merges or none comes twice. Only the most frequent words count."""
     rng = random.Random(0)
+    monkeypatch.setattr(data, 'LEARN_FROM', 30)
     for _ in range(30):
-        words = [''.join(rng.choices('abc', k=rng.randint(1, 7))) for _ in range(40)]
-        pieces = [(data.symbols_of(word), n) for word, n in Counter(words).most_common()]
+        words = [''.join(rng.choices('abc', k=rng.randint(1, 7))) for _ in range(rng.randint(9, 60))]
+        pieces = [(data.symbols_of(word), n) for word, n in Counter(words).most_common(30)]
         merges = {}
-        for _ in range(40):
+        for _ in range(15):
             count = Counter()
             for symbols, n in pieces:
                 for pair in zip(symbols, symbols[1:]):
@@ -588,6 +590,7 @@ def test_tars_of_every_format(tmp_path):
     pools = [shards.pool(i) for i in range(len(shards))]
     assert pools == [['json'], ['text'], ['long']] * 3
     assert {shards.image(i) for i in range(9)} == {jpg}
+    assert data.open_shard(shards.paths[0]).tell() == 0                 # workers share it, so no read may move it
     assert shards.name(0).endswith('0.tar:x/b.JPG (my cat.jpg)')
     assert shards.name(1).endswith('0.tar:x/a.jpg')
     table = shards.pairs
@@ -642,15 +645,16 @@ def test_odd_members_are_read_or_refused(tmp_path):
 
 
 def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
-    """oracle: which of five pairs each damage in the header of the third leaves, and that tarfile stops there. It steps
-    over a header in USTAR; in PAX that is the second of two, and an error. Joined tars give the pairs of both."""
+    """oracle: which of five pairs each damage of the third leaves, and that tarfile stops there. It steps over a header
+    in USTAR; in PAX that is the second of two, and an error. Joined tars give the pairs of both."""
     image = encoded(Image.new('RGB', (9, 9)))
     joined = write_tar(tmp_path / 'b.tar', [('5.png', image), ('5.json', ['dog 5'])]).read_bytes()
     noise = random.Random(0).randbytes(512)
 
     def check(value, left):
         path.write_bytes(value)
-        assert readable(Shards(path)).keys() == {f'dog {i}' for i in left}
+        shards = Shards(path)
+        assert len(shards) == len(left) and readable(shards).keys() == {f'dog {i}' for i in left}
         stopped = 'a.tar is damaged behind byte' in capsys.readouterr().err
         assert stopped == (left == '01')
 
@@ -658,11 +662,11 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
         path = dog_tar(tmp_path / 'a.tar', 5, form)
         raw = path.read_bytes()
         with tarfile.open(path) as tar:
-            info = tar.getmembers()[4]
+            info, text = tar.getmembers()[4:6]
         start = info.offset_data - 512
         check(raw, '01234')
         check(raw[:start + 100], '01')
-        check(raw[:start + 600], '01')                                  # within the image
+        check(raw[:text.offset_data + 5], '01')
         check(raw + joined, '012345')
         check(raw[:start] + noise + raw[start + 512:], stepped_over)
     info.size = -1000                                                   # would send tarfile back for ever
@@ -681,15 +685,6 @@ def test_a_folder_of_two_halves(tmp_path, capsys):
         assert data.half_of(f'{tmp_path}/{half}', half) == f'{tmp_path}/{half}'
     put(tmp_path / '1.tar')
     assert data.half_of(tmp_path, 'val') == tmp_path
-
-
-def test_processes_share_open_files(tmp_path):
-    """oracle: the captions as written. The file is open before the two processes are forked, which read at once."""
-    shards = Shards(dog_tar(tmp_path / 'a.tar', 12))
-    assert shards.pool(3) == ['dog 3']
-    places = [i % 12 for i in range(12_000)]
-    with multiprocessing.get_context('fork').Pool(2) as pool:
-        assert pool.map(shards.pool, places) == [[f'dog {i}'] for i in places]
 
 
 # --- Order and batches -----------------------------------------------------------------------------------------------
@@ -758,11 +753,12 @@ def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
     batch, = served_batches(4, range(3), 1)                             # one batch is the whole set
     starts = batch.texts[0][:, :5]
     assert len(starts.unique(dim=0)) == 1                               # dog 3
+    refused('100 pairs in a row cannot be read', served_batches, 4, range(4), 1)
 
 
 def test_paragraphs_in_lists_are_said_once(tmp_path, capsys):
     """oracle: the records by hand: the last two have a list of one item, under DreamLIP's keys, with two full stops."""
-    records = [{'raw_caption': ['The U.S. Army.', 'A dog. A cat.']}, {'longIB_captions': ['The U.S. Army.']},
+    records = [{'raw_caption': ['A dog. A cat.', 'An ox.']}, {'longIB_captions': ['The U.S. Army.']},
                {'raw_caption': 'A dog. A cat.'}, {'captions': ['A dog. A cat.']},
                {'longSV_captions': ['A dog. A cat.']}, {'shortIB_captions': ['One. Two.']}]
     members = []
@@ -776,12 +772,12 @@ def test_paragraphs_in_lists_are_said_once(tmp_path, capsys):
 @pytest.mark.parametrize('counts', [(2, 9, 1, 1), (1, 0, 2, 0)])
 def test_the_sheet_of_samples_cuts_nothing(tmp_path, counts):
     """oracle: a black image, of which every view is black at its place, and a long caption of wide letters: the right
-    and the bottom edge are white."""
+    and the bottom edge are white, and lines are no longer than the row of views asks for."""
     image = encoded(Image.new('RGB', (50, 40)))
     shard = write_tar(tmp_path / 'a.tar', [('a.png', image), ('a.json', 60 * 'WIDE LETTERS ')])
     data.sample_sheet(Views(Shards(shard), LOW, MICRO, 3, 1, counts, 'crops'), tmp_path / 'sheet.png')
     red = data.decode((tmp_path / 'sheet.png').read_bytes())[0]
-    assert red[-4:].min() == red[:, -2:].min() == 255
+    assert red[-4:].min() == red[:, -2:].min() == 255 and red.shape[1] < 2200
     for k in range(counts[0] + counts[1]):
         assert red[100, 132 * k + 10:132 * k + 120].max() == 0
 
