@@ -9,7 +9,6 @@ A shard is a tar as img2dataset writes it. Members that share a stem are one pai
 Every random choice for a sample comes from (seed, epoch, index of the pair), and the order of the pairs from
 (seed, epoch). So a run sees the same numbers with any number of workers and GPUs, and goes on from any step.
 """
-import __main__     # its docstring ends --help
 import argparse
 import difflib
 import glob
@@ -41,10 +40,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
+from torchvision.utils import make_grid
 from tqdm.contrib.concurrent import process_map, thread_map
 
 # --- 1. Shards: every header is read once, then any pair is one read away --------------------------------------------
@@ -55,6 +55,8 @@ PAIR = np.dtype([('shard', '<i4'), ('image', PLACE), ('json', PLACE), ('txt', PL
 ROLES = {'jpg': 'image', 'jpeg': 'image', 'png': 'image', 'webp': 'image',
          'json': 'json', 'txt': 'txt', 'mask.png': 'mask'}
 MEMBER = re.compile(r'((?:.*/)?[^/.]+)\.([^/]+)')   # stem and extension: up to the first dot
+FEW_SHARDS = 16
+FIRST_PAIRS = 20        # are looked at before a run starts: enough to tell wrong keys from a broken pair
 NO_PAIR = 'no readable tar of images, each with a .json or .txt of the same name; see docs/data.md for the format'
 
 
@@ -63,10 +65,10 @@ def warn(message):
 
 
 @contextmanager
-def replacing(path, keep=None):
+def replacing(path):
     """A temporary path beside `path`, which takes its place when the block ends well and is removed when not.
 
-    keep: where the file that it replaces goes. ValueError where it cannot be written, as on a full disk.
+    ValueError where it cannot be written, as on a full disk.
     """
     path = Path(path)
     temporary = path.with_name(f'{path.name}.partial')
@@ -75,8 +77,6 @@ def replacing(path, keep=None):
         if temporary.exists():
             with open(temporary, 'rb+') as file:
                 os.fsync(file.fileno())  # else a crash of the machine may leave an empty file under the name
-            if keep and path.exists():
-                os.replace(path, keep)
             os.replace(temporary, path)
     except (OSError, RuntimeError) as error:    # RuntimeError: torch.save's
         raise ValueError(f'{path} cannot be written ({error}); what was there before is whole') from None
@@ -139,40 +139,27 @@ def expand_braces(pattern):
 
 
 def tar_files(path):
-    """(name, offset of the data, size) of the files in a tar of any format; of a damaged one what tarfile can read."""
+    """(name, offset of the data, size) of the files in a tar of any format; of a damaged one what tarfile reads.
+
+    ignore_zeros: tars may be joined by `cat`, and tarfile steps over a header that it cannot read.
+    """
     length = os.path.getsize(path)
-    damaged = False
-    end = 0                                             # of the last whole member
+    end = 0                                             # of the last whole file
     with tarfile.open(path, 'r:', ignore_zeros=True) as tar:
-        while tar.offset < length:
-            tar.members = []                            # tarfile would keep them all
-            try:
-                member = tar.next()
-            except Exception:   # a header that promises another one, which is damaged
-                tar.offset += tarfile.BLOCKSIZE
-                continue
-            if member is None:
-                break
-            if member.size < 0:                         # tarfile would go back, and never end
-                tar.offset = member.offset_data
-            elif member.offset_data + member.size <= length:
-                damaged = damaged or skipped(tar.fileobj, end, member.offset)
-                end = tar.offset
+        with suppress(Exception):                       # a damaged header raises what it likes
+            for member in tar:
+                if member.size < 0 or member.offset_data + member.size > length:
+                    break                               # below 0 tarfile would go back, and never end
                 yield member.name, member.offset_data, member.size
-        if damaged or skipped(tar.fileobj, end, length):
-            warn(f'{path} is damaged; what can be read of it is used')
-
-
-def skipped(file, start, stop):
-    """Whether there is anything between two members. Zeros are nothing: they end a tar."""
-    file.seek(start)
-    return any(file.read(max(stop - start, 0)))
+                end = member.offset_data + member.size
+        if tar.offset != length:
+            warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
 
 
 def scan_shard(path, number):
     """Headers of one tar -> its pairs, (n,) PAIR in order of their images."""
     places = defaultdict(dict)                          # stem -> {role: (offset, size)}
-    with suppress(tarfile.TarError):                    # no tar at all
+    with suppress(tarfile.TarError, ValueError):        # no tar at all
         for name, offset, size in tar_files(path):
             match = MEMBER.fullmatch(name)
             role = match and ROLES.get(match[2].lower())
@@ -194,8 +181,8 @@ with suppress(ValueError):                              # macOS has no hard limi
 
 
 @lru_cache(getrlimit(RLIMIT_NOFILE)[0] // 2)
-def open_shard(path, time, process):
-    """time: a shard that was replaced is opened anew. process: forked ones would move each other's position."""
+def open_shard(path):
+    """Files stay open: to open one for each pair would cost more than to read it."""
     return open(path, 'rb')
 
 
@@ -217,11 +204,12 @@ class Shards:
     """
 
     def __init__(self, pattern, caption_keys=None, cache=None):
+        open_shard.cache_clear()                        # a file that was replaced is opened anew
         self.paths = find_shards(pattern)
         self.caption_keys = re.split(' *, *', caption_keys) if caption_keys else None
         self.sizes = list(map(os.path.getsize, self.paths))
-        self.times = list(map(os.path.getmtime, self.paths))
-        self.index_name = f'index-{digest(self.caption_keys, self.paths, self.sizes, self.times)}.npy'
+        times = list(map(os.path.getmtime, self.paths))
+        self.index_name = f'index-{digest(self.caption_keys, self.paths, self.sizes, times)}.npy'
         self.index = None
         if cache and Path(cache, self.index_name).exists():
             self.index = Path(cache, self.index_name)
@@ -240,15 +228,15 @@ class Shards:
         return len(self.pairs)
 
     def scan(self):
-        """Reads all headers. Few shards are not worth starting processes for."""
-        each = process_map if len(self.paths) > 16 else thread_map
+        """Reads all headers. Few shards are not worth the seconds that processes take to start."""
+        each = process_map if len(self.paths) > FEW_SHARDS else thread_map
         tables = each(scan_shard, self.paths, range(len(self.paths)), chunksize=1,
                       desc='reading headers', disable=None)
         return np.concatenate(tables)
 
     def check_captions(self):
         """Of the first pairs one must have captions: if none has, the keys are wrong, not the pairs."""
-        for i in range(min(20, len(self))):
+        for i in range(min(FIRST_PAIRS, len(self))):
             try:
                 return self.pool(i)
             except ValueError as error:
@@ -266,9 +254,8 @@ class Shards:
         self.table = None
 
     def read(self, shard, offset, size):
-        file = open_shard(self.paths[shard], self.times[shard], os.getpid())
-        file.seek(offset)
-        return file.read(size)
+        file = open_shard(self.paths[shard])
+        return os.pread(file.fileno(), size, offset)    # not seek and read: forked workers share a file's position
 
     def member(self, i, role):
         """The bytes of a member of pair i; b'' where it has none."""
@@ -329,8 +316,9 @@ def write_shard(path, members):
 
 SHORT = ['shortIB_captions', 'shortSV_captions', 'shortLLA_captions']
 LONG = ['longIB_captions', 'longSV_captions', 'longLLA_captions']
+DREAMLIP = ['raw_caption', *SHORT, *LONG]       # the paper's main data
 CAPTION_KEYS = [                # the first family that has a sentence is the pool
-    ['raw_caption', *SHORT, *LONG],             # DreamLIP, the paper's main data
+    DREAMLIP,
     ['original_caption', 'caption'],            # PixelProse
     ['captions'],
     ['caption'],
@@ -338,18 +326,21 @@ CAPTION_KEYS = [                # the first family that has a sentence is the po
 ]
 POOLS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
 
+# A newline, '</s>', or a full stop that is in no number (3.5) and behind no initial (J. Smith, the U.S. Army).
+BREAK = re.compile(r'\n|</s>|(?<!\b[A-Z])(?:\.(?!\d)|(?<!\d)\.)')
+
 
 def sentences(value, whole=False):
-    """A string, or a list of strings, -> its sentences: split at newlines, '</s>' and full stops, '3.5' kept whole.
+    """A string, or a list of strings, -> its sentences; whole: each string is one, and is not split.
 
-    Both forms give the same list. (The released sampler, given a string, trains on single letters without a word.)
+    (The released sampler splits nothing of DreamLIP's: given seven strings, it trains on single letters.)
     """
     found = []
     if isinstance(value, (list, tuple)):
         for item in value:
             found += sentences(item, whole)
     elif isinstance(value, str):
-        parts = [value] if whole else re.split(r'\n|</s>|\.(?!\d)|(?<!\d)\.', value)
+        parts = [value] if whole else BREAK.split(value)
         found = [part.strip() for part in parts if part.strip()]
     return found
 
@@ -360,11 +351,23 @@ def caption_pool(record, keys=None):
         if not keys and family[0] == 'original_caption' and 'original_caption' not in record:
             continue    # else img2dataset's own 'caption' would pass for PixelProse's
         pool = []
-        for key in family:                      # as released, one is not split: "St. Mary's Church"
-            pool += sentences(record.get(key), whole=key == 'original_caption')
+        for key in family:
+            value = record.get(key)
+            # As released: DreamLIP's lists hold sentences already, and "St. Mary's Church" of PixelProse is one.
+            listed = key in DREAMLIP and isinstance(value, list)
+            pool += sentences(value, whole=listed or key == 'original_caption')
         if any(len(sentence) > 1 for sentence in pool):
             return pool
     return []
+
+
+def unsplit(record):
+    """Whether a list of DreamLIP's is one item of several sentences. It passes whole, so it gives one text crop."""
+    for key in DREAMLIP:
+        value = record.get(key)
+        if isinstance(value, list) and len(value) == 1 and len(BREAK.findall(f'{value[0]}')) > 1:
+            return True
+    return False
 
 
 def text_crops(pool, rng, globals_, local):
@@ -386,6 +389,8 @@ def text_crops(pool, rng, globals_, local):
 
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
+MOST_WORDS = 200_000    # whose ids are kept: the web never runs out of new words, memory does
+LEARN_FROM = 5000       # most frequent words; rarer ones are written with what these have taught
 VOCAB_HELP = (f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or train without it: --vocab learn, or '
               '--preset tiny, learns a vocabulary from your captions')
 
@@ -397,6 +402,7 @@ SYMBOL_BYTE = {chr(byte if k < 188 else k + 68): byte for k, byte in enumerate(B
 BYTE_SYMBOL = {byte: symbol for symbol, byte in SYMBOL_BYTE.items()}
 
 SPECIAL = '<start_of_text>', '<end_of_text>'
+WITHOUT_MERGES = 2 * 256 + len(SPECIAL)         # ids
 WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
 
 
@@ -412,7 +418,7 @@ def clean(text):
     return unicodedata.normalize('NFC', text)
 
 
-@lru_cache(2 ** 16)
+@lru_cache          # of the 128 signs that came last: most texts use few
 def plain(sign):
     """One character without ligature and width.
 
@@ -442,6 +448,15 @@ def fuse(symbols, left, right):
         else:
             fused.append(symbol)
     return fused
+
+
+def most_frequent_pair(words, count):
+    """The neighbour pair of highest count; of equals the first met in `words`, lists of symbols. None without any."""
+    most = max(count.values(), default=0)
+    for symbols in words:
+        for pair in zip(symbols, symbols[1:]):
+            if count[pair] == most:
+                return pair
 
 
 def fetch_vocab():
@@ -487,27 +502,30 @@ class Tokenizer:
 
     @classmethod
     def learn(cls, texts, vocab_size, context_length=77):
-        """Merges the most frequent pair (of equals the first met) until `vocab_size`, or until none occurs twice.
-
-        The 5,000 most frequent words are enough to count in; rarer ones are written with what these have taught.
-        """
+        """Merges the most frequent pair (of equals the first met) until `vocab_size`, or until none occurs twice."""
         tally = Counter()
         for text in texts:
             tally.update(cls.split(text))
-        words = {word: symbols_of(word) for word, _ in tally.most_common(5000) if word not in SPECIAL}
-        merges = {}     # a dict: a pair may return (abc = ab c or a bc) but keeps its rank
-        while len(merges) < vocab_size - 514:
-            count = Counter()   # pair of symbols -> how often it occurs in all texts
-            for word, symbols in words.items():
-                for pair in zip(symbols, symbols[1:]):
-                    count[pair] += tally[word]
-            pair = max(count, key=count.get, default=None)
+        words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
+        count = Counter()       # pair of symbols -> how often it occurs in all texts
+
+        def add(symbols, times):
+            for pair in zip(symbols, symbols[1:]):
+                count[pair] += times
+
+        for word, symbols in words.items():
+            add(symbols, tally[word])
+        merges = {}             # a dict: a pair may return (abc = ab c or a bc) but keeps its rank
+        while len(merges) < vocab_size - WITHOUT_MERGES:
+            pair = most_frequent_pair(words.values(), count)
             if count[pair] < 2:
                 break
             merges[' '.join(pair)] = None
             for word, symbols in words.items():
                 if pair[0] in symbols:
                     words[word] = fuse(symbols, *pair)
+                    add(symbols, -tally[word])
+                    add(words[word], tally[word])
         return cls(merges, context_length)
 
     @staticmethod
@@ -523,7 +541,7 @@ class Tokenizer:
         while pairs := [pair for pair in zip(symbols, symbols[1:]) if pair in self.rank]:
             symbols = fuse(symbols, *min(pairs, key=self.rank.get))
         ids = [self.ids[symbol] for symbol in symbols]
-        if len(self.cache) < 200_000:   # the web never runs out of new words; memory does
+        if len(self.cache) < MOST_WORDS:
             self.cache[word] = ids
         return ids
 
@@ -549,11 +567,11 @@ class Tokenizer:
         """n texts (or one) -> (n, context_length) int64: start, ids, end, zeros. A long text loses ids, not its end."""
         if isinstance(texts, str):
             texts = [texts]
-        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
-        for row, text in zip(tokens, texts):
-            ids = [self.sot, *self.encode(text)[:self.context_length - 2], self.eot]
-            row[:len(ids)] = torch.tensor(ids)
-        return tokens
+        ids = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        for row, text in zip(ids, texts):
+            encoded = [self.sot, *self.encode(text)[:self.context_length - 2], self.eot]
+            row[:len(encoded)] = torch.tensor(encoded)
+        return ids
 
 
 # --- 4. Image crops: boxes, pixels and flips, in the loader's workers ------------------------------------ Sec. 3.1 ---
@@ -623,7 +641,7 @@ def random_box(height, width, scale, rng):
         aspect = (4 / 3) ** rng.uniform(-1, 1)
         h = round(sqrt(area / aspect))
         w = round(sqrt(area * aspect))
-        if h <= height and w <= width:
+        if 0 < h <= height and 0 < w <= width:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
     return 0, 0, height, width
 
@@ -732,7 +750,8 @@ def solarize(x, threshold):
     return torch.where(x > threshold, 1 - x, x)
 
 
-JITTERS = brightness, contrast, saturation, hue
+OPERATIONS = brightness, contrast, saturation, hue, gray, blur, solarize       # one for each column of Colours
+JITTERS = range(4)      # the columns of those that come in a random order, before the others
 
 
 def recolour(images, colours, jitters):
@@ -740,15 +759,15 @@ def recolour(images, colours, jitters):
 
     colours stay on the CPU. There it is known which images an operation changes, without waiting for the GPU.
     """
+    neutral = Colours()
     x = images.float().div_(255)
-    strengths = Colours(*colours.unbind(dim=1))
-    for operation in [*jitters, gray, blur, solarize]:
-        strength = getattr(strengths, operation.__name__)
-        changed = (strength != getattr(Colours(), operation.__name__)).nonzero().flatten()
+    for column in [*jitters, *range(len(JITTERS), len(OPERATIONS))]:
+        strength = colours[:, column]
+        changed = (strength != neutral[column]).nonzero().flatten()
         if len(changed):
             strength = strength[changed].view(-1, 1, 1, 1).to(x.device, non_blocking=True)
             changed = changed.to(x.device, non_blocking=True)
-            x[changed] = operation(x[changed], strength)
+            x[changed] = OPERATIONS[column](x[changed], strength)
     return x
 
 
@@ -759,6 +778,9 @@ def normalize(images):
 
 
 # --- 6. Samples and batches ------------------------------------------------------------------------------------------
+
+MOST_BAD = 100          # pairs in a row: a set where they occur has next to nothing to train on
+
 
 @lru_cache(1)
 def shuffled(seed, epoch, pairs):
@@ -802,8 +824,7 @@ class Views(Dataset):
     """The training set: (epoch, position, index) -> the views of one pair, for `collate`.
 
     counts: global and local images, global and local captions. augment: 'full' is the released recipe, 'crops' leaves
-    colours and sides alone, for captions that name them. choose_sentences(pool, record, box) gives those sentences of
-    the pool that are true of the crop `box` = (y, x, h, w). With it caption k is drawn from those of crop k.
+    colours and sides alone, for captions that name them.
     A pair that cannot be read is replaced by one further on in the order. Each worker names it once, and it is counted.
     """
     shards: Shards
@@ -813,23 +834,26 @@ class Views(Dataset):
     batch: int
     counts: tuple = (2, 6, 2, 6)
     augment: str = 'full'
-    choose_sentences: object = None
 
     def __post_init__(self):
         self.global_images, self.local_images, self.global_texts, self.local_texts = self.counts
         kinds = view_kinds(self.config)
         self.kinds = kinds[:self.global_images] + kinds[2:] * self.local_images
         self.reported = set()
-        if self.choose_sentences:       # a set it cannot work on is refused here, not skipped pair by pair
-            self.choose_sentences([], self.shards.record(0), (0, 0, 1, 1))
+        for i in range(min(FIRST_PAIRS, len(self.shards))):
+            with suppress(ValueError):                  # a broken json is reported when it is its turn
+                if unsplit(self.shards.record(i)):
+                    warn(f"{self.shards.name(i)} has several sentences in one item of a list under DreamLIP's keys, "
+                         'where none is split; give them as a string to python -m extras.prepare pack')
+                    break
 
     def __getitem__(self, where):
         epoch, position, index = where
         pairs = len(self.shards)
         key = f'{self.seed} {epoch} {position // self.batch}'           # the same in all of a step
-        for bad in range(100):
+        for bad in range(MOST_BAD):
             try:
-                crops, colours, captions = self.views(epoch, index)
+                crops, colours, captions, _ = self.views(epoch, index)
                 return crops, torch.tensor(colours), self.tokenizer(captions), key, bad
             except Exception as error:  # decoders raise what they like: none ends a run
                 if index not in self.reported:
@@ -839,23 +863,17 @@ class Views(Dataset):
             # batch further on. `bad`, as steps of one length might only meet pairs that cannot be read.
             position = (position + self.batch + bad) % pairs
             index = int(shuffled(self.seed, epoch, pairs)[position])
-        raise ValueError('100 pairs in a row cannot be read; look at the shards with python -m extras.prepare inspect')
+        raise ValueError(f'{MOST_BAD} pairs in a row cannot be read; '
+                         'look at the shards with python -m extras.prepare inspect')
 
     def views(self, epoch, index):
-        """-> V crops (3, s, s) uint8, the Colours of each, and U captions as strings; globals first."""
+        """-> V crops (3, s, s) uint8, the Colours of each, U captions as strings, and the V boxes; globals first."""
         rng = random.Random(f'{self.seed} {epoch} {index}')
         full = self.augment == 'full'
-        pool = self.shards.pool(index)
-        captions = text_crops(pool, rng, self.global_texts, self.local_texts)
+        captions = text_crops(self.shards.pool(index), rng, self.global_texts, self.local_texts)
         crops, boxes = image_crops(self.shards.image(index), self.kinds, rng, flip=full)
-        if self.choose_sentences:
-            record = self.shards.record(index)
-            for k, box in enumerate(boxes[:len(captions)]):
-                seen = self.choose_sentences(pool, record, box)
-                count = (1, 0) if k < self.global_texts else (0, 1)
-                captions[k] = text_crops(seen, rng, *count)[0]
         colours = [draw_colours(kind, rng) if full else Colours() for kind in self.kinds]
-        return crops, colours, captions
+        return crops, colours, captions, boxes
 
 
 class Batch(NamedTuple):
@@ -888,16 +906,16 @@ def collate(samples, multiple=1):
     Caption 0 keeps all T positions: C^T reads its padding, too. Caption 1 is cut to the longest global, the others to
     the longest local, rounded up to a `multiple`, at most T.
     """
-    images, colours, tokens, keys, bad = default_collate(samples)
-    ends = tokens.argmax(dim=2).amax(dim=0).tolist()    # U numbers; the largest id ends a text
-    T = tokens.shape[2]
+    images, colours, ids, keys, bad = default_collate(samples)         # ids (B, U, T)
+    ends = ids.argmax(dim=2).amax(dim=0).tolist()       # U numbers; the largest id ends a text
+    T = ids.shape[2]
 
     def cut(ends):
         return min(ceil((max(ends) + 1) / multiple) * multiple, T)
 
     longest = cut(ends[:2])
     lengths = [T, longest] + [cut(ends[2:] or ends)] * len(ends)        # longer than needed: zip stops with the texts
-    texts = [text[:, :length] for text, length in zip(tokens.unbind(dim=1), lengths)]
+    texts = [text[:, :length] for text, length in zip(ids.unbind(dim=1), lengths)]
     return Batch(images, colours, keys[0], texts, longest, int(bad.sum()))
 
 
@@ -917,49 +935,54 @@ def loader(views, batches, workers, multiple=1):
                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)
 
 
+TILE = 128      # side of a view on the sheet, in pixels
+LETTER = 7      # width of a letter, on the average
+
+
 def sample_sheet(views, path):
     """A PNG of what the student is shown: for pairs from all over the set, the views, and below them the text crops."""
-    sheet = Image.new('RGB', (1060, 3600), 'white')
-    write = partial(ImageDraw.Draw(sheet).text, fill='black', font_size=13)
-    write((4, 4), 'G: a global caption, 1 to 5 sentences      L: a local caption, one sentence')
-    top = 28
+    rows = [picture_of_text(f'{views.global_images} global views and {views.local_images} local ones; '
+                            'G: a global caption, 1 to 5 sentences; L: a local caption, one sentence')]
+    letters = max(len(views.kinds), 6) * TILE // LETTER                 # 6: few views leave room for captions, too
     for index in np.linspace(0, len(views.shards) - 1, 4, dtype=int):
         with suppress(Exception):   # a picture for the reader: do without this pair
-            crops, colours, captions = views.views(0, index)
-            for k, (crop, numbers) in enumerate(zip(crops, colours)):
-                left = 4 + 132 * k
-                write((left, top), f'global {k + 1}' if k < 2 else f'local {k - 1}')
+            crops, colours, captions, _ = views.views(0, index)
+            tiles = []
+            for crop, numbers in zip(crops, colours):
                 view = recolour(crop[None], torch.tensor([numbers]), JITTERS)
-                sheet.paste(V.to_pil_image(V.resize(view[0], [128, 128])), (left, top + 17))
-            top += 150
+                tiles.append(V.resize(view[0], [TILE, TILE]))
+            lines = []
             for label, caption in zip('G' * views.global_texts + 'L' * views.local_texts, captions):
-                for line in textwrap.wrap(f'{label}   {caption}', 150):
-                    write((4, top), line)
-                    top += 17
+                lines += textwrap.wrap(f'{label}   {caption}', letters)
+            rows.append(V.to_pil_image(make_grid(tiles, nrow=len(tiles), padding=4, pad_value=1)))
+            rows.append(picture_of_text('\n'.join(lines)))
+    width = max(row.width for row in rows)
+    sheet = Image.new('RGB', (width, sum(row.height for row in rows)), 'white')
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
     with replacing(path) as temporary:
-        sheet.crop((0, 0, sheet.width, top)).save(temporary, 'PNG')
+        sheet.save(temporary, 'PNG')
+
+
+def picture_of_text(text):
+    """Lines as a Pillow image, black on white, which is as large as they need."""
+    font = ImageFont.load_default(13)
+    *_, width, height = ImageDraw.Draw(Image.new('1', (1, 1))).textbbox((4, 4), text, font)
+    image = Image.new('RGB', (ceil(width) + 4, ceil(height) + 12), 'white')
+    ImageDraw.Draw(image).text((4, 4), text, fill='black', font=font)
+    return image
 
 
 # --- 7. Commands -----------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence, with exit status 1.
+    """argparse whose errors are one sentence, with exit status 1. An epilog keeps its lines: it is the program's
+    docstring."""
 
-    --help ends with samples: the lines of the program's docstring that run it, or for a subcommand those that run that.
-    It shows the default of every option that has one other than 0.
-    """
-
-    def format_help(self):
-        for action in self._actions:
-            line = action.help or ''
-            if '(default: ' not in line and str(action.default) not in ('None', 'False', '', argparse.SUPPRESS):
-                action.help = f'{line} (default: %(default)s)'
-        text = super().format_help()
-        command = self.prog.replace('.py', r'(?:\.py)?')        # 'eval.py segment', or without the ending
-        samples = re.findall(rf'^ +(?=python|torchrun).*\b{command}\b.*', __main__.__doc__ or '', re.M)
-        if samples:
-            text += '\n'.join(['\nexamples:', *samples, ''])
-        return text
+    def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **settings):
+        super().__init__(*args, formatter_class=formatter_class, **settings)
 
     def parse_known_args(self, *args):
         """Refuses a flag that it does not know, here: the parser of a subcommand knows the right ones."""

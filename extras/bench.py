@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from cosmos import COSMOS, PRESETS, Config, Teacher, clip_loss
-from data import Parser, Shards, Tokenizer, Views, cli, decode
-from eval import first_line
+from data import Parser, Shards, Tokenizer, Views, cli, decode, half_of
 
 SECONDS = 5             # time for each part of the loader
+WARM_UP = 2             # steps that are not timed: the first ones allocate memory and choose kernels
+PRODUCTS = 12           # of two matrices, the best of which counts as the peak
 
 # --- 1. A step -------------------------------------------------------------------------------------------------------
 
@@ -40,11 +41,11 @@ class Clock:
 
 
 def matmul_peak(device, dtype):
-    """FLOP/s of a product of two matrices that are large enough to hide a GPU's launch, the best of 12."""
-    n = 2048 if device.type == 'cpu' else 8192
+    """FLOP/s of the best of several products of two matrices."""
+    n = 2048 if device.type == 'cpu' else 8192              # side: large enough to hide a GPU's launch
     matrix = torch.randn(n, n, device=device, dtype=dtype)
     clock = Clock(device)
-    for _ in range(12):
+    for _ in range(PRODUCTS):
         with clock('product'):
             matrix @ matrix
     return 2 * n ** 3 / min(clock.seconds['product'])
@@ -102,7 +103,7 @@ def measure_step(preset, method, batch, precision, steps, device, compile):
         step()
     if compile:
         train.compile_blocks(model)
-    for _ in range(steps + 2):                              # the first two warm up
+    for _ in range(steps + WARM_UP):
         with clock('step'):
             step()
     print(f'{preset}, {method}, batch {batch}, {len(images)} images and {len(texts)} captions, '
@@ -127,7 +128,7 @@ def report(clock, steps, batch, flops, peak):
 
 def measure_loader(pattern, preset, rate):
     """What one worker does a second, by part, and how many such workers `rate` samples a second need."""
-    shards = Shards(pattern)
+    shards = Shards(half_of(pattern, 'train'))
     config = Config.preset(preset)
     order = torch.randperm(len(shards)).tolist()
     tokenizer = Tokenizer([], config.context_length)        # ids of words are cached, so merges cost no time
@@ -152,23 +153,27 @@ def measure_loader(pattern, preset, rate):
 # --- 3. Commands -----------------------------------------------------------------------------------------------------
 
 def main():
-    parser = Parser(description=first_line(__doc__))
+    parser = Parser(epilog=__doc__)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser('step', help='time of a training step by part, on random data')
     add = command.add_argument
-    add('--preset', choices=PRESETS, default='vit-b-16')
-    add('--method', choices=train.METHODS, default='cosmos')
-    add('--batch', type=int, default=32)
-    add('--precision', choices=['auto', *train.DTYPES], default='auto')
-    add('--steps', type=int, default=10)
-    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--preset', choices=PRESETS, default='vit-b-16', help='model (default: %(default)s)')
+    add('--method', choices=train.METHODS, default='cosmos',
+        help='row of Table 5 (default: %(default)s)')
+    add('--batch', type=int, default=32, help='pairs a step (default: %(default)s)')
+    add('--precision', choices=['auto', *train.DTYPES], default='auto',
+        help='auto: bf16 where it is fast (default: %(default)s)')
+    add('--steps', type=int, default=10, help='how many are timed (default: %(default)s)')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='cuda or cpu (default: %(default)s)')
     add('--compile', action='store_true', help="compile the transformer's blocks")
     command.set_defaults(run=measure_step)
     command = commands.add_parser('loader', help='samples a second of one loader worker, by part')
     add = command.add_argument
     add('pattern', help='folder, glob or pattern of shards')
-    add('--preset', choices=PRESETS, default='vit-b-16')
-    add('--rate', type=float, default=1000, help='samples/s that the GPUs take')
+    add('--preset', choices=PRESETS, default='vit-b-16', help='whose views (default: %(default)s)')
+    add('--rate', type=float, default=1000,
+        help='samples/s that the GPUs take (default: %(default)s)')
     command.set_defaults(run=measure_loader)
     options = vars(parser.parse_args())
     run = options.pop('run')

@@ -21,14 +21,15 @@ from pathlib import Path
 import numpy as np
 
 from cosmos import PRESETS, Config
-from data import (CAPTION_KEYS, Parser, Shards, Views, caption_pool, cli, find_shards, open_image,
-                  read_image, sample_sheet, sentences, write_shard)
+from data import (CAPTION_KEYS, DREAMLIP, Parser, Shards, Views, caption_pool, cli, find_shards, half_of,
+                  open_image, read_image, sample_sheet, sentences, unsplit, write_shard)
 from eval import first_line, need, progress, read_json, write_json
 
 IMAGE_COLUMNS = 'image', 'image_path', 'filepath', 'file_name', 'filename', 'path', 'file'
 EVERY_CAPTION_KEY = sum(CAPTION_KEYS, [])
 URL_COLUMNS = 'url', 'URL', 'image_url', 'Image Path', 'image_path'     # DreamLIP's CSV: Image Path
 CAPTION_COLUMNS = 'caption', 'title', 'text', 'sentence'                # the first that is filled is the caption
+INSPECTED = 5000        # pairs at most: enough for percentages, read in minutes
 KINDS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}     # MPO: of some phones
 
 # --- 1. Rows ---------------------------------------------------------------------------------------------------------
@@ -78,17 +79,23 @@ def find_column(names, columns, path, remedy=''):
     raise ValueError(f"{path} has the columns {', '.join(columns)}, none of {', '.join(names)}{remedy}")
 
 
-def as_list(value):
+def captions_under(key, record):
+    """The record's captions under a key, as a list. Strings of DreamLIP's are split: items of its lists pass whole."""
+    value = record.get(key)
     if isinstance(value, list):
         return value
+    if key in DREAMLIP:
+        return sentences(value)
     return [value] if value else []
 
 
 def add_captions(record, other):
     """Append the captions of `other` to those of `record`, key by key, each once. They become lists."""
     for key in EVERY_CAPTION_KEY:
-        captions = as_list(record.get(key))
-        captions += [caption for caption in as_list(other.get(key)) if caption not in captions]
+        captions = captions_under(key, record)
+        for caption in captions_under(key, other):
+            if caption not in captions:
+                captions.append(caption)
         if captions:
             record[key] = captions
 
@@ -203,7 +210,7 @@ def read_captions(table):
 
     It lies in a temporary file, for the table may be larger than memory.
     """
-    csv.field_size_limit(1 << 24)
+    csv.field_size_limit(1 << 24)       # bytes: Python's own limit of 128 KiB is for shorter texts than seven captions
     database = sqlite3.connect('')      # '' is a temporary file
     database.execute('create table captions (url primary key, record)')
     with open(table, encoding='utf-8-sig', errors='replace', newline='') as file:
@@ -213,7 +220,7 @@ def read_captions(table):
             for row in progress(reader, 'reading the table'):
                 url = (row[column] or '').strip()
                 record = {}
-                for key in CAPTION_KEYS[0]:
+                for key in DREAMLIP:
                     found = sentences(row.get(key))
                     if found:
                         record[key] = found
@@ -266,12 +273,13 @@ def percentiles(values):
 
 
 def inspect(pattern, caption_keys, preset, out):
-    """A report on at most 5,000 pairs from all over the set, and a sheet of views. It names unreadable pairs."""
-    shards = Shards(pattern, caption_keys)
+    """A report on pairs from all over the set, and a sheet of views. It names unreadable pairs."""
+    shards = Shards(half_of(pattern, 'train'), caption_keys)
     views = Views(shards, None, Config.preset(preset), seed=0, batch=1,
                   augment='crops' if preset == 'tiny' else 'full')
-    sample = np.unique(np.linspace(0, len(shards) - 1, 5000, dtype=int))
+    sample = np.unique(np.linspace(0, len(shards) - 1, INSPECTED, dtype=int))
     pools = []
+    paragraphs = 0
     images = set()
     keys = Counter()
     for i in progress(sample, 'reading pairs'):
@@ -282,7 +290,10 @@ def inspect(pattern, caption_keys, preset, out):
             continue
         pools.append(shards.pool(i))
         images.add(hash(shards.image(i)))
-        keys.update(shards.record(i).keys())
+        record = shards.record(i)
+        keys.update(record.keys())
+        if unsplit(record):
+            paragraphs += 1
     need(pools, f'none of {len(sample)} pairs of {pattern} can be read')
     texts = sum(pools, [])
     print(f'{len(shards):,} pairs in {len(shards.paths)} shards, {sum(shards.sizes) / 2**20:,.1f} MiB')
@@ -290,6 +301,8 @@ def inspect(pattern, caption_keys, preset, out):
     print('keys                ',
           ', '.join(f'{key} ({n / len(pools):.0%})' for key, n in keys.most_common()))
     print('sentences per pair  ', percentiles(list(map(len, pools))))
+    print('unsplit paragraphs  ', f'in {paragraphs} of {len(pools)} pairs'
+          " under DreamLIP's keys; pack splits those that are strings")
     print('words per sentence  ', percentiles([len(text.split()) for text in texts]))
     print('repeated            ', f'{len(pools) - len(images)} of {len(pools)} images, '
           f'{len(texts) - len(set(texts))} of {len(texts)} sentences')
@@ -301,7 +314,7 @@ def inspect(pattern, caption_keys, preset, out):
 # --- 4. Commands -----------------------------------------------------------------------------------------------------
 
 def main():
-    parser = Parser(description=first_line(__doc__))
+    parser = Parser(epilog=__doc__)
     commands = parser.add_subparsers(required=True)
 
     def command(run, text):
@@ -315,8 +328,9 @@ def main():
     add('out', help='folder of the shards')
     add('--image-column', help=f"column of the image names (default: the first of {', '.join(IMAGE_COLUMNS)})")
     add('--caption-column', help='column of the caption; no other text of the row is then used')
-    add('--val', type=float, default=0.0, help='share of the images for OUT/val; the others go to OUT/train')
-    add('--size', type=int, default=5000, help='images a shard')
+    add('--val', type=float, default=0.0,
+        help='share of the images for OUT/val; the others go to OUT/train (default: %(default)s)')
+    add('--size', type=int, default=5000, help='images a shard (default: %(default)s)')
     add = command(join, "DreamLIP's captions onto img2dataset's shards")
     add('table', help='CSV with a column of URLs, and seven of captions')
     add('pattern', help='folder, glob or pattern of shards whose json has the url')
@@ -324,8 +338,9 @@ def main():
     add = command(inspect, 'counts, captions, what training would skip, and a sheet of views')
     add('pattern', help='folder, glob or pattern of shards')
     add('--caption-keys', help='comma-separated json keys of the captions')
-    add('--preset', choices=PRESETS, default='tiny', help='whose views to draw')
-    add('--out', default='samples.png', help='the contact sheet')
+    add('--preset', choices=PRESETS, default='tiny',
+        help='whose views to draw (default: %(default)s)')
+    add('--out', default='samples.png', help='the contact sheet (default: %(default)s)')
     options = vars(parser.parse_args())
     run = options.pop('run')
     run(**options)

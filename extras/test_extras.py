@@ -132,11 +132,12 @@ def test_pack(name, tmp_path, images, capsys):
 
 
 GARBLED = {
-    'rows of one image, in two keys and two forms': (
-        'r.jsonl', [['a dog', 'a cat'], ['ox', 'cow']], """{"image": "a.jpg", "captions": ["a dog"]}
-            {"image": "b.jpg", "raw_caption": "ox"}
+    "rows of one image, in two keys and two forms; DreamLIP's strings are split, items of its lists are not": (
+        'r.jsonl', [['a dog', 'a cat'], ['An ox', 'A cow of J. Smith', 'Grass. Green.']],
+        """{"image": "a.jpg", "captions": ["a dog"]}
+            {"image": "b.jpg", "raw_caption": "An ox. A cow of J. Smith."}
             {"image": "a.jpg", "captions": "a cat"}
-            {"image": "b.jpg", "raw_caption": "cow"}
+            {"image": "b.jpg", "raw_caption": ["Grass. Green."]}
             {"image": "a.jpg", "captions": [{}]}"""),
     'semicolons': ('s.csv', [['a dog; old, big']], 'image_path;text\na.jpg;"a dog; old, big"\n'),
     'a line separator in a text': (
@@ -229,20 +230,25 @@ def test_join(tmp_path, capsys):
 
 
 def test_inspect(tmp_path, capsys, monkeypatch):
-    """oracle: the pairs broken on purpose, counts by hand, and what is written on the sheet."""
+    """oracle: the pairs broken on purpose, counts by hand, and what is written on the sheet. Of a folder of two halves
+    the training pairs are read."""
     texts = []
     monkeypatch.setattr(ImageDraw.ImageDraw, 'text', lambda self, place, text, **how: texts.append(text))
     members = []
     for i, image in enumerate([picture(), picture(), b'no image', picture()[:600], picture('PNG')]):
         members += [(f'{i}.jpg', image), (f'{i}.txt', b'Dogs. A cat')]
-    data.write_shard(tmp_path / '0.tar', members)
+    members.append(('4.json', b'{"raw_caption": ["Dogs. A cat."]}'))
+    data.write_shard(tmp_path / 'train/0.tar', members)
+    data.write_shard(tmp_path / 'val/0.tar', members[:2])
     run(prepare, 'inspect', tmp_path, '--out', tmp_path / 'sheet.png')
     printed = capsys.readouterr()
     assert re.findall(r'would be skipped .*0.tar:(\d)', printed.err) == ['2', '3']
-    for line in ('would be skipped +2 of 5', r'keys +txt \(100%\)', 'sentences per pair +0 % 2',
-                 'words per sentence +0 % 1, .* 100 % 2', 'repeated +1 of 3 images, 4 of 6 sentences'):
+    for line in ('of .* the half train/', 'would be skipped +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
+                 'unsplit paragraphs +in 1 of 3 pairs', 'sentences per pair +0 % 1, .* 100 % 2',
+                 'words per sentence +0 % 1, .* 100 % 3', 'repeated +1 of 3 images, 2 of 5 sentences'):
         assert re.search(line, printed.out), line
-    assert texts[0].startswith('G: ') and texts[1:4] == ['global 1', 'global 2', 'local 1']
+    assert texts[0].startswith('2 global views and 6 local ones; G: ')
+    assert texts[1].count('G   ') == 2 and texts[1].count('L   Dogs\n') >= 3
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
@@ -430,9 +436,11 @@ def test_loader(tmp_path, monkeypatch, capsys):
     """oracle: more work takes longer; the number of workers is the rate over the speed of the whole."""
     monkeypatch.setattr(bench, 'SECONDS', 0.05)
     monkeypatch.setattr(torch, 'set_num_threads', int)          # not for the tests that follow
-    write_pairs(tmp_path / '0.tar', 9 * '{"caption": "dogs run"}\n')
+    write_pairs(tmp_path / 'train/0.tar', 9 * '{"caption": "dogs run"}\n')
+    write_pairs(tmp_path / 'val/0.tar', '{}')
     run(bench, 'loader', tmp_path, '--preset', 'tiny', '--rate', 1e6)
-    read, _, whole, workers = capsys.readouterr().out.splitlines()
+    half, read, _, whole, workers = capsys.readouterr().out.splitlines()
+    assert half.endswith('the half train/')
     speed = number(whole, 'samples')
     assert number(read, 'samples') > speed > 0
     assert number(workers, 'workers') == pytest.approx(1e6 / speed, rel=0.01)

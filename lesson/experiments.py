@@ -291,7 +291,7 @@ def launch(key):
 
 
 def main():
-    parser = Parser()
+    parser = Parser(epilog=__doc__)
     parser.add_argument('experiment', choices=EXPERIMENTS)
     parser.add_argument('--seeds', type=int, help='how many, instead of those of the course')
     parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run and print it')

@@ -137,7 +137,7 @@ def check_text(tables):
 
 
 def main():
-    parser = Parser()
+    parser = Parser(epilog=__doc__)
     parser.add_argument('--check', action='store_true', help='only compare with results.csv')
     args = parser.parse_args()
     tables = ''.join(table(experiment) for experiment in EXPERIMENTS)

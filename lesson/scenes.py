@@ -370,38 +370,16 @@ def built_in_set(root='runs/scenes'):
     return folder
 
 
-# --- 5. Aligned crops ------------------------------------------------------------------------------------------------
-
-def visible_sentences(pool, record, box):
-    """The sentences that an image crop may have: those whose objects all have their centre in it; where there is none,
-    all.
-
-    record: the pair's json, with objects of name and bbox (x, y, w, h). box: (y, x, h, w) of the crop in pixels.
-    """
-    if not record.get('objects'):
-        raise ValueError("--aligned-crops needs 'objects' with name and bbox in the json of each pair; leave it out")
-    top, left, height, width = box
-    seen = {}
-    for thing in record['objects']:
-        x, y, w, h = thing['bbox']
-        in_rows = top <= y + h / 2 < top + height
-        seen[thing['name']] = in_rows and left <= x + w / 2 < left + width
-    visible = []
-    for sentence in pool:
-        named = [seen[name] for name in seen if name in sentence.lower()]
-        if all(named):
-            visible.append(sentence)
-    return visible or pool
-
-
-# --- 6. Command ------------------------------------------------------------------------------------------------------
+# --- 5. Command ------------------------------------------------------------------------------------------------------
 
 def main():
-    parser = Parser(prog='python -m lesson.scenes', description='Draws a set of scenes.')
+    parser = Parser(prog='python -m lesson.scenes', epilog=__doc__)
     parser.add_argument('root', metavar='DIR')
-    parser.add_argument('--train', type=int, default=8000, help='training pairs')
-    parser.add_argument('--val', type=int, default=1000, help='held-out pairs')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--train', type=int, default=8000,
+                        help='training pairs (default: %(default)s)')
+    parser.add_argument('--val', type=int, default=1000,
+                        help='held-out pairs (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='of all that is drawn (default: %(default)s)')
     parser.add_argument('--named', type=float, help='share of the sentences on a small object, 0 to 1; ten a scene')
     parser.add_argument('--small-size', type=float, help="side of small objects as a share of the image's")
     parser.add_argument('--objects', type=int, choices=(2, 3, 4), help='in a scene (default: two to four)')

@@ -327,7 +327,7 @@ def run(args, model, tokenizer, preprocess):
 
 
 def main():
-    parser = Parser(prog='python -m lesson.suppression', description='What a checkpoint knows of objects in scenes.')
+    parser = Parser(prog='python -m lesson.suppression', epilog=__doc__)
     add_options(parser)
     parser.set_defaults(command='suppression', run=run)
     parser.add_argument('--shards', required=True, help='held-out shards that list objects, as runs/scenes/val')

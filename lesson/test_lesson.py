@@ -150,16 +150,6 @@ def test_sizes_of_objects(tmp_path):
     assert '4 objects do not fit' in run(scenes, tmp_path, '--objects', 4, '--small-size', 0.4)
 
 
-def test_sentences_that_a_crop_may_have():
-    """oracle: by hand, which objects have their centre in the box (y, x, h, w)."""
-    pool = ['grey ground', 'A red star', 'a blue ring', 'the red star is above the blue ring']
-    star = {'name': 'red star', 'bbox': [0, 0, 10, 10]}
-    record = {'objects': [star, {'name': 'blue ring', 'bbox': [40, 60, 8, 8]}]}
-    for box, visible in ((50, 30, 40, 40), pool[:3:2]), ((0, 40, 30, 30), pool[:1]):
-        assert scenes.visible_sentences(pool, record, box) == visible
-        assert scenes.visible_sentences(pool[3:], record, box) == pool[3:]      # where none may stay, all
-
-
 def test_drawings_are_of_their_names():
     """oracle: the second most frequent colour, after the ground's, is that of the name, a little darker."""
     for name in NAMES:
