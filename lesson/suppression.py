@@ -160,7 +160,7 @@ def pointing(model, tokenizer, preprocess, shards, most=150):
     control.
     """
     figures = {}
-    if not model.has_cross_attention:
+    if not model.config.cross_heads:
         return figures
     size = model.config.image_size
     device = model.logit_scale.device
@@ -268,7 +268,7 @@ def naming_picture(scores, groups, shards, path, wrong):
 def track_attention(folder, model, tokenizer, preprocess, shards, step):
     """folder/attention.png: C^I and C^T, asked for the objects of the first scene by their names. folder/strip.png: the
     maps of C^I of all steps so far, side by side. A plain CLIP has no such maps: nothing happens."""
-    if not model.has_cross_attention:
+    if not model.config.cross_heads:
         return
     captions = [f"a {listed['name']}" for listed in objects_of(shards, 0)]
     path = Path(folder, 'attention', f'{step:09d}.png')
