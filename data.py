@@ -31,7 +31,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from math import ceil, sqrt
+from math import ceil
 from pathlib import Path
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from typing import NamedTuple
@@ -40,11 +40,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 from torchvision.utils import make_grid
+from tqdm import tqdm
 from tqdm.contrib.concurrent import process_map, thread_map
 
 # --- 1. Shards: every header is read once, then any pair is one read away --------------------------------------------
@@ -266,10 +267,6 @@ class Shards:
         """The encoded bytes of image i."""
         return self.member(i, 'image')
 
-    def mask(self, i):
-        """The bytes of pair i's KEY.mask.png, which the built-in set has; b'' where it has none."""
-        return self.member(i, 'mask')
-
     def record(self, i):
         """The json of pair i as a dict, with the .txt under 'txt'."""
         record = json.loads(self.member(i, 'json') or '{}')
@@ -336,12 +333,10 @@ def sentences(value, whole=False):
     (The released sampler splits nothing of DreamLIP's: given seven strings, it trains on single letters.)
     """
     found = []
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            found += sentences(item, whole)
-    elif isinstance(value, str):
-        parts = [value] if whole else BREAK.split(value)
-        found = [part.strip() for part in parts if part.strip()]
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str):
+            parts = [item] if whole else BREAK.split(item)
+            found += [part.strip() for part in parts if part.strip()]
     return found
 
 
@@ -363,11 +358,8 @@ def caption_pool(record, keys=None):
 
 def unsplit(record):
     """Whether a list of DreamLIP's is one item of several sentences. It passes whole, so it gives one text crop."""
-    for key in DREAMLIP:
-        value = record.get(key)
-        if isinstance(value, list) and len(value) == 1 and len(BREAK.findall(f'{value[0]}')) > 1:
-            return True
-    return False
+    lists = [record[key] for key in DREAMLIP if isinstance(record.get(key), list)]
+    return any(len(value) == 1 and len(BREAK.findall(f'{value[0]}')) > 1 for value in lists)
 
 
 def text_crops(pool, rng, globals_, local):
@@ -450,15 +442,6 @@ def fuse(symbols, left, right):
     return fused
 
 
-def most_frequent_pair(words, count):
-    """The neighbour pair of highest count; of equals the first met in `words`, lists of symbols. None without any."""
-    most = max(count.values(), default=0)
-    for symbols in words:
-        for pair in zip(symbols, symbols[1:]):
-            if count[pair] == most:
-                return pair
-
-
 def fetch_vocab():
     """Path of CLIP's merges in torch's cache, downloaded on first use; of no file where the net has none."""
     path = Path(torch.hub.get_dir(), 'bpe_simple_vocab_16e6.txt.gz')
@@ -507,25 +490,19 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        count = Counter()       # pair of symbols -> how often it occurs in all texts
-
-        def add(symbols, times):
-            for pair in zip(symbols, symbols[1:]):
-                count[pair] += times
-
-        for word, symbols in words.items():
-            add(symbols, tally[word])
-        merges = {}             # a dict: a pair may return (abc = ab c or a bc) but keeps its rank
-        while len(merges) < vocab_size - WITHOUT_MERGES:
-            pair = most_frequent_pair(words.values(), count)
+        merges = {}     # a dict: a pair may return (abc = ab c or a bc) but keeps its rank
+        for _ in tqdm(range(vocab_size - WITHOUT_MERGES), 'learning merges', leave=False, disable=None):
+            count = Counter()   # pair of symbols -> how often it occurs in all texts
+            for word, symbols in words.items():
+                for pair in zip(symbols, symbols[1:]):
+                    count[pair] += tally[word]
+            pair = max(count, key=count.get, default=None)
             if count[pair] < 2:
                 break
             merges[' '.join(pair)] = None
             for word, symbols in words.items():
                 if pair[0] in symbols:
                     words[word] = fuse(symbols, *pair)
-                    add(symbols, -tally[word])
-                    add(words[word], tally[word])
         return cls(merges, context_length)
 
     @staticmethod
@@ -579,6 +556,7 @@ class Tokenizer:
 MEAN = (0.48145466, 0.4578275, 0.40821073)      # OpenAI's, as released
 STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = v2.InterpolationMode.BICUBIC
+ASPECTS = (3 / 4, 4 / 3)                        # of crops, least and most
 
 
 def open_image(source):
@@ -630,29 +608,19 @@ def view_kinds(config):
             Kind(config.local_image_size, blur=0.5, scale=(0.05, 0.4))]
 
 
-def random_box(height, width, scale, rng):
-    """A crop of an image -> (y, x, h, w): share of the area and log of the aspect uniform, then the place.
-
-    The distribution is that of torchvision's RandomResizedCrop, which draws from torch's global generator, not from
-    rng. ours: where ten do not fit, as in a very long image, the whole is taken, not its middle.
-    """
-    for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        aspect = (4 / 3) ** rng.uniform(-1, 1)
-        h = round(sqrt(area / aspect))
-        w = round(sqrt(area * aspect))
-        if 0 < h <= height and 0 < w <= width:
-            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-    return 0, 0, height, width
-
-
 def image_crops(data, kinds, rng, flip=True):
-    """One random crop for each kind of view -> list of (3, s, s) uint8, and their boxes in the image (y, x, h, w)."""
+    """One random crop for each kind of view -> list of (3, s, s) uint8, and their boxes in the image (y, x, h, w).
+
+    rng decides everything. torchvision draws the boxes from torch's global generator, so that is seeded and set back.
+    """
     image = open_image(data)
     width, height = image.size
     if image.getexif().get(0x112, 1) > 4:               # EXIF says that the camera was held upright
         width, height = height, width
-    boxes = [random_box(height, width, kind.scale, rng) for kind in kinds]
+    frame = torch.empty(1, 1, 1).expand(1, height, width)               # only its size counts
+    with torch.random.fork_rng([]):
+        torch.manual_seed(rng.getrandbits(32))
+        boxes = [v2.RandomResizedCrop.get_params(frame, kind.scale, ASPECTS) for kind in kinds]
     # Pillow decodes a JPEG at 1/2, 1/4 or 1/8 where that is still as large as asked for, in much less time.
     room = min(min(box[2:]) / kind.size for box, kind in zip(boxes, kinds))
     image.draft('RGB', [ceil(side / room) for side in image.size])
@@ -773,8 +741,7 @@ def recolour(images, colours, jitters):
 
 def normalize(images):
     """uint8, or float in [0, 1], (..., 3, h, w) -> float32, with the released mean and deviation."""
-    mean, std = torch.tensor([MEAN, STD])[..., None, None].to(images.device, non_blocking=True)
-    return (V.to_dtype(images, scale=True) - mean) / std
+    return V.normalize(V.to_dtype(images, scale=True), MEAN, STD)
 
 
 # --- 6. Samples and batches ------------------------------------------------------------------------------------------
@@ -936,14 +903,14 @@ def loader(views, batches, workers, multiple=1):
 
 
 TILE = 128      # side of a view on the sheet, in pixels
+LINE = 17       # height of a line of text
 LETTER = 7      # width of a letter, on the average
 
 
 def sample_sheet(views, path):
     """A PNG of what the student is shown: for pairs from all over the set, the views, and below them the text crops."""
-    rows = [picture_of_text(f'{views.global_images} global views and {views.local_images} local ones; '
-                            'G: a global caption, 1 to 5 sentences; L: a local caption, one sentence')]
-    letters = max(len(views.kinds), 6) * TILE // LETTER                 # 6: few views leave room for captions, too
+    width = max(len(views.kinds), 6) * (TILE + 4) + 4                   # 6: captions need room, too
+    rows = []
     for index in np.linspace(0, len(views.shards) - 1, 4, dtype=int):
         with suppress(Exception):   # a picture for the reader: do without this pair
             crops, colours, captions, _ = views.views(0, index)
@@ -953,26 +920,21 @@ def sample_sheet(views, path):
                 tiles.append(V.resize(view[0], [TILE, TILE]))
             lines = []
             for label, caption in zip('G' * views.global_texts + 'L' * views.local_texts, captions):
-                lines += textwrap.wrap(f'{label}   {caption}', letters)
-            rows.append(V.to_pil_image(make_grid(tiles, nrow=len(tiles), padding=4, pad_value=1)))
-            rows.append(picture_of_text('\n'.join(lines)))
-    width = max(row.width for row in rows)
-    sheet = Image.new('RGB', (width, sum(row.height for row in rows)), 'white')
-    top = 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height
+                lines += textwrap.wrap(f'{label}   {caption}', width // LETTER)
+            rows.append((V.to_pil_image(make_grid(tiles, nrow=len(tiles), padding=4, pad_value=1)), lines))
+    height = LINE + sum(picture.height + LINE * len(lines) for picture, lines in rows)
+    sheet = Image.new('RGB', (width, height), 'white')
+    write = partial(ImageDraw.Draw(sheet).text, fill='black', font_size=13)
+    write((4, 0), f'{views.global_images} global views, the others local; below: G a global caption, L a local one')
+    top = LINE
+    for picture, lines in rows:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+        for line in lines:
+            write((4, top), line)
+            top += LINE
     with replacing(path) as temporary:
         sheet.save(temporary, 'PNG')
-
-
-def picture_of_text(text):
-    """Lines as a Pillow image, black on white, which is as large as they need."""
-    font = ImageFont.load_default(13)
-    *_, width, height = ImageDraw.Draw(Image.new('1', (1, 1))).textbbox((4, 4), text, font)
-    image = Image.new('RGB', (ceil(width) + 4, ceil(height) + 12), 'white')
-    ImageDraw.Draw(image).text((4, 4), text, fill='black', font=font)
-    return image
 
 
 # --- 7. Commands -----------------------------------------------------------------------------------------------------
@@ -1000,8 +962,6 @@ class Parser(argparse.ArgumentParser):
 
 def cli(main):
     """Run a command: what a user can cause becomes one sentence and exit status 1, all else keeps its traceback."""
-    with suppress(AttributeError):          # a terminal that cannot show a character
-        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         main()
     except KeyboardInterrupt:

@@ -43,7 +43,6 @@ from torch._dynamo.testing import CompileCounter
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
-from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as V
 
 import cosmos
@@ -582,27 +581,6 @@ def test_learn_by_hand():
     assert learned.decode(learned.encode('lowest new wéw')) == 'lowest new wéw'
 
 
-def test_learn_equals_recounting(monkeypatch):
-    """oracle: every pair counted anew before each merge, of equals the first met: random words of few letters, with
-    many ties, until 15 merges or none comes twice. Only the most frequent words count."""
-    rng = random.Random(0)
-    monkeypatch.setattr(data, 'LEARN_FROM', 30)
-    for _ in range(30):
-        words = [''.join(rng.choices('abc', k=rng.randint(1, 7))) for _ in range(rng.randint(9, 60))]
-        pieces = [(data.symbols_of(word), n) for word, n in Counter(words).most_common(30)]
-        merges = {}
-        for _ in range(15):
-            count = Counter()
-            for symbols, n in pieces:
-                for pair in zip(symbols, symbols[1:]):
-                    count[pair] += n
-            pair = max(count, key=count.get)
-            if count[pair] > 1:
-                merges[' '.join(pair)] = None
-                pieces = [(data.fuse(symbols, *pair), n) for symbols, n in pieces]
-        assert Tokenizer.learn(words, 514 + len(merges)).merges == list(merges)
-
-
 @pytest.mark.parametrize('record, pool', [
     ({'raw_caption': 'a boat', 'longSV_captions': 'A 3.5 m boat. Two men\nA lake</s>'}, BOAT),
     ({'raw_caption': BOAT[0], 'longSV_captions': [*BOAT[1:], 'One. Two.\n'], 'caption': 'x'}, [*BOAT, 'One. Two.']),
@@ -882,25 +860,6 @@ def test_image_crops_are_the_pixels_of_their_boxes(width, kind, tolerance):
             distance = (crop - want).abs().mean()
             mirrored = (crop.flip(-1) - want).abs().mean()
             assert min(distance, mirrored) < tolerance                  # of 255
-
-
-def test_boxes_have_the_statistics_of_torchvision():
-    """oracle: 5,000 boxes of RandomResizedCrop: means and spreads of place, sides, area and aspect within 4 errors."""
-    rng = random.Random(0)
-    image = torch.empty(3, 144, 192)
-    for scale in (0.4, 1.0), (0.05, 0.4):
-        boxes = torch.empty(2, 5000, 4)
-        for k in range(5000):
-            ours = data.random_box(144, 192, scale, rng)
-            theirs = RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
-            boxes[:, k] = torch.tensor([ours, theirs])
-        y, x, h, w = boxes.unbind(dim=-1)
-        for figure in y, x, h, w, h * w, (w / h).log():                 # each (2, 5000)
-            spread = (figure - figure.mean()) ** 2
-            for values in figure, spread:
-                one, two = values.mean(dim=1)
-                error = (values.var(dim=1).sum() / 5000).sqrt()
-                assert abs(one - two) < 4 * error
 
 
 def blurred(image, sigma):

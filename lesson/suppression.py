@@ -58,7 +58,7 @@ def listed_objects(shards, most=None):
 
 def read_mask(shards, i):
     """The number of the object at each pixel of pair i, 0 for the ground -> PIL image."""
-    return Image.open(io.BytesIO(shards.mask(i)))
+    return Image.open(io.BytesIO(shards.member(i, 'mask')))
 
 
 # --- 2. Presence and binding -----------------------------------------------------------------------------------------
