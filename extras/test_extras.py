@@ -247,7 +247,7 @@ def test_inspect(tmp_path, capsys, monkeypatch):
                  'unsplit paragraphs +in 1 of 3 pairs', 'sentences per pair +0 % 1, .* 100 % 2',
                  'words per sentence +0 % 1, .* 100 % 3', 'repeated +1 of 3 images, 2 of 5 sentences'):
         assert re.search(line, printed.out), line
-    assert texts[0].startswith('2 global views and 6 local ones; G: ')
+    assert texts[0].startswith('2 global views, the others local')
     assert texts[1].count('G   ') == 2 and texts[1].count('L   Dogs\n') >= 3
 
 
