@@ -1,10 +1,11 @@
 """COSMOS: cross-modality self-distillation for vision-language pre-training (CVPR 2025, arXiv 2412.01814).
 
-CLIP matches one vector of an image with one vector of its caption. In both vectors big objects drown small ones. COSMOS
-crops both: the image into large and small views, the caption into groups of sentences and single ones. A student
-network sees all of them. A teacher network, a slow average of the student, sees only the large ones. In the student,
-cross-attention lets each vector of one modality read the tokens of the other. The result must tell the teacher's
-vectors of its own pair from those of all other pairs. So a sentence about a small object has to find it in the image.
+CLIP matches one vector of an image with one vector of its caption, and big objects drown small ones in both. COSMOS
+takes several views of both: large and small crops of the image, groups of sentences and single sentences of the
+caption. A student network sees all of them. A teacher network, a slow average of the student, sees only the global
+ones: large crops, groups of sentences. In the student, cross-attention lets each vector of one modality read the tokens
+of the other. What it was and what it has read, added up, must tell the teacher's vectors of its own pair from those of
+all other pairs. So a sentence about a small object must find that object in the image.
 
 Notation. Views come first, (V, B, D), and views 0 and 1 are the two globals, always. "View" also means a caption.
     B pairs on this GPU     N pairs on all GPUs     V image views, 2 global + local     U captions, 2 global + local
@@ -17,20 +18,22 @@ cross-attention modules, named after what they read: the image or the text.
 One training step. Every name is that of the code below.
 
     images: 2 global views, 6 local                               texts: 2 global captions, 6 local
-           |                                                                      |
-      VisionTower ------ patches of view 0 -----.      .----- words of caption 0 ----- TextTower               STUDENT
-           |                                    |      |                          |
-     cls (V,B,D) ---- query ---> C^T: text_cross <-----'                     eot (U,B,D)
-           |                         |          '-----> C^I: image_cross <--- query --|
-           |                         |                        |                   |
-           |             h_I = C^T + cls   Eq. 1      h_T = C^I + eot   Eq. 2     |
-           |                         |                        |                   |
-           '------ clip_loss --------|------------------------|-------------------'  cls of the 2 globals, all eot
-                                     '----- cosmos_loss ------'  Eq. 6: h_I and h_T, each with cls_t and with eot_t
-                                              |      |
-      VisionTower --------------------- cls_t (2,B,D)  eot_t (2,B,D) ----------------- TextTower               TEACHER
-      on the 2 global views           a moving average of the student            on the 2 global captions
-                                  without gradient or cross-attention
+           |                                                                        |
+      VisionTower                                                               TextTower                    STUDENT
+           |                                                                        |
+     cls (V,B,D) -- query --> C^T: text_cross           C^I: image_cross <-- query -- eot (U,B,D)
+           |                  reads the words           reads the patches           |
+           |                  of caption 0              of view 0                   |
+           |                         |                        |                     |
+           |             h_I = C^T + cls   Eq. 1      h_T = C^I + eot   Eq. 2       |
+           |                         |                        |                     |
+           '--- clip_loss: cls of ---|------------------------|---- all eot --------'
+                the 2 globals        '----- cosmos_loss ------'
+                                       h_I and h_T, each with cls_t and eot_t, Eq. 6
+                                             |            |
+      VisionTower -------------------- cls_t (2,B,D)  eot_t (2,B,D) ------------------ TextTower             TEACHER
+      on the 2 global views           a moving average of the student,           on the 2 global captions
+                                      no gradient, no cross-attention
 
     out = model(images, texts)                                          # student, all views and captions
     cls_t, eot_t = teacher(images[:2], texts[:2])                       # teacher, globals only
@@ -42,8 +45,8 @@ One training step. Every name is that of the code below.
     model.clamp_scales()
     teacher.update(model, momentum)                                     # the paper's lambda, 0.999 at batch 1,024
 
-Read it beside Section 3 of the paper. Parts 2-5 are COSMOS: what it is, then what it learns from. Parts 6-7 are CLIP's
-towers and transformer. If you know them, read only how a tower reads its views (class Tower). Part 8 is names.
+Read it beside Section 3 of the paper. Parts 2-5 are COSMOS: student, teacher, losses. Parts 6-7 are CLIP's towers and
+transformer. If you know them, read only how a tower treats its views (class Tower). Part 8 is names.
 
 We follow the released code (github.com/ExplainableML/cosmos); `model.py:274` and the like are lines of it.
     code≠paper: the paper says something else.          paper silent: the paper does not say.
@@ -79,7 +82,7 @@ class Config:
     text_heads: int = 8
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's; the end-of-text token has the largest id
-    cross_heads: int = 8            # heads inside C^I and C^T each; 0: plain CLIP without them
+    cross_heads: int = 8            # attention heads inside C^I and C^T; 0: neither, a plain CLIP
 
     def __post_init__(self):
         for size, part in (
@@ -115,10 +118,12 @@ PRESETS = {
 # --- 2. The student ----------------------------------------------------------------------------- Sec. 3.2, Eq. 1-2 ---
 
 class CrossAttention(nn.Module):
-    """C^I or C^T: one attention without MLP. The [cls] or [eot] of every view reads the tokens of the other modality.
+    """C^I or C^T: one attention without MLP. The [cls] or [eot] of every view reads the tokens of one view of the other
+    modality, view 0 or caption 0.
 
-    The residual of Eq. 1-2 is added outside, in COSMOS.forward. Padding of a text is read, too (paper silent;
-    transformer.py:210-230). The text tower is causal and padding comes after the end, so it has seen the whole caption.
+    The residual of Eq. 1-2 is added outside, in COSMOS.forward. Padding of a text is read as well (paper silent;
+    transformer.py:210-230). The text tower is causal and padding comes after the end, so the vectors of padding have
+    seen the whole caption.
     """
 
     def __init__(self, width, heads):
@@ -128,15 +133,15 @@ class CrossAttention(nn.Module):
         self.ln_k = nn.LayerNorm(width)
 
     def forward(self, query, tokens):
-        """query (V, B, D), un-normalised; tokens (B, L, D) -> (V, B, D).
+        """query (V, B, D), not of unit length; tokens (B, L, D) -> (V, B, D).
 
-        All views of a pair are queries side by side, so its keys and values are projected once, not once per view.
+        All views of a pair are queries side by side, so the keys and values of the pair are projected only once.
         """
         query = self.ln_q(query).transpose(0, 1)                        # (B, V, D)
         return self.attn(query, self.ln_k(tokens)).transpose(0, 1)
 
     def weights(self, query, tokens):
-        """query (B, D), tokens (B, L, D) -> attention weights (B, L), averaged over heads; they sum to 1 over L."""
+        """query (B, D), not of unit length, tokens (B, L, D) -> weights (B, L), averaged over heads, of sum 1."""
         query = self.ln_q(query)[:, None]                               # (B, 1, D)
         q, k, _ = self.attn.project(query, self.ln_k(tokens))           # (B, H, 1 or L, d)
         weights = attention_weights(q, k)                               # (B, H, 1, L)
@@ -155,7 +160,7 @@ class Output(NamedTuple):
 
 
 def unit(x):
-    """Rows of length 1, in float32 also in a bf16 or fp16 run: half precision would shift every logit."""
+    """Rows of length 1, in float32 even in a bf16 or fp16 run: half precision would round every logit."""
     return F.normalize(x.float(), dim=-1)
 
 
@@ -187,30 +192,31 @@ class COSMOS(nn.Module):
     def forward(self, images, texts):
         """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output.
 
-        Every [cls] and every [eot] is a query. Keys and values are the patches of view 0 and the words of caption 0
-        only (code≠paper: "global crops"; model.py:370-382). Words are all T positions, padding included, so caption 0
-        must come at full length (paper silent; transformer.py:772-775). The others may be cut, see TextTower.
+        Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper, which
+        has "global crops"; model.py:370-382). Words are all T positions, padding included, so caption 0 must come at
+        full length (paper silent; transformer.py:772-775). The others may be cut, see TextTower.
         """
         if not self.has_cross_attention:
             return Output(unit(self.visual(images)), unit(self.text(texts)), None, None)
-        cls, sequence = self.visual.with_sequence(images)               # (V, B, D), (B, 1 + P, C)
-        eot, words = self.text.with_sequence(texts)                     # (U, B, D), (B, T, C)
-        patches = sequence[:, 1:]                                       # without the class token
-        h_I = self.text_cross(cls, self.text_map(words)) + cls          # (V, B, D)  Eq. 1
-        h_T = self.image_cross(eot, self.image_map(patches)) + eot      # (U, B, D)  Eq. 2
+        cls, image_sequence = self.visual.with_sequence(images)         # (V, B, D), (B, 1 + P, C)
+        eot, text_sequence = self.text.with_sequence(texts)             # (U, B, D), (B, T, C)
+        patches = self.image_map(image_sequence[:, 1:])                 # (B, P, D)
+        words = self.text_map(text_sequence)                            # (B, T, D)
+        h_I = self.text_cross(cls, words) + cls                         # (V, B, D)  Eq. 1
+        h_T = self.image_cross(eot, patches) + eot                      # (U, B, D)  Eq. 2
         return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
 
     def encode_image(self, images):
-        """images (B, 3, h, w), h and w multiples of p -> [cls] (B, D), patches (B, P, D), both un-normalised.
+        """images (B, 3, h, w), h and w multiples of p -> [cls] (B, D), patches (B, P, D), neither of unit length.
 
-        These patches are what C^I reads; encode_dense has others, to compare with texts. A plain CLIP has None.
+        The patches are those that C^I reads, None for a plain CLIP. To compare with texts, take those of encode_dense.
         """
         cls, sequence = self.visual.with_sequence([images])
         patches = self.image_map(sequence[:, 1:]) if self.has_cross_attention else None
         return cls[0], patches
 
     def encode_text(self, ids):
-        """ids (B, T) -> [eot] (B, D), words (B, T, D), both un-normalised. In a plain CLIP the words are None."""
+        """ids (B, T) -> [eot] (B, D), words (B, T, D), neither of unit length. The words of a plain CLIP are None."""
         eot, sequence = self.text.with_sequence([ids])
         words = self.text_map(sequence) if self.has_cross_attention else None
         return eot[0], words
@@ -222,14 +228,15 @@ class COSMOS(nn.Module):
         queries attend to queries and keys to keys.
         """
         _, sequence = self.visual.with_sequence([images], csa)          # (B, 1 + P, C)
-        patches = unit(sequence[:, 1:] @ self.visual.proj)              # (B, P, D)
-        h = images.shape[2] // self.config.patch_size
-        return patches.unflatten(1, (h, -1))
+        patches = unit(sequence[:, 1:] @ self.visual.proj)              # (B, P, D), projected as [cls] is
+        rows = images.shape[2] // self.config.patch_size
+        return patches.unflatten(1, (rows, -1))
 
     def attention(self, images, ids):
         """images (B, 3, h, w), ids (B, T) -> weights of C^I over patches (B, P), of C^T over words (B, T).
 
-        The query of C^I is the caption, that of C^T the image. The paper's qualitative figure shows these weights.
+        The query of C^I is the caption, that of C^T the image. The paper's qualitative figure shows these weights. Over
+        words they include start, end and padding.
         """
         if not self.has_cross_attention:
             raise ValueError('this model is a plain CLIP without cross-attention to show; use COSMOS weights')
@@ -245,7 +252,7 @@ class COSMOS(nn.Module):
 
     @torch.no_grad()
     def clamp_scales(self):
-        """Clamp these logarithms to [0, ln 100] after each step: above, the softmax saturates and training breaks."""
+        """Clamp these logarithms to [0, ln 100] after each step: above that the softmax saturates."""
         for scale in self.scales():
             scale.clamp_(0, math.log(100))
 
@@ -255,9 +262,9 @@ class COSMOS(nn.Module):
 class Teacher(nn.Module):
     """theta_t <- lambda theta_t + (1 - lambda) theta_s: an exponential moving average of the student, without gradient.
 
-    With lambda = 0.999 the last 693 students have half of the weight. It starts as a copy and averages every parameter.
-    As a teacher it uses the towers only. Cross-attention and scales are averaged, too, so that teacher.model is a
-    complete model: to evaluate, and to draw its attention.
+    With lambda = 0.999 the last 693 students have half of the weight. The teacher starts as a copy of the student. To
+    teach it uses the towers only. Cross-attention and scales are averaged as well, so that teacher.model is a complete
+    model: to evaluate, and to draw its attention.
     """
 
     def __init__(self, student):
@@ -268,7 +275,7 @@ class Teacher(nn.Module):
     def forward(self, images, texts):
         """The two globals, lists of (B, 3, s, s) and (B, T) -> cls_t (2, B, D), eot_t (2, B, D), of unit length.
 
-        texts may be None, where only images are distilled; then eot_t is None.
+        texts may be None (train.py has methods that distil images only); then eot_t is None.
         """
         cls_t = unit(self.model.visual(images))
         if texts is None:
@@ -307,13 +314,16 @@ def nce(queries, keys, scale):
     first = dist.get_rank() * B if N > B else 0     # where my pairs begin among all N
     own_key = torch.arange(first, first + B, device=logits.device)
     target = own_key.view(1, B, 1).expand(V, B, U)
-    # Row (v, b, u): query b of view v chooses among the N keys of view u.
-    logits = logits.view(V * B * U, N)
+    # Query b of view v chooses among the N keys of view u, for each v and u.
+    logits = logits.view(V, B, U, N).flatten(0, 2)
     return F.cross_entropy(logits, target.flatten())
 
 
 def symmetric_nce(a, b, all_a, all_b, scale):
-    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a (V, B, D), b (U, B, D); all_a, all_b: of all GPUs."""
+    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a (V, B, D), b (U, B, D); all_a, all_b: of all GPUs.
+
+    On several GPUs this is the share of the B pairs on this one. The mean over GPUs is the loss.
+    """
     return (nce(a, all_b, scale) + nce(b, all_a, scale)) / 2
 
 
@@ -322,8 +332,8 @@ def clip_loss(out, scale):
 
     Cross-attention has no part in it: it is CLIP's loss on [cls] and [eot].
 
-    code≠paper: local image views stay out, because a trial with them overfitted (loss.py:203-206). That the paper
-    takes all crops we know from one second-hand summary only.
+    code≠paper, perhaps: local image views stay out, because a trial with them overfitted (loss.py:203-206). We know
+    only from one second-hand summary that the paper takes all crops.
     """
     cls = out.cls[:2]
     eot = out.eot
@@ -334,8 +344,8 @@ def clip_loss(out, scale):
 def cosmos_terms(out, cls_t, eot_t, scale):
     """The four terms of L_COSMOS by name.                                                            Sec. 3.3, Eq. 6
 
-    Each pairs every student view with both teacher views, 8 x 2 pairs. Student view 0 with teacher view 0 counts, too,
-    and 1 with 1 (paper silent; loss.py:131-139); DINO leaves them out. scale = exp(distill_logit_scale).
+    Each pairs every student view with both teacher views, 8 x 2 pairs. Student view 0 with teacher view 0 counts
+    as well, and 1 with 1 (paper silent; loss.py:131-139); DINO leaves them out. scale = exp(distill_logit_scale).
     """
     h_I = out.h_I
     h_T = out.h_T
@@ -358,10 +368,13 @@ def cosmos_loss(out, cls_t, eot_t, scale):
 class Gather(torch.autograd.Function):
     """(V, B, D) on every rank -> (V, N, D) on all of them, and gradients back the same way. B is equal on all ranks.
 
-    ours: the gradient is exact. The losses of all G ranks depend on my vectors. The backward adds up what they send
-    back, and DDP's mean over the ranks makes it the gradient of their mean loss.
-    The released code gathers without gradient. For all parameters but the two scales it gets 1/G of the same gradient,
-    a factor that AdamW divides out, except for its eps.
+    ours: the gradient is exact. Each of the G ranks computes its own rows of the loss, so the losses of all ranks
+    depend on my vectors. The backward pass adds up the gradients that all ranks send back to them. DDP then takes the
+    mean over ranks, which gives the gradient of the mean loss.
+
+    In the released code each rank computes the whole loss, with a gradient for its own vectors only. That gradient is
+    complete, but DDP's mean divides it by G, for all parameters except the two scales. AdamW divides such a factor out,
+    except for its eps.
     """
 
     @staticmethod
@@ -409,7 +422,7 @@ class Tower(nn.Module):
         No other row is read, so the last block computes only this one.
         """
         features = [self.read(x, row) for x, row in self.embed(same_size(views))]   # (n, D) each
-        return torch.cat(features).unflatten(0, (len(views), -1))
+        return torch.cat(features).unflatten(0, (len(views), -1))       # view after view
 
     def with_sequence(self, views, csa=False):
         """-> [cls] or [eot] of all views (V, B, D), and the whole normalised sequence of view 0 (B, L, C).
@@ -417,7 +430,7 @@ class Tower(nn.Module):
         Cross-attention reads that sequence. So view 0 passes alone, and its last block computes all rows.
         """
         (x, row), *others = self.embed([views[0], *same_size(views[1:])])
-        sequence = self.norm(self.transformer(x, csa=csa))              # (B, L, C)
+        sequence = self.norm(self.transformer(x, csa=csa))              # all rows, (B, L, C)
         features = [pick(sequence, row)[:, 0] @ self.proj]
         features += [self.read(x, row) for x, row in others]
         return torch.cat(features).unflatten(0, (len(views), -1)), sequence
@@ -453,7 +466,7 @@ class VisionTower(Tower):
             if height % p or width % p:
                 raise ValueError(f'an image of {height} x {width} pixels cannot be cut into patches of {p}; '
                                  'resize or pad it to multiples of that')
-            # Patches do not overlap, so conv1 is a matrix product. As such it is 3 to 5 times as fast in bf16 on CPUs.
+            # conv1 as a matrix product, since patches do not overlap. In bf16 on CPUs it is 3 to 5 times as fast.
             pixels = F.unfold(images, kernel_size=p, stride=p).transpose(1, 2)  # (n, P, 3 * p * p)
             patches = F.linear(pixels, self.conv1.weight.flatten(1))    # (n, P, C)
             cls = self.class_embedding.expand(n, 1, -1)
@@ -468,18 +481,18 @@ class VisionTower(Tower):
             return self.positional_embedding
         cls, patches = self.positional_embedding.split([1, grid ** 2])
         patches = patches.T.unflatten(1, (grid, grid))[None]            # (1, C, grid, grid)
-        # paper silent (transformer.py:646-669): DINO adds 0.1 so that rounding never loses a row. It also stretches the
-        # grid a little. The released weights were trained so: without it local crops would get other positions.
+        # paper silent (transformer.py:646-669): DINO adds 0.1, so that rounding never loses a row of the grid. The 0.1
+        # also stretches the grid a little. The released weights were trained with that, so it must stay.
         zoom = (h + 0.1) / grid, (w + 0.1) / grid
         patches = F.interpolate(patches, scale_factor=zoom, mode='bicubic')  # (1, C, h, w)
         return torch.cat([cls, patches[0].flatten(1).T])
 
 
 class TextTower(Tower):
-    """Causal transformer. The end-of-text token is the first that has seen the whole caption, so it stands for it.
+    """Causal transformer. The end-of-text token is the first that has seen the whole caption, and stands for it.
 
-    A tensor of B texts may be cut behind the longest of them: their ends never see the padding. A text that is cut
-    before its end gives a wrong [eot] without any error.
+    A tensor of B texts may be cut after the end of the longest, because no end sees padding. A text that is cut before
+    its end gives a wrong [eot] without any error.
     """
 
     def __init__(self, config):
@@ -594,7 +607,7 @@ class Attention(nn.Module):
     def forward(self, query, context, mask=None, csa=False):
         """query (n, Q, C) reads context (n, L, C) -> (n, Q, C). mask (Q, L) or (n, 1, Q, L), not with csa."""
         q, k, v = self.project(query, context)
-        if csa:     # SCLIP: q with q, k with k. A patch attends to itself and to what looks like it
+        if csa:     # the sum of two, as in SCLIP: a patch attends to itself and to what looks like it
             x = (attention_weights(q, q) + attention_weights(k, k)) @ v
         elif q.device.type == 'cpu':    # up to 5 times as fast as the kernel below, in bf16
             x = attention_weights(q, k, mask) @ v
@@ -652,14 +665,14 @@ def rename(state_dict, table):
 
 
 def to_openclip(state_dict):
-    """Our names -> the released code's. open_clip loads all (strict=False) but cross-attention, its maps and scale."""
+    """Our names -> the released code's. open_clip (strict=False) leaves only cross-attention, its maps and scale."""
     return rename(state_dict, RENAMES)
 
 
 def from_openclip(state_dict):
     """The released code's or open_clip's names -> ours, for load_state_dict(strict=True).
 
-    Weights of open_clip's ViT-B have no heads: load them into a model with cross_heads=0.
+    open_clip's weights have no cross-attention: load them into a model with cross_heads=0.
     """
     return rename(state_dict, {theirs: ours for ours, theirs in RENAMES.items()})
 

@@ -4,7 +4,7 @@
     python train.py --data /shards                              one GPU
     torchrun --nproc_per_node=8 train.py --data /shards         one node; the paper's recipe for vit-b-16
     python train.py --init CKPT --data /shards                  COSMOS put onto a CLIP that exists
-    python train.py --resume auto                               goes on where the checkpoint in --out stopped
+    python train.py --resume runs/a                             goes on where the run in runs/a stopped
 
 --out then holds last.pt (the checkpoint), log.jsonl, config.json, eval.json, samples.png (what the student sees) and,
 for COSMOS, attention.png. Section 6 is the step of the paper.
@@ -42,7 +42,7 @@ from data import cli, half_of, loader, replacing, sample_sheet
 
 class Method(NamedTuple):
     """What a row of Table 5 trains with, beside L_CLIP."""
-    global_images: int = 2
+    global_images: int = 2              # the defaults are the views of cosmos; the rows above it take some away
     global_captions: int = 2            # of 1-5 sentences
     local_images: bool = True           # --local-crops more image views
     local_captions: bool = True         # --local-captions more captions, of one sentence
@@ -52,8 +52,8 @@ class Method(NamedTuple):
 
 
 # Each row adds to the one above. Only cosmos is the released code's. The others are our reading of the table's labels.
-# The table's "text augmentation" seems to bring the synthetic captions: the rows above it are far below the CLIP of
-# Table 1. Give those rows --caption-pool raw for that.
+# The rows above "text augmentation" score far below the CLIP of Table 1, so they probably had raw captions only. To do
+# the same, give them --caption-pool raw.
 METHODS = {
     'clip': Method(global_images=1, global_captions=1, local_images=False, local_captions=False),
     # + image augmentation
@@ -88,37 +88,37 @@ def make_parser():
     add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
     add('--caption-pool', choices=POOLS, default='all', help="of DreamLIP's captions (%(default)s)")
     add('--vocab', default='clip', help="%(default)s, learn (from the captions), or a path to merges")
-    add('--workers', type=int, default=WORKERS, help='loader processes a process (%(default)s)')
+    add('--workers', type=int, default=WORKERS, help='loaders per process (%(default)s)')
     # method
     add('--preset', choices=PRESETS, help='model and recipe (vit-b-16 with --data, else tiny)')
     add('--method', choices=METHODS, default='cosmos', help='row of Table 5 (%(default)s)')
-    add('--init', help='weights to start from: ours, released, open_clip; with their sizes and ids')
-    add('--local-crops', type=int, default=6, help='local image views a pair (%(default)s)')
-    add('--local-captions', type=int, default=6, help='local captions a pair (%(default)s)')
-    add('--augment', choices=['full', 'crops'], default='full', help='full: flips, colours; not for clip')
+    add('--init', help='weights to start from, ours or others; they set sizes and vocabulary')
+    add('--local-crops', type=int, default=6, help='local image views per pair (%(default)s)')
+    add('--local-captions', type=int, default=6, help='local captions per pair (%(default)s)')
+    add('--augment', choices=['full', 'crops'], default='full', help='full: with flips and colours')
     # schedule
     add('--steps', type=int, help='optimizer steps in all')
     add('--epochs', type=float, help='passes over the data; wins over --steps')
-    add('--batch', type=int, help='pairs a step, over all processes and --accum')
+    add('--batch', type=int, help='pairs per step, over all processes and --accum')
     add('--accum', type=int, default=1, help='parts a batch is cut into, for memory (%(default)s)')
     add('--lr', type=float, help='peak learning rate')
     add('--lr-end', type=float, default=0.0, help='share of the peak at the end (%(default)s)')
     add('--warmup', type=int, help='steps of linear warm-up before the cosine')
     add('--wd', type=float, help='weight decay of matrices; vectors and scales have none')
     add('--momentum', type=float, help='lambda of the teacher')
-    add('--momentum-ramp', type=int, default=0, help='R: in step s at most s / (s + R)')
-    add('--clip-grad', type=float, default=0.0, help='largest norm of the gradient; 0: any')
+    add('--momentum-ramp', type=int, default=0, help='R: lambda is at most s / (s + R)')
+    add('--clip-grad', type=float, default=0.0, help='largest norm of the gradient; 0: none')
     add('--seed', type=int, default=0, help='of everything random (%(default)s)')
     # machine
     add('--precision', choices=['auto', *DTYPES], default='auto', help='auto: bf16 if fast')
-    add('--device', choices=['auto', 'cuda', 'cpu'], default='auto', help='auto: cuda if there is')
-    add('--compile', action='store_true', help='torch.compile: for GPUs, on CPUs it gains nothing')
+    add('--device', choices=['auto', 'cuda', 'cpu'], default='auto', help='auto: cuda if found')
+    add('--compile', action='store_true', help='torch.compile, for GPUs: on CPUs it gains nothing')
     add('--grad-checkpoint', action='store_true', help='less memory, one more forward pass')
     # output
     add('--out', help='folder of checkpoint, log and pictures (runs/PRESET-METHOD)')
     add('--resume', help="a checkpoint, a run's folder, or auto: that in --out, or a fresh start")
     add('--save-every', type=int, default=1000, help='steps between checkpoints (%(default)s)')
-    add('--save-minutes', type=float, default=30.0, help='minutes between them; 0: any (%(default)s)')
+    add('--save-minutes', type=float, default=30.0, help='or minutes; 0: steps only (%(default)s)')
     add('--eval-every', type=int, default=0, help='steps between evaluations; 0: at the end only')
     add('--log-every', type=int, default=20, help='steps between log lines (%(default)s)')
     return parser
@@ -127,7 +127,7 @@ def make_parser():
 def parse_command_line(argv=None):
     """-> what was typed, and the defaults of all options, {name: value} each; None where an option has no default.
 
-    What was typed must be known by itself: it goes before the recipe, and before the options of a run that is resumed.
+    What was typed must be known by itself: it overrules the recipe, and the options of a run that is resumed.
     """
     parser = make_parser()
     defaults = vars(parser.parse_args([]))
@@ -138,7 +138,8 @@ def parse_command_line(argv=None):
     return typed, defaults
 
 
-LEAST = {'steps': 1, 'batch': 2, 'accum': 1, 'save_every': 1, 'log_every': 1}       # of all others: 0
+# The least allowed value of a number is 0, except:
+LEAST = {'steps': 1, 'batch': 2, 'accum': 1, 'save_every': 1, 'log_every': 1}
 MOST = {'lr_end': 1, 'momentum': 1}
 
 
@@ -171,7 +172,7 @@ class Processes:
         if self.device.type == 'cuda':
             local = int(os.environ['LOCAL_RANK'])
             if local >= torch.cuda.device_count():
-                raise ValueError(f'process {local} of this node has no GPU of its own; lower --nproc_per_node')
+                raise ValueError(f'process {local} of this node has no GPU; lower --nproc_per_node')
             self.device = torch.device('cuda', local)
             torch.cuda.set_device(local)
         dist.init_process_group()                                     # nccl for GPUs, gloo for CPUs
@@ -202,7 +203,7 @@ class Processes:
 def keep_memory():
     """Have the C library keep what is freed. By itself it hands large blocks back to the system, and the next step gets
     them anew, page by page and filled with zeros: a tenth of the time of a vit-b-16 step on a CPU."""
-    with contextlib.suppress(Exception):                                # glibc's only
+    with contextlib.suppress(Exception):                                # only glibc has it
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)                                        # M_MMAP_MAX: no block of its own
         libc.mallopt(-1, -1)                                            # M_TRIM_THRESHOLD: never
@@ -222,9 +223,9 @@ def choose_precision(name, device):
 
 
 def compile_blocks(model):
-    """torch.compile block by block, in place: parameters keep their names, and a graph serves all layers and lengths of
-    captions, where one of the whole model would be compiled anew for each."""
-    # All blocks share their code: by default the compiler gives up after 8 graphs of it.
+    """torch.compile block by block, in place, so that parameters keep their names. One graph serves all layers and all
+    lengths of captions; the whole model would be compiled again for each length."""
+    # All blocks share their code, and by default the compiler gives up after 8 graphs of it.
     torch._dynamo.config.cache_size_limit = 128
     for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
         block.compile(dynamic=True)
@@ -258,7 +259,7 @@ def make_optimizer(model, lr, wd):
 def find_checkpoint(resume, out):
     """What --resume names -> (path, its content), or (None, {}) for a fresh start."""
     last = out / 'last.pt'
-    if not resume or resume == 'auto' and not last.exists():
+    if not resume or (resume == 'auto' and not last.exists()):
         return None, {}
     path = last if resume == 'auto' else Path(resume)
     if path.is_dir():
@@ -270,7 +271,7 @@ def find_checkpoint(resume, out):
 
 
 def combine_options(typed, defaults, resumed, preset):
-    """Defaults, the preset's recipe, the resumed run's options, then what was typed -> options. Says what differs."""
+    """Defaults, the preset's recipe, the resumed run's options, what was typed: the last wins. Says what changes."""
     for name in ('preset', 'method'):
         if name in typed and typed[name] != resumed.get(name, typed[name]):
             raise ValueError(f'this run was started with --{name} {resumed[name]}, not {typed[name]}; give '
@@ -282,7 +283,7 @@ def combine_options(typed, defaults, resumed, preset):
     options = argparse.Namespace(**defaults | recipe | chosen)
     check_ranges(options)
     if 'epochs' in typed:
-        options.steps = None                                            # Run works them out anew
+        options.steps = None                                            # Run derives them from epochs
     locate_data(options)
     for name, value in resumed.items():
         if name in typed and value != getattr(options, name):
@@ -304,7 +305,7 @@ def locate_data(options):
 
 
 LEARNED_VOCAB = 8192
-CAPTIONS_TO_LEARN = 20_000      # pairs whose captions teach the merges: enough for every frequent word
+PAIRS_TO_LEARN = 20_000         # about so many teach the merges: enough for every frequent word
 
 
 def choose_model(options, shards):
@@ -319,8 +320,8 @@ def choose_model(options, shards):
         config = PRESETS[options.preset]
         if options.vocab == 'learn':
             captions = []
-            for i in range(0, len(shards), len(shards) // CAPTIONS_TO_LEARN or 1):
-                with contextlib.suppress(ValueError):           # a broken pair is reported when it is its turn
+            for i in range(0, len(shards), len(shards) // PAIRS_TO_LEARN or 1):
+                with contextlib.suppress(ValueError):       # a broken pair is reported in its turn
                     captions += shards.pool(i)
             tokenizer = Tokenizer.learn(captions, LEARNED_VOCAB, config.context_length)
         else:
@@ -333,7 +334,7 @@ def choose_model(options, shards):
 
 
 def this_job():
-    """What tells a job of torchrun from others: its processes, also the restarted ones, have one parent a node."""
+    """What tells one job of torchrun from another: on a node all its processes, restarted or not, have one parent."""
     return f'{platform.node()} {os.getppid()}'
 
 
@@ -360,7 +361,7 @@ def claim_folder(out, checkpoint, sources):
         inside = any(Path(path).resolve().is_relative_to(out.resolve()) for path in sources.split('::'))
         if inside or out.is_mount():
             raise ValueError(f'{out} holds a run and cannot be moved aside: it is a mount point, or holds '
-                             '--data, --val or --init; give another --out, or --resume auto')
+                             '--data, --val, --init or --resume; give another --out')
         number = 1
         while Path(f'{out}-{number}').exists():
             number += 1
@@ -378,7 +379,7 @@ def resume_after_restart(out):
     if not (out / 'last.pt').exists():
         return None
     if evaluation.read_json(out / 'config.json').get('job') != this_job():
-        raise ValueError(f'{out} holds a run that this job of torchrun did not start on this machine; '
+        raise ValueError(f'{out} holds a run that this job did not start on this machine; '
                          'add --resume auto to go on with it, or give another --out')
     return 'auto'
 
@@ -392,7 +393,7 @@ class Run:
     """
 
     def __init__(self, typed, defaults, world, restarted):
-        """Everything that can be refused is refused here, before anything in --out is touched."""
+        """Everything that can be refused is refused here, before claim_folder, the first that touches --out."""
         preset = typed.get('preset', 'vit-b-16' if 'data' in typed else 'tiny')
         resume = typed.pop('resume', None)
         if resume not in (None, 'auto'):
@@ -406,8 +407,8 @@ class Run:
         options.out = str(self.out)
         self.method = METHODS[options.method]
         self.open_shards()
-        # Raises where --batch does not fit.
-        Order(len(self.shards), options.batch, 0, 1, world=world * options.accum)
+        # Only to check that --batch fits.
+        Order(len(self.shards), options.batch, start=0, stop=1, world=world * options.accum)
         if options.steps is None:
             options.steps = round(options.epochs * (len(self.shards) // options.batch)) or 1
         self.weights = {}                                               # to start from
@@ -417,21 +418,23 @@ class Run:
             self.config = Config(**saved['config'])
             self.tokenizer = Tokenizer(saved['merges'], self.config.context_length)
         else:
-            raise ValueError(f'this run was started on other shards or pairs than the {len(self.shards):,} of '
-                             f'{options.data}; give the same --data, or start anew with --init')
+            raise ValueError(f'this run was started on other shards or pairs than the {len(self.shards):,} '
+                             f'of {options.data}; give the same --data, or start anew with --init')
         local_images = options.local_crops if self.method.local_images else 0
         local_captions = options.local_captions if self.method.local_captions else 0
-        counts = (self.method.global_images, local_images, self.method.global_captions, local_captions)
-        self.views = Views(self.shards, self.tokenizer, self.config, options.seed, options.batch, counts,
-                           options.augment)
-        claim_folder(self.out, self.checkpoint, f'{options.data}::{options.val}::{options.init}::{self.checkpoint}')
+        counts = self.method.global_images, local_images, self.method.global_captions, local_captions
+        self.views = Views(self.shards, self.tokenizer, self.config, options.seed, options.batch,
+                           counts, options.augment)
+        sources = f'{options.data}::{options.val}::{options.init}::{self.checkpoint}'
+        claim_folder(self.out, self.checkpoint, sources)
         self.shards.save(self.out)
         if self.val:
             self.val.save(self.out)
 
     def open_shards(self):
         options = self.options
-        self.shards = Shards(options.data, options.caption_keys or POOLS[options.caption_pool], cache=self.out)
+        keys = options.caption_keys or POOLS[options.caption_pool]
+        self.shards = Shards(options.data, keys, cache=self.out)
         self.val = None
         if options.val:
             self.val = Shards(options.val, options.caption_keys, cache=self.out)
@@ -449,14 +452,16 @@ class Run:
         options.precision, self.dtype = choose_precision(options.precision, self.device)
         torch.manual_seed(options.seed)                      # all ranks start from the same weights
         self.model = COSMOS(self.config).to(self.device)
-        self.model.load_state_dict(self.weights, strict=False)     # heads that they lack stay fresh
+        # Of --init, perhaps without cross-attention, or with one that this model lacks; {} without --init.
+        self.model.load_state_dict(self.weights, strict=False)
         del self.weights
         self.teacher = Teacher(self.model) if self.method.distills_images else None
         self.model.visual.transformer.grad_checkpointing = options.grad_checkpoint
         self.model.text.transformer.grad_checkpointing = options.grad_checkpoint
         self.optimizer = make_optimizer(self.model, options.lr, options.wd)
         # The usual start, 65,536, would overflow many times before it settles.
-        self.scaler = torch.amp.GradScaler(self.device.type, 1024.0, enabled=options.precision == 'fp16')
+        fp16 = options.precision == 'fp16'
+        self.scaler = torch.amp.GradScaler(self.device.type, 1024.0, enabled=fp16)
         self.step = 0
         self.begun = self.saved_at = time.perf_counter()
         if self.checkpoint:
@@ -479,11 +484,12 @@ class Run:
             self.scaler.load_state_dict(saved['scaler'])
         self.step = saved['step']
         self.begun -= saved['seconds']
+        # Seconds tell one checkpoint from another.
         if self.processes.share(saved['seconds']) != saved['seconds']:
             raise ValueError(f'{path} is not what process 0 goes on from; let all nodes see the same --out')
 
     def save(self):
-        """last.pt, whole or not at all. ValueError where the disk is full, or the weights are no numbers any more."""
+        """last.pt, whole or not at all. ValueError where the disk is full, or where the weights are not finite."""
         if not self.first:
             return
         state = {
@@ -500,8 +506,8 @@ class Run:
             state['teacher'] = self.teacher.model.state_dict()
         last = self.out / 'last.pt'
         if not all(weights.isfinite().all() for weights in state['student'].values()):
-            raise ValueError(f'the weights are not finite after step {self.step}, so they are not saved; {last} is of '
-                             'an earlier step: go on with --resume auto and a lower --lr or --precision fp32')
+            raise ValueError(f'the weights are not finite after step {self.step}, so they are not saved; go on '
+                             f'from an earlier step by --resume {last} and a lower --lr or --precision fp32')
         with replacing(last) as partial:
             torch.save(state, partial)
         self.saved_at = time.perf_counter()
@@ -517,28 +523,30 @@ class Step(NamedTuple):
     terms: dict                 # of self-distillation, by name
     loss: torch.Tensor          # L_CLIP + the mean of the terms
     norm: torch.Tensor          # of the gradient
-    finite: bool                # else nothing was updated
+    finite: bool                # else the model was not updated
 
 
 def train_step(run, batch):
-    """One step of training, the lines at the head of cosmos.py -> Step."""
+    """One step of training -> Step. Student, teacher, two losses, backward; if all is finite, update."""
     method = run.method
     model = run.model
-    images = batch.views()                                              # V (B, 3, s, s)
-    global_texts = [ids[:, :batch.longest] for ids in batch.texts[:2]]  # without the padding of caption 0
-    texts = [*global_texts, *batch.texts[2:]]
+    images = batch.views()                                              # V tensors (B, 3, s, s)
+    # Caption 0 comes at full length, because C^T reads its padding, too. Everything else reads it cut.
+    global_texts = [ids[:, :batch.longest] for ids in batch.texts[:2]]
     if method.cross_attention:
-        texts = batch.texts                                             # with it, for C^T reads it
+        texts = batch.texts                                             # U tensors (B, T_u)
+    else:
+        texts = [*global_texts, *batch.texts[2:]]
     run.optimizer.zero_grad()
 
-    # The student sees all views and captions, the teacher the two globals.
+    # The student sees all views and captions, the teacher the two globals, without gradient.
     cls_t = eot_t = None
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
         out = run.student(images, texts)
-        if method.distills_images:
+        if run.teacher:
             cls_t, eot_t = run.teacher(images[:2], global_texts if method.distills_texts else None)
 
-    # Two losses of equal weight. CLIP has only the first.
+    # Two losses of equal weight: L_CLIP, and the mean of the terms, 0 where there are none.
     clip = clip_loss(out, model.logit_scale.exp())
     terms = distill_terms(method, model, out, cls_t, eot_t)
     loss = clip + sum(terms.values()) / max(len(terms), 1)
@@ -547,12 +555,12 @@ def train_step(run, batch):
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
 
     # A step that is not finite on one rank is left out by all.
-    [broken] = run.processes.sum([~torch.isfinite(loss + norm)])
-    if broken:
+    [broken_ranks] = run.processes.sum([~torch.isfinite(loss + norm)])
+    if broken_ranks:
         run.scaler.update()                                             # fp16: a lower scale for the next step
     else:
         update(run, norm)
-    return Step(out, cls_t, clip, terms, loss, norm, not broken)
+    return Step(out, cls_t, clip, terms, loss, norm, not broken_ranks)
 
 
 def update(run, norm):
@@ -572,12 +580,12 @@ def update(run, norm):
 def distill_terms(method, model, out, cls_t, eot_t):
     """The terms of self-distillation by name: with cross-attention the four of Eq. 6, for CLIP none.
 
-    In between are the rows of Table 5 without cross-attention. The paper's loss for them is not known to us. Ours is
-    that of Eq. 6 with the embeddings themselves in place of h_I and h_T, each against the teacher of its own modality.
+    The rows of Table 5 between them have no cross-attention. The paper's loss for them is not known to us. Ours is that
+    of Eq. 6 with the embeddings themselves in place of h_I and h_T, each against the teacher of its own modality.
     """
     if method.cross_attention:
         return cosmos_terms(out, cls_t, eot_t, model.distill_logit_scale.exp())
-    scale = model.logit_scale.exp()                                     # a plain CLIP has no second one
+    scale = model.logit_scale.exp()             # without cross-attention there is no second one
     terms = {}
     if method.distills_images:
         all_cls, all_cls_t = gather(out.cls, cls_t)
@@ -589,7 +597,7 @@ def distill_terms(method, model, out, cls_t, eot_t):
 
 
 class Student(torch.nn.Module):
-    """The model, run on --accum parts of a batch. DistributedDataParallel goes around it.
+    """The model, run on --accum parts of a batch. DistributedDataParallel goes around it, and sees one forward pass.
 
     With several parts no activations are stored: the backward pass computes them again, part by part (checkpoint). The
     loss sees the embeddings of all parts at once, so the gradient is that of the whole batch, exactly. Averaging the
@@ -604,19 +612,22 @@ class Student(torch.nn.Module):
     def forward(self, images, texts):
         if self.accum == 1:
             return self.model(images, texts)
-        image_parts = zip(*[view.chunk(self.accum) for view in images])     # a tuple of V views a part
-        text_parts = zip(*[text.chunk(self.accum) for text in texts])       # a tuple of U captions a part
+        image_parts = zip(*[view.chunk(self.accum) for view in images])     # V views in each part
+        text_parts = zip(*[text.chunk(self.accum) for text in texts])       # U captions in each
         outs = []
         for part in zip(image_parts, text_parts):
             outs.append(checkpoint(self.model, *part, use_reentrant=False))
-        return Output(*[None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*outs)])
+        joined = []
+        for parts in zip(*outs):                                            # cls, eot, h_I, h_T
+            joined.append(None if parts[0] is None else torch.cat(parts, dim=1))
+        return Output(*joined)
 
 
 # --- 7. The log ------------------------------------------------------------------------------------------------------
 
 LEGEND = """
 loss           clip (L_CLIP) + distill, the mean of the self-distillation terms, which follow
-chance         ln N, what each single term is for a blind guess
+chance         ln of --batch, what each single term is for a blind guess
 accuracy       images that find their caption among the pairs of their GPU
 spread         of the image features. 1: all over the sphere, 0: one point
 scale          1/temperature of clip; distill_scale: that of distill
@@ -705,8 +716,7 @@ MOST_BROKEN = 5         # steps in a row whose loss or gradient is not finite
 
 
 class Health:
-    """Counts broken steps and bad pairs of all ranks, so that all end the run together: one that ends alone leaves the
-    others hanging."""
+    """Counts broken steps and bad pairs of all ranks, so that all of them end the run at the same step."""
 
     def __init__(self, run):
         self.run = run
@@ -724,20 +734,19 @@ class Health:
             self.end(f'over 5 % of the pairs cannot be read ({self.bad:.0f} of {self.seen}); see the lines above, '
                      'and python -m extras.prepare inspect')
         if self.broken:
-            tqdm.write(f'WARNING    step {run.step} has the loss {done.loss:.4g}, its gradient the norm '
-                       f'{done.norm:.4g}: it is left out')
+            tqdm.write(f'WARNING    step {run.step} is left out: loss {done.loss:.4g}, gradient norm {done.norm:.4g}')
         if self.broken == MOST_BROKEN:
-            self.end(f'{MOST_BROKEN} steps in a row were not finite, the last is step {run.step}; {run.out}/last.pt '
-                     'has the weights before them: go on with --resume auto and a lower --lr or --precision fp32')
+            self.end(f'{MOST_BROKEN} steps in a row were not finite, the last is step {run.step}; go on from before '
+                     f'them by --resume {run.out} and a lower --lr or --precision fp32')
 
     def end(self, reason):
         self.run.save()
-        self.run.processes.share(None)   # wait for rank 0: a rank that leaves has the others killed
+        self.run.processes.share(None)   # rank 0 saves: if another leaves first, torchrun kills it
         raise ValueError(reason)
 
 
 def train(run):
-    """Take the steps that are left -> True where a signal ended it sooner. Either way the last one is saved."""
+    """Take the steps that are left -> True where a signal ended it sooner. Either way the last step is saved."""
     options = run.options
     caught, stop = [], False
     for number in SIGNALS:
@@ -745,9 +754,9 @@ def train(run):
     meter, health = Meter(), Health(run)
     order = Order(len(run.shards), options.batch, run.step, options.steps, options.seed,
                   run.processes.rank, run.processes.world)
-    # Half precision likes captions of multiples of 8 tokens.
+    # Half precision is faster with captions of multiples of 8 tokens.
     batches = iter(loader(run.views, order, options.workers, multiple=8 if run.dtype else 1))
-    # A bar, of rank 0, where there is a terminal.
+    # A bar of rank 0. None: where there is a terminal.
     for _ in tqdm(range(run.step, options.steps), disable=None if run.first else True):
         batch = meter.next(batches).to(run.device)
         done = train_step(run, batch)
@@ -761,12 +770,12 @@ def train(run):
             entry = describe(run, meter, done) | {'bad_pairs': health.bad}
             if score_due:
                 entry['eval'] = evaluate(run)
-            # Before the checkpoint: a line too many is trimmed on resume, a missing one stays missing.
+            # Before the checkpoint: a surplus line is trimmed on resume, a missing one stays missing.
             if run.first:
                 write_log(run, entry)
             meter.restart()
-        # --save-minutes 0: never
-        overdue = time.perf_counter() - run.saved_at > 60 * options.save_minutes > 0
+        seconds = time.perf_counter() - run.saved_at
+        overdue = seconds > 60 * options.save_minutes > 0               # 0: never
         if stop or last or overdue or run.step % options.save_every == 0:
             run.save()
         if stop:
@@ -777,7 +786,10 @@ def train(run):
 
 
 def score(run, figures):
-    """Figures of the held-out shards into the dict, and attention.png: the first pair and its captions."""
+    """Figures of the held-out shards, into the dict as they come, and attention.png: the first pair and its captions.
+
+    They are the teacher's, where there is one.
+    """
     shards = run.val or run.shards
     model = run.teacher.model if run.teacher else run.model
     # as evaluation.load returns them
@@ -802,7 +814,7 @@ def evaluate(run):
         if run.first:
             score(run, figures)
     except Exception as error:              # a picture that fails must not end a run of weeks
-        tqdm.write(f'not evaluated to the end: {type(error).__name__}, {error}')
+        tqdm.write(f'WARNING    the evaluation failed: {type(error).__name__}, {error}')
     run.processes.share(None)
     return figures
 
@@ -816,7 +828,7 @@ def announce(run):
           f'{options.data}\n           steps {run.step} to {options.steps} of {options.batch} pairs on '
           f'{run.processes.world} x {run.device} in {options.precision}, into {run.out}{LEGEND}')
     evaluation.write_json(run.out / 'config.json', vars(options) | {'config': asdict(run.config), 'job': this_job()})
-    (run.out / 'eval.json').unlink(missing_ok=True)                     # of fewer steps
+    (run.out / 'eval.json').unlink(missing_ok=True)                     # of an earlier step
     sample_sheet(run.views, run.out / 'samples.png')
     trim_log(run)
 
@@ -834,7 +846,7 @@ def finish(run):
 
 
 def leave(status):
-    """End the process. Of several, once all are here.
+    """End the process; of several processes, when all have come here.
 
     NB: destroying the process group may hang (one exit in three with torch 2.13): freeing DDP holds Python's lock and
     waits for gloo's thread, which may be waiting for that lock.
@@ -863,7 +875,7 @@ def main():
         if run.first:
             announce(run)
         if train(run):
-            print(f'stopped    step {run.step} is saved in {run.out}/last.pt; go on with --resume auto')
+            print(f'stopped    step {run.step} is saved; go on by python train.py --resume {run.out}')
             leave(128 + signal.SIGTERM)
         finish(run)
     else:

@@ -34,11 +34,12 @@ class WithoutResidual(COSMOS):
     """h_I and h_T are what the heads return, and nothing else."""
 
     def forward(self, images, texts):
-        cls, sequence = self.visual.with_sequence(images)
-        eot, words = self.text.with_sequence(texts)
-        patches = sequence[:, 1:]
-        h_I = self.text_cross(cls, self.text_map(words))            # (V, B, D)  Eq. 1 without + cls
-        h_T = self.image_cross(eot, self.image_map(patches))        # (U, B, D)  Eq. 2 without + eot
+        cls, image_sequence = self.visual.with_sequence(images)
+        eot, text_sequence = self.text.with_sequence(texts)
+        patches = self.image_map(image_sequence[:, 1:])
+        words = self.text_map(text_sequence)
+        h_I = self.text_cross(cls, words)                           # (V, B, D)  Eq. 1 without + cls
+        h_T = self.image_cross(eot, patches)                        # (U, B, D)  Eq. 2 without + eot
         return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
 
 
