@@ -146,8 +146,7 @@ EXPERIMENTS = {
         'short': Variant('--caption-pool short'),
         'long': Variant('--caption-pool long'),
         'crops-0': Variant('--local-crops 0'),
-        'crops-2': Variant('--local-crops 2'),
-        'aligned': Variant('--aligned-crops')},
+        'crops-2': Variant('--local-crops 2')},
     'amount': {                                 # an eighth: the first of 8 tars
         'cosmos': Variant(),
         'eighth': Variant('--method cosmos --data {scenes}/train/00000.tar'),
