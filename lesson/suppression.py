@@ -7,9 +7,9 @@ CKPT is any checkpoint that eval.load reads. Printed for the dominant and for th
     top1        named: is its name above the names of its own colour with five shapes that the scene lacks? A tie is a
                 miss; chance 16.7 %
     probe_top1  the same by a linear probe of the image features, fitted on training scenes: is the shape in there,
-                whatever the texts find?
+                whether or not a text finds it? What a probe misses may be there all the same
 
-then for the whole set:
+then, for the whole set or by role:
 
     bound       are two objects' right names together above the two with their shapes exchanged? A model that adds up
                 words has exactly 50 %, however it weights them
@@ -150,7 +150,7 @@ def twins(scores, scenes):
 WORDS = [*COLORS, *SHAPES]
 
 
-def probe_scores(known_features, known_scenes, features, penalty=0.1):
+def probe_scores(known_features, known_scenes, features, penalty=0.01):
     """Scores of all names by a linear probe: the sum of those of their two words, (n, K).
 
     Ridge regression from the features of known scenes (m, D) to which words their objects have; then it is asked about

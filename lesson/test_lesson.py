@@ -330,12 +330,18 @@ def test_ten_scenes_by_hand(model, val):
     """oracle: ten scenes by loops over the json, each sentence embedded by itself."""
     network, tokenizer, preprocess = model
     image_features = embed_images(network, val, preprocess)
+    vectors = {}
 
     def height(i, name):
+        if name not in vectors:
+            vectors[name] = embedded(name)
+        return image_features[i] @ vectors[name]
+
+    def embedded(name):
         total = 0
         for form in 'there is a {}', 'we see a {}', 'here is a {}', 'it shows a {}':
             total = total + embed_texts(network, tokenizer, [form.format(name)])[0]
-        return image_features[i] @ (total / total.norm())
+        return total / total.norm()
 
     hits = {'dominant': [], 'small': []}
     tosses = {'dominant_small': [], 'small_small': []}
@@ -447,6 +453,16 @@ def test_pointing_over_a_set(monkeypatch, val, model):
     assert [figures['peak'], figures['absent_peak']] == pytest.approx(expected[1:])
     assert torch.cat(asked[-2:]).equal(
         tokenizer([f'there is a {thing.name}', f'there is a {thing.absent[0]}']))
+
+
+def test_sets_without_objects_are_refused(model, tmp_path):
+    """oracle: one sentence that names the folder and the remedy; during training there is nothing to report."""
+    image = Image.new('RGB', (64, 64))
+    members = [('0.webp', scenes.encoded(image, 'WEBP')), ('0.json', b'{"captions": ["a dog"]}')]
+    data.write_shard(tmp_path / '0.tar', members)
+    with pytest.raises(ValueError, match='lists no objects with absent names; draw a set'):
+        suppression.run(SimpleNamespace(shards=tmp_path, workers=0), *model)
+    assert suppression.during_training(*model, None, Shards(tmp_path), tmp_path, 1) == {}
 
 
 def test_a_plain_clip_has_no_maps(val):
