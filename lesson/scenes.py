@@ -1,9 +1,10 @@
 """Draws a set of scenes: coloured shapes on a plain ground, and sentences that each name one of them.
 
     python -m lesson.scenes DIR                                 the built-in set: a dominant and two small objects
-    python -m lesson.scenes DIR --objects 2 --dominant-size 0.6         a big and a small object
-    python -m lesson.scenes DIR --objects 2 --dominant-size 0.6 --company equal         or none: the control
     python -m lesson.scenes DIR --colors 16 --named 0.2         more colours; two of ten sentences on small objects
+    python -m lesson.scenes DIR --objects 2 --dominant-size 0.6                         a big and a small object
+    python -m lesson.scenes DIR --objects 2 --dominant-size 0.6 --company equal         the small one beside an equal
+    python -m lesson.scenes DIR --objects 2 --dominant-size 0.6 --company none          the small one alone
 
 With few colours most scenes share theirs with many others, so that captions can only be told apart by shapes. No
 sentence tells the size, the place or the role of its object.
@@ -97,7 +98,7 @@ class World:
         for flag, size in (
                 ('--small-size', self.small_size),
                 ('--dominant-size', self.dominant_size)):
-            need(0.06 <= size <= 0.9, f'{flag} {size} is no side to draw; give 0.06 to 0.9')
+            need(0.1 <= size <= 0.9, f'{flag} {size} is no side to draw; give 0.1 to 0.9')
         least = self.objects + ABSENT
         need(self.shapes >= least,
              f'--shapes {self.shapes} is too few for {self.objects} objects and {ABSENT} shapes that '
@@ -242,37 +243,31 @@ def with_article(name):
     return f'an {name}' if name[0] in 'aeiou' else f'a {name}'
 
 
-def sentence(rng, name):
-    return rng.choice(FORMS).format(with_article(name))
-
-
-def draw_sentences(rng, things, named):
-    """Ten sentences -> [(object, form)]. The share `named` is on the small ones in turn, the rest on the dominant."""
+def training_captions(rng, things, shown, named):
+    """Ten sentences, each on one object: the share `named` on the small ones in turn, the rest on the dominant one. An
+    object that is not shown is called "a picture"."""
     main, *small = things
     rng.shuffle(small)
     # rounded up or down at random, so that the mean is right
     count = int(SENTENCES * named + rng.random())
     if not small:
         count = 0
-    drawn = []
+    captions = []
     for number in range(SENTENCES):
-        thing = small[number % len(small)] if number < count else main
-        drawn.append((thing, rng.choice(FORMS)))
-    return drawn
+        thing = main
+        if number < count:
+            thing = small[number % len(small)]
+        name = thing.name if thing in shown else 'picture'
+        captions.append(rng.choice(FORMS).format(with_article(name)))
+    return captions
 
 
-def captions_of(rng, split, things, shown, named):
-    """Of a training scene ten sentences; an object that is not shown is called "a picture". Of another scene one
-    caption of all objects."""
-    if split == 'train':
-        captions = []
-        for thing, form in draw_sentences(rng, things, named):
-            name = thing.name if thing in shown else 'picture'
-            captions.append(form.format(with_article(name)))
-        return captions
-    # a random order: the first one must not be the dominant
-    order = rng.sample(shown, len(shown))
-    return ['. '.join(sentence(rng, thing.name) for thing in order)]
+def held_out_caption(rng, shown):
+    """A sentence on every object, in random order: the first one need not be the dominant."""
+    sentences = []
+    for thing in rng.sample(shown, len(shown)):
+        sentences.append(rng.choice(FORMS).format(with_article(thing.name)))
+    return '. '.join(sentences)
 
 
 # --- 4. Scenes and sets ----------------------------------------------------------------------------------------------
@@ -324,7 +319,11 @@ def draw_scene(world, split, index):
             'bbox': [x, y, right - x, bottom - y],
             'area': int(covered.sum()),
             'absent': [f'{thing.color} {shape}' for shape in absent]})
-    record = {'captions': captions_of(rng, split, things, shown, world.named), 'objects': objects}
+    if split == 'train':
+        captions = training_captions(rng, things, shown, world.named)
+    else:
+        captions = [held_out_caption(rng, shown)]
+    record = {'captions': captions, 'objects': objects}
     text = json.dumps(record, separators=(',', ':'))
     members = {'webp': encoded(image, 'WEBP', quality=50), 'json': text.encode()}
     if split != 'train':
@@ -384,11 +383,12 @@ def main():
     add('--colors', type=int, choices=range(2, 17), default=4, metavar='2..16', help='how many')
     add('--shapes', type=int, choices=range(6, 11), default=8, metavar='6..10', help='how many')
     add('--objects', type=int, choices=range(1, 5), default=3, metavar='1..4', help='in a scene')
-    add('--dominant-size', type=float, default=0.46, help='its side, a share of the image')
-    add('--small-size', type=float, default=0.31, help='their side')
+    add('--dominant-size', type=float, default=0.46, metavar='R',
+        help='its side, as a share of the image')
+    add('--small-size', type=float, default=0.31, metavar='R', help='the same of small objects')
     add('--company', choices=['big', 'equal', 'none'], default='big',
-        help='what stands beside small objects: the dominant one, it in their size, or nothing')
-    add('--named', type=float, default=0.5, help='share of sentences on small objects, 0 to 1')
+        help='beside small objects: the dominant one, it in their size, or nothing')
+    add('--named', type=float, default=0.5, metavar='Q', help='share of sentences on small objects')
     add('--textured', action='store_true', help='patterns on grounds and objects')
     add('--seed', type=int, default=0)
     args = parser.parse_args()
