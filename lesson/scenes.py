@@ -1,45 +1,46 @@
-"""Draws the built-in set: scenes of one dominant object and one to three small ones, with captions.
+"""Draws a set of scenes: coloured shapes on a plain ground, and sentences that each name one of them.
 
-    python -m lesson.scenes DIR                                 8,000 training and 1,000 held-out pairs of 96 pixels
-    python -m lesson.scenes DIR --objects 2 --named 0.1         ten sentences a scene, one of them on the small object
-    python -m lesson.scenes DIR --small-size 0.12               small objects with a side of 12 % of the image's
+    python -m lesson.scenes DIR                                 the built-in set: a dominant and two small objects
+    python -m lesson.scenes DIR --colors 16 --named 0.2         more colours; two of ten sentences on small objects
+    python -m lesson.scenes DIR --objects 2 --dominant-size 0.6                         a big and a small object
+    python -m lesson.scenes DIR --objects 2 --dominant-size 0.6 --company equal         the small one beside an equal
+    python -m lesson.scenes DIR --objects 2 --dominant-size 0.6 --company none          the small one alone
 
-A training pair is KEY.webp and KEY.json: DreamLIP's seven caption keys (with --named only `captions`), and `objects`
-with name and bbox (x, y, w, h in pixels). A held-out pair has KEY.mask.png as well: 0 is the ground, k the k-th object.
-Its json lists five `captions` that name every object, and more of each object: `role` (dominant or small), `area` in
-pixels, `absent` (nine names that share no word with any object of the scene) and `mixed` (its colour with the shape of
-every other object, and their colours with its shape).
+With few colours most scenes share theirs with many others, so that captions can only be told apart by shapes. No
+sentence tells the size, the place or the role of its object.
+
+DIR/train, DIR/val and DIR/twins hold tars of KEY.webp, KEY.json and, outside train, KEY.mask.png: 0 is the ground, k
+the k-th object. The json has `captions`: of train ten sentences, of the others one caption that names every object
+once. And `objects`, each with `name`, `role` (dominant or small), `bbox` (x, y, w, h in pixels), `area` in pixels,
+and `absent`: its colour with five shapes that no object of the scene has. Twins are two neighbours, 2 k and 2 k + 1,
+alike but for the shape of one object.
 """
 import io
 import json
 import random
-import re
 import signal
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
 from data import Parser, cli, write_shard
+from eval import need, read_json, write_json
 
 # --- 1. What there is to draw ----------------------------------------------------------------------------------------
 
-COLORS = {
-    'red': '#de1e26', 'orange': '#ff8400', 'yellow': '#ffe01e', 'lime': '#a0eb28',
-    'green': '#148732', 'cyan': '#28d7eb', 'blue': '#1c5aeb', 'navy': '#14196e',
-    'purple': '#8228b4', 'pink': '#ff82c3', 'white': '#fafafa', 'black': '#191919',
+COLORS = {                                      # the first ones differ most
+    'red': '#de1e26', 'blue': '#1c5aeb', 'yellow': '#ffe01e', 'green': '#148732',
+    'white': '#fafafa', 'black': '#191919', 'orange': '#ff8400', 'purple': '#8228b4',
+    'cyan': '#28d7eb', 'pink': '#ff82c3', 'lime': '#a0eb28', 'navy': '#14196e',
     'teal': '#0f8787', 'magenta': '#d70f8c', 'maroon': '#6e0f1e', 'peach': '#ffc396',
 }
-GROUNDS = {
-    'grey': '#848688', 'beige': '#cdbea2', 'brown': '#745c4a',
-    'olive': '#7a7c56', 'slate': '#5c6878', 'mauve': '#9e8694',
-}
+GROUNDS = ['#848688', '#cdbea2', '#745c4a', '#7a7c56', '#5c6878', '#9e8694']
 PATTERNS = ['plain', 'striped', 'dotted', 'checkered', 'shaded']
 TEXTURES = PATTERNS[:3]                         # those of objects; a ground may have any pattern
 
@@ -58,40 +59,52 @@ SHAPES = {
     'square': [CORNERS * (1 + 1j)],
     'triangle': [np.array([-0.95j, 1 + 0.8j, -1 + 0.8j])],
     'star': [-1j * ROUND[::6] * np.tile([1, 0.43], 5)],
-    'flower': [ROUND * (0.55 + 0.45 * abs((ROUND ** 3).imag)), 0.2 * ROUND],
     'heart': [16 * ROUND.imag ** 3 - 1j * HEART.real],
     'cross': [np.outer(CORNERS, ARM).ravel()],
     'moon': [np.append(OUTER_ARC, 0.45 + 0.8 * INNER_ARC)],
+    # hard to tell from others on few pixels, hence last
+    'flower': [ROUND * (0.55 + 0.45 * abs((ROUND ** 3).imag)), 0.2 * ROUND],
     'fish': [np.append(0.25 - 0.75 * BODY.real - 0.55j * BODY.imag, TAIL)],
 }
 NAMES = [f'{color} {shape}' for color in COLORS for shape in SHAPES]
+FORMS = ['there is {}', 'we see {}', 'here is {}', 'it shows {}']       # the same for every object
+SENTENCES = 10                                  # a training scene
+ABSENT = 5                                      # wrong names of an object
 
-
-class Voice(NamedTuple):
-    """How one of three describers speaks, after DreamLIP's three captioners."""
-    large: str
-    small: str
-    place: str
-    first: str          # of the main object: what it is, and where
-    other: str          # of another one
-    relation: str       # where object a is, seen from b
-    ground: str
-
-
-VOICES = {
-    'IB': Voice('large', 'small', 'at the {}', 'there is {} {}', '{} is {}',
-                'the {a} is {r} the {b}', 'the background is {}'),
-    'SV': Voice('big', 'little', 'in the {} part', 'we see {} {}', '{} sits {}',
-                '{r} the {b} is the {a}', 'the ground is {}'),
-    'LLA': Voice('huge', 'tiny', 'near the {}', 'the image shows {} {}', '{} appears {}',
-                 'the {a} lies {r} the {b}', 'everything lies on a {} surface'),
-}
 SIZE = 96                                       # side of an image in pixels
 SS = 2                                          # supersampling per axis
 CANVAS = SIZE * SS
-DOMINANT_SIDE = (0.42, 0.56)                    # least and most of an object's longer side, as a share of SIZE
-SMALL_SIDE = (0.24, 0.32)
+SPREAD = 0.03                                   # a side may be as much longer or shorter
 TRIES = 20_000                                  # layouts to draw before objects are said not to fit
+VERSION = 2                                     # of the built-in set; raise it when a scene changes
+
+
+@dataclass(frozen=True)
+class World:
+    """What the scenes of a set have in common. Those that differ in `company` alone have the same small objects, in the
+    same places, and the same sentences on them."""
+    colors: int = 4                 # the first ones of COLORS; they may repeat in a scene
+    shapes: int = 8                 # the first ones of SHAPES; they do not repeat
+    objects: int = 3                # in a scene: the dominant one, and small ones
+    dominant_size: float = 0.46     # the longer side of an object, as a share of the image's
+    small_size: float = 0.31
+    company: str = 'big'            # of the small ones; 'equal': one of their size, 'none': nothing
+    named: float = 0.5              # share of the sentences that name a small object
+    textured: bool = False          # grounds and fills
+    seed: int = 0
+
+    def __post_init__(self):
+        need(0 <= self.named <= 1, f'--named {self.named} is no share of sentences; give 0 to 1')
+        for flag, size in (
+                ('--small-size', self.small_size),
+                ('--dominant-size', self.dominant_size)):
+            need(0.1 <= size <= 0.9, f'{flag} {size} is no side to draw; give 0.1 to 0.9')
+        least = self.objects + ABSENT
+        need(self.shapes >= least,
+             f'--shapes {self.shapes} is too few for {self.objects} objects and {ABSENT} shapes that '
+             f'are absent; give --shapes {least}')
+        need(self.company == 'big' or self.objects > 1,
+             f'--company {self.company} needs a small object; give --objects 2 or more')
 
 
 @dataclass
@@ -99,12 +112,12 @@ class Thing:
     """One object of a scene."""
     shape: str
     color: str
-    side: float                                 # the longer one, in pixels
+    role: str                       # 'dominant' or 'small'
+    side: float                     # the longer one, in pixels
     texture: str
-    role: str                                   # 'dominant' or 'small'
-    x: float = 0                                # its centre
+    seed: float                     # of its turn, warp and brightness: the same in any company
+    x: float = 0                    # its centre
     y: float = 0
-    place: str = ''                             # 'top left'
 
     @property
     def name(self):
@@ -113,6 +126,24 @@ class Thing:
 
 # --- 2. Layout and drawing -------------------------------------------------------------------------------------------
 
+def draw_things(rng, world):
+    """-> the objects of a scene, the dominant one first, without places."""
+    shapes = rng.sample(list(SHAPES)[:world.shapes], world.objects)
+    colors = rng.choices(list(COLORS)[:world.colors], k=world.objects)
+    things = []
+    role = 'dominant'
+    size = world.dominant_size
+    for shape, color in zip(shapes, colors):
+        side = SIZE * rng.uniform(size - SPREAD, size + SPREAD)
+        texture = rng.choice(TEXTURES)  # drawn in any case: plain sets have the same layouts
+        if not world.textured:
+            texture = 'plain'
+        things.append(Thing(shape, color, role, side, texture, rng.random()))
+        role = 'small'
+        size = world.small_size
+    return things
+
+
 def overlap(a, b):
     """Are they too close? Small objects keep 2 pixels apart; one may reach 4 into the square of the dominant, `a`."""
     apart = max(abs(a.x - b.x), abs(a.y - b.y))
@@ -120,30 +151,17 @@ def overlap(a, b):
     return gap <= (-4 if a.role == 'dominant' else 2)
 
 
-def draw_layout(rng, count, small_size):
-    """-> the `count` objects of a scene, the dominant one first."""
-    shapes = rng.sample(list(SHAPES), count)
-    colors = rng.sample(list(COLORS), count)
-    small = (small_size, small_size) if small_size else SMALL_SIDE
-    sides = max(small, DOMINANT_SIDE)           # the pair with the larger first number: above 0.42 all are alike
-    role = 'dominant'
-    things = []
-    for shape, color in zip(shapes, colors):
-        side = SIZE * rng.uniform(*sides)
-        things.append(Thing(shape, color, side, rng.choice(TEXTURES), role))
-        sides = small
-        role = 'small'
+def place(rng, things):
+    """Give each object its centre. ValueError where they do not fit."""
     for _ in range(TRIES):
         for thing in things:
             margin = 2 + thing.side / 2
             thing.x = rng.uniform(margin, SIZE - margin)
             thing.y = rng.uniform(margin, SIZE - margin)
-            row = ('top', '', 'bottom')[int(3 * thing.y / SIZE)]
-            column = ('left', '', 'right')[int(3 * thing.x / SIZE)]
-            thing.place = f'{row} {column}'.strip() or 'centre'
         if not any(overlap(a, b) for a, b in combinations(things, 2)):
-            return things
-    raise ValueError(f'{count} objects do not fit with --small-size {small_size}; give less, or fewer --objects')
+            return
+    raise ValueError(f'{len(things)} objects do not fit into an image; give lower --dominant-size, '
+                     '--small-size or --objects')
 
 
 def pattern_share(pattern, u, v):
@@ -154,18 +172,19 @@ def pattern_share(pattern, u, v):
         return (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.075
     if pattern == 'checkered':
         return (u % 2 < 1) ^ (v % 2 < 1)
-    if pattern == 'shaded':
-        return (u - u.min()) / np.ptp(u)
-    return 0 * u
+    return (u - u.min()) / np.ptp(u)            # shaded
 
 
 def woven(pattern, period, first, second, rng):
     """A canvas, CANVAS pixels a side, of two colours in a pattern at a random angle; `period` in canvas pixels."""
-    x = np.arange(CANVAS, dtype=np.float32) - CANVAS / 2
-    turn = np.exp(1j * rng.uniform(0, np.pi)) / period
-    points = (x + 1j * x[:, None]) * np.complex64(turn)                                 # (CANVAS, CANVAS)
-    mask = np.uint8(255.0 * pattern_share(pattern, points.real, points.imag))
     image = Image.new('RGB', (CANVAS, CANVAS), first)
+    angle = rng.uniform(0, np.pi)
+    if pattern == 'plain':
+        return image
+    x = np.arange(CANVAS, dtype=np.float32) - CANVAS / 2
+    turn = np.exp(1j * angle) / period
+    points = (x + 1j * x[:, None]) * np.complex64(turn)                 # (CANVAS, CANVAS)
+    mask = np.uint8(255.0 * pattern_share(pattern, points.real, points.imag))
     image.paste(second, mask=Image.fromarray(mask))
     return image
 
@@ -186,8 +205,9 @@ def outlines(thing, rng):
     return found
 
 
-def paint(canvas, thing, rng):
+def paint(canvas, thing):
     """Paint an object -> the pixels of the image that it covers by half or more, (SIZE, SIZE) bool."""
+    rng = random.Random(thing.seed)
     fill = Image.new('L', canvas.size)
     edge = fill.copy()
     width = round(SS * (0.9 + 0.015 * thing.side))
@@ -209,92 +229,62 @@ def paint(canvas, thing, rng):
     return np.asarray(fill.reduce(SS)) >= 128
 
 
-def draw_alone(name):
-    """A drawing of one object, half as long as the image, on a plain ground."""
-    color, shape = name.split()
-    thing = Thing(shape, color, SIZE / 2, 'plain', 'dominant', SIZE / 2, SIZE / 2)
-    canvas = Image.new('RGB', (CANVAS, CANVAS), GROUNDS['grey'])
-    paint(canvas, thing, random.Random(name))
-    return canvas.reduce(SS)
+def draw_ground(rng, textured):
+    """-> the canvas without objects."""
+    pattern = rng.choice(PATTERNS)              # drawn in any case, as textures are
+    first, second = rng.sample(GROUNDS, 2)
+    period = CANVAS * rng.uniform(0.12, 0.25)
+    return woven(pattern if textured else 'plain', period, first, second, rng)
 
 
 # --- 3. Captions -----------------------------------------------------------------------------------------------------
 
-def say(form, voice, thing):
-    """Fill 'there is {} {}' with 'a large red star' and 'at the top left'; a form may leave out the place."""
-    size = voice.large if thing.role == 'dominant' else voice.small
-    return form.format(f'a {size} {thing.name}', voice.place.format(thing.place))
+def with_article(name):
+    return f'an {name}' if name[0] in 'aeiou' else f'a {name}'
 
 
-def relation(a, b):
-    """Where `a` is, seen from `b`."""
-    if abs(a.y - b.y) > abs(a.x - b.x):
-        return 'above' if a.y < b.y else 'below'
-    return 'left of' if a.x < b.x else 'right of'
-
-
-def captions(rng, things, ground):
-    """DreamLIP's keys. Raw: the dominant object. Short: it, at times with another. Long: all objects, and the ground or
-    a relation."""
+def training_captions(rng, things, shown, named):
+    """Ten sentences, each on one object: the share `named` on the small ones in turn, the rest on the dominant one. An
+    object that is not shown is called "a picture"."""
     main, *small = things
-    name = main.name
-    other = rng.choice(small).name
-    grounded = rng.choice(list(VOICES))         # the one voice that tells of the ground
-    raw = [f'{name} picture', f'photo of a {name}', f'cute {name}', f'my {main.texture} {name}']
-    record = {'raw_caption': [rng.choice(raw)]}
-    for key, voice in VOICES.items():
-        a, b = rng.sample(things, 2)
-        large = say('{}', voice, main)
-        short = [large, f'a {main.texture} {name}', f'a {name} and a {other}', f'a picture of {large}']
-        record[f'short{key}_captions'] = [rng.choice(short)]
-        long = [say(voice.first, voice, main)]
-        for thing in rng.sample(small, len(small)):
-            long.append(say(voice.other, voice, thing))
-        if key == grounded:
-            long.append(voice.ground.format(ground))
-        else:
-            long.append(voice.relation.format(a=a.name, b=b.name, r=relation(a, b)))
-        record[f'long{key}_captions'] = [sentence.capitalize() for sentence in long]
-    return record
+    rng.shuffle(small)
+    # rounded up or down at random, so that the mean is right
+    count = int(SENTENCES * named + rng.random())
+    if not small:
+        count = 0
+    captions = []
+    for number in range(SENTENCES):
+        thing = main
+        if number < count:
+            thing = small[number % len(small)]
+        name = thing.name if thing in shown else 'picture'
+        captions.append(rng.choice(FORMS).format(with_article(name)))
+    return captions
 
 
-def captions_by_share(rng, things, named):
-    """Ten sentences, each on one object: the share `named` of them on a small one, the rest on the dominant one."""
-    count = int(10 * named + rng.random())      # rounded up or down at random, so that the mean is right
+def held_out_caption(rng, shown):
+    """A sentence on every object, in random order: the first one need not be the dominant."""
     sentences = []
-    for number in range(10):
-        thing = rng.choice(things[1:]) if number < count else things[0]
-        voice = rng.choice(list(VOICES.values()))
-        form = rng.choice([voice.first, voice.other, 'a picture of {}', 'a photo of {}'])
-        sentences.append(say(form, voice, thing))
-    return {'captions': sentences}
-
-
-def held_out_captions(things, ground):
-    """Five captions that name every object."""
-    main, *small = things
-    every = [' and '.join(say('{} {}', voice, thing) for thing in things) for voice in VOICES.values()]
-    names = ' and '.join(f'a {thing.name}' for thing in things)
-    around = ' and '.join(f'a {thing.name} {relation(thing, main)} it' for thing in small)
-    return [every[0], f'a {main.name} with {around}', f'the image shows {names}',
-            f'{every[1]} on a {ground} ground', f'on a {ground} background there is {every[2]}']
+    for thing in rng.sample(shown, len(shown)):
+        sentences.append(rng.choice(FORMS).format(with_article(thing.name)))
+    return '. '.join(sentences)
 
 
 # --- 4. Scenes and sets ----------------------------------------------------------------------------------------------
 
-def clean_names(names, others):
-    """Those of `names` that share no word with any of `others`."""
-    words = set(' '.join(others).split())
-    return [name for name in names if not words & set(name.split())]
-
-
-def mixed_names(thing, things):
-    """Its colour with the shape of every other object, and their colours with its shape."""
-    mixed = []
-    for other in things:
-        if other is not thing:
-            mixed += [f'{thing.color} {other.shape}', f'{other.color} {thing.shape}']
-    return mixed
+def layout(rng, world):
+    """-> all objects of a scene in their places, those that are shown, and the shapes that none of them has."""
+    things = draw_things(rng, world)
+    place(rng, things)
+    shown = things
+    if world.company == 'none':
+        shown = things[1:]
+    if world.company == 'equal':
+        things[0].side = things[1].side
+    free = list(SHAPES)[:world.shapes]
+    for thing in things:
+        free.remove(thing.shape)
+    return things, shown, rng.sample(free, ABSENT)
 
 
 def encoded(image, kind, **how):
@@ -303,70 +293,82 @@ def encoded(image, kind, **how):
     return file.getvalue()
 
 
-def draw_scene(seed, split, named, small_size, objects, index):
+def draw_scene(world, split, index):
     """-> [(member name, bytes), ...]. Its random numbers depend on seed, split and index alone."""
-    rng = random.Random(f'{seed}/{split}/{index}')
-    things = draw_layout(rng, objects or rng.randint(2, 4), small_size)
-    pattern = rng.choice(PATTERNS)
-    one, two = rng.sample(list(GROUNDS), 2)
-    period = CANVAS * rng.uniform(0.12, 0.25)
-    canvas = woven(pattern, period, GROUNDS[one], GROUNDS[two], rng)
+    number = index // 2 if split == 'twins' else index
+    rng = random.Random(f'{world.seed}/{split}/{number}')
+    things, shown, absent = layout(rng, world)
+    if split == 'twins' and index % 2:
+        changed = shown[number % len(shown)]
+        shape = changed.shape
+        changed.shape = absent[0]
+        absent[0] = shape
+    canvas = draw_ground(rng, world.textured)
     mask = np.zeros((SIZE, SIZE), np.uint8)
-    for number, thing in enumerate(things, 1):
-        mask[paint(canvas, thing, rng)] = number
+    for k, thing in enumerate(shown, 1):
+        mask[paint(canvas, thing)] = k
     pixels = rng.uniform(0.85, 1.1) * np.asarray(canvas.reduce(SS))
     image = Image.fromarray(np.uint8(pixels.clip(0, 255)))
-    ground = f'plain {one}' if pattern == 'plain' else f'{pattern} {one} and {two}'
-    if named is None:
-        record = captions(rng, things, ground)
-    else:
-        record = captions_by_share(rng, things, named)
-    record['objects'] = []
-    clean = clean_names(NAMES, [thing.name for thing in things])
-    for number, thing in enumerate(things, 1):
-        covered = mask == number
+    objects = []
+    for k, thing in enumerate(shown, 1):
+        covered = mask == k
         x, y, right, bottom = Image.fromarray(covered).getbbox()
-        listed = {'name': thing.name, 'bbox': [x, y, right - x, bottom - y]}
-        if split == 'val':
-            listed['role'] = thing.role
-            listed['area'] = int(covered.sum())
-            listed['absent'] = rng.sample(clean, 9)
-            listed['mixed'] = mixed_names(thing, things)
-        record['objects'].append(listed)
-    members = {'webp': encoded(image, 'WEBP', quality=50)}              # about 1.1 KB
-    if split == 'val':
-        record['captions'] = held_out_captions(things, ground)
-        members['mask.png'] = encoded(Image.fromarray(mask), 'PNG', optimize=True)
+        objects.append({
+            'name': thing.name,
+            'role': thing.role,
+            'bbox': [x, y, right - x, bottom - y],
+            'area': int(covered.sum()),
+            'absent': [f'{thing.color} {shape}' for shape in absent]})
+    if split == 'train':
+        captions = training_captions(rng, things, shown, world.named)
+    else:
+        captions = [held_out_caption(rng, shown)]
+    record = {'captions': captions, 'objects': objects}
     text = json.dumps(record, separators=(',', ':'))
-    text = re.sub(r'\b([Aa]) (?=[aeiou])', r'\1n ', text)               # a orange -> an orange
-    members['json'] = text.encode()
+    members = {'webp': encoded(image, 'WEBP', quality=50), 'json': text.encode()}
+    if split != 'train':
+        members['mask.png'] = encoded(Image.fromarray(mask), 'PNG', optimize=True)
     return [(f'{index:06d}.{kind}', value) for kind, value in members.items()]
 
 
-def make_scenes(root, train=8000, val=1000, seed=0, workers=None, named=None, small_size=None, objects=None):
-    """Draw a set as tars root/{train,val}/00000.tar ... of 1,000 pairs each; the head of this file says what they hold.
+def ignore_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    named: share of the sentences that name a small object, ten a scene. small_size: side of small objects as a share of
-    the image's; above 0.42 the dominant one has it, too. objects: how many in a scene; two to four by default.
-    Equal arguments give equal bytes for any number of `workers`. ValueError for objects that do not fit. Tars of a
-    larger set in the folder are left there.
+
+def make_scenes(root, train=16_000, val=1000, workers=None, **options):
+    """Draw a set into a folder, in tars of 1,000 scenes: `train` training scenes, `val` held-out ones and as many
+    twins. Other options are those of World. Equal arguments give equal bytes for any number of `workers`.
+
+    ValueError where objects do not fit, or where the folder holds a whole set.
     """
+    world = World(**options)
+    root = Path(root)
+    need(not (root / 'world.json').exists(), f'{root} holds a set of scenes; give another folder')
     # Ctrl-C is for this process: a worker that died of it could leave the pool waiting for ever.
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        for split, count in ('train', train), ('val', val):
-            draw = partial(draw_scene, seed, split, named, small_size, objects)
+    with ProcessPoolExecutor(workers, initializer=ignore_ctrl_c) as pool:
+        for split, count in ('train', train), ('twins', val // 2 * 2), ('val', val):
+            draw = partial(draw_scene, world, split)
             for start in tqdm(range(0, count, 1000), f'drawing {split}', disable=None):
-                scenes = pool.map(draw, range(start, min(start + 1000, count)))
-                path = Path(root, split, f'{start // 1000:05d}.tar')
+                scenes = pool.map(draw, range(start, min(start + 1000, count)), chunksize=50)
+                path = root / split / f'{start // 1000:05d}.tar'
                 write_shard(path, chain.from_iterable(scenes))
+    # last: a folder that has it is whole
+    write_json(root / 'world.json', {'version': VERSION} | asdict(world))
 
 
 def built_in_set(root='runs/scenes'):
-    """-> the folder of the built-in set, drawn where it is absent."""
+    """-> the folder of the built-in set: `root`, or where that holds one of another version, root-2, root-3, ... It is
+    drawn where it is absent."""
     folder = Path(root)
-    if not (folder / 'val/00000.tar').exists():                         # the last file to be drawn
-        print(f'data       drawing the built-in set into {folder}, once')
-        make_scenes(folder)
+    number = 1
+    while (folder / 'val/00000.tar').exists():          # the last tar to be drawn
+        recipe = folder / 'world.json'
+        if recipe.exists() and read_json(recipe)['version'] == VERSION:
+            return folder
+        number += 1
+        folder = Path(f'{root}-{number}')
+    print(f'data       drawing the built-in set into {folder}, once')
+    make_scenes(folder)
     return folder
 
 
@@ -374,15 +376,21 @@ def built_in_set(root='runs/scenes'):
 
 def main():
     parser = Parser(prog='python -m lesson.scenes', epilog=__doc__)
-    parser.add_argument('root', metavar='DIR')
-    parser.add_argument('--train', type=int, default=8000,
-                        help='training pairs (default: %(default)s)')
-    parser.add_argument('--val', type=int, default=1000,
-                        help='held-out pairs (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0, help='of all that is drawn (default: %(default)s)')
-    parser.add_argument('--named', type=float, help='share of the sentences on a small object, 0 to 1; ten a scene')
-    parser.add_argument('--small-size', type=float, help="side of small objects as a share of the image's")
-    parser.add_argument('--objects', type=int, choices=(2, 3, 4), help='in a scene (default: two to four)')
+    add = parser.add_argument
+    add('root', metavar='DIR')
+    add('--train', type=int, default=16_000, help='training scenes')
+    add('--val', type=int, default=1000, help='held-out scenes')
+    add('--colors', type=int, choices=range(2, 17), default=4, metavar='2..16', help='how many')
+    add('--shapes', type=int, choices=range(6, 11), default=8, metavar='6..10', help='how many')
+    add('--objects', type=int, choices=range(1, 5), default=3, metavar='1..4', help='in a scene')
+    add('--dominant-size', type=float, default=0.46, metavar='R',
+        help='its side, as a share of the image')
+    add('--small-size', type=float, default=0.31, metavar='R', help='the same of small objects')
+    add('--company', choices=['big', 'equal', 'none'], default='big',
+        help='beside small objects: the dominant one, it in their size, or nothing')
+    add('--named', type=float, default=0.5, metavar='Q', help='share of sentences on small objects')
+    add('--textured', action='store_true', help='patterns on grounds and objects')
+    add('--seed', type=int, default=0)
     args = parser.parse_args()
     make_scenes(**vars(args))
     print(f'{args.train} training and {args.val} held-out scenes in {args.root}')

@@ -1,59 +1,65 @@
 """Feature suppression, measured on scenes that list their objects: what does a checkpoint know of the small ones?
 
-    python -m lesson.suppression CKPT --shards runs/scenes/val [--pictures naming] [--json figures.json]
+    python -m lesson.suppression CKPT --shards runs/scenes [--json figures.json]
 
 CKPT is any checkpoint that eval.load reads. Printed for the dominant and for the small objects:
 
-    top1        presence: is its name above nine names that share no word with the scene? A tie is a miss; chance 10 %
-    all_top1    the same against all such names of the set, 72 to 112
-    shape_top1  is it above the names of its own colour with a shape that is not in the scene? Chance about 13 %
-    bound       binding: which share of its mixed names (its colour with another object's shape, or the reverse) its
-                name beats. A tie counts half; chance 50 %
-    probe_top1  presence by a linear probe of the image features: is it in there, whatever texts find?
+    top1        named: is its name above the names of its own colour with five shapes that the scene lacks? A tie is a
+                miss; chance 16.7 %
+    probe_top1  the same by a linear probe of the image features, fitted on training scenes: is the shape in there,
+                whether or not a text finds it? What a probe misses may be there all the same
 
-then the three tests of arXiv 2502.19842 (`three_tests`), where C^I looks when it is asked for an object, by the masks,
-and the mIoU of segmentation by the colours.
+then, for the whole set or by role:
+
+    bound       are two objects' right names together above the two with their shapes exchanged? A model that adds up
+                words has exactly 50 %, however it weights them
+    twins       of two scenes that differ in the shape of one object, which one has it? Chance 50 %
+    retrieval   among the held-out scenes, both ways
+    oracles     R@1 of who knows only colours, colours and which is dominant, or all names
+    pointing    where C^I looks when it is asked for an object; `absent_`: for one that is not there, the control
+
+DIR holds train/, val/ and twins/; without train/ there is no probe, without twins/ no `twins`.
 """
 import io
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import save_image
 
-from cosmos import unit
-from data import Parser, Shards, cli
-from eval import (Settings, add_options, attention_picture, class_vectors, confusion, embed_images, embed_texts,
-                  execute, need, progress, segment_image, segmentation_figures, shard_image)
-from lesson.scenes import COLORS, NAMES, clean_names, draw_alone
+from data import Parser, Shards, cli, half_of
+from eval import (add_options, attention_picture, class_vectors, embed_images, evaluate, execute,
+                  need, progress, shard_image)
+from lesson.scenes import COLORS, FORMS, NAMES, SHAPES, with_article
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
 
 def objects_of(shards, i):
-    """What the json of pair i lists as `objects` with a name; [] where there is nothing of that kind."""
+    """What the json of pair i lists as `objects` with absent names; [] where there is nothing of that kind."""
     listed = shards.record(i).get('objects') or []
-    return [thing for thing in listed if 'name' in thing]
+    return [thing for thing in listed if 'absent' in thing]
 
 
-def listed_objects(shards, most=None):
-    """Objects that list wrong names, in the first `most` pairs -> {role: [objects]}.
+def read_scenes(shards, most=None):
+    """The first `most` scenes -> [[object, ...], ...].
 
-    An object has as attributes what its json lists, and pair, number (in the mask, from 1) and scene (all its names).
+    An object has as attributes what its json lists, its color and shape, and pair and number (in the mask, from 1).
     """
-    groups = {}
+    scenes = []
     for pair in range(len(shards))[:most]:
-        objects = objects_of(shards, pair)
-        names = [listed['name'] for listed in objects]
-        for number, listed in enumerate(objects, 1):
-            if 'mixed' in listed:
-                thing = SimpleNamespace(**listed, pair=pair, number=number, scene=names)
-                groups.setdefault(thing.role, []).append(thing)
-    return groups
+        scene = []
+        for number, listed in enumerate(objects_of(shards, pair), 1):
+            color, shape = listed['name'].split()
+            scene.append(SimpleNamespace(
+                **listed, color=color, shape=shape, pair=pair, number=number))
+        scenes.append(scene)
+    return scenes
 
 
 def read_mask(shards, i):
@@ -61,208 +67,193 @@ def read_mask(shards, i):
     return Image.open(io.BytesIO(shards.member(i, 'mask')))
 
 
-# --- 2. Presence and binding -----------------------------------------------------------------------------------------
+# --- 2. Named, bound, twins ------------------------------------------------------------------------------------------
 
 COLUMN = {name: k for k, name in enumerate(NAMES)}      # of a table of scores (n images, K names)
 
 
 def name_scores(model, tokenizer, image_features):
-    """Cosines of image features (n, D) with all names, (n, K). NB: prompts say "a orange", which no caption does."""
-    return image_features @ class_vectors(model, tokenizer, NAMES).T
+    """Cosines of image features (n, D) with all names, in the words of the captions, (n, K)."""
+    names = [with_article(name) for name in NAMES]
+    return image_features @ class_vectors(model, tokenizer, names, FORMS).T
 
 
-def lead(scores, thing, wrong):
-    """By how much an object's name is above each of the wrong ones, (len(wrong),)."""
+def is_named(scores, thing):
+    """Is the object's name above its absent names? A tie is a miss."""
     row = scores[thing.pair]
-    columns = [COLUMN[name] for name in wrong]
-    return row[COLUMN[thing.name]] - row[columns]
+    wrong = [COLUMN[name] for name in thing.absent]
+    return bool(row[COLUMN[thing.name]] > row[wrong].max())
 
 
-def presence(scores, thing, wrong):
-    """Is its name above all of them? A tie is a miss."""
-    return lead(scores, thing, wrong).min() > 0
+def wins(difference):
+    """1 where the difference is above zero, 0 where it is below, and 0.5 for a tie: zero but for rounding."""
+    if abs(difference) < 1e-6:
+        return 0.5
+    return float(difference > 0)
 
 
-def binding(scores, group):
-    """Over all objects of a group: the share of their mixed names that lose to their own name. A tie counts half."""
-    margins = [lead(scores, thing, thing.mixed) for thing in group]
-    margins = torch.cat(margins)
-    return (0.5 + margins.sign() / 2).mean().item()
+def is_bound(scores, a, b):
+    """Two objects of a scene: 1 where their right names together are above the exchanged ones, 0 below, 0.5 for a
+    tie. A score that is the sum of one for the colour and one for the shape gives a tie."""
+    row = dict(zip(NAMES, scores[a.pair].tolist()))
+    right = row[a.name] + row[b.name]
+    exchanged = row[f'{a.color} {b.shape}'] + row[f'{b.color} {a.shape}']
+    return wins(right - exchanged)
 
 
-def presence_and_binding(scores, groups):
-    """scores of all pairs, the groups of `listed_objects` -> {role: {top1 (presence), bound (binding), objects (how
-    many)}}"""
+def named(scores, scenes):
+    """-> {role: {top1, chance, objects (how many)}}"""
+    hits = defaultdict(list)
+    chances = defaultdict(list)
+    for scene in scenes:
+        for thing in scene:
+            hits[thing.role].append(is_named(scores, thing))
+            chances[thing.role].append(1 / (1 + len(thing.absent)))
     figures = {}
-    for role, group in groups.items():
-        hits = [presence(scores, thing, thing.absent) for thing in group]
+    for role, found in hits.items():
         figures[role] = {
-            'top1': fmean(hits),
-            'bound': binding(scores, group),
-            'objects': len(group),
-        }
+            'top1': fmean(found),
+            'chance': fmean(chances[role]),
+            'objects': len(found)}
     return figures
 
 
-def probe_scores(image_features, group, penalty=0.1):
-    """Scores (n, K) by a linear probe: is an object in the image features (n, D), even where no text finds it?
+def bound(scores, scenes):
+    """Over all pairs of objects that differ in colour and in shape -> {dominant_small, small_small (where there are
+    such pairs), pairs (how many)}"""
+    found = defaultdict(list)
+    for scene in scenes:
+        for a, b in combinations(scene, 2):
+            if a.color != b.color and a.shape != b.shape:
+                found[f'{a.role}_{b.role}'].append(is_bound(scores, a, b))
+    figures = {roles: fmean(each) for roles, each in found.items()}
+    return figures | {'pairs': sum(map(len, found.values()))}
 
-    Ridge regression to how many words a name shares with the objects of one role, fitted on pairs of even number and
-    asked about the odd ones, then the reverse. So it tells presence, not binding.
+
+def twins(scores, scenes):
+    """Scenes 2 k and 2 k + 1 differ in one object. How often does its name score higher in the scene that has it, for
+    both of its names? A tie counts half -> {role: share}"""
+    found = defaultdict(list)
+    for first, second in zip(scenes[::2], scenes[1::2]):
+        for a, b in zip(first, second):
+            if a.name == b.name:
+                continue
+            for thing, other in (a, b), (b, a):
+                column = scores[:, COLUMN[thing.name]]
+                gap = column[thing.pair] - column[other.pair]
+                found[thing.role].append(wins(gap))
+    return {role: fmean(each) for role, each in found.items()}
+
+
+# --- 3. What features hold, and what oracles reach -------------------------------------------------------------------
+
+WORDS = [*COLORS, *SHAPES]
+
+
+def probe_scores(known_features, known_scenes, features, penalty=0.01):
+    """Scores of all names by a linear probe: the sum of those of their two words, (n, K).
+
+    Ridge regression from the features of known scenes (m, D) to which words their objects have; then it is asked about
+    other features (n, D). So it tells what is there, not whose colour is whose.
     """
-    spread, middle = torch.std_mean(image_features, dim=0)
-    x = (image_features - middle) / (spread + 1e-6)
-    target = torch.zeros(len(x), len(NAMES))
-    for thing in group:
-        words = set(thing.name.split())
-        for name, k in COLUMN.items():
-            shared = words.intersection(name.split())
-            target[thing.pair, k] += len(shared)
-    pairs = torch.tensor([thing.pair for thing in group]).unique()
-    mean = target[pairs].mean(dim=0)
-    scores = torch.zeros_like(target)
-    for odd in (0, 1):
-        fit = pairs[pairs % 2 == odd]
-        rest = pairs[pairs % 2 != odd]
-        ridge = penalty * len(fit) * torch.eye(x.shape[1])
-        gram = x[fit].T @ x[fit] + ridge                                # (D, D)
-        product = x[fit].T @ (target[fit] - mean)                       # (D, K)
-        scores[rest] = mean + x[rest] @ torch.linalg.solve(gram, product)
-    return scores
+    spread, middle = torch.std_mean(known_features, dim=0)
+    known = (known_features - middle) / (spread + 1e-6)                 # (m, D)
+    new = (features - middle) / (spread + 1e-6)                       # (n, D)
+    target = torch.zeros(len(known), len(WORDS))
+    for scene in known_scenes:
+        for thing in scene:
+            target[thing.pair, WORDS.index(thing.color)] = 1
+            target[thing.pair, WORDS.index(thing.shape)] = 1
+    mean = target.mean(dim=0)
+    ridge = penalty * len(known) * torch.eye(known.shape[1])
+    gram = known.T @ known + ridge                                      # (D, D)
+    product = known.T @ (target - mean)                                 # (D, W)
+    scores = mean + new @ torch.linalg.solve(gram, product)             # (n, W)
+    colors, shapes = scores.split([len(COLORS), len(SHAPES)], dim=1)
+    return (colors[:, :, None] + shapes[:, None]).flatten(1)            # in the order of NAMES
 
 
-# --- 3. Where C^I looks, and segmentation ----------------------------------------------------------------------------
+def probe(model, preprocess, shards, image_features, scenes, workers=0):
+    """How often does a probe that is fitted on these training shards name an object? -> {role: share}"""
+    known_features = embed_images(model, shards, preprocess, workers)
+    scores = probe_scores(known_features, read_scenes(shards), image_features)
+    return {role: found['top1'] for role, found in named(scores, scenes).items()}
 
-def h_T(model, images, tokens, keys):
+
+def oracles(scenes):
+    """R@1 among these scenes of who knows of each, and of its caption, only the colours; the colours and which is the
+    dominant one's; all names. Scenes that look the same to it tie, and a tie of k is won once in k times."""
+    known = defaultdict(list)
+    for scene in scenes:
+        facts = {
+            'colors': [thing.color for thing in scene],
+            'colors_and_role': [f'{thing.role} {thing.color}' for thing in scene],
+            'names': [thing.name for thing in scene]}
+        for oracle, each in facts.items():
+            known[oracle].append(', '.join(sorted(each)))
+    figures = {}
+    for oracle, each in known.items():
+        size = Counter(each)
+        figures[oracle] = fmean(1 / size[what] for what in each)
+    return figures
+
+
+# --- 4. Where C^I looks ----------------------------------------------------------------------------------------------
+
+def question(name):
+    return FORMS[0].format(with_article(name))          # 'there is a red star'
+
+
+def read_by(model, images, ids, keys):
     """h_T of each pair (B, D), where C^I may read only the patches `keys` (P,)."""
     def leave_out(linear, inputs, patches):
         return patches[:, keys]                     # what a hook returns replaces the keys of C^I
     with model.image_map.register_forward_hook(leave_out):
-        return model([images], [tokens]).h_T[0]
+        return model([images], [ids]).h_T[0]
 
 
-def point(model, images, tokens, pixels):
-    """An image (1, 3, S, S) and a question (1, T). pixels (S, S): where an object is -> peak and used."""
+def point(model, images, ids, pixels):
+    """An image (1, 3, S, S) and a question (1, T). pixels (S, S): where an object is -> peak, area and used."""
     p = model.config.patch_size
-    middles = pixels[p // 2::p, p // 2::p].flatten()                    # (P,) does the middle of a patch lie on it?
-    weights, _ = model.attention(images, tokens)                        # (1, P)
-    whole = h_T(model, images, tokens, torch.ones_like(middles))     # (1, D)
-    masked = h_T(model, images, tokens, ~middles)
-    return {'peak': middles[weights.argmax()], 'used': 1 - (whole * masked).sum()}
+    # does the middle of a patch lie on it?
+    middles = pixels[p // 2::p, p // 2::p].flatten()                    # (P,)
+    weights, _ = model.attention(images, ids)                           # (1, P)
+    whole = read_by(model, images, ids, torch.ones_like(middles))        # (1, D)
+    masked = read_by(model, images, ids, ~middles)
+    return {
+        'peak': middles[weights.argmax()].item(),
+        'area': middles.float().mean().item(),
+        'used': 1 - (whole * masked).sum().item()}
 
 
 @torch.no_grad()
 def pointing(model, tokenizer, preprocess, shards, most=150):
-    """Where does C^I look? -> {role: means over the objects of the first `most` pairs}; {} for a plain CLIP.
+    """Where does C^I look? -> {role: means over the objects of the first `most` scenes}; {} for a plain CLIP.
 
-    peak: the highest weight, asked by "a NAME", lies on the object. used: 1 - cosine of h_T (with its residual) with
-    and without the object's patches among the keys. absent_: the same, asked by a name that is not in the scene, the
-    control.
+    peak: the highest weight, asked by "there is a NAME", lies on the object. area: the share of patches that do, what a
+    blind guess hits. used: 1 - cosine of h_T (with its residual) with and without the object's patches among the keys.
+    absent_: the same, asked by an absent name, the control.
     """
     figures = {}
     if not model.config.cross_heads:
         return figures
     size = model.config.image_size
     device = model.logit_scale.device
-    for role, group in listed_objects(shards, most).items():
-        found = defaultdict(list)
-        for thing in progress(group, f'maps of {role} objects'):
+    found = defaultdict(lambda: defaultdict(list))
+    for scene in progress(read_scenes(shards, most), 'maps'):
+        for thing in scene:
             image = preprocess(shard_image(shards, thing.pair))
             mask = read_mask(shards, thing.pair)
             mask = mask.resize((size, size), Image.NEAREST)
             pixels = pil_to_tensor(mask)[0] == thing.number                             # (S, S)
-            for question, name in ('', thing.name), ('absent_', thing.absent[0]):
-                tokens = tokenizer([f'a {name}'])
-                answer = point(model, image[None].to(device), tokens.to(device), pixels.to(device))
+            for prefix, name in ('', thing.name), ('absent_', thing.absent[0]):
+                ids = tokenizer([question(name)])
+                answer = point(model, image[None].to(device), ids.to(device), pixels.to(device))
                 for figure, value in answer.items():
-                    found[question + figure].append(value)
-        figures[role] = {figure: fmean(each) for figure, each in found.items()}
+                    found[thing.role][prefix + figure].append(value)
+    for role, group in found.items():
+        figures[role] = {figure: fmean(each) for figure, each in group.items()}
     return figures
-
-
-def segmentation(model, tokenizer, shards, most=500):
-    """mIoU of the objects in the first `most` pairs by their colours; class 0 is the ground."""
-    names = ['background', *COLORS]
-    vectors = class_vectors(model, tokenizer, names)
-    vectors = vectors.to(model.logit_scale.device)
-    counts = [1] * len(names)
-    window = model.config.image_size
-    settings = Settings(size=window * 3 // 2, window=window, stride=window // 2)
-    matrix = 0
-    for i in progress(range(len(shards))[:most], 'segmentation'):
-        classes = [0]                           # of each number in the mask
-        for listed in objects_of(shards, i):
-            color, _ = listed['name'].split()
-            classes.append(names.index(color))
-        numbers = pil_to_tensor(read_mask(shards, i))[0]
-        truth = torch.tensor(classes)[numbers.long()]                                   # (h, w)
-        image = shard_image(shards, i)
-        labels = segment_image(model, image, vectors, counts, settings)
-        matrix += confusion(truth, labels, len(names))
-    return segmentation_figures(matrix, names)
-
-
-# --- 4. Three tests of bias to one object (arXiv 2502.19842) ---------------------------------------------------------
-
-def nearest(scores, scenes):
-    """scores (n, K) of n scenes with all names; the names in each scene -> the share of scenes where the highest score
-    is that of its first name, and of its last."""
-    best = [NAMES[k] for k in scores.argmax(dim=1)]
-    first = fmean(name == names[0] for name, names in zip(best, scenes))
-    last = fmean(name == names[-1] for name, names in zip(best, scenes))
-    return {'first': first, 'last': last}
-
-
-@torch.no_grad()
-def three_tests(model, tokenizer, preprocess, image_features, scores, shards):
-    """The nearest of all names to a scene, the nearest drawing of one object to it, and the nearest name to a caption
-    of all its objects: is it of the first object, or of the last? In a scene the dominant one is first; captions start
-    with each in turn.
-
-    Published shares of CLIP models, for orientation only (scenes of four objects, another set of names): image to
-    image, the large object 65-86 %, the small one 5-17 %; caption to name, the first 50-71 %, the fourth 4-10 %; image
-    to name on COCO, large 46-52 %, small 10-12 %.
-    """
-    scenes, turned = [], []
-    for pair in range(len(shards)):
-        names = [listed['name'] for listed in objects_of(shards, pair)]
-        start = pair % len(names)
-        scenes.append(names)
-        turned.append(names[start:] + names[:start])
-    drawings = [preprocess(draw_alone(name)) for name in NAMES]
-    drawings = torch.stack(drawings).to(model.logit_scale.device)                       # (K, 3, S, S)
-    alone, _ = model.encode_image(drawings)                                             # (K, D)
-    captions = ['a ' + ' and a '.join(names) for names in turned]
-    text_features = embed_texts(model, tokenizer, captions)
-    return {
-        'name': nearest(scores, scenes),
-        'drawing': nearest(image_features @ unit(alone).cpu().T, scenes),
-        'caption': nearest(name_scores(model, tokenizer, text_features), turned)}
-
-
-# --- 5. Pictures -----------------------------------------------------------------------------------------------------
-
-def naming_picture(scores, groups, shards, path, wrong):
-    """PNG of the first twelve scenes. Above each a line per object: its name / the best of its wrong ones, `absent` or
-    `mixed`; green where the name is above it, else red."""
-    lines = {}
-    for group in groups.values():
-        for thing in group:
-            others = getattr(thing, wrong)
-            margins = lead(scores, thing, others)
-            colour = 'lime' if margins.min() > 0 else 'tomato'
-            line = f'{thing.name} / {others[margins.argmin()]}'
-            lines.setdefault(thing.pair, []).append((line, colour))
-    tiles = []
-    for pair in sorted(lines)[:12]:
-        image = shard_image(shards, pair)
-        image = image.resize((256, 256))
-        image = ImageOps.expand(image, (0, 68, 0, 0))
-        draw = ImageDraw.Draw(image)
-        for number, (line, colour) in enumerate(lines[pair]):
-            draw.text((4, 16 * number), line, colour, font_size=13)
-        tiles.append(pil_to_tensor(image) / 255)
-    save_image(tiles, path, nrow=4)
 
 
 def track_attention(folder, model, tokenizer, preprocess, shards, step):
@@ -270,7 +261,7 @@ def track_attention(folder, model, tokenizer, preprocess, shards, step):
     maps of C^I of all steps so far, side by side. A plain CLIP has no such maps: nothing happens."""
     if not model.config.cross_heads:
         return
-    captions = [f"a {listed['name']}" for listed in objects_of(shards, 0)]
+    captions = [question(listed['name']) for listed in objects_of(shards, 0)]
     path = Path(folder, 'attention', f'{step:09d}.png')
     path.parent.mkdir(exist_ok=True)
     attention_picture(model, tokenizer, preprocess, shard_image(shards, 0), captions, path)
@@ -278,60 +269,59 @@ def track_attention(folder, model, tokenizer, preprocess, shards, step):
     columns = []
     for each in sorted(path.parent.glob('*.png')):
         whole = Image.open(each)
-        maps = whole.crop((232, 0, 464, whole.height - 22))             # the second column of attention_picture
+        maps = whole.crop((232, 0, 464, whole.height - 22))     # the second column of attention_picture
         ImageDraw.Draw(maps).text((12, 12), f'step {int(each.stem)}', 'white')
         columns.append(pil_to_tensor(maps) / 255)
     save_image(columns, Path(folder, 'strip.png'), nrow=len(columns), padding=0)
 
 
+# --- 5. During training, and the command -----------------------------------------------------------------------------
+
 def during_training(model, tokenizer, preprocess, image_features, shards, folder, step):
-    """For an evaluation of train.py -> the figures of eval.json; attention.png and strip.png in `folder`
-    are brought up to date."""
-    groups = listed_objects(shards)
-    if not groups:                                  # objects of another kind
+    """For an evaluation of train.py -> the figures of eval.json; attention.png and strip.png in `folder` are brought
+    up to date."""
+    scenes = read_scenes(shards)
+    if not any(scenes):                             # objects of another kind
         return {}
     track_attention(folder, model, tokenizer, preprocess, shards, step)
     scores = name_scores(model, tokenizer, image_features)
-    return presence_and_binding(scores, groups)
+    return named(scores, scenes) | {'bound': bound(scores, scenes)}
 
-
-# --- 6. Command ------------------------------------------------------------------------------------------------------
 
 def run(args, model, tokenizer, preprocess):
-    """All figures, and the naming picture."""
-    shards = Shards(args.shards)
-    groups = listed_objects(shards)
-    need(groups, f'{args.shards} lists no objects with absent and mixed names; draw a set by python -m lesson.scenes')
-    image_features = embed_images(model, shards, preprocess, workers=args.workers)
+    """All figures."""
+    path = Path(half_of(args.shards, 'val'))
+    shards = Shards(path)
+    scenes = read_scenes(shards)
+    need(any(scenes),
+         f'{path} lists no objects with absent names; draw a set by python -m lesson.scenes')
+    ranking, image_features = evaluate(model, tokenizer, preprocess, shards)
     scores = name_scores(model, tokenizer, image_features)
-    figures = presence_and_binding(scores, groups)
-    for role, group in groups.items():
-        probe = probe_scores(image_features, group)
-        hits = defaultdict(list)
-        for thing in group:
-            color, _ = thing.name.split()
-            clean = clean_names(NAMES, thing.scene)
-            other_shapes = [f'{color} {name.split()[1]}' for name in clean]     # repeats change nothing
-            hits['all_top1'].append(presence(scores, thing, clean))
-            hits['shape_top1'].append(presence(scores, thing, other_shapes))
-            hits['probe_top1'].append(presence(probe, thing, thing.absent))
-        for figure, found in hits.items():
-            figures[role][figure] = fmean(found)
-    if args.pictures:
-        for wrong in ('absent', 'mixed'):
-            naming_picture(scores, groups, shards, f'{args.pictures}-{wrong}.png', wrong)
-    figures['nearest'] = three_tests(model, tokenizer, preprocess, image_features, scores, shards)
+    figures = named(scores, scenes)
+    if (path.parent / 'train').is_dir():
+        # 4,000 scenes are enough for some 100 features
+        known = Shards(path.parent / 'train/0000[0-3].tar')
+        shares = probe(model, preprocess, known, image_features, scenes, args.workers)
+        for role, share in shares.items():
+            figures[role]['probe_top1'] = share
+    figures['bound'] = bound(scores, scenes)
+    if (path.parent / 'twins').is_dir():
+        pairs = Shards(path.parent / 'twins')
+        features = embed_images(model, pairs, preprocess, args.workers)
+        figures['twins'] = twins(name_scores(model, tokenizer, features), read_scenes(pairs))
+    figures |= ranking
+    figures['oracles'] = oracles(scenes)
     figures['pointing'] = pointing(model, tokenizer, preprocess, shards)
-    figures['segmentation'] = segmentation(model, tokenizer, shards)
     return figures
 
 
 def main():
-    parser = Parser(prog='python -m lesson.suppression', epilog=__doc__)
+    parser = Parser(
+        prog='python -m lesson.suppression',
+        description='What a checkpoint knows of objects in scenes.')
     add_options(parser)
     parser.set_defaults(command='suppression', run=run)
-    parser.add_argument('--shards', required=True, help='held-out shards that list objects, as runs/scenes/val')
-    parser.add_argument('--pictures', metavar='NAME', help='NAME-absent.png and NAME-mixed.png: which names win')
+    parser.add_argument('--shards', required=True, help='a set of scenes, as runs/scenes, or its val/')
     execute(parser.parse_args())
 
 
