@@ -109,8 +109,8 @@ PRESETS = {
     'vit-s-16': Config(
         embed_dim=384, vision_width=384, vision_heads=6, text_width=384, text_heads=6),
     'tiny': Config(
-        embed_dim=128, image_size=64, local_image_size=32, patch_size=8,
-        vision_width=192, vision_layers=4, vision_heads=3,
+        embed_dim=128, image_size=48, local_image_size=24, patch_size=8,
+        vision_width=96, vision_layers=4, vision_heads=3,
         text_width=128, text_layers=2, text_heads=2,
         context_length=64, cross_heads=4),
 }
@@ -681,7 +681,7 @@ if __name__ == '__main__':      # python cosmos.py: forward and backward on nois
     torch.manual_seed(0)
     model = COSMOS(Config.preset('tiny', vocab_size=1000))
     teacher = Teacher(model)
-    images = [torch.randn(3, 3, size, size) for size in (64, 64, 32, 32, 32)]   # V = 5, B = 3
+    images = [torch.randn(3, 3, size, size) for size in (48, 48, 24, 24, 24)]   # V = 5, B = 3
     texts = torch.randint(1, 999, (4, 3, 64))                           # U = 4
     texts[:, :, -1] = 999                                               # the end of text
     out = model(images, texts)
