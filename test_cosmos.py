@@ -1394,7 +1394,7 @@ def test_errors_are_one_sentence(monkeypatch, gallery):
 # --- train.py: helpers -----------------------------------------------------------------------------------------------
 
 QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 30 '
-         '--lr 1e-3 --momentum 0.99 --momentum-ramp 10 --log-every 1 --workers 0').split()
+         '--lr 1e-3 --momentum 0.99 --momentum-ramp 10 --log-every 1 --eval-every 0 --workers 0').split()
 AUTO = ['--resume', 'auto']
 SCALER = torch.amp.GradScaler('cpu', enabled=False)
 
@@ -1428,12 +1428,12 @@ def same_run(a, b):
     """Two --out folders hold bit-equal networks and optimizers, and logs that differ in times and evaluations only."""
     runs = []
     for out in a, b:
-        log = read_log(out)
+        log = [entry for entry in read_log(out) if 'loss' in entry]     # others have evaluations only
         for entry in log:
-            for name in 'pairs_per_s', 'waiting', 'memory_GB', 'seconds', 'eval':
+            for name in 'pairs_per_s', 'waiting', 'memory_GB', 'eval':
                 entry.pop(name, None)
         state = saved(out)
-        assert len(log) == state['step'] + 1            # the final figures are a line, too
+        assert len(log) == state['step']
         runs.append([state['student'], state.get('teacher', {}), state['optimizer']['state'], log])
     assert_close(*runs, rtol=0, atol=0)
 
@@ -1613,19 +1613,62 @@ def test_gradients_are_clipped_by_their_norm(most, share):
 
 def test_a_run_leaves_everything(whole, scenes, tmp_path):
     """oracle: the list of design: files, log fields; values by arithmetic; eval.py's score of the checkpoint."""
-    assert {'last.pt', 'config.json', 'samples.png', 'attention.png'} <= contents(whole).keys()
-    first, *_, final = entries = read_log(whole)
-    names = ('step epoch loss clip distill h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t chance accuracy spread lr momentum scale '
+    assert {'last.pt', 'best.pt', 'config.json', 'samples.png', 'attention.png'} <= contents(whole).keys()
+    before, first, *_, final = entries = read_log(whole)
+    names = ('step epoch loss mean_loss clip distill h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t chance accuracy spread lr momentum scale '
              'distill_scale grad_norm cosine pairs_per_s waiting memory_GB bad_pairs')
     assert first.keys() == set(names.split())
     found = [first[name] for name in ('epoch', 'lr', 'momentum', 'scale', 'chance', 'cosine')]
     assert found == pytest.approx([4 / 60, 1e-3 / 30, 1 / 11, 1 / 0.07, math.log(4), 1], rel=2e-3)
-    assert [entry['step'] for entry in entries if 'eval' in entry] == [5, 6]
+    assert [entry['step'] for entry in entries if 'eval' in entry] == [0, 5, 6] and len(before) == 2
     figures = json.loads((whole / 'eval.json').read_text())
     assert final == {'step': 6, 'eval': figures} and figures['steps'] == 6
     again = tmp_path / 'again.json'
     assert run(evaluation, 'retrieval', whole / 'last.pt', '--shards', scenes / 'val', '--json', again) is None
     assert figures['retrieval'].items() <= json.loads(again.read_text()).items()
+
+
+def test_lengths_of_runs(monkeypatch, scenes, tmp_path, capsys):
+    """oracle: arithmetic on 60 pairs and 16 held-out ones: 15 batches of four a pass; ten passes at most for tiny, 32
+    for the paper's; a tenth of the run between evaluations, unless ten could take a tenth of it."""
+    monkeypatch.setattr('lesson.scenes.built_in_set', lambda: scenes)
+
+    def lengths(*flags):
+        typed, defaults = train.parse_command_line([*flags, '--batch', '4', '--out', f'{tmp_path}/out'])
+        options = train.Run(typed, defaults, 1, 0).options
+        return options.steps, options.eval_every, capsys.readouterr().out.count('ten evaluations')
+
+    data = '--data', str(scenes)
+    assert lengths(*data, '--preset', 'tiny') == (150, 15, 0)
+    assert lengths(*data, '--preset', 'tiny', '--steps', '100') == (100, 0, 1)
+    assert lengths(*data, '--preset', 'tiny', '--epochs', '12', '--eval-every', '7') == (180, 7, 0)
+    assert lengths(*data, '--vocab', 'learn') == (480, 48, 0)
+    assert lengths() == (150, 0, 0)
+
+
+def test_best_networks_are_kept(monkeypatch, fit, tmp_path, capsys):
+    """oracle: the figures of the log: the step with the best mean of both R@1, also over a stop; pairs by arithmetic."""
+    out = tmp_path / 'out'
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'finish', id)
+        assert fit(out, '--steps', 4, '--eval-every', 1, '--lr', 0.1, '--warmup', 1) == 0
+    assert fit(out, *AUTO, '--batch', 8, '--eval-every', 1) == 0
+    means = {}
+    for entry in read_log(out):
+        if 'eval' in entry:
+            figures = entry['eval']['retrieval']
+            means[entry['step']] = figures['image_to_text_R@1'] + figures['text_to_image_R@1']
+        elif entry['step'] == 5:
+            assert entry['epoch'] == pytest.approx((4 * 4 + 8) / 60)
+    assert list(means) == [0, 1, 2, 3, 4, 5, 6]
+    best = max(means, key=means.get)                                    # of equals the first
+    assert torch.load(out / 'best.pt', weights_only=True)['step'] == best
+    printed = capsys.readouterr().out
+    assert f'best {means[best] / 2:.1%} at step {best}\n' in printed
+    assert re.search(r'step 6  loss \d.*  clip .*  accuracy .*%  lr .*  \d+ pairs/s  0:00:00 left', printed)
+    assert evaluation.load(out / 'best.pt')[0].origin == 'teacher'
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=10 ** 6))
+    assert re.search(r'out has 1 MB free, .* need \d+ MB', fit(out))
 
 
 def test_it_learns(fit, scenes, tmp_path):

@@ -6,8 +6,8 @@
     python train.py --init CKPT --data /shards                  COSMOS put onto a CLIP that exists
     python train.py --resume runs/a                             goes on where the run in runs/a stopped
 
---out then holds last.pt (the checkpoint), log.jsonl, config.json, eval.json, samples.png (what the student sees) and,
-for COSMOS, attention.png. Section 6 is the step of the paper.
+--out then holds last.pt (the checkpoint), best.pt (the networks with the best R@1 on --val), log.jsonl, config.json,
+eval.json, samples.png (what the student sees) and, for COSMOS, attention.png. Section 6 is the step of the paper.
 """
 import argparse
 import contextlib
@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -90,7 +91,8 @@ def make_parser():
     add('--vocab', default='clip', help="%(default)s, learn (from the captions), or a path to merges")
     add('--workers', type=int, default=WORKERS, help='loaders per process (%(default)s)')
     # method
-    add('--preset', choices=PRESETS, help='model and recipe (vit-b-16 with --data, else tiny)')
+    sizes = ', '.join(f'{name} {config.image_size} px' for name, config in PRESETS.items())
+    add('--preset', choices=PRESETS, help=f'{sizes} (vit-b-16 with --data, else tiny)')
     add('--method', choices=METHODS, default='cosmos', help='row of Table 5 (%(default)s)')
     add('--init', help='weights to start from, ours or others; they set sizes and vocabulary')
     add('--local-crops', type=int, default=6, help='local image views per pair (%(default)s)')
@@ -119,7 +121,7 @@ def make_parser():
     add('--resume', help="a checkpoint, a run's folder, or auto: that in --out, or a fresh start")
     add('--save-every', type=int, default=1000, help='steps between checkpoints (%(default)s)')
     add('--save-minutes', type=float, default=30.0, help='or minutes; 0: steps only (%(default)s)')
-    add('--eval-every', type=int, default=0, help='steps between evaluations; 0: at the end only')
+    add('--eval-every', type=int, help='steps between evaluations; 0: at the end (a tenth of the run)')
     add('--log-every', type=int, default=20, help='steps between log lines (%(default)s)')
     return parser
 
@@ -384,6 +386,8 @@ def resume_after_restart(out):
     return 'auto'
 
 
+MOST_PASSES = 10        # over a small set of one's own: by then it is known by heart
+
 # --- 5. The run ------------------------------------------------------------------------------------------------------
 
 class Run:
@@ -409,9 +413,10 @@ class Run:
         self.open_shards()
         # Only to check that --batch fits.
         Order(len(self.shards), options.batch, start=0, stop=1, world=world * options.accum)
-        if options.steps is None:
-            options.steps = round(options.epochs * (len(self.shards) // options.batch)) or 1
+        self.choose_lengths(typed, saved)
         self.weights = {}                                               # to start from
+        if options.init and not saved and 'lr' not in typed:
+            print(f'note       --lr {options.lr} is for training from nothing; with --init try 1e-5')
         if not saved:
             self.config, self.tokenizer, self.weights = choose_model(options, self.shards)
         elif saved['shards'] == self.shards.fingerprint:
@@ -430,6 +435,23 @@ class Run:
         self.shards.save(self.out)
         if self.val:
             self.val.save(self.out)
+
+    def choose_lengths(self, typed, saved):
+        """--steps from --epochs, and --eval-every, where they were not given."""
+        options = self.options
+        per_epoch = len(self.shards) // options.batch
+        if options.steps is None:
+            options.steps = round(options.epochs * per_epoch) or 1
+        if options.preset == 'tiny' and not saved and not typed.keys() & {'steps', 'epochs'}:
+            options.steps = min(options.steps, MOST_PASSES * per_epoch)
+        if options.eval_every is None:
+            options.eval_every = 0
+            # To train on a pair costs at least three times what it costs to evaluate one.
+            if self.val and 30 * options.steps * options.batch < 1000 * len(self.val):
+                print('note       ten evaluations on --val could take over a tenth of this run: the only one is at '
+                      'its end; --eval-every gives more')
+            elif self.val and 'data' in typed:          # the built-in set is evaluated at its end alone
+                options.eval_every = options.steps // 10 or 1
 
     def open_shards(self):
         options = self.options
@@ -453,7 +475,8 @@ class Run:
         torch.manual_seed(options.seed)                      # all ranks start from the same weights
         self.model = COSMOS(self.config).to(self.device)
         # Of --init, perhaps without cross-attention, or with one that this model lacks; {} without --init.
-        self.model.load_state_dict(self.weights, strict=False)
+        missing = self.model.load_state_dict(self.weights, strict=False).missing_keys
+        self.init_note = '; cross-attention starts fresh' if missing else ''
         del self.weights
         self.teacher = Teacher(self.model) if self.method.distills_images else None
         self.model.visual.transformer.grad_checkpointing = options.grad_checkpoint
@@ -463,6 +486,8 @@ class Run:
         fp16 = options.precision == 'fp16'
         self.scaler = torch.amp.GradScaler(self.device.type, 1024.0, enabled=fp16)
         self.step = 0
+        self.pairs = 0                                       # seen, in steps of any size
+        self.best = -1.0, 0                                  # mean of both R@1 on --val, and its step
         self.begun = self.saved_at = time.perf_counter()
         if self.checkpoint:
             self.restore(self.checkpoint)
@@ -483,6 +508,8 @@ class Run:
         if saved['scaler']:
             self.scaler.load_state_dict(saved['scaler'])
         self.step = saved['step']
+        self.pairs = saved['pairs']
+        self.best = tuple(saved['best'])
         self.begun -= saved['seconds']
         # Seconds tell one checkpoint from another.
         if self.processes.share(saved['seconds']) != saved['seconds']:
@@ -492,18 +519,14 @@ class Run:
         """last.pt, whole or not at all. ValueError where the disk is full, or where the weights are not finite."""
         if not self.first:
             return
-        state = {
+        state = self.networks() | {
             'options': vars(self.options),
-            'config': asdict(self.config),
-            'merges': self.tokenizer.merges,
             'shards': self.shards.fingerprint,
-            'step': self.step,
+            'pairs': self.pairs,
+            'best': self.best,
             'seconds': time.perf_counter() - self.begun,
-            'student': self.model.state_dict(),
             'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict()}
-        if self.teacher:
-            state['teacher'] = self.teacher.model.state_dict()
         last = self.out / 'last.pt'
         if not all(weights.isfinite().all() for weights in state['student'].values()):
             raise ValueError(f'the weights are not finite after step {self.step}, so they are not saved; go on '
@@ -511,6 +534,39 @@ class Run:
         with replacing(last) as partial:
             torch.save(state, partial)
         self.saved_at = time.perf_counter()
+
+    def networks(self):
+        """What evaluation needs, and best.pt holds."""
+        state = {
+            'config': asdict(self.config),
+            'merges': self.tokenizer.merges,
+            'step': self.step,
+            'student': self.model.state_dict()}
+        if self.teacher:
+            state['teacher'] = self.teacher.model.state_dict()
+        return state
+
+    def keep_best(self, retrieval):
+        """One line of R@1, and best.pt where the mean of both ways is the best so far."""
+        to_text = retrieval['image_to_text_R@1']
+        to_image = retrieval['text_to_image_R@1']
+        mean = (to_text + to_image) / 2
+        if mean > self.best[0]:
+            self.best = mean, self.step
+            with replacing(self.out / 'best.pt') as partial:
+                torch.save(self.networks(), partial)
+        tqdm.write(f'eval       step {self.step}  R@1 {to_text:.1%} image to text, {to_image:.1%} text to image, '
+                   f'mean {mean:.1%}  best {self.best[0]:.1%} at step {self.best[1]}')
+
+    def check_space(self):
+        """ValueError where the disk has no room for last.pt and best.pt, each twice while it is written."""
+        weights = sum(p.nbytes for p in self.model.parameters())
+        networks = 2 if self.teacher else 1
+        needed = 2 * weights * (networks + 2 + networks)                # 2: AdamW's averages, in last.pt
+        free = shutil.disk_usage(self.out).free
+        if free < needed:
+            raise ValueError(f'{self.out} has {free / 1e6:,.0f} MB free, and the checkpoints of this run need '
+                             f'{needed / 1e6:,.0f} MB; make room, or give another --out')
 
 
 # --- 6. One step -----------------------------------------------------------------------------------------------------
@@ -625,19 +681,8 @@ class Student(torch.nn.Module):
 
 # --- 7. The log ------------------------------------------------------------------------------------------------------
 
-LEGEND = """
-loss           clip (L_CLIP) + distill, the mean of the self-distillation terms, which follow
-chance         ln of --batch, what each single term is for a blind guess
-accuracy       images that find their caption among the pairs of their GPU
-spread         of the image features. 1: all over the sphere, 0: one point
-scale          1/temperature of clip; distill_scale: that of distill
-cosine         of the student's image features to the teacher's
-waiting        share of the time spent waiting for data
-"""
-
-
 class Meter:
-    """Steps and time since the last log line, and how much of it went into waiting for data."""
+    """Since the last log line: steps, time, how much of it went into waiting for data, and the sum of the losses."""
 
     def __init__(self):
         self.restart()
@@ -646,6 +691,7 @@ class Meter:
         self.begun = time.perf_counter()
         self.waited = 0.0
         self.steps = 0
+        self.loss = 0.0
 
     def next(self, batches):
         before = time.perf_counter()
@@ -670,8 +716,9 @@ def describe(run, meter, done):
     nearest = (cls @ done.out.eot[0].T).argmax(dim=1)
     seconds = time.perf_counter() - meter.begun
     values = {
-        'epoch': run.step * options.batch / len(run.shards),
+        'epoch': run.pairs / len(run.shards),
         'loss': done.loss,
+        'mean_loss': meter.loss / meter.steps,
         'clip': done.clip,
         'distill': done.loss - done.clip,
         **done.terms,
@@ -704,10 +751,16 @@ def trim_log(run):
 
 
 def write_log(run, entry):
-    """An entry to log.jsonl, and its numbers to the terminal."""
+    """An entry to log.jsonl, and the numbers to watch to the terminal; rank 0's."""
+    if not run.first:
+        return
     with open(run.out / 'log.jsonl', 'a') as file:
         file.write(json.dumps(entry) + '\n')
-    tqdm.write('  '.join(f'{name} {value:.6g}' for name, value in entry.items() if name != 'eval'))
+    if 'loss' in entry:
+        left = (run.options.steps - run.step) * run.options.batch / entry['pairs_per_s']
+        tqdm.write('step {step}  loss {mean_loss:.3f}  clip {clip:.3f}  distill {distill:.3f}  accuracy {accuracy:.0%}'
+                   '  lr {lr:.1e}  {pairs_per_s:.0f} pairs/s  '.format(**entry)
+                   + f'{timedelta(seconds=int(left))} left')
 
 
 # --- 8. The loop -----------------------------------------------------------------------------------------------------
@@ -715,64 +768,61 @@ def write_log(run, entry):
 MOST_BROKEN = 5         # steps in a row whose loss or gradient is not finite
 
 
-class Health:
-    """Counts broken steps and bad pairs of all ranks, so that all of them end the run at the same step."""
-
-    def __init__(self, run):
-        self.run = run
-        self.broken = 0                 # steps in a row
-        self.bad = 0                    # pairs
-        self.seen = 0
-
-    def check(self, done, bad_pairs):
-        """Ends a run with too many broken steps or bad pairs."""
-        run = self.run
-        self.bad += bad_pairs
-        self.seen += run.options.batch
-        self.broken = 0 if done.finite else self.broken + 1
-        if self.bad > max(0.05 * self.seen, 10):
-            self.end(f'over 5 % of the pairs cannot be read ({self.bad:.0f} of {self.seen}); see the lines above, '
-                     'and python -m extras.prepare inspect')
-        if self.broken:
-            tqdm.write(f'WARNING    step {run.step} is left out: loss {done.loss:.4g}, gradient norm {done.norm:.4g}')
-        if self.broken == MOST_BROKEN:
-            self.end(f'{MOST_BROKEN} steps in a row were not finite, the last is step {run.step}; go on from before '
-                     f'them by --resume {run.out} and a lower --lr or --precision fp32')
-
-    def end(self, reason):
-        self.run.save()
-        self.run.processes.share(None)   # rank 0 saves: if another leaves first, torchrun kills it
+def check_health(run, done, broken, bad, seen):
+    """Ends a run with too many bad pairs, or broken steps in a row. All ranks have the same counts, so they end it
+    together."""
+    reason = None
+    if bad > max(0.05 * seen, 10):
+        reason = (f'over 5 % of the pairs cannot be read ({bad:.0f} of {seen}); see the lines above, and '
+                  'python -m extras.prepare inspect')
+    if broken:
+        tqdm.write(f'WARNING    step {run.step} is left out: loss {done.loss:.4g}, gradient norm {done.norm:.4g}')
+    if broken == MOST_BROKEN:
+        reason = (f'{broken} steps in a row were not finite, the last is step {run.step}; go on from before them by '
+                  f'--resume {run.out} and a lower --lr or --precision fp32')
+    if reason:
+        run.save()
+        run.processes.share(None)       # rank 0 saves: if another leaves first, torchrun kills it
         raise ValueError(reason)
 
 
 def train(run):
     """Take the steps that are left -> True where a signal ended it sooner. Either way the last step is saved."""
     options = run.options
-    caught, stop = [], False
+    caught = []
+    stop = False
+    broken = bad = seen = 0             # steps in a row that were not finite, pairs that cannot be read, all pairs
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: caught.append(number))
-    meter, health = Meter(), Health(run)
+    meter = Meter()
     order = Order(len(run.shards), options.batch, run.step, options.steps, options.seed,
                   run.processes.rank, run.processes.world)
     # Half precision is faster with captions of multiples of 8 tokens.
     batches = iter(loader(run.views, order, options.workers, multiple=8 if run.dtype else 1))
+    if options.eval_every and run.step == 0:
+        write_log(run, {'step': 0, 'eval': evaluate(run)})              # what the first weights can do
+        meter.restart()
     # A bar of rank 0. None: where there is a terminal.
     for _ in tqdm(range(run.step, options.steps), disable=None if run.first else True):
         batch = meter.next(batches).to(run.device)
         done = train_step(run, batch)
         run.step += 1                                    # the pairs of a step that was left out count as seen
+        run.pairs += options.batch
+        meter.loss += done.loss.detach()
         signals, bad_pairs = run.processes.sum([len(caught), batch.bad])
-        health.check(done, bad_pairs)
         stop = signals > 0
+        bad += bad_pairs
+        seen += options.batch
+        broken = 0 if done.finite else broken + 1
+        check_health(run, done, broken, bad, seen)
         last = run.step == options.steps
         score_due = options.eval_every and run.step % options.eval_every == 0 and not last
         if done.finite and (run.step % options.log_every == 0 or run.step == 1 or last or score_due):
-            entry = describe(run, meter, done) | {'bad_pairs': health.bad}
+            entry = describe(run, meter, done) | {'bad_pairs': bad}
             if score_due:
                 entry['eval'] = evaluate(run)
             # Before the checkpoint: a surplus line is trimmed on resume, a missing one stays missing.
-            if run.first:
-                write_log(run, entry)
+            write_log(run, entry)
             meter.restart()
         seconds = time.perf_counter() - run.saved_at
         overdue = seconds > 60 * options.save_minutes > 0               # 0: never
@@ -813,6 +863,7 @@ def evaluate(run):
     try:
         if run.first:
             score(run, figures)
+            run.keep_best(figures['retrieval'])
     except Exception as error:              # a picture that fails must not end a run of weeks
         tqdm.write(f'WARNING    the evaluation failed: {type(error).__name__}, {error}')
     run.processes.share(None)
@@ -824,11 +875,21 @@ def evaluate(run):
 def announce(run):
     """What this run will do, before it does it; config.json and samples.png."""
     options = run.options
-    print(f'run        {options.method}, {options.preset}, on {len(run.shards):,} pairs of '
-          f'{options.data}\n           steps {run.step} to {options.steps} of {options.batch} pairs on '
-          f'{run.processes.world} x {run.device} in {options.precision}, into {run.out}{LEGEND}')
+    passes = options.steps * options.batch / len(run.shards)
+    sizes = ', '.join(f'{name} {value}' for name, value in asdict(run.config).items())
+    print(f'run        {options.method}, {options.preset}, on {len(run.shards):,} pairs of {options.data}\n'
+          f'           steps {run.step} to {options.steps} of {options.batch} pairs, {passes:.1f} passes, peak lr '
+          f'{options.lr}\n'
+          f'           on {run.processes.world} x {run.device} in {options.precision}, into {run.out}\n'
+          f'model      {sum(p.numel() for p in run.model.parameters()):,} parameters: {sizes}')
+    if options.init:
+        print(f'init       {options.init}{run.init_note}')
+    if not run.val:
+        print('note       nothing is held out, so overfitting cannot be seen; python -m extras.prepare pack --val 0.1 '
+              'holds a tenth out')
     evaluation.write_json(run.out / 'config.json', vars(options) | {'config': asdict(run.config), 'job': this_job()})
     (run.out / 'eval.json').unlink(missing_ok=True)                     # of an earlier step
+    run.check_space()
     sample_sheet(run.views, run.out / 'samples.png')
     trim_log(run)
 
@@ -841,7 +902,11 @@ def finish(run):
         evaluation.write_json(run.out / 'eval.json', figures)
         write_log(run, {'step': run.step, 'eval': figures})
         evaluation.show(figures)
-        print(f'next       python eval.py retrieval {run.out}/last.pt --shards {run.options.val or "SHARDS"}')
+        if run.val:
+            run.keep_best(figures['retrieval'])
+        name = 'best.pt' if 0 < run.best[1] < run.step else 'last.pt'
+        print(f'next       {run.out}/{name} is the better one: python eval.py retrieval {run.out}/{name} '
+              f'--shards {run.options.val or "SHARDS"}')
     run.processes.share(None)
 
 
