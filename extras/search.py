@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 
-from data import Parser, cli, digest, read_image, replacing
+from data import Parser, cli, digest, picture_font, read_image, replacing
 from eval import (add_options, embed_images, embed_labelled, embed_texts, execute, images_in, need,
                   read_checkpoint)
 from extras.prepare import LeftOut
@@ -105,8 +105,8 @@ def draw_tile(path, label):
     tile = Image.new('RGB', (TILE, TILE + LABEL), 'white')
     image = read_image(path).convert('RGB')
     tile.paste(ImageOps.pad(image, (TILE, TILE), color='white'))
-    lines = textwrap.fill(label, 26)
-    ImageDraw.Draw(tile).text((2, TILE + 2), lines, 'black', font_size=12)
+    lines = textwrap.fill(label, 25)
+    ImageDraw.Draw(tile).text((2, TILE + 2), lines, 'black', picture_font(12))
     return to_tensor(tile)
 
 

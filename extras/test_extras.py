@@ -270,7 +270,13 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     """oracle: the pairs broken on purpose, counts by hand, and what is written on the sheet. Of a folder of two halves
     the training pairs are read."""
     texts = []
-    monkeypatch.setattr(ImageDraw.ImageDraw, 'text', lambda self, place, text, **how: texts.append(text))
+    fonts = set()
+
+    def write(self, place, text, font, **how):
+        texts.append(text)
+        fonts.add((font.getname(), font.size))
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, 'text', write)
     members = []
     for i, image in enumerate([picture(), picture(), b'no image', picture()[:600], picture('PNG')]):
         members += [(f'{i}.jpg', image), (f'{i}.txt', b'Dogs. A cat')]
@@ -285,6 +291,7 @@ def test_inspect(tmp_path, capsys, monkeypatch):
                  'words per sentence +0 % 1, .* 100 % 3', 'repeated +1 of 3 images, 2 of 5 sentences'):
         assert re.search(line, printed.out), line
     assert texts[0].startswith('2 global views, the others local')
+    assert fonts == {(data.picture_font(12).getname(), 12)}
     below = texts[1:]           # of one pair after the other
     assert sum(line.startswith('G   ') for line in below) == 2 * 3 and below.count('L   Dogs') >= 3
 
