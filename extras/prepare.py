@@ -134,8 +134,8 @@ def records_by_image(rows, path, image_column=None, caption_column=None):
             record['caption'] = texts[0]
         add_captions(records.setdefault(name, record), record)
     need(any(map(caption_pool, records.values())),
-         f"{path} has no captions that were found: its columns are {', '.join(columns)}; "
-         'give theirs by --caption-column')
+         f"{path} has no captions under a name known here; its columns are {', '.join(columns)}: "
+         'name that of the captions by --caption-column')
     return records
 
 
@@ -238,7 +238,7 @@ def usable(records, images):
 
 
 def write_new(records, images, folder, size):
-    """Further shards, 00000.tar ..., of `size` images. A name that is taken is passed over: only whole shards have one."""
+    """Further shards, 00000.tar ..., of `size` images. A name that is taken is passed over: its shard is whole."""
     found = usable(records, images)
 
     def members(number):

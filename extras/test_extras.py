@@ -174,8 +174,8 @@ def test_columns_that_are_named(tmp_path, images):
 
 
 def test_a_table_that_grew(tmp_path, images, capsys):
-    """oracle: the rows, each in one half; the shards of before, byte by byte; counts by hand. The rows that are new stand
-    first, and an image that was broken is whole now. Refused, without a trace: rows that are gone or changed."""
+    """oracle: the rows, each in one half; the shards of before, byte by byte; counts by hand. New rows stand first,
+    and an image that was broken is whole now. Refused, without a trace: rows that are gone or changed."""
     rows = ['bad.jpg,dog bad']
     for i in range(30):
         put(images / f'{i}.jpg', picture())
@@ -207,7 +207,7 @@ def test_pack_refuses(tmp_path, images, capsys):
     command is taken."""
     out = tmp_path / 'out'
     german = put(tmp_path / 'g.csv', 'image;Beschreibung\na.jpg;größer\nbad.jpg;alt\n')
-    refused('g.csv has .*columns are image, Beschreibung; .*--caption-column', prepare.pack, german, images, out)
+    refused('g.csv has no .* columns are image, Beschreibung: .*--caption-column', prepare.pack, german, images, out)
     refused('none of text; .*--caption-column', prepare.pack, german, images, out, 9, 0, None, 'text')
     assert not capsys.readouterr().err
     excel = put(tmp_path / 'e.csv', german.read_text().encode('cp1252'))
@@ -387,7 +387,7 @@ def test_pairs_command(tmp_path, checkpoint):
 # --- search ----------------------------------------------------------------------------------------------------------
 
 def test_search_refreshes_what_changed(tmp_path, monkeypatch, capsys):
-    """oracle: features without an index; the files that were opened: new or changed ones once, and bad ones ever, twice;
+    """oracle: features without an index; the files that were opened: new or changed ones once, bad ones ever and twice;
     the one file in the user's cache. An index that cannot be read or written ends nothing."""
     folder = tmp_path / 'photos'
     put(folder / 'b/one.png', picture('PNG'))
