@@ -40,7 +40,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
@@ -904,7 +904,19 @@ def loader(views, batches, workers, multiple=1):
 
 TILE = 128      # side of a view on the sheet, in pixels
 LINE = 17       # height of a line of text
-LETTER = 7      # width of a letter, on the average
+LETTER = 8      # width of a letter: capitals on the average, others less
+FONTS = 'DejaVuSans.ttf', 'NotoSans-Regular.ttf', 'Arial Unicode.ttf'           # the last is macOS's
+
+
+@lru_cache              # so that the line is printed once: all pictures have letters of one size
+def picture_font(size):
+    """A font with letters of many scripts, where Pillow finds one among the system's; else its own, and a line."""
+    for name in FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    warn('no font DejaVu or Noto was found: in pictures, letters that are not ASCII will be boxes; '
+         'install one, as by apt install fonts-dejavu-core')
+    return ImageFont.load_default(size)
 
 
 def sample_sheet(views, path):
@@ -924,7 +936,7 @@ def sample_sheet(views, path):
             rows.append((V.to_pil_image(make_grid(tiles, nrow=len(tiles), padding=4, pad_value=1)), lines))
     height = LINE + sum(picture.height + LINE * len(lines) for picture, lines in rows)
     sheet = Image.new('RGB', (width, height), 'white')
-    write = partial(ImageDraw.Draw(sheet).text, fill='black', font_size=13)
+    write = partial(ImageDraw.Draw(sheet).text, fill='black', font=picture_font(12))
     write((4, 0), f'{views.global_images} global views, the others local; below: G a global caption, L a local one')
     top = LINE
     for picture, lines in rows:
@@ -939,6 +951,10 @@ def sample_sheet(views, path):
 
 # --- 7. Commands -----------------------------------------------------------------------------------------------------
 
+# What others call these flags: spelling does not tell.
+OTHER_NAMES = {'--learning-rate': '--lr', '--weight-decay': '--wd'}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one sentence, with exit status 1. An epilog keeps its lines: it is the program's
     docstring."""
@@ -951,7 +967,9 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = super().parse_known_args(*args)
         for flag in unknown:
             if flag.startswith('-'):
-                near = difflib.get_close_matches(flag.partition('=')[0], self._option_string_actions, n=1, cutoff=0.7)
+                name = flag.partition('=')[0]
+                name = OTHER_NAMES.get(name, name)
+                near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.7)
                 remedy = f'did you mean {near[0]}?' if near else f'see {self.prog} --help'
                 self.error(f"unknown argument '{flag}'; {remedy}")
         return namespace, unknown

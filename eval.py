@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from cosmos import COSMOS, Config, from_openclip, to_openclip, unit
 from data import (Parser, Preprocess, Shards, Tokenizer, cli, half_of, normalize, open_image,
-                  read_image, replacing)
+                  picture_font, read_image, replacing)
 
 # --- 1. Files --------------------------------------------------------------------------------------------------------
 
@@ -725,11 +725,11 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path):
         y = top
         for word, weight in words:
             draw.rectangle((left, y, left + TILE * weight, y + LINE - 3), '#ffea46')
-            draw.text((left + 4, y), word, 'black', font_size=13)
+            draw.text((left + 4, y), word, 'black', picture_font(12))
             y += LINE
         top += step
     legend = 'image | where C^I looks: blue low, yellow high | how much C^T reads each word | each on its own scale'
-    draw.text((MARGIN, top), legend, 'black', font_size=12)
+    draw.text((MARGIN, top), legend, 'black', picture_font(12))
     canvas.save(path)
 
 

@@ -842,6 +842,20 @@ def test_the_sheet_of_samples_cuts_nothing(tmp_path, counts):
         assert red[100, 132 * k + 10:132 * k + 120].max() == 0
 
 
+def test_letters_in_pictures(monkeypatch, capsys):
+    """oracle: where a font is found, letters that are not ASCII differ from the box of an unknown one; else one line
+    says so, and there is a font all the same."""
+    data.picture_font.cache_clear()
+    letters = {bytes(data.picture_font(13).getmask(letter)) for letter in 'üß\uffff'}
+    assert len(letters) == 3 or 'WARNING' in capsys.readouterr().err
+    data.picture_font.cache_clear()
+    monkeypatch.setattr(data, 'FONTS', ['absent.ttf'])
+    assert [data.picture_font(13).size for _ in range(2)] == [13, 13]
+    line, = capsys.readouterr().err.splitlines()
+    assert 'not ASCII' in line
+    data.picture_font.cache_clear()
+
+
 # --- Image crops and colours -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('width, kind, tolerance', [
@@ -1896,6 +1910,7 @@ def test_a_failed_evaluation_costs_nothing(monkeypatch, fit, whole, tmp_path, ca
 
 WRONG_OPTIONS = {       # flags, and what their sentence must name
     '--stepz 3': ["'--stepz'", 'did you mean --steps?'],
+    '--learning-rate=1': ['did you mean --lr?'],
     '--batch 1': ['--batch 1 is out of range', '2'],
     '--lr-end 1.5': ['--lr-end 1.5 is out of range', '0 to 1'],
     '--local-crops -1': ['--local-crops -1 is out of range', '0 to'],

@@ -153,7 +153,7 @@ def measure_loader(pattern, preset, rate):
 # --- 3. Commands -----------------------------------------------------------------------------------------------------
 
 def main():
-    parser = Parser(epilog=__doc__)
+    parser = Parser(prog='python -m extras.bench', epilog=__doc__)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser('step', help='time of a training step by part, on random data')
     add = command.add_argument

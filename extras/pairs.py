@@ -245,7 +245,7 @@ def run_pairs(args, model, tokenizer, preprocess):
 
 
 def main():
-    parser = Parser(epilog=__doc__)
+    parser = Parser(prog='python -m extras.pairs', epilog=__doc__)
     add_options(parser)
     parser.set_defaults(command='pairs', run=run_pairs)
     source = parser.add_mutually_exclusive_group(required=True)

@@ -6,11 +6,12 @@
     python -m extras.prepare inspect shards/train                     counts, captions, what training would skip, views
 
 `pack` and `join` go on where they were interrupted, and refuse a folder of shards that were made from something else.
+Of a table that grew `pack` adds what is new.
 """
 import csv
 import io
+import itertools
 import json
-import math
 import os
 import random
 import sqlite3
@@ -25,10 +26,11 @@ from data import (CAPTION_KEYS, DREAMLIP, Parser, Shards, Views, caption_pool, c
                   open_image, read_image, sample_sheet, sentences, unsplit, write_shard)
 from eval import first_line, need, progress, read_json, write_json
 
-IMAGE_COLUMNS = 'image', 'image_path', 'filepath', 'file_name', 'filename', 'path', 'file'
+IMAGE_COLUMNS = 'image', 'image_path', 'filepath', 'file_name', 'filename', 'path', 'file', 'image_name'
 EVERY_CAPTION_KEY = sum(CAPTION_KEYS, [])
 URL_COLUMNS = 'url', 'URL', 'image_url', 'Image Path', 'image_path'     # DreamLIP's CSV: Image Path
 CAPTION_COLUMNS = 'caption', 'title', 'text', 'sentence'                # the first that is filled is the caption
+NAMED = 10              # images that cannot be used: the first show what is wrong with all
 INSPECTED = 5000        # pairs at most: enough for percentages, read in minutes
 KINDS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}     # MPO: of some phones
 
@@ -55,12 +57,17 @@ def read_rows(path):
             rows = parse_json(text)
         elif kind in ('.csv', '.tsv'):
             delimiter = csv.Sniffer().sniff(first_line(text), ',;\t|').delimiter
-            # A TSV has no quoting: a caption in it may begin with a quotation mark.
-            quoting = csv.QUOTE_NONE if kind == '.tsv' else csv.QUOTE_MINIMAL
+            # A TSV has no quoting, nor has Flickr30k's '| ': a caption may begin with a quotation mark.
+            unquoted = kind == '.tsv' or '| ' in first_line(text)
+            quoting = csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL
             rows = list(csv.DictReader(io.StringIO(text), strict=True, delimiter=delimiter,
                                        quoting=quoting, skipinitialspace=True))
         else:                           # not splitlines: JSON may hold U+2028, which would end a line
             rows = [json.loads(line) for line in text.split('\n') if line.strip()]
+    except UnicodeDecodeError as error:
+        line = error.object.count(b'\n', 0, error.start) + 1
+        raise ValueError(f'{path} is not UTF-8 (line {line}); save it as UTF-8, '
+                         'in Excel as the type CSV UTF-8') from None
     except Exception as error:          # of many kinds, for files of other kinds
         raise ValueError(f'{path} cannot be read as JSONL, JSON, CSV or TSV ({error!r})') from None
     need(rows, f'{path} has no rows')
@@ -102,12 +109,16 @@ def add_captions(record, other):
 
 def records_by_image(rows, path, image_column=None, caption_column=None):
     """Rows -> {image name: record}. Rows of one image become one record with all captions."""
+    columns = dict.fromkeys(itertools.chain.from_iterable(rows))        # in their order
     names = [image_column] if image_column else IMAGE_COLUMNS
-    column = find_column(names, rows[0], path,
+    column = find_column(names, columns, path,
                          '; give the column of the image names by --image-column')
     text_columns = CAPTION_COLUMNS
+    if 'comment_number' in columns:                 # Flickr30k's
+        text_columns = ['comment']
     if caption_column:
-        text_columns = [find_column([caption_column], rows[0], path)]
+        text_columns = [find_column([caption_column], columns, path,
+                                    '; give the column of the captions by --caption-column')]
     records = {}
     for number, row in enumerate(rows, 1):
         record = dict(row)
@@ -122,33 +133,38 @@ def records_by_image(rows, path, image_column=None, caption_column=None):
         if texts:
             record['caption'] = texts[0]
         add_captions(records.setdefault(name, record), record)
+    need(any(map(caption_pool, records.values())),
+         f"{path} has no captions under a name known here; its columns are {', '.join(columns)}: "
+         'name that of the captions by --caption-column')
     return records
 
 
 # --- 2. Into shards --------------------------------------------------------------------------------------------------
 
-def claim(out, source, **settings):
+class LeftOut:
+    """Names the first ten images that cannot be used, and counts them all."""
+    count = 0
+
+    def add(self, problem):
+        self.count += 1
+        if self.count <= NAMED:
+            print(f'left out   {problem}', file=sys.stderr)
+
+    def end(self):
+        if self.count > NAMED:
+            print(f'left out   {self.count - NAMED} more', file=sys.stderr)
+
+
+def claim(out, **source):
     """A folder of shards belongs to one source. A second run on it goes on; another source raises ValueError."""
     label = Path(out, 'source.json')
-    stat = os.stat(source)
-    settings['source'] = f'{Path(source).resolve()}, {stat.st_size:,} bytes, {stat.st_mtime_ns}'
-    if not label.exists():
-        need(not list(Path(out).rglob('*.tar')),
-             f'{out} holds shards made from something else than {source}; give another folder, or empty it')
-        Path(out).mkdir(parents=True, exist_ok=True)
-        write_json(label, settings)
-    known = read_json(label)
-    for key, value in settings.items():
-        need(known.get(key) == value, f'{out} holds shards made from something else '
-             f'({key} was {known.get(key)}, is {value}); give another folder, or empty it')
-
-
-def write_missing(out, count, members):
-    """Shards out/00000.tar ... of members(number). What is there is left alone: only whole shards have that name."""
-    for number in progress(range(count), 'writing shards'):
-        path = Path(out, f'{number:05d}.tar')
-        if not path.exists():
-            write_shard(path, members(number))
+    if list(Path(out).rglob('*.tar')):              # without a shard it belongs to none: a command may be corrected
+        known = read_json(label) if label.exists() else {}
+        for key, value in source.items():
+            need(known.get(key) == value, f'{out} holds shards made from something else '
+                 f'({key} was {known.get(key)}, is {value}); give another folder, or empty it')
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_json(label, source)
 
 
 def image_kind(image):
@@ -162,47 +178,81 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
     """A file of rows and a folder of images -> shards of `size` images in `out`.
 
     val: this share of the images goes to out/val, the others to out/train. Which ones depends on their names alone.
-    Image bytes are copied as they are. Rows whose image is missing or no image, or without a caption, are named.
+    Image bytes are copied as they are. Rows whose image is missing or no image, or without a caption, are left out.
+    What is in a shard already stays there; what is in none goes into further ones.
     """
     need(size > 0, f'--size {size} is less than 1')
     need(0 <= val < 1, f'--val {val} is no share; give 0.1 for a tenth')
     need(Path(images).is_dir(), f'{images} is no folder of images')
     records = records_by_image(read_rows(rows), rows, image_column, caption_column)
-    parts = defaultdict(list)                       # side -> its images
+    parts = defaultdict(dict)                       # folder of shards -> its {image name: record}
     for name, record in records.items():
         side = 'val' if random.Random(name).random() < val else 'train'
-        parts[side].append((name, record))
+        folder = Path(out, side) if val else Path(out)
+        parts[folder][name] = record
     need(not val or len(parts) == 2,
          f'--val {val} of {len(records)} images leaves a side empty; give another share')
-    claim(out, rows, size=size, val=val, columns=[image_column, caption_column], images=f'{images}')
+    claim(out, source=f'{Path(rows).resolve()}', images=f'{Path(images).resolve()}',
+          val=val, columns=[image_column, caption_column])
+    new = {}
+    for folder, part in parts.items():              # of both sides, before a shard of either is written
+        new[folder] = not_packed(part, folder, rows)
     packed = 0
-    for side, part in sorted(parts.items()):        # train first
-        packed += pack_part(part, images, Path(out, side if val else ''), size)
+    for folder, part in sorted(parts.items()):      # train first
+        write_new(new[folder], images, folder, size)
+        there = len(Shards(folder)) if list(folder.glob('*.tar')) else 0
+        print(f'{folder} holds {there:,} of the {len(part):,} images listed, '
+              f'{len(part) - there:,} left out')
+        packed += there
     need(packed, f'none of the {len(records)} images could be packed; are they in {images}?')
 
 
-def pack_part(records, images, out, size):
-    """Shards of (image name, record)s in `out`, and a line that counts them -> the number of images in there."""
+def not_packed(records, folder, rows):
+    """{image name: record} of what is in no shard yet. ValueError where a shard holds what is not among the records."""
+    new = dict(records)
+    shards = Shards(folder) if list(folder.glob('*.tar')) else ()
+    for i in progress(range(len(shards)), 'reading shards'):
+        name = shards.record(i)['file']
+        record = json.dumps(new.pop(name, None))
+        need(record.encode() == shards.member(i, 'json'),
+             f"{folder} holds '{name}', whose rows in {rows} are gone or changed; "
+             'give another folder, or empty it')
+    return new
+
+
+def usable(records, images):
+    """(extension, bytes, record) of the images that can be packed. The others are left out."""
+    left_out = LeftOut()
+    for name, record in progress(records.items(), 'packing'):
+        try:
+            path = Path(images, name)
+            image = path.read_bytes()
+            read_image(path, 'it')
+            need(caption_pool(record), f"no caption under {', '.join(record)}")
+            kind = image_kind(image)
+        except (OSError, ValueError) as error:
+            left_out.add(f'{name}: {error}')
+            continue
+        yield kind, image, record
+    left_out.end()
+
+
+def write_new(records, images, folder, size):
+    """Further shards, 00000.tar ..., of `size` images. A name that is taken is passed over: its shard is whole."""
+    found = usable(records, images)
+
     def members(number):
-        for i, (name, record) in enumerate(records[number * size:(number + 1) * size]):
+        for i, (kind, image, record) in enumerate(itertools.islice(found, size)):
             key = f'{number:05d}{i:05d}'
-            try:
-                path = Path(images, name)
-                image = path.read_bytes()
-                read_image(path, 'it')
-                need(caption_pool(record), f"no caption under {', '.join(record)}")
-                kind = image_kind(image)
-            except (OSError, ValueError) as error:
-                print(f'left out   {name}: {error}', file=sys.stderr)
-                continue
             yield f'{key}.{kind}', image
             yield f'{key}.json', json.dumps(record).encode()
 
-    write_missing(out, math.ceil(len(records) / size), members)
-    there = len(Shards(out)) if list(out.glob('*.tar')) else 0          # with those of an earlier call
-    print(f'{out} holds {there:,} of the {len(records):,} images listed, '
-          f'{len(records) - there:,} left out')
-    return there
+    for number in itertools.count():
+        path = Path(folder, f'{number:05d}.tar')
+        if not path.exists():
+            write_shard(path, members(number))
+            if not path.exists():                   # nothing was left for it
+                break
 
 
 def read_captions(table):
@@ -241,8 +291,11 @@ def join(table, pattern, out):
         raise ValueError(f"{pattern} has no 'url' to join by in its json; "
                          'is it as img2dataset wrote it?') from None
     database = read_captions(table)
-    claim(out, table, shards=shards.fingerprint)
+    stat = os.stat(table)
+    claim(out, source=f'{Path(table).resolve()}, {stat.st_size:,} bytes, {stat.st_mtime_ns}',
+          shards=shards.fingerprint)
     counts = Counter()
+    left_out = LeftOut()
 
     def members(number):
         for i in np.flatnonzero(shards.pairs['shard'] == number):
@@ -254,14 +307,18 @@ def join(table, pattern, out):
                 url = str(record.get('url') or '').strip()
                 row = database.execute('select record from captions where url = ?', (url,)).fetchone()
             except Exception as error:              # decoders raise what they like
-                print(f'left out   {shards.name(i)}: {error}', file=sys.stderr)
+                left_out.add(f'{shards.name(i)}: {error}')
                 continue
             if row:
                 counts['matched'] += 1
                 yield f'{number:05d}{i:07d}.{kind}', image
                 yield f'{number:05d}{i:07d}.json', json.dumps(record | json.loads(row[0])).encode()
 
-    write_missing(out, len(shards.paths), members)
+    for number in progress(range(len(shards.paths)), 'writing shards'):
+        path = Path(out, f'{number:05d}.tar')
+        if not path.exists():                       # only whole shards have that name
+            write_shard(path, members(number))
+    left_out.end()
     print(f"{counts['matched']:,} of {counts['pairs']:,} pairs matched "
           f"({counts['matched'] / max(counts['pairs'], 1):.1%}), in the shards that {out} lacked")
 
@@ -273,11 +330,12 @@ def percentiles(values):
 
 
 def inspect(pattern, caption_keys, preset, out):
-    """A report on pairs from all over the set, and a sheet of views. It names unreadable pairs."""
+    """A report on pairs from all over the set, and a sheet of views. What cannot be read is left out."""
     shards = Shards(half_of(pattern, 'train'), caption_keys)
     views = Views(shards, None, Config.preset(preset), seed=0, batch=1,
                   augment='crops' if preset == 'tiny' else 'full')
     sample = np.unique(np.linspace(0, len(shards) - 1, INSPECTED, dtype=int))
+    left_out = LeftOut()
     pools = []
     paragraphs = 0
     images = set()
@@ -286,7 +344,7 @@ def inspect(pattern, caption_keys, preset, out):
         try:
             views.views(0, i)                       # as training does
         except Exception as error:                  # decoders raise what they like
-            print(f'would be skipped  {shards.name(i)}: {error}', file=sys.stderr)
+            left_out.add(f'{shards.name(i)}: {error}')
             continue
         pools.append(shards.pool(i))
         images.add(hash(shards.image(i)))
@@ -294,10 +352,11 @@ def inspect(pattern, caption_keys, preset, out):
         keys.update(record.keys())
         if unsplit(record):
             paragraphs += 1
+    left_out.end()
     need(pools, f'none of {len(sample)} pairs of {pattern} can be read')
     texts = sum(pools, [])
     print(f'{len(shards):,} pairs in {len(shards.paths)} shards, {sum(shards.sizes) / 2**20:,.1f} MiB')
-    print('would be skipped    ', f'{len(sample) - len(pools)} of {len(sample)} pairs read')
+    print('left out            ', f'{left_out.count} of {len(sample)} pairs read; training skips them')
     print('keys                ',
           ', '.join(f'{key} ({n / len(pools):.0%})' for key, n in keys.most_common()))
     print('sentences per pair  ', percentiles(list(map(len, pools))))
@@ -314,7 +373,7 @@ def inspect(pattern, caption_keys, preset, out):
 # --- 4. Commands -----------------------------------------------------------------------------------------------------
 
 def main():
-    parser = Parser(epilog=__doc__)
+    parser = Parser(prog='python -m extras.prepare', epilog=__doc__)
     commands = parser.add_subparsers(required=True)
 
     def command(run, text):

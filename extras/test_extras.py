@@ -19,6 +19,7 @@ import cosmos
 import data
 import train
 from cosmos import COSMOS, Config
+from eval import load
 from extras import bench, pairs, prepare, search
 
 MICRO = Config.preset(
@@ -147,7 +148,10 @@ GARBLED = {
     'a byte order mark, two columns of texts': (
         'u.csv', [['a dog'], ['a cat']], '\ufeffimage,title,text\na.jpg,a dog,\nb.jpg,,a cat\n'),
     'a caption beside another text': (
-        't.csv', [['a dog'], ['a cat, old']], 'image,caption,text\na.jpg,a dog,SALE\nb.jpg,"a cat, old",\n')}
+        't.csv', [['a dog'], ['a cat, old']], 'image,caption,text\na.jpg,a dog,SALE\nb.jpg,"a cat, old",\n'),
+    "Flickr30k's, with a quotation mark, and a row that lacks a delimiter": (
+        'f.csv', [['Dogs run'], ['" Oh , a cat']],
+        'image_name| comment_number| comment\na.jpg| 0| Dogs run .\nb.jpg| 0| " Oh , a cat .\na.jpg| 4   A dog .\n')}
 
 
 @pytest.mark.parametrize('case', GARBLED)
@@ -169,36 +173,69 @@ def test_columns_that_are_named(tmp_path, images):
     refused('none of foto; .*--image-column', prepare.pack, table, images, out, 9, 0, 'foto')
 
 
-def test_held_out_half(tmp_path, images, capsys):
-    """oracle: the rows, each in one half: the same when called again, and where the table is longer. Counts by hand."""
-    rows = ['image,caption', 'absent.jpg,dog']
+def test_a_table_that_grew(tmp_path, images, capsys):
+    """oracle: the rows, each in one half; the shards of before, byte by byte; counts by hand. New rows stand first,
+    and an image that was broken is whole now. Refused, without a trace: rows that are gone or changed."""
+    rows = ['bad.jpg,dog bad']
     for i in range(30):
         put(images / f'{i}.jpg', picture())
         rows.append(f'{i}.jpg,dog {i}')
-    short = put(tmp_path / 'short.csv', '\n'.join(rows[:17]))
-    whole = put(tmp_path / 'whole.csv', '\n'.join(rows))
-    for table in short, whole, whole:
-        prepare.pack(table, images, tmp_path / table.stem, val=0.3)
-    train = pools(tmp_path / 'whole/train')
-    val = pools(tmp_path / 'whole/val')
-    assert sorted(train + val) == sorted([f'dog {i}'] for i in range(30))
-    first = pools(tmp_path / 'short/val')
-    assert first == val[:len(first)] != val
-    printed = capsys.readouterr().out
-    assert printed.count(f'/train holds {len(train)} of the {len(train) + 1} images listed, 1 left out') == 2
-    refused('--val 10 is no share', prepare.pack, whole, images, tmp_path, 9, 10)
-
-
-def test_pack_refuses(tmp_path, images):
-    """oracle: the sentence of the error, which names value and place."""
+    table = tmp_path / 't.csv'
     out = tmp_path / 'out'
+
+    def pack(lines):
+        put(table, '\n'.join(['image,caption', *lines]))
+        prepare.pack(table, f'{images}/', out, 4, 0.3)
+        return {path: path.read_bytes() for path in out.rglob('*.tar')}
+
+    before = pack(rows[:17])
+    put(images / 'bad.jpg', picture())
+    after = pack(rows[17:] + rows[:17])
+    assert after.items() > before.items() and after == pack(rows)
+    train = pools(out / 'train')
+    val = pools(out / 'val')
+    assert sorted(train + val) == sorted([line.partition(',')[2]] for line in rows)
+    assert f'/train holds {len(train)} of the {len(train)} images listed, 0 left out' in capsys.readouterr().out
+    refused("val holds '3.jpg', whose rows .*t.csv are gone or changed", pack, rows[:4] + rows[5:])
+    refused("val holds '3.jpg', whose", pack, [*rows, '3.jpg,another', 'a.jpg,new'])
+    assert after == pack(rows)
+    refused('--val 10 is no share', prepare.pack, table, images, tmp_path, 9, 10)
+
+
+def test_pack_refuses(tmp_path, images, capsys):
+    """oracle: the sentence of the error, which names value and place. Before any image is read, and the corrected
+    command is taken."""
+    out = tmp_path / 'out'
+    german = put(tmp_path / 'g.csv', 'image;Beschreibung\na.jpg;größer\nbad.jpg;alt\n')
+    refused('g.csv has no .* columns are image, Beschreibung: .*--caption-column', prepare.pack, german, images, out)
+    refused('none of text; .*--caption-column', prepare.pack, german, images, out, 9, 0, None, 'text')
+    assert not capsys.readouterr().err
+    excel = put(tmp_path / 'e.csv', german.read_text().encode('cp1252'))
+    with pytest.raises(ValueError, match=r'e.csv is not UTF-8 \(line 2\); .*CSV UTF-8') as error:
+        prepare.pack(excel, images, out)
+    assert len(str(error.value)) < 200
+    refused('none of the 2 images', prepare.pack, german, tmp_path, out, 9, 0, None, 'Beschreibung')
+    prepare.pack(german, images, out, 9, 0, None, 'Beschreibung')
+    assert pools(out) == [['größer']]
+    out = tmp_path / 'other'
     rows = put(tmp_path / 'r.csv', SOURCES['r.csv'])
     prepare.pack(rows, images, out)
     other = put(tmp_path / 'other.jsonl', LINES)
-    refused('out holds shards made from .*r.csv', prepare.pack, other, images, out)
+    refused('other holds shards made from .*r.csv', prepare.pack, other, images, out)
     refused('none of the 2 images', prepare.pack, rows, out, tmp_path / 'new')
     wide = put(tmp_path / 'w.csv', 'image,caption\na.jpg,a dog, old\n')
     refused('row 1 of .*w.csv has more fields than the first', prepare.pack, wide, images, out)
+
+
+def test_ten_are_named(tmp_path, images, capsys):
+    """oracle: 13 rows of absent images, counted by hand."""
+    rows = ['image,caption', 'a.jpg,dog']
+    for i in range(13):
+        rows.append(f'{i}.jpg,dog')
+    prepare.pack(put(tmp_path / 't.csv', '\n'.join(rows)), images, tmp_path / 'out')
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(':')[0] for line in lines] == [
+        *[f'left out   {i}.jpg' for i in range(10)], 'left out   3 more']
 
 
 URLS = r"""{"url": "http://x/0", "caption": "alt"}
@@ -233,7 +270,13 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     """oracle: the pairs broken on purpose, counts by hand, and what is written on the sheet. Of a folder of two halves
     the training pairs are read."""
     texts = []
-    monkeypatch.setattr(ImageDraw.ImageDraw, 'text', lambda self, place, text, **how: texts.append(text))
+    fonts = set()
+
+    def write(self, place, text, font, **how):
+        texts.append(text)
+        fonts.add((font.getname(), font.size))
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, 'text', write)
     members = []
     for i, image in enumerate([picture(), picture(), b'no image', picture()[:600], picture('PNG')]):
         members += [(f'{i}.jpg', image), (f'{i}.txt', b'Dogs. A cat')]
@@ -242,12 +285,13 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     data.write_shard(tmp_path / 'val/0.tar', members[:2])
     run(prepare, 'inspect', tmp_path, '--out', tmp_path / 'sheet.png')
     printed = capsys.readouterr()
-    assert re.findall(r'would be skipped .*0.tar:(\d)', printed.err) == ['2', '3']
-    for line in ('of .* the half train/', 'would be skipped +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
+    assert re.findall(r'left out   .*0.tar:(\d)', printed.err) == ['2', '3']
+    for line in ('of .* the half train/', 'left out +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
                  'unsplit paragraphs +in 1 of 3 pairs', 'sentences per pair +0 % 1, .* 100 % 2',
                  'words per sentence +0 % 1, .* 100 % 3', 'repeated +1 of 3 images, 2 of 5 sentences'):
         assert re.search(line, printed.out), line
     assert texts[0].startswith('2 global views, the others local')
+    assert fonts == {(data.picture_font(12).getname(), 12)}
     below = texts[1:]           # of one pair after the other
     assert sum(line.startswith('G   ') for line in below) == 2 * 3 and below.count('L   Dogs') >= 3
 
@@ -343,7 +387,7 @@ def test_pairs_command(tmp_path, checkpoint):
 # --- search ----------------------------------------------------------------------------------------------------------
 
 def test_search_refreshes_what_changed(tmp_path, monkeypatch, capsys):
-    """oracle: features without an index; the files that were opened, once each: new or changed ones, and bad ones ever;
+    """oracle: features without an index; the files that were opened: new or changed ones once, bad ones ever and twice;
     the one file in the user's cache. An index that cannot be read or written ends nothing."""
     folder = tmp_path / 'photos'
     put(folder / 'b/one.png', picture('PNG'))
@@ -360,9 +404,9 @@ def test_search_refreshes_what_changed(tmp_path, monkeypatch, capsys):
 
     def check(names, new, model=first):
         opened.clear()
-        paths, features = search.folder_features(model, data.Preprocess(32), folder)
+        paths, features, left_out = search.folder_features(model, data.Preprocess(32), folder)
         assert [path.name for path in paths] == names
-        assert sorted(opened) == ['bad.jpg', *new]
+        assert sorted(opened) == ['bad.jpg', 'bad.jpg', *new] and left_out == 1
         whole = search.embed_images(model, paths, data.Preprocess(32))
         torch.testing.assert_close(features, whole, rtol=1e-5, atol=1e-6)
 
@@ -379,26 +423,51 @@ def test_search_refreshes_what_changed(tmp_path, monkeypatch, capsys):
     check(both, both)
     monkeypatch.setenv('TORCH_HOME', str(folder / 'two.png'))
     check(both, both)
-    printed = capsys.readouterr().out
-    assert 'bad.jpg is no image' in printed and 'not kept' in printed
+    assert 'not kept' in capsys.readouterr().out
     refused('absent is missing', search.folder_features, None, None, tmp_path / 'absent')
 
 
 def test_search_command(tmp_path, checkpoint, capsys):
     """oracle: an image and its copy score 1, and their tiles differ, as only their folders do; the sheet is as wide as
-    the images that are shown."""
+    the images that are shown. All three are ranked, and the features that are saved give the scores; what is broken is
+    named and counted, what is hidden is not looked at."""
     photos = tmp_path / 'photos'
+    put(photos / 'bad.jpg', b'no image')
+    put(photos / '.hidden/one.png', picture())
+    put(photos / '._one.png', b'no image')
+    (photos / 'empty').mkdir()
     sheet = tmp_path / 'sheet.png'
     for name, colour in {'a/one.png': 'red', 'b/one.png': 'red', 'two.png': 'blue'}.items():
         put(photos / name, picture('PNG', colour))
     common = [checkpoint, '--images', photos, '--workers', 0, '--device', 'cpu', '--out', sheet]
-    run(search, *common, 'a red star')
+    run(search, *common, 'a red star', '--json', tmp_path / 'f.json', '--save', tmp_path / 'f.pt')
+    printed = capsys.readouterr()
+    assert re.findall('left out .*', printed.err) == [f'left out   {photos}/bad.jpg is no image that can be read '
+                                                      f"(cannot identify image file '{photos}/bad.jpg')"]
+    assert re.search('left out +1\n', printed.out)
+    found = json.loads((tmp_path / 'f.json').read_text())
+    assert found['left out'] == 1
+    saved = torch.load(tmp_path / 'f.pt', weights_only=True)
+    assert saved['paths'] == [f'{photos}/a/one.png', f'{photos}/b/one.png', f'{photos}/two.png']
+    query = search.embed_texts(*load(checkpoint)[:2], ['a red star'])[0]
+    scores = dict(zip(saved['paths'], (saved['features'] @ query).tolist()))
+    ranking = [(row['image'], row['score']) for row in found['ranking']]
+    assert dict(ranking) == pytest.approx(scores) and ranking == sorted(ranking, key=lambda row: -row[1])
     assert Image.open(sheet).width == 3 * (search.TILE + 2) + 2
     run(search, *common, '--top', 2, '--like', photos / 'a/one.png')
     assert len(re.findall('^1.0000 .*one.png', capsys.readouterr().out, re.M)) == 2
     left, right = data.decode(sheet.read_bytes())[..., 2:].chunk(2, dim=2)
     assert not left.equal(right)
     refused('--like', run, search, *common)
+    refused('quotes: "a red star"', run, search, *common, 'a', 'red', 'star')
+
+
+@pytest.mark.parametrize('module', [bench, pairs, prepare, search])
+def test_help_shows_the_command_as_it_is_typed(module, capsys):
+    """oracle: the module's name."""
+    with pytest.raises(SystemExit):
+        run(module, '--help')
+    assert capsys.readouterr().out.startswith(f'usage: python -m {module.__name__} [')
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------
