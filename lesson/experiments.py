@@ -241,12 +241,10 @@ def origin():
     with suppress(OSError):                                             # Linux tells more
         # `|$`: there is a match, even where no model is named
         name = re.search('model name.*: (.*)|$', Path('/proc/cpuinfo').read_text())[1] or name
-    code = 'cosmos.py data.py eval.py train.py'
-    for module in 'scenes', 'suppression', 'experiments':
-        code += f' lesson/{module}.py'
-    commit = subprocess.getoutput(f'git log -1 --format=%h -- {code}')
+    # of lesson/ neither plots.py nor the tests
+    command = 'git log -1 --format=%h -- cosmos.py data.py eval.py train.py lesson/[!pt]*.py'
     return {
-        'commit': commit,
+        'commit': subprocess.getoutput(command),
         'machine': f'{name}, {os.cpu_count()} cores',
         'precision': PRECISION}
 
@@ -360,13 +358,10 @@ def main():
     parser.add_argument('experiment', choices=EXPERIMENTS)
     parser.add_argument('--seeds', type=int, help='how many, instead of those of the course')
     parser.add_argument('--also', nargs='+', default=[], metavar='VARIANT', help='more of tune-*')
-    parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run and print it')
+    parser.add_argument('--run', nargs=2, default=[], metavar=('VARIANT', 'SEED'), help='make one run')
     args = parser.parse_args()
     variants = EXPERIMENTS[args.experiment]
-    chosen = list(args.also)
-    if args.run:
-        chosen.append(args.run[0])
-    for name in chosen:
+    for name in args.also + args.run[:1]:
         evaluation.need(name in variants, f'no variant is called {name}; take one of {", ".join(variants)}')
     if args.run:
         name, seed = args.run

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from data import Parser, cli
+from data import Parser, cli, digest
 from eval import need, read_text
-from lesson.experiments import EXPERIMENTS, METHODS, missing_runs, read_results
+from lesson.experiments import EXPERIMENTS, METHODS, THREE, missing_runs, read_results
 
 README = Path('lesson/README.md')
 TABLES = Path('lesson/tables.md')
@@ -63,31 +63,30 @@ def values(experiment, name, column):
     return found
 
 
-# 97.5 % quantiles of Student's t for 1 to 8 degrees of freedom
+def variants_with(experiment, column):
+    return [name for name in EXPERIMENTS[experiment] if values(experiment, name, column)]
+
+
+# 97.5 % quantiles of Student's t for 1 to 8 degrees of freedom, which are rounded down: no interval gets shorter
 QUANTILES = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31]
-
-
-def quantile(freedom):
-    """Degrees of freedom are rounded down, which makes an interval longer, never shorter."""
-    return QUANTILES[min(int(freedom), len(QUANTILES)) - 1]
 
 
 def half_interval(numbers):
     """Half of the 95 % interval of their mean; 0 for a single one."""
-    count = len(numbers)
-    if count < 2:
+    freedom = len(numbers) - 1
+    if freedom < 1:
         return 0.0
-    return quantile(count - 1) * math.sqrt(variance(numbers) / count)
+    return QUANTILES[freedom - 1] * math.sqrt(variance(numbers) / len(numbers))
 
 
 def welch(a, b):
-    """Half of the 95 % interval of the difference of two means, whose variances may differ (Welch)."""
-    u = variance(a) / len(a)
-    v = variance(b) / len(b)
+    """Half of the 95 % interval of the difference of two means over as many runs, whose variances may differ (Welch)."""
+    u = variance(a)
+    v = variance(b)
     if u + v == 0:
         return 0.0
-    freedom = (u + v) ** 2 / (u ** 2 / (len(a) - 1) + v ** 2 / (len(b) - 1))
-    return quantile(freedom) * math.sqrt(u + v)
+    freedom = (len(a) - 1) * (u + v) ** 2 / (u ** 2 + v ** 2)
+    return QUANTILES[int(freedom) - 1] * math.sqrt((u + v) / len(a))
 
 
 def difference(experiment, name, other, column):
@@ -121,21 +120,19 @@ def cell(experiment, name, column):
     text = f'{fmean(found.values()):.1f}'
     first = next(iter(EXPERIMENTS[experiment]))
     gap = difference(experiment, name, first, column)
-    if name == first or not gap:
+    if name == first or column in UNITS or not gap:
         return text
     return f'{text}, {gap}'
 
 
 def table(experiment):
     """Markdown: a line per variant that has rows, a column per figure that has values."""
-    rows = rows_of(experiment)
-    columns = [column for column in COLUMNS if any(row.get(column) for row in rows)]
+    columns = [column for column in COLUMNS if variants_with(experiment, column)]
     headings = [COLUMNS[column] for column in columns]
     lines = [f'| {experiment} | {" | ".join(headings)} |', '|---' * (1 + len(columns)) + '|']
-    for name in EXPERIMENTS[experiment]:
-        if any(row['variant'] == name for row in rows):
-            cells = [cell(experiment, name, column) for column in columns]
-            lines.append(f'| {name} | {" | ".join(cells)} |')
+    for name in variants_with(experiment, 'seconds'):
+        cells = [cell(experiment, name, column) for column in columns]
+        lines.append(f'| {name} | {" | ".join(cells)} |')
     return '\n'.join(lines) + '\n\n'
 
 
@@ -151,181 +148,147 @@ def all_tables():
 
 # --- 2. Plots --------------------------------------------------------------------------------------------------------
 
+# Colours of a palette for the colour-blind, and markers: either tells them apart.
+STYLES = ['C0o-', 'C1s-', 'C2D-', 'C3^-']
+COMPANY = {'none': 'alone', 'equal': 'beside an equal', 'big': 'beside a big one'}
+
+
+def draw_rows(axis, panel, marks):
+    """A row per variant, with a mark for each column of the panel."""
+    variants = variants_with(panel.experiment, panel.columns[0])
+    for y, name in enumerate(variants):
+        means = []
+        for style, label, column in zip(STYLES, marks, panel.columns):
+            found = values(panel.experiment, name, column).values()
+            means.append(fmean(found))
+            half = half_interval(found)
+            axis.errorbar(means[-1], y, xerr=half, fmt=style, label=label, capsize=3)
+        axis.plot(means, [y] * len(means), color='lightgrey', linewidth=4, zorder=0)
+    axis.set_yticks(range(len(variants)), [METHODS[name].label for name in variants])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 100)
+    axis.axvline(panel.chance, color='grey', linestyle='--')
+
+
+def draw_lines(axis, panel, marks):
+    """A line per method over the number at the end of a variant's name."""
+    lines = {}
+    column = panel.columns[-1]
+    for name in variants_with(panel.experiment, column):
+        method, _, x = name.rpartition('-')
+        found = values(panel.experiment, name, column)
+        lines.setdefault(METHODS[method].label, {})[float(x)] = found
+    axis.set_xscale('log')
+    plot_lines(axis, panel, lines)
+    xs = sorted(set().union(*lines.values()))
+    axis.set_xticks(xs, [f'{x:g}' for x in xs], rotation=45)
+    axis.minorticks_off()
+
+
+def draw_curves(axis, panel, marks):
+    """A curve per scene over training, of the method that the panel is called after."""
+    curves = {}
+    for column in results()[0]:
+        figure, _, step = column.partition('@')
+        if figure not in panel.columns or not step:
+            continue
+        for name in variants_with(panel.experiment, column):
+            method, _, scene = name.rpartition('-')
+            if METHODS[method].label == panel.title:
+                found = values(panel.experiment, name, column)
+                curves.setdefault(COMPANY[scene], {})[int(step)] = found
+    plot_lines(axis, panel, curves)
+
+
+def plot_lines(axis, panel, lines):
+    """Means with their intervals. lines: {label: {x: {seed: value}}}"""
+    for style, (label, points) in zip(STYLES, lines.items()):
+        xs = sorted(points)
+        means = [fmean(points[x].values()) for x in xs]
+        halves = [half_interval(points[x].values()) for x in xs]
+        axis.errorbar(xs, means, halves, fmt=style, label=label, capsize=3)
+    axis.set_ylim(0, 100)
+    axis.axhline(panel.chance, color='grey', linestyle='--')
+
+
 class Panel(NamedTuple):
-    """`columns` of an experiment under a title; `guess`: what chance reaches, in percent."""
     title: str
     experiment: str
-    columns: list
-    guess: float = 100 / 6
-    method: str = ''            # for curves: whose
+    columns: list               # a plot of lines shows the last one
+    chance: float = 100 / 6     # a dashed line, in percent
 
 
 class Picture(NamedTuple):
-    """Panels side by side, in one scale from 0 to 100 %."""
-    draw: object                # (axis, panel, picture)
-    panels: list
+    """Panels side by side, all from 0 to 100 %."""
+    draw: object                # (axis, panel, marks)
     label: str                  # of the x axis
-    marks: list = ['own weights', 'averaged weights']           # what the columns of a panel are
+    panels: list
+    marks: list = ['own weights', 'averaged weights']           # what the columns of rows are
 
 
 def both(figure):
     return [f'raw.{figure}', f'averaged.{figure}']
 
 
-# For the colour-blind (Okabe and Ito), and told apart by their markers, too
-INKS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7']
-MARKERS = 'osD^'
-PAPER = {                       # Table 5: R@1 of captions among the 5,000 images of COCO
-    'clip': 15.0, 'clip-aug': 17.5, 'image-distill': 20.6,
-    'text-crop': 50.4, 'text-distill': 51.0, 'cosmos': 53.1}
+def named(experiment, where=''):
+    return [
+        Panel(f'Big objects named{where}', experiment, both('dominant.top1')),
+        Panel(f'Small objects named{where}', experiment, both('small.top1'))]
 
 
-def draw_rows(axis, panel, picture):
-    """A row per variant: its columns on one line, with the interval of the last."""
-    variants = [name for name in EXPERIMENTS[panel.experiment]
-                if values(panel.experiment, name, panel.columns[0])]
-    for y, name in enumerate(variants):
-        ends = []
-        for ink, marker, column in zip(INKS, MARKERS, panel.columns):
-            found = list(values(panel.experiment, name, column).values())
-            ends.append(fmean(found))
-            axis.errorbar(ends[-1], y, xerr=half_interval(found), color=ink, marker=marker,
-                          capsize=3, label=picture.marks[len(ends) - 1] if y == 0 else None)
-        axis.plot(ends, [y] * len(ends), color='lightgrey', linewidth=4, zorder=0)
-    labels = [METHODS[name].label if name in METHODS else name for name in variants]
-    axis.set_yticks(range(len(variants)), labels)
-    axis.set_ylim(len(variants) - 0.5, -0.5)
-    axis.set_xlim(0, 100)
-    axis.set_xlabel(picture.label)
-    axis.axvline(panel.guess, color='grey', linestyle='--', linewidth=1)
+def pointing(role):
+    figures = 'absent_peak', 'peak', 'area'
+    return [f'averaged.pointing.{role}.{figure}' for figure in figures]
 
 
-def draw_paper(axis, panel, picture):
-    """The paper's rows."""
-    labels = [METHODS[name].label for name in PAPER]
-    axis.barh(labels, PAPER.values(), color=INKS[0], height=0.4)
-    axis.invert_yaxis()
-    axis.set_xlim(0, 100)
-    axis.set_xlabel('captions found first among 5,000 images, %')
-
-
-def draw_lines(axis, panel, picture):
-    """A line per method over the number that a variant's name ends with; small dots: single runs."""
-    [column] = panel.columns
-    lines = {}
-    for name in EXPERIMENTS[panel.experiment]:
-        method, _, x = name.rpartition('-')
-        found = list(values(panel.experiment, name, column).values())
-        if found:
-            lines.setdefault(method, {})[float(x)] = found
-    for ink, marker, (method, points) in zip(INKS, MARKERS, lines.items()):
-        xs = sorted(points)
-        for x in xs:
-            axis.plot([x] * len(points[x]), points[x], '.', color=ink, markersize=4)
-        means = [fmean(points[x]) for x in xs]
-        axis.plot(xs, means, color=ink, marker=marker, label=METHODS[method].label)
-    axis.set_xscale('log', base=2)
-    axis.set_xticks(xs, [f'{x:g}' for x in xs], rotation=45, minor=False)
-    finish_axis(axis, panel, picture)
-
-
-def draw_curves(axis, panel, picture):
-    """Over training: a curve per variant of the panel's method, the mean over seeds."""
-    [column] = panel.columns
-    scenes = {'none': 'alone', 'equal': 'beside an equal', 'big': 'beside a big one'}
-    for ink, marker, (scene, label) in zip(INKS, MARKERS, scenes.items()):
-        name = f'{panel.method}-{scene}'
-        points = {}
-        for row in rows_of(panel.experiment):
-            for each in row:
-                if row['variant'] == name and row[each] and each.startswith(f'{column}@'):
-                    step = int(each.partition('@')[2])
-                    share = 100 * step / float(row['steps'])
-                    points.setdefault(share, []).append(100 * float(row[each]))
-        xs = sorted(points)
-        means = [fmean(points[x]) for x in xs]
-        bars = [half_interval(points[x]) for x in xs]
-        axis.errorbar(xs, means, bars, color=ink, marker=marker, capsize=3, label=label)
-    finish_axis(axis, panel, picture)
-
-
-def finish_axis(axis, panel, picture):
-    axis.axhline(panel.guess, color='grey', linestyle='--', linewidth=1)
-    axis.set_ylim(0, 100)
-    axis.set_xlabel(picture.label)
-
-
-BIG = 'averaged.dominant.top1'
-SMALL = 'averaged.small.top1'
+SMALL = both('small.top1')
 PICTURES = {
-    'race': Picture(draw_rows, [
-        Panel('The same pairs,\nthree objects', 'pairs', both('small.top1')),
-        Panel('The same minutes,\nthree objects', 'main', both('small.top1')),
-        Panel('The same minutes,\na big and a small object', 'other-world', both('small.top1')),
-        Panel('The paper, on photographs', 'main', [])], 'small objects named, %'),
-    'main': Picture(draw_rows, [
-        Panel('Big objects named', 'main', both('dominant.top1')),
-        Panel('Small objects named', 'main', both('small.top1')),
-        Panel('Colour bound to shape', 'main', both('bound.dominant_small'), 50),
-        Panel('Caption found first', 'main', both('retrieval.image_to_text_R@1'), 0.1)], '%'),
-    'parts': Picture(draw_rows, [
-        Panel('Big objects named', 'parts', both('dominant.top1')),
-        Panel('Small objects named', 'parts', both('small.top1'))], '%'),
-    'pointing': Picture(draw_rows, [
-        Panel(f'C^I asked for a {role} object', 'parts', [
-            f'averaged.pointing.{column}.area',
-            f'averaged.pointing.{column}.absent_peak',
-            f'averaged.pointing.{column}.peak'], 0)
-        for role, column in (('big', 'dominant'), ('small', 'small'))],
-        'highest weight on the object, %',
-        ['a blind guess', 'asked for an absent name', 'asked for its name']),
-    'rates': Picture(draw_lines, [
-        Panel('Big, three objects', 'tune-a', [BIG]),
-        Panel('Small, three objects', 'tune-a', [SMALL]),
-        Panel('Big, two objects', 'tune-b', [BIG]),
-        Panel('Small, two objects', 'tune-b', [SMALL])], 'peak learning rate'),
-    'colors': Picture(draw_lines, [
-        Panel('Big objects', 'colors', [BIG]),
-        Panel('Small objects', 'colors', [SMALL])], 'colours in the world'),
-    'named': Picture(draw_lines, [
-        Panel('Big objects', 'named', [BIG]),
-        Panel('Small objects', 'named', [SMALL])], 'share of the sentences on small objects'),
-    'company': Picture(draw_curves, [
-        Panel(METHODS[method].label, 'company', [SMALL], method=method)
-        for method in ('clip', 'text-crop', 'cosmos')], 'of the training, %')}
+    'race': Picture(draw_rows, 'small objects named, %', [
+        Panel('Three objects,\nthe same pairs', 'pairs', SMALL),
+        Panel('Three objects,\nthe same minutes', 'main', SMALL),
+        Panel('A big and a small object,\nthe same minutes', 'other-world', SMALL)]),
+    'main': Picture(draw_rows, '%', named('main') + [
+        Panel('Captions found first', 'main', both('retrieval.image_to_text_R@1'), 0.1)]),
+    'parts': Picture(draw_rows, '%', named('parts')),
+    'pointing': Picture(
+        draw_rows, 'highest weight of C^I lies on the object, %', [
+            Panel('Big objects', 'parts', pointing('dominant'), 0),
+            Panel('Small objects', 'parts', pointing('small'), 0)],
+        ['asked for an absent name', 'asked for its name', 'by a blind guess']),
+    'rates': Picture(draw_lines, 'peak learning rate', [
+        *named('tune-a', ',\nof three'),
+        *named('tune-b', ',\nof two')]),
+    'colors': Picture(draw_lines, 'colours in the world', named('colors')),
+    'named': Picture(draw_lines, 'share of sentences on small objects', named('named')),
+    'company': Picture(draw_curves, 'steps', [
+        Panel(METHODS[method].label, 'company', SMALL) for method in THREE])}
 
 
 def source(picture):
-    """All that a picture shows, as text: it travels in the file, for --check."""
-    lines = []
+    """A digest of the rows that a picture shows. It travels in the file, for --check."""
+    rows = []
     for panel in picture.panels:
-        for row in rows_of(panel.experiment):
-            for column, value in row.items():
-                if column.partition('@')[0] in panel.columns and value:
-                    lines.append(f"{panel.title} {row['variant']} {row['seed']} {column} {value}")
-    return '\n'.join(lines)
+        rows += rows_of(panel.experiment)
+    return digest(rows)
 
 
 def draw(name):
-    """PNG of a picture; panels of experiments without rows stay empty."""
+    """A panel whose experiment has no rows stays empty."""
     from matplotlib import pyplot
+    pyplot.style.use('tableau-colorblind10')
     picture = PICTURES[name]
     count = len(picture.panels)
-    rows = picture.draw is draw_rows
-    figure, axes = pyplot.subplots(
-        1, count, sharey=not rows, figsize=(1 + 3.2 * count, 3.6), layout='constrained')
+    figure, axes = pyplot.subplots(1, count, figsize=(1 + 3 * count, 3.6), layout='constrained')
     for axis, panel in zip(axes, picture.panels):
         axis.set_title(panel.title, fontsize=10)
-        axis.spines[['top', 'right']].set_visible(False)
-        if not panel.columns:
-            draw_paper(axis, panel, picture)
-        elif rows_of(panel.experiment):
-            picture.draw(axis, panel, picture)
-    if not rows:
+        axis.set_xlabel(picture.label)
+        picture.draw(axis, panel, picture.marks)
+    if picture.draw is not draw_rows:
         axes[0].set_ylabel('shape named, %')
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False)
-    figure.savefig(PLOT.format(name), dpi=110, metadata={'Description': source(picture)})
+    unique = dict(zip(labels, handles))
+    figure.legend(unique.values(), unique.keys(), loc='outside lower center', ncols=4)
+    figure.savefig(PLOT.format(name), metadata={'Description': source(picture)})
     pyplot.close(figure)
 
 
@@ -335,21 +298,13 @@ def check(experiment):
     """The runs of an experiment. ValueError with a sentence on the first thing that is wrong."""
     missing = missing_runs(experiment)
     need(not missing, f'{experiment} lacks runs, first {missing[:1]}; make them by lesson.experiments')
-    commits = set()
-    machines = {}
-    for row in rows_of(experiment):
-        commits.add(row['commit'])
-        machine = row['machine'], row['precision']
-        other = machines.setdefault(row['seed'], machine)
-        need(machine == other,
-             f"seed {row['seed']} of {experiment} has runs of several machines; make them anew on one")
+    commits = {(row['commit'], row['precision']) for row in rows_of(experiment)}
     need(len(commits) == 1, f'{experiment} has runs of several commits: {commits}; make them anew at one')
-
-
-def check_plot(name):
-    drawn_with = Image.open(PLOT.format(name)).text.get('Description')
-    need(drawn_with == source(PICTURES[name]),
-         f'the plot {name} shows other figures; run python -m lesson.plots')
+    machine_of = {}
+    for row in rows_of(experiment):
+        other = machine_of.setdefault(row['seed'], row['machine'])
+        need(row['machine'] == other,
+             f"seed {row['seed']} of {experiment} has runs of several machines; make them anew on one")
 
 
 def check_text(tables):
@@ -376,7 +331,9 @@ def main():
         for experiment in EXPERIMENTS:
             check(experiment)
         for name in pictures:
-            check_plot(name)
+            drawn_with = Image.open(PLOT.format(name)).text.get('Description')
+            need(drawn_with == source(PICTURES[name]),
+                 f'the plot {name} shows other figures; run python -m lesson.plots')
         check_text(all_tables())
     else:
         for name in pictures:
