@@ -247,11 +247,11 @@ PICTURES = {
         Panel('Three objects,\nthe same pairs', 'pairs', SMALL),
         Panel('Three objects,\nthe same minutes', 'main', SMALL),
         Panel('A big and a small object,\nthe same minutes', 'other-world', SMALL)]),
-    'main': Picture(draw_rows, '%', named('main') + [
+    'main': Picture(draw_rows, 'share, %', named('main') + [
         Panel('Captions found first', 'main', both('retrieval.image_to_text_R@1'), 0.1)]),
-    'parts': Picture(draw_rows, '%', named('parts')),
+    'parts': Picture(draw_rows, 'share, %', named('parts')),
     'pointing': Picture(
-        draw_rows, 'highest weight of C^I lies on the object, %', [
+        draw_rows, 'C^I looks at the object, %', [
             Panel('Big objects', 'parts', pointing('dominant'), 0),
             Panel('Small objects', 'parts', pointing('small'), 0)],
         ['asked for an absent name', 'asked for its name', 'by a blind guess']),
@@ -278,7 +278,7 @@ def draw(name):
     pyplot.style.use('tableau-colorblind10')
     picture = PICTURES[name]
     count = len(picture.panels)
-    figure, axes = pyplot.subplots(1, count, figsize=(1 + 3 * count, 3.6), layout='constrained')
+    figure, axes = pyplot.subplots(1, count, figsize=(1 + 3.5 * count, 3.6), layout='constrained')
     for axis, panel in zip(axes, picture.panels):
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(picture.label)
