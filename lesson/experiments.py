@@ -1,10 +1,15 @@
 """The experiments of the course: what is run, each run a row of lesson/results.csv.
 
-    python -m lesson.experiments named                          the runs of `named` that have no row, two side by side
-    python -m lesson.experiments named --run q0.2-cosmos 0      one run: its figures; the next start adds its row
+    python -m lesson.experiments main                       the runs of `main` that have no row, two side by side
+    python -m lesson.experiments main --run cosmos 0        one run: its figures; the next start adds its row
+    python -m lesson.experiments tune-a --also clip-0.002   with a learning rate outside the first three
+    python -m lesson.experiments speed                      pairs a second, for the table SPEED
 
 A run that has a row is not made again, and one that was interrupted goes on where it stopped: start the command again.
-Each run is a process of one thread, whose checkpoint and log lie in runs/lesson.
+Each run is a process of one thread on the CPU, whose checkpoint and log lie in runs/lesson.
+
+Methods race on two tracks. `pairs`: all see as many pairs, the paper's comparison. `minutes`: all take as long. Every
+run ends its own schedule, and is measured twice: its own weights (`raw.`) and their moving average (`averaged.`).
 """
 import csv
 import json
@@ -18,15 +23,18 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import torch
+
 import eval as evaluation
 import train
-from cosmos import COSMOS, Output, unit
+from cosmos import COSMOS, Output, Teacher, unit
 from data import Parser, cli, replacing
-from extras import pairs
 from lesson import suppression
+from lesson.scenes import VERSION
 
 # --- 1. Other forwards -----------------------------------------------------------------------------------------------
 
@@ -58,136 +66,171 @@ class WithoutHeads(COSMOS):
         return [self.logit_scale, self.distill_logit_scale]
 
 
+class Average(Teacher):
+    """The moving average of a method that has no teacher. It is measured, and teaches nothing."""
+
+    def forward(self, images, texts):
+        return torch.zeros(2, 1, 1), None       # the log shows a cosine of 0
+
+
+class AveragedRun(train.Run):
+    """A run that averages its weights in any case, by the same momentum and ramp, and stores the average as `teacher`
+    in its checkpoint."""
+
+    def start(self, processes):
+        super().start(processes)
+        if self.teacher:
+            return
+        self.teacher = Average(self.model)
+        if self.checkpoint:
+            saved = evaluation.read_checkpoint(self.checkpoint)
+            evaluation.load_weights(self.teacher.model, saved['teacher'], self.checkpoint)
+
+
 # --- 2. The experiments ----------------------------------------------------------------------------------------------
 
-class Variant(NamedTuple):
-    """How a run is made. Variants that differ only in `seeds` and `against` share their runs."""
-    flags: str = '--method cosmos'          # of train.py; {scenes} is the folder of the set, {seed} the seed
-    scenes: str = ''                        # options of lesson.scenes (none: the built-in set), or a set's name
+class Method(NamedTuple):
+    """What competes."""
+    label: str                      # in plots
+    flags: str                      # of train.py
+    rate: str                       # the method of RATES whose learning rate it takes
+    batch: int = 32
     model: type = COSMOS
-    weights: str = 'teacher'                # whose figures; a method without a teacher has the student's
-    seeds: int = 3                          # 0, 1, 2
-    against: str = 'cosmos'                 # the variant it is compared with
 
 
-# Steps in the time that COSMOS takes for 320. Measured at 71da512, alone on the two cores of an Intel Xeon with AMX, by
-# the log of OMP_NUM_THREADS=1 python train.py --method M --workers 1: 237, 137, 70, 61, 64 and 53 pairs/s, the medians
-# of four rounds, in the order below. Rounds differ by up to 30 %.
-STEPS = {
-    'clip': 1430, 'clip-aug': 830, 'image-distill': 420,
-    'text-crop': 370, 'text-distill': 390, 'cosmos': 320}
-# These get five seeds in table5; and what `named` compares each with.
-MAIN_ROWS = {'clip': 'clip', 'text-crop': 'cosmos', 'cosmos': 'clip'}
+METHODS = {
+    'clip': Method('CLIP', '--method clip', 'clip', 64),
+    'clip-large-batch': Method('CLIP, 4 x the batch', '--method clip', 'clip', 256),
+    'clip-aug': Method('CLIP, two crops', '--method clip-aug', 'clip'),
+    'image-distill': Method('+ teacher of images', '--method image-distill', 'text-crop'),
+    'text-crop': Method('+ text crops', '--method text-crop', 'text-crop'),
+    'text-distill': Method('+ teacher of texts', '--method text-distill', 'without-heads'),
+    'without-heads': Method(
+        'COSMOS without heads', '--method cosmos', 'without-heads', model=WithoutHeads),
+    'without-residual': Method(
+        'COSMOS without residual', '--method cosmos', 'cosmos', model=WithoutResidual),
+    'cosmos': Method('COSMOS', '--method cosmos', 'cosmos')}
+MAIN = ['clip', 'text-crop', 'without-heads', 'cosmos']
+
+# Pairs a second of one thread beside a second run. Provisional; measure them by `python -m lesson.experiments speed`.
+SPEED = {
+    'clip': 674, 'clip-large-batch': 674, 'clip-aug': 330, 'image-distill': 170, 'text-crop': 152,
+    'text-distill': 150, 'without-heads': 145, 'without-residual': 118, 'cosmos': 118}
+PAIRS = 2400 * 32                   # of COSMOS on both tracks
+PRECISION = 'bf16'
+EVALUATIONS = 8                     # of a run, the last one at its end
+
+# Options of lesson.scenes. a: the built-in set, a dominant and two small objects. b: a big one and a small one.
+WORLDS = {'a': '', 'b': '--objects 2 --dominant-size 0.6'}
+# Peak learning rates on the track `minutes`, by world. Provisional: `tune-a` and `tune-b` decide them.
+RATES = {
+    'a': {'clip': 2.5e-4, 'text-crop': 5e-4, 'without-heads': 5e-4, 'cosmos': 5e-4},
+    'b': {'clip': 2.5e-4, 'text-crop': 5e-4, 'without-heads': 5e-4, 'cosmos': 5e-4}}
+# CLIP takes a sixth of the steps on the track `pairs`, hence a rate for them; `tune-pairs` decides it.
+CLIP_FROM_PAIRS = 5e-4
+FIRST_RATES = [1e-3, 5e-4, 2.5e-4]
+OUTER_RATES = [2e-3, 1.25e-4]       # where the best of the first is the highest or the lowest
 
 
-def in_equal_time(method):
-    return f'--method {method} --steps {STEPS[method]}'
+class Variant(NamedTuple):
+    """How runs are made. Variants that only differ in seeds share their runs."""
+    method: str
+    world: str = 'a'
+    scenes: str = ''                # more options of lesson.scenes
+    track: str = 'minutes'          # or pairs, or speed: a sixteenth of the minutes
+    rate: float = 0.0               # 0: that of RATES
+    seeds: range = range(3)
+    optional: bool = False          # run only where --also asks for it
 
 
-def named():
-    """How often is the small object named? Three methods in equal time."""
+def tune(world, methods, track='minutes'):
+    """Which learning rate is best? On seeds that are used for nothing else."""
     variants = {}
-    for share in (0, 0.1, 0.2, 0.3, 0.5):
-        scenes = f'--objects 2 --named {share}'
-        for method, other in MAIN_ROWS.items():
-            variants[f'q{share}-{method}'] = Variant(
-                in_equal_time(method), scenes, against=f'q{share}-{other}')
+    for rate in FIRST_RATES + OUTER_RATES:
+        for method in methods:
+            variants[f'{method}-{rate:g}'] = Variant(
+                method, world, track=track, rate=rate, seeds=range(100, 102),
+                optional=rate in OUTER_RATES)
     return variants
 
 
-def size():
-    """R: side of the small object, q: share of sentences on it. At R 0.43 both objects are equally large, at q 0.5 they
-    are named equally often."""
-    scenes = {
-        'R0.12-q0.3': '--objects 2 --named 0.3 --small-size 0.12',
-        'R0.2-q0.3': '--objects 2 --named 0.3 --small-size 0.2',
-        'R0.28-q0.3': '--objects 2 --named 0.3 --small-size 0.28',
-        'R0.4-q0.3': '--objects 2 --named 0.3 --small-size 0.4',
-        'R0.43-q0.3': '--objects 2 --named 0.3 --small-size 0.43',
-        'R0.43-q0.5': '--objects 2 --named 0.5 --small-size 0.43'}
-    flags = '--method cosmos --eval-every 40'
-    return {name: Variant(flags, options, against='R0.28-q0.3') for name, options in scenes.items()}
-
-
-def drawings():
-    """The rows of Table 5 on emoji, in the time of 800 steps of COSMOS. The set is not drawn here: its folder,
-    runs/lesson/scenes-emoji, has train/, val/, and the scenes and names that extras.pairs asks about."""
-    flags = '--method {} --steps {} --warmup 100 --lr-end 0.3 --momentum 0.995'
-    return {
-        method: Variant(flags.format(method, 5 * steps // 2), 'emoji', seeds=1)
-        for method, steps in STEPS.items()}
-
-
-def table5():
-    """The rows of Table 5: at equal steps each against the method before it, in equal time against COSMOS."""
+def over(methods, worlds, world='a'):
+    """METHOD-NAME for each of {name: options of lesson.scenes}."""
     variants = {}
-    above = 'clip'
-    for method in STEPS:
-        seeds = 5 if method in MAIN_ROWS else 3
-        variants[method] = Variant(f'--method {method}', seeds=seeds, against=above)
-        above = method
-        if method != 'cosmos':
-            variants[f'{method}-equal-time'] = Variant(in_equal_time(method), seeds=seeds)
+    for method in methods:
+        for name, options in worlds.items():
+            variants[f'{method}-{name}'] = Variant(method, world, options)
     return variants
 
 
-# What `clip-equal-time` of table5 has learnt with this seed; make those runs first.
-FROM_CLIP = '--init runs/lesson/COSMOS-method-clip-steps-1430-teacher/{seed}/last.pt'
+FIVE = range(5)
+THREE = ['clip', 'text-crop', 'cosmos']
+COMPANY = {'none': '--company none', 'equal': '--company equal', 'big': ''}
+COLORS = {'2': '--colors 2', '4': '', '8': '--colors 8', '16': '--colors 16'}
+SHARES = {'0.2': '--named 0.2', '0.5': '', '0.67': '--named 0.67'}
 
+# Tables give differences to the first variant of an experiment.
 EXPERIMENTS = {
-    'named': named(),
-    'size': size(),
-    'table5': table5(),
-    'cross': {
-        'cosmos': Variant(seeds=5),
-        'without-heads': Variant(model=WithoutHeads, seeds=5),
-        'without-residual': Variant(model=WithoutResidual, seeds=5)},
-    'captions': {
-        'cosmos': Variant(),                    # all captions, 6 local crops
-        'raw': Variant('--caption-pool raw'),
-        'short': Variant('--caption-pool short'),
-        'long': Variant('--caption-pool long'),
-        'crops-0': Variant('--local-crops 0'),
-        'crops-2': Variant('--local-crops 2')},
-    'amount': {                                 # an eighth: the first of 8 tars
-        'cosmos': Variant(),
-        'eighth': Variant('--method cosmos --data {scenes}/train/00000.tar'),
-        '1280': Variant('--method cosmos --steps 1280'),
-        'eighth-1280': Variant('--method cosmos --data {scenes}/train/00000.tar --steps 1280', against='1280')},
-    'exercises': {
-        'cosmos': Variant(),
-        'student': Variant(weights='student'),
-        'clip': Variant('--method clip --steps 1430', against='student'),
-        'image-distill-student': Variant('--method image-distill', weights='student'),
-        'clip-aug': Variant('--method clip-aug', against='image-distill-student'),
-        # as good as 0: the teacher is the student itself
-        'no-average': Variant('--momentum 1e-9', against='clip'),
-        'globals-only': Variant('--local-crops 0 --local-captions 0')},
-    'repair': {
-        # of learning rates 3e-4 and 1e-3 the better one of seed 0
-        'cosmos': Variant(f'--method cosmos --steps 200 --lr 1e-3 {FROM_CLIP}'),
-        'clip': Variant(f'--method clip --steps 200 --lr 3e-4 {FROM_CLIP}'),
-        'clip-equal-time': Variant(f'--method clip --steps 890 --lr 3e-4 {FROM_CLIP}'),
-        # the CLIP of table5 at a lower learning rate
-        'clip-3e-4': Variant('--method clip --steps 1430 --lr 3e-4'),
-        # the time of the CLIP and of 200 steps of COSMOS
-        'from-nothing': Variant('--method cosmos --steps 520')},
-    'drawings': drawings()}
+    'speed': {method: Variant(method, track='speed', seeds=range(4)) for method in METHODS},
+    'tune-a': tune('a', MAIN),
+    'tune-b': tune('b', MAIN),
+    'tune-pairs': tune('a', ['clip'], 'pairs'),
+    'main': {method: Variant(method, seeds=FIVE) for method in reversed(MAIN)},
+    'pairs': {
+        'cosmos': Variant('cosmos', seeds=FIVE),
+        'text-crop': Variant('text-crop', track='pairs', seeds=FIVE),
+        'clip': Variant('clip', track='pairs', rate=CLIP_FROM_PAIRS, seeds=FIVE)},
+    'other-world': {
+        'cosmos': Variant('cosmos', 'b', seeds=FIVE),
+        'clip': Variant('clip', 'b', seeds=FIVE)},
+    'parts': {method: Variant(method) for method in reversed(METHODS)},
+    'colors': over(['clip'], COLORS) | over(['cosmos'], {'4': '', '16': '--colors 16'}),
+    'company': over(THREE, COMPANY, 'b'),
+    'named': over(THREE, SHARES)}
 
 
 # --- 3. One run ------------------------------------------------------------------------------------------------------
 
+def count_steps(variant):
+    pairs = PAIRS
+    if variant.track != 'pairs':
+        pairs *= SPEED[variant.method] / SPEED['cosmos']
+    if variant.track == 'speed':
+        pairs /= 16
+    return round(pairs / METHODS[variant.method].batch)
+
+
+def flags_of(variant):
+    """What tells runs apart but for the seed, as flags of train.py. The rest of the schedule is the recipe of `tiny`."""
+    method = METHODS[variant.method]
+    rate = variant.rate or RATES[variant.world][method.rate]
+    steps = count_steps(variant)
+    every = -(-steps // EVALUATIONS)                    # rounded up
+    if variant.track == 'speed':
+        every = 0                                       # at the end only
+    return f'{method.flags} --batch {method.batch} --steps {steps} --lr {rate} --eval-every {every}'
+
+
+def named_by(*parts):
+    """-> runs/lesson/WORDS-JOINED-BY-DASHES"""
+    return Path('runs/lesson', re.sub('[^a-zA-Z0-9.]+', '-', ' '.join(parts)).strip('-'))
+
+
+def options_of(variant):
+    return f'{WORLDS[variant.world]} {variant.scenes}'
+
+
 def run_folder(variant, seed):
     """Named by all that makes the run, so that another one never goes on from its checkpoint."""
-    words = f'{variant.model.__name__} {variant.scenes} {variant.flags} {variant.weights}'
-    return Path('runs/lesson', re.sub('[^a-zA-Z0-9.]+', '-', words), str(seed))
+    words = named_by(origin()['commit'], variant.method, options_of(variant), flags_of(variant))
+    return words / f'{seed}'
 
 
-def scene_folder(options):
-    """The set that options of lesson.scenes describe (none: a copy of the built-in one), drawn where it is absent.
-    `emoji` is not drawn: it must lie there."""
-    folder = Path('runs/lesson', f'scenes {options}'.replace(' ', '-'))
-    if not (folder / 'val/00000.tar').exists():                      # the last file to be drawn
+def scene_folder(variant):
+    """The set of its world, drawn where it is absent."""
+    options = options_of(variant)
+    folder = named_by('scenes', f'{VERSION}', options)
+    if not (folder / 'world.json').exists():            # written last
         subprocess.run([sys.executable, '-m', 'lesson.scenes', folder, *options.split()])
     return folder
 
@@ -199,8 +242,11 @@ def origin():
         # `|$`: there is a match, even where no model is named
         name = re.search('model name.*: (.*)|$', Path('/proc/cpuinfo').read_text())[1] or name
     # of lesson/ neither plots.py nor the tests
-    command = 'git log -1 --format=%h -- cosmos.py data.py eval.py train.py extras/pairs.py lesson/[!pt]*.py'
-    return {'commit': subprocess.getoutput(command), 'machine': f'{name}, {os.cpu_count()} cores'}
+    command = 'git log -1 --format=%h -- cosmos.py data.py eval.py train.py lesson/[!pt]*.py'
+    return {
+        'commit': subprocess.getoutput(command),
+        'machine': f'{name}, {os.cpu_count()} cores',
+        'precision': PRECISION}
 
 
 def flat(figures, prefix=''):
@@ -214,34 +260,46 @@ def flat(figures, prefix=''):
     return row
 
 
-def run(variant, seed):
-    """Train and measure a variant, in this process; all figures go into row.json of its folder."""
-    row = origin()
-    scenes = scene_folder(variant.scenes)
-    out = run_folder(variant, seed)
-    # What train.py and eval.py build is the class of this name.
-    train.COSMOS = variant.model
-    evaluation.COSMOS = variant.model
-    flags = variant.flags.format(scenes=scenes, seed=seed)
-    command = f'train.py --preset tiny --data {scenes}/train --val {scenes}/val --workers 1 --seed {seed} '
-    command += f'--out {out} --resume auto {flags}'
-    sys.argv = command.split()
-    with suppress(SystemExit):
-        train.main()
+def read_log(out):
+    """Of a run that has ended: steps, seconds, pairs a second, and what was named over training."""
+    row = {}
+    speeds = []
     for line in evaluation.read_lines(out / 'log.jsonl'):
         entry = json.loads(line)
-        figures = flat(entry.get('eval', {}))
-        row |= figures                  # steps and seconds of the last one; its other figures are replaced below
-        for name, value in figures.items():
-            if name.endswith('.top1'):                                  # presence over training
+        if 'pairs_per_s' in entry:
+            speeds.append(entry['pairs_per_s'])
+        for name, value in flat(entry.get('eval', {}), 'averaged.').items():
+            if name.endswith('.top1'):
                 row[f"{name}@{entry['step']}"] = value
-    loaded = evaluation.load(out / 'last.pt', variant.weights)
-    args = SimpleNamespace(shards=scenes / 'val', workers=0, pictures=out / 'naming', caption_keys=None)
-    row |= flat(evaluation.run_retrieval(args, *loaded), 'retrieval.')
-    if (scenes / 'probes.json').exists():
-        row |= flat(pairs.suppression(*loaded, scenes))
-    else:
-        row |= flat(suppression.run(args, *loaded))
+    end = entry['eval']
+    speed = round(median(speeds[1:]), 1)                # the first one has the start in it
+    return {'steps': end['steps'], 'seconds': end['seconds'], 'pairs_per_s': speed} | row
+
+
+def run(variant, seed):
+    """Train and measure a variant, in this process; all figures go into row.json of its folder."""
+    method = METHODS[variant.method]
+    scenes = scene_folder(variant)
+    out = run_folder(variant, seed)
+    # What train.py and eval.py build are the classes of these names.
+    train.COSMOS = method.model
+    evaluation.COSMOS = method.model
+    train.Run = AveragedRun
+    command = (f'train.py --preset tiny --data {scenes} --workers 0 --seed {seed} --device cpu '
+               f'--precision {PRECISION} --out {out} --resume auto --save-minutes 2 ')
+    sys.argv = (command + flags_of(variant)).split()
+    try:
+        train.main()
+    except SystemExit as stop:
+        if stop.code:                                   # in mid-schedule, which is no result
+            raise
+    row = origin() | read_log(out)
+    row['pairs'] = row['steps'] * method.batch
+    if variant.track != 'speed':
+        args = SimpleNamespace(shards=scenes, workers=0)
+        for prefix, weights in ('raw', 'student'), ('averaged', 'teacher'):
+            loaded = evaluation.load(out / 'last.pt', weights)
+            row |= flat(suppression.run(args, *loaded), f'{prefix}.')
     evaluation.write_json(out / 'row.json', row)
     return row
 
@@ -268,12 +326,16 @@ def add_result(row):
         writer.writerows(rows)
 
 
-def missing_runs(experiment, seeds=None):
-    """-> [(experiment, seed, variant)] that have no row, seed 0 of all variants first."""
+def missing_runs(experiment, seeds=None, also=()):
+    """-> [(experiment, seed, variant)] that have no row, the first seed of all variants first."""
     done = [f"{row['experiment']} {row['seed']} {row['variant']}" for row in read_results()]
     missing = []
     for name, variant in EXPERIMENTS[experiment].items():
-        for seed in range(seeds or variant.seeds):
+        first = variant.seeds.start
+        last = first + (seeds or len(variant.seeds))
+        if variant.optional and name not in also:
+            continue
+        for seed in range(first, last):
             if f'{experiment} {seed} {name}' not in done:
                 missing.append((experiment, f'{seed}', name))
     return sorted(missing)
@@ -295,17 +357,19 @@ def main():
     parser = Parser(epilog=__doc__)
     parser.add_argument('experiment', choices=EXPERIMENTS)
     parser.add_argument('--seeds', type=int, help='how many, instead of those of the course')
-    parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run and print it')
+    parser.add_argument('--also', nargs='+', default=[], metavar='VARIANT', help='more of tune-*')
+    parser.add_argument('--run', nargs=2, default=[], metavar=('VARIANT', 'SEED'), help='make one run')
     args = parser.parse_args()
     variants = EXPERIMENTS[args.experiment]
+    for name in args.also + args.run[:1]:
+        evaluation.need(name in variants, f'no variant is called {name}; take one of {", ".join(variants)}')
     if args.run:
         name, seed = args.run
-        evaluation.need(name in variants, f'no variant is called {name}; take one of {", ".join(variants)}')
         evaluation.show(run(variants[name], seed))
         return
-    missing = missing_runs(args.experiment, args.seeds)
+    missing = missing_runs(args.experiment, args.seeds, args.also)
     for _, _, name in missing:
-        scene_folder(variants[name].scenes)                             # before two runs need it
+        scene_folder(variants[name])                    # before two runs need it
     print(f'{len(missing)} runs have no row in {RESULTS}; --run makes one of the others again')
     with ThreadPoolExecutor(2) as pool:
         for row in pool.map(launch, missing):

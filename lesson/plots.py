@@ -1,138 +1,321 @@
-"""Tables and plots of the course, from lesson/results.csv alone.
+"""Tables and plots of the course, from lesson/results.csv alone; of experiments that have rows.
 
     python -m lesson.plots              write lesson/tables.md, draw assets/lesson-*.png (needs matplotlib)
     python -m lesson.plots --check      are the runs complete, do tables, plots and lesson/README.md agree with them?
 
-In lesson/README.md a figure is followed by the place it comes from: 94.8<!--named/q0.2-cosmos/small.top1-->.
+In lesson/README.md a figure is followed by the place it comes from, that of a difference names two variants:
+
+    94.8<!--main/cosmos/averaged.small.top1-->    +5.3 ± 2.1<!--main/cosmos~clip/averaged.small.top1-->
+
+Shares are in percent, `seconds` in minutes, `pairs` in thousands.
 """
 import functools
 import math
 import re
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, variance
+from typing import NamedTuple
 
 from PIL import Image
 
-from data import Parser, cli
+from data import Parser, cli, digest
 from eval import need, read_text
-from lesson.experiments import EXPERIMENTS, missing_runs, read_results
+from lesson.experiments import EXPERIMENTS, METHODS, THREE, missing_runs, read_results
 
 README = Path('lesson/README.md')
 TABLES = Path('lesson/tables.md')
 PLOT = 'assets/lesson-{}.png'
-FIGURES = (
-    'dominant.top1 small.top1 small.all_top1 dominant.probe_top1 small.probe_top1 '
-    'dominant.shape_top1 small.shape_top1 dominant.bound small.bound '
-    'retrieval.image_to_text_R@1 retrieval.text_to_image_R@1 segmentation.mIoU').split()
-COLUMNS = {                             # of experiments that do not show FIGURES
-    'size': (
-        'dominant.top1@80 small.top1@80 dominant.top1@160 small.top1@160 '
-        'dominant.top1@320 small.top1@320 dominant.bound small.bound').split(),
-    'drawings': (
-        'dominant.scene_top1 small.scene_top1 dominant.name_top1 small.name_top1 '
-        'retrieval.image_to_text_R@1 retrieval.text_to_image_R@1').split(),
-    'cross': (
-        'small.top1 small.probe_top1 segmentation.mIoU '
-        'retrieval.image_to_text_R@1 retrieval.text_to_image_R@1 small.shape_top1 '
-        'pointing.dominant.peak pointing.dominant.absent_peak '
-        'pointing.small.peak pointing.small.absent_peak '
-        'pointing.small.used pointing.small.absent_used').split()}
-CURVES = {'named': 'share of sentences on the small object', 'size': 'side of the small object'}
-QUANTILES = {3: 4.303, 5: 2.776}        # of Student's t, 97.5 %, by the number of seeds; others get no interval
+COLUMNS = {                             # of tables, and their headings
+    'averaged.dominant.top1': 'big named',
+    'averaged.small.top1': 'small named',
+    'averaged.bound.dominant_small': 'bound',
+    'averaged.twins.small': 'twins, small',
+    'averaged.small.probe_top1': 'small probed',
+    'averaged.retrieval.image_to_text_R@1': 'R@1 image to text',
+    'averaged.retrieval.text_to_image_R@1': 'R@1 text to image',
+    'raw.dominant.top1': 'big named, raw',
+    'raw.small.top1': 'small named, raw',
+    'raw.bound.dominant_small': 'bound, raw',
+    'averaged.pointing.small.peak': 'small pointed at',
+    'averaged.pointing.small.absent_peak': 'asked for an absent name',
+    'pairs': 'thousand pairs',
+    'seconds': 'minutes',
+    'pairs_per_s': 'pairs a second'}
+UNITS = {'pairs': 1e-3, 'seconds': 1 / 60, 'pairs_per_s': 1}            # of others 100: percent
+HELD_OUT = 1000                         # scenes
 
-# --- 1. Tables -------------------------------------------------------------------------------------------------------
+# --- 1. Figures ------------------------------------------------------------------------------------------------------
 
 results = functools.cache(read_results)
 
 
-def values(experiment, name, figure):
-    """-> {seed: percent}"""
+def rows_of(experiment):
+    return [row for row in results() if row['experiment'] == experiment]
+
+
+def values(experiment, name, column):
+    """-> {seed: value}, in its unit"""
+    unit = UNITS.get(column, 100)
     found = {}
-    for row in results():
-        if row['experiment'] == experiment and row['variant'] == name and row.get(figure):
-            found[row['seed']] = 100 * float(row[figure])
+    for row in rows_of(experiment):
+        if row['variant'] == name and row.get(column):
+            found[row['seed']] = unit * float(row[column])
     return found
 
 
-def mean(experiment, name, figure):
-    """Over seeds; NaN where there is none."""
-    return fmean(values(experiment, name, figure).values() or [math.nan])
+def variants_with(experiment, column):
+    return [name for name in EXPERIMENTS[experiment] if values(experiment, name, column)]
 
 
-def cell(experiment, name, figure):
-    """The mean over its seeds, and the difference to `against` over the seeds of both: '94.8, **+5.3 ± 2.1**'."""
-    against = EXPERIMENTS[experiment][name].against
-    ours = values(experiment, name, figure)
-    base = values(experiment, against, figure)
-    gaps = [ours[seed] - base[seed] for seed in ours if seed in base]
-    text = f'{mean(experiment, name, figure):.1f}'
-    if name == against or len(gaps) not in QUANTILES:
+# 97.5 % quantiles of Student's t for 1 to 8 degrees of freedom, which are rounded down: no interval gets shorter
+QUANTILES = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31]
+
+
+def half_interval(numbers):
+    """Half of the 95 % interval of their mean; 0 for a single one."""
+    freedom = len(numbers) - 1
+    if freedom < 1:
+        return 0.0
+    return QUANTILES[freedom - 1] * math.sqrt(variance(numbers) / len(numbers))
+
+
+def welch(a, b):
+    """Half of the 95 % interval of the difference of two means over as many runs, whose variances may differ (Welch)."""
+    u = variance(a)
+    v = variance(b)
+    if u + v == 0:
+        return 0.0
+    freedom = (len(a) - 1) * (u + v) ** 2 / (u ** 2 + v ** 2)
+    return QUANTILES[int(freedom) - 1] * math.sqrt((u + v) / len(a))
+
+
+def difference(experiment, name, other, column):
+    """name minus other, over the blocks (seeds) that have both -> '+5.3 ± 2.1', '' for less than two blocks.
+
+    In bold where it is decided: the interval is without 0, and the difference is at least twice the sampling error of
+    a share of the held-out scenes.
+    """
+    ours = values(experiment, name, column)
+    theirs = values(experiment, other, column)
+    blocks = [seed for seed in ours if seed in theirs]
+    if len(blocks) < 2:
+        return ''
+    a = [ours[seed] for seed in blocks]
+    b = [theirs[seed] for seed in blocks]
+    gap = fmean(a) - fmean(b)
+    half = welch(a, b)
+    least = half
+    if column not in UNITS:
+        share = fmean(a + b) / 100
+        least = max(half, 200 * math.sqrt(share * (1 - share) / HELD_OUT))
+    mark = '**' if abs(gap) > least else ''
+    return f'{mark}{gap:+.1f} ± {half:.1f}{mark}'
+
+
+def cell(experiment, name, column):
+    """The mean over seeds, and the difference to the first variant: '94.8, **+5.3 ± 2.1**'."""
+    found = values(experiment, name, column)
+    if not found:
+        return '-'
+    text = f'{fmean(found.values()):.1f}'
+    first = next(iter(EXPERIMENTS[experiment]))
+    gap = difference(experiment, name, first, column)
+    if name == first or column in UNITS or not gap:
         return text
-    gap = fmean(gaps)
-    half = QUANTILES[len(gaps)] * stdev(gaps) / math.sqrt(len(gaps))    # of its 95 % interval
-    mark = '**' if abs(gap) > half else ''                              # the interval is without 0
-    return f'{text}, {mark}{gap:+.1f} ± {half:.1f}{mark}'
+    return f'{text}, {gap}'
 
 
 def table(experiment):
-    """Markdown: a line per variant, a column per figure."""
-    columns = COLUMNS.get(experiment, FIGURES)
-    lines = [f'| {experiment} | against | {" | ".join(columns)} |', '|---' * (2 + len(columns)) + '|']
-    for name, variant in EXPERIMENTS[experiment].items():
-        cells = [cell(experiment, name, figure) for figure in columns]
-        lines.append(f'| {name} | {variant.against} | {" | ".join(cells)} |')
-    text = '\n'.join(lines)
-    return f'{text}\n\n{text.count("±")} differences with 95 % intervals. Bold: 0 lies outside; the rest is open.\n\n'
+    """Markdown: a line per variant that has rows, a column per figure that has values."""
+    columns = [column for column in COLUMNS if variants_with(experiment, column)]
+    headings = [COLUMNS[column] for column in columns]
+    lines = [f'| {experiment} | {" | ".join(headings)} |', '|---' * (1 + len(columns)) + '|']
+    for name in variants_with(experiment, 'seconds'):
+        cells = [cell(experiment, name, column) for column in columns]
+        lines.append(f'| {name} | {" | ".join(cells)} |')
+    return '\n'.join(lines) + '\n\n'
+
+
+NOTE = '''Means over seeds, and differences to the first line with 95 % intervals (Welch). Bold: 0 lies outside, and the
+difference is twice the sampling error of the held-out scenes or more. The rest is open.
+
+'''
+
+
+def all_tables():
+    return NOTE + ''.join(table(experiment) for experiment in EXPERIMENTS if rows_of(experiment))
 
 
 # --- 2. Plots --------------------------------------------------------------------------------------------------------
 
-def draw(experiment):
-    """A panel per figure. In CURVES: means over the number that a variant's name begins with. Else a row per variant
-    and a dot per seed. The file carries the table that it was drawn with, for --check."""
+# Colours of a palette for the colour-blind, and markers: either tells them apart.
+STYLES = ['C0o-', 'C1s-', 'C2D-', 'C3^-']
+COMPANY = {'none': 'alone', 'equal': 'beside an equal', 'big': 'beside a big one'}
+
+
+def draw_rows(axis, panel, marks):
+    """A row per variant, with a mark for each column of the panel."""
+    variants = variants_with(panel.experiment, panel.columns[0])
+    for y, name in enumerate(variants):
+        means = []
+        for style, label, column in zip(STYLES, marks, panel.columns):
+            found = values(panel.experiment, name, column).values()
+            means.append(fmean(found))
+            half = half_interval(found)
+            axis.errorbar(means[-1], y, xerr=half, fmt=style, label=label, capsize=3)
+        axis.plot(means, [y] * len(means), color='lightgrey', linewidth=4, zorder=0)
+    axis.set_yticks(range(len(variants)), [METHODS[name].label for name in variants])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 100)
+    axis.axvline(panel.chance, color='grey', linestyle='--')
+
+
+def draw_lines(axis, panel, marks):
+    """A line per method over the number at the end of a variant's name."""
+    lines = {}
+    column = panel.columns[-1]
+    for name in variants_with(panel.experiment, column):
+        method, _, x = name.rpartition('-')
+        found = values(panel.experiment, name, column)
+        lines.setdefault(METHODS[method].label, {})[float(x)] = found
+    axis.set_xscale('log')
+    plot_lines(axis, panel, lines)
+    xs = sorted(set().union(*lines.values()))
+    axis.set_xticks(xs, [f'{x:g}' for x in xs], rotation=45)
+    axis.minorticks_off()
+
+
+def draw_curves(axis, panel, marks):
+    """A curve per scene over training, of the method that the panel is called after."""
+    curves = {}
+    for column in results()[0]:
+        figure, _, step = column.partition('@')
+        if figure not in panel.columns or not step:
+            continue
+        for name in variants_with(panel.experiment, column):
+            method, _, scene = name.rpartition('-')
+            if METHODS[method].label == panel.title:
+                found = values(panel.experiment, name, column)
+                curves.setdefault(COMPANY[scene], {})[int(step)] = found
+    plot_lines(axis, panel, curves)
+
+
+def plot_lines(axis, panel, lines):
+    """Means with their intervals. lines: {label: {x: {seed: value}}}"""
+    for style, (label, points) in zip(STYLES, lines.items()):
+        xs = sorted(points)
+        means = [fmean(points[x].values()) for x in xs]
+        halves = [half_interval(points[x].values()) for x in xs]
+        axis.errorbar(xs, means, halves, fmt=style, label=label, capsize=3)
+    axis.set_ylim(0, 100)
+    axis.axhline(panel.chance, color='grey', linestyle='--')
+
+
+class Panel(NamedTuple):
+    title: str
+    experiment: str
+    columns: list               # a plot of lines shows the last one
+    chance: float = 100 / 6     # a dashed line, in percent
+
+
+class Picture(NamedTuple):
+    """Panels side by side, all from 0 to 100 %."""
+    draw: object                # (axis, panel, marks)
+    label: str                  # of the x axis
+    panels: list
+    marks: list = ['own weights', 'averaged weights']           # what the columns of rows are
+
+
+def both(figure):
+    return [f'raw.{figure}', f'averaged.{figure}']
+
+
+def named(experiment, where=''):
+    return [
+        Panel(f'Big objects named{where}', experiment, both('dominant.top1')),
+        Panel(f'Small objects named{where}', experiment, both('small.top1'))]
+
+
+def pointing(role):
+    figures = 'absent_peak', 'peak', 'area'
+    return [f'averaged.pointing.{role}.{figure}' for figure in figures]
+
+
+SMALL = both('small.top1')
+PICTURES = {
+    'race': Picture(draw_rows, 'small objects named, %', [
+        Panel('Three objects,\nthe same pairs', 'pairs', SMALL),
+        Panel('Three objects,\nthe same minutes', 'main', SMALL),
+        Panel('A big and a small object,\nthe same minutes', 'other-world', SMALL)]),
+    'main': Picture(draw_rows, 'share, %', named('main') + [
+        Panel('Captions found first', 'main', both('retrieval.image_to_text_R@1'), 0.1)]),
+    'parts': Picture(draw_rows, 'share, %', named('parts')),
+    'pointing': Picture(
+        draw_rows, 'C^I looks at the object, %', [
+            Panel('Big objects', 'parts', pointing('dominant'), 0),
+            Panel('Small objects', 'parts', pointing('small'), 0)],
+        ['asked for an absent name', 'asked for its name', 'by a blind guess']),
+    'rates': Picture(draw_lines, 'peak learning rate', [
+        *named('tune-a', ',\nof three'),
+        *named('tune-b', ',\nof two')]),
+    'colors': Picture(draw_lines, 'colours in the world', named('colors')),
+    'named': Picture(draw_lines, 'share of sentences on small objects', named('named')),
+    'company': Picture(draw_curves, 'steps', [
+        Panel(METHODS[method].label, 'company', SMALL) for method in THREE])}
+
+
+def source(picture):
+    """A digest of the rows that a picture shows. It travels in the file, for --check."""
+    rows = []
+    for panel in picture.panels:
+        rows += rows_of(panel.experiment)
+    return digest(rows)
+
+
+def draw(name):
+    """A panel whose experiment has no rows stays empty."""
     from matplotlib import pyplot
-    columns = COLUMNS.get(experiment, FIGURES)
-    picture, axes = pyplot.subplots(
-        2, len(columns) // 2, sharey=True, figsize=(12, 6), layout='constrained')
-    for axis, figure in zip(axes.flat, columns):
-        axis.set_title(figure.replace('.', '\n'), fontsize=8)
-        curves = {}
-        for name in reversed(EXPERIMENTS[experiment]):              # the first one on top
-            if experiment in CURVES:
-                x, label = name[1:].split('-', 1)                       # q0.1-clip
-                curves.setdefault(label, {})[float(x)] = mean(experiment, name, figure)
-            else:
-                found = values(experiment, name, figure).values()
-                axis.plot(found, [name] * len(found), 'C0o-')
-        for label, curve in curves.items():
-            axis.plot(curve.keys(), curve.values(), 'o-', label=label)
-    if experiment in CURVES:
-        picture.supxlabel(CURVES[experiment])
-        axis.legend()                           # in the last panel
-    picture.savefig(PLOT.format(experiment), metadata={'Description': table(experiment)})
+    pyplot.style.use('tableau-colorblind10')
+    picture = PICTURES[name]
+    count = len(picture.panels)
+    figure, axes = pyplot.subplots(1, count, figsize=(1 + 3.5 * count, 3.6), layout='constrained')
+    for axis, panel in zip(axes, picture.panels):
+        axis.set_title(panel.title, fontsize=10)
+        axis.set_xlabel(picture.label)
+        picture.draw(axis, panel, picture.marks)
+    if picture.draw is not draw_rows:
+        axes[0].set_ylabel('shape named, %')
+    handles, labels = axes[0].get_legend_handles_labels()
+    unique = dict(zip(labels, handles))
+    figure.legend(unique.values(), unique.keys(), loc='outside lower center', ncols=4)
+    figure.savefig(PLOT.format(name), metadata={'Description': source(picture)})
+    pyplot.close(figure)
 
 
 # --- 3. Check --------------------------------------------------------------------------------------------------------
 
 def check(experiment):
-    """The runs of an experiment and its plot. ValueError with a sentence on the first thing that is wrong."""
+    """The runs of an experiment. ValueError with a sentence on the first thing that is wrong."""
     missing = missing_runs(experiment)
     need(not missing, f'{experiment} lacks runs, first {missing[:1]}; make them by lesson.experiments')
-    origins = {(row['commit'], row['machine']) for row in results() if row['experiment'] == experiment}
-    need(len(origins) == 1, f'{experiment} has runs of several commits or machines: {origins}')
-    drawn_with = Image.open(PLOT.format(experiment)).text.get('Description')
-    need(drawn_with == table(experiment),
-         f'the plot of {experiment} shows other figures; run python -m lesson.plots')
+    commits = {(row['commit'], row['precision']) for row in rows_of(experiment)}
+    need(len(commits) == 1, f'{experiment} has runs of several commits: {commits}; make them anew at one')
+    machine_of = {}
+    for row in rows_of(experiment):
+        other = machine_of.setdefault(row['seed'], row['machine'])
+        need(row['machine'] == other,
+             f"seed {row['seed']} of {experiment} has runs of several machines; make them anew on one")
 
 
 def check_text(tables):
     """The tables, and every figure in README.md that says where it comes from."""
     need(read_text(TABLES) == tables, f'{TABLES} differs from results.csv; run python -m lesson.plots')
-    source = r'([-+.\d]+(?: ± [.\d]+)?)<!--(\w+)/(\S+?)/(\S+)-->'
-    for figure, experiment, name, column in re.findall(source, read_text(README)):
-        right = cell(experiment, name, column)
-        parts = right.replace('*', '').split(', ')
-        need(figure in parts,
+    marked = r'([-+.\d]+(?: ± [.\d]+)?)<!--([\w-]+)/([^\s/~]+)(?:~(\S+?))?/(\S+)-->'
+    for figure, experiment, name, other, column in re.findall(marked, read_text(README)):
+        right = cell(experiment, name, column).split(',')[0]
+        if other:
+            right = difference(experiment, name, other, column).strip('*')
+        need(figure == right,
              f'{column} of {name} ({experiment}) is {figure} in {README}, {right} in results.csv')
 
 
@@ -140,15 +323,22 @@ def main():
     parser = Parser(epilog=__doc__)
     parser.add_argument('--check', action='store_true', help='only compare with results.csv')
     args = parser.parse_args()
-    tables = ''.join(table(experiment) for experiment in EXPERIMENTS)
+    pictures = []
+    for name, picture in PICTURES.items():
+        if any(rows_of(panel.experiment) for panel in picture.panels):
+            pictures.append(name)
     if args.check:
         for experiment in EXPERIMENTS:
             check(experiment)
-        check_text(tables)
+        for name in pictures:
+            drawn_with = Image.open(PLOT.format(name)).text.get('Description')
+            need(drawn_with == source(PICTURES[name]),
+                 f'the plot {name} shows other figures; run python -m lesson.plots')
+        check_text(all_tables())
     else:
-        for experiment in EXPERIMENTS:
-            draw(experiment)
-        TABLES.write_text(tables)
+        for name in pictures:
+            draw(name)
+        TABLES.write_text(all_tables())
 
 
 if __name__ == '__main__':

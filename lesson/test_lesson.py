@@ -10,6 +10,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -21,16 +22,26 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import data
+import eval as evaluation
 import train
 from cosmos import COSMOS, Config, Teacher, cosmos_terms, unit
 from data import Preprocess, Shards, Tokenizer
 from eval import embed_images, embed_texts, shard_image
 from lesson import experiments, plots, scenes, suppression
-from lesson.experiments import EXPERIMENTS, Variant, WithoutHeads, WithoutResidual
+from lesson.experiments import EXPERIMENTS, METHODS, SPEED, Variant, WithoutHeads, WithoutResidual
 from lesson.scenes import COLORS, NAMES, SHAPES, make_scenes
 from lesson.suppression import read_mask, read_scenes
 
 WORDS = [*COLORS, *SHAPES]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """A small model gains nothing by two threads, and on a busy machine they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='module')
@@ -50,7 +61,7 @@ def val(drawn):
 def model():
     """(model, tokenizer, preprocess) with random weights, which reads text byte by byte."""
     torch.manual_seed(0)
-    network = COSMOS(Config.preset('tiny', vocab_size=514))
+    network = COSMOS(Config.preset('tiny', vocab_size=514, image_size=64))
     return network.eval(), Tokenizer([], 64), Preprocess(64)
 
 
@@ -502,99 +513,207 @@ def test_without_residual(model, views):
     assert_close(out.h_T[:1], unit(whole.image_cross(eot[None], patches)))
 
 
+@pytest.fixture
+def sandbox(tmp_path, monkeypatch):
+    """An empty folder to run in. What a run replaces is put back at the end."""
+    monkeypatch.chdir(tmp_path)
+    for module, name in (train, 'COSMOS'), (evaluation, 'COSMOS'), (train, 'Run'):
+        monkeypatch.setattr(module, name, getattr(module, name))
+
+
+def test_average_without_a_teacher(drawn, sandbox, monkeypatch):
+    """oracle: the students of all steps, averaged by the formula, and train.py alone: its student is the same. The run
+    is killed after two steps, and goes on."""
+    students = []
+    killed = []
+
+    class Recorded(experiments.AveragedRun):
+        def start(self, processes):
+            super().start(processes)
+            if not self.checkpoint:
+                students.append(train.Teacher(self.model).model.state_dict())
+
+        def save(self):
+            super().save()
+            students.append(train.Teacher(self.model).model.state_dict())
+            if self.step == 2 and not killed:
+                killed.append(True)
+                raise KeyboardInterrupt
+
+    flags = f'--data {drawn} --preset tiny --method clip --batch 4 --steps 4 --save-every 1 --workers 0 --device cpu'
+    assert not run(train, *flags.split(), '--out', 'plain')
+    monkeypatch.setattr(train, 'Run', Recorded)
+    flags += ' --resume auto --out averaged'
+    assert run(train, *flags.split()) == 130
+    assert not run(train, *flags.split())
+    average = students[0]
+    for step in range(1, 5):
+        momentum = step / (step + 10)
+        for name, value in students[step].items():
+            average[name] = momentum * average[name] + (1 - momentum) * value
+    last = evaluation.read_checkpoint('averaged/last.pt')
+    plain = evaluation.read_checkpoint('plain/last.pt')
+    assert_close(last['teacher'], average)
+    assert_close(last['student'], plain['student'], rtol=0, atol=0)
+    assert 'teacher' not in plain
+
+
 def test_variants(monkeypatch):
-    """oracle: train.py and lesson.scenes take every flag, and every variant is compared with one that is there."""
+    """oracle: train.py and lesson.scenes take every flag. On one track all see as many pairs, on the other all take as
+    long by SPEED, to half a step. Variants that share a folder have the same flags and scenes."""
     monkeypatch.setattr(scenes, 'make_scenes', dict)
-    for variants in EXPERIMENTS.values():
-        for variant in variants.values():
-            assert variant.against in variants
-            train.parse_command_line(variant.flags.split())
-            if variant.scenes != 'emoji':
-                assert run(scenes, 'folder', *variant.scenes.split()) is None
+    monkeypatch.setattr(experiments, 'origin', lambda: {'commit': 'c'})
+    folders = {}
+    for variant in [each for variants in EXPERIMENTS.values() for each in variants.values()]:
+        options = experiments.options_of(variant).split()
+        assert run(scenes, 'folder', *options) is None
+        flags = experiments.flags_of(variant)
+        typed, _ = train.parse_command_line(flags.split())
+        pairs = 2400 * 32
+        if variant.track == 'minutes':
+            pairs *= SPEED[variant.method] / SPEED['cosmos']
+        if variant.track != 'speed':
+            assert abs(typed['steps'] - pairs / typed['batch']) <= 0.5
+        same = variant.method, options, flags
+        assert folders.setdefault(experiments.run_folder(variant, 0), same) == same
+    assert EXPERIMENTS['colors']['clip-4'] == EXPERIMENTS['parts']['clip']
+
+
+def test_missing_runs(monkeypatch):
+    """oracle: by hand. Seeds one after another; an optional variant only where it is asked for; what has a row is left
+    out."""
+    variants = {'b': Variant('clip', seeds=range(7, 9)), 'a': Variant('clip', seeds=range(7, 8), optional=True)}
+    monkeypatch.setitem(EXPERIMENTS, 'one', variants)
+    row = {'experiment': 'one', 'seed': '7', 'variant': 'b'}
+    monkeypatch.setattr(experiments, 'read_results', lambda: [row, row | {'experiment': 'two', 'seed': '8'}])
+    assert experiments.missing_runs('one') == [('one', '8', 'b')]
+    asked = experiments.missing_runs('one', 3, also=['a'])
+    assert [seed + name for _, seed, name in asked] == ['7a', '8a', '8b', '9a', '9b']
+    assert 'no variant is called c; take one of b, a' in run(experiments, 'one', '--also', 'c')
 
 
 @pytest.fixture
-def course(tmp_path, monkeypatch):
+def course(sandbox, monkeypatch):
     """Two experiments that share their only run, two steps; no result yet."""
-    monkeypatch.chdir(tmp_path)
     Path('lesson').mkdir()
     Path('assets').mkdir()
-    variants = {'a': Variant('--steps 2 --batch 4 --eval-every 1', seeds=1)}
-    for module in (experiments, plots):
+    variants = {'clip': Variant('clip', seeds=range(1))}
+    for module in experiments, plots:
         monkeypatch.setattr(module, 'EXPERIMENTS', {'one': variants, 'two': variants})
-    experiments.RESULTS.write_text('experiment,variant,seed\n')
+    monkeypatch.setitem(METHODS, 'clip', METHODS['clip']._replace(batch=4))
+    monkeypatch.setattr(experiments, 'count_steps', lambda variant: 2)
+    experiments.RESULTS.write_text('')
     plots.results.cache_clear()
 
 
 def test_a_run_has_one_row(course, drawn, monkeypatch):
-    """oracle: the commands on its checkpoint. A run that is made gives both experiments their row, without a process. A
-    variant may ask for the student's weights. A set with probes is asked about these."""
-    monkeypatch.setattr(experiments, 'scene_folder', lambda options: drawn)
-    assert run(experiments, 'one', '--run', 'a', 0) is None
+    """oracle: the command on its checkpoint, for its own and for its averaged weights. A run that is made gives both
+    experiments their row, without a process. One that is stopped before its end gives none."""
+    monkeypatch.setattr(experiments, 'scene_folder', lambda variant: drawn)
+    whole = train.main
+    monkeypatch.setattr(train, 'main', lambda: sys.exit(143))
+    assert run(experiments, 'one', '--run', 'clip', 0) == 143
+    monkeypatch.setattr(train, 'main', whole)
+    out = experiments.run_folder(EXPERIMENTS['main']['clip'], 0)
+    assert not out.exists()
+    assert run(experiments, 'one', '--run', 'clip', 0) is None
     monkeypatch.setattr(experiments.sys, 'executable', None)
     for name in 'one', 'two', 'one':
         assert run(experiments, name) is None
     first, second = experiments.read_results()
     assert first | {'experiment': 'two'} == second
-    assert first['small.top1'] == first['small.top1@2']
-    assert first['steps'] == '2'
-    variant = plots.EXPERIMENTS['one']['a']
-    out = experiments.run_folder(variant, 0)
-    command = partial(run, suppression, out / 'last.pt', '--device', 'cpu', '--shards')
-    assert command(drawn / 'val', '--json', 'figures.json') is None
-    figures = experiments.evaluation.read_json('figures.json')
-    for name, value in experiments.flat(figures).items():
-        assert first[name] == str(value)
-    student = experiments.run(variant._replace(weights='student'), 0)
-    asked = ['retrieval', out / 'last.pt', '--shards', drawn / 'val', '--weights', 'student', '--json', 'ranks.json']
-    assert run(experiments.evaluation, *asked) is None
-    figures = experiments.evaluation.read_json('ranks.json')
-    for name, value in experiments.flat(figures, 'retrieval.').items():
-        assert student[name] == value
-    name = 'retrieval.text_to_image_mean_rank'
-    assert str(student[name]) != first[name]
-    # two evaluations
-    assert Image.open(out / 'strip.png').width == 2 * 232
-    monkeypatch.setattr(experiments.pairs, 'suppression', lambda *args: {'small': {'name_top1': 0.5, 'each': []}})
-    (drawn / 'probes.json').touch()
-    assert experiments.run(variant, 0)['small.name_top1'] == 0.5
+    for column, value in {'seed': '0', 'steps': '2', 'pairs': '8', 'precision': 'bf16'}.items():
+        assert first[column] == value
+    assert first['averaged.small.top1'] == first['averaged.small.top1@2']
+    assert first['averaged.small.top1@1'] and float(first['pairs_per_s']) > 0
+    found = []
+    for prefix, weights in ('raw', 'student'), ('averaged', 'teacher'):
+        command = [out / 'last.pt', '--shards', drawn, '--weights', weights, '--json', 'figures.json']
+        assert run(suppression, *command, '--device', 'cpu') is None
+        figures = experiments.flat(evaluation.read_json('figures.json'), f'{prefix}.')
+        for name, value in figures.items():
+            assert first[name] == str(value)
+        found.append(figures[f'{prefix}.retrieval.image_to_text_mean_rank'])
+    assert found[0] != found[1]
 
 
-def test_table_by_hand(course, monkeypatch):
-    """oracle: by hand. The gaps of paired seeds, 1, 2, 3 and 2, 3, 4, have the deviation 1, so half an interval is
-    4.303 / sqrt(3) = 2.5."""
-    monkeypatch.setitem(plots.EXPERIMENTS['one'], 'b', Variant(against='a'))
-    experiments.RESULTS.write_text(
-        'experiment,variant,seed,small.top1,small.bound\n'
-        'one,a,0,.1,.1\none,a,1,.2,.2\none,a,2,.3,.3\n'
-        'one,b,0,.11,.12\none,b,1,.22,.23\none,b,2,.33,.34\none,b,3,.9,\n')
+def write_rows(columns, *rows):
+    experiments.RESULTS.write_text('\n'.join([f'experiment,variant,seed,{columns}', *rows]))
+    plots.results.cache_clear()
+
+
+def test_differences_by_hand(course, monkeypatch):
+    """oracle: by hand. Deviations 1 and 1 of three seeds: 4 degrees of freedom, 2.78 sqrt(2 / 3) = 2.27; 1 and 0: 2,
+    4.30 sqrt(1 / 3) = 2.48. Only blocks of both count: d's fourth seed does not. A difference of 3.0 is open
+    though it is above 2.5: twice the sampling error of 1,000 scenes at 38.5 % is 3.1."""
+    for name in 'bcd':
+        monkeypatch.setitem(plots.EXPERIMENTS['one'], name, Variant('cosmos'))
+    write_rows(
+        'raw.small.top1,seconds',
+        'one,clip,0,.39,60', 'one,clip,1,.40,60', 'one,clip,2,.41,60', 'one,b,0,.49,60', 'one,b,1,.5,60',
+        'one,b,2,.51,60', 'one,c,0,.37,60', 'one,c,1,.37,60', 'one,c,2,.37,60', 'one,c,3,.37,60',
+        'one,d,0,.4,600', 'one,d,1,.4,600', 'one,d,2,.4,600', 'one,d,3,.8,600')
     table = plots.table('one')
-    assert '| 39.0, +2.0 ± 2.5 |' in table
-    assert '| 23.0, **+3.0 ± 2.5** |' in table
+    assert '| clip | 40.0 | 1.0 |' in table
+    assert '| b | 50.0, **+10.0 ± 2.3** | 1.0 |' in table
+    assert '| c | 37.0, -3.0 ± 2.5 | 1.0 |' in table
+    assert '| d | 50.0, +0.0 ± 2.5 | 10.0 |' in table
+    assert plots.difference('one', 'b', 'c', 'raw.small.top1') == '**+13.0 ± 2.5**'
+    assert plots.difference('one', 'd', 'e', 'raw.small.top1') == ''
 
 
-def draw(experiment):
+def test_what_is_drawn(course, monkeypatch):
+    """oracle: by hand: the points that a plot is given, the interval of .2, .3 and .4 with 4.30 / sqrt(3) deviations.
+    Every panel shows an experiment that there is, and has a word for each of its marks."""
+    write_rows(
+        'averaged.small.top1,averaged.small.top1@5,raw.small.top1', 'one,clip,0,.2,,.5', 'one,clip,1,.3,,.5',
+        'one,clip,2,.4,,.5', 'two,clip-16,0,.7,,.6', 'two,clip-none,0,.8,.6,.7')
+    panel = plots.Panel('CLIP', 'one', plots.SMALL)
+    axis = MagicMock()
+    plots.draw_rows(axis, panel, ['own', 'averaged'])
+    raw, averaged = axis.errorbar.call_args_list
+    assert (*raw.args, raw.kwargs['xerr']) == (50, 0, 0)
+    assert (*averaged.args, averaged.kwargs['xerr']) == pytest.approx((30, 0, 24.83), abs=0.01)
+    for name, draw, points in ('16', plots.draw_lines, ([16], [70], [0])), ('none', plots.draw_curves, ([5], [60], [0])):
+        plots.EXPERIMENTS['two'] = {f'clip-{name}': Variant('clip')}
+        draw(axis, panel._replace(experiment='two'), None)
+        assert axis.errorbar.call_args.args == points
+    for picture in plots.PICTURES.values():
+        for each in picture.panels:
+            assert each.experiment in EXPERIMENTS and len(each.columns) == len(picture.marks)
+
+
+def draw(name):
     """A plot without matplotlib."""
     note = PngInfo()
-    note.add_text('Description', plots.table(experiment))
-    Image.new('L', (1, 1)).save(plots.PLOT.format(experiment), pnginfo=note)
+    note.add_text('Description', plots.source(plots.PICTURES[name]))
+    Image.new('L', (1, 1)).save(plots.PLOT.format(name), pnginfo=note)
 
 
 def test_check(course, monkeypatch):
-    """oracle: whole pages pass; a changed text, table or plot, a second machine and a missing run are named."""
+    """oracle: whole pages pass; a changed text, table or plot, a second machine in a block, a second commit and a
+    missing run are named. Another block may come from another machine."""
     monkeypatch.setattr(plots, 'draw', draw)
-    plots.README.write_text('It is 94.8<!--one/a/small.top1--> %.')
-    results = experiments.RESULTS
-    results.write_text(
-        'experiment,variant,seed,commit,machine,small.top1\none,a,0,c,m,0.948\ntwo,a,0,c,m,0.948\n')
+    picture = plots.Picture(None, '', [plots.Panel('', 'one', ['small.top1'])])
+    monkeypatch.setattr(plots, 'PICTURES', {'a': picture})
+    both = Variant('clip', seeds=range(2))
+    monkeypatch.setitem(plots.EXPERIMENTS, 'two', {'clip': both, 'cosmos': both})
+    plots.README.write_text(
+        'It is 94.8<!--one/clip/raw.small.top1--> %, or -50.0 ± 0.0<!--two/cosmos~clip/raw.small.top1--> points.')
+    write_rows(
+        'commit,machine,precision,seconds,raw.small.top1', 'one,clip,0,c,m,bf16,9,0.948', 'two,clip,0,c,m,bf16,9,1',
+        'two,cosmos,0,c,m,bf16,9,.5', 'two,clip,1,c,n,bf16,9,1', 'two,cosmos,1,c,n,bf16,9,.5')
     assert run(plots) is None
     assert run(plots, '--check') is None
+    results = experiments.RESULTS
     changes = [
-        (plots.README, '94.8', '94.7', 'small.top1 of a (one) is 94.7'),
+        (plots.README, '94.8', '94.7', 'raw.small.top1 of clip (one) is 94.7'),
+        (plots.README, '-50.0', '+50.0', 'raw.small.top1 of cosmos (two) is +50.0'),
         (plots.TABLES, '94.8', '94.9', 'tables.md differs'),
-        (results, '0.948', '0.951', 'the plot of one shows other figures'),
-        (results, 'one,a,0', 'one,a,1', 'one lacks'),
-        (results, 'one,a', 'one,a,0,c,other\none,a', 'several commits or machines')]
+        (results, '0.948', '0.951', 'the plot a shows other figures'),
+        (results, 'one,clip,0', 'one,clip,1', 'one lacks'),
+        (results, 'two,clip,1,c', 'two,clip,1,d', 'two has runs of several commits'),
+        (results, 'two,clip,1,c,n', 'two,clip,1,c,m', 'seed 1 of two has runs of several machines')]
     for path, old, new, sentence in changes:
         text = path.read_text()
         path.write_text(text.replace(old, new))
