@@ -142,7 +142,7 @@ def read_checkpoint(path):
         if 'TorchScript' in str(error):
             reason = ("it is TorchScript, as OpenAI's archives are, and may run code; where you trust it, "
                       f"model = open_clip.load_openai_model('{path}'); {THEN_SAVE}")
-        raise ValueError(f'checkpoint {path} cannot be read: {reason}') from None
+        raise ValueError(f'{path} is no checkpoint that can be read: {reason}') from None
 
 
 def read_layout(path):

@@ -1424,7 +1424,7 @@ def test_classify_of_every_source(gallery):
 
 
 WRONG = [               # a command, and what its sentence must name
-    ('retrieval page.pt --shards a.tar', ['page.pt', 'torn', 'web page']),
+    ('retrieval page.pt --shards a.tar', ['page.pt', 'no checkpoint', 'web page']),
     ('retrieval bad.pt --shards a.tar', ['bad.pt', 'holds posix.system', 'where you trust it']),
     ('retrieval script.pt --shards a.tar',
      ['script.pt', 'TorchScript', "load_openai_model('script.pt')", 'torch.save', '--quick-gelu']),
