@@ -83,6 +83,7 @@ class Config:
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's; the end-of-text token has the largest id
     cross_heads: int = 8            # attention heads inside C^I and C^T; 0: neither, a plain CLIP
+    quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released models have GELU
 
     def __post_init__(self):
         for size, part in (
@@ -454,7 +455,7 @@ class VisionTower(Tower):
         self.class_embedding = nn.Parameter(std * torch.randn(C))
         self.positional_embedding = nn.Parameter(std * torch.randn(1 + self.grid ** 2, C))
         self.ln_pre = nn.LayerNorm(C)
-        self.transformer = Transformer(C, config.vision_layers, config.vision_heads)
+        self.transformer = Transformer(C, config.vision_layers, config.vision_heads, config.quick_gelu)
         self.norm = nn.LayerNorm(C)
         self.proj = nn.Parameter(std * torch.randn(C, config.embed_dim))
 
@@ -500,7 +501,7 @@ class TextTower(Tower):
         C, layers = config.text_width, config.text_layers
         self.token_embedding = nn.Embedding(config.vocab_size, C)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, C))
-        self.transformer = Transformer(C, layers, config.text_heads, causal=True)
+        self.transformer = Transformer(C, layers, config.text_heads, config.quick_gelu, causal=True)
         self.norm = nn.LayerNorm(C)
         self.proj = nn.Parameter(C ** -0.5 * torch.randn(C, config.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -531,9 +532,9 @@ class Transformer(nn.Module):
     `grad_checkpointing` saves memory: all blocks but the last are recomputed in the backward pass.
     """
 
-    def __init__(self, width, layers, heads, causal=False):
+    def __init__(self, width, layers, heads, quick_gelu, causal=False):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
         self.causal = causal
         self.grad_checkpointing = False
 
@@ -555,17 +556,25 @@ class Transformer(nn.Module):
         return last(x, mask, row, csa)
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(LN x), then x + MLP(LN x). GELU is exact, as in the released models."""
+class QuickGELU(nn.Module):
+    """OpenAI's approximation of GELU. Weights trained with the one and run with the other score low, without an error."""
 
-    def __init__(self, width, heads):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(LN x), then x + MLP(LN x). GELU is exact, as in the released models,
+    unless `quick_gelu`."""
+
+    def __init__(self, width, heads, quick_gelu):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(
             c_fc=nn.Linear(width, 4 * width),
-            gelu=nn.GELU(),
+            gelu=QuickGELU() if quick_gelu else nn.GELU(),
             c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x, mask=None, row=None, csa=False):

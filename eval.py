@@ -8,14 +8,16 @@
     python eval.py attend CKPT --image a.jpg --text "a red star" "a small blue ring" --out attention.png
     python eval.py export CKPT OUT.pt                             a state dict that open_clip loads, and OUT.json
 
-CKPT is ours (runs/.../last.pt), a released cosmos_vitb*.pt, or an open_clip ViT state dict. Scores come from the
-teacher, the averaged weights, unless --weights student. Features are float32 of unit length, scores their products.
+CKPT is ours (runs/NAME/last.pt, or its folder), a released name such as cosmos_vitb16_cc3m, which is fetched once, or
+an open_clip ViT state dict (.pt, .safetensors; for OpenAI's CLIP add --quick-gelu). Scores come from the teacher, the
+averaged weights, unless --weights student. Features are float32 of unit length, scores their products.
 """
 import glob
 import inspect
 import json
 import math
 import re
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -94,15 +96,53 @@ CLIP_VOCABULARY = 49408
 OPENCLIP_HAS = ('visual.', 'text.', 'logit_scale')                   # but not the heads of COSMOS
 
 
+RELEASED = 'https://huggingface.co/sankim2/cosmos/resolve/main/{}.pt'
+RELEASED_NAME = 'cosmos_vitb(16|32)_(cc3m|cc12m|yfcc15m|merged30m|pixelprose)'
+
+
+def find_checkpoint(name):
+    """What CKPT names -> the path of its file. A run's folder means its last.pt; a released name is fetched once."""
+    path = Path(name)
+    if path.is_dir():
+        return path / 'last.pt'
+    if not re.fullmatch(RELEASED_NAME, str(name)):
+        return path
+    path = Path(torch.hub.get_dir(), f'{name}.pt')
+    address = RELEASED.format(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            torch.hub.download_url_to_file(address, path)
+        return path
+    except Exception as error:          # no network, a connection that breaks, a full disk
+        raise ValueError(f'{address} cannot be fetched ({error}); bring the file and give its path') from None
+
+
+# torch warns of TorchScript before it refuses it. Here the refusal says all.
+warnings.filterwarnings('ignore', '.*looks like a TorchScript archive')
+THEN_SAVE = "torch.save(model.state_dict(), 'clip.pt'); then give --quick-gelu"
+
+
 def read_checkpoint(path):
     """A file of tensors and plain values. Anything that would have to execute code to load is refused (ValueError)."""
     need(Path(path).exists(), f'checkpoint {path} does not exist')
     try:
+        if Path(path).suffix == '.safetensors':
+            from safetensors.torch import load_file
+            return load_file(path)
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:          # of many kinds, for torn files and for others
-        raise ValueError(
-            f'{path} is no checkpoint of tensors and plain values ({first_line(error)}): torn, a web page, git-lfs? '
-            'Or it holds code: where you trust it, torch.save(torch.load(OLD, weights_only=False)[...], NEW)') from None
+        reason = f"{first_line(error).partition('. ')[0]}: torn, a web page, git-lfs? If it was fetched, remove it and fetch it again"
+        held = re.search(r'GLOBAL ([\w.]+)', str(error))
+        if held:
+            reason = (f'beside tensors and plain values it holds {held[1]}, which may run code; where you trust it, '
+                      'torch.save(torch.load(OLD, weights_only=False)[...], NEW)')
+        if isinstance(error, ImportError):
+            reason = 'it needs one package more: pip install safetensors'
+        if 'TorchScript' in str(error):
+            reason = ("it is TorchScript, as OpenAI's archives are, and may run code; where you trust it, "
+                      f"model = open_clip.load_openai_model('{path}'); {THEN_SAVE}")
+        raise ValueError(f'{path} is no checkpoint that can be read: {reason}') from None
 
 
 def read_layout(path):
@@ -112,11 +152,12 @@ def read_layout(path):
     return layout if 'vision_cfg' in layout else {}                 # else another file of that name
 
 
-def infer_config(state, layout=None):
+def infer_config(state, layout, quick_gelu=False):
     """Config of released or open_clip weights, from the shapes of their tensors.
 
-    Shapes do not tell how wide a head is. `layout`, open_clip's model config, does. Without it heads are 64 wide, as in
-    open_clip's ViTs up to L, or 80, as in ViT-H, whose width is 1280. Cross-attention has the released 8 heads.
+    Shapes do not tell how wide a head is, and which GELU it was. `layout`, open_clip's model config, does. Where it is {}
+    heads are 64 wide, as in open_clip's ViTs up to L, or 80, as in ViT-H, whose width is 1280, and `quick_gelu` tells
+    the activation. Cross-attention has the released 8 heads.
     """
     vision_width, _, _, patch = state['visual.conv1.weight'].shape
     context_length, text_width = state['positional_embedding'].shape
@@ -140,7 +181,8 @@ def infer_config(state, layout=None):
                   text_heads=text_heads,
                   context_length=context_length,
                   vocab_size=len(state['token_embedding.weight']),
-                  cross_heads=8 if 'image_token_mapping.weight' in state else 0)
+                  cross_heads=8 if 'image_token_mapping.weight' in state else 0,
+                  quick_gelu=quick_gelu or layout.get('quick_gelu', False))
 
 
 def load_weights(model, state, path):
@@ -153,16 +195,16 @@ def load_weights(model, state, path):
         raise ValueError(f"{path} does not fit this model: {'; '.join(problems)}") from None
 
 
-def load_openclip(state, path, vocab):
+def load_openclip(state, path, vocab, quick_gelu):
     """Weights under open_clip's names -> our names, Config, tokenizer. ValueError for other models' weights."""
-    layout = read_layout(path)
-    # NB: QuickGELU's weights would load, and score low unnoticed.
-    need('input_resolution' not in state and not layout.get('quick_gelu'),
-         f"{path} holds OpenAI's weights, which need QuickGELU; this model has GELU: take LAION's")
     need('visual.class_embedding' in state,
-         f"{path} holds no weights of this model (its keys: {', '.join(list(state)[:5])}); "
-         'give a checkpoint of train.py, a released cosmos_vitb*.pt or an open_clip ViT state dict')
-    config = infer_config(state, layout)
+         f"{path} holds no weights of this model (its keys: {', '.join(list(state)[:5])}); give a checkpoint of "
+         "train.py, a released cosmos_vitb*.pt or an open_clip ViT state dict: for Hugging Face's names, "
+         f"model = open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai'); {THEN_SAVE}")
+    layout = read_layout(path)
+    config = infer_config(state, layout, quick_gelu)
+    if not (layout or quick_gelu or config.cross_heads):        # the released have heads, and GELU
+        print(f"activation GELU is assumed for {path}; OpenAI's weights, and others of QuickGELU, want --quick-gelu")
     learned = layout.get('text_cfg', {}).get('tokenizer_kwargs')
     if learned:
         tokenizer = Tokenizer(learned['merges'], config.context_length)
@@ -174,13 +216,15 @@ def load_openclip(state, path, vocab):
     return from_openclip(state), config, tokenizer
 
 
-def load(path, weights='teacher', vocab=None):
+def load(path, weights='teacher', vocab=None, quick_gelu=False):
     """-> (model in eval mode, tokenizer, preprocess: PIL image -> (3, S, S)).
 
-    path: our checkpoint, a released one (dict with 'student' and 'teacher'), or an open_clip state dict; `module.` and
-    `_orig_mod.` prefixes are stripped. Where there is no teacher the student is taken: model.origin says which it was.
-    `vocab` goes to Tokenizer.clip.
+    path: what `find_checkpoint` takes, of our checkpoint, a released one (dict with 'student' and 'teacher'), or an
+    open_clip state dict; `module.` and `_orig_mod.` prefixes are stripped. Where there is no teacher the student is
+    taken: model.origin says which it was. `vocab` goes to Tokenizer.clip. `quick_gelu`: the activation of a state dict
+    that does not say; our checkpoints do.
     """
+    path = find_checkpoint(path)
     saved = read_checkpoint(path)
     origin = 'state dict'
     with reading(path):
@@ -196,7 +240,7 @@ def load(path, weights='teacher', vocab=None):
             config = Config(**saved['config'])
             tokenizer = Tokenizer(saved['merges'], config.context_length)
         else:
-            state, config, tokenizer = load_openclip(state, path, vocab)
+            state, config, tokenizer = load_openclip(state, path, vocab, quick_gelu)
     model = COSMOS(config)
     load_weights(model, state, path)
     for name, value in state.items():
@@ -212,22 +256,25 @@ def export(model, tokenizer, path):
     tokenizer, where open_clip's model does not mind them; `load` finds them there.
     """
     c = model.config
+    path = Path(path)
+    beside = path.with_suffix('.json')
+    need(path.suffix not in ('.json', '.safetensors'), f'{path} would be no file of that kind; name it OUT.pt')
+    need(read_layout(path) or not (path.exists() or beside.exists()),
+         f'{path} or {beside} exists and is no export; name another file')
     vision = {'image_size': c.image_size, 'patch_size': c.patch_size, 'width': c.vision_width,
               'layers': c.vision_layers, 'head_width': c.vision_width // c.vision_heads}
     text = {'context_length': c.context_length, 'vocab_size': c.vocab_size, 'width': c.text_width,
             'layers': c.text_layers, 'heads': c.text_heads}
     if c.vocab_size != CLIP_VOCABULARY:
         text['tokenizer_kwargs'] = {'merges': tokenizer.merges}
+    write_json(beside, {'embed_dim': c.embed_dim, 'vision_cfg': vision, 'text_cfg': text,
+                        'quick_gelu': c.quick_gelu})
     towers = {name: value.cpu() for name, value in model.state_dict().items() if name.startswith(OPENCLIP_HAS)}
-    path = Path(path)
-    beside = path.with_suffix('.json')
-    need(path != beside, f'{path} is the place of the config; name the weights OUT.pt')
-    need(read_layout(path) or not (path.exists() or beside.exists()),
-         f'{path} or {beside} exists and is no export; name another file')
-    write_json(beside, {'embed_dim': c.embed_dim, 'vision_cfg': vision, 'text_cfg': text})
     with replacing(path) as temporary:
         torch.save(to_openclip(towers), temporary)
-    return {'weights': str(path), 'config': str(beside)}
+    return {'open_clip loads it by': f"open_clip.add_model_config('{beside}')",
+            'and': f"model = open_clip.create_model('{path.stem}', pretrained='{path}')",
+            'learned merges need': f"eval.load('{path}')"}
 
 
 # --- 3. Features -----------------------------------------------------------------------------------------------------
@@ -251,9 +298,15 @@ def shard_image(shards, i):
         return read_image(shards.image(i), 'this')
 
 
+BROKEN = -1                 # the label of an image that cannot be read
+
+
 @dataclass
 class Images(Dataset):
-    """Pixels (3, S, S) and label of each image of `source`: Shards or paths (labels -1), or a set of (image, label)."""
+    """Of each image of `source` its pixels (3, S, S), label, and why it cannot be read, or ''.
+
+    source: Shards, or a list of paths or Pillow images (labels 0), or a set of (image, label).
+    """
     source: object
     preprocess: object
 
@@ -261,38 +314,55 @@ class Images(Dataset):
         return len(self.source)
 
     def __getitem__(self, i):
-        label = -1
-        if isinstance(self.source, Shards):
-            image = shard_image(self.source, i)
-        elif isinstance(self.source, list):
-            image = read_image(self.source[i])
-        else:
-            image, label = self.source[i]
-        return self.preprocess(image), label
+        label = 0
+        try:
+            if isinstance(self.source, Shards):
+                image = shard_image(self.source, i)
+            else:
+                image = self.source[i]
+            if isinstance(image, tuple):
+                image, label = image
+            elif not isinstance(image, Image.Image):
+                image = read_image(image)
+            return self.preprocess(image), int(label), ''       # a split without labels has None
+        except Exception as error:          # the sets of torchvision raise what they like
+            blank = self.preprocess(Image.new('RGB', (8, 8)))
+            return math.nan * blank, BROKEN, f'image {i}: {error}'
 
 
 @torch.no_grad()
-def embed_labelled(model, source, preprocess, workers=0):
-    """A source of `Images` -> (n, D) unit vectors and (n,) labels."""
+def embed_labelled(model, source, preprocess, workers=0, strict=False):
+    """A source of `Images` -> (n, D) unit vectors and (n,) labels.
+
+    Images that cannot be read are named and counted; their label is BROKEN, their vector NaN. ValueError if all are so,
+    or, where `strict`, if one is.
+    """
     need(len(source), 'there is no image to embed; give one or more')
     loader = DataLoader(Images(source, preprocess), IMAGE_BATCH, num_workers=workers)
     features = []
     labels = []
-    for pixels, numbers in progress(loader, 'images'):
+    broken = []
+    for pixels, numbers, problems in progress(loader, 'images'):
+        broken += filter(None, problems)
+        if strict and broken:
+            raise ValueError(broken[0])
         cls = model.visual([pixels.to(model.logit_scale.device)])       # (1, B, D)
         features.append(unit(cls[0]).cpu())
         labels.append(numbers)
+    if broken:
+        need(len(broken) < len(source), f'not one image can be used; {broken[0]}')
+        print(f'left out   {len(broken)} of {len(source)} images', *broken, sep='\n           ')
     return torch.cat(features), torch.cat(labels)
 
 
 def embed_images(model, source, preprocess, workers=0):
-    """Paths or Shards -> (n, D) unit vectors on the CPU."""
-    features, _ = embed_labelled(model, source, preprocess, workers)
+    """Paths, Pillow images or Shards -> (n, D) unit vectors on the CPU. ValueError for an image that cannot be read."""
+    features, _ = embed_labelled(model, source, preprocess, workers, strict=True)
     return features
 
 
 @torch.no_grad()
-def embed_texts(model, tokenizer, texts, batch=TEXT_BATCH):
+def embed_texts(model, tokenizer, texts):
     """n texts (or one) -> (n, D) unit vectors on the CPU. Texts of similar length share a batch, cut to its longest."""
     if isinstance(texts, str):
         texts = [texts]
@@ -300,7 +370,7 @@ def embed_texts(model, tokenizer, texts, batch=TEXT_BATCH):
     ids = tokenizer(texts)                                          # (n, T)
     length = ids.argmax(dim=1) + 1                                  # the end has the largest id
     features = torch.empty(len(texts), model.config.embed_dim)
-    for rows in progress(length.argsort().split(batch), 'texts'):
+    for rows in progress(length.argsort().split(TEXT_BATCH), 'texts'):
         cut = ids[rows, :length[rows].max()]
         eot = model.text([cut.to(model.logit_scale.device)])        # (1, B, D)
         features[rows] = unit(eot[0]).cpu()
@@ -409,12 +479,21 @@ def shard_captions(shards):
     return with_owners(shards.paths[0], pools)
 
 
-def evaluate(model, tokenizer, preprocess, shards):
-    """Retrieval on held-out shards -> (figures, image features (n, D)), for what else uses the features."""
-    captions, owner = shard_captions(shards)
-    image_features = embed_images(model, shards, preprocess)
+def evaluate(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
+    """Retrieval -> (figures, image features (n, D)), for what else uses the features.
+
+    source: image paths with their captions and `owner`, or held-out shards, which have their own. An image that cannot
+    be read is left out with its captions; its feature is NaN.
+    """
+    if captions is None:
+        captions, owner = shard_captions(source)
+    image_features, labels = embed_labelled(model, source, preprocess, workers)
     text_features = embed_texts(model, tokenizer, captions)
-    return {'retrieval': retrieval(image_features, text_features, owner)}, image_features
+    readable = labels != BROKEN                                     # (n,)
+    number = readable.cumsum(dim=0) - 1                             # of an image among the readable ones
+    rows = readable[owner]                                          # of the captions that stay
+    figures = retrieval(image_features[readable], text_features[rows], number[owner[rows]])
+    return {'retrieval': figures}, image_features
 
 
 # --- 5. Zero-shot classification -------------------------------------------------------------------------------------
@@ -462,20 +541,8 @@ def classify(image_features, vectors, labels):
     return figures, found, matrix
 
 
-def read_names(path, classes):
-    """Names of the classes: a line each in their order, or a JSON object {class: name}."""
-    if read_text(path).lstrip().startswith('{'):
-        listing = read_json(path)
-        with reading(path):
-            return [listing[key].strip() for key in classes]
-    names = read_lines(path)
-    need(len(names) == len(classes),
-         f'{path} has {len(names)} names for {len(classes)} classes; give a line for each')
-    return names
-
-
 def class_names(source, path=None):
-    """Names in words of the classes of a torchvision set, or those in the file `path`, see `read_names`.
+    """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order.
 
     A thousand folders of WordNet ids have torchvision's names of ImageNet. Of these 296 differ by more than capitals
     from those of the released evaluation (open_clip's), so the figures are comparable only with a file of those.
@@ -483,7 +550,10 @@ def class_names(source, path=None):
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
     need(classes, 'this set of torchvision has no class names; use --folder with one folder per class')
     if path:
-        return read_names(path, getattr(source, 'wnids', classes))
+        names = read_lines(path)
+        need(len(names) == len(classes),
+             f'{path} has {len(names)} names for {len(classes)} classes; give a line for each')
+        return names
     if all(re.fullmatch(r'n\d{8}', str(name)) for name in classes):
         need(len(classes) == 1000,
              f'{len(classes)} folders have WordNet ids, not all 1,000 of ImageNet; name them by --classes')
@@ -513,22 +583,10 @@ def torchvision_set(name, root, split=None, download=False):
     for option in values.keys() - options:
         del values[option]
     try:
-        source = kind(root, **values)
-        targets = getattr(source, 'targets', [0])
-        need(targets[0] is not None, 'this split has no labels')        # Places365's test
-        return source
+        return kind(root, **values)
     except Exception as error:          # the sets raise what they like
         raise ValueError(f'torchvision cannot read {name} from {root} ({first_line(error)}); '
                          'try --download or another --split, such as val') from None
-
-
-def class_folders(root):
-    """One folder of images per class. ValueError for images beside the folders: they would count nowhere."""
-    loose = [path for path in images_in(root) if path.parent == Path(root)]
-    if loose:
-        raise ValueError(f'{len(loose)} images lie beside the folders of the classes in {root}, as {loose[0].name}; '
-                         'move each into the folder of its class, or away')
-    return torchvision.datasets.ImageFolder(root, loader=read_image)
 
 
 # --- 6. Zero-shot segmentation ---------------------------------------------------------------------------------------
@@ -617,8 +675,8 @@ def confusion(truth, labels, classes, ignore=IGNORE):
 
 
 def segmentation_figures(matrix, names):
-    """mIoU over classes that occur in truth or prediction, pixel accuracy, and what class 0 everywhere would give."""
-    hit = matrix.diag().double()
+    """mIoU over classes that occur in truth or prediction, and pixel accuracy."""
+    hit = matrix.diag()
     truth = matrix.sum(dim=1)
     found = matrix.sum(dim=0)
     iou = hit / (truth + found - hit)           # NaN for a class that occurs in neither
@@ -627,8 +685,6 @@ def segmentation_figures(matrix, names):
     need(present, 'every pixel of every mask is ignored: there is nothing to score; see --masks, --reduce-zero-label')
     return {'classes': present,
             'mIoU': iou.nanmean().item(),
-            # the IoU of class 0 would be its share, that of all others 0
-            'all_class_0_mIoU': truth[0].item() / pixels / present,
             'pixel_accuracy': hit.sum().item() / pixels,
             'IoU': {name: value for name, value in zip(names, iou.tolist()) if not math.isnan(value)}}
 
@@ -750,33 +806,35 @@ def show(figures, indent=''):
 
 def run_retrieval(args, model, tokenizer, preprocess):
     if args.shards:
-        source = Shards(half_of(args.shards, 'val'), args.caption_keys)
-        captions, owner = shard_captions(source)
+        listed = [Shards(half_of(args.shards, 'val'), args.caption_keys)]
     else:
         path = args.karpathy or args.flickr or Path(args.coco, 'annotations/captions_val2017.json')
         root = args.coco or args.images or Path(path).parent
-        source, captions, owner = listed_captions(path, root, args.split)
-    image_features = embed_images(model, source, preprocess, workers=args.workers)
-    return retrieval(image_features, embed_texts(model, tokenizer, captions), owner)
+        listed = listed_captions(path, root, args.split)            # image paths, captions, owner
+    figures, _ = evaluate(model, tokenizer, preprocess, *listed, workers=args.workers)
+    return figures['retrieval']
 
 
 def run_classify(args, model, tokenizer, preprocess):
     if args.folder:
-        source = class_folders(args.folder)
+        source = torchvision.datasets.ImageFolder(args.folder, loader=read_image)
     else:
         source = torchvision_set(args.dataset, args.root, args.split, args.download)
     names = class_names(source, args.classes)
     features, labels = embed_labelled(model, source, preprocess, workers=args.workers)
     templates = read_templates(args.templates)
     vectors = class_vectors(model, tokenizer, names, templates)
+    readable = (labels != BROKEN).nonzero()[:, 0]
+    features = features[readable]
+    labels = labels[readable]
     figures, found, matrix = classify(features, vectors, labels)
     scores = (features * vectors[found]).sum(dim=1)
-    files = [path for path, _ in getattr(source, 'samples', [])]
-    if not files:                       # a set that says numbers alone
-        files = range(len(labels))
     predictions = []
-    for file, truth, k, score in zip(files, labels, found, scores.tolist()):
-        predictions.append({'image': file, 'truth': names[truth],
+    for i, truth, k, score in zip(readable.tolist(), labels, found, scores.tolist()):
+        image = i
+        if args.folder:
+            image, _ = source.samples[i]
+        predictions.append({'image': image, 'truth': names[truth],
                             'prediction': names[k], 'score': score})
     return figures | {'prompts': ' | '.join(templates), 'names': names,
                       'confusion': matrix.tolist(), 'predictions': predictions}
@@ -803,8 +861,6 @@ def run_segment(args, model, tokenizer, preprocess):
     classes = [re.split(r'\s*,\s*', line) for line in read_lines(args.classes)]
     names = [synonyms[0] for synonyms in classes]
     counts = [len(synonyms) for synonyms in classes]
-    need(len(names) <= IGNORE,
-         f'{args.classes} names {len(names)} classes; masks ignore {IGNORE}, so name {IGNORE} at most')
     templates = read_templates(args.templates)
     vectors = class_vectors(model, tokenizer, sum(classes, []), templates)
     vectors = vectors.to(model.logit_scale.device)
@@ -815,11 +871,8 @@ def run_segment(args, model, tokenizer, preprocess):
         truth = read_mask(mask, image.size, len(names), settings.reduce_zero_label)
         labels = segment_image(model, image, vectors, counts, settings)
         matrix += confusion(truth, labels, len(names))
-    described = str(settings)
-    if args.benchmark and not args.templates:
-        described += '; but six prompts of ours, not the 80 released ones'
     return {'images': len(pairs),
-            'settings': described,
+            'settings': str(settings),
             'prompts': ' | '.join(templates)} | segmentation_figures(matrix, names)
 
 
@@ -843,6 +896,8 @@ def add_options(command):
         help='cuda or cpu (default: %(default)s)')
     add('--workers', type=int, default=2, help='processes that read images (default: %(default)s)')
     add('--vocab', help="CLIP's merges, for checkpoints that carry none")
+    add('--quick-gelu', action='store_true',
+        help="the activation of OpenAI's CLIP, for a state dict that does not say")
     add('--json', help='also write the figures to this file')
 
 
@@ -871,7 +926,7 @@ def add_classify(command):
         help="torchvision's name of the split (default: test; ImageNet and Places365 have val)")
     add('--download', action='store_true', help='let torchvision fetch it into --root')
     add('--classes',
-        help='file of class names: a line each in the order of the sorted folders, or JSON {folder: name} '
+        help='file of class names: a line each in the order of the sorted folders '
         "(default: the folders' names; of ImageNet torchvision's, 296 of them unlike the released ones)")
     add('--templates', help='file of prompts with {} for the class, a line each')
 
@@ -916,7 +971,7 @@ def add_export(command):
 
 def execute(args):
     """Load the checkpoint, run the command, show its figures."""
-    model, tokenizer, preprocess = load(args.checkpoint, args.weights, vocab=args.vocab)
+    model, tokenizer, preprocess = load(args.checkpoint, args.weights, args.vocab, args.quick_gelu)
     print(f'{args.command} of {args.checkpoint} ({model.origin})')
     try:
         model.to(args.device)
@@ -926,10 +981,6 @@ def execute(args):
     show(figures)
     if args.json:
         write_json(args.json, figures)
-    line = f'-m extras.search {args.checkpoint} --images DIR "CAPTION"'
-    if model.has_cross_attention and args.command != 'attend':
-        line = f'eval.py attend {args.checkpoint} --image IMAGE --text "CAPTION"'
-    print(f'next       python {line}')
 
 
 def main():
