@@ -95,6 +95,7 @@ def make_parser():
     add('--preset', choices=PRESETS, help=f'{sizes} (vit-b-16 with --data, else tiny)')
     add('--method', choices=METHODS, default='cosmos', help='row of Table 5 (%(default)s)')
     add('--init', help='weights to start from, ours or others; they set sizes and vocabulary')
+    add('--quick-gelu', action='store_true', help="of --init: OpenAI's activation, where no file says it")
     add('--local-crops', type=int, default=6, help='local image views per pair (%(default)s)')
     add('--local-captions', type=int, default=6, help='local captions per pair (%(default)s)')
     add('--augment', choices=['full', 'crops'], default='full', help='full: with flips and colours')
@@ -315,7 +316,8 @@ def choose_model(options, shards):
     path = None if options.vocab in ('clip', 'learn') else options.vocab
     weights = {}
     if options.init:
-        model, tokenizer, _ = evaluation.load(options.init, vocab=path)
+        model, tokenizer, _ = evaluation.load(
+            options.init, vocab=path, quick_gelu=options.quick_gelu)
         config = model.config
         weights = model.state_dict()
     else:
