@@ -15,7 +15,6 @@ import pickle
 import random
 import re
 import resource
-import runpy
 import shutil
 import signal
 import socket
@@ -32,6 +31,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import active_children, current_process, set_forkserver_preload
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -333,14 +333,6 @@ def naive_symmetric(a, b, scale):
     return torch.stack(losses).mean()
 
 
-def test_losses_by_pencil():
-    """oracle: hand arithmetic to four decimals, the example in the docstring of nce."""
-    rows = torch.tensor([[[1.0, 0], [0, 1]]])
-    columns = torch.tensor([[[1.0, 0], [0.6, 0.8]]])
-    loss = symmetric_nce(rows, columns, rows, columns, 1.0)
-    assert loss.item() == pytest.approx(0.4489, abs=5e-5)               # the mean of 0.4421 and 0.4557
-
-
 def test_losses_equal_loops():
     """oracle: the definition in three loops, in float64; of L_COSMOS the mean of its terms."""
     views = F.normalize(torch.randn(22, 4, 8, dtype=torch.float64), dim=-1)
@@ -404,7 +396,7 @@ def test_vision_tower_equals_the_long_way():
         close(tower(views[:count]), expected[:count])
 
 
-def test_text_tower_equals_the_long_way():
+def test_text_tower_equals_the_long_way(monkeypatch):
     """oracle: captions at full length, through every block on all rows, behind a mask; captions that are cut
     give the same gradients, also where activations are computed again."""
     model, images, texts = micro()
@@ -420,11 +412,13 @@ def test_text_tower_equals_the_long_way():
     close(words, x[:3])
     parameters = list(model.parameters())
     expected = torch.autograd.grad(total_loss(model, images, torch.stack(texts)), parameters)
+    monkeypatch.setattr(cosmos, 'checkpoint', Mock(wraps=cosmos.checkpoint))
     for recompute in False, True:
         model.visual.transformer.grad_checkpointing = recompute
         tower.transformer.grad_checkpointing = recompute
         for a, b in zip(torch.autograd.grad(total_loss(model, images, cut), parameters), expected):
             close(a, b, 2e-5)
+        assert cosmos.checkpoint.called == recompute
 
 
 def test_positions_are_bicubic_with_a_tenth_added():
@@ -496,7 +490,7 @@ def test_compiled_blocks_are_few_and_equal(monkeypatch):
         texts = [texts[0], texts[2][:, :length]]
         for a, b in zip(model(images, texts), plain(images, texts)):
             close(a, b, 1e-6)
-    assert 0 < counter.frame_count < 8                                  # at 8 the compiler gives up, without a word
+    assert 0 < counter.frame_count < 8                                  # by default the compiler gives up at 8
 
 
 def test_the_walk_through_runs():
@@ -880,7 +874,7 @@ OPERATIONS = [          # torchvision's function; the released probability for e
 
 
 @pytest.mark.parametrize('name, function, shares, low, high', OPERATIONS)
-def test_each_colour_operation_is_the_released(name, function, shares, low, high):
+def test_each_colour_operation_is_the_released(monkeypatch, name, function, shares, low, high):
     """oracle: torchvision's own function, image by image; an image of neutral strength stays as it is, bit by bit. Of
     5,000 draws for each kind of view the released probabilities and ranges, all uniform."""
     images = torch.randint(0, 256, (12, 3, 20, 24), dtype=torch.uint8)
@@ -890,7 +884,8 @@ def test_each_colour_operation_is_the_released(name, function, shares, low, high
     column = Colours._fields.index(name)
     neutral = Colours()[column]
     colours[:9, column] = torch.linspace(low, high, 9)
-    found = data.recolour(images, colours, data.JITTERS)
+    monkeypatch.setattr(data, 'normalize', torch.clone)
+    found, = data.Batch([images], colours[:, None], 'key', [], 0, 0).views()
     strengths = colours[:, column].tolist()
     for image, strength, x in zip(images / 255, strengths, found):
         if strength == neutral:
@@ -1037,9 +1032,9 @@ def test_attention_words(gallery):
         assert np.allclose(found, (raw - raw.min()) / np.ptp(raw))
     evaluation.attention_picture(*scored, ['dog ab dog'], 'seen.png')
     picture = Image.open('seen.png')
-    y, x = (36 + 56 * np.argwhere(grid == 1)[0]).tolist()               # the middle of the patch that is read most
-    seen, heat = np.array([picture.getpixel((x + left, y)) for left in (0, 232)])
-    assert np.allclose(heat, 0.4 * seen + 0.6 * np.array([255, 234, 70]), atol=4)
+    for value in 0, 1:                                                  # red of blue and of yellow, over the image
+        y, x = (36 + 56 * np.argwhere(grid == value)[0]).tolist()       # the middle of such a patch
+        assert (picture.getpixel((x + 232, y))[0] > 127) == value
     for share, colour in (1, (255, 234, 70)), (0, (255, 255, 255)):
         row = shares.index(share)
         assert picture.getpixel((690, 10 + 18 * row)) == colour
@@ -1317,11 +1312,9 @@ def test_retrieval_of_shards(gallery, capsys):
         assert 'the half val/' in capsys.readouterr().out
 
 
-def test_help_lists_every_flag(monkeypatch, capsys):
+def test_help_lists_every_flag(capsys):
     """oracle: the rule: --help of all commands has the examples, that of `segment` a flag for each field of Settings."""
-    monkeypatch.setattr(sys, 'argv', ['eval.py', '--help'])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(HERE / 'eval.py'), run_name='__main__')
+    run(evaluation, '--help')
     text = capsys.readouterr().out
     examples = ' '.join(text.split())
     for name in 'retrieval', 'classify', 'segment', 'attend', 'export':
@@ -1492,7 +1485,6 @@ def test_views_and_losses_of_each_row(fit, tmp_path, method):
         a, b = re.fullmatch('(.+)_(.+_t)', name).groups()
         wanted[name] = symmetric_nce(named[a], named[b], named[a], named[b], 1 / 0.07)
     found = train.distill_terms(train.METHODS[method], micro(method)[0], out, cls_t, eot_t)
-    assert list(found) == list(wanted)
     assert_close(found, wanted)
 
 
@@ -1569,14 +1561,19 @@ def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
             close(grads[name], expected[name])
 
 
-def test_two_processes_log_the_same(by_ranks):
-    """oracle: the single process with the same batches. Broken pairs are summed over the processes."""
+def test_two_processes_log_the_same(by_ranks, tmp_path):
+    """oracle: the single process with the same batches. Broken pairs are summed over the processes.
+    The picture at the end is that of the first pair."""
     *one, _ = read_log(by_ranks / 'one')
     *two, _ = read_log(by_ranks / 'two')
     assert len(one) == len(two) == 20 and one[-1]['bad_pairs'] == 2
     for a, b in zip(one, two):
         for key in 'step', 'loss', 'clip', 'distill', 'h_T_eot_t', 'grad_norm', 'scale', 'cosine', 'bad_pairs':
             assert a[key] == pytest.approx(b[key], rel=2e-4), key
+    scored = evaluation.load(by_ranks / 'one/last.pt')
+    image = evaluation.shard_image(Shards(by_ranks / 'dogs.tar'), 0)
+    evaluation.attention_picture(*scored, image, ['dog 0'], tmp_path / 'a.png')
+    assert (tmp_path / 'a.png').read_bytes() == (by_ranks / 'one/attention.png').read_bytes()
 
 
 def test_schedules_and_decay():
@@ -1589,8 +1586,6 @@ def test_schedules_and_decay():
     options.lr_end = 0.2
     assert [train.lr_at(step, options) for step in (60, 110)] == pytest.approx([0.6, 0.2])
     assert [train.momentum_at(step, options) for step in (0, 2, 99)] == [0.25, 0.5, 0.9]
-    options.momentum_ramp = 0
-    assert train.momentum_at(0, options) == 0.9
     model, _, _ = micro()
     decay, free = train.make_optimizer(model, 1e-3, 0.3).param_groups
     assert (decay['weight_decay'], free['weight_decay']) == (0.3, 0)
@@ -1811,7 +1806,7 @@ def test_bad_pairs_stop_a_run_beyond_5_percent(fit, tmp_path, bad):
     assert 0 < saved(tmp_path / 'out')['step'] <= 25                    # what was learnt is not lost
 
 
-def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path):
+def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path, capsys):
     """oracle: losses made NaN in chosen steps, few in a row skipped without a trace, more not."""
     clip_loss = train.clip_loss
 
@@ -1829,6 +1824,7 @@ def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path):
 
     *found, optimizer = broken(tmp_path / 'few', 1, 3, 4, 5, 6)
     assert found == [0, 9, [2, 7, 8, 9, 9]] and optimizer['state'][0]['step'] == 4
+    assert capsys.readouterr().out.count('it is left out') == 5
     error, step, *_ = broken(tmp_path / 'many', 3, 4, 5, 6, 7)
     assert re.fullmatch('error: 5 steps in a row .* step 7.*', error) and step == 7
 
@@ -1880,6 +1876,11 @@ def test_errors_of_training_are_one_sentence(monkeypatch, tmp_path, fit, capsys)
         for part in ['error: ', *parts]:
             assert part in error
         assert len(error.splitlines()) == 1
+    with monkeypatch.context() as patch:                # of several processes: what was printed is not lost
+        patch.setattr(dist, 'is_initialized', Mock())
+        patch.setattr(os, '_exit', sys.exit)
+        patch.setattr(sys, 'stdout', Mock())
+        assert run(train, '--batch', 1) == 1 and sys.stdout.flush.called
     assert run(train, '--help') == 0
     text = re.sub(r'\s+', ' ', capsys.readouterr().out)
     for part in ["captions (all)", "'epochs': 32.0, 'batch': 1024, 'lr': 0.0005, 'warmup': 2000, 'wd': 0.5",
