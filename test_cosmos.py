@@ -483,7 +483,7 @@ def test_compiled_blocks_are_few_and_equal(monkeypatch):
         texts = [texts[0], texts[2][:, :length]]
         for a, b in zip(model(images, texts), plain(images, texts)):
             close(a, b, 1e-6)
-    assert 0 < counter.frame_count < 8                                  # at 8 the compiler gives up, without a word
+    assert 0 < counter.frame_count < 8                                  # by default the compiler gives up at 8
 
 
 def test_the_walk_through_runs():
@@ -1360,7 +1360,7 @@ def test_every_command(gallery, capsys):
     figures = gallery.figures(line)
     assert re.search('^  ox .* 100.00%$', capsys.readouterr().out, re.M)
     assert (figures['mIoU'], figures['images']) == (1, 3)
-    assert figures['settings'] == str(settings)             # those of the benchmark are the released ones
+    assert figures['settings'] == f'{settings}; but six prompts of ours, not the 80 released ones'
     gallery.figures('attend --image images/0.png --text ox cat --out seen.png')
     assert Image.open('seen.png').size == (872, 494)
     gallery.figures('export clip.pt')
@@ -1908,7 +1908,7 @@ def test_half_precision_with_a_scaler(fit, whole, tmp_path):
     for name in 'bf16', 'fp16':
         out = tmp_path / name
         assert fit(out, '--steps', 3, '--precision', name) == 0
-        assert read_log(out)[0]['loss'] == pytest.approx(read_log(whole)[0]['loss'], rel=0.01)
+        assert read_log(out)[0]['loss'] == pytest.approx(read_log(whole)[1]['loss'], rel=0.01)
     scaler = saved(out)['scaler']
     resumed = started(fit, out, *AUTO, '--precision', 'fp16', '--wd', 0.3, '--steps', 4)
     assert resumed.scaler.state_dict() == scaler and scaler['scale'] > 1
@@ -2003,7 +2003,7 @@ def test_errors_of_training_are_one_sentence(monkeypatch, tmp_path, fit, capsys)
     assert run(train, '--help') == 0
     text = re.sub(r'\s+', ' ', capsys.readouterr().out)
     for part in ["captions (all)", "'epochs': 32.0, 'batch': 1024, 'lr': 0.0005, 'warmup': 2000, 'wd': 0.5",
-                 "'momentum': 0.999", "'lr': 0.001", 'row of Table 5', 'torchrun --nproc']:
+                 "'momentum': 0.999", "'momentum_ramp': 10", 'row of Table 5', 'torchrun --nproc']:
         assert part in text
 
 
