@@ -117,6 +117,7 @@ SPEED = {
     'clip': 674, 'clip-large-batch': 674, 'clip-aug': 330, 'image-distill': 170, 'text-crop': 152,
     'text-distill': 150, 'without-heads': 145, 'without-residual': 118, 'cosmos': 118}
 PAIRS = 2400 * 32                   # of COSMOS on both tracks
+FIRST_PAIRS = 700 * 32              # of the first run, `python train.py`
 PRECISION = 'bf16'
 EVALUATIONS = 8                     # of a run, the last one at its end
 
@@ -128,6 +129,8 @@ RATES = {
     'b': {'clip': 2.5e-4, 'text-crop': 5e-4, 'without-heads': 5e-4, 'cosmos': 5e-4}}
 # CLIP takes a sixth of the steps on the track `pairs`, hence a rate for them; `tune-pairs` decides it.
 CLIP_FROM_PAIRS = 5e-4
+# Of the first run; `tune-first` decides them.
+FIRST_RATE = {'cosmos': 5e-4, 'clip': 5e-4, 'clip-pairs': 5e-4}
 FIRST_RATES = [1e-3, 5e-4, 2.5e-4]
 OUTER_RATES = [2e-3, 1.25e-4]       # where the best of the first is the highest or the lowest
 
@@ -139,6 +142,7 @@ class Variant(NamedTuple):
     scenes: str = ''                # more options of lesson.scenes
     track: str = 'minutes'          # or pairs, or speed: a sixteenth of the minutes
     rate: float = 0.0               # 0: that of RATES
+    pairs: int = PAIRS              # of COSMOS
     seeds: range = range(3)
     optional: bool = False          # run only where --also asks for it
 
@@ -150,6 +154,17 @@ def tune(world, methods, track='minutes'):
         for method in methods:
             variants[f'{method}-{rate:g}'] = Variant(
                 method, world, track=track, rate=rate, seeds=range(100, 102),
+                optional=rate in OUTER_RATES)
+    return variants
+
+
+def tune_first():
+    """The same for the first run, on both tracks."""
+    variants = {}
+    for rate in FIRST_RATES + OUTER_RATES:
+        for method, track in ('cosmos', 'minutes'), ('clip', 'minutes'), ('clip', 'pairs'):
+            variants[f'{method}-{track}-{rate:g}'] = Variant(
+                method, track=track, rate=rate, pairs=FIRST_PAIRS, seeds=range(100, 101),
                 optional=rate in OUTER_RATES)
     return variants
 
@@ -175,6 +190,11 @@ EXPERIMENTS = {
     'tune-a': tune('a', MAIN),
     'tune-b': tune('b', MAIN),
     'tune-pairs': tune('a', ['clip'], 'pairs'),
+    'tune-first': tune_first(),
+    'first': {
+        'cosmos': Variant('cosmos', rate=FIRST_RATE['cosmos'], pairs=FIRST_PAIRS),
+        'clip': Variant('clip', rate=FIRST_RATE['clip'], pairs=FIRST_PAIRS),
+        'clip-pairs': Variant('clip', track='pairs', rate=FIRST_RATE['clip-pairs'], pairs=FIRST_PAIRS)},
     'main': {method: Variant(method, seeds=FIVE) for method in reversed(MAIN)},
     'pairs': {
         'cosmos': Variant('cosmos', seeds=FIVE),
@@ -192,7 +212,7 @@ EXPERIMENTS = {
 # --- 3. One run ------------------------------------------------------------------------------------------------------
 
 def count_steps(variant):
-    pairs = PAIRS
+    pairs = variant.pairs
     if variant.track != 'pairs':
         pairs *= SPEED[variant.method] / SPEED['cosmos']
     if variant.track == 'speed':
