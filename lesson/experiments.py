@@ -292,7 +292,7 @@ def read_log(out):
             if name.endswith('.top1'):
                 row[f"{name}@{entry['step']}"] = value
     end = entry['eval']
-    speed = round(median(speeds[1:]), 1)                # the first one has the start in it
+    speed = round(median(speeds[1:]))                   # the first one has the start in it
     return {'steps': end['steps'], 'seconds': end['seconds'], 'pairs_per_s': speed} | row
 
 
