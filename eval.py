@@ -410,11 +410,12 @@ def shard_captions(shards):
 
 
 def evaluate(model, tokenizer, preprocess, shards):
-    """Retrieval on held-out shards -> (figures, image features (n, D)), for what else uses the features."""
+    """Retrieval on held-out shards -> (figures, image features (n, D), caption features), for what else uses them."""
     captions, owner = shard_captions(shards)
     image_features = embed_images(model, shards, preprocess)
     text_features = embed_texts(model, tokenizer, captions)
-    return {'retrieval': retrieval(image_features, text_features, owner)}, image_features
+    figures = {'retrieval': retrieval(image_features, text_features, owner)}
+    return figures, image_features, text_features
 
 
 # --- 5. Zero-shot classification -------------------------------------------------------------------------------------
@@ -677,28 +678,33 @@ def stretch(x):
     return (x - x.min()) / max(np.ptp(x), 1e-12)
 
 
-@torch.no_grad()
-def attention(model, tokenizer, preprocess, image, caption):
-    """-> map (h, w) of C^I asked by the caption, and [(word, weight)] of C^T asked by the image, both scaled to [0, 1].
+def word_weights(tokenizer, caption, weights):
+    """weights (T,) of C^T over the ids of a caption -> [(word, weight)], scaled to [0, 1].
 
     Pieces of a word are summed. Start, end and padding are keys too, but no words: they are left out before scaling.
     """
-    device = model.logit_scale.device
-    ids = tokenizer([caption]).to(device)
-    pixels = preprocess(image)[None].to(device)
-    patches, weights = model.attention(pixels, ids)                 # (1, P), (1, T)
     words = []
     sums = []
     first = 1                                                       # position 0 is the start
     for word, pieces in tokenizer.words(caption):
-        if first + pieces < ids.shape[1]:       # the rest of a long caption is cut off
+        if first + pieces < len(weights):       # the rest of a long caption is cut off
             words.append(word)
-            sums.append(weights[0, first:first + pieces].sum().item())
+            sums.append(weights[first:first + pieces].sum().item())
         first += pieces
+    shares = stretch(np.array(sums or [0]))     # a caption may have no word
+    return list(zip(words, shares))
+
+
+@torch.no_grad()
+def attention(model, tokenizer, preprocess, image, caption):
+    """-> map (h, w) of C^I asked by the caption, and [(word, weight)] of C^T asked by the image, both scaled to [0, 1]."""
+    device = model.logit_scale.device
+    ids = tokenizer([caption]).to(device)
+    pixels = preprocess(image)[None].to(device)
+    patches, weights = model.attention(pixels, ids)                 # (1, P), (1, T)
     side = math.isqrt(patches.shape[1])
     grid = patches.view(side, side).cpu().numpy()
-    shares = stretch(np.array(sums or [0]))     # a caption may have no word
-    return stretch(grid), list(zip(words, shares))
+    return stretch(grid), word_weights(tokenizer, caption, weights[0])
 
 
 TILE = 224                  # side of an image, in pixels
