@@ -697,7 +697,7 @@ def word_weights(tokenizer, caption, weights):
 
 @torch.no_grad()
 def attention(model, tokenizer, preprocess, image, caption):
-    """-> map (h, w) of C^I asked by the caption, and [(word, weight)] of C^T asked by the image, both scaled to [0, 1]."""
+    """-> map (h, w) of C^I asked by the caption, [(word, weight)] of C^T asked by the image, both scaled to [0, 1]."""
     device = model.logit_scale.device
     ids = tokenizer([caption]).to(device)
     pixels = preprocess(image)[None].to(device)

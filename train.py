@@ -6,8 +6,8 @@
     python train.py --init CKPT --data /shards                  COSMOS put onto a CLIP that exists
     python train.py --resume runs/a                             goes on where the run in runs/a stopped
 
---out then holds last.pt (the checkpoint), log.jsonl, config.json, eval.json, samples.png (what the student sees) report.html
-(the run as a page) and, for COSMOS, attention.png. Section 6 is the step of the paper.
+--out then holds last.pt (the checkpoint), log.jsonl, config.json, eval.json, samples.png (what the student sees),
+report.html (the run as a page) and, for COSMOS, attention.png. Section 6 is the step of the paper.
 """
 import argparse
 import contextlib
@@ -785,6 +785,17 @@ def train(run):
     return stop
 
 
+@contextlib.contextmanager
+def for_the_report():
+    """report.html is an extra: where it fails a line says so, where extras/ was removed there is none."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        pass
+    except Exception as error:
+        tqdm.write(f'WARNING    report.html lacks a part: {type(error).__name__}, {error}')
+
+
 def score(run, figures):
     """Figures of the held-out shards, into the dict as they come, and attention.png: the first pair and its captions.
 
@@ -801,13 +812,13 @@ def score(run, figures):
     if run.val:
         retrieval, image_features, text_features = evaluation.evaluate(*loaded, run.val)
         figures |= retrieval
-        with contextlib.suppress(ModuleNotFoundError):      # extras/ may have been removed
-            from extras.report import store
-            store(*loaded, run.val, image_features, text_features, run.out, run.step)
         if 'objects' in run.val.record(0):
             with contextlib.suppress(ModuleNotFoundError):  # lesson/ may have been removed
                 from lesson.suppression import during_training
                 figures |= during_training(*loaded, image_features, run.val, run.out, run.step)
+        with for_the_report():
+            from extras.report import store
+            store(*loaded, run.val, image_features, text_features, run.out, run.step)
 
 
 def evaluate(run):
@@ -833,21 +844,10 @@ def announce(run):
     evaluation.write_json(run.out / 'config.json', vars(options) | {'config': asdict(run.config), 'job': this_job()})
     (run.out / 'eval.json').unlink(missing_ok=True)                     # of an earlier step
     sample_sheet(run.views, run.out / 'samples.png')
-    with contextlib.suppress(ModuleNotFoundError):          # extras/ may have been removed
+    with for_the_report():
         from extras.report import begin
         begin(run.views, run.out)
     trim_log(run)
-
-
-def report(run):
-    """report.html, the run as a page. Nothing that goes wrong here ends a run: it can be written again."""
-    try:
-        from extras.report import write
-        print(f'report     {write([run.out])}')
-    except ModuleNotFoundError:                             # extras/ may have been removed
-        pass
-    except Exception as error:
-        print(f'WARNING    no report.html: {type(error).__name__}, {error}')
 
 
 def finish(run):
@@ -858,7 +858,9 @@ def finish(run):
         evaluation.write_json(run.out / 'eval.json', figures)
         write_log(run, {'step': run.step, 'eval': figures})
         evaluation.show(figures)
-        report(run)
+        with for_the_report():
+            from extras.report import write
+            print(f'report     {write([run.out])}')
         print(f'next       python eval.py retrieval {run.out}/last.pt --shards {run.options.val or "SHARDS"}')
     run.processes.share(None)
 
