@@ -76,13 +76,16 @@ def begin(views, folder):
                 'crops': tiles,
                 'boxes': boxes,                             # (y, x, h, w)
                 'captions': captions})
-    git = f'git -C "{Path(__file__).parent}" describe --always --dirty 2> /dev/null'
+    machine = platform.platform()
+    if torch.cuda.is_available():
+        machine += f', {torch.cuda.get_device_name()}'
+    here = shlex.quote(str(Path(__file__).parent))
     start = {
         'pairs': pairs,
         'counts': views.counts,
         'command': shlex.join(['python', *sys.argv]),
-        'commit': subprocess.getoutput(git),                        # '' where there is none
-        'machine': platform.platform(),
+        'commit': subprocess.getoutput(f'git -C {here} describe --always --dirty 2> /dev/null'),
+        'machine': machine,
         'versions': f'Python {platform.python_version()}, torch {torch.__version__}'}
     keep(folder, start=to_json(start))
 
@@ -133,12 +136,12 @@ def ask(model, tokenizer, pixels, texts, eot, tokens):
     return [evaluation.stretch(grid) for grid in maps.cpu().numpy()]
 
 
-def examples(shards, image_features, text_features):
+def examples(shards, image_features, text_features, captions, owner):
     """The first images that find their caption, and the first that do not -> [{rank, texts, cosines, images}].
 
     texts: the best of its own captions and the best of all others. images: it, and that of the other caption.
+    owner (captions,): the image of each caption.
     """
-    captions, owner = evaluation.shard_captions(shards)
     images = torch.arange(len(image_features))
     ranks = evaluation.ranks(image_features, text_features, images, owner)
     found = []
@@ -183,7 +186,7 @@ def store(model, tokenizer, preprocess, shards, image_features, text_features, f
         places = [rows[entry['text']] for entry in texts]
         words = None if tokens is None else tokens[places]
         maps += ask(model, tokenizer, preprocess(image)[None].to(device), texts, eot[places], words)
-    found = examples(shards, image_features, text_features)
+    found = examples(shards, image_features, text_features, captions, owner)
     held_out = {'heads': model.has_cross_attention, 'images': images, 'examples': found}
     levels = np.uint8(np.rint(255 * np.stack(maps)))        # (texts of all images, P)
     at = {f'texts {step:09d}': to_json(asked), f'maps {step:09d}': levels}

@@ -507,12 +507,12 @@ def test_the_page_says_what_eval_says(tmp_path, heads):
         assert entry['cosine'] == pytest.approx((cls @ vector).item(), abs=1e-5)
 
 
-def test_hits_and_misses(tmp_path, monkeypatch):
+def test_hits_and_misses(tmp_path):
     """oracle: by hand: the first caption is of image 0 but nearest to image 1, whose own comes second."""
     (*_, shards), _ = leave(tmp_path, steps=())
-    monkeypatch.setattr(evaluation, 'shard_captions', lambda shards: ('abc', torch.tensor([0, 0, 1])))
+    images = torch.tensor([[0.0, 1], [1, 0]])
     texts = torch.tensor([[0.9, 0.1], [0, 1], [0.8, 0]])
-    hit, miss = report.examples(shards, torch.tensor([[0.0, 1], [1, 0]]), texts)
+    hit, miss = report.examples(shards, images, texts, 'abc', torch.tensor([0, 0, 1]))
     assert [hit['rank'], *hit['texts'], *hit['cosines']] == [1, 'b', 'c', 1, 0]
     assert [miss['rank'], *miss['texts'], *miss['cosines']] == [2, 'c', 'a', pytest.approx(0.8), pytest.approx(0.9)]
 
