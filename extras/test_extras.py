@@ -545,6 +545,23 @@ def test_long_runs_are_thinned(tmp_path, monkeypatch):
     assert 360 < len(run['log']) < 405 and run['log'][-2:] == [{'eval': 1}, {'eval': 2}]
 
 
+def test_training_leaves_a_page(tmp_path, monkeypatch, capsys):
+    """oracle: the steps of its evaluations; its own last lines; --eval-every gives figures in the log, too."""
+    monkeypatch.setitem(cosmos.PRESETS, 'micro', MICRO)
+    for half in 'train', 'val':
+        write_pairs(tmp_path / half / '0.tar', '\n'.join(4 * [json.dumps(RECORD)]))
+    flags = '--preset micro --vocab learn --steps 2 --batch 2 --workers 0 --eval-every 1 --warmup 1'
+    with pytest.raises(SystemExit, match='0'):
+        run(train, '--data', tmp_path, '--out', tmp_path / 'out', *flags.split())
+    printed = capsys.readouterr().out
+    assert f'report     {tmp_path}/out/report.html' in printed and 'lacks' not in printed
+    [page] = runs_on_page(tmp_path / 'out')
+    assert [entry['step'] for entry in page['maps']['steps']] == [1, 2]
+    log = (tmp_path / 'out/log.jsonl').read_text().splitlines()
+    assert page['log'] == list(map(json.loads, log)) and page['config']['method'] == 'cosmos'
+    assert page['eval']['retrieval'] == page['log'][-1]['eval']['retrieval']
+
+
 @pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')
 def test_the_page_in_a_browser(tmp_path):
     """oracle: Chromium: a silent console, all parts of the page, captions as text, a picture that is no blank."""
