@@ -480,7 +480,7 @@ def shard_captions(shards):
 
 
 def evaluate(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
-    """Retrieval -> (figures, image features (n, D)), for what else uses the features.
+    """Retrieval -> (figures, image features (n, D), caption features), for what else uses them.
 
     source: image paths with their captions and `owner`, or held-out shards, which have their own. An image that cannot
     be read is left out with its captions; its feature is NaN.
@@ -493,7 +493,7 @@ def evaluate(model, tokenizer, preprocess, source, captions=None, owner=None, wo
     number = readable.cumsum(dim=0) - 1                             # of an image among the readable ones
     rows = readable[owner]                                          # of the captions that stay
     figures = retrieval(image_features[readable], text_features[rows], number[owner[rows]])
-    return {'retrieval': figures}, image_features
+    return {'retrieval': figures}, image_features, text_features
 
 
 # --- 5. Zero-shot classification -------------------------------------------------------------------------------------
@@ -733,28 +733,33 @@ def stretch(x):
     return (x - x.min()) / max(np.ptp(x), 1e-12)
 
 
-@torch.no_grad()
-def attention(model, tokenizer, preprocess, image, caption):
-    """-> map (h, w) of C^I asked by the caption, and [(word, weight)] of C^T asked by the image, both scaled to [0, 1].
+def word_weights(tokenizer, caption, weights):
+    """weights (T,) of C^T over the ids of a caption -> [(word, weight)], scaled to [0, 1].
 
     Pieces of a word are summed. Start, end and padding are keys too, but no words: they are left out before scaling.
     """
-    device = model.logit_scale.device
-    ids = tokenizer([caption]).to(device)
-    pixels = preprocess(image)[None].to(device)
-    patches, weights = model.attention(pixels, ids)                 # (1, P), (1, T)
     words = []
     sums = []
     first = 1                                                       # position 0 is the start
     for word, pieces in tokenizer.words(caption):
-        if first + pieces < ids.shape[1]:       # the rest of a long caption is cut off
+        if first + pieces < len(weights):       # the rest of a long caption is cut off
             words.append(word)
-            sums.append(weights[0, first:first + pieces].sum().item())
+            sums.append(weights[first:first + pieces].sum().item())
         first += pieces
+    shares = stretch(np.array(sums or [0]))     # a caption may have no word
+    return list(zip(words, shares))
+
+
+@torch.no_grad()
+def attention(model, tokenizer, preprocess, image, caption):
+    """-> map (h, w) of C^I asked by the caption, [(word, weight)] of C^T asked by the image, both scaled to [0, 1]."""
+    device = model.logit_scale.device
+    ids = tokenizer([caption]).to(device)
+    pixels = preprocess(image)[None].to(device)
+    patches, weights = model.attention(pixels, ids)                 # (1, P), (1, T)
     side = math.isqrt(patches.shape[1])
     grid = patches.view(side, side).cpu().numpy()
-    shares = stretch(np.array(sums or [0]))     # a caption may have no word
-    return stretch(grid), list(zip(words, shares))
+    return stretch(grid), word_weights(tokenizer, caption, weights[0])
 
 
 TILE = 224                  # side of an image, in pixels
@@ -811,7 +816,7 @@ def run_retrieval(args, model, tokenizer, preprocess):
         path = args.karpathy or args.flickr or Path(args.coco, 'annotations/captions_val2017.json')
         root = args.coco or args.images or Path(path).parent
         listed = listed_captions(path, root, args.split)            # image paths, captions, owner
-    figures, _ = evaluate(model, tokenizer, preprocess, *listed, workers=args.workers)
+    figures, *_ = evaluate(model, tokenizer, preprocess, *listed, workers=args.workers)
     return figures['retrieval']
 
 

@@ -6,8 +6,9 @@
     python train.py --init CKPT --data /shards                  COSMOS put onto a CLIP that exists
     python train.py --resume runs/a                             goes on where the run in runs/a stopped
 
---out then holds last.pt (the checkpoint), best.pt (the networks with the best R@1 on --val), log.jsonl, config.json,
-eval.json, samples.png (what the student sees) and, for COSMOS, attention.png. Section 6 is the step of the paper.
+--out then holds last.pt (the checkpoint), best.pt (the networks with the best R@1 on --val), report.html (the run as a
+page), log.jsonl, config.json, eval.json, samples.png (what the student sees) and, for COSMOS, attention.png. Section 6
+is the step of the paper.
 """
 import argparse
 import contextlib
@@ -837,6 +838,17 @@ def train(run):
     return stop
 
 
+@contextlib.contextmanager
+def for_the_report():
+    """report.html is an extra: where it fails a line says so, where extras/ was removed there is none."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        pass
+    except Exception as error:
+        tqdm.write(f'WARNING    report.html lacks a part: {type(error).__name__}, {error}')
+
+
 def score(run, figures):
     """Figures of the held-out shards, into the dict as they come, and attention.png: the first pair and its captions.
 
@@ -851,12 +863,15 @@ def score(run, figures):
             evaluation.attention_picture(*loaded, evaluation.shard_image(shards, 0), shards.pool(0)[:3],
                                          run.out / 'attention.png')
     if run.val:
-        retrieval, image_features = evaluation.evaluate(*loaded, run.val)
+        retrieval, image_features, text_features = evaluation.evaluate(*loaded, run.val)
         figures |= retrieval
         if 'objects' in run.val.record(0):
             with contextlib.suppress(ModuleNotFoundError):  # lesson/ may have been removed
                 from lesson.suppression import during_training
                 figures |= during_training(*loaded, image_features, run.val, run.out, run.step)
+        with for_the_report():
+            from extras.report import store
+            store(*loaded, run.val, image_features, text_features, run.out, run.step)
 
 
 def evaluate(run):
@@ -893,6 +908,9 @@ def announce(run):
     (run.out / 'eval.json').unlink(missing_ok=True)                     # of an earlier step
     run.check_space()
     sample_sheet(run.views, run.out / 'samples.png')
+    with for_the_report():
+        from extras.report import begin
+        begin(run.views, run.out)
     trim_log(run)
 
 
@@ -906,6 +924,9 @@ def finish(run):
         evaluation.show(figures)
         if run.val:
             run.keep_best(figures['retrieval'])
+        with for_the_report():
+            from extras.report import write
+            print(f'report     {write([run.out])}')
         name = 'best.pt' if 0 < run.best[1] < run.step else 'last.pt'
         print(f'next       {run.out}/{name} is the better one: python eval.py retrieval {run.out}/{name} '
               f'--shards {run.options.val or "SHARDS"}')

@@ -2,25 +2,30 @@
 
     pytest extras/test_extras.py
 """
+import base64
 import io
 import itertools
 import json
 import re
+import shutil
+import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 import cosmos
 import data
+import eval as evaluation
 import train
 from cosmos import COSMOS, Config
 from eval import load
-from extras import bench, pairs, prepare, search
+from extras import bench, pairs, prepare, report, search
 
 MICRO = Config.preset(
     'tiny', embed_dim=16, image_size=32, local_image_size=16, vision_width=24, vision_layers=2, text_width=16,
@@ -514,3 +519,127 @@ def test_loader(tmp_path, monkeypatch, capsys):
     speed = number(whole, 'samples')
     assert number(read, 'samples') > speed > 0
     assert number(workers, 'workers') == pytest.approx(1e6 / speed, rel=0.01)
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+HOSTILE = 'a </script><b>red</b> dog'
+RECORD = {'captions': [HOSTILE, 'dogs'], 'objects': [{'name': 'red star', 'absent': ['red ring']}]}
+
+
+def leave(folder, heads=4, steps=(1, 2)):
+    """What train.py leaves of a run on three pairs -> what it was evaluated with, and its views."""
+    write_pairs(folder / 'val/0.tar', '\n'.join(3 * [json.dumps(RECORD)]))
+    shards = data.Shards(folder / 'val')
+    config = replace(MICRO, cross_heads=heads)
+    scored = COSMOS(config).eval(), data.Tokenizer([], 12), data.Preprocess(32), shards
+    views = data.Views(shards, None, config, seed=0, batch=2)
+    put(folder / 'config.json', '{}')
+    put(folder / 'log.jsonl', '{"step": 1, "loss": NaN}\n{"step": 2, "eval": {}}\n{"step": 3, "lo')
+    report.begin(views, folder)
+    for step in steps:
+        _, *features = evaluation.evaluate(*scored)
+        report.store(*scored, *features, folder, step)
+    return scored, views
+
+
+def runs_on_page(*folders):
+    text = report.write(folders).read_text()
+    assert text.count('</script>') == 1
+    return json.loads(re.search('^const RUNS = (.*);$', text, re.M)[1])
+
+
+@pytest.mark.parametrize('heads', [4, 0])
+def test_the_page_says_what_eval_says(tmp_path, heads):
+    """oracle: eval.attention, or encode_dense, asked by one text at a time; products of features; by hand the texts."""
+    (model, tokenizer, preprocess, shards), _ = leave(tmp_path, heads)
+    [run] = runs_on_page(tmp_path)
+    last = run['maps']['steps'][1]
+    texts = last['texts'][0]
+    levels = np.frombuffer(base64.b64decode(last['maps']), np.uint8).reshape(3, len(texts), 16)
+    assert [entry['text'] for entry in texts] == [HOSTILE, 'dogs', HOSTILE, HOSTILE, 'a red star', 'a red ring']
+    assert [entry['of'] for entry in texts] == [None, None, None, None, 0, 0]
+    image = evaluation.shard_image(shards, 0)
+    pixels = preprocess(image)[None]
+    [cls] = evaluation.embed_images(model, shards, preprocess)[:1]
+    for entry, level in zip(texts, levels[0]):
+        [vector] = evaluation.embed_texts(model, tokenizer, entry['text'])
+        if heads:
+            grid, words = evaluation.attention(model, tokenizer, preprocess, image, entry['text'])
+            weights, _ = model.attention(pixels, tokenizer([entry['text']]))
+            assert entry['words'] == [[word, pytest.approx(share, abs=1e-3)] for word, share in words]
+        else:
+            weights = model.encode_dense(pixels)[0] @ vector
+            grid = evaluation.stretch(weights.detach().numpy())
+        assert level / 255 == pytest.approx(grid.flatten(), abs=0.003)
+        assert entry['ends'] == pytest.approx([weights.min().item(), weights.max().item()], abs=1e-5)
+        assert entry['cosine'] == pytest.approx((cls @ vector).item(), abs=1e-5)
+
+
+def test_hits_and_misses(tmp_path):
+    """oracle: by hand: the first caption is of image 0 but nearest to image 1, whose own comes second."""
+    (*_, shards), _ = leave(tmp_path, steps=())
+    images = torch.tensor([[0.0, 1], [1, 0]])
+    texts = torch.tensor([[0.9, 0.1], [0, 1], [0.8, 0]])
+    hit, miss = report.examples(shards, images, texts, 'abc', torch.tensor([0, 0, 1]))
+    assert [hit['rank'], *hit['texts'], *hit['cosines']] == [1, 'b', 'c', 1, 0]
+    assert [miss['rank'], *miss['texts'], *miss['cosines']] == [2, 'c', 'a', pytest.approx(0.8), pytest.approx(0.9)]
+
+
+def test_partial_runs_give_a_page(tmp_path):
+    """oracle: Views itself, and what each run lacks: figures at the end, evaluations, a whole log, any whole file."""
+    _, views = leave(tmp_path / 'a')
+    leave(tmp_path / 'b', steps=())
+    whole, killed = runs_on_page(tmp_path / 'a', tmp_path / 'b')
+    first = killed['maps']['start']['pairs'][0]
+    _, _, captions, boxes = views.views(0, 0)
+    assert first['captions'] == captions and first['boxes'] == list(map(list, boxes))
+    assert [entry['step'] for entry in whole['log']] == [1, 2]
+    assert 'eval.json' in whole['eval']['missing'] and 'held_out' not in killed['maps']
+    for name in 'config.json', 'maps.npz':
+        put(tmp_path / 'a' / name, 'torn')
+    [torn] = runs_on_page(tmp_path / 'a')
+    assert 'missing' in torn['config'] and 'missing' in torn['maps']
+    refused('holds no config.json and no log.jsonl', report.write, [tmp_path])
+    leave(tmp_path / 'a')                               # a damaged file is replaced
+
+
+def test_long_runs_are_thinned(tmp_path, monkeypatch):
+    """oracle: by hand: first and last of three steps; some 400 lines, among them all evaluations."""
+    monkeypatch.setattr(report, 'MOST_STEPS', 2)
+    leave(tmp_path, steps=(1, 20, 300))
+    put(tmp_path / 'log.jsonl', 4000 * '{"step": 1}\n' + '{"eval": 1}\n{"eval": 2}')
+    [run] = runs_on_page(tmp_path)
+    assert [entry['step'] for entry in run['maps']['steps']] == [1, 300]
+    assert 360 < len(run['log']) < 405 and run['log'][-2:] == [{'eval': 1}, {'eval': 2}]
+
+
+def test_training_leaves_a_page(tmp_path, monkeypatch, capsys):
+    """oracle: the steps of its evaluations; its own last lines; --eval-every gives figures in the log, too."""
+    monkeypatch.setitem(cosmos.PRESETS, 'micro', MICRO)
+    for half in 'train', 'val':
+        write_pairs(tmp_path / half / '0.tar', '\n'.join(4 * [json.dumps(RECORD)]))
+    flags = '--preset micro --vocab learn --steps 2 --batch 2 --workers 0 --eval-every 1 --warmup 1'
+    with pytest.raises(SystemExit, match='0'):
+        run(train, '--data', tmp_path, '--out', tmp_path / 'out', *flags.split())
+    printed = capsys.readouterr().out
+    assert f'report     {tmp_path}/out/report.html' in printed and 'lacks' not in printed
+    [page] = runs_on_page(tmp_path / 'out')
+    assert [entry['step'] for entry in page['maps']['steps']] == [1, 2]
+    log = (tmp_path / 'out/log.jsonl').read_text().splitlines()
+    assert page['log'] == list(map(json.loads, log)) and page['config']['method'] == 'cosmos'
+    assert page['eval']['retrieval'] == page['log'][-1]['eval']['retrieval']
+
+
+@pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')
+def test_the_page_in_a_browser(tmp_path):
+    """oracle: Chromium: a silent console, all parts of the page, captions as text, a picture that is no blank."""
+    leave(tmp_path)
+    page = report.write([tmp_path]).as_uri()
+    command = f'chromium --headless --no-sandbox --enable-logging=stderr --dump-dom --screenshot={tmp_path}/page.png'
+    done = subprocess.run([*command.split(), '--window-size=400,3000', page], capture_output=True, text=True)
+    built, _, _ = done.stdout.partition('<script>')
+    assert 'CONSOLE' not in done.stderr
+    assert built.count('aria-label="image ') == built.count('class="pair"') - 1 == 3
+    assert '&lt;b&gt;red' in built and '<b>red' not in built
+    assert len(Image.open(tmp_path / 'page.png').getcolors(1 << 20)) > 100

@@ -41,9 +41,9 @@ from lesson.scenes import COLORS, FORMS, NAMES, SHAPES, with_article
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
 
 def objects_of(shards, i):
-    """What the json of pair i lists as `objects` with absent names; [] where there is nothing of that kind."""
+    """What the json of pair i lists as `objects` with a role and absent names; [] where it lists nothing of that kind."""
     listed = shards.record(i).get('objects') or []
-    return [thing for thing in listed if 'absent' in thing]
+    return [thing for thing in listed if {'role', 'absent'} <= thing.keys()]
 
 
 def read_scenes(shards, most=None):
@@ -295,7 +295,7 @@ def run(args, model, tokenizer, preprocess):
     scenes = read_scenes(shards)
     need(any(scenes),
          f'{path} lists no objects with absent names; draw a set by python -m lesson.scenes')
-    ranking, image_features = evaluate(model, tokenizer, preprocess, shards)
+    ranking, image_features, _ = evaluate(model, tokenizer, preprocess, shards)
     scores = name_scores(model, tokenizer, image_features)
     figures = named(scores, scenes)
     if (path.parent / 'train').is_dir():
