@@ -208,6 +208,7 @@ def plot_lines(axis, panel, lines):
         halves = [half_interval(points[x].values()) for x in xs]
         axis.errorbar(xs, means, halves, fmt=style, label=label, capsize=3)
     axis.set_ylim(0, 100)
+    axis.set_ylabel('shapes named, %')
     axis.axhline(panel.chance, color='grey', linestyle='--')
 
 
@@ -283,8 +284,6 @@ def draw(name):
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(picture.label)
         picture.draw(axis, panel, picture.marks)
-    if picture.draw is not draw_rows:
-        axes[0].set_ylabel('shape named, %')
     handles, labels = axes[0].get_legend_handles_labels()
     unique = dict(zip(labels, handles))
     figure.legend(unique.values(), unique.keys(), loc='outside lower center', ncols=4)
