@@ -698,13 +698,14 @@ def test_check(course, monkeypatch):
     monkeypatch.setattr(plots, 'draw', draw)
     picture = plots.Picture(None, '', [plots.Panel('', 'one', ['small.top1'])])
     monkeypatch.setattr(plots, 'PICTURES', {'a': picture})
-    both = Variant('clip', seeds=range(2))
+    both = Variant('clip')
     monkeypatch.setitem(plots.EXPERIMENTS, 'two', {'clip': both, 'cosmos': both})
     plots.README.write_text(
         'It is 94.8<!--one/clip/raw.small.top1--> %, or -50.0 ± 0.0<!--two/cosmos~clip/raw.small.top1--> points.')
     write_rows(
         'commit,machine,precision,seconds,raw.small.top1', 'one,clip,0,c,m,bf16,9,0.948', 'two,clip,0,c,m,bf16,9,1',
-        'two,cosmos,0,c,m,bf16,9,.5', 'two,clip,1,c,n,bf16,9,1', 'two,cosmos,1,c,n,bf16,9,.5')
+        'two,cosmos,0,c,m,bf16,9,.5', 'two,clip,1,c,n,bf16,9,1', 'two,cosmos,1,c,n,bf16,9,.5',
+        'two,clip,2,c,n,bf16,9,1', 'two,cosmos,2,c,n,bf16,9,.5')
     assert run(plots) is None
     assert run(plots, '--check') is None
     results = experiments.RESULTS
