@@ -80,7 +80,7 @@ def half_interval(numbers):
 
 
 def welch(a, b):
-    """Half of the 95 % interval of the difference of two means over as many runs, whose variances may differ (Welch)."""
+    """Half of the 95 % interval of the difference of two means over as many runs, with variances of their own (Welch)."""
     u = variance(a)
     v = variance(b)
     if u + v == 0:

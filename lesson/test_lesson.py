@@ -676,7 +676,8 @@ def test_what_is_drawn(course, monkeypatch):
     raw, averaged = axis.errorbar.call_args_list
     assert (*raw.args, raw.kwargs['xerr']) == (50, 0, 0)
     assert (*averaged.args, averaged.kwargs['xerr']) == pytest.approx((30, 0, 24.83), abs=0.01)
-    for name, draw, points in ('16', plots.draw_lines, ([16], [70], [0])), ('none', plots.draw_curves, ([5], [60], [0])):
+    cases = [('16', plots.draw_lines, ([16], [70], [0])), ('none', plots.draw_curves, ([5], [60], [0]))]
+    for name, draw, points in cases:
         plots.EXPERIMENTS['two'] = {f'clip-{name}': Variant('clip')}
         draw(axis, panel._replace(experiment='two'), None)
         assert axis.errorbar.call_args.args == points
