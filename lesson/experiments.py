@@ -221,7 +221,7 @@ def count_steps(variant):
 
 
 def flags_of(variant):
-    """What tells runs apart but for the seed, as flags of train.py. The rest of the schedule is the recipe of `tiny`."""
+    """What tells runs apart but for the seed, as flags of train.py. All else is the recipe of `tiny`."""
     method = METHODS[variant.method]
     rate = variant.rate or RATES[variant.world][method.rate]
     steps = count_steps(variant)

@@ -72,15 +72,15 @@ QUANTILES = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31]
 
 
 def half_interval(numbers):
-    """Half of the 95 % interval of their mean; 0 for a single one."""
+    """Half of the 95 % interval of their mean; 0 for fewer than three: that of two is too wide to say anything."""
     freedom = len(numbers) - 1
-    if freedom < 1:
+    if freedom < 2:
         return 0.0
     return QUANTILES[freedom - 1] * math.sqrt(variance(numbers) / len(numbers))
 
 
 def welch(a, b):
-    """Half of the 95 % interval of the difference of two means over as many runs, whose variances may differ (Welch)."""
+    """Half of the 95 % interval of the difference of two means over as many runs, with variances of their own (Welch)."""
     u = variance(a)
     v = variance(b)
     if u + v == 0:
@@ -90,7 +90,7 @@ def welch(a, b):
 
 
 def difference(experiment, name, other, column):
-    """name minus other, over the blocks (seeds) that have both -> '+5.3 ± 2.1', '' for less than two blocks.
+    """name minus other, over the blocks (seeds) that have both -> '+5.3 ± 2.1', '' for fewer than three blocks.
 
     In bold where it is decided: the interval is without 0, and the difference is at least twice the sampling error of
     a share of the held-out scenes.
@@ -98,7 +98,7 @@ def difference(experiment, name, other, column):
     ours = values(experiment, name, column)
     theirs = values(experiment, other, column)
     blocks = [seed for seed in ours if seed in theirs]
-    if len(blocks) < 2:
+    if len(blocks) < 3:
         return ''
     a = [ours[seed] for seed in blocks]
     b = [theirs[seed] for seed in blocks]
@@ -208,6 +208,7 @@ def plot_lines(axis, panel, lines):
         halves = [half_interval(points[x].values()) for x in xs]
         axis.errorbar(xs, means, halves, fmt=style, label=label, capsize=3)
     axis.set_ylim(0, 100)
+    axis.set_ylabel('shapes named, %')
     axis.axhline(panel.chance, color='grey', linestyle='--')
 
 
@@ -283,8 +284,6 @@ def draw(name):
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(picture.label)
         picture.draw(axis, panel, picture.marks)
-    if picture.draw is not draw_rows:
-        axes[0].set_ylabel('shape named, %')
     handles, labels = axes[0].get_legend_handles_labels()
     unique = dict(zip(labels, handles))
     figure.legend(unique.values(), unique.keys(), loc='outside lower center', ncols=4)

@@ -540,7 +540,8 @@ def test_average_without_a_teacher(drawn, sandbox, monkeypatch):
                 killed.append(True)
                 raise KeyboardInterrupt
 
-    flags = f'--data {drawn} --preset tiny --method clip --batch 4 --steps 4 --save-every 1 --workers 0 --device cpu'
+    flags = (f'--data {drawn} --preset tiny --method clip --batch 4 --steps 4 --warmup 0 --lr 0.05 --save-every 1 '
+             '--device cpu')
     assert not run(train, *flags.split(), '--out', 'plain')
     monkeypatch.setattr(train, 'Run', Recorded)
     flags += ' --resume auto --out averaged'
@@ -574,6 +575,7 @@ def test_variants(monkeypatch):
             pairs *= SPEED[variant.method] / SPEED['cosmos']
         if variant.track != 'speed':
             assert abs(typed['steps'] - pairs / typed['batch']) <= 0.5
+        assert variant.rate in (0, typed['lr'])
         same = variant.method, options, flags
         assert folders.setdefault(experiments.run_folder(variant, 0), same) == same
     assert EXPERIMENTS['colors']['clip-4'] == EXPERIMENTS['parts']['clip']
@@ -652,7 +654,7 @@ def test_differences_by_hand(course, monkeypatch):
         'raw.small.top1,seconds',
         'one,clip,0,.39,60', 'one,clip,1,.40,60', 'one,clip,2,.41,60', 'one,b,0,.49,60', 'one,b,1,.5,60',
         'one,b,2,.51,60', 'one,c,0,.37,60', 'one,c,1,.37,60', 'one,c,2,.37,60', 'one,c,3,.37,60',
-        'one,d,0,.4,600', 'one,d,1,.4,600', 'one,d,2,.4,600', 'one,d,3,.8,600')
+        'one,d,3,.8,600', 'one,d,0,.4,600', 'one,d,1,.4,600', 'one,d,2,.4,600')
     table = plots.table('one')
     assert '| clip | 40.0 | 1.0 |' in table
     assert '| b | 50.0, **+10.0 ± 2.3** | 1.0 |' in table
@@ -666,15 +668,16 @@ def test_what_is_drawn(course, monkeypatch):
     """oracle: by hand: the points that a plot is given, the interval of .2, .3 and .4 with 4.30 / sqrt(3) deviations.
     Every panel shows an experiment that there is, and has a word for each of its marks."""
     write_rows(
-        'averaged.small.top1,averaged.small.top1@5,raw.small.top1', 'one,clip,0,.2,,.5', 'one,clip,1,.3,,.5',
-        'one,clip,2,.4,,.5', 'two,clip-16,0,.7,,.6', 'two,clip-none,0,.8,.6,.7')
+        'raw.small.top1,averaged.small.top1,averaged.small.top1@5,raw.small.chance@5', 'one,clip,0,.5,.2',
+        'one,clip,1,.5,.3', 'one,clip,2,.5,.4', 'two,clip-16,0,.6,.7', 'two,clip-none,0,.7,.8,.6,.1')
     panel = plots.Panel('CLIP', 'one', plots.SMALL)
     axis = MagicMock()
     plots.draw_rows(axis, panel, ['own', 'averaged'])
     raw, averaged = axis.errorbar.call_args_list
     assert (*raw.args, raw.kwargs['xerr']) == (50, 0, 0)
     assert (*averaged.args, averaged.kwargs['xerr']) == pytest.approx((30, 0, 24.83), abs=0.01)
-    for name, draw, points in ('16', plots.draw_lines, ([16], [70], [0])), ('none', plots.draw_curves, ([5], [60], [0])):
+    cases = [('16', plots.draw_lines, ([16], [70], [0])), ('none', plots.draw_curves, ([5], [60], [0]))]
+    for name, draw, points in cases:
         plots.EXPERIMENTS['two'] = {f'clip-{name}': Variant('clip')}
         draw(axis, panel._replace(experiment='two'), None)
         assert axis.errorbar.call_args.args == points
@@ -696,13 +699,14 @@ def test_check(course, monkeypatch):
     monkeypatch.setattr(plots, 'draw', draw)
     picture = plots.Picture(None, '', [plots.Panel('', 'one', ['small.top1'])])
     monkeypatch.setattr(plots, 'PICTURES', {'a': picture})
-    both = Variant('clip', seeds=range(2))
+    both = Variant('clip')
     monkeypatch.setitem(plots.EXPERIMENTS, 'two', {'clip': both, 'cosmos': both})
     plots.README.write_text(
         'It is 94.8<!--one/clip/raw.small.top1--> %, or -50.0 ± 0.0<!--two/cosmos~clip/raw.small.top1--> points.')
     write_rows(
         'commit,machine,precision,seconds,raw.small.top1', 'one,clip,0,c,m,bf16,9,0.948', 'two,clip,0,c,m,bf16,9,1',
-        'two,cosmos,0,c,m,bf16,9,.5', 'two,clip,1,c,n,bf16,9,1', 'two,cosmos,1,c,n,bf16,9,.5')
+        'two,cosmos,0,c,m,bf16,9,.5', 'two,clip,1,c,n,bf16,9,1', 'two,cosmos,1,c,n,bf16,9,.5',
+        'two,clip,2,c,n,bf16,9,1', 'two,cosmos,2,c,n,bf16,9,.5')
     assert run(plots) is None
     assert run(plots, '--check') is None
     results = experiments.RESULTS
