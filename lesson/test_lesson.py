@@ -570,7 +570,7 @@ def test_variants(monkeypatch):
         assert run(scenes, 'folder', *options) is None
         flags = experiments.flags_of(variant)
         typed, _ = train.parse_command_line(flags.split())
-        pairs = 2400 * 32
+        pairs = variant.pairs
         if variant.track == 'minutes':
             pairs *= SPEED[variant.method] / SPEED['cosmos']
         if variant.track != 'speed':
