@@ -625,7 +625,7 @@ def test_training_leaves_a_page(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert f'report     {tmp_path}/out/report.html' in printed and 'lacks' not in printed
     [page] = runs_on_page(tmp_path / 'out')
-    assert [entry['step'] for entry in page['maps']['steps']] == [1, 2]
+    assert [entry['step'] for entry in page['maps']['steps']] == [0, 1, 2]
     log = (tmp_path / 'out/log.jsonl').read_text().splitlines()
     assert page['log'] == list(map(json.loads, log)) and page['config']['method'] == 'cosmos'
     assert page['eval']['retrieval'] == page['log'][-1]['eval']['retrieval']
