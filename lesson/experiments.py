@@ -112,10 +112,11 @@ METHODS = {
     'cosmos': Method('COSMOS', '--method cosmos', 'cosmos')}
 MAIN = ['clip', 'text-crop', 'without-heads', 'cosmos']
 
-# Pairs a second of one thread beside a second run. Provisional; measure them by `python -m lesson.experiments speed`.
+# Pairs a second of one thread beside a second run. Those of clip and cosmos were measured at 16c2627 on two cores of an
+# AMD EPYC, two rounds side by side: 483 and 477, 115 and 115. The others are provisional: `speed` measures them.
 SPEED = {
-    'clip': 674, 'clip-large-batch': 674, 'clip-aug': 330, 'image-distill': 170, 'text-crop': 152,
-    'text-distill': 150, 'without-heads': 145, 'without-residual': 118, 'cosmos': 118}
+    'clip': 480, 'clip-large-batch': 480, 'clip-aug': 240, 'image-distill': 165, 'text-crop': 148,
+    'text-distill': 146, 'without-heads': 141, 'without-residual': 115, 'cosmos': 115}
 PAIRS = 2400 * 32                   # of COSMOS on both tracks
 FIRST_PAIRS = 700 * 32              # of the first run, `python train.py`
 PRECISION = 'bf16'
