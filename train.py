@@ -892,6 +892,7 @@ def evaluate(run):
 def announce(run):
     """What this run will do, before it does it; config.json and samples.png."""
     options = run.options
+    run.check_space()
     passes = options.steps * options.batch / len(run.shards)
     sizes = ', '.join(f'{name} {value}' for name, value in asdict(run.config).items())
     print(f'run        {options.method}, {options.preset}, on {len(run.shards):,} pairs of {options.data}\n'
@@ -906,7 +907,6 @@ def announce(run):
               'holds a tenth out')
     evaluation.write_json(run.out / 'config.json', vars(options) | {'config': asdict(run.config), 'job': this_job()})
     (run.out / 'eval.json').unlink(missing_ok=True)                     # of an earlier step
-    run.check_space()
     sample_sheet(run.views, run.out / 'samples.png')
     with for_the_report():
         from extras.report import begin
