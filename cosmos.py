@@ -557,7 +557,8 @@ class Transformer(nn.Module):
 
 
 class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU. Weights trained with the one and run with the other score low, without an error."""
+    """OpenAI's approximation of GELU. Weights that were trained with one and run with the other score low, without an
+    error."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)

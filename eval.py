@@ -132,7 +132,8 @@ def read_checkpoint(path):
             return load_file(path)
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:          # of many kinds, for torn files and for others
-        reason = f"{first_line(error).partition('. ')[0]}: torn, a web page, git-lfs? If it was fetched, remove it and fetch it again"
+        what = first_line(error).partition('. ')[0]
+        reason = f'{what}: torn, a web page, git-lfs? If it was fetched, remove it and fetch it again'
         held = re.search(r'GLOBAL ([\w.]+)', str(error))
         if held:
             reason = (f'beside tensors and plain values it holds {held[1]}, which may run code; where you trust it, '
@@ -155,9 +156,9 @@ def read_layout(path):
 def infer_config(state, layout, quick_gelu=False):
     """Config of released or open_clip weights, from the shapes of their tensors.
 
-    Shapes do not tell how wide a head is, and which GELU it was. `layout`, open_clip's model config, does. Where it is {}
-    heads are 64 wide, as in open_clip's ViTs up to L, or 80, as in ViT-H, whose width is 1280, and `quick_gelu` tells
-    the activation. Cross-attention has the released 8 heads.
+    Shapes do not tell how wide a head is, nor which GELU it was. `layout`, open_clip's model config, does. Where it is
+    {}, heads are 64 wide, as in open_clip's ViTs up to L, or 80, as in ViT-H, whose width is 1280, and `quick_gelu`
+    tells the activation. Cross-attention has the released 8 heads.
     """
     vision_width, _, _, patch = state['visual.conv1.weight'].shape
     context_length, text_width = state['positional_embedding'].shape

@@ -41,7 +41,7 @@ from lesson.scenes import COLORS, FORMS, NAMES, SHAPES, with_article
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
 
 def objects_of(shards, i):
-    """What the json of pair i lists as `objects` with a role and absent names; [] where it lists nothing of that kind."""
+    """What the json of pair i lists as `objects` with a role and absent names; [] where there is nothing of that kind."""
     listed = shards.record(i).get('objects') or []
     return [thing for thing in listed if {'role', 'absent'} <= thing.keys()]
 
