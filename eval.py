@@ -792,7 +792,8 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path):
         top += step
     legend = 'image | where C^I looks: blue low, yellow high | how much C^T reads each word | each on its own scale'
     draw.text((MARGIN, top), legend, 'black', picture_font(12))
-    canvas.save(path)
+    with replacing(path) as partial:
+        canvas.save(partial, 'PNG')
 
 
 # --- 8. Commands -----------------------------------------------------------------------------------------------------
