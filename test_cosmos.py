@@ -365,7 +365,7 @@ def test_text_tower_equals_the_long_way(monkeypatch):
         x = block(x, torch.ones(12, 12).tril() > 0)
     x = tower.norm(x)
     ends = cosmos.pick(x, ids.argmax(dim=1))
-    assert ends[:, 0].equal(x[ids == 49]) and ends.shape[1] == 1
+    assert ends.equal(x[ids == 49][:, None])
     monkeypatch.setattr(cosmos, 'checkpoint', Mock(wraps=cosmos.checkpoint))
     for recompute in False, True:
         tower.transformer.grad_checkpointing = recompute
@@ -479,15 +479,16 @@ def served(folder):
 
 
 def test_the_vocabulary_is_fetched_once(tmp_path, monkeypatch):
-    """oracle: the merges in a server's file: of another digest they are refused, with the remedies, and not kept; of the
-    right one they are there without the server, too."""
+    """oracle: the merges in a server's file: of another digest they are not kept; of the right one they are there without
+    the server, too. Where there are none a sentence names the remedies."""
     file = put(tmp_path / 'served/vocab.gz', gzip.compress(b'header\nl o\nlo w</w>'))
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
     monkeypatch.delenv('COSMOS_VOCAB', raising=False)
     remedies = f'{tmp_path}.* is absent or not .*--vocab PATH or COSMOS_VOCAB.*--vocab learn.*--preset tiny'
     with served(file.parent) as address:
-        monkeypatch.setattr(data, 'VOCAB_URL', f'{address}/vocab.gz')
-        refused(remedies, Tokenizer.clip)
+        for url in 'file:///absent', f'{address}/vocab.gz':
+            monkeypatch.setattr(data, 'VOCAB_URL', url)
+            refused(remedies, Tokenizer.clip)
         assert not list(tmp_path.glob('home/**/*.*'))
         monkeypatch.setattr(data, 'VOCAB_SHA256', hashlib.sha256(file.read_bytes()).hexdigest())
         assert Tokenizer.clip().merges == ['l o', 'lo w</w>']
