@@ -37,7 +37,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 from torch.multiprocessing import start_processes
@@ -57,10 +56,10 @@ from lesson.scenes import make_scenes
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get('COSMOS_SHARED') or HERE.parent / 'shared')
 MICRO = Config.preset(
-    'tiny', embed_dim=16, image_size=32, local_image_size=16, vision_width=24, text_width=16, context_length=12,
-    vocab_size=50)
+    'tiny', embed_dim=16, image_size=32, local_image_size=16, vision_width=24,
+    text_width=16, context_length=12, vocab_size=50)
 cosmos.PRESETS['micro'] = MICRO
-torch.set_num_threads(1)        # small models gain nothing from more, and lose much on a busy machine
+torch.set_num_threads(1)  # small models gain nothing from more, and lose much on a busy machine
 
 # --- Helpers ---------------------------------------------------------------------------------------------------------
 
@@ -84,6 +83,13 @@ def refused(sentence, call, *args, **kwargs):
         call(*args, **kwargs)
 
 
+def one_sentence(text, parts):
+    """An error of one line that has all these parts."""
+    assert len(text.splitlines()) == 1
+    for part in ['error: ', *parts]:
+        assert part in text
+
+
 def captions(B, length):
     """(B, 12) words with ends (the highest id) at most `length` long. Words follow the end too: noise for padding."""
     ids = torch.randint(1, 49, (B, 12))
@@ -102,14 +108,13 @@ def micro(method='cosmos', B=3):
     return model, images, texts
 
 
-def total_loss(model, images, texts):
-    """What training minimises, at its start: the teacher is a copy of the student."""
-    out = model(images, texts)
-    loss = clip_loss(out, model.logit_scale.exp())
-    if model.has_cross_attention:
-        targets = Teacher(model)(images[:2], texts[:2])
-        loss = loss + cosmos_loss(out, *targets, model.distill_logit_scale.exp())
-    return loss
+def losses_of(student, teacher, images, texts):
+    """One forward pass of training -> the student's Output, the teacher's targets, [L_CLIP, L_COSMOS]."""
+    out = student(images, texts)
+    targets = teacher(images[:2], texts[:2])
+    clip = clip_loss(out, student.logit_scale.exp())
+    distill = cosmos_loss(out, *targets, student.distill_logit_scale.exp())
+    return out, targets, [clip, distill]
 
 
 def put(path, value=''):
@@ -142,15 +147,21 @@ def write_tar(path, members, format=tarfile.PAX_FORMAT):
     return path
 
 
-def dog_tar(path, n, format=tarfile.PAX_FORMAT, broken=()):
-    """n pairs, i.png of a colour of its own and the i.json of 'dog i'; some images are broken -> path."""
+def pairs_tar(path, records, images=itertools.repeat(b'image'), format=tarfile.PAX_FORMAT):
+    """A tar of i.png, the bytes of an image, and i.json, its record -> path."""
     members = []
-    for i in range(n):
-        image = b'no image'
-        if i not in broken:
-            image = encoded(Image.new('RGB', (40, 30), (20 * i, 0, 9)))
-        members += [(f'{i}.png', image), (f'{i}.json', {'caption': f'dog {i}'})]
+    for i, (record, image) in enumerate(zip(records, images)):
+        members += [(f'{i}.png', image), (f'{i}.json', record)]
     return write_tar(path, members, format)
+
+
+def dog_tar(path, n, format=tarfile.PAX_FORMAT, broken=()):
+    """n pairs, an image of a colour of its own and the caption 'dog i'; some images are broken -> path."""
+    records = [{'caption': f'dog {i}'} for i in range(n)]
+    images = [encoded(Image.new('RGB', (40, 30), (20 * i, 0, 9))) for i in range(n)]
+    for i in broken:
+        images[i] = b'no image'
+    return pairs_tar(path, records, images, format)
 
 
 def run(module, *argv):
@@ -179,9 +190,9 @@ def scenes(tmp_path_factory):
 
 # --- cosmos.py against the released code -----------------------------------------------------------------------------
 
-# What the released code computes for the weights and inputs of the test below: L_CLIP, L_COSMOS and their sum; h_I of
-# view 0 and h_T of caption 0 of pair 0; norms of the gradient of the sum.
-RELEASED_LOSSES = [1.144916, 1.142693, 2.287610]
+# What the released code computes for the weights and inputs of the test below: L_CLIP and L_COSMOS; h_I of view 0 and
+# h_T of caption 0 of pair 0; norms of the gradient of the sum of both.
+RELEASED_LOSSES = [1.144916, 1.142693]
 RELEASED_H_I = [
     0.281730, 0.157082, -0.238676, -0.069201, -0.208976, -0.218391, 0.097343, 0.412781, 0.007528, -0.096994, -0.227825,
     -0.070147, -0.195077, 0.302107, 0.115595, 0.035327, 0.179858, -0.263263, -0.144182, 0.325059, -0.274422, 0.103162,
@@ -236,11 +247,9 @@ def test_equals_the_released_code():
     for u, b in itertools.product(range(4), range(3)):
         words = [1 + (5 * u + 3 * b + 7 * k) % 27 for k in range(3 + (u + 2 * b) % 5)]
         texts[u, b, :len(words) + 2] = torch.tensor([28, *words, 29])
-    out = student(images, texts)
-    clip = clip_loss(out, student.logit_scale.exp())
-    distill = cosmos_loss(out, *teacher(images[:2], texts[:2]), student.distill_logit_scale.exp())
-    (clip + distill).backward()
-    assert [clip.item(), distill.item(), (clip + distill).item()] == pytest.approx(RELEASED_LOSSES, abs=1e-6)
+    out, _, losses = losses_of(student, teacher, images, texts)
+    sum(losses).backward()
+    assert [loss.item() for loss in losses] == pytest.approx(RELEASED_LOSSES, abs=1e-6)
     assert out.h_I[0, 0].tolist() == pytest.approx(RELEASED_H_I, abs=1e-6)
     assert out.h_T[0, 0].tolist() == pytest.approx(RELEASED_H_T, abs=1e-6)
     gradients = to_openclip({name: p.grad for name, p in student.named_parameters()})
@@ -265,19 +274,14 @@ def test_golden_training_step(golden):
     """oracle: the released code, as recorded: features, losses, gradients, both models after the step."""
     expected = golden['expected']
     hyper = golden['hyper']
-    images = golden['images']
-    texts = golden['texts']
     student = released(golden, 'student')
     teacher = Teacher(released(golden, 'teacher'))
-    out = student(images, texts)
-    targets = teacher(images[:2], texts[:2])
-    clip = clip_loss(out, student.logit_scale.exp())
-    distill = cosmos_loss(out, *targets, student.distill_logit_scale.exp())
+    out, targets, losses = losses_of(student, teacher, golden['images'], golden['texts'])
     names = ('student_image student_text cross_image cross_text teacher_image teacher_text '
              'clip_loss cosmos_loss total_loss').split()
-    for name, value in zip(names, (*out, *targets, clip, distill, clip + distill)):
+    for name, value in zip(names, (*out, *targets, *losses, sum(losses))):
         close(value, expected[name], 1e-6)
-    (clip + distill).backward()
+    sum(losses).backward()
     grads = from_openclip(expected['grads'])
     for name, p in student.named_parameters():
         close(p.grad, grads[name], 2e-5)
@@ -307,12 +311,11 @@ def test_golden_dense_features_and_attention(golden):
 def test_sizes_and_initial_values_are_the_released():
     """oracle: the numbers of parameters of the paper's model and of open_clip's ViT-B/16 and /32; CLIP's scales of
     initial values, for a text tower of 128 channels and 2 layers."""
-    counts = []
-    for preset, heads in ('vit-b-32', 0), ('vit-b-16', 0), ('vit-b-16', 8):
+    for preset, heads, count in (
+            ('vit-b-32', 0, 151_277_313), ('vit-b-16', 0, 149_620_737), ('vit-b-16', 8, 152_382_466)):
         with torch.device('meta'):
             model = COSMOS(Config.preset(preset, cross_heads=heads))
-        counts.append(sum(p.numel() for p in model.parameters()))
-    assert counts == [151_277_313, 149_620_737, 152_382_466]
+        assert sum(p.numel() for p in model.parameters()) == count
     text = COSMOS(Config.preset('tiny')).text
     scales = [p.std().item() for p in text.parameters() if p.ndim > 1]
     block = [128 ** -0.5, 512 ** -0.5, 256 ** -0.5, 512 ** -0.5]        # attention, its output, the MLP's two layers
@@ -321,39 +324,12 @@ def test_sizes_and_initial_values_are_the_released():
 
 # --- The losses ------------------------------------------------------------------------------------------------------
 
-def naive_symmetric(a, b, scale):
-    """The definition, looped: each view of a against each view of b, each row of it and each column."""
-    losses = []
-    for a_view in a:
-        for b_view in b:
-            logits = scale * a_view @ b_view.T
-            for i, row in enumerate(logits):
-                losses.append(row.logsumexp(dim=0) - row[i])
-                losses.append(logits[:, i].logsumexp(dim=0) - row[i])
-    return torch.stack(losses).mean()
-
-
 def test_losses_by_hand():
     """oracle: hand arithmetic to four decimals, the example in the docstring of nce."""
     rows = torch.tensor([[[1.0, 0], [0, 1]]])
     columns = torch.tensor([[[1.0, 0], [0.6, 0.8]]])
     loss = symmetric_nce(rows, columns, rows, columns, 1.0)
-    assert loss.item() == pytest.approx(0.4489, abs=5e-5)               # the mean of 0.4421 and 0.4557
-
-
-def test_losses_equal_loops():
-    """oracle: the definition in three loops, in float64; of L_COSMOS the mean of its terms."""
-    views = F.normalize(torch.randn(22, 4, 8, dtype=torch.float64), dim=-1)
-    features = views.split([5, 3, 6, 4, 2, 2])
-    out = Output(*features[:4])
-    targets = features[4:]
-    clip = naive_symmetric(out.cls[:2], out.eot, 9.0)
-    terms = torch.stack([naive_symmetric(h, target, 7.0) for h in features[2:4] for target in targets])
-    close(clip_loss(out, 9.0), clip, 1e-12)
-    found = cosmos.cosmos_terms(out, *targets, 7.0)
-    assert list(found) == ['h_I_cls_t', 'h_I_eot_t', 'h_T_cls_t', 'h_T_eot_t']
-    close(torch.stack(list(found.values())), terms, 1e-12)
-    close(cosmos_loss(out, *targets, 7.0), terms.mean(), 1e-12)
+    assert loss.item() == pytest.approx(0.4489, abs=5e-5)  # the mean of 0.4421 and 0.4557
 
 
 def test_losses_are_float32_under_autocast():
@@ -369,60 +345,34 @@ def test_losses_are_float32_under_autocast():
 # --- Attention, blocks, towers ---------------------------------------------------------------------------------------
 
 def test_quick_gelu_by_hand():
-    """oracle: x / (1 + exp(-1.702 x)), in each of the 4 + 2 blocks."""
+    """oracle: x / (1 + exp(-1.702 x)), in each block of both towers."""
     x = torch.linspace(-3, 3, 7)
     model = COSMOS(replace(MICRO, quick_gelu=True))
-    found = [module(x) for name, module in model.named_modules() if name.endswith('mlp.gelu')]
-    close(torch.stack(found), (x / (1 + torch.exp(-1.702 * x))).expand(6, 7), 1e-6)
-
-
-def all_rows(tower, x, mask=None):
-    """The plain stack: the last block computes every row, as all others do."""
-    for block in tower.transformer.resblocks:
-        x = block(x, mask)
-    return x
-
-
-def test_vision_tower_equals_the_long_way():
-    """oracle: each view alone, through every block on all rows; also of one view."""
-    model, images, _ = micro()
-    tower = model.visual
-    views = [*images, images[1]]                                        # of 32, 32, 16, 16, 32 pixels
-    rows = []
-    for view in views:
-        (x, row), = tower.embed([view])
-        assert cosmos.pick(x, row).equal(x[:, :1])                      # the class token, and no other row
-        rows.append(tower.norm(all_rows(tower, x)))
-    expected = torch.stack([x[:, 0] for x in rows]) @ tower.proj
-    for count in 5, 1:
-        cls, tokens = tower.with_sequence(views[:count])
-        close(cls, expected[:count])
-        close(tokens, rows[0])
-        close(tower(views[:count]), expected[:count])
+    for tower in model.visual, model.text:
+        for block in tower.transformer.resblocks:
+            close(block.mlp.gelu(x), x / (1 + torch.exp(-1.702 * x)), 1e-6)
 
 
 def test_text_tower_equals_the_long_way(monkeypatch):
-    """oracle: captions at full length, through every block on all rows, behind a mask; captions that are cut
-    give the same gradients, also where activations are computed again."""
-    model, images, texts = micro()
+    """oracle: captions at full length, through every block on all rows, behind a mask; the row of the end, and no
+    other, is picked. The same where captions are cut, and where activations are computed again."""
+    model, _, texts = micro()
     tower = model.text
     cut = texts[:2] + [caption[:, :5] for caption in texts[2:]]
     ids = torch.cat(texts)
     x = tower.token_embedding(ids) + tower.positional_embedding
-    x = tower.norm(all_rows(tower, x, torch.ones(12, 12).tril() > 0))
-    ends = x[torch.arange(len(ids)), ids.argmax(dim=1)] @ tower.proj
-    eot, words = tower.with_sequence(cut)
-    for found in eot, tower(cut):
-        close(found.flatten(0, 1), ends)
-    close(words, x[:3])
-    parameters = list(model.parameters())
-    expected = torch.autograd.grad(total_loss(model, images, torch.stack(texts)), parameters)
+    for block in tower.transformer.resblocks:
+        x = block(x, torch.ones(12, 12).tril() > 0)
+    x = tower.norm(x)
+    ends = cosmos.pick(x, ids.argmax(dim=1))
+    assert ends.equal(x[ids == 49][:, None])
     monkeypatch.setattr(cosmos, 'checkpoint', Mock(wraps=cosmos.checkpoint))
     for recompute in False, True:
-        model.visual.transformer.grad_checkpointing = recompute
         tower.transformer.grad_checkpointing = recompute
-        for a, b in zip(torch.autograd.grad(total_loss(model, images, cut), parameters), expected):
-            close(a, b, 2e-5)
+        eot, words = tower.with_sequence(cut)
+        for found in eot, tower(cut):
+            close(found.flatten(0, 1), ends[:, 0] @ tower.proj)
+        close(words, x[:3])
         assert cosmos.checkpoint.called == recompute
 
 
@@ -462,14 +412,6 @@ def test_scales_are_clamped():
             assert scale.item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize('method', ['cosmos', 'clip'])
-def test_every_parameter_gets_a_gradient(method):
-    """oracle: none may be missing, or DistributedDataParallel waits for ever, nor all zero, or it never learns."""
-    model, images, texts = micro(method)
-    total_loss(model, images, texts).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
 def test_compiled_blocks_are_few_and_equal(monkeypatch):
     """oracle: the model as it is; a backend that counts graphs, which serve all layers, batches and lengths."""
     torch._dynamo.reset()
@@ -483,7 +425,7 @@ def test_compiled_blocks_are_few_and_equal(monkeypatch):
         texts = [texts[0], texts[2][:, :length]]
         for a, b in zip(model(images, texts), plain(images, texts)):
             close(a, b, 1e-6)
-    assert 0 < counter.frame_count < 8                                  # by default the compiler gives up at 8
+    assert 0 < counter.frame_count < 8                  # by default the compiler gives up at 8
 
 
 def test_the_walk_through_runs():
@@ -491,8 +433,6 @@ def test_the_walk_through_runs():
     done = subprocess.run([sys.executable, 'cosmos.py'], cwd=HERE, capture_output=True, text=True)
     assert re.findall(r'\((\d), 3, 128\)', done.stdout) == list('545422'), done.stderr
     assert 'loss' in done.stdout
-
-FORMATS = tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT
 
 LOW = Tokenizer(['l o', 'lo w</w>', 'lo w', 'e r</w>', 'e s', 'es t</w>', 'low est</w>'], 8)
 
@@ -539,30 +479,28 @@ def served(folder):
 
 
 def test_the_vocabulary_is_fetched_once(tmp_path, monkeypatch):
-    """oracle: the merges in a server's file: of another digest they are refused and not kept; of the right one they are
-    there without the server, too. A cache without them names the remedies."""
+    """oracle: the merges in a server's file: of another digest they are not kept; of the right one they are there without
+    the server, too. Where there are none a sentence names the remedies."""
     file = put(tmp_path / 'served/vocab.gz', gzip.compress(b'header\nl o\nlo w</w>'))
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
     monkeypatch.delenv('COSMOS_VOCAB', raising=False)
     remedies = f'{tmp_path}.* is absent or not .*--vocab PATH or COSMOS_VOCAB.*--vocab learn.*--preset tiny'
     with served(file.parent) as address:
-        monkeypatch.setattr(data, 'VOCAB_URL', f'{address}/vocab.gz')
-        refused(remedies, Tokenizer.clip)
+        for url in 'file:///absent', f'{address}/vocab.gz':
+            monkeypatch.setattr(data, 'VOCAB_URL', url)
+            refused(remedies, Tokenizer.clip)
         assert not list(tmp_path.glob('home/**/*.*'))
         monkeypatch.setattr(data, 'VOCAB_SHA256', hashlib.sha256(file.read_bytes()).hexdigest())
         assert Tokenizer.clip().merges == ['l o', 'lo w</w>']
-    with monkeypatch.context() as patch:
-        patch.setenv('TORCH_HOME', str(tmp_path / 'other'))
-        refused(remedies, Tokenizer.clip)
     monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda *_, **options: pytest.fail('again'))
     assert Tokenizer.clip().merges == ['l o', 'lo w</w>']
 
 
 def test_ids_and_words_by_hand():
     """oracle: pencil: rank 1 'lo w</w>' ends low, rank 2 'lo w' starts the others; cut rows keep their end."""
-    assert LOW.encode('low lower lowest') == [513, 514, 515, 518]       # 512 + the line of each merge
+    assert LOW.encode('low lower lowest') == [513, 514, 515, 518]  # 512 + the line of each merge
     assert LOW.words('Low  LOWER') == [('low', 1), ('lower', 2)]
-    assert LOW.encode('!l')[0] == 256                   # '!' is byte symbol 0, and 256 + 0 where it closes a word
+    assert LOW.encode('!l')[0] == 256   # '!' is byte symbol 0, and 256 + 0 where it closes a word
     assert LOW('low ' * 20).tolist() == [[519] + 6 * [513] + [520]]
     assert LOW('low').tolist() == [[519, 513, 520, 0, 0, 0, 0, 0]]
     text = 'x²+Ⅷ①_é\'S “ﬁn” ＡＢ&amp;lt;\x07 \ud800'
@@ -608,7 +546,7 @@ def test_text_crops_come_in_every_order():
     assert sorted(lengths) == [1, 2, 3, 4, 5]
     assert min(lengths.values()) > 40                                   # uniform: 60 each
     crops = data.text_crops(['a', 'b'], rng, 0, 5)
-    assert crops[:4] == ['a', 'b', 'a', 'b']                            # whole repeats, then a random rest
+    assert crops[:4] == ['a', 'b', 'a', 'b']            # whole repeats, then a random rest
 
 
 # --- Shards ----------------------------------------------------------------------------------------------------------
@@ -635,17 +573,17 @@ def test_patterns_and_their_lines(tmp_path, capsys):
 def test_tars_of_every_format(tmp_path):
     """oracle: the pairs and names as written, in any order of members; the same by a mapped index, not scanned."""
     jpg = encoded(mandelbrot(40, 32), 'JPEG')
-    long = 'folder' * 15 + '/' + 'name' * 15                            # over 100 characters: GNU and PAX add a header
+    long = 'folder' * 15 + '/' + 'name' * 15        # over 100 characters: GNU and PAX add a header
     members = [('x/b.json', {'caption': 'json', 'file': 'my cat.jpg'}), ('x/a.txt', b'text'), ('x/b.JPG', jpg),
                ('x/b.png', b'2nd'), ('x/a.jpg', jpg), (f'{long}.png', jpg), (f'{long}.txt', b'long'),
                ('x/alone.jpg', jpg)]
-    for n, form in enumerate(FORMATS):
-        path = write_tar(tmp_path / f'{n}.tar', members, form)
+    for form in tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT:       # 0, 1, 2
+        path = write_tar(tmp_path / f'{form}.tar', members, form)
     shards = Shards(tmp_path)
     pools = [shards.pool(i) for i in range(len(shards))]
     assert pools == [['json'], ['text'], ['long']] * 3
     assert {shards.image(i) for i in range(9)} == {jpg}
-    assert data.open_shard(shards.paths[0]).tell() == 0                 # workers share it, so no read may move it
+    assert data.open_shard(shards.paths[0]).tell() == 0  # workers share it, so no read may move it
     assert shards.name(0).endswith('0.tar:x/b.JPG (my cat.jpg)')
     assert shards.name(1).endswith('0.tar:x/a.jpg')
     table = shards.pairs
@@ -676,25 +614,23 @@ def test_many_shards_are_read_by_processes(tmp_path):
 
 def test_odd_members_are_read_or_refused(tmp_path):
     """oracle: what each is by construction: names, images of one colour, bad captions, broken files."""
-    red = Image.new('RGB', (40, 20), 'red')
+    red = Image.new('RGB', (20, 40), 'red')
     cmyk = Image.new('CMYK', (40, 20), (0, 200, 100, 30))
     gray16 = Image.fromarray(np.full((20, 40), 128 * 257, np.uint16))
     exif = Image.Exif()
-    exif[0x112] = 6                                                     # the camera was held upright
+    exif[0x112] = 6                                     # the camera was held upright
     odd = [('cmyk', 'jpg', encoded(cmyk, 'JPEG'), [225, 49, 137]),
-           ('gray', 'png', encoded(gray16), [128, 128, 128]),
-           ('ünï/' + 'cödé' * 40, 'JPG', encoded(red, 'JPEG'), [255, 0, 0]),
+           ('ünï/' + 'cödé' * 40, 'png', encoded(gray16), [128, 128, 128]),
            ('turned', 'webp', encoded(red, 'WEBP', exif=exif), [255, 0, 0])]
     members = [('broken.jpg', b'x'), ('broken.json', b'{"a')]
     for name, kind, value, _ in odd:
         members += [(f'{name}.{kind}', value), (f'{name}.json', [name])]
     shards = Shards(write_tar(tmp_path / 'a.tar', members))
     served = readable(shards)
-    assert (len(shards), len(served)) == (5, 4)
+    assert (len(shards), len(served)) == (4, 3)
     for name, _, _, colour in odd:
-        pixels = served[name]
-        assert pixels.shape[1:] == ((40, 20) if name == 'turned' else (20, 40))
-        assert_close(pixels[:, 10, 10].tolist(), colour, rtol=0, atol=6)
+        assert served[name].shape[1:] == (20, 40)
+        assert_close(served[name][:, 10, 10].tolist(), colour, rtol=0, atol=6)
     for value in b'GIF8', encoded(mandelbrot(64, 64))[:400]:
         refused('a.tar:x is no image that can be read', data.read_image, value, 'a.tar:x')
 
@@ -724,7 +660,7 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
         check(raw[:text.offset_data + 5], '01')
         check(raw + joined, '012345')
         check(raw[:start] + noise + raw[start + 512:], stepped_over)
-    info.size = -1000                                                   # would send tarfile back for ever
+    info.size = -1000                                   # would send tarfile back for ever
     check(raw[:start] + info.tobuf(tarfile.GNU_FORMAT)[-512:] + raw[start + 512:], '01')
 
 
@@ -732,7 +668,7 @@ def test_a_folder_of_two_halves(tmp_path, capsys):
     """oracle: the files that were written: a half where there are both and no tar beside them, else the folder."""
     for half in 'train', 'val':
         assert data.half_of(tmp_path, half) == tmp_path
-        dog_tar(put(tmp_path / half / '0.tar'), 2)
+        put(tmp_path / half / '0.tar')
     assert capsys.readouterr().out == ''
     for half in 'train', 'val':
         assert data.half_of(tmp_path, half) == f'{tmp_path}/{half}'
@@ -748,7 +684,7 @@ def test_order_is_a_pure_function():
     """oracle: numpy's permutation of (seed, epoch), which a restart only cuts."""
     steps = list(Order(23, 4, 0, 12, seed=5))
     for step, rows in enumerate(steps):
-        epoch, k = divmod(step, 5)                                      # 23 // 4 whole batches an epoch
+        epoch, k = divmod(step, 5)                      # 23 // 4 whole batches an epoch
         expected = np.random.default_rng((5, epoch)).permutation(23)
         places = range(4 * k, 4 * k + 4)
         assert rows == [(epoch, place, expected[place]) for place in places]
@@ -777,7 +713,7 @@ def test_batches_are_equal_by_workers_and_ranks(tmp_path):
 def test_captions_are_cut():
     """oracle: by hand: at most 7 ids in the globals, 4 in the locals; caption 0 keeps all 8."""
     samples = []
-    for counts in (4, 1, 0, 2), (3, 5, 0, 1):                           # words, between start and end
+    for counts in (4, 1, 0, 2), (3, 5, 0, 1):           # words, between start and end
         ids = LOW(['low ' * count for count in counts])
         samples.append(([torch.zeros(3, 4, 4)], torch.zeros(1, 7), ids, 'key', 1))
     for multiple, cuts in (1, [8, 7, 4, 4]), (3, [8, 8, 6, 6]):
@@ -797,12 +733,12 @@ def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
 
     batches = served_batches(12, [5, 7], 6)
     assert sum(batch.bad for batch in batches) >= 4
-    served = Counter()
+    served = set()
     for batch in batches:
         dogs = {LOW.decode(row).replace(' ', '').partition('.')[0] for row in batch.texts[0]}
         assert len(dogs) == 4
-        served.update(dogs)
-    assert served.keys() == {f'dog{i}' for i in range(12)} - {'dog5', 'dog7'}
+        served |= dogs
+    assert served == {f'dog{i}' for i in range(12)} - {'dog5', 'dog7'}
     lines = capsys.readouterr().err
     assert lines.count('a.tar:5.png') == lines.count('a.tar:7.png') == 1
     batch, = served_batches(4, range(3), 1)                             # one batch is the whole set
@@ -816,10 +752,7 @@ def test_paragraphs_in_lists_are_said_once(tmp_path, capsys):
     records = [{'raw_caption': ['A dog. A cat.', 'An ox.']}, {'longIB_captions': ['The U.S. Army.']},
                {'raw_caption': 'A dog. A cat.'}, {'captions': ['A dog. A cat.']},
                {'longSV_captions': ['A dog. A cat.']}, {'shortIB_captions': ['One. Two.']}]
-    members = []
-    for i, record in enumerate(records):
-        members += [(f'{i}.png', b'image'), (f'{i}.json', record)]
-    Views(Shards(write_tar(tmp_path / 'a.tar', members)), LOW, MICRO, 3, 4)
+    Views(Shards(pairs_tar(tmp_path / 'a.tar', records)), LOW, MICRO, 3, 4)
     line, = capsys.readouterr().err.splitlines()
     assert 'a.tar:4.png has several sentences in one item' in line and '-m extras.prepare pack' in line
 
@@ -829,7 +762,7 @@ def test_the_sheet_of_samples_cuts_nothing(tmp_path, counts):
     """oracle: a black image, of which every view is black at its place, and a long caption of wide letters: the right
     and the bottom edge are white, and lines are no longer than the row of views asks for."""
     image = encoded(Image.new('RGB', (50, 40)))
-    shard = write_tar(tmp_path / 'a.tar', [('a.png', image), ('a.json', 60 * 'WIDE LETTERS ')])
+    shard = pairs_tar(tmp_path / 'a.tar', [60 * 'WIDE LETTERS '], [image])
     data.sample_sheet(Views(Shards(shard), LOW, MICRO, 3, 1, counts, 'crops'), tmp_path / 'sheet.png')
     red = data.decode((tmp_path / 'sheet.png').read_bytes())[0]
     assert red[-4:].min() == red[:, -2:].min() == 255 and red.shape[1] < 2200
@@ -878,7 +811,7 @@ def blurred(image, sigma):
 def grayed(image, strength):
     return V.rgb_to_grayscale(image, 3)
 
-OPERATIONS = [          # torchvision's function; the released probability for each kind of view, and range
+OPERATIONS = [  # torchvision's function; the released probability for each kind of view, and range
     ('brightness', V.adjust_brightness, [0.8] * 3, 0.6, 1.4),
     ('contrast', V.adjust_contrast, [0.8] * 3, 0.6, 1.4),
     ('saturation', V.adjust_saturation, [0.8] * 3, 0.8, 1.2),
@@ -977,8 +910,8 @@ def gallery(here):
                            features=unit(torch.cat(features)), figures=figures)
 
 
-def test_retrieval_by_hand_and_by_loops():
-    """oracle: ranks read off by eye, ties counted against us; Python loops over single scores, for any chunk."""
+def test_retrieval_by_hand():
+    """oracle: ranks read off by eye, ties counted against us; the same in chunks."""
     captions = torch.tensor([[1, 0], [0.9, 0.9],                        # right; a tie
                              [0.9, 0.2], [0.3, 0.8]])                   # finds image 0; right
     figures = evaluation.retrieval(torch.eye(2), captions, torch.tensor([0, 0, 1, 1]))
@@ -994,12 +927,10 @@ def test_retrieval_by_hand_and_by_loops():
         assert evaluation.ranks(features, features, ids, ids).tolist() == [28] * 30
     queries = torch.randn(10, 6)
     targets = torch.randn(30, 6)
-    for chunk in 1, 7, 1000:
-        found = evaluation.ranks(queries, targets, torch.arange(10), ids, chunk)
-        for number, query in enumerate(queries):
-            scores = targets @ query
-            best = max(scores[ids == number])
-            assert found[number] == 1 + sum(score >= best for score in scores[ids != number])
+    ids = ids[:10], ids
+    expected = evaluation.ranks(queries, targets, *ids)
+    for chunk in 1, 7:
+        assert evaluation.ranks(queries, targets, *ids, chunk).equal(expected)
 
 
 def test_classification_by_hand():
@@ -1053,13 +984,11 @@ def test_attention_words(gallery):
     for found, raw in (shares, np.array([dog, a + b, last])), (grid, patches.numpy().reshape(4, 4)):    # rows first
         assert np.allclose(found, (raw - raw.min()) / np.ptp(raw))
     evaluation.attention_picture(*scored, ['dog ab dog'], 'seen.png')
-    picture = Image.open('seen.png')
-    for value in 0, 1:                                                  # red of blue and of yellow, over the image
-        y, x = (36 + 56 * np.argwhere(grid == value)[0]).tolist()       # the middle of such a patch
-        assert (picture.getpixel((x + 232, y))[0] > 127) == value
-    for share, colour in (1, (255, 234, 70)), (0, (255, 255, 255)):
-        row = shares.index(share)
-        assert picture.getpixel((690, 10 + 18 * row)) == colour
+    picture = np.array(Image.open('seen.png'))                          # (h, w, 3)
+    for value, bar in (0, [255, 255, 255]), (1, [255, 234, 70]):
+        y, x = 36 + 56 * np.argwhere(grid == value)[0]                  # the middle of such a patch
+        assert (picture[y, x + 232, 0] > 127) == value  # red of blue and of yellow, over the image
+        assert picture[10 + 18 * shares.index(value), 690].tolist() == bar
     assert evaluation.attention(*scored, '')[1] == []
     _, words = evaluation.attention(*scored, 20 * 'dog ')
     assert len(words) == 10                             # 12 ids without start and end
@@ -1088,23 +1017,18 @@ def test_published_layouts(here):
 
 def test_captions_of_held_out_shards(here):
     """oracle: pairs written here: the first key that a pair has, never split; only those that were named."""
-    records = [{'captions': ['an ape. an ox', 'a cow'], 'caption': 'dog', 'mine': 'an eel. a fox'},
-               {'raw_caption': 'a gnu. a hen', 'caption': 'ibis', 'mine': '', 'other': ['jay', 'a kid. a lion']}]
-    members = []
-    for i, record in enumerate(records):
-        members += [(f'{i}.png', b'x'), (f'{i}.json', record)]
-    write_tar('a.tar', members)
-    write_tar('b.tar', [('0.png', b'x'), ('0.json', {'mine': 'mouse', 'caption': 5})])
+    pairs_tar('a.tar', [
+        {'captions': ['an ape. an ox', 'a cow'], 'caption': 'dog', 'mine': 'an eel. a fox', 'number': 5},
+        {'raw_caption': 'a gnu. a hen', 'caption': 'ibis', 'mine': '', 'other': ['jay', 'a kid. a lion']}])
 
-    def read(keys=None, pattern='a.tar'):
-        captions, owner = evaluation.shard_captions(Shards(pattern, keys))
+    def read(keys=None):
+        captions, owner = evaluation.shard_captions(Shards('a.tar', keys))
         return captions, owner.tolist()
 
     assert read() == (['an ape. an ox', 'a cow', 'a gnu. a hen'], [0, 0, 1])
-    assert read('mine,other') == (['an eel. a fox', 'jay', 'a kid. a lion'], [0, 1, 1])
-    assert read('other , caption') == (['dog', 'jay', 'a kid. a lion'], [0, 1, 1])
+    assert read('mine , other') == (['an eel. a fox', 'jay', 'a kid. a lion'], [0, 1, 1])
     refused('json of .*a.tar:1.png .* under mine; .*--caption-keys', read, 'mine')
-    refused('json of .*b.tar:0.png', read, 'caption,mine', 'b.tar')     # a number is no caption
+    refused('json of .*a.tar:0.png .* neither', read, 'number,mine')
 
 
 def test_class_names_of_every_source(here):
@@ -1153,7 +1077,6 @@ def test_checkpoints_of_every_origin(here, capsys):
     plain = COSMOS(replace(model.config, cross_heads=0))
     theirs = to_openclip(model.state_dict())
     other = to_openclip(plain.state_dict())
-    image = torch.randn(1, 3, 224, 224)
 
     def load(state, weights='teacher'):
         torch.save(state, 'saved.pt')
@@ -1169,13 +1092,9 @@ def test_checkpoints_of_every_origin(here, capsys):
             (other, 'teacher', 'state dict', plain)]:
         loaded, tokenizer, preprocess = load(state, weights)
         assert (loaded.config, loaded.origin) == (source.config, origin)
-        text = tokenizer(['a dog'])
-        found = loaded([image], [text])
-        wanted = source([image], [text])
-        close(found.cls, wanted.cls, 1e-6)
-        close(found.eot, wanted.eot, 1e-6)
+        assert_close(loaded.state_dict(), source.state_dict(), rtol=0, atol=0)
     white = preprocess(Image.new('RGB', (300, 250), 'white')).amax(dim=(1, 2))
-    close(white, torch.tensor([1.9303, 2.0749, 2.1459]), 1e-4)          # by OpenAI's means and deviations
+    close(white, torch.tensor([1.9303, 2.0749, 2.1459]), 1e-4)  # by OpenAI's means and deviations
     assert 'GELU is assumed for saved.pt' in capsys.readouterr().out
     assert evaluation.load('saved.pt', vocab=vocab, quick_gelu=True)[0].config.quick_gelu
     load(theirs)                        # with cross-attention: released
@@ -1188,9 +1107,9 @@ def test_checkpoints_of_every_origin(here, capsys):
     assert evaluation.infer_config(state, {}).vision_heads == 16
     evaluation.export(plain, tokenizer, 'clip.pt')
     assert 'merges' not in Path('clip.json').read_text()                # CLIP's are known to all
-    refused('its keys: visual.*open_clip ViT', load, {'visual.conv1.weight': image})    # a ResNet
+    refused('its keys: visual.*open_clip ViT', load, {'visual.conv1.weight': white})    # a ResNet
     del other['visual.ln_post.bias']
-    other |= {'visual.extra': image, 'visual.proj': image}
+    other |= {'visual.extra': white, 'visual.proj': white}
     refused('Missing.*visual.norm.bias.*Unexpected.*extra.*size mismatch for visual.proj', load, other)
 
 
@@ -1200,9 +1119,8 @@ def test_export_and_back(here, monkeypatch):
     model, tokenizer = spelling_model(['d o', 'do g</w>'])
     model = COSMOS(replace(model.config, quick_gelu=True)).requires_grad_(False)
     evaluation.export(model, tokenizer, 'clip.pt')
-    plain = COSMOS(replace(model.config, cross_heads=0))
-    assert torch.load('clip.pt').keys() == to_openclip(plain.state_dict()).keys()
     loaded, spelling, _ = evaluation.load('clip.pt')
+    assert loaded.config == replace(model.config, cross_heads=0)
     close(embed(loaded, spelling, 'dog', 'ox'), embed(model, tokenizer, 'dog', 'ox'), 1e-6)
     image = torch.randn(1, 3, 32, 32)
     close(loaded.encode_image(image)[0], model.encode_image(image)[0], 1e-6)
@@ -1253,24 +1171,6 @@ def test_released_names_are_fetched_once(gallery, monkeypatch):
         assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     refused(f'{address}/cosmos_vitb16_cc3m.pt', evaluation.load, 'cosmos_vitb16_cc3m')
     refused('cosmos_vitb16_laion does not exist', evaluation.load, 'cosmos_vitb16_laion')
-
-
-def test_broken_images_are_left_out(gallery, capsys):
-    """oracle: figures without the broken image, and without its captions; lines that count and name it."""
-    for i, path in enumerate(gallery.paths):
-        put(f'classes/{i % 2}/{i}.png', path.read_bytes())
-    listing = [{'image': f'classes/{i % 2}/{i}.png', 'caption': f'ox {i}'} for i in range(3)]
-    put('listing', listing)
-    commands = 'retrieval --flickr listing', 'classify --folder classes'
-    wanted = [gallery.figures(command) for command in commands]
-    put('listing', [listing[0], {'image': 'classes/0/1.png', 'caption': ['ox 9', 'ox 1']}, *listing[1:]])
-    put('classes/0/1.png', 'x')
-    for command, figures in zip(commands, wanted):
-        found = gallery.figures(command)
-        for item in figures.get('predictions', []) + found.get('predictions', []):
-            item['score'] = round(item['score'], 4)
-        assert found == figures
-        assert re.search('left out +1 of 4 images\n.* image 1: classes/0/1.png is', capsys.readouterr().out)
 
 
 def test_windows_are_averaged():
@@ -1343,10 +1243,6 @@ def test_masks_and_their_errors(here):
 
 def test_every_command(gallery, capsys):
     """oracle: the functions that the tests above check, on the same input; pictures open."""
-    put('list.json', [{'image': f'{i}.png', 'caption': f'ox {i}'} for i in range(3)])
-    texts = embed(*gallery.scored, 'ox 0', 'ox 1', 'ox 2')
-    wanted = evaluation.retrieval(gallery.features, texts, torch.arange(3))
-    assert gallery.figures('retrieval --flickr list.json --images images', workers=1) == wanted
     settings = evaluation.Settings(40, 65, 0.1, 0.0, window=32, stride=16, csa=True)
     vectors = evaluation.class_vectors(*gallery.scored, ['background', 'sky', 'ox'])
     model, _ = gallery.scored
@@ -1367,28 +1263,30 @@ def test_every_command(gallery, capsys):
     assert Path('clip.json').exists()
 
 
-def test_retrieval_of_shards(gallery, capsys):
-    """oracle: retrieval of the captions written here; of a folder with train/ and val/ it takes val/, and says so."""
-    members = []
-    for i, path in enumerate(gallery.paths):
-        record = {'caption': 'same', 'mine': f'ox {i}'}
-        members += [(f'{i}.png', path.read_bytes()), (f'{i}.json', record)]
-    write_tar(put('set/val/0.tar'), members)
-    dog_tar(put('set/train/0.tar'), 2)
-    mine = ['ox 0', 'ox 1', 'ox 2']
-    for captions, flags in (mine, '--caption-keys mine'), (3 * ['same'], ''):
-        wanted = evaluation.retrieval(gallery.features, embed(*gallery.scored, *captions), torch.arange(3))
-        assert gallery.figures(f'retrieval --shards set {flags}') == wanted
-        assert 'the half val/' in capsys.readouterr().out
+def test_retrieval_of_shards_and_lists(gallery, capsys):
+    """oracle: retrieval of the captions written here, of the half val/ where there are two. A broken image is left out
+    with its captions; lines count and name it."""
+    captions = ['ox 0', 'ox 1', 'ox 2']
+    wanted = evaluation.retrieval(gallery.features, embed(*gallery.scored, *captions), torch.arange(3))
+    records = [{'caption': 'same', 'mine': caption} for caption in captions]
+    pairs_tar(put('set/val/0.tar'), records, [path.read_bytes() for path in gallery.paths])
+    put('set/train/0.tar')
+    assert gallery.figures('retrieval --shards set --caption-keys mine') == wanted
+    listing = [{'image': f'{i}.png', 'caption': caption} for i, caption in enumerate(captions)]
+    listing.insert(1, {'image': 'x.png', 'caption': ['ox 9', 'ox 1']})
+    put('images/x.png')
+    for file, flags in ('images/list', ''), ('list', '--images images'):
+        put(file, listing)
+        assert gallery.figures(f'retrieval --flickr {file} {flags}', workers=1) == wanted
+        assert re.search('left out +1 of 4 images\n.* image 1: images/x.png is', capsys.readouterr().out)
 
 
 def test_help_lists_every_flag(capsys):
     """oracle: the rule: --help of all commands has the examples, that of `segment` a flag for each field of Settings."""
     run(evaluation, '--help')
     text = capsys.readouterr().out
-    examples = ' '.join(text.split())
     for name in 'retrieval', 'classify', 'segment', 'attend', 'export':
-        assert f'python eval.py {name} CKPT' in examples
+        assert f'python eval.py {name} CKPT' in text
         assert re.search(f'^    {name} +[A-Za-z]', text, re.M), name     # its line of help
     run(evaluation, 'segment', '--help')
     text = capsys.readouterr().out
@@ -1396,26 +1294,31 @@ def test_help_lists_every_flag(capsys):
         assert re.search(rf"^  --{field.replace('_', '-')}\b", text, re.M), field
 
 
-def test_classify_of_every_source(gallery):
-    """oracle: the function that a test above checks, on the same images; of each image its class and score."""
+def test_classify_of_every_source(gallery, capsys):
+    """oracle: the function that a test above checks, on the same images; of each image its class and score. A broken
+    one is left out and named."""
     names = ['banded', 'woven']
-    files = ['banded/1.png', 'woven/0.png', 'woven/2.png']
+    files = ['banded/1.png', 'banded/x.png', 'woven/0.png', 'woven/2.png']
+    put('images/x.png')
     for file in files:                                                  # as torchvision's DTD
         put(f'dtd/dtd/images/{file}', Path('images', Path(file).name).read_bytes())
     put('dtd/dtd/labels/test1.txt', '\n'.join(files))
     put('prompts', 'my {}\n')
+    del files[1]
     vectors = embed(*gallery.scored, 'my banded', 'my woven')
     features = gallery.features[[1, 0, 2]]
     wanted, found, matrix = evaluation.classify(features, vectors, torch.tensor([0, 1, 1]))
     wanted |= {'prompts': 'my {}', 'names': names, 'confusion': matrix.tolist()}
     scores = features @ vectors.T
     paths = [f'dtd/dtd/images/{file}' for file in files]
-    for source, images in (('--folder dtd/dtd/images', paths), ('--dataset dtd --root .', [0, 1, 2])):
+    for source, images in (('--folder dtd/dtd/images', paths), ('--dataset dtd --root .', [0, 2, 3])):
         figures = gallery.figures(f'classify {source} --templates prompts')
         for i, item in enumerate(figures.pop('predictions')):
             score = pytest.approx(scores[i].max().item(), abs=1e-5)
-            assert item == {'image': images[i], 'truth': files[i][:-6], 'prediction': names[found[i]], 'score': score}
+            assert item == {'image': images[i], 'truth': files[i][:-6],
+                            'prediction': names[found[i]], 'score': score}
         assert figures == wanted
+        assert re.search('left out +1 of 4 images\n.* image 1: .*x.png', capsys.readouterr().out)
 
 
 WRONG = [               # a command, and what its sentence must name
@@ -1455,10 +1358,7 @@ def test_errors_are_one_sentence(monkeypatch, gallery):
     torch.save(saved, 'nan.pt')
     monkeypatch.setattr(data.Parser, 'exit', lambda self, status, text: sys.exit(text.strip()))
     for line, parts in WRONG:
-        sentence = run(evaluation, *line.split(), '--workers', 0)
-        for part in ['error: ', *parts]:
-            assert part in sentence, line
-        assert len(sentence.splitlines()) == 1
+        one_sentence(run(evaluation, *line.split(), '--workers', 0), parts)
     assert not Path('executed').exists()
 
 
@@ -1499,7 +1399,7 @@ def same_run(a, b):
     """Two --out folders hold bit-equal networks and optimizers, and logs that differ in times and evaluations only."""
     runs = []
     for out in a, b:
-        log = [entry for entry in read_log(out) if 'loss' in entry]     # others have evaluations only
+        log = [entry for entry in read_log(out) if 'loss' in entry]  # others have evaluations only
         for entry in log:
             for name in 'pairs_per_s', 'waiting', 'memory_GB', 'eval':
                 entry.pop(name, None)
@@ -1509,11 +1409,11 @@ def same_run(a, b):
     assert_close(*runs, rtol=0, atol=0)
 
 
-def four_steps(monkeypatch, fit, out):
-    """The first four steps of the run `whole`, as if it had been stopped then."""
+def four_steps(monkeypatch, fit, out, *flags):
+    """The first four steps of the run `whole`, or with `flags`, as if it had been stopped then."""
     with monkeypatch.context() as patch:
         patch.setattr(train, 'finish', id)
-        assert fit(out, '--steps', 4) == 0
+        assert fit(out, '--steps', 4, *flags) == 0
 
 
 def contents(folder):
@@ -1536,7 +1436,7 @@ def started(fit, *flags):
 
 # --- train.py: one step ----------------------------------------------------------------------------------------------
 
-ROWS = {        # global and local images, global and local captions that a row of Table 5 sees; its terms
+ROWS = {  # global and local images, global and local captions that a row of Table 5 sees; its terms
     'clip': [1, 0, 1, 0], 'clip-aug': [2, 0, 1, 0],
     'image-distill': [2, 6, 1, 0, 'cls_cls_t'],
     'text-crop': [2, 6, 2, 6, 'cls_cls_t'],
@@ -1582,7 +1482,8 @@ def gradients(processes, method, accum):
     state = SimpleNamespace(
         model=model, student=student, device=processes.device, dtype=None, method=train.METHODS[method],
         teacher=Teacher(COSMOS(model.config)), optimizer=torch.optim.SGD(model.parameters()), scaler=SCALER,
-        processes=processes, step=0, options=SimpleNamespace(clip_grad=0, lr=0, warmup=1, momentum=1, momentum_ramp=0))
+        processes=processes, step=0,
+        options=SimpleNamespace(clip_grad=0, lr=0, warmup=1, momentum=1, momentum_ramp=0))
     loss = train.train_step(state, batch).loss
     [total] = processes.sum([loss])
     return {name: p.grad for name, p in model.named_parameters()}, total / world
@@ -1623,7 +1524,7 @@ def by_ranks(tmp_path_factory):
 @pytest.mark.parametrize('method', OBJECTIVES)
 def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
     """oracle: one process with the whole batch: same loss, same gradient in every parameter and scale, with --accum 2
-    (and --grad-checkpoint), with 2 and 4 processes, and with both."""
+    (and --grad-checkpoint), with 2 and 4 processes, and with both. None of them is all zero: it would never learn."""
     alone = train.Processes('cpu')
     expected, total = gradients(alone, method, 1)
     found = [gradients(alone, method, 2)]
@@ -1633,6 +1534,7 @@ def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
     for grads, loss in found:
         assert loss == pytest.approx(total, rel=1e-6)
         for name in expected:
+            assert expected[name].any(), name
             close(grads[name], expected[name])
 
 
@@ -1690,10 +1592,11 @@ def test_a_run_leaves_everything(whole, scenes, tmp_path):
     assert {'last.pt', 'best.pt', 'config.json', 'samples.png', 'attention.png'} <= contents(whole).keys()
     assert len(list(whole.glob('index-*.npy'))) == 2                    # of --data and of --val
     before, first, *_, final = entries = read_log(whole)
-    names = ('step epoch loss mean_loss clip distill h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t chance accuracy spread lr momentum scale '
-             'distill_scale grad_norm cosine pairs_per_s waiting memory_GB bad_pairs')
+    names = ('step epoch loss mean_loss clip distill h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t '
+             'chance accuracy spread lr momentum scale distill_scale grad_norm cosine '
+             'pairs_per_s waiting memory_GB bad_pairs')
     assert first.keys() == set(names.split())
-    assert first['spread'] < 0.4                        # a fresh model's features are close to each other
+    assert first['spread'] < 0.4                # a fresh model's features are close to each other
     found = [first[name] for name in ('epoch', 'lr', 'momentum', 'scale', 'chance', 'cosine')]
     assert found == pytest.approx([4 / 60, 1e-3 / 30, 1 / 11, 1 / 0.07, math.log(4), 1], rel=2e-3)
     assert [entry['step'] for entry in entries if 'eval' in entry] == [0, 5, 6] and len(before) == 2
@@ -1725,9 +1628,7 @@ def test_lengths_of_runs(monkeypatch, scenes, tmp_path, capsys):
 def test_best_networks_are_kept(monkeypatch, fit, tmp_path, capsys):
     """oracle: the figures of the log: the step with the best mean of both R@1, also over a stop; pairs by arithmetic."""
     out = tmp_path / 'out'
-    with monkeypatch.context() as patch:
-        patch.setattr(train, 'finish', id)
-        assert fit(out, '--steps', 4, '--eval-every', 1, '--lr', 0.1, '--warmup', 1) == 0
+    four_steps(monkeypatch, fit, out, '--eval-every', 1, '--lr', 0.1, '--warmup', 1)
     assert fit(out, *AUTO, '--batch', 8, '--eval-every', 1) == 0
     means = {}
     for entry in read_log(out):
@@ -1736,7 +1637,7 @@ def test_best_networks_are_kept(monkeypatch, fit, tmp_path, capsys):
             means[entry['step']] = figures['image_to_text_R@1'] + figures['text_to_image_R@1']
         elif entry['step'] == 5:
             assert entry['epoch'] == pytest.approx((4 * 4 + 8) / 60)
-    assert list(means) == [0, 1, 2, 3, 5, 6]                            # of step 4 `finish` would have had them
+    assert list(means) == [0, 1, 2, 3, 5, 6]            # of step 4 `finish` would have had them
     best = max(means, key=means.get)                                    # of equals the first
     assert torch.load(out / 'best.pt', weights_only=True)['step'] == best
     printed = capsys.readouterr().out
@@ -1826,7 +1727,7 @@ def test_torn_logs_and_full_disks(monkeypatch, fit, whole, tmp_path, capsys):
     assert re.fullmatch('error: .*last.pt cannot be written .*', error)
     assert 'steps 4 to 6' in capsys.readouterr().out
     assert (out / 'last.pt').read_bytes() == checkpoint and not list(out.glob('*.partial'))
-    assert fit(out, '--resume', out) == 0                               # a run's folder is its last.pt
+    assert fit(out, '--resume', out) == 0               # a run's folder is its last.pt
     same_run(whole, out)
     (out / 'last.pt').write_bytes(checkpoint[:10_000])
     assert 'last.pt is no checkpoint' in fit(out, *AUTO)
@@ -1874,7 +1775,7 @@ def test_a_run_never_costs_another(fit, whole, scenes, tmp_path, capsys):
     assert fit(out, *AUTO, '--steps', 4) == 0
     assert (out / 'eval.json').exists() and (out / 'last.pt').read_bytes() == before['last.pt']
     moved = contents(out)
-    for number in 1, 2:                                                 # a fresh start moves the old run aside
+    for number in 1, 2:                                 # a fresh start moves the old run aside
         assert fit(out, '--steps', number, '--val', scenes / 'train') == 0
         assert saved(out)['step'] == number
         assert contents(tmp_path / f'out-{number}') == moved
@@ -1921,7 +1822,7 @@ def test_bad_pairs_stop_a_run_beyond_5_percent(fit, tmp_path, bad):
     shards = dog_tar(tmp_path / 'a.tar', 120, broken=range(bad))
     status = fit(tmp_path / 'out', '--data', shards, '--steps', 25)
     assert status == 0 if bad == 5 else 'over 5 % of the pairs cannot be read' in status
-    assert 0 < saved(tmp_path / 'out')['step'] <= 25                    # what was learnt is not lost
+    assert 0 < saved(tmp_path / 'out')['step'] <= 25    # what was learnt is not lost
 
 
 def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path, capsys):
@@ -1991,11 +1892,8 @@ def test_errors_of_training_are_one_sentence(monkeypatch, tmp_path, fit, capsys)
     torch.save({'weights': torch.zeros(1)}, 'other.pt')
     for line, parts in WRONG_OPTIONS.items():
         status = fit('out', '--data', shards, *line.split())
-        error = capsys.readouterr().err if status == 1 else status
-        for part in ['error: ', *parts]:
-            assert part in error
-        assert len(error.splitlines()) == 1
-    with monkeypatch.context() as patch:                # of several processes: what was printed is not lost
+        one_sentence(capsys.readouterr().err if status == 1 else status, parts)
+    with monkeypatch.context() as patch:        # of several processes: what was printed is not lost
         patch.setattr(dist, 'is_initialized', Mock())
         patch.setattr(os, '_exit', sys.exit)
         patch.setattr(sys, 'stdout', Mock())
