@@ -447,6 +447,7 @@ class Run:
             options.steps = round(options.epochs * per_epoch) or 1
         if options.preset == 'tiny' and not saved and not typed.keys() & {'steps', 'epochs'}:
             options.steps = min(options.steps, MOST_PASSES * per_epoch)
+            options.warmup = typed.get('warmup', min(options.warmup, options.steps // 7))
         if options.eval_every is None:
             options.eval_every = 0
             # To train on a pair costs at least three times what it costs to evaluate one.
