@@ -919,21 +919,28 @@ def picture_font(size):
     return ImageFont.load_default(size)
 
 
+def sample_views(views):
+    """What the student is shown: yields (index, views (3, s, s) in [0, 1], captions, boxes) of pairs from all over."""
+    for index in np.linspace(0, len(views.shards) - 1, 4, dtype=int):
+        with suppress(Exception):   # a picture for the reader: do without this pair
+            crops, colours, captions, boxes = views.views(0, index)
+            images = []
+            for crop, numbers in zip(crops, colours):
+                view = recolour(crop[None], torch.tensor([numbers]), JITTERS)
+                images.append(view[0])
+            yield index, images, captions, boxes
+
+
 def sample_sheet(views, path):
     """A PNG of what the student is shown: for pairs from all over the set, the views, and below them the text crops."""
     width = max(len(views.kinds), 6) * (TILE + 4) + 4                   # 6: captions need room, too
     rows = []
-    for index in np.linspace(0, len(views.shards) - 1, 4, dtype=int):
-        with suppress(Exception):   # a picture for the reader: do without this pair
-            crops, colours, captions, _ = views.views(0, index)
-            tiles = []
-            for crop, numbers in zip(crops, colours):
-                view = recolour(crop[None], torch.tensor([numbers]), JITTERS)
-                tiles.append(V.resize(view[0], [TILE, TILE]))
-            lines = []
-            for label, caption in zip('G' * views.global_texts + 'L' * views.local_texts, captions):
-                lines += textwrap.wrap(f'{label}   {caption}', width // LETTER)
-            rows.append((V.to_pil_image(make_grid(tiles, nrow=len(tiles), padding=4, pad_value=1)), lines))
+    for _, images, captions, _ in sample_views(views):
+        tiles = [V.resize(image, [TILE, TILE]) for image in images]
+        lines = []
+        for label, caption in zip('G' * views.global_texts + 'L' * views.local_texts, captions):
+            lines += textwrap.wrap(f'{label}   {caption}', width // LETTER)
+        rows.append((V.to_pil_image(make_grid(tiles, nrow=len(tiles), padding=4, pad_value=1)), lines))
     height = LINE + sum(picture.height + LINE * len(lines) for picture, lines in rows)
     sheet = Image.new('RGB', (width, height), 'white')
     write = partial(ImageDraw.Draw(sheet).text, fill='black', font=picture_font(12))

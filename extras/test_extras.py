@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,7 +58,8 @@ def write_pairs(path, lines):
     """A shard of one picture a line of JSON -> path."""
     members = []
     for i, line in enumerate(lines.splitlines()):
-        members += [(f'{i}.jpg', picture()), (f'{i}.json', line.encode())]
+        image = picture(colour=f'hsl({60 * i}, 100%, 50%)')
+        members += [(f'{i}.jpg', image), (f'{i}.json', line.encode())]
     data.write_shard(path, members)
     return path
 
@@ -527,20 +528,18 @@ HOSTILE = 'a </script><b>red</b> dog'
 RECORD = {'captions': [HOSTILE, 'dogs'], 'objects': [{'name': 'red star', 'absent': ['red ring']}]}
 
 
-def leave(folder, heads=4, steps=(1, 2)):
-    """What train.py leaves of a run on three pairs -> what it was evaluated with, and its views."""
-    write_pairs(folder / 'val/0.tar', '\n'.join(3 * [json.dumps(RECORD)]))
-    shards = data.Shards(folder / 'val')
-    config = replace(MICRO, cross_heads=heads)
-    scored = COSMOS(config).eval(), data.Tokenizer([], 12), data.Preprocess(32), shards
-    views = data.Views(shards, None, config, seed=0, batch=2)
-    put(folder / 'config.json', '{}')
-    put(folder / 'log.jsonl', '{"step": 1, "loss": NaN}\n{"step": 2, "eval": {}}\n{"step": 3, "lo')
-    report.begin(views, folder)
-    for step in steps:
-        _, *features = evaluation.evaluate(*scored)
-        report.store(*scored, *features, folder, step)
-    return scored, views
+def three_pairs(folder):
+    return data.Shards(write_pairs(folder / '0.tar', 3 * f'{json.dumps(RECORD)}\n'))
+
+
+def train_on_three(folder, method='cosmos'):
+    """A run with evaluations before the first step, after five and after ten -> what they were of: the teacher."""
+    three_pairs(folder)
+    flags = f'--data {folder} --val {folder} --out {folder} --method {method} --preset micro --vocab learn'
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match='0'):
+        patch.setitem(cosmos.PRESETS, 'micro', MICRO)
+        run(train, *flags.split(), *'--steps 10 --eval-every 5 --batch 2 --workers 0'.split())
+    return load(folder / 'last.pt')
 
 
 def runs_on_page(*folders):
@@ -549,92 +548,83 @@ def runs_on_page(*folders):
     return json.loads(re.search('^const RUNS = (.*);$', text, re.M)[1])
 
 
-@pytest.mark.parametrize('heads', [4, 0])
-def test_the_page_says_what_eval_says(tmp_path, heads):
+@pytest.mark.parametrize('method', ['cosmos', 'clip'])
+def test_the_page_says_what_eval_says(tmp_path, method):
     """oracle: eval.attention, or encode_dense, asked by one text at a time; products of features; by hand the texts."""
-    (model, tokenizer, preprocess, shards), _ = leave(tmp_path, heads)
-    [run] = runs_on_page(tmp_path)
-    last = run['maps']['steps'][1]
-    texts = last['texts'][0]
-    levels = np.frombuffer(base64.b64decode(last['maps']), np.uint8).reshape(3, len(texts), 16)
-    assert [entry['text'] for entry in texts] == [HOSTILE, 'dogs', HOSTILE, HOSTILE, 'a red star', 'a red ring']
-    assert [entry['of'] for entry in texts] == [None, None, None, None, 0, 0]
-    image = evaluation.shard_image(shards, 0)
+    model, tokenizer, preprocess = train_on_three(tmp_path, method)
+    [page] = runs_on_page(tmp_path)
+    entries = [entry for entry in page['maps']['steps'][-1]['texts'] if entry['image'] == 2]
+    texts = [entry['text'] for entry in entries]
+    assert texts == [HOSTILE, 'dogs', HOSTILE, HOSTILE, 'a red star', 'a red ring']
+    assert entries[3]['of'] is None and entries[5]['of'] == 0
+    image = evaluation.shard_image(data.Shards(tmp_path), 2)
     pixels = preprocess(image)[None]
-    [cls] = evaluation.embed_images(model, shards, preprocess)[:1]
-    for entry, level in zip(texts, levels[0]):
-        [vector] = evaluation.embed_texts(model, tokenizer, entry['text'])
-        if heads:
-            grid, words = evaluation.attention(model, tokenizer, preprocess, image, entry['text'])
-            weights, _ = model.attention(pixels, tokenizer([entry['text']]))
-            assert entry['words'] == [[word, pytest.approx(share, abs=1e-3)] for word, share in words]
-        else:
-            weights = model.encode_dense(pixels)[0] @ vector
-            grid = evaluation.stretch(weights.detach().numpy())
-        assert level / 255 == pytest.approx(grid.flatten(), abs=0.003)
-        assert entry['ends'] == pytest.approx([weights.min().item(), weights.max().item()], abs=1e-5)
+    vectors = evaluation.embed_texts(model, tokenizer, texts)
+    cls = evaluation.embed_images(model, [image], preprocess)[0]
+    for entry, vector in zip(entries, vectors):
         assert entry['cosine'] == pytest.approx((cls @ vector).item(), abs=1e-5)
+        if model.has_cross_attention:
+            weights, _ = model.attention(pixels, tokenizer([entry['text']]))
+            _, words = evaluation.attention(model, tokenizer, preprocess, image, entry['text'])
+            assert entry['words'] == [[word, pytest.approx(share, abs=1e-4)] for word, share in words]
+        else:
+            weights = model.encode_dense(pixels) @ vector
+        least, most = entry['ends']
+        levels = np.frombuffer(base64.b64decode(entry['map']), np.uint8)
+        shown = least + (most - least) * levels / 255
+        assert shown == pytest.approx(weights.flatten().tolist(), abs=0.005 * (most - least))
 
 
 def test_hits_and_misses(tmp_path):
     """oracle: by hand: the first caption is of image 0 but nearest to image 1, whose own comes second."""
-    (*_, shards), _ = leave(tmp_path, steps=())
     images = torch.tensor([[0.0, 1], [1, 0]])
-    texts = torch.tensor([[0.9, 0.1], [0, 1], [0.8, 0]])
-    hit, miss = report.examples(shards, images, texts, 'abc', torch.tensor([0, 0, 1]))
-    assert [hit['rank'], *hit['texts'], *hit['cosines']] == [1, 'b', 'c', 1, 0]
-    assert [miss['rank'], *miss['texts'], *miss['cosines']] == [2, 'c', 'a', pytest.approx(0.8), pytest.approx(0.9)]
+    texts = torch.tensor([[0.75, 0.25], [0, 1], [0.5, 0]])
+    hit, miss = report.examples(three_pairs(tmp_path), images, texts, 'abc', torch.tensor([0, 0, 1]))
+    assert hit['rank'] == 1 and miss['rank'] == 2
+    found = [(side['text'], side['cosine']) for side in hit['sides'] + miss['sides']]
+    assert found == [('b', 1), ('c', 0), ('c', 0.5), ('a', 0.75)]
 
 
 def test_partial_runs_give_a_page(tmp_path):
-    """oracle: Views itself, and what each run lacks: figures at the end, evaluations, a whole log, any whole file."""
-    _, views = leave(tmp_path / 'a')
-    leave(tmp_path / 'b', steps=())
-    whole, killed = runs_on_page(tmp_path / 'a', tmp_path / 'b')
-    first = killed['maps']['start']['pairs'][0]
+    """oracle: Views itself; by hand what a killed run lacks, and files that are torn."""
+    views = data.Views(three_pairs(tmp_path), None, MICRO, seed=0, batch=2)
+    report.begin(views, tmp_path)
+    put(tmp_path / 'config.json', '{}')
+    put(tmp_path / 'log.jsonl', '{"step": 1, "loss": NaN}\n{"step": 3, "lo')
+    [killed] = runs_on_page(tmp_path)
     _, _, captions, boxes = views.views(0, 0)
-    assert first['captions'] == captions and first['boxes'] == list(map(list, boxes))
-    assert [entry['step'] for entry in whole['log']] == [1, 2]
-    assert 'eval.json' in whole['eval']['missing'] and 'held_out' not in killed['maps']
+    first = killed['maps']['start']['pairs'][0]
+    assert first['captions'] == captions and first['boxes'][7] == list(boxes[7])
+    assert killed['log'][-1]['step'] == 1 and 'held_out' not in killed['maps']
     for name in 'config.json', 'maps.npz':
-        put(tmp_path / 'a' / name, 'torn')
-    [torn] = runs_on_page(tmp_path / 'a')
+        put(tmp_path / name, 'torn')
+    [torn, _] = runs_on_page(tmp_path, tmp_path)
     assert 'missing' in torn['config'] and 'missing' in torn['maps']
-    refused('holds no config.json and no log.jsonl', report.write, [tmp_path])
-    leave(tmp_path / 'a')                               # a damaged file is replaced
-
-
-def test_long_runs_are_thinned(tmp_path, monkeypatch):
-    """oracle: by hand: first and last of three steps; some 400 lines, among them all evaluations."""
-    monkeypatch.setattr(report, 'MOST_STEPS', 2)
-    leave(tmp_path, steps=(1, 20, 300))
-    put(tmp_path / 'log.jsonl', 4000 * '{"step": 1}\n' + '{"eval": 1}\n{"eval": 2}')
-    [run] = runs_on_page(tmp_path)
-    assert [entry['step'] for entry in run['maps']['steps']] == [1, 300]
-    assert 360 < len(run['log']) < 405 and run['log'][-2:] == [{'eval': 1}, {'eval': 2}]
+    report.begin(views, tmp_path)                       # a damaged file is replaced
+    refused('holds no config.json', report.write, [tmp_path / 'absent'])
 
 
 def test_training_leaves_a_page(tmp_path, monkeypatch, capsys):
-    """oracle: the steps of its evaluations; its own last lines; --eval-every gives figures in the log, too."""
-    monkeypatch.setitem(cosmos.PRESETS, 'micro', MICRO)
-    for half in 'train', 'val':
-        write_pairs(tmp_path / half / '0.tar', '\n'.join(4 * [json.dumps(RECORD)]))
-    flags = '--preset micro --vocab learn --steps 2 --batch 2 --workers 0 --eval-every 1 --warmup 1'
-    with pytest.raises(SystemExit, match='0'):
-        run(train, '--data', tmp_path, '--out', tmp_path / 'out', *flags.split())
+    """oracle: the run's own files and last lines. Of a long run first and last maps, some 400 lines, all evaluations."""
+    train_on_three(tmp_path)
     printed = capsys.readouterr().out
-    assert f'report     {tmp_path}/out/report.html' in printed and 'lacks' not in printed
-    [page] = runs_on_page(tmp_path / 'out')
-    assert [entry['step'] for entry in page['maps']['steps']] == [0, 1, 2]
-    log = (tmp_path / 'out/log.jsonl').read_text().splitlines()
+    assert f'report     {tmp_path}/report.html' in printed and 'lacks' not in printed
+    [page] = runs_on_page(tmp_path)
+    log = evaluation.read_lines(tmp_path / 'log.jsonl')
     assert page['log'] == list(map(json.loads, log)) and page['config']['method'] == 'cosmos'
     assert page['eval']['retrieval'] == page['log'][-1]['eval']['retrieval']
+    assert [entry['step'] for entry in page['maps']['steps']] == [0, 5, 10]
+    monkeypatch.setattr(report, 'MOST_STEPS', 2)
+    put(tmp_path / 'log.jsonl', 4000 * '{"step": 1}\n' + '{"eval": 1}\n{"eval": 2}')
+    [page] = runs_on_page(tmp_path)
+    assert [entry['step'] for entry in page['maps']['steps']] == [0, 10]
+    assert 360 < len(page['log']) < 405 and page['log'][-2:] == [{'eval': 1}, {'eval': 2}]
 
 
 @pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')
 def test_the_page_in_a_browser(tmp_path):
     """oracle: Chromium: a silent console, all parts of the page, captions as text, a picture that is no blank."""
-    leave(tmp_path)
+    train_on_three(tmp_path)
     page = report.write([tmp_path]).as_uri()
     command = f'chromium --headless --no-sandbox --enable-logging=stderr --dump-dom --screenshot={tmp_path}/page.png'
     done = subprocess.run([*command.split(), '--window-size=400,3000', page], capture_output=True, text=True)
