@@ -24,7 +24,6 @@ import re
 import signal
 import sys
 import tarfile
-import textwrap
 import traceback
 import unicodedata
 from collections import Counter, defaultdict
@@ -40,11 +39,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
-from torchvision.utils import make_grid
 from tqdm import tqdm
 from tqdm.contrib.concurrent import process_map, thread_map
 
@@ -902,9 +900,6 @@ def loader(views, batches, workers, multiple=1):
                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)
 
 
-TILE = 128      # side of a view on the sheet, in pixels
-LINE = 17       # height of a line of text
-LETTER = 8      # width of a letter: capitals on the average, others less
 FONTS = 'DejaVuSans.ttf', 'NotoSans-Regular.ttf', 'Arial Unicode.ttf'           # the last is macOS's
 
 
@@ -929,31 +924,6 @@ def sample_views(views):
                 view = recolour(crop[None], torch.tensor([numbers]), JITTERS)
                 images.append(view[0])
             yield index, images, captions, boxes
-
-
-def sample_sheet(views, path):
-    """A PNG of what the student is shown: for pairs from all over the set, the views, and below them the text crops."""
-    width = max(len(views.kinds), 6) * (TILE + 4) + 4                   # 6: captions need room, too
-    rows = []
-    for _, images, captions, _ in sample_views(views):
-        tiles = [V.resize(image, [TILE, TILE]) for image in images]
-        lines = []
-        for label, caption in zip('G' * views.global_texts + 'L' * views.local_texts, captions):
-            lines += textwrap.wrap(f'{label}   {caption}', width // LETTER)
-        rows.append((V.to_pil_image(make_grid(tiles, nrow=len(tiles), padding=4, pad_value=1)), lines))
-    height = LINE + sum(picture.height + LINE * len(lines) for picture, lines in rows)
-    sheet = Image.new('RGB', (width, height), 'white')
-    write = partial(ImageDraw.Draw(sheet).text, fill='black', font=picture_font(12))
-    write((4, 0), f'{views.global_images} global views, the others local; below: G a global caption, L a local one')
-    top = LINE
-    for picture, lines in rows:
-        sheet.paste(picture, (0, top))
-        top += picture.height
-        for line in lines:
-            write((4, top), line)
-            top += LINE
-    with replacing(path) as temporary:
-        sheet.save(temporary, 'PNG')
 
 
 # --- 7. Commands -----------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ import train
 from cosmos import COSMOS, Config, Output, Teacher
 from cosmos import clip_loss, cosmos_loss, from_openclip, symmetric_nce, to_openclip, unit
 from data import Colours, Order, Shards, Tokenizer, Views
+from extras.prepare import sample_sheet
 from lesson.scenes import make_scenes
 
 HERE = Path(__file__).parent
@@ -763,7 +764,7 @@ def test_the_sheet_of_samples_cuts_nothing(tmp_path, counts):
     and the bottom edge are white, and lines are no longer than the row of views asks for."""
     image = encoded(Image.new('RGB', (50, 40)))
     shard = pairs_tar(tmp_path / 'a.tar', [60 * 'WIDE LETTERS '], [image])
-    data.sample_sheet(Views(Shards(shard), LOW, MICRO, 3, 1, counts, 'crops'), tmp_path / 'sheet.png')
+    sample_sheet(Views(Shards(shard), LOW, MICRO, 3, 1, counts, 'crops'), tmp_path / 'sheet.png')
     red = data.decode((tmp_path / 'sheet.png').read_bytes())[0]
     assert red[-4:].min() == red[:, -2:].min() == 255 and red.shape[1] < 2200
     for k in range(counts[0] + counts[1]):

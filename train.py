@@ -38,7 +38,7 @@ import eval as evaluation
 from cosmos import COSMOS, PRESETS, Config, Output, Teacher
 from cosmos import clip_loss, cosmos_terms, gather, symmetric_nce
 from data import POOLS, SIGNALS, Order, Parser, Preprocess, Shards, Tokenizer, Views
-from data import cli, half_of, loader, replacing, sample_sheet
+from data import cli, half_of, loader, replacing
 
 # --- 1. The methods of Table 5, and the options ----------------------------------------------------------------------
 
@@ -841,13 +841,13 @@ def train(run):
 
 @contextlib.contextmanager
 def for_the_report():
-    """report.html is an extra: where it fails a line says so, where extras/ was removed there is none."""
+    """report.html and samples.png are extras: where one fails a line says so, without extras/ there are none."""
     try:
         yield
     except ModuleNotFoundError:
         pass
     except Exception as error:
-        tqdm.write(f'WARNING    report.html lacks a part: {type(error).__name__}, {error}')
+        tqdm.write(f'WARNING    report.html or samples.png lacks a part: {type(error).__name__}, {error}')
 
 
 def score(run, figures):
@@ -908,9 +908,10 @@ def announce(run):
               'holds a tenth out')
     evaluation.write_json(run.out / 'config.json', vars(options) | {'config': asdict(run.config), 'job': this_job()})
     (run.out / 'eval.json').unlink(missing_ok=True)                     # of an earlier step
-    sample_sheet(run.views, run.out / 'samples.png')
     with for_the_report():
+        from extras.prepare import sample_sheet
         from extras.report import begin
+        sample_sheet(run.views, run.out / 'samples.png')
         begin(run.views, run.out)
     trim_log(run)
 

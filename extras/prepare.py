@@ -16,14 +16,20 @@ import os
 import random
 import sqlite3
 import sys
+import textwrap
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
+from torchvision.transforms.v2.functional import resize, to_pil_image
+from torchvision.utils import make_grid
 
 from cosmos import PRESETS, Config
 from data import (CAPTION_KEYS, DREAMLIP, Parser, Shards, Views, caption_pool, cli, find_shards, half_of,
-                  open_image, read_image, sample_sheet, sentences, unsplit, write_shard)
+                  open_image, picture_font, read_image, replacing, sample_views, sentences, unsplit,
+                  write_shard)
 from eval import first_line, need, progress, read_json, write_json
 
 IMAGE_COLUMNS = 'image', 'image_path', 'filepath', 'file_name', 'filename', 'path', 'file', 'image_name'
@@ -324,6 +330,36 @@ def join(table, pattern, out):
 
 
 # --- 3. A look at shards ---------------------------------------------------------------------------------------------
+
+TILE = 128      # side of a view on the sheet, in pixels
+LINE = 17       # height of a line of text
+LETTER = 8      # width of a letter: capitals on the average, others less
+
+
+def sample_sheet(views, path):
+    """A PNG of what the student is shown: for pairs from all over the set, the views, and below them the text crops."""
+    width = max(len(views.kinds), 6) * (TILE + 4) + 4                   # 6: captions need room, too
+    rows = []
+    for _, images, captions, _ in sample_views(views):
+        tiles = [resize(image, [TILE, TILE]) for image in images]
+        lines = []
+        for label, caption in zip('G' * views.global_texts + 'L' * views.local_texts, captions):
+            lines += textwrap.wrap(f'{label}   {caption}', width // LETTER)
+        rows.append((to_pil_image(make_grid(tiles, nrow=len(tiles), padding=4, pad_value=1)), lines))
+    height = LINE + sum(picture.height + LINE * len(lines) for picture, lines in rows)
+    sheet = Image.new('RGB', (width, height), 'white')
+    write = partial(ImageDraw.Draw(sheet).text, fill='black', font=picture_font(12))
+    write((4, 0), f'{views.global_images} global views, the others local; below: G a global caption, L a local one')
+    top = LINE
+    for picture, lines in rows:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+        for line in lines:
+            write((4, top), line)
+            top += LINE
+    with replacing(path) as temporary:
+        sheet.save(temporary, 'PNG')
+
 
 def percentiles(values):
     return ', '.join(f'{q} % {np.percentile(values, q):g}' for q in (0, 10, 50, 90, 100))
