@@ -287,7 +287,7 @@ def combine_options(typed, defaults, resumed, preset):
     options = argparse.Namespace(**defaults | recipe | chosen)
     check_ranges(options)
     if 'epochs' in typed:
-        options.steps = None                                            # Run derives them from epochs
+        options.steps = None                                # Run derives them from epochs
     locate_data(options)
     for name, value in resumed.items():
         if name in typed and value != getattr(options, name):
@@ -491,7 +491,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, 1024.0, enabled=fp16)
         self.step = 0
         self.pairs = 0                                       # seen, in steps of any size
-        self.best = -1.0, 0                                  # mean of both R@1 on --val, and its step
+        self.best = -1.0, 0                                  # mean R@1 on --val, and its step
         self.begun = self.saved_at = time.perf_counter()
         if self.checkpoint:
             self.restore(self.checkpoint)
@@ -566,7 +566,7 @@ class Run:
         """ValueError where the disk has no room for last.pt and best.pt, each twice while it is written."""
         weights = sum(p.nbytes for p in self.model.parameters())
         networks = 2 if self.teacher else 1
-        needed = 2 * weights * (networks + 2 + networks)                # 2: AdamW's averages, in last.pt
+        needed = 2 * weights * (networks + 2 + networks)    # 2: AdamW's averages, in last.pt
         free = shutil.disk_usage(self.out).free
         if free < needed:
             raise ValueError(f'{self.out} has {free / 1e6:,.0f} MB free, and the checkpoints of this run need '
@@ -617,7 +617,7 @@ def train_step(run, batch):
     # A step that is not finite on one rank is left out by all.
     [broken_ranks] = run.processes.sum([~torch.isfinite(loss + norm)])
     if broken_ranks:
-        run.scaler.update()                                             # fp16: a lower scale for the next step
+        run.scaler.update()                                 # fp16: a lower scale for the next step
     else:
         update(run, norm)
     return Step(out, cls_t, clip, terms, loss, norm, not broken_ranks)
@@ -795,7 +795,8 @@ def train(run):
     options = run.options
     caught = []
     stop = False
-    broken = bad = seen = 0             # steps in a row that were not finite, pairs that cannot be read, all pairs
+    # Steps in a row that were not finite, pairs that cannot be read, all pairs.
+    broken = bad = seen = 0
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: caught.append(number))
     meter = Meter()
@@ -804,13 +805,13 @@ def train(run):
     # Half precision is faster with captions of multiples of 8 tokens.
     batches = iter(loader(run.views, order, options.workers, multiple=8 if run.dtype else 1))
     if options.eval_every and run.step == 0:
-        write_log(run, {'step': 0, 'eval': evaluate(run)})              # what the first weights can do
+        write_log(run, {'step': 0, 'eval': evaluate(run)})  # what the first weights can do
         meter.restart()
     # A bar of rank 0. None: where there is a terminal.
     for _ in tqdm(range(run.step, options.steps), disable=None if run.first else True):
         batch = meter.next(batches).to(run.device)
         done = train_step(run, batch)
-        run.step += 1                                    # the pairs of a step that was left out count as seen
+        run.step += 1                       # the pairs of a step that was left out count as seen
         run.pairs += options.batch
         meter.loss += done.loss.detach()
         signals, bad_pairs = run.processes.sum([len(caught), batch.bad])
