@@ -1844,6 +1844,8 @@ def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path, caps
 
     *found, optimizer = broken(tmp_path / 'few', 1, 3, 4, 5, 6)
     assert found == [0, 9, [2, 7, 8, 9, 9]] and optimizer['state'][0]['step'] == 4
+    *entries, _ = read_log(tmp_path / 'few')
+    assert all(math.isfinite(entry['mean_loss']) for entry in entries)
     assert capsys.readouterr().out.count('is left out: loss nan') == 5
     error, step, *_ = broken(tmp_path / 'many', 3, 4, 5, 6, 7)
     assert re.fullmatch('error: 5 steps in a row .* step 7.*', error) and step == 7

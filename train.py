@@ -686,7 +686,7 @@ class Student(torch.nn.Module):
 # --- 7. The log ------------------------------------------------------------------------------------------------------
 
 class Meter:
-    """Since the last log line: steps, time, how much of it went into waiting for data, and the sum of the losses."""
+    """Since the last log line: steps, time, how much of it went into waiting for data, and the finite losses."""
 
     def __init__(self):
         self.restart()
@@ -695,7 +695,7 @@ class Meter:
         self.begun = time.perf_counter()
         self.waited = 0.0
         self.steps = 0
-        self.loss = 0.0
+        self.losses = []
 
     def next(self, batches):
         before = time.perf_counter()
@@ -722,7 +722,7 @@ def describe(run, meter, done):
     values = {
         'epoch': run.pairs / len(run.shards),
         'loss': done.loss,
-        'mean_loss': meter.loss / meter.steps,
+        'mean_loss': torch.stack(meter.losses).mean(),
         'clip': done.clip,
         'distill': done.loss - done.clip,
         **done.terms,
@@ -813,7 +813,8 @@ def train(run):
         done = train_step(run, batch)
         run.step += 1                       # the pairs of a step that was left out count as seen
         run.pairs += options.batch
-        meter.loss += done.loss.detach()
+        if done.finite:
+            meter.losses.append(done.loss.detach())
         signals, bad_pairs = run.processes.sum([len(caught), batch.bad])
         stop = signals > 0
         bad += bad_pairs
@@ -925,14 +926,14 @@ def finish(run):
         evaluation.write_json(run.out / 'eval.json', figures)
         write_log(run, {'step': run.step, 'eval': figures})
         evaluation.show(figures)
-        if run.val:
-            run.keep_best(figures['retrieval'])
         with for_the_report():
             from extras.report import write
             print(f'report     {write([run.out])}')
-        name = 'best.pt' if 0 < run.best[1] < run.step else 'last.pt'
-        print(f'next       {run.out}/{name} is the better one: python eval.py retrieval {run.out}/{name} '
-              f'--shards {run.options.val or "SHARDS"}')
+        if run.val:
+            run.keep_best(figures['retrieval'])
+            name = 'best.pt' if run.best[1] < run.step else 'last.pt'
+            print(f'next       the best networks are in {name}: python eval.py retrieval {run.out}/{name} '
+                  f'--shards {run.options.val}')
     run.processes.share(None)
 
 

@@ -19,7 +19,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch.testing import assert_close
 from torchvision.ops import masks_to_boxes
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 import data
 import eval as evaluation
