@@ -311,7 +311,8 @@ def write_shard(path, members):
 
 SHORT = ['shortIB_captions', 'shortSV_captions', 'shortLLA_captions']
 LONG = ['longIB_captions', 'longSV_captions', 'longLLA_captions']
-DREAMLIP = ['raw_caption', *SHORT, *LONG]       # the paper's main data
+# The paper's main data. code≠paper, which speaks of the long captions: the raw and the short ones are used as well.
+DREAMLIP = ['raw_caption', *SHORT, *LONG]
 CAPTION_KEYS = [                # the first family that has a sentence is the pool
     DREAMLIP,
     ['original_caption', 'caption'],            # PixelProse
@@ -364,7 +365,7 @@ def text_crops(pool, rng, globals_, local):
     """Globals of 1-5 sentences joined by '. ', then `local` single sentences -> list of globals_ + local strings.
 
     Sentences come in random order, without replacement in a global and in the locals, independently between them.
-    code≠paper: a pool that is too small is repeated whole, plus a random rest.
+    paper silent on all of this, and on a pool that is too small: it is repeated whole, plus a random rest.
     """
     def draw(count):
         if count <= len(pool):
