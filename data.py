@@ -365,7 +365,7 @@ def text_crops(pool, rng, globals_, local):
     """Globals of 1-5 sentences joined by '. ', then `local` single sentences -> list of globals_ + local strings.
 
     Sentences come in random order, without replacement in a global and in the locals, independently between them.
-    paper silent on all of this, and on a pool that is too small: it is repeated whole, plus a random rest.
+    paper silent: the order, ". ", and a pool that is too small, which is repeated whole, plus a random rest.
     """
     def draw(count):
         if count <= len(pool):
