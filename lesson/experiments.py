@@ -128,7 +128,7 @@ WORLDS = {'a': '', 'b': '--objects 2 --dominant-size 0.6'}
 RATES = {
     'a': {'clip': 2.5e-4, 'text-crop': 5e-4, 'without-heads': 5e-4, 'cosmos': 5e-4},
     'b': {'clip': 2.5e-4, 'text-crop': 5e-4, 'without-heads': 5e-4, 'cosmos': 5e-4}}
-# CLIP takes a sixth of the steps on the track `pairs`, hence a rate for them; `tune-pairs` decides it.
+# CLIP takes a quarter of its steps on the track `pairs`, hence a rate for them; `tune-pairs` decides it.
 CLIP_FROM_PAIRS = 5e-4
 # Of the first run; `tune-first` decides them.
 FIRST_RATE = {'cosmos': 5e-4, 'clip': 5e-4, 'clip-pairs': 5e-4}
