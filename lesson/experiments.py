@@ -117,10 +117,9 @@ MAIN = ['clip', 'text-crop', 'without-heads', 'cosmos']
 SPEED = {
     'clip': 480, 'clip-large-batch': 480, 'clip-aug': 240, 'image-distill': 165, 'text-crop': 148,
     'text-distill': 146, 'without-heads': 141, 'without-residual': 115, 'cosmos': 115}
-PAIRS = 2400 * 32                   # of COSMOS on both tracks
-FIRST_PAIRS = 700 * 32              # of the first run, `python train.py`
+PAIRS = 700 * 32                    # of COSMOS on both tracks: those of `python train.py`
 PRECISION = 'bf16'
-EVALUATIONS = 8                     # of a run, the last one at its end
+EVALUATIONS = 5                     # of a run, the last one at its end
 
 # Options of lesson.scenes. a: the built-in set, a dominant and two small objects. b: a big one and a small one.
 WORLDS = {'a': '', 'b': '--objects 2 --dominant-size 0.6'}
@@ -129,11 +128,9 @@ RATES = {
     'a': {'clip': 2.5e-4, 'text-crop': 5e-4, 'without-heads': 5e-4, 'cosmos': 5e-4},
     'b': {'clip': 2.5e-4, 'text-crop': 5e-4, 'without-heads': 5e-4, 'cosmos': 5e-4}}
 # CLIP takes a quarter of its steps on the track `pairs`, hence a rate for them; `tune-pairs` decides it.
-CLIP_FROM_PAIRS = 5e-4
-# Of the first run; `tune-first` decides them.
-FIRST_RATE = {'cosmos': 5e-4, 'clip': 5e-4, 'clip-pairs': 5e-4}
-FIRST_RATES = [1e-3, 5e-4, 2.5e-4]
-OUTER_RATES = [2e-3, 1.25e-4]       # where the best of the first is the highest or the lowest
+CLIP_FROM_PAIRS = 1e-3
+FIRST_RATES = [2e-3, 1e-3, 5e-4]
+OUTER_RATES = [4e-3, 2.5e-4]       # where the best of the first is the highest or the lowest
 
 
 class Variant(NamedTuple):
@@ -141,31 +138,20 @@ class Variant(NamedTuple):
     method: str
     world: str = 'a'
     scenes: str = ''                # more options of lesson.scenes
-    track: str = 'minutes'          # or pairs, or speed: a sixteenth of the minutes
+    track: str = 'minutes'          # or pairs, or speed: an eighth of the minutes
     rate: float = 0.0               # 0: that of RATES
     pairs: int = PAIRS              # of COSMOS
     seeds: range = range(3)
     optional: bool = False          # run only where --also asks for it
 
 
-def tune(world, methods, track='minutes'):
+def tune(world, methods, seeds=2, track='minutes'):
     """Which learning rate is best? On seeds that are used for nothing else."""
     variants = {}
     for rate in FIRST_RATES + OUTER_RATES:
         for method in methods:
             variants[f'{method}-{rate:g}'] = Variant(
-                method, world, track=track, rate=rate, seeds=range(100, 102),
-                optional=rate in OUTER_RATES)
-    return variants
-
-
-def tune_first():
-    """The same for the first run, on both tracks."""
-    variants = {}
-    for rate in FIRST_RATES + OUTER_RATES:
-        for method, track in ('cosmos', 'minutes'), ('clip', 'minutes'), ('clip', 'pairs'):
-            variants[f'{method}-{track}-{rate:g}'] = Variant(
-                method, track=track, rate=rate, pairs=FIRST_PAIRS, seeds=range(100, 101),
+                method, world, track=track, rate=rate, seeds=range(100, 100 + seeds),
                 optional=rate in OUTER_RATES)
     return variants
 
@@ -182,20 +168,15 @@ def over(methods, worlds, world='a'):
 FIVE = range(5)
 THREE = ['clip', 'text-crop', 'cosmos']
 COMPANY = {'none': '--company none', 'equal': '--company equal', 'big': ''}
-COLORS = {'2': '--colors 2', '4': '', '8': '--colors 8', '16': '--colors 16'}
+COLORS = {'2': '', '4': '--colors 4', '8': '--colors 8', '16': '--colors 16'}
 SHARES = {'0.2': '--named 0.2', '0.5': '', '0.67': '--named 0.67'}
 
 # Tables give differences to the first variant of an experiment.
 EXPERIMENTS = {
-    'speed': {method: Variant(method, track='speed', seeds=range(4)) for method in METHODS},
+    'speed': {method: Variant(method, track='speed', seeds=range(2)) for method in METHODS},
     'tune-a': tune('a', MAIN),
-    'tune-b': tune('b', MAIN),
-    'tune-pairs': tune('a', ['clip'], 'pairs'),
-    'tune-first': tune_first(),
-    'first': {
-        'cosmos': Variant('cosmos', rate=FIRST_RATE['cosmos'], pairs=FIRST_PAIRS),
-        'clip': Variant('clip', rate=FIRST_RATE['clip'], pairs=FIRST_PAIRS),
-        'clip-pairs': Variant('clip', track='pairs', rate=FIRST_RATE['clip-pairs'], pairs=FIRST_PAIRS)},
+    'tune-b': tune('b', THREE, seeds=1),
+    'tune-pairs': tune('a', ['clip'], track='pairs'),
     'main': {method: Variant(method, seeds=FIVE) for method in reversed(MAIN)},
     'pairs': {
         'cosmos': Variant('cosmos', seeds=FIVE),
@@ -204,8 +185,11 @@ EXPERIMENTS = {
     'other-world': {
         'cosmos': Variant('cosmos', 'b', seeds=FIVE),
         'clip': Variant('clip', 'b', seeds=FIVE)},
+    'long': {
+        'cosmos': Variant('cosmos', pairs=2400 * 32),
+        'clip': Variant('clip', pairs=2400 * 32)},
     'parts': {method: Variant(method) for method in reversed(METHODS)},
-    'colors': over(['clip'], COLORS) | over(['cosmos'], {'4': '', '16': '--colors 16'}),
+    'colors': over(['clip', 'cosmos'], COLORS),
     'company': over(THREE, COMPANY, 'b'),
     'named': over(THREE, SHARES)}
 
@@ -217,7 +201,7 @@ def count_steps(variant):
     if variant.track != 'pairs':
         pairs *= SPEED[variant.method] / SPEED['cosmos']
     if variant.track == 'speed':
-        pairs /= 16
+        pairs /= 8
     return round(pairs / METHODS[variant.method].batch)
 
 

@@ -76,14 +76,14 @@ SS = 2                                          # supersampling per axis
 CANVAS = SIZE * SS
 SPREAD = 0.03                                   # a side may be as much longer or shorter
 TRIES = 20_000                                  # layouts to draw before objects are said not to fit
-VERSION = 2                                     # of the built-in set; raise it when a scene changes
+VERSION = 3                                     # of the built-in set; raise it when a scene changes
 
 
 @dataclass(frozen=True)
 class World:
     """What the scenes of a set have in common. Those that differ in `company` alone have the same small objects, in the
     same places, and the same sentences on them."""
-    colors: int = 4                 # the first ones of COLORS; they may repeat in a scene
+    colors: int = 2                 # the first ones of COLORS; they may repeat in a scene
     shapes: int = 8                 # the first ones of SHAPES; they do not repeat
     objects: int = 3                # in a scene: the dominant one, and small ones
     dominant_size: float = 0.46     # the longer side of an object, as a share of the image's
@@ -380,7 +380,7 @@ def main():
     add('root', metavar='DIR')
     add('--train', type=int, default=16_000, help='training scenes')
     add('--val', type=int, default=1000, help='held-out scenes')
-    add('--colors', type=int, choices=range(2, 17), default=4, metavar='2..16', help='how many')
+    add('--colors', type=int, choices=range(2, 17), default=2, metavar='2..16', help='how many')
     add('--shapes', type=int, choices=range(6, 11), default=8, metavar='6..10', help='how many')
     add('--objects', type=int, choices=range(1, 5), default=3, metavar='1..4', help='in a scene')
     add('--dominant-size', type=float, default=0.46, metavar='R',

@@ -227,7 +227,7 @@ def point(model, images, ids, pixels):
 
 
 @torch.no_grad()
-def pointing(model, tokenizer, preprocess, shards, most=150):
+def pointing(model, tokenizer, preprocess, shards, most=75):
     """Where does C^I look? -> {role: means over the objects of the first `most` scenes}; {} for a plain CLIP.
 
     peak: the highest weight, asked by "there is a NAME", lies on the object. area: the share of patches that do, what a
