@@ -1609,8 +1609,8 @@ def test_a_run_leaves_everything(whole, scenes, tmp_path):
 
 
 def test_lengths_of_runs(monkeypatch, scenes, tmp_path, capsys):
-    """oracle: arithmetic on 60 pairs and 16 held-out ones: 15 batches of four a pass; ten passes at most for tiny, 32
-    for the paper's; a tenth of the run between evaluations, unless ten could take a tenth of it."""
+    """oracle: arithmetic on 60 pairs and 16 held-out ones: 15 batches of four a pass; thirty passes at most for tiny,
+    32 for the paper's; a tenth of the run between evaluations, unless ten could take a tenth of it."""
     monkeypatch.setattr('lesson.scenes.built_in_set', lambda: scenes)
 
     def lengths(*flags):
@@ -1619,11 +1619,11 @@ def test_lengths_of_runs(monkeypatch, scenes, tmp_path, capsys):
         return options.steps, options.eval_every, capsys.readouterr().out.count('ten evaluations')
 
     data = '--data', str(scenes)
-    assert lengths(*data, '--preset', 'tiny') == (150, 15, 0)
+    assert lengths(*data, '--preset', 'tiny') == (450, 45, 0)
     assert lengths(*data, '--preset', 'tiny', '--steps', '100') == (100, 0, 1)
     assert lengths(*data, '--preset', 'tiny', '--epochs', '12', '--eval-every', '7') == (180, 7, 0)
     assert lengths(*data, '--vocab', 'learn') == (480, 48, 0)
-    assert lengths() == (150, 0, 0)
+    assert lengths() == (450, 0, 0)
 
 
 def test_best_networks_are_kept(monkeypatch, fit, tmp_path, capsys):

@@ -389,7 +389,7 @@ def resume_after_restart(out):
     return 'auto'
 
 
-MOST_PASSES = 10        # over a small set of one's own: by then it is known by heart
+MOST_PASSES = 30        # over a small set of one's own: by then it is known by heart
 
 # --- 5. The run ------------------------------------------------------------------------------------------------------
 

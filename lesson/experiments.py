@@ -112,11 +112,10 @@ METHODS = {
     'cosmos': Method('COSMOS', '--method cosmos', 'cosmos')}
 MAIN = ['clip', 'text-crop', 'without-heads', 'cosmos']
 
-# Pairs a second of one thread beside a second run. Those of clip and cosmos were measured at 16c2627 on two cores of an
-# AMD EPYC, two rounds side by side: 483 and 477, 115 and 115. The others are provisional: `speed` measures them.
+# Pairs a second of one thread beside a second run: means of two rounds of `speed`, on two cores of an AMD EPYC.
 SPEED = {
-    'clip': 480, 'clip-large-batch': 480, 'clip-aug': 240, 'image-distill': 165, 'text-crop': 148,
-    'text-distill': 146, 'without-heads': 141, 'without-residual': 115, 'cosmos': 115}
+    'clip': 467, 'clip-large-batch': 507, 'clip-aug': 316, 'image-distill': 177, 'text-crop': 151,
+    'text-distill': 143, 'without-heads': 133, 'without-residual': 115, 'cosmos': 115}
 PAIRS = 700 * 32                    # of COSMOS on both tracks: those of `python train.py`
 PRECISION = 'bf16'
 EVALUATIONS = 5                     # of a run, the last one at its end

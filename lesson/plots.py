@@ -2,6 +2,8 @@
 
     python -m lesson.plots              write lesson/tables.md, draw assets/lesson-*.png (needs matplotlib)
     python -m lesson.plots --check      are the runs complete, do tables, plots and lesson/README.md agree with them?
+    python -m lesson.plots --answers    draw what CLIP and COSMOS name in the first scenes; needs both runs of `pairs`,
+                                        seed 0, in runs/lesson
 
 In lesson/README.md a figure is followed by the place it comes from, that of a difference names two variants:
 
@@ -18,9 +20,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from data import Parser, cli, digest
-from eval import need, read_text
-from lesson.experiments import EXPERIMENTS, METHODS, THREE, missing_runs, read_results
+from data import Parser, Shards, cli, digest
+from eval import embed_images, load, need, read_text, shard_image
+from lesson import suppression
+from lesson.experiments import (
+    EXPERIMENTS, METHODS, THREE, missing_runs, read_results, run_folder, scene_folder)
 
 README = Path('lesson/README.md')
 TABLES = Path('lesson/tables.md')
@@ -248,8 +252,6 @@ PICTURES = {
         Panel('Three objects,\nthe same pairs', 'pairs', SMALL),
         Panel('Three objects,\nthe same minutes', 'main', SMALL),
         Panel('A big and a small object,\nthe same minutes', 'other-world', SMALL)]),
-    'main': Picture(draw_rows, 'share, %', named('main') + [
-        Panel('Captions found first', 'main', both('retrieval.image_to_text_R@1'), 0.1)]),
     'parts': Picture(draw_rows, 'share, %', named('parts')),
     'pointing': Picture(
         draw_rows, 'C^I looks at the object, %', [
@@ -291,7 +293,58 @@ def draw(name):
     pyplot.close(figure)
 
 
-# --- 3. Check --------------------------------------------------------------------------------------------------------
+# --- 3. What two runs name -------------------------------------------------------------------------------------------
+
+ANSWERS = PLOT.format('answers')
+INK = {'✓': '#006ba4', '✗': '#c85200'}          # of the palette, by the first letter of a line
+
+
+def write(axis, row, lines):
+    """Below an image, in one of three rows of three lines."""
+    for k, line in enumerate(lines):
+        y = -0.15 - 0.14 * (4 * row + k)        # in heights of the image
+        axis.text(0, y, line, color=INK.get(line[0]), fontsize=9, transform=axis.transAxes)
+
+
+def answer(scores, thing):
+    """The highest of an object's name and its absent names, marked as right or wrong."""
+    row = scores[thing.pair]
+    names = [thing.name, *thing.absent]
+    best = max(names, key=lambda name: row[suppression.COLUMN[name]])
+    mark = '✓' if best == thing.name else '✗'
+    return f'{mark} {best}'
+
+
+def draw_answers():
+    """What CLIP and COSMOS name in the first held-out scenes, from the same pairs, and in how many of all."""
+    from matplotlib import pyplot
+    variants = EXPERIMENTS['pairs']
+    shards = Shards(scene_folder(variants['cosmos']) / 'val')
+    scenes = suppression.read_scenes(shards)
+    figure, (legend, *axes) = pyplot.subplots(1, 7, figsize=(10, 3.6))
+    figure.subplots_adjust(0.01, 0.55, 0.99, 0.99)
+    legend.set_box_aspect(1)                    # as the images have
+    write(legend, 0, ['there is: big', 'small', 'small'])
+    for k, axis in enumerate(axes):
+        axis.imshow(shard_image(shards, k))
+        write(axis, 0, [thing.name for thing in scenes[k]])
+    for row, name in enumerate(['clip', 'cosmos'], 1):
+        model, tokenizer, preprocess = load(run_folder(variants[name], 0) / 'last.pt')
+        features = embed_images(model, shards, preprocess)
+        scores = suppression.name_scores(model, tokenizer, features)
+        shares = suppression.named(scores, scenes)
+        big = f"big: {shares['dominant']['top1']:.1%} right"
+        small = f"small: {shares['small']['top1']:.1%}"
+        write(legend, row, [METHODS[name].label, big, small])
+        for axis, scene in zip(axes, scenes):
+            write(axis, row, [answer(scores, thing) for thing in scene])
+    for axis in (legend, *axes):
+        axis.axis('off')
+    figure.savefig(ANSWERS, metadata={'Description': digest(rows_of('pairs'))})
+    pyplot.close(figure)
+
+
+# --- 4. Check --------------------------------------------------------------------------------------------------------
 
 def check(experiment):
     """The runs of an experiment. ValueError with a sentence on the first thing that is wrong."""
@@ -321,18 +374,27 @@ def check_text(tables):
 def main():
     parser = Parser(epilog=__doc__)
     parser.add_argument('--check', action='store_true', help='only compare with results.csv')
+    parser.add_argument('--answers', action='store_true', help='draw what two runs name, no more')
     args = parser.parse_args()
+    if args.answers:
+        draw_answers()
+        return
     pictures = []
     for name, picture in PICTURES.items():
         if any(rows_of(panel.experiment) for panel in picture.panels):
             pictures.append(name)
     if args.check:
         for experiment in EXPERIMENTS:
-            check(experiment)
+            if rows_of(experiment):
+                check(experiment)
+            else:
+                print(f'{experiment} has no rows yet')
         for name in pictures:
             drawn_with = Image.open(PLOT.format(name)).text.get('Description')
             need(drawn_with == source(PICTURES[name]),
                  f'the plot {name} shows other figures; run python -m lesson.plots')
+        need(Image.open(ANSWERS).text.get('Description') == digest(rows_of('pairs')),
+             f'{ANSWERS} is of other runs; run python -m lesson.plots --answers')
         check_text(all_tables())
     else:
         for name in pictures:

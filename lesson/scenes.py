@@ -41,8 +41,6 @@ COLORS = {                                      # the first ones differ most
     'teal': '#0f8787', 'magenta': '#d70f8c', 'maroon': '#6e0f1e', 'peach': '#ffc396',
 }
 GROUNDS = ['#848688', '#cdbea2', '#745c4a', '#7a7c56', '#5c6878', '#9e8694']
-PATTERNS = ['plain', 'striped', 'dotted', 'checkered', 'shaded']
-TEXTURES = PATTERNS[:3]                         # those of objects; a ground may have any pattern
 
 # Outlines as complex numbers x + iy of any scale, y down as in images. The first is filled, a second one is a hole.
 ROUND = np.exp(1j * np.linspace(0, 2 * np.pi, 60, endpoint=False))
@@ -90,7 +88,6 @@ class World:
     small_size: float = 0.31
     company: str = 'big'            # of the small ones; 'equal': one of their size, 'none': nothing
     named: float = 0.5              # share of the sentences that name a small object
-    textured: bool = False          # grounds and fills
     seed: int = 0
 
     def __post_init__(self):
@@ -114,7 +111,6 @@ class Thing:
     color: str
     role: str                       # 'dominant' or 'small'
     side: float                     # the longer one, in pixels
-    texture: str
     seed: float                     # of its turn, warp and brightness: the same in any company
     x: float = 0                    # its centre
     y: float = 0
@@ -135,10 +131,7 @@ def draw_things(rng, world):
     size = world.dominant_size
     for shape, color in zip(shapes, colors):
         side = SIZE * rng.uniform(size - SPREAD, size + SPREAD)
-        texture = rng.choice(TEXTURES)  # drawn in any case: plain sets have the same layouts
-        if not world.textured:
-            texture = 'plain'
-        things.append(Thing(shape, color, role, side, texture, rng.random()))
+        things.append(Thing(shape, color, role, side, rng.random()))
         role = 'small'
         size = world.small_size
     return things
@@ -162,31 +155,6 @@ def place(rng, things):
             return
     raise ValueError(f'{len(things)} objects do not fit into an image; give lower --dominant-size, '
                      '--small-size or --objects')
-
-
-def pattern_share(pattern, u, v):
-    """How much of the second colour shows, 0 to 1, at points whose coordinates u, v count periods."""
-    if pattern == 'striped':
-        return u % 1 < 0.42
-    if pattern == 'dotted':
-        return (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.075
-    if pattern == 'checkered':
-        return (u % 2 < 1) ^ (v % 2 < 1)
-    return (u - u.min()) / np.ptp(u)            # shaded
-
-
-def woven(pattern, period, first, second, rng):
-    """A canvas, CANVAS pixels a side, of two colours in a pattern at a random angle; `period` in canvas pixels."""
-    image = Image.new('RGB', (CANVAS, CANVAS), first)
-    angle = rng.uniform(0, np.pi)
-    if pattern == 'plain':
-        return image
-    x = np.arange(CANVAS, dtype=np.float32) - CANVAS / 2
-    turn = np.exp(1j * angle) / period
-    points = (x + 1j * x[:, None]) * np.complex64(turn)                 # (CANVAS, CANVAS)
-    mask = np.uint8(255.0 * pattern_share(pattern, points.real, points.imag))
-    image.paste(second, mask=Image.fromarray(mask))
-    return image
 
 
 def outlines(thing, rng):
@@ -220,21 +188,10 @@ def paint(canvas, thing):
     pure = ImageColor.getrgb(COLORS[thing.color])
     bright = rng.uniform(0.95, 1)
     color = tuple(int(bright * channel) for channel in pure)
-    lift = 90 if max(color) < 120 else 0        # dark colours get lighter stripes
-    accent = tuple(int(0.6 * channel + lift) for channel in color)
     dark = tuple(int(0.3 * channel) for channel in pure)
-    period = SS * (2.6 + 0.12 * thing.side)
-    canvas.paste(woven(thing.texture, period, color, accent, rng), mask=fill)
+    canvas.paste(color, mask=fill)
     canvas.paste(dark, mask=edge)
     return np.asarray(fill.reduce(SS)) >= 128
-
-
-def draw_ground(rng, textured):
-    """-> the canvas without objects."""
-    pattern = rng.choice(PATTERNS)              # drawn in any case, as textures are
-    first, second = rng.sample(GROUNDS, 2)
-    period = CANVAS * rng.uniform(0.12, 0.25)
-    return woven(pattern if textured else 'plain', period, first, second, rng)
 
 
 # --- 3. Captions -----------------------------------------------------------------------------------------------------
@@ -303,7 +260,7 @@ def draw_scene(world, split, index):
         shape = changed.shape
         changed.shape = absent[0]
         absent[0] = shape
-    canvas = draw_ground(rng, world.textured)
+    canvas = Image.new('RGB', (CANVAS, CANVAS), rng.choice(GROUNDS))
     mask = np.zeros((SIZE, SIZE), np.uint8)
     for k, thing in enumerate(shown, 1):
         mask[paint(canvas, thing)] = k
@@ -389,7 +346,6 @@ def main():
     add('--company', choices=['big', 'equal', 'none'], default='big',
         help='beside small objects: the dominant one, it in their size, or nothing')
     add('--named', type=float, default=0.5, metavar='Q', help='share of sentences on small objects')
-    add('--textured', action='store_true', help='patterns on grounds and objects')
     add('--seed', type=int, default=0)
     args = parser.parse_args()
     make_scenes(**vars(args))
