@@ -73,7 +73,7 @@ METHODS = {
 PAPER = {'epochs': 32.0, 'batch': 1024, 'lr': 5e-4, 'warmup': 2000, 'wd': 0.5, 'momentum': 0.999}
 # Captions of the built-in set name colours, and own ones may name sides: a jitter or a flip would make them wrong.
 LAPTOP = {
-    'steps': 700, 'batch': 32, 'lr': 5e-4, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
+    'steps': 700, 'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
     'momentum': 0.995, 'momentum_ramp': 10, 'augment': 'crops', 'vocab': 'learn'}
 
 DTYPES = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}           # None: no autocast

@@ -248,10 +248,10 @@ def pointing(role):
 
 SMALL = both('small.top1')
 PICTURES = {
-    'race': Picture(draw_rows, 'small objects named, %', [
-        Panel('Three objects,\nthe same pairs', 'pairs', SMALL),
-        Panel('Three objects,\nthe same minutes', 'main', SMALL),
-        Panel('A big and a small object,\nthe same minutes', 'other-world', SMALL)]),
+    'race': Picture(draw_rows, 'share, %', [
+        *named('pairs', ',\nthe same pairs'),
+        *named('main', ',\nthe same minutes')]),
+    'other-world': Picture(draw_rows, 'share, %', named('other-world')),
     'parts': Picture(draw_rows, 'share, %', named('parts')),
     'pointing': Picture(
         draw_rows, 'C^I looks at the object, %', [
