@@ -171,7 +171,8 @@ def draw_rows(axis, panel, marks):
     axis.set_yticks(range(len(variants)), [METHODS[name].label for name in variants])
     axis.invert_yaxis()
     axis.set_xlim(0, 100)
-    axis.axvline(panel.chance, color='grey', linestyle='--')
+    if panel.chance:
+        axis.axvline(panel.chance, color='grey', linestyle='--', label='chance')
 
 
 def draw_lines(axis, panel, marks):
@@ -213,7 +214,7 @@ def plot_lines(axis, panel, lines):
         axis.errorbar(xs, means, halves, fmt=style, label=label, capsize=3)
     axis.set_ylim(0, 100)
     axis.set_ylabel('shapes named, %')
-    axis.axhline(panel.chance, color='grey', linestyle='--')
+    axis.axhline(panel.chance, color='grey', linestyle='--', label='chance')
 
 
 class Panel(NamedTuple):
@@ -259,8 +260,8 @@ PICTURES = {
             Panel('Small objects', 'parts', pointing('small'), 0)],
         ['asked for an absent name', 'asked for its name', 'by a blind guess']),
     'rates': Picture(draw_lines, 'peak learning rate', [
-        *named('tune-a', ',\nof three'),
-        *named('tune-b', ',\nof two')]),
+        *named('tune-a', ',\nof three in a scene'),
+        *named('tune-b', ',\nof two in a scene')]),
     'colors': Picture(draw_lines, 'colours in the world', named('colors')),
     'named': Picture(draw_lines, 'share of sentences on small objects', named('named')),
     'company': Picture(draw_curves, 'steps', [
@@ -276,19 +277,20 @@ def source(picture):
 
 
 def draw(name):
-    """A panel whose experiment has no rows stays empty."""
+    """A panel whose experiment has no rows yet is left out."""
     from matplotlib import pyplot
     pyplot.style.use('tableau-colorblind10')
     picture = PICTURES[name]
-    count = len(picture.panels)
-    figure, axes = pyplot.subplots(1, count, figsize=(1 + 3.5 * count, 3.6), layout='constrained')
-    for axis, panel in zip(axes, picture.panels):
+    panels = [panel for panel in picture.panels if rows_of(panel.experiment)]
+    size = 1.5 + 2.6 * len(panels), 3.2             # in inches
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout='constrained')
+    for axis, panel in zip(axes[0], panels):
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(picture.label)
         picture.draw(axis, panel, picture.marks)
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
     unique = dict(zip(labels, handles))
-    figure.legend(unique.values(), unique.keys(), loc='outside lower center', ncols=4)
+    figure.legend(unique.values(), unique.keys(), loc='outside lower center', ncols=3)
     figure.savefig(PLOT.format(name), metadata={'Description': source(picture)})
     pyplot.close(figure)
 
