@@ -169,7 +169,7 @@ def draw_rows(axis, panel, marks):
             axis.errorbar(means[-1], y, xerr=half, fmt=style, label=label, capsize=3)
         axis.plot(means, [y] * len(means), color='lightgrey', linewidth=4, zorder=0)
     axis.set_yticks(range(len(variants)), [METHODS[name].label for name in variants])
-    axis.invert_yaxis()
+    axis.set_ylim(len(variants) - 0.5, -0.5)        # the first one on top
     axis.set_xlim(0, 100)
     if panel.chance:
         axis.axvline(panel.chance, color='grey', linestyle='--', label='chance')
@@ -282,12 +282,14 @@ def draw(name):
     pyplot.style.use('tableau-colorblind10')
     picture = PICTURES[name]
     panels = [panel for panel in picture.panels if rows_of(panel.experiment)]
-    size = 1.5 + 2.6 * len(panels), 3.2             # in inches
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout='constrained')
+    size = 2 + 2.1 * len(panels), 3.2               # in inches
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=size, sharey=True, squeeze=False, layout='constrained')
     for axis, panel in zip(axes[0], panels):
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(picture.label)
         picture.draw(axis, panel, picture.marks)
+        axis.label_outer()                          # what panels share stands once
     handles, labels = axes[0, 0].get_legend_handles_labels()
     unique = dict(zip(labels, handles))
     figure.legend(unique.values(), unique.keys(), loc='outside lower center', ncols=3)
