@@ -1597,7 +1597,7 @@ def test_a_run_leaves_everything(whole, scenes, tmp_path):
              'chance accuracy spread lr momentum scale distill_scale grad_norm cosine '
              'pairs_per_s waiting memory_GB bad_pairs')
     assert first.keys() == set(names.split())
-    assert first['spread'] < 0.4                # a fresh model's features are close to each other
+    assert 0 < first['spread'] < 0.6            # a fresh model's features are close to each other
     found = [first[name] for name in ('epoch', 'lr', 'momentum', 'scale', 'chance', 'cosine')]
     assert found == pytest.approx([4 / 60, 1e-3 / 30, 1 / 11, 1 / 0.07, math.log(4), 1], rel=2e-3)
     assert [entry['step'] for entry in entries if 'eval' in entry] == [0, 5, 6] and len(before) == 2
