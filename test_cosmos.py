@@ -1588,6 +1588,28 @@ def test_gradients_are_clipped_by_their_norm(most, share):
 
 # --- train.py: whole runs --------------------------------------------------------------------------------------------
 
+def test_log_entry_by_hand():
+    """oracle: by hand. Orthogonal embeddings spread by 1, equal ones by 0. Two of four exchanged: half an accuracy, half
+    a cosine."""
+    options = SimpleNamespace(batch=4, lr=1, warmup=1, momentum=0.5, momentum_ramp=0)
+    model = SimpleNamespace(scales=lambda: [torch.zeros(())] * 2)
+    processes = SimpleNamespace(world=1, sum=list)
+    run = SimpleNamespace(options=options, model=model, processes=processes, teacher=True, step=1, pairs=4,
+                          shards=range(8), device=torch.device('cpu'))
+    cls = torch.eye(4)
+    exchanged = cls[[1, 0, 2, 3]]
+    meter = train.Meter()
+    meter.losses.append(torch.ones(()))
+
+    def entry(features):
+        out = cosmos.Output(features[None], exchanged[None], None, None)
+        return train.describe(run, meter, train.Step(out, exchanged[None], 2, {}, 3, 0, True))
+
+    found = [entry(cls)[name] for name in ('spread', 'accuracy', 'cosine', 'distill')]
+    assert found == pytest.approx([1, 0.5, 0.5, 1])
+    assert entry(cls[[0, 0, 0, 0]])['spread'] == 0
+
+
 def test_a_run_leaves_everything(whole, scenes, tmp_path):
     """oracle: the list of design: files, log fields; values by arithmetic; eval.py's score of the checkpoint."""
     assert {'last.pt', 'best.pt', 'config.json', 'samples.png', 'attention.png'} <= contents(whole).keys()
@@ -1597,7 +1619,7 @@ def test_a_run_leaves_everything(whole, scenes, tmp_path):
              'chance accuracy spread lr momentum scale distill_scale grad_norm cosine '
              'pairs_per_s waiting memory_GB bad_pairs')
     assert first.keys() == set(names.split())
-    assert 0 < first['spread'] < 0.6            # a fresh model's features are close to each other
+    assert 0 < first['spread'] < 1              # between equal and orthogonal features
     found = [first[name] for name in ('epoch', 'lr', 'momentum', 'scale', 'chance', 'cosine')]
     assert found == pytest.approx([4 / 60, 1e-3 / 30, 1 / 11, 1 / 0.07, math.log(4), 1], rel=2e-3)
     assert [entry['step'] for entry in entries if 'eval' in entry] == [0, 5, 6] and len(before) == 2

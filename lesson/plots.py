@@ -313,7 +313,7 @@ def write(axis, row, lines):
 def answer(scores, thing):
     """The highest of an object's name and its absent names, marked as right or wrong."""
     row = scores[thing.pair]
-    names = [thing.name, *thing.absent]
+    names = [*thing.absent, thing.name]         # in this order a tie is a miss
     best = max(names, key=lambda name: row[suppression.COLUMN[name]])
     mark = '✓' if best == thing.name else '✗'
     return f'{mark} {best}'

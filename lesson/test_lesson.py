@@ -670,10 +670,10 @@ def test_what_is_drawn(course, monkeypatch):
 
 
 def test_answers_by_hand():
-    """oracle: by hand. The highest of the six counts; of other colours none does."""
+    """oracle: by hand. The highest of the six counts, of other colours none does; a tie is a miss, as in `is_named`."""
     thing = SimpleNamespace(pair=1, name='red star', absent=['red moon', 'red ring'])
     scores = torch.zeros(2, len(NAMES))
-    for name, score in ('red star', 0.2), ('red ring', 0.3), ('blue star', 0.9):
+    for name, score in ('red star', 0.3), ('red ring', 0.3), ('blue star', 0.9):
         scores[1, NAMES.index(name)] = score
     assert plots.answer(scores, thing) == '✗ red ring'
     scores[1, NAMES.index('red star')] = 0.4
