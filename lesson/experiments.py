@@ -101,10 +101,10 @@ class Method(NamedTuple):
 METHODS = {
     'clip': Method('CLIP', '--method clip', 'clip', 64),
     'clip-large-batch': Method('CLIP, 4 x the batch', '--method clip', 'clip', 256),
-    'clip-aug': Method('CLIP, two crops', '--method clip-aug', 'clip'),
-    'image-distill': Method('+ teacher of images', '--method image-distill', 'text-crop'),
-    'text-crop': Method('+ text crops', '--method text-crop', 'text-crop'),
-    'text-distill': Method('+ teacher of texts', '--method text-distill', 'without-heads'),
+    'clip-aug': Method('two crops', '--method clip-aug', 'clip'),
+    'image-distill': Method('teacher of images', '--method image-distill', 'text-crop'),
+    'text-crop': Method('text crops', '--method text-crop', 'text-crop'),
+    'text-distill': Method('teacher of texts', '--method text-distill', 'without-heads'),
     'without-heads': Method(
         'COSMOS without heads', '--method cosmos', 'without-heads', model=WithoutHeads),
     'without-residual': Method(
@@ -165,6 +165,7 @@ def over(methods, worlds, world='a'):
     return variants
 
 
+FIVE = range(5)
 THREE = ['clip', 'text-crop', 'cosmos']
 COMPANY = {'none': '--company none', 'equal': '--company equal', 'big': ''}
 COLORS = {'2': '', '4': '--colors 4', '8': '--colors 8', '16': '--colors 16'}
@@ -176,15 +177,20 @@ EXPERIMENTS = {
     'tune-a': tune('a', MAIN),
     'tune-b': tune('b', THREE, seeds=1),
     'tune-pairs': tune('a', ['clip'], track='pairs'),
-    'main': {method: Variant(method) for method in reversed(MAIN)},
+    'main': {
+        'cosmos': Variant('cosmos', seeds=FIVE),
+        'without-heads': Variant('without-heads', seeds=FIVE),
+        'text-crop': Variant('text-crop', seeds=FIVE),
+        'clip': Variant('clip', seeds=FIVE)},
+    'other-rate': {                 # of CLIP, which by the seeds of tune-a is as good
+        'cosmos': Variant('cosmos', seeds=FIVE),
+        'without-heads': Variant('without-heads', seeds=FIVE),
+        'clip': Variant('clip', rate=5e-4, seeds=FIVE)},
     'pairs': {
-        'cosmos': Variant('cosmos'),
-        'without-heads': Variant('without-heads', track='pairs'),
-        'text-crop': Variant('text-crop', track='pairs'),
-        'clip': Variant('clip', track='pairs', rate=CLIP_FROM_PAIRS)},
-    'other-world': {
-        'cosmos': Variant('cosmos', 'b'),
-        'clip': Variant('clip', 'b')},
+        'cosmos': Variant('cosmos', seeds=FIVE),
+        'without-heads': Variant('without-heads', track='pairs', seeds=FIVE),
+        'text-crop': Variant('text-crop', track='pairs', seeds=FIVE),
+        'clip': Variant('clip', track='pairs', rate=CLIP_FROM_PAIRS, seeds=FIVE)},
     'long': {'cosmos': Variant('cosmos', pairs=LONG_PAIRS)},
     'parts': {method: Variant(method) for method in reversed(METHODS)},
     'colors': over(['clip', 'cosmos'], COLORS),

@@ -2,7 +2,7 @@
 
     python -m lesson.plots              write lesson/tables.md, draw assets/lesson-*.png (needs matplotlib)
     python -m lesson.plots --check      are the runs complete, do tables, plots and lesson/README.md agree with them?
-    python -m lesson.plots --answers    draw what CLIP and COSMOS name in the first scenes; needs both runs of `pairs`,
+    python -m lesson.plots --scenes     draw scenes, and what CLIP and COSMOS name in them; needs both runs of `pairs`,
                                         seed 0, in runs/lesson
 
 In lesson/README.md a figure is followed by the place it comes from, that of a difference names two variants:
@@ -152,8 +152,13 @@ def all_tables():
 
 # --- 2. Plots --------------------------------------------------------------------------------------------------------
 
-# Colours of a palette for the colour-blind, and markers: either tells them apart.
-STYLES = ['C0o-', 'C1s-', 'C2D-', 'C3^-']
+# A colour, of a palette for the colour-blind, is a method in every picture; what else differs is black. Markers tell
+# all apart, too.
+STYLES = {
+    'CLIP': 'C0o-', 'text crops': 'C1s-', 'COSMOS without heads': 'C2D-', 'COSMOS': 'C3^-',
+    'alone': 'ko:', 'beside an equal': 'ks--', 'beside a big one': 'k^-',
+    'own weights': 'kx', 'averaged weights': 'ko',
+    'asked for an absent name': 'kx', 'asked for its name': 'ko', 'by a blind guess': 'k|'}
 COMPANY = {'none': 'alone', 'equal': 'beside an equal', 'big': 'beside a big one'}
 
 
@@ -161,15 +166,14 @@ def draw_rows(axis, panel, marks):
     """A row per variant, with a mark for each column of the panel."""
     variants = variants_with(panel.experiment, panel.columns[0])
     for y, name in enumerate(variants):
-        means = []
-        for style, label, column in zip(STYLES, marks, panel.columns):
+        for k, (label, column) in enumerate(zip(marks, panel.columns)):
             found = values(panel.experiment, name, column).values()
-            means.append(fmean(found))
             half = half_interval(found)
-            axis.errorbar(means[-1], y, xerr=half, fmt=style, label=label, capsize=3)
-        axis.plot(means, [y] * len(means), color='lightgrey', linewidth=4, zorder=0)
+            below = y + 0.25 * k
+            axis.errorbar(
+                fmean(found), below, xerr=half, fmt=STYLES[label], label=label, capsize=3)
     axis.set_yticks(range(len(variants)), [METHODS[name].label for name in variants])
-    axis.set_ylim(len(variants) - 0.5, -0.5)        # the first one on top
+    axis.set_ylim(len(variants) - 0.25, -0.5)       # the first one on top
     axis.set_xlim(0, 100)
     if panel.chance:
         axis.axvline(panel.chance, color='grey', linestyle='--', label='chance')
@@ -207,11 +211,11 @@ def draw_curves(axis, panel, marks):
 
 def plot_lines(axis, panel, lines):
     """Means with their intervals. lines: {label: {x: {seed: value}}}"""
-    for style, (label, points) in zip(STYLES, lines.items()):
+    for label, points in lines.items():
         xs = sorted(points)
         means = [fmean(points[x].values()) for x in xs]
         halves = [half_interval(points[x].values()) for x in xs]
-        axis.errorbar(xs, means, halves, fmt=style, label=label, capsize=3)
+        axis.errorbar(xs, means, halves, fmt=STYLES[label], label=label, capsize=3)
     axis.set_ylim(0, 100)
     axis.set_ylabel('shapes named, %')
     axis.axhline(panel.chance, color='grey', linestyle='--', label='chance')
@@ -252,7 +256,6 @@ PICTURES = {
     'race': Picture(draw_rows, 'share, %', [
         *named('pairs', ',\nthe same pairs'),
         *named('main', ',\nthe same minutes')]),
-    'other-world': Picture(draw_rows, 'share, %', named('other-world')),
     'parts': Picture(draw_rows, 'share, %', named('parts')),
     'pointing': Picture(
         draw_rows, 'C^I looks at the object, %', [
@@ -297,7 +300,7 @@ def draw(name):
     pyplot.close(figure)
 
 
-# --- 3. What two runs name -------------------------------------------------------------------------------------------
+# --- 3. Scenes, and what two runs name -------------------------------------------------------------------------------------------
 
 ANSWERS = PLOT.format('answers')
 INK = {'✓': '#006ba4', '✗': '#c85200'}          # of the palette, by the first letter of a line
@@ -348,6 +351,19 @@ def draw_answers():
     pyplot.close(figure)
 
 
+def draw_company():
+    """The same held-out scene in each kind of company."""
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, len(COMPANY), figsize=(5.5, 2.1), layout='constrained')
+    for axis, (name, title) in zip(axes, COMPANY.items()):
+        shards = Shards(scene_folder(EXPERIMENTS['company'][f'clip-{name}']) / 'val')
+        axis.imshow(shard_image(shards, 0))
+        axis.set_title(title, fontsize=10)
+        axis.axis('off')
+    figure.savefig(PLOT.format('scenes'))
+    pyplot.close(figure)
+
+
 # --- 4. Check --------------------------------------------------------------------------------------------------------
 
 def check(experiment):
@@ -378,9 +394,10 @@ def check_text(tables):
 def main():
     parser = Parser(epilog=__doc__)
     parser.add_argument('--check', action='store_true', help='only compare with results.csv')
-    parser.add_argument('--answers', action='store_true', help='draw what two runs name, no more')
+    parser.add_argument('--scenes', action='store_true', help='draw scenes, no more')
     args = parser.parse_args()
-    if args.answers:
+    if args.scenes:
+        draw_company()
         draw_answers()
         return
     pictures = []
@@ -398,7 +415,7 @@ def main():
             need(drawn_with == source(PICTURES[name]),
                  f'the plot {name} shows other figures; run python -m lesson.plots')
         need(Image.open(ANSWERS).text.get('Description') == digest(rows_of('pairs')),
-             f'{ANSWERS} is of other runs; run python -m lesson.plots --answers')
+             f'{ANSWERS} is of other runs; run python -m lesson.plots --scenes')
         check_text(all_tables())
     else:
         for name in pictures:

@@ -655,10 +655,10 @@ def test_what_is_drawn(course, monkeypatch):
         'one,clip,1,.5,.3', 'one,clip,2,.5,.4', 'two,clip-16,0,.6,.7', 'two,clip-none,0,.7,.8,.6,.1')
     panel = plots.Panel('CLIP', 'one', plots.SMALL)
     axis = MagicMock()
-    plots.draw_rows(axis, panel, ['own', 'averaged'])
+    plots.draw_rows(axis, panel, ['own weights', 'averaged weights'])
     raw, averaged = axis.errorbar.call_args_list
     assert (*raw.args, raw.kwargs['xerr']) == (50, 0, 0)
-    assert (*averaged.args, averaged.kwargs['xerr']) == pytest.approx((30, 0, 24.83), abs=0.01)
+    assert (*averaged.args, averaged.kwargs['xerr']) == pytest.approx((30, 0.25, 24.83), abs=0.01)
     cases = [('16', plots.draw_lines, ([16], [70], [0])), ('none', plots.draw_curves, ([5], [60], [0]))]
     for name, draw, points in cases:
         plots.EXPERIMENTS['two'] = {f'clip-{name}': Variant('clip')}
@@ -667,6 +667,9 @@ def test_what_is_drawn(course, monkeypatch):
     for picture in plots.PICTURES.values():
         for each in picture.panels:
             assert each.experiment in EXPERIMENTS and len(each.columns) == len(picture.marks)
+        assert set(picture.marks) <= set(plots.STYLES)
+    lines = [METHODS[method].label for method in experiments.MAIN] + list(plots.COMPANY.values())
+    assert set(lines) <= set(plots.STYLES)
 
 
 def test_answers_by_hand():
