@@ -24,7 +24,7 @@ from data import Parser, Shards, cli, digest
 from eval import embed_images, load, need, read_text, shard_image
 from lesson import suppression
 from lesson.experiments import (
-    EXPERIMENTS, METHODS, THREE, missing_runs, read_results, run_folder, scene_folder)
+    EXPERIMENTS, METHODS, TWO, missing_runs, read_results, run_folder, scene_folder)
 
 README = Path('lesson/README.md')
 TABLES = Path('lesson/tables.md')
@@ -268,7 +268,7 @@ PICTURES = {
     'colors': Picture(draw_lines, 'colours in the world', named('colors')),
     'named': Picture(draw_lines, 'share of sentences on small objects', named('named')),
     'company': Picture(draw_curves, 'steps', [
-        Panel(METHODS[method].label, 'company', SMALL) for method in THREE])}
+        Panel(METHODS[method].label, 'company', SMALL) for method in TWO])}
 
 
 def source(picture):
