@@ -2,7 +2,6 @@
 
     python -m lesson.experiments main                       the runs of `main` that have no row, two side by side
     python -m lesson.experiments main --run cosmos 0        one run: its figures; the next start adds its row
-    python -m lesson.experiments tune-a --also clip-0.002   with a learning rate outside the first three
     python -m lesson.experiments speed                      pairs a second, for the table SPEED
 
 A run that has a row is not made again, and one that was interrupted goes on where it stopped: start the command again.
@@ -130,8 +129,6 @@ RATES = {
     'b': {'clip': 5e-4, 'cosmos': 2e-3}}
 # CLIP takes a quarter of its steps on the track `pairs`, hence a rate for them, by `tune-pairs`.
 CLIP_FROM_PAIRS = 5e-4
-FIRST_RATES = [2e-3, 1e-3, 5e-4]
-OUTER_RATES = [4e-3, 2.5e-4, 1.25e-4]   # where the best of the first is the highest or the lowest
 
 
 class Variant(NamedTuple):
@@ -143,17 +140,15 @@ class Variant(NamedTuple):
     rate: float = 0.0               # 0: that of RATES
     pairs: int = PAIRS              # of COSMOS
     seeds: range = range(3)
-    optional: bool = False          # run only where --also asks for it
 
 
-def tune(world, methods, seeds=2, track='minutes'):
-    """Which learning rate is best? On seeds that are used for nothing else."""
+def tune(rates, world='a', seeds=2, track='minutes'):
+    """Which learning rate is best? Of {method: those tried}, on seeds that are used for nothing else."""
     variants = {}
-    for rate in FIRST_RATES + OUTER_RATES:
-        for method in methods:
+    for method, tried in rates.items():
+        for rate in tried:
             variants[f'{method}-{rate:g}'] = Variant(
-                method, world, track=track, rate=rate, seeds=range(100, 100 + seeds),
-                optional=rate in OUTER_RATES)
+                method, world, track=track, rate=rate, seeds=range(100, 100 + seeds))
     return variants
 
 
@@ -175,9 +170,16 @@ SHARES = {'0.5': '', '0.67': '--named 0.67'}     # the big object's name in as m
 # Tables give differences to the first variant of an experiment.
 EXPERIMENTS = {
     'speed': {method: Variant(method, track='speed', seeds=range(2)) for method in METHODS},
-    'tune-a': tune('a', MAIN),
-    'tune-b': tune('b', TWO, seeds=1),
-    'tune-pairs': tune('a', ['clip'], track='pairs'),
+    # on until the best one lies inside
+    'tune-a': tune({
+        'clip': [2e-3, 1e-3, 5e-4, 2.5e-4, 1.25e-4],
+        'text-crop': [2e-3, 1e-3, 5e-4],
+        'without-heads': [2e-3, 1e-3, 5e-4],
+        'cosmos': [2e-3, 1e-3, 5e-4]}),
+    'tune-b': tune({
+        'clip': [2e-3, 1e-3, 5e-4, 2.5e-4],
+        'cosmos': [4e-3, 2e-3, 1e-3, 5e-4]}, 'b', seeds=1),
+    'tune-pairs': tune({'clip': [2e-3, 1e-3, 5e-4, 2.5e-4]}, track='pairs'),
     'main': {
         'cosmos': Variant('cosmos', seeds=FIVE),
         'without-heads': Variant('without-heads', seeds=FIVE),
@@ -336,15 +338,13 @@ def add_result(row):
         writer.writerows(rows)
 
 
-def missing_runs(experiment, seeds=None, also=()):
+def missing_runs(experiment, seeds=None):
     """-> [(experiment, seed, variant)] that have no row, the first seed of all variants first."""
     done = [f"{row['experiment']} {row['seed']} {row['variant']}" for row in read_results()]
     missing = []
     for name, variant in EXPERIMENTS[experiment].items():
         first = variant.seeds.start
         last = first + (seeds or len(variant.seeds))
-        if variant.optional and name not in also:
-            continue
         for seed in range(first, last):
             if f'{experiment} {seed} {name}' not in done:
                 missing.append((experiment, f'{seed}', name))
@@ -367,17 +367,15 @@ def main():
     parser = Parser(epilog=__doc__)
     parser.add_argument('experiment', choices=EXPERIMENTS)
     parser.add_argument('--seeds', type=int, help='how many, instead of those of the course')
-    parser.add_argument('--also', nargs='+', default=[], metavar='VARIANT', help='more of tune-*')
     parser.add_argument('--run', nargs=2, default=[], metavar=('VARIANT', 'SEED'), help='make one run')
     args = parser.parse_args()
     variants = EXPERIMENTS[args.experiment]
-    for name in args.also + args.run[:1]:
-        evaluation.need(name in variants, f'no variant is called {name}; take one of {", ".join(variants)}')
     if args.run:
         name, seed = args.run
+        evaluation.need(name in variants, f'no variant is called {name}; take one of {", ".join(variants)}')
         evaluation.show(run(variants[name], seed))
         return
-    missing = missing_runs(args.experiment, args.seeds, args.also)
+    missing = missing_runs(args.experiment, args.seeds)
     for _, _, name in missing:
         scene_folder(variants[name])                    # before two runs need it
     print(f'{len(missing)} runs have no row in {RESULTS}; --run makes one of the others again')

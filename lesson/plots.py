@@ -47,6 +47,7 @@ COLUMNS = {                             # of tables, and their headings
     'pairs_per_s': 'pairs a second'}
 UNITS = {'pairs': 1e-3, 'seconds': 1 / 60, 'pairs_per_s': 1}            # of others 100: percent
 HELD_OUT = 1000                         # scenes
+CHANCE = 100 / 6                        # of naming a shape, in percent
 
 # --- 1. Figures ------------------------------------------------------------------------------------------------------
 
@@ -157,8 +158,7 @@ def all_tables():
 STYLES = {
     'CLIP': 'C0o-', 'text crops': 'C1s-', 'COSMOS without heads': 'C2D-', 'COSMOS': 'C3^-',
     'alone': 'ko:', 'beside an equal': 'ks--', 'beside a big one': 'k^-',
-    'own weights': 'kx', 'averaged weights': 'ko',
-    'asked for an absent name': 'kx', 'asked for its name': 'ko', 'by a blind guess': 'k|'}
+    'own weights': 'kx', 'averaged weights': 'ko'}
 COMPANY = {'none': 'alone', 'equal': 'beside an equal', 'big': 'beside a big one'}
 
 
@@ -175,8 +175,7 @@ def draw_rows(axis, panel, marks):
     axis.set_yticks(range(len(variants)), [METHODS[name].label for name in variants])
     axis.set_ylim(len(variants) - 0.25, -0.5)       # the first one on top
     axis.set_xlim(0, 100)
-    if panel.chance:
-        axis.axvline(panel.chance, color='grey', linestyle='--', label='chance')
+    axis.axvline(CHANCE, color='grey', linestyle='--', label='chance')
 
 
 def draw_lines(axis, panel, marks):
@@ -218,14 +217,13 @@ def plot_lines(axis, panel, lines):
         axis.errorbar(xs, means, halves, fmt=STYLES[label], label=label, capsize=3)
     axis.set_ylim(0, 100)
     axis.set_ylabel('shapes named, %')
-    axis.axhline(panel.chance, color='grey', linestyle='--', label='chance')
+    axis.axhline(CHANCE, color='grey', linestyle='--', label='chance')
 
 
 class Panel(NamedTuple):
     title: str
     experiment: str
     columns: list               # a plot of lines shows the last one
-    chance: float = 100 / 6     # a dashed line, in percent
 
 
 class Picture(NamedTuple):
@@ -246,22 +244,12 @@ def named(experiment, where=''):
         Panel(f'Small objects named{where}', experiment, both('small.top1'))]
 
 
-def pointing(role):
-    figures = 'absent_peak', 'peak', 'area'
-    return [f'averaged.pointing.{role}.{figure}' for figure in figures]
-
-
 SMALL = both('small.top1')
 PICTURES = {
     'race': Picture(draw_rows, 'share, %', [
         *named('pairs', ',\nthe same pairs'),
         *named('main', ',\nthe same minutes')]),
     'parts': Picture(draw_rows, 'share, %', named('parts')),
-    'pointing': Picture(
-        draw_rows, 'C^I looks at the object, %', [
-            Panel('Big objects', 'parts', pointing('dominant'), 0),
-            Panel('Small objects', 'parts', pointing('small'), 0)],
-        ['asked for an absent name', 'asked for its name', 'by a blind guess']),
     'rates': Picture(draw_lines, 'peak learning rate', [
         *named('tune-a', ',\nof three in a scene'),
         *named('tune-b', ',\nof two in a scene')]),

@@ -204,26 +204,15 @@ def question(name):
     return FORMS[0].format(with_article(name))          # 'there is a red star'
 
 
-def read_by(model, images, ids, keys):
-    """h_T of each pair (B, D), where C^I may read only the patches `keys` (P,)."""
-    def leave_out(linear, inputs, patches):
-        return patches[:, keys]                     # what a hook returns replaces the keys of C^I
-    with model.image_map.register_forward_hook(leave_out):
-        return model([images], [ids]).h_T[0]
-
-
 def point(model, images, ids, pixels):
-    """An image (1, 3, S, S) and a question (1, T). pixels (S, S): where an object is -> peak, area and used."""
+    """An image (1, 3, S, S) and a question (1, T). pixels (S, S): where an object is -> peak and area."""
     p = model.config.patch_size
     # does the middle of a patch lie on it?
     middles = pixels[p // 2::p, p // 2::p].flatten()                    # (P,)
     weights, _ = model.attention(images, ids)                           # (1, P)
-    whole = read_by(model, images, ids, torch.ones_like(middles))        # (1, D)
-    masked = read_by(model, images, ids, ~middles)
     return {
         'peak': middles[weights.argmax()].item(),
-        'area': middles.float().mean().item(),
-        'used': 1 - (whole * masked).sum().item()}
+        'area': middles.float().mean().item()}
 
 
 @torch.no_grad()
@@ -231,8 +220,7 @@ def pointing(model, tokenizer, preprocess, shards, most=75):
     """Where does C^I look? -> {role: means over the objects of the first `most` scenes}; {} for a plain CLIP.
 
     peak: the highest weight, asked by "there is a NAME", lies on the object. area: the share of patches that do, what a
-    blind guess hits. used: 1 - cosine of h_T (with its residual) with and without the object's patches among the keys.
-    absent_: the same, asked by an absent name, the control.
+    blind guess hits. absent_: the same, asked by an absent name, the control.
     """
     figures = {}
     if not model.config.cross_heads:
