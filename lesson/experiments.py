@@ -164,7 +164,7 @@ def over(methods, worlds, world='a'):
 FIVE = range(5)
 TWO = ['clip', 'cosmos']
 COMPANY = {'none': '--company none', 'equal': '--company equal', 'big': ''}
-COLORS = {'2': '', '4': '--colors 4', '8': '--colors 8', '16': '--colors 16'}
+COLORS = {'2': '', '8': '--colors 8', '16': '--colors 16'}
 SHARES = {'0.5': '', '0.67': '--named 0.67'}     # the big object's name in as many sentences as each small one's: 0.67
 
 # Tables give differences to the first variant of an experiment.
