@@ -165,6 +165,7 @@ FIVE = range(5)
 TWO = ['clip', 'cosmos']
 COMPANY = {'none': '--company none', 'equal': '--company equal', 'big': ''}
 COLORS = {'2': '', '8': '--colors 8', '16': '--colors 16'}
+ENDS = {'2': '', '16': '--colors 16'}
 SHARES = {'0.5': '', '0.67': '--named 0.67'}     # the big object's name in as many sentences as each small one's: 0.67
 
 # Tables give differences to the first variant of an experiment.
@@ -196,7 +197,7 @@ EXPERIMENTS = {
         'clip': Variant('clip', track='pairs', rate=CLIP_FROM_PAIRS, seeds=FIVE)},
     'long': {'cosmos': Variant('cosmos', pairs=LONG_PAIRS)},
     'parts': {method: Variant(method) for method in reversed(METHODS)},
-    'colors': over(TWO, COLORS),
+    'colors': over(['clip'], COLORS) | over(['cosmos'], ENDS),
     'company': over(TWO, COMPANY, 'b'),
     'named': over(TWO, SHARES)}
 
