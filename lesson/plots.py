@@ -24,7 +24,7 @@ from data import Parser, Shards, cli, digest
 from eval import embed_images, load, need, read_text, shard_image
 from lesson import suppression
 from lesson.experiments import (
-    EXPERIMENTS, METHODS, TWO, missing_runs, read_results, run_folder, scene_folder)
+    EXPERIMENTS, METHODS, TWO, count_steps, missing_runs, read_results, run_folder, scene_folder)
 
 README = Path('lesson/README.md')
 TABLES = Path('lesson/tables.md')
@@ -202,9 +202,10 @@ def draw_curves(axis, panel, marks):
             continue
         for name in variants_with(panel.experiment, column):
             method, _, scene = name.rpartition('-')
-            if METHODS[method].label == panel.title:
+            if panel.title.startswith(METHODS[method].label):
                 found = values(panel.experiment, name, column)
-                curves.setdefault(COMPANY[scene], {})[int(step)] = found
+                done = 100 * int(step) / count_steps(EXPERIMENTS[panel.experiment][name])
+                curves.setdefault(COMPANY[scene], {})[done] = found
     plot_lines(axis, panel, curves)
 
 
@@ -246,17 +247,17 @@ def named(experiment, where=''):
 
 SMALL = both('small.top1')
 PICTURES = {
-    'race': Picture(draw_rows, 'share, %', [
+    'race': Picture(draw_rows, 'named, %', [
         *named('pairs', ',\nthe same pairs'),
         *named('main', ',\nthe same minutes')]),
-    'parts': Picture(draw_rows, 'share, %', named('parts')),
+    'parts': Picture(draw_rows, 'named, %', named('parts')),
     'rates': Picture(draw_lines, 'peak learning rate', [
         *named('tune-a', ',\nof three in a scene'),
         *named('tune-b', ',\nof two in a scene')]),
     'colors': Picture(draw_lines, 'colours in the world', named('colors')),
     'named': Picture(draw_lines, 'share of sentences on small objects', named('named')),
-    'company': Picture(draw_curves, 'steps', [
-        Panel(METHODS[method].label, 'company', SMALL) for method in TWO])}
+    'company': Picture(draw_curves, 'share of the run, %', [
+        Panel(f'{METHODS[method].label}, small objects', 'company', SMALL) for method in TWO])}
 
 
 def source(picture):
@@ -319,7 +320,7 @@ def draw_answers():
     figure, (legend, *axes) = pyplot.subplots(1, 7, figsize=(10, 3.6))
     figure.subplots_adjust(0.01, 0.55, 0.99, 0.99)
     legend.set_box_aspect(1)                    # as the images have
-    write(legend, 0, ['there is: big', 'small', 'small'])
+    write(legend, 0, ['big object', 'small object', 'small object'])
     for k, axis in enumerate(axes):
         axis.imshow(shard_image(shards, k))
         write(axis, 0, [thing.name for thing in scenes[k]])

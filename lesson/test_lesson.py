@@ -642,12 +642,13 @@ def test_what_is_drawn(course, monkeypatch):
         'raw.small.top1,averaged.small.top1,averaged.small.top1@5,raw.small.chance@5', 'one,clip,0,.5,.2',
         'one,clip,1,.5,.3', 'one,clip,2,.5,.4', 'two,clip-16,0,.6,.7', 'two,clip-none,0,.7,.8,.6,.1')
     panel = plots.Panel('CLIP', 'one', plots.SMALL)
+    monkeypatch.setattr(plots, 'count_steps', lambda variant: 10)
     axis = MagicMock()
     plots.draw_rows(axis, panel, ['own weights', 'averaged weights'])
     raw, averaged = axis.errorbar.call_args_list
     assert (*raw.args, raw.kwargs['xerr']) == (50, 0, 0)
     assert (*averaged.args, averaged.kwargs['xerr']) == pytest.approx((30, 0.25, 24.83), abs=0.01)
-    cases = [('16', plots.draw_lines, ([16], [70], [0])), ('none', plots.draw_curves, ([5], [60], [0]))]
+    cases = [('16', plots.draw_lines, ([16], [70], [0])), ('none', plots.draw_curves, ([50], [60], [0]))]
     for name, draw, points in cases:
         plots.EXPERIMENTS['two'] = {f'clip-{name}': Variant('clip')}
         draw(axis, panel._replace(experiment='two'), None)
