@@ -255,7 +255,6 @@ PICTURES = {
         *named('tune-a', ',\nof three in a scene'),
         *named('tune-b', ',\nof two in a scene')]),
     'colors': Picture(draw_lines, 'colours in the world', named('colors')),
-    'named': Picture(draw_lines, 'share of sentences on small objects', named('named')),
     'company': Picture(draw_curves, 'share of the run, %', [
         Panel(f'{METHODS[method].label}, small objects', 'company', SMALL) for method in TWO])}
 
