@@ -109,7 +109,6 @@ METHODS = {
     'without-residual': Method(
         'COSMOS without residual', '--method cosmos', 'cosmos', model=WithoutResidual),
     'cosmos': Method('COSMOS', '--method cosmos', 'cosmos')}
-MAIN = ['clip', 'text-crop', 'without-heads', 'cosmos']
 
 # Pairs a second of one thread beside a second run: means of two rounds of `speed`, on two cores of an AMD EPYC.
 SPEED = {

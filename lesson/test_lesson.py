@@ -657,7 +657,7 @@ def test_what_is_drawn(course, monkeypatch):
         for each in picture.panels:
             assert each.experiment in EXPERIMENTS and len(each.columns) == len(picture.marks)
         assert set(picture.marks) <= set(plots.STYLES)
-    lines = [METHODS[method].label for method in experiments.MAIN] + list(plots.COMPANY.values())
+    lines = [METHODS[method].label for method in EXPERIMENTS['main']] + list(plots.COMPANY.values())
     assert set(lines) <= set(plots.STYLES)
 
 
