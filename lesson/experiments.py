@@ -164,13 +164,13 @@ FIVE = range(5)
 TWO = ['clip', 'cosmos']
 COMPANY = {'none': '--company none', 'equal': '--company equal', 'big': ''}
 COLORS = {'2': '', '8': '--colors 8', '16': '--colors 16'}
-ENDS = {'2': '', '16': '--colors 16'}
-SHARES = {'0.5': '', '0.67': '--named 0.67'}     # the big object's name in as many sentences as each small one's: 0.67
+FEWEST_AND_MOST = {'2': '', '16': '--colors 16'}
+SHARES = {'0.5': '', '0.67': '--named 0.67'}    # 0.67: all three objects are named equally often
 
 # Tables give differences to the first variant of an experiment.
 EXPERIMENTS = {
     'speed': {method: Variant(method, track='speed', seeds=range(2)) for method in METHODS},
-    # on until the best one lies inside
+    # rates a factor of two apart, until the best one is neither the highest nor the lowest
     'tune-a': tune({
         'clip': [2e-3, 1e-3, 5e-4, 2.5e-4, 1.25e-4],
         'text-crop': [2e-3, 1e-3, 5e-4],
@@ -185,7 +185,7 @@ EXPERIMENTS = {
         'without-heads': Variant('without-heads', seeds=FIVE),
         'text-crop': Variant('text-crop', seeds=FIVE),
         'clip': Variant('clip', seeds=FIVE)},
-    'other-rate': {                 # of CLIP, which by the seeds of tune-a is as good
+    'other-rate': {                 # of CLIP: by the seeds of tune-a it is as good
         'cosmos': Variant('cosmos', seeds=FIVE),
         'without-heads': Variant('without-heads', seeds=FIVE),
         'clip': Variant('clip', rate=5e-4, seeds=FIVE)},
@@ -196,7 +196,7 @@ EXPERIMENTS = {
         'clip': Variant('clip', track='pairs', rate=CLIP_FROM_PAIRS, seeds=FIVE)},
     'long': {'cosmos': Variant('cosmos', pairs=LONG_PAIRS)},
     'parts': {method: Variant(method) for method in reversed(METHODS)},
-    'colors': over(['clip'], COLORS) | over(['cosmos'], ENDS),
+    'colors': over(['clip'], COLORS) | over(['cosmos'], FEWEST_AND_MOST),
     'company': over(TWO, COMPANY, 'b'),
     'named': over(TWO, SHARES)}
 

@@ -153,7 +153,7 @@ def all_tables():
 
 # --- 2. Plots --------------------------------------------------------------------------------------------------------
 
-# A colour, of a palette for the colour-blind, is a method in every picture; what else differs is black. Markers tell
+# A colour, of a palette for the colour-blind, is a method in every plot; what else differs is black. Markers tell
 # all apart, too.
 STYLES = {
     'CLIP': 'C0o-', 'text crops': 'C1s-', 'COSMOS without heads': 'C2D-', 'COSMOS': 'C3^-',
@@ -288,7 +288,7 @@ def draw(name):
     pyplot.close(figure)
 
 
-# --- 3. Scenes, and what two runs name -------------------------------------------------------------------------------------------
+# --- 3. Scenes, and what two runs name -------------------------------------------------------------------------------
 
 ANSWERS = PLOT.format('answers')
 INK = {'✓': '#006ba4', '✗': '#c85200'}          # of the palette, by the first letter of a line
