@@ -7,7 +7,7 @@ ones: large crops, groups of sentences. In the student, cross-attention lets eac
 of the other. What it was and what it has read, added up, must tell the teacher's vectors of its own pair from those of
 all other pairs. So a sentence about a small object must find that object in the image.
 
-Notation. Views come first, (V, B, D), and views 0 and 1 are the two globals, always. "View" also means a caption.
+Notation. Views come first, (V, B, D), and views 0 and 1 are the two globals. "View" also means a caption.
     B pairs on this GPU     N pairs on all GPUs     V image views, 2 global + local     U captions, 2 global + local
     P patches               T text tokens, with padding     L rows of a sequence: T, P, or 1 + P with the class token
     C width of a tower      D width of the joint space      n sequences that go through a tower together
@@ -36,9 +36,8 @@ One training step. Every name is that of the code below.
                                       no gradient, no cross-attention
 
     out = model(images, texts)                                          # student, all views and captions
-    cls_t, eot_t = teacher(images[:2], texts[:2])                       # teacher, globals only
-    loss = clip_loss(out, model.logit_scale.exp())
-    loss = loss + cosmos_loss(out, cls_t, eot_t, model.distill_logit_scale.exp())
+    cls_t, eot_t = teacher(images[:GLOBALS], texts[:GLOBALS])           # teacher, globals only
+    loss, parts = total_loss(model, out, cls_t, eot_t)                  # L_CLIP + L_COSMOS
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -67,6 +66,9 @@ from torch.utils.checkpoint import checkpoint
 
 # --- 1. Configuration ------------------------------------------------------------------------------------------------
 
+GLOBALS = 2     # global views of an image, and global captions. They come first, and the teacher sees no others.
+
+
 @dataclass(frozen=True)
 class Config:
     """The sizes of a model and of its views. Raises ValueError when they do not fit together."""
@@ -86,34 +88,52 @@ class Config:
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released models have GELU
 
     def __post_init__(self):
-        for size, part in (
-                ('image_size', 'patch_size'),
-                ('local_image_size', 'patch_size'),
-                ('vision_width', 'vision_heads'),
-                ('text_width', 'text_heads'),
-                ('embed_dim', 'cross_heads')):
-            whole = getattr(self, size)
-            divisor = getattr(self, part)
-            if divisor and whole % divisor:         # cross_heads may be 0
-                raise ValueError(f'{size} {whole} is no multiple of {part} {divisor}; change one of them')
+        for name, size in vars(self).items():
+            if size < 1 and name not in ('cross_heads', 'quick_gelu'):
+                raise ValueError(f'{name} {size} is no size; give 1 or more')
+        if self.image_size % self.patch_size or self.local_image_size % self.patch_size:
+            raise ValueError(f'image_size {self.image_size} and local_image_size {self.local_image_size} must be '
+                             f'multiples of patch_size {self.patch_size}')
+        if self.vision_width % self.vision_heads:
+            raise ValueError(f'vision_width {self.vision_width} is no multiple of vision_heads {self.vision_heads}')
+        if self.text_width % self.text_heads:
+            raise ValueError(f'text_width {self.text_width} is no multiple of text_heads {self.text_heads}')
+        if self.cross_heads and self.embed_dim % self.cross_heads:
+            raise ValueError(f'embed_dim {self.embed_dim} is no multiple of cross_heads {self.cross_heads}')
 
     @classmethod
     def preset(cls, name, **changes):
-        """A named configuration, with the given fields changed."""
-        return replace(PRESETS[name], **changes)
+        """The sizes of a preset, with the given fields changed."""
+        return replace(PRESETS[name].sizes, **changes)
+
+
+# Recipes are defaults for options of train.py. PAPER is the released one for CC3M (train_cc3m.sh).
+PAPER = {'epochs': 32.0, 'batch': 1024, 'lr': 5e-4, 'warmup': 2000, 'wd': 0.5, 'momentum': 0.999}
+# Small sets on a laptop: 700 steps or 30 epochs, whichever is less. Captions there name colours and sides, which a
+# jitter or a flip would make wrong, so images are only cropped ('crops').
+LAPTOP = {
+    'steps': 700, 'epochs': 30.0, 'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
+    'momentum': 0.995, 'momentum_ramp': 10, 'augment': 'crops', 'vocab': 'learn'}
+
+
+class Preset(NamedTuple):
+    sizes: Config
+    recipe: dict
 
 
 PRESETS = {
-    'vit-b-16': Config(),                           # the paper's main model: 152,382,466 parameters
-    'vit-b-32': Config(patch_size=32),              # the other released one
+    'vit-b-16': Preset(Config(), PAPER),                    # the paper's main model: 152,382,466 parameters
+    'vit-b-32': Preset(Config(patch_size=32), PAPER),       # the other released one
     # ours:
-    'vit-s-16': Config(
-        embed_dim=384, vision_width=384, vision_heads=6, text_width=384, text_heads=6),
-    'tiny': Config(
-        embed_dim=128, image_size=48, local_image_size=24, patch_size=8,
-        vision_width=96, vision_layers=4, vision_heads=3,
-        text_width=128, text_layers=2, text_heads=2,
-        context_length=64, cross_heads=4),
+    'vit-s-16': Preset(
+        Config(embed_dim=384, vision_width=384, vision_heads=6, text_width=384, text_heads=6),
+        PAPER),
+    'tiny': Preset(
+        Config(embed_dim=128, image_size=48, local_image_size=24, patch_size=8,
+               vision_width=96, vision_layers=4, vision_heads=3,
+               text_width=128, text_layers=2, text_heads=2,
+               context_length=64, cross_heads=4),
+        LAPTOP),
 }
 
 # --- 2. The student ----------------------------------------------------------------------------- Sec. 3.2, Eq. 1-2 ---
@@ -237,10 +257,8 @@ class COSMOS(nn.Module):
         """images (B, 3, h, w), ids (B, T) -> weights of C^I over patches (B, P), of C^T over words (B, T).
 
         The query of C^I is the caption, that of C^T the image. The paper's qualitative figure shows these weights. Over
-        words they include start, end and padding.
+        words they include start, end and padding. A plain CLIP has none.
         """
-        if not self.has_cross_attention:
-            raise ValueError('this model is a plain CLIP without cross-attention to show; use COSMOS weights')
         cls, patches = self.encode_image(images)
         eot, words = self.encode_text(ids)
         return self.image_cross.weights(eot, patches), self.text_cross.weights(cls, words)
@@ -328,6 +346,12 @@ def symmetric_nce(a, b, all_a, all_b, scale):
     return (nce(a, all_b, scale) + nce(b, all_a, scale)) / 2
 
 
+def match(a, b, scale):
+    """L_sym-nce of a (V, B, D) and b (U, B, D) among the pairs of all GPUs."""
+    all_a, all_b = gather(a, b)
+    return symmetric_nce(a, b, all_a, all_b, scale)
+
+
 def clip_loss(out, scale):
     """L_CLIP: the student's two global images with all its captions, 2 x 8 pairs of views. scale = exp(logit_scale).
 
@@ -336,10 +360,7 @@ def clip_loss(out, scale):
     code≠paper, perhaps: local image views stay out, because a trial with them overfitted (loss.py:203-206). We know
     only from one second-hand summary that the paper takes all crops.
     """
-    cls = out.cls[:2]
-    eot = out.eot
-    all_cls, all_eot = gather(cls, eot)
-    return symmetric_nce(cls, eot, all_cls, all_eot, scale)
+    return match(out.cls[:GLOBALS], out.eot, scale)
 
 
 def cosmos_terms(out, cls_t, eot_t, scale):
@@ -350,7 +371,7 @@ def cosmos_terms(out, cls_t, eot_t, scale):
     """
     h_I = out.h_I
     h_T = out.h_T
-    all_h_I, all_h_T, all_cls_t, all_eot_t = gather(h_I, h_T, cls_t, eot_t)
+    all_h_I, all_h_T, all_cls_t, all_eot_t = gather(h_I, h_T, cls_t, eot_t)     # one collective for all four
     return {
         'h_I_cls_t': symmetric_nce(h_I, cls_t, all_h_I, all_cls_t, scale),
         'h_I_eot_t': symmetric_nce(h_I, eot_t, all_h_I, all_eot_t, scale),
@@ -359,9 +380,39 @@ def cosmos_terms(out, cls_t, eot_t, scale):
 
 
 def cosmos_loss(out, cls_t, eot_t, scale):
-    """L_COSMOS, the mean of the four terms. The total loss is L_CLIP + L_COSMOS, weights 1 and 1.    Sec. 3.3, Eq. 6"""
+    """L_COSMOS, the mean of the four terms.                                                          Sec. 3.3, Eq. 6"""
     terms = cosmos_terms(out, cls_t, eot_t, scale)
-    return sum(terms.values()) / 4
+    return sum(terms.values()) / len(terms)
+
+
+def embedding_terms(out, cls_t, eot_t, scale):
+    """Self-distillation without cross-attention, for the middle rows of Table 5. Where a target is None it has no term.
+
+    ours: the paper's loss for these rows is not known to us. Here the embeddings themselves take the place of h_I and
+    h_T, each against the teacher of its own modality.
+    """
+    terms = {}
+    if cls_t is not None:
+        terms['cls_cls_t'] = match(out.cls, cls_t, scale)
+    if eot_t is not None:
+        terms['eot_eot_t'] = match(out.eot, eot_t, scale)
+    return terms
+
+
+def total_loss(model, out, cls_t=None, eot_t=None):
+    """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its parts {name: (weight, term)}, all of which the log shows.
+
+    Training, benchmark and walk-through call it. A term of your own is a line here: parts['name'] = (weight, term).
+    """
+    parts = {'clip': (1, clip_loss(out, model.logit_scale.exp()))}
+    if model.has_cross_attention:
+        terms = cosmos_terms(out, cls_t, eot_t, model.distill_logit_scale.exp())
+    else:       # the other rows of Table 5, which have no second scale
+        terms = embedding_terms(out, cls_t, eot_t, model.logit_scale.exp())
+    for name, term in terms.items():
+        parts[name] = (1 / len(terms), term)
+    loss = sum(weight * term for weight, term in parts.values())
+    return loss, parts
 
 
 # --- 5. Across GPUs: pairs of this GPU against pairs of all ----------------------------------------------------------
@@ -411,32 +462,33 @@ def same_size(views):
 
 
 class Tower(nn.Module):
-    """What both towers do: they read one row of each view, the class token of an image or the end of a text.
+    """What both towers do with their views.
 
-    A tower has `embed`: for each tensor of a list it yields the sequences (n, L, C) and the row to read in them (n,).
-    It also has `transformer`, `norm` and `proj`.
+    Of the sequence of a view only one row is read, that of the class token or of the end of a text. So the last block
+    computes this row alone, a fifth of a step less. Of view 0 cross-attention reads all rows: `with_sequence` gives
+    them.
+
+    A tower has `embed`: a list of tensors (n, ...) -> for each the sequences (n, L, C) and the row to read in them
+    (n,). It also has `transformer`, `norm` and `proj`.
     """
 
     def forward(self, views):
-        """views: list of V (B, ...) -> [cls] or [eot] (V, B, D). Sizes may differ; neighbours of one size share a pass.
-
-        No other row is read, so the last block computes only this one.
-        """
-        features = [self.read(x, row) for x, row in self.embed(same_size(views))]   # (n, D) each
+        """views: list of V (B, ...), neighbours of one size share a pass -> [cls] or [eot] (V, B, D)."""
+        features = []
+        for x, row in self.embed(same_size(views)):
+            features.append(self.read_row(x, row))
         return torch.cat(features).unflatten(0, (len(views), -1))       # view after view
 
     def with_sequence(self, views, csa=False):
-        """-> [cls] or [eot] of all views (V, B, D), and the whole normalised sequence of view 0 (B, L, C).
-
-        Cross-attention reads that sequence. So view 0 passes alone, and its last block computes all rows.
-        """
+        """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0, normalised (B, L, C)."""
         (x, row), *others = self.embed([views[0], *same_size(views[1:])])
-        sequence = self.norm(self.transformer(x, csa=csa))              # all rows, (B, L, C)
+        sequence = self.norm(self.transformer(x, csa=csa))              # (B, L, C)
         features = [pick(sequence, row)[:, 0] @ self.proj]
-        features += [self.read(x, row) for x, row in others]
+        for x, row in others:
+            features.append(self.read_row(x, row))
         return torch.cat(features).unflatten(0, (len(views), -1)), sequence
 
-    def read(self, x, row):
+    def read_row(self, x, row):
         """Sequences x (n, L, C), row (n,) -> (n, D)."""
         x = self.transformer(x, row)                                    # (n, 1, C)
         return self.norm(x[:, 0]) @ self.proj
@@ -462,6 +514,7 @@ class VisionTower(Tower):
     def embed(self, groups):
         """Images (n, 3, height, width) -> the class token and the patches, with their positions, (n, 1 + P, C)."""
         p = self.patch_size
+        embedded = []
         for images in groups:
             n, _, height, width = images.shape
             if height % p or width % p:
@@ -473,7 +526,8 @@ class VisionTower(Tower):
             cls = self.class_embedding.expand(n, 1, -1)
             x = torch.cat([cls, patches], dim=1) + self.positions(height // p, width // p)
             class_row = torch.zeros(n, dtype=torch.long, device=x.device)
-            yield self.ln_pre(x), class_row
+            embedded.append((self.ln_pre(x), class_row))
+        return embedded
 
     def positions(self, h, w):
         """Position embeddings for an h x w grid of patches, (1 + h*w, C): the learned grid, or bicubic from it."""
@@ -519,9 +573,12 @@ class TextTower(Tower):
         """
         all_ids = torch.cat([ids.flatten() for ids in groups])
         vectors = self.token_embedding(all_ids).split([ids.numel() for ids in groups])
+        embedded = []
         for ids, x in zip(groups, vectors):
             n, T = ids.shape
-            yield x.view(n, T, -1) + self.positional_embedding[:T], ids.argmax(dim=1)
+            x = x.view(n, T, -1) + self.positional_embedding[:T]
+            embedded.append((x, ids.argmax(dim=1)))
+        return embedded
 
 
 # --- 7. Transformer: stack, block, attention (CLIP) ------------------------------------------------------------------
@@ -687,7 +744,7 @@ def from_openclip(state_dict):
     return rename(state_dict, {theirs: ours for ours, theirs in RENAMES.items()})
 
 
-if __name__ == '__main__':      # python cosmos.py: forward and backward on noise, and what the losses read
+if __name__ == '__main__':      # python cosmos.py: forward and backward on noise, the shapes, and the parts of the loss
     torch.manual_seed(0)
     model = COSMOS(Config.preset('tiny', vocab_size=1000))
     teacher = Teacher(model)
@@ -695,10 +752,11 @@ if __name__ == '__main__':      # python cosmos.py: forward and backward on nois
     texts = torch.randint(1, 999, (4, 3, 64))                           # U = 4
     texts[:, :, -1] = 999                                               # the end of text
     out = model(images, texts)
-    cls_t, eot_t = teacher(images[:2], texts[:2])
-    loss = clip_loss(out, model.logit_scale.exp())
-    loss = loss + cosmos_loss(out, cls_t, eot_t, model.distill_logit_scale.exp())
+    cls_t, eot_t = teacher(images[:GLOBALS], texts[:GLOBALS])
+    loss, parts = total_loss(model, out, cls_t, eot_t)
     loss.backward()
-    for name, value in {**out._asdict(), 'cls_t': cls_t, 'eot_t': eot_t}.items():
-        print(f'{name:8} {tuple(value.shape)}')
-    print(f'loss     {loss.item():.4f} on noise; a blind guess costs ln 3 in each loss, 2.1972 in all')
+    for name, value in out._asdict().items():
+        print(f'{name:10} {tuple(value.shape)}')
+    for name, (weight, term) in parts.items():
+        print(f'{name:10} {weight} x {term.item():.4f}')
+    print(f'loss       {loss.item():.4f} on noise; a blind guess costs ln 3 in each part, 2.1972 in all')

@@ -6,11 +6,11 @@ A shard is a tar as img2dataset writes it. Members that share a stem are one pai
     000000017.json    {"raw_caption": "...", "shortIB_captions": ["...", "..."], ...}; see CAPTION_KEYS
     000000017.txt     the caption alone; used where the json has none
 
-Every random choice for a sample comes from (seed, epoch, index of the pair), and the order of the pairs from
+A pair gives image crops and text crops (Sec. 3.1). With its colours changed an image crop is a view; a text crop is a
+caption. Every random choice for a pair comes from (seed, epoch, index of the pair), and the order of the pairs from
 (seed, epoch). So a run sees the same numbers with any number of workers and GPUs, and goes on from any step.
 """
 import argparse
-import difflib
 import glob
 import gzip
 import hashlib
@@ -22,41 +22,71 @@ import os
 import random
 import re
 import signal
+import struct
 import sys
 import tarfile
 import traceback
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import ceil
 from pathlib import Path
-from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 from tqdm import tqdm
 from tqdm.contrib.concurrent import process_map, thread_map
 
-# --- 1. Shards: every header is read once, then any pair is one read away --------------------------------------------
+from cosmos import GLOBALS
 
-PLACE = np.dtype([('offset', '<i8'), ('size', '<i8')])          # in bytes; of size 0 there is none
-PAIR = np.dtype([('shard', '<i4'), ('image', PLACE), ('json', PLACE), ('txt', PLACE),
-                 ('mask', PLACE)])
-ROLES = {'jpg': 'image', 'jpeg': 'image', 'png': 'image', 'webp': 'image',
-         'json': 'json', 'txt': 'txt', 'mask.png': 'mask'}
-MEMBER = re.compile(r'((?:.*/)?[^/.]+)\.([^/]+)')   # stem and extension: up to the first dot
-FEW_SHARDS = 16
-FIRST_PAIRS = 20        # are looked at before a run starts: enough to tell wrong keys from a broken pair
-NO_PAIR = 'no readable tar of images, each with a .json or .txt of the same name; see docs/data.md for the format'
+# --- 1. Errors, and files that are written whole ---------------------------------------------------------------------
+
+class Refused(ValueError):
+    """What a user can mend: an option, a path, a format. One sentence with the value, the place and the remedy."""
+
+
+class Unreadable(Refused):
+    """Bytes that cannot be decoded: an image, a json, or one without a caption. Training takes another pair instead."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are Refused. Its help shows the program's docstring as it stands."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message):
+        raise Refused(f'{message}; see {self.prog} --help')
+
+
+def run(main):
+    """A command: what is Refused becomes one sentence and exit status 1. All else is a bug and keeps its traceback."""
+    try:
+        main()
+    except Refused as error:
+        # From a loader's worker it comes behind a traceback, as the last line.
+        leave(f"error: {str(error).rpartition('Refused: ')[2].strip()}")
+    except Exception:
+        leave(traceback.format_exc())
+
+
+def leave(message):
+    """End the process with status 1. Loader workers and process groups could keep Python from ending, so it does not
+    wait for them."""
+    if multiprocessing.active_children() or dist.is_initialized():
+        print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+    sys.exit(message)
 
 
 def warn(message):
@@ -65,209 +95,163 @@ def warn(message):
 
 @contextmanager
 def replacing(path):
-    """A temporary path beside `path`, which takes its place when the block ends well and is removed when not.
-
-    ValueError where it cannot be written, as on a full disk.
-    """
+    """A temporary path beside `path`, which takes its place when the block ends well and is removed when not."""
     path = Path(path)
     temporary = path.with_name(f'{path.name}.partial')
     try:
         yield temporary
-        if temporary.exists():
-            with open(temporary, 'rb+') as file:
-                os.fsync(file.fileno())  # else a crash of the machine may leave an empty file under the name
-            os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:    # RuntimeError: torch.save's
-        raise ValueError(f'{path} cannot be written ({error}); what was there before is whole') from None
+        with open(temporary, 'rb+') as file:
+            os.fsync(file.fileno())     # else a crash of the machine may leave an empty file under the name
+        temporary.replace(path)
+    except OSError as error:
+        raise Refused(f'{path} cannot be written ({error}); what was there before is whole') from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def find_shards(pattern):
-    """A folder, a glob, a brace pattern such as /shards/{00000..00575}.tar, or several joined by '::' -> paths.
+# --- 2. Shards: every header is read once, then any pair is one read away --------------------------------------------
 
-    Says how many shards of a brace pattern are missing, and how many are named twice: those count once.
-    Raises ValueError where a part matches nothing.
+# The index is an array of integers, a row a pair: the number of its shard, then offset and size in bytes of each of its
+# members, from these columns on. The size of a member that it lacks is 0.
+COLUMN = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5, 'mask.png': 7}
+FIRST_PAIRS = 20        # are looked at before a run starts: enough to tell wrong keys from a broken pair
+NO_PAIR = 'no readable tar of images, each with a .json or .txt of the same name; see docs/data.md for the format'
+
+
+def find_shards(paths, half=None):
+    """A tar, a folder of tars, a quoted glob, or a list of these -> sorted paths of tars, each once.
+
+    half: 'train' or 'val'. Of a folder that holds both, only this one is taken, and a line says so.
+    Raises Refused where nothing is found. A line says how many paths lead nowhere, or are named twice.
     """
-    paths = []
-    for part in str(pattern).split('::'):
-        found = list(map(tars_of, expand_braces(os.path.expanduser(part))))
-        missing = found.count([])
-        if missing == len(found):
-            raise ValueError(f"'{part}' does not exist or holds no .tar file; give a folder of tars, a glob, or "
-                             "'/shards/{00000..00575}.tar'")
-        if missing:
-            warn(f'{missing} of {len(found)} shards of the pattern are missing ({part})')
-        paths += sum(found, [])
-    unique = set(map(os.path.realpath, paths))
-    twice = len(paths) - len(unique)
-    if twice:
-        warn(f'{twice} shards are named twice; each is used once')
+    found = []
+    missing = []
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        path = os.path.expanduser(path)
+        if half and os.path.isdir(f'{path}/train') and os.path.isdir(f'{path}/val'):
+            path = f'{path}/{half}'
+            print(f'data       the half {path}')
+        if os.path.isdir(path):
+            tars = glob.glob(f'{glob.escape(path)}/*.tar')
+        elif os.path.isfile(path):
+            tars = [path]
+        else:
+            tars = glob.glob(path)
+        found += tars
+        if not tars:
+            missing.append(path)
+    if not found:
+        raise Refused(f"'{missing[0]}' does not exist or holds no .tar file; give tars, or folders of them")
+    if missing:
+        warn(f'{len(missing)} of {len(missing) + len(found)} shards are missing, the first is {missing[0]}')
+    unique = set(map(os.path.realpath, found))
+    if len(unique) < len(found):
+        warn(f'{len(found) - len(unique)} shards are named twice; each is used once')
     return sorted(unique)
 
 
-def half_of(pattern, half):
-    """DIR/train or DIR/val, and a line that says so, where `pattern` is a folder DIR of these two; else the pattern.
-
-    A folder with tars of its own stands for these tars.
-    """
-    halves = [f'{pattern}/train', f'{pattern}/val']
-    if tars_of(str(pattern)) or not all(map(tars_of, halves)):
-        return pattern
-    print(f'data       of {pattern} the half {half}/')
-    return f'{pattern}/{half}'
-
-
-def tars_of(name):
-    """The tars that a name without braces stands for."""
-    if os.path.isdir(name):
-        return glob.glob(f'{glob.escape(name)}/*.tar')
-    return [name] if os.path.isfile(name) else glob.glob(name)
-
-
-def expand_braces(pattern):
-    """'{08..10}.tar' -> 08.tar, 09.tar, 10.tar; of several braces, every combination."""
-    brace = re.search(r'{(\d+)\.\.(\d+)}', pattern)
-    if not brace:
-        return [pattern]
-    names = []
-    for number in range(int(brace[1]), int(brace[2]) + 1):
-        digits = f'{number:0{len(brace[1])}}'           # as many as the first number has
-        names += expand_braces(pattern.replace(brace[0], digits, 1))
-    return names
-
-
 def tar_files(path):
-    """(name, offset of the data, size) of the files in a tar of any format; of a damaged one what tarfile reads.
+    """(name, offset of the data, size) of the files in a tar of any format. A damaged tar gives what tarfile reads of
+    it, and one warning.
 
     ignore_zeros: tars may be joined by `cat`, and tarfile steps over a header that it cannot read.
     """
     length = os.path.getsize(path)
     end = 0                                             # of the last whole file
-    with tarfile.open(path, 'r:', ignore_zeros=True) as tar:
-        with suppress(Exception):                       # a damaged header raises what it likes
-            for member in tar:
-                if member.size < 0 or member.offset_data + member.size > length:
-                    break                               # below 0 tarfile would go back, and never end
-                yield member.name, member.offset_data, member.size
-                end = member.offset_data + member.size
-        if tar.offset != length:
-            warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
+    with suppress(tarfile.TarError, ValueError), tarfile.open(path, 'r:', ignore_zeros=True) as tar:
+        for member in tar:
+            if member.size < 0 or member.offset_data + member.size > length:
+                break                                   # below 0 tarfile would go back, and never end
+            yield member.name, member.offset_data, member.size
+            end = member.offset_data + member.size
+        if tar.offset == length:
+            return
+    warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
 
 
 def scan_shard(path, number):
-    """Headers of one tar -> its pairs, (n,) PAIR in order of their images."""
-    places = defaultdict(dict)                          # stem -> {role: (offset, size)}
-    with suppress(tarfile.TarError, ValueError):        # no tar at all
-        for name, offset, size in tar_files(path):
-            match = MEMBER.fullmatch(name)
-            role = match and ROLES.get(match[2].lower())
-            if role and size:
-                places[match[1]].setdefault(role, (offset, size))   # of several images the first
-    rows = []
-    for place in places.values():
-        if 'image' in place and ('json' in place or 'txt' in place):
-            members = [place.get(role, (0, 0)) for role in PAIR.names[1:]]
-            rows.append((number, *members))
-    if not rows:
+    """Headers of one tar -> the rows of its pairs in the index, in order of their images."""
+    rows = {}                                           # by stem
+    for name, offset, size in tar_files(path):
+        stem, _, kind = name.rpartition('/')[2].partition('.')          # up to the first dot
+        stem = name[:len(name) - len(kind)]
+        column = COLUMN.get(kind.lower())
+        row = rows.setdefault(stem, [number] + 8 * [0])
+        if column and not row[column + 1]:              # of several images the first
+            row[column:column + 2] = offset, size
+    pairs = []
+    for row in rows.values():
+        _, _, image, _, json, _, text, _, _ = row       # sizes
+        if image and (json or text):
+            pairs.append(row)
+    if not pairs:
         warn(f'{path}: {NO_PAIR}')
-    return np.array(sorted(rows), PAIR)
-
-
-_, hard_limit = getrlimit(RLIMIT_NOFILE)
-with suppress(ValueError):                              # macOS has no hard limit, and grants less
-    setrlimit(RLIMIT_NOFILE, (hard_limit, hard_limit))
-
-
-@lru_cache(getrlimit(RLIMIT_NOFILE)[0] // 2)
-def open_shard(path):
-    """Files stay open: to open one for each pair would cost more than to read it."""
-    return open(path, 'rb')
-
-
-@lru_cache
-def map_index(path):
-    return np.load(path, mmap_mode='r')
-
-
-def digest(*values):
-    return hashlib.sha1(repr(values).encode()).hexdigest()
+    return np.array(sorted(pairs), np.int64).reshape(-1, 9)
 
 
 class Shards:
     """Random access to all pairs of a set of tars.
 
-    caption_keys: the json keys of the captions, joined by commas. cache: a folder where `save` may have left an index
-    of these very shards; it is mapped, and no header is read.
-    Raises ValueError where no pair is left, or where the first captions are under none of the keys.
+    caption_keys: the json keys of the captions, joined by commas. half: see find_shards. index: the file of an earlier
+    Shards' index of the same tars; it is mapped, and no header is read.
+    Raises Refused where there is no pair, or where none of the first can be used.
     """
 
-    def __init__(self, pattern, caption_keys=None, cache=None):
-        open_shard.cache_clear()                        # a file that was replaced is opened anew
-        self.paths = find_shards(pattern)
+    def __init__(self, paths, caption_keys=None, half=None, index=None):
+        self.paths = find_shards(paths, half)
         self.caption_keys = re.split(' *, *', caption_keys) if caption_keys else None
         self.sizes = list(map(os.path.getsize, self.paths))
-        times = list(map(os.path.getmtime, self.paths))
-        self.index_name = f'index-{digest(self.caption_keys, self.paths, self.sizes, times)}.npy'
-        self.index = None
-        if cache and Path(cache, self.index_name).exists():
-            self.index = Path(cache, self.index_name)
-        self.table = None if self.index else self.scan()        # the pairs, where they are not mapped
-        if not len(self):
-            raise ValueError(f'{pattern}: {NO_PAIR}')
-        self.check_captions()
-        self.fingerprint = digest(*map(os.path.basename, self.paths), self.sizes, len(self))
-
-    @property
-    def pairs(self):
-        """(n,) PAIR. To a worker goes the path of a mapped index, not a copy."""
-        return map_index(self.index) if self.index else self.table
+        names = list(map(os.path.basename, self.paths))
+        self.fingerprint = hashlib.sha1(repr([names, self.sizes]).encode()).hexdigest()
+        if index:
+            self.index = np.load(index, mmap_mode='r')
+        else:
+            # Few shards are not worth the seconds that processes take to start.
+            each = process_map if len(self.paths) > 16 else thread_map
+            tables = each(scan_shard, self.paths, range(len(self.paths)), chunksize=1,
+                          desc='reading headers', disable=None)
+            self.index = np.concatenate(tables)
+        self.check_first_pairs()
 
     def __len__(self):
-        return len(self.pairs)
+        return len(self.index)
 
-    def scan(self):
-        """Reads all headers. Few shards are not worth the seconds that processes take to start."""
-        each = process_map if len(self.paths) > FEW_SHARDS else thread_map
-        tables = each(scan_shard, self.paths, range(len(self.paths)), chunksize=1,
-                      desc='reading headers', disable=None)
-        return np.concatenate(tables)
+    def save(self, path):
+        with replacing(path) as temporary, open(temporary, 'wb') as file:
+            np.save(file, self.index)
 
-    def check_captions(self):
-        """Of the first pairs one must have captions: if none has, the keys are wrong, not the pairs."""
+    def check_first_pairs(self):
+        """One of them must be usable: if none is, the captions have other keys, or the images are of another kind."""
+        problem = NO_PAIR
         for i in range(min(FIRST_PAIRS, len(self))):
             try:
-                return self.pool(i)
-            except ValueError as error:
-                problem = error
-        raise ValueError(f'{self.name(i)} has captions that cannot be used ({problem}); name the right ones '
-                         'with --caption-keys')
+                self.pool(i)
+                return read_image(self.image(i), 'its image')
+            except Unreadable as error:
+                problem = f'{self.name(i)} and the pairs before it cannot be used ({error})'
+        raise Refused(f'{self.paths[0]}: {problem}; name the captions with --caption-keys, or look at the shards with '
+                      'python -m extras.prepare inspect')
 
-    def save(self, folder):
-        """Writes the index into a folder and maps it from there."""
-        index = Path(folder, self.index_name)
-        if not index.exists():
-            with replacing(index) as temporary, open(temporary, 'wb') as file:
-                np.save(file, self.pairs)
-        self.index = index
-        self.table = None
+    def member(self, i, kind):
+        """The bytes of a member of pair i; b'' where it has none."""
+        column = COLUMN[kind]
+        return self.read(*self.index[i, [0, column, column + 1]].tolist())
 
     def read(self, shard, offset, size):
-        file = open_shard(self.paths[shard])
-        return os.pread(file.fileno(), size, offset)    # not seek and read: forked workers share a file's position
-
-    def member(self, i, role):
-        """The bytes of a member of pair i; b'' where it has none."""
-        pair = self.pairs[i]
-        return self.read(pair['shard'], *pair[role].tolist())           # offset and size
+        with open(self.paths[shard], 'rb') as file:     # anew for each read, so that there are never too many open
+            file.seek(offset)
+            return file.read(size)
 
     def image(self, i):
         """The encoded bytes of image i."""
-        return self.member(i, 'image')
+        return self.member(i, 'jpg')
 
     def record(self, i):
-        """The json of pair i as a dict, with the .txt under 'txt'."""
-        record = json.loads(self.member(i, 'json') or '{}')
+        """The json of pair i as a dict, with the .txt under 'txt'. Unreadable where it is no JSON."""
+        try:
+            record = json.loads(self.member(i, 'json') or '{}')
+        except ValueError as error:
+            raise Unreadable(f'its json cannot be read: {error}') from None
         if not isinstance(record, dict):
             record = {'captions': record}
         text = self.member(i, 'txt')
@@ -276,38 +260,24 @@ class Shards:
         return record
 
     def pool(self, i):
-        """All sentences of pair i; ValueError when there is none."""
+        """All sentences of pair i. Unreadable when there is none."""
         record = self.record(i)
         pool = caption_pool(record, self.caption_keys)
         if not pool:
-            raise ValueError(f"no usable caption under the keys {', '.join(sorted(record)) or '(none)'}")
+            raise Unreadable(f"no usable caption under the keys {', '.join(sorted(record)) or '(none)'}")
         return pool
 
     def name(self, i):
         """Where pair i lies, for messages: shard and member, and the name of the file that it was packed from."""
-        pair = self.pairs[i]
-        name = f"{self.paths[pair['shard']]}:"
-        with suppress(Exception):       # the tar or the json may be what is broken
-            header = self.read(pair['shard'], pair['image']['offset'] - tarfile.BLOCKSIZE, 100)
-            name += header.rstrip(b'\0').decode('utf-8', 'replace')
+        shard, offset = self.index[i, :2].tolist()
+        header = self.read(shard, offset - tarfile.BLOCKSIZE, 100)
+        name = f"{self.paths[shard]}:{header.rstrip(bytes(1)).decode('utf-8', 'replace')}"
+        with suppress(Unreadable, KeyError):
             name += f" ({self.record(i)['file']})"
         return name
 
 
-def write_shard(path, members):
-    """A tar of (name, bytes), whole or not at all, and none of nothing; equal members give equal bytes."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        with tarfile.open(temporary, 'w', format=tarfile.USTAR_FORMAT) as tar:
-            for name, data in members:
-                info = tarfile.TarInfo(name)                            # its time is 0
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-        if not tar.members:
-            temporary.unlink()
-
-
-# --- 2. Captions: a pool of sentences per pair, and text crops from it ---------------------------------- Sec. 3.1 ---
+# --- 3. Captions: a pool of sentences per pair, and text crops from it ---------------------------------- Sec. 3.1 ---
 
 SHORT = ['shortIB_captions', 'shortSV_captions', 'shortLLA_captions']
 LONG = ['longIB_captions', 'longSV_captions', 'longLLA_captions']
@@ -322,12 +292,12 @@ CAPTION_KEYS = [                # the first family that has a sentence is the po
 ]
 POOLS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
 
-# A newline, '</s>', or a full stop that is in no number (3.5) and behind no initial (J. Smith, the U.S. Army).
-BREAK = re.compile(r'\n|</s>|(?<!\b[A-Z])(?:\.(?!\d)|(?<!\d)\.)')
+# A newline, '</s>', or a full stop before white space or the end that is not behind a single letter (e.g., J. Smith).
+BREAK = re.compile(r'\n|</s>|(?<!\b[^\W\d_])\.(?=\s|$)')
 
 
 def sentences(value, whole=False):
-    """A string, or a list of strings, -> its sentences; whole: each string is one, and is not split.
+    """A string, or a list of strings, -> its sentences. whole: each string is one, and is not split.
 
     (The released sampler splits nothing of DreamLIP's: given seven strings, it trains on single letters.)
     """
@@ -355,14 +325,8 @@ def caption_pool(record, keys=None):
     return []
 
 
-def unsplit(record):
-    """Whether a list of DreamLIP's is one item of several sentences. It passes whole, so it gives one text crop."""
-    lists = [record[key] for key in DREAMLIP if isinstance(record.get(key), list)]
-    return any(len(value) == 1 and len(BREAK.findall(f'{value[0]}')) > 1 for value in lists)
-
-
-def text_crops(pool, rng, globals_, local):
-    """Globals of 1-5 sentences joined by '. ', then `local` single sentences -> list of globals_ + local strings.
+def text_crops(pool, rng, global_texts, local_texts):
+    """Globals of 1-5 sentences joined by '. ', then single sentences -> list of global_texts + local_texts strings.
 
     Sentences come in random order, without replacement in a global and in the locals, independently between them.
     paper silent: the order, ". ", and a pool that is too small, which is repeated whole, plus a random rest.
@@ -373,17 +337,21 @@ def text_crops(pool, rng, globals_, local):
         repeats, rest = divmod(count, len(pool))
         return pool * repeats + rng.sample(pool, rest)
 
-    return ['. '.join(draw(rng.randint(1, 5))) for _ in range(globals_)] + draw(local)
+    captions = []
+    for _ in range(global_texts):
+        count = rng.randint(1, 5)
+        captions.append('. '.join(draw(count)))
+    return captions + draw(local_texts)
 
 
-# --- 3. Tokenizer: CLIP's byte-pair encoding, with CLIP's merges or learned ones -------------------------------------
+# --- 4. Tokenizer: CLIP's byte-pair encoding, with CLIP's merges or learned ones -------------------------------------
 
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
 MOST_WORDS = 200_000    # whose ids are kept: the web never runs out of new words, memory does
 LEARN_FROM = 5000       # most frequent words; rarer ones are written with what these have taught
-VOCAB_HELP = (f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or train without it: --vocab learn, or '
-              '--preset tiny, learns a vocabulary from your captions')
+VOCAB_HELP = (f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or learn a vocabulary from your captions '
+              'by --vocab learn')
 
 # Every byte is shown as one visible character, so that merges are lines of text: printable Latin-1 as itself and first,
 # the other 68 from U+0100 on. NB: this order is ids 0..255; with any other, released weights quietly read noise.
@@ -442,12 +410,14 @@ def fuse(symbols, left, right):
 
 
 def fetch_vocab():
-    """Path of CLIP's merges in torch's cache, downloaded on first use; of no file where the net has none."""
+    """Path of CLIP's merges in torch's cache, downloaded on first use. Refused where that fails."""
     path = Path(torch.hub.get_dir(), 'bpe_simple_vocab_16e6.txt.gz')
     if not path.exists():   # ranks may fetch side by side: each renames its own
-        with suppress(Exception):   # no network, a proxy's page, a full disk
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             torch.hub.download_url_to_file(VOCAB_URL, str(path), VOCAB_SHA256, progress=False)
+        except (OSError, RuntimeError) as error:    # RuntimeError: another SHA-256, as of a proxy's page
+            raise Refused(f'{VOCAB_URL} cannot be fetched ({error}); {VOCAB_HELP}') from None
     return path
 
 
@@ -473,12 +443,12 @@ class Tokenizer:
 
     @classmethod
     def clip(cls, path=None, context_length=77):
-        """CLIP's 48,894 merges: from `path`, else $COSMOS_VOCAB, else cache or net. ValueError if it's another file."""
+        """CLIP's 48,894 merges: from `path`, else $COSMOS_VOCAB, else cache or net. Refused if it's another file."""
         path = os.path.expanduser(path or os.environ.get('COSMOS_VOCAB') or fetch_vocab())
         data = Path(path).read_bytes() if os.path.isfile(path) else b''
         if hashlib.sha256(data).hexdigest() != VOCAB_SHA256:
-            raise ValueError(f"{path} is absent or not CLIP's vocabulary (wrong SHA-256; perhaps a git-lfs pointer or "
-                             f'a web page): remove it, then {VOCAB_HELP}')
+            raise Refused(f"{path} is absent or not CLIP's vocabulary (wrong SHA-256; perhaps a git-lfs pointer or a web "
+                          f'page): remove it, then {VOCAB_HELP}')
         lines = gzip.decompress(data).decode().split('\n')
         return cls(lines[1:48895], context_length)  # line 0 is a header; CLIP does not use the rest
 
@@ -521,23 +491,9 @@ class Tokenizer:
             self.cache[word] = ids
         return ids
 
-    def words(self, text):
-        """[(word, how many ids it takes)] in order, to sum attention over pieces into attention over words."""
-        return [(word, len(self.word_ids(word))) for word in self.split(text)]
-
     def encode(self, text):
         """Ids without start, end and padding."""
         return sum(map(self.word_ids, self.split(text)), [])
-
-    def decode(self, ids):
-        """Text of ids (list or tensor row) up to the first end: beyond it is padding, which would read '!!!'."""
-        symbols = ''
-        for i in map(int, ids):
-            if i == self.eot:
-                break
-            symbols += self.symbols[i]
-        data = bytes(map(SYMBOL_BYTE.get, symbols))
-        return data.decode(errors='replace').removeprefix(SPECIAL[0]).replace('</w>', ' ').strip()
 
     def __call__(self, texts):
         """n texts (or one) -> (n, context_length) int64: start, ids, end, zeros. A long text loses ids, not its end."""
@@ -550,19 +506,28 @@ class Tokenizer:
         return ids
 
 
-# --- 4. Image crops: boxes, pixels and flips, in the loader's workers ------------------------------------ Sec. 3.1 ---
+# --- 5. Image crops: boxes, pixels and flips, in the loader's workers ------------------------------------ Sec. 3.1 ---
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)      # OpenAI's, as released
 STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = v2.InterpolationMode.BICUBIC
 ASPECTS = (3 / 4, 4 / 3)                        # of crops, least and most
+# What Pillow raises for bytes that are no image.
+BROKEN_IMAGE = OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError
+
+
+@contextmanager
+def reading_image(name):
+    """Pillow's errors for bytes that are no image become Unreadable."""
+    try:
+        yield
+    except BROKEN_IMAGE as error:
+        raise Unreadable(f'{name} is no image that can be read ({error})') from None
 
 
 def open_image(source):
     """A path, an open file or encoded bytes -> Pillow image, of which only the header is read yet."""
-    if isinstance(source, bytes):
-        source = io.BytesIO(source)
-    return Image.open(source)
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
 def upright(image):
@@ -575,36 +540,26 @@ def upright(image):
 
 
 def read_image(source, name=None):
-    """A path, an open file or encoded bytes -> upright Pillow image. ValueError with its name for what is no image."""
-    try:
+    """A path, an open file or encoded bytes -> upright Pillow image. Unreadable, with its name, for what is no image."""
+    with reading_image(name or source):
         return upright(open_image(source))
-    except Exception as error:  # decoders raise what they like
-        raise ValueError(f'{name or source} is no image that can be read ({error})') from None
-
-
-def pixels_of(image):
-    """Pillow image -> (3, h, w) uint8, upright; in memory the three colours of a pixel stay neighbours."""
-    return V.pil_to_tensor(upright(image).convert('RGB'))
-
-
-def decode(data):
-    """Encoded bytes -> (3, h, w) uint8, upright. Raises OSError or ValueError for what is no image."""
-    return pixels_of(open_image(data))
 
 
 class Kind(NamedTuple):
     """A kind of image view."""
     size: int                       # side, in pixels
+    scale: tuple                    # least and most share of the image's area
     blur: float                     # probability
-    scale: tuple = (0.4, 1.0)       # least and most share of the image's area
     solarize: float = 0.0           # probability
 
 
-def view_kinds(config):
-    """Global view 0, global view 1, local view, as released."""
-    return [Kind(config.image_size, blur=1.0),
-            Kind(config.image_size, blur=0.1, solarize=0.2),
-            Kind(config.local_image_size, blur=0.5, scale=(0.05, 0.4))]
+def view_kinds(config, global_images, local_images, least=0.4):
+    """The kinds of all V views, globals first, as released. least: the smallest share of the image in a global crop."""
+    whole = least, 1.0
+    first = Kind(config.image_size, whole, blur=1.0)
+    other = Kind(config.image_size, whole, blur=0.1, solarize=0.2)
+    local = Kind(config.local_image_size, (0.05, 0.4), blur=0.5)
+    return [first] + [other] * (global_images - 1) + [local] * local_images
 
 
 def image_crops(data, kinds, rng, flip=True):
@@ -612,18 +567,20 @@ def image_crops(data, kinds, rng, flip=True):
 
     rng decides everything. torchvision draws the boxes from torch's global generator, so that is seeded and set back.
     """
-    image = open_image(data)
-    width, height = image.size
-    if image.getexif().get(0x112, 1) > 4:               # EXIF says that the camera was held upright
-        width, height = height, width
+    with reading_image('its image'):
+        image = open_image(data)
+        width, height = image.size
+        if image.getexif().get(0x112, 1) > 4:           # EXIF says that the camera was held upright
+            width, height = height, width
     frame = torch.empty(1, 1, 1).expand(1, height, width)               # only its size counts
     with torch.random.fork_rng([]):
         torch.manual_seed(rng.getrandbits(32))
         boxes = [v2.RandomResizedCrop.get_params(frame, kind.scale, ASPECTS) for kind in kinds]
     # Pillow decodes a JPEG at 1/2, 1/4 or 1/8 where that is still as large as asked for, in much less time.
     room = min(min(box[2:]) / kind.size for box, kind in zip(boxes, kinds))
-    image.draft('RGB', [ceil(side / room) for side in image.size])
-    pixels = pixels_of(image)
+    with reading_image('its image'):
+        image.draft('RGB', [ceil(side / room) for side in image.size])
+        pixels = V.pil_to_tensor(upright(image).convert('RGB'))
     zoom = min(pixels.shape[1] / height, pixels.shape[2] / width)       # 1, or about 1/2, 1/4, 1/8
     crops = []
     for box, kind in zip(boxes, kinds):
@@ -635,12 +592,7 @@ def image_crops(data, kinds, rng, flip=True):
     return crops, boxes
 
 
-def Preprocess(size):
-    """The evaluation transform: PIL image -> (3, size, size) float. Short side to `size`, bicubic, then the centre."""
-    return v2.Compose([v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
-
-
-# --- 5. Colours: in batches, where the model runs -------------------------------------------------------- Sec. 3.1 ---
+# --- 6. Colours: in batches, where the model runs -------------------------------------------------------- Sec. 3.1 ---
 
 class Colours(NamedTuple):
     """How the colours of a view change: numbers for one view, or tensors (B,). The defaults change nothing."""
@@ -743,10 +695,7 @@ def normalize(images):
     return V.normalize(V.to_dtype(images, scale=True), MEAN, STD)
 
 
-# --- 6. Samples and batches ------------------------------------------------------------------------------------------
-
-MOST_BAD = 100          # pairs in a row: a set where they occur has next to nothing to train on
-
+# --- 7. Samples and batches ------------------------------------------------------------------------------------------
 
 @lru_cache(1)
 def shuffled(seed, epoch, pairs):
@@ -771,10 +720,10 @@ class Order:
 
     def __post_init__(self):
         if self.batch > self.pairs:
-            raise ValueError(f'--batch {self.batch} is larger than the set of {self.pairs} pairs; lower --batch')
+            raise Refused(f'--batch {self.batch} is larger than the set of {self.pairs} pairs; lower --batch')
         if self.batch % self.world:
-            raise ValueError(f'--batch {self.batch} cannot be cut into {self.world} parts (processes x --accum); '
-                             f'choose a multiple of {self.world}')
+            raise Refused(f'--batch {self.batch} cannot be cut into {self.world} parts (processes x --accum); '
+                          f'choose a multiple of {self.world}')
 
     def __iter__(self):
         share = self.batch // self.world
@@ -785,104 +734,108 @@ class Order:
             yield [(epoch, position, index) for position, index in enumerate(indices, first)]
 
 
-@dataclass
-class Views(Dataset):
-    """The training set: (epoch, position, index) -> the views of one pair, for `collate`.
+class Counts(NamedTuple):
+    """How many views and captions a pair gives: V = global_images + local_images, U = global_texts + local_texts."""
+    global_images: int = GLOBALS
+    local_images: int = 6
+    global_texts: int = GLOBALS
+    local_texts: int = 6
 
-    counts: global and local images, global and local captions. augment: 'full' is the released recipe, 'crops' leaves
-    colours and sides alone, for captions that name them.
-    A pair that cannot be read is replaced by one further on in the order. Each worker names it once, and it is counted.
+
+@dataclass
+class Crops(Dataset):
+    """The training set: (epoch, position, index) -> the crops of one pair, for `collate`.
+
+    augment: 'full' is the released recipe; 'crops' leaves colours and sides alone, for captions that name them.
+    least: the smallest share of the image in a global crop.
+    A pair that is Unreadable is named, counted, and replaced by one further on in the order.
     """
     shards: Shards
     tokenizer: Tokenizer
     config: object              # cosmos.Config
     seed: int
     batch: int
-    counts: tuple = (2, 6, 2, 6)
+    counts: Counts = Counts()
     augment: str = 'full'
+    least: float = 0.4
 
     def __post_init__(self):
-        self.global_images, self.local_images, self.global_texts, self.local_texts = self.counts
-        kinds = view_kinds(self.config)
-        self.kinds = kinds[:self.global_images] + kinds[2:] * self.local_images
-        self.reported = set()
-        for i in range(min(FIRST_PAIRS, len(self.shards))):
-            with suppress(ValueError):                  # a broken json is reported when it is its turn
-                if unsplit(self.shards.record(i)):
-                    warn(f"{self.shards.name(i)} has several sentences in one item of a list under DreamLIP's keys, "
-                         'where none is split; give them as a string to python -m extras.prepare pack')
-                    break
+        self.kinds = view_kinds(self.config, self.counts.global_images, self.counts.local_images, self.least)
 
     def __getitem__(self, where):
         epoch, position, index = where
         pairs = len(self.shards)
         key = f'{self.seed} {epoch} {position // self.batch}'           # the same in all of a step
-        for bad in range(MOST_BAD):
+        for bad in range(pairs):
             try:
-                crops, colours, captions, _ = self.views(epoch, index)
+                crops, colours, captions, _ = self.sample(epoch, index)
                 return crops, torch.tensor(colours), self.tokenizer(captions), key, bad
-            except Exception as error:  # decoders raise what they like: none ends a run
-                if index not in self.reported:
-                    self.reported.add(index)
-                    print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
+            except Unreadable as error:
+                print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
             # Not the next one: it is often in the same batch, where a pair that comes twice is its own negative. So a
             # batch further on. `bad`, as steps of one length might only meet pairs that cannot be read.
             position = (position + self.batch + bad) % pairs
             index = int(shuffled(self.seed, epoch, pairs)[position])
-        raise ValueError(f'{MOST_BAD} pairs in a row cannot be read; '
-                         'look at the shards with python -m extras.prepare inspect')
+        raise Refused(f'none of {pairs} pairs can be read; look at the shards with python -m extras.prepare inspect')
 
-    def views(self, epoch, index):
+    def sample(self, epoch, index):
         """-> V crops (3, s, s) uint8, the Colours of each, U captions as strings, and the V boxes; globals first."""
-        rng = random.Random(f'{self.seed} {epoch} {index}')
+        counts = self.counts
         full = self.augment == 'full'
-        captions = text_crops(self.shards.pool(index), rng, self.global_texts, self.local_texts)
-        crops, boxes = image_crops(self.shards.image(index), self.kinds, rng, flip=full)
-        colours = [draw_colours(kind, rng) if full else Colours() for kind in self.kinds]
+        # A generator for texts and one for images: options of captions leave the pictures as they are.
+        text_rng = random.Random(f'{self.seed} {epoch} {index} texts')
+        image_rng = random.Random(f'{self.seed} {epoch} {index} images')
+        captions = text_crops(self.shards.pool(index), text_rng, counts.global_texts, counts.local_texts)
+        crops, boxes = image_crops(self.shards.image(index), self.kinds, image_rng, flip=full)
+        colours = [draw_colours(kind, image_rng) if full else Colours() for kind in self.kinds]
         return crops, colours, captions, boxes
 
 
 class Batch(NamedTuple):
-    """Views of B pairs."""
-    images: list        # V views (B, 3, s, s) uint8
-    colours: object     # (B, V, 7), the numbers of Colours, on the CPU
-    key: str            # of the step; from it comes the order of the jitters
-    texts: list         # U captions (B, T_u) int64, globals first
-    longest: int        # length of the longest global caption, rounded up
-    bad: int            # pairs that were replaced because they could not be read
+    """Crops of B pairs."""
+    crops: list             # V image crops (B, 3, s, s) uint8
+    colours: object         # (B, V, 7), the numbers of Colours, on the CPU
+    key: str                # of the step; from it comes the order of the jitters
+    texts: list             # U captions (B, T_u) int64 for the student, globals first
+    teacher_texts: list     # the global ones for the teacher, (B, T_u)
+    bad: int                # pairs that were replaced because they could not be read
 
     def to(self, device):
         """The batch on a device, without waiting for it."""
-        return self._replace(images=[view.to(device, non_blocking=True) for view in self.images],
-                             texts=[text.to(device, non_blocking=True) for text in self.texts])
+        moved = {}
+        for name in ('crops', 'texts', 'teacher_texts'):
+            moved[name] = [x.to(device, non_blocking=True) for x in getattr(self, name)]
+        return self._replace(**moved)
 
     def views(self):
         """V images (B, 3, s, s), float32, normalised."""
         views = []
-        for k, images in enumerate(self.images):
+        for k, crops in enumerate(self.crops):
             # ours: one order for a view of all pairs. The released code draws one for every image.
             jitters = random.Random(f'{self.key} {k}').sample(JITTERS, 4)
-            views.append(normalize(recolour(images, self.colours[:, k], jitters)))
+            views.append(normalize(recolour(crops, self.colours[:, k], jitters)))
         return views
 
 
-def collate(samples, multiple=1):
-    """Samples -> Batch. Of a pair's captions 0 and 1 are the globals, the others locals.
+def cut(captions, multiple):
+    """A list of (B, T) ids, all cut behind the end of the longest, rounded up to a multiple."""
+    ends = [ids.argmax(dim=1).max().item() for ids in captions]         # the largest id ends a text
+    length = ceil((max(ends, default=0) + 1) / multiple) * multiple
+    return [ids[:, :length] for ids in captions]
 
-    Caption 0 keeps all T positions: C^T reads its padding, too. Caption 1 is cut to the longest global, the others to
-    the longest local, rounded up to a `multiple`, at most T.
+
+def collate(samples, multiple=1, whole=True):
+    """Samples -> Batch. The globals are cut to the longest of them, the local captions to the longest of those.
+
+    whole: caption 0 keeps all T positions for the student, because C^T reads its padding, too.
     """
-    images, colours, ids, keys, bad = default_collate(samples)         # ids (B, U, T)
-    ends = ids.argmax(dim=2).amax(dim=0).tolist()       # U numbers; the largest id ends a text
-    T = ids.shape[2]
-
-    def cut(ends):
-        return min(ceil((max(ends) + 1) / multiple) * multiple, T)
-
-    longest = cut(ends[:2])
-    lengths = [T, longest] + [cut(ends[2:] or ends)] * len(ends)        # longer than needed: zip stops with the texts
-    texts = [text[:, :length] for text, length in zip(ids.unbind(dim=1), lengths)]
-    return Batch(images, colours, keys[0], texts, longest, int(bad.sum()))
+    crops, colours, ids, keys, bad = default_collate(samples)           # ids (B, U, T)
+    captions = ids.unbind(dim=1)
+    teacher_texts = cut(captions[:GLOBALS], multiple)
+    texts = teacher_texts + cut(captions[GLOBALS:], multiple)
+    if whole:
+        texts[0] = captions[0]
+    return Batch(crops, colours, keys[0], texts, teacher_texts, int(bad.sum()))
 
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1                 # USR1: Slurm
@@ -894,84 +847,11 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def loader(views, batches, workers, multiple=1):
+def loader(crops, batches, workers, multiple=1, whole=True):
     """The plain DataLoader that serves batch after batch of an Order."""
-    return DataLoader(views, batch_sampler=batches, num_workers=workers,
-                      collate_fn=partial(collate, multiple=multiple),
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)
-
-
-FONTS = 'DejaVuSans.ttf', 'NotoSans-Regular.ttf', 'Arial Unicode.ttf'           # the last is macOS's
-
-
-@lru_cache              # so that the line is printed once: all pictures have letters of one size
-def picture_font(size):
-    """A font with letters of many scripts, where Pillow finds one among the system's; else its own, and a line."""
-    for name in FONTS:
-        with suppress(OSError):
-            return ImageFont.truetype(name, size)
-    warn('no font DejaVu or Noto was found: in pictures, letters that are not ASCII will be boxes; '
-         'install one, as by apt install fonts-dejavu-core')
-    return ImageFont.load_default(size)
-
-
-def sample_views(views):
-    """What the student is shown: yields (index, views (3, s, s) in [0, 1], captions, boxes) of pairs from all over."""
-    for index in np.linspace(0, len(views.shards) - 1, 4, dtype=int):
-        with suppress(Exception):   # a picture for the reader: do without this pair
-            crops, colours, captions, boxes = views.views(0, index)
-            images = []
-            for crop, numbers in zip(crops, colours):
-                view = recolour(crop[None], torch.tensor([numbers]), JITTERS)
-                images.append(view[0])
-            yield index, images, captions, boxes
-
-
-# --- 7. Commands -----------------------------------------------------------------------------------------------------
-
-# What others call these flags: spelling does not tell.
-OTHER_NAMES = {'--learning-rate': '--lr', '--weight-decay': '--wd'}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence, with exit status 1. An epilog keeps its lines: it is the program's
-    docstring."""
-
-    def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **settings):
-        super().__init__(*args, formatter_class=formatter_class, **settings)
-
-    def parse_known_args(self, *args):
-        """Refuses a flag that it does not know, here: the parser of a subcommand knows the right ones."""
-        namespace, unknown = super().parse_known_args(*args)
-        for flag in unknown:
-            if flag.startswith('-'):
-                name = flag.partition('=')[0]
-                name = OTHER_NAMES.get(name, name)
-                near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.7)
-                remedy = f'did you mean {near[0]}?' if near else f'see {self.prog} --help'
-                self.error(f"unknown argument '{flag}'; {remedy}")
-        return namespace, unknown
-
-    def error(self, message):
-        self.exit(1, f'error: {message}\n')
-
-
-def cli(main):
-    """Run a command: what a user can cause becomes one sentence and exit status 1, all else keeps its traceback."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        message = traceback.format_exc()
-        if isinstance(error, (ValueError, OSError)):
-            # From a loader's worker it comes wrapped in a traceback, of which it is the last line.
-            lines = str(error).strip().splitlines() or [repr(error)]
-            message = f"error: {lines[-1].removeprefix('ValueError: ')}"
-        # Python would wait for loader workers before it ends, and they for it: they ignore the signal it sends them.
-        # Of a process group see train.leave: the usual way out may hang.
-        if multiprocessing.active_children() or dist.is_initialized():
-            print(message, file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            os._exit(1)
-        sys.exit(message)
+    # Linux: forked workers share the index, where others would get a copy each.
+    context = 'fork' if workers and sys.platform == 'linux' else None
+    return DataLoader(crops, batch_sampler=batches, num_workers=workers,
+                      collate_fn=partial(collate, multiple=multiple, whole=whole),
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals,
+                      multiprocessing_context=context)

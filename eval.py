@@ -1,23 +1,20 @@
-"""Zero-shot evaluation of a checkpoint, and pictures of what it attends to.
+"""Zero-shot evaluation of a checkpoint: retrieval, classification, segmentation.
 
-    python eval.py retrieval CKPT --shards runs/scenes/val        or --coco DIR, or --flickr flickr30k_val.json
+    python eval.py retrieval CKPT --shards runs/scenes            or --coco DIR, or --flickr flickr30k_val.json
     python eval.py retrieval CKPT --karpathy dataset_coco.json --split test --images DIR
-    python eval.py classify CKPT --dataset dtd --root DIR         a set of torchvision.datasets by name
+    python eval.py classify CKPT --dataset DTD --root DIR         a set of torchvision.datasets by its name there
     python eval.py classify CKPT --folder DIR                     one folder of images per class
     python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21 --csa
-    python eval.py attend CKPT --image a.jpg --text "a red star" "a small blue ring" --out attention.png
-    python eval.py export CKPT OUT.pt                             a state dict that open_clip loads, and OUT.json
 
-CKPT is ours (runs/NAME/last.pt, or its folder), a released name such as cosmos_vitb16_cc3m, which is fetched once, or
-an open_clip ViT state dict (.pt, .safetensors; for OpenAI's CLIP add --quick-gelu). Scores come from the teacher, the
-averaged weights, unless --weights student. Features are float32 of unit length, scores their products.
+CKPT is ours (runs/NAME/last.pt, or its folder), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT; others
+are converted by python -m extras.weights. Scores come from the teacher, the averaged weights, unless --weights student.
+Features are float32 of unit length, scores their products.
 """
 import glob
 import inspect
 import json
 import math
 import re
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,53 +25,46 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from cosmos import COSMOS, Config, from_openclip, to_openclip, unit
-from data import (Parser, Preprocess, Shards, Tokenizer, cli, half_of, normalize, open_image,
-                  picture_font, read_image, replacing)
+from cosmos import COSMOS, Config, from_openclip, unit
+from data import (BICUBIC, Parser, Refused, Shards, Tokenizer, Unreadable, normalize, open_image, read_image,
+                  replacing, run)
 
 # --- 1. Files --------------------------------------------------------------------------------------------------------
 
-IMAGE_KINDS = ('.jpg', '.jpeg', '.png', '.webp')
 progress = partial(tqdm, leave=False, disable=None)  # quiet where the output is no terminal
 
 
 def need(condition, message):
     if not condition:
-        raise ValueError(message)
-
-
-def first_line(text):
-    return str(text).partition('\n')[0]
+        raise Refused(message)
 
 
 @contextmanager
 def reading(path):
-    """Errors in reading and taking apart the file at `path` become a ValueError that names it."""
+    """What a file lacks, or has in another form, becomes a sentence that names it."""
     try:
         yield
-    except (OSError, LookupError, TypeError, AttributeError, UnicodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f'{path} cannot be read as this command expects ({type(error).__name__}: {error}); see --help') from None
-
-
-def read_text(path):
-    with reading(path):
-        return Path(path).read_text(encoding='utf-8-sig')  # with or without a byte order mark
+    except (OSError, UnicodeError, json.JSONDecodeError, KeyError) as error:
+        raise Refused(f'{path} cannot be read as this command expects ({type(error).__name__}: {error}); '
+                      'see --help') from None
 
 
 def read_json(path):
     with reading(path):
-        return json.loads(read_text(path))
+        return json.loads(Path(path).read_text(encoding='utf-8-sig'))   # with or without a byte order mark
 
 
 def read_lines(path):
     """The lines of a text file that are not blank."""
-    lines = [line for line in map(str.strip, read_text(path).splitlines()) if line]
+    with reading(path):
+        lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
     need(lines, f'{path} holds no lines of text')
     return lines
 
@@ -87,86 +77,31 @@ def write_json(path, value):
 def images_in(folder):
     """Paths of the images in a folder and its subfolders, sorted; hidden files are left out."""
     names = sorted(glob.glob('**/*', root_dir=folder, recursive=True))
-    return [Path(folder, name) for name in names if name.lower().endswith(IMAGE_KINDS)]
+    return [Path(folder, name) for name in names if name.lower().endswith(('.jpg', '.jpeg', '.png', '.webp'))]
 
 
-# --- 2. Checkpoints: ours, the released ones, open_clip's; and back ---------------------------------------------------
-
-CLIP_VOCABULARY = 49408
-OPENCLIP_HAS = ('visual.', 'text.', 'logit_scale')                   # but not the heads of COSMOS
-
-
-RELEASED = 'https://huggingface.co/sankim2/cosmos/resolve/main/{}.pt'
-RELEASED_NAME = 'cosmos_vitb(16|32)_(cc3m|cc12m|yfcc15m|merged30m|pixelprose)'
-
-
-def find_checkpoint(name):
-    """What CKPT names -> the path of its file. A run's folder means its last.pt; a released name is fetched once."""
-    path = Path(name)
-    if path.is_dir():
-        return path / 'last.pt'
-    if not re.fullmatch(RELEASED_NAME, str(name)):
-        return path
-    path = Path(torch.hub.get_dir(), f'{name}.pt')
-    address = RELEASED.format(name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            torch.hub.download_url_to_file(address, path)
-        return path
-    except Exception as error:          # no network, a connection that breaks, a full disk
-        raise ValueError(f'{address} cannot be fetched ({error}); bring the file and give its path') from None
-
-
-# torch warns of TorchScript before it refuses it. Here the refusal says all.
-warnings.filterwarnings('ignore', '.*looks like a TorchScript archive')
-THEN_SAVE = "torch.save(model.state_dict(), 'clip.pt'); then give --quick-gelu"
-
+# --- 2. Checkpoints: ours, the released ones, open_clip's ------------------------------------------------------------
 
 def read_checkpoint(path):
-    """A file of tensors and plain values. Anything that would have to execute code to load is refused (ValueError)."""
+    """A file of tensors and plain values. Refused: anything else, above all what would have to run code to load."""
     need(Path(path).exists(), f'checkpoint {path} does not exist')
     try:
-        if Path(path).suffix == '.safetensors':
-            from safetensors.torch import load_file
-            return load_file(path)
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:          # of many kinds, for torn files and for others
-        what = first_line(error).partition('. ')[0]
-        reason = f'{what}: torn, a web page, git-lfs? If it was fetched, remove it and fetch it again'
         held = re.search(r'GLOBAL ([\w.]+)', str(error))
-        if held:
-            reason = (f'beside tensors and plain values it holds {held[1]}, which may run code; where you trust it, '
-                      'torch.save(torch.load(OLD, weights_only=False)[...], NEW)')
-        if isinstance(error, ImportError):
-            reason = 'it needs one package more: pip install safetensors'
-        if 'TorchScript' in str(error):
-            reason = ("it is TorchScript, as OpenAI's archives are, and may run code; where you trust it, "
-                      f"model = open_clip.load_openai_model('{path}'); {THEN_SAVE}")
-        raise ValueError(f'{path} is no checkpoint that can be read: {reason}') from None
+        reason = f'it holds {held[1]}, which may run code' if held else str(error).partition('\n')[0]
+        raise Refused(f'{path} is no checkpoint that can be read ({reason}); fetch it again if it was fetched, or see '
+                      'python -m extras.weights import --help') from None
 
 
-def read_layout(path):
-    """open_clip's model config beside the weights at `path`, as `export` writes it; {} where there is none."""
-    beside = Path(path).with_suffix('.json')
-    layout = read_json(beside) if beside.is_file() else {}
-    return layout if 'vision_cfg' in layout else {}                 # else another file of that name
-
-
-def infer_config(state, layout, quick_gelu=False):
+def infer_config(state, quick_gelu=False):
     """Config of released or open_clip weights, from the shapes of their tensors.
 
-    Shapes do not tell how wide a head is, nor which GELU it was. `layout`, open_clip's model config, does. Where it is
-    {}, heads are 64 wide, as in open_clip's ViTs up to L, or 80, as in ViT-H, whose width is 1280, and `quick_gelu`
-    tells the activation. Cross-attention has the released 8 heads.
+    Shapes do not tell how wide a head is, nor which GELU it was. Here heads are 64 wide, as in open_clip's ViTs up to
+    L, and cross-attention has the released 8.
     """
     vision_width, _, _, patch = state['visual.conv1.weight'].shape
     context_length, text_width = state['positional_embedding'].shape
-    head_width = 80 if vision_width == 1280 else 64
-    text_heads = text_width // 64
-    if layout:
-        head_width = layout['vision_cfg'].get('head_width', 64)
-        text_heads = layout['text_cfg']['heads']
     grid = math.isqrt(len(state['visual.positional_embedding']))    # patches a side, and a row for the class token
     blocks = [name for name in state if name.endswith('.ln_1.weight')]
     vision_layers = sum(name.startswith('visual.') for name in blocks)
@@ -176,72 +111,62 @@ def infer_config(state, layout, quick_gelu=False):
                   patch_size=patch,
                   vision_width=vision_width,
                   vision_layers=vision_layers,
-                  vision_heads=vision_width // head_width,
+                  vision_heads=max(1, vision_width // 64),
                   text_width=text_width,
                   text_layers=len(blocks) - vision_layers,
-                  text_heads=text_heads,
+                  text_heads=max(1, text_width // 64),
                   context_length=context_length,
                   vocab_size=len(state['token_embedding.weight']),
                   cross_heads=8 if 'image_token_mapping.weight' in state else 0,
-                  quick_gelu=quick_gelu or layout.get('quick_gelu', False))
+                  quick_gelu=quick_gelu)
 
 
 def load_weights(model, state, path):
-    """Strictly: every name and shape must fit, or ValueError lists what is missing, unexpected and of another shape."""
+    """Strictly: every name and shape must fit, else Refused lists what is missing, unexpected and of another shape."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         lines = str(error).splitlines()[1:6]            # line 0 is a heading; the first problems will do
         problems = [f'{line.strip():.200}' for line in lines]
-        raise ValueError(f"{path} does not fit this model: {'; '.join(problems)}") from None
+        raise Refused(f"{path} does not fit this model: {'; '.join(problems)}") from None
 
 
-def load_openclip(state, path, vocab, quick_gelu):
-    """Weights under open_clip's names -> our names, Config, tokenizer. ValueError for other models' weights."""
-    need('visual.class_embedding' in state,
-         f"{path} holds no weights of this model (its keys: {', '.join(list(state)[:5])}); give a checkpoint of "
-         "train.py, a released cosmos_vitb*.pt or an open_clip ViT state dict: for Hugging Face's names, "
-         f"model = open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai'); {THEN_SAVE}")
-    layout = read_layout(path)
-    config = infer_config(state, layout, quick_gelu)
-    if not (layout or quick_gelu or config.cross_heads):        # the released have heads, and GELU
-        print(f"activation GELU is assumed for {path}; OpenAI's weights, and others of QuickGELU, want --quick-gelu")
-    learned = layout.get('text_cfg', {}).get('tokenizer_kwargs')
-    if learned:
-        tokenizer = Tokenizer(learned['merges'], config.context_length)
-    else:
-        tokenizer = Tokenizer.clip(vocab, config.context_length)
-    need(tokenizer.vocab_size <= config.vocab_size,
-         f"{path} knows {config.vocab_size:,} ids, CLIP's vocabulary has {tokenizer.vocab_size:,}: its merges "
-         'were learned, and lie in the json that export wrote beside it; bring that, too')
-    return from_openclip(state), config, tokenizer
+def clean_names(state):
+    """Without the prefixes of DistributedDataParallel and torch.compile."""
+    return {name.replace('_orig_mod.', '').removeprefix('module.'): value for name, value in state.items()}
 
 
 def load(path, weights='teacher', vocab=None, quick_gelu=False):
     """-> (model in eval mode, tokenizer, preprocess: PIL image -> (3, S, S)).
 
-    path: what `find_checkpoint` takes, of our checkpoint, a released one (dict with 'student' and 'teacher'), or an
-    open_clip state dict; `module.` and `_orig_mod.` prefixes are stripped. Where there is no teacher the student is
-    taken: model.origin says which it was. `vocab` goes to Tokenizer.clip. `quick_gelu`: the activation of a state dict
-    that does not say; our checkpoints do.
+    path: a checkpoint of ours or the folder of a run; a released one (dict with 'student' and 'teacher'); or a state
+    dict of an open_clip ViT. Where there is no teacher the student is taken: model.origin says which it was.
+    vocab goes to Tokenizer.clip. quick_gelu: the activation of weights that do not say; our checkpoints do.
     """
-    path = find_checkpoint(path)
+    path = Path(path)
+    if path.is_dir():
+        path = path / 'last.pt'
     saved = read_checkpoint(path)
     origin = 'state dict'
-    with reading(path):
-        values = saved
-        for name in ('state_dict', 'student', weights):         # the last of these that it has
-            if name in saved:
-                origin = name
-                values = saved[name]
-        state = {}
-        for name, value in values.items():
-            state[name.replace('_orig_mod.', '').removeprefix('module.')] = value
-        if 'merges' in saved:           # ours
-            config = Config(**saved['config'])
-            tokenizer = Tokenizer(saved['merges'], config.context_length)
-        else:
-            state, config, tokenizer = load_openclip(state, path, vocab, quick_gelu)
+    state = saved
+    for name in ('state_dict', 'student', weights):     # the last of these that it has
+        if name in saved:
+            origin = name
+            state = saved[name]
+    state = clean_names(state)
+    if 'merges' in saved:               # ours
+        config = Config(**saved['config'])
+        tokenizer = Tokenizer(saved['merges'], config.context_length)
+    else:
+        need('visual.class_embedding' in state and len(state['visual.class_embedding']) != 1280,    # ViT-H: 80 wide
+             f"{path} is neither ours, nor released, nor of an open_clip ViT with heads that are 64 wide (its keys: "
+             f"{', '.join(list(state)[:5])}); python -m extras.weights import {path} OUT.pt converts others")
+        config = infer_config(state, quick_gelu)
+        tokenizer = Tokenizer.clip(vocab, config.context_length)
+        need(tokenizer.vocab_size <= config.vocab_size,
+             f"{path} knows {config.vocab_size:,} ids, CLIP's vocabulary has {tokenizer.vocab_size:,}: its merges were "
+             'learned; take the checkpoint that train.py wrote')
+        state = from_openclip(state)
     model = COSMOS(config)
     load_weights(model, state, path)
     for name, value in state.items():
@@ -250,56 +175,21 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
     return model.eval(), tokenizer, Preprocess(config.image_size)
 
 
-def export(model, tokenizer, path):
-    """Write the towers and the scale under open_clip's names, and beside them open_clip's model config as json.
-
-    open_clip has no place for COSMOS's heads: they stay behind. Learned merges go into the config as an argument of the
-    tokenizer, where open_clip's model does not mind them; `load` finds them there.
-    """
-    c = model.config
-    path = Path(path)
-    beside = path.with_suffix('.json')
-    need(path.suffix not in ('.json', '.safetensors'), f'{path} would be no file of that kind; name it OUT.pt')
-    need(read_layout(path) or not (path.exists() or beside.exists()),
-         f'{path} or {beside} exists and is no export; name another file')
-    vision = {'image_size': c.image_size, 'patch_size': c.patch_size, 'width': c.vision_width,
-              'layers': c.vision_layers, 'head_width': c.vision_width // c.vision_heads}
-    text = {'context_length': c.context_length, 'vocab_size': c.vocab_size, 'width': c.text_width,
-            'layers': c.text_layers, 'heads': c.text_heads}
-    if c.vocab_size != CLIP_VOCABULARY:
-        text['tokenizer_kwargs'] = {'merges': tokenizer.merges}
-    write_json(beside, {'embed_dim': c.embed_dim, 'vision_cfg': vision, 'text_cfg': text,
-                        'quick_gelu': c.quick_gelu})
-    towers = {name: value.cpu() for name, value in model.state_dict().items() if name.startswith(OPENCLIP_HAS)}
-    with replacing(path) as temporary:
-        torch.save(to_openclip(towers), temporary)
-    return {'open_clip loads it by': f"open_clip.add_model_config('{beside}')",
-            'and': f"model = open_clip.create_model('{path.stem}', pretrained='{path}')",
-            'learned merges need': f"eval.load('{path}')"}
-
-
 # --- 3. Features -----------------------------------------------------------------------------------------------------
 
 # Enough to keep a GPU busy, few enough for the memory of a small one. Figures do not depend on them.
 IMAGE_BATCH = 64
 TEXT_BATCH = 256
+BROKEN = -1                 # the label of an image that cannot be read
 
 
-@contextmanager
-def naming(shards, i, member):
-    """Errors become a ValueError that names the member of pair i. Its name is read only then: that takes a while."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f'the {member} of {shards.name(i)} cannot be used: {error}') from None
+def Preprocess(size):
+    """The evaluation transform: PIL image -> (3, size, size) float. Short side to `size`, bicubic, then the centre."""
+    return v2.Compose([v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
 
 
 def shard_image(shards, i):
-    with naming(shards, i, 'image'):
-        return read_image(shards.image(i), 'this')
-
-
-BROKEN = -1                 # the label of an image that cannot be read
+    return read_image(shards.image(i), shards.name(i))
 
 
 @dataclass
@@ -325,40 +215,38 @@ class Images(Dataset):
                 image, label = image
             elif not isinstance(image, Image.Image):
                 image = read_image(image)
-            return self.preprocess(image), int(label), ''       # a split without labels has None
-        except Exception as error:          # the sets of torchvision raise what they like
+        except Unreadable as error:
             blank = self.preprocess(Image.new('RGB', (8, 8)))
             return math.nan * blank, BROKEN, f'image {i}: {error}'
+        return self.preprocess(image), int(label), ''
 
 
 @torch.no_grad()
-def embed_labelled(model, source, preprocess, workers=0, strict=False):
-    """A source of `Images` -> (n, D) unit vectors and (n,) labels.
+def embed_labelled(model, source, preprocess, workers=0):
+    """A source of `Images` -> (n, D) unit vectors, (n,) labels, and why images could not be read.
 
-    Images that cannot be read are named and counted; their label is BROKEN, their vector NaN. ValueError if all are so,
-    or, where `strict`, if one is.
+    The label of such an image is BROKEN, its vector NaN. They are counted and named.
     """
     need(len(source), 'there is no image to embed; give one or more')
-    loader = DataLoader(Images(source, preprocess), IMAGE_BATCH, num_workers=workers)
     features = []
     labels = []
     broken = []
-    for pixels, numbers, problems in progress(loader, 'images'):
+    for pixels, numbers, problems in progress(
+            DataLoader(Images(source, preprocess), IMAGE_BATCH, num_workers=workers), 'images'):
         broken += filter(None, problems)
-        if strict and broken:
-            raise ValueError(broken[0])
         cls = model.visual([pixels.to(model.logit_scale.device)])       # (1, B, D)
         features.append(unit(cls[0]).cpu())
         labels.append(numbers)
     if broken:
-        need(len(broken) < len(source), f'not one image can be used; {broken[0]}')
         print(f'left out   {len(broken)} of {len(source)} images', *broken, sep='\n           ')
+    need(len(broken) < len(source), 'not one image can be used')
     return torch.cat(features), torch.cat(labels)
 
 
 def embed_images(model, source, preprocess, workers=0):
-    """Paths, Pillow images or Shards -> (n, D) unit vectors on the CPU. ValueError for an image that cannot be read."""
-    features, _ = embed_labelled(model, source, preprocess, workers, strict=True)
+    """Paths, Pillow images or Shards -> (n, D) unit vectors on the CPU. Refused where an image cannot be read."""
+    features, labels = embed_labelled(model, source, preprocess, workers)
+    need((labels != BROKEN).all(), 'some images cannot be read, see above; give others')
     return features
 
 
@@ -458,8 +346,8 @@ def listed_captions(path, root, split='test'):
             listed = coco_pools(listing)
         else:
             listed = list(karpathy_pools(listing, split))
-        paths = [Path(root, name) for name, _ in listed]
-        return paths, *with_owners(path, [pool for _, pool in listed])
+    paths = [Path(root, name) for name, _ in listed]
+    return paths, *with_owners(path, [pool for _, pool in listed])
 
 
 HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']      # unless --caption-keys names others
@@ -470,18 +358,15 @@ def shard_captions(shards):
     keys = shards.caption_keys or HELD_OUT_KEYS
     pools = []
     for i in range(len(shards)):
-        with naming(shards, i, 'json'):
-            record = shards.record(i)
-            present = [key for key in keys if record.get(key)]
-            need(present, f"no caption under {', '.join(keys)}; name others with --caption-keys")
-            pool = record[present[0]]
-            need(isinstance(pool, (str, list)), f'{present[0]} is neither a text nor a list')
-            pools.append(pool)
+        record = shards.record(i)
+        present = [key for key in keys if record.get(key)]
+        need(present, f"{shards.name(i)} has no caption under {', '.join(keys)}; name others with --caption-keys")
+        pools.append(record[present[0]])
     return with_owners(shards.paths[0], pools)
 
 
-def evaluate(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
-    """Retrieval -> (figures, image features (n, D), caption features), for what else uses them.
+def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
+    """-> (figures, image features (n, D), caption features), for what else uses them.
 
     source: image paths with their captions and `owner`, or held-out shards, which have their own. An image that cannot
     be read is left out with its captions; its feature is NaN.
@@ -494,7 +379,7 @@ def evaluate(model, tokenizer, preprocess, source, captions=None, owner=None, wo
     number = readable.cumsum(dim=0) - 1                             # of an image among the readable ones
     rows = readable[owner]                                          # of the captions that stay
     figures = retrieval(image_features[readable], text_features[rows], number[owner[rows]])
-    return {'retrieval': figures}, image_features, text_features
+    return figures, image_features, text_features
 
 
 # --- 5. Zero-shot classification -------------------------------------------------------------------------------------
@@ -555,39 +440,30 @@ def class_names(source, path=None):
         need(len(names) == len(classes),
              f'{path} has {len(names)} names for {len(classes)} classes; give a line for each')
         return names
-    if all(re.fullmatch(r'n\d{8}', str(name)) for name in classes):
-        need(len(classes) == 1000,
-             f'{len(classes)} folders have WordNet ids, not all 1,000 of ImageNet; name them by --classes')
+    if len(classes) == 1000 and re.fullmatch(r'n\d{8}', str(classes[0])):
         return torchvision.models.ResNet18_Weights.DEFAULT.meta['categories']   # in the order of the ids
     names = []
     for name in classes:
-        if not isinstance(name, str):
-            name = name[0]                              # ImageNet: a tuple of synonyms
+        if isinstance(name, tuple):
+            name = name[0]                              # ImageNet: synonyms
         names.append(name.replace('_', ' ').strip())
     return names
 
 
-def torchvision_set(name, root, split=None, download=False):
-    """A classification set of torchvision.datasets, by its class's name in any case.
-
-    split: its name there (default: test). ValueError for a set that is not at `root`, or without labels.
-    """
+def torchvision_set(name, root, split, download=False):
+    """A classification set of torchvision.datasets by its name there, in any case. What it lacks it says itself."""
     kinds = {kind.lower(): getattr(torchvision.datasets, kind) for kind in torchvision.datasets.__all__}
-    kind = kinds.get(name.lower())
-    need(kind, f"torchvision.datasets has no '{name}'; it has {', '.join(sorted(kinds))}")
-    # EMNIST names `split`, and passes `train` and `download` on to MNIST
-    options = inspect.signature(kind).parameters | inspect.signature(kind.__base__).parameters
-    if 'split' not in options:
-        need(split in (None, 'train', 'test'),
-             f"torchvision's {name} has the splits 'train' and 'test' at most, not '{split}'")
-    values = {'split': split or 'test', 'train': split == 'train', 'download': download}
-    for option in values.keys() - options:
-        del values[option]
-    try:
-        return kind(root, **values)
-    except Exception as error:          # the sets raise what they like
-        raise ValueError(f'torchvision cannot read {name} from {root} ({first_line(error)}); '
-                         'try --download or another --split, such as val') from None
+    need(name.lower() in kinds, f"torchvision.datasets has no '{name}'; it has {', '.join(sorted(kinds))}")
+    kind = kinds[name.lower()]
+    options = {}
+    names = inspect.signature(kind).parameters
+    if 'split' in names:
+        options['split'] = split
+    elif 'train' in names:
+        options['train'] = split == 'train'
+    if download:
+        options['download'] = True
+    return kind(root, **options)
 
 
 # --- 6. Zero-shot segmentation ---------------------------------------------------------------------------------------
@@ -595,9 +471,9 @@ def torchvision_set(name, root, split=None, download=False):
 class Settings(NamedTuple):
     """How to segment. `segment` has a flag for each field."""
     size: int = 336                     # short side of the image, in pixels
-    scale: float = 40                   # of the cosines, before the softmax
-    probability: float = 0              # pixels whose best class has less become class 0
-    area: float = 0                     # classes with this share of the foreground or less vanish
+    scale: float = 40.0                 # of the cosines, before the softmax
+    probability: float = 0.0            # pixels whose best class has less become class 0
+    area: float = 0.0                   # classes with this share of the foreground or less vanish
     reduce_zero_label: bool = False     # label 0 of the masks is ignored, 1 becomes class 0
     window: int = 224                   # side of the window, in pixels
     stride: int = 112                   # step of the window, in pixels
@@ -727,76 +603,7 @@ def mask_pairs(images, masks, image_suffix, mask_suffix, listing=None):
     return [(pictures[stem], found[stem]) for stem in stems]
 
 
-# --- 7. Attention pictures -------------------------------------------------------------------------------------------
-
-def stretch(x):
-    """An array, scaled to [0, 1]; one of equal numbers becomes 0."""
-    return (x - x.min()) / max(np.ptp(x), 1e-12)
-
-
-def word_weights(tokenizer, caption, weights):
-    """weights (T,) of C^T over the ids of a caption -> [(word, weight)], scaled to [0, 1].
-
-    Pieces of a word are summed. Start, end and padding are keys too, but no words: they are left out before scaling.
-    """
-    words = []
-    sums = []
-    first = 1                                                       # position 0 is the start
-    for word, pieces in tokenizer.words(caption):
-        if first + pieces < len(weights):       # the rest of a long caption is cut off
-            words.append(word)
-            sums.append(weights[first:first + pieces].sum().item())
-        first += pieces
-    shares = stretch(np.array(sums or [0]))     # a caption may have no word
-    return list(zip(words, shares))
-
-
-@torch.no_grad()
-def attention(model, tokenizer, preprocess, image, caption):
-    """-> map (h, w) of C^I asked by the caption, [(word, weight)] of C^T asked by the image, both scaled to [0, 1]."""
-    device = model.logit_scale.device
-    ids = tokenizer([caption]).to(device)
-    pixels = preprocess(image)[None].to(device)
-    patches, weights = model.attention(pixels, ids)                 # (1, P), (1, T)
-    side = math.isqrt(patches.shape[1])
-    grid = patches.view(side, side).cpu().numpy()
-    return stretch(grid), word_weights(tokenizer, caption, weights[0])
-
-
-TILE = 224                  # side of an image, in pixels
-LINE = 18                   # height of a word
-MARGIN = 8
-
-
-def attention_picture(model, tokenizer, preprocess, image, captions, path):
-    """PNG of a row per caption: the image, the map of C^I over it, and a bar for each word, its weight in C^T."""
-    maps = [attention(model, tokenizer, preprocess, image, caption) for caption in captions]
-    most = max(len(words) for _, words in maps)
-    step = MARGIN + max(TILE, LINE * most)
-    width = 3 * TILE + 200                                      # a long word may stand beyond its bar
-    canvas = Image.new('RGB', (width, len(maps) * step + 30), 'white')      # the legend is below
-    draw = ImageDraw.Draw(canvas)
-    view = ImageOps.fit(image.convert('RGB'), (TILE, TILE))     # what `preprocess` shows the model
-    left = 2 * TILE + 3 * MARGIN
-    top = MARGIN
-    for grid, words in maps:
-        grey = Image.fromarray(np.uint8(255 * grid)).resize(view.size, Image.BILINEAR)
-        heat = ImageOps.colorize(grey, '#00204d', '#ffea46', '#7c7b78')  # for the colour-blind, too
-        canvas.paste(view, (MARGIN, top))
-        canvas.paste(Image.blend(view, heat, 0.6), (TILE + 2 * MARGIN, top))
-        y = top
-        for word, weight in words:
-            draw.rectangle((left, y, left + TILE * weight, y + LINE - 3), '#ffea46')
-            draw.text((left + 4, y), word, 'black', picture_font(12))
-            y += LINE
-        top += step
-    legend = 'image | where C^I looks: blue low, yellow high | how much C^T reads each word | each on its own scale'
-    draw.text((MARGIN, top), legend, 'black', picture_font(12))
-    with replacing(path) as partial:
-        canvas.save(partial, 'PNG')
-
-
-# --- 8. Commands -----------------------------------------------------------------------------------------------------
+# --- 7. Commands -----------------------------------------------------------------------------------------------------
 
 def show(figures, indent=''):
     """Print nested figures, one a line: fractions in percent, ranks as they are. Lists are for --json only."""
@@ -813,17 +620,18 @@ def show(figures, indent=''):
 
 def run_retrieval(args, model, tokenizer, preprocess):
     if args.shards:
-        listed = [Shards(half_of(args.shards, 'val'), args.caption_keys)]
+        listed = [Shards(args.shards, args.caption_keys, 'val')]
     else:
         path = args.karpathy or args.flickr or Path(args.coco, 'annotations/captions_val2017.json')
         root = args.coco or args.images or Path(path).parent
         listed = listed_captions(path, root, args.split)            # image paths, captions, owner
-    figures, *_ = evaluate(model, tokenizer, preprocess, *listed, workers=args.workers)
-    return figures['retrieval']
+    figures, *_ = zero_shot_retrieval(model, tokenizer, preprocess, *listed, workers=args.workers)
+    return figures
 
 
 def run_classify(args, model, tokenizer, preprocess):
     if args.folder:
+        need(Path(args.folder).is_dir(), f'--folder {args.folder} is no folder; give one with a folder per class')
         source = torchvision.datasets.ImageFolder(args.folder, loader=read_image)
     else:
         source = torchvision_set(args.dataset, args.root, args.split, args.download)
@@ -838,11 +646,8 @@ def run_classify(args, model, tokenizer, preprocess):
     scores = (features * vectors[found]).sum(dim=1)
     predictions = []
     for i, truth, k, score in zip(readable.tolist(), labels, found, scores.tolist()):
-        image = i
-        if args.folder:
-            image, _ = source.samples[i]
-        predictions.append({'image': image, 'truth': names[truth],
-                            'prediction': names[k], 'score': score})
+        image = source.samples[i][0] if args.folder else i
+        predictions.append({'image': image, 'truth': names[truth], 'prediction': names[k], 'score': score})
     return figures | {'prompts': ' | '.join(templates), 'names': names,
                       'confusion': matrix.tolist(), 'predictions': predictions}
 
@@ -886,28 +691,14 @@ def run_segment(args, model, tokenizer, preprocess):
             'prompts': ' | '.join(templates)} | segmentation_figures(matrix, names)
 
 
-def run_attend(args, model, tokenizer, preprocess):
-    image = read_image(args.image)
-    attention_picture(model, tokenizer, preprocess, image, args.text, args.out)
-    return {'picture': args.out}
-
-
-def run_export(args, model, tokenizer, preprocess):
-    return export(model, tokenizer, args.out)
-
-
 def add_options(command):
     """What every command takes."""
     add = command.add_argument
     add('checkpoint', metavar='CKPT')
-    add('--weights', choices=['teacher', 'student'], default='teacher',
-        help='which network (default: %(default)s)')
-    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='cuda or cpu (default: %(default)s)')
+    add('--weights', choices=['teacher', 'student'], default='teacher', help='which network (default: %(default)s)')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cuda or cpu (default: %(default)s)')
     add('--workers', type=int, default=2, help='processes that read images (default: %(default)s)')
     add('--vocab', help="CLIP's merges, for checkpoints that carry none")
-    add('--quick-gelu', action='store_true',
-        help="the activation of OpenAI's CLIP, for a state dict that does not say")
     add('--json', help='also write the figures to this file')
 
 
@@ -916,27 +707,23 @@ def add_retrieval(command):
     one('--coco', help='folder with images/val2017 and annotations/captions_val2017.json')
     one('--karpathy', help="Karpathy's dataset_coco.json or dataset_flickr30k.json")
     one('--flickr', help="the released code's flickr30k_val.json: a list of image and captions")
-    one('--shards', help='held-out shards; of a folder with train/ and val/ the half val/')
+    one('--shards', nargs='+', help='held-out shards; of a folder with train/ and val/ the half val/')
     add = command.add_argument
     add('--split', default='test', help="Karpathy's split (default: %(default)s)")
-    add('--images',
-        help='folder of the images of --karpathy or --flickr (default: beside the JSON)')
-    add('--caption-keys',
-        help='json keys of the captions of --shards, joined by commas: of each pair the first that it '
-        f"has counts (default: {','.join(HELD_OUT_KEYS)})")
+    add('--images', help='folder of the images of --karpathy or --flickr (default: beside the JSON)')
+    add('--caption-keys', help='json keys of the captions of --shards, joined by commas: of each pair the first that '
+        f"it has counts (default: {','.join(HELD_OUT_KEYS)})")
 
 
 def add_classify(command):
     one = command.add_mutually_exclusive_group(required=True).add_argument
-    one('--dataset', help='a classification set of torchvision.datasets: cifar10, dtd, ...')
+    one('--dataset', help='a classification set of torchvision.datasets: CIFAR10, DTD, ...')
     one('--folder', help='one folder of images per class')
     add = command.add_argument
     add('--root', default='data', help='where --dataset lies (default: %(default)s)')
-    add('--split',
-        help="torchvision's name of the split (default: test; ImageNet and Places365 have val)")
+    add('--split', default='test', help="torchvision's name of the split (default: %(default)s; ImageNet has val)")
     add('--download', action='store_true', help='let torchvision fetch it into --root')
-    add('--classes',
-        help='file of class names: a line each in the order of the sorted folders '
+    add('--classes', help='file of class names: a line each in the order of the sorted folders '
         "(default: the folders' names; of ImageNet torchvision's, 296 of them unlike the released ones)")
     add('--templates', help='file of prompts with {} for the class, a line each')
 
@@ -950,43 +737,21 @@ def add_segment(command):
     add('--mask-suffix', default='', help='end of mask names that images lack, as _labelTrainIds')
     add('--list', help='file of the stems to evaluate, as of a split')
     add('--templates', help='file of prompts with {} for the class')
-    add('--benchmark', choices=BENCHMARKS,
-        help='the released settings of this set; the flags below change single ones. The 80 released '
-        'prompts are not among them: give those by --templates')
-    add('--size', type=int, help='short side of the image, in pixels (default: 1.5 windows)')
-    add('--scale', type=float, help='of the cosines, before the softmax (default: 40)')
-    add('--probability', type=float,
-        help='pixels whose best class has less become class 0 (default: 0)')
-    add('--area', type=float,
-        help='classes with this share of the foreground or less vanish (default: 0)')
-    add('--window', type=int, help="side of the window, in pixels (default: the model's image)")
-    add('--stride', type=int, help='step of the window, in pixels (default: half a window)')
+    add('--benchmark', choices=BENCHMARKS, help='the released settings of this set; the flags below change single '
+        'ones. The 80 released prompts are not among them: give those by --templates')
     # None where they are not given: a benchmark's setting stays
-    add('--reduce-zero-label', action='store_true', default=None,
-        help='label 0 of the masks is ignored, 1 becomes class 0')
-    add('--csa', action='store_true', default=None,
-        help='correlative self-attention in the last block')
-
-
-def add_attend(command):
-    add = command.add_argument
-    add('--image', required=True)
-    add('--text', required=True, nargs='+', help='one or more captions')
-    add('--out', default='attention.png', help='the picture (default: %(default)s)')
-
-
-def add_export(command):
-    command.add_argument('out', metavar='OUT.pt')
+    for name, default in Settings._field_defaults.items():
+        how = {'type': type(default)}
+        if isinstance(default, bool):
+            how = {'action': 'store_true', 'default': None}
+        add(f"--{name.replace('_', '-')}", help=f'see Settings in eval.py (as {default})', **how)
 
 
 def execute(args):
     """Load the checkpoint, run the command, show its figures."""
-    model, tokenizer, preprocess = load(args.checkpoint, args.weights, args.vocab, args.quick_gelu)
+    model, tokenizer, preprocess = load(args.checkpoint, args.weights, args.vocab)
     print(f'{args.command} of {args.checkpoint} ({model.origin})')
-    try:
-        model.to(args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'--device {args.device} cannot be used ({first_line(error)}); use cpu') from None
+    model.to(args.device)
     figures = args.run(args, model, tokenizer, preprocess)
     show(figures)
     if args.json:
@@ -994,20 +759,18 @@ def execute(args):
 
 
 def main():
-    parser = Parser(epilog=__doc__)
+    parser = Parser(usage='%(prog)s COMMAND CKPT [options]', epilog=__doc__)
     commands = parser.add_subparsers(dest='command', required=True)
-    for name, run, add_flags, text in (
+    for name, function, add_flags, text in (
             ('retrieval', run_retrieval, add_retrieval, 'zero-shot R@1/5/10 and ranks, both ways'),
             ('classify', run_classify, add_classify, 'zero-shot top-1, top-5, mean per class'),
-            ('segment', run_segment, add_segment, 'zero-shot mIoU, and IoU of each class'),
-            ('attend', run_attend, add_attend, 'picture of the cross-attention weights'),
-            ('export', run_export, add_export, 'state dict for open_clip, and its config')):
+            ('segment', run_segment, add_segment, 'zero-shot mIoU, and IoU of each class')):
         command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run)
+        command.set_defaults(run=function)
         add_options(command)
         add_flags(command)
     execute(parser.parse_args())
 
 
 if __name__ == '__main__':
-    cli(main)
+    run(main)
