@@ -109,6 +109,15 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def save_tensors(path, value):
+    """torch.save, whole or not at all."""
+    with replacing(path) as temporary:
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:           # so it says that the disk is full
+            raise OSError(error) from None
+
+
 # --- 2. Shards: every header is read once, then any pair is one read away --------------------------------------------
 
 # The index is an array of integers, a row a pair: the number of its shard, then offset and size in bytes of each of its
@@ -205,12 +214,12 @@ class Shards:
         self.fingerprint = hashlib.sha1(repr([names, self.sizes]).encode()).hexdigest()
         if index:
             self.index = np.load(index, mmap_mode='r')
-        else:
-            # Few shards are not worth the seconds that processes take to start.
-            each = process_map if len(self.paths) > 16 else thread_map
-            tables = each(scan_shard, self.paths, range(len(self.paths)), chunksize=1,
-                          desc='reading headers', disable=None)
-            self.index = np.concatenate(tables)
+            return
+        # Few shards are not worth the seconds that processes take to start.
+        each = process_map if len(self.paths) > 16 else thread_map
+        tables = each(scan_shard, self.paths, range(len(self.paths)), chunksize=1,
+                      desc='reading headers', disable=None)
+        self.index = np.concatenate(tables)
         self.check_first_pairs()
 
     def __len__(self):
@@ -357,11 +366,9 @@ VOCAB_HELP = (f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or
 # the other 68 from U+0100 on. NB: this order is ids 0..255; with any other, released weights quietly read noise.
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES += [byte for byte in range(256) if byte not in BYTES]
-SYMBOL_BYTE = {chr(byte if k < 188 else k + 68): byte for k, byte in enumerate(BYTES)}
-BYTE_SYMBOL = {byte: symbol for symbol, byte in SYMBOL_BYTE.items()}
+BYTE_SYMBOL = {byte: chr(byte if k < 188 else k + 68) for k, byte in enumerate(BYTES)}
 
 SPECIAL = '<start_of_text>', '<end_of_text>'
-WITHOUT_MERGES = 2 * 256 + len(SPECIAL)         # ids
 WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
 
 
@@ -434,11 +441,13 @@ class Tokenizer:
         self.merges = list(merges)
         self.context_length = context_length
         self.rank = {tuple(line.split()): i for i, line in enumerate(self.merges)}
-        closing = [f'{symbol}</w>' for symbol in SYMBOL_BYTE]
-        self.symbols = [*SYMBOL_BYTE, *closing, *map(''.join, self.rank), *SPECIAL]
-        self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
-        self.vocab_size = len(self.symbols)
-        self.sot, self.eot = map(self.ids.get, SPECIAL)
+        byte_symbols = list(BYTE_SYMBOL.values())
+        closing = [f'{symbol}</w>' for symbol in byte_symbols]
+        fused = [left + right for left, right in self.rank]
+        symbols = [*byte_symbols, *closing, *fused, *SPECIAL]
+        self.ids = {symbol: i for i, symbol in enumerate(symbols)}
+        self.vocab_size = len(symbols)
+        self.sot, self.eot = [self.ids[symbol] for symbol in SPECIAL]
         self.cache = {symbol: [self.ids[symbol]] for symbol in SPECIAL}         # word -> ids
 
     @classmethod
@@ -460,7 +469,8 @@ class Tokenizer:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
         merges = {}     # a dict: a pair may return (abc = ab c or a bc) but keeps its rank
-        for _ in tqdm(range(vocab_size - WITHOUT_MERGES), 'learning merges', leave=False, disable=None):
+        merges_left = vocab_size - 2 * 256 - len(SPECIAL)
+        for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
             count = Counter()   # pair of symbols -> how often it occurs in all texts
             for word, symbols in words.items():
                 for pair in zip(symbols, symbols[1:]):

@@ -86,12 +86,14 @@ def read_checkpoint(path):
     """A file of tensors and plain values. Refused: anything else, above all what would have to run code to load."""
     need(Path(path).exists(), f'checkpoint {path} does not exist')
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        saved = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:          # of many kinds, for torn files and for others
         held = re.search(r'GLOBAL ([\w.]+)', str(error))
-        reason = f'it holds {held[1]}, which may run code' if held else str(error).partition('\n')[0]
+        reason = f'it holds {held[1]}, which may run code' if held else 'it is torn, or of another kind'
         raise Refused(f'{path} is no checkpoint that can be read ({reason}); fetch it again if it was fetched, or see '
                       'python -m extras.weights import --help') from None
+    need(isinstance(saved, dict), f'{path} holds no weights by name; save model.state_dict()')
+    return saved
 
 
 def infer_config(state, quick_gelu=False):
@@ -158,7 +160,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
         config = Config(**saved['config'])
         tokenizer = Tokenizer(saved['merges'], config.context_length)
     else:
-        need('visual.class_embedding' in state and len(state['visual.class_embedding']) != 1280,    # ViT-H: 80 wide
+        need('visual.class_embedding' in state and len(state['visual.class_embedding']) < 1280,     # ViT-H and larger
              f"{path} is neither ours, nor released, nor of an open_clip ViT with heads that are 64 wide (its keys: "
              f"{', '.join(list(state)[:5])}); python -m extras.weights import {path} OUT.pt converts others")
         config = infer_config(state, quick_gelu)
@@ -215,7 +217,7 @@ class Images(Dataset):
                 image, label = image
             elif not isinstance(image, Image.Image):
                 image = read_image(image)
-        except Unreadable as error:
+        except (Unreadable, OSError) as error:              # OSError: of torchvision's sets
             blank = self.preprocess(Image.new('RGB', (8, 8)))
             return math.nan * blank, BROKEN, f'image {i}: {error}'
         return self.preprocess(image), int(label), ''
@@ -239,7 +241,7 @@ def embed_labelled(model, source, preprocess, workers=0):
         labels.append(numbers)
     if broken:
         print(f'left out   {len(broken)} of {len(source)} images', *broken, sep='\n           ')
-    need(len(broken) < len(source), 'not one image can be used')
+        need(len(broken) < len(source), f'not one image can be used; {broken[0]}')
     return torch.cat(features), torch.cat(labels)
 
 
@@ -307,7 +309,7 @@ def with_owners(path, pools):
     captions = []
     owner = []
     for i, pool in enumerate(pools):
-        if isinstance(pool, str):
+        if not isinstance(pool, list):
             pool = [pool]
         captions += pool
         owner += [i] * len(pool)
@@ -358,7 +360,10 @@ def shard_captions(shards):
     keys = shards.caption_keys or HELD_OUT_KEYS
     pools = []
     for i in range(len(shards)):
-        record = shards.record(i)
+        try:
+            record = shards.record(i)
+        except Unreadable as error:
+            raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect') from None
         present = [key for key in keys if record.get(key)]
         need(present, f"{shards.name(i)} has no caption under {', '.join(keys)}; name others with --caption-keys")
         pools.append(record[present[0]])
@@ -631,8 +636,8 @@ def run_retrieval(args, model, tokenizer, preprocess):
 
 def run_classify(args, model, tokenizer, preprocess):
     if args.folder:
-        need(Path(args.folder).is_dir(), f'--folder {args.folder} is no folder; give one with a folder per class')
-        source = torchvision.datasets.ImageFolder(args.folder, loader=read_image)
+        with reading(args.folder):
+            source = torchvision.datasets.ImageFolder(args.folder, loader=read_image)
     else:
         source = torchvision_set(args.dataset, args.root, args.split, args.download)
     names = class_names(source, args.classes)
@@ -760,7 +765,7 @@ def execute(args):
 
 def main():
     parser = Parser(usage='%(prog)s COMMAND CKPT [options]', epilog=__doc__)
-    commands = parser.add_subparsers(dest='command', required=True)
+    commands = parser.add_subparsers(dest='command', required=True, prog=parser.prog)
     for name, function, add_flags, text in (
             ('retrieval', run_retrieval, add_retrieval, 'zero-shot R@1/5/10 and ranks, both ways'),
             ('classify', run_classify, add_classify, 'zero-shot top-1, top-5, mean per class'),

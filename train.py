@@ -43,7 +43,7 @@ from tqdm import tqdm
 import eval as evaluation
 from cosmos import COSMOS, GLOBALS, PRESETS, Config, Output, Teacher, total_loss
 from data import (POOLS, SIGNALS, Counts, Crops, Order, Parser, Refused, Shards, Tokenizer, Unreadable, loader,
-                  replacing, run)
+                  run, save_tensors)
 
 HERE = Path(__file__).parent
 
@@ -141,34 +141,43 @@ def check_ranges(options):
             raise Refused(f"--{name.replace('_', '-')} {value} is out of range; give {low} to {high}")
 
 
+def find_checkpoint(resume, out):
+    """What --resume names -> path, or None for a fresh start."""
+    if resume == 'auto':
+        path = Path(out, 'last.pt')
+        return path if path.exists() else None
+    if resume and Path(resume).is_dir():
+        return Path(resume, 'last.pt')
+    return resume
+
+
 def read_options(argv):
     """-> options, and what the checkpoint to go on from holds, {} for a fresh start.
 
     Defaults, the preset's recipe, the resumed run's options, what was typed: the last wins.
     """
     parser = make_parser()
-    typed = parser.parse_args(argv)             # only to see what decides the defaults; in doubt a default
+    typed = parser.parse_args(argv)             # a first look, for what decides the defaults
     preset = typed.preset or ('vit-b-16' if typed.data else 'tiny')
-    out = Path(typed.out or f'runs/{preset}-{typed.method}')
+    out = typed.out or f'runs/{preset}-{typed.method}'
+    path = find_checkpoint(typed.resume, out)
     saved = {}
-    if typed.resume:
-        path = out if typed.resume == 'auto' else Path(typed.resume)
-        if path.is_dir() or typed.resume == 'auto':
-            path = path / 'last.pt'
-        if path.exists() or typed.resume != 'auto':
-            saved = evaluation.read_checkpoint(path)
-            if 'shards' not in saved:
-                raise Refused(f'{path} holds no run to resume, or one of an older version; see --init')
-            out = Path(typed.out or path.parent)
-    resumed = saved.get('options', {})
+    if path:
+        saved = evaluation.read_checkpoint(path)
+        if 'shards' not in saved:
+            raise Refused(f'{path} holds no run to resume, or one of an older version; see --init')
+        out = typed.out or str(Path(path).parent)
+    resumed = dict(saved.get('options', {}))
+    for name in ('out', 'resume', 'device'):    # are of this command alone
+        resumed.pop(name, None)
     preset = typed.preset or resumed.get('preset', preset)
     parser.set_defaults(**PRESETS[preset].recipe | {'warmup': None})    # choose_lengths decides it
-    if not METHODS[resumed.get('method', typed.method)].colours:
+    if not METHODS[typed.method].colours:
         parser.set_defaults(augment='crops')
     parser.set_defaults(**resumed)
     if typed.steps or typed.epochs:             # it stands alone
         parser.set_defaults(steps=None, epochs=None)
-    parser.set_defaults(preset=preset, out=str(out), device='auto', resume=None)
+    parser.set_defaults(preset=preset, out=out)
     options = parser.parse_args(argv)
     check_ranges(options)
     for name, value in resumed.items():
@@ -176,7 +185,7 @@ def read_options(argv):
         if name in ('preset', 'method') and new != value:
             raise Refused(f'this run was started with --{name} {value}, not {new}; give the same to resume it, or '
                           'another --out')
-        if new != value and name not in ('steps', 'epochs', 'device', 'resume', 'out'):
+        if new not in (None, value):
             print(f'note       --{name} was {value}, is now {new}')
     return options, saved
 
@@ -306,7 +315,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype              # of autocast; None: none
-    tokenizer: Tokenizer
+    crops: Crops                    # the training set
     step: int = 0
     pairs: int = 0                  # seen, in steps of any size
     best: tuple = (-1.0, 0)         # mean R@1 on --val, and its step
@@ -319,6 +328,11 @@ class Run:
     @property
     def folder(self):
         return Path(self.options.out)
+
+    @property
+    def network(self):
+        """What is evaluated: the teacher, where there is one."""
+        return self.teacher.model if self.teacher else self.model
 
 
 class Step(NamedTuple):
@@ -479,11 +493,11 @@ def choose_folder(options):
         print(f'note       {name} holds a run, this one goes into {options.out}')
 
 
-def make_run(options, processes, config, tokenizer, weights, build, averages):
+def make_run(options, processes, crops, weights, build, averages):
     """Model, teacher and optimizer on this process, before the first step."""
     device = processes.device
     torch.manual_seed(options.seed)                         # all ranks start from the same weights
-    model = build(config).to(device)
+    model = build(crops.config).to(device)
     if weights:     # of --init, perhaps without cross-attention, or with one that this model lacks
         missing = model.load_state_dict(weights, strict=False).missing_keys
         print(f"init       {options.init}{'; cross-attention starts fresh' if missing else ''}")
@@ -494,7 +508,7 @@ def make_run(options, processes, config, tokenizer, weights, build, averages):
     options.precision, dtype = choose_precision(options.precision, device)
     # The usual start, 65,536, would overflow many times before it settles.
     scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=options.precision == 'fp16')
-    return Run(options, processes, model, InParts(model, options.accum), teacher, optimizer, scaler, dtype, tokenizer)
+    return Run(options, processes, model, InParts(model, options.accum), teacher, optimizer, scaler, dtype, crops)
 
 
 # --- 6. Checkpoints --------------------------------------------------------------------------------------------------
@@ -503,7 +517,7 @@ def networks(run):
     """What evaluation needs, and best.pt holds."""
     state = {
         'config': asdict(run.model.config),
-        'merges': run.tokenizer.merges,
+        'merges': run.crops.tokenizer.merges,
         'step': run.step,
         'student': run.model.state_dict()}
     if run.teacher:
@@ -511,12 +525,12 @@ def networks(run):
     return state
 
 
-def save(run, fingerprint):
+def save(run):
     """last.pt, whole or not at all. Refused where the disk is full, or where the weights are not finite."""
     last = run.folder / 'last.pt'
     state = networks(run) | {
         'options': vars(run.options),
-        'shards': fingerprint,
+        'shards': run.crops.shards.fingerprint,
         'pairs': run.pairs,
         'best': run.best,
         'seconds': time.perf_counter() - run.begun,
@@ -526,8 +540,7 @@ def save(run, fingerprint):
         raise Refused(f'the weights are not finite after step {run.step}, so they are not saved; go on from an '
                       f'earlier step by --resume {last} and a lower --lr or --clip-grad 1')
     if run.processes.rank == 0:
-        with replacing(last) as partial:
-            torch.save(state, partial)
+        save_tensors(last, state)
 
 
 def restore(run, saved):
@@ -570,36 +583,38 @@ def peak_memory(device):
 
 
 @torch.no_grad()
-def log_entry(run, done, losses, seconds, waited):
+def log_entry(run, done, seconds, waited, steps):
     """The log entry of the Step just done, means over all ranks: {name: number}. Every rank must call it.
 
-    losses: of the finite steps since the last entry. seconds since then, and how long of it no batch was there.
+    So many steps took `seconds` since the last entry, and for `waited` of them no batch was there.
     """
     options = run.options
-    step = run.step - 1
     cls = done.out.cls[0]                                               # (B, D)
     nearest = (cls @ done.out.eot[0].T).argmax(dim=1)
-    values = {
+    values = {name: term for name, (_, term) in done.parts.items()}
+    values |= {
         'loss': done.loss,
-        'mean_loss': torch.stack(losses).mean(),
-        'distill': done.loss - done.parts['clip'][1],
-        **{name: term for name, (_, term) in done.parts.items()},
+        'distill': done.loss - values['clip'],
         'accuracy': (nearest.cpu() == torch.arange(len(nearest))).double().mean(),
         'spread': cls.std(dim=0).norm(),
         'grad_norm': done.norm,
+        'scale': run.model.logit_scale.exp(),
         'waiting': waited / seconds,
-        'memory_GB': peak_memory(run.processes.device),
-        **dict(zip(('scale', 'distill_scale'), torch.stack(run.model.scales()).exp()))}
+        'memory_GB': peak_memory(run.processes.device)}
+    if run.method.cross_attention:
+        values['distill_scale'] = run.model.distill_logit_scale.exp()
     if done.cls_t is not None:
         values['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)
     sums = run.processes.sum(values.values())
-    means = {name: total / run.processes.world for name, total in zip(values, sums)}
-    return {
+    entry = {name: total / run.processes.world for name, total in zip(values, sums)}
+    return entry | {
         'step': run.step,
-        'lr': lr_at(step, options),
-        'momentum': momentum_at(step, options),
+        'epoch': run.pairs / len(run.crops.shards),
+        'lr': lr_at(run.step - 1, options),
+        'momentum': momentum_at(run.step - 1, options),
         'chance': math.log(options.batch),
-        'weights': {name: weight for name, (weight, _) in done.parts.items()}} | means
+        'weights': {name: weight for name, (weight, _) in done.parts.items()},
+        'pairs_per_s': steps * options.batch / seconds}
 
 
 def write_log(run, entry):
@@ -611,45 +626,46 @@ def write_log(run, entry):
         file.write(json.dumps(entry) + '\n')
     if 'loss' in entry:
         left = (run.options.steps - run.step) * run.options.batch / entry['pairs_per_s']
-        tqdm.write('step {step}  loss {mean_loss:.3f}  clip {clip:.3f}  distill {distill:.3f}  accuracy {accuracy:.0%}'
-                   '  lr {lr:.1e}  {pairs_per_s:.0f} pairs/s  '.format(**entry)
-                   + f'{timedelta(seconds=int(left))} left')
+        tqdm.write('step {step}  loss {loss:.3f}  clip {clip:.3f}  distill {distill:.3f}  accuracy {accuracy:.0%}  '
+                   'lr {lr:.1e}  {pairs_per_s:.0f} pairs/s  '.format(**entry) + f'{timedelta(seconds=int(left))} left')
 
 
 def held_out_figures(run, val):
     """Rank 0 scores the held-out shards, while the others wait -> figures, {} on the others and without --val.
 
-    They are the teacher's, where there is one. best.pt holds the networks of the best mean R@1 so far.
+    best.pt then holds the networks of the best mean R@1 so far.
     """
     figures = {}
     if val:
-        model = run.teacher.model if run.teacher else run.model
-        scored = model, run.tokenizer, evaluation.Preprocess(model.config.image_size)      # as evaluation.load returns them
-        retrieval, image_features, text_features = evaluation.zero_shot_retrieval(*scored, val)
+        scored = run.network, run.crops.tokenizer, evaluation.Preprocess(run.crops.config.image_size)
+        retrieval, *features = evaluation.zero_shot_retrieval(*scored, val)
         figures['retrieval'] = retrieval
         if 'objects' in val.record(0) and (HERE / 'lesson').is_dir():
             from lesson.suppression import during_training
-            figures |= during_training(*scored, image_features, val, run.folder, run.step)
+            figures |= during_training(*scored, features[0], val, run.folder, run.step)
         if (HERE / 'extras').is_dir():
             from extras.report import store
-            store(*scored, val, image_features, text_features, run.folder, run.step)
-        to_text = retrieval['image_to_text_R@1']
-        to_image = retrieval['text_to_image_R@1']
-        mean = (to_text + to_image) / 2
-        if mean > run.best[0]:
-            run.best = mean, run.step
-            with replacing(run.folder / 'best.pt') as partial:
-                torch.save(networks(run), partial)
-        tqdm.write(f'eval       step {run.step}  R@1 {to_text:.1%} image to text, {to_image:.1%} text to image, '
-                   f'mean {mean:.1%}  best {run.best[0]:.1%} at step {run.best[1]}')
+            store(*scored, val, *features, run.folder, run.step)
+        keep_best(run, retrieval['image_to_text_R@1'], retrieval['text_to_image_R@1'])
     run.processes.share()
     return figures
 
 
-def announce(run, shards, val):
+def keep_best(run, to_text, to_image):
+    """A line of R@1 both ways, and best.pt where their mean is the best so far."""
+    mean = (to_text + to_image) / 2
+    if mean > run.best[0]:
+        run.best = mean, run.step
+        save_tensors(run.folder / 'best.pt', networks(run))
+    tqdm.write(f'eval       step {run.step}  R@1 {to_text:.1%} image to text, {to_image:.1%} text to image, '
+               f'mean {mean:.1%}  best {run.best[0]:.1%} at step {run.best[1]}')
+
+
+def announce(run, val):
     """What this run will do, before it does it, and config.json."""
     options = run.options
-    config = asdict(run.model.config)
+    shards = run.crops.shards
+    config = asdict(run.crops.config)
     sizes = ', '.join(f'{name} {value}' for name, value in config.items())
     print(f'run        {options.method}, {options.preset}, on {len(shards):,} pairs, into {run.folder}\n'
           f'           steps {run.step} to {options.steps} of {options.batch} pairs, '
@@ -677,25 +693,23 @@ def announce(run, shards, val):
 MOST_BROKEN = 5         # steps in a row whose loss or gradient is not finite
 
 
-def train(run, crops, val):
+def train(run, val):
     """Take the steps that are left -> True where a signal ended it sooner. Either way the last step is saved."""
     options = run.options
     processes = run.processes
-    fingerprint = crops.shards.fingerprint
     caught = []
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: caught.append(number))
-    order = Order(len(crops.shards), options.batch, run.step, options.steps, options.seed, processes.rank,
+    order = Order(len(run.crops.shards), options.batch, run.step, options.steps, options.seed, processes.rank,
                   processes.world)
     # Half precision is faster with captions of multiples of 8 tokens.
-    batches = iter(loader(crops, order, options.workers, 8 if run.dtype else 1, run.method.cross_attention))
+    batches = iter(loader(run.crops, order, options.workers, 8 if run.dtype else 1, run.method.cross_attention))
     if options.eval_every and run.step == 0:
         write_log(run, {'step': 0, 'eval': evaluate(run, val)})         # what the first weights can do
     broken = bad = seen = 0         # steps in a row that were not finite; pairs that cannot be read; all pairs
-    losses = []                     # since the last log entry, and:
-    waited = 0.0
-    logged_at = saved_at = time.perf_counter()
     logged_step = run.step
+    waited = 0.0                    # since the last log entry
+    logged_at = saved_at = time.perf_counter()
     # A bar of rank 0, where there is a terminal.
     for _ in tqdm(range(run.step, options.steps), disable=None if processes.rank == 0 else True):
         before = time.perf_counter()
@@ -708,32 +722,27 @@ def train(run, crops, val):
         signals, bad_pairs = processes.sum([len(caught), batch.bad])
         bad += bad_pairs
         seen += options.batch
+        broken += 1
         if done.finite:
             broken = 0
-            losses.append(done.loss.detach())
         else:
-            broken += 1
             tqdm.write(f'WARNING    step {run.step} is left out: loss {done.loss:.4g}, gradient norm {done.norm:.4g}')
 
         eval_due = options.eval_every and run.step % options.eval_every == 0 and not last
         if done.finite and (run.step % options.log_every == 0 or run.step == 1 or last or eval_due):
-            now = time.perf_counter()
-            entry = log_entry(run, done, losses, now - logged_at, waited)
-            entry['epoch'] = run.pairs / len(crops.shards)
-            entry['pairs_per_s'] = (run.step - logged_step) * options.batch / (now - logged_at)
-            entry['bad_pairs'] = bad
+            seconds = time.perf_counter() - logged_at
+            entry = log_entry(run, done, seconds, waited, run.step - logged_step) | {'bad_pairs': bad}
             if eval_due:
                 entry['eval'] = evaluate(run, val)
             write_log(run, entry)
-            losses = []
+            logged_step = run.step
             waited = 0.0
             logged_at = time.perf_counter()
-            logged_step = run.step
 
         overdue = time.perf_counter() - saved_at > 60 * options.save_minutes > 0        # 0: never
         failure = reason_to_stop(run, broken, bad, seen)
         if signals or last or failure or overdue or run.step % options.save_every == 0:
-            save(run, fingerprint)
+            save(run)
             saved_at = time.perf_counter()
         if failure:
             processes.share()       # rank 0 saves: if another leaves first, torchrun kills it
@@ -814,7 +823,7 @@ def main(argv=None, build=COSMOS, averages=False):
     index = Path(options.out, 'index.npy')
     merges = Path(options.out, 'merges.txt')
     with processes.rank_0_first():
-        mine = processes.rank == 0 and not saved
+        mine = processes.rank == 0 and not (saved and index.exists())
         shards = open_data(options, None if mine else index)
         # Only to check that --batch fits.
         Order(len(shards), options.batch, start=0, stop=1, world=processes.world * options.accum)
@@ -843,7 +852,7 @@ def main(argv=None, build=COSMOS, averages=False):
     crops = Crops(shards, tokenizer, config, options.seed, options.batch, counts, options.augment, method.least)
 
     # Model, teacher, optimizer; of a run that is resumed as they were saved.
-    run = make_run(options, processes, config, tokenizer, weights, build, averages)
+    run = make_run(options, processes, crops, weights, build, averages)
     if saved:
         restore(run, saved)
     if options.compile:
@@ -855,11 +864,11 @@ def main(argv=None, build=COSMOS, averages=False):
     if run.step < options.steps:
         if processes.rank == 0:
             check_space(run)
-            announce(run, shards, val)
+            announce(run, val)
             if (HERE / 'extras').is_dir():
                 from extras.report import begin
                 begin(crops, run.folder)
-        if train(run, crops, val):
+        if train(run, val):
             print(f'stopped    step {run.step} is saved; go on by python train.py --resume {run.folder}')
             leave(128 + signal.SIGTERM)
     else:

@@ -15,8 +15,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from cosmos import COSMOS, PRESETS, Config, Teacher, clip_loss
-from data import Parser, Shards, Tokenizer, Views, cli, decode, half_of
+from cosmos import COSMOS, GLOBALS, PRESETS, Config, Teacher, total_loss
+from data import Crops, Parser, Shards, Tokenizer, Unreadable, read_image, run
 
 SECONDS = 5             # time for each part of the loader
 WARM_UP = 2             # steps that are not timed: the first ones allocate memory and choose kernels
@@ -54,29 +54,29 @@ def matmul_peak(device, dtype):
 def random_views(config, method, B, device):
     """V images of noise and U captions of random words: the globals of a method, and 6 local ones of each kind."""
     sides = [config.image_size] * method.global_images
-    lengths = [config.context_length] * method.global_captions
+    lengths = [config.context_length] * method.global_texts
     if method.local_images:
         sides += [config.local_image_size] * 6
-    if method.local_captions:
+    if method.local_texts:
         lengths += [min(24, config.context_length)] * 6     # as the longest sentence of a batch
     images = [torch.randn(B, 3, side, side, device=device) for side in sides]
     texts = [torch.randint(config.vocab_size, (B, length), device=device) for length in lengths]
     return images, texts
 
 
-def measure_step(preset, method, batch, precision, steps, device, compile):
+def measure_step(preset, method, batch, precision, steps, compile):
     """Steps on random data, timed by part: medians, samples/s, memory, FLOPs and their share of the machine's peak."""
-    device = torch.device(device)
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     train.keep_memory()
-    recipe = train.METHODS[method]
-    changes = {} if recipe.cross_attention else {'cross_heads': 0}
+    row = train.METHODS[method]
+    changes = {} if row.cross_attention else {'cross_heads': 0}
     config = Config.preset(preset, **changes)
     precision, dtype = train.choose_precision(precision, device)
     model = COSMOS(config).to(device)
-    teacher = Teacher(model) if recipe.distills_images else None
+    teacher = Teacher(model) if row.distills_images else None
     optimizer = train.make_optimizer(model, 1e-4, 0.1)
-    images, texts = random_views(config, recipe, batch, device)
-    taught = texts[:2] if recipe.distills_texts else None
+    images, texts = random_views(config, row, batch, device)
+    taught = texts[:GLOBALS] if row.distills_texts else None
     clock = Clock(device)
 
     def step():
@@ -86,10 +86,9 @@ def measure_step(preset, method, batch, precision, steps, device, compile):
                 out = model(images, texts)
             if teacher:
                 with clock('teacher forward'):
-                    cls_t, eot_t = teacher(images[:2], taught)
+                    cls_t, eot_t = teacher(images[:GLOBALS], taught)
         with clock('losses'):
-            terms = train.distill_terms(recipe, model, out, cls_t, eot_t)
-            loss = clip_loss(out, model.logit_scale.exp()) + sum(terms.values()) / max(len(terms), 1)
+            loss, _ = total_loss(model, out, cls_t, eot_t)
         with clock('backward'):
             loss.backward()
         with clock('AdamW'):
@@ -119,30 +118,31 @@ def report(clock, steps, batch, flops, peak):
         print(f'{part:18} {1000 * seconds:10.1f} ms   {seconds / step:4.0%}')
     memory = train.peak_memory(clock.device)
     speed = flops / step
-    print(f'step               {1000 * step:10.1f} ms   {batch / step:,.1f} samples/s   {memory:.2f} GB')
+    print(f'step               {1000 * step:10.1f} ms   {batch / step:,.1f} samples/s   '
+          f'{memory:.2f} GB')
     print(f'FLOPs              {flops / 1e9:10,.3f} GFLOP   {speed / 1e9:,.1f} GFLOP/s, '
           f'{speed / peak:.0%} of the {peak / 1e9:,.0f} that a product of large matrices reaches here')
 
 
 # --- 2. The loader ---------------------------------------------------------------------------------------------------
 
-def measure_loader(pattern, preset, rate):
+def measure_loader(shards, preset, rate):
     """What one worker does a second, by part, and how many such workers `rate` samples a second need."""
-    shards = Shards(half_of(pattern, 'train'))
+    source = Shards(shards, half='train')
     config = Config.preset(preset)
-    order = torch.randperm(len(shards)).tolist()
+    order = torch.randperm(len(source)).tolist()
     tokenizer = Tokenizer([], config.context_length)        # ids of words are cached, so merges cost no time
-    views = Views(shards, tokenizer, config, seed=0, batch=1)
+    crops = Crops(source, tokenizer, config, seed=0, batch=1)
     torch.set_num_threads(1)                                # as in a worker
 
-    parts = {'read': lambda i: (shards.image(i), shards.record(i)),
-             'read and decode': lambda i: decode(shards.image(i)),
-             'whole sample': lambda i: views[0, 0, i]}
+    parts = {'read': lambda i: (source.image(i), source.record(i)),
+             'read and decode': lambda i: read_image(source.image(i), 'it'),
+             'whole sample': lambda i: crops[0, 0, i]}
     for name, part in parts.items():
         done = 0
         begun = time.perf_counter()
         while time.perf_counter() - begun < SECONDS:
-            with contextlib.suppress(Exception):            # training goes on after a bad pair, too
+            with contextlib.suppress(Unreadable):           # training goes on after a bad pair, too
                 part(order[done % len(order)])
             done += 1
         speed = done / (time.perf_counter() - begun)
@@ -153,32 +153,29 @@ def measure_loader(pattern, preset, rate):
 # --- 3. Commands -----------------------------------------------------------------------------------------------------
 
 def main():
-    parser = Parser(prog='python -m extras.bench', epilog=__doc__)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser('step', help='time of a training step by part, on random data')
+    prog = 'python -m extras.bench'
+    parser = Parser(prog=prog, usage='%(prog)s step|loader ... [options]', epilog=__doc__)
+    commands = parser.add_subparsers(required=True, prog=prog)
+    command = commands.add_parser('step', help='time of a step by part', usage='%(prog)s [options]')
+    command.set_defaults(function=measure_step)
     add = command.add_argument
     add('--preset', choices=PRESETS, default='vit-b-16', help='model (default: %(default)s)')
-    add('--method', choices=train.METHODS, default='cosmos',
-        help='row of Table 5 (default: %(default)s)')
+    add('--method', choices=train.METHODS, default='cosmos', help='default: %(default)s')
     add('--batch', type=int, default=32, help='pairs a step (default: %(default)s)')
-    add('--precision', choices=['auto', *train.DTYPES], default='auto',
-        help='auto: bf16 where it is fast (default: %(default)s)')
+    add('--precision', choices=['auto', *train.DTYPES], default='auto', help='auto: bf16 if fast')
     add('--steps', type=int, default=10, help='how many are timed (default: %(default)s)')
-    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='cuda or cpu (default: %(default)s)')
     add('--compile', action='store_true', help="compile the transformer's blocks")
-    command.set_defaults(run=measure_step)
-    command = commands.add_parser('loader', help='samples a second of one loader worker, by part')
+    command = commands.add_parser('loader', help='speed of one worker by part',
+                                  usage='%(prog)s SHARDS ... [options]')
+    command.set_defaults(function=measure_loader)
     add = command.add_argument
-    add('pattern', help='folder, glob or pattern of shards')
+    add('shards', nargs='+', help='tars, or folders of them; of train/ and val/ the half train/')
     add('--preset', choices=PRESETS, default='vit-b-16', help='whose views (default: %(default)s)')
-    add('--rate', type=float, default=1000,
-        help='samples/s that the GPUs take (default: %(default)s)')
-    command.set_defaults(run=measure_loader)
+    add('--rate', type=float, default=1000, help='samples/s of the GPUs (default: %(default)s)')
     options = vars(parser.parse_args())
-    run = options.pop('run')
-    run(**options)
+    function = options.pop('function')
+    function(**options)
 
 
 if __name__ == '__main__':
-    cli(main)
+    run(main)

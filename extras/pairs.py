@@ -15,9 +15,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from data import Parser, cli
-from eval import (IMAGE_KINDS, add_options, embed_images, embed_texts, execute, need,
-                  read_json, reading)
+from data import Parser, Refused, run
+from eval import add_options, embed_images, embed_texts, execute, need, read_json, reading
 from extras.prepare import read_rows
 
 # --- 1. Items, and the layouts they are published in -----------------------------------------------------------------
@@ -29,49 +28,28 @@ class Item(NamedTuple):
     kind: str = None        # of what differs; the scores are given per kind
 
 
-def read_sugarcrepe(row):
-    return Item([row['filename']], [row['caption'], row['negative_caption']])
+# What tells a published layout: the columns of its images, and of its captions.
+COLUMNS = [
+    (['filename'], ['caption', 'negative_caption']),                    # SugarCrepe
+    (['pos_image_id', 'neg_image_id'], ['sentence']),                   # SVO-Probes
+    (['image_0', 'image_1'], ['caption_0', 'caption_1'])]               # Winoground
 
 
-def read_svo(row):
-    kind = None
-    for name in ('subj_neg', 'verb_neg', 'obj_neg'):
+def read_item(row, place):
+    """A row of one of the layouts -> Item; of MMVP-VLM half of one: the next row has the other image and statement."""
+    kind = row.get('type') or row.get('tag')
+    for name in 'subj_neg', 'verb_neg', 'obj_neg':                      # SVO-Probes
         if str(row.get(name)).lower() == 'true':
             kind = name
-    return Item([row['pos_image_id'], row['neg_image_id']], [row['sentence']], kind)
-
-
-def read_winoground(row):
-    images = [row['image_0'], row['image_1']]
-    return Item(images, [row['caption_0'], row['caption_1']], row.get('tag'))
-
-
-def read_mmvp(row):
-    """Half of an item: the next row has the other image and statement."""
-    image = f"{row['Type']}/{row['Question ID']}"
-    return Item([image], [f"a photo of {row['Statement']}"], row['Type'])
-
-
-def read_ours(row):
-    return Item(row['images'], row['captions'], row.get('type'))
-
-
-LAYOUTS = {             # what tells a layout: the names in its rows
-    ('images', 'captions'): read_ours,
-    ('filename', 'caption', 'negative_caption'): read_sugarcrepe,
-    ('pos_image_id', 'neg_image_id', 'sentence'): read_svo,
-    ('image_0', 'image_1', 'caption_0', 'caption_1'): read_winoground,
-    ('Question ID', 'Type', 'Statement'): read_mmvp,
-}
-
-
-def find_layout(row, place):
-    """The function that reads this row."""
-    for names, read in LAYOUTS.items():
-        if set(names) <= row.keys():
-            return read
-    raise ValueError(f"{place} has the keys {', '.join(map(str, row))}; it needs images and captions, "
-                     'or those of SugarCrepe, SVO-Probes, Winoground or MMVP-VLM')
+    if 'images' in row and 'captions' in row:
+        return Item(row['images'], row['captions'], kind)
+    if row.keys() >= {'Question ID', 'Type', 'Statement'}:              # MMVP-VLM
+        return Item([f"{row['Type']}/{row['Question ID']}"], [f"a photo of {row['Statement']}"], row['Type'])
+    for images, captions in COLUMNS:
+        if row.keys() >= {*images, *captions}:
+            return Item([row[name] for name in images], [row[name] for name in captions], kind)
+    raise Refused(f"{place} has the keys {', '.join(row)}; it needs images and captions, "
+                  'or those of SugarCrepe, SVO-Probes, Winoground or MMVP-VLM')
 
 
 def join_halves(halves):
@@ -82,14 +60,10 @@ def join_halves(halves):
     return items
 
 
-def is_list(value, kinds):
-    return isinstance(value, list) and all(isinstance(entry, kinds) for entry in value)
-
-
 def check_item(item, place):
-    """ValueError unless the item asks a question that has one right answer."""
-    need(is_list(item.images, str | int) and is_list(item.captions, str),
-         f'{place} needs a list of image names and a list of captions in words')
+    """Refused unless the item asks a question that has one right answer."""
+    need(isinstance(item.images, list) and isinstance(item.captions, list),
+         f'{place} needs a list of image names and a list of captions')
     k = len(item.images)
     m = len(item.captions)
     need(k == m > 1 or min(k, m) == 1 < max(k, m),
@@ -101,8 +75,7 @@ def read_items(path):
     rows = read_rows(path)
     items = []
     for number, row in enumerate(rows, 1):
-        read = find_layout(row, f'item {number} of {path}')
-        items.append(read(row))
+        items.append(read_item(row, f'item {number} of {path}'))
     if 'Question ID' in rows[0]:
         need(len(items) % 2 == 0,
              f'{path} has {len(items)} rows, but two of MMVP-VLM make an item; is it whole?')
@@ -147,9 +120,12 @@ def pair_scores(matrices):
     return figures
 
 
+ENDINGS = '.jpg', '.jpeg', '.png', '.webp'
+
+
 def find_image(root, name):
     """The file of an image that a published table names with or without an ending."""
-    for ending in IMAGE_KINDS:
+    for ending in ENDINGS:
         path = Path(root, f'{name}{ending}')
         if path.is_file():
             return path
@@ -245,16 +221,16 @@ def run_pairs(args, model, tokenizer, preprocess):
 
 
 def main():
-    parser = Parser(prog='python -m extras.pairs', epilog=__doc__)
+    parser = Parser(prog='python -m extras.pairs', epilog=__doc__,
+                    usage='%(prog)s CKPT --items FILE | --suppression DIR [options]')
     add_options(parser)
     parser.set_defaults(command='pairs', run=run_pairs)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument('--items',
-                        help='JSONL of images and captions, or a file of one of the four published sets')
-    source.add_argument('--suppression', help='folder with probes.json')
+    one = parser.add_mutually_exclusive_group(required=True).add_argument
+    one('--items', help='JSONL of images and captions, or a file of one of the four published sets')
+    one('--suppression', help='folder with probes.json')
     parser.add_argument('--images', help='folder of the images of --items (default: beside it)')
     execute(parser.parse_args())
 
 
 if __name__ == '__main__':
-    cli(main)
+    run(main)

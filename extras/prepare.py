@@ -3,41 +3,43 @@
     python -m extras.prepare pack rows.csv images/ shards --val 0.1   a tenth held out: shards/train and shards/val
     python -m extras.prepare pack rows.jsonl images/ shards           nothing held out; CSV, TSV and COCO's JSON do, too
     python -m extras.prepare join dreamlip.csv /shards /joined        DreamLIP's captions onto img2dataset's shards
-    python -m extras.prepare inspect shards/train                     counts, captions, what training would skip, views
+    python -m extras.prepare inspect shards                           counts, captions, what training would skip, views
 
 `pack` and `join` go on where they were interrupted, and refuse a folder of shards that were made from something else.
-Of a table that grew `pack` adds what is new.
 """
 import csv
+import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import sqlite3
 import sys
-import textwrap
+import tarfile
 from collections import Counter, defaultdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
-from torchvision.transforms.v2.functional import resize, to_pil_image
-from torchvision.utils import make_grid
+import torch
+from torchvision.transforms.v2.functional import resize
+from torchvision.utils import save_image
 
-from cosmos import PRESETS, Config
-from data import (CAPTION_KEYS, DREAMLIP, Parser, Shards, Views, caption_pool, cli, find_shards, half_of,
-                  open_image, picture_font, read_image, replacing, sample_views, sentences, unsplit,
-                  write_shard)
-from eval import first_line, need, progress, read_json, write_json
+from cosmos import PRESETS
+from data import (CAPTION_KEYS, DREAMLIP, JITTERS, Crops, Parser, Refused, Shards, Tokenizer,
+                  Unreadable, caption_pool, open_image, read_image, reading_image, recolour,
+                  replacing, run, sentences)
+from eval import need, progress, read_json, write_json
 
-IMAGE_COLUMNS = 'image', 'image_path', 'filepath', 'file_name', 'filename', 'path', 'file', 'image_name'
+IMAGE_COLUMNS = ('image', 'image_path', 'filepath', 'file_name', 'filename', 'path', 'file',
+                 'image_name')
 EVERY_CAPTION_KEY = sum(CAPTION_KEYS, [])
 URL_COLUMNS = 'url', 'URL', 'image_url', 'Image Path', 'image_path'     # DreamLIP's CSV: Image Path
 CAPTION_COLUMNS = 'caption', 'title', 'text', 'sentence'                # the first that is filled is the caption
 NAMED = 10              # images that cannot be used: the first show what is wrong with all
 INSPECTED = 5000        # pairs at most: enough for percentages, read in minutes
+LEARNED = 8192          # ids of a vocabulary that is learned to count tokens, as train.py learns it
 KINDS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}     # MPO: of some phones
 
 # --- 1. Rows ---------------------------------------------------------------------------------------------------------
@@ -55,16 +57,17 @@ def parse_json(text):
 
 
 def read_rows(path):
-    """The rows of a JSONL, JSON, CSV or TSV file, as dicts. Raises ValueError that names the file and the row."""
+    """The rows of a JSONL, JSON, CSV or TSV file, as dicts. Refused, with the file and the row, for others."""
     kind = Path(path).suffix.lower()
     try:
         text = Path(path).read_text(encoding='utf-8-sig')
+        first_line = text.partition('\n')[0]
         if kind == '.json':
             rows = parse_json(text)
         elif kind in ('.csv', '.tsv'):
-            delimiter = csv.Sniffer().sniff(first_line(text), ',;\t|').delimiter
+            delimiter = csv.Sniffer().sniff(first_line, ',;\t|').delimiter
             # A TSV has no quoting, nor has Flickr30k's '| ': a caption may begin with a quotation mark.
-            unquoted = kind == '.tsv' or '| ' in first_line(text)
+            unquoted = kind == '.tsv' or '| ' in first_line
             quoting = csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL
             rows = list(csv.DictReader(io.StringIO(text), strict=True, delimiter=delimiter,
                                        quoting=quoting, skipinitialspace=True))
@@ -72,10 +75,10 @@ def read_rows(path):
             rows = [json.loads(line) for line in text.split('\n') if line.strip()]
     except UnicodeDecodeError as error:
         line = error.object.count(b'\n', 0, error.start) + 1
-        raise ValueError(f'{path} is not UTF-8 (line {line}); save it as UTF-8, '
-                         'in Excel as the type CSV UTF-8') from None
-    except Exception as error:          # of many kinds, for files of other kinds
-        raise ValueError(f'{path} cannot be read as JSONL, JSON, CSV or TSV ({error!r})') from None
+        raise Refused(f'{path} is not UTF-8 (line {line}); save it as UTF-8, '
+                      'in Excel as the type CSV UTF-8') from None
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise Refused(f'{path} cannot be read as JSONL, JSON, CSV or TSV ({error!r})') from None
     need(rows, f'{path} has no rows')
     for number, row in enumerate(rows, 1):
         need(isinstance(row, dict), f'row {number} of {path} has no names for its values')
@@ -85,11 +88,11 @@ def read_rows(path):
 
 
 def find_column(names, columns, path, remedy=''):
-    """The first of `names` that the table has as a column. ValueError, with the remedy, where it has none of them."""
+    """The first of `names` that the table has as a column. Refused, with the remedy, where it has none of them."""
     for name in names:
         if name in columns:
             return name
-    raise ValueError(f"{path} has the columns {', '.join(columns)}, none of {', '.join(names)}{remedy}")
+    raise Refused(f"{path} has the columns {', '.join(columns)}, none of {', '.join(names)}{remedy}")
 
 
 def captions_under(key, record):
@@ -147,118 +150,93 @@ def records_by_image(rows, path, image_column=None, caption_column=None):
 
 # --- 2. Into shards --------------------------------------------------------------------------------------------------
 
-class LeftOut:
-    """Names the first ten images that cannot be used, and counts them all."""
-    count = 0
+def name_left_out(problems):
+    """Name the first ten images that cannot be used, and count the others."""
+    lines = problems[:NAMED]
+    if len(problems) > NAMED:
+        lines.append(f'{len(problems) - NAMED} more')
+    for line in lines:
+        print(f'left out   {line}', file=sys.stderr)
 
-    def add(self, problem):
-        self.count += 1
-        if self.count <= NAMED:
-            print(f'left out   {problem}', file=sys.stderr)
 
-    def end(self):
-        if self.count > NAMED:
-            print(f'left out   {self.count - NAMED} more', file=sys.stderr)
+def write_shard(path, members):
+    """A tar of (name, bytes), whole or not at all; of no members there is none. Equal members give equal bytes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, tarfile.open(partial, 'w', format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)            # its time is 0
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    if not tar.members:
+        path.unlink()
 
 
 def claim(out, **source):
-    """A folder of shards belongs to one source. A second run on it goes on; another source raises ValueError."""
+    """A folder of shards belongs to one source. A second run on it goes on; another source is Refused."""
     label = Path(out, 'source.json')
     if list(Path(out).rglob('*.tar')):              # without a shard it belongs to none: a command may be corrected
-        known = read_json(label) if label.exists() else {}
-        for key, value in source.items():
-            need(known.get(key) == value, f'{out} holds shards made from something else '
-                 f'({key} was {known.get(key)}, is {value}); give another folder, or empty it')
+        need(label.exists() and read_json(label) == source,
+             f'{out} holds shards made from something else (see {label}), or from rows that have '
+             'changed since; give another folder, or empty it')
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(label, source)
 
 
 def image_kind(image):
-    """The extension for encoded bytes in a shard; ValueError for what shards cannot hold."""
-    kind = open_image(image).format
+    """The extension for encoded bytes in a shard. Refused: what shards cannot hold."""
+    with reading_image('its image'):
+        kind = open_image(image).format
     need(kind in KINDS, f'{kind} is not among the kinds of image here; save it as JPEG, PNG or WebP')
     return KINDS[kind]
 
 
 def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_column=None):
-    """A file of rows and a folder of images -> shards of `size` images in `out`.
+    """A file of rows and a folder of images -> shards of up to `size` images in `out`.
 
     val: this share of the images goes to out/val, the others to out/train. Which ones depends on their names alone.
-    Image bytes are copied as they are. Rows whose image is missing or no image, or without a caption, are left out.
-    What is in a shard already stays there; what is in none goes into further ones.
+    Image bytes are copied as they are. Images that are missing or no images, or without a caption, are left out. A
+    shard that is there already is whole, and stays.
     """
-    need(size > 0, f'--size {size} is less than 1')
     need(0 <= val < 1, f'--val {val} is no share; give 0.1 for a tenth')
-    need(Path(images).is_dir(), f'{images} is no folder of images')
     records = records_by_image(read_rows(rows), rows, image_column, caption_column)
-    parts = defaultdict(dict)                       # folder of shards -> its {image name: record}
+    digest = hashlib.sha1(json.dumps(records).encode()).hexdigest()
+    claim(out, rows=f'{Path(rows).resolve()}', digest=digest, images=f'{Path(images).resolve()}',
+          size=size, val=val)
+    sides = defaultdict(list)                       # folder of shards: its records
     for name, record in records.items():
         side = 'val' if random.Random(name).random() < val else 'train'
         folder = Path(out, side) if val else Path(out)
-        parts[folder][name] = record
-    need(not val or len(parts) == 2,
-         f'--val {val} of {len(records)} images leaves a side empty; give another share')
-    claim(out, source=f'{Path(rows).resolve()}', images=f'{Path(images).resolve()}',
-          val=val, columns=[image_column, caption_column])
-    new = {}
-    for folder, part in parts.items():              # of both sides, before a shard of either is written
-        new[folder] = not_packed(part, folder, rows)
-    packed = 0
-    for folder, part in sorted(parts.items()):      # train first
-        write_new(new[folder], images, folder, size)
+        sides[folder].append(record)
+    problems = []
+    for folder, side in sorted(sides.items()):      # train first
+        for number in range(math.ceil(len(side) / size)):
+            path = Path(folder, f'{number:05d}.tar')
+            if not path.exists():
+                part = side[number * size:(number + 1) * size]
+                write_shard(path, packed(part, images, number, problems))
+    name_left_out(problems)
+    need(len(problems) < len(records),
+         f'none of the {len(records)} images could be packed; are they in {images}?')
+    for folder, side in sorted(sides.items()):
         there = len(Shards(folder)) if list(folder.glob('*.tar')) else 0
-        print(f'{folder} holds {there:,} of the {len(part):,} images listed, '
-              f'{len(part) - there:,} left out')
-        packed += there
-    need(packed, f'none of the {len(records)} images could be packed; are they in {images}?')
+        print(f'{folder} holds {there:,} of the {len(side):,} images listed')
 
 
-def not_packed(records, folder, rows):
-    """{image name: record} of what is in no shard yet. ValueError where a shard holds what is not among the records."""
-    new = dict(records)
-    shards = Shards(folder) if list(folder.glob('*.tar')) else ()
-    for i in progress(range(len(shards)), 'reading shards'):
-        name = shards.record(i)['file']
-        record = json.dumps(new.pop(name, None))
-        need(record.encode() == shards.member(i, 'json'),
-             f"{folder} holds '{name}', whose rows in {rows} are gone or changed; "
-             'give another folder, or empty it')
-    return new
-
-
-def usable(records, images):
-    """(extension, bytes, record) of the images that can be packed. The others are left out."""
-    left_out = LeftOut()
-    for name, record in progress(records.items(), 'packing'):
+def packed(records, images, number, problems):
+    """(name, bytes) of the members of a shard. Why an image is left out goes into `problems`."""
+    for i, record in enumerate(progress(records, 'packing')):
         try:
-            path = Path(images, name)
-            image = path.read_bytes()
-            read_image(path, 'it')
+            image = Path(images, record['file']).read_bytes()
+            read_image(image, 'it')
             need(caption_pool(record), f"no caption under {', '.join(record)}")
             kind = image_kind(image)
-        except (OSError, ValueError) as error:
-            left_out.add(f'{name}: {error}')
+        except (OSError, Refused) as error:
+            problems.append(f"{record['file']}: {error}")
             continue
-        yield kind, image, record
-    left_out.end()
-
-
-def write_new(records, images, folder, size):
-    """Further shards, 00000.tar ..., of `size` images. A name that is taken is passed over: its shard is whole."""
-    found = usable(records, images)
-
-    def members(number):
-        for i, (kind, image, record) in enumerate(itertools.islice(found, size)):
-            key = f'{number:05d}{i:05d}'
-            yield f'{key}.{kind}', image
-            yield f'{key}.json', json.dumps(record).encode()
-
-    for number in itertools.count():
-        path = Path(folder, f'{number:05d}.tar')
-        if not path.exists():
-            write_shard(path, members(number))
-            if not path.exists():                   # nothing was left for it
-                break
+        key = f'{number:05d}{i:05d}'
+        yield f'{key}.{kind}', image
+        yield f'{key}.json', json.dumps(record).encode()
 
 
 def read_captions(table):
@@ -272,59 +250,52 @@ def read_captions(table):
     with open(table, encoding='utf-8-sig', errors='replace', newline='') as file:
         reader = csv.DictReader(file)
         column = find_column(URL_COLUMNS, reader.fieldnames or (), table)
-        try:
-            for row in progress(reader, 'reading the table'):
-                url = (row[column] or '').strip()
-                record = {}
-                for key in DREAMLIP:
-                    found = sentences(row.get(key))
-                    if found:
-                        record[key] = found
-                if url and record:
-                    database.execute('insert or ignore into captions values (?, ?)',
-                                     (url, json.dumps(record)))
-        except csv.Error as error:
-            raise ValueError(f'{table} is no CSV after its line {reader.line_num} ({error})') from None
+        for row in progress(reader, 'reading the table'):
+            url = (row[column] or '').strip()
+            record = {}
+            for key in DREAMLIP:
+                found = sentences(row.get(key))
+                if found:
+                    record[key] = found
+            if url and record:
+                database.execute('insert or ignore into captions values (?, ?)',
+                                 (url, json.dumps(record)))
     return database
 
 
-def join(table, pattern, out):
+def join(table, shards, out):
     """DreamLIP's CSV onto img2dataset's shards, by URL: new shards of the pairs it knows, with its captions."""
-    find_shards(pattern)                # its error is the better one where there are none
-    try:
-        shards = Shards(pattern, caption_keys='url')
-    except ValueError:
-        raise ValueError(f"{pattern} has no 'url' to join by in its json; "
-                         'is it as img2dataset wrote it?') from None
+    need(Path(table).is_file(), f'{table} is no file; give a CSV with the captions')
+    source = Shards(shards)
     database = read_captions(table)
-    stat = os.stat(table)
-    claim(out, source=f'{Path(table).resolve()}, {stat.st_size:,} bytes, {stat.st_mtime_ns}',
-          shards=shards.fingerprint)
+    claim(out, source=f'{Path(table).resolve()}, {os.path.getsize(table):,} bytes',
+          shards=source.fingerprint)
     counts = Counter()
-    left_out = LeftOut()
+    problems = []
 
     def members(number):
-        for i in np.flatnonzero(shards.pairs['shard'] == number):
+        for i in np.flatnonzero(source.index[:, 0] == number):
             counts['pairs'] += 1
             try:
-                image = shards.image(i)
-                record = shards.record(i)
+                image = source.image(i)
+                record = source.record(i)
                 kind = image_kind(image)
-                url = str(record.get('url') or '').strip()
-                row = database.execute('select record from captions where url = ?', (url,)).fetchone()
-            except Exception as error:              # decoders raise what they like
-                left_out.add(f'{shards.name(i)}: {error}')
+            except Refused as error:
+                problems.append(f'{source.name(i)}: {error}')
                 continue
+            url = str(record.get('url') or '').strip()
+            found = database.execute('select record from captions where url = ?', (url,))
+            row = found.fetchone()
             if row:
                 counts['matched'] += 1
                 yield f'{number:05d}{i:07d}.{kind}', image
                 yield f'{number:05d}{i:07d}.json', json.dumps(record | json.loads(row[0])).encode()
 
-    for number in progress(range(len(shards.paths)), 'writing shards'):
+    for number in progress(range(len(source.paths)), 'writing shards'):
         path = Path(out, f'{number:05d}.tar')
         if not path.exists():                       # only whole shards have that name
             write_shard(path, members(number))
-    left_out.end()
+    name_left_out(problems)
     print(f"{counts['matched']:,} of {counts['pairs']:,} pairs matched "
           f"({counts['matched'] / max(counts['pairs'], 1):.1%}), in the shards that {out} lacked")
 
@@ -332,114 +303,132 @@ def join(table, pattern, out):
 # --- 3. A look at shards ---------------------------------------------------------------------------------------------
 
 TILE = 128      # side of a view on the sheet, in pixels
-LINE = 17       # height of a line of text
-LETTER = 8      # width of a letter: capitals on the average, others less
 
 
-def sample_sheet(views, path):
-    """A PNG of what the student is shown: for pairs from all over the set, the views, and below them the text crops."""
-    width = max(len(views.kinds), 6) * (TILE + 4) + 4                   # 6: captions need room, too
-    rows = []
-    for _, images, captions, _ in sample_views(views):
-        tiles = [resize(image, [TILE, TILE]) for image in images]
-        lines = []
-        for label, caption in zip('G' * views.global_texts + 'L' * views.local_texts, captions):
-            lines += textwrap.wrap(f'{label}   {caption}', width // LETTER)
-        rows.append((to_pil_image(make_grid(tiles, nrow=len(tiles), padding=4, pad_value=1)), lines))
-    height = LINE + sum(picture.height + LINE * len(lines) for picture, lines in rows)
-    sheet = Image.new('RGB', (width, height), 'white')
-    write = partial(ImageDraw.Draw(sheet).text, fill='black', font=picture_font(12))
-    write((4, 0), f'{views.global_images} global views, the others local; below: G a global caption, L a local one')
-    top = LINE
-    for picture, lines in rows:
-        sheet.paste(picture, (0, top))
-        top += picture.height
-        for line in lines:
-            write((4, top), line)
-            top += LINE
-    with replacing(path) as temporary:
-        sheet.save(temporary, 'PNG')
+def sample_views(crops):
+    """What the student is shown: yields (index, views (3, s, s) in [0, 1], captions, boxes) of pairs from all over the
+    set."""
+    for index in np.unique(np.linspace(0, len(crops.shards) - 1, 4, dtype=int)):
+        try:
+            images, colours, captions, boxes = crops.sample(0, index)
+        except Unreadable:
+            continue
+        views = []
+        for image, numbers in zip(images, colours):
+            views.append(recolour(image[None], torch.tensor([numbers]), JITTERS)[0])
+        yield index, views, captions, boxes
+
+
+def sample_sheet(crops, path):
+    """A PNG of what the student is shown, a row for each pair, and its captions on the terminal."""
+    tiles = []
+    labels = ['global'] * crops.counts.global_texts + ['local'] * crops.counts.local_texts
+    for index, views, captions, _ in sample_views(crops):
+        tiles += [resize(view, [TILE, TILE]) for view in views]
+        print(f'row {len(tiles) // len(views)} of {path}: pair {index}')
+        for label, caption in zip(labels, captions):
+            print(f'    {label:6}  {caption}')
+    with replacing(path) as partial:
+        save_image(tiles, partial, format='png', nrow=len(crops.kinds), padding=4, pad_value=1)
+
+
+def unsplit(record):
+    """Whether a list of DreamLIP's is one item of several sentences. It passes whole, so it gives one caption."""
+    lists = [record[key] for key in DREAMLIP if isinstance(record.get(key), list)]
+    return any(len(value) == 1 < len(sentences(value)) for value in lists)
+
+
+def too_long(captions, texts, context_length, vocab):
+    """How many captions are longer than the context, and by which vocabulary."""
+    if vocab or 'COSMOS_VOCAB' in os.environ:
+        tokenizer = Tokenizer.clip(vocab)
+        by = "CLIP's vocabulary"
+    else:
+        tokenizer = Tokenizer.learn(texts, LEARNED)
+        by = 'a vocabulary learned from these pairs'
+    room = context_length - 2                       # without start and end
+    long = sum(len(tokenizer.encode(caption)) > room for caption in captions)
+    return f'{long:,} of {len(captions):,} captions of one pass, {context_length} tokens by {by}'
 
 
 def percentiles(values):
     return ', '.join(f'{q} % {np.percentile(values, q):g}' for q in (0, 10, 50, 90, 100))
 
 
-def inspect(pattern, caption_keys, preset, out):
+def inspect(shards, caption_keys, preset, vocab, out):
     """A report on pairs from all over the set, and a sheet of views. What cannot be read is left out."""
-    shards = Shards(half_of(pattern, 'train'), caption_keys)
-    views = Views(shards, None, Config.preset(preset), seed=0, batch=1,
-                  augment='crops' if preset == 'tiny' else 'full')
-    sample = np.unique(np.linspace(0, len(shards) - 1, INSPECTED, dtype=int))
-    left_out = LeftOut()
+    source = Shards(shards, caption_keys, 'train')
+    config, recipe = PRESETS[preset]
+    crops = Crops(source, None, config, seed=0, batch=1, augment=recipe.get('augment', 'full'))
+    sample = np.unique(np.linspace(0, len(source) - 1, INSPECTED, dtype=int))
+    problems = []
     pools = []
+    captions = []
     paragraphs = 0
     images = set()
     keys = Counter()
     for i in progress(sample, 'reading pairs'):
         try:
-            views.views(0, i)                       # as training does
-        except Exception as error:                  # decoders raise what they like
-            left_out.add(f'{shards.name(i)}: {error}')
+            captions += crops.sample(0, i)[2]       # as training does
+        except Unreadable as error:
+            problems.append(f'{source.name(i)}: {error}')
             continue
-        pools.append(shards.pool(i))
-        images.add(hash(shards.image(i)))
-        record = shards.record(i)
+        pools.append(source.pool(i))
+        images.add(hash(source.image(i)))
+        record = source.record(i)
         keys.update(record.keys())
-        if unsplit(record):
-            paragraphs += 1
-    left_out.end()
-    need(pools, f'none of {len(sample)} pairs of {pattern} can be read')
+        paragraphs += unsplit(record)
+    name_left_out(problems)
     texts = sum(pools, [])
-    print(f'{len(shards):,} pairs in {len(shards.paths)} shards, {sum(shards.sizes) / 2**20:,.1f} MiB')
-    print('left out            ', f'{left_out.count} of {len(sample)} pairs read; training skips them')
+    print(f'{len(source):,} pairs in {len(source.paths)} shards, {sum(source.sizes) / 2**20:,.1f} MiB')
+    print('left out            ', f'{len(problems)} of {len(sample)} pairs read; training skips them')
     print('keys                ',
           ', '.join(f'{key} ({n / len(pools):.0%})' for key, n in keys.most_common()))
     print('sentences per pair  ', percentiles(list(map(len, pools))))
     print('unsplit paragraphs  ', f'in {paragraphs} of {len(pools)} pairs'
           " under DreamLIP's keys; pack splits those that are strings")
     print('words per sentence  ', percentiles([len(text.split()) for text in texts]))
+    print('longer than context ', too_long(captions, texts, config.context_length, vocab))
     print('repeated            ', f'{len(pools) - len(images)} of {len(pools)} images, '
           f'{len(texts) - len(set(texts))} of {len(texts)} sentences')
-    print('an example          ', ' | '.join(pools[0]))
-    sample_sheet(views, out)
-    print('views and text crops', out)
+    sample_sheet(crops, out)
 
 
 # --- 4. Commands -----------------------------------------------------------------------------------------------------
 
 def main():
-    parser = Parser(prog='python -m extras.prepare', epilog=__doc__)
-    commands = parser.add_subparsers(required=True)
+    prog = 'python -m extras.prepare'
+    parser = Parser(prog=prog, usage='%(prog)s pack|join|inspect ... [options]', epilog=__doc__)
+    commands = parser.add_subparsers(required=True, prog=prog)
 
-    def command(run, text):
-        subparser = commands.add_parser(run.__name__, help=text)
-        subparser.set_defaults(run=run)
-        return subparser.add_argument
+    def command(function, arguments, text):
+        one = commands.add_parser(function.__name__, usage=f'%(prog)s {arguments} [options]', help=text)
+        one.set_defaults(function=function)
+        return one.add_argument
 
-    add = command(pack, 'rows and a folder of images into shards')
+    add = command(pack, 'ROWS IMAGES OUT', 'rows and a folder of images into shards')
     add('rows', help='JSONL {"image", "captions"}, a CSV or TSV alike, or COCO-caption JSON')
     add('images', help='folder in which the images have these names')
     add('out', help='folder of the shards')
-    add('--image-column', help=f"column of the image names (default: the first of {', '.join(IMAGE_COLUMNS)})")
+    add('--image-column',
+        help=f"column of the image names (default: the first of {', '.join(IMAGE_COLUMNS)})")
     add('--caption-column', help='column of the caption; no other text of the row is then used')
-    add('--val', type=float, default=0.0,
-        help='share of the images for OUT/val; the others go to OUT/train (default: %(default)s)')
+    add('--val', type=float, default=0.0, help='share of the images for OUT/val; OUT/train has the others')
     add('--size', type=int, default=5000, help='images a shard (default: %(default)s)')
-    add = command(join, "DreamLIP's captions onto img2dataset's shards")
+    add = command(join, 'TABLE SHARDS ... OUT', "DreamLIP's captions onto img2dataset's shards")
     add('table', help='CSV with a column of URLs, and seven of captions')
-    add('pattern', help='folder, glob or pattern of shards whose json has the url')
+    add('shards', nargs='+', help='tars, or folders of them, whose json has the url')
     add('out', help='folder of the new shards')
-    add = command(inspect, 'counts, captions, what training would skip, and a sheet of views')
-    add('pattern', help='folder, glob or pattern of shards')
+    add = command(inspect, 'SHARDS ...', 'counts, captions, what training would skip, views')
+    add('shards', nargs='+', help='tars, or folders of them; of train/ and val/ the half train/')
     add('--caption-keys', help='comma-separated json keys of the captions')
-    add('--preset', choices=PRESETS, default='tiny',
-        help='whose views to draw (default: %(default)s)')
-    add('--out', default='samples.png', help='the contact sheet (default: %(default)s)')
+    add('--preset', choices=PRESETS, default='tiny', help='whose views (default: %(default)s)')
+    add('--vocab', help="CLIP's merges, to count tokens (default: COSMOS_VOCAB, else learned ones)")
+    add('--out', default='samples.png', help='the sheet of views (default: %(default)s)')
     options = vars(parser.parse_args())
-    run = options.pop('run')
-    run(**options)
+    function = options.pop('function')
+    function(**options)
 
 
 if __name__ == '__main__':
-    cli(main)
+    run(main)

@@ -1,4 +1,4 @@
-"""A run as one page: curves, what the student sees, where the heads look, what retrieval confuses.
+"""A run as one page: what the student sees, curves, where cross-attention looks.
 
     python -m extras.report runs/tiny-cosmos                    writes runs/tiny-cosmos/report.html
     python -m extras.report runs/tiny-cosmos runs/tiny-clip     both on one page, in the folder of the first
@@ -12,7 +12,6 @@ import io
 import json
 import platform
 import shlex
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -23,15 +22,14 @@ from PIL import ImageOps
 from torchvision.transforms.v2.functional import to_pil_image
 
 from cosmos import unit
-from data import Parser, cli, read_image, replacing, sample_views
-from eval import (need, ranks, read_json, read_lines, shard_captions, shard_image, stretch,
-                  word_weights)
+from data import Parser, Refused, read_image, replacing, run
+from eval import need, read_json, read_lines, shard_captions, shard_image
+from extras.attend import stretch, word_weights
+from extras.prepare import sample_views
 
 SHOWN = 24              # images of the explorer, the first held-out ones
 RIVALS = 5              # captions of other images that an image is asked about, too
-EXAMPLES = 10           # of hits, and of misses
 MOST_STEPS = 6          # with maps on a page
-MOST_LINES = 400        # of the log
 SIDE = 224              # of an image on the page, in pixels
 SMALL = 128
 
@@ -41,8 +39,9 @@ def keep(folder, name, part):
     """Adds a part of the page, as bytes of JSON, to folder/maps.npz. Tensors of one number become that."""
     path = Path(folder, 'maps.npz')
     arrays = {}
-    with suppress(Exception), np.load(path) as stored:      # none yet, or a damaged one, which is replaced
-        arrays = dict(stored)
+    if path.exists():
+        with np.load(path) as stored:
+            arrays = dict(stored)
     arrays[name] = json.dumps(part, default=float).encode()
     with replacing(path) as partial, open(partial, 'wb') as file:
         np.savez_compressed(file, **arrays)
@@ -57,26 +56,24 @@ def picture(image, side):
     return 'data:image/jpeg;base64,' + base64.b64encode(file.getvalue()).decode()
 
 
-def begin(views, folder):
+def begin(crops, folder):
     """What is known before the first step: four pairs as the student sees them, and how the run was started."""
     pairs = []
-    for index, crops, captions, boxes in sample_views(views):
-        image = read_image(views.shards.image(index))
+    for index, views, captions, boxes in sample_views(crops):
+        image = read_image(crops.shards.image(index))
         pairs.append({
             'image': picture(image, SIDE),
             'size': image.size,                             # in which the boxes are given
-            'crops': [picture(to_pil_image(crop), SMALL) for crop in crops],
+            'views': [picture(to_pil_image(view), SMALL) for view in views],
             'boxes': boxes,                                 # (y, x, h, w)
             'captions': captions})
     machine = platform.platform()
     if torch.cuda.is_available():
         machine += f', {torch.cuda.get_device_name()}'
-    here = shlex.quote(str(Path(__file__).parent))
     keep(folder, 'start', {
         'pairs': pairs,
-        'counts': views.counts,
+        'counts': crops.counts,
         'command': shlex.join(['python', *sys.argv]),
-        'commit': subprocess.getoutput(f'git -C {here} describe --always --dirty 2> /dev/null'),
         'machine': machine,
         'versions': f'Python {platform.python_version()}, torch {torch.__version__}'})
 
@@ -103,20 +100,17 @@ def ask(model, tokenizer, pixels, entries):
     """What the model makes of images (B, 3, S, S) and n texts about them, into their entries.
 
     cosine: of image and text. map: a byte a patch; 0 is the least of all patches, 255 the most. ends: that least and
-    most. words: how much C^T reads each. Maps are the weights of C^I. A model without heads has none, and no words:
-    there they are cosines of the patches.
+    most. words: how much C^T reads each. Maps are the weights of C^I. A model without cross-attention has none, and no
+    words: there they are cosines of the patches.
     """
     owner = [entry['image'] for entry in entries]
     texts = [entry['text'] for entry in entries]
-    distinct, rows = np.unique(texts, return_inverse=True)              # many images share a name
-    ids = tokenizer(distinct.tolist()).to(pixels.device)
-    eot, tokens = model.encode_text(ids)
+    eot, words = model.encode_text(tokenizer(texts).to(pixels.device))  # (n, D), (n, T, D)
     cls, patches = model.encode_image(pixels)
-    eot = eot[rows]                                                     # (n, D)
     cls = cls[owner]                                                    # (n, D)
     if model.has_cross_attention:
         maps = model.image_cross.weights(eot, patches[owner])           # (n, P)
-        weights = model.text_cross.weights(cls, tokens[rows])           # (n, T)
+        weights = model.text_cross.weights(cls, words)                  # (n, T)
         for entry, row in zip(entries, weights):
             entry['words'] = word_weights(tokenizer, entry['text'], row)
     else:
@@ -130,77 +124,49 @@ def ask(model, tokenizer, pixels, entries):
         entry['ends'] = grid.aminmax()
 
 
-def examples(shards, image_features, text_features, captions, owner):
-    """The first images that find their caption, and the first that do not -> [{rank, sides}].
-
-    sides: {text, cosine, image} of the best of its own captions, and of the best of all others.
-    owner (captions,): the image of each caption.
-    """
-    images = torch.arange(len(image_features))
-    rank = ranks(image_features, text_features, images, owner)
-    found = []
-    for wanted in rank == 1, rank > 1:
-        for i in images[wanted][:EXAMPLES].tolist():
-            scores = text_features @ image_features[i]      # (captions,)
-            best = scores.where(owner == i, -2).argmax()
-            rival = scores.where(owner != i, -2).argmax()
-            sides = []
-            for k in best, rival:
-                image = shard_image(shards, owner[k].item())
-                sides.append({'text': captions[k], 'cosine': scores[k], 'image': picture(image, SMALL)})
-            found.append({'rank': rank[i], 'sides': sides})
-    return found
-
-
 @torch.no_grad()
 def store(model, tokenizer, preprocess, shards, image_features, text_features, folder, step):
-    """What the page shows of an evaluation. Features are those of all held-out images and captions."""
+    """What the page shows of an evaluation: the first held-out images that can be read, and texts about them.
+
+    image_features are NaN where an image cannot be read.
+    """
     captions, owner = shard_captions(shards)
-    pools = [[] for _ in range(min(SHOWN, len(shards)))]
-    for caption, i in zip(captions, owner):
-        if i < SHOWN:
+    readable = image_features.isfinite().all(dim=1).nonzero()
+    pools = {i: [] for i in readable[:SHOWN, 0].tolist()}
+    for caption, i in zip(captions, owner.tolist()):
+        if i in pools:
             pools[i].append(caption)
     pixels = []
     images = []
     entries = []
-    for i in range(len(pools)):
+    for number, i in enumerate(pools):
         image = shard_image(shards, i)
         pixels.append(preprocess(image))
         images.append(picture(ImageOps.fit(image, (SIDE, SIDE)), SIDE))         # as the model sees it
-        for kind, text, of in texts_about(i, pools, shards.record(i)):
-            entries.append({'image': i, 'kind': kind, 'text': text, 'of': of})
+        for kind, text, of in texts_about(number, list(pools.values()), shards.record(i)):
+            entries.append({'image': number, 'kind': kind, 'text': text, 'of': of})
     ask(model, tokenizer, torch.stack(pixels).to(model.logit_scale.device), entries)
     keep(folder, f'step {step:09d}', {'step': step, 'texts': entries})
-    keep(folder, 'held_out', {
-        'images': images,
-        'examples': examples(shards, image_features, text_features, captions, owner)})
+    keep(folder, 'images', images)
 
 
 # --- 2. The page -----------------------------------------------------------------------------------------------------
 
 def read_log(path):
-    """Entries of log.jsonl, of a long one some MOST_LINES and all evaluations. A line cut short is left out."""
-    lines = read_lines(path)
-    every = len(lines) // MOST_LINES + 1
-    entries = []
-    for k, line in enumerate(lines):
-        if k % every == 0 or '"eval"' in line:
-            with suppress(ValueError):
-                entries.append(json.loads(line))
-    return entries
+    """Entries of log.jsonl, one a step. What is logged last counts: a resumed run logs steps again."""
+    entries = {}
+    for line in read_lines(path):
+        with suppress(json.JSONDecodeError):                # a line that was cut short
+            entry = json.loads(line)
+            entries[entry['step']] = entries.get(entry['step'], {}) | entry
+    return [entries[step] for step in sorted(entries)]
 
 
 def read_maps(path):
-    """maps.npz -> {start, held_out, steps: [{step, texts}]}; of many steps some MOST_STEPS."""
-    maps = {}
-    steps = []
+    """maps.npz -> {start, images, steps: [{step, texts}]}; of many steps some MOST_STEPS."""
     with np.load(path) as stored:
-        for name in sorted(stored):
-            part = json.loads(stored[name].item())
-            if name.startswith('step'):
-                steps.append(part)
-            else:
-                maps[name] = part
+        maps = {name: json.loads(stored[name].item()) for name in sorted(stored)}
+    steps = [maps.pop(name) for name in list(maps) if name.startswith('step')]
     every = len(steps) // MOST_STEPS + 1
     maps['steps'] = steps[:-1:every] + steps[-1:]           # the last one in any case
     return maps
@@ -208,9 +174,8 @@ def read_maps(path):
 
 def read_run(folder):
     """All that can be read of a run's folder; a part that cannot is {'missing': why}."""
-    need((folder / 'config.json').exists(),
-         f'{folder} holds no config.json; give a folder that was the --out of train.py')
-    run = {'name': str(folder)}
+    need((folder / 'config.json').exists(), f'{folder} holds no run; give the --out of train.py')
+    found = {'name': str(folder)}
     parts = {
         'config.json': read_json,
         'log.jsonl': read_log,
@@ -219,10 +184,10 @@ def read_run(folder):
     for file, read in parts.items():
         path = folder / file
         try:
-            run[path.stem] = read(path)
-        except Exception as error:                          # the page shows what is there
-            run[path.stem] = {'missing': str(error)}
-    return run
+            found[path.stem] = read(path)
+        except (OSError, Refused) as error:                 # the page shows what is there
+            found[path.stem] = {'missing': str(error)}
+    return found
 
 
 def write(folders):
@@ -238,10 +203,10 @@ def write(folders):
 
 
 def main():
-    parser = Parser(prog='python -m extras.report', epilog=__doc__)
+    parser = Parser(prog='python -m extras.report', usage='%(prog)s RUN ...', epilog=__doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN', help="a run's folder, the --out of train.py")
     print(f'report     {write(parser.parse_args().runs)}')
 
 
 if __name__ == '__main__':
-    cli(main)
+    run(main)

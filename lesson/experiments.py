@@ -1,14 +1,15 @@
 """The experiments of the course: what is run, each run a row of lesson/results.csv.
 
-    python -m lesson.experiments main                       the runs of `main` that have no row, two side by side
-    python -m lesson.experiments main --run cosmos 0        one run: its figures; the next start adds its row
+    python -m lesson.experiments minutes                    the runs of `minutes` that have no row, two side by side
+    python -m lesson.experiments minutes --run cosmos 0     one run: its figures; the next start adds its row
     python -m lesson.experiments speed                      pairs a second, for the table SPEED
 
-A run that has a row is not made again, and one that was interrupted goes on where it stopped: start the command again.
-Each run is a process of one thread on the CPU, whose checkpoint and log lie in runs/lesson.
+A run that has a row is not made again, whichever experiments it belongs to, and one that was interrupted goes on where
+it stopped: start the command again. Each run is a process of one thread on the CPU, whose scenes, checkpoint and log
+lie in runs/lesson. A seed draws its own training scenes; held-out scenes are the same for all.
 
 Methods race on two tracks. `pairs`: all see as many pairs, the paper's comparison. `minutes`: all take as long. Every
-run ends its own schedule, and is measured twice: its own weights (`raw.`) and their moving average (`averaged.`).
+run ends its own schedule. What is measured is the moving average of its weights, in every method.
 """
 import csv
 import json
@@ -20,70 +21,91 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import eval as evaluation
 import train
-from cosmos import COSMOS, Output, Teacher, unit
-from data import Parser, cli, replacing
+from cosmos import COSMOS, Config, Output, unit
+from data import Order, Parser, Shards, Tokenizer, replacing, run, shuffled
 from lesson import suppression
-from lesson.scenes import VERSION
+from lesson.scenes import VERSION, make_scenes
 
-# --- 1. Other forwards -----------------------------------------------------------------------------------------------
+# --- 1. Other models, and other batches ------------------------------------------------------------------------------
 
-class WithoutResidual(COSMOS):
-    """h_I and h_T are what the heads return, and nothing else."""
-
-    def forward(self, images, texts):
-        cls, image_sequence = self.visual.with_sequence(images)
-        eot, text_sequence = self.text.with_sequence(texts)
-        patches = self.image_map(image_sequence[:, 1:])
-        words = self.text_map(text_sequence)
-        h_I = self.text_cross(cls, words)                           # (V, B, D)  Eq. 1 without + cls
-        h_T = self.image_cross(eot, patches)                        # (U, B, D)  Eq. 2 without + eot
-        return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
-
-
-class WithoutHeads(COSMOS):
-    """Eq. 6 with the embeddings in place of h_I and h_T, and its own scale. No heads: they would get no gradient."""
+class WithoutCrossAttention(COSMOS):
+    """Eq. 6 with the embeddings in place of h_I and h_T, and a scale of its own. C^I and C^T would get no gradient, so it
+    has neither."""
 
     def __init__(self, config):
         super().__init__(replace(config, cross_heads=0))
         self.distill_logit_scale = deepcopy(self.logit_scale)
+        self.train()
+
+    def train(self, mode=True):
+        self.has_cross_attention = mode         # for total_loss; who evaluates it shall not look for any
+        return super().train(mode)
 
     def forward(self, images, texts):
-        out = super().forward(images, texts)
-        return Output(out.cls, out.eot, out.cls, out.eot)
-
-    def scales(self):
-        return [self.logit_scale, self.distill_logit_scale]
+        cls = unit(self.visual(images))                             # (V, B, D)
+        eot = unit(self.text(texts))                                # (U, B, D)
+        return Output(cls, eot, cls, eot)
 
 
-class Average(Teacher):
-    """The moving average of a method that has no teacher. It is measured, and teaches nothing."""
+class ReadsOtherwise(COSMOS):
+    """Eq. 1 and 2 with changes."""
+    residual = 1.0
+    shift = 0                       # C^I and C^T read the image and the caption of the pair that is so many before
 
     def forward(self, images, texts):
-        return torch.zeros(2, 1, 1), None       # the log shows a cosine of 0
+        cls, image_sequence = self.visual.with_sequence(images)
+        eot, text_sequence = self.text.with_sequence(texts)
+        patches = self.image_map(image_sequence[:, 1:]).roll(self.shift, dims=0)
+        words = self.text_map(text_sequence).roll(self.shift, dims=0)
+        h_I = self.text_cross(cls, words) + self.residual * cls         # (V, B, D)
+        h_T = self.image_cross(eot, patches) + self.residual * eot      # (U, B, D)
+        return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
 
 
-class AveragedRun(train.Run):
-    """A run that averages its weights in any case, by the same momentum and ramp, and stores the average as `teacher`
-    in its checkpoint."""
+class WithoutResidual(ReadsOtherwise):
+    """h_I and h_T are what has been read, and nothing else."""
+    residual = 0.0
 
-    def start(self, processes):
-        super().start(processes)
-        if self.teacher:
-            return
-        self.teacher = Average(self.model)
-        if self.checkpoint:
-            saved = evaluation.read_checkpoint(self.checkpoint)
-            evaluation.load_weights(self.teacher.model, saved['teacher'], self.checkpoint)
+
+class ReadsAnotherPair(ReadsOtherwise):
+    """What is read cannot help to match the targets, which are of the pair itself."""
+    shift = 1
+
+
+def color_groups(scenes):
+    """-> a number for the colours of each scene, (n,): the same for the same ones, and a near one for similar ones."""
+    colors = [tuple(sorted(thing.color for thing in scene)) for scene in scenes]
+    groups = sorted(set(colors))
+    return np.array([groups.index(each) for each in colors])
+
+
+@dataclass
+class Grouped(Order):
+    """Every epoch has each pair once, as ever, but of its batches the share `grouped` are of pairs of the same group, or
+    of neighbouring groups."""
+    groups: np.ndarray = None       # (pairs,)
+    grouped: float = 1.0
+
+    def permutation(self, epoch):
+        order = shuffled(self.seed, epoch, self.pairs)
+        batches = self.pairs // self.batch
+        together, rest = np.split(order, [round(self.grouped * batches) * self.batch])
+        together = together[self.groups[together].argsort(kind='stable')]
+        order = np.concatenate([together, rest])[:batches * self.batch]
+        rows = order.reshape(batches, self.batch)
+        return np.random.default_rng((self.seed, epoch, 1)).permutation(rows).flatten()
 
 
 # --- 2. The experiments ----------------------------------------------------------------------------------------------
@@ -92,113 +114,118 @@ class Method(NamedTuple):
     """What competes."""
     label: str                      # in plots
     flags: str                      # of train.py
-    rate: str                       # the method of RATES whose learning rate it takes
     batch: int = 32
     model: type = COSMOS
 
 
 METHODS = {
-    'clip': Method('CLIP', '--method clip', 'clip', 64),
-    'clip-large-batch': Method('CLIP, 4 x the batch', '--method clip', 'clip', 256),
-    'clip-aug': Method('two crops', '--method clip-aug', 'clip'),
-    'image-distill': Method('teacher of images', '--method image-distill', 'text-crop'),
-    'text-crop': Method('text crops', '--method text-crop', 'text-crop'),
-    'text-distill': Method('teacher of texts', '--method text-distill', 'without-heads'),
-    'without-heads': Method(
-        'COSMOS without heads', '--method cosmos', 'without-heads', model=WithoutHeads),
-    'without-residual': Method(
-        'COSMOS without residual', '--method cosmos', 'cosmos', model=WithoutResidual),
-    'cosmos': Method('COSMOS', '--method cosmos', 'cosmos')}
+    'clip': Method('CLIP', '--method clip', batch=64),
+    'clip-aug': Method('CLIP, two crops', '--method clip-aug'),
+    'text-crop': Method('text crops', '--method text-crop'),
+    'without-cross-attention': Method(
+        'COSMOS without cross-attention', '--method cosmos', model=WithoutCrossAttention),
+    'without-residual': Method('COSMOS without residual', '--method cosmos', model=WithoutResidual),
+    'another-pair': Method('COSMOS that reads another pair', '--method cosmos', model=ReadsAnotherPair),
+    'cosmos': Method('COSMOS', '--method cosmos')}
 
 # Pairs a second of one thread beside a second run: means of two rounds of `speed`, on two cores of an AMD EPYC.
 SPEED = {
-    'clip': 467, 'clip-large-batch': 507, 'clip-aug': 316, 'image-distill': 177, 'text-crop': 151,
-    'text-distill': 143, 'without-heads': 133, 'without-residual': 115, 'cosmos': 115}
+    'clip': 467, 'clip-aug': 316, 'text-crop': 151, 'without-cross-attention': 133, 'without-residual': 115,
+    'another-pair': 115, 'cosmos': 115}
 PAIRS = 700 * 32                    # of COSMOS on both tracks: those of `python train.py`
-LONG_PAIRS = 1800 * 32              # of a longer run, `train.py --steps 1800`
 PRECISION = 'bf16'
 EVALUATIONS = 5                     # of a run, the last one at its end
 
-# Options of lesson.scenes. a: the built-in set, a dominant and two small objects. b: a big one and a small one.
-WORLDS = {'a': '', 'b': '--objects 2 --dominant-size 0.6'}
-# Peak learning rates on the track `minutes`, by world: of those that `tune-a` and `tune-b` tried the one that names most,
-# as the mean of big and small objects, of averaged weights and all seeds.
+# Options of make_scenes: the built-in set, one of more colours, and three of a big and a small object.
+TWO = {'objects': 2, 'dominant_size': 0.38}
+WORLDS = {
+    'built-in': {},
+    'colors-16': {'colors': 16},
+    'alone': TWO | {'company': 'none'},
+    'equal': TWO | {'company': 'equal'},
+    'big': TWO}
+COMPANY = ('alone', 'equal', 'big')
+# Peak learning rates of {(world, track): {method: rate}}: of those that `tune` tried the one that names most, as the mean
+# of big and small objects. What is missing elsewhere is taken from the first line.
+FIRST = ('built-in', 'minutes')
 RATES = {
-    'a': {'clip': 2.5e-4, 'text-crop': 1e-3, 'without-heads': 1e-3, 'cosmos': 1e-3},
-    'b': {'clip': 5e-4, 'cosmos': 2e-3}}
-# CLIP takes a quarter of its steps on the track `pairs`, hence a rate for them, by `tune-pairs`.
-CLIP_FROM_PAIRS = 5e-4
+    FIRST: {
+        'clip': 2.5e-4, 'clip-aug': 2.5e-4, 'text-crop': 1e-3, 'without-cross-attention': 1e-3,
+        'without-residual': 1e-3, 'another-pair': 1e-3, 'cosmos': 1e-3},
+    ('built-in', 'pairs'): {'clip': 5e-4},
+    ('big', 'minutes'): {'clip': 5e-4, 'cosmos': 2e-3}}
 
 
 class Variant(NamedTuple):
-    """How runs are made. Variants that only differ in seeds share their runs."""
+    """How runs are made. Variants that only differ in seeds and in `tested` share their runs."""
     method: str
-    world: str = 'a'
-    scenes: str = ''                # more options of lesson.scenes
+    world: str = 'built-in'
     track: str = 'minutes'          # or pairs, or speed: an eighth of the minutes
     rate: float = 0.0               # 0: that of RATES
+    grouped: float = 0.0            # share of batches whose scenes have the same colours
+    scenes: int = 4000              # for training
     pairs: int = PAIRS              # of COSMOS
-    seeds: range = range(3)
+    seeds: range = range(5)
+    tested: tuple = ()              # worlds in which it is asked for names, too
 
 
-def tune(rates, world='a', seeds=2, track='minutes'):
-    """Which learning rate is best? Of {method: those tried}, on seeds that are used for nothing else."""
-    variants = {}
-    for method, tried in rates.items():
-        for rate in tried:
-            variants[f'{method}-{rate:g}'] = Variant(
-                method, world, track=track, rate=rate, seeds=range(100, 100 + seeds))
-    return variants
-
-
-def over(methods, worlds, world='a'):
-    """METHOD-NAME for each of {name: options of lesson.scenes}."""
+def tune(world, track, rates, methods):
+    """Which learning rate is best? On seeds that are used for nothing else."""
     variants = {}
     for method in methods:
-        for name, options in worlds.items():
-            variants[f'{method}-{name}'] = Variant(method, world, options)
+        for rate in rates:
+            variants[f'{method}-{rate:g}'] = Variant(method, world, track, rate, seeds=range(100, 102))
     return variants
 
 
-FIVE = range(5)
-TWO = ['clip', 'cosmos']
-COMPANY = {'none': '--company none', 'equal': '--company equal', 'big': ''}
-COLORS = {'2': '', '8': '--colors 8', '16': '--colors 16'}
-FEWEST_AND_MOST = {'2': '', '16': '--colors 16'}
-SHARES = {'0.5': '', '0.67': '--named 0.67'}    # 0.67: all three objects are named equally often
+def batches():
+    """Page 2: 16 colours and 2, batches as they come and batches grouped by colours."""
+    variants = {}
+    for method in ('clip', 'cosmos'):
+        for colors, world, shares in (16, 'colors-16', (0, 0.5, 1)), (2, 'built-in', (0, 1)):
+            for share in shares:
+                variants[f'{method}-{colors}-{share}'] = Variant(method, world, grouped=share)
+    return variants
+
+
+def company():
+    """Page 3: trained and tested with a small object alone, beside an equal, beside a big one."""
+    variants = {}
+    for method in ('clip', 'cosmos'):
+        for world in COMPANY:
+            variants[f'{method}-{world}'] = Variant(method, world, tested=COMPANY)
+    return variants
+
+
+def scarce():
+    """Page 6: fewer scenes and more, in the same minutes."""
+    variants = {}
+    for method in ('clip', 'cosmos'):
+        for scenes in (250, 1000, 16_000):
+            variants[f'{method}-{scenes}'] = Variant(method, scenes=scenes)
+    return variants
+
+
+RACE = ['cosmos', 'without-cross-attention', 'text-crop', 'clip-aug', 'clip']
+HALVES = [4e-3, 2e-3, 1e-3, 5e-4, 2.5e-4, 1.25e-4]
+NOBODY = 'nobody'                   # the method of a row that tells what adversaries reach in a world
 
 # Tables give differences to the first variant of an experiment.
 EXPERIMENTS = {
+    'worlds': {world: Variant(NOBODY, world, seeds=range(1)) for world in WORLDS},
     'speed': {method: Variant(method, track='speed', seeds=range(2)) for method in METHODS},
-    # rates a factor of two apart, until the best one is neither the highest nor the lowest
-    'tune-a': tune({
-        'clip': [2e-3, 1e-3, 5e-4, 2.5e-4, 1.25e-4],
-        'text-crop': [2e-3, 1e-3, 5e-4],
-        'without-heads': [2e-3, 1e-3, 5e-4],
-        'cosmos': [2e-3, 1e-3, 5e-4]}),
-    'tune-b': tune({
-        'clip': [2e-3, 1e-3, 5e-4, 2.5e-4],
-        'cosmos': [4e-3, 2e-3, 1e-3, 5e-4]}, 'b', seeds=1),
-    'tune-pairs': tune({'clip': [2e-3, 1e-3, 5e-4, 2.5e-4]}, track='pairs'),
-    'main': {
-        'cosmos': Variant('cosmos', seeds=FIVE),
-        'without-heads': Variant('without-heads', seeds=FIVE),
-        'text-crop': Variant('text-crop', seeds=FIVE),
-        'clip': Variant('clip', seeds=FIVE)},
-    'other-rate': {                 # of CLIP: by the seeds of tune-a it is as good
-        'cosmos': Variant('cosmos', seeds=FIVE),
-        'without-heads': Variant('without-heads', seeds=FIVE),
-        'clip': Variant('clip', rate=5e-4, seeds=FIVE)},
-    'pairs': {
-        'cosmos': Variant('cosmos', seeds=FIVE),
-        'without-heads': Variant('without-heads', track='pairs', seeds=FIVE),
-        'text-crop': Variant('text-crop', track='pairs', seeds=FIVE),
-        'clip': Variant('clip', track='pairs', rate=CLIP_FROM_PAIRS, seeds=FIVE)},
-    'long': {'cosmos': Variant('cosmos', pairs=LONG_PAIRS)},
-    'parts': {method: Variant(method) for method in reversed(METHODS)},
-    'colors': over(['clip'], COLORS) | over(['cosmos'], FEWEST_AND_MOST),
-    'company': over(TWO, COMPANY, 'b'),
-    'named': over(TWO, SHARES)}
+    'tune-minutes': tune('built-in', 'minutes', HALVES[1:], RACE),
+    'tune-pairs': tune('built-in', 'pairs', HALVES[1:], RACE),
+    'tune-colors': tune('colors-16', 'minutes', HALVES[1:], ['clip', 'cosmos']),
+    'tune-big': tune('big', 'minutes', HALVES, ['clip', 'cosmos']),
+    'batches': batches(),
+    'company': company(),
+    'minutes': {method: Variant(method) for method in RACE},
+    'pairs': {method: Variant(method, track='pairs') for method in RACE},
+    'reading': {method: Variant(method, track='pairs') for method in (
+        'cosmos', 'without-residual', 'another-pair')},
+    'long': {method: Variant(method, pairs=3 * PAIRS) for method in RACE},
+    'scarce': scarce()}
 
 
 # --- 3. One run ------------------------------------------------------------------------------------------------------
@@ -213,9 +240,10 @@ def count_steps(variant):
 
 
 def flags_of(variant):
-    """What tells runs apart but for the seed, as flags of train.py. All else is the recipe of `tiny`."""
+    """What tells runs apart but for scenes, batches and seed, as flags of train.py. All else is the recipe of `tiny`."""
     method = METHODS[variant.method]
-    rate = variant.rate or RATES[variant.world][method.rate]
+    rates = RATES[FIRST] | RATES.get((variant.world, variant.track), {})
+    rate = variant.rate or rates[variant.method]
     steps = count_steps(variant)
     every = -(-steps // EVALUATIONS)                    # rounded up
     if variant.track == 'speed':
@@ -223,28 +251,30 @@ def flags_of(variant):
     return f'{method.flags} --batch {method.batch} --steps {steps} --lr {rate} --eval-every {every}'
 
 
-def named_by(*parts):
+def recipe(variant):
+    """All that makes a run but its seed, in words. Runs of the same recipe and seed are one run."""
+    words = f'{variant.method} on {variant.scenes} of {variant.world}'
+    if variant.method != NOBODY:
+        words += f', {variant.grouped:g} grouped, {flags_of(variant)}'
+    return words
+
+
+def folder(words):
     """-> runs/lesson/WORDS-JOINED-BY-DASHES"""
-    return Path('runs/lesson', re.sub('[^a-zA-Z0-9.]+', '-', ' '.join(parts)).strip('-'))
-
-
-def options_of(variant):
-    return f'{WORLDS[variant.world]} {variant.scenes}'
+    return Path('runs/lesson', re.sub('[^a-zA-Z0-9.]+', '-', words))
 
 
 def run_folder(variant, seed):
     """Named by all that makes the run, so that another one never goes on from its checkpoint."""
-    words = named_by(origin()['commit'], variant.method, options_of(variant), flags_of(variant))
-    return words / f'{seed}'
+    return folder(f"{origin()['commit']} {recipe(variant)} {seed}")
 
 
-def scene_folder(variant):
-    """The set of its world, drawn where it is absent."""
-    options = options_of(variant)
-    folder = named_by('scenes', f'{VERSION}', options)
-    if not (folder / 'world.json').exists():            # written last
-        subprocess.run([sys.executable, '-m', 'lesson.scenes', folder, *options.split()])
-    return folder
+def scene_folder(world, scenes, seed):
+    """A set of scenes, drawn where it is absent."""
+    path = folder(f'scenes {VERSION} {world} {scenes} {seed}')
+    if not (path / 'world.json').exists():              # written last
+        make_scenes(path, scenes, seed=seed, **WORLDS[world])
+    return path
 
 
 def origin():
@@ -280,7 +310,7 @@ def read_log(out):
         entry = json.loads(line)
         if 'pairs_per_s' in entry:
             speeds.append(entry['pairs_per_s'])
-        for name, value in flat(entry.get('eval', {}), 'averaged.').items():
+        for name, value in flat(entry.get('eval', {})).items():
             if name.endswith('.top1'):
                 row[f"{name}@{entry['step']}"] = value
     end = entry['eval']
@@ -288,30 +318,50 @@ def read_log(out):
     return {'steps': end['steps'], 'seconds': end['seconds'], 'pairs_per_s': speed} | row
 
 
-def run(variant, seed):
-    """Train and measure a variant, in this process; all figures go into row.json of its folder."""
-    method = METHODS[variant.method]
-    scenes = scene_folder(variant)
-    out = run_folder(variant, seed)
-    # What train.py and eval.py build are the classes of these names.
-    train.COSMOS = method.model
-    evaluation.COSMOS = method.model
-    train.Run = AveragedRun
-    command = (f'train.py --preset tiny --data {scenes} --workers 0 --seed {seed} --device cpu '
-               f'--precision {PRECISION} --out {out} --resume auto --save-minutes 2 ')
-    sys.argv = (command + flags_of(variant)).split()
+def load(path, build):
+    """The averaged weights of a run -> what evaluation.load returns, with a model of this class."""
+    saved = evaluation.read_checkpoint(path)
+    model = build(Config(**saved['config']))
+    evaluation.load_weights(model, saved['teacher'], path)
+    tokenizer = Tokenizer(saved['merges'], model.config.context_length)
+    return model.eval(), tokenizer, evaluation.Preprocess(model.config.image_size)
+
+
+def train_run(variant, seed, scenes, out):
+    """Train a variant in this process, or go on with it."""
+    hooks = {'build': METHODS[variant.method].model, 'averages': True}
+    if variant.grouped:
+        listed = suppression.read_scenes(Shards(scenes / 'train'))
+        hooks['order'] = partial(Grouped, groups=color_groups(listed), grouped=variant.grouped)
+    command = (f'--preset tiny --data {scenes} --workers 0 --seed {seed} --device cpu --precision {PRECISION} '
+               f'--out {out} --resume auto --save-minutes 2 ')
     try:
-        train.main()
+        train.main((command + flags_of(variant)).split(), **hooks)
     except SystemExit as stop:
         if stop.code:                                   # in mid-schedule, which is no result
             raise
-    row = origin() | read_log(out)
-    row['pairs'] = row['steps'] * method.batch
-    if variant.track != 'speed':
-        args = SimpleNamespace(shards=scenes, workers=0)
-        for prefix, weights in ('raw', 'student'), ('averaged', 'teacher'):
-            loaded = evaluation.load(out / 'last.pt', weights)
-            row |= flat(suppression.run(args, *loaded), f'{prefix}.')
+
+
+def make_row(variant, seed):
+    """All figures of a run, which is trained first; they go into row.json of its folder, too."""
+    scenes = scene_folder(variant.world, variant.scenes, seed)
+    out = run_folder(variant, seed)
+    row = {'run': recipe(variant), 'seed': seed} | origin()
+    if variant.method == NOBODY:
+        listed = [suppression.read_scenes(Shards(scenes / part)) for part in ('train', 'val', 'twins')]
+        out.mkdir(parents=True, exist_ok=True)
+        row |= flat({'R@1': suppression.oracles(listed[1])} | suppression.adversaries(*listed))
+    else:
+        train_run(variant, seed, scenes, out)
+        row |= read_log(out)
+        row['pairs'] = row['steps'] * METHODS[variant.method].batch
+    if variant.method != NOBODY and variant.track != 'speed':
+        scored = load(out / 'last.pt', METHODS[variant.method].model)
+        row |= flat(suppression.measure(SimpleNamespace(shards=scenes, workers=0), *scored))
+        for world in variant.tested:
+            shards = Shards(scene_folder(world, variant.scenes, seed) / 'val')
+            scores = suppression.scores_of(shards, *scored)
+            row |= flat(suppression.named(scores, suppression.read_scenes(shards)), f'{world}.')
     evaluation.write_json(out / 'row.json', row)
     return row
 
@@ -322,13 +372,14 @@ RESULTS = Path('lesson/results.csv')
 
 
 def read_results():
-    """-> the rows, {column: text} each."""
-    return list(csv.DictReader(RESULTS.read_text().splitlines()))
+    """-> {(run, seed): row}, a row being {column: text}."""
+    rows = csv.DictReader(RESULTS.read_text().splitlines())
+    return {(row['run'], row['seed']): row for row in rows}
 
 
 def add_result(row):
     """A new row may have new columns, so the file is written anew, whole or not at all."""
-    rows = [*read_results(), row]
+    rows = [*read_results().values(), row]
     columns = {}
     for each in rows:
         columns |= each
@@ -339,28 +390,28 @@ def add_result(row):
 
 
 def missing_runs(experiment, seeds=None):
-    """-> [(experiment, seed, variant)] that have no row, the first seed of all variants first."""
-    done = [f"{row['experiment']} {row['seed']} {row['variant']}" for row in read_results()]
+    """-> [(seed, name of a variant)] that have no row, the first seed of all variants first."""
+    done = read_results()
     missing = []
     for name, variant in EXPERIMENTS[experiment].items():
         first = variant.seeds.start
         last = first + (seeds or len(variant.seeds))
         for seed in range(first, last):
-            if f'{experiment} {seed} {name}' not in done:
-                missing.append((experiment, f'{seed}', name))
+            if (recipe(variant), f'{seed}') not in done:
+                missing.append((seed, name))
     return sorted(missing)
 
 
-def launch(key):
+def launch(experiment, key):
     """Make a run in a process of one thread, unless its row.json is there -> its row."""
-    experiment, seed, name = key
+    seed, name = key
     figures = run_folder(EXPERIMENTS[experiment][name], seed) / 'row.json'
     if not figures.exists():
-        command = [sys.executable, '-m', 'lesson.experiments', experiment, '--run', name, seed]
+        command = [sys.executable, '-m', 'lesson.experiments', experiment, '--run', name, f'{seed}']
         one_thread = os.environ | {'OMP_NUM_THREADS': '1'}
         done = subprocess.run(command, stdout=subprocess.DEVNULL, env=one_thread)
         evaluation.need(not done.returncode, f'{name} {seed} failed; start again for the rows of the others')
-    return {'experiment': experiment, 'variant': name, 'seed': seed} | evaluation.read_json(figures)
+    return evaluation.read_json(figures)
 
 
 def main():
@@ -373,16 +424,17 @@ def main():
     if args.run:
         name, seed = args.run
         evaluation.need(name in variants, f'no variant is called {name}; take one of {", ".join(variants)}')
-        evaluation.show(run(variants[name], seed))
+        evaluation.show(make_row(variants[name], int(seed)))
         return
     missing = missing_runs(args.experiment, args.seeds)
-    for _, _, name in missing:
-        scene_folder(variants[name])                    # before two runs need it
+    for seed, name in missing:                          # before two runs need it
+        for world in (variants[name].world, *variants[name].tested):
+            scene_folder(world, variants[name].scenes, seed)
     print(f'{len(missing)} runs have no row in {RESULTS}; --run makes one of the others again')
     with ThreadPoolExecutor(2) as pool:
-        for row in pool.map(launch, missing):
+        for row in pool.map(partial(launch, args.experiment), missing):
             add_result(row)
 
 
 if __name__ == '__main__':
-    cli(main)
+    run(main)

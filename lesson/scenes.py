@@ -2,12 +2,14 @@
 
     python -m lesson.scenes DIR                                 the built-in set: a dominant and two small objects
     python -m lesson.scenes DIR --colors 16 --named 0.2         more colours; two of ten sentences on small objects
-    python -m lesson.scenes DIR --objects 2 --dominant-size 0.6                         a big and a small object
-    python -m lesson.scenes DIR --objects 2 --dominant-size 0.6 --company equal         the small one beside an equal
-    python -m lesson.scenes DIR --objects 2 --dominant-size 0.6 --company none          the small one alone
+    python -m lesson.scenes DIR --objects 2 --dominant-size 0.38                        a big and a small object
+    python -m lesson.scenes DIR --objects 2 --dominant-size 0.38 --company equal        the small one beside an equal
+    python -m lesson.scenes DIR --objects 2 --dominant-size 0.38 --company none         the small one alone
 
 With few colours most scenes share theirs with many others, so that captions can only be told apart by shapes. No
-sentence tells the size, the place or the role of its object.
+sentence tells the size, the place or the role of its object. Nothing but its outline tells the shape of an object: all
+dominant ones cover one number of pixels, all small ones another, each in one colour, and places are drawn alike for all
+shapes. Objects never touch.
 
 DIR/train, DIR/val and DIR/twins hold tars of KEY.webp, KEY.json and, outside train, KEY.mask.png: 0 is the ground, k
 the k-th object. The json has `captions`: of train ten sentences, of the others one caption that names every object
@@ -17,20 +19,21 @@ alike but for the shape of one object.
 """
 import io
 import json
+import math
 import random
-import signal
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import chain, combinations
+from itertools import chain
+from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
-from data import Parser, cli, write_shard
+from data import Parser, Refused, run
 from eval import need, read_json, write_json
+from extras.prepare import write_shard
 
 # --- 1. What there is to draw ----------------------------------------------------------------------------------------
 
@@ -42,7 +45,8 @@ COLORS = {                                      # the first ones differ most
 }
 GROUNDS = ['#848688', '#cdbea2', '#745c4a', '#7a7c56', '#5c6878', '#9e8694']
 
-# Outlines as complex numbers x + iy of any scale, y down as in images. The first is filled, a second one is a hole.
+# Outlines around 0 as complex numbers x + iy of any scale, y down as in images. The first is filled, a second one is a
+# hole.
 ROUND = np.exp(1j * np.linspace(0, 2 * np.pi, 60, endpoint=False))
 CORNERS = ROUND[::15]                           # at 0, 90, 180 and 270 degrees
 ARM = [0.34 + 1j, -0.34 + 1j, -0.34 + 0.34j]    # of the cross
@@ -50,52 +54,68 @@ HEART = 13 * ROUND - 5 * ROUND ** 2 - 2 * ROUND ** 3 - ROUND ** 4
 OUTER_ARC = np.exp(1j * np.linspace(0.9, 5.38))
 INNER_ARC = np.exp(1j * np.linspace(4.5, 1.78))
 BODY = ROUND[4:-3]                              # of the fish, with a gap for the tail
-TAIL = [-1 + 0.6j, -0.8, -1 - 0.6j]
+TAIL = [-0.9 + 0.6j, -0.7, -0.9 - 0.6j]
 SHAPES = {
     'circle': [ROUND],
     'ring': [ROUND, 0.5 * ROUND],
     'square': [CORNERS * (1 + 1j)],
-    'triangle': [np.array([-0.95j, 1 + 0.8j, -1 + 0.8j])],
-    'star': [-1j * ROUND[::6] * np.tile([1, 0.43], 5)],
+    'triangle': [-1j * ROUND[::20]],
+    'star': [-1j * ROUND[::6] * np.tile([1, 0.45], 5)],
     'heart': [16 * ROUND.imag ** 3 - 1j * HEART.real],
     'cross': [np.outer(CORNERS, ARM).ravel()],
     'moon': [np.append(OUTER_ARC, 0.45 + 0.8 * INNER_ARC)],
     # hard to tell from others on few pixels, hence last
     'flower': [ROUND * (0.55 + 0.45 * abs((ROUND ** 3).imag)), 0.2 * ROUND],
-    'fish': [np.append(0.25 - 0.75 * BODY.real - 0.55j * BODY.imag, TAIL)],
+    'fish': [np.append(0.35 - 0.75 * BODY.real - 0.55j * BODY.imag, TAIL)],
 }
 NAMES = [f'{color} {shape}' for color in COLORS for shape in SHAPES]
 FORMS = ['there is {}', 'we see {}', 'here is {}', 'it shows {}']       # the same for every object
 SENTENCES = 10                                  # a training scene
 ABSENT = 5                                      # wrong names of an object
 
+
+def polygon_area(outline):
+    """By the shoelace formula."""
+    return abs((outline.conj() * np.roll(outline, -1)).imag.sum()) / 2
+
+
+AREAS = {}                                      # of the outlines above
+REACH = 0.0                                     # from its centre to its farthest corner, of a shape with area 1, at most
+for shape, (outline, *holes) in SHAPES.items():
+    AREAS[shape] = polygon_area(outline) - sum(map(polygon_area, holes))
+    REACH = max(REACH, abs(outline).max() / math.sqrt(AREAS[shape]))
+
 SIZE = 96                                       # side of an image in pixels
-SS = 2                                          # supersampling per axis
-CANVAS = SIZE * SS
-SPREAD = 0.03                                   # a side may be as much longer or shorter
-TRIES = 20_000                                  # layouts to draw before objects are said not to fit
-VERSION = 3                                     # of the built-in set; raise it when a scene changes
+SS = 4                                          # supersampling per axis
+GAP = 2                                         # pixels between objects, and to the border, at least
+TRIES = 200                                     # thousands of layouts, before objects are said not to fit
+VERSION = 4                                     # of the built-in set; raise it when a scene changes
+
+COMPANY = 'big', 'equal', 'none'
+LIMITS = {                                      # of a world
+    'colors': (2, len(COLORS)), 'shapes': (6, len(SHAPES)), 'objects': (1, 4), 'dominant_size': (0.05, 0.5),
+    'small_size': (0.05, 0.5), 'named': (0, 1)}
 
 
 @dataclass(frozen=True)
 class World:
-    """What the scenes of a set have in common. Those that differ in `company` alone have the same small objects, in the
-    same places, and the same sentences on them."""
+    """What the scenes of a set have in common. Those that differ in `company` alone have the same small objects, pixel by
+    pixel, and the same sentences on them."""
     colors: int = 2                 # the first ones of COLORS; they may repeat in a scene
     shapes: int = 8                 # the first ones of SHAPES; they do not repeat
     objects: int = 3                # in a scene: the dominant one, and small ones
-    dominant_size: float = 0.46     # the longer side of an object, as a share of the image's
-    small_size: float = 0.31
-    company: str = 'big'            # of the small ones; 'equal': one of their size, 'none': nothing
+    dominant_size: float = 0.3      # of an object: the side of a square of its area, as a share of the image's side
+    small_size: float = 0.2
     named: float = 0.5              # share of the sentences that name a small object
-    seed: int = 0
+    company: str = 'big'            # of the small ones: 'big', 'equal' (one of their size) or 'none'
+    seed: int = 0                   # of the training scenes; the held-out ones are the same for all seeds
 
     def __post_init__(self):
-        need(0 <= self.named <= 1, f'--named {self.named} is no share of sentences; give 0 to 1')
-        for flag, size in (
-                ('--small-size', self.small_size),
-                ('--dominant-size', self.dominant_size)):
-            need(0.1 <= size <= 0.9, f'{flag} {size} is no side to draw; give 0.1 to 0.9')
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            flag = name.replace('_', '-')
+            need(low <= value <= high, f'--{flag} {value} is out of range; give {low} to {high}')
+        need(self.company in COMPANY, f'--company {self.company} is none of {", ".join(COMPANY)}')
         least = self.objects + ABSENT
         need(self.shapes >= least,
              f'--shapes {self.shapes} is too few for {self.objects} objects and {ABSENT} shapes that '
@@ -110,10 +130,9 @@ class Thing:
     shape: str
     color: str
     role: str                       # 'dominant' or 'small'
-    side: float                     # the longer one, in pixels
-    seed: float                     # of its turn, warp and brightness: the same in any company
-    x: float = 0                    # its centre
-    y: float = 0
+    area: int                       # in pixels
+    seed: float                     # of its turn and brightness: the same in any company
+    centre: complex = 0
 
     @property
     def name(self):
@@ -130,68 +149,48 @@ def draw_things(rng, world):
     role = 'dominant'
     size = world.dominant_size
     for shape, color in zip(shapes, colors):
-        side = SIZE * rng.uniform(size - SPREAD, size + SPREAD)
-        things.append(Thing(shape, color, role, side, rng.random()))
+        area = round((SIZE * size) ** 2)
+        things.append(Thing(shape, color, role, area, rng.random()))
         role = 'small'
         size = world.small_size
     return things
 
 
-def overlap(a, b):
-    """Are they too close? Small objects keep 2 pixels apart; one may reach 4 into the square of the dominant, `a`."""
-    apart = max(abs(a.x - b.x), abs(a.y - b.y))
-    gap = apart - (a.side + b.side) / 2
-    return gap <= (-4 if a.role == 'dominant' else 2)
-
-
 def place(rng, things):
-    """Give each object its centre. ValueError where they do not fit."""
+    """Give each object its centre. Each has a disc that holds any shape of its area, and discs keep apart: so places do
+    not tell shapes. Refused where they do not fit."""
+    numbers = np.random.default_rng(rng.getrandbits(32))
+    radius = np.array([REACH * math.sqrt(thing.area) for thing in things])          # (n,)
+    room = SIZE / 2 - GAP - radius                                                  # around the middle
+    least = radius[:, None] + radius + GAP                                          # (n, n)
+    np.fill_diagonal(least, 0)
     for _ in range(TRIES):
-        for thing in things:
-            margin = 2 + thing.side / 2
-            thing.x = rng.uniform(margin, SIZE - margin)
-            thing.y = rng.uniform(margin, SIZE - margin)
-        if not any(overlap(a, b) for a, b in combinations(things, 2)):
+        x, y = SIZE / 2 + numbers.uniform(-room, room, (2, 1000, len(things)))
+        centres = x + 1j * y                                                        # (1000, n)
+        apart = abs(centres[:, :, None] - centres[:, None])                         # (1000, n, n)
+        fitting = (apart >= least).all(axis=(1, 2))
+        if fitting.any():
+            for thing, centre in zip(things, centres[fitting.argmax()]):
+                thing.centre = centre
             return
-    raise ValueError(f'{len(things)} objects do not fit into an image; give lower --dominant-size, '
-                     '--small-size or --objects')
+    raise Refused(f'{len(things)} objects do not fit into an image; give lower --dominant-size, '
+                  '--small-size or --objects')
 
 
-def outlines(thing, rng):
-    """The outlines of an object, warped and turned a little -> [[(x, y), ...], ...] on the canvas."""
-    warp = rng.uniform(0.87, 1.15)
-    turn = np.exp(1j * rng.uniform(-0.3, 0.3))
-    lines = [turn * (warp * line.real + 1j * line.imag) for line in SHAPES[thing.shape]]
-    x = lines[0].real
-    y = lines[0].imag
-    zoom = SS * thing.side / max(np.ptp(x), np.ptp(y))
-    found = []
-    for line in lines:
-        xs = SS * thing.x + zoom * (line.real - (x.min() + x.max()) / 2)
-        ys = SS * thing.y + zoom * (line.imag - (y.min() + y.max()) / 2)
-        found.append(list(zip(xs, ys)))
-    return found
-
-
-def paint(canvas, thing):
-    """Paint an object -> the pixels of the image that it covers by half or more, (SIZE, SIZE) bool."""
-    rng = random.Random(thing.seed)
-    fill = Image.new('L', canvas.size)
-    edge = fill.copy()
-    width = round(SS * (0.9 + 0.015 * thing.side))
+def pixels_of(thing, turn):
+    """The pixels that an object covers, (SIZE, SIZE) bool: exactly its area, those that lie most in its outline."""
+    zoom = turn * math.sqrt(thing.area / AREAS[thing.shape])
+    fill = Image.new('L', (SIZE * SS, SIZE * SS))
     inside = 255
-    for points in outlines(thing, rng):
-        ImageDraw.Draw(fill).polygon(points, inside)
-        ImageDraw.Draw(edge).line(points + points[:2], 255, width, 'curve')
+    for line in SHAPES[thing.shape]:
+        points = SS * (thing.centre + zoom * line)
+        ImageDraw.Draw(fill).polygon(list(zip(points.real, points.imag)), inside)
         inside = 0                              # a second outline is a hole
-    fill.paste(255, mask=edge)
-    pure = ImageColor.getrgb(COLORS[thing.color])
-    bright = rng.uniform(0.95, 1)
-    color = tuple(int(bright * channel) for channel in pure)
-    dark = tuple(int(0.3 * channel) for channel in pure)
-    canvas.paste(color, mask=fill)
-    canvas.paste(dark, mask=edge)
-    return np.asarray(fill.reduce(SS)) >= 128
+    shares = np.asarray(fill.reduce(SS))
+    order = shares.argsort(axis=None, kind='stable')                    # on every machine the same
+    covered = np.zeros(SIZE * SIZE, bool)
+    covered[order[-thing.area:]] = True
+    return covered.reshape(SIZE, SIZE)
 
 
 # --- 3. Captions -----------------------------------------------------------------------------------------------------
@@ -237,7 +236,7 @@ def layout(rng, world):
     if world.company == 'none':
         shown = things[1:]
     if world.company == 'equal':
-        things[0].side = things[1].side
+        things[0].area = things[1].area
     free = list(SHAPES)[:world.shapes]
     for thing in things:
         free.remove(thing.shape)
@@ -251,30 +250,33 @@ def encoded(image, kind, **how):
 
 
 def draw_scene(world, split, index):
-    """-> [(member name, bytes), ...]. Its random numbers depend on seed, split and index alone."""
+    """-> [(member name, bytes), ...]. Its random numbers depend on seed (of train), split and index alone."""
     number = index // 2 if split == 'twins' else index
-    rng = random.Random(f'{world.seed}/{split}/{number}')
+    seed = world.seed if split == 'train' else 'any'
+    rng = random.Random(f'{seed}/{split}/{number}')
     things, shown, absent = layout(rng, world)
     if split == 'twins' and index % 2:
         changed = shown[number % len(shown)]
         shape = changed.shape
         changed.shape = absent[0]
         absent[0] = shape
-    canvas = Image.new('RGB', (CANVAS, CANVAS), rng.choice(GROUNDS))
+    pixels = np.full((SIZE, SIZE, 3), ImageColor.getrgb(rng.choice(GROUNDS)), float)
     mask = np.zeros((SIZE, SIZE), np.uint8)
     for k, thing in enumerate(shown, 1):
-        mask[paint(canvas, thing)] = k
-    pixels = rng.uniform(0.85, 1.1) * np.asarray(canvas.reduce(SS))
+        own = random.Random(thing.seed)
+        covered = pixels_of(thing, np.exp(1j * own.uniform(-0.3, 0.3)))
+        mask[covered] = k
+        pixels[covered] = own.uniform(0.95, 1) * np.array(ImageColor.getrgb(COLORS[thing.color]))
+    pixels *= rng.uniform(0.85, 1.1)
     image = Image.fromarray(np.uint8(pixels.clip(0, 255)))
     objects = []
     for k, thing in enumerate(shown, 1):
-        covered = mask == k
-        x, y, right, bottom = Image.fromarray(covered).getbbox()
+        x, y, right, bottom = Image.fromarray(mask == k).getbbox()
         objects.append({
             'name': thing.name,
             'role': thing.role,
             'bbox': [x, y, right - x, bottom - y],
-            'area': int(covered.sum()),
+            'area': thing.area,
             'absent': [f'{thing.color} {shape}' for shape in absent]})
     if split == 'train':
         captions = training_captions(rng, things, shown, world.named)
@@ -282,31 +284,26 @@ def draw_scene(world, split, index):
         captions = [held_out_caption(rng, shown)]
     record = {'captions': captions, 'objects': objects}
     text = json.dumps(record, separators=(',', ':'))
-    members = {'webp': encoded(image, 'WEBP', quality=50), 'json': text.encode()}
+    members = {'webp': encoded(image, 'WEBP', lossless=True, quality=0, method=0), 'json': text.encode()}
     if split != 'train':
         members['mask.png'] = encoded(Image.fromarray(mask), 'PNG', optimize=True)
     return [(f'{index:06d}.{kind}', value) for kind, value in members.items()]
 
 
-def ignore_ctrl_c():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def make_scenes(root, train=16_000, val=1000, workers=None, **options):
+def make_scenes(root, train=4000, val=1000, workers=None, **options):
     """Draw a set into a folder, in tars of 1,000 scenes: `train` training scenes, `val` held-out ones and as many
     twins. Other options are those of World. Equal arguments give equal bytes for any number of `workers`.
 
-    ValueError where objects do not fit, or where the folder holds a whole set.
+    Refused where objects do not fit, or where the folder holds a whole set.
     """
     world = World(**options)
     root = Path(root)
     need(not (root / 'world.json').exists(), f'{root} holds a set of scenes; give another folder')
-    # Ctrl-C is for this process: a worker that died of it could leave the pool waiting for ever.
-    with ProcessPoolExecutor(workers, initializer=ignore_ctrl_c) as pool:
+    with Pool(workers) as pool:
         for split, count in ('train', train), ('twins', val // 2 * 2), ('val', val):
             draw = partial(draw_scene, world, split)
             for start in tqdm(range(0, count, 1000), f'drawing {split}', disable=None):
-                scenes = pool.map(draw, range(start, min(start + 1000, count)), chunksize=50)
+                scenes = pool.imap(draw, range(start, min(start + 1000, count)), chunksize=50)
                 path = root / split / f'{start // 1000:05d}.tar'
                 write_shard(path, chain.from_iterable(scenes))
     # last: a folder that has it is whole
@@ -333,24 +330,17 @@ def built_in_set(root='runs/scenes'):
 
 def main():
     parser = Parser(prog='python -m lesson.scenes', epilog=__doc__)
-    add = parser.add_argument
-    add('root', metavar='DIR')
-    add('--train', type=int, default=16_000, help='training scenes')
-    add('--val', type=int, default=1000, help='held-out scenes')
-    add('--colors', type=int, choices=range(2, 17), default=2, metavar='2..16', help='how many')
-    add('--shapes', type=int, choices=range(6, 11), default=8, metavar='6..10', help='how many')
-    add('--objects', type=int, choices=range(1, 5), default=3, metavar='1..4', help='in a scene')
-    add('--dominant-size', type=float, default=0.46, metavar='R',
-        help='its side, as a share of the image')
-    add('--small-size', type=float, default=0.31, metavar='R', help='the same of small objects')
-    add('--company', choices=['big', 'equal', 'none'], default='big',
-        help='beside small objects: the dominant one, it in their size, or nothing')
-    add('--named', type=float, default=0.5, metavar='Q', help='share of sentences on small objects')
-    add('--seed', type=int, default=0)
+    parser.add_argument('root', metavar='DIR')
+    parser.add_argument('--train', type=int, default=4000, help='training scenes (%(default)s)')
+    parser.add_argument('--val', type=int, default=1000, help='held-out scenes, and as many twins (%(default)s)')
+    for option in fields(World):
+        flag = option.name.replace('_', '-')
+        parser.add_argument(
+            f'--{flag}', type=option.type, default=option.default, help='see World in this file (%(default)s)')
     args = parser.parse_args()
     make_scenes(**vars(args))
     print(f'{args.train} training and {args.val} held-out scenes in {args.root}')
 
 
 if __name__ == '__main__':
-    cli(main)
+    run(main)

@@ -4,24 +4,27 @@
 
 CKPT is any checkpoint that eval.load reads. Printed for the dominant and for the small objects:
 
-    top1        named: is its name above the names of its own colour with five shapes that the scene lacks? A tie is a
-                miss; chance 16.7 %
+    top1        named: of its name and the names of its own colour with five shapes that the scene lacks, is its own the
+                one that this scene raises most? Each name's mean over all held-out scenes is taken off first, so that
+                it does not matter which names a model likes. A tie is a miss; chance 16.7 %
     probe_top1  the same by a linear probe of the image features, fitted on training scenes: is the shape in there,
                 whether or not a text finds it? What a probe misses may be there all the same
 
 then, for the whole set or by role:
 
-    bound       are two objects' right names together above the two with their shapes exchanged? A model that adds up
-                words has exactly 50 %, however it weights them
-    twins       of two scenes that differ in the shape of one object, which one has it? Chance 50 %
+    bound       of two objects, is each right name above the one with the other's shape? A model that adds up words has
+                exactly 0, however it weights them; who guesses both has 25 %, who knows one and guesses the other 50 %
+    seen        of two scenes that differ in the shape of one object: does each raise its own name, of both, more than
+                the other scene does? Chance 50 %
     retrieval   among the held-out scenes, both ways
-    oracles     R@1 of who knows only colours, colours and which is dominant, or all names
-    pointing    where C^I looks when it is asked for an object; `absent_`: for one that is not there, the control
+    pointing    where the highest weight of C^I lies, asked by "there is a NAME" for the object's own name and for an
+                absent one, the control: on the object (`it`), on another, on the ground; `area`: a blind guess
 
-DIR holds train/, val/ and twins/; without train/ there is no probe, without twins/ no `twins`.
+DIR holds train/, val/ and twins/; without train/ there is no probe, without twins/ no `seen`. The json has `pointing`
+scene by scene, too, for differences that are paired.
 """
 import io
-import shutil
+import random
 from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
@@ -29,14 +32,13 @@ from statistics import fmean
 from types import SimpleNamespace
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
-from torchvision.utils import save_image
 
-from data import Parser, Shards, cli, half_of
-from eval import (add_options, attention_picture, class_vectors, embed_images, evaluate, execute,
-                  need, progress, shard_image)
-from lesson.scenes import COLORS, FORMS, NAMES, SHAPES, with_article
+from data import Parser, Shards, run
+from eval import (add_options, class_vectors, embed_images, execute, need, progress, shard_image,
+                  zero_shot_retrieval)
+from lesson.scenes import ABSENT, COLORS, FORMS, NAMES, SHAPES, with_article
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
 
@@ -46,13 +48,13 @@ def objects_of(shards, i):
     return [thing for thing in listed if {'role', 'absent'} <= thing.keys()]
 
 
-def read_scenes(shards, most=None):
-    """The first `most` scenes -> [[object, ...], ...].
+def read_scenes(shards):
+    """-> [[object, ...], ...], a list for each scene.
 
     An object has as attributes what its json lists, its color and shape, and pair and number (in the mask, from 1).
     """
     scenes = []
-    for pair in range(len(shards))[:most]:
+    for pair in range(len(shards)):
         scene = []
         for number, listed in enumerate(objects_of(shards, pair), 1):
             color, shape = listed['name'].split()
@@ -64,12 +66,13 @@ def read_scenes(shards, most=None):
 
 def read_mask(shards, i):
     """The number of the object at each pixel of pair i, 0 for the ground -> PIL image."""
-    return Image.open(io.BytesIO(shards.member(i, 'mask')))
+    return Image.open(io.BytesIO(shards.member(i, 'mask.png')))
 
 
-# --- 2. Named, bound, twins ------------------------------------------------------------------------------------------
+# --- 2. Named, bound, seen -------------------------------------------------------------------------------------------
 
 COLUMN = {name: k for k, name in enumerate(NAMES)}      # of a table of scores (n images, K names)
+TIE = 1e-6                                              # a smaller difference is one of rounding
 
 
 def name_scores(model, tokenizer, image_features):
@@ -78,74 +81,61 @@ def name_scores(model, tokenizer, image_features):
     return image_features @ class_vectors(model, tokenizer, names, FORMS).T
 
 
-def is_named(scores, thing):
-    """Is the object's name above its absent names? A tie is a miss."""
-    row = scores[thing.pair]
-    wrong = [COLUMN[name] for name in thing.absent]
-    return bool(row[COLUMN[thing.name]] > row[wrong].max())
-
-
-def wins(difference):
-    """1 where the difference is above zero, 0 where it is below, and 0.5 for a tie: zero but for rounding."""
-    if abs(difference) < 1e-6:
-        return 0.5
-    return float(difference > 0)
-
-
-def is_bound(scores, a, b):
-    """Two objects of a scene: 1 where their right names together are above the exchanged ones, 0 below, 0.5 for a
-    tie. A score that is the sum of one for the colour and one for the shape gives a tie."""
-    row = dict(zip(NAMES, scores[a.pair].tolist()))
-    right = row[a.name] + row[b.name]
-    exchanged = row[f'{a.color} {b.shape}'] + row[f'{b.color} {a.shape}']
-    return wins(right - exchanged)
+def scores_of(shards, model, tokenizer, preprocess, workers=0):
+    """name_scores of all images of a set."""
+    return name_scores(model, tokenizer, embed_images(model, shards, preprocess, workers))
 
 
 def named(scores, scenes):
-    """-> {role: {top1, chance, objects (how many)}}"""
+    """-> {role: {top1, chance, objects (how many)}}. scores must be those of all scenes of the set: means come off."""
+    raised = scores - scores.mean(dim=0)
     hits = defaultdict(list)
-    chances = defaultdict(list)
-    for scene in scenes:
-        for thing in scene:
-            hits[thing.role].append(is_named(scores, thing))
-            chances[thing.role].append(1 / (1 + len(thing.absent)))
+    for thing in sum(scenes, []):
+        row = raised[thing.pair]
+        wrong = row[[COLUMN[name] for name in thing.absent]]            # (ABSENT,)
+        hits[thing.role].append(bool(row[COLUMN[thing.name]] - wrong.max() > TIE))
     figures = {}
     for role, found in hits.items():
-        figures[role] = {
-            'top1': fmean(found),
-            'chance': fmean(chances[role]),
-            'objects': len(found)}
+        figures[role] = {'top1': fmean(found), 'chance': 1 / (1 + ABSENT), 'objects': len(found)}
     return figures
 
 
 def bound(scores, scenes):
     """Over all pairs of objects that differ in colour and in shape -> {dominant_small, small_small (where there are
-    such pairs), pairs (how many)}"""
+    such pairs), pairs (how many)}
+
+    Is each right name above the one with the other's shape? If a score is a sum, of one for the colour and one for the
+    shape, the two differences are equal but for their sign, so one is not above 0.
+    """
     found = defaultdict(list)
     for scene in scenes:
         for a, b in combinations(scene, 2):
             if a.color != b.color and a.shape != b.shape:
-                found[f'{a.role}_{b.role}'].append(is_bound(scores, a, b))
+                row = dict(zip(NAMES, scores[a.pair].tolist()))
+                first = row[a.name] - row[f'{a.color} {b.shape}']
+                second = row[b.name] - row[f'{b.color} {a.shape}']
+                found[f'{a.role}_{b.role}'].append(min(first, second) > TIE)
     figures = {roles: fmean(each) for roles, each in found.items()}
     return figures | {'pairs': sum(map(len, found.values()))}
 
 
-def twins(scores, scenes):
-    """Scenes 2 k and 2 k + 1 differ in one object. How often does its name score higher in the scene that has it, for
-    both of its names? A tie counts half -> {role: share}"""
+def seen(scores, scenes):
+    """Scenes 2 k and 2 k + 1 differ in the shape of one object. How often does the first raise its own of the two names
+    more than the second does? A tie counts half -> {role: share}"""
     found = defaultdict(list)
     for first, second in zip(scenes[::2], scenes[1::2]):
         for a, b in zip(first, second):
-            if a.name == b.name:
-                continue
-            for thing, other in (a, b), (b, a):
-                column = scores[:, COLUMN[thing.name]]
-                gap = column[thing.pair] - column[other.pair]
-                found[thing.role].append(wins(gap))
+            gap = scores[:, COLUMN[a.name]] - scores[:, COLUMN[b.name]]         # (n,)
+            difference = gap[a.pair] - gap[b.pair]
+            right = float(difference > 0)
+            if abs(difference) <= TIE:
+                right = 0.5
+            if a.name != b.name:
+                found[a.role].append(right)
     return {role: fmean(each) for role, each in found.items()}
 
 
-# --- 3. What features hold, and what oracles reach -------------------------------------------------------------------
+# --- 3. What features hold -------------------------------------------------------------------------------------------
 
 WORDS = [*COLORS, *SHAPES]
 
@@ -158,7 +148,7 @@ def probe_scores(known_features, known_scenes, features, penalty=0.01):
     """
     spread, middle = torch.std_mean(known_features, dim=0)
     known = (known_features - middle) / (spread + 1e-6)                 # (m, D)
-    new = (features - middle) / (spread + 1e-6)                       # (n, D)
+    new = (features - middle) / (spread + 1e-6)                         # (n, D)
     target = torch.zeros(len(known), len(WORDS))
     for scene in known_scenes:
         for thing in scene:
@@ -173,133 +163,174 @@ def probe_scores(known_features, known_scenes, features, penalty=0.01):
     return (colors[:, :, None] + shapes[:, None]).flatten(1)            # in the order of NAMES
 
 
-def probe(model, preprocess, shards, image_features, scenes, workers=0):
-    """How often does a probe that is fitted on these training shards name an object? -> {role: share}"""
-    known_features = embed_images(model, shards, preprocess, workers)
-    scores = probe_scores(known_features, read_scenes(shards), image_features)
-    return {role: found['top1'] for role, found in named(scores, scenes).items()}
+# --- 4. What those reach who know little -----------------------------------------------------------------------------
+
+SALIENCE = {'dominant': 3, 'small': 1}
+LIKED = {name: random.Random(name).random() for name in NAMES}
 
 
-def oracles(scenes):
-    """R@1 among these scenes of who knows of each, and of its caption, only the colours; the colours and which is the
-    dominant one's; all names. Scenes that look the same to it tie, and a tie of k is won once in k times."""
-    known = defaultdict(list)
+def area_of(scene, color):
+    """How many pixels a colour covers."""
+    return sum(thing.area for thing in scene if thing.color == color)
+
+
+def salience(scene, word):
+    """Of a colour or a shape: the sum over the objects that have it."""
+    return sum(SALIENCE[thing.role] for thing in scene if word in (thing.color, thing.shape))
+
+
+def knows_areas(known):
+    """Where a colour covers as many pixels as here, how often did it have this shape in the known scenes?"""
+    shapes = defaultdict(Counter)                       # {area: {shape: objects}}
+    for scene in known:
+        for thing in scene:
+            shapes[area_of(scene, thing.color)][thing.shape] += 1
+
+    def score(scene, color, shape):
+        count = shapes[area_of(scene, color)]
+        return count[shape] / (1 + count.total())
+    return score
+
+
+def knows_biggest(scene, color, shape):
+    return scene[0].name == f'{color} {shape}'
+
+
+def adds_words(scene, color, shape):
+    return salience(scene, color) + salience(scene, shape)
+
+
+def multiplies_words(scene, color, shape):
+    return salience(scene, color) * salience(scene, shape)
+
+
+def likes_names(scene, color, shape):
+    """Some more than others, whatever the scene."""
+    return LIKED[f'{color} {shape}']
+
+
+def score_table(scenes, score):
+    """Of a formula score(scene, color, shape), for all scenes and names, (n, K)."""
+    rows = []
     for scene in scenes:
-        facts = {
-            'colors': [thing.color for thing in scene],
-            'colors_and_role': [f'{thing.role} {thing.color}' for thing in scene],
-            'names': [thing.name for thing in scene]}
-        for oracle, each in facts.items():
-            known[oracle].append(', '.join(sorted(each)))
+        rows.append([score(scene, *name.split()) for name in NAMES])
+    return torch.tensor(rows, dtype=torch.double)
+
+
+def adversaries(known, scenes, twins):
+    """What the measures give to formulas that know little -> {who: figures}. known: training scenes."""
+    formulas = {
+        'areas': knows_areas(known),
+        'biggest': knows_biggest,
+        'sums': adds_words,
+        'products': multiplies_words,
+        'likes': likes_names}
     figures = {}
-    for oracle, each in known.items():
-        size = Counter(each)
-        figures[oracle] = fmean(1 / size[what] for what in each)
+    for who, score in formulas.items():
+        scores = score_table(scenes, score)
+        figures[who] = named(scores, scenes)
+        figures[who]['bound'] = bound(scores, scenes)
+        figures[who]['seen'] = seen(score_table(twins, score), twins)
     return figures
 
 
-# --- 4. Where C^I looks ----------------------------------------------------------------------------------------------
+def oracles(scenes):
+    """R@1 among these scenes of who knows of each, and of its caption, only the colours, or all names. Scenes that look
+    the same to it tie, and a tie of k is won once in k times."""
+    figures = {}
+    for fact in ('color', 'name'):
+        known = []
+        for scene in scenes:
+            known.append(', '.join(sorted(vars(thing)[fact] for thing in scene)))
+        alike = Counter(known)
+        figures[f'{fact}s'] = fmean(1 / alike[each] for each in known)
+    return figures
+
+
+# --- 5. Where C^I looks ----------------------------------------------------------------------------------------------
 
 def question(name):
     return FORMS[0].format(with_article(name))          # 'there is a red star'
 
 
-def point(model, images, ids, pixels):
-    """An image (1, 3, S, S) and a question (1, T). pixels (S, S): where an object is -> peak and area."""
-    p = model.config.patch_size
-    # does the middle of a patch lie on it?
-    middles = pixels[p // 2::p, p // 2::p].flatten()                    # (P,)
-    weights, _ = model.attention(images, ids)                           # (1, P)
-    return {
-        'peak': middles[weights.argmax()].item(),
-        'area': middles.float().mean().item()}
+def objects_at(shards, i, config):
+    """The number of the object in the middle of each patch of pair i, 0 for the ground, (P,)."""
+    mask = read_mask(shards, i).resize((config.image_size, config.image_size), Image.NEAREST)
+    p = config.patch_size
+    return pil_to_tensor(mask)[0, p // 2::p, p // 2::p].flatten()
 
 
 @torch.no_grad()
-def pointing(model, tokenizer, preprocess, shards, most=75):
-    """Where does C^I look? -> {role: means over the objects of the first `most` scenes}; {} for a plain CLIP.
+def pointing(model, tokenizer, preprocess, shards, scenes):
+    """Where does the highest weight of C^I lie? -> {role: {own_it, own_other, ...: shares of its objects}}, and these
+    figures of each object in a list; {} for a plain CLIP.
 
-    peak: the highest weight, asked by "there is a NAME", lies on the object. area: the share of patches that do, what a
-    blind guess hits. absent_: the same, asked by an absent name, the control.
+    own_, absent_: asked for the object, for an absent name. area_: of all patches, what a blind guess hits. it: on the
+    object; other: on another one; ground.
     """
-    figures = {}
     if not model.config.cross_heads:
-        return figures
-    size = model.config.image_size
+        return {}
     device = model.logit_scale.device
-    found = defaultdict(lambda: defaultdict(list))
-    for scene in progress(read_scenes(shards, most), 'maps'):
+    questions = tokenizer(list(map(question, NAMES)))
+    eot, _ = model.encode_text(questions.to(device))                    # (K, D)
+    rows = []
+    for pair, scene in enumerate(progress(scenes, 'maps')):
+        image = preprocess(shard_image(shards, pair))
+        _, patches = model.encode_image(image[None].to(device))         # (1, P, D)
+        numbers = objects_at(shards, pair, model.config)                # (P,)
         for thing in scene:
-            image = preprocess(shard_image(shards, thing.pair))
-            mask = read_mask(shards, thing.pair)
-            mask = mask.resize((size, size), Image.NEAREST)
-            pixels = pil_to_tensor(mask)[0] == thing.number                             # (S, S)
-            for prefix, name in ('', thing.name), ('absent_', thing.absent[0]):
-                ids = tokenizer([question(name)])
-                answer = point(model, image[None].to(device), ids.to(device), pixels.to(device))
-                for figure, value in answer.items():
-                    found[thing.role][prefix + figure].append(value)
-    for role, group in found.items():
-        figures[role] = {figure: fmean(each) for figure, each in group.items()}
-    return figures
+            asked = [COLUMN[thing.name], COLUMN[thing.absent[0]]]
+            weights = model.image_cross.weights(eot[asked], patches.expand(2, -1, -1))
+            own, absent = numbers[weights.argmax(dim=1).cpu()].split(1)
+            row = {'pair': pair, 'role': thing.role}
+            for prefix, there in ('own', own), ('absent', absent), ('area', numbers):
+                on_it = there == thing.number
+                row[f'{prefix}_it'] = on_it.double().mean().item()
+                row[f'{prefix}_other'] = (~on_it & (there > 0)).double().mean().item()
+                row[f'{prefix}_ground'] = (there == 0).double().mean().item()
+            rows.append(row)
+    figures = {}
+    for role in ('dominant', 'small'):
+        chosen = [row for row in rows if row['role'] == role]
+        if chosen:
+            figures[role] = {name: fmean(row[name] for row in chosen) for name in row if '_' in name}
+    return figures | {'objects': rows}
 
 
-def track_attention(folder, model, tokenizer, preprocess, shards, step):
-    """folder/attention.png: C^I and C^T, asked for the objects of the first scene by their names. folder/strip.png: the
-    maps of C^I of all steps so far, side by side. A plain CLIP has no such maps: nothing happens."""
-    if not model.config.cross_heads:
-        return
-    captions = [question(listed['name']) for listed in objects_of(shards, 0)]
-    path = Path(folder, 'attention', f'{step:09d}.png')
-    path.parent.mkdir(exist_ok=True)
-    attention_picture(model, tokenizer, preprocess, shard_image(shards, 0), captions, path)
-    shutil.copy(path, Path(folder, 'attention.png'))
-    columns = []
-    for each in sorted(path.parent.glob('*.png')):
-        whole = Image.open(each)
-        maps = whole.crop((232, 0, 464, whole.height - 22))     # the second column of attention_picture
-        ImageDraw.Draw(maps).text((12, 12), f'step {int(each.stem)}', 'white')
-        columns.append(pil_to_tensor(maps) / 255)
-    save_image(columns, Path(folder, 'strip.png'), nrow=len(columns), padding=0)
-
-
-# --- 5. During training, and the command -----------------------------------------------------------------------------
+# --- 6. During training, and the command -----------------------------------------------------------------------------
 
 def during_training(model, tokenizer, preprocess, image_features, shards, folder, step):
-    """For an evaluation of train.py -> the figures of eval.json; attention.png and strip.png in `folder` are brought
-    up to date."""
+    """The figures of eval.json; {} where objects are of another kind."""
     scenes = read_scenes(shards)
-    if not any(scenes):                             # objects of another kind
+    if not any(scenes):
         return {}
-    track_attention(folder, model, tokenizer, preprocess, shards, step)
     scores = name_scores(model, tokenizer, image_features)
     return named(scores, scenes) | {'bound': bound(scores, scenes)}
 
 
-def run(args, model, tokenizer, preprocess):
+def measure(args, model, tokenizer, preprocess):
     """All figures."""
-    path = Path(half_of(args.shards, 'val'))
-    shards = Shards(path)
+    shards = Shards(args.shards, half='val')
+    val = Path(shards.paths[0]).parent
     scenes = read_scenes(shards)
-    need(any(scenes),
-         f'{path} lists no objects with absent names; draw a set by python -m lesson.scenes')
-    ranking, image_features, _ = evaluate(model, tokenizer, preprocess, shards)
+    need(any(scenes), f'{val} lists no objects with absent names; draw a set by python -m lesson.scenes')
+    ranking, image_features, _ = zero_shot_retrieval(model, tokenizer, preprocess, shards, workers=args.workers)
     scores = name_scores(model, tokenizer, image_features)
-    figures = named(scores, scenes)
-    if (path.parent / 'train').is_dir():
+    figures = named(scores, scenes) | {'bound': bound(scores, scenes)}
+    train = val.parent / 'train'
+    if train.is_dir():
         # 4,000 scenes are enough for some 100 features
-        known = Shards(path.parent / 'train/0000[0-3].tar')
-        shares = probe(model, preprocess, known, image_features, scenes, args.workers)
-        for role, share in shares.items():
-            figures[role]['probe_top1'] = share
-    figures['bound'] = bound(scores, scenes)
-    if (path.parent / 'twins').is_dir():
-        pairs = Shards(path.parent / 'twins')
-        features = embed_images(model, pairs, preprocess, args.workers)
-        figures['twins'] = twins(name_scores(model, tokenizer, features), read_scenes(pairs))
-    figures |= ranking
-    figures['oracles'] = oracles(scenes)
-    figures['pointing'] = pointing(model, tokenizer, preprocess, shards)
+        known = Shards(f'{train}/0000[0-3].tar')
+        known_features = embed_images(model, known, preprocess, args.workers)
+        probed = named(probe_scores(known_features, read_scenes(known), image_features), scenes)
+        for role in probed:
+            figures[role]['probe_top1'] = probed[role]['top1']
+    twins = val.parent / 'twins'
+    if twins.is_dir():
+        pairs = Shards(twins)
+        figures['seen'] = seen(scores_of(pairs, model, tokenizer, preprocess, args.workers), read_scenes(pairs))
+    figures['retrieval'] = ranking
+    figures['pointing'] = pointing(model, tokenizer, preprocess, shards, scenes)
     return figures
 
 
@@ -308,10 +339,10 @@ def main():
         prog='python -m lesson.suppression',
         description='What a checkpoint knows of objects in scenes.')
     add_options(parser)
-    parser.set_defaults(command='suppression', run=run)
+    parser.set_defaults(command='suppression', run=measure)
     parser.add_argument('--shards', required=True, help='a set of scenes, as runs/scenes, or its val/')
     execute(parser.parse_args())
 
 
 if __name__ == '__main__':
-    cli(main)
+    run(main)

@@ -1,0 +1,126 @@
+"""Where cross-attention looks: a picture of C^I and C^T.
+
+    python -m extras.attend CKPT --image a.jpg --text "a red star" "a small blue ring" --out attention.png
+
+The picture has a row for each text: the image; how much C^I reads each of its patches, asked by the text; how much C^T
+reads each word, asked by the image.
+"""
+import math
+from contextlib import suppress
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from data import Parser, read_image, replacing, run, warn
+from eval import add_options, execute, need
+
+# --- 1. Weights ------------------------------------------------------------------------------------------------------
+
+def stretch(x):
+    """An array, scaled to [0, 1]; one of equal numbers becomes 0."""
+    return (x - x.min()) / max(np.ptp(x), 1e-12)
+
+
+def word_weights(tokenizer, caption, weights):
+    """weights (T,) of C^T over the ids of a caption -> [(word, weight)], scaled to [0, 1].
+
+    Pieces of a word are summed. Start, end and padding are keys too, but no words: they are left out before scaling.
+    """
+    words = []
+    sums = []
+    first = 1                                                       # position 0 is the start
+    for word in tokenizer.split(caption):
+        behind = first + len(tokenizer.word_ids(word))
+        if behind < len(weights):                                   # the rest of a long caption is cut off
+            words.append(word)
+            sums.append(weights[first:behind].sum().item())
+        first = behind
+    shares = stretch(np.array(sums or [0]))                         # a caption may have no word
+    return list(zip(words, shares))
+
+
+@torch.no_grad()
+def attention(model, tokenizer, preprocess, image, caption):
+    """-> map (h, w) of C^I asked by the caption, [(word, weight)] of C^T asked by the image, both scaled to [0, 1]."""
+    device = model.logit_scale.device
+    ids = tokenizer([caption]).to(device)
+    pixels = preprocess(image)[None].to(device)
+    patches, weights = model.attention(pixels, ids)                 # (1, P), (1, T)
+    side = math.isqrt(patches.shape[1])
+    grid = patches.view(side, side).cpu().numpy()
+    return stretch(grid), word_weights(tokenizer, caption, weights[0])
+
+
+# --- 2. The picture --------------------------------------------------------------------------------------------------
+
+TILE = 224                  # side of an image, in pixels
+LINE = 18                   # height of a word
+MARGIN = 8
+FONTS = 'DejaVuSans.ttf', 'NotoSans-Regular.ttf', 'Arial Unicode.ttf'           # the last is macOS's
+
+
+@lru_cache                  # so that the warning comes once
+def picture_font():
+    """A font with letters of many scripts, where Pillow finds one among the system's; else its own, and a warning."""
+    for name in FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, 12)
+    warn('no font DejaVu or Noto was found: in pictures, letters that are not ASCII will be boxes; '
+         'install one, as by apt install fonts-dejavu-core')
+    return ImageFont.load_default(12)
+
+
+def attention_picture(model, tokenizer, preprocess, image, captions, path):
+    """PNG of a row per caption: the image, the map of C^I over it, and a bar for each word, its weight in C^T."""
+    need(model.has_cross_attention, 'this model has no cross-attention, so there is nothing to draw; '
+         'take a released one, or a run of --method cosmos')
+    maps = [attention(model, tokenizer, preprocess, image, caption) for caption in captions]
+    most = max(len(words) for _, words in maps)
+    step = MARGIN + max(TILE, LINE * most)
+    width = 3 * TILE + 200                                      # a long word may stand beyond its bar
+    canvas = Image.new('RGB', (width, len(maps) * step + 30), 'white')      # the legend is below
+    draw = ImageDraw.Draw(canvas)
+    view = ImageOps.fit(image.convert('RGB'), (TILE, TILE))     # what `preprocess` shows the model
+    left = 2 * TILE + 3 * MARGIN
+    top = MARGIN
+    for grid, words in maps:
+        grey = Image.fromarray(np.uint8(255 * grid)).resize(view.size, Image.BILINEAR)
+        heat = ImageOps.colorize(grey, '#00204d', '#ffea46', '#7c7b78')  # for the colour-blind, too
+        canvas.paste(view, (MARGIN, top))
+        canvas.paste(Image.blend(view, heat, 0.6), (TILE + 2 * MARGIN, top))
+        y = top
+        for word, weight in words:
+            draw.rectangle((left, y, left + TILE * weight, y + LINE - 3), '#ffea46')
+            draw.text((left + 4, y), word, 'black', picture_font())
+            y += LINE
+        top += step
+    legend = ('image | where C^I looks: blue low, yellow high | how much C^T reads each word | '
+              'each on its own scale')
+    draw.text((MARGIN, top), legend, 'black', picture_font())
+    with replacing(path) as partial:
+        canvas.save(partial, 'PNG')
+
+
+# --- 3. Command ------------------------------------------------------------------------------------------------------
+
+def run_attend(args, model, tokenizer, preprocess):
+    image = read_image(args.image)
+    attention_picture(model, tokenizer, preprocess, image, args.text, args.out)
+    return {'picture': args.out}
+
+
+def main():
+    parser = Parser(prog='python -m extras.attend', epilog=__doc__,
+                    usage='%(prog)s CKPT --image FILE --text TEXT ... [options]')
+    add_options(parser)
+    parser.set_defaults(command='attend', run=run_attend)
+    parser.add_argument('--image', required=True, help='an image')
+    parser.add_argument('--text', required=True, nargs='+', help='one or more captions')
+    parser.add_argument('--out', default='attention.png', help='the picture (default: %(default)s)')
+    execute(parser.parse_args())
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,171 @@
+"""Weights from elsewhere, and ours for elsewhere.
+
+    python -m extras.weights export CKPT OUT.pt                   a state dict that open_clip loads, and OUT.json
+    python -m extras.weights import clip.pt OUT.pt --quick-gelu   OpenAI's CLIP, or another, as our checkpoint
+    python -m extras.weights import clip.safetensors OUT.pt --config ViT-H-14.json
+    python -m extras.weights fetch cosmos_vitb16_cc3m             the released weights, once; prints where they are
+
+`import` takes the state dict of a ViT under open_clip's names, which are OpenAI's. Weights tell neither the width of an
+attention head nor the activation. open_clip's model config, a JSON file, does; without it heads are 64 wide. What
+`import` writes, every other command reads.
+"""
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from cosmos import COSMOS, from_openclip, to_openclip
+from data import Parser, Refused, Tokenizer, run, save_tensors
+from eval import (clean_names, infer_config, load, load_weights, need, read_checkpoint, read_json,
+                  reading, write_json)
+
+# --- 1. Ours for open_clip -------------------------------------------------------------------------------------------
+
+CLIP_VOCABULARY = 49408
+OPENCLIP_HAS = 'visual.', 'text.', 'logit_scale'                        # but no cross-attention
+
+
+def export(checkpoint, out):
+    """The teacher's towers and scale under open_clip's names, and beside them open_clip's model config.
+
+    open_clip has no place for cross-attention, its maps and its scale: they stay behind.
+    """
+    path = Path(out)
+    layout = path.with_suffix('.json')
+    need(path.suffix == '.pt', f'{path} must be named OUT.pt, for OUT.json is written beside it')
+    need(not path.exists() and not layout.exists(), f'{path} or {layout} exists; name another')
+    model, _, _ = load(checkpoint)
+    c = model.config
+    vision = {
+        'image_size': c.image_size, 'patch_size': c.patch_size, 'width': c.vision_width,
+        'layers': c.vision_layers, 'head_width': c.vision_width // c.vision_heads}
+    text = {
+        'context_length': c.context_length, 'vocab_size': c.vocab_size, 'width': c.text_width,
+        'layers': c.text_layers, 'heads': c.text_heads}
+    write_json(layout, {'embed_dim': c.embed_dim, 'vision_cfg': vision, 'text_cfg': text,
+                        'quick_gelu': c.quick_gelu})
+    towers = {}
+    for name, value in model.state_dict().items():
+        if name.startswith(OPENCLIP_HAS):
+            towers[name] = value
+    save_tensors(path, to_openclip(towers))
+    print(f"open_clip.add_model_config('{layout}')\n"
+          f"model = open_clip.create_model('{path.stem}', pretrained='{path}')")
+    if c.vocab_size != CLIP_VOCABULARY:
+        print('# The merges were learned. open_clip has no tokenizer for them; take that of eval.load.')
+
+
+# --- 2. Others' as ours ----------------------------------------------------------------------------------------------
+
+OPENAI = ("open_clip has OpenAI's weights in the right form: "
+          "model = open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai'), "
+          "torch.save(model.state_dict(), 'clip.pt'), then import clip.pt with --quick-gelu")
+SIZES = 'input_resolution', 'context_length', 'vocab_size'      # lie among the weights of OpenAI
+
+
+def read_weights(path):
+    """A file of tensors -> {name: tensor}. What might run code is Refused with a remedy."""
+    if Path(path).suffix == '.safetensors':
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise Refused(f'{path} needs one package more: pip install safetensors') from None
+        with reading(path):
+            return load_file(path)
+    try:
+        saved = read_checkpoint(path)
+    except Refused as error:
+        reason, _, _ = str(error).partition('; ')
+        if 'TorchScript' in reason:
+            raise Refused(f'{path} is TorchScript, which may run code; {OPENAI}') from None
+        if 'may run code' in reason:
+            raise Refused(f'{reason}; where you trust it, '
+                          f"torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'clip.pt'), "
+                          'then import clip.pt') from None
+        raise
+    return saved.get('state_dict', saved)
+
+
+def import_weights(other, out, config=None, quick_gelu=False):
+    """Weights of a ViT under open_clip's names -> our checkpoint. config: the file of open_clip's model config."""
+    need(not Path(out).exists(), f'{out} exists; name another file')
+    state = clean_names(read_weights(other))
+    for name in SIZES:
+        state.pop(name, None)
+    need('visual.class_embedding' in state and 'text_projection' in state,
+         f"{other} has other names than a ViT of open_clip ({', '.join(list(state)[:3])}); {OPENAI}")
+    sizes = infer_config(state, quick_gelu)
+    if config:
+        layout = read_json(config)
+        layout = layout.get('model_cfg', layout)            # as in the Hugging Face hub's files
+        with reading(config):
+            sizes = replace(
+                sizes,
+                vision_heads=sizes.vision_width // layout['vision_cfg'].get('head_width', 64),
+                text_heads=layout['text_cfg']['heads'],
+                quick_gelu=quick_gelu or layout.get('quick_gelu', False))
+    tokenizer = Tokenizer.clip(context_length=sizes.context_length)
+    need(tokenizer.vocab_size == sizes.vocab_size,
+         f"{other} knows {sizes.vocab_size:,} ids, CLIP's vocabulary has {tokenizer.vocab_size:,}; "
+         'where they were learned, take the checkpoint that train.py wrote')
+    width = sizes.vision_width                              # above 1024 they are wider in all known models
+    need(config or (width <= 1024 and width % 64 == 0),
+         f"{other} has heads that are not 64 wide; give open_clip's model config by --config")
+    model = COSMOS(sizes)
+    load_weights(model, from_openclip(state), other)
+    save_tensors(out, {'config': asdict(sizes), 'merges': tokenizer.merges, 'step': 0,
+                       'student': model.state_dict()})
+    print(f'checkpoint {out}: {sizes}')
+    if not sizes.quick_gelu:
+        print("note       GELU is assumed; OpenAI's weights and others want --quick-gelu")
+
+
+# --- 3. The released weights -----------------------------------------------------------------------------------------
+
+RELEASED = 'https://huggingface.co/sankim2/cosmos/resolve/main/{}.pt'
+DATA = 'cc3m', 'cc12m', 'yfcc15m', 'merged30m', 'pixelprose'            # what they were trained on
+NAMES = [f'cosmos_vitb16_{name}' for name in DATA] + [f'cosmos_vitb32_{name}' for name in DATA]
+
+
+def fetch(name):
+    """Print the path of released weights in torch's cache. They are downloaded on first use."""
+    path = Path(torch.hub.get_dir(), f'{name}.pt')
+    address = RELEASED.format(name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(address, path)
+        except OSError as error:
+            raise Refused(f'{address} cannot be fetched ({error}); bring the file yourself') from None
+    print(path)
+
+
+# --- 4. Commands -----------------------------------------------------------------------------------------------------
+
+def main():
+    prog = 'python -m extras.weights'
+    parser = Parser(prog=prog, usage='%(prog)s export|import|fetch ...', epilog=__doc__)
+    commands = parser.add_subparsers(required=True, prog=prog)
+    command = commands.add_parser('export', help='ours, for open_clip', usage='%(prog)s CKPT OUT.pt')
+    command.set_defaults(function=export)
+    add = command.add_argument
+    add('checkpoint', metavar='CKPT')
+    add('out', metavar='OUT.pt', help='OUT.json is written beside it')
+    command = commands.add_parser('import', help="others', as ours",
+                                  usage='%(prog)s OTHER.pt OUT.pt [options]')
+    command.set_defaults(function=import_weights)
+    add = command.add_argument
+    add('other', metavar='OTHER.pt', help='a state dict, or a file of safetensors')
+    add('out', metavar='OUT.pt', help='our checkpoint')
+    add('--config', help="open_clip's model config, for heads that are not 64 wide")
+    add('--quick-gelu', action='store_true', help="the activation of OpenAI's CLIP")
+    command = commands.add_parser('fetch', help='the released weights', usage='%(prog)s NAME')
+    command.set_defaults(function=fetch)
+    command.add_argument('name', choices=NAMES, help=', '.join(NAMES))
+    options = vars(parser.parse_args())
+    function = options.pop('function')
+    function(**options)
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,129 @@
+"""What several tests use: a model that runs in milliseconds, small shards, and commands run in this process."""
+import io
+import itertools
+import json
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import cosmos
+import data
+from cosmos import COSMOS, Config
+
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get('COSMOS_SHARED') or ROOT.parent / 'shared')
+MICRO = Config.preset(
+    'tiny', embed_dim=16, image_size=32, local_image_size=16, vision_width=24,
+    text_width=16, context_length=12, vocab_size=50)
+cosmos.PRESETS['micro'] = cosmos.Preset(MICRO, cosmos.LAPTOP)
+# Small models gain nothing from more threads, and lose much on a busy machine. train.py takes what the variable says.
+torch.set_num_threads(1)
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test of a file that imports this draws the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+def shared(*parts):
+    """A path of recorded numbers or data; where it is absent the test is skipped."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f'{path} is absent; set COSMOS_SHARED to the folder with the recorded numbers')
+    return path
+
+
+def close(a, b, tolerance=1e-5):
+    """Relative distance of the whole tensors."""
+    assert a.shape == b.shape
+    distance = ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+    assert distance <= tolerance, f'relative distance {distance:.2e}, allowed {tolerance}'
+
+
+def refused(sentence, call, *args, **kwargs):
+    """The call raises ValueError, as Refused is one, and its text matches `sentence`."""
+    with pytest.raises(ValueError, match=sentence):
+        call(*args, **kwargs)
+
+
+def captions(B, length):
+    """(B, 12) words with ends (the highest id) at most `length` long. Words follow the end too: noise for padding."""
+    ids = torch.randint(1, 49, (B, 12))
+    pairs = torch.arange(B)
+    ids[pairs, length - 1 - pairs % 3] = 49
+    return ids
+
+
+def micro(method='cosmos', B=3):
+    """A micro model with one batch: (model, 2 + 2 images, 2 + 3 captions). With another method a plain CLIP."""
+    torch.manual_seed(0)
+    cross_heads = 2 if method == 'cosmos' else 0
+    model = COSMOS(Config.preset('micro', cross_heads=cross_heads))
+    images = [torch.randn(B, 3, side, side) for side in (32, 32, 16, 16)]
+    texts = [captions(B, length) for length in (9, 12, 5, 5, 5)]
+    return model, images, texts
+
+
+def put(path, value=''):
+    """A file, and the folders it lies in -> path. Text and bytes as they are, all else as JSON."""
+    if not isinstance(value, (str, bytes)):
+        value = json.dumps(value)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(value.encode() if isinstance(value, str) else value)
+    return path
+
+
+def encoded(image, kind='PNG', **options):
+    """A Pillow image as the bytes of a file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_tar(path, members, format=tarfile.PAX_FORMAT):
+    """A tar of (name, value) -> path. Times are fractions, as webdataset has them: one more header in PAX."""
+    with tarfile.open(path, 'w', format=format) as tar:
+        for i, (name, value) in enumerate(members):
+            if not isinstance(value, bytes):
+                value = json.dumps(value).encode()
+            info = tarfile.TarInfo(name)
+            info.mtime = 1 + i / 7
+            info.size = len(value)
+            tar.addfile(info, io.BytesIO(value))
+    return path
+
+
+def pairs_tar(path, records, images=itertools.repeat(b'image'), format=tarfile.PAX_FORMAT):
+    """A tar of i.png, the bytes of an image, and i.json, its record -> path."""
+    members = []
+    for i, (record, image) in enumerate(zip(records, images)):
+        members += [(f'{i}.png', image), (f'{i}.json', record)]
+    return write_tar(path, members, format)
+
+
+def dog_tar(path, n, format=tarfile.PAX_FORMAT, broken=()):
+    """n pairs, an image of a colour of its own and the caption 'dog i'; some images are broken -> path."""
+    records = [{'caption': f'dog {i}'} for i in range(n)]
+    images = [encoded(Image.new('RGB', (40, 30), (20 * i, 0, 9))) for i in range(n)]
+    for i in broken:
+        images[i] = b'no image'
+    return pairs_tar(path, records, images, format)
+
+
+def run(module, *argv):
+    """A command in this process -> what its SystemExit carries, or None."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['prog', *map(str, argv)])
+        patch.setattr(data.multiprocessing, 'active_children', list)    # else workers would let it end pytest
+        try:
+            data.run(module.main)
+        except SystemExit as stop:
+            return stop.code

@@ -1,0 +1,85 @@
+"""Errors at the command line: a bug shows its file and line, what a user can mend is one sentence. See data.Refused."""
+import re
+import subprocess
+import sys
+from multiprocessing.pool import ThreadPool
+
+import pytest
+import torch
+
+import train
+from tests.helpers import ROOT, dog_tar, pairs_tar, put, run
+
+# file, what stands there once, what a student makes of it, the error that follows
+BUGS = [
+    # text_crops, image_crops, collate
+    ('data', 'rng.randint(1, 5)', 'rng.randint(1, five)', 'NameError'),
+    ('data', 'int(side * zoom)', 'int(side @ zoom)', 'TypeError'),
+    ('data', 'ids.unbind(dim=1)', 'ids.unbind(dim=3)', 'IndexError'),
+    # nce, CrossAttention
+    ('cosmos', 'logits.view(V, B, U, N)', 'logits.view(V, B, N)', 'RuntimeError'),
+    ('cosmos', 'self.ln_k(tokens)).tr', 'self.ln_k(tokens[..., 1:])).tr', 'RuntimeError'),
+    # train_step, retrieval
+    ('train', '(images, batch.texts)', '(images, batch.text)', 'AttributeError'),
+    ('eval', "'image_to_text': ranks(", "'image_to_text': runks(", 'NameError')]
+TRAIN = ('train.py --preset tiny --steps 2 --batch 4 --workers 1 --eval-every 1 --device cpu --precision fp32 '
+         '--out out --data ../dogs.tar --val ../dogs.tar').split()
+
+
+def train_changed(folder, file, right, wrong):
+    """Run a copy of the four files, without lesson and extras, with one place changed -> the process, and the line."""
+    for name in 'cosmos', 'data', 'eval', 'train':
+        put(folder / f'{name}.py', (ROOT / f'{name}.py').read_bytes())
+    before, after = (folder / f'{file}.py').read_text().split(right)    # it stands there once
+    put(folder / f'{file}.py', before + wrong + after)
+    done = subprocess.run([sys.executable, *TRAIN], cwd=folder, capture_output=True, text=True)
+    return done, 1 + before.count('\n')
+
+
+def test_a_bug_shows_its_place(tmp_path):
+    """oracle: the line that was changed is the last of ours in the traceback, and the error ends the output; from a
+    loader's worker, too. An evaluation in mid-run shows it and lets training go on."""
+    dog_tar(tmp_path / 'dogs.tar', 9)
+    cases = [(tmp_path / str(i), *bug) for i, (*bug, _) in enumerate(BUGS)]
+    with ThreadPool(2) as pool:
+        results = pool.starmap(train_changed, cases)
+    for (file, _, wrong, error), (done, line) in zip(BUGS, results):
+        assert done.returncode == 1, wrong
+        frames = re.findall(r'File ".*\b(cosmos|data|eval|train)\.py", line (\d+)', done.stderr)
+        assert frames[-1] == (file, str(line)), done.stderr
+        assert re.search(rf'\n *{error}: .*\s*\Z', done.stderr), done.stderr
+    assert done.stdout.count(f'eval.py", line {line}, in retrieval') == 2       # at steps 0 and 1
+    assert torch.load(tmp_path / '6/out/last.pt')['step'] == 2
+
+
+REFUSED = {         # flags: what their sentence must say
+    '--stepz 3': 'arguments: --stepz 3; see prog --help',
+    '--preset huge': "--preset: invalid choice: 'huge'",
+    '--method blip': "--method: invalid choice: 'blip'",
+    '--lr banana': "--lr: invalid float value: 'banana'",
+    '--steps 0': '--steps 0 is out of range; give 1 to',
+    '--batch -4': '--batch -4 is out of range; give 2 to',
+    '--batch 64': '--batch 64 .* 20 pairs; lower --batch',
+    '--data absent': "'absent' does not exist",
+    '--data empty': "'empty' .* no .tar file",
+    '--data wordless.tar': 'wordless.tar.*no usable caption .*--caption-keys',
+    '--vocab page': 'page .* not CLIP.* --vocab learn',
+    '--resume none.pt': 'none.pt does not exist',
+    '--resume page': 'page is no checkpoint',
+    '--resume other.pt': 'other.pt holds no run to resume',
+    '--init page': 'page is no checkpoint',
+    '--init other.pt': 'other.pt is neither ours, .*its keys: weights.* extras.weights import other.pt'}
+
+
+@pytest.mark.parametrize('line', REFUSED)
+def test_what_a_user_can_mend_is_one_sentence(monkeypatch, tmp_path, line):
+    """oracle: the rule: status 1, one line with the value, the place and the remedy; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    dog_tar('dogs.tar', 20)
+    pairs_tar('wordless.tar', [{'number': 5}])
+    put('page', '<html>')
+    put('empty/page')
+    torch.save({'weights': torch.zeros(1)}, 'other.pt')
+    flags = f'--data dogs.tar --preset micro --batch 4 --device cpu --out out {line}'
+    assert re.fullmatch(f'error: .*{REFUSED[line]}.*', run(train, *flags.split()))
+    assert not (tmp_path / 'out').exists()

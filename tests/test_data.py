@@ -1,0 +1,545 @@
+"""The claims of data.py. Each docstring names its oracle: what a result must equal."""
+import gzip
+import hashlib
+import json
+import math
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+from torchvision.transforms.v2 import functional as V
+
+import data
+from data import Colours, Counts, Crops, Order, Refused, Shards, Tokenizer, Unreadable
+from tests.helpers import (MICRO, ROOT, dog_tar, encoded, pairs_tar, put, refused, run, seeded, shared, write_tar)
+
+LOW = Tokenizer(['l o', 'lo w</w>', 'lo w', 'e r</w>', 'e s', 'es t</w>', 'low est</w>'], 8)
+BOAT = ['a boat', 'A 3.5 m boat', 'Two men', 'A lake']
+
+
+def mandelbrot(width, height):
+    image = Image.effect_mandelbrot((width, height), (-2, -1.2, 1, 1.2), 60)
+    return image.convert('RGB')
+
+
+def pixels(source):
+    return V.pil_to_tensor(data.read_image(source, 'it').convert('RGB'))
+
+
+# --- Errors ----------------------------------------------------------------------------------------------------------
+
+def test_only_what_is_refused_becomes_a_sentence(tmp_path):
+    """oracle: the rule for errors: one sentence for the user, from a worker, too; a traceback for all else."""
+    crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 4)), LOW, MICRO, 3, 4)
+    crops.shards.image = lambda i: b''
+
+    def first_batch():
+        next(iter(data.loader(crops, Order(4, 4, 0, 1), workers=1)))
+
+    def unreadable():
+        data.read_image(b'GIF8', 'a.gif')
+
+    def unknown_option():
+        data.Parser().parse_args(['--sise'])
+
+    for main, sentence in (
+            (first_batch, 'error: none of 4 pairs can be read'),
+            (unreadable, 'error: a.gif is no image that can be read'),
+            (unknown_option, 'error: unrecognized arguments: --sise; see prog --help')):
+        line, = run(SimpleNamespace(main=main)).splitlines()
+        assert line.startswith(sentence)
+    *_, place, code, error = run(SimpleNamespace(main=lambda: 1 / 0)).splitlines()
+    assert error == 'ZeroDivisionError: division by zero'
+
+
+def test_files_are_written_whole_or_not(tmp_path):
+    """oracle: what was there before, and nothing beside it."""
+    path = put(tmp_path / 'file', 'before')
+    for error, seen in (KeyError, KeyError), (OSError, Refused):
+        with pytest.raises(seen), data.replacing(path) as partial:
+            partial.write_text('half')
+            raise error('no space')
+        assert [file.read_text() for file in tmp_path.iterdir()] == ['before']
+    with data.replacing(path) as partial:
+        partial.write_text('after')
+    assert [file.read_text() for file in tmp_path.iterdir()] == ['after']
+
+
+def test_imports_change_nothing():
+    """oracle: limits, warning filters and signals of a program that has imported torch and the like before."""
+    code = '''
+import resource, signal, warnings
+import torch.distributed, torch.utils.checkpoint, torchvision.transforms.v2, tqdm.contrib.concurrent
+def state():
+    limits = [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith('RLIMIT')]
+    return limits, warnings.filters[:], [signal.getsignal(number) for number in signal.valid_signals()]
+before = state()
+import cosmos, data, eval, train
+assert state() == before
+'''
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+
+
+# --- Shards ----------------------------------------------------------------------------------------------------------
+
+def test_paths_and_their_lines(tmp_path, capsys):
+    """oracle: the files that were written, and which of them a path names."""
+    for name in '08', '09', '11', 'a[1]', 'halves/train/t', 'halves/val/v':
+        put(tmp_path / f'{name}.tar')
+
+    def found(*paths, half=None):
+        tars = data.find_shards([f'{tmp_path}/{path}' for path in paths], half)
+        lines = capsys.readouterr()
+        return ' '.join(Path(tar).stem for tar in tars), lines.out + lines.err
+
+    assert found('') == ('08 09 11 a[1]', '')
+    assert found('0*.tar', 'a[1].tar') == ('08 09 a[1]', '')
+    names, line = found('09.tar', '08.tar', '18.tar', '19.tar')
+    assert names == '08 09'
+    assert f'2 of 4 shards are missing, the first is {tmp_path}/18.tar' in line
+    names, line = found('08.tar', '09.tar', '')
+    assert names == '08 09 11 a[1]'
+    assert '2 shards are named twice' in line
+    assert found('halves', half='val') == ('v', f'data       the half {tmp_path}/halves/val\n')
+    assert found('halves', half='train')[0] == 't'
+    assert found('halves/val', half='train') == ('v', '')
+    for path in 'absent', 'x*.tar', 'halves':
+        refused(f"{path}' does not exist or holds no .tar file", data.find_shards, tmp_path / path)
+
+
+def test_tars_of_every_format(tmp_path):
+    """oracle: the pairs and names as written, in any order of members; the same by a mapped index."""
+    jpg = encoded(mandelbrot(40, 32), 'JPEG')
+    long = 'folder' * 15 + '/' + 'name' * 15        # over 100 characters: GNU and PAX add a header
+    members = [
+        ('x/b.json', {'caption': 'json', 'file': 'my cat.jpg'}), ('x/a.txt', b'text'), ('x/b.JPG', jpg),
+        ('x/b.png', b'2nd'), ('x/a.jpg', jpg), ('x/a.mask.png', b'mask'), (f'{long}.png', jpg),
+        (f'{long}.txt', b'long'), ('x/alone.jpg', jpg)]
+    for form in tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT:       # 0, 1, 2
+        write_tar(tmp_path / f'{form}.tar', members, form)
+    shards = Shards(tmp_path)
+    shards.save(tmp_path / 'index.npy')
+    mapped = Shards(tmp_path, index=tmp_path / 'index.npy')
+    assert isinstance(mapped.index, np.memmap)
+    for found in shards, mapped, pickle.loads(pickle.dumps(mapped)):    # as workers get it
+        assert [found.pool(i) for i in range(len(found))] == [['json'], ['text'], ['long']] * 3
+        assert {found.image(i) for i in range(9)} == {jpg}
+        assert [found.member(i, 'mask.png') for i in range(3)] == [b'', b'mask', b'']
+        assert found.name(0).endswith('0.tar:x/b.JPG (my cat.jpg)')
+        assert found.name(1).endswith('0.tar:x/a.jpg')
+    shutil.copytree(tmp_path, tmp_path / 'moved')
+    assert Shards(tmp_path / 'moved').fingerprint == shards.fingerprint
+    dog_tar(tmp_path / '1.tar', 5)
+    assert Shards(tmp_path).fingerprint != shards.fingerprint
+
+
+def test_many_shards_are_read_by_processes(tmp_path):
+    """oracle: the pairs that were written. A thread of torch is at work: forks must not wait for its locks."""
+    for n in range(20):
+        dog_tar(tmp_path / f'{n:02d}.tar', 2)
+    matrix = torch.rand(1500, 1500)
+    thread = threading.Thread(target=matrix.matrix_power, args=[20])
+    thread.start()
+    shards = Shards(tmp_path)
+    assert shards.index[:, 0].tolist() == sorted([*range(20)] * 2)
+    thread.join()
+
+
+def readable(shards):
+    """{first sentence: pixels} of the pairs that can be read."""
+    found = {}
+    for i in range(len(shards)):
+        with suppress(Unreadable):
+            caption = shards.pool(i)[0]
+            found[caption] = pixels(shards.image(i))
+    return found
+
+
+def test_odd_members_are_read_or_refused(tmp_path):
+    """oracle: what each is by construction: names, images of one colour, bad captions, broken files."""
+    red = Image.new('RGB', (20, 40), 'red')
+    cmyk = Image.new('CMYK', (40, 20), (0, 200, 100, 30))
+    gray16 = Image.fromarray(np.full((20, 40), 128 * 257, np.uint16))
+    exif = Image.Exif()
+    exif[0x112] = 6                                     # the camera was held upright
+    odd = [('cmyk', 'jpg', encoded(cmyk, 'JPEG'), [225, 49, 137]),
+           ('ünï/' + 'cödé' * 40, 'png', encoded(gray16), [128, 128, 128]),
+           ('turned', 'webp', encoded(red, 'WEBP', exif=exif), [255, 0, 0])]
+    members = [('broken.jpg', b'x'), ('broken.json', b'{"a')]
+    for name, kind, value, _ in odd:
+        members += [(f'{name}.{kind}', value), (f'{name}.json', [name])]
+    shards = Shards(write_tar(tmp_path / 'a.tar', members))
+    images = readable(shards)
+    assert (len(shards), len(images)) == (4, 3)
+    for name, _, _, colour in odd:
+        assert images[name].shape[1:] == (20, 40)
+        assert_close(images[name][:, 10, 10].tolist(), colour, rtol=0, atol=6)
+    refused('it is no image that can be read', pixels, encoded(mandelbrot(64, 64))[:400])
+
+
+def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
+    """oracle: which of five pairs each damage of the third leaves, and that tarfile stops there. It steps over a header
+    in USTAR; in PAX that is the second of two, and an error. Joined tars give the pairs of both."""
+    image = encoded(Image.new('RGB', (9, 9)))
+    joined = write_tar(tmp_path / 'b.tar', [('5.png', image), ('5.json', ['dog 5'])]).read_bytes()
+    noise = random.Random(0).randbytes(512)
+
+    def check(value, left):
+        path.write_bytes(value)
+        shards = Shards(path)
+        assert len(shards) == len(left)
+        assert readable(shards).keys() == {f'dog {i}' for i in left}
+        stopped = 'a.tar is damaged behind byte' in capsys.readouterr().err
+        assert stopped == (left == '01')
+
+    for form, stepped_over in (tarfile.USTAR_FORMAT, '0134'), (tarfile.PAX_FORMAT, '01'):
+        path = dog_tar(tmp_path / 'a.tar', 5, form)
+        raw = path.read_bytes()
+        with tarfile.open(path) as tar:
+            info, text = tar.getmembers()[4:6]
+        start = info.offset_data - 512
+        check(raw, '01234')
+        check(raw[:start + 100], '01')
+        check(raw[:text.offset_data + 5], '01')
+        check(raw + joined, '012345')
+        check(raw[:start] + noise + raw[start + 512:], stepped_over)
+    info.size = -1000                                   # would send tarfile back for ever
+    check(raw[:start] + info.tobuf(tarfile.GNU_FORMAT)[-512:] + raw[start + 512:], '01')
+
+
+def test_shards_without_a_usable_pair_are_refused(tmp_path):
+    """oracle: by construction: other keys, broken images, no texts. One good pair among the first is enough."""
+    image = encoded(Image.new('RGB', (9, 9)))
+    path = pairs_tar(tmp_path / 'a.tar', [{'title': 'dog'}], [image])
+    refused('a.tar:0.png .*no usable caption under the keys title.*--caption-keys', Shards, path)
+    assert Shards(path, 'name , title').pool(0) == ['dog']
+    refused('a.tar:1.png .*its image is no image', Shards, dog_tar(path, 2, broken=[0, 1]))
+    refused('a.tar: no readable tar of images', Shards, write_tar(path, [('0.png', image)]))
+    assert len(Shards(dog_tar(path, 20, broken=range(19)))) == 20
+
+
+# --- Captions and tokenizer ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('text, expected', [
+    ('a dog, e.g. a puppy', ['a dog, e.g. a puppy']),
+    ('at 3 p.m. we left', ['at 3 p.m. we left']),
+    ('A 3.5 m boat. Two men.', ['A 3.5 m boat', 'Two men']),
+    ('We met the U.S. Army. J. Smith\nleft</s> ', ['We met the U.S. Army', 'J. Smith', 'left']),
+    ('a.jpg is. 1. B', ['a.jpg is', '1', 'B']),
+    ('É. Zola. .', ['É. Zola'])])
+def test_sentences_by_hand(text, expected):
+    """oracle: pencil: a sentence ends at a full stop before white space, unless that stands behind a single letter."""
+    assert data.sentences(text) == expected
+
+
+@pytest.mark.parametrize('record, pool', [
+    ({'raw_caption': 'a boat', 'longSV_captions': 'A 3.5 m boat. Two men\nA lake</s>'}, BOAT),
+    ({'raw_caption': BOAT[0], 'longSV_captions': [*BOAT[1:], 'One. Two.\n'], 'caption': 'x'}, [*BOAT, 'One. Two.']),
+    ({'original_caption': "St. Mary's Church", 'caption': 'One. Two.'}, ["St. Mary's Church", 'One', 'Two']),
+    ({'captions': ['one dog.', 'two. three'], 'caption': 'no'}, ['one dog', 'two', 'three']),
+    ({'caption': 'one dog', 'txt': 'no'}, ['one dog']),
+    ({'caption': None, 'txt': 'one dog'}, ['one dog']),
+    ({'captions': ['o', 'n', 'e'], 'caption': [None, 7, ''], 'alt': 'one dog'}, [])])
+def test_captions_of_every_format(record, pool):
+    """oracle: pools written by hand. PixelProse's original caption and items of DreamLIP's lists pass whole, as
+    released; the same where their keys are named."""
+    assert data.caption_pool(record) == pool
+    assert data.caption_pool(record, list(record)[:2])[:len(pool)] == pool
+
+
+def test_text_crops_come_in_every_order():
+    """oracle: the rule itself: 1 to 5 distinct sentences a global, distinct locals; every order of a small pool."""
+    pool = list('abcdefghi')
+    lengths = Counter()
+    orders = set()
+    for seed in range(300):
+        rng = random.Random(seed)
+        crop, *local = data.text_crops(pool, rng, 1, 6)
+        parts = crop.split('. ')
+        lengths[len(parts)] += 1
+        assert len(set(parts)) == len(parts) and len(set(local)) == 6
+        orders.add(tuple(data.text_crops(pool[:3], rng, 0, 3)))
+    assert len(orders) == 6
+    assert sorted(lengths) == [1, 2, 3, 4, 5]
+    assert min(lengths.values()) > 40                                   # uniform: 60 each
+    crops = data.text_crops(['a', 'b'], rng, 0, 5)
+    assert crops[:4] == ['a', 'b', 'a', 'b']            # whole repeats, then a random rest
+
+
+def test_tokenizer_equals_clip():
+    """oracle: ids of CLIP's own tokenizer on 35 hard texts, recorded in golden/tokenizer.json."""
+    tokenizer = Tokenizer.clip(shared('vocab', 'bpe_simple_vocab_16e6.txt.gz'))
+    tokenizer = pickle.loads(pickle.dumps(tokenizer))                   # as workers get it
+    for text, ids, padded in json.loads(shared('golden', 'tokenizer.json').read_text()):
+        assert [49406, *tokenizer.encode(text), 49407] == ids, text
+        assert tokenizer([text]).tolist() == [padded]
+
+
+def test_the_vocabulary_is_fetched_once(tmp_path, monkeypatch):
+    """oracle: the merges in a file: of another digest they are not kept; of the right one they are there without the
+    file, too. Where there are none a sentence names the remedies."""
+    file = put(tmp_path / 'vocab.gz', gzip.compress(b'header\nl o\nlo w</w>'))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    monkeypatch.delenv('COSMOS_VOCAB', raising=False)
+    remedies = 'vocab.gz .*--vocab PATH or COSMOS_VOCAB.*--vocab learn'
+    for url in 'file:///absent/vocab.gz', file.as_uri():
+        monkeypatch.setattr(data, 'VOCAB_URL', url)
+        refused(f'{url} cannot be fetched', Tokenizer.clip)
+    refused(remedies, Tokenizer.clip, file)
+    assert not list(tmp_path.glob('home/**/*.*'))
+    monkeypatch.setattr(data, 'VOCAB_SHA256', hashlib.sha256(file.read_bytes()).hexdigest())
+    for _ in range(2):
+        assert Tokenizer.clip().merges == ['l o', 'lo w</w>']
+        file.unlink(missing_ok=True)
+
+
+def test_ids_and_words_by_hand():
+    """oracle: pencil: rank 1 'lo w</w>' ends low, rank 2 'lo w' starts the others; cut rows keep their end."""
+    assert LOW.encode('low lower lowest') == [513, 514, 515, 518]       # 512 + the line of each merge
+    assert LOW.encode('!l')[0] == 256                   # '!' is byte symbol 0, and 256 + 0 where it closes a word
+    assert LOW('low ' * 20).tolist() == [[519] + 6 * [513] + [520]]
+    assert LOW('low').tolist() == [[519, 513, 520, 0, 0, 0, 0, 0]]
+    text = 'x²+Ⅷ①_é\'S “ﬁn” ＡＢ&amp;lt;\x07 \ud800'
+    assert Tokenizer.split(text) == "x ² + ⅷ ① _ é 's \" fin \" ab < \ufffd".split()
+
+
+def test_learn_by_hand():
+    """oracle: pencil: 'l o' and 'w e' come three times, and of equal pairs the first one met is merged first."""
+    learned = Tokenizer.learn(['low low lower', 'newest newest'], 600)
+    assert learned.merges == ['l o', 'w e', 'lo w</w>', 'n e', 'ne we', 'newe s', 'newes t</w>']
+    assert [learned.symbols[k] for k in learned.encode('lowest')] == ['lo', 'we', 's', 't</w>']
+    assert len(Tokenizer.learn(['low low'], 515).merges) == 1           # 512 bytes, start and end
+
+
+# --- Image crops and colours -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('width, kind, tolerance', [
+    (192, 'PNG', 0.5), (2000, 'JPEG', 6), (1, 'PNG', 0.5), (1, 'JPEG', 0.5), (3, 'JPEG', 6)])
+def test_image_crops_are_the_pixels_of_their_boxes(width, kind, tolerance):
+    """oracle: torchvision's crop of each box, flipped or not. Of a large JPEG, decoded smaller, that of the whole."""
+    rng = random.Random(0)
+    kinds = data.view_kinds(MICRO, 2, 6)
+    file = encoded(mandelbrot(width, max(width * 7 // 10, 1)), kind)
+    whole = pixels(file)
+    for _ in range(30):
+        crops, boxes = data.image_crops(file, kinds, rng)
+        for crop, box, view in zip(crops, boxes, kinds, strict=True):
+            want = V.resized_crop(whole, *box, [view.size] * 2, data.BICUBIC).float()
+            distance = (crop - want).abs().mean()
+            mirrored = (crop.flip(-1) - want).abs().mean()
+            assert min(distance, mirrored) < tolerance                  # of 255
+
+
+@pytest.mark.parametrize('least', [0.4, 0.9])
+def test_boxes_are_of_the_released_sizes(least):
+    """oracle: shares of the image, `least` to 1 for globals, 0.05 to 0.4 for locals, and aspects of 3/4 to 4/3."""
+    file = encoded(Image.new('RGB', (900, 900)))
+    kinds = data.view_kinds(MICRO, 3, 2, least)
+    assert [kind.size for kind in kinds] == [32, 32, 32, 16, 16]
+    drawn = []
+    for seed in range(50):
+        _, boxes = data.image_crops(file, kinds, random.Random(seed))
+        drawn.append(boxes)
+    _, _, heights, widths = torch.tensor(drawn).double().permute(2, 1, 0)           # each (views, 50)
+    shares = heights * widths / 900 ** 2
+    for found, low, high in (shares[:3], least, 1), (shares[3:], 0.05, 0.4), (heights / widths, 3 / 4, 4 / 3):
+        assert low - 0.01 < found.min() < low + 0.1
+        assert high - 0.1 < found.max() < high + 0.01
+
+
+def test_augment_and_captions_leave_the_boxes_as_they_are(tmp_path):
+    """oracle: a pair's boxes by one generator: the same with any number of captions, and the same views with them. Of
+    'crops' torchvision's crop, never flipped, no colour changed; of 'full' some flipped."""
+    image = encoded(mandelbrot(192, 134))
+    shards = Shards(pairs_tar(tmp_path / 'a.tar', [['dog', 'cat']], [image]))
+    flipped = []
+    for epoch in range(4):
+        plain = Crops(shards, LOW, MICRO, 3, 1, augment='crops').sample(epoch, 0)
+        full = Crops(shards, LOW, MICRO, 3, 1).sample(epoch, 0)
+        other = Crops(shards, LOW, MICRO, 3, 1, Counts(local_texts=1, global_texts=1)).sample(epoch, 0)
+        assert_close(full[:2], other[:2], rtol=0, atol=0)
+        assert [len(part) for part in full] == [8, 8, 8, 8]
+        assert full[3] == other[3]
+        assert len(other[2]) == 2
+        crops, colours, _, boxes = plain
+        assert set(colours) == {Colours()}
+        for crop, box in zip(crops, boxes):
+            assert crop.equal(V.resized_crop(pixels(image), *box, crop.shape[1:], data.BICUBIC))
+    for seed in range(20):
+        sides = []
+        for flip in False, True:
+            crops, _ = data.image_crops(image, data.view_kinds(MICRO, 1, 0), random.Random(seed), flip)
+            sides.append(crops[0])
+        assert sides[1].equal(sides[0]) or sides[1].equal(sides[0].flip(-1))
+        flipped.append(not sides[1].equal(sides[0]))
+    assert 4 < sum(flipped) < 16
+
+
+def blurred(image, sigma):
+    return V.gaussian_blur(image, 13, sigma)
+
+
+def grayed(image, strength):
+    return V.rgb_to_grayscale(image, 3)
+
+OPERATIONS = [  # torchvision's function; the released probability for each kind of view, and range
+    ('brightness', V.adjust_brightness, [0.8] * 3, 0.6, 1.4),
+    ('contrast', V.adjust_contrast, [0.8] * 3, 0.6, 1.4),
+    ('saturation', V.adjust_saturation, [0.8] * 3, 0.8, 1.2),
+    ('hue', V.adjust_hue, [0.8] * 3, -0.1, 0.1),
+    ('gray', grayed, [0.2] * 3, 1, 1),
+    ('blur', blurred, [1.0, 0.1, 0.5], 0.1, 2.0),
+    ('solarize', V.solarize, [0.0, 0.2, 0.0], 0.5, 0.5)]
+
+
+@pytest.mark.parametrize('name, function, shares, low, high', OPERATIONS)
+def test_each_colour_operation_is_the_released(monkeypatch, name, function, shares, low, high):
+    """oracle: torchvision's own function, image by image; an image of neutral strength stays as it is, bit by bit. Of
+    5,000 draws for each kind of view the released probabilities and ranges, all uniform."""
+    images = torch.randint(0, 256, (12, 3, 20, 24), dtype=torch.uint8)
+    images[0] = 77                                                      # gray
+    images[1, 1:] = 0                                                   # red
+    colours = torch.tensor([Colours()] * 12)
+    column = Colours._fields.index(name)
+    neutral = Colours()[column]
+    colours[:9, column] = torch.linspace(low, high, 9)
+    monkeypatch.setattr(data, 'normalize', torch.clone)
+    found, = data.Batch([images], colours[:, None], 'key', [], [], 0).views()
+    strengths = colours[:, column].tolist()
+    for image, strength, x in zip(images / 255, strengths, found):
+        if strength == neutral:
+            assert x.equal(image)
+        else:
+            assert_close(x, function(image, strength), rtol=0, atol=2e-5)
+    rng = random.Random(1)
+    for kind, share in zip(data.view_kinds(MICRO, 2, 1), shares, strict=True):
+        values = np.array([data.draw_colours(kind, rng)[column] for _ in range(5000)])
+        changed = values[values != neutral]
+        error = math.sqrt(share * (1 - share) / 5000)
+        assert abs(len(changed) / 5000 - share) <= 4 * error
+        if share:
+            assert low <= changed.min() and changed.max() <= high
+            quarters = np.quantile(changed, [0.25, 0.5, 0.75])
+            expected = np.linspace(low, high, 5)[1:4]                   # uniform
+            assert abs(quarters - expected).max() <= 0.05 * (high - low)
+
+
+def test_jitters_come_in_the_order_of_the_step():
+    """oracle: torchvision's functions in that order; OpenAI's white, recorded; any order among 200 steps."""
+    image = torch.randint(0, 256, (1, 3, 9, 9), dtype=torch.uint8)
+    colours = torch.tensor([Colours(brightness=1.4, contrast=0.6)])
+    x = image / 255
+    first = V.adjust_contrast(V.adjust_brightness(x, 1.4), 0.6)
+    last = V.adjust_brightness(V.adjust_contrast(x, 0.6), 1.4)
+    assert_close(data.recolour(image, colours, [0, 1, 2, 3]), first)
+    assert_close(data.recolour(image, colours, [2, 1, 3, 0]), last)
+    found = Counter()
+    for step in range(200):
+        batch = data.Batch([image, image], colours[:, None].expand(1, 2, 7), f'0 0 {step}', [], [], 0)
+        for view in batch.views():
+            found[torch.dist(view, data.normalize(first)) < 1e-3] += 1
+    assert 150 < found[True] < 250
+    white = data.normalize(torch.full((3, 1, 1), 255, dtype=torch.uint8))
+    assert white.flatten().tolist() == pytest.approx([1.930336, 2.074884, 2.145897], abs=1e-5)
+
+
+# --- Order and batches -----------------------------------------------------------------------------------------------
+
+def test_order_is_a_pure_function():
+    """oracle: numpy's permutation of (seed, epoch), which a restart only cuts."""
+    steps = list(Order(23, 4, 0, 12, seed=5))
+    for step, rows in enumerate(steps):
+        epoch, k = divmod(step, 5)                      # 23 // 4 whole batches an epoch
+        expected = np.random.default_rng((5, epoch)).permutation(23)
+        places = range(4 * k, 4 * k + 4)
+        assert rows == [(epoch, place, expected[place]) for place in places]
+    assert list(Order(23, 4, 7, 12, seed=5)) == steps[7:]
+    refused('--batch 24 is larger than the set of 23 pairs', Order, 23, 24, 0, 1)
+    refused('--batch 9 cannot be cut into 2 parts', Order, 23, 9, 0, 1, world=2)
+
+
+def test_batches_are_equal_by_workers_and_ranks(tmp_path):
+    """oracle: one process without workers, whole batches."""
+    shards = Shards(dog_tar(tmp_path / 'a.tar', 12))
+    crops = Crops(shards, LOW, MICRO, 3, 4, Counts(2, 2, 2, 3))
+
+    def served(rank=0, world=1, workers=0):
+        order = Order(12, 4, 2, 5, 3, rank, world)
+        return list(data.loader(crops, order, workers, multiple=8))
+
+    alone = served()
+    assert len({batch.key for batch in alone}) == 3
+    ranks = zip(served(0, 2), served(1, 2))
+    for others in zip(served(workers=2)), ranks:
+        for parts, batch in zip(others, alone, strict=True):
+            found = zip(*(part.views() + part.texts for part in parts))
+            for pieces, whole in zip(found, batch.views() + batch.texts, strict=True):
+                assert_close(torch.cat(pieces), whole, rtol=0, atol=1e-6)
+
+
+def test_captions_are_cut():
+    """oracle: by hand: at most 7 ids in the globals, 4 in the locals; caption 0 keeps all 8 for the student."""
+    samples = []
+    for counts in (4, 1, 0, 2), (3, 5, 0, 1):           # words, between start and end
+        ids = LOW(['low ' * count for count in counts])
+        samples.append(([torch.zeros(3, 4, 4)], torch.zeros(1, 7), ids, 'key', 1))
+    for multiple, whole, lengths in (1, True, [8, 7, 4, 4]), (1, False, [7, 7, 4, 4]), (3, True, [8, 8, 6, 6]):
+        batch = data.collate(samples, multiple, whole)
+        assert [text.shape[1] for text in batch.texts] == lengths
+        assert [text.shape[1] for text in batch.teacher_texts] == 2 * [lengths[1]]
+        assert batch.bad == 2
+        for text in batch.texts + batch.teacher_texts:
+            assert (text == LOW.eot).any(dim=1).all()                   # every end is there
+        assert batch.texts[0][:, :lengths[1]].equal(batch.teacher_texts[0])
+        assert batch.texts[1].equal(batch.teacher_texts[1])
+    batch = data.collate([(crops, colours, ids[:1], key, bad) for crops, colours, ids, key, bad in samples])
+    assert len(batch.texts) == len(batch.teacher_texts) == 1
+
+
+def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
+    """oracle: the pairs broken on purpose: none is served, each is counted and named once, none is twice in a batch."""
+    def batches_of(n, broken, steps):
+        shards = Shards(dog_tar(tmp_path / 'a.tar', n, broken=broken))
+        crops = Crops(shards, LOW, MICRO, 3, 4, Counts(2, 0, 1, 0))
+        return list(data.loader(crops, Order(n, 4, 0, steps, seed=3), workers=0))
+
+    dogs = {}
+    for i in range(12):
+        dogs[tuple(LOW(f'dog {i}')[0].tolist())] = i
+    batches = batches_of(12, [5, 7], 6)
+    assert sum(batch.bad for batch in batches) >= 4
+    served = set()
+    for batch in batches:
+        found = {dogs.get(tuple(row), 'many') for row in batch.texts[0].tolist()}
+        served |= found
+    assert served == set(range(12)) - {5, 7}
+    lines = capsys.readouterr().err
+    assert lines.count('a.tar:5.png') == lines.count('a.tar:7.png') == 1
+    batch, = batches_of(4, range(3), 1)                             # one batch is the whole set
+    assert len(batch.texts[0][:, :5].unique(dim=0)) == 1                               # dog 3
+
+
+@pytest.mark.parametrize('function', ['text_crops', 'image_crops', 'draw_colours'])
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_bug_is_no_bad_pair(monkeypatch, tmp_path, function, workers):
+    """oracle: a NameError in that function, which must come through, from a worker, too."""
+    def broken(*args, **options):
+        return nowhere
+
+    crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 4)), LOW, MICRO, 3, 4)
+    monkeypatch.setattr(data, function, broken)
+    with pytest.raises(NameError, match='nowhere'):
+        next(iter(data.loader(crops, Order(4, 4, 0, 1), workers)))

@@ -1,0 +1,589 @@
+"""What train.py promises. Each docstring names its oracle: what a result must equal.
+
+    pytest tests/test_train.py
+"""
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from multiprocessing import active_children, current_process, set_forkserver_preload
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.multiprocessing import start_processes
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+import cosmos
+import eval as evaluation
+import train
+from cosmos import COSMOS, Output, Teacher, clip_loss, cosmos_loss, symmetric_nce, total_loss, unit
+from data import Batch
+from tests.helpers import ROOT, close, dog_tar, encoded, micro, pairs_tar, run
+
+QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 30 '
+         '--lr 1e-3 --momentum 0.99 --momentum-ramp 10 --log-every 1 --eval-every 0 --workers 0').split()
+AUTO = ['--resume', 'auto']
+
+# --- Helpers ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='session')
+def dogs(tmp_path_factory):
+    """A folder of two halves: 60 training and 16 held-out pairs, each image of a colour of its own."""
+    root = tmp_path_factory.mktemp('dogs')
+    for half, numbers in ('train', range(60)), ('val', range(60, 76)):
+        (root / half).mkdir()
+        records = [{'captions': [f'dog {i}', f'a cat {i}', f'{i} apes']} for i in numbers]
+        images = [encoded(Image.new('RGB', (40, 30), (3 * i, 255 - 3 * i, 37 * i % 256))) for i in numbers]
+        pairs_tar(root / half / '0.tar', records, images)
+    return root
+
+
+@pytest.fixture(scope='session')
+def fit(dogs):
+    """fit(out, *flags): train.py for seconds -> its exit status, or its error."""
+    def fit(out, *flags):
+        return run(train, '--data', dogs, *QUICK, '--out', out, *flags)
+
+    return fit
+
+
+@pytest.fixture(scope='session')
+def whole(fit, tmp_path_factory):
+    """--out of a run of six steps that nothing disturbed."""
+    out = tmp_path_factory.mktemp('runs') / 'whole'
+    assert fit(out, '--eval-every', 5) == 0
+    return out
+
+
+def saved(out):
+    return torch.load(out / 'last.pt', weights_only=True)
+
+
+def read_log(out):
+    """The entries, of equal steps the last."""
+    entries = {}
+    for line in (out / 'log.jsonl').read_text().splitlines():
+        entry = json.loads(line)
+        entries[entry['step'], 'loss' in entry] = entry
+    return list(entries.values())
+
+
+def same_run(a, b):
+    """Two --out folders hold bit-equal networks and optimizers, and logs that differ in times and evaluations only."""
+    runs = []
+    for out in a, b:
+        log = [entry for entry in read_log(out) if 'loss' in entry]     # others have evaluations only
+        for entry in log:
+            for name in 'pairs_per_s', 'waiting', 'memory_GB', 'eval':
+                entry.pop(name, None)
+        state = saved(out)
+        assert len(log) == state['step']
+        runs.append([state['student'], state.get('teacher', {}), state['optimizer']['state'], log])
+    assert_close(*runs, rtol=0, atol=0)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def started(fit, *flags):
+    """The Run that these flags make, as it stands before its first step."""
+    runs = []
+
+    def stop(run, val):
+        runs.append(run)
+        sys.exit('before')
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, 'train', stop)
+        assert fit(*flags) == 'before'
+    return runs[0]
+
+
+# --- One step --------------------------------------------------------------------------------------------------------
+
+ROWS = {  # global and local images, global and local captions of a row of Table 5; its crop; its terms
+    'clip': [1, 0, 1, 0, 0.9],
+    'clip-aug': [2, 0, 1, 0, 0.4],
+    'image-distill': [2, 6, 1, 0, 0.4, 'cls_cls_t'],
+    'text-crop': [2, 6, 2, 6, 0.4, 'cls_cls_t'],
+    'text-distill': [2, 6, 2, 6, 0.4, 'cls_cls_t', 'eot_eot_t'],
+    'cosmos': [2, 6, 2, 6, 0.4, 'h_I_cls_t', 'h_I_eot_t', 'h_T_cls_t', 'h_T_eot_t']}
+
+
+@pytest.mark.parametrize('method', ROWS)
+def test_views_and_losses_of_each_row(fit, tmp_path, method):
+    """oracle: the table, written out: a term is named by what the student has and, with _t, by what the teacher has.
+    clip alone has no colours where the recipe has them."""
+    begun = started(fit, tmp_path, '--method', method)
+    crops = begun.crops
+    assert [*crops.counts, crops.least] == ROWS[method][:5]
+    names = ROWS[method][5:]
+    assert (begun.teacher is not None) == bool(names)
+    options, _ = train.read_options(['--data', 'x', '--method', method])
+    assert options.augment == ('crops' if method == 'clip' else 'full')
+    out = Output(*unit(torch.randn(4, 3, 5, 16)))
+    cls_t, eot_t = unit(torch.randn(2, 2, 5, 16))
+    named = out._asdict() | {'cls_t': cls_t, 'eot_t': eot_t}
+    wanted = {}
+    for name in names:
+        a, b = re.fullmatch('(.+)_(.+_t)', name).groups()
+        wanted[name] = (1 / len(names), symmetric_nce(named[a], named[b], named[a], named[b], 1 / 0.07))
+    teaches = begun.method.distills_images, begun.method.distills_texts
+    targets = [target if taught else None for target, taught in zip((cls_t, eot_t), teaches)]
+    _, parts = total_loss(micro(method)[0], out, *targets)
+    weight, clip = parts.pop('clip')
+    assert weight == 1 and clip == clip_loss(out, torch.tensor(1 / 0.07))
+    assert_close(parts, wanted)
+
+
+def step_of(model, images, texts, method='cosmos', accum=1, processes=None):
+    """train_step on this batch, with a plain gradient descent of rate 0 -> the Step."""
+    processes = processes or train.Processes('cpu')
+    student = train.InParts(model, accum)
+    if processes.world > 1:
+        student = DistributedDataParallel(student)
+    options = SimpleNamespace(method=method, clip_grad=0, lr=0, warmup=1, momentum=1, momentum_ramp=0)
+    state = train.Run(
+        options, processes, model, student, Teacher(COSMOS(model.config)), torch.optim.SGD(model.parameters()),
+        torch.amp.GradScaler('cpu', enabled=False), dtype=None, crops=None)
+    batch = Batch(None, None, 'key', texts, texts[:2], 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batch, 'views', lambda batch: images)
+        return train.train_step(state, batch)
+
+
+def test_the_loss_of_a_step(monkeypatch):
+    """oracle: clip_loss + cosmos_loss by hand; the teacher sees two images of 32 pixels and two captions, no more."""
+    model, images, texts = micro()
+    seen = []
+    forward = Teacher.forward
+
+    def watched(teacher, images, texts):
+        seen.extend([tuple(x.shape) for x in [*images, *texts]])
+        targets.extend(forward(teacher, images, texts))
+        return targets
+
+    targets = []
+    monkeypatch.setattr(Teacher, 'forward', watched)
+    loss = step_of(model, images, texts).loss
+    out = model(images, texts)
+    by_hand = clip_loss(out, model.logit_scale.exp()) + cosmos_loss(out, *targets, model.distill_logit_scale.exp())
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-6)
+    assert seen == [(3, 3, 32, 32)] * 2 + [(3, 12)] * 2
+
+
+OBJECTIVES = 'cosmos', 'text-distill', 'image-distill', 'clip'
+
+
+def gradients(processes, method, accum):
+    """Of this process's share of one batch of 8 -> {parameter: gradient}, and the mean loss of all processes."""
+    model, images, texts = micro(method, B=8)
+    if method in ('image-distill', 'clip'):
+        texts = texts[:1]
+    model.visual.transformer.grad_checkpointing = accum > 1
+    images, texts = ([x.chunk(processes.world)[processes.rank] for x in xs] for xs in (images, texts))
+    loss = step_of(model, images, texts, method, accum, processes).loss
+    [total] = processes.sum([loss])
+    return {name: p.grad for name, p in model.named_parameters()}, total / processes.world
+
+
+def one_rank(rank, world, port, path, flags):
+    """One of `world` processes: saves its gradients; of two processes, train.py with `flags`, too."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    processes = train.Processes('cpu')
+    assert (processes.rank, processes.world, dist.get_world_size()) == (rank, world, world)
+    assert (sys.stdout.name == os.devnull) == (rank > 0)                # rank 0 speaks for all
+    for method in OBJECTIVES:
+        for accum in 1, 2:
+            torch.save(gradients(processes, method, accum), path / f'{world}-{rank}-{method}-{accum}')
+    if world == 2:
+        train.Processes = {'auto': processes, 'cpu': processes}.get
+        run(train, *flags)
+    train.leave(0)
+
+
+@pytest.fixture(scope='session')
+def by_ranks(tmp_path_factory):
+    """A folder with what `one_rank` leaves: gradients, the run 'two' of two processes; and the run 'one' of one."""
+    path = tmp_path_factory.mktemp('ranks')
+    shards = dog_tar(path / 'dogs.tar', 80, broken=[3, 40])
+    flags = ['--data', shards, *QUICK, '--steps', 20, '--out']
+    set_forkserver_preload([__name__])                  # imported once, not in each process
+    for world in 2, 4:
+        with socket.create_server(('127.0.0.1', 0)) as server:
+            port = server.getsockname()[1]
+        arguments = world, port, path, [*flags, path / 'two']
+        start_processes(one_rank, arguments, nprocs=world, start_method='forkserver')
+    assert run(train, *flags, path / 'one') == 0
+    return path
+
+
+@pytest.mark.parametrize('method', OBJECTIVES)
+def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
+    """oracle: one process with the whole batch: same loss, same gradient in every parameter and scale, with --accum 2
+    (and --grad-checkpoint), with 2 and 4 processes, and with both. None of them is all zero: it would never learn."""
+    alone = train.Processes('cpu')
+    expected, total = gradients(alone, method, 1)
+    found = [gradients(alone, method, 2)]
+    for path in by_ranks.glob(f'?-?-{method}-?'):
+        found.append(torch.load(path))
+    assert len(found) == 13
+    for grads, loss in found:
+        assert loss == pytest.approx(total, rel=1e-6)
+        for name in expected:
+            assert expected[name].any(), name
+            close(grads[name], expected[name])
+
+
+def test_two_processes_log_the_same(by_ranks):
+    """oracle: the single process with the same batches. Broken pairs are summed over the processes."""
+    *one, _ = read_log(by_ranks / 'one')
+    *two, _ = read_log(by_ranks / 'two')
+    assert len(one) == len(two) == 20 and one[-1]['bad_pairs'] == 2
+    for a, b in zip(one, two):
+        for key in 'step', 'loss', 'clip', 'distill', 'h_T_eot_t', 'grad_norm', 'scale', 'cosine', 'bad_pairs':
+            assert a[key] == pytest.approx(b[key], rel=2e-4), key
+
+
+def test_schedules_and_decay():
+    """oracle: closed forms at the corners of warm-up, cosine and ramp; the rule that matrices decay, but not
+    LayerNorms, biases, the class token and the scales."""
+    options, _ = train.read_options(
+        '--data x --steps 110 --warmup 10 --lr 1 --momentum 0.9 --momentum-ramp 3'.split())     # its lr_end is 0
+    assert [train.lr_at(step, options) for step in (0, 9, 60, 110)] == pytest.approx([0.1, 1.0, 0.5, 0])
+    options.lr_end = 0.2
+    assert [train.lr_at(step, options) for step in (60, 110)] == pytest.approx([0.6, 0.2])
+    assert [train.momentum_at(step, options) for step in (0, 2, 99)] == [0.25, 0.5, 0.9]
+    model, _, _ = micro()
+    decay, free = train.make_optimizer(model, 1e-3, 0.3).param_groups
+    assert (decay['weight_decay'], free['weight_decay']) == (0.3, 0)
+    free = set(map(id, free['params']))
+    for name, p in model.named_parameters():
+        assert (id(p) in free) == bool(re.search('bias|ln_|norm|scale|class_embedding', name)), name
+
+
+@pytest.mark.parametrize('most, share', [(0, 1), (2, 0.4), (9, 1)])
+def test_gradients_are_clipped_by_their_norm(most, share):
+    """oracle: plain gradient descent by hand, of a gradient of norm 5: clipped to 2, to 9, and not at all."""
+    model = torch.nn.Linear(5, 5, bias=False)
+    model.clamp_scales = dict                           # it has none
+    before = model.weight.clone()
+    model.weight.grad = torch.ones(5, 5)
+    options = SimpleNamespace(clip_grad=most, warmup=2, lr=1)
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    run = SimpleNamespace(options=options, model=model, step=0, teacher=None, scaler=scaler)
+    run.optimizer = torch.optim.SGD(model.parameters())
+    train.update(run, torch.tensor(5.0))
+    close(model.weight, before - 0.5 * share)
+
+
+# --- Whole runs ------------------------------------------------------------------------------------------------------
+
+def test_log_entry_by_hand():
+    """oracle: by hand. Orthogonal embeddings spread by 1, equal ones by 0. Two of four exchanged: half an accuracy, half
+    a cosine. A part of the loss is logged under its name, beside its weight."""
+    options = SimpleNamespace(batch=4, lr=1, warmup=1, momentum=0.5, momentum_ramp=0)
+    run = SimpleNamespace(
+        options=options, model=micro()[0], processes=SimpleNamespace(world=1, sum=list, device=torch.device('cpu')),
+        method=train.METHODS['cosmos'], step=1, pairs=4, crops=SimpleNamespace(shards=range(8)))
+    exchanged = torch.eye(4)[[1, 0, 2, 3]]
+
+    def entry(cls):
+        out = Output(cls[None], exchanged[None], None, None)
+        parts = {'clip': (1, 2.0), 'mine': (0.5, 3.0)}
+        return train.log_entry(run, train.Step(out, exchanged[None], 3.5, parts, 0, True), 2, 1, 3)
+
+    found = entry(torch.eye(4))
+    wanted = {'spread': 1, 'accuracy': 0.5, 'cosine': 0.5, 'distill': 1.5, 'mine': 3, 'pairs_per_s': 6, 'waiting': 0.5,
+              'epoch': 0.5, 'scale': 1 / 0.07}
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted)
+    assert found['weights'] == {'clip': 1, 'mine': 0.5}
+    assert entry(torch.eye(4)[[0, 0, 0, 0]])['spread'] == 0
+
+
+def test_a_run_leaves_everything(whole, dogs, tmp_path):
+    """oracle: the list of design: files, log fields; values by arithmetic; eval.py's score of the checkpoint."""
+    assert {'last.pt', 'best.pt', 'config.json', 'index.npy', 'eval.json', 'report.html'} <= contents(whole).keys()
+    before, first, *_, final = entries = read_log(whole)
+    names = ('step epoch loss clip distill h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t weights chance accuracy spread lr '
+             'momentum scale distill_scale grad_norm cosine pairs_per_s waiting memory_GB bad_pairs')
+    assert first.keys() == set(names.split())
+    found = [first[name] for name in ('epoch', 'lr', 'momentum', 'scale', 'chance', 'cosine')]
+    assert found == pytest.approx([4 / 60, 1e-3 / 30, 1 / 11, 1 / 0.07, math.log(4), 1], rel=2e-3)
+    assert [entry['step'] for entry in entries if 'eval' in entry] == [0, 5, 6] and len(before) == 2
+    figures = json.loads((whole / 'eval.json').read_text())
+    assert final == {'step': 6, 'eval': figures} and figures['steps'] == 6
+    again = tmp_path / 'again.json'
+    assert run(evaluation, 'retrieval', whole / 'last.pt', '--shards', dogs, '--json', again) is None
+    assert figures['retrieval'] == json.loads(again.read_text())
+
+
+def test_lengths_of_runs(capsys):
+    """oracle: arithmetic on 60 pairs and 16 held-out ones: 15 batches of four a pass. Of steps and passes the fewer
+    count, unless one alone was typed; a run that is cut short warms up in proportion; a tenth of the run lies between
+    evaluations, unless ten could take a tenth of it."""
+    def lengths(*flags):
+        options, _ = train.read_options(['--data', 'x', '--batch', '4', *flags])
+        train.choose_lengths(options, 60, 16)
+        return options.steps, options.warmup, options.eval_every, capsys.readouterr().out.count('only evaluation')
+
+    assert lengths('--preset', 'tiny') == (450, 64, 45, 0)              # 30 passes; 100 * 450 // 700
+    assert lengths('--preset', 'tiny', '--warmup', '90') == (450, 90, 45, 0)
+    assert lengths('--preset', 'tiny', '--steps', '100') == (100, 100, 0, 1)
+    assert lengths('--preset', 'tiny', '--epochs', '12', '--eval-every', '7') == (180, 100, 7, 0)
+    assert lengths('--steps', '700', '--epochs', '2') == (30, 85, 0, 1)
+    assert lengths() == (480, 2000, 48, 0)
+
+
+def test_first_lines(fit, tmp_path, capsys):
+    """oracle: the flags: what will be done stands in the first lines."""
+    assert fit(tmp_path, '--steps', 2, '--augment', 'full') == 0
+    printed = capsys.readouterr().out
+    for part in ('cosmos, micro, on 60 pairs', 'after 30 steps of warm-up', 'momentum 0.99 with ramp 10',
+                 'augmentation full', '1 threads and 0 loaders', '--warmup 30 is over half of the 2 steps'):
+        assert part in printed, part
+
+
+def test_best_networks_are_kept(monkeypatch, fit, tmp_path, capsys):
+    """oracle: the figures of the log: the step with the best mean of both R@1, also over a stop. Too little room on the
+    disk is a sentence."""
+    out = tmp_path / 'out'
+    assert fit(out, '--steps', 4, '--eval-every', 1, '--lr', 0.1, '--warmup', 1) == 0
+    assert fit(out, *AUTO, '--batch', 8, '--eval-every', 1) == 0
+    means = {}
+    for entry in read_log(out):
+        if 'eval' in entry:
+            figures = entry['eval']['retrieval']
+            means[entry['step']] = figures['image_to_text_R@1'] + figures['text_to_image_R@1']
+        if entry['step'] == 5:
+            assert entry['epoch'] == pytest.approx((4 * 4 + 8) / 60)
+    assert list(means) == [0, 1, 2, 3, 4, 5, 6]
+    best = max(means, key=means.get)                                    # of equals the first
+    assert torch.load(out / 'best.pt', weights_only=True)['step'] == best
+    assert f'best {means[best] / 2:.1%} at step {best}\n' in capsys.readouterr().out
+    assert evaluation.load(out / 'best.pt')[0].origin == 'teacher'
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=10 ** 6))
+    assert re.search(r'out-2 has 1 MB free, .* need \d+ MB', fit(out))
+
+
+def test_it_learns(fit, dogs, tmp_path):
+    """oracle: guessing, ln 8, where both losses start: 150 steps on 60 pairs take each below three quarters of it."""
+    flags = '--steps 150 --batch 8 --lr 4e-3 --lr-end 0.5 --wd 0.1 --augment crops --save-every 150 --val'.split()
+    assert fit(tmp_path, *flags, dogs / 'train') == 0
+    *entries, final = read_log(tmp_path)
+    for name in 'clip', 'distill':
+        losses = [entry[name] for entry in entries]
+        assert sum(losses[-10:]) / 10 < 0.75 * math.log(8) < 1.2 * sum(losses[:3]) / 3
+    assert final['eval']['retrieval']['image_to_text_R@10'] > 0.33      # chance: 1/6
+
+
+@pytest.mark.parametrize('method, workers', [('cosmos', 0), ('cosmos', 2), ('clip', 0)])
+def test_resume_is_exact(monkeypatch, fit, whole, tmp_path, method, workers):
+    """oracle: the run that was not interrupted, read by the main process: weights, optimizer, teacher and log. SIGTERM
+    goes to the loader's workers, too, as torchrun and Slurm send it."""
+    flags = ['--method', method, '--workers', workers]
+    if method != 'cosmos':
+        whole = tmp_path / 'whole'
+        assert fit(whole, *flags) == 0
+    step = train.train_step
+    stopped = []
+
+    def interrupted(run, batch):
+        if run.step == 3 and not stopped:
+            stopped.append(True)
+            for process in [*active_children(), current_process()]:
+                os.kill(process.pid, signal.SIGTERM)
+        return step(run, batch)
+
+    monkeypatch.setattr(train, 'train_step', interrupted)
+    two = tmp_path / 'two'
+    assert fit(two, *flags) == 143 and saved(two)['step'] == 4
+    assert not (two / 'eval.json').exists()
+    assert fit(two, *flags, *AUTO) == 0
+    same_run(whole, two)
+
+
+def test_kills_at_random_moments(fit, tmp_path, dogs):
+    """oracle: the run that nobody killed, bit by bit: SIGKILL in each half. Its last save was torn, too."""
+    flags = ['--steps', '12', '--save-every', '1', *AUTO]
+    assert fit(tmp_path / 'whole', *flags) == 0
+    out = tmp_path / 'killed'
+    log = out / 'log.jsonl'
+    code = 'import tests.helpers, data, train; data.run(train.main)'    # knows the micro preset
+    command = [sys.executable, '-c', code, '--data', dogs, *QUICK, *flags, '--workers', '1', '--out', out]
+    rng = random.Random(0)
+    for half in range(2):
+        child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        lines = 6 * half + rng.randint(1, 5)
+        while not log.exists() or log.read_text().count('\n') < lines:
+            assert child.poll() is None
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        (out / 'last.pt.partial').touch()                               # as of a kill within a save
+    assert fit(out, *flags) == 0
+    same_run(tmp_path / 'whole', out)
+    assert not list(out.glob('*.partial'))
+
+
+def test_full_disks_and_torn_checkpoints(fit, whole, tmp_path):
+    """oracle: the checkpoint before, byte by byte, where files may not grow beyond a limit; then the run without mishap.
+    A torn checkpoint is named."""
+    out = tmp_path / 'out'
+    assert fit(out, '--steps', 4) == 0
+    checkpoint = (out / 'last.pt').read_bytes()
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(checkpoint) // 2, hard))
+    error = fit(out, *AUTO, '--steps', 6)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    assert re.fullmatch('error: .*last.pt cannot be written .*', error)
+    assert (out / 'last.pt').read_bytes() == checkpoint and not list(out.glob('*.partial'))
+    assert fit(out, '--resume', out, '--steps', 6) == 0                 # a run's folder is its last.pt
+    assert saved(out)['step'] == 6
+    (out / 'last.pt').write_bytes(checkpoint[:10_000])
+    assert 'last.pt is no checkpoint' in fit(out, *AUTO)
+
+
+def test_a_run_never_costs_another(fit, whole, dogs, tmp_path, capsys):
+    """oracle: the files of a finished run, byte by byte, after each command that must leave them alone. A fresh start
+    takes the first free name, and says so in its first and last lines."""
+    out = tmp_path / 'out'
+    shutil.copytree(whole, out)
+    other = dog_tar(tmp_path / 'dogs.tar', 9)
+    before = contents(out)
+    for words, *flags in (
+            ('does not exist', '--data', 'scenez'),
+            ('started on other shards', *AUTO, '--data', other),
+            ('started on other shards', *AUTO, '--data', dogs / 'train', other),
+            ('started with --method cosmos, not clip', *AUTO, '--method', 'clip')):
+        assert words in fit(out, *flags), flags
+        assert contents(out) == before and not (tmp_path / 'out-2').exists(), flags
+    capsys.readouterr()
+    assert fit(out, *AUTO, '--steps', 4) == 0
+    assert contents(out) == before
+    printed = capsys.readouterr().out
+    assert '--steps was 6, is now 4\n' in printed and '--data was' not in printed
+    assert 'nothing is left to do' in printed
+    (out / 'eval.json').unlink()
+    assert fit(out, *AUTO, '--steps', 4) == 0
+    assert (out / 'eval.json').exists() and (out / 'last.pt').read_bytes() == before['last.pt']
+    before = contents(out)
+    capsys.readouterr()
+    for number in 2, 3:
+        assert fit(out, '--steps', number, '--val', dogs / 'train') == 0
+        assert saved(tmp_path / f'out-{number}')['step'] == number
+        first, *_, last = capsys.readouterr().out.splitlines()
+        assert f'out-{number}' in first and f'out-{number}' in last
+    assert contents(out) == before
+
+
+def test_shards_in_both(fit, dogs, tmp_path, capsys):
+    """oracle: the one shard that is named on both sides."""
+    assert fit(tmp_path, '--steps', 1, '--val', dogs / 'train') == 0
+    assert '1 shards are in --data and in --val' in capsys.readouterr().out
+
+
+def test_init(fit, whole, tmp_path):
+    """oracle: the weights in the file, and their features, before the first step; a fresh model's cross-attention."""
+    assert fit(tmp_path / 'clip', '--method', 'clip') == 0
+    _, images, _ = micro()
+    for path in whole / 'last.pt', tmp_path / 'clip/last.pt':
+        begun = started(fit, tmp_path / 'begun', '--init', path)
+        model, _, _ = evaluation.load(path)
+        torch.manual_seed(0)
+        expected = COSMOS(begun.crops.config).state_dict() | model.state_dict()
+        for found in begun.model, begun.teacher.model:
+            assert_close(found.state_dict(), expected, rtol=0, atol=0)
+            close(found.encode_image(images[0])[0], model.encode_image(images[0])[0])
+        assert begun.step == 0
+    shutil.copytree(whole, tmp_path / 'on')
+    assert started(fit, tmp_path / 'on', '--init', path, *AUTO, '--steps', 7).step == 6
+
+
+def test_half_precision_with_a_scaler(fit, whole, tmp_path):
+    """oracle: the float32 run: the loss of its first step. The scaler's state is saved and read again, and --wd goes
+    before the checkpoint's."""
+    for name in 'bf16', 'fp16':
+        out = tmp_path / name
+        assert fit(out, '--steps', 3, '--precision', name) == 0
+        assert read_log(out)[0]['loss'] == pytest.approx(read_log(whole)[1]['loss'], rel=0.01)
+    scaler = saved(out)['scaler']
+    resumed = started(fit, out, *AUTO, '--precision', 'fp16', '--wd', 0.3, '--steps', 4)
+    assert resumed.scaler.state_dict() == scaler and scaler['scale'] > 1
+    assert [group['weight_decay'] for group in resumed.optimizer.param_groups] == [0.3, 0]
+
+
+@pytest.mark.parametrize('bad', [5, 20])
+def test_bad_pairs_stop_a_run_beyond_5_percent(fit, tmp_path, bad):
+    """oracle: the number of pairs of 120 that were broken on purpose; a hundred of them are seen."""
+    shards = dog_tar(tmp_path / 'a.tar', 120, broken=range(120 - bad, 120))
+    status = fit(tmp_path / 'out', '--data', shards, '--steps', 25)
+    assert status == 0 if bad == 5 else 'over 5 % of the pairs cannot be read' in status
+    assert 0 < saved(tmp_path / 'out')['step'] <= 25    # what was learnt is not lost
+
+
+def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path, capsys):
+    """oracle: losses made NaN in chosen steps, few in a row skipped without a trace, more not. The advice fits."""
+    loss = cosmos.clip_loss
+
+    def broken(out, *steps):
+        numbers = itertools.count(1)
+
+        def spoilt(*arguments):
+            return loss(*arguments) * (math.nan if next(numbers) in steps else 1)
+
+        monkeypatch.setattr(cosmos, 'clip_loss', spoilt)
+        status = fit(out, '--steps', 9)
+        state = saved(out)
+        assert state['student']['visual.proj'].isfinite().all()
+        return status, state['step'], [entry['step'] for entry in read_log(out)], state['optimizer']
+
+    *found, optimizer = broken(tmp_path / 'few', 1, 3, 4, 5, 6)
+    assert found == [0, 9, [2, 7, 8, 9, 9]] and optimizer['state'][0]['step'] == 4
+    assert capsys.readouterr().out.count('is left out: loss nan') == 5
+    error, step, *_ = broken(tmp_path / 'many', 3, 4, 5, 6, 7)
+    assert re.fullmatch('error: 5 steps in a row .* step 7.* --lr or --clip-grad 1', error) and step == 7
+
+
+def test_weights_that_are_not_finite_are_not_saved(monkeypatch, fit, tmp_path):
+    """oracle: the checkpoint before: that of step 2."""
+    def spoil(run, norm):
+        with torch.no_grad():
+            run.model.visual.proj[0, 0] = math.inf if run.step == 3 else 0
+
+    monkeypatch.setattr(train, 'update', spoil)
+    assert re.fullmatch('error: the weights are not finite after step 4, .* by --resume .*last.pt .*',
+                        fit(tmp_path / 'out'))
+    assert saved(tmp_path / 'out')['step'] == 2
+
+
+def test_the_four_files_are_enough(dogs, whole, tmp_path):
+    """oracle: the exit status of training and of evaluation, where the four files are alone. As a program train.py has
+    its threads wait passively, unless the user says otherwise."""
+    for name in 'cosmos', 'data', 'eval', 'train':
+        shutil.copy(ROOT / f'{name}.py', tmp_path)
+    (tmp_path / 'sitecustomize.py').write_text(
+        'import atexit, os\natexit.register(lambda: print(os.environ.get("OMP_WAIT_POLICY")))')
+    environment = os.environ | {'PYTHONPATH': str(tmp_path)}
+    flags = f'--data {dogs} --init {whole}/last.pt --out out --preset tiny --steps 2 --batch 4 --workers 0'
+    for command, policy in (f'train.py {flags}', 'passive'), (f'eval.py retrieval out --shards {dogs}', 'None'):
+        done = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, env=environment, capture_output=True,
+                              text=True)
+        assert done.returncode == 0 and 'R@1' in done.stdout, done.stderr
+        assert done.stdout.splitlines()[-1] == policy
