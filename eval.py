@@ -89,7 +89,11 @@ def read_checkpoint(path):
         saved = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:          # of many kinds, for torn files and for others
         held = re.search(r'GLOBAL ([\w.]+)', str(error))
-        reason = f'it holds {held[1]}, which may run code' if held else 'it is torn, or of another kind'
+        reason = 'it is torn, or of another kind'
+        if held:
+            reason = f'it holds {held[1]}, which may run code'
+        if 'TorchScript' in str(error):
+            reason = 'it is TorchScript, which may run code'
         raise Refused(f'{path} is no checkpoint that can be read ({reason}); fetch it again if it was fetched, or see '
                       'python -m extras.weights import --help') from None
     need(isinstance(saved, dict), f'{path} holds no weights by name; save model.state_dict()')
@@ -160,7 +164,8 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
         config = Config(**saved['config'])
         tokenizer = Tokenizer(saved['merges'], config.context_length)
     else:
-        need('visual.class_embedding' in state and len(state['visual.class_embedding']) < 1280,     # ViT-H and larger
+        width = len(state.get('visual.class_embedding', ()))
+        need(0 < width <= 1024 and width % 64 == 0,         # larger ViTs have wider heads
              f"{path} is neither ours, nor released, nor of an open_clip ViT with heads that are 64 wide (its keys: "
              f"{', '.join(list(state)[:5])}); python -m extras.weights import {path} OUT.pt converts others")
         config = infer_config(state, quick_gelu)

@@ -638,14 +638,14 @@ def held_out_figures(run, val):
     figures = {}
     if val:
         scored = run.network, run.crops.tokenizer, evaluation.Preprocess(run.crops.config.image_size)
-        retrieval, *features = evaluation.zero_shot_retrieval(*scored, val)
+        retrieval, image_features, _ = evaluation.zero_shot_retrieval(*scored, val)
         figures['retrieval'] = retrieval
         if 'objects' in val.record(0) and (HERE / 'lesson').is_dir():
             from lesson.suppression import during_training
-            figures |= during_training(*scored, features[0], val, run.folder, run.step)
+            figures |= during_training(*scored, image_features, val, run.folder, run.step)
         if (HERE / 'extras').is_dir():
             from extras.report import store
-            store(*scored, val, *features, run.folder, run.step)
+            store(*scored, val, image_features, run.folder, run.step)
         keep_best(run, retrieval['image_to_text_R@1'], retrieval['text_to_image_R@1'])
     run.processes.share()
     return figures
@@ -686,6 +686,9 @@ def announce(run, val):
         print(f'WARNING    {len(set(shards.paths) & set(val.paths))} shards are in --data and in --val')
     evaluation.write_json(run.folder / 'config.json', vars(options) | {'config': config})
     (run.folder / 'eval.json').unlink(missing_ok=True)                  # of an earlier step
+    if run.step == 0:                                                   # of a run that stopped before its first save
+        for name in ('log.jsonl', 'maps.npz'):
+            (run.folder / name).unlink(missing_ok=True)
 
 
 # --- 8. The loop -----------------------------------------------------------------------------------------------------

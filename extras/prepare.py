@@ -6,13 +6,12 @@
     python -m extras.prepare inspect shards                           counts, captions, what training would skip, views
 
 `pack` and `join` go on where they were interrupted, and refuse a folder of shards that were made from something else.
+Of a table that grew `pack` adds what is new.
 """
 import csv
-import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import random
 import sqlite3
@@ -177,8 +176,7 @@ def claim(out, **source):
     label = Path(out, 'source.json')
     if list(Path(out).rglob('*.tar')):              # without a shard it belongs to none: a command may be corrected
         need(label.exists() and read_json(label) == source,
-             f'{out} holds shards made from something else (see {label}), or from rows that have '
-             'changed since; give another folder, or empty it')
+             f'{out} holds shards made from something else (see {label}); give another folder, or empty it')
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(label, source)
 
@@ -195,32 +193,46 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
     """A file of rows and a folder of images -> shards of up to `size` images in `out`.
 
     val: this share of the images goes to out/val, the others to out/train. Which ones depends on their names alone.
-    Image bytes are copied as they are. Images that are missing or no images, or without a caption, are left out. A
-    shard that is there already is whole, and stays.
+    Image bytes are copied as they are. Images that are missing or no images, or without a caption, are left out. What
+    is in a shard already stays there; what is in none goes into further ones.
     """
     need(0 <= val < 1, f'--val {val} is no share; give 0.1 for a tenth')
     records = records_by_image(read_rows(rows), rows, image_column, caption_column)
-    digest = hashlib.sha1(json.dumps(records).encode()).hexdigest()
-    claim(out, rows=f'{Path(rows).resolve()}', digest=digest, images=f'{Path(images).resolve()}',
-          size=size, val=val)
-    sides = defaultdict(list)                       # folder of shards: its records
+    claim(out, rows=f'{Path(rows).resolve()}', images=f'{Path(images).resolve()}', val=val,
+          columns=[image_column, caption_column])
+    sides = defaultdict(dict)                       # folder of shards: {image name: record}
     for name, record in records.items():
         side = 'val' if random.Random(name).random() < val else 'train'
         folder = Path(out, side) if val else Path(out)
-        sides[folder].append(record)
+        sides[folder][name] = record
+    new = {}
+    for folder, side in sides.items():              # of both sides, before a shard of either is written
+        new[folder] = not_packed(side, folder, rows)
     problems = []
-    for folder, side in sorted(sides.items()):      # train first
-        for number in range(math.ceil(len(side) / size)):
+    for folder, left in sorted(new.items()):        # train first
+        number = len(list(folder.glob('*.tar')))
+        for start in range(0, len(left), size):
             path = Path(folder, f'{number:05d}.tar')
-            if not path.exists():
-                part = side[number * size:(number + 1) * size]
-                write_shard(path, packed(part, images, number, problems))
+            write_shard(path, packed(left[start:start + size], images, number, problems))
+            number += path.exists()                 # else none of them could be used
     name_left_out(problems)
     need(len(problems) < len(records),
          f'none of the {len(records)} images could be packed; are they in {images}?')
     for folder, side in sorted(sides.items()):
         there = len(Shards(folder)) if list(folder.glob('*.tar')) else 0
         print(f'{folder} holds {there:,} of the {len(side):,} images listed')
+
+
+def not_packed(records, folder, rows):
+    """The records that are in no shard yet. Refused where a shard holds what is not among the records."""
+    left = dict(records)
+    shards = Shards(folder) if list(folder.glob('*.tar')) else ()
+    for i in range(len(shards)):
+        record = shards.record(i)
+        need(left.pop(record['file'], None) == record,
+             f"{folder} holds '{record['file']}', whose rows in {rows} are gone or changed; give another folder, or "
+             'empty it')
+    return list(left.values())
 
 
 def packed(records, images, number, problems):

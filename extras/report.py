@@ -125,7 +125,7 @@ def ask(model, tokenizer, pixels, entries):
 
 
 @torch.no_grad()
-def store(model, tokenizer, preprocess, shards, image_features, text_features, folder, step):
+def store(model, tokenizer, preprocess, shards, image_features, folder, step):
     """What the page shows of an evaluation: the first held-out images that can be read, and texts about them.
 
     image_features are NaN where an image cannot be read.

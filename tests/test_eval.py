@@ -332,7 +332,7 @@ WRONG = {               # a command: what its sentence must say
     'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read',
     'retrieval last.pt --coco x': 'x/annotations/captions_val2017.json cannot be read',
     'classify last.pt --dataset dtdd': "has no 'dtdd'; it has .*dtd",
-    'classify last.pt --folder page.pt': '--folder page.pt is no folder',
+    'classify last.pt --folder page.pt': 'page.pt cannot be read',
     'classify last.pt --folder empty': 'class folder in empty',
     'segment last.pt --images a --masks images --classes page.pt --list page.pt': 'no <html>.png; see --mask-suffix',
     'segment last.pt --images a --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
