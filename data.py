@@ -6,9 +6,10 @@ A shard is a tar as img2dataset writes it. Members that share a stem are one pai
     000000017.json    {"raw_caption": "...", "shortIB_captions": ["...", "..."], ...}; see CAPTION_KEYS
     000000017.txt     the caption alone; used where the json has none
 
-A pair gives image crops and text crops (Sec. 3.1). With its colours changed an image crop is a view; a text crop is a
-caption. Every random choice for a pair comes from (seed, epoch, index of the pair), and the order of the pairs from
-(seed, epoch). So a run sees the same numbers with any number of workers and GPUs, and goes on from any step.
+A pair gives image crops and text crops (Sec. 3.1). An image crop with its colours changed is an image view. A text crop
+is one sentence, or a few, from all captions of the pair. Every random choice for a pair comes from (seed, epoch, index of
+the pair), the order of the pairs from (seed, epoch). So a run sees the same batches with any number of workers and GPUs,
+and can be resumed at any step.
 """
 import argparse
 import glob
@@ -42,7 +43,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as V
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 from tqdm.contrib.concurrent import process_map, thread_map
 
@@ -51,11 +52,11 @@ from cosmos import GLOBALS
 # --- 1. Errors, and files that are written whole ---------------------------------------------------------------------
 
 class Refused(ValueError):
-    """What a user can mend: an option, a path, a format. One sentence with the value, the place and the remedy."""
+    """A mistake that the user can mend: an option, a path, a format. Shown as one sentence with value, place, remedy."""
 
 
 class Unreadable(Refused):
-    """Bytes that cannot be decoded: an image, a json, or one without a caption. Training takes another pair instead."""
+    """A pair whose image or json cannot be decoded, or that has no caption. Training takes another one instead."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,7 +74,7 @@ def run(main):
     try:
         main()
     except Refused as error:
-        # From a loader's worker it comes behind a traceback, as the last line.
+        # A DataLoader raises the error of a worker again, with the worker's traceback before the message.
         leave(f"error: {str(error).rpartition('Refused: ')[2].strip()}")
     except Exception:
         leave(traceback.format_exc())
@@ -114,31 +115,31 @@ def save_tensors(path, value):
     with replacing(path) as temporary:
         try:
             torch.save(value, temporary)
-        except RuntimeError as error:           # so it says that the disk is full
+        except RuntimeError as error:           # torch's error for a full disk
             raise OSError(error) from None
 
 
 # --- 2. Shards: every header is read once, then any pair is one read away --------------------------------------------
 
-# The index is an array of integers, a row a pair: the number of its shard, then offset and size in bytes of each of its
-# members, from these columns on. The size of a member that it lacks is 0.
-COLUMN = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5, 'mask.png': 7}
-FIRST_PAIRS = 20        # are looked at before a run starts: enough to tell wrong keys from a broken pair
+# The index is an array of 9 integers a pair. Sizes are in bytes; the size of a member that it lacks is 0.
+#     shard | image: offset, size | json: offset, size | txt: offset, size | mask: offset, size
+COLUMN = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5, 'mask.png': 7}     # of the offset
+FIRST_PAIRS = 20        # how many are checked before a run starts: enough to tell wrong keys from a broken pair
 NO_PAIR = 'no readable tar of images, each with a .json or .txt of the same name; see docs/data.md for the format'
 
 
-def find_shards(paths, half=None):
+def find_shards(paths, split=None):
     """A tar, a folder of tars, a quoted glob, or a list of these -> sorted paths of tars, each once.
 
-    half: 'train' or 'val'. Of a folder that holds both, only this one is taken, and a line says so.
+    split: 'train' or 'val'. Of a folder that holds both as subfolders, this one is taken, and a line says so.
     Raises Refused where nothing is found. A line says how many paths lead nowhere, or are named twice.
     """
     found = []
     missing = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         path = os.path.expanduser(path)
-        if half and os.path.isdir(f'{path}/train') and os.path.isdir(f'{path}/val'):
-            path = f'{path}/{half}'
+        if split and os.path.isdir(f'{path}/train') and os.path.isdir(f'{path}/val'):
+            path = f'{path}/{split}'
             print(f'data       the half {path}')
         if os.path.isdir(path):
             tars = glob.glob(f'{glob.escape(path)}/*.tar')
@@ -160,38 +161,42 @@ def find_shards(paths, half=None):
 
 
 def tar_files(path):
-    """(name, offset of the data, size) of the files in a tar of any format. A damaged tar gives what tarfile reads of
-    it, and one warning.
+    """(name, offset of the data, size) of the members of a tar. Of a damaged tar those that tarfile can read.
 
-    ignore_zeros: tars may be joined by `cat`, and tarfile steps over a header that it cannot read.
+    ignore_zeros: tars may be joined by `cat`; and tarfile then steps over a header that it cannot read. Where it must
+    stop before the end, a line says so.
     """
     length = os.path.getsize(path)
-    end = 0                                             # of the last whole file
-    with suppress(tarfile.TarError, ValueError), tarfile.open(path, 'r:', ignore_zeros=True) as tar:
-        for member in tar:
-            if member.size < 0 or member.offset_data + member.size > length:
-                break                                   # below 0 tarfile would go back, and never end
-            yield member.name, member.offset_data, member.size
-            end = member.offset_data + member.size
-        if tar.offset == length:
-            return
-    warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
+    end = 0                                             # of the last whole member
+    whole = False
+    with suppress(tarfile.TarError, ValueError):        # raised for a header that cannot be stepped over
+        with tarfile.open(path, 'r:', ignore_zeros=True) as tar:
+            for member in tar:
+                if member.size < 0 or member.offset_data + member.size > length:
+                    break                               # below 0 tarfile would go back, and never end
+                yield member.name, member.offset_data, member.size
+                end = member.offset_data + member.size
+            whole = tar.offset == length
+    if not whole:
+        warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
 
 
 def scan_shard(path, number):
     """Headers of one tar -> the rows of its pairs in the index, in order of their images."""
     rows = {}                                           # by stem
     for name, offset, size in tar_files(path):
-        stem, _, kind = name.rpartition('/')[2].partition('.')          # up to the first dot
-        stem = name[:len(name) - len(kind)]
+        _, _, kind = os.path.basename(name).partition('.')              # behind the first dot
+        stem = name.removesuffix(kind)                  # with its folders
         column = COLUMN.get(kind.lower())
-        row = rows.setdefault(stem, [number] + 8 * [0])
+        row = rows.setdefault(stem, [number, 0, 0, 0, 0, 0, 0, 0, 0])
         if column and not row[column + 1]:              # of several images the first
             row[column:column + 2] = offset, size
     pairs = []
     for row in rows.values():
-        _, _, image, _, json, _, text, _, _ = row       # sizes
-        if image and (json or text):
+        image_size = row[2]
+        json_size = row[4]
+        txt_size = row[6]
+        if image_size and (json_size or txt_size):
             pairs.append(row)
     if not pairs:
         warn(f'{path}: {NO_PAIR}')
@@ -201,13 +206,14 @@ def scan_shard(path, number):
 class Shards:
     """Random access to all pairs of a set of tars.
 
-    caption_keys: the json keys of the captions, joined by commas. half: see find_shards. index: the file of an earlier
-    Shards' index of the same tars; it is mapped, and no header is read.
+    caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: a file of the index of
+    the same tars, as `save` writes it; it is mapped, and no header is read.
+    fingerprint: of the tars' names and sizes, by which train.py tells whether an index is theirs.
     Raises Refused where there is no pair, or where none of the first can be used.
     """
 
-    def __init__(self, paths, caption_keys=None, half=None, index=None):
-        self.paths = find_shards(paths, half)
+    def __init__(self, paths, caption_keys=None, split=None, index=None):
+        self.paths = find_shards(paths, split)
         self.caption_keys = re.split(' *, *', caption_keys) if caption_keys else None
         self.sizes = list(map(os.path.getsize, self.paths))
         names = list(map(os.path.basename, self.paths))
@@ -231,20 +237,23 @@ class Shards:
 
     def check_first_pairs(self):
         """One of them must be usable: if none is, the captions have other keys, or the images are of another kind."""
-        problem = NO_PAIR
+        if not len(self):
+            raise Refused(f'{self.paths[0]}: {NO_PAIR}')
         for i in range(min(FIRST_PAIRS, len(self))):
             try:
                 self.pool(i)
-                return read_image(self.image(i), 'its image')
+                read_image(self.image(i), 'its image')
+                return
             except Unreadable as error:
-                problem = f'{self.name(i)} and the pairs before it cannot be used ({error})'
-        raise Refused(f'{self.paths[0]}: {problem}; name the captions with --caption-keys, or look at the shards with '
-                      'python -m extras.prepare inspect')
+                problem = error
+        raise Refused(f'{self.name(i)} and the pairs before it cannot be used ({problem}); name the captions with '
+                      '--caption-keys, or look at the shards with python -m extras.prepare inspect')
 
     def member(self, i, kind):
         """The bytes of a member of pair i; b'' where it has none."""
         column = COLUMN[kind]
-        return self.read(*self.index[i, [0, column, column + 1]].tolist())
+        shard, offset, size = self.index[i, [0, column, column + 1]].tolist()
+        return self.read(shard, offset, size) if size else b''
 
     def read(self, shard, offset, size):
         with open(self.paths[shard], 'rb') as file:     # anew for each read, so that there are never too many open
@@ -256,7 +265,7 @@ class Shards:
         return self.member(i, 'jpg')
 
     def record(self, i):
-        """The json of pair i as a dict, with the .txt under 'txt'. Unreadable where it is no JSON."""
+        """The json of pair i as a dict, with the .txt under 'txt'; of a bare list the captions. Unreadable: no JSON."""
         try:
             record = json.loads(self.member(i, 'json') or '{}')
         except ValueError as error:
@@ -279,11 +288,11 @@ class Shards:
     def name(self, i):
         """Where pair i lies, for messages: shard and member, and the name of the file that it was packed from."""
         shard, offset = self.index[i, :2].tolist()
-        header = self.read(shard, offset - tarfile.BLOCKSIZE, 100)
-        name = f"{self.paths[shard]}:{header.rstrip(bytes(1)).decode('utf-8', 'replace')}"
+        header = self.read(shard, offset - tarfile.BLOCKSIZE, 100)      # it begins with the name
+        name = header.rstrip(b'\0').decode('utf-8', 'replace')
         with suppress(Unreadable, KeyError):
-            name += f" ({self.record(i)['file']})"
-        return name
+            name += f" ({self.record(i)['file']})"                      # extras.prepare keeps it there
+        return f'{self.paths[shard]}:{name}'
 
 
 # --- 3. Captions: a pool of sentences per pair, and text crops from it ---------------------------------- Sec. 3.1 ---
@@ -294,21 +303,21 @@ LONG = ['longIB_captions', 'longSV_captions', 'longLLA_captions']
 DREAMLIP = ['raw_caption', *SHORT, *LONG]
 CAPTION_KEYS = [                # the first family that has a sentence is the pool
     DREAMLIP,
-    ['original_caption', 'caption'],            # PixelProse
     ['captions'],
-    ['caption'],
+    ['original_caption', 'caption'],            # PixelProse, or a caption alone
     ['txt'],
 ]
 POOLS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
 
-# A newline, '</s>', or a full stop before white space or the end that is not behind a single letter (e.g., J. Smith).
+# ours: a sentence ends at a newline, at '</s>', or at a full stop before white space or the end. A single letter before
+# the stop keeps it: "in 3.5 m", "J. Smith" and "e.g. a dog" stay whole.
 BREAK = re.compile(r'\n|</s>|(?<!\b[^\W\d_])\.(?=\s|$)')
 
 
 def sentences(value, whole=False):
     """A string, or a list of strings, -> its sentences. whole: each string is one, and is not split.
 
-    (The released sampler splits nothing of DreamLIP's: given seven strings, it trains on single letters.)
+    The released sampler wants lists under DreamLIP's keys. Given a string instead, it draws single letters from it.
     """
     found = []
     for item in value if isinstance(value, list) else [value]:
@@ -321,14 +330,12 @@ def sentences(value, whole=False):
 def caption_pool(record, keys=None):
     """The record's sentences as one flat list, duplicates kept; [] where it has none, or only single characters."""
     for family in [keys] if keys else CAPTION_KEYS:
-        if not keys and family[0] == 'original_caption' and 'original_caption' not in record:
-            continue    # else img2dataset's own 'caption' would pass for PixelProse's
         pool = []
         for key in family:
             value = record.get(key)
-            # As released: DreamLIP's lists hold sentences already, and "St. Mary's Church" of PixelProse is one.
-            listed = key in DREAMLIP and isinstance(value, list)
-            pool += sentences(value, whole=listed or key == 'original_caption')
+            # As released: DreamLIP's lists hold sentences, and PixelProse's original_caption is one.
+            is_sentences = key in DREAMLIP and isinstance(value, list)
+            pool += sentences(value, whole=is_sentences or key == 'original_caption')
         if any(len(sentence) > 1 for sentence in pool):
             return pool
     return []
@@ -337,7 +344,7 @@ def caption_pool(record, keys=None):
 def text_crops(pool, rng, global_texts, local_texts):
     """Globals of 1-5 sentences joined by '. ', then single sentences -> list of global_texts + local_texts strings.
 
-    Sentences come in random order, without replacement in a global and in the locals, independently between them.
+    Sentences come in random order. Each global is a draw of its own without replacement, the locals are one more.
     paper silent: the order, ". ", and a pool that is too small, which is repeated whole, plus a random rest.
     """
     def draw(count):
@@ -358,7 +365,7 @@ def text_crops(pool, rng, global_texts, local_texts):
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
 MOST_WORDS = 200_000    # whose ids are kept: the web never runs out of new words, memory does
-LEARN_FROM = 5000       # most frequent words; rarer ones are written with what these have taught
+LEARN_FROM = 5000       # merges are learned from so many words, the most frequent ones
 VOCAB_HELP = (f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or learn a vocabulary from your captions '
               'by --vocab learn')
 
@@ -366,14 +373,15 @@ VOCAB_HELP = (f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or
 # the other 68 from U+0100 on. NB: this order is ids 0..255; with any other, released weights quietly read noise.
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES += [byte for byte in range(256) if byte not in BYTES]
-BYTE_SYMBOL = {byte: chr(byte if k < 188 else k + 68) for k, byte in enumerate(BYTES)}
+BYTE_SYMBOL = {byte: chr(byte if k < 188 else 256 + k - 188) for k, byte in enumerate(BYTES)}
 
-SPECIAL = '<start_of_text>', '<end_of_text>'
+SPECIAL = '<start_of_text>', '<end_of_text>'    # as open_clip spells them
 WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
 
 
 def clean(text):
-    """The text as ftfy rewrites it: no controls, plain quotes, ligatures and widths, U+FFFD for lone surrogates."""
+    """The text as ftfy rewrites it: no control characters, plain quotes, ligatures and widths, U+FFFD for lone
+    surrogates."""
     text = html.unescape(html.unescape(text))   # twice: web captions hold '&amp;lt;'
     text = re.sub('[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]', '', text)
     if not text.isascii():
@@ -384,18 +392,19 @@ def clean(text):
     return unicodedata.normalize('NFC', text)
 
 
-@lru_cache          # of the 128 signs that came last: most texts use few
-def plain(sign):
-    """One character without ligature and width.
+@lru_cache
+def plain(char):
+    """One character without ligature and width, as ftfy has it.
 
     CLIP's pattern wants \\p{L} and \\p{N}, which `re` lacks. Its \\w is exactly L, N and '_', but its \\d only the
-    decimal N: the others (² ½ Ⅷ ①) get spaces here, or they would pass for letters.
+    decimal N. So the other numbers (² ½ Ⅷ ①) get spaces here: 'm²' must be two words.
     """
-    if re.match('[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb04\ufb06\uff01-\uffef]', sign):
-        sign = unicodedata.normalize('NFKC', sign)
-    if sign.isnumeric() and not sign.isalpha() and not sign.isdecimal():
-        return f' {sign} '
-    return sign.replace('\ufb05', 'ſt')
+    ligature_or_wide = '[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb04\ufb06\uff01-\uffef]'
+    if re.match(ligature_or_wide, char):
+        char = unicodedata.normalize('NFKC', char)
+    if char.isnumeric() and not char.isalpha() and not char.isdecimal():
+        return f' {char} '
+    return char.replace('\ufb05', 'ſt')                 # NFKC would give 'st'
 
 
 def symbols_of(word):
@@ -406,7 +415,7 @@ def symbols_of(word):
 
 
 def fuse(symbols, left, right):
-    """Joins every neighbour pair `left`, `right`, from left to right: a a a with (a, a) gives aa a."""
+    """Joins every neighbour pair `left`, `right`, from left to right: fuse(['a', 'a', 'a'], 'a', 'a') is ['aa', 'a']."""
     fused = []
     for symbol in symbols:
         if symbol == right and fused and fused[-1] == left:
@@ -419,7 +428,7 @@ def fuse(symbols, left, right):
 def fetch_vocab():
     """Path of CLIP's merges in torch's cache, downloaded on first use. Refused where that fails."""
     path = Path(torch.hub.get_dir(), 'bpe_simple_vocab_16e6.txt.gz')
-    if not path.exists():   # ranks may fetch side by side: each renames its own
+    if not path.exists():   # ranks may fetch side by side: each download is renamed when it is whole
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(VOCAB_URL, str(path), VOCAB_SHA256, progress=False)
@@ -431,10 +440,10 @@ def fetch_vocab():
 class Tokenizer:
     """CLIP's tokenizer: clean, split into words, byte-pair encode each. tokenizer(texts) -> (n, context_length) int64
 
-    merges: lines 'left right', most urgent first. Ids: 256 bytes, 256 bytes closing a word, one a merge, start, end.
-    The end is highest because the text tower finds it by argmax; padding is 0. Ids equal CLIP's (simple_tokenizer.py
-    with ftfy and regex). ours: ftfy's repair of wrongly decoded text ('Ã©' for 'é', C1 controls) is left out; and
-    U+0345, which regex takes for a letter, is none here.
+    merges: lines 'left right', most urgent first. Ids, from 0: 256 bytes, 256 bytes that end a word, one for each merge,
+    start, end. The end is the highest, because the text tower finds it by argmax. Padding is 0.
+    Ids equal CLIP's (simple_tokenizer.py with ftfy and regex). ours: ftfy's repair of wrongly decoded text ('Ã©' for
+    'é', C1 controls) is left out; and U+0345, which regex takes for a letter, is none here.
     """
 
     def __init__(self, merges, context_length=77):
@@ -468,16 +477,16 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        merges = {}     # a dict: a pair may return (abc = ab c or a bc) but keeps its rank
+        merges = {}     # a dict: (abc, d) may come up again, when another merge gives new abc; its first rank counts
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
             count = Counter()   # pair of symbols -> how often it occurs in all texts
             for word, symbols in words.items():
                 for pair in zip(symbols, symbols[1:]):
                     count[pair] += tally[word]
-            pair = max(count, key=count.get, default=None)
-            if count[pair] < 2:
+            if not count or max(count.values()) < 2:
                 break
+            pair = max(count, key=count.get)
             merges[' '.join(pair)] = None
             for word, symbols in words.items():
                 if pair[0] in symbols:
@@ -494,8 +503,12 @@ class Tokenizer:
         if word in self.cache:
             return self.cache[word]
         symbols = symbols_of(word)
-        while pairs := [pair for pair in zip(symbols, symbols[1:]) if pair in self.rank]:
-            symbols = fuse(symbols, *min(pairs, key=self.rank.get))
+        while True:
+            known = [pair for pair in zip(symbols, symbols[1:]) if pair in self.rank]
+            if not known:
+                break
+            left, right = min(known, key=self.rank.get)
+            symbols = fuse(symbols, left, right)
         ids = [self.ids[symbol] for symbol in symbols]
         if len(self.cache) < MOST_WORDS:
             self.cache[word] = ids
@@ -506,7 +519,7 @@ class Tokenizer:
         return sum(map(self.word_ids, self.split(text)), [])
 
     def __call__(self, texts):
-        """n texts (or one) -> (n, context_length) int64: start, ids, end, zeros. A long text loses ids, not its end."""
+        """n texts (or one) -> (n, context_length) int64: start, ids, end, zeros. Of a long text the last ids are cut."""
         if isinstance(texts, str):
             texts = [texts]
         ids = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
@@ -522,13 +535,14 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)      # OpenAI's, as released
 STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = v2.InterpolationMode.BICUBIC
 ASPECTS = (3 / 4, 4 / 3)                        # of crops, least and most
-# What Pillow raises for bytes that are no image.
-BROKEN_IMAGE = OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError
+# What Pillow raises for bytes that are no image: SyntaxError for a broken PNG, LookupError and struct.error in EXIF.
+BROKEN_IMAGE = OSError, ValueError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError
+ORIENTATION = 0x112                             # the EXIF tag; 5 to 8 turn the image by 90 degrees
 
 
 @contextmanager
-def reading_image(name):
-    """Pillow's errors for bytes that are no image become Unreadable."""
+def pillow_errors(name):
+    """Inside this block, Pillow's errors for bytes that are no image become Unreadable, with this name."""
     try:
         yield
     except BROKEN_IMAGE as error:
@@ -541,7 +555,7 @@ def open_image(source):
 
 
 def upright(image):
-    """A Pillow image turned as EXIF says, 16 bits of grey scaled to 8: Pillow would cut them off at 255."""
+    """A Pillow image turned as EXIF says. 16 bits of grey are scaled to 8: Pillow's convert would clip them at 255."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I'):
         gray = np.asarray(image).clip(0, 65535) // 257
@@ -551,61 +565,66 @@ def upright(image):
 
 def read_image(source, name=None):
     """A path, an open file or encoded bytes -> upright Pillow image. Unreadable, with its name, for what is no image."""
-    with reading_image(name or source):
+    with pillow_errors(name or source):
         return upright(open_image(source))
 
 
 class Kind(NamedTuple):
-    """A kind of image view."""
-    size: int                       # side, in pixels
+    """How the crop of a view is made."""
+    size: int                       # side of the view, in pixels
     scale: tuple                    # least and most share of the image's area
     blur: float                     # probability
     solarize: float = 0.0           # probability
 
 
-def view_kinds(config, global_images, local_images, least=0.4):
-    """The kinds of all V views, globals first, as released. least: the smallest share of the image in a global crop."""
-    whole = least, 1.0
-    first = Kind(config.image_size, whole, blur=1.0)
-    other = Kind(config.image_size, whole, blur=0.1, solarize=0.2)
+def view_kinds(config, global_images, local_images, crop_min=0.4):
+    """The kinds of all V views, globals first, as released. crop_min: the smallest share of the image in a global."""
+    scale = crop_min, 1.0
+    first = Kind(config.image_size, scale, blur=1.0)
+    other = Kind(config.image_size, scale, blur=0.1, solarize=0.2)
     local = Kind(config.local_image_size, (0.05, 0.4), blur=0.5)
     return [first] + [other] * (global_images - 1) + [local] * local_images
 
 
-def image_crops(data, kinds, rng, flip=True):
-    """One random crop for each kind of view -> list of (3, s, s) uint8, and their boxes in the image (y, x, h, w).
+def draw_boxes(height, width, kinds, rng):
+    """A random box (y, x, h, w) in an image of this size for each kind of view, as torchvision draws them.
 
-    rng decides everything. torchvision draws the boxes from torch's global generator, so that is seeded and set back.
+    torchvision takes them from torch's global generator. That is seeded by rng, and set back.
     """
-    with reading_image('its image'):
+    image = torch.empty(1, 1, 1).expand(1, height, width)               # only its size counts
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.getrandbits(32))
+        return [v2.RandomResizedCrop.get_params(image, kind.scale, ASPECTS) for kind in kinds]
+
+
+def image_crops(data, kinds, rng, flip=True):
+    """Encoded bytes -> one random crop for each kind of view, (3, s, s) uint8, and their boxes (y, x, h, w)."""
+    with pillow_errors('its image'):
         image = open_image(data)
         width, height = image.size
-        if image.getexif().get(0x112, 1) > 4:           # EXIF says that the camera was held upright
+        if image.getexif().get(ORIENTATION) in (5, 6, 7, 8):
             width, height = height, width
-    frame = torch.empty(1, 1, 1).expand(1, height, width)               # only its size counts
-    with torch.random.fork_rng([]):
-        torch.manual_seed(rng.getrandbits(32))
-        boxes = [v2.RandomResizedCrop.get_params(frame, kind.scale, ASPECTS) for kind in kinds]
-    # Pillow decodes a JPEG at 1/2, 1/4 or 1/8 where that is still as large as asked for, in much less time.
-    room = min(min(box[2:]) / kind.size for box, kind in zip(boxes, kinds))
-    with reading_image('its image'):
-        image.draft('RGB', [ceil(side / room) for side in image.size])
-        pixels = V.pil_to_tensor(upright(image).convert('RGB'))
-    zoom = min(pixels.shape[1] / height, pixels.shape[2] / width)       # 1, or about 1/2, 1/4, 1/8
+    boxes = draw_boxes(height, width, kinds, rng)
+    # Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size, in much less time. So far that no crop must be enlarged.
+    shrink = min(min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds))
+    with pillow_errors('its image'):
+        image.draft('RGB', [ceil(side / shrink) for side in image.size])
+        pixels = TF.pil_to_tensor(upright(image).convert('RGB'))
+    decoded = min(pixels.shape[1] / height, pixels.shape[2] / width)    # 1, or about 1/2, 1/4, 1/8
     crops = []
     for box, kind in zip(boxes, kinds):
-        place = [int(side * zoom) for side in box]  # rounded down: never over an edge
-        crop = V.resized_crop(pixels, *place, [kind.size] * 2, BICUBIC)
+        y, x, h, w = [int(number * decoded) for number in box]  # rounded down: never over an edge
+        crop = TF.resized_crop(pixels, y, x, h, w, [kind.size, kind.size], BICUBIC)
         if flip and rng.random() < 0.5:
             crop = crop.flip(-1)
-        crops.append(crop.contiguous())  # colour after colour, which the operations below are fast on
+        crops.append(crop.contiguous())     # a plane for each colour, which the operations below are fast on
     return crops, boxes
 
 
 # --- 6. Colours: in batches, where the model runs -------------------------------------------------------- Sec. 3.1 ---
 
 class Colours(NamedTuple):
-    """How the colours of a view change: numbers for one view, or tensors (B,). The defaults change nothing."""
+    """How the colours of a view change. The defaults change nothing."""
     brightness: float = 1.0
     contrast: float = 1.0
     saturation: float = 1.0
@@ -627,7 +646,7 @@ def draw_colours(kind, rng):
     if rng.random() < kind.blur:
         changes['blur'] = uniform(0.1, 2.0)
     if rng.random() < kind.solarize:
-        changes['solarize'] = 127.5 / 255   # between two of the 256 values
+        changes['solarize'] = 127.5 / 255   # between two of the 256 values, so that rounding decides nothing
     return Colours(**changes)
 
 
@@ -638,39 +657,40 @@ def brightness(x, strength):
 
 
 def contrast(x, strength):
-    mean = V.rgb_to_grayscale(x.mean(dim=(2, 3), keepdim=True))
+    mean = TF.rgb_to_grayscale(x.mean(dim=(2, 3), keepdim=True))        # is the mean of the grey image
     return torch.lerp(mean, x, strength).clamp_(0, 1)
 
 
 def saturation(x, strength):
-    return torch.lerp(V.rgb_to_grayscale(x), x, strength).clamp_(0, 1)
+    return torch.lerp(TF.rgb_to_grayscale(x), x, strength).clamp_(0, 1)
 
 
 def hue(x, turn):
-    """RGB -> HSV, hue turned, -> RGB, by the textbook formulas."""
+    """Turn the hue. RGB -> HSV by the textbook, and back by
+    channel = value - chroma * clamp(min(k, 4 - k), 0, 1), k = (n + 6 hue) mod 6, n = 5, 3, 1 for red, green, blue."""
     red, green, blue = x.split(1, dim=1)                                # each (n, 1, h, w)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
-    # Where the colour lies on the circle, in sixths times chroma. Of gray any place will do.
-    otherwise = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
-    sixths = torch.where(value == red, green - blue, otherwise)
-    angle = sixths / (6 * chroma).clamp_min(1e-8) + turn + 1            # + 1: above 0
-    starts = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)  # 5 for red, 3 for green, 1 for blue
-    k = 6 * torch.frac(angle + starts / 6)                              # (n, 3, h, w)
+    # The hue in sixths of the circle, times chroma. Of gray any will do.
+    sixths = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    sixths = torch.where(value == red, green - blue, sixths)
+    turned = sixths / (6 * chroma).clamp_min(1e-8) + turn + 1           # the hue; + 1: above 0
+    n = torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1)
+    k = 6 * torch.frac(turned + n / 6)                                  # (n, 3, h, w)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
 def gray(x, strength):
-    return torch.lerp(x, V.rgb_to_grayscale(x), strength)
+    return torch.lerp(x, TF.rgb_to_grayscale(x), strength)
 
 
 def blur(x, sigma):
     """Gaussian blur; borders are mirrored. The kernel ends after 6 pixels, three of the largest sigma."""
     offsets = torch.arange(-6, 7, device=x.device)
-    # clamp: a CPU is slow with numbers that are smaller still.
-    kernel = (-0.5 * (offsets / sigma) ** 2).clamp_min(-80).softmax(-1)
-    kernel = kernel.repeat_interleave(3, dim=0)     # (3 n, 1, 1, 13): each channel has its own
-    padded = F.pad(x, [6] * 4, 'reflect').flatten(0, 1)            # (3 n, h + 12, w + 12)
+    # The softmax makes its sum 1. The clamp avoids denormal numbers, which are slow on a CPU.
+    kernel = (-0.5 * (offsets / sigma) ** 2).clamp_min(-80).softmax(-1)     # (n, 1, 1, 13)
+    kernel = kernel.repeat_interleave(3, dim=0)                         # (3 n, 1, 1, 13): for each channel
+    padded = F.pad(x, [6, 6, 6, 6], 'reflect').flatten(0, 1)            # (3 n, h + 12, w + 12): one image of 3 n channels
     rows = F.conv2d(padded, kernel, groups=len(kernel))
     return F.conv2d(rows, kernel.mT, groups=len(kernel)).view_as(x)
 
@@ -679,19 +699,16 @@ def solarize(x, threshold):
     return torch.where(x > threshold, 1 - x, x)
 
 
-OPERATIONS = brightness, contrast, saturation, hue, gray, blur, solarize       # one for each column of Colours
-JITTERS = range(4)      # the columns of those that come in a random order, before the others
+OPERATIONS = brightness, contrast, saturation, hue, gray, blur, solarize       # one for each field of Colours
+JITTERS = 0, 1, 2, 3    # those that come in a random order, before the others
 
 
-def recolour(images, colours, jitters):
-    """uint8 (B, 3, h, w), the numbers of Colours (B, 7), the JITTERS in some order -> float32 in [0, 1].
-
-    colours stay on the CPU. There it is known which images an operation changes, without waiting for the GPU.
-    """
+def recolour(images, colours, order):
+    """uint8 (B, 3, h, w), the numbers of Colours (B, 7), the order of the JITTERS -> float32 in [0, 1]."""
     neutral = Colours()
     x = images.float().div_(255)
-    for column in [*jitters, *range(len(JITTERS), len(OPERATIONS))]:
-        strength = colours[:, column]
+    for column in [*order, *range(len(JITTERS), len(OPERATIONS))]:
+        strength = colours[:, column]                   # on the CPU: on a GPU the next line would wait for it
         changed = (strength != neutral[column]).nonzero().flatten()
         if len(changed):
             strength = strength[changed].view(-1, 1, 1, 1).to(x.device, non_blocking=True)
@@ -702,7 +719,7 @@ def recolour(images, colours, jitters):
 
 def normalize(images):
     """uint8, or float in [0, 1], (..., 3, h, w) -> float32, with the released mean and deviation."""
-    return V.normalize(V.to_dtype(images, scale=True), MEAN, STD)
+    return TF.normalize(TF.to_dtype(images, scale=True), MEAN, STD)
 
 
 # --- 7. Samples and batches ------------------------------------------------------------------------------------------
@@ -713,35 +730,37 @@ def shuffled(seed, epoch, pairs):
     return np.random.default_rng((seed, epoch)).permutation(pairs).astype(np.uint32)
 
 
+def check_batch(batch, pairs, parts):
+    """Refused: a batch that the set cannot fill, or that cannot be cut into equal parts."""
+    if batch > pairs:
+        raise Refused(f'--batch {batch} is larger than the set of {pairs} pairs; lower --batch')
+    if batch % parts:
+        raise Refused(f'--batch {batch} cannot be cut into {parts} parts (processes x --accum); choose a multiple of '
+                      f'{parts}')
+
+
 @dataclass
 class Order:
     """Which pairs make batch `step`: a pure function of (seed, step), cut into equal slices for the ranks.
 
-    Yields, for every step in [start, stop), this rank's list of (epoch, position in its order, index of the pair). An
-    epoch holds pairs // batch whole batches; the rest of its order is left out.
+    Yields, for every step in [start, stop), this rank's list of (epoch, position in the epoch's order, index of the
+    pair). An epoch holds pairs // batch whole batches; the rest of its order is left out.
     """
     pairs: int
-    batch: int
+    batch: int                  # of all ranks
     start: int
     stop: int
     seed: int = 0
     rank: int = 0
     world: int = 1
 
-    def __post_init__(self):
-        if self.batch > self.pairs:
-            raise Refused(f'--batch {self.batch} is larger than the set of {self.pairs} pairs; lower --batch')
-        if self.batch % self.world:
-            raise Refused(f'--batch {self.batch} cannot be cut into {self.world} parts (processes x --accum); '
-                          f'choose a multiple of {self.world}')
-
     def __iter__(self):
         share = self.batch // self.world
         for step in range(self.start, self.stop):
             epoch, k = divmod(step, self.pairs // self.batch)
-            first = k * self.batch + self.rank * share
-            indices = shuffled(self.seed, epoch, self.pairs)[first:first + share].tolist()
-            yield [(epoch, position, index) for position, index in enumerate(indices, first)]
+            begin = k * self.batch + self.rank * share
+            indices = shuffled(self.seed, epoch, self.pairs)[begin:begin + share].tolist()
+            yield [(epoch, position, index) for position, index in enumerate(indices, begin)]
 
 
 class Counts(NamedTuple):
@@ -756,8 +775,8 @@ class Counts(NamedTuple):
 class Crops(Dataset):
     """The training set: (epoch, position, index) -> the crops of one pair, for `collate`.
 
-    augment: 'full' is the released recipe; 'crops' leaves colours and sides alone, for captions that name them.
-    least: the smallest share of the image in a global crop.
+    augment: 'full' is the released recipe; 'crops' neither changes colours nor flips, for captions that name colours
+    and sides. crop_min: the smallest share of the image in a global crop.
     A pair that is Unreadable is named, counted, and replaced by one further on in the order.
     """
     shards: Shards
@@ -767,24 +786,24 @@ class Crops(Dataset):
     batch: int
     counts: Counts = Counts()
     augment: str = 'full'
-    least: float = 0.4
+    crop_min: float = 0.4
 
     def __post_init__(self):
-        self.kinds = view_kinds(self.config, self.counts.global_images, self.counts.local_images, self.least)
+        self.kinds = view_kinds(self.config, self.counts.global_images, self.counts.local_images, self.crop_min)
 
     def __getitem__(self, where):
         epoch, position, index = where
         pairs = len(self.shards)
-        key = f'{self.seed} {epoch} {position // self.batch}'           # the same in all of a step
+        step_seed = f'{self.seed} {epoch} {position // self.batch}'     # the same for all pairs of a step
         for bad in range(pairs):
             try:
                 crops, colours, captions, _ = self.sample(epoch, index)
-                return crops, torch.tensor(colours), self.tokenizer(captions), key, bad
+                return crops, torch.tensor(colours), self.tokenizer(captions), step_seed, bad
             except Unreadable as error:
                 print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
-            # Not the next one: it is often in the same batch, where a pair that comes twice is its own negative. So a
-            # batch further on. `bad`, as steps of one length might only meet pairs that cannot be read.
-            position = (position + self.batch + bad) % pairs
+            # The pair one batch further on, for a pair that came twice in a batch would be its own negative. If that
+            # cannot be read either, the one behind it, and so on.
+            position = (position + (1 if bad else self.batch)) % pairs
             index = int(shuffled(self.seed, epoch, pairs)[position])
         raise Refused(f'none of {pairs} pairs can be read; look at the shards with python -m extras.prepare inspect')
 
@@ -792,7 +811,7 @@ class Crops(Dataset):
         """-> V crops (3, s, s) uint8, the Colours of each, U captions as strings, and the V boxes; globals first."""
         counts = self.counts
         full = self.augment == 'full'
-        # A generator for texts and one for images: options of captions leave the pictures as they are.
+        # A generator for texts and one for images, so that options of captions do not change the image crops.
         text_rng = random.Random(f'{self.seed} {epoch} {index} texts')
         image_rng = random.Random(f'{self.seed} {epoch} {index} images')
         captions = text_crops(self.shards.pool(index), text_rng, counts.global_texts, counts.local_texts)
@@ -805,9 +824,9 @@ class Batch(NamedTuple):
     """Crops of B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
     colours: object         # (B, V, 7), the numbers of Colours, on the CPU
-    key: str                # of the step; from it comes the order of the jitters
-    texts: list             # U captions (B, T_u) int64 for the student, globals first
-    teacher_texts: list     # the global ones for the teacher, (B, T_u)
+    step_seed: str          # decides the order of the jitters
+    texts: list             # U captions (B, T) int64 for the student, globals first; each T is its own
+    teacher_texts: list     # the global captions for the teacher, (B, T)
     bad: int                # pairs that were replaced because they could not be read
 
     def to(self, device):
@@ -821,45 +840,46 @@ class Batch(NamedTuple):
         """V images (B, 3, s, s), float32, normalised."""
         views = []
         for k, crops in enumerate(self.crops):
-            # ours: one order for a view of all pairs. The released code draws one for every image.
-            jitters = random.Random(f'{self.key} {k}').sample(JITTERS, 4)
-            views.append(normalize(recolour(crops, self.colours[:, k], jitters)))
+            # ours: view k of all pairs has one order of jitters. The released code draws one for every image.
+            order = random.Random(f'{self.step_seed} {k}').sample(JITTERS, 4)
+            views.append(normalize(recolour(crops, self.colours[:, k], order)))
         return views
 
 
 def cut(captions, multiple):
-    """A list of (B, T) ids, all cut behind the end of the longest, rounded up to a multiple."""
+    """A list of (B, T) ids, all cut behind the end of the longest, rounded up to a multiple. Of none there is none."""
     ends = [ids.argmax(dim=1).max().item() for ids in captions]         # the largest id ends a text
-    length = ceil((max(ends, default=0) + 1) / multiple) * multiple
+    longest = max(ends, default=0) + 1
+    length = ceil(longest / multiple) * multiple                        # beyond T a slice ends at T
     return [ids[:, :length] for ids in captions]
 
 
 def collate(samples, multiple=1, whole=True):
-    """Samples -> Batch. The globals are cut to the longest of them, the local captions to the longest of those.
+    """Samples -> Batch. Global captions are cut to the longest of them, local ones to the longest of those.
 
-    whole: caption 0 keeps all T positions for the student, because C^T reads its padding, too.
+    whole: the student gets caption 0 with all T positions, because C^T reads its padding, too.
     """
-    crops, colours, ids, keys, bad = default_collate(samples)           # ids (B, U, T)
+    crops, colours, ids, step_seeds, bad = default_collate(samples)     # ids (B, U, T)
     captions = ids.unbind(dim=1)
-    teacher_texts = cut(captions[:GLOBALS], multiple)
-    texts = teacher_texts + cut(captions[GLOBALS:], multiple)
-    if whole:
-        texts[0] = captions[0]
-    return Batch(crops, colours, keys[0], texts, teacher_texts, int(bad.sum()))
+    global_texts = cut(captions[:GLOBALS], multiple)
+    local_texts = cut(captions[GLOBALS:], multiple)
+    first = captions[0] if whole else global_texts[0]
+    texts = [first, *global_texts[1:], *local_texts]
+    return Batch(crops, colours, step_seeds[0], texts, global_texts, int(bad.sum()))
 
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1                 # USR1: Slurm
 
 
 def ignore_signals(worker):
-    """Slurm and torchrun signal a whole process group. A worker that died of it would keep the run from saving."""
+    """Slurm and torchrun signal all processes. A worker that died of it would keep the run from saving."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def loader(crops, batches, workers, multiple=1, whole=True):
     """The plain DataLoader that serves batch after batch of an Order."""
-    # Linux: forked workers share the index, where others would get a copy each.
+    # A forked worker shares the index, a spawned one gets a copy. (Without workers there must be no context.)
     context = 'fork' if workers and sys.platform == 'linux' else None
     return DataLoader(crops, batch_sampler=batches, num_workers=workers,
                       collate_fn=partial(collate, multiple=multiple, whole=whole),

@@ -32,6 +32,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from cosmos import COSMOS, Config, from_openclip, unit
+# Refused: an error that a user can mend, shown as one sentence. Unreadable: one of these, for the bytes of a pair.
 from data import (BICUBIC, Parser, Refused, Shards, Tokenizer, Unreadable, normalize, open_image, read_image,
                   replacing, run)
 
@@ -47,10 +48,10 @@ def need(condition, message):
 
 @contextmanager
 def reading(path):
-    """What a file lacks, or has in another form, becomes a sentence that names it."""
+    """Inside this block, errors of reading the file at `path` become Refused, with its name."""
     try:
         yield
-    except (OSError, UnicodeError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, UnicodeError, json.JSONDecodeError, LookupError) as error:
         raise Refused(f'{path} cannot be read as this command expects ({type(error).__name__}: {error}); '
                       'see --help') from None
 
@@ -83,17 +84,15 @@ def images_in(folder):
 # --- 2. Checkpoints: ours, the released ones, open_clip's ------------------------------------------------------------
 
 def read_checkpoint(path):
-    """A file of tensors and plain values. Refused: anything else, above all what would have to run code to load."""
+    """Tensors and plain values from a file. Nothing in it is executed: what would need that is Refused."""
     need(Path(path).exists(), f'checkpoint {path} does not exist')
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:          # of many kinds, for torn files and for others
-        held = re.search(r'GLOBAL ([\w.]+)', str(error))
         reason = 'it is torn, or of another kind'
-        if held:
-            reason = f'it holds {held[1]}, which may run code'
-        if 'TorchScript' in str(error):
-            reason = 'it is TorchScript, which may run code'
+        code = re.search(r'TorchScript|(?<=GLOBAL )[\w.]+', str(error))
+        if code:
+            reason = f'it holds {code[0]}, which may run code'
         raise Refused(f'{path} is no checkpoint that can be read ({reason}); fetch it again if it was fetched, or see '
                       'python -m extras.weights import --help') from None
     need(isinstance(saved, dict), f'{path} holds no weights by name; save model.state_dict()')
@@ -103,17 +102,17 @@ def read_checkpoint(path):
 def infer_config(state, quick_gelu=False):
     """Config of released or open_clip weights, from the shapes of their tensors.
 
-    Shapes do not tell how wide a head is, nor which GELU it was. Here heads are 64 wide, as in open_clip's ViTs up to
-    L, and cross-attention has the released 8.
+    Shapes do not tell how wide an attention head is, nor which GELU it was. Here heads are 64 wide, as in open_clip's
+    ViTs up to L, and cross-attention has the released 8.
     """
     vision_width, _, _, patch = state['visual.conv1.weight'].shape
     context_length, text_width = state['positional_embedding'].shape
-    grid = math.isqrt(len(state['visual.positional_embedding']))    # patches a side, and a row for the class token
-    blocks = [name for name in state if name.endswith('.ln_1.weight')]
+    grid = math.isqrt(len(state['visual.positional_embedding']) - 1)    # one row is the class token's
+    blocks = [name for name in state if name.endswith('.ln_1.weight')]  # of both towers
     vision_layers = sum(name.startswith('visual.') for name in blocks)
     return Config(embed_dim=state['text_projection'].shape[1],
                   image_size=grid * patch,
-                  local_image_size=max(1, round(grid * 3 / 7)) * patch,     # the paper's 96 of 224
+                  local_image_size=max(1, round(grid * 3 / 7)) * patch,     # for training: the paper's 96 of 224
                   patch_size=patch,
                   vision_width=vision_width,
                   vision_layers=vision_layers,
@@ -128,13 +127,12 @@ def infer_config(state, quick_gelu=False):
 
 
 def load_weights(model, state, path):
-    """Strictly: every name and shape must fit, else Refused lists what is missing, unexpected and of another shape."""
+    """Strictly: every name and shape must fit. Else Refused, with the first that do not."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        lines = str(error).splitlines()[1:6]            # line 0 is a heading; the first problems will do
-        problems = [f'{line.strip():.200}' for line in lines]
-        raise Refused(f"{path} does not fit this model: {'; '.join(problems)}") from None
+        lines = [line.strip()[:200] for line in str(error).splitlines()]
+        raise Refused(f"{path} does not fit this model: {'; '.join(lines[1:6])}") from None     # line 0 is a heading
 
 
 def clean_names(state):
@@ -145,8 +143,11 @@ def clean_names(state):
 def load(path, weights='teacher', vocab=None, quick_gelu=False):
     """-> (model in eval mode, tokenizer, preprocess: PIL image -> (3, S, S)).
 
-    path: a checkpoint of ours or the folder of a run; a released one (dict with 'student' and 'teacher'); or a state
-    dict of an open_clip ViT. Where there is no teacher the student is taken: model.origin says which it was.
+    path is one of:
+        ours        a checkpoint of train.py, or the folder of a run: {'student', 'teacher', 'config', 'merges', ...}
+        released    {'student', 'teacher'}, under open_clip's names
+        open_clip   the state dict of a ViT, perhaps under 'state_dict'
+    Where there is no teacher the student is taken: model.origin says which it was.
     vocab goes to Tokenizer.clip. quick_gelu: the activation of weights that do not say; our checkpoints do.
     """
     path = Path(path)
@@ -155,17 +156,18 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
     saved = read_checkpoint(path)
     origin = 'state dict'
     state = saved
-    for name in ('state_dict', 'student', weights):     # the last of these that it has
+    for name in (weights, 'student', 'state_dict'):
         if name in saved:
             origin = name
             state = saved[name]
+            break
     state = clean_names(state)
-    if 'merges' in saved:               # ours
+    if 'config' in saved and 'merges' in saved:         # ours
         config = Config(**saved['config'])
         tokenizer = Tokenizer(saved['merges'], config.context_length)
     else:
         width = len(state.get('visual.class_embedding', ()))
-        need(0 < width <= 1024 and width % 64 == 0,         # larger ViTs have wider heads
+        need(0 < width <= 1024 and width % 64 == 0 and 'text_projection' in state,      # larger ViTs have wider heads
              f"{path} is neither ours, nor released, nor of an open_clip ViT with heads that are 64 wide (its keys: "
              f"{', '.join(list(state)[:5])}); python -m extras.weights import {path} OUT.pt converts others")
         config = infer_config(state, quick_gelu)
@@ -176,15 +178,13 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
         state = from_openclip(state)
     model = COSMOS(config)
     load_weights(model, state, path)
-    for name, value in state.items():
-        need(value.isfinite().all(), f'{path} holds NaN or infinity in {name}; take an earlier one')
     model.origin = origin
     return model.eval(), tokenizer, Preprocess(config.image_size)
 
 
 # --- 3. Features -----------------------------------------------------------------------------------------------------
 
-# Enough to keep a GPU busy, few enough for the memory of a small one. Figures do not depend on them.
+# Enough to keep a GPU busy, few enough for the memory of a small one. Results do not depend on them.
 IMAGE_BATCH = 64
 TEXT_BATCH = 256
 BROKEN = -1                 # the label of an image that cannot be read
@@ -201,9 +201,9 @@ def shard_image(shards, i):
 
 @dataclass
 class Images(Dataset):
-    """Of each image of `source` its pixels (3, S, S), label, and why it cannot be read, or ''.
+    """Item i is the pixels of image i (3, S, S), its label, and an error message or ''.
 
-    source: Shards, or a list of paths or Pillow images (labels 0), or a set of (image, label).
+    source: Shards, or a list of paths or Pillow images, whose labels are 0, or a set of (image, label).
     """
     source: object
     preprocess: object
@@ -212,41 +212,45 @@ class Images(Dataset):
         return len(self.source)
 
     def __getitem__(self, i):
-        label = 0
         try:
-            if isinstance(self.source, Shards):
-                image = shard_image(self.source, i)
-            else:
-                image = self.source[i]
-            if isinstance(image, tuple):
-                image, label = image
-            elif not isinstance(image, Image.Image):
-                image = read_image(image)
+            image, label = self.read(i)
         except (Unreadable, OSError) as error:              # OSError: of torchvision's sets
+            # NaN, so that the vector of this image is NaN, too, and cannot pass for one.
             blank = self.preprocess(Image.new('RGB', (8, 8)))
             return math.nan * blank, BROKEN, f'image {i}: {error}'
-        return self.preprocess(image), int(label), ''
+        return self.preprocess(image), label, ''
+
+    def read(self, i):
+        if isinstance(self.source, Shards):
+            return shard_image(self.source, i), 0
+        item = self.source[i]
+        if isinstance(item, tuple):
+            image, label = item
+            return image, int(label)
+        if isinstance(item, Image.Image):
+            return item, 0
+        return read_image(item), 0
 
 
 @torch.no_grad()
 def embed_labelled(model, source, preprocess, workers=0):
-    """A source of `Images` -> (n, D) unit vectors, (n,) labels, and why images could not be read.
+    """A source of `Images` -> (n, D) unit vectors, (n,) labels.
 
-    The label of such an image is BROKEN, its vector NaN. They are counted and named.
+    Images that cannot be read are named and counted. Their label is BROKEN, their vector NaN.
     """
     need(len(source), 'there is no image to embed; give one or more')
+    loader = DataLoader(Images(source, preprocess), IMAGE_BATCH, num_workers=workers)
     features = []
     labels = []
-    broken = []
-    for pixels, numbers, problems in progress(
-            DataLoader(Images(source, preprocess), IMAGE_BATCH, num_workers=workers), 'images'):
-        broken += filter(None, problems)
+    errors = []
+    for pixels, some_labels, messages in progress(loader, 'images'):
+        errors += filter(None, messages)
         cls = model.visual([pixels.to(model.logit_scale.device)])       # (1, B, D)
         features.append(unit(cls[0]).cpu())
-        labels.append(numbers)
-    if broken:
-        print(f'left out   {len(broken)} of {len(source)} images', *broken, sep='\n           ')
-        need(len(broken) < len(source), f'not one image can be used; {broken[0]}')
+        labels.append(some_labels)
+    if errors:
+        need(len(errors) < len(source), f'not one image can be used; {errors[0]}')
+        print(f'left out   {len(errors)} of {len(source)} images', *errors, sep='\n           ')
     return torch.cat(features), torch.cat(labels)
 
 
@@ -267,8 +271,9 @@ def embed_texts(model, tokenizer, texts):
     length = ids.argmax(dim=1) + 1                                  # the end has the largest id
     features = torch.empty(len(texts), model.config.embed_dim)
     for rows in progress(length.argsort().split(TEXT_BATCH), 'texts'):
-        cut = ids[rows, :length[rows].max()]
-        eot = model.text([cut.to(model.logit_scale.device)])        # (1, B, D)
+        longest = length[rows].max()
+        cut = ids[rows, :longest].to(model.logit_scale.device)
+        eot = model.text([cut])                                     # (1, B, D)
         features[rows] = unit(eot[0]).cpu()
     return features
 
@@ -276,46 +281,79 @@ def embed_texts(model, tokenizer, texts):
 # --- 4. Retrieval ----------------------------------------------------------------------------------------------------
 
 def ranks(queries, targets, query_ids, target_ids, chunk=1024):
-    """Rank from 1 of each query's best right target, (n,).
+    """Rank from 1 of each query's best right target, (n,). Targets with the query's id are right.
 
-    Targets with the query's id are right. Other right ones do not count as ahead.
     A wrong target with an equal score counts as ahead: features that are all the same must not look perfect.
     """
     found = []
     for rows in torch.arange(len(queries)).split(chunk):            # never the whole n x m matrix
-        scores = queries[rows] @ targets.T                              # (chunk, m)
+        scores = queries[rows] @ targets.T                          # (chunk, m)
         right = query_ids[rows, None] == target_ids[None]
         best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-        behind = scores < best                                          # False for NaN, too
-        found.append(1 + (~behind & ~right).sum(dim=1))
+        ahead = ~(scores < best) & ~right                           # a tie, and NaN, count against the model
+        found.append(1 + ahead.sum(dim=1))
     return torch.cat(found)
 
 
-def retrieval(image_features, text_features, owner):
-    """Zero-shot retrieval figures. owner (captions,): the image of each caption.
+def retrieval(image_features, text_features, owner, image_ids=None):
+    """Zero-shot retrieval figures. owner (captions,): the id of each caption's image, by default its row.
 
-    An image has a hit if any of its captions does. R@K are fractions, ranks count from 1, chance is R@1 of guessing.
+    The rank of an image is that of the best of its captions. R@K are fractions, ranks count from 1, chance is R@1 of
+    guessing.
     """
     n = len(image_features)
-    images = torch.arange(n)                                        # their ids
+    if image_ids is None:
+        image_ids = torch.arange(n)
     figures = {'images': n, 'captions': len(owner), 'chance': 1 / n}
-    directions = {'image_to_text': ranks(image_features, text_features, images, owner),
-                  'text_to_image': ranks(text_features, image_features, owner, images)}
+    directions = {'image_to_text': ranks(image_features, text_features, image_ids, owner),
+                  'text_to_image': ranks(text_features, image_features, owner, image_ids)}
     for name, rank in directions.items():
         for k in (1, 5, 10):
             figures[f'{name}_R@{k}'] = (rank <= k).float().mean().item()
         figures[f'{name}_mean_rank'] = rank.float().mean().item()
-        figures[f'{name}_median_rank'] = float(np.median(rank))
+        figures[f'{name}_median_rank'] = rank.double().quantile(0.5).item()
     return figures
 
 
+# The three published lists, each -> [(name of an image, its captions), ...].
+
+def read_coco(path):
+    """COCO's captions_val2017.json."""
+    listing = read_json(path)
+    captions = {}                                                   # by the image's id
+    with reading(path):
+        for annotation in listing['annotations']:
+            captions.setdefault(annotation['image_id'], []).append(annotation['caption'])
+        return [(Path('images/val2017', image['file_name']), captions[image['id']]) for image in listing['images']]
+
+
+def read_karpathy(path, split):
+    """Karpathy's dataset_coco.json or dataset_flickr30k.json: one split of it."""
+    pairs = []
+    listing = read_json(path)
+    with reading(path):
+        for image in listing['images']:
+            if image['split'] == split:
+                captions = [sentence['raw'] for sentence in image['sentences']]
+                pairs.append((Path(image.get('filepath', ''), image['filename']), captions))
+    return pairs
+
+
+def read_flickr(path):
+    """The released code's flickr30k_val.json: [{"image", "caption": [five]}, ...]."""
+    with reading(path):
+        return [(item['image'], item['caption']) for item in read_json(path)]
+
+
 def with_owners(path, pools):
-    """pools: the captions of each image, one or several -> (all captions, owner (captions,): the image of each)."""
+    """The captions of each image, one or several -> all captions, and owner (captions,): the image of each.
+
+    path: of the file that they come from, for the message.
+    """
     captions = []
     owner = []
     for i, pool in enumerate(pools):
-        if not isinstance(pool, list):
-            pool = [pool]
+        pool = pool if isinstance(pool, list) else [pool]
         captions += pool
         owner += [i] * len(pool)
     need(captions and all(isinstance(caption, str) for caption in captions),
@@ -323,45 +361,12 @@ def with_owners(path, pools):
     return captions, torch.tensor(owner)
 
 
-def coco_pools(listing):
-    """COCO's captions_val2017.json -> [(name of an image, its captions)]."""
-    pools = {}                                                      # {id: (name, captions)}
-    for image in listing['images']:
-        pools[image['id']] = (Path('images/val2017', image['file_name']), [])
-    for annotation in listing['annotations']:
-        _, pool = pools[annotation['image_id']]
-        pool.append(annotation['caption'])
-    return pools.values()
-
-
-def karpathy_pools(listing, split):
-    """Karpathy's dataset_coco.json or dataset_flickr30k.json -> yields (name of an image, its captions) of a split."""
-    for image in listing['images']:
-        if image.get('split') == split:
-            name = Path(image.get('filepath', ''), image['filename'])
-            yield name, [sentence['raw'] for sentence in image['sentences']]
-
-
-def listed_captions(path, root, split='test'):
-    """A JSON file of COCO, of Karpathy or of the released code, [{"image", "caption": [five]}], and the folder of its
-    images -> (image paths, captions, owner)."""
-    listing = read_json(path)
-    with reading(path):
-        if isinstance(listing, list):
-            listed = [(item['image'], item['caption']) for item in listing]
-        elif 'annotations' in listing:
-            listed = coco_pools(listing)
-        else:
-            listed = list(karpathy_pools(listing, split))
-    paths = [Path(root, name) for name, _ in listed]
-    return paths, *with_owners(path, [pool for _, pool in listed])
-
-
 HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']      # unless --caption-keys names others
 
 
 def shard_captions(shards):
-    """-> (captions, owner). A pair's captions are those under the first of the keys that it has, never split."""
+    """Held-out shards -> (captions, owner). Of each pair the captions under its first key that is known, not cut into
+    sentences."""
     keys = shards.caption_keys or HELD_OUT_KEYS
     pools = []
     for i in range(len(shards)):
@@ -376,24 +381,25 @@ def shard_captions(shards):
 
 
 def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
-    """-> (figures, image features (n, D), caption features), for what else uses them.
+    """-> (figures, image features (n, D), caption features); train.py passes the features on to the report.
 
-    source: image paths with their captions and `owner`, or held-out shards, which have their own. An image that cannot
-    be read is left out with its captions; its feature is NaN.
+    source: image paths, with their captions and `owner`; or held-out shards, which have captions of their own. An image
+    that cannot be read is left out with its captions; its feature is NaN.
     """
     if captions is None:
         captions, owner = shard_captions(source)
     image_features, labels = embed_labelled(model, source, preprocess, workers)
     text_features = embed_texts(model, tokenizer, captions)
     readable = labels != BROKEN                                     # (n,)
-    number = readable.cumsum(dim=0) - 1                             # of an image among the readable ones
-    rows = readable[owner]                                          # of the captions that stay
-    figures = retrieval(image_features[readable], text_features[rows], number[owner[rows]])
+    kept = readable[owner]                                          # (captions,): those of readable images
+    image_ids = readable.nonzero()[:, 0]
+    figures = retrieval(image_features[readable], text_features[kept], owner[kept], image_ids)
     return figures, image_features, text_features
 
 
 # --- 5. Zero-shot classification -------------------------------------------------------------------------------------
 
+# ours. The released evaluation has prompts for each set (80 for ImageNet): give those by --templates.
 TEMPLATES = ('a photo of a {}', 'a picture of a {}', 'an image of a {}', 'there is a {} in the picture',
              'a small {}', 'a large {}')
 
@@ -416,25 +422,22 @@ def class_vectors(model, tokenizer, names, templates=TEMPLATES):
 
 
 def classify(image_features, vectors, labels):
-    """image_features (n, D), vectors (K, D), labels (n,) -> figures, class found for each image (n,), confusion (K, K).
+    """image_features (n, D), vectors (K, D), labels (n,) -> figures, and the predicted class of each image (n,).
 
-    A wrong class whose score equals the right one's is ahead of it, as in `ranks`: then the wrong one is found.
+    A tie counts against the model, as in `ranks`.
     """
     K = len(vectors)
     rank = ranks(image_features, vectors, labels, torch.arange(K))
-    scores = image_features @ vectors.T                             # (n, K)
-    # argmax of all scores might choose the right one in a tie
-    wrong = scores.scatter(1, labels[:, None], -math.inf).argmax(dim=1)
-    found = torch.where(rank == 1, labels, wrong)
-    matrix = confusion(labels, found, K, ignore=-1)
-    top1 = matrix.diag() / matrix.sum(dim=1)                        # (K,), NaN without images
+    hit = (rank == 1).double()
+    images_of_class = torch.bincount(labels, minlength=K)
+    share = torch.bincount(labels, hit, minlength=K) / images_of_class          # (K,), NaN without images
     figures = {'images': len(labels),
                'classes': K,
                'chance': 1 / K,
-               'top1': matrix.trace().item() / len(labels),
-               'top5': (rank <= 5).float().mean().item(),
-               'mean_per_class_top1': top1.nanmean().item()}
-    return figures, found, matrix
+               'top1': hit.mean().item(),
+               'top5': (rank <= 5).double().mean().item(),
+               'mean_per_class_top1': share.nanmean().item()}
+    return figures, (image_features @ vectors.T).argmax(dim=1)
 
 
 def class_names(source, path=None):
@@ -444,12 +447,12 @@ def class_names(source, path=None):
     from those of the released evaluation (open_clip's), so the figures are comparable only with a file of those.
     """
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
-    need(classes, 'this set of torchvision has no class names; use --folder with one folder per class')
     if path:
         names = read_lines(path)
-        need(len(names) == len(classes),
+        need(not classes or len(names) == len(classes),
              f'{path} has {len(names)} names for {len(classes)} classes; give a line for each')
         return names
+    need(classes, 'this set of torchvision has no class names; give a file of them by --classes')
     if len(classes) == 1000 and re.fullmatch(r'n\d{8}', str(classes[0])):
         return torchvision.models.ResNet18_Weights.DEFAULT.meta['categories']   # in the order of the ids
     names = []
@@ -461,15 +464,16 @@ def class_names(source, path=None):
 
 
 def torchvision_set(name, root, split, download=False):
-    """A classification set of torchvision.datasets by its name there, in any case. What it lacks it says itself."""
+    """A classification set of torchvision.datasets by its name there, in any case. If it is not at `root`, torchvision
+    says so itself."""
     kinds = {kind.lower(): getattr(torchvision.datasets, kind) for kind in torchvision.datasets.__all__}
     need(name.lower() in kinds, f"torchvision.datasets has no '{name}'; it has {', '.join(sorted(kinds))}")
     kind = kinds[name.lower()]
+    parameters = inspect.signature(kind).parameters         # some sets have a split, some `train`, some neither
     options = {}
-    names = inspect.signature(kind).parameters
-    if 'split' in names:
+    if 'split' in parameters:
         options['split'] = split
-    elif 'train' in names:
+    elif 'train' in parameters:
         options['train'] = split == 'train'
     if download:
         options['download'] = True
@@ -479,17 +483,26 @@ def torchvision_set(name, root, split, download=False):
 # --- 6. Zero-shot segmentation ---------------------------------------------------------------------------------------
 
 class Settings(NamedTuple):
-    """How to segment. `segment` has a flag for each field."""
-    size: int = 336                     # short side of the image, in pixels
-    scale: float = 40.0                 # of the cosines, before the softmax
-    probability: float = 0.0            # pixels whose best class has less become class 0
-    area: float = 0.0                   # classes with this share of the foreground or less vanish
-    reduce_zero_label: bool = False     # label 0 of the masks is ignored, 1 becomes class 0
-    window: int = 224                   # side of the window, in pixels
-    stride: int = 112                   # step of the window, in pixels
-    csa: bool = False                   # correlative self-attention in the last block
+    """How to segment; SETTINGS_HELP says what each field does. `segment` has a flag for each."""
+    size: int = 336
+    scale: float = 40.0
+    probability: float = 0.0
+    area: float = 0.0
+    reduce_zero_label: bool = False
+    window: int = 0                     # 0: the model's image; released 224
+    stride: int = 0                     # 0: half of the window; released 112
+    csa: bool = False
 
 
+SETTINGS_HELP = {
+    'size': 'short side of the image, in pixels (default: 1.5 times that of the model)',
+    'scale': 'of the cosines, before the softmax (default: 40)',
+    'probability': 'pixels whose best class has less become class 0 (default: 0)',
+    'area': 'classes with this share of the foreground or less vanish (default: 0)',
+    'reduce_zero_label': 'label 0 of the masks is ignored, 1 becomes class 0',
+    'window': "side of the sliding window, in pixels (default: the model's image)",
+    'stride': 'step of the window, in pixels (default: half a window)',
+    'csa': 'correlative self-attention in the last block'}
 BENCHMARKS = {                          # of the released code, after SCLIP
     'voc21': Settings(scale=65, probability=0.1, area=0.1),
     'context60': Settings(scale=50, probability=0.1),
@@ -505,7 +518,7 @@ LONGEST_SIDE = 2048                     # of a scaled image, as released
 
 
 def window_starts(length, window, stride):
-    """Where windows start along a side of `length` pixels; the last one ends at the border."""
+    """Where windows start along a side of `length` pixels, at least a window long; the last one ends at the border."""
     return [*range(0, length - window, stride), length - window]
 
 
@@ -522,7 +535,7 @@ def window_scores(model, pixels, vectors, settings):
     for y in window_starts(H, window, settings.stride):
         for x in window_starts(W, window, settings.stride):
             place = (..., slice(y, y + window), slice(x, x + window))
-            patches = model.encode_dense(pixels[place][None], settings.csa)     # (1, h / p, w / p, D)
+            patches = model.encode_dense(pixels[place][None], settings.csa)     # (1, grid, grid, D)
             grid = patches @ vectors.T
             scores = F.interpolate(grid.permute(0, 3, 1, 2), (window, window), mode='bilinear')
             total[place] += scores[0]
@@ -533,44 +546,44 @@ def window_scores(model, pixels, vectors, settings):
 def segment_image(model, image, vectors, counts, settings):
     """One image -> (h, w) int64 class of each pixel. vectors (Q, D) of all names, counts: how many each class has.
 
-    Steps of clip_segmentor.py:113-276 of the released code: softmax over all names at settings.scale, of a class's
-    names the best; classes under settings.area of the foreground vanish; pixels under settings.probability are class 0.
+    The steps are those of clip_segmentor.py:113-276 of the released code.
     """
     short = min(image.size)
     zoom = min(settings.size / short, LONGEST_SIDE / max(image.size))
-    # ours: the short side of a very long image would be less than a window
-    zoom = max(zoom, settings.window / short)
+    zoom = max(zoom, settings.window / short)           # ours: the short side of a very long image holds a window, too
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings)
     scores = F.interpolate(scores[None], image.size[::-1], mode='bilinear')
+    # Softmax over all names; of the names of a class the best one counts.
     shares = (settings.scale * scores[0]).softmax(dim=0)            # (Q, h, w)
-    best = torch.stack([names.amax(dim=0) for names in shares.split(counts)])
+    best = torch.stack([names.amax(dim=0) for names in shares.split(counts)])   # (classes, h, w)
     if settings.area:
-        count = torch.bincount(best.argmax(dim=0).flatten(), minlength=len(best))
-        few = count <= settings.area * count[1:].sum()              # (classes,)
-        few[0] = False
+        pixels_of_class = torch.bincount(best.argmax(dim=0).flatten(), minlength=len(best))
+        foreground = pixels_of_class[1:].sum()
+        few = pixels_of_class <= settings.area * foreground         # (classes,)
+        few[0] = False                                              # the ground stays
         best[few] = 0
-    most, labels = best.max(dim=0)
-    return labels.masked_fill(most < settings.probability, 0).cpu()
+    most, classes = best.max(dim=0)
+    return classes.masked_fill(most < settings.probability, 0).cpu()
 
 
-def confusion(truth, labels, classes, ignore=IGNORE):
-    """truth, labels: integers of one shape -> (classes, classes) counts, rows are the truth; `ignore` is left out."""
-    seen = truth != ignore
-    cells = truth[seen] * classes + labels[seen]
+def confusion(truth, predicted, classes):
+    """truth, predicted: class numbers of one shape -> (classes, classes) counts, rows are the truth. IGNORE is left
+    out."""
+    seen = truth != IGNORE
+    cells = truth[seen] * classes + predicted[seen]
     return torch.bincount(cells, minlength=classes ** 2).view(classes, classes)
 
 
 def segmentation_figures(matrix, names):
-    """mIoU over classes that occur in truth or prediction, and pixel accuracy."""
+    """mIoU over classes that occur in truth or prediction, and pixel accuracy. 'classes' counts those of the truth."""
     hit = matrix.diag()
     truth = matrix.sum(dim=1)
-    found = matrix.sum(dim=0)
-    iou = hit / (truth + found - hit)           # NaN for a class that occurs in neither
+    predicted = matrix.sum(dim=0)
+    iou = hit / (truth + predicted - hit)       # NaN for a class that occurs in neither
     pixels = truth.sum().item()
-    present = int((truth > 0).sum())
-    need(present, 'every pixel of every mask is ignored: there is nothing to score; see --masks, --reduce-zero-label')
-    return {'classes': present,
+    need(pixels, 'every pixel of every mask is ignored: there is nothing to score; see --masks, --reduce-zero-label')
+    return {'classes': int((truth > 0).sum()),
             'mIoU': iou.nanmean().item(),
             'pixel_accuracy': hit.sum().item() / pixels,
             'IoU': {name: value for name, value in zip(names, iou.tolist()) if not math.isnan(value)}}
@@ -592,25 +605,25 @@ def read_mask(path, size, classes, reduce_zero_label=False):
 
 def by_stem(paths, suffix):
     """{name without suffix and ending: path} of the paths that have the suffix."""
-    found = {}
+    stems = {}
     for path in paths:
-        stem = path.stem.removesuffix(suffix)
         if path.stem.endswith(suffix):
-            need(stem not in found, f'{found.get(stem)} and {path} have one name; rename one, or give folders apart')
-            found[stem] = path
-    return found
+            stem = path.stem.removesuffix(suffix)
+            need(stem not in stems, f'{stems.get(stem)} and {path} have one name; rename one, or give folders apart')
+            stems[stem] = path
+    return stems
 
 
 def mask_pairs(images, masks, image_suffix, mask_suffix, listing=None):
     """[(image path, mask path)] of equal stems, suffixes cut off; of those in `listing`, a stem a line, if given."""
-    pictures = by_stem(images_in(images), image_suffix)
-    found = by_stem(sorted(Path(masks).rglob('*.png')), mask_suffix)
-    stems = read_lines(listing) if listing else found
+    image_paths = by_stem(images_in(images), image_suffix)
+    mask_paths = by_stem([path for path in images_in(masks) if path.suffix == '.png'], mask_suffix)
+    stems = read_lines(listing) if listing else mask_paths
     need(stems, f"{masks} has no mask '*{mask_suffix}.png'; see --mask-suffix")
     for stem in stems:
-        need(stem in found, f'{masks} has no {stem}{mask_suffix}.png; see --mask-suffix')
-        need(stem in pictures, f'{images} has no image {stem}{image_suffix}, but a mask; see --image-suffix')
-    return [(pictures[stem], found[stem]) for stem in stems]
+        need(stem in mask_paths, f'{masks} has no {stem}{mask_suffix}.png; see --mask-suffix')
+        need(stem in image_paths, f'{images} has no image {stem}{image_suffix}, but a mask; see --image-suffix')
+    return [(image_paths[stem], mask_paths[stem]) for stem in stems]
 
 
 # --- 7. Commands -----------------------------------------------------------------------------------------------------
@@ -630,12 +643,24 @@ def show(figures, indent=''):
 
 def run_retrieval(args, model, tokenizer, preprocess):
     if args.shards:
-        listed = [Shards(args.shards, args.caption_keys, 'val')]
+        shards = Shards(args.shards, args.caption_keys, 'val')
+        figures, *_ = zero_shot_retrieval(model, tokenizer, preprocess, shards, workers=args.workers)
+        return figures
+    if args.coco:
+        path = Path(args.coco, 'annotations/captions_val2017.json')
+        root = args.coco
+        pairs = read_coco(path)
+    elif args.karpathy:
+        path = args.karpathy
+        root = args.images or Path(path).parent
+        pairs = read_karpathy(path, args.split)
     else:
-        path = args.karpathy or args.flickr or Path(args.coco, 'annotations/captions_val2017.json')
-        root = args.coco or args.images or Path(path).parent
-        listed = listed_captions(path, root, args.split)            # image paths, captions, owner
-    figures, *_ = zero_shot_retrieval(model, tokenizer, preprocess, *listed, workers=args.workers)
+        path = args.flickr
+        root = args.images or Path(path).parent
+        pairs = read_flickr(path)
+    captions, owner = with_owners(path, [pool for _, pool in pairs])
+    paths = [Path(root, name) for name, _ in pairs]
+    figures, *_ = zero_shot_retrieval(model, tokenizer, preprocess, paths, captions, owner, args.workers)
     return figures
 
 
@@ -646,53 +671,45 @@ def run_classify(args, model, tokenizer, preprocess):
     else:
         source = torchvision_set(args.dataset, args.root, args.split, args.download)
     names = class_names(source, args.classes)
-    features, labels = embed_labelled(model, source, preprocess, workers=args.workers)
     templates = read_templates(args.templates)
     vectors = class_vectors(model, tokenizer, names, templates)
+    features, labels = embed_labelled(model, source, preprocess, workers=args.workers)
     readable = (labels != BROKEN).nonzero()[:, 0]
-    features = features[readable]
-    labels = labels[readable]
-    figures, found, matrix = classify(features, vectors, labels)
-    scores = (features * vectors[found]).sum(dim=1)
-    predictions = []
-    for i, truth, k, score in zip(readable.tolist(), labels, found, scores.tolist()):
+    figures, predicted = classify(features[readable], vectors, labels[readable])
+    predictions = []                                    # for --json
+    for i, k in zip(readable.tolist(), predicted.tolist()):
         image = source.samples[i][0] if args.folder else i
-        predictions.append({'image': image, 'truth': names[truth], 'prediction': names[k], 'score': score})
-    return figures | {'prompts': ' | '.join(templates), 'names': names,
-                      'confusion': matrix.tolist(), 'predictions': predictions}
+        predictions.append({'image': image, 'truth': names[labels[i]], 'prediction': names[k]})
+    return figures | {'prompts': ' | '.join(templates), 'names': names, 'predictions': predictions}
 
 
 def segment_settings(args, image_size):
-    """The benchmark's settings, or those for `image_size`; flags that were given change single ones."""
-    window = args.window or image_size
-    settings = Settings(size=window * 3 // 2)
-    if args.benchmark:
-        settings = BENCHMARKS[args.benchmark]
-    settings = settings._replace(window=window, stride=window // 2)
+    """The benchmark's settings, or the defaults; flags that were given change single ones."""
+    settings = BENCHMARKS[args.benchmark] if args.benchmark else Settings(size=image_size * 3 // 2)
     for name in Settings._fields:
         value = getattr(args, name)
         if value is not None:
             settings = settings._replace(**{name: value})
-    need(0 < settings.stride <= settings.window,
-         f'--stride {settings.stride} must be above 0 and no more than --window {settings.window}')
+    window = settings.window or image_size
+    settings = settings._replace(window=window, stride=settings.stride or window // 2)
+    need(0 < settings.stride <= window, f'--stride {settings.stride} must be above 0 and no more than --window {window}')
     return settings
 
 
 def run_segment(args, model, tokenizer, preprocess):
     settings = segment_settings(args, model.config.image_size)
-    classes = [re.split(r'\s*,\s*', line) for line in read_lines(args.classes)]
-    names = [synonyms[0] for synonyms in classes]
-    counts = [len(synonyms) for synonyms in classes]
+    synonyms = [re.split(r'\s*,\s*', line) for line in read_lines(args.classes)]        # a list for each class
+    names = [first for first, *_ in synonyms]
     templates = read_templates(args.templates)
-    vectors = class_vectors(model, tokenizer, sum(classes, []), templates)
+    vectors = class_vectors(model, tokenizer, sum(synonyms, []), templates)
     vectors = vectors.to(model.logit_scale.device)
     pairs = mask_pairs(args.images, args.masks, args.image_suffix, args.mask_suffix, args.list)
-    matrix = 0
-    for picture, mask in progress(pairs, 'images'):
-        image = read_image(picture)
-        truth = read_mask(mask, image.size, len(names), settings.reduce_zero_label)
-        labels = segment_image(model, image, vectors, counts, settings)
-        matrix += confusion(truth, labels, len(names))
+    matrix = torch.zeros(len(names), len(names), dtype=torch.int64)
+    for image_path, mask_path in progress(pairs, 'images'):
+        image = read_image(image_path)
+        truth = read_mask(mask_path, image.size, len(names), settings.reduce_zero_label)
+        predicted = segment_image(model, image, vectors, [len(group) for group in synonyms], settings)
+        matrix += confusion(truth, predicted, len(names))
     described = str(settings)
     if args.benchmark and not args.templates:
         described += '; but six prompts of ours, not the 80 released ones'
@@ -744,7 +761,7 @@ def add_segment(command):
     add('--masks', required=True, help='folder of PNG masks of class numbers; 255 is ignored')
     add('--classes', required=True, help='a class a line, in the order of numbers, names by commas')
     add('--image-suffix', default='', help='end of image names that masks lack, as _leftImg8bit')
-    add('--mask-suffix', default='', help='end of mask names that images lack, as _labelTrainIds')
+    add('--mask-suffix', default='', help='end of mask names that images lack, as _gtFine_labelTrainIds')
     add('--list', help='file of the stems to evaluate, as of a split')
     add('--templates', help='file of prompts with {} for the class')
     add('--benchmark', choices=BENCHMARKS, help='the released settings of this set; the flags below change single '
@@ -754,7 +771,7 @@ def add_segment(command):
         how = {'type': type(default)}
         if isinstance(default, bool):
             how = {'action': 'store_true', 'default': None}
-        add(f"--{name.replace('_', '-')}", help=f'see Settings in eval.py (as {default})', **how)
+        add(f"--{name.replace('_', '-')}", help=SETTINGS_HELP[name], **how)
 
 
 def execute(args):

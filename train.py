@@ -1,21 +1,20 @@
 """Train COSMOS: one step, many times, on 1 to N GPUs, resumable.
 
     python train.py                                             the built-in set on a laptop, in minutes
-    python train.py --data /shards                              one GPU
-    torchrun --nproc_per_node=8 train.py --data /shards         one node; the paper's recipe for vit-b-16
+    python train.py --data /shards                              one GPU: vit-b-16, the paper's recipe
+    torchrun --nproc_per_node=8 train.py --data /shards         eight GPUs: the same, with the same batch in all
     python train.py --init CKPT --data /shards                  COSMOS put onto a CLIP that exists
     python train.py --resume runs/a                             goes on where the run in runs/a stopped
 
 --out then holds last.pt (the checkpoint), best.pt (the networks with the best R@1 on --val), report.html (the run as a
 page), log.jsonl, config.json and eval.json.
 
-`main` reads top to bottom: options, processes, data, model, resume, loop, figures. Section 4 is the step of the paper.
+Sections 1 and 2 are the paper's: the rows of Table 5, and one step. `main`, at the end, is the run from top to bottom.
 """
 import os
 
 if __name__ == '__main__':
-    # Before torch is imported, which reads it: threads that wait for each other sleep. By default they spin, and take
-    # the cores from loaders and from other programs.
+    # OpenMP: let idle threads sleep, not spin. torch reads it when it is imported.
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import argparse
@@ -40,14 +39,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import data
 import eval as evaluation
 from cosmos import COSMOS, GLOBALS, PRESETS, Config, Output, Teacher, total_loss
-from data import (POOLS, SIGNALS, Counts, Crops, Order, Parser, Refused, Shards, Tokenizer, Unreadable, loader,
-                  run, save_tensors)
+from data import Refused, Shards, Tokenizer
 
 HERE = Path(__file__).parent
 
-# --- 1. The methods of Table 5, and the options ----------------------------------------------------------------------
+# --- 1. The methods of Table 5 ---------------------------------------------------------------------------------------
 
 class Method(NamedTuple):
     """A row of Table 5: what the student sees, and what it learns beside L_CLIP."""
@@ -55,25 +54,159 @@ class Method(NamedTuple):
     global_texts: int               # captions of 1-5 sentences
     local_images: bool              # --local-crops more image views
     local_texts: bool               # --local-captions more captions, of one sentence
-    least: float                    # smallest share of the image in a global crop
-    colours: bool                   # and flips, unless --augment says otherwise
+    crop_min: float                 # smallest share of the image in a global crop
+    augments: bool                  # flips and colours are the default of --augment
     distills_images: bool           # images learn from the teacher
     distills_texts: bool            # captions, too
     cross_attention: bool           # h_I and h_T learn from both: L_COSMOS
 
 
-# Each row adds to the one above. Only clip and cosmos are the released code's: clip has open_clip's own crop, and no
-# colours (transform.py:66). The others are our reading of the table's labels. The rows above "text augmentation" score
-# far below the CLIP of Table 1, so they probably had raw captions only: give them --caption-pool raw.
+# Each row adds to the one above. Only the first and the last are the released code's: clip has open_clip's own crop, and
+# no colours (transform.py:66). The others are our reading of the table's labels. The first three score far below the
+# CLIP of Table 1, so they probably had raw captions only: give them --caption-pool raw.
 G = GLOBALS
 METHODS = {
-    #                       globals  locals        crop  colours  distils images, texts  cross-attention
-    'clip':          Method(1, 1,    False, False, 0.9,  False,   False, False,          False),
-    'clip-aug':      Method(G, 1,    False, False, 0.4,  True,    False, False,          False),
-    'image-distill': Method(G, 1,    True,  False, 0.4,  True,    True,  False,          False),
-    'text-crop':     Method(G, G,    True,  True,  0.4,  True,    True,  False,          False),
-    'text-distill':  Method(G, G,    True,  True,  0.4,  True,    True,  True,           False),
-    'cosmos':        Method(G, G,    True,  True,  0.4,  True,    True,  True,           True)}
+    #                globals, locals of images and texts  crop   aug    distils images, texts  cross-attention
+    'clip':          Method(1, 1, False, False,            0.9, False,  False, False,          False),
+    'clip-aug':      Method(G, 1, False, False,            0.4, True,   False, False,          False),
+    'image-distill': Method(G, 1, True, False,             0.4, True,   True, False,           False),
+    'text-crop':     Method(G, G, True, True,              0.4, True,   True, False,           False),
+    'text-distill':  Method(G, G, True, True,              0.4, True,   True, True,            False),
+    'cosmos':        Method(G, G, True, True,              0.4, True,   True, True,            True)}
+
+# --- 2. One step -----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    """What a step needs and changes."""
+    options: argparse.Namespace
+    processes: 'Processes'
+    train_set: data.Crops
+    student: COSMOS
+    forward: torch.nn.Module        # runs the student: in parts of a batch, across GPUs
+    teacher: Teacher                # None where nothing is distilled
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    dtype: torch.dtype              # of autocast; None: float32
+    step: int = 0
+    pairs: int = 0                  # seen, in steps of any size
+    best: tuple = (-1.0, 0)         # mean R@1 on --val, and its step
+    begun: float = field(default_factory=time.perf_counter)
+
+    @property
+    def method(self):
+        return METHODS[self.options.method]
+
+    @property
+    def folder(self):
+        return Path(self.options.out)
+
+
+class Step(NamedTuple):
+    """What a step has computed, for the log."""
+    out: Output                 # of the student
+    cls_t: torch.Tensor         # of the teacher, (2, B, D); None without one
+    loss: torch.Tensor
+    parts: dict                 # of the loss: {name: (weight, term)}
+    norm: torch.Tensor          # of the gradient
+    finite: bool                # else the student was not updated
+
+
+def train_step(run, batch):
+    """One step of training -> Step. Student, teacher, loss, backward; if all is finite, update."""
+    images = batch.views()                                              # V tensors (B, 3, s, s)
+    run.optimizer.zero_grad()
+
+    # The student sees all views and captions, the teacher the globals, without gradient. For the teacher caption 0 is
+    # cut, too, because it has no cross-attention that reads the padding.
+    cls_t = eot_t = None
+    with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
+        out = run.forward(images, batch.texts)
+        if run.method.distills_images:
+            captions = batch.teacher_texts if run.method.distills_texts else None
+            cls_t, eot_t = run.teacher(images[:GLOBALS], captions)
+
+    loss, parts = total_loss(run.student, out, cls_t, eot_t)
+    run.scaler.scale(loss).backward()               # DDP averages the gradients of all parameters, of the scales too
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.student.parameters()])
+
+    # A step that is not finite on one rank is left out by all.
+    finite = torch.isfinite(loss) & torch.isfinite(norm)
+    [broken_ranks] = run.processes.sum([~finite])
+    if broken_ranks == 0:
+        update(run, norm)
+    else:
+        run.scaler.update()                         # fp16: unscale_ saw the infinity, so this lowers the scale
+    return Step(out, cls_t, loss, parts, norm, broken_ranks == 0)
+
+
+def update(run, norm):
+    """Optimizer, scales, average: the end of a step."""
+    options = run.options
+    for group in run.optimizer.param_groups:
+        group['lr'] = lr_at(run.step, options)
+    if options.clip_grad:
+        torch.nn.utils.clip_grads_with_norm_(run.student.parameters(), options.clip_grad, norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.student.clamp_scales()
+    if run.teacher:
+        run.teacher.update(run.student, momentum_at(run.step, options))
+
+
+class InParts(torch.nn.Module):
+    """The student, run on --accum parts of a batch. DistributedDataParallel goes around it, and sees one forward pass.
+
+    With several parts no activations are stored: the backward pass computes them again, part by part (checkpoint). The
+    loss sees the embeddings of all parts at once, so the gradient is that of the whole batch, exactly. Averaging the
+    losses of parts would lose negatives.
+    """
+
+    def __init__(self, student, accum):
+        super().__init__()
+        self.student = student
+        self.accum = accum
+
+    def forward(self, images, texts):
+        if self.accum == 1:
+            return self.student(images, texts)
+        outs = []
+        for k in range(self.accum):
+            some_images = [view.chunk(self.accum)[k] for view in images]    # V tensors (B / accum, 3, s, s)
+            some_texts = [text.chunk(self.accum)[k] for text in texts]      # U tensors (B / accum, T)
+            outs.append(checkpoint(self.student, some_images, some_texts, use_reentrant=False))
+        joined = []
+        for pieces in zip(*outs):                                           # of cls, of eot, of h_I, of h_T
+            joined.append(None if pieces[0] is None else torch.cat(pieces, dim=1))
+        return Output(*joined)
+
+
+# Schedules are pure functions of the step, which counts from 0.
+
+def lr_at(step, options):
+    """Linear warm-up to the peak, then a cosine to its share lr_end, 0 as released (scheduler.py:43-53)."""
+    if step < options.warmup:
+        return options.lr * (step + 1) / options.warmup
+    progress = (step - options.warmup) / max(options.steps - options.warmup, 1)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return options.lr * (options.lr_end + (1 - options.lr_end) * cosine)
+
+
+def momentum_at(step, options):
+    """The teacher's lambda. A fixed one would not forget the random start within a short run, hence the ramp."""
+    done = step + 1
+    return min(options.momentum, done / (done + options.momentum_ramp))
+
+
+def make_optimizer(student, lr, wd):
+    """AdamW; no decay for vectors (LayerNorm, biases) and the two scales (main.py:373-392 of the released code)."""
+    matrices = {'params': [p for p in student.parameters() if p.ndim > 1], 'weight_decay': wd}
+    vectors = {'params': [p for p in student.parameters() if p.ndim < 2], 'weight_decay': 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=lr, betas=(0.9, 0.98), fused=True)
+
+
+# --- 3. Options ------------------------------------------------------------------------------------------------------
 
 DTYPES = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}           # None: no autocast
 WORKERS = min(8, os.cpu_count() // 2 or 1)
@@ -82,15 +215,15 @@ WORKERS = min(8, os.cpu_count() // 2 or 1)
 def make_parser():
     """All options. In --help a value in brackets is the default; the other numbers come from the preset's recipe."""
     recipes = ''.join(f'\n{name}: {preset.recipe}' for name, preset in PRESETS.items())
-    parser = Parser(usage='%(prog)s [options]', epilog=f'{__doc__}\nRecipes:{recipes}')
+    parser = data.Parser(usage='%(prog)s [options]', epilog=f'{__doc__}\nRecipes:{recipes}')
     add = parser.add_argument
     # data
     add('--data', nargs='+', help='tars, or folders of them (the built-in set)')
     add('--val', nargs='+', help='held-out shards, evaluated every --eval-every steps and at the end')
     add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
-    add('--caption-pool', choices=POOLS, default='all', help="of DreamLIP's captions (%(default)s)")
+    add('--caption-pool', choices=data.POOLS, default='all', help="of DreamLIP's captions (%(default)s)")
     add('--vocab', default='clip', help='%(default)s, learn (from the captions), or a path to merges')
-    add('--workers', type=int, default=WORKERS, help='loaders per process (%(default)s)')
+    add('--workers', type=int, default=WORKERS, help='processes that load data, for each GPU (%(default)s)')
     # method
     add('--preset', choices=PRESETS, help='sizes and recipe (vit-b-16 with --data, else tiny)')
     add('--method', choices=METHODS, default='cosmos', help='row of Table 5 (%(default)s)')
@@ -101,7 +234,7 @@ def make_parser():
     add('--augment', choices=['full', 'crops'], default='full', help='full: with flips and colours')
     # schedule
     add('--steps', type=int, help='optimizer steps in all')
-    add('--epochs', type=float, help='passes over the data; of both the one that ends first')
+    add('--epochs', type=float, help='passes over the data; if --steps is given too, the fewer steps count')
     add('--batch', type=int, help='pairs per step, over all processes and --accum')
     add('--accum', type=int, default=1, help='parts a batch is cut into, for memory (%(default)s)')
     add('--lr', type=float, help='peak learning rate')
@@ -109,7 +242,7 @@ def make_parser():
     add('--warmup', type=int, help='steps of linear warm-up before the cosine')
     add('--wd', type=float, help='weight decay of matrices; vectors and scales have none')
     add('--momentum', type=float, help='lambda of the teacher')
-    add('--momentum-ramp', type=int, default=0, help='R: lambda is at most s / (s + R)')
+    add('--momentum-ramp', type=int, default=0, help='R: at step s lambda is at most s / (s + R); 0: no ramp')
     add('--clip-grad', type=float, default=0.0, help='largest norm of the gradient; 0: none')
     add('--seed', type=int, default=0, help='of everything random (%(default)s)')
     # machine
@@ -122,7 +255,7 @@ def make_parser():
     add('--resume', help="a checkpoint, a run's folder, or auto: that in --out, or a fresh start")
     add('--save-every', type=int, default=1000, help='steps between checkpoints (%(default)s)')
     add('--save-minutes', type=float, default=30.0, help='or minutes; 0: steps only (%(default)s)')
-    add('--eval-every', type=int, help='steps between evaluations; 0: at the end (a tenth of the run)')
+    add('--eval-every', type=int, help='steps between evaluations (a tenth of the run); 0: at the end only')
     add('--log-every', type=int, default=20, help='steps between log lines (%(default)s)')
     return parser
 
@@ -138,7 +271,8 @@ def check_ranges(options):
         low = LEAST.get(name, 0)
         high = MOST.get(name, math.inf)
         if isinstance(value, (int, float)) and not low <= value <= high:
-            raise Refused(f"--{name.replace('_', '-')} {value} is out of range; give {low} to {high}")
+            flag = name.replace('_', '-')
+            raise Refused(f'--{flag} {value} is out of range; give {low} to {high}')
 
 
 def find_checkpoint(resume, out):
@@ -157,27 +291,27 @@ def read_options(argv):
     Defaults, the preset's recipe, the resumed run's options, what was typed: the last wins.
     """
     parser = make_parser()
-    typed = parser.parse_args(argv)             # a first look, for what decides the defaults
-    preset = typed.preset or ('vit-b-16' if typed.data else 'tiny')
-    out = typed.out or f'runs/{preset}-{typed.method}'
-    path = find_checkpoint(typed.resume, out)
+    first = parser.parse_args(argv)             # a first look, at what decides the defaults
+    preset = first.preset or ('vit-b-16' if first.data else 'tiny')
+    out = first.out or f'runs/{preset}-{first.method}'
+    path = find_checkpoint(first.resume, out)
     saved = {}
     if path:
         saved = evaluation.read_checkpoint(path)
-        if 'shards' not in saved:
-            raise Refused(f'{path} holds no run to resume, or one of an older version; see --init')
-        out = typed.out or str(Path(path).parent)
+        if 'optimizer' not in saved:            # as best.pt, which is for evaluation
+            raise Refused(f'{path} holds no run to resume; to start from its weights give --init')
+        out = first.out or str(Path(path).parent)
     resumed = dict(saved.get('options', {}))
     for name in ('out', 'resume', 'device'):    # are of this command alone
         resumed.pop(name, None)
-    preset = typed.preset or resumed.get('preset', preset)
-    parser.set_defaults(**PRESETS[preset].recipe | {'warmup': None})    # choose_lengths decides it
-    if not METHODS[typed.method].colours:
-        parser.set_defaults(augment='crops')
-    parser.set_defaults(**resumed)
-    if typed.steps or typed.epochs:             # it stands alone
-        parser.set_defaults(steps=None, epochs=None)
-    parser.set_defaults(preset=preset, out=out)
+    preset = first.preset or resumed.get('preset', preset)
+    defaults = PRESETS[preset].recipe | {'preset': preset, 'out': out, 'warmup': None}      # see choose_lengths
+    if not METHODS[first.method].augments:
+        defaults['augment'] = 'crops'
+    defaults |= resumed
+    if first.steps or first.epochs:             # what is typed replaces both defaults
+        defaults |= {'steps': None, 'epochs': None}
+    parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
     check_ranges(options)
     for name, value in resumed.items():
@@ -185,12 +319,46 @@ def read_options(argv):
         if name in ('preset', 'method') and new != value:
             raise Refused(f'this run was started with --{name} {value}, not {new}; give the same to resume it, or '
                           'another --out')
-        if new not in (None, value):
+        if new not in (None, value) and os.environ.get('RANK', '0') == '0':
             print(f'note       --{name} was {value}, is now {new}')
     return options, saved
 
 
-# --- 2. Where it runs ------------------------------------------------------------------------------------------------
+def choose_lengths(options, pairs, held_out):
+    """Fill in --steps, and --warmup and --eval-every where they are not given."""
+    steps = options.steps or math.inf
+    if options.epochs is not None:
+        steps = min(steps, round(options.epochs * (pairs // options.batch)) or 1)
+    options.steps = steps
+    if options.warmup is None:
+        recipe = PRESETS[options.preset].recipe
+        options.warmup = recipe['warmup']
+        if steps < recipe.get('steps', 0):              # a shorter run warms up in proportion
+            options.warmup = recipe['warmup'] * steps // recipe['steps']
+    if options.eval_every is None:
+        options.eval_every = steps // 10 or 1
+        # To evaluate a pair costs a third of what it costs to train on it, or less.
+        cost_of_ten = 10 * held_out / 3
+        if cost_of_ten > steps * options.batch / 10:
+            options.eval_every = 0
+            print('note       the only evaluation is at the end, since ten could take over a tenth of this run; '
+                  '--eval-every gives more')
+    if not held_out:
+        options.eval_every = 0
+
+
+def choose_folder(options):
+    """A fresh start takes the first free name: a folder that holds a run is never touched."""
+    name = options.out
+    number = 2
+    while Path(options.out, 'last.pt').exists():
+        options.out = f'{name}-{number}'
+        number += 1
+    if options.out != name:
+        print(f'note       {name} holds a run, this one goes into {options.out}')
+
+
+# --- 4. Where it runs ------------------------------------------------------------------------------------------------
 
 class Processes:
     """The processes of this run: one, or those of torchrun, whose environment variables are the only switch."""
@@ -202,6 +370,7 @@ class Processes:
         self.device = torch.device('cuda' if gpu and device != 'cpu' else 'cpu')
         self.rank = 0
         self.world = 1
+        self.patient = None
         if 'RANK' in os.environ:
             self.join()
 
@@ -216,36 +385,48 @@ class Processes:
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         if self.rank > 0:
-            sys.stdout = open(os.devnull, 'w')                          # rank 0 speaks for all
+            sys.stdout = open(os.devnull, 'w')                          # from here on rank 0 speaks for all
         # Rank 0 reads headers and evaluates, as long as it takes. The others wait on this group: the usual one gives
         # up after minutes.
         self.patient = dist.new_group(backend='gloo', timeout=timedelta(days=7))
 
     def sum(self, values):
         """Numbers or scalar tensors, each summed over all processes -> list of floats."""
-        total = torch.stack([torch.as_tensor(value, dtype=torch.double, device=self.device) for value in values])
+        values = [torch.as_tensor(value, dtype=torch.double, device=self.device) for value in values]
+        total = torch.stack(values)
         if self.world > 1:
             dist.all_reduce(total)
         return total.tolist()
 
-    def share(self, value=None):
+    def broadcast(self, value):
         """Rank 0's value, on all of them."""
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box, group=self.patient)
         return box[0]
 
+    def wait(self):
+        """Go on when rank 0 has come here."""
+        self.broadcast(None)
+
     @contextlib.contextmanager
     def rank_0_first(self):
         """The other processes enter this block when rank 0 has left it, and find the files that it wrote there."""
         if self.rank > 0:
             try:
-                self.share()
+                self.wait()
             except RuntimeError:
-                os._exit(1)                     # rank 0 is gone, and has said why
+                os._exit(1)                     # rank 0 was refused, has said why, and is gone
         yield
         if self.rank == 0:
-            self.share()
+            self.wait()
+
+
+def use_cores(workers):
+    """On a CPU: a core for each loader, the others for this process, and freed memory stays at hand."""
+    keep_memory()
+    if 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() - workers))
 
 
 def keep_memory():
@@ -265,7 +446,7 @@ def choose_precision(name, device):
         else:
             # private: some versions lack them
             tests = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
-            fast = any(getattr(torch.cpu, test, bool)() for test in tests)
+            fast = any(hasattr(torch.cpu, test) and getattr(torch.cpu, test)() for test in tests)
         name = 'bf16' if fast else 'fp32'
     return name, DTYPES[name]
 
@@ -279,171 +460,42 @@ def compile_blocks(model):
         block.compile(dynamic=True)
 
 
-# --- 3. Schedules, pure functions of the step (from 0), and the optimizer --------------------------------------------
-
-def lr_at(step, options):
-    """Linear warm-up to the peak, then a cosine to its share lr_end, 0 as released (scheduler.py:43-53)."""
-    if step < options.warmup:
-        return options.lr * (step + 1) / options.warmup
-    progress = (step - options.warmup) / max(options.steps - options.warmup, 1)
-    cosine = (1 + math.cos(math.pi * progress)) / 2
-    return options.lr * (options.lr_end + (1 - options.lr_end) * cosine)
-
-
-def momentum_at(step, options):
-    """The teacher's lambda. A fixed one would not forget the random start within a short run, hence the ramp."""
-    return min(options.momentum, (step + 1) / (step + 1 + options.momentum_ramp))
-
-
-def make_optimizer(model, lr, wd):
-    """AdamW; no decay for vectors (LayerNorm, biases) and the two scales (main.py:373-392 of the released code)."""
-    matrices = {'params': [p for p in model.parameters() if p.ndim > 1], 'weight_decay': wd}
-    vectors = {'params': [p for p in model.parameters() if p.ndim < 2], 'weight_decay': 0.0}
-    return torch.optim.AdamW([matrices, vectors], lr=lr, betas=(0.9, 0.98), fused=True)
-
-
-# --- 4. One step -----------------------------------------------------------------------------------------------------
-
-@dataclass
-class Run:
-    """What a step needs and changes."""
-    options: argparse.Namespace
-    processes: Processes
-    model: COSMOS
-    student: torch.nn.Module        # the model in parts of a batch, and across GPUs
-    teacher: Teacher                # None where nothing is distilled
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    dtype: torch.dtype              # of autocast; None: none
-    crops: Crops                    # the training set
-    step: int = 0
-    pairs: int = 0                  # seen, in steps of any size
-    best: tuple = (-1.0, 0)         # mean R@1 on --val, and its step
-    begun: float = field(default_factory=time.perf_counter)
-
-    @property
-    def method(self):
-        return METHODS[self.options.method]
-
-    @property
-    def folder(self):
-        return Path(self.options.out)
-
-    @property
-    def network(self):
-        """What is evaluated: the teacher, where there is one."""
-        return self.teacher.model if self.teacher else self.model
-
-
-class Step(NamedTuple):
-    """What a step has computed, for the log."""
-    out: Output                 # of the student
-    cls_t: torch.Tensor         # of the teacher, (2, B, D); None without one
-    loss: torch.Tensor
-    parts: dict                 # of the loss: {name: (weight, term)}
-    norm: torch.Tensor          # of the gradient
-    finite: bool                # else the model was not updated
-
-
-def train_step(run, batch):
-    """One step of training -> Step. Student, teacher, loss, backward; if all is finite, update."""
-    images = batch.views()                                              # V tensors (B, 3, s, s)
-    run.optimizer.zero_grad()
-
-    # The student sees all views and captions, the teacher the globals, without gradient.
-    cls_t = eot_t = None
-    with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
-        out = run.student(images, batch.texts)
-        if run.method.distills_images:
-            cls_t, eot_t = run.teacher(images[:GLOBALS], batch.teacher_texts if run.method.distills_texts else None)
-
-    loss, parts = total_loss(run.model, out, cls_t, eot_t)
-    run.scaler.scale(loss).backward()
-    run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()])
-
-    # A step that is not finite on one rank is left out by all.
-    [broken_ranks] = run.processes.sum([~torch.isfinite(loss + norm)])
-    if broken_ranks:
-        run.scaler.update()                                 # fp16: a lower scale for the next step
-    else:
-        update(run, norm)
-    return Step(out, cls_t, loss, parts, norm, not broken_ranks)
-
-
-def update(run, norm):
-    """Optimizer, scales, average: the end of a step."""
-    options = run.options
-    for group in run.optimizer.param_groups:
-        group['lr'] = lr_at(run.step, options)
-    if options.clip_grad:
-        torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), options.clip_grad, norm)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.model.clamp_scales()
-    if run.teacher:
-        run.teacher.update(run.model, momentum_at(run.step, options))
-
-
-class InParts(torch.nn.Module):
-    """The model, run on --accum parts of a batch. DistributedDataParallel goes around it, and sees one forward pass.
-
-    With several parts no activations are stored: the backward pass computes them again, part by part (checkpoint). The
-    loss sees the embeddings of all parts at once, so the gradient is that of the whole batch, exactly. Averaging the
-    losses of parts would lose negatives.
-    """
-
-    def __init__(self, model, accum):
-        super().__init__()
-        self.model = model
-        self.accum = accum
-
-    def forward(self, images, texts):
-        if self.accum == 1:
-            return self.model(images, texts)
-        image_parts = zip(*[view.chunk(self.accum) for view in images])     # V views in each part
-        text_parts = zip(*[text.chunk(self.accum) for text in texts])       # U captions in each
-        outs = []
-        for part in zip(image_parts, text_parts):
-            outs.append(checkpoint(self.model, *part, use_reentrant=False))
-        joined = []
-        for parts in zip(*outs):                                            # cls, eot, h_I, h_T
-            joined.append(None if parts[0] is None else torch.cat(parts, dim=1))
-        return Output(*joined)
-
-
 # --- 5. Data and model -----------------------------------------------------------------------------------------------
 
 LEARNED_VOCAB = 8192
 PAIRS_TO_LEARN = 20_000         # about so many teach the merges: enough for every frequent word
 
 
-def open_data(options, index=None):
-    """-> the training shards. Without --data these are the built-in set's. DIR/val of --data DIR becomes --val."""
+def name_data(options):
+    """Fill in --data and --val: the built-in set, and the halves of a folder DIR. Shards then takes DIR/train of the
+    one and DIR/val of the other."""
     if options.data is None:
         from lesson.scenes import built_in_set
         options.data = [str(built_in_set())]
-    if options.val is None and Path(options.data[0], 'train').is_dir() and Path(options.data[0], 'val').is_dir():
+    folder = Path(options.data[0])
+    if options.val is None and len(options.data) == 1 and (folder / 'train').is_dir() and (folder / 'val').is_dir():
         options.val = options.data
-    keys = options.caption_keys or POOLS[options.caption_pool]
-    return Shards(options.data, keys, 'train', index)
 
 
-def learn_merges(shards, context_length):
+def learn_merges(shards):
     captions = []
     for i in range(0, len(shards), len(shards) // PAIRS_TO_LEARN or 1):
-        with contextlib.suppress(Unreadable):               # a broken pair is reported in its turn
+        with contextlib.suppress(data.Unreadable):          # a broken pair is reported in its turn
             captions += shards.pool(i)
-    return Tokenizer.learn(captions, LEARNED_VOCAB, context_length)
+    return Tokenizer.learn(captions, LEARNED_VOCAB).merges
 
 
-def choose_model(options, shards, merges):
-    """-> Config, tokenizer and weights of a fresh start: those of --init, or the preset's, --vocab's and none.
+def choose_model(options, saved):
+    """-> Config, tokenizer, weights to start from: of the resumed run, of --init, or of the preset and --vocab.
 
-    merges: a file of those that rank 0 has learned; None: learn them.
+    The tokenizer is None where it must be learned from the captions. The weights are {} for a start from nothing.
     """
+    if saved:
+        config = Config(**saved['config'])
+        return config, Tokenizer(saved['merges'], config.context_length), {}
     path = None if options.vocab in ('clip', 'learn') else options.vocab
     weights = {}
+    tokenizer = None
     if options.init:
         model, tokenizer, _ = evaluation.load(options.init, vocab=path, quick_gelu=options.quick_gelu)
         config = model.config
@@ -452,63 +504,31 @@ def choose_model(options, shards, merges):
         config = PRESETS[options.preset].sizes
         if options.vocab != 'learn':
             tokenizer = Tokenizer.clip(path, config.context_length)
-        elif merges:
-            tokenizer = Tokenizer(merges.read_text().splitlines(), config.context_length)
-        else:
-            tokenizer = learn_merges(shards, config.context_length)
-        config = replace(config, vocab_size=tokenizer.vocab_size)
     heads = 0
-    if METHODS[options.method].cross_attention:             # a plain CLIP of --init gets new ones
-        heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
+    if METHODS[options.method].cross_attention:
+        heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)     # of a plain CLIP: as in the presets
     return replace(config, cross_heads=heads), tokenizer, weights
 
 
-def choose_lengths(options, pairs, held_out):
-    """Fill in --steps, and --warmup and --eval-every where they are not given."""
-    steps = options.steps or math.inf
-    if options.epochs is not None:
-        steps = min(steps, round(options.epochs * (pairs // options.batch)) or 1)
-    if options.warmup is None:
-        options.warmup = PRESETS[options.preset].recipe['warmup']
-        if options.steps:                                   # a run that is cut short warms up in proportion
-            options.warmup = options.warmup * steps // options.steps
-    options.steps = steps
-    if options.eval_every is None:
-        options.eval_every = steps // 10 or 1
-        # To train on a pair costs at least three times what it costs to evaluate one.
-        if 30 * steps * options.batch < 1000 * held_out:
-            options.eval_every = 0
-            print('note       the only evaluation is at the end, since ten could take over a tenth of this run; '
-                  '--eval-every gives more')
-
-
-def choose_folder(options):
-    """A fresh start takes the first free name: a folder that holds a run is never touched."""
-    name = options.out
-    number = 2
-    while Path(options.out, 'last.pt').exists():
-        options.out = f'{name}-{number}'
-        number += 1
-    if options.out != name:
-        print(f'note       {name} holds a run, this one goes into {options.out}')
-
-
-def make_run(options, processes, crops, weights, build, averages):
+def make_run(options, processes, train_set, weights, build, keep_teacher):
     """Model, teacher and optimizer on this process, before the first step."""
     device = processes.device
     torch.manual_seed(options.seed)                         # all ranks start from the same weights
-    model = build(crops.config).to(device)
+    student = build(train_set.config).to(device)
     if weights:     # of --init, perhaps without cross-attention, or with one that this model lacks
-        missing = model.load_state_dict(weights, strict=False).missing_keys
+        missing = student.load_state_dict(weights, strict=False).missing_keys
         print(f"init       {options.init}{'; cross-attention starts fresh' if missing else ''}")
-    for tower in model.visual, model.text:
+    for tower in student.visual, student.text:
         tower.transformer.grad_checkpointing = options.grad_checkpoint
-    teacher = Teacher(model) if METHODS[options.method].distills_images or averages else None
-    optimizer = make_optimizer(model, options.lr, options.wd)
+    teacher = None
+    if METHODS[options.method].distills_images or keep_teacher:
+        teacher = Teacher(student)
+    optimizer = make_optimizer(student, options.lr, options.wd)
     options.precision, dtype = choose_precision(options.precision, device)
     # The usual start, 65,536, would overflow many times before it settles.
     scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=options.precision == 'fp16')
-    return Run(options, processes, model, InParts(model, options.accum), teacher, optimizer, scaler, dtype, crops)
+    forward = InParts(student, options.accum)
+    return Run(options, processes, train_set, student, forward, teacher, optimizer, scaler, dtype)
 
 
 # --- 6. Checkpoints --------------------------------------------------------------------------------------------------
@@ -516,21 +536,25 @@ def make_run(options, processes, crops, weights, build, averages):
 def networks(run):
     """What evaluation needs, and best.pt holds."""
     state = {
-        'config': asdict(run.model.config),
-        'merges': run.crops.tokenizer.merges,
+        'config': asdict(run.train_set.config),
+        'merges': run.train_set.tokenizer.merges,
         'step': run.step,
-        'student': run.model.state_dict()}
+        'student': run.student.state_dict()}
     if run.teacher:
         state['teacher'] = run.teacher.model.state_dict()
     return state
 
 
 def save(run):
-    """last.pt, whole or not at all. Refused where the disk is full, or where the weights are not finite."""
+    """last.pt, whole or not at all. Refused, on all ranks, where the weights are not finite.
+
+    Random numbers have no state to save: those of the data come from the seed, the epoch and the pair, and a step draws
+    none.
+    """
     last = run.folder / 'last.pt'
     state = networks(run) | {
         'options': vars(run.options),
-        'shards': run.crops.shards.fingerprint,
+        'shards': run.train_set.shards.fingerprint,
         'pairs': run.pairs,
         'best': run.best,
         'seconds': time.perf_counter() - run.begun,
@@ -540,40 +564,42 @@ def save(run):
         raise Refused(f'the weights are not finite after step {run.step}, so they are not saved; go on from an '
                       f'earlier step by --resume {last} and a lower --lr or --clip-grad 1')
     if run.processes.rank == 0:
-        save_tensors(last, state)
+        data.save_tensors(last, state)
 
 
 def restore(run, saved):
     """Go on from what `save` has saved."""
     path = run.folder
-    evaluation.load_weights(run.model, saved['student'], path)
+    evaluation.load_weights(run.student, saved['student'], path)
     if run.teacher:
         evaluation.load_weights(run.teacher.model, saved['teacher'], path)
     run.optimizer.load_state_dict(saved['optimizer'])
-    run.optimizer.param_groups[0]['weight_decay'] = run.options.wd      # this command's, not the checkpoint's
+    matrices, _ = run.optimizer.param_groups
+    matrices['weight_decay'] = run.options.wd               # this command's, not the checkpoint's
     if saved['scaler']:
         run.scaler.load_state_dict(saved['scaler'])
     run.step = saved['step']
     run.pairs = saved['pairs']
     run.best = tuple(saved['best'])
     run.begun -= saved['seconds']
-    # Seconds tell one checkpoint from another.
-    if run.processes.share(saved['seconds']) != saved['seconds']:
+    # The seconds of a run tell its checkpoint from any other.
+    if run.processes.broadcast(saved['seconds']) != saved['seconds']:
         raise Refused(f'{path} does not hold what process 0 goes on from; let all nodes see the same --out')
 
 
 def check_space(run):
-    """Refused where the disk has no room for last.pt and best.pt, each twice while it is written."""
-    weights = sum(p.nbytes for p in run.model.parameters())
-    networks = 2 if run.teacher else 1
-    needed = 2 * weights * (networks + 2 + networks)        # 2: AdamW's averages, in last.pt
+    """Refused where the disk has no room for last.pt and best.pt, and for another last.pt while it is written."""
+    weights = sum(p.nbytes for p in run.student.parameters())
+    best = weights * (2 if run.teacher else 1)
+    last = best + 2 * weights                               # and AdamW's two averages
+    needed = best + 2 * last
     free = shutil.disk_usage(run.folder).free
     if free < needed:
         raise Refused(f'{run.folder} has {free / 1e6:,.0f} MB free, and the checkpoints of this run need '
                       f'{needed / 1e6:,.0f} MB; make room, or give another --out')
 
 
-# --- 7. What is written down -----------------------------------------------------------------------------------------
+# --- 7. Log and figures ----------------------------------------------------------------------------------------------
 
 def peak_memory(device):
     """Most GB so far: on the GPU, else of this process (on Linux)."""
@@ -583,90 +609,93 @@ def peak_memory(device):
 
 
 @torch.no_grad()
-def log_entry(run, done, seconds, waited, steps):
+def log_entry(run, done, steps, seconds, waited):
     """The log entry of the Step just done, means over all ranks: {name: number}. Every rank must call it.
 
-    So many steps took `seconds` since the last entry, and for `waited` of them no batch was there.
+    steps: since the last entry. seconds: that they took. waited: seconds of these spent waiting for data.
     """
     options = run.options
     cls = done.out.cls[0]                                               # (B, D)
-    nearest = (cls @ done.out.eot[0].T).argmax(dim=1)
+    nearest = (cls @ done.out.eot[0].T).argmax(dim=1)                   # among the pairs of this GPU
     values = {name: term for name, (_, term) in done.parts.items()}
     values |= {
         'loss': done.loss,
-        'distill': done.loss - values['clip'],
+        'distill': done.loss - values['clip'],                          # all of the loss but L_CLIP
         'accuracy': (nearest.cpu() == torch.arange(len(nearest))).double().mean(),
-        'spread': cls.std(dim=0).norm(),
+        'spread': cls.std(dim=0).norm(),                                # 0 when the embeddings have collapsed
         'grad_norm': done.norm,
-        'scale': run.model.logit_scale.exp(),
+        'scale': run.student.logit_scale.exp(),
         'waiting': waited / seconds,
         'memory_GB': peak_memory(run.processes.device)}
     if run.method.cross_attention:
-        values['distill_scale'] = run.model.distill_logit_scale.exp()
+        values['distill_scale'] = run.student.distill_logit_scale.exp()
     if done.cls_t is not None:
         values['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)
     sums = run.processes.sum(values.values())
     entry = {name: total / run.processes.world for name, total in zip(values, sums)}
+    used = run.step - 1                                                 # the step whose rates were used
     return entry | {
         'step': run.step,
-        'epoch': run.pairs / len(run.crops.shards),
-        'lr': lr_at(run.step - 1, options),
-        'momentum': momentum_at(run.step - 1, options),
-        'chance': math.log(options.batch),
+        'epoch': run.pairs / len(run.train_set.shards),
+        'lr': lr_at(used, options),
+        'momentum': momentum_at(used, options),
+        'chance': math.log(options.batch),                              # of each part of the loss: a blind guess
         'weights': {name: weight for name, (weight, _) in done.parts.items()},
         'pairs_per_s': steps * options.batch / seconds}
 
 
 def write_log(run, entry):
-    """An entry to log.jsonl, and the numbers to watch to the terminal. A resumed run may log a step again: readers take
-    the last entry of a step."""
-    if run.processes.rank > 0:
-        return
-    with open(run.folder / 'log.jsonl', 'a') as file:
-        file.write(json.dumps(entry) + '\n')
-    if 'loss' in entry:
-        left = (run.options.steps - run.step) * run.options.batch / entry['pairs_per_s']
-        tqdm.write('step {step}  loss {loss:.3f}  clip {clip:.3f}  distill {distill:.3f}  accuracy {accuracy:.0%}  '
-                   'lr {lr:.1e}  {pairs_per_s:.0f} pairs/s  '.format(**entry) + f'{timedelta(seconds=int(left))} left')
+    """An entry to log.jsonl. Of equal steps the last entry counts: a resumed run logs some again."""
+    if run.processes.rank == 0:
+        with open(run.folder / 'log.jsonl', 'a') as file:
+            file.write(json.dumps(entry) + '\n')
 
 
-def held_out_figures(run, val):
+def evaluate(run, val):
     """Rank 0 scores the held-out shards, while the others wait -> figures, {} on the others and without --val.
 
-    best.pt then holds the networks of the best mean R@1 so far.
+    The teacher is scored, where there is one. In mid-run a failure prints its traceback, and training goes on.
     """
     figures = {}
-    if val:
-        scored = run.network, run.crops.tokenizer, evaluation.Preprocess(run.crops.config.image_size)
-        retrieval, image_features, _ = evaluation.zero_shot_retrieval(*scored, val)
-        figures['retrieval'] = retrieval
-        if 'objects' in val.record(0) and (HERE / 'lesson').is_dir():
-            from lesson.suppression import during_training
-            figures |= during_training(*scored, image_features, val, run.folder, run.step)
-        if (HERE / 'extras').is_dir():
-            from extras.report import store
-            store(*scored, val, image_features, run.folder, run.step)
-        keep_best(run, retrieval['image_to_text_R@1'], retrieval['text_to_image_R@1'])
-    run.processes.share()
+    try:
+        if val:
+            figures = held_out_figures(run, val)
+    except Exception:
+        if run.step == run.options.steps:
+            raise
+        tqdm.write(traceback.format_exc())
+    run.processes.wait()
     return figures
 
 
-def keep_best(run, to_text, to_image):
-    """A line of R@1 both ways, and best.pt where their mean is the best so far."""
+def held_out_figures(run, val):
+    """-> {'retrieval': ...}, and of scenes that list their objects what is named and bound. Keeps best.pt."""
+    model = run.teacher.model if run.teacher else run.student
+    scored = model, run.train_set.tokenizer, evaluation.Preprocess(model.config.image_size)
+    retrieval, image_features, _ = evaluation.zero_shot_retrieval(*scored, val)
+    figures = {'retrieval': retrieval}
+    if 'objects' in val.record(0) and (HERE / 'lesson').is_dir():
+        from lesson.suppression import during_training
+        figures |= during_training(*scored, image_features, val, run.folder, run.step)
+    if (HERE / 'extras').is_dir():
+        from extras.report import store
+        store(*scored, val, image_features, run.folder, run.step)
+    to_text = retrieval['image_to_text_R@1']
+    to_image = retrieval['text_to_image_R@1']
     mean = (to_text + to_image) / 2
     if mean > run.best[0]:
         run.best = mean, run.step
-        save_tensors(run.folder / 'best.pt', networks(run))
+        data.save_tensors(run.folder / 'best.pt', networks(run))
     tqdm.write(f'eval       step {run.step}  R@1 {to_text:.1%} image to text, {to_image:.1%} text to image, '
                f'mean {mean:.1%}  best {run.best[0]:.1%} at step {run.best[1]}')
+    return figures
 
 
-def announce(run, val):
-    """What this run will do, before it does it, and config.json."""
+def print_plan(run, val):
+    """What this run will do."""
     options = run.options
-    shards = run.crops.shards
-    config = asdict(run.crops.config)
-    sizes = ', '.join(f'{name} {value}' for name, value in config.items())
+    shards = run.train_set.shards
+    sizes = ', '.join(f'{name} {value}' for name, value in asdict(run.train_set.config).items())
     print(f'run        {options.method}, {options.preset}, on {len(shards):,} pairs, into {run.folder}\n'
           f'           steps {run.step} to {options.steps} of {options.batch} pairs, '
           f'{options.steps * options.batch / len(shards):.1f} passes\n'
@@ -674,7 +703,7 @@ def announce(run, val):
           f'ramp {options.momentum_ramp}, augmentation {options.augment}\n'
           f'           on {run.processes.world} x {run.processes.device} in {options.precision}, '
           f'{torch.get_num_threads()} threads and {options.workers} loaders each\n'
-          f'model      {sum(p.numel() for p in run.model.parameters()):,} parameters: {sizes}')
+          f'model      {sum(p.numel() for p in run.student.parameters()):,} parameters: {sizes}')
     if options.init and options.lr > 1e-4:
         print(f'note       --lr {options.lr} is for training from nothing; with --init try 1e-5')
     if 2 * options.warmup > options.steps:
@@ -684,11 +713,41 @@ def announce(run, val):
               'holds a tenth out')
     elif not set(shards.paths).isdisjoint(val.paths):
         print(f'WARNING    {len(set(shards.paths) & set(val.paths))} shards are in --data and in --val')
-    evaluation.write_json(run.folder / 'config.json', vars(options) | {'config': config})
-    (run.folder / 'eval.json').unlink(missing_ok=True)                  # of an earlier step
-    if run.step == 0:                                                   # of a run that stopped before its first save
-        for name in ('log.jsonl', 'maps.npz'):
-            (run.folder / name).unlink(missing_ok=True)
+
+
+def prepare_folder(run):
+    """config.json, and the first part of the report. What is left there of an earlier start goes."""
+    check_space(run)
+    config = vars(run.options) | {'config': asdict(run.train_set.config)}
+    evaluation.write_json(run.folder / 'config.json', config)
+    old = ['eval.json']
+    if run.step == 0:
+        old += ['log.jsonl', 'maps.npz']
+    for name in old:
+        (run.folder / name).unlink(missing_ok=True)
+    if (HERE / 'extras').is_dir():
+        from extras.report import begin
+        begin(run.train_set, run.folder)
+
+
+def finish(run, figures):
+    """eval.json, the last log entry with these figures, the report, and what to do next."""
+    figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)} | figures
+    evaluation.write_json(run.folder / 'eval.json', figures)
+    entry = {'step': run.step}
+    for line in evaluation.read_lines(run.folder / 'log.jsonl'):
+        with contextlib.suppress(json.JSONDecodeError):     # a line that a kill cut short
+            logged = json.loads(line)
+            if logged['step'] == run.step:
+                entry = logged
+    write_log(run, entry | {'eval': figures})
+    evaluation.show(figures)
+    if (HERE / 'extras').is_dir():
+        from extras.report import write
+        print(f'report     {write([run.folder])}')
+    best = 'best.pt' if (run.folder / 'best.pt').exists() else 'last.pt'
+    print(f'done       {run.folder}, the best networks are in {best}; try python eval.py retrieval '
+          f'{run.folder}/{best} --shards {(run.options.val or run.options.data)[0]}')
 
 
 # --- 8. The loop -----------------------------------------------------------------------------------------------------
@@ -697,24 +756,27 @@ MOST_BROKEN = 5         # steps in a row whose loss or gradient is not finite
 
 
 def train(run, val):
-    """Take the steps that are left -> True where a signal ended it sooner. Either way the last step is saved."""
+    """Take the steps that are left -> True where a signal ended it. Either way the last step is saved."""
     options = run.options
     processes = run.processes
     caught = []
-    for number in SIGNALS:
-        signal.signal(number, lambda number, frame: caught.append(number))
-    order = Order(len(run.crops.shards), options.batch, run.step, options.steps, options.seed, processes.rank,
-                  processes.world)
+    for number in data.SIGNALS:
+        signal.signal(number, lambda received, frame: caught.append(received))
+    order = data.Order(len(run.train_set.shards), options.batch, run.step, options.steps, options.seed,
+                       rank=processes.rank, world=processes.world)
     # Half precision is faster with captions of multiples of 8 tokens.
-    batches = iter(loader(run.crops, order, options.workers, 8 if run.dtype else 1, run.method.cross_attention))
+    batches = iter(data.loader(run.train_set, order, options.workers,
+                               multiple=8 if run.dtype else 1, whole=run.method.cross_attention))
     if options.eval_every and run.step == 0:
         write_log(run, {'step': 0, 'eval': evaluate(run, val)})         # what the first weights can do
-    broken = bad = seen = 0         # steps in a row that were not finite; pairs that cannot be read; all pairs
+    broken = 0                      # steps in a row that were not finite
+    bad = 0                         # pairs that cannot be read
+    seen = 0                        # all pairs since this start
     logged_step = run.step
-    waited = 0.0                    # since the last log entry
+    waited = 0.0                    # seconds, since the last log entry
     logged_at = saved_at = time.perf_counter()
-    # A bar of rank 0, where there is a terminal.
-    for _ in tqdm(range(run.step, options.steps), disable=None if processes.rank == 0 else True):
+    progress = tqdm(range(run.step, options.steps), disable=True if processes.rank else None)   # None: on a terminal
+    for _ in progress:
         before = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - before
@@ -732,9 +794,12 @@ def train(run, val):
             tqdm.write(f'WARNING    step {run.step} is left out: loss {done.loss:.4g}, gradient norm {done.norm:.4g}')
 
         eval_due = options.eval_every and run.step % options.eval_every == 0 and not last
-        if done.finite and (run.step % options.log_every == 0 or run.step == 1 or last or eval_due):
+        if run.step % options.log_every == 0 or run.step == 1 or last or eval_due:
             seconds = time.perf_counter() - logged_at
-            entry = log_entry(run, done, seconds, waited, run.step - logged_step) | {'bad_pairs': bad}
+            entry = log_entry(run, done, run.step - logged_step, seconds, waited) | {'bad_pairs': bad}
+            left = timedelta(seconds=int((options.steps - run.step) * options.batch / entry['pairs_per_s']))
+            tqdm.write('step {step}  loss {loss:.3f}  clip {clip:.3f}  distill {distill:.3f}  accuracy {accuracy:.0%}'
+                       '  lr {lr:.1e}  {pairs_per_s:.0f} pairs/s'.format(**entry) + f'  {left} left')
             if eval_due:
                 entry['eval'] = evaluate(run, val)
             write_log(run, entry)
@@ -742,17 +807,18 @@ def train(run, val):
             waited = 0.0
             logged_at = time.perf_counter()
 
+        # The clocks of ranks differ. No matter: rank 0 alone writes.
         overdue = time.perf_counter() - saved_at > 60 * options.save_minutes > 0        # 0: never
         failure = reason_to_stop(run, broken, bad, seen)
         if signals or last or failure or overdue or run.step % options.save_every == 0:
             save(run)
             saved_at = time.perf_counter()
         if failure:
-            processes.share()       # rank 0 saves: if another leaves first, torchrun kills it
+            processes.wait()        # else torchrun kills rank 0 while it writes
             raise Refused(failure)
         if signals:
             break
-    for number in SIGNALS:                               # nothing left to lose: a signal may end it
+    for number in data.SIGNALS:                          # nothing left to lose: a signal may end it
         signal.signal(number, signal.SIG_DFL)
     return bool(signals)
 
@@ -767,35 +833,11 @@ def reason_to_stop(run, broken, bad, seen):
         remedy = 'a lower --lr or --clip-grad 1'
         if run.options.precision != 'fp32':
             remedy += ', or --precision fp32'
-        return (f'{broken} steps in a row were not finite, the last is step {run.step}; go on from before them by '
-                f'--resume {run.folder} and {remedy}')
+        return (f'{broken} steps in a row were not finite, the last is step {run.step}; last.pt has the weights of '
+                f'before them: go on by --resume {run.folder} and {remedy}')
 
 
-def evaluate(run, val):
-    """The figures in mid-run. Where it fails, its traceback is printed, and training goes on."""
-    try:
-        return held_out_figures(run, val)
-    except Exception:
-        tqdm.write(traceback.format_exc())
-        run.processes.share()
-        return {}
-
-
-# --- 9. From the command line to the figures -------------------------------------------------------------------------
-
-def finish(run, figures):
-    """eval.json, the last log entry, the report, and what to do next."""
-    figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)} | figures
-    evaluation.write_json(run.folder / 'eval.json', figures)
-    write_log(run, {'step': run.step, 'eval': figures})
-    evaluation.show(figures)
-    if (HERE / 'extras').is_dir():
-        from extras.report import write
-        print(f'report     {write([run.folder])}')
-    best = 'best.pt' if -1 < run.best[0] and run.best[1] < run.step else 'last.pt'
-    print(f'done       {run.folder}, the best networks are in {best}; try python eval.py retrieval '
-          f'{run.folder}/{best} --shards {(run.options.val or run.options.data)[0]}')
-
+# --- 9. A run, from the command line to the figures ------------------------------------------------------------------
 
 def leave(status):
     """End the process; of several processes, when all have come here.
@@ -810,67 +852,60 @@ def leave(status):
     sys.exit(status)
 
 
-def main(argv=None, build=COSMOS, averages=False):
-    """build: the model's class. averages: keep a teacher where nothing is distilled, too. Both for the course."""
+def main(argv=None, build=COSMOS, keep_teacher=False):
+    """build, keep_teacher: for lesson/experiments.py. The class of the model; a teacher also where it teaches nothing."""
     options, saved = read_options(argv)
+    method = METHODS[options.method]
     processes = Processes(options.device)
     if processes.device.type == 'cpu':
-        keep_memory()
-        if 'OMP_NUM_THREADS' not in os.environ:             # a core for each loader
-            torch.set_num_threads(max(1, os.cpu_count() - options.workers))
+        use_cores(options.workers)
+    config, tokenizer, weights = choose_model(options, saved)
 
-    # Data, vocabulary, sizes. What takes long only rank 0 does: it reads all headers and learns the merges, and leaves
-    # both in --out.
+    # Data. Rank 0 reads all headers, and leaves the index in --out for the others.
     if not saved:
         choose_folder(options)
     index = Path(options.out, 'index.npy')
-    merges = Path(options.out, 'merges.txt')
+    val = None                                              # rank 0 evaluates
     with processes.rank_0_first():
-        mine = processes.rank == 0 and not (saved and index.exists())
-        shards = open_data(options, None if mine else index)
-        # Only to check that --batch fits.
-        Order(len(shards), options.batch, start=0, stop=1, world=processes.world * options.accum)
-        val = None
+        name_data(options)
+        build_index = processes.rank == 0 and not (saved and index.exists())
+        keys = options.caption_keys or data.POOLS[options.caption_pool]
+        shards = Shards(options.data, keys, 'train', None if build_index else index)
+        if saved and saved['shards'] != shards.fingerprint:
+            raise Refused(f'this run was started on other shards than the {len(shards.paths)} of {options.data}; give '
+                          'the same --data, or start anew with --init')
+        data.check_batch(options.batch, len(shards), processes.world * options.accum)
         if options.val and processes.rank == 0:
             val = Shards(options.val, options.caption_keys, 'val')
             evaluation.shard_captions(val)                  # better refused now than at the end
-        weights = {}
-        if saved:
-            if saved['shards'] != shards.fingerprint:
-                raise Refused(f'this run was started on other shards than the {len(shards.paths)} of {options.data}; '
-                              'give the same --data, or start anew with --init')
-            config = Config(**saved['config'])
-            tokenizer = Tokenizer(saved['merges'], config.context_length)
-        else:
-            config, tokenizer, weights = choose_model(options, shards, None if mine else merges)
-        if mine:
+        if build_index:
             index.parent.mkdir(parents=True, exist_ok=True)
             shards.save(index)
-            merges.write_text('\n'.join(tokenizer.merges))
-    held_out = processes.share(len(val) if val else 0)
-    choose_lengths(options, len(shards), held_out)
-    method = METHODS[options.method]
-    counts = Counts(method.global_images, options.local_crops if method.local_images else 0,
-                    method.global_texts, options.local_captions if method.local_texts else 0)
-    crops = Crops(shards, tokenizer, config, options.seed, options.batch, counts, options.augment, method.least)
+    choose_lengths(options, len(shards), processes.broadcast(len(val or ())))
+    if tokenizer is None:
+        merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
+        tokenizer = Tokenizer(merges, config.context_length)
+        config = replace(config, vocab_size=tokenizer.vocab_size)
+    counts = data.Counts(method.global_images, options.local_crops if method.local_images else 0,
+                         method.global_texts, options.local_captions if method.local_texts else 0)
+    train_set = data.Crops(shards, tokenizer, config, options.seed, options.batch, counts, options.augment,
+                           method.crop_min)
 
     # Model, teacher, optimizer; of a run that is resumed as they were saved.
-    run = make_run(options, processes, crops, weights, build, averages)
+    run = make_run(options, processes, train_set, weights, build, keep_teacher)
     if saved:
         restore(run, saved)
     if options.compile:
-        compile_blocks(run.model)
+        compile_blocks(run.student)
     if processes.world > 1:
-        run.student = DistributedDataParallel(run.student, gradient_as_bucket_view=True)
+        run.forward = DistributedDataParallel(run.forward, gradient_as_bucket_view=True)
 
     # The loop.
-    if run.step < options.steps:
+    steps_left = run.step < options.steps
+    if steps_left:
         if processes.rank == 0:
-            check_space(run)
-            announce(run, val)
-            if (HERE / 'extras').is_dir():
-                from extras.report import begin
-                begin(crops, run.folder)
+            print_plan(run, val)
+            prepare_folder(run)
         if train(run, val):
             print(f'stopped    step {run.step} is saved; go on by python train.py --resume {run.folder}')
             leave(128 + signal.SIGTERM)
@@ -878,12 +913,13 @@ def main(argv=None, build=COSMOS, averages=False):
         print(f'nothing is left to do: {run.folder} has reached step {run.step} of {options.steps}')
 
     # The figures.
-    if not processes.share((run.folder / 'eval.json').exists()):
-        figures = held_out_figures(run, val)
+    has_figures = processes.broadcast((run.folder / 'eval.json').exists())
+    if steps_left or not has_figures:
+        figures = evaluate(run, val)
         if processes.rank == 0:
             finish(run, figures)
     leave(0)
 
 
 if __name__ == '__main__':
-    run(main)
+    data.run(main)

@@ -128,7 +128,7 @@ def report(clock, steps, batch, flops, peak):
 
 def measure_loader(shards, preset, rate):
     """What one worker does a second, by part, and how many such workers `rate` samples a second need."""
-    source = Shards(shards, half='train')
+    source = Shards(shards, split='train')
     config = Config.preset(preset)
     order = torch.randperm(len(source)).tolist()
     tokenizer = Tokenizer([], config.context_length)        # ids of words are cached, so merges cost no time

@@ -27,7 +27,7 @@ from torchvision.utils import save_image
 
 from cosmos import PRESETS
 from data import (CAPTION_KEYS, DREAMLIP, JITTERS, Crops, Parser, Refused, Shards, Tokenizer,
-                  Unreadable, caption_pool, open_image, read_image, reading_image, recolour,
+                  Unreadable, caption_pool, open_image, read_image, pillow_errors, recolour,
                   replacing, run, sentences)
 from eval import need, progress, read_json, write_json
 
@@ -183,7 +183,7 @@ def claim(out, **source):
 
 def image_kind(image):
     """The extension for encoded bytes in a shard. Refused: what shards cannot hold."""
-    with reading_image('its image'):
+    with pillow_errors('its image'):
         kind = open_image(image).format
     need(kind in KINDS, f'{kind} is not among the kinds of image here; save it as JPEG, PNG or WebP')
     return KINDS[kind]

@@ -32,7 +32,7 @@ from extras import attend, bench, pairs, prepare, report, search, weights
 MICRO = Config.preset(
     'tiny', embed_dim=16, image_size=32, local_image_size=16, vision_width=24, vision_layers=2, text_width=16,
     context_length=12, vocab_size=514)
-cosmos.PRESETS['micro'] = cosmos.Preset(MICRO, cosmos.LAPTOP)
+cosmos.PRESETS['mini'] = cosmos.Preset(MICRO, cosmos.LAPTOP)
 SHARED = Path(os.environ.get('COSMOS_SHARED') or Path(__file__).parents[2] / 'shared')
 
 # --- Helpers ---------------------------------------------------------------------------------------------------------
@@ -580,7 +580,7 @@ def test_step(method, monkeypatch, capsys):
     monkeypatch.setattr(bench, 'time', SimpleNamespace(perf_counter=itertools.count().__next__))
     monkeypatch.setattr(bench, 'matmul_peak', lambda device, dtype: 1e6)
     monkeypatch.setattr(torch.cuda, 'is_available', bool)       # False
-    run(bench, 'step', '--preset', 'micro', '--method', method, '--batch', 16, '--steps', 3)
+    run(bench, 'step', '--preset', 'mini', '--method', method, '--batch', 16, '--steps', 3)
     printed = capsys.readouterr().out
     parts = {'student forward', 'losses', 'backward', 'AdamW'}
     if not method.startswith('clip'):
@@ -615,7 +615,7 @@ def three_pairs(folder):
 def train_on_three(folder, method='cosmos'):
     """A run with evaluations before the first step, after five and after ten -> what they were of: the teacher."""
     three_pairs(folder)
-    flags = f'--data {folder} --val {folder} --out {folder} --method {method} --preset micro --vocab learn'
+    flags = f'--data {folder} --val {folder} --out {folder} --method {method} --preset mini --vocab learn'
     with pytest.raises(SystemExit, match='0'):
         run(train, *flags.split(), *'--steps 10 --eval-every 5 --batch 2 --workers 0'.split())
     return load(folder / 'last.pt')

@@ -76,7 +76,7 @@ def read_weights(path):
         saved = read_checkpoint(path)
     except Refused as error:
         reason, _, _ = str(error).partition('; ')
-        if 'is TorchScript' in reason:
+        if 'TorchScript' in reason:
             raise Refused(f'{path} is TorchScript, which may run code; {OPENAI}') from None
         if 'may run code' in reason:
             raise Refused(f'{reason}; where you trust it, '

@@ -271,7 +271,7 @@ def run_folder(variant, seed):
 
 def scene_folder(world, scenes, seed):
     """A set of scenes, drawn where it is absent."""
-    path = folder(f'scenes {VERSION} {world} {scenes} {seed}')
+    path = folder(f'scenes {VERSION} {WORLDS[world]} {scenes} {seed}')
     if not (path / 'world.json').exists():              # written last
         make_scenes(path, scenes, seed=seed, **WORLDS[world])
     return path

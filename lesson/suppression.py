@@ -310,7 +310,7 @@ def during_training(model, tokenizer, preprocess, image_features, shards, folder
 
 def measure(args, model, tokenizer, preprocess):
     """All figures."""
-    shards = Shards(args.shards, half='val')
+    shards = Shards(args.shards, split='val')
     val = Path(shards.paths[0]).parent
     scenes = read_scenes(shards)
     need(any(scenes), f'{val} lists no objects with absent names; draw a set by python -m lesson.scenes')

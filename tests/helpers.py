@@ -120,6 +120,7 @@ def dog_tar(path, n, format=tarfile.PAX_FORMAT, broken=()):
 
 def run(module, *argv):
     """A command in this process -> what its SystemExit carries, or None."""
+    workers = data.multiprocessing.active_children
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['prog', *map(str, argv)])
         patch.setattr(data.multiprocessing, 'active_children', list)    # else workers would let it end pytest
@@ -127,3 +128,6 @@ def run(module, *argv):
             data.run(module.main)
         except SystemExit as stop:
             return stop.code
+        finally:
+            for worker in workers():
+                worker.kill()                           # left over by an error, it would keep pytest from ending

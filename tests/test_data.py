@@ -20,10 +20,11 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as V
 
 import data
-from data import Colours, Counts, Crops, Order, Refused, Shards, Tokenizer, Unreadable
+from data import Colours, Counts, Crops, Order, Shards, Tokenizer, Unreadable
 from tests.helpers import (MICRO, ROOT, dog_tar, encoded, pairs_tar, put, refused, run, seeded, shared, write_tar)
 
 LOW = Tokenizer(['l o', 'lo w</w>', 'lo w', 'e r</w>', 'e s', 'es t</w>', 'low est</w>'], 8)
@@ -41,41 +42,52 @@ def pixels(source):
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
 
+def first_batch(loader):
+    """The workers end here also where it fails."""
+    batches = iter(loader)
+    try:
+        next(batches)
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()
+
+
 def test_only_what_is_refused_becomes_a_sentence(tmp_path):
     """oracle: the rule for errors: one sentence for the user, from a worker, too; a traceback for all else."""
     crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 4)), LOW, MICRO, 3, 4)
-    crops.shards.image = lambda i: b''
+    crops.shards.index[:, 2] = 0                        # bytes of each image
 
-    def first_batch():
-        next(iter(data.loader(crops, Order(4, 4, 0, 1), workers=1)))
+    def bad_pairs():
+        first_batch(data.loader(crops, Order(4, 4, 0, 1), workers=1))
 
-    def unreadable():
-        data.read_image(b'GIF8', 'a.gif')
+    def bad_image():
+        first_batch(DataLoader([b'GIF8'], num_workers=1, collate_fn=lambda batch: data.read_image(batch[0], 'a.gif')))
 
-    def unknown_option():
+    def bad_option():
         data.Parser().parse_args(['--sise'])
 
     for main, sentence in (
-            (first_batch, 'error: none of 4 pairs can be read'),
-            (unreadable, 'error: a.gif is no image that can be read'),
-            (unknown_option, 'error: unrecognized arguments: --sise; see prog --help')):
+            (bad_pairs, 'none of 4 pairs can be read'),
+            (bad_image, 'a.gif is no image that can be read'),
+            (bad_option, 'unrecognized arguments: --sise; see prog --help')):
         line, = run(SimpleNamespace(main=main)).splitlines()
-        assert line.startswith(sentence)
-    *_, place, code, error = run(SimpleNamespace(main=lambda: 1 / 0)).splitlines()
-    assert error == 'ZeroDivisionError: division by zero'
+        assert line.startswith(f'error: {sentence}')
+    lines = run(SimpleNamespace(main=lambda: 1 / 0)).splitlines()
+    assert lines[0].startswith('Traceback')
+    assert lines[-1] == 'ZeroDivisionError: division by zero'
 
 
-def test_files_are_written_whole_or_not(tmp_path):
-    """oracle: what was there before, and nothing beside it."""
-    path = put(tmp_path / 'file', 'before')
-    for error, seen in (KeyError, KeyError), (OSError, Refused):
-        with pytest.raises(seen), data.replacing(path) as partial:
-            partial.write_text('half')
-            raise error('no space')
-        assert [file.read_text() for file in tmp_path.iterdir()] == ['before']
-    with data.replacing(path) as partial:
-        partial.write_text('after')
-    assert [file.read_text() for file in tmp_path.iterdir()] == ['after']
+@pytest.mark.parametrize('function', ['text_crops', 'image_crops', 'draw_colours'])
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_bug_is_no_bad_pair(monkeypatch, tmp_path, function, workers):
+    """oracle: a NameError in that function, which must come through, from a worker, too."""
+    def broken(*args, **options):
+        return nowhere
+
+    crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 4)), LOW, MICRO, 3, 4)
+    monkeypatch.setattr(data, function, broken)
+    with pytest.raises(NameError, match='nowhere'):
+        first_batch(data.loader(crops, Order(4, 4, 0, 1), workers))
 
 
 def test_imports_change_nothing():
@@ -100,8 +112,8 @@ def test_paths_and_their_lines(tmp_path, capsys):
     for name in '08', '09', '11', 'a[1]', 'halves/train/t', 'halves/val/v':
         put(tmp_path / f'{name}.tar')
 
-    def found(*paths, half=None):
-        tars = data.find_shards([f'{tmp_path}/{path}' for path in paths], half)
+    def found(*paths, split=None):
+        tars = data.find_shards([f'{tmp_path}/{path}' for path in paths], split)
         lines = capsys.readouterr()
         return ' '.join(Path(tar).stem for tar in tars), lines.out + lines.err
 
@@ -113,9 +125,9 @@ def test_paths_and_their_lines(tmp_path, capsys):
     names, line = found('08.tar', '09.tar', '')
     assert names == '08 09 11 a[1]'
     assert '2 shards are named twice' in line
-    assert found('halves', half='val') == ('v', f'data       the half {tmp_path}/halves/val\n')
-    assert found('halves', half='train')[0] == 't'
-    assert found('halves/val', half='train') == ('v', '')
+    assert found('halves', split='val') == ('v', f'data       the half {tmp_path}/halves/val\n')
+    assert found('halves', split='train')[0] == 't'
+    assert found('halves/val', split='train') == ('v', '')
     for path in 'absent', 'x*.tar', 'halves':
         refused(f"{path}' does not exist or holds no .tar file", data.find_shards, tmp_path / path)
 
@@ -135,9 +147,11 @@ def test_tars_of_every_format(tmp_path):
     mapped = Shards(tmp_path, index=tmp_path / 'index.npy')
     assert isinstance(mapped.index, np.memmap)
     for found in shards, mapped, pickle.loads(pickle.dumps(mapped)):    # as workers get it
-        assert [found.pool(i) for i in range(len(found))] == [['json'], ['text'], ['long']] * 3
-        assert {found.image(i) for i in range(9)} == {jpg}
-        assert [found.member(i, 'mask.png') for i in range(3)] == [b'', b'mask', b'']
+        assert len(found) == 9
+        for i in range(9):
+            assert found.pool(i) == [['json', 'text', 'long'][i % 3]]
+            assert found.image(i) == jpg
+            assert found.member(i, 'mask.png') == [b'', b'mask', b''][i % 3]
         assert found.name(0).endswith('0.tar:x/b.JPG (my cat.jpg)')
         assert found.name(1).endswith('0.tar:x/a.jpg')
     shutil.copytree(tmp_path, tmp_path / 'moved')
@@ -169,24 +183,19 @@ def readable(shards):
 
 
 def test_odd_members_are_read_or_refused(tmp_path):
-    """oracle: what each is by construction: names, images of one colour, bad captions, broken files."""
-    red = Image.new('RGB', (20, 40), 'red')
+    """oracle: what each is by construction: images of one colour, a long name, a broken json, half an image."""
     cmyk = Image.new('CMYK', (40, 20), (0, 200, 100, 30))
     gray16 = Image.fromarray(np.full((20, 40), 128 * 257, np.uint16))
-    exif = Image.Exif()
-    exif[0x112] = 6                                     # the camera was held upright
-    odd = [('cmyk', 'jpg', encoded(cmyk, 'JPEG'), [225, 49, 137]),
-           ('ünï/' + 'cödé' * 40, 'png', encoded(gray16), [128, 128, 128]),
-           ('turned', 'webp', encoded(red, 'WEBP', exif=exif), [255, 0, 0])]
-    members = [('broken.jpg', b'x'), ('broken.json', b'{"a')]
-    for name, kind, value, _ in odd:
-        members += [(f'{name}.{kind}', value), (f'{name}.json', [name])]
-    shards = Shards(write_tar(tmp_path / 'a.tar', members))
+    name = 'ünï/' + 'cödé' * 40
+    shards = Shards(write_tar(tmp_path / 'a.tar', [
+        ('broken.jpg', b'x'), ('broken.json', b'{"a'),
+        ('cmyk.jpg', encoded(cmyk, 'JPEG')), ('cmyk.json', ['cmyk']),
+        (f'{name}.png', encoded(gray16)), (f'{name}.json', [name])]))
     images = readable(shards)
-    assert (len(shards), len(images)) == (4, 3)
-    for name, _, _, colour in odd:
-        assert images[name].shape[1:] == (20, 40)
-        assert_close(images[name][:, 10, 10].tolist(), colour, rtol=0, atol=6)
+    assert len(shards) == 3
+    assert images.keys() == {'cmyk', name}
+    assert_close(images['cmyk'][:, 10, 10].tolist(), [225, 49, 137], rtol=0, atol=6)
+    assert (images[name] == 128).all()
     refused('it is no image that can be read', pixels, encoded(mandelbrot(64, 64))[:400])
 
 
@@ -247,7 +256,8 @@ def test_sentences_by_hand(text, expected):
 
 @pytest.mark.parametrize('record, pool', [
     ({'raw_caption': 'a boat', 'longSV_captions': 'A 3.5 m boat. Two men\nA lake</s>'}, BOAT),
-    ({'raw_caption': BOAT[0], 'longSV_captions': [*BOAT[1:], 'One. Two.\n'], 'caption': 'x'}, [*BOAT, 'One. Two.']),
+    ({'raw_caption': 'a boat', 'longSV_captions': [*BOAT[1:], 'One. Two.\n'], 'caption': 'x'},
+     [*BOAT, 'One. Two.']),
     ({'original_caption': "St. Mary's Church", 'caption': 'One. Two.'}, ["St. Mary's Church", 'One', 'Two']),
     ({'captions': ['one dog.', 'two. three'], 'caption': 'no'}, ['one dog', 'two', 'three']),
     ({'caption': 'one dog', 'txt': 'no'}, ['one dog']),
@@ -320,20 +330,28 @@ def test_learn_by_hand():
     """oracle: pencil: 'l o' and 'w e' come three times, and of equal pairs the first one met is merged first."""
     learned = Tokenizer.learn(['low low lower', 'newest newest'], 600)
     assert learned.merges == ['l o', 'w e', 'lo w</w>', 'n e', 'ne we', 'newe s', 'newes t</w>']
-    assert [learned.symbols[k] for k in learned.encode('lowest')] == ['lo', 'we', 's', 't</w>']
+    assert learned.encode('lowest') == [512, 513, 82, 256 + 83]        # lo, we, s, t at the end: '!' is 0
     assert len(Tokenizer.learn(['low low'], 515).merges) == 1           # 512 bytes, start and end
 
 
 # --- Image crops and colours -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('width, kind, tolerance', [
-    (192, 'PNG', 0.5), (2000, 'JPEG', 6), (1, 'PNG', 0.5), (1, 'JPEG', 0.5), (3, 'JPEG', 6)])
+    (192, 'PNG', 0.5),
+    (2000, 'JPEG', 6),
+    (1, 'PNG', 0.5),
+    (3, 'JPEG', 6)])
 def test_image_crops_are_the_pixels_of_their_boxes(width, kind, tolerance):
-    """oracle: torchvision's crop of each box, flipped or not. Of a large JPEG, decoded smaller, that of the whole."""
+    """oracle: torchvision's crop of each box, flipped or not, of the upright image; the camera was turned. Of a large
+    JPEG, which is decoded smaller, that of the whole."""
     rng = random.Random(0)
     kinds = data.view_kinds(MICRO, 2, 6)
-    file = encoded(mandelbrot(width, max(width * 7 // 10, 1)), kind)
+    exif = Image.Exif()
+    exif[0x112] = 6                                     # a quarter turn
+    image = mandelbrot(width, max(width * 7 // 10, 1))
+    file = encoded(image, kind, exif=exif)
     whole = pixels(file)
+    assert whole.shape[1:] == image.size
     for _ in range(30):
         crops, boxes = data.image_crops(file, kinds, rng)
         for crop, box, view in zip(crops, boxes, kinds, strict=True):
@@ -343,49 +361,49 @@ def test_image_crops_are_the_pixels_of_their_boxes(width, kind, tolerance):
             assert min(distance, mirrored) < tolerance                  # of 255
 
 
+def mandelbrot_shards(path):
+    image = encoded(mandelbrot(200, 200))
+    return pixels(image), Shards(pairs_tar(path, [['dog', 'cat']], [image]))
+
+
 @pytest.mark.parametrize('least', [0.4, 0.9])
-def test_boxes_are_of_the_released_sizes(least):
-    """oracle: shares of the image, `least` to 1 for globals, 0.05 to 0.4 for locals, and aspects of 3/4 to 4/3."""
-    file = encoded(Image.new('RGB', (900, 900)))
-    kinds = data.view_kinds(MICRO, 3, 2, least)
-    assert [kind.size for kind in kinds] == [32, 32, 32, 16, 16]
-    drawn = []
-    for seed in range(50):
-        _, boxes = data.image_crops(file, kinds, random.Random(seed))
-        drawn.append(boxes)
-    _, _, heights, widths = torch.tensor(drawn).double().permute(2, 1, 0)           # each (views, 50)
-    shares = heights * widths / 900 ** 2
-    for found, low, high in (shares[:3], least, 1), (shares[3:], 0.05, 0.4), (heights / widths, 3 / 4, 4 / 3):
-        assert low - 0.01 < found.min() < low + 0.1
-        assert high - 0.1 < found.max() < high + 0.01
-
-
-def test_augment_and_captions_leave_the_boxes_as_they_are(tmp_path):
-    """oracle: a pair's boxes by one generator: the same with any number of captions, and the same views with them. Of
-    'crops' torchvision's crop, never flipped, no colour changed; of 'full' some flipped."""
-    image = encoded(mandelbrot(192, 134))
-    shards = Shards(pairs_tar(tmp_path / 'a.tar', [['dog', 'cat']], [image]))
-    flipped = []
-    for epoch in range(4):
-        plain = Crops(shards, LOW, MICRO, 3, 1, augment='crops').sample(epoch, 0)
-        full = Crops(shards, LOW, MICRO, 3, 1).sample(epoch, 0)
-        other = Crops(shards, LOW, MICRO, 3, 1, Counts(local_texts=1, global_texts=1)).sample(epoch, 0)
-        assert_close(full[:2], other[:2], rtol=0, atol=0)
-        assert [len(part) for part in full] == [8, 8, 8, 8]
-        assert full[3] == other[3]
-        assert len(other[2]) == 2
-        crops, colours, _, boxes = plain
+def test_crops_of_the_released_sizes_and_sides(tmp_path, least):
+    """oracle: torchvision's crop of each box; half of 'full' are its mirror images, none of 'crops', which have no
+    colours either. Shares of the image: `least` to 1 for globals, 0.05 to 0.4 for locals."""
+    whole, shards = mandelbrot_shards(tmp_path / 'a.tar')
+    mirrored = 0
+    shares = []
+    for seed in range(40):
+        plain, colours, _, boxes = Crops(shards, LOW, MICRO, seed, 1, augment='crops', crop_min=least).sample(0, 0)
+        full, *_ = Crops(shards, LOW, MICRO, seed, 1, crop_min=least).sample(0, 0)
         assert set(colours) == {Colours()}
-        for crop, box in zip(crops, boxes):
-            assert crop.equal(V.resized_crop(pixels(image), *box, crop.shape[1:], data.BICUBIC))
-    for seed in range(20):
-        sides = []
-        for flip in False, True:
-            crops, _ = data.image_crops(image, data.view_kinds(MICRO, 1, 0), random.Random(seed), flip)
-            sides.append(crops[0])
-        assert sides[1].equal(sides[0]) or sides[1].equal(sides[0].flip(-1))
-        flipped.append(not sides[1].equal(sides[0]))
-    assert 4 < sum(flipped) < 16
+        assert [crop.shape[1] for crop in plain] == 2 * [32] + 6 * [16]
+        for crop, other, box in zip(plain, full, boxes, strict=True):
+            assert crop.equal(V.resized_crop(whole, *box, crop.shape[1:], data.BICUBIC))
+            if not other.equal(crop):
+                assert other.equal(crop.flip(-1))
+                mirrored += 1
+        shares.append([height * width / 200 ** 2 for _, _, height, width in boxes])
+    assert 120 < mirrored < 200                                         # of 320
+    shares = np.array(shares)
+    for found, low, high in (shares[:, :2], least, 1), (shares[:, 2:], 0.05, 0.4):
+        assert low - 0.02 < found.min() < low + 0.1
+        assert high - 0.1 < found.max() < high + 0.02
+
+
+def test_captions_leave_the_pictures_as_they_are(tmp_path):
+    """oracle: the same pair with other numbers of captions; another epoch has other crops, colours and captions."""
+    _, shards = mandelbrot_shards(tmp_path / 'a.tar')
+    many = Crops(shards, LOW, MICRO, 3, 1)
+    few = Crops(shards, LOW, MICRO, 3, 1, Counts(global_texts=1, local_texts=1))
+    crops, colours, captions, boxes = many.sample(0, 0)
+    for other in many.sample(0, 0), few.sample(0, 0):
+        assert_close(other[0], crops, rtol=0, atol=0)
+        assert (other[1], other[3]) == (colours, boxes)
+    assert len(captions) == 8
+    _, *next_epoch = many.sample(1, 0)
+    for before, after in zip([colours, captions, boxes], next_epoch):
+        assert before != after
 
 
 def blurred(image, sigma):
@@ -394,6 +412,7 @@ def blurred(image, sigma):
 
 def grayed(image, strength):
     return V.rgb_to_grayscale(image, 3)
+
 
 OPERATIONS = [  # torchvision's function; the released probability for each kind of view, and range
     ('brightness', V.adjust_brightness, [0.8] * 3, 0.6, 1.4),
@@ -408,7 +427,7 @@ OPERATIONS = [  # torchvision's function; the released probability for each kind
 @pytest.mark.parametrize('name, function, shares, low, high', OPERATIONS)
 def test_each_colour_operation_is_the_released(monkeypatch, name, function, shares, low, high):
     """oracle: torchvision's own function, image by image; an image of neutral strength stays as it is, bit by bit. Of
-    5,000 draws for each kind of view the released probabilities and ranges, all uniform."""
+    5,000 draws for each kind of view the released probabilities and ranges."""
     images = torch.randint(0, 256, (12, 3, 20, 24), dtype=torch.uint8)
     images[0] = 77                                                      # gray
     images[1, 1:] = 0                                                   # red
@@ -432,26 +451,21 @@ def test_each_colour_operation_is_the_released(monkeypatch, name, function, shar
         assert abs(len(changed) / 5000 - share) <= 4 * error
         if share:
             assert low <= changed.min() and changed.max() <= high
-            quarters = np.quantile(changed, [0.25, 0.5, 0.75])
-            expected = np.linspace(low, high, 5)[1:4]                   # uniform
-            assert abs(quarters - expected).max() <= 0.05 * (high - low)
+            assert changed.mean() == pytest.approx((low + high) / 2, abs=0.05 * (high - low))
 
 
 def test_jitters_come_in_the_order_of_the_step():
-    """oracle: torchvision's functions in that order; OpenAI's white, recorded; any order among 200 steps."""
+    """oracle: torchvision's two functions: in 20 steps each view has both orders. OpenAI's white."""
     image = torch.randint(0, 256, (1, 3, 9, 9), dtype=torch.uint8)
     colours = torch.tensor([Colours(brightness=1.4, contrast=0.6)])
-    x = image / 255
-    first = V.adjust_contrast(V.adjust_brightness(x, 1.4), 0.6)
-    last = V.adjust_brightness(V.adjust_contrast(x, 0.6), 1.4)
-    assert_close(data.recolour(image, colours, [0, 1, 2, 3]), first)
-    assert_close(data.recolour(image, colours, [2, 1, 3, 0]), last)
-    found = Counter()
-    for step in range(200):
-        batch = data.Batch([image, image], colours[:, None].expand(1, 2, 7), f'0 0 {step}', [], [], 0)
-        for view in batch.views():
-            found[torch.dist(view, data.normalize(first)) < 1e-3] += 1
-    assert 150 < found[True] < 250
+    brighter = V.adjust_contrast(V.adjust_brightness(image / 255, 1.4), 0.6)
+    first = data.normalize(brighter)
+    found = set()
+    for step in range(20):
+        batch = data.Batch([image, image], colours.expand(1, 2, 7), f'0 0 {step}', [], [], 0)
+        one, other = batch.views()
+        found.add((one.allclose(first, atol=1e-4), other.allclose(first, atol=1e-4)))
+    assert len(found) == 4
     white = data.normalize(torch.full((3, 1, 1), 255, dtype=torch.uint8))
     assert white.flatten().tolist() == pytest.approx([1.930336, 2.074884, 2.145897], abs=1e-5)
 
@@ -467,8 +481,8 @@ def test_order_is_a_pure_function():
         places = range(4 * k, 4 * k + 4)
         assert rows == [(epoch, place, expected[place]) for place in places]
     assert list(Order(23, 4, 7, 12, seed=5)) == steps[7:]
-    refused('--batch 24 is larger than the set of 23 pairs', Order, 23, 24, 0, 1)
-    refused('--batch 9 cannot be cut into 2 parts', Order, 23, 9, 0, 1, world=2)
+    refused('--batch 24 is larger than the set of 23 pairs', data.check_batch, 24, 23, 1)
+    refused('--batch 9 cannot be cut into 2 parts', data.check_batch, 9, 23, 2)
 
 
 def test_batches_are_equal_by_workers_and_ranks(tmp_path):
@@ -481,7 +495,7 @@ def test_batches_are_equal_by_workers_and_ranks(tmp_path):
         return list(data.loader(crops, order, workers, multiple=8))
 
     alone = served()
-    assert len({batch.key for batch in alone}) == 3
+    assert len({batch.step_seed for batch in alone}) == 3
     ranks = zip(served(0, 2), served(1, 2))
     for others in zip(served(workers=2)), ranks:
         for parts, batch in zip(others, alone, strict=True):
@@ -492,54 +506,45 @@ def test_batches_are_equal_by_workers_and_ranks(tmp_path):
 
 def test_captions_are_cut():
     """oracle: by hand: at most 7 ids in the globals, 4 in the locals; caption 0 keeps all 8 for the student."""
-    samples = []
-    for counts in (4, 1, 0, 2), (3, 5, 0, 1):           # words, between start and end
-        ids = LOW(['low ' * count for count in counts])
-        samples.append(([torch.zeros(3, 4, 4)], torch.zeros(1, 7), ids, 'key', 1))
-    for multiple, whole, lengths in (1, True, [8, 7, 4, 4]), (1, False, [7, 7, 4, 4]), (3, True, [8, 8, 6, 6]):
-        batch = data.collate(samples, multiple, whole)
-        assert [text.shape[1] for text in batch.texts] == lengths
-        assert [text.shape[1] for text in batch.teacher_texts] == 2 * [lengths[1]]
+    captions = [LOW(['low ' * count for count in counts]) for counts in ([4, 1, 0, 2], [3, 5, 0, 1])]
+    samples = [([], torch.zeros(0, 7), ids, 'key', 1) for ids in captions]
+
+    def lengths(*options):
+        batch = data.collate(samples, *options)
         assert batch.bad == 2
-        for text in batch.texts + batch.teacher_texts:
-            assert (text == LOW.eot).any(dim=1).all()                   # every end is there
-        assert batch.texts[0][:, :lengths[1]].equal(batch.teacher_texts[0])
-        assert batch.texts[1].equal(batch.teacher_texts[1])
-    batch = data.collate([(crops, colours, ids[:1], key, bad) for crops, colours, ids, key, bad in samples])
-    assert len(batch.texts) == len(batch.teacher_texts) == 1
+        for texts in batch.texts, batch.teacher_texts:
+            for text, ids in zip(texts, torch.stack(captions, dim=1)):
+                assert text.equal(ids[:, :text.shape[1]])
+                assert (text == LOW.eot).any(dim=1).all()               # every end is there
+        return [[text.shape[1] for text in texts] for texts in (batch.texts, batch.teacher_texts)]
+
+    assert lengths() == [[8, 7, 4, 4], [7, 7]]
+    assert lengths(1, False) == [[7, 7, 4, 4], [7, 7]]
+    assert lengths(3) == [[8, 8, 6, 6], [8, 8]]                         # 9 and 6, of which there are 8
+
+
+def dog_numbers(captions):
+    """In place of a tokenizer: 'dog 7. dog 7' -> [[7]]."""
+    number = captions[0].partition('.')[0].removeprefix('dog ')
+    return torch.tensor([[int(number)]])
 
 
 def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
-    """oracle: the pairs broken on purpose: none is served, each is counted and named once, none is twice in a batch."""
+    """oracle: the pairs broken on purpose: none is served, each is counted and named, none is twice in a batch."""
     def batches_of(n, broken, steps):
         shards = Shards(dog_tar(tmp_path / 'a.tar', n, broken=broken))
-        crops = Crops(shards, LOW, MICRO, 3, 4, Counts(2, 0, 1, 0))
+        crops = Crops(shards, dog_numbers, MICRO, 3, 4, Counts(2, 0, 1, 0))
         return list(data.loader(crops, Order(n, 4, 0, steps, seed=3), workers=0))
 
-    dogs = {}
-    for i in range(12):
-        dogs[tuple(LOW(f'dog {i}')[0].tolist())] = i
-    batches = batches_of(12, [5, 7], 6)
-    assert sum(batch.bad for batch in batches) >= 4
     served = set()
-    for batch in batches:
-        found = {dogs.get(tuple(row), 'many') for row in batch.texts[0].tolist()}
-        served |= found
+    bad = 0
+    for batch in batches_of(12, [5, 7], 6):
+        dogs = set(batch.texts[0].flatten().tolist())
+        assert len(dogs) == 4
+        served |= dogs
+        bad += batch.bad
     assert served == set(range(12)) - {5, 7}
     lines = capsys.readouterr().err
-    assert lines.count('a.tar:5.png') == lines.count('a.tar:7.png') == 1
-    batch, = batches_of(4, range(3), 1)                             # one batch is the whole set
-    assert len(batch.texts[0][:, :5].unique(dim=0)) == 1                               # dog 3
-
-
-@pytest.mark.parametrize('function', ['text_crops', 'image_crops', 'draw_colours'])
-@pytest.mark.parametrize('workers', [0, 1])
-def test_a_bug_is_no_bad_pair(monkeypatch, tmp_path, function, workers):
-    """oracle: a NameError in that function, which must come through, from a worker, too."""
-    def broken(*args, **options):
-        return nowhere
-
-    crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 4)), LOW, MICRO, 3, 4)
-    monkeypatch.setattr(data, function, broken)
-    with pytest.raises(NameError, match='nowhere'):
-        next(iter(data.loader(crops, Order(4, 4, 0, 1), workers)))
+    assert lines.count('a.tar:5.png') + lines.count('a.tar:7.png') == bad >= 4
+    [batch] = batches_of(4, range(3), 1)                                # one batch is the whole set
+    assert batch.texts[0].tolist() == 4 * [[3]]

@@ -77,7 +77,7 @@ def read_log(out):
     entries = {}
     for line in (out / 'log.jsonl').read_text().splitlines():
         entry = json.loads(line)
-        entries[entry['step'], 'loss' in entry] = entry
+        entries[entry['step']] = entry
     return list(entries.values())
 
 
@@ -129,8 +129,8 @@ def test_views_and_losses_of_each_row(fit, tmp_path, method):
     """oracle: the table, written out: a term is named by what the student has and, with _t, by what the teacher has.
     clip alone has no colours where the recipe has them."""
     begun = started(fit, tmp_path, '--method', method)
-    crops = begun.crops
-    assert [*crops.counts, crops.least] == ROWS[method][:5]
+    crops = begun.train_set
+    assert [*crops.counts, crops.crop_min] == ROWS[method][:5]
     names = ROWS[method][5:]
     assert (begun.teacher is not None) == bool(names)
     options, _ = train.read_options(['--data', 'x', '--method', method])
@@ -158,8 +158,8 @@ def step_of(model, images, texts, method='cosmos', accum=1, processes=None):
         student = DistributedDataParallel(student)
     options = SimpleNamespace(method=method, clip_grad=0, lr=0, warmup=1, momentum=1, momentum_ramp=0)
     state = train.Run(
-        options, processes, model, student, Teacher(COSMOS(model.config)), torch.optim.SGD(model.parameters()),
-        torch.amp.GradScaler('cpu', enabled=False), dtype=None, crops=None)
+        options, processes, None, model, student, Teacher(COSMOS(model.config)), torch.optim.SGD(model.parameters()),
+        torch.amp.GradScaler('cpu', enabled=False), dtype=None)
     batch = Batch(None, None, 'key', texts, texts[:2], 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batch, 'views', lambda batch: images)
@@ -252,8 +252,8 @@ def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
 
 def test_two_processes_log_the_same(by_ranks):
     """oracle: the single process with the same batches. Broken pairs are summed over the processes."""
-    *one, _ = read_log(by_ranks / 'one')
-    *two, _ = read_log(by_ranks / 'two')
+    one = read_log(by_ranks / 'one')
+    two = read_log(by_ranks / 'two')
     assert len(one) == len(two) == 20 and one[-1]['bad_pairs'] == 2
     for a, b in zip(one, two):
         for key in 'step', 'loss', 'clip', 'distill', 'h_T_eot_t', 'grad_norm', 'scale', 'cosine', 'bad_pairs':
@@ -286,7 +286,7 @@ def test_gradients_are_clipped_by_their_norm(most, share):
     model.weight.grad = torch.ones(5, 5)
     options = SimpleNamespace(clip_grad=most, warmup=2, lr=1)
     scaler = torch.amp.GradScaler('cpu', enabled=False)
-    run = SimpleNamespace(options=options, model=model, step=0, teacher=None, scaler=scaler)
+    run = SimpleNamespace(options=options, student=model, step=0, teacher=None, scaler=scaler)
     run.optimizer = torch.optim.SGD(model.parameters())
     train.update(run, torch.tensor(5.0))
     close(model.weight, before - 0.5 * share)
@@ -299,14 +299,14 @@ def test_log_entry_by_hand():
     a cosine. A part of the loss is logged under its name, beside its weight."""
     options = SimpleNamespace(batch=4, lr=1, warmup=1, momentum=0.5, momentum_ramp=0)
     run = SimpleNamespace(
-        options=options, model=micro()[0], processes=SimpleNamespace(world=1, sum=list, device=torch.device('cpu')),
-        method=train.METHODS['cosmos'], step=1, pairs=4, crops=SimpleNamespace(shards=range(8)))
+        options=options, student=micro()[0], processes=SimpleNamespace(world=1, sum=list, device=torch.device('cpu')),
+        method=train.METHODS['cosmos'], step=1, pairs=4, train_set=SimpleNamespace(shards=range(8)))
     exchanged = torch.eye(4)[[1, 0, 2, 3]]
 
     def entry(cls):
         out = Output(cls[None], exchanged[None], None, None)
         parts = {'clip': (1, 2.0), 'mine': (0.5, 3.0)}
-        return train.log_entry(run, train.Step(out, exchanged[None], 3.5, parts, 0, True), 2, 1, 3)
+        return train.log_entry(run, train.Step(out, exchanged[None], 3.5, parts, 0, True), 3, 2, 1)
 
     found = entry(torch.eye(4))
     wanted = {'spread': 1, 'accuracy': 0.5, 'cosine': 0.5, 'distill': 1.5, 'mine': 3, 'pairs_per_s': 6, 'waiting': 0.5,
@@ -320,6 +320,7 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
     """oracle: the list of design: files, log fields; values by arithmetic; eval.py's score of the checkpoint."""
     assert {'last.pt', 'best.pt', 'config.json', 'index.npy', 'eval.json', 'report.html'} <= contents(whole).keys()
     before, first, *_, final = entries = read_log(whole)
+    assert [entry['step'] for entry in entries] == list(range(7))
     names = ('step epoch loss clip distill h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t weights chance accuracy spread lr '
              'momentum scale distill_scale grad_norm cosine pairs_per_s waiting memory_GB bad_pairs')
     assert first.keys() == set(names.split())
@@ -327,7 +328,7 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
     assert found == pytest.approx([4 / 60, 1e-3 / 30, 1 / 11, 1 / 0.07, math.log(4), 1], rel=2e-3)
     assert [entry['step'] for entry in entries if 'eval' in entry] == [0, 5, 6] and len(before) == 2
     figures = json.loads((whole / 'eval.json').read_text())
-    assert final == {'step': 6, 'eval': figures} and figures['steps'] == 6
+    assert final['eval'] == figures and figures['steps'] == 6
     again = tmp_path / 'again.json'
     assert run(evaluation, 'retrieval', whole / 'last.pt', '--shards', dogs, '--json', again) is None
     assert figures['retrieval'] == json.loads(again.read_text())
@@ -344,9 +345,10 @@ def test_lengths_of_runs(capsys):
 
     assert lengths('--preset', 'tiny') == (450, 64, 45, 0)              # 30 passes; 100 * 450 // 700
     assert lengths('--preset', 'tiny', '--warmup', '90') == (450, 90, 45, 0)
-    assert lengths('--preset', 'tiny', '--steps', '100') == (100, 100, 0, 1)
-    assert lengths('--preset', 'tiny', '--epochs', '12', '--eval-every', '7') == (180, 100, 7, 0)
-    assert lengths('--steps', '700', '--epochs', '2') == (30, 85, 0, 1)
+    assert lengths('--preset', 'tiny', '--steps', '100') == (100, 14, 0, 1)
+    assert lengths('--preset', 'tiny', '--epochs', '12', '--eval-every', '7') == (180, 25, 7, 0)
+    assert lengths('--preset', 'tiny', '--steps', '800', '--epochs', '60') == (800, 100, 80, 0)
+    assert lengths('--steps', '700', '--epochs', '2') == (30, 2000, 0, 1)
     assert lengths() == (480, 2000, 48, 0)
 
 
@@ -385,11 +387,11 @@ def test_it_learns(fit, dogs, tmp_path):
     """oracle: guessing, ln 8, where both losses start: 150 steps on 60 pairs take each below three quarters of it."""
     flags = '--steps 150 --batch 8 --lr 4e-3 --lr-end 0.5 --wd 0.1 --augment crops --save-every 150 --val'.split()
     assert fit(tmp_path, *flags, dogs / 'train') == 0
-    *entries, final = read_log(tmp_path)
+    entries = read_log(tmp_path)
     for name in 'clip', 'distill':
         losses = [entry[name] for entry in entries]
         assert sum(losses[-10:]) / 10 < 0.75 * math.log(8) < 1.2 * sum(losses[:3]) / 3
-    assert final['eval']['retrieval']['image_to_text_R@10'] > 0.33      # chance: 1/6
+    assert entries[-1]['eval']['retrieval']['image_to_text_R@10'] > 0.33      # chance: 1/6
 
 
 @pytest.mark.parametrize('method, workers', [('cosmos', 0), ('cosmos', 2), ('clip', 0)])
@@ -507,8 +509,8 @@ def test_init(fit, whole, tmp_path):
         begun = started(fit, tmp_path / 'begun', '--init', path)
         model, _, _ = evaluation.load(path)
         torch.manual_seed(0)
-        expected = COSMOS(begun.crops.config).state_dict() | model.state_dict()
-        for found in begun.model, begun.teacher.model:
+        expected = COSMOS(begun.train_set.config).state_dict() | model.state_dict()
+        for found in begun.student, begun.teacher.model:
             assert_close(found.state_dict(), expected, rtol=0, atol=0)
             close(found.encode_image(images[0])[0], model.encode_image(images[0])[0])
         assert begun.step == 0
@@ -555,7 +557,7 @@ def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path, caps
         return status, state['step'], [entry['step'] for entry in read_log(out)], state['optimizer']
 
     *found, optimizer = broken(tmp_path / 'few', 1, 3, 4, 5, 6)
-    assert found == [0, 9, [2, 7, 8, 9, 9]] and optimizer['state'][0]['step'] == 4
+    assert found == [0, 9, [1, 2, 3, 4, 5, 6, 7, 8, 9]] and optimizer['state'][0]['step'] == 4
     assert capsys.readouterr().out.count('is left out: loss nan') == 5
     error, step, *_ = broken(tmp_path / 'many', 3, 4, 5, 6, 7)
     assert re.fullmatch('error: 5 steps in a row .* step 7.* --lr or --clip-grad 1', error) and step == 7
@@ -565,7 +567,7 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch, fit, tmp_path):
     """oracle: the checkpoint before: that of step 2."""
     def spoil(run, norm):
         with torch.no_grad():
-            run.model.visual.proj[0, 0] = math.inf if run.step == 3 else 0
+            run.student.visual.proj[0, 0] = math.inf if run.step == 3 else 0
 
     monkeypatch.setattr(train, 'update', spoil)
     assert re.fullmatch('error: the weights are not finite after step 4, .* by --resume .*last.pt .*',
