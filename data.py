@@ -75,7 +75,8 @@ def run(main):
         main()
     except Refused as error:
         # A DataLoader raises the error of a worker again, with the worker's traceback before the message.
-        leave(f"error: {str(error).rpartition('Refused: ')[2].strip()}")
+        last_line = str(error).splitlines()[-1]
+        leave('error: ' + re.sub(r'^data\.\w+: ', '', last_line))
     except Exception:
         leave(traceback.format_exc())
 
@@ -795,7 +796,7 @@ class Crops(Dataset):
         epoch, position, index = where
         pairs = len(self.shards)
         step_seed = f'{self.seed} {epoch} {position // self.batch}'     # the same for all pairs of a step
-        for bad in range(pairs):
+        for bad in range(pairs + 1):                                    # all of them, for one may come twice
             try:
                 crops, colours, captions, _ = self.sample(epoch, index)
                 return crops, torch.tensor(colours), self.tokenizer(captions), step_seed, bad
