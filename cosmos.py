@@ -35,14 +35,14 @@ One training step. Every name is that of the code below.
       on the 2 global views           a moving average of the student,           on the 2 global captions
                                       no gradient, no cross-attention
 
-    out = model(images, texts)                                          # student, all views and captions
+    out = model(images, texts)    # student, all views and captions
     cls_t, eot_t = teacher(images[:GLOBALS], texts[:GLOBALS])           # teacher, globals only
     loss, parts = total_loss(model, out, cls_t, eot_t)                  # L_CLIP + L_COSMOS
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     model.clamp_scales()
-    teacher.update(model, momentum)                                     # the paper's lambda, 0.999 at batch 1,024
+    teacher.update(model, momentum)    # the paper's lambda, 0.999 at batch 1,024
 
 Read it beside Section 3 of the paper. Parts 2-5 are COSMOS: student, teacher, losses. Parts 6-7 are CLIP's towers and
 transformer. If you know them, read only how a tower treats its views (class Tower). Part 8 is names.
@@ -66,7 +66,7 @@ from torch.utils.checkpoint import checkpoint
 
 # --- 1. Configuration ------------------------------------------------------------------------------------------------
 
-GLOBALS = 2     # global views of an image, and global captions. They come first, and the teacher sees no others.
+GLOBALS = 2  # global views of an image, and global captions. They come first, and the teacher sees no others.
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    'vit-b-16': Preset(Config(), PAPER),                    # the paper's main model: 152,382,466 parameters
+    'vit-b-16': Preset(Config(), PAPER),    # the paper's main model: 152,382,466 parameters
     'vit-b-32': Preset(Config(patch_size=32), PAPER),       # the other released one
     # ours:
     'vit-s-16': Preset(
@@ -249,7 +249,7 @@ class COSMOS(nn.Module):
         queries attend to queries and keys to keys.
         """
         _, sequence = self.visual.with_sequence([images], csa)          # (B, 1 + P, C)
-        patches = unit(sequence[:, 1:] @ self.visual.proj)              # (B, P, D), projected as [cls] is
+        patches = unit(sequence[:, 1:] @ self.visual.proj)    # (B, P, D), projected as [cls] is
         rows = images.shape[2] // self.config.patch_size
         return patches.unflatten(1, (rows, -1))
 
@@ -371,7 +371,7 @@ def cosmos_terms(out, cls_t, eot_t, scale):
     """
     h_I = out.h_I
     h_T = out.h_T
-    all_h_I, all_h_T, all_cls_t, all_eot_t = gather(h_I, h_T, cls_t, eot_t)     # one collective for all four
+    all_h_I, all_h_T, all_cls_t, all_eot_t = gather(h_I, h_T, cls_t, eot_t)  # one collective for all four
     return {
         'h_I_cls_t': symmetric_nce(h_I, cls_t, all_h_I, all_cls_t, scale),
         'h_I_eot_t': symmetric_nce(h_I, eot_t, all_h_I, all_eot_t, scale),
@@ -674,7 +674,7 @@ class Attention(nn.Module):
     def forward(self, query, context, mask=None, csa=False):
         """query (n, Q, C) reads context (n, L, C) -> (n, Q, C). mask (Q, L) or (n, 1, Q, L), not with csa."""
         q, k, v = self.project(query, context)
-        if csa:     # the sum of two, as in SCLIP: a patch attends to itself and to what looks like it
+        if csa:  # the sum of two, as in SCLIP: a patch attends to itself and to what looks like it
             x = (attention_weights(q, q) + attention_weights(k, k)) @ v
         elif q.device.type == 'cpu':    # up to 5 times as fast as the kernel below, in bf16
             x = attention_weights(q, k, mask) @ v
@@ -744,7 +744,7 @@ def from_openclip(state_dict):
     return rename(state_dict, {theirs: ours for ours, theirs in RENAMES.items()})
 
 
-if __name__ == '__main__':      # python cosmos.py: forward and backward on noise, the shapes, and the parts of the loss
+if __name__ == '__main__':  # python cosmos.py: forward and backward on noise, the shapes, and the parts of the loss
     torch.manual_seed(0)
     model = COSMOS(Config.preset('tiny', vocab_size=1000))
     teacher = Teacher(model)

@@ -103,7 +103,7 @@ def replacing(path):
     try:
         yield temporary
         with open(temporary, 'rb+') as file:
-            os.fsync(file.fileno())     # else a crash of the machine may leave an empty file under the name
+            os.fsync(file.fileno())  # else a crash of the machine may leave an empty file under the name
         temporary.replace(path)
     except OSError as error:
         raise Refused(f'{path} cannot be written ({error}); what was there before is whole') from None
@@ -124,8 +124,8 @@ def save_tensors(path, value):
 
 # The index is an array of 9 integers a pair. Sizes are in bytes; the size of a member that it lacks is 0.
 #     shard | image: offset, size | json: offset, size | txt: offset, size | mask: offset, size
-COLUMN = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5, 'mask.png': 7}     # of the offset
-FIRST_PAIRS = 20        # how many are checked before a run starts: enough to tell wrong keys from a broken pair
+COLUMN = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5, 'mask.png': 7}  # of the offset
+FIRST_PAIRS = 20  # how many are checked before a run starts: enough to tell wrong keys from a broken pair
 NO_PAIR = 'no readable tar of images, each with a .json or .txt of the same name; see docs/data.md for the format'
 
 
@@ -170,11 +170,11 @@ def tar_files(path):
     length = os.path.getsize(path)
     end = 0                                             # of the last whole member
     whole = False
-    with suppress(tarfile.TarError, ValueError):        # raised for a header that cannot be stepped over
+    with suppress(tarfile.TarError, ValueError):  # raised for a header that cannot be stepped over
         with tarfile.open(path, 'r:', ignore_zeros=True) as tar:
             for member in tar:
                 if member.size < 0 or member.offset_data + member.size > length:
-                    break                               # below 0 tarfile would go back, and never end
+                    break    # below 0 tarfile would go back, and never end
                 yield member.name, member.offset_data, member.size
                 end = member.offset_data + member.size
             whole = tar.offset == length
@@ -257,7 +257,7 @@ class Shards:
         return self.read(shard, offset, size) if size else b''
 
     def read(self, shard, offset, size):
-        with open(self.paths[shard], 'rb') as file:     # anew for each read, so that there are never too many open
+        with open(self.paths[shard], 'rb') as file:  # anew for each read, so that there are never too many open
             file.seek(offset)
             return file.read(size)
 
@@ -292,7 +292,7 @@ class Shards:
         header = self.read(shard, offset - tarfile.BLOCKSIZE, 100)      # it begins with the name
         name = header.rstrip(b'\0').decode('utf-8', 'replace')
         with suppress(Unreadable, KeyError):
-            name += f" ({self.record(i)['file']})"                      # extras.prepare keeps it there
+            name += f" ({self.record(i)['file']})"    # extras.prepare keeps it there
         return f'{self.paths[shard]}:{name}'
 
 
@@ -429,11 +429,11 @@ def fuse(symbols, left, right):
 def fetch_vocab():
     """Path of CLIP's merges in torch's cache, downloaded on first use. Refused where that fails."""
     path = Path(torch.hub.get_dir(), 'bpe_simple_vocab_16e6.txt.gz')
-    if not path.exists():   # ranks may fetch side by side: each download is renamed when it is whole
+    if not path.exists():  # ranks may fetch side by side: each download is renamed when it is whole
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(VOCAB_URL, str(path), VOCAB_SHA256, progress=False)
-        except (OSError, RuntimeError) as error:    # RuntimeError: another SHA-256, as of a proxy's page
+        except (OSError, RuntimeError) as error:  # RuntimeError: another SHA-256, as of a proxy's page
             raise Refused(f'{VOCAB_URL} cannot be fetched ({error}); {VOCAB_HELP}') from None
     return path
 
@@ -478,7 +478,7 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        merges = {}     # a dict: (abc, d) may come up again, when another merge gives new abc; its first rank counts
+        merges = {}  # a dict: (abc, d) may come up again, when another merge gives new abc; its first rank counts
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
             count = Counter()   # pair of symbols -> how often it occurs in all texts
@@ -618,7 +618,7 @@ def image_crops(data, kinds, rng, flip=True):
         crop = TF.resized_crop(pixels, y, x, h, w, [kind.size, kind.size], BICUBIC)
         if flip and rng.random() < 0.5:
             crop = crop.flip(-1)
-        crops.append(crop.contiguous())     # a plane for each colour, which the operations below are fast on
+        crops.append(crop.contiguous())  # a plane for each colour, which the operations below are fast on
     return crops, boxes
 
 
@@ -647,7 +647,7 @@ def draw_colours(kind, rng):
     if rng.random() < kind.blur:
         changes['blur'] = uniform(0.1, 2.0)
     if rng.random() < kind.solarize:
-        changes['solarize'] = 127.5 / 255   # between two of the 256 values, so that rounding decides nothing
+        changes['solarize'] = 127.5 / 255  # between two of the 256 values, so that rounding decides nothing
     return Colours(**changes)
 
 
@@ -658,7 +658,7 @@ def brightness(x, strength):
 
 
 def contrast(x, strength):
-    mean = TF.rgb_to_grayscale(x.mean(dim=(2, 3), keepdim=True))        # is the mean of the grey image
+    mean = TF.rgb_to_grayscale(x.mean(dim=(2, 3), keepdim=True))    # is the mean of the grey image
     return torch.lerp(mean, x, strength).clamp_(0, 1)
 
 
@@ -690,8 +690,8 @@ def blur(x, sigma):
     offsets = torch.arange(-6, 7, device=x.device)
     # The softmax makes its sum 1. The clamp avoids denormal numbers, which are slow on a CPU.
     kernel = (-0.5 * (offsets / sigma) ** 2).clamp_min(-80).softmax(-1)     # (n, 1, 1, 13)
-    kernel = kernel.repeat_interleave(3, dim=0)                         # (3 n, 1, 1, 13): for each channel
-    padded = F.pad(x, [6, 6, 6, 6], 'reflect').flatten(0, 1)            # (3 n, h + 12, w + 12): one image of 3 n channels
+    kernel = kernel.repeat_interleave(3, dim=0)    # (3 n, 1, 1, 13): for each channel
+    padded = F.pad(x, [6, 6, 6, 6], 'reflect').flatten(0, 1)  # (3 n, h + 12, w + 12): one image of 3 n channels
     rows = F.conv2d(padded, kernel, groups=len(kernel))
     return F.conv2d(rows, kernel.mT, groups=len(kernel)).view_as(x)
 
@@ -700,7 +700,7 @@ def solarize(x, threshold):
     return torch.where(x > threshold, 1 - x, x)
 
 
-OPERATIONS = brightness, contrast, saturation, hue, gray, blur, solarize       # one for each field of Colours
+OPERATIONS = brightness, contrast, saturation, hue, gray, blur, solarize  # one for each field of Colours
 JITTERS = 0, 1, 2, 3    # those that come in a random order, before the others
 
 
@@ -709,7 +709,7 @@ def recolour(images, colours, order):
     neutral = Colours()
     x = images.float().div_(255)
     for column in [*order, *range(len(JITTERS), len(OPERATIONS))]:
-        strength = colours[:, column]                   # on the CPU: on a GPU the next line would wait for it
+        strength = colours[:, column]    # on the CPU: on a GPU the next line would wait for it
         changed = (strength != neutral[column]).nonzero().flatten()
         if len(changed):
             strength = strength[changed].view(-1, 1, 1, 1).to(x.device, non_blocking=True)
@@ -795,8 +795,8 @@ class Crops(Dataset):
     def __getitem__(self, where):
         epoch, position, index = where
         pairs = len(self.shards)
-        step_seed = f'{self.seed} {epoch} {position // self.batch}'     # the same for all pairs of a step
-        for bad in range(pairs + 1):                                    # all of them, for one may come twice
+        step_seed = f'{self.seed} {epoch} {position // self.batch}'  # the same for all pairs of a step
+        for bad in range(pairs + 1):    # all of them, for one may come twice
             try:
                 crops, colours, captions, _ = self.sample(epoch, index)
                 return crops, torch.tensor(colours), self.tokenizer(captions), step_seed, bad
@@ -826,7 +826,7 @@ class Batch(NamedTuple):
     crops: list             # V image crops (B, 3, s, s) uint8
     colours: object         # (B, V, 7), the numbers of Colours, on the CPU
     step_seed: str          # decides the order of the jitters
-    texts: list             # U captions (B, T) int64 for the student, globals first; each T is its own
+    texts: list    # U captions (B, T) int64 for the student, globals first; each T is its own
     teacher_texts: list     # the global captions for the teacher, (B, T)
     bad: int                # pairs that were replaced because they could not be read
 

@@ -58,7 +58,7 @@ def reading(path):
 
 def read_json(path):
     with reading(path):
-        return json.loads(Path(path).read_text(encoding='utf-8-sig'))   # with or without a byte order mark
+        return json.loads(Path(path).read_text(encoding='utf-8-sig'))  # with or without a byte order mark
 
 
 def read_lines(path):
@@ -78,7 +78,8 @@ def write_json(path, value):
 def images_in(folder):
     """Paths of the images in a folder and its subfolders, sorted; hidden files are left out."""
     names = sorted(glob.glob('**/*', root_dir=folder, recursive=True))
-    return [Path(folder, name) for name in names if name.lower().endswith(('.jpg', '.jpeg', '.png', '.webp'))]
+    kinds = '.jpg', '.jpeg', '.png', '.webp'
+    return [Path(folder, name) for name in names if name.lower().endswith(kinds)]
 
 
 # --- 2. Checkpoints: ours, the released ones, open_clip's ------------------------------------------------------------
@@ -107,12 +108,12 @@ def infer_config(state, quick_gelu=False):
     """
     vision_width, _, _, patch = state['visual.conv1.weight'].shape
     context_length, text_width = state['positional_embedding'].shape
-    grid = math.isqrt(len(state['visual.positional_embedding']) - 1)    # one row is the class token's
+    grid = math.isqrt(len(state['visual.positional_embedding']) - 1)  # one row is the class token's
     blocks = [name for name in state if name.endswith('.ln_1.weight')]  # of both towers
     vision_layers = sum(name.startswith('visual.') for name in blocks)
     return Config(embed_dim=state['text_projection'].shape[1],
                   image_size=grid * patch,
-                  local_image_size=max(1, round(grid * 3 / 7)) * patch,     # for training: the paper's 96 of 224
+                  local_image_size=max(1, round(grid * 3 / 7)) * patch,  # for training: the paper's 96 of 224
                   patch_size=patch,
                   vision_width=vision_width,
                   vision_layers=vision_layers,
@@ -132,12 +133,15 @@ def load_weights(model, state, path):
         model.load_state_dict(state)
     except RuntimeError as error:
         lines = [line.strip()[:200] for line in str(error).splitlines()]
-        raise Refused(f"{path} does not fit this model: {'; '.join(lines[1:6])}") from None     # line 0 is a heading
+        raise Refused(f"{path} does not fit this model: {'; '.join(lines[1:6])}") from None  # line 0 is a heading
 
 
 def clean_names(state):
     """Without the prefixes of DistributedDataParallel and torch.compile."""
-    return {name.replace('_orig_mod.', '').removeprefix('module.'): value for name, value in state.items()}
+    clean = {}
+    for name, value in state.items():
+        clean[name.replace('_orig_mod.', '').removeprefix('module.')] = value
+    return clean
 
 
 def load(path, weights='teacher', vocab=None, quick_gelu=False):
@@ -167,7 +171,8 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
         tokenizer = Tokenizer(saved['merges'], config.context_length)
     else:
         width = len(state.get('visual.class_embedding', ()))
-        need(0 < width <= 1024 and width % 64 == 0 and 'text_projection' in state,      # larger ViTs have wider heads
+        has_64_wide_heads = 0 < width <= 1024 and width % 64 == 0       # larger ViTs have wider ones
+        need(has_64_wide_heads and 'text_projection' in state,
              f"{path} is neither ours, nor released, nor of an open_clip ViT with heads that are 64 wide (its keys: "
              f"{', '.join(list(state)[:5])}); python -m extras.weights import {path} OUT.pt converts others")
         config = infer_config(state, quick_gelu)
@@ -192,7 +197,8 @@ BROKEN = -1                 # the label of an image that cannot be read
 
 def Preprocess(size):
     """The evaluation transform: PIL image -> (3, size, size) float. Short side to `size`, bicubic, then the centre."""
-    return v2.Compose([v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
+    return v2.Compose(
+        [v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
 
 
 def shard_image(shards, i):
@@ -290,7 +296,7 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
         scores = queries[rows] @ targets.T                          # (chunk, m)
         right = query_ids[rows, None] == target_ids[None]
         best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-        ahead = ~(scores < best) & ~right                           # a tie, and NaN, count against the model
+        ahead = ~(scores < best) & ~right    # a tie, and NaN, count against the model
         found.append(1 + ahead.sum(dim=1))
     return torch.cat(found)
 
@@ -324,7 +330,10 @@ def read_coco(path):
     with reading(path):
         for annotation in listing['annotations']:
             captions.setdefault(annotation['image_id'], []).append(annotation['caption'])
-        return [(Path('images/val2017', image['file_name']), captions[image['id']]) for image in listing['images']]
+        pairs = []
+        for image in listing['images']:
+            pairs.append((Path('images/val2017', image['file_name']), captions[image['id']]))
+    return pairs
 
 
 def read_karpathy(path, split):
@@ -361,7 +370,7 @@ def with_owners(path, pools):
     return captions, torch.tensor(owner)
 
 
-HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']      # unless --caption-keys names others
+HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --caption-keys names others
 
 
 def shard_captions(shards):
@@ -375,7 +384,8 @@ def shard_captions(shards):
         except Unreadable as error:
             raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect') from None
         present = [key for key in keys if record.get(key)]
-        need(present, f"{shards.name(i)} has no caption under {', '.join(keys)}; name others with --caption-keys")
+        need(present, f"{shards.name(i)} has no caption under {', '.join(keys)}; "
+             'name others with --caption-keys')
         pools.append(record[present[0]])
     return with_owners(shards.paths[0], pools)
 
@@ -391,7 +401,7 @@ def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, own
     image_features, labels = embed_labelled(model, source, preprocess, workers)
     text_features = embed_texts(model, tokenizer, captions)
     readable = labels != BROKEN                                     # (n,)
-    kept = readable[owner]                                          # (captions,): those of readable images
+    kept = readable[owner]    # (captions,): those of readable images
     image_ids = readable.nonzero()[:, 0]
     figures = retrieval(image_features[readable], text_features[kept], owner[kept], image_ids)
     return figures, image_features, text_features
@@ -430,7 +440,7 @@ def classify(image_features, vectors, labels):
     rank = ranks(image_features, vectors, labels, torch.arange(K))
     hit = (rank == 1).double()
     images_of_class = torch.bincount(labels, minlength=K)
-    share = torch.bincount(labels, hit, minlength=K) / images_of_class          # (K,), NaN without images
+    share = torch.bincount(labels, hit, minlength=K) / images_of_class    # (K,), NaN without images
     figures = {'images': len(labels),
                'classes': K,
                'chance': 1 / K,
@@ -454,7 +464,7 @@ def class_names(source, path=None):
         return names
     need(classes, 'this set of torchvision has no class names; give a file of them by --classes')
     if len(classes) == 1000 and re.fullmatch(r'n\d{8}', str(classes[0])):
-        return torchvision.models.ResNet18_Weights.DEFAULT.meta['categories']   # in the order of the ids
+        return torchvision.models.ResNet18_Weights.DEFAULT.meta['categories']  # in the order of the ids
     names = []
     for name in classes:
         if isinstance(name, tuple):
@@ -466,10 +476,11 @@ def class_names(source, path=None):
 def torchvision_set(name, root, split, download=False):
     """A classification set of torchvision.datasets by its name there, in any case. If it is not at `root`, torchvision
     says so itself."""
-    kinds = {kind.lower(): getattr(torchvision.datasets, kind) for kind in torchvision.datasets.__all__}
-    need(name.lower() in kinds, f"torchvision.datasets has no '{name}'; it has {', '.join(sorted(kinds))}")
-    kind = kinds[name.lower()]
-    parameters = inspect.signature(kind).parameters         # some sets have a split, some `train`, some neither
+    names = {known.lower(): known for known in torchvision.datasets.__all__}
+    need(name.lower() in names,
+         f"torchvision.datasets has no '{name}'; it has {', '.join(sorted(names))}")
+    kind = getattr(torchvision.datasets, names[name.lower()])
+    parameters = inspect.signature(kind).parameters  # some sets have a split, some `train`, some neither
     options = {}
     if 'split' in parameters:
         options['split'] = split
@@ -550,7 +561,7 @@ def segment_image(model, image, vectors, counts, settings):
     """
     short = min(image.size)
     zoom = min(settings.size / short, LONGEST_SIDE / max(image.size))
-    zoom = max(zoom, settings.window / short)           # ours: the short side of a very long image holds a window, too
+    zoom = max(zoom, settings.window / short)  # ours: the short side of a very long image holds a window, too
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings)
     scores = F.interpolate(scores[None], image.size[::-1], mode='bilinear')
@@ -581,12 +592,17 @@ def segmentation_figures(matrix, names):
     truth = matrix.sum(dim=1)
     predicted = matrix.sum(dim=0)
     iou = hit / (truth + predicted - hit)       # NaN for a class that occurs in neither
+    iou_of = {}
+    for name, value in zip(names, iou.tolist()):
+        if not math.isnan(value):
+            iou_of[name] = value
     pixels = truth.sum().item()
-    need(pixels, 'every pixel of every mask is ignored: there is nothing to score; see --masks, --reduce-zero-label')
+    need(pixels, 'every pixel of every mask is ignored: there is nothing to score; '
+         'see --masks, --reduce-zero-label')
     return {'classes': int((truth > 0).sum()),
             'mIoU': iou.nanmean().item(),
             'pixel_accuracy': hit.sum().item() / pixels,
-            'IoU': {name: value for name, value in zip(names, iou.tolist()) if not math.isnan(value)}}
+            'IoU': iou_of}
 
 
 def read_mask(path, size, classes, reduce_zero_label=False):
@@ -609,7 +625,8 @@ def by_stem(paths, suffix):
     for path in paths:
         if path.stem.endswith(suffix):
             stem = path.stem.removesuffix(suffix)
-            need(stem not in stems, f'{stems.get(stem)} and {path} have one name; rename one, or give folders apart')
+            need(stem not in stems,
+                 f'{stems.get(stem)} and {path} have one name; rename one, or give folders apart')
             stems[stem] = path
     return stems
 
@@ -622,7 +639,8 @@ def mask_pairs(images, masks, image_suffix, mask_suffix, listing=None):
     need(stems, f"{masks} has no mask '*{mask_suffix}.png'; see --mask-suffix")
     for stem in stems:
         need(stem in mask_paths, f'{masks} has no {stem}{mask_suffix}.png; see --mask-suffix')
-        need(stem in image_paths, f'{images} has no image {stem}{image_suffix}, but a mask; see --image-suffix')
+        need(stem in image_paths,
+             f'{images} has no image {stem}{image_suffix}, but a mask; see --image-suffix')
     return [(image_paths[stem], mask_paths[stem]) for stem in stems]
 
 
@@ -692,14 +710,16 @@ def segment_settings(args, image_size):
             settings = settings._replace(**{name: value})
     window = settings.window or image_size
     settings = settings._replace(window=window, stride=settings.stride or window // 2)
-    need(0 < settings.stride <= window, f'--stride {settings.stride} must be above 0 and no more than --window {window}')
+    need(0 < settings.stride <= window,
+         f'--stride {settings.stride} must be above 0 and no more than --window {window}')
     return settings
 
 
 def run_segment(args, model, tokenizer, preprocess):
     settings = segment_settings(args, model.config.image_size)
-    synonyms = [re.split(r'\s*,\s*', line) for line in read_lines(args.classes)]        # a list for each class
+    synonyms = [re.split(r'\s*,\s*', line) for line in read_lines(args.classes)]  # a list for each class
     names = [first for first, *_ in synonyms]
+    counts = list(map(len, synonyms))
     templates = read_templates(args.templates)
     vectors = class_vectors(model, tokenizer, sum(synonyms, []), templates)
     vectors = vectors.to(model.logit_scale.device)
@@ -708,7 +728,7 @@ def run_segment(args, model, tokenizer, preprocess):
     for image_path, mask_path in progress(pairs, 'images'):
         image = read_image(image_path)
         truth = read_mask(mask_path, image.size, len(names), settings.reduce_zero_label)
-        predicted = segment_image(model, image, vectors, [len(group) for group in synonyms], settings)
+        predicted = segment_image(model, image, vectors, counts, settings)
         matrix += confusion(truth, predicted, len(names))
     described = str(settings)
     if args.benchmark and not args.templates:
@@ -722,8 +742,10 @@ def add_options(command):
     """What every command takes."""
     add = command.add_argument
     add('checkpoint', metavar='CKPT')
-    add('--weights', choices=['teacher', 'student'], default='teacher', help='which network (default: %(default)s)')
-    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cuda or cpu (default: %(default)s)')
+    add('--weights', choices=['teacher', 'student'], default='teacher',
+        help='which network (default: %(default)s)')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='cuda or cpu (default: %(default)s)')
     add('--workers', type=int, default=2, help='processes that read images (default: %(default)s)')
     add('--vocab', help="CLIP's merges, for checkpoints that carry none")
     add('--json', help='also write the figures to this file')

@@ -20,6 +20,7 @@ if __name__ == '__main__':
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import math
 import resource
@@ -127,7 +128,7 @@ def train_step(run, batch):
             cls_t, eot_t = run.teacher(images[:GLOBALS], captions)
 
     loss, parts = total_loss(run.student, out, cls_t, eot_t)
-    run.scaler.scale(loss).backward()               # DDP averages the gradients of all parameters, of the scales too
+    run.scaler.scale(loss).backward()  # DDP averages the gradients of all parameters, of the scales too
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.student.parameters()])
 
@@ -137,7 +138,8 @@ def train_step(run, batch):
     if broken_ranks == 0:
         update(run, norm)
     else:
-        run.scaler.update()                         # fp16: unscale_ saw the infinity, so this lowers the scale
+        run.scaler.update()     # fp16: unscale_ saw the infinity, so this lowers the scale
+        tqdm.write(f'WARNING    step {run.step + 1} is left out: loss {loss:.4g}, gradient norm {norm:.4g}')
     return Step(out, cls_t, loss, parts, norm, broken_ranks == 0)
 
 
@@ -173,11 +175,11 @@ class InParts(torch.nn.Module):
             return self.student(images, texts)
         outs = []
         for k in range(self.accum):
-            some_images = [view.chunk(self.accum)[k] for view in images]    # V tensors (B / accum, 3, s, s)
-            some_texts = [text.chunk(self.accum)[k] for text in texts]      # U tensors (B / accum, T)
+            some_images = [view.chunk(self.accum)[k] for view in images]  # V tensors (B / accum, 3, s, s)
+            some_texts = [text.chunk(self.accum)[k] for text in texts]    # U tensors (B / accum, T)
             outs.append(checkpoint(self.student, some_images, some_texts, use_reentrant=False))
         joined = []
-        for pieces in zip(*outs):                                           # of cls, of eot, of h_I, of h_T
+        for pieces in zip(*outs):    # of cls, of eot, of h_I, of h_T
             joined.append(None if pieces[0] is None else torch.cat(pieces, dim=1))
         return Output(*joined)
 
@@ -305,7 +307,7 @@ def read_options(argv):
     for name in ('out', 'resume', 'device'):    # are of this command alone
         resumed.pop(name, None)
     preset = first.preset or resumed.get('preset', preset)
-    defaults = PRESETS[preset].recipe | {'preset': preset, 'out': out, 'warmup': None}      # see choose_lengths
+    defaults = PRESETS[preset].recipe | {'preset': preset, 'out': out, 'warmup': None}  # see choose_lengths
     if not METHODS[first.method].augments:
         defaults['augment'] = 'crops'
     defaults |= resumed
@@ -381,19 +383,19 @@ class Processes:
                 raise Refused(f'process {local} of this node has no GPU; lower --nproc_per_node')
             self.device = torch.device('cuda', local)
             torch.cuda.set_device(local)
-        dist.init_process_group()                                       # nccl for GPUs, gloo for CPUs
+        dist.init_process_group()    # nccl for GPUs, gloo for CPUs
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         if self.rank > 0:
-            sys.stdout = open(os.devnull, 'w')                          # from here on rank 0 speaks for all
+            sys.stdout = open(os.devnull, 'w')    # from here on rank 0 speaks for all
         # Rank 0 reads headers and evaluates, as long as it takes. The others wait on this group: the usual one gives
         # up after minutes.
         self.patient = dist.new_group(backend='gloo', timeout=timedelta(days=7))
 
     def sum(self, values):
         """Numbers or scalar tensors, each summed over all processes -> list of floats."""
-        values = [torch.as_tensor(value, dtype=torch.double, device=self.device) for value in values]
-        total = torch.stack(values)
+        as_double = functools.partial(torch.as_tensor, dtype=torch.double, device=self.device)
+        total = torch.stack(list(map(as_double, values)))
         if self.world > 1:
             dist.all_reduce(total)
         return total.tolist()
@@ -434,7 +436,7 @@ def keep_memory():
     them anew, page by page and filled with zeros: a tenth of the time of a vit-b-16 step on a CPU."""
     with contextlib.suppress(OSError, AttributeError, TypeError):       # only glibc has it
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)                                             # M_MMAP_MAX: no block of its own
+        libc.mallopt(-4, 0)    # M_MMAP_MAX: no block of its own
         libc.mallopt(-1, -1)                                            # M_TRIM_THRESHOLD: never
 
 
@@ -473,7 +475,8 @@ def name_data(options):
         from lesson.scenes import built_in_set
         options.data = [str(built_in_set())]
     folder = Path(options.data[0])
-    if options.val is None and len(options.data) == 1 and (folder / 'train').is_dir() and (folder / 'val').is_dir():
+    has_halves = (folder / 'train').is_dir() and (folder / 'val').is_dir()
+    if options.val is None and len(options.data) == 1 and has_halves:
         options.val = options.data
 
 
@@ -506,7 +509,9 @@ def choose_model(options, saved):
             tokenizer = Tokenizer.clip(path, config.context_length)
     heads = 0
     if METHODS[options.method].cross_attention:
-        heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)     # of a plain CLIP: as in the presets
+        heads = config.cross_heads
+        if not heads:                                       # a plain CLIP gets as many as the presets
+            heads = 8 if config.embed_dim >= 256 else 4
     return replace(config, cross_heads=heads), tokenizer, weights
 
 
@@ -616,13 +621,13 @@ def log_entry(run, done, steps, seconds, waited):
     """
     options = run.options
     cls = done.out.cls[0]                                               # (B, D)
-    nearest = (cls @ done.out.eot[0].T).argmax(dim=1)                   # among the pairs of this GPU
+    nearest = (cls @ done.out.eot[0].T).argmax(dim=1)    # among the pairs of this GPU
     values = {name: term for name, (_, term) in done.parts.items()}
     values |= {
         'loss': done.loss,
         'distill': done.loss - values['clip'],                          # all of the loss but L_CLIP
         'accuracy': (nearest.cpu() == torch.arange(len(nearest))).double().mean(),
-        'spread': cls.std(dim=0).norm(),                                # 0 when the embeddings have collapsed
+        'spread': cls.std(dim=0).norm(),    # 0 when the embeddings have collapsed
         'grad_norm': done.norm,
         'scale': run.student.logit_scale.exp(),
         'waiting': waited / seconds,
@@ -633,15 +638,23 @@ def log_entry(run, done, steps, seconds, waited):
         values['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)
     sums = run.processes.sum(values.values())
     entry = {name: total / run.processes.world for name, total in zip(values, sums)}
-    used = run.step - 1                                                 # the step whose rates were used
+    used = run.step - 1    # the step whose rates were used
     return entry | {
         'step': run.step,
         'epoch': run.pairs / len(run.train_set.shards),
         'lr': lr_at(used, options),
         'momentum': momentum_at(used, options),
-        'chance': math.log(options.batch),                              # of each part of the loss: a blind guess
+        'chance': math.log(options.batch),    # of each part of the loss: a blind guess
         'weights': {name: weight for name, (weight, _) in done.parts.items()},
         'pairs_per_s': steps * options.batch / seconds}
+
+
+def print_progress(run, entry):
+    """The numbers to watch."""
+    seconds_left = (run.options.steps - run.step) * run.options.batch / entry['pairs_per_s']
+    line = ('step {step}  loss {loss:.3f}  clip {clip:.3f}  distill {distill:.3f}  '
+            'accuracy {accuracy:.0%}  lr {lr:.1e}  {pairs_per_s:.0f} pairs/s'.format(**entry))
+    tqdm.write(f'{line}  {timedelta(seconds=int(seconds_left))} left')
 
 
 def write_log(run, entry):
@@ -759,24 +772,23 @@ def train(run, val):
     """Take the steps that are left -> True where a signal ended it. Either way the last step is saved."""
     options = run.options
     processes = run.processes
-    caught = []
-    for number in data.SIGNALS:
-        signal.signal(number, lambda received, frame: caught.append(received))
-    order = data.Order(len(run.train_set.shards), options.batch, run.step, options.steps, options.seed,
+    caught = catch_signals()
+    pairs = len(run.train_set.shards)
+    order = data.Order(pairs, options.batch, run.step, options.steps, options.seed,
                        rank=processes.rank, world=processes.world)
     # Half precision is faster with captions of multiples of 8 tokens.
     batches = iter(data.loader(run.train_set, order, options.workers,
                                multiple=8 if run.dtype else 1, whole=run.method.cross_attention))
     if options.eval_every and run.step == 0:
-        write_log(run, {'step': 0, 'eval': evaluate(run, val)})         # what the first weights can do
+        write_log(run, {'step': 0, 'eval': evaluate(run, val)})    # what the first weights can do
     broken = 0                      # steps in a row that were not finite
     bad = 0                         # pairs that cannot be read
     seen = 0                        # all pairs since this start
     logged_step = run.step
     waited = 0.0                    # seconds, since the last log entry
     logged_at = saved_at = time.perf_counter()
-    progress = tqdm(range(run.step, options.steps), disable=True if processes.rank else None)   # None: on a terminal
-    for _ in progress:
+    quiet = True if processes.rank else None            # None: a bar where there is a terminal
+    for _ in tqdm(range(run.step, options.steps), disable=quiet):
         before = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - before
@@ -787,19 +799,14 @@ def train(run, val):
         signals, bad_pairs = processes.sum([len(caught), batch.bad])
         bad += bad_pairs
         seen += options.batch
-        broken += 1
-        if done.finite:
-            broken = 0
-        else:
-            tqdm.write(f'WARNING    step {run.step} is left out: loss {done.loss:.4g}, gradient norm {done.norm:.4g}')
+        broken = 0 if done.finite else broken + 1
 
         eval_due = options.eval_every and run.step % options.eval_every == 0 and not last
         if run.step % options.log_every == 0 or run.step == 1 or last or eval_due:
             seconds = time.perf_counter() - logged_at
-            entry = log_entry(run, done, run.step - logged_step, seconds, waited) | {'bad_pairs': bad}
-            left = timedelta(seconds=int((options.steps - run.step) * options.batch / entry['pairs_per_s']))
-            tqdm.write('step {step}  loss {loss:.3f}  clip {clip:.3f}  distill {distill:.3f}  accuracy {accuracy:.0%}'
-                       '  lr {lr:.1e}  {pairs_per_s:.0f} pairs/s'.format(**entry) + f'  {left} left')
+            entry = log_entry(run, done, run.step - logged_step, seconds, waited)
+            entry['bad_pairs'] = bad
+            print_progress(run, entry)
             if eval_due:
                 entry['eval'] = evaluate(run, val)
             write_log(run, entry)
@@ -821,6 +828,18 @@ def train(run, val):
     for number in data.SIGNALS:                          # nothing left to lose: a signal may end it
         signal.signal(number, signal.SIG_DFL)
     return bool(signals)
+
+
+def catch_signals():
+    """From here on signals end nothing -> the list that they go into."""
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
+
+    for number in data.SIGNALS:
+        signal.signal(number, note)
+    return caught
 
 
 def reason_to_stop(run, broken, bad, seen):
@@ -888,8 +907,8 @@ def main(argv=None, build=COSMOS, keep_teacher=False):
         config = replace(config, vocab_size=tokenizer.vocab_size)
     counts = data.Counts(method.global_images, options.local_crops if method.local_images else 0,
                          method.global_texts, options.local_captions if method.local_texts else 0)
-    train_set = data.Crops(shards, tokenizer, config, options.seed, options.batch, counts, options.augment,
-                           method.crop_min)
+    train_set = data.Crops(shards, tokenizer, config, options.seed, options.batch, counts,
+                           options.augment, method.crop_min)
 
     # Model, teacher, optimizer; of a run that is resumed as they were saved.
     run = make_run(options, processes, train_set, weights, build, keep_teacher)
