@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from cosmos import COSMOS, Config, from_openclip, unit
 # Refused: an error that a user can mend, shown as one sentence. Unreadable: one of these, for the bytes of a pair.
-from data import (BICUBIC, Parser, Refused, Shards, Tokenizer, Unreadable, normalize, open_image, read_image,
-                  replacing, run)
+from data import (BICUBIC, Parser, Refused, Shards, Tokenizer, Unreadable, normalize, open_image,
+                  pillow_errors, read_image, replacing, run)
 
 # --- 1. Files --------------------------------------------------------------------------------------------------------
 
@@ -51,7 +51,7 @@ def reading(path):
     """Inside this block, errors of reading the file at `path` become Refused, with its name."""
     try:
         yield
-    except (OSError, UnicodeError, json.JSONDecodeError, LookupError) as error:
+    except (OSError, UnicodeError, json.JSONDecodeError, LookupError, TypeError) as error:
         raise Refused(f'{path} cannot be read as this command expects ({type(error).__name__}: {error}); '
                       'see --help') from None
 
@@ -91,9 +91,10 @@ def read_checkpoint(path):
         saved = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:          # of many kinds, for torn files and for others
         reason = 'it is torn, or of another kind'
-        code = re.search(r'TorchScript|(?<=GLOBAL )[\w.]+', str(error))
-        if code:
-            reason = f'it holds {code[0]}, which may run code'
+        # torch names what it refused: "TorchScript", or "GLOBAL package.name"
+        refused = re.search(r'TorchScript|(?<=GLOBAL )[\w.]+', str(error))
+        if refused:
+            reason = f'it holds {refused[0]}, which may run code'
         raise Refused(f'{path} is no checkpoint that can be read ({reason}); fetch it again if it was fetched, or see '
                       'python -m extras.weights import --help') from None
     need(isinstance(saved, dict), f'{path} holds no weights by name; save model.state_dict()')
@@ -202,7 +203,10 @@ def Preprocess(size):
 
 
 def shard_image(shards, i):
-    return read_image(shards.image(i), shards.name(i))
+    try:
+        return read_image(shards.image(i), 'its image')
+    except Unreadable as error:
+        raise Unreadable(f'{shards.name(i)}: {error}') from None
 
 
 @dataclass
@@ -302,9 +306,10 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
 
 
 def retrieval(image_features, text_features, owner, image_ids=None):
-    """Zero-shot retrieval figures. owner (captions,): the id of each caption's image, by default its row.
+    """Zero-shot retrieval figures.
 
-    The rank of an image is that of the best of its captions. R@K are fractions, ranks count from 1, chance is R@1 of
+    owner (captions,): the id of each caption's image. image_ids (n,): the id of each image, by default its row; given
+    where images were left out. The rank of an image is that of the best of its captions. R@K are fractions, ranks count from 1, chance is R@1 of
     guessing.
     """
     n = len(image_features)
@@ -374,8 +379,8 @@ HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --captio
 
 
 def shard_captions(shards):
-    """Held-out shards -> (captions, owner). Of each pair the captions under its first key that is known, not cut into
-    sentences."""
+    """Held-out shards -> (captions, owner). Of each pair the captions under the first of the keys that it has, not cut
+    into sentences."""
     keys = shards.caption_keys or HELD_OUT_KEYS
     pools = []
     for i in range(len(shards)):
@@ -453,8 +458,8 @@ def classify(image_features, vectors, labels):
 def class_names(source, path=None):
     """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order.
 
-    A thousand folders of WordNet ids have torchvision's names of ImageNet. Of these 296 differ by more than capitals
-    from those of the released evaluation (open_clip's), so the figures are comparable only with a file of those.
+    Where the classes are the thousand WordNet ids, torchvision's names of ImageNet are taken. 296 of them differ, by more
+    than capitals, from those of the released evaluation, which are open_clip's: for a comparable figure give a file.
     """
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
     if path:
@@ -555,19 +560,20 @@ def window_scores(model, pixels, vectors, settings):
 
 
 def segment_image(model, image, vectors, counts, settings):
-    """One image -> (h, w) int64 class of each pixel. vectors (Q, D) of all names, counts: how many each class has.
+    """One image -> (h, w) int64 class of each pixel.
 
+    vectors (Q, D): one for each name, class after class. counts: how many names each class has, for it may have several.
     The steps are those of clip_segmentor.py:113-276 of the released code.
     """
     short = min(image.size)
     zoom = min(settings.size / short, LONGEST_SIDE / max(image.size))
-    zoom = max(zoom, settings.window / short)  # ours: the short side of a very long image holds a window, too
+    zoom = max(zoom, settings.window / short)  # ours: the short side holds a window in any case
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings)
     scores = F.interpolate(scores[None], image.size[::-1], mode='bilinear')
     # Softmax over all names; of the names of a class the best one counts.
     shares = (settings.scale * scores[0]).softmax(dim=0)            # (Q, h, w)
-    best = torch.stack([names.amax(dim=0) for names in shares.split(counts)])   # (classes, h, w)
+    best = torch.stack([of_class.amax(dim=0) for of_class in shares.split(counts)])     # (classes, h, w)
     if settings.area:
         pixels_of_class = torch.bincount(best.argmax(dim=0).flatten(), minlength=len(best))
         foreground = pixels_of_class[1:].sum()
@@ -607,7 +613,7 @@ def segmentation_figures(matrix, names):
 
 def read_mask(path, size, classes, reduce_zero_label=False):
     """A PNG of class numbers, grey or palette, of `size` (w, h) -> (h, w) int64, IGNORE where it does not count."""
-    with reading(path):
+    with pillow_errors(path):
         mask = open_image(path)         # not by read_image, which scales 16 bits of grey
         values = np.array(mask, np.int64)
     need(values.shape == size[::-1],
@@ -634,7 +640,7 @@ def by_stem(paths, suffix):
 def mask_pairs(images, masks, image_suffix, mask_suffix, listing=None):
     """[(image path, mask path)] of equal stems, suffixes cut off; of those in `listing`, a stem a line, if given."""
     image_paths = by_stem(images_in(images), image_suffix)
-    mask_paths = by_stem([path for path in images_in(masks) if path.suffix == '.png'], mask_suffix)
+    mask_paths = by_stem([path for path in images_in(masks) if path.suffix.lower() == '.png'], mask_suffix)
     stems = read_lines(listing) if listing else mask_paths
     need(stems, f"{masks} has no mask '*{mask_suffix}.png'; see --mask-suffix")
     for stem in stems:
@@ -701,7 +707,7 @@ def run_classify(args, model, tokenizer, preprocess):
     return figures | {'prompts': ' | '.join(templates), 'names': names, 'predictions': predictions}
 
 
-def segment_settings(args, image_size):
+def segment_settings(args, image_size, patch):
     """The benchmark's settings, or the defaults; flags that were given change single ones."""
     settings = BENCHMARKS[args.benchmark] if args.benchmark else Settings(size=image_size * 3 // 2)
     for name in Settings._fields:
@@ -710,13 +716,14 @@ def segment_settings(args, image_size):
             settings = settings._replace(**{name: value})
     window = settings.window or image_size
     settings = settings._replace(window=window, stride=settings.stride or window // 2)
+    need(window % patch == 0, f'--window {window} is no multiple of the patch size {patch}')
     need(0 < settings.stride <= window,
          f'--stride {settings.stride} must be above 0 and no more than --window {window}')
     return settings
 
 
 def run_segment(args, model, tokenizer, preprocess):
-    settings = segment_settings(args, model.config.image_size)
+    settings = segment_settings(args, model.config.image_size, model.config.patch_size)
     synonyms = [re.split(r'\s*,\s*', line) for line in read_lines(args.classes)]  # a list for each class
     names = [first for first, *_ in synonyms]
     counts = list(map(len, synonyms))
@@ -760,8 +767,8 @@ def add_retrieval(command):
     add = command.add_argument
     add('--split', default='test', help="Karpathy's split (default: %(default)s)")
     add('--images', help='folder of the images of --karpathy or --flickr (default: beside the JSON)')
-    add('--caption-keys', help='json keys of the captions of --shards, joined by commas: of each pair the first that '
-        f"it has counts (default: {','.join(HELD_OUT_KEYS)})")
+    add('--caption-keys', help='json keys of the captions of --shards, joined by commas: of each pair only the '
+        f"first of these that it has is used (default: {','.join(HELD_OUT_KEYS)})")
 
 
 def add_classify(command):

@@ -369,10 +369,10 @@ def mandelbrot_shards(path):
 @pytest.mark.parametrize('least', [0.4, 0.9])
 def test_crops_of_the_released_sizes_and_sides(tmp_path, least):
     """oracle: torchvision's crop of each box; half of 'full' are its mirror images, none of 'crops', which have no
-    colours either. Shares of the image: `least` to 1 for globals, 0.05 to 0.4 for locals."""
+    colours either. Shares of the image `least` to 1 for globals, 0.05 to 0.4 for locals; aspects."""
     whole, shards = mandelbrot_shards(tmp_path / 'a.tar')
     mirrored = 0
-    shares = []
+    drawn = []
     for seed in range(40):
         plain, colours, _, boxes = Crops(shards, LOW, MICRO, seed, 1, augment='crops', crop_min=least).sample(0, 0)
         full, *_ = Crops(shards, LOW, MICRO, seed, 1, crop_min=least).sample(0, 0)
@@ -383,12 +383,13 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path, least):
             if not other.equal(crop):
                 assert other.equal(crop.flip(-1))
                 mirrored += 1
-        shares.append([height * width / 200 ** 2 for _, _, height, width in boxes])
+        drawn.append(boxes)
     assert 120 < mirrored < 200                                         # of 320
-    shares = np.array(shares)
-    for found, low, high in (shares[:, :2], least, 1), (shares[:, 2:], 0.05, 0.4):
-        assert low - 0.02 < found.min() < low + 0.1
-        assert high - 0.1 < found.max() < high + 0.02
+    _, _, height, width = np.array(drawn, float).T                      # each (views, seeds)
+    share = height * width / 200 ** 2
+    for found, low, high in (share[:2], least, 1), (share[2:], 0.05, 0.4), (height / width, 3 / 4, 4 / 3):
+        assert low - 0.04 < found.min() < low + 0.1
+        assert high - 0.1 < found.max() < high + 0.04
 
 
 def test_captions_leave_the_pictures_as_they_are(tmp_path):
