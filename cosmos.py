@@ -89,8 +89,9 @@ class Config:
 
     def __post_init__(self):
         for name, size in vars(self).items():
-            if size < 1 and name not in ('cross_heads', 'quick_gelu'):
-                raise ValueError(f'{name} {size} is no size; give 1 or more')
+            least = 0 if name in ('cross_heads', 'quick_gelu') else 1
+            if size < least:
+                raise ValueError(f'{name} {size} is too small; give {least} or more')
         if self.image_size % self.patch_size or self.local_image_size % self.patch_size:
             raise ValueError(f'image_size {self.image_size} and local_image_size {self.local_image_size} must be '
                              f'multiples of patch_size {self.patch_size}')

@@ -608,8 +608,9 @@ def image_crops(data, kinds, rng, flip=True):
     boxes = draw_boxes(height, width, kinds, rng)
     # Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size, in much less time. So far that no crop must be enlarged.
     shrink = min(min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds))
+    enough = [ceil(side / shrink) for side in image.size]
     with pillow_errors('its image'):
-        image.draft('RGB', [ceil(side / shrink) for side in image.size])
+        image.draft('RGB', enough)
         pixels = TF.pil_to_tensor(upright(image).convert('RGB'))
     decoded = min(pixels.shape[1] / height, pixels.shape[2] / width)    # 1, or about 1/2, 1/4, 1/8
     crops = []

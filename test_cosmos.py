@@ -163,7 +163,7 @@ def test_sizes_that_do_not_fit_are_refused():
     """oracle: the rule for errors: one sentence with the value and the place."""
     for field in vars(MICRO).keys() - {'cross_heads', 'quick_gelu'}:
         for size in 0, -8:
-            refused(f'^{field} {size} is no size', replace, MICRO, **{field: size})
+            refused(f'^{field} {size} is too small', replace, MICRO, **{field: size})
     for field in 'vision_width', 'text_width', 'embed_dim':
         refused(f'^{field} 100 is no multiple of ', Config, **{field: 100})
     for field in 'image_size', 'local_image_size':
