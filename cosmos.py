@@ -401,7 +401,7 @@ def embedding_terms(out, cls_t, eot_t, scale):
 
 
 def total_loss(model, out, cls_t=None, eot_t=None):
-    """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its parts {name: (weight, term)}, all of which the log shows.
+    """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its parts {name: (weight, term)}, which the log shows.
 
     Training, benchmark and walk-through call it. A term of your own is a line here: parts['name'] = (weight, term).
     """

@@ -5,11 +5,12 @@ A shard is a tar as img2dataset writes it. Members that share a stem are one pai
     000000017.jpg     jpg, jpeg, png or webp
     000000017.json    {"raw_caption": "...", "shortIB_captions": ["...", "..."], ...}; see CAPTION_KEYS
     000000017.txt     the caption alone; used where the json has none
+    000000017.mask.png     of drawn scenes, for lesson/suppression.py alone
 
 A pair gives image crops and text crops (Sec. 3.1). An image crop with its colours changed is an image view. A text crop
-is one sentence, or a few, from all captions of the pair. Every random choice for a pair comes from (seed, epoch, index of
-the pair), the order of the pairs from (seed, epoch). So a run sees the same batches with any number of workers and GPUs,
-and can be resumed at any step.
+is one sentence, or a few, from all captions of the pair. Random choices for a pair come from (seed, epoch, index of the
+pair), the order of the pairs from (seed, epoch), that of the colour jitters from (seed, epoch, step). So a run sees the
+same batches with any number of workers and GPUs, and can be resumed at any step.
 """
 import argparse
 import glob
@@ -52,7 +53,7 @@ from cosmos import GLOBALS
 # --- 1. Errors, and files that are written whole ---------------------------------------------------------------------
 
 class Refused(ValueError):
-    """A mistake that the user can mend: an option, a path, a format. Shown as one sentence with value, place, remedy."""
+    """A mistake that the user can mend: an option, a path, a format. One sentence with value, place and remedy."""
 
 
 class Unreadable(Refused):
@@ -210,7 +211,7 @@ class Shards:
     caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: a file of the index of
     the same tars, as `save` writes it; it is mapped, and no header is read.
     fingerprint: of the tars' names and sizes, by which train.py tells whether an index is theirs.
-    Raises Refused where there is no pair, or where none of the first can be used.
+    Without an index Refused where there is no pair, or where none of the first can be used.
     """
 
     def __init__(self, paths, caption_keys=None, split=None, index=None):
@@ -266,7 +267,10 @@ class Shards:
         return self.member(i, 'jpg')
 
     def record(self, i):
-        """The json of pair i as a dict, with the .txt under 'txt'; of a bare list the captions. Unreadable: no JSON."""
+        """The json of pair i as a dict, with the .txt under 'txt'. A bare list becomes {'captions': list}.
+
+        Raises Unreadable for what is no JSON.
+        """
         try:
             record = json.loads(self.member(i, 'json') or '{}')
         except ValueError as error:
@@ -310,8 +314,8 @@ CAPTION_KEYS = [                # the first family that has a sentence is the po
 ]
 POOLS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
 
-# ours: a sentence ends at a newline, at '</s>', or at a full stop before white space or the end. A single letter before
-# the stop keeps it: "in 3.5 m", "J. Smith" and "e.g. a dog" stay whole.
+# ours: a sentence ends at a newline, at '</s>', or at a full stop before white space or the end; so "3.5 m" stays
+# whole. A stop behind a single letter ends none: "J. Smith" and "e.g. a dog" stay whole, too.
 BREAK = re.compile(r'\n|</s>|(?<!\b[^\W\d_])\.(?=\s|$)')
 
 
@@ -416,7 +420,7 @@ def symbols_of(word):
 
 
 def fuse(symbols, left, right):
-    """Joins every neighbour pair `left`, `right`, from left to right: fuse(['a', 'a', 'a'], 'a', 'a') is ['aa', 'a']."""
+    """Joins neighbours `left`, `right`, from left to right: fuse(['a', 'a', 'a'], 'a', 'a') is ['aa', 'a']."""
     fused = []
     for symbol in symbols:
         if symbol == right and fused and fused[-1] == left:
@@ -441,8 +445,8 @@ def fetch_vocab():
 class Tokenizer:
     """CLIP's tokenizer: clean, split into words, byte-pair encode each. tokenizer(texts) -> (n, context_length) int64
 
-    merges: lines 'left right', most urgent first. Ids, from 0: 256 bytes, 256 bytes that end a word, one for each merge,
-    start, end. The end is the highest, because the text tower finds it by argmax. Padding is 0.
+    merges: lines 'left right', most urgent first. Ids, from 0: 256 bytes, 256 bytes that end a word, one for each
+    merge, start, end. The end is the highest, because the text tower finds it by argmax. Padding is 0.
     Ids equal CLIP's (simple_tokenizer.py with ftfy and regex). ours: ftfy's repair of wrongly decoded text ('Ã©' for
     'é', C1 controls) is left out; and U+0345, which regex takes for a letter, is none here.
     """
@@ -466,19 +470,21 @@ class Tokenizer:
         path = os.path.expanduser(path or os.environ.get('COSMOS_VOCAB') or fetch_vocab())
         data = Path(path).read_bytes() if os.path.isfile(path) else b''
         if hashlib.sha256(data).hexdigest() != VOCAB_SHA256:
-            raise Refused(f"{path} is absent or not CLIP's vocabulary (wrong SHA-256; perhaps a git-lfs pointer or a web "
-                          f'page): remove it, then {VOCAB_HELP}')
+            raise Refused(f"{path} is absent or not CLIP's vocabulary (wrong SHA-256; perhaps a git-lfs pointer or a "
+                          f'web page): remove it, then {VOCAB_HELP}')
         lines = gzip.decompress(data).decode().split('\n')
         return cls(lines[1:48895], context_length)  # line 0 is a header; CLIP does not use the rest
 
     @classmethod
     def learn(cls, texts, vocab_size, context_length=77):
-        """Merges the most frequent pair (of equals the first met) until `vocab_size`, or until none occurs twice."""
+        """Merges the most frequent pair (of equals the first met) up to `vocab_size`, or until none occurs twice."""
         tally = Counter()
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        merges = {}  # a dict: (abc, d) may come up again, when another merge gives new abc; its first rank counts
+        # A dict, for a merged pair can come again: after the merge (abc, d), (a, bc) makes new abc, some of them before
+        # a d. The pair keeps its first rank.
+        merges = {}
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
             count = Counter()   # pair of symbols -> how often it occurs in all texts
@@ -520,7 +526,7 @@ class Tokenizer:
         return sum(map(self.word_ids, self.split(text)), [])
 
     def __call__(self, texts):
-        """n texts (or one) -> (n, context_length) int64: start, ids, end, zeros. Of a long text the last ids are cut."""
+        """n texts (or one) -> (n, context_length) int64: start, ids, end, zeros. A long text loses its last ids."""
         if isinstance(texts, str):
             texts = [texts]
         ids = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
@@ -565,7 +571,7 @@ def upright(image):
 
 
 def read_image(source, name=None):
-    """A path, an open file or encoded bytes -> upright Pillow image. Unreadable, with its name, for what is no image."""
+    """A path, an open file or encoded bytes -> upright Pillow image. Else Unreadable, with its name."""
     with pillow_errors(name or source):
         return upright(open_image(source))
 
@@ -606,7 +612,8 @@ def image_crops(data, kinds, rng, flip=True):
         if image.getexif().get(ORIENTATION) in (5, 6, 7, 8):
             width, height = height, width
     boxes = draw_boxes(height, width, kinds, rng)
-    # Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size, in much less time. So far that no crop must be enlarged.
+    # Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size, in much less time. It may, as long as every crop still has
+    # at least the pixels of its view.
     shrink = min(min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds))
     enough = [ceil(side / shrink) for side in image.size]
     with pillow_errors('its image'):
@@ -648,7 +655,7 @@ def draw_colours(kind, rng):
     if rng.random() < kind.blur:
         changes['blur'] = uniform(0.1, 2.0)
     if rng.random() < kind.solarize:
-        changes['solarize'] = 127.5 / 255  # between two of the 256 values, so that rounding decides nothing
+        changes['solarize'] = 127.5 / 255  # between two of the 256 values
     return Colours(**changes)
 
 
@@ -669,7 +676,8 @@ def saturation(x, strength):
 
 def hue(x, turn):
     """Turn the hue. RGB -> HSV by the textbook, and back by
-    channel = value - chroma * clamp(min(k, 4 - k), 0, 1), k = (n + 6 hue) mod 6, n = 5, 3, 1 for red, green, blue."""
+    channel = value - chroma * clamp(min(k, 4 - k), 0, 1) with k = (start + 6 hue) mod 6, where start is 5 for red, 3
+    for green, 1 for blue."""
     red, green, blue = x.split(1, dim=1)                                # each (n, 1, h, w)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
@@ -677,8 +685,8 @@ def hue(x, turn):
     sixths = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
     sixths = torch.where(value == red, green - blue, sixths)
     turned = sixths / (6 * chroma).clamp_min(1e-8) + turn + 1           # the hue; + 1: above 0
-    n = torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1)
-    k = 6 * torch.frac(turned + n / 6)                                  # (n, 3, h, w)
+    start = torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1)
+    k = 6 * torch.frac(turned + start / 6)                                  # (n, 3, h, w)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
@@ -785,7 +793,7 @@ class Crops(Dataset):
     tokenizer: Tokenizer
     config: object              # cosmos.Config
     seed: int
-    batch: int
+    batch: int                  # of all ranks, as in Order
     counts: Counts = Counts()
     augment: str = 'full'
     crop_min: float = 0.4
@@ -797,7 +805,8 @@ class Crops(Dataset):
         epoch, position, index = where
         pairs = len(self.shards)
         step_seed = f'{self.seed} {epoch} {position // self.batch}'  # the same for all pairs of a step
-        for bad in range(pairs + 1):    # all of them, for one may come twice
+        # So many tries reach every pair: after the jump of a batch, below, the walk may meet the first one again.
+        for bad in range(pairs + 1):
             try:
                 crops, colours, captions, _ = self.sample(epoch, index)
                 return crops, torch.tensor(colours), self.tokenizer(captions), step_seed, bad
@@ -827,8 +836,10 @@ class Batch(NamedTuple):
     crops: list             # V image crops (B, 3, s, s) uint8
     colours: object         # (B, V, 7), the numbers of Colours, on the CPU
     step_seed: str          # decides the order of the jitters
-    texts: list    # U captions (B, T) int64 for the student, globals first; each T is its own
-    teacher_texts: list     # the global captions for the teacher, (B, T)
+    # U captions (B, T) int64 for the student, globals first. T is full for caption 0, one number for the other globals,
+    # one for the local captions: see collate.
+    texts: list
+    teacher_texts: list     # the global captions for the teacher, all of one T
     bad: int                # pairs that were replaced because they could not be read
 
     def to(self, device):

@@ -309,8 +309,8 @@ def retrieval(image_features, text_features, owner, image_ids=None):
     """Zero-shot retrieval figures.
 
     owner (captions,): the id of each caption's image. image_ids (n,): the id of each image, by default its row; given
-    where images were left out. The rank of an image is that of the best of its captions. R@K are fractions, ranks count from 1, chance is R@1 of
-    guessing.
+    where images were left out. The rank of an image is that of the best of its captions. R@K are fractions, ranks count
+    from 1, chance is R@1 of guessing.
     """
     n = len(image_features)
     if image_ids is None:
@@ -458,8 +458,8 @@ def classify(image_features, vectors, labels):
 def class_names(source, path=None):
     """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order.
 
-    Where the classes are the thousand WordNet ids, torchvision's names of ImageNet are taken. 296 of them differ, by more
-    than capitals, from those of the released evaluation, which are open_clip's: for a comparable figure give a file.
+    Where the classes are the thousand WordNet ids, torchvision's names of ImageNet are taken. 296 of them differ, by
+    more than capitals, from those of the released evaluation, open_clip's: for a comparable figure give a file.
     """
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
     if path:
@@ -562,7 +562,7 @@ def window_scores(model, pixels, vectors, settings):
 def segment_image(model, image, vectors, counts, settings):
     """One image -> (h, w) int64 class of each pixel.
 
-    vectors (Q, D): one for each name, class after class. counts: how many names each class has, for it may have several.
+    vectors (Q, D): one for each name, class after class. counts: how many names each class has, one or several.
     The steps are those of clip_segmentor.py:113-276 of the released code.
     """
     short = min(image.size)

@@ -7,7 +7,7 @@
     python train.py --resume runs/a                             goes on where the run in runs/a stopped
 
 --out then holds last.pt (the checkpoint), best.pt (the networks with the best R@1 on --val), report.html (the run as a
-page), log.jsonl, config.json and eval.json.
+page), log.jsonl, config.json, eval.json and index.npy (of the shards).
 
 Sections 1 and 2 are the paper's: the rows of Table 5, and one step. `main`, at the end, is the run from top to bottom.
 """
@@ -62,12 +62,12 @@ class Method(NamedTuple):
     cross_attention: bool           # h_I and h_T learn from both: L_COSMOS
 
 
-# Each row adds to the one above. Only the first and the last are the released code's: clip has open_clip's own crop, and
-# no colours (transform.py:66). The others are our reading of the table's labels. The first three score far below the
-# CLIP of Table 1, so they probably had raw captions only: give them --caption-pool raw.
+# Each row adds to the one above. Only the first and the last are the released code's: clip has open_clip's own crop,
+# and no colours (transform.py:66). The others are our reading of the table's labels. The first three score far below
+# the CLIP of Table 1, so they probably had raw captions only: give them --caption-pool raw.
 G = GLOBALS
 METHODS = {
-    #                globals, locals of images and texts  crop   aug    distils images, texts  cross-attention
+    #         global images, texts  local images, texts  crop   aug    distils images, texts  cross-attention
     'clip':          Method(1, 1, False, False,            0.9, False,  False, False,          False),
     'clip-aug':      Method(G, 1, False, False,            0.4, True,   False, False,          False),
     'image-distill': Method(G, 1, True, False,             0.4, True,   True, False,           False),
@@ -85,12 +85,12 @@ class Run:
     train_set: data.Crops
     student: COSMOS
     forward: torch.nn.Module        # runs the student: in parts of a batch, across GPUs
-    teacher: Teacher                # None where nothing is distilled
+    teacher: Teacher                # None where nothing is distilled, unless the course wants one
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype              # of autocast; None: float32
     step: int = 0
-    pairs: int = 0                  # seen, in steps of any size
+    pairs: int = 0                  # seen so far; not step x batch, for --batch may change on resume
     best: tuple = (-1.0, 0)         # mean R@1 on --val, and its step
     begun: float = field(default_factory=time.perf_counter)
 
@@ -106,7 +106,7 @@ class Run:
 class Step(NamedTuple):
     """What a step has computed, for the log."""
     out: Output                 # of the student
-    cls_t: torch.Tensor         # of the teacher, (2, B, D); None without one
+    cls_t: torch.Tensor         # of the teacher, (2, B, D); None where nothing is distilled
     loss: torch.Tensor
     parts: dict                 # of the loss: {name: (weight, term)}
     norm: torch.Tensor          # of the gradient
@@ -288,7 +288,7 @@ def find_checkpoint(resume, out):
 
 
 def read_options(argv):
-    """-> options, and what the checkpoint to go on from holds, {} for a fresh start.
+    """-> options, what the checkpoint to go on from holds, and whether that lies in --out; a fresh start has {}, False.
 
     Defaults, the preset's recipe, the resumed run's options, what was typed: the last wins.
     """
@@ -322,8 +322,10 @@ def read_options(argv):
             raise Refused(f'this run was started with --{name} {value}, not {new}; give the same to resume it, or '
                           'another --out')
         if new not in (None, value) and os.environ.get('RANK', '0') == '0':
-            print(f'note       --{name} was {value}, is now {new}')
-    return options, saved
+            flag = name.replace('_', '-')
+            print(f'note       --{flag} was {value}, is now {new}')
+    in_place = bool(path) and Path(path).parent.resolve() == Path(options.out).resolve()
+    return options, saved, in_place
 
 
 def choose_lengths(options, pairs, held_out):
@@ -350,7 +352,7 @@ def choose_lengths(options, pairs, held_out):
 
 
 def choose_folder(options):
-    """A fresh start takes the first free name: a folder that holds a run is never touched."""
+    """Take the first free name: a folder that holds a run is never touched by another."""
     name = options.out
     number = 2
     while Path(options.out, 'last.pt').exists():
@@ -424,6 +426,19 @@ class Processes:
             self.wait()
 
 
+    def leave(self, status):
+        """End the process. With several, each waits here until all have come.
+
+        NB: destroying the process group may hang (one exit in three with torch 2.13): freeing DDP holds Python's lock
+        and waits for gloo's thread, which may be waiting for that lock.
+        """
+        if self.patient:
+            dist.barrier(group=self.patient)
+            sys.stdout.flush()
+            os._exit(status)
+        sys.exit(status)
+
+
 def use_cores(workers):
     """On a CPU: a core for each loader, the others for this process, and freed memory stays at hand."""
     keep_memory()
@@ -454,9 +469,9 @@ def choose_precision(name, device):
 
 
 def compile_blocks(model):
-    """torch.compile block by block, in place, so that parameters keep their names. One graph serves all layers and all
-    lengths of captions; the whole model would be compiled again for each length."""
-    # All blocks share their code, and by default the compiler gives up after 8 graphs of it.
+    """torch.compile block by block, in place, so that parameters keep their names. A graph serves all layers of a tower
+    and all lengths of captions; the whole model would be compiled again for each length."""
+    # Each tower needs several graphs: for all rows and for one, with gradient and without. The compiler's limit is 8.
     torch._dynamo.config.cache_size_limit = 128
     for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
         block.compile(dynamic=True)
@@ -465,7 +480,7 @@ def compile_blocks(model):
 # --- 5. Data and model -----------------------------------------------------------------------------------------------
 
 LEARNED_VOCAB = 8192
-PAIRS_TO_LEARN = 20_000         # about so many teach the merges: enough for every frequent word
+PAIRS_TO_LEARN = 20_000         # so many to twice as many teach the merges: enough for every frequent word
 
 
 def name_data(options):
@@ -567,7 +582,7 @@ def save(run):
         'scaler': run.scaler.state_dict()}
     if not all(weights.isfinite().all() for weights in state['student'].values()):
         raise Refused(f'the weights are not finite after step {run.step}, so they are not saved; go on from an '
-                      f'earlier step by --resume {last} and a lower --lr or --clip-grad 1')
+                      f'earlier step by --resume {run.folder} and a lower --lr or --clip-grad 1')
     if run.processes.rank == 0:
         data.save_tensors(last, state)
 
@@ -674,7 +689,7 @@ def evaluate(run, val):
         if val:
             figures = held_out_figures(run, val)
     except Exception:
-        if run.step == run.options.steps:
+        if run.step >= run.options.steps:
             raise
         tqdm.write(traceback.format_exc())
     run.processes.wait()
@@ -697,8 +712,8 @@ def held_out_figures(run, val):
     to_image = retrieval['text_to_image_R@1']
     mean = (to_text + to_image) / 2
     if mean > run.best[0]:
-        run.best = mean, run.step
         data.save_tensors(run.folder / 'best.pt', networks(run))
+        run.best = mean, run.step
     tqdm.write(f'eval       step {run.step}  R@1 {to_text:.1%} image to text, {to_image:.1%} text to image, '
                f'mean {mean:.1%}  best {run.best[0]:.1%} at step {run.best[1]}')
     return figures
@@ -730,12 +745,12 @@ def print_plan(run, val):
 
 def prepare_folder(run):
     """config.json, and the first part of the report. What is left there of an earlier start goes."""
-    check_space(run)
     config = vars(run.options) | {'config': asdict(run.train_set.config)}
     evaluation.write_json(run.folder / 'config.json', config)
     old = ['eval.json']
     if run.step == 0:
-        old += ['log.jsonl', 'maps.npz']
+        check_space(run)
+        old += ['log.jsonl', 'maps.npz', 'best.pt']
     for name in old:
         (run.folder / name).unlink(missing_ok=True)
     if (HERE / 'extras').is_dir():
@@ -852,28 +867,16 @@ def reason_to_stop(run, broken, bad, seen):
         remedy = 'a lower --lr or --clip-grad 1'
         if run.options.precision != 'fp32':
             remedy += ', or --precision fp32'
-        return (f'{broken} steps in a row were not finite, the last is step {run.step}; last.pt has the weights of '
-                f'before them: go on by --resume {run.folder} and {remedy}')
+        return (f'{broken} steps in a row were not finite, the last is step {run.step}; they have not changed the '
+                f'weights in last.pt: go on by --resume {run.folder} and {remedy}')
 
 
 # --- 9. A run, from the command line to the figures ------------------------------------------------------------------
 
-def leave(status):
-    """End the process; of several processes, when all have come here.
-
-    NB: destroying the process group may hang (one exit in three with torch 2.13): freeing DDP holds Python's lock and
-    waits for gloo's thread, which may be waiting for that lock.
-    """
-    if dist.is_initialized():
-        dist.barrier()
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
 def main(argv=None, build=COSMOS, keep_teacher=False):
-    """build, keep_teacher: for lesson/experiments.py. The class of the model; a teacher also where it teaches nothing."""
-    options, saved = read_options(argv)
+    """For lesson/experiments.py. build: the class of the model. keep_teacher: have a teacher also where it teaches
+    nothing."""
+    options, saved, in_place = read_options(argv)
     method = METHODS[options.method]
     processes = Processes(options.device)
     if processes.device.type == 'cpu':
@@ -881,13 +884,13 @@ def main(argv=None, build=COSMOS, keep_teacher=False):
     config, tokenizer, weights = choose_model(options, saved)
 
     # Data. Rank 0 reads all headers, and leaves the index in --out for the others.
-    if not saved:
+    if not in_place:
         choose_folder(options)
     index = Path(options.out, 'index.npy')
     val = None                                              # rank 0 evaluates
     with processes.rank_0_first():
         name_data(options)
-        build_index = processes.rank == 0 and not (saved and index.exists())
+        build_index = processes.rank == 0 and not (in_place and index.exists())
         keys = options.caption_keys or data.POOLS[options.caption_pool]
         shards = Shards(options.data, keys, 'train', None if build_index else index)
         if saved and saved['shards'] != shards.fingerprint:
@@ -927,7 +930,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False):
             prepare_folder(run)
         if train(run, val):
             print(f'stopped    step {run.step} is saved; go on by python train.py --resume {run.folder}')
-            leave(128 + signal.SIGTERM)
+            processes.leave(128 + signal.SIGTERM)
     else:
         print(f'nothing is left to do: {run.folder} has reached step {run.step} of {options.steps}')
 
@@ -937,7 +940,9 @@ def main(argv=None, build=COSMOS, keep_teacher=False):
         figures = evaluate(run, val)
         if processes.rank == 0:
             finish(run, figures)
-    leave(0)
+    if steps_left:
+        save(run)                                           # this evaluation may have been the best
+    processes.leave(0)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,9 @@
 """Errors at the command line: a bug shows its file and line, what a user can mend is one sentence. See data.Refused."""
+import os
 import re
-import subprocess
+import runpy
 import sys
-from multiprocessing.pool import ThreadPool
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -22,34 +23,68 @@ BUGS = [
     # train_step, retrieval
     ('train', '(images, batch.texts)', '(images, batch.text)', 'AttributeError'),
     ('eval', "'image_to_text': ranks(", "'image_to_text': runks(", 'NameError')]
+FILES = 'cosmos', 'data', 'eval', 'train'
 TRAIN = ('train.py --preset tiny --steps 2 --batch 4 --workers 1 --eval-every 1 --device cpu --precision fp32 '
-         '--out out --data ../dogs.tar --val ../dogs.tar').split()
+         '--out out --data ../dogs.tar --val ../dogs.tar')
 
 
-def train_changed(folder, file, right, wrong):
-    """Run a copy of the four files, without lesson and extras, with one place changed -> the process, and the line."""
-    for name in 'cosmos', 'data', 'eval', 'train':
+def program(folder, command):
+    """`python COMMAND` in a folder of the four files, in this process, which is new. Its output goes into a file."""
+    os.chdir(folder)
+    sys.path[:] = [str(folder)] + [path for path in sys.path if path != str(ROOT)]
+    for name in FILES:
+        sys.modules.pop(name, None)
+    sys.argv = command.split()
+    sys.stdout = sys.stderr = open('output', 'w', buffering=1)
+    runpy.run_path(sys.argv[0], run_name='__main__')
+
+
+def start(folder, command):
+    """Start it from a process that has imported torch."""
+    context = get_context('forkserver')
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=program, args=[folder, command])
+    process.start()
+    return process
+
+
+def four_files(folder):
+    for name in FILES:
         put(folder / f'{name}.py', (ROOT / f'{name}.py').read_bytes())
-    before, after = (folder / f'{file}.py').read_text().split(right)    # it stands there once
-    put(folder / f'{file}.py', before + wrong + after)
-    done = subprocess.run([sys.executable, *TRAIN], cwd=folder, capture_output=True, text=True)
-    return done, 1 + before.count('\n')
+    return folder
+
+
+def test_the_four_files_are_enough(tmp_path):
+    """oracle: the exit status of training and of evaluation, where the four files are alone."""
+    dog_tar(tmp_path / 'dogs.tar', 9)
+    folder = four_files(tmp_path / 'alone')
+    for command in TRAIN, 'eval.py retrieval out --shards ../dogs.tar':
+        process = start(folder, command)
+        process.join()
+        output = (folder / 'output').read_text()
+        assert process.exitcode == 0 and 'R@1' in output, output
 
 
 def test_a_bug_shows_its_place(tmp_path):
     """oracle: the line that was changed is the last of ours in the traceback, and the error ends the output; from a
     loader's worker, too. An evaluation in mid-run shows it and lets training go on."""
     dog_tar(tmp_path / 'dogs.tar', 9)
-    cases = [(tmp_path / str(i), *bug) for i, (*bug, _) in enumerate(BUGS)]
-    with ThreadPool(2) as pool:
-        results = pool.starmap(train_changed, cases)
-    for (file, _, wrong, error), (done, line) in zip(BUGS, results):
-        assert done.returncode == 1, wrong
-        frames = re.findall(r'File ".*\b(cosmos|data|eval|train)\.py", line (\d+)', done.stderr)
-        assert frames[-1] == (file, str(line)), done.stderr
-        assert re.search(rf'\n *{error}: .*\s*\Z', done.stderr), done.stderr
-    assert done.stdout.count(f'eval.py", line {line}, in retrieval') == 2       # at steps 0 and 1
-    assert torch.load(tmp_path / '6/out/last.pt')['step'] == 2
+    started = []
+    for i, (file, right, wrong, error) in enumerate(BUGS):
+        folder = four_files(tmp_path / str(i))
+        before, after = (folder / f'{file}.py').read_text().split(right)    # it stands there once
+        put(folder / f'{file}.py', before + wrong + after)
+        line = 1 + before.count('\n')
+        started.append([start(folder, TRAIN), folder, file, line, error])
+    for process, folder, file, line, error in started:
+        process.join()
+        output = (folder / 'output').read_text()
+        assert process.exitcode == 1, output
+        frames = re.findall(r'\b(cosmos|data|eval|train)\.py", line (\d+)', output)
+        assert frames[-1] == (file, str(line)), output
+        assert re.search(rf'\n *{error}: .*\s*\Z', output), output
+    assert output.count(f'eval.py", line {line}, in retrieval') == 3            # at steps 0, 1 and at the end
+    assert torch.load(folder / 'out/last.pt')['step'] == 2
 
 
 REFUSED = {         # flags: what their sentence must say
