@@ -100,6 +100,7 @@ def warn(message):
 def replacing(path):
     """A temporary path beside `path`, which takes its place when the block ends well and is removed when not."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'{path.name}.partial')
     try:
         yield temporary

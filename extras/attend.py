@@ -118,7 +118,7 @@ def main():
     parser.set_defaults(command='attend', run=run_attend)
     parser.add_argument('--image', required=True, help='an image')
     parser.add_argument('--text', required=True, nargs='+', help='one or more captions')
-    parser.add_argument('--out', default='attention.png', help='the picture (default: %(default)s)')
+    parser.add_argument('--out', default='runs/attention.png', help='the picture (default: %(default)s)')
     execute(parser.parse_args())
 
 

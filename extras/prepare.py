@@ -161,7 +161,6 @@ def name_left_out(problems):
 def write_shard(path, members):
     """A tar of (name, bytes), whole or not at all; of no members there is none. Equal members give equal bytes."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, tarfile.open(partial, 'w', format=tarfile.USTAR_FORMAT) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)            # its time is 0
@@ -436,7 +435,7 @@ def main():
     add('--caption-keys', help='comma-separated json keys of the captions')
     add('--preset', choices=PRESETS, default='tiny', help='whose views (default: %(default)s)')
     add('--vocab', help="CLIP's merges, to count tokens (default: COSMOS_VOCAB, else learned ones)")
-    add('--out', default='samples.png', help='the sheet of views (default: %(default)s)')
+    add('--out', default='runs/samples.png', help='the sheet of views (default: %(default)s)')
     options = vars(parser.parse_args())
     function = options.pop('function')
     function(**options)

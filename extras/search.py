@@ -91,7 +91,7 @@ def main():
     add('--like', help='an image to look for instead of words')
     add('--images', required=True, help='folder of images')
     add('--top', type=int, default=12, help='how many to show (default: %(default)s)')
-    add('--out', default='search.png', help='the contact sheet (default: %(default)s)')
+    add('--out', default='runs/search.png', help='the contact sheet (default: %(default)s)')
     add('--features', help='file that keeps the features of the images')
     # Not parse_args: before Python 3.13 it does not find an optional word behind flags.
     args = parser.parse_intermixed_args()
