@@ -197,7 +197,7 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
     """
     need(0 <= val < 1, f'--val {val} is no share; give 0.1 for a tenth')
     records = records_by_image(read_rows(rows), rows, image_column, caption_column)
-    claim(out, rows=f'{Path(rows).resolve()}', images=f'{Path(images).resolve()}', val=val,
+    claim(out, source=f'{Path(rows).resolve()}', images=f'{Path(images).resolve()}', val=val,
           columns=[image_column, caption_column])
     sides = defaultdict(dict)                       # folder of shards: {image name: record}
     for name, record in records.items():

@@ -274,25 +274,20 @@ def test_schedules_and_decay():
 # --- Whole runs ------------------------------------------------------------------------------------------------------
 
 def test_log_entry_by_hand():
-    """oracle: by hand. Orthogonal embeddings spread by 1, equal ones by 0. Two of four exchanged: half an accuracy, half
-    a cosine. A part of the loss is logged under its name, beside its weight."""
+    """oracle: by hand. Orthogonal embeddings spread by 1. Two of four exchanged: half an accuracy, half a cosine. A part
+    of the loss is logged under its name, beside its weight."""
     options = SimpleNamespace(batch=4, lr=1, warmup=1, momentum=0.5, momentum_ramp=0)
     run = SimpleNamespace(
         options=options, student=micro()[0], processes=SimpleNamespace(world=1, sum=list, device=torch.device('cpu')),
         method=train.METHODS['cosmos'], step=1, pairs=4, train_set=SimpleNamespace(shards=range(8)))
-    exchanged = torch.eye(4)[[1, 0, 2, 3]]
-
-    def entry(cls):
-        out = Output(cls[None], exchanged[None], None, None)
-        parts = {'clip': (1, 2.0), 'mine': (0.5, 3.0)}
-        return train.log_entry(run, train.Step(out, exchanged[None], 3.5, parts, 0, True), 3, 2, 1)
-
-    found = entry(torch.eye(4))
+    exchanged = torch.eye(4)[None, [1, 0, 2, 3]]
+    out = Output(torch.eye(4)[None], exchanged, None, None)
+    parts = {'clip': (1, 2.0), 'mine': (0.5, 3.0)}
+    found = train.log_entry(run, train.Step(out, exchanged, 3.5, parts, 0, True), steps=3, seconds=2, waited=1)
     wanted = {'spread': 1, 'accuracy': 0.5, 'cosine': 0.5, 'distill': 1.5, 'mine': 3, 'pairs_per_s': 6, 'waiting': 0.5,
               'epoch': 0.5, 'scale': 1 / 0.07}
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
     assert found['weights'] == {'clip': 1, 'mine': 0.5}
-    assert entry(torch.eye(4)[[0, 0, 0, 0]])['spread'] == 0
 
 
 def test_a_run_leaves_everything(whole, dogs, tmp_path):
@@ -331,26 +326,18 @@ def test_lengths_of_runs(capsys):
     assert lengths() == (480, 2000, 48, 0)
 
 
-def test_best_networks_are_kept(monkeypatch, fit, tmp_path, capsys):
-    """oracle: the figures of the log: the step with the best mean of both R@1, also over a stop. Too little room on the
-    disk is a sentence."""
+def test_best_networks_are_kept(fit, tmp_path):
+    """oracle: the figures of the log: the step with the best mean of both R@1, also over a stop."""
     out = tmp_path / 'out'
     assert fit(out, '--steps', 4, '--eval-every', 1, '--lr', 0.1, '--warmup', 1) == 0
     assert fit(out, *AUTO, '--batch', 8, '--eval-every', 1) == 0
     means = {}
     for entry in read_log(out):
-        if 'eval' in entry:
-            figures = entry['eval']['retrieval']
-            means[entry['step']] = figures['image_to_text_R@1'] + figures['text_to_image_R@1']
-        if entry['step'] == 5:
-            assert entry['epoch'] == pytest.approx((4 * 4 + 8) / 60)
-    assert list(means) == [0, 1, 2, 3, 4, 5, 6]
-    best = max(means, key=means.get)                                    # of equals the first
-    assert torch.load(out / 'best.pt', weights_only=True)['step'] == best
-    assert f'best {means[best] / 2:.1%} at step {best}\n' in capsys.readouterr().out
+        figures = entry['eval']['retrieval']
+        means[entry['step']] = figures['image_to_text_R@1'] + figures['text_to_image_R@1']
+    assert list(means) == [0, 1, 2, 3, 4, 5, 6] and entry['epoch'] == pytest.approx((4 * 4 + 2 * 8) / 60)
+    assert torch.load(out / 'best.pt', weights_only=True)['step'] == max(means, key=means.get)  # of equals the first
     assert evaluation.load(out / 'best.pt')[0].origin == 'teacher'
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=10 ** 6))
-    assert re.search(r'out-2 has 1 MB free, .* need \d+ MB', fit(out))
 
 
 def test_it_learns(fit, dogs, tmp_path):
@@ -414,70 +401,49 @@ def test_kills_at_random_moments(fit, tmp_path, dogs):
     assert not list(out.glob('*.partial'))
 
 
-def test_full_disks_and_torn_checkpoints(fit, whole, tmp_path):
-    """oracle: the checkpoint before, byte by byte, where files may not grow beyond a limit; then the run without mishap.
-    A torn checkpoint is named."""
-    out = tmp_path / 'out'
-    assert fit(out, '--steps', 4) == 0
-    checkpoint = (out / 'last.pt').read_bytes()
+def test_full_disks(fit, tmp_path):
+    """oracle: the checkpoint before, byte by byte, where files may not grow beyond a limit."""
+    assert fit(tmp_path, '--steps', 4) == 0
+    checkpoint = (tmp_path / 'last.pt').read_bytes()
     limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(checkpoint) // 2, hard))
-    error = fit(out, *AUTO, '--steps', 6)
+    error = fit(tmp_path, *AUTO)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     assert re.fullmatch('error: .*last.pt cannot be written .*', error)
-    assert (out / 'last.pt').read_bytes() == checkpoint and not list(out.glob('*.partial'))
-    assert fit(out, '--resume', out, '--steps', 6) == 0                 # a run's folder is its last.pt
-    assert saved(out)['step'] == 6
-    (out / 'last.pt').write_bytes(checkpoint[:10_000])
-    assert 'last.pt is no checkpoint' in fit(out, *AUTO)
+    assert (tmp_path / 'last.pt').read_bytes() == checkpoint and not list(tmp_path.glob('*.partial'))
 
 
-def test_a_run_never_costs_another(fit, whole, dogs, tmp_path, capsys):
+def test_a_run_never_costs_another(fit, whole, dogs, tmp_path):
     """oracle: the files of a finished run, byte by byte, after each command that must leave them alone. A fresh start
-    takes the first free name, and says so in its first and last lines."""
+    takes the first free name."""
     out = tmp_path / 'out'
     shutil.copytree(whole, out)
-    other = dog_tar(tmp_path / 'dogs.tar', 9)
     before = contents(out)
+    other = dog_tar(tmp_path / 'dogs.tar', 9)
     for words, *flags in (
-            ('does not exist', '--data', 'scenez'),
             ('started on other shards', *AUTO, '--data', other),
-            ('started on other shards', *AUTO, '--data', dogs / 'train', other),
             ('started with --method cosmos, not clip', *AUTO, '--method', 'clip')):
-        assert words in fit(out, *flags), flags
-        assert contents(out) == before and not (tmp_path / 'out-2').exists(), flags
-    capsys.readouterr()
-    assert fit(out, *AUTO, '--steps', 4) == 0
+        assert words in fit(out, *flags)
+    assert fit(out, '--resume', out, '--steps', 4) == 0                 # nothing is left to do
+    for number in 2, 3:
+        assert fit(out, '--steps', number) == 0
+        assert saved(tmp_path / f'out-{number}')['step'] == number
     assert contents(out) == before
-    printed = capsys.readouterr().out
-    assert '--steps was 6, is now 4\n' in printed and '--data was' not in printed
-    assert 'nothing is left to do' in printed
     (out / 'eval.json').unlink()
     assert fit(out, *AUTO, '--steps', 4) == 0
-    assert (out / 'eval.json').exists() and (out / 'last.pt').read_bytes() == before['last.pt']
-    before = contents(out)
-    capsys.readouterr()
-    for number in 2, 3:
-        assert fit(out, '--steps', number, '--val', dogs / 'train') == 0
-        assert saved(tmp_path / f'out-{number}')['step'] == number
-        first, *_, last = capsys.readouterr().out.splitlines()
-        assert f'out-{number}' in first and f'out-{number}' in last
-    assert contents(out) == before
+    assert contents(out).keys() == before.keys() and saved(out)['step'] == 6
 
 
 def test_init(fit, whole, tmp_path):
-    """oracle: the weights in the file, and their features, before the first step; a fresh model's cross-attention."""
+    """oracle: the weights in the file before the first step; a fresh model's cross-attention. A resumed run goes on."""
     assert fit(tmp_path / 'clip', '--method', 'clip') == 0
-    _, images, _ = micro()
     for path in whole / 'last.pt', tmp_path / 'clip/last.pt':
         begun = started(fit, tmp_path / 'begun', '--init', path)
-        model, _, _ = evaluation.load(path)
+        weights = evaluation.load(path)[0].state_dict()
         torch.manual_seed(0)
-        expected = COSMOS(begun.train_set.config).state_dict() | model.state_dict()
+        expected = COSMOS(begun.train_set.config).state_dict() | weights
         for found in begun.student, begun.teacher.model:
             assert_close(found.state_dict(), expected, rtol=0, atol=0)
-            close(found.encode_image(images[0])[0], model.encode_image(images[0])[0])
-        assert begun.step == 0
     shutil.copytree(whole, tmp_path / 'on')
     assert started(fit, tmp_path / 'on', '--init', path, *AUTO, '--steps', 7).step == 6
 
@@ -489,51 +455,43 @@ def test_half_precision_with_a_scaler(fit, whole, tmp_path):
         out = tmp_path / name
         assert fit(out, '--steps', 3, '--precision', name) == 0
         assert read_log(out)[0]['loss'] == pytest.approx(read_log(whole)[1]['loss'], rel=0.01)
-    scaler = saved(out)['scaler']
     resumed = started(fit, out, *AUTO, '--precision', 'fp16', '--wd', 0.3, '--steps', 4)
-    assert resumed.scaler.state_dict() == scaler and scaler['scale'] > 1
+    assert resumed.scaler.state_dict() == saved(out)['scaler'] and resumed.scaler.get_scale() > 1
     assert [group['weight_decay'] for group in resumed.optimizer.param_groups] == [0.3, 0]
 
 
-@pytest.mark.parametrize('bad', [5, 20])
-def test_bad_pairs_stop_a_run_beyond_5_percent(fit, tmp_path, bad):
-    """oracle: the number of pairs of 120 that were broken on purpose; a hundred of them are seen."""
-    shards = dog_tar(tmp_path / 'a.tar', 120, broken=range(120 - bad, 120))
-    status = fit(tmp_path / 'out', '--data', shards, '--steps', 25)
-    assert status == 0 if bad == 5 else 'over 5 % of the pairs cannot be read' in status
-    assert 0 < saved(tmp_path / 'out')['step'] <= 25    # what was learnt is not lost
+def test_bad_pairs_stop_a_run_beyond_5_percent(fit, tmp_path):
+    """oracle: the number of pairs that were broken on purpose; the limits by hand."""
+    shards = dog_tar(tmp_path / 'a.tar', 120, broken=range(100, 120))
+    assert 'over 5 % of the pairs cannot be read' in fit(tmp_path, '--data', shards, '--steps', 25)
+    assert 0 < saved(tmp_path)['step'] < 25             # what was learnt is not lost
+    for bad, seen, stops in (10, 20, False), (11, 20, True), (50, 1000, False), (51, 1000, True):
+        assert bool(train.reason_to_stop(None, 0, bad, seen)) == stops
 
 
-def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path, capsys):
-    """oracle: losses made NaN in chosen steps, few in a row skipped without a trace, more not. The advice fits."""
+def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path):
+    """oracle: losses made NaN in chosen steps, few in a row skipped without a trace, more not."""
     loss = cosmos.clip_loss
 
-    def broken(out, *steps):
+    def spoilt(*arguments):
+        return loss(*arguments) * (math.nan if next(numbers) in steps else 1)
+
+    monkeypatch.setattr(cosmos, 'clip_loss', spoilt)
+    for steps, status, last in ([1, 3, 4, 5, 6], 0, 9), ([3, 4, 5, 6, 7], 'error: 5 steps in a row .* step 7', 7):
         numbers = itertools.count(1)
-
-        def spoilt(*arguments):
-            return loss(*arguments) * (math.nan if next(numbers) in steps else 1)
-
-        monkeypatch.setattr(cosmos, 'clip_loss', spoilt)
-        status = fit(out, '--steps', 9)
+        out = tmp_path / str(last)
+        assert re.match(str(status), str(fit(out, '--steps', 9)))
         state = saved(out)
+        assert state['step'] == len(read_log(out)) == last
+        assert state['optimizer']['state'][0]['step'] == last - 5
         assert state['student']['visual.proj'].isfinite().all()
-        return status, state['step'], [entry['step'] for entry in read_log(out)], state['optimizer']
-
-    *found, optimizer = broken(tmp_path / 'few', 1, 3, 4, 5, 6)
-    assert found == [0, 9, [1, 2, 3, 4, 5, 6, 7, 8, 9]] and optimizer['state'][0]['step'] == 4
-    assert capsys.readouterr().out.count('is left out: loss nan') == 5
-    error, step, *_ = broken(tmp_path / 'many', 3, 4, 5, 6, 7)
-    assert re.fullmatch('error: 5 steps in a row .* step 7.* --lr or --clip-grad 1', error) and step == 7
 
 
 def test_weights_that_are_not_finite_are_not_saved(monkeypatch, fit, tmp_path):
     """oracle: the checkpoint before: that of step 2."""
     def spoil(run, norm):
-        with torch.no_grad():
-            run.student.visual.proj[0, 0] = math.inf if run.step == 3 else 0
+        run.student.visual.proj.data[0, 0] = math.inf if run.step == 3 else 0
 
     monkeypatch.setattr(train, 'update', spoil)
-    assert re.fullmatch('error: the weights are not finite after step 4, .* by --resume .*out .*',
-                        fit(tmp_path / 'out'))
-    assert saved(tmp_path / 'out')['step'] == 2
+    assert 'the weights are not finite after step 4' in fit(tmp_path)
+    assert saved(tmp_path)['step'] == 2
