@@ -765,12 +765,15 @@ class Order:
     rank: int = 0
     world: int = 1
 
+    def permutation(self, epoch):
+        return shuffled(self.seed, epoch, self.pairs)
+
     def __iter__(self):
         share = self.batch // self.world
         for step in range(self.start, self.stop):
             epoch, k = divmod(step, self.pairs // self.batch)
             begin = k * self.batch + self.rank * share
-            indices = shuffled(self.seed, epoch, self.pairs)[begin:begin + share].tolist()
+            indices = self.permutation(epoch)[begin:begin + share].tolist()
             yield [(epoch, position, index) for position, index in enumerate(indices, begin)]
 
 

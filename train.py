@@ -89,6 +89,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype              # of autocast; None: float32
+    order: type = data.Order        # which pairs make a batch
     step: int = 0
     pairs: int = 0                  # seen so far; not step x batch, for --batch may change on resume
     best: tuple = (-1.0, 0)         # mean R@1 on --val, and its step
@@ -789,8 +790,8 @@ def train(run, val):
     processes = run.processes
     caught = catch_signals()
     pairs = len(run.train_set.shards)
-    order = data.Order(pairs, options.batch, run.step, options.steps, options.seed,
-                       rank=processes.rank, world=processes.world)
+    order = run.order(pairs, options.batch, run.step, options.steps, options.seed,
+                      rank=processes.rank, world=processes.world)
     # Half precision is faster with captions of multiples of 8 tokens.
     batches = iter(data.loader(run.train_set, order, options.workers,
                                multiple=8 if run.dtype else 1, whole=run.method.cross_attention))
@@ -873,9 +874,9 @@ def reason_to_stop(run, broken, bad, seen):
 
 # --- 9. A run, from the command line to the figures ------------------------------------------------------------------
 
-def main(argv=None, build=COSMOS, keep_teacher=False):
+def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
     """For lesson/experiments.py. build: the class of the model. keep_teacher: have a teacher also where it teaches
-    nothing."""
+    nothing. order: the class that says which pairs make a batch."""
     options, saved, in_place = read_options(argv)
     method = METHODS[options.method]
     processes = Processes(options.device)
@@ -915,6 +916,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False):
 
     # Model, teacher, optimizer; of a run that is resumed as they were saved.
     run = make_run(options, processes, train_set, weights, build, keep_teacher)
+    run.order = order
     if saved:
         restore(run, saved)
     if options.compile:

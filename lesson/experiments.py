@@ -329,7 +329,7 @@ def load(path, build):
 
 def train_run(variant, seed, scenes, out):
     """Train a variant in this process, or go on with it."""
-    hooks = {'build': METHODS[variant.method].model, 'averages': True}
+    hooks = {'build': METHODS[variant.method].model, 'keep_teacher': True}
     if variant.grouped:
         listed = suppression.read_scenes(Shards(scenes / 'train'))
         hooks['order'] = partial(Grouped, groups=color_groups(listed), grouped=variant.grouped)

@@ -516,7 +516,7 @@ def test_average_without_a_teacher(drawn, sandbox, monkeypatch):
             students.append(Teacher(self).model.state_dict())
 
     def record(run):
-        students.append(Teacher(run.model).model.state_dict())
+        students.append(Teacher(run.student).model.state_dict())
         save(run)
 
     flags = (f'--data {drawn} --preset tiny --method clip --batch 4 --steps 4 --warmup 0 --lr 0.05 --save-every 1 '
@@ -525,7 +525,8 @@ def test_average_without_a_teacher(drawn, sandbox, monkeypatch):
         train.main([*flags, 'plain'])
     monkeypatch.setattr(train, 'save', record)
     with pytest.raises(SystemExit):
-        train.main([*flags, 'averaged'], build=Recorded, averages=True)
+        train.main([*flags, 'averaged'], build=Recorded, keep_teacher=True)
+    students.pop()                                      # it is saved again after the last evaluation
     average = students[0]
     for step, student in enumerate(students[1:], 1):
         momentum = step / (step + 10)

@@ -112,7 +112,7 @@ def pairs_tar(path, records, images=itertools.repeat(b'image'), format=tarfile.P
 def dog_tar(path, n, format=tarfile.PAX_FORMAT, broken=()):
     """n pairs, an image of a colour of its own and the caption 'dog i'; some images are broken -> path."""
     records = [{'caption': f'dog {i}'} for i in range(n)]
-    images = [encoded(Image.new('RGB', (40, 30), (20 * i, 0, 9))) for i in range(n)]
+    images = [encoded(Image.new('RGB', (40, 30), (4 * i % 256, 37 * i % 256, 9))) for i in range(n)]
     for i in broken:
         images[i] = b'no image'
     return pairs_tar(path, records, images, format)

@@ -13,16 +13,13 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
-from multiprocessing import active_children, current_process, set_forkserver_preload
+from multiprocessing import active_children, current_process, get_context, set_forkserver_preload
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-from PIL import Image
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -32,7 +29,7 @@ import eval as evaluation
 import train
 from cosmos import COSMOS, Output, Teacher, clip_loss, cosmos_loss
 from data import Batch
-from tests.helpers import ROOT, close, dog_tar, encoded, micro, pairs_tar, run
+from tests.helpers import close, dog_tar, micro, run
 
 QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 30 '
          '--lr 1e-3 --momentum 0.99 --momentum-ramp 10 --log-every 1 --eval-every 0 --workers 0').split()
@@ -44,11 +41,9 @@ AUTO = ['--resume', 'auto']
 def dogs(tmp_path_factory):
     """A folder of two halves: 60 training and 16 held-out pairs, each image of a colour of its own."""
     root = tmp_path_factory.mktemp('dogs')
-    for half, numbers in ('train', range(60)), ('val', range(60, 76)):
+    for half, pairs in ('train', 60), ('val', 16):
         (root / half).mkdir()
-        records = [{'captions': [f'dog {i}', f'a cat {i}', f'{i} apes']} for i in numbers]
-        images = [encoded(Image.new('RGB', (40, 30), (3 * i, 255 - 3 * i, 37 * i % 256))) for i in numbers]
-        pairs_tar(root / half / '0.tar', records, images)
+        dog_tar(root / half / '0.tar', pairs)
     return root
 
 
@@ -64,7 +59,7 @@ def fit(dogs):
 @pytest.fixture(scope='session')
 def whole(fit, tmp_path_factory):
     """--out of a run of six steps that nothing disturbed."""
-    out = tmp_path_factory.mktemp('runs') / 'whole'
+    out = tmp_path_factory.mktemp('fresh') / 'runs/whole'
     assert fit(out, '--eval-every', 5) == 0
     return out
 
@@ -195,19 +190,18 @@ def gradients(processes, method, accum):
     return {name: p.grad for name, p in model.named_parameters()}, total / processes.world
 
 
-def one_rank(rank, world, port, path, flags):
-    """One of `world` processes: saves its gradients; of two processes, train.py with `flags`, too."""
+def one_rank(rank, port, path, flags):
+    """One of two processes: saves its gradients, and runs train.py with `flags`."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     processes = train.Processes('cpu')
-    assert (processes.rank, processes.world, dist.get_world_size()) == (rank, world, world)
+    assert (processes.rank, processes.world) == (rank, 2)
     assert (sys.stdout.name == os.devnull) == (rank > 0)                # rank 0 speaks for all
     for method in OBJECTIVES:
         for accum in 1, 2:
-            torch.save(gradients(processes, method, accum), path / f'{world}-{rank}-{method}-{accum}')
-    if world == 2:
-        train.Processes = {'auto': processes, 'cpu': processes}.get
-        run(train, *flags)
+            torch.save(gradients(processes, method, accum), path / f'{rank}-{method}-{accum}')
+    train.Processes = {'auto': processes, 'cpu': processes}.get
+    run(train, *flags)
     processes.leave(0)
 
 
@@ -217,12 +211,10 @@ def by_ranks(tmp_path_factory):
     path = tmp_path_factory.mktemp('ranks')
     shards = dog_tar(path / 'dogs.tar', 80, broken=[3, 40])
     flags = ['--data', shards, *QUICK, '--steps', 20, '--out']
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
     set_forkserver_preload([__name__])                  # imported once, not in each process
-    for world in 2, 4:
-        with socket.create_server(('127.0.0.1', 0)) as server:
-            port = server.getsockname()[1]
-        arguments = world, port, path, [*flags, path / 'two']
-        start_processes(one_rank, arguments, nprocs=world, start_method='forkserver')
+    start_processes(one_rank, (port, path, [*flags, path / 'two']), nprocs=2, start_method='forkserver')
     assert run(train, *flags, path / 'one') == 0
     return path
 
@@ -230,13 +222,13 @@ def by_ranks(tmp_path_factory):
 @pytest.mark.parametrize('method', OBJECTIVES)
 def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
     """oracle: one process with the whole batch: same loss, same gradient in every parameter and scale, with --accum 2
-    (and --grad-checkpoint), with 2 and 4 processes, and with both. None of them is all zero: it would never learn."""
+    (and --grad-checkpoint), with 2 processes, and with both. None of them is all zero: it would never learn."""
     alone = train.Processes('cpu')
     expected, total = gradients(alone, method, 1)
     found = [gradients(alone, method, 2)]
-    for path in by_ranks.glob(f'?-?-{method}-?'):
+    for path in by_ranks.glob(f'?-{method}-?'):
         found.append(torch.load(path))
-    assert len(found) == 13
+    assert len(found) == 5
     for grads, loss in found:
         assert loss == pytest.approx(total, rel=1e-6)
         for name in expected:
@@ -273,19 +265,16 @@ def test_schedules_and_decay():
 
 # --- Whole runs ------------------------------------------------------------------------------------------------------
 
-def test_log_entry_by_hand():
+def test_log_entry_by_hand(fit, tmp_path):
     """oracle: by hand. Orthogonal embeddings spread by 1. Two of four exchanged: half an accuracy, half a cosine. A part
-    of the loss is logged under its name, beside its weight."""
-    options = SimpleNamespace(batch=4, lr=1, warmup=1, momentum=0.5, momentum_ramp=0)
-    run = SimpleNamespace(
-        options=options, student=micro()[0], processes=SimpleNamespace(world=1, sum=list, device=torch.device('cpu')),
-        method=train.METHODS['cosmos'], step=1, pairs=4, train_set=SimpleNamespace(shards=range(8)))
+    of the loss is logged under its name."""
+    begun = started(fit, tmp_path)
     exchanged = torch.eye(4)[None, [1, 0, 2, 3]]
     out = Output(torch.eye(4)[None], exchanged, None, None)
     parts = {'clip': (1, 2.0), 'mine': (0.5, 3.0)}
-    found = train.log_entry(run, train.Step(out, exchanged, 3.5, parts, 0, True), steps=3, seconds=2, waited=1)
-    wanted = {'spread': 1, 'accuracy': 0.5, 'cosine': 0.5, 'distill': 1.5, 'mine': 3, 'pairs_per_s': 6, 'waiting': 0.5,
-              'epoch': 0.5, 'scale': 1 / 0.07}
+    done = train.Step(out, exchanged, 3.5, parts, 0, True)
+    found = train.log_entry(begun, done, steps=3, seconds=2, waited=1)
+    wanted = {'spread': 1, 'accuracy': 0.5, 'cosine': 0.5, 'distill': 1.5, 'mine': 3, 'pairs_per_s': 6, 'waiting': 0.5}
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
     assert found['weights'] == {'clip': 1, 'mine': 0.5}
 
@@ -308,22 +297,21 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
     assert figures['retrieval'] == json.loads(again.read_text())
 
 
-def test_lengths_of_runs(capsys):
+def test_lengths_of_runs():
     """oracle: arithmetic on 60 pairs and 16 held-out ones: 15 batches of four a pass. Of steps and passes the fewer
     count, unless one alone was typed; a run that is cut short warms up in proportion; a tenth of the run lies between
     evaluations, unless ten could take a tenth of it."""
-    def lengths(*flags):
-        options, *_ = train.read_options(['--data', 'x', '--batch', '4', *flags])
+    for flags, *lengths in (
+            ('--preset tiny', 450, 64, 45),             # 30 passes; 100 * 450 // 700
+            ('--preset tiny --warmup 90', 450, 90, 45),
+            ('--preset tiny --steps 100', 100, 14, 0),
+            ('--preset tiny --epochs 12 --eval-every 7', 180, 25, 7),
+            ('--preset tiny --steps 800 --epochs 60', 800, 100, 80),
+            ('--steps 700 --epochs 2', 30, 2000, 0),
+            ('', 480, 2000, 48)):
+        options, *_ = train.read_options(['--data', 'x', '--batch', '4', *flags.split()])
         train.choose_lengths(options, 60, 16)
-        return options.steps, options.warmup, options.eval_every, capsys.readouterr().out.count('only evaluation')
-
-    assert lengths('--preset', 'tiny') == (450, 64, 45, 0)              # 30 passes; 100 * 450 // 700
-    assert lengths('--preset', 'tiny', '--warmup', '90') == (450, 90, 45, 0)
-    assert lengths('--preset', 'tiny', '--steps', '100') == (100, 14, 0, 1)
-    assert lengths('--preset', 'tiny', '--epochs', '12', '--eval-every', '7') == (180, 25, 7, 0)
-    assert lengths('--preset', 'tiny', '--steps', '800', '--epochs', '60') == (800, 100, 80, 0)
-    assert lengths('--steps', '700', '--epochs', '2') == (30, 2000, 0, 1)
-    assert lengths() == (480, 2000, 48, 0)
+        assert [options.steps, options.warmup, options.eval_every] == lengths
 
 
 def test_best_networks_are_kept(fit, tmp_path):
@@ -340,25 +328,20 @@ def test_best_networks_are_kept(fit, tmp_path):
     assert evaluation.load(out / 'best.pt')[0].origin == 'teacher'
 
 
-def test_it_learns(fit, dogs, tmp_path):
+def test_it_learns(fit, tmp_path):
     """oracle: guessing, ln 8, where both losses start: 150 steps on 60 pairs take each below three quarters of it."""
-    flags = '--steps 150 --batch 8 --lr 4e-3 --lr-end 0.5 --wd 0.1 --augment crops --save-every 150 --val'.split()
-    assert fit(tmp_path, *flags, dogs / 'train') == 0
+    flags = '--steps 150 --batch 8 --local-crops 2 --local-captions 1 --lr 4e-3 --lr-end 0.5 --wd 0.1 --augment crops --save-every 150'
+    assert fit(tmp_path, *flags.split()) == 0
     entries = read_log(tmp_path)
     for name in 'clip', 'distill':
-        losses = [entry[name] for entry in entries]
-        assert sum(losses[-10:]) / 10 < 0.75 * math.log(8) < 1.2 * sum(losses[:3]) / 3
-    assert entries[-1]['eval']['retrieval']['image_to_text_R@10'] > 0.33      # chance: 1/6
+        losses = [entry[name] for entry in entries[-10:]]
+        assert sum(losses) / 10 < 0.75 * math.log(8)
 
 
-@pytest.mark.parametrize('method, workers', [('cosmos', 0), ('cosmos', 2), ('clip', 0)])
-def test_resume_is_exact(monkeypatch, fit, whole, tmp_path, method, workers):
+@pytest.mark.parametrize('workers', [0, 2])
+def test_resume_is_exact(monkeypatch, fit, whole, tmp_path, workers):
     """oracle: the run that was not interrupted, read by the main process: weights, optimizer, teacher and log. SIGTERM
     goes to the loader's workers, too, as torchrun and Slurm send it."""
-    flags = ['--method', method, '--workers', workers]
-    if method != 'cosmos':
-        whole = tmp_path / 'whole'
-        assert fit(whole, *flags) == 0
     step = train.train_step
     stopped = []
 
@@ -370,11 +353,14 @@ def test_resume_is_exact(monkeypatch, fit, whole, tmp_path, method, workers):
         return step(run, batch)
 
     monkeypatch.setattr(train, 'train_step', interrupted)
-    two = tmp_path / 'two'
-    assert fit(two, *flags) == 143 and saved(two)['step'] == 4
-    assert not (two / 'eval.json').exists()
-    assert fit(two, *flags, *AUTO) == 0
-    same_run(whole, two)
+    assert fit(tmp_path, '--workers', workers) == 143 and saved(tmp_path)['step'] == 4
+    assert not (tmp_path / 'eval.json').exists()
+    assert fit(tmp_path, '--workers', workers, *AUTO) == 0
+    same_run(whole, tmp_path)
+
+
+def in_a_process(arguments):
+    run(train, *arguments)
 
 
 def test_kills_at_random_moments(fit, tmp_path, dogs):
@@ -383,18 +369,18 @@ def test_kills_at_random_moments(fit, tmp_path, dogs):
     assert fit(tmp_path / 'whole', *flags) == 0
     out = tmp_path / 'killed'
     log = out / 'log.jsonl'
-    code = 'import tests.helpers, data, train; data.run(train.main)'    # knows the micro preset
-    command = [sys.executable, '-c', code, '--data', dogs, *QUICK, *flags, '--workers', '1', '--out', out]
+    arguments = ['--data', dogs, *QUICK, *flags, '--workers', '1', '--out', out]
     rng = random.Random(0)
     for half in range(2):
-        child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        child = get_context('forkserver').Process(target=in_a_process, args=[arguments])
+        child.start()
         lines = 6 * half + rng.randint(1, 5)
         while not log.exists() or log.read_text().count('\n') < lines:
-            assert child.poll() is None
+            assert child.is_alive()
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05))
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        child.kill()
+        child.join()
         (out / 'last.pt.partial').touch()                               # as of a kill within a save
     assert fit(out, *flags) == 0
     same_run(tmp_path / 'whole', out)
