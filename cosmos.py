@@ -381,7 +381,7 @@ def cosmos_terms(out, cls_t, eot_t, scale):
 
 
 def cosmos_loss(out, cls_t, eot_t, scale):
-    """L_COSMOS, the mean of the four terms.                                                          Sec. 3.3, Eq. 6"""
+    """L_COSMOS, the mean of the four terms. (total_loss weighs the same terms, one by one.)          Sec. 3.3, Eq. 6"""
     terms = cosmos_terms(out, cls_t, eot_t, scale)
     return sum(terms.values()) / len(terms)
 
@@ -760,4 +760,5 @@ if __name__ == '__main__':  # python cosmos.py: forward and backward on noise, t
         print(f'{name:10} {tuple(value.shape)}')
     for name, (weight, term) in parts.items():
         print(f'{name:10} {weight} x {term.item():.4f}')
-    print(f'loss       {loss.item():.4f} on noise; a blind guess costs ln 3 in each part, 2.1972 in all')
+    guess = math.log(3) * sum(weight for weight, _ in parts.values())
+    print(f'loss       {loss.item():.4f} on noise; a blind guess costs ln 3 in each part, {guess:.4f} in all')

@@ -13,6 +13,7 @@ pair), the order of the pairs from (seed, epoch), that of the colour jitters fro
 same batches with any number of workers and GPUs, and can be resumed at any step.
 """
 import argparse
+import atexit
 import glob
 import gzip
 import hashlib
@@ -83,9 +84,8 @@ def run(main):
 
 
 def leave(message):
-    """End the process with status 1. Loader workers and process groups could keep Python from ending, so it does not
-    wait for them."""
-    if multiprocessing.active_children() or dist.is_initialized():
+    """End the process with status 1. A process group could keep Python from ending, so it does not wait for that."""
+    if dist.is_initialized():
         print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)
@@ -894,8 +894,15 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_workers():
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def loader(crops, batches, workers, multiple=1, whole=True):
     """The plain DataLoader that serves batch after batch of an Order."""
+    # At its exit Python ends workers by SIGTERM, which these ignore, and waits for them. So they are killed before.
+    atexit.register(end_workers)
     # A forked worker shares the index, a spawned one gets a copy. (Without workers there must be no context.)
     context = 'fork' if workers and sys.platform == 'linux' else None
     return DataLoader(crops, batch_sampler=batches, num_workers=workers,

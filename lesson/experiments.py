@@ -34,7 +34,7 @@ import torch
 import eval as evaluation
 import train
 from cosmos import COSMOS, Config, Output, unit
-from data import Order, Parser, Shards, Tokenizer, replacing, run, shuffled
+from data import Order, Parser, Shards, Tokenizer, replacing, run
 from lesson import suppression
 from lesson.scenes import VERSION, make_scenes
 
@@ -99,7 +99,7 @@ class Grouped(Order):
     grouped: float = 1.0
 
     def permutation(self, epoch):
-        order = shuffled(self.seed, epoch, self.pairs)
+        order = super().permutation(epoch)
         batches = self.pairs // self.batch
         together, rest = np.split(order, [round(self.grouped * batches) * self.batch])
         together = together[self.groups[together].argsort(kind='stable')]
@@ -160,7 +160,7 @@ class Variant(NamedTuple):
     """How runs are made. Variants that only differ in seeds and in `tested` share their runs."""
     method: str
     world: str = 'built-in'
-    track: str = 'minutes'          # or pairs, or speed: an eighth of the minutes
+    track: str = 'minutes'          # or pairs
     rate: float = 0.0               # 0: that of RATES
     grouped: float = 0.0            # share of batches whose scenes have the same colours
     scenes: int = 4000              # for training
@@ -213,7 +213,7 @@ NOBODY = 'nobody'                   # the method of a row that tells what advers
 # Tables give differences to the first variant of an experiment.
 EXPERIMENTS = {
     'worlds': {world: Variant(NOBODY, world, seeds=range(1)) for world in WORLDS},
-    'speed': {method: Variant(method, track='speed', seeds=range(2)) for method in METHODS},
+    'speed': {method: Variant(method, pairs=PAIRS // 8, seeds=range(2)) for method in METHODS},
     'tune-minutes': tune('built-in', 'minutes', HALVES[1:], RACE),
     'tune-pairs': tune('built-in', 'pairs', HALVES[1:], RACE),
     'tune-colors': tune('colors-16', 'minutes', HALVES[1:], ['clip', 'cosmos']),
@@ -234,8 +234,6 @@ def count_steps(variant):
     pairs = variant.pairs
     if variant.track != 'pairs':
         pairs *= SPEED[variant.method] / SPEED['cosmos']
-    if variant.track == 'speed':
-        pairs /= 8
     return round(pairs / METHODS[variant.method].batch)
 
 
@@ -246,8 +244,6 @@ def flags_of(variant):
     rate = variant.rate or rates[variant.method]
     steps = count_steps(variant)
     every = -(-steps // EVALUATIONS)                    # rounded up
-    if variant.track == 'speed':
-        every = 0                                       # at the end only
     return f'{method.flags} --batch {method.batch} --steps {steps} --lr {rate} --eval-every {every}'
 
 
@@ -314,8 +310,10 @@ def read_log(out):
             if name.endswith('.top1'):
                 row[f"{name}@{entry['step']}"] = value
     end = entry['eval']
-    speed = round(median(speeds[1:]))                   # the first one has the start in it
-    return {'steps': end['steps'], 'seconds': end['seconds'], 'pairs_per_s': speed} | row
+    row['steps'] = end['steps']
+    row['seconds'] = end['seconds']
+    row['pairs_per_s'] = round(median(speeds[1:]))      # the first one has the start in it
+    return row
 
 
 def load(path, build):
@@ -342,26 +340,36 @@ def train_run(variant, seed, scenes, out):
             raise
 
 
+def world_figures(scenes):
+    """What oracles and adversaries reach in a set."""
+    known, listed, twins = [suppression.read_scenes(Shards(scenes / part)) for part in ('train', 'val', 'twins')]
+    return {'R@1': suppression.oracles(listed)} | suppression.adversaries(known, listed, twins)
+
+
+def run_figures(variant, seed, scenes, out):
+    """Train, then measure."""
+    train_run(variant, seed, scenes, out)
+    scored = load(out / 'last.pt', METHODS[variant.method].model)
+    figures = suppression.measure(SimpleNamespace(shards=scenes, workers=0), *scored)
+    for world in variant.tested:
+        shards = Shards(scene_folder(world, variant.scenes, seed) / 'val')
+        scores = suppression.scores_of(shards, *scored)
+        figures[world] = suppression.named(scores, suppression.read_scenes(shards))
+    log = read_log(out)
+    log['pairs'] = log['steps'] * METHODS[variant.method].batch
+    return log | figures
+
+
 def make_row(variant, seed):
     """All figures of a run, which is trained first; they go into row.json of its folder, too."""
     scenes = scene_folder(variant.world, variant.scenes, seed)
     out = run_folder(variant, seed)
-    row = {'run': recipe(variant), 'seed': seed} | origin()
     if variant.method == NOBODY:
-        listed = [suppression.read_scenes(Shards(scenes / part)) for part in ('train', 'val', 'twins')]
-        out.mkdir(parents=True, exist_ok=True)
-        row |= flat({'R@1': suppression.oracles(listed[1])} | suppression.adversaries(*listed))
+        figures = world_figures(scenes)
     else:
-        train_run(variant, seed, scenes, out)
-        row |= read_log(out)
-        row['pairs'] = row['steps'] * METHODS[variant.method].batch
-    if variant.method != NOBODY and variant.track != 'speed':
-        scored = load(out / 'last.pt', METHODS[variant.method].model)
-        row |= flat(suppression.measure(SimpleNamespace(shards=scenes, workers=0), *scored))
-        for world in variant.tested:
-            shards = Shards(scene_folder(world, variant.scenes, seed) / 'val')
-            scores = suppression.scores_of(shards, *scored)
-            row |= flat(suppression.named(scores, suppression.read_scenes(shards)), f'{world}.')
+        figures = run_figures(variant, seed, scenes, out)
+    row = {'run': recipe(variant), 'seed': seed} | origin() | flat(figures)
+    out.mkdir(parents=True, exist_ok=True)
     evaluation.write_json(out / 'row.json', row)
     return row
 

@@ -80,21 +80,21 @@ def polygon_area(outline):
 
 
 AREAS = {}                                      # of the outlines above
-REACH = 0.0                                     # from its centre to its farthest corner, of a shape with area 1, at most
+REACH = 0.0                                     # of a shape of area 1, from its centre, at most
 for shape, (outline, *holes) in SHAPES.items():
     AREAS[shape] = polygon_area(outline) - sum(map(polygon_area, holes))
     REACH = max(REACH, abs(outline).max() / math.sqrt(AREAS[shape]))
 
 SIZE = 96                                       # side of an image in pixels
 SS = 4                                          # supersampling per axis
-GAP = 2                                         # pixels between objects, and to the border, at least
-TRIES = 200                                     # thousands of layouts, before objects are said not to fit
+GAP = 2                                         # least pixels between objects, and to the border
+TRIES = 200                                     # thousands of layouts, before objects do not fit
 VERSION = 4                                     # of the built-in set; raise it when a scene changes
 
 COMPANY = 'big', 'equal', 'none'
 LIMITS = {                                      # of a world
-    'colors': (2, len(COLORS)), 'shapes': (6, len(SHAPES)), 'objects': (1, 4), 'dominant_size': (0.05, 0.5),
-    'small_size': (0.05, 0.5), 'named': (0, 1)}
+    'colors': (2, len(COLORS)), 'shapes': (6, len(SHAPES)), 'objects': (1, 4),
+    'dominant_size': (0.05, 0.5), 'small_size': (0.05, 0.5), 'named': (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class World:
     colors: int = 2                 # the first ones of COLORS; they may repeat in a scene
     shapes: int = 8                 # the first ones of SHAPES; they do not repeat
     objects: int = 3                # in a scene: the dominant one, and small ones
-    dominant_size: float = 0.3      # of an object: the side of a square of its area, as a share of the image's side
+    dominant_size: float = 0.3      # side of a square of its area, as a share of the image's side
     small_size: float = 0.2
     named: float = 0.5              # share of the sentences that name a small object
     company: str = 'big'            # of the small ones: 'big', 'equal' (one of their size) or 'none'
@@ -131,7 +131,6 @@ class Thing:
     color: str
     role: str                       # 'dominant' or 'small'
     area: int                       # in pixels
-    seed: float                     # of its turn and brightness: the same in any company
     centre: complex = 0
 
     @property
@@ -149,8 +148,7 @@ def draw_things(rng, world):
     role = 'dominant'
     size = world.dominant_size
     for shape, color in zip(shapes, colors):
-        area = round((SIZE * size) ** 2)
-        things.append(Thing(shape, color, role, area, rng.random()))
+        things.append(Thing(shape, color, role, round((SIZE * size) ** 2)))
         role = 'small'
         size = world.small_size
     return things
@@ -160,14 +158,14 @@ def place(rng, things):
     """Give each object its centre. Each has a disc that holds any shape of its area, and discs keep apart: so places do
     not tell shapes. Refused where they do not fit."""
     numbers = np.random.default_rng(rng.getrandbits(32))
-    radius = np.array([REACH * math.sqrt(thing.area) for thing in things])          # (n,)
-    room = SIZE / 2 - GAP - radius                                                  # around the middle
-    least = radius[:, None] + radius + GAP                                          # (n, n)
+    radius = np.array([REACH * math.sqrt(thing.area) for thing in things])       # (n,)
+    room = SIZE / 2 - GAP - radius                                      # around the middle
+    least = radius[:, None] + radius + GAP                              # (n, n)
     np.fill_diagonal(least, 0)
     for _ in range(TRIES):
         x, y = SIZE / 2 + numbers.uniform(-room, room, (2, 1000, len(things)))
-        centres = x + 1j * y                                                        # (1000, n)
-        apart = abs(centres[:, :, None] - centres[:, None])                         # (1000, n, n)
+        centres = x + 1j * y                                            # (1000, n)
+        apart = abs(centres[:, :, None] - centres[:, None])             # (1000, n, n)
         fitting = (apart >= least).all(axis=(1, 2))
         if fitting.any():
             for thing, centre in zip(things, centres[fitting.argmax()]):
@@ -177,9 +175,9 @@ def place(rng, things):
                   '--small-size or --objects')
 
 
-def pixels_of(thing, turn):
+def pixels_of(thing):
     """The pixels that an object covers, (SIZE, SIZE) bool: exactly its area, those that lie most in its outline."""
-    zoom = turn * math.sqrt(thing.area / AREAS[thing.shape])
+    zoom = math.sqrt(thing.area / AREAS[thing.shape])
     fill = Image.new('L', (SIZE * SS, SIZE * SS))
     inside = 255
     for line in SHAPES[thing.shape]:
@@ -263,10 +261,10 @@ def draw_scene(world, split, index):
     pixels = np.full((SIZE, SIZE, 3), ImageColor.getrgb(rng.choice(GROUNDS)), float)
     mask = np.zeros((SIZE, SIZE), np.uint8)
     for k, thing in enumerate(shown, 1):
-        own = random.Random(thing.seed)
-        covered = pixels_of(thing, np.exp(1j * own.uniform(-0.3, 0.3)))
+        covered = pixels_of(thing)
         mask[covered] = k
-        pixels[covered] = own.uniform(0.95, 1) * np.array(ImageColor.getrgb(COLORS[thing.color]))
+        pixels[covered] = ImageColor.getrgb(COLORS[thing.color])
+    # Brighter or darker: else who counts the blended colours of edges, in an image made smaller, would know shapes.
     pixels *= rng.uniform(0.85, 1.1)
     image = Image.fromarray(np.uint8(pixels.clip(0, 255)))
     objects = []
@@ -283,8 +281,9 @@ def draw_scene(world, split, index):
     else:
         captions = [held_out_caption(rng, shown)]
     record = {'captions': captions, 'objects': objects}
-    text = json.dumps(record, separators=(',', ':'))
-    members = {'webp': encoded(image, 'WEBP', lossless=True, quality=0, method=0), 'json': text.encode()}
+    members = {
+        'webp': encoded(image, 'WEBP', lossless=True, quality=0, method=0),     # quality here is effort
+        'json': json.dumps(record, separators=(',', ':')).encode()}
     if split != 'train':
         members['mask.png'] = encoded(Image.fromarray(mask), 'PNG', optimize=True)
     return [(f'{index:06d}.{kind}', value) for kind, value in members.items()]
@@ -330,13 +329,13 @@ def built_in_set(root='runs/scenes'):
 
 def main():
     parser = Parser(prog='python -m lesson.scenes', epilog=__doc__)
-    parser.add_argument('root', metavar='DIR')
-    parser.add_argument('--train', type=int, default=4000, help='training scenes (%(default)s)')
-    parser.add_argument('--val', type=int, default=1000, help='held-out scenes, and as many twins (%(default)s)')
-    for option in fields(World):
-        flag = option.name.replace('_', '-')
-        parser.add_argument(
-            f'--{flag}', type=option.type, default=option.default, help='see World in this file (%(default)s)')
+    add = parser.add_argument
+    add('root', metavar='DIR')
+    add('--train', type=int, default=4000, help='training scenes (%(default)s)')
+    add('--val', type=int, default=1000, help='held-out scenes, and twins (%(default)s)')
+    for field in fields(World):
+        flag = field.name.replace('_', '-')
+        add(f'--{flag}', type=field.type, default=field.default, help='see World (%(default)s)')
     args = parser.parse_args()
     make_scenes(**vars(args))
     print(f'{args.train} training and {args.val} held-out scenes in {args.root}')

@@ -42,24 +42,19 @@ from lesson.scenes import ABSENT, COLORS, FORMS, NAMES, SHAPES, with_article
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
 
-def objects_of(shards, i):
-    """What the json of pair i lists as `objects` with a role and absent names; [] where there is nothing of that kind."""
-    listed = shards.record(i).get('objects') or []
-    return [thing for thing in listed if {'role', 'absent'} <= thing.keys()]
-
-
 def read_scenes(shards):
-    """-> [[object, ...], ...], a list for each scene.
+    """-> [[object, ...], ...], a list for each scene; empty ones where no object is listed with a role and absent names.
 
     An object has as attributes what its json lists, its color and shape, and pair and number (in the mask, from 1).
     """
     scenes = []
     for pair in range(len(shards)):
         scene = []
-        for number, listed in enumerate(objects_of(shards, pair), 1):
-            color, shape = listed['name'].split()
-            scene.append(SimpleNamespace(
-                **listed, color=color, shape=shape, pair=pair, number=number))
+        for number, listed in enumerate(shards.record(pair).get('objects') or [], 1):
+            if {'role', 'absent'} <= listed.keys():
+                color, shape = listed['name'].split()
+                thing = SimpleNamespace(**listed, color=color, shape=shape, pair=pair, number=number)
+                scene.append(thing)
         scenes.append(scene)
     return scenes
 
@@ -262,8 +257,8 @@ def objects_at(shards, i, config):
 
 @torch.no_grad()
 def pointing(model, tokenizer, preprocess, shards, scenes):
-    """Where does the highest weight of C^I lie? -> {role: {own_it, own_other, ...: shares of its objects}}, and these
-    figures of each object in a list; {} for a plain CLIP.
+    """Where does the highest weight of C^I lie? -> {role: {own_it, own_other, ...: shares of its objects; own_it_each,
+    ...: lists of the values of all these objects, scene by scene}}; {} for a plain CLIP.
 
     own_, absent_: asked for the object, for an absent name. area_: of all patches, what a blind guess hits. it: on the
     object; other: on another one; ground.
@@ -273,7 +268,7 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
     device = model.logit_scale.device
     questions = tokenizer(list(map(question, NAMES)))
     eot, _ = model.encode_text(questions.to(device))                    # (K, D)
-    rows = []
+    found = defaultdict(lambda: defaultdict(list))                      # by role and figure
     for pair, scene in enumerate(progress(scenes, 'maps')):
         image = preprocess(shard_image(shards, pair))
         _, patches = model.encode_image(image[None].to(device))         # (1, P, D)
@@ -282,19 +277,19 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
             asked = [COLUMN[thing.name], COLUMN[thing.absent[0]]]
             weights = model.image_cross.weights(eot[asked], patches.expand(2, -1, -1))
             own, absent = numbers[weights.argmax(dim=1).cpu()].split(1)
-            row = {'pair': pair, 'role': thing.role}
+            columns = found[thing.role]
             for prefix, there in ('own', own), ('absent', absent), ('area', numbers):
                 on_it = there == thing.number
-                row[f'{prefix}_it'] = on_it.double().mean().item()
-                row[f'{prefix}_other'] = (~on_it & (there > 0)).double().mean().item()
-                row[f'{prefix}_ground'] = (there == 0).double().mean().item()
-            rows.append(row)
+                on_other = ~on_it & (there > 0)
+                columns[f'{prefix}_it'].append(on_it.double().mean().item())
+                columns[f'{prefix}_other'].append(on_other.double().mean().item())
+                columns[f'{prefix}_ground'].append((there == 0).double().mean().item())
     figures = {}
-    for role in ('dominant', 'small'):
-        chosen = [row for row in rows if row['role'] == role]
-        if chosen:
-            figures[role] = {name: fmean(row[name] for row in chosen) for name in row if '_' in name}
-    return figures | {'objects': rows}
+    for role, columns in found.items():
+        figures[role] = {}
+        for name, values in columns.items():
+            figures[role] |= {name: fmean(values), f'{name}_each': values}
+    return figures
 
 
 # --- 6. During training, and the command -----------------------------------------------------------------------------
@@ -310,27 +305,30 @@ def during_training(model, tokenizer, preprocess, image_features, shards, folder
 
 def measure(args, model, tokenizer, preprocess):
     """All figures."""
+    scored = model, tokenizer, preprocess
     shards = Shards(args.shards, split='val')
-    val = Path(shards.paths[0]).parent
+    folder = Path(shards.paths[0]).parent
     scenes = read_scenes(shards)
-    need(any(scenes), f'{val} lists no objects with absent names; draw a set by python -m lesson.scenes')
-    ranking, image_features, _ = zero_shot_retrieval(model, tokenizer, preprocess, shards, workers=args.workers)
-    scores = name_scores(model, tokenizer, image_features)
-    figures = named(scores, scenes) | {'bound': bound(scores, scenes)}
-    train = val.parent / 'train'
+    need(any(scenes),
+         f'{folder} lists no objects with absent names; draw a set by python -m lesson.scenes')
+    ranking, features, _ = zero_shot_retrieval(*scored, shards, workers=args.workers)
+    scores = name_scores(model, tokenizer, features)
+    figures = named(scores, scenes)
+    train = folder.parent / 'train'
     if train.is_dir():
         # 4,000 scenes are enough for some 100 features
         known = Shards(f'{train}/0000[0-3].tar')
         known_features = embed_images(model, known, preprocess, args.workers)
-        probed = named(probe_scores(known_features, read_scenes(known), image_features), scenes)
-        for role in probed:
-            figures[role]['probe_top1'] = probed[role]['top1']
-    twins = val.parent / 'twins'
+        found = probe_scores(known_features, read_scenes(known), features)
+        for role, figure in named(found, scenes).items():
+            figures[role]['probe_top1'] = figure['top1']
+    figures['bound'] = bound(scores, scenes)
+    twins = folder.parent / 'twins'
     if twins.is_dir():
         pairs = Shards(twins)
-        figures['seen'] = seen(scores_of(pairs, model, tokenizer, preprocess, args.workers), read_scenes(pairs))
+        figures['seen'] = seen(scores_of(pairs, *scored, args.workers), read_scenes(pairs))
     figures['retrieval'] = ranking
-    figures['pointing'] = pointing(model, tokenizer, preprocess, shards, scenes)
+    figures['pointing'] = pointing(*scored, shards, scenes)
     return figures
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get('COSMOS_SHARED') or ROOT.parent / 'shared')
 MICRO = Config.preset(
     'tiny', embed_dim=16, image_size=32, local_image_size=16, vision_width=24,
-    text_width=16, context_length=12, vocab_size=50)
+    text_width=20, context_length=12, vocab_size=50)
 cosmos.PRESETS['micro'] = cosmos.Preset(MICRO, cosmos.LAPTOP)
 # Small models gain nothing from more threads, and lose much on a busy machine. train.py takes what the variable says.
 torch.set_num_threads(1)
@@ -120,14 +120,9 @@ def dog_tar(path, n, format=tarfile.PAX_FORMAT, broken=()):
 
 def run(module, *argv):
     """A command in this process -> what its SystemExit carries, or None."""
-    workers = data.multiprocessing.active_children
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['prog', *map(str, argv)])
-        patch.setattr(data.multiprocessing, 'active_children', list)    # else workers would let it end pytest
         try:
             data.run(module.main)
         except SystemExit as stop:
             return stop.code
-        finally:
-            for worker in workers():
-                worker.kill()                           # left over by an error, it would keep pytest from ending

@@ -97,6 +97,9 @@ REFUSED = {         # flags: what their sentence must say
     '--batch 64': '--batch 64 .* 20 pairs; lower --batch',
     '--data absent': "'absent' does not exist",
     '--data empty': "'empty' .* no .tar file",
+    '--data broken.tar': 'broken.tar:1.png .*its image is no image',
+    '--data empty/page': 'page: no readable tar of images',
+    '--batch 9 --accum 2': '--batch 9 cannot be cut into 2 parts',
     '--data wordless.tar': 'wordless.tar.*no usable caption .*--caption-keys',
     '--vocab page': 'page .* not CLIP.* --vocab learn',
     '--resume none.pt': 'none.pt does not exist',
@@ -111,6 +114,7 @@ def test_what_a_user_can_mend_is_one_sentence(monkeypatch, tmp_path, line):
     """oracle: the rule: status 1, one line with the value, the place and the remedy; nothing is written."""
     monkeypatch.chdir(tmp_path)
     dog_tar('dogs.tar', 20)
+    dog_tar('broken.tar', 2, broken=[0, 1])
     pairs_tar('wordless.tar', [{'number': 5}])
     put('page', '<html>')
     put('empty/page')

@@ -1,8 +1,8 @@
 """The claims of data.py. Each docstring names its oracle: what a result must equal."""
 import json
-import math
 import pickle
 import random
+import re
 import tarfile
 from collections import Counter
 from contextlib import suppress
@@ -41,16 +41,14 @@ def test_paths_and_their_lines(tmp_path, capsys):
         put(tmp_path / f'{name}.tar')
     for paths, split, names, line in (
             ('', None, '08 09 a[1]', ''),
-            ('0*.tar a[1].tar', None, '08 09 a[1]', ''),
-            ('09.tar 08.tar 18.tar 19.tar', None, '08 09', f'2 of 4 shards are missing, the first is {tmp_path}/18.tar'),
+            ('a[1].tar 09.tar 08.tar 18.tar', None, '08 09 a[1]', '1 of 4 shards are missing, the first is .*18.tar'),
             ('08.tar 0?.tar', None, '08 09', '1 shards are named twice'),
-            ('halves', 'val', 'v', f'the half {tmp_path}/halves/val'),
-            ('halves', 'train', 't', f'the half {tmp_path}/halves/train'),
+            ('halves', 'val', 'v', 'the half .*halves/val'),
             ('halves/val', 'train', 'v', '')):
         found = data.find_shards([f'{tmp_path}/{path}' for path in paths.split(' ')], split)
         assert ' '.join(Path(tar).stem for tar in found) == names
         printed = ''.join(capsys.readouterr())
-        assert line in printed and bool(line) == bool(printed)
+        assert re.search(line or '^$', printed)
     for path in 'absent', 'x*.tar', 'halves':
         refused(f"{path}' does not exist or holds no .tar file", data.find_shards, tmp_path / path)
 
@@ -60,22 +58,26 @@ def test_tars_of_every_format(tmp_path):
     jpg = encoded(mandelbrot(40, 32), 'JPEG')
     long = 'folder' * 15 + '/' + 'name' * 15        # over 100 characters: GNU and PAX add a header
     members = [
-        ('x/b.json', {'caption': 'json', 'file': 'my cat.jpg'}), ('x/a.txt', b'text'), ('x/b.JPG', jpg),
-        ('x/b.png', b'2nd'), ('x/a.jpg', jpg), ('x/a.mask.png', b'mask'), (f'{long}.png', jpg),
-        (f'{long}.txt', b'long'), ('x/alone.jpg', jpg)]
+        ('x/b.json', {'caption': 'json', 'file': 'my cat.jpg'}),
+        ('x/a.txt', b'text'),
+        ('x/b.JPG', jpg),
+        ('x/b.png', b'2nd'),
+        ('x/a.jpg', jpg),
+        ('x/a.mask.png', b'mask'),
+        (f'{long}.png', jpg),
+        (f'{long}.txt', b'long'),
+        ('x/alone.jpg', jpg)]
     for form in tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT:       # 0, 1, 2
         write_tar(tmp_path / f'{form}.tar', members, form)
-    shards = Shards(tmp_path)
-    shards.save(tmp_path / 'index.npy')
+    Shards(tmp_path).save(tmp_path / 'index.npy')
     mapped = Shards(tmp_path, index=tmp_path / 'index.npy')
-    assert isinstance(mapped.index, np.memmap) and len(mapped) == 9
+    assert isinstance(mapped.index, np.memmap)
+    assert len(mapped) == 9
     for i in range(9):
         assert mapped.pool(i) == [['json', 'text', 'long'][i % 3]]
         assert mapped.image(i) == jpg
         assert mapped.member(i, 'mask.png') == [b'', b'mask', b''][i % 3]
     assert mapped.name(0).endswith('0.tar:x/b.JPG (my cat.jpg)')
-    dog_tar(tmp_path / '1.tar', 5)
-    assert Shards(tmp_path).fingerprint != shards.fingerprint == mapped.fingerprint
 
 
 def readable(shards):
@@ -88,14 +90,10 @@ def readable(shards):
     return found
 
 
-def test_odd_members_are_read_or_refused(tmp_path):
-    """oracle: what each is by construction: an image of one colour, a long name, a broken json, half an image."""
-    gray16 = encoded(Image.fromarray(np.full((20, 40), 128 * 257, np.uint16)))
-    name = 'ünï/' + 'cödé' * 40
-    shards = Shards(write_tar(tmp_path / 'a.tar', [
-        ('broken.jpg', b'x'), ('broken.json', b'{"a'), (f'{name}.png', gray16), (f'{name}.json', [name])]))
-    images = readable(shards)
-    assert images.keys() == {name} and (images[name] == 128).all()
+def test_sixteen_bits_of_gray_and_half_an_image():
+    """oracle: one colour by construction; a sentence for what Pillow cannot decode."""
+    gray = Image.fromarray(np.full((20, 40), 128 * 257, np.uint16))
+    assert (pixels(encoded(gray)) == 128).all()
     refused('it is no image that can be read', pixels, encoded(mandelbrot(64, 64))[:400])
 
 
@@ -129,14 +127,6 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
     check(raw[:start] + info.tobuf(tarfile.GNU_FORMAT)[-512:] + raw[start + 512:], '01')
 
 
-def test_shards_without_a_usable_pair_are_refused(tmp_path):
-    """oracle: by construction: broken images, no texts. One good pair among the first is enough."""
-    path = tmp_path / 'a.tar'
-    refused('a.tar:1.png .*its image is no image', Shards, dog_tar(path, 2, broken=[0, 1]))
-    refused('a.tar: no readable tar of images', Shards, write_tar(path, []))
-    assert len(Shards(dog_tar(path, 20, broken=range(19)))) == 20
-
-
 # --- Captions and tokenizer ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('text, expected', [
@@ -157,8 +147,7 @@ def test_sentences_by_hand(text, expected):
      [*BOAT, 'One. Two.']),
     ({'original_caption': "St. Mary's Church", 'caption': 'One. Two.'}, ["St. Mary's Church", 'One', 'Two']),
     ({'captions': ['one dog.', 'two. three'], 'caption': 'no'}, ['one dog', 'two', 'three']),
-    ({'caption': 'one dog', 'txt': 'no'}, ['one dog']),
-    ({'caption': None, 'txt': 'one dog'}, ['one dog']),
+    ({'caption': None, 'txt': 'ox'}, ['ox']),
     ({'captions': ['o', 'n', 'e'], 'caption': [None, 7, ''], 'alt': 'one dog'}, [])])
 def test_captions_of_every_format(record, pool):
     """oracle: pools written by hand. PixelProse's original caption and items of DreamLIP's lists pass whole, as
@@ -176,13 +165,15 @@ def test_text_crops_come_in_every_order():
         crop, *local = data.text_crops(list('abcdefghi'), rng, 1, 6)
         parts = crop.split('. ')
         lengths[len(parts)] += 1
-        assert len(set(parts)) == len(parts) and len(set(local)) == 6
+        assert len(set(parts)) == len(parts)
+        assert len(set(local)) == 6
         orders.add(tuple(data.text_crops(list('abc'), rng, 0, 3)))
     assert len(orders) == 6
-    assert sorted(lengths) == [1, 2, 3, 4, 5]
-    assert min(lengths.values()) > 40                                   # uniform: 60 each
+    assert len(lengths) == 5
+    assert min(lengths.values()) > 40             # uniform: 60 each
     crops = data.text_crops(['a', 'b'], rng, 0, 5)
-    assert len(crops) == 5 and crops[:4] == ['a', 'b', 'a', 'b']        # whole repeats, then a random rest
+    assert len(crops) == 5
+    assert crops[:4] == ['a', 'b', 'a', 'b']        # whole repeats, then a random rest
 
 
 def test_tokenizer_equals_clip():
@@ -213,7 +204,6 @@ def test_learn_by_hand():
 
 
 # --- Image crops and colours -----------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize('kind, width, tolerance, least', [
     ('PNG', 200, 0, 0.4),
@@ -308,8 +298,6 @@ def test_order_is_a_pure_function():
         places = range(4 * k, 4 * k + 4)
         assert rows == [(epoch, place, expected[place]) for place in places]
     assert list(Order(23, 4, 7, 12, seed=5)) == steps[7:]
-    refused('--batch 24 is larger than the set of 23 pairs', data.check_batch, 24, 23, 1)
-    refused('--batch 9 cannot be cut into 2 parts', data.check_batch, 9, 23, 2)
 
 
 def test_batches_are_equal_by_workers_and_ranks(tmp_path):

@@ -25,14 +25,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import cosmos
+import data
 import eval as evaluation
 import train
 from cosmos import COSMOS, Output, Teacher, clip_loss, cosmos_loss
 from data import Batch
-from tests.helpers import close, dog_tar, micro, run
+from tests.helpers import close, dog_tar, micro, refused, run
 
-QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 30 '
-         '--lr 1e-3 --momentum 0.99 --momentum-ramp 10 --log-every 1 --eval-every 0 --workers 0').split()
+QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 2 '
+         '--lr 0.1 --momentum 0.9 --momentum-ramp 10 --log-every 1 --eval-every 2 --workers 0').split()
 AUTO = ['--resume', 'auto']
 
 # --- Helpers ---------------------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def fit(dogs):
 def whole(fit, tmp_path_factory):
     """--out of a run of six steps that nothing disturbed."""
     out = tmp_path_factory.mktemp('fresh') / 'runs/whole'
-    assert fit(out, '--eval-every', 5) == 0
+    assert fit(out) == 0
     return out
 
 
@@ -78,16 +79,17 @@ def read_log(out):
 
 
 def same_run(a, b):
-    """Two --out folders hold bit-equal networks and optimizers, and logs that differ in times and evaluations only."""
+    """Two --out folders hold bit-equal networks and optimizers, and logs that differ in times only."""
     runs = []
     for out in a, b:
-        log = [entry for entry in read_log(out) if 'loss' in entry]     # others have evaluations only
+        log = read_log(out)
         for entry in log:
-            for name in 'pairs_per_s', 'waiting', 'memory_GB', 'eval':
+            for name in 'pairs_per_s', 'waiting', 'memory_GB':
                 entry.pop(name, None)
+            entry.get('eval', {}).pop('seconds', None)
         state = saved(out)
-        assert len(log) == state['step']
-        runs.append([state['student'], state.get('teacher', {}), state['optimizer']['state'], log])
+        assert len(log) == state['step'] + 1            # and what the first weights can do
+        runs.append([state['student'], state['teacher'], state['optimizer']['state'], state['best'], log])
     assert_close(*runs, rtol=0, atol=0)
 
 
@@ -210,7 +212,7 @@ def by_ranks(tmp_path_factory):
     """A folder with what `one_rank` leaves: gradients, the run 'two' of two processes; and the run 'one' of one."""
     path = tmp_path_factory.mktemp('ranks')
     shards = dog_tar(path / 'dogs.tar', 80, broken=[3, 40])
-    flags = ['--data', shards, *QUICK, '--steps', 20, '--out']
+    flags = ['--data', shards, *QUICK, '--steps', 20, '--lr', 1e-3, '--out']
     with socket.create_server(('127.0.0.1', 0)) as server:
         port = server.getsockname()[1]
     set_forkserver_preload([__name__])                  # imported once, not in each process
@@ -280,21 +282,26 @@ def test_log_entry_by_hand(fit, tmp_path):
 
 
 def test_a_run_leaves_everything(whole, dogs, tmp_path):
-    """oracle: the list of design: files, log fields; values by arithmetic; eval.py's score of the checkpoint."""
+    """oracle: the list of design: files, log fields; values by arithmetic; the step with the best mean of both R@1;
+    eval.py's score of the checkpoint."""
     assert {'last.pt', 'best.pt', 'config.json', 'index.npy', 'eval.json', 'report.html'} <= contents(whole).keys()
-    before, first, *_, final = entries = read_log(whole)
+    entries = read_log(whole)
     assert [entry['step'] for entry in entries] == list(range(7))
+    first = entries[1]
     names = ('step epoch loss clip distill h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t weights chance accuracy spread lr '
              'momentum scale distill_scale grad_norm cosine pairs_per_s waiting memory_GB bad_pairs')
     assert first.keys() == set(names.split())
-    found = [first[name] for name in ('epoch', 'lr', 'momentum', 'scale', 'chance', 'cosine')]
-    assert found == pytest.approx([4 / 60, 1e-3 / 30, 1 / 11, 1 / 0.07, math.log(4), 1], rel=2e-3)
-    assert [entry['step'] for entry in entries if 'eval' in entry] == [0, 5, 6] and len(before) == 2
-    figures = json.loads((whole / 'eval.json').read_text())
-    assert final['eval'] == figures and figures['steps'] == 6
+    found = [first[name] for name in ('epoch', 'lr', 'momentum', 'chance', 'cosine')]
+    assert found == pytest.approx([4 / 60, 0.05, 1 / 11, math.log(4), 1])
+    means = {}
+    for entry in entries[::2]:
+        figures = entry['eval']['retrieval']
+        means[entry['step']] = figures['image_to_text_R@1'] + figures['text_to_image_R@1']
+    assert torch.load(whole / 'best.pt', weights_only=True)['step'] == max(means, key=means.get)    # of equals the first
     again = tmp_path / 'again.json'
     assert run(evaluation, 'retrieval', whole / 'last.pt', '--shards', dogs, '--json', again) is None
-    assert figures['retrieval'] == json.loads(again.read_text())
+    figures = json.loads((whole / 'eval.json').read_text())
+    assert figures == entry['eval'] and figures['retrieval'] == json.loads(again.read_text())
 
 
 def test_lengths_of_runs():
@@ -314,23 +321,10 @@ def test_lengths_of_runs():
         assert [options.steps, options.warmup, options.eval_every] == lengths
 
 
-def test_best_networks_are_kept(fit, tmp_path):
-    """oracle: the figures of the log: the step with the best mean of both R@1, also over a stop."""
-    out = tmp_path / 'out'
-    assert fit(out, '--steps', 4, '--eval-every', 1, '--lr', 0.1, '--warmup', 1) == 0
-    assert fit(out, *AUTO, '--batch', 8, '--eval-every', 1) == 0
-    means = {}
-    for entry in read_log(out):
-        figures = entry['eval']['retrieval']
-        means[entry['step']] = figures['image_to_text_R@1'] + figures['text_to_image_R@1']
-    assert list(means) == [0, 1, 2, 3, 4, 5, 6] and entry['epoch'] == pytest.approx((4 * 4 + 2 * 8) / 60)
-    assert torch.load(out / 'best.pt', weights_only=True)['step'] == max(means, key=means.get)  # of equals the first
-    assert evaluation.load(out / 'best.pt')[0].origin == 'teacher'
-
-
 def test_it_learns(fit, tmp_path):
-    """oracle: guessing, ln 8, where both losses start: 150 steps on 60 pairs take each below three quarters of it."""
-    flags = '--steps 150 --batch 8 --local-crops 2 --local-captions 1 --lr 4e-3 --lr-end 0.5 --wd 0.1 --augment crops --save-every 150'
+    """oracle: guessing, ln 8, where both losses start: 80 steps on 60 pairs take each below three quarters of it."""
+    flags = ('--steps 80 --batch 8 --lr 8e-3 --warmup 10 --local-crops 1 --local-captions 0 --save-every 80 '
+             '--eval-every 0')
     assert fit(tmp_path, *flags.split()) == 0
     entries = read_log(tmp_path)
     for name in 'clip', 'distill':
@@ -387,16 +381,15 @@ def test_kills_at_random_moments(fit, tmp_path, dogs):
     assert not list(out.glob('*.partial'))
 
 
-def test_full_disks(fit, tmp_path):
-    """oracle: the checkpoint before, byte by byte, where files may not grow beyond a limit."""
-    assert fit(tmp_path, '--steps', 4) == 0
-    checkpoint = (tmp_path / 'last.pt').read_bytes()
+def test_full_disks(tmp_path):
+    """oracle: the file before, where files may not grow beyond a limit."""
+    path = tmp_path / 'last.pt'
+    data.save_tensors(path, 'before')
     limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(checkpoint) // 2, hard))
-    error = fit(tmp_path, *AUTO)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    refused('last.pt cannot be written', data.save_tensors, path, torch.zeros(10_000))
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    assert re.fullmatch('error: .*last.pt cannot be written .*', error)
-    assert (tmp_path / 'last.pt').read_bytes() == checkpoint and not list(tmp_path.glob('*.partial'))
+    assert torch.load(path) == 'before' and not list(tmp_path.glob('*.partial'))
 
 
 def test_a_run_never_costs_another(fit, whole, dogs, tmp_path):
@@ -404,32 +397,26 @@ def test_a_run_never_costs_another(fit, whole, dogs, tmp_path):
     takes the first free name."""
     out = tmp_path / 'out'
     shutil.copytree(whole, out)
-    before = contents(out)
     other = dog_tar(tmp_path / 'dogs.tar', 9)
-    for words, *flags in (
-            ('started on other shards', *AUTO, '--data', other),
-            ('started with --method cosmos, not clip', *AUTO, '--method', 'clip')):
-        assert words in fit(out, *flags)
+    assert 'started on other shards' in fit(out, *AUTO, '--data', other)
+    assert 'started with --method cosmos, not clip' in fit(out, *AUTO, '--method', 'clip')
     assert fit(out, '--resume', out, '--steps', 4) == 0                 # nothing is left to do
     for number in 2, 3:
         assert fit(out, '--steps', number) == 0
         assert saved(tmp_path / f'out-{number}')['step'] == number
-    assert contents(out) == before
-    (out / 'eval.json').unlink()
-    assert fit(out, *AUTO, '--steps', 4) == 0
-    assert contents(out).keys() == before.keys() and saved(out)['step'] == 6
+    assert contents(out) == contents(whole)
 
 
 def test_init(fit, whole, tmp_path):
     """oracle: the weights in the file before the first step; a fresh model's cross-attention. A resumed run goes on."""
     assert fit(tmp_path / 'clip', '--method', 'clip') == 0
-    for path in whole / 'last.pt', tmp_path / 'clip/last.pt':
-        begun = started(fit, tmp_path / 'begun', '--init', path)
-        weights = evaluation.load(path)[0].state_dict()
-        torch.manual_seed(0)
-        expected = COSMOS(begun.train_set.config).state_dict() | weights
-        for found in begun.student, begun.teacher.model:
-            assert_close(found.state_dict(), expected, rtol=0, atol=0)
+    path = tmp_path / 'clip/last.pt'
+    begun = started(fit, tmp_path / 'begun', '--init', path)
+    weights = evaluation.load(path)[0].state_dict()
+    torch.manual_seed(0)
+    expected = COSMOS(begun.train_set.config).state_dict() | weights
+    for found in begun.student, begun.teacher.model:
+        assert_close(found.state_dict(), expected, rtol=0, atol=0)
     shutil.copytree(whole, tmp_path / 'on')
     assert started(fit, tmp_path / 'on', '--init', path, *AUTO, '--steps', 7).step == 6
 
@@ -437,12 +424,10 @@ def test_init(fit, whole, tmp_path):
 def test_half_precision_with_a_scaler(fit, whole, tmp_path):
     """oracle: the float32 run: the loss of its first step. The scaler's state is saved and read again, and --wd goes
     before the checkpoint's."""
-    for name in 'bf16', 'fp16':
-        out = tmp_path / name
-        assert fit(out, '--steps', 3, '--precision', name) == 0
-        assert read_log(out)[0]['loss'] == pytest.approx(read_log(whole)[1]['loss'], rel=0.01)
-    resumed = started(fit, out, *AUTO, '--precision', 'fp16', '--wd', 0.3, '--steps', 4)
-    assert resumed.scaler.state_dict() == saved(out)['scaler'] and resumed.scaler.get_scale() > 1
+    assert fit(tmp_path, '--steps', 3, '--precision', 'fp16') == 0
+    assert read_log(tmp_path)[1]['loss'] == pytest.approx(read_log(whole)[1]['loss'], rel=0.01)
+    resumed = started(fit, tmp_path, *AUTO, '--precision', 'fp16', '--wd', 0.3, '--steps', 4)
+    assert resumed.scaler.state_dict() == saved(tmp_path)['scaler'] and resumed.scaler.get_scale() > 1
     assert [group['weight_decay'] for group in resumed.optimizer.param_groups] == [0.3, 0]
 
 
@@ -468,16 +453,6 @@ def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path):
         out = tmp_path / str(last)
         assert re.match(str(status), str(fit(out, '--steps', 9)))
         state = saved(out)
-        assert state['step'] == len(read_log(out)) == last
+        assert state['step'] == last
         assert state['optimizer']['state'][0]['step'] == last - 5
         assert state['student']['visual.proj'].isfinite().all()
-
-
-def test_weights_that_are_not_finite_are_not_saved(monkeypatch, fit, tmp_path):
-    """oracle: the checkpoint before: that of step 2."""
-    def spoil(run, norm):
-        run.student.visual.proj.data[0, 0] = math.inf if run.step == 3 else 0
-
-    monkeypatch.setattr(train, 'update', spoil)
-    assert 'the weights are not finite after step 4' in fit(tmp_path)
-    assert saved(tmp_path)['step'] == 2
