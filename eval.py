@@ -6,8 +6,8 @@
     python eval.py classify CKPT --folder DIR                     one folder of images per class
     python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21 --csa
 
-CKPT is ours (runs/NAME/last.pt, or its folder), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT; others
-are converted by python -m extras.weights. Scores come from the teacher, the averaged weights, unless --weights student.
+CKPT is ours (runs/NAME/last.pt, or its folder), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with
+GELU; others are converted by python -m extras.weights. Scores come from the teacher, the averaged weights, unless --weights student.
 Features are float32 of unit length, scores their products.
 """
 import glob
@@ -479,8 +479,8 @@ def class_names(source, path=None):
 
 
 def torchvision_set(name, root, split, download=False):
-    """A classification set of torchvision.datasets by its name there, in any case. If it is not at `root`, torchvision
-    says so itself."""
+    """A classification set of torchvision.datasets by its name there; capitals do not matter. If it is not at `root`,
+    torchvision says so itself."""
     names = {known.lower(): known for known in torchvision.datasets.__all__}
     need(name.lower() in names,
          f"torchvision.datasets has no '{name}'; it has {', '.join(sorted(names))}")
@@ -500,7 +500,7 @@ def torchvision_set(name, root, split, download=False):
 
 class Settings(NamedTuple):
     """How to segment; SETTINGS_HELP says what each field does. `segment` has a flag for each."""
-    size: int = 336
+    size: int = 336                     # of the benchmarks; without one 1.5 times the model's image
     scale: float = 40.0
     probability: float = 0.0
     area: float = 0.0
@@ -632,7 +632,7 @@ def by_stem(paths, suffix):
         if path.stem.endswith(suffix):
             stem = path.stem.removesuffix(suffix)
             need(stem not in stems,
-                 f'{stems.get(stem)} and {path} have one name; rename one, or give folders apart')
+                 f'{stems.get(stem)} and {path} have one name; rename one, or keep images and masks apart')
             stems[stem] = path
     return stems
 

@@ -238,8 +238,7 @@ def a_forward_pass(method):
 
 
 def test_total_loss_is_clip_plus_cosmos():
-    """oracle: the definitions of L_CLIP and L_COSMOS, Eq. 6, in loops, with scales e and e^2; in float32 under autocast,
-    too."""
+    """oracle: the definitions of L_CLIP and L_COSMOS, Eq. 6, in loops, with scales e and e^2; float32 under autocast, too."""
     model, out, cls_t, eot_t = a_forward_pass('cosmos')
     e = math.e
     with torch.autocast('cpu', torch.bfloat16):
@@ -282,8 +281,8 @@ def test_captions_may_be_cut_behind_their_ends():
 
 
 def test_attention_is_torchs():
-    """oracle: torch's own module: names, initial values, results. The correlative form is the sum of two of it, one with
-    the queries' weights for the keys, one with the keys' for the queries."""
+    """oracle: torch's own module: names, initial values, results. The correlative form is the sum of two of it, one
+    with the queries' weights for the keys, one with the keys' for the queries."""
     torch.manual_seed(5)
     ours = Attention(24, 4)
     torch.manual_seed(5)

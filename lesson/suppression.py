@@ -13,7 +13,8 @@ CKPT is any checkpoint that eval.load reads. Printed for the dominant and for th
 then, for the whole set or by role:
 
     bound       of two objects, is each right name above the one with the other's shape? A model that adds up words has
-                exactly 0, however it weights them; who guesses both has 25 %, who knows one and guesses the other 50 %
+                exactly 0, however it weights them. Who guesses has 25 %, who knows the big object and guesses the
+                other 50 %; names that a model likes, whatever it sees, can give as much
     seen        of two scenes that differ in the shape of one object: does each raise its own name, of both, more than
                 the other scene does? Chance 50 %
     retrieval   among the held-out scenes, both ways

@@ -176,7 +176,9 @@ def test_published_layouts(here):
     first = {'split': 'test', 'filename': 'a.jpg', 'sentences': [{'raw': 'y'}]}
     second = {'split': 'val', 'filename': 'b.jpg', 'filepath': 'f', 'sentences': [{'raw': 'x'}]}
     put('karpathy', {'images': [first, second]})
-    assert evaluation.read_coco('coco') == [(Path('images/val2017/a.jpg'), ['y']), (Path('images/val2017/b.jpg'), ['x'])]
+    assert evaluation.read_coco('coco') == [
+        (Path('images/val2017/a.jpg'), ['y']),
+        (Path('images/val2017/b.jpg'), ['x'])]
     assert evaluation.read_karpathy('karpathy', 'test') == [(Path('a.jpg'), ['y'])]
     assert evaluation.read_karpathy('karpathy', 'val') == [(Path('f/b.jpg'), ['x'])]
 

@@ -151,8 +151,8 @@ def step_of(model, images, texts, method='cosmos', accum=1, processes=None, clip
 
 
 def test_a_step_by_hand(monkeypatch):
-    """oracle: clip_loss + cosmos_loss, and gradient descent by hand, of a gradient that is clipped to a norm of 0.1. The
-    teacher sees two images of 32 pixels and two captions, no more, and follows."""
+    """oracle: clip_loss + cosmos_loss, and gradient descent by hand, of a gradient that is clipped to a norm of 0.1.
+    The teacher sees two images of 32 pixels and two captions, no more, and follows."""
     model, images, texts = micro()
     before = copy.deepcopy(model)
     seen = []
@@ -268,8 +268,8 @@ def test_schedules_and_decay():
 # --- Whole runs ------------------------------------------------------------------------------------------------------
 
 def test_log_entry_by_hand(fit, tmp_path):
-    """oracle: by hand. Orthogonal embeddings spread by 1. Two of four exchanged: half an accuracy, half a cosine. A part
-    of the loss is logged under its name."""
+    """oracle: by hand. Orthogonal embeddings spread by 1. Two of four exchanged: half an accuracy, half a cosine. A
+    part of the loss is logged under its name."""
     begun = started(fit, tmp_path)
     exchanged = torch.eye(4)[None, [1, 0, 2, 3]]
     out = Output(torch.eye(4)[None], exchanged, None, None)
@@ -278,7 +278,6 @@ def test_log_entry_by_hand(fit, tmp_path):
     found = train.log_entry(begun, done, steps=3, seconds=2, waited=1)
     wanted = {'spread': 1, 'accuracy': 0.5, 'cosine': 0.5, 'distill': 1.5, 'mine': 3, 'pairs_per_s': 6, 'waiting': 0.5}
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
-    assert found['weights'] == {'clip': 1, 'mine': 0.5}
 
 
 def test_a_run_leaves_everything(whole, dogs, tmp_path):
@@ -297,7 +296,7 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
     for entry in entries[::2]:
         figures = entry['eval']['retrieval']
         means[entry['step']] = figures['image_to_text_R@1'] + figures['text_to_image_R@1']
-    assert torch.load(whole / 'best.pt', weights_only=True)['step'] == max(means, key=means.get)    # of equals the first
+    assert torch.load(whole / 'best.pt', weights_only=True)['step'] == max(means, key=means.get)  # of equals the first
     again = tmp_path / 'again.json'
     assert run(evaluation, 'retrieval', whole / 'last.pt', '--shards', dogs, '--json', again) is None
     figures = json.loads((whole / 'eval.json').read_text())
