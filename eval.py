@@ -7,8 +7,8 @@
     python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21 --csa
 
 CKPT is ours (runs/NAME/last.pt, or its folder), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with
-GELU; others are converted by python -m extras.weights. Scores come from the teacher, the averaged weights, unless --weights student.
-Features are float32 of unit length, scores their products.
+GELU; others are converted by python -m extras.weights. Scores come from the teacher, the averaged weights, unless
+--weights student. Features are float32 of unit length, scores their products.
 """
 import glob
 import inspect

@@ -53,8 +53,8 @@ class Method(NamedTuple):
     """A row of Table 5: what the student sees, and what it learns beside L_CLIP."""
     global_images: int
     global_texts: int               # captions of 1-5 sentences
-    local_images: bool              # --local-crops more image views
-    local_texts: bool               # --local-captions more captions, of one sentence
+    local_images: bool              # adds as many local image views as --local-crops says
+    local_texts: bool               # adds as many captions of one sentence as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
     augments: bool                  # flips and colours are the default of --augment
     distills_images: bool           # images learn from the teacher
@@ -289,7 +289,7 @@ def find_checkpoint(resume, out):
 
 
 def read_options(argv):
-    """-> options, what the checkpoint to go on from holds, and whether that lies in --out; a fresh start has {}, False.
+    """-> options; the content of the checkpoint to resume, {} for a fresh start; whether its folder is --out.
 
     Defaults, the preset's recipe, the resumed run's options, what was typed: the last wins.
     """
@@ -472,7 +472,8 @@ def choose_precision(name, device):
 def compile_blocks(model):
     """torch.compile block by block, in place, so that parameters keep their names. A graph serves all layers of a tower
     and all lengths of captions; the whole model would be compiled again for each length."""
-    # Each tower needs several graphs: for all rows and for one, with gradient and without. The compiler's limit is 8.
+    # Each tower needs several graphs: for all rows and for one, in training and, where no teacher is evaluated, in
+    # evaluation. The compiler's own limit is 8.
     torch._dynamo.config.cache_size_limit = 128
     for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
         block.compile(dynamic=True)
@@ -481,12 +482,13 @@ def compile_blocks(model):
 # --- 5. Data and model -----------------------------------------------------------------------------------------------
 
 LEARNED_VOCAB = 8192
-PAIRS_TO_LEARN = 20_000         # so many to twice as many teach the merges: enough for every frequent word
+# Merges are learned from every k-th pair, so that these are 20,000 to 40,000: enough for every frequent word.
+PAIRS_TO_LEARN = 20_000
 
 
 def name_data(options):
-    """Fill in --data and --val: the built-in set, and the halves of a folder DIR. Shards then takes DIR/train of the
-    one and DIR/val of the other."""
+    """Without --data: the built-in set. If --data is one folder with train/ and val/, --val becomes the same folder:
+    Shards takes train/ for --data, and val/ for --val."""
     if options.data is None:
         from lesson.scenes import built_in_set
         options.data = [str(built_in_set())]
@@ -603,7 +605,7 @@ def restore(run, saved):
     run.pairs = saved['pairs']
     run.best = tuple(saved['best'])
     run.begun -= saved['seconds']
-    # The seconds of a run tell its checkpoint from any other.
+    # No two checkpoints have the same seconds. Equal ones mean that this rank has read the file that rank 0 has read.
     if run.processes.broadcast(saved['seconds']) != saved['seconds']:
         raise Refused(f'{path} does not hold what process 0 goes on from; let all nodes see the same --out')
 
@@ -698,7 +700,10 @@ def evaluate(run, val):
 
 
 def held_out_figures(run, val):
-    """-> {'retrieval': ...}, and of scenes that list their objects what is named and bound. Keeps best.pt."""
+    """-> {'retrieval': ...}, and for shards that list the objects of their scenes the figures of lesson/suppression.py.
+
+    Writes best.pt where the mean R@1 is the best so far.
+    """
     model = run.teacher.model if run.teacher else run.student
     scored = model, run.train_set.tokenizer, evaluation.Preprocess(model.config.image_size)
     retrieval, image_features, _ = evaluation.zero_shot_retrieval(*scored, val)
