@@ -100,9 +100,9 @@ def warn(message):
 def replacing(path):
     """A temporary path beside `path`, which takes its place when the block ends well and is removed when not."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'{path.name}.partial')
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, 'rb+') as file:
             os.fsync(file.fileno())  # else a crash of the machine may leave an empty file under the name
@@ -179,7 +179,7 @@ def tar_files(path):
                     break    # below 0 tarfile would go back, and never end
                 yield member.name, member.offset_data, member.size
                 end = member.offset_data + member.size
-            whole = tar.offset == length
+            whole = tar.offset == length                # where the next header would be; elsewhere after a break
     if not whole:
         warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
 
@@ -402,8 +402,8 @@ def clean(text):
 def plain(char):
     """One character without ligature and width, as ftfy has it.
 
-    CLIP's pattern wants \\p{L} and \\p{N}, which `re` lacks. Its \\w is exactly L, N and '_', but its \\d only the
-    decimal N. So the other numbers (² ½ Ⅷ ①) get spaces here: 'm²' must be two words.
+    WORD writes CLIP's \\p{L} as [^\\W\\d_], and its \\p{N} as \\d. But \\d is only 0-9 and their like, so ² ½ Ⅷ ① would
+    pass as letters, and 'm²' as one word. Spaces keep them apart.
     """
     ligature_or_wide = '[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb04\ufb06\uff01-\uffef]'
     if re.match(ligature_or_wide, char):
@@ -483,8 +483,8 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        # A dict, for a merged pair can come again: after the merge (abc, d), (a, bc) makes new abc, some of them before
-        # a d. The pair keeps its first rank.
+        # A dict, because a pair can be merged twice. Say (abc, d) was merged. A later merge of (a, bc) makes new abc, some
+        # before a d, so (abc, d) is there again. It keeps its first rank.
         merges = {}
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
@@ -578,7 +578,7 @@ def read_image(source, name=None):
 
 
 class Kind(NamedTuple):
-    """How the crop of a view is made."""
+    """How a view is made."""
     size: int                       # side of the view, in pixels
     scale: tuple                    # least and most share of the image's area
     blur: float                     # probability
@@ -809,7 +809,7 @@ class Crops(Dataset):
         epoch, position, index = where
         pairs = len(self.shards)
         step_seed = f'{self.seed} {epoch} {position // self.batch}'  # the same for all pairs of a step
-        # So many tries reach every pair: after the jump of a batch, below, the walk may meet the first one again.
+        # At most pairs + 1 tries: this pair, then the one a batch further on (see below) and all that follow it.
         for bad in range(pairs + 1):
             try:
                 crops, colours, captions, _ = self.sample(epoch, index)
@@ -840,11 +840,11 @@ class Batch(NamedTuple):
     crops: list             # V image crops (B, 3, s, s) uint8
     colours: object         # (B, V, 7), the numbers of Colours, on the CPU
     step_seed: str          # decides the order of the jitters
-    # U captions (B, T) int64 for the student, globals first. T is full for caption 0, one number for the other globals,
-    # one for the local captions: see collate.
+    # U captions (B, T) int64 for the student, globals first. Where cross-attention reads it, caption 0 has full length.
+    # The other globals share one T, that of the longest global, the local captions another.
     texts: list
     teacher_texts: list     # the global captions for the teacher, all of one T
-    bad: int                # pairs that were replaced because they could not be read
+    bad: int                # how often a pair could not be read
 
     def to(self, device):
         """The batch on a device, without waiting for it."""
