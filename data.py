@@ -402,8 +402,8 @@ def clean(text):
 def plain(char):
     """One character without ligature and width, as ftfy has it.
 
-    WORD writes CLIP's \\p{L} as [^\\W\\d_], and its \\p{N} as \\d. But \\d is only 0-9 and their like, so ² ½ Ⅷ ① would
-    pass as letters, and 'm²' as one word. Spaces keep them apart.
+    WORD writes CLIP's \\p{L} as [^\\W\\d_], and its \\p{N} as \\d. But \\d is only 0-9 and their like, so ² ½ Ⅷ ①
+    would pass as letters, and 'm²' as one word. Spaces keep them apart.
     """
     ligature_or_wide = '[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb04\ufb06\uff01-\uffef]'
     if re.match(ligature_or_wide, char):
@@ -483,8 +483,8 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        # A dict, because a pair can be merged twice. Say (abc, d) was merged. A later merge of (a, bc) makes new abc, some
-        # before a d, so (abc, d) is there again. It keeps its first rank.
+        # A dict, because a pair can be merged twice. Say (abc, d) was merged. A later merge of (a, bc) makes new abc,
+        # some before a d, so (abc, d) is there again. It keeps its first rank.
         merges = {}
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
