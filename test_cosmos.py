@@ -123,7 +123,7 @@ def test_golden_dense_features_and_attention(golden):
 
 def test_sizes_and_initial_values_are_the_released():
     """oracle: the numbers of parameters of the paper's model and of open_clip's ViT-B/16 and /32; CLIP's scales of
-    initial values, for a text tower of 128 channels and 2 layers."""
+    initial values, for towers of 128 and 96 channels."""
     for preset, cross_heads, count in (
             ('vit-b-32', 0, 151_277_313), ('vit-b-16', 0, 149_620_737), ('vit-b-16', 8, 152_382_466)):
         with torch.device('meta'):
@@ -133,6 +133,9 @@ def test_sizes_and_initial_values_are_the_released():
     found = [p.std().item() for p in model.text.parameters() if p.ndim > 1]
     block = [128 ** -0.5, 512 ** -0.5, 256 ** -0.5, 512 ** -0.5]        # attention, its output, the MLP's two layers
     assert found == pytest.approx([0.01, 128 ** -0.5, 0.02, *block, *block], rel=0.1)
+    tower = model.visual
+    for p in tower.class_embedding, tower.positional_embedding, tower.proj:
+        assert p.std().item() == pytest.approx(96 ** -0.5, rel=0.2)
     for scale in model.scales():
         assert scale.item() == pytest.approx(math.log(1 / 0.07))
 
@@ -238,7 +241,7 @@ def a_forward_pass(method):
 
 
 def test_total_loss_is_clip_plus_cosmos():
-    """oracle: the definitions of L_CLIP and L_COSMOS, Eq. 6, in loops, with scales e and e^2; float32 under autocast, too."""
+    """oracle: the definitions of L_CLIP and L_COSMOS, Eq. 6, in loops, scales e and e^2; float32 under autocast."""
     model, out, cls_t, eot_t = a_forward_pass('cosmos')
     e = math.e
     with torch.autocast('cpu', torch.bfloat16):

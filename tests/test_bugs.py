@@ -36,7 +36,12 @@ def program(folder, command):
         sys.modules.pop(name, None)
     sys.argv = command.split()
     sys.stdout = sys.stderr = open('output', 'w', buffering=1)
-    runpy.run_path(sys.argv[0], run_name='__main__')
+    try:
+        runpy.run_path(sys.argv[0], run_name='__main__')
+    except SystemExit as stop:
+        if stop.code:
+            print(stop.code)
+            os._exit(1)                                 # multiprocessing's own exit waits for the loader's workers
 
 
 def start(folder, command):

@@ -164,6 +164,7 @@ def test_checkpoints_of_every_origin(here):
     white = preprocess(image)
     close(white.amin(dim=(1, 2)), torch.tensor([1.9303, 2.0749, 2.1459]), 1e-4)
     refused('size mismatch for visual.proj', load, other | {'visual.proj': white})
+    refused('its merges were learned', load, other | {'token_embedding.weight': white[0]})
     vit_h = {'visual.class_embedding': torch.zeros(1280)}
     refused('keys: visual.*python -m extras.weights import saved.pt', load, vit_h)
 
@@ -283,6 +284,7 @@ WRONG = {               # a command: what its sentence must say
     'classify last.pt --folder page.pt': 'page.pt cannot be read',
     'classify last.pt --folder empty': 'class folder in empty',
     'segment last.pt --images a --masks images --classes page.pt --list page.pt': 'no <html>.png; see --mask-suffix',
+    'segment last.pt --images empty --masks images --classes page.pt': 'empty has no image 0, but a mask; .*-suffix',
     'segment last.pt --images a --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
     'segment last.pt --images a --masks a --classes a --stride -1': '--stride -1 must be above 0',
     'segment last.pt --images a --masks a --classes page.pt --templates page.pt': "'<html>' in page.pt needs {}"}
