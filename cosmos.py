@@ -406,7 +406,7 @@ def total_loss(model, out, cls_t=None, eot_t=None):
     Training, benchmark and walk-through call it. A term of your own is a line here: parts['name'] = (weight, term).
     """
     parts = {'clip': (1, clip_loss(out, model.logit_scale.exp()))}
-    if model.has_cross_attention:
+    if out.h_I is not None:
         terms = cosmos_terms(out, cls_t, eot_t, model.distill_logit_scale.exp())
     else:       # the other rows of Table 5, which have no second scale
         terms = embedding_terms(out, cls_t, eot_t, model.logit_scale.exp())

@@ -9,17 +9,22 @@ absent those tests are skipped. Parts 2-6 follow cosmos.py.
 import itertools
 import math
 import re
-import runpy
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partialmethod
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 import cosmos
+import data
 import train
-from cosmos import (COSMOS, Attention, Config, Teacher, cosmos_loss, from_openclip, symmetric_nce,
+from cosmos import (COSMOS, Attention, Config, Teacher, clip_loss, cosmos_loss, from_openclip, symmetric_nce,
                     to_openclip, total_loss)
 from tests.helpers import MICRO, ROOT, close, micro, refused, seeded, shared
 
@@ -123,7 +128,7 @@ def test_golden_dense_features_and_attention(golden):
 
 def test_sizes_and_initial_values_are_the_released():
     """oracle: the numbers of parameters of the paper's model and of open_clip's ViT-B/16 and /32; CLIP's scales of
-    initial values, for towers of 128 and 96 channels."""
+    initial values, for a text tower of 128 channels and 2 layers."""
     for preset, cross_heads, count in (
             ('vit-b-32', 0, 151_277_313), ('vit-b-16', 0, 149_620_737), ('vit-b-16', 8, 152_382_466)):
         with torch.device('meta'):
@@ -133,9 +138,6 @@ def test_sizes_and_initial_values_are_the_released():
     found = [p.std().item() for p in model.text.parameters() if p.ndim > 1]
     block = [128 ** -0.5, 512 ** -0.5, 256 ** -0.5, 512 ** -0.5]        # attention, its output, the MLP's two layers
     assert found == pytest.approx([0.01, 128 ** -0.5, 0.02, *block, *block], rel=0.1)
-    tower = model.visual
-    for p in tower.class_embedding, tower.positional_embedding, tower.proj:
-        assert p.std().item() == pytest.approx(96 ** -0.5, rel=0.2)
     for scale in model.scales():
         assert scale.item() == pytest.approx(math.log(1 / 0.07))
 
@@ -143,23 +145,31 @@ def test_sizes_and_initial_values_are_the_released():
 # --- 2. Presets and sizes --------------------------------------------------------------------------------------------
 
 def test_every_preset_has_a_recipe():
-    """oracle: the options of train.py; the released script for CC3M. Without a recipe there is no preset."""
-    names = vars(train.make_parser().parse_args([])).keys()
+    """oracle: the options of train.py and their ranges; the released script for CC3M. Without a recipe there is no
+    preset."""
+    parser = train.make_parser()
+    names = vars(parser.parse_args([])).keys()
     paper = dict(epochs=32, batch=1024, lr=5e-4, warmup=2000, wd=0.5, momentum=0.999)
     for preset in cosmos.PRESETS.values():
         assert paper.keys() <= preset.recipe.keys() <= names
+        parser.set_defaults(**preset.recipe)
+        train.check_ranges(parser.parse_args([]))
     assert cosmos.PRESETS['vit-b-16'].recipe == cosmos.PRESETS['vit-b-32'].recipe == paper
+    with pytest.raises(TypeError, match='recipe'):
+        cosmos.Preset(MICRO)
 
 
 def test_sizes_that_do_not_fit_are_refused():
     """oracle: the rule for errors: one sentence with the value and the place."""
     for field in vars(MICRO).keys() - {'cross_heads', 'quick_gelu'}:
-        refused(f'^{field} 0 is too small', replace, MICRO, **{field: 0})
+        for size in 0, -8:
+            refused(f'^{field} {size} is too small', replace, MICRO, **{field: size})
     for field in 'vision_width', 'text_width', 'embed_dim':
         refused(f'^{field} 100 is no multiple of ', Config, **{field: 100})
     for field in 'image_size', 'local_image_size':
         refused(f'{field} 100 .*must be multiples of patch_size 16', Config, **{field: 100})
-    refused('30 x 32 pixels .* patches of 8', COSMOS(MICRO).encode_image, torch.zeros(1, 3, 30, 32))
+    model, images, _ = micro()
+    refused('30 x 32 pixels .* patches of 8', model.encode_image, images[0][:, :, :30])
 
 
 # --- 3. Student and teacher ------------------------------------------------------------------------------------------
@@ -169,13 +179,49 @@ def test_a_plain_clip_has_the_same_towers():
     model, images, texts = micro()
     plain, _, _ = micro('clip')
     plain.load_state_dict(model.state_dict(), strict=False)
+    out = plain(images, texts)
     full = model(images, texts)
-    assert_close([*plain(images, texts)], [full.cls, full.eot, None, None])
-    cls, patches = plain.encode_image(images[2])
-    eot, words = plain.encode_text(texts[2])
-    close(F.normalize(cls, dim=-1), full.cls[2])
-    close(F.normalize(eot, dim=-1), full.eot[2])
-    assert patches is words is None
+    close(out.cls, full.cls)
+    close(out.eot, full.eot)
+    assert out.h_I is out.h_T is None
+    assert len(plain.scales()) == 1
+    for model, has_tokens in (plain, False), (model, True):
+        cls, patches = model.encode_image(images[2])
+        eot, words = model.encode_text(texts[2])
+        close(F.normalize(cls, dim=-1), full.cls[2])
+        close(F.normalize(eot, dim=-1), full.eot[2])
+        assert (patches is not None) == (words is not None) == has_tokens
+
+
+def torch_attention(ours):
+    """torch's own module with the parameters of an Attention."""
+    width = ours.out_proj.in_features
+    theirs = torch.nn.MultiheadAttention(width, ours.heads, batch_first=True)
+    theirs.load_state_dict(ours.state_dict())
+    return theirs
+
+
+def test_every_view_reads_view_0_and_caption_0():
+    """oracle: Eq. 1-2 as they stand, one view at a time, with torch's attention and its weights."""
+    model, images, texts = micro()
+    out = model(images, texts)
+
+    def read(cross, query, tokens):
+        keys = cross.ln_k(tokens)
+        values, weights = torch_attention(cross.attn)(cross.ln_q(query)[:, None], keys, keys)
+        return values[:, 0], weights[:, 0]
+
+    cls_0, patches = model.encode_image(images[0])
+    eot_0, words = model.encode_text(texts[0])
+    for image, h_I in zip(images, out.h_I, strict=True):
+        cls, _ = model.encode_image(image)
+        close(h_I, F.normalize(read(model.text_cross, cls, words)[0] + cls, dim=-1))
+    for text, h_T in zip(texts, out.h_T, strict=True):
+        eot, _ = model.encode_text(text)
+        close(h_T, F.normalize(read(model.image_cross, eot, patches)[0] + eot, dim=-1))
+    over_patches, over_words = model.attention(images[0], texts[0])
+    close(over_patches, read(model.image_cross, eot_0, patches)[1])
+    close(over_words, read(model.text_cross, cls_0, words)[1])
 
 
 def test_teacher_is_a_moving_average():
@@ -189,7 +235,8 @@ def test_teacher_is_a_moving_average():
         teacher.update(model, 0.9)
     for t0, t, s in zip(start, teacher.parameters(), model.parameters(), strict=True):
         close(t, s + 0.9 ** 7 * (t0 - s))
-    for x in (*teacher.parameters(), *teacher(images[:2], texts[:2])):
+    cls_t, eot_t = teacher(images[:2], texts[:2])
+    for x in (*teacher.parameters(), cls_t, eot_t):
         assert not x.requires_grad
     assert teacher(images[:2], None)[1] is None
 
@@ -234,18 +281,14 @@ def a_forward_pass(method):
     teacher = Teacher(model)
     for p in teacher.parameters():
         p.add_(0.1 * torch.randn_like(p))
-    with torch.autocast('cpu', torch.bfloat16):
-        out = model(images, texts)
-    assert out.cls.dtype == out.eot.dtype == torch.float32
-    return model, out, *teacher(images[:2], texts[:2])
+    return model, model(images, texts), *teacher(images[:2], texts[:2])
 
 
 def test_total_loss_is_clip_plus_cosmos():
-    """oracle: the definitions of L_CLIP and L_COSMOS, Eq. 6, in loops, scales e and e^2; float32 under autocast."""
+    """oracle: the definitions of L_CLIP and L_COSMOS, Eq. 6, in loops, with scales e and e^2."""
     model, out, cls_t, eot_t = a_forward_pass('cosmos')
     e = math.e
-    with torch.autocast('cpu', torch.bfloat16):
-        loss, parts = total_loss(model, out, cls_t, eot_t)
+    loss, parts = total_loss(model, out, cls_t, eot_t)
     expected = {
         'clip': (1, slow_loss(out.cls[:2], out.eot, e)),
         'h_I_cls_t': (0.25, slow_loss(out.h_I, cls_t, e * e)),
@@ -254,6 +297,7 @@ def test_total_loss_is_clip_plus_cosmos():
         'h_T_eot_t': (0.25, slow_loss(out.h_T, eot_t, e * e))}
     assert_close(parts, expected)
     assert_close(loss, sum(weight * term for weight, term in expected.values()))
+    assert_close(loss, clip_loss(out, e) + cosmos_loss(out, cls_t, eot_t, e * e))
 
 
 def test_losses_without_cross_attention():
@@ -271,28 +315,70 @@ def test_losses_without_cross_attention():
         assert_close(loss, clip + sum(weight * term for weight, term in expected.values()))
 
 
+def test_three_globals(monkeypatch):
+    """oracle: GLOBALS = 3, counted by hand: three images in L_CLIP, three captions for the teacher, cut as globals."""
+    for module in cosmos, data:
+        monkeypatch.setattr(module, 'GLOBALS', 3)
+    _, out, _, _ = a_forward_pass('cosmos')
+    assert_close(clip_loss(out, math.e), slow_loss(out.cls[:3], out.eot, math.e))
+    ids = torch.zeros(5, 12, dtype=torch.long)
+    ids[range(5), [4, 5, 8, 3, 2]] = 49                                 # where they end
+    batch = data.collate([([torch.zeros(3, 4, 4)], torch.zeros(1, 7), ids, 'key', 0)])
+    assert [text.shape[1] for text in batch.teacher_texts] == [9, 9, 9]
+    assert [text.shape[1] for text in batch.texts] == [12, 9, 9, 4, 4]
+
+
+def test_losses_are_float32_under_autocast():
+    """oracle: the same losses outside autocast."""
+    model, images, texts = micro()
+    with torch.autocast('cpu', torch.bfloat16):
+        out = model(images, texts)
+        losses = clip_loss(out, 14.0), cosmos_loss(out, out.cls, out.eot, 14.0)
+    assert {features.dtype for features in out} == {torch.float32}
+    assert losses == (clip_loss(out, 14.0), cosmos_loss(out, out.cls, out.eot, 14.0))
+
+
 # --- 5. Towers, blocks, attention ------------------------------------------------------------------------------------
 
-def test_captions_may_be_cut_behind_their_ends():
-    """oracle: the captions at full length; without cross-attention, which reads the padding, caption 0, too."""
+def test_towers_equal_the_long_way(monkeypatch):
+    """oracle: every block on all rows of full sequences, the text's behind a mask; of that the row of class token or
+    end. The same where captions are cut, and where activations are computed again."""
     model, images, texts = micro()
     cut = texts[:2] + [caption[:, :5] for caption in texts[2:]]
-    expected = model(images, texts)
-    assert_close(model(images, cut), expected)
-    eot = model.text([texts[0][:, :9], *cut[1:]])
-    close(F.normalize(eot, dim=-1), expected.eot)
+    ids = torch.cat(texts)
+    text_rows = model.text.token_embedding(ids) + model.text.positional_embedding
+    causal = torch.ones(12, 12).tril() > 0
+    [(image_rows, _)] = model.visual.embed([torch.cat(images[:2])])
+    monkeypatch.setattr(cosmos, 'checkpoint', Mock(wraps=cosmos.checkpoint))
+    for tower, views, x, mask, row in (
+            (model.visual, images[:2], image_rows, None, torch.arange(17) == 0),
+            (model.text, cut, text_rows, causal, ids == 49)):
+        for block in tower.transformer.resblocks:
+            x = block(x, mask)
+        x = tower.norm(x)
+        expected = x[row.expand(x.shape[:2])] @ tower.proj
+        cosmos.checkpoint.reset_mock()
+        for recompute in False, True:
+            tower.transformer.grad_checkpointing = recompute
+            features, sequence = tower.with_sequence(views)
+            for found in features, tower(views):
+                close(found.flatten(0, 1), expected)
+            close(sequence, x[:3])
+            assert cosmos.checkpoint.called == recompute
 
 
 def test_attention_is_torchs():
-    """oracle: torch's own module: names, initial values, results. The correlative form is the sum of two of it, one
-    with the queries' weights for the keys, one with the keys' for the queries."""
+    """oracle: torch's own module: names, initial values, results with and without a mask. The correlative form is the
+    sum of two of it, one with the queries' weights for the keys, one with the keys' for the queries."""
     torch.manual_seed(5)
     ours = Attention(24, 4)
     torch.manual_seed(5)
     theirs = torch.nn.MultiheadAttention(24, 4, batch_first=True)
     assert_close(dict(theirs.state_dict()), dict(ours.state_dict()), rtol=0, atol=0)
     x = torch.randn(3, 7, 24)
+    may_see = torch.ones(7, 7).tril() > 0
     close(ours(x, x), theirs(x, x, x)[0])
+    close(ours(x, x, may_see), theirs(x, x, x, attn_mask=~may_see)[0])
     q, k, v = ours.in_proj_weight.data.chunk(3)
     total = 0
     for weights in q, k:
@@ -311,12 +397,32 @@ def test_quick_gelu_by_hand():
                 close(block.mlp.gelu(x), expected, 1e-6)
 
 
+def test_compiled_blocks_are_few_and_equal(monkeypatch):
+    """oracle: the model as it is; a backend that counts graphs, which serve all layers, batches and lengths."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model, _, _ = micro()
+    plain = Teacher(model).model
+    monkeypatch.setattr(cosmos.Block, 'compile', partialmethod(torch.nn.Module.compile, backend=counter))
+    train.compile_blocks(model)
+    for B, length in (4, 5), (3, 7), (2, 9), (4, 8):
+        _, images, texts = micro(B=B)
+        texts = [texts[0], texts[2][:, :length]]
+        for found, expected in zip(model(images, texts), plain(images, texts)):
+            close(found, expected, 1e-6)
+    assert 0 < counter.frame_count < 8                  # by default the compiler gives up at 8
+
+
 # --- 6. python cosmos.py ---------------------------------------------------------------------------------------------
 
-def test_the_walk_through_runs(capsys):
-    """oracle: the shapes of 5 views and 4 captions of 3 pairs."""
-    runpy.run_path(f'{ROOT}/cosmos.py', run_name='__main__')
-    assert re.findall(r'\((\d), 3, 128\)', capsys.readouterr().out) == list('5454')
+def test_the_walk_through_runs():
+    """oracle: the shapes of 5 views and 4 captions of 3 pairs; the printed parts, times their weights, add up."""
+    done = subprocess.run([sys.executable, 'cosmos.py'], cwd=ROOT, capture_output=True, text=True)
+    assert re.findall(r'\((\d), 3, 128\)', done.stdout) == list('5454'), done.stderr
+    parts = re.findall(r'^\w+ +([\d.]+) x ([\d.]+)$', done.stdout, re.M)
+    loss = float(re.search(r'^loss +([\d.]+)', done.stdout, re.M)[1])
+    assert len(parts) == 5
+    assert loss == pytest.approx(sum(float(weight) * float(term) for weight, term in parts), abs=2e-4)
 
 
 # --- Recorded --------------------------------------------------------------------------------------------------------

@@ -440,13 +440,6 @@ class Processes:
         sys.exit(status)
 
 
-def use_cores(workers):
-    """On a CPU: a core for each loader, the others for this process, and freed memory stays at hand."""
-    keep_memory()
-    if 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(max(1, os.cpu_count() - workers))
-
-
 def keep_memory():
     """Have the C library keep what is freed. By itself it hands large blocks back to the system, and the next step gets
     them anew, page by page and filled with zeros: a tenth of the time of a vit-b-16 step on a CPU."""
@@ -846,8 +839,6 @@ def train(run, val):
             raise Refused(failure)
         if signals:
             break
-    for number in data.SIGNALS:                          # nothing left to lose: a signal may end it
-        signal.signal(number, signal.SIG_DFL)
     return bool(signals)
 
 
@@ -886,7 +877,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
     method = METHODS[options.method]
     processes = Processes(options.device)
     if processes.device.type == 'cpu':
-        use_cores(options.workers)
+        keep_memory()
     config, tokenizer, weights = choose_model(options, saved)
 
     # Data. Rank 0 reads all headers, and leaves the index in --out for the others.
@@ -935,7 +926,12 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
         if processes.rank == 0:
             print_plan(run, val)
             prepare_folder(run)
-        if train(run, val):
+        try:
+            stopped = train(run, val)
+        finally:
+            for number in data.SIGNALS:                     # nothing left to lose: a signal may end it
+                signal.signal(number, signal.SIG_DFL)
+        if stopped:
             print(f'stopped    step {run.step} is saved; go on by python train.py --resume {run.folder}')
             processes.leave(128 + signal.SIGTERM)
     else:

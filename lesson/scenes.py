@@ -21,10 +21,10 @@ import io
 import json
 import math
 import random
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import chain
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -298,11 +298,11 @@ def make_scenes(root, train=4000, val=1000, workers=None, **options):
     world = World(**options)
     root = Path(root)
     need(not (root / 'world.json').exists(), f'{root} holds a set of scenes; give another folder')
-    with Pool(workers) as pool:
+    with ProcessPoolExecutor(workers) as pool:
         for split, count in ('train', train), ('twins', val // 2 * 2), ('val', val):
             draw = partial(draw_scene, world, split)
             for start in tqdm(range(0, count, 1000), f'drawing {split}', disable=None):
-                scenes = pool.imap(draw, range(start, min(start + 1000, count)), chunksize=50)
+                scenes = pool.map(draw, range(start, min(start + 1000, count)), chunksize=50)
                 path = root / split / f'{start // 1000:05d}.tar'
                 write_shard(path, chain.from_iterable(scenes))
     # last: a folder that has it is whole

@@ -1,24 +1,31 @@
 """The claims of data.py. Each docstring names its oracle: what a result must equal."""
+import gzip
+import hashlib
 import json
+import math
 import pickle
 import random
-import re
+import shutil
+import subprocess
+import sys
 import tarfile
+import threading
 from collections import Counter
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as V
 
 import data
 from data import Colours, Counts, Crops, Order, Shards, Tokenizer, Unreadable
-from tests.helpers import (MICRO, dog_tar, encoded, pairs_tar, put, refused, seeded, shared, write_tar)
+from tests.helpers import (MICRO, ROOT, dog_tar, encoded, pairs_tar, put, refused, run, seeded, shared, write_tar)
 
 LOW = Tokenizer(['l o', 'lo w</w>', 'lo w', 'e r</w>', 'e s', 'es t</w>', 'low est</w>'], 8)
 BOAT = ['a boat', 'A 3.5 m boat', 'Two men', 'A lake']
@@ -33,51 +40,136 @@ def pixels(source):
     return V.pil_to_tensor(data.read_image(source, 'it').convert('RGB'))
 
 
+# --- Errors ----------------------------------------------------------------------------------------------------------
+
+def first_batch(loader):
+    """The workers end here also where it fails."""
+    batches = iter(loader)
+    try:
+        next(batches)
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()
+
+
+def test_only_what_is_refused_becomes_a_sentence(tmp_path):
+    """oracle: the rule for errors: one sentence for the user, from a worker, too; a traceback for all else."""
+    crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 4)), LOW, MICRO, 3, 4)
+    crops.shards.index[:, 2] = 0                        # bytes of each image
+
+    def bad_pairs():
+        first_batch(data.loader(crops, Order(4, 4, 0, 1), workers=1))
+
+    def bad_image():
+        first_batch(DataLoader([b'GIF8'], num_workers=1, collate_fn=lambda batch: data.read_image(batch[0], 'a.gif')))
+
+    def bad_option():
+        data.Parser().parse_args(['--sise'])
+
+    for main, sentence in (
+            (bad_pairs, 'none of 4 pairs can be read'),
+            (bad_image, 'a.gif is no image that can be read'),
+            (bad_option, 'unrecognized arguments: --sise; see prog --help')):
+        line, = run(SimpleNamespace(main=main)).splitlines()
+        assert line.startswith(f'error: {sentence}')
+    lines = run(SimpleNamespace(main=lambda: 1 / 0)).splitlines()
+    assert lines[0].startswith('Traceback')
+    assert lines[-1] == 'ZeroDivisionError: division by zero'
+
+
+@pytest.mark.parametrize('function', ['text_crops', 'image_crops', 'draw_colours'])
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_bug_is_no_bad_pair(monkeypatch, tmp_path, function, workers):
+    """oracle: a NameError in that function, which must come through, from a worker, too."""
+    def broken(*args, **options):
+        return nowhere
+
+    crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 4)), LOW, MICRO, 3, 4)
+    monkeypatch.setattr(data, function, broken)
+    with pytest.raises(NameError, match='nowhere'):
+        first_batch(data.loader(crops, Order(4, 4, 0, 1), workers))
+
+
+def test_imports_change_nothing():
+    """oracle: limits, warning filters and signals of a program that has imported torch and the like before."""
+    code = '''
+import resource, signal, warnings
+import torch.distributed, torch.utils.checkpoint, torchvision.transforms.v2, tqdm.contrib.concurrent
+def state():
+    limits = [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith('RLIMIT')]
+    return limits, warnings.filters[:], [signal.getsignal(number) for number in signal.valid_signals()]
+before = state()
+import cosmos, data, eval, train
+assert state() == before
+'''
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+
+
 # --- Shards ----------------------------------------------------------------------------------------------------------
 
 def test_paths_and_their_lines(tmp_path, capsys):
     """oracle: the files that were written, and which of them a path names."""
-    for name in '08', '09', 'a[1]', 'halves/train/t', 'halves/val/v':
+    for name in '08', '09', '11', 'a[1]', 'halves/train/t', 'halves/val/v':
         put(tmp_path / f'{name}.tar')
-    for paths, split, names, line in (
-            ('', None, '08 09 a[1]', ''),
-            ('a[1].tar 09.tar 08.tar 18.tar', None, '08 09 a[1]', '1 of 4 shards are missing, the first is .*18.tar'),
-            ('08.tar 0?.tar', None, '08 09', '1 shards are named twice'),
-            ('halves', 'val', 'v', 'the half .*halves/val'),
-            ('halves/val', 'train', 'v', '')):
-        found = data.find_shards([f'{tmp_path}/{path}' for path in paths.split(' ')], split)
-        assert ' '.join(Path(tar).stem for tar in found) == names
-        printed = ''.join(capsys.readouterr())
-        assert re.search(line or '^$', printed)
+
+    def found(*paths, split=None):
+        tars = data.find_shards([f'{tmp_path}/{path}' for path in paths], split)
+        lines = capsys.readouterr()
+        return ' '.join(Path(tar).stem for tar in tars), lines.out + lines.err
+
+    assert found('') == ('08 09 11 a[1]', '')
+    assert found('0*.tar', 'a[1].tar') == ('08 09 a[1]', '')
+    names, line = found('09.tar', '08.tar', '18.tar', '19.tar')
+    assert names == '08 09'
+    assert f'2 of 4 shards are missing, the first is {tmp_path}/18.tar' in line
+    names, line = found('08.tar', '09.tar', '')
+    assert names == '08 09 11 a[1]'
+    assert '2 shards are named twice' in line
+    assert found('halves', split='val') == ('v', f'data       the half {tmp_path}/halves/val\n')
+    assert found('halves', split='train')[0] == 't'
+    assert found('halves/val', split='train') == ('v', '')
     for path in 'absent', 'x*.tar', 'halves':
         refused(f"{path}' does not exist or holds no .tar file", data.find_shards, tmp_path / path)
 
 
 def test_tars_of_every_format(tmp_path):
-    """oracle: the pairs and names as written, in any order of members, by a mapped index."""
+    """oracle: the pairs and names as written, in any order of members; the same by a mapped index."""
     jpg = encoded(mandelbrot(40, 32), 'JPEG')
     long = 'folder' * 15 + '/' + 'name' * 15        # over 100 characters: GNU and PAX add a header
     members = [
-        ('x/b.json', {'caption': 'json', 'file': 'my cat.jpg'}),
-        ('x/a.txt', b'text'),
-        ('x/b.JPG', jpg),
-        ('x/b.png', b'2nd'),
-        ('x/a.jpg', jpg),
-        ('x/a.mask.png', b'mask'),
-        (f'{long}.png', jpg),
-        (f'{long}.txt', b'long'),
-        ('x/alone.jpg', jpg)]
+        ('x/b.json', {'caption': 'json', 'file': 'my cat.jpg'}), ('x/a.txt', b'text'), ('x/b.JPG', jpg),
+        ('x/b.png', b'2nd'), ('x/a.jpg', jpg), ('x/a.mask.png', b'mask'), (f'{long}.png', jpg),
+        (f'{long}.txt', b'long'), ('x/alone.jpg', jpg)]
     for form in tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT:       # 0, 1, 2
         write_tar(tmp_path / f'{form}.tar', members, form)
-    Shards(tmp_path).save(tmp_path / 'index.npy')
+    shards = Shards(tmp_path)
+    shards.save(tmp_path / 'index.npy')
     mapped = Shards(tmp_path, index=tmp_path / 'index.npy')
     assert isinstance(mapped.index, np.memmap)
-    assert len(mapped) == 9
-    for i in range(9):
-        assert mapped.pool(i) == [['json', 'text', 'long'][i % 3]]
-        assert mapped.image(i) == jpg
-        assert mapped.member(i, 'mask.png') == [b'', b'mask', b''][i % 3]
-    assert mapped.name(0).endswith('0.tar:x/b.JPG (my cat.jpg)')
+    for found in shards, mapped, pickle.loads(pickle.dumps(mapped)):    # as workers get it
+        assert len(found) == 9
+        for i in range(9):
+            assert found.pool(i) == [['json', 'text', 'long'][i % 3]]
+            assert found.image(i) == jpg
+            assert found.member(i, 'mask.png') == [b'', b'mask', b''][i % 3]
+        assert found.name(0).endswith('0.tar:x/b.JPG (my cat.jpg)')
+        assert found.name(1).endswith('0.tar:x/a.jpg')
+    shutil.copytree(tmp_path, tmp_path / 'moved')
+    assert Shards(tmp_path / 'moved').fingerprint == shards.fingerprint
+    dog_tar(tmp_path / '1.tar', 5)
+    assert Shards(tmp_path).fingerprint != shards.fingerprint
+
+
+def test_many_shards_are_read_by_processes(tmp_path):
+    """oracle: the pairs that were written. A thread of torch is at work: forks must not wait for its locks."""
+    for n in range(20):
+        dog_tar(tmp_path / f'{n:02d}.tar', 2)
+    matrix = torch.rand(1500, 1500)
+    thread = threading.Thread(target=matrix.matrix_power, args=[20])
+    thread.start()
+    shards = Shards(tmp_path)
+    assert shards.index[:, 0].tolist() == sorted([*range(20)] * 2)
+    thread.join()
 
 
 def readable(shards):
@@ -90,10 +182,20 @@ def readable(shards):
     return found
 
 
-def test_sixteen_bits_of_gray_and_half_an_image():
-    """oracle: one colour by construction; a sentence for what Pillow cannot decode."""
-    gray = Image.fromarray(np.full((20, 40), 128 * 257, np.uint16))
-    assert (pixels(encoded(gray)) == 128).all()
+def test_odd_members_are_read_or_refused(tmp_path):
+    """oracle: what each is by construction: images of one colour, a long name, a broken json, half an image."""
+    cmyk = Image.new('CMYK', (40, 20), (0, 200, 100, 30))
+    gray16 = Image.fromarray(np.full((20, 40), 128 * 257, np.uint16))
+    name = 'ünï/' + 'cödé' * 40
+    shards = Shards(write_tar(tmp_path / 'a.tar', [
+        ('broken.jpg', b'x'), ('broken.json', b'{"a'),
+        ('cmyk.jpg', encoded(cmyk, 'JPEG')), ('cmyk.json', ['cmyk']),
+        (f'{name}.png', encoded(gray16)), (f'{name}.json', [name])]))
+    images = readable(shards)
+    assert len(shards) == 3
+    assert images.keys() == {'cmyk', name}
+    assert_close(images['cmyk'][:, 10, 10].tolist(), [225, 49, 137], rtol=0, atol=6)
+    assert (images[name] == 128).all()
     refused('it is no image that can be read', pixels, encoded(mandelbrot(64, 64))[:400])
 
 
@@ -127,6 +229,17 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
     check(raw[:start] + info.tobuf(tarfile.GNU_FORMAT)[-512:] + raw[start + 512:], '01')
 
 
+def test_shards_without_a_usable_pair_are_refused(tmp_path):
+    """oracle: by construction: other keys, broken images, no texts. One good pair among the first is enough."""
+    image = encoded(Image.new('RGB', (9, 9)))
+    path = pairs_tar(tmp_path / 'a.tar', [{'title': 'dog'}], [image])
+    refused('a.tar:0.png .*no usable caption under the keys title.*--caption-keys', Shards, path)
+    assert Shards(path, 'name , title').pool(0) == ['dog']
+    refused('a.tar:1.png .*its image is no image', Shards, dog_tar(path, 2, broken=[0, 1]))
+    refused('a.tar: no readable tar of images', Shards, write_tar(path, [('0.png', image)]))
+    assert len(Shards(dog_tar(path, 20, broken=range(19)))) == 20
+
+
 # --- Captions and tokenizer ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('text, expected', [
@@ -147,7 +260,8 @@ def test_sentences_by_hand(text, expected):
      [*BOAT, 'One. Two.']),
     ({'original_caption': "St. Mary's Church", 'caption': 'One. Two.'}, ["St. Mary's Church", 'One', 'Two']),
     ({'captions': ['one dog.', 'two. three'], 'caption': 'no'}, ['one dog', 'two', 'three']),
-    ({'caption': None, 'txt': 'ox'}, ['ox']),
+    ({'caption': 'one dog', 'txt': 'no'}, ['one dog']),
+    ({'caption': None, 'txt': 'one dog'}, ['one dog']),
     ({'captions': ['o', 'n', 'e'], 'caption': [None, 7, ''], 'alt': 'one dog'}, [])])
 def test_captions_of_every_format(record, pool):
     """oracle: pools written by hand. PixelProse's original caption and items of DreamLIP's lists pass whole, as
@@ -158,22 +272,21 @@ def test_captions_of_every_format(record, pool):
 
 def test_text_crops_come_in_every_order():
     """oracle: the rule itself: 1 to 5 distinct sentences a global, distinct locals; every order of a small pool."""
+    pool = list('abcdefghi')
     lengths = Counter()
     orders = set()
     for seed in range(300):
         rng = random.Random(seed)
-        crop, *local = data.text_crops(list('abcdefghi'), rng, 1, 6)
+        crop, *local = data.text_crops(pool, rng, 1, 6)
         parts = crop.split('. ')
         lengths[len(parts)] += 1
-        assert len(set(parts)) == len(parts)
-        assert len(set(local)) == 6
-        orders.add(tuple(data.text_crops(list('abc'), rng, 0, 3)))
+        assert len(set(parts)) == len(parts) and len(set(local)) == 6
+        orders.add(tuple(data.text_crops(pool[:3], rng, 0, 3)))
     assert len(orders) == 6
-    assert len(lengths) == 5
-    assert min(lengths.values()) > 40             # uniform: 60 each
+    assert sorted(lengths) == [1, 2, 3, 4, 5]
+    assert min(lengths.values()) > 40                                   # uniform: 60 each
     crops = data.text_crops(['a', 'b'], rng, 0, 5)
-    assert len(crops) == 5
-    assert crops[:4] == ['a', 'b', 'a', 'b']        # whole repeats, then a random rest
+    assert crops[:4] == ['a', 'b', 'a', 'b']            # whole repeats, then a random rest
 
 
 def test_tokenizer_equals_clip():
@@ -183,6 +296,24 @@ def test_tokenizer_equals_clip():
     for text, ids, padded in json.loads(shared('golden', 'tokenizer.json').read_text()):
         assert [49406, *tokenizer.encode(text), 49407] == ids, text
         assert tokenizer([text]).tolist() == [padded]
+
+
+def test_the_vocabulary_is_fetched_once(tmp_path, monkeypatch):
+    """oracle: the merges in a file: of another digest they are not kept; of the right one they are there without the
+    file, too. Where there are none a sentence names the remedies."""
+    file = put(tmp_path / 'vocab.gz', gzip.compress(b'header\nl o\nlo w</w>'))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    monkeypatch.delenv('COSMOS_VOCAB', raising=False)
+    remedies = 'vocab.gz .*--vocab PATH or COSMOS_VOCAB.*--vocab learn'
+    for url in 'file:///absent/vocab.gz', file.as_uri():
+        monkeypatch.setattr(data, 'VOCAB_URL', url)
+        refused(f'{url} cannot be fetched', Tokenizer.clip)
+    refused(remedies, Tokenizer.clip, file)
+    assert not list(tmp_path.glob('home/**/*.*'))
+    monkeypatch.setattr(data, 'VOCAB_SHA256', hashlib.sha256(file.read_bytes()).hexdigest())
+    for _ in range(2):
+        assert Tokenizer.clip().merges == ['l o', 'lo w</w>']
+        file.unlink(missing_ok=True)
 
 
 def test_ids_and_words_by_hand():
@@ -205,40 +336,75 @@ def test_learn_by_hand():
 
 # --- Image crops and colours -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('kind, width, tolerance, least', [
-    ('PNG', 200, 0, 0.4),
-    ('PNG', 200, 0, 0.9),
-    ('JPEG', 2000, 9, 0.4)])
-def test_crops_of_the_released_sizes_and_sides(tmp_path, kind, width, tolerance, least):
-    """oracle: torchvision's crop of each box of the upright image; the camera was turned. Of a large JPEG, which is
-    decoded smaller, that of the whole. Half of 'full' are mirror images, none of 'crops', which have no colours either.
-    Shares of the image `least` to 1 for globals, 0.05 to 0.4 for locals; aspects."""
+@pytest.mark.parametrize('width, kind, tolerance', [
+    (192, 'PNG', 0.5),
+    (2000, 'JPEG', 6),
+    (1, 'PNG', 0.5),
+    (3, 'JPEG', 6)])
+def test_image_crops_are_the_pixels_of_their_boxes(width, kind, tolerance):
+    """oracle: torchvision's crop of each box, flipped or not, of the upright image; the camera was turned. Of a large
+    JPEG, which is decoded smaller, that of the whole."""
+    rng = random.Random(0)
+    kinds = data.view_kinds(MICRO, 2, 6)
     exif = Image.Exif()
     exif[0x112] = 6                                     # a quarter turn
-    file = encoded(mandelbrot(width, width * 3 // 4), kind, exif=exif)
+    image = mandelbrot(width, max(width * 7 // 10, 1))
+    file = encoded(image, kind, exif=exif)
     whole = pixels(file)
-    shards = Shards(pairs_tar(tmp_path / 'a.tar', [['dog']], [file]))
-    crops = Crops(shards, LOW, MICRO, 0, 1, augment='crops', crop_min=least)
+    assert whole.shape[1:] == image.size
+    for _ in range(30):
+        crops, boxes = data.image_crops(file, kinds, rng)
+        for crop, box, view in zip(crops, boxes, kinds, strict=True):
+            want = V.resized_crop(whole, *box, [view.size] * 2, data.BICUBIC).float()
+            distance = (crop - want).abs().mean()
+            mirrored = (crop.flip(-1) - want).abs().mean()
+            assert min(distance, mirrored) < tolerance                  # of 255
+
+
+def mandelbrot_shards(path):
+    image = encoded(mandelbrot(200, 200))
+    return pixels(image), Shards(pairs_tar(path, [['dog', 'cat']], [image]))
+
+
+@pytest.mark.parametrize('least', [0.4, 0.9])
+def test_crops_of_the_released_sizes_and_sides(tmp_path, least):
+    """oracle: torchvision's crop of each box; half of 'full' are its mirror images, none of 'crops', which have no
+    colours either. Shares of the image `least` to 1 for globals, 0.05 to 0.4 for locals; aspects."""
+    whole, shards = mandelbrot_shards(tmp_path / 'a.tar')
     mirrored = 0
     drawn = []
-    for epoch in range(40):
-        plain, colours, _, boxes = crops.sample(epoch, 0)
-        full, *_ = replace(crops, augment='full').sample(epoch, 0)
+    for seed in range(40):
+        plain, colours, _, boxes = Crops(shards, LOW, MICRO, seed, 1, augment='crops', crop_min=least).sample(0, 0)
+        full, *_ = Crops(shards, LOW, MICRO, seed, 1, crop_min=least).sample(0, 0)
         assert set(colours) == {Colours()}
         assert [crop.shape[1] for crop in plain] == 2 * [32] + 6 * [16]
         for crop, other, box in zip(plain, full, boxes, strict=True):
-            want = V.resized_crop(whole, *box, crop.shape[1:], data.BICUBIC)
-            assert (crop.float() - want).abs().mean() <= tolerance      # of 255
+            assert crop.equal(V.resized_crop(whole, *box, crop.shape[1:], data.BICUBIC))
             if not other.equal(crop):
                 assert other.equal(crop.flip(-1))
                 mirrored += 1
         drawn.append(boxes)
     assert 120 < mirrored < 200                                         # of 320
-    _, _, height, width = np.array(drawn, float).T                      # each (views, epochs)
-    share = height * width / whole[0].numel()
+    _, _, height, width = np.array(drawn, float).T                      # each (views, seeds)
+    share = height * width / 200 ** 2
     for found, low, high in (share[:2], least, 1), (share[2:], 0.05, 0.4), (height / width, 3 / 4, 4 / 3):
         assert low - 0.04 < found.min() < low + 0.1
         assert high - 0.1 < found.max() < high + 0.04
+
+
+def test_captions_leave_the_pictures_as_they_are(tmp_path):
+    """oracle: the same pair with other numbers of captions; another epoch has other crops, colours and captions."""
+    _, shards = mandelbrot_shards(tmp_path / 'a.tar')
+    many = Crops(shards, LOW, MICRO, 3, 1)
+    few = Crops(shards, LOW, MICRO, 3, 1, Counts(global_texts=1, local_texts=1))
+    crops, colours, captions, boxes = many.sample(0, 0)
+    for other in many.sample(0, 0), few.sample(0, 0):
+        assert_close(other[0], crops, rtol=0, atol=0)
+        assert (other[1], other[3]) == (colours, boxes)
+    assert len(captions) == 8
+    _, *next_epoch = many.sample(1, 0)
+    for before, after in zip([colours, captions, boxes], next_epoch):
+        assert before != after
 
 
 def blurred(image, sigma):
@@ -272,7 +438,8 @@ def test_each_colour_operation_is_the_released(monkeypatch, name, function, shar
     colours[:9, column] = torch.linspace(low, high, 9)
     monkeypatch.setattr(data, 'normalize', torch.clone)
     found, = data.Batch([images], colours[:, None], 'key', [], [], 0).views()
-    for image, strength, x in zip(images / 255, colours[:, column].tolist(), found):
+    strengths = colours[:, column].tolist()
+    for image, strength, x in zip(images / 255, strengths, found):
         if strength == neutral:
             assert x.equal(image)
         else:
@@ -281,10 +448,27 @@ def test_each_colour_operation_is_the_released(monkeypatch, name, function, shar
     for kind, share in zip(data.view_kinds(MICRO, 2, 1), shares, strict=True):
         values = np.array([data.draw_colours(kind, rng)[column] for _ in range(5000)])
         changed = values[values != neutral]
-        assert len(changed) / 5000 == pytest.approx(share, abs=0.03 if 0 < share < 1 else 0)
+        error = math.sqrt(share * (1 - share) / 5000)
+        assert abs(len(changed) / 5000 - share) <= 4 * error
         if share:
             assert low <= changed.min() and changed.max() <= high
             assert changed.mean() == pytest.approx((low + high) / 2, abs=0.05 * (high - low))
+
+
+def test_jitters_come_in_the_order_of_the_step():
+    """oracle: torchvision's two functions: in 20 steps each view has both orders. OpenAI's white."""
+    image = torch.randint(0, 256, (1, 3, 9, 9), dtype=torch.uint8)
+    colours = torch.tensor([Colours(brightness=1.4, contrast=0.6)])
+    brighter = V.adjust_contrast(V.adjust_brightness(image / 255, 1.4), 0.6)
+    first = data.normalize(brighter)
+    found = set()
+    for step in range(20):
+        batch = data.Batch([image, image], colours.expand(1, 2, 7), f'0 0 {step}', [], [], 0)
+        one, other = batch.views()
+        found.add((one.allclose(first, atol=1e-4), other.allclose(first, atol=1e-4)))
+    assert len(found) == 4
+    white = data.normalize(torch.full((3, 1, 1), 255, dtype=torch.uint8))
+    assert white.flatten().tolist() == pytest.approx([1.930336, 2.074884, 2.145897], abs=1e-5)
 
 
 # --- Order and batches -----------------------------------------------------------------------------------------------
@@ -298,36 +482,46 @@ def test_order_is_a_pure_function():
         places = range(4 * k, 4 * k + 4)
         assert rows == [(epoch, place, expected[place]) for place in places]
     assert list(Order(23, 4, 7, 12, seed=5)) == steps[7:]
+    refused('--batch 24 is larger than the set of 23 pairs', data.check_batch, 24, 23, 1)
+    refused('--batch 9 cannot be cut into 2 parts', data.check_batch, 9, 23, 2)
 
 
 def test_batches_are_equal_by_workers_and_ranks(tmp_path):
     """oracle: one process without workers, whole batches."""
-    crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 12)), LOW, MICRO, 3, 4, Counts(2, 2, 2, 3))
+    shards = Shards(dog_tar(tmp_path / 'a.tar', 12))
+    crops = Crops(shards, LOW, MICRO, 3, 4, Counts(2, 2, 2, 3))
 
     def served(rank=0, world=1, workers=0):
-        batches = data.loader(crops, Order(12, 4, 2, 5, 3, rank, world), workers, multiple=8)
-        return [batch.views() + batch.texts for batch in batches]
+        order = Order(12, 4, 2, 5, 3, rank, world)
+        return list(data.loader(crops, order, workers, multiple=8))
 
     alone = served()
-    assert_close(served(workers=2), alone, rtol=0, atol=0)
-    for one, other, both in zip(served(0, 2), served(1, 2), alone, strict=True):
-        for *parts, whole in zip(one, other, both, strict=True):
-            assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
+    assert len({batch.step_seed for batch in alone}) == 3
+    ranks = zip(served(0, 2), served(1, 2))
+    for others in zip(served(workers=2)), ranks:
+        for parts, batch in zip(others, alone, strict=True):
+            found = zip(*(part.views() + part.texts for part in parts))
+            for pieces, whole in zip(found, batch.views() + batch.texts, strict=True):
+                assert_close(torch.cat(pieces), whole, rtol=0, atol=1e-6)
 
 
 def test_captions_are_cut():
     """oracle: by hand: at most 7 ids in the globals, 4 in the locals; caption 0 keeps all 8 for the student."""
     captions = [LOW(['low ' * count for count in counts]) for counts in ([4, 1, 0, 2], [3, 5, 0, 1])]
     samples = [([], torch.zeros(0, 7), ids, 'key', 1) for ids in captions]
-    for options, *lengths in (
-            ([], 8, 7, 4, 4, 7, 7),
-            ([1, False], 7, 7, 4, 4, 7, 7),
-            ([3], 8, 8, 6, 6, 8, 8)):                                   # 9 and 6, of which there are 8
+
+    def lengths(*options):
         batch = data.collate(samples, *options)
         assert batch.bad == 2
-        for text, caption, length in zip(batch.texts + batch.teacher_texts, [0, 1, 2, 3, 0, 1], lengths, strict=True):
-            ids = torch.stack([row[caption] for row in captions])
-            assert text.equal(ids[:, :length])
+        for texts in batch.texts, batch.teacher_texts:
+            for text, ids in zip(texts, torch.stack(captions, dim=1)):
+                assert text.equal(ids[:, :text.shape[1]])
+                assert (text == LOW.eot).any(dim=1).all()               # every end is there
+        return [[text.shape[1] for text in texts] for texts in (batch.texts, batch.teacher_texts)]
+
+    assert lengths() == [[8, 7, 4, 4], [7, 7]]
+    assert lengths(1, False) == [[7, 7, 4, 4], [7, 7]]
+    assert lengths(3) == [[8, 8, 6, 6], [8, 8]]                         # 9 and 6, of which there are 8
 
 
 def dog_numbers(captions):
@@ -341,7 +535,7 @@ def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
     def batches_of(n, broken, steps):
         shards = Shards(dog_tar(tmp_path / 'a.tar', n, broken=broken))
         crops = Crops(shards, dog_numbers, MICRO, 3, 4, Counts(2, 0, 1, 0))
-        return data.loader(crops, Order(n, 4, 0, steps, seed=3), workers=0)
+        return list(data.loader(crops, Order(n, 4, 0, steps, seed=3), workers=0))
 
     served = set()
     bad = 0

@@ -230,6 +230,16 @@ def test_retrieval_of_shards_and_lists(gallery, capsys):
         assert re.search('left out +1 of 4 images\n.* image 1: images/x.png is', capsys.readouterr().out)
 
 
+def test_class_names_of_every_source():
+    """oracle: names as torchvision's sets have them: synonyms, lines for spaces, and the WordNet ids of ImageNet."""
+    for classes, names in (
+            ([('tench', 'Tinca tinca'), ('ox',)], ['tench', 'ox']),
+            (['crab_leg'], ['crab leg']),
+            ([f'n{i:08}' for i in range(1000)], None)):
+        found = evaluation.class_names(SimpleNamespace(classes=classes))
+        assert found == names or found[2] == 'great white shark'
+
+
 def test_classify_of_every_source(gallery, capsys):
     """oracle: the function that a test above checks, on the same images and prompts; of an image its class. A broken
     one is left out and named."""
@@ -282,6 +292,7 @@ WRONG = {               # a command: what its sentence must say
     'retrieval last.pt --coco x': 'x/annotations/captions_val2017.json cannot be read',
     'classify last.pt --dataset dtdd': "has no 'dtdd'; it has .*dtd",
     'classify last.pt --folder page.pt': 'page.pt cannot be read',
+    'classify last.pt --workers 0 --folder bad': 'not one image can be used; image 0: .*x.jpg is no image',
     'classify last.pt --folder empty': 'class folder in empty',
     'segment last.pt --images a --masks images --classes page.pt --list page.pt': 'no <html>.png; see --mask-suffix',
     'segment last.pt --images empty --masks images --classes page.pt': 'empty has no image 0, but a mask; .*-suffix',
@@ -300,6 +311,7 @@ def test_errors_are_one_sentence(gallery):
     pairs_tar('a.tar', [{'caption': 'an ox'}, b'{"caption": "a'], [image] * 2)
     put('page.pt', '<html>')
     put('empty/list')
+    put('bad/class/x.jpg')
     torch.save({'student': Malicious()}, 'bad.pt')
     for line, sentence in WRONG.items():
         error = run(evaluation, *line.split())

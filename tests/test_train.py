@@ -131,7 +131,8 @@ def test_views_and_losses_of_each_row(fit, tmp_path, method):
     assert (begun.teacher is not None) == bool(terms)
     options, *_ = train.read_options(['--data', 'x', '--method', method])
     assert options.augment == ('crops' if method == 'clip' else 'full')
-    assert step_of(*micro(method), method).parts.keys() == {'clip', *terms}
+    _, images, texts = micro()
+    assert step_of(begun.student, images, texts, method).parts.keys() == {'clip', *terms}
 
 
 def step_of(model, images, texts, method='cosmos', accum=1, processes=None, clip_grad=0):
@@ -410,7 +411,7 @@ def test_init(fit, whole, tmp_path):
     """oracle: the weights in the file before the first step; a fresh model's cross-attention. A resumed run goes on."""
     assert fit(tmp_path / 'clip', '--method', 'clip') == 0
     path = tmp_path / 'clip/last.pt'
-    begun = started(fit, tmp_path / 'begun', '--init', path)
+    begun = started(fit, tmp_path / 'begun', '--init', path, '--batch', 60)     # all pairs
     weights = evaluation.load(path)[0].state_dict()
     torch.manual_seed(0)
     expected = COSMOS(begun.train_set.config).state_dict() | weights
