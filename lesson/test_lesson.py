@@ -632,6 +632,7 @@ def test_differences_by_hand(course, monkeypatch):
 def test_check(course, monkeypatch):
     """oracle: whole pages pass; a changed text, table or plot, a second machine in a block, a second commit and a
     missing run are named. Another block may come from another machine."""
+    pytest.importorskip('matplotlib')
     Path('assets').mkdir()
     panel = plots.Panel('', 'two', 'small.top1')
     monkeypatch.setattr(plots, 'PICTURES', {'a': [panel]})
