@@ -193,18 +193,19 @@ def gradients(processes, method, accum):
     return {name: p.grad for name, p in model.named_parameters()}, total / processes.world
 
 
-def one_rank(rank, port, path, flags):
-    """One of two processes: saves its gradients, and runs train.py with `flags`."""
+def one_rank(rank, world, port, path, flags):
+    """One of `world` processes: saves its gradients; of two processes, train.py with `flags`, too."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     processes = train.Processes('cpu')
-    assert (processes.rank, processes.world) == (rank, 2)
+    assert (processes.rank, processes.world) == (rank, world)
     assert (sys.stdout.name == os.devnull) == (rank > 0)                # rank 0 speaks for all
     for method in OBJECTIVES:
         for accum in 1, 2:
-            torch.save(gradients(processes, method, accum), path / f'{rank}-{method}-{accum}')
-    train.Processes = {'auto': processes, 'cpu': processes}.get
-    run(train, *flags)
+            torch.save(gradients(processes, method, accum), path / f'{world}-{rank}-{method}-{accum}')
+    if world == 2:
+        train.Processes = {'auto': processes, 'cpu': processes}.get
+        run(train, *flags)
     processes.leave(0)
 
 
@@ -214,10 +215,12 @@ def by_ranks(tmp_path_factory):
     path = tmp_path_factory.mktemp('ranks')
     shards = dog_tar(path / 'dogs.tar', 80, broken=[3, 40])
     flags = ['--data', shards, *QUICK, '--steps', 20, '--lr', 1e-3, '--out']
-    with socket.create_server(('127.0.0.1', 0)) as server:
-        port = server.getsockname()[1]
     set_forkserver_preload([__name__])                  # imported once, not in each process
-    start_processes(one_rank, (port, path, [*flags, path / 'two']), nprocs=2, start_method='forkserver')
+    for world in 2, 4:
+        with socket.create_server(('127.0.0.1', 0)) as server:
+            port = server.getsockname()[1]
+        arguments = world, port, path, [*flags, path / 'two']
+        start_processes(one_rank, arguments, nprocs=world, start_method='forkserver')
     assert run(train, *flags, path / 'one') == 0
     return path
 
@@ -225,13 +228,13 @@ def by_ranks(tmp_path_factory):
 @pytest.mark.parametrize('method', OBJECTIVES)
 def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
     """oracle: one process with the whole batch: same loss, same gradient in every parameter and scale, with --accum 2
-    (and --grad-checkpoint), with 2 processes, and with both. None of them is all zero: it would never learn."""
+    (and --grad-checkpoint), with 2 and 4 processes, and with both. None of them is all zero: it would never learn."""
     alone = train.Processes('cpu')
     expected, total = gradients(alone, method, 1)
     found = [gradients(alone, method, 2)]
-    for path in by_ranks.glob(f'?-{method}-?'):
+    for path in by_ranks.glob(f'?-?-{method}-?'):
         found.append(torch.load(path))
-    assert len(found) == 5
+    assert len(found) == 13
     for grads, loss in found:
         assert loss == pytest.approx(total, rel=1e-6)
         for name in expected:
@@ -456,3 +459,15 @@ def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path):
         assert state['step'] == last
         assert state['optimizer']['state'][0]['step'] == last - 5
         assert state['student']['visual.proj'].isfinite().all()
+
+
+def test_weights_that_are_not_finite_are_not_saved(monkeypatch, fit, tmp_path):
+    """oracle: the checkpoint before: that of step 2."""
+    def spoil(run, norm):
+        with torch.no_grad():
+            run.student.visual.proj[0, 0] = math.inf if run.step == 3 else 0
+
+    monkeypatch.setattr(train, 'update', spoil)
+    assert re.fullmatch('error: the weights are not finite after step 4, .* by --resume .*out .*',
+                        fit(tmp_path / 'out'))
+    assert saved(tmp_path / 'out')['step'] == 2
