@@ -91,7 +91,7 @@ class Run:
     dtype: torch.dtype              # of autocast; None: float32
     order: type = data.Order        # which pairs make a batch
     step: int = 0
-    pairs: int = 0                  # seen so far; not step x batch, for --batch may change on resume
+    pairs: int = 0    # seen so far; not step x batch, for --batch may change on resume
     best: tuple = (-1.0, 0)         # mean R@1 on --val, and its step
     begun: float = field(default_factory=time.perf_counter)
 
@@ -528,7 +528,7 @@ def choose_model(options, saved):
     heads = 0
     if METHODS[options.method].cross_attention:
         heads = config.cross_heads
-        if not heads:                                       # a plain CLIP gets as many as the presets
+        if not heads:    # a plain CLIP gets as many as the presets
             heads = 8 if config.embed_dim >= 256 else 4
     return replace(config, cross_heads=heads), tokenizer, weights
 
@@ -936,7 +936,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
         try:
             stopped = train(run, val)
         finally:
-            for number in data.SIGNALS:                     # nothing left to lose: a signal may end it
+            for number in data.SIGNALS:    # nothing left to lose: a signal may end it
                 signal.signal(number, signal.SIG_DFL)
         if stopped:
             print(f'stopped    step {run.step} is saved; go on by python train.py --resume {run.folder}')

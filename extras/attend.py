@@ -33,7 +33,7 @@ def word_weights(tokenizer, caption, weights):
     first = 1                                                       # position 0 is the start
     for word in tokenizer.split(caption):
         behind = first + len(tokenizer.word_ids(word))
-        if behind < len(weights):                                   # the rest of a long caption is cut off
+        if behind < len(weights):    # the rest of a long caption is cut off
             words.append(word)
             sums.append(weights[first:behind].sum().item())
         first = behind
@@ -58,7 +58,7 @@ def attention(model, tokenizer, preprocess, image, caption):
 TILE = 224                  # side of an image, in pixels
 LINE = 18                   # height of a word
 MARGIN = 8
-FONTS = 'DejaVuSans.ttf', 'NotoSans-Regular.ttf', 'Arial Unicode.ttf'           # the last is macOS's
+FONTS = 'DejaVuSans.ttf', 'NotoSans-Regular.ttf', 'Arial Unicode.ttf'    # the last is macOS's
 
 
 @lru_cache                  # so that the warning comes once
@@ -79,7 +79,7 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path):
     maps = [attention(model, tokenizer, preprocess, image, caption) for caption in captions]
     most = max(len(words) for _, words in maps)
     step = MARGIN + max(TILE, LINE * most)
-    width = 3 * TILE + 200                                      # a long word may stand beyond its bar
+    width = 3 * TILE + 200    # a long word may stand beyond its bar
     canvas = Image.new('RGB', (width, len(maps) * step + 30), 'white')      # the legend is below
     draw = ImageDraw.Draw(canvas)
     view = ImageOps.fit(image.convert('RGB'), (TILE, TILE))     # what `preprocess` shows the model
