@@ -110,11 +110,11 @@ class Config:
 
 # Recipes are defaults for options of train.py. PAPER is the released one for CC3M (train_cc3m.sh).
 PAPER = {'epochs': 32.0, 'batch': 1024, 'lr': 5e-4, 'warmup': 2000, 'wd': 0.5, 'momentum': 0.999}
-# Small sets on a laptop: 700 steps or 30 epochs, whichever is less. Captions there name colours and sides, which a
+# Small sets on a laptop: 1,000 steps or 30 epochs, whichever is less. Captions there name colours and sides, which a
 # jitter or a flip would make wrong, so images are only cropped ('crops').
 LAPTOP = {
-    'steps': 700, 'epochs': 30.0, 'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
-    'momentum': 0.995, 'momentum_ramp': 10, 'augment': 'crops', 'vocab': 'learn'}
+    'steps': 1000, 'epochs': 30.0, 'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
+    'momentum': 0.995, 'momentum_ramp': 10, 'local_crops': 2, 'local_captions': 2, 'augment': 'crops', 'vocab': 'learn'}
 
 
 class Preset(NamedTuple):

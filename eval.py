@@ -193,7 +193,6 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
 # Enough to keep a GPU busy, few enough for the memory of a small one. Results do not depend on them.
 IMAGE_BATCH = 64
 TEXT_BATCH = 256
-BROKEN = -1                 # the label of an image that cannot be read
 
 
 def Preprocess(size):
@@ -211,7 +210,7 @@ def shard_image(shards, i):
 
 @dataclass
 class Images(Dataset):
-    """Item i is the pixels of image i (3, S, S), its label, and an error message or ''.
+    """Item i is the pixels of image i (3, S, S), and its label.
 
     source: Shards, or a list of paths or Pillow images, whose labels are 0, or a set of (image, label).
     """
@@ -222,52 +221,35 @@ class Images(Dataset):
         return len(self.source)
 
     def __getitem__(self, i):
-        try:
-            image, label = self.read(i)
-        except (Unreadable, OSError) as error:              # OSError: of torchvision's sets
-            # NaN, so that the vector of this image is NaN, too, and cannot pass for one.
-            blank = self.preprocess(Image.new('RGB', (8, 8)))
-            return math.nan * blank, BROKEN, f'image {i}: {error}'
-        return self.preprocess(image), label, ''
-
-    def read(self, i):
+        label = 0
         if isinstance(self.source, Shards):
-            return shard_image(self.source, i), 0
-        item = self.source[i]
-        if isinstance(item, tuple):
-            image, label = item
-            return image, int(label)
-        if isinstance(item, Image.Image):
-            return item, 0
-        return read_image(item), 0
+            image = shard_image(self.source, i)
+        else:
+            image = self.source[i]
+        if isinstance(image, tuple):
+            image, label = image
+        if not isinstance(image, Image.Image):
+            image = read_image(image)
+        return self.preprocess(image), int(label)
 
 
 @torch.no_grad()
 def embed_labelled(model, source, preprocess, workers=0):
-    """A source of `Images` -> (n, D) unit vectors, (n,) labels.
-
-    Images that cannot be read are named and counted. Their label is BROKEN, their vector NaN.
-    """
+    """A source of `Images` -> (n, D) unit vectors on the CPU, (n,) labels. Unreadable names an image that is none."""
     need(len(source), 'there is no image to embed; give one or more')
     loader = DataLoader(Images(source, preprocess), IMAGE_BATCH, num_workers=workers)
     features = []
     labels = []
-    errors = []
-    for pixels, some_labels, messages in progress(loader, 'images'):
-        errors += filter(None, messages)
+    for pixels, some_labels in progress(loader, 'images'):
         cls = model.visual([pixels.to(model.logit_scale.device)])       # (1, B, D)
         features.append(unit(cls[0]).cpu())
         labels.append(some_labels)
-    if errors:
-        need(len(errors) < len(source), f'not one image can be used; {errors[0]}')
-        print(f'left out   {len(errors)} of {len(source)} images', *errors, sep='\n           ')
     return torch.cat(features), torch.cat(labels)
 
 
 def embed_images(model, source, preprocess, workers=0):
-    """Paths, Pillow images or Shards -> (n, D) unit vectors on the CPU. Refused where an image cannot be read."""
-    features, labels = embed_labelled(model, source, preprocess, workers)
-    need((labels != BROKEN).all(), 'some images cannot be read, see above; give others')
+    """Paths, Pillow images or Shards -> (n, D) unit vectors on the CPU."""
+    features, _ = embed_labelled(model, source, preprocess, workers)
     return features
 
 
@@ -305,16 +287,14 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
     return torch.cat(found)
 
 
-def retrieval(image_features, text_features, owner, image_ids=None):
+def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures.
 
-    owner (captions,): the id of each caption's image. image_ids (n,): the id of each image, by default its row; given
-    where images were left out. The rank of an image is that of the best of its captions. R@K are fractions, ranks count
-    from 1, chance is R@1 of guessing.
+    owner (captions,): the image of each caption. The rank of an image is that of the best of its captions. R@K are
+    fractions, ranks count from 1, chance is R@1 of guessing.
     """
     n = len(image_features)
-    if image_ids is None:
-        image_ids = torch.arange(n)
+    image_ids = torch.arange(n)
     figures = {'images': n, 'captions': len(owner), 'chance': 1 / n}
     directions = {'image_to_text': ranks(image_features, text_features, image_ids, owner),
                   'text_to_image': ranks(text_features, image_features, owner, image_ids)}
@@ -396,20 +376,15 @@ def shard_captions(shards):
 
 
 def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
-    """-> (figures, image features (n, D), caption features); train.py passes the features on to the report.
+    """-> figures, image features (n, D), for the report.
 
-    source: image paths, with their captions and `owner`; or held-out shards, which have captions of their own. An image
-    that cannot be read is left out with its captions; its feature is NaN.
+    source: image paths, with their captions and `owner`; or held-out shards, which have captions of their own.
     """
     if captions is None:
         captions, owner = shard_captions(source)
-    image_features, labels = embed_labelled(model, source, preprocess, workers)
+    image_features = embed_images(model, source, preprocess, workers)
     text_features = embed_texts(model, tokenizer, captions)
-    readable = labels != BROKEN                                     # (n,)
-    kept = readable[owner]    # (captions,): those of readable images
-    image_ids = readable.nonzero()[:, 0]
-    figures = retrieval(image_features[readable], text_features[kept], owner[kept], image_ids)
-    return figures, image_features, text_features
+    return retrieval(image_features, text_features, owner), image_features
 
 
 # --- 5. Zero-shot classification -------------------------------------------------------------------------------------
@@ -437,41 +412,29 @@ def class_vectors(model, tokenizer, names, templates=TEMPLATES):
 
 
 def classify(image_features, vectors, labels):
-    """image_features (n, D), vectors (K, D), labels (n,) -> figures, and the predicted class of each image (n,).
-
-    A tie counts against the model, as in `ranks`.
-    """
+    """image_features (n, D), vectors (K, D), labels (n,) -> figures. A tie counts against the model, as in `ranks`."""
     K = len(vectors)
     rank = ranks(image_features, vectors, labels, torch.arange(K))
     hit = (rank == 1).double()
     images_of_class = torch.bincount(labels, minlength=K)
     share = torch.bincount(labels, hit, minlength=K) / images_of_class    # (K,), NaN without images
-    figures = {'images': len(labels),
-               'classes': K,
-               'chance': 1 / K,
-               'top1': hit.mean().item(),
-               'top5': (rank <= 5).double().mean().item(),
-               'mean_per_class_top1': share.nanmean().item()}
-    return figures, (image_features @ vectors.T).argmax(dim=1)
+    return {'images': len(labels),
+            'classes': K,
+            'chance': 1 / K,
+            'top1': hit.mean().item(),
+            'top5': (rank <= 5).double().mean().item(),
+            'mean_per_class_top1': share.nanmean().item()}
 
 
 def class_names(source, path=None):
-    """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order.
-
-    Where the classes are the thousand WordNet ids, torchvision's names of ImageNet are taken. 296 of them differ, by
-    more than capitals, from those of the released evaluation, open_clip's: for a comparable figure give a file.
-    """
+    """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order."""
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
-    if path:
-        names = read_lines(path)
-        need(not classes or len(names) == len(classes),
-             f'{path} has {len(names)} names for {len(classes)} classes; give a line for each')
-        return names
-    need(classes, 'this set of torchvision has no class names; give a file of them by --classes')
-    if len(classes) == 1000 and re.fullmatch(r'n\d{8}', str(classes[0])):
-        return torchvision.models.ResNet18_Weights.DEFAULT.meta['categories']  # in the order of the ids
+    listed = read_lines(path) if path else classes
+    need(listed, 'this set of torchvision has no class names; give a file of them by --classes')
+    need(not classes or len(listed) == len(classes),
+         f'{path} has {len(listed)} names for {len(classes or ())} classes; give a line for each')
     names = []
-    for name in classes:
+    for name in listed:
         if isinstance(name, tuple):
             name = name[0]                              # ImageNet: synonyms
         names.append(name.replace('_', ' ').strip())
@@ -479,12 +442,10 @@ def class_names(source, path=None):
 
 
 def torchvision_set(name, root, split, download=False):
-    """A classification set of torchvision.datasets by its name there; capitals do not matter. If it is not at `root`,
-    torchvision says so itself."""
-    names = {known.lower(): known for known in torchvision.datasets.__all__}
-    need(name.lower() in names,
-         f"torchvision.datasets has no '{name}'; it has {', '.join(sorted(names))}")
-    kind = getattr(torchvision.datasets, names[name.lower()])
+    """A classification set of torchvision.datasets by its name there. If it is not at `root`, torchvision says so
+    itself."""
+    kind = getattr(torchvision.datasets, name, None)
+    need(kind, f"torchvision.datasets has no '{name}'; it has {', '.join(torchvision.datasets.__all__)}")
     parameters = inspect.signature(kind).parameters  # some sets have a split, some `train`, some neither
     options = {}
     if 'split' in parameters:
@@ -668,7 +629,7 @@ def show(figures, indent=''):
 def run_retrieval(args, model, tokenizer, preprocess):
     if args.shards:
         shards = Shards(args.shards, args.caption_keys, 'val')
-        figures, *_ = zero_shot_retrieval(model, tokenizer, preprocess, shards, workers=args.workers)
+        figures, _ = zero_shot_retrieval(model, tokenizer, preprocess, shards, workers=args.workers)
         return figures
     if args.coco:
         path = Path(args.coco, 'annotations/captions_val2017.json')
@@ -684,7 +645,7 @@ def run_retrieval(args, model, tokenizer, preprocess):
         pairs = read_flickr(path)
     captions, owner = with_owners(path, [pool for _, pool in pairs])
     paths = [Path(root, name) for name, _ in pairs]
-    figures, *_ = zero_shot_retrieval(model, tokenizer, preprocess, paths, captions, owner, args.workers)
+    figures, _ = zero_shot_retrieval(model, tokenizer, preprocess, paths, captions, owner, args.workers)
     return figures
 
 
@@ -697,14 +658,8 @@ def run_classify(args, model, tokenizer, preprocess):
     names = class_names(source, args.classes)
     templates = read_templates(args.templates)
     vectors = class_vectors(model, tokenizer, names, templates)
-    features, labels = embed_labelled(model, source, preprocess, workers=args.workers)
-    readable = (labels != BROKEN).nonzero()[:, 0]
-    figures, predicted = classify(features[readable], vectors, labels[readable])
-    predictions = []                                    # for --json
-    for i, k in zip(readable.tolist(), predicted.tolist()):
-        image = source.samples[i][0] if args.folder else i
-        predictions.append({'image': image, 'truth': names[labels[i]], 'prediction': names[k]})
-    return figures | {'prompts': ' | '.join(templates), 'names': names, 'predictions': predictions}
+    features, labels = embed_labelled(model, source, preprocess, args.workers)
+    return classify(features, vectors, labels) | {'prompts': ' | '.join(templates), 'names': names}
 
 
 def segment_settings(args, image_size, patch):
@@ -780,7 +735,7 @@ def add_classify(command):
     add('--split', default='test', help="torchvision's name of the split (default: %(default)s; ImageNet has val)")
     add('--download', action='store_true', help='let torchvision fetch it into --root')
     add('--classes', help='file of class names: a line each in the order of the sorted folders '
-        "(default: the folders' names; of ImageNet torchvision's, 296 of them unlike the released ones)")
+        "(default: torchvision's, or the folders' names)")
     add('--templates', help='file of prompts with {} for the class, a line each')
 
 

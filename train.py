@@ -329,26 +329,17 @@ def read_options(argv):
     return options, saved, in_place
 
 
-def choose_lengths(options, pairs, held_out):
+def choose_lengths(options, pairs):
     """Fill in --steps, and --warmup and --eval-every where they are not given."""
     steps = options.steps or math.inf
     if options.epochs is not None:
         steps = min(steps, round(options.epochs * (pairs // options.batch)) or 1)
     options.steps = steps
-    if options.warmup is None:
-        recipe = PRESETS[options.preset].recipe
-        options.warmup = recipe['warmup']
-        if steps < recipe.get('steps', 0):              # a shorter run warms up in proportion
-            options.warmup = recipe['warmup'] * steps // recipe['steps']
+    if options.warmup is None:                          # of a short run a tenth
+        options.warmup = min(PRESETS[options.preset].recipe['warmup'], steps // 10)
     if options.eval_every is None:
         options.eval_every = steps // 10 or 1
-        # To evaluate a pair costs a third of what it costs to train on it, or less.
-        cost_of_ten = 10 * held_out / 3
-        if cost_of_ten > steps * options.batch / 10:
-            options.eval_every = 0
-            print('note       the only evaluation is at the end, since ten could take over a tenth of this run; '
-                  '--eval-every gives more')
-    if not held_out:
+    if not options.val:
         options.eval_every = 0
 
 
@@ -706,14 +697,14 @@ def held_out_figures(run, val):
     """
     model = run.teacher.model if run.teacher else run.student
     scored = model, run.train_set.tokenizer, evaluation.Preprocess(model.config.image_size)
-    retrieval, image_features, _ = evaluation.zero_shot_retrieval(*scored, val)
+    retrieval, image_features = evaluation.zero_shot_retrieval(*scored, val)
     figures = {'retrieval': retrieval}
     if 'objects' in val.record(0) and (HERE / 'lesson').is_dir():
         from lesson.suppression import during_training
         figures |= during_training(*scored, image_features, val, run.folder, run.step)
     if (HERE / 'extras').is_dir():
         from extras.report import store
-        store(*scored, val, image_features, run.folder, run.step)
+        store(*scored, val, run.folder, run.step)
     to_text = retrieval['image_to_text_R@1']
     to_image = retrieval['text_to_image_R@1']
     mean = (to_text + to_image) / 2
@@ -907,7 +898,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
         if build_index:
             index.parent.mkdir(parents=True, exist_ok=True)
             shards.save(index)
-    choose_lengths(options, len(shards), processes.broadcast(len(val or ())))
+    choose_lengths(options, len(shards))
     if tokenizer is None:
         merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
         tokenizer = Tokenizer(merges, config.context_length)

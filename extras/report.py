@@ -125,26 +125,22 @@ def ask(model, tokenizer, pixels, entries):
 
 
 @torch.no_grad()
-def store(model, tokenizer, preprocess, shards, image_features, folder, step):
-    """What the page shows of an evaluation: the first held-out images that can be read, and texts about them.
-
-    image_features are NaN where an image cannot be read.
-    """
+def store(model, tokenizer, preprocess, shards, folder, step):
+    """What the page shows of an evaluation: the first held-out images, and texts about them."""
     captions, owner = shard_captions(shards)
-    readable = image_features.isfinite().all(dim=1).nonzero()
-    pools = {i: [] for i in readable[:SHOWN, 0].tolist()}
-    for caption, i in zip(captions, owner.tolist()):
-        if i in pools:
+    pools = [[] for _ in range(min(SHOWN, len(shards)))]
+    for caption, i in zip(captions, owner):
+        if i < SHOWN:
             pools[i].append(caption)
     pixels = []
     images = []
     entries = []
-    for number, i in enumerate(pools):
+    for i in range(len(pools)):
         image = shard_image(shards, i)
         pixels.append(preprocess(image))
         images.append(picture(ImageOps.fit(image, (SIDE, SIDE)), SIDE))         # as the model sees it
-        for kind, text, of in texts_about(number, list(pools.values()), shards.record(i)):
-            entries.append({'image': number, 'kind': kind, 'text': text, 'of': of})
+        for kind, text, of in texts_about(i, pools, shards.record(i)):
+            entries.append({'image': i, 'kind': kind, 'text': text, 'of': of})
     ask(model, tokenizer, torch.stack(pixels).to(model.logit_scale.device), entries)
     keep(folder, f'step {step:09d}', {'step': step, 'texts': entries})
     keep(folder, 'images', images)

@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, ImageOps
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 
-from data import Parser, read_image, replacing, run, save_tensors
-from eval import (BROKEN, add_options, embed_images, embed_labelled, embed_texts, execute,
-                  images_in, need, read_checkpoint)
+from data import Parser, Unreadable, read_image, replacing, run, save_tensors
+from eval import (add_options, embed_images, embed_texts, execute, images_in, need, progress,
+                  read_checkpoint)
 from extras.attend import picture_font
 
 TILE = 176              # side of an image in the sheet, in pixels
@@ -37,11 +37,15 @@ def folder_features(model, preprocess, folder, file=None, workers=0):
         saved = read_checkpoint(file)
         if saved.get('source') == source:
             return saved
-    features, labels = embed_labelled(model, paths, preprocess, workers)
-    found = {'paths': [], 'features': features[labels != BROKEN], 'source': source}
-    for path, label in zip(paths, labels):
-        if label != BROKEN:
-            found['paths'].append(str(path))
+    readable = []
+    for path in progress(paths, 'looking'):
+        try:
+            read_image(path)
+            readable.append(str(path))
+        except Unreadable as error:
+            print(f'left out   {error}')
+    features = embed_images(model, readable, preprocess, workers)
+    found = {'paths': readable, 'features': features, 'source': source}
     if file:
         save_tensors(file, found)
     return found

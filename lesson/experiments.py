@@ -29,7 +29,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 import eval as evaluation
 import train
@@ -132,7 +131,7 @@ METHODS = {
 SPEED = {
     'clip': 467, 'clip-aug': 316, 'text-crop': 151, 'without-cross-attention': 133, 'without-residual': 115,
     'another-pair': 115, 'cosmos': 115}
-PAIRS = 700 * 32                    # of COSMOS on both tracks: those of `python train.py`
+PAIRS = 1000 * 32                   # of COSMOS on both tracks: those of `python train.py`
 PRECISION = 'bf16'
 EVALUATIONS = 5                     # of a run, the last one at its end
 

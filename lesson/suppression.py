@@ -312,7 +312,7 @@ def measure(args, model, tokenizer, preprocess):
     scenes = read_scenes(shards)
     need(any(scenes),
          f'{folder} lists no objects with absent names; draw a set by python -m lesson.scenes')
-    ranking, features, _ = zero_shot_retrieval(*scored, shards, workers=args.workers)
+    ranking, features = zero_shot_retrieval(*scored, shards, workers=args.workers)
     scores = name_scores(model, tokenizer, features)
     figures = named(scores, scenes)
     train = folder.parent / 'train'

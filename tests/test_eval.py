@@ -81,8 +81,7 @@ def test_classification_by_hand():
     """oracle: hand-made scores: right, fifth, sixth, tied."""
     falling = [7.0, 6, 5, 4, 3, 2, 1]
     scores = torch.tensor([falling, falling, falling, [3, 1, 3, 0, 0, 0, 0]])
-    figures, predicted = evaluation.classify(scores, torch.eye(7), torch.tensor([0, 4, 5, 0]))
-    assert predicted[:3].tolist() == [0, 0, 0]
+    figures = evaluation.classify(scores, torch.eye(7), torch.tensor([0, 4, 5, 0]))
     assert figures == {'images': 4, 'classes': 7, 'chance': 1 / 7, 'top1': 1 / 4, 'top5': 3 / 4,
                        'mean_per_class_top1': pytest.approx(1 / 6)}
 
@@ -212,9 +211,8 @@ def test_masks_and_their_errors(here):
 
 # --- Commands --------------------------------------------------------------------------------------------------------
 
-def test_retrieval_of_shards_and_lists(gallery, capsys):
-    """oracle: retrieval of the captions written here, of the half val/ where there are two. A broken image is left out
-    with its captions; lines count and name it."""
+def test_retrieval_of_shards_and_lists(gallery):
+    """oracle: retrieval of the captions written here, of the half val/ where there are two."""
     captions = ['ox 0', 'ox 1', 'ox 2']
     wanted = evaluation.retrieval(gallery.features, embed(*gallery.scored, *captions), torch.arange(3))
     records = [{'caption': 'same', 'mine': caption} for caption in captions]
@@ -222,45 +220,33 @@ def test_retrieval_of_shards_and_lists(gallery, capsys):
     put('set/train/0.tar')
     assert gallery.figures('retrieval --shards set --caption-keys mine') == wanted
     listing = [{'image': f'{i}.png', 'caption': caption} for i, caption in enumerate(captions)]
-    listing.insert(1, {'image': 'x.png', 'caption': ['ox 9', 'ox 1']})
-    put('images/x.png')
     for file, flags in ('images/list', ''), ('list', '--images images --workers 1'):
         put(file, listing)
         assert gallery.figures(f'retrieval --flickr {file} {flags}') == wanted
-        assert re.search('left out +1 of 4 images\n.* image 1: images/x.png is', capsys.readouterr().out)
 
 
 def test_class_names_of_every_source():
-    """oracle: names as torchvision's sets have them: synonyms, lines for spaces, and the WordNet ids of ImageNet."""
+    """oracle: names as torchvision's sets have them: synonyms, lines for spaces."""
     def names(*classes):
         return evaluation.class_names(SimpleNamespace(classes=classes))
 
     assert names(('tench', 'Tinca tinca'), ('ox',)) == ['tench', 'ox']
     assert names('crab_leg') == ['crab leg']
-    assert names(*[f'n{i:08}' for i in range(1000)])[2] == 'great white shark'
 
 
-def test_classify_of_every_source(gallery, capsys):
-    """oracle: the function that a test above checks, on the same images and prompts; of an image its class. A broken
-    one is left out and named."""
+def test_classify_of_every_source(gallery):
+    """oracle: the function that a test above checks, on the same images and prompts."""
     files = ['banded/0.png', 'woven_/1.png', 'woven_/2.png']
     for file, image in zip(files, gallery.images):                      # as torchvision's DTD
         put(f'dtd/dtd/images/{file}', encoded(image))
-    put('dtd/dtd/images/woven_/x.png')
     put('dtd/dtd/labels/test1.txt', '\n'.join(files))
     put('prompts', 'my {}\n\n{}!')
     put('names', 'banded\n\n woven')
     both = embed(*gallery.scored, 'my banded', 'my woven') + embed(*gallery.scored, 'banded!', 'woven!')
-    wanted, predicted = evaluation.classify(gallery.features, unit(both), torch.tensor([0, 1, 1]))
-    names = ['banded', 'woven']
-    wanted |= {'prompts': 'my {} | {}!', 'names': names}
-    for source, image in (
-            ('--dataset dtd --root . --classes names', 1),
-            ('--folder dtd/dtd/images', 'dtd/dtd/images/woven_/1.png')):
-        figures = gallery.figures(f'classify {source} --templates prompts')
-        assert figures.pop('predictions')[1] == {'image': image, 'truth': 'woven', 'prediction': names[predicted[1]]}
-        assert figures == wanted
-    assert re.search('left out +1 of 4 images\n.* image 3: .*x.png', capsys.readouterr().out)
+    wanted = evaluation.classify(gallery.features, unit(both), torch.tensor([0, 1, 1]))
+    wanted |= {'prompts': 'my {} | {}!', 'names': ['banded', 'woven']}
+    for source in '--dataset DTD --root . --classes names', '--folder dtd/dtd/images':
+        assert gallery.figures(f'classify {source} --templates prompts') == wanted
 
 
 def test_segment_command(gallery):
@@ -289,10 +275,11 @@ WRONG = {               # a command: what its sentence must say
     'retrieval bad.pt --shards a.tar': 'bad.pt .* holds posix.system, which may run code',
     'retrieval last.pt --shards empty': "'empty' .* no .tar file",
     'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read',
+    'retrieval last.pt --flickr list': 'gone.png is no image',
     'retrieval last.pt --coco x': 'x/annotations/captions_val2017.json cannot be read',
-    'classify last.pt --dataset dtdd': "has no 'dtdd'; it has .*dtd",
+    'classify last.pt --dataset DTDD': "has no 'DTDD'; it has .*DTD",
     'classify last.pt --folder page.pt': 'page.pt cannot be read',
-    'classify last.pt --workers 0 --folder bad': 'not one image can be used; image 0: .*x.jpg is no image',
+    'classify last.pt --folder bad': 'bad/class/x.jpg is no image',
     'classify last.pt --folder empty': 'class folder in empty',
     'segment last.pt --images a --masks images --classes page.pt --list page.pt': 'no <html>.png; see --mask-suffix',
     'segment last.pt --images empty --masks images --classes page.pt': 'empty has no image 0, but a mask; .*-suffix',
@@ -312,6 +299,7 @@ def test_errors_are_one_sentence(gallery):
     put('page.pt', '<html>')
     put('empty/list')
     put('bad/class/x.jpg')
+    put('list', [{'image': 'gone.png', 'caption': 'an ox'}])
     torch.save({'student': Malicious()}, 'bad.pt')
     for line, sentence in WRONG.items():
         error = run(evaluation, *line.split())

@@ -125,7 +125,7 @@ ROWS = {  # global and local images, global and local captions of a row of Table
 @pytest.mark.parametrize('method', ROWS)
 def test_views_and_losses_of_each_row(fit, tmp_path, method):
     """oracle: the table, written out. clip alone has no colours where the recipe has them."""
-    begun = started(fit, tmp_path, '--method', method)
+    begun = started(fit, tmp_path, '--method', method, '--local-crops', 6, '--local-captions', 6)
     terms = ROWS[method][5:]
     assert [*begun.train_set.counts, begun.train_set.crop_min, *terms] == ROWS[method]
     assert (begun.teacher is not None) == bool(terms)
@@ -309,18 +309,17 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
 
 def test_lengths_of_runs():
     """oracle: arithmetic on 60 pairs and 16 held-out ones: 15 batches of four a pass. Of steps and passes the fewer
-    count, unless one alone was typed; a run that is cut short warms up in proportion; a tenth of the run lies between
-    evaluations, unless ten could take a tenth of it."""
+    count, unless one alone was typed. At most a tenth of a run is warm-up; a tenth lies between evaluations."""
     for flags, *lengths in (
-            ('--preset tiny', 450, 64, 45),             # 30 passes; 100 * 450 // 700
+            ('--preset tiny', 450, 45, 45),             # 30 passes
             ('--preset tiny --warmup 90', 450, 90, 45),
-            ('--preset tiny --steps 100', 100, 14, 0),
-            ('--preset tiny --epochs 12 --eval-every 7', 180, 25, 7),
-            ('--preset tiny --steps 800 --epochs 60', 800, 100, 80),
-            ('--steps 700 --epochs 2', 30, 2000, 0),
-            ('', 480, 2000, 48)):
-        options, *_ = train.read_options(['--data', 'x', '--batch', '4', *flags.split()])
-        train.choose_lengths(options, 60, 16)
+            ('--preset tiny --steps 100', 100, 10, 10),
+            ('--preset tiny --epochs 12 --eval-every 7', 180, 18, 7),
+            ('--steps 30000 --epochs 3000', 30000, 2000, 3000),
+            ('--steps 700 --epochs 2', 30, 3, 3),
+            ('', 480, 48, 48)):
+        options, *_ = train.read_options(['--data', 'x', '--val', 'y', '--batch', '4', *flags.split()])
+        train.choose_lengths(options, 60)
         assert [options.steps, options.warmup, options.eval_every] == lengths
 
 
