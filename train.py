@@ -263,19 +263,13 @@ def make_parser():
     return parser
 
 
-# The least allowed value of a number is 0, except:
-LEAST = {'steps': 1, 'batch': 2, 'accum': 1, 'save_every': 1, 'log_every': 1}
-MOST = {'lr_end': 1, 'momentum': 1}
-
-
 def check_ranges(options):
     """Refused: a number that cannot be meant."""
     for name, value in vars(options).items():
-        low = LEAST.get(name, 0)
-        high = MOST.get(name, math.inf)
-        if isinstance(value, (int, float)) and not low <= value <= high:
+        least = 1 if name in ('steps', 'batch', 'accum', 'save_every', 'log_every') else 0
+        if isinstance(value, (int, float)) and not value >= least:
             flag = name.replace('_', '-')
-            raise Refused(f'--{flag} {value} is out of range; give {low} to {high}')
+            raise Refused(f'--{flag} {value} is out of range; give {least} or more')
 
 
 def find_checkpoint(resume, out):
@@ -674,14 +668,16 @@ def write_log(run, entry):
 
 
 def evaluate(run, val):
-    """Rank 0 scores the held-out shards, while the others wait -> figures, {} on the others and without --val.
+    """Rank 0 scores the held-out shards, while the others wait -> figures, {} on the others.
 
     The teacher is scored, where there is one. In mid-run a failure prints its traceback, and training goes on.
     """
     figures = {}
+    if run.processes.rank == 0:
+        figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)}
     try:
         if val:
-            figures = held_out_figures(run, val)
+            figures |= held_out_figures(run, val)
     except Exception:
         if run.step >= run.options.steps:
             raise
@@ -756,16 +752,8 @@ def prepare_folder(run):
 
 
 def finish(run, figures):
-    """eval.json, the last log entry with these figures, the report, and what to do next."""
-    figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)} | figures
+    """eval.json, the report, and what to do next."""
     evaluation.write_json(run.folder / 'eval.json', figures)
-    entry = {'step': run.step}
-    for line in evaluation.read_lines(run.folder / 'log.jsonl'):
-        with contextlib.suppress(json.JSONDecodeError):     # a line that a kill cut short
-            logged = json.loads(line)
-            if logged['step'] == run.step:
-                entry = logged
-    write_log(run, entry | {'eval': figures})
     evaluation.show(figures)
     if (HERE / 'extras').is_dir():
         from extras.report import write
@@ -781,7 +769,8 @@ MOST_BROKEN = 5         # steps in a row whose loss or gradient is not finite
 
 
 def train(run, val):
-    """Take the steps that are left -> True where a signal ended it. Either way the last step is saved."""
+    """Take the steps that are left -> the figures of the last step; None where a signal ended it. Either way the last
+    step is saved."""
     options = run.options
     processes = run.processes
     caught = catch_signals()
@@ -793,6 +782,7 @@ def train(run, val):
                                multiple=8 if run.dtype else 1, whole=run.method.cross_attention))
     if options.eval_every and run.step == 0:
         write_log(run, {'step': 0, 'eval': evaluate(run, val)})    # what the first weights can do
+    figures = None
     broken = 0                      # steps in a row that were not finite
     bad = 0                         # pairs that cannot be read
     seen = 0                        # all pairs since this start
@@ -813,14 +803,16 @@ def train(run, val):
         seen += options.batch
         broken = 0 if done.finite else broken + 1
 
-        eval_due = options.eval_every and run.step % options.eval_every == 0 and not last
-        if run.step % options.log_every == 0 or run.step == 1 or last or eval_due:
+        eval_due = last or options.eval_every and run.step % options.eval_every == 0
+        if run.step % options.log_every == 0 or run.step == 1 or eval_due:
             seconds = time.perf_counter() - logged_at
             entry = log_entry(run, done, run.step - logged_step, seconds, waited)
             entry['bad_pairs'] = bad
             print_progress(run, entry)
+            if last:
+                save(run)           # before the last evaluation, which may fail
             if eval_due:
-                entry['eval'] = evaluate(run, val)
+                entry['eval'] = figures = evaluate(run, val)
             write_log(run, entry)
             logged_step = run.step
             waited = 0.0
@@ -835,9 +827,9 @@ def train(run, val):
         if failure:
             processes.wait()        # else torchrun kills rank 0 while it writes
             raise Refused(failure)
-        if signals:
-            break
-    return bool(signals)
+        if signals and not last:
+            return None
+    return figures
 
 
 def catch_signals():
@@ -925,24 +917,19 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
             print_plan(run, val)
             prepare_folder(run)
         try:
-            stopped = train(run, val)
+            figures = train(run, val)
         finally:
             for number in data.SIGNALS:    # nothing left to lose: a signal may end it
                 signal.signal(number, signal.SIG_DFL)
-        if stopped:
+        if figures is None:
             print(f'stopped    step {run.step} is saved; go on by python train.py --resume {run.folder}')
             processes.leave(128 + signal.SIGTERM)
     else:
         print(f'nothing is left to do: {run.folder} has reached step {run.step} of {options.steps}')
-
-    # The figures.
-    has_figures = processes.broadcast((run.folder / 'eval.json').exists())
-    if steps_left or not has_figures:
-        figures = evaluate(run, val)
-        if processes.rank == 0:
-            finish(run, figures)
-    if steps_left:
-        save(run)                                           # this evaluation may have been the best
+        has_figures = processes.broadcast((run.folder / 'eval.json').exists())
+        figures = None if has_figures else evaluate(run, val)
+    if figures:                                             # on rank 0
+        finish(run, figures)
     processes.leave(0)
 
 
