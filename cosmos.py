@@ -750,8 +750,7 @@ if __name__ == '__main__':  # python cosmos.py: forward and backward on noise, t
     model = COSMOS(Config.preset('tiny', vocab_size=1000))
     teacher = Teacher(model)
     images = [torch.randn(3, 3, size, size) for size in (48, 48, 24, 24, 24)]   # V = 5, B = 3
-    texts = torch.randint(1, 999, (4, 3, 64))                           # U = 4
-    texts[:, :, -1] = 999                                               # the end of text
+    texts = torch.randint(1, 1000, (4, 3, 64))                          # U = 4; the largest id ends a text
     out = model(images, texts)
     cls_t, eot_t = teacher(images[:GLOBALS], texts[:GLOBALS])
     loss, parts = total_loss(model, out, cls_t, eot_t)
@@ -760,5 +759,4 @@ if __name__ == '__main__':  # python cosmos.py: forward and backward on noise, t
         print(f'{name:10} {tuple(value.shape)}')
     for name, (weight, term) in parts.items():
         print(f'{name:10} {weight} x {term.item():.4f}')
-    guess = math.log(3) * sum(weight for weight, _ in parts.values())
-    print(f'loss       {loss.item():.4f} on noise; a blind guess costs ln 3 in each part, {guess:.4f} in all')
+    print(f'loss       {loss.item():.4f} on noise; a blind guess costs ln 3 = {math.log(3):.4f} in each part')

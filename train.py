@@ -562,6 +562,7 @@ def save(run):
     last = run.folder / 'last.pt'
     state = networks(run) | {
         'options': vars(run.options),
+        'globals': GLOBALS,
         'shards': run.train_set.shards.fingerprint,
         'pairs': run.pairs,
         'best': run.best,
@@ -578,6 +579,9 @@ def save(run):
 def restore(run, saved):
     """Go on from what `save` has saved."""
     path = run.folder
+    if saved['globals'] != GLOBALS:
+        raise Refused(f"{path} was trained with GLOBALS = {saved['globals']}, not {GLOBALS}; set it back in cosmos.py, or "
+                      'start anew with --init')
     evaluation.load_weights(run.student, saved['student'], path)
     if run.teacher:
         evaluation.load_weights(run.teacher.model, saved['teacher'], path)

@@ -1,13 +1,17 @@
-"""Tables and plots of the course, from lesson/results.csv alone; of experiments that have rows.
+"""Figures, tables and pictures of the course, from lesson/results.csv alone.
 
-    python -m lesson.plots              write lesson/tables.md, draw assets/lesson-*.png (needs matplotlib)
-    python -m lesson.plots --check      are the runs complete, do tables, plots and lesson/README.md agree with them?
+    python -m lesson.plots              write them: into the two README.md, lesson/tables.md and assets/lesson-*.png
+    python -m lesson.plots --check      are the runs complete, and does all of that agree with them?
+    python -m lesson.plots --look       before: what single runs see in single scenes, into lesson/looks.json
 
-In lesson/README.md a figure is followed by the place it comes from, that of a difference names two variants:
+In README.md and lesson/README.md a figure is followed by the place it comes from, that of a difference names two
+variants:
 
     94.8<!--minutes/cosmos/small.top1-->    +5.3 ± 2.1<!--minutes/cosmos~clip/small.top1-->
 
-Shares are in percent, `seconds` in minutes, `pairs` in thousands.
+Shares are in percent, `seconds` in minutes, `pairs` in thousands. A difference has its 95 % interval over seeds (Welch),
+each seed with training scenes of its own. The differences of a page are one family (Holm): what does not survive at
+5 % has "(open)" behind it.
 """
 import functools
 import hashlib
@@ -15,33 +19,36 @@ import math
 import re
 from pathlib import Path
 from statistics import fmean, variance
-from typing import NamedTuple
 
+import numpy as np
+import torch
 from PIL import Image
 
-from data import Parser, run
-from eval import need
-from lesson.experiments import EXPERIMENTS, METHODS, missing_runs, read_results, recipe
+from data import Parser, Shards, run
+from eval import need, read_json, shard_image, write_json
+from lesson import suppression
+from lesson.experiments import (COMPANY, EXPERIMENTS, METHODS, load, missing_runs, read_results, recipe,
+                                run_folder, scene_folder)
 
-README = Path('lesson/README.md')
+PAGES = [Path('README.md'), Path('lesson/README.md')]
 TABLES = Path('lesson/tables.md')
-PLOT = 'assets/lesson-{}.png'
+LOOKS = Path('lesson/looks.json')
+PICTURE = 'assets/lesson-{}.png'
 COLUMNS = {                             # of tables, and their headings
     'dominant.top1': 'big named',
     'small.top1': 'small named',
     'bound.dominant_small': 'bound',
+    'seen.dominant': 'big seen',
     'seen.small': 'small seen',
+    'dominant.probe_top1': 'big probed',
     'small.probe_top1': 'small probed',
     'retrieval.image_to_text_R@1': 'R@1 image to text',
     'retrieval.text_to_image_R@1': 'R@1 text to image',
-    'pointing.small.own_it': 'small pointed at',
-    'pointing.small.own_other': 'another pointed at',
     'pairs': 'thousand pairs',
-    'seconds': 'minutes',
-    'pairs_per_s': 'pairs a second'}
+    'seconds': 'minutes'}
 UNITS = {'pairs': 1e-3, 'seconds': 1 / 60, 'pairs_per_s': 1}            # of others 100: percent
-HELD_OUT = 1000                         # scenes
 CHANCE = 100 / 6                        # of naming a shape, in percent
+LEVEL = 0.05
 
 # --- 1. Figures ------------------------------------------------------------------------------------------------------
 
@@ -59,154 +66,321 @@ def rows_of(experiment):
 
 
 def values(experiment, name, column):
-    """-> {seed: value}, in its unit"""
-    unit = UNITS.get(column, 100)
-    found = {}
-    for (variant, seed), row in rows_of(experiment).items():
+    """-> [value of each seed], in its unit"""
+    factor = UNITS.get(column, 100)
+    found = []
+    for (variant, _), row in rows_of(experiment).items():
         if variant == name and row.get(column):
-            found[seed] = unit * float(row[column])
+            found.append(factor * float(row[column]))
     return found
 
 
-def variants_with(experiment, column):
-    return [name for name in EXPERIMENTS[experiment] if values(experiment, name, column)]
+def chance_of(t, freedom):
+    """P(|T| > t) of Student's t. With t = sqrt(freedom) tan(u) its density is cos(u) to the power freedom - 1."""
+    angles = (np.arange(100_000) + 0.5) / 100_000 * math.pi / 2
+    density = np.cos(angles) ** (freedom - 1)
+    return density[angles > math.atan(t / math.sqrt(freedom))].sum() / density.sum()
 
 
-# 97.5 % quantiles of Student's t for 1 to 8 degrees of freedom, which are rounded down: no interval gets shorter
-QUANTILES = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31]
+def quantile(freedom):
+    """The t that is exceeded, on both sides together, with a chance of LEVEL. By bisection."""
+    low = 0.0
+    high = 1000.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if chance_of(middle, freedom) > LEVEL:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
-def half_interval(numbers):
-    """Half of the 95 % interval of their mean; 0 for fewer than three: that of two is too wide to say anything."""
-    freedom = len(numbers) - 1
-    if freedom < 2:
-        return 0.0
-    return QUANTILES[freedom - 1] * math.sqrt(variance(numbers) / len(numbers))
+class Difference:
+    """Of two variants: the gap of their means, half of its 95 % interval, the chance of such a gap between equals."""
+
+    def __init__(self, experiment, name, other, column):
+        a = values(experiment, name, column)
+        b = values(experiment, other, column)
+        need(a and b, f'{experiment} has no rows of {name} or {other}')
+        self.gap = fmean(a) - fmean(b)
+        self.half = math.inf
+        self.p = 1.0
+        if len(a) > 1 and len(b) > 1:
+            self.welch(a, b)
+
+    def welch(self, a, b):
+        u = variance(a) / len(a)
+        v = variance(b) / len(b)
+        error = math.sqrt(u + v)
+        freedom = (u + v) ** 2 / (u ** 2 / (len(a) - 1) + v ** 2 / (len(b) - 1))
+        self.half = quantile(freedom) * error
+        self.p = chance_of(abs(self.gap) / error, freedom)
+
+    def text(self, decided):
+        found = f'{self.gap:+.1f}'
+        if self.half < math.inf:
+            found += f' ± {self.half:.1f}'
+        return found if decided else f'{found} (open)'
 
 
-def welch(a, b):
-    """Half of the 95 % interval of the difference of two means over as many runs, with variances of their own (Welch)."""
-    u = variance(a)
-    v = variance(b)
-    if u + v == 0:
-        return 0.0
-    freedom = (len(a) - 1) * (u + v) ** 2 / (u ** 2 + v ** 2)
-    return QUANTILES[int(freedom) - 1] * math.sqrt((u + v) / len(a))
+def holm(chances):
+    """{test: chance} -> the tests that survive. The least must be below LEVEL / n, the next below LEVEL / (n - 1), ..."""
+    survived = set()
+    for k, test in enumerate(sorted(chances, key=chances.get)):
+        if chances[test] > LEVEL / (len(chances) - k):
+            break
+        survived.add(test)
+    return survived
 
 
-def difference(experiment, name, other, column):
-    """name minus other, over the blocks (seeds) that have both -> '+5.3 ± 2.1', '' for fewer than three blocks.
-
-    In bold where it is decided: the interval is without 0, and the difference is at least twice the sampling error of
-    a share of the held-out scenes.
-    """
-    ours = values(experiment, name, column)
-    theirs = values(experiment, other, column)
-    blocks = [seed for seed in ours if seed in theirs]
-    if len(blocks) < 3:
-        return ''
-    a = [ours[seed] for seed in blocks]
-    b = [theirs[seed] for seed in blocks]
-    gap = fmean(a) - fmean(b)
-    half = welch(a, b)
-    least = half
-    if column not in UNITS:
-        share = fmean(a + b) / 100
-        least = max(half, 200 * math.sqrt(share * (1 - share) / HELD_OUT))
-    mark = '**' if abs(gap) > least else ''
-    return f'{mark}{gap:+.1f} ± {half:.1f}{mark}'
+MARK = r'[-+.\d]+(?: ± [.\d]+)?(?: \(open\))?<!--([\w-]+)/([^\s/~]+)(?:~(\S+?))?/(\S+)-->'
 
 
-def cell(experiment, name, column):
-    """The mean over seeds, and the difference to the first variant: '94.8, **+5.3 ± 2.1**'."""
-    found = values(experiment, name, column)
-    if not found:
-        return '-'
-    text = f'{fmean(found.values()):.1f}'
-    first = next(iter(EXPERIMENTS[experiment]))
-    gap = difference(experiment, name, first, column)
-    if name == first or column in UNITS or not gap:
-        return text
-    return f'{text}, {gap}'
+def filled(text):
+    """The text of a page with all figures as results.csv has them. A heading begins a family of differences."""
+    parts = re.split(r'(?m)^(?=## )', text)
+    return ''.join(map(filled_part, parts))
+
+
+def filled_part(part):
+    differences = {}
+    for place in re.findall(MARK, part):
+        if place[2]:
+            differences[place] = Difference(*place)
+    decided = holm({place: each.p for place, each in differences.items()})
+
+    def figure(match):
+        place = match.groups('')
+        if place[2]:
+            text = differences[place].text(place in decided)
+        else:
+            experiment, name, _, column = place
+            found = values(experiment, name, column)
+            need(found, f'{experiment} has no {column} of {name}')
+            text = f'{fmean(found):.1f}'
+        _, comment = match[0].split('<', 1)
+        return f'{text}<{comment}'
+
+    return re.sub(MARK, figure, part)
 
 
 def table(experiment):
-    """Markdown: a line per variant that has rows, a column per figure that has values."""
-    columns = [column for column in COLUMNS if variants_with(experiment, column)]
+    """Markdown: a line a variant that has rows, a column a figure that has values: the mean, and the least and most."""
+    columns = [column for column in COLUMNS if any(row.get(column) for row in rows_of(experiment).values())]
     headings = [COLUMNS[column] for column in columns]
-    lines = [f'| {experiment} | {" | ".join(headings)} |', '|---' * (1 + len(columns)) + '|']
-    for name in variants_with(experiment, 'seconds'):
-        cells = [cell(experiment, name, column) for column in columns]
-        lines.append(f'| {name} | {" | ".join(cells)} |')
+    lines = [f'| {experiment} | seeds | {" | ".join(headings)} |', '|---' * (2 + len(columns)) + '|']
+    for name in EXPERIMENTS[experiment]:
+        seeds = [seed for variant, seed in rows_of(experiment) if variant == name]
+        cells = []
+        for column in columns:
+            found = values(experiment, name, column)
+            cell = f'{fmean(found):.1f}' if found else '-'
+            if len(found) > 1:
+                cell += f' ({min(found):.1f} to {max(found):.1f})'
+            cells.append(cell)
+        if seeds:
+            lines.append(f'| {name} | {len(seeds)} | {" | ".join(cells)} |')
     return '\n'.join(lines) + '\n\n'
 
 
-NOTE = '''Means over seeds, and differences to the first line with 95 % intervals (Welch). Bold: 0 lies outside, and the
-difference is twice the sampling error of the held-out scenes or more. The rest is open.
-
-'''
-
-
 def all_tables():
-    return NOTE + ''.join(table(experiment) for experiment in EXPERIMENTS if rows_of(experiment))
+    note = 'Means over seeds; in brackets the least and the most.\n\n'
+    return note + ''.join(table(experiment) for experiment in EXPERIMENTS if rows_of(experiment))
 
 
-# --- 2. Plots --------------------------------------------------------------------------------------------------------
+# --- 2. Looks: single runs, single scenes ----------------------------------------------------------------------------
 
-class Panel(NamedTuple):
-    title: str
-    experiment: str
-    column: str
+SCENE = 0               # of the first picture
+SCENES = 6              # of the maps: the first ones
 
 
-PICTURES = {                    # panels side by side, all from 0 to 100 %
-    'race': [
-        Panel('Big objects named,\nthe same pairs', 'pairs', 'dominant.top1'),
-        Panel('Small objects named,\nthe same pairs', 'pairs', 'small.top1'),
-        Panel('Big objects named,\nthe same minutes', 'minutes', 'dominant.top1'),
-        Panel('Small objects named,\nthe same minutes', 'minutes', 'small.top1')]}
+def scored_run(variant):
+    """Of seed 0 -> what evaluation.load returns, and its held-out scenes."""
+    scenes = scene_folder(variant.world, variant.scenes, 0)
+    scored = load(run_folder(variant, 0) / 'last.pt', METHODS[variant.method].model)
+    return scored, Shards(scenes / 'val')
 
 
-def draw_rows(axis, panel):
-    """A row per variant: the mean of its runs, and its interval."""
-    variants = variants_with(panel.experiment, panel.column)
-    for y, name in enumerate(variants):
-        found = values(panel.experiment, name, panel.column).values()
-        axis.errorbar(fmean(found), y, xerr=half_interval(found), fmt='ko', capsize=3)
-    axis.set_yticks(range(len(variants)), [METHODS[name].label for name in variants])
-    axis.set_ylim(len(variants) - 0.5, -0.5)        # the first one on top
+def name_bars(variant):
+    """The small object of a scene: how much the scene raises each of its six names, in deviations over all scenes."""
+    scored, shards = scored_run(variant)
+    scores = suppression.scores_of(shards, *scored)
+    raised = (scores - scores.mean(dim=0)) / scores.std(dim=0)
+    thing = suppression.read_scenes(shards)[SCENE][-1]
+    bars = {}
+    for name in [thing.name, *thing.absent]:
+        bars[name] = raised[SCENE, suppression.COLUMN[name]].item()
+    return bars
+
+
+@torch.no_grad()
+def attention_maps(variant):
+    """Of the first scenes -> [{asked: weights of C^I over the patches}]: for the big object, a small one, an absent name."""
+    (model, tokenizer, preprocess), shards = scored_run(variant)
+    found = []
+    for pair, (big, small, *_) in enumerate(suppression.read_scenes(shards)[:SCENES]):
+        pixels = preprocess(shard_image(shards, pair))[None]
+        maps = {}
+        for name in (big.name, small.name, small.absent[0]):
+            weights, _ = model.attention(pixels, tokenizer([suppression.question(name)]))
+            maps[name] = weights[0].tolist()
+        found.append(maps)
+    return found
+
+
+def look():
+    """Write LOOKS, from checkpoints in runs/lesson."""
+    bars = {}
+    for name in EXPERIMENTS['company']:
+        bars[name] = name_bars(EXPERIMENTS['company'][name])
+    maps = attention_maps(EXPERIMENTS['reading']['cosmos'])
+    write_json(LOOKS, {'bars': bars, 'maps': maps})
+
+
+# --- 3. Pictures -----------------------------------------------------------------------------------------------------
+
+def held_out(world):
+    return Shards(scene_folder(world, 4000, 0) / 'val')
+
+
+def draw_suppression(figure):
+    """Page 1: a scene in each company, and below it the bars of the six names by each method."""
+    looks = read_json(LOOKS)['bars']
+    axes = figure.subplots(3, len(COMPANY), height_ratios=[1.3, 1, 1])
+    for column, world in zip(axes.T, COMPANY):
+        column[0].imshow(shard_image(held_out(world), SCENE))
+        column[0].axis('off')
+        column[0].set_title({'alone': 'alone', 'equal': 'beside an equal', 'big': 'beside a big one'}[world])
+        for axis, method in zip(column[1:], ('clip', 'cosmos')):
+            bars = looks[f'{method}-{world}']
+            colors = ['tab:red'] + ['0.7'] * (len(bars) - 1)
+            axis.barh(list(bars), list(bars.values()), color=colors)
+            axis.invert_yaxis()
+            axis.axvline(0, color='black', linewidth=0.8)
+            axis.set_xlim(-3, 3)
+            axis.set_title(f'{METHODS[method].label}, trained on such scenes', fontsize=9)
+        column[2].set_xlabel('how much this scene raises\nthe name, in deviations', fontsize=9)
+    for axis in axes[1:, 1:].flat:
+        axis.set_yticklabels([])
+
+
+def draw_batches(figure):
+    """Page 2: R@1 across, shapes named up; a line from batches as they come to batches of equal colours."""
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, colors in zip(axes, (16, 2)):
+        for method in 'clip', 'cosmos':
+            names = [name for name in EXPERIMENTS['batches'] if name.startswith(f'{method}-{colors}-')]
+            x = [fmean(values('batches', name, 'retrieval.image_to_text_R@1')) for name in names]
+            y = [fmean(values('batches', name, 'dominant.top1')) for name in names]
+            axis.plot(x, y, 'o-', label=METHODS[method].label)
+            for name, *at in zip(names, x, y):
+                axis.annotate(name.split('-')[-1], at, textcoords='offset points', xytext=(5, 4), fontsize=9)
+        axis.axhline(CHANCE, color='grey', linestyle='--', label='chance of naming')
+        axis.set_title(f'{colors} colours')
+        axis.set_xlabel('R@1, image to text, %')
+        axis.set_xlim(left=0)
+        axis.set_ylim(0, 100)
+    axes[0].set_ylabel('big objects named, %')
+    axes[0].legend(fontsize=9)
+
+
+def draw_company(figure):
+    """Page 3: a square a method: trained down, tested across."""
+    axes = figure.subplots(1, 2)
+    for axis, method in zip(axes, ('clip', 'cosmos')):
+        square = []
+        for trained in COMPANY:
+            named = [fmean(values('company', f'{method}-{trained}', f'{tested}.small.top1')) for tested in COMPANY]
+            square.append(named)
+        axis.imshow(square, vmin=CHANCE, vmax=100, cmap='Greens')
+        for y, x in np.ndindex(3, 3):
+            axis.text(x, y, f'{square[y][x]:.0f}', ha='center', va='center', fontsize=14)
+        axis.set_xticks(range(3), COMPANY)
+        axis.set_yticks(range(3), COMPANY)
+        axis.set_xlabel('tested')
+        axis.set_ylabel('trained')
+        axis.set_title(f'{METHODS[method].label}: small objects\nnamed, % (chance 17)', fontsize=11)
+
+
+def draw_race(figure):
+    """Page 4: a point a run, a bar the mean; big and small objects, both tracks."""
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, column, title in zip(axes, ('dominant.top1', 'small.top1'), ('Big objects', 'Small objects')):
+        for y, name in enumerate(EXPERIMENTS['minutes']):
+            for shift, track, color in (-0.15, 'pairs', 'tab:blue'), (0.15, 'minutes', 'tab:orange'):
+                found = values(track, name, column)
+                axis.barh(y + shift, fmean(found), 0.3, color=color, alpha=0.5, label=None if y else f'same {track}')
+                axis.plot(found, [y + shift] * len(found), 'k.', markersize=4)
+        axis.axvline(CHANCE, color='grey', linestyle='--', label='chance')
+        axis.set_title(f'{title} named, %')
+        axis.set_xlim(0, 100)
+    labels = [METHODS[name].label for name in EXPERIMENTS['minutes']]
+    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].invert_yaxis()
+    axes[1].legend(fontsize=9)
+
+
+def draw_maps(figure):
+    """Page 5: six scenes, and the weights of C^I, asked for the big object, a small one, an absent name."""
+    axes = figure.subplots(4, SCENES)
+    for pair, (column, maps) in enumerate(zip(axes.T, read_json(LOOKS)['maps'])):
+        column[0].imshow(shard_image(held_out('built-in'), pair))
+        for axis, (name, weights) in zip(column[1:], maps.items()):
+            side = math.isqrt(len(weights))
+            axis.imshow(np.reshape(weights, (side, side)), cmap='magma')
+            axis.set_title(name, fontsize=9)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis, label in zip(axes[:, 0], ('scene', 'the big one', 'a small one', 'absent')):
+        axis.set_ylabel(label)
+
+
+def draw_peaks(figure):
+    """Page 5: where the peak of C^I lies, asked for a small object, for an absent name, and by a blind guess."""
+    axis = figure.subplots()
+    questions = {'asked for a small object': 'own', 'asked for an absent name': 'absent', 'a blind guess': 'area'}
+    left = np.zeros(len(questions))
+    for place, color in ('it', 'tab:green'), ('other', 'tab:orange'), ('ground', '0.8'):
+        width = np.array([fmean(values('reading', 'cosmos', f'pointing.small.{asked}_{place}'))
+                          for asked in questions.values()])
+        axis.barh(list(questions), width, left=left, color=color,
+                  label={'it': 'on the object', 'other': 'on another object', 'ground': 'on the ground'}[place])
+        left += width
+    axis.invert_yaxis()
     axis.set_xlim(0, 100)
-    axis.set_xlabel('named, %')
-    axis.axvline(CHANCE, color='grey', linestyle='--', label='chance')
+    axis.set_xlabel('where the highest weight of C^I lies, %')
+    axis.legend(fontsize=9, loc='lower right')
 
 
-def source(panels):
-    """A digest of the rows that a picture shows. It travels in the file, for --check."""
-    rows = [rows_of(panel.experiment) for panel in panels]
-    return hashlib.sha1(repr(rows).encode()).hexdigest()
+PICTURES = {            # how it is drawn, the experiment that it shows, inches
+    'suppression': (draw_suppression, 'company', (9, 7.5)),
+    'batches': (draw_batches, 'batches', (8, 3.6)),
+    'company': (draw_company, 'company', (7.5, 4)),
+    'race': (draw_race, 'minutes', (9, 3.4)),
+    'maps': (draw_maps, 'reading', (9, 6.4)),
+    'peaks': (draw_peaks, 'reading', (7, 2.6))}
+
+
+def source(experiment):
+    """A digest of what a picture shows. It travels in the file, for --check."""
+    tracks = [experiment, 'pairs'] if experiment == 'minutes' else [experiment]
+    return hashlib.sha1(repr([rows_of(each) for each in tracks]).encode()).hexdigest()
 
 
 def draw(name):
-    """A panel whose experiment has no rows yet is left out."""
     from matplotlib import pyplot
-    panels = [panel for panel in PICTURES[name] if rows_of(panel.experiment)]
-    size = 2 + 2.1 * len(panels), 3.2               # in inches
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=size, sharey=True, squeeze=False, layout='constrained')
-    for axis, panel in zip(axes[0], panels):
-        axis.set_title(panel.title, fontsize=10)
-        draw_rows(axis, panel)
-        axis.label_outer()                          # what panels share stands once
-    figure.savefig(PLOT.format(name), metadata={'Description': source(PICTURES[name])})
+    function, experiment, inches = PICTURES[name]
+    figure = pyplot.figure(figsize=inches, layout='constrained')
+    function(figure)
+    figure.savefig(PICTURE.format(name), dpi=80, metadata={'Description': source(experiment)})
     pyplot.close(figure)
 
 
-# --- 3. Check --------------------------------------------------------------------------------------------------------
+# --- 4. The command --------------------------------------------------------------------------------------------------
 
-def check(experiment):
-    """The runs of an experiment. Refused with a sentence on the first thing that is wrong."""
-    missing = missing_runs(experiment)
-    need(not missing, f'{experiment} lacks runs, first {missing[:1]}; make them by lesson.experiments')
+def check_rows(experiment):
+    """Refused: runs that are missing, or that cannot be compared."""
     rows = rows_of(experiment).values()
     commits = {(row['commit'], row['precision']) for row in rows}
     need(len(commits) == 1, f'{experiment} has runs of several commits: {commits}; make them anew at one')
@@ -215,39 +389,38 @@ def check(experiment):
         other = machine_of.setdefault(row['seed'], row['machine'])
         need(row['machine'] == other,
              f"seed {row['seed']} of {experiment} has runs of several machines; make them anew on one")
-
-
-def check_text(tables):
-    """The tables, and every figure in README.md that says where it comes from."""
-    need(TABLES.read_text() == tables, f'{TABLES} differs from results.csv; run python -m lesson.plots')
-    marked = r'([-+.\d]+(?: ± [.\d]+)?)<!--([\w-]+)/([^\s/~]+)(?:~(\S+?))?/(\S+)-->'
-    for figure, experiment, name, other, column in re.findall(marked, README.read_text()):
-        right = cell(experiment, name, column).split(',')[0]
-        if other:
-            right = difference(experiment, name, other, column).strip('*')
-        need(figure == right,
-             f'{column} of {name} ({experiment}) is {figure} in {README}, {right} in results.csv')
+    missing = missing_runs(experiment)
+    if missing:
+        print(f'{experiment} lacks {len(missing)} runs of other seeds')
 
 
 def main():
     parser = Parser(epilog=__doc__)
     parser.add_argument('--check', action='store_true', help='only compare with results.csv')
+    parser.add_argument('--look', action='store_true', help='only look at single runs again')
     args = parser.parse_args()
-    pictures = [name for name, panels in PICTURES.items() if any(rows_of(panel.experiment) for panel in panels)]
+    if args.look:
+        look()
+        return
+    drawn = [name for name, (_, experiment, _) in PICTURES.items() if rows_of(experiment)]
     if not args.check:
-        for name in pictures:
-            draw(name)
+        for page in PAGES:
+            page.write_text(filled(page.read_text()))
         TABLES.write_text(all_tables())
+        for name in drawn:
+            draw(name)
         return
     for experiment in EXPERIMENTS:
         if rows_of(experiment):
-            check(experiment)
-        else:
-            print(f'{experiment} has no rows yet')
-    for name in pictures:
-        drawn_with = Image.open(PLOT.format(name)).text.get('Description')
-        need(drawn_with == source(PICTURES[name]), f'the plot {name} shows other figures; run python -m lesson.plots')
-    check_text(all_tables())
+            check_rows(experiment)
+    for page in PAGES:
+        for line, right in zip(page.read_text().splitlines(), filled(page.read_text()).splitlines()):
+            need(line == right, f'{page} has "{line}", and results.csv "{right}"; run python -m lesson.plots')
+    need(TABLES.read_text() == all_tables(), f'{TABLES} differs from results.csv; run python -m lesson.plots')
+    for name in drawn:
+        description = Image.open(PICTURE.format(name)).text.get('Description')
+        need(description == source(PICTURES[name][1]),
+             f'the picture {name} shows other figures; run python -m lesson.plots')
 
 
 if __name__ == '__main__':

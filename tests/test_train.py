@@ -394,7 +394,7 @@ def test_full_disks(tmp_path):
     assert torch.load(path) == 'before' and len(list(path.parent.iterdir())) == 1
 
 
-def test_a_run_never_costs_another(fit, whole, dogs, tmp_path):
+def test_a_run_never_costs_another(monkeypatch, fit, whole, dogs, tmp_path):
     """oracle: the files of a finished run, byte by byte, after each command that must leave them alone. A fresh start
     takes the first free name."""
     out = tmp_path / 'out'
@@ -402,6 +402,9 @@ def test_a_run_never_costs_another(fit, whole, dogs, tmp_path):
     other = dog_tar(tmp_path / 'dogs.tar', 9)
     assert 'started on other shards' in fit(out, *AUTO, '--data', other)
     assert 'started with --method cosmos, not clip' in fit(out, *AUTO, '--method', 'clip')
+    monkeypatch.setattr(train, 'GLOBALS', 3)
+    assert 'trained with GLOBALS = 2, not 3' in fit(out, *AUTO)
+    monkeypatch.setattr(train, 'GLOBALS', 2)
     assert fit(out, '--resume', out, '--steps', 4) == 0                 # nothing is left to do
     for number in 2, 3:
         assert fit(out, '--steps', number) == 0
