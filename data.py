@@ -127,7 +127,7 @@ def save_tensors(path, value):
 # The index is an array of 9 integers a pair. Sizes are in bytes; the size of a member that it lacks is 0.
 #     shard | image: offset, size | json: offset, size | txt: offset, size | mask: offset, size
 COLUMN = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5, 'mask.png': 7}  # of the offset
-FIRST_PAIRS = 20  # how many are checked before a run starts: enough to tell wrong keys from a broken pair
+FIRST_PAIRS = 20  # one of these must be usable, else no run starts: enough to tell wrong keys from a broken pair
 NO_PAIR = 'no readable tar of images, each with a .json or .txt of the same name; see docs/data.md for the format'
 
 
@@ -179,7 +179,8 @@ def tar_files(path):
                     break    # below 0 tarfile would go back, and never end
                 yield member.name, member.offset_data, member.size
                 end = member.offset_data + member.size
-            whole = tar.offset == length                # where the next header would be; elsewhere after a break
+            # At a clean end the next header would begin where the file ends. After the break it does not.
+            whole = tar.offset == length
     if not whole:
         warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
 
@@ -212,7 +213,7 @@ class Shards:
     caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: a file of the index of
     the same tars, as `save` writes it; it is mapped, and no header is read.
     fingerprint: of the tars' names and sizes, by which train.py tells whether an index is theirs.
-    Without an index Refused where there is no pair, or where none of the first can be used.
+    Without an index it looks at the first pairs, and raises Refused where there is none, or none that can be used.
     """
 
     def __init__(self, paths, caption_keys=None, split=None, index=None):
@@ -377,11 +378,12 @@ VOCAB_HELP = (f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or
 
 # Every byte is shown as one visible character, so that merges are lines of text: printable Latin-1 as itself and first,
 # the other 68 from U+0100 on. NB: this order is ids 0..255; with any other, released weights quietly read noise.
-BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES += [byte for byte in range(256) if byte not in BYTES]
-BYTE_SYMBOL = {byte: chr(byte if k < 188 else 256 + k - 188) for k, byte in enumerate(BYTES)}
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTE_SYMBOL = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + k) for k, byte in enumerate(OTHERS)}
 
 SPECIAL = '<start_of_text>', '<end_of_text>'    # as open_clip spells them
+# CLIP's pattern has \p{L} and \p{N}, which `re` lacks: [^\W\d_] is a letter, \d a digit. `plain` keeps the rest apart.
 WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
 
 
@@ -402,15 +404,17 @@ def clean(text):
 def plain(char):
     """One character without ligature and width, as ftfy has it.
 
-    WORD writes CLIP's \\p{L} as [^\\W\\d_], and its \\p{N} as \\d. But \\d is only 0-9 and their like, so ² ½ Ⅷ ①
-    would pass as letters, and 'm²' as one word. Spaces keep them apart.
+    Numbers such as ² ½ Ⅷ ① are no digits, so they would pass as letters in WORD, and 'm²' as one word. Spaces keep them
+    apart.
     """
-    ligature_or_wide = '[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb04\ufb06\uff01-\uffef]'
+    if char == '\ufb05':
+        return 'ſt'                                     # NFKC would give 'st'
+    ligature_or_wide = '[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb06\uff01-\uffef]'
     if re.match(ligature_or_wide, char):
         char = unicodedata.normalize('NFKC', char)
     if char.isnumeric() and not char.isalpha() and not char.isdecimal():
         return f' {char} '
-    return char.replace('\ufb05', 'ſt')                 # NFKC would give 'st'
+    return char
 
 
 def symbols_of(word):
@@ -460,7 +464,7 @@ class Tokenizer:
         closing = [f'{symbol}</w>' for symbol in byte_symbols]
         fused = [left + right for left, right in self.rank]
         symbols = [*byte_symbols, *closing, *fused, *SPECIAL]
-        self.ids = {symbol: i for i, symbol in enumerate(symbols)}
+        self.ids = {symbol: i for i, symbol in enumerate(symbols)}      # of equal symbols the last, as CLIP's
         self.vocab_size = len(symbols)
         self.sot, self.eot = [self.ids[symbol] for symbol in SPECIAL]
         self.cache = {symbol: [self.ids[symbol]] for symbol in SPECIAL}         # word -> ids
@@ -483,8 +487,8 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        # A dict, because a pair can be merged twice. Say (abc, d) was merged. A later merge of (a, bc) makes new abc,
-        # some before a d, so (abc, d) is there again. It keeps its first rank.
+        # A dict, because two symbols can be merged twice. Say (abc, d) was merged. A later merge of (a, bc) makes new
+        # abc, some before a d, so (abc, d) is there again. It keeps its first rank.
         merges = {}
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
@@ -597,11 +601,11 @@ def view_kinds(config, global_images, local_images, crop_min=0.4):
 def draw_boxes(height, width, kinds, rng):
     """A random box (y, x, h, w) in an image of this size for each kind of view, as torchvision draws them.
 
-    torchvision takes them from torch's global generator. That is seeded by rng, and set back.
+    torchvision takes them from torch's generator of the CPU. That is seeded by rng, and set back.
     """
     image = torch.empty(1, 1, 1).expand(1, height, width)               # only its size counts
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.getrandbits(32))
+        torch.default_generator.manual_seed(rng.getrandbits(32))
         return [v2.RandomResizedCrop.get_params(image, kind.scale, ASPECTS) for kind in kinds]
 
 
@@ -616,7 +620,7 @@ def image_crops(data, kinds, rng, flip=True):
     # Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size, in much less time. It may, as long as every crop still has
     # at least the pixels of its view.
     shrink = min(min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds))
-    enough = [ceil(side / shrink) for side in image.size]
+    enough = [ceil(side / shrink) for side in image.size]               # image.size: not turned yet, as draft wants it
     with pillow_errors('its image'):
         image.draft('RGB', enough)
         pixels = TF.pil_to_tensor(upright(image).convert('RGB'))
@@ -627,7 +631,8 @@ def image_crops(data, kinds, rng, flip=True):
         crop = TF.resized_crop(pixels, y, x, h, w, [kind.size, kind.size], BICUBIC)
         if flip and rng.random() < 0.5:
             crop = crop.flip(-1)
-        crops.append(crop.contiguous())  # a plane for each colour, which the operations below are fast on
+        # Pillow interleaves colours, and a crop keeps that. The operations below are faster on a plane for each.
+        crops.append(crop.contiguous())
     return crops, boxes
 
 
@@ -682,7 +687,7 @@ def hue(x, turn):
     red, green, blue = x.split(1, dim=1)                                # each (n, 1, h, w)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
-    # The hue in sixths of the circle, times chroma. Of gray any will do.
+    # Six times the hue, times chroma, divided out below. Of gray any hue will do.
     sixths = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
     sixths = torch.where(value == red, green - blue, sixths)
     turned = sixths / (6 * chroma).clamp_min(1e-8) + turn + 1           # the hue; + 1: above 0
@@ -765,7 +770,7 @@ class Order:
     rank: int = 0
     world: int = 1
 
-    def permutation(self, epoch):
+    def permutation(self, epoch):    # another order, as that of lesson/experiments.py, replaces this
         return shuffled(self.seed, epoch, self.pairs)
 
     def __iter__(self):
@@ -816,10 +821,10 @@ class Crops(Dataset):
                 return crops, torch.tensor(colours), self.tokenizer(captions), step_seed, bad
             except Unreadable as error:
                 print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
-            # The pair one batch further on, for a pair that came twice in a batch would be its own negative. If that
-            # cannot be read either, the one behind it, and so on.
-            position = (position + (1 if bad else self.batch)) % pairs
-            index = int(shuffled(self.seed, epoch, pairs)[position])
+            # The pair one batch further on, for a pair that came twice in a batch would be its own negative. (In a set
+            # of less than two batches it may.) If that cannot be read either, the one behind it, and so on.
+            position += self.batch if bad == 0 else 1
+            index = int(shuffled(self.seed, epoch, pairs)[position % pairs])
         raise Refused(f'none of {pairs} pairs can be read; look at the shards with python -m extras.prepare inspect')
 
     def sample(self, epoch, index):
@@ -871,16 +876,17 @@ def cut(captions, multiple):
     return [ids[:, :length] for ids in captions]
 
 
-def collate(samples, multiple=1, whole=True):
-    """Samples -> Batch. Global captions are cut to the longest of them, local ones to the longest of those.
+def collate(samples, multiple=1, whole_first=True):
+    """Samples -> Batch. Global captions are cut to the longest of them, local ones to the longest of those. There are
+    GLOBALS global ones, or one and no local.
 
-    whole: the student gets caption 0 with all T positions, because C^T reads its padding, too.
+    whole_first: the student gets caption 0 with all T positions, because C^T reads its padding, too.
     """
     crops, colours, ids, step_seeds, bad = default_collate(samples)     # ids (B, U, T)
     captions = ids.unbind(dim=1)
     global_texts = cut(captions[:GLOBALS], multiple)
     local_texts = cut(captions[GLOBALS:], multiple)
-    first = captions[0] if whole else global_texts[0]
+    first = captions[0] if whole_first else global_texts[0]
     texts = [first, *global_texts[1:], *local_texts]
     return Batch(crops, colours, step_seeds[0], texts, global_texts, int(bad.sum()))
 
@@ -899,13 +905,13 @@ def end_workers():
         worker.kill()
 
 
-def loader(crops, batches, workers, multiple=1, whole=True):
+def loader(crops, batches, workers, multiple=1, whole_first=True):
     """The plain DataLoader that serves batch after batch of an Order."""
     # At its exit Python ends workers by SIGTERM, which these ignore, and waits for them. So they are killed before.
     atexit.register(end_workers)
     # A forked worker shares the index, a spawned one gets a copy. (Without workers there must be no context.)
     context = 'fork' if workers and sys.platform == 'linux' else None
     return DataLoader(crops, batch_sampler=batches, num_workers=workers,
-                      collate_fn=partial(collate, multiple=multiple, whole=whole),
+                      collate_fn=partial(collate, multiple=multiple, whole_first=whole_first),
                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals,
                       multiprocessing_context=context)

@@ -10,6 +10,7 @@ CKPT is ours (runs/NAME/last.pt, or its folder), a released cosmos_vitb*.pt, or 
 GELU; others are converted by python -m extras.weights. Scores come from the teacher, the averaged weights, unless
 --weights student. Features are float32 of unit length, scores their products.
 """
+import argparse
 import glob
 import inspect
 import json
@@ -32,7 +33,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from cosmos import COSMOS, Config, from_openclip, unit
-# Refused: an error that a user can mend, shown as one sentence. Unreadable: one of these, for the bytes of a pair.
+# Refused: an error that a user can mend, shown as one sentence. Unreadable is the Refused of one bad image or record.
 from data import (BICUBIC, Parser, Refused, Shards, Tokenizer, Unreadable, normalize, open_image,
                   pillow_errors, read_image, replacing, run)
 
@@ -153,7 +154,8 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
         released    {'student', 'teacher'}, under open_clip's names
         open_clip   the state dict of a ViT, perhaps under 'state_dict'
     Where there is no teacher the student is taken: model.origin says which it was.
-    vocab goes to Tokenizer.clip. quick_gelu: the activation of weights that do not say; our checkpoints do.
+    vocab: a file of CLIP's merges. quick_gelu: the activation of weights that do not say (train.py --quick-gelu); our
+    checkpoints do.
     """
     path = Path(path)
     if path.is_dir():
@@ -185,7 +187,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
     model = COSMOS(config)
     load_weights(model, state, path)
     model.origin = origin
-    return model.eval(), tokenizer, Preprocess(config.image_size)
+    return model.eval(), tokenizer, preprocessing(config.image_size)
 
 
 # --- 3. Features -----------------------------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ IMAGE_BATCH = 64
 TEXT_BATCH = 256
 
 
-def Preprocess(size):
+def preprocessing(size):
     """The evaluation transform: PIL image -> (3, size, size) float. Short side to `size`, bicubic, then the centre."""
     return v2.Compose(
         [v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
@@ -235,7 +237,7 @@ class Images(Dataset):
 
 @torch.no_grad()
 def embed_labelled(model, source, preprocess, workers=0):
-    """A source of `Images` -> (n, D) unit vectors on the CPU, (n,) labels. Unreadable names an image that is none."""
+    """-> (n, D) unit vectors on the CPU, (n,) labels. source: see Images. Unreadable names an image that is none."""
     need(len(source), 'there is no image to embed; give one or more')
     loader = DataLoader(Images(source, preprocess), IMAGE_BATCH, num_workers=workers)
     features = []
@@ -291,7 +293,8 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures.
 
     owner (captions,): the image of each caption. The rank of an image is that of the best of its captions. R@K are
-    fractions, ranks count from 1, chance is R@1 of guessing.
+    fractions, ranks count from 1, chance is R@1 of guessing, both ways: an image with two captions has twice the chance,
+    but there are twice as many captions.
     """
     n = len(image_features)
     image_ids = torch.arange(n)
@@ -431,8 +434,8 @@ def class_names(source, path=None):
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
     listed = read_lines(path) if path else classes
     need(listed, 'this set of torchvision has no class names; give a file of them by --classes')
-    need(not classes or len(listed) == len(classes),
-         f'{path} has {len(listed)} names for {len(classes or ())} classes; give a line for each')
+    if classes and len(listed) != len(classes):
+        raise Refused(f'{path} has {len(listed)} names for {len(classes)} classes; give a line for each')
     names = []
     for name in listed:
         if isinstance(name, tuple):
@@ -443,7 +446,7 @@ def class_names(source, path=None):
 
 def torchvision_set(name, root, split, download=False):
     """A classification set of torchvision.datasets by its name there. If it is not at `root`, torchvision says so
-    itself."""
+    itself. Of sets without a split, any `split` but train means the test half."""
     kind = getattr(torchvision.datasets, name, None)
     need(kind, f"torchvision.datasets has no '{name}'; it has {', '.join(torchvision.datasets.__all__)}")
     parameters = inspect.signature(kind).parameters  # some sets have a split, some `train`, some neither
@@ -452,7 +455,7 @@ def torchvision_set(name, root, split, download=False):
         options['split'] = split
     elif 'train' in parameters:
         options['train'] = split == 'train'
-    if download:
+    if download and 'download' in parameters:
         options['download'] = True
     return kind(root, **options)
 
@@ -460,8 +463,8 @@ def torchvision_set(name, root, split, download=False):
 # --- 6. Zero-shot segmentation ---------------------------------------------------------------------------------------
 
 class Settings(NamedTuple):
-    """How to segment; SETTINGS_HELP says what each field does. `segment` has a flag for each."""
-    size: int = 336                     # of the benchmarks; without one 1.5 times the model's image
+    """How to segment; SETTINGS_HELP says what each field does. The command `segment` has a flag for each."""
+    size: int = 0                       # 0: 1.5 times the model's image; released 336
     scale: float = 40.0
     probability: float = 0.0
     area: float = 0.0
@@ -481,14 +484,14 @@ SETTINGS_HELP = {
     'stride': 'step of the window, in pixels (default: half a window)',
     'csa': 'correlative self-attention in the last block'}
 BENCHMARKS = {                          # of the released code, after SCLIP
-    'voc21': Settings(scale=65, probability=0.1, area=0.1),
-    'context60': Settings(scale=50, probability=0.1),
-    'coco-object': Settings(scale=50, probability=0.1),
-    'voc20': Settings(reduce_zero_label=True),
-    'cityscapes': Settings(size=560),
-    'context59': Settings(reduce_zero_label=True),
-    'ade20k': Settings(reduce_zero_label=True),
-    'coco-stuff': Settings(size=448),
+    'voc21': Settings(336, scale=65, probability=0.1, area=0.1),
+    'context60': Settings(336, scale=50, probability=0.1),
+    'coco-object': Settings(336, scale=50, probability=0.1),
+    'voc20': Settings(336, reduce_zero_label=True),
+    'cityscapes': Settings(560),
+    'context59': Settings(336, reduce_zero_label=True),
+    'ade20k': Settings(336, reduce_zero_label=True),
+    'coco-stuff': Settings(448),
 }
 IGNORE = 255                            # a mask's pixels that count nowhere
 LONGEST_SIDE = 2048                     # of a scaled image, as released
@@ -523,7 +526,8 @@ def window_scores(model, pixels, vectors, settings):
 def segment_image(model, image, vectors, counts, settings):
     """One image -> (h, w) int64 class of each pixel.
 
-    vectors (Q, D): one for each name, class after class. counts: how many names each class has, one or several.
+    vectors (Q, D): one for each name, class after class. counts: how many names each class has, one or several. Class 0
+    is the ground: what `probability` and `area` leave out falls to it.
     The steps are those of clip_segmentor.py:113-276 of the released code.
     """
     short = min(image.size)
@@ -628,7 +632,7 @@ def show(figures, indent=''):
 
 def run_retrieval(args, model, tokenizer, preprocess):
     if args.shards:
-        shards = Shards(args.shards, args.caption_keys, 'val')
+        shards = Shards(args.shards, args.caption_keys, 'val')          # which splits the keys at commas
         figures, _ = zero_shot_retrieval(model, tokenizer, preprocess, shards, workers=args.workers)
         return figures
     if args.coco:
@@ -659,18 +663,20 @@ def run_classify(args, model, tokenizer, preprocess):
     templates = read_templates(args.templates)
     vectors = class_vectors(model, tokenizer, names, templates)
     features, labels = embed_labelled(model, source, preprocess, args.workers)
+    need(labels.max() < len(names), f'there are {len(names)} names, but label {labels.max()}; give more by --classes')
     return classify(features, vectors, labels) | {'prompts': ' | '.join(templates), 'names': names}
 
 
 def segment_settings(args, image_size, patch):
     """The benchmark's settings, or the defaults; flags that were given change single ones."""
-    settings = BENCHMARKS[args.benchmark] if args.benchmark else Settings(size=image_size * 3 // 2)
+    settings = BENCHMARKS[args.benchmark] if args.benchmark else Settings()
     for name in Settings._fields:
         value = getattr(args, name)
         if value is not None:
             settings = settings._replace(**{name: value})
     window = settings.window or image_size
-    settings = settings._replace(window=window, stride=settings.stride or window // 2)
+    settings = settings._replace(
+        size=settings.size or image_size * 3 // 2, window=window, stride=settings.stride or window // 2)
     need(window % patch == 0, f'--window {window} is no multiple of the patch size {patch}')
     need(0 < settings.stride <= window,
          f'--stride {settings.stride} must be above 0 and no more than --window {window}')
@@ -679,7 +685,9 @@ def segment_settings(args, image_size, patch):
 
 def run_segment(args, model, tokenizer, preprocess):
     settings = segment_settings(args, model.config.image_size, model.config.patch_size)
-    synonyms = [re.split(r'\s*,\s*', line) for line in read_lines(args.classes)]  # a list for each class
+    synonyms = []                                       # a list for each class
+    for line in read_lines(args.classes):
+        synonyms.append([name.strip() for name in line.split(',') if name.strip()])
     names = [first for first, *_ in synonyms]
     counts = list(map(len, synonyms))
     templates = read_templates(args.templates)
@@ -708,7 +716,7 @@ def add_options(command):
         help='which network (default: %(default)s)')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
         help='cuda or cpu (default: %(default)s)')
-    add('--workers', type=int, default=2, help='processes that read images (default: %(default)s)')
+    add('--workers', type=int, default=2, help='processes that read images; segment needs none (default: %(default)s)')
     add('--vocab', help="CLIP's merges, for checkpoints that carry none")
     add('--json', help='also write the figures to this file')
 
@@ -754,7 +762,7 @@ def add_segment(command):
     for name, default in Settings._field_defaults.items():
         how = {'type': type(default)}
         if isinstance(default, bool):
-            how = {'action': 'store_true', 'default': None}
+            how = {'action': argparse.BooleanOptionalAction}
         add(f"--{name.replace('_', '-')}", help=SETTINGS_HELP[name], **how)
 
 
@@ -763,7 +771,7 @@ def execute(args):
     model, tokenizer, preprocess = load(args.checkpoint, args.weights, args.vocab)
     print(f'{args.command} of {args.checkpoint} ({model.origin})')
     model.to(args.device)
-    figures = args.run(args, model, tokenizer, preprocess)
+    figures = args.function(args, model, tokenizer, preprocess)
     show(figures)
     if args.json:
         write_json(args.json, figures)
@@ -777,7 +785,7 @@ def main():
             ('classify', run_classify, add_classify, 'zero-shot top-1, top-5, mean per class'),
             ('segment', run_segment, add_segment, 'zero-shot mIoU, and IoU of each class')):
         command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=function)
+        command.set_defaults(function=function)
         add_options(command)
         add_flags(command)
     execute(parser.parse_args())

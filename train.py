@@ -56,15 +56,15 @@ class Method(NamedTuple):
     local_images: bool              # adds as many local image views as --local-crops says
     local_texts: bool               # adds as many captions of one sentence as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
-    augments: bool                  # flips and colours are the default of --augment
+    augments: bool                  # False: the default of --augment is crops, without flips and colours
     distills_images: bool           # images learn from the teacher
     distills_texts: bool            # captions, too
     cross_attention: bool           # h_I and h_T learn from both: L_COSMOS
 
 
 # Each row adds to the one above. Only the first and the last are the released code's: clip has open_clip's own crop,
-# and no colours (transform.py:66). The others are our reading of the table's labels. The first three score far below
-# the CLIP of Table 1, so they probably had raw captions only: give them --caption-pool raw.
+# and no colours (transform.py:66). The others are our reading of the table's labels. In the paper the first three score
+# far below the CLIP of its Table 1, so they probably had raw captions only: give them --caption-pool raw.
 G = GLOBALS
 METHODS = {
     #         global images, texts  local images, texts  crop   aug    distils images, texts  cross-attention
@@ -85,11 +85,11 @@ class Run:
     train_set: data.Crops
     student: COSMOS
     forward: torch.nn.Module        # runs the student: in parts of a batch, across GPUs
-    teacher: Teacher                # None where nothing is distilled, unless the course wants one
+    teacher: Teacher                # None where nothing is distilled, unless `keep_teacher` (see main)
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype              # of autocast; None: float32
-    order: type = data.Order        # which pairs make a batch
+    order: type                     # which pairs make a batch: data.Order, or the course's
     step: int = 0
     pairs: int = 0    # seen so far; not step x batch, for --batch may change on resume
     best: tuple = (-1.0, 0)         # mean R@1 on --val, and its step
@@ -119,8 +119,8 @@ def train_step(run, batch):
     images = batch.views()                                              # V tensors (B, 3, s, s)
     run.optimizer.zero_grad()
 
-    # The student sees all views and captions, the teacher the globals, without gradient. For the teacher caption 0 is
-    # cut, too, because it has no cross-attention that reads the padding.
+    # The student sees all views and captions, the teacher the globals, without gradient. batch.teacher_texts are the
+    # global captions without padding behind the longest; only C^T, in the student, reads the padding of caption 0.
     cls_t = eot_t = None
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
         out = run.forward(images, batch.texts)
@@ -225,7 +225,7 @@ def make_parser():
     add('--val', nargs='+', help='held-out shards, evaluated every --eval-every steps and at the end')
     add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
     add('--caption-pool', choices=data.POOLS, default='all', help="of DreamLIP's captions (%(default)s)")
-    add('--vocab', default='clip', help='%(default)s, learn (from the captions), or a path to merges')
+    add('--vocab', default='clip', help="%(default)s, learn (from the captions), or a path to CLIP's file")
     add('--workers', type=int, default=WORKERS, help='processes that load data, for each GPU (%(default)s)')
     # method
     add('--preset', choices=PRESETS, help='sizes and recipe (vit-b-16 with --data, else tiny)')
@@ -267,9 +267,10 @@ def check_ranges(options):
     """Refused: a number that cannot be meant."""
     for name, value in vars(options).items():
         least = 1 if name in ('steps', 'batch', 'accum', 'save_every', 'log_every') else 0
-        if isinstance(value, (int, float)) and not value >= least:
+        most = 1 if name in ('momentum', 'lr_end') else math.inf
+        if isinstance(value, (int, float)) and not least <= value <= most:
             flag = name.replace('_', '-')
-            raise Refused(f'--{flag} {value} is out of range; give {least} or more')
+            raise Refused(f'--{flag} {value} is out of range; give {least} to {most}')
 
 
 def find_checkpoint(resume, out):
@@ -302,7 +303,7 @@ def read_options(argv):
     for name in ('out', 'resume', 'device'):    # are of this command alone
         resumed.pop(name, None)
     preset = first.preset or resumed.get('preset', preset)
-    defaults = PRESETS[preset].recipe | {'preset': preset, 'out': out, 'warmup': None}  # see choose_lengths
+    defaults = PRESETS[preset].recipe | {'preset': preset, 'out': out, 'warmup': None}  # None: see choose_lengths
     if not METHODS[first.method].augments:
         defaults['augment'] = 'crops'
     defaults |= resumed
@@ -319,6 +320,7 @@ def read_options(argv):
         if new not in (None, value) and os.environ.get('RANK', '0') == '0':
             flag = name.replace('_', '-')
             print(f'note       --{flag} was {value}, is now {new}')
+    options.resume = str(path or '')                # what is meant by auto, or by a folder
     in_place = bool(path) and Path(path).parent.resolve() == Path(options.out).resolve()
     return options, saved, in_place
 
@@ -333,8 +335,6 @@ def choose_lengths(options, pairs):
         options.warmup = min(PRESETS[options.preset].recipe['warmup'], steps // 10)
     if options.eval_every is None:
         options.eval_every = steps // 10 or 1
-    if not options.val:
-        options.eval_every = 0
 
 
 def choose_folder(options):
@@ -396,7 +396,7 @@ class Processes:
         return box[0]
 
     def wait(self):
-        """Go on when rank 0 has come here."""
+        """Go on when rank 0 has come here, too. Rank 0 itself does not wait."""
         self.broadcast(None)
 
     @contextlib.contextmanager
@@ -409,8 +409,7 @@ class Processes:
                 os._exit(1)                     # rank 0 was refused, has said why, and is gone
         yield
         if self.rank == 0:
-            self.wait()
-
+            self.wait()                         # lets the others in
 
     def leave(self, status):
         """End the process. With several, each waits here until all have come.
@@ -441,17 +440,17 @@ def keep_memory():
         libc.mallopt(-1, -1)                                            # M_TRIM_THRESHOLD: never
 
 
-def choose_precision(name, device):
-    """-> (name, autocast dtype or None). bfloat16 needs units for it: a CPU without computes it slower than float32."""
-    if name == 'auto':
-        if device.type == 'cuda':
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            # private: some versions lack them
-            tests = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
-            fast = any(hasattr(torch.cpu, test) and getattr(torch.cpu, test)() for test in tests)
-        name = 'bf16' if fast else 'fp32'
-    return name, DTYPES[name]
+def choose_dtype(precision, device):
+    """-> dtype of autocast, or None. bfloat16 needs units for it: a CPU without computes it slower than float32."""
+    if precision != 'auto':
+        return DTYPES[precision]
+    if device.type == 'cuda':
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # private: some versions lack them
+        tests = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+        fast = any(hasattr(torch.cpu, test) and getattr(torch.cpu, test)() for test in tests)
+    return torch.bfloat16 if fast else None
 
 
 def compile_blocks(model):
@@ -518,7 +517,7 @@ def choose_model(options, saved):
     return replace(config, cross_heads=heads), tokenizer, weights
 
 
-def make_run(options, processes, train_set, weights, build, keep_teacher):
+def make_run(options, processes, train_set, weights, build, keep_teacher, order):
     """Model, teacher and optimizer on this process, before the first step."""
     device = processes.device
     torch.manual_seed(options.seed)                         # all ranks start from the same weights
@@ -532,11 +531,11 @@ def make_run(options, processes, train_set, weights, build, keep_teacher):
     if METHODS[options.method].distills_images or keep_teacher:
         teacher = Teacher(student)
     optimizer = make_optimizer(student, options.lr, options.wd)
-    options.precision, dtype = choose_precision(options.precision, device)
+    dtype = choose_dtype(options.precision, device)
     # The usual start, 65,536, would overflow many times before it settles.
-    scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=options.precision == 'fp16')
+    scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
     forward = InParts(student, options.accum)
-    return Run(options, processes, train_set, student, forward, teacher, optimizer, scaler, dtype)
+    return Run(options, processes, train_set, student, forward, teacher, optimizer, scaler, dtype, order)
 
 
 # --- 6. Checkpoints --------------------------------------------------------------------------------------------------
@@ -578,7 +577,7 @@ def save(run):
 
 def restore(run, saved):
     """Go on from what `save` has saved."""
-    path = run.folder
+    path = run.options.resume
     if saved['globals'] != GLOBALS:
         raise Refused(f"{path} was trained with GLOBALS = {saved['globals']}, not {GLOBALS}; set it back in cosmos.py, or "
                       'start anew with --init')
@@ -592,7 +591,8 @@ def restore(run, saved):
         run.scaler.load_state_dict(saved['scaler'])
     run.step = saved['step']
     run.pairs = saved['pairs']
-    run.best = tuple(saved['best'])
+    if saved['options']['val'] == run.options.val and (run.folder / 'best.pt').exists():
+        run.best = tuple(saved['best'])
     run.begun -= saved['seconds']
     # No two checkpoints have the same seconds. Equal ones mean that this rank has read the file that rank 0 has read.
     if run.processes.broadcast(saved['seconds']) != saved['seconds']:
@@ -696,7 +696,7 @@ def held_out_figures(run, val):
     Writes best.pt where the mean R@1 is the best so far.
     """
     model = run.teacher.model if run.teacher else run.student
-    scored = model, run.train_set.tokenizer, evaluation.Preprocess(model.config.image_size)
+    scored = model, run.train_set.tokenizer, evaluation.preprocessing(model.config.image_size)
     retrieval, image_features = evaluation.zero_shot_retrieval(*scored, val)
     figures = {'retrieval': retrieval}
     if 'objects' in val.record(0) and (HERE / 'lesson').is_dir():
@@ -726,7 +726,7 @@ def print_plan(run, val):
           f'{options.steps * options.batch / len(shards):.1f} passes\n'
           f'           peak lr {options.lr} after {options.warmup} steps of warm-up, momentum {options.momentum} with '
           f'ramp {options.momentum_ramp}, augmentation {options.augment}\n'
-          f'           on {run.processes.world} x {run.processes.device} in {options.precision}, '
+          f'           on {run.processes.world} x {run.processes.device} in {run.dtype or torch.float32}, '
           f'{torch.get_num_threads()} threads and {options.workers} loaders each\n'
           f'model      {sum(p.numel() for p in run.student.parameters()):,} parameters: {sizes}')
     if options.init and options.lr > 1e-4:
@@ -740,12 +740,13 @@ def print_plan(run, val):
         print(f'WARNING    {len(set(shards.paths) & set(val.paths))} shards are in --data and in --val')
 
 
-def prepare_folder(run):
-    """config.json, and the first part of the report. What is left there of an earlier start goes."""
+def prepare_folder(run, in_place):
+    """config.json, and the first part of the report. What is left there of an earlier start goes, but where the run goes
+    on in place."""
     config = vars(run.options) | {'config': asdict(run.train_set.config)}
     evaluation.write_json(run.folder / 'config.json', config)
     old = ['eval.json']
-    if run.step == 0:
+    if not in_place:
         check_space(run)
         old += ['log.jsonl', 'maps.npz', 'best.pt']
     for name in old:
@@ -783,8 +784,9 @@ def train(run, val):
                       rank=processes.rank, world=processes.world)
     # Half precision is faster with captions of multiples of 8 tokens.
     batches = iter(data.loader(run.train_set, order, options.workers,
-                               multiple=8 if run.dtype else 1, whole=run.method.cross_attention))
-    if options.eval_every and run.step == 0:
+                               multiple=8 if run.dtype else 1, whole_first=run.method.cross_attention))
+    in_between = options.val and options.eval_every
+    if in_between and run.step == 0:
         write_log(run, {'step': 0, 'eval': evaluate(run, val)})    # what the first weights can do
     figures = None
     broken = 0                      # steps in a row that were not finite
@@ -807,7 +809,7 @@ def train(run, val):
         seen += options.batch
         broken = 0 if done.finite else broken + 1
 
-        eval_due = last or options.eval_every and run.step % options.eval_every == 0
+        eval_due = last or in_between and run.step % options.eval_every == 0
         if run.step % options.log_every == 0 or run.step == 1 or eval_due:
             seconds = time.perf_counter() - logged_at
             entry = log_entry(run, done, run.step - logged_step, seconds, waited)
@@ -826,7 +828,7 @@ def train(run, val):
         overdue = time.perf_counter() - saved_at > 60 * options.save_minutes > 0        # 0: never
         failure = reason_to_stop(run, broken, bad, seen)
         if signals or last or failure or overdue or run.step % options.save_every == 0:
-            save(run)
+            save(run)           # the last step once more: its evaluation may have been the best
             saved_at = time.perf_counter()
         if failure:
             processes.wait()        # else torchrun kills rank 0 while it writes
@@ -856,7 +858,7 @@ def reason_to_stop(run, broken, bad, seen):
                 'extras.prepare inspect')
     if broken == MOST_BROKEN:
         remedy = 'a lower --lr or --clip-grad 1'
-        if run.options.precision != 'fp32':
+        if run.dtype:
             remedy += ', or --precision fp32'
         return (f'{broken} steps in a row were not finite, the last is step {run.step}; they have not changed the '
                 f'weights in last.pt: go on by --resume {run.folder} and {remedy}')
@@ -882,8 +884,8 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
     with processes.rank_0_first():
         name_data(options)
         build_index = processes.rank == 0 and not (in_place and index.exists())
-        keys = options.caption_keys or data.POOLS[options.caption_pool]
-        shards = Shards(options.data, keys, 'train', None if build_index else index)
+        keys = options.caption_keys or data.POOLS[options.caption_pool]     # the pool is of training alone
+        shards = Shards(options.data, keys, 'train', index=None if build_index else index)
         if saved and saved['shards'] != shards.fingerprint:
             raise Refused(f'this run was started on other shards than the {len(shards.paths)} of {options.data}; give '
                           'the same --data, or start anew with --init')
@@ -905,8 +907,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
                            options.augment, method.crop_min)
 
     # Model, teacher, optimizer; of a run that is resumed as they were saved.
-    run = make_run(options, processes, train_set, weights, build, keep_teacher)
-    run.order = order
+    run = make_run(options, processes, train_set, weights, build, keep_teacher, order)
     if saved:
         restore(run, saved)
     if options.compile:
@@ -919,7 +920,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
     if steps_left:
         if processes.rank == 0:
             print_plan(run, val)
-            prepare_folder(run)
+            prepare_folder(run, in_place)
         try:
             figures = train(run, val)
         finally:

@@ -115,7 +115,7 @@ def main():
     parser = Parser(prog='python -m extras.attend', epilog=__doc__,
                     usage='%(prog)s CKPT --image FILE --text TEXT ... [options]')
     add_options(parser)
-    parser.set_defaults(command='attend', run=run_attend)
+    parser.set_defaults(command='attend', function=run_attend)
     parser.add_argument('--image', required=True, help='an image')
     parser.add_argument('--text', required=True, nargs='+', help='one or more captions')
     parser.add_argument('--out', default='runs/attention.png', help='the picture (default: %(default)s)')

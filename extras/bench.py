@@ -71,7 +71,7 @@ def measure_step(preset, method, batch, precision, steps, compile):
     row = train.METHODS[method]
     changes = {} if row.cross_attention else {'cross_heads': 0}
     config = Config.preset(preset, **changes)
-    precision, dtype = train.choose_precision(precision, device)
+    dtype = train.choose_dtype(precision, device)
     model = COSMOS(config).to(device)
     teacher = Teacher(model) if row.distills_images else None
     optimizer = train.make_optimizer(model, 1e-4, 0.1)
@@ -106,7 +106,7 @@ def measure_step(preset, method, batch, precision, steps, compile):
         with clock('step'):
             step()
     print(f'{preset}, {method}, batch {batch}, {len(images)} images and {len(texts)} captions, '
-          f'{precision} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}')
+          f'{dtype or torch.float32} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}')
     report(clock, steps, batch, counter.get_total_flops(), matmul_peak(device, dtype))
 
 

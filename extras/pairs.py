@@ -224,7 +224,7 @@ def main():
     parser = Parser(prog='python -m extras.pairs', epilog=__doc__,
                     usage='%(prog)s CKPT --items FILE | --suppression DIR [options]')
     add_options(parser)
-    parser.set_defaults(command='pairs', run=run_pairs)
+    parser.set_defaults(command='pairs', function=run_pairs)
     one = parser.add_mutually_exclusive_group(required=True).add_argument
     one('--items', help='JSONL of images and captions, or a file of one of the four published sets')
     one('--suppression', help='folder with probes.json')

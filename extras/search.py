@@ -89,7 +89,7 @@ def main():
     parser = Parser(prog='python -m extras.search', epilog=__doc__,
                     usage='%(prog)s CKPT --images DIR QUERY [options]')
     add_options(parser)
-    parser.set_defaults(command='search', run=run_search)
+    parser.set_defaults(command='search', function=run_search)
     add = parser.add_argument
     add('query', nargs='*', help='what to look for, in quotes')
     add('--like', help='an image to look for instead of words')

@@ -288,7 +288,7 @@ def speller(config=MICRO, merges=('d o', 'do g</w>')):
     """(model, tokenizer, preprocess) that reads text nearly byte by byte."""
     tokenizer = data.Tokenizer(merges, config.context_length)
     model = COSMOS(replace(config, vocab_size=tokenizer.vocab_size)).requires_grad_(False)
-    return model, tokenizer, evaluation.Preprocess(config.image_size)
+    return model, tokenizer, evaluation.preprocessing(config.image_size)
 
 
 def test_attention_words(tmp_path):

@@ -319,7 +319,7 @@ def load(path, build):
     model = build(Config(**saved['config']))
     evaluation.load_weights(model, saved['teacher'], path)
     tokenizer = Tokenizer(saved['merges'], model.config.context_length)
-    return model.eval(), tokenizer, evaluation.Preprocess(model.config.image_size)
+    return model.eval(), tokenizer, evaluation.preprocessing(model.config.image_size)
 
 
 def train_run(variant, seed, scenes, out):

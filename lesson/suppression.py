@@ -338,7 +338,7 @@ def main():
         prog='python -m lesson.suppression',
         description='What a checkpoint knows of objects in scenes.')
     add_options(parser)
-    parser.set_defaults(command='suppression', run=measure)
+    parser.set_defaults(command='suppression', function=measure)
     parser.add_argument('--shards', required=True, help='a set of scenes, as runs/scenes, or its val/')
     execute(parser.parse_args())
 

@@ -22,7 +22,7 @@ import eval as evaluation
 import train
 from cosmos import COSMOS, Config, Teacher, cosmos_terms, total_loss, unit
 from data import Shards, Tokenizer
-from eval import Preprocess, embed_images, embed_texts
+from eval import preprocessing, embed_images, embed_texts
 from extras.prepare import write_shard
 from lesson import experiments, plots, scenes, suppression
 from lesson.experiments import EXPERIMENTS, METHODS, SPEED, Variant
@@ -59,7 +59,7 @@ def model():
     """(model, tokenizer, preprocess) with random weights, which reads text byte by byte."""
     torch.manual_seed(0)
     network = COSMOS(Config.preset('tiny', vocab_size=514, image_size=64))
-    return network.eval(), Tokenizer([], 64), Preprocess(64)
+    return network.eval(), Tokenizer([], 64), preprocessing(64)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def gallery(here, monkeypatch):
     config = replace(MICRO, vocab_size=tokenizer.vocab_size, context_length=48)
     model = COSMOS(config).requires_grad_(False)
     torch.save({'config': vars(config), 'merges': [], 'student': model.state_dict()}, 'last.pt')
-    preprocess = evaluation.Preprocess(32)
+    preprocess = evaluation.preprocessing(32)
     images = [Image.effect_mandelbrot((50, 40), (i - 2, -1, 1, 1), 40) for i in range(3)]
     for i, image in enumerate(images):
         put(f'images/{i}.png', encoded(image))
