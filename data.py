@@ -140,15 +140,13 @@ def find_shards(paths, split=None):
     found = []
     missing = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        path = os.path.expanduser(path)
         if split and os.path.isdir(f'{path}/train') and os.path.isdir(f'{path}/val'):
             path = f'{path}/{split}'
             print(f'data       the half {path}')
+        tars = [path]
         if os.path.isdir(path):
             tars = glob.glob(f'{glob.escape(path)}/*.tar')
-        elif os.path.isfile(path):
-            tars = [path]
-        else:
+        elif not os.path.isfile(path):
             tars = glob.glob(path)
         found += tars
         if not tars:

@@ -257,19 +257,16 @@ def embed_images(model, source, preprocess, workers=0):
 
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts):
-    """n texts (or one) -> (n, D) unit vectors on the CPU. Texts of similar length share a batch, cut to its longest."""
+    """n texts (or one) -> (n, D) unit vectors on the CPU."""
     if isinstance(texts, str):
         texts = [texts]
     need(len(texts), 'there is no text to embed; give one or more')
-    ids = tokenizer(texts)                                          # (n, T)
-    length = ids.argmax(dim=1) + 1                                  # the end has the largest id
-    features = torch.empty(len(texts), model.config.embed_dim)
-    for rows in progress(length.argsort().split(TEXT_BATCH), 'texts'):
-        longest = length[rows].max()
-        cut = ids[rows, :longest].to(model.logit_scale.device)
-        eot = model.text([cut])                                     # (1, B, D)
-        features[rows] = unit(eot[0]).cpu()
-    return features
+    features = []
+    for ids in progress(tokenizer(texts).split(TEXT_BATCH), 'texts'):   # (B, T)
+        longest = ids.argmax(dim=1).max() + 1                           # the end has the largest id
+        eot = model.text([ids[:, :longest].to(model.logit_scale.device)])   # (1, B, D)
+        features.append(unit(eot[0]).cpu())
+    return torch.cat(features)
 
 
 # --- 4. Retrieval ----------------------------------------------------------------------------------------------------
@@ -309,10 +306,11 @@ def retrieval(image_features, text_features, owner):
     return figures
 
 
-# The three published lists, each -> [(name of an image, its captions), ...].
+# The three published lists, each -> [(path of an image, its captions), ...].
 
-def read_coco(path):
-    """COCO's captions_val2017.json."""
+def read_coco(folder):
+    """COCO's folder, with annotations/captions_val2017.json."""
+    path = Path(folder, 'annotations/captions_val2017.json')
     listing = read_json(path)
     captions = {}                                                   # by the image's id
     with reading(path):
@@ -320,26 +318,27 @@ def read_coco(path):
             captions.setdefault(annotation['image_id'], []).append(annotation['caption'])
         pairs = []
         for image in listing['images']:
-            pairs.append((Path('images/val2017', image['file_name']), captions[image['id']]))
+            pairs.append((Path(folder, 'images/val2017', image['file_name']), captions[image['id']]))
     return pairs
 
 
-def read_karpathy(path, split):
-    """Karpathy's dataset_coco.json or dataset_flickr30k.json: one split of it."""
+def read_karpathy(path, images, split):
+    """Karpathy's dataset_coco.json or dataset_flickr30k.json: one split of it. images: their folder."""
     pairs = []
     listing = read_json(path)
     with reading(path):
         for image in listing['images']:
             if image['split'] == split:
                 captions = [sentence['raw'] for sentence in image['sentences']]
-                pairs.append((Path(image.get('filepath', ''), image['filename']), captions))
+                pairs.append((Path(images, image.get('filepath', ''), image['filename']), captions))
     return pairs
 
 
-def read_flickr(path):
-    """The released code's flickr30k_val.json: [{"image", "caption": [five]}, ...]."""
+def read_flickr(path, images):
+    """The released code's flickr30k_val.json: [{"image", "caption": [five]}, ...]. images: their folder."""
+    listing = read_json(path)
     with reading(path):
-        return [(item['image'], item['caption']) for item in read_json(path)]
+        return [(Path(images, item['image']), item['caption']) for item in listing]
 
 
 def with_owners(path, pools):
@@ -449,7 +448,8 @@ def torchvision_set(name, root, split, download=False):
     itself. Of sets without a split, any `split` but train means the test half."""
     kind = getattr(torchvision.datasets, name, None)
     need(kind, f"torchvision.datasets has no '{name}'; it has {', '.join(torchvision.datasets.__all__)}")
-    parameters = inspect.signature(kind).parameters  # some sets have a split, some `train`, some neither
+    # Some sets have a split, some `train`, some neither.
+    parameters = inspect.signature(kind).parameters
     options = {}
     if 'split' in parameters:
         options['split'] = split
@@ -538,7 +538,8 @@ def segment_image(model, image, vectors, counts, settings):
     scores = F.interpolate(scores[None], image.size[::-1], mode='bilinear')
     # Softmax over all names; of the names of a class the best one counts.
     shares = (settings.scale * scores[0]).softmax(dim=0)            # (Q, h, w)
-    best = torch.stack([of_class.amax(dim=0) for of_class in shares.split(counts)])     # (classes, h, w)
+    # (classes, h, w)
+    best = torch.stack([of_class.amax(dim=0) for of_class in shares.split(counts)])
     if settings.area:
         pixels_of_class = torch.bincount(best.argmax(dim=0).flatten(), minlength=len(best))
         foreground = pixels_of_class[1:].sum()
@@ -632,23 +633,19 @@ def show(figures, indent=''):
 
 def run_retrieval(args, model, tokenizer, preprocess):
     if args.shards:
-        shards = Shards(args.shards, args.caption_keys, 'val')          # which splits the keys at commas
+        shards = Shards(args.shards, args.caption_keys, 'val')  # splits the keys at commas
         figures, _ = zero_shot_retrieval(model, tokenizer, preprocess, shards, workers=args.workers)
         return figures
+    path = args.coco or args.karpathy or args.flickr
+    images = args.images or Path(path).parent
     if args.coco:
-        path = Path(args.coco, 'annotations/captions_val2017.json')
-        root = args.coco
         pairs = read_coco(path)
     elif args.karpathy:
-        path = args.karpathy
-        root = args.images or Path(path).parent
-        pairs = read_karpathy(path, args.split)
+        pairs = read_karpathy(path, images, args.split)
     else:
-        path = args.flickr
-        root = args.images or Path(path).parent
-        pairs = read_flickr(path)
+        pairs = read_flickr(path, images)
     captions, owner = with_owners(path, [pool for _, pool in pairs])
-    paths = [Path(root, name) for name, _ in pairs]
+    paths = [image for image, _ in pairs]
     figures, _ = zero_shot_retrieval(model, tokenizer, preprocess, paths, captions, owner, args.workers)
     return figures
 

@@ -56,7 +56,7 @@ class Method(NamedTuple):
     local_images: bool              # adds as many local image views as --local-crops says
     local_texts: bool               # adds as many captions of one sentence as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
-    augments: bool                  # False: the default of --augment is crops, without flips and colours
+    augments: bool                  # False: --augment is crops by default, no flips or colours
     distills_images: bool           # images learn from the teacher
     distills_texts: bool            # captions, too
     cross_attention: bool           # h_I and h_T learn from both: L_COSMOS
@@ -85,7 +85,7 @@ class Run:
     train_set: data.Crops
     student: COSMOS
     forward: torch.nn.Module        # runs the student: in parts of a batch, across GPUs
-    teacher: Teacher                # None where nothing is distilled, unless `keep_teacher` (see main)
+    teacher: Teacher                # None where nothing is distilled, unless main's keep_teacher
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype              # of autocast; None: float32
@@ -129,7 +129,7 @@ def train_step(run, batch):
             cls_t, eot_t = run.teacher(images[:GLOBALS], captions)
 
     loss, parts = total_loss(run.student, out, cls_t, eot_t)
-    run.scaler.scale(loss).backward()  # DDP averages the gradients of all parameters, of the scales too
+    run.scaler.scale(loss).backward()   # DDP averages all gradients, those of the scales, too
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.student.parameters()])
 
@@ -176,8 +176,8 @@ class InParts(torch.nn.Module):
             return self.student(images, texts)
         outs = []
         for k in range(self.accum):
-            some_images = [view.chunk(self.accum)[k] for view in images]  # V tensors (B / accum, 3, s, s)
-            some_texts = [text.chunk(self.accum)[k] for text in texts]    # U tensors (B / accum, T)
+            some_images = [view.chunk(self.accum)[k] for view in images]    # (B / accum, 3, s, s)
+            some_texts = [text.chunk(self.accum)[k] for text in texts]      # (B / accum, T)
             outs.append(checkpoint(self.student, some_images, some_texts, use_reentrant=False))
         joined = []
         for pieces in zip(*outs):    # of cls, of eot, of h_I, of h_T
@@ -303,7 +303,8 @@ def read_options(argv):
     for name in ('out', 'resume', 'device'):    # are of this command alone
         resumed.pop(name, None)
     preset = first.preset or resumed.get('preset', preset)
-    defaults = PRESETS[preset].recipe | {'preset': preset, 'out': out, 'warmup': None}  # None: see choose_lengths
+    # warmup None: see choose_lengths
+    defaults = PRESETS[preset].recipe | {'preset': preset, 'out': out, 'warmup': None}
     if not METHODS[first.method].augments:
         defaults['augment'] = 'crops'
     defaults |= resumed
@@ -884,7 +885,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
     with processes.rank_0_first():
         name_data(options)
         build_index = processes.rank == 0 and not (in_place and index.exists())
-        keys = options.caption_keys or data.POOLS[options.caption_pool]     # the pool is of training alone
+        keys = options.caption_keys or data.POOLS[options.caption_pool]     # a pool is of --data alone
         shards = Shards(options.data, keys, 'train', index=None if build_index else index)
         if saved and saved['shards'] != shards.fingerprint:
             raise Refused(f'this run was started on other shards than the {len(shards.paths)} of {options.data}; give '

@@ -170,17 +170,17 @@ def test_checkpoints_of_every_origin(here):
 
 def test_published_layouts(here):
     """oracle: lists written here as COCO's and Karpathy's, and what must be read."""
-    put('coco', {
+    put('coco/annotations/captions_val2017.json', {
         'images': [{'id': 7, 'file_name': 'a.jpg'}, {'id': 3, 'file_name': 'b.jpg'}],
         'annotations': [{'image_id': 3, 'caption': 'x'}, {'image_id': 7, 'caption': 'y'}]})
     first = {'split': 'test', 'filename': 'a.jpg', 'sentences': [{'raw': 'y'}]}
     second = {'split': 'val', 'filename': 'b.jpg', 'filepath': 'f', 'sentences': [{'raw': 'x'}]}
     put('karpathy', {'images': [first, second]})
     assert evaluation.read_coco('coco') == [
-        (Path('images/val2017/a.jpg'), ['y']),
-        (Path('images/val2017/b.jpg'), ['x'])]
-    assert evaluation.read_karpathy('karpathy', 'test') == [(Path('a.jpg'), ['y'])]
-    assert evaluation.read_karpathy('karpathy', 'val') == [(Path('f/b.jpg'), ['x'])]
+        (Path('coco/images/val2017/a.jpg'), ['y']),
+        (Path('coco/images/val2017/b.jpg'), ['x'])]
+    assert evaluation.read_karpathy('karpathy', 'x', 'test') == [(Path('x/a.jpg'), ['y'])]
+    assert evaluation.read_karpathy('karpathy', '', 'val') == [(Path('f/b.jpg'), ['x'])]
 
 
 def test_captions_of_held_out_shards(here):
