@@ -1,6 +1,6 @@
-"""Figures, tables and pictures of the course, from lesson/results.csv alone.
+"""Figures and pictures of the course, from lesson/results.csv alone.
 
-    python -m lesson.plots              write them: into the two README.md, lesson/tables.md and assets/lesson-*.png
+    python -m lesson.plots              write them: into the two README.md and assets/lesson-*.png
     python -m lesson.plots --check      are the runs complete, and does all of that agree with them?
     python -m lesson.plots --look       before: what single runs see in single scenes, into lesson/looks.json
 
@@ -19,6 +19,7 @@ import math
 import re
 from pathlib import Path
 from statistics import fmean, variance
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,22 +32,9 @@ from lesson.experiments import (COMPANY, EXPERIMENTS, METHODS, load, missing_run
                                 run_folder, scene_folder)
 
 PAGES = [Path('README.md'), Path('lesson/README.md')]
-TABLES = Path('lesson/tables.md')
 LOOKS = Path('lesson/looks.json')
 PICTURE = 'assets/lesson-{}.png'
-COLUMNS = {                             # of tables, and their headings
-    'dominant.top1': 'big named',
-    'small.top1': 'small named',
-    'bound.dominant_small': 'bound',
-    'seen.dominant': 'big seen',
-    'seen.small': 'small seen',
-    'dominant.probe_top1': 'big probed',
-    'small.probe_top1': 'small probed',
-    'retrieval.image_to_text_R@1': 'R@1 image to text',
-    'retrieval.text_to_image_R@1': 'R@1 text to image',
-    'pairs': 'thousand pairs',
-    'seconds': 'minutes'}
-UNITS = {'pairs': 1e-3, 'seconds': 1 / 60, 'pairs_per_s': 1}            # of others 100: percent
+UNITS = {'pairs': 1e-3, 'seconds': 1 / 60}      # of others 100: percent
 CHANCE = 100 / 6                        # of naming a shape, in percent
 LEVEL = 0.05
 
@@ -95,32 +83,26 @@ def quantile(freedom):
     return high
 
 
-class Difference:
-    """Of two variants: the gap of their means, half of its 95 % interval, the chance of such a gap between equals."""
+class Difference(NamedTuple):
+    """Of two variants."""
+    gap: float                  # of their means
+    half: float = math.inf      # of its 95 % interval
+    chance: float = 1.0         # of such a gap between equals
 
-    def __init__(self, experiment, name, other, column):
-        a = values(experiment, name, column)
-        b = values(experiment, other, column)
-        need(a and b, f'{experiment} has no rows of {name} or {other}')
-        self.gap = fmean(a) - fmean(b)
-        self.half = math.inf
-        self.p = 1.0
-        if len(a) > 1 and len(b) > 1:
-            self.welch(a, b)
 
-    def welch(self, a, b):
-        u = variance(a) / len(a)
-        v = variance(b) / len(b)
-        error = math.sqrt(u + v)
-        freedom = (u + v) ** 2 / (u ** 2 / (len(a) - 1) + v ** 2 / (len(b) - 1))
-        self.half = quantile(freedom) * error
-        self.p = chance_of(abs(self.gap) / error, freedom)
-
-    def text(self, decided):
-        found = f'{self.gap:+.1f}'
-        if self.half < math.inf:
-            found += f' ± {self.half:.1f}'
-        return found if decided else f'{found} (open)'
+def difference(experiment, name, other, column):
+    """name minus other, over all seeds of each (Welch). Of a single run nothing is known but the gap."""
+    a = values(experiment, name, column)
+    b = values(experiment, other, column)
+    need(a and b, f'{experiment} has no {column} of {name} or {other}')
+    gap = fmean(a) - fmean(b)
+    if min(len(a), len(b)) < 2:
+        return Difference(gap)
+    u = variance(a) / len(a)
+    v = variance(b) / len(b)
+    error = math.sqrt(u + v)
+    freedom = (u + v) ** 2 / (u ** 2 / (len(a) - 1) + v ** 2 / (len(b) - 1))
+    return Difference(gap, quantile(freedom) * error, chance_of(abs(gap) / error, freedom))
 
 
 def holm(chances):
@@ -146,13 +128,18 @@ def filled_part(part):
     differences = {}
     for place in re.findall(MARK, part):
         if place[2]:
-            differences[place] = Difference(*place)
-    decided = holm({place: each.p for place, each in differences.items()})
+            differences[place] = difference(*place)
+    decided = holm({place: each.chance for place, each in differences.items()})
 
     def figure(match):
         place = match.groups('')
         if place[2]:
-            text = differences[place].text(place in decided)
+            gap, half, _ = differences[place]
+            text = f'{gap:+.1f}'
+            if half < math.inf:
+                text += f' ± {half:.1f}'
+            if place not in decided:
+                text += ' (open)'
         else:
             experiment, name, _, column = place
             found = values(experiment, name, column)
@@ -162,30 +149,6 @@ def filled_part(part):
         return f'{text}<{comment}'
 
     return re.sub(MARK, figure, part)
-
-
-def table(experiment):
-    """Markdown: a line a variant that has rows, a column a figure that has values: the mean, and the least and most."""
-    columns = [column for column in COLUMNS if any(row.get(column) for row in rows_of(experiment).values())]
-    headings = [COLUMNS[column] for column in columns]
-    lines = [f'| {experiment} | seeds | {" | ".join(headings)} |', '|---' * (2 + len(columns)) + '|']
-    for name in EXPERIMENTS[experiment]:
-        seeds = [seed for variant, seed in rows_of(experiment) if variant == name]
-        cells = []
-        for column in columns:
-            found = values(experiment, name, column)
-            cell = f'{fmean(found):.1f}' if found else '-'
-            if len(found) > 1:
-                cell += f' ({min(found):.1f} to {max(found):.1f})'
-            cells.append(cell)
-        if seeds:
-            lines.append(f'| {name} | {len(seeds)} | {" | ".join(cells)} |')
-    return '\n'.join(lines) + '\n\n'
-
-
-def all_tables():
-    note = 'Means over seeds; in brackets the least and the most.\n\n'
-    return note + ''.join(table(experiment) for experiment in EXPERIMENTS if rows_of(experiment))
 
 
 # --- 2. Looks: single runs, single scenes ----------------------------------------------------------------------------
@@ -406,7 +369,6 @@ def main():
     if not args.check:
         for page in PAGES:
             page.write_text(filled(page.read_text()))
-        TABLES.write_text(all_tables())
         for name in drawn:
             draw(name)
         return
@@ -416,7 +378,6 @@ def main():
     for page in PAGES:
         for line, right in zip(page.read_text().splitlines(), filled(page.read_text()).splitlines()):
             need(line == right, f'{page} has "{line}", and results.csv "{right}"; run python -m lesson.plots')
-    need(TABLES.read_text() == all_tables(), f'{TABLES} differs from results.csv; run python -m lesson.plots')
     for name in drawn:
         description = Image.open(PICTURE.format(name)).text.get('Description')
         need(description == source(PICTURES[name][1]),
