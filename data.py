@@ -1,6 +1,6 @@
 """Pairs in, batches of views out: shards, captions, tokenizer, text crops, image crops, loader.
 
-A shard is a tar as img2dataset writes it. Members that share a stem are one pair:
+A shard is a tar as img2dataset writes it. Members of one name up to the first dot are one pair:
 
     000000017.jpg     jpg, jpeg, png or webp
     000000017.json    {"raw_caption": "...", "shortIB_captions": ["...", "..."], ...}; see CAPTION_KEYS
@@ -9,7 +9,7 @@ A shard is a tar as img2dataset writes it. Members that share a stem are one pai
 
 A pair gives image crops and text crops (Sec. 3.1). An image crop with its colours changed is an image view. A text crop
 is one sentence, or a few, from all captions of the pair. Random choices for a pair come from (seed, epoch, index of the
-pair), the order of the pairs from (seed, epoch), that of the colour jitters from (seed, epoch, step). So a run sees the
+pair), the order of the pairs from (seed, epoch), that of the colour jitters from (seed, epoch, batch in it). So a run sees the
 same batches with any number of workers and GPUs, and can be resumed at any step.
 """
 import argparse
@@ -110,7 +110,8 @@ def replacing(path):
     except OSError as error:
         raise Refused(f'{path} cannot be written ({error}); what was there before is whole') from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):                         # it is gone, or never was
+            temporary.unlink()
 
 
 def save_tensors(path, value):
@@ -124,9 +125,10 @@ def save_tensors(path, value):
 
 # --- 2. Shards: every header is read once, then any pair is one read away --------------------------------------------
 
-# The index is an array of 9 integers a pair. Sizes are in bytes; the size of a member that it lacks is 0.
+# The index is an array of 9 integers a pair. A size of 0 bytes: the pair has no such member.
 #     shard | image: offset, size | json: offset, size | txt: offset, size | mask: offset, size
-COLUMN = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5, 'mask.png': 7}  # of the offset
+# The column of the offset, by the ending of the name; that of the size is the next one.
+COLUMN = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5, 'mask.png': 7}
 FIRST_PAIRS = 20  # one of these must be usable, else no run starts: enough to tell wrong keys from a broken pair
 NO_PAIR = 'no readable tar of images, each with a .json or .txt of the same name; see docs/data.md for the format'
 
@@ -147,7 +149,7 @@ def find_shards(paths, split=None):
         if os.path.isdir(path):
             tars = glob.glob(f'{glob.escape(path)}/*.tar')
         elif not os.path.isfile(path):
-            tars = glob.glob(path)
+            tars = glob.glob(str(path))
         found += tars
         if not tars:
             missing.append(path)
@@ -177,7 +179,8 @@ def tar_files(path):
                     break    # below 0 tarfile would go back, and never end
                 yield member.name, member.offset_data, member.size
                 end = member.offset_data + member.size
-            # At a clean end the next header would begin where the file ends. After the break it does not.
+            # At a clean end the next header would begin where the file ends. After the break it lies beyond, for the
+            # last member is cut off.
             whole = tar.offset == length
     if not whole:
         warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
@@ -264,7 +267,7 @@ class Shards:
 
     def image(self, i):
         """The encoded bytes of image i."""
-        return self.member(i, 'jpg')
+        return self.member(i, 'jpg')            # one column for all kinds of images
 
     def record(self, i):
         """The json of pair i as a dict, with the .txt under 'txt'. A bare list becomes {'captions': list}.
@@ -338,7 +341,7 @@ def caption_pool(record, keys=None):
         pool = []
         for key in family:
             value = record.get(key)
-            # As released: DreamLIP's lists hold sentences, and PixelProse's original_caption is one.
+            # As released, not split: items of DreamLIP's lists, and original_caption. Each is a sentence already.
             is_sentences = key in DREAMLIP and isinstance(value, list)
             pool += sentences(value, whole=is_sentences or key == 'original_caption')
         if any(len(sentence) > 1 for sentence in pool):
@@ -381,7 +384,7 @@ OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_SYMBOL = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + k) for k, byte in enumerate(OTHERS)}
 
 SPECIAL = '<start_of_text>', '<end_of_text>'    # as open_clip spells them
-# CLIP's pattern has \p{L} and \p{N}, which `re` lacks: [^\W\d_] is a letter, \d a digit. `plain` keeps the rest apart.
+# CLIP's pattern has \p{L} and \p{N}, which `re` lacks: [^\W\d_] is a letter, \d a digit. `plain`, below, keeps other numbers apart.
 WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
 
 
@@ -617,15 +620,15 @@ def image_crops(data, kinds, rng, flip=True):
     boxes = draw_boxes(height, width, kinds, rng)
     # Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size, in much less time. It may, as long as every crop still has
     # at least the pixels of its view.
-    shrink = min(min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds))
-    enough = [ceil(side / shrink) for side in image.size]               # image.size: not turned yet, as draft wants it
+    most_shrink = min(min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds))
+    enough = [ceil(side / most_shrink) for side in image.size]               # image.size: not turned yet, as draft wants it
     with pillow_errors('its image'):
         image.draft('RGB', enough)
         pixels = TF.pil_to_tensor(upright(image).convert('RGB'))
-    decoded = min(pixels.shape[1] / height, pixels.shape[2] / width)    # 1, or about 1/2, 1/4, 1/8
+    scale = min(pixels.shape[1] / height, pixels.shape[2] / width)      # what draft took: 1, or about 1/2, 1/4, 1/8
     crops = []
     for box, kind in zip(boxes, kinds):
-        y, x, h, w = [int(number * decoded) for number in box]  # rounded down: never over an edge
+        y, x, h, w = [int(number * scale) for number in box]  # rounded down: never over an edge
         crop = TF.resized_crop(pixels, y, x, h, w, [kind.size, kind.size], BICUBIC)
         if flip and rng.random() < 0.5:
             crop = crop.flip(-1)
@@ -685,10 +688,10 @@ def hue(x, turn):
     red, green, blue = x.split(1, dim=1)                                # each (n, 1, h, w)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
-    # Six times the hue, times chroma, divided out below. Of gray any hue will do.
-    sixths = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
-    sixths = torch.where(value == red, green - blue, sixths)
-    turned = sixths / (6 * chroma).clamp_min(1e-8) + turn + 1           # the hue; + 1: above 0
+    # 6 * hue * chroma. Of gray any hue will do.
+    product = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    product = torch.where(value == red, green - blue, product)
+    turned = product / (6 * chroma).clamp_min(1e-8) + turn + 1           # the hue; + 1: above 0
     start = torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1)
     k = 6 * torch.frac(turned + start / 6)                                  # (n, 3, h, w)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)

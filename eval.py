@@ -154,8 +154,8 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
         released    {'student', 'teacher'}, under open_clip's names
         open_clip   the state dict of a ViT, perhaps under 'state_dict'
     Where there is no teacher the student is taken: model.origin says which it was.
-    vocab: a file of CLIP's merges. quick_gelu: the activation of weights that do not say (train.py --quick-gelu); our
-    checkpoints do.
+    vocab: a file of CLIP's merges. quick_gelu: for released and open_clip weights, whose file does not tell the
+    activation; train.py passes it.
     """
     path = Path(path)
     if path.is_dir():
@@ -205,7 +205,7 @@ def preprocessing(size):
 
 def shard_image(shards, i):
     try:
-        return read_image(shards.image(i), 'its image')
+        return read_image(shards.image(i), 'its image')         # shards.name reads, so not before it is needed
     except Unreadable as error:
         raise Unreadable(f'{shards.name(i)}: {error}') from None
 
@@ -214,7 +214,9 @@ def shard_image(shards, i):
 class Images(Dataset):
     """Item i is the pixels of image i (3, S, S), and its label.
 
-    source: Shards, or a list of paths or Pillow images, whose labels are 0, or a set of (image, label).
+    source is one of:
+        Shards, or a list of paths, or a list of Pillow images; these have label 0
+        a set of torchvision, whose items are (image, label)
     """
     source: object
     preprocess: object
@@ -290,8 +292,8 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures.
 
     owner (captions,): the image of each caption. The rank of an image is that of the best of its captions. R@K are
-    fractions, ranks count from 1, chance is R@1 of guessing, both ways: an image with two captions has twice the chance,
-    but there are twice as many captions.
+    fractions, ranks count from 1. chance is R@1 of a blind guess, 1 / n both ways: an image with k captions is right with
+    k of all, and the mean of that is 1 / n.
     """
     n = len(image_features)
     image_ids = torch.arange(n)
@@ -440,15 +442,16 @@ def class_names(source, path=None):
         if isinstance(name, tuple):
             name = name[0]                              # ImageNet: synonyms
         names.append(name.replace('_', ' ').strip())
+    need(len(set(names)) == len(names), 'two classes have one name, so each would tie; give others by --classes')
     return names
 
 
 def torchvision_set(name, root, split, download=False):
     """A classification set of torchvision.datasets by its name there. If it is not at `root`, torchvision says so
-    itself. Of sets without a split, any `split` but train means the test half."""
+    itself. Where a set has `train` in place of `split`, any split but train means the test half."""
     kind = getattr(torchvision.datasets, name, None)
     need(kind, f"torchvision.datasets has no '{name}'; it has {', '.join(torchvision.datasets.__all__)}")
-    # Some sets have a split, some `train`, some neither.
+    # Some sets have a split, some `train`, some neither: these come whole.
     parameters = inspect.signature(kind).parameters
     options = {}
     if 'split' in parameters:
@@ -506,7 +509,7 @@ def window_starts(length, window, stride):
 def window_scores(model, pixels, vectors, settings):
     """pixels (3, H, W), vectors (Q, D) -> (Q, H, W): cosines of patches and texts, averaged over sliding windows.
 
-    Every window is scored alone, its grid of patches made bilinear to its pixels.
+    Every window is scored alone, and the scores of its grid of patches are enlarged to its pixels.
     """
     window = settings.window
     _, H, W = pixels.shape
@@ -527,7 +530,7 @@ def segment_image(model, image, vectors, counts, settings):
     """One image -> (h, w) int64 class of each pixel.
 
     vectors (Q, D): one for each name, class after class. counts: how many names each class has, one or several. Class 0
-    is the ground: what `probability` and `area` leave out falls to it.
+    is the ground: pixels below `probability` fall to it. Those of a class below `area` go to their next best class.
     The steps are those of clip_segmentor.py:113-276 of the released code.
     """
     short = min(image.size)
@@ -633,7 +636,7 @@ def show(figures, indent=''):
 
 def run_retrieval(args, model, tokenizer, preprocess):
     if args.shards:
-        shards = Shards(args.shards, args.caption_keys, 'val')  # splits the keys at commas
+        shards = Shards(args.shards, args.caption_keys, split='val')
         figures, _ = zero_shot_retrieval(model, tokenizer, preprocess, shards, workers=args.workers)
         return figures
     path = args.coco or args.karpathy or args.flickr
@@ -685,6 +688,7 @@ def run_segment(args, model, tokenizer, preprocess):
     synonyms = []                                       # a list for each class
     for line in read_lines(args.classes):
         synonyms.append([name.strip() for name in line.split(',') if name.strip()])
+    need(all(synonyms), f'{args.classes} has a line of commas alone; give a name a class')
     names = [first for first, *_ in synonyms]
     counts = list(map(len, synonyms))
     templates = read_templates(args.templates)

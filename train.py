@@ -89,9 +89,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype              # of autocast; None: float32
-    order: type                     # which pairs make a batch: data.Order, or the course's
+    order: type                     # which pairs make a batch: data.Order, or one of lesson/
     step: int = 0
-    pairs: int = 0    # seen so far; not step x batch, for --batch may change on resume
     best: tuple = (-1.0, 0)         # mean R@1 on --val, and its step
     begun: float = field(default_factory=time.perf_counter)
 
@@ -303,7 +302,7 @@ def read_options(argv):
     for name in ('out', 'resume', 'device'):    # are of this command alone
         resumed.pop(name, None)
     preset = first.preset or resumed.get('preset', preset)
-    # warmup None: see choose_lengths
+    # warmup: what nobody types is chosen by choose_lengths, which knows how long the run is
     defaults = PRESETS[preset].recipe | {'preset': preset, 'out': out, 'warmup': None}
     if not METHODS[first.method].augments:
         defaults['augment'] = 'crops'
@@ -315,9 +314,10 @@ def read_options(argv):
     check_ranges(options)
     for name, value in resumed.items():
         new = getattr(options, name)
-        if name in ('preset', 'method') and new != value:
+        if name in ('preset', 'method', 'batch') and new != value:
             raise Refused(f'this run was started with --{name} {value}, not {new}; give the same to resume it, or '
                           'another --out')
+        # new is None: of --steps and --epochs the one that was not typed
         if new not in (None, value) and os.environ.get('RANK', '0') == '0':
             flag = name.replace('_', '-')
             print(f'note       --{flag} was {value}, is now {new}')
@@ -397,7 +397,7 @@ class Processes:
         return box[0]
 
     def wait(self):
-        """Go on when rank 0 has come here, too. Rank 0 itself does not wait."""
+        """Go on when rank 0 has come here, too. Rank 0 does not wait: that it comes is the signal."""
         self.broadcast(None)
 
     @contextlib.contextmanager
@@ -457,8 +457,8 @@ def choose_dtype(precision, device):
 def compile_blocks(model):
     """torch.compile block by block, in place, so that parameters keep their names. A graph serves all layers of a tower
     and all lengths of captions; the whole model would be compiled again for each length."""
-    # Each tower needs several graphs: for all rows and for one, in training and, where no teacher is evaluated, in
-    # evaluation. The compiler's own limit is 8.
+    # Each tower needs several graphs: for all rows and for one, and in evaluation others than in training. The compiler's
+    # own limit is 8.
     torch._dynamo.config.cache_size_limit = 128
     for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
         block.compile(dynamic=True)
@@ -564,7 +564,6 @@ def save(run):
         'options': vars(run.options),
         'globals': GLOBALS,
         'shards': run.train_set.shards.fingerprint,
-        'pairs': run.pairs,
         'best': run.best,
         'seconds': time.perf_counter() - run.begun,
         'optimizer': run.optimizer.state_dict(),
@@ -576,7 +575,7 @@ def save(run):
         data.save_tensors(last, state)
 
 
-def restore(run, saved):
+def restore(run, saved, in_place):
     """Go on from what `save` has saved."""
     path = run.options.resume
     if saved['globals'] != GLOBALS:
@@ -591,8 +590,7 @@ def restore(run, saved):
     if saved['scaler']:
         run.scaler.load_state_dict(saved['scaler'])
     run.step = saved['step']
-    run.pairs = saved['pairs']
-    if saved['options']['val'] == run.options.val and (run.folder / 'best.pt').exists():
+    if in_place and saved['options']['val'] == run.options.val:         # else best.pt is of another set, or not here
         run.best = tuple(saved['best'])
     run.begun -= saved['seconds']
     # No two checkpoints have the same seconds. Equal ones mean that this rank has read the file that rank 0 has read.
@@ -630,10 +628,11 @@ def log_entry(run, done, steps, seconds, waited):
     options = run.options
     cls = done.out.cls[0]                                               # (B, D)
     nearest = (cls @ done.out.eot[0].T).argmax(dim=1)    # among the pairs of this GPU
+    clip_weight, clip = done.parts['clip']
     values = {name: term for name, (_, term) in done.parts.items()}
     values |= {
         'loss': done.loss,
-        'distill': done.loss - values['clip'],                          # all of the loss but L_CLIP
+        'distill': done.loss - clip_weight * clip,                      # all of the loss but L_CLIP
         'accuracy': (nearest.cpu() == torch.arange(len(nearest))).double().mean(),
         'spread': cls.std(dim=0).norm(),    # 0 when the embeddings have collapsed
         'grad_norm': done.norm,
@@ -649,7 +648,7 @@ def log_entry(run, done, steps, seconds, waited):
     used = run.step - 1    # the step whose rates were used
     return entry | {
         'step': run.step,
-        'epoch': run.pairs / len(run.train_set.shards),
+        'epoch': run.step * options.batch / len(run.train_set.shards),
         'lr': lr_at(used, options),
         'momentum': momentum_at(used, options),
         'chance': math.log(options.batch),    # of each part of the loss: a blind guess
@@ -742,8 +741,8 @@ def print_plan(run, val):
 
 
 def prepare_folder(run, in_place):
-    """config.json, and the first part of the report. What is left there of an earlier start goes, but where the run goes
-    on in place."""
+    """config.json, and the first part of the report. An old eval.json goes; with a run that is new in this folder all
+    goes that an earlier start, without a checkpoint, has left."""
     config = vars(run.options) | {'config': asdict(run.train_set.config)}
     evaluation.write_json(run.folder / 'config.json', config)
     old = ['eval.json']
@@ -785,7 +784,8 @@ def train(run, val):
                       rank=processes.rank, world=processes.world)
     # Half precision is faster with captions of multiples of 8 tokens.
     batches = iter(data.loader(run.train_set, order, options.workers,
-                               multiple=8 if run.dtype else 1, whole_first=run.method.cross_attention))
+                               multiple=8 if run.dtype else 1,
+                               whole_first=run.method.cross_attention))    # C^T reads its padding
     in_between = options.val and options.eval_every
     if in_between and run.step == 0:
         write_log(run, {'step': 0, 'eval': evaluate(run, val)})    # what the first weights can do
@@ -802,8 +802,7 @@ def train(run, val):
         batch = next(batches)
         waited += time.perf_counter() - before
         done = train_step(run, batch.to(processes.device))
-        run.step += 1               # the pairs of a step that was left out count as seen
-        run.pairs += options.batch
+        run.step += 1               # a step that was left out counts
         last = run.step == options.steps
         signals, bad_pairs = processes.sum([len(caught), batch.bad])
         bad += bad_pairs
@@ -826,7 +825,7 @@ def train(run, val):
             logged_at = time.perf_counter()
 
         # The clocks of ranks differ. No matter: rank 0 alone writes.
-        overdue = time.perf_counter() - saved_at > 60 * options.save_minutes > 0        # 0: never
+        overdue = options.save_minutes and time.perf_counter() - saved_at > 60 * options.save_minutes
         failure = reason_to_stop(run, broken, bad, seen)
         if signals or last or failure or overdue or run.step % options.save_every == 0:
             save(run)           # the last step once more: its evaluation may have been the best
@@ -868,8 +867,8 @@ def reason_to_stop(run, broken, bad, seen):
 # --- 9. A run, from the command line to the figures ------------------------------------------------------------------
 
 def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
-    """For lesson/experiments.py. build: the class of the model. keep_teacher: have a teacher also where it teaches
-    nothing. order: the class that says which pairs make a batch."""
+    """Three arguments are hooks for lesson/experiments.py. build: the class of the model. keep_teacher: have a teacher
+    also where it teaches nothing. order: the class that says which pairs make a batch."""
     options, saved, in_place = read_options(argv)
     method = METHODS[options.method]
     processes = Processes(options.device)
@@ -910,7 +909,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
     # Model, teacher, optimizer; of a run that is resumed as they were saved.
     run = make_run(options, processes, train_set, weights, build, keep_teacher, order)
     if saved:
-        restore(run, saved)
+        restore(run, saved, in_place)
     if options.compile:
         compile_blocks(run.student)
     if processes.world > 1:
@@ -932,7 +931,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
             processes.leave(128 + signal.SIGTERM)
     else:
         print(f'nothing is left to do: {run.folder} has reached step {run.step} of {options.steps}')
-        has_figures = processes.broadcast((run.folder / 'eval.json').exists())
+        has_figures = processes.broadcast(not in_place or (run.folder / 'eval.json').exists())
         figures = None if has_figures else evaluate(run, val)
     if figures:                                             # on rank 0
         finish(run, figures)

@@ -15,7 +15,7 @@ from tests.helpers import ROOT, dog_tar, pairs_tar, put, run
 BUGS = [
     # text_crops, image_crops, collate
     ('data', 'rng.randint(1, 5)', 'rng.randint(1, five)', 'NameError'),
-    ('data', 'int(number * decoded)', 'int(number @ decoded)', 'TypeError'),
+    ('data', 'int(number * scale)', 'int(number @ scale)', 'TypeError'),
     ('data', 'ids.unbind(dim=1)', 'ids.unbind(dim=3)', 'IndexError'),
     # nce, CrossAttention
     ('cosmos', 'logits.view(V, B, U, N)', 'logits.view(V, B, N)', 'RuntimeError'),

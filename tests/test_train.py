@@ -402,6 +402,7 @@ def test_a_run_never_costs_another(monkeypatch, fit, whole, dogs, tmp_path):
     other = dog_tar(tmp_path / 'dogs.tar', 9)
     assert 'started on other shards' in fit(out, *AUTO, '--data', other)
     assert 'started with --method cosmos, not clip' in fit(out, *AUTO, '--method', 'clip')
+    assert 'started with --batch 4, not 8' in fit(out, *AUTO, '--batch', 8)
     monkeypatch.setattr(train, 'GLOBALS', 3)
     assert 'trained with GLOBALS = 2, not 3' in fit(out, *AUTO)
     monkeypatch.setattr(train, 'GLOBALS', 2)
