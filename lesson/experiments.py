@@ -135,13 +135,14 @@ PAIRS = 1000 * 32                   # of COSMOS on both tracks: those of `python
 PRECISION = 'bf16'
 EVALUATIONS = 5                     # of a run, the last one at its end
 
-# Options of make_scenes: the built-in set, one of more colours, and three of a big and a small object.
+# Options of make_scenes: the built-in set, and four with the same small object, alone, beside an equal, with two colours
+# or sixteen, or beside a big one.
 TWO = {'objects': 2, 'dominant_size': 0.38}
 WORLDS = {
     'built-in': {},
-    'colors-16': {'colors': 16},
     'alone': TWO | {'company': 'none'},
     'equal': TWO | {'company': 'equal'},
+    'equal-16': TWO | {'company': 'equal', 'colors': 16},
     'big': TWO}
 COMPANY = ('alone', 'equal', 'big')
 # Peak learning rates of {(world, track): {method: rate}}: of those that `tune` tried the one that names most, as the mean
@@ -179,9 +180,9 @@ def batches():
     """Page 2: 16 colours and 2, batches as they come and batches grouped by colours."""
     variants = {}
     for method in ('clip', 'cosmos'):
-        for colors, world, shares in (16, 'colors-16', (0, 0.5, 1)), (2, 'built-in', (0, 1)):
+        for colors, world, shares in (16, 'equal-16', (0, 0.5, 1)), (2, 'equal', (0, 1)):
             for share in shares:
-                variants[f'{method}-{colors}-{share}'] = Variant(method, world, grouped=share)
+                variants[f'{method}-{colors}-{share}'] = Variant(method, world, grouped=share, tested=COMPANY)
     return variants
 
 
@@ -213,7 +214,6 @@ EXPERIMENTS = {
     'speed': {method: Variant(method, track='pairs', rate=1e-3, pairs=PAIRS // 8, seeds=range(2)) for method in METHODS},
     'tune-minutes': tune('built-in', 'minutes', HALVES[1:], RACE),
     'tune-pairs': tune('built-in', 'pairs', HALVES[1:], RACE),
-    'tune-colors': tune('colors-16', 'minutes', HALVES[1:], ['clip', 'cosmos']),
     'tune-big': tune('big', 'minutes', HALVES, ['clip', 'cosmos']),
     'batches': batches(),
     'company': company(),
@@ -271,13 +271,13 @@ def scene_folder(world, scenes, seed):
 
 
 def origin():
-    """The machine, and the last commit that changed the code of a run. Edits that are not committed go unseen."""
+    """The machine, and the last commit that changed the code of a run, but for this file: what it decides stands in the
+    recipe. Edits that are not committed go unseen."""
     name = platform.processor()
     with suppress(OSError):                                             # Linux tells more
         # `|$`: there is a match, even where no model is named
         name = re.search('model name.*: (.*)|$', Path('/proc/cpuinfo').read_text())[1] or name
-    # of lesson/ neither plots.py nor the tests
-    command = 'git log -1 --format=%h -- cosmos.py data.py eval.py train.py lesson/[!pt]*.py'
+    command = 'git log -1 --format=%h -- cosmos.py data.py eval.py train.py lesson/scenes.py lesson/suppression.py'
     return {
         'commit': subprocess.getoutput(command),
         'machine': f'{name}, {os.cpu_count()} cores',

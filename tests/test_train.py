@@ -296,6 +296,7 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
     assert first.keys() == set(names.split())
     found = [first[name] for name in ('epoch', 'lr', 'momentum', 'chance', 'cosine')]
     assert found == pytest.approx([4 / 60, 0.05, 1 / 11, math.log(4), 1])
+    assert 0 < first['waiting'] < 1
     means = {}
     for entry in entries[::2]:
         figures = entry['eval']['retrieval']
@@ -394,9 +395,9 @@ def test_full_disks(tmp_path):
     assert torch.load(path) == 'before' and len(list(path.parent.iterdir())) == 1
 
 
-def test_a_run_never_costs_another(monkeypatch, fit, whole, dogs, tmp_path):
+def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_path):
     """oracle: the files of a finished run, byte by byte, after each command that must leave them alone. A fresh start
-    takes the first free name."""
+    takes the first free name. Figures that are absent are made again."""
     out = tmp_path / 'out'
     shutil.copytree(whole, out)
     other = dog_tar(tmp_path / 'dogs.tar', 9)
@@ -406,11 +407,17 @@ def test_a_run_never_costs_another(monkeypatch, fit, whole, dogs, tmp_path):
     monkeypatch.setattr(train, 'GLOBALS', 3)
     assert 'trained with GLOBALS = 2, not 3' in fit(out, *AUTO)
     monkeypatch.setattr(train, 'GLOBALS', 2)
+    capsys.readouterr()
     assert fit(out, '--resume', out, '--steps', 4) == 0                 # nothing is left to do
+    assert re.findall('note.*', capsys.readouterr().out) == ['note       --steps was 6, is now 4']
     for number in 2, 3:
         assert fit(out, '--steps', number) == 0
         assert saved(tmp_path / f'out-{number}')['step'] == number
     assert contents(out) == contents(whole)
+    (out / 'eval.json').unlink()
+    assert fit(out, '--resume', out) == 0
+    figures = [json.loads((folder / 'eval.json').read_text())['retrieval'] for folder in (out, whole)]
+    assert figures[0] == figures[1]
 
 
 def test_init(fit, whole, tmp_path):
