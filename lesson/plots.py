@@ -234,7 +234,7 @@ def draw_batches(figure):
         for method in 'clip', 'cosmos':
             names = [name for name in EXPERIMENTS['batches'] if name.startswith(f'{method}-{colors}-')]
             x = [fmean(values('batches', name, 'retrieval.image_to_text_R@1')) for name in names]
-            y = [fmean(values('batches', name, 'dominant.top1')) for name in names]
+            y = [fmean(values('batches', name, 'small.top1')) for name in names]
             axis.plot(x, y, 'o-', label=METHODS[method].label)
             for name, *at in zip(names, x, y):
                 axis.annotate(name.split('-')[-1], at, textcoords='offset points', xytext=(5, 4), fontsize=9)
@@ -243,7 +243,7 @@ def draw_batches(figure):
         axis.set_xlabel('R@1, image to text, %')
         axis.set_xlim(left=0)
         axis.set_ylim(0, 100)
-    axes[0].set_ylabel('big objects named, %')
+    axes[0].set_ylabel('objects named, %')
     axes[0].legend(fontsize=9)
 
 
@@ -257,7 +257,8 @@ def draw_company(figure):
             square.append(named)
         axis.imshow(square, vmin=CHANCE, vmax=100, cmap='Greens')
         for y, x in np.ndindex(3, 3):
-            axis.text(x, y, f'{square[y][x]:.0f}', ha='center', va='center', fontsize=14)
+            color = 'white' if square[y][x] > 70 else 'black'
+            axis.text(x, y, f'{square[y][x]:.0f}', color=color, ha='center', va='center', fontsize=14)
         axis.set_xticks(range(3), COMPANY)
         axis.set_yticks(range(3), COMPANY)
         axis.set_xlabel('tested')
