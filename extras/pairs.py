@@ -3,8 +3,6 @@
     python -m extras.pairs CKPT --items FILE --images DIR     SugarCrepe, SVO-Probes, Winoground, MMVP-VLM, or your own
     python -m extras.pairs CKPT --suppression DIR             DIR/probes.json: dominant against small objects
 
---json FILE also lists every item under 'each': files, captions, scores, and whether all its choices are right.
-
 Your own items are JSON lines, {"images": ["a.jpg", "b.jpg"], "captions": ["a dog on a cat", "a cat on a dog"],
 "type": "relation"}: k images and k captions, the right ones at equal positions; or 1 and k, or k and 1, then the right
 one first.
@@ -152,16 +150,6 @@ def score_items(model, tokenizer, preprocess, items, root, workers):
     return matrices
 
 
-def describe(items, matrices, root):
-    """For --json: row i of an item's scores is image i, column j caption j."""
-    each = []
-    for item, scores in zip(items, matrices):
-        files = [str(find_image(root, name)) for name in item.images]
-        right = all(choices_right(scores) + choices_right(scores.T))
-        each.append({'images': files, 'captions': item.captions, 'scores': scores.tolist(), 'right': right})
-    return each
-
-
 def score_pairs(model, tokenizer, preprocess, path, root, workers):
     """The scores of a file of items: of all with so many images and captions, and of each kind."""
     items = read_items(path)
@@ -172,8 +160,7 @@ def score_pairs(model, tokenizer, preprocess, path, root, workers):
         groups[f'all {shape}'].append(scores)
         if item.kind:
             groups[f'{item.kind} {shape}'].append(scores)
-    figures = {name: pair_scores(matrices) for name, matrices in groups.items()}
-    return figures | {'each': describe(items, all_scores, root)}
+    return {name: pair_scores(matrices) for name, matrices in groups.items()}
 
 
 # --- 3. Feature suppression ------------------------------------------------------------------------------------------
@@ -204,8 +191,7 @@ def suppression(model, tokenizer, preprocess, root, workers=0):
         named = pair_scores(matrices[len(probes):])
         figures[role] = {'probes': len(probes),
                          'scene_top1': fmean(share), 'scene_chance': 0.5,
-                         'name_top1': named['text_score'], 'name_chance': named['text_chance'],
-                         'each': describe(scenes + names, matrices, root)}
+                         'name_top1': named['text_score'], 'name_chance': named['text_chance']}
         if len(probes) > 1:
             figures[role]['standard_error'] = stdev(share) / math.sqrt(len(probes))
     return figures

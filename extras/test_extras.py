@@ -495,9 +495,8 @@ def test_suppression_by_hand(tmp_path, monkeypatch):
 
 
 def test_pairs_command(tmp_path, checkpoint):
-    """oracle: of two items with exchanged captions one is right, by the scores beside it; an image against itself is a
-    tie, so a miss."""
-    image = put(tmp_path / '7.png', picture())
+    """oracle: of two items with exchanged captions one is right; an image against itself is a tie, so a miss."""
+    put(tmp_path / '7.png', picture())
     items = put(tmp_path / 'items.jsonl', """{"images": ["7"], "captions": ["a dog", "two cats"]}
         {"images": ["7"], "captions": ["two cats", "a dog"], "type": "t"}
         {"images": ["7", "7"], "captions": ["a dog"]}""")
@@ -505,9 +504,6 @@ def test_pairs_command(tmp_path, checkpoint):
     figures = json.loads((tmp_path / 'f.json').read_text())
     assert figures['t 1 x 2']['items'] == 1 and figures['all 1 x 2']['text_score'] == 0.5
     assert figures['all 2 x 1'] == {'items': 1, 'image_score': 0, 'image_chance': 0.5}
-    first, second, _ = figures['each']
-    [[dog, cats]] = first['scores']
-    assert first['images'] == [str(image)] and [first['right'], second['right']] == [dog > cats, dog < cats]
 
 
 # --- search ----------------------------------------------------------------------------------------------------------
