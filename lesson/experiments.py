@@ -135,13 +135,14 @@ PAIRS = 1000 * 32                   # of COSMOS on both tracks: those of `python
 PRECISION = 'bf16'
 EVALUATIONS = 5                     # of a run, the last one at its end
 
-# Options of make_scenes: the built-in set, and four with the same small object, alone, beside an equal, with two colours
-# or sixteen, or beside a big one.
+# Options of make_scenes: the built-in set, and others with the same small object: alone, beside an equal, beside an equal in
+# a world of more colours, beside a big one.
 TWO = {'objects': 2, 'dominant_size': 0.38}
 WORLDS = {
     'built-in': {},
     'alone': TWO | {'company': 'none'},
     'equal': TWO | {'company': 'equal'},
+    'equal-4': TWO | {'company': 'equal', 'colors': 4},
     'equal-16': TWO | {'company': 'equal', 'colors': 16},
     'big': TWO}
 COMPANY = ('alone', 'equal', 'big')
@@ -180,7 +181,7 @@ def batches():
     """Page 2: 16 colours and 2, batches as they come and batches grouped by colours."""
     variants = {}
     for method in ('clip', 'cosmos'):
-        for colors, world, shares in (16, 'equal-16', (0, 0.5, 1)), (2, 'equal', (0, 1)):
+        for colors, world, shares in (2, 'equal', (0, 1)), (4, 'equal-4', (0, 1)), (16, 'equal-16', (0, 1)):
             for share in shares:
                 variants[f'{method}-{colors}-{share}'] = Variant(method, world, grouped=share, tested=COMPANY)
     return variants
