@@ -195,15 +195,6 @@ def company():
     return variants
 
 
-def scarce():
-    """Page 6: fewer scenes and more, in the same minutes."""
-    variants = {}
-    for method in ('clip', 'cosmos'):
-        for scenes in (250, 1000, 16_000):
-            variants[f'{method}-{scenes}'] = Variant(method, scenes=scenes)
-    return variants
-
-
 RACE = ['cosmos', 'without-cross-attention', 'text-crop', 'clip-aug', 'clip']
 NOBODY = 'nobody'                   # the method of a row that tells what adversaries reach in a world
 
@@ -218,9 +209,7 @@ EXPERIMENTS = {
     'minutes': {method: Variant(method) for method in RACE},
     'pairs': {method: Variant(method, track='pairs') for method in RACE},
     'reading': {method: Variant(method, track='pairs') for method in (
-        'cosmos', 'without-residual', 'another-pair')},
-    'long': {method: Variant(method, pairs=3 * PAIRS) for method in RACE},
-    'scarce': scarce()}
+        'cosmos', 'without-residual', 'another-pair')}}
 
 
 # --- 3. One run ------------------------------------------------------------------------------------------------------
