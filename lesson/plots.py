@@ -44,11 +44,11 @@ results = functools.cache(read_results)
 
 
 def rows_of(experiment):
-    """-> {(name of a variant, seed): row}"""
+    """-> {(name of a variant, seed): row}, of the seeds of this experiment: another one may have tuned on others."""
     found = {}
     for name, variant in EXPERIMENTS[experiment].items():
         for (made, seed), row in results().items():
-            if made == recipe(variant):
+            if made == recipe(variant) and int(seed) in variant.seeds:
                 found[name, seed] = row
     return found
 

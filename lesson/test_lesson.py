@@ -624,12 +624,14 @@ def test_intervals_by_hand():
 
 def test_pages_are_filled(course, monkeypatch):
     """oracle: by hand. Deviations 1 and 1 of three seeds: 4 degrees of freedom, 2.776 sqrt(2 / 3) = 2.27; 1 and 2:
-    2.94, 3.22 sqrt(5 / 3) = 4.2. A gap of 5 has p = 0.03 and is decided alone, but not beside another of the page."""
+    2.94, 3.22 sqrt(5 / 3) = 4.2. Seed 100 is of no experiment here. A gap of 5 has p = 0.03 and is decided alone, but
+    not beside another of the page."""
+    monkeypatch.setitem(plots.EXPERIMENTS['one'], 'clip', Variant('clip'))
     for k, name in enumerate('bcd'):
         monkeypatch.setitem(plots.EXPERIMENTS['one'], name, Variant('cosmos', rate=1 + k))
     add_rows(
         'small.top1 seconds', 'clip 0 .39 60', 'clip 1 .40 60', 'clip 2 .41 60', 'b 0 .49 60', 'b 1 .5 60', 'b 2 .51 60',
-        'c 0 .43 60', 'c 1 .45 60', 'c 2 .47 90', 'd 0 .8 600')
+        'c 0 .43 60', 'c 1 .45 60', 'c 2 .47 90', 'c 100 0 0', 'd 0 .8 600')
     page = ('-1<!--one/clip/small.top1--> 1.0<!--one/c/seconds--> 7 ± 3<!--one/b~clip/small.top1-->\n'
             '## 2\n+9.9 ± 1.0 (open)<!--one/c~clip/small.top1-->\n'
             '## 3\n1<!--one/c~clip/small.top1--> 1<!--one/c~b/small.top1--> 1<!--one/d~b/small.top1-->')
@@ -649,7 +651,9 @@ def test_check(course, monkeypatch):
     Path('assets').mkdir()
     shown = []
     monkeypatch.setattr(plots, 'PICTURES', {'a': (shown.append, 'two', (1, 1))})
-    monkeypatch.setitem(plots.EXPERIMENTS['two'], 'cosmos', Variant('cosmos', seeds=range(3)))
+    monkeypatch.setitem(plots.EXPERIMENTS['one'], 'clip', Variant('clip'))
+    monkeypatch.setitem(plots.EXPERIMENTS['two'], 'cosmos', Variant('cosmos'))
+    monkeypatch.setitem(plots.EXPERIMENTS['two'], 'clip', Variant('clip'))
     page = plots.PAGES[0]
     page.write_text('It is 1<!--one/clip/small.top1--> %, or 1<!--two/cosmos~clip/small.top1--> points.')
     plots.PAGES[1].write_text('')
