@@ -228,23 +228,24 @@ def draw_suppression(figure):
 
 
 def draw_batches(figure):
-    """Page 2: R@1 across, shapes named up; a line from batches as they come to batches of equal colours."""
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, colors in zip(axes, (16, 2)):
-        for method in 'clip', 'cosmos':
-            names = [name for name in EXPERIMENTS['batches'] if name.startswith(f'{method}-{colors}-')]
-            x = [fmean(values('batches', name, 'retrieval.image_to_text_R@1')) for name in names]
-            y = [fmean(values('batches', name, 'small.top1')) for name in names]
-            axis.plot(x, y, 'o-', label=METHODS[method].label)
-            for name, *at in zip(names, x, y):
-                axis.annotate(name.split('-')[-1], at, textcoords='offset points', xytext=(5, 4), fontsize=9)
+    """Page 2: R@1 across, shapes named up; an arrow from batches as they come to batches of equal colours."""
+    axes = figure.subplots(1, 3, sharey=True)
+    for axis, colors in zip(axes, (2, 4, 16)):
+        for method, color in ('clip', 'tab:blue'), ('cosmos', 'tab:orange'):
+            points = []
+            for share in 0, 1:
+                name = f'{method}-{colors}-{share}'
+                recall = values('batches', name, 'retrieval.image_to_text_R@1')
+                points.append((fmean(recall), fmean(values('batches', name, 'small.top1'))))
+            axis.plot(*points[0], 'o', color=color, label=METHODS[method].label)
+            axis.annotate('', points[1], points[0], arrowprops={'arrowstyle': '->', 'color': color, 'linewidth': 2})
         axis.axhline(CHANCE, color='grey', linestyle='--', label='chance of naming')
         axis.set_title(f'{colors} colours')
         axis.set_xlabel('R@1, image to text, %')
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 15)
         axis.set_ylim(0, 100)
     axes[0].set_ylabel('objects named, %')
-    axes[0].legend(fontsize=9)
+    axes[2].legend(fontsize=9)
 
 
 def draw_company(figure):
@@ -273,6 +274,8 @@ def draw_race(figure):
         for y, name in enumerate(EXPERIMENTS['minutes']):
             for shift, track, color in (-0.15, 'pairs', 'tab:blue'), (0.15, 'minutes', 'tab:orange'):
                 found = values(track, name, column)
+                if not found:
+                    continue
                 axis.barh(y + shift, fmean(found), 0.3, color=color, alpha=0.5, label=None if y else f'same {track}')
                 axis.plot(found, [y + shift] * len(found), 'k.', markersize=4)
         axis.axvline(CHANCE, color='grey', linestyle='--', label='chance')
@@ -319,7 +322,7 @@ def draw_peaks(figure):
 
 PICTURES = {            # how it is drawn, the experiment that it shows, inches
     'suppression': (draw_suppression, 'company', (9, 7.5)),
-    'batches': (draw_batches, 'batches', (8, 3.6)),
+    'batches': (draw_batches, 'batches', (9, 3.2)),
     'company': (draw_company, 'company', (7.5, 4)),
     'race': (draw_race, 'minutes', (9, 3.4)),
     'maps': (draw_maps, 'reading', (9, 6.4)),
