@@ -63,6 +63,12 @@ def values(experiment, name, column):
     return found
 
 
+def mean(experiment, name, column):
+    """Over the seeds that have a row; NaN where none has."""
+    found = values(experiment, name, column)
+    return fmean(found) if found else math.nan
+
+
 def chance_of(t, freedom):
     """P(|T| > t) of Student's t. With t = sqrt(freedom) tan(u) its density is cos(u) to the power freedom - 1."""
     angles = (np.arange(100_000) + 0.5) / 100_000 * math.pi / 2
@@ -131,7 +137,7 @@ def filled_part(part):
             differences[place] = difference(*place)
     decided = holm({place: each.chance for place, each in differences.items()})
 
-    def figure(match):
+    def with_figure(match):
         place = match.groups('')
         if place[2]:
             gap, half, _ = differences[place]
@@ -142,13 +148,13 @@ def filled_part(part):
                 text += ' (open)'
         else:
             experiment, name, _, column = place
-            found = values(experiment, name, column)
-            need(found, f'{experiment} has no {column} of {name}')
-            text = f'{fmean(found):.1f}'
+            figure = mean(experiment, name, column)
+            need(not math.isnan(figure), f'{experiment} has no {column} of {name}')
+            text = f'{figure:.1f}'
         _, comment = match[0].split('<', 1)
         return f'{text}<{comment}'
 
-    return re.sub(MARK, figure, part)
+    return re.sub(MARK, with_figure, part)
 
 
 # --- 2. Looks: single runs, single scenes ----------------------------------------------------------------------------
@@ -235,8 +241,8 @@ def draw_batches(figure):
             points = []
             for share in 0, 1:
                 name = f'{method}-{colors}-{share}'
-                recall = values('batches', name, 'retrieval.image_to_text_R@1')
-                points.append((fmean(recall), fmean(values('batches', name, 'small.top1'))))
+                recall = mean('batches', name, 'retrieval.image_to_text_R@1')
+                points.append((recall, mean('batches', name, 'small.top1')))
             axis.plot(*points[0], 'o', color=color, label=METHODS[method].label)
             axis.annotate('', points[1], points[0], arrowprops={'arrowstyle': '->', 'color': color, 'linewidth': 2})
         axis.axhline(CHANCE, color='grey', linestyle='--', label='chance of naming')
@@ -254,8 +260,7 @@ def draw_company(figure):
     for axis, method in zip(axes, ('clip', 'cosmos')):
         square = []
         for trained in COMPANY:
-            named = [fmean(values('company', f'{method}-{trained}', f'{tested}.small.top1')) for tested in COMPANY]
-            square.append(named)
+            square.append([mean('company', f'{method}-{trained}', f'{tested}.small.top1') for tested in COMPANY])
         axis.imshow(square, vmin=CHANCE, vmax=100, cmap='Greens')
         for y, x in np.ndindex(3, 3):
             color = 'white' if square[y][x] > 70 else 'black'
@@ -274,9 +279,8 @@ def draw_race(figure):
         for y, name in enumerate(EXPERIMENTS['minutes']):
             for shift, track, color in (-0.15, 'pairs', 'tab:blue'), (0.15, 'minutes', 'tab:orange'):
                 found = values(track, name, column)
-                if not found:
-                    continue
-                axis.barh(y + shift, fmean(found), 0.3, color=color, alpha=0.5, label=None if y else f'same {track}')
+                label = None if y else f'same {track}'
+                axis.barh(y + shift, mean(track, name, column), 0.3, color=color, alpha=0.5, label=label)
                 axis.plot(found, [y + shift] * len(found), 'k.', markersize=4)
         axis.axvline(CHANCE, color='grey', linestyle='--', label='chance')
         axis.set_title(f'{title} named, %')
@@ -309,8 +313,8 @@ def draw_peaks(figure):
     questions = {'asked for a small object': 'own', 'asked for an absent name': 'absent', 'a blind guess': 'area'}
     left = np.zeros(len(questions))
     for place, color in ('it', 'tab:green'), ('other', 'tab:orange'), ('ground', '0.8'):
-        width = np.array([fmean(values('reading', 'cosmos', f'pointing.small.{asked}_{place}'))
-                          for asked in questions.values()])
+        columns = [f'pointing.small.{asked}_{place}' for asked in questions.values()]
+        width = np.array([mean('reading', 'cosmos', column) for column in columns])
         axis.barh(list(questions), width, left=left, color=color,
                   label={'it': 'on the object', 'other': 'on another object', 'ground': 'on the ground'}[place])
         left += width
