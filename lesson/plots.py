@@ -243,7 +243,7 @@ def draw_batches(figure):
                 name = f'{method}-{colors}-{share}'
                 recall = mean('batches', name, 'retrieval.image_to_text_R@1')
                 points.append((recall, mean('batches', name, 'small.top1')))
-            axis.plot(*points[0], 'o', color=color, label=METHODS[method].label)
+            axis.plot(*points[0], 'o', color=color, markersize=5, label=METHODS[method].label)
             axis.annotate('', points[1], points[0], arrowprops={'arrowstyle': '->', 'color': color, 'linewidth': 2})
         axis.axhline(CHANCE, color='grey', linestyle='--', label='chance of naming')
         axis.set_title(f'{colors} colours')
