@@ -129,8 +129,8 @@ METHODS = {
 
 # Pairs a second of one thread beside a second run: means of two rounds of `speed`, on two cores of an AMD EPYC.
 SPEED = {
-    'clip': 448, 'clip-aug': 300, 'text-crop': 182, 'without-cross-attention': 153, 'without-residual': 133,
-    'another-pair': 133, 'cosmos': 133}
+    'clip': 448, 'clip-aug': 300, 'text-crop': 182, 'without-cross-attention': 153,
+    'without-residual': 133, 'another-pair': 133, 'cosmos': 133}
 PAIRS = 1000 * 32                   # of COSMOS on both tracks: those of `python train.py`
 PRECISION = 'bf16'
 EVALUATIONS = 5                     # of a run, the last one at its end
@@ -150,8 +150,8 @@ COMPANY = ('alone', 'equal', 'big')
 # built-in set and in that of a big and a small one. Only CLIP and COSMOS are tuned so far, in the same minutes; the others
 # take the rate of the nearest.
 RATES = {
-    'clip': 2.5e-4, 'clip-aug': 2.5e-4, 'text-crop': 1e-3, 'without-cross-attention': 1e-3, 'without-residual': 1e-3,
-    'another-pair': 1e-3, 'cosmos': 1e-3}
+    'clip': 2.5e-4, 'clip-aug': 2.5e-4, 'text-crop': 1e-3, 'without-cross-attention': 1e-3,
+    'without-residual': 1e-3, 'another-pair': 1e-3, 'cosmos': 1e-3}
 
 
 class Variant(NamedTuple):
@@ -180,9 +180,10 @@ def batches():
     """Page 2: 16 colours and 2, batches as they come and batches grouped by colours."""
     variants = {}
     for method in ('clip', 'cosmos'):
-        for colors, world, shares in (2, 'equal', (0, 1)), (4, 'equal-4', (0, 1)), (16, 'equal-16', (0, 1)):
-            for share in shares:
-                variants[f'{method}-{colors}-{share}'] = Variant(method, world, grouped=share, tested=COMPANY)
+        for colors, world in (2, 'equal'), (4, 'equal-4'), (16, 'equal-16'):
+            for share in 0, 1:
+                variants[f'{method}-{colors}-{share}'] = Variant(
+                    method, world, grouped=share, tested=COMPANY)
     return variants
 
 
