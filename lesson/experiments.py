@@ -177,7 +177,7 @@ def tune(world, rates):
 
 
 def batches():
-    """Page 2: 16 colours and 2, batches as they come and batches grouped by colours."""
+    """Page 2: worlds of 2, 4 and 16 colours, batches as they come and batches grouped by colours."""
     variants = {}
     for method in ('clip', 'cosmos'):
         for colors, world in (2, 'equal'), (4, 'equal-4'), (16, 'equal-16'):
@@ -199,7 +199,6 @@ def company():
 RACE = ['cosmos', 'without-cross-attention', 'text-crop', 'clip-aug', 'clip']
 NOBODY = 'nobody'                   # the method of a row that tells what adversaries reach in a world
 
-# Tables give differences to the first variant of an experiment.
 EXPERIMENTS = {
     'worlds': {world: Variant(NOBODY, world, seeds=range(1)) for world in WORLDS},
     'speed': {method: Variant(method, track='pairs', rate=1e-3, pairs=PAIRS // 8, seeds=range(2)) for method in METHODS},

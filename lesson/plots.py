@@ -351,7 +351,7 @@ def draw(name):
 # --- 4. The command --------------------------------------------------------------------------------------------------
 
 def check_rows(experiment):
-    """Refused: runs that are missing, or that cannot be compared."""
+    """Refused: runs that cannot be compared."""
     rows = rows_of(experiment).values()
     commits = {(row['commit'], row['precision']) for row in rows}
     need(len(commits) == 1, f'{experiment} has runs of several commits: {commits}; make them anew at one')
@@ -360,9 +360,6 @@ def check_rows(experiment):
         other = machine_of.setdefault(row['seed'], row['machine'])
         need(row['machine'] == other,
              f"seed {row['seed']} of {experiment} has runs of several machines; make them anew on one")
-    missing = missing_runs(experiment)
-    if missing:
-        print(f'{experiment} lacks {len(missing)} runs of other seeds')
 
 
 def main():
@@ -390,6 +387,10 @@ def main():
         description = Image.open(PICTURE.format(name)).text.get('Description')
         need(description == source(PICTURES[name][1]),
              f'the picture {name} shows other figures; run python -m lesson.plots')
+    for experiment in EXPERIMENTS:                      # last: all that is there agrees
+        missing = missing_runs(experiment)
+        need(not missing or not rows_of(experiment),
+             f'{experiment} lacks {len(missing)} runs; make them by python -m lesson.experiments {experiment}')
 
 
 if __name__ == '__main__':

@@ -645,15 +645,15 @@ def test_pages_are_filled(course, monkeypatch):
 
 
 def test_check(course, monkeypatch):
-    """oracle: whole pages pass; a changed text or picture, a second machine in a block and a second commit are named.
-    Another block may come from another machine."""
+    """oracle: whole pages pass; a changed text or picture, a second machine in a block, a second commit and a
+    missing run are named. Another block may come from another machine."""
     pytest.importorskip('matplotlib')
     Path('assets').mkdir()
     shown = []
     monkeypatch.setattr(plots, 'PICTURES', {'a': (shown.append, 'two', (1, 1))})
-    monkeypatch.setitem(plots.EXPERIMENTS['one'], 'clip', Variant('clip'))
-    monkeypatch.setitem(plots.EXPERIMENTS['two'], 'cosmos', Variant('cosmos'))
-    monkeypatch.setitem(plots.EXPERIMENTS['two'], 'clip', Variant('clip'))
+    monkeypatch.setitem(plots.EXPERIMENTS['one'], 'clip', Variant('clip', seeds=range(3)))
+    monkeypatch.setitem(plots.EXPERIMENTS['two'], 'cosmos', Variant('cosmos', seeds=range(3)))
+    monkeypatch.setitem(plots.EXPERIMENTS['two'], 'clip', Variant('clip', seeds=range(3)))
     page = plots.PAGES[0]
     page.write_text('It is 1<!--one/clip/small.top1--> %, or 1<!--two/cosmos~clip/small.top1--> points.')
     plots.PAGES[1].write_text('')
@@ -675,3 +675,6 @@ def test_check(course, monkeypatch):
         plots.results.cache_clear()
         assert re.search(sentence, run(plots, '--check')), sentence
         path.write_text(text)
+    monkeypatch.setitem(experiments.EXPERIMENTS['one'], 'clip', Variant('clip', seeds=range(4)))
+    plots.results.cache_clear()
+    assert 'one lacks 1 runs' in run(plots, '--check')
