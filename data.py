@@ -77,8 +77,8 @@ def run(main):
         main()
     except Refused as error:
         # A DataLoader raises the error of a worker again, with the worker's traceback before the message.
-        last_line = str(error).splitlines()[-1]
-        leave('error: ' + re.sub(r'^data\.\w+: ', '', last_line))
+        message = re.sub(r'(?s)^Caught .*\ndata\.\w+: ', '', str(error))
+        leave(f'error: {message.rstrip()}')
     except Exception:
         leave(traceback.format_exc())
 
@@ -145,11 +145,10 @@ def find_shards(paths, split=None):
         if split and os.path.isdir(f'{path}/train') and os.path.isdir(f'{path}/val'):
             path = f'{path}/{split}'
             print(f'data       the half {path}')
-        tars = [path]
-        if os.path.isdir(path):
-            tars = glob.glob(f'{glob.escape(path)}/*.tar')
-        elif not os.path.isfile(path):
-            tars = glob.glob(str(path))
+        tars = []
+        for match in [path] if os.path.exists(path) else glob.glob(str(path)):
+            is_folder = os.path.isdir(match)
+            tars += glob.glob(f'{glob.escape(match)}/*.tar') if is_folder else [match]
         found += tars
         if not tars:
             missing.append(path)
@@ -166,8 +165,8 @@ def find_shards(paths, split=None):
 def tar_files(path):
     """(name, offset of the data, size) of the members of a tar. Of a damaged tar those that tarfile can read.
 
-    ignore_zeros: tars may be joined by `cat`; and tarfile then steps over a header that it cannot read. Where it must
-    stop before the end, a line says so.
+    ignore_zeros: tars may be joined by `cat`; and tarfile then steps over a header that it cannot read. Where reading
+    stops before the end, a line says so.
     """
     length = os.path.getsize(path)
     end = 0                                             # of the last whole member
@@ -175,13 +174,13 @@ def tar_files(path):
     with suppress(tarfile.TarError, ValueError):  # raised for a header that cannot be stepped over
         with tarfile.open(path, 'r:', ignore_zeros=True) as tar:
             for member in tar:
-                if member.size < 0 or member.offset_data + member.size > length:
-                    break    # below 0 tarfile would go back, and never end
+                if member.size < 0:                     # broken: tarfile would go back by it, and never end
+                    break
+                if member.offset_data + member.size > length:           # cut off
+                    break
                 yield member.name, member.offset_data, member.size
                 end = member.offset_data + member.size
-            # At a clean end the next header would begin where the file ends. After the break it lies beyond, for the
-            # last member is cut off.
-            whole = tar.offset == length
+            whole = tar.offset == length    # where the next header would be
     if not whole:
         warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
 
@@ -211,10 +210,10 @@ def scan_shard(path, number):
 class Shards:
     """Random access to all pairs of a set of tars.
 
-    caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: a file of the index of
-    the same tars, as `save` writes it; it is mapped, and no header is read.
-    fingerprint: of the tars' names and sizes, by which train.py tells whether an index is theirs.
-    Without an index it looks at the first pairs, and raises Refused where there is none, or none that can be used.
+    caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: a file that `save` has
+    written; it is mapped, and no header is read. Whether it is of the same tars is for the caller to know: train.py
+    compares the fingerprint, which is of their names and sizes.
+    It looks at the first pairs, and raises Refused where there is none, or none that can be used.
     """
 
     def __init__(self, paths, caption_keys=None, split=None, index=None):
@@ -225,12 +224,12 @@ class Shards:
         self.fingerprint = hashlib.sha1(repr([names, self.sizes]).encode()).hexdigest()
         if index:
             self.index = np.load(index, mmap_mode='r')
-            return
-        # Few shards are not worth the seconds that processes take to start.
-        each = process_map if len(self.paths) > 16 else thread_map
-        tables = each(scan_shard, self.paths, range(len(self.paths)), chunksize=1,
-                      desc='reading headers', disable=None)
-        self.index = np.concatenate(tables)
+        else:
+            # Few shards are not worth the seconds that processes take to start.
+            each = process_map if len(self.paths) > 16 else thread_map
+            tables = each(scan_shard, self.paths, range(len(self.paths)), chunksize=1,
+                          desc='reading headers', disable=None)
+            self.index = np.concatenate(tables)
         self.check_first_pairs()
 
     def __len__(self):
@@ -247,7 +246,7 @@ class Shards:
         for i in range(min(FIRST_PAIRS, len(self))):
             try:
                 self.pool(i)
-                read_image(self.image(i), 'its image')
+                read_image(self.image(i))
                 return
             except Unreadable as error:
                 problem = error
@@ -296,7 +295,8 @@ class Shards:
     def name(self, i):
         """Where pair i lies, for messages: shard and member, and the name of the file that it was packed from."""
         shard, offset = self.index[i, :2].tolist()
-        header = self.read(shard, offset - tarfile.BLOCKSIZE, 100)      # it begins with the name
+        # The block before the data is the member's header in the tar, and that begins with the name.
+        header = self.read(shard, offset - tarfile.BLOCKSIZE, 100)
         name = header.rstrip(b'\0').decode('utf-8', 'replace')
         with suppress(Unreadable, KeyError):
             name += f" ({self.record(i)['file']})"    # extras.prepare keeps it there
@@ -352,8 +352,9 @@ def caption_pool(record, keys=None):
 def text_crops(pool, rng, global_texts, local_texts):
     """Globals of 1-5 sentences joined by '. ', then single sentences -> list of global_texts + local_texts strings.
 
-    Sentences come in random order. Each global is a draw of its own without replacement, the locals are one more.
-    paper silent: the order, ". ", and a pool that is too small, which is repeated whole, plus a random rest.
+    Each global is a draw of its own without replacement, in random order; the locals are one more draw.
+    paper silent: the order, ". ", and a pool that is too small. That is repeated whole, in its own order, and a random
+    rest follows.
     """
     def draw(count):
         if count <= len(pool):
@@ -488,8 +489,7 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        # A dict, because two symbols can be merged twice. Say (abc, d) was merged. A later merge of (a, bc) makes new
-        # abc, some before a d, so (abc, d) is there again. It keeps its first rank.
+        # A dict, because a later merge may make a pair anew that was merged before. It keeps its first rank.
         merges = {}
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
@@ -576,9 +576,9 @@ def upright(image):
     return image
 
 
-def read_image(source, name=None):
-    """A path, an open file or encoded bytes -> upright Pillow image. Else Unreadable, with its name."""
-    with pillow_errors(name or source):
+def read_image(source):
+    """A path, an open file or encoded bytes -> upright Pillow image. Else Unreadable, with the path."""
+    with pillow_errors('its image' if isinstance(source, bytes) else source):
         return upright(open_image(source))
 
 
@@ -618,8 +618,8 @@ def image_crops(data, kinds, rng, flip=True):
         if image.getexif().get(ORIENTATION) in (5, 6, 7, 8):
             width, height = height, width
     boxes = draw_boxes(height, width, kinds, rng)
-    # Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size, in much less time. It may, as long as every crop still has
-    # at least the pixels of its view.
+    # Pillow can decode a JPEG at 1/2, 1/4 or 1/8 of its size, in much less time. `draft` takes the smallest of these that
+    # is at least `enough`: every crop still has at least the pixels of its view.
     most_shrink = min(min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds))
     enough = [ceil(side / most_shrink) for side in image.size]               # image.size: not turned yet, as draft wants it
     with pillow_errors('its image'):
@@ -688,10 +688,11 @@ def hue(x, turn):
     red, green, blue = x.split(1, dim=1)                                # each (n, 1, h, w)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
-    # 6 * hue * chroma. Of gray any hue will do.
+    # 6 * hue * chroma, where green is the largest, else blue, and then red. Of gray any hue will do.
     product = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
     product = torch.where(value == red, green - blue, product)
-    turned = product / (6 * chroma).clamp_min(1e-8) + turn + 1           # the hue; + 1: above 0
+    hue_of_x = product / (6 * chroma).clamp_min(1e-8)
+    turned = hue_of_x + turn + 1                                        # + 1: never below 0
     start = torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1)
     k = 6 * torch.frac(turned + start / 6)                                  # (n, 3, h, w)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
@@ -771,7 +772,7 @@ class Order:
     rank: int = 0
     world: int = 1
 
-    def permutation(self, epoch):    # another order, as that of lesson/experiments.py, replaces this
+    def permutation(self, epoch):    # a subclass may have another, as in lesson/experiments.py
         return shuffled(self.seed, epoch, self.pairs)
 
     def __iter__(self):
@@ -822,8 +823,8 @@ class Crops(Dataset):
                 return crops, torch.tensor(colours), self.tokenizer(captions), step_seed, bad
             except Unreadable as error:
                 print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
-            # The pair one batch further on, for a pair that came twice in a batch would be its own negative. (In a set
-            # of less than two batches it may.) If that cannot be read either, the one behind it, and so on.
+            # Take the pair one batch further on, because a pair that is twice in a batch is its own negative. (In a set
+            # of less than two batches it may be.) If that cannot be read either, take the one behind it, and so on.
             position += self.batch if bad == 0 else 1
             index = int(shuffled(self.seed, epoch, pairs)[position % pairs])
         raise Refused(f'none of {pairs} pairs can be read; look at the shards with python -m extras.prepare inspect')
@@ -846,11 +847,9 @@ class Batch(NamedTuple):
     crops: list             # V image crops (B, 3, s, s) uint8
     colours: object         # (B, V, 7), the numbers of Colours, on the CPU
     step_seed: str          # decides the order of the jitters
-    # U captions (B, T) int64 for the student, globals first. Where cross-attention reads it, caption 0 has full length.
-    # The other globals share one T, that of the longest global, the local captions another.
-    texts: list
+    texts: list             # U captions (B, T) int64 for the student, globals first, cut by `collate`
     teacher_texts: list     # the global captions for the teacher, all of one T
-    bad: int                # how often a pair could not be read
+    bad: int                # how often a pair, or its replacement, could not be read
 
     def to(self, device):
         """The batch on a device, without waiting for it."""
@@ -881,7 +880,7 @@ def collate(samples, multiple=1, whole_first=True):
     """Samples -> Batch. Global captions are cut to the longest of them, local ones to the longest of those. There are
     GLOBALS global ones, or one and no local.
 
-    whole_first: the student gets caption 0 with all T positions, because C^T reads its padding, too.
+    whole_first: the student's caption 0 keeps all T positions, because C^T reads its padding, too.
     """
     crops, colours, ids, step_seeds, bad = default_collate(samples)     # ids (B, U, T)
     captions = ids.unbind(dim=1)

@@ -10,7 +10,6 @@ CKPT is ours (runs/NAME/last.pt, or its folder), a released cosmos_vitb*.pt, or 
 GELU; others are converted by python -m extras.weights. Scores come from the teacher, the averaged weights, unless
 --weights student. Features are float32 of unit length, scores their products.
 """
-import argparse
 import glob
 import inspect
 import json
@@ -59,7 +58,7 @@ def reading(path):
 
 def read_json(path):
     with reading(path):
-        return json.loads(Path(path).read_text(encoding='utf-8-sig'))  # with or without a byte order mark
+        return json.loads(Path(path).read_text(encoding='utf-8-sig'))  # -sig: a byte order mark or none
 
 
 def read_lines(path):
@@ -115,7 +114,7 @@ def infer_config(state, quick_gelu=False):
     vision_layers = sum(name.startswith('visual.') for name in blocks)
     return Config(embed_dim=state['text_projection'].shape[1],
                   image_size=grid * patch,
-                  local_image_size=max(1, round(grid * 3 / 7)) * patch,  # for training: the paper's 96 of 224
+                  local_image_size=max(1, round(grid * 3 / 7)) * patch,  # the paper's 96 of 224
                   patch_size=patch,
                   vision_width=vision_width,
                   vision_layers=vision_layers,
@@ -174,7 +173,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
         tokenizer = Tokenizer(saved['merges'], config.context_length)
     else:
         width = len(state.get('visual.class_embedding', ()))
-        has_64_wide_heads = 0 < width <= 1024 and width % 64 == 0       # larger ViTs have wider ones
+        has_64_wide_heads = 0 < width <= 1024 and width % 64 == 0   # larger ViTs have wider ones
         need(has_64_wide_heads and 'text_projection' in state,
              f"{path} is neither ours, nor released, nor of an open_clip ViT with heads that are 64 wide (its keys: "
              f"{', '.join(list(state)[:5])}); python -m extras.weights import {path} OUT.pt converts others")
@@ -205,8 +204,8 @@ def preprocessing(size):
 
 def shard_image(shards, i):
     try:
-        return read_image(shards.image(i), 'its image')         # shards.name reads, so not before it is needed
-    except Unreadable as error:
+        return read_image(shards.image(i))
+    except Unreadable as error:                         # shards.name reads the tar, so not before
         raise Unreadable(f'{shards.name(i)}: {error}') from None
 
 
@@ -260,8 +259,6 @@ def embed_images(model, source, preprocess, workers=0):
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts):
     """n texts (or one) -> (n, D) unit vectors on the CPU."""
-    if isinstance(texts, str):
-        texts = [texts]
     need(len(texts), 'there is no text to embed; give one or more')
     features = []
     for ids in progress(tokenizer(texts).split(TEXT_BATCH), 'texts'):   # (B, T)
@@ -292,8 +289,8 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures.
 
     owner (captions,): the image of each caption. The rank of an image is that of the best of its captions. R@K are
-    fractions, ranks count from 1. chance is R@1 of a blind guess, 1 / n both ways: an image with k captions is right with
-    k of all, and the mean of that is 1 / n.
+    fractions, ranks count from 1. chance is R@1 of a blind guess, 1 / n both ways. (From image to text: an image with k
+    of the m captions has k / m, and the k of all n images add up to m.)
     """
     n = len(image_features)
     image_ids = torch.arange(n)
@@ -363,8 +360,8 @@ HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --captio
 
 
 def shard_captions(shards):
-    """Held-out shards -> (captions, owner). Of each pair the captions under the first of the keys that it has, not cut
-    into sentences."""
+    """Held-out shards -> (captions, owner). A pair has captions under one key or several; those under the first key of
+    the list count, not cut into sentences."""
     keys = shards.caption_keys or HELD_OUT_KEYS
     pools = []
     for i in range(len(shards)):
@@ -380,7 +377,7 @@ def shard_captions(shards):
 
 
 def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
-    """-> figures, image features (n, D), for the report.
+    """-> figures, image features (n, D), which train.py uses again.
 
     source: image paths, with their captions and `owner`; or held-out shards, which have captions of their own.
     """
@@ -434,23 +431,26 @@ def class_names(source, path=None):
     """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order."""
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
     listed = read_lines(path) if path else classes
-    need(listed, 'this set of torchvision has no class names; give a file of them by --classes')
+    # ImageNet has tuples of synonyms, and two classes called crane.
+    need(listed and isinstance(listed[0], str),
+         'this set of torchvision has not one name for each class; give a file of names by --classes')
     if classes and len(listed) != len(classes):
         raise Refused(f'{path} has {len(listed)} names for {len(classes)} classes; give a line for each')
-    names = []
-    for name in listed:
-        if isinstance(name, tuple):
-            name = name[0]                              # ImageNet: synonyms
-        names.append(name.replace('_', ' ').strip())
-    need(len(set(names)) == len(names), 'two classes have one name, so each would tie; give others by --classes')
+    names = [name.replace('_', ' ').strip() for name in listed]
+    check_names(names)
     return names
+
+
+def check_names(names):
+    need(len(set(names)) == len(names), 'two classes have one name, so each would tie; give others by --classes')
 
 
 def torchvision_set(name, root, split, download=False):
     """A classification set of torchvision.datasets by its name there. If it is not at `root`, torchvision says so
     itself. Where a set has `train` in place of `split`, any split but train means the test half."""
-    kind = getattr(torchvision.datasets, name, None)
-    need(kind, f"torchvision.datasets has no '{name}'; it has {', '.join(torchvision.datasets.__all__)}")
+    known = torchvision.datasets.__all__
+    need(name in known, f"torchvision.datasets has no '{name}'; it has {', '.join(known)}")
+    kind = getattr(torchvision.datasets, name)
     # Some sets have a split, some `train`, some neither: these come whole.
     parameters = inspect.signature(kind).parameters
     options = {}
@@ -466,27 +466,16 @@ def torchvision_set(name, root, split, download=False):
 # --- 6. Zero-shot segmentation ---------------------------------------------------------------------------------------
 
 class Settings(NamedTuple):
-    """How to segment; SETTINGS_HELP says what each field does. The command `segment` has a flag for each."""
-    size: int = 0                       # 0: 1.5 times the model's image; released 336
-    scale: float = 40.0
-    probability: float = 0.0
-    area: float = 0.0
-    reduce_zero_label: bool = False
-    window: int = 0                     # 0: the model's image; released 224
-    stride: int = 0                     # 0: half of the window; released 112
-    csa: bool = False
+    """How to segment a set."""
+    size: int                           # short side of the image, in pixels
+    scale: float = 40.0                 # of the cosines, before the softmax
+    probability: float = 0.0            # pixels whose best class has less become class 0
+    area: float = 0.0                   # classes with this share of the foreground or less vanish
+    reduce_zero_label: bool = False     # label 0 of the masks is ignored, 1 becomes class 0
+    csa: bool = False                   # correlative self-attention in the last block
 
 
-SETTINGS_HELP = {
-    'size': 'short side of the image, in pixels (default: 1.5 times that of the model)',
-    'scale': 'of the cosines, before the softmax (default: 40)',
-    'probability': 'pixels whose best class has less become class 0 (default: 0)',
-    'area': 'classes with this share of the foreground or less vanish (default: 0)',
-    'reduce_zero_label': 'label 0 of the masks is ignored, 1 becomes class 0',
-    'window': "side of the sliding window, in pixels (default: the model's image)",
-    'stride': 'step of the window, in pixels (default: half a window)',
-    'csa': 'correlative self-attention in the last block'}
-BENCHMARKS = {                          # of the released code, after SCLIP
+BENCHMARKS = {      # of the released code, after SCLIP; a set of your own is one more row
     'voc21': Settings(336, scale=65, probability=0.1, area=0.1),
     'context60': Settings(336, scale=50, probability=0.1),
     'coco-object': Settings(336, scale=50, probability=0.1),
@@ -500,25 +489,26 @@ IGNORE = 255                            # a mask's pixels that count nowhere
 LONGEST_SIDE = 2048                     # of a scaled image, as released
 
 
-def window_starts(length, window, stride):
-    """Where windows start along a side of `length` pixels, at least a window long; the last one ends at the border."""
-    return [*range(0, length - window, stride), length - window]
+def window_starts(length, window):
+    """Where windows start along a side of `length` pixels: every half window; the last one ends at the border."""
+    return [*range(0, length - window, window // 2), length - window]
 
 
 @torch.no_grad()
-def window_scores(model, pixels, vectors, settings):
+def window_scores(model, pixels, vectors, csa):
     """pixels (3, H, W), vectors (Q, D) -> (Q, H, W): cosines of patches and texts, averaged over sliding windows.
 
-    Every window is scored alone, and the scores of its grid of patches are enlarged to its pixels.
+    A window has the size of the model's images, as released. Each is scored alone, and the scores of its grid of patches
+    are enlarged to its pixels.
     """
-    window = settings.window
+    window = model.config.image_size
     _, H, W = pixels.shape
     total = pixels.new_zeros(len(vectors), H, W)
     count = pixels.new_zeros(H, W)
-    for y in window_starts(H, window, settings.stride):
-        for x in window_starts(W, window, settings.stride):
+    for y in window_starts(H, window):
+        for x in window_starts(W, window):
             place = (..., slice(y, y + window), slice(x, x + window))
-            patches = model.encode_dense(pixels[place][None], settings.csa)     # (1, grid, grid, D)
+            patches = model.encode_dense(pixels[place][None], csa)      # (1, grid, grid, D)
             grid = patches @ vectors.T
             scores = F.interpolate(grid.permute(0, 3, 1, 2), (window, window), mode='bilinear')
             total[place] += scores[0]
@@ -529,15 +519,16 @@ def window_scores(model, pixels, vectors, settings):
 def segment_image(model, image, vectors, counts, settings):
     """One image -> (h, w) int64 class of each pixel.
 
-    vectors (Q, D): one for each name, class after class. counts: how many names each class has, one or several. Class 0
-    is the ground: pixels below `probability` fall to it. Those of a class below `area` go to their next best class.
-    The steps are those of clip_segmentor.py:113-276 of the released code.
+    vectors (Q, D): one for each name, class after class. counts: how many names each class has, one or several. Where a
+    set has a background it is class 0: pixels below `probability` fall to it. Those of a class below `area` go to their
+    next best class. Where a set has none, both are 0. The steps are those of clip_segmentor.py:113-276 of the released
+    code.
     """
     short = min(image.size)
     zoom = min(settings.size / short, LONGEST_SIDE / max(image.size))
-    zoom = max(zoom, settings.window / short)  # ours: the short side holds a window in any case
+    zoom = max(zoom, model.config.image_size / short)   # ours: the short side holds a window
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
-    scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings)
+    scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)
     scores = F.interpolate(scores[None], image.size[::-1], mode='bilinear')
     # Softmax over all names; of the names of a class the best one counts.
     shares = (settings.scale * scores[0]).softmax(dim=0)            # (Q, h, w)
@@ -547,7 +538,7 @@ def segment_image(model, image, vectors, counts, settings):
         pixels_of_class = torch.bincount(best.argmax(dim=0).flatten(), minlength=len(best))
         foreground = pixels_of_class[1:].sum()
         few = pixels_of_class <= settings.area * foreground         # (classes,)
-        few[0] = False                                              # the ground stays
+        few[0] = False                                              # the background stays
         best[few] = 0
     most, classes = best.max(dim=0)
     return classes.masked_fill(most < settings.probability, 0).cpu()
@@ -573,7 +564,7 @@ def segmentation_figures(matrix, names):
             iou_of[name] = value
     pixels = truth.sum().item()
     need(pixels, 'every pixel of every mask is ignored: there is nothing to score; '
-         'see --masks, --reduce-zero-label')
+         'see --masks and --benchmark')
     return {'classes': int((truth > 0).sum()),
             'mIoU': iou.nanmean().item(),
             'pixel_accuracy': hit.sum().item() / pixels,
@@ -627,11 +618,11 @@ def show(figures, indent=''):
         if isinstance(value, dict):
             print(f'{indent}{name}')
             show(value, indent + '  ')
+        elif isinstance(value, float):
+            text = f'{value:.1f}' if name.endswith('_rank') else f'{value:.2%}'
+            print(f'{indent}{name:28} {text:>8}')
         elif not isinstance(value, list):
-            form = '>8'
-            if isinstance(value, float):
-                form = '8.1f' if name.endswith('_rank') else '8.2%'
-            print(f'{indent}{name:28} {value:{form}}')
+            print(f'{indent}{name:28} {value:>8}')
 
 
 def run_retrieval(args, model, tokenizer, preprocess):
@@ -667,29 +658,17 @@ def run_classify(args, model, tokenizer, preprocess):
     return classify(features, vectors, labels) | {'prompts': ' | '.join(templates), 'names': names}
 
 
-def segment_settings(args, image_size, patch):
-    """The benchmark's settings, or the defaults; flags that were given change single ones."""
-    settings = BENCHMARKS[args.benchmark] if args.benchmark else Settings()
-    for name in Settings._fields:
-        value = getattr(args, name)
-        if value is not None:
-            settings = settings._replace(**{name: value})
-    window = settings.window or image_size
-    settings = settings._replace(
-        size=settings.size or image_size * 3 // 2, window=window, stride=settings.stride or window // 2)
-    need(window % patch == 0, f'--window {window} is no multiple of the patch size {patch}')
-    need(0 < settings.stride <= window,
-         f'--stride {settings.stride} must be above 0 and no more than --window {window}')
-    return settings
-
-
 def run_segment(args, model, tokenizer, preprocess):
-    settings = segment_settings(args, model.config.image_size, model.config.patch_size)
+    settings = Settings(3 * model.config.image_size // 2)   # in proportion as released, 336 of 224
+    if args.benchmark:
+        settings = BENCHMARKS[args.benchmark]
+    settings = settings._replace(csa=args.csa)
     synonyms = []                                       # a list for each class
     for line in read_lines(args.classes):
         synonyms.append([name.strip() for name in line.split(',') if name.strip()])
     need(all(synonyms), f'{args.classes} has a line of commas alone; give a name a class')
     names = [first for first, *_ in synonyms]
+    check_names(names)
     counts = list(map(len, synonyms))
     templates = read_templates(args.templates)
     vectors = class_vectors(model, tokenizer, sum(synonyms, []), templates)
@@ -703,7 +682,7 @@ def run_segment(args, model, tokenizer, preprocess):
         matrix += confusion(truth, predicted, len(names))
     described = str(settings)
     if args.benchmark and not args.templates:
-        described += '; but six prompts of ours, not the 80 released ones'
+        described += f'; but {len(templates)} prompts of ours, not the 80 released ones'
     return {'images': len(pairs),
             'settings': described,
             'prompts': ' | '.join(templates)} | segmentation_figures(matrix, names)
@@ -757,14 +736,9 @@ def add_segment(command):
     add('--mask-suffix', default='', help='end of mask names that images lack, as _gtFine_labelTrainIds')
     add('--list', help='file of the stems to evaluate, as of a split')
     add('--templates', help='file of prompts with {} for the class')
-    add('--benchmark', choices=BENCHMARKS, help='the released settings of this set; the flags below change single '
-        'ones. The 80 released prompts are not among them: give those by --templates')
-    # None where they are not given: a benchmark's setting stays
-    for name, default in Settings._field_defaults.items():
-        how = {'type': type(default)}
-        if isinstance(default, bool):
-            how = {'action': argparse.BooleanOptionalAction}
-        add(f"--{name.replace('_', '-')}", help=SETTINGS_HELP[name], **how)
+    add('--benchmark', choices=BENCHMARKS, help='the released settings of this set (default: plain ones). The 80 '
+        'released prompts are not among them: give those by --templates')
+    add('--csa', action='store_true', help='correlative self-attention in the last block')
 
 
 def execute(args):

@@ -20,7 +20,6 @@ if __name__ == '__main__':
 import argparse
 import contextlib
 import ctypes
-import functools
 import json
 import math
 import resource
@@ -67,13 +66,14 @@ class Method(NamedTuple):
 # far below the CLIP of its Table 1, so they probably had raw captions only: give them --caption-pool raw.
 G = GLOBALS
 METHODS = {
-    #         global images, texts  local images, texts  crop   aug    distils images, texts  cross-attention
-    'clip':          Method(1, 1, False, False,            0.9, False,  False, False,          False),
-    'clip-aug':      Method(G, 1, False, False,            0.4, True,   False, False,          False),
-    'image-distill': Method(G, 1, True, False,             0.4, True,   True, False,           False),
-    'text-crop':     Method(G, G, True, True,              0.4, True,   True, False,           False),
-    'text-distill':  Method(G, G, True, True,              0.4, True,   True, True,            False),
-    'cosmos':        Method(G, G, True, True,              0.4, True,   True, True,            True)}
+    #                  global  global  local   local   crop   augments  distills distills  cross-
+    #                  images  texts   images  texts   min              images   texts     attention
+    'clip':          Method(1,      1, False,  False,  0.9,   False,    False,   False,    False),
+    'clip-aug':      Method(G,      1, False,  False,  0.4,   True,     False,   False,    False),
+    'image-distill': Method(G,      1, True,   False,  0.4,   True,     True,    False,    False),
+    'text-crop':     Method(G,      G, True,   True,   0.4,   True,     True,    False,    False),
+    'text-distill':  Method(G,      G, True,   True,   0.4,   True,     True,    True,     False),
+    'cosmos':        Method(G,      G, True,   True,   0.4,   True,     True,    True,     True)}
 
 # --- 2. One step -----------------------------------------------------------------------------------------------------
 
@@ -85,11 +85,11 @@ class Run:
     train_set: data.Crops
     student: COSMOS
     forward: torch.nn.Module        # runs the student: in parts of a batch, across GPUs
-    teacher: Teacher                # None where nothing is distilled, unless main's keep_teacher
+    teacher: Teacher                # None where nothing is distilled, but see main's keep_teacher
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype              # of autocast; None: float32
-    order: type                     # which pairs make a batch: data.Order, or one of lesson/
+    order: type                     # the class that chooses the pairs of a batch: data.Order
     step: int = 0
     best: tuple = (-1.0, 0)         # mean R@1 on --val, and its step
     begun: float = field(default_factory=time.perf_counter)
@@ -118,8 +118,8 @@ def train_step(run, batch):
     images = batch.views()                                              # V tensors (B, 3, s, s)
     run.optimizer.zero_grad()
 
-    # The student sees all views and captions, the teacher the globals, without gradient. batch.teacher_texts are the
-    # global captions without padding behind the longest; only C^T, in the student, reads the padding of caption 0.
+    # The student sees all views and captions, the teacher the globals, without gradient. The teacher has no C^T that
+    # would read padding, so its captions, batch.teacher_texts, are cut behind the longest.
     cls_t = eot_t = None
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
         out = run.forward(images, batch.texts)
@@ -250,8 +250,8 @@ def make_parser():
     # machine
     add('--precision', choices=['auto', *DTYPES], default='auto', help='auto: bf16 if fast')
     add('--device', choices=['auto', 'cuda', 'cpu'], default='auto', help='auto: cuda if found')
-    add('--compile', action='store_true', help='torch.compile, for GPUs: on CPUs it gains nothing')
-    add('--grad-checkpoint', action='store_true', help='less memory, one more forward pass')
+    add('--compile', action=argparse.BooleanOptionalAction, help='torch.compile, for GPUs alone')
+    add('--grad-checkpoint', action=argparse.BooleanOptionalAction, help='less memory, more time')
     # output
     add('--out', help='folder of checkpoint, log and report (runs/PRESET-METHOD)')
     add('--resume', help="a checkpoint, a run's folder, or auto: that in --out, or a fresh start")
@@ -274,56 +274,64 @@ def check_ranges(options):
 
 def find_checkpoint(resume, out):
     """What --resume names -> path, or None for a fresh start."""
+    if not resume:
+        return None
     if resume == 'auto':
         path = Path(out, 'last.pt')
         return path if path.exists() else None
-    if resume and Path(resume).is_dir():
-        return Path(resume, 'last.pt')
-    return resume
+    path = Path(resume)
+    return path / 'last.pt' if path.is_dir() else path
 
 
 def read_options(argv):
     """-> options; the content of the checkpoint to resume, {} for a fresh start; whether its folder is --out.
 
-    Defaults, the preset's recipe, the resumed run's options, what was typed: the last wins.
+    What is typed wins over a default. Defaults are those of make_parser, over them the preset's recipe, or, where a run
+    is resumed, all options of that run.
     """
     parser = make_parser()
-    first = parser.parse_args(argv)             # a first look, at what decides the defaults
-    preset = first.preset or ('vit-b-16' if first.data else 'tiny')
-    out = first.out or f'runs/{preset}-{first.method}'
-    path = find_checkpoint(first.resume, out)
+    typed = parser.parse_args(argv)             # a first look, at what decides the defaults
+    preset = typed.preset or ('vit-b-16' if typed.data else 'tiny')
+    out = typed.out or f'runs/{preset}-{typed.method}'
+    path = find_checkpoint(typed.resume, out)
     saved = {}
+    resumed = {}                                # the options of that run
     if path:
         saved = evaluation.read_checkpoint(path)
         if 'optimizer' not in saved:            # as best.pt, which is for evaluation
             raise Refused(f'{path} holds no run to resume; to start from its weights give --init')
-        out = first.out or str(Path(path).parent)
-    resumed = dict(saved.get('options', {}))
-    for name in ('out', 'resume', 'device'):    # are of this command alone
-        resumed.pop(name, None)
-    preset = first.preset or resumed.get('preset', preset)
-    # warmup: what nobody types is chosen by choose_lengths, which knows how long the run is
-    defaults = PRESETS[preset].recipe | {'preset': preset, 'out': out, 'warmup': None}
-    if not METHODS[first.method].augments:
-        defaults['augment'] = 'crops'
-    defaults |= resumed
-    if first.steps or first.epochs:             # what is typed replaces both defaults
+        resumed = dict(saved['options'])
+        for name in ('out', 'resume', 'device'):    # are of this command alone
+            del resumed[name]
+        defaults = resumed | {'out': str(path.parent)}
+    else:
+        defaults = PRESETS[preset].recipe | {'preset': preset, 'out': out}
+        defaults['warmup'] = None               # the recipe's is for a long run: see choose_lengths
+        if not METHODS[typed.method].augments:
+            defaults['augment'] = 'crops'
+    if typed.steps or typed.epochs:             # what is typed replaces both defaults
         defaults |= {'steps': None, 'epochs': None}
     parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
     check_ranges(options)
-    for name, value in resumed.items():
-        new = getattr(options, name)
-        if name in ('preset', 'method', 'batch') and new != value:
-            raise Refused(f'this run was started with --{name} {value}, not {new}; give the same to resume it, or '
-                          'another --out')
-        # new is None: of --steps and --epochs the one that was not typed
-        if new not in (None, value) and os.environ.get('RANK', '0') == '0':
-            flag = name.replace('_', '-')
-            print(f'note       --{flag} was {value}, is now {new}')
-    options.resume = str(path or '')                # what is meant by auto, or by a folder
-    in_place = bool(path) and Path(path).parent.resolve() == Path(options.out).resolve()
+    check_resumed(options, resumed)
+    options.resume = str(path or '')            # what is meant by auto, or by a folder
+    in_place = bool(path) and path.parent.resolve() == Path(options.out).resolve()
     return options, saved, in_place
+
+
+def check_resumed(options, resumed):
+    """Refused: what a run keeps to its end. What else is new is told."""
+    for name, old in resumed.items():
+        new = getattr(options, name)
+        if new in (old, None):      # None: of --steps and --epochs the one that was not typed
+            continue
+        flag = name.replace('_', '-')
+        if name in ('preset', 'method', 'batch'):
+            raise Refused(f'this run was started with --{flag} {old}, not {new}; give the same to resume it, or '
+                          'another --out')
+        if os.environ.get('RANK', '0') == '0':
+            print(f'note       --{flag} was {old}, is now {new}')
 
 
 def choose_lengths(options, pairs):
@@ -361,7 +369,7 @@ class Processes:
         self.device = torch.device('cuda' if gpu and device != 'cpu' else 'cpu')
         self.rank = 0
         self.world = 1
-        self.patient = None
+        self.patient = None             # a group of all processes that waits for days
         if 'RANK' in os.environ:
             self.join()
 
@@ -383,8 +391,8 @@ class Processes:
 
     def sum(self, values):
         """Numbers or scalar tensors, each summed over all processes -> list of floats."""
-        as_double = functools.partial(torch.as_tensor, dtype=torch.double, device=self.device)
-        total = torch.stack(list(map(as_double, values)))
+        tensors = [torch.as_tensor(value, dtype=torch.double, device=self.device) for value in values]
+        total = torch.stack(tensors)
         if self.world > 1:
             dist.all_reduce(total)
         return total.tolist()
@@ -435,14 +443,14 @@ def use_cores(workers):
 def keep_memory():
     """Have the C library keep what is freed. By itself it hands large blocks back to the system, and the next step gets
     them anew, page by page and filled with zeros: a tenth of the time of a vit-b-16 step on a CPU."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):       # only glibc has it
+    with contextlib.suppress(AttributeError):                           # only glibc has it
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)    # M_MMAP_MAX: no block of its own
-        libc.mallopt(-1, -1)                                            # M_TRIM_THRESHOLD: never
+        libc.mallopt(-4, 0)     # M_MMAP_MAX: no block by mmap, which goes back when freed
+        libc.mallopt(-1, -1)    # M_TRIM_THRESHOLD: no other memory goes back
 
 
 def choose_dtype(precision, device):
-    """-> dtype of autocast, or None. bfloat16 needs units for it: a CPU without computes it slower than float32."""
+    """-> dtype of autocast, or None. A CPU that has no units for bfloat16 is slower in it than in float32."""
     if precision != 'auto':
         return DTYPES[precision]
     if device.type == 'cuda':
@@ -467,8 +475,7 @@ def compile_blocks(model):
 # --- 5. Data and model -----------------------------------------------------------------------------------------------
 
 LEARNED_VOCAB = 8192
-# Merges are learned from every k-th pair, so that these are 20,000 to 40,000: enough for every frequent word.
-PAIRS_TO_LEARN = 20_000
+PAIRS_TO_LEARN = 20_000     # every k-th pair, up to twice as many: enough for every frequent word
 
 
 def name_data(options):
@@ -503,7 +510,8 @@ def choose_model(options, saved):
     weights = {}
     tokenizer = None
     if options.init:
-        model, tokenizer, _ = evaluation.load(options.init, vocab=path, quick_gelu=options.quick_gelu)
+        model, tokenizer, _ = evaluation.load(
+            options.init, vocab=path, quick_gelu=options.quick_gelu)
         config = model.config
         weights = model.state_dict()
     else:
@@ -590,7 +598,7 @@ def restore(run, saved, in_place):
     if saved['scaler']:
         run.scaler.load_state_dict(saved['scaler'])
     run.step = saved['step']
-    if in_place and saved['options']['val'] == run.options.val:         # else best.pt is of another set, or not here
+    if in_place and saved['options']['val'] == run.options.val:     # else best.pt is another's
         run.best = tuple(saved['best'])
     run.begun -= saved['seconds']
     # No two checkpoints have the same seconds. Equal ones mean that this rank has read the file that rank 0 has read.
@@ -815,11 +823,12 @@ def train(run, val):
             entry = log_entry(run, done, run.step - logged_step, seconds, waited)
             entry['bad_pairs'] = bad
             print_progress(run, entry)
+            write_log(run, entry)
             if last:
                 save(run)           # before the last evaluation, which may fail
             if eval_due:
                 entry['eval'] = figures = evaluate(run, val)
-            write_log(run, entry)
+                write_log(run, entry)       # once more: of equal steps the last entry counts
             logged_step = run.step
             waited = 0.0
             logged_at = time.perf_counter()
@@ -884,14 +893,14 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
     with processes.rank_0_first():
         name_data(options)
         build_index = processes.rank == 0 and not (in_place and index.exists())
-        keys = options.caption_keys or data.POOLS[options.caption_pool]     # a pool is of --data alone
+        keys = options.caption_keys or data.POOLS[options.caption_pool]
         shards = Shards(options.data, keys, 'train', index=None if build_index else index)
         if saved and saved['shards'] != shards.fingerprint:
             raise Refused(f'this run was started on other shards than the {len(shards.paths)} of {options.data}; give '
                           'the same --data, or start anew with --init')
         data.check_batch(options.batch, len(shards), processes.world * options.accum)
         if options.val and processes.rank == 0:
-            val = Shards(options.val, options.caption_keys, 'val')
+            val = Shards(options.val, options.caption_keys, 'val')  # --caption-pool is of --data
             evaluation.shard_captions(val)                  # better refused now than at the end
         if build_index:
             index.parent.mkdir(parents=True, exist_ok=True)
@@ -930,10 +939,10 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
             print(f'stopped    step {run.step} is saved; go on by python train.py --resume {run.folder}')
             processes.leave(128 + signal.SIGTERM)
     else:
-        print(f'nothing is left to do: {run.folder} has reached step {run.step} of {options.steps}')
-        has_figures = processes.broadcast(not in_place or (run.folder / 'eval.json').exists())
-        figures = None if has_figures else evaluate(run, val)
-    if figures:                                             # on rank 0
+        print(f'nothing is left to do: step {run.step} of {options.steps} is reached')
+        lacks_figures = processes.broadcast(in_place and not (run.folder / 'eval.json').exists())
+        figures = evaluate(run, val) if lacks_figures else None
+    if figures:                                             # {} on other ranks than 0
         finish(run, figures)
     processes.leave(0)
 

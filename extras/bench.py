@@ -136,7 +136,7 @@ def measure_loader(shards, preset, rate):
     torch.set_num_threads(1)                                # as in a worker
 
     parts = {'read': lambda i: (source.image(i), source.record(i)),
-             'read and decode': lambda i: read_image(source.image(i), 'it'),
+             'read and decode': lambda i: read_image(source.image(i)),
              'whole sample': lambda i: crops[0, 0, i]}
     for name, part in parts.items():
         done = 0

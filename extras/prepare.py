@@ -239,7 +239,7 @@ def packed(records, images, number, problems):
     for i, record in enumerate(progress(records, 'packing')):
         try:
             image = Path(images, record['file']).read_bytes()
-            read_image(image, 'it')
+            read_image(image)
             need(caption_pool(record), f"no caption under {', '.join(record)}")
             kind = image_kind(image)
         except (OSError, Refused) as error:

@@ -37,7 +37,7 @@ def mandelbrot(width, height):
 
 
 def pixels(source):
-    return V.pil_to_tensor(data.read_image(source, 'it').convert('RGB'))
+    return V.pil_to_tensor(data.read_image(source).convert('RGB'))
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
@@ -61,14 +61,14 @@ def test_only_what_is_refused_becomes_a_sentence(tmp_path):
         first_batch(data.loader(crops, Order(4, 4, 0, 1), workers=1))
 
     def bad_image():
-        first_batch(DataLoader([b'GIF8'], num_workers=1, collate_fn=lambda batch: data.read_image(batch[0], 'a.gif')))
+        first_batch(DataLoader([b'GIF8'], num_workers=1, collate_fn=lambda batch: data.read_image(batch[0])))
 
     def bad_option():
         data.Parser().parse_args(['--sise'])
 
     for main, sentence in (
             (bad_pairs, 'none of 4 pairs can be read'),
-            (bad_image, 'a.gif is no image that can be read'),
+            (bad_image, 'its image is no image that can be read'),
             (bad_option, 'unrecognized arguments: --sise; see prog --help')):
         line, = run(SimpleNamespace(main=main)).splitlines()
         assert line.startswith(f'error: {sentence}')
@@ -128,6 +128,7 @@ def test_paths_and_their_lines(tmp_path, capsys):
     assert found('halves', split='val') == ('v', f'data       the half {tmp_path}/halves/val\n')
     assert found('halves', split='train')[0] == 't'
     assert found('halves/val', split='train') == ('v', '')
+    assert found('halves/*') == ('t v', '')
     for path in 'absent', 'x*.tar', 'halves':
         refused(f"{path}' does not exist or holds no .tar file", data.find_shards, tmp_path / path)
 
@@ -145,6 +146,7 @@ def test_tars_of_every_format(tmp_path):
     shards = Shards(tmp_path)
     shards.save(tmp_path / 'index.npy')
     mapped = Shards(tmp_path, index=tmp_path / 'index.npy')
+    refused('name the captions with --caption-keys', Shards, tmp_path, 'titel', index=tmp_path / 'index.npy')
     assert isinstance(mapped.index, np.memmap)
     for found in shards, mapped, pickle.loads(pickle.dumps(mapped)):    # as workers get it
         assert len(found) == 9
@@ -196,7 +198,7 @@ def test_odd_members_are_read_or_refused(tmp_path):
     assert images.keys() == {'cmyk', name}
     assert_close(images['cmyk'][:, 10, 10].tolist(), [225, 49, 137], rtol=0, atol=6)
     assert (images[name] == 128).all()
-    refused('it is no image that can be read', pixels, encoded(mandelbrot(64, 64))[:400])
+    refused('its image is no image that can be read', pixels, encoded(mandelbrot(64, 64))[:400])
 
 
 def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
