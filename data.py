@@ -180,7 +180,7 @@ def tar_files(path):
                     break
                 yield member.name, member.offset_data, member.size
                 end = member.offset_data + member.size
-            whole = tar.offset == length    # where the next header would be
+            whole = tar.offset == length    # ignore_zeros reads on to the end of a file that is whole
     if not whole:
         warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
 
@@ -213,7 +213,7 @@ class Shards:
     caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: a file that `save` has
     written; it is mapped, and no header is read. Whether it is of the same tars is for the caller to know: train.py
     compares the fingerprint, which is of their names and sizes.
-    It looks at the first pairs, and raises Refused where there is none, or none that can be used.
+    Raises Refused where none of the first pairs can be used.
     """
 
     def __init__(self, paths, caption_keys=None, split=None, index=None):
@@ -318,8 +318,9 @@ CAPTION_KEYS = [                # the first family that has a sentence is the po
 POOLS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
 
 # ours: a sentence ends at a newline, at '</s>', or at a full stop before white space or the end; so "3.5 m" stays
-# whole. A stop behind a single letter ends none: "J. Smith" and "e.g. a dog" stay whole, too.
-BREAK = re.compile(r'\n|</s>|(?<!\b[^\W\d_])\.(?=\s|$)')
+# whole. A stop behind a single letter ends none: "J. Smith" and "e.g. a dog" stay whole, too. The s of "dog's." is no
+# single letter.
+BREAK = re.compile(r"\n|</s>|(?<!(?<!['’])\b[^\W\d_])\.(?=\s|$)")
 
 
 def sentences(value, whole=False):
@@ -385,7 +386,8 @@ OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_SYMBOL = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + k) for k, byte in enumerate(OTHERS)}
 
 SPECIAL = '<start_of_text>', '<end_of_text>'    # as open_clip spells them
-# CLIP's pattern has \p{L} and \p{N}, which `re` lacks: [^\W\d_] is a letter, \d a digit. `plain`, below, keeps other numbers apart.
+# CLIP's pattern has \p{L} and \p{N}, which `re` lacks: [^\W\d_] is a letter, \d a digit. ² and ½ would be letters, so
+# `plain`, below, puts spaces around them.
 WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
 
 
@@ -466,7 +468,7 @@ class Tokenizer:
         closing = [f'{symbol}</w>' for symbol in byte_symbols]
         fused = [left + right for left, right in self.rank]
         symbols = [*byte_symbols, *closing, *fused, *SPECIAL]
-        self.ids = {symbol: i for i, symbol in enumerate(symbols)}      # of equal symbols the last, as CLIP's
+        self.ids = {symbol: i for i, symbol in enumerate(symbols)}      # a+bc and ab+c are one symbol: the last id
         self.vocab_size = len(symbols)
         self.sot, self.eot = [self.ids[symbol] for symbol in SPECIAL]
         self.cache = {symbol: [self.ids[symbol]] for symbol in SPECIAL}         # word -> ids
@@ -489,7 +491,8 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        # A dict, because a later merge may make a pair anew that was merged before. It keeps its first rank.
+        # A dict, because a pair may come twice: (abc, d) is merged, then (a, bc) makes new abc before a d. The first
+        # rank counts.
         merges = {}
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
@@ -602,7 +605,7 @@ def view_kinds(config, global_images, local_images, crop_min=0.4):
 def draw_boxes(height, width, kinds, rng):
     """A random box (y, x, h, w) in an image of this size for each kind of view, as torchvision draws them.
 
-    torchvision takes them from torch's generator of the CPU. That is seeded by rng, and set back.
+    get_params reads torch's global generator. It is seeded from rng here, and restored afterwards.
     """
     image = torch.empty(1, 1, 1).expand(1, height, width)               # only its size counts
     with torch.random.fork_rng(devices=[]):
@@ -618,10 +621,10 @@ def image_crops(data, kinds, rng, flip=True):
         if image.getexif().get(ORIENTATION) in (5, 6, 7, 8):
             width, height = height, width
     boxes = draw_boxes(height, width, kinds, rng)
-    # Pillow can decode a JPEG at 1/2, 1/4 or 1/8 of its size, in much less time. `draft` takes the smallest of these that
-    # is at least `enough`: every crop still has at least the pixels of its view.
+    # most_shrink: how many times smaller the image may be until some crop has fewer pixels than its view. Pillow decodes a
+    # JPEG at 1/2, 1/4 or 1/8 of its size in much less time: `draft` takes the smallest that is not below `enough`.
     most_shrink = min(min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds))
-    enough = [ceil(side / most_shrink) for side in image.size]               # image.size: not turned yet, as draft wants it
+    enough = [ceil(side / most_shrink) for side in image.size]          # (w, h), not turned yet, as draft wants it
     with pillow_errors('its image'):
         image.draft('RGB', enough)
         pixels = TF.pil_to_tensor(upright(image).convert('RGB'))
@@ -673,7 +676,7 @@ def brightness(x, strength):
 
 
 def contrast(x, strength):
-    mean = TF.rgb_to_grayscale(x.mean(dim=(2, 3), keepdim=True))    # is the mean of the grey image
+    mean = TF.rgb_to_grayscale(x.mean(dim=(2, 3), keepdim=True))        # the grey image has the same mean
     return torch.lerp(mean, x, strength).clamp_(0, 1)
 
 
@@ -798,7 +801,7 @@ class Crops(Dataset):
 
     augment: 'full' is the released recipe; 'crops' neither changes colours nor flips, for captions that name colours
     and sides. crop_min: the smallest share of the image in a global crop.
-    A pair that is Unreadable is named, counted, and replaced by one further on in the order.
+    A pair that is Unreadable is named, counted, and replaced by another one, drawn at random.
     """
     shards: Shards
     tokenizer: Tokenizer
@@ -816,17 +819,15 @@ class Crops(Dataset):
         epoch, position, index = where
         pairs = len(self.shards)
         step_seed = f'{self.seed} {epoch} {position // self.batch}'  # the same for all pairs of a step
-        # At most pairs + 1 tries: this pair, then the one a batch further on (see below) and all that follow it.
+        rng = random.Random(f'{self.seed} {epoch} {index} others')
         for bad in range(pairs + 1):
             try:
                 crops, colours, captions, _ = self.sample(epoch, index)
                 return crops, torch.tensor(colours), self.tokenizer(captions), step_seed, bad
             except Unreadable as error:
                 print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
-            # Take the pair one batch further on, because a pair that is twice in a batch is its own negative. (In a set
-            # of less than two batches it may be.) If that cannot be read either, take the one behind it, and so on.
-            position += self.batch if bad == 0 else 1
-            index = int(shuffled(self.seed, epoch, pairs)[position % pairs])
+            # Take another one at random, and where that is bad, too, those that follow it.
+            index = (index + 1) % pairs if bad else rng.randrange(pairs)
         raise Refused(f'none of {pairs} pairs can be read; look at the shards with python -m extras.prepare inspect')
 
     def sample(self, epoch, index):
@@ -869,7 +870,7 @@ class Batch(NamedTuple):
 
 
 def cut(captions, multiple):
-    """A list of (B, T) ids, all cut behind the end of the longest, rounded up to a multiple. Of none there is none."""
+    """A list of (B, T) ids, all cut behind the end of the longest, rounded up to a multiple; [] -> []."""
     ends = [ids.argmax(dim=1).max().item() for ids in captions]         # the largest id ends a text
     longest = max(ends, default=0) + 1
     length = ceil(longest / multiple) * multiple                        # beyond T a slice ends at T
@@ -877,8 +878,8 @@ def cut(captions, multiple):
 
 
 def collate(samples, multiple=1, whole_first=True):
-    """Samples -> Batch. Global captions are cut to the longest of them, local ones to the longest of those. There are
-    GLOBALS global ones, or one and no local.
+    """Samples -> Batch. Global captions are cut to the longest of them, local ones to the longest of those. The first
+    GLOBALS captions are global. (Methods with one global have no local ones.)
 
     whole_first: the student's caption 0 keeps all T positions, because C^T reads its padding, too.
     """

@@ -32,7 +32,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from cosmos import COSMOS, Config, from_openclip, unit
-# Refused: an error that a user can mend, shown as one sentence. Unreadable is the Refused of one bad image or record.
+# Refused: an error that a user can mend, shown as one sentence. Unreadable(Refused): one image or record is bad.
 from data import (BICUBIC, Parser, Refused, Shards, Tokenizer, Unreadable, normalize, open_image,
                   pillow_errors, read_image, replacing, run)
 
@@ -205,7 +205,7 @@ def preprocessing(size):
 def shard_image(shards, i):
     try:
         return read_image(shards.image(i))
-    except Unreadable as error:                         # shards.name reads the tar, so not before
+    except Unreadable as error:      # only now, for shards.name reads the tar
         raise Unreadable(f'{shards.name(i)}: {error}') from None
 
 
@@ -238,7 +238,8 @@ class Images(Dataset):
 
 @torch.no_grad()
 def embed_labelled(model, source, preprocess, workers=0):
-    """-> (n, D) unit vectors on the CPU, (n,) labels. source: see Images. Unreadable names an image that is none."""
+    """-> (n, D) unit vectors on the CPU, (n,) labels. source: see Images. A file that is no image
+    raises Unreadable, with its name."""
     need(len(source), 'there is no image to embed; give one or more')
     loader = DataLoader(Images(source, preprocess), IMAGE_BATCH, num_workers=workers)
     features = []
@@ -289,8 +290,8 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures.
 
     owner (captions,): the image of each caption. The rank of an image is that of the best of its captions. R@K are
-    fractions, ranks count from 1. chance is R@1 of a blind guess, 1 / n both ways. (From image to text: an image with k
-    of the m captions has k / m, and the k of all n images add up to m.)
+    fractions, ranks count from 1. chance is R@1 of a blind guess, 1 / n both ways: an image that has k of the m captions
+    is right with k / m, on average over the images (m / n) / m = 1 / n.
     """
     n = len(image_features)
     image_ids = torch.arange(n)
@@ -360,8 +361,8 @@ HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --captio
 
 
 def shard_captions(shards):
-    """Held-out shards -> (captions, owner). A pair has captions under one key or several; those under the first key of
-    the list count, not cut into sentences."""
+    """Held-out shards -> (captions, owner). Where a pair has captions under several keys, those under the first of these
+    keys count. They are not cut into sentences."""
     keys = shards.caption_keys or HELD_OUT_KEYS
     pools = []
     for i in range(len(shards)):
@@ -519,9 +520,9 @@ def window_scores(model, pixels, vectors, csa):
 def segment_image(model, image, vectors, counts, settings):
     """One image -> (h, w) int64 class of each pixel.
 
-    vectors (Q, D): one for each name, class after class. counts: how many names each class has, one or several. Where a
-    set has a background it is class 0: pixels below `probability` fall to it. Those of a class below `area` go to their
-    next best class. Where a set has none, both are 0. The steps are those of clip_segmentor.py:113-276 of the released
+    vectors (Q, D): one for each name, class after class. counts: how many names each class has, one or several. Class 0
+    is the background: pixels below `probability` fall to it. Pixels of a class of at most `area` go to their next best
+    class. A set without a background has 0 for both. The steps are those of clip_segmentor.py:113-276 of the released
     code.
     """
     short = min(image.size)

@@ -115,11 +115,11 @@ class Step(NamedTuple):
 
 def train_step(run, batch):
     """One step of training -> Step. Student, teacher, loss, backward; if all is finite, update."""
-    images = batch.views()                                              # V tensors (B, 3, s, s)
+    images = batch.views()      # V tensors (B, 3, s, s), their colours changed and normalised
     run.optimizer.zero_grad()
 
-    # The student sees all views and captions, the teacher the globals, without gradient. The teacher has no C^T that
-    # would read padding, so its captions, batch.teacher_texts, are cut behind the longest.
+    # The student sees all views and captions, the teacher the globals, without gradient. The teacher does not run C^T,
+    # the one that reads padding, so its captions, batch.teacher_texts, end where the longest of them ends.
     cls_t = eot_t = None
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
         out = run.forward(images, batch.texts)
@@ -306,10 +306,10 @@ def read_options(argv):
         defaults = resumed | {'out': str(path.parent)}
     else:
         defaults = PRESETS[preset].recipe | {'preset': preset, 'out': out}
-        defaults['warmup'] = None               # the recipe's is for a long run: see choose_lengths
+        defaults['warmup'] = None               # choose_lengths takes the recipe's, less for a short run
         if not METHODS[typed.method].augments:
             defaults['augment'] = 'crops'
-    if typed.steps or typed.epochs:             # what is typed replaces both defaults
+    if typed.steps or typed.epochs:             # either one alone decides: forget the default of the other
         defaults |= {'steps': None, 'epochs': None}
     parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
@@ -321,13 +321,13 @@ def read_options(argv):
 
 
 def check_resumed(options, resumed):
-    """Refused: what a run keeps to its end. What else is new is told."""
+    """Refused: a new preset, method, batch or vocabulary. Of every other change a line is printed."""
     for name, old in resumed.items():
         new = getattr(options, name)
-        if new in (old, None):      # None: of --steps and --epochs the one that was not typed
+        if new in (old, None):      # None: --steps was typed and --epochs not, or the other way round
             continue
         flag = name.replace('_', '-')
-        if name in ('preset', 'method', 'batch'):
+        if name in ('preset', 'method', 'batch', 'vocab'):
             raise Refused(f'this run was started with --{flag} {old}, not {new}; give the same to resume it, or '
                           'another --out')
         if os.environ.get('RANK', '0') == '0':
@@ -405,7 +405,7 @@ class Processes:
         return box[0]
 
     def wait(self):
-        """Go on when rank 0 has come here, too. Rank 0 does not wait: that it comes is the signal."""
+        """The other ranks wait here until rank 0 comes by, which does not wait."""
         self.broadcast(None)
 
     @contextlib.contextmanager
@@ -465,8 +465,7 @@ def choose_dtype(precision, device):
 def compile_blocks(model):
     """torch.compile block by block, in place, so that parameters keep their names. A graph serves all layers of a tower
     and all lengths of captions; the whole model would be compiled again for each length."""
-    # Each tower needs several graphs: for all rows and for one, and in evaluation others than in training. The compiler's
-    # own limit is 8.
+    # A block needs several graphs: for all rows and for one, with gradient and without. The compiler's own limit is 8.
     torch._dynamo.config.cache_size_limit = 128
     for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
         block.compile(dynamic=True)
@@ -475,7 +474,7 @@ def compile_blocks(model):
 # --- 5. Data and model -----------------------------------------------------------------------------------------------
 
 LEARNED_VOCAB = 8192
-PAIRS_TO_LEARN = 20_000     # every k-th pair, up to twice as many: enough for every frequent word
+PAIRS_TO_LEARN = 20_000     # at least, and at most twice as many: enough for every frequent word
 
 
 def name_data(options):
@@ -749,8 +748,8 @@ def print_plan(run, val):
 
 
 def prepare_folder(run, in_place):
-    """config.json, and the first part of the report. An old eval.json goes; with a run that is new in this folder all
-    goes that an earlier start, without a checkpoint, has left."""
+    """config.json, and the first part of the report. An old eval.json goes. Where this run is new in its folder, that of
+    an earlier start, which ended before its first checkpoint, goes, too."""
     config = vars(run.options) | {'config': asdict(run.train_set.config)}
     evaluation.write_json(run.folder / 'config.json', config)
     old = ['eval.json']
@@ -885,15 +884,16 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
         use_cores(options.workers)
     config, tokenizer, weights = choose_model(options, saved)
 
-    # Data. Rank 0 reads all headers, and leaves the index in --out for the others.
+    # Data.
     if not in_place:
         choose_folder(options)
     index = Path(options.out, 'index.npy')
     val = None                                              # rank 0 evaluates
     with processes.rank_0_first():
         name_data(options)
+        # Rank 0 builds the index, unless this run has built it before. All others read the file.
         build_index = processes.rank == 0 and not (in_place and index.exists())
-        keys = options.caption_keys or data.POOLS[options.caption_pool]
+        keys = options.caption_keys or data.POOLS[options.caption_pool]     # a pool is a list of keys
         shards = Shards(options.data, keys, 'train', index=None if build_index else index)
         if saved and saved['shards'] != shards.fingerprint:
             raise Refused(f'this run was started on other shards than the {len(shards.paths)} of {options.data}; give '
@@ -921,6 +921,8 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
         restore(run, saved, in_place)
     if options.compile:
         compile_blocks(run.student)
+        if run.teacher:
+            compile_blocks(run.teacher.model)
     if processes.world > 1:
         run.forward = DistributedDataParallel(run.forward, gradient_as_bucket_view=True)
 

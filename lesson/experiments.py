@@ -167,12 +167,12 @@ class Variant(NamedTuple):
     tested: tuple = ()              # worlds in which it is asked for names, too
 
 
-def tune(world, rates):
+def tune(world, track, rates):
     """Which learning rate is best? On seeds that are used for nothing else."""
     variants = {}
     for method, tried in rates.items():
         for rate in tried:
-            variants[f'{method}-{rate:g}'] = Variant(method, world, rate=rate, seeds=range(100, 102))
+            variants[f'{method}-{rate:g}'] = Variant(method, world, track, rate, seeds=range(100, 102))
     return variants
 
 
@@ -202,8 +202,17 @@ NOBODY = 'nobody'                   # the method of a row that tells what advers
 EXPERIMENTS = {
     'worlds': {world: Variant(NOBODY, world, seeds=range(1)) for world in WORLDS},
     'speed': {method: Variant(method, track='pairs', rate=1e-3, pairs=PAIRS // 8, seeds=range(2)) for method in METHODS},
-    'tune': tune('built-in', {'clip': [5e-4, 2.5e-4, 1.25e-4], 'cosmos': [2e-3, 1e-3, 5e-4, 2.5e-4]}),
-    'tune-big': tune('big', {'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4], 'cosmos': [1e-3, 5e-4]}),
+    'tune': tune('built-in', 'minutes', {
+        'clip': [5e-4, 2.5e-4, 1.25e-4],
+        'clip-aug': [5e-4, 2.5e-4, 1.25e-4],
+        'text-crop': [1e-3, 5e-4, 2.5e-4, 1.25e-4],
+        'without-cross-attention': [2e-3, 1e-3, 5e-4, 2.5e-4],
+        'cosmos': [2e-3, 1e-3, 5e-4, 2.5e-4]}),
+    'tune-pairs': tune('built-in', 'pairs', {
+        'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4],
+        'clip-aug': [5e-4, 2.5e-4],
+        'text-crop': [5e-4, 2.5e-4]}),
+    'tune-big': tune('big', 'minutes', {'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4], 'cosmos': [1e-3, 5e-4]}),
     'batches': batches(),
     'company': company(),
     'minutes': {method: Variant(method) for method in RACE},
@@ -282,21 +291,14 @@ def flat(figures, prefix=''):
 
 
 def read_log(out):
-    """Of a run that has ended: steps, seconds, pairs a second, and what was named over training."""
-    row = {}
-    speeds = []
-    for line in evaluation.read_lines(out / 'log.jsonl'):
-        entry = json.loads(line)
-        if 'pairs_per_s' in entry:
-            speeds.append(entry['pairs_per_s'])
-        for name, value in flat(entry.get('eval', {})).items():
-            if name.endswith('.top1'):
-                row[f"{name}@{entry['step']}"] = value
-    end = entry['eval']
-    row['steps'] = end['steps']
-    row['seconds'] = end['seconds']
-    row['pairs_per_s'] = round(median(speeds[1:]))      # the first one has the start in it
-    return row
+    """Of a run that has ended: steps, seconds, pairs a second."""
+    entries = [json.loads(line) for line in evaluation.read_lines(out / 'log.jsonl')]
+    speeds = [entry['pairs_per_s'] for entry in entries if 'pairs_per_s' in entry]
+    end = entries[-1]['eval']
+    return {
+        'steps': end['steps'],
+        'seconds': end['seconds'],
+        'pairs_per_s': round(median(speeds[1:]))}       # the first one has the start in it
 
 
 def load(path, build):

@@ -307,30 +307,12 @@ def draw_maps(figure):
         axis.set_ylabel(label)
 
 
-def draw_peaks(figure):
-    """Page 5: where the peak of C^I lies, asked for a small object, for an absent name, and by a blind guess."""
-    axis = figure.subplots()
-    questions = {'asked for a small object': 'own', 'asked for an absent name': 'absent', 'a blind guess': 'area'}
-    left = np.zeros(len(questions))
-    for place, color in ('it', 'tab:green'), ('other', 'tab:orange'), ('ground', '0.8'):
-        columns = [f'pointing.small.{asked}_{place}' for asked in questions.values()]
-        width = np.array([mean('reading', 'cosmos', column) for column in columns])
-        axis.barh(list(questions), width, left=left, color=color,
-                  label={'it': 'on the object', 'other': 'on another object', 'ground': 'on the ground'}[place])
-        left += width
-    axis.invert_yaxis()
-    axis.set_xlim(0, 100)
-    axis.set_xlabel('where the highest weight of C^I lies, %')
-    axis.legend(fontsize=9, loc='lower right')
-
-
 PICTURES = {            # how it is drawn, the experiment that it shows, inches
     'suppression': (draw_suppression, 'company', (9, 7.5)),
     'batches': (draw_batches, 'batches', (9, 3.2)),
     'company': (draw_company, 'company', (7.5, 4)),
     'race': (draw_race, 'minutes', (9, 3.4)),
-    'maps': (draw_maps, 'reading', (9, 6.4)),
-    'peaks': (draw_peaks, 'reading', (7, 2.6))}
+    'maps': (draw_maps, 'reading', (9, 6.4))}
 
 
 def source(experiment):

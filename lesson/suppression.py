@@ -21,8 +21,7 @@ then, for the whole set or by role:
     pointing    where the highest weight of C^I lies, asked by "there is a NAME" for the object's own name and for an
                 absent one, the control: on the object (`it`), on another, on the ground; `area`: a blind guess
 
-DIR holds train/, val/ and twins/; without train/ there is no probe, without twins/ no `seen`. The json has `pointing`
-scene by scene, too, for differences that are paired.
+DIR holds train/, val/ and twins/; without train/ there is no probe, without twins/ no `seen`.
 """
 import io
 import random
@@ -258,8 +257,8 @@ def objects_at(shards, i, config):
 
 @torch.no_grad()
 def pointing(model, tokenizer, preprocess, shards, scenes):
-    """Where does the highest weight of C^I lie? -> {role: {own_it, own_other, ...: shares of its objects; own_it_each,
-    ...: lists of the values of all these objects, scene by scene}}; {} for a plain CLIP.
+    """Where does the highest weight of C^I lie? -> {role: {own_it, own_other, ...: shares of its objects}}; {} for a plain
+    CLIP.
 
     own_, absent_: asked for the object, for an absent name. area_: of all patches, what a blind guess hits. it: on the
     object; other: on another one; ground.
@@ -287,9 +286,7 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
                 columns[f'{prefix}_ground'].append((there == 0).double().mean().item())
     figures = {}
     for role, columns in found.items():
-        figures[role] = {}
-        for name, values in columns.items():
-            figures[role] |= {name: fmean(values), f'{name}_each': values}
+        figures[role] = {name: fmean(values) for name, values in columns.items()}
     return figures
 
 

@@ -424,7 +424,6 @@ def test_pointing_by_hand(monkeypatch, val, model):
         names = [f'{asked}_{place}' for asked in ('own', 'absent', 'area') for place in ('it', 'other', 'ground')]
         for name, values in zip(names, zip(*expected)):
             assert figures[role][name] == pytest.approx(np.mean(values))
-            assert figures[role][f'{name}_each'] == pytest.approx(values)
     for thing, queries in zip(things, asked):
         eot, _ = network.encode_text(tokenizer([f'there is a {thing.name}', f'there is a {thing.absent[0]}']))
         assert_close(queries, eot)
@@ -590,8 +589,7 @@ def test_a_run_has_one_row(course, drawn, monkeypatch):
     [row] = experiments.read_results().values()
     for column, value in {'seed': '0', 'steps': '2', 'pairs': '8', 'precision': 'bf16'}.items():
         assert row[column] == value
-    assert row['small.top1'] == row['small.top1@2'] == row['big.small.top1']
-    assert row['small.top1@1'] and float(row['pairs_per_s']) > 0
+    assert row['small.top1'] == row['big.small.top1'] and float(row['pairs_per_s']) > 0
     out = experiments.run_folder(plots.EXPERIMENTS['one']['clip'], 0)
     command = [out / 'last.pt', '--shards', drawn, '--json', 'figures.json', '--device', 'cpu']
     assert run(suppression, *command) is None
