@@ -749,8 +749,9 @@ if __name__ == '__main__':  # python cosmos.py: forward and backward on noise, t
     torch.manual_seed(0)
     model = COSMOS(Config.preset('tiny', vocab_size=1000))
     teacher = Teacher(model)
-    images = [torch.randn(3, 3, size, size) for size in (48, 48, 24, 24, 24)]   # V = 5, B = 3
-    texts = torch.randint(1, 1000, (4, 3, 64))                          # U = 4; the largest id ends a text
+    sizes = [48] * GLOBALS + [24] * 3
+    images = [torch.randn(3, 3, size, size) for size in sizes]          # V = 5, B = 3
+    texts = torch.randint(1, 1000, (GLOBALS + 2, 3, 64))                # U = 4; the largest id ends a text
     out = model(images, texts)
     cls_t, eot_t = teacher(images[:GLOBALS], texts[:GLOBALS])
     loss, parts = total_loss(model, out, cls_t, eot_t)

@@ -66,7 +66,7 @@ def micro(method='cosmos', B=3):
     torch.manual_seed(0)
     cross_heads = 2 if method == 'cosmos' else 0
     model = COSMOS(Config.preset('micro', cross_heads=cross_heads))
-    images = [torch.randn(B, 3, side, side) for side in (32, 32, 16, 16)]
+    images = [torch.randn(B, 3, side, side) for side in [32] * cosmos.GLOBALS + [16] * 2]
     texts = [captions(B, length) for length in (9, 12, 5, 5, 5)]
     return model, images, texts
 
