@@ -156,10 +156,10 @@ def find_shards(paths, split=None):
         raise Refused(f"'{missing[0]}' does not exist or holds no .tar file; give tars, or folders of them")
     if missing:
         warn(f'{len(missing)} of {len(missing) + len(found)} shards are missing, the first is {missing[0]}')
-    unique = set(map(os.path.realpath, found))
+    unique = {os.path.realpath(path): os.path.abspath(path) for path in found}
     if len(unique) < len(found):
         warn(f'{len(found) - len(unique)} shards are named twice; each is used once')
-    return sorted(unique)
+    return sorted(unique.values())
 
 
 def tar_files(path):
@@ -170,7 +170,7 @@ def tar_files(path):
     """
     length = os.path.getsize(path)
     end = 0                                             # of the last whole member
-    whole = False
+    whole = False                                       # stays so where reading ends by an error, or by a break
     with suppress(tarfile.TarError, ValueError):  # raised for a header that cannot be stepped over
         with tarfile.open(path, 'r:', ignore_zeros=True) as tar:
             for member in tar:
@@ -180,7 +180,7 @@ def tar_files(path):
                     break
                 yield member.name, member.offset_data, member.size
                 end = member.offset_data + member.size
-            whole = tar.offset == length    # ignore_zeros reads on to the end of a file that is whole
+            whole = tar.offset == length                # tar.offset: how far tarfile has read
     if not whole:
         warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
 
@@ -315,12 +315,17 @@ CAPTION_KEYS = [                # the first family that has a sentence is the po
     ['original_caption', 'caption'],            # PixelProse, or a caption alone
     ['txt'],
 ]
-POOLS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
+POOL_KEYS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
 
 # ours: a sentence ends at a newline, at '</s>', or at a full stop before white space or the end; so "3.5 m" stays
 # whole. A stop behind a single letter ends none: "J. Smith" and "e.g. a dog" stay whole, too. The s of "dog's." is no
 # single letter.
-BREAK = re.compile(r"\n|</s>|(?<!(?<!['’])\b[^\W\d_])\.(?=\s|$)")
+BREAK = re.compile(r"""
+    \n
+    | </s>
+    | (?<! (?<!['’]) \b [^\W\d_] )        # not behind a single letter, before which there is no apostrophe
+      \.
+      (?= \s | $ )""", re.VERBOSE)
 
 
 def sentences(value, whole=False):
@@ -337,7 +342,8 @@ def sentences(value, whole=False):
 
 
 def caption_pool(record, keys=None):
-    """The record's sentences as one flat list, duplicates kept; [] where it has none, or only single characters."""
+    """The record's sentences as one flat list, duplicates kept; [] where it has none, or a string that somebody has cut
+    into its characters."""
     for family in [keys] if keys else CAPTION_KEYS:
         pool = []
         for key in family:
@@ -386,8 +392,8 @@ OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_SYMBOL = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + k) for k, byte in enumerate(OTHERS)}
 
 SPECIAL = '<start_of_text>', '<end_of_text>'    # as open_clip spells them
-# CLIP's pattern has \p{L} and \p{N}, which `re` lacks: [^\W\d_] is a letter, \d a digit. ² and ½ would be letters, so
-# `plain`, below, puts spaces around them.
+# CLIP's pattern has \p{L} and \p{N}, which `re` lacks: [^\W\d_] is a letter, \d a digit. `plain` sees to other
+# numbers.
 WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
 
 
@@ -491,8 +497,8 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        # A dict, because a pair may come twice: (abc, d) is merged, then (a, bc) makes new abc before a d. The first
-        # rank counts.
+        # A dict, because a pair may come twice: (abc, d) is merged where abc is ab + c, and later a + bc gives new abc
+        # before a d. The first rank counts.
         merges = {}
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
@@ -691,7 +697,7 @@ def hue(x, turn):
     red, green, blue = x.split(1, dim=1)                                # each (n, 1, h, w)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
-    # 6 * hue * chroma, where green is the largest, else blue, and then red. Of gray any hue will do.
+    # 6 * hue * chroma, a case for each largest channel: green or blue, then red over both. Of gray any hue will do.
     product = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
     product = torch.where(value == red, green - blue, product)
     hue_of_x = product / (6 * chroma).clamp_min(1e-8)
@@ -819,15 +825,17 @@ class Crops(Dataset):
         epoch, position, index = where
         pairs = len(self.shards)
         step_seed = f'{self.seed} {epoch} {position // self.batch}'  # the same for all pairs of a step
-        rng = random.Random(f'{self.seed} {epoch} {index} others')
-        for bad in range(pairs + 1):
+        rng = random.Random(f'{self.seed} {epoch} {index} replacement')
+        for bad in range(pairs + 1):                    # how many were bad so far
             try:
                 crops, colours, captions, _ = self.sample(epoch, index)
                 return crops, torch.tensor(colours), self.tokenizer(captions), step_seed, bad
             except Unreadable as error:
                 print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
-            # Take another one at random, and where that is bad, too, those that follow it.
-            index = (index + 1) % pairs if bad else rng.randrange(pairs)
+            if bad == 0:
+                index = rng.randrange(pairs)            # a replacement
+            else:
+                index = (index + 1) % pairs             # that is bad, too: the one that follows it
         raise Refused(f'none of {pairs} pairs can be read; look at the shards with python -m extras.prepare inspect')
 
     def sample(self, epoch, index):
@@ -881,7 +889,8 @@ def collate(samples, multiple=1, whole_first=True):
     """Samples -> Batch. Global captions are cut to the longest of them, local ones to the longest of those. The first
     GLOBALS captions are global. (Methods with one global have no local ones.)
 
-    whole_first: the student's caption 0 keeps all T positions, because C^T reads its padding, too.
+    multiple: of the lengths; 8 is faster in half precision. whole_first: the student's caption 0 keeps all T positions,
+    because C^T reads its padding, too.
     """
     crops, colours, ids, step_seeds, bad = default_collate(samples)     # ids (B, U, T)
     captions = ids.unbind(dim=1)

@@ -154,7 +154,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
         open_clip   the state dict of a ViT, perhaps under 'state_dict'
     Where there is no teacher the student is taken: model.origin says which it was.
     vocab: a file of CLIP's merges. quick_gelu: for released and open_clip weights, whose file does not tell the
-    activation; train.py passes it.
+    activation; only `train.py --init` gives it.
     """
     path = Path(path)
     if path.is_dir():
@@ -205,7 +205,7 @@ def preprocessing(size):
 def shard_image(shards, i):
     try:
         return read_image(shards.image(i))
-    except Unreadable as error:      # only now, for shards.name reads the tar
+    except Unreadable as error:      # to look the name up costs a read
         raise Unreadable(f'{shards.name(i)}: {error}') from None
 
 
@@ -281,7 +281,7 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
         scores = queries[rows] @ targets.T                          # (chunk, m)
         right = query_ids[rows, None] == target_ids[None]
         best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-        ahead = ~(scores < best) & ~right    # a tie, and NaN, count against the model
+        ahead = ~(scores < best) & ~right    # "not below": a tie, and NaN, count against the model
         found.append(1 + ahead.sum(dim=1))
     return torch.cat(found)
 
@@ -290,8 +290,8 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures.
 
     owner (captions,): the image of each caption. The rank of an image is that of the best of its captions. R@K are
-    fractions, ranks count from 1. chance is R@1 of a blind guess, 1 / n both ways: an image that has k of the m captions
-    is right with k / m, on average over the images (m / n) / m = 1 / n.
+    fractions, ranks count from 1. chance is R@1 of a blind guess, 1 / n both ways: for images, which may have several
+    captions each, on average.
     """
     n = len(image_features)
     image_ids = torch.arange(n)
@@ -471,7 +471,7 @@ class Settings(NamedTuple):
     size: int                           # short side of the image, in pixels
     scale: float = 40.0                 # of the cosines, before the softmax
     probability: float = 0.0            # pixels whose best class has less become class 0
-    area: float = 0.0                   # classes with this share of the foreground or less vanish
+    area: float = 0.0                   # classes with this share of the foreground or less lose it
     reduce_zero_label: bool = False     # label 0 of the masks is ignored, 1 becomes class 0
     csa: bool = False                   # correlative self-attention in the last block
 
@@ -510,20 +510,20 @@ def window_scores(model, pixels, vectors, csa):
         for x in window_starts(W, window):
             place = (..., slice(y, y + window), slice(x, x + window))
             patches = model.encode_dense(pixels[place][None], csa)      # (1, grid, grid, D)
-            grid = patches @ vectors.T
-            scores = F.interpolate(grid.permute(0, 3, 1, 2), (window, window), mode='bilinear')
+            cosines = (patches @ vectors.T).permute(0, 3, 1, 2)         # (1, Q, grid, grid)
+            scores = F.interpolate(cosines, (window, window), mode='bilinear')
             total[place] += scores[0]
             count[place] += 1
     return total / count
 
 
-def segment_image(model, image, vectors, counts, settings):
+def segment_image(model, image, vectors, names_per_class, settings):
     """One image -> (h, w) int64 class of each pixel.
 
-    vectors (Q, D): one for each name, class after class. counts: how many names each class has, one or several. Class 0
-    is the background: pixels below `probability` fall to it. Pixels of a class of at most `area` go to their next best
-    class. A set without a background has 0 for both. The steps are those of clip_segmentor.py:113-276 of the released
-    code.
+    vectors (Q, D): one for each name, class after class; a class has one name or several. Class 0 is the background:
+    pixels below settings.probability fall to it. A class with at most the share settings.area of the foreground loses
+    its pixels to their next best classes. A set without a background has 0 for both. The steps are those of
+    clip_segmentor.py:113-276 of the released code.
     """
     short = min(image.size)
     zoom = min(settings.size / short, LONGEST_SIDE / max(image.size))
@@ -534,7 +534,7 @@ def segment_image(model, image, vectors, counts, settings):
     # Softmax over all names; of the names of a class the best one counts.
     shares = (settings.scale * scores[0]).softmax(dim=0)            # (Q, h, w)
     # (classes, h, w)
-    best = torch.stack([of_class.amax(dim=0) for of_class in shares.split(counts)])
+    best = torch.stack([of_class.amax(dim=0) for of_class in shares.split(names_per_class)])
     if settings.area:
         pixels_of_class = torch.bincount(best.argmax(dim=0).flatten(), minlength=len(best))
         foreground = pixels_of_class[1:].sum()
@@ -599,7 +599,8 @@ def by_stem(paths, suffix):
 
 
 def mask_pairs(images, masks, image_suffix, mask_suffix, listing=None):
-    """[(image path, mask path)] of equal stems, suffixes cut off; of those in `listing`, a stem a line, if given."""
+    """[(image path, mask path)] of one stem: the file's name without suffix and ending. listing: a file of the stems to
+    take, one a line; None: all."""
     image_paths = by_stem(images_in(images), image_suffix)
     mask_paths = by_stem([path for path in images_in(masks) if path.suffix.lower() == '.png'], mask_suffix)
     stems = read_lines(listing) if listing else mask_paths
@@ -666,20 +667,22 @@ def run_segment(args, model, tokenizer, preprocess):
     settings = settings._replace(csa=args.csa)
     synonyms = []                                       # a list for each class
     for line in read_lines(args.classes):
-        synonyms.append([name.strip() for name in line.split(',') if name.strip()])
+        parts = line.replace('_', ' ').split(',')
+        synonyms.append([name.strip() for name in parts if name.strip()])
     need(all(synonyms), f'{args.classes} has a line of commas alone; give a name a class')
+    all_names = sum(synonyms, [])
+    check_names(all_names)
     names = [first for first, *_ in synonyms]
-    check_names(names)
-    counts = list(map(len, synonyms))
+    names_per_class = list(map(len, synonyms))
     templates = read_templates(args.templates)
-    vectors = class_vectors(model, tokenizer, sum(synonyms, []), templates)
+    vectors = class_vectors(model, tokenizer, all_names, templates)
     vectors = vectors.to(model.logit_scale.device)
     pairs = mask_pairs(args.images, args.masks, args.image_suffix, args.mask_suffix, args.list)
     matrix = torch.zeros(len(names), len(names), dtype=torch.int64)
     for image_path, mask_path in progress(pairs, 'images'):
         image = read_image(image_path)
         truth = read_mask(mask_path, image.size, len(names), settings.reduce_zero_label)
-        predicted = segment_image(model, image, vectors, counts, settings)
+        predicted = segment_image(model, image, vectors, names_per_class, settings)
         matrix += confusion(truth, predicted, len(names))
     described = str(settings)
     if args.benchmark and not args.templates:
@@ -732,7 +735,7 @@ def add_segment(command):
     add = command.add_argument
     add('--images', required=True, help='folder of images')
     add('--masks', required=True, help='folder of PNG masks of class numbers; 255 is ignored')
-    add('--classes', required=True, help='a class a line, in the order of numbers, names by commas')
+    add('--classes', required=True, help='line i has the names of class i, with commas between them')
     add('--image-suffix', default='', help='end of image names that masks lack, as _leftImg8bit')
     add('--mask-suffix', default='', help='end of mask names that images lack, as _gtFine_labelTrainIds')
     add('--list', help='file of the stems to evaluate, as of a split')

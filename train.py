@@ -55,7 +55,7 @@ class Method(NamedTuple):
     local_images: bool              # adds as many local image views as --local-crops says
     local_texts: bool               # adds as many captions of one sentence as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
-    augments: bool                  # False: --augment is crops by default, no flips or colours
+    augments: bool                  # flips and colours by default; False: --augment crops is the default
     distills_images: bool           # images learn from the teacher
     distills_texts: bool            # captions, too
     cross_attention: bool           # h_I and h_T learn from both: L_COSMOS
@@ -84,8 +84,8 @@ class Run:
     processes: 'Processes'
     train_set: data.Crops
     student: COSMOS
-    forward: torch.nn.Module        # runs the student: in parts of a batch, across GPUs
-    teacher: Teacher                # None where nothing is distilled, but see main's keep_teacher
+    forward: torch.nn.Module        # the student in InParts, and on several GPUs in DistributedDataParallel
+    teacher: Teacher                # None where nothing is distilled (but lesson/ may keep one)
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype              # of autocast; None: float32
@@ -118,8 +118,8 @@ def train_step(run, batch):
     images = batch.views()      # V tensors (B, 3, s, s), their colours changed and normalised
     run.optimizer.zero_grad()
 
-    # The student sees all views and captions, the teacher the globals, without gradient. The teacher does not run C^T,
-    # the one that reads padding, so its captions, batch.teacher_texts, end where the longest of them ends.
+    # The student sees all views and captions, the teacher the globals, without gradient. Only C^T reads padding, and the
+    # teacher does not run it: so batch.teacher_texts, the same global captions, are cut at the longest end.
     cls_t = eot_t = None
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
         out = run.forward(images, batch.texts)
@@ -223,7 +223,7 @@ def make_parser():
     add('--data', nargs='+', help='tars, or folders of them (the built-in set)')
     add('--val', nargs='+', help='held-out shards, evaluated every --eval-every steps and at the end')
     add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
-    add('--caption-pool', choices=data.POOLS, default='all', help="of DreamLIP's captions (%(default)s)")
+    add('--caption-pool', choices=data.POOL_KEYS, default='all', help="of DreamLIP's captions (%(default)s)")
     add('--vocab', default='clip', help="%(default)s, learn (from the captions), or a path to CLIP's file")
     add('--workers', type=int, default=WORKERS, help='processes that load data, for each GPU (%(default)s)')
     # method
@@ -284,10 +284,11 @@ def find_checkpoint(resume, out):
 
 
 def read_options(argv):
-    """-> options; the content of the checkpoint to resume, {} for a fresh start; whether its folder is --out.
+    """-> options; the content of the checkpoint to resume, {} for a fresh start; whether that run goes on in its folder.
 
-    What is typed wins over a default. Defaults are those of make_parser, over them the preset's recipe, or, where a run
-    is resumed, all options of that run.
+    1. Parse what is typed: it decides what the defaults are.
+    2. Defaults: those of make_parser, over them the preset's recipe or, of a run that is resumed, all its options.
+    3. Parse again: what is typed wins over these.
     """
     parser = make_parser()
     typed = parser.parse_args(argv)             # a first look, at what decides the defaults
@@ -324,7 +325,7 @@ def check_resumed(options, resumed):
     """Refused: a new preset, method, batch or vocabulary. Of every other change a line is printed."""
     for name, old in resumed.items():
         new = getattr(options, name)
-        if new in (old, None):      # None: --steps was typed and --epochs not, or the other way round
+        if new in (old, None):      # None: of --steps and --epochs only the other was typed
             continue
         flag = name.replace('_', '-')
         if name in ('preset', 'method', 'batch', 'vocab'):
@@ -405,7 +406,7 @@ class Processes:
         return box[0]
 
     def wait(self):
-        """The other ranks wait here until rank 0 comes by, which does not wait."""
+        """Other ranks wait here until rank 0 calls this, too. Rank 0 itself does not wait."""
         self.broadcast(None)
 
     @contextlib.contextmanager
@@ -597,7 +598,7 @@ def restore(run, saved, in_place):
     if saved['scaler']:
         run.scaler.load_state_dict(saved['scaler'])
     run.step = saved['step']
-    if in_place and saved['options']['val'] == run.options.val:     # else best.pt is another's
+    if in_place and saved['options']['val'] == run.options.val:     # else it was of other data
         run.best = tuple(saved['best'])
     run.begun -= saved['seconds']
     # No two checkpoints have the same seconds. Equal ones mean that this rank has read the file that rank 0 has read.
@@ -748,8 +749,8 @@ def print_plan(run, val):
 
 
 def prepare_folder(run, in_place):
-    """config.json, and the first part of the report. An old eval.json goes. Where this run is new in its folder, that of
-    an earlier start, which ended before its first checkpoint, goes, too."""
+    """config.json, and the first part of the report. An old eval.json goes. If an earlier start in this folder ended
+    before its first checkpoint, its log, its best.pt and its maps for the report go, too."""
     config = vars(run.options) | {'config': asdict(run.train_set.config)}
     evaluation.write_json(run.folder / 'config.json', config)
     old = ['eval.json']
@@ -824,7 +825,7 @@ def train(run, val):
             print_progress(run, entry)
             write_log(run, entry)
             if last:
-                save(run)           # before the last evaluation, which may fail
+                save(run)           # the last evaluation may fail
             if eval_due:
                 entry['eval'] = figures = evaluate(run, val)
                 write_log(run, entry)       # once more: of equal steps the last entry counts
@@ -836,7 +837,7 @@ def train(run, val):
         overdue = options.save_minutes and time.perf_counter() - saved_at > 60 * options.save_minutes
         failure = reason_to_stop(run, broken, bad, seen)
         if signals or last or failure or overdue or run.step % options.save_every == 0:
-            save(run)           # the last step once more: its evaluation may have been the best
+            save(run)           # at the last step once more: its evaluation may have been the best
             saved_at = time.perf_counter()
         if failure:
             processes.wait()        # else torchrun kills rank 0 while it writes
@@ -893,7 +894,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
         name_data(options)
         # Rank 0 builds the index, unless this run has built it before. All others read the file.
         build_index = processes.rank == 0 and not (in_place and index.exists())
-        keys = options.caption_keys or data.POOLS[options.caption_pool]     # a pool is a list of keys
+        keys = options.caption_keys or data.POOL_KEYS[options.caption_pool]
         shards = Shards(options.data, keys, 'train', index=None if build_index else index)
         if saved and saved['shards'] != shards.fingerprint:
             raise Refused(f'this run was started on other shards than the {len(shards.paths)} of {options.data}; give '
