@@ -150,7 +150,7 @@ COMPANY = ('alone', 'equal', 'big')
 # built-in set and in that of a big and a small one. Only CLIP and COSMOS are tuned so far, in the same minutes; the others
 # take the rate of the nearest.
 RATES = {
-    'clip': 2.5e-4, 'clip-aug': 2.5e-4, 'text-crop': 1e-3, 'without-cross-attention': 1e-3,
+    'clip': 2.5e-4, 'clip-aug': 2.5e-4, 'text-crop': 5e-4, 'without-cross-attention': 1e-3,
     'without-residual': 1e-3, 'another-pair': 1e-3, 'cosmos': 1e-3}
 
 
