@@ -6,7 +6,6 @@ import base64
 import io
 import itertools
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -28,27 +27,14 @@ import train
 from cosmos import COSMOS, Config
 from eval import load
 from extras import attend, bench, pairs, prepare, report, search, weights
+from tests.helpers import put, refused, shared
 
 MICRO = Config.preset(
     'tiny', embed_dim=16, image_size=32, local_image_size=16, vision_width=24, vision_layers=2, text_width=16,
     context_length=12, vocab_size=514)
 cosmos.PRESETS['mini'] = cosmos.Preset(MICRO, cosmos.LAPTOP)
-SHARED = Path(os.environ.get('COSMOS_SHARED') or Path(__file__).parents[2] / 'shared')
 
 # --- Helpers ---------------------------------------------------------------------------------------------------------
-
-def refused(sentence, call, *args):
-    """The call is refused with a sentence that matches."""
-    with pytest.raises(data.Refused, match=sentence):
-        call(*args)
-
-
-def put(path, value):
-    """A file of bytes or text, and the folders it lies in -> path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(value.encode() if isinstance(value, str) else value)
-    return path
-
 
 def picture(kind='JPEG', colour='red'):
     """A small image as the bytes of a file."""
@@ -338,9 +324,7 @@ def test_letters_in_pictures(monkeypatch, capsys):
 @pytest.fixture
 def vocab(monkeypatch):
     """CLIP's merges, by COSMOS_VOCAB -> their path."""
-    path = SHARED / 'vocab/bpe_simple_vocab_16e6.txt.gz'
-    if not path.exists():
-        pytest.skip(f'{path} is absent; set COSMOS_SHARED')
+    path = shared('vocab', 'bpe_simple_vocab_16e6.txt.gz')
     monkeypatch.setenv('COSMOS_VOCAB', str(path))
     return path
 

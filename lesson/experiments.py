@@ -146,12 +146,11 @@ WORLDS = {
     'equal-16': TWO | {'company': 'equal', 'colors': 16},
     'big': TWO}
 COMPANY = ('alone', 'equal', 'big')
-# Peak learning rates: of those that `tune` tried the one that names most, as the mean of big and small objects, in the
-# built-in set and in that of a big and a small one. Only CLIP and COSMOS are tuned so far, in the same minutes; the others
-# take the rate of the nearest.
+# Peak learning rates: of those that `tune` tried the one that names most, as the mean of big and small objects. The last
+# two are not tuned: they take that of COSMOS.
 RATES = {
-    'clip': 2.5e-4, 'clip-aug': 2.5e-4, 'text-crop': 5e-4, 'without-cross-attention': 1e-3,
-    'without-residual': 1e-3, 'another-pair': 1e-3, 'cosmos': 1e-3}
+    'clip': 2.5e-4, 'text-crop': 5e-4, 'without-cross-attention': 1e-3, 'cosmos': 1e-3,
+    'without-residual': 1e-3, 'another-pair': 1e-3}
 
 
 class Variant(NamedTuple):
@@ -167,12 +166,12 @@ class Variant(NamedTuple):
     tested: tuple = ()              # worlds in which it is asked for names, too
 
 
-def tune(world, track, rates):
+def tune(rates, seed=100, world='built-in', track='minutes'):
     """Which learning rate is best? On seeds that are used for nothing else."""
     variants = {}
     for method, tried in rates.items():
         for rate in tried:
-            variants[f'{method}-{rate:g}'] = Variant(method, world, track, rate, seeds=range(100, 102))
+            variants[f'{method}-{rate:g}'] = Variant(method, world, track, rate, seeds=range(seed, seed + 1))
     return variants
 
 
@@ -196,23 +195,25 @@ def company():
     return variants
 
 
-RACE = ['cosmos', 'without-cross-attention', 'text-crop', 'clip-aug', 'clip']
+RACE = ['cosmos', 'without-cross-attention', 'text-crop', 'clip']
 NOBODY = 'nobody'                   # the method of a row that tells what adversaries reach in a world
 
 EXPERIMENTS = {
     'worlds': {world: Variant(NOBODY, world, seeds=range(1)) for world in WORLDS},
     'speed': {method: Variant(method, track='pairs', rate=1e-3, pairs=PAIRS // 8, seeds=range(2)) for method in METHODS},
-    'tune': tune('built-in', 'minutes', {
+    'tune': tune({
         'clip': [5e-4, 2.5e-4, 1.25e-4],
         'clip-aug': [5e-4, 2.5e-4, 1.25e-4],
-        'text-crop': [1e-3, 5e-4, 2.5e-4, 1.25e-4],
-        'without-cross-attention': [2e-3, 1e-3, 5e-4, 2.5e-4],
+        'text-crop': [1e-3, 5e-4, 2.5e-4],
+        'without-cross-attention': [2e-3, 1e-3, 5e-4],
         'cosmos': [2e-3, 1e-3, 5e-4, 2.5e-4]}),
-    'tune-pairs': tune('built-in', 'pairs', {
-        'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4],
-        'clip-aug': [5e-4, 2.5e-4],
-        'text-crop': [5e-4, 2.5e-4]}),
-    'tune-big': tune('big', 'minutes', {'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4], 'cosmos': [1e-3, 5e-4]}),
+    'tune-again': tune({
+        'clip': [2.5e-4, 1.25e-4],
+        'text-crop': [5e-4, 2.5e-4],
+        'without-cross-attention': [1e-3, 5e-4],
+        'cosmos': [1e-3, 5e-4]}, seed=101),
+    'tune-pairs': tune({'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4]}, track='pairs'),
+    'tune-big': tune({'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4], 'cosmos': [1e-3, 5e-4]}, world='big'),
     'batches': batches(),
     'company': company(),
     'minutes': {method: Variant(method) for method in RACE},

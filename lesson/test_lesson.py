@@ -28,17 +28,9 @@ from lesson import experiments, plots, scenes, suppression
 from lesson.experiments import EXPERIMENTS, METHODS, SPEED, Variant
 from lesson.scenes import COLORS, NAMES, SHAPES, World, draw_scene, make_scenes
 from lesson.suppression import read_mask, read_scenes, score_table
+from tests.helpers import run
 
 WORDS = [*COLORS, *SHAPES]
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """A small model gains nothing by two threads, and on a busy machine they wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='module')
@@ -67,16 +59,6 @@ def views(model):
     """Two images and two captions of three pairs."""
     ids = model[1](NAMES[:6])
     return torch.randn(2, 3, 3, 64, 64), ids.view(2, 3, -1)
-
-
-def run(module, *argv):
-    """A command in this process -> what its SystemExit carries, or None."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', ['prog', *map(str, argv)])
-        try:
-            data.run(module.main)
-        except SystemExit as stop:
-            return stop.code
 
 
 def objects_in(shards):
