@@ -142,11 +142,11 @@ def find_shards(paths, split=None):
     found = []
     missing = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        if split and os.path.isdir(f'{path}/train') and os.path.isdir(f'{path}/val'):
-            path = f'{path}/{split}'
-            print(f'data       the half {path}')
         tars = []
-        for match in [path] if os.path.exists(path) else glob.glob(str(path)):
+        for match in [str(path)] if os.path.exists(path) else glob.glob(str(path)):
+            if split and os.path.isdir(f'{match}/train') and os.path.isdir(f'{match}/val'):
+                match = f'{match}/{split}'
+                print(f'data       the half {match}')
             is_folder = os.path.isdir(match)
             tars += glob.glob(f'{glob.escape(match)}/*.tar') if is_folder else [match]
         found += tars
@@ -156,7 +156,7 @@ def find_shards(paths, split=None):
         raise Refused(f"'{missing[0]}' does not exist or holds no .tar file; give tars, or folders of them")
     if missing:
         warn(f'{len(missing)} of {len(missing) + len(found)} shards are missing, the first is {missing[0]}')
-    unique = {os.path.realpath(path): os.path.abspath(path) for path in found}
+    unique = {os.path.realpath(path): path for path in sorted(found)}
     if len(unique) < len(found):
         warn(f'{len(found) - len(unique)} shards are named twice; each is used once')
     return sorted(unique.values())
@@ -170,7 +170,7 @@ def tar_files(path):
     """
     length = os.path.getsize(path)
     end = 0                                             # of the last whole member
-    whole = False                                       # stays so where reading ends by an error, or by a break
+    whole = False                                       # stays so where an error ends the reading
     with suppress(tarfile.TarError, ValueError):  # raised for a header that cannot be stepped over
         with tarfile.open(path, 'r:', ignore_zeros=True) as tar:
             for member in tar:
@@ -213,7 +213,7 @@ class Shards:
     caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: a file that `save` has
     written; it is mapped, and no header is read. Whether it is of the same tars is for the caller to know: train.py
     compares the fingerprint, which is of their names and sizes.
-    Raises Refused where none of the first pairs can be used.
+    Without an index it looks at the first pairs.
     """
 
     def __init__(self, paths, caption_keys=None, split=None, index=None):
@@ -230,7 +230,7 @@ class Shards:
             tables = each(scan_shard, self.paths, range(len(self.paths)), chunksize=1,
                           desc='reading headers', disable=None)
             self.index = np.concatenate(tables)
-        self.check_first_pairs()
+            self.check_first_pairs()
 
     def __len__(self):
         return len(self.index)
@@ -240,7 +240,7 @@ class Shards:
             np.save(file, self.index)
 
     def check_first_pairs(self):
-        """One of them must be usable: if none is, the captions have other keys, or the images are of another kind."""
+        """Refused where none of them can be used: the captions have other keys, or the images are of another kind."""
         if not len(self):
             raise Refused(f'{self.paths[0]}: {NO_PAIR}')
         for i in range(min(FIRST_PAIRS, len(self))):
@@ -318,12 +318,11 @@ CAPTION_KEYS = [                # the first family that has a sentence is the po
 POOL_KEYS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
 
 # ours: a sentence ends at a newline, at '</s>', or at a full stop before white space or the end; so "3.5 m" stays
-# whole. A stop behind a single letter ends none: "J. Smith" and "e.g. a dog" stay whole, too. The s of "dog's." is no
-# single letter.
+# whole. A stop behind a single letter ends none: "J. Smith" and "e.g. a dog" stay whole, too.
 BREAK = re.compile(r"""
     \n
     | </s>
-    | (?<! (?<!['’]) \b [^\W\d_] )        # not behind a single letter, before which there is no apostrophe
+    | (?<! (?<!\w['’]) \b [^\W\d_] )      # not behind a single letter; that of "dog's" is none
       \.
       (?= \s | $ )""", re.VERBOSE)
 

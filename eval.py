@@ -432,12 +432,14 @@ def class_names(source, path=None):
     """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order."""
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
     listed = read_lines(path) if path else classes
-    # ImageNet has tuples of synonyms, and two classes called crane.
-    need(listed and isinstance(listed[0], str),
-         'this set of torchvision has not one name for each class; give a file of names by --classes')
+    need(listed, 'this set of torchvision has no class names; give a file of them by --classes')
     if classes and len(listed) != len(classes):
         raise Refused(f'{path} has {len(listed)} names for {len(classes)} classes; give a line for each')
-    names = [name.replace('_', ' ').strip() for name in listed]
+    names = []
+    for name in listed:
+        if isinstance(name, tuple):
+            name = name[0]              # the first of synonyms. Of ImageNet's two are 'crane', which is refused
+        names.append(name.replace('_', ' ').strip())
     check_names(names)
     return names
 
@@ -664,18 +666,17 @@ def run_segment(args, model, tokenizer, preprocess):
     settings = Settings(3 * model.config.image_size // 2)   # in proportion as released, 336 of 224
     if args.benchmark:
         settings = BENCHMARKS[args.benchmark]
-    settings = settings._replace(csa=args.csa)
+    settings = settings._replace(csa=args.csa or settings.csa)
     synonyms = []                                       # a list for each class
     for line in read_lines(args.classes):
         parts = line.replace('_', ' ').split(',')
         synonyms.append([name.strip() for name in parts if name.strip()])
     need(all(synonyms), f'{args.classes} has a line of commas alone; give a name a class')
-    all_names = sum(synonyms, [])
-    check_names(all_names)
     names = [first for first, *_ in synonyms]
+    check_names(names)
     names_per_class = list(map(len, synonyms))
     templates = read_templates(args.templates)
-    vectors = class_vectors(model, tokenizer, all_names, templates)
+    vectors = class_vectors(model, tokenizer, sum(synonyms, []), templates)
     vectors = vectors.to(model.logit_scale.device)
     pairs = mask_pairs(args.images, args.masks, args.image_suffix, args.mask_suffix, args.list)
     matrix = torch.zeros(len(names), len(names), dtype=torch.int64)

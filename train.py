@@ -250,8 +250,8 @@ def make_parser():
     # machine
     add('--precision', choices=['auto', *DTYPES], default='auto', help='auto: bf16 if fast')
     add('--device', choices=['auto', 'cuda', 'cpu'], default='auto', help='auto: cuda if found')
-    add('--compile', action=argparse.BooleanOptionalAction, help='torch.compile, for GPUs alone')
-    add('--grad-checkpoint', action=argparse.BooleanOptionalAction, help='less memory, more time')
+    add('--compile', action=argparse.BooleanOptionalAction, default=False, help='torch.compile, for GPUs alone')
+    add('--grad-checkpoint', action=argparse.BooleanOptionalAction, default=False, help='less memory, more time')
     # output
     add('--out', help='folder of checkpoint, log and report (runs/PRESET-METHOD)')
     add('--resume', help="a checkpoint, a run's folder, or auto: that in --out, or a fresh start")
@@ -322,13 +322,13 @@ def read_options(argv):
 
 
 def check_resumed(options, resumed):
-    """Refused: a new preset, method, batch or vocabulary. Of every other change a line is printed."""
+    """Refused: a new preset, method or batch. Of every other change a line is printed."""
     for name, old in resumed.items():
         new = getattr(options, name)
         if new in (old, None):      # None: of --steps and --epochs only the other was typed
             continue
         flag = name.replace('_', '-')
-        if name in ('preset', 'method', 'batch', 'vocab'):
+        if name in ('preset', 'method', 'batch'):
             raise Refused(f'this run was started with --{flag} {old}, not {new}; give the same to resume it, or '
                           'another --out')
         if os.environ.get('RANK', '0') == '0':
@@ -598,7 +598,7 @@ def restore(run, saved, in_place):
     if saved['scaler']:
         run.scaler.load_state_dict(saved['scaler'])
     run.step = saved['step']
-    if in_place and saved['options']['val'] == run.options.val:     # else it was of other data
+    if in_place and saved['options']['val'] == run.options.val:     # else best.pt is of other data, or not here
         run.best = tuple(saved['best'])
     run.begun -= saved['seconds']
     # No two checkpoints have the same seconds. Equal ones mean that this rank has read the file that rank 0 has read.
@@ -744,8 +744,10 @@ def print_plan(run, val):
     if val is None:
         print('note       nothing is held out, so overfitting cannot be seen; python -m extras.prepare pack --val 0.1 '
               'holds a tenth out')
-    elif not set(shards.paths).isdisjoint(val.paths):
-        print(f'WARNING    {len(set(shards.paths) & set(val.paths))} shards are in --data and in --val')
+        return
+    in_both = set(map(os.path.realpath, shards.paths)) & set(map(os.path.realpath, val.paths))
+    if in_both:
+        print(f'WARNING    {len(in_both)} shards are in --data and in --val')
 
 
 def prepare_folder(run, in_place):
@@ -899,6 +901,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
         if saved and saved['shards'] != shards.fingerprint:
             raise Refused(f'this run was started on other shards than the {len(shards.paths)} of {options.data}; give '
                           'the same --data, or start anew with --init')
+        shards.check_first_pairs()                          # an index says nothing of captions
         data.check_batch(options.batch, len(shards), processes.world * options.accum)
         if options.val and processes.rank == 0:
             val = Shards(options.val, options.caption_keys, 'val')  # --caption-pool is of --data

@@ -102,6 +102,8 @@ def measure_step(preset, method, batch, precision, steps, compile):
         step()
     if compile:
         train.compile_blocks(model)
+        if teacher:
+            train.compile_blocks(teacher.model)
     for _ in range(steps + WARM_UP):
         with clock('step'):
             step()

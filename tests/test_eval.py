@@ -226,10 +226,11 @@ def test_retrieval_of_shards_and_lists(gallery):
 
 
 def test_class_names_of_every_source():
-    """oracle: names as torchvision's sets have them: lines for spaces; none, and synonyms, are refused."""
+    """oracle: names as torchvision's sets have them: synonyms, lines for spaces; none, and equal ones, are refused."""
     def names(*classes):
         return evaluation.class_names(SimpleNamespace(classes=classes))
 
+    assert names(('tench', 'Tinca tinca'), ('ox',)) == ['tench', 'ox']
     assert names('crab_leg') == ['crab leg']
     for classes in [], [('crane',), ('crane', 'hoist')]:
         refused('by --classes', names, *classes)

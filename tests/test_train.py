@@ -404,9 +404,10 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     assert 'started on other shards' in fit(out, *AUTO, '--data', other)
     assert 'started with --method cosmos, not clip' in fit(out, *AUTO, '--method', 'clip')
     assert 'started with --batch 4, not 8' in fit(out, *AUTO, '--batch', 8)
-    monkeypatch.setattr(train, 'GLOBALS', 3)
-    assert 'trained with GLOBALS = 2, not 3' in fit(out, *AUTO)
-    monkeypatch.setattr(train, 'GLOBALS', 2)
+    assert 'name the captions with --caption-keys' in fit(out, *AUTO, '--caption-keys', 'title')
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'GLOBALS', 9)
+        assert f'trained with GLOBALS = {cosmos.GLOBALS}, not 9' in fit(out, *AUTO)
     capsys.readouterr()
     assert fit(out, '--resume', out, '--steps', 4) == 0                 # nothing is left to do
     assert re.findall('note.*', capsys.readouterr().out) == ['note       --steps was 6, is now 4']
