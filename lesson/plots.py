@@ -9,16 +9,16 @@ variants:
 
     94.8<!--minutes/cosmos/small.top1-->    +5.3 ± 2.1<!--minutes/cosmos~clip/small.top1-->
 
-Shares are in percent, `seconds` in minutes, `pairs` in thousands. A difference has its 95 % interval over seeds (Welch),
-each seed with training scenes of its own. The differences of a page are one family (Holm): what does not survive at
-5 % has "(open)" behind it.
+Shares are in percent, `seconds` in minutes, `pairs` in thousands. A difference is the mean of those within the seeds, with
+its 95 % interval (Student's t): all runs of a seed have the same training scenes. The differences of a page are one
+family (Holm): what does not survive at 5 % has "(open)" behind it.
 """
 import functools
 import hashlib
 import math
 import re
 from pathlib import Path
-from statistics import fmean, variance
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -54,19 +54,19 @@ def rows_of(experiment):
 
 
 def values(experiment, name, column):
-    """-> [value of each seed], in its unit"""
+    """-> {seed: value}, in its unit"""
     factor = UNITS.get(column, 100)
-    found = []
-    for (variant, _), row in rows_of(experiment).items():
+    found = {}
+    for (variant, seed), row in rows_of(experiment).items():
         if variant == name and row.get(column):
-            found.append(factor * float(row[column]))
+            found[seed] = factor * float(row[column])
     return found
 
 
 def mean(experiment, name, column):
     """Over the seeds that have a row; NaN where none has."""
     found = values(experiment, name, column)
-    return fmean(found) if found else math.nan
+    return fmean(found.values()) if found else math.nan
 
 
 def chance_of(t, freedom):
@@ -97,17 +97,17 @@ class Difference(NamedTuple):
 
 
 def difference(experiment, name, other, column):
-    """name minus other, over all seeds of each (Welch). Of a single run nothing is known but the gap."""
+    """name minus other, seed by seed: the runs of a seed have the same training scenes, and rise and fall together. Of one
+    seed nothing is known but the gap."""
     a = values(experiment, name, column)
     b = values(experiment, other, column)
-    need(a and b, f'{experiment} has no {column} of {name} or {other}')
-    gap = fmean(a) - fmean(b)
-    if min(len(a), len(b)) < 2:
+    gaps = [a[seed] - b[seed] for seed in a if seed in b]
+    need(gaps, f'{experiment} has no {column} of {name} or {other}')
+    gap = fmean(gaps)
+    if len(gaps) < 2:
         return Difference(gap)
-    u = variance(a) / len(a)
-    v = variance(b) / len(b)
-    error = math.sqrt(u + v)
-    freedom = (u + v) ** 2 / (u ** 2 / (len(a) - 1) + v ** 2 / (len(b) - 1))
+    error = stdev(gaps) / math.sqrt(len(gaps))
+    freedom = len(gaps) - 1
     return Difference(gap, quantile(freedom) * error, chance_of(abs(gap) / error, freedom))
 
 
@@ -281,7 +281,7 @@ def draw_race(figure):
                 found = values(track, name, column)
                 label = None if y else f'same {track}'
                 axis.barh(y + shift, mean(track, name, column), 0.3, color=color, alpha=0.5, label=label)
-                axis.plot(found, [y + shift] * len(found), 'k.', markersize=4)
+                axis.plot(found.values(), [y + shift] * len(found), 'k.', markersize=4)
         axis.axvline(CHANCE, color='grey', linestyle='--', label='chance')
         axis.set_title(f'{title} named, %')
         axis.set_xlim(0, 100)
