@@ -5,7 +5,7 @@ takes several views of both: large and small crops of the image, groups of sente
 caption. A student network sees all of them. A teacher network, a slow average of the student, sees only the global
 ones: large crops, groups of sentences. In the student, cross-attention lets each vector of one modality read the tokens
 of the other. What it was and what it has read, added up, must tell the teacher's vectors of its own pair from those of
-all other pairs. So a sentence about a small object must find that object in the image.
+all other pairs. So a sentence about a small object is meant to find that object in the image.
 
 Notation. Views come first, (V, B, D), and views 0 and 1 are the two globals. "View" also means a caption.
     B pairs on this GPU     N pairs on all GPUs     V image views, 2 global + local     U captions, 2 global + local

@@ -239,11 +239,16 @@ def draw_batches(figure):
     for axis, kind, title in zip(axes, ('clip-4', 'clip-16', 'cosmos-4'), (
             'CLIP, 4 colours', 'CLIP, 16 colours', 'COSMOS, 4 colours')):
         points = []
+        runs = []
         for share in 0, 1:
-            recall = mean('batches', f'{kind}-{share}', 'retrieval.image_to_text_R@1')
-            points.append((recall, mean('batches', f'{kind}-{share}', 'small.top1')))
+            name = f'{kind}-{share}'
+            point = 'batches', name, 'retrieval.image_to_text_R@1'
+            points.append((mean(*point), mean('batches', name, 'small.top1')))
+            runs.append([list(values(*point).values()), list(values('batches', name, 'small.top1').values())])
+        axis.plot(*np.transpose(runs, (1, 0, 2)), color='0.7', linewidth=1)     # a line a seed
         axis.plot(*points[0], 'o')
         axis.annotate('', points[1], points[0], arrowprops={'arrowstyle': '->', 'linewidth': 2})
+        axis.text(*points[1], ' sorted')
         axis.axhline(CHANCE, color='grey', linestyle='--', label='chance of naming')
         axis.set_title(title)
         axis.set_xlabel('R@1, image to text, %')
@@ -264,7 +269,7 @@ def draw_company(figure):
         for y, x in np.ndindex(3, 3):
             color = 'white' if square[y][x] > 70 else 'black'
             axis.text(x, y, f'{square[y][x]:.0f}', color=color, ha='center', va='center', fontsize=14)
-        axis.set_xticks(range(3), COMPANY)
+        axis.set_xticks(range(3), ['alone', 'by an equal', 'by a big one'])
         axis.set_yticks(range(3), COMPANY)
         axis.set_xlabel('tested')
         axis.set_ylabel('trained')
@@ -298,6 +303,8 @@ def draw_maps(figure):
         for axis, (name, weights) in zip(column[1:], maps.items()):
             side = math.isqrt(len(weights))
             axis.imshow(np.reshape(weights, (side, side)), cmap='magma')
+            y, x = divmod(int(np.argmax(weights)), side)
+            axis.plot(x, y, 'c+', markersize=10)
             axis.set_title(name, fontsize=9)
     for axis in axes.flat:
         axis.set_xticks([])
