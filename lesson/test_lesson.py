@@ -529,7 +529,7 @@ def test_variants():
         assert variant.rate in (0, options.lr)
         same = variant.method, variant.world, variant.scenes, variant.grouped, flags
         assert found.setdefault(experiments.recipe(variant), same) == same
-    recipes = [experiments.recipe(EXPERIMENTS[name][key]) for name, key in (('batches', 'clip-2-0'), ('company', 'clip-equal'))]
+    recipes = [experiments.recipe(EXPERIMENTS[name][key]) for name, key in (('tune-big', 'clip-0.00025'), ('company', 'clip-big'))]
     assert recipes[0] == recipes[1]
 
 
