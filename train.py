@@ -783,19 +783,24 @@ def finish(run, figures):
 MOST_BROKEN = 5         # steps in a row whose loss or gradient is not finite
 
 
+def batches_left(run):
+    """The batches of the steps that are left, for this rank."""
+    options = run.options
+    order = run.order(len(run.train_set.shards), options.batch, run.step, options.steps, options.seed,
+                      rank=run.processes.rank, world=run.processes.world)
+    # Half precision is faster with captions of multiples of 8 tokens.
+    return iter(data.loader(run.train_set, order, options.workers,
+                            multiple=8 if run.dtype else 1,
+                            whole_first=run.method.cross_attention))    # C^T reads its padding
+
+
 def train(run, val):
     """Take the steps that are left -> the figures of the last step; None where a signal ended it. Either way the last
     step is saved."""
     options = run.options
     processes = run.processes
     caught = catch_signals()
-    pairs = len(run.train_set.shards)
-    order = run.order(pairs, options.batch, run.step, options.steps, options.seed,
-                      rank=processes.rank, world=processes.world)
-    # Half precision is faster with captions of multiples of 8 tokens.
-    batches = iter(data.loader(run.train_set, order, options.workers,
-                               multiple=8 if run.dtype else 1,
-                               whole_first=run.method.cross_attention))    # C^T reads its padding
+    batches = batches_left(run)
     in_between = options.val and options.eval_every
     if in_between and run.step == 0:
         write_log(run, {'step': 0, 'eval': evaluate(run, val)})    # what the first weights can do
