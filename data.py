@@ -806,7 +806,8 @@ class Crops(Dataset):
 
     augment: 'full' is the released recipe; 'crops' neither changes colours nor flips, for captions that name colours
     and sides. crop_min: the smallest share of the image in a global crop.
-    A pair that is Unreadable is named, counted, and replaced by another one, drawn at random.
+    A pair that is Unreadable is named, counted, and replaced by another one, drawn at random; that may be in the batch
+    already, which is rare in a set that is much larger than a batch.
     """
     shards: Shards
     tokenizer: Tokenizer

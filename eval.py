@@ -238,8 +238,8 @@ class Images(Dataset):
 
 @torch.no_grad()
 def embed_labelled(model, source, preprocess, workers=0):
-    """-> (n, D) unit vectors on the CPU, (n,) labels. source: see Images. A file that is no image
-    raises Unreadable, with its name."""
+    """-> (n, D) unit vectors on the CPU, (n,) labels. source: see Images. A file that is no
+    image raises Unreadable, with its name."""
     need(len(source), 'there is no image to embed; give one or more')
     loader = DataLoader(Images(source, preprocess), IMAGE_BATCH, num_workers=workers)
     features = []

@@ -215,6 +215,7 @@ EXPERIMENTS = {
     'tune-big': tune({'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4], 'cosmos': [1e-3, 5e-4]}, world='big'),
     'batches': batches(),
     'company': company(),
+    'first': {'cosmos': Variant('cosmos', seeds=range(1))},             # the run of `python train.py`
     'minutes': {method: Variant(method) for method in RACE} | {'clip': Variant('clip', pairs=LONGER)},
     'pairs': {method: Variant(method, track='pairs') for method in RACE},
     'reading': {method: Variant(method) for method in ('cosmos', 'another-pair')},
