@@ -2,7 +2,6 @@
 
     python -m lesson.experiments minutes                    the runs of `minutes` that have no row, two side by side
     python -m lesson.experiments minutes --run cosmos 0     one run: its figures; the next start adds its row
-    python -m lesson.experiments speed                      pairs a second, for the table SPEED
 
 A run that has a row is not made again, whichever experiments it belongs to, and one that was interrupted goes on where
 it stopped: start the command again. Each run is a process of one thread on the CPU, whose scenes, checkpoint and log
@@ -12,7 +11,6 @@ Methods race on two tracks. `pairs`: all see as many pairs, the paper's comparis
 run ends its own schedule. What is measured is the moving average of its weights, in every method.
 """
 import csv
-import json
 import os
 import platform
 import re
@@ -24,7 +22,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -112,27 +109,25 @@ class Grouped(Order):
 class Method(NamedTuple):
     """What competes."""
     label: str                      # in plots
-    flags: str                      # of train.py
-    batch: int = 32
+    train_method: str               # --method of train.py
+    batch: int
+    steps: int                      # that take as long as the 1,000 of COSMOS (about: the rows have the seconds)
+    rate: float                     # peak learning rate: of those that `tune` tried the one that names most, as the mean
+                                    # of big and small objects. The two other COSMOS take that of COSMOS
     model: type = COSMOS
 
 
 METHODS = {
-    'clip': Method('CLIP', '--method clip', batch=64),
-    'clip-aug': Method('CLIP, two crops', '--method clip-aug'),
-    'text-crop': Method('text crops', '--method text-crop'),
+    'clip': Method('CLIP', 'clip', 64, 1684, 2.5e-4),
+    'clip-aug': Method('CLIP, two crops', 'clip-aug', 32, 2256, 1.25e-4),
+    'text-crop': Method('text crops', 'text-crop', 32, 1368, 5e-4),
     'without-cross-attention': Method(
-        'COSMOS without cross-attention', '--method cosmos', model=WithoutCrossAttention),
-    'without-residual': Method('COSMOS without residual', '--method cosmos', model=WithoutResidual),
-    'another-pair': Method('COSMOS that reads another pair', '--method cosmos', model=ReadsAnotherPair),
-    'cosmos': Method('COSMOS', '--method cosmos')}
-
-# Pairs a second of one thread beside a second run: means of two rounds of `speed`, on two cores of an AMD EPYC.
-SPEED = {
-    'clip': 448, 'clip-aug': 300, 'text-crop': 182, 'without-cross-attention': 153,
-    'without-residual': 133, 'another-pair': 133, 'cosmos': 133}
-PAIRS = 1000 * 32                   # of COSMOS on both tracks: those of `python train.py`
-LONGER = round(1.147 * PAIRS)       # CLIP was faster than SPEED says: with this it takes as long as COSMOS
+        'COSMOS without cross-attention', 'cosmos', 32, 1150, 1e-3, WithoutCrossAttention),
+    'without-residual': Method('COSMOS without residual', 'cosmos', 32, 1000, 1e-3, WithoutResidual),
+    'another-pair': Method('COSMOS that reads another pair', 'cosmos', 32, 1000, 1e-3, ReadsAnotherPair),
+    'cosmos': Method('COSMOS', 'cosmos', 32, 1000, 1e-3)}
+PAIRS = 32_000                      # of all methods on the track `pairs`
+SCENES = 4000                       # for training
 PRECISION = 'bf16'
 EVALUATIONS = 5                     # of a run, the last one at its end
 
@@ -147,60 +142,56 @@ WORLDS = {
     'equal-16': TWO | {'company': 'equal', 'colors': 16},
     'big': TWO}
 COMPANY = ('alone', 'equal', 'big')
-# Peak learning rates: of those that `tune` tried the one that names most, as the mean of big and small objects. The last
-# two are not tuned: they take that of COSMOS.
-RATES = {
-    'clip': 2.5e-4, 'text-crop': 5e-4, 'without-cross-attention': 1e-3, 'cosmos': 1e-3,
-    'without-residual': 1e-3, 'another-pair': 1e-3}
 
 
 class Variant(NamedTuple):
     """How runs are made. Variants that only differ in seeds and in `tested` share their runs."""
     method: str
     world: str = 'built-in'
-    track: str = 'minutes'          # or pairs
-    rate: float = 0.0               # 0: that of RATES
+    steps: int = 0                  # 0: those of the method, as is the rate
+    rate: float = 0.0
     grouped: float = 0.0            # share of batches whose scenes have the same colours
-    scenes: int = 4000              # for training
-    pairs: int = PAIRS              # of COSMOS
     seeds: range = range(5)
     tested: tuple = ()              # worlds in which it is asked for names, too
 
 
-def tune(rates, seed=100, world='built-in', track='minutes'):
+def tune(rates, seed=100, **how):
     """Which learning rate is best? On seeds that are used for nothing else."""
     variants = {}
     for method, tried in rates.items():
         for rate in tried:
-            variants[f'{method}-{rate:g}'] = Variant(method, world, track, rate, seeds=range(seed, seed + 1))
+            variants[f'{method}-{rate:g}'] = Variant(method, rate=rate, seeds=range(seed, seed + 1), **how)
     return variants
 
 
 def batches():
     """Page 2: worlds of 4 and 16 colours, batches as they come and batches grouped by colours."""
     variants = {}
-    for method, colors, seeds in ('clip', 4, 5), ('clip', 16, 1), ('cosmos', 4, 3):
-        for share in 0, 1:
-            variants[f'{method}-{colors}-{share}'] = Variant(
-                method, f'equal-{colors}', grouped=share, seeds=range(seeds), tested=COMPANY)
+    for method in 'clip', 'cosmos':
+        for colors in 4, 16:
+            for share in 0, 1:
+                variants[f'{method}-{colors}-{share}'] = Variant(method, f'equal-{colors}', grouped=share)
     return variants
 
 
 def company():
     """Page 3: trained and tested with a small object alone, beside an equal, beside a big one."""
     variants = {}
-    for method in ('clip', 'cosmos'):
+    for method in 'clip', 'cosmos':
         for world in COMPANY:
-            variants[f'{method}-{world}'] = Variant(method, world, seeds=range(3), tested=COMPANY)
+            variants[f'{method}-{world}'] = Variant(method, world, tested=COMPANY)
     return variants
 
 
-RACE = ['cosmos', 'without-cross-attention', 'text-crop', 'clip']
+def same_pairs(method, **how):
+    return Variant(method, steps=PAIRS // METHODS[method].batch, **how)
+
+
+EIGHT = range(8)                    # seeds, where five left a difference open
 NOBODY = 'nobody'                   # the method of a row that tells what adversaries reach in a world
 
 EXPERIMENTS = {
     'worlds': {world: Variant(NOBODY, world, seeds=range(1)) for world in WORLDS},
-    'speed': {method: Variant(method, track='pairs', rate=1e-3, pairs=PAIRS // 8, seeds=range(2)) for method in METHODS},
     'tune': tune({
         'clip': [5e-4, 2.5e-4, 1.25e-4],
         'clip-aug': [5e-4, 2.5e-4, 1.25e-4],
@@ -211,38 +202,39 @@ EXPERIMENTS = {
         'clip': [2.5e-4, 1.25e-4],
         'text-crop': [5e-4, 2.5e-4],
         'cosmos': [1e-3, 5e-4]}, seed=101),
-    'tune-pairs': tune({'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4]}, track='pairs'),
+    'tune-pairs': tune({'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4]}, steps=500),
     'tune-big': tune({'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4], 'cosmos': [1e-3, 5e-4]}, world='big'),
     'batches': batches(),
     'company': company(),
     'first': {'cosmos': Variant('cosmos', seeds=range(1))},             # the run of `python train.py`
-    'minutes': {method: Variant(method) for method in RACE} | {'clip': Variant('clip', pairs=LONGER)},
-    'pairs': {method: Variant(method, track='pairs') for method in RACE},
-    'reading': {method: Variant(method) for method in ('cosmos', 'another-pair')},
+    'minutes': {
+        'cosmos': Variant('cosmos', seeds=EIGHT),
+        'without-cross-attention': Variant('without-cross-attention', seeds=EIGHT),
+        'text-crop': Variant('text-crop'),
+        'clip': Variant('clip', steps=1932, seeds=EIGHT)},              # 15 % more: 1,684 took less than COSMOS
+    'pairs': {
+        'cosmos': same_pairs('cosmos', seeds=EIGHT),
+        'without-cross-attention': same_pairs('without-cross-attention', seeds=EIGHT),
+        'text-crop': same_pairs('text-crop'),
+        'clip': same_pairs('clip')},
+    'reading': {'cosmos': Variant('cosmos'), 'another-pair': Variant('another-pair')},
     'exercise': {'without-residual': Variant('without-residual', seeds=range(1))}}
 
 
 # --- 3. One run ------------------------------------------------------------------------------------------------------
 
-def count_steps(variant):
-    pairs = variant.pairs
-    if variant.track != 'pairs':
-        pairs *= SPEED[variant.method] / SPEED['cosmos']
-    return round(pairs / METHODS[variant.method].batch)
-
-
 def flags_of(variant):
     """What tells runs apart but for scenes, batches and seed, as flags of train.py. All else is the recipe of `tiny`."""
     method = METHODS[variant.method]
-    rate = variant.rate or RATES[variant.method]
-    steps = count_steps(variant)
+    steps = variant.steps or method.steps
+    rate = variant.rate or method.rate
     every = -(-steps // EVALUATIONS)                    # rounded up
-    return f'{method.flags} --batch {method.batch} --steps {steps} --lr {rate} --eval-every {every}'
+    return (f'--method {method.train_method} --batch {method.batch} --steps {steps} --lr {rate} --eval-every {every}')
 
 
 def recipe(variant):
     """All that makes a run but its seed, in words. Runs of the same recipe and seed are one run."""
-    words = f'{variant.method} on {variant.scenes} of {variant.world}'
+    words = f'{variant.method} on {SCENES} of {variant.world}'
     if variant.method != NOBODY:
         words += f', {variant.grouped:g} grouped, {flags_of(variant)}'
     return words
@@ -258,11 +250,11 @@ def run_folder(variant, seed):
     return folder(f"{origin()['commit']} {recipe(variant)} {seed}")
 
 
-def scene_folder(world, scenes, seed):
+def scene_folder(world, seed):
     """A set of scenes, drawn where it is absent."""
-    path = folder(f'scenes {VERSION} {WORLDS[world]} {scenes} {seed}')
+    path = folder(f'scenes {VERSION} {WORLDS[world]} {SCENES} {seed}')
     if not (path / 'world.json').exists():              # written last
-        make_scenes(path, scenes, seed=seed, **WORLDS[world])
+        make_scenes(path, SCENES, seed=seed, **WORLDS[world])
     return path
 
 
@@ -289,21 +281,6 @@ def flat(figures, prefix=''):
         elif not isinstance(value, list):
             row[prefix + name] = round(value, 4)
     return row
-
-
-def read_log(out):
-    """Of a run that has ended: steps, seconds, pairs a second."""
-    speeds = {}                     # by step: of equal ones the last entry counts
-    for line in evaluation.read_lines(out / 'log.jsonl'):
-        entry = json.loads(line)
-        if 'pairs_per_s' in entry:
-            speeds[entry['step']] = entry['pairs_per_s']
-    _, *speeds = speeds.values()    # the first one has the start in it
-    end = entry['eval']
-    return {
-        'steps': end['steps'],
-        'seconds': end['seconds'],
-        'pairs_per_s': round(median(speeds))}
 
 
 def load(path, build):
@@ -342,17 +319,17 @@ def run_figures(variant, seed, scenes, out):
     scored = load(out / 'last.pt', METHODS[variant.method].model)
     figures = suppression.measure(SimpleNamespace(shards=scenes, workers=0), *scored)
     for world in variant.tested:
-        shards = Shards(scene_folder(world, variant.scenes, seed) / 'val')
+        shards = Shards(scene_folder(world, seed) / 'val')
         scores = suppression.scores_of(shards, *scored)
         figures[world] = suppression.named(scores, suppression.read_scenes(shards))
-    log = read_log(out)
-    log['pairs'] = log['steps'] * METHODS[variant.method].batch
-    return log | figures
+    end = evaluation.read_json(out / 'eval.json')
+    pairs = end['steps'] * METHODS[variant.method].batch
+    return {'steps': end['steps'], 'seconds': end['seconds'], 'pairs': pairs} | figures
 
 
 def make_row(variant, seed):
     """All figures of a run, which is trained first; they go into row.json of its folder, too."""
-    scenes = scene_folder(variant.world, variant.scenes, seed)
+    scenes = scene_folder(variant.world, seed)
     out = run_folder(variant, seed)
     if variant.method == NOBODY:
         figures = world_figures(scenes)
@@ -427,7 +404,7 @@ def main():
     missing = missing_runs(args.experiment, args.seeds)
     for seed, name in missing:                          # before two runs need it
         for world in (variants[name].world, *variants[name].tested):
-            scene_folder(world, variants[name].scenes, seed)
+            scene_folder(world, seed)
     print(f'{len(missing)} runs have no row in {RESULTS}; --run makes one of the others again')
     with ThreadPoolExecutor(2) as pool:
         for row in pool.map(partial(launch, args.experiment), missing):

@@ -19,7 +19,6 @@ import math
 import re
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,51 +63,31 @@ def values(experiment, name, column):
 
 
 def mean(experiment, name, column):
-    """Over the seeds that have a row; NaN where none has."""
+    """Over the seeds."""
     found = values(experiment, name, column)
-    return fmean(found.values()) if found else math.nan
+    need(found, f'{experiment} has no {column} of {name}')
+    return fmean(found.values())
 
 
-def chance_of(t, freedom):
-    """P(|T| > t) of Student's t. With t = sqrt(freedom) tan(u) its density is cos(u) to the power freedom - 1."""
-    angles = (np.arange(100_000) + 0.5) / 100_000 * math.pi / 2
-    density = np.cos(angles) ** (freedom - 1)
-    return density[angles > math.atan(t / math.sqrt(freedom))].sum() / density.sum()
-
-
-def quantile(freedom):
-    """The t that is exceeded, on both sides together, with a chance of LEVEL. By bisection."""
-    low = 0.0
-    high = 1000.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        if chance_of(middle, freedom) > LEVEL:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-class Difference(NamedTuple):
-    """Of two variants."""
-    gap: float                  # of their means
-    half: float = math.inf      # of its 95 % interval
-    chance: float = 1.0         # of such a gap between equals
+def student_t(freedom):
+    """-> many t from 0 up, and the chance that |T| is larger than each. With t = sqrt(freedom) tan(u) the density of
+    Student's t is cos(u) to the power freedom - 1."""
+    u = (np.arange(100_000) + 0.5) / 100_000 * math.pi / 2
+    density = np.cos(u) ** (freedom - 1)
+    return math.sqrt(freedom) * np.tan(u), 1 - density.cumsum() / density.sum()
 
 
 def difference(experiment, name, other, column):
-    """name minus other, seed by seed: the runs of a seed have the same training scenes, and rise and fall together. Of one
-    seed nothing is known but the gap."""
+    """name minus other, seed by seed: the runs of a seed have the same training scenes, and rise and fall together
+    -> the mean, half of its 95 % interval, the chance of such a mean between equals."""
     a = values(experiment, name, column)
     b = values(experiment, other, column)
     gaps = [a[seed] - b[seed] for seed in a if seed in b]
-    need(gaps, f'{experiment} has no {column} of {name} or {other}')
+    need(len(gaps) > 1, f'{experiment} has no two seeds with {column} of {name} and {other}')
     gap = fmean(gaps)
-    if len(gaps) < 2:
-        return Difference(gap)
     error = stdev(gaps) / math.sqrt(len(gaps))
-    freedom = len(gaps) - 1
-    return Difference(gap, quantile(freedom) * error, chance_of(abs(gap) / error, freedom))
+    t, chance = student_t(len(gaps) - 1)
+    return gap, np.interp(-LEVEL, -chance, t) * error, np.interp(abs(gap) / error, t, chance)
 
 
 def holm(chances):
@@ -132,25 +111,21 @@ def filled(text):
 
 def filled_part(part):
     differences = {}
+    chances = {}
     for place in re.findall(MARK, part):
         if place[2]:
-            differences[place] = difference(*place)
-    decided = holm({place: each.chance for place, each in differences.items()})
+            *differences[place], chances[place] = difference(*place)
+    decided = holm(chances)
 
     def with_figure(match):
         place = match.groups('')
-        if place[2]:
-            gap, half, _ = differences[place]
-            text = f'{gap:+.1f}'
-            if half < math.inf:
-                text += f' ± {half:.1f}'
+        if place in differences:
+            text = '{:+.1f} ± {:.1f}'.format(*differences[place])
             if place not in decided:
                 text += ' (open)'
         else:
             experiment, name, _, column = place
-            figure = mean(experiment, name, column)
-            need(not math.isnan(figure), f'{experiment} has no {column} of {name}')
-            text = f'{figure:.1f}'
+            text = f'{mean(experiment, name, column):.1f}'
         _, comment = match[0].split('<', 1)
         return f'{text}<{comment}'
 
@@ -165,7 +140,7 @@ SCENES = 6              # of the maps: the first ones
 
 def scored_run(variant):
     """Of seed 0 -> what evaluation.load returns, and its held-out scenes."""
-    scenes = scene_folder(variant.world, variant.scenes, 0)
+    scenes = scene_folder(variant.world, 0)
     scored = load(run_folder(variant, 0) / 'last.pt', METHODS[variant.method].model)
     return scored, Shards(scenes / 'val')
 
@@ -209,7 +184,7 @@ def look():
 # --- 3. Pictures -----------------------------------------------------------------------------------------------------
 
 def held_out(world):
-    return Shards(scene_folder(world, 4000, 0) / 'val')
+    return Shards(scene_folder(world, 0) / 'val')
 
 
 def draw_suppression(figure):
@@ -235,27 +210,25 @@ def draw_suppression(figure):
 
 def draw_batches(figure):
     """Page 2: R@1 across, shapes named up; an arrow from batches as they come to batches of equal colours."""
-    axes = figure.subplots(1, 3, sharey=True)
-    for axis, kind, title in zip(axes, ('clip-4', 'clip-16', 'cosmos-4'), (
-            'CLIP, 4 colours', 'CLIP, 16 colours', 'COSMOS, 4 colours')):
-        points = []
-        runs = []
-        for share in 0, 1:
-            name = f'{kind}-{share}'
-            point = 'batches', name, 'retrieval.image_to_text_R@1'
-            points.append((mean(*point), mean('batches', name, 'small.top1')))
-            runs.append([list(values(*point).values()), list(values('batches', name, 'small.top1').values())])
-        axis.plot(*np.transpose(runs, (1, 0, 2)), color='0.7', linewidth=1)     # a line a seed
-        axis.plot(*points[0], 'o')
-        axis.annotate('', points[1], points[0], arrowprops={'arrowstyle': '->', 'linewidth': 2})
-        axis.text(*points[1], ' sorted')
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, colors in zip(axes, (4, 16)):
+        for method, paint in ('clip', 'tab:blue'), ('cosmos', 'tab:orange'):
+            ends = []
+            for share in 0, 1:
+                place = 'batches', f'{method}-{colors}-{share}'
+                r_at_1 = values(*place, 'retrieval.image_to_text_R@1')
+                shapes = values(*place, 'small.top1')
+                axis.plot(r_at_1.values(), shapes.values(), '.', color=paint, alpha=0.4)    # a point a run
+                ends.append((fmean(r_at_1.values()), fmean(shapes.values())))
+            start, end = ends
+            axis.plot(*start, 'o', color=paint, label=METHODS[method].label)
+            axis.annotate('', end, start, arrowprops={'arrowstyle': '->', 'linewidth': 2, 'color': paint})
         axis.axhline(CHANCE, color='grey', linestyle='--', label='chance of naming')
-        axis.set_title(title)
+        axis.set_title(f'{colors} colours')
         axis.set_xlabel('R@1, image to text, %')
-        axis.set_xlim(0, 15)
         axis.set_ylim(0, 60)
     axes[0].set_ylabel('objects named, %')
-    axes[2].legend(fontsize=9)
+    axes[1].legend(fontsize=9)
 
 
 def draw_company(figure):
@@ -338,16 +311,24 @@ def draw(name):
 
 # --- 4. The command --------------------------------------------------------------------------------------------------
 
-def check_rows(experiment):
-    """Refused: runs that cannot be compared."""
-    rows = rows_of(experiment).values()
-    commits = {(row['commit'], row['precision']) for row in rows}
-    need(len(commits) == 1, f'{experiment} has runs of several commits: {commits}; make them anew at one')
-    machine_of = {}
-    for row in rows:
-        other = machine_of.setdefault(row['seed'], row['machine'])
-        need(row['machine'] == other,
-             f"seed {row['seed']} of {experiment} has runs of several machines; make them anew on one")
+def check():
+    """Refused: runs that are missing or cannot be compared, and a text or a picture that does not agree with the rows."""
+    for experiment in EXPERIMENTS:
+        missing = missing_runs(experiment)
+        need(not missing,
+             f'{experiment} lacks {len(missing)} runs; make them by python -m lesson.experiments {experiment}')
+        origins = set()
+        for row in rows_of(experiment).values():
+            origins.add((row['commit'], row['machine'], row['precision']))
+        need(len(origins) == 1, f'{experiment} has runs of several origins: {origins}; make them anew at one')
+    for page in PAGES:
+        lines = page.read_text().splitlines()
+        for line, right in zip(lines, filled(page.read_text()).splitlines()):
+            need(line == right, f'{page} has "{line}", and results.csv "{right}"; run python -m lesson.plots')
+    for name, (_, experiment, _) in PICTURES.items():
+        description = Image.open(PICTURE.format(name)).text.get('Description')
+        need(description == source(experiment),
+             f'the picture {name} shows other figures; run python -m lesson.plots')
 
 
 def main():
@@ -355,30 +336,15 @@ def main():
     parser.add_argument('--check', action='store_true', help='only compare with results.csv')
     parser.add_argument('--look', action='store_true', help='only look at single runs again')
     args = parser.parse_args()
-    if args.look:
+    if args.check:
+        check()
+    elif args.look:
         look()
-        return
-    drawn = [name for name, (_, experiment, _) in PICTURES.items() if rows_of(experiment)]
-    if not args.check:
+    else:
         for page in PAGES:
             page.write_text(filled(page.read_text()))
-        for name in drawn:
+        for name in PICTURES:
             draw(name)
-        return
-    for experiment in EXPERIMENTS:
-        if rows_of(experiment):
-            check_rows(experiment)
-    for page in PAGES:
-        for line, right in zip(page.read_text().splitlines(), filled(page.read_text()).splitlines()):
-            need(line == right, f'{page} has "{line}", and results.csv "{right}"; run python -m lesson.plots')
-    for name in drawn:
-        description = Image.open(PICTURE.format(name)).text.get('Description')
-        need(description == source(PICTURES[name][1]),
-             f'the picture {name} shows other figures; run python -m lesson.plots')
-    for experiment in EXPERIMENTS:                      # last: all that is there agrees
-        missing = missing_runs(experiment)
-        need(not missing or not rows_of(experiment),
-             f'{experiment} lacks {len(missing)} runs; make them by python -m lesson.experiments {experiment}')
 
 
 if __name__ == '__main__':

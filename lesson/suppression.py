@@ -255,6 +255,13 @@ def objects_at(shards, i, config):
     return pil_to_tensor(mask)[0, p // 2::p, p // 2::p].flatten()
 
 
+def shares(numbers, own):
+    """Of patches with these objects (n,) those that lie on object `own`, on another one, on the ground."""
+    ground = (numbers == 0).double().mean().item()
+    it = (numbers == own).double().mean().item()
+    return {'it': it, 'other': 1 - it - ground, 'ground': ground}
+
+
 @torch.no_grad()
 def pointing(model, tokenizer, preprocess, shards, scenes):
     """Where does the highest weight of C^I lie? -> {role: {own_it, own_other, ...: shares of its objects}}; {} for a plain
@@ -277,13 +284,9 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
             asked = [COLUMN[thing.name], COLUMN[thing.absent[0]]]
             weights = model.image_cross.weights(eot[asked], patches.expand(2, -1, -1))
             own, absent = numbers[weights.argmax(dim=1).cpu()].split(1)
-            columns = found[thing.role]
             for prefix, there in ('own', own), ('absent', absent), ('area', numbers):
-                on_it = there == thing.number
-                on_other = ~on_it & (there > 0)
-                columns[f'{prefix}_it'].append(on_it.double().mean().item())
-                columns[f'{prefix}_other'].append(on_other.double().mean().item())
-                columns[f'{prefix}_ground'].append((there == 0).double().mean().item())
+                for place, share in shares(there, thing.number).items():
+                    found[thing.role][f'{prefix}_{place}'].append(share)
     figures = {}
     for role, columns in found.items():
         figures[role] = {name: fmean(values) for name, values in columns.items()}
