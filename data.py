@@ -7,6 +7,9 @@ A shard is a tar as img2dataset writes it. Members of one name up to the first d
     000000017.txt     the caption alone; used where the json has none
     000000017.mask.png     of drawn scenes, for lesson/suppression.py alone
 
+Sections 3, 5 and 6 are the paper's: sentences, crops, colours. The rest is storage, a tokenizer and a loader; for the
+paper you may skip it.
+
 A pair gives image crops and text crops (Sec. 3.1). An image crop with its colours changed is an image view. A text crop
 is one sentence, or a few, from all captions of the pair. Random choices for a pair come from (seed, epoch, index of the
 pair), the order of the pairs from (seed, epoch), that of the colour jitters from (seed, epoch, batch in it). So a run sees the
@@ -575,19 +578,10 @@ def open_image(source):
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
-def upright(image):
-    """A Pillow image turned as EXIF says. 16 bits of grey are scaled to 8: Pillow's convert would clip them at 255."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith('I'):
-        gray = np.asarray(image).clip(0, 65535) // 257
-        image = Image.fromarray(np.uint8(gray))
-    return image
-
-
 def read_image(source):
-    """A path, an open file or encoded bytes -> upright Pillow image. Else Unreadable, with the path."""
+    """A path, an open file or encoded bytes -> Pillow image, turned as EXIF says. Else Unreadable, with the path."""
     with pillow_errors('its image' if isinstance(source, bytes) else source):
-        return upright(open_image(source))
+        return ImageOps.exif_transpose(open_image(source))
 
 
 class Kind(NamedTuple):
@@ -632,7 +626,7 @@ def image_crops(data, kinds, rng, flip=True):
     enough = [ceil(side / most_shrink) for side in image.size]          # (w, h), not turned yet, as draft wants it
     with pillow_errors('its image'):
         image.draft('RGB', enough)
-        pixels = TF.pil_to_tensor(upright(image).convert('RGB'))
+        pixels = TF.pil_to_tensor(ImageOps.exif_transpose(image).convert('RGB'))
     scale = min(pixels.shape[1] / height, pixels.shape[2] / width)      # what draft took: 1, or about 1/2, 1/4, 1/8
     crops = []
     for box, kind in zip(boxes, kinds):
@@ -800,6 +794,9 @@ class Counts(NamedTuple):
     local_texts: int = 6
 
 
+MOST_BAD = 1000         # pairs in a row that cannot be read
+
+
 @dataclass
 class Crops(Dataset):
     """The training set: (epoch, position, index) -> the crops of one pair, for `collate`.
@@ -823,20 +820,17 @@ class Crops(Dataset):
 
     def __getitem__(self, where):
         epoch, position, index = where
-        pairs = len(self.shards)
         step_seed = f'{self.seed} {epoch} {position // self.batch}'  # the same for all pairs of a step
         rng = random.Random(f'{self.seed} {epoch} {index} replacement')
-        for bad in range(pairs + 1):                    # how many were bad so far
+        for bad in range(MOST_BAD):                     # how many were bad so far
             try:
                 crops, colours, captions, _ = self.sample(epoch, index)
                 return crops, torch.tensor(colours), self.tokenizer(captions), step_seed, bad
             except Unreadable as error:
                 print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
-            if bad == 0:
-                index = rng.randrange(pairs)            # a replacement
-            else:
-                index = (index + 1) % pairs             # that is bad, too: the one that follows it
-        raise Refused(f'none of {pairs} pairs can be read; look at the shards with python -m extras.prepare inspect')
+            index = rng.randrange(len(self.shards))     # a replacement
+        raise Refused(f'{MOST_BAD} pairs in a row cannot be read; look at the shards with python -m extras.prepare '
+                      'inspect')
 
     def sample(self, epoch, index):
         """-> V crops (3, s, s) uint8, the Colours of each, U captions as strings, and the V boxes; globals first."""

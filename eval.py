@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from cosmos import COSMOS, Config, from_openclip, unit
 # Refused: an error that a user can mend, shown as one sentence. Unreadable(Refused): one image or record is bad.
-from data import (BICUBIC, Parser, Refused, Shards, Tokenizer, Unreadable, normalize, open_image,
-                  pillow_errors, read_image, replacing, run)
+from data import (BICUBIC, Parser, Refused, Shards, Tokenizer, Unreadable, normalize, read_image, replacing,
+                  run)
 
 # --- 1. Files --------------------------------------------------------------------------------------------------------
 
@@ -576,9 +576,8 @@ def segmentation_figures(matrix, names):
 
 def read_mask(path, size, classes, reduce_zero_label=False):
     """A PNG of class numbers, grey or palette, of `size` (w, h) -> (h, w) int64, IGNORE where it does not count."""
-    with pillow_errors(path):
-        mask = open_image(path)         # not by read_image, which scales 16 bits of grey
-        values = np.array(mask, np.int64)
+    mask = read_image(path)
+    values = np.array(mask, np.int64)
     need(values.shape == size[::-1],
          f'mask {path} is a {mask.mode} image of {mask.size} pixels; it must be grey or palette, and of {size}')
     if reduce_zero_label:

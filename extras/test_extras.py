@@ -143,7 +143,6 @@ GARBLED = {
             {"image": "a.jpg", "captions": "a cat"}
             {"image": "b.jpg", "raw_caption": ["Grass. Green."]}
             {"image": "a.jpg", "captions": [{}]}"""),
-    'semicolons': ('s.csv', [['a dog; old, big']], 'image_path;text\na.jpg;"a dog; old, big"\n'),
     'a line separator in a text': (
         'u.jsonl', [['a\u2028dog']], '{"image": "a.jpg", "caption": "a\u2028dog"}\n\n'),
     'a quotation mark in a TSV': (
@@ -279,7 +278,7 @@ def speller(config=MICRO, merges=('d o', 'do g</w>')):
 
 def test_attention_words(tmp_path):
     """oracle: the model's own weights: pieces of a word add up; start, end and padding are no words. In the picture the
-    bar of the most read word is the longest, that of the least read has no length."""
+    most read word has the longest bar."""
     scored = model, tokenizer, preprocess = speller()
     image = Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 40)
     grid, words = attend.attention(*scored, image, 'dog ab dog')
@@ -291,10 +290,9 @@ def test_attention_words(tmp_path):
         assert np.allclose(scaled, (raw - raw.min()) / np.ptp(raw))
     attend.attention_picture(*scored, image, ['dog ab dog'], tmp_path / 'seen.png')
     seen = whole(tmp_path / 'seen.png')
-    for value, bar in (0, [255, 255, 255]), (1, [255, 234, 70]):
-        y, x = 36 + 56 * np.argwhere(grid == value)[0]                  # the middle of such a patch
-        assert (seen[0, y, x + 232] > 127) == value     # red of blue and of yellow, over the image
-        assert seen[:, 10 + 18 * found.index(value), 690].tolist() == bar
+    y, x = 36 + 56 * np.argwhere(grid == 1)[0]          # the middle of the brightest patch
+    assert seen[0, y, x + 232] > 127                    # the red of yellow, over the image
+    assert seen[:, 10 + 18 * found.index(1), 690].tolist() == [255, 234, 70]
     assert attend.attention(*scored, image, '')[1] == []
     assert len(attend.attention(*scored, image, 20 * 'dog ')[1]) == 10          # 12 ids without start and end
 

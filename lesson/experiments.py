@@ -11,6 +11,7 @@ Methods race on two tracks. `pairs`: all see as many pairs, the paper's comparis
 run ends its own schedule. What is measured is the moving average of its weights, in every method.
 """
 import csv
+import json
 import os
 import platform
 import re
@@ -283,6 +284,18 @@ def flat(figures, prefix=''):
     return row
 
 
+def read_end(out, batch):
+    """The last log entry of a run: how much it took, and the parts of the loss as shares of what a blind guess costs."""
+    *_, line = evaluation.read_lines(out / 'log.jsonl')
+    entry = json.loads(line)
+    end = entry['eval']
+    return {
+        'steps': end['steps'],
+        'seconds': end['seconds'],
+        'pairs': end['steps'] * batch,
+        'loss': {name: entry[name] / entry['chance'] for name in entry['weights']}}
+
+
 def load(path, build):
     """The averaged weights of a run -> what evaluation.load returns, with a model of this class."""
     saved = evaluation.read_checkpoint(path)
@@ -322,9 +335,7 @@ def run_figures(variant, seed, scenes, out):
         shards = Shards(scene_folder(world, seed) / 'val')
         scores = suppression.scores_of(shards, *scored)
         figures[world] = suppression.named(scores, suppression.read_scenes(shards))
-    end = evaluation.read_json(out / 'eval.json')
-    pairs = end['steps'] * METHODS[variant.method].batch
-    return {'steps': end['steps'], 'seconds': end['seconds'], 'pairs': pairs} | figures
+    return read_end(out, METHODS[variant.method].batch) | figures
 
 
 def make_row(variant, seed):
