@@ -257,7 +257,7 @@ def make_parser():
     add('--resume', help="a checkpoint, a run's folder, or auto: that in --out, or a fresh start")
     add('--save-every', type=int, default=1000, help='steps between checkpoints (%(default)s)')
     add('--save-minutes', type=float, default=30.0, help='or minutes; 0: steps only (%(default)s)')
-    add('--eval-every', type=int, help='steps between evaluations (a fifth of the run); 0: at the end only')
+    add('--eval-every', type=int, help='steps between evaluations (a quarter of the run); 0: at the end only')
     add('--log-every', type=int, default=20, help='steps between log lines (%(default)s)')
     return parser
 
@@ -344,7 +344,7 @@ def choose_lengths(options, pairs):
     if options.warmup is None:                          # of a short run a tenth
         options.warmup = min(PRESETS[options.preset].recipe['warmup'], steps // 10)
     if options.eval_every is None:
-        options.eval_every = steps // 5 or 1
+        options.eval_every = steps // 4 or 1
 
 
 def choose_folder(options):

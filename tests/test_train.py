@@ -310,15 +310,15 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
 
 def test_lengths_of_runs():
     """oracle: arithmetic on 60 pairs and 16 held-out ones: 15 batches of four a pass. Of steps and passes the fewer
-    count, unless one alone was typed. At most a tenth of a run is warm-up; a fifth lies between evaluations."""
+    count, unless one alone was typed. At most a tenth of a run is warm-up; a quarter lies between evaluations."""
     for flags, *lengths in (
-            ('--preset tiny', 450, 45, 90),             # 30 passes
-            ('--preset tiny --warmup 90', 450, 90, 90),
-            ('--preset tiny --steps 100', 100, 10, 20),
+            ('--preset tiny', 450, 45, 112),             # 30 passes
+            ('--preset tiny --warmup 90', 450, 90, 112),
+            ('--preset tiny --steps 100', 100, 10, 25),
             ('--preset tiny --epochs 12 --eval-every 7', 180, 18, 7),
-            ('--steps 30000 --epochs 3000', 30000, 2000, 6000),
-            ('--steps 700 --epochs 2', 30, 3, 6),
-            ('', 480, 48, 96)):
+            ('--steps 30000 --epochs 3000', 30000, 2000, 7500),
+            ('--steps 700 --epochs 2', 30, 3, 7),
+            ('', 480, 48, 120)):
         options, *_ = train.read_options(['--data', 'x', '--val', 'y', '--batch', '4', *flags.split()])
         train.choose_lengths(options, 60)
         assert [options.steps, options.warmup, options.eval_every] == lengths
