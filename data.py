@@ -7,13 +7,13 @@ A shard is a tar as img2dataset writes it. Members of one name up to the first d
     000000017.txt     the caption alone; used where the json has none
     000000017.mask.png     of drawn scenes, for lesson/suppression.py alone
 
-Sections 3, 5 and 6 are the paper's: sentences, crops, colours. The rest is storage, a tokenizer and a loader; for the
-paper you may skip it.
+Sections 3, 5 and 6 are the paper's: text crops, image crops, colours. The rest is storage, a tokenizer and a loader, and
+may be skipped.
 
 A pair gives image crops and text crops (Sec. 3.1). An image crop with its colours changed is an image view. A text crop
 is one sentence, or a few, from all captions of the pair. Random choices for a pair come from (seed, epoch, index of the
-pair), the order of the pairs from (seed, epoch), that of the colour jitters from (seed, epoch, batch in it). So a run sees the
-same batches with any number of workers and GPUs, and can be resumed at any step.
+pair), the order of the pairs from (seed, epoch), that of the colour jitters from (seed, epoch, batch in the epoch). So a
+run sees the same batches with any number of workers and GPUs, and can be resumed at any step.
 """
 import argparse
 import atexit
@@ -52,7 +52,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 from tqdm.contrib.concurrent import process_map, thread_map
 
-from cosmos import GLOBALS
+from cosmos import GLOBALS, Config
 
 # --- 1. Errors, and files that are written whole ---------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ def run(main):
     try:
         main()
     except Refused as error:
-        # A DataLoader raises the error of a worker again, with the worker's traceback before the message.
+        # A DataLoader raises the error of a worker again: "Caught Refused in ...", the traceback, "data.Refused: ...".
         message = re.sub(r'(?s)^Caught .*\ndata\.\w+: ', '', str(error))
         leave(f'error: {message.rstrip()}')
     except Exception:
@@ -215,8 +215,8 @@ class Shards:
 
     caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: a file that `save` has
     written; it is mapped, and no header is read. Whether it is of the same tars is for the caller to know: train.py
-    compares the fingerprint, which is of their names and sizes.
-    Without an index it looks at the first pairs.
+    compares the fingerprint, which is of their names and sizes. Without an index all headers are read, and the first
+    pairs are tried.
     """
 
     def __init__(self, paths, caption_keys=None, split=None, index=None):
@@ -325,7 +325,7 @@ POOL_KEYS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LO
 BREAK = re.compile(r"""
     \n
     | </s>
-    | (?<! (?<!\w['’]) \b [^\W\d_] )      # not behind a single letter; that of "dog's" is none
+    | (?<! (?<!\w['’]) \b [^\W\d_] )      # not behind a single letter. (The s of "dog's" is part of a word.)
       \.
       (?= \s | $ )""", re.VERBOSE)
 
@@ -344,8 +344,7 @@ def sentences(value, whole=False):
 
 
 def caption_pool(record, keys=None):
-    """The record's sentences as one flat list, duplicates kept; [] where it has none, or a string that somebody has cut
-    into its characters."""
+    """The record's sentences as one flat list, duplicates kept; [] where it has none."""
     for family in [keys] if keys else CAPTION_KEYS:
         pool = []
         for key in family:
@@ -353,7 +352,7 @@ def caption_pool(record, keys=None):
             # As released, not split: items of DreamLIP's lists, and original_caption. Each is a sentence already.
             is_sentences = key in DREAMLIP and isinstance(value, list)
             pool += sentences(value, whole=is_sentences or key == 'original_caption')
-        if any(len(sentence) > 1 for sentence in pool):
+        if any(len(sentence) > 1 for sentence in pool):     # else it is a string that was stored letter by letter
             return pool
     return []
 
@@ -394,8 +393,8 @@ OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_SYMBOL = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + k) for k, byte in enumerate(OTHERS)}
 
 SPECIAL = '<start_of_text>', '<end_of_text>'    # as open_clip spells them
-# CLIP's pattern has \p{L} and \p{N}, which `re` lacks: [^\W\d_] is a letter, \d a digit. `plain` sees to other
-# numbers.
+# CLIP's pattern has \p{L} and \p{N}, which `re` lacks: [^\W\d_] is a letter, \d a digit. Of other numbers, as ½,
+# `plain` makes words of their own.
 WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
 
 
@@ -476,7 +475,8 @@ class Tokenizer:
         closing = [f'{symbol}</w>' for symbol in byte_symbols]
         fused = [left + right for left, right in self.rank]
         symbols = [*byte_symbols, *closing, *fused, *SPECIAL]
-        self.ids = {symbol: i for i, symbol in enumerate(symbols)}      # a+bc and ab+c are one symbol: the last id
+        # Two merges may give one symbol, as a + bc and ab + c. It has the id of the later one, as in CLIP.
+        self.ids = {symbol: i for i, symbol in enumerate(symbols)}
         self.vocab_size = len(symbols)
         self.sot, self.eot = [self.ids[symbol] for symbol in SPECIAL]
         self.cache = {symbol: [self.ids[symbol]] for symbol in SPECIAL}         # word -> ids
@@ -499,8 +499,7 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        # A dict, because a pair may come twice: (abc, d) is merged where abc is ab + c, and later a + bc gives new abc
-        # before a d. The first rank counts.
+        # A dict, because in rare cases a pair is the most frequent a second time. Its first place counts.
         merges = {}
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
@@ -620,8 +619,9 @@ def image_crops(data, kinds, rng, flip=True):
         if image.getexif().get(ORIENTATION) in (5, 6, 7, 8):
             width, height = height, width
     boxes = draw_boxes(height, width, kinds, rng)
-    # most_shrink: how many times smaller the image may be until some crop has fewer pixels than its view. Pillow decodes a
-    # JPEG at 1/2, 1/4 or 1/8 of its size in much less time: `draft` takes the smallest that is not below `enough`.
+    # Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size in much less time. No crop may then have fewer pixels than its
+    # view: if the smallest has 200 for a view of 96, the image may be 200 / 96 times smaller. `draft` takes the smallest
+    # size that is not below `enough`.
     most_shrink = min(min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds))
     enough = [ceil(side / most_shrink) for side in image.size]          # (w, h), not turned yet, as draft wants it
     with pillow_errors('its image'):
@@ -763,8 +763,8 @@ def check_batch(batch, pairs, parts):
 class Order:
     """Which pairs make batch `step`: a pure function of (seed, step), cut into equal slices for the ranks.
 
-    Yields, for every step in [start, stop), this rank's list of (epoch, position in the epoch's order, index of the
-    pair). An epoch holds pairs // batch whole batches; the rest of its order is left out.
+    Yields, for every step in [start, stop), this rank's list of (epoch, batch in the epoch, index of the pair). An epoch
+    holds pairs // batch whole batches; the rest of its order is left out.
     """
     pairs: int
     batch: int                  # of all ranks
@@ -780,10 +780,10 @@ class Order:
     def __iter__(self):
         share = self.batch // self.world
         for step in range(self.start, self.stop):
-            epoch, k = divmod(step, self.pairs // self.batch)
-            begin = k * self.batch + self.rank * share
+            epoch, number = divmod(step, self.pairs // self.batch)
+            begin = number * self.batch + self.rank * share
             indices = self.permutation(epoch)[begin:begin + share].tolist()
-            yield [(epoch, position, index) for position, index in enumerate(indices, begin)]
+            yield [(epoch, number, index) for index in indices]
 
 
 class Counts(NamedTuple):
@@ -799,7 +799,7 @@ MOST_BAD = 1000         # pairs in a row that cannot be read
 
 @dataclass
 class Crops(Dataset):
-    """The training set: (epoch, position, index) -> the crops of one pair, for `collate`.
+    """The training set: (epoch, batch in the epoch, index of the pair) -> the crops of the pair, for `collate`.
 
     augment: 'full' is the released recipe; 'crops' neither changes colours nor flips, for captions that name colours
     and sides. crop_min: the smallest share of the image in a global crop.
@@ -808,9 +808,8 @@ class Crops(Dataset):
     """
     shards: Shards
     tokenizer: Tokenizer
-    config: object              # cosmos.Config
+    config: Config
     seed: int
-    batch: int                  # of all ranks, as in Order
     counts: Counts = Counts()
     augment: str = 'full'
     crop_min: float = 0.4
@@ -819,8 +818,8 @@ class Crops(Dataset):
         self.kinds = view_kinds(self.config, self.counts.global_images, self.counts.local_images, self.crop_min)
 
     def __getitem__(self, where):
-        epoch, position, index = where
-        step_seed = f'{self.seed} {epoch} {position // self.batch}'  # the same for all pairs of a step
+        epoch, number, index = where
+        step_seed = f'{self.seed} {epoch} {number}'     # the same for all pairs of a batch
         rng = random.Random(f'{self.seed} {epoch} {index} replacement')
         for bad in range(MOST_BAD):                     # how many were bad so far
             try:
@@ -846,9 +845,9 @@ class Crops(Dataset):
 
 
 class Batch(NamedTuple):
-    """Crops of B pairs."""
+    """What a step needs of B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
-    colours: object         # (B, V, 7), the numbers of Colours, on the CPU
+    colours: torch.Tensor   # (B, V, 7), the numbers of Colours, on the CPU
     step_seed: str          # decides the order of the jitters
     texts: list             # U captions (B, T) int64 for the student, globals first, cut by `collate`
     teacher_texts: list     # the global captions for the teacher, all of one T
@@ -881,7 +880,7 @@ def cut(captions, multiple):
 
 def collate(samples, multiple=1, whole_first=True):
     """Samples -> Batch. Global captions are cut to the longest of them, local ones to the longest of those. The first
-    GLOBALS captions are global. (Methods with one global have no local ones.)
+    GLOBALS captions are global; where there is one caption, it is.
 
     multiple: of the lengths; 8 is faster in half precision. whole_first: the student's caption 0 keeps all T positions,
     because C^T reads its padding, too.

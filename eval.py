@@ -153,8 +153,8 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
         released    {'student', 'teacher'}, under open_clip's names
         open_clip   the state dict of a ViT, perhaps under 'state_dict'
     Where there is no teacher the student is taken: model.origin says which it was.
-    vocab: a file of CLIP's merges. quick_gelu: for released and open_clip weights, whose file does not tell the
-    activation; only `train.py --init` gives it.
+    vocab: a file of CLIP's merges. quick_gelu: the activation of released and open_clip weights, whose file does not
+    tell it. The commands below never set it, train.py --init does.
     """
     path = Path(path)
     if path.is_dir():
@@ -172,9 +172,9 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
         config = Config(**saved['config'])
         tokenizer = Tokenizer(saved['merges'], config.context_length)
     else:
+        # No file tells the width of its heads. In open_clip's ViTs up to this width it is 64, in larger ones more.
         width = len(state.get('visual.class_embedding', ()))
-        has_64_wide_heads = 0 < width <= 1024 and width % 64 == 0   # larger ViTs have wider ones
-        need(has_64_wide_heads and 'text_projection' in state,
+        need(0 < width <= 1024 and width % 64 == 0 and 'text_projection' in state,
              f"{path} is neither ours, nor released, nor of an open_clip ViT with heads that are 64 wide (its keys: "
              f"{', '.join(list(state)[:5])}); python -m extras.weights import {path} OUT.pt converts others")
         config = infer_config(state, quick_gelu)
@@ -205,7 +205,7 @@ def preprocessing(size):
 def shard_image(shards, i):
     try:
         return read_image(shards.image(i))
-    except Unreadable as error:      # to look the name up costs a read
+    except Unreadable as error:      # only now, because to look the name up costs a read
         raise Unreadable(f'{shards.name(i)}: {error}') from None
 
 
@@ -290,8 +290,8 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures.
 
     owner (captions,): the image of each caption. The rank of an image is that of the best of its captions. R@K are
-    fractions, ranks count from 1. chance is R@1 of a blind guess, 1 / n both ways: for images, which may have several
-    captions each, on average.
+    fractions, ranks count from 1. chance is R@1 of a blind guess. From image to text it is the mean of (captions of the
+    image) / (all captions), and that is 1 / n, as from text to image.
     """
     n = len(image_features)
     image_ids = torch.arange(n)
@@ -363,7 +363,7 @@ HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --captio
 def shard_captions(shards):
     """Held-out shards -> (captions, owner). Where a pair has captions under several keys, those under the first of these
     keys count. They are not cut into sentences."""
-    keys = shards.caption_keys or HELD_OUT_KEYS
+    keys = shards.caption_keys or HELD_OUT_KEYS                     # a list in either case
     pools = []
     for i in range(len(shards)):
         try:
@@ -438,20 +438,21 @@ def class_names(source, path=None):
     names = []
     for name in listed:
         if isinstance(name, tuple):
-            name = name[0]              # the first of synonyms. Of ImageNet's two are 'crane', which is refused
+            name = name[0]              # ImageNet's: the first of several synonyms
         names.append(name.replace('_', ' ').strip())
     check_names(names)
     return names
 
 
 def check_names(names):
-    need(len(set(names)) == len(names), 'two classes have one name, so each would tie; give others by --classes')
+    twice = {name for name in names if names.count(name) > 1}           # in ImageNet 'crane' and 'maillot'
+    need(not twice, f"two classes are called {', '.join(twice)}, so each would tie; give other names by --classes")
 
 
 def torchvision_set(name, root, split, download=False):
     """A classification set of torchvision.datasets by its name there. If it is not at `root`, torchvision says so
     itself. Where a set has `train` in place of `split`, any split but train means the test half."""
-    known = torchvision.datasets.__all__
+    known = sorted(set(torchvision.datasets.__all__) - {'EMNIST'})      # whose `split` is no half
     need(name in known, f"torchvision.datasets has no '{name}'; it has {', '.join(known)}")
     kind = getattr(torchvision.datasets, name)
     # Some sets have a split, some `train`, some neither: these come whole.
@@ -522,10 +523,10 @@ def window_scores(model, pixels, vectors, csa):
 def segment_image(model, image, vectors, names_per_class, settings):
     """One image -> (h, w) int64 class of each pixel.
 
-    vectors (Q, D): one for each name, class after class; a class has one name or several. Class 0 is the background:
-    pixels below settings.probability fall to it. A class with at most the share settings.area of the foreground loses
-    its pixels to their next best classes. A set without a background has 0 for both. The steps are those of
-    clip_segmentor.py:113-276 of the released code.
+    vectors (Q, D): one for each name, class after class; a class has one name or several. The first class is the
+    background: pixels below settings.probability fall to it. A class with at most the share settings.area of the
+    foreground loses its pixels to their next best classes. Sets without a background have both settings at zero. The
+    steps are those of clip_segmentor.py:113-276 of the released code.
     """
     short = min(image.size)
     zoom = min(settings.size / short, LONGEST_SIDE / max(image.size))
@@ -576,7 +577,7 @@ def segmentation_figures(matrix, names):
 
 def read_mask(path, size, classes, reduce_zero_label=False):
     """A PNG of class numbers, grey or palette, of `size` (w, h) -> (h, w) int64, IGNORE where it does not count."""
-    mask = read_image(path)
+    mask = read_image(path)             # of a palette the numbers, not the colours
     values = np.array(mask, np.int64)
     need(values.shape == size[::-1],
          f'mask {path} is a {mask.mode} image of {mask.size} pixels; it must be grey or palette, and of {size}')

@@ -1,13 +1,13 @@
 """Train COSMOS: one step, many times, on 1 to N GPUs, resumable.
 
     python train.py                                             the built-in set on a laptop, in minutes
-    python train.py --data /shards                              one GPU: vit-b-16, the paper's recipe
-    torchrun --nproc_per_node=8 train.py --data /shards         eight GPUs: the same, with the same batch in all
+    torchrun --nproc_per_node=8 train.py --data /shards         vit-b-16, the paper's recipe, on eight GPUs
+    python train.py --data /shards --accum 8                    the same on one, whose memory holds an eighth of a batch
     python train.py --init CKPT --data /shards                  COSMOS put onto a CLIP that exists
     python train.py --resume runs/a                             goes on where the run in runs/a stopped
 
 --out then holds last.pt (the checkpoint), best.pt (the networks with the best R@1 on --val), report.html (the run as a
-page), log.jsonl, config.json, eval.json and index.npy (of the shards).
+page; maps.npz has its pictures), log.jsonl, config.json, eval.json and index.npy (of the shards).
 
 Sections 1 and 2 are the paper's: the rows of Table 5, and one step. `main`, at the end, is the run from top to bottom.
 """
@@ -55,7 +55,7 @@ class Method(NamedTuple):
     local_images: bool              # adds as many local image views as --local-crops says
     local_texts: bool               # adds as many captions of one sentence as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
-    augments: bool                  # flips and colours by default; False: --augment crops is the default
+    augments: bool                  # False: --augment is crops, unless it is given
     distills_images: bool           # images learn from the teacher
     distills_texts: bool            # captions, too
     cross_attention: bool           # h_I and h_T learn from both: L_COSMOS
@@ -85,11 +85,11 @@ class Run:
     train_set: data.Crops
     student: COSMOS
     forward: torch.nn.Module        # the student in InParts, and on several GPUs in DistributedDataParallel
-    teacher: Teacher                # None where nothing is distilled (but lesson/ may keep one)
+    teacher: Teacher                # None where nothing is distilled
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype              # of autocast; None: float32
-    order: type                     # the class that chooses the pairs of a batch: data.Order
+    order: type                     # data.Order, which chooses the pairs of each batch
     step: int = 0
     best: tuple = (-1.0, 0)         # mean R@1 on --val, and its step
     begun: float = field(default_factory=time.perf_counter)
@@ -115,11 +115,11 @@ class Step(NamedTuple):
 
 def train_step(run, batch):
     """One step of training -> Step. Student, teacher, loss, backward; if all is finite, update."""
-    images = batch.views()      # V tensors (B, 3, s, s), their colours changed and normalised
+    images = batch.views()      # V tensors (B, 3, s, s), in the colours that the loader has drawn, normalised
     run.optimizer.zero_grad()
 
-    # The student sees all views and captions, the teacher the globals, without gradient. Only C^T reads padding, and the
-    # teacher does not run it: so batch.teacher_texts, the same global captions, are cut at the longest end.
+    # The student sees all views and captions, the teacher the globals, without gradient. For the student caption 0 has
+    # its full length, as C^T reads its padding. The teacher does not run C^T, so its copy is cut at the longest end.
     cls_t = eot_t = None
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
         out = run.forward(images, batch.texts)
@@ -215,7 +215,7 @@ WORKERS = min(8, os.cpu_count() // 2 or 1)
 
 
 def make_parser():
-    """All options. In --help a value in brackets is the default; the other numbers come from the preset's recipe."""
+    """All options. In --help a value in brackets is the default, where the preset's recipe has no other."""
     recipes = ''.join(f'\n{name}: {preset.recipe}' for name, preset in PRESETS.items())
     parser = data.Parser(usage='%(prog)s [options]', epilog=f'{__doc__}\nRecipes:{recipes}')
     add = parser.add_argument
@@ -284,7 +284,8 @@ def find_checkpoint(resume, out):
 
 
 def read_options(argv):
-    """-> options; the content of the checkpoint to resume, {} for a fresh start; whether that run goes on in its folder.
+    """-> options; the content of the checkpoint to resume, {} for a fresh start; in_place: whether that run goes on in its
+    own folder, so that index, log and best.pt there are its own.
 
     1. Parse what is typed: it decides what the defaults are.
     2. Defaults: those of make_parser, over them the preset's recipe or, of a run that is resumed, all its options.
@@ -310,7 +311,7 @@ def read_options(argv):
         defaults['warmup'] = None               # choose_lengths takes the recipe's, less for a short run
         if not METHODS[typed.method].augments:
             defaults['augment'] = 'crops'
-    if typed.steps or typed.epochs:             # either one alone decides: forget the default of the other
+    if typed.steps or typed.epochs:             # one that is typed comes back below; the other must not limit it
         defaults |= {'steps': None, 'epochs': None}
     parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
@@ -325,7 +326,7 @@ def check_resumed(options, resumed):
     """Refused: a new preset, method or batch. Of every other change a line is printed."""
     for name, old in resumed.items():
         new = getattr(options, name)
-        if new in (old, None):      # None: of --steps and --epochs only the other was typed
+        if new in (old, None):      # None: of --steps or --epochs, where the other one was typed
             continue
         flag = name.replace('_', '-')
         if name in ('preset', 'method', 'batch'):
@@ -587,8 +588,8 @@ def restore(run, saved, in_place):
     """Go on from what `save` has saved."""
     path = run.options.resume
     if saved['globals'] != GLOBALS:
-        raise Refused(f"{path} was trained with GLOBALS = {saved['globals']}, not {GLOBALS}; set it back in cosmos.py, or "
-                      'start anew with --init')
+        raise Refused(f"{path} was trained with GLOBALS = {saved['globals']}, not {GLOBALS}; set it back in cosmos.py, "
+                      'or start anew with --init')
     evaluation.load_weights(run.student, saved['student'], path)
     if run.teacher:
         evaluation.load_weights(run.teacher.model, saved['teacher'], path)
@@ -601,7 +602,7 @@ def restore(run, saved, in_place):
     if in_place and saved['options']['val'] == run.options.val:     # else best.pt is of other data, or not here
         run.best = tuple(saved['best'])
     run.begun -= saved['seconds']
-    # No two checkpoints have the same seconds. Equal ones mean that this rank has read the file that rank 0 has read.
+    # Has this rank read the file that rank 0 has read? No two checkpoints have the same seconds.
     if run.processes.broadcast(saved['seconds']) != saved['seconds']:
         raise Refused(f'{path} does not hold what process 0 goes on from; let all nodes see the same --out')
 
@@ -707,12 +708,6 @@ def held_out_figures(run, val):
     scored = model, run.train_set.tokenizer, evaluation.preprocessing(model.config.image_size)
     retrieval, image_features = evaluation.zero_shot_retrieval(*scored, val)
     figures = {'retrieval': retrieval}
-    if 'objects' in val.record(0) and (HERE / 'lesson').is_dir():
-        from lesson.suppression import during_training
-        figures |= during_training(*scored, image_features, val, run.folder, run.step)
-    if (HERE / 'extras').is_dir():
-        from extras.report import store
-        store(*scored, val, run.folder, run.step)
     to_text = retrieval['image_to_text_R@1']
     to_image = retrieval['text_to_image_R@1']
     mean = (to_text + to_image) / 2
@@ -721,6 +716,12 @@ def held_out_figures(run, val):
         run.best = mean, run.step
     tqdm.write(f'eval       step {run.step}  R@1 {to_text:.1%} image to text, {to_image:.1%} text to image, '
                f'mean {mean:.1%}  best {run.best[0]:.1%} at step {run.best[1]}')
+    if 'objects' in val.record(0) and (HERE / 'lesson').is_dir():
+        from lesson.suppression import during_training
+        figures |= during_training(*scored, image_features, val, run.folder, run.step)
+    if (HERE / 'extras').is_dir():
+        from extras.report import store
+        store(*scored, val, run.folder, run.step)
     return figures
 
 
@@ -795,8 +796,8 @@ def batches_left(run):
 
 
 def train(run, val):
-    """Take the steps that are left -> the figures of the last step; None where a signal ended it. Either way the last
-    step is saved."""
+    """Take the steps that are left, evaluate, and save -> the figures. None where a signal ended it; then the step that
+    was reached is saved."""
     options = run.options
     processes = run.processes
     caught = catch_signals()
@@ -804,7 +805,6 @@ def train(run, val):
     in_between = options.val and options.eval_every
     if in_between and run.step == 0:
         write_log(run, {'step': 0, 'eval': evaluate(run, val)})    # what the first weights can do
-    figures = None
     broken = 0                      # steps in a row that were not finite
     bad = 0                         # pairs that cannot be read
     seen = 0                        # all pairs since this start
@@ -824,18 +824,15 @@ def train(run, val):
         seen += options.batch
         broken = 0 if done.finite else broken + 1
 
-        eval_due = last or in_between and run.step % options.eval_every == 0
-        if run.step % options.log_every == 0 or run.step == 1 or eval_due:
+        eval_due = in_between and run.step % options.eval_every == 0 and not last
+        if run.step % options.log_every == 0 or run.step == 1 or eval_due or last:
             seconds = time.perf_counter() - logged_at
             entry = log_entry(run, done, run.step - logged_step, seconds, waited)
             entry['bad_pairs'] = bad
             print_progress(run, entry)
-            write_log(run, entry)
-            if last:
-                save(run)           # the last evaluation may fail
             if eval_due:
-                entry['eval'] = figures = evaluate(run, val)
-                write_log(run, entry)       # once more: of equal steps the last entry counts
+                entry['eval'] = evaluate(run, val)
+            write_log(run, entry)
             logged_step = run.step
             waited = 0.0
             logged_at = time.perf_counter()
@@ -844,13 +841,18 @@ def train(run, val):
         overdue = options.save_minutes and time.perf_counter() - saved_at > 60 * options.save_minutes
         failure = reason_to_stop(run, broken, bad, seen)
         if signals or last or failure or overdue or run.step % options.save_every == 0:
-            save(run)           # at the last step once more: its evaluation may have been the best
+            save(run)
             saved_at = time.perf_counter()
         if failure:
             processes.wait()        # else torchrun kills rank 0 while it writes
             raise Refused(failure)
         if signals and not last:
             return None
+
+    # The last evaluation comes when log and checkpoint are written, because it may fail.
+    entry['eval'] = figures = evaluate(run, val)
+    write_log(run, entry)       # once more: of equal steps the last entry counts
+    save(run)                   # once more: it may have been the best
     return figures
 
 
@@ -883,8 +885,11 @@ def reason_to_stop(run, broken, bad, seen):
 # --- 9. A run, from the command line to the figures ------------------------------------------------------------------
 
 def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
-    """Three arguments are hooks for lesson/experiments.py. build: the class of the model. keep_teacher: have a teacher
-    also where it teaches nothing. order: the class that says which pairs make a batch."""
+    """A run. It ends the process, with status 0 when all steps are done.
+
+    Three arguments are for lesson/experiments.py. build: the class of the model. keep_teacher: have a teacher also where
+    it teaches nothing. order: the class that says which pairs make a batch.
+    """
     options, saved, in_place = read_options(argv)
     method = METHODS[options.method]
     processes = Processes(options.device)
@@ -921,13 +926,14 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
         config = replace(config, vocab_size=tokenizer.vocab_size)
     counts = data.Counts(method.global_images, options.local_crops if method.local_images else 0,
                          method.global_texts, options.local_captions if method.local_texts else 0)
-    train_set = data.Crops(shards, tokenizer, config, options.seed, options.batch, counts,
+    train_set = data.Crops(shards, tokenizer, config, options.seed, counts,
                            options.augment, method.crop_min)
 
     # Model, teacher, optimizer; of a run that is resumed as they were saved.
     run = make_run(options, processes, train_set, weights, build, keep_teacher, order)
     if saved:
         restore(run, saved, in_place)
+        saved.clear()                   # its tensors are in the run now: do not hold them twice
     if options.compile:
         compile_blocks(run.student)
         if run.teacher:

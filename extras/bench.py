@@ -134,7 +134,7 @@ def measure_loader(shards, preset, rate):
     config = Config.preset(preset)
     order = torch.randperm(len(source)).tolist()
     tokenizer = Tokenizer([], config.context_length)        # ids of words are cached, so merges cost no time
-    crops = Crops(source, tokenizer, config, seed=0, batch=1)
+    crops = Crops(source, tokenizer, config, seed=0)
     torch.set_num_threads(1)                                # as in a worker
 
     parts = {'read': lambda i: (source.image(i), source.record(i)),

@@ -370,7 +370,7 @@ def inspect(shards, caption_keys, preset, vocab, out):
     """A report on pairs from all over the set, and a sheet of views. What cannot be read is left out."""
     source = Shards(shards, caption_keys, 'train')
     config, recipe = PRESETS[preset]
-    crops = Crops(source, None, config, seed=0, batch=1, augment=recipe.get('augment', 'full'))
+    crops = Crops(source, None, config, seed=0, augment=recipe.get('augment', 'full'))
     sample = np.unique(np.linspace(0, len(source) - 1, INSPECTED, dtype=int))
     problems = []
     pools = []

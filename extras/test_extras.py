@@ -257,7 +257,7 @@ def test_inspect(tmp_path, capsys, monkeypatch):
 def test_the_sheet_of_samples_cuts_nothing(tmp_path, capsys):
     """oracle: a black image, of which every view is black at its place, on white; the captions by hand."""
     shards = data.Shards(write_pairs(tmp_path / 'a.tar', '{"caption": "dogs"}', picture('PNG', 'black')))
-    crops = data.Crops(shards, None, MICRO, 3, 1, data.Counts(2, 3, 1, 2), 'crops')
+    crops = data.Crops(shards, None, MICRO, 3, data.Counts(2, 3, 1, 2), 'crops')
     prepare.sample_sheet(crops, tmp_path / 'sheet.png')
     expected = torch.full((136, 5 * 132 + 4), 255)
     for x in range(4, 5 * 132, 132):
@@ -633,7 +633,7 @@ def test_the_page_says_what_eval_says(tmp_path, method):
 
 def test_partial_runs_give_a_page(tmp_path):
     """oracle: Crops itself; by hand what a killed run lacks, and files that are torn."""
-    crops = data.Crops(three_pairs(tmp_path), None, MICRO, seed=0, batch=2)
+    crops = data.Crops(three_pairs(tmp_path), None, MICRO, seed=0)
     report.begin(crops, tmp_path)
     put(tmp_path / 'config.json', 'torn')
     put(tmp_path / 'log.jsonl', '{"step": 9, "a": 1}\n{"step": 3}\n{"step": 9, "a": 2}\n{"step": 9, "b": NaN}\n{"st')
@@ -652,7 +652,7 @@ def test_unreadable_pairs_are_left_out(tmp_path):
     type."""
     lines = '{"caption": "dog 0"}\n{"caption": "dog 1"}\n{"caption": "dog 2"}'
     shards = data.Shards(write_pairs(tmp_path / '0.tar', lines, b'no image'))
-    crops = data.Crops(shards, None, MICRO, seed=0, batch=2)
+    crops = data.Crops(shards, None, MICRO, seed=0)
     report.begin(crops, tmp_path)
     maps = report.read_maps(tmp_path / 'maps.npz')
     assert [pair['captions'][0][-1] for pair in maps['start']['pairs']] == ['1', '2']

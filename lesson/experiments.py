@@ -132,8 +132,8 @@ SCENES = 4000                       # for training
 PRECISION = 'bf16'
 EVALUATIONS = 5                     # of a run, the last one at its end
 
-# Options of make_scenes: the built-in set, and others with the same small object: alone, beside an equal, beside an equal in
-# a world of more colours, beside a big one.
+# Options of make_scenes: the built-in set, and others with the same small object: alone, beside an equal, beside an equal
+# in a world of more colours, beside a big one.
 TWO = {'objects': 2, 'dominant_size': 0.38}
 WORLDS = {
     'built-in': {},

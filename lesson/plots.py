@@ -9,9 +9,9 @@ variants:
 
     94.8<!--minutes/cosmos/small.top1-->    +5.3 ± 2.1<!--minutes/cosmos~clip/small.top1-->
 
-Shares are in percent, `seconds` in minutes, `pairs` in thousands. A difference is the mean of those within the seeds, with
-its 95 % interval (Student's t): all runs of a seed have the same training scenes. The differences of a page are one
-family (Holm): what does not survive at 5 % has "(open)" behind it.
+Shares are in percent, `seconds` in minutes, `pairs` in thousands. A difference is the mean of those within the seeds,
+with its 95 % interval (Student's t): all runs of a seed have the same training scenes. The differences of a page are
+one family (Holm): what does not survive at 5 % has "(open)" behind it.
 """
 import functools
 import hashlib
@@ -159,7 +159,7 @@ def name_bars(variant):
 
 @torch.no_grad()
 def attention_maps(variant):
-    """Of the first scenes -> [{asked: weights of C^I over the patches}]: for the big object, a small one, an absent name."""
+    """Of the first scenes -> [{asked: weights of C^I over the patches}], for the big object, a small one, an absent one."""
     (model, tokenizer, preprocess), shards = scored_run(variant)
     found = []
     for pair, (big, small, *_) in enumerate(suppression.read_scenes(shards)[:SCENES]):

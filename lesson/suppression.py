@@ -264,8 +264,8 @@ def shares(numbers, own):
 
 @torch.no_grad()
 def pointing(model, tokenizer, preprocess, shards, scenes):
-    """Where does the highest weight of C^I lie? -> {role: {own_it, own_other, ...: shares of its objects}}; {} for a plain
-    CLIP.
+    """Where does the highest weight of C^I lie? -> {role: {own_it, own_other, ...: shares of its objects}}; of a plain CLIP
+    {}.
 
     own_, absent_: asked for the object, for an absent name. area_: of all patches, what a blind guess hits. it: on the
     object; other: on another one; ground.

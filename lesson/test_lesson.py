@@ -576,7 +576,8 @@ def add_rows(columns, *rows):
 
 def test_intervals_by_hand():
     """oracle: tables of Student's t, and its closed forms for one and two degrees of freedom."""
-    for freedom, value, chance in (1, 12.706, 0.05), (4, 2.776, 0.05), (9, 2.262, 0.05), (1, 1, 1 / 2), (2, 3, 1 - 3 / 11 ** 0.5):
+    for freedom, value, chance in (
+            (1, 12.706, 0.05), (4, 2.776, 0.05), (9, 2.262, 0.05), (1, 1, 1 / 2), (2, 3, 1 - 3 / 11 ** 0.5)):
         t, chances = plots.student_t(freedom)
         assert np.interp(value, t, chances) == pytest.approx(chance, abs=1e-4)
     assert plots.holm({'a': 0.02, 'b': 0.01, 'c': 0.04}) == {'a', 'b', 'c'}

@@ -54,7 +54,7 @@ def first_batch(loader):
 
 def test_only_what_is_refused_becomes_a_sentence(tmp_path):
     """oracle: the rule for errors: one sentence for the user, from a worker, too; a traceback for all else."""
-    crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 4)), LOW, MICRO, 3, 4)
+    crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 4)), LOW, MICRO, 3)
     crops.shards.index[:, 2] = 0                        # bytes of each image
 
     def bad_pairs():
@@ -84,7 +84,7 @@ def test_a_bug_is_no_bad_pair(monkeypatch, tmp_path, function, workers):
     def broken(*args, **options):
         return nowhere
 
-    crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 4)), LOW, MICRO, 3, 4)
+    crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 4)), LOW, MICRO, 3)
     monkeypatch.setattr(data, function, broken)
     with pytest.raises(NameError, match='nowhere'):
         first_batch(data.loader(crops, Order(4, 4, 0, 1), workers))
@@ -378,8 +378,8 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path, least):
     mirrored = 0
     drawn = []
     for seed in range(40):
-        plain, colours, _, boxes = Crops(shards, LOW, MICRO, seed, 1, augment='crops', crop_min=least).sample(0, 0)
-        full, *_ = Crops(shards, LOW, MICRO, seed, 1, crop_min=least).sample(0, 0)
+        plain, colours, _, boxes = Crops(shards, LOW, MICRO, seed, augment='crops', crop_min=least).sample(0, 0)
+        full, *_ = Crops(shards, LOW, MICRO, seed, crop_min=least).sample(0, 0)
         assert set(colours) == {Colours()}
         assert [crop.shape[1] for crop in plain] == 2 * [32] + 6 * [16]
         for crop, other, box in zip(plain, full, boxes, strict=True):
@@ -399,8 +399,8 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path, least):
 def test_captions_leave_the_pictures_as_they_are(tmp_path):
     """oracle: the same pair with other numbers of captions; another epoch has other crops, colours and captions."""
     _, shards = mandelbrot_shards(tmp_path / 'a.tar')
-    many = Crops(shards, LOW, MICRO, 3, 1)
-    few = Crops(shards, LOW, MICRO, 3, 1, Counts(global_texts=1, local_texts=1))
+    many = Crops(shards, LOW, MICRO, 3)
+    few = Crops(shards, LOW, MICRO, 3, Counts(global_texts=1, local_texts=1))
     crops, colours, captions, boxes = many.sample(0, 0)
     for other in many.sample(0, 0), few.sample(0, 0):
         assert_close(other[0], crops, rtol=0, atol=0)
@@ -483,8 +483,7 @@ def test_order_is_a_pure_function():
     for step, rows in enumerate(steps):
         epoch, k = divmod(step, 5)                      # 23 // 4 whole batches an epoch
         expected = np.random.default_rng((5, epoch)).permutation(23)
-        places = range(4 * k, 4 * k + 4)
-        assert rows == [(epoch, place, expected[place]) for place in places]
+        assert rows == [(epoch, k, pair) for pair in expected[4 * k:4 * k + 4]]
     assert list(Order(23, 4, 7, 12, seed=5)) == steps[7:]
     refused('--batch 24 is larger than the set of 23 pairs', data.check_batch, 24, 23, 1)
     refused('--batch 9 cannot be cut into 2 parts', data.check_batch, 9, 23, 2)
@@ -493,7 +492,7 @@ def test_order_is_a_pure_function():
 def test_batches_are_equal_by_workers_and_ranks(tmp_path):
     """oracle: one process without workers, whole batches."""
     shards = Shards(dog_tar(tmp_path / 'a.tar', 12))
-    crops = Crops(shards, LOW, MICRO, 3, 4, Counts(2, 2, 2, 3))
+    crops = Crops(shards, LOW, MICRO, 3, Counts(2, 2, 2, 3))
 
     def served(rank=0, world=1, workers=0):
         order = Order(12, 4, 2, 5, 3, rank, world)
@@ -538,7 +537,7 @@ def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
     """oracle: the pairs broken on purpose: none is served, each is counted and named; the same batches in another run."""
     def batches_of(n, broken, steps):
         shards = Shards(dog_tar(tmp_path / 'a.tar', n, broken=broken))
-        crops = Crops(shards, dog_numbers, MICRO, 3, 4, Counts(2, 0, 1, 0))
+        crops = Crops(shards, dog_numbers, MICRO, 3, Counts(2, 0, 1, 0))
         return list(data.loader(crops, Order(n, 4, 0, steps, seed=3), workers=0))
 
     batches = batches_of(12, [5, 7], 6)

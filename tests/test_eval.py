@@ -286,7 +286,7 @@ WRONG = {               # a command: what its sentence must say
     'segment last.pt --images a --masks images --classes page.pt --list page.pt': 'no <html>.png; see --mask-suffix',
     'segment last.pt --images empty --masks images --classes page.pt': 'empty has no image 0, but a mask; .*-suffix',
     'segment last.pt --images a --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
-    'segment last.pt --images a --masks a --classes twice': 'two classes have one name',
+    'segment last.pt --images a --masks a --classes twice': 'two classes are called',
     'segment last.pt --images a --masks a --classes page.pt --templates page.pt': "'<html>' in page.pt needs {}"}
 
 
