@@ -218,6 +218,10 @@ EXPERIMENTS = {
         'without-cross-attention': same_pairs('without-cross-attention', seeds=EIGHT),
         'text-crop': same_pairs('text-crop'),
         'clip': same_pairs('clip')},
+    'longer': {                                                         # three times the minutes
+        'cosmos': Variant('cosmos', steps=3000, seeds=range(1)),
+        'without-cross-attention': Variant('without-cross-attention', steps=3450, seeds=range(1)),
+        'clip': Variant('clip', steps=5796, seeds=range(1))},
     'reading': {'cosmos': Variant('cosmos'), 'another-pair': Variant('another-pair')},
     'exercise': {'without-residual': Variant('without-residual', seeds=range(1))}}
 
