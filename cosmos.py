@@ -4,8 +4,8 @@ CLIP matches one vector of an image with one vector of its caption, and big obje
 takes several views of both: large and small crops of the image, groups of sentences and single sentences of the
 caption. A student network sees all of them. A teacher network, a slow average of the student, sees only the global
 ones: large crops, groups of sentences. In the student, cross-attention lets each vector of one modality read the tokens
-of the other. What it was and what it has read, added up, must tell the teacher's vectors of its own pair from those of
-all other pairs. So a sentence about a small object is meant to find that object in the image.
+of the other. The sum of the vector and of what it has read must tell the teacher's vectors of its own pair from those
+of all other pairs. So a sentence about a small object is meant to find that object in the image.
 
 Notation. Views come first, (V, B, D), and views 0 and 1 are the two globals. "View" also means a caption.
     B pairs on this GPU     N pairs on all GPUs     V image views, 2 global + local     U captions, 2 global + local
@@ -110,8 +110,9 @@ class Config:
 
 # Recipes are defaults for options of train.py. PAPER is the released one for CC3M (train_cc3m.sh).
 PAPER = {'epochs': 32.0, 'batch': 1024, 'lr': 5e-4, 'warmup': 2000, 'wd': 0.5, 'momentum': 0.999}
-# Small sets on a laptop: 1,000 steps or 30 epochs, whichever is less. Captions there name colours and sides, which a
-# jitter or a flip would make wrong, so images are only cropped ('crops').
+# Small sets on a laptop: 1,000 steps or 30 epochs, whichever is less. The learning rate ends at a tenth of its peak; at
+# step s lambda is at most s / (s + 10). Captions there name colours and sides, which a jitter or a flip would make
+# wrong, so images are only cropped ('crops').
 LAPTOP = {
     'steps': 1000, 'epochs': 30.0, 'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
     'momentum': 0.995, 'momentum_ramp': 10, 'local_crops': 2, 'local_captions': 2, 'augment': 'crops', 'vocab': 'learn'}
@@ -257,8 +258,9 @@ class COSMOS(nn.Module):
     def attention(self, images, ids):
         """images (B, 3, h, w), ids (B, T) -> weights of C^I over patches (B, P), of C^T over words (B, T).
 
-        The query of C^I is the caption, that of C^T the image. The paper's qualitative figure shows these weights. Over
-        words they include start, end and padding. A plain CLIP has none.
+        The query of C^I is the caption, that of C^T the image. The paper's qualitative figure shows such weights (paper
+        silent: of which network, and how its heads are averaged). Over words they include start, end and padding. A
+        plain CLIP has none.
         """
         cls, patches = self.encode_image(images)
         eot, words = self.encode_text(ids)
@@ -306,7 +308,7 @@ class Teacher(nn.Module):
     def update(self, student, momentum):
         """Move every parameter by 1 - lambda of the way to the student's.
 
-        ours: call it after optimizer.step, as the paper's text and DINO do. The released code calls it before, and so
+        ours, paper silent: call it after optimizer.step, as DINO does. The released code calls it before, and so
         averages the student of one step earlier (its train.py:185-193 comes before 213-221).
         """
         # t + (1 - lambda) (s - t), in one call for all parameters, as torch's optimizers do it
@@ -319,8 +321,8 @@ class Teacher(nn.Module):
 def nce(queries, keys, scale):
     """L_nce: query i must find key i among all N. Averaged over all V x U pairs of views and their B queries.
 
-    queries (V, B, D) of this GPU, keys (U, N, D) of all, of unit length; scale = 1/temperature. For nce the views of
-    queries and keys may be of either modality.
+    queries (V, B, D) of this GPU, keys (U, N, D) of all GPUs, of unit length. Here V and U count the views of either
+    side, whichever modality they are of. scale = 1/temperature.
 
     By hand: queries (1, 0) and (0, 1), keys (1, 0) and (0.6, 0.8), scale 1. Logits [[1, 0.6], [0, 0.8]]. Losses:
     query 0 ln(1 + e^-0.4) = 0.5130, query 1 ln(1 + e^-0.8) = 0.3711, mean 0.4421. With queries and keys exchanged
@@ -328,15 +330,13 @@ def nce(queries, keys, scale):
     """
     V, B, _ = queries.shape
     U, N, _ = keys.shape
-    with torch.autocast(queries.device.type, enabled=False):            # float32, in a bf16 run too
-        # Row (v, b), column (u, n): all pairs of views in one product.
-        logits = scale * queries.flatten(0, 1) @ keys.flatten(0, 1).T   # (V*B, U*N)
+    with torch.autocast(queries.device.type, enabled=False):            # float32, also for who calls it under autocast
+        logits = torch.einsum('vbd, und -> vbun', scale * queries, keys)
     first = dist.get_rank() * B if N > B else 0     # where my pairs begin among all N
     own_key = torch.arange(first, first + B, device=logits.device)
     target = own_key.view(1, B, 1).expand(V, B, U)
     # Query b of view v chooses among the N keys of view u, for each v and u.
-    logits = logits.view(V, B, U, N).flatten(0, 2)
-    return F.cross_entropy(logits, target.flatten())
+    return F.cross_entropy(logits.flatten(0, 2), target.flatten())
 
 
 def symmetric_nce(a, b, all_a, all_b, scale):
@@ -403,6 +403,8 @@ def embedding_terms(out, cls_t, eot_t, scale):
 def total_loss(model, out, cls_t=None, eot_t=None):
     """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its parts {name: (weight, term)}, which the log shows.
 
+    The teacher's vectors may be None for a model without cross-attention only.
+
     Training, benchmark and walk-through call it. A term of your own is a line here: parts['name'] = (weight, term).
     """
     parts = {'clip': (1, clip_loss(out, model.logit_scale.exp()))}
@@ -466,8 +468,8 @@ class Tower(nn.Module):
     """What both towers do with their views.
 
     Of the sequence of a view only one row is read, that of the class token or of the end of a text. So the last block
-    computes this row alone, a fifth of a step less. Of view 0 cross-attention reads all rows: `with_sequence` gives
-    them.
+    computes this row alone: by count a fifth of a step of `tiny` less, in deeper towers a few percent. Of view 0
+    cross-attention reads all rows: `with_sequence` gives them.
 
     A tower has `embed`: a list of tensors (n, ...) -> for each the sequences (n, L, C) and the row to read in them
     (n,). It also has `transformer`, `norm` and `proj`.
@@ -481,7 +483,10 @@ class Tower(nn.Module):
         return torch.cat(features).unflatten(0, (len(views), -1))       # view after view
 
     def with_sequence(self, views, csa=False):
-        """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0, normalised (B, L, C)."""
+        """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0, normalised (B, L, C).
+
+        View 0 goes alone, with every row, the others as in `forward`.
+        """
         (x, row), *others = self.embed([views[0], *same_size(views[1:])])
         sequence = self.norm(self.transformer(x, csa=csa))              # (B, L, C)
         features = [pick(sequence, row)[:, 0] @ self.proj]
@@ -547,8 +552,8 @@ class VisionTower(Tower):
 class TextTower(Tower):
     """Causal transformer. The end-of-text token is the first that has seen the whole caption, and stands for it.
 
-    A tensor of B texts may be cut after the end of the longest, because no end sees padding. A text that is cut before
-    its end gives a wrong [eot] without any error.
+    A tensor of B texts may be cut after the end of the longest, because attention is causal: no end sees the padding
+    behind it. A text that is cut before its end gives a wrong [eot] without any error.
     """
 
     def __init__(self, config):
@@ -570,7 +575,7 @@ class TextTower(Tower):
     def embed(self, groups):
         """Ids (n, T) -> vectors of tokens plus positions, (n, T, C), and the row of the end, which has the largest id.
 
-        One lookup for all captions, because in the backward pass each lookup fills a (vocab, C) gradient.
+        One lookup for all captions, because in the backward pass each lookup allocates a (vocab, C) gradient.
         """
         all_ids = torch.cat([ids.flatten() for ids in groups])
         vectors = self.token_embedding(all_ids).split([ids.numel() for ids in groups])
@@ -733,7 +738,8 @@ def rename(state_dict, table):
 
 
 def to_openclip(state_dict):
-    """Our names -> the released code's. open_clip (strict=False) leaves only cross-attention, its maps and scale."""
+    """Our names -> the released code's. open_clip takes them by strict=False: it has no place for cross-attention, its
+    maps and its scale."""
     return rename(state_dict, RENAMES)
 
 
