@@ -429,7 +429,8 @@ def classify(image_features, vectors, labels):
 
 
 def class_names(source, path=None):
-    """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order."""
+    """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order. In a
+    file names may repeat: they tie, which is a miss."""
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
     listed = read_lines(path) if path else classes
     need(listed, 'this set of torchvision has no class names; give a file of them by --classes')
@@ -440,7 +441,8 @@ def class_names(source, path=None):
         if isinstance(name, tuple):
             name = name[0]              # ImageNet's: the first of several synonyms
         names.append(name.replace('_', ' ').strip())
-    check_names(names)
+    if not path:                        # the usual list for ImageNet, given as a file, has names twice
+        check_names(names)
     return names
 
 

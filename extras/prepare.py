@@ -26,7 +26,7 @@ from torchvision.transforms.v2.functional import resize
 from torchvision.utils import save_image
 
 from cosmos import PRESETS
-from data import (CAPTION_KEYS, DREAMLIP, JITTERS, Crops, Parser, Refused, Shards, Tokenizer,
+from data import (CAPTION_KEYS, DREAMLIP, JITTERS, Counts, Crops, Parser, Refused, Shards, Tokenizer,
                   Unreadable, caption_pool, open_image, read_image, pillow_errors, recolour,
                   replacing, run, sentences)
 from eval import need, progress, read_json, write_json
@@ -370,7 +370,8 @@ def inspect(shards, caption_keys, preset, vocab, out):
     """A report on pairs from all over the set, and a sheet of views. What cannot be read is left out."""
     source = Shards(shards, caption_keys, 'train')
     config, recipe = PRESETS[preset]
-    crops = Crops(source, None, config, seed=0, augment=recipe.get('augment', 'full'))
+    counts = Counts(local_images=recipe.get('local_crops', 6), local_texts=recipe.get('local_captions', 6))
+    crops = Crops(source, None, config, 0, counts, recipe.get('augment', 'full'))
     sample = np.unique(np.linspace(0, len(source) - 1, INSPECTED, dtype=int))
     problems = []
     pools = []

@@ -249,7 +249,7 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     for line in ('the half .*/train', 'left out +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
                  'unsplit paragraphs +in 1 of 3 pairs', 'sentences per pair +0 % 1, .* 100 % 2',
                  'words per sentence +0 % 1, .* 100 % 63', 'repeated +1 of 3 images, 0 of 4 sentences',
-                 'longer than context +8 of 24 captions .* 64 tokens by a vocabulary learned',
+                 'longer than context +4 of 12 captions .* 64 tokens by a vocabulary learned',
                  'row 1 of .*sheet.png: pair 0\n    global', 'row 3 of .*sheet.png: pair 4'):
         assert re.search(line, printed.out), line
 
