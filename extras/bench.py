@@ -51,14 +51,15 @@ def matmul_peak(device, dtype):
     return 2 * n ** 3 / min(clock.seconds['product'])
 
 
-def random_views(config, method, B, device):
-    """V images of noise and U captions of random words: the globals of a method, and 6 local ones of each kind."""
+def random_views(config, method, recipe, B, device):
+    """V images of noise and U captions of random words: the globals of a method, and the local ones of a recipe."""
     sides = [config.image_size] * method.global_images
     lengths = [config.context_length] * method.global_texts
     if method.local_images:
-        sides += [config.local_image_size] * 6
+        sides += [config.local_image_size] * recipe.get('local_crops', 6)
     if method.local_texts:
-        lengths += [min(24, config.context_length)] * 6     # as the longest sentence of a batch
+        longest = min(24, config.context_length)            # of the sentences of a batch
+        lengths += [longest] * recipe.get('local_captions', 6)
     images = [torch.randn(B, 3, side, side, device=device) for side in sides]
     texts = [torch.randint(config.vocab_size, (B, length), device=device) for length in lengths]
     return images, texts
@@ -75,7 +76,7 @@ def measure_step(preset, method, batch, precision, steps, compile):
     model = COSMOS(config).to(device)
     teacher = Teacher(model) if row.distills_images else None
     optimizer = train.make_optimizer(model, 1e-4, 0.1)
-    images, texts = random_views(config, row, batch, device)
+    images, texts = random_views(config, row, PRESETS[preset].recipe, batch, device)
     taught = texts[:GLOBALS] if row.distills_texts else None
     clock = Clock(device)
 
