@@ -6,7 +6,6 @@
     python -m extras.bench loader SHARDS --rate 4000              how many workers feed such GPUs
 """
 import contextlib
-import math
 import statistics
 import time
 from collections import defaultdict
@@ -129,8 +128,8 @@ def report(clock, steps, batch, flops, peak):
 
 # --- 2. The loader ---------------------------------------------------------------------------------------------------
 
-def measure_loader(shards, preset, rate):
-    """What one worker does a second, by part, and how many such workers `rate` samples a second need."""
+def measure_loader(shards, preset):
+    """What one worker does a second, by part."""
     source = Shards(shards, split='train')
     config = Config.preset(preset)
     order = torch.randperm(len(source)).tolist()
@@ -150,7 +149,6 @@ def measure_loader(shards, preset, rate):
             done += 1
         speed = done / (time.perf_counter() - begun)
         print(f'{name:16} {speed:9,.0f} samples/s')
-    print(f'{rate:,.0f} samples/s need {math.ceil(rate / speed)} workers of this kind ({preset})')
 
 
 # --- 3. Commands -----------------------------------------------------------------------------------------------------
@@ -174,7 +172,6 @@ def main():
     add = command.add_argument
     add('shards', nargs='+', help='tars, or folders of them; of train/ and val/ the half train/')
     add('--preset', choices=PRESETS, default='vit-b-16', help='whose views (default: %(default)s)')
-    add('--rate', type=float, default=1000, help='samples/s of the GPUs (default: %(default)s)')
     options = vars(parser.parse_args())
     function = options.pop('function')
     function(**options)

@@ -569,15 +569,13 @@ def test_step(method, monkeypatch, capsys):
 
 
 def test_loader(tmp_path, monkeypatch, capsys):
-    """oracle: more work takes longer; the number of workers is the rate over the speed of the whole."""
+    """oracle: more work takes longer."""
     monkeypatch.setattr(bench, 'SECONDS', 0.05)
     monkeypatch.setattr(torch, 'set_num_threads', int)          # not for the tests that follow
     write_pairs(tmp_path / '0.tar', 9 * '{"caption": "dogs run"}\n')
-    run(bench, 'loader', tmp_path, '--preset', 'tiny', '--rate', 1e6)
-    read, _, sample, workers = capsys.readouterr().out.splitlines()
-    speed = number(sample, 'samples')
-    assert number(read, 'samples') > speed > 0
-    assert number(workers, 'workers') == pytest.approx(1e6 / speed, rel=0.01)
+    run(bench, 'loader', tmp_path, '--preset', 'tiny')
+    read, _, sample = capsys.readouterr().out.splitlines()
+    assert number(read, 'samples') > number(sample, 'samples') > 0
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
