@@ -3,7 +3,6 @@
     python -m extras.bench step --preset vit-b-16 --batch 128     time by part, FLOPs, share of the matmul peak
     python -m extras.bench step --preset tiny --method clip       without teacher and cross-attention
     python -m extras.bench loader SHARDS                          samples a second of one worker, by part
-    python -m extras.bench loader SHARDS --rate 4000              how many workers feed such GPUs
 """
 import contextlib
 import statistics
