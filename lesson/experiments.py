@@ -108,13 +108,17 @@ class Grouped(Order):
 # --- 2. The experiments ----------------------------------------------------------------------------------------------
 
 class Method(NamedTuple):
-    """What competes."""
+    """What competes.
+
+    steps: that take about as long as the 1,000 of COSMOS; the rows have the seconds. rate: the peak learning rate, of those
+    that `tune` tried the one that names most, as the mean of big and small objects. Without residual, and with another
+    pair, COSMOS keeps its rate.
+    """
     label: str                      # in plots
     train_method: str               # --method of train.py
     batch: int
-    steps: int                      # that take as long as the 1,000 of COSMOS (about: the rows have the seconds)
-    rate: float                     # peak learning rate: of those that `tune` tried the one that names most, as the mean
-                                    # of big and small objects. The two other COSMOS take that of COSMOS
+    steps: int
+    rate: float
     model: type = COSMOS
 
 
@@ -129,6 +133,7 @@ METHODS = {
     'cosmos': Method('COSMOS', 'cosmos', 32, 1000, 1e-3)}
 PAIRS = 32_000                      # of all methods on the track `pairs`
 SCENES = 4000                       # for training
+EIGHT = range(8)                    # seeds, where five left a difference open
 PRECISION = 'bf16'
 EVALUATIONS = 5                     # of a run, the last one at its end
 
@@ -143,9 +148,6 @@ WORLDS = {
     'equal-16': TWO | {'company': 'equal', 'colors': 16},
     'big': TWO}
 COMPANY = ('alone', 'equal', 'big')
-
-
-EIGHT = range(8)                    # seeds, where five left a difference open
 
 
 class Variant(NamedTuple):
