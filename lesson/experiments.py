@@ -90,17 +90,13 @@ def color_groups(scenes):
 
 @dataclass
 class Grouped(Order):
-    """Every epoch has each pair once, as ever, but of its batches the share `grouped` are of pairs of the same group, or
-    of neighbouring groups."""
+    """Every epoch has each pair once, as ever, but the pairs of a batch are of one group, or of neighbouring groups."""
     groups: np.ndarray = None       # (pairs,)
-    grouped: float = 1.0
 
     def permutation(self, epoch):
-        order = super().permutation(epoch)
         batches = self.pairs // self.batch
-        together, rest = np.split(order, [round(self.grouped * batches) * self.batch])
-        together = together[self.groups[together].argsort(kind='stable')]
-        order = np.concatenate([together, rest])[:batches * self.batch]
+        order = super().permutation(epoch)[:batches * self.batch]
+        order = order[self.groups[order].argsort(kind='stable')]
         rows = order.reshape(batches, self.batch)
         return np.random.default_rng((self.seed, epoch, 1)).permutation(rows).flatten()
 
@@ -156,7 +152,7 @@ class Variant(NamedTuple):
     world: str = 'built-in'
     steps: int = 0                  # 0: those of the method, as is the rate
     rate: float = 0.0
-    grouped: float = 0.0            # share of batches whose scenes have the same colours
+    grouped: bool = False           # batches of scenes that have the same colours
     seeds: range = range(5)
     tested: tuple = ()              # worlds in which it is asked for names, too
 
@@ -175,8 +171,9 @@ def batches():
     variants = {}
     for method in 'clip', 'cosmos':
         for colors in 4, 16:
-            for share in 0, 1:
-                variants[f'{method}-{colors}-{share}'] = Variant(method, f'equal-{colors}', grouped=share)
+            world = f'equal-{colors}'
+            variants[f'{method}-{colors}-mixed'] = Variant(method, world)
+            variants[f'{method}-{colors}-sorted'] = Variant(method, world, grouped=True)
     return variants
 
 
@@ -317,7 +314,7 @@ def train_run(variant, seed, scenes, out):
     hooks = {'build': METHODS[variant.method].model, 'keep_teacher': True}
     if variant.grouped:
         listed = suppression.read_scenes(Shards(scenes / 'train'))
-        hooks['order'] = partial(Grouped, groups=color_groups(listed), grouped=variant.grouped)
+        hooks['order'] = partial(Grouped, groups=color_groups(listed))
     command = (f'--preset tiny --data {scenes} --workers 0 --seed {seed} --device cpu --precision {PRECISION} '
                f'--out {out} --resume auto --save-minutes 2 ')
     try:

@@ -214,8 +214,8 @@ def draw_batches(figure):
     for axis, colors in zip(axes, (4, 16)):
         for method, paint in ('clip', 'tab:blue'), ('cosmos', 'tab:orange'):
             ends = []
-            for share in 0, 1:
-                place = 'batches', f'{method}-{colors}-{share}'
+            for kind in 'mixed', 'sorted':
+                place = 'batches', f'{method}-{colors}-{kind}'
                 r_at_1 = values(*place, 'retrieval.image_to_text_R@1')
                 shapes = values(*place, 'small.top1')
                 axis.plot(r_at_1.values(), shapes.values(), '.', color=paint, alpha=0.4)    # a point a run
