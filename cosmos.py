@@ -330,8 +330,8 @@ def nce(queries, keys, scale):
     """
     V, B, _ = queries.shape
     U, N, _ = keys.shape
-    with torch.autocast(queries.device.type, enabled=False):            # float32, also for who calls it under autocast
-        logits = torch.einsum('vbd, und -> vbun', scale * queries, keys)
+    with torch.autocast(queries.device.type, enabled=False):            # float32, for whoever calls it under autocast
+        logits = torch.einsum('vbd,und->vbun', scale * queries, keys)
     first = dist.get_rank() * B if N > B else 0     # where my pairs begin among all N
     own_key = torch.arange(first, first + B, device=logits.device)
     target = own_key.view(1, B, 1).expand(V, B, U)

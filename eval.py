@@ -448,14 +448,15 @@ def class_names(source, path=None):
 
 def check_names(names):
     twice = {name for name in names if names.count(name) > 1}           # in ImageNet 'crane' and 'maillot'
-    need(not twice, f"two classes are called {', '.join(twice)}, so each would tie; give other names by --classes")
+    need(not twice, f"several classes are called {', '.join(sorted(twice))}, and would tie; "
+         'give other names by --classes')
 
 
 def torchvision_set(name, root, split, download=False):
     """A classification set of torchvision.datasets by its name there. If it is not at `root`, torchvision says so
     itself. Where a set has `train` in place of `split`, any split but train means the test half."""
     known = sorted(set(torchvision.datasets.__all__) - {'EMNIST'})      # whose `split` is no half
-    need(name in known, f"torchvision.datasets has no '{name}'; it has {', '.join(known)}")
+    need(name in known, f"--dataset {name} is not known; give one of torchvision.datasets: {', '.join(known)}")
     kind = getattr(torchvision.datasets, name)
     # Some sets have a split, some `train`, some neither: these come whole.
     parameters = inspect.signature(kind).parameters

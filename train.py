@@ -85,11 +85,11 @@ class Run:
     train_set: data.Crops
     student: COSMOS
     forward: torch.nn.Module        # the student in InParts, and on several GPUs in DistributedDataParallel
-    teacher: Teacher                # None where nothing is distilled
+    teacher: Teacher                # None where nothing is distilled, unless `main` is told to keep one
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype              # of autocast; None: float32
-    order: type                     # data.Order, which chooses the pairs of each batch
+    order: object                   # makes the data.Order, which chooses the pairs of each batch
     step: int = 0
     best: tuple = (-1.0, 0)         # mean R@1 on --val, and its step
     begun: float = field(default_factory=time.perf_counter)
@@ -284,8 +284,8 @@ def find_checkpoint(resume, out):
 
 
 def read_options(argv):
-    """-> options; the content of the checkpoint to resume, {} for a fresh start; in_place: whether that run goes on in its
-    own folder, so that index, log and best.pt there are its own.
+    """-> options; the content of the checkpoint to resume, {} for a fresh start; in_place: whether that run goes on in
+    its own folder, so that index, log and best.pt there are its own.
 
     1. Parse what is typed: it decides what the defaults are.
     2. Defaults: those of make_parser, over them the preset's recipe or, of a run that is resumed, all its options.
@@ -345,7 +345,7 @@ def choose_lengths(options, pairs):
     if options.warmup is None:                          # of a short run a tenth
         options.warmup = min(PRESETS[options.preset].recipe['warmup'], steps // 10)
     if options.eval_every is None:
-        options.eval_every = steps // 4 or 1
+        options.eval_every = math.ceil(steps / 4)
 
 
 def choose_folder(options):
@@ -850,9 +850,11 @@ def train(run, val):
             return None
 
     # The last evaluation comes when log and checkpoint are written, because it may fail.
-    entry['eval'] = figures = evaluate(run, val)
+    try:
+        entry['eval'] = figures = evaluate(run, val)
+    finally:
+        save(run)               # once more: this step may be the best
     write_log(run, entry)       # once more: of equal steps the last entry counts
-    save(run)                   # once more: it may have been the best
     return figures
 
 
@@ -887,8 +889,8 @@ def reason_to_stop(run, broken, bad, seen):
 def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
     """A run. It ends the process, with status 0 when all steps are done.
 
-    Three arguments are for lesson/experiments.py. build: the class of the model. keep_teacher: have a teacher also where
-    it teaches nothing. order: the class that says which pairs make a batch.
+    Three arguments are for lesson/experiments.py. build: the class of the model. keep_teacher: have a teacher also
+    where it teaches nothing. order: makes the Order that says which pairs make a batch.
     """
     options, saved, in_place = read_options(argv)
     method = METHODS[options.method]
@@ -933,7 +935,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
     run = make_run(options, processes, train_set, weights, build, keep_teacher, order)
     if saved:
         restore(run, saved, in_place)
-        saved.clear()                   # its tensors are in the run now: do not hold them twice
+        del saved                       # its tensors are in the run now: do not hold them twice
     if options.compile:
         compile_blocks(run.student)
         if run.teacher:

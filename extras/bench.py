@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from cosmos import COSMOS, GLOBALS, PRESETS, Config, Teacher, total_loss
 from data import Crops, Parser, Shards, Tokenizer, Unreadable, read_image, run
+from extras.prepare import counts_of
 
 SECONDS = 5             # time for each part of the loader
 WARM_UP = 2             # steps that are not timed: the first ones allocate memory and choose kernels
@@ -49,15 +50,15 @@ def matmul_peak(device, dtype):
     return 2 * n ** 3 / min(clock.seconds['product'])
 
 
-def random_views(config, method, recipe, B, device):
-    """V images of noise and U captions of random words: the globals of a method, and the local ones of a recipe."""
+def random_views(config, method, counts, B, device):
+    """V images of noise and U captions of random words, as many as a method has of `counts`."""
     sides = [config.image_size] * method.global_images
     lengths = [config.context_length] * method.global_texts
     if method.local_images:
-        sides += [config.local_image_size] * recipe.get('local_crops', 6)
+        sides += [config.local_image_size] * counts.local_images
     if method.local_texts:
         longest = min(24, config.context_length)            # of the sentences of a batch
-        lengths += [longest] * recipe.get('local_captions', 6)
+        lengths += [longest] * counts.local_texts
     images = [torch.randn(B, 3, side, side, device=device) for side in sides]
     texts = [torch.randint(config.vocab_size, (B, length), device=device) for length in lengths]
     return images, texts
@@ -74,7 +75,7 @@ def measure_step(preset, method, batch, precision, steps, compile):
     model = COSMOS(config).to(device)
     teacher = Teacher(model) if row.distills_images else None
     optimizer = train.make_optimizer(model, 1e-4, 0.1)
-    images, texts = random_views(config, row, PRESETS[preset].recipe, batch, device)
+    images, texts = random_views(config, row, counts_of(PRESETS[preset].recipe), batch, device)
     taught = texts[:GLOBALS] if row.distills_texts else None
     clock = Clock(device)
 
@@ -130,10 +131,10 @@ def report(clock, steps, batch, flops, peak):
 def measure_loader(shards, preset):
     """What one worker does a second, by part."""
     source = Shards(shards, split='train')
-    config = Config.preset(preset)
+    config, recipe = PRESETS[preset]
     order = torch.randperm(len(source)).tolist()
     tokenizer = Tokenizer([], config.context_length)        # ids of words are cached, so merges cost no time
-    crops = Crops(source, tokenizer, config, seed=0)
+    crops = Crops(source, tokenizer, config, 0, counts_of(recipe), recipe.get('augment', 'full'))
     torch.set_num_threads(1)                                # as in a worker
 
     parts = {'read': lambda i: (source.image(i), source.record(i)),

@@ -366,12 +366,16 @@ def percentiles(values):
     return ', '.join(f'{q} % {np.percentile(values, q):g}' for q in (0, 10, 50, 90, 100))
 
 
+def counts_of(recipe):
+    """The views and captions of a preset's recipe."""
+    return Counts(local_images=recipe.get('local_crops', 6), local_texts=recipe.get('local_captions', 6))
+
+
 def inspect(shards, caption_keys, preset, vocab, out):
     """A report on pairs from all over the set, and a sheet of views. What cannot be read is left out."""
     source = Shards(shards, caption_keys, 'train')
     config, recipe = PRESETS[preset]
-    counts = Counts(local_images=recipe.get('local_crops', 6), local_texts=recipe.get('local_captions', 6))
-    crops = Crops(source, None, config, 0, counts, recipe.get('augment', 'full'))
+    crops = Crops(source, None, config, 0, counts_of(recipe), recipe.get('augment', 'full'))
     sample = np.unique(np.linspace(0, len(source) - 1, INSPECTED, dtype=int))
     problems = []
     pools = []

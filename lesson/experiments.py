@@ -12,6 +12,7 @@ run ends its own schedule. What is measured is the moving average of its weights
 """
 import csv
 import json
+import math
 import os
 import platform
 import re
@@ -106,9 +107,9 @@ class Grouped(Order):
 class Method(NamedTuple):
     """What competes.
 
-    steps: that take about as long as the 1,000 of COSMOS; the rows have the seconds. rate: the peak learning rate, of those
-    that `tune` tried the one that names most, as the mean of big and small objects. Without residual, and with another
-    pair, COSMOS keeps its rate.
+    steps: estimated to take as long as the 1,000 of COSMOS; the rows have the seconds, and `minutes` corrects those of
+    CLIP. rate: the peak learning rate, of those that `tune` tried the one that names most, as the mean of big and small
+    objects. Without residual, and with another pair, COSMOS keeps its rate.
     """
     label: str                      # in plots
     train_method: str               # --method of train.py
@@ -186,8 +187,12 @@ def company():
     return variants
 
 
-def same_pairs(method):
-    return Variant(method, steps=PAIRS // METHODS[method].batch, seeds=EIGHT)
+def same_pairs():
+    """Page 4: all methods see as many pairs."""
+    variants = {}
+    for method in 'cosmos', 'without-cross-attention', 'text-crop', 'clip':
+        variants[method] = Variant(method, steps=PAIRS // METHODS[method].batch, seeds=EIGHT)
+    return variants
 
 
 NOBODY = 'nobody'                   # the method of a row that tells what adversaries reach in a world
@@ -214,7 +219,7 @@ EXPERIMENTS = {
         'without-cross-attention': Variant('without-cross-attention', seeds=EIGHT),
         'text-crop': Variant('text-crop', seeds=EIGHT),
         'clip': Variant('clip', steps=1932, seeds=EIGHT)},              # 15 % more: 1,684 took less than COSMOS
-    'pairs': {method: same_pairs(method) for method in ('cosmos', 'without-cross-attention', 'text-crop', 'clip')},
+    'pairs': same_pairs(),
     'longer': {                                                         # three times the minutes
         'cosmos': Variant('cosmos', steps=3000, seeds=range(1)),
         'without-cross-attention': Variant('without-cross-attention', steps=3450, seeds=range(1)),
@@ -233,15 +238,15 @@ def flags_of(variant):
     method = METHODS[variant.method]
     steps = variant.steps or method.steps
     rate = variant.rate or method.rate
-    every = -(-steps // EVALUATIONS)                    # rounded up
-    return (f'--method {method.train_method} --batch {method.batch} --steps {steps} --lr {rate} --eval-every {every}')
+    every = math.ceil(steps / EVALUATIONS)
+    return f'--method {method.train_method} --batch {method.batch} --steps {steps} --lr {rate} --eval-every {every}'
 
 
 def recipe(variant):
     """All that makes a run but its seed, in words. Runs of the same recipe and seed are one run."""
     words = f'{variant.method} on {SCENES} of {variant.world}'
     if variant.method != NOBODY:
-        words += f', {variant.grouped:g} grouped, {flags_of(variant)}'
+        words += f', {int(variant.grouped)} grouped, {flags_of(variant)}'
     return words
 
 
@@ -289,10 +294,10 @@ def flat(figures, prefix=''):
 
 
 def read_end(out, batch):
-    """The last log entry of a run: how much it took, and the parts of the loss as shares of what a blind guess costs."""
+    """How much a run took, and the parts of its last loss as shares of what a blind guess costs."""
+    end = evaluation.read_json(out / 'eval.json')
     *_, line = evaluation.read_lines(out / 'log.jsonl')
     entry = json.loads(line)
-    end = entry['eval']
     return {
         'steps': end['steps'],
         'seconds': end['seconds'],

@@ -87,7 +87,9 @@ def difference(experiment, name, other, column):
     gap = fmean(gaps)
     error = stdev(gaps) / math.sqrt(len(gaps))
     t, chance = student_t(len(gaps) - 1)
-    return gap, np.interp(-LEVEL, -chance, t) * error, np.interp(abs(gap) / error, t, chance)
+    half = error * np.interp(-LEVEL, -chance, t)        # with a minus, for interp wants what rises
+    by_chance = np.interp(abs(gap) / error, t, chance)
+    return gap, half, by_chance
 
 
 def holm(chances):
@@ -114,13 +116,14 @@ def filled_part(part):
     chances = {}
     for place in re.findall(MARK, part):
         if place[2]:
-            *differences[place], chances[place] = difference(*place)
+            gap, half, chances[place] = difference(*place)
+            differences[place] = f'{gap:+.1f} ± {half:.1f}'
     decided = holm(chances)
 
     def with_figure(match):
         place = match.groups('')
         if place in differences:
-            text = '{:+.1f} ± {:.1f}'.format(*differences[place])
+            text = differences[place]
             if place not in decided:
                 text += ' (open)'
         else:
@@ -159,7 +162,7 @@ def name_bars(variant):
 
 @torch.no_grad()
 def attention_maps(variant):
-    """Of the first scenes -> [{asked: weights of C^I over the patches}], for the big object, a small one, an absent one."""
+    """Of the first scenes -> [{asked: weights of C^I over the patches}]: a big object, a small one, an absent one."""
     (model, tokenizer, preprocess), shards = scored_run(variant)
     found = []
     for pair, (big, small, *_) in enumerate(suppression.read_scenes(shards)[:SCENES]):
@@ -216,10 +219,10 @@ def draw_batches(figure):
             ends = []
             for kind in 'mixed', 'sorted':
                 place = 'batches', f'{method}-{colors}-{kind}'
-                r_at_1 = values(*place, 'retrieval.image_to_text_R@1')
-                shapes = values(*place, 'small.top1')
-                axis.plot(r_at_1.values(), shapes.values(), '.', color=paint, alpha=0.4)    # a point a run
-                ends.append((fmean(r_at_1.values()), fmean(shapes.values())))
+                columns = 'retrieval.image_to_text_R@1', 'small.top1'
+                x, y = [values(*place, column).values() for column in columns]
+                axis.plot(x, y, '.', color=paint, alpha=0.4)            # a point a run
+                ends.append([mean(*place, column) for column in columns])
             start, end = ends
             axis.plot(*start, 'o', color=paint, label=METHODS[method].label)
             axis.annotate('', end, start, arrowprops={'arrowstyle': '->', 'linewidth': 2, 'color': paint})
@@ -312,7 +315,7 @@ def draw(name):
 # --- 4. The command --------------------------------------------------------------------------------------------------
 
 def check():
-    """Refused: runs that are missing or cannot be compared, and a text or a picture that does not agree with the rows."""
+    """Refused: runs that are missing or cannot be compared, a text or a picture that does not agree with the rows."""
     for experiment in EXPERIMENTS:
         missing = missing_runs(experiment)
         need(not missing,
@@ -320,7 +323,8 @@ def check():
         origins = set()
         for row in rows_of(experiment).values():
             origins.add((row['commit'], row['machine'], row['precision']))
-        need(len(origins) == 1, f'{experiment} has runs of several origins: {origins}; make them anew at one')
+        need(len(origins) == 1, f'{experiment} has runs of several origins: {origins}; remove their rows from '
+             'results.csv, and make the runs anew at one')
     for page in PAGES:
         lines = page.read_text().splitlines()
         for line, right in zip(lines, filled(page.read_text()).splitlines()):
@@ -341,8 +345,9 @@ def main():
     elif args.look:
         look()
     else:
-        for page in PAGES:
-            page.write_text(filled(page.read_text()))
+        texts = [filled(page.read_text()) for page in PAGES]            # both, before one is written
+        for page, text in zip(PAGES, texts):
+            page.write_text(text)
         for name in PICTURES:
             draw(name)
 

@@ -257,15 +257,16 @@ def objects_at(shards, i, config):
 
 def shares(numbers, own):
     """Of patches with these objects (n,) those that lie on object `own`, on another one, on the ground."""
-    ground = (numbers == 0).double().mean().item()
-    it = (numbers == own).double().mean().item()
-    return {'it': it, 'other': 1 - it - ground, 'ground': ground}
+    on_it = numbers == own
+    ground = numbers == 0
+    places = {'it': on_it, 'other': ~on_it & ~ground, 'ground': ground}
+    return {place: hits.double().mean().item() for place, hits in places.items()}
 
 
 @torch.no_grad()
 def pointing(model, tokenizer, preprocess, shards, scenes):
-    """Where does the highest weight of C^I lie? -> {role: {own_it, own_other, ...: shares of its objects}}; of a plain CLIP
-    {}.
+    """Where does the highest weight of C^I lie? -> {role: {own_it, own_other, ...: shares of its objects}}; of a plain
+    CLIP {}.
 
     own_, absent_: asked for the object, for an absent name. area_: of all patches, what a blind guess hits. it: on the
     object; other: on another one; ground.

@@ -508,9 +508,10 @@ def test_variants():
         if variant.method != experiments.NOBODY:
             train.make_parser().parse_args(experiments.flags_of(variant).split())
     for variant in EXPERIMENTS['pairs'].values():
-        assert variant.steps * METHODS[variant.method].batch == 32_000
-    for one, two in (('tune-big', 'clip-0.00025'), ('company', 'clip-big')), (('minutes', 'cosmos'), ('pairs', 'cosmos')):
-        assert experiments.recipe(EXPERIMENTS[one[0]][one[1]]) == experiments.recipe(EXPERIMENTS[two[0]][two[1]])
+        assert variant.steps * METHODS[variant.method].batch == experiments.PAIRS
+    recipe = experiments.recipe
+    assert recipe(EXPERIMENTS['tune-big']['clip-0.00025']) == recipe(EXPERIMENTS['company']['clip-big'])
+    assert recipe(EXPERIMENTS['minutes']['cosmos']) == recipe(EXPERIMENTS['pairs']['cosmos'])
 
 
 @pytest.fixture

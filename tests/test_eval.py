@@ -279,14 +279,14 @@ WRONG = {               # a command: what its sentence must say
     'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read',
     'retrieval last.pt --flickr list': 'gone.png is no image',
     'retrieval last.pt --coco x': 'x/annotations/captions_val2017.json cannot be read',
-    'classify last.pt --dataset dtd': "has no 'dtd'; it has .*DTD",
+    'classify last.pt --dataset dtd': 'dtd is not known; .*DTD',
     'classify last.pt --folder page.pt': 'page.pt cannot be read',
     'classify last.pt --folder bad': 'bad/class/x.jpg is no image',
     'classify last.pt --folder empty': 'class folder in empty',
     'segment last.pt --images a --masks images --classes page.pt --list page.pt': 'no <html>.png; see --mask-suffix',
     'segment last.pt --images empty --masks images --classes page.pt': 'empty has no image 0, but a mask; .*-suffix',
     'segment last.pt --images a --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
-    'segment last.pt --images a --masks a --classes twice': 'two classes are called',
+    'segment last.pt --images a --masks a --classes twice': 'several classes are called',
     'segment last.pt --images a --masks a --classes page.pt --templates page.pt': "'<html>' in page.pt needs {}"}
 
 
