@@ -170,11 +170,10 @@ def tune(rates, seed=100, **how):
 def batches():
     """Page 2: worlds of 4 and 16 colours, batches as they come and batches grouped by colours."""
     variants = {}
-    for method in 'clip', 'cosmos':
-        for colors in 4, 16:
-            world = f'equal-{colors}'
-            variants[f'{method}-{colors}-mixed'] = Variant(method, world)
-            variants[f'{method}-{colors}-sorted'] = Variant(method, world, grouped=True)
+    for method, colors, seeds in ('clip', 4, 5), ('clip', 16, 8), ('cosmos', 4, 5), ('cosmos', 16, 5):
+        mixed = Variant(method, f'equal-{colors}', seeds=range(seeds))
+        variants[f'{method}-{colors}-mixed'] = mixed
+        variants[f'{method}-{colors}-sorted'] = mixed._replace(grouped=True)
     return variants
 
 
