@@ -229,6 +229,7 @@ def draw_batches(figure):
         axis.axhline(CHANCE, color='grey', linestyle='--', label='chance of naming')
         axis.set_title(f'{colors} colours')
         axis.set_xlabel('R@1, image to text, %')
+        axis.set_xlim(left=-0.5)
         axis.set_ylim(0, 60)
     axes[0].set_ylabel('objects named, %')
     axes[1].legend(fontsize=9)
