@@ -217,11 +217,11 @@ def draw_batches(figure):
     for axis, colors in zip(axes, (4, 16)):
         for method, paint in ('clip', 'tab:blue'), ('cosmos', 'tab:orange'):
             ends = []
-            for kind in 'mixed', 'sorted':
+            for kind, mark in ('mixed', '.'), ('sorted', 'x'):
                 place = 'batches', f'{method}-{colors}-{kind}'
                 columns = 'retrieval.image_to_text_R@1', 'small.top1'
                 x, y = [values(*place, column).values() for column in columns]
-                axis.plot(x, y, '.', color=paint, alpha=0.4)            # a point a run
+                axis.plot(x, y, mark, color=paint, alpha=0.4)           # a point a run
                 ends.append([mean(*place, column) for column in columns])
             start, end = ends
             axis.plot(*start, 'o', color=paint, label=METHODS[method].label)
