@@ -331,12 +331,14 @@ def nce(queries, keys, scale):
     V, B, _ = queries.shape
     U, N, _ = keys.shape
     with torch.autocast(queries.device.type, enabled=False):            # float32, for whoever calls it under autocast
-        logits = torch.einsum('vbd,und->vbun', scale * queries, keys)
+        # Row (v, b), column (u, n): all pairs of views in one product.
+        logits = scale * queries.flatten(0, 1) @ keys.flatten(0, 1).T   # (V*B, U*N)
     first = dist.get_rank() * B if N > B else 0     # where my pairs begin among all N
     own_key = torch.arange(first, first + B, device=logits.device)
     target = own_key.view(1, B, 1).expand(V, B, U)
     # Query b of view v chooses among the N keys of view u, for each v and u.
-    return F.cross_entropy(logits.flatten(0, 2), target.flatten())
+    logits = logits.view(V, B, U, N).flatten(0, 2)
+    return F.cross_entropy(logits, target.flatten())
 
 
 def symmetric_nce(a, b, all_a, all_b, scale):

@@ -18,7 +18,7 @@ BUGS = [
     ('data', 'int(number * scale)', 'int(number @ scale)', 'TypeError'),
     ('data', 'ids.unbind(dim=1)', 'ids.unbind(dim=3)', 'IndexError'),
     # nce, CrossAttention
-    ('cosmos', 'logits.flatten(0, 2)', 'logits.flatten(0, 1)', 'ValueError'),
+    ('cosmos', 'logits.view(V, B, U, N)', 'logits.view(V, B, N)', 'RuntimeError'),
     ('cosmos', 'self.ln_k(tokens)).tr', 'self.ln_k(tokens[..., 1:])).tr', 'RuntimeError'),
     # train_step, retrieval
     ('train', '(images, batch.texts)', '(images, batch.text)', 'AttributeError'),
