@@ -880,7 +880,7 @@ def cut(captions, multiple):
 
 def collate(samples, multiple=1, whole_first=True):
     """Samples -> Batch. Global captions are cut to the longest of them, local ones to the longest of those. The first
-    GLOBALS captions are global; where there is one caption, it is.
+    GLOBALS captions are global; a method with one global caption has no local ones.
 
     multiple: of the lengths; 8 is faster in half precision. whole_first: the student's caption 0 keeps all T positions,
     because C^T reads its padding, too.
