@@ -7,8 +7,8 @@ A shard is a tar as img2dataset writes it. Members of one name up to the first d
     000000017.txt     the caption alone; used where the json has none
     000000017.mask.png     of drawn scenes, for lesson/suppression.py alone
 
-Sections 3, 5 and 6 are the paper's: text crops, image crops, colours. The rest is storage, a tokenizer and a loader, and
-may be skipped.
+Sections 3, 5 and 6 are the paper's: text crops, image crops, colours. Section 7 makes batches of them. Sections 1, 2 and
+4, storage and a tokenizer, may be skipped.
 
 A pair gives image crops and text crops (Sec. 3.1). An image crop with its colours changed is an image view. A text crop
 is one sentence, or a few, from all captions of the pair. Random choices for a pair come from (seed, epoch, index of the
@@ -173,7 +173,7 @@ def tar_files(path):
     """
     length = os.path.getsize(path)
     end = 0                                             # of the last whole member
-    whole = False                                       # stays so where an error ends the reading
+    whole = False
     with suppress(tarfile.TarError, ValueError):  # raised for a header that cannot be stepped over
         with tarfile.open(path, 'r:', ignore_zeros=True) as tar:
             for member in tar:
@@ -183,7 +183,7 @@ def tar_files(path):
                     break
                 yield member.name, member.offset_data, member.size
                 end = member.offset_data + member.size
-            whole = tar.offset == length                # tar.offset: how far tarfile has read
+            whole = tar.offset == length                # tar.offset: how far tarfile has read; less after a `break`
     if not whole:
         warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
 
@@ -221,7 +221,7 @@ class Shards:
 
     def __init__(self, paths, caption_keys=None, split=None, index=None):
         self.paths = find_shards(paths, split)
-        self.caption_keys = re.split(' *, *', caption_keys) if caption_keys else None
+        self.caption_keys = re.split(' *, *', caption_keys.strip()) if caption_keys else None
         self.sizes = list(map(os.path.getsize, self.paths))
         names = list(map(os.path.basename, self.paths))
         self.fingerprint = hashlib.sha1(repr([names, self.sizes]).encode()).hexdigest()
@@ -321,11 +321,12 @@ CAPTION_KEYS = [                # the first family that has a sentence is the po
 POOL_KEYS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
 
 # ours: a sentence ends at a newline, at '</s>', or at a full stop before white space or the end; so "3.5 m" stays
-# whole. A stop behind a single letter ends none: "J. Smith" and "e.g. a dog" stay whole, too.
+# whole. A stop behind a single letter ends none: "J. Smith" and "e.g. a dog" stay whole, too. But "The toy is the dog's.
+# It is red." is cut: this s is part of a word.
 BREAK = re.compile(r"""
     \n
     | </s>
-    | (?<! (?<!\w['’]) \b [^\W\d_] )      # not behind a single letter. (The s of "dog's" is part of a word.)
+    | (?<! (?<!\w['’]) \b [^\W\d_] )      # not behind a single letter, unless that follows an apostrophe
       \.
       (?= \s | $ )""", re.VERBOSE)
 
@@ -381,7 +382,7 @@ def text_crops(pool, rng, global_texts, local_texts):
 
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
-MOST_WORDS = 200_000    # whose ids are kept: the web never runs out of new words, memory does
+MOST_WORDS = 200_000    # in Tokenizer.cache: the web never runs out of new words, memory does
 LEARN_FROM = 5000       # merges are learned from so many words, the most frequent ones
 VOCAB_HELP = (f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or learn a vocabulary from your captions '
               'by --vocab learn')
@@ -450,8 +451,8 @@ def fetch_vocab():
     """Path of CLIP's merges in torch's cache, downloaded on first use. Refused where that fails."""
     path = Path(torch.hub.get_dir(), 'bpe_simple_vocab_16e6.txt.gz')
     if not path.exists():  # ranks may fetch side by side: each download is renamed when it is whole
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(VOCAB_URL, str(path), VOCAB_SHA256, progress=False)
         except (OSError, RuntimeError) as error:  # RuntimeError: another SHA-256, as of a proxy's page
             raise Refused(f'{VOCAB_URL} cannot be fetched ({error}); {VOCAB_HELP}') from None
@@ -499,7 +500,7 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        # A dict, because in rare cases a pair is the most frequent a second time. Its first place counts.
+        # A dict: other merges may bring a pair back, and it may win a second time. Its first place counts.
         merges = {}
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
@@ -620,17 +621,17 @@ def image_crops(data, kinds, rng, flip=True):
             width, height = height, width
     boxes = draw_boxes(height, width, kinds, rng)
     # Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size in much less time. No crop may then have fewer pixels than its
-    # view: if the smallest has 200 for a view of 96, the image may be 200 / 96 times smaller. `draft` takes the smallest
-    # size that is not below `enough`.
+    # view: a crop of 200 pixels for a view of 96 lets the image be 200 / 96 times smaller, and not more. `draft` takes the
+    # smallest size that is not below `enough`.
     most_shrink = min(min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds))
-    enough = [ceil(side / most_shrink) for side in image.size]          # (w, h), not turned yet, as draft wants it
+    enough = [ceil(side / most_shrink) for side in image.size]          # draft wants (w, h) before the turn
     with pillow_errors('its image'):
         image.draft('RGB', enough)
         pixels = TF.pil_to_tensor(ImageOps.exif_transpose(image).convert('RGB'))
-    scale = min(pixels.shape[1] / height, pixels.shape[2] / width)      # what draft took: 1, or about 1/2, 1/4, 1/8
+    zoom = min(pixels.shape[1] / height, pixels.shape[2] / width)       # what draft took: 1, or about 1/2, 1/4, 1/8
     crops = []
     for box, kind in zip(boxes, kinds):
-        y, x, h, w = [int(number * scale) for number in box]  # rounded down: never over an edge
+        y, x, h, w = [int(number * zoom) for number in box]  # rounded down: never over an edge
         crop = TF.resized_crop(pixels, y, x, h, w, [kind.size, kind.size], BICUBIC)
         if flip and rng.random() < 0.5:
             crop = crop.flip(-1)
@@ -690,11 +691,11 @@ def hue(x, turn):
     red, green, blue = x.split(1, dim=1)                                # each (n, 1, h, w)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
-    # 6 * hue * chroma, a case for each largest channel: green or blue, then red over both. Of gray any hue will do.
-    product = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
-    product = torch.where(value == red, green - blue, product)
-    hue_of_x = product / (6 * chroma).clamp_min(1e-8)
-    turned = hue_of_x + turn + 1                                        # + 1: never below 0
+    # 6 hue, in a case for each largest channel: green or blue, then red over both. Of gray any hue will do.
+    share = 1 / chroma.clamp_min(1e-8)
+    six_hue = torch.where(value == green, (blue - red) * share + 2, (red - green) * share + 4)
+    six_hue = torch.where(value == red, (green - blue) * share, six_hue)
+    turned = six_hue / 6 + turn + 1                                     # + 1: never below 0
     start = torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1)
     k = 6 * torch.frac(turned + start / 6)                                  # (n, 3, h, w)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
@@ -819,7 +820,7 @@ class Crops(Dataset):
 
     def __getitem__(self, where):
         epoch, number, index = where
-        step_seed = f'{self.seed} {epoch} {number}'     # the same for all pairs of a batch
+        step_seed = f'{self.seed} {epoch} {number}'     # the same for all pairs of a batch; Batch.views draws from it
         rng = random.Random(f'{self.seed} {epoch} {index} replacement')
         for bad in range(MOST_BAD):                     # how many were bad so far
             try:
@@ -878,20 +879,20 @@ def cut(captions, multiple):
     return [ids[:, :length] for ids in captions]
 
 
-def collate(samples, multiple=1, whole_first=True):
-    """Samples -> Batch. Global captions are cut to the longest of them, local ones to the longest of those. The first
-    GLOBALS captions are global; a method with one global caption has no local ones.
+def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
+    """Samples -> Batch. Global captions, the first ones, are cut to the longest of them, local ones to the longest of
+    those.
 
     multiple: of the lengths; 8 is faster in half precision. whole_first: the student's caption 0 keeps all T positions,
     because C^T reads its padding, too.
     """
     crops, colours, ids, step_seeds, bad = default_collate(samples)     # ids (B, U, T)
     captions = ids.unbind(dim=1)
-    global_texts = cut(captions[:GLOBALS], multiple)
-    local_texts = cut(captions[GLOBALS:], multiple)
-    first = captions[0] if whole_first else global_texts[0]
-    texts = [first, *global_texts[1:], *local_texts]
-    return Batch(crops, colours, step_seeds[0], texts, global_texts, int(bad.sum()))
+    globals_cut = cut(captions[:global_texts], multiple)
+    locals_cut = cut(captions[global_texts:], multiple)
+    first = captions[0] if whole_first else globals_cut[0]
+    texts = [first, *globals_cut[1:], *locals_cut]
+    return Batch(crops, colours, step_seeds[0], texts, globals_cut, int(bad.sum()))
 
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1                 # USR1: Slurm
@@ -914,7 +915,7 @@ def loader(crops, batches, workers, multiple=1, whole_first=True):
     atexit.register(end_workers)
     # A forked worker shares the index, a spawned one gets a copy. (Without workers there must be no context.)
     context = 'fork' if workers and sys.platform == 'linux' else None
-    return DataLoader(crops, batch_sampler=batches, num_workers=workers,
-                      collate_fn=partial(collate, multiple=multiple, whole_first=whole_first),
+    make_batch = partial(collate, multiple=multiple, whole_first=whole_first, global_texts=crops.counts.global_texts)
+    return DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=make_batch,
                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals,
                       multiprocessing_context=context)

@@ -32,7 +32,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from cosmos import COSMOS, Config, from_openclip, unit
-# Refused: an error that a user can mend, shown as one sentence. Unreadable(Refused): one image or record is bad.
+# Refused: an error that a user can mend, which `run` shows as one sentence. Unreadable(Refused): one image or record is
+# bad. replacing: a file is written whole or not at all.
 from data import (BICUBIC, Parser, Refused, Shards, Tokenizer, Unreadable, normalize, read_image, replacing,
                   run)
 
@@ -172,7 +173,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
         config = Config(**saved['config'])
         tokenizer = Tokenizer(saved['merges'], config.context_length)
     else:
-        # No file tells the width of its heads. In open_clip's ViTs up to this width it is 64, in larger ones more.
+        # Heads are taken to be 64 wide, as in open_clip's ViTs up to a width of 1,024.
         width = len(state.get('visual.class_embedding', ()))
         need(0 < width <= 1024 and width % 64 == 0 and 'text_projection' in state,
              f"{path} is neither ours, nor released, nor of an open_clip ViT with heads that are 64 wide (its keys: "
@@ -290,8 +291,8 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures.
 
     owner (captions,): the image of each caption. The rank of an image is that of the best of its captions. R@K are
-    fractions, ranks count from 1. chance is R@1 of a blind guess. From image to text it is the mean of (captions of the
-    image) / (all captions), and that is 1 / n, as from text to image.
+    fractions, ranks count from 1. chance is R@1 of a blind guess. From image to text it is (captions of the image) / (all
+    captions): that sums to 1 over the n images, so its mean is 1 / n, as from text to image.
     """
     n = len(image_features)
     image_ids = torch.arange(n)
@@ -363,7 +364,7 @@ HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --captio
 def shard_captions(shards):
     """Held-out shards -> (captions, owner). Where a pair has captions under several keys, those under the first of these
     keys count. They are not cut into sentences."""
-    keys = shards.caption_keys or HELD_OUT_KEYS                     # a list in either case
+    keys = shards.caption_keys or HELD_OUT_KEYS
     pools = []
     for i in range(len(shards)):
         try:
@@ -429,8 +430,10 @@ def classify(image_features, vectors, labels):
 
 
 def class_names(source, path=None):
-    """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order. In a
-    file names may repeat: they tie, which is a miss."""
+    """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order.
+
+    In a file names may repeat, as 'crane' in the usual one for ImageNet: they tie, which is a miss.
+    """
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
     listed = read_lines(path) if path else classes
     need(listed, 'this set of torchvision has no class names; give a file of them by --classes')
@@ -441,24 +444,25 @@ def class_names(source, path=None):
         if isinstance(name, tuple):
             name = name[0]              # ImageNet's: the first of several synonyms
         names.append(name.replace('_', ' ').strip())
-    if not path:                        # the usual list for ImageNet, given as a file, has names twice
+    if not path:
         check_names(names)
     return names
 
 
 def check_names(names):
-    twice = {name for name in names if names.count(name) > 1}           # in ImageNet 'crane' and 'maillot'
+    twice = {name for name in names if names.count(name) > 1}
     need(not twice, f"several classes are called {', '.join(sorted(twice))}, and would tie; "
-         'give other names by --classes')
+         'give a name to each in the file of --classes')
 
 
 def torchvision_set(name, root, split, download=False):
-    """A classification set of torchvision.datasets by its name there. If it is not at `root`, torchvision says so
-    itself. Where a set has `train` in place of `split`, any split but train means the test half."""
-    known = sorted(set(torchvision.datasets.__all__) - {'EMNIST'})      # whose `split` is no half
+    """A classification set of torchvision.datasets by its name there. Some sets have no `split` but a switch `train`: it is
+    on for the split 'train' and off for any other. Errors of torchvision, as for a set that is not at `root`, stay as
+    they are."""
+    known = sorted(set(torchvision.datasets.__all__) - {'EMNIST'})      # its `split` is no half
     need(name in known, f"--dataset {name} is not known; give one of torchvision.datasets: {', '.join(known)}")
     kind = getattr(torchvision.datasets, name)
-    # Some sets have a split, some `train`, some neither: these come whole.
+    # Sets that have neither come whole.
     parameters = inspect.signature(kind).parameters
     options = {}
     if 'split' in parameters:
@@ -477,7 +481,7 @@ class Settings(NamedTuple):
     size: int                           # short side of the image, in pixels
     scale: float = 40.0                 # of the cosines, before the softmax
     probability: float = 0.0            # pixels whose best class has less become class 0
-    area: float = 0.0                   # classes with this share of the foreground or less lose it
+    area: float = 0.0                   # classes with this share of the foreground or less lose their pixels
     reduce_zero_label: bool = False     # label 0 of the masks is ignored, 1 becomes class 0
     csa: bool = False                   # correlative self-attention in the last block
 
@@ -578,16 +582,17 @@ def segmentation_figures(matrix, names):
             'IoU': iou_of}
 
 
-def read_mask(path, size, classes, reduce_zero_label=False):
+def read_mask(path, size, classes, reduce_zero_label):
     """A PNG of class numbers, grey or palette, of `size` (w, h) -> (h, w) int64, IGNORE where it does not count."""
     mask = read_image(path)             # of a palette the numbers, not the colours
     values = np.array(mask, np.int64)
     need(values.shape == size[::-1],
          f'mask {path} is a {mask.mode} image of {mask.size} pixels; it must be grey or palette, and of {size}')
+    label = values[values != IGNORE].max(initial=0)
+    most = classes if reduce_zero_label else classes - 1
+    need(label <= most, f'mask {path} has label {label}, with {classes} lines in the class file it may be {most} at most')
     if reduce_zero_label:
         values = np.where(np.isin(values, (0, IGNORE)), IGNORE, values - 1)
-    most = values[values != IGNORE].max(initial=0)
-    need(most < classes, f'mask {path} has label {most}, the class file names 0 to {classes - 1}')
     return torch.from_numpy(values)
 
 
@@ -669,7 +674,7 @@ def run_segment(args, model, tokenizer, preprocess):
     settings = Settings(3 * model.config.image_size // 2)   # in proportion as released, 336 of 224
     if args.benchmark:
         settings = BENCHMARKS[args.benchmark]
-    settings = settings._replace(csa=args.csa or settings.csa)
+    settings = settings._replace(csa=args.csa)
     synonyms = []                                       # a list for each class
     for line in read_lines(args.classes):
         parts = line.replace('_', ' ').split(',')

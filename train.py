@@ -85,11 +85,11 @@ class Run:
     train_set: data.Crops
     student: COSMOS
     forward: torch.nn.Module        # the student in InParts, and on several GPUs in DistributedDataParallel
-    teacher: Teacher                # None where nothing is distilled, unless `main` is told to keep one
+    teacher: Teacher                # None where nothing is distilled, unless main(keep_teacher=True)
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype              # of autocast; None: float32
-    order: object                   # makes the data.Order, which chooses the pairs of each batch
+    make_order: object              # data.Order, or what makes one in its place: which pairs make each batch
     step: int = 0
     best: tuple = (-1.0, 0)         # mean R@1 on --val, and its step
     begun: float = field(default_factory=time.perf_counter)
@@ -115,20 +115,22 @@ class Step(NamedTuple):
 
 def train_step(run, batch):
     """One step of training -> Step. Student, teacher, loss, backward; if all is finite, update."""
-    images = batch.views()      # V tensors (B, 3, s, s), in the colours that the loader has drawn, normalised
+    # V tensors (B, 3, s, s). The loader has cropped them, and has drawn how their colours change; that is done here.
+    images = batch.views()
     run.optimizer.zero_grad()
 
     # The student sees all views and captions, the teacher the globals, without gradient. For the student caption 0 has
-    # its full length, as C^T reads its padding. The teacher does not run C^T, so its copy is cut at the longest end.
+    # its full length, as C^T reads its padding. The teacher runs its towers only, so for it caption 0 is cut, too.
     cls_t = eot_t = None
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
         out = run.forward(images, batch.texts)
-        if run.method.distills_images:
+        if run.method.distills_images:              # no method distils captions alone
             captions = batch.teacher_texts if run.method.distills_texts else None
             cls_t, eot_t = run.teacher(images[:GLOBALS], captions)
 
     loss, parts = total_loss(run.student, out, cls_t, eot_t)
-    run.scaler.scale(loss).backward()   # DDP averages all gradients, those of the scales, too
+    run.scaler.scale(loss).backward()   # DDP averages all gradients. (Those of the scales, too, though total_loss and not
+                                        # run.forward uses them: its hooks are on the parameters.)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.student.parameters()])
 
@@ -210,8 +212,9 @@ def make_optimizer(student, lr, wd):
 
 # --- 3. Options ------------------------------------------------------------------------------------------------------
 
+# How many this process may use: of a job of Slurm less than the machine has. (Only Linux tells.)
+CORES = len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()
 DTYPES = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}           # None: no autocast
-WORKERS = min(8, os.cpu_count() // 2 or 1)
 
 
 def make_parser():
@@ -225,7 +228,7 @@ def make_parser():
     add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
     add('--caption-pool', choices=data.POOL_KEYS, default='all', help="of DreamLIP's captions (%(default)s)")
     add('--vocab', default='clip', help="%(default)s, learn (from the captions), or a path to CLIP's file")
-    add('--workers', type=int, default=WORKERS, help='processes that load data, for each GPU (%(default)s)')
+    add('--workers', type=int, default=min(8, CORES // 2 or 1), help='processes that load data, for each GPU (%(default)s)')
     # method
     add('--preset', choices=PRESETS, help='sizes and recipe (vit-b-16 with --data, else tiny)')
     add('--method', choices=METHODS, default='cosmos', help='row of Table 5 (%(default)s)')
@@ -284,8 +287,9 @@ def find_checkpoint(resume, out):
 
 
 def read_options(argv):
-    """-> options; the content of the checkpoint to resume, {} for a fresh start; in_place: whether that run goes on in
-    its own folder, so that index, log and best.pt there are its own.
+    """-> options
+    -> saved: the content of the checkpoint to resume, {} for a fresh start
+    -> in_place: does a run go on in its own folder? Then index, log and best.pt there are its own
 
     1. Parse what is typed: it decides what the defaults are.
     2. Defaults: those of make_parser, over them the preset's recipe or, of a run that is resumed, all its options.
@@ -311,7 +315,7 @@ def read_options(argv):
         defaults['warmup'] = None               # choose_lengths takes the recipe's, less for a short run
         if not METHODS[typed.method].augments:
             defaults['augment'] = 'crops'
-    if typed.steps or typed.epochs:             # one that is typed comes back below; the other must not limit it
+    if typed.steps or typed.epochs:             # the one that is typed decides the length, the other's default does not
         defaults |= {'steps': None, 'epochs': None}
     parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
@@ -326,7 +330,7 @@ def check_resumed(options, resumed):
     """Refused: a new preset, method or batch. Of every other change a line is printed."""
     for name, old in resumed.items():
         new = getattr(options, name)
-        if new in (old, None):      # None: of --steps or --epochs, where the other one was typed
+        if new in (old, None):      # None: --steps or --epochs, if only the other is typed
             continue
         flag = name.replace('_', '-')
         if name in ('preset', 'method', 'batch'):
@@ -406,8 +410,8 @@ class Processes:
             dist.broadcast_object_list(box, group=self.patient)
         return box[0]
 
-    def wait(self):
-        """Other ranks wait here until rank 0 calls this, too. Rank 0 itself does not wait."""
+    def wait_for_rank_0(self):
+        """Other ranks wait here until rank 0 comes here, too. Rank 0 itself does not wait."""
         self.broadcast(None)
 
     @contextlib.contextmanager
@@ -415,18 +419,18 @@ class Processes:
         """The other processes enter this block when rank 0 has left it, and find the files that it wrote there."""
         if self.rank > 0:
             try:
-                self.wait()
+                self.wait_for_rank_0()
             except RuntimeError:
                 os._exit(1)                     # rank 0 was refused, has said why, and is gone
         yield
         if self.rank == 0:
-            self.wait()                         # lets the others in
+            self.wait_for_rank_0()              # lets the others in
 
     def leave(self, status):
         """End the process. With several, each waits here until all have come.
 
-        NB: destroying the process group may hang (one exit in three with torch 2.13): freeing DDP holds Python's lock
-        and waits for gloo's thread, which may be waiting for that lock.
+        NB: destroying the process group may hang: freeing DDP holds Python's lock and waits for gloo's thread, which may
+        be waiting for that lock.
         """
         if self.patient:
             dist.barrier(group=self.patient)
@@ -439,7 +443,7 @@ def use_cores(workers):
     """On a CPU: a core for each loader, the others for this process, and freed memory stays at hand."""
     keep_memory()
     if 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(max(1, os.cpu_count() - workers))
+        torch.set_num_threads(max(1, CORES - workers))
 
 
 def keep_memory():
@@ -527,7 +531,7 @@ def choose_model(options, saved):
     return replace(config, cross_heads=heads), tokenizer, weights
 
 
-def make_run(options, processes, train_set, weights, build, keep_teacher, order):
+def make_run(options, processes, train_set, weights, build, keep_teacher, make_order):
     """Model, teacher and optimizer on this process, before the first step."""
     device = processes.device
     torch.manual_seed(options.seed)                         # all ranks start from the same weights
@@ -545,7 +549,8 @@ def make_run(options, processes, train_set, weights, build, keep_teacher, order)
     # The usual start, 65,536, would overflow many times before it settles.
     scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
     forward = InParts(student, options.accum)
-    return Run(options, processes, train_set, student, forward, teacher, optimizer, scaler, dtype, order)
+    return Run(options, processes, train_set, student, forward, teacher, optimizer, scaler, dtype,
+               make_order)
 
 
 # --- 6. Checkpoints --------------------------------------------------------------------------------------------------
@@ -695,7 +700,7 @@ def evaluate(run, val):
         if run.step >= run.options.steps:
             raise
         tqdm.write(traceback.format_exc())
-    run.processes.wait()
+    run.processes.wait_for_rank_0()
     return figures
 
 
@@ -705,6 +710,7 @@ def held_out_figures(run, val):
     Writes best.pt where the mean R@1 is the best so far.
     """
     model = run.teacher.model if run.teacher else run.student
+    # as eval.load returns them
     scored = model, run.train_set.tokenizer, evaluation.preprocessing(model.config.image_size)
     retrieval, image_features = evaluation.zero_shot_retrieval(*scored, val)
     figures = {'retrieval': retrieval}
@@ -787,7 +793,7 @@ MOST_BROKEN = 5         # steps in a row whose loss or gradient is not finite
 def batches_left(run):
     """The batches of the steps that are left, for this rank."""
     options = run.options
-    order = run.order(len(run.train_set.shards), options.batch, run.step, options.steps, options.seed,
+    order = run.make_order(len(run.train_set.shards), options.batch, run.step, options.steps, options.seed,
                       rank=run.processes.rank, world=run.processes.world)
     # Half precision is faster with captions of multiples of 8 tokens.
     return iter(data.loader(run.train_set, order, options.workers,
@@ -844,12 +850,14 @@ def train(run, val):
             save(run)
             saved_at = time.perf_counter()
         if failure:
-            processes.wait()        # else torchrun kills rank 0 while it writes
+            processes.wait_for_rank_0()     # the first rank to exit ends all, and rank 0 may still write
             raise Refused(failure)
         if signals and not last:
             return None
 
-    # The last evaluation comes when log and checkpoint are written, because it may fail.
+    # The last evaluation comes when log and checkpoint are written, because it may fail, or be ended by a signal.
+    for number in data.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     try:
         entry['eval'] = figures = evaluate(run, val)
     finally:
@@ -886,11 +894,11 @@ def reason_to_stop(run, broken, bad, seen):
 
 # --- 9. A run, from the command line to the figures ------------------------------------------------------------------
 
-def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
+def main(argv=None, build=COSMOS, keep_teacher=False, make_order=data.Order):
     """A run. It ends the process, with status 0 when all steps are done.
 
     Three arguments are for lesson/experiments.py. build: the class of the model. keep_teacher: have a teacher also
-    where it teaches nothing. order: makes the Order that says which pairs make a batch.
+    where it teaches nothing. make_order: data.Order, or a class in its place.
     """
     options, saved, in_place = read_options(argv)
     method = METHODS[options.method]
@@ -932,7 +940,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
                            options.augment, method.crop_min)
 
     # Model, teacher, optimizer; of a run that is resumed as they were saved.
-    run = make_run(options, processes, train_set, weights, build, keep_teacher, order)
+    run = make_run(options, processes, train_set, weights, build, keep_teacher, make_order)
     if saved:
         restore(run, saved, in_place)
         del saved                       # its tensors are in the run now: do not hold them twice
@@ -949,18 +957,17 @@ def main(argv=None, build=COSMOS, keep_teacher=False, order=data.Order):
         if processes.rank == 0:
             print_plan(run, val)
             prepare_folder(run, in_place)
-        try:
-            figures = train(run, val)
-        finally:
-            for number in data.SIGNALS:    # nothing left to lose: a signal may end it
-                signal.signal(number, signal.SIG_DFL)
+        figures = train(run, val)
         if figures is None:
             print(f'stopped    step {run.step} is saved; go on by python train.py --resume {run.folder}')
             processes.leave(128 + signal.SIGTERM)
     else:
         print(f'nothing is left to do: step {run.step} of {options.steps} is reached')
-        lacks_figures = processes.broadcast(in_place and not (run.folder / 'eval.json').exists())
-        figures = evaluate(run, val) if lacks_figures else None
+        figures = None
+        # An earlier start has taken the last step, but its evaluation has failed.
+        if processes.broadcast(in_place and not (run.folder / 'eval.json').exists()):
+            figures = evaluate(run, val)
+            save(run)                                       # the last step may be the best
     if figures:                                             # {} on other ranks than 0
         finish(run, figures)
     processes.leave(0)

@@ -91,14 +91,17 @@ def color_groups(scenes):
 
 @dataclass
 class Grouped(Order):
-    """Every epoch has each pair once, as ever, but the pairs of a batch are of one group, or of neighbouring groups."""
+    """Every epoch has each pair once, as ever, but a share of the batches is grouped: its pairs are of one group, or of
+    neighbouring groups."""
     groups: np.ndarray = None       # (pairs,)
+    share: float = 1.0
 
     def permutation(self, epoch):
         batches = self.pairs // self.batch
         order = super().permutation(epoch)[:batches * self.batch]
-        order = order[self.groups[order].argsort(kind='stable')]
-        rows = order.reshape(batches, self.batch)
+        mixed, grouped = np.split(order, [round((1 - self.share) * batches) * self.batch])
+        grouped = grouped[self.groups[grouped].argsort(kind='stable')]
+        rows = np.concatenate([mixed, grouped]).reshape(batches, self.batch)
         return np.random.default_rng((self.seed, epoch, 1)).permutation(rows).flatten()
 
 
@@ -153,27 +156,30 @@ class Variant(NamedTuple):
     world: str = 'built-in'
     steps: int = 0                  # 0: those of the method, as is the rate
     rate: float = 0.0
-    grouped: bool = False           # batches of scenes that have the same colours
+    grouped: float = 0.0            # share of the batches whose scenes have the same colours
     seeds: range = range(5)
     tested: tuple = ()              # worlds in which it is asked for names, too
 
 
-def tune(rates, seed=100, **how):
-    """Which learning rate is best? On seeds that are used for nothing else."""
+def tune(rates, seed=100, steps={}, **how):
+    """Which learning rate is best? On a seed that no page reports. steps: {method: steps}, else its own."""
     variants = {}
     for method, tried in rates.items():
         for rate in tried:
-            variants[f'{method}-{rate:g}'] = Variant(method, rate=rate, seeds=range(seed, seed + 1), **how)
+            variants[f'{method}-{rate:g}'] = Variant(
+                method, steps=steps.get(method, 0), rate=rate, seeds=range(seed, seed + 1), **how)
     return variants
 
 
 def batches():
-    """Page 2: worlds of 4 and 16 colours, batches as they come and batches grouped by colours."""
+    """Page 2: worlds of 4 and 16 colours; none, half or all of the batches are grouped by colours."""
     variants = {}
     for method, colors, seeds in ('clip', 4, 5), ('clip', 16, 8), ('cosmos', 4, 5), ('cosmos', 16, 5):
         mixed = Variant(method, f'equal-{colors}', seeds=range(seeds))
         variants[f'{method}-{colors}-mixed'] = mixed
-        variants[f'{method}-{colors}-sorted'] = mixed._replace(grouped=True)
+        if colors == 16:
+            variants[f'{method}-{colors}-half'] = mixed._replace(grouped=0.5, seeds=range(5))
+        variants[f'{method}-{colors}-sorted'] = mixed._replace(grouped=1)
     return variants
 
 
@@ -194,6 +200,17 @@ def same_pairs():
     return variants
 
 
+LONGER = {'clip': 5796, 'without-cross-attention': 3450, 'cosmos': 3000}   # steps: three times those of `minutes`
+
+
+def longer():
+    """Page 6: three times the minutes of page 4."""
+    variants = {}
+    for method, steps in LONGER.items():
+        variants[method] = Variant(method, steps=steps, seeds=range(1, 6))     # `tune-longer` has seed 0
+    return variants
+
+
 NOBODY = 'nobody'                   # the method of a row that tells what adversaries reach in a world
 
 EXPERIMENTS = {
@@ -208,7 +225,11 @@ EXPERIMENTS = {
         'clip': [2.5e-4, 1.25e-4],
         'text-crop': [5e-4, 2.5e-4],
         'cosmos': [1e-3, 5e-4]}, seed=101),
-    'tune-pairs': tune({'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4]}, steps=500),
+    'tune-pairs': tune({'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4]}, steps={'clip': 500}),
+    'tune-longer': tune({
+        'clip': [5e-4, 2.5e-4, 1.25e-4],
+        'without-cross-attention': [2e-3, 1e-3, 5e-4],
+        'cosmos': [2e-3, 1e-3, 5e-4]}, seed=0, steps=LONGER),
     'tune-big': tune({'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4], 'cosmos': [1e-3, 5e-4]}, world='big'),
     'batches': batches(),
     'company': company(),
@@ -219,10 +240,7 @@ EXPERIMENTS = {
         'text-crop': Variant('text-crop', seeds=EIGHT),
         'clip': Variant('clip', steps=1932, seeds=EIGHT)},              # 15 % more: 1,684 took less than COSMOS
     'pairs': same_pairs(),
-    'longer': {                                                         # three times the minutes
-        'cosmos': Variant('cosmos', steps=3000, seeds=range(1)),
-        'without-cross-attention': Variant('without-cross-attention', steps=3450, seeds=range(1)),
-        'clip': Variant('clip', steps=5796, seeds=range(1))},
+    'longer': longer(),
     'reading': {
         'cosmos': Variant('cosmos', seeds=EIGHT),
         'another-pair': Variant('another-pair', seeds=EIGHT),
@@ -245,7 +263,7 @@ def recipe(variant):
     """All that makes a run but its seed, in words. Runs of the same recipe and seed are one run."""
     words = f'{variant.method} on {SCENES} of {variant.world}'
     if variant.method != NOBODY:
-        words += f', {int(variant.grouped)} grouped, {flags_of(variant)}'
+        words += f', {variant.grouped:g} grouped, {flags_of(variant)}'
     return words
 
 
@@ -318,7 +336,7 @@ def train_run(variant, seed, scenes, out):
     hooks = {'build': METHODS[variant.method].model, 'keep_teacher': True}
     if variant.grouped:
         listed = suppression.read_scenes(Shards(scenes / 'train'))
-        hooks['order'] = partial(Grouped, groups=color_groups(listed))
+        hooks['make_order'] = partial(Grouped, groups=color_groups(listed), share=variant.grouped)
     command = (f'--preset tiny --data {scenes} --workers 0 --seed {seed} --device cpu --precision {PRECISION} '
                f'--out {out} --resume auto --save-minutes 2 ')
     try:

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -212,20 +213,21 @@ def draw_suppression(figure):
 
 
 def draw_batches(figure):
-    """Page 2: R@1 across, shapes named up; an arrow from batches as they come to batches of equal colours."""
+    """Page 2: R@1 across, shapes named up; a line a method, from batches as they come to batches of equal colours."""
     axes = figure.subplots(1, 2, sharey=True)
+    columns = 'retrieval.image_to_text_R@1', 'small.top1'
     for axis, colors in zip(axes, (4, 16)):
         for method, paint in ('clip', 'tab:blue'), ('cosmos', 'tab:orange'):
-            ends = []
-            for kind, mark in ('mixed', '.'), ('sorted', 'x'):
-                place = 'batches', f'{method}-{colors}-{kind}'
-                columns = 'retrieval.image_to_text_R@1', 'small.top1'
-                x, y = [values(*place, column).values() for column in columns]
-                axis.plot(x, y, mark, color=paint, alpha=0.4)           # a point a run
-                ends.append([mean(*place, column) for column in columns])
-            start, end = ends
-            axis.plot(*start, 'o', color=paint, label=METHODS[method].label)
-            axis.annotate('', end, start, arrowprops={'arrowstyle': '->', 'linewidth': 2, 'color': paint})
+            means = []
+            for kind, mark in ('mixed', 'o'), ('half', '^'), ('sorted', 'x'):
+                name = f'{method}-{colors}-{kind}'
+                if name in EXPERIMENTS['batches']:
+                    x, y = [values('batches', name, column).values() for column in columns]
+                    axis.plot(x, y, mark, color=paint, markersize=4, alpha=0.4)         # a point a run
+                    means.append([mean('batches', name, column) for column in columns])
+            for start, end in pairwise(means):
+                axis.annotate('', end, start, arrowprops={'arrowstyle': '->', 'linewidth': 2, 'color': paint})
+            axis.plot([], color=paint, label=METHODS[method].label)
         axis.axhline(CHANCE, color='grey', linestyle='--', label='chance of naming')
         axis.set_title(f'{colors} colours')
         axis.set_xlabel('R@1, image to text, %')
@@ -253,23 +255,27 @@ def draw_company(figure):
         axis.set_title(f'{METHODS[method].label}: small objects\nnamed, % (chance 17)', fontsize=11)
 
 
+TRACKS = 'pairs', 'minutes', 'longer'           # experiments of page 4 and 6, by minutes
+
+
 def draw_race(figure):
-    """Page 4: a point a run, a bar the mean; big and small objects, both tracks."""
+    """Pages 4 and 6: minutes across, objects named up; a line a method, a point a run."""
     axes = figure.subplots(1, 2, sharey=True)
     for axis, column, title in zip(axes, ('dominant.top1', 'small.top1'), ('Big objects', 'Small objects')):
-        for y, name in enumerate(EXPERIMENTS['minutes']):
-            for shift, track, color in (-0.15, 'pairs', 'tab:blue'), (0.15, 'minutes', 'tab:orange'):
-                found = values(track, name, column)
-                label = None if y else f'same {track}'
-                axis.barh(y + shift, mean(track, name, column), 0.3, color=color, alpha=0.5, label=label)
-                axis.plot(found.values(), [y + shift] * len(found), 'k.', markersize=4)
-        axis.axvline(CHANCE, color='grey', linestyle='--', label='chance')
+        for number, name in enumerate(EXPERIMENTS['minutes']):
+            color = f'C{number}'
+            ends = []
+            for track in TRACKS:
+                if name in EXPERIMENTS[track]:
+                    minutes, top1 = [values(track, name, each).values() for each in ('seconds', column)]
+                    axis.plot(minutes, top1, '.', color=color, alpha=0.4)
+                    ends.append((fmean(minutes), fmean(top1)))
+            axis.plot(*zip(*ends), color=color, label=METHODS[name].label)
+        axis.axhline(CHANCE, color='grey', linestyle='--', label='chance')
         axis.set_title(f'{title} named, %')
-        axis.set_xlim(0, 100)
-    labels = [METHODS[name].label for name in EXPERIMENTS['minutes']]
-    axes[0].set_yticks(range(len(labels)), labels)
-    axes[0].invert_yaxis()
-    axes[1].legend(fontsize=9)
+        axis.set_xlabel('minutes of one run')
+        axis.set_ylim(0, 100)
+    axes[0].legend(fontsize=9)
 
 
 def draw_maps(figure):
@@ -300,7 +306,7 @@ PICTURES = {            # how it is drawn, the experiment that it shows, inches
 
 def source(experiment):
     """A digest of what a picture shows. It travels in the file, for --check."""
-    tracks = [experiment, 'pairs'] if experiment == 'minutes' else [experiment]
+    tracks = TRACKS if experiment == 'minutes' else [experiment]
     return hashlib.sha1(repr([rows_of(each) for each in tracks]).encode()).hexdigest()
 
 

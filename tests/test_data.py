@@ -524,6 +524,7 @@ def test_captions_are_cut():
 
     assert lengths() == [[8, 7, 4, 4], [7, 7]]
     assert lengths(1, False) == [[7, 7, 4, 4], [7, 7]]
+    assert lengths(1, True, 1) == [[8, 7, 7, 7], [6]]
     assert lengths(3) == [[8, 8, 6, 6], [8, 8]]                         # 9 and 6, of which there are 8
 
 

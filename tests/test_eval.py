@@ -204,9 +204,10 @@ def test_masks_and_their_errors(here):
     image.putpalette(list(range(256)) * 3)
     path = put('a_ids.png', encoded(image))
     read = evaluation.read_mask
-    assert read(path, (3, 2), 3).tolist() == numbers
-    assert read(path, (3, 2), 2, reduce_zero_label=True).tolist() == [[255, 0, 255], [1, 1, 255]]
-    refused('a_ids.png has label 2, the class file names 0 to 1', read, path, (3, 2), 2)
+    assert read(path, (3, 2), 3, False).tolist() == numbers
+    assert read(path, (3, 2), 2, True).tolist() == [[255, 0, 255], [1, 1, 255]]
+    refused('a_ids.png has label 2, with 2 lines in the class file it may be 1', read, path, (3, 2), 2, False)
+    refused('a_ids.png has label 2, with 1 lines in the class file it may be 1', read, path, (3, 2), 1, True)
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def test_class_names_of_every_source():
     assert names(('tench', 'Tinca tinca'), ('ox',)) == ['tench', 'ox']
     assert names('crab_leg') == ['crab leg']
     for classes in [], [('crane',), ('crane', 'hoist')]:
-        refused('by --classes', names, *classes)
+        refused('--classes', names, *classes)
 
 
 def test_classify_of_every_source(gallery):

@@ -144,7 +144,7 @@ def step_of(model, images, texts, method='cosmos', accum=1, processes=None, clip
     options = SimpleNamespace(method=method, clip_grad=clip_grad, lr=1, warmup=2, momentum=0, momentum_ramp=0)
     state = train.Run(
         options, processes, None, model, student, Teacher(COSMOS(model.config)), torch.optim.SGD(model.parameters()),
-        torch.amp.GradScaler('cpu', enabled=False), dtype=None, order=None)
+        torch.amp.GradScaler('cpu', enabled=False), dtype=None, make_order=None)
     batch = Batch(None, None, 'key', texts, texts[:2], 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batch, 'views', lambda batch: images)
