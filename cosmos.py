@@ -663,21 +663,13 @@ def pick(x, row):
     return x.gather(1, row[:, None, None].expand(-1, 1, x.shape[2]))
 
 
-class Attention(nn.Module):
-    """Multi-head attention with the parameters, names and initial values of nn.MultiheadAttention.
+class Attention(nn.MultiheadAttention):
+    """The parameters of torch's multi-head attention, Attention(width, heads), with a forward pass of our own.
 
-    Written out, because we need q, k and v themselves: for the weights that the pictures show, and for the correlative
-    form of segmentation. The query may be one row, as in the last block.
+    It is written out, because we need q, k and v themselves: for the weights that the pictures show, and for the
+    correlative form of segmentation. The query may be one row, as in the last block. The parameters are in_proj_weight
+    (3 C, C), with the rows of query, key and value, in_proj_bias (3 C), and the linear map out_proj.
     """
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))  # rows: query, key, value
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, query, context, mask=None, csa=False):
         """query (n, Q, C) reads context (n, L, C) -> (n, Q, C). mask (Q, L) or (n, 1, Q, L), not with csa."""
@@ -697,11 +689,7 @@ class Attention(nn.Module):
         bias_q, bias_kv = self.in_proj_bias.split([C, 2 * C])
         q = F.linear(query, weight_q, bias_q)
         k, v = F.linear(context, weight_kv, bias_kv).chunk(2, dim=-1)
-        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
-
-    def split_heads(self, x):
-        """(n, L, C) -> (n, H, L, d)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v)]
 
 
 def attention_weights(q, k, mask=None):

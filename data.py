@@ -12,8 +12,8 @@ Sections 3, 5 and 6 are the paper's: text crops, image crops, colours. Section 7
 
 A pair gives image crops and text crops (Sec. 3.1). An image crop with its colours changed is an image view. A text crop
 is one sentence, or a few, from all captions of the pair. Random choices for a pair come from (seed, epoch, index of the
-pair), the order of the pairs from (seed, epoch), that of the colour jitters from (seed, epoch, batch in the epoch). So a
-run sees the same batches with any number of workers and GPUs, and can be resumed at any step.
+pair), the order of the pairs from (seed, epoch), that of the colour jitters from (seed, step). So a run sees the same
+batches with any number of workers and GPUs, and can be resumed at any step.
 """
 import argparse
 import atexit
@@ -353,7 +353,7 @@ def caption_pool(record, keys=None):
             # As released, not split: items of DreamLIP's lists, and original_caption. Each is a sentence already.
             is_sentences = key in DREAMLIP and isinstance(value, list)
             pool += sentences(value, whole=is_sentences or key == 'original_caption')
-        if any(len(sentence) > 1 for sentence in pool):     # else it is a string that was stored letter by letter
+        if pool:
             return pool
     return []
 
@@ -382,7 +382,7 @@ def text_crops(pool, rng, global_texts, local_texts):
 
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
-MOST_WORDS = 200_000    # in Tokenizer.cache: the web never runs out of new words, memory does
+MOST_WORDS = 200_000    # whose ids are kept: the web never runs out of new words, memory does
 LEARN_FROM = 5000       # merges are learned from so many words, the most frequent ones
 VOCAB_HELP = (f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or learn a vocabulary from your captions '
               'by --vocab learn')
@@ -480,7 +480,6 @@ class Tokenizer:
         self.ids = {symbol: i for i, symbol in enumerate(symbols)}
         self.vocab_size = len(symbols)
         self.sot, self.eot = [self.ids[symbol] for symbol in SPECIAL]
-        self.cache = {symbol: [self.ids[symbol]] for symbol in SPECIAL}         # word -> ids
 
     @classmethod
     def clip(cls, path=None, context_length=77):
@@ -522,21 +521,17 @@ class Tokenizer:
         """Words of the cleaned text by CLIP's pattern: letters, single digits, other signs, 's 't 're 've 'm 'll 'd."""
         return WORD.findall(clean(text).lower())
 
+    @lru_cache(MOST_WORDS)
     def word_ids(self, word):
         """Ids of one word: fuses the pair of lowest rank while there is any. Cached: few words fill most texts."""
-        if word in self.cache:
-            return self.cache[word]
-        symbols = symbols_of(word)
+        symbols = [word] if word in SPECIAL else symbols_of(word)
         while True:
             known = [pair for pair in zip(symbols, symbols[1:]) if pair in self.rank]
             if not known:
                 break
             left, right = min(known, key=self.rank.get)
             symbols = fuse(symbols, left, right)
-        ids = [self.ids[symbol] for symbol in symbols]
-        if len(self.cache) < MOST_WORDS:
-            self.cache[word] = ids
-        return ids
+        return [self.ids[symbol] for symbol in symbols]
 
     def encode(self, text):
         """Ids without start, end and padding."""
@@ -648,7 +643,7 @@ class Colours(NamedTuple):
     contrast: float = 1.0
     saturation: float = 1.0
     hue: float = 0.0            # turn of the colour circle; 1 is once around
-    gray: float = 0.0           # 1 takes all colour
+    gray: float = 1.0           # 0 takes all colour
     blur: float = 0.0           # standard deviation in pixels
     solarize: float = 1.0       # brighter values than this are inverted
 
@@ -661,7 +656,7 @@ def draw_colours(kind, rng):
         changes.update(brightness=uniform(0.6, 1.4), contrast=uniform(0.6, 1.4),
                        saturation=uniform(0.8, 1.2), hue=uniform(-0.1, 0.1))
     if rng.random() < 0.2:
-        changes['gray'] = 1.0
+        changes['gray'] = 0.0
     if rng.random() < kind.blur:
         changes['blur'] = uniform(0.1, 2.0)
     if rng.random() < kind.solarize:
@@ -701,10 +696,6 @@ def hue(x, turn):
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
-def gray(x, strength):
-    return torch.lerp(x, TF.rgb_to_grayscale(x), strength)
-
-
 def blur(x, sigma):
     """Gaussian blur; borders are mirrored. The kernel ends after 6 pixels, three of the largest sigma."""
     offsets = torch.arange(-6, 7, device=x.device)
@@ -720,7 +711,8 @@ def solarize(x, threshold):
     return torch.where(x > threshold, 1 - x, x)
 
 
-OPERATIONS = brightness, contrast, saturation, hue, gray, blur, solarize  # one for each field of Colours
+# One for each field of Colours; without any saturation an image is grey.
+OPERATIONS = brightness, contrast, saturation, hue, saturation, blur, solarize
 JITTERS = 0, 1, 2, 3    # those that come in a random order, before the others
 
 
@@ -764,8 +756,8 @@ def check_batch(batch, pairs, parts):
 class Order:
     """Which pairs make batch `step`: a pure function of (seed, step), cut into equal slices for the ranks.
 
-    Yields, for every step in [start, stop), this rank's list of (epoch, batch in the epoch, index of the pair). An epoch
-    holds pairs // batch whole batches; the rest of its order is left out.
+    Yields, for every step in [start, stop), this rank's list of (epoch, index of the pair). An epoch holds
+    pairs // batch whole batches; the rest of its order is left out.
     """
     pairs: int
     batch: int                  # of all ranks
@@ -784,7 +776,7 @@ class Order:
             epoch, number = divmod(step, self.pairs // self.batch)
             begin = number * self.batch + self.rank * share
             indices = self.permutation(epoch)[begin:begin + share].tolist()
-            yield [(epoch, number, index) for index in indices]
+            yield [(epoch, index) for index in indices]
 
 
 class Counts(NamedTuple):
@@ -800,7 +792,7 @@ MOST_BAD = 1000         # pairs in a row that cannot be read
 
 @dataclass
 class Crops(Dataset):
-    """The training set: (epoch, batch in the epoch, index of the pair) -> the crops of the pair, for `collate`.
+    """The training set: (epoch, index of the pair) -> the crops of the pair, for `collate`.
 
     augment: 'full' is the released recipe; 'crops' neither changes colours nor flips, for captions that name colours
     and sides. crop_min: the smallest share of the image in a global crop.
@@ -819,13 +811,12 @@ class Crops(Dataset):
         self.kinds = view_kinds(self.config, self.counts.global_images, self.counts.local_images, self.crop_min)
 
     def __getitem__(self, where):
-        epoch, number, index = where
-        step_seed = f'{self.seed} {epoch} {number}'     # the same for all pairs of a batch; Batch.views draws from it
+        epoch, index = where
         rng = random.Random(f'{self.seed} {epoch} {index} replacement')
         for bad in range(MOST_BAD):                     # how many were bad so far
             try:
                 crops, colours, captions, _ = self.sample(epoch, index)
-                return crops, torch.tensor(colours), self.tokenizer(captions), step_seed, bad
+                return crops, torch.tensor(colours), self.tokenizer(captions), bad
             except Unreadable as error:
                 print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
             index = rng.randrange(len(self.shards))     # a replacement
@@ -849,7 +840,6 @@ class Batch(NamedTuple):
     """What a step needs of B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
     colours: torch.Tensor   # (B, V, 7), the numbers of Colours, on the CPU
-    step_seed: str          # decides the order of the jitters
     texts: list             # U captions (B, T) int64 for the student, globals first, cut by `collate`
     teacher_texts: list     # the global captions for the teacher, all of one T
     bad: int                # how often a pair, or its replacement, could not be read
@@ -861,12 +851,12 @@ class Batch(NamedTuple):
             moved[name] = [x.to(device, non_blocking=True) for x in getattr(self, name)]
         return self._replace(**moved)
 
-    def views(self):
-        """V images (B, 3, s, s), float32, normalised."""
+    def views(self, seed):
+        """V images (B, 3, s, s), float32, normalised. seed: of the order of the jitters, the same on all ranks."""
         views = []
         for k, crops in enumerate(self.crops):
             # ours: view k of all pairs has one order of jitters. The released code draws one for every image.
-            order = random.Random(f'{self.step_seed} {k}').sample(JITTERS, 4)
+            order = random.Random(f'{seed} {k}').sample(JITTERS, 4)
             views.append(normalize(recolour(crops, self.colours[:, k], order)))
         return views
 
@@ -886,13 +876,13 @@ def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
     multiple: of the lengths; 8 is faster in half precision. whole_first: the student's caption 0 keeps all T positions,
     because C^T reads its padding, too.
     """
-    crops, colours, ids, step_seeds, bad = default_collate(samples)     # ids (B, U, T)
+    crops, colours, ids, bad = default_collate(samples)     # ids (B, U, T)
     captions = ids.unbind(dim=1)
     globals_cut = cut(captions[:global_texts], multiple)
     locals_cut = cut(captions[global_texts:], multiple)
     first = captions[0] if whole_first else globals_cut[0]
     texts = [first, *globals_cut[1:], *locals_cut]
-    return Batch(crops, colours, step_seeds[0], texts, globals_cut, int(bad.sum()))
+    return Batch(crops, colours, texts, globals_cut, int(bad.sum()))
 
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1                 # USR1: Slurm

@@ -15,6 +15,7 @@ import inspect
 import json
 import math
 import re
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -140,10 +141,7 @@ def load_weights(model, state, path):
 
 def clean_names(state):
     """Without the prefixes of DistributedDataParallel and torch.compile."""
-    clean = {}
-    for name, value in state.items():
-        clean[name.replace('_orig_mod.', '').removeprefix('module.')] = value
-    return clean
+    return {name.replace('_orig_mod.', '').removeprefix('module.'): value for name, value in state.items()}
 
 
 def load(path, weights='teacher', vocab=None, quick_gelu=False):
@@ -212,12 +210,7 @@ def shard_image(shards, i):
 
 @dataclass
 class Images(Dataset):
-    """Item i is the pixels of image i (3, S, S), and its label.
-
-    source is one of:
-        Shards, or a list of paths, or a list of Pillow images; these have label 0
-        a set of torchvision, whose items are (image, label)
-    """
+    """Shards, or a list of paths or of Pillow images. Item i is the pixels of image i (3, S, S), and 0 for a label."""
     source: object
     preprocess: object
 
@@ -225,24 +218,20 @@ class Images(Dataset):
         return len(self.source)
 
     def __getitem__(self, i):
-        label = 0
         if isinstance(self.source, Shards):
             image = shard_image(self.source, i)
         else:
             image = self.source[i]
-        if isinstance(image, tuple):
-            image, label = image
         if not isinstance(image, Image.Image):
             image = read_image(image)
-        return self.preprocess(image), int(label)
+        return self.preprocess(image), 0
 
 
 @torch.no_grad()
-def embed_labelled(model, source, preprocess, workers=0):
-    """-> (n, D) unit vectors on the CPU, (n,) labels. source: see Images. A file that is no
-    image raises Unreadable, with its name."""
-    need(len(source), 'there is no image to embed; give one or more')
-    loader = DataLoader(Images(source, preprocess), IMAGE_BATCH, num_workers=workers)
+def embed_labelled(model, dataset, workers=0):
+    """A set of (pixels (3, S, S), label) -> (n, D) unit vectors on the CPU, (n,) labels."""
+    need(len(dataset), 'there is no image to embed; give one or more')
+    loader = DataLoader(dataset, IMAGE_BATCH, num_workers=workers)
     features = []
     labels = []
     for pixels, some_labels in progress(loader, 'images'):
@@ -253,8 +242,9 @@ def embed_labelled(model, source, preprocess, workers=0):
 
 
 def embed_images(model, source, preprocess, workers=0):
-    """Paths, Pillow images or Shards -> (n, D) unit vectors on the CPU."""
-    features, _ = embed_labelled(model, source, preprocess, workers)
+    """Paths, Pillow images or Shards -> (n, D) unit vectors on the CPU. A file that is no image raises Unreadable, with
+    its name."""
+    features, _ = embed_labelled(model, Images(source, preprocess), workers)
     return features
 
 
@@ -307,39 +297,30 @@ def retrieval(image_features, text_features, owner):
     return figures
 
 
-# The three published lists, each -> [(path of an image, its captions), ...].
+# The three published lists, each -> [(path of an image, its captions), ...]. For `reading` around them.
 
 def read_coco(folder):
     """COCO's folder, with annotations/captions_val2017.json."""
-    path = Path(folder, 'annotations/captions_val2017.json')
-    listing = read_json(path)
-    captions = {}                                                   # by the image's id
-    with reading(path):
-        for annotation in listing['annotations']:
-            captions.setdefault(annotation['image_id'], []).append(annotation['caption'])
-        pairs = []
-        for image in listing['images']:
-            pairs.append((Path(folder, 'images/val2017', image['file_name']), captions[image['id']]))
-    return pairs
+    listing = read_json(Path(folder, 'annotations/captions_val2017.json'))
+    captions = defaultdict(list)                                    # by the image's id
+    for annotation in listing['annotations']:
+        captions[annotation['image_id']].append(annotation['caption'])
+    return [(Path(folder, 'images/val2017', image['file_name']), captions[image['id']]) for image in listing['images']]
 
 
 def read_karpathy(path, images, split):
     """Karpathy's dataset_coco.json or dataset_flickr30k.json: one split of it. images: their folder."""
     pairs = []
-    listing = read_json(path)
-    with reading(path):
-        for image in listing['images']:
-            if image['split'] == split:
-                captions = [sentence['raw'] for sentence in image['sentences']]
-                pairs.append((Path(images, image.get('filepath', ''), image['filename']), captions))
+    for image in read_json(path)['images']:
+        if image['split'] == split:
+            captions = [sentence['raw'] for sentence in image['sentences']]
+            pairs.append((Path(images, image.get('filepath', ''), image['filename']), captions))
     return pairs
 
 
 def read_flickr(path, images):
     """The released code's flickr30k_val.json: [{"image", "caption": [five]}, ...]. images: their folder."""
-    listing = read_json(path)
-    with reading(path):
-        return [(Path(images, item['image']), item['caption']) for item in listing]
+    return [(Path(images, item['image']), item['caption']) for item in read_json(path)]
 
 
 def with_owners(path, pools):
@@ -455,23 +436,15 @@ def check_names(names):
          'give a name to each in the file of --classes')
 
 
-def torchvision_set(name, root, split, download=False):
+def torchvision_set(name, root, split, download, preprocess):
     """A classification set of torchvision.datasets by its name there. Some sets have no `split` but a switch `train`: it is
     on for the split 'train' and off for any other. Errors of torchvision, as for a set that is not at `root`, stay as
     they are."""
-    known = sorted(set(torchvision.datasets.__all__) - {'EMNIST'})      # its `split` is no half
-    need(name in known, f"--dataset {name} is not known; give one of torchvision.datasets: {', '.join(known)}")
     kind = getattr(torchvision.datasets, name)
-    # Sets that have neither come whole.
-    parameters = inspect.signature(kind).parameters
-    options = {}
-    if 'split' in parameters:
-        options['split'] = split
-    elif 'train' in parameters:
-        options['train'] = split == 'train'
-    if download and 'download' in parameters:
-        options['download'] = True
-    return kind(root, **options)
+    known = inspect.signature(kind).parameters          # sets that have neither come whole
+    options = {'split': split, 'train': split == 'train', 'download': download}
+    options = {option: value for option, value in options.items() if option in known}
+    return kind(root, transform=preprocess, **options)
 
 
 # --- 6. Zero-shot segmentation ---------------------------------------------------------------------------------------
@@ -644,12 +617,13 @@ def run_retrieval(args, model, tokenizer, preprocess):
         return figures
     path = args.coco or args.karpathy or args.flickr
     images = args.images or Path(path).parent
-    if args.coco:
-        pairs = read_coco(path)
-    elif args.karpathy:
-        pairs = read_karpathy(path, images, args.split)
-    else:
-        pairs = read_flickr(path, images)
+    with reading(path):
+        if args.coco:
+            pairs = read_coco(path)
+        elif args.karpathy:
+            pairs = read_karpathy(path, images, args.split)
+        else:
+            pairs = read_flickr(path, images)
     captions, owner = with_owners(path, [pool for _, pool in pairs])
     paths = [image for image, _ in pairs]
     figures, _ = zero_shot_retrieval(model, tokenizer, preprocess, paths, captions, owner, args.workers)
@@ -659,13 +633,13 @@ def run_retrieval(args, model, tokenizer, preprocess):
 def run_classify(args, model, tokenizer, preprocess):
     if args.folder:
         with reading(args.folder):
-            source = torchvision.datasets.ImageFolder(args.folder, loader=read_image)
+            source = torchvision.datasets.ImageFolder(args.folder, preprocess, loader=read_image)
     else:
-        source = torchvision_set(args.dataset, args.root, args.split, args.download)
+        source = torchvision_set(args.dataset, args.root, args.split, args.download, preprocess)
     names = class_names(source, args.classes)
     templates = read_templates(args.templates)
     vectors = class_vectors(model, tokenizer, names, templates)
-    features, labels = embed_labelled(model, source, preprocess, args.workers)
+    features, labels = embed_labelled(model, source, args.workers)
     need(labels.max() < len(names), f'there are {len(names)} names, but label {labels.max()}; give more by --classes')
     return classify(features, vectors, labels) | {'prompts': ' | '.join(templates), 'names': names}
 
@@ -693,11 +667,8 @@ def run_segment(args, model, tokenizer, preprocess):
         truth = read_mask(mask_path, image.size, len(names), settings.reduce_zero_label)
         predicted = segment_image(model, image, vectors, names_per_class, settings)
         matrix += confusion(truth, predicted, len(names))
-    described = str(settings)
-    if args.benchmark and not args.templates:
-        described += f'; but {len(templates)} prompts of ours, not the 80 released ones'
     return {'images': len(pairs),
-            'settings': described,
+            'settings': str(settings),
             'prompts': ' | '.join(templates)} | segmentation_figures(matrix, names)
 
 
@@ -729,7 +700,7 @@ def add_retrieval(command):
 
 def add_classify(command):
     one = command.add_mutually_exclusive_group(required=True).add_argument
-    one('--dataset', help='a classification set of torchvision.datasets: CIFAR10, DTD, ...')
+    one('--dataset', choices=torchvision.datasets.__all__, metavar='NAME', help='a classification set of torchvision.datasets: CIFAR10, DTD, ...')
     one('--folder', help='one folder of images per class')
     add = command.add_argument
     add('--root', default='data', help='where --dataset lies (default: %(default)s)')

@@ -116,7 +116,7 @@ class Step(NamedTuple):
 def train_step(run, batch):
     """One step of training -> Step. Student, teacher, loss, backward; if all is finite, update."""
     # V tensors (B, 3, s, s). The loader has cropped them, and has drawn how their colours change; that is done here.
-    images = batch.views()
+    images = batch.views(f'{run.options.seed} {run.step}')
     run.optimizer.zero_grad()
 
     # The student sees all views and captions, the teacher the globals, without gradient. For the student caption 0 has
@@ -568,7 +568,7 @@ def networks(run):
 
 
 def save(run):
-    """last.pt, whole or not at all. Refused, on all ranks, where the weights are not finite.
+    """last.pt, whole or not at all.
 
     Random numbers have no state to save: those of the data come from the seed, the epoch and the pair, and a step draws
     none.
@@ -576,15 +576,11 @@ def save(run):
     last = run.folder / 'last.pt'
     state = networks(run) | {
         'options': vars(run.options),
-        'globals': GLOBALS,
         'shards': run.train_set.shards.fingerprint,
         'best': run.best,
         'seconds': time.perf_counter() - run.begun,
         'optimizer': run.optimizer.state_dict(),
         'scaler': run.scaler.state_dict()}
-    if not all(weights.isfinite().all() for weights in state['student'].values()):
-        raise Refused(f'the weights are not finite after step {run.step}, so they are not saved; go on from an '
-                      f'earlier step by --resume {run.folder} and a lower --lr or --clip-grad 1')
     if run.processes.rank == 0:
         data.save_tensors(last, state)
 
@@ -592,9 +588,6 @@ def save(run):
 def restore(run, saved, in_place):
     """Go on from what `save` has saved."""
     path = run.options.resume
-    if saved['globals'] != GLOBALS:
-        raise Refused(f"{path} was trained with GLOBALS = {saved['globals']}, not {GLOBALS}; set it back in cosmos.py, "
-                      'or start anew with --init')
     evaluation.load_weights(run.student, saved['student'], path)
     if run.teacher:
         evaluation.load_weights(run.teacher.model, saved['teacher'], path)
@@ -735,7 +728,6 @@ def print_plan(run, val):
     """What this run will do."""
     options = run.options
     shards = run.train_set.shards
-    sizes = ', '.join(f'{name} {value}' for name, value in asdict(run.train_set.config).items())
     print(f'run        {options.method}, {options.preset}, on {len(shards):,} pairs, into {run.folder}\n'
           f'           steps {run.step} to {options.steps} of {options.batch} pairs, '
           f'{options.steps * options.batch / len(shards):.1f} passes\n'
@@ -743,7 +735,7 @@ def print_plan(run, val):
           f'ramp {options.momentum_ramp}, augmentation {options.augment}\n'
           f'           on {run.processes.world} x {run.processes.device} in {run.dtype or torch.float32}, '
           f'{torch.get_num_threads()} threads and {options.workers} loaders each\n'
-          f'model      {sum(p.numel() for p in run.student.parameters()):,} parameters: {sizes}')
+          f'model      {sum(p.numel() for p in run.student.parameters()):,} parameters, sizes in config.json')
     if options.init and options.lr > 1e-4:
         print(f'note       --lr {options.lr} is for training from nothing; with --init try 1e-5')
     if 2 * options.warmup > options.steps:
@@ -858,10 +850,8 @@ def train(run, val):
     # The last evaluation comes when log and checkpoint are written, because it may fail, or be ended by a signal.
     for number in data.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    try:
-        entry['eval'] = figures = evaluate(run, val)
-    finally:
-        save(run)               # once more: this step may be the best
+    entry['eval'] = figures = evaluate(run, val)
+    save(run)                   # once more: this step may be the best
     write_log(run, entry)       # once more: of equal steps the last entry counts
     return figures
 
