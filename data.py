@@ -895,6 +895,7 @@ def ignore_signals(worker):
 
 
 def end_workers():
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # else torch raises an error of its own for each
     for worker in multiprocessing.active_children():
         worker.kill()
 

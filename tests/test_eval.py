@@ -164,8 +164,6 @@ def test_checkpoints_of_every_origin(here):
     close(white.amin(dim=(1, 2)), torch.tensor([1.9303, 2.0749, 2.1459]), 1e-4)
     refused('size mismatch for visual.proj', load, other | {'visual.proj': white})
     refused('its merges were learned', load, other | {'token_embedding.weight': white[0]})
-    vit_h = {'visual.class_embedding': torch.zeros(1280)}
-    refused('keys: visual.*python -m extras.weights import saved.pt', load, vit_h)
 
 
 def test_published_layouts(here):
@@ -264,7 +262,7 @@ def test_segment_command(gallery):
     line = 'segment --images images --masks masks --mask-suffix _ids --classes classes'
     figures = gallery.figures(f'{line} --benchmark voc21 --csa')
     assert (figures['images'], figures['mIoU']) == (3, 1)
-    assert figures['settings'] == f'{settings}; but 6 prompts of ours, not the 80 released ones'
+    assert figures['settings'] == str(settings)
     assert gallery.figures(line)['settings'] == str(evaluation.Settings(48))
 
 
@@ -278,7 +276,6 @@ WRONG = {               # a command: what its sentence must say
     'retrieval bad.pt --shards a.tar': 'bad.pt .* holds posix.system, which may run code',
     'retrieval last.pt --shards empty': "'empty' .* no .tar file",
     'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read',
-    'retrieval last.pt --flickr list': 'gone.png is no image',
     'retrieval last.pt --coco x': 'x/annotations/captions_val2017.json cannot be read',
     'classify last.pt --dataset dtd': "argument --dataset: invalid choice: 'dtd' .*DTD",
     'classify last.pt --folder page.pt': 'page.pt cannot be read',
@@ -303,7 +300,6 @@ def test_errors_are_one_sentence(gallery):
     put('empty/list')
     put('bad/class/x.jpg')
     put('twice', 'ox, cow\nox')
-    put('list', [{'image': 'gone.png', 'caption': 'an ox'}])
     torch.save({'student': Malicious()}, 'bad.pt')
     for line, sentence in WRONG.items():
         error = run(evaluation, *line.split())

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import resource
 import shutil
@@ -33,7 +32,8 @@ from data import Batch
 from tests.helpers import close, dog_tar, micro, refused, run
 
 QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 2 '
-         '--lr 0.1 --momentum 0.9 --momentum-ramp 10 --log-every 1 --eval-every 2 --workers 0').split()
+         '--lr 0.1 --momentum 0.9 --momentum-ramp 10 --log-every 1 --eval-every 2 --workers 0 '
+         '--augment full').split()
 AUTO = ['--resume', 'auto']
 
 # --- Helpers ---------------------------------------------------------------------------------------------------------
@@ -135,39 +135,31 @@ def test_views_and_losses_of_each_row(fit, tmp_path, method):
     assert step_of(begun.student, images, texts, method).parts.keys() == {'clip', *terms}
 
 
-def step_of(model, images, texts, method='cosmos', accum=1, processes=None, clip_grad=0):
+def step_of(model, images, texts, method='cosmos', accum=1, processes=None, clip_grad=0, teacher=None):
     """train_step on this batch, with a plain gradient descent of rate 0.5, and a teacher that becomes the student."""
     processes = processes or train.Processes('cpu')
+    teacher = teacher or Teacher(COSMOS(model.config))
     student = train.InParts(model, accum)
     if processes.world > 1:
         student = DistributedDataParallel(student)
-    options = SimpleNamespace(method=method, clip_grad=clip_grad, lr=1, warmup=2, momentum=0, momentum_ramp=0)
+    options = SimpleNamespace(method=method, clip_grad=clip_grad, seed=0, lr=1, warmup=2, momentum=0, momentum_ramp=0)
     state = train.Run(
-        options, processes, None, model, student, Teacher(COSMOS(model.config)), torch.optim.SGD(model.parameters()),
+        options, processes, None, model, student, teacher, torch.optim.SGD(model.parameters()),
         torch.amp.GradScaler('cpu', enabled=False), dtype=None, make_order=None)
-    batch = Batch(None, None, 'key', texts, texts[:2], 0)
+    batch = Batch(None, None, texts, texts[:2], 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batch, 'views', lambda batch: images)
+        patch.setattr(Batch, 'views', lambda batch, seed: images)
         return train.train_step(state, batch)
 
 
-def test_a_step_by_hand(monkeypatch):
+def test_a_step_by_hand():
     """oracle: clip_loss + cosmos_loss, and gradient descent by hand, of a gradient that is clipped to a norm of 0.1.
     The teacher sees two images of 32 pixels and two captions, no more, and follows."""
     model, images, texts = micro()
     before = copy.deepcopy(model)
-    seen = []
-    forward = Teacher.forward
-
-    def watched(teacher, images, texts):
-        targets = forward(teacher, images, texts)
-        seen.extend([teacher, targets, [x.shape for x in [*images, *texts]]])
-        return targets
-
-    monkeypatch.setattr(Teacher, 'forward', watched)
-    done = step_of(model, images, texts, clip_grad=0.1)
-    teacher, targets, shapes = seen
-    assert shapes == [(3, 3, 32, 32)] * 2 + [(3, 12)] * 2
+    teacher = Teacher(COSMOS(model.config))
+    targets = teacher(images[:2], texts[:2])
+    done = step_of(model, images, texts, clip_grad=0.1, teacher=teacher)
     out = before(images, texts)
     loss = clip_loss(out, before.logit_scale.exp()) + cosmos_loss(out, *targets, before.distill_logit_scale.exp())
     loss.backward()
@@ -193,19 +185,17 @@ def gradients(processes, method, accum):
     return {name: p.grad for name, p in model.named_parameters()}, total / processes.world
 
 
-def one_rank(rank, world, port, path, flags):
+def one_rank(rank, port, path, flags):
     """One of `world` processes: saves its gradients; of two processes, train.py with `flags`, too."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     processes = train.Processes('cpu')
-    assert (processes.rank, processes.world) == (rank, world)
     assert (sys.stdout.name == os.devnull) == (rank > 0)                # rank 0 speaks for all
     for method in OBJECTIVES:
         for accum in 1, 2:
-            torch.save(gradients(processes, method, accum), path / f'{world}-{rank}-{method}-{accum}')
-    if world == 2:
-        train.Processes = {'auto': processes, 'cpu': processes}.get
-        run(train, *flags)
+            torch.save(gradients(processes, method, accum), path / f'{rank}-{method}-{accum}')
+    train.Processes = {'auto': processes, 'cpu': processes}.get
+    run(train, *flags)
     processes.leave(0)
 
 
@@ -216,11 +206,9 @@ def by_ranks(tmp_path_factory):
     shards = dog_tar(path / 'dogs.tar', 80, broken=[3, 40])
     flags = ['--data', shards, *QUICK, '--steps', 20, '--lr', 1e-3, '--out']
     set_forkserver_preload([__name__])                  # imported once, not in each process
-    for world in 2, 4:
-        with socket.create_server(('127.0.0.1', 0)) as server:
-            port = server.getsockname()[1]
-        arguments = world, port, path, [*flags, path / 'two']
-        start_processes(one_rank, arguments, nprocs=world, start_method='forkserver')
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+    start_processes(one_rank, (port, path, [*flags, path / 'two']), nprocs=2, start_method='forkserver')
     assert run(train, *flags, path / 'one') == 0
     return path
 
@@ -232,9 +220,9 @@ def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
     alone = train.Processes('cpu')
     expected, total = gradients(alone, method, 1)
     found = [gradients(alone, method, 2)]
-    for path in by_ranks.glob(f'?-?-{method}-?'):
+    for path in by_ranks.glob(f'?-{method}-?'):
         found.append(torch.load(path))
-    assert len(found) == 13
+    assert len(found) == 5
     for grads, loss in found:
         assert loss == pytest.approx(total, rel=1e-6)
         for name in expected:
@@ -324,19 +312,7 @@ def test_lengths_of_runs():
         assert [options.steps, options.warmup, options.eval_every] == lengths
 
 
-def test_it_learns(fit, tmp_path):
-    """oracle: guessing, ln 8, where both losses start: 80 steps on 60 pairs take each below three quarters of it."""
-    flags = ('--steps 80 --batch 8 --lr 8e-3 --warmup 10 --local-crops 1 --local-captions 0 --save-every 80 '
-             '--eval-every 0')
-    assert fit(tmp_path, *flags.split()) == 0
-    entries = read_log(tmp_path)
-    for name in 'clip', 'distill':
-        losses = [entry[name] for entry in entries[-10:]]
-        assert sum(losses) / 10 < 0.75 * math.log(8)
-
-
-@pytest.mark.parametrize('workers', [0, 2])
-def test_resume_is_exact(monkeypatch, fit, whole, tmp_path, workers):
+def test_resume_is_exact(monkeypatch, fit, whole, tmp_path):
     """oracle: the run that was not interrupted, read by the main process: weights, optimizer, teacher and log. SIGTERM
     goes to the loader's workers, too, as torchrun and Slurm send it."""
     step = train.train_step
@@ -350,9 +326,9 @@ def test_resume_is_exact(monkeypatch, fit, whole, tmp_path, workers):
         return step(run, batch)
 
     monkeypatch.setattr(train, 'train_step', interrupted)
-    assert fit(tmp_path, '--workers', workers) == 143 and saved(tmp_path)['step'] == 4
+    assert fit(tmp_path, '--workers', 2) == 143 and saved(tmp_path)['step'] == 4
     assert not (tmp_path / 'eval.json').exists()
-    assert fit(tmp_path, '--workers', workers, *AUTO) == 0
+    assert fit(tmp_path, *AUTO, '--workers', 2) == 0
     same_run(whole, tmp_path)
 
 
@@ -360,27 +336,22 @@ def in_a_process(arguments):
     run(train, *arguments)
 
 
-def test_kills_at_random_moments(fit, tmp_path, dogs):
-    """oracle: the run that nobody killed, bit by bit: SIGKILL in each half. Its last save was torn, too."""
-    flags = ['--steps', '12', '--save-every', '1', *AUTO]
-    assert fit(tmp_path / 'whole', *flags) == 0
+def test_a_kill_in_mid_run(fit, whole, tmp_path, dogs):
+    """oracle: the run that nobody killed, bit by bit. Its last save was torn, too."""
+    flags = ['--save-every', '1', *AUTO]
     out = tmp_path / 'killed'
     log = out / 'log.jsonl'
     arguments = ['--data', dogs, *QUICK, *flags, '--workers', '1', '--out', out]
-    rng = random.Random(0)
-    for half in range(2):
-        child = get_context('forkserver').Process(target=in_a_process, args=[arguments])
-        child.start()
-        lines = 6 * half + rng.randint(1, 5)
-        while not log.exists() or log.read_text().count('\n') < lines:
-            assert child.is_alive()
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.05))
-        child.kill()
-        child.join()
-        (out / 'last.pt.partial').touch()                               # as of a kill within a save
+    child = get_context('forkserver').Process(target=in_a_process, args=[arguments])
+    child.start()
+    while not log.exists() or log.read_text().count('\n') < 3:
+        assert child.is_alive()
+        time.sleep(0.002)
+    child.kill()
+    child.join()
+    (out / 'last.pt.partial').touch()                                   # as of a kill within a save
     assert fit(out, *flags) == 0
-    same_run(tmp_path / 'whole', out)
+    same_run(whole, out)
     assert not list(out.glob('*.partial'))
 
 
@@ -395,7 +366,7 @@ def test_full_disks(tmp_path):
     assert torch.load(path) == 'before' and len(list(path.parent.iterdir())) == 1
 
 
-def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_path):
+def test_a_run_never_costs_another(capsys, fit, whole, dogs, tmp_path):
     """oracle: the files of a finished run, byte by byte, after each command that must leave them alone. A fresh start
     takes the first free name. Figures that are absent are made again."""
     out = tmp_path / 'out'
@@ -403,11 +374,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     other = dog_tar(tmp_path / 'dogs.tar', 9)
     assert 'started on other shards' in fit(out, *AUTO, '--data', other)
     assert 'started with --method cosmos, not clip' in fit(out, *AUTO, '--method', 'clip')
-    assert 'started with --batch 4, not 8' in fit(out, *AUTO, '--batch', 8)
     assert 'name the captions with --caption-keys' in fit(out, *AUTO, '--caption-keys', 'title')
-    with monkeypatch.context() as patch:
-        patch.setattr(train, 'GLOBALS', 9)
-        assert f'trained with GLOBALS = {cosmos.GLOBALS}, not 9' in fit(out, *AUTO)
     capsys.readouterr()
     assert fit(out, '--resume', out, '--steps', 4) == 0                 # nothing is left to do
     assert re.findall('note.*', capsys.readouterr().out) == ['note       --steps was 6, is now 4']
@@ -470,15 +437,3 @@ def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path):
         assert state['step'] == last
         assert state['optimizer']['state'][0]['step'] == last - 5
         assert state['student']['visual.proj'].isfinite().all()
-
-
-def test_weights_that_are_not_finite_are_not_saved(monkeypatch, fit, tmp_path):
-    """oracle: the checkpoint before: that of step 2."""
-    def spoil(run, norm):
-        with torch.no_grad():
-            run.student.visual.proj[0, 0] = math.inf if run.step == 3 else 0
-
-    monkeypatch.setattr(train, 'update', spoil)
-    assert re.fullmatch('error: the weights are not finite after step 4, .* by --resume .*out .*',
-                        fit(tmp_path / 'out'))
-    assert saved(tmp_path / 'out')['step'] == 2
