@@ -144,7 +144,7 @@ def clean_names(state):
     return {name.replace('_orig_mod.', '').removeprefix('module.'): value for name, value in state.items()}
 
 
-def load(path, weights='teacher', vocab=None, quick_gelu=False):
+def load(path, weights='teacher', vocab=None, quick_gelu=False, build=COSMOS):
     """-> (model in eval mode, tokenizer, preprocess: PIL image -> (3, S, S)).
 
     path is one of:
@@ -153,7 +153,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
         open_clip   the state dict of a ViT, perhaps under 'state_dict'
     Where there is no teacher the student is taken: model.origin says which it was.
     vocab: a file of CLIP's merges. quick_gelu: the activation of released and open_clip weights, whose file does not
-    tell it. The commands below never set it, train.py --init does.
+    tell it. The commands below never set it, train.py --init does. build: the class of the model, for the course.
     """
     path = Path(path)
     if path.is_dir():
@@ -182,7 +182,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
              f"{path} knows {config.vocab_size:,} ids, CLIP's vocabulary has {tokenizer.vocab_size:,}: its merges were "
              'learned; take the checkpoint that train.py wrote')
         state = from_openclip(state)
-    model = COSMOS(config)
+    model = build(config)
     load_weights(model, state, path)
     model.origin = origin
     return model.eval(), tokenizer, preprocessing(config.image_size)

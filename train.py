@@ -717,7 +717,7 @@ def held_out_figures(run, val):
                f'mean {mean:.1%}  best {run.best[0]:.1%} at step {run.best[1]}')
     if 'objects' in val.record(0) and (HERE / 'lesson').is_dir():
         from lesson.suppression import during_training
-        figures |= during_training(*scored, image_features, val, run.folder, run.step)
+        figures |= during_training(*scored, image_features, val)
     if (HERE / 'extras').is_dir():
         from extras.report import store
         store(*scored, val, run.folder, run.step)

@@ -139,7 +139,7 @@ def measure_loader(shards, preset):
 
     parts = {'read': lambda i: (source.image(i), source.record(i)),
              'read and decode': lambda i: read_image(source.image(i)),
-             'whole sample': lambda i: crops[0, 0, i]}
+             'whole sample': lambda i: crops[0, i]}
     for name, part in parts.items():
         done = 0
         begun = time.perf_counter()

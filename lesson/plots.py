@@ -13,7 +13,6 @@ Shares are in percent, `seconds` in minutes, `pairs` in thousands. A difference 
 with its 95 % interval (Student's t): all runs of a seed have the same training scenes. The differences of a page are
 one family (Holm): what does not survive at 5 % has "(open)" behind it.
 """
-import functools
 import hashlib
 import math
 import re
@@ -22,13 +21,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
-import torch
 from PIL import Image
 
 from data import Parser, Shards, run
-from eval import need, read_json, shard_image, write_json
+from extras.attend import attention
+from eval import load, need, read_json, shard_image, write_json
 from lesson import suppression
-from lesson.experiments import (COMPANY, EXPERIMENTS, METHODS, load, missing_runs, read_results, recipe,
+from lesson.experiments import (COMPANY, EXPERIMENTS, METHODS, RESULTS, missing_runs, read_results, recipe,
                                 run_folder, scene_folder)
 
 PAGES = [Path('README.md'), Path('lesson/README.md')]
@@ -40,25 +39,15 @@ LEVEL = 0.05
 
 # --- 1. Figures ------------------------------------------------------------------------------------------------------
 
-results = functools.cache(read_results)
-
-
-def rows_of(experiment):
-    """-> {(name of a variant, seed): row}, of the seeds of this experiment: another one may have tuned on others."""
-    found = {}
-    for name, variant in EXPERIMENTS[experiment].items():
-        for (made, seed), row in results().items():
-            if made == recipe(variant) and int(seed) in variant.seeds:
-                found[name, seed] = row
-    return found
-
-
 def values(experiment, name, column):
-    """-> {seed: value}, in its unit"""
+    """-> {seed: value}, in its unit, of the seeds of this experiment: another one may have tuned on others."""
+    variant = EXPERIMENTS[experiment][name]
     factor = UNITS.get(column, 100)
+    rows = read_results()
     found = {}
-    for (variant, seed), row in rows_of(experiment).items():
-        if variant == name and row.get(column):
+    for seed in variant.seeds:
+        row = rows.get((recipe(variant), seed), {})
+        if row.get(column):
             found[seed] = factor * float(row[column])
     return found
 
@@ -103,7 +92,7 @@ def holm(chances):
     return survived
 
 
-MARK = r'[-+.\d]+(?: ± [.\d]+)?(?: \(open\))?<!--([\w-]+)/([^\s/~]+)(?:~(\S+?))?/(\S+)-->'
+MARK = r'[-+.\d]+(?: ± [.\d]+)?(?: \(open\))?(?=<!--([\w-]+)/([^\s/~]+)(?:~(\S+?))?/(\S+)-->)'
 
 
 def filled(text):
@@ -113,27 +102,18 @@ def filled(text):
 
 
 def filled_part(part):
-    differences = {}
+    figures = {}
     chances = {}
     for place in re.findall(MARK, part):
-        if place[2]:
+        experiment, name, other, column = place
+        if other:
             gap, half, chances[place] = difference(*place)
-            differences[place] = f'{gap:+.1f} ± {half:.1f}'
-    decided = holm(chances)
-
-    def with_figure(match):
-        place = match.groups('')
-        if place in differences:
-            text = differences[place]
-            if place not in decided:
-                text += ' (open)'
+            figures[place] = f'{gap:+.1f} ± {half:.1f}'
         else:
-            experiment, name, _, column = place
-            text = f'{mean(experiment, name, column):.1f}'
-        _, comment = match[0].split('<', 1)
-        return f'{text}<{comment}'
-
-    return re.sub(MARK, with_figure, part)
+            figures[place] = f'{mean(experiment, name, column):.1f}'
+    for place in chances.keys() - holm(chances):
+        figures[place] += ' (open)'
+    return re.sub(MARK, lambda match: figures[match.groups('')], part)
 
 
 # --- 2. Looks: single runs, single scenes ----------------------------------------------------------------------------
@@ -144,9 +124,8 @@ SCENES = 6              # of the maps: the first ones
 
 def scored_run(variant):
     """Of seed 0 -> what evaluation.load returns, and its held-out scenes."""
-    scenes = scene_folder(variant.world, 0)
-    scored = load(run_folder(variant, 0) / 'last.pt', METHODS[variant.method].model)
-    return scored, Shards(scenes / 'val')
+    scored = load(run_folder(variant, 0), build=METHODS[variant.method].model)
+    return scored, held_out(variant.world)
 
 
 def name_bars(variant):
@@ -161,17 +140,16 @@ def name_bars(variant):
     return bars
 
 
-@torch.no_grad()
 def attention_maps(variant):
     """Of the first scenes -> [{asked: weights of C^I over the patches}]: a big object, a small one, an absent one."""
-    (model, tokenizer, preprocess), shards = scored_run(variant)
+    scored, shards = scored_run(variant)
     found = []
     for pair, (big, small, *_) in enumerate(suppression.read_scenes(shards)[:SCENES]):
-        pixels = preprocess(shard_image(shards, pair))[None]
+        image = shard_image(shards, pair)
         maps = {}
         for name in (big.name, small.name, small.absent[0]):
-            weights, _ = model.attention(pixels, tokenizer([suppression.question(name)]))
-            maps[name] = weights[0].tolist()
+            grid, _ = attention(*scored, image, suppression.question(name))
+            maps[name] = grid.tolist()
         found.append(maps)
     return found
 
@@ -179,8 +157,8 @@ def attention_maps(variant):
 def look():
     """Write LOOKS, from checkpoints in runs/lesson."""
     bars = {}
-    for name in EXPERIMENTS['company']:
-        bars[name] = name_bars(EXPERIMENTS['company'][name])
+    for name, variant in EXPERIMENTS['company'].items():
+        bars[name] = name_bars(variant)
     maps = attention_maps(EXPERIMENTS['reading']['cosmos'])
     write_json(LOOKS, {'bars': bars, 'maps': maps})
 
@@ -283,10 +261,10 @@ def draw_maps(figure):
     axes = figure.subplots(4, SCENES)
     for pair, (column, maps) in enumerate(zip(axes.T, read_json(LOOKS)['maps'])):
         column[0].imshow(shard_image(held_out('built-in'), pair))
-        for axis, (name, weights) in zip(column[1:], maps.items()):
-            side = math.isqrt(len(weights))
-            axis.imshow(np.reshape(weights, (side, side)), cmap='magma')
-            y, x = divmod(int(np.argmax(weights)), side)
+        for axis, (name, rows) in zip(column[1:], maps.items()):
+            grid = np.array(rows)
+            axis.imshow(grid, cmap='magma')
+            y, x = np.unravel_index(grid.argmax(), grid.shape)
             axis.plot(x, y, 'c+', markersize=10)
             axis.set_title(name, fontsize=9)
     for axis in axes.flat:
@@ -296,26 +274,25 @@ def draw_maps(figure):
         axis.set_ylabel(label)
 
 
-PICTURES = {            # how it is drawn, the experiment that it shows, inches
-    'suppression': (draw_suppression, 'company', (9, 7.5)),
-    'batches': (draw_batches, 'batches', (9, 3)),
-    'company': (draw_company, 'company', (7.5, 4)),
-    'race': (draw_race, 'minutes', (9, 3.4)),
-    'maps': (draw_maps, 'reading', (9, 6.4))}
+PICTURES = {            # how it is drawn, inches
+    'suppression': (draw_suppression, (9, 7.5)),
+    'batches': (draw_batches, (9, 3)),
+    'company': (draw_company, (7.5, 4)),
+    'race': (draw_race, (9, 3.4)),
+    'maps': (draw_maps, (9, 6.4))}
 
 
-def source(experiment):
-    """A digest of what a picture shows. It travels in the file, for --check."""
-    tracks = TRACKS if experiment == 'minutes' else [experiment]
-    return hashlib.sha1(repr([rows_of(each) for each in tracks]).encode()).hexdigest()
+def source():
+    """A digest of all that pictures show. It travels in each, for --check."""
+    return hashlib.sha1((RESULTS.read_text() + LOOKS.read_text()).encode()).hexdigest()
 
 
 def draw(name):
     from matplotlib import pyplot
-    function, experiment, inches = PICTURES[name]
+    function, inches = PICTURES[name]
     figure = pyplot.figure(figsize=inches, layout='constrained')
     function(figure)
-    figure.savefig(PICTURE.format(name), dpi=80, metadata={'Description': source(experiment)})
+    figure.savefig(PICTURE.format(name), dpi=80, metadata={'Description': source()})
     pyplot.close(figure)
 
 
@@ -327,19 +304,18 @@ def check():
         missing = missing_runs(experiment)
         need(not missing,
              f'{experiment} lacks {len(missing)} runs; make them by python -m lesson.experiments {experiment}')
-        origins = set()
-        for row in rows_of(experiment).values():
-            origins.add((row['commit'], row['machine'], row['precision']))
-        need(len(origins) == 1, f'{experiment} has runs of several origins: {origins}; remove their rows from '
-             'results.csv, and make the runs anew at one')
+    origins = set()
+    for row in read_results().values():
+        origins.add((row['commit'], row['machine'], row['precision']))
+    need(len(origins) == 1, f'{RESULTS} has runs of several origins: {origins}; remove their rows, and make the '
+         'runs anew at one')
     for page in PAGES:
         lines = page.read_text().splitlines()
         for line, right in zip(lines, filled(page.read_text()).splitlines()):
             need(line == right, f'{page} has "{line}", and results.csv "{right}"; run python -m lesson.plots')
-    for name, (_, experiment, _) in PICTURES.items():
+    for name in PICTURES:
         description = Image.open(PICTURE.format(name)).text.get('Description')
-        need(description == source(experiment),
-             f'the picture {name} shows other figures; run python -m lesson.plots')
+        need(description == source(), f'the picture {name} shows other figures; run python -m lesson.plots')
 
 
 def main():

@@ -260,22 +260,21 @@ def draw_scene(world, split, index):
         absent[0] = shape
     pixels = np.full((SIZE, SIZE, 3), ImageColor.getrgb(rng.choice(GROUNDS)), float)
     mask = np.zeros((SIZE, SIZE), np.uint8)
+    objects = []
     for k, thing in enumerate(shown, 1):
         covered = pixels_of(thing)
         mask[covered] = k
         pixels[covered] = ImageColor.getrgb(COLORS[thing.color])
-    # Brighter or darker: else who counts the blended colours of edges, in an image made smaller, would know shapes.
-    pixels *= rng.uniform(0.85, 1.1)
-    image = Image.fromarray(np.uint8(pixels.clip(0, 255)))
-    objects = []
-    for k, thing in enumerate(shown, 1):
-        x, y, right, bottom = Image.fromarray(mask == k).getbbox()
+        x, y, right, bottom = Image.fromarray(covered).getbbox()
         objects.append({
             'name': thing.name,
             'role': thing.role,
             'bbox': [x, y, right - x, bottom - y],
             'area': thing.area,
             'absent': [f'{thing.color} {shape}' for shape in absent]})
+    # Brighter or darker: else who counts the blended colours of edges, in an image made smaller, would know shapes.
+    pixels *= rng.uniform(0.85, 1.1)
+    image = Image.fromarray(np.uint8(pixels.clip(0, 255)))
     if split == 'train':
         captions = training_captions(rng, things, shown, world.named)
     else:

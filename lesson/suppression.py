@@ -135,7 +135,7 @@ def seen(scores, scenes):
 WORDS = [*COLORS, *SHAPES]
 
 
-def probe_scores(known_features, known_scenes, features, penalty=0.01):
+def probe_scores(known_features, known_scenes, features):
     """Scores of all names by a linear probe: the sum of those of their two words, (n, K).
 
     Ridge regression from the features of known scenes (m, D) to which words their objects have; then it is asked about
@@ -150,7 +150,7 @@ def probe_scores(known_features, known_scenes, features, penalty=0.01):
             target[thing.pair, WORDS.index(thing.color)] = 1
             target[thing.pair, WORDS.index(thing.shape)] = 1
     mean = target.mean(dim=0)
-    ridge = penalty * len(known) * torch.eye(known.shape[1])
+    ridge = 0.01 * len(known) * torch.eye(known.shape[1])
     gram = known.T @ known + ridge                                      # (D, D)
     product = known.T @ (target - mean)                                 # (D, W)
     scores = mean + new @ torch.linalg.solve(gram, product)             # (n, W)
@@ -296,7 +296,7 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
 
 # --- 6. During training, and the command -----------------------------------------------------------------------------
 
-def during_training(model, tokenizer, preprocess, image_features, shards, folder, step):
+def during_training(model, tokenizer, preprocess, image_features, shards):
     """The figures of eval.json; {} where objects are of another kind."""
     scenes = read_scenes(shards)
     if not any(scenes):
