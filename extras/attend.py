@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data import Parser, read_image, replacing, run, warn
+from data import Parser, read_image, replacing, run
 from eval import add_options, execute, need
 
 # --- 1. Weights ------------------------------------------------------------------------------------------------------
@@ -61,14 +61,12 @@ MARGIN = 8
 FONTS = 'DejaVuSans.ttf', 'NotoSans-Regular.ttf', 'Arial Unicode.ttf'    # the last is macOS's
 
 
-@lru_cache                  # so that the warning comes once
+@lru_cache
 def picture_font():
-    """A font with letters of many scripts, where Pillow finds one among the system's; else its own, and a warning."""
+    """A font with letters of many scripts, where Pillow finds one among the system's. Its own, else, has ASCII alone."""
     for name in FONTS:
         with suppress(OSError):
             return ImageFont.truetype(name, 12)
-    warn('no font DejaVu or Noto was found: in pictures, letters that are not ASCII will be boxes; '
-         'install one, as by apt install fonts-dejavu-core')
     return ImageFont.load_default(12)
 
 

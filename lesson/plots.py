@@ -233,39 +233,43 @@ def draw_company(figure):
         axis.set_title(f'{METHODS[method].label}: small objects\nnamed, % (chance 17)', fontsize=11)
 
 
-TRACKS = 'pairs', 'minutes', 'longer'           # experiments of page 4 and 6, by minutes
+TRACKS = {'pairs': 'same pairs', 'minutes': 'same minutes', 'longer': 'three times\nthe minutes'}
 
 
 def draw_race(figure):
-    """Pages 4 and 6: minutes across, objects named up; a line a method, a point a run."""
+    """Pages 4 and 6: tracks across, objects named up; a line a method, a point a run."""
     axes = figure.subplots(1, 2, sharey=True)
     for axis, column, title in zip(axes, ('dominant.top1', 'small.top1'), ('Big objects', 'Small objects')):
         for number, name in enumerate(EXPERIMENTS['minutes']):
             color = f'C{number}'
-            ends = []
-            for track in TRACKS:
+            means = []
+            for place, track in enumerate(TRACKS):
                 if name in EXPERIMENTS[track]:
-                    minutes, top1 = [values(track, name, each).values() for each in ('seconds', column)]
-                    axis.plot(minutes, top1, '.', color=color, alpha=0.4)
-                    ends.append((fmean(minutes), fmean(top1)))
-            axis.plot(*zip(*ends), color=color, label=METHODS[name].label)
+                    top1 = values(track, name, column).values()
+                    x = place + 0.05 * number           # beside those of other methods
+                    axis.plot([x] * len(top1), top1, '.', color=color, alpha=0.4)
+                    means.append((x, fmean(top1)))
+            axis.plot(*zip(*means), color=color, label=METHODS[name].label)
         axis.axhline(CHANCE, color='grey', linestyle='--', label='chance')
         axis.set_title(f'{title} named, %')
-        axis.set_xlabel('minutes of one run')
+        axis.set_xticks(range(len(TRACKS)), TRACKS.values())
         axis.set_ylim(0, 100)
-    axes[0].legend(fontsize=9)
+    axes[1].legend(fontsize=9, loc='upper left')
 
 
 def draw_maps(figure):
     """Page 5: six scenes, and the weights of C^I, asked for the big object, a small one, an absent name."""
     axes = figure.subplots(4, SCENES)
     for pair, (column, maps) in enumerate(zip(axes.T, read_json(LOOKS)['maps'])):
-        column[0].imshow(shard_image(held_out('built-in'), pair))
+        scene = shard_image(held_out('built-in'), pair)
+        column[0].imshow(scene)
         for axis, (name, rows) in zip(column[1:], maps.items()):
             grid = np.array(rows)
-            axis.imshow(grid, cmap='magma')
+            p = scene.width / len(grid)                 # side of a patch
+            axis.imshow(scene)
+            axis.imshow(grid, cmap='gray', alpha=0.7, extent=(0, scene.width, scene.height, 0))
             y, x = np.unravel_index(grid.argmax(), grid.shape)
-            axis.plot(x, y, 'c+', markersize=10)
+            axis.plot((x + 0.5) * p, (y + 0.5) * p, 'c+', markersize=10)
             axis.set_title(name, fontsize=9)
     for axis in axes.flat:
         axis.set_xticks([])
