@@ -186,7 +186,7 @@ def gradients(processes, method, accum):
 
 
 def one_rank(rank, port, path, flags):
-    """One of `world` processes: saves its gradients; of two processes, train.py with `flags`, too."""
+    """One of two processes: saves its gradients, and runs train.py with `flags`."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     processes = train.Processes('cpu')
@@ -216,7 +216,7 @@ def by_ranks(tmp_path_factory):
 @pytest.mark.parametrize('method', OBJECTIVES)
 def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
     """oracle: one process with the whole batch: same loss, same gradient in every parameter and scale, with --accum 2
-    (and --grad-checkpoint), with 2 and 4 processes, and with both. None of them is all zero: it would never learn."""
+    (and --grad-checkpoint), with two processes, and with both. None of them is all zero: it would never learn."""
     alone = train.Processes('cpu')
     expected, total = gradients(alone, method, 1)
     found = [gradients(alone, method, 2)]
