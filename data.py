@@ -183,7 +183,8 @@ def tar_files(path):
                     break
                 yield member.name, member.offset_data, member.size
                 end = member.offset_data + member.size
-            whole = tar.offset == length                # tar.offset: how far tarfile has read; less after a `break`
+            else:                                       # no `break`
+                whole = tar.offset == length            # else tarfile stopped at a header that it cannot read
     if not whole:
         warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
 
@@ -283,8 +284,8 @@ class Shards:
         if not isinstance(record, dict):
             record = {'captions': record}
         text = self.member(i, 'txt')
-        if text:
-            record.setdefault('txt', text.decode('utf-8', 'replace'))
+        if text and not record.get('txt'):
+            record['txt'] = text.decode('utf-8', 'replace')
         return record
 
     def pool(self, i):
@@ -321,21 +322,20 @@ CAPTION_KEYS = [                # the first family that has a sentence is the po
 POOL_KEYS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
 
 # ours: a sentence ends at a newline, at '</s>', or at a full stop before white space or the end; so "3.5 m" stays
-# whole. A stop behind a single letter ends none: "J. Smith" and "e.g. a dog" stay whole, too. But "The toy is the dog's.
-# It is red." is cut: this s is part of a word.
+# whole. A stop behind a single letter ends none: "J. Smith" and "e.g. a dog" stay whole, too.
 BREAK = re.compile(r"""
     \n
     | </s>
-    | (?<! (?<!\w['’]) \b [^\W\d_] )      # not behind a single letter, unless that follows an apostrophe
+    | (?<!                  # the stop is not behind
+          (?<! \w['’] )     #     (but "dog's." is one word, whose s is no single letter)
+          \b [^\W\d_]      #     a single letter
+      )
       \.
       (?= \s | $ )""", re.VERBOSE)
 
 
 def sentences(value, whole=False):
-    """A string, or a list of strings, -> its sentences. whole: each string is one, and is not split.
-
-    The released sampler wants lists under DreamLIP's keys. Given a string instead, it draws single letters from it.
-    """
+    """A string, or a list of strings, -> its sentences. whole: each string is one, and is not split."""
     found = []
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str):
@@ -350,7 +350,8 @@ def caption_pool(record, keys=None):
         pool = []
         for key in family:
             value = record.get(key)
-            # As released, not split: items of DreamLIP's lists, and original_caption. Each is a sentence already.
+            # Not split, as released: items of DreamLIP's lists, and original_caption. Each is a sentence already. A string
+            # under DreamLIP's keys is split, which is ours: the released sampler would draw single letters from it.
             is_sentences = key in DREAMLIP and isinstance(value, list)
             pool += sentences(value, whole=is_sentences or key == 'original_caption')
         if pool:
@@ -499,7 +500,7 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        # A dict: other merges may bring a pair back, and it may win a second time. Its first place counts.
+        # A dict, because a pair may win twice: abc may come from a + bc, and later from ab + c. Its first place counts.
         merges = {}
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
@@ -617,9 +618,9 @@ def image_crops(data, kinds, rng, flip=True):
     boxes = draw_boxes(height, width, kinds, rng)
     # Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size in much less time. No crop may then have fewer pixels than its
     # view: a crop of 200 pixels for a view of 96 lets the image be 200 / 96 times smaller, and not more. `draft` takes the
-    # smallest size that is not below `enough`.
+    # smallest size that is not below `enough`. (One factor for both sides, so it does not matter that boxes are turned.)
     most_shrink = min(min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds))
-    enough = [ceil(side / most_shrink) for side in image.size]          # draft wants (w, h) before the turn
+    enough = [ceil(side / most_shrink) for side in image.size]          # (w, h) before the turn
     with pillow_errors('its image'):
         image.draft('RGB', enough)
         pixels = TF.pil_to_tensor(ImageOps.exif_transpose(image).convert('RGB'))
@@ -680,9 +681,7 @@ def saturation(x, strength):
 
 
 def hue(x, turn):
-    """Turn the hue. RGB -> HSV by the textbook, and back by
-    channel = value - chroma * clamp(min(k, 4 - k), 0, 1) with k = (start + 6 hue) mod 6, where start is 5 for red, 3
-    for green, 1 for blue."""
+    """Turn the hue: RGB to HSV and back, by the textbook."""
     red, green, blue = x.split(1, dim=1)                                # each (n, 1, h, w)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
@@ -691,7 +690,8 @@ def hue(x, turn):
     six_hue = torch.where(value == green, (blue - red) * share + 2, (red - green) * share + 4)
     six_hue = torch.where(value == red, (green - blue) * share, six_hue)
     turned = six_hue / 6 + turn + 1                                     # + 1: never below 0
-    start = torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1)
+    # Back: channel = value - chroma * clamp(min(k, 4 - k), 0, 1), k = (start + 6 hue) mod 6
+    start = torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1)      # of red, green, blue
     k = 6 * torch.frac(turned + start / 6)                                  # (n, 3, h, w)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
@@ -711,9 +711,11 @@ def solarize(x, threshold):
     return torch.where(x > threshold, 1 - x, x)
 
 
-# One for each field of Colours; without any saturation an image is grey.
-OPERATIONS = brightness, contrast, saturation, hue, saturation, blur, solarize
-JITTERS = 0, 1, 2, 3    # those that come in a random order, before the others
+OPERATIONS = [              # one for each field of Colours
+    brightness, contrast, saturation, hue,
+    saturation,             # gray: one without any saturation
+    blur, solarize]
+JITTERS = 0, 1, 2, 3        # those that come in a random order, before the others
 
 
 def recolour(images, colours, order):
@@ -780,7 +782,8 @@ class Order:
 
 
 class Counts(NamedTuple):
-    """How many views and captions a pair gives: V = global_images + local_images, U = global_texts + local_texts."""
+    """How many views and captions a pair gives: V = global_images + local_images, U = global_texts + local_texts. The
+    first rows of Table 5 have one global image and one global text."""
     global_images: int = GLOBALS
     local_images: int = 6
     global_texts: int = GLOBALS
@@ -851,12 +854,12 @@ class Batch(NamedTuple):
             moved[name] = [x.to(device, non_blocking=True) for x in getattr(self, name)]
         return self._replace(**moved)
 
-    def views(self, seed):
-        """V images (B, 3, s, s), float32, normalised. seed: of the order of the jitters, the same on all ranks."""
+    def views(self, seed_and_step):
+        """V images (B, 3, s, s), float32, normalised. seed_and_step decide the order of the jitters on all ranks."""
         views = []
         for k, crops in enumerate(self.crops):
             # ours: view k of all pairs has one order of jitters. The released code draws one for every image.
-            order = random.Random(f'{seed} {k}').sample(JITTERS, 4)
+            order = random.Random(f'{seed_and_step} {k}').sample(JITTERS, 4)
             views.append(normalize(recolour(crops, self.colours[:, k], order)))
         return views
 

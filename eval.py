@@ -79,6 +79,7 @@ def write_json(path, value):
 
 def images_in(folder):
     """Paths of the images in a folder and its subfolders, sorted; hidden files are left out."""
+    need(Path(folder).is_dir(), f'there is no folder {folder}')
     names = sorted(glob.glob('**/*', root_dir=folder, recursive=True))
     kinds = '.jpg', '.jpeg', '.png', '.webp'
     return [Path(folder, name) for name in names if name.lower().endswith(kinds)]
@@ -153,7 +154,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False, build=COSMOS):
         open_clip   the state dict of a ViT, perhaps under 'state_dict'
     Where there is no teacher the student is taken: model.origin says which it was.
     vocab: a file of CLIP's merges. quick_gelu: the activation of released and open_clip weights, whose file does not
-    tell it. The commands below never set it, train.py --init does. build: the class of the model, for the course.
+    tell it. The commands below never set it, train.py --init does. build: the class of the model, for lesson/.
     """
     path = Path(path)
     if path.is_dir():
@@ -171,7 +172,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False, build=COSMOS):
         config = Config(**saved['config'])
         tokenizer = Tokenizer(saved['merges'], config.context_length)
     else:
-        # Heads are taken to be 64 wide, as in open_clip's ViTs up to a width of 1,024.
+        # See infer_config for heads. Open_clip's ViTs that are wider than 1,024 have others.
         width = len(state.get('visual.class_embedding', ()))
         need(0 < width <= 1024 and width % 64 == 0 and 'text_projection' in state,
              f"{path} is neither ours, nor released, nor of an open_clip ViT with heads that are 64 wide (its keys: "
@@ -196,7 +197,8 @@ TEXT_BATCH = 256
 
 
 def preprocessing(size):
-    """The evaluation transform: PIL image -> (3, size, size) float. Short side to `size`, bicubic, then the centre."""
+    """The evaluation transform: PIL image -> (3, size, size) float. Short side to `size`, bicubic, then the centre.
+    `normalize` takes bytes, too."""
     return v2.Compose(
         [v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
 
@@ -210,7 +212,8 @@ def shard_image(shards, i):
 
 @dataclass
 class Images(Dataset):
-    """Shards, or a list of paths or of Pillow images. Item i is the pixels of image i (3, S, S), and 0 for a label."""
+    """Shards, or a list of paths or of Pillow images. Item i is the pixels of image i (3, S, S), and the label 0, so
+    that `embed_labelled` takes it."""
     source: object
     preprocess: object
 
@@ -281,8 +284,8 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures.
 
     owner (captions,): the image of each caption. The rank of an image is that of the best of its captions. R@K are
-    fractions, ranks count from 1. chance is R@1 of a blind guess. From image to text it is (captions of the image) / (all
-    captions): that sums to 1 over the n images, so its mean is 1 / n, as from text to image.
+    fractions, ranks count from 1. chance is R@1 of a blind guess, 1 / n both ways: from image to text it is (captions of
+    the image) / (all captions) for one image, and these sum to 1 over all n.
     """
     n = len(image_features)
     image_ids = torch.arange(n)
@@ -297,7 +300,8 @@ def retrieval(image_features, text_features, owner):
     return figures
 
 
-# The three published lists, each -> [(path of an image, its captions), ...]. For `reading` around them.
+# The three published lists, each -> [(path of an image, its captions), ...]. Call them inside
+# `with reading(path)`.
 
 def read_coco(folder):
     """COCO's folder, with annotations/captions_val2017.json."""
@@ -343,8 +347,8 @@ HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --captio
 
 
 def shard_captions(shards):
-    """Held-out shards -> (captions, owner). Where a pair has captions under several keys, those under the first of these
-    keys count. They are not cut into sentences."""
+    """Held-out shards -> (captions, owner). Where a pair has captions under several keys, those under the first key of
+    shards.caption_keys, or of HELD_OUT_KEYS, count. They are not cut into sentences."""
     keys = shards.caption_keys or HELD_OUT_KEYS
     pools = []
     for i in range(len(shards)):
@@ -413,7 +417,8 @@ def classify(image_features, vectors, labels):
 def class_names(source, path=None):
     """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order.
 
-    In a file names may repeat, as 'crane' in the usual one for ImageNet: they tie, which is a miss.
+    In a file names may repeat, as 'crane' in the usual one for ImageNet: then one of the two classes cannot be right.
+    torchvision's own names of ImageNet are refused for that.
     """
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
     listed = read_lines(path) if path else classes
@@ -505,7 +510,7 @@ def segment_image(model, image, vectors, names_per_class, settings):
 
     vectors (Q, D): one for each name, class after class; a class has one name or several. The first class is the
     background: pixels below settings.probability fall to it. A class with at most the share settings.area of the
-    foreground loses its pixels to their next best classes. Sets without a background have both settings at zero. The
+    foreground loses its pixels to the best classes that stay. Sets without a background have both settings at zero. The
     steps are those of clip_segmentor.py:113-276 of the released code.
     """
     short = min(image.size)
@@ -690,7 +695,7 @@ def add_retrieval(command):
     one('--coco', help='folder with images/val2017 and annotations/captions_val2017.json')
     one('--karpathy', help="Karpathy's dataset_coco.json or dataset_flickr30k.json")
     one('--flickr', help="the released code's flickr30k_val.json: a list of image and captions")
-    one('--shards', nargs='+', help='held-out shards; of a folder with train/ and val/ the half val/')
+    one('--shards', nargs='+', help='held-out shards; a folder with train/ and val/ means its val/')
     add = command.add_argument
     add('--split', default='test', help="Karpathy's split (default: %(default)s)")
     add('--images', help='folder of the images of --karpathy or --flickr (default: beside the JSON)')
@@ -700,7 +705,8 @@ def add_retrieval(command):
 
 def add_classify(command):
     one = command.add_mutually_exclusive_group(required=True).add_argument
-    one('--dataset', choices=torchvision.datasets.__all__, metavar='NAME', help='a classification set of torchvision.datasets: CIFAR10, DTD, ...')
+    known = sorted(set(torchvision.datasets.__all__) - {'EMNIST'})      # its `split` is no half
+    one('--dataset', choices=known, metavar='NAME', help='a classification set of torchvision.datasets: CIFAR10, DTD, ...')
     one('--folder', help='one folder of images per class')
     add = command.add_argument
     add('--root', default='data', help='where --dataset lies (default: %(default)s)')

@@ -55,7 +55,7 @@ class Method(NamedTuple):
     local_images: bool              # adds as many local image views as --local-crops says
     local_texts: bool               # adds as many captions of one sentence as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
-    augments: bool                  # False: --augment is crops, unless it is given
+    augments: bool                  # False: the default of --augment is crops
     distills_images: bool           # images learn from the teacher
     distills_texts: bool            # captions, too
     cross_attention: bool           # h_I and h_T learn from both: L_COSMOS
@@ -115,7 +115,8 @@ class Step(NamedTuple):
 
 def train_step(run, batch):
     """One step of training -> Step. Student, teacher, loss, backward; if all is finite, update."""
-    # V tensors (B, 3, s, s). The loader has cropped them, and has drawn how their colours change; that is done here.
+    # V tensors (B, 3, s, s). The loader has cropped them, and has drawn how strongly their colours change. That is done
+    # here, in an order that comes from seed and step.
     images = batch.views(f'{run.options.seed} {run.step}')
     run.optimizer.zero_grad()
 
@@ -312,10 +313,10 @@ def read_options(argv):
         defaults = resumed | {'out': str(path.parent)}
     else:
         defaults = PRESETS[preset].recipe | {'preset': preset, 'out': out}
-        defaults['warmup'] = None               # choose_lengths takes the recipe's, less for a short run
+        defaults['warmup'] = None               # choose_lengths fills it in: the recipe's, less for a short run
         if not METHODS[typed.method].augments:
             defaults['augment'] = 'crops'
-    if typed.steps or typed.epochs:             # the one that is typed decides the length, the other's default does not
+    if typed.steps or typed.epochs:             # what is typed comes back below; the other one must not limit it
         defaults |= {'steps': None, 'epochs': None}
     parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
@@ -471,7 +472,8 @@ def choose_dtype(precision, device):
 def compile_blocks(model):
     """torch.compile block by block, in place, so that parameters keep their names. A graph serves all layers of a tower
     and all lengths of captions; the whole model would be compiled again for each length."""
-    # A block needs several graphs: for all rows and for one, with gradient and without. The compiler's own limit is 8.
+    # torch allows 8 graphs for a piece of code, and all blocks are one. They need more: for each tower, for all rows and
+    # for one, with gradient and without.
     torch._dynamo.config.cache_size_limit = 128
     for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
         block.compile(dynamic=True)
@@ -480,7 +482,7 @@ def compile_blocks(model):
 # --- 5. Data and model -----------------------------------------------------------------------------------------------
 
 LEARNED_VOCAB = 8192
-PAIRS_TO_LEARN = 20_000     # at least, and at most twice as many: enough for every frequent word
+PAIRS_TO_LEARN = 20_000     # enough for every frequent word
 
 
 def name_data(options):
@@ -496,6 +498,7 @@ def name_data(options):
 
 
 def learn_merges(shards):
+    """From every k-th pair, so that PAIRS_TO_LEARN to twice as many are read; of a smaller set from all."""
     captions = []
     for i in range(0, len(shards), len(shards) // PAIRS_TO_LEARN or 1):
         with contextlib.suppress(data.Unreadable):          # a broken pair is reported in its turn
@@ -570,8 +573,7 @@ def networks(run):
 def save(run):
     """last.pt, whole or not at all.
 
-    Random numbers have no state to save: those of the data come from the seed, the epoch and the pair, and a step draws
-    none.
+    Random numbers have no state to save: all come from the seed, and from the epoch and the pair, or from the step.
     """
     last = run.folder / 'last.pt'
     state = networks(run) | {
@@ -600,7 +602,7 @@ def restore(run, saved, in_place):
     if in_place and saved['options']['val'] == run.options.val:     # else best.pt is of other data, or not here
         run.best = tuple(saved['best'])
     run.begun -= saved['seconds']
-    # Has this rank read the file that rank 0 has read? No two checkpoints have the same seconds.
+    # Has this rank read the same file as rank 0? Its seconds tell it from any other checkpoint.
     if run.processes.broadcast(saved['seconds']) != saved['seconds']:
         raise Refused(f'{path} does not hold what process 0 goes on from; let all nodes see the same --out')
 
@@ -752,14 +754,14 @@ def print_plan(run, val):
 def prepare_folder(run, in_place):
     """config.json, and the first part of the report. An old eval.json goes. If an earlier start in this folder ended
     before its first checkpoint, its log, its best.pt and its maps for the report go, too."""
-    config = vars(run.options) | {'config': asdict(run.train_set.config)}
-    evaluation.write_json(run.folder / 'config.json', config)
     old = ['eval.json']
     if not in_place:
         check_space(run)
         old += ['log.jsonl', 'maps.npz', 'best.pt']
     for name in old:
         (run.folder / name).unlink(missing_ok=True)
+    config = vars(run.options) | {'config': asdict(run.train_set.config)}
+    evaluation.write_json(run.folder / 'config.json', config)
     if (HERE / 'extras').is_dir():
         from extras.report import begin
         begin(run.train_set, run.folder)
@@ -773,7 +775,7 @@ def finish(run, figures):
         from extras.report import write
         print(f'report     {write([run.folder])}')
     best = 'best.pt' if (run.folder / 'best.pt').exists() else 'last.pt'
-    print(f'done       {run.folder}, the best networks are in {best}; try python eval.py retrieval '
+    print(f'done       {run.folder}, the networks are in {best}; try python eval.py retrieval '
           f'{run.folder}/{best} --shards {(run.options.val or run.options.data)[0]}')
 
 
@@ -904,7 +906,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False, make_order=data.Order):
     val = None                                              # rank 0 evaluates
     with processes.rank_0_first():
         name_data(options)
-        # Rank 0 builds the index, unless this run has built it before. All others read the file.
+        # Rank 0 reads all headers and saves the index, unless this run did so before. All others read that file.
         build_index = processes.rank == 0 and not (in_place and index.exists())
         keys = options.caption_keys or data.POOL_KEYS[options.caption_pool]
         shards = Shards(options.data, keys, 'train', index=None if build_index else index)
