@@ -108,7 +108,8 @@ class Config:
         return replace(PRESETS[name].sizes, **changes)
 
 
-# Recipes are defaults for options of train.py. PAPER is the released one for CC3M (train_cc3m.sh).
+# Recipes are defaults for options of train.py. What a recipe does not name keeps the default there: 6 local views and
+# captions, all augmentation, CLIP's vocabulary. PAPER is the released one for CC3M (train_cc3m.sh).
 PAPER = {'epochs': 32.0, 'batch': 1024, 'lr': 5e-4, 'warmup': 2000, 'wd': 0.5, 'momentum': 0.999}
 # Small sets on a laptop: 1,000 steps or 30 epochs, whichever is less. The learning rate ends at a tenth of its peak; at
 # step s lambda is at most s / (s + 10). Captions there name colours and sides, which a jitter or a flip would make
@@ -137,6 +138,8 @@ PRESETS = {
                context_length=64, cross_heads=4),
         LAPTOP),
 }
+for name, preset in PRESETS.items():
+    assert PAPER.keys() <= preset.recipe.keys(), f'the recipe of {name} lacks some of {list(PAPER)}'
 
 # --- 2. The student ----------------------------------------------------------------------------- Sec. 3.2, Eq. 1-2 ---
 
@@ -407,7 +410,8 @@ def total_loss(model, out, cls_t=None, eot_t=None):
 
     The teacher's vectors may be None for a model without cross-attention only.
 
-    Training, benchmark and walk-through call it. A term of your own is a line here: parts['name'] = (weight, term).
+    Training, benchmark and walk-through call it. A term of your own is a line before the sum:
+    parts['name'] = (weight, term).
     """
     parts = {'clip': (1, clip_loss(out, model.logit_scale.exp()))}
     if out.h_I is not None:

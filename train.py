@@ -312,7 +312,9 @@ def read_options(argv):
             del resumed[name]
         defaults = resumed | {'out': str(path.parent)}
     else:
-        defaults = PRESETS[preset].recipe | {'preset': preset, 'out': out}
+        recipe = PRESETS[preset].recipe
+        assert recipe.keys() <= vars(typed).keys(), f'the recipe of {preset} has what is no option: {list(recipe)}'
+        defaults = recipe | {'preset': preset, 'out': out}
         defaults['warmup'] = None               # choose_lengths fills it in: the recipe's, less for a short run
         if not METHODS[typed.method].augments:
             defaults['augment'] = 'crops'
@@ -578,6 +580,7 @@ def save(run):
     last = run.folder / 'last.pt'
     state = networks(run) | {
         'options': vars(run.options),
+        'globals': GLOBALS,
         'shards': run.train_set.shards.fingerprint,
         'best': run.best,
         'seconds': time.perf_counter() - run.begun,
@@ -590,6 +593,9 @@ def save(run):
 def restore(run, saved, in_place):
     """Go on from what `save` has saved."""
     path = run.options.resume
+    if saved['globals'] != GLOBALS:
+        raise Refused(f"{path} was trained with GLOBALS = {saved['globals']}, not {GLOBALS}; set it back in cosmos.py, "
+                      'or start anew with --init')
     evaluation.load_weights(run.student, saved['student'], path)
     if run.teacher:
         evaluation.load_weights(run.teacher.model, saved['teacher'], path)
@@ -638,8 +644,8 @@ def log_entry(run, done, steps, seconds, waited):
     cls = done.out.cls[0]                                               # (B, D)
     nearest = (cls @ done.out.eot[0].T).argmax(dim=1)    # among the pairs of this GPU
     clip_weight, clip = done.parts['clip']
-    values = {name: term for name, (_, term) in done.parts.items()}
-    values |= {
+    terms = {name: term for name, (_, term) in done.parts.items()}
+    values = {
         'loss': done.loss,
         'distill': done.loss - clip_weight * clip,                      # all of the loss but L_CLIP
         'accuracy': (nearest.cpu() == torch.arange(len(nearest))).double().mean(),
@@ -652,6 +658,8 @@ def log_entry(run, done, steps, seconds, waited):
         values['distill_scale'] = run.student.distill_logit_scale.exp()
     if done.cls_t is not None:
         values['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)
+    assert not values.keys() & terms.keys(), 'a part of the loss has the name of another figure; give it its own'
+    values |= terms
     sums = run.processes.sum(values.values())
     entry = {name: total / run.processes.world for name, total in zip(values, sums)}
     used = run.step - 1    # the step whose rates were used
