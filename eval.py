@@ -60,7 +60,8 @@ def reading(path):
 
 def read_json(path):
     with reading(path):
-        return json.loads(Path(path).read_text(encoding='utf-8-sig'))  # -sig: a byte order mark or none
+        # -sig: a byte order mark or none
+        return json.loads(Path(path).read_text(encoding='utf-8-sig'))
 
 
 def read_lines(path):
@@ -309,7 +310,10 @@ def read_coco(folder):
     captions = defaultdict(list)                                    # by the image's id
     for annotation in listing['annotations']:
         captions[annotation['image_id']].append(annotation['caption'])
-    return [(Path(folder, 'images/val2017', image['file_name']), captions[image['id']]) for image in listing['images']]
+    pairs = []
+    for image in listing['images']:
+        pairs.append((Path(folder, 'images/val2017', image['file_name']), captions[image['id']]))
+    return pairs
 
 
 def read_karpathy(path, images, split):
@@ -568,7 +572,8 @@ def read_mask(path, size, classes, reduce_zero_label):
          f'mask {path} is a {mask.mode} image of {mask.size} pixels; it must be grey or palette, and of {size}')
     label = values[values != IGNORE].max(initial=0)
     most = classes if reduce_zero_label else classes - 1
-    need(label <= most, f'mask {path} has label {label}, with {classes} lines in the class file it may be {most} at most')
+    need(label <= most, f'mask {path} has label {label}, with {classes} lines in the class file '
+         f'it may be {most} at most')
     if reduce_zero_label:
         values = np.where(np.isin(values, (0, IGNORE)), IGNORE, values - 1)
     return torch.from_numpy(values)
@@ -685,7 +690,8 @@ def add_options(command):
         help='which network (default: %(default)s)')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
         help='cuda or cpu (default: %(default)s)')
-    add('--workers', type=int, default=2, help='processes that read images; segment needs none (default: %(default)s)')
+    add('--workers', type=int, default=2,
+        help='processes that read images; segment needs none (default: %(default)s)')
     add('--vocab', help="CLIP's merges, for checkpoints that carry none")
     add('--json', help='also write the figures to this file')
 
@@ -706,7 +712,8 @@ def add_retrieval(command):
 def add_classify(command):
     one = command.add_mutually_exclusive_group(required=True).add_argument
     known = sorted(set(torchvision.datasets.__all__) - {'EMNIST'})      # its `split` is no half
-    one('--dataset', choices=known, metavar='NAME', help='a classification set of torchvision.datasets: CIFAR10, DTD, ...')
+    one('--dataset', choices=known, metavar='NAME',
+        help='a classification set of torchvision.datasets: CIFAR10, DTD, ...')
     one('--folder', help='one folder of images per class')
     add = command.add_argument
     add('--root', default='data', help='where --dataset lies (default: %(default)s)')

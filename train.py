@@ -130,8 +130,9 @@ def train_step(run, batch):
             cls_t, eot_t = run.teacher(images[:GLOBALS], captions)
 
     loss, parts = total_loss(run.student, out, cls_t, eot_t)
-    run.scaler.scale(loss).backward()   # DDP averages all gradients. (Those of the scales, too, though total_loss and not
-                                        # run.forward uses them: its hooks are on the parameters.)
+    # DDP averages all gradients. (Those of the scales, too, though total_loss and not run.forward uses them: its hooks are
+    # on the parameters.)
+    run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.student.parameters()])
 
@@ -229,7 +230,8 @@ def make_parser():
     add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
     add('--caption-pool', choices=data.POOL_KEYS, default='all', help="of DreamLIP's captions (%(default)s)")
     add('--vocab', default='clip', help="%(default)s, learn (from the captions), or a path to CLIP's file")
-    add('--workers', type=int, default=min(8, CORES // 2 or 1), help='processes that load data, for each GPU (%(default)s)')
+    add('--workers', type=int, default=min(8, CORES // 2 or 1),
+        help='processes that load data, for each GPU (%(default)s)')
     # method
     add('--preset', choices=PRESETS, help='sizes and recipe (vit-b-16 with --data, else tiny)')
     add('--method', choices=METHODS, default='cosmos', help='row of Table 5 (%(default)s)')
@@ -313,7 +315,7 @@ def read_options(argv):
         defaults = resumed | {'out': str(path.parent)}
     else:
         recipe = PRESETS[preset].recipe
-        assert recipe.keys() <= vars(typed).keys(), f'the recipe of {preset} has what is no option: {list(recipe)}'
+        assert recipe.keys() <= vars(typed).keys(), f'what is no option in the recipe of {preset}?'
         defaults = recipe | {'preset': preset, 'out': out}
         defaults['warmup'] = None               # choose_lengths fills it in: the recipe's, less for a short run
         if not METHODS[typed.method].augments:
@@ -658,7 +660,7 @@ def log_entry(run, done, steps, seconds, waited):
         values['distill_scale'] = run.student.distill_logit_scale.exp()
     if done.cls_t is not None:
         values['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)
-    assert not values.keys() & terms.keys(), 'a part of the loss has the name of another figure; give it its own'
+    assert not values.keys() & terms.keys(), 'a part of the loss has the name of another figure'
     values |= terms
     sums = run.processes.sum(values.values())
     entry = {name: total / run.processes.world for name, total in zip(values, sums)}

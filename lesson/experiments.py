@@ -189,7 +189,8 @@ def company():
     return variants
 
 
-LONGER = {'clip': 5796, 'without-cross-attention': 3450, 'cosmos': 3000}   # steps: three times those of `minutes`
+# Steps: three times those of `minutes`.
+LONGER = {'clip': 5796, 'without-cross-attention': 3450, 'cosmos': 3000}
 
 
 def race(steps, seeds=EIGHT):

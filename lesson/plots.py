@@ -239,7 +239,8 @@ TRACKS = {'pairs': 'same pairs', 'minutes': 'same minutes', 'longer': 'three tim
 def draw_race(figure):
     """Pages 4 and 6: tracks across, objects named up; a line a method, a point a run."""
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, column, title in zip(axes, ('dominant.top1', 'small.top1'), ('Big objects', 'Small objects')):
+    titles = {'dominant.top1': 'Big objects', 'small.top1': 'Small objects'}
+    for axis, column in zip(axes, titles):
         for number, name in enumerate(EXPERIMENTS['minutes']):
             color = f'C{number}'
             means = []
@@ -251,7 +252,7 @@ def draw_race(figure):
                     means.append((x, fmean(top1)))
             axis.plot(*zip(*means), color=color, label=METHODS[name].label)
         axis.axhline(CHANCE, color='grey', linestyle='--', label='chance')
-        axis.set_title(f'{title} named, %')
+        axis.set_title(f'{titles[column]} named, %')
         axis.set_xticks(range(len(TRACKS)), TRACKS.values())
         axis.set_ylim(0, 100)
     axes[1].legend(fontsize=9, loc='upper left')

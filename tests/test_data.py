@@ -113,14 +113,16 @@ def test_many_shards_are_read_by_processes(tmp_path):
     """oracle: the pairs that were written. A thread of torch is at work: forks must not wait for its locks."""
     for n in range(20):
         dog_tar(tmp_path / f'{n:02d}.tar', 2)
-    assert Shards(tmp_path).index[:, 0].tolist() == sorted([*range(20)] * 2)
+    numbers = Shards(tmp_path).index[:, 0]
+    assert numbers.tolist() == sorted([*range(20)] * 2)
 
 
 def test_half_an_image_is_refused():
     """oracle: the rule for errors."""
     half = encoded(mandelbrot(99, 99), 'JPEG')[:-200]
     refused('its image is no image that can be read', data.read_image, half)
-    refused('its image is no image', data.image_crops, half, data.view_kinds(MICRO, 1, 0), random.Random(0))
+    kinds = data.view_kinds(MICRO, 1, 0)
+    refused('its image is no image', data.image_crops, half, kinds, random.Random(0))
 
 
 def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
@@ -149,7 +151,8 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
         check(raw + joined, '012345')
         check(raw[:start] + noise + raw[start + 512:], stepped_over)
     info.size = -1000                                   # would send tarfile back for ever
-    check(raw[:start] + info.tobuf(tarfile.GNU_FORMAT)[-512:] + raw[start + 512:], '01')
+    header = info.tobuf(tarfile.GNU_FORMAT)[-512:]
+    check(raw[:start] + header + raw[start + 512:], '01')
 
 
 # --- Captions and tokenizer ------------------------------------------------------------------------------------------
@@ -279,8 +282,10 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path):
     mirrored = 0
     drawn = []
     for seed in range(40):
-        plain, colours, _, boxes = Crops(shards, LOW, MICRO, seed, augment='crops', crop_min=0.9).sample(0, 0)
-        full, *_ = Crops(shards, LOW, MICRO, seed, crop_min=0.9).sample(0, 0)
+        train_set = Crops(shards, LOW, MICRO, seed, augment='crops', crop_min=0.9)
+        plain, colours, _, boxes = train_set.sample(0, 0)
+        train_set.augment = 'full'
+        full, *_ = train_set.sample(0, 0)
         assert set(colours) == {Colours()}
         assert [crop.shape[1] for crop in plain] == 2 * [32] + 6 * [16]
         for crop, other, box in zip(plain, full, boxes, strict=True):
@@ -292,7 +297,11 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path):
     assert 120 < mirrored < 200                                         # of 320
     _, _, height, width = np.array(drawn, float).T                      # each (views, seeds)
     share = height * width / 200 ** 2
-    for found, low, high in (share[:2], 0.9, 1), (share[2:], 0.05, 0.4), (height / width, 3 / 4, 4 / 3):
+    ranges = [
+        (share[:2], 0.9, 1),
+        (share[2:], 0.05, 0.4),
+        (height / width, 3 / 4, 4 / 3)]
+    for found, low, high in ranges:
         assert low - 0.04 < found.min() < low + 0.1
         assert high - 0.1 < found.max() < high + 0.04
 
@@ -389,7 +398,9 @@ def test_order_is_a_pure_function():
 
 def test_captions_are_cut():
     """oracle: by hand: at most 7 ids in the globals, 4 in the locals; caption 0 keeps all 8 for the student."""
-    captions = [LOW(['low ' * count for count in counts]) for counts in ([4, 1, 0, 2], [3, 5, 0, 1])]
+    captions = []
+    for counts in [4, 1, 0, 2], [3, 5, 0, 1]:
+        captions.append(LOW(['low ' * count for count in counts]))
     samples = [([], torch.zeros(0, 7), ids, 1) for ids in captions]
 
     def lengths(*options):
@@ -417,7 +428,8 @@ def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
     """oracle: the pairs broken on purpose: none is served, each is counted and named."""
     shards = Shards(dog_tar(tmp_path / 'a.tar', 12, broken=[5, 7]))
     crops = Crops(shards, dog_numbers, MICRO, 3, Counts(2, 0, 1, 0))
-    batches = list(data.loader(crops, Order(12, 4, 0, 6, seed=3), workers=0))
+    order = Order(12, 4, 0, 6, seed=3)
+    batches = list(data.loader(crops, order, workers=0))
     dogs = [batch.texts[0].flatten().tolist() for batch in batches]
     bad = sum(batch.bad for batch in batches)
     assert set(sum(dogs, [])) == set(range(12)) - {5, 7}
