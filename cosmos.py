@@ -138,8 +138,8 @@ PRESETS = {
                context_length=64, cross_heads=4),
         LAPTOP),
 }
-for name, preset in PRESETS.items():
-    assert PAPER.keys() <= preset.recipe.keys(), f'the recipe of {name} lacks some of {list(PAPER)}'
+LACKING = {name: PAPER.keys() - preset.recipe.keys() for name, preset in PRESETS.items()}
+assert not any(LACKING.values()), f'recipes lack options: {LACKING}'
 
 # --- 2. The student ----------------------------------------------------------------------------- Sec. 3.2, Eq. 1-2 ---
 
@@ -668,7 +668,8 @@ def pick(x, row):
 
 
 class Attention(nn.MultiheadAttention):
-    """The parameters of torch's multi-head attention, Attention(width, heads), with a forward pass of our own.
+    """The parameters of torch's multi-head attention, Attention(width, heads), with a forward pass of our own, where a
+    mask is True for keys that may be seen.
 
     It is written out, because we need q, k and v themselves: for the weights that the pictures show, and for the
     correlative form of segmentation. The query may be one row, as in the last block. The parameters are in_proj_weight

@@ -342,8 +342,8 @@ def with_owners(path, pools):
         pool = pool if isinstance(pool, list) else [pool]
         captions += pool
         owner += [i] * len(pool)
-    need(captions and all(isinstance(caption, str) for caption in captions),
-         f'{path} lists no captions in words, or none of this split')
+    need(captions and all(pools) and all(isinstance(caption, str) for caption in captions),
+         f'{path} lists images without a caption, captions that are no words, or nothing of this split')
     return captions, torch.tensor(owner)
 
 

@@ -660,12 +660,8 @@ def log_entry(run, done, steps, seconds, waited):
         values['distill_scale'] = run.student.distill_logit_scale.exp()
     if done.cls_t is not None:
         values['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)
-    assert not values.keys() & terms.keys(), 'a part of the loss has the name of another figure'
-    values |= terms
-    sums = run.processes.sum(values.values())
-    entry = {name: total / run.processes.world for name, total in zip(values, sums)}
     used = run.step - 1    # the step whose rates were used
-    return entry | {
+    entry = {                                           # the same on all ranks
         'step': run.step,
         'epoch': run.step * options.batch / len(run.train_set.shards),
         'lr': lr_at(used, options),
@@ -673,6 +669,12 @@ def log_entry(run, done, steps, seconds, waited):
         'chance': math.log(options.batch),    # of each part of the loss: a blind guess
         'weights': {name: weight for name, (weight, _) in done.parts.items()},
         'pairs_per_s': steps * options.batch / seconds}
+    names = entry.keys() | values.keys()
+    assert not names & terms.keys(), f'a part of the loss is called {names & terms.keys()}, as another figure of the log'
+    values |= terms
+    for name, total in zip(values, run.processes.sum(values.values())):
+        entry[name] = total / run.processes.world
+    return entry
 
 
 def print_progress(run, entry):
@@ -798,19 +800,33 @@ def batches_left(run):
     """The batches of the steps that are left, for this rank."""
     options = run.options
     order = run.make_order(len(run.train_set.shards), options.batch, run.step, options.steps, options.seed,
-                      rank=run.processes.rank, world=run.processes.world)
+                           rank=run.processes.rank, world=run.processes.world)
     # Half precision is faster with captions of multiples of 8 tokens.
     return iter(data.loader(run.train_set, order, options.workers,
                             multiple=8 if run.dtype else 1,
                             whole_first=run.method.cross_attention))    # C^T reads its padding
 
 
-def train(run, val):
-    """Take the steps that are left, evaluate, and save -> the figures. None where a signal ended it; then the step that
-    was reached is saved."""
+@contextlib.contextmanager
+def signals_caught():
+    """Inside this block signals end nothing -> the list that they go into."""
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
+
+    handlers = {number: signal.signal(number, note) for number in data.SIGNALS}
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def train(run, val, caught):
+    """Take the steps that are left, and save the last one -> its log entry. None where a signal was caught before."""
     options = run.options
     processes = run.processes
-    caught = catch_signals()
     batches = batches_left(run)
     in_between = options.val and options.eval_every
     if in_between and run.step == 0:
@@ -858,26 +874,7 @@ def train(run, val):
             raise Refused(failure)
         if signals and not last:
             return None
-
-    # The last evaluation comes when log and checkpoint are written, because it may fail, or be ended by a signal.
-    for number in data.SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    entry['eval'] = figures = evaluate(run, val)
-    save(run)                   # once more: this step may be the best
-    write_log(run, entry)       # once more: of equal steps the last entry counts
-    return figures
-
-
-def catch_signals():
-    """From here on signals end nothing -> the list that they go into."""
-    caught = []
-
-    def note(number, frame):
-        caught.append(number)
-
-    for number in data.SIGNALS:
-        signal.signal(number, note)
-    return caught
+    return entry
 
 
 def reason_to_stop(run, broken, bad, seen):
@@ -959,17 +956,21 @@ def main(argv=None, build=COSMOS, keep_teacher=False, make_order=data.Order):
         if processes.rank == 0:
             print_plan(run, val)
             prepare_folder(run, in_place)
-        figures = train(run, val)
-        if figures is None:
+        with signals_caught() as caught:
+            entry = train(run, val, caught)
+        if entry is None:
             print(f'stopped    step {run.step} is saved; go on by python train.py --resume {run.folder}')
             processes.leave(128 + signal.SIGTERM)
+        # The last evaluation comes when log and checkpoint are written, because it may fail, or be ended by a signal.
+        entry['eval'] = figures = evaluate(run, val)
+        save(run)                   # once more: this step may be the best
+        write_log(run, entry)       # once more: of equal steps the last entry counts
     else:
         print(f'nothing is left to do: step {run.step} of {options.steps} is reached')
         figures = None
         # An earlier start has taken the last step, but its evaluation has failed.
         if processes.broadcast(in_place and not (run.folder / 'eval.json').exists()):
             figures = evaluate(run, val)
-            save(run)                                       # the last step may be the best
     if figures:                                             # {} on other ranks than 0
         finish(run, figures)
     processes.leave(0)

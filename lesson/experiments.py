@@ -159,7 +159,7 @@ class Variant(NamedTuple):
 
 
 def tune(rates, seed=100, steps={}, **how):
-    """Which learning rate is best? On a seed that no page reports. steps: {method: steps}, else its own."""
+    """Which learning rate is best? On a seed that is used for nothing else. steps: {method: steps}, else its own."""
     variants = {}
     for method, tried in rates.items():
         for rate in tried:
@@ -175,7 +175,7 @@ def batches():
         mixed = Variant(method, f'equal-{colors}', seeds=range(seeds))
         variants[f'{method}-{colors}-mixed'] = mixed
         if colors == 16:
-            variants[f'{method}-{colors}-half'] = mixed._replace(grouped=0.5, seeds=range(5))
+            variants[f'{method}-{colors}-half'] = mixed._replace(grouped=0.5, seeds=range(3))
         variants[f'{method}-{colors}-sorted'] = mixed._replace(grouped=1)
     return variants
 

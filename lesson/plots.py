@@ -141,7 +141,8 @@ def name_bars(variant):
 
 
 def attention_maps(variant):
-    """Of the first scenes -> [{asked: weights of C^I over the patches}]: a big object, a small one, an absent one."""
+    """Of the first scenes -> [{asked: weights of C^I over the patches, scaled to [0, 1]}]: a big object, a small one, an
+    absent one."""
     scored, shards = scored_run(variant)
     found = []
     for pair, (big, small, *_) in enumerate(suppression.read_scenes(shards)[:SCENES]):
@@ -305,22 +306,25 @@ def draw(name):
 
 def check():
     """Refused: runs that are missing or cannot be compared, a text or a picture that does not agree with the rows."""
-    for experiment in EXPERIMENTS:
+    rows = read_results()
+    for experiment, variants in EXPERIMENTS.items():
         missing = missing_runs(experiment)
         need(not missing,
              f'{experiment} lacks {len(missing)} runs; make them by python -m lesson.experiments {experiment}')
-    origins = set()
-    for row in read_results().values():
-        origins.add((row['commit'], row['machine'], row['precision']))
-    need(len(origins) == 1, f'{RESULTS} has runs of several origins: {origins}; remove their rows, and make the '
-         'runs anew at one')
+        origins = set()
+        for variant in variants.values():
+            for seed in variant.seeds:
+                row = rows[recipe(variant), seed]
+                origins.add((row['commit'], row['machine'], row['precision']))
+        need(len(origins) == 1, f'{experiment} has runs of several origins: {origins}; remove their rows from '
+             'results.csv, and make the runs anew at one')
     for page in PAGES:
         lines = page.read_text().splitlines()
         for line, right in zip(lines, filled(page.read_text()).splitlines()):
             need(line == right, f'{page} has "{line}", and results.csv "{right}"; run python -m lesson.plots')
     for name in PICTURES:
         description = Image.open(PICTURE.format(name)).text.get('Description')
-        need(description == source(), f'the picture {name} shows other figures; run python -m lesson.plots')
+        need(description == source(), f'the picture {name} was drawn from other rows; run python -m lesson.plots')
 
 
 def main():

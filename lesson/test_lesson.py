@@ -477,7 +477,7 @@ def course(sandbox, monkeypatch):
         monkeypatch.setattr(module, 'EXPERIMENTS', {'one': dict(variants), 'two': dict(variants)})
     monkeypatch.setitem(METHODS, 'clip', METHODS['clip']._replace(batch=4, steps=2))
     experiments.RESULTS.write_text('')
-    plots.LOOKS.write_text('')
+    plots.LOOKS.write_text('{}')
 
 
 def test_missing_runs(course, monkeypatch):
@@ -576,10 +576,11 @@ def test_check(course, monkeypatch):
     changes = [
         (page, '94.9', '94.7', 'has "It is 94.7<!--.*"It is 94.9<!--'),
         (page, '-50.1', '+50.1', 'has "It is .*results.csv'),
-        (results, ',c,m,bf16,.950', ',d,m,bf16,.950', 'results.csv has runs of several origins'),
-        (results, ',c,m,bf16,.950', ',c,n,bf16,.950', 'results.csv has runs of several origins'),
+        (results, ',c,m,bf16,.950', ',d,m,bf16,.950', 'one has runs of several origins'),
+        (results, ',c,m,bf16,.950', ',c,n,bf16,.950', 'one has runs of several origins'),
         (results, ',0,c,m,bf16,.448', ',7,c,m,bf16,.448', 'one lacks 1 runs'),
-        (results, 'c,m,bf16', 'd,m,bf16', 'the picture a shows other figures')]
+        (plots.LOOKS, '{}', '[]', 'the picture a was drawn from other rows'),
+        (results, 'c,m,bf16', 'd,m,bf16', 'the picture a was drawn from other rows')]
     for path, old, new, sentence in changes:
         text = path.read_text()
         assert old in text

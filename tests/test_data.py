@@ -110,7 +110,7 @@ def test_tars_of_every_format(tmp_path):
 
 
 def test_many_shards_are_read_by_processes(tmp_path):
-    """oracle: the pairs that were written. A thread of torch is at work: forks must not wait for its locks."""
+    """oracle: the pairs that were written."""
     for n in range(20):
         dog_tar(tmp_path / f'{n:02d}.tar', 2)
     numbers = Shards(tmp_path).index[:, 0]

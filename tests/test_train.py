@@ -101,7 +101,7 @@ def started(fit, *flags):
     """The Run that these flags make, as it stands before its first step."""
     runs = []
 
-    def stop(run, val):
+    def stop(run, val, caught):
         runs.append(run)
         sys.exit('before')
 
