@@ -28,7 +28,7 @@ One training step. Every name is that of the code below.
            |             h_I = C^T + cls   Eq. 1      h_T = C^I + eot   Eq. 2       |
            |                         |                        |                     |
            '--- clip_loss: cls of ---|------------------------|---- all eot --------'
-                the 2 globals        '----- cosmos_loss ------'
+                the 2 globals        '----- cosmos_terms -----'
                                        h_I and h_T, each with cls_t and eot_t, Eq. 6
                                              |            |
       VisionTower -------------------- cls_t (2,B,D)  eot_t (2,B,D) ------------------ TextTower             TEACHER
@@ -48,7 +48,7 @@ Read it beside Section 3 of the paper. Parts 2-5 are COSMOS: student, teacher, l
 transformer. If you know them, read only how a tower treats its views (class Tower). Part 8 is names.
 
 We follow the released code (github.com/ExplainableML/cosmos); `model.py:274` and the like are lines of it.
-    code≠paper: the paper says something else.          paper silent: the paper does not say.
+    code≠paper: the paper says something else.          paper silent: what we know of the paper does not say.
     ours: here we differ from the released code on purpose.
 """
 import copy
@@ -109,7 +109,8 @@ class Config:
 
 
 # Recipes are defaults for options of train.py. What a recipe does not name keeps the default there: 6 local views and
-# captions, all augmentation, CLIP's vocabulary. PAPER is the released one for CC3M (train_cc3m.sh).
+# captions, all augmentation, CLIP's vocabulary. What PAPER names has no default there, so each recipe names it. PAPER is
+# the released one for CC3M (train_cc3m.sh).
 PAPER = {'epochs': 32.0, 'batch': 1024, 'lr': 5e-4, 'warmup': 2000, 'wd': 0.5, 'momentum': 0.999}
 # Small sets on a laptop: 1,000 steps or 30 epochs, whichever is less. The learning rate ends at a tenth of its peak; at
 # step s lambda is at most s / (s + 10). Captions there name colours and sides, which a jitter or a flip would make
@@ -177,7 +178,7 @@ class CrossAttention(nn.Module):
 class Output(NamedTuple):
     """What the losses read, all of unit length. h_I and h_T are None in a model without cross-attention.
 
-    Pair b of the batch is [:, b]: all its views, and all its captions, are positives of each other.
+    Pair b of the batch is [:, b]. Its views and its captions are never negatives of each other.
     """
     cls: torch.Tensor           # (V, B, D)  one vector for each image view
     eot: torch.Tensor           # (U, B, D)  one vector for each caption
@@ -218,9 +219,9 @@ class COSMOS(nn.Module):
     def forward(self, images, texts):
         """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output.
 
-        Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper, which
-        has "global crops"; model.py:370-382). Words are all T positions, padding included, so caption 0 must come at
-        full length (paper silent; transformer.py:772-775). The others may be cut, see TextTower.
+        Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper, perhaps:
+        it has "global crops"; model.py:370-382). Words are all T positions, padding included, so caption 0 must come at
+        full length (paper silent; transformer.py:772-775). The others may be cut to save time, see TextTower.
         """
         if not self.has_cross_attention:
             return Output(unit(self.visual(images)), unit(self.text(texts)), None, None)
@@ -287,9 +288,9 @@ class COSMOS(nn.Module):
 class Teacher(nn.Module):
     """theta_t <- lambda theta_t + (1 - lambda) theta_s: an exponential moving average of the student, without gradient.
 
-    With lambda = 0.999 the last 693 students have half of the weight. The teacher starts as a copy of the student. To
-    teach it uses the towers only. Cross-attention and scales are averaged as well, so that teacher.model is a complete
-    model: to evaluate, and to draw its attention.
+    With lambda = 0.999 the last 693 students have half of the weight. The teacher starts as a copy of the student. When
+    it teaches, it runs its towers only. Cross-attention and scales are averaged as well, so that teacher.model is a
+    complete model: to evaluate, and to draw its attention.
     """
 
     def __init__(self, student):
@@ -339,7 +340,7 @@ def nce(queries, keys, scale):
     first = dist.get_rank() * B if N > B else 0     # where my pairs begin among all N
     own_key = torch.arange(first, first + B, device=logits.device)
     target = own_key.view(1, B, 1).expand(V, B, U)
-    # Query b of view v chooses among the N keys of view u, for each v and u.
+    # Query b of view v chooses among the N keys of view u, for each v and u. Rows in the order of `target`.
     logits = logits.view(V, B, U, N).flatten(0, 2)
     return F.cross_entropy(logits, target.flatten())
 
@@ -386,7 +387,10 @@ def cosmos_terms(out, cls_t, eot_t, scale):
 
 
 def cosmos_loss(out, cls_t, eot_t, scale):
-    """L_COSMOS, the mean of the four terms. (total_loss weighs the same terms, one by one.)          Sec. 3.3, Eq. 6"""
+    """L_COSMOS, the mean of the four terms.                                                          Sec. 3.3, Eq. 6
+
+    It is here to be read and tested: training weighs the same terms one by one, in total_loss.
+    """
     terms = cosmos_terms(out, cls_t, eot_t, scale)
     return sum(terms.values()) / len(terms)
 
@@ -433,9 +437,9 @@ class Gather(torch.autograd.Function):
     depend on my vectors. The backward pass adds up the gradients that all ranks send back to them. DDP then takes the
     mean over ranks, which gives the gradient of the mean loss.
 
-    In the released code each rank computes the whole loss, with a gradient for its own vectors only. That gradient is
-    complete, but DDP's mean divides it by G, for all parameters except the two scales. AdamW divides such a factor out,
-    except for its eps.
+    In the released code each rank computes the whole loss, with a gradient for its own vectors only. Summed over ranks
+    these are the full gradient, but DDP's mean divides the sum by G, for all parameters except the two scales. AdamW
+    divides such a factor out, except for its eps.
     """
 
     @staticmethod
@@ -474,8 +478,8 @@ class Tower(nn.Module):
     """What both towers do with their views.
 
     Of the sequence of a view only one row is read, that of the class token or of the end of a text. So the last block
-    computes this row alone: by count a fifth of a step of `tiny` less, in deeper towers a few percent. Of view 0
-    cross-attention reads all rows: `with_sequence` gives them.
+    computes this row alone: a fifth of the multiplications of `tiny` less, in deeper towers a few percent. Of view 0
+    cross-attention reads the patches or the words: `with_sequence` gives all rows.
 
     A tower has `embed`: a list of tensors (n, ...) -> for each the sequences (n, L, C) and the row to read in them
     (n,). It also has `transformer`, `norm` and `proj`.
@@ -524,7 +528,8 @@ class VisionTower(Tower):
         self.proj = nn.Parameter(std * torch.randn(C, config.embed_dim))
 
     def embed(self, groups):
-        """Images (n, 3, height, width) -> the class token and the patches, with their positions, (n, 1 + P, C)."""
+        """Images (n, 3, height, width), a tensor for each size -> for each the class token and the patches, with their
+        positions, (n, 1 + P, C), and the row of the class token, 0 (n,)."""
         p = self.patch_size
         embedded = []
         for images in groups:
@@ -579,7 +584,8 @@ class TextTower(Tower):
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
     def embed(self, groups):
-        """Ids (n, T) -> vectors of tokens plus positions, (n, T, C), and the row of the end, which has the largest id.
+        """Ids (n, T), a tensor for each length -> for each the vectors of tokens plus positions, (n, T, C), and the row of the
+        end, which has the largest id, (n,).
 
         One lookup for all captions, because in the backward pass each lookup allocates a (vocab, C) gradient.
         """
@@ -761,4 +767,5 @@ if __name__ == '__main__':  # python cosmos.py: forward and backward on noise, t
         print(f'{name:10} {tuple(value.shape)}')
     for name, (weight, term) in parts.items():
         print(f'{name:10} {weight} x {term.item():.4f}')
-    print(f'loss       {loss.item():.4f} on noise; a blind guess costs ln 3 = {math.log(3):.4f} in each part')
+    print(f'loss       {loss.item():.4f} on noise; a blind guess costs ln 3 in each part, with these weights '
+          f'{2 * math.log(3):.4f}')

@@ -61,6 +61,8 @@ def test_equals_the_released_code():
     loss.backward()
     clip = parts['clip'][1].item()
     assert [clip, loss.item() - clip] == pytest.approx(RELEASED_LOSSES, abs=1e-6)
+    assert out.h_I[0, 0].tolist() == pytest.approx(RELEASED_H_I, abs=1e-6)
+    assert out.h_T[0, 0].tolist() == pytest.approx(RELEASED_H_T, abs=1e-6)
     gradients = to_openclip({name: p.grad for name, p in student.named_parameters()})
     assert len(gradients) == 83
     for name, norm in RELEASED_NORMS.items():
@@ -403,6 +405,14 @@ def test_the_walk_through_runs():
 # What the released code computes for the weights and inputs of test_equals_the_released_code: L_CLIP and L_COSMOS; h_I
 # of view 0 and h_T of caption 0 of pair 0; norms of the gradient of the sum of both.
 RELEASED_LOSSES = [1.144916, 1.142693]
+RELEASED_H_I = [
+    0.281730, 0.157082, -0.238676, -0.069201, -0.208976, -0.218391, 0.097343, 0.412781, 0.007528, -0.096994, -0.227825,
+    -0.070147, -0.195077, 0.302107, 0.115595, 0.035327, 0.179858, -0.263263, -0.144182, 0.325059, -0.274422, 0.103162,
+    0.065460, -0.185481]
+RELEASED_H_T = [
+    -0.019756, 0.101438, -0.225228, 0.069547, 0.111738, -0.129658, -0.105673, -0.155727, 0.305763, -0.136925, -0.366250,
+    0.210126, 0.257014, -0.232304, -0.179336, 0.079805, 0.501472, -0.034358, -0.055253, 0.346725, 0.019875, 0.092989,
+    -0.181882, -0.043717]
 RELEASED_NORMS = {
     'logit_scale': 0.0927175, 'visual.proj': 0.3107190, 'text_projection': 0.4287219, 'ln_final.weight': 0.4828501,
     'distill_logit_scale': 0.0860079, 'visual.conv1.weight': 0.0039820, 'positional_embedding': 0.3959694,
