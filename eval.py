@@ -80,7 +80,7 @@ def write_json(path, value):
 
 def images_in(folder):
     """Paths of the images in a folder and its subfolders, sorted; hidden files are left out."""
-    need(Path(folder).is_dir(), f'there is no folder {folder}')
+    need(Path(folder).is_dir(), f'{folder} is no folder; give a folder of images')
     names = sorted(glob.glob('**/*', root_dir=folder, recursive=True))
     kinds = '.jpg', '.jpeg', '.png', '.webp'
     return [Path(folder, name) for name in names if name.lower().endswith(kinds)]

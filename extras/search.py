@@ -27,7 +27,6 @@ LABEL = 50              # three lines below it
 
 def folder_features(model, preprocess, folder, file=None, workers=0):
     """All images under a folder that can be read -> {'paths': n strings, 'features': (n, D)}, as `file` keeps them."""
-    need(Path(folder).is_dir(), f'--images {folder} is no folder; give a folder of images')
     paths = images_in(folder)
     source = model.visual.proj[0].tolist()                  # enough to tell one model from another
     for path in paths:

@@ -283,7 +283,7 @@ WRONG = {               # a command: what its sentence must say
     'classify last.pt --folder empty': 'class folder in empty',
     'segment last.pt --images empty --masks images --classes page.pt --list page.pt': 'no <html>.png; see --mask-suffix',
     'segment last.pt --images empty --masks images --classes page.pt': 'empty has no image 0, but a mask; .*-suffix',
-    'segment last.pt --images a --masks empty --classes page.pt': 'there is no folder a',
+    'segment last.pt --images a --masks empty --classes page.pt': 'a is no folder',
     'segment last.pt --images images --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
     'segment last.pt --images a --masks a --classes twice': 'several classes are called',
     'segment last.pt --images a --masks a --classes page.pt --templates page.pt': "'<html>' in page.pt needs {}"}
