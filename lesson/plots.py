@@ -166,6 +166,10 @@ def look():
 
 # --- 3. Pictures -----------------------------------------------------------------------------------------------------
 
+PAINT = {
+    'clip': 'tab:blue', 'text-crop': 'tab:gray', 'without-cross-attention': 'tab:green', 'cosmos': 'tab:orange'}
+
+
 def held_out(world):
     return Shards(scene_folder(world, 0) / 'val')
 
@@ -196,7 +200,8 @@ def draw_batches(figure):
     axes = figure.subplots(1, 2, sharey=True)
     columns = 'retrieval.image_to_text_R@1', 'small.top1'
     for axis, colors in zip(axes, (4, 16)):
-        for method, paint in ('clip', 'tab:blue'), ('cosmos', 'tab:orange'):
+        for method in 'clip', 'cosmos':
+            paint = PAINT[method]
             means = []
             for kind, mark in ('mixed', 'o'), ('half', '^'), ('sorted', 'x'):
                 name = f'{method}-{colors}-{kind}'
@@ -211,7 +216,7 @@ def draw_batches(figure):
         axis.set_title(f'{colors} colours')
         axis.set_xlabel('R@1, image to text, %')
         axis.set_xlim(left=-0.5)
-        axis.set_ylim(0, 60)
+        axis.set_ylim(10, 50)
     axes[0].set_ylabel('objects named, %')
     axes[1].legend(fontsize=9)
 
@@ -242,8 +247,7 @@ def draw_race(figure):
     axes = figure.subplots(1, 2, sharey=True)
     titles = {'dominant.top1': 'Big objects', 'small.top1': 'Small objects'}
     for axis, column in zip(axes, titles):
-        for number, name in enumerate(EXPERIMENTS['minutes']):
-            color = f'C{number}'
+        for number, (name, color) in enumerate(PAINT.items()):
             means = []
             for place, track in enumerate(TRACKS):
                 if name in EXPERIMENTS[track]:
@@ -271,7 +275,7 @@ def draw_maps(figure):
             axis.imshow(scene)
             axis.imshow(grid, cmap='gray', alpha=0.7, extent=(0, scene.width, scene.height, 0))
             y, x = np.unravel_index(grid.argmax(), grid.shape)
-            axis.plot((x + 0.5) * p, (y + 0.5) * p, 'c+', markersize=10)
+            axis.plot((x + 0.5) * p, (y + 0.5) * p, 'cs', fillstyle='none', markersize=14)
             axis.set_title(name, fontsize=9)
     for axis in axes.flat:
         axis.set_xticks([])
