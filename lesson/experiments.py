@@ -224,7 +224,7 @@ EXPERIMENTS = {
     # CLIP: 15 % more than its own, which took less than COSMOS
     'minutes': race({'cosmos': 0, 'without-cross-attention': 0, 'text-crop': 0, 'clip': 1932}),
     'pairs': race({'cosmos': 1000, 'without-cross-attention': 1000, 'text-crop': 1000, 'clip': 500}),
-    'longer': race(LONGER, range(1, 3)),                                # `tune-longer` has seed 0
+    'longer': race(LONGER, range(1, 6)),                                # `tune-longer` has seed 0
     'reading': race({'cosmos': 0, 'another-pair': 0, 'without-cross-attention': 1000}),
     'exercise': race({'without-residual': 0}, range(1))}
 
