@@ -306,10 +306,23 @@ def test_lengths_of_runs():
             ('--preset tiny --epochs 12 --eval-every 7', 180, 18, 7),
             ('--steps 30000 --epochs 3000', 30000, 2000, 7500),
             ('--steps 700 --epochs 2', 30, 3, 8),
+            ('--epochs 0.01', 1, 0, 1),                  # a step at least
             ('', 480, 48, 120)):
         options, *_ = train.read_options(['--data', 'x', '--val', 'y', '--batch', '4', *flags.split()])
         train.choose_lengths(options, 60)
         assert [options.steps, options.warmup, options.eval_every] == lengths
+
+
+def test_a_vocabulary_is_learned_from_all_of_the_set(monkeypatch):
+    """oracle: the pairs by hand, of seven: every second one where three are enough, else all."""
+    class Pairs(list):
+        def pool(self, i):
+            return [self[i]]
+
+    monkeypatch.setattr(train.Tokenizer, 'learn', lambda texts, size: SimpleNamespace(merges=''.join(texts)))
+    for least, pairs in (3, '0246'), (20, '0123456'):
+        monkeypatch.setattr(train, 'PAIRS_TO_LEARN', least)
+        assert train.learn_merges(Pairs('0123456')) == pairs
 
 
 def test_resume_is_exact(monkeypatch, fit, whole, tmp_path):
@@ -384,6 +397,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     for number in 2, 3:
         assert fit(out, '--steps', number) == 0
         assert saved(tmp_path / f'out-{number}')['step'] == number
+        assert f'out holds a run, this one goes into {out}-{number}' in capsys.readouterr().out
     assert contents(out) == contents(whole)
     (out / 'eval.json').unlink()
     assert fit(out, '--resume', out) == 0
