@@ -285,8 +285,8 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures.
 
     owner (captions,): the image of each caption. The rank of an image is that of the best of its captions. R@K are
-    fractions, ranks count from 1. chance is R@1 of a blind guess, 1 / n both ways: from image to text it is (captions of
-    the image) / (all captions) for one image, and these sum to 1 over all n.
+    fractions, ranks count from 1. chance is R@1 of a blind guess, 1 / n from text to image. So it is from image to text:
+    an image with c of M captions is hit with c / M, and the mean of that over n images is 1 / n.
     """
     n = len(image_features)
     image_ids = torch.arange(n)
@@ -421,8 +421,8 @@ def classify(image_features, vectors, labels):
 def class_names(source, path=None):
     """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order.
 
-    In a file names may repeat, as 'crane' in the usual one for ImageNet: then one of the two classes cannot be right.
-    torchvision's own names of ImageNet are refused for that.
+    In a file names may repeat, as 'crane' in some for ImageNet: then both classes tie, and a tie counts against the
+    model. torchvision's own names of ImageNet are refused for that.
     """
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
     listed = read_lines(path) if path else classes
@@ -450,8 +450,9 @@ def torchvision_set(name, root, split, download, preprocess):
     on for the split 'train' and off for any other. Errors of torchvision, as for a set that is not at `root`, stay as
     they are."""
     kind = getattr(torchvision.datasets, name)
-    known = inspect.signature(kind).parameters          # sets that have neither come whole
+    known = inspect.signature(kind).parameters
     options = {'split': split, 'train': split == 'train', 'download': download}
+    # A set that knows neither `split` nor `train` comes whole.
     options = {option: value for option, value in options.items() if option in known}
     return kind(root, transform=preprocess, **options)
 
@@ -626,7 +627,7 @@ def run_retrieval(args, model, tokenizer, preprocess):
         figures, _ = zero_shot_retrieval(model, tokenizer, preprocess, shards, workers=args.workers)
         return figures
     path = args.coco or args.karpathy or args.flickr
-    images = args.images or Path(path).parent
+    images = args.images or Path(path).parent           # COCO's folder has its images
     with reading(path):
         if args.coco:
             pairs = read_coco(path)
@@ -711,7 +712,8 @@ def add_retrieval(command):
 
 def add_classify(command):
     one = command.add_mutually_exclusive_group(required=True).add_argument
-    known = sorted(set(torchvision.datasets.__all__) - {'EMNIST'})      # its `split` is no half
+    # EMNIST's `split` chooses letters or digits, not train or test.
+    known = sorted(set(torchvision.datasets.__all__) - {'EMNIST'})
     one('--dataset', choices=known, metavar='NAME',
         help='a classification set of torchvision.datasets: CIFAR10, DTD, ...')
     one('--folder', help='one folder of images per class')

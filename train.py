@@ -55,7 +55,7 @@ class Method(NamedTuple):
     local_images: bool              # adds as many local image views as --local-crops says
     local_texts: bool               # adds as many captions of one sentence as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
-    augments: bool                  # False: the default of --augment is crops
+    augments: bool                  # changes colours and flips, unless --augment says crops
     distills_images: bool           # images learn from the teacher
     distills_texts: bool            # captions, too
     cross_attention: bool           # h_I and h_T learn from both: L_COSMOS
@@ -115,13 +115,14 @@ class Step(NamedTuple):
 
 def train_step(run, batch):
     """One step of training -> Step. Student, teacher, loss, backward; if all is finite, update."""
-    # V tensors (B, 3, s, s). The loader has cropped them, and has drawn how strongly their colours change. That is done
-    # here, in an order that comes from seed and step.
+    # V tensors (B, 3, s, s). The loader has cropped them, and has drawn how strongly each colour jitter acts. The jitters
+    # run here, in an order drawn from seed and step, the same on all ranks.
     images = batch.views(f'{run.options.seed} {run.step}')
     run.optimizer.zero_grad()
 
-    # The student sees all views and captions, the teacher the globals, without gradient. For the student caption 0 has
-    # its full length, as C^T reads its padding. The teacher runs its towers only, so for it caption 0 is cut, too.
+    # The student sees all views and captions, the teacher the globals, without gradient. The loader brings the global
+    # captions twice: for the student caption 0 has its full length, as C^T reads its padding; for the teacher, which runs
+    # its towers only, it is cut, too.
     cls_t = eot_t = None
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
         out = run.forward(images, batch.texts)
@@ -295,7 +296,9 @@ def read_options(argv):
     -> in_place: does a run go on in its own folder? Then index, log and best.pt there are its own
 
     1. Parse what is typed: it decides what the defaults are.
-    2. Defaults: those of make_parser, over them the preset's recipe or, of a run that is resumed, all its options.
+    2. Defaults: those of make_parser, over them the preset's recipe or, of a run that is resumed, all its options. Two
+       exceptions: a fresh start takes its warm-up later, from choose_lengths; and if --steps or --epochs is typed, the
+       other one has no default, for the fewer steps of both would count.
     3. Parse again: what is typed wins over these.
     """
     parser = make_parser()
@@ -317,10 +320,10 @@ def read_options(argv):
         recipe = PRESETS[preset].recipe
         assert recipe.keys() <= vars(typed).keys(), f'what is no option in the recipe of {preset}?'
         defaults = recipe | {'preset': preset, 'out': out}
-        defaults['warmup'] = None               # choose_lengths fills it in: the recipe's, less for a short run
+        defaults['warmup'] = None
         if not METHODS[typed.method].augments:
             defaults['augment'] = 'crops'
-    if typed.steps or typed.epochs:             # what is typed comes back below; the other one must not limit it
+    if typed.steps or typed.epochs:
         defaults |= {'steps': None, 'epochs': None}
     parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
@@ -358,7 +361,7 @@ def choose_lengths(options, pairs):
 
 
 def choose_folder(options):
-    """Take the first free name: a folder that holds a run is never touched by another."""
+    """Take the first free name: a fresh start never touches a folder with a last.pt."""
     name = options.out
     number = 2
     while Path(options.out, 'last.pt').exists():
@@ -421,12 +424,13 @@ class Processes:
 
     @contextlib.contextmanager
     def rank_0_first(self):
-        """The other processes enter this block when rank 0 has left it, and find the files that it wrote there."""
+        """The other processes enter this block when rank 0 has left it, and find the files that it wrote there. If rank 0
+        is refused inside, it ends, and so do they."""
         if self.rank > 0:
             try:
                 self.wait_for_rank_0()
             except RuntimeError:
-                os._exit(1)                     # rank 0 was refused, has said why, and is gone
+                os._exit(1)                     # rank 0 is gone, and has said why
         yield
         if self.rank == 0:
             self.wait_for_rank_0()              # lets the others in
@@ -476,8 +480,8 @@ def choose_dtype(precision, device):
 def compile_blocks(model):
     """torch.compile block by block, in place, so that parameters keep their names. A graph serves all layers of a tower
     and all lengths of captions; the whole model would be compiled again for each length."""
-    # torch allows 8 graphs for a piece of code, and all blocks are one. They need more: for each tower, for all rows and
-    # for one, with gradient and without.
+    # torch allows 8 graphs for a piece of code, and all blocks run the same piece. They need more graphs: for each tower,
+    # for all rows and for one, with gradient and without.
     torch._dynamo.config.cache_size_limit = 128
     for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
         block.compile(dynamic=True)
@@ -610,7 +614,7 @@ def restore(run, saved, in_place):
     if in_place and saved['options']['val'] == run.options.val:     # else best.pt is of other data, or not here
         run.best = tuple(saved['best'])
     run.begun -= saved['seconds']
-    # Has this rank read the same file as rank 0? Its seconds tell it from any other checkpoint.
+    # Has this rank read the same file as rank 0? No other checkpoint has been trained for exactly as many seconds.
     if run.processes.broadcast(saved['seconds']) != saved['seconds']:
         raise Refused(f'{path} does not hold what process 0 goes on from; let all nodes see the same --out')
 
@@ -717,7 +721,7 @@ def held_out_figures(run, val):
     Writes best.pt where the mean R@1 is the best so far.
     """
     model = run.teacher.model if run.teacher else run.student
-    # as eval.load returns them
+    # model, tokenizer, preprocess: what eval.load returns, and all measures take
     scored = model, run.train_set.tokenizer, evaluation.preprocessing(model.config.image_size)
     retrieval, image_features = evaluation.zero_shot_retrieval(*scored, val)
     figures = {'retrieval': retrieval}
@@ -870,7 +874,7 @@ def train(run, val, caught):
             save(run)
             saved_at = time.perf_counter()
         if failure:
-            processes.wait_for_rank_0()     # the first rank to exit ends all, and rank 0 may still write
+            processes.wait_for_rank_0()     # torchrun ends all when one exits, and rank 0 may still write
             raise Refused(failure)
         if signals and not last:
             return None

@@ -16,7 +16,6 @@ one family (Holm): what does not survive at 5 % has "(open)" behind it.
 import hashlib
 import math
 import re
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -190,7 +189,7 @@ def draw_suppression(figure):
             axis.axvline(0, color='black', linewidth=0.8)
             axis.set_xlim(-3, 3)
             axis.set_title(f'{METHODS[method].label}, trained on such scenes', fontsize=9)
-        column[2].set_xlabel('how much this scene raises\nthe name, in deviations', fontsize=9)
+        column[2].set_xlabel('how much this scene raises the\nname, in standard deviations', fontsize=9)
     for axis in axes[1:, 1:].flat:
         axis.set_yticklabels([])
 
@@ -202,20 +201,20 @@ def draw_batches(figure):
     for axis, colors in zip(axes, (4, 16)):
         for method in 'clip', 'cosmos':
             paint = PAINT[method]
-            means = []
+            means = {}
             for kind, mark in ('mixed', 'o'), ('half', '^'), ('sorted', 'x'):
                 name = f'{method}-{colors}-{kind}'
                 if name in EXPERIMENTS['batches']:
                     x, y = [values('batches', name, column).values() for column in columns]
-                    axis.plot(x, y, mark, color=paint, markersize=4, alpha=0.4)         # a point a run
-                    means.append([mean('batches', name, column) for column in columns])
-            for start, end in pairwise(means):
-                axis.annotate('', end, start, arrowprops={'arrowstyle': '->', 'linewidth': 2, 'color': paint})
+                    axis.plot(x, y, mark, color=paint, markersize=5, alpha=0.5)         # a point a run
+                    means[kind] = [mean('batches', name, column) for column in columns]
+            arrow = {'arrowstyle': '->', 'linewidth': 2, 'color': paint}
+            axis.annotate('', means['sorted'], means['mixed'], arrowprops=arrow)
             axis.plot([], color=paint, label=METHODS[method].label)
         axis.axhline(CHANCE, color='grey', linestyle='--', label='chance of naming')
         axis.set_title(f'{colors} colours')
         axis.set_xlabel('R@1, image to text, %')
-        axis.set_xlim(left=-0.5)
+        axis.set_xlim(-0.5, 17)
         axis.set_ylim(10, 50)
     axes[0].set_ylabel('objects named, %')
     axes[1].legend(fontsize=9)
@@ -264,19 +263,21 @@ def draw_race(figure):
 
 
 def draw_maps(figure):
-    """Page 5: six scenes, and the weights of C^I, asked for the big object, a small one, an absent name."""
+    """Page 5: six scenes, and the weights of C^I, asked for the big object, a small one, an absent name: what it does not
+    look at is dark."""
     axes = figure.subplots(4, SCENES)
     for pair, (column, maps) in enumerate(zip(axes.T, read_json(LOOKS)['maps'])):
-        scene = shard_image(held_out('built-in'), pair)
+        scene = np.array(shard_image(held_out('built-in'), pair))
         column[0].imshow(scene)
         for axis, (name, rows) in zip(column[1:], maps.items()):
             grid = np.array(rows)
-            p = scene.width / len(grid)                 # side of a patch
-            axis.imshow(scene)
-            axis.imshow(grid, cmap='gray', alpha=0.7, extent=(0, scene.width, scene.height, 0))
+            p = len(scene) // len(grid)                 # side of a patch
+            light = 0.2 + 0.8 * np.kron(grid, np.ones((p, p)))
+            axis.imshow(np.uint8(light[:, :, None] * scene))
             y, x = np.unravel_index(grid.argmax(), grid.shape)
-            axis.plot((x + 0.5) * p, (y + 0.5) * p, 'cs', fillstyle='none', markersize=14)
-            axis.set_title(name, fontsize=9)
+            axis.plot((x + 0.5) * p, (y + 0.5) * p, 'ws', fillstyle='none', markersize=14)
+            color, _ = name.split()
+            axis.set_title(name, color=color, fontsize=9)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])

@@ -345,7 +345,8 @@ def test_pointing_by_hand(monkeypatch, val, model):
     """oracle: numpy on the masks, for a head that looks at patch 27 of every image, but at 28 for an absent name. 8 x 8
     patches of an image of 64 pixels: their middles are pixels 4, 12, 20, ... The head is asked the right questions."""
     network, tokenizer, _ = model
-    things = sum(read_scenes(val), [])
+    scenes = read_scenes(val)
+    things = sum(scenes, [])
     asked = []
 
     def weights(queries, keys):
@@ -354,17 +355,20 @@ def test_pointing_by_hand(monkeypatch, val, model):
         return torch.eye(64)[[27, 28]]
 
     monkeypatch.setattr(network.image_cross, 'weights', weights)
-    figures = suppression.pointing(*model, val, read_scenes(val))
+    figures = suppression.pointing(*model, val, scenes)
     expected = {}
     for thing in things:
         numbers = np.array(read_mask(val, thing.pair).resize((64, 64), Image.NEAREST))[4::8, 4::8].flatten()
         for where, there in ('own', numbers[[27]]), ('absent', numbers[[28]]), ('area', numbers):
+            colors = np.array([''] + [other.color for other in scenes[thing.pair]])[there]
             on_it = there == thing.number
-            for place, hits in ('it', on_it), ('other', (there > 0) & ~on_it), ('ground', there == 0):
+            alike = (colors == thing.color) & ~on_it
+            unlike = (there > 0) & (colors != thing.color)
+            for place, hits in ('it', on_it), ('alike', alike), ('unlike', unlike), ('ground', there == 0):
                 expected.setdefault((thing.role, f'{where}_{place}'), []).append(hits.mean())
     for (role, name), shares in expected.items():
         assert figures[role][name] == pytest.approx(np.mean(shares))
-    assert len(expected) == 18
+    assert len(expected) == 24
     for thing, queries in zip(things, asked):
         eot, _ = network.encode_text(tokenizer([f'there is a {thing.name}', f'there is a {thing.absent[0]}']))
         assert_close(queries, eot)
