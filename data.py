@@ -87,7 +87,7 @@ def run(main):
 
 
 def leave(message):
-    """End the process with status 1. A process group could keep Python from ending, so it does not wait for that."""
+    """End the process with status 1. With a process group sys.exit may hang, so then it is os._exit."""
     if dist.is_initialized():
         print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -142,16 +142,21 @@ def find_shards(paths, split=None):
     split: 'train' or 'val'. Of a folder that holds both as subfolders, this one is taken, and a line says so.
     Raises Refused where nothing is found. A line says how many paths lead nowhere, or are named twice.
     """
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
     found = []
     missing = []
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+    for path in map(str, paths):
         tars = []
-        for match in [str(path)] if os.path.exists(path) else glob.glob(str(path)):
+        matches = [path] if os.path.exists(path) else glob.glob(path)
+        for match in matches:
             if split and os.path.isdir(f'{match}/train') and os.path.isdir(f'{match}/val'):
                 match = f'{match}/{split}'
                 print(f'data       the half {match}')
-            is_folder = os.path.isdir(match)
-            tars += glob.glob(f'{glob.escape(match)}/*.tar') if is_folder else [match]
+            if os.path.isdir(match):
+                tars += glob.glob(f'{glob.escape(match)}/*.tar')
+            else:
+                tars.append(match)
         found += tars
         if not tars:
             missing.append(path)
@@ -184,7 +189,8 @@ def tar_files(path):
                 yield member.name, member.offset_data, member.size
                 end = member.offset_data + member.size
             else:                                       # no `break`
-                whole = tar.offset == length            # else tarfile stopped at a header that it cannot read
+                # A whole tar is read to its last byte. Of another, tarfile stopped at a header that it cannot read.
+                whole = tar.offset == length
     if not whole:
         warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
 
@@ -350,8 +356,8 @@ def caption_pool(record, keys=None):
         pool = []
         for key in family:
             value = record.get(key)
-            # Not split, as released: items of DreamLIP's lists, and original_caption. Each is a sentence already. A string
-            # under DreamLIP's keys is split, which is ours: the released sampler would draw single letters from it.
+            # As released, items of DreamLIP's lists and original_caption are sentences already, and not split. ours: a
+            # string under DreamLIP's keys is split. (The released code takes it for a list, of its letters.)
             is_sentences = key in DREAMLIP and isinstance(value, list)
             pool += sentences(value, whole=is_sentences or key == 'original_caption')
         if pool:
@@ -383,7 +389,7 @@ def text_crops(pool, rng, global_texts, local_texts):
 
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
-MOST_WORDS = 200_000    # whose ids are kept: the web never runs out of new words, memory does
+MOST_WORDS = 200_000    # whose ids are kept, for `word_ids`: the web never runs out of new words, memory does
 LEARN_FROM = 5000       # merges are learned from so many words, the most frequent ones
 VOCAB_HELP = (f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or learn a vocabulary from your captions '
               'by --vocab learn')
@@ -500,7 +506,8 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        # A dict, because a pair may win twice: abc may come from a + bc, and later from ab + c. Its first place counts.
+        # A dict, because a pair may win twice: (abc, d) with abc from a + bc, and later with abc from ab + c. Its first
+        # place counts.
         merges = {}
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
@@ -617,10 +624,10 @@ def image_crops(data, kinds, rng, flip=True):
             width, height = height, width
     boxes = draw_boxes(height, width, kinds, rng)
     # Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size in much less time. No crop may then have fewer pixels than its
-    # view: a crop of 200 pixels for a view of 96 lets the image be 200 / 96 times smaller, and not more. `draft` takes the
-    # smallest size that is not below `enough`. (One factor for both sides, so it does not matter that boxes are turned.)
+    # view. Say the image has 1000 x 800 pixels, and the tightest crop is one of 200 for a view of 96. Then the image may
+    # be 200 / 96 = 2.08 times smaller: 481 x 384 pixels are enough, and `draft` takes the next size above, 500 x 400.
     most_shrink = min(min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds))
-    enough = [ceil(side / most_shrink) for side in image.size]          # (w, h) before the turn
+    enough = [ceil(side / most_shrink) for side in image.size]          # not turned, but both sides shrink alike
     with pillow_errors('its image'):
         image.draft('RGB', enough)
         pixels = TF.pil_to_tensor(ImageOps.exif_transpose(image).convert('RGB'))
@@ -898,14 +905,14 @@ def ignore_signals(worker):
 
 
 def end_workers():
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # else torch raises an error of its own for each
+    """Called at exit, before Python's own way, which would never end: SIGTERM, which the workers ignore, then waiting."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # else torch raises an error of its own for each that ends
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 def loader(crops, batches, workers, multiple=1, whole_first=True):
     """The plain DataLoader that serves batch after batch of an Order."""
-    # At its exit Python ends workers by SIGTERM, which these ignore, and waits for them. So they are killed before.
     atexit.register(end_workers)
     # A forked worker shares the index, a spawned one gets a copy. (Without workers there must be no context.)
     context = 'fork' if workers and sys.platform == 'linux' else None
