@@ -634,10 +634,11 @@ def check_space(run):
 # --- 7. Log and figures ----------------------------------------------------------------------------------------------
 
 def peak_memory(device):
-    """Most GB so far: on the GPU, else of this process (on Linux)."""
+    """Most GB so far: on the GPU, else of this process."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == 'darwin' else 1e6)        # macOS counts bytes, Linux kilobytes
 
 
 @torch.no_grad()
