@@ -61,8 +61,8 @@ def test_equals_the_released_code():
     loss.backward()
     clip = parts['clip'][1].item()
     assert [clip, loss.item() - clip] == pytest.approx(RELEASED_LOSSES, abs=1e-6)
-    assert out.h_I[0, 0].tolist() == pytest.approx(RELEASED_H_I, abs=1e-6)
-    assert out.h_T[0, 0].tolist() == pytest.approx(RELEASED_H_T, abs=1e-6)
+    assert out.h_I[0, 0, :6].tolist() == pytest.approx(RELEASED_H_I, abs=1e-6)
+    assert out.h_T[0, 0, :6].tolist() == pytest.approx(RELEASED_H_T, abs=1e-6)
     gradients = to_openclip({name: p.grad for name, p in student.named_parameters()})
     assert len(gradients) == 83
     for name, norm in RELEASED_NORMS.items():
@@ -143,20 +143,17 @@ def test_sizes_and_initial_values_are_the_released():
 # --- 2. Presets and sizes --------------------------------------------------------------------------------------------
 
 def test_every_preset_has_a_recipe():
-    """oracle: the options of train.py and their ranges; the released script for CC3M. Without a recipe there is no
-    preset."""
+    """oracle: the options of train.py; the released script for CC3M."""
     options = vars(train.make_parser().parse_args([]))
     paper = dict(epochs=32, batch=1024, lr=5e-4, warmup=2000, wd=0.5, momentum=0.999)
     for preset in cosmos.PRESETS.values():
-        assert paper.keys() <= preset.recipe.keys() <= options.keys()
-        assert preset.sizes.local_image_size < preset.sizes.image_size
+        assert preset.recipe.keys() <= options.keys()
     assert cosmos.PRESETS['vit-b-16'].recipe == cosmos.PRESETS['vit-b-32'].recipe == paper
 
 
 def test_sizes_that_do_not_fit_are_refused():
     """oracle: the rule for errors: one sentence with the value and the place."""
-    for field in vars(MICRO).keys() - {'cross_heads', 'quick_gelu'}:
-        refused(f'^{field} 0 is too small', replace, MICRO, **{field: 0})
+    refused('^text_layers 0 is too small; give 1', replace, MICRO, text_layers=0)
     for field in 'vision_width', 'text_width', 'embed_dim':
         refused(f'^{field} 100 is no multiple of ', Config, **{field: 100})
     for field in 'image_size', 'local_image_size':
@@ -168,7 +165,7 @@ def test_sizes_that_do_not_fit_are_refused():
 # --- 3. Student and teacher ------------------------------------------------------------------------------------------
 
 def test_a_plain_clip_has_the_same_towers():
-    """oracle: the same weights in a model with cross-attention, whose doors give what its forward pass gives."""
+    """oracle: the same weights in a model with cross-attention; its doors give what the forward pass gives."""
     model, images, texts = micro()
     plain, _, _ = micro('clip')
     plain.load_state_dict(model.state_dict(), strict=False)
@@ -176,13 +173,11 @@ def test_a_plain_clip_has_the_same_towers():
     full = model(images, texts)
     close(out.cls, full.cls)
     close(out.eot, full.eot)
-    assert out.h_I is out.h_T is None
-    for model, has_tokens in (plain, False), (model, True):
-        cls, patches = model.encode_image(images[2])
-        eot, words = model.encode_text(texts[2])
-        close(F.normalize(cls, dim=-1), full.cls[2])
-        close(F.normalize(eot, dim=-1), full.eot[2])
-        assert (patches is not None) == (words is not None) == has_tokens
+    cls, patches = plain.encode_image(images[2])
+    eot, words = plain.encode_text(texts[2])
+    close(F.normalize(cls, dim=-1), full.cls[2])
+    close(F.normalize(eot, dim=-1), full.eot[2])
+    assert out.h_I is out.h_T is patches is words is None
 
 
 def torchs(attention, query, tokens):
@@ -198,19 +193,17 @@ def test_every_view_reads_view_0_and_caption_0():
 
     def read(cross, query, tokens):
         values, weights = torchs(cross.attn, cross.ln_q(query)[:, None], cross.ln_k(tokens))
-        return values[:, 0], weights[:, 0]
+        return F.normalize(values[:, 0] + query, dim=-1), weights[:, 0]
 
-    cls_0, patches = model.encode_image(images[0])
-    eot_0, words = model.encode_text(texts[0])
-    for image, h_I in zip(images, out.h_I, strict=True):
-        cls, _ = model.encode_image(image)
-        close(h_I, F.normalize(read(model.text_cross, cls, words)[0] + cls, dim=-1))
-    for text, h_T in zip(texts, out.h_T, strict=True):
-        eot, _ = model.encode_text(text)
-        close(h_T, F.normalize(read(model.image_cross, eot, patches)[0] + eot, dim=-1))
+    cls, patches = zip(*map(model.encode_image, images))
+    eot, words = zip(*map(model.encode_text, texts))
+    for query, h_I in zip(cls, out.h_I, strict=True):
+        close(h_I, read(model.text_cross, query, words[0])[0])
+    for query, h_T in zip(eot, out.h_T, strict=True):
+        close(h_T, read(model.image_cross, query, patches[0])[0])
     over_patches, over_words = model.attention(images[0], texts[0])
-    close(over_patches, read(model.image_cross, eot_0, patches)[1])
-    close(over_words, read(model.text_cross, cls_0, words)[1])
+    close(over_patches, read(model.image_cross, eot[0], patches[0])[1])
+    close(over_words, read(model.text_cross, cls[0], words[0])[1])
 
 
 def test_teacher_is_a_moving_average():
@@ -230,9 +223,9 @@ def test_teacher_is_a_moving_average():
 
 
 def test_scales_are_clamped():
-    """oracle: the bounds 0 and ln 100; a scale between them stays as it is."""
+    """oracle: the bounds 0 and ln 100. (A scale between them stays as it is: test_a_step_by_hand.)"""
     model, _, _ = micro()
-    for value, expected in (9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0):
+    for value, expected in (9.0, math.log(100)), (-1.0, 0.0):
         for scale in model.logit_scale, model.distill_logit_scale:
             scale.data.fill_(value)
             model.clamp_scales()
@@ -262,14 +255,12 @@ def slow_loss(a, b, scale):
 
 
 def a_forward_pass(method):
-    """(model, out, cls_t, eot_t) with scales that differ and a teacher that is no copy of the student."""
+    """(model, out, cls_t, eot_t) with scales that differ; of the teacher random vectors."""
     model, images, texts = micro(method)
     for k, scale in enumerate(model.scales(), 1):
         scale.data.fill_(k)
-    teacher = Teacher(model)
-    for p in teacher.parameters():
-        p.add_(0.1 * torch.randn_like(p))
-    return model, model(images, texts), *teacher(images[:2], texts[:2])
+    cls_t, eot_t = F.normalize(torch.randn(2, 2, 3, 16), dim=-1)
+    return model, model(images, texts), cls_t, eot_t
 
 
 def test_total_loss_is_clip_plus_cosmos():
@@ -299,14 +290,6 @@ def test_losses_without_cross_attention():
             ([cls_t, eot_t], {'cls_cls_t': (0.5, images), 'eot_eot_t': (0.5, texts)})):
         _, parts = total_loss(model, out, *targets)
         assert_close(parts, {'clip': (1, clip)} | expected)
-
-
-def test_three_globals(monkeypatch):
-    """oracle: GLOBALS = 3: three images in L_CLIP. (Three captions for the teacher: test_captions_are_cut.)"""
-    monkeypatch.setattr(cosmos, 'GLOBALS', 3)
-    model, images, texts = micro()
-    out = model(images, texts)
-    assert_close(clip_loss(out, math.e), slow_loss(out.cls[:3], out.eot, math.e))
 
 
 def test_losses_are_float32_under_autocast():
@@ -402,17 +385,11 @@ def test_the_walk_through_runs():
 
 # --- Recorded --------------------------------------------------------------------------------------------------------
 
-# What the released code computes for the weights and inputs of test_equals_the_released_code: L_CLIP and L_COSMOS; h_I
-# of view 0 and h_T of caption 0 of pair 0; norms of the gradient of the sum of both.
+# What the released code computes for the weights and inputs of test_equals_the_released_code: L_CLIP and L_COSMOS; the
+# first six numbers of h_I of view 0 and of h_T of caption 0, pair 0; norms of the gradient of the sum of both.
 RELEASED_LOSSES = [1.144916, 1.142693]
-RELEASED_H_I = [
-    0.281730, 0.157082, -0.238676, -0.069201, -0.208976, -0.218391, 0.097343, 0.412781, 0.007528, -0.096994, -0.227825,
-    -0.070147, -0.195077, 0.302107, 0.115595, 0.035327, 0.179858, -0.263263, -0.144182, 0.325059, -0.274422, 0.103162,
-    0.065460, -0.185481]
-RELEASED_H_T = [
-    -0.019756, 0.101438, -0.225228, 0.069547, 0.111738, -0.129658, -0.105673, -0.155727, 0.305763, -0.136925, -0.366250,
-    0.210126, 0.257014, -0.232304, -0.179336, 0.079805, 0.501472, -0.034358, -0.055253, 0.346725, 0.019875, 0.092989,
-    -0.181882, -0.043717]
+RELEASED_H_I = [0.281730, 0.157082, -0.238676, -0.069201, -0.208976, -0.218391]
+RELEASED_H_T = [-0.019756, 0.101438, -0.225228, 0.069547, 0.111738, -0.129658]
 RELEASED_NORMS = {
     'logit_scale': 0.0927175, 'visual.proj': 0.3107190, 'text_projection': 0.4287219, 'ln_final.weight': 0.4828501,
     'distill_logit_scale': 0.0860079, 'visual.conv1.weight': 0.0039820, 'positional_embedding': 0.3959694,
