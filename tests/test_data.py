@@ -392,9 +392,8 @@ def test_captions_are_cut():
     def lengths(*options):
         batch = data.collate(samples, *options)
         assert batch.bad == 2
-        for texts in batch.texts, batch.teacher_texts:
-            for text, ids in zip(texts, torch.stack(captions, dim=1)):
-                assert text.equal(ids[:, :text.shape[1]])
+        for text, ids in zip(batch.texts, torch.stack(captions, dim=1)):
+            assert text.equal(ids[:, :text.shape[1]])
         return [[text.shape[1] for text in texts] for texts in (batch.texts, batch.teacher_texts)]
 
     assert lengths() == [[8, 7, 4, 4], [7, 7]]
