@@ -13,7 +13,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partialmethod
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -165,7 +164,7 @@ def test_sizes_that_do_not_fit_are_refused():
 # --- 3. Student and teacher ------------------------------------------------------------------------------------------
 
 def test_a_plain_clip_has_the_same_towers():
-    """oracle: the same weights in a model with cross-attention; its doors give what the forward pass gives."""
+    """oracle: the same weights in a model with cross-attention. It has no tokens for others to read."""
     model, images, texts = micro()
     plain, _, _ = micro('clip')
     plain.load_state_dict(model.state_dict(), strict=False)
@@ -173,10 +172,8 @@ def test_a_plain_clip_has_the_same_towers():
     full = model(images, texts)
     close(out.cls, full.cls)
     close(out.eot, full.eot)
-    cls, patches = plain.encode_image(images[2])
-    eot, words = plain.encode_text(texts[2])
-    close(F.normalize(cls, dim=-1), full.cls[2])
-    close(F.normalize(eot, dim=-1), full.eot[2])
+    _, patches = plain.encode_image(images[2])
+    _, words = plain.encode_text(texts[2])
     assert out.h_I is out.h_T is patches is words is None
 
 
@@ -285,7 +282,6 @@ def test_losses_without_cross_attention():
     images = slow_loss(out.cls, cls_t, math.e)
     texts = slow_loss(out.eot, eot_t, math.e)
     for targets, expected in (
-            ([None, None], {}),
             ([cls_t, None], {'cls_cls_t': (1.0, images)}),
             ([cls_t, eot_t], {'cls_cls_t': (0.5, images), 'eot_eot_t': (0.5, texts)})):
         _, parts = total_loss(model, out, *targets)
@@ -304,16 +300,15 @@ def test_losses_are_float32_under_autocast():
 
 # --- 5. Towers, blocks, attention ------------------------------------------------------------------------------------
 
-def test_towers_equal_the_long_way(monkeypatch):
+def test_towers_equal_the_long_way():
     """oracle: every block on all rows of full sequences, the text's behind a mask; of that the row of class token or
-    end. The same where captions are cut, and where activations are computed again."""
+    end. The same where captions are cut."""
     model, images, texts = micro()
     cut = texts[:2] + [caption[:, :5] for caption in texts[2:]]
     ids = torch.cat(texts)
     text_rows = model.text.token_embedding(ids) + model.text.positional_embedding
     causal = torch.ones(12, 12).tril() > 0
     [(image_rows, _)] = model.visual.embed([torch.cat(images[:2])])
-    monkeypatch.setattr(cosmos, 'checkpoint', Mock(wraps=cosmos.checkpoint))
     for tower, views, x, mask, row in (
             (model.visual, images[:2], image_rows, None, torch.arange(17) == 0),
             (model.text, cut, text_rows, causal, ids == 49)):
@@ -321,14 +316,10 @@ def test_towers_equal_the_long_way(monkeypatch):
             x = block(x, mask)
         x = tower.norm(x)
         expected = x[row.expand(x.shape[:2])] @ tower.proj
-        cosmos.checkpoint.reset_mock()
-        for recompute in False, True:
-            tower.transformer.grad_checkpointing = recompute
-            features, sequence = tower.with_sequence(views)
-            for found in features, tower(views):
-                close(found.flatten(0, 1), expected)
-            close(sequence, x[:3])
-            assert cosmos.checkpoint.called == recompute
+        features, sequence = tower.with_sequence(views)
+        for found in features, tower(views):
+            close(found.flatten(0, 1), expected)
+        close(sequence, x[:3])
 
 
 def test_correlative_attention_is_two_of_torchs():

@@ -35,6 +35,7 @@ QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 -
          '--lr 0.1 --momentum 0.9 --momentum-ramp 10 --log-every 1 --eval-every 2 --workers 0 '
          '--augment full').split()
 AUTO = ['--resume', 'auto']
+ALONE = train.Processes('cpu')
 
 # --- Helpers ---------------------------------------------------------------------------------------------------------
 
@@ -135,9 +136,8 @@ def test_views_and_losses_of_each_row(fit, tmp_path, method):
     assert step_of(begun.student, images, texts, method).parts.keys() == {'clip', *terms}
 
 
-def step_of(model, images, texts, method='cosmos', accum=1, processes=None, clip_grad=0, teacher=None):
+def step_of(model, images, texts, method='cosmos', accum=1, processes=ALONE, clip_grad=0, teacher=None):
     """train_step on this batch, with a plain gradient descent of rate 0.5, and a teacher that becomes the student."""
-    processes = processes or train.Processes('cpu')
     teacher = teacher or Teacher(COSMOS(model.config))
     student = train.InParts(model, accum)
     if processes.world > 1:
@@ -217,9 +217,8 @@ def by_ranks(tmp_path_factory):
 def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
     """oracle: one process with the whole batch: same loss, same gradient in every parameter and scale, with --accum 2
     (and --grad-checkpoint), with two processes, and with both. None of them is all zero: it would never learn."""
-    alone = train.Processes('cpu')
-    expected, total = gradients(alone, method, 1)
-    found = [gradients(alone, method, 2)]
+    expected, total = gradients(ALONE, method, 1)
+    found = [gradients(ALONE, method, 2)]
     for path in by_ranks.glob(f'?-{method}-?'):
         found.append(torch.load(path))
     assert len(found) == 5
