@@ -377,12 +377,10 @@ RELEASED_H_T = [-0.019756, 0.101438, -0.225228, 0.069547, 0.111738, -0.129658]
 RELEASED_NORMS = {
     'logit_scale': 0.0927175, 'visual.proj': 0.3107190, 'text_projection': 0.4287219, 'ln_final.weight': 0.4828501,
     'distill_logit_scale': 0.0860079, 'visual.conv1.weight': 0.0039820, 'positional_embedding': 0.3959694,
-    'visual.ln_pre.weight': 0.0429544, 'visual.ln_post.weight': 0.2119238, 'token_embedding.weight': 0.0784421,
-    'visual.class_embedding': 0.0112633, 'text_token_mapping.weight': 0.0340934,
-    'image_token_mapping.weight': 0.0106387, 'visual.positional_embedding': 0.0112680,
-    'visual.attn_cross_pool.ln_k.bias': 0.0173589, 'transformer.resblocks.0.ln_1.weight': 0.0473887,
-    'transformer.resblocks.1.mlp.c_proj.bias': 0.0427771, 'text_attn_cross_pool.attn.in_proj_weight': 0.0727028,
-    'visual.transformer.resblocks.0.ln_2.weight': 0.0230425,
+    'visual.class_embedding': 0.0112633, 'token_embedding.weight': 0.0784421,
+    'text_token_mapping.weight': 0.0340934, 'image_token_mapping.weight': 0.0106387,
+    'visual.positional_embedding': 0.0112680, 'visual.attn_cross_pool.ln_k.bias': 0.0173589,
+    'text_attn_cross_pool.attn.in_proj_weight': 0.0727028,
     'transformer.resblocks.0.attn.out_proj.weight': 0.0631446,
     'visual.transformer.resblocks.1.mlp.c_fc.weight': 0.0257764,
     'visual.transformer.resblocks.1.attn.in_proj_bias': 0.0201689}

@@ -244,7 +244,8 @@ def test_schedules_and_decay():
     LayerNorms, biases, the class token and the scales."""
     options, *_ = train.read_options(
         '--data x --steps 110 --warmup 10 --lr 1 --momentum 0.9 --momentum-ramp 3'.split())     # its lr_end is 0
-    assert [train.lr_at(step, options) for step in (0, 9, 60, 110)] == pytest.approx([0.1, 1.0, 0.5, 0])
+    rates = [train.lr_at(step, options) for step in (0, 9, 60, 110)]
+    assert rates == pytest.approx([0.1, 1.0, 0.5, 0])
     options.lr_end = 0.2
     assert [train.lr_at(step, options) for step in (60, 110)] == pytest.approx([0.6, 0.2])
     assert [train.momentum_at(step, options) for step in (0, 2, 99)] == [0.25, 0.5, 0.9]
@@ -289,7 +290,8 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
         means[entry['step']] = figures['image_to_text_R@1'] + figures['text_to_image_R@1']
     assert torch.load(whole / 'best.pt', weights_only=True)['step'] == max(means, key=means.get)  # of equals the first
     again = tmp_path / 'again.json'
-    assert run(evaluation, 'retrieval', whole / 'last.pt', '--shards', dogs, '--json', again) is None
+    command = ['retrieval', whole / 'last.pt', '--shards', dogs, '--json', again]
+    assert run(evaluation, *command) is None
     figures = json.loads((whole / 'eval.json').read_text())
     assert figures == entry['eval'] and figures['retrieval'] == json.loads(again.read_text())
 
@@ -303,19 +305,11 @@ def test_lengths_of_runs():
             ('--preset tiny --epochs 100 --eval-every 7', 1500, 100, 7),
             ('--steps 30000 --epochs 3000', 30000, 2000, 7500),
             ('--steps 700 --epochs 2', 30, 3, 8),
+            ('--epochs 0.01', 1, 0, 1),                  # a step at least
             ('', 480, 48, 120)):
         options, *_ = train.read_options(['--data', 'x', '--val', 'y', '--batch', '4', *flags.split()])
         train.choose_lengths(options, 60)
         assert [options.steps, options.warmup, options.eval_every] == lengths
-
-
-def test_a_vocabulary_is_learned_from_all_of_the_set(monkeypatch, dogs):
-    """oracle: the captions as written: of every second pair where 25 are enough, else of all 60."""
-    monkeypatch.setattr(train.Tokenizer, 'learn', lambda texts, size: SimpleNamespace(merges=texts))
-    shards = data.Shards(dogs / 'train')
-    for least, stride in (25, 2), (99, 1):
-        monkeypatch.setattr(train, 'PAIRS_TO_LEARN', least)
-        assert train.learn_merges(shards) == [f'dog {i}' for i in range(0, 60, stride)]
 
 
 def test_resume_is_exact(monkeypatch, fit, whole, tmp_path):
@@ -333,7 +327,6 @@ def test_resume_is_exact(monkeypatch, fit, whole, tmp_path):
 
     monkeypatch.setattr(train, 'train_step', interrupted)
     assert fit(tmp_path, '--workers', 2) == 143 and saved(tmp_path)['step'] == 4
-    assert not (tmp_path / 'eval.json').exists()
     assert fit(tmp_path, *AUTO, '--workers', 2) == 0
     same_run(whole, tmp_path)
 
@@ -358,7 +351,6 @@ def test_a_kill_in_mid_run(fit, whole, tmp_path, dogs):
     (out / 'last.pt.partial').touch()                                   # as of a kill within a save
     assert fit(out, *flags) == 0
     same_run(whole, out)
-    assert not list(out.glob('*.partial'))
 
 
 def test_full_disks(tmp_path):
