@@ -300,10 +300,11 @@ def test_losses_are_float32_under_autocast():
 
 # --- 5. Towers, blocks, attention ------------------------------------------------------------------------------------
 
-def test_towers_equal_the_long_way():
+def test_towers_equal_the_long_way(monkeypatch):
     """oracle: every block on all rows of full sequences, the text's behind a mask; of that the row of class token or
     end. The same where captions are cut."""
     model, images, texts = micro()
+    monkeypatch.setattr(cosmos, 'checkpoint', None)     # is not called unasked
     cut = texts[:2] + [caption[:, :5] for caption in texts[2:]]
     ids = torch.cat(texts)
     text_rows = model.text.token_embedding(ids) + model.text.positional_embedding
@@ -377,7 +378,7 @@ RELEASED_H_T = [-0.019756, 0.101438, -0.225228, 0.069547, 0.111738, -0.129658]
 RELEASED_NORMS = {
     'logit_scale': 0.0927175, 'visual.proj': 0.3107190, 'text_projection': 0.4287219, 'ln_final.weight': 0.4828501,
     'distill_logit_scale': 0.0860079, 'visual.conv1.weight': 0.0039820, 'positional_embedding': 0.3959694,
-    'visual.class_embedding': 0.0112633, 'token_embedding.weight': 0.0784421,
+    'token_embedding.weight': 0.0784421,
     'text_token_mapping.weight': 0.0340934, 'image_token_mapping.weight': 0.0106387,
     'visual.positional_embedding': 0.0112680, 'visual.attn_cross_pool.ln_k.bias': 0.0173589,
     'text_attn_cross_pool.attn.in_proj_weight': 0.0727028,

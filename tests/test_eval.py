@@ -277,7 +277,6 @@ WRONG = {               # a command: what its sentence must say
     'retrieval last.pt --shards empty': "'empty' .* no .tar file",
     'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read',
     'retrieval last.pt --coco x': 'x/annotations/captions_val2017.json cannot be read',
-    'classify last.pt --dataset dtd': "argument --dataset: invalid choice: 'dtd' .*DTD",
     'classify last.pt --folder page.pt': 'page.pt cannot be read',
     'classify last.pt --folder bad': 'bad/class/x.jpg is no image',
     'classify last.pt --folder empty': 'class folder in empty',
