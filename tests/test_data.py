@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +33,7 @@ def pixels(source):
     return V.pil_to_tensor(data.read_image(source).convert('RGB'))
 
 
-# --- Errors ----------------------------------------------------------------------------------------------------------
-
-def test_a_set_that_rots_ends_a_run(tmp_path):
-    """oracle: the limit, where no image can be read any more."""
-    crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 4)), LOW, MICRO, 3)
-    crops.shards.index[:, 2] = 0                        # bytes of each image
-    refused('1000 pairs in a row cannot be read', crops.__getitem__, (0, 0))
-
+# --- Imports ---------------------------------------------------------------------------------------------------------
 
 def test_imports_change_nothing():
     """oracle: limits, warning filters and signals of a program that has imported torch and the like before."""
@@ -70,19 +64,16 @@ def test_paths_and_their_lines(tmp_path, capsys):
 
     assert found('') == ('08 09 11 a[1]', '')
     assert found('0*.tar', 'a[1].tar') == ('08 09 a[1]', '')
-    names, line = found('09.tar', '08.tar', '18.tar', '19.tar')
-    assert names == '08 09'
-    assert f'2 of 4 shards are missing, the first is {tmp_path}/18.tar' in line
-    names, line = found('08.tar', '09.tar', '')
+    names, lines = found('09.tar', '', '18.tar', '19.tar')
     assert names == '08 09 11 a[1]'
-    assert '2 shards are named twice' in line
+    assert f'2 of 7 shards are missing, the first is {tmp_path}/18.tar' in lines
+    assert '1 shards are named twice' in lines
     assert found('halves', split='val') == ('v', f'data       the half {tmp_path}/halves/val\n')
-    assert found('hal*', split='val')[0] == 'v'
-    refused("halves' does not exist or holds no .tar file", data.find_shards, tmp_path / 'halves')
 
 
 def test_tars_of_every_format(tmp_path):
-    """oracle: the pairs and names as written, in any order of members; the same by a mapped index."""
+    """oracle: the pairs and names as written, in any order of members, by the index that was saved. A
+    folder that was moved has the same fingerprint."""
     jpg = encoded(mandelbrot(40, 32), 'JPEG')
     long = 'folder' * 15 + '/' + 'name' * 15        # over 100 characters: GNU and PAX add a header
     members = [
@@ -93,20 +84,16 @@ def test_tars_of_every_format(tmp_path):
         write_tar(tmp_path / f'{form}.tar', members, form)
     shards = Shards(tmp_path)
     shards.save(tmp_path / 'index.npy')
-    mapped = Shards(tmp_path, index=tmp_path / 'index.npy')
-    assert isinstance(mapped.index, np.memmap)
-    for found in shards, mapped:
-        assert len(found) == 9
-        for i in range(9):
-            assert found.pool(i) == [['json', 'text', 'long'][i % 3]]
-            assert found.image(i) == jpg
-            assert found.member(i, 'mask.png') == [b'', b'mask', b''][i % 3]
-        assert found.name(0).endswith('0.tar:x/b.JPG (my cat.jpg)')
-        assert found.name(1).endswith('0.tar:x/a.jpg')
+    found = Shards(tmp_path, index=tmp_path / 'index.npy')
+    assert isinstance(found.index, np.memmap) and len(found) == 9
+    for i in range(9):
+        assert found.pool(i) == [['json', 'text', 'long'][i % 3]]
+        assert found.image(i) == jpg
+        assert found.member(i, 'mask.png') == [b'', b'mask', b''][i % 3]
+    assert found.name(0).endswith('0.tar:x/b.JPG (my cat.jpg)')
+    assert found.name(1).endswith('0.tar:x/a.jpg')
     shutil.copytree(tmp_path, tmp_path / 'moved')
     assert Shards(tmp_path / 'moved').fingerprint == shards.fingerprint
-    dog_tar(tmp_path / '1.tar', 5)
-    assert Shards(tmp_path).fingerprint != shards.fingerprint
 
 
 def test_many_shards_are_read_by_processes(tmp_path):
@@ -120,7 +107,6 @@ def test_many_shards_are_read_by_processes(tmp_path):
 def test_half_an_image_is_refused():
     """oracle: the rule for errors."""
     half = encoded(mandelbrot(99, 99), 'JPEG')[:-200]
-    refused('its image is no image that can be read', data.read_image, half)
     kinds = data.view_kinds(MICRO, 1, 0)
     refused('its image is no image', data.image_crops, half, kinds, random.Random(0))
 
@@ -159,7 +145,6 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
 
 @pytest.mark.parametrize('text, expected', [
     ('a dog, e.g. a puppy', ['a dog, e.g. a puppy']),
-    ('at 3 p.m. we left', ['at 3 p.m. we left']),
     ('A 3.5 m boat. Two men.', ['A 3.5 m boat', 'Two men']),
     ('We met the U.S. Army. J. Smith\nleft</s> ', ['We met the U.S. Army', 'J. Smith', 'left']),
     ('a.jpg is. 1. B', ['a.jpg is', '1', 'B']),
@@ -185,20 +170,19 @@ def test_captions_of_every_format(record, pool):
     assert data.caption_pool(record, list(record)[:2])[:len(pool)] == pool
 
 
-def test_text_crops_come_in_every_order():
-    """oracle: the rule itself: 1 to 5 distinct sentences a global, distinct locals; every order of a small pool."""
+def test_text_crops_are_drawn_in_random_order():
+    """oracle: the rule itself: 1 to 5 distinct sentences a global, distinct locals; a small pool is repeated whole."""
     pool = list('abcdefghi')
     lengths = set()
-    orders = set()
-    for seed in range(300):
-        rng = random.Random(seed)
+    in_order = 0
+    rng = random.Random(0)
+    for _ in range(300):
         crop, *local = data.text_crops(pool, rng, 1, 6)
         parts = crop.split('. ')
         lengths.add(len(parts))
         assert len(set(parts)) == len(parts) and len(set(local)) == 6
-        orders.add(tuple(data.text_crops(pool[:3], rng, 0, 3)))
-    assert len(orders) == 6
-    assert lengths == {1, 2, 3, 4, 5}
+        in_order += local == sorted(local)
+    assert lengths == {1, 2, 3, 4, 5} and in_order < 5
     crops = data.text_crops(['a', 'b'], rng, 0, 5)
     assert crops[:4] == ['a', 'b', 'a', 'b']            # whole repeats, then a random rest
 
@@ -281,11 +265,11 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path):
     whole, shards = mandelbrot_shards(tmp_path / 'a.tar')
     mirrored = 0
     drawn = []
-    for seed in range(40):
-        train_set = Crops(shards, LOW, MICRO, seed, augment='crops', crop_min=0.9)
-        plain, colours, _, boxes = train_set.sample(0, 0)
-        train_set.augment = 'full'
-        full, *_ = train_set.sample(0, 0)
+    train_set = Crops(shards, LOW, MICRO, 3, augment='crops', crop_min=0.9)
+    augmented = replace(train_set, augment='full')
+    for epoch in range(40):
+        plain, colours, _, boxes = train_set.sample(epoch, 0)
+        full, *_ = augmented.sample(epoch, 0)
         assert set(colours) == {Colours()}
         assert [crop.shape[1] for crop in plain] == 2 * [32] + 6 * [16]
         for crop, other, box in zip(plain, full, boxes, strict=True):
@@ -295,13 +279,12 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path):
                 mirrored += 1
         drawn.append(boxes)
     assert 120 < mirrored < 200                                         # of 320
-    _, _, height, width = np.array(drawn, float).T                      # each (views, seeds)
+    _, _, height, width = np.array(drawn, float).T                      # each (views, epochs)
     share = height * width / 200 ** 2
-    ranges = [
-        (share[:2], 0.9, 1),
-        (share[2:], 0.05, 0.4),
-        (height / width, 3 / 4, 4 / 3)]
-    for found, low, high in ranges:
+    for found, low, high in (
+            (share[:2], 0.9, 1),
+            (share[2:], 0.05, 0.4),
+            (height / width, 3 / 4, 4 / 3)):
         assert low - 0.04 < found.min() < low + 0.1
         assert high - 0.1 < found.max() < high + 0.04
 
@@ -310,11 +293,11 @@ def test_captions_leave_the_pictures_as_they_are(tmp_path):
     """oracle: the same pair with other numbers of captions; another epoch has other crops, colours and captions."""
     _, shards = mandelbrot_shards(tmp_path / 'a.tar')
     many = Crops(shards, LOW, MICRO, 3)
-    few = Crops(shards, LOW, MICRO, 3, Counts(global_texts=1, local_texts=1))
+    few = replace(many, counts=Counts(global_texts=1, local_texts=1))
     crops, colours, captions, boxes = many.sample(0, 0)
-    for other in many.sample(0, 0), few.sample(0, 0):
-        assert_close(other[0], crops, rtol=0, atol=0)
-        assert (other[1], other[3]) == (colours, boxes)
+    fewer = few.sample(0, 0)
+    assert_close(fewer[0], crops, rtol=0, atol=0)
+    assert (fewer[1], fewer[3]) == (colours, boxes)
     assert len(captions) == 8
     _, *next_epoch = many.sample(1, 0)
     for before, after in zip([colours, captions, boxes], next_epoch):
@@ -369,7 +352,7 @@ def test_each_colour_operation_is_the_released(monkeypatch, name, function, shar
 
 
 def test_jitters_come_in_the_order_of_the_step():
-    """oracle: torchvision's two functions: in 20 steps each view has both orders. OpenAI's white."""
+    """oracle: torchvision's two functions: in 20 steps each view has both orders."""
     image = torch.randint(0, 256, (1, 3, 9, 9), dtype=torch.uint8)
     colours = torch.tensor([Colours(brightness=1.4, contrast=0.6)])
     brighter = V.adjust_contrast(V.adjust_brightness(image / 255, 1.4), 0.6)
@@ -380,8 +363,6 @@ def test_jitters_come_in_the_order_of_the_step():
         one, other = batch.views(step)
         found.add((one.allclose(first, atol=1e-4), other.allclose(first, atol=1e-4)))
     assert len(found) == 4
-    white = data.normalize(torch.full((3, 1, 1), 255, dtype=torch.uint8))
-    assert white.flatten().tolist() == pytest.approx([1.930336, 2.074884, 2.145897], abs=1e-5)
 
 
 # --- Order and batches -----------------------------------------------------------------------------------------------
@@ -406,32 +387,29 @@ def test_captions_are_cut():
     def lengths(*options):
         batch = data.collate(samples, *options)
         assert batch.bad == 2
-        for texts in batch.texts, batch.teacher_texts:
-            for text, ids in zip(texts, torch.stack(captions, dim=1)):
-                assert text.equal(ids[:, :text.shape[1]])
+        for text, ids in zip(batch.texts, torch.stack(captions, dim=1)):
+            assert text.equal(ids[:, :text.shape[1]])
         return [[text.shape[1] for text in texts] for texts in (batch.texts, batch.teacher_texts)]
 
     assert lengths() == [[8, 7, 4, 4], [7, 7]]
     assert lengths(1, False) == [[7, 7, 4, 4], [7, 7]]
     assert lengths(1, True, 1) == [[8, 7, 7, 7], [6]]
-    assert lengths(1, True, 3) == [[8, 7, 7, 4], [7, 7, 7]]
-    assert lengths(3) == [[8, 8, 6, 6], [8, 8]]                         # 9 and 6, of which there are 8
-
-
-def dog_numbers(captions):
-    """In place of a tokenizer: 'dog 7. dog 7' -> [[7]]."""
-    number = captions[0].partition('.')[0].removeprefix('dog ')
-    return torch.tensor([[int(number)]])
+    assert lengths(3) == [[8, 8, 6, 6], [8, 8]]         # 9 and 6, of which there are 8
 
 
 def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
-    """oracle: the pairs broken on purpose: none is served, each is counted and named."""
+    """oracle: the pairs broken on purpose: none is served, each is counted and named. The limit, where none can be read
+    any more."""
     shards = Shards(dog_tar(tmp_path / 'a.tar', 12, broken=[5, 7]))
-    crops = Crops(shards, dog_numbers, MICRO, 3, Counts(2, 0, 1, 0))
-    order = Order(12, 4, 0, 6, seed=3)
-    batches = list(data.loader(crops, order, workers=0))
-    dogs = [batch.texts[0].flatten().tolist() for batch in batches]
-    bad = sum(batch.bad for batch in batches)
-    assert set(sum(dogs, [])) == set(range(12)) - {5, 7}
+    crops = Crops(shards, list, MICRO, 3, Counts(1, 0, 0, 1))   # captions as they are
+    served = set()
+    bad = 0
+    for index in range(12):
+        _, _, [caption], more = crops[0, index]
+        served.add(caption)
+        bad += more
+    assert served == {f'dog {i}' for i in range(12)} - {'dog 5', 'dog 7'}
     lines = capsys.readouterr().err
-    assert lines.count('a.tar:5.png') + lines.count('a.tar:7.png') == bad >= 4
+    assert lines.count('a.tar:5.png') + lines.count('a.tar:7.png') == bad >= 2
+    shards.index[:, 2] = 0                              # bytes of each image
+    refused('1000 pairs in a row cannot be read', crops.__getitem__, (0, 0))
