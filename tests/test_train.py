@@ -364,7 +364,7 @@ def test_full_disks(tmp_path):
     assert torch.load(path) == 'before' and len(list(path.parent.iterdir())) == 1
 
 
-def test_a_run_never_costs_another(capsys, fit, whole, dogs, tmp_path):
+def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_path):
     """oracle: the files of a finished run, byte by byte, after each command that must leave them alone. A fresh start
     takes the first free name. Figures that are absent are made again."""
     out = tmp_path / 'out'
@@ -373,6 +373,9 @@ def test_a_run_never_costs_another(capsys, fit, whole, dogs, tmp_path):
     assert 'started on other shards' in fit(out, *AUTO, '--data', other)
     assert 'started with --method cosmos, not clip' in fit(out, *AUTO, '--method', 'clip')
     assert 'name the captions with --caption-keys' in fit(out, *AUTO, '--caption-keys', 'title')
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'GLOBALS', 9)
+        assert f'trained with GLOBALS = {cosmos.GLOBALS}, not 9' in fit(out, *AUTO)
     capsys.readouterr()
     assert fit(out, '--resume', out, '--steps', 4) == 0                 # nothing is left to do
     assert re.findall('note.*', capsys.readouterr().out) == ['note       --steps was 6, is now 4']
