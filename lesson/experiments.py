@@ -144,7 +144,7 @@ WORLDS = {
     'equal-4': TWO | {'company': 'equal', 'colors': 4},
     'equal-16': TWO | {'company': 'equal', 'colors': 16},
     'big': TWO}
-COMPANY = ('alone', 'equal', 'big')
+COMPANY = {'alone': 'alone', 'equal': 'beside\nan equal', 'big': 'beside\na big one'}    # in plots
 
 
 class Variant(NamedTuple):
@@ -185,7 +185,7 @@ def company():
     variants = {}
     for method in 'clip', 'cosmos':
         for world in COMPANY:
-            variants[f'{method}-{world}'] = Variant(method, world, tested=COMPANY)
+            variants[f'{method}-{world}'] = Variant(method, world, tested=tuple(COMPANY))
     return variants
 
 

@@ -180,7 +180,7 @@ def draw_suppression(figure):
     for column, world in zip(axes.T, COMPANY):
         column[0].imshow(shard_image(held_out(world), SCENE))
         column[0].axis('off')
-        column[0].set_title({'alone': 'alone', 'equal': 'beside an equal', 'big': 'beside a big one'}[world])
+        column[0].set_title(COMPANY[world])
         for axis, method in zip(column[1:], ('clip', 'cosmos')):
             bars = looks[f'{method}-{world}']
             colors = ['tab:red'] + ['0.7'] * (len(bars) - 1)
@@ -231,8 +231,8 @@ def draw_company(figure):
         for y, x in np.ndindex(3, 3):
             color = 'white' if square[y][x] > 70 else 'black'
             axis.text(x, y, f'{square[y][x]:.0f}', color=color, ha='center', va='center', fontsize=14)
-        axis.set_xticks(range(3), ['alone', 'by an equal', 'by a big one'])
-        axis.set_yticks(range(3), COMPANY)
+        axis.set_xticks(range(3), COMPANY.values(), fontsize=9)
+        axis.set_yticks(range(3), COMPANY.values(), fontsize=9)
         axis.set_xlabel('tested')
         axis.set_ylabel('trained')
         axis.set_title(f'{METHODS[method].label}: small objects\nnamed, % (chance 17)', fontsize=11)
