@@ -19,8 +19,9 @@ then, for the whole set or by role:
                 the other scene does? Chance 50 %
     retrieval   among the held-out scenes, both ways
     pointing    where the highest weight of C^I lies, asked by "there is a NAME" for the object's own name and for an
-                absent one of its colour, the control: on the object (`it`), on another of its colour (`alike`), on one
-                of another colour (`unlike`), on the ground; `area`: a blind guess
+                absent one of its colour, the control: on the object (`it`), on another, on the ground; `area`: a blind
+                guess. And `color`: in scenes of several colours, asked for an absent name of each of these, is it on an
+                object of the colour asked for, or on one of another?
 
 DIR holds train/, val/ and twins/; without train/ there is no probe, without twins/ no `seen`.
 """
@@ -256,25 +257,24 @@ def objects_at(shards, i, config):
     return pil_to_tensor(mask)[0, p // 2::p, p // 2::p].flatten()
 
 
-def shares(numbers, thing, scene):
-    """Of patches that lie on the objects of these numbers (n,): the share on the thing itself, on others of its colour,
-    on those of another colour, on the ground."""
-    place_of = {0: 'ground'}
-    for other in scene:
-        place_of[other.number] = 'alike' if other.color == thing.color else 'unlike'
-    place_of[thing.number] = 'it'
-    found = Counter(place_of[number] for number in numbers.tolist())
-    return {place: found[place] / len(numbers) for place in ('it', 'alike', 'unlike', 'ground')}
+def shares(numbers, own):
+    """Of patches with these objects (n,) those that lie on object `own`, on another one, on the ground."""
+    on_it = numbers == own
+    ground = numbers == 0
+    places = {'it': on_it, 'other': ~on_it & ~ground, 'ground': ground}
+    return {place: hits.double().mean().item() for place, hits in places.items()}
 
 
 @torch.no_grad()
 def pointing(model, tokenizer, preprocess, shards, scenes):
-    """Where does the highest weight of C^I lie? -> {role: {own_it, own_alike, ...: shares of its objects}}; of a plain
+    """Where does the highest weight of C^I lie? -> {role: {own_it, own_other, ...: shares of its objects}}; of a plain
     CLIP {}.
 
     own_, absent_: asked for the object, for an absent name of its colour. area_: of all patches, what a blind guess
-    hits. Places: see `shares`. Of two colours, drawn independently, who heeds neither lands as often on `alike` as on
-    `unlike`.
+    hits. it: on the object; other: on another one; ground.
+
+    And {'color': {asked, other}} over the scenes of several colours, each of which is asked for once. So in scenes
+    of two, who looks at one place whatever is asked has equal shares of `asked` and `other`.
     """
     if not model.config.cross_heads:
         return {}
@@ -286,13 +286,21 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
         image = preprocess(shard_image(shards, pair))
         _, patches = model.encode_image(image[None].to(device))         # (1, P, D)
         numbers = objects_at(shards, pair, model.config)                # (P,)
+        peaks = {}                                          # {colour asked for: number of the object at the peak}
         for thing in scene:
             asked = [COLUMN[thing.name], COLUMN[thing.absent[0]]]
             weights = model.image_cross.weights(eot[asked], patches.expand(2, -1, -1))
             own, absent = numbers[weights.argmax(dim=1).cpu()].split(1)
+            peaks[thing.color] = absent.item()
             for prefix, there in ('own', own), ('absent', absent), ('area', numbers):
-                for place, share in shares(there, thing, scene).items():
+                for place, share in shares(there, thing.number).items():
                     found[thing.role][f'{prefix}_{place}'].append(share)
+        if len(peaks) > 1:
+            color_of = {thing.number: thing.color for thing in scene}
+            for asked_color, number in peaks.items():
+                there = color_of.get(number)                # None: the ground
+                found['color']['asked'].append(there == asked_color)
+                found['color']['other'].append(there not in (asked_color, None))
     figures = {}
     for role, columns in found.items():
         figures[role] = {name: fmean(values) for name, values in columns.items()}

@@ -338,34 +338,47 @@ def test_oracles_by_playing(val):
     assert figures['colors'] == pytest.approx(np.mean(shares)) and figures['names'] == 1
 
 
+PATCHES = {'red': 28, 'blue': 35}
+
+
 def test_pointing_by_hand(monkeypatch, val, model):
-    """oracle: numpy on the masks, for a head that looks at patch 27 of every image, but at 28 for an absent name. 8 x 8
-    patches of an image of 64 pixels: their middles are pixels 4, 12, 20, ... The head is asked the right questions."""
+    """oracle: numpy on the masks, for a head that looks at patch 27 of every image, but for an absent name at 28, if it is
+    blue at 35. 8 x 8 patches of an image of 64 pixels: their middles are pixels 4, 12, 20, ... The head is asked the
+    right questions."""
     network, tokenizer, _ = model
     scenes = read_scenes(val)
     things = sum(scenes, [])
     asked = []
 
     def weights(queries, keys):
+        patch = PATCHES[things[len(asked)].color]
         asked.append(queries)
         assert keys.shape == (2, 64, 128)
-        return torch.eye(64)[[27, 28]]
+        return torch.eye(64)[[27, patch]]
 
     monkeypatch.setattr(network.image_cross, 'weights', weights)
     figures = suppression.pointing(*model, val, scenes)
     expected = {}
+    numbers_of = []
+    for pair in range(len(scenes)):
+        mask = read_mask(val, pair).resize((64, 64), Image.NEAREST)
+        numbers_of.append(np.array(mask)[4::8, 4::8].flatten())
     for thing in things:
-        numbers = np.array(read_mask(val, thing.pair).resize((64, 64), Image.NEAREST))[4::8, 4::8].flatten()
-        for where, there in ('own', numbers[[27]]), ('absent', numbers[[28]]), ('area', numbers):
-            colors = np.array([''] + [other.color for other in scenes[thing.pair]])[there]
+        numbers = numbers_of[thing.pair]
+        for where, there in ('own', numbers[[27]]), ('absent', numbers[[PATCHES[thing.color]]]), ('area', numbers):
             on_it = there == thing.number
-            alike = (colors == thing.color) & ~on_it
-            unlike = (there > 0) & (colors != thing.color)
-            for place, hits in ('it', on_it), ('alike', alike), ('unlike', unlike), ('ground', there == 0):
+            for place, hits in ('it', on_it), ('other', (there > 0) & ~on_it), ('ground', there == 0):
                 expected.setdefault((thing.role, f'{where}_{place}'), []).append(hits.mean())
+    for scene, numbers in zip(scenes, numbers_of):
+        colors = [None, *(thing.color for thing in scene)]
+        if {'red', 'blue'} <= set(colors):
+            for color, patch in PATCHES.items():
+                there = colors[numbers[patch]]
+                for place, hit in ('asked', there == color), ('other', there not in (color, None)):
+                    expected.setdefault(('color', place), []).append(hit)
     for (role, name), shares in expected.items():
         assert figures[role][name] == pytest.approx(np.mean(shares))
-    assert len(expected) == 24
+    assert len(expected) == 20
     for thing, queries in zip(things, asked):
         eot, _ = network.encode_text(tokenizer([f'there is a {thing.name}', f'there is a {thing.absent[0]}']))
         assert_close(queries, eot)
