@@ -359,17 +359,13 @@ def test_pointing_by_hand(monkeypatch, val, model):
     monkeypatch.setattr(network.image_cross, 'weights', weights)
     figures = suppression.pointing(*model, val, scenes)
     expected = {}
-    numbers_of = []
-    for pair in range(len(scenes)):
-        mask = read_mask(val, pair).resize((64, 64), Image.NEAREST)
-        numbers_of.append(np.array(mask)[4::8, 4::8].flatten())
-    for thing in things:
-        numbers = numbers_of[thing.pair]
-        for where, there in ('own', numbers[[27]]), ('absent', numbers[[PATCHES[thing.color]]]), ('area', numbers):
-            on_it = there == thing.number
-            for place, hits in ('it', on_it), ('other', (there > 0) & ~on_it), ('ground', there == 0):
-                expected.setdefault((thing.role, f'{where}_{place}'), []).append(hits.mean())
-    for scene, numbers in zip(scenes, numbers_of):
+    for pair, scene in enumerate(scenes):
+        numbers = np.array(read_mask(val, pair).resize((64, 64), Image.NEAREST))[4::8, 4::8].flatten()
+        for thing in scene:
+            for where, there in ('own', numbers[[27]]), ('absent', numbers[[PATCHES[thing.color]]]), ('area', numbers):
+                on_it = there == thing.number
+                for place, hits in ('it', on_it), ('other', (there > 0) & ~on_it), ('ground', there == 0):
+                    expected.setdefault((thing.role, f'{where}_{place}'), []).append(hits.mean())
         colors = [None, *(thing.color for thing in scene)]
         if {'red', 'blue'} <= set(colors):
             for color, patch in PATCHES.items():
