@@ -139,8 +139,6 @@ PRESETS = {
                context_length=64, cross_heads=4),
         LAPTOP),
 }
-LACKING = {name: PAPER.keys() - preset.recipe.keys() for name, preset in PRESETS.items()}
-assert not any(LACKING.values()), f'recipes lack options: {LACKING}'
 
 # --- 2. The student ----------------------------------------------------------------------------- Sec. 3.2, Eq. 1-2 ---
 
