@@ -82,7 +82,7 @@ class Run:
     """What a step needs and changes."""
     options: argparse.Namespace
     processes: 'Processes'
-    train_set: data.Crops
+    train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
     forward: torch.nn.Module        # the student in InParts, and on several GPUs in DistributedDataParallel
     teacher: Teacher                # None where nothing is distilled, unless main(keep_teacher=True)
@@ -116,13 +116,12 @@ class Step(NamedTuple):
 def train_step(run, batch):
     """One step of training -> Step. Student, teacher, loss, backward; if all is finite, update."""
     # V tensors (B, 3, s, s). The loader has cropped them, and has drawn how strongly each colour jitter acts. The jitters
-    # run here, in an order drawn from seed and step, the same on all ranks.
+    # run here, in an order that this string seeds, the same on all ranks.
     images = batch.views(f'{run.options.seed} {run.step}')
     run.optimizer.zero_grad()
 
-    # The student sees all views and captions, the teacher the globals, without gradient. The loader brings the global
-    # captions twice: for the student caption 0 has its full length, as C^T reads its padding; for the teacher, which runs
-    # its towers only, it is cut, too.
+    # The student sees all views and captions, the teacher the globals, without gradient. Caption 0 comes twice: at full
+    # length for the student, whose C^T reads the padding, and cut, as all other captions are, for the teacher.
     cls_t = eot_t = None
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
         out = run.forward(images, batch.texts)
@@ -131,11 +130,12 @@ def train_step(run, batch):
             cls_t, eot_t = run.teacher(images[:GLOBALS], captions)
 
     loss, parts = total_loss(run.student, out, cls_t, eot_t)
-    # DDP averages all gradients. (Those of the scales, too, though total_loss and not run.forward uses them: its hooks are
-    # on the parameters.)
+    # DDP averages all gradients. (Those of the scales, too, though total_loss and not run.forward uses them: DDP's hooks
+    # are on the parameters.)
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in run.student.parameters()])
+    gradients = [p.grad for p in run.student.parameters() if p.grad is not None]    # None: frozen
+    norm = torch.nn.utils.get_total_norm(gradients)
 
     # A step that is not finite on one rank is left out by all.
     finite = torch.isfinite(loss) & torch.isfinite(norm)
@@ -323,7 +323,7 @@ def read_options(argv):
         defaults['warmup'] = None
         if not METHODS[typed.method].augments:
             defaults['augment'] = 'crops'
-    if typed.steps or typed.epochs:
+    if typed.steps or typed.epochs:             # the typed one comes back in the second parse
         defaults |= {'steps': None, 'epochs': None}
     parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
@@ -335,17 +335,24 @@ def read_options(argv):
 
 
 def check_resumed(options, resumed):
-    """Refused: a new preset, method or batch. Of every other change a line is printed."""
+    """Refused: a new preset, method or batch. Of every other change a line is printed. Weights and vocabulary are those of
+    the checkpoint, whatever is typed."""
     for name, old in resumed.items():
         new = getattr(options, name)
-        if new in (old, None):      # None: --steps or --epochs, if only the other is typed
+        if new == old:
+            continue
+        if new is None:     # --steps or --epochs, if only the other one is typed
             continue
         flag = name.replace('_', '-')
         if name in ('preset', 'method', 'batch'):
             raise Refused(f'this run was started with --{flag} {old}, not {new}; give the same to resume it, or '
                           'another --out')
+        note = f'was {old}, is now {new}'
+        if name in ('init', 'vocab', 'quick_gelu'):
+            setattr(options, name, old)
+            note = 'is ignored: the checkpoint has weights and vocabulary'
         if os.environ.get('RANK', '0') == '0':
-            print(f'note       --{flag} was {old}, is now {new}')
+            print(f'note       --{flag} {note}')
 
 
 def choose_lengths(options, pairs):
@@ -506,7 +513,7 @@ def name_data(options):
 
 
 def learn_merges(shards):
-    """From every k-th pair, so that PAIRS_TO_LEARN to twice as many are read; of a smaller set from all."""
+    """From every k-th pair: 20,000 to 40,000 of a large set, all of a small one."""
     captions = []
     for i in range(0, len(shards), len(shards) // PAIRS_TO_LEARN or 1):
         with contextlib.suppress(data.Unreadable):          # a broken pair is reported in its turn
@@ -611,7 +618,8 @@ def restore(run, saved, in_place):
     if saved['scaler']:
         run.scaler.load_state_dict(saved['scaler'])
     run.step = saved['step']
-    if in_place and saved['options']['val'] == run.options.val:     # else best.pt is of other data, or not here
+    # In another folder there is no best.pt yet, and R@1 on other data is no rival.
+    if in_place and saved['options']['val'] == run.options.val:
         run.best = tuple(saved['best'])
     run.begun -= saved['seconds']
     # Has this rank read the same file as rank 0? No other checkpoint has been trained for exactly as many seconds.
@@ -925,7 +933,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False, make_order=data.Order):
         if saved and saved['shards'] != shards.fingerprint:
             raise Refused(f'this run was started on other shards than the {len(shards.paths)} of {options.data}; give '
                           'the same --data, or start anew with --init')
-        shards.check_first_pairs()                          # an index says nothing of captions
+        shards.check_first_pairs()                          # with an index Shards has not done so
         data.check_batch(options.batch, len(shards), processes.world * options.accum)
         if options.val and processes.rank == 0:
             val = Shards(options.val, options.caption_keys, 'val')  # --caption-pool is of --data
@@ -968,7 +976,7 @@ def main(argv=None, build=COSMOS, keep_teacher=False, make_order=data.Order):
             processes.leave(128 + signal.SIGTERM)
         # The last evaluation comes when log and checkpoint are written, because it may fail, or be ended by a signal.
         entry['eval'] = figures = evaluate(run, val)
-        save(run)                   # once more: this step may be the best
+        save(run)                   # once more: last.pt has run.best, which may be this step now
         write_log(run, entry)       # once more: of equal steps the last entry counts
     else:
         print(f'nothing is left to do: step {run.step} of {options.steps} is reached')

@@ -377,8 +377,9 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
         patch.setattr(train, 'GLOBALS', 9)
         assert f'trained with GLOBALS = {cosmos.GLOBALS}, not 9' in fit(out, *AUTO)
     capsys.readouterr()
-    assert fit(out, '--resume', out, '--steps', 4) == 0                 # nothing is left to do
-    assert re.findall('note.*', capsys.readouterr().out) == ['note       --steps was 6, is now 4']
+    assert fit(out, '--resume', out, '--steps', 4, '--vocab', 'clip') == 0      # nothing is left to do
+    assert re.findall('note +(.*)', capsys.readouterr().out) == [
+        '--vocab is ignored: the checkpoint has weights and vocabulary', '--steps was 6, is now 4']
     for number in 2, 3:
         assert fit(out, '--steps', number) == 0
         assert saved(tmp_path / f'out-{number}')['step'] == number
