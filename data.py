@@ -173,8 +173,8 @@ def find_shards(paths, split=None):
 def tar_files(path):
     """(name, offset of the data, size) of the members of a tar. Of a damaged tar those that tarfile can read.
 
-    ignore_zeros: tars may be joined by `cat`; and tarfile then steps over a header that it cannot read. Where reading
-    stops before the end, a line says so.
+    ignore_zeros: tars may be joined by `cat`; and tarfile then steps over most headers that it cannot read, without a
+    word. Others end the reading, as a file that is cut off does: then a line says so.
     """
     length = os.path.getsize(path)
     end = 0                                             # of the last whole member
@@ -188,8 +188,7 @@ def tar_files(path):
                     break
                 yield member.name, member.offset_data, member.size
                 end = member.offset_data + member.size
-            else:                                       # no `break`
-                # A whole tar is read to its last byte. Of another, tarfile stopped at a header that it cannot read.
+            else:                                       # no `break`: tarfile came to an end, of the file or before
                 whole = tar.offset == length
     if not whole:
         warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
@@ -328,12 +327,13 @@ CAPTION_KEYS = [                # the first family that has a sentence is the po
 POOL_KEYS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
 
 # ours: a sentence ends at a newline, at '</s>', or at a full stop before white space or the end; so "3.5 m" stays
-# whole. A stop behind a single letter ends none: "J. Smith" and "e.g. a dog" stay whole, too.
+# whole. A stop behind a single letter ends none: "J. Smith" and "e.g. a dog" stay whole, too. But one behind "dog's"
+# does: that s is no single letter.
 BREAK = re.compile(r"""
     \n
     | </s>
     | (?<!                  # the stop is not behind
-          (?<! \w['’] )     #     (but "dog's." is one word, whose s is no single letter)
+          (?<! \w['’] )     #     (not the s of "dog's")
           \b [^\W\d_]      #     a single letter
       )
       \.
@@ -369,8 +369,8 @@ def text_crops(pool, rng, global_texts, local_texts):
     """Globals of 1-5 sentences joined by '. ', then single sentences -> list of global_texts + local_texts strings.
 
     Each global is a draw of its own without replacement, in random order; the locals are one more draw.
-    paper silent: the order, ". ", and a pool that is too small. That is repeated whole, in its own order, and a random
-    rest follows.
+    paper silent: the order, ". ", and a pool that is smaller than the count. Such a pool is repeated whole, in its own
+    order, and a random rest follows.
     """
     def draw(count):
         if count <= len(pool):
@@ -506,8 +506,8 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        # A dict, because a pair may win twice: (abc, d) with abc from a + bc, and later with abc from ab + c. Its first
-        # place counts.
+        # A dict, because a pair may win twice: (abc, d), where abc was fused from a + bc, and again where it was fused,
+        # later, from ab + c. Its first place counts.
         merges = {}
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
@@ -625,9 +625,9 @@ def image_crops(data, kinds, rng, flip=True):
     boxes = draw_boxes(height, width, kinds, rng)
     # Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size in much less time. No crop may then have fewer pixels than its
     # view. Say the image has 1000 x 800 pixels, and the tightest crop is one of 200 for a view of 96. Then the image may
-    # be 200 / 96 = 2.08 times smaller: 481 x 384 pixels are enough, and `draft` takes the next size above, 500 x 400.
+    # be 200 / 96 = 2.08 times smaller: 480 x 384 pixels are enough, and `draft` takes the next size above, 500 x 400.
     most_shrink = min(min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds))
-    enough = [ceil(side / most_shrink) for side in image.size]          # not turned, but both sides shrink alike
+    enough = [ceil(side / most_shrink) for side in image.size]          # as it is stored: draft comes before EXIF turns it
     with pillow_errors('its image'):
         image.draft('RGB', enough)
         pixels = TF.pil_to_tensor(ImageOps.exif_transpose(image).convert('RGB'))
@@ -697,7 +697,8 @@ def hue(x, turn):
     six_hue = torch.where(value == green, (blue - red) * share + 2, (red - green) * share + 4)
     six_hue = torch.where(value == red, (green - blue) * share, six_hue)
     turned = six_hue / 6 + turn + 1                                     # + 1: never below 0
-    # Back: channel = value - chroma * clamp(min(k, 4 - k), 0, 1), k = (start + 6 hue) mod 6
+    # Back: channel = value - chroma * clamp(min(k, 4 - k), 0, 1), k = (start + 6 hue) mod 6. Of red, hue 0, k is 5, 3, 1,
+    # and the clamp 0, 1, 1: the red channel stays at value.
     start = torch.tensor([5, 3, 1], device=x.device).view(3, 1, 1)      # of red, green, blue
     k = 6 * torch.frac(turned + start / 6)                                  # (n, 3, h, w)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
@@ -850,7 +851,7 @@ class Batch(NamedTuple):
     """What a step needs of B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
     colours: torch.Tensor   # (B, V, 7), the numbers of Colours, on the CPU
-    texts: list             # U captions (B, T) int64 for the student, globals first, cut by `collate`
+    texts: list             # U captions (B, T) int64 for the student, globals first; all but caption 0 are cut
     teacher_texts: list     # the global captions for the teacher, all of one T
     bad: int                # how often a pair, or its replacement, could not be read
 
@@ -905,7 +906,7 @@ def ignore_signals(worker):
 
 
 def end_workers():
-    """Called at exit, before Python's own way, which would never end: SIGTERM, which the workers ignore, then waiting."""
+    """Python would send SIGTERM at its exit, and wait. The workers ignore it, so the wait would never end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # else torch raises an error of its own for each that ends
     for worker in multiprocessing.active_children():
         worker.kill()

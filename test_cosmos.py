@@ -125,7 +125,7 @@ def test_golden_dense_features_and_attention(golden):
 
 def test_sizes_and_initial_values_are_the_released():
     """oracle: the numbers of parameters of the paper's model and of open_clip's ViT-B/16 and /32; CLIP's scales of
-    initial values, for a text tower of 128 channels and 2 layers."""
+    initial values, for towers of 96 and 128 channels, the latter of 2 layers."""
     for preset, cross_heads, count in (
             ('vit-b-32', 0, 151_277_313), ('vit-b-16', 8, 152_382_466)):
         with torch.device('meta'):
@@ -135,6 +135,9 @@ def test_sizes_and_initial_values_are_the_released():
     found = [p.std().item() for p in model.text.parameters() if p.ndim > 1]
     block = [128 ** -0.5, 512 ** -0.5, 256 ** -0.5, 512 ** -0.5]        # attention, its output, the MLP's two layers
     assert found == pytest.approx([0.01, 128 ** -0.5, 0.02, *block, *block], rel=0.1)
+    visual = model.visual
+    for p in visual.class_embedding, visual.positional_embedding, visual.proj:
+        assert p.std().item() == pytest.approx(96 ** -0.5, rel=0.2)
     for scale in model.scales():
         assert scale.item() == pytest.approx(math.log(1 / 0.07))
 

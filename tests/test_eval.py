@@ -285,6 +285,7 @@ WRONG = {               # a command: what its sentence must say
     'segment last.pt --images a --masks empty --classes page.pt': 'a is no folder',
     'segment last.pt --images images --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
     'segment last.pt --images a --masks a --classes twice': 'several classes are called',
+    'segment last.pt --images a --masks a --classes commas': 'commas has a line of commas alone',
     'segment last.pt --images a --masks a --classes page.pt --templates page.pt': "'<html>' in page.pt needs {}"}
 
 
@@ -300,6 +301,7 @@ def test_errors_are_one_sentence(gallery):
     put('empty/list')
     put('bad/class/x.jpg')
     put('twice', 'ox, cow\nox')
+    put('commas', 'ox\n,')
     torch.save({'student': Malicious()}, 'bad.pt')
     for line, sentence in WRONG.items():
         error = run(evaluation, *line.split())

@@ -425,14 +425,22 @@ def test_bad_pairs_stop_a_run_beyond_5_percent(fit, tmp_path):
 
 
 def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path):
-    """oracle: losses made NaN in chosen steps, few in a row skipped without a trace, more not."""
+    """oracle: losses made NaN in chosen steps, few in a row skipped without a trace, more not. --save-every is 2."""
     loss = cosmos.clip_loss
+    save = train.save
+    saves = []
+
+    def noted(run):
+        saves.append(run.step)
+        save(run)
 
     def spoilt(*arguments):
         return loss(*arguments) * (math.nan if next(numbers) in steps else 1)
 
+    monkeypatch.setattr(train, 'save', noted)
     monkeypatch.setattr(cosmos, 'clip_loss', spoilt)
-    for steps, status, last in ([1, 3, 4, 5, 6], 0, 9), ([3, 4, 5, 6, 7], 'error: 5 steps in a row .* step 7', 7):
+    stopped = 'error: 5 steps in a row .* step 7.* --clip-grad 1$'      # a run in fp32 is not told to take fp32
+    for steps, status, last in ([1, 3, 4, 5, 6], 0, 9), ([3, 4, 5, 6, 7], stopped, 7):
         numbers = itertools.count(1)
         out = tmp_path / str(last)
         assert re.match(str(status), str(fit(out, '--steps', 9)))
@@ -440,3 +448,4 @@ def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path):
         assert state['step'] == last
         assert state['optimizer']['state'][0]['step'] == last - 5
         assert state['student']['visual.proj'].isfinite().all()
+    assert saves == [2, 4, 6, 8, 9, 9] + [2, 4, 6, 7]
