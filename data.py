@@ -627,7 +627,7 @@ def image_crops(data, kinds, rng, flip=True):
     # view. Say the image has 1000 x 800 pixels, and the tightest crop is one of 200 for a view of 96. Then the image may
     # be 200 / 96 = 2.08 times smaller: 480 x 384 pixels are enough, and `draft` takes the next size above, 500 x 400.
     most_shrink = min(min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds))
-    enough = [ceil(side / most_shrink) for side in image.size]          # as it is stored: draft comes before EXIF turns it
+    enough = [ceil(side / most_shrink) for side in image.size]          # as stored: draft comes before the EXIF turn
     with pillow_errors('its image'):
         image.draft('RGB', enough)
         pixels = TF.pil_to_tensor(ImageOps.exif_transpose(image).convert('RGB'))
