@@ -50,7 +50,7 @@ def need(condition, message):
 
 @contextmanager
 def reading(path):
-    """Inside this block, errors of reading the file at `path` become Refused, with its name."""
+    """Inside this block, errors of reading the file at `path` become Refused, with its name. Refused passes through."""
     try:
         yield
     except (OSError, UnicodeError, json.JSONDecodeError, LookupError, TypeError) as error:
@@ -154,7 +154,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False, build=COSMOS):
         released    {'student', 'teacher'}, under open_clip's names
         open_clip   the state dict of a ViT, perhaps under 'state_dict'
     Where there is no teacher the student is taken: model.origin says which it was.
-    vocab: a file of CLIP's merges. quick_gelu: the activation of released and open_clip weights, whose file does not
+    vocab: a file of CLIP's merges, None: see Tokenizer.clip. quick_gelu: the activation of released and open_clip weights, whose file does not
     tell it. The commands below never set it, train.py --init does. build: the class of the model, for lesson/.
     """
     path = Path(path)
@@ -174,7 +174,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False, build=COSMOS):
         tokenizer = Tokenizer(saved['merges'], config.context_length)
     else:
         # See infer_config for heads. Open_clip's ViTs that are wider than 1,024 have others.
-        width = len(state.get('visual.class_embedding', ()))
+        width = len(state.get('visual.class_embedding', ()))            # 0: there is none
         need(0 < width <= 1024 and width % 64 == 0 and 'text_projection' in state,
              f"{path} is neither ours, nor released, nor of an open_clip ViT with heads that are 64 wide (its keys: "
              f"{', '.join(list(state)[:5])}); python -m extras.weights import {path} OUT.pt converts others")
@@ -199,7 +199,7 @@ TEXT_BATCH = 256
 
 def preprocessing(size):
     """The evaluation transform: PIL image -> (3, size, size) float. Short side to `size`, bicubic, then the centre.
-    `normalize` takes bytes, too."""
+    `normalize` takes uint8 as well as floats."""
     return v2.Compose(
         [v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
 
@@ -224,10 +224,10 @@ class Images(Dataset):
     def __getitem__(self, i):
         if isinstance(self.source, Shards):
             image = shard_image(self.source, i)
-        else:
+        elif isinstance(self.source[i], Image.Image):
             image = self.source[i]
-        if not isinstance(image, Image.Image):
-            image = read_image(image)
+        else:
+            image = read_image(self.source[i])
         return self.preprocess(image), 0
 
 
@@ -285,8 +285,8 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures.
 
     owner (captions,): the image of each caption. The rank of an image is that of the best of its captions. R@K are
-    fractions, ranks count from 1. chance is R@1 of a blind guess, 1 / n from text to image. So it is from image to text:
-    an image with c of M captions is hit with c / M, and the mean of that over n images is 1 / n.
+    fractions, ranks count from 1. chance is R@1 of a blind guess, 1 / n in both directions: from image to text an image
+    with c of M captions is hit with c / M, and the mean of that over n images is 1 / n.
     """
     n = len(image_features)
     image_ids = torch.arange(n)
@@ -301,8 +301,8 @@ def retrieval(image_features, text_features, owner):
     return figures
 
 
-# The three published lists, each -> [(path of an image, its captions), ...]. Call them inside
-# `with reading(path)`.
+# The three published lists, each -> [(path of an image, its captions), ...]. Call them inside `with reading(path)`: it
+# refuses a list of another form.
 
 def read_coco(folder):
     """COCO's folder, with annotations/captions_val2017.json."""
@@ -351,8 +351,8 @@ HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --captio
 
 
 def shard_captions(shards):
-    """Held-out shards -> (captions, owner). Where a pair has captions under several keys, those under the first key of
-    shards.caption_keys, or of HELD_OUT_KEYS, count. They are not cut into sentences."""
+    """Held-out shards -> (captions, owner). Where a pair has captions under several keys, those under the first key of the
+    list shards.caption_keys, or of HELD_OUT_KEYS, count. They are not cut into sentences."""
     keys = shards.caption_keys or HELD_OUT_KEYS
     pools = []
     for i in range(len(shards)):
@@ -421,8 +421,8 @@ def classify(image_features, vectors, labels):
 def class_names(source, path=None):
     """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order.
 
-    In a file names may repeat, as 'crane' in some for ImageNet: then both classes tie, and a tie counts against the
-    model. torchvision's own names of ImageNet are refused for that.
+    Where two classes have one name they tie, and a tie counts against the model. So torchvision's own names of ImageNet,
+    with two cranes, are refused. In a file they may repeat: it is the user's.
     """
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
     listed = read_lines(path) if path else classes
@@ -567,7 +567,7 @@ def segmentation_figures(matrix, names):
 
 def read_mask(path, size, classes, reduce_zero_label):
     """A PNG of class numbers, grey or palette, of `size` (w, h) -> (h, w) int64, IGNORE where it does not count."""
-    mask = read_image(path)             # of a palette the numbers, not the colours
+    mask = read_image(path)             # in its own mode: of a palette numpy then gives the numbers, not the colours
     values = np.array(mask, np.int64)
     need(values.shape == size[::-1],
          f'mask {path} is a {mask.mode} image of {mask.size} pixels; it must be grey or palette, and of {size}')
@@ -627,7 +627,7 @@ def run_retrieval(args, model, tokenizer, preprocess):
         figures, _ = zero_shot_retrieval(model, tokenizer, preprocess, shards, workers=args.workers)
         return figures
     path = args.coco or args.karpathy or args.flickr
-    images = args.images or Path(path).parent           # COCO's folder has its images
+    images = args.images or Path(path).parent           # of the two lists below; COCO's folder has its own
     with reading(path):
         if args.coco:
             pairs = read_coco(path)
@@ -741,7 +741,7 @@ def add_segment(command):
 
 
 def execute(args):
-    """Load the checkpoint, run the command, show its figures."""
+    """Load the checkpoint, run the command, show its figures: also for commands of extras/ and lesson/."""
     model, tokenizer, preprocess = load(args.checkpoint, args.weights, args.vocab)
     print(f'{args.command} of {args.checkpoint} ({model.origin})')
     model.to(args.device)
