@@ -4,10 +4,11 @@ CLIP matches one vector of an image with one vector of its caption, and big obje
 takes several views of both: large and small crops of the image, groups of sentences and single sentences of the
 caption. A student network sees all of them. A teacher network, a slow average of the student, sees only the global
 ones: large crops, groups of sentences. In the student, cross-attention lets each vector of one modality read the tokens
-of the other. The sum of the vector and of what it has read must tell the teacher's vectors of its own pair from those
-of all other pairs. So a sentence about a small object is meant to find that object in the image.
+of the other. The sum of the vector and of what it has read must pick, among the teacher's vectors of all pairs, those
+of its own pair. So a sentence about a small object is meant to find that object in the image.
 
-Notation. Views come first, (V, B, D), and views 0 and 1 are the two globals. "View" also means a caption.
+Notation. Views come first, (V, B, D), and views 0 and 1 are the two globals. Where code serves both modalities "view"
+and V also mean a caption, and how many there are.
     B pairs on this GPU     N pairs on all GPUs     V image views, 2 global + local     U captions, 2 global + local
     P patches               T text tokens, with padding     L rows of a sequence: T, P, or 1 + P with the class token
     C width of a tower      D width of the joint space      n sequences that go through a tower together
@@ -108,9 +109,8 @@ class Config:
         return replace(PRESETS[name].sizes, **changes)
 
 
-# Recipes are defaults for options of train.py. What a recipe does not name keeps the default there: 6 local views and
-# captions, all augmentation, CLIP's vocabulary. What PAPER names has no default there, so each recipe names it. PAPER is
-# the released one for CC3M (train_cc3m.sh).
+# Recipes are defaults for options of train.py. Every recipe gives the six of PAPER; for all other options, as 6 local
+# views and captions, train.py has a default. PAPER is the released recipe for CC3M (train_cc3m.sh).
 PAPER = {'epochs': 32.0, 'batch': 1024, 'lr': 5e-4, 'warmup': 2000, 'wd': 0.5, 'momentum': 0.999}
 # Small sets on a laptop: 1,000 steps or 30 epochs, whichever is less. The learning rate ends at a tenth of its peak; at
 # step s lambda is at most s / (s + 10). Captions there name colours and sides, which a jitter or a flip would make
@@ -218,8 +218,8 @@ class COSMOS(nn.Module):
         """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output.
 
         Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper, perhaps:
-        it has "global crops"; model.py:370-382). Words are all T positions, padding included, so caption 0 must come at
-        full length (paper silent; transformer.py:772-775). The others may be cut to save time, see TextTower.
+        the paper says "global crops"; model.py:370-382). Words are all T positions, padding included, so caption 0 must
+        come at full length (paper silent; transformer.py:772-775). The others may be cut to save time, see TextTower.
         """
         if not self.has_cross_attention:
             return Output(unit(self.visual(images)), unit(self.text(texts)), None, None)
@@ -339,14 +339,14 @@ def nce(queries, keys, scale):
     own_key = torch.arange(first, first + B, device=logits.device)
     target = own_key.view(1, B, 1).expand(V, B, U)
     # Query b of view v chooses among the N keys of view u, for each v and u. Rows in the order of `target`.
-    logits = logits.view(V, B, U, N).flatten(0, 2)
+    logits = logits.view(V, B, U, N).flatten(0, 2)                      # (V*B*U, N)
     return F.cross_entropy(logits, target.flatten())
 
 
 def symmetric_nce(a, b, all_a, all_b, scale):
     """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a (V, B, D), b (U, B, D); all_a, all_b: of all GPUs.
 
-    On several GPUs this is the share of the B pairs on this one. The mean over GPUs is the loss.
+    On several GPUs this is the mean over the B pairs of this one. The mean over GPUs is the loss.
     """
     return (nce(a, all_b, scale) + nce(b, all_a, scale)) / 2
 
@@ -394,7 +394,8 @@ def cosmos_loss(out, cls_t, eot_t, scale):
 
 
 def embedding_terms(out, cls_t, eot_t, scale):
-    """Self-distillation without cross-attention, for the middle rows of Table 5. Where a target is None it has no term.
+    """Self-distillation without cross-attention, for the middle rows of Table 5: of images and texts, or, where eot_t is
+    None, of images alone.
 
     ours: the paper's loss for these rows is not known to us. Here the embeddings themselves take the place of h_I and
     h_T, each against the teacher of its own modality.
@@ -476,8 +477,8 @@ class Tower(nn.Module):
     """What both towers do with their views.
 
     Of the sequence of a view only one row is read, that of the class token or of the end of a text. So the last block
-    computes this row alone: a fifth of the multiplications of `tiny` less, in deeper towers a few percent. Of view 0
-    cross-attention reads the patches or the words: `with_sequence` gives all rows.
+    computes this row alone: a fifth of the multiplications of `tiny` less, in deeper towers a few percent.
+    Cross-attention reads every row of view 0: `with_sequence` computes them all.
 
     A tower has `embed`: a list of tensors (n, ...) -> for each the sequences (n, L, C) and the row to read in them
     (n,). It also has `transformer`, `norm` and `proj`.
@@ -491,7 +492,7 @@ class Tower(nn.Module):
         return torch.cat(features).unflatten(0, (len(views), -1))       # view after view
 
     def with_sequence(self, views, csa=False):
-        """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0, normalised (B, L, C).
+        """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0 behind the LayerNorm (B, L, C).
 
         View 0 goes alone, with every row, the others as in `forward`.
         """
@@ -582,8 +583,8 @@ class TextTower(Tower):
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
     def embed(self, groups):
-        """Ids (n, T), a tensor for each length -> for each the vectors of tokens plus positions, (n, T, C), and the row of the
-        end, which has the largest id, (n,).
+        """Ids (n, T), a tensor for each length -> for each the vectors of tokens plus positions, (n, T, C), and the row
+        of the end (n,). The end has the largest id.
 
         One lookup for all captions, because in the backward pass each lookup allocates a (vocab, C) gradient.
         """
