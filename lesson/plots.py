@@ -249,11 +249,10 @@ def draw_race(figure):
         for number, (name, color) in enumerate(PAINT.items()):
             means = []
             for place, track in enumerate(TRACKS):
-                if name in EXPERIMENTS[track]:
-                    top1 = values(track, name, column).values()
-                    x = place + 0.05 * number           # beside those of other methods
-                    axis.plot([x] * len(top1), top1, '.', color=color, alpha=0.4)
-                    means.append((x, fmean(top1)))
+                top1 = values(track, name, column).values()
+                x = place + 0.05 * number               # beside those of other methods
+                axis.plot([x] * len(top1), top1, '.', color=color, alpha=0.4)
+                means.append((x, fmean(top1)))
             axis.plot(*zip(*means), color=color, label=METHODS[name].label)
         axis.axhline(CHANCE, color='grey', linestyle='--', label='chance')
         axis.set_title(f'{titles[column]} named, %')
@@ -272,12 +271,12 @@ def draw_maps(figure):
         for axis, (name, rows) in zip(column[1:], maps.items()):
             grid = np.array(rows)
             p = len(scene) // len(grid)                 # side of a patch
-            light = 0.2 + 0.8 * np.kron(grid, np.ones((p, p)))
+            light = 0.3 + 0.7 * np.kron(grid, np.ones((p, p)))
             axis.imshow(np.uint8(light[:, :, None] * scene))
             y, x = np.unravel_index(grid.argmax(), grid.shape)
             axis.plot((x + 0.5) * p, (y + 0.5) * p, 'ws', fillstyle='none', markersize=14)
             color, _ = name.split()
-            axis.set_title(name, color=color, fontsize=9)
+            axis.set_title(name, color=color, fontsize=9, pad=2)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
