@@ -257,7 +257,7 @@ def draw_race(figure):
         axis.axhline(CHANCE, color='grey', linestyle='--', label='chance')
         axis.set_title(f'{titles[column]} named, %')
         axis.set_xticks(range(len(TRACKS)), TRACKS.values())
-        axis.set_ylim(0, 100)
+        axis.set_ylim(0, 103)
     axes[1].legend(fontsize=9, loc='upper left')
 
 
