@@ -154,8 +154,9 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False, build=COSMOS):
         released    {'student', 'teacher'}, under open_clip's names
         open_clip   the state dict of a ViT, perhaps under 'state_dict'
     Where there is no teacher the student is taken: model.origin says which it was.
-    vocab: a file of CLIP's merges, None: see Tokenizer.clip. quick_gelu: the activation of released and open_clip weights, whose file does not
-    tell it. The commands below never set it, train.py --init does. build: the class of the model, for lesson/.
+    vocab: a file of CLIP's merges, None: see Tokenizer.clip. quick_gelu: the activation of released and open_clip
+    weights, whose file does not tell it. The commands below never set it, train.py --init does. build: the class of the
+    model, for lesson/.
     """
     path = Path(path)
     if path.is_dir():

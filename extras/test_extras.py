@@ -631,26 +631,36 @@ def test_partial_runs_give_a_page(tmp_path):
 
 
 def test_unreadable_pairs_are_left_out(tmp_path):
-    """oracle: a set of three by hand, the first image broken: the others on the page."""
+    """oracle: a set of three by hand, the first image broken: the others on the page. An error that is a bug keeps its
+    type."""
     lines = '{"caption": "dog 0"}\n{"caption": "dog 1"}\n{"caption": "dog 2"}'
     shards = data.Shards(write_pairs(tmp_path / '0.tar', lines, b'no image'))
     crops = data.Crops(shards, None, MICRO, seed=0)
     report.begin(crops, tmp_path)
     maps = report.read_maps(tmp_path / 'maps.npz')
     assert [pair['captions'][0][-1] for pair in maps['start']['pairs']] == ['1', '2']
+    crops.kinds = None
+    with pytest.raises(TypeError):
+        report.begin(crops, tmp_path)
 
 
 @pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')
 def test_the_page_in_a_browser(tmp_path):
-    """oracle: Chromium: a silent console, all parts of the page, captions as text, a picture that is no blank."""
+    """oracle: Chromium: a silent console, all parts of the page, captions as text, a picture that is no blank. Eight
+    terms of another's loss have eight lines, of colours that differ."""
     train_on_three(tmp_path)
+    mine = {f'mine {k}': k / 9 for k in range(8)}
+    entry = {'step': 10, 'weights': mine} | mine
+    with open(tmp_path / 'log.jsonl', 'a') as file:
+        file.write(json.dumps(entry))
     page = report.write([tmp_path]).as_uri()
-    command = ('chromium --headless --no-sandbox --enable-logging=stderr --dump-dom --window-size=400,3000 '
-               f'--screenshot={tmp_path}/page.png {page}')
-    done = subprocess.run(command.split(), capture_output=True, text=True)
+    command = f'chromium --headless --no-sandbox --enable-logging=stderr --dump-dom --screenshot={tmp_path}/page.png'
+    done = subprocess.run([*command.split(), '--window-size=400,3000', page], capture_output=True, text=True)
     built, _, _ = done.stdout.partition('<script>')
     assert 'CONSOLE' not in done.stderr
     assert built.count('aria-label="image ') == built.count('class="pair"') == 3
     assert built.index('class="pair"') < built.index('<path')
     assert '&lt;b&gt;red' in built and '<b>red' not in built
+    _, _, panel = built.partition('Terms beside L_CLIP')
+    assert len(set(re.findall('<path[^>]* stroke="([^"]+)"', panel.partition('<h3>')[0]))) == 4 + 8
     assert len(Image.open(tmp_path / 'page.png').getcolors(1 << 20)) > 100

@@ -566,7 +566,7 @@ def test_pages_are_filled(course, monkeypatch):
 
 
 def test_check(course, monkeypatch):
-    """oracle: whole pages pass; a changed text or picture, another commit, and a missing run are named."""
+    """oracle: whole pages pass; a changed text or picture, another commit or machine, and a missing run are named."""
     pytest.importorskip('matplotlib')
     Path('assets').mkdir()
     shown = []
@@ -586,6 +586,7 @@ def test_check(course, monkeypatch):
         (page, '94.9', '94.7', 'has "It is 94.7<!--.*"It is 94.9<!--'),
         (page, '-50.1', '+50.1', 'has "It is .*results.csv'),
         (results, ',c,m,bf16,.950', ',d,m,bf16,.950', 'one has runs of several origins'),
+        (results, ',c,m,bf16,.950', ',c,n,bf16,.950', 'one has runs of several origins'),
         (results, ',0,c,m,bf16,.448', ',7,c,m,bf16,.448', 'one lacks 1 runs'),
         (plots.LOOKS, '{}', '[]', 'the picture a was drawn from other rows'),
         (results, 'c,m,bf16', 'd,m,bf16', 'the picture a was drawn from other rows')]

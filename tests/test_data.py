@@ -146,6 +146,7 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
 @pytest.mark.parametrize('text, expected', [
     ('a dog, e.g. a puppy', ['a dog, e.g. a puppy']),
     ('A 3.5 m boat. Two men.', ['A 3.5 m boat', 'Two men']),
+    ('at 3 p.m. we left', ['at 3 p.m. we left']),
     ('We met the U.S. Army. J. Smith\nleft</s> ', ['We met the U.S. Army', 'J. Smith', 'left']),
     ('a.jpg is. 1. B', ['a.jpg is', '1', 'B']),
     ("the dog's. It’s. 'J. Smith'. É. Zola. .", ["the dog's", 'It’s', "'J. Smith'", 'É. Zola'])])
@@ -387,13 +388,15 @@ def test_captions_are_cut():
     def lengths(*options):
         batch = data.collate(samples, *options)
         assert batch.bad == 2
-        for text, ids in zip(batch.texts, torch.stack(captions, dim=1)):
-            assert text.equal(ids[:, :text.shape[1]])
+        for texts in batch.texts, batch.teacher_texts:
+            for text, ids in zip(texts, torch.stack(captions, dim=1)):
+                assert text.equal(ids[:, :text.shape[1]])
         return [[text.shape[1] for text in texts] for texts in (batch.texts, batch.teacher_texts)]
 
     assert lengths() == [[8, 7, 4, 4], [7, 7]]
     assert lengths(1, False) == [[7, 7, 4, 4], [7, 7]]
     assert lengths(1, True, 1) == [[8, 7, 7, 7], [6]]
+    assert lengths(1, True, 3) == [[8, 7, 7, 4], [7, 7, 7]]
     assert lengths(3) == [[8, 8, 6, 6], [8, 8]]         # 9 and 6, of which there are 8
 
 
