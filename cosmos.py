@@ -45,8 +45,9 @@ One training step. Every name is that of the code below.
     model.clamp_scales()
     teacher.update(model, momentum)    # the paper's lambda, 0.999 at batch 1,024
 
-Read it beside Section 3 of the paper. Parts 2-5 are COSMOS: student, teacher, losses. Parts 6-7 are CLIP's towers and
-transformer. If you know them, read only how a tower treats its views (class Tower). Part 8 is names.
+Read it beside Section 3 of the paper. Parts 2-4 are COSMOS: student, teacher, losses. Part 5 is for several GPUs, and
+may be skipped. Parts 6-7 are CLIP's towers and transformer. If you know them, read only how a tower treats its views
+(class Tower).
 
 We follow the released code (github.com/ExplainableML/cosmos); `model.py:274` and the like are lines of it.
     code≠paper: the paper says something else.          paper silent: what we know of the paper does not say.
@@ -55,7 +56,7 @@ We follow the released code (github.com/ExplainableML/cosmos); `model.py:274` an
 import copy
 import math
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
@@ -103,43 +104,6 @@ class Config:
         if self.cross_heads and self.embed_dim % self.cross_heads:
             raise ValueError(f'embed_dim {self.embed_dim} is no multiple of cross_heads {self.cross_heads}')
 
-    @classmethod
-    def preset(cls, name, **changes):
-        """The sizes of a preset, with the given fields changed."""
-        return replace(PRESETS[name].sizes, **changes)
-
-
-# Recipes are defaults for options of train.py. Every recipe gives the six of PAPER; for all other options, as 6 local
-# views and captions, train.py has a default. PAPER is the released recipe for CC3M (train_cc3m.sh).
-PAPER = {'epochs': 32.0, 'batch': 1024, 'lr': 5e-4, 'warmup': 2000, 'wd': 0.5, 'momentum': 0.999}
-# Small sets on a laptop: 1,000 steps or 30 epochs, whichever is less. The learning rate ends at a tenth of its peak; at
-# step s lambda is at most s / (s + 10). Captions there name colours and sides, which a jitter or a flip would make
-# wrong, so images are only cropped ('crops').
-LAPTOP = {
-    'steps': 1000, 'epochs': 30.0, 'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
-    'momentum': 0.995, 'momentum_ramp': 10, 'local_crops': 2, 'local_captions': 2, 'augment': 'crops', 'vocab': 'learn'}
-
-
-class Preset(NamedTuple):
-    sizes: Config
-    recipe: dict
-
-
-PRESETS = {
-    'vit-b-16': Preset(Config(), PAPER),    # the paper's main model: 152,382,466 parameters
-    'vit-b-32': Preset(Config(patch_size=32), PAPER),       # the other released one
-    # ours:
-    'vit-s-16': Preset(
-        Config(embed_dim=384, vision_width=384, vision_heads=6, text_width=384, text_heads=6),
-        PAPER),
-    'tiny': Preset(
-        Config(embed_dim=128, image_size=48, local_image_size=24, patch_size=8,
-               vision_width=96, vision_layers=4, vision_heads=3,
-               text_width=128, text_layers=2, text_heads=2,
-               context_length=64, cross_heads=4),
-        LAPTOP),
-}
-
 # --- 2. The student ----------------------------------------------------------------------------- Sec. 3.2, Eq. 1-2 ---
 
 class CrossAttention(nn.Module):
@@ -148,7 +112,7 @@ class CrossAttention(nn.Module):
 
     The residual of Eq. 1-2 is added outside, in COSMOS.forward. Padding of a text is read as well (paper silent;
     transformer.py:210-230). The text tower is causal and padding comes after the end, so the vectors of padding have
-    seen the whole caption.
+    seen the whole caption: they are no noise, but more summaries of it.
     """
 
     def __init__(self, width, heads):
@@ -185,7 +149,7 @@ class Output(NamedTuple):
 
 
 def unit(x):
-    """Rows of length 1, in float32 even in a bf16 or fp16 run: half precision would round every logit."""
+    """Vectors of length 1, in float32 even in a bf16 or fp16 run: half precision would round every logit."""
     return F.normalize(x.float(), dim=-1)
 
 
@@ -217,9 +181,10 @@ class COSMOS(nn.Module):
     def forward(self, images, texts):
         """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output.
 
-        Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper, perhaps:
-        the paper says "global crops"; model.py:370-382). Words are all T positions, padding included, so caption 0 must
-        come at full length (paper silent; transformer.py:772-775). The others may be cut to save time, see TextTower.
+        Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper,
+        perhaps: the paper says "global crops"; model.py:370-382). Words are all T positions, padding included, so
+        caption 0 must come at full length (paper silent; transformer.py:772-775). The others may be cut to save time,
+        see TextTower.
         """
         if not self.has_cross_attention:
             return Output(unit(self.visual(images)), unit(self.text(texts)), None, None)
@@ -234,7 +199,8 @@ class COSMOS(nn.Module):
     def encode_image(self, images):
         """images (B, 3, h, w), h and w multiples of p -> [cls] (B, D), patches (B, P, D), neither of unit length.
 
-        The patches are those that C^I reads, None for a plain CLIP. To compare with texts, take those of encode_dense.
+        The patches are those that C^I reads, None for a plain CLIP. To compare with texts, take those of
+        eval.encode_dense.
         """
         cls, sequence = self.visual.with_sequence([images])
         patches = self.image_map(sequence[:, 1:]) if self.has_cross_attention else None
@@ -245,17 +211,6 @@ class COSMOS(nn.Module):
         eot, sequence = self.text.with_sequence([ids])
         words = self.text_map(sequence) if self.has_cross_attention else None
         return eot[0], words
-
-    def encode_dense(self, images, csa=False):
-        """images (B, 3, h, w) -> (B, h/p, w/p, D): one unit vector per patch, comparable with text vectors.
-
-        Used for segmentation. `csa` is SCLIP's correlative self-attention in the last block (transformer.py:687-764):
-        queries attend to queries and keys to keys.
-        """
-        _, sequence = self.visual.with_sequence([images], csa)          # (B, 1 + P, C)
-        patches = unit(sequence[:, 1:] @ self.visual.proj)    # (B, P, D), projected as [cls] is
-        rows = images.shape[2] // self.config.patch_size
-        return patches.unflatten(1, (rows, -1))
 
     def attention(self, images, ids):
         """images (B, 3, h, w), ids (B, T) -> weights of C^I over patches (B, P), of C^T over words (B, T).
@@ -297,14 +252,8 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, texts):
-        """The two globals, lists of (B, 3, s, s) and (B, T) -> cls_t (2, B, D), eot_t (2, B, D), of unit length.
-
-        texts may be None (train.py has methods that distil images only); then eot_t is None.
-        """
-        cls_t = unit(self.model.visual(images))
-        if texts is None:
-            return cls_t, None
-        return cls_t, unit(self.model.text(texts))
+        """The two globals, lists of (B, 3, s, s) and (B, T) -> cls_t (2, B, D), eot_t (2, B, D), of unit length."""
+        return unit(self.model.visual(images)), unit(self.model.text(texts))
 
     @torch.no_grad()
     def update(self, student, momentum):
@@ -335,7 +284,7 @@ def nce(queries, keys, scale):
     with torch.autocast(queries.device.type, enabled=False):            # float32, for whoever calls it under autocast
         # Row (v, b), column (u, n): all pairs of views in one product.
         logits = scale * queries.flatten(0, 1) @ keys.flatten(0, 1).T   # (V*B, U*N)
-    first = dist.get_rank() * B if N > B else 0     # where my pairs begin among all N
+    first = dist.get_rank() * B if N > B else 0     # where the pairs of this GPU begin among those of all
     own_key = torch.arange(first, first + B, device=logits.device)
     target = own_key.view(1, B, 1).expand(V, B, U)
     # Query b of view v chooses among the N keys of view u, for each v and u. Rows in the order of `target`.
@@ -376,7 +325,9 @@ def cosmos_terms(out, cls_t, eot_t, scale):
     """
     h_I = out.h_I
     h_T = out.h_T
-    all_h_I, all_h_T, all_cls_t, all_eot_t = gather(h_I, h_T, cls_t, eot_t)  # one collective for all four
+    # As four calls of `match`, but each vector is gathered once.
+    all_h_I, all_h_T = gather(h_I, h_T)
+    all_cls_t, all_eot_t = gather(cls_t, eot_t)     # apart, since these need no gradients back
     return {
         'h_I_cls_t': symmetric_nce(h_I, cls_t, all_h_I, all_cls_t, scale),
         'h_I_eot_t': symmetric_nce(h_I, eot_t, all_h_I, all_eot_t, scale),
@@ -387,42 +338,43 @@ def cosmos_terms(out, cls_t, eot_t, scale):
 def cosmos_loss(out, cls_t, eot_t, scale):
     """L_COSMOS, the mean of the four terms.                                                          Sec. 3.3, Eq. 6
 
-    It is here to be read and tested: training weighs the same terms one by one, in total_loss.
+    Training does not call it: total_loss weighs the same terms one by one. It is here to be read and tested.
     """
     terms = cosmos_terms(out, cls_t, eot_t, scale)
     return sum(terms.values()) / len(terms)
 
 
 def embedding_terms(out, cls_t, eot_t, scale):
-    """Self-distillation without cross-attention, for the middle rows of Table 5: of images and texts, or, where eot_t is
-    None, of images alone.
+    """Self-distillation without cross-attention, for a middle row of Table 5.
 
     ours: the paper's loss for these rows is not known to us. Here the embeddings themselves take the place of h_I and
     h_T, each against the teacher of its own modality.
     """
-    terms = {}
-    if cls_t is not None:
-        terms['cls_cls_t'] = match(out.cls, cls_t, scale)
-    if eot_t is not None:
-        terms['eot_eot_t'] = match(out.eot, eot_t, scale)
-    return terms
+    return {'cls_cls_t': match(out.cls, cls_t, scale),
+            'eot_eot_t': match(out.eot, eot_t, scale)}
 
 
-def total_loss(model, out, cls_t=None, eot_t=None):
+def image_terms(out, cls_t, eot_t, scale):
+    """As embedding_terms, of images alone: for the rows of Table 5 before it."""
+    return {'cls_cls_t': match(out.cls, cls_t, scale)}
+
+
+def no_terms(out, cls_t, eot_t, scale):
+    """CLIP learns L_CLIP alone, and has no teacher."""
+    return {}
+
+
+def total_loss(model, out, cls_t, eot_t, terms=cosmos_terms):
     """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its parts {name: (weight, term)}, which the log shows.
 
-    The teacher's vectors may be None for a model without cross-attention only.
-
-    Training, benchmark and walk-through call it. A term of your own is a line before the sum:
+    terms: what is learned beside L_CLIP, a function such as cosmos_terms. A term of your own is a line before the sum:
     parts['name'] = (weight, term).
     """
     parts = {'clip': (1, clip_loss(out, model.logit_scale.exp()))}
-    if out.h_I is not None:
-        terms = cosmos_terms(out, cls_t, eot_t, model.distill_logit_scale.exp())
-    else:       # the other rows of Table 5, which have no second scale
-        terms = embedding_terms(out, cls_t, eot_t, model.logit_scale.exp())
-    for name, term in terms.items():
-        parts[name] = (1 / len(terms), term)
+    scale = model.scales()[-1].exp()        # of L_COSMOS; without cross-attention there is only that of L_CLIP
+    distilled = terms(out, cls_t, eot_t, scale)
+    for name, term in distilled.items():
+        parts[name] = (1 / len(distilled), term)                        # Eq. 6: a quarter each
     loss = sum(weight * term for weight, term in parts.values())
     return loss, parts
 
@@ -478,7 +430,8 @@ class Tower(nn.Module):
 
     Of the sequence of a view only one row is read, that of the class token or of the end of a text. So the last block
     computes this row alone: a fifth of the multiplications of `tiny` less, in deeper towers a few percent.
-    Cross-attention reads every row of view 0: `with_sequence` computes them all.
+    Cross-attention reads every row of view 0: `with_sequence` computes them all. All else about `row` only saves time:
+    a first reader may skip it.
 
     A tower has `embed`: a list of tensors (n, ...) -> for each the sequences (n, L, C) and the row to read in them
     (n,). It also has `transformer`, `norm` and `proj`.
@@ -491,13 +444,14 @@ class Tower(nn.Module):
             features.append(self.read_row(x, row))
         return torch.cat(features).unflatten(0, (len(views), -1))       # view after view
 
-    def with_sequence(self, views, csa=False):
+    def with_sequence(self, views):
         """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0 behind the LayerNorm (B, L, C).
 
         View 0 goes alone, with every row, the others as in `forward`.
         """
-        (x, row), *others = self.embed([views[0], *same_size(views[1:])])
-        sequence = self.norm(self.transformer(x, csa=csa))              # (B, L, C)
+        first, *others = self.embed([views[0], *same_size(views[1:])])
+        x, row = first
+        sequence = self.norm(self.transformer(x))              # (B, L, C)
         features = [pick(sequence, row)[:, 0] @ self.proj]
         for x, row in others:
             features.append(self.read_row(x, row))
@@ -612,7 +566,7 @@ class Transformer(nn.Module):
         self.causal = causal
         self.grad_checkpointing = False
 
-    def forward(self, x, row=None, csa=False):
+    def forward(self, x, row=None):
         """x (n, L, C) -> (n, L, C). With `row` (n,) only that row of each sequence, (n, 1, C).
 
         The blocks before the last need every row, as keys and values. The last one computes only what is asked for.
@@ -627,7 +581,7 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, mask, use_reentrant=False)
             else:
                 x = block(x, mask)
-        return last(x, mask, row, csa)
+        return last(x, mask, row)
 
 
 class QuickGELU(nn.Module):
@@ -652,7 +606,7 @@ class Block(nn.Module):
             gelu=QuickGELU() if quick_gelu else nn.GELU(),
             c_proj=nn.Linear(4 * width, width)))
 
-    def forward(self, x, mask=None, row=None, csa=False):
+    def forward(self, x, mask=None, row=None):
         """x (n, L, C), mask (L, L) -> (n, L, C). With `row` (n,) only that row of each sequence is computed, (n, 1, C).
 
         All rows are keys and values either way, so the result is the same as if all were computed and one taken.
@@ -663,7 +617,7 @@ class Block(nn.Module):
             query = pick(context, row)                                  # (n, 1, C)
             if mask is not None:
                 mask = mask[row][:, None, None]                         # (n, 1, 1, L)
-        x = x + self.attn(query, context, mask, csa)
+        x = x + self.attn(query, context, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -676,17 +630,15 @@ class Attention(nn.MultiheadAttention):
     """The parameters of torch's multi-head attention, Attention(width, heads), with a forward pass of our own, where a
     mask is True for keys that may be seen.
 
-    It is written out, because we need q, k and v themselves: for the weights that the pictures show, and for the
-    correlative form of segmentation. The query may be one row, as in the last block. The parameters are in_proj_weight
+    It is written out, because we need q, k and v themselves: for the weights that the pictures show, and for
+    segmentation in eval.py. The query may be one row, as in the last block. The parameters are in_proj_weight
     (3 C, C), with the rows of query, key and value, in_proj_bias (3 C), and the linear map out_proj.
     """
 
-    def forward(self, query, context, mask=None, csa=False):
-        """query (n, Q, C) reads context (n, L, C) -> (n, Q, C). mask (Q, L) or (n, 1, Q, L), not with csa."""
+    def forward(self, query, context, mask=None):
+        """query (n, Q, C) reads context (n, L, C) -> (n, Q, C). mask (Q, L) or (n, 1, Q, L)."""
         q, k, v = self.project(query, context)
-        if csa:  # the sum of two, as in SCLIP: a patch attends to itself and to what looks like it
-            x = (attention_weights(q, q) + attention_weights(k, k)) @ v
-        elif q.device.type == 'cpu':    # up to 5 times as fast as the kernel below, in bf16
+        if q.device.type == 'cpu':    # up to 5 times as fast as the kernel below, in bf16
             x = attention_weights(q, k, mask) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -711,60 +663,25 @@ def attention_weights(q, k, mask=None):
     return scores.softmax(dim=-1)
 
 
-# --- 8. Names of the released code and of open_clip ------------------------------------------------------------------
-
-RENAMES = {          # our prefix -> theirs; first match wins. Their text tower has no prefix.
-    'visual.norm.': 'visual.ln_post.',
-    'text.norm.': 'ln_final.',
-    'text.proj': 'text_projection',
-    'image_cross.': 'visual.attn_cross_pool.',
-    'text_cross.': 'text_attn_cross_pool.',
-    'image_map.': 'image_token_mapping.',
-    'text_map.': 'text_token_mapping.',
-    'visual.': 'visual.',
-    'logit_scale': 'logit_scale',
-    'distill_logit_scale': 'distill_logit_scale',
-    'text.': '',
-}
-
-
-def rename(state_dict, table):
-    """Every key with its first matching prefix replaced; values pass untouched."""
-    renamed = {}
-    for key, value in state_dict.items():
-        prefix = next(prefix for prefix in table if key.startswith(prefix))
-        renamed[table[prefix] + key.removeprefix(prefix)] = value
-    return renamed
-
-
-def to_openclip(state_dict):
-    """Our names -> the released code's. open_clip takes them by strict=False: it has no place for cross-attention, its
-    maps and its scale."""
-    return rename(state_dict, RENAMES)
-
-
-def from_openclip(state_dict):
-    """The released code's or open_clip's names -> ours, for load_state_dict(strict=True).
-
-    open_clip's weights have no cross-attention: load them into a model with cross_heads=0.
-    """
-    return rename(state_dict, {theirs: ours for ours, theirs in RENAMES.items()})
-
-
 if __name__ == '__main__':  # python cosmos.py: forward and backward on noise, the shapes, and the parts of the loss
     torch.manual_seed(0)
-    model = COSMOS(Config.preset('tiny', vocab_size=1000))
+    config = Config(embed_dim=128, image_size=48, local_image_size=24, patch_size=8, vision_width=96, vision_layers=4,
+                    vision_heads=3, text_width=128, text_layers=2, text_heads=2, vocab_size=1000, cross_heads=4)
+    model = COSMOS(config)
     teacher = Teacher(model)
-    sizes = [48] * GLOBALS + [24] * 3
-    images = [torch.randn(3, 3, size, size) for size in sizes]          # V = 5, B = 3
-    texts = torch.randint(1, 1000, (GLOBALS + 2, 3, 64))                # U = 4; the largest id ends a text
+    B = 3
+    sides = [config.image_size] * GLOBALS + [config.local_image_size] * 3
+    images = [torch.randn(B, 3, side, side) for side in sides]          # V = 5
+    texts = torch.randint(1, 1000, (GLOBALS + 2, B, 77))                # U = 4; the largest id ends a text
     out = model(images, texts)
     cls_t, eot_t = teacher(images[:GLOBALS], texts[:GLOBALS])
     loss, parts = total_loss(model, out, cls_t, eot_t)
     loss.backward()
     for name, value in out._asdict().items():
         print(f'{name:10} {tuple(value.shape)}')
+    blind = 0
     for name, (weight, term) in parts.items():
         print(f'{name:10} {weight} x {term.item():.4f}')
-    print(f'loss       {loss.item():.4f} on noise; a blind guess costs ln 3 in each part, with these weights '
-          f'{2 * math.log(3):.4f}')
+        blind += weight * math.log(B)
+    print(f'loss       {loss.item():.4f} on noise; a blind guess costs ln {B} in each part, with these weights '
+          f'{blind:.4f}')

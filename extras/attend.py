@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data import Parser, read_image, replacing, run
-from eval import add_options, execute, need
+from eval import add_options, execute
+from plumbing.errors import Parser, command, need, replacing
+from plumbing.images import read_image
 
 # --- 1. Weights ------------------------------------------------------------------------------------------------------
 
@@ -63,7 +64,7 @@ FONTS = 'DejaVuSans.ttf', 'NotoSans-Regular.ttf', 'Arial Unicode.ttf'    # the l
 
 @lru_cache
 def picture_font():
-    """A font with letters of many scripts, where Pillow finds one among the system's. Its own, else, has ASCII alone."""
+    """A font with letters of many scripts, where Pillow finds one among the system's. Its own has ASCII alone."""
     for name in FONTS:
         with suppress(OSError):
             return ImageFont.truetype(name, 12)
@@ -121,4 +122,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run(main)
+    command(main)

@@ -1,129 +1,138 @@
-"""Where the time of a training step goes, and what one worker of the loader does.
+"""How long a training step takes, what it is spent on, and what one worker of the loader does.
 
-    python -m extras.bench step --preset vit-b-16 --batch 128     time by part, FLOPs, share of the matmul peak
+    python -m extras.bench step --preset vit-b-16 --batch 128     median time, FLOPs, share of the matmul peak, parts
     python -m extras.bench step --preset tiny --method clip       without teacher and cross-attention
+    python -m extras.bench step --data SHARDS --accum 4           any option of train.py
     python -m extras.bench loader SHARDS                          samples a second of one worker, by part
+
+`step` sets up a run as train.py does, takes a batch from its loader, and times train.train_step on it, again and again.
+Without --data the pairs are made: images of noise, captions of random words.
 """
 import contextlib
+import io
+import json
+import random
 import statistics
 import time
-from collections import defaultdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
+from PIL import Image
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from cosmos import COSMOS, GLOBALS, PRESETS, Config, Teacher, total_loss
-from data import Crops, Parser, Shards, Tokenizer, Unreadable, read_image, run
-from extras.prepare import counts_of
+from data import Crops
+from extras.prepare import counts_of, write_shard
+from plumbing.errors import Parser, Unreadable, command
+from plumbing.images import read_image
+from plumbing.processes import Processes, peak_memory, use_cores
+from plumbing.shards import Shards, find_shards
+from plumbing.tokenizer import Tokenizer
 
 SECONDS = 5             # time for each part of the loader
 WARM_UP = 2             # steps that are not timed: the first ones allocate memory and choose kernels
 PRODUCTS = 12           # of two matrices, the best of which counts as the peak
+OPERATIONS = 10         # shown, those that cost most
 
 # --- 1. A step -------------------------------------------------------------------------------------------------------
 
-class Clock:
-    """`with clock('backward'): ...` adds the seconds of the block to clock.seconds['backward'], the GPU's included."""
+STEP = """The options are those of train.py, but --workers, for the loader is not timed. Other defaults than there:
+--preset vit-b-16 --batch 32 --steps 10 (so many steps are timed), and --data is made."""
+DEFAULTS = '--preset=vit-b-16', '--batch=32', '--steps=10'
+SIDE = 256                                              # of an image that is made, in pixels
+WORDS = 'a small red dog runs over the green grass near blue water with some people behind it'.split()
 
-    def __init__(self, device):
-        self.device = device
-        self.seconds = defaultdict(list)
 
-    @contextlib.contextmanager
-    def __call__(self, part):
+def make_shard(path, pairs):
+    """A tar of images of noise, each with five sentences of 5 to 20 random words -> path."""
+    rng = random.Random(0)
+    members = []
+    for i in range(pairs):
+        noise = np.frombuffer(rng.randbytes(SIDE * SIDE * 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noise.reshape(SIDE, SIDE, 3)).save(file, 'JPEG')
+        captions = []
+        for _ in range(5):
+            captions.append(' '.join(rng.choices(WORDS, k=rng.randint(5, 20))))
+        members.append((f'{i}.jpg', file.getvalue()))
+        members.append((f'{i}.json', json.dumps(captions).encode()))
+    write_shard(path, members)
+    return path
+
+
+def timed(action, times, device):
+    """Call it so many times -> the seconds of each call, the GPU's work included."""
+    seconds = []
+    for _ in range(times):
         begun = time.perf_counter()
-        yield
-        if self.device.type != 'cpu':
+        action()
+        if device.type != 'cpu':
             torch.accelerator.synchronize()
-        self.seconds[part].append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - begun)
+    return seconds
 
 
 def matmul_peak(device, dtype):
     """FLOP/s of the best of several products of two matrices."""
     n = 2048 if device.type == 'cpu' else 8192              # side: large enough to hide a GPU's launch
     matrix = torch.randn(n, n, device=device, dtype=dtype)
-    clock = Clock(device)
-    for _ in range(PRODUCTS):
-        with clock('product'):
-            matrix @ matrix
-    return 2 * n ** 3 / min(clock.seconds['product'])
+    return 2 * n ** 3 / min(timed(lambda: matrix @ matrix, PRODUCTS, device))
 
 
-def random_views(config, method, counts, B, device):
-    """V images of noise and U captions of random words, as many as a method has of `counts`."""
-    sides = [config.image_size] * method.global_images
-    lengths = [config.context_length] * method.global_texts
-    if method.local_images:
-        sides += [config.local_image_size] * counts.local_images
-    if method.local_texts:
-        longest = min(24, config.context_length)            # of the sentences of a batch
-        lengths += [longest] * counts.local_texts
-    images = [torch.randn(B, 3, side, side, device=device) for side in sides]
-    texts = [torch.randint(config.vocab_size, (B, length), device=device) for length in lengths]
-    return images, texts
-
-
-def measure_step(preset, method, batch, precision, steps, compile):
-    """Steps on random data, timed by part: medians, samples/s, memory, FLOPs and their share of the machine's peak."""
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    train.keep_memory()
-    row = train.METHODS[method]
-    changes = {} if row.cross_attention else {'cross_heads': 0}
-    config = Config.preset(preset, **changes)
-    dtype = train.choose_dtype(precision, device)
-    model = COSMOS(config).to(device)
-    teacher = Teacher(model) if row.distills_images else None
-    optimizer = train.make_optimizer(model, 1e-4, 0.1)
-    images, texts = random_views(config, row, counts_of(PRESETS[preset].recipe), batch, device)
-    taught = texts[:GLOBALS] if row.distills_texts else None
-    clock = Clock(device)
+def measure_step(flags):
+    """Time, samples/s, memory, FLOPs and their share of the machine's peak, and the operations that cost most."""
+    with TemporaryDirectory() as folder:
+        options = train.read_options([*DEFAULTS, *flags, '--workers=0', f'--out={folder}'])
+        processes = Processes(options.device)
+        device = processes.device
+        if device.type == 'cpu':
+            use_cores(options.workers)
+        if options.data is None:
+            options.data = make_shard(Path(folder, 'made.tar'), options.batch)
+        # Tars, no folder: a held-out half in it would be tried, image by image.
+        options.data = find_shards(options.data, 'train')
+        run, _ = train.set_up(options, processes, None)
+        batch = next(train.batches_left(run))
 
     def step():
-        cls_t = eot_t = None
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            with clock('student forward'):
-                out = model(images, texts)
-            if teacher:
-                with clock('teacher forward'):
-                    cls_t, eot_t = teacher(images[:GLOBALS], taught)
-        with clock('losses'):
-            loss, _ = total_loss(model, out, cls_t, eot_t)
-        with clock('backward'):
-            loss.backward()
-        with clock('AdamW'):
-            optimizer.step()
-            optimizer.zero_grad()
-        if teacher:
-            with clock('EMA'):
-                teacher.update(model, 0.99)
+        train.train_step(run, batch.to(device))
 
-    with FlopCounterMode(display=False) as counter:         # of matrix products
+    parameters = sum(p.numel() for p in run.student.parameters())
+    print(f'{options.preset}, {options.method}, batch {options.batch}, {len(batch.crops)} images and '
+          f'{len(batch.texts)} captions, {parameters:,} parameters, {run.dtype or torch.float32} '
+          f'on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}')
+    # Of matrix products. The counter does not see into compiled blocks.
+    with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter:
         step()
-    if compile:
-        train.compile_blocks(model)
-        if teacher:
-            train.compile_blocks(teacher.model)
-    for _ in range(steps + WARM_UP):
-        with clock('step'):
-            step()
-    print(f'{preset}, {method}, batch {batch}, {len(images)} images and {len(texts)} captions, '
-          f'{dtype or torch.float32} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}')
-    report(clock, steps, batch, counter.get_total_flops(), matmul_peak(device, dtype))
+    timed(step, WARM_UP, device)
+    seconds = statistics.median(timed(step, options.steps, device))
+    print(f'step   {1000 * seconds:10,.1f} ms, the median of {options.steps}   '
+          f'{options.batch / seconds:,.1f} samples/s   {peak_memory(device):.2f} GB')
+    flops = counter.get_total_flops()
+    speed = flops / seconds
+    peak = matmul_peak(device, run.dtype)
+    print(f'FLOPs  {flops / 1e9:10,.3f} GFLOP   {speed / 1e9:,.1f} GFLOP/s, {speed / peak:.0%} of '
+          f'the {peak / 1e9:,.0f} that a product of large matrices reaches here')
+    print_parts(step, device)
 
 
-def report(clock, steps, batch, flops, peak):
-    """Print medians of the last `steps`, samples/s, memory, and FLOP/s beside the peak of a product of matrices."""
-    medians = {part: statistics.median(seconds[-steps:]) for part, seconds in clock.seconds.items()}
-    step = medians.pop('step')
-    for part, seconds in medians.items():
-        print(f'{part:18} {1000 * seconds:10.1f} ms   {seconds / step:4.0%}')
-    memory = train.peak_memory(clock.device)
-    speed = flops / step
-    print(f'step               {1000 * step:10.1f} ms   {batch / step:,.1f} samples/s   '
-          f'{memory:.2f} GB')
-    print(f'FLOPs              {flops / 1e9:10,.3f} GFLOP   {speed / 1e9:,.1f} GFLOP/s, '
-          f'{speed / peak:.0%} of the {peak / 1e9:,.0f} that a product of large matrices reaches here')
+def print_parts(step, device):
+    """The operations that cost most in a step, forward and backward together, without those that they call."""
+    with torch.profiler.profile() as profile:
+        timed(step, 1, device)
+    clock = 'self_cpu_time_total' if device.type == 'cpu' else 'self_device_time_total'
+    costs = []
+    for event in profile.key_averages():
+        if event.device_type == DeviceType.CPU:     # the others are the kernels of these
+            costs.append((getattr(event, clock), event.key, event.count))   # microseconds
+    costs.sort(reverse=True)
+    total = sum(cost for cost, _, _ in costs)
+    for cost, name, calls in costs[:OPERATIONS]:
+        milliseconds = cost / 1000
+        print(f'{name[:40]:40} {milliseconds:10,.1f} ms   {cost / total:4.0%}   {calls:6,} calls')
 
 
 # --- 2. The loader ---------------------------------------------------------------------------------------------------
@@ -131,7 +140,7 @@ def report(clock, steps, batch, flops, peak):
 def measure_loader(shards, preset):
     """What one worker does a second, by part."""
     source = Shards(shards, split='train')
-    config, recipe = PRESETS[preset]
+    config, recipe = train.PRESETS[preset]
     order = torch.randperm(len(source)).tolist()
     tokenizer = Tokenizer([], config.context_length)        # ids of words are cached, so merges cost no time
     crops = Crops(source, tokenizer, config, 0, counts_of(recipe), recipe.get('augment', 'full'))
@@ -157,25 +166,25 @@ def main():
     prog = 'python -m extras.bench'
     parser = Parser(prog=prog, usage='%(prog)s step|loader ... [options]', epilog=__doc__)
     commands = parser.add_subparsers(required=True, prog=prog)
-    command = commands.add_parser('step', help='time of a step by part', usage='%(prog)s [options]')
-    command.set_defaults(function=measure_step)
-    add = command.add_argument
-    add('--preset', choices=PRESETS, default='vit-b-16', help='model (default: %(default)s)')
-    add('--method', choices=train.METHODS, default='cosmos', help='default: %(default)s')
-    add('--batch', type=int, default=32, help='pairs a step (default: %(default)s)')
-    add('--precision', choices=['auto', *train.DTYPES], default='auto', help='auto: bf16 if fast')
-    add('--steps', type=int, default=10, help='how many are timed (default: %(default)s)')
-    add('--compile', action='store_true', help="compile the transformer's blocks")
-    command = commands.add_parser('loader', help='speed of one worker by part',
-                                  usage='%(prog)s SHARDS ... [options]')
-    command.set_defaults(function=measure_loader)
-    add = command.add_argument
+    one = commands.add_parser('step', help='time of a step, and what it is spent on', description=STEP,
+                              usage='%(prog)s [options of train.py]')
+    one.set_defaults(function=measure_step)
+    one = commands.add_parser('loader', help='speed of one worker by part',
+                              usage='%(prog)s SHARDS ... [options]')
+    one.set_defaults(function=measure_loader)
+    add = one.add_argument
     add('shards', nargs='+', help='tars, or folders of them; of train/ and val/ the half train/')
-    add('--preset', choices=PRESETS, default='vit-b-16', help='whose views (default: %(default)s)')
-    options = vars(parser.parse_args())
+    add('--preset', choices=train.PRESETS, default='vit-b-16',
+        help='whose views (default: %(default)s)')
+    options, others = parser.parse_known_args()
+    options = vars(options)
     function = options.pop('function')
+    if function is measure_step:
+        options['flags'] = others                           # for train.py's own parser
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     function(**options)
 
 
 if __name__ == '__main__':
-    run(main)
+    command(main)

@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from data import Parser, Refused, run
-from eval import add_options, embed_images, embed_texts, execute, need, read_json, reading
+from eval import add_options, embed_images, embed_texts, execute
 from extras.prepare import read_rows
+from plumbing.errors import Parser, Refused, command, need, read_json, reading
 
 # --- 1. Items, and the layouts they are published in -----------------------------------------------------------------
 
@@ -219,4 +219,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run(main)
+    command(main)

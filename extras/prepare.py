@@ -21,15 +21,19 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from torchvision.transforms.v2.functional import resize
 from torchvision.utils import save_image
 
-from cosmos import PRESETS
-from data import (CAPTION_KEYS, DREAMLIP, JITTERS, Counts, Crops, Parser, Refused, Shards, Tokenizer,
-                  Unreadable, caption_pool, open_image, read_image, pillow_errors, recolour,
-                  replacing, run, sentences)
-from eval import need, progress, read_json, write_json
+from data import Counts, Crops
+from eval import progress
+from extras.report import sample_views
+from plumbing.captions import CAPTION_KEYS, DREAMLIP, caption_pool, sentences
+from plumbing.errors import (Parser, Refused, Unreadable, command, need, positive, read_json, replacing, share,
+                             write_json)
+from plumbing.images import open_image, pillow_errors, read_image
+from plumbing.shards import Shards
+from plumbing.tokenizer import LEARNED_VOCAB, Tokenizer
+from train import PRESETS
 
 IMAGE_COLUMNS = ('image', 'image_path', 'filepath', 'file_name', 'filename', 'path', 'file',
                  'image_name')
@@ -38,7 +42,6 @@ URL_COLUMNS = 'url', 'URL', 'image_url', 'Image Path', 'image_path'     # DreamL
 CAPTION_COLUMNS = 'caption', 'title', 'text', 'sentence'                # the first that is filled is the caption
 NAMED = 10              # images that cannot be used: the first show what is wrong with all
 INSPECTED = 5000        # pairs at most: enough for percentages, read in minutes
-LEARNED = 8192          # ids of a vocabulary that is learned to count tokens, as train.py learns it
 KINDS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}     # MPO: of some phones
 
 # --- 1. Rows ---------------------------------------------------------------------------------------------------------
@@ -316,20 +319,6 @@ def join(table, shards, out):
 TILE = 128      # side of a view on the sheet, in pixels
 
 
-def sample_views(crops):
-    """What the student is shown: yields (index, views (3, s, s) in [0, 1], captions, boxes) of pairs from all over the
-    set."""
-    for index in np.unique(np.linspace(0, len(crops.shards) - 1, 4, dtype=int)):
-        try:
-            images, colours, captions, boxes = crops.sample(0, index)
-        except Unreadable:
-            continue
-        views = []
-        for image, numbers in zip(images, colours):
-            views.append(recolour(image[None], torch.tensor([numbers]), JITTERS)[0])
-        yield index, views, captions, boxes
-
-
 def sample_sheet(crops, path):
     """A PNG of what the student is shown, a row for each pair, and its captions on the terminal."""
     tiles = []
@@ -355,7 +344,7 @@ def too_long(captions, texts, context_length, vocab):
         tokenizer = Tokenizer.clip(vocab)
         by = "CLIP's vocabulary"
     else:
-        tokenizer = Tokenizer.learn(texts, LEARNED)
+        tokenizer = Tokenizer.learn(texts, LEARNED_VOCAB)
         by = 'a vocabulary learned from these pairs'
     room = context_length - 2                       # without start and end
     long = sum(len(tokenizer.encode(caption)) > room for caption in captions)
@@ -417,25 +406,25 @@ def main():
     parser = Parser(prog=prog, usage='%(prog)s pack|join|inspect ... [options]', epilog=__doc__)
     commands = parser.add_subparsers(required=True, prog=prog)
 
-    def command(function, arguments, text):
+    def add_command(function, arguments, text):
         one = commands.add_parser(function.__name__, usage=f'%(prog)s {arguments} [options]', help=text)
         one.set_defaults(function=function)
         return one.add_argument
 
-    add = command(pack, 'ROWS IMAGES OUT', 'rows and a folder of images into shards')
+    add = add_command(pack, 'ROWS IMAGES OUT', 'rows and a folder of images into shards')
     add('rows', help='JSONL {"image", "captions"}, a CSV or TSV alike, or COCO-caption JSON')
     add('images', help='folder in which the images have these names')
     add('out', help='folder of the shards')
     add('--image-column',
         help=f"column of the image names (default: the first of {', '.join(IMAGE_COLUMNS)})")
     add('--caption-column', help='column of the caption; no other text of the row is then used')
-    add('--val', type=float, default=0.0, help='share of the images for OUT/val; OUT/train has the others')
-    add('--size', type=int, default=5000, help='images a shard (default: %(default)s)')
-    add = command(join, 'TABLE SHARDS ... OUT', "DreamLIP's captions onto img2dataset's shards")
+    add('--val', type=share, default=0.0, help='share of the images for OUT/val; OUT/train has the others')
+    add('--size', type=positive, default=5000, help='images a shard (default: %(default)s)')
+    add = add_command(join, 'TABLE SHARDS ... OUT', "DreamLIP's captions onto img2dataset's shards")
     add('table', help='CSV with a column of URLs, and seven of captions')
     add('shards', nargs='+', help='tars, or folders of them, whose json has the url')
     add('out', help='folder of the new shards')
-    add = command(inspect, 'SHARDS ...', 'counts, captions, what training would skip, views')
+    add = add_command(inspect, 'SHARDS ...', 'counts, captions, what training would skip, views')
     add('shards', nargs='+', help='tars, or folders of them; of train/ and val/ the half train/')
     add('--caption-keys', help='comma-separated json keys of the captions')
     add('--preset', choices=PRESETS, default='tiny', help='whose views (default: %(default)s)')
@@ -447,4 +436,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run(main)
+    command(main)

@@ -3,9 +3,9 @@
     python -m extras.report runs/tiny-cosmos                    writes runs/tiny-cosmos/report.html
     python -m extras.report runs/tiny-cosmos runs/tiny-clip     both on one page, in the folder of the first
 
-The page is one file that opens from disk; report.html beside this module is its template. `train.py` writes it at the
-end of a run. Before, it calls `begin` once and `store` at each evaluation: they leave in maps.npz what the page shows
-beside config.json, log.jsonl and eval.json. So the page needs neither weights nor data.
+The page is one file that opens from disk; report.html beside this module is its template. `Report` writes it at the end
+of a run of train.py. Before the first step and at each evaluation it leaves in maps.npz what the page shows beside
+config.json, log.jsonl and eval.json. So the page needs neither weights nor data.
 """
 import base64
 import io
@@ -22,10 +22,12 @@ from PIL import ImageOps
 from torchvision.transforms.v2.functional import to_pil_image
 
 from cosmos import unit
-from data import Parser, Refused, read_image, replacing, run
-from eval import need, read_json, read_lines, shard_captions, shard_image
+from eval import encode_dense, shard_captions, shard_image
 from extras.attend import stretch, word_weights
-from extras.prepare import sample_views
+from plumbing.colours import OPERATIONS, recolour
+from plumbing.errors import (Parser, Refused, Unreadable, command, need, read_json, read_lines,
+                             replacing)
+from plumbing.images import read_image
 
 SHOWN = 24              # images of the explorer, the first held-out ones
 RIVALS = 5              # captions of other images that an image is asked about, too
@@ -56,26 +58,19 @@ def picture(image, side):
     return 'data:image/jpeg;base64,' + base64.b64encode(file.getvalue()).decode()
 
 
-def begin(crops, folder):
-    """What is known before the first step: four pairs as the student sees them, and how the run was started."""
-    pairs = []
-    for index, views, captions, boxes in sample_views(crops):
-        image = read_image(crops.shards.image(index))
-        pairs.append({
-            'image': picture(image, SIDE),
-            'size': image.size,                             # in which the boxes are given
-            'views': [picture(to_pil_image(view), SMALL) for view in views],
-            'boxes': boxes,                                 # (y, x, h, w)
-            'captions': captions})
-    machine = platform.platform()
-    if torch.cuda.is_available():
-        machine += f', {torch.cuda.get_device_name()}'
-    keep(folder, 'start', {
-        'pairs': pairs,
-        'counts': crops.counts,
-        'command': shlex.join(['python', *sys.argv]),
-        'machine': machine,
-        'versions': f'Python {platform.python_version()}, torch {torch.__version__}'})
+def sample_views(crops):
+    """What the student is shown: yields (index, views (3, s, s) in [0, 1], captions, boxes) of pairs from all over the
+    set."""
+    for index in np.unique(np.linspace(0, len(crops.shards) - 1, 4, dtype=int)):
+        try:
+            images, strengths, captions, boxes = crops.sample(0, index)
+        except Unreadable:
+            continue
+        views = []
+        for image, of_image in zip(images, strengths):
+            batch = {name: torch.tensor([strength]) for name, strength in of_image.items()}
+            views.append(recolour(image[None], batch, OPERATIONS)[0])
+        yield index, views, captions, boxes
 
 
 def texts_about(i, pools, record):
@@ -114,7 +109,7 @@ def ask(model, tokenizer, pixels, entries):
         for entry, row in zip(entries, weights):
             entry['words'] = word_weights(tokenizer, entry['text'], row)
     else:
-        dense = model.encode_dense(pixels).flatten(1, 2)                # (B, P, D)
+        dense = encode_dense(model, pixels).flatten(1, 2)               # (B, P, D)
         maps = torch.einsum('npd,nd->np', dense[owner], unit(eot))
     cosines = torch.cosine_similarity(cls, eot)
     for entry, cosine, grid in zip(entries, cosines, maps.cpu()):
@@ -124,26 +119,55 @@ def ask(model, tokenizer, pixels, entries):
         entry['ends'] = grid.aminmax()
 
 
-@torch.no_grad()
-def store(model, tokenizer, preprocess, shards, folder, step):
-    """What the page shows of an evaluation: the first held-out images, and texts about them."""
-    captions, owner = shard_captions(shards)
-    pools = [[] for _ in range(min(SHOWN, len(shards)))]
-    for caption, i in zip(captions, owner):
-        if i < SHOWN:
-            pools[i].append(caption)
-    pixels = []
-    images = []
-    entries = []
-    for i in range(len(pools)):
-        image = shard_image(shards, i)
-        pixels.append(preprocess(image))
-        images.append(picture(ImageOps.fit(image, (SIDE, SIDE)), SIDE))         # as the model sees it
-        for kind, text, of in texts_about(i, pools, shards.record(i)):
-            entries.append({'image': i, 'kind': kind, 'text': text, 'of': of})
-    ask(model, tokenizer, torch.stack(pixels).to(model.logit_scale.device), entries)
-    keep(folder, f'step {step:09d}', {'step': step, 'texts': entries})
-    keep(folder, 'images', images)
+class Report:
+    """A watcher for train.main: it leaves what the page shows in the folder of the run, and writes the page at the
+    end."""
+
+    def begin(self, run):
+        """What is known before the first step: four pairs as the student sees them, and how the run was started."""
+        pairs = []
+        for index, views, captions, boxes in sample_views(run.train_set):
+            image = read_image(run.train_set.shards.image(index))
+            pairs.append({
+                'image': picture(image, SIDE),
+                'size': image.size,                         # in which the boxes are given
+                'views': [picture(to_pil_image(view), SMALL) for view in views],
+                'boxes': boxes,                             # (y, x, h, w)
+                'captions': captions})
+        machine = platform.platform()
+        if torch.cuda.is_available():
+            machine += f', {torch.cuda.get_device_name()}'
+        keep(run.folder, 'start', {
+            'pairs': pairs,
+            'counts': run.train_set.counts,
+            'command': shlex.join(['python', *sys.argv]),
+            'machine': machine,
+            'versions': f'Python {platform.python_version()}, torch {torch.__version__}'})
+
+    @torch.no_grad()
+    def evaluated(self, run, seen):
+        """What the page shows of an evaluation: the first held-out images, and texts about them -> no figures."""
+        captions, owner = shard_captions(seen.val)
+        pools = [[] for _ in range(min(SHOWN, len(seen.val)))]
+        for caption, i in zip(captions, owner):
+            if i < SHOWN:
+                pools[i].append(caption)
+        pixels = []
+        images = []
+        entries = []
+        for i in range(len(pools)):
+            image = shard_image(seen.val, i)
+            pixels.append(seen.preprocess(image))
+            images.append(picture(ImageOps.fit(image, (SIDE, SIDE)), SIDE))     # as the model sees it
+            for kind, text, of in texts_about(i, pools, seen.val.record(i)):
+                entries.append({'image': i, 'kind': kind, 'text': text, 'of': of})
+        ask(seen.model, seen.tokenizer, torch.stack(pixels).to(seen.model.logit_scale.device), entries)
+        keep(run.folder, f'step {run.step:09d}', {'step': run.step, 'texts': entries})
+        keep(run.folder, 'images', images)
+        return {}
+
+    def finish(self, run):
+        print(f'report     {write([run.folder])}')
 
 
 # --- 2. The page -----------------------------------------------------------------------------------------------------
@@ -205,4 +229,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run(main)
+    command(main)

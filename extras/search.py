@@ -15,10 +15,11 @@ from PIL import Image, ImageDraw, ImageOps
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 
-from data import Parser, Unreadable, read_image, replacing, run, save_tensors
-from eval import (add_options, embed_images, embed_texts, execute, images_in, need, progress,
-                  read_checkpoint)
+from eval import add_options, embed_images, embed_texts, execute, progress
 from extras.attend import picture_font
+from plumbing.errors import Parser, Unreadable, command, need, positive, replacing, save_tensors
+from plumbing.images import images_in, read_image
+from plumbing.weights import read_checkpoint
 
 TILE = 176              # side of an image in the sheet, in pixels
 LABEL = 50              # three lines below it
@@ -93,7 +94,7 @@ def main():
     add('query', nargs='*', help='what to look for, in quotes')
     add('--like', help='an image to look for instead of words')
     add('--images', required=True, help='folder of images')
-    add('--top', type=int, default=12, help='how many to show (default: %(default)s)')
+    add('--top', type=positive, default=12, help='how many to show (default: %(default)s)')
     add('--out', default='runs/search.png', help='the contact sheet (default: %(default)s)')
     add('--features', help='file that keeps the features of the images')
     # Not parse_args: before Python 3.13 it does not find an optional word behind flags.
@@ -104,4 +105,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run(main)
+    command(main)

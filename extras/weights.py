@@ -14,10 +14,13 @@ from pathlib import Path
 
 import torch
 
-from cosmos import COSMOS, from_openclip, to_openclip
-from data import Parser, Refused, Tokenizer, run, save_tensors
-from eval import (clean_names, infer_config, load, load_weights, need, read_checkpoint, read_json,
-                  reading, write_json)
+from cosmos import COSMOS
+from eval import load
+from plumbing.errors import (Parser, Refused, command, need, read_json, reading, save_tensors,
+                             write_json)
+from plumbing.tokenizer import Tokenizer
+from plumbing.weights import (clean_names, from_openclip, infer_config, load_weights,
+                              read_checkpoint, to_openclip)
 
 # --- 1. Ours for open_clip -------------------------------------------------------------------------------------------
 
@@ -146,26 +149,26 @@ def main():
     prog = 'python -m extras.weights'
     parser = Parser(prog=prog, usage='%(prog)s export|import|fetch ...', epilog=__doc__)
     commands = parser.add_subparsers(required=True, prog=prog)
-    command = commands.add_parser('export', help='ours, for open_clip', usage='%(prog)s CKPT OUT.pt')
-    command.set_defaults(function=export)
-    add = command.add_argument
+    one = commands.add_parser('export', help='ours, for open_clip', usage='%(prog)s CKPT OUT.pt')
+    one.set_defaults(function=export)
+    add = one.add_argument
     add('checkpoint', metavar='CKPT')
     add('out', metavar='OUT.pt', help='OUT.json is written beside it')
-    command = commands.add_parser('import', help="others', as ours",
-                                  usage='%(prog)s OTHER.pt OUT.pt [options]')
-    command.set_defaults(function=import_weights)
-    add = command.add_argument
+    one = commands.add_parser('import', help="others', as ours",
+                              usage='%(prog)s OTHER.pt OUT.pt [options]')
+    one.set_defaults(function=import_weights)
+    add = one.add_argument
     add('other', metavar='OTHER.pt', help='a state dict, or a file of safetensors')
     add('out', metavar='OUT.pt', help='our checkpoint')
     add('--config', help="open_clip's model config, for heads that are not 64 wide")
     add('--quick-gelu', action='store_true', help="the activation of OpenAI's CLIP")
-    command = commands.add_parser('fetch', help='the released weights', usage='%(prog)s NAME')
-    command.set_defaults(function=fetch)
-    command.add_argument('name', choices=NAMES, help=', '.join(NAMES))
+    one = commands.add_parser('fetch', help='the released weights', usage='%(prog)s NAME')
+    one.set_defaults(function=fetch)
+    one.add_argument('name', choices=NAMES, help=', '.join(NAMES))
     options = vars(parser.parse_args())
     function = options.pop('function')
     function(**options)
 
 
 if __name__ == '__main__':
-    run(main)
+    command(main)

@@ -1,40 +1,40 @@
 """The experiments of the course: what is run, each run a row of lesson/results.csv.
 
     python -m lesson.experiments minutes                    the runs of `minutes` that have no row, two side by side
-    python -m lesson.experiments minutes --run cosmos 0     one run: its figures; the next start adds its row
+    python -m lesson.experiments minutes --run cosmos 0     one run: its figures, and its row where it has none
 
-A run that has a row is not made again, whichever experiments it belongs to, and one that was interrupted goes on where
-it stopped: start the command again. Each run is a process of one thread on the CPU, whose scenes, checkpoint and log
-lie in runs/lesson. A seed draws its own training scenes; held-out scenes are the same for all.
+A run that has a row is not made again, whichever experiments it belongs to. After an interruption start the command
+again. A run is a call of lesson.onepage.train, in a process of one thread on the CPU. Its scenes and its networks
+(last.pt) lie in runs/lesson. A seed draws its own training scenes; held-out scenes are the same for all.
 
 Methods race on two tracks. `pairs`: all see as many pairs, the paper's comparison. `minutes`: all take as long. Every
 run ends its own schedule. What is measured is the moving average of its weights, in every method.
 """
 import csv
-import json
 import math
 import os
 import platform
 import re
 import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-import eval as evaluation
-import train
-from cosmos import COSMOS, Output, unit
-from data import Order, Parser, Shards, replacing, run
-from lesson import suppression
+from cosmos import COSMOS, Output, image_terms, no_terms, unit
+from data import Counts, Order, Shards
+from eval import load, show
+from lesson import onepage, suppression
 from lesson.scenes import VERSION, make_scenes
+from plumbing import runs
+from plumbing.errors import Parser, command, need, positive, replacing, save_tensors
 
 # --- 1. Other models, and other batches ------------------------------------------------------------------------------
 
@@ -82,9 +82,9 @@ class ReadsAnotherPair(ReadsOtherwise):
 
 def color_groups(scenes):
     """-> a number for the colours of each scene, (n,): the same for the same ones, and a near one for similar ones."""
-    colors = [tuple(sorted(thing.color for thing in scene)) for scene in scenes]
-    groups = sorted(set(colors))
-    return np.array([groups.index(each) for each in colors])
+    colors = [' '.join(sorted(thing.color for thing in scene)) for scene in scenes]
+    _, groups = np.unique(colors, return_inverse=True)
+    return groups
 
 
 @dataclass
@@ -113,26 +113,25 @@ class Method(NamedTuple):
     objects. Without residual, and with another pair, COSMOS keeps its rate.
     """
     label: str                      # in plots
-    train_method: str               # --method of train.py
     batch: int
     steps: int
     rate: float
-    model: type = COSMOS
+    differs: dict = {}              # from COSMOS, as keywords of onepage.train
 
 
+CLIP = {'terms': no_terms, 'heads': 0}
 METHODS = {
-    'clip': Method('CLIP', 'clip', 64, 1684, 2.5e-4),
-    'clip-aug': Method('CLIP, two crops', 'clip-aug', 32, 2256, 1.25e-4),
-    'text-crop': Method('text crops', 'text-crop', 32, 1368, 5e-4),
+    'clip': Method('CLIP', 64, 1684, 2.5e-4, CLIP | {'counts': Counts(1, 0, 1, 0), 'crop_min': 0.9}),
+    'clip-aug': Method('CLIP, two crops', 32, 2256, 1.25e-4, CLIP | {'counts': Counts(2, 0, 1, 0)}),
+    'text-crop': Method('text crops', 32, 1368, 5e-4, {'terms': image_terms, 'heads': 0}),
     'without-cross-attention': Method(
-        'COSMOS without cross-attention', 'cosmos', 32, 1150, 1e-3, WithoutCrossAttention),
-    'without-residual': Method('COSMOS without residual', 'cosmos', 32, 1000, 1e-3, WithoutResidual),
-    'another-pair': Method('COSMOS that reads another pair', 'cosmos', 32, 1000, 1e-3, ReadsAnotherPair),
-    'cosmos': Method('COSMOS', 'cosmos', 32, 1000, 1e-3)}
+        'COSMOS without cross-attention', 32, 1150, 1e-3, {'model': WithoutCrossAttention}),
+    'without-residual': Method('COSMOS without residual', 32, 1000, 1e-3, {'model': WithoutResidual}),
+    'another-pair': Method('COSMOS that reads another pair', 32, 1000, 1e-3, {'model': ReadsAnotherPair}),
+    'cosmos': Method('COSMOS', 32, 1000, 1e-3)}
 SCENES = 4000                       # for training
 EIGHT = range(8)                    # seeds, where five left a difference open or nearly so
 PRECISION = 'bf16'
-EVALUATIONS = 5                     # of a run, the last one at its end
 
 # Options of make_scenes: the built-in set, and others with the same small object: alone, beside an equal, beside an equal
 # in a world of more colours, beside a big one.
@@ -157,12 +156,18 @@ class Variant(NamedTuple):
     seeds: range = range(5)
     tested: tuple = ()              # worlds in which it is asked for names, too
 
+    def schedule(self):
+        """-> steps, peak learning rate"""
+        method = METHODS[self.method]
+        return self.steps or method.steps, self.rate or method.rate
+
 
 def tune(rates, seed=100, steps={}, **how):
-    """Which learning rate is best? On a seed that is used for nothing else. steps: {method: steps}, else its own."""
+    """Which learning rate is best? On a seed that is used for nothing else. rates: {method: those to try}. steps:
+    {method: steps}, else its own."""
     variants = {}
     for method, tried in rates.items():
-        for rate in tried:
+        for rate in map(float, tried.split()):
             variants[f'{method}-{rate:g}'] = Variant(
                 method, steps=steps.get(method, 0), rate=rate, seeds=range(seed, seed + 1), **how)
     return variants
@@ -214,22 +219,22 @@ NOBODY = 'nobody'                   # the method of a row that tells what advers
 EXPERIMENTS = {
     'worlds': {world: Variant(NOBODY, world, seeds=range(1)) for world in WORLDS},
     'tune': tune({
-        'clip': [5e-4, 2.5e-4, 1.25e-4],
-        'clip-aug': [5e-4, 2.5e-4, 1.25e-4],
-        'text-crop': [1e-3, 5e-4, 2.5e-4],
-        'without-cross-attention': [2e-3, 1e-3, 5e-4],
-        'cosmos': [2e-3, 1e-3, 5e-4, 2.5e-4]}),
+        'clip': '5e-4 2.5e-4 1.25e-4',
+        'clip-aug': '5e-4 2.5e-4 1.25e-4',
+        'text-crop': '1e-3 5e-4 2.5e-4',
+        'without-cross-attention': '2e-3 1e-3 5e-4',
+        'cosmos': '2e-3 1e-3 5e-4 2.5e-4'}),
     'tune-again': tune({
-        'clip': [2.5e-4, 1.25e-4],
-        'text-crop': [5e-4, 2.5e-4],
-        'cosmos': [1e-3, 5e-4]}, seed=101),
-    'tune-pairs': tune({'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4]}, steps={'clip': 500}),
+        'clip': '2.5e-4 1.25e-4',
+        'text-crop': '5e-4 2.5e-4',
+        'cosmos': '1e-3 5e-4'}, seed=101),
+    'tune-pairs': tune({'clip': '1e-3 5e-4 2.5e-4 1.25e-4'}, steps={'clip': 500}),
     'tune-longer': tune({
-        'clip': [2.5e-4, 1.25e-4],
-        'text-crop': [5e-4, 2.5e-4],
-        'without-cross-attention': [1e-3, 5e-4],
-        'cosmos': [1e-3, 5e-4]}, seed=0, steps=LONGER),
-    'tune-big': tune({'clip': [1e-3, 5e-4, 2.5e-4, 1.25e-4], 'cosmos': [1e-3, 5e-4]}, world='big'),
+        'clip': '2.5e-4 1.25e-4',
+        'text-crop': '5e-4 2.5e-4',
+        'without-cross-attention': '1e-3 5e-4',
+        'cosmos': '1e-3 5e-4'}, seed=0, steps=LONGER),
+    'tune-big': tune({'clip': '1e-3 5e-4 2.5e-4 1.25e-4', 'cosmos': '1e-3 5e-4'}, world='big'),
     'batches': batches(),
     'company': company(),
     'first': race({'cosmos': 0}, range(1)),                             # the run of `python train.py`
@@ -243,20 +248,12 @@ EXPERIMENTS = {
 
 # --- 3. One run ------------------------------------------------------------------------------------------------------
 
-def flags_of(variant):
-    """What tells runs apart but for scenes, batches and seed, as flags of train.py. All else is the recipe of `tiny`."""
-    method = METHODS[variant.method]
-    steps = variant.steps or method.steps
-    rate = variant.rate or method.rate
-    every = math.ceil(steps / EVALUATIONS)
-    return f'--method {method.train_method} --batch {method.batch} --steps {steps} --lr {rate} --eval-every {every}'
-
-
 def recipe(variant):
     """All that makes a run but its seed, in words. Runs of the same recipe and seed are one run."""
-    words = f'{variant.method} on {SCENES} of {variant.world}'
+    words = f'{variant.method}, {SCENES} scenes of {variant.world}'
     if variant.method != NOBODY:
-        words += f', {variant.grouped:g} grouped, {flags_of(variant)}'
+        steps, rate = variant.schedule()
+        words += f', grouped {variant.grouped:g}, batch {METHODS[variant.method].batch}, steps {steps}, rate {rate}'
     return words
 
 
@@ -266,7 +263,7 @@ def folder(words):
 
 
 def run_folder(variant, seed):
-    """Named by all that makes the run, so that another one never goes on from its checkpoint."""
+    """Named by all that makes the run, so that --look never takes another one."""
     return folder(f"{origin()['commit']} {recipe(variant)} {seed}")
 
 
@@ -278,14 +275,17 @@ def scene_folder(world, seed):
     return path
 
 
+CODE = ('cosmos.py data.py eval.py lesson/onepage.py lesson/scenes.py lesson/suppression.py plumbing/captions.py '
+        'plumbing/colours.py plumbing/images.py plumbing/processes.py plumbing/shards.py plumbing/tokenizer.py')
+
+
 def origin():
     """The machine, and the last commit that changed the code of a run, but for this file: what it decides stands in the
     recipe. Edits that are not committed go unseen."""
     line = subprocess.getoutput('grep -sm1 "model name" /proc/cpuinfo')     # Linux tells more
     name = line.partition(': ')[2] or platform.processor()
-    command = 'git log -1 --format=%h -- cosmos.py data.py eval.py train.py lesson/scenes.py lesson/suppression.py'
     return {
-        'commit': subprocess.getoutput(command),
+        'commit': subprocess.getoutput(f'git log -1 --format=%h -- {CODE}'),
         'machine': f'{name}, {os.cpu_count()} cores',
         'precision': PRECISION}
 
@@ -301,31 +301,32 @@ def flat(figures, prefix=''):
     return row
 
 
-def read_end(out, batch):
-    """How much a run took, and the parts of its last loss as shares of what a blind guess costs."""
-    end = evaluation.read_json(out / 'eval.json')
-    *_, line = evaluation.read_lines(out / 'log.jsonl')
-    entry = json.loads(line)
-    return {
-        'steps': end['steps'],
-        'seconds': end['seconds'],
-        'pairs': end['steps'] * batch,
-        'loss': {name: entry[name] / entry['chance'] for name in entry['weights']}}
-
-
 def train_run(variant, seed, scenes, out):
-    """Train a variant in this process, or go on with it."""
-    hooks = {'build': METHODS[variant.method].model, 'keep_teacher': True}
+    """Train a variant, and save its networks -> what that took, and the parts of its last loss as shares of what a
+    blind guess costs."""
+    method = METHODS[variant.method]
+    steps, rate = variant.schedule()
+    differs = dict(method.differs)
     if variant.grouped:
         listed = suppression.read_scenes(Shards(scenes / 'train'))
-        hooks['make_order'] = partial(Grouped, groups=color_groups(listed), share=variant.grouped)
-    command = (f'--preset tiny --data {scenes} --workers 0 --seed {seed} --device cpu --precision {PRECISION} '
-               f'--out {out} --resume auto --save-minutes 2 ')
-    try:
-        train.main((command + flags_of(variant)).split(), **hooks)
-    except SystemExit as stop:
-        if stop.code:                                   # in mid-schedule, which is no result
-            raise
+        differs['order'] = partial(Grouped, groups=color_groups(listed), share=variant.grouped)
+    losses = {}
+
+    def keep_losses(step, loss, parts):
+        for name, (_, term) in parts.items():
+            losses[name] = term.item() / math.log(method.batch)
+
+    begun = time.perf_counter()
+    student, teacher, _ = onepage.train(
+        scenes, steps, seed, PRECISION, batch=method.batch, rate=rate, watch=keep_losses, **differs)
+    seconds = int(time.perf_counter() - begun)
+    merges = onepage.learn_tokenizer(scenes).merges
+    saved = runs.networks(student, teacher, student.config, merges, steps)
+    if not student.has_cross_attention:                 # eval.load expects a plain CLIP, which has one scale
+        for network in 'student', 'teacher':
+            saved[network].pop('distill_logit_scale', None)
+    save_tensors(out, saved)
+    return {'steps': steps, 'seconds': seconds, 'pairs': steps * method.batch, 'loss': losses}
 
 
 def world_figures(scenes):
@@ -334,30 +335,29 @@ def world_figures(scenes):
     return {'R@1': suppression.oracles(listed)} | suppression.adversaries(known, listed, twins)
 
 
-def run_figures(variant, seed, scenes, out):
-    """Train, then measure."""
-    train_run(variant, seed, scenes, out)
-    scored = evaluation.load(out, build=METHODS[variant.method].model)
+def run_figures(variant, seed, scenes):
+    """Train, then measure the average of the weights."""
+    out = run_folder(variant, seed) / 'last.pt'
+    took = train_run(variant, seed, scenes, out)
+    scored = load(out)
     figures = suppression.measure(SimpleNamespace(shards=scenes, workers=0), *scored)
     for world in variant.tested:
         shards = Shards(scene_folder(world, seed) / 'val')
         scores = suppression.scores_of(shards, *scored)
         figures[world] = suppression.named(scores, suppression.read_scenes(shards))
-    return read_end(out, METHODS[variant.method].batch) | figures
+    return took | figures
 
 
-def make_row(variant, seed):
-    """All figures of a run, which is trained first; they go into row.json of its folder, too."""
+def make_row(variants, key):
+    """All figures of a run, which is trained first. key: seed, name of a variant."""
+    seed, name = key
+    variant = variants[name]
     scenes = scene_folder(variant.world, seed)
-    out = run_folder(variant, seed)
     if variant.method == NOBODY:
         figures = world_figures(scenes)
     else:
-        figures = run_figures(variant, seed, scenes, out)
-    row = {'run': recipe(variant), 'seed': seed} | origin() | flat(figures)
-    out.mkdir(parents=True, exist_ok=True)
-    evaluation.write_json(out / 'row.json', row)
-    return row
+        figures = run_figures(variant, seed, scenes)
+    return {'run': recipe(variant), 'seed': seed} | origin() | flat(figures)
 
 
 # --- 4. Many runs ----------------------------------------------------------------------------------------------------
@@ -372,15 +372,16 @@ def read_results():
 
 
 def add_result(row):
-    """A new row may have new columns, so the file is written anew, whole or not at all."""
-    rows = [*read_results().values(), row]
+    """Unless the run has a row. A new one may have new columns, so the file is written anew, whole or not at all."""
+    rows = read_results()
+    rows.setdefault((row['run'], row['seed']), row)
     columns = {}
-    for each in rows:
+    for each in rows.values():
         columns |= each
-    with replacing(RESULTS) as partial, open(partial, 'w') as file:
+    with replacing(RESULTS) as temporary, open(temporary, 'w') as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(rows.values())
 
 
 def missing_runs(experiment, seeds=None):
@@ -396,40 +397,29 @@ def missing_runs(experiment, seeds=None):
     return sorted(missing)
 
 
-def launch(experiment, key):
-    """Make a run in a process of its own, unless its row.json is there -> its row."""
-    seed, name = key
-    figures = run_folder(EXPERIMENTS[experiment][name], seed) / 'row.json'
-    if not figures.exists():
-        command = [sys.executable, '-m', 'lesson.experiments', experiment, '--run', name, f'{seed}']
-        done = subprocess.run(command, stdout=subprocess.DEVNULL)
-        evaluation.need(not done.returncode, f'{name} {seed} failed; start again for the rows of the others')
-    return evaluation.read_json(figures)
-
-
 def main():
     parser = Parser(epilog=__doc__)
     parser.add_argument('experiment', choices=EXPERIMENTS)
-    parser.add_argument('--seeds', type=int, help='how many, instead of those of the course')
-    parser.add_argument('--run', nargs=2, default=[], metavar=('VARIANT', 'SEED'), help='make one run')
+    parser.add_argument('--seeds', type=positive, help='how many, instead of those of the course')
+    parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run')
     args = parser.parse_args()
     variants = EXPERIMENTS[args.experiment]
+    wanted = missing_runs(args.experiment, args.seeds)
+    print(f'{len(wanted)} runs have no row in {RESULTS}; --run makes one of the others again')
     if args.run:
-        os.environ['OMP_NUM_THREADS'] = '1'             # train.py asks for it
-        torch.set_num_threads(1)
         name, seed = args.run
-        evaluation.need(name in variants, f'no variant is called {name}; take one of {", ".join(variants)}')
-        evaluation.show(make_row(variants[name], int(seed)))
-        return
-    missing = missing_runs(args.experiment, args.seeds)
-    for seed, name in missing:                          # before two runs need it
+        need(name in variants, f'no variant is called {name}; take one of {", ".join(variants)}')
+        wanted = [(int(seed), name)]
+    for seed, name in wanted:                           # before two runs need it
         for world in (variants[name].world, *variants[name].tested):
             scene_folder(world, seed)
-    print(f'{len(missing)} runs have no row in {RESULTS}; --run makes one of the others again')
-    with ThreadPoolExecutor(2) as pool:
-        for row in pool.map(partial(launch, args.experiment), missing):
+    # Of the processes that start below: runs take a thread each, and no GPU.
+    os.environ |= {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    with ProcessPoolExecutor(2, get_context('spawn')) as pool:
+        for row in pool.map(partial(make_row, variants), wanted):
+            show(row)
             add_result(row)
 
 
 if __name__ == '__main__':
-    run(main)
+    command(main)

@@ -22,12 +22,13 @@ from statistics import fmean, stdev
 import numpy as np
 from PIL import Image
 
-from data import Parser, Shards, run
+from eval import load, shard_image
 from extras.attend import attention
-from eval import load, need, read_json, shard_image, write_json
 from lesson import suppression
 from lesson.experiments import (COMPANY, EXPERIMENTS, METHODS, RESULTS, missing_runs, read_results, recipe,
                                 run_folder, scene_folder)
+from plumbing.errors import Parser, command, need, read_json, write_json
+from plumbing.shards import Shards
 
 PAGES = [Path('README.md'), Path('lesson/README.md')]
 LOOKS = Path('lesson/looks.json')
@@ -123,8 +124,7 @@ SCENES = 6              # of the maps: the first ones
 
 def scored_run(variant):
     """Of seed 0 -> what evaluation.load returns, and its held-out scenes."""
-    scored = load(run_folder(variant, 0), build=METHODS[variant.method].model)
-    return scored, held_out(variant.world)
+    return load(run_folder(variant, 0)), held_out(variant.world)
 
 
 def name_bars(variant):
@@ -349,4 +349,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run(main)
+    command(main)

@@ -11,11 +11,11 @@ sentence tells the size, the place or the role of its object. Nothing but its ou
 dominant ones cover one number of pixels, all small ones another, each in one colour, and places are drawn alike for all
 shapes. Objects never touch.
 
-DIR/train, DIR/val and DIR/twins hold tars of KEY.webp, KEY.json and, outside train, KEY.mask.png: 0 is the ground, k
-the k-th object. The json has `captions`: of train ten sentences, of the others one caption that names every object
-once. And `objects`, each with `name`, `role` (dominant or small), `bbox` (x, y, w, h in pixels), `area` in pixels,
-and `absent`: its colour with five shapes that no object of the scene has. Twins are two neighbours, 2 k and 2 k + 1,
-alike but for the shape of one object.
+DIR/train, DIR/val and DIR/twins hold tars of KEY.webp and KEY.json. The json has `captions`: of train ten sentences, of
+the others one caption that names every object once. And `objects`, each with `name`, `role` (dominant or small), `bbox`
+(x, y, w, h in pixels), `area` in pixels, `centre` (x, y), so that mask_of can draw again which pixels it covers, and
+`absent`: its colour with five shapes that no object of the scene has. Twins are two neighbours, 2 k and 2 k + 1, alike
+but for the shape of one object.
 """
 import io
 import json
@@ -31,9 +31,8 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
-from data import Parser, Refused, run
-from eval import need, read_json, write_json
 from extras.prepare import write_shard
+from plumbing.errors import Parser, Refused, command, count, need, read_json, write_json
 
 # --- 1. What there is to draw ----------------------------------------------------------------------------------------
 
@@ -89,7 +88,7 @@ SIZE = 96                                       # side of an image in pixels
 SS = 4                                          # supersampling per axis
 GAP = 2                                         # least pixels between objects, and to the border
 TRIES = 200                                     # thousands of layouts, before objects do not fit
-VERSION = 4                                     # of the built-in set; raise it when a scene changes
+VERSION = 5                                     # of the built-in set; raise it when a scene changes
 
 COMPANY = 'big', 'equal', 'none'
 LIMITS = {                                      # of a world
@@ -131,7 +130,7 @@ class Thing:
     color: str
     role: str                       # 'dominant' or 'small'
     area: int                       # in pixels
-    centre: complex = 0
+    centre: tuple = ()              # x, y
 
     @property
     def name(self):
@@ -169,7 +168,7 @@ def place(rng, things):
         fitting = (apart >= least).all(axis=(1, 2))
         if fitting.any():
             for thing, centre in zip(things, centres[fitting.argmax()]):
-                thing.centre = centre
+                thing.centre = centre.real, centre.imag
             return
     raise Refused(f'{len(things)} objects do not fit into an image; give lower --dominant-size, '
                   '--small-size or --objects')
@@ -177,11 +176,12 @@ def place(rng, things):
 
 def pixels_of(thing):
     """The pixels that an object covers, (SIZE, SIZE) bool: exactly its area, those that lie most in its outline."""
+    centre = complex(*thing.centre)
     zoom = math.sqrt(thing.area / AREAS[thing.shape])
     fill = Image.new('L', (SIZE * SS, SIZE * SS))
     inside = 255
     for line in SHAPES[thing.shape]:
-        points = SS * (thing.centre + zoom * line)
+        points = SS * (centre + zoom * line)
         ImageDraw.Draw(fill).polygon(list(zip(points.real, points.imag)), inside)
         inside = 0                              # a second outline is a hole
     shares = np.asarray(fill.reduce(SS))
@@ -189,6 +189,15 @@ def pixels_of(thing):
     covered = np.zeros(SIZE * SIZE, bool)
     covered[order[-thing.area:]] = True
     return covered.reshape(SIZE, SIZE)
+
+
+def mask_of(things):
+    """Which object covers which pixel, (SIZE, SIZE) uint8: 0 is the ground, k the k-th object. Things as they are
+    drawn, and as their json lists them, give the same mask."""
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    for number, thing in enumerate(things, 1):
+        mask[pixels_of(thing)] = number
+    return mask
 
 
 # --- 3. Captions -----------------------------------------------------------------------------------------------------
@@ -204,12 +213,10 @@ def training_captions(rng, things, shown, named):
     rng.shuffle(small)
     # rounded up or down at random, so that the mean is right
     count = int(SENTENCES * named + rng.random())
-    if not small:
-        count = 0
     captions = []
     for number in range(SENTENCES):
         thing = main
-        if number < count:
+        if small and number < count:
             thing = small[number % len(small)]
         name = thing.name if thing in shown else 'picture'
         captions.append(rng.choice(FORMS).format(with_article(name)))
@@ -241,29 +248,22 @@ def layout(rng, world):
     return things, shown, rng.sample(free, ABSENT)
 
 
-def encoded(image, kind, **how):
-    file = io.BytesIO()
-    image.save(file, kind, **how)
-    return file.getvalue()
-
-
 def draw_scene(world, split, index):
     """-> [(member name, bytes), ...]. Its random numbers depend on seed (of train), split and index alone."""
-    number = index // 2 if split == 'twins' else index
+    scene = index // 2 if split == 'twins' else index
     seed = world.seed if split == 'train' else 'any'
-    rng = random.Random(f'{seed}/{split}/{number}')
+    rng = random.Random(f'{seed}/{split}/{scene}')
     things, shown, absent = layout(rng, world)
     if split == 'twins' and index % 2:
-        changed = shown[number % len(shown)]
+        changed = shown[scene % len(shown)]
         shape = changed.shape
         changed.shape = absent[0]
         absent[0] = shape
     pixels = np.full((SIZE, SIZE, 3), ImageColor.getrgb(rng.choice(GROUNDS)), float)
-    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask = mask_of(shown)
     objects = []
-    for k, thing in enumerate(shown, 1):
-        covered = pixels_of(thing)
-        mask[covered] = k
+    for number, thing in enumerate(shown, 1):
+        covered = mask == number
         pixels[covered] = ImageColor.getrgb(COLORS[thing.color])
         x, y, right, bottom = Image.fromarray(covered).getbbox()
         objects.append({
@@ -271,6 +271,7 @@ def draw_scene(world, split, index):
             'role': thing.role,
             'bbox': [x, y, right - x, bottom - y],
             'area': thing.area,
+            'centre': thing.centre,
             'absent': [f'{thing.color} {shape}' for shape in absent]})
     # Brighter or darker: else who counts the blended colours of edges, in an image made smaller, would know shapes.
     pixels *= rng.uniform(0.85, 1.1)
@@ -280,12 +281,10 @@ def draw_scene(world, split, index):
     else:
         captions = [held_out_caption(rng, shown)]
     record = {'captions': captions, 'objects': objects}
-    members = {
-        'webp': encoded(image, 'WEBP', lossless=True, quality=0, method=0),     # quality here is effort
-        'json': json.dumps(record, separators=(',', ':')).encode()}
-    if split != 'train':
-        members['mask.png'] = encoded(Image.fromarray(mask), 'PNG', optimize=True)
-    return [(f'{index:06d}.{kind}', value) for kind, value in members.items()]
+    file = io.BytesIO()
+    image.save(file, 'WEBP', lossless=True, quality=0, method=0)        # quality here is effort
+    return [(f'{index:06d}.webp', file.getvalue()),
+            (f'{index:06d}.json', json.dumps(record, separators=(',', ':')).encode())]
 
 
 def make_scenes(root, train=4000, val=1000, workers=None, **options):
@@ -330,8 +329,8 @@ def main():
     parser = Parser(prog='python -m lesson.scenes', epilog=__doc__)
     add = parser.add_argument
     add('root', metavar='DIR')
-    add('--train', type=int, default=4000, help='training scenes (%(default)s)')
-    add('--val', type=int, default=1000, help='held-out scenes, and twins (%(default)s)')
+    add('--train', type=count, default=4000, help='training scenes (%(default)s)')
+    add('--val', type=count, default=1000, help='held-out scenes, and twins (%(default)s)')
     for field in fields(World):
         flag = field.name.replace('_', '-')
         add(f'--{flag}', type=field.type, default=field.default, help='see World (%(default)s)')
@@ -341,4 +340,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run(main)
+    command(main)

@@ -25,7 +25,6 @@ then, for the whole set or by role:
 
 DIR holds train/, val/ and twins/; without train/ there is no probe, without twins/ no `seen`.
 """
-import io
 import random
 from collections import Counter, defaultdict
 from itertools import combinations
@@ -37,33 +36,31 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from data import Parser, Shards, run
-from eval import (add_options, class_vectors, embed_images, execute, need, progress, shard_image,
-                  zero_shot_retrieval)
-from lesson.scenes import ABSENT, COLORS, FORMS, NAMES, SHAPES, with_article
+from eval import add_options, class_vectors, embed_images, execute, progress, shard_image, zero_shot_retrieval
+from lesson.scenes import ABSENT, COLORS, FORMS, NAMES, SHAPES, mask_of, with_article
+from plumbing.errors import Parser, command, need
+from plumbing.shards import Shards
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
 
+LISTED = {'role', 'centre', 'absent'}           # sets of another kind, or of an earlier version, lack some
+
+
 def read_scenes(shards):
-    """-> [[object, ...], ...], a list for each scene; empty ones where no object is listed with a role and absent names.
+    """-> [[object, ...], ...], a list for each scene, without the objects that lack what is LISTED.
 
     An object has as attributes what its json lists, its color and shape, and pair and number (in the mask, from 1).
     """
     scenes = []
     for pair in range(len(shards)):
         scene = []
-        for number, listed in enumerate(shards.record(pair).get('objects') or [], 1):
-            if {'role', 'absent'} <= listed.keys():
+        for listed in shards.record(pair).get('objects') or []:
+            if LISTED <= set(listed):
                 color, shape = listed['name'].split()
-                thing = SimpleNamespace(**listed, color=color, shape=shape, pair=pair, number=number)
-                scene.append(thing)
+                number = len(scene) + 1
+                scene.append(SimpleNamespace(**listed, color=color, shape=shape, pair=pair, number=number))
         scenes.append(scene)
     return scenes
-
-
-def read_mask(shards, i):
-    """The number of the object at each pixel of pair i, 0 for the ground -> PIL image."""
-    return Image.open(io.BytesIO(shards.member(i, 'mask.png')))
 
 
 # --- 2. Named, bound, seen -------------------------------------------------------------------------------------------
@@ -250,19 +247,11 @@ def question(name):
     return FORMS[0].format(with_article(name))          # 'there is a red star'
 
 
-def objects_at(shards, i, config):
-    """The number of the object in the middle of each patch of pair i, 0 for the ground, (P,)."""
-    mask = read_mask(shards, i).resize((config.image_size, config.image_size), Image.NEAREST)
+def objects_at(scene, config):
+    """The number of the object in the middle of each patch, 0 for the ground, (P,)."""
+    mask = Image.fromarray(mask_of(scene)).resize((config.image_size, config.image_size), Image.NEAREST)
     p = config.patch_size
     return pil_to_tensor(mask)[0, p // 2::p, p // 2::p].flatten()
-
-
-def shares(numbers, own):
-    """Of patches with these objects (n,) those that lie on object `own`, on another one, on the ground."""
-    on_it = numbers == own
-    ground = numbers == 0
-    places = {'it': on_it, 'other': ~on_it & ~ground, 'ground': ground}
-    return {place: hits.double().mean().item() for place, hits in places.items()}
 
 
 @torch.no_grad()
@@ -285,7 +274,7 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
     for pair, scene in enumerate(progress(scenes, 'maps')):
         image = preprocess(shard_image(shards, pair))
         _, patches = model.encode_image(image[None].to(device))         # (1, P, D)
-        numbers = objects_at(shards, pair, model.config)                # (P,)
+        numbers = objects_at(scene, model.config)                # (P,)
         peaks = {}                                          # {colour asked for: number of the object at the peak}
         for thing in scene:
             asked = [COLUMN[thing.name], COLUMN[thing.absent[0]]]
@@ -293,8 +282,10 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
             own, absent = numbers[weights.argmax(dim=1).cpu()].split(1)
             peaks[thing.color] = absent.item()
             for prefix, there in ('own', own), ('absent', absent), ('area', numbers):
-                for place, share in shares(there, thing.number).items():
-                    found[thing.role][f'{prefix}_{place}'].append(share)
+                on_it = there == thing.number
+                ground = there == 0
+                for place, hits in ('it', on_it), ('other', ~on_it & ~ground), ('ground', ground):
+                    found[thing.role][f'{prefix}_{place}'].append(hits.double().mean().item())
         if len(peaks) > 1:
             color_of = {thing.number: thing.color for thing in scene}
             for asked_color, number in peaks.items():
@@ -310,12 +301,27 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
 # --- 6. During training, and the command -----------------------------------------------------------------------------
 
 def during_training(model, tokenizer, preprocess, image_features, shards):
-    """The figures of eval.json; {} where objects are of another kind."""
+    """The figures of eval.json; {} where no objects are listed, or others."""
+    if not shards.record(0).get('objects'):             # to read all records takes a while
+        return {}
     scenes = read_scenes(shards)
     if not any(scenes):
         return {}
     scores = name_scores(model, tokenizer, image_features)
     return named(scores, scenes) | {'bound': bound(scores, scenes)}
+
+
+class Named:
+    """Tells train.main the figures of held-out scenes."""
+
+    def begin(self, run):
+        """Nothing to prepare."""
+
+    def evaluated(self, run, seen):
+        return during_training(seen.model, seen.tokenizer, seen.preprocess, seen.image_features, seen.val)
+
+    def finish(self, run):
+        """Nothing to write."""
 
 
 def measure(args, model, tokenizer, preprocess):
@@ -325,7 +331,7 @@ def measure(args, model, tokenizer, preprocess):
     folder = Path(shards.paths[0]).parent
     scenes = read_scenes(shards)
     need(any(scenes),
-         f'{folder} lists no objects with absent names; draw a set by python -m lesson.scenes')
+         f'{folder} lists no objects with centres and absent names; draw a set by python -m lesson.scenes')
     ranking, features = zero_shot_retrieval(*scored, shards, workers=args.workers)
     scores = name_scores(model, tokenizer, features)
     figures = named(scores, scenes)
@@ -358,4 +364,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run(main)
+    command(main)

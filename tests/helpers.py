@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,16 @@ import torch
 from PIL import Image
 
 import cosmos
-import data
-from cosmos import COSMOS, Config
+import train
+from cosmos import COSMOS
+from plumbing.errors import command
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get('COSMOS_SHARED') or ROOT.parent / 'shared')
-MICRO = Config.preset(
-    'tiny', embed_dim=16, image_size=32, local_image_size=16, vision_width=24,
+MICRO = replace(
+    train.PRESETS['tiny'].sizes, embed_dim=16, image_size=32, local_image_size=16, vision_width=24,
     text_width=20, context_length=12, vocab_size=50)
-cosmos.PRESETS['micro'] = cosmos.Preset(MICRO, cosmos.LAPTOP)
+train.PRESETS['micro'] = train.Preset(MICRO, train.LAPTOP | {'steps': 1000})
 # Small models gain nothing from more threads, and lose much on a busy machine. train.py takes what the variable says.
 torch.set_num_threads(1)
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -65,7 +67,7 @@ def micro(method='cosmos', B=3):
     """A micro model with one batch: (model, 2 + 2 images, 2 + 3 captions). With another method a plain CLIP."""
     torch.manual_seed(0)
     cross_heads = 2 if method == 'cosmos' else 0
-    model = COSMOS(Config.preset('micro', cross_heads=cross_heads))
+    model = COSMOS(replace(MICRO, cross_heads=cross_heads))
     images = [torch.randn(B, 3, side, side) for side in [32] * cosmos.GLOBALS + [16] * 2]
     texts = [captions(B, length) for length in (9, 12, 5, 5, 5)]
     return model, images, texts
@@ -123,6 +125,6 @@ def run(module, *argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['prog', *map(str, argv)])
         try:
-            data.run(module.main)
+            command(module.main)
         except SystemExit as stop:
             return stop.code

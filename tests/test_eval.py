@@ -15,8 +15,10 @@ from PIL import Image
 from torch.testing import assert_close
 
 import eval as evaluation
-from cosmos import COSMOS, Config, to_openclip, unit
+from cosmos import COSMOS, Block, Config, unit
 from data import Shards, Tokenizer
+from plumbing import benchmarks
+from plumbing.weights import to_openclip
 from tests.helpers import MICRO, close, encoded, pairs_tar, put, refused, run, seeded, shared  # noqa: F401
 
 
@@ -95,11 +97,29 @@ def test_windows_are_averaged(gallery):
     for y in 0, 5:
         for x in 0, 16, 31:                             # the last windows end at the border
             window = (..., slice(y, y + 32), slice(x, x + 32))
-            grid = model.encode_dense(pixels[window][None], csa=True)           # (1, 4, 4, D)
+            grid = evaluation.encode_dense(model, pixels[window][None], csa=True)           # (1, 4, 4, D)
             scores = torch.einsum('byxd,qd->bqyx', grid, vectors)
             total[window] += F.interpolate(scores, scale_factor=8, mode='bilinear')[0]
             count[window] += 1
     close(evaluation.window_scores(model, pixels, vectors, csa=True), total / count)
+
+
+def test_correlative_attention_is_two_of_torchs():
+    """oracle: the sum of two of torch's own attentions, one with the queries' weights for the keys, one with the keys'
+    for the queries, in a block of torch's own pieces."""
+    block = Block(24, 4, quick_gelu=False)
+    attention = block.attn
+    x = torch.randn(3, 7, 24)
+    found = evaluation.correlative_block(block, x)
+    rows = F.layer_norm(x, (24,))
+    q, k, v = attention.in_proj_weight.data.chunk(3)
+    expected = x
+    for weights in q, k:
+        attention.in_proj_weight.data = torch.cat([weights, weights, v])
+        bias = attention.in_proj_bias, None, None, False, 0.0, attention.out_proj.weight, None
+        expected = expected + F.multi_head_attention_forward(
+            *[rows.transpose(0, 1)] * 3, 24, 4, attention.in_proj_weight, *bias)[0].transpose(0, 1)
+    close(found, expected + block.mlp(F.layer_norm(expected, (24,))))
 
 
 def test_segmentation_by_hand(monkeypatch):
@@ -120,7 +140,7 @@ def test_segmentation_by_hand(monkeypatch):
             (4, {'probability': 0.4}, [0, 1, 1, 1, 2, 0]),              # two names share: 3/8 each
             (4, {'area': 0.2}, [0, 1, 1, 1, 0, 1]),                     # ox has 1 of 5 foreground pixels
             (9, {'area': 0.19}, [0, 1, 1, 1, 2, 1])):
-        settings = evaluation.Settings(size, math.log(3), **changes)
+        settings = benchmarks.Settings(size, math.log(3), **changes)
         model = SimpleNamespace(config=SimpleNamespace(image_size=2))
         found = evaluation.segment_image(model, Image.new('RGB', (3, 2)), scores, [1, 2, 1], settings).flatten()
         assert found.tolist() == expected
@@ -178,11 +198,11 @@ def test_published_layouts(here):
     put('karpathy', """{"images": [
         {"split": "test", "filename": "a.jpg", "sentences": [{"raw": "y"}]},
         {"split": "val", "filename": "b.jpg", "filepath": "f", "sentences": [{"raw": "x"}]}]}""")
-    assert evaluation.read_coco('coco') == [
+    assert benchmarks.read_coco('coco') == [
         (Path('coco/images/val2017/a.jpg'), ['y']),
         (Path('coco/images/val2017/b.jpg'), ['x'])]
-    assert evaluation.read_karpathy('karpathy', 'x', 'test') == [(Path('x/a.jpg'), ['y'])]
-    assert evaluation.read_karpathy('karpathy', '', 'val') == [(Path('f/b.jpg'), ['x'])]
+    assert benchmarks.read_karpathy('karpathy', 'x', 'test') == [(Path('x/a.jpg'), ['y'])]
+    assert benchmarks.read_karpathy('karpathy', '', 'val') == [(Path('f/b.jpg'), ['x'])]
 
 
 def test_captions_of_held_out_shards(here):
@@ -205,7 +225,7 @@ def test_masks_and_their_errors(here):
     image = Image.fromarray(np.uint8(numbers))
     image.putpalette(list(range(256)) * 3)
     path = put('a_ids.png', encoded(image))
-    read = evaluation.read_mask
+    read = benchmarks.read_mask
     assert read(path, (3, 2), 3, False).tolist() == numbers
     assert read(path, (3, 2), 2, True).tolist() == [[255, 0, 255], [1, 1, 255]]
     refused('a_ids.png has label 2, with 2 lines in the class file it may be 1', read, path, (3, 2), 2, False)
@@ -230,9 +250,9 @@ def test_retrieval_of_shards_and_lists(gallery):
 def test_class_names_with_synonyms():
     """oracle: the first of each, as of torchvision's ImageNet; equal ones are refused."""
     source = SimpleNamespace(classes=[('crane', 'bird'), ('ox',)])
-    assert evaluation.class_names(source) == ['crane', 'ox']
+    assert benchmarks.class_names(source) == ['crane', 'ox']
     source.classes *= 2
-    refused('called crane, ox, .*--classes', evaluation.class_names, source)
+    refused('called crane, ox, .*--classes', benchmarks.class_names, source)
 
 
 def test_classify_of_every_source(gallery):
@@ -253,7 +273,7 @@ def test_classify_of_every_source(gallery):
 def test_segment_command(gallery):
     """oracle: the functions that the tests above check, on the same input."""
     model, _ = gallery.scored
-    settings = evaluation.BENCHMARKS['voc21']._replace(csa=True)
+    settings = benchmarks.BENCHMARKS['voc21']._replace(csa=True)
     vectors = evaluation.class_vectors(*gallery.scored, ['background', 'sky', 'ox'])
     for i, image in enumerate(gallery.images):          # masks of what must be found
         labels = evaluation.segment_image(model, image, vectors, [2, 1], settings)
@@ -263,7 +283,7 @@ def test_segment_command(gallery):
     figures = gallery.figures(f'{line} --benchmark voc21 --csa')
     assert (figures['images'], figures['mIoU']) == (3, 1)
     assert figures['settings'] == str(settings)
-    assert gallery.figures(line)['settings'] == str(evaluation.Settings(48))
+    assert gallery.figures(line)['settings'] == str(benchmarks.Settings(48))
 
 
 WRONG = {               # a command: what its sentence must say

@@ -1,9 +1,8 @@
 """What extras/ promises, each claim with its oracle: the docstring says what the result is compared with.
 
-    pytest extras/test_extras.py
+    pytest tests/test_extras.py
 """
 import base64
-import io
 import itertools
 import json
 import re
@@ -20,25 +19,25 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-import cosmos
 import data
 import eval as evaluation
 import train
-from cosmos import COSMOS, Config
+from cosmos import COSMOS
 from eval import load
 from extras import attend, bench, pairs, prepare, report, search, weights
-from tests.helpers import put, refused, shared
+from plumbing.images import decode
+from plumbing.weights import to_openclip
+from tests.helpers import ROOT, encoded, put, refused, shared
 
-MICRO = Config.preset('micro', vocab_size=514)
+MICRO = replace(train.PRESETS['micro'].sizes, vocab_size=514)
 
 # --- Helpers ---------------------------------------------------------------------------------------------------------
 
 def picture(kind='JPEG', colour='red'):
     """A small image as the bytes of a file."""
-    file = io.BytesIO()
     image = Image.new('RGB', (40, 30), colour)
-    image.save(file, kind, save_all=kind == 'MPO', append_images=[image])
-    return file.getvalue().ljust(2000, b'\0')           # all of one size
+    encoding = encoded(image, kind, save_all=kind == 'MPO', append_images=[image])
+    return encoding.ljust(2000, b'\0')                      # all of one size
 
 
 def write_pairs(path, lines, *images):
@@ -66,7 +65,7 @@ def run(module, *argv):
 
 def whole(path):
     """A picture as integers (3, h, w)."""
-    return torch.from_numpy(np.array(Image.open(path).convert('RGB'))).permute(2, 0, 1)
+    return decode(path.read_bytes())
 
 
 def number(printed, unit):
@@ -252,9 +251,10 @@ def test_inspect(tmp_path, capsys, monkeypatch):
 
 
 def test_the_sheet_of_samples_cuts_nothing(tmp_path, capsys):
-    """oracle: a black image, of which every view is black at its place, on white; the captions by hand."""
-    shards = data.Shards(write_pairs(tmp_path / 'a.tar', '{"caption": "dogs"}', picture('PNG', 'black')))
+    """oracle: a white image, of which every view is solarized, so black, at its place on white; captions by hand."""
+    shards = data.Shards(write_pairs(tmp_path / 'a.tar', '{"caption": "dogs"}', picture('PNG', 'white')))
     crops = data.Crops(shards, None, MICRO, 3, data.Counts(2, 3, 1, 2), 'crops')
+    crops.kinds = [kind._replace(solarize=1) for kind in crops.kinds]
     prepare.sample_sheet(crops, tmp_path / 'sheet.png')
     expected = torch.full((136, 5 * 132 + 4), 255)
     for x in range(4, 5 * 132, 132):
@@ -333,7 +333,7 @@ def test_export_and_back(tmp_path, vocab, kind):
     again, tokenizer, _ = load(tmp_path / 'back.pt')
     assert again.config == replace(model.config, cross_heads=0) and tokenizer.merges == merges
     state = again.state_dict()
-    assert 'ln_final.weight' in theirs and theirs.keys() == cosmos.to_openclip(state).keys()
+    assert 'ln_final.weight' in theirs and theirs.keys() == to_openclip(state).keys()
     assert_close(state, {name: model.state_dict()[name] for name in state}, rtol=0, atol=0)
 
 
@@ -342,7 +342,7 @@ def test_weights_that_are_refused(tmp_path, vocab, checkpoint, monkeypatch, caps
     out = tmp_path / 'out.pt'
     other = tmp_path / 'in.pt'
     plain, _, _ = speller(replace(MICRO, cross_heads=0))
-    theirs = cosmos.to_openclip(plain.state_dict())
+    theirs = to_openclip(plain.state_dict())
     for sentence, state in {
             'knows 516 ids, .* 49,408': theirs,
             'may run code.*; .*weights_only=False': plain,
@@ -537,20 +537,48 @@ def test_help_shows_the_command_as_it_is_typed(command, capsys):
 
 # --- bench -----------------------------------------------------------------------------------------------------------
 
+def bench_step(*flags):
+    run(bench, 'step', '--preset', 'micro', '--batch', 16, '--steps', 3, '--device', 'cpu', *flags)
+
+
 @pytest.mark.parametrize('method', train.METHODS)
 def test_step(method, monkeypatch, capsys):
-    """oracle: the parts that Table 5 gives a method; a clock that goes on by a second at each look."""
+    """oracle: what Table 5 gives a method, and whether a moving average is taken; a clock that goes on by a second at
+    each look, and a machine of a GFLOP/s."""
     monkeypatch.setattr(bench, 'time', SimpleNamespace(perf_counter=itertools.count().__next__))
-    monkeypatch.setattr(bench, 'matmul_peak', lambda device, dtype: 1e6)
-    monkeypatch.setattr(torch.cuda, 'is_available', bool)       # False
-    run(bench, 'step', '--preset', 'micro', '--method', method, '--batch', 16, '--steps', 3)
+    monkeypatch.setattr(bench, 'matmul_peak', lambda device, dtype: 1e9)
+    monkeypatch.setattr(bench, 'OPERATIONS', 1000)              # all of them
+    bench_step('--method', method)
     printed = capsys.readouterr().out
-    parts = {'student forward', 'losses', 'backward', 'AdamW'}
-    if not method.startswith('clip'):
-        parts |= {'teacher forward', 'EMA'}
-    assert set(re.findall(r'^(\w[\w ]*?) +1000\.0 ms', printed, re.M)) == parts
-    seconds = 2 * len(parts) + 1
-    assert number(printed, 'samples/s') == pytest.approx(16 / seconds, abs=0.05)
+    row = train.METHODS[method]
+    assert number(printed, 'images') == row.global_images + 2 * row.has_local_images
+    assert number(printed, 'captions') == row.global_texts + 2 * row.has_local_texts
+    assert ' 1,000.0 ms, the median of 3   16.0 samples/s ' in printed
+    assert f"{number(printed, 'GFLOP '):.0%} of the 1 that" in printed
+    assert ('aten::_foreach_lerp_ ' in printed) == row.distills
+
+
+def test_step_times_what_training_has(tmp_path, monkeypatch, capsys):
+    """oracle: ten steps of training, with a table of views that has one more kind: 6 images where `micro` has 4."""
+    make_kinds = data.Crops.__post_init__
+    take_step = train.train_step
+    seen = []
+
+    def with_more(crops):
+        make_kinds(crops)
+        crops.kinds += crops.kinds[-2:]
+
+    def watched(run, batch):
+        seen.append(len(batch.crops))
+        return take_step(run, batch)
+
+    monkeypatch.setattr(data.Crops, '__post_init__', with_more)
+    monkeypatch.setattr(train, 'train_step', watched)
+    train_on_three(tmp_path)
+    bench_step()
+    bench_step('--data', tmp_path, '--batch', 3)
+    assert seen == [6] * (10 + 2 * (bench.WARM_UP + 5))         # 5: for FLOPs, 3 that are timed, the profile
+    assert re.findall('batch (16|3), 6 images and 4', capsys.readouterr().out) == ['16', '3']
 
 
 def test_loader(tmp_path, monkeypatch, capsys):
@@ -569,8 +597,8 @@ HOSTILE = 'a </script><b>red</b> dog'
 RECORD = {'captions': [HOSTILE, 'dogs'], 'objects': [{'name': 'red star', 'absent': ['red ring']}]}
 
 
-def three_pairs(folder):
-    return data.Shards(write_pairs(folder / '0.tar', 3 * f'{json.dumps(RECORD)}\n'))
+def three_pairs(folder, *images):
+    return data.Shards(write_pairs(folder / '0.tar', 3 * f'{json.dumps(RECORD)}\n', *images))
 
 
 def train_on_three(folder, method='cosmos'):
@@ -578,7 +606,7 @@ def train_on_three(folder, method='cosmos'):
     three_pairs(folder)
     flags = f'--data {folder} --val {folder} --out {folder} --method {method} --preset micro --vocab learn'
     with pytest.raises(SystemExit, match='0'):
-        run(train, *flags.split(), *'--steps 10 --eval-every 5 --batch 2 --workers 0'.split())
+        train.main(f'{flags} --steps 10 --eval-every 5 --batch 2 --workers 0'.split(), [report.Report()])
     return load(folder / 'last.pt')
 
 
@@ -586,6 +614,18 @@ def runs_on_page(*folders):
     text = report.write(folders).read_text()
     assert text.count('</script>') == 1
     return json.loads(re.search('^const RUNS = (.*);$', text, re.M)[1])
+
+
+def test_the_watcher(tmp_path, capsys):
+    """oracle: by hand the evaluations on the page, the line at the end, and no figures of its own. Python's modules:
+    train.py, which hands the watcher over, is not imported a second time."""
+    train_on_three(tmp_path)
+    assert f'\nreport     {tmp_path}/report.html\n' in capsys.readouterr().out
+    [page] = runs_on_page(tmp_path)
+    assert [seen['step'] for seen in page['maps']['steps']] == [0, 5, 10]
+    assert page['eval'].keys() == {'steps', 'seconds', 'retrieval'}
+    code = 'import extras.report, sys; assert "train" not in sys.modules'
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize('method', ['cosmos', 'clip'])
@@ -607,7 +647,7 @@ def test_the_page_says_what_eval_says(tmp_path, method):
             by_word = attend.word_weights(tokenizer, entry['text'], words[0])
             assert entry['words'] == [[word, pytest.approx(share, abs=1e-4)] for word, share in by_word]
         else:
-            patches = model.encode_dense(pixels) @ vector
+            patches = evaluation.encode_dense(model, pixels) @ vector
         least, most = entry['ends']
         levels = np.frombuffer(base64.b64decode(entry['map']), np.uint8)
         shown = least + (most - least) * levels / 255
@@ -615,33 +655,24 @@ def test_the_page_says_what_eval_says(tmp_path, method):
 
 
 def test_partial_runs_give_a_page(tmp_path):
-    """oracle: Crops itself; by hand what a killed run lacks, and files that are torn."""
-    crops = data.Crops(three_pairs(tmp_path), None, MICRO, seed=0)
-    report.begin(crops, tmp_path)
+    """oracle: Crops itself; by hand what a killed run lacks, a pair and files that are torn. A bug's error keeps its
+    type."""
+    crops = data.Crops(three_pairs(tmp_path, b'no image'), None, MICRO, seed=0)
+    started = SimpleNamespace(train_set=crops, folder=tmp_path)
+    report.Report().begin(started)
     put(tmp_path / 'config.json', 'torn')
     put(tmp_path / 'log.jsonl', '{"step": 9, "a": 1}\n{"step": 3}\n{"step": 9, "a": 2}\n{"step": 9, "b": NaN}\n{"st')
     [killed] = runs_on_page(tmp_path)
-    _, _, captions, boxes = crops.sample(0, 0)
-    first = killed['maps']['start']['pairs'][0]
-    assert first['captions'] == captions and first['boxes'][7] == list(boxes[7])
+    second, third = killed['maps']['start']['pairs']
+    _, _, captions, boxes = crops.sample(0, 2)
+    assert third['captions'] == captions != second['captions'] and third['boxes'][7] == list(boxes[7])
     # Of equal steps the last counts, and adds to what was logged before.
     assert str(killed['log']) == "[{'step': 3}, {'step': 9, 'a': 2, 'b': nan}]"
     assert 'missing' in killed['config'] and 'missing' in killed['eval'] and 'images' not in killed['maps']
     refused('absent holds no run', report.write, [tmp_path / 'absent'])
-
-
-def test_unreadable_pairs_are_left_out(tmp_path):
-    """oracle: a set of three by hand, the first image broken: the others on the page. An error that is a bug keeps its
-    type."""
-    lines = '{"caption": "dog 0"}\n{"caption": "dog 1"}\n{"caption": "dog 2"}'
-    shards = data.Shards(write_pairs(tmp_path / '0.tar', lines, b'no image'))
-    crops = data.Crops(shards, None, MICRO, seed=0)
-    report.begin(crops, tmp_path)
-    maps = report.read_maps(tmp_path / 'maps.npz')
-    assert [pair['captions'][0][-1] for pair in maps['start']['pairs']] == ['1', '2']
     crops.kinds = None
     with pytest.raises(TypeError):
-        report.begin(crops, tmp_path)
+        report.Report().begin(started)
 
 
 @pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')

@@ -1,0 +1,223 @@
+"""What published sets look like on the disk: caption lists of COCO and Flickr30k, torchvision's classes, masks of a
+segmentation; and the released settings of eight segmentation sets. eval.py has the measures."""
+import inspect
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+
+from plumbing.errors import Refused, need, read_json, read_lines, reading
+from plumbing.images import images_in, read_image
+
+# --- 1. Retrieval: lists of images and captions ----------------------------------------------------------------------
+
+# The three published lists, each -> [(path of an image, its captions), ...]. Refused for a list of another form.
+
+def read_coco(folder):
+    """COCO's folder, with annotations/captions_val2017.json."""
+    listing = read_json(Path(folder, 'annotations/captions_val2017.json'))
+    with reading(folder):
+        captions = defaultdict(list)                                # by the image's id
+        for annotation in listing['annotations']:
+            captions[annotation['image_id']].append(annotation['caption'])
+        pairs = []
+        for image in listing['images']:
+            path = Path(folder, 'images/val2017', image['file_name'])
+            pairs.append((path, captions[image['id']]))
+        return pairs
+
+
+def read_karpathy(path, images, split):
+    """Karpathy's dataset_coco.json or dataset_flickr30k.json: one split of it. images: their folder, else that of the
+    list."""
+    images = images or Path(path).parent
+    with reading(path):
+        pairs = []
+        for image in read_json(path)['images']:
+            if image['split'] == split:
+                captions = [sentence['raw'] for sentence in image['sentences']]
+                pairs.append((Path(images, image.get('filepath', ''), image['filename']), captions))
+        return pairs
+
+
+def read_flickr(path, images):
+    """The released code's flickr30k_val.json: [{"image", "caption": [five]}, ...]. images: their folder, else that of
+    the list."""
+    images = images or Path(path).parent
+    with reading(path):
+        return [(Path(images, item['image']), item['caption']) for item in read_json(path)]
+
+
+def with_owners(path, pools):
+    """The captions of each image, one or several -> all captions, and owner (captions,): the image of each.
+
+    path: of the file that they come from, for the message.
+    """
+    captions = []
+    owner = []
+    for i, pool in enumerate(pools):
+        pool = pool if isinstance(pool, list) else [pool]
+        captions += pool
+        owner += [i] * len(pool)
+    need(captions and all(pools) and all(isinstance(caption, str) for caption in captions),
+         f'{path} lists images without a caption, captions that are no words, '
+         'or nothing of this split')
+    return captions, torch.tensor(owner)
+
+
+def published_captions(coco, karpathy, flickr, images, split):
+    """The one of the three that is given -> paths of its images, and captions and owner as `with_owners` has them."""
+    if coco:
+        pairs = read_coco(coco)
+    elif karpathy:
+        pairs = read_karpathy(karpathy, images, split)
+    else:
+        pairs = read_flickr(flickr, images)
+    paths = [path for path, _ in pairs]
+    pools = [pool for _, pool in pairs]
+    captions, owner = with_owners(coco or karpathy or flickr, pools)
+    return paths, captions, owner
+
+
+# --- 2. Classification: sets of labelled images, names of classes, prompts -------------------------------------------
+
+# EMNIST's `split` chooses letters or digits, not train or test.
+TORCHVISION_SETS = sorted(set(torchvision.datasets.__all__) - {'EMNIST'})
+
+
+def torchvision_set(name, root, split, download, preprocess):
+    """A classification set of torchvision.datasets by its name there.
+
+    Some sets have no `split` but a switch `train`: it is on for the split 'train' and off for any other. Errors of
+    torchvision, as for a set that is not at `root`, stay as they are.
+    """
+    kind = getattr(torchvision.datasets, name)
+    known = inspect.signature(kind).parameters
+    options = {'split': split, 'train': split == 'train', 'download': download}
+    # A set that knows neither `split` nor `train` comes whole.
+    options = {option: value for option, value in options.items() if option in known}
+    return kind(root, transform=preprocess, **options)
+
+
+def folder_set(folder, preprocess):
+    """A set with one folder of images per class."""
+    with reading(folder):
+        return torchvision.datasets.ImageFolder(folder, preprocess, loader=read_image)
+
+
+def class_names(source, path=None):
+    """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order.
+
+    Where two classes have one name they tie, and a tie counts against the model. So torchvision's own names of
+    ImageNet, with two cranes, are refused. In a file they may repeat: it is the user's.
+    """
+    classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
+    listed = read_lines(path) if path else classes
+    need(listed, 'this set of torchvision has no class names; give a file of them by --classes')
+    if classes and len(listed) != len(classes):
+        raise Refused(f'{path} has {len(listed)} names for {len(classes)} classes; '
+                      'give a line for each')
+    names = []
+    for name in listed:
+        if isinstance(name, tuple):
+            name = name[0]              # ImageNet's: the first of several synonyms
+        names.append(name.replace('_', ' ').strip())
+    if not path:
+        check_names(names)
+    return names
+
+
+def read_synonyms(path):
+    """A file in which line i has the names of class i, with commas between them -> a list of names for each class."""
+    synonyms = []
+    for line in read_lines(path):
+        parts = line.replace('_', ' ').split(',')
+        synonyms.append([name.strip() for name in parts if name.strip()])
+    need(all(synonyms), f'{path} has a line of commas alone; give a name a class')
+    check_names([first for first, *_ in synonyms])
+    return synonyms
+
+
+def check_names(names):
+    twice = {name for name in names if names.count(name) > 1}
+    need(not twice, f"several classes are called {', '.join(sorted(twice))}, and would tie; "
+         'give a name to each in the file of --classes')
+
+
+def read_templates(path):
+    """Prompts with {} for the class, a line each."""
+    templates = read_lines(path)
+    for template in templates:
+        need('{}' in template, f"'{template}' in {path} needs {{}} where the class goes")
+    return templates
+
+
+# --- 3. Segmentation: settings of eight sets, masks ------------------------------------------------------------------
+
+class Settings(NamedTuple):
+    """How to segment a set."""
+    size: int                           # short side of the image, in pixels
+    scale: float = 40.0                 # of the cosines, before the softmax
+    probability: float = 0.0            # pixels whose best class has less become class 0
+    area: float = 0.0                   # classes with at most this share of the foreground lose their pixels
+    reduce_zero_label: bool = False     # label 0 of the masks is ignored, 1 becomes class 0
+    csa: bool = False                   # correlative self-attention in the last block
+
+
+BENCHMARKS = {      # of the released code, after SCLIP; a set of your own is one more row
+    'voc21': Settings(336, scale=65, probability=0.1, area=0.1),
+    'context60': Settings(336, scale=50, probability=0.1),
+    'coco-object': Settings(336, scale=50, probability=0.1),
+    'voc20': Settings(336, reduce_zero_label=True),
+    'cityscapes': Settings(560),
+    'context59': Settings(336, reduce_zero_label=True),
+    'ade20k': Settings(336, reduce_zero_label=True),
+    'coco-stuff': Settings(448),
+}
+IGNORE = 255                            # a mask's pixels that count nowhere
+
+
+def read_mask(path, size, classes, reduce_zero_label):
+    """A PNG of class numbers, grey or palette, of `size` (w, h) -> (h, w) int64, IGNORE where it does not count."""
+    mask = read_image(path)
+    values = np.array(mask, np.int64)   # of a palette image these are the numbers, not the colours
+    need(values.shape == size[::-1],
+         f'mask {path} is a {mask.mode} image of {mask.size} pixels; '
+         f'it must be grey or palette, and of {size}')
+    label = values[values != IGNORE].max(initial=0)
+    most = classes if reduce_zero_label else classes - 1
+    need(label <= most, f'mask {path} has label {label}, with {classes} lines in the class file '
+         f'it may be {most} at most')
+    if reduce_zero_label:
+        values = np.where(np.isin(values, (0, IGNORE)), IGNORE, values - 1)
+    return torch.from_numpy(values)
+
+
+def by_stem(paths, suffix):
+    """{name without suffix and ending: path} of the paths that have the suffix."""
+    stems = {}
+    for path in paths:
+        if path.stem.endswith(suffix):
+            stem = path.stem.removesuffix(suffix)
+            need(stem not in stems,
+                 f'{stems.get(stem)} and {path} have one name; rename one, or keep images and masks apart')
+            stems[stem] = path
+    return stems
+
+
+def mask_pairs(images, masks, image_suffix, mask_suffix, listing=None):
+    """[(image path, mask path)] of one stem: the file's name without suffix and ending. listing: a file of the stems to
+    take, one a line; None: all."""
+    image_paths = by_stem(images_in(images), image_suffix)
+    png_paths = [path for path in images_in(masks) if path.suffix.lower() == '.png']
+    mask_paths = by_stem(png_paths, mask_suffix)
+    stems = read_lines(listing) if listing else mask_paths
+    need(stems, f"{masks} has no mask '*{mask_suffix}.png'; see --mask-suffix")
+    for stem in stems:
+        need(stem in mask_paths, f'{masks} has no {stem}{mask_suffix}.png; see --mask-suffix')
+        need(stem in image_paths,
+             f'{images} has no image {stem}{image_suffix}, but a mask; see --image-suffix')
+    return [(image_paths[stem], mask_paths[stem]) for stem in stems]

@@ -1,0 +1,60 @@
+"""Which keys of a pair's json hold its captions, and how a string is cut into sentences."""
+import re
+
+# --- 1. Keys ---------------------------------------------------------------------------------------------------------
+
+SHORT = ['shortIB_captions', 'shortSV_captions', 'shortLLA_captions']
+LONG = ['longIB_captions', 'longSV_captions', 'longLLA_captions']
+# The paper's main data. code≠paper, which speaks of the long captions: the raw and the short ones are used as well.
+DREAMLIP = ['raw_caption', *SHORT, *LONG]
+CAPTION_KEYS = [                # the first family that has a sentence is the pool
+    DREAMLIP,
+    ['captions'],
+    ['original_caption', 'caption'],            # PixelProse, or a caption alone
+    ['txt'],
+]
+POOL_KEYS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
+
+
+def caption_pool(record, keys=None):
+    """The record's sentences as one flat list, duplicates kept; [] where it has none."""
+    for family in [keys] if keys else CAPTION_KEYS:
+        pool = []
+        for key in family:
+            value = record.get(key)
+            # As released, items of DreamLIP's lists and original_caption are sentences already, and not split. ours: a
+            # string under DreamLIP's keys is split. (The released code takes it for a list, of its letters.)
+            is_sentences = key in DREAMLIP and isinstance(value, list)
+            pool += sentences(value, whole=is_sentences or key == 'original_caption')
+        if pool:
+            return pool
+    return []
+
+
+# --- 2. Sentences (ours) ---------------------------------------------------------------------------------------------
+
+def sentences(value, whole=False):
+    """A string, or a list of strings, -> its sentences. whole: each string is one, and is not split."""
+    found = []
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str):
+            parts = [item] if whole else split(item)
+            found += [part.strip() for part in parts if part.strip()]
+    return found
+
+
+def split(text):
+    """A sentence ends at a newline, at '</s>', or at a full stop before white space or the end: "3.5 m" stays whole.
+
+    A full stop behind a word of one letter ends none: "J. Smith", "e.g. a dog". The s of "dog's" is no such word.
+    """
+    parts = []
+    start = 0
+    for end in re.finditer(r"\n|</s>|([\w'’]*)\.(?=\s|$)", text):
+        word = end[1] or ''                             # in front of a full stop
+        letters = word.lstrip("'’")
+        if len(letters) == 1 and letters.isalpha():
+            continue
+        parts.append(text[start:end.start()] + word)
+        start = end.end()
+    return [*parts, text[start:]]

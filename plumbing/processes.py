@@ -1,0 +1,198 @@
+"""Where a run runs: its processes, their device, threads, memory and precision, torch.compile, and signals."""
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from plumbing.errors import Refused, need
+
+# How many this process may use: of a job of Slurm less than the machine has. (Only Linux tells.)
+CORES = len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()
+DTYPES = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}           # None: no autocast
+
+# --- 1. Processes ----------------------------------------------------------------------------------------------------
+
+class Processes:
+    """The processes of this run: one, or those of torchrun, whose environment variables are the only switch."""
+
+    def __init__(self, device):
+        gpu = torch.cuda.is_available()
+        if device == 'cuda' and not gpu:
+            raise Refused('--device cuda: torch finds no GPU on this machine; use --device auto')
+        self.device = torch.device('cuda' if gpu and device != 'cpu' else 'cpu')
+        self.rank = 0
+        self.world = 1
+        self.patient = None             # a group of all processes that waits for days
+        if 'RANK' in os.environ:
+            self.join()
+
+    def join(self):
+        if self.device.type == 'cuda':
+            local = int(os.environ['LOCAL_RANK'])
+            if local >= torch.cuda.device_count():
+                raise Refused(f'process {local} of this node has no GPU; lower --nproc_per_node')
+            self.device = torch.device('cuda', local)
+            torch.cuda.set_device(local)
+        dist.init_process_group()       # nccl for GPUs, gloo for CPUs
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+        if self.rank > 0:
+            sys.stdout = open(os.devnull, 'w')          # from here on rank 0 speaks for all
+        # Rank 0 reads headers and evaluates, as long as it takes. The others wait on this group: the usual one gives
+        # up after minutes.
+        self.patient = dist.new_group(backend='gloo', timeout=timedelta(days=7))
+
+    def sum(self, values):
+        """Numbers or scalar tensors, each summed over all processes -> list of floats."""
+        tensors = [torch.as_tensor(value, dtype=torch.double, device=self.device) for value in values]
+        total = torch.stack(tensors)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def broadcast(self, value):
+        """Rank 0's value, on all of them."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, group=self.patient)
+        return box[0]
+
+    def wait_for_rank_0(self):
+        """Other ranks wait here until rank 0 comes here, too. Rank 0 itself does not wait."""
+        self.broadcast(None)
+
+    @contextlib.contextmanager
+    def rank_0_first(self):
+        """The other processes enter this block when rank 0 has left it, and find the files that it wrote there. If rank
+        0 is refused inside, it ends, and so do they."""
+        if self.rank > 0:
+            try:
+                self.wait_for_rank_0()
+            except RuntimeError:
+                os._exit(1)             # rank 0 is gone, and has said why
+        yield
+        if self.rank == 0:
+            self.wait_for_rank_0()      # lets the others in
+
+    def must_agree(self, value, sentence):
+        """Refused, with this sentence, where a rank has another value than rank 0."""
+        need(self.broadcast(value) == value, sentence)
+
+    def end_all(self, sentence):
+        """All ranks come here: rank 0 says why, and all end with status 1."""
+        if self.rank > 0:
+            self.wait_for_rank_0()
+            os._exit(1)
+        self.wait_for_rank_0()
+        raise Refused(sentence)
+
+    def leave(self, status):
+        """End the process. With several, each waits here until all have come.
+
+        NB: destroying the process group may hang: freeing DDP holds Python's lock and waits for gloo's thread, which
+        may be waiting for that lock.
+        """
+        if self.patient:
+            dist.barrier(group=self.patient)
+            sys.stdout.flush()
+            os._exit(status)
+        sys.exit(status)
+
+
+# --- 2. Threads, memory, precision, torch.compile --------------------------------------------------------------------
+
+def use_cores(workers):
+    """On a CPU: a core for each loader, the others for this process, and freed memory stays at hand."""
+    keep_memory()
+    if 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(max(1, CORES - workers))
+
+
+def keep_memory():
+    """Have the C library keep what is freed. By itself it hands large blocks back to the system, and the next step gets
+    them anew, page by page and filled with zeros: a tenth of the time of a vit-b-16 step on a CPU."""
+    with contextlib.suppress(AttributeError):           # only glibc has it
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block by mmap, which goes back when freed
+        libc.mallopt(-1, -1)            # M_TRIM_THRESHOLD: no other memory goes back
+
+
+def peak_memory(device):
+    """Most GB so far: on the GPU, else of this process."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == 'darwin' else 1e6)            # macOS counts bytes, Linux kilobytes
+
+
+def choose_dtype(precision, device):
+    """-> dtype of autocast, or None. A CPU that has no units for bfloat16 is slower in it than in float32."""
+    if precision != 'auto':
+        return DTYPES[precision]
+    if device.type == 'cuda':
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # private: some versions lack them
+        tests = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+        fast = any(hasattr(torch.cpu, test) and getattr(torch.cpu, test)() for test in tests)
+    return torch.bfloat16 if fast else None
+
+
+def compile_blocks(model):
+    """torch.compile block by block, in place, so that parameters keep their names. A graph serves all layers of a tower
+    and all lengths of captions; the whole model would be compiled again for each length."""
+    # torch allows 8 graphs for a piece of code, and all blocks run the same piece. They need more graphs: for each
+    # tower, for all rows and for one, with gradient and without.
+    torch._dynamo.config.cache_size_limit = 128
+    for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
+        block.compile(dynamic=True)
+
+
+# --- 3. Signals ------------------------------------------------------------------------------------------------------
+
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1                 # USR1: Slurm
+ONE_EVENT = 2.0         # seconds: Slurm and torchrun both pass a signal on, so it comes twice
+
+
+@contextlib.contextmanager
+def signals_caught():
+    """Inside this block the first signal ends nothing -> the list that gets its time. Another one ends the process."""
+    caught = []
+
+    def note(number, frame):
+        now = time.monotonic()
+        if not caught:
+            caught.append(now)
+            # Not by print, which the signal may have interrupted.
+            os.write(2, b'\nsignal     waiting for the end of this step, or of the evaluation under way; then '
+                        b'the run is saved and ends. Another signal ends it at once\n')
+        elif 'RANK' not in os.environ or now - caught[0] > ONE_EVENT:
+            os._exit(128 + number)
+
+    handlers = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker):
+    """Slurm and torchrun signal all processes. A worker that died of it would keep the run from saving."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers():
+    """Python would send SIGTERM at its exit, and wait. The workers ignore it, so the wait would never end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # else torch raises an error of its own for each that ends
+    for worker in multiprocessing.active_children():
+        worker.kill()

@@ -1,0 +1,165 @@
+"""A run's folder: its name, last.pt and best.pt, log.jsonl, and going on where a run has stopped.
+
+Random numbers have no state to save: all come from the seed, and from the epoch and the pair, or from the step.
+"""
+import json
+import subprocess
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+
+from tqdm import tqdm
+
+from plumbing.errors import Refused, need, save_tensors, warn, write_json
+from plumbing.weights import load_weights, read_checkpoint
+
+# --- 1. The folder ---------------------------------------------------------------------------------------------------
+
+def free_name(out):
+    """The first free one of NAME, NAME-2, NAME-3, ...: a fresh start never touches a folder with a last.pt."""
+    folder = out
+    number = 2
+    while Path(folder, 'last.pt').exists():
+        folder = f'{out}-{number}'
+        number += 1
+    if folder != out:
+        print(f'note       {out} holds a run, this one goes into {folder}; to go on with the other give --resume')
+    return folder
+
+
+def begin(folder, options, config, goes_on):
+    """Write config.json. An old eval.json goes. If an earlier start in this folder ended before its first checkpoint,
+    its log, its best.pt and its maps for the report go, too."""
+    old = ['eval.json']
+    if not goes_on:
+        old += ['log.jsonl', 'maps.npz', 'best.pt']
+    for name in old:
+        Path(folder, name).unlink(missing_ok=True)
+    write_json(Path(folder, 'config.json'), vars(options) | {'config': asdict(config), 'commit': commit()})
+
+
+def print_progress(entry, steps, batch):
+    """The numbers to watch, of a log entry. steps: of the whole run."""
+    seconds_left = (steps - entry['step']) * batch / entry['pairs_per_s']
+    line = ('step {step}  loss {loss:.3f}  clip {clip:.3f}  accuracy {accuracy:.0%}  lr {lr:.1e}  '
+            '{pairs_per_s:.0f} pairs/s'.format(**entry))
+    tqdm.write(f'{line}  {timedelta(seconds=int(seconds_left))} left')
+
+
+def write_log(folder, entry):
+    """An entry to log.jsonl. Of equal steps the last entry counts: a resumed run logs some again."""
+    with open(Path(folder, 'log.jsonl'), 'a') as file:
+        file.write(json.dumps(entry) + '\n')
+
+
+@lru_cache                              # files may change while a run goes on
+def commit():
+    """The commit of the code, with '-dirty' where files have changed since; '' where git does not tell."""
+    command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:                     # no git
+        return ''
+    return done.stdout.strip()
+
+
+# --- 2. Checkpoints --------------------------------------------------------------------------------------------------
+
+def networks(student, teacher, config, merges, step):
+    """What evaluation needs: the content of best.pt, and a part of last.pt. teacher may be None."""
+    state = {
+        'config': asdict(config),
+        'merges': merges,
+        'step': step,
+        'commit': commit(),
+        'student': student.state_dict()}
+    if teacher:
+        state['teacher'] = teacher.model.state_dict()
+    return state
+
+
+def save(folder, networks, optimizer, scaler, options, same, seconds):
+    """last.pt, whole or not at all. same: see `check_same`. seconds: how long the run has taken."""
+    save_tensors(Path(folder, 'last.pt'), networks | {
+        'optimizer': optimizer.state_dict(),
+        'scaler': scaler.state_dict(),
+        'options': vars(options),
+        'same': same,
+        'seconds': seconds})
+
+
+@contextmanager
+def saved_on_error(student, save):
+    """After an error in this block save() is called first, where the weights are finite. Then the error goes on."""
+    try:
+        yield
+    except Exception:
+        if all(weights.isfinite().all() for weights in student.parameters()):
+            try:
+                save()
+            except Refused as error:    # a full disk: the first error is the one to show
+                warn(error)
+        raise
+
+
+def save_best(folder, networks, score, val):
+    save_tensors(Path(folder, 'best.pt'), networks | {'score': score, 'val': val})
+
+
+def best_so_far(folder, val):
+    """(score, step) of best.pt; (-1, 0) where there is none, or one that was scored on other held-out shards."""
+    path = Path(folder, 'best.pt')
+    if path.exists():
+        best = read_checkpoint(path)
+        if best['val'] == val:
+            return best['score'], best['step']
+    return -1.0, 0
+
+
+# --- 3. Going on -----------------------------------------------------------------------------------------------------
+
+def read_last(folder):
+    """The content of last.pt; {} where there is none."""
+    path = Path(folder, 'last.pt')
+    if not path.exists():
+        return {}
+    saved = read_checkpoint(path)
+    need('optimizer' in saved, f'{path} holds no run to resume; to start from its weights give --init')
+    return saved
+
+
+def check_same(saved, options, same):
+    """Refused: a run that would go on as another one. same: {what: value}, what must be as it was.
+
+    Of other options that differ a line is printed: they are taken as typed.
+    """
+    before = saved['same']
+    differs = [what for what in same if before.get(what) != same[what]]
+    was = ', '.join(f'{what} {before.get(what)}' for what in differs)
+    now = ', '.join(f'{what} {same[what]}' for what in differs)
+    need(not differs, f'{options.out} was started with {was}, not {now}; give the same to resume it, or another --out, '
+         'or start anew from its weights by --init')
+    for name, old in saved['options'].items():
+        new = getattr(options, name)
+        flag = '--' + name.replace('_', '-')
+        if new == old or name in ('out', 'resume') or flag in same:
+            continue
+        note = f'was {old}, is now {new}'
+        if name in ('init', 'vocab', 'quick_gelu'):
+            note = 'is ignored: the checkpoint has weights and vocabulary'
+        print(f'note       {flag} {note}')
+
+
+def restore(saved, student, teacher, optimizer, scaler, path):
+    """What `save` has saved goes back into networks, optimizer and scaler."""
+    load_weights(student, saved['student'], path)
+    if teacher:
+        load_weights(teacher.model, saved['teacher'], path)
+    decays = [group['weight_decay'] for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved['optimizer'])
+    for group, decay in zip(optimizer.param_groups, decays):
+        group['weight_decay'] = decay                   # this command's, not the checkpoint's
+    if saved['scaler']:
+        scaler.load_state_dict(saved['scaler'])

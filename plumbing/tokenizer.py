@@ -1,0 +1,195 @@
+"""CLIP's byte-pair encoding: texts -> ids, with CLIP's merges or with merges learned from captions."""
+import gzip
+import hashlib
+import html
+import os
+import re
+import unicodedata
+from collections import Counter
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from plumbing.errors import Refused, Unreadable
+
+VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
+VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
+MOST_WORDS = 200_000    # whose ids are kept, for `word_ids`: the web never runs out of new words, memory does
+LEARN_FROM = 5000       # merges are learned from so many words, the most frequent ones
+LEARNED_VOCAB = 8192    # ids, of learned merges
+PAIRS_TO_LEARN = 20_000     # enough for every frequent word
+VOCAB_HELP = (f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or learn a vocabulary from your captions '
+              'by --vocab learn')
+
+# Every byte is shown as one visible character, so that merges are lines of text: printable Latin-1 as itself and first,
+# the other 68 from U+0100 on. NB: this order is ids 0..255; with any other, released weights quietly read noise.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTE_SYMBOL = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + k) for k, byte in enumerate(OTHERS)}
+
+SPECIAL = '<start_of_text>', '<end_of_text>'    # as open_clip spells them
+# CLIP's pattern has \p{L} and \p{N}, which `re` lacks: [^\W\d_] is a letter, \d a digit. Of other numbers, as ½,
+# `plain` makes words of their own.
+WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
+
+
+def clean(text):
+    """The text as ftfy rewrites it: no control characters, plain quotes, ligatures and widths, U+FFFD for lone
+    surrogates."""
+    text = html.unescape(html.unescape(text))   # twice: web captions hold '&amp;lt;'
+    text = re.sub('[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]', '', text)
+    if not text.isascii():
+        text = ''.join(map(plain, text))
+        text = re.sub('[\u02bc\u2018-\u201b]', "'", text)
+        text = re.sub('[\u201c-\u201f]', '"', text)
+        text = re.sub('[\ud800-\udfff]', '\ufffd', text)
+    return unicodedata.normalize('NFC', text)
+
+
+@lru_cache
+def plain(char):
+    """One character without ligature and width, as ftfy has it.
+
+    Numbers such as ² ½ Ⅷ ① are no digits, so they would pass as letters in WORD, and 'm²' as one word. Spaces
+    keep them apart.
+    """
+    if char == '\ufb05':
+        return 'ſt'                                     # NFKC would give 'st'
+    ligature_or_wide = '[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb06\uff01-\uffef]'
+    if re.match(ligature_or_wide, char):
+        char = unicodedata.normalize('NFKC', char)
+    if char.isnumeric() and not char.isalpha() and not char.isdecimal():
+        return f' {char} '
+    return char
+
+
+def symbols_of(word):
+    """'cat' -> ['c', 'a', 't</w>']: a symbol per UTF-8 byte, the last one marked: 'cat' is not the 'cat' of 'cats'."""
+    symbols = [BYTE_SYMBOL[byte] for byte in word.encode()]
+    symbols[-1] += '</w>'
+    return symbols
+
+
+def fuse(symbols, left, right):
+    """Joins neighbours `left`, `right`, from left to right: fuse(['a', 'a', 'a'], 'a', 'a') is ['aa', 'a']."""
+    fused = []
+    for symbol in symbols:
+        if symbol == right and fused and fused[-1] == left:
+            fused[-1] += symbol
+        else:
+            fused.append(symbol)
+    return fused
+
+
+def fetch_vocab():
+    """Path of CLIP's merges in torch's cache, downloaded on first use. Refused where that fails."""
+    path = Path(torch.hub.get_dir(), 'bpe_simple_vocab_16e6.txt.gz')
+    if not path.exists():  # ranks may fetch side by side: each download is renamed when it is whole
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(VOCAB_URL, str(path), VOCAB_SHA256, progress=False)
+        except (OSError, RuntimeError) as error:  # RuntimeError: another SHA-256, as of a proxy's page
+            raise Refused(f'{VOCAB_URL} cannot be fetched ({error}); {VOCAB_HELP}') from None
+    return path
+
+
+class Tokenizer:
+    """CLIP's tokenizer: clean, split into words, byte-pair encode each. tokenizer(texts) -> (n, context_length) int64
+
+    merges: lines 'left right', most urgent first. Ids, from 0: 256 bytes, 256 bytes that end a word, one for each
+    merge, start, end. The end is the highest, because the text tower finds it by argmax. Padding is 0.
+    Ids equal CLIP's (simple_tokenizer.py with ftfy and regex). ours: ftfy's repair of wrongly decoded text ('Ã©' for
+    'é', C1 controls) is left out; and U+0345, which regex takes for a letter, is none here.
+    """
+
+    def __init__(self, merges, context_length=77):
+        self.merges = list(merges)
+        self.context_length = context_length
+        self.rank = {tuple(line.split()): i for i, line in enumerate(self.merges)}
+        byte_symbols = list(BYTE_SYMBOL.values())
+        closing = [f'{symbol}</w>' for symbol in byte_symbols]
+        fused = [left + right for left, right in self.rank]
+        symbols = [*byte_symbols, *closing, *fused, *SPECIAL]
+        # Two merges may give one symbol, as a + bc and ab + c. It has the id of the later one, as in CLIP.
+        self.ids = {symbol: i for i, symbol in enumerate(symbols)}
+        self.vocab_size = len(symbols)
+        self.sot, self.eot = [self.ids[symbol] for symbol in SPECIAL]
+
+    @classmethod
+    def clip(cls, path=None, context_length=77):
+        """CLIP's 48,894 merges: from `path`, else $COSMOS_VOCAB, else cache or net. Refused if it's another file."""
+        path = os.path.expanduser(path or os.environ.get('COSMOS_VOCAB') or fetch_vocab())
+        data = Path(path).read_bytes() if os.path.isfile(path) else b''
+        if hashlib.sha256(data).hexdigest() != VOCAB_SHA256:
+            raise Refused(f"{path} is absent or not CLIP's vocabulary (wrong SHA-256; perhaps a git-lfs pointer or a "
+                          f'web page): remove it, then {VOCAB_HELP}')
+        lines = gzip.decompress(data).decode().split('\n')
+        return cls(lines[1:48895], context_length)  # line 0 is a header; CLIP does not use the rest
+
+    @classmethod
+    def learn(cls, texts, vocab_size, context_length=77):
+        """Merges the most frequent pair (of equals the first met) up to `vocab_size`, or until none occurs twice."""
+        tally = Counter()
+        for text in texts:
+            tally.update(cls.split(text))
+        words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
+        # A dict, because a pair may win twice: (abc, d), where abc was fused from a + bc, and again where it was fused,
+        # later, from ab + c. Its first place counts.
+        merges = {}
+        merges_left = vocab_size - 2 * 256 - len(SPECIAL)
+        for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
+            count = Counter()   # pair of symbols -> how often it occurs in all texts
+            for word, symbols in words.items():
+                for pair in zip(symbols, symbols[1:]):
+                    count[pair] += tally[word]
+            if not count or max(count.values()) < 2:
+                break
+            pair = max(count, key=count.get)
+            merges[' '.join(pair)] = None
+            for word, symbols in words.items():
+                if pair[0] in symbols:
+                    words[word] = fuse(symbols, *pair)
+        return cls(merges, context_length)
+
+    @staticmethod
+    def split(text):
+        """Words of the cleaned text by CLIP's pattern: letters, single digits, other signs, 's 't 're 've 'm 'll 'd."""
+        return WORD.findall(clean(text).lower())
+
+    @lru_cache(MOST_WORDS)
+    def word_ids(self, word):
+        """Ids of one word: fuses the pair of lowest rank while there is any. Cached: few words fill most texts."""
+        symbols = [word] if word in SPECIAL else symbols_of(word)
+        while True:
+            known = [pair for pair in zip(symbols, symbols[1:]) if pair in self.rank]
+            if not known:
+                break
+            left, right = min(known, key=self.rank.get)
+            symbols = fuse(symbols, left, right)
+        return [self.ids[symbol] for symbol in symbols]
+
+    def encode(self, text):
+        """Ids without start, end and padding."""
+        return sum(map(self.word_ids, self.split(text)), [])
+
+    def __call__(self, texts):
+        """n texts (or one) -> (n, context_length) int64: start, ids, end, zeros. A long text loses its last ids."""
+        if isinstance(texts, str):
+            texts = [texts]
+        ids = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        for row, text in zip(ids, texts):
+            encoded = [self.sot, *self.encode(text)[:self.context_length - 2], self.eot]
+            row[:len(encoded)] = torch.tensor(encoded)
+        return ids
+
+
+def learn_merges(shards):
+    """From every k-th pair: 20,000 to 40,000 of a large set, all of a small one."""
+    captions = []
+    for i in range(0, len(shards), len(shards) // PAIRS_TO_LEARN or 1):
+        with suppress(Unreadable):                      # a broken pair is reported in its turn
+            captions += shards.pool(i)
+    return Tokenizer.learn(captions, LEARNED_VOCAB).merges

@@ -1,0 +1,164 @@
+"""Checkpoints, ours and other people's: reading a file without running what is in it, turning its names into ours, and
+the sizes of a model from the shapes of its tensors."""
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cosmos import Config
+from plumbing.errors import Refused, need
+from plumbing.tokenizer import Tokenizer
+
+# --- 1. Names of the released code and of open_clip ------------------------------------------------------------------
+
+RENAMES = {          # our prefix -> theirs; first match wins. Their text tower has no prefix.
+    'visual.norm.': 'visual.ln_post.',
+    'text.norm.': 'ln_final.',
+    'text.proj': 'text_projection',
+    'image_cross.': 'visual.attn_cross_pool.',
+    'text_cross.': 'text_attn_cross_pool.',
+    'image_map.': 'image_token_mapping.',
+    'text_map.': 'text_token_mapping.',
+    'visual.': 'visual.',
+    'logit_scale': 'logit_scale',
+    'distill_logit_scale': 'distill_logit_scale',
+    'text.': '',
+}
+
+
+def rename(state_dict, table):
+    """Every key with its first matching prefix replaced; values pass untouched."""
+    renamed = {}
+    for key, value in state_dict.items():
+        prefix = next(prefix for prefix in table if key.startswith(prefix))
+        renamed[table[prefix] + key.removeprefix(prefix)] = value
+    return renamed
+
+
+def to_openclip(state_dict):
+    """Our names -> the released code's. open_clip takes them by strict=False: it has no place for cross-attention, its
+    maps and its scale."""
+    return rename(state_dict, RENAMES)
+
+
+def from_openclip(state_dict):
+    """The released code's or open_clip's names -> ours, for load_state_dict(strict=True).
+
+    open_clip's weights have no cross-attention: load them into a model with cross_heads=0.
+    """
+    return rename(state_dict, {theirs: ours for ours, theirs in RENAMES.items()})
+
+
+def clean_names(state):
+    """Without the prefixes of DistributedDataParallel and torch.compile."""
+    cleaned = {}
+    for name, value in state.items():
+        cleaned[name.replace('_orig_mod.', '').removeprefix('module.')] = value
+    return cleaned
+
+
+# --- 2. A file -> its tensors, and these -> a model ------------------------------------------------------------------
+
+def read_checkpoint(path):
+    """Tensors and plain values from a file. Nothing in it is executed: what would need that is Refused."""
+    need(Path(path).exists(), f'checkpoint {path} does not exist')
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:          # of many kinds, for torn files and for others
+        reason = 'it is torn, or of another kind'
+        # torch names what it refused: "TorchScript", or "GLOBAL package.name"
+        refused = re.search(r'TorchScript|(?<=GLOBAL )[\w.]+', str(error))
+        if refused:
+            reason = f'it holds {refused[0]}, which may run code'
+        raise Refused(f'{path} is no checkpoint that can be read ({reason}); fetch it again if it was fetched, '
+                      'or see python -m extras.weights import --help') from None
+    need(isinstance(saved, dict), f'{path} holds no weights by name; save model.state_dict()')
+    return saved
+
+
+def load_weights(model, state, path):
+    """Strictly: every name and shape must fit. Else Refused, with the first that do not."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip()[:200] for line in str(error).splitlines()]
+        problems = '; '.join(lines[1:6])                    # line 0 is a heading
+        raise Refused(f'{path} does not fit this model: {problems}') from None
+
+
+# --- 3. Which network a file holds -----------------------------------------------------------------------------------
+
+def infer_config(state, quick_gelu=False):
+    """Config of released or open_clip weights, from the shapes of their tensors.
+
+    Shapes do not tell how wide an attention head is, nor which GELU it was. Here heads are 64 wide, as in open_clip's
+    ViTs up to L, and cross-attention has the released 8.
+    """
+    vision_width, _, _, patch = state['visual.conv1.weight'].shape
+    context_length, text_width = state['positional_embedding'].shape
+    grid = math.isqrt(len(state['visual.positional_embedding']) - 1)  # one row is the class token's
+    blocks = [name for name in state if name.endswith('.ln_1.weight')]  # of both towers
+    vision_layers = sum(name.startswith('visual.') for name in blocks)
+    return Config(embed_dim=state['text_projection'].shape[1],
+                  image_size=grid * patch,
+                  local_image_size=max(1, round(grid * 3 / 7)) * patch,  # the paper's 96 of 224
+                  patch_size=patch,
+                  vision_width=vision_width,
+                  vision_layers=vision_layers,
+                  vision_heads=max(1, vision_width // 64),
+                  text_width=text_width,
+                  text_layers=len(blocks) - vision_layers,
+                  text_heads=max(1, text_width // 64),
+                  context_length=context_length,
+                  vocab_size=len(state['token_embedding.weight']),
+                  cross_heads=8 if 'image_token_mapping.weight' in state else 0,
+                  quick_gelu=quick_gelu)
+
+
+class Network(NamedTuple):
+    """What is needed to build a model, and to feed it."""
+    origin: str             # the key that its weights lay under in the file; 'state dict' where under none
+    config: Config
+    tokenizer: Tokenizer
+    state: dict             # {our name: tensor}
+
+
+def choose_weights(saved, weights):
+    """The content of a file -> (origin, {name: tensor}): of teacher and student the one that `weights` names, the
+    student where there is no teacher."""
+    for origin in (weights, 'student', 'state_dict'):
+        if origin in saved:
+            return origin, clean_names(saved[origin])
+    return 'state dict', clean_names(saved)
+
+
+def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
+    """A file -> Network. The file is one of:
+
+        ours        a checkpoint of train.py: {'student', 'teacher', 'config', 'merges', ...}
+        released    {'student', 'teacher'}, under open_clip's names
+        open_clip   the state dict of a ViT, perhaps under 'state_dict'
+
+    The last two tell neither their merges, which are CLIP's (vocab: the file of these, None: see Tokenizer.clip), nor
+    their activation (quick_gelu). Raises Refused for a file of another kind.
+    """
+    saved = read_checkpoint(path)
+    origin, state = choose_weights(saved, weights)
+    if 'config' in saved and 'merges' in saved:         # ours
+        config = Config(**saved['config'])
+        tokenizer = Tokenizer(saved['merges'], config.context_length)
+        return Network(origin, config, tokenizer, state)
+    # See infer_config for heads. Open_clip's ViTs that are wider than 1,024 have others.
+    width = len(state.get('visual.class_embedding', ()))                # 0: there is none
+    need(0 < width <= 1024 and width % 64 == 0 and 'text_projection' in state,
+         f'{path} is neither ours, nor released, nor of an open_clip ViT with heads that are 64 wide '
+         f"(its keys: {', '.join(list(state)[:5])}); "
+         f'python -m extras.weights import {path} OUT.pt converts others')
+    config = infer_config(state, quick_gelu)
+    tokenizer = Tokenizer.clip(vocab, config.context_length)
+    need(tokenizer.vocab_size <= config.vocab_size,
+         f"{path} knows {config.vocab_size:,} ids, CLIP's vocabulary has {tokenizer.vocab_size:,}: "
+         'its merges were learned; take the checkpoint that train.py wrote')
+    return Network(origin, config, tokenizer, from_openclip(state))
