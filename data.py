@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as TF
 from cosmos import GLOBALS, Config
 from plumbing.colours import JITTERS, NEUTRAL, recolour
 from plumbing.errors import Refused, Unreadable
-from plumbing.images import decode, stored_size
+from plumbing.images import decode, read_header
 from plumbing.processes import end_workers, ignore_signals
 from plumbing.shards import Shards
 from plumbing.tokenizer import Tokenizer
@@ -130,12 +130,12 @@ def draw_boxes(height, width, kinds, rng):
 def image_crops(data, kinds, rng):
     """Encoded bytes, the kind of each view -> a random crop for each, (3, s, s) uint8, and their boxes (y, x, h, w) in
     pixels of the whole image."""
-    height, width = stored_size(data)
+    image, (height, width) = read_header(data)
     boxes = draw_boxes(height, width, kinds, rng)
     # A large JPEG may be decoded at a smaller size. But no crop may then have fewer pixels than its view: a box of
     # 200 x 200 pixels, for a view of 96, allows 200 / 96 = 2.08 times.
     allowed = [min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds)]
-    pixels = decode(data, at_most=min(allowed))
+    pixels = decode(image, at_most=min(allowed))
     _, decoded_height, decoded_width = pixels.shape
     ratio = min(decoded_height / height, decoded_width / width)     # 1, or about 1/2, 1/4, 1/8
     crops = []
@@ -196,7 +196,7 @@ class Crops(Dataset):
             self.kinds = [kind._replace(**CROPS_ONLY) for kind in self.kinds]
 
     def __getitem__(self, where):
-        """-> V crops (3, s, s) uint8, {operation: strengths (V,)}, ids (U, T), how many pairs could not be read."""
+        """-> V crops (3, s, s) uint8, strengths (V, operations), ids (U, T), how many pairs could not be read."""
         epoch, index = where
         rng = random.Random(f'{self.seed} {epoch} {index} replacement')
         for bad in range(MOST_BAD):
@@ -206,10 +206,8 @@ class Crops(Dataset):
                 print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
                 index = rng.randrange(len(self.shards))                 # a replacement
                 continue
-            of_operations = {}          # a dict for each view -> a row for each operation
-            for name in NEUTRAL:
-                of_operations[name] = torch.tensor([of_view[name] for of_view in strengths])
-            return crops, of_operations, self.tokenizer(captions), bad
+            rows = [list(of_view.values()) for of_view in strengths]        # in the order of NEUTRAL
+            return crops, torch.tensor(rows), self.tokenizer(captions), bad
         raise Refused(f'{MOST_BAD} pairs in a row cannot be read; look at the shards with '
                       'python -m extras.prepare inspect')
 
@@ -315,7 +313,8 @@ def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
     multiple: of the lengths; 8 is faster in half precision. whole_first: the student's caption 0 keeps all T positions,
     because C^T reads its padding, too.
     """
-    crops, strengths, ids, bad = default_collate(samples)               # ids (B, U, T)
+    crops, rows, ids, bad = default_collate(samples)    # rows (B, V, operations), ids (B, U, T)
+    strengths = dict(zip(NEUTRAL, rows.unbind(dim=2)))
     captions = ids.unbind(dim=1)
     globals_cut = cut(captions[:global_texts], multiple)
     locals_cut = cut(captions[global_texts:], multiple)

@@ -41,8 +41,8 @@ from cosmos import (COSMOS, GLOBALS, Config, Output, Teacher, cosmos_terms, embe
 from data import Shards
 from plumbing import runs
 from plumbing.captions import POOL_KEYS
-from plumbing.errors import (Parser, Refused, above_zero, amount, command, count, positive, share,
-                             warn, write_json)
+from plumbing.errors import (Parser, above_zero, amount, command, count, need, positive, share, warn,
+                             write_json)
 from plumbing.processes import (CORES, DTYPES, Processes, choose_dtype, compile_blocks, peak_memory,
                                 signals_caught, use_cores)
 from plumbing.tokenizer import Tokenizer, learn_merges
@@ -308,7 +308,7 @@ def read_options(argv):
     typed = parser.parse_args(argv)                     # a first look, at what decides the recipe
     preset = typed.preset or ('vit-b-16' if typed.data else 'tiny')
     recipe = dict(PRESETS[preset].recipe)
-    del recipe['warmup']                                # see choose_lengths
+    recipe.pop('warmup', None)                          # see choose_lengths
     if typed.steps or typed.epochs:
         recipe.pop('steps', None)
         recipe.pop('epochs', None)
@@ -324,8 +324,9 @@ def choose_lengths(options, pairs):
     """Fill in --steps, and --warmup and --eval-every where they are not given."""
     if options.epochs is not None:
         options.steps = round(options.epochs * (pairs // options.batch)) or 1
+    need(options.steps, f'preset {options.preset} has neither steps nor epochs; give --steps')
     if options.warmup is None:                          # of a short run a tenth
-        options.warmup = min(PRESETS[options.preset].recipe['warmup'], options.steps // 10)
+        options.warmup = min(PRESETS[options.preset].recipe.get('warmup', 0), options.steps // 10)
     if options.eval_every is None:
         options.eval_every = math.ceil(options.steps / 4)
 
@@ -336,8 +337,7 @@ def find_data(options, built_in_set):
     """Without --data: the built-in set. If --data is one folder with train/ and val/, --val becomes the same folder:
     Shards takes train/ for --data, and val/ for --val."""
     if options.data is None:
-        if built_in_set is None:
-            raise Refused('the built-in set is drawn by lesson/, which is absent; give shards by --data')
+        need(built_in_set, 'the built-in set is drawn by lesson/, which is absent; give shards by --data')
         options.data = [str(built_in_set())]
     folder = Path(options.data[0])
     has_halves = (folder / 'train').is_dir() and (folder / 'val').is_dir()
@@ -600,6 +600,15 @@ def reason_to_stop(run, broken, bad, seen):
     return None
 
 
+def begin(run, val, watchers):
+    """The plan, and config.json; rank 0, before the first step."""
+    print_plan(run, val)
+    runs.begin(run.folder, run.options, run.train_set.config, goes_on=run.step > 0)
+    run.best = runs.best_so_far(run.folder, run.options.val)
+    for watcher in watchers:
+        watcher.begin(run)
+
+
 def finish(run, figures, watchers):
     """eval.json, what the watchers write, and what to do next."""
     write_json(run.folder / 'eval.json', figures)
@@ -627,11 +636,7 @@ def main(argv=None, watchers=(), built_in_set=None):
         print(f'nothing is left to do: step {run.step} of {options.steps} is reached')
         processes.leave(0)
     if processes.rank == 0:
-        print_plan(run, val)
-        run.best = runs.best_so_far(run.folder, options.val)
-        runs.begin(run.folder, options, run.train_set.config, goes_on=run.step > 0)
-        for watcher in watchers:
-            watcher.begin(run)
+        begin(run, val, watchers)
 
     batches = batches_left(run)
     done = None                     # the last Step
@@ -642,9 +647,11 @@ def main(argv=None, watchers=(), built_in_set=None):
     waited = 0.0                    # seconds, since the last log entry
     logged_step = run.step
     logged_at = saved_at = time.perf_counter()
+    # A bar where there is a terminal.
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
-    with bar, signals_caught() as caught, runs.saved_on_error(run.student, partial(save, run)):
-        while True:                 # one turn more than there are steps
+    saving = runs.saved_on_error(run.student, partial(save, run))
+    with bar, saving, signals_caught() as caught:
+        while True:                 # a turn more than there are steps
             # What is due after run.step steps? All ranks must find the same, for they log and evaluate together.
             last = run.step >= options.steps
             failure = reason_to_stop(run, broken, bad, seen)

@@ -320,7 +320,7 @@ def train_run(variant, seed, scenes, out):
     student, teacher, _ = onepage.train(
         scenes, steps, seed, PRECISION, batch=method.batch, rate=rate, watch=keep_losses, **differs)
     seconds = int(time.perf_counter() - begun)
-    merges = onepage.learn_tokenizer(scenes).merges
+    merges = onepage.learn_tokenizer(Shards(scenes / 'train')).merges
     saved = runs.networks(student, teacher, student.config, merges, steps)
     if not student.has_cross_attention:                 # eval.load expects a plain CLIP, which has one scale
         for network in 'student', 'teacher':

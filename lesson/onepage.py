@@ -22,9 +22,9 @@ COUNTS = Counts(local_images=2, local_texts=2)      # of a pair, beside GLOBALS 
 CONTEXT = 64                    # tokens of a caption, at most
 
 
-def learn_tokenizer(folder):
-    """A tokenizer whose vocabulary is learned from the training captions in a folder."""
-    return Tokenizer(learn_merges(Shards(folder, split='train')), CONTEXT)
+def learn_tokenizer(shards):
+    """A tokenizer whose vocabulary is learned from the captions of training shards."""
+    return Tokenizer(learn_merges(shards), CONTEXT)
 
 
 def print_loss(step, loss, parts):
@@ -61,7 +61,7 @@ def train(folder, steps=1000, seed=0, precision='auto',
 
     # The training set: (epoch, index of a pair) -> random crops of the image, random sentences of its captions as ids.
     shards = Shards(folder, split='train')
-    tokenizer = learn_tokenizer(folder)
+    tokenizer = learn_tokenizer(shards)
     config = Config(embed_dim=128, cross_heads=heads,
                     image_size=48, local_image_size=24, patch_size=8,
                     vision_width=96, vision_layers=4, vision_heads=3,
@@ -112,7 +112,8 @@ if __name__ == '__main__':
     folder = built_in_set()
     _, teacher, _ = train(folder)
     model = teacher.model               # the average of many students knows more than the last one
-    evaluated = model, learn_tokenizer(folder), preprocessing(model.config.image_size)
-    held_out = Shards(folder, split='val')
+    tokenizer = learn_tokenizer(Shards(folder / 'train'))
+    held_out = Shards(folder / 'val')
+    evaluated = model, tokenizer, preprocessing(model.config.image_size)
     figures, image_features = zero_shot_retrieval(*evaluated, held_out)
     show(figures | suppression.during_training(*evaluated, image_features, held_out))

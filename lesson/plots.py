@@ -123,7 +123,7 @@ SCENES = 6              # of the maps: the first ones
 
 
 def scored_run(variant):
-    """Of seed 0 -> what evaluation.load returns, and its held-out scenes."""
+    """Of seed 0 -> what eval.load returns, and its held-out scenes."""
     return load(run_folder(variant, 0)), held_out(variant.world)
 
 

@@ -36,24 +36,24 @@ def read_image(source):
         return ImageOps.exif_transpose(open_image(source))
 
 
-def stored_size(data):
-    """Encoded bytes -> (height, width) of the image, turned as EXIF says. Only the header is read."""
+def read_header(data):
+    """Encoded bytes -> Pillow image that is not decoded yet, and its (height, width), turned as EXIF says."""
     with pillow_errors('its image'):
         image = open_image(data)
         width, height = image.size
         if image.getexif().get(ORIENTATION) in (5, 6, 7, 8):
             width, height = height, width
-    return height, width
+    return image, (height, width)
 
 
-def decode(data, at_most=1):
-    """Encoded bytes -> (3, h, w) uint8, turned as EXIF says, perhaps smaller than stored, but `at_most` so many times.
+def decode(image, at_most=1):
+    """An image of read_header -> (3, h, w) uint8, turned as EXIF says, perhaps smaller than stored, but `at_most` so
+    many times.
 
     Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size in much less time. Say it has 1000 x 800 pixels, and at most is
     2.08: 481 x 385 pixels are enough, and `draft` takes the next size above, 500 x 400.
     """
     with pillow_errors('its image'):
-        image = open_image(data)
         enough = [ceil(side / at_most) for side in image.size]           # as stored: draft comes before the EXIF turn
         image.draft('RGB', enough)
         return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert('RGB'))

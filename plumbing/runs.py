@@ -126,7 +126,7 @@ def read_last(folder):
     if not path.exists():
         return {}
     saved = read_checkpoint(path)
-    need('optimizer' in saved, f'{path} holds no run to resume; to start from its weights give --init')
+    need('same' in saved, f'{path} holds no run to resume; to start from its weights give --init')
     return saved
 
 

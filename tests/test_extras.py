@@ -25,7 +25,7 @@ import train
 from cosmos import COSMOS
 from eval import load
 from extras import attend, bench, pairs, prepare, report, search, weights
-from plumbing.images import decode
+from plumbing.images import decode, read_header
 from plumbing.weights import to_openclip
 from tests.helpers import ROOT, encoded, put, refused, shared
 
@@ -65,7 +65,8 @@ def run(module, *argv):
 
 def whole(path):
     """A picture as integers (3, h, w)."""
-    return decode(path.read_bytes())
+    image, _ = read_header(path.read_bytes())
+    return decode(image)
 
 
 def number(printed, unit):

@@ -22,7 +22,7 @@ import train
 from data import Counts, Crops, Shards, Tokenizer
 from plumbing import errors, runs
 from plumbing.captions import caption_pool, sentences
-from plumbing.images import decode
+from plumbing.images import decode, read_header
 from plumbing.shards import find_shards, read_at
 from tests.helpers import MICRO, ROOT, dog_tar, encoded, pairs_tar, put, refused, run, shared, write_tar
 
@@ -458,4 +458,5 @@ def test_learn_by_hand():
 def test_half_an_image_is_refused():
     """oracle: the rule for errors."""
     half = encoded(Image.effect_noise((99, 99), 50), 'JPEG')[:-200]
-    refused('its image is no image', decode, half)
+    image, _ = read_header(half)
+    refused('its image is no image', decode, image)
