@@ -16,7 +16,6 @@ import os
 import random
 import sqlite3
 import sys
-import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from plumbing.captions import CAPTION_KEYS, DREAMLIP, caption_pool, sentences
 from plumbing.errors import (Parser, Refused, Unreadable, command, need, positive, read_json, replacing, share,
                              write_json)
 from plumbing.images import open_image, pillow_errors, read_image
-from plumbing.shards import Shards
+from plumbing.shards import Shards, write_shard
 from plumbing.tokenizer import LEARNED_VOCAB, Tokenizer
 from train import PRESETS
 
@@ -159,18 +158,6 @@ def name_left_out(problems):
         lines.append(f'{len(problems) - NAMED} more')
     for line in lines:
         print(f'left out   {line}', file=sys.stderr)
-
-
-def write_shard(path, members):
-    """A tar of (name, bytes), whole or not at all; of no members there is none. Equal members give equal bytes."""
-    path = Path(path)
-    with replacing(path) as partial, tarfile.open(partial, 'w', format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)            # its time is 0
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    if not tar.members:
-        path.unlink()
 
 
 def claim(out, **source):

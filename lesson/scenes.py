@@ -31,8 +31,8 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
-from extras.prepare import write_shard
 from plumbing.errors import Parser, Refused, command, count, need, read_json, write_json
+from plumbing.shards import write_shard
 
 # --- 1. What there is to draw ----------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Tars of image-text pairs: every header is read once, into an index; then any pair is one read away."""
 import glob
 import hashlib
+import io
 import json
 import os
 import re
@@ -32,8 +33,7 @@ def find_shards(paths, split=None):
     split: 'train' or 'val'. Of a folder that holds both as subfolders, this one is taken, and a line says so.
     Raises Refused where nothing is found. A line says how many paths lead nowhere, or are named twice.
     """
-    if isinstance(paths, (str, Path)):
-        paths = [paths]
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
     found = []
     missing = []
     for path in map(str, paths):
@@ -137,6 +137,7 @@ class Shards:
         self.sizes = list(map(os.path.getsize, self.paths))
         names = list(map(os.path.basename, self.paths))
         self.fingerprint = hashlib.sha1(repr([names, self.sizes]).encode()).hexdigest()
+        self.mark = int(self.fingerprint[:15], 16)      # the first number of an index file
         stored = self.read_index(index)
         self.is_mapped = stored is not None
         self.index = stored if self.is_mapped else self.scan()          # (pairs, WIDTH)
@@ -152,20 +153,16 @@ class Shards:
                       desc='reading headers', disable=None)
         return np.concatenate(tables)
 
-    def mark(self):
-        """The first number of an index file: it names the shards."""
-        return int(self.fingerprint[:15], 16)
-
     def save(self, path):
         """The index as one flat array: the mark, then the rows."""
         with replacing(path) as temporary, open(temporary, 'wb') as file:
-            np.save(file, np.append(self.mark(), self.index.ravel()))
+            np.save(file, np.append(self.mark, self.index.ravel()))
 
     def read_index(self, path):
         """-> (pairs, WIDTH), or None where there is no file, or one of other shards."""
         with suppress(OSError, ValueError, EOFError):   # no file, or no array of numpy's
             stored = np.load(path, mmap_mode='r') if path else np.array([])
-            if stored.ndim == 1 and len(stored) and stored[0] == self.mark():
+            if stored.ndim == 1 and len(stored) and stored[0] == self.mark:
                 return stored[1:].reshape(-1, WIDTH)
         return None
 
@@ -249,3 +246,15 @@ def read_at(path, offset, size):
     with open(path, 'rb') as file:              # anew for each read, so that there are never too many open
         file.seek(offset)
         return file.read(size)
+
+
+def write_shard(path, members):
+    """A tar of (name, bytes), whole or not at all; of no members there is none. Equal members give equal bytes."""
+    path = Path(path)
+    with replacing(path) as partial, tarfile.open(partial, 'w', format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)            # its time is 0
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    if not tar.members:
+        path.unlink()

@@ -26,6 +26,7 @@ from cosmos import COSMOS
 from eval import load
 from extras import attend, bench, pairs, prepare, report, search, weights
 from plumbing.images import decode, read_header
+from plumbing.shards import write_shard
 from plumbing.weights import to_openclip
 from tests.helpers import ROOT, encoded, put, refused, shared
 
@@ -46,7 +47,7 @@ def write_pairs(path, lines, *images):
     for i, line in enumerate(lines.splitlines()):
         image = images[i] if i < len(images) else picture(colour=f'hsl({60 * i}, 100%, 50%)')
         members += [(f'{i}.jpg', image), (f'{i}.json', line.encode())]
-    prepare.write_shard(path, members)
+    write_shard(path, members)
     return path
 
 
@@ -237,8 +238,8 @@ def test_inspect(tmp_path, capsys, monkeypatch):
         members += [(f'{i}.jpg', image), (f'{i}.txt', b'Dogs. A cat')]
     members[3] = '1.txt', 63 * b'Dogs '
     members.append(('4.json', b'{"raw_caption": ["Dogs. A cat."]}'))
-    prepare.write_shard(tmp_path / 'train/0.tar', members)
-    prepare.write_shard(tmp_path / 'val/0.tar', members[:2])
+    write_shard(tmp_path / 'train/0.tar', members)
+    write_shard(tmp_path / 'val/0.tar', members[:2])
     monkeypatch.delenv('COSMOS_VOCAB', raising=False)
     run(prepare, 'inspect', tmp_path, '--out', tmp_path / 'sheet.png')
     printed = capsys.readouterr()
