@@ -9,6 +9,9 @@ Random choices for a pair come from (seed, epoch, index of the pair). The order 
 The order of the colour jitters comes from (seed, step). So with the same settings a run sees the same batches for any
 number of workers and GPUs, and can be resumed at any step.
 
+The order of things: `Order` yields the places (epoch, index) of the pairs of a batch. In a worker of the loader `Crops`
+makes views of each, and `collate` a `Batch` of them all. Where the model runs `Batch.views` changes the colours.
+
 The helpers are in plumbing/, and need not be read: `Shards` gives the bytes of an image and the pool of its sentences,
 `decode` the pixels, `Tokenizer` the ids, `recolour` changes the colours of a batch.
 """
@@ -61,11 +64,11 @@ def draw_sentences(pool, count, rng):
 # --- 2. The kinds of image views ------------------------------------------------------------------------ Sec. 3.1 ---
 
 class Kind(NamedTuple):
-    """How a view is made. All but size and scale are probabilities."""
+    """How a view is made. All but size and scale are probabilities; how strongly is drawn by draw_strengths."""
     size: int                   # side of the view, in pixels
     scale: tuple                # least and most share of the image's area
     flip: float                 # left becomes right
-    jitter: float               # of brightness, contrast, saturation and hue, in random order
+    jitter: float               # of brightness, contrast, saturation and hue, see Batch.views for their order
     grey: float
     blur: float
     solarize: float             # bright pixels are inverted
@@ -130,12 +133,14 @@ def draw_boxes(height, width, kinds, rng):
 def image_crops(data, kinds, rng):
     """Encoded bytes, the kind of each view -> a random crop for each, (3, s, s) uint8, and their boxes (y, x, h, w) in
     pixels of the whole image."""
-    image, (height, width) = read_header(data)
+    unread, (height, width) = read_header(data)         # its pixels are not decoded yet
     boxes = draw_boxes(height, width, kinds, rng)
-    # A large JPEG may be decoded at a smaller size. But no crop may then have fewer pixels than its view: a box of
-    # 200 x 200 pixels, for a view of 96, allows 200 / 96 = 2.08 times.
-    allowed = [min(h, w) / kind.size for (_, _, h, w), kind in zip(boxes, kinds)]
-    pixels = decode(image, at_most=min(allowed))
+    # A large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. But each crop must keep as many pixels as its view: a
+    # box of 200 x 200 for a view of 96 may become 200 / 96 = 2.08 times smaller, so 1/2 is allowed.
+    reductions = []
+    for (_, _, h, w), kind in zip(boxes, kinds):
+        reductions.append(min(h, w) / kind.size)
+    pixels = decode(unread, at_most=min(reductions))
     _, decoded_height, decoded_width = pixels.shape
     ratio = min(decoded_height / height, decoded_width / width)     # 1, or about 1/2, 1/4, 1/8
     crops = []
@@ -159,7 +164,7 @@ def normalize(images):
 class Counts(NamedTuple):
     """How many views and captions a pair gives: V = global_images + local_images, U = global_texts + local_texts.
 
-    There are GLOBALS global ones; the first rows of Table 5 have one, and then no locals, see METHODS in train.py.
+    Of both GLOBALS are global. The first rows of Table 5 have a single one, and then no locals: METHODS in train.py.
     """
     global_images: int = GLOBALS
     local_images: int = 6
@@ -198,16 +203,16 @@ class Crops(Dataset):
     def __getitem__(self, where):
         """-> V crops (3, s, s) uint8, strengths (V, operations), ids (U, T), how many pairs could not be read."""
         epoch, index = where
-        rng = random.Random(f'{self.seed} {epoch} {index} replacement')
-        for bad in range(MOST_BAD):
+        replacements = random.Random(f'{self.seed} {epoch} {index} replacement')
+        for bad in range(MOST_BAD):                     # so many could not be read before
             try:
                 crops, strengths, captions, _ = self.sample(epoch, index)
             except Unreadable as error:
                 print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
-                index = rng.randrange(len(self.shards))                 # a replacement
-                continue
-            rows = [list(of_view.values()) for of_view in strengths]        # in the order of NEUTRAL
-            return crops, torch.tensor(rows), self.tokenizer(captions), bad
+                index = replacements.randrange(len(self.shards))
+            else:
+                rows = [list(of_view.values()) for of_view in strengths]    # in the order of NEUTRAL
+                return crops, torch.tensor(rows), self.tokenizer(captions), bad
         raise Refused(f'{MOST_BAD} pairs in a row cannot be read; look at the shards with '
                       'python -m extras.prepare inspect')
 
@@ -238,22 +243,22 @@ class Order:
     Yields, for every step in [start, stop), this rank's list of (epoch, index of the pair). An epoch holds
     pairs // batch whole batches; the rest of its order is left out.
     """
-    pairs: int
-    batch: int                  # of all ranks
+    pairs: int                  # of the set
+    batch: int                  # pairs of a step, of all ranks
     start: int
     stop: int
     seed: int = 0
     rank: int = 0
     world: int = 1
 
-    def permutation(self, epoch):       # a method, so that an experiment can override it
+    def permutation(self, epoch):       # a method, so that an experiment can override it; called for each step
         return shuffled(self.seed, epoch, self.pairs)
 
     def __iter__(self):
         part = self.batch // self.world
         for step in range(self.start, self.stop):
-            epoch, number = divmod(step, self.pairs // self.batch)
-            begin = number * self.batch + self.rank * part
+            epoch, batch_of_epoch = divmod(step, self.pairs // self.batch)
+            begin = batch_of_epoch * self.batch + self.rank * part
             indices = self.permutation(epoch)[begin:begin + part].tolist()
             yield [(epoch, index) for index in indices]
 
@@ -273,7 +278,7 @@ class Batch(NamedTuple):
     """What a step needs of B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
     strengths: dict         # {operation: (B, V)}, on the CPU, see plumbing/colours.py
-    texts: list             # U captions (B, T) int64 for the student; all but caption 0 are cut
+    texts: list             # U captions (B, T) int64 for the student, see collate
     teacher_texts: list     # the global captions for the teacher, cut to one T
     bad: int                # how many pairs could not be read
 
@@ -285,9 +290,9 @@ class Batch(NamedTuple):
             teacher_texts=[x.to(device, non_blocking=True) for x in self.teacher_texts])
 
     def views(self, seed_and_step):
-        """V images (B, 3, s, s), float32, normalised. Colours change here, where the crops are; workers only crop.
+        """V images (B, 3, s, s), float32, normalised. Colours change here, after `to`, and so on the GPU.
 
-        seed_and_step: a text that decides the order of the jitters, the same on all ranks.
+        seed_and_step: a string that seeds the order of the jitters, the same on all ranks.
         """
         views = []
         for k, crops in enumerate(self.crops):
@@ -300,18 +305,21 @@ class Batch(NamedTuple):
 
 
 def cut(captions, multiple):
-    """A list of (B, T) ids, all cut behind the end of the longest, rounded up to a multiple; [] -> []."""
+    """A list of (B, T) ids, all cut behind the end of the longest, rounded up to a multiple."""
+    if not captions:
+        return []
     ends = [ids.argmax(dim=1).max().item() for ids in captions]         # the largest id ends a text
-    longest = max(ends, default=0) + 1
-    length = ceil(longest / multiple) * multiple                        # beyond T a slice ends at T
+    longest = max(ends) + 1
+    length = ceil(longest / multiple) * multiple        # perhaps above T: then a slice keeps all T
     return [ids[:, :length] for ids in captions]
 
 
 def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
-    """Samples -> Batch. Global captions, the first ones, are cut to one length, local ones to another.
+    """Samples -> Batch. Captions have three lengths: caption 0 of the student keeps all T; the other globals, and all
+    of the teacher's, end with the longest of them; the locals end with the longest local.
 
-    multiple: of the lengths; 8 is faster in half precision. whole_first: the student's caption 0 keeps all T positions,
-    because C^T reads its padding, too.
+    multiple: of the lengths; 8 is faster in half precision. whole_first: caption 0 keeps all T, because C^T reads its
+    padding; without C^T it is cut, too.
     """
     crops, rows, ids, bad = default_collate(samples)    # rows (B, V, operations), ids (B, U, T)
     strengths = dict(zip(NEUTRAL, rows.unbind(dim=2)))
@@ -326,7 +334,7 @@ def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
 def loader(train_set, order, workers, multiple=1, whole_first=True):
     """The plain DataLoader that serves batch after batch of an Order."""
     atexit.register(end_workers)
-    # A forked worker shares the table of the shards, a spawned one gets a copy. (Without workers: no context.)
+    # A forked worker shares the table of the shards, a spawned one gets a copy. Without workers there may be none.
     context = 'fork' if workers and sys.platform == 'linux' else None
     make_batch = partial(collate, multiple=multiple, whole_first=whole_first,
                          global_texts=train_set.counts.global_texts)

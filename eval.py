@@ -9,6 +9,8 @@
 CKPT is ours (runs/NAME/last.pt, or its folder), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with
 GELU; those of other CLIPs are converted by python -m extras.weights. The teacher is evaluated, the averaged weights,
 unless --weights student. Features are float32 vectors of unit length, and a score is the dot product of two of them.
+
+Parts 3 to 5 are the protocols. Part 6 is the command line, and may be skipped.
 """
 import math
 from dataclasses import dataclass
@@ -134,9 +136,10 @@ def embed_texts(model, tokenizer, texts):
 # --- 3. Retrieval ----------------------------------------------------------------------------------------------------
 
 def ranks(queries, targets, query_ids, target_ids, chunk=1024):
-    """Rank from 1 of each query's best right target, (n,). Targets with the query's id are right.
+    """Rank from 1 of each query's best right target, (n,). Target j is right for query i if they have the same id.
 
-    A wrong target with an equal score counts as ahead: features that are all the same must not look perfect.
+    For retrieval an id is the number of an image, for classification that of a class. A wrong target with an equal
+    score counts as ahead: features that are all the same must not look perfect.
     """
     found = []
     for rows in torch.arange(len(queries)).split(chunk):            # never the whole n x m matrix
@@ -313,9 +316,9 @@ def segment_image(model, image, vectors, names_per_class, settings):
     """One image -> (h, w) int64 class of each pixel.
 
     vectors (M, D): one for each name, class after class; a class has one name or several. Where class 0 is a
-    background, two settings are above zero: pixels whose best class has less than `probability` become background, and
-    a class with at most the share `area` of the foreground loses its pixels to the best classes that stay. The steps
-    are those of clip_segmentor.py:113-276 of the released code.
+    background, settings.probability is above zero: a pixel whose best class has less becomes background. Where
+    settings.area is above zero, too, a class that has at most this share of the foreground is dropped, and the next
+    best classes take its pixels. The steps are those of clip_segmentor.py:113-276 of the released code.
     """
     width, height = image.size
     short = min(width, height)
@@ -325,18 +328,19 @@ def segment_image(model, image, vectors, names_per_class, settings):
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)
     scores = F.interpolate(scores[None], (height, width), mode='bilinear')
-    # Softmax over all names; of the names of a class the best one counts.
-    shares = (settings.scale * scores[0]).softmax(dim=0)            # (M, h, w)
-    names_of_classes = shares.split(names_per_class)                # of each class (names, h, w)
-    best = torch.stack([names.amax(dim=0) for names in names_of_classes])       # (classes, h, w)
+    of_name = (settings.scale * scores[0]).softmax(dim=0)           # (M, h, w)
+    best_names = []
+    for names in of_name.split(names_per_class):                    # of a class (names, h, w)
+        best_names.append(names.amax(dim=0))                        # its best name counts
+    of_class = torch.stack(best_names)                              # (classes, h, w)
     if settings.area:
-        pixels_of_class = torch.bincount(best.argmax(dim=0).flatten(), minlength=len(best))
+        pixels_of_class = torch.bincount(of_class.argmax(dim=0).flatten(), minlength=len(of_class))
         foreground = pixels_of_class[1:].sum()
         few = pixels_of_class <= settings.area * foreground         # (classes,)
         few[0] = False                                              # the background stays
-        best[few] = 0
-    most, classes = best.max(dim=0)
-    return classes.masked_fill(most < settings.probability, 0).cpu()
+        of_class[few] = 0
+    highest, classes = of_class.max(dim=0)
+    return classes.masked_fill(highest < settings.probability, 0).cpu()
 
 
 def confusion(truth, predicted, classes):
@@ -406,16 +410,17 @@ def run_classify(args, model, tokenizer, preprocess):
 
 
 def run_segment(args, model, tokenizer, preprocess):
-    # Without --benchmark: a size in proportion as released, 336 of 224; scale 40; class 0 is no background.
-    settings = Settings(size=3 * model.config.image_size // 2)
     if args.benchmark:
         settings = BENCHMARKS[args.benchmark]
+    else:       # a size in proportion as released, 336 of 224; scale 40; class 0 is no background
+        settings = Settings(size=3 * model.config.image_size // 2)
     settings = settings._replace(csa=args.csa)
     synonyms = read_synonyms(args.classes)              # a list of names for each class
     names = [of_class[0] for of_class in synonyms]
     names_per_class = [len(of_class) for of_class in synonyms]
     templates = read_templates(args.templates) if args.templates else TEMPLATES
-    vectors = class_vectors(model, tokenizer, sum(synonyms, []), templates)
+    all_names = [name for of_class in synonyms for name in of_class]
+    vectors = class_vectors(model, tokenizer, all_names, templates)
     vectors = vectors.to(model.logit_scale.device)
     pairs = mask_pairs(args.images, args.masks, args.image_suffix, args.mask_suffix, args.list)
     matrix = torch.zeros(len(names), len(names), dtype=torch.int64)

@@ -9,8 +9,9 @@ The same command with --resume goes on where the run in --out stopped. --out the
 best.pt (the networks with the best R@1 on --val), report.html (the run as a page; maps.npz has its pictures),
 log.jsonl, config.json, eval.json and index.npy (of the shards).
 
-Sections 1 to 3 are the paper's: presets, the rows of Table 5, and one step. `main`, at the end, is the run from top to
-bottom. lesson/onepage.py trains the same way in a hundred lines, without options, checkpoints and several GPUs.
+First reading: sections 1 to 3, which are the paper's (presets, the rows of Table 5, one step), then `main` at the end,
+the run from top to bottom. Sections 4 to 6 set up, log and save; read them when you change them. lesson/onepage.py
+trains the same way in a hundred lines, without options, checkpoints and several GPUs.
 """
 import os
 
@@ -92,11 +93,11 @@ class Method(NamedTuple):
     has_local_images: bool          # as many as --local-crops says
     has_local_texts: bool           # captions of one sentence, as many as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
-    augments: bool                  # changes colours and flips, unless --augment says otherwise
+    augments: bool                  # colours and flips change, unless --augment or the recipe says 'crops'
     terms: Callable                 # of the loss, beside L_CLIP; see cosmos.py
 
     @property
-    def cross_attention(self):
+    def cross_attention(self):      # a model has C^I and C^T where their terms are learned
         return self.terms is cosmos_terms
 
     @property
@@ -127,12 +128,13 @@ class Run:
     processes: Processes
     train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
-    forward: torch.nn.Module        # the student in InParts; on several GPUs in DDP, too
+    forward: torch.nn.Module        # the student as a step calls it: in InParts; on several GPUs in DDP, too
     teacher: Teacher                # None where nothing is distilled
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # of fp16; otherwise it does nothing
     dtype: torch.dtype              # of autocast; None: float32
     step: int = 0                   # steps taken
+    # Of the loop:
     saved_step: int = 0             # of last.pt
     best: tuple = (-1.0, 0)         # mean R@1 on --val, and its step
     begun: float = field(default_factory=time.perf_counter)
@@ -176,10 +178,10 @@ def train_step(run, batch):
 
     loss, parts = total_loss(student, out, cls_t, eot_t, run.method.terms)
     run.optimizer.zero_grad()
-    # DDP averages all gradients, also of the scales, which run.forward does not use: its hooks are on the parameters.
+    # DDP's hooks are on the parameters. So it also averages the gradients of the scales, which its forward does not use.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    # None: of what you have frozen
+    # A frozen parameter has no gradient.
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
@@ -221,10 +223,13 @@ class InParts(torch.nn.Module):
             some_images = [view.chunk(self.accum)[k] for view in images]    # (B / accum, 3, s, s)
             some_texts = [text.chunk(self.accum)[k] for text in texts]      # (B / accum, T)
             outs.append(checkpoint(self.student, some_images, some_texts, use_reentrant=False))
-        joined = []
-        for pieces in zip(*outs):   # of cls, of eot, of h_I, of h_T
-            joined.append(None if pieces[0] is None else torch.cat(pieces, dim=1))
-        return Output(*joined)
+        fields = []
+        for pieces in zip(*outs):   # first the cls of all parts, then their eot, h_I, h_T
+            if pieces[0] is None:
+                fields.append(None)
+            else:
+                fields.append(torch.cat(pieces, dim=1))
+        return Output(*fields)
 
 
 # Schedules are pure functions of `step`, how many steps have been taken.
@@ -240,8 +245,8 @@ def lr_at(step, options):
 
 def momentum_at(step, options):
     """The teacher's lambda. A fixed one would not forget the random start within a short run, hence the ramp."""
-    done = step + 1
-    return min(options.momentum, done / (done + options.momentum_ramp))
+    taken = step + 1
+    return min(options.momentum, taken / (taken + options.momentum_ramp))
 
 
 def make_optimizer(student, lr, wd):
@@ -308,7 +313,7 @@ def read_options(argv):
     typed = parser.parse_args(argv)                     # a first look, at what decides the recipe
     preset = typed.preset or ('vit-b-16' if typed.data else 'tiny')
     recipe = dict(PRESETS[preset].recipe)
-    recipe.pop('warmup', None)                          # see choose_lengths
+    recipe.pop('warmup', None)                          # choose_lengths takes less of it for a short run
     if typed.steps or typed.epochs:
         recipe.pop('steps', None)
         recipe.pop('epochs', None)
@@ -346,14 +351,17 @@ def find_data(options, built_in_set):
 
 
 def identity(options, shards):
-    """What a run cannot change when it goes on, {what: value}."""
+    """What a run cannot change when it goes on, {what: value}. All else may change."""
     names = 'preset', 'method', 'batch', 'seed', 'local_crops', 'local_captions'
     same = {'--' + name.replace('_', '-'): getattr(options, name) for name in names}
     return same | {'GLOBALS': GLOBALS, 'fingerprint of --data': shards.fingerprint[:8]}
 
 
 def open_shards(options, processes, saved, built_in_set):
-    """-> training shards, held-out shards (None on other ranks than 0, and where nothing is held out)."""
+    """-> training shards, held-out shards (None on other ranks than 0, and where nothing is held out).
+
+    Also fills in --data, --val, --steps, --warmup and --eval-every, where they are not given.
+    """
     index = Path(options.out, 'index.npy')
     val = None
     with processes.rank_0_first():          # it reads all headers, and saves what the others map
@@ -422,7 +430,7 @@ def make_run(options, processes, train_set, weights):
 def set_up(options, processes, built_in_set):
     """A run before its first step, or where it stopped -> run, held-out shards."""
     saved = runs.read_last(options.out) if options.resume else {}
-    # No two checkpoints have been trained for exactly as many seconds.
+    # The seconds that it was trained for tell one checkpoint from another.
     processes.must_agree(saved.get('seconds'), f'{options.out}/last.pt is not the same for all processes; '
                          'let all nodes see the same --out')
     if not saved:
@@ -465,9 +473,9 @@ def log_entry(run, done, steps, seconds, waited):
     """
     options = run.options
     all_cls, all_eot = gather(done.out.cls[:1], done.out.eot[:1])       # (1, N, D), of all ranks
-    nearest = (all_cls[0] @ all_eot[0].T).argmax(dim=1).cpu()           # (N,)
+    nearest = (all_cls[0] @ all_eot[0].T).argmax(dim=1).cpu()           # of view 0 the nearest caption 0, (N,)
     used = run.step - 1             # the step whose rates were used
-    entry = {
+    entry = {                       # the same on all ranks
         'step': run.step,
         'lr': lr_at(used, options),
         'momentum': momentum_at(used, options),
@@ -480,7 +488,7 @@ def log_entry(run, done, steps, seconds, waited):
         'pairs_per_s': steps * options.batch / seconds}
     if run.method.cross_attention:
         entry['distill_scale'] = run.student.distill_logit_scale.exp().item()
-    means = {                       # over all ranks
+    means = {                       # of each rank another; the mean is logged
         'loss': done.loss,
         'waiting': waited / seconds,
         'memory_GB': peak_memory(run.processes.device)}
@@ -631,8 +639,8 @@ def main(argv=None, watchers=(), built_in_set=None):
     if processes.device.type == 'cpu':
         use_cores(options.workers)
     run, val = set_up(options, processes, built_in_set)
-    evaluated = processes.broadcast((run.folder / 'eval.json').exists())
-    if run.step >= options.steps and evaluated:
+    has_figures = processes.broadcast((run.folder / 'eval.json').exists())
+    if run.step >= options.steps and has_figures:
         print(f'nothing is left to do: step {run.step} of {options.steps} is reached')
         processes.leave(0)
     if processes.rank == 0:
@@ -651,8 +659,10 @@ def main(argv=None, watchers=(), built_in_set=None):
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
     saving = runs.saved_on_error(run.student, partial(save, run))
     with bar, saving, signals_caught() as caught:
-        while True:                 # a turn more than there are steps
-            # What is due after run.step steps? All ranks must find the same, for they log and evaluate together.
+        # Each turn does what is due after run.step steps (log, save, evaluate, stop), then takes a step. So the first
+        # turn comes before any step, and the last one takes none.
+        while True:
+            # What is due? All ranks must find the same, for they log and evaluate together.
             last = run.step >= options.steps
             failure = reason_to_stop(run, broken, bad, seen)
             stop = last or signals or failure
@@ -665,6 +675,7 @@ def main(argv=None, watchers=(), built_in_set=None):
             overdue = options.save_minutes and minutes > options.save_minutes
             save_due = stop or eval_due or overdue or run.step % options.save_every == 0
 
+            # Log, save, evaluate.
             entry = {}
             if log_due:
                 seconds = time.perf_counter() - logged_at
@@ -686,7 +697,7 @@ def main(argv=None, watchers=(), built_in_set=None):
             if stop:
                 break
 
-            # The step.
+            # One step.
             before = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - before
@@ -700,8 +711,8 @@ def main(argv=None, watchers=(), built_in_set=None):
     if failure:
         processes.end_all(failure)
     if not last:
-        print(f'stopped    step {run.step} is saved; the same command with --resume goes on')
-        processes.leave(128 + SIGTERM)
+        print(f'stopped    step {run.step} is saved; the same command with --resume --out {run.folder} goes on')
+        processes.leave(128 + SIGTERM)                  # as a shell has it for who was stopped
     if figures:                     # {} on other ranks than 0
         finish(run, figures, watchers)
     processes.leave(0)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
-from torch.utils.data import default_collate
 from torchvision.transforms.v2 import functional as V
 
 import data
@@ -111,7 +110,7 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path):
 
 def test_captions_leave_the_pictures_as_they_are(tmp_path):
     """oracle: the same pair with other numbers of captions; another epoch has other crops, colours and captions. What
-    the loader gets of a pair is the sample, its strengths by operation."""
+    the loader gives of a pair is the sample, its strengths by operation."""
     _, shards = mandelbrot_shards(tmp_path / 'a.tar')
     many = Crops(shards, WORDS, MICRO, 3)
     few = replace(many, counts=Counts(global_texts=1, local_texts=1))
@@ -123,8 +122,12 @@ def test_captions_leave_the_pictures_as_they_are(tmp_path):
     _, *next_epoch = many.sample(1, 0)
     for before, after in zip([strengths, captions, boxes], next_epoch):
         assert before != after
-    served = crops, default_collate(strengths), WORDS(captions), 0
-    assert_close(many[0, 0], served, check_dtype=False)
+    batch = data.collate([many[0, 0]])
+    assert_close([x[0] for x in batch.crops], crops, rtol=0, atol=0)
+    for name, values in batch.strengths.items():
+        assert_close(values[0], torch.tensor([each[name] for each in strengths]))
+    assert batch.strengths.keys() == strengths[0].keys() and batch.bad == 0
+    assert torch.equal(batch.texts[0], WORDS(captions[0]))
 
 
 def blurred(image, sigma):
@@ -203,7 +206,7 @@ def test_captions_are_cut():
     captions = []
     for counts in [4, 1, 0, 2], [3, 5, 0, 1]:
         captions.append(WORDS(['x ' * count for count in counts]))
-    samples = [([], {}, ids, 1) for ids in captions]
+    samples = [([], torch.zeros(1, 7), ids, 1) for ids in captions]
 
     def lengths(*options):
         batch = data.collate(samples, *options)
