@@ -3,8 +3,8 @@
     python -m lesson.onepage            draws scenes, trains for some minutes on two CPU cores, prints figures
 
 It takes the student, the teacher and the losses from cosmos.py, the views from data.py, and drawn scenes from
-lesson/scenes.py. train.py takes the same steps, and a test holds the two together, bit for bit. So all that train.py
-has beside this page keeps a run alive; it changes no number.
+lesson/scenes.py. With the preset `tiny` and its defaults train.py takes the same steps: a test holds the two together,
+bit for bit. What train.py has beside this page keeps a run alive, or is an option.
 """
 import math
 
@@ -45,21 +45,21 @@ def learning_rate(step, steps, peak):
 
 
 def train(folder, steps=1000, seed=0, precision='auto',
-          model=COSMOS, terms=cosmos_terms, heads=4, counts=COUNTS, crop_min=0.4,
+          model=COSMOS, terms=cosmos_terms, heads=4, counts=COUNTS, augment='crops', crop_min=0.4,
           order=Order, batch=32, rate=1e-3, watch=print_loss):
-    """-> student, teacher, optimizer. folder: scenes as lesson/scenes.py draws them.
+    """-> student, teacher, optimizer. folder: scenes as lesson/scenes.py draws them, or other shards.
 
-    What comes after `precision` is for the experiments of the course; a first reader may take it as it is. model: its
-    class. terms: what is learned beside L_CLIP. heads: of cross-attention; with 0, a plain CLIP, give other terms.
-    counts: of views and captions. crop_min: least share of the image in a global crop. order: which pairs make a batch.
-    rate: the peak of the learning rate. watch(step, loss, parts) is called after every step.
+    What comes after `precision` is for the experiments of the course; a first reader may take it as it is. model: the
+    class of the student. terms: what is learned beside L_CLIP. heads: of C^I and C^T; 0 gives a plain CLIP, and then
+    terms must not be cosmos_terms. counts: of views and captions. augment, crop_min: see data.Crops. order, batch:
+    which pairs make a batch. rate: the peak. watch(step, loss, parts) is called after every step.
     """
-    keep_memory()                                       # a CPU is a tenth faster so
+    keep_memory()                                       # makes a CPU a tenth faster
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = choose_dtype(precision, device)             # bfloat16 where it is fast; None: float32
     multiple = 8 if dtype else 1                        # of the lengths of captions: half precision likes 8
 
-    # The training set: (epoch, index of a pair) -> random crops of the image, random sentences of its captions as ids.
+    # Sizes are those of the preset `tiny` of train.py.
     shards = Shards(folder, split='train')
     tokenizer = learn_tokenizer(shards)
     config = Config(embed_dim=128, cross_heads=heads,
@@ -67,9 +67,10 @@ def train(folder, steps=1000, seed=0, precision='auto',
                     vision_width=96, vision_layers=4, vision_heads=3,
                     text_width=128, text_layers=2, text_heads=2,
                     context_length=CONTEXT, vocab_size=tokenizer.vocab_size)
-    pairs = Crops(shards, tokenizer, config, seed, counts, 'crops', crop_min)
+    # (epoch, index of a pair) -> random crops of the image, random sentences of its captions as ids
+    train_set = Crops(shards, tokenizer, config, seed, counts, augment, crop_min)
 
-    # Student, teacher, optimizer. Only matrices decay.
+    # Student, teacher, optimizer. Weight decay is for matrices, not for biases, LayerNorms and scales.
     torch.manual_seed(seed)
     student = model(config).to(device)
     teacher = Teacher(student)
@@ -84,27 +85,27 @@ def train(folder, steps=1000, seed=0, precision='auto',
             group['lr'] = learning_rate(step, steps, rate)
 
         # A batch of B pairs. Captions are cut, but C^T reads the padding of caption 0, so that one stays whole.
-        samples = [pairs[place] for place in places]    # a place: (epoch, index of a pair)
-        inputs = collate(samples, multiple, heads > 0, counts.global_texts).to(device)
+        samples = [train_set[place] for place in places]
+        inputs = collate(samples, multiple, whole_first=heads > 0, global_texts=counts.global_texts).to(device)
         images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s)
         texts = inputs.texts                            # U tensors (B, T)
 
-        # The student sees all views and captions, the teacher the globals. (Its captions are the same, cut shorter.)
+        # The student sees all views and captions, the teacher the globals, with caption 0 cut like the others.
         cls_t = eot_t = None
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = student(images, texts)
-            if terms is not no_terms:                   # a plain CLIP learns nothing from it
+            if terms is not no_terms:                   # L_CLIP alone needs no teacher
                 cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
         loss, parts = total_loss(student, out, cls_t, eot_t, terms)     # in float32
 
-        # The student follows the gradient, the teacher the student. lambda rises: early students are soon forgotten.
+        # The student follows the gradient, the teacher the student. lambda starts low, to forget the random start.
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         student.clamp_scales()
-        momentum = min(0.995, (step + 1) / (step + 11))
-        teacher.update(student, momentum)
-        watch(step + 1, loss, parts)
+        taken = step + 1
+        teacher.update(student, min(0.995, taken / (taken + 10)))
+        watch(taken, loss, parts)
     return student, teacher, optimizer
 
 
@@ -112,8 +113,8 @@ if __name__ == '__main__':
     folder = built_in_set()
     _, teacher, _ = train(folder)
     model = teacher.model               # the average of many students knows more than the last one
-    tokenizer = learn_tokenizer(Shards(folder / 'train'))
-    held_out = Shards(folder / 'val')
-    evaluated = model, tokenizer, preprocessing(model.config.image_size)
-    figures, image_features = zero_shot_retrieval(*evaluated, held_out)
-    show(figures | suppression.during_training(*evaluated, image_features, held_out))
+    tokenizer = learn_tokenizer(Shards(folder, split='train'))          # the same as in `train`
+    scored = model, tokenizer, preprocessing(model.config.image_size)
+    held_out = Shards(folder, split='val')
+    figures, image_features = zero_shot_retrieval(*scored, held_out)
+    show(figures | suppression.during_training(*scored, image_features, held_out))      # objects named
