@@ -1,54 +1,73 @@
-"""Figures and pictures of the course, from lesson/results.csv alone.
+"""Figures, tables and pictures of the course, from lesson/results.csv alone.
 
-    python -m lesson.plots              write them: into the two README.md and assets/lesson-*.png
+    python -m lesson.plots              write them: into both README.md, lesson/RESULTS.md, assets/lesson-*.png
+    python -m lesson.plots --accept     the same, also where a figure of the text moves by more than 5 points
     python -m lesson.plots --check      are the runs complete, and does all of that agree with them?
-    python -m lesson.plots --look       before: what single runs see in single scenes, into lesson/looks.json
+    python -m lesson.plots --mine       the pictures once more, with your own runs as stars, into runs/lesson
 
-In README.md and lesson/README.md a figure is followed by the place it comes from, that of a difference names two
-variants:
+In README.md and lesson/README.md every number with a decimal point is a figure. One comment, the last line or lines of
+the paragraph, names the sources of its figures in reading order:
 
-    94.8<!--minutes/cosmos/small.top1-->    +5.3 ± 2.1<!--minutes/cosmos~clip/small.top1-->
+    COSMOS names 33.8 % of the small objects, CLIP +5.3 ± 2.1 more. The paper has 53.1 %.
+    <!-- minutes/cosmos/small.top1 minutes/clip~cosmos/small.top1 paper -->
+
+A difference may stand without its ±. What the paper reports has the source `paper`; a constant stands in backticks. A
+table is written whole, below a comment that names its columns and its rows:
+
+    <!-- table: dominant.top1 small.top1 | minutes/clip worlds/built-in/likes -->
 
 Shares are in percent, `seconds` in minutes, `pairs` in thousands. A difference is the mean of those within the seeds,
-with its 95 % interval (Student's t): all runs of a seed have the same training scenes. The differences of a page are
-one family (Holm): what does not survive at 5 % has "(open)" behind it.
+with its 95 % interval (Student's t): all runs of a seed have the same training scenes. What is compared in an
+experiment is one family, see COMPARISONS; Holm's correction says what is decided at 5 %.
 """
 import hashlib
+import io
+import json
 import math
 import re
+from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
 from PIL import Image
 
-from eval import load, shard_image
-from extras.attend import attention
-from lesson import suppression
-from lesson.experiments import (COMPANY, EXPERIMENTS, METHODS, RESULTS, missing_runs, read_results, recipe,
-                                run_folder, scene_folder)
-from plumbing.errors import Parser, command, need, read_json, write_json
-from plumbing.shards import Shards
+from lesson.experiments import (COMPANY, COMPARISONS, EQUAL_COMMITS, EXPERIMENTS, METHODS, RESULTS,
+                                WORLDS, missing_runs, read_results, recipe)
+from lesson.scenes import World, draw_scene
+from plumbing.errors import Parser, Refused, command, need, read_json
 
 PAGES = [Path('README.md'), Path('lesson/README.md')]
-LOOKS = Path('lesson/looks.json')
+APPENDIX = Path('lesson/RESULTS.md')
 PICTURE = 'assets/lesson-{}.png'
 UNITS = {'pairs': 1e-3, 'seconds': 1 / 60}      # of others 100: percent
 CHANCE = 100 / 6                        # of naming a shape, in percent
 LEVEL = 0.05
+JUMP = 5                                # points; a larger change wants --accept
 
 # --- 1. Figures ------------------------------------------------------------------------------------------------------
 
+@lru_cache(1)
+def parsed(text):
+    """The rows. text: of RESULTS, so that they are read anew when it has changed."""
+    return read_results()
+
+
+def in_unit(row, column):
+    return UNITS.get(column, 100) * float(row[column])
+
+
 def values(experiment, name, column):
     """-> {seed: value}, in its unit, of the seeds of this experiment: another one may have tuned on others."""
+    need(name in EXPERIMENTS.get(experiment, {}), f'there is no experiment {experiment} with a variant {name}')
     variant = EXPERIMENTS[experiment][name]
-    factor = UNITS.get(column, 100)
-    rows = read_results()
+    rows = parsed(RESULTS.read_text())
     found = {}
     for seed in variant.seeds:
         row = rows.get((recipe(variant), seed), {})
         if row.get(column):
-            found[seed] = factor * float(row[column])
+            found[seed] = in_unit(row, column)
     return found
 
 
@@ -69,13 +88,14 @@ def student_t(freedom):
 
 def difference(experiment, name, other, column):
     """name minus other, seed by seed: the runs of a seed have the same training scenes, and rise and fall together
-    -> the mean, half of its 95 % interval, the chance of such a mean between equals."""
+    -> the mean, half of its 95 % interval, the chance of such a mean between equals; None without two such seeds."""
     a = values(experiment, name, column)
     b = values(experiment, other, column)
     gaps = [a[seed] - b[seed] for seed in a if seed in b]
-    need(len(gaps) > 1, f'{experiment} has no two seeds with {column} of {name} and {other}')
+    if len(gaps) < 2:
+        return None
     gap = fmean(gaps)
-    error = stdev(gaps) / math.sqrt(len(gaps))
+    error = max(stdev(gaps), 1e-9) / math.sqrt(len(gaps))
     t, chance = student_t(len(gaps) - 1)
     half = error * np.interp(-LEVEL, -chance, t)        # with a minus, for interp wants what rises
     by_chance = np.interp(abs(gap) / error, t, chance)
@@ -83,7 +103,7 @@ def difference(experiment, name, other, column):
 
 
 def holm(chances):
-    """{test: chance} -> the tests that survive. The least must be below LEVEL / n, the next below LEVEL / (n - 1), ..."""
+    """{test: chance} -> the tests that survive. The least must be below LEVEL / n, the next below LEVEL / (n - 1)."""
     survived = set()
     for k, test in enumerate(sorted(chances, key=chances.get)):
         if chances[test] > LEVEL / (len(chances) - k):
@@ -92,224 +112,414 @@ def holm(chances):
     return survived
 
 
-MARK = r'[-+.\d]+(?: ± [.\d]+)?(?: \(open\))?(?=<!--([\w-]+)/([^\s/~]+)(?:~(\S+?))?/(\S+)-->)'
-
-
-def filled(text):
-    """The text of a page with all figures as results.csv has them. A heading begins a family of differences."""
-    parts = re.split(r'(?m)^(?=## )', text)
-    return ''.join(map(filled_part, parts))
-
-
-def filled_part(part):
-    figures = {}
+def family(experiment):
+    """The comparisons of an experiment that have rows -> {(name, other, column): (gap, half)}, and those decided."""
+    gaps = {}
     chances = {}
-    for place in re.findall(MARK, part):
-        experiment, name, other, column = place
-        if other:
-            gap, half, chances[place] = difference(*place)
-            figures[place] = f'{gap:+.1f} ± {half:.1f}'
-        else:
-            figures[place] = f'{mean(experiment, name, column):.1f}'
-    for place in chances.keys() - holm(chances):
-        figures[place] += ' (open)'
-    return re.sub(MARK, lambda match: figures[match.groups('')], part)
+    for columns, pairs in COMPARISONS.get(experiment, {}).items():
+        for name, other in re.findall('(\\S+)~(\\S+)', pairs):
+            for column in columns.split():
+                found = difference(experiment, name, other, column)
+                if found:
+                    *gaps[name, other, column], chances[name, other, column] = found
+    return gaps, holm(chances)
 
 
-# --- 2. Looks: single runs, single scenes ----------------------------------------------------------------------------
+# --- 2. Tables -------------------------------------------------------------------------------------------------------
 
-SCENE = 0               # of the first picture
-SCENES = 6              # of the maps: the first ones
-
-
-def scored_run(variant):
-    """Of seed 0 -> what eval.load returns, and its held-out scenes."""
-    return load(run_folder(variant, 0)), held_out(variant.world)
-
-
-def name_bars(variant):
-    """The small object of a scene: how much the scene raises each of its six names, in deviations over all scenes."""
-    scored, shards = scored_run(variant)
-    scores = suppression.scores_of(shards, *scored)
-    raised = (scores - scores.mean(dim=0)) / scores.std(dim=0)
-    thing = suppression.read_scenes(shards)[SCENE][-1]
-    bars = {}
-    for name in [thing.name, *thing.absent]:
-        bars[name] = raised[SCENE, suppression.COLUMN[name]].item()
-    return bars
+LABELS = {              # of columns, of experiments, and of what stands before a column
+    'seconds': 'minutes', 'pairs': 'thousand pairs', 'dominant.top1': 'big named', 'small.top1': 'small named',
+    'minutes': 'same minutes', 'longer': 'three times the minutes', 'longer-reading': 'three times the minutes',
+    'areas': 'how many pixels each colour covers', 'biggest': "the big object's name",
+    'sums': 'colours and shapes, added up', 'products': 'colours and shapes, multiplied',
+    'likes': 'which names it likes', 'conflict.h_T': 'h_T of a sentence', 'conflict.h_T_caption': 'h_T of a caption'}
 
 
-def attention_maps(variant):
-    """Of the first scenes -> [{asked: weights of C^I over the patches, scaled to [0, 1]}]: a big object, a small one, an
-    absent one."""
-    scored, shards = scored_run(variant)
+def label(word):
+    return LABELS.get(word) or re.sub('[._]', ' ', word.removeprefix('retrieval.'))
+
+
+def row_label(experiment, name, *prefix):
+    """Of a row in a page: 'CLIP, same minutes'."""
+    if experiment == 'worlds':
+        return label(*prefix)
+    track = 'same pairs' if experiment == 'pairs' else LABELS.get(experiment)
+    words = [METHODS[EXPERIMENTS[experiment][name].method].label, *map(label, prefix), track]
+    return ', '.join(filter(None, words))
+
+
+def variant_label(experiment, name, *prefix):
+    """Of a row in RESULTS.md, with the number of runs."""
+    runs = len(EXPERIMENTS[experiment][name].seeds)
+    return ', '.join([f'{name} × {runs}', *prefix])
+
+
+def as_table(rows):
+    """[[cell, ...], ...], the first row being the heading -> Markdown; '' where there is nothing below the heading."""
+    head, *rows = rows
+    if not rows:
+        return ''
+    rule = ['---'] * len(head)
+    return ''.join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *rows))
+
+
+def table(columns, places, row_label):
+    """Means of columns at places: [experiment, name], or [experiment, name, what stands before the columns]. Only rows
+    and columns that have a value."""
+    cells = defaultdict(dict)
+    for place in places:
+        experiment, name, *prefix = place
+        for column in columns:
+            found = values(experiment, name, '.'.join([*prefix, column]))
+            if found:
+                cells[row_label(*place)][column] = f'{fmean(found.values()):.1f}'
+    columns = [column for column in columns if any(column in row for row in cells.values())]
+    rows = [['in %', *map(label, columns)]]
+    for words, row in cells.items():
+        rows.append([words, *(row.get(column, '') for column in columns)])
+    return as_table(rows)
+
+
+SECTIONS = [            # heading, what stands before the columns, columns
+    ('Named and found', [''],
+     'seconds pairs dominant.top1 small.top1 retrieval.image_to_text_R@1 retrieval.image_to_text_R@10 '
+     'retrieval.text_to_image_R@1 retrieval.text_to_image_R@10'),
+    ('Bound, seen, found by a linear probe', [''],
+     'bound.dominant_small bound.small_small seen.dominant seen.small dominant.probe_top1 small.probe_top1'),
+    ('Named in other companies', [*COMPANY], 'dominant.top1 small.top1'),
+    ("Where C^I's peak lies: asked for the own name, for an absent one, a blind guess",
+     ['pointing.dominant', 'pointing.small'],
+     'own_it own_other own_ground absent_it absent_other absent_ground area_it area_other area_ground'),
+    ("C^I's peak, asked for an absent name of each of two colours", ['pointing.color'], 'asked other'),
+    ('Conflict: what is picked', ['conflict.h_T', 'conflict.h_T_caption', 'conflict.h_I'],
+     'own sentence read alone'),
+    ("Last losses, of a blind guess's", ['loss'],
+     'clip h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t cls_eot_t eot_cls_t'),
+    ('Who knows little', ['areas', 'biggest', 'sums', 'products', 'likes'],
+     'dominant.top1 small.top1 bound.dominant_small bound.small_small seen.dominant seen.small'),
+    ('R@1 of who knows all colours, or all names', ['R@1'], 'colors names')]
+INTRODUCTION = """# All results
+
+Written by `python -m lesson.plots` from `results.csv`. Means in percent, over as many runs as stand behind ×; minutes
+are minutes. *Decided* is what survives Holm's correction at 5 %, over all differences of its experiment.
+"""
+
+
+def appendix():
+    """RESULTS.md: what the rows of all experiments say."""
+    text = INTRODUCTION
+    for experiment, variants in EXPERIMENTS.items():
+        text += f'\n## {experiment}\n'
+        for heading, prefixes, columns in SECTIONS:
+            places = []
+            for name in variants:
+                for prefix in prefixes:
+                    places.append([experiment, name, *prefix.split()])
+            found = table(columns.split(), places, variant_label)
+            if found:
+                text += f'\n{heading}\n\n{found}'
+        rows = [['difference', 'of', 'points', 'decided']]
+        gaps, decided = family(experiment)
+        for test, (gap, half) in gaps.items():
+            name, other, column = test
+            verdict = 'yes' if test in decided else 'undecided'
+            rows.append([f'{name} - {other}', column, f'{gap:+.1f} ± {half:.1f}', verdict])
+        if gaps:
+            text += '\n' + as_table(rows)
+    return text
+
+
+# --- 3. Pages --------------------------------------------------------------------------------------------------------
+
+TABLE = re.compile(r'<!-- table: ([^|]*)\|([^>]*) -->\n((?:\|.*\n)*)')
+CODE = re.compile(r'(?ms)^```.*?^```|(?<=\n\n)(?: {4}[^\n]*\n?)+|`[^`]*`|\]\([^)]*\)')       # and addresses
+PARAGRAPH = re.compile(r'(?:.+\n?)+')
+SOURCES = re.compile(r'<!--([^<>]*)-->\s*$')
+FIGURE = re.compile(r'[-+]?\d+\.\d+(?: ± \d+\.\d+)?')
+
+
+def blanked(match):
+    return re.sub('.', ' ', match[0])
+
+
+def right_figure(figure, source):
+    """What should stand in the text in place of `figure`."""
+    if source == 'paper':
+        return figure
+    need(source.count('/') == 2, f'{source} is no source; give experiment/variant/column')
+    experiment, name, column = source.split('/')
+    if '~' not in name:
+        return f'{mean(experiment, name, column):.1f}'
+    gaps, _ = family(experiment)
+    test = (*name.split('~'), column)
+    need(test in gaps, f'{source} has no rows, or is not among the COMPARISONS of {experiment}')
+    gap, half = gaps[test]
+    return f'{gap:+.1f} ± {half:.1f}' if '±' in figure else f'{gap:+.1f}'
+
+
+def right_figures(text):
+    """Of a page -> [(begin, end, what should stand there, its source)] of all figures and tables. Refused where a
+    paragraph has more figures than sources, or fewer."""
+    if re.search(MARK, text):
+        return old_figures(text)
     found = []
-    for pair, (big, small, *_) in enumerate(suppression.read_scenes(shards)[:SCENES]):
-        image = shard_image(shards, pair)
-        maps = {}
-        for name in (big.name, small.name, small.absent[0]):
-            grid, _ = attention(*scored, image, suppression.question(name))
-            maps[name] = grid.tolist()
-        found.append(maps)
+    for match in TABLE.finditer(text):
+        places = [place.split('/') for place in match[2].split()]
+        found.append((*match.span(3), table(match[1].split(), places, row_label), 'a table'))
+    prose = CODE.sub(blanked, TABLE.sub(blanked, text))
+    for paragraph in PARAGRAPH.finditer(prose):
+        comment = SOURCES.search(paragraph[0])
+        sources = comment[1].split() if comment else []
+        figures = list(FIGURE.finditer(prose, *paragraph.span()))
+        words = ' '.join(figure[0] for figure in figures)
+        need(len(figures) == len(sources), f'the paragraph "{text[paragraph.start():][:60]}..." has {len(figures)} '
+             f'figures ({words}) and {len(sources)} sources; give one for each, in reading order')
+        for figure, source in zip(figures, sources):
+            found.append((*figure.span(), right_figure(figure[0], source), source))
+    return sorted(found)
+
+
+def changes(page):
+    """-> [(begin, end, old, new, source)] of what is not as results.csv has it."""
+    text = page.read_text()
+    found = []
+    for begin, end, new, source in right_figures(text):
+        if text[begin:end] != new:
+            found.append((begin, end, text[begin:end], new, source))
     return found
 
 
-def look():
-    """Write LOOKS, from checkpoints in runs/lesson."""
-    bars = {}
-    for name, variant in EXPERIMENTS['company'].items():
-        bars[name] = name_bars(variant)
-    maps = attention_maps(EXPERIMENTS['reading']['cosmos'])
-    write_json(LOOKS, {'bars': bars, 'maps': maps})
+def fill(page, accept):
+    """-> the text of a page, all figures and tables as results.csv has them. What changes is printed."""
+    text = page.read_text()
+    for begin, end, old, new, source in reversed(changes(page)):
+        print(f'{page}: {old} becomes {new} ({source})')
+        text = text[:begin] + new + text[end:]
+        if source != 'a table':
+            move = abs(float(new.split()[0]) - float(old.split()[0]))
+            need(accept or move <= JUMP,
+                 f'{page}: {old} would become {new} ({source}); if that is right, give --accept')
+    return text
 
 
-# --- 3. Pictures -----------------------------------------------------------------------------------------------------
+# The old form, a comment behind each figure; a heading begins a family of differences. Goes with the last such page.
+
+MARK = r'[-+.\d]+(?: ± [.\d]+)?(?: \(open\))?(?=<!--([\w-]+)/([^\s/~]+)(?:~(\S+?))?/(\S+)-->)'
+
+
+def old_figures(text):
+    found = []
+    for part in re.finditer(r'(?ms)^## .*?(?=^## |\Z)|\A.*?(?=^## |\Z)', text):
+        differences = {}
+        for match in re.finditer(MARK, part[0]):
+            if match[3]:
+                differences[match.groups()] = difference(*match.groups())
+        decided = holm({place: chance for place, (_, _, chance) in differences.items()})
+        for match in re.finditer(MARK, part[0]):
+            experiment, name, other, column = place = match.groups()
+            if other:
+                gap, half, _ = differences[place]
+                new = f'{gap:+.1f} ± {half:.1f}' + ' (open)' * (place not in decided)
+            else:
+                new = f'{mean(experiment, name, column):.1f}'
+            begin, end = [part.start() + where for where in match.span()]
+            found.append((begin, end, new, match[0]))
+    return found
+
+
+# --- 4. Pictures -----------------------------------------------------------------------------------------------------
 
 PAINT = {
-    'clip': 'tab:blue', 'text-crop': 'tab:gray', 'without-cross-attention': 'tab:green', 'cosmos': 'tab:orange'}
+    'clip': '#0072b2', 'cosmos': '#d55e00', 'without-cross-attention': '#009e73', 'text-crop': '#777777',
+    'another-pair': '#cc79a7', 'across': '#6a3d9a'}
+RED = 'tab:red'
+MINE = []               # rows of one's own runs, with --mine
 
 
-def held_out(world):
-    return Shards(scene_folder(world, 0) / 'val')
+def show_runs(axis, experiment, name, column, x):
+    """Runs as dots, their mean as a bar, one's own as stars -> the mean. Nothing where there are none."""
+    variant = EXPERIMENTS[experiment][name]
+    runs = list(values(experiment, name, column).values())
+    bar = [fmean(runs)] if runs else []
+    stars = [in_unit(row, column) for row in MINE if row['run'] == recipe(variant)]
+    for shares, mark, size, alpha in (runs, 'o', 6, 0.4), (bar, '_', 18, 1), (stars, '*', 18, 1):
+        axis.plot([x] * len(shares), shares, mark, color=PAINT[variant.method], markersize=size,
+                  markeredgewidth=size / 9, alpha=alpha)
+    return sum(bar)
 
 
-def draw_suppression(figure):
-    """Page 1: a scene in each company, and below it the bars of the six names by each method."""
-    looks = read_json(LOOKS)['bars']
-    axes = figure.subplots(3, len(COMPANY), height_ratios=[1.3, 1, 1])
-    for column, world in zip(axes.T, COMPANY):
-        column[0].imshow(shard_image(held_out(world), SCENE))
-        column[0].axis('off')
-        column[0].set_title(COMPANY[world])
-        for axis, method in zip(column[1:], ('clip', 'cosmos')):
-            bars = looks[f'{method}-{world}']
-            colors = ['tab:red'] + ['0.7'] * (len(bars) - 1)
-            axis.barh(list(bars), list(bars.values()), color=colors)
-            axis.invert_yaxis()
-            axis.axvline(0, color='black', linewidth=0.8)
-            axis.set_xlim(-3, 3)
-            axis.set_title(f'{METHODS[method].label}, trained on such scenes', fontsize=9)
-        column[2].set_xlabel('how much this scene raises the\nname, in standard deviations', fontsize=9)
-    for axis in axes[1:, 1:].flat:
-        axis.set_yticklabels([])
+def show_name(axis, x, y, method, side='left'):
+    axis.text(x, y, METHODS[method].label, color=PAINT[method], ha=side, va='center')
 
 
-def draw_batches(figure):
-    """Page 2: R@1 across, shapes named up; a line a method, from batches as they come to batches of equal colours."""
-    axes = figure.subplots(1, 2, sharey=True)
-    columns = 'retrieval.image_to_text_R@1', 'small.top1'
-    for axis, colors in zip(axes, (4, 16)):
-        for method in 'clip', 'cosmos':
-            paint = PAINT[method]
-            means = {}
-            for kind, mark in ('mixed', 'o'), ('half', '^'), ('sorted', 'x'):
-                name = f'{method}-{colors}-{kind}'
-                if name in EXPERIMENTS['batches']:
-                    x, y = [values('batches', name, column).values() for column in columns]
-                    axis.plot(x, y, mark, color=paint, markersize=5, alpha=0.5)         # a point a run
-                    means[kind] = [mean('batches', name, column) for column in columns]
-            arrow = {'arrowstyle': '->', 'linewidth': 2, 'color': paint}
-            axis.annotate('', means['sorted'], means['mixed'], arrowprops=arrow)
-            axis.plot([], color=paint, label=METHODS[method].label)
-        axis.axhline(CHANCE, color='grey', linestyle='--', label='chance of naming')
-        axis.set_title(f'{colors} colours')
-        axis.set_xlabel('R@1, image to text, %')
-        axis.set_xlim(-0.5, 17)
-        axis.set_ylim(10, 50)
-    axes[0].set_ylabel('objects named, %')
-    axes[1].legend(fontsize=9)
+def show_scale(axis, words, ticks, chance=CHANCE):
+    """What is measured. Chance is a dotted line with its name."""
+    axis.axhline(chance, color='black', linestyle=':')
+    axis.set_yticks([chance, *ticks], ['chance', *ticks])
+    axis.set_ylabel(words)
+    axis.spines[['top', 'right']].set_visible(False)
+
+
+@lru_cache
+def scene(world, split, number):
+    """-> image, record"""
+    (_, image), (_, record) = draw_scene(World(**WORLDS[world]), split, number)
+    return Image.open(io.BytesIO(image)), json.loads(record)
+
+
+def show_scene(axis, x, words, *which):
+    """Below the x axis, as the label of a place x."""
+    box = axis.inset_axes([x - 0.3, -0.36, 0.6, 0.32], transform=axis.get_xaxis_transform())
+    image, _ = scene(*which)
+    box.imshow(image)
+    box.set(xticks=[], yticks=[], xlabel=words)
 
 
 def draw_company(figure):
-    """Page 3: a square a method: trained down, tested across."""
-    axes = figure.subplots(1, 2)
-    for axis, method in zip(axes, ('clip', 'cosmos')):
-        square = []
-        for trained in COMPANY:
-            square.append([mean('company', f'{method}-{trained}', f'{tested}.small.top1') for tested in COMPANY])
-        axis.imshow(square, vmin=CHANCE, vmax=100, cmap='Greens')
-        for y, x in np.ndindex(3, 3):
-            color = 'white' if square[y][x] > 70 else 'black'
-            axis.text(x, y, f'{square[y][x]:.0f}', color=color, ha='center', va='center', fontsize=14)
-        axis.set_xticks(range(3), COMPANY.values(), fontsize=9)
-        axis.set_yticks(range(3), COMPANY.values(), fontsize=9)
-        axis.set_xlabel('tested')
-        axis.set_ylabel('trained')
-        axis.set_title(f'{METHODS[method].label}: small objects\nnamed, % (chance 17)', fontsize=11)
+    """Page 2: a small object in three companies, and how often it is named there."""
+    axis = figure.subplots()
+    for x, (world, words) in enumerate(COMPANY.items()):
+        for method, side, shift in ('clip', 'right', -0.1), ('cosmos', 'left', 0.1):
+            height = show_runs(axis, 'company', f'{method}-{world}', 'small.top1', x + shift)
+            if world == 'alone':
+                show_name(axis, x + 2 * shift, height, method, side)
+        show_scene(axis, x, words.replace('\n', ' '), world, 'val', 3)
+    show_scale(axis, 'small object named, %', (40, 60, 80, 100))
+    axis.set(xlim=(-0.5, 2.5), ylim=(0, 103), xticks=[])
 
 
-TRACKS = {'pairs': 'same pairs', 'minutes': 'same minutes', 'longer': 'three times\nthe minutes'}
+ARROWS = [              # over the square: what falls along it, begin, end, middle of the word, its angle
+    ('drowned', (-0.4, -0.66), (2.4, -0.66), (1, -0.84), 0),
+    ('learnt less', (-0.66, -0.4), (-0.66, 2.4), (-0.84, 1), 90),
+    ('', (0.25, 0.25), (0.75, 0.75), (0, 0), 0),
+    ('suppressed', (1.25, 1.25), (1.75, 1.75), (0.74, 0.26), -45)]
+
+
+def draw_square(figure):
+    """Page 2: a square a method, trained down, tested across."""
+    arrow = {'arrowstyle': '->', 'color': RED, 'lw': 2}
+    for axis, method in zip(figure.subplots(1, 2), ('clip', 'cosmos')):
+        square = np.zeros((3, 3))
+        for y, trained in enumerate(COMPANY):
+            for x, tested in enumerate(COMPANY):
+                square[y, x] = mean('company', f'{method}-{trained}', f'{tested}.small.top1')
+                axis.text(x, y, f'{square[y, x]:.0f}', ha='center', va='center', fontsize=15)
+        axis.imshow(square, vmin=0, vmax=150, cmap='Greys')
+        for words, begin, end, middle, angle in ARROWS:
+            axis.annotate('', end, begin, arrowprops=arrow, annotation_clip=False)
+            axis.text(*middle, words, color=RED, rotation=angle, ha='center', va='center')
+        axis.set_xticks(range(3), COMPANY.values(), fontsize=10)
+        axis.set_yticks(range(3), COMPANY.values())
+        axis.tick_params('y', pad=36)
+        axis.set(xlabel='tested', ylabel='trained')
+        axis.set_title(METHODS[method].label, pad=36)
+
+
+BATCHES = {             # numbers of training scenes; those of the second are of the same two colours
+    'mixed': (8, 9, 10, 11, 12, 13, 14, 15),
+    'sorted': (5, 11, 38, 80, 140, 152, 305, 354)}
+
+
+def draw_batches(figure):
+    """Page 3: eight scenes of a batch, mixed and sorted by colour; beside each what is named after such batches."""
+    for (left, right), (kind, batch) in zip(figure.subplots(2, 2), BATCHES.items()):
+        images = []
+        colors = set()
+        for number in batch:
+            image, record = scene('equal-16', 'train', number)
+            images.append(np.pad(image, [(4, 4), (4, 4), (0, 0)], constant_values=255))
+            words = ' '.join(thing['name'] for thing in record['objects']).split()
+            colors.add(' '.join(sorted(words[::2])))
+        left.imshow(np.vstack([np.hstack(images[:4]), np.hstack(images[4:])]))
+        left.set_axis_off()
+        left.set_title(f'{kind}: colours alone\nfind {len(colors)} of 8 captions')         # of equal ones one
+        for x, method in enumerate(('clip', 'cosmos')):
+            show_runs(right, 'batches', f'{method}-16-{kind}', 'small.top1', x)
+            show_name(right, x + 0.1, 26, method)
+        show_scale(right, 'shapes\nnamed, %', [25])
+        right.set(xlim=(-0.4, 1.8), ylim=(14, 28), xticks=[])
 
 
 def draw_race(figure):
-    """Pages 4 and 6: tracks across, objects named up; a line a method, a point a run."""
-    axes = figure.subplots(1, 2, sharey=True)
-    titles = {'dominant.top1': 'Big objects', 'small.top1': 'Small objects'}
-    for axis, column in zip(axes, titles):
-        for number, (name, color) in enumerate(PAINT.items()):
-            means = []
-            for place, track in enumerate(TRACKS):
-                top1 = values(track, name, column).values()
-                x = place + 0.05 * number               # beside those of other methods
-                axis.plot([x] * len(top1), top1, '.', color=color, alpha=0.4)
-                means.append((x, fmean(top1)))
-            axis.plot(*zip(*means), color=color, label=METHODS[name].label)
-        axis.axhline(CHANCE, color='grey', linestyle='--', label='chance')
-        axis.set_title(f'{titles[column]} named, %')
-        axis.set_xticks(range(len(TRACKS)), TRACKS.values())
-        axis.set_ylim(0, 103)
-    axes[1].legend(fontsize=9, loc='upper left')
+    """Page 4: real minutes across, small objects named up; a dot is a whole run."""
+    axis = figure.subplots()
+    ends = {}
+    for method in 'clip', 'text-crop', 'without-cross-attention', 'cosmos':
+        for experiment in 'pairs', 'minutes', 'longer':
+            minutes = mean(experiment, method, 'seconds')
+            ends[method] = show_runs(axis, experiment, method, 'small.top1', minutes)
+    height = 0
+    for method in sorted(ends, key=ends.get):
+        height = max(ends[method], height + 8)          # names keep apart
+        show_name(axis, 13.2, height, method)
+    show_scale(axis, 'small objects named, %', (40, 60, 80, 100))
+    axis.set(xlim=(0, 22), ylim=(0, 103), xticks=(1, 4, 12), xlabel='minutes of training; a dot is a whole run')
 
 
-def draw_maps(figure):
-    """Page 5: six scenes, and the weights of C^I, asked for the big object, a small one, an absent name: what it does not
-    look at is dark."""
-    axes = figure.subplots(4, SCENES)
-    for pair, (column, maps) in enumerate(zip(axes.T, read_json(LOOKS)['maps'])):
-        scene = np.array(shard_image(held_out('built-in'), pair))
-        column[0].imshow(scene)
-        for axis, (name, rows) in zip(column[1:], maps.items()):
-            grid = np.array(rows)
-            p = len(scene) // len(grid)                 # side of a patch
-            light = 0.3 + 0.7 * np.kron(grid, np.ones((p, p)))
-            axis.imshow(np.uint8(light[:, :, None] * scene))
-            y, x = np.unravel_index(grid.argmax(), grid.shape)
-            axis.plot((x + 0.5) * p, (y + 0.5) * p, 'ws', fillstyle='none', markersize=14)
-            color, _ = name.split()
-            axis.set_title(name, color=color, fontsize=9, pad=2)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    for axis, label in zip(axes[:, 0], ('scene', 'the big one', 'a small one', 'absent')):
-        axis.set_ylabel(label)
+READERS = {'cosmos': 'its own\npair', 'another-pair': 'another\npair', 'across': 'across',
+           'without-cross-attention': 'nothing'}
+
+
+def draw_reading(figure):
+    """Page 5: whose image does h_T pick, given the caption of one, and another to read? And who names how much?"""
+    left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
+    for x, method in enumerate(READERS):
+        height = show_runs(left, 'across', method, 'conflict.h_T_caption.sentence', 0.1 * x - 0.1)
+        show_runs(left, 'across', method, 'conflict.h_T_caption.read', 1 + 0.1 * x)
+        if height:
+            show_name(left, 0.1 * x, height, method)
+        show_runs(right, 'across', method, 'small.top1', x)
+    show_scene(left, 0, 'of the caption', 'built-in', 'val', 0)
+    show_scene(left, 1, 'that it reads', 'built-in', 'val', 1)
+    show_scale(left, 'picked by h_T, %', (25, 50, 75, 100), chance=100 / 32)
+    left.set(xlim=(-0.4, 1.5), ylim=(-3, 103), xticks=[])
+    show_scale(right, 'small objects named, %', (30, 40, 50))
+    right.set_xticks(range(len(READERS)), READERS.values())
+    right.set(ylim=(14, 52), xlabel='COSMOS that reads ...')
 
 
 PICTURES = {            # how it is drawn, inches
-    'suppression': (draw_suppression, (9, 7.5)),
-    'batches': (draw_batches, (9, 3)),
-    'company': (draw_company, (7.5, 4)),
-    'race': (draw_race, (9, 3.4)),
-    'maps': (draw_maps, (9, 6.4))}
+    'company': (draw_company, (6, 4)),
+    'square': (draw_square, (7.6, 4)),
+    'batches': (draw_batches, (7, 4)),
+    'race': (draw_race, (7, 3.6)),
+    'reading': (draw_reading, (8.6, 4))}
 
 
-def source():
-    """A digest of all that pictures show. It travels in each, for --check."""
-    return hashlib.sha1((RESULTS.read_text() + LOOKS.read_text()).encode()).hexdigest()
+def digest():
+    """Of all that pictures show. It travels in each, for --check."""
+    return hashlib.sha1(RESULTS.read_bytes()).hexdigest()
 
 
-def draw(name):
+def draw(name, path):
     from matplotlib import pyplot
     function, inches = PICTURES[name]
-    figure = pyplot.figure(figsize=inches, layout='constrained')
-    function(figure)
-    figure.savefig(PICTURE.format(name), dpi=80, metadata={'Description': source()})
+    with pyplot.rc_context({'font.size': 13}):
+        figure = pyplot.figure(figsize=inches, layout='constrained')
+        function(figure)
+        figure.savefig(path, dpi=120, metadata={'Description': digest()})
     pyplot.close(figure)
+    print(path)
 
 
-# --- 4. The command --------------------------------------------------------------------------------------------------
+# --- 5. The command --------------------------------------------------------------------------------------------------
 
-def check():
-    """Refused: runs that are missing or cannot be compared, a text or a picture that does not agree with the rows."""
+REMEDY = 'run python -m lesson.plots'
+
+
+def check_pages():
+    """Refused: a text, a table or a picture that does not agree with the rows."""
+    for page in PAGES:
+        for _, _, old, new, source in changes(page):
+            raise Refused(f'{page} has "{old}", and results.csv "{new}" ({source}); {REMEDY}')
+    need(APPENDIX.read_text() == appendix(), f'{APPENDIX} was written from other rows; {REMEDY}')
+    for name in PICTURES:
+        description = Image.open(PICTURE.format(name)).text.get('Description')
+        need(description == digest(), f'the picture {name} was drawn from other rows; {REMEDY}')
+
+
+def check_runs():
+    """Refused: runs that are missing, or that cannot be compared."""
     rows = read_results()
     for experiment, variants in EXPERIMENTS.items():
         missing = missing_runs(experiment)
@@ -319,33 +529,33 @@ def check():
         for variant in variants.values():
             for seed in variant.seeds:
                 row = rows[recipe(variant), seed]
-                origins.add((row['commit'], row['machine'], row['precision']))
+                commit = 'equal' if row['commit'] in EQUAL_COMMITS else row['commit']
+                origins.add((commit, row['machine'], row['precision']))
         need(len(origins) == 1, f'{experiment} has runs of several origins: {origins}; remove their rows from '
              'results.csv, and make the runs anew at one')
-    for page in PAGES:
-        lines = page.read_text().splitlines()
-        for line, right in zip(lines, filled(page.read_text()).splitlines()):
-            need(line == right, f'{page} has "{line}", and results.csv "{right}"; run python -m lesson.plots')
-    for name in PICTURES:
-        description = Image.open(PICTURE.format(name)).text.get('Description')
-        need(description == source(), f'the picture {name} was drawn from other rows; run python -m lesson.plots')
 
 
 def main():
     parser = Parser(epilog=__doc__)
     parser.add_argument('--check', action='store_true', help='only compare with results.csv')
-    parser.add_argument('--look', action='store_true', help='only look at single runs again')
+    parser.add_argument('--accept', action='store_true', help='figures of the text may move by more than 5 points')
+    parser.add_argument('--mine', action='store_true', help='pictures with your own runs as stars')
     args = parser.parse_args()
     if args.check:
-        check()
-    elif args.look:
-        look()
+        check_pages()
+        check_runs()
+        return
+    path = PICTURE
+    if args.mine:
+        MINE.extend(map(read_json, Path('runs/lesson').glob('*/row.json')))
+        path = 'runs/lesson/{}.png'
     else:
-        texts = [filled(page.read_text()) for page in PAGES]            # both, before one is written
+        texts = [fill(page, args.accept) for page in PAGES]             # both, before one is written
         for page, text in zip(PAGES, texts):
             page.write_text(text)
-        for name in PICTURES:
-            draw(name)
+        APPENDIX.write_text(appendix())
+    for name in PICTURES:
+        draw(name, path.format(name))
 
 
 if __name__ == '__main__':

@@ -23,7 +23,7 @@ then, for the whole set or by role:
                 guess. And `color`: in scenes of several colours, asked for an absent name of each of these, is it on an
                 object of the colour asked for, or on one of another?
     conflict    give C^I the sentence of one pair and the image of another: which of 32 teacher's images does h_T pick?
-        See `conflict`. The student reads, whatever --weights says
+        See section 6. The student reads, whatever --weights says
 
 DIR holds train/, val/ and twins/; without train/ there is no probe, without twins/ no `seen`. Of a set that lists no
 objects only `conflict` is measured, of models with cross-attention.
@@ -307,23 +307,40 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
 
 # --- 6. Conflict: the sentence of one pair, the image of another -----------------------------------------------------
 
-GROUP = 32              # pairs among which is chosen; chance is 1 / 32
+# In groups of 32 pairs the student's h_T must pick among the teacher's cls_t of the 32 images. h_I is asked likewise:
+# queries are images, what is read are captions, and it picks among the teacher's eot_t of these.
+#
+#     own         it reads its own image: does it pick that one?
+#     sentence    it reads its neighbour's image: does it pick that of the sentence (h_I: the image's caption),
+#     read        or the one that it has read?
+#     alone       nothing is read, eot (h_I: cls) is asked: the most that `sentence` can be expected to reach
+#
+# No figure stands for itself; these cheats were tried. Who only copies what it reads has 100 % in own and read, 0 in
+# sentence, whatever it knows of sentences. Who has one eot for all sentences can have the same (the first run of the
+# course, its eot replaced, still has 54 % in own and read), and has 3.1 % alone. Who reads nothing has in own and
+# sentence what it has alone, and next to 0 in read. Who answers with the mean of all cls_t picks one image for all,
+# 3.1 % in every figure, or none where all are as near. So a high `own` proves nothing, and a high `sentence` only
+# beside an `own` above `alone`. And where the neighbour shows what the sentence says, to pick it is no fault: of whole
+# captions that is rarer.
+
+GROUP = 32
 GROUPS = 30             # at most: 960 pairs
 
 
 def picks(vectors, candidates, right):
-    """Which vectors (B, D) are nearest to candidate right (B,) of (B, D)? -> (B,) bool; a tie is a miss."""
+    """The share of vectors (B, D) that are nearest to candidate right (B,) of (B, D); a tie is a miss."""
     cosines = vectors @ candidates.T                                    # (B, B)
     wanted = right[:, None]
     others = cosines.scatter(1, wanted, -torch.inf)
-    return cosines.gather(1, wanted)[:, 0] - others.amax(dim=1) > TIE
+    hits = cosines.gather(1, wanted)[:, 0] - others.amax(dim=1) > TIE
+    return hits.double().mean().item()
 
 
 def answers(queries, tokens, cross, candidates):
-    """What those pick who read, of a group of pairs -> {own, sentence, read, alone}, each (B,) bool.
+    """What a group of pairs picks -> {own, sentence, read, alone}.
 
     queries (B, D) of the sentences, not of unit length; tokens (B, L, D) of the images, read by cross (C^I); candidates
-    (B, D) of unit length, the teacher's images. See `conflict`.
+    (B, D) of unit length, the teacher's images.
     """
     places = torch.arange(len(queries), device=queries.device)
     neighbours = places.roll(1)
@@ -337,97 +354,71 @@ def answers(queries, tokens, cross, candidates):
 
 
 @torch.no_grad()
-def conflict(student, teacher, tokenizer, preprocess, source, questions, captions, workers=0):
+def answers_of(student, teacher, pixels, question_ids, caption_ids):
+    """A group of pairs -> {h_T, h_T_caption, h_I: {own, sentence, read, alone}}. ids (B, T) with padding, as C^T learns
+    to read them."""
+    device = student.logit_scale.device
+    pixels = pixels.to(device)
+    caption_ids = caption_ids.to(device)
+    cls, patches = student.encode_image(pixels)
+    question_eot, _ = student.encode_text(question_ids.to(device))
+    caption_eot, words = student.encode_text(caption_ids)
+    cls_t = unit(teacher.encode_image(pixels)[0])
+    eot_t = unit(teacher.encode_text(caption_ids)[0])
+    return {
+        'h_T': answers(question_eot, patches, student.image_cross, cls_t),
+        'h_T_caption': answers(caption_eot, patches, student.image_cross, cls_t),
+        'h_I': answers(cls, words, student.text_cross, eot_t)}
+
+
+def conflict(args, source, captions, questions):
     """Does h_T say what the sentence says, or what it has read? -> {h_T, h_T_caption, h_I: {own, sentence, read,
     alone}}, shares of the pairs; of a plain CLIP {}.
 
-    source: images, as eval.Images takes them; questions and captions: one of each image, for h_T and h_T_caption. In
-    groups of 32 pairs the student's h_T must pick among the teacher's cls_t of the 32 images. h_I is asked likewise:
-    queries are images, what is read are captions, and it picks among the teacher's eot_t of these.
-
-        own         it reads its own image: does it pick that one?
-        sentence    it reads its neighbour's image: does it pick that of the sentence (h_I: the image's caption),
-        read        or the one that it has read?
-        alone       nothing is read, eot (h_I: cls) is asked: the most that `sentence` can be expected to reach
-
-    No figure stands for itself; these cheats were tried. Who only copies what it reads has 100 % in own and read, 0 in
-    sentence, whatever it knows of sentences. Who has one eot for all sentences can have the same (the first run of the
-    course, its eot replaced, still has 54 % in own and read), and has 3.1 % alone. Who reads nothing has in own and
-    sentence what it has alone, and next to 0 in read. Who answers with the mean of all cls_t picks one image for all,
-    3.1 % in every figure, or none where all are as near. So a high `own` proves nothing, and a high `sentence` only
-    beside an `own` above `alone`. And where the neighbour shows what the sentence says, to pick it is no fault: of
-    whole captions that is rarer.
+    The student of args.checkpoint reads, its teacher has the targets; where the file holds one network, that one does
+    both. source: images, as eval.Images takes them; questions (for h_T) and captions: one of each image.
     """
-    if not student.has_cross_attention:
-        return {}
-    need(len(captions) > 1, 'there is one pair; conflict needs two or more')
-    size = min(GROUP, len(captions))
-    device = student.logit_scale.device
-    found = defaultdict(lambda: defaultdict(list))                      # by who answers and figure
-    groups = DataLoader(Images(source, preprocess), size, num_workers=workers)
-    for number, (pixels, _) in enumerate(progress(groups, 'conflict')):
-        if number == GROUPS or len(pixels) < size:
-            break
-        pixels = pixels.to(device)
-        group = slice(number * size, (number + 1) * size)
-        question_ids = tokenizer(questions[group]).to(device)           # (B, T), with padding, as C^T has learned
-        caption_ids = tokenizer(captions[group]).to(device)
-        cls, patches = student.encode_image(pixels)
-        question_eot, _ = student.encode_text(question_ids)
-        caption_eot, words = student.encode_text(caption_ids)
-        cls_t = unit(teacher.encode_image(pixels)[0])
-        eot_t = unit(teacher.encode_text(caption_ids)[0])
-        answered = {
-            'h_T': answers(question_eot, patches, student.image_cross, cls_t),
-            'h_T_caption': answers(caption_eot, patches, student.image_cross, cls_t),
-            'h_I': answers(cls, words, student.text_cross, eot_t)}
-        for who, hits in answered.items():
-            for name, each in hits.items():
-                found[who][name] += each.tolist()
-    figures = {}
-    for who, hits in found.items():
-        figures[who] = {name: fmean(each) for name, each in hits.items()}
-    return figures
-
-
-def conflict_of(args, source, questions, captions):
-    """`conflict` of a checkpoint: its student reads, its teacher has the targets. Where a file holds one network, that
-    one does both, and a line says so."""
     student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab)
     if not student.has_cross_attention:
         return {}
     teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)
     if student.origin == teacher.origin:
-        print(f'conflict   {args.checkpoint} holds one network ({student.origin}): it reads, and has the targets, too')
-    networks = student.to(args.device), teacher.to(args.device)
-    return conflict(*networks, tokenizer, preprocess, source, questions, captions, args.workers)
+        print(f'conflict   {args.checkpoint} holds one network ({student.origin}): it has the targets, too')
+    student.to(args.device)
+    teacher.to(args.device)
+    size = min(GROUP, len(captions))
+    need(size > 1, 'there is one pair; conflict needs two or more')
+    found = []                                          # of each group
+    groups = DataLoader(Images(source, preprocess), size, num_workers=args.workers, drop_last=True)
+    for number, (pixels, _) in enumerate(progress(groups, 'conflict')):
+        if number < GROUPS:
+            group = slice(number * size, (number + 1) * size)
+            ids = tokenizer(questions[group]), tokenizer(captions[group])
+            found.append(answers_of(student, teacher, pixels, *ids))
+    figures = {}
+    for who, answered in found[0].items():
+        figures[who] = {name: fmean(group[who][name] for group in found) for name in answered}
+    return figures
 
 
-def first_captions(captions, owner):
-    """All captions, and whose each is -> the first one of each image."""
-    first = {}
+def texts_of(captions, owner):
+    """All captions, and whose each is -> the first one of each image, and its first sentence."""
+    firsts = {}
     for caption, image in zip(captions, owner.tolist()):
-        first.setdefault(image, caption)
-    return list(first.values())
-
-
-def first_sentence(caption):
-    """The caption itself where it has none."""
-    return [*sentences(caption), caption][0]
+        firsts.setdefault(image, caption)
+    whole = list(firsts.values())
+    return whole, [(sentences(caption) or [caption])[0] for caption in whole]
 
 
 def conflict_in_shards(args, shards, scenes):
-    """`conflict_of` held-out shards. A scene is asked for one of its objects, the first, the second, ... in turn; where
+    """`conflict` of held-out shards. A scene is asked for one of its objects, the first, the second, ... in turn; where
     it lists none the question is the first sentence of its first caption."""
-    captions = first_captions(*shard_captions(shards))
-    questions = []
-    for pair, (scene, caption) in enumerate(zip(scenes, captions)):
+    captions, questions = texts_of(*shard_captions(shards))
+    for pair, scene in enumerate(scenes):
         if scene:
             thing = scene[pair % len(scene)]
-            questions.append(question(thing.name))
-        else:
-            questions.append(first_sentence(caption))
-    return conflict_of(args, shards, questions, captions)
+            questions[pair] = question(thing.name)
+    return conflict(args, shards, captions, questions)
 
 
 # --- 7. During training, and the command -----------------------------------------------------------------------------
