@@ -1,4 +1,4 @@
-"""A run as one page: what the student sees, curves, where cross-attention looks.
+"""A run as one page: one step value by value, curves, where cross-attention looks.
 
     python -m extras.report runs/tiny-cosmos                    writes runs/tiny-cosmos/report.html
     python -m extras.report runs/tiny-cosmos runs/tiny-clip     both on one page, in the folder of the first
@@ -6,62 +6,84 @@
 The page is one file that opens from disk; report.html beside this module is its template. `Report` writes it at the end
 of a run of train.py. Before the first step and at each evaluation it leaves in maps.npz what the page shows beside
 config.json, log.jsonl and eval.json. So the page needs neither weights nor data.
+
+The page computes matrices and losses itself, from the vectors of one batch, and shows beside each what Python had.
 """
 import base64
+import inspect
 import io
 import json
 import platform
 import shlex
 import sys
+import textwrap
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ImageOps
+from torch.utils.data import default_collate
 from torchvision.transforms.v2.functional import to_pil_image
 
-from cosmos import unit
+import cosmos
+from cosmos import COSMOS, GLOBALS, CrossAttention, Teacher, symmetric_nce, unit
+from data import normalize, text_crops
 from eval import encode_dense, shard_captions, shard_image
-from extras.attend import stretch, word_weights
 from plumbing.colours import OPERATIONS, recolour
 from plumbing.errors import (Parser, Refused, Unreadable, command, need, read_json, read_lines,
                              replacing)
 from plumbing.images import read_image
 
-SHOWN = 24              # images of the explorer, the first held-out ones
+PAIRS = 16              # of the step, from all over the training set
+SHOWN = 12              # images of the explorer, the first held-out ones
 RIVALS = 5              # captions of other images that an image is asked about, too
-MOST_STEPS = 6          # with maps on a page
+MOST_STEPS = 6          # with vectors and maps on a page
 SIDE = 224              # of an image on the page, in pixels
 SMALL = 128
+CODE = (text_crops, Teacher.forward, Teacher.update, cosmos.clip_loss, symmetric_nce, cosmos.nce,
+        CrossAttention.weights, COSMOS.forward, cosmos.total_loss)
 
 # --- 1. During training: what a run leaves in maps.npz ---------------------------------------------------------------
 
+def short(tensor):
+    """For JSON: a number or lists of numbers, rounded."""
+    return np.round(tensor.tolist(), 5).tolist()
+
+
 def keep(folder, name, part):
-    """Adds a part of the page, as bytes of JSON, to folder/maps.npz. Tensors of one number become that."""
+    """Adds a part of the page, as bytes of JSON, to folder/maps.npz."""
     path = Path(folder, 'maps.npz')
     arrays = {}
     if path.exists():
         with np.load(path) as stored:
             arrays = dict(stored)
-    arrays[name] = json.dumps(part, default=float).encode()
+    arrays[name] = json.dumps(part, default=short).encode()
     with replacing(path) as partial, open(partial, 'wb') as file:
         np.savez_compressed(file, **arrays)
 
 
-def picture(image, side):
-    """Pillow image -> a JPEG of at most this side, as a data URI."""
+def picture(image, side=SIDE):
+    """Pillow image -> a WebP of at most this side, as a data URI."""
     image = image.convert('RGB')
     image.thumbnail((side, side))
     file = io.BytesIO()
-    image.save(file, 'JPEG', quality=90)
-    return 'data:image/jpeg;base64,' + base64.b64encode(file.getvalue()).decode()
+    image.save(file, 'WEBP', quality=85)
+    return 'data:image/webp;base64,' + base64.b64encode(file.getvalue()).decode()
 
 
-def sample_views(crops):
+def packed(tensor):
+    """Numbers in [-1, 1], as of unit vectors and weights -> 16 bits each, in base64. The page divides by 32767."""
+    integers = np.rint(32767 * tensor.cpu().numpy())
+    return base64.b64encode(np.int16(integers).tobytes()).decode()
+
+
+# The step
+
+def sample_views(crops, count=4):
     """What the student is shown: yields (index, views (3, s, s) in [0, 1], captions, boxes) of pairs from all over the
     set."""
-    for index in np.unique(np.linspace(0, len(crops.shards) - 1, 4, dtype=int)):
+    for index in np.unique(np.linspace(0, len(crops.shards) - 1, count, dtype=int)):
         try:
             images, strengths, captions, boxes = crops.sample(0, index)
         except Unreadable:
@@ -72,6 +94,63 @@ def sample_views(crops):
             views.append(recolour(image[None], batch, OPERATIONS)[0])
         yield index, views, captions, boxes
 
+
+def read_pairs(crops):
+    """Training pairs -> what the page shows of each, V images (B, 3, s, s) in [0, 1], and the ids (U, B, T)."""
+    symbol_of = {number: symbol for symbol, number in crops.tokenizer.ids.items()}
+    pairs = []
+    samples = []
+    for index, views, captions, boxes in sample_views(crops, PAIRS):
+        ids = crops.tokenizer(captions)
+        image = read_image(crops.shards.image(index))
+        samples.append((views, ids))
+        pairs.append({
+            'image': picture(image),
+            'size': image.size,                             # in which the boxes are given
+            'views': [picture(to_pil_image(view), SMALL) for view in views],
+            'boxes': boxes,                                 # (y, x, h, w)
+            'pool': crops.shards.pool(index),
+            'captions': captions,
+            'tokens': [symbol_of[number] for number in ids[0].tolist()]})
+    views, ids = default_collate(samples)
+    return pairs, views, ids.transpose(0, 1)
+
+
+def read_batch(student, images, texts):
+    """images: V of (B, 3, s, s), texts (U, B, T) -> vectors of the student {name: (V, B, D) or (U, B, D)}, not of
+    unit length, and weights {C_I: (U, B, P), C_T: (V, B, T)}, {} for a model without cross-attention.
+
+    As COSMOS.forward; and in h_I_other and h_T_other pair b has read pair b - 1.
+    """
+    cls = student.visual(images)
+    eot = student.text(texts)
+    vectors = {'cls': cls, 'eot': eot}
+    if not student.has_cross_attention:
+        return vectors, {}
+    _, patches = student.encode_image(images[0])            # (B, P, D)
+    _, words = student.encode_text(texts[0])                # (B, T, D)
+    vectors |= {
+        'h_I': student.text_cross(cls, words) + cls,
+        'h_T': student.image_cross(eot, patches) + eot,
+        'h_I_other': student.text_cross(cls, words.roll(1, 0)) + cls,
+        'h_T_other': student.image_cross(eot, patches.roll(1, 0)) + eot}
+    weights = {
+        'C_I': torch.stack([student.image_cross.weights(query, patches) for query in eot]),
+        'C_T': torch.stack([student.text_cross.weights(query, words) for query in cls])}
+    return vectors, weights
+
+
+def figures_of(a, b, scale):
+    """Of unit vectors a (V, B, D) and b (U, B, D): their loss, and the mean cosine of all, and of own pairs. Without
+    `gather`, for only rank 0 comes here."""
+    cosines = torch.einsum('vad,ubd->vuab', a, b)                       # (V, U, B, B)
+    return {
+        'loss': symmetric_nce(a, b, a, b, scale),
+        'mean': cosines.mean(),
+        'own': cosines.diagonal(dim1=2, dim2=3).mean()}
+
+
+# The explorer
 
 def texts_about(i, pools, record):
     """What the explorer asks about image i: yields (kind, text, of). pools: the captions of each image.
@@ -86,87 +165,103 @@ def texts_about(i, pools, record):
         yield 'other', pool[0], None
     for number, thing in enumerate(record.get('objects') or []):
         if 'absent' in thing:                               # else objects of another kind
-            yield 'name', f"a {thing['name']}", number
-            for name in thing['absent']:
-                yield 'absent', f'a {name}', number
+            kind = 'name'
+            for name in [thing['name'], *thing['absent']]:
+                article = 'an' if name[0] in 'aeiou' else 'a'
+                yield kind, f'there is {article} {name}', number
+                kind = 'absent'
 
 
-def ask(model, tokenizer, pixels, entries):
-    """What the model makes of images (B, 3, S, S) and n texts about them, into their entries.
+def ask(seen, pixels, texts):
+    """What the model makes of an image (1, 3, S, S) and n texts about it -> {cosine (n,), mean (n,), maps (n, P)}.
 
-    cosine: of image and text. map: a byte a patch; 0 is the least of all patches, 255 the most. ends: that least and
-    most. words: how much C^T reads each. Maps are the weights of C^I. A model without cross-attention has none, and no
-    words: there they are cosines of the patches.
+    cosine: of image and text. mean: of the text and all held-out images. maps: the weights of C^I, asked by the text. A
+    model without cross-attention has none: there they are cosines of the patches.
     """
-    owner = [entry['image'] for entry in entries]
-    texts = [entry['text'] for entry in entries]
-    eot, words = model.encode_text(tokenizer(texts).to(pixels.device))  # (n, D), (n, T, D)
-    cls, patches = model.encode_image(pixels)
-    cls = cls[owner]                                                    # (n, D)
+    model = seen.model
+    eot, _ = model.encode_text(seen.tokenizer(texts).to(pixels.device))     # (n, D)
+    cls, patches = model.encode_image(pixels)                               # (1, D), (1, P, D)
     if model.has_cross_attention:
-        maps = model.image_cross.weights(eot, patches[owner])           # (n, P)
-        weights = model.text_cross.weights(cls, words)                  # (n, T)
-        for entry, row in zip(entries, weights):
-            entry['words'] = word_weights(tokenizer, entry['text'], row)
+        maps = model.image_cross.weights(eot, patches.expand(len(eot), -1, -1))
     else:
-        dense = encode_dense(model, pixels).flatten(1, 2)               # (B, P, D)
-        maps = torch.einsum('npd,nd->np', dense[owner], unit(eot))
-    cosines = torch.cosine_similarity(cls, eot)
-    for entry, cosine, grid in zip(entries, cosines, maps.cpu()):
-        levels = np.uint8(255 * stretch(grid.numpy()))
-        entry['cosine'] = cosine
-        entry['map'] = base64.b64encode(levels).decode()
-        entry['ends'] = grid.aminmax()
+        dense = encode_dense(model, pixels).flatten(1, 2)                   # (1, P, D)
+        maps = unit(eot) @ dense[0].T
+    return {
+        'cosine': torch.cosine_similarity(cls, eot),
+        'mean': unit(eot).cpu() @ seen.image_features.mean(dim=0),
+        'maps': packed(maps)}
 
 
 class Report:
     """A watcher for train.main: it leaves what the page shows in the folder of the run, and writes the page at the
-    end."""
+    end. It draws no random number and leaves no gradient: without it the run is the same."""
 
     def begin(self, run):
-        """What is known before the first step: four pairs as the student sees them, and how the run was started."""
-        pairs = []
-        for index, views, captions, boxes in sample_views(run.train_set):
-            image = read_image(run.train_set.shards.image(index))
-            pairs.append({
-                'image': picture(image, SIDE),
-                'size': image.size,                         # in which the boxes are given
-                'views': [picture(to_pil_image(view), SMALL) for view in views],
-                'boxes': boxes,                             # (y, x, h, w)
-                'captions': captions})
-        machine = platform.platform()
+        """What is known before the first step: the pairs of the step, and how the run was started."""
+        device = run.processes.device
+        pairs, images, ids = read_pairs(run.train_set)
+        self.images = [normalize(view).to(device) for view in images]       # V of (B, 3, s, s)
+        self.texts = ids.to(device)                                         # (U, B, T)
+        machine = f'{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}'
         if torch.cuda.is_available():
             machine += f', {torch.cuda.get_device_name()}'
+        code = {'cosmos': cosmos.__doc__}
+        for function in (*CODE, run.method.terms):
+            code[function.__qualname__] = textwrap.dedent(inspect.getsource(function))
         keep(run.folder, 'start', {
             'pairs': pairs,
             'counts': run.train_set.counts,
+            'code': code,
             'command': shlex.join(['python', *sys.argv]),
-            'machine': machine,
-            'versions': f'Python {platform.python_version()}, torch {torch.__version__}'})
+            'machine': machine})
+        self.keep_step(run)
+
+    @torch.no_grad()
+    def keep_step(self, run):
+        """The pairs as student and teacher see them after run.step steps, in float32."""
+        raw, weights = read_batch(run.student, self.images, self.texts)
+        vectors = {name: unit(raw[name]) for name in raw}
+        scales = [scale.exp() for scale in run.student.scales()]
+        figures = {'clip': figures_of(vectors['cls'][:GLOBALS], vectors['eot'], scales[0])}
+        if run.teacher:
+            targets = run.teacher(self.images[:GLOBALS], self.texts[:GLOBALS])
+            vectors['cls_t'], vectors['eot_t'] = targets
+            for name in raw:
+                for target in 'cls_t', 'eot_t':
+                    figures[f'{name}_{target}'] = figures_of(vectors[name], vectors[target], scales[-1])
+        keep(run.folder, f'batch {run.step:09d}', {
+            'step': run.step,
+            'scales': scales,
+            'figures': figures,
+            'lengths': {name: raw[name].norm(dim=2) for name in raw},
+            'vectors': {name: packed(vectors[name]) for name in vectors},
+            'weights': {name: packed(weights[name]) for name in weights}})
 
     @torch.no_grad()
     def evaluated(self, run, seen):
-        """What the page shows of an evaluation: the first held-out images, and texts about them -> no figures."""
+        """What the page shows of an evaluation: the step, the first held-out images, and texts about them -> no
+        figures."""
+        self.keep_step(run)
         captions, owner = shard_captions(seen.val)
-        pools = [[] for _ in range(min(SHOWN, len(seen.val)))]
-        for caption, i in zip(captions, owner):
-            if i < SHOWN:
-                pools[i].append(caption)
-        pixels = []
+        pools = []
+        for i in range(min(SHOWN, len(seen.val))):
+            pools.append([caption for caption, image in zip(captions, owner.tolist()) if image == i])
         images = []
-        entries = []
+        found = []
         for i in range(len(pools)):
             image = shard_image(seen.val, i)
-            pixels.append(seen.preprocess(image))
-            images.append(picture(ImageOps.fit(image, (SIDE, SIDE)), SIDE))     # as the model sees it
-            for kind, text, of in texts_about(i, pools, seen.val.record(i)):
-                entries.append({'image': i, 'kind': kind, 'text': text, 'of': of})
-        ask(seen.model, seen.tokenizer, torch.stack(pixels).to(seen.model.logit_scale.device), entries)
-        keep(run.folder, f'step {run.step:09d}', {'step': run.step, 'texts': entries})
-        keep(run.folder, 'images', images)
+            texts = list(texts_about(i, pools, seen.val.record(i)))
+            images.append({
+                'image': picture(ImageOps.fit(image, (SIDE, SIDE))),      # as the model sees it
+                'texts': texts})
+            pixels = seen.preprocess(image)[None].to(run.processes.device)
+            found.append(ask(seen, pixels, [text for _, text, _ in texts]))
+        keep(run.folder, 'held out', images)
+        keep(run.folder, f'texts {run.step:09d}', {'step': run.step, 'images': found})
         return {}
 
     def finish(self, run):
+        self.keep_step(run)             # without --val there was no evaluation
         print(f'report     {write([run.folder])}')
 
 
@@ -183,12 +278,13 @@ def read_log(path):
 
 
 def read_maps(path):
-    """maps.npz -> {start, images, steps: [{step, texts}]}; of many steps some MOST_STEPS."""
+    """maps.npz -> {start, held out, batch: [{step, ...}], texts: [{step, ...}]}; of many steps some MOST_STEPS."""
     with np.load(path) as stored:
         maps = {name: json.loads(stored[name].item()) for name in sorted(stored)}
-    steps = [maps.pop(name) for name in list(maps) if name.startswith('step')]
-    every = len(steps) // MOST_STEPS + 1
-    maps['steps'] = steps[:-1:every] + steps[-1:]           # the last one in any case
+    for kind in 'batch', 'texts':
+        found = [maps.pop(name) for name in list(maps) if name.startswith(kind)]
+        every = len(found) // MOST_STEPS + 1
+        maps[kind] = found[:-1:every] + found[-1:]          # the last one in any case
     return maps
 
 

@@ -44,6 +44,7 @@ def test_text_crops_are_drawn_in_random_order():
     assert lengths == {1, 2, 3, 4, 5} and in_order < 5
     crops = data.text_crops(['a', 'b'], rng, 0, 5)
     assert crops[:4] == ['a', 'b', 'a', 'b']            # whole repeats, then a random rest
+    assert {''.join(data.text_crops(['a', 'b'], rng, 0, 2)) for _ in range(20)} == {'ab', 'ba'}
 
 
 # --- Image crops, and how colours are drawn --------------------------------------------------------------------------

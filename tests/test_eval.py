@@ -19,7 +19,7 @@ from cosmos import COSMOS, Block, Config, unit
 from data import Shards, Tokenizer
 from plumbing import benchmarks
 from plumbing.weights import to_openclip
-from tests.helpers import MICRO, close, encoded, pairs_tar, put, refused, run, seeded, shared  # noqa: F401
+from tests.helpers import MICRO, close, encoded, micro, pairs_tar, put, refused, run, seeded, shared  # noqa: F401
 
 
 def embed(model, tokenizer, *texts):
@@ -107,6 +107,8 @@ def test_windows_are_averaged(gallery):
 def test_correlative_attention_is_two_of_torchs():
     """oracle: the sum of two of torch's own attentions, one with the queries' weights for the keys, one with the keys'
     for the queries, in a block of torch's own pieces."""
+    model, images, _ = micro()
+    assert_close(evaluation.encode_dense(model, images[0]), evaluation.encode_dense(model, images[0], csa=False))
     block = Block(24, 4, quick_gelu=False)
     attention = block.attn
     x = torch.randn(3, 7, 24)
@@ -180,6 +182,14 @@ def test_checkpoints_of_every_origin(here):
     small = torch.ones(1, 1)
     refused('size mismatch for visual.proj', load, other | {'visual.proj': small})
     refused('its merges were learned', load, other | {'token_embedding.weight': small})
+    wide = COSMOS(replace(plain.config, vision_width=1024, vision_layers=1, vision_heads=16))    # of ViT-L
+    assert load(to_openclip(wide.state_dict()))[0].config == wide.config
+
+
+def test_sets_whose_label_0_is_ignored():
+    """oracle: the released settings, after SCLIP: VOC and Context without their background, and ADE20K."""
+    found = [name for name, settings in benchmarks.BENCHMARKS.items() if settings.reduce_zero_label]
+    assert found == ['voc20', 'context59', 'ade20k']
 
 
 def test_the_middle_of_an_image_is_seen():

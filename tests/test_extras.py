@@ -22,7 +22,7 @@ from torch.testing import assert_close
 import data
 import eval as evaluation
 import train
-from cosmos import COSMOS
+from cosmos import COSMOS, Teacher, total_loss
 from eval import load
 from extras import attend, bench, pairs, prepare, report, search, weights
 from plumbing.images import decode, read_header
@@ -596,19 +596,21 @@ def test_loader(tmp_path, monkeypatch, capsys):
 # --- report ----------------------------------------------------------------------------------------------------------
 
 HOSTILE = 'a </script><b>red</b> dog'
-RECORD = {'captions': [HOSTILE, 'dogs'], 'objects': [{'name': 'red star', 'absent': ['red ring']}]}
+RECORD = {'captions': [HOSTILE, 'dogs'], 'objects': [{'name': 'orange star', 'absent': ['red ring']}]}
 
 
 def three_pairs(folder, *images):
     return data.Shards(write_pairs(folder / '0.tar', 3 * f'{json.dumps(RECORD)}\n', *images))
 
 
-def train_on_three(folder, method='cosmos'):
-    """A run with evaluations before the first step, after five and after ten -> what they were of: the teacher."""
+def train_on_three(folder, method='cosmos', val=True, watchers=(report.Report(),)):
+    """A run of ten steps; with val, evaluations before the first step, after five and after ten -> their teacher."""
     three_pairs(folder)
-    flags = f'--data {folder} --val {folder} --out {folder} --method {method} --preset micro --vocab learn'
+    flags = f'--data {folder} --out {folder} --method {method} --preset micro --vocab learn'
+    if val:
+        flags += f' --val {folder}'
     with pytest.raises(SystemExit, match='0'):
-        train.main(f'{flags} --steps 10 --eval-every 5 --batch 2 --workers 0'.split(), [report.Report()])
+        train.main(f'{flags} --steps 10 --eval-every 5 --batch 2 --workers 0'.split(), watchers)
     return load(folder / 'last.pt')
 
 
@@ -618,49 +620,111 @@ def runs_on_page(*folders):
     return json.loads(re.search('^const RUNS = (.*);$', text, re.M)[1])
 
 
+def unpacked(text, *shape):
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), np.int16) / 32767).view(shape)
+
+
 def test_the_watcher(tmp_path, capsys):
-    """oracle: by hand the evaluations on the page, the line at the end, and no figures of its own. Python's modules:
-    train.py, which hands the watcher over, is not imported a second time."""
-    train_on_three(tmp_path)
-    assert f'\nreport     {tmp_path}/report.html\n' in capsys.readouterr().out
-    [page] = runs_on_page(tmp_path)
-    assert [seen['step'] for seen in page['maps']['steps']] == [0, 5, 10]
+    """oracle: by hand the steps on the page, without --val the first and the last; the line at the end, and no figures
+    of its own. Runs without it have the same weights, bit for bit. Python's modules: train.py, which hands the watcher
+    over, is not imported a second time."""
+    students = []
+    for name, options in {'val': {}, 'no val': {'val': False}, 'nobody': {'watchers': ()}}.items():
+        folder = tmp_path / name.replace(' ', '-')
+        train_on_three(folder, **options)
+        students.append(load(folder / 'last.pt', 'student')[0].state_dict())
+    assert f'\nreport     {tmp_path}/val/report.html\n' in capsys.readouterr().out
+    [page] = runs_on_page(tmp_path / 'val')
+    for kind in 'batch', 'texts':
+        assert [kept['step'] for kept in page['maps'][kind]] == [0, 5, 10]
     assert page['eval'].keys() == {'steps', 'seconds', 'retrieval'}
+    [page] = runs_on_page(tmp_path / 'no-val')
+    assert [kept['step'] for kept in page['maps']['batch']] == [0, 10] and not page['maps']['texts']
+    for other in students[1:]:
+        assert_close(students[0], other, rtol=0, atol=0)
     code = 'import extras.report, sys; assert "train" not in sys.modules'
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
 
+def test_the_step_is_that_of_the_loss(tmp_path):
+    """oracle: total_loss on the same pairs, as the loader gives them; the student, handed other images and captions; its
+    own attention; a loop over the views of what is stored. By hand the tokens of a caption."""
+    teacher, tokenizer, _ = train_on_three(tmp_path)
+    student, *_ = load(tmp_path / 'last.pt', 'student')
+    crops = data.Crops(data.Shards(tmp_path), tokenizer, student.config, 0, data.Counts(2, 2, 2, 2), 'crops')
+    batch = data.collate([crops[0, i] for i in range(3)])
+    images = batch.views('')
+    texts = batch.texts
+    with torch.no_grad():
+        out = student(images, texts)
+        cls_t, eot_t = Teacher(teacher)(images[:2], batch.teacher_texts)
+        loss, parts = total_loss(student, out, cls_t, eot_t)
+        expected = out._asdict() | {'cls_t': cls_t, 'eot_t': eot_t}
+        expected['h_I_other'] = student(images, [ids.roll(1, 0) for ids in texts]).h_I
+        expected['h_T_other'] = student([view.roll(1, 0) for view in images], texts).h_T
+        patches, _ = student.attention(images[0], texts[3])
+        _, words = student.attention(images[2], texts[0])
+    [page] = runs_on_page(tmp_path)
+    kept = page['maps']['batch'][-1]
+    vectors = {}
+    for name, x in expected.items():
+        vectors[name] = unpacked(kept['vectors'][name], *x.shape)
+        assert_close(vectors[name], x.double(), rtol=0, atol=1e-4)
+    assert_close(unpacked(kept['weights']['C_I'], 4, 3, 16)[3], patches.double(), rtol=0, atol=1e-4)
+    assert_close(unpacked(kept['weights']['C_T'], 4, 3, 12)[2], words.double(), rtol=0, atol=1e-4)
+    length = student.encode_image(images[3])[0].norm(dim=1).tolist()
+    assert kept['lengths']['cls'][3] == pytest.approx(length, abs=1e-4)
+    for name, (_, term) in parts.items():
+        assert kept['figures'][name]['loss'] == pytest.approx(term.item(), abs=1e-4)
+    terms = []
+    for a, b in itertools.product(vectors['h_T_other'], cls_t.double()):
+        logits = kept['scales'][1] * a @ b.T
+        terms += [logits.diag() - logits.logsumexp(0), logits.diag() - logits.logsumexp(1)]
+    figures = kept['figures']['h_T_other_cls_t']
+    assert figures['loss'] == pytest.approx(-torch.stack(terms).mean().item(), abs=1e-3)
+    cosines = torch.stack([a @ b.T for a, b in itertools.product(vectors['cls'][:2], vectors['eot'])])
+    own = cosines.diagonal(dim1=1, dim2=2)
+    assert [kept['figures']['clip'][name] for name in ('mean', 'own')] == pytest.approx(
+        [cosines.mean().item(), own.mean().item()], abs=1e-4)
+    pair = page['maps']['start']['pairs'][1]
+    spelled = ''.join(pair['tokens']).replace('</w>', ' ')
+    words = ' '.join(tokenizer.split(pair['captions'][0]))
+    assert spelled.startswith('<start_of_text>') and words.startswith(spelled[15:].partition('<end')[0])
+
+
 @pytest.mark.parametrize('method', ['cosmos', 'clip'])
 def test_the_page_says_what_eval_says(tmp_path, method):
-    """oracle: the model's own weights, or encode_dense, asked by one text at a time; by hand the texts."""
+    """oracle: the model's own weights, or encode_dense, asked by one text at a time; by hand the texts; the mean over
+    the held-out images, one by one."""
     model, tokenizer, preprocess = train_on_three(tmp_path, method)
     [page] = runs_on_page(tmp_path)
-    entries = [entry for entry in page['maps']['steps'][-1]['texts'] if entry['image'] == 2]
-    texts = [entry['text'] for entry in entries]
-    assert texts == [HOSTILE, 'dogs', HOSTILE, HOSTILE, 'a red star', 'a red ring']
-    assert [entry['of'] for entry in entries] == [None] * 4 + [0, 0]
-    image = evaluation.shard_image(data.Shards(tmp_path), 2)
-    pixels = preprocess(image)[None]
-    cls = evaluation.embed_images(model, [image], preprocess)[0]
-    for entry, vector in zip(entries, evaluation.embed_texts(model, tokenizer, texts)):
-        assert entry['cosine'] == pytest.approx((cls @ vector).item(), abs=1e-5)
+    asked = page['maps']['held out'][2]['texts']
+    found = page['maps']['texts'][-1]['images'][2]
+    texts = [text for _, text, _ in asked]
+    assert texts == [HOSTILE, 'dogs', HOSTILE, HOSTILE, 'there is an orange star', 'there is a red ring']
+    assert [of for _, _, of in asked] == [None] * 4 + [0, 0]
+    images = [evaluation.shard_image(data.Shards(tmp_path), i) for i in range(3)]
+    pixels = preprocess(images[2])[None]
+    cls = evaluation.embed_images(model, images, preprocess)
+    maps = unpacked(found['maps'], 6, 16)
+    for k, vector in enumerate(evaluation.embed_texts(model, tokenizer, texts)):
+        cosines = [(image @ vector).item() for image in cls]
+        assert found['cosine'][k] == pytest.approx(cosines[2], abs=1e-4)
+        assert found['mean'][k] == pytest.approx(sum(cosines) / 3, abs=1e-4)
         if model.has_cross_attention:
-            patches, words = model.attention(pixels, tokenizer([entry['text']]))
-            by_word = attend.word_weights(tokenizer, entry['text'], words[0])
-            assert entry['words'] == [[word, pytest.approx(share, abs=1e-4)] for word, share in by_word]
+            patches, _ = model.attention(pixels, tokenizer([texts[k]]))
         else:
             patches = evaluation.encode_dense(model, pixels) @ vector
-        least, most = entry['ends']
-        levels = np.frombuffer(base64.b64decode(entry['map']), np.uint8)
-        shown = least + (most - least) * levels / 255
-        assert shown == pytest.approx(patches.flatten().tolist(), abs=0.005 * (most - least))
+        assert_close(maps[k], patches.flatten().double(), rtol=0, atol=1e-4)
 
 
 def test_partial_runs_give_a_page(tmp_path):
     """oracle: Crops itself; by hand what a killed run lacks, a pair and files that are torn. A bug's error keeps its
     type."""
-    crops = data.Crops(three_pairs(tmp_path, b'no image'), None, MICRO, seed=0)
-    started = SimpleNamespace(train_set=crops, folder=tmp_path)
+    model, tokenizer, _ = speller()
+    crops = data.Crops(three_pairs(tmp_path, b'no image'), tokenizer, MICRO, seed=0)
+    started = SimpleNamespace(train_set=crops, folder=tmp_path, step=0, student=model, teacher=None,
+                              method=train.METHODS['clip'], processes=SimpleNamespace(device=torch.device('cpu')))
     report.Report().begin(started)
     put(tmp_path / 'config.json', 'torn')
     put(tmp_path / 'log.jsonl', '{"step": 9, "a": 1}\n{"step": 3}\n{"step": 9, "a": 2}\n{"step": 9, "b": NaN}\n{"st')
@@ -670,30 +734,88 @@ def test_partial_runs_give_a_page(tmp_path):
     assert third['captions'] == captions != second['captions'] and third['boxes'][7] == list(boxes[7])
     # Of equal steps the last counts, and adds to what was logged before.
     assert str(killed['log']) == "[{'step': 3}, {'step': 9, 'a': 2, 'b': nan}]"
-    assert 'missing' in killed['config'] and 'missing' in killed['eval'] and 'images' not in killed['maps']
+    assert 'missing' in killed['config'] and 'missing' in killed['eval'] and 'held out' not in killed['maps']
     refused('absent holds no run', report.write, [tmp_path / 'absent'])
     crops.kinds = None
     with pytest.raises(TypeError):
         report.Report().begin(started)
 
 
+# Goes through the page: {what was done: values of the page and of Python}, by screen and evaluation, then the switch.
+CLICKS = """<script>{
+    const seen = {};
+    const press = key => document.querySelector(`[data-key="${key}"]`).click();
+    const type = (key, name) => document.querySelector(`[data-key="${key}"]`).dispatchEvent(
+        new KeyboardEvent('keydown', {key: name, bubbles: true}));
+    const note = (name, rest) => seen[name] = [...document.querySelectorAll(`${rest ?? ''} output.check`)].map(
+        ({dataset}) => [Number(dataset.page), Number(dataset.python)]);
+    const screens = [...document.querySelectorAll('nav button')].map(button => button.dataset.key);
+    for (const screen of screens) {
+        press(screen);
+        for (const at of [0, 1, 2]) {
+            const slider = document.getElementById('evaluation');
+            slider.value = at;
+            slider.dispatchEvent(new Event('input'));
+            note(`${screen} at ${at}`);
+        }
+    }
+    press('screen 0');
+    type('screen 0', 'ArrowRight');
+    seen.screen = document.querySelector('.screen').dataset.screen;
+    press('screen 3');
+    type('matrix', 'ArrowDown');
+    seen.row = document.querySelector('.screen').textContent.match(/Row ([0-9]+)/)[1];
+    if (screens.includes('screen 6')) press('screen 6');
+    for (const reading of ['own', 'other', 'nothing']) {
+        if (document.querySelector(`[data-key="reading ${reading}"]`)) press(`reading ${reading}`);
+        for (const cell of document.querySelectorAll('.cell')) note(cell.dataset.term, `[data-term=${cell.dataset.term}]`);
+        if (reading === 'other') seen.picks = document.querySelectorAll('.cell b')[2]?.textContent.match(/[0-9.]+/g);
+    }
+    seen.requests = performance.getEntriesByType('resource').filter(entry => !entry.name.startsWith('data:')).length;
+    document.body.append(element('pre', {id: 'seen'}, JSON.stringify(seen)));
+}</script></body>"""
+
+
 @pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')
-def test_the_page_in_a_browser(tmp_path):
-    """oracle: Chromium: a silent console, all parts of the page, captions as text, a picture that is no blank. Eight
-    terms of another's loss have eight lines, of colours that differ."""
-    train_on_three(tmp_path)
+@pytest.mark.parametrize('method, screens', [('cosmos', '01234567'), ('clip', '01237'), ('image-distill', '01237')])
+def test_the_page_in_a_browser(tmp_path, method, screens):
+    """oracle: Chromium: a silent console, no request, all parts of the page, captions as text, a picture that is no
+    blank. What Python had, to 1e-3, on each screen, at each evaluation, in each position of the switch. Eight terms of
+    another's loss have eight lines, of colours that differ."""
+    train_on_three(tmp_path, method)
     mine = {f'mine {k}': k / 9 for k in range(8)}
-    entry = {'step': 10, 'weights': mine} | mine
+    entry = {'step': 10, 'weights': mine | {'clip': 1}} | mine
     with open(tmp_path / 'log.jsonl', 'a') as file:
         file.write(json.dumps(entry))
-    page = report.write([tmp_path]).as_uri()
+    page = report.write([tmp_path])
+    page.write_text(page.read_text().replace('</body>', CLICKS))
     command = f'chromium --headless --no-sandbox --enable-logging=stderr --dump-dom --screenshot={tmp_path}/page.png'
-    done = subprocess.run([*command.split(), '--window-size=400,3000', page], capture_output=True, text=True)
+    done = subprocess.run([*command.split(), '--window-size=400,3000', page.as_uri()], capture_output=True, text=True)
     built, _, _ = done.stdout.partition('<script>')
     assert 'CONSOLE' not in done.stderr
-    assert built.count('aria-label="image ') == built.count('class="pair"') == 3
-    assert built.index('class="pair"') < built.index('<path')
+    assert built.count('aria-label="image ') == 3 and built.index('class="screen"') < built.index('<path')
     assert '&lt;b&gt;red' in built and '<b>red' not in built
+    seen = json.loads(re.search('<pre id="seen">(.*?)</pre>', done.stdout)[1])
+    assert [seen.pop(name) for name in ('screen', 'row', 'requests')] == ['1', '2', 0]
+    picks = seen.pop('picks', None)
+    expected = {f'screen {k} at {at}' for k in screens for at in range(3)}
+    kept = runs_on_page(tmp_path)[0]['maps']['batch'][-1]
+    figures = kept['figures']
+    if method == 'cosmos':
+        expected |= figures.keys() - {'clip'}
+        for name in figures.keys() - {'clip'}:
+            assert [python for _, python in seen[name]] == [figures[name][what] for what in ('loss', 'own', 'mean')]
+        h_T, cls_t = [unpacked(kept['vectors'][name], -1, 3, 16) for name in ('h_T_other', 'cls_t')]
+        best = torch.einsum('vad,ubd->vuab', h_T, cls_t).argmax(3)
+        for found, right in zip(picks, ([0, 1, 2], [2, 0, 1])):         # its own pair, the one it has read
+            share = (best == torch.tensor(right)).double().mean().item()
+            assert float(found) == pytest.approx(100 * share, abs=0.1)
+    assert seen.keys() == expected
+    assert seen['screen 7 at 0'] != seen['screen 7 at 2'] != []
+    for values in seen.values():
+        for of_page, of_python in values:
+            assert of_page == pytest.approx(of_python, abs=1e-3)
     _, _, panel = built.partition('Terms beside L_CLIP')
-    assert len(set(re.findall('<path[^>]* stroke="([^"]+)"', panel.partition('<h3>')[0]))) == 4 + 8
+    lines = set(re.findall('<path[^>]* stroke="([^"]+)"', panel.partition('<h3>')[0]))
+    assert len(lines) == 8 + {'cosmos': 4, 'clip': 0, 'image-distill': 1}[method]
     assert len(Image.open(tmp_path / 'page.png').getcolors(1 << 20)) > 100

@@ -308,7 +308,7 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
         shards = Shards(path)
         found = [shards.pool(i)[0] for i in range(len(shards))]
         assert found == [f'dog {i}' for i in left]
-        stopped = 'a.tar is damaged behind byte' in capsys.readouterr().err
+        stopped = 'a.tar is damaged behind byte ' in capsys.readouterr().err
         assert stopped == (left == '01')
 
     for form, stepped_over in (tarfile.USTAR_FORMAT, '0134'), (tarfile.PAX_FORMAT, '01'):
@@ -324,6 +324,9 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
     info.size = -1000                                   # would send tarfile back for ever
     header = info.tobuf(tarfile.GNU_FORMAT)[-512:]
     check(raw[:start] + header + raw[start + 512:], '01')
+    path.write_bytes(raw[:600])                         # the first member is cut off
+    refused('no readable tar', Shards, path)
+    assert 'a.tar is damaged behind byte 0;' in capsys.readouterr().err
 
 
 def test_which_index_is_used(tmp_path, monkeypatch):
