@@ -192,8 +192,8 @@ class COSMOS(nn.Module):
         eot, text_sequence = self.text.with_sequence(texts)             # (U, B, D), (B, T, C)
         patches = self.image_map(image_sequence[:, 1:])                 # (B, P, D)
         words = self.text_map(text_sequence)                            # (B, T, D)
-        h_I = self.text_cross(cls, words) + cls                         # (V, B, D)  Eq. 1
-        h_T = self.image_cross(eot, patches) + eot                      # (U, B, D)  Eq. 2
+        h_I = self.text_cross(cls, words) + cls             # (V, B, D)  Eq. 1: images read words
+        h_T = self.image_cross(eot, patches) + eot          # (U, B, D)  Eq. 2: captions read patches
         return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
 
     def encode_image(self, images):
@@ -318,7 +318,7 @@ def clip_loss(out, scale):
 
 
 def cosmos_terms(out, cls_t, eot_t, scale):
-    """The four terms of L_COSMOS by name.                                                            Sec. 3.3, Eq. 6
+    """The four terms of L_COSMOS by name. (A fifth here would make the weight of each a fifth.)       Sec. 3.3, Eq. 6
 
     Each pairs every student view with both teacher views, 8 x 2 pairs. Student view 0 with teacher view 0 counts
     as well, and 1 with 1 (paper silent; loss.py:131-139); DINO leaves them out. scale = exp(distill_logit_scale).

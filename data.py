@@ -76,7 +76,7 @@ class Kind(NamedTuple):
 
 def kinds_of_views(config, crop_min=0.4):
     """The first global, the other globals, the locals, as released. crop_min: the smallest share of the image in a
-    global."""
+    global. More rows below are more kinds of local views, which share the local ones in equal parts."""
     large = config.image_size
     small = config.local_image_size
     #    size   scale          flip  jitter  grey  blur  solarize
@@ -103,7 +103,7 @@ def draw_strengths(kind, rng):
         strengths['saturation'] = rng.uniform(0.8, 1.2)
         strengths['hue'] = rng.uniform(-0.1, 0.1)   # 1 is once around the circle of colours
     if rng.random() < kind.grey:
-        strengths['grey'] = 0.0                         # what stays of the colour
+        strengths['grey'] = 0.0                         # no colour stays
     if rng.random() < kind.blur:
         strengths['blur'] = rng.uniform(0.1, 2.0)       # standard deviation in pixels
     if rng.random() < kind.solarize:
@@ -164,7 +164,8 @@ def normalize(images):
 class Counts(NamedTuple):
     """How many views and captions a pair gives: V = global_images + local_images, U = global_texts + local_texts.
 
-    Of both GLOBALS are global. The first rows of Table 5 have a single one, and then no locals: METHODS in train.py.
+    GLOBALS of either are global. The first rows of Table 5 have one, and then no local images: L_CLIP takes the first
+    GLOBALS images. See METHODS in train.py.
     """
     global_images: int = GLOBALS
     local_images: int = 6
@@ -194,9 +195,11 @@ class Crops(Dataset):
     crop_min: float = 0.4
 
     def __post_init__(self):
-        first, other, local = kinds_of_views(self.config, self.crop_min)
-        others = self.counts.global_images - 1
-        self.kinds = [first] + [other] * others + [local] * self.counts.local_images    # V
+        first, other, *kinds_of_locals = kinds_of_views(self.config, self.crop_min)
+        self.kinds = [first] + [other] * (self.counts.global_images - 1)        # of the V views
+        n = self.counts.local_images
+        for k in range(n):
+            self.kinds.append(kinds_of_locals[k * len(kinds_of_locals) // n])
         if self.augment == 'crops':
             self.kinds = [kind._replace(**CROPS_ONLY) for kind in self.kinds]
 
@@ -204,7 +207,7 @@ class Crops(Dataset):
         """-> V crops (3, s, s) uint8, strengths (V, operations), ids (U, T), how many pairs could not be read."""
         epoch, index = where
         replacements = random.Random(f'{self.seed} {epoch} {index} replacement')
-        for bad in range(MOST_BAD):                     # so many could not be read before
+        for bad in range(MOST_BAD):                     # how many could not be read so far
             try:
                 crops, strengths, captions, _ = self.sample(epoch, index)
             except Unreadable as error:
@@ -334,7 +337,7 @@ def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
 def loader(train_set, order, workers, multiple=1, whole_first=True):
     """The plain DataLoader that serves batch after batch of an Order."""
     atexit.register(end_workers)
-    # A forked worker shares the table of the shards, a spawned one gets a copy. Without workers there may be none.
+    # A forked worker shares the table of the shards, a spawned one gets a copy. DataLoader refuses it without workers.
     context = 'fork' if workers and sys.platform == 'linux' else None
     make_batch = partial(collate, multiple=multiple, whole_first=whole_first,
                          global_texts=train_set.counts.global_texts)

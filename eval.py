@@ -60,7 +60,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
 
 def preprocessing(size):
     """The evaluation transform: PIL image -> (3, size, size) float. Short side to `size`, bicubic, then the centre.
-    `normalize` makes floats of the pixels, 0 to 255."""
+    `normalize` takes uint8 pixels as well."""
     return v2.Compose(
         [v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
 
@@ -156,7 +156,7 @@ def retrieval(image_features, text_features, owner):
 
     owner (captions,): the image of each caption. The rank of an image is that of the best of its captions. R@K are
     fractions, ranks count from 1. chance is R@1 of a blind guess, 1 / n in both directions: from image to text an image
-    with c of M captions is hit with c / M, and the mean of that over n images is 1 / n.
+    with c of all M captions is hit with c / M, and the mean of that over n images is 1 / n.
     """
     n = len(image_features)
     image_ids = torch.arange(n)

@@ -12,6 +12,9 @@ log.jsonl, config.json, eval.json and index.npy (of the shards).
 First reading: sections 1 to 3, which are the paper's (presets, the rows of Table 5, one step), then `main` at the end,
 the run from top to bottom. Sections 4 to 6 set up, log and save; read them when you change them. lesson/onepage.py
 trains the same way in a hundred lines, without options, checkpoints and several GPUs.
+
+From plumbing/ come `Processes` (the ranks: their device, sums and broadcasts over them, how they end), `runs` (the
+folder of a run: checkpoints, log, going on), and types of options; it need not be read.
 """
 import os
 
@@ -98,7 +101,7 @@ class Method(NamedTuple):
 
     @property
     def cross_attention(self):      # a model has C^I and C^T where their terms are learned
-        return self.terms is cosmos_terms
+        return self.terms not in (no_terms, image_terms, embedding_terms)
 
     @property
     def distills(self):
@@ -178,14 +181,14 @@ def train_step(run, batch):
 
     loss, parts = total_loss(student, out, cls_t, eot_t, run.method.terms)
     run.optimizer.zero_grad()
-    # DDP's hooks are on the parameters. So it also averages the gradients of the scales, which its forward does not use.
+    # DDP averages all gradients in the backward pass, also of the scales, which are used in the loss alone.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
     # A frozen parameter has no gradient.
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
-    # All ranks have the same gradient. So a step that is not finite on one of them is left out by all.
+    # DDP has averaged: all ranks have the same gradient. So a step that is not finite on one is left out by all.
     finite = bool(norm.isfinite())
     if finite:
         if options.clip_grad:
@@ -313,6 +316,7 @@ def read_options(argv):
     typed = parser.parse_args(argv)                     # a first look, at what decides the recipe
     preset = typed.preset or ('vit-b-16' if typed.data else 'tiny')
     recipe = dict(PRESETS[preset].recipe)
+    need(not {'preset', 'method'} & recipe.keys(), f'the recipe of {preset} may not choose preset or method')
     recipe.pop('warmup', None)                          # choose_lengths takes less of it for a short run
     if typed.steps or typed.epochs:
         recipe.pop('steps', None)
@@ -639,7 +643,7 @@ def main(argv=None, watchers=(), built_in_set=None):
     if processes.device.type == 'cpu':
         use_cores(options.workers)
     run, val = set_up(options, processes, built_in_set)
-    has_figures = processes.broadcast((run.folder / 'eval.json').exists())
+    has_figures = processes.broadcast((run.folder / 'eval.json').exists())     # else its evaluation was cut short
     if run.step >= options.steps and has_figures:
         print(f'nothing is left to do: step {run.step} of {options.steps} is reached')
         processes.leave(0)
@@ -647,7 +651,7 @@ def main(argv=None, watchers=(), built_in_set=None):
         begin(run, val, watchers)
 
     batches = batches_left(run)
-    done = None                     # the last Step
+    done = None                     # the latest Step
     figures = {}
     broken = 0                      # steps in a row that were not finite
     bad = seen = 0                  # pairs that cannot be read, and all, since this start
@@ -657,7 +661,7 @@ def main(argv=None, watchers=(), built_in_set=None):
     logged_at = saved_at = time.perf_counter()
     # A bar where there is a terminal.
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
-    saving = runs.saved_on_error(run.student, partial(save, run))
+    saving = runs.saved_on_error(run.student, partial(save, run))       # unless its weights are not finite
     with bar, saving, signals_caught() as caught:
         # Each turn does what is due after run.step steps (log, save, evaluate, stop), then takes a step. So the first
         # turn comes before any step, and the last one takes none.
@@ -666,9 +670,10 @@ def main(argv=None, watchers=(), built_in_set=None):
             last = run.step >= options.steps
             failure = reason_to_stop(run, broken, bad, seen)
             stop = last or signals or failure
-            eval_due = last and not failure
-            if options.val and options.eval_every and not stop:
-                eval_due = run.step % options.eval_every == 0       # at step 0 the untrained networks
+            if stop:
+                eval_due = last and not failure
+            else:                   # at step 0 the untrained networks
+                eval_due = options.val and options.eval_every and run.step % options.eval_every == 0
             log_due = done and (eval_due or run.step == 1 or run.step % options.log_every == 0)
             # Saving is rank 0's alone, so here clocks may differ.
             minutes = (time.perf_counter() - saved_at) / 60

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cosmos import COSMOS, Output, image_terms, match, no_terms, unit
+from cosmos import COSMOS, GLOBALS, Output, image_terms, match, no_terms, unit
 from data import Counts, Order, Shards
 from eval import embed_images, load, shard_captions, show, zero_shot_retrieval
 from lesson import onepage, suppression
@@ -135,7 +135,7 @@ CLIP = {'terms': no_terms, 'heads': 0}
 METHODS = {
     'clip': Method(
         'CLIP', 64, 1684, 2.5e-4, CLIP | {'counts': Counts(1, 0, 1, 0), 'crop_min': 0.9}),
-    'clip-aug': Method('CLIP, two crops', 32, 2256, 1.25e-4, CLIP | {'counts': Counts(2, 0, 1, 0)}),
+    'clip-aug': Method('CLIP, two crops', 32, 2256, 1.25e-4, CLIP | {'counts': Counts(GLOBALS, 0, 1, 0)}),
     'text-crop': Method('text crops', 32, 1368, 5e-4, {'terms': image_terms, 'heads': 0}),
     'without-cross-attention': Method(
         'COSMOS without cross-attention', 32, 1150, 1e-3, {'model': WithoutCrossAttention}),

@@ -36,10 +36,11 @@ def warn(message):
 # --- 2. Commands -----------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are Refused. Its help shows the program's docstring as it stands."""
+    """argparse whose errors are Refused, and which takes no abbreviated options: a typo would pass as one. Its help
+    shows the program's docstring as it stands."""
 
     def __init__(self, *args, **settings):
-        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def error(self, message):
         raise Refused(f'{message}; see {self.prog} --help')

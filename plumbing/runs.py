@@ -133,7 +133,7 @@ def read_last(folder):
 def check_same(saved, options, same):
     """Refused: a run that would go on as another one. same: {what: value}, what must be as it was.
 
-    Of other options that differ a line is printed: they are taken as typed.
+    Of other options that differ a line is printed: they are taken as typed. So it is with the code.
     """
     before = saved['same']
     differs = [what for what in same if before.get(what) != same[what]]
@@ -141,6 +141,8 @@ def check_same(saved, options, same):
     now = ', '.join(f'{what} {same[what]}' for what in differs)
     need(not differs, f'{options.out} was started with {was}, not {now}; give the same to resume it, or another --out, '
          'or start anew from its weights by --init')
+    if saved['commit'] != commit() or commit().endswith('-dirty'):
+        print(f"note       the code may have changed: it was at {saved['commit']}, is at {commit()}")
     for name, old in saved['options'].items():
         new = getattr(options, name)
         flag = '--' + name.replace('_', '-')

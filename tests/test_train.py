@@ -300,7 +300,7 @@ def test_lengths_of_runs(monkeypatch):
 
 @pytest.mark.parametrize('name, value', [
     ('epochs', 0), ('steps', 0), ('batch', -4), ('lr', 'banana'), ('momentum', 1.1), ('augment', 'flips'),
-    ('colours', 3)])
+    ('colours', 3), ('warm', 5)])
 def test_options_that_are_refused(monkeypatch, name, value):
     """oracle: what no run can mean, whether it is typed or in a recipe."""
     sentence = f'--{name}.+{value}'
@@ -510,10 +510,13 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, tmp_path):
         '--preset micro, --method cosmos, --batch 4, --seed 0, --local-crops 2, --local-captions 2, GLOBALS 2, .* not '
         '--preset tiny, --method clip, --batch 5, --seed 1, --local-crops 3, --local-captions 4, GLOBALS 9, fingerprint',
         error)
+    monkeypatch.setattr(runs, 'commit', lambda: 'another')
     assert fit(out, '--resume', '--steps', 4, '--lr', 1, '--vocab', 'clip', '--init', 'none') == 0
+    monkeypatch.undo()
     said = capsys.readouterr().out
     assert 'nothing is left to do: step 6 of 4 is reached' in said
     assert re.findall('note +(.*)', said) == [
+        f"the code may have changed: it was at {saved(whole)['commit']}, is at another",
         '--vocab is ignored: the checkpoint has weights and vocabulary',
         '--init is ignored: the checkpoint has weights and vocabulary',
         '--steps was 6, is now 4',
