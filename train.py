@@ -635,7 +635,7 @@ def finish(run, figures, watchers):
 def main(argv=None, watchers=(), built_in_set=None):
     """A run. It ends the process, with status 0 when all steps are done.
 
-    Rank 0 tells every watcher of the run's begin(run), evaluated(run, an Evaluated) -> more figures, and finish(run).
+    Rank 0 calls begin(run), evaluated(run, an Evaluated) -> more figures, and finish(run) of every watcher.
     built_in_set(): draws shards, and returns their folder; for a run without --data.
     """
     options = read_options(argv)
@@ -652,19 +652,16 @@ def main(argv=None, watchers=(), built_in_set=None):
 
     batches = batches_left(run)
     done = None                     # the latest Step
-    figures = {}
     broken = 0                      # steps in a row that were not finite
     bad = seen = 0                  # pairs that cannot be read, and all, since this start
     signals = 0
     waited = 0.0                    # seconds, since the last log entry
     logged_step = run.step
     logged_at = saved_at = time.perf_counter()
-    # A bar where there is a terminal.
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
     saving = runs.saved_on_error(run.student, partial(save, run))       # unless its weights are not finite
     with bar, saving, signals_caught() as caught:
-        # Each turn does what is due after run.step steps (log, save, evaluate, stop), then takes a step. So the first
-        # turn comes before any step, and the last one takes none.
+        # A turn does what is due after run.step steps, then takes a step; the last one takes none.
         while True:
             # What is due? All ranks must find the same, for they log and evaluate together.
             last = run.step >= options.steps
@@ -675,8 +672,7 @@ def main(argv=None, watchers=(), built_in_set=None):
             else:                   # at step 0 the untrained networks
                 eval_due = options.val and options.eval_every and run.step % options.eval_every == 0
             log_due = done and (eval_due or run.step == 1 or run.step % options.log_every == 0)
-            # Saving is rank 0's alone, so here clocks may differ.
-            minutes = (time.perf_counter() - saved_at) / 60
+            minutes = (time.perf_counter() - saved_at) / 60     # ranks may differ, but rank 0 alone saves
             overdue = options.save_minutes and minutes > options.save_minutes
             save_due = stop or eval_due or overdue or run.step % options.save_every == 0
 
@@ -718,7 +714,7 @@ def main(argv=None, watchers=(), built_in_set=None):
     if not last:
         print(f'stopped    step {run.step} is saved; the same command with --resume --out {run.folder} goes on')
         processes.leave(128 + SIGTERM)                  # as a shell has it for who was stopped
-    if figures:                     # {} on other ranks than 0
+    if processes.rank == 0:
         finish(run, figures, watchers)
     processes.leave(0)
 

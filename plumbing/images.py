@@ -42,7 +42,7 @@ def read_header(data):
         image = open_image(data)
         width, height = image.size
         if image.getexif().get(ORIENTATION) in (5, 6, 7, 8):
-            width, height = height, width
+            return image, (width, height)
     return image, (height, width)
 
 

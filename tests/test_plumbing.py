@@ -433,9 +433,13 @@ def test_the_vocabulary_is_fetched_once(tmp_path, monkeypatch):
     monkeypatch.setattr('plumbing.tokenizer.VOCAB_URL', file.as_uri())
     refused('cannot be fetched .*--vocab PATH or COSMOS_VOCAB.*--vocab learn', Tokenizer.clip)
     monkeypatch.setattr('plumbing.tokenizer.VOCAB_SHA256', hashlib.sha256(file.read_bytes()).hexdigest())
+    copy = put(tmp_path / 'copy.gz', file.read_bytes())
     for _ in range(2):
         assert Tokenizer.clip().merges == ['l o', 'lo w</w>']
         file.unlink(missing_ok=True)
+    monkeypatch.setenv('COSMOS_VOCAB', str(copy))
+    monkeypatch.setattr('plumbing.tokenizer.fetch_vocab', None)         # the variable is enough
+    assert Tokenizer.clip().merges == ['l o', 'lo w</w>']
 
 
 def test_ids_and_words_by_hand():

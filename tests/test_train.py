@@ -264,8 +264,8 @@ def test_schedules_and_decay():
     LayerNorms, biases, the class token and the scales."""
     options = train.read_options(
         '--data x --steps 110 --warmup 10 --lr 1 --momentum 0.9 --momentum-ramp 3'.split())     # its lr_end is 0
-    rates = [train.lr_at(step, options) for step in (0, 9, 60, 110)]
-    assert rates == pytest.approx([0.1, 1.0, 0.5, 0])
+    rates = [train.lr_at(step, options) for step in (0, 9, 10, 60, 110)]
+    assert rates == pytest.approx([0.1, 1.0, 1.0, 0.5, 0])
     options.lr_end = 0.2
     assert [train.lr_at(step, options) for step in (60, 110)] == pytest.approx([0.6, 0.2])
     assert [train.momentum_at(step, options) for step in (0, 2, 99)] == [0.25, 0.5, 0.9]
