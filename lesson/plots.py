@@ -451,9 +451,13 @@ def draw_race(figure):
     height = 0
     for method in sorted(ends, key=ends.get):
         height = max(ends[method], height + 8)          # names keep apart
-        show_name(axis, 13.2, height, method)
+        show_name(axis, 14, height, method)
+    axis.text(1.2, 21, 'CLIP, pairs\nof COSMOS', color=PAINT['clip'], ha='center', fontsize=11)
     show_scale(axis, 'small objects named, %', (40, 60, 80, 100))
-    axis.set(xlim=(0, 22), ylim=(0, 103), xticks=(1, 4, 12), xlabel='minutes of training; a dot is a whole run')
+    axis.set_xscale('log')
+    axis.set_xticks((1, 2, 4, 12), ('1', '2', '4', '12'))
+    axis.set_xticks([], minor=True)
+    axis.set(xlim=(0.7, 120), ylim=(0, 103), xlabel='minutes of training; a dot is a whole run')
 
 
 READERS = {'cosmos': 'its own\npair', 'another-pair': 'another\npair', 'across': 'across',
@@ -464,18 +468,21 @@ def draw_reading(figure):
     """Page 5: whose image does h_T pick, given the caption of one, and another to read? And who names how much?"""
     left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
     for x, method in enumerate(READERS):
-        height = show_runs(left, 'across', method, 'conflict.h_T_caption.sentence', 0.1 * x - 0.1)
-        show_runs(left, 'across', method, 'conflict.h_T_caption.read', 1 + 0.1 * x)
-        if height:
-            show_name(left, 0.1 * x, height, method)
+        heard = show_runs(left, 'across', method, 'conflict.h_T_caption.sentence', 0.1 * x - 0.1)
+        copied = show_runs(left, 'across', method, 'conflict.h_T_caption.read', 0.9 + 0.1 * x)
+        words = 'reads ' + READERS[method].replace('\n', ' ')
+        if copied > heard:
+            left.text(0.8, copied, words, color=PAINT[method], ha='right', va='center')
+        elif heard:
+            left.text(0.1 * x, heard, words, color=PAINT[method], va='center')
         show_runs(right, 'across', method, 'small.top1', x)
-    show_scene(left, 0, 'of the caption', 'built-in', 'val', 0)
-    show_scene(left, 1, 'that it reads', 'built-in', 'val', 1)
-    show_scale(left, 'picked by h_T, %', (25, 50, 75, 100), chance=100 / 32)
+    show_scene(left, 0, "the caption's", 'built-in', 'val', 0)
+    show_scene(left, 1, 'the one it reads', 'built-in', 'val', 1)
+    show_scale(left, 'h_T picks this image, %', (25, 50, 75, 100), chance=100 / 32)
     left.set(xlim=(-0.4, 1.5), ylim=(-3, 103), xticks=[])
     show_scale(right, 'small objects named, %', (30, 40, 50))
-    right.set_xticks(range(len(READERS)), READERS.values())
-    right.set(ylim=(14, 52), xlabel='COSMOS that reads ...')
+    right.set_xticks(range(len(READERS)), READERS.values(), fontsize=10)
+    right.set(xlim=(-0.5, 3.5), ylim=(14, 52), xlabel='COSMOS that reads ...')
 
 
 PICTURES = {            # how it is drawn, inches
