@@ -260,8 +260,6 @@ def right_figure(figure, source):
 def right_figures(text):
     """Of a page -> [(begin, end, what should stand there, its source)] of all figures and tables. Refused where a
     paragraph has more figures than sources, or fewer."""
-    if re.search(MARK, text):
-        return old_figures(text)
     found = []
     for match in TABLE.finditer(text):
         places = [place.split('/') for place in match[2].split()]
@@ -270,7 +268,8 @@ def right_figures(text):
     for paragraph in PARAGRAPH.finditer(prose):
         comment = SOURCES.search(paragraph[0])
         sources = comment[1].split() if comment else []
-        figures = list(FIGURE.finditer(prose, *paragraph.span()))
+        end = paragraph.start() + comment.start() if comment else paragraph.end()
+        figures = list(FIGURE.finditer(prose, paragraph.start(), end))
         words = ' '.join(figure[0] for figure in figures)
         need(len(figures) == len(sources), f'the paragraph "{text[paragraph.start():][:60]}..." has {len(figures)} '
              f'figures ({words}) and {len(sources)} sources; give one for each, in reading order')
@@ -300,31 +299,6 @@ def fill(page, accept):
             need(accept or move <= JUMP,
                  f'{page}: {old} would become {new} ({source}); if that is right, give --accept')
     return text
-
-
-# The old form, a comment behind each figure; a heading begins a family of differences. Goes with the last such page.
-
-MARK = r'[-+.\d]+(?: ± [.\d]+)?(?: \(open\))?(?=<!--([\w-]+)/([^\s/~]+)(?:~(\S+?))?/(\S+)-->)'
-
-
-def old_figures(text):
-    found = []
-    for part in re.finditer(r'(?ms)^## .*?(?=^## |\Z)|\A.*?(?=^## |\Z)', text):
-        differences = {}
-        for match in re.finditer(MARK, part[0]):
-            if match[3]:
-                differences[match.groups()] = difference(*match.groups())
-        decided = holm({place: chance for place, (_, _, chance) in differences.items()})
-        for match in re.finditer(MARK, part[0]):
-            experiment, name, other, column = place = match.groups()
-            if other:
-                gap, half, _ = differences[place]
-                new = f'{gap:+.1f} ± {half:.1f}' + ' (open)' * (place not in decided)
-            else:
-                new = f'{mean(experiment, name, column):.1f}'
-            begin, end = [part.start() + where for where in match.span()]
-            found.append((begin, end, new, match[0]))
-    return found
 
 
 # --- 4. Pictures -----------------------------------------------------------------------------------------------------
@@ -530,6 +504,9 @@ def check_runs():
     rows = read_results()
     for experiment, variants in EXPERIMENTS.items():
         missing = missing_runs(experiment)
+        if len(missing) == sum(len(variant.seeds) for variant in variants.values()):
+            print(f'{experiment} was not run yet')
+            continue
         need(not missing,
              f'{experiment} lacks {len(missing)} runs; make them by python -m lesson.experiments {experiment}')
         origins = set()
@@ -555,6 +532,7 @@ def main():
     path = PICTURE
     if args.mine:
         MINE.extend(map(read_json, Path('runs/lesson').glob('*/row.json')))
+        need(MINE, 'runs/lesson has no run of yours; the commands of the pages make some')
         path = 'runs/lesson/{}.png'
     else:
         texts = [fill(page, args.accept) for page in PAGES]             # both, before one is written

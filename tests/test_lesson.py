@@ -728,19 +728,6 @@ def families(course, monkeypatch):
         'c 0 .42 60', 'c 1 .45 60', 'c 2 .48 90', 'c 100 0 0')
 
 
-def test_old_pages(families):
-    """oracle: by hand. Gaps of 11, 10 and 9 in three seeds: 4.303 / sqrt(3) = 2.5; of 3, 5 and 7: 5.0, which has p =
-    0.049 and is decided alone, but not beside others of the page."""
-    page = plots.PAGES[0]
-    page.write_text('-1<!--one/clip/small.top1--> 1.0<!--one/c/seconds--> 7 ± 3<!--one/b~clip/small.top1-->\n'
-                    '## 2\n+9.9 ± 1.0 (open)<!--one/c~clip/small.top1-->\n'
-                    '## 3\n1<!--one/c~clip/small.top1--> 1<!--one/c~b/small.top1-->')
-    assert plots.fill(page, accept=True) == (
-        '40.0<!--one/clip/small.top1--> 1.2<!--one/c/seconds--> +10.0 ± 2.5<!--one/b~clip/small.top1-->\n'
-        '## 2\n+5.0 ± 5.0<!--one/c~clip/small.top1-->\n'
-        '## 3\n+5.0 ± 5.0 (open)<!--one/c~clip/small.top1--> -5.0 ± 7.5 (open)<!--one/c~b/small.top1-->')
-
-
 PAGE = """# 1.2 is a figure, too
 <!-- paper -->
 
@@ -780,7 +767,7 @@ more in 1.2 minutes, or +5.0. See [1.1](https://1.1) and `2.5`.
     ('one/clip/small.top1 one', 'one/clip/small.named one', 'no small.named of clip'),
     ('one/clip/small.top1 one', 'one/d/small.top1 one', 'no experiment one with a variant d')])
 def test_figures_and_sources(families, old, new, sentence):
-    """oracle: by hand, as in test_old_pages. The page passes as it is, and no changed one does."""
+    """oracle: by hand. Gaps of 11, 10 and 9 in three seeds: 4.303 / sqrt(3) = 2.5. The page passes as it is, and no changed one does."""
     plots.PAGES[0].write_text(PAGE)
     assert plots.changes(plots.PAGES[0]) == [] and old in PAGE
     plots.PAGES[1].write_text(PAGE.replace(old, new))
