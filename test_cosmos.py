@@ -22,8 +22,8 @@ from torch.testing import assert_close
 
 import cosmos
 import train
-from cosmos import (COSMOS, Attention, Config, Teacher, clip_loss, cosmos_loss, embedding_terms, image_terms, no_terms,
-                    symmetric_nce, total_loss)
+from cosmos import (COSMOS, GLOBALS, Attention, Config, Teacher, clip_loss, cosmos_loss, embedding_terms, image_terms,
+                    no_terms, symmetric_nce, total_loss)
 from eval import encode_dense
 from plumbing.weights import from_openclip, to_openclip
 from tests.helpers import MICRO, ROOT, close, micro, refused, seeded, shared
@@ -263,7 +263,7 @@ def a_forward_pass(method):
     model, images, texts = micro(method)
     for k, scale in enumerate(model.scales(), 1):
         scale.data.fill_(k)
-    cls_t, eot_t = F.normalize(torch.randn(2, 2, 3, 16), dim=-1)
+    cls_t, eot_t = F.normalize(torch.randn(2, GLOBALS, 3, 16), dim=-1)
     return model, model(images, texts), cls_t, eot_t
 
 
@@ -273,7 +273,7 @@ def test_total_loss_is_clip_plus_cosmos():
     e = math.e
     loss, parts = total_loss(model, out, cls_t, eot_t)
     expected = {
-        'clip': (1, slow_loss(out.cls[:2], out.eot, e)),
+        'clip': (1, slow_loss(out.cls[:GLOBALS], out.eot, e)),
         'h_I_cls_t': (0.25, slow_loss(out.h_I, cls_t, e * e)),
         'h_I_eot_t': (0.25, slow_loss(out.h_I, eot_t, e * e)),
         'h_T_cls_t': (0.25, slow_loss(out.h_T, cls_t, e * e)),
@@ -285,7 +285,7 @@ def test_total_loss_is_clip_plus_cosmos():
 def test_losses_without_cross_attention():
     """oracle: L_CLIP, and each modality against its own teacher where it learns from one, in loops with one scale."""
     model, out, cls_t, eot_t = a_forward_pass('clip')
-    clip = slow_loss(out.cls[:2], out.eot, math.e)
+    clip = slow_loss(out.cls[:GLOBALS], out.eot, math.e)
     images = slow_loss(out.cls, cls_t, math.e)
     texts = slow_loss(out.eot, eot_t, math.e)
     for distill, expected in (
@@ -364,9 +364,10 @@ def test_compiled_blocks_are_few(monkeypatch):
 # --- 6. python cosmos.py ---------------------------------------------------------------------------------------------
 
 def test_the_walk_through_runs():
-    """oracle: shapes of 5 views and 4 captions of 3 pairs; the parts of the loss, and 2 ln 3, what a guess costs."""
+    """oracle: shapes of the views and captions of 3 pairs; the parts of the loss, and 2 ln 3, what a guess costs."""
     done = subprocess.run([sys.executable, 'cosmos.py'], cwd=ROOT, capture_output=True, text=True)
-    assert re.findall(r'\((\d), 3, 128\)', done.stdout) == list('5454'), done.stderr
+    views, captions = str(GLOBALS + 3), str(GLOBALS + 2)
+    assert re.findall(r'\((\d), 3, 128\)', done.stdout) == [views, captions] * 2, done.stderr
     assert len(re.findall(r'^\w+ +[\d.]+ x [\d.]+$', done.stdout, re.M)) == 5
     assert f'{2 * math.log(3):.4f}' in done.stdout
 

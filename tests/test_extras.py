@@ -22,7 +22,7 @@ from torch.testing import assert_close
 import data
 import eval as evaluation
 import train
-from cosmos import COSMOS, Teacher, total_loss
+from cosmos import COSMOS, GLOBALS, Teacher, total_loss
 from eval import load
 from extras import attend, bench, pairs, prepare, report, search, weights
 from plumbing.images import decode, read_header
@@ -561,7 +561,7 @@ def test_step(method, monkeypatch, capsys):
 
 
 def test_step_times_what_training_has(tmp_path, monkeypatch, capsys):
-    """oracle: ten steps of training, with a table of views that has one more kind: 6 images where `micro` has 4."""
+    """oracle: ten steps of training, with a table of views that has one more kind: two images more than `micro` has."""
     make_kinds = data.Crops.__post_init__
     take_step = train.train_step
     seen = []
@@ -579,7 +579,7 @@ def test_step_times_what_training_has(tmp_path, monkeypatch, capsys):
     train_on_three(tmp_path)
     bench_step()
     bench_step('--data', tmp_path, '--batch', 3)
-    assert seen == [6] * (10 + 2 * (bench.WARM_UP + 5))         # 5: for FLOPs, 3 that are timed, the profile
+    assert seen == [GLOBALS + 4] * (10 + 2 * (bench.WARM_UP + 5))         # 5: for FLOPs, 3 that are timed, the profile
     assert re.findall('batch (16|3), 6 images and 4', capsys.readouterr().out) == ['16', '3']
 
 

@@ -27,7 +27,7 @@ from torch.testing import assert_close
 import cosmos
 import eval as evaluation
 import train
-from cosmos import COSMOS, Output, Teacher, clip_loss, cosmos_loss
+from cosmos import COSMOS, GLOBALS, Output, Teacher, clip_loss, cosmos_loss
 from data import Batch
 from plumbing import runs
 from tests.helpers import close, dog_tar, micro, put, refused, run
@@ -116,13 +116,14 @@ def contents(folder):
 
 # --- One step --------------------------------------------------------------------------------------------------------
 
+G = GLOBALS
 ROWS = {  # global and local images, global and local captions of a row of Table 5; its crop; its terms
     'clip': [1, 0, 1, 0, 0.9],
-    'clip-aug': [2, 0, 1, 0, 0.4],
-    'image-distill': [2, 6, 1, 0, 0.4, 'cls_cls_t'],
-    'text-crop': [2, 6, 2, 6, 0.4, 'cls_cls_t'],
-    'text-distill': [2, 6, 2, 6, 0.4, 'cls_cls_t', 'eot_eot_t'],
-    'cosmos': [2, 6, 2, 6, 0.4, 'h_I_cls_t', 'h_I_eot_t', 'h_T_cls_t', 'h_T_eot_t']}
+    'clip-aug': [G, 0, 1, 0, 0.4],
+    'image-distill': [G, 6, 1, 0, 0.4, 'cls_cls_t'],
+    'text-crop': [G, 6, G, 6, 0.4, 'cls_cls_t'],
+    'text-distill': [G, 6, G, 6, 0.4, 'cls_cls_t', 'eot_eot_t'],
+    'cosmos': [G, 6, G, 6, 0.4, 'h_I_cls_t', 'h_I_eot_t', 'h_T_cls_t', 'h_T_eot_t']}
 
 
 @pytest.mark.parametrize('method', ROWS)
@@ -148,7 +149,7 @@ def step_of(model, images, texts, method='cosmos', accum=1, processes=ALONE, cli
     state = train.Run(
         options, processes, None, model, student, teacher, torch.optim.SGD(model.parameters()),
         torch.amp.GradScaler('cpu', enabled=False), dtype=None)
-    batch = Batch(None, None, texts, texts[:2], 0)
+    batch = Batch(None, None, texts, texts[:GLOBALS], 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batch, 'views', lambda batch, seed: images)
         return train.train_step(state, batch)
@@ -156,11 +157,11 @@ def step_of(model, images, texts, method='cosmos', accum=1, processes=ALONE, cli
 
 def test_a_step_by_hand():
     """oracle: clip_loss + cosmos_loss, and gradient descent by hand, of a gradient that is clipped to a norm of 0.1.
-    The teacher sees two images of 32 pixels and two captions, no more, and follows."""
+    The teacher sees the global images and captions, no more, and follows."""
     model, images, texts = micro()
     before = copy.deepcopy(model)
     teacher = Teacher(COSMOS(model.config))
-    targets = teacher(images[:2], texts[:2])
+    targets = teacher(images[:GLOBALS], texts[:GLOBALS])
     done = step_of(model, images, texts, clip_grad=0.1, teacher=teacher)
     out = before(images, texts)
     loss = clip_loss(out, before.logit_scale.exp()) + cosmos_loss(out, *targets, before.distill_logit_scale.exp())
@@ -507,7 +508,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, tmp_path):
     error = fit(out, '--resume', *flags, '--data', dog_tar(tmp_path / '0.tar', 9))
     monkeypatch.undo()
     assert re.search(
-        '--preset micro, --method cosmos, --batch 4, --seed 0, --local-crops 2, --local-captions 2, GLOBALS 2, .* not '
+        '--preset micro, --method cosmos, --batch 4, --seed 0, --local-crops 2, --local-captions 2, GLOBALS [0-9], .* not '
         '--preset tiny, --method clip, --batch 5, --seed 1, --local-crops 3, --local-captions 4, GLOBALS 9, fingerprint',
         error)
     monkeypatch.setattr(runs, 'commit', lambda: 'another')
