@@ -6,9 +6,10 @@
     python eval.py classify CKPT --folder DIR                     one folder of images per class
     python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21 --csa
 
-CKPT is ours (runs/NAME/last.pt, or its folder), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with
-GELU; those of other CLIPs are converted by python -m extras.weights. The teacher is evaluated, the averaged weights,
-unless --weights student. Features are float32 vectors of unit length, and a score is the dot product of two of them.
+CKPT is ours (a file, or runs/NAME: its best.pt, else its last.pt), a released cosmos_vitb*.pt, or a state dict of an
+open_clip ViT with GELU; those of other CLIPs are converted by python -m extras.weights. The teacher is evaluated, the
+averaged weights, unless --weights student. Features are float32 vectors of unit length, and a score is the dot product
+of two of them.
 
 Parts 3 to 5 are the protocols. Part 6 is the command line, and may be skipped.
 """
@@ -28,11 +29,11 @@ from tqdm import tqdm
 from cosmos import COSMOS, attention_weights, unit
 from data import BICUBIC, normalize
 from plumbing.benchmarks import (BENCHMARKS, IGNORE, TORCHVISION_SETS, Settings, class_names,
-                                 folder_set, mask_pairs, published_captions, read_mask, read_synonyms,
-                                 read_templates, torchvision_set, with_owners)
+                                 folder_set, is_imagenet, mask_pairs, open_clip_prompts, published_captions,
+                                 read_mask, read_synonyms, read_templates, torchvision_set, with_owners)
 # Refused: an error that a user can mend, which `command` shows as one sentence. Unreadable(Refused): one image or
 # record is bad. need(condition, sentence): Refused unless the condition holds.
-from plumbing.errors import Parser, Refused, Unreadable, command, count, need, write_json
+from plumbing.errors import Parser, Refused, Unreadable, command, count, device_type, need, write_json
 from plumbing.images import read_image
 from plumbing.shards import Shards
 from plumbing.weights import load_weights, read_network
@@ -44,13 +45,16 @@ progress = partial(tqdm, leave=False, disable=None)     # quiet where the output
 def load(path, weights='teacher', vocab=None, quick_gelu=False):
     """-> (model in eval mode, tokenizer, preprocess: PIL image -> (3, S, S)).
 
-    path: a file of ours, a folder of a run, released weights, or open_clip's; see plumbing.weights.read_network, also
-    for vocab and quick_gelu. The commands below never set quick_gelu, train.py --init does.
-    weights: 'teacher' or 'student'. Where there is no teacher the student is taken: model.origin says which it was.
+    path: a file of ours, the folder of a run (its best.pt, or its last.pt where there is no other), released weights,
+    or open_clip's; see plumbing.weights.read_network, also for vocab and quick_gelu. The commands below never set
+    quick_gelu, train.py --init does.
+    weights: 'teacher' or 'student'. Where there is no teacher the student is taken: model.origin says which network of
+    which file it was, and of which step.
     """
     path = Path(path)
     if path.is_dir():
-        path = path / 'last.pt'
+        best = path / 'best.pt'
+        path = best if best.exists() else path / 'last.pt'
     network = read_network(path, weights, vocab, quick_gelu)
     model = COSMOS(network.config)
     load_weights(model, network.state, path)
@@ -94,7 +98,7 @@ class Images(Dataset):
         if isinstance(self.source, Shards):
             image = shard_image(self.source, i)
         elif isinstance(self.source[i], Image.Image):
-            image = self.source[i]
+            image = ImageOps.exif_transpose(self.source[i])
         else:
             image = read_image(self.source[i])
         return self.preprocess(image), 0
@@ -115,8 +119,10 @@ def embed_labelled(model, dataset, workers=0):
 
 
 def embed_images(model, source, preprocess, workers=0):
-    """Paths, Pillow images or Shards -> (n, D) unit vectors on the CPU. A file that is no image raises Unreadable, with
-    its name."""
+    """Paths or Pillow images (or one), or Shards -> (n, D) unit vectors on the CPU. A file that is no image raises
+    Unreadable, with its name."""
+    if isinstance(source, (str, Path, Image.Image)):
+        source = [source]
     features, _ = embed_labelled(model, Images(source, preprocess), workers)    # their labels, all 0, mean nothing
     return features
 
@@ -222,10 +228,15 @@ TEMPLATES = ('a photo of a {}', 'a picture of a {}', 'an image of a {}', 'there 
 
 
 def class_vectors(model, tokenizer, names, templates=TEMPLATES):
-    """Prompt ensemble: embed every template, normalise, average, normalise again. -> (len(names), D)"""
-    prompts = [template.replace('{}', name) for name in names for template in templates]
+    """Prompt ensemble: embed every template, normalise, average, normalise again. -> (len(names), D)
+
+    Equal names get one vector, so that they tie to the last bit: a tie counts against the model.
+    """
+    different = list(dict.fromkeys(names))
+    prompts = [template.replace('{}', name) for name in different for template in templates]
     features = embed_texts(model, tokenizer, prompts)
-    return unit(features.unflatten(0, (len(names), -1)).mean(dim=1))
+    vectors = unit(features.unflatten(0, (len(different), -1)).mean(dim=1))
+    return vectors[[different.index(name) for name in names]]
 
 
 def classify(image_features, vectors, labels):
@@ -327,20 +338,36 @@ def segment_image(model, image, vectors, names_per_class, settings):
     zoom = max(zoom, model.config.image_size / short)   # ours: the short side holds a window
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)
-    scores = F.interpolate(scores[None], (height, width), mode='bilinear')
-    of_name = (settings.scale * scores[0]).softmax(dim=0)           # (M, h, w)
-    best_names = []
-    for names in of_name.split(names_per_class):                    # of a class (names, h, w)
-        best_names.append(names.amax(dim=0))                        # its best name counts
-    of_class = torch.stack(best_names)                              # (classes, h, w)
+    logits = settings.scale * scores                                # (M, H, W)
+    class_of_name = []
+    for number, names in enumerate(names_per_class):
+        class_of_name += [number] * names
+    highest, classes = best_class(logits, (height, width), class_of_name, range(len(names_per_class)))
     if settings.area:
-        pixels_of_class = torch.bincount(of_class.argmax(dim=0).flatten(), minlength=len(of_class))
+        pixels_of_class = torch.bincount(classes.flatten(), minlength=len(names_per_class))
         foreground = pixels_of_class[1:].sum()
-        few = pixels_of_class <= settings.area * foreground         # (classes,)
-        few[0] = False                                              # the background stays
-        of_class[few] = 0
-    highest, classes = of_class.max(dim=0)
+        many = pixels_of_class > settings.area * foreground         # (classes,)
+        many[0] = True                                              # the background stays
+        highest, classes = best_class(logits, (height, width), class_of_name, many.nonzero().flatten().tolist())
     return classes.masked_fill(highest < settings.probability, 0).cpu()
+
+
+def best_class(logits, size, class_of_name, candidates):
+    """logits (M, H, W) of M names -> for each pixel of an image of `size` (h, w) the class whose best name has the
+    highest probability, among those classes that are candidates, and this probability, in the softmax over all names.
+
+    Names are enlarged one by one: for a photo of 12 megapixels and 100 names all at once would take 5 GB.
+    """
+    highest = logits.new_full(size, -math.inf)                      # the best logit so far
+    total = logits.new_full(size, -math.inf)                        # ln of the sum of e^logit so far
+    classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
+    for small, number in zip(logits, class_of_name):
+        of_name = F.interpolate(small[None, None], size, mode='bilinear')[0, 0]     # (h, w)
+        total = total.logaddexp(of_name)
+        if number in candidates:
+            classes[of_name > highest] = number
+            highest = highest.maximum(of_name)
+    return (highest - total).exp(), classes
 
 
 def confusion(truth, predicted, classes):
@@ -386,27 +413,35 @@ def show(figures, indent=''):
 
 
 def run_retrieval(args, model, tokenizer, preprocess):
+    need(args.karpathy or not args.split, '--split is for --karpathy only; leave it away')
+    need(args.karpathy or args.flickr or not args.images, '--images is for --karpathy and --flickr; leave it away')
     if args.shards:
         source = Shards(args.shards, args.caption_keys, split='val')    # with captions of its own
         captions = owner = None
     else:
-        source, captions, owner = published_captions(args.coco, args.karpathy, args.flickr, args.images, args.split)
+        source, captions, owner = published_captions(args.coco, args.karpathy, args.flickr, args.images,
+                                                     args.split or 'test')
     figures, _ = zero_shot_retrieval(model, tokenizer, preprocess, source, captions, owner, args.workers)
     return figures
 
 
 def run_classify(args, model, tokenizer, preprocess):
     if args.folder:
+        need(not args.split, '--split is for --dataset only; leave it away, or give the folder of a split')
+        split = 'none, all images'
         source = folder_set(args.folder, preprocess)
     else:
-        source = torchvision_set(args.dataset, args.root, args.split, args.download, preprocess)
-    names = class_names(source, args.classes)
+        source, split = torchvision_set(args.dataset, args.root, args.split, args.download, preprocess)
     templates = read_templates(args.templates) if args.templates else TEMPLATES
+    if args.templates == 'open_clip' and not args.classes and is_imagenet(source):
+        _, names = open_clip_prompts()
+    else:
+        names = class_names(source, args.classes)
     vectors = class_vectors(model, tokenizer, names, templates)
     features, labels = embed_labelled(model, source, args.workers)
     need(labels.max() < len(names),
          f'there are {len(names)} names, but label {labels.max()}; give more by --classes')
-    return classify(features, vectors, labels) | {'prompts': ' | '.join(templates), 'names': names}
+    return classify(features, vectors, labels) | {'split': split, 'prompts': ' | '.join(templates), 'names': names}
 
 
 def run_segment(args, model, tokenizer, preprocess):
@@ -440,7 +475,7 @@ def add_options(parser):
     add('checkpoint', metavar='CKPT')
     add('--weights', choices=['teacher', 'student'], default='teacher',
         help='which network (default: %(default)s)')
-    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+    add('--device', type=device_type, default='cuda' if torch.cuda.is_available() else 'cpu',
         help='cuda or cpu (default: %(default)s)')
     add('--workers', type=count, default=2,
         help='processes that read images; segment needs none (default: %(default)s)')
@@ -455,7 +490,7 @@ def add_retrieval(parser):
     one('--flickr', help="the released code's flickr30k_val.json: a list of image and captions")
     one('--shards', nargs='+', help='held-out shards; a folder with train/ and val/ means its val/')
     add = parser.add_argument
-    add('--split', default='test', help="Karpathy's split (default: %(default)s)")
+    add('--split', help="Karpathy's split (default: test)")
     add('--images', help='folder of the images of --karpathy or --flickr (default: beside the JSON)')
     add('--caption-keys', help='json keys of the captions of --shards, joined by commas: of each pair only the '
         f"first of these that it has is used (default: {','.join(HELD_OUT_KEYS)})")
@@ -468,11 +503,12 @@ def add_classify(parser):
     one('--folder', help='one folder of images per class')
     add = parser.add_argument
     add('--root', default='data', help='where --dataset lies (default: %(default)s)')
-    add('--split', default='test', help="torchvision's name of the split (default: %(default)s; ImageNet has val)")
+    add('--split', help="torchvision's name of the split (default: test; ImageNet has val)")
     add('--download', action='store_true', help='let torchvision fetch it into --root')
     add('--classes', help='file of class names: a line each in the order of the sorted folders '
         "(default: torchvision's, or the folders' names)")
-    add('--templates', help='file of prompts with {} for the class, a line each')
+    add('--templates', help='file of prompts with {} for the class, a line each; or open_clip: the 80 prompts of the '
+        'installed open_clip, for ImageNet its names, too')
 
 
 def add_segment(parser):
@@ -492,7 +528,7 @@ def add_segment(parser):
 def execute(args):
     """Load the checkpoint, run the command, show its figures: also for commands of extras/ and lesson/."""
     model, tokenizer, preprocess = load(args.checkpoint, args.weights, args.vocab)
-    print(f'{args.command} of {args.checkpoint} ({model.origin})')
+    print(f'{args.command} of {model.origin}')
     model.to(args.device)
     figures = args.function(args, model, tokenizer, preprocess)
     show(figures)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from eval import add_options, embed_images, embed_texts, execute
 from extras.prepare import read_rows
-from plumbing.errors import Parser, Refused, command, need, read_json, reading
+from plumbing.errors import Parser, Refused, command, field, need, read_json
 
 # --- 1. Items, and the layouts they are published in -----------------------------------------------------------------
 
@@ -179,13 +179,13 @@ def suppression(model, tokenizer, preprocess, root, workers=0):
     for role, other in (('dominant', 'C'), ('small', 'B')):
         scenes = []
         names = []
-        with reading(path):
-            for probe in probes:
-                images = probe['images']
-                query = probe[f'{role}_query']
-                right = query['positive']
-                scenes.append(Item([images['A'], images[other]], [right, query['swap']]))
-                names.append(Item([images['A']], [right, *query['negatives']]))
+        for probe in probes:
+            images = field(probe, 'images', path)
+            query = field(probe, f'{role}_query', path)
+            right = field(query, 'positive', path)
+            scene = field(images, 'A', path)
+            scenes.append(Item([scene, field(images, other, path)], [right, field(query, 'swap', path)]))
+            names.append(Item([scene], [right, *field(query, 'negatives', path)]))
         matrices = score_items(model, tokenizer, preprocess, scenes + names, root, workers)
         share = [fmean(choices_right(scores)) for scores in matrices[:len(probes)]]
         named = pair_scores(matrices[len(probes):])
@@ -201,6 +201,7 @@ def suppression(model, tokenizer, preprocess, root, workers=0):
 
 def run_pairs(args, model, tokenizer, preprocess):
     if args.suppression:
+        need(not args.images, '--images is for --items; those of probes.json lie beside it')
         return suppression(model, tokenizer, preprocess, args.suppression, args.workers)
     root = args.images or Path(args.items).parent
     return score_pairs(model, tokenizer, preprocess, args.items, root, args.workers)

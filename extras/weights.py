@@ -9,6 +9,8 @@
 attention head nor the activation. open_clip's model config, a JSON file, does; without it heads are 64 wide. What
 `import` writes, every other command reads.
 """
+import hashlib
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 
 from cosmos import COSMOS
 from eval import load
-from plumbing.errors import (Parser, Refused, command, need, read_json, reading, save_tensors,
+from plumbing.errors import (Parser, Refused, command, field, need, read_json, reading, save_tensors,
                              write_json)
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import (clean_names, from_openclip, infer_config, load_weights,
@@ -101,12 +103,12 @@ def import_weights(other, out, config=None, quick_gelu=False):
     if config:
         layout = read_json(config)
         layout = layout.get('model_cfg', layout)            # as in the Hugging Face hub's files
-        with reading(config):
-            sizes = replace(
-                sizes,
-                vision_heads=sizes.vision_width // layout['vision_cfg'].get('head_width', 64),
-                text_heads=layout['text_cfg']['heads'],
-                quick_gelu=quick_gelu or layout.get('quick_gelu', False))
+        vision = field(layout, 'vision_cfg', config)
+        sizes = replace(
+            sizes,
+            vision_heads=sizes.vision_width // vision.get('head_width', 64),
+            text_heads=field(field(layout, 'text_cfg', config), 'heads', config),
+            quick_gelu=quick_gelu or layout.get('quick_gelu', False))
     tokenizer = Tokenizer.clip(context_length=sizes.context_length)
     need(tokenizer.vocab_size == sizes.vocab_size,
          f"{other} knows {sizes.vocab_size:,} ids, CLIP's vocabulary has {tokenizer.vocab_size:,}; "
@@ -131,7 +133,10 @@ NAMES = [f'cosmos_vitb16_{name}' for name in DATA] + [f'cosmos_vitb32_{name}' fo
 
 
 def fetch(name):
-    """Print the path of released weights in torch's cache. They are downloaded on first use."""
+    """Print the path of released weights in torch's cache, their size and SHA-256. They are downloaded on first use.
+
+    The authors publish no checksum. Compare it with that of somebody who has the file.
+    """
     path = Path(torch.hub.get_dir(), f'{name}.pt')
     address = RELEASED.format(name)
     if not path.exists():
@@ -140,7 +145,12 @@ def fetch(name):
             torch.hub.download_url_to_file(address, path)
         except OSError as error:
             raise Refused(f'{address} cannot be fetched ({error}); bring the file yourself') from None
-    print(path)
+    content = path.read_bytes()
+    if content[:200].lstrip().lower().startswith((b'<!doctype', b'<html')):
+        path.unlink()
+        raise Refused(f'{address} gave a web page in place of weights; bring the file yourself')
+    print(f'{len(content):,} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}', file=sys.stderr)
+    print(path)                             # alone on standard output, for $(...)
 
 
 # --- 4. Commands -----------------------------------------------------------------------------------------------------

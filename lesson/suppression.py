@@ -383,7 +383,7 @@ def conflict(args, source, captions, questions):
         return {}
     teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)
     if student.origin == teacher.origin:
-        print(f'conflict   {args.checkpoint} holds one network ({student.origin}): it has the targets, too')
+        print(f'conflict   there is one network, the {student.origin}: it has the targets, too')
     student.to(args.device)
     teacher.to(args.device)
     size = min(GROUP, len(captions))

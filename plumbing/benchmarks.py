@@ -1,6 +1,7 @@
 """What published sets look like on the disk: caption lists of COCO and Flickr30k, torchvision's classes, masks of a
 segmentation; and the released settings of eight segmentation sets. eval.py has the measures."""
 import inspect
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 import torchvision
 
-from plumbing.errors import Refused, need, read_json, read_lines, reading
+from plumbing.errors import Refused, field, need, read_json, read_lines, reading
 from plumbing.images import images_in, read_image
 
 # --- 1. Retrieval: lists of images and captions ----------------------------------------------------------------------
@@ -18,37 +19,38 @@ from plumbing.images import images_in, read_image
 
 def read_coco(folder):
     """COCO's folder, with annotations/captions_val2017.json."""
-    listing = read_json(Path(folder, 'annotations/captions_val2017.json'))
-    with reading(folder):
-        captions = defaultdict(list)                                # by the image's id
-        for annotation in listing['annotations']:
-            captions[annotation['image_id']].append(annotation['caption'])
-        pairs = []
-        for image in listing['images']:
-            path = Path(folder, 'images/val2017', image['file_name'])
-            pairs.append((path, captions[image['id']]))
-        return pairs
+    path = Path(folder, 'annotations/captions_val2017.json')
+    listing = read_json(path)
+    captions = defaultdict(list)                                    # by the image's id
+    for annotation in field(listing, 'annotations', path):
+        captions[field(annotation, 'image_id', path)].append(field(annotation, 'caption', path))
+    pairs = []
+    for image in field(listing, 'images', path):
+        file = Path(folder, 'images/val2017', field(image, 'file_name', path))
+        pairs.append((file, captions[field(image, 'id', path)]))
+    return pairs
 
 
 def read_karpathy(path, images, split):
     """Karpathy's dataset_coco.json or dataset_flickr30k.json: one split of it. images: their folder, else that of the
     list."""
     images = images or Path(path).parent
-    with reading(path):
-        pairs = []
-        for image in read_json(path)['images']:
-            if image['split'] == split:
-                captions = [sentence['raw'] for sentence in image['sentences']]
-                pairs.append((Path(images, image.get('filepath', ''), image['filename']), captions))
-        return pairs
+    pairs = []
+    for image in field(read_json(path), 'images', path):
+        if field(image, 'split', path) == split:
+            captions = [field(sentence, 'raw', path) for sentence in field(image, 'sentences', path)]
+            pairs.append((Path(images, image.get('filepath', ''), field(image, 'filename', path)), captions))
+    return pairs
 
 
 def read_flickr(path, images):
     """The released code's flickr30k_val.json: [{"image", "caption": [five]}, ...]. images: their folder, else that of
     the list."""
     images = images or Path(path).parent
-    with reading(path):
-        return [(Path(images, item['image']), item['caption']) for item in read_json(path)]
+    pairs = []
+    for item in read_json(path):
+        pairs.append((Path(images, field(item, 'image', path)), field(item, 'caption', path)))
+    return pairs
 
 
 def with_owners(path, pools):
@@ -84,22 +86,46 @@ def published_captions(coco, karpathy, flickr, images, split):
 
 # --- 2. Classification: sets of labelled images, names of classes, prompts -------------------------------------------
 
-# EMNIST's `split` chooses letters or digits, not train or test.
-TORCHVISION_SETS = sorted(set(torchvision.datasets.__all__) - {'EMNIST'})
+# Sets of torchvision.datasets with one label an image, by what they call their classes.
+IN_WORDS = ('CIFAR10 CIFAR100 Caltech101 DTD FGVCAircraft FashionMNIST Flowers102 Food101 ImageNet Imagenette '
+            'OxfordIIITPet RenderedSST2 STL10 StanfordCars SUN397').split()
+MENDED = ['Caltech256', 'EuroSAT', 'MNIST']                 # by `mend_name`
+NOT_IN_WORDS = 'CLEVRClassification Country211 FER2013 GTSRB KMNIST PCAM Places365 SVHN USPS'.split()
+TORCHVISION_SETS = sorted(IN_WORDS + MENDED + NOT_IN_WORDS)
+
+
+def mend_name(name):
+    """'001.ak47' -> 'ak47', '0 - zero' -> 'zero', 'AnnualCrop' -> 'Annual Crop'"""
+    name = re.sub(r'^\d+\W+', '', name)
+    return re.sub('(?<=[a-z])(?=[A-Z])', ' ', name)
 
 
 def torchvision_set(name, root, split, download, preprocess):
-    """A classification set of torchvision.datasets by its name there.
+    """A set of TORCHVISION_SETS -> it, and which split of it that is.
 
-    Some sets have no `split` but a switch `train`: it is on for the split 'train' and off for any other. Errors of
-    torchvision, as for a set that is not at `root`, stay as they are.
+    split: None means 'test'. Some sets have a switch `train` in its place. Others come whole: a split is refused. So is
+    what torchvision cannot find, or read.
     """
     kind = getattr(torchvision.datasets, name)
     known = inspect.signature(kind).parameters
-    options = {'split': split, 'train': split == 'train', 'download': download}
-    # A set that knows neither `split` nor `train` comes whole.
-    options = {option: value for option, value in options.items() if option in known}
-    return kind(root, transform=preprocess, **options)
+    options = {'transform': preprocess}
+    chosen = split or 'test'
+    if 'split' in known:
+        options['split'] = chosen
+    elif 'train' in known:
+        need(chosen in ('train', 'test'), f'{name} has no split {chosen}; give train or test')
+        options['train'] = chosen == 'train'
+    else:
+        need(not split, f'{name} has no splits in torchvision; leave --split away, and all its images are scored')
+        chosen = 'none, all images'
+    if download:
+        need('download' in known, f'torchvision does not download {name}; fetch it yourself into --root')
+        options['download'] = True
+    try:
+        return kind(root, **options), chosen
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        raise Refused(f'torchvision cannot open {name} in {root} ({error}); '
+                      'see --root, --split and --download') from None
 
 
 def folder_set(folder, preprocess):
@@ -114,9 +140,12 @@ def class_names(source, path=None):
     Where two classes have one name they tie, and a tie counts against the model. So torchvision's own names of
     ImageNet, with two cranes, are refused. In a file they may repeat: it is the user's.
     """
+    kind = type(source).__name__
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
     listed = read_lines(path) if path else classes
-    need(listed, 'this set of torchvision has no class names; give a file of them by --classes')
+    need(path or (classes and kind not in NOT_IN_WORDS),
+         f'torchvision names the classes of {kind} by numbers or codes, or not at all; '
+         'give a file of names in words by --classes')
     if classes and len(listed) != len(classes):
         raise Refused(f'{path} has {len(listed)} names for {len(classes)} classes; '
                       'give a line for each')
@@ -124,10 +153,32 @@ def class_names(source, path=None):
     for name in listed:
         if isinstance(name, tuple):
             name = name[0]              # ImageNet's: the first of several synonyms
+        if kind in MENDED and not path:
+            name = mend_name(name)
         names.append(name.replace('_', ' ').strip())
     if not path:
         check_names(names)
     return names
+
+
+def open_clip_prompts():
+    """The installed open_clip's 80 prompts and 1,000 names of ImageNet, those of the published figures."""
+    try:
+        from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+    except ImportError:
+        raise Refused('--templates open_clip needs one package more: pip install open_clip_torch') from None
+    return [template('{}') for template in OPENAI_IMAGENET_TEMPLATES], list(IMAGENET_CLASSNAMES)
+
+
+IMAGENET_CLASSES = 1000
+
+
+def is_imagenet(source):
+    """torchvision's ImageNet, or its folders, which are called n01440764 and the like."""
+    kind = type(source).__name__
+    if kind == 'ImageFolder' and len(source.classes) == IMAGENET_CLASSES:
+        return all(re.fullmatch(r'n\d{8}', name) for name in source.classes)
+    return kind == 'ImageNet'
 
 
 def read_synonyms(path):
@@ -148,7 +199,10 @@ def check_names(names):
 
 
 def read_templates(path):
-    """Prompts with {} for the class, a line each."""
+    """Prompts with {} for the class, a line each. The path 'open_clip' means those of open_clip."""
+    if path == 'open_clip':
+        prompts, _ = open_clip_prompts()
+        return prompts
     templates = read_lines(path)
     for template in templates:
         need('{}' in template, f"'{template}' in {path} needs {{}} where the class goes")

@@ -59,6 +59,15 @@ def number_type(kind, words, least, most=float('inf')):
     return parse
 
 
+def device_type(text):
+    """A type for argparse: a device that torch has on this machine."""
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError) as error:         # AssertionError: torch was built without CUDA
+        raise argparse.ArgumentTypeError(f'{text} is no device of this machine ({str(error)[:80]})') from None
+    return text
+
+
 positive = number_type(int, 'a whole number of 1 or more', 1)
 count = number_type(int, 'a whole number of 0 or more', 0)
 share = number_type(float, 'a number from 0 to 1', 0, 1)
@@ -123,10 +132,10 @@ def write_json(path, value):
 
 @contextmanager
 def reading(path):
-    """Inside this block, errors of reading the file at `path` become Refused, with its name. Refused passes through."""
+    """Inside this block, errors of reading and decoding the file at `path` become Refused, with its name."""
     try:
         yield
-    except (OSError, UnicodeError, json.JSONDecodeError, LookupError, TypeError) as error:
+    except (OSError, UnicodeError, json.JSONDecodeError) as error:
         raise Refused(f'{path} cannot be read as this command expects ({type(error).__name__}: {error}); '
                       'see --help') from None
 
@@ -135,6 +144,13 @@ def read_json(path):
     with reading(path):
         # -sig: a byte order mark or none
         return json.loads(Path(path).read_text(encoding='utf-8-sig'))
+
+
+def field(record, name, path):
+    """record[name], of what was read from the json file at `path`. Refused where it has none."""
+    need(isinstance(record, dict) and name in record,
+         f"{path} has another form than this command expects: '{name}' is missing in {str(record)[:80]}; see --help")
+    return record[name]
 
 
 def read_lines(path):

@@ -66,6 +66,8 @@ def read_checkpoint(path):
     need(Path(path).exists(), f'checkpoint {path} does not exist')
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
+    except PermissionError as error:
+        raise Refused(f'{path} may not be read ({error.strerror}); change its permissions') from None
     except Exception as error:          # of many kinds, for torn files and for others
         reason = 'it is torn, or of another kind'
         # torch names what it refused: "TorchScript", or "GLOBAL package.name"
@@ -119,18 +121,18 @@ def infer_config(state, quick_gelu=False):
 
 class Network(NamedTuple):
     """What is needed to build a model, and to feed it."""
-    origin: str             # the key that its weights lay under in the file; 'state dict' where under none
+    origin: str             # in words: which network of which file, and of ours of which step
     config: Config
     tokenizer: Tokenizer
     state: dict             # {our name: tensor}
 
 
 def choose_weights(saved, weights):
-    """The content of a file -> (origin, {name: tensor}): of teacher and student the one that `weights` names, the
-    student where there is no teacher."""
-    for origin in (weights, 'student', 'state_dict'):
-        if origin in saved:
-            return origin, clean_names(saved[origin])
+    """The content of a file -> (the key that its weights lie under, {name: tensor}): of teacher and student the one
+    that `weights` names, the student where there is no teacher; 'state dict' where they lie under no key."""
+    for key in (weights, 'student', 'state_dict'):
+        if key in saved:
+            return key, clean_names(saved[key])
     return 'state dict', clean_names(saved)
 
 
@@ -145,11 +147,12 @@ def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
     their activation (quick_gelu). Raises Refused for a file of another kind.
     """
     saved = read_checkpoint(path)
-    origin, state = choose_weights(saved, weights)
+    key, state = choose_weights(saved, weights)
+    origin = f'{key} of {path}'
     if 'config' in saved and 'merges' in saved:         # ours
         config = Config(**saved['config'])
         tokenizer = Tokenizer(saved['merges'], config.context_length)
-        return Network(origin, config, tokenizer, state)
+        return Network(f"{origin}, step {saved.get('step', 'unknown')}", config, tokenizer, state)
     # See infer_config for heads. Open_clip's ViTs that are wider than 1,024 have others.
     width = len(state.get('visual.class_embedding', ()))                # 0: there is none
     need(0 < width <= 1024 and width % 64 == 0 and 'text_projection' in state,

@@ -226,6 +226,35 @@ def test_captions_are_cut():
     assert lengths(3, True, 2) == '[[8, 8, 6, 6], [8, 8]]'              # 9 and 6, of which there are 8
 
 
+def test_batches_are_pinned_and_moved(monkeypatch, tmp_path):
+    """oracle: the batch that is not pinned; each of its tensors goes once through torch's pinning, which a GPU has, and
+    here copies. Moved are crops and ids, the strengths stay. Colours change where the crops are: torch's device meta
+    refuses numbers of the CPU."""
+    crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 3)), WORDS, MICRO, 3)
+    order = [[(0, 0), (0, 1), (0, 2)]]
+    [plain] = data.loader(crops, order, workers=0)
+    pinned = []
+
+    def pin(x):
+        pinned.append(x.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', pin)
+    for kind in torch.cuda, torch.accelerator:
+        monkeypatch.setattr(kind, 'is_available', lambda: True)
+    [batch] = data.loader(crops, order, workers=0)
+    assert_close(batch._asdict(), plain._asdict(), rtol=0, atol=0)
+    fields = [*batch.crops, *batch.strengths.values(), *batch.texts, *batch.teacher_texts]
+    assert [id(x) for x in pinned] == [id(x) for x in fields]
+    half = {}
+    for name, values in batch.strengths.items():
+        half[name] = torch.full_like(values, 0.5)       # changes all images
+    moved = batch._replace(strengths=half).to('meta')
+    assert moved.strengths is half
+    for x in (*moved.texts, *moved.teacher_texts, *moved.views('0')):
+        assert x.device.type == 'meta'
+
+
 def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
     """oracle: the pairs broken on purpose: none is served, each is counted and named. The limit, where none can be read
     any more."""

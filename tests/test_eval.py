@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +154,39 @@ def test_segmentation_by_hand(monkeypatch):
                        'mIoU': pytest.approx(7 / 24), 'pixel_accuracy': 3 / 5, 'classes': 3}
 
 
+def test_large_photos_are_segmented_name_by_name(monkeypatch):
+    """oracle: the softmax over all names at once, on all pixels. No step enlarges more than one name."""
+    enlarge = F.interpolate
+    sizes = []
+
+    def interpolate(*args, **options):
+        result = enlarge(*args, **options)
+        sizes.append(result.numel())
+        return result
+
+    monkeypatch.setattr(F, 'interpolate', interpolate)
+    names_per_class = [2, 1, 4, 3]
+    logits = 4 * torch.randn(10, 3, 4)
+    whole = enlarge(logits[None], (15, 20), mode='bilinear')[0].softmax(dim=0)
+    class_of_name = [0, 0, 1, 2, 2, 2, 2, 3, 3, 3]
+    for candidates in range(4), [0, 3]:
+        chosen = torch.full((4, 15, 20), -1.0)
+        for number in candidates:
+            chosen[number] = whole.split(names_per_class)[number].amax(dim=0)
+        highest, classes = evaluation.best_class(logits, (15, 20), class_of_name, candidates)
+        close(highest, chosen.amax(dim=0))
+        assert classes.equal(chosen.argmax(dim=0))
+    assert max(sizes) == 15 * 20
+
+
+def test_equal_names_tie_to_the_last_bit(gallery):
+    """oracle: the rule: in whichever batch of prompts a name stands, it has one vector."""
+    names = ['ox', 'a cow of many words', 'ox', 'gnu', 'ox']
+    vectors = evaluation.class_vectors(*gallery.scored, names, ['my {}'])
+    assert vectors[0].equal(vectors[2]) and vectors[0].equal(vectors[4])
+    assert_close(vectors, embed(*gallery.scored, *[f'my {name}' for name in names]))
+
+
 # --- What is read ----------------------------------------------------------------------------------------------------
 
 def test_checkpoints_of_every_origin(here):
@@ -177,7 +211,7 @@ def test_checkpoints_of_every_origin(here):
             ({'state_dict': prefixed}, 'teacher', 'state_dict', model),
             (other, 'teacher', 'state dict', plain)]:
         loaded, _, _ = load(state, weights)
-        assert (loaded.config, loaded.origin) == (source.config, origin)
+        assert (loaded.config, loaded.origin) == (source.config, f'{origin} of saved.pt')
         assert_close(loaded.state_dict(), source.state_dict(), rtol=0, atol=0)
     small = torch.ones(1, 1)
     refused('size mismatch for visual.proj', load, other | {'visual.proj': small})
@@ -190,6 +224,33 @@ def test_sets_whose_label_0_is_ignored():
     """oracle: the released settings, after SCLIP: VOC and Context without their background, and ADE20K."""
     found = [name for name, settings in benchmarks.BENCHMARKS.items() if settings.reduce_zero_label]
     assert found == ['voc20', 'context59', 'ade20k']
+
+
+def test_one_image_and_one_that_is_turned(gallery):
+    """oracle: the pixels turned by hand, as a list of one; the same for a path and for what Pillow opens."""
+    model, _ = gallery.scored
+    preprocess = evaluation.preprocessing(32)
+    exif = Image.Exif()
+    exif[0x112] = 6                                     # to be turned by a quarter, clockwise
+    put('turned.png', encoded(gallery.images[1], exif=exif))
+    upright = [gallery.images[1].transpose(Image.ROTATE_270)]
+    wanted = evaluation.embed_images(model, upright, preprocess)
+    for source in 'turned.png', Path('turned.png'), Image.open('turned.png'), ['turned.png']:
+        assert_close(evaluation.embed_images(model, source, preprocess), wanted, rtol=0, atol=0)
+
+
+def test_a_folder_means_its_best(gallery, capsys):
+    """oracle: the file that was written as best.pt; the first line says which file it was, and of which step."""
+    model, _ = gallery.scored
+    put('images/list', [{'image': '0.png', 'caption': 'ox'}])
+    gallery.figures('retrieval --flickr images/list')
+    assert capsys.readouterr().out.startswith('retrieval of student of last.pt, step unknown\n')
+    saved = torch.load('last.pt')
+    saved['student'] = {name: value + 1 for name, value in saved['student'].items()}
+    torch.save(saved | {'step': 70}, 'best.pt')
+    loaded, _, _ = evaluation.load('.')
+    assert_close(loaded.logit_scale, model.logit_scale + 1)
+    assert loaded.origin == 'student of best.pt, step 70'
 
 
 def test_the_middle_of_an_image_is_seen():
@@ -265,6 +326,59 @@ def test_class_names_with_synonyms():
     refused('called crane, ox, .*--classes', benchmarks.class_names, source)
 
 
+# Sets of torchvision as they lie on the disk: an image of each class; its name in words, None where it has none.
+LAYOUTS = {
+    'EuroSAT': {'eurosat/2750/AnnualCrop/a.png': 'Annual Crop', 'eurosat/2750/SeaLake/a.png': 'Sea Lake'},
+    'Caltech256': {'caltech256/256_ObjectCategories/001.ak47/001_0001.jpg': 'ak47',
+                   'caltech256/256_ObjectCategories/002.american-flag/002_0001.jpg': 'american-flag'},
+    'SUN397': {'SUN397/a/abbey/sun_a.jpg': 'abbey', 'SUN397/b/ball_pit/sun_b.jpg': 'ball pit'},
+    'Country211': {'country211/test/AD/a.png': None}}
+
+
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_sets_of_torchvision(gallery, name):
+    """oracle: a stand-in of each layout: all images where there are no splits; names of classes in words, or asked
+    for."""
+    put('SUN397/ClassName.txt', '/a/abbey\n/b/ball_pit')
+    for file, image in zip(LAYOUTS[name], gallery.images):
+        put(file, encoded(image))
+    names = list(LAYOUTS[name].values())
+    line = f'--dataset {name} --root .'
+    if names == [None]:
+        assert '--classes' in run(evaluation, 'classify', '.', *line.split())
+        put('names', 'Andorra')
+        figures = gallery.figures(f'classify {line} --classes names')
+        assert (figures['names'], figures['split']) == (['Andorra'], 'test')
+        return
+    figures = gallery.figures(f'classify {line}')
+    assert (figures['names'], figures['split'], figures['images']) == (names, 'none, all images', 2)
+    assert 'has no splits' in run(evaluation, 'classify', '.', *line.split(), '--split', 'test')
+
+
+def test_names_that_are_mended():
+    """oracle: what torchvision calls classes of MNIST, Caltech256 and EuroSAT, in words."""
+    found = [benchmarks.mend_name(name) for name in ('0 - zero', '101.head-phones', 'PermanentCrop', 'Forest')]
+    assert found == ['zero', 'head-phones', 'Permanent Crop', 'Forest']
+
+
+def test_prompts_of_open_clip(monkeypatch, gallery):
+    """oracle: a stand-in for the package; its names hold for ImageNet alone, in either layout."""
+    monkeypatch.setitem(sys.modules, 'open_clip', None)
+    refused('pip install open_clip_torch', benchmarks.read_templates, 'open_clip')
+    stand_in = SimpleNamespace(OPENAI_IMAGENET_TEMPLATES=(lambda c: f'my {c}.', lambda c: f'{c}!'),
+                               IMAGENET_CLASSNAMES=['crane', 'crane'])
+    monkeypatch.setitem(sys.modules, 'open_clip', stand_in)
+    assert benchmarks.read_templates('open_clip') == ['my {}.', '{}!']
+    for i in range(2):
+        put(f'set/n0000000{i}/a.png', encoded(gallery.images[i]))
+    line = 'classify --folder set --templates open_clip'
+    figures = gallery.figures(line)
+    assert (figures['names'], figures['prompts']) == (['n00000000', 'n00000001'], 'my {}. | {}!')
+    monkeypatch.setattr(benchmarks, 'IMAGENET_CLASSES', 2)
+    assert gallery.figures(line)['names'] == ['crane', 'crane']
+    assert not benchmarks.is_imagenet(SimpleNamespace(classes=['n00000000', 'n00000001']))
+
+
 def test_classify_of_every_source(gallery):
     """oracle: the function that a test above checks, on the same images and prompts."""
     files = ['banded/0.png', 'woven_/1.png', 'woven_/2.png']
@@ -276,8 +390,9 @@ def test_classify_of_every_source(gallery):
     both = embed(*gallery.scored, 'my banded', 'my woven') + embed(*gallery.scored, 'banded!', 'woven!')
     wanted = evaluation.classify(gallery.features, unit(both), torch.tensor([0, 1, 1]))
     wanted |= {'prompts': 'my {} | {}!', 'names': ['banded', 'woven']}
-    for source in '--dataset DTD --root . --classes names', '--folder dtd/dtd/images':
-        assert gallery.figures(f'classify {source} --templates prompts') == wanted
+    for source, split in (('--dataset DTD --root . --classes names', 'test'),
+                          ('--folder dtd/dtd/images', 'none, all images')):
+        assert gallery.figures(f'classify {source} --templates prompts') == wanted | {'split': split}
 
 
 def test_segment_command(gallery):
@@ -307,6 +422,15 @@ WRONG = {               # a command: what its sentence must say
     'retrieval last.pt --shards empty': "'empty' .* no .tar file",
     'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read',
     'retrieval last.pt --coco x': 'x/annotations/captions_val2017.json cannot be read',
+    'retrieval last.pt --coco images': "images/annotations/captions_val2017.json .*'images' is missing in",
+    'retrieval last.pt --coco x --split val': '--split is for --karpathy',
+    'retrieval last.pt --shards a.tar --images x': '--images is for --karpathy and --flickr',
+    'retrieval last.pt --shards a.tar --device gpu': 'gpu is no device of this machine',
+    'retrieval last.pt --shards a.tar --workers -1': '-1 is not a whole number of 0 or more',
+    'classify last.pt --dataset DTD --root nowhere': 'cannot open DTD in nowhere .*--download',
+    'classify last.pt --dataset MNIST --split val': 'MNIST has no split val; give train or test',
+    'classify last.pt --dataset VOCDetection': "invalid choice: 'VOCDetection'",
+    'classify last.pt --folder images --split test': '--split is for --dataset only',
     'classify last.pt --folder page.pt': 'page.pt cannot be read',
     'classify last.pt --folder bad': 'bad/class/x.jpg is no image',
     'classify last.pt --folder empty': 'class folder in empty',
@@ -330,6 +454,7 @@ def test_errors_are_one_sentence(gallery):
     put('page.pt', '<html>')
     put('empty/list')
     put('bad/class/x.jpg')
+    put('images/annotations/captions_val2017.json', {'annotations': []})
     put('twice', 'ox, cow\nox')
     put('commas', 'ox\n,')
     torch.save({'student': Malicious()}, 'bad.pt')

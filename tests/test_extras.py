@@ -384,15 +384,21 @@ def test_quick_gelu_in_and_out(tmp_path, vocab, capsys):
 
 
 def test_released_names_are_fetched_once(tmp_path, monkeypatch, capsys):
-    """oracle: the bytes at an address, and without them the second time; a sentence where there are none."""
+    """oracle: the bytes at an address, their SHA-256 by sha256sum, and without them the second time; a sentence where
+    there are none, or a web page."""
     file = put(tmp_path / 'there/cosmos_vitb32_cc12m.pt', 'weights')
+    put(file.with_name('cosmos_vitb16_cc12m.pt'), '\n<!DOCTYPE html><p>gone')
     monkeypatch.setattr(weights, 'RELEASED', f'{file.parent.as_uri()}/{{}}.pt')
     for _ in range(2):
         run(weights, 'fetch', file.stem)
-        path = Path(capsys.readouterr().out.strip())
+        printed = capsys.readouterr()
+        path = Path(printed.out.strip())
         assert path.read_text() == 'weights' and path.is_relative_to(tmp_path / 'home')
+        assert '7 bytes, SHA-256 9a129038' in printed.err
         file.unlink(missing_ok=True)
     refused('there/cosmos_vitb16_cc3m.pt cannot be fetched', run, weights, 'fetch', 'cosmos_vitb16_cc3m')
+    for _ in range(2):                                  # the page was not kept
+        refused('cosmos_vitb16_cc12m.pt gave a web page', run, weights, 'fetch', 'cosmos_vitb16_cc12m')
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------

@@ -20,10 +20,11 @@ from PIL import Image
 
 import train
 from data import Counts, Crops, Shards, Tokenizer
-from plumbing import errors, runs
+from plumbing import benchmarks, errors, runs
 from plumbing.captions import caption_pool, sentences
 from plumbing.images import decode, read_header
 from plumbing.shards import find_shards, read_at
+from plumbing.weights import read_checkpoint
 from tests.helpers import MICRO, ROOT, dog_tar, encoded, pairs_tar, put, refused, run, shared, write_tar
 
 # --- Imports ---------------------------------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ assert state() == before
 
 LAYERS = {              # files: which packages they may import, and which of ours
     'cosmos.py': 'torch',
-    'plumbing/*.py': 'torch torchvision numpy PIL tqdm cosmos plumbing',
+    'plumbing/*.py': 'torch torchvision numpy PIL tqdm cosmos plumbing open_clip',
     'data.py': 'torch torchvision numpy cosmos plumbing',
     'eval.py': 'torch torchvision PIL tqdm cosmos plumbing data',
     'train.py': 'torch tqdm cosmos plumbing data eval'}
@@ -161,6 +162,22 @@ def test_what_a_user_can_mend_is_one_sentence(monkeypatch, tmp_path, line):
 
 
 NUMBERS = {'positive': '1', 'count': '0 1', 'share': '0 1', 'amount': '0 1 1.5', 'above_zero': '1 1.5'}
+
+
+def test_reading_a_file_hides_no_bug(tmp_path, monkeypatch):
+    """oracle: the rule: an error of our own keeps its kind; what a file lacks, or may not be read, is a sentence."""
+    path = put(tmp_path / 'list.json', [{'image': 'a.png'}])
+    for error in KeyError, TypeError:
+        with pytest.raises(error), errors.reading(path):
+            raise error
+    refused(f"{path} .*'caption' is missing in .*a.png", benchmarks.read_flickr, path, '')
+    refused(f"{path} .*'images' is missing", benchmarks.read_karpathy, path, '', 'test')
+
+    def load(*args, **options):
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr(torch, 'load', load)
+    refused('may not be read .Permission denied.; change', read_checkpoint, path)
 
 
 def test_numbers_of_options():

@@ -14,12 +14,14 @@ import signal
 import socket
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing import active_children, current_process, get_context, set_forkserver_preload
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -27,7 +29,7 @@ from torch.testing import assert_close
 import cosmos
 import eval as evaluation
 import train
-from cosmos import COSMOS, GLOBALS, Output, Teacher, clip_loss, cosmos_loss
+from cosmos import COSMOS, GLOBALS, Attention, Output, Teacher, clip_loss, cosmos_loss
 from data import Batch
 from plumbing import runs
 from tests.helpers import close, dog_tar, micro, put, refused, run
@@ -237,6 +239,59 @@ def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
             close(grads[name], expected[name])
 
 
+class SaysCuda(torch.Tensor):
+    """A tensor on the CPU that says it is on a GPU."""
+    device = torch.device('cuda')
+
+
+def enter_the_branch_of_gpus(monkeypatch):
+    """Attention takes the branch of GPUs, on the CPU -> how the kernel will be called: {(rows of queries, dimensions of
+    the mask)}."""
+    project = Attention.project
+    kernel = F.scaled_dot_product_attention
+    calls = set()
+
+    def says_cuda(*inputs):
+        q, k, v = project(*inputs)
+        return q.as_subclass(SaysCuda), k, v
+
+    def counted(q, k, v, attn_mask=None):
+        calls.add((q.shape[2], 0 if attn_mask is None else attn_mask.ndim))
+        return kernel(q.as_subclass(torch.Tensor), k, v, attn_mask)
+
+    monkeypatch.setattr(Attention, 'project', says_cuda)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', counted)
+    return calls
+
+
+@pytest.mark.parametrize('accum', [1, 2])
+def test_attention_of_gpus_equals_that_of_cpus(monkeypatch, accum):
+    """oracle: the branch of CPUs: same loss, same gradient in every parameter. Queries are all rows (17 and 5 of an
+    image, 12 of a text), one row, or in cross-attention all views and 5 captions; texts have a mask."""
+    expected, total = gradients(ALONE, 'cosmos', accum)
+    calls = enter_the_branch_of_gpus(monkeypatch)
+    found, loss = gradients(ALONE, 'cosmos', accum)
+    assert calls == {(17, 0), (5, 0), (12, 2), (1, 0), (1, 4), (GLOBALS + 2, 0)}
+    assert loss == pytest.approx(total, rel=1e-6)
+    for name in expected:
+        close(found[name], expected[name])
+
+
+def test_a_step_leaves_nothing_on_the_cpu(monkeypatch):
+    """oracle: torch's device meta, whose tensors have no numbers, and refuse those of the CPU. (Autocast does not know
+    it, and whether the gradient is finite, nobody can say.)"""
+    monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(torch.Tensor, 'isfinite', lambda norm: True)
+    model, images, texts = micro()
+    model.to('meta')
+    images = [view.to('meta') for view in images]
+    texts = [caption.to('meta') for caption in texts]
+    done = step_of(model, images, texts, accum=3, clip_grad=1, teacher=Teacher(model))
+    [(_, class_row)] = model.visual.embed(images[:1])
+    for x in (done.loss, done.norm, class_row, *model.parameters()):
+        assert x.device.type == 'meta'
+
+
 def test_two_processes_say_the_same(by_ranks):
     """oracle: the single process with the same batches. Pairs of all ranks count. A warning, and the sentence of a
     failure, come once a run."""
@@ -276,6 +331,29 @@ def test_schedules_and_decay():
     free = set(map(id, free['params']))
     for name, p in model.named_parameters():
         assert (id(p) in free) == bool(re.search('bias|ln_|norm|scale|class_embedding', name)), name
+
+
+def test_what_is_asked_of_a_gpu(monkeypatch):
+    """oracle: the rule: the GPU that torch finds, unless the CPU is asked for; bf16 where it has units for that; of two
+    processes with one GPU the second is refused. What torch finds is set by hand."""
+    found = torch.cuda
+    for has_gpu, asked, device in (
+            (False, 'auto', 'cpu'),
+            (True, 'cpu', 'cpu'),
+            (True, 'auto', 'cuda'),
+            (True, 'cuda', 'cuda')):
+        monkeypatch.setattr(found, 'is_available', lambda: has_gpu)
+        gpu = train.Processes(asked).device
+        assert gpu.type == device
+    for has_units, dtype in (True, torch.bfloat16), (False, None):
+        monkeypatch.setattr(found, 'is_bf16_supported', lambda including_emulation: has_units)
+        assert train.choose_dtype('auto', gpu) == dtype
+    monkeypatch.setattr(found, 'device_count', lambda: 1)
+    for name in 'RANK', 'LOCAL_RANK':
+        monkeypatch.setenv(name, '1')
+    refused('process 1 of this node has no GPU', train.Processes, 'auto')
+    monkeypatch.setattr(found, 'is_available', lambda: False)
+    refused('torch finds no GPU', train.Processes, 'cuda')
 
 
 def add_preset(monkeypatch, **recipe):
@@ -549,6 +627,29 @@ def test_half_precision_with_a_scaler(fit, started, whole, tmp_path):
     resumed = started(tmp_path, '--resume', '--precision', 'fp16', '--wd', 0.3, '--steps', 4)
     assert resumed.scaler.state_dict() == saved(tmp_path)['scaler'] != {}
     assert [group['weight_decay'] for group in resumed.optimizer.param_groups] == [0.3, 0]
+
+
+def test_overflows_in_half_precision(started, tmp_path):
+    """oracle: by hand: a step that overflows halves the scale and counts, but changes neither student nor teacher. The
+    first that does not has the gradient of float32."""
+    begun = started(tmp_path, '--precision', 'fp16')
+    begun.scaler = torch.amp.GradScaler('cpu', 2.0 ** 18)
+    begun.teacher.model.logit_scale.data.zero_()        # an update would move it
+    networks = begun.student.state_dict(), begun.teacher.model.state_dict()
+    before = copy.deepcopy(networks)
+    batch = next(train.batches_left(begun))
+    done = train.train_step(begun, batch)
+    while not done.finite:
+        assert begun.scaler.get_scale() == 2 ** (18 - begun.step)
+        assert_close(networks, before, rtol=0, atol=0)
+        done = train.train_step(begun, batch)
+    assert begun.step > 1
+    plain = started(tmp_path)
+    plain.step = begun.step - 1
+    expected = train.train_step(plain, batch)
+    assert done.norm.item() == pytest.approx(expected.norm.item(), rel=0.01)
+    assert begun.optimizer.state[begun.student.logit_scale]['step'] == 1
+    assert begun.teacher.model.logit_scale > 0
 
 
 def test_bad_pairs_stop_a_run_beyond_5_percent(fit, tmp_path):
