@@ -69,6 +69,29 @@ def test_equals_the_released_code():
         assert gradients[name].norm().item() == pytest.approx(norm, rel=1e-5, abs=1e-9), name
 
 
+def test_many_logits_are_computed_again(monkeypatch):
+    """oracle: the loss and the gradients that keep them, to the last bit; each L_nce is computed twice."""
+    nce = cosmos.nce
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return nce(*args)
+
+    monkeypatch.setattr(cosmos, 'nce', counted)
+    found = []
+    for many, times in (cosmos.MANY, 10), (1, 20):
+        monkeypatch.setattr(cosmos, 'MANY', many)
+        model, images, texts = micro()
+        loss, _ = total_loss(model, model(images, texts), *Teacher(model)(images[:GLOBALS], texts[:GLOBALS]))
+        loss.backward()
+        found.append([loss, *[p.grad for p in model.parameters()]])
+        assert len(calls) == times
+        calls.clear()
+    for kept, again in zip(*found):
+        assert_close(again, kept, rtol=0, atol=0)
+
+
 @pytest.fixture(scope='module')
 def golden():
     return torch.load(shared('golden', 'tiny.pt'), weights_only=True)
