@@ -292,14 +292,6 @@ def nce(queries, keys, scale):
     return F.cross_entropy(logits, target.flatten())
 
 
-def symmetric_nce(a, b, all_a, all_b, scale):
-    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a (V, B, D), b (U, B, D); all_a, all_b: of all GPUs.
-
-    On several GPUs this is the mean over the B pairs of this one. The mean over GPUs is the loss.
-    """
-    return (frugal_nce(a, all_b, scale) + frugal_nce(b, all_a, scale)) / 2
-
-
 MANY = 2 ** 24      # logits of one L_nce, 67 MB: those of 1,024 pairs on one GPU
 
 
@@ -313,6 +305,14 @@ def frugal_nce(queries, keys, scale):
     if V * B * U * N < MANY:
         return nce(queries, keys, scale)
     return checkpoint(nce, queries, keys, scale, use_reentrant=False)
+
+
+def symmetric_nce(a, b, all_a, all_b, scale):
+    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a (V, B, D), b (U, B, D); all_a, all_b: of all GPUs.
+
+    On several GPUs this is the mean over the B pairs of this one. The mean over GPUs is the loss.
+    """
+    return (frugal_nce(a, all_b, scale) + frugal_nce(b, all_a, scale)) / 2
 
 
 def match(a, b, scale):
@@ -357,6 +357,19 @@ def cosmos_loss(out, cls_t, eot_t, scale):
     """
     terms = cosmos_terms(out, cls_t, eot_t, scale)
     return sum(terms.values()) / len(terms)
+
+
+def across_terms(out, cls_t, eot_t, scale):
+    """Eq. 6 without what can be copied, for the method `across` (ours: not in the paper; lesson/README.md, page 5).
+
+    h_T has read the image, and need not find its cls_t; h_I has read the caption, and need not find its eot_t. In these
+    two terms eot and cls are asked, which have read nothing.
+    """
+    return {
+        'h_I_cls_t': match(out.h_I, cls_t, scale),
+        'cls_eot_t': match(out.cls, eot_t, scale),
+        'eot_cls_t': match(out.eot, cls_t, scale),
+        'h_T_eot_t': match(out.h_T, eot_t, scale)}
 
 
 def embedding_terms(out, cls_t, eot_t, scale):

@@ -149,7 +149,8 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
     """
     found = []
     for rows in torch.arange(len(queries)).split(chunk):            # never the whole n x m matrix
-        scores = queries[rows] @ targets.T                          # (chunk, m)
+        # In float64: in float32 the place of a vector in the matrix decides its last bit, and equal ones do not tie.
+        scores = (queries[rows].double() @ targets.double().T).float()      # (chunk, m)
         right = query_ids[rows][:, None] == target_ids              # (chunk, m)
         best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
         ahead = ~(scores < best) & ~right       # "not below", so that a tie, and NaN, count against the model
@@ -335,7 +336,7 @@ def segment_image(model, image, vectors, names_per_class, settings):
     short = min(width, height)
     # The short side gets settings.size pixels, but the long one LONGEST_SIDE at most.
     zoom = min(settings.size / short, LONGEST_SIDE / max(width, height))
-    zoom = max(zoom, model.config.image_size / short)   # ours: the short side holds a window
+    zoom = max(zoom, model.config.image_size / short)   # ours: the short side holds a window, however long the other is
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)
     logits = settings.scale * scores                                # (M, H, W)
@@ -439,6 +440,7 @@ def run_classify(args, model, tokenizer, preprocess):
         names = class_names(source, args.classes)
     vectors = class_vectors(model, tokenizer, names, templates)
     features, labels = embed_labelled(model, source, args.workers)
+    need(labels.min() >= 0, 'some images have no label; give another --split')
     need(labels.max() < len(names),
          f'there are {len(names)} names, but label {labels.max()}; give more by --classes')
     return classify(features, vectors, labels) | {'split': split, 'prompts': ' | '.join(templates), 'names': names}
@@ -451,6 +453,8 @@ def run_segment(args, model, tokenizer, preprocess):
         settings = Settings(size=3 * model.config.image_size // 2)
     settings = settings._replace(csa=args.csa)
     synonyms = read_synonyms(args.classes)              # a list of names for each class
+    need(len(synonyms) == (settings.classes or len(synonyms)),
+         f'{args.classes} has {len(synonyms)} lines, {args.benchmark} has {settings.classes} classes; give each its line')
     names = [of_class[0] for of_class in synonyms]
     names_per_class = [len(of_class) for of_class in synonyms]
     templates = read_templates(args.templates) if args.templates else TEMPLATES
@@ -519,7 +523,7 @@ def add_segment(parser):
     add('--image-suffix', default='', help='end of image names that masks lack, as _leftImg8bit')
     add('--mask-suffix', default='', help='end of mask names that images lack, as _gtFine_labelTrainIds')
     add('--list', help='file of the stems to evaluate, as of a split')
-    add('--templates', help='file of prompts with {} for the class')
+    add('--templates', help='file of prompts with {} for the class; or open_clip: its 80 prompts')
     add('--benchmark', choices=BENCHMARKS, help='the released settings of this set (default: plain ones). The 80 '
         'released prompts are not among them: give those by --templates')
     add('--csa', action='store_true', help='correlative self-attention in the last block')

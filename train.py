@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from cosmos import (COSMOS, GLOBALS, Config, Output, Teacher, cosmos_terms, embedding_terms, gather,
+from cosmos import (COSMOS, GLOBALS, Config, Output, Teacher, across_terms, cosmos_terms, embedding_terms, gather,
                     image_terms, no_terms, total_loss)
 from data import Shards
 from plumbing import runs
@@ -120,7 +120,8 @@ METHODS = {
     'image-distill': Method(G,      1, True,   False,  0.4,   True,     image_terms),
     'text-crop':     Method(G,      G, True,   True,   0.4,   True,     image_terms),
     'text-distill':  Method(G,      G, True,   True,   0.4,   True,     embedding_terms),
-    'cosmos':        Method(G,      G, True,   True,   0.4,   True,     cosmos_terms)}
+    'cosmos':        Method(G,      G, True,   True,   0.4,   True,     cosmos_terms),
+    'across':        Method(G,      G, True,   True,   0.4,   True,     across_terms)}    # ours, no row of the table
 
 # --- 3. One step -----------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
     python -m lesson.experiments minutes                    the runs of `minutes` that have no row, two side by side
     python -m lesson.experiments minutes --run cosmos 0     one run: its figures, and its row where it has none
-    python -m lesson.experiments conflict                   rows that lack `conflict` get it, from runs/lesson
 
 A run that has a row is not made again, whichever experiments it belongs to. After an interruption start the command
 again. A run is a call of lesson.onepage.train, in a process of one thread on the CPU. Its scenes and its networks
@@ -29,14 +28,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cosmos import COSMOS, GLOBALS, Output, image_terms, match, no_terms, unit
+from cosmos import COSMOS, GLOBALS, Output, across_terms, image_terms, no_terms, unit
 from data import Counts, Order, Shards
-from eval import embed_images, load, shard_captions, show, zero_shot_retrieval
+from eval import load, shard_captions, show, zero_shot_retrieval
 from lesson import onepage, suppression
 from lesson.scenes import VERSION, make_scenes
 from plumbing import runs
 from plumbing.benchmarks import published_captions
-from plumbing.errors import Parser, command, need, positive, replacing, save_tensors, warn, write_json
+from plumbing.errors import Parser, command, need, positive, replacing, save_tensors, write_json
 
 # --- 1. Other models, and other batches ------------------------------------------------------------------------------
 
@@ -80,16 +79,6 @@ class WithoutResidual(ReadsOtherwise):
 class ReadsAnotherPair(ReadsOtherwise):
     """What is read cannot help to match the targets, which are of the pair itself."""
     shift = 1
-
-
-def across_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 without what can be copied. h_T has read the image, and need not find its cls_t; h_I has read the caption,
-    and need not find its eot_t. In these two terms eot and cls are asked, which have read nothing."""
-    return {
-        'h_I_cls_t': match(out.h_I, cls_t, scale),
-        'cls_eot_t': match(out.cls, eot_t, scale),
-        'eot_cls_t': match(out.eot, cls_t, scale),
-        'h_T_eot_t': match(out.h_T, eot_t, scale)}
 
 
 def color_groups(scenes):
@@ -268,8 +257,8 @@ EXPERIMENTS = {
         {'cosmos': 3000, 'without-cross-attention': 3450, 'another-pair': 3000, 'across': 3000}, FIVE),
     # Other pictures, with rich captions. CLIP keeps its own crops, as in train.py.
     'tune-emoji': tune({
-        'cosmos': '2e-3 1e-3 5e-4',
-        'without-cross-attention': '2e-3 1e-3 5e-4',
+        'cosmos': '2e-3 1e-3 5e-4 2.5e-4',
+        'without-cross-attention': '2e-3 1e-3 5e-4 2.5e-4',
         'across': '2e-3 1e-3 5e-4'}, **EMOJI) | tune(
             {'clip': '1e-3 5e-4 2.5e-4'}, steps={'clip': 1932}, world='emoji'),
     'emoji': race(
@@ -299,7 +288,7 @@ COMPARISONS = {
     'minutes': {NAMED: RIVALS},
     'pairs': {NAMED: RIVALS},
     'longer': {NAMED: RIVALS},
-    'reading': {NAMED: 'another-pair~cosmos'},
+    'reading': {NAMED: 'another-pair~cosmos another-pair~without-cross-attention without-cross-attention~cosmos'},
     'across': {f'{NAMED} {RECALL}': f'{READERS} across~another-pair'},
     'longer-reading': {f'{NAMED} {RECALL}': READERS},
     'emoji': {
@@ -326,10 +315,9 @@ def folder(words):
     return Path('runs/lesson', re.sub('[^a-zA-Z0-9.]+', '-', words))
 
 
-def run_folder(variant, seed, commit=''):
-    """Named by all that makes the run, so that no other one is taken for it. commit: '' means that of now."""
-    commit = commit or origin()['commit']
-    return folder(f'{commit} {recipe(variant)} {seed}')
+def run_folder(variant, seed):
+    """Named by all that makes the run, so that no other one is taken for it."""
+    return folder(f"{origin()['commit']} {recipe(variant)} {seed}")
 
 
 def scene_folder(world, seed):
@@ -504,56 +492,12 @@ def missing_runs(experiment, seeds=None):
     return sorted(missing)
 
 
-def checkpoint_of(variant, seed):
-    """-> last.pt of a run that was made by one of the commits that are equal, or by the one of now; None where there is
-    none."""
-    for commit in (origin()['commit'], *EQUAL_COMMITS):
-        path = run_folder(variant, seed, commit) / 'last.pt'
-        if path.exists():
-            return path
-
-
-def conflict_again(variant, seed, row, path):
-    """-> the columns of `conflict` for a row, from the checkpoint of its run; {} where the row tells of another."""
-    scenes = scene_folder(variant.world, seed)
-    args = measured(path, scenes)
-    model, tokenizer, preprocess = load(path)
-    shards = Shards(scenes, split='val')
-    listed = suppression.read_scenes(shards)
-    features = embed_images(model, shards, preprocess)
-    figures = flat(suppression.named(suppression.name_scores(model, tokenizer, features), listed))
-    for name, value in figures.items():
-        if row[name] != str(value):
-            warn(f'{path} has {name} {value}, and its row {row[name]}: it is left alone')
-            return {}
-    return flat({'conflict': suppression.conflict_in_shards(args, shards, listed)})
-
-
-def fill_conflict():
-    """Rows of runs on drawn scenes that were made before `conflict` was measured."""
-    for variants in EXPERIMENTS.values():
-        for variant in variants.values():
-            for seed in variant.seeds:
-                rows = read_results()
-                row = rows.get((recipe(variant), seed))
-                if not row or row.get('conflict.h_T.own') or variant.world in SETS:
-                    continue
-                path = checkpoint_of(variant, seed)
-                if path:
-                    row |= conflict_again(variant, seed, row, path)
-                    write_results(rows)
-                    print(f'{recipe(variant)}, seed {seed}')
-
-
 def main():
     parser = Parser(epilog=__doc__)
-    parser.add_argument('experiment', choices=[*EXPERIMENTS, 'conflict'])
+    parser.add_argument('experiment', choices=EXPERIMENTS)
     parser.add_argument('--seeds', type=positive, help='how many, instead of those of the course')
     parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run')
     args = parser.parse_args()
-    if args.experiment == 'conflict':
-        fill_conflict()
-        return
     variants = EXPERIMENTS[args.experiment]
     wanted = missing_runs(args.experiment, args.seeds)
     print(f'{len(wanted)} runs have no row in {RESULTS}; --run makes one of the others again')

@@ -192,7 +192,7 @@ SECTIONS = [            # heading, what stands before the columns, columns
      'own_it own_other own_ground absent_it absent_other absent_ground area_it area_other area_ground'),
     ("C^I's peak, asked for an absent name of each of two colours", ['pointing.color'], 'asked other'),
     ('Conflict: what is picked', ['conflict.h_T', 'conflict.h_T_caption', 'conflict.h_I'],
-     'own sentence read alone'),
+     'own sentence read alone kept'),
     ("Last losses, of a blind guess's", ['loss'],
      'clip h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t cls_eot_t eot_cls_t'),
     ('Who knows little', ['areas', 'biggest', 'sums', 'products', 'likes'],
@@ -200,8 +200,10 @@ SECTIONS = [            # heading, what stands before the columns, columns
     ('R@1 of who knows all colours, or all names', ['R@1'], 'colors names')]
 INTRODUCTION = """# All results
 
-Written by `python -m lesson.plots` from `results.csv`. Means in percent, over as many runs as stand behind ×; minutes
-are minutes. *Decided* is what survives Holm's correction at 5 %, over all differences of its experiment.
+Written by `python -m lesson.plots` from `results.csv`. Means in percent, over as many runs as stand behind ×, or over
+those of them that have the figure; minutes are minutes. Losses are those of the last batch. *Decided* is what survives
+Holm's correction at 5 %, over all differences of its experiment, so one that stands in two experiments may be decided
+in one of them. Held-out scenes are the same in all runs: ± is over training scenes and seeds.
 """
 
 
@@ -223,6 +225,8 @@ def appendix():
         for test, (gap, half) in gaps.items():
             name, other, column = test
             verdict = 'yes' if test in decided else 'undecided'
+            if experiment in OPEN:
+                verdict = 'open'                        # runs are missing
             rows.append([f'{name} - {other}', column, f'{gap:+.1f} ± {half:.1f}', verdict])
         if gaps:
             text += '\n' + as_table(rows)
@@ -362,11 +366,11 @@ def draw_company(figure):
     axis.set(xlim=(-0.5, 2.5), ylim=(0, 103), xticks=[])
 
 
-ARROWS = [              # over the square: what falls along it, begin, end, middle of the word, its angle
-    ('drowned', (-0.4, -0.66), (2.4, -0.66), (1, -0.84), 0),
-    ('learnt less', (-0.66, -0.4), (-0.66, 2.4), (-0.84, 1), 90),
+ARROWS = [              # over the square: what may fall along it, begin, end, middle of the word, its angle
+    ('drowned?', (-0.4, -0.66), (2.4, -0.66), (1, -0.84), 0),
+    ('learnt less?', (-0.66, -0.4), (-0.66, 2.4), (-0.84, 1), 90),
     ('', (0.25, 0.25), (0.75, 0.75), (0, 0), 0),
-    ('suppressed', (1.25, 1.25), (1.75, 1.75), (0.74, 0.26), -45)]
+    ('', (1.25, 1.25), (1.75, 1.75), (0, 0), 0)]
 
 
 def draw_square(figure):
@@ -395,8 +399,10 @@ BATCHES = {             # numbers of training scenes; those of the second are of
 
 
 def draw_batches(figure):
-    """Page 3: eight scenes of a batch, mixed and sorted by colour; beside each what is named after such batches."""
-    for (left, right), (kind, batch) in zip(figure.subplots(2, 2), BATCHES.items()):
+    """Page 3: eight scenes of a batch, mixed and sorted by colour; beside them what is named after such batches."""
+    left, right = figure.subfigures(1, 2)
+    axis = right.subplots()
+    for x, (kind, batch), row in zip((0, 1), BATCHES.items(), left.subplots(2)):
         images = []
         colors = set()
         for number in batch:
@@ -404,34 +410,37 @@ def draw_batches(figure):
             images.append(np.pad(image, [(4, 4), (4, 4), (0, 0)], constant_values=255))
             words = ' '.join(thing['name'] for thing in record['objects']).split()
             colors.add(' '.join(sorted(words[::2])))
-        left.imshow(np.vstack([np.hstack(images[:4]), np.hstack(images[4:])]))
-        left.set_axis_off()
-        left.set_title(f'{kind}: colours alone\nfind {len(colors)} of 8 captions')         # of equal ones one
-        for x, method in enumerate(('clip', 'cosmos')):
-            show_runs(right, 'batches', f'{method}-16-{kind}', 'small.top1', x)
-            show_name(right, x + 0.1, 26, method)
-        show_scale(right, 'shapes\nnamed, %', [25])
-        right.set(xlim=(-0.4, 1.8), ylim=(14, 28), xticks=[])
+        row.imshow(np.vstack([np.hstack(images[:4]), np.hstack(images[4:])]))
+        row.set_axis_off()
+        row.set_title(f'{kind}: colours alone\nfind {len(colors)} of 8 captions')          # of equal ones one
+        for method, shift, side in ('clip', -0.15, 'right'), ('cosmos', 0.15, 'left'):
+            height = show_runs(axis, 'batches', f'{method}-16-{kind}', 'small.top1', x + shift)
+            if kind == 'sorted':
+                show_name(axis, x + 2 * shift, height, method, side)
+    show_scale(axis, 'shapes named, %', [20, 25])
+    axis.set_xticks((0, 1), BATCHES)
+    axis.set(xlim=(-0.5, 2.2), ylim=(13, 28), xlabel='batches')
 
 
 def draw_race(figure):
     """Page 4: real minutes across, small objects named up; a dot is a whole run."""
     axis = figure.subplots()
     ends = {}
-    for method in 'clip', 'text-crop', 'without-cross-attention', 'cosmos':
-        for experiment in 'pairs', 'minutes', 'longer':
+    for method, shift in ('clip', 0.87), ('text-crop', 1), ('without-cross-attention', 1), ('cosmos', 1.15):
+        for experiment in 'minutes', 'longer':
             minutes = mean(experiment, method, 'seconds')
-            ends[method] = show_runs(axis, experiment, method, 'small.top1', minutes)
+            ends[method] = show_runs(axis, experiment, method, 'small.top1', shift * minutes)     # dots keep apart
     height = 0
     for method in sorted(ends, key=ends.get):
         height = max(ends[method], height + 8)          # names keep apart
-        show_name(axis, 14, height, method)
+        show_name(axis, 17, height, method)
+    show_runs(axis, 'pairs', 'clip', 'small.top1', mean('pairs', 'clip', 'seconds'))
     axis.text(1.2, 21, 'CLIP, pairs\nof COSMOS', color=PAINT['clip'], ha='center', fontsize=11)
     show_scale(axis, 'small objects named, %', (40, 60, 80, 100))
     axis.set_xscale('log')
-    axis.set_xticks((1, 2, 4, 12), ('1', '2', '4', '12'))
+    axis.set_xticks((1.2, 4, 12), ('1.2', '4', '12'))
     axis.set_xticks([], minor=True)
-    axis.set(xlim=(0.7, 120), ylim=(0, 103), xlabel='minutes of training; a dot is a whole run')
+    axis.set(xlim=(0.8, 130), ylim=(0, 103), xlabel='minutes of training')
 
 
 READERS = {'cosmos': 'its own\npair', 'another-pair': 'another\npair', 'across': 'across',
@@ -444,19 +453,19 @@ def draw_reading(figure):
     for x, method in enumerate(READERS):
         heard = show_runs(left, 'across', method, 'conflict.h_T_caption.sentence', 0.1 * x - 0.1)
         copied = show_runs(left, 'across', method, 'conflict.h_T_caption.read', 0.9 + 0.1 * x)
-        words = 'reads ' + READERS[method].replace('\n', ' ')
+        words = 'in training: ' + READERS[method].replace('\n', ' ')
         if copied > heard:
-            left.text(0.8, copied, words, color=PAINT[method], ha='right', va='center')
+            left.text(0.8, copied, words, color=PAINT[method], ha='right', va='center', fontsize=11)
         elif heard:
-            left.text(0.1 * x, heard, words, color=PAINT[method], va='center')
+            left.text(0.1 * x, heard, words, color=PAINT[method], va='center', fontsize=11)
         show_runs(right, 'across', method, 'small.top1', x)
     show_scene(left, 0, "the caption's", 'built-in', 'val', 0)
     show_scene(left, 1, 'the one it reads', 'built-in', 'val', 1)
     show_scale(left, 'h_T picks this image, %', (25, 50, 75, 100), chance=100 / 32)
     left.set(xlim=(-0.4, 1.5), ylim=(-3, 103), xticks=[])
-    show_scale(right, 'small objects named, %', (30, 40, 50))
+    show_scale(right, 'small objects named, %', (0, 30, 40, 50))
     right.set_xticks(range(len(READERS)), READERS.values(), fontsize=10)
-    right.set(xlim=(-0.5, 3.5), ylim=(14, 52), xlabel='COSMOS that reads ...')
+    right.set(xlim=(-0.5, 3.5), ylim=(0, 52), xlabel='COSMOS reads in training')
 
 
 PICTURES = {            # how it is drawn, inches

@@ -314,14 +314,17 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
 #     sentence    it reads its neighbour's image: does it pick that of the sentence (h_I: the image's caption),
 #     read        or the one that it has read?
 #     alone       nothing is read, eot (h_I: cls) is asked: the most that `sentence` can be expected to reach
+#     kept        it reads its neighbour's image, and must find its caption's eot_t (h_I: its image's cls_t)
 #
 # No figure stands for itself; these cheats were tried. Who only copies what it reads has 100 % in own and read, 0 in
-# sentence, whatever it knows of sentences. Who has one eot for all sentences can have the same (the first run of the
-# course, its eot replaced, still has 54 % in own and read), and has 3.1 % alone. Who reads nothing has in own and
-# sentence what it has alone, and next to 0 in read. Who answers with the mean of all cls_t picks one image for all,
-# 3.1 % in every figure, or none where all are as near. So a high `own` proves nothing, and a high `sentence` only
-# beside an `own` above `alone`. And where the neighbour shows what the sentence says, to pick it is no fault: of whole
-# captions that is rarer.
+# sentence and kept, whatever it knows of sentences. Who has one eot for all sentences can have the same, and has 3.1 %
+# alone. Who reads nothing has in own and sentence what it has alone, and next to 0 in read; who turns down what it has
+# read (a tenth of C^I) comes near to that with the same towers. Who answers with the mean of all cls_t picks one image
+# for all, 3.1 % in every figure, or none where all are as near. So a high `own` proves nothing, and a high `sentence`
+# only beside an `own` above `alone`. h_T of `across` was never to find cls_t: that its `read` is low proves little. And
+# where the neighbour shows what the sentence says, to pick it is no fault: of whole captions that is rarer.
+#
+# With fewer than 32 pairs the groups are smaller, and chance is higher.
 
 GROUP = 32
 GROUPS = 30             # at most: 960 pairs
@@ -336,11 +339,11 @@ def picks(vectors, candidates, right):
     return hits.double().mean().item()
 
 
-def answers(queries, tokens, cross, candidates):
-    """What a group of pairs picks -> {own, sentence, read, alone}.
+def answers(queries, tokens, cross, candidates, of_own_kind):
+    """What a group of pairs picks -> {own, sentence, read, alone, kept}.
 
     queries (B, D) of the sentences, not of unit length; tokens (B, L, D) of the images, read by cross (C^I); candidates
-    (B, D) of unit length, the teacher's images.
+    (B, D) of unit length, the teacher's images; of_own_kind (B, D), the teacher's captions.
     """
     places = torch.arange(len(queries), device=queries.device)
     neighbours = places.roll(1)
@@ -350,12 +353,13 @@ def answers(queries, tokens, cross, candidates):
         'own': picks(h, candidates, places),
         'sentence': picks(h_other, candidates, places),
         'read': picks(h_other, candidates, neighbours),
-        'alone': picks(unit(queries), candidates, places)}
+        'alone': picks(unit(queries), candidates, places),
+        'kept': picks(h_other, of_own_kind, places)}
 
 
 @torch.no_grad()
 def answers_of(student, teacher, pixels, question_ids, caption_ids):
-    """A group of pairs -> {h_T, h_T_caption, h_I: {own, sentence, read, alone}}. ids (B, T) with padding, as C^T learns
+    """A group of pairs -> {h_T, h_T_caption, h_I: {own, sentence, read, alone, kept}}. ids (B, T) with padding, as C^T learns
     to read them."""
     device = student.logit_scale.device
     pixels = pixels.to(device)
@@ -366,14 +370,14 @@ def answers_of(student, teacher, pixels, question_ids, caption_ids):
     cls_t = unit(teacher.encode_image(pixels)[0])
     eot_t = unit(teacher.encode_text(caption_ids)[0])
     return {
-        'h_T': answers(question_eot, patches, student.image_cross, cls_t),
-        'h_T_caption': answers(caption_eot, patches, student.image_cross, cls_t),
-        'h_I': answers(cls, words, student.text_cross, eot_t)}
+        'h_T': answers(question_eot, patches, student.image_cross, cls_t, eot_t),
+        'h_T_caption': answers(caption_eot, patches, student.image_cross, cls_t, eot_t),
+        'h_I': answers(cls, words, student.text_cross, eot_t, cls_t)}
 
 
 def conflict(args, source, captions, questions):
     """Does h_T say what the sentence says, or what it has read? -> {h_T, h_T_caption, h_I: {own, sentence, read,
-    alone}}, shares of the pairs; of a plain CLIP {}.
+    alone, kept}}, shares of the pairs; of a plain CLIP {}.
 
     The student of args.checkpoint reads, its teacher has the targets; where the file holds one network, that one does
     both. source: images, as eval.Images takes them; questions (for h_T) and captions: one of each image.

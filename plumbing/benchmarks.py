@@ -123,7 +123,7 @@ def torchvision_set(name, root, split, download, preprocess):
         options['download'] = True
     try:
         return kind(root, **options), chosen
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError, ImportError) as error:
         raise Refused(f'torchvision cannot open {name} in {root} ({error}); '
                       'see --root, --split and --download') from None
 
@@ -131,7 +131,9 @@ def torchvision_set(name, root, split, download, preprocess):
 def folder_set(folder, preprocess):
     """A set with one folder of images per class."""
     with reading(folder):
-        return torchvision.datasets.ImageFolder(folder, preprocess, loader=read_image)
+        source = torchvision.datasets.ImageFolder(folder, preprocess, loader=read_image)
+    need(source.classes != ['train', 'val'], f'{folder} holds train/ and val/; give one of them')
+    return source
 
 
 def class_names(source, path=None):
@@ -157,6 +159,8 @@ def class_names(source, path=None):
             name = mend_name(name)
         names.append(name.replace('_', ' ').strip())
     if not path:
+        numbered = all(re.fullmatch(r'n?\d+', name) for name in names)        # n01440764 is ImageNet's
+        need(not numbered, f'classes are called {names[0]} and the like; give names in words by --classes')
         check_names(names)
     return names
 
@@ -214,6 +218,7 @@ def read_templates(path):
 class Settings(NamedTuple):
     """How to segment a set."""
     size: int                           # short side of the image, in pixels
+    classes: int = 0                    # lines of the class file; 0: any number
     scale: float = 40.0                 # of the cosines, before the softmax
     probability: float = 0.0            # pixels whose best class has less become class 0
     area: float = 0.0                   # classes with at most this share of the foreground lose their pixels
@@ -222,14 +227,14 @@ class Settings(NamedTuple):
 
 
 BENCHMARKS = {      # of the released code, after SCLIP; a set of your own is one more row
-    'voc21': Settings(336, scale=65, probability=0.1, area=0.1),
-    'context60': Settings(336, scale=50, probability=0.1),
-    'coco-object': Settings(336, scale=50, probability=0.1),
-    'voc20': Settings(336, reduce_zero_label=True),
-    'cityscapes': Settings(560),
-    'context59': Settings(336, reduce_zero_label=True),
-    'ade20k': Settings(336, reduce_zero_label=True),
-    'coco-stuff': Settings(448),
+    'voc21': Settings(336, 21, scale=65, probability=0.1, area=0.1),
+    'context60': Settings(336, 60, scale=50, probability=0.1),
+    'coco-object': Settings(336, 81, scale=50, probability=0.1),
+    'voc20': Settings(336, 20, reduce_zero_label=True),
+    'cityscapes': Settings(560, 19),
+    'context59': Settings(336, 59, reduce_zero_label=True),
+    'ade20k': Settings(336, 150, reduce_zero_label=True),
+    'coco-stuff': Settings(448, 171),
 }
 IGNORE = 255                            # a mask's pixels that count nowhere
 

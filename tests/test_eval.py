@@ -74,6 +74,10 @@ def test_retrieval_by_hand():
         wanted |= {f'{way}_mean_rank': 1.5, f'{way}_median_rank': 1.5}
     assert figures == wanted
     assert evaluation.ranks(captions, torch.eye(2), owner, torch.arange(2), chunk=1).tolist() == [1, 2, 2, 1]
+    vectors = unit(torch.randn(10, 512))
+    vectors[9] = vectors[0]                             # the scores of both must tie, wherever they stand
+    images = unit(vectors[:1] + torch.randn(300, 512) / 30)
+    assert (evaluation.ranks(images, vectors, torch.zeros(300), torch.arange(10)) > 1).all()
     ids = torch.arange(30) % 10
     features = torch.full((30, 6), math.nan)            # must not look perfect
     assert evaluation.ranks(features, features, ids, ids).tolist() == [28] * 30
@@ -143,7 +147,7 @@ def test_segmentation_by_hand(monkeypatch):
             (4, {'probability': 0.4}, [0, 1, 1, 1, 2, 0]),              # two names share: 3/8 each
             (4, {'area': 0.2}, [0, 1, 1, 1, 0, 1]),                     # ox has 1 of 5 foreground pixels
             (9, {'area': 0.19}, [0, 1, 1, 1, 2, 1])):
-        settings = benchmarks.Settings(size, math.log(3), **changes)
+        settings = benchmarks.Settings(size, scale=math.log(3), **changes)
         model = SimpleNamespace(config=SimpleNamespace(image_size=2))
         found = evaluation.segment_image(model, Image.new('RGB', (3, 2)), scores, [1, 2, 1], settings).flatten()
         assert found.tolist() == expected
@@ -371,9 +375,10 @@ def test_prompts_of_open_clip(monkeypatch, gallery):
     assert benchmarks.read_templates('open_clip') == ['my {}.', '{}!']
     for i in range(2):
         put(f'set/n0000000{i}/a.png', encoded(gallery.images[i]))
+    put('names', 'ox\ngnu')
     line = 'classify --folder set --templates open_clip'
-    figures = gallery.figures(line)
-    assert (figures['names'], figures['prompts']) == (['n00000000', 'n00000001'], 'my {}. | {}!')
+    figures = gallery.figures(f'{line} --classes names')
+    assert (figures['names'], figures['prompts']) == (['ox', 'gnu'], 'my {}. | {}!')
     monkeypatch.setattr(benchmarks, 'IMAGENET_CLASSES', 2)
     assert gallery.figures(line)['names'] == ['crane', 'crane']
     assert not benchmarks.is_imagenet(SimpleNamespace(classes=['n00000000', 'n00000001']))
@@ -395,10 +400,11 @@ def test_classify_of_every_source(gallery):
         assert gallery.figures(f'classify {source} --templates prompts') == wanted | {'split': split}
 
 
-def test_segment_command(gallery):
+def test_segment_command(gallery, monkeypatch):
     """oracle: the functions that the tests above check, on the same input."""
     model, _ = gallery.scored
-    settings = benchmarks.BENCHMARKS['voc21']._replace(csa=True)
+    settings = benchmarks.BENCHMARKS['voc21']._replace(csa=True, classes=2)
+    monkeypatch.setitem(benchmarks.BENCHMARKS, 'voc21', settings)
     vectors = evaluation.class_vectors(*gallery.scored, ['background', 'sky', 'ox'])
     for i, image in enumerate(gallery.images):          # masks of what must be found
         labels = evaluation.segment_image(model, image, vectors, [2, 1], settings)
@@ -440,6 +446,9 @@ WRONG = {               # a command: what its sentence must say
     'segment last.pt --images images --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
     'segment last.pt --images a --masks a --classes twice': 'several classes are called',
     'segment last.pt --images a --masks a --classes commas': 'commas has a line of commas alone',
+    'segment last.pt --images a --masks a --classes page.pt --benchmark voc20': 'has 1 lines, voc20 has 20 classes',
+    'classify last.pt --folder numbered': 'classes are called n01440764 and the like; .*--classes',
+    'classify last.pt --folder halves': 'halves holds train/ and val/',
     'segment last.pt --images a --masks a --classes page.pt --templates page.pt': "'<html>' in page.pt needs {}"}
 
 
@@ -454,6 +463,8 @@ def test_errors_are_one_sentence(gallery):
     put('page.pt', '<html>')
     put('empty/list')
     put('bad/class/x.jpg')
+    for folder in 'numbered/n01440764', 'halves/train', 'halves/val':
+        put(f'{folder}/0.png', image)
     put('images/annotations/captions_val2017.json', {'annotations': []})
     put('twice', 'ox, cow\nox')
     put('commas', 'ox\n,')

@@ -772,7 +772,7 @@ CLICKS = """<script>{
     type('matrix', 'ArrowDown');
     seen.row = document.querySelector('.screen').textContent.match(/Row ([0-9]+)/)[1];
     if (screens.includes('screen 6')) press('screen 6');
-    for (const reading of ['own', 'other', 'nothing']) {
+    for (const reading of ['own', 'other', 'nothing', 'across']) {
         if (document.querySelector(`[data-key="reading ${reading}"]`)) press(`reading ${reading}`);
         for (const cell of document.querySelectorAll('.cell')) note(cell.dataset.term, `[data-term=${cell.dataset.term}]`);
         if (reading === 'other') seen.picks = document.querySelectorAll('.cell b')[2]?.textContent.match(/[0-9.]+/g);
@@ -783,7 +783,8 @@ CLICKS = """<script>{
 
 
 @pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')
-@pytest.mark.parametrize('method, screens', [('cosmos', '01234567'), ('clip', '01237'), ('image-distill', '01237')])
+@pytest.mark.parametrize('method, screens', [
+    ('cosmos', '01234567'), ('across', '01234567'), ('clip', '01237'), ('image-distill', '01237')])
 def test_the_page_in_a_browser(tmp_path, method, screens):
     """oracle: Chromium: a silent console, no request, all parts of the page, captions as text, a picture that is no
     blank. What Python had, to 1e-3, on each screen, at each evaluation, in each position of the switch. Eight terms of
@@ -807,7 +808,7 @@ def test_the_page_in_a_browser(tmp_path, method, screens):
     expected = {f'screen {k} at {at}' for k in screens for at in range(3)}
     kept = runs_on_page(tmp_path)[0]['maps']['batch'][-1]
     figures = kept['figures']
-    if method == 'cosmos':
+    if method in ('cosmos', 'across'):
         expected |= figures.keys() - {'clip'}
         for name in figures.keys() - {'clip'}:
             assert [python for _, python in seen[name]] == [figures[name][what] for what in ('loss', 'own', 'mean')]
@@ -823,5 +824,5 @@ def test_the_page_in_a_browser(tmp_path, method, screens):
             assert of_page == pytest.approx(of_python, abs=1e-3)
     _, _, panel = built.partition('Terms beside L_CLIP')
     lines = set(re.findall('<path[^>]* stroke="([^"]+)"', panel.partition('<h3>')[0]))
-    assert len(lines) == 8 + {'cosmos': 4, 'clip': 0, 'image-distill': 1}[method]
+    assert len(lines) == 8 + {'cosmos': 4, 'across': 4, 'clip': 0, 'image-distill': 1}[method]
     assert len(Image.open(tmp_path / 'page.png').getcolors(1 << 20)) > 100

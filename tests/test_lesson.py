@@ -22,7 +22,7 @@ from torchvision.ops import masks_to_boxes
 
 import eval
 import train
-from cosmos import COSMOS, Output, Teacher, cosmos_terms, no_terms, symmetric_nce, total_loss, unit
+from cosmos import COSMOS, Output, Teacher, across_terms, cosmos_terms, no_terms, symmetric_nce, total_loss, unit
 from data import Shards, Tokenizer
 from eval import embed_images, embed_texts, load, preprocessing, shard_image
 from lesson import experiments, onepage, plots, scenes, suppression
@@ -384,8 +384,8 @@ def test_pointing_by_hand(monkeypatch, val, model):
 
 
 def test_who_answers_what():
-    """oracle: closed forms. Who only copies what it reads has 100 % in own and read, 0 in sentence; who only heeds the
-    sentence the reverse. One eot for all sentences: a copier has the same, and 1 in 32 alone. One answer for all, the
+    """oracle: closed forms. Who only copies what it reads has 100 % in own and read, 0 in sentence and kept; who only heeds
+    the sentence the reverse. One eot for all sentences: a copier has the same, and 1 in 32 alone. One answer for all, the
     mean of all images, is 1 in 32, or where all are as near none: a tie is a miss."""
     images = unit(torch.randn(32, 128))
     one = images[:1].expand(32, -1)
@@ -401,14 +401,14 @@ def test_who_answers_what():
         return 1e4 * images.mean(dim=0) + heed(queries, tokens)
 
     for queries, cross, candidates, expected in (
-            (images, copy, images, (1, 0, 1, 1)),
-            (images, heed, images, (1, 1, 0, 1)),
-            (one, copy, images, (1, 0, 1, 1 / 32)),
-            (one, say_mean, images, (1 / 32, 1 / 32, 1 / 32, 1 / 32)),
-            (torch.ones(32, 32), heed, alike, (0, 0, 0, 0))):
-        shares = suppression.answers(queries, candidates[:, None], cross, candidates)
+            (images, copy, images, (1, 0, 1, 1, 0)),
+            (images, heed, images, (1, 1, 0, 1, 1)),
+            (one, copy, images, (1, 0, 1, 1 / 32, 0)),
+            (one, say_mean, images, (1 / 32, 1 / 32, 1 / 32, 1 / 32, 1 / 32)),
+            (torch.ones(32, 32), heed, alike, (0, 0, 0, 0, 0))):
+        shares = suppression.answers(queries, candidates[:, None], cross, candidates, candidates)
         assert tuple(shares.values()) == expected
-    assert list(shares) == ['own', 'sentence', 'read', 'alone']
+    assert list(shares) == ['own', 'sentence', 'read', 'alone', 'kept']
 
 
 def test_conflict_is_what_the_model_computes(model, val, monkeypatch):
@@ -429,22 +429,23 @@ def test_conflict_is_what_the_model_computes(model, val, monkeypatch):
     images = [preprocess(shard_image(val, i)) for i in range(16)]
     itself = torch.arange(8)
     for who, texts in ('h_T', questions), ('h_T_caption', captions), ('h_I', captions):
-        hits = {'own': [], 'sentence': [], 'read': [], 'alone': []}
+        hits = {'own': [], 'sentence': [], 'read': [], 'alone': [], 'kept': []}
         for x, ids in zip(torch.stack(images).split(8), tokenizer(texts).split(8)):
             out = network([x], [ids])
             if who == 'h_I':
-                h, alone, targets = out.h_I, out.cls, teacher.text([ids])
+                h, alone, targets, kept = out.h_I, out.cls, teacher.text([ids]), teacher.visual([x])
                 other = network([x], [ids.roll(1, 0)]).h_I
             else:
-                h, alone, targets = out.h_T, out.eot, teacher.visual([x])
+                h, alone, targets, kept = out.h_T, out.eot, teacher.visual([x]), teacher.text([ids])
                 other = network([x.roll(1, 0)], [ids]).h_T
             answered = {
-                'own': (h, itself),
-                'sentence': (other, itself),
-                'read': (other, itself.roll(1)),
-                'alone': (alone, itself)}
-            for name, (vectors, right) in answered.items():
-                best = (vectors[0] @ unit(targets[0]).T).argmax(dim=1)
+                'own': (h, targets, itself),
+                'sentence': (other, targets, itself),
+                'read': (other, targets, itself.roll(1)),
+                'alone': (alone, targets, itself),
+                'kept': (other, kept, itself)}
+            for name, (vectors, among, right) in answered.items():
+                best = (vectors[0] @ unit(among[0]).T).argmax(dim=1)
                 hits[name] += (best == right).tolist()
         assert figures[who] == {name: np.mean(each) for name, each in hits.items()}
     assert len(set(figures['h_I'].values())) > 1
@@ -569,7 +570,7 @@ def test_reading_across():
     """oracle: the four pairs written out. Where what was read could be copied, what has read nothing is compared."""
     *views, cls_t, eot_t = unit(torch.randn(6, 2, 3, 8))
     out = Output(*views)
-    terms = experiments.across_terms(out, cls_t, eot_t, 5)
+    terms = across_terms(out, cls_t, eot_t, 5)
     pairs = {
         'h_I_cls_t': (out.h_I, cls_t),
         'cls_eot_t': (out.cls, eot_t),
@@ -600,31 +601,6 @@ def test_missing_runs(course, monkeypatch):
     assert experiments.missing_runs('one') == [(7, 'a'), (8, 'b')]
     assert experiments.missing_runs('one', 3) == [(7, 'a'), (8, 'a'), (8, 'b'), (9, 'a'), (9, 'b')]
     assert 'no variant is called c; take one of b, a' in run(experiments, 'one', '--run', 'c', 7)
-
-
-def test_conflict_is_filled_in(course, drawn, monkeypatch):
-    """oracle: the row of the run itself, whose checkpoint is of an older commit; other cells stay, byte by byte. A
-    checkpoint that gives other figures is none of the row."""
-    monkeypatch.setattr(experiments, 'scene_folder', lambda *which: drawn)
-    variant = Variant('cosmos', seeds=range(1))
-    experiments.EXPERIMENTS['one'] = {'cosmos': variant}
-    whole = experiments.make_row({'cosmos': variant}, (0, 'cosmos'))
-    out = experiments.run_folder(variant, 0)
-    out.rename(experiments.run_folder(variant, 0, experiments.EQUAL_COMMITS[0]))
-    row = dict(whole)
-    for name in whole:
-        if name.startswith('conflict.'):
-            row.pop(name)
-    assert len(whole) - len(row) == 12
-    for changed in {'small.top1': 0.12345}, {}:
-        experiments.RESULTS.write_text('')
-        experiments.add_result(row | changed)
-        before = experiments.RESULTS.read_bytes().splitlines()
-        assert run(experiments, 'conflict') is None
-        for old, new in zip(before, experiments.RESULTS.read_bytes().splitlines()):
-            assert new.startswith(old) and (new == old) == bool(changed)
-    [filled] = experiments.read_results().values()
-    assert filled == {name: str(value) for name, value in whole.items()}
 
 
 def test_a_set_that_is_not_drawn(course, tmp_path, monkeypatch):

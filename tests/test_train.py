@@ -125,7 +125,8 @@ ROWS = {  # global and local images, global and local captions of a row of Table
     'image-distill': [G, 6, 1, 0, 0.4, 'cls_cls_t'],
     'text-crop': [G, 6, G, 6, 0.4, 'cls_cls_t'],
     'text-distill': [G, 6, G, 6, 0.4, 'cls_cls_t', 'eot_eot_t'],
-    'cosmos': [G, 6, G, 6, 0.4, 'h_I_cls_t', 'h_I_eot_t', 'h_T_cls_t', 'h_T_eot_t']}
+    'cosmos': [G, 6, G, 6, 0.4, 'h_I_cls_t', 'h_I_eot_t', 'h_T_cls_t', 'h_T_eot_t'],
+    'across': [G, 6, G, 6, 0.4, 'h_I_cls_t', 'cls_eot_t', 'eot_cls_t', 'h_T_eot_t']}
 
 
 @pytest.mark.parametrize('method', ROWS)
@@ -175,7 +176,7 @@ def test_a_step_by_hand():
     assert_close(teacher.model.state_dict(), model.state_dict())
 
 
-OBJECTIVES = 'cosmos', 'text-distill', 'image-distill', 'clip'
+OBJECTIVES = 'cosmos', 'across', 'text-distill', 'image-distill', 'clip'
 
 
 def gradients(processes, method, accum):
