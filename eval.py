@@ -71,7 +71,7 @@ def preprocessing(size):
 
 # --- 2. Features -----------------------------------------------------------------------------------------------------
 
-# Enough to keep a GPU busy, few enough for the memory of a small one. Results do not depend on them.
+# Enough to keep a GPU busy, few enough for the memory of a small one. Results depend on them in the last bits only.
 IMAGE_BATCH = 64
 TEXT_BATCH = 256
 
@@ -129,14 +129,18 @@ def embed_images(model, source, preprocess, workers=0):
 
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts):
-    """n texts (or one) -> (n, D) unit vectors on the CPU."""
+    """n texts (or one) -> (n, D) unit vectors on the CPU. Equal texts get one vector, so that they tie."""
+    if isinstance(texts, str):
+        texts = [texts]
     need(len(texts), 'there is no text to embed; give one or more')
+    different = list(dict.fromkeys(texts))
     features = []
-    for ids in progress(tokenizer(texts).split(TEXT_BATCH), 'texts'):   # (B, T)
+    for ids in progress(tokenizer(different).split(TEXT_BATCH), 'texts'):   # (B, T)
         longest = ids.argmax(dim=1).max() + 1                           # the end has the largest id
         eot = model.text([ids[:, :longest].to(model.logit_scale.device)])   # (1, B, D)
         features.append(unit(eot[0]).cpu())
-    return torch.cat(features)
+    row_of = {text: row for row, text in enumerate(different)}
+    return torch.cat(features)[[row_of[text] for text in texts]]
 
 
 # --- 3. Retrieval ----------------------------------------------------------------------------------------------------
@@ -229,15 +233,10 @@ TEMPLATES = ('a photo of a {}', 'a picture of a {}', 'an image of a {}', 'there 
 
 
 def class_vectors(model, tokenizer, names, templates=TEMPLATES):
-    """Prompt ensemble: embed every template, normalise, average, normalise again. -> (len(names), D)
-
-    Equal names get one vector, so that they tie to the last bit: a tie counts against the model.
-    """
-    different = list(dict.fromkeys(names))
-    prompts = [template.replace('{}', name) for name in different for template in templates]
+    """Prompt ensemble: embed every template, normalise, average, normalise again. -> (len(names), D)"""
+    prompts = [template.replace('{}', name) for name in names for template in templates]
     features = embed_texts(model, tokenizer, prompts)
-    vectors = unit(features.unflatten(0, (len(different), -1)).mean(dim=1))
-    return vectors[[different.index(name) for name in names]]
+    return unit(features.unflatten(0, (len(names), -1)).mean(dim=1))
 
 
 def classify(image_features, vectors, labels):
@@ -341,16 +340,16 @@ def segment_image(model, image, vectors, names_per_class, settings):
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)
     logits = settings.scale * scores                                # (M, H, W)
     class_of_name = []
-    for number, names in enumerate(names_per_class):
-        class_of_name += [number] * names
-    highest, classes = best_class(logits, (height, width), class_of_name, range(len(names_per_class)))
+    for number, n in enumerate(names_per_class):
+        class_of_name += [number] * n
+    probability, classes = best_class(logits, (height, width), class_of_name, range(len(names_per_class)))
     if settings.area:
         pixels_of_class = torch.bincount(classes.flatten(), minlength=len(names_per_class))
         foreground = pixels_of_class[1:].sum()
-        many = pixels_of_class > settings.area * foreground         # (classes,)
-        many[0] = True                                              # the background stays
-        highest, classes = best_class(logits, (height, width), class_of_name, many.nonzero().flatten().tolist())
-    return classes.masked_fill(highest < settings.probability, 0).cpu()
+        kept = pixels_of_class > settings.area * foreground         # (classes,)
+        kept[0] = True                                              # the background
+        probability, classes = best_class(logits, (height, width), class_of_name, kept.nonzero().flatten().tolist())
+    return classes.masked_fill(probability < settings.probability, 0).cpu()
 
 
 def best_class(logits, size, class_of_name, candidates):
