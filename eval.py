@@ -329,7 +329,8 @@ def segment_image(model, image, vectors, names_per_class, settings):
     vectors (M, D): one for each name, class after class; a class has one name or several. Where class 0 is a
     background, settings.probability is above zero: a pixel whose best class has less becomes background. Where
     settings.area is above zero, too, a class that has at most this share of the foreground is dropped, and the next
-    best classes take its pixels. The steps are those of clip_segmentor.py:113-276 of the released code.
+    best classes take its pixels, before pixels become background. The steps are those of clip_segmentor.py:113-276 of
+    the released code.
     """
     width, height = image.size
     short = min(width, height)
