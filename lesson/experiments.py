@@ -30,12 +30,12 @@ import numpy as np
 
 from cosmos import COSMOS, GLOBALS, Output, across_terms, image_terms, no_terms, unit
 from data import Counts, Order, Shards
-from eval import load, shard_captions, show, zero_shot_retrieval
+from eval import embed_texts, load, retrieval, shard_captions, show, zero_shot_retrieval
 from lesson import onepage, suppression
 from lesson.scenes import VERSION, make_scenes
 from plumbing import runs
 from plumbing.benchmarks import published_captions
-from plumbing.errors import Parser, command, need, positive, replacing, save_tensors, write_json
+from plumbing.errors import Parser, command, need, positive, read_json, replacing, save_tensors, write_json
 
 # --- 1. Other models, and other batches ------------------------------------------------------------------------------
 
@@ -293,7 +293,7 @@ COMPARISONS = {
     'across': {f'{NAMED} {RECALL}': f'{READERS} across~another-pair'},
     'longer-reading': {f'{NAMED} {RECALL}': READERS},
     'emoji': {
-        f'{RECALL} retrieval.text_to_image_R@1':
+        f'{RECALL} retrieval.text_to_image_R@1 objects.image_to_text_R@10 objects.text_to_image_R@10':
             f'{RIVALS} across~cosmos across~without-cross-attention across~clip'}}
 
 
@@ -412,12 +412,31 @@ def held_out_pairs(world):
     return shards, *shard_captions(shards)
 
 
+def background_captions(world):
+    """-> those held-out captions whose `kind` in COCO's list says that they tell the background."""
+    _, path = SETS[world]
+    captions = set()
+    if (path / 'annotations').is_dir():
+        for annotation in read_json(path / 'annotations/captions_val2017.json')['annotations']:
+            if 'background' in annotation.get('kind', ''):
+                captions.add(annotation['caption'])
+    return captions
+
+
 def set_figures(world, args, scored):
-    """Retrieval and conflict, all that can be asked where no objects are listed."""
+    """Retrieval and conflict, all that can be asked where no objects are listed. Backgrounds alone find many images, so
+    captions that tell none are asked apart, too, as `objects`."""
     images, captions, owner = held_out_pairs(world)
-    figures, _ = zero_shot_retrieval(*scored, images, captions, owner)
+    figures, image_features = zero_shot_retrieval(*scored, images, captions, owner)
     texts = suppression.texts_of(captions, owner)
-    return {'retrieval': figures, 'conflict': suppression.conflict(args, images, *texts)}
+    found = {'retrieval': figures, 'conflict': suppression.conflict(args, images, *texts)}
+    telling = background_captions(world)
+    of_objects = [i for i, caption in enumerate(captions) if caption not in telling]
+    if telling:
+        model, tokenizer, _ = scored
+        text_features = embed_texts(model, tokenizer, [captions[i] for i in of_objects])
+        found['objects'] = retrieval(image_features, text_features, owner[of_objects])
+    return found
 
 
 def run_figures(variant, seed, scenes):

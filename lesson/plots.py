@@ -184,6 +184,8 @@ SECTIONS = [            # heading, what stands before the columns, columns
     ('Named and found', [''],
      'seconds pairs dominant.top1 small.top1 retrieval.image_to_text_R@1 retrieval.image_to_text_R@10 '
      'retrieval.text_to_image_R@1 retrieval.text_to_image_R@10'),
+    ('Found by captions that tell no background', ['objects'],
+     'image_to_text_R@1 image_to_text_R@10 text_to_image_R@1 text_to_image_R@10'),
     ('Bound, seen, found by a linear probe', [''],
      'bound.dominant_small bound.small_small seen.dominant seen.small dominant.probe_top1 small.probe_top1'),
     ('Named in other companies', [*COMPANY], 'dominant.top1 small.top1'),

@@ -615,7 +615,7 @@ def test_a_set_that_is_not_drawn(course, tmp_path, monkeypatch):
         images.append(encoded(Image.new('RGB', (64, 64), (40 * i, 9, 9))))
         put(tmp_path / f'coco/images/val2017/{i}.png', images[i])
         listing['images'].append({'id': i, 'file_name': f'{i}.png'})
-        listing['annotations'].append({'image_id': i, 'caption': caption})
+        listing['annotations'].append({'image_id': i, 'caption': caption, 'kind': 'names'})
     put(tmp_path / 'coco/annotations/captions_val2017.json', listing)
     pairs_tar(tmp_path / '0.tar', records, images)
     variant = Variant('cosmos', 'mine', augment='full')
@@ -624,6 +624,13 @@ def test_a_set_that_is_not_drawn(course, tmp_path, monkeypatch):
         monkeypatch.setitem(experiments.SETS, 'mine', (tmp_path / '0.tar', tmp_path / held_out))
         rows.append(experiments.make_row({'a': variant}, (0, 'a')) | {'seconds': 0})
     assert rows[0] == rows[1] and rows[0]['run'].startswith('cosmos, pairs of mine, augment full, grouped')
+    for annotation in listing['annotations'][:5]:
+        listing['annotations'].append(annotation | {'caption': 'on black', 'kind': 'names, background'})
+    put(tmp_path / 'coco/annotations/captions_val2017.json', listing)
+    scored = eval.load(experiments.run_folder(variant, 0) / 'last.pt')
+    told = experiments.set_figures('mine', experiments.measured(experiments.run_folder(variant, 0), None), scored)
+    asked = experiments.flat({'retrieval': told['objects']})
+    assert (told['retrieval']['captions'], rows[0] | asked) == (11, rows[0])        # as if they were not there
     crops = experiments.make_row({'a': variant._replace(augment='crops')}, (0, 'a'))
     assert crops['loss.clip'] != rows[0]['loss.clip']
     flags = '--shards', tmp_path / '0.tar', '--json', 'x.json', '--device', 'cpu'
