@@ -428,7 +428,7 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
     scores = []
     for weights in 'teacher', 'student':
         path = tmp_path / weights
-        run(evaluation, 'retrieval', whole, '--shards', dogs, '--weights', weights, '--json', path)
+        run(evaluation, 'retrieval', whole / 'last.pt', '--shards', dogs, '--weights', weights, '--json', path)
         scores.append(read_json(path))
     figures = read_json(whole / 'eval.json')['retrieval']
     assert figures == read_log(whole)[-1]['eval']['retrieval'] == scores[0] != scores[1]
