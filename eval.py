@@ -336,20 +336,24 @@ def segment_image(model, image, vectors, names_per_class, settings):
     short = min(width, height)
     # The short side gets settings.size pixels, but the long one LONGEST_SIDE at most.
     zoom = min(settings.size / short, LONGEST_SIDE / max(width, height))
-    zoom = max(zoom, model.config.image_size / short)   # ours: the short side holds a window, however long the other is
+    # ours: the short side holds a window, however long the other is.
+    zoom = max(zoom, model.config.image_size / short)
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)
     logits = settings.scale * scores                                # (M, H, W)
     class_of_name = []
     for number, n in enumerate(names_per_class):
         class_of_name += [number] * n
-    probability, classes = best_class(logits, (height, width), class_of_name, range(len(names_per_class)))
+    size = height, width
+    all_classes = range(len(names_per_class))
+    probability, classes = best_class(logits, size, class_of_name, all_classes)
     if settings.area:
         pixels_of_class = torch.bincount(classes.flatten(), minlength=len(names_per_class))
         foreground = pixels_of_class[1:].sum()
         kept = pixels_of_class > settings.area * foreground         # (classes,)
         kept[0] = True                                              # the background
-        probability, classes = best_class(logits, (height, width), class_of_name, kept.nonzero().flatten().tolist())
+        kept_classes = kept.nonzero().flatten().tolist()
+        probability, classes = best_class(logits, size, class_of_name, kept_classes)
     return classes.masked_fill(probability < settings.probability, 0).cpu()
 
 
@@ -415,24 +419,29 @@ def show(figures, indent=''):
 
 def run_retrieval(args, model, tokenizer, preprocess):
     need(args.karpathy or not args.split, '--split is for --karpathy only; leave it away')
-    need(args.karpathy or args.flickr or not args.images, '--images is for --karpathy and --flickr; leave it away')
+    need(args.karpathy or args.flickr or not args.images,
+         '--images is for --karpathy and --flickr; leave it away')
     if args.shards:
         source = Shards(args.shards, args.caption_keys, split='val')    # with captions of its own
         captions = owner = None
     else:
-        source, captions, owner = published_captions(args.coco, args.karpathy, args.flickr, args.images,
-                                                     args.split or 'test')
-    figures, _ = zero_shot_retrieval(model, tokenizer, preprocess, source, captions, owner, args.workers)
+        split = args.split or 'test'
+        source, captions, owner = published_captions(
+            args.coco, args.karpathy, args.flickr, args.images, split)
+    figures, _ = zero_shot_retrieval(
+        model, tokenizer, preprocess, source, captions, owner, args.workers)
     return figures
 
 
 def run_classify(args, model, tokenizer, preprocess):
     if args.folder:
-        need(not args.split, '--split is for --dataset only; leave it away, or give the folder of a split')
+        need(not args.split,
+             '--split is for --dataset only; leave it away, or give the folder of a split')
         split = 'none, all images'
         source = folder_set(args.folder, preprocess)
     else:
-        source, split = torchvision_set(args.dataset, args.root, args.split, args.download, preprocess)
+        source, split = torchvision_set(
+            args.dataset, args.root, args.split, args.download, preprocess)
     templates = read_templates(args.templates) if args.templates else TEMPLATES
     if args.templates == 'open_clip' and not args.classes and is_imagenet(source):
         _, names = open_clip_prompts()
@@ -443,7 +452,10 @@ def run_classify(args, model, tokenizer, preprocess):
     need(labels.min() >= 0, 'some images have no label; give another --split')
     need(labels.max() < len(names),
          f'there are {len(names)} names, but label {labels.max()}; give more by --classes')
-    return classify(features, vectors, labels) | {'split': split, 'prompts': ' | '.join(templates), 'names': names}
+    return classify(features, vectors, labels) | {
+        'split': split,
+        'prompts': ' | '.join(templates),
+        'names': names}
 
 
 def run_segment(args, model, tokenizer, preprocess):
@@ -454,7 +466,8 @@ def run_segment(args, model, tokenizer, preprocess):
     settings = settings._replace(csa=args.csa)
     synonyms = read_synonyms(args.classes)              # a list of names for each class
     need(len(synonyms) == (settings.classes or len(synonyms)),
-         f'{args.classes} has {len(synonyms)} lines, {args.benchmark} has {settings.classes} classes; give each its line')
+         f'{args.classes} has {len(synonyms)} lines, {args.benchmark} has {settings.classes} classes; '
+         'give each its line')
     names = [of_class[0] for of_class in synonyms]
     names_per_class = [len(of_class) for of_class in synonyms]
     templates = read_templates(args.templates) if args.templates else TEMPLATES

@@ -39,7 +39,8 @@ def read_karpathy(path, images, split):
     for image in field(read_json(path), 'images', path):
         if field(image, 'split', path) == split:
             captions = [field(sentence, 'raw', path) for sentence in field(image, 'sentences', path)]
-            pairs.append((Path(images, image.get('filepath', ''), field(image, 'filename', path)), captions))
+            file = Path(images, image.get('filepath', ''), field(image, 'filename', path))
+            pairs.append((file, captions))
     return pairs
 
 
@@ -116,7 +117,8 @@ def torchvision_set(name, root, split, download, preprocess):
         need(chosen in ('train', 'test'), f'{name} has no split {chosen}; give train or test')
         options['train'] = chosen == 'train'
     else:
-        need(not split, f'{name} has no splits in torchvision; leave --split away, and all its images are scored')
+        need(not split, f'{name} has no splits in torchvision; '
+             'leave --split away, and all its images are scored')
         chosen = 'none, all images'
     if download:
         need('download' in known, f'torchvision does not download {name}; fetch it yourself into --root')
@@ -160,7 +162,8 @@ def class_names(source, path=None):
         names.append(name.replace('_', ' ').strip())
     if not path:
         numbered = all(re.fullmatch(r'n?\d+', name) for name in names)        # n01440764 is ImageNet's
-        need(not numbered, f'classes are called {names[0]} and the like; give names in words by --classes')
+        need(not numbered,
+             f'classes are called {names[0]} and the like; give names in words by --classes')
         check_names(names)
     return names
 
