@@ -275,7 +275,7 @@ def make_parser():
     add('--workers', type=count, default=min(8, CORES // 2 or 1), help='loaders for each GPU (%(default)s)')
     add = parser.add_argument_group('method').add_argument
     add('--preset', choices=PRESETS, help='sizes and recipe (vit-b-16 with --data, else tiny)')
-    add('--method', choices=METHODS, default='cosmos', help='row of Table 5 (%(default)s)')
+    add('--method', choices=METHODS, default='cosmos', help='row of Table 5, or ours: across (%(default)s)')
     add('--init', help='weights to start from, ours or others; they set sizes and vocabulary')
     add('--quick-gelu', action='store_true', help="of --init: OpenAI's activation, where no file says it")
     add('--local-crops', type=count, default=6, help='local image views per pair (%(default)s)')
