@@ -295,7 +295,7 @@ def nce(queries, keys, scale):
 MANY = 2 ** 24      # logits of one L_nce, 67 MB: those of 1,024 pairs on one GPU
 
 
-def frugal_nce(queries, keys, scale):
+def checkpointed_nce(queries, keys, scale):
     """nce, to the last bit. Many logits are not stored: the backward pass computes them again, one L_nce at a time.
 
     ours: at 4,096 pairs on one GPU the logits of the ten L_nce of a step would take 11 GB.
@@ -312,7 +312,7 @@ def symmetric_nce(a, b, all_a, all_b, scale):
 
     On several GPUs this is the mean over the B pairs of this one. The mean over GPUs is the loss.
     """
-    return (frugal_nce(a, all_b, scale) + frugal_nce(b, all_a, scale)) / 2
+    return (checkpointed_nce(a, all_b, scale) + checkpointed_nce(b, all_a, scale)) / 2
 
 
 def match(a, b, scale):

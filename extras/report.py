@@ -41,7 +41,7 @@ RIVALS = 5              # captions of other images that an image is asked about,
 MOST_STEPS = 6          # with vectors and maps on a page
 SIDE = 224              # of an image on the page, in pixels
 SMALL = 128
-CODE = (text_crops, Teacher.forward, Teacher.update, cosmos.clip_loss, symmetric_nce, cosmos.frugal_nce,
+CODE = (text_crops, Teacher.forward, Teacher.update, cosmos.clip_loss, symmetric_nce, cosmos.checkpointed_nce,
         cosmos.nce, CrossAttention.weights, COSMOS.forward, cosmos.total_loss)
 
 # --- 1. During training: what a run leaves in maps.npz ---------------------------------------------------------------

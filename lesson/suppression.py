@@ -359,8 +359,8 @@ def answers(queries, tokens, cross, candidates, of_own_kind):
 
 @torch.no_grad()
 def answers_of(student, teacher, pixels, question_ids, caption_ids):
-    """A group of pairs -> {h_T, h_T_caption, h_I: {own, sentence, read, alone, kept}}. ids (B, T) with padding, as C^T learns
-    to read them."""
+    """A group of pairs -> {h_T, h_T_caption, h_I: {own, sentence, read, alone, kept}}. ids (B, T) with padding, as C^T
+    learns to read them."""
     device = student.logit_scale.device
     pixels = pixels.to(device)
     caption_ids = caption_ids.to(device)
