@@ -363,7 +363,7 @@ def draw_company(figure):
             height = show_runs(axis, 'company', f'{method}-{world}', 'small.top1', x + shift)
             if world == 'alone':
                 show_name(axis, x + 2 * shift, height, method, side)
-        show_scene(axis, x, words.replace('\n', ' '), world, 'val', 3)
+        show_scene(axis, x, words.replace('\n', ' '), world, 'val', 17)
     show_scale(axis, 'small object named, %', (40, 60, 80, 100))
     axis.set(xlim=(-0.5, 2.5), ylim=(0, 103), xticks=[])
 
@@ -437,7 +437,7 @@ def draw_race(figure):
         height = max(ends[method], height + 8)          # names keep apart
         show_name(axis, 17, height, method)
     show_runs(axis, 'pairs', 'clip', 'small.top1', mean('pairs', 'clip', 'seconds'))
-    axis.text(1.2, 21, 'CLIP, pairs\nof COSMOS', color=PAINT['clip'], ha='center', fontsize=11)
+    axis.text(1.2, 21, 'CLIP, from\nas many pairs', color=PAINT['clip'], ha='center', fontsize=11)
     show_scale(axis, 'small objects named, %', (40, 60, 80, 100))
     axis.set_xscale('log')
     axis.set_xticks((1.2, 4, 12), ('1.2', '4', '12'))
