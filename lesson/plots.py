@@ -437,7 +437,7 @@ def draw_race(figure):
         height = max(ends[method], height + 8)          # names keep apart
         show_name(axis, 17, height, method)
     show_runs(axis, 'pairs', 'clip', 'small.top1', mean('pairs', 'clip', 'seconds'))
-    axis.text(1.2, 21, 'CLIP, from\nas many pairs', color=PAINT['clip'], ha='center', fontsize=11)
+    axis.text(1.3, 21, 'CLIP, the\nsame pairs', color=PAINT['clip'], ha='center', fontsize=11)
     show_scale(axis, 'small objects named, %', (40, 60, 80, 100))
     axis.set_xscale('log')
     axis.set_xticks((1.2, 4, 12), ('1.2', '4', '12'))
