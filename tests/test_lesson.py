@@ -567,7 +567,8 @@ def test_variants():
 
 
 def test_reading_across():
-    """oracle: the four pairs written out. Where what was read could be copied, what has read nothing is compared."""
+    """oracle: the four pairs written out. Where what was read could be copied, what has read nothing is compared; the
+    control has these two terms not at all."""
     *views, cls_t, eot_t = unit(torch.randn(6, 2, 3, 8))
     out = Output(*views)
     terms = across_terms(out, cls_t, eot_t, 5)
@@ -579,6 +580,8 @@ def test_reading_across():
     for name, (a, b) in pairs.items():
         assert_close(terms[name], symmetric_nce(a, b, a, b, 5))
     assert terms.keys() == pairs.keys()
+    kept = experiments.two_terms(out, cls_t, eot_t, 5)
+    assert_close(kept, {name: terms[name] for name in ('h_I_cls_t', 'h_T_eot_t')})
 
 
 @pytest.fixture
