@@ -460,8 +460,7 @@ def draw_reading(figure):
             left.text(0.8, copied, words, color=PAINT[method], ha='right', va='center', fontsize=11)
         elif heard:
             left.text(0.1 * x, heard, words, color=PAINT[method], va='center', fontsize=11)
-        same_pairs = 'across' if method == 'across' else 'reading'
-        show_runs(right, same_pairs, method, 'small.top1', x)
+        show_runs(right, 'reading', method, 'small.top1', x)
     show_scene(left, 0, "the caption's", 'built-in', 'val', 0)
     show_scene(left, 1, 'the one it reads', 'built-in', 'val', 1)
     show_scale(left, 'h_T picks this image, %', (25, 50, 75, 100), chance=100 / 32)
