@@ -35,7 +35,8 @@ from lesson import onepage, suppression
 from lesson.scenes import VERSION, make_scenes
 from plumbing import runs
 from plumbing.benchmarks import published_captions
-from plumbing.errors import Parser, command, need, positive, read_json, replacing, save_tensors, write_json
+from plumbing.errors import (Parser, command, need, positive, read_json, replacing, save_tensors,
+                             write_json)
 
 # --- 1. Other models, and other batches ------------------------------------------------------------------------------
 
@@ -131,7 +132,8 @@ CLIP = {'terms': no_terms, 'heads': 0}
 METHODS = {
     'clip': Method(
         'CLIP', 64, 1684, 2.5e-4, CLIP | {'counts': Counts(1, 0, 1, 0), 'crop_min': 0.9}),
-    'clip-aug': Method('CLIP, two crops', 32, 2256, 1.25e-4, CLIP | {'counts': Counts(GLOBALS, 0, 1, 0)}),
+    'clip-aug': Method(
+        'CLIP, two crops', 32, 2256, 1.25e-4, CLIP | {'counts': Counts(GLOBALS, 0, 1, 0)}),
     'text-crop': Method('text crops', 32, 1368, 5e-4, {'terms': image_terms, 'heads': 0}),
     'without-cross-attention': Method(
         'COSMOS without cross-attention', 32, 1150, 1e-3, {'model': WithoutCrossAttention}),
@@ -140,7 +142,8 @@ METHODS = {
     'another-pair': Method(
         'COSMOS that reads another pair', 32, 1000, 1e-3, {'model': ReadsAnotherPair}),
     'across': Method('COSMOS that reads across', 32, 1000, 1e-3, {'terms': across_terms}),
-    'two-terms': Method('COSMOS without the two terms that leak', 32, 1000, 1e-3, {'terms': two_terms}),
+    'two-terms': Method(
+        'COSMOS without the two terms that leak', 32, 1000, 1e-3, {'terms': two_terms}),
     'cosmos': Method('COSMOS', 32, 1000, 1e-3)}
 SCENES = 4000                       # for training
 EIGHT = range(8)                    # seeds, where five left a difference open or nearly so
@@ -214,14 +217,16 @@ def company():
 
 
 # Steps: three times those of `minutes`.
-LONGER = {'clip': 5796, 'text-crop': 4104, 'without-cross-attention': 3450, 'across': 3000, 'cosmos': 3000}
+LONGER = {
+    'clip': 5796, 'text-crop': 4104, 'without-cross-attention': 3450, 'across': 3000, 'cosmos': 3000}
 
 
 def race(steps, seeds=EIGHT, rates={}, **how):
     """steps: {method: how many}, 0: its own. rates: {method: peak}, else its own."""
     variants = {}
     for method, count in steps.items():
-        variants[method] = Variant(method, steps=count, rate=rates.get(method, 0), seeds=seeds, **how)
+        rate = rates.get(method, 0)
+        variants[method] = Variant(method, steps=count, rate=rate, seeds=seeds, **how)
     return variants
 
 
@@ -256,17 +261,20 @@ EXPERIMENTS = {
     'first': race({'cosmos': 0}, range(1)),                             # the run of `python train.py`
     # CLIP: 15 % more than its own, which took less than COSMOS
     'minutes': race({'cosmos': 0, 'without-cross-attention': 0, 'text-crop': 0, 'clip': 1932}),
-    'pairs': race({'cosmos': 1000, 'without-cross-attention': 1000, 'text-crop': 1000, 'clip': 500}),
+    'pairs': race(
+        {'cosmos': 1000, 'without-cross-attention': 1000, 'text-crop': 1000, 'clip': 500}),
     # What cross-attention costs was open after five seeds. Text crops take half of their rate.
     'longer': race({'clip': 5796, 'text-crop': 4104}, FIVE, {'text-crop': 2.5e-4}) | race(
         {'without-cross-attention': 3450, 'cosmos': 3000}, range(1, 9)),
     # Who reads what: from the same pairs, in the same minutes, in three times the minutes.
     'reading': race({
         'cosmos': 0, 'another-pair': 0, 'without-cross-attention': 1000, 'across': 0, 'two-terms': 0}),
-    'tune-across': tune({'across': '2e-3', 'two-terms': '2e-3 1e-3 5e-4'}) | tune({'across': '1e-3 5e-4'}, count=2),
+    'tune-across': tune({'across': '2e-3', 'two-terms': '2e-3 1e-3 5e-4'}) | tune(
+        {'across': '1e-3 5e-4'}, count=2),
     'across': race({'cosmos': 0, 'another-pair': 0, 'without-cross-attention': 0, 'across': 0}),
     'longer-reading': race(
-        {'cosmos': 3000, 'without-cross-attention': 3450, 'another-pair': 3000, 'across': 3000}, FIVE),
+        {'cosmos': 3000, 'another-pair': 3000, 'without-cross-attention': 3450, 'across': 3000},
+        FIVE),
     # Other pictures, with rich captions. CLIP keeps its own crops, as in train.py.
     'tune-emoji': tune({
         'cosmos': '2e-3 1e-3 5e-4 2.5e-4',
@@ -392,8 +400,8 @@ def train_run(variant, seed, scenes, out):
 
     begun = time.perf_counter()
     student, teacher, _ = onepage.train(
-        scenes, steps, seed, PRECISION, augment=variant.augment, batch=method.batch, rate=rate, watch=keep_losses,
-        **differs)
+        scenes, steps, seed, PRECISION, augment=variant.augment, batch=method.batch, rate=rate,
+        watch=keep_losses, **differs)
     seconds = int(time.perf_counter() - begun)
     merges = onepage.learn_tokenizer(Shards(scenes, split='train')).merges
     saved = runs.networks(student, teacher, student.config, merges, steps)
