@@ -22,7 +22,8 @@ from torchvision.ops import masks_to_boxes
 
 import eval
 import train
-from cosmos import COSMOS, Output, Teacher, across_terms, cosmos_terms, no_terms, symmetric_nce, total_loss, unit
+from cosmos import (COSMOS, Output, Teacher, across_terms, cosmos_terms, no_terms, symmetric_nce,
+                    total_loss, unit)
 from data import Shards, Tokenizer
 from eval import embed_images, embed_texts, load, preprocessing, shard_image
 from lesson import experiments, onepage, plots, scenes, suppression
@@ -71,7 +72,11 @@ def objects_in(shards):
 
 def drawn_again(objects):
     """The numbers in the mask of a scene, (96, 96), by what its json lists."""
-    return mask_of([SimpleNamespace(**listed, shape=listed['name'].split()[1]) for listed in objects])
+    things = []
+    for listed in objects:
+        _, shape = listed['name'].split()
+        things.append(SimpleNamespace(**listed, shape=shape))
+    return mask_of(things)
 
 
 def drawn_scene(world, split, i):
@@ -111,11 +116,13 @@ def test_what_is_listed(val):
         first_colors.update(colors)
         for number, thing in enumerate(objects, 1):
             x, y, w, h = thing['bbox']
-            assert masks_to_boxes(numbers[None] == number).tolist() == [[x, y, x + w - 1, y + h - 1]]
+            [box] = masks_to_boxes(numbers[None] == number).tolist()
+            assert box == [x, y, x + w - 1, y + h - 1]
             assert caption.count(thing['name']) == 1
             assert (numbers == number).sum() == thing['area']
             lacking = set(list(SHAPES)[:8]) - set(shapes)
-            assert sorted(thing['absent']) == sorted(f'{colors[number - 1]} {shape}' for shape in lacking)
+            absent = [f'{colors[number - 1]} {shape}' for shape in lacking]
+            assert sorted(thing['absent']) == sorted(absent)
         dominant_first += caption.split('. ')[0].endswith(objects[0]['name'])
     assert 2 <= dominant_first <= 14 and first_colors == {'red', 'blue'}
 
@@ -181,7 +188,8 @@ def test_company():
             _, (*other, small), pixels, mask = drawn_scene(world, 'val', i)
             here = mask == 1 + len(other)
             found[company] = small, here.tolist(), pixels[here].tolist()
-            assert [thing['area'] for thing in other] == {'big': [1331], 'equal': [369], 'none': []}[company]
+            areas = {'big': [1331], 'equal': [369], 'none': []}
+            assert [thing['area'] for thing in other] == areas[company]
             pools[company], objects, *_ = drawn_scene(world, 'train', i)
             if company == 'big':
                 left_out = objects[0]['name']
@@ -261,14 +269,17 @@ def test_who_knows_all_names(val):
     table = score_table(listed, knows_names)
     for figure in suppression.named(table, listed).values():
         assert figure['top1'] == 1
-    assert suppression.bound(table, listed).items() >= {'dominant_small': 1, 'small_small': 1}.items()
+    bound = suppression.bound(table, listed)
+    assert bound['dominant_small'] == bound['small_small'] == 1
 
 
 def test_who_knows_little_gets_little(parts):
     """oracle: closed forms for who knows only the biggest object, adds the words of all, multiplies them, or likes some
     names; chance, within three points, for who knows how many pixels each colour covers. 1,000 scenes."""
     found = suppression.adversaries(*parts)
-    names = {who: (figures['dominant']['top1'], figures['small']['top1']) for who, figures in found.items()}
+    names = {}
+    for who, figures in found.items():
+        names[who] = figures['dominant']['top1'], figures['small']['top1']
     assert names['areas'] == pytest.approx((1 / 6, 1 / 6), abs=0.03)
     assert names['biggest'][0] == 1 and names['biggest'][1] < 0.2
     assert names['sums'] == names['products'] == (1, 1)
@@ -310,7 +321,8 @@ def test_ten_scenes_by_hand(model, val):
     scores = suppression.scores_of(val, *model)
     figures = suppression.named(scores, listed)
     for role, found in hits.items():
-        assert figures[role] == pytest.approx({'top1': np.mean(found), 'chance': 1 / 6, 'objects': len(found)})
+        expected = {'top1': np.mean(found), 'chance': 1 / 6, 'objects': len(found)}
+        assert figures[role] == pytest.approx(expected)
     figures = suppression.bound(scores, listed)
     assert figures.pop('pairs') == sum(map(len, both.values()))
     assert figures == {roles: np.mean(found) for roles, found in both.items()}
@@ -365,9 +377,12 @@ def test_pointing_by_hand(monkeypatch, val, model):
         mask = Image.fromarray(mask_of(scene))
         numbers = np.array(mask.resize((64, 64), Image.NEAREST))[4::8, 4::8].flatten()
         for thing in scene:
-            for where, there in ('own', numbers[[27]]), ('absent', numbers[[PATCHES[thing.color]]]), ('area', numbers):
+            asked_absent = PATCHES[thing.color]
+            peaks = ('own', numbers[[27]]), ('absent', numbers[[asked_absent]]), ('area', numbers)
+            for where, there in peaks:
                 on_it = there == thing.number
-                for place, hits in ('it', on_it), ('other', (there > 0) & ~on_it), ('ground', there == 0):
+                on_other = (there > 0) & ~on_it
+                for place, hits in ('it', on_it), ('other', on_other), ('ground', there == 0):
                     expected.setdefault((thing.role, f'{where}_{place}'), []).append(hits.mean())
         colors = [None, *(thing.color for thing in scene)]
         if {'red', 'blue'} <= set(colors):
@@ -379,7 +394,8 @@ def test_pointing_by_hand(monkeypatch, val, model):
         assert figures[role][name] == pytest.approx(np.mean(shares))
     assert len(expected) == 20
     for thing, queries in zip(things, asked):
-        eot, _ = network.encode_text(tokenizer([f'there is a {thing.name}', f'there is a {thing.absent[0]}']))
+        sentences = [f'there is a {thing.name}', f'there is a {thing.absent[0]}']
+        eot, _ = network.encode_text(tokenizer(sentences))
         assert_close(queries, eot)
 
 
@@ -456,7 +472,8 @@ def test_other_sets(model, tmp_path, monkeypatch):
     first sentences. During training there is nothing to report. Objects may be listed in another way."""
     image = encoded(Image.new('RGB', (64, 64)))
     for objects in [], ['dog'], [{'name': 'dog', 'role': 'small', 'absent': []}]:
-        shards = Shards(pairs_tar(tmp_path / '0.tar', [{'captions': ['a dog'], 'objects': objects}], [image]))
+        record = {'captions': ['a dog'], 'objects': objects}
+        shards = Shards(pairs_tar(tmp_path / '0.tar', [record], [image]))
         assert Named().evaluated(None, train.Evaluated(*model, shards, None)) == {}
     args = experiments.measured('out/last.pt', tmp_path)
     clip = COSMOS(replace(model[0].config, cross_heads=0))
@@ -494,8 +511,10 @@ def test_other_ways_to_read(model, views):
         network = build(whole.config)
         network.load_state_dict(whole.state_dict())
         out = network(*views)
-        assert_close(out.h_I[:1], unit(whole.text_cross(cls[None], words[pairs]) + residual * cls))
-        assert_close(out.h_T[:1], unit(whole.image_cross(eot[None], patches[pairs]) + residual * eot))
+        h_I = whole.text_cross(cls[None], words[pairs]) + residual * cls
+        h_T = whole.image_cross(eot[None], patches[pairs]) + residual * eot
+        assert_close(out.h_I[:1], unit(h_I))
+        assert_close(out.h_T[:1], unit(h_T))
 
 
 def test_grouped_batches():
@@ -528,7 +547,8 @@ def sandbox(tmp_path, monkeypatch):
 def test_onepage_is_train(drawn, sandbox):
     """oracle: train.py. After 20 steps of `tiny` student, teacher and optimizer are equal, bit for bit. And what its
     watcher tells of objects is what the command finds in its checkpoint."""
-    flags = f'--preset tiny --data {drawn} --precision fp32 --workers 0 --batch 4 --steps 20 --out out'
+    flags = (f'--preset tiny --data {drawn} --precision fp32 --workers 0 --batch 4 '
+             '--steps 20 --out out')
     program = SimpleNamespace(main=partial(train.main, watchers=[Named()]))
     assert run(program, *flags.split()) == 0
     student, teacher, optimizer = onepage.train(drawn, 20, precision='fp32', batch=4)
@@ -626,12 +646,14 @@ def test_a_set_that_is_not_drawn(course, tmp_path, monkeypatch):
     for held_out in '0.tar', 'coco':
         monkeypatch.setitem(experiments.SETS, 'mine', (tmp_path / '0.tar', tmp_path / held_out))
         rows.append(experiments.make_row({'a': variant}, (0, 'a')) | {'seconds': 0})
-    assert rows[0] == rows[1] and rows[0]['run'].startswith('cosmos, pairs of mine, augment full, grouped')
+    assert rows[0] == rows[1]
+    assert rows[0]['run'].startswith('cosmos, pairs of mine, augment full, grouped')
     for annotation in listing['annotations'][:5]:
         listing['annotations'].append(annotation | {'caption': 'on black', 'kind': 'names, background'})
     put(tmp_path / 'coco/annotations/captions_val2017.json', listing)
-    scored = eval.load(experiments.run_folder(variant, 0) / 'last.pt')
-    told = experiments.set_figures('mine', experiments.measured(experiments.run_folder(variant, 0), None), scored)
+    out = experiments.run_folder(variant, 0)
+    scored = eval.load(out / 'last.pt')
+    told = experiments.set_figures('mine', experiments.measured(out, None), scored)
     asked = experiments.flat({'retrieval': told['objects']})
     assert (told['retrieval']['captions'], rows[0] | asked) == (11, rows[0])        # as if they were not there
     crops = experiments.make_row({'a': variant._replace(augment='crops')}, (0, 'a'))
@@ -770,7 +792,8 @@ def test_filling_in(families, capsys):
     assert plots.PAGES[0].read_text() == plots.PAGES[1].read_text() == PAGE
     table = plots.APPENDIX.read_text()
     assert '| b - clip | small.top1 | +10.0 ± 2.5 | yes |' in table
-    assert '| c - clip | small.top1 | +5.0 ± 5.0 | yes |' in table and '| clip × 5 | 1.0 | 40.0 |' in table
+    assert '| c - clip | small.top1 | +5.0 ± 5.0 | yes |' in table
+    assert '| clip × 5 | 1.0 | 40.0 |' in table
     wrong = PAGE.replace('40.0 %', '46.0 %')
     plots.PAGES[1].write_text(wrong)
     assert '46.0 would become 40.0' in run(plots) and plots.PAGES[1].read_text() == wrong
@@ -797,7 +820,8 @@ def test_check(course, monkeypatch):
     for page in plots.PAGES:
         page.write_text('')
     first, second = experiments.EQUAL_COMMITS[:2]
-    add_rows('commit machine precision small.top1', f'clip 0 {first} m bf16 .5', f'clip 1 {second} m bf16 .25')
+    columns = 'commit machine precision small.top1'
+    add_rows(columns, f'clip 0 {first} m bf16 .5', f'clip 1 {second} m bf16 .25')
     assert run(plots) is None and run(plots, '--check') is None
     put('runs/lesson/x/row.json', {'run': experiments.recipe(variants['clip']), 'small.top1': 0.75})
     assert run(plots, '--mine') is None and Path('runs/lesson/a.png').exists()
