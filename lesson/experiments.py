@@ -355,7 +355,7 @@ def scene_folder(world, seed):
 # train.py, the others train by onepage.py: of cosmos, clip, clip-aug, text-crop, without-cross-attention,
 # another-pair and of sorted batches runs were made again, and all columns of their rows but the seconds were the same.
 # A commit that changes no number of a run joins them here, once that has been shown again. In 01e2c63 equal scores tie
-# to the last bit: mean ranks moved, by 0.002 at most, and R@1 of two long runs, by one and two captions of 1,000.
+# to the last bit: mean ranks moved, by 0.002 at most, and R@1 of three long runs, by one or two captions of 1,000.
 EQUAL_COMMITS = ('1d83ab1', '597074d', '820331e', '7e3ef2a', '01e2c63')
 CODE = ('cosmos.py data.py eval.py lesson/onepage.py lesson/scenes.py lesson/suppression.py plumbing/captions.py '
         'plumbing/colours.py plumbing/images.py plumbing/processes.py plumbing/shards.py plumbing/tokenizer.py')
