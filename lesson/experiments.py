@@ -288,9 +288,6 @@ EXPERIMENTS = {
 
 # What is compared: {experiment: {columns: variants}}. The differences of an experiment are one family.
 NAMED = 'dominant.top1 small.top1'
-# Runs of these are still to be made, and no page has a figure of them.
-OPEN = ()
-
 RECALL = 'retrieval.image_to_text_R@1'
 RIVALS = 'cosmos~clip without-cross-attention~clip without-cross-attention~cosmos'
 READERS = ('across~cosmos across~without-cross-attention across~another-pair another-pair~cosmos '
