@@ -87,11 +87,12 @@ class Config:
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's; the end-of-text token has the largest id
     cross_heads: int = 8            # attention heads inside C^I and C^T; 0: neither, a plain CLIP
+    two_scales: bool = False        # C^I and C^T bring a second scale; True: a model without them has it, too
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released models have GELU
 
     def __post_init__(self):
         for name, size in vars(self).items():
-            least = 0 if name in ('cross_heads', 'quick_gelu') else 1
+            least = 0 if name in ('cross_heads', 'two_scales', 'quick_gelu') else 1
             if size < least:
                 raise ValueError(f'{name} {size} is too small; give {least} or more')
         if self.image_size % self.patch_size or self.local_image_size % self.patch_size:
@@ -165,17 +166,18 @@ class COSMOS(nn.Module):
         D = config.embed_dim
         self.config = config
         self.has_cross_attention = config.cross_heads > 0
+        self.has_two_scales = self.has_cross_attention or config.two_scales
         self.visual = VisionTower(config)
         self.text = TextTower(config)
         first_scale = torch.tensor(math.log(1 / 0.07))                  # ln(1/temperature)
         self.logit_scale = nn.Parameter(first_scale)                    # L_CLIP
         if self.has_cross_attention:
-            # paper silent: tokens pass a linear map before Eq. 1-2 (model.py:285-287, 331, 436), and L_COSMOS has a
-            # scale of its own (model.py:274).
+            # paper silent: tokens pass a linear map before Eq. 1-2 (model.py:285-287, 331, 436)
             self.image_map = nn.Linear(config.vision_width, D)
             self.text_map = nn.Linear(config.text_width, D)
             self.image_cross = CrossAttention(D, config.cross_heads)    # C^I, reads patches
             self.text_cross = CrossAttention(D, config.cross_heads)     # C^T, reads words
+        if self.has_two_scales:         # paper silent: L_COSMOS has a scale of its own (model.py:274)
             self.distill_logit_scale = nn.Parameter(first_scale.clone())
 
     def forward(self, images, texts):
@@ -224,8 +226,8 @@ class COSMOS(nn.Module):
         return self.image_cross.weights(eot, patches), self.text_cross.weights(cls, words)
 
     def scales(self):
-        """The learned logarithms of 1/temperature: of L_CLIP, and with cross-attention of L_COSMOS."""
-        if self.has_cross_attention:
+        """The learned logarithms of 1/temperature: of L_CLIP, and of L_COSMOS if it has one of its own."""
+        if self.has_two_scales:
             return [self.logit_scale, self.distill_logit_scale]
         return [self.logit_scale]
 
@@ -372,6 +374,15 @@ def across_terms(out, cls_t, eot_t, scale):
         'h_T_eot_t': match(out.h_T, eot_t, scale)}
 
 
+def plain_terms(out, cls_t, eot_t, scale):
+    """Eq. 6 without cross-attention, for the method `plain` (ours): cls and eot take the place of h_I and h_T."""
+    return {
+        'cls_cls_t': match(out.cls, cls_t, scale),
+        'cls_eot_t': match(out.cls, eot_t, scale),
+        'eot_cls_t': match(out.eot, cls_t, scale),
+        'eot_eot_t': match(out.eot, eot_t, scale)}
+
+
 def embedding_terms(out, cls_t, eot_t, scale):
     """Self-distillation without cross-attention, for a middle row of Table 5.
 
@@ -399,7 +410,7 @@ def total_loss(model, out, cls_t, eot_t, terms=cosmos_terms):
     parts['name'] = (weight, term).
     """
     parts = {'clip': (1, clip_loss(out, model.logit_scale.exp()))}
-    scale = model.scales()[-1].exp()        # of L_COSMOS; without cross-attention there is only that of L_CLIP
+    scale = model.scales()[-1].exp()        # that of L_COSMOS; the only one if the model has one scale
     distilled = terms(out, cls_t, eot_t, scale)
     for name, term in distilled.items():
         parts[name] = (1 / len(distilled), term)                        # Eq. 6: a quarter each

@@ -33,8 +33,10 @@ from plumbing.benchmarks import (BENCHMARKS, IGNORE, TORCHVISION_SETS, Settings,
                                  read_mask, read_synonyms, read_templates, torchvision_set, with_owners)
 # Refused: an error that a user can mend, which `command` shows as one sentence. Unreadable(Refused): one image or
 # record is bad. need(condition, sentence): Refused unless the condition holds.
-from plumbing.errors import Parser, Refused, Unreadable, command, count, device_type, need, write_json
+from plumbing.errors import Refused, Unreadable, command, need
+from plumbing.files import write_json
 from plumbing.images import read_image
+from plumbing.options import Parser, count, device_type
 from plumbing.shards import Shards
 from plumbing.weights import load_weights, read_network
 

@@ -23,7 +23,7 @@ from torch.testing import assert_close
 import cosmos
 import train
 from cosmos import (COSMOS, GLOBALS, Attention, Config, Teacher, clip_loss, cosmos_loss, embedding_terms, image_terms,
-                    no_terms, symmetric_nce, total_loss)
+                    no_terms, plain_terms, symmetric_nce, total_loss)
 from eval import encode_dense
 from plumbing.weights import from_openclip, to_openclip
 from tests.helpers import MICRO, ROOT, close, micro, refused, seeded, shared
@@ -316,6 +316,15 @@ def test_losses_without_cross_attention():
             (embedding_terms, {'cls_cls_t': (0.5, images), 'eot_eot_t': (0.5, texts)})):
         _, parts = total_loss(model, out, cls_t, eot_t, distill)
         assert_close(parts, {'clip': (1, clip)} | expected)
+    model, out, cls_t, eot_t = a_forward_pass('plain')
+    _, parts = total_loss(model, out, cls_t, eot_t, plain_terms)        # with the second scale
+    e = math.e ** 2
+    assert_close(parts, {
+        'clip': (1, slow_loss(out.cls[:GLOBALS], out.eot, math.e)),
+        'cls_cls_t': (0.25, slow_loss(out.cls, cls_t, e)),
+        'cls_eot_t': (0.25, slow_loss(out.cls, eot_t, e)),
+        'eot_cls_t': (0.25, slow_loss(out.eot, cls_t, e)),
+        'eot_eot_t': (0.25, slow_loss(out.eot, eot_t, e))})
 
 
 def test_three_globals(monkeypatch):

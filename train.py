@@ -41,12 +41,13 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from cosmos import (COSMOS, GLOBALS, Config, Output, Teacher, across_terms, cosmos_terms, embedding_terms, gather,
-                    image_terms, no_terms, total_loss)
+                    image_terms, no_terms, plain_terms, total_loss)
 from data import Shards
 from plumbing import runs
 from plumbing.captions import POOL_KEYS
-from plumbing.errors import (Parser, above_zero, amount, command, count, need, positive, share, warn,
-                             write_json)
+from plumbing.errors import command, need, warn
+from plumbing.files import write_json
+from plumbing.options import Parser, above_zero, amount, count, positive, share
 from plumbing.processes import (CORES, DTYPES, Processes, choose_dtype, compile_blocks, peak_memory,
                                 signals_caught, use_cores)
 from plumbing.tokenizer import Tokenizer, learn_merges
@@ -97,15 +98,10 @@ class Method(NamedTuple):
     has_local_texts: bool           # captions of one sentence, as many as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
     augments: bool                  # colours and flips change, unless --augment or the recipe says 'crops'
-    terms: Callable                 # of the loss, beside L_CLIP; see cosmos.py
-
-    @property
-    def cross_attention(self):      # a model has C^I and C^T where their terms are learned
-        return self.terms not in (no_terms, image_terms, embedding_terms)
-
-    @property
-    def distills(self):
-        return self.terms is not no_terms
+    has_teacher: bool
+    has_cross_attention: bool       # C^I and C^T. If no term reads h_I and h_T they would never train
+    has_own_scale: bool             # the terms have a temperature of their own, not that of L_CLIP
+    terms: Callable                 # what is learned beside L_CLIP, a function of cosmos.py
 
 
 # Each row adds to the one above. Only the first and the last are the released code's: clip has open_clip's own crop,
@@ -113,15 +109,17 @@ class Method(NamedTuple):
 # far below the CLIP of its Table 1, so they probably had raw captions only: give them --caption-pool raw.
 G = GLOBALS
 METHODS = {
-    #                  global  global  local   local   crop   augments  learns beside L_CLIP
-    #                  images  texts   images  texts   min
-    'clip':          Method(1,      1, False,  False,  0.9,   False,    no_terms),
-    'clip-aug':      Method(G,      1, False,  False,  0.4,   True,     no_terms),
-    'image-distill': Method(G,      1, True,   False,  0.4,   True,     image_terms),
-    'text-crop':     Method(G,      G, True,   True,   0.4,   True,     image_terms),
-    'text-distill':  Method(G,      G, True,   True,   0.4,   True,     embedding_terms),
-    'cosmos':        Method(G,      G, True,   True,   0.4,   True,     cosmos_terms),
-    'across':        Method(G,      G, True,   True,   0.4,   True,     across_terms)}    # ours, no row of the table
+    #                  global  global  local   local   crop  aug-    teacher  cross-  own     learns beside L_CLIP
+    #                  images  texts   images  texts   min   ments            attn.   scale
+    'clip':          Method(1,      1, False,  False,  0.9,  False,  False,   False,  False,  no_terms),
+    'clip-aug':      Method(G,      1, False,  False,  0.4,  True,   False,   False,  False,  no_terms),
+    'image-distill': Method(G,      1, True,   False,  0.4,  True,   True,    False,  False,  image_terms),
+    'text-crop':     Method(G,      G, True,   True,   0.4,  True,   True,    False,  False,  image_terms),
+    'text-distill':  Method(G,      G, True,   True,   0.4,  True,   True,    False,  False,  embedding_terms),
+    'cosmos':        Method(G,      G, True,   True,   0.4,  True,   True,    True,   True,   cosmos_terms),
+    # ours, no rows of the table
+    'plain':         Method(G,      G, True,   True,   0.4,  True,   True,    False,  True,   plain_terms),
+    'across':        Method(G,      G, True,   True,   0.4,  True,   True,    True,   True,   across_terms)}
 
 # --- 3. One step -----------------------------------------------------------------------------------------------------
 
@@ -177,7 +175,7 @@ def train_step(run, batch):
     cls_t = eot_t = None
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
         out = run.forward(images, batch.texts)
-        if run.method.distills:
+        if run.method.has_teacher:
             cls_t, eot_t = run.teacher(images[:GLOBALS], batch.teacher_texts)
 
     loss, parts = total_loss(student, out, cls_t, eot_t, run.method.terms)
@@ -196,7 +194,7 @@ def train_step(run, batch):
             torch.nn.utils.clip_grads_with_norm_(student.parameters(), options.clip_grad, norm)
         run.scaler.step(run.optimizer)
         student.clamp_scales()
-        if run.method.distills:
+        if run.method.has_teacher:
             run.teacher.update(student, momentum_at(run.step, options))
     else:
         tqdm.write(f'WARNING    step {run.step + 1} is left out: loss {loss:.4g}, '
@@ -275,7 +273,7 @@ def make_parser():
     add('--workers', type=count, default=min(8, CORES // 2 or 1), help='loaders for each GPU (%(default)s)')
     add = parser.add_argument_group('method').add_argument
     add('--preset', choices=PRESETS, help='sizes and recipe (vit-b-16 with --data, else tiny)')
-    add('--method', choices=METHODS, default='cosmos', help='row of Table 5, or ours: across (%(default)s)')
+    add('--method', choices=METHODS, default='cosmos', help='row of Table 5, or ours: plain, across (%(default)s)')
     add('--init', help='weights to start from, ours or others; they set sizes and vocabulary')
     add('--quick-gelu', action='store_true', help="of --init: OpenAI's activation, where no file says it")
     add('--local-crops', type=count, default=6, help='local image views per pair (%(default)s)')
@@ -405,12 +403,14 @@ def choose_model(options, saved):
         weights = model.state_dict()
     elif options.vocab != 'learn':
         tokenizer = Tokenizer.clip(path, config.context_length)
+    method = METHODS[options.method]
     heads = 0
-    if METHODS[options.method].cross_attention:
+    if method.has_cross_attention:
         heads = config.cross_heads
         if not heads:       # a plain CLIP gets as many as the presets
             heads = 8 if config.embed_dim >= 256 else 4
-    return replace(config, cross_heads=heads), tokenizer, weights
+    two_scales = method.has_own_scale and not method.has_cross_attention
+    return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
 
 
 def make_run(options, processes, train_set, weights):
@@ -420,10 +420,11 @@ def make_run(options, processes, train_set, weights):
     student = COSMOS(train_set.config).to(device)
     if weights:             # perhaps without cross-attention, or with one that this model lacks
         missing = student.load_state_dict(weights, strict=False).missing_keys
-        print(f"init       {options.init}{'; cross-attention starts fresh' if missing else ''}")
+        fresh = dict.fromkeys(name.partition('.')[0] for name in missing)
+        print(f"init       {options.init}{'; these start fresh: ' + ', '.join(fresh) if fresh else ''}")
     for tower in student.visual, student.text:
         tower.transformer.grad_checkpointing = options.grad_checkpoint
-    teacher = Teacher(student) if METHODS[options.method].distills else None
+    teacher = Teacher(student) if METHODS[options.method].has_teacher else None
     optimizer = make_optimizer(student, options.lr, options.wd)
     dtype = choose_dtype(options.precision, device)
     # The usual start, 65,536, would overflow many times before it settles.
@@ -491,7 +492,7 @@ def log_entry(run, done, steps, seconds, waited):
         'grad_norm': done.norm.item(),
         'scale': run.student.logit_scale.exp().item(),
         'pairs_per_s': steps * options.batch / seconds}
-    if run.method.cross_attention:
+    if run.student.has_two_scales:
         entry['distill_scale'] = run.student.distill_logit_scale.exp().item()
     means = {                       # of each rank another; the mean is logged
         'loss': done.loss,
@@ -598,7 +599,7 @@ def batches_left(run):
     # Half precision is faster with captions of multiples of 8 tokens.
     return iter(data.loader(run.train_set, order, options.workers,
                             multiple=8 if run.dtype else 1,
-                            whole_first=run.method.cross_attention))    # C^T reads its padding
+                            whole_first=run.method.has_cross_attention))    # C^T reads its padding
 
 
 def reason_to_stop(run, broken, bad, seen):

@@ -14,8 +14,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from eval import add_options, execute
-from plumbing.errors import Parser, command, need, replacing
+from plumbing.errors import command, need
+from plumbing.files import replacing
 from plumbing.images import read_image
+from plumbing.options import Parser
 
 # --- 1. Weights ------------------------------------------------------------------------------------------------------
 

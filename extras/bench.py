@@ -26,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from data import Crops
 from extras.prepare import counts_of
-from plumbing.errors import Parser, Unreadable, command
+from plumbing.errors import Unreadable, command
 from plumbing.images import read_image
+from plumbing.options import Parser
 from plumbing.processes import Processes, peak_memory, use_cores
 from plumbing.shards import Shards, find_shards, write_shard
 from plumbing.tokenizer import Tokenizer

@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 from eval import add_options, embed_images, embed_texts, execute
 from extras.prepare import read_rows
-from plumbing.errors import Parser, Refused, command, field, need, read_json
+from plumbing.errors import Refused, command, need
+from plumbing.files import field, read_json
+from plumbing.options import Parser
 
 # --- 1. Items, and the layouts they are published in -----------------------------------------------------------------
 

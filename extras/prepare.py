@@ -27,9 +27,10 @@ from data import Counts, Crops
 from eval import progress
 from extras.report import sample_views
 from plumbing.captions import CAPTION_KEYS, DREAMLIP, caption_pool, sentences
-from plumbing.errors import (Parser, Refused, Unreadable, command, need, positive, read_json, replacing, share,
-                             write_json)
+from plumbing.errors import Refused, Unreadable, command, need
+from plumbing.files import read_json, replacing, write_json
 from plumbing.images import open_image, pillow_errors, read_image
+from plumbing.options import Parser, positive, share
 from plumbing.shards import Shards, write_shard
 from plumbing.tokenizer import LEARNED_VOCAB, Tokenizer
 from train import PRESETS

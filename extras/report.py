@@ -31,9 +31,10 @@ from cosmos import COSMOS, GLOBALS, CrossAttention, Teacher, symmetric_nce, unit
 from data import normalize, text_crops
 from eval import encode_dense, shard_captions, shard_image
 from plumbing.colours import OPERATIONS, recolour
-from plumbing.errors import (Parser, Refused, Unreadable, command, need, read_json, read_lines,
-                             replacing)
+from plumbing.errors import Refused, Unreadable, command, need
+from plumbing.files import read_json, read_lines, replacing
 from plumbing.images import read_image
+from plumbing.options import Parser
 
 PAIRS = 16              # of the step, from all over the training set
 SHOWN = 12              # images of the explorer, the first held-out ones

@@ -17,8 +17,10 @@ from torchvision.utils import save_image
 
 from eval import add_options, embed_images, embed_texts, execute, progress
 from extras.attend import picture_font
-from plumbing.errors import Parser, Unreadable, command, need, positive, replacing, save_tensors
+from plumbing.errors import Unreadable, command, need
+from plumbing.files import replacing, save_tensors
 from plumbing.images import images_in, read_image
+from plumbing.options import Parser, positive
 from plumbing.weights import read_checkpoint
 
 TILE = 176              # side of an image in the sheet, in pixels

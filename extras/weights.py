@@ -18,8 +18,9 @@ import torch
 
 from cosmos import COSMOS
 from eval import load
-from plumbing.errors import (Parser, Refused, command, field, need, read_json, reading, save_tensors,
-                             write_json)
+from plumbing.errors import Refused, command, need
+from plumbing.files import field, read_json, reading, save_tensors, write_json
+from plumbing.options import Parser
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import (clean_names, from_openclip, infer_config, load_weights,
                               read_checkpoint, to_openclip)

@@ -18,7 +18,6 @@ import re
 import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -28,33 +27,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cosmos import COSMOS, GLOBALS, Output, across_terms, cosmos_terms, image_terms, no_terms, unit
+from cosmos import COSMOS, GLOBALS, Output, across_terms, cosmos_terms, image_terms, no_terms, plain_terms, unit
 from data import Counts, Order, Shards
 from eval import embed_texts, load, retrieval, shard_captions, show, zero_shot_retrieval
 from lesson import onepage, suppression
 from lesson.scenes import VERSION, make_scenes
 from plumbing import runs
 from plumbing.benchmarks import published_captions
-from plumbing.errors import (Parser, command, need, positive, read_json, replacing, save_tensors,
-                             write_json)
+from plumbing.errors import command, need
+from plumbing.files import read_json, replacing, save_tensors, write_json
+from plumbing.options import Parser, positive
 
 # --- 1. Other models, and other batches ------------------------------------------------------------------------------
 
 class WithoutCrossAttention(COSMOS):
-    """Eq. 6 with the embeddings in place of h_I and h_T, and a scale of its own. C^I and C^T would get no gradient, so
-    it has neither."""
+    """The model of train.py's method `plain`; onepage.train hands it the sizes of COSMOS."""
 
     def __init__(self, config):
-        super().__init__(replace(config, cross_heads=0))
-        self.distill_logit_scale = deepcopy(self.logit_scale)
-
-    def scales(self):
-        return [self.logit_scale, self.distill_logit_scale]
-
-    def forward(self, images, texts):
-        cls = unit(self.visual(images))                             # (V, B, D)
-        eot = unit(self.text(texts))                                # (U, B, D)
-        return Output(cls, eot, cls, eot)
+        super().__init__(replace(config, cross_heads=0, two_scales=True))
 
 
 class ReadsOtherwise(COSMOS):
@@ -136,7 +126,7 @@ METHODS = {
         'CLIP, two crops', 32, 2256, 1.25e-4, CLIP | {'counts': Counts(GLOBALS, 0, 1, 0)}),
     'text-crop': Method('text crops', 32, 1368, 5e-4, {'terms': image_terms, 'heads': 0}),
     'without-cross-attention': Method(
-        'COSMOS without cross-attention', 32, 1150, 1e-3, {'model': WithoutCrossAttention}),
+        'COSMOS without cross-attention', 32, 1150, 1e-3, {'model': WithoutCrossAttention, 'terms': plain_terms}),
     'without-residual': Method(
         'COSMOS without residual', 32, 1000, 1e-3, {'model': WithoutResidual}),
     'another-pair': Method(
@@ -402,9 +392,6 @@ def train_run(variant, seed, scenes, out):
     seconds = int(time.perf_counter() - begun)
     merges = onepage.learn_tokenizer(Shards(scenes, split='train')).merges
     saved = runs.networks(student, teacher, student.config, merges, steps)
-    if not student.has_cross_attention:                 # eval.load expects a plain CLIP, which has one scale
-        for network in 'student', 'teacher':
-            saved[network].pop('distill_logit_scale', None)
     save_tensors(out, saved)
     return {'steps': steps, 'seconds': seconds, 'pairs': steps * method.batch, 'loss': losses}
 

@@ -36,7 +36,9 @@ from PIL import Image
 from lesson.experiments import (COMPANY, COMPARISONS, EQUAL_COMMITS, EXPERIMENTS, METHODS, RESULTS,
                                 WORLDS, missing_runs, read_results, recipe)
 from lesson.scenes import World, draw_scene
-from plumbing.errors import Parser, Refused, command, need, read_json
+from plumbing.errors import Refused, command, need
+from plumbing.files import read_json
+from plumbing.options import Parser
 
 PAGES = [Path('README.md'), Path('lesson/README.md')]
 APPENDIX = Path('lesson/RESULTS.md')
@@ -196,7 +198,7 @@ SECTIONS = [            # heading, what stands before the columns, columns
     ('Conflict: what is picked', ['conflict.h_T', 'conflict.h_T_caption', 'conflict.h_I'],
      'own sentence read alone kept'),
     ("Last losses, of a blind guess's", ['loss'],
-     'clip h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t cls_eot_t eot_cls_t'),
+     'clip h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t cls_cls_t cls_eot_t eot_cls_t eot_eot_t'),
     ('Who knows little', ['areas', 'biggest', 'sums', 'products', 'likes'],
      'dominant.top1 small.top1 bound.dominant_small bound.small_small seen.dominant seen.small'),
     ('R@1 of who knows all colours, or all names', ['R@1'], 'colors names')]

@@ -31,7 +31,9 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
-from plumbing.errors import Parser, Refused, command, count, need, read_json, write_json
+from plumbing.errors import Refused, command, need
+from plumbing.files import read_json, write_json
+from plumbing.options import Parser, count
 from plumbing.shards import write_shard
 
 # --- 1. What there is to draw ----------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ from eval import (Images, add_options, class_vectors, embed_images, execute, loa
                   shard_image, zero_shot_retrieval)
 from lesson.scenes import ABSENT, COLORS, FORMS, NAMES, SHAPES, mask_of, with_article
 from plumbing.captions import sentences
-from plumbing.errors import Parser, command, need
+from plumbing.errors import command, need
+from plumbing.options import Parser
 from plumbing.shards import Shards
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torchvision
 
-from plumbing.errors import Refused, field, need, read_json, read_lines, reading
+from plumbing.errors import Refused, need
+from plumbing.files import field, read_json, read_lines, reading
 from plumbing.images import images_in, read_image
 
 # --- 1. Retrieval: lists of images and captions ----------------------------------------------------------------------

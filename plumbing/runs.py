@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.errors import Refused, need, save_tensors, warn, write_json
+from plumbing.errors import Refused, need, warn
+from plumbing.files import save_tensors, write_json
 from plumbing.weights import load_weights, read_checkpoint
 
 # --- 1. The folder ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import numpy as np
 from tqdm.contrib.concurrent import process_map, thread_map
 
 from plumbing.captions import caption_pool
-from plumbing.errors import Refused, Unreadable, replacing, warn
+from plumbing.errors import Refused, Unreadable, warn
+from plumbing.files import replacing
 from plumbing.images import read_image
 
 # The index has 7 integers a pair. A size of 0 bytes: the pair has no such member.

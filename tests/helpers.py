@@ -67,7 +67,7 @@ def micro(method='cosmos', B=3):
     """A micro model with one batch: (model, 2 + 2 images, 2 + 3 captions). With another method a plain CLIP."""
     torch.manual_seed(0)
     cross_heads = 2 if method in ('cosmos', 'across') else 0
-    model = COSMOS(replace(MICRO, cross_heads=cross_heads))
+    model = COSMOS(replace(MICRO, cross_heads=cross_heads, two_scales=method == 'plain'))
     images = [torch.randn(B, 3, side, side) for side in [32] * cosmos.GLOBALS + [16] * 2]
     texts = [captions(B, length) for length in (9, 12, 5, 5, 5)]
     return model, images, texts

@@ -563,7 +563,7 @@ def test_step(method, monkeypatch, capsys):
     assert number(printed, 'captions') == row.global_texts + 2 * row.has_local_texts
     assert ' 1,000.0 ms, the median of 3   16.0 samples/s ' in printed
     assert f"{number(printed, 'GFLOP '):.0%} of the 1 that" in printed
-    assert ('aten::_foreach_lerp_ ' in printed) == row.distills
+    assert ('aten::_foreach_lerp_ ' in printed) == row.has_teacher
 
 
 def test_step_times_what_training_has(tmp_path, monkeypatch, capsys):

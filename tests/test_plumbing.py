@@ -20,7 +20,7 @@ from PIL import Image
 
 import train
 from data import Counts, Crops, Shards, Tokenizer
-from plumbing import benchmarks, errors, runs
+from plumbing import benchmarks, files, options, runs
 from plumbing.captions import caption_pool, sentences
 from plumbing.images import decode, read_header
 from plumbing.shards import find_shards, read_at
@@ -168,7 +168,7 @@ def test_reading_a_file_hides_no_bug(tmp_path, monkeypatch):
     """oracle: the rule: an error of our own keeps its kind; what a file lacks, or may not be read, is a sentence."""
     path = put(tmp_path / 'list.json', [{'image': 'a.png'}])
     for error in KeyError, TypeError:
-        with pytest.raises(error), errors.reading(path):
+        with pytest.raises(error), files.reading(path):
             raise error
     refused(f"{path} .*'caption' is missing in .*a.png", benchmarks.read_flickr, path, '')
     refused(f"{path} .*'images' is missing", benchmarks.read_karpathy, path, '', 'test')
@@ -183,8 +183,8 @@ def test_reading_a_file_hides_no_bug(tmp_path, monkeypatch):
 def test_numbers_of_options():
     """oracle: what each type takes, written out; for all else argparse's error."""
     for kind, taken in NUMBERS.items():
-        parser = errors.Parser(prog='prog')
-        parser.add_argument('-n', type=getattr(errors, kind))
+        parser = options.Parser(prog='prog')
+        parser.add_argument('-n', type=getattr(options, kind))
         for text in '0 1 -4 1.5 banana nan inf'.split():
             if text in taken.split():
                 assert parser.parse_args(['-n', text]).n == float(text)
@@ -195,10 +195,10 @@ def test_numbers_of_options():
 def test_full_disks(tmp_path):
     """oracle: the file before, where files may not grow beyond a limit."""
     path = tmp_path / 'new/run/last.pt'
-    errors.save_tensors(path, 'before')
+    files.save_tensors(path, 'before')
     limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    refused('last.pt cannot be written', errors.save_tensors, path, torch.zeros(10_000))
+    refused('last.pt cannot be written', files.save_tensors, path, torch.zeros(10_000))
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     assert torch.load(path) == 'before' and len(list(path.parent.iterdir())) == 1
 

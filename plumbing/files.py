@@ -1,0 +1,73 @@
+"""Files that are written whole, and read with a sentence where they are broken."""
+import json
+import os
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from plumbing.errors import Refused, need
+
+
+@contextmanager
+def replacing(path):
+    """A temporary path beside `path`, which takes its place when the block ends well and is removed when not."""
+    path = Path(path)
+    temporary = path.with_name(f'{path.name}.partial')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, 'rb+') as file:
+            os.fsync(file.fileno())     # else a crash of the machine may leave an empty file under the name
+        temporary.replace(path)
+    except OSError as error:
+        raise Refused(f'{path} cannot be written ({error}); what was there before is whole') from None
+    finally:
+        with suppress(OSError):         # it is gone, or never was
+            temporary.unlink()
+
+
+def save_tensors(path, value):
+    """torch.save, whole or not at all."""
+    with replacing(path) as temporary:
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:   # torch's error for a full disk
+            raise OSError(error) from None
+
+
+def write_json(path, value):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
+
+
+@contextmanager
+def reading(path):
+    """Inside this block, errors of reading and decoding the file at `path` become Refused, with its name."""
+    try:
+        yield
+    except (OSError, UnicodeError, json.JSONDecodeError) as error:
+        raise Refused(f'{path} cannot be read as this command expects ({type(error).__name__}: {error}); '
+                      'see --help') from None
+
+
+def read_json(path):
+    with reading(path):
+        # -sig: a byte order mark or none
+        return json.loads(Path(path).read_text(encoding='utf-8-sig'))
+
+
+def field(record, name, path):
+    """record[name], of what was read from the json file at `path`. Refused where it has none."""
+    need(isinstance(record, dict) and name in record,
+         f"{path} has another form than this command expects: '{name}' is missing in {str(record)[:80]}; see --help")
+    return record[name]
+
+
+def read_lines(path):
+    """The lines of a text file that are not blank."""
+    with reading(path):
+        lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
+    need(lines, f'{path} holds no lines of text')
+    return lines
