@@ -86,6 +86,13 @@ PRESETS = {
                text_width=128, text_layers=2, text_heads=2,
                context_length=64, cross_heads=4),
         LAPTOP | {'steps': 1000}),
+    # some thousand photographs on a laptop, in 20 minutes
+    'photo': Preset(
+        Config(embed_dim=128, image_size=64, local_image_size=32, patch_size=8,
+               vision_width=128, vision_layers=4, vision_heads=4,
+               text_width=128, text_layers=2, text_heads=2,
+               context_length=64, cross_heads=4),
+        LAPTOP | {'batch': 64, 'augment': 'full', 'steps': 900}),
 }
 
 # --- 2. The methods of Table 5 ---------------------------------------------------------------------------------------

@@ -168,10 +168,24 @@ class Variant(NamedTuple):
     seeds: range = range(5)
     tested: tuple = ()              # worlds in which it is asked for names, too
 
+    def label(self):
+        return METHODS[self.method].label
+
     def schedule(self):
         """-> steps, peak learning rate"""
         method = METHODS[self.method]
         return self.steps or method.steps, self.rate or method.rate
+
+    def recipe(self):
+        """All that makes a run but its seed, in words. Runs of the same recipe and seed are one run."""
+        pairs = 'pairs' if self.world in SETS else f'{SCENES} scenes'
+        words = f'{self.method}, {pairs} of {self.world}'
+        if self.augment != 'crops':
+            words += f', augment {self.augment}'
+        if self.method != NOBODY:
+            steps, rate = self.schedule()
+            words += f', grouped {self.grouped:g}, batch {METHODS[self.method].batch}, steps {steps}, rate {rate}'
+        return words
 
 
 def tune(rates, seed=100, steps={}, count=1, **how):
@@ -305,18 +319,6 @@ COMPARISONS = {
 
 # --- 3. One run ------------------------------------------------------------------------------------------------------
 
-def recipe(variant):
-    """All that makes a run but its seed, in words. Runs of the same recipe and seed are one run."""
-    pairs = 'pairs' if variant.world in SETS else f'{SCENES} scenes'
-    words = f'{variant.method}, {pairs} of {variant.world}'
-    if variant.augment != 'crops':
-        words += f', augment {variant.augment}'
-    if variant.method != NOBODY:
-        steps, rate = variant.schedule()
-        words += f', grouped {variant.grouped:g}, batch {METHODS[variant.method].batch}, steps {steps}, rate {rate}'
-    return words
-
-
 def folder(words):
     """-> runs/lesson/WORDS-JOINED-BY-DASHES"""
     return Path('runs/lesson', re.sub('[^a-zA-Z0-9.]+', '-', words))
@@ -324,7 +326,7 @@ def folder(words):
 
 def run_folder(variant, seed):
     """Named by all that makes the run, so that no other one is taken for it."""
-    return folder(f"{origin()['commit']} {recipe(variant)} {seed}")
+    return folder(f"{origin()['commit']} {variant.recipe()} {seed}")
 
 
 def scene_folder(world, seed):
@@ -348,13 +350,13 @@ CODE = ('cosmos.py data.py eval.py lesson/onepage.py lesson/scenes.py lesson/sup
         'plumbing/colours.py plumbing/images.py plumbing/processes.py plumbing/shards.py plumbing/tokenizer.py')
 
 
-def origin():
+def origin(code=CODE):
     """The machine, and the last commit that changed the code of a run, but for this file: what it decides stands in the
     recipe. Edits that are not committed go unseen."""
     line = subprocess.getoutput('grep -sm1 "model name" /proc/cpuinfo')     # Linux tells more
     name = line.partition(': ')[2] or platform.processor()
     return {
-        'commit': subprocess.getoutput(f'git log -1 --format=%h -- {CODE}'),
+        'commit': subprocess.getoutput(f'git log -1 --format=%h -- {code}'),
         'machine': f'{name}, {os.cpu_count()} cores',
         'precision': PRECISION}
 
@@ -468,7 +470,7 @@ def make_row(variants, key):
         figures = world_figures(scenes)
     else:
         figures = run_figures(variant, seed, scenes)
-    row = {'run': recipe(variant), 'seed': seed} | origin() | flat(figures)
+    row = {'run': variant.recipe(), 'seed': seed} | origin() | flat(figures)
     if variant.method != NOBODY:
         write_json(run_folder(variant, seed) / 'row.json', row)        # for lesson.plots --mine
     return row
@@ -503,15 +505,16 @@ def write_results(rows):
         writer.writerows(rows.values())
 
 
-def missing_runs(experiment, seeds=None):
-    """-> [(seed, name of a variant)] that have no row, the first seed of all variants first."""
+def missing_runs(variants, seeds=None):
+    """-> [(seed, name of a variant)] that have no row, the first seed of all variants first. seeds: how many of each,
+    instead of its own."""
     done = read_results()
     missing = []
-    for name, variant in EXPERIMENTS[experiment].items():
+    for name, variant in variants.items():
         first = variant.seeds.start
         last = first + (seeds or len(variant.seeds))
         for seed in range(first, last):
-            if (recipe(variant), seed) not in done:
+            if (variant.recipe(), seed) not in done:
                 missing.append((seed, name))
     return sorted(missing)
 
@@ -523,7 +526,7 @@ def main():
     parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run')
     args = parser.parse_args()
     variants = EXPERIMENTS[args.experiment]
-    wanted = missing_runs(args.experiment, args.seeds)
+    wanted = missing_runs(variants, args.seeds)
     print(f'{len(wanted)} runs have no row in {RESULTS}; --run makes one of the others again')
     if args.run:
         name, seed = args.run

@@ -33,13 +33,16 @@ from statistics import fmean, stdev
 import numpy as np
 from PIL import Image
 
-from lesson.experiments import (COMPANY, COMPARISONS, EQUAL_COMMITS, EXPERIMENTS, METHODS, RESULTS,
-                                WORLDS, missing_runs, read_results, recipe)
+from lesson import experiments, photos
+from lesson.experiments import COMPANY, EQUAL_COMMITS, METHODS, RESULTS, WORLDS, missing_runs, read_results
 from lesson.scenes import World, draw_scene
 from plumbing.errors import Refused, command, need
 from plumbing.files import read_json
 from plumbing.options import Parser
 
+COMPLETE_PHOTOS = {name: variants for name, variants in photos.EXPERIMENTS.items() if name not in photos.OPEN}
+EXPERIMENTS = experiments.EXPERIMENTS | COMPLETE_PHOTOS
+COMPARISONS = experiments.COMPARISONS | photos.COMPARISONS
 PAGES = [Path('README.md'), Path('lesson/README.md')]
 APPENDIX = Path('lesson/RESULTS.md')
 PICTURE = 'assets/lesson-{}.png'
@@ -67,7 +70,7 @@ def values(experiment, name, column):
     rows = parsed(RESULTS.read_text())
     found = {}
     for seed in variant.seeds:
-        row = rows.get((recipe(variant), seed), {})
+        row = rows.get((variant.recipe(), seed), {})
         if row.get(column):
             found[seed] = in_unit(row, column)
     return found
@@ -131,6 +134,7 @@ def family(experiment):
 
 LABELS = {              # of columns, of experiments, and of what stands before a column
     'seconds': 'minutes', 'pairs': 'thousand pairs', 'dominant.top1': 'big named', 'small.top1': 'small named',
+    'photo-pairs': 'same pairs', 'photo-minutes': 'same minutes',
     'minutes': 'same minutes', 'longer': 'three times the minutes', 'longer-reading': 'three times the minutes',
     'areas': 'how many pixels each colour covers', 'biggest': "the big object's name",
     'sums': 'colours and shapes, added up', 'products': 'colours and shapes, multiplied',
@@ -146,7 +150,7 @@ def row_label(experiment, name, *prefix):
     if experiment == 'worlds':
         return label(*prefix)
     track = 'same pairs' if experiment == 'pairs' else LABELS.get(experiment)
-    words = [METHODS[EXPERIMENTS[experiment][name].method].label, *map(label, prefix), track]
+    words = [EXPERIMENTS[experiment][name].label(), *map(label, prefix), track]
     return ', '.join(filter(None, words))
 
 
@@ -322,7 +326,7 @@ def show_runs(axis, experiment, name, column, x):
     variant = EXPERIMENTS[experiment][name]
     runs = list(values(experiment, name, column).values())
     bar = [fmean(runs)] if runs else []
-    stars = [in_unit(row, column) for row in MINE if row['run'] == recipe(variant)]
+    stars = [in_unit(row, column) for row in MINE if row['run'] == variant.recipe()]
     for shares, mark, size, alpha in (runs, 'o', 6, 0.4), (bar, '_', 18, 1), (stars, '*', 18, 1):
         axis.plot([x] * len(shares), shares, mark, color=PAINT[variant.method], markersize=size,
                   markeredgewidth=size / 9, alpha=alpha)
@@ -515,13 +519,14 @@ def check_runs():
     """Refused: runs that are missing, or that cannot be compared."""
     rows = read_results()
     for experiment, variants in EXPERIMENTS.items():
-        missing = missing_runs(experiment)
+        module = 'photos' if experiment in photos.EXPERIMENTS else 'experiments'
+        missing = missing_runs(variants)
         need(not missing,
-             f'{experiment} lacks {len(missing)} runs; make them by python -m lesson.experiments {experiment}')
+             f'{experiment} lacks {len(missing)} runs; make them by python -m lesson.{module} {experiment}')
         origins = set()
         for variant in variants.values():
             for seed in variant.seeds:
-                row = rows[recipe(variant), seed]
+                row = rows[variant.recipe(), seed]
                 commit = 'equal' if row['commit'] in EQUAL_COMMITS else row['commit']
                 origins.add((commit, row['machine'], row['precision']))
         need(len(origins) == 1, f'{experiment} has runs of several origins: {origins}; remove their rows from '

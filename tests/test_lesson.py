@@ -6,9 +6,11 @@ compared with.
 import io
 import json
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,13 +28,13 @@ from cosmos import (COSMOS, Output, Teacher, across_terms, cosmos_terms, no_term
                     total_loss, unit)
 from data import Shards, Tokenizer
 from eval import embed_images, embed_texts, load, preprocessing, shard_image
-from lesson import experiments, onepage, plots, scenes, suppression
+from lesson import experiments, onepage, photos, plots, scenes, suppression
 from lesson.experiments import EXPERIMENTS, METHODS, Variant
 from lesson.scenes import COLORS, NAMES, SHAPES, World, draw_scene, make_scenes, mask_of
 from lesson.suppression import Named, read_scenes, score_table
 from plumbing.files import read_json
 from plumbing.weights import read_checkpoint
-from tests.helpers import encoded, pairs_tar, put, refused, run
+from tests.helpers import MICRO, encoded, pairs_tar, put, refused, run, shared
 
 WORDS = [*COLORS, *SHAPES]
 
@@ -582,8 +584,7 @@ def test_variants():
         assert method.differs.keys() <= signature(onepage.train).parameters.keys()
     for variant in EXPERIMENTS['pairs'].values():
         assert variant.steps * METHODS[variant.method].batch == 32_000
-    recipe = experiments.recipe
-    assert recipe(EXPERIMENTS['minutes']['cosmos']) == recipe(EXPERIMENTS['pairs']['cosmos'])
+    assert EXPERIMENTS['minutes']['cosmos'].recipe() == EXPERIMENTS['pairs']['cosmos'].recipe()
 
 
 def test_reading_across():
@@ -620,9 +621,9 @@ def test_missing_runs(course, monkeypatch):
     """oracle: by hand. Seeds one after another; what has a row is left out, in whichever experiment it was made."""
     variants = {'b': Variant('clip', seeds=range(7, 9)), 'a': Variant('cosmos', seeds=range(7, 8))}
     monkeypatch.setitem(experiments.EXPERIMENTS, 'one', variants)
-    experiments.add_result({'run': experiments.recipe(variants['b']), 'seed': 7})
-    assert experiments.missing_runs('one') == [(7, 'a'), (8, 'b')]
-    assert experiments.missing_runs('one', 3) == [(7, 'a'), (8, 'a'), (8, 'b'), (9, 'a'), (9, 'b')]
+    experiments.add_result({'run': variants['b'].recipe(), 'seed': 7})
+    assert experiments.missing_runs(variants) == [(7, 'a'), (8, 'b')]
+    assert experiments.missing_runs(variants, 3) == [(7, 'a'), (8, 'a'), (8, 'b'), (9, 'a'), (9, 'b')]
     assert 'no variant is called c; take one of b, a' in run(experiments, 'one', '--run', 'c', 7)
 
 
@@ -707,7 +708,7 @@ def add_rows(columns, *rows):
     """Rows `variant seed figures ...` of the first experiment."""
     for row in rows:
         name, seed, *figures = row.split()
-        recipe = experiments.recipe(plots.EXPERIMENTS['one'][name])
+        recipe = plots.EXPERIMENTS['one'][name].recipe()
         experiments.add_result({'run': recipe, 'seed': seed} | dict(zip(columns.split(), figures)))
 
 
@@ -823,7 +824,7 @@ def test_check(course, monkeypatch):
     columns = 'commit machine precision small.top1'
     add_rows(columns, f'clip 0 {first} m bf16 .5', f'clip 1 {second} m bf16 .25')
     assert run(plots) is None and run(plots, '--check') is None
-    put('runs/lesson/x/row.json', {'run': experiments.recipe(variants['clip']), 'small.top1': 0.75})
+    put('runs/lesson/x/row.json', {'run': variants['clip'].recipe(), 'small.top1': 0.75})
     assert run(plots, '--mine') is None and Path('runs/lesson/a.png').exists()
     assert drawn == [[[50, 25], [37.5], []], [[50, 25], [37.5], [75]]]
     results = experiments.RESULTS
@@ -840,3 +841,80 @@ def test_check(course, monkeypatch):
         path.write_text(text)
     plots.APPENDIX.write_text(plots.appendix())
     assert 'the picture a was drawn from other rows' in run(plots, '--check')
+
+
+# --- Photographs -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def album(sandbox, monkeypatch):
+    """Six training pictures in Karpathy's layout, two for validation, three for the test; a model that is quick."""
+    listing = {'images': []}
+    for i, split in enumerate(['train'] * 6 + ['val'] * 2 + ['test'] * 3):
+        sentences = [{'raw': f'A {NAMES[i]} .'}, {'raw': f'It is the {NAMES[i]} .'}]
+        listing['images'].append({'filename': f'{i}.png', 'split': split, 'imgid': i, 'sentences': sentences})
+        put(f'flickr8k/Images/{i}.png', encoded(Image.new('RGB', (70, 64), (20 * i, 9, 9))))
+        put(f'cifar10/{NAMES[i]}/{i}.png', encoded(Image.new('RGB', (32, 32), (20 * i, 9, 9))))
+    put('flickr8k/dataset_flickr8k.json', listing)
+    put('lesson/photos.json', [4, 1, 5])
+    experiments.RESULTS.write_text('')
+    recipe = train.LAPTOP | {'batch': 2, 'steps': 8, 'augment': 'full'}
+    monkeypatch.setitem(train.PRESETS, 'photo', train.Preset(replace(MICRO, image_size=32), recipe))
+    monkeypatch.setattr(photos, 'BATCH', 2)
+    monkeypatch.setattr(photos, 'CIFAR10', Path('cifar10'))
+    monkeypatch.setattr(photos, 'ALL', 6)
+
+
+def in_this_process(words, **how):
+    """subprocess.run of a program of ours."""
+    _, *words = words
+    if words[0] == '-m':
+        words = words[1:]
+    name, *argv = words
+    module = import_module(name.removesuffix('.py'))
+    assert run(module, *argv) in (None, 0)
+
+
+def test_rows_of_photographs(album, monkeypatch, capsys):
+    """oracle: the commands that --print shows, given by hand, and the log. A run that chooses a rate is not scored on
+    the test photographs; half of the photographs are those of the list."""
+    monkeypatch.setattr(photos.subprocess, 'run', in_this_process)
+    variant = photos.Photos('cosmos', 8, 1e-3, range(3, 4), photographs=2)
+    tuned = variant._replace(method='plain', photographs=6, is_scored=False)
+    variants = {'cosmos': variant, 'tuned': tuned}
+    monkeypatch.setitem(photos.EXPERIMENTS, 'photo-fewer', variants)
+    assert run(photos, 'photo-fewer', '--flickr8k', 'flickr8k', '--print') is None
+    lines = capsys.readouterr().out.splitlines()
+    flickr8k = Path('flickr8k')
+    for photographs in 2, 6:
+        photos.shard_folder(flickr8k, photographs)
+    row = photos.make_row(variants, flickr8k, (3, 'cosmos'))
+    listed = {record['file'] for record in map(Shards('runs/photos/shards-2/train').record, range(2))}
+    assert listed == {'4.png', '1.png'}
+    out, words = photos.commands(variant, 3, flickr8k)
+    assert [*words] == ['train', 'retrieval', 'cifar10', 'conflict']
+    shown = [line.split() for line in lines[1].replace('OMP_NUM_THREADS=1 ', '').split(' && ')]
+    assert shown == [*words.values()]
+    saved = read_checkpoint(out / 'last.pt')['student']
+    shutil.rmtree(out)
+    for each in shown:
+        in_this_process(each)
+    assert_close(read_checkpoint(out / 'last.pt')['student'], saved, rtol=0, atol=0)
+    for what, column in (
+            ('retrieval', 'text_to_image_R@1'), ('cifar10', 'top1'), ('conflict', 'conflict')):
+        found = read_json(out / f'{what}.json')[column]
+        expected = experiments.flat({column: found}, '' if what == 'conflict' else f'{what}.')
+        assert expected.items() <= row.items()
+    evaluations = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines() if '"eval"' in line]
+    best = [each['eval']['retrieval'] for each in evaluations if each['step'] == row['best_step']]
+    assert row['val.text_to_image_R@5'] == round(best[0]['text_to_image_R@5'], 4)
+    assert row['pairs'] == 16 and row['retrieval.images'] == 3 and row['val.images'] == 2
+    assert not any(name.startswith('retrieval') for name in photos.make_row(variants, flickr8k, (3, 'tuned')))
+
+
+def test_photographs_that_are_kept():
+    """oracle: half of the training photographs, each once, and no others."""
+    kept = read_json(photos.FEWER)
+    assert len(kept) == len(set(kept)) == 3000
+    listing = read_json(shared('data/flickr8k/dataset_flickr8k.json'))
+    splits = {image['imgid']: image['split'] for image in listing['images']}
+    assert {splits[i] for i in kept} == {'train'}

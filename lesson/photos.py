@@ -1,0 +1,238 @@
+"""Photographs: COSMOS against CLIP on Flickr8k, from scratch, each run a row of lesson/results.csv.
+
+    python -m lesson.photos photo-minutes                    the runs that have no row, two side by side
+    python -m lesson.photos photo-minutes --print            the commands of its runs, a line each, to copy
+    python -m lesson.photos photo-minutes --run cosmos 0     one run: its figures, and its row where it has none
+
+Unlike the drawn scenes, these runs are commands that you could type yourself: one of train.py, which trains on 6,000
+photographs, and one of eval.py, which scores the network that was best on 1,000 validation photographs (best.pt) on
+1,000 others. A run takes one thread of a CPU. Flickr8k is for research and education only, and is not part of this
+repository: docs/own-data.md says where to get it. Shards and networks go to runs/photos.
+
+Every method has the learning rate that was best for it on the validation photographs, see `photo-tune`. The test
+photographs are scored only after all such choices.
+"""
+import json
+import os
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from math import ceil
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+from eval import show
+from lesson.experiments import CODE, SHARED, add_result, flat, missing_runs, origin
+from plumbing.errors import command, need
+from plumbing.files import read_json, write_json
+from plumbing.options import Parser, positive
+from train import METHODS, PRESETS
+
+FOLDER = Path('runs/photos')
+BATCH = PRESETS['photo'].recipe['batch']
+STEPS = PRESETS['photo'].recipe['steps']
+ALL = 6000                              # training photographs
+
+# --- 1. The experiments ----------------------------------------------------------------------------------------------
+
+class Photos(NamedTuple):
+    """How runs are made. Variants that differ only in seeds share their runs."""
+    method: str                         # of train.METHODS
+    steps: int
+    rate: float                         # peak learning rate
+    seeds: range
+    photographs: int = ALL              # to train on
+    is_scored: bool = True              # on the test photographs; a run that chooses a rate is not
+
+    def label(self):
+        return LABELS[self.method]
+
+    def recipe(self):
+        """All that makes a run but its seed, in words."""
+        return (f'{self.method}, {self.photographs} photographs of Flickr8k, batch {BATCH}, steps {self.steps}, '
+                f'rate {self.rate}')
+
+
+# Of each method: the label in plots, the steps that take as long as those of COSMOS, and the best rate for them.
+LABELS = {'clip': 'CLIP', 'clip-aug': 'CLIP, two crops', 'plain': 'COSMOS without cross-attention',
+          'across': 'COSMOS that reads across', 'cosmos': 'COSMOS'}
+MINUTES = {'clip': 3000, 'clip-aug': 2000, 'plain': 1050, 'across': STEPS, 'cosmos': STEPS}
+RATES = {'clip': 1e-3, 'clip-aug': 1e-3, 'plain': 1e-3, 'across': 1e-3, 'cosmos': 1e-3}
+PAIRS_RATES = RATES
+TUNED_ON = range(100, 101)              # a seed that no other experiment uses
+FIVE = range(5)
+THREE = range(3)
+
+
+def tune(tried, steps):
+    """tried: {method: rates}; steps: {method: steps}."""
+    variants = {}
+    for method, rates in tried.items():
+        for rate in map(float, rates.split()):
+            variants[f'{method}-{rate:g}'] = Photos(method, steps[method], rate, TUNED_ON, is_scored=False)
+    return variants
+
+
+def race(methods, steps, rates, seeds, **how):
+    return {method: Photos(method, steps[method], rates[method], seeds, **how) for method in methods.split()}
+
+
+SAME_PAIRS = dict.fromkeys(MINUTES, STEPS)
+LONGER = {method: 3 * steps for method, steps in MINUTES.items()}
+EVERY = ' '.join(MINUTES)
+
+
+def fewer():
+    """Half and a quarter of the photographs, in the same minutes."""
+    variants = {}
+    for photographs in 1500, 3000:
+        for method, variant in race('clip plain cosmos', MINUTES, RATES, THREE, photographs=photographs).items():
+            variants[f'{method}-{photographs}'] = variant
+    return variants
+
+
+EXPERIMENTS = {
+    'photo-tune': tune(dict.fromkeys(MINUTES, '2e-3 1e-3 5e-4'), MINUTES),
+    'photo-tune-pairs': tune({'clip': '2e-3 1e-3 5e-4', 'clip-aug': '2e-3 1e-3 5e-4'}, SAME_PAIRS),
+    'photo-pairs': race(EVERY, SAME_PAIRS, PAIRS_RATES, FIVE),
+    'photo-minutes': race(EVERY, MINUTES, RATES, FIVE),
+    'photo-longer': race('clip plain cosmos', LONGER, RATES, THREE),
+    'photo-fewer': fewer()}
+OPEN = 'photo-pairs', 'photo-minutes', 'photo-longer', 'photo-fewer'       # not all of their runs are made
+
+# What is compared, decided before the first run: R@10, which 1,000 photographs tell more surely than R@1.
+RECALL = 'retrieval.image_to_text_R@10 retrieval.text_to_image_R@10'
+RIVALS = 'cosmos~clip cosmos~clip-aug cosmos~plain plain~clip across~cosmos'
+COMPARISONS = {
+    'photo-pairs': {RECALL: RIVALS},
+    'photo-minutes': {RECALL: RIVALS},
+    'photo-longer': {RECALL: 'cosmos~clip cosmos~plain plain~clip'},
+    'photo-fewer': {RECALL: 'cosmos-1500~clip-1500 cosmos-1500~plain-1500 cosmos-3000~clip-3000 cosmos-3000~plain-3000'}}
+
+# --- 2. One run ------------------------------------------------------------------------------------------------------
+
+FEWER = Path('lesson/photos.json')      # the numbers of 3,000 training photographs; the first 1,500 are a quarter
+CIFAR10 = SHARED / 'data/cifar10'
+
+
+def shard_folder(flickr8k, photographs):
+    """Shards with so many of the training photographs, and with all validation photographs."""
+    folder = FOLDER / f'shards-{photographs}'
+    if not (folder / 'train').is_dir():
+        listing = read_json(flickr8k / 'dataset_flickr8k.json')
+        kept = range(len(listing['images']))
+        if photographs < ALL:
+            kept = read_json(FEWER)[:photographs]
+        kept = set(kept)
+        images = [image for image in listing['images'] if image['split'] != 'train' or image['imgid'] in kept]
+        write_json(FOLDER / f'{photographs}.json', {'images': images})
+        pack = ['-m', 'extras.prepare', 'pack', FOLDER / f'{photographs}.json', flickr8k / 'Images', folder]
+        subprocess.run([sys.executable, *map(str, pack)], check=True)
+    return folder
+
+
+def commands(variant, seed, flickr8k):
+    """-> the folder of a run, {what: the words of a command}. 'train' comes first, each other one writes WHAT.json."""
+    out = FOLDER / '-'.join(variant.recipe().replace(',', '').split() + [str(seed)])
+    best = out / 'best.pt'
+    shards = FOLDER / f'shards-{variant.photographs}'
+    found = {'train': [
+        'train.py', '--data', shards, '--preset', 'photo', '--method', variant.method, '--steps', variant.steps,
+        '--lr', variant.rate, '--seed', seed, '--eval-every', ceil(variant.steps / 8), '--precision', 'bf16',
+        '--workers', 0, '--out', out]}
+    if variant.is_scored:
+        found['retrieval'] = [
+            'eval.py', 'retrieval', best, '--karpathy', flickr8k / 'dataset_flickr8k.json', '--split', 'test',
+            '--images', flickr8k / 'Images', '--json', out / 'retrieval.json']
+        if CIFAR10.is_dir():
+            found['cifar10'] = ['eval.py', 'classify', best, '--folder', CIFAR10, '--json', out / 'cifar10.json']
+        if METHODS[variant.method].has_cross_attention:
+            found['conflict'] = ['-m', 'lesson.suppression', best, '--shards', shards / 'val',
+                                 '--json', out / 'conflict.json']
+    return out, {what: ['python', *map(str, words)] for what, words in found.items()}
+
+
+def make_row(variants, flickr8k, key):
+    """All figures of a run, which is trained first. key: seed, name of a variant."""
+    seed, name = key
+    variant = variants[name]
+    out, words = commands(variant, seed, flickr8k)
+    shutil.rmtree(out, ignore_errors=True)              # a run that was interrupted starts anew
+    figures = {'steps': variant.steps, 'pairs': variant.steps * BATCH}
+    for what, (_, *arguments) in words.items():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if what == 'train':                             # time of its core: another program may share it
+            figures['seconds'] = int(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+            figures |= validation(out)
+        else:
+            figures |= test_figures(what, read_json(out / f'{what}.json'))
+    row = {'run': variant.recipe(), 'seed': seed} | origin(f'{CODE} train.py') | flat(figures)
+    write_json(out / 'row.json', row)
+    return row
+
+
+def validation(out):
+    """The figures on the validation photographs of the step whose networks are best.pt: the best mean R@1."""
+    best = {}
+    for line in (out / 'log.jsonl').read_text().splitlines():
+        entry = json.loads(line)
+        if 'eval' in entry and entry['step'] > 0:
+            found = entry['eval']['retrieval']
+            mean = (found['image_to_text_R@1'] + found['text_to_image_R@1']) / 2
+            if mean > best.get('mean', -1):
+                best = {'mean': mean, 'step': entry['step'], 'retrieval': found}
+    return {'best_step': best['step'], 'val': best['retrieval']}
+
+
+def test_figures(what, found):
+    """What a command has written, under the names of the columns."""
+    if what == 'cifar10':
+        return {'cifar10': {'top1': found['top1']}}
+    return {what: found.get(what, found)}
+
+
+# --- 3. Many runs ----------------------------------------------------------------------------------------------------
+
+def main():
+    parser = Parser(prog='python -m lesson.photos', epilog=__doc__)
+    parser.add_argument('experiment', choices=EXPERIMENTS)
+    parser.add_argument('--flickr8k', type=Path, default=SHARED / 'data/flickr8k',
+                        help='folder with dataset_flickr8k.json and Images/ (%(default)s)')
+    parser.add_argument('--seeds', type=positive, help='how many, instead of all')
+    parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run')
+    parser.add_argument('--print', action='store_true', help='print the commands of all runs, and make none')
+    args = parser.parse_args()
+    variants = EXPERIMENTS[args.experiment]
+    if args.print:
+        for name, variant in variants.items():
+            for seed in variant.seeds[:args.seeds]:
+                _, words = commands(variant, seed, args.flickr8k)
+                print(f'# {name}, seed {seed}')
+                print(' && '.join('OMP_NUM_THREADS=1 ' + shlex.join(each) for each in words.values()))
+        return
+    need((args.flickr8k / 'dataset_flickr8k.json').exists(),
+         f'{args.flickr8k} has no dataset_flickr8k.json; docs/own-data.md says where to get it')
+    wanted = missing_runs(variants, args.seeds)
+    print(f'{len(wanted)} runs have no row; --run makes one of the others again')
+    if args.run:
+        name, seed = args.run
+        need(name in variants, f"no variant is called {name}; take one of {', '.join(variants)}")
+        wanted = [(int(seed), name)]
+    for photographs in {variants[name].photographs for _, name in wanted}:      # before two runs need them
+        shard_folder(args.flickr8k, photographs)
+    os.environ |= {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}          # of the processes that start below
+    with ProcessPoolExecutor(2, get_context('spawn')) as pool:
+        for row in pool.map(partial(make_row, variants, args.flickr8k), wanted):
+            show(row)
+            add_result(row)
+
+
+if __name__ == '__main__':
+    command(main)
