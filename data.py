@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from cosmos import GLOBALS, Config
-from plumbing.colours import JITTERS, NEUTRAL, recolour
+from plumbing.colours import JITTERS, NEUTRAL, Changes, changes_of, constant, recolour
 from plumbing.errors import Refused, Unreadable
 from plumbing.images import decode, read_header
 from plumbing.processes import end_workers, ignore_signals
@@ -156,7 +156,8 @@ def image_crops(data, kinds, rng):
 
 def normalize(images):
     """uint8, or float in [0, 1], (..., 3, h, w) -> float32, with the released mean and deviation."""
-    return TF.normalize(TF.to_dtype(images, scale=True), MEAN, STD)
+    x = TF.to_dtype(images, scale=True)
+    return (x - constant(MEAN, x.device)) / constant(STD, x.device)
 
 
 # --- 4. A pair: its views and captions -------------------------------------------------------------------------------
@@ -280,14 +281,15 @@ def check_batch(batch, pairs, parts):
 class Batch(NamedTuple):
     """What a step needs of B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
-    strengths: dict         # {operation: (B, V)}, on the CPU, see plumbing/colours.py
+    changes: Changes        # which colours change in which image, and how strongly
     texts: list             # U captions (B, T) int64 for the student, see collate
     teacher_texts: list     # the global captions for the teacher, cut to one T
     bad: int                # how many pairs could not be read
 
     def to(self, device):
-        """The batch with crops and texts on a device, without waiting for it."""
+        """The batch on a device, without waiting for it."""
         return self._replace(
+            changes=self.changes.to(device),
             crops=[x.to(device, non_blocking=True) for x in self.crops],
             texts=[x.to(device, non_blocking=True) for x in self.texts],
             teacher_texts=[x.to(device, non_blocking=True) for x in self.teacher_texts])
@@ -298,11 +300,10 @@ class Batch(NamedTuple):
         seed_and_step: a string that seeds the order of the jitters, the same on all ranks.
         """
         views = []
-        for k, crops in enumerate(self.crops):
+        for k, (crops, changes) in enumerate(zip(self.crops, self.changes.by_view())):
             # ours: view k of all pairs has one order of jitters. The released code draws one for every image.
             order = random.Random(f'{seed_and_step} {k}').sample(JITTERS, len(JITTERS))
-            strengths = {name: values[:, k] for name, values in self.strengths.items()}
-            images = recolour(crops, strengths, [*order, 'grey', 'blur', 'solarize'])
+            images = recolour(crops, changes, [*order, 'grey', 'blur', 'solarize'])
             views.append(normalize(images))
         return views
 
@@ -314,7 +315,7 @@ def cut(captions, multiple):
     ends = [ids.argmax(dim=1).max().item() for ids in captions]         # the largest id ends a text
     longest = max(ends) + 1
     length = ceil(longest / multiple) * multiple        # perhaps above T: then a slice keeps all T
-    return [ids[:, :length] for ids in captions]
+    return [ids[:, :length].contiguous() for ids in captions]       # pinned memory would copy them again
 
 
 def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
@@ -325,13 +326,12 @@ def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
     padding; without C^T it is cut, too.
     """
     crops, rows, ids, bad = default_collate(samples)    # rows (B, V, operations), ids (B, U, T)
-    strengths = dict(zip(NEUTRAL, rows.unbind(dim=2)))
-    captions = ids.unbind(dim=1)
+    captions = ids.transpose(0, 1).contiguous().unbind()                # U tensors (B, T)
     globals_cut = cut(captions[:global_texts], multiple)
     locals_cut = cut(captions[global_texts:], multiple)
     first = captions[0] if whole_first else globals_cut[0]
     texts = [first, *globals_cut[1:], *locals_cut]
-    return Batch(crops, strengths, texts, globals_cut, int(bad.sum()))
+    return Batch(crops, changes_of(rows), texts, globals_cut, int(bad.sum()))
 
 
 def loader(train_set, order, workers, multiple=1, whole_first=True):

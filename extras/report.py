@@ -30,7 +30,7 @@ import cosmos
 from cosmos import COSMOS, GLOBALS, CrossAttention, Teacher, symmetric_nce, unit
 from data import normalize, text_crops
 from eval import encode_dense, shard_captions, shard_image
-from plumbing.colours import OPERATIONS, recolour
+from plumbing.colours import OPERATIONS, changes_of, recolour
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import read_json, read_lines, replacing
 from plumbing.images import read_image
@@ -90,9 +90,9 @@ def sample_views(crops, count=4):
         except Unreadable:
             continue
         views = []
-        for image, of_image in zip(images, strengths):
-            batch = {name: torch.tensor([strength]) for name, strength in of_image.items()}
-            views.append(recolour(image[None], batch, OPERATIONS)[0])
+        rows = [list(of_view.values()) for of_view in strengths]        # in the order of NEUTRAL
+        for image, changes in zip(images, changes_of(torch.tensor([rows])).by_view()):
+            views.append(recolour(image[None], changes, OPERATIONS)[0])
         yield index, views, captions, boxes
 
 

@@ -1,9 +1,18 @@
 """Changes of colour in batches, each image with a strength of its own, on the device where the images are."""
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
-# Below, x is (n, 3, h, w) in [0, 1] and a strength (n, 1, 1, 1).
+# --- 1. Operations: x is (n, 3, h, w) in [0, 1], a strength (n, 1, 1, 1) ---------------------------------------------
+
+@lru_cache
+def constant(numbers, device):
+    """A tuple of three -> (3, 1, 1) on a device. It is copied there once: each such copy would make a GPU wait."""
+    return torch.tensor(numbers, device=device).view(3, 1, 1)
+
 
 def brightness(x, strength):
     return (x * strength).clamp_(0, 1)
@@ -35,8 +44,7 @@ def hue(x, turn):
     turned = six_hue / 6 + turn + 1                                     # + 1: never below 0
     # Back: channel = value - chroma * clamp(min(k, 4 - k), 0, 1), k = (start + 6 hue) mod 6. Of red, hue 0, k is
     # 5, 3, 1, and the clamp 0, 1, 1: the red channel stays at value.
-    start = torch.tensor([5, 3, 1], device=x.device)    # of red, green, blue
-    start = start.view(3, 1, 1)
+    start = constant((5, 3, 1), x.device)               # of red, green, blue
     k = 6 * torch.frac(turned + start / 6)              # (n, 3, h, w)
     lost = torch.minimum(k, 4 - k).clamp_(0, 1)
     return value - chroma * lost
@@ -80,18 +88,43 @@ NEUTRAL = {
 JITTERS = 'brightness', 'contrast', 'saturation', 'hue'
 
 
-def recolour(images, strengths, order):
-    """uint8 (B, 3, h, w), strengths {operation: (B,)} on the CPU, the operations in order -> float32 in [0, 1].
+# --- 2. Which images of a batch each operation changes ----------------------------------------------------------------
 
-    Were the strengths on a GPU, each operation would wait for it to know how many images it changes.
+class Changes(NamedTuple):
+    """What the operations change in V views of B images, operation after operation, and in each view after view.
+
+    The CPU decides this, so that a GPU need not be asked how many images change: that would make it wait.
     """
+    images: torch.Tensor        # (changes,) which image of the view
+    strengths: torch.Tensor     # (changes,)
+    counts: list                # how many changes each operation makes in each view, of length operations * V
+
+    def to(self, device):
+        return Changes(self.images.to(device, non_blocking=True), self.strengths.to(device, non_blocking=True),
+                       self.counts)
+
+    def by_view(self):
+        """-> for each view {operation: (images, strengths) that it changes}."""
+        V = len(self.counts) // len(OPERATIONS)
+        of_each = list(zip(self.images.split(self.counts), self.strengths.split(self.counts)))
+        return [dict(zip(OPERATIONS, of_each[view::V])) for view in range(V)]
+
+
+def changes_of(strengths):
+    """strengths (B, V, operations), in the order of NEUTRAL -> Changes."""
+    table = strengths.permute(2, 1, 0)                  # (operations, V, B)
+    neutral = torch.tensor(list(NEUTRAL.values())).view(-1, 1, 1)
+    is_changed = table != neutral
+    _, _, images = is_changed.nonzero(as_tuple=True)
+    return Changes(images, table[is_changed], is_changed.sum(dim=2).flatten().tolist())
+
+
+def recolour(images, changes, order):
+    """uint8 (B, 3, h, w), {operation: (images, strengths) that it changes}, the operations in order -> float32 in
+    [0, 1]."""
     x = images.float().div_(255)
     for name in order:
-        is_changed = strengths[name] != NEUTRAL[name]
-        changed = is_changed.nonzero().flatten()        # which images
+        changed, strengths = changes[name]
         if len(changed):
-            strength = strengths[name][changed].view(-1, 1, 1, 1)
-            strength = strength.to(x.device, non_blocking=True)
-            changed = changed.to(x.device, non_blocking=True)
-            x[changed] = OPERATIONS[name](x[changed], strength)
+            x[changed] = OPERATIONS[name](x[changed], strengths.view(-1, 1, 1, 1))
     return x

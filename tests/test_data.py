@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as V
 
 import data
 from cosmos import GLOBALS
 from data import Counts, Crops, Order, Shards, Tokenizer
-from plumbing.colours import NEUTRAL
+from plumbing.colours import NEUTRAL, changes_of
 from plumbing.images import read_image
 from tests.helpers import MICRO, dog_tar, encoded, pairs_tar, refused, seeded  # noqa: F401
 
@@ -125,9 +126,11 @@ def test_captions_leave_the_pictures_as_they_are(tmp_path):
         assert before != after
     batch = data.collate([many[0, 0]])
     assert_close([x[0] for x in batch.crops], crops, rtol=0, atol=0)
-    for name, values in batch.strengths.items():
-        assert_close(values[0], torch.tensor([each[name] for each in strengths]))
-    assert batch.strengths.keys() == strengths[0].keys() and batch.bad == 0
+    for found, expected in zip(batch.changes.by_view(), strengths, strict=True):
+        changed = {name: strength.tolist() for name, (_, strength) in found.items() if len(strength)}
+        assert changed == {name: pytest.approx([strength])
+                           for name, strength in expected.items() if strength != NEUTRAL[name]}
+    assert batch.bad == 0
     assert torch.equal(batch.texts[0], WORDS(captions[0]))
 
 
@@ -156,11 +159,11 @@ def test_each_colour_operation_is_the_released(monkeypatch, name, function, shar
     images = torch.randint(0, 256, (12, 3, 20, 24), dtype=torch.uint8)
     images[0] = 77                                                      # grey
     images[1, 1:] = 0                                                   # red
-    columns = {each: torch.full((12, 1), NEUTRAL[each]) for each in NEUTRAL}
-    strengths = columns[name][:, 0]
+    table = torch.tensor([[[*NEUTRAL.values()]]] * 12)                  # (12, 1 view, operations)
+    strengths = table[:, 0, [*NEUTRAL].index(name)]
     strengths[:9] = torch.linspace(low, high, 9)
     monkeypatch.setattr(data, 'normalize', torch.clone)
-    [found] = data.Batch([images], columns, [], [], 0).views(0)
+    [found] = data.Batch([images], changes_of(table), [], [], 0).views(0)
     for image, strength, x in zip(images / 255, strengths.tolist(), found):
         if strength == NEUTRAL[name]:
             assert x.equal(image)
@@ -180,12 +183,12 @@ def test_jitters_come_in_the_order_of_the_step():
     """oracle: torchvision's two functions, and solarize behind both: in 20 steps each view has both orders."""
     image = torch.randint(0, 256, (1, 3, 9, 9), dtype=torch.uint8)
     strengths = NEUTRAL | {'brightness': 1.4, 'contrast': 0.6, 'solarize': 0.5}
-    columns = {name: torch.tensor([[strengths[name]] * 2]) for name in strengths}
+    changes = changes_of(torch.tensor([[[*strengths.values()]] * 2]))   # of one image two views
     brighter = V.adjust_contrast(V.adjust_brightness(image / 255, 1.4), 0.6)
     first = data.normalize(V.solarize(brighter, 0.5))
     found = set()
     for step in range(20):
-        one, other = data.Batch([image, image], columns, [], [], 0).views(step)
+        one, other = data.Batch([image, image], changes, [], [], 0).views(step)
         found.add((one.allclose(first, atol=1e-4), other.allclose(first, atol=1e-4)))
     assert len(found) == 4
 
@@ -228,8 +231,8 @@ def test_captions_are_cut():
 
 def test_batches_are_pinned_and_moved(monkeypatch, tmp_path):
     """oracle: the batch that is not pinned; each of its tensors goes once through torch's pinning, which a GPU has, and
-    here copies. Moved are crops and ids, the strengths stay. Colours change where the crops are: torch's device meta
-    refuses numbers of the CPU."""
+    here copies. All are contiguous, else pinning would copy them once more. After the move, views copies nothing to the
+    device: torch's device meta has all that it needs, and refuses numbers of the CPU."""
     crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 3)), WORDS, MICRO, 3)
     order = [[(0, 0), (0, 1), (0, 2)]]
     [plain] = data.loader(crops, order, workers=0)
@@ -244,15 +247,32 @@ def test_batches_are_pinned_and_moved(monkeypatch, tmp_path):
         monkeypatch.setattr(kind, 'is_available', lambda: True)
     [batch] = data.loader(crops, order, workers=0)
     assert_close(batch._asdict(), plain._asdict(), rtol=0, atol=0)
-    fields = [*batch.crops, *batch.strengths.values(), *batch.texts, *batch.teacher_texts]
+    fields = [*batch.crops, *batch.changes[:2], *batch.texts, *batch.teacher_texts]
     assert [id(x) for x in pinned] == [id(x) for x in fields]
-    half = {}
-    for name, values in batch.strengths.items():
-        half[name] = torch.full_like(values, 0.5)       # changes all images
-    moved = batch._replace(strengths=half).to('meta')
-    assert moved.strengths is half
-    for x in (*moved.texts, *moved.teacher_texts, *moved.views('0')):
+    assert all(x.is_contiguous() for x in fields)
+    half = changes_of(torch.full((3, len(batch.crops), len(NEUTRAL)), 0.5))     # changes all images
+    moved = batch._replace(changes=half).to('meta')
+    moved.views('0')                                    # constants go to a device once
+    with Copies() as copies:
+        views = moved.views('0')
+    assert copies.found == []
+    for x in (*moved.texts, *moved.teacher_texts, *views):
         assert x.device.type == 'meta'
+
+
+class Copies(TorchDispatchMode):
+    """Counts what comes from the CPU to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        from_cpu = any(isinstance(x, torch.Tensor) and x.device.type == 'cpu' for x in args)
+        if from_cpu and isinstance(result, torch.Tensor) and result.device.type != 'cpu':
+            self.found.append(operation.name())
+        return result
 
 
 def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
