@@ -199,12 +199,13 @@ def shard_captions(shards):
         try:
             record = shards.record(i)
         except Unreadable as error:
-            raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect') from None
+            tar = shards.paths[shards.index[i, 0]]
+            raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect {tar}') from None
         present = [key for key in keys if record.get(key)]
         need(present, f"{shards.name(i)} has no caption under {', '.join(keys)}; "
              'name others with --caption-keys')
         pools.append(record[present[0]])
-    return with_owners(shards.paths[0], pools)
+    return with_owners(pools, shards.name)
 
 
 def check_held_out(shards):

@@ -1,12 +1,13 @@
 """Data from elsewhere into shards, and a look at shards.
 
     python -m extras.prepare pack rows.csv images/ shards --val 0.1   a tenth held out: shards/train and shards/val
-    python -m extras.prepare pack rows.jsonl images/ shards           nothing held out; CSV, TSV and COCO's JSON do, too
+    python -m extras.prepare pack rows.jsonl images/ shards           nothing held out; JSON, TSV, COCO's lists do, too
+    python -m extras.prepare pack dataset_flickr8k.json Images shards Karpathy's list says what is held out
     python -m extras.prepare join dreamlip.csv /shards /joined        DreamLIP's captions onto img2dataset's shards
     python -m extras.prepare inspect shards                           counts, captions, what training would skip, views
 
 `pack` and `join` go on where they were interrupted, and refuse a folder of shards that were made from something else.
-Of a table that grew `pack` adds what is new.
+If a table has grown, `pack` adds what is new.
 """
 import csv
 import io
@@ -14,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import re
 import sqlite3
 import sys
 from collections import Counter, defaultdict
@@ -26,6 +28,7 @@ from torchvision.utils import save_image
 from data import Counts, Crops
 from eval import progress
 from extras.report import sample_views
+from plumbing.benchmarks import coco_rows, karpathy_rows
 from plumbing.captions import CAPTION_KEYS, DREAMLIP, caption_pool, sentences
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import read_json, replacing, write_json
@@ -40,47 +43,87 @@ IMAGE_COLUMNS = ('image', 'image_path', 'filepath', 'file_name', 'filename', 'pa
 EVERY_CAPTION_KEY = sum(CAPTION_KEYS, [])
 URL_COLUMNS = 'url', 'URL', 'image_url', 'Image Path', 'image_path'     # DreamLIP's CSV: Image Path
 CAPTION_COLUMNS = 'caption', 'title', 'text', 'sentence'                # the first that is filled is the caption
+SPLIT = 'karpathy_split'                        # the key in the json of a pair that came from his list
+HALVES = {'train': 'train', 'restval': 'train', 'val': 'val'}           # his other splits stay out
 NAMED = 10              # images that cannot be used: the first show what is wrong with all
 INSPECTED = 5000        # pairs at most: enough for percentages, read in minutes
 KINDS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}     # MPO: of some phones
 
 # --- 1. Rows ---------------------------------------------------------------------------------------------------------
 
-def parse_json(text):
-    """A list of objects, an object of objects (SugarCrepe), or COCO's captions -> list of rows."""
-    whole = json.loads(text)
+def json_values(text):
+    """All values of a text, one after another: JSON has one, JSON lines have a value a line."""
+    decoder = json.JSONDecoder(parse_constant={}.get)       # NaN becomes None
+    values = []
+    place = 0
+    while place < len(text):
+        value, place = decoder.raw_decode(text, place)
+        values.append(value)
+        place = re.compile(r'\s*').match(text, place).end()
+    return values
+
+
+def rows_of_json(text, path):
+    """JSON lines, a list of objects, an object of objects (SugarCrepe), COCO's captions or Karpathy's list -> rows."""
+    values = json_values(text)
+    whole = values[0]
+    if len(values) > 1:
+        return values
     if isinstance(whole, list):
         return whole
-    if 'annotations' not in whole:
+    images = whole.get('images')
+    if 'annotations' in whole:
+        return [{'image': name, 'caption': captions}
+                for name, captions in coco_rows(whole, path)]
+    if isinstance(images, list) and images and isinstance(images[0], dict):
+        return [{'image': name, 'captions': captions, SPLIT: split}
+                for split, name, captions in karpathy_rows(whole, path)]
+    if all(isinstance(value, dict) for value in whole.values()):
         return list(whole.values())
-    names = {image['id']: image['file_name'] for image in whole['images']}
-    return [{'image': names[annotation['image_id']], 'caption': annotation['caption']}
-            for annotation in whole['annotations']]
+    return values                       # JSON lines, of which there is one
+
+
+def table_rows(file, path, **form):
+    """The rows of an open CSV or TSV, as dicts. Refused, with the line, for a quotation mark that nothing closes: it
+    would swallow all rows up to the next one."""
+    reader = csv.DictReader(file, strict=True, **form)
+    line = 1
+    try:
+        for row in reader:
+            yield row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise Refused(f'{path} cannot be read from line {line} on ({error}); '
+                      'close the quotation mark there, or double it') from None
+
+
+def rows_of_table(text, path):
+    """The rows of a CSV, a TSV, or Flickr30k's table, by the delimiter of the first line."""
+    first_line = text.partition('\n')[0]
+    delimiter = csv.Sniffer().sniff(first_line, ',;\t|').delimiter
+    # A TSV has no quoting, nor has Flickr30k's '| ': a caption may begin with a quotation mark.
+    unquoted = delimiter == '\t' or '| ' in first_line
+    quoting = csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL
+    return list(table_rows(io.StringIO(text), path, delimiter=delimiter, quoting=quoting,
+                           skipinitialspace=True))
 
 
 def read_rows(path):
-    """The rows of a JSONL, JSON, CSV or TSV file, as dicts. Refused, with the file and the row, for others."""
-    kind = Path(path).suffix.lower()
+    """The rows of a JSONL, JSON, CSV or TSV file, as dicts. Its content says which it is, for names vary: Flickr8k's
+    captions.txt is a CSV. Refused, with the file and the row, for others."""
     try:
         text = Path(path).read_text(encoding='utf-8-sig')
-        first_line = text.partition('\n')[0]
-        if kind == '.json':
-            rows = parse_json(text)
-        elif kind in ('.csv', '.tsv'):
-            delimiter = csv.Sniffer().sniff(first_line, ',;\t|').delimiter
-            # A TSV has no quoting, nor has Flickr30k's '| ': a caption may begin with a quotation mark.
-            unquoted = kind == '.tsv' or '| ' in first_line
-            quoting = csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL
-            rows = list(csv.DictReader(io.StringIO(text), strict=True, delimiter=delimiter,
-                                       quoting=quoting, skipinitialspace=True))
-        else:                           # not splitlines: JSON may hold U+2028, which would end a line
-            rows = [json.loads(line) for line in text.split('\n') if line.strip()]
+        if text.lstrip().startswith(('{', '[')):
+            rows = rows_of_json(text.strip(), path)
+        else:
+            rows = rows_of_table(text, path)
     except UnicodeDecodeError as error:
         line = error.object.count(b'\n', 0, error.start) + 1
         raise Refused(f'{path} is not UTF-8 (line {line}); save it as UTF-8, '
                       'in Excel as the type CSV UTF-8') from None
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise Refused(f'{path} cannot be read as JSONL, JSON, CSV or TSV ({error!r})') from None
+    except (OSError, json.JSONDecodeError, csv.Error) as error:
+        raise Refused(f'{path} cannot be read as JSONL, JSON, CSV or TSV ({error!r}); '
+                      'docs/data.md shows what a table looks like') from None
     need(rows, f'{path} has no rows')
     for number, row in enumerate(rows, 1):
         need(isinstance(row, dict), f'row {number} of {path} has no names for its values')
@@ -94,26 +137,28 @@ def find_column(names, columns, path, remedy=''):
     for name in names:
         if name in columns:
             return name
-    raise Refused(f"{path} has the columns {', '.join(columns)}, none of {', '.join(names)}{remedy}")
+    raise Refused(f"{path} has the columns {', '.join(map(str, columns))}, none of {', '.join(names)}{remedy}")
 
 
 def captions_under(key, record):
-    """The record's captions under a key, as a list. Strings of DreamLIP's are split: items of its lists pass whole."""
+    """The record's captions under a key, as a list. Strings of DreamLIP's are split: items of its lists pass whole. What
+    is no text, as NaN, or blank, is no caption."""
     value = record.get(key)
-    if isinstance(value, list):
-        return value
-    if key in DREAMLIP:
+    if key in DREAMLIP and not isinstance(value, list):
         return sentences(value)
-    return [value] if value else []
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if isinstance(item, str) and item.strip()]
 
 
 def add_captions(record, other):
-    """Append the captions of `other` to those of `record`, key by key, each once. They become lists."""
+    """Append the captions of `other` to those of `record`, key by key, each once. They become lists; keys without
+    captions go."""
     for key in EVERY_CAPTION_KEY:
         captions = captions_under(key, record)
         for caption in captions_under(key, other):
             if caption not in captions:
                 captions.append(caption)
+        record.pop(key, None)
         if captions:
             record[key] = captions
 
@@ -134,10 +179,12 @@ def records_by_image(rows, path, image_column=None, caption_column=None):
     for number, row in enumerate(rows, 1):
         record = dict(row)
         name = record.pop(column, None)
-        need(isinstance(name, str), f"row {number} of {path} has no file name under '{column}'")
+        # A NUL or half a character, which JSON can write, is in no name of a file.
+        need(isinstance(name, str) and not re.search('[\0\ud800-\udfff]', name),
+             f"row {number} of {path} has no file name under '{column}'")
         name = os.path.normpath(name)               # ./a.jpg is a.jpg
         record['file'] = name
-        texts = [record[key] for key in text_columns if record.get(key)]
+        texts = [record[key] for key in text_columns if captions_under(key, record)]
         if caption_column:                          # the other captions are for neither training nor retrieval
             for key in EVERY_CAPTION_KEY:
                 record.pop(key, None)
@@ -183,18 +230,15 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
     """A file of rows and a folder of images -> shards of up to `size` images in `out`.
 
     val: this share of the images goes to out/val, the others to out/train. Which ones depends on their names alone.
-    Image bytes are copied as they are. Images that are missing or no images, or without a caption, are left out. What
-    is in a shard already stays there; what is in none goes into further ones.
+    Karpathy's list says itself where each image goes. Image bytes are copied as they are. Images that are missing or no
+    images, or without a caption, are left out. What is in a shard already stays there; what is in none goes into
+    further ones.
     """
     need(0 <= val < 1, f'--val {val} is no share; give 0.1 for a tenth')
     records = records_by_image(read_rows(rows), rows, image_column, caption_column)
+    sides = divide(records, rows, out, val)
     claim(out, source=f'{Path(rows).resolve()}', images=f'{Path(images).resolve()}', val=val,
           columns=[image_column, caption_column])
-    sides = defaultdict(dict)                       # folder of shards: {image name: record}
-    for name, record in records.items():
-        side = 'val' if random.Random(name).random() < val else 'train'
-        folder = Path(out, side) if val else Path(out)
-        sides[folder][name] = record
     new = {}
     for folder, side in sides.items():              # of both sides, before a shard of either is written
         new[folder] = not_packed(side, folder, rows)
@@ -206,17 +250,42 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
             write_shard(path, packed(left[start:start + size], images, number, problems))
             number += path.exists()                 # else none of them could be used
     name_left_out(problems)
-    need(len(problems) < len(records),
-         f'none of the {len(records)} images could be packed; are they in {images}?')
+    listed = sum(map(len, sides.values()))
+    need(len(problems) < listed, f'none of the {listed} images could be packed; are they in {images}?')
     for folder, side in sorted(sides.items()):
-        there = len(Shards(folder)) if list(folder.glob('*.tar')) else 0
-        print(f'{folder} holds {there:,} of the {len(side):,} images listed')
+        print(f'{folder} holds {len(shards_in(folder)):,} of the {len(side):,} images listed')
+
+
+def divide(records, rows, out, val):
+    """Which images go into which folder of shards -> {folder: {image name: record}}."""
+    splits = Counter(record[SPLIT] for record in records.values() if SPLIT in record)
+    need(not (val and splits), f'{rows} says itself which images are held out; leave --val away')
+    sides = defaultdict(dict)
+    for name, record in records.items():
+        if splits:
+            half = HALVES.get(record.get(SPLIT))
+        elif val:
+            half = 'val' if random.Random(name).random() < val else 'train'
+        else:
+            half = ''
+        if half is not None:
+            sides[Path(out, half)][name] = record
+    if splits:
+        counts = ', '.join(f'{n:,} {split}' for split, n in splits.items())
+        print(f'splits     {counts}; train and restval go to {out}/train, val to {out}/val, '
+              'others stay out')
+    return sides
+
+
+def shards_in(folder):
+    """The shards of a folder, which may have none yet."""
+    return Shards(folder) if list(folder.glob('*.tar')) else ()
 
 
 def not_packed(records, folder, rows):
     """The records that are in no shard yet. Refused where a shard holds what is not among the records."""
     left = dict(records)
-    shards = Shards(folder) if list(folder.glob('*.tar')) else ()
+    shards = shards_in(folder)
     for i in range(len(shards)):
         record = shards.record(i)
         need(left.pop(record['file'], None) == record,
@@ -250,10 +319,8 @@ def read_captions(table):
     database = sqlite3.connect('')      # '' is a temporary file
     database.execute('create table captions (url primary key, record)')
     with open(table, encoding='utf-8-sig', errors='replace', newline='') as file:
-        reader = csv.DictReader(file)
-        column = find_column(URL_COLUMNS, reader.fieldnames or (), table)
-        for row in progress(reader, 'reading the table'):
-            url = (row[column] or '').strip()
+        for row in progress(table_rows(file, table), 'reading the table'):
+            url = (row[find_column(URL_COLUMNS, row, table)] or '').strip()
             record = {}
             for key in DREAMLIP:
                 found = sentences(row.get(key))
@@ -400,13 +467,15 @@ def main():
         return one.add_argument
 
     add = add_command(pack, 'ROWS IMAGES OUT', 'rows and a folder of images into shards')
-    add('rows', help='JSONL {"image", "captions"}, a CSV or TSV alike, or COCO-caption JSON')
+    add('rows', help='JSONL {"image", "captions"}, a CSV or TSV alike, COCO-caption JSON, or '
+        "Karpathy's list")
     add('images', help='folder in which the images have these names')
     add('out', help='folder of the shards')
     add('--image-column',
         help=f"column of the image names (default: the first of {', '.join(IMAGE_COLUMNS)})")
     add('--caption-column', help='column of the caption; no other text of the row is then used')
-    add('--val', type=share, default=0.0, help='share of the images for OUT/val; OUT/train has the others')
+    add('--val', type=share, default=0.0, help='share of the images for OUT/val; OUT/train has the others '
+        "(Karpathy's list says itself what is held out)")
     add('--size', type=positive, default=5000, help='images a shard (default: %(default)s)')
     add = add_command(join, 'TABLE SHARDS ... OUT', "DreamLIP's captions onto img2dataset's shards")
     add('table', help='CSV with a column of URLs, and seven of captions')
@@ -419,6 +488,7 @@ def main():
     add('--vocab', help="CLIP's merges, to count tokens (default: COSMOS_VOCAB, else learned ones)")
     add('--out', default='runs/samples.png', help='the sheet of views (default: %(default)s)')
     options = vars(parser.parse_args())
+    sys.stdout.reconfigure(errors='replace')    # half a character, which JSON can write, cannot be printed
     function = options.pop('function')
     function(**options)
 

@@ -10,65 +10,90 @@ import numpy as np
 import torch
 import torchvision
 
+from plumbing.captions import without_spaced_stop
 from plumbing.errors import Refused, need
 from plumbing.files import field, read_json, read_lines, reading
 from plumbing.images import images_in, read_image
 
 # --- 1. Retrieval: lists of images and captions ----------------------------------------------------------------------
 
-# The three published lists, each -> [(path of an image, its captions), ...]. Refused for a list of another form.
+# What the published lists hold, as extras.prepare packs it, too. Refused for a list of another form, whose file is at
+# `path`.
+
+def coco_rows(listing, path):
+    """COCO's captions -> [(name of an image, its captions), ...]."""
+    captions = defaultdict(list)                                    # by the image's id
+    for annotation in field(listing, 'annotations', path, list):
+        image_id = field(annotation, 'image_id', path, (int, str))
+        captions[image_id].append(field(annotation, 'caption', path))
+    rows = []
+    for image in field(listing, 'images', path, list):
+        image_id = field(image, 'id', path, (int, str))
+        rows.append((field(image, 'file_name', path, str), captions[image_id]))
+    return rows
+
+
+def karpathy_rows(listing, path):
+    """Karpathy's dataset_coco.json and the like -> [(split, name of an image, its captions), ...]."""
+    rows = []
+    for image in field(listing, 'images', path, list):
+        split = field(image, 'split', path, str)
+        name = field(image, 'filename', path, str)
+        if image.get('filepath'):                                   # COCO's images lie in two folders
+            name = f"{field(image, 'filepath', path, str)}/{name}"
+        sentences = field(image, 'sentences', path, list)
+        rows.append((split, name, [field(sentence, 'raw', path) for sentence in sentences]))
+    return rows
+
+
+# The three lists as eval.py takes them, each -> [(path of an image, its captions), ...]. images: their folder; without
+# one they lie beside the list.
 
 def read_coco(folder):
     """COCO's folder, with annotations/captions_val2017.json."""
     path = Path(folder, 'annotations/captions_val2017.json')
-    listing = read_json(path)
-    captions = defaultdict(list)                                    # by the image's id
-    for annotation in field(listing, 'annotations', path):
-        captions[field(annotation, 'image_id', path)].append(field(annotation, 'caption', path))
-    pairs = []
-    for image in field(listing, 'images', path):
-        file = Path(folder, 'images/val2017', field(image, 'file_name', path))
-        pairs.append((file, captions[field(image, 'id', path)]))
-    return pairs
+    rows = coco_rows(read_json(path), path)
+    return [(Path(folder, 'images/val2017', name), captions) for name, captions in rows]
 
 
 def read_karpathy(path, images, split):
-    """Karpathy's dataset_coco.json or dataset_flickr30k.json: one split of it. images: their folder, else that of the
-    list."""
-    images = images or Path(path).parent
-    pairs = []
-    for image in field(read_json(path), 'images', path):
-        if field(image, 'split', path) == split:
-            captions = [field(sentence, 'raw', path) for sentence in field(image, 'sentences', path)]
-            file = Path(images, image.get('filepath', ''), field(image, 'filename', path))
-            pairs.append((file, captions))
-    return pairs
+    """One split of Karpathy's list."""
+    folder = images or Path(path).parent
+    rows = karpathy_rows(read_json(path), path)
+    return [(Path(folder, name), captions) for part, name, captions in rows if part == split]
 
 
 def read_flickr(path, images):
-    """The released code's flickr30k_val.json: [{"image", "caption": [five]}, ...]. images: their folder, else that of
-    the list."""
-    images = images or Path(path).parent
+    """The released code's flickr30k_val.json: [{"image", "caption": [five]}, ...]."""
+    folder = images or Path(path).parent
+    listing = read_json(path)
+    need(isinstance(listing, list), f'{path} is no list of images and captions; see --help')
     pairs = []
-    for item in read_json(path):
-        pairs.append((Path(images, field(item, 'image', path)), field(item, 'caption', path)))
+    for item in listing:
+        pairs.append((Path(folder, field(item, 'image', path, str)), field(item, 'caption', path)))
     return pairs
 
 
-def with_owners(path, pools):
+def with_owners(pools, name):
     """The captions of each image, one or several -> all captions, and owner (captions,): the image of each.
 
-    path: of the file that they come from, for the message.
+    name: a function i -> what a message calls image i. Refused for an image that has no caption, or one that is no
+    text. The full stop of ' .' is taken off, as in training.
     """
     captions = []
     owner = []
     for i, pool in enumerate(pools):
-        pool = pool if isinstance(pool, list) else [pool]
-        captions += pool
-        owner += [i] * len(pool)
-    need(captions and all(pools) and all(isinstance(caption, str) for caption in captions),
-         f'{path} lists images without a caption, captions that are no words, '
-         'or nothing of this split')
+        usable = []
+        for caption in pool if isinstance(pool, list) else [pool]:
+            if not isinstance(caption, str):
+                raise Refused(f'{name(i)} has a caption that is no text: {str(caption)[:80]}; '
+                              'mend it, or take it out')
+            if caption.strip():
+                usable.append(without_spaced_stop(caption))
+        if not usable:
+            raise Refused(f'{name(i)} has no caption; give it one, or take the image out')
+        captions += usable
+        owner += [i] * len(usable)
     return captions, torch.tensor(owner)
 
 
@@ -80,9 +105,16 @@ def published_captions(coco, karpathy, flickr, images, split):
         pairs = read_karpathy(karpathy, images, split)
     else:
         pairs = read_flickr(flickr, images)
+    listing = coco or karpathy or flickr
+    chosen = f' of the split {split}' if karpathy else ''
+    need(pairs, f'{listing} lists no image{chosen}; see --help')
     paths = [path for path, _ in pairs]
     pools = [pool for _, pool in pairs]
-    captions, owner = with_owners(coco or karpathy or flickr, pools)
+
+    def name(i):
+        return f'{paths[i]}, listed in {listing},'
+
+    captions, owner = with_owners(pools, name)
     return paths, captions, owner
 
 

@@ -39,8 +39,13 @@ def sentences(value, whole=False):
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str):
             parts = [item] if whole else split(item)
-            found += [part.strip() for part in parts if part.strip()]
+            found += [without_spaced_stop(part) for part in parts if part.strip()]
     return found
+
+
+def without_spaced_stop(text):
+    """'a scarf , laughing .' -> 'a scarf , laughing'. Flickr8k writes a space before the full stop; both go."""
+    return text.strip().removesuffix(' .').rstrip()
 
 
 def split(text):
@@ -50,10 +55,11 @@ def split(text):
     """
     parts = []
     start = 0
-    for end in re.finditer(r"\n|</s>|([\w'’]*)\.(?=\s|$)", text):
+    # The group is a word of one character. A pattern for words of any length would start anew at each of their letters,
+    # which takes seconds for a long caption without spaces.
+    for end in re.finditer(r"\n|</s>|((?<![\w'’])['’]*\w)?\.(?=\s|$)", text):
         word = end[1] or ''                             # in front of a full stop
-        letters = word.lstrip("'’")
-        if len(letters) == 1 and letters.isalpha():
+        if word and word[-1].isalpha():
             continue
         parts.append(text[start:end.start()] + word)
         start = end.end()

@@ -57,10 +57,11 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding='utf-8-sig'))
 
 
-def field(record, name, path):
-    """record[name], of what was read from the json file at `path`. Refused where it has none."""
-    need(isinstance(record, dict) and name in record,
-         f"{path} has another form than this command expects: '{name}' is missing in {str(record)[:80]}; see --help")
+def field(record, name, path, kind=object):
+    """record[name], of what was read from the json file at `path`. Refused if there is none, or none of this kind."""
+    need(isinstance(record, dict) and name in record and isinstance(record[name], kind),
+         f"{path} has another form than this command expects: '{name}' is missing in {str(record)[:80]}, "
+         'or is of another kind; see --help')
     return record[name]
 
 

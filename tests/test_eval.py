@@ -278,6 +278,9 @@ def test_published_layouts(here):
         (Path('coco/images/val2017/b.jpg'), ['x'])]
     assert benchmarks.read_karpathy('karpathy', 'x', 'test') == [(Path('x/a.jpg'), ['y'])]
     assert benchmarks.read_karpathy('karpathy', '', 'val') == [(Path('f/b.jpg'), ['x'])]
+    pools = ['a scarf , laughing .', ['a dog.', ' ', 'J .']]
+    captions, owner = benchmarks.with_owners(pools, None)           # neither is the caption of white space
+    assert (captions, owner.tolist()) == (['a scarf , laughing', 'a dog.', 'J'], [0, 1, 1])
 
 
 def test_captions_of_held_out_shards(here):
@@ -292,6 +295,13 @@ def test_captions_of_held_out_shards(here):
         found, owners = evaluation.shard_captions(Shards('a.tar', keys))
         assert (found, owners.tolist()) == (captions, owner)
     refused('a.tar:1.png .* under mine; .*--caption-keys', evaluation.shard_captions, Shards('a.tar', 'mine'))
+    for caption, sentence in (
+            ('["x", null]', 'a caption that is no text: None;'),
+            ('[["x"]]', "a caption that is no text: ..x..;"),
+            ('NaN', 'a caption that is no text: nan;'),
+            ('[" "]', 'no caption;')):
+        pairs_tar('b.tar', [{'caption': 'x'}, f'{{"caption": {caption}}}'.encode()])
+        refused(f'b.tar:1.png has {sentence}', evaluation.shard_captions, Shards(['a.tar', 'b.tar']))
 
 
 def test_masks_and_their_errors(here):
@@ -309,14 +319,26 @@ def test_masks_and_their_errors(here):
 # --- Commands --------------------------------------------------------------------------------------------------------
 
 def test_retrieval_of_shards_and_lists(gallery):
-    """oracle: retrieval of the captions written here, of the half val/ where there are two."""
+    """oracle: retrieval of the captions written here, of the half val/ where there are two. Lists put a space and a
+    full stop behind them, which go."""
     captions = ['ox 0', 'ox 1', 'ox 2']
     wanted = evaluation.retrieval(gallery.features, embed(*gallery.scored, *captions), torch.arange(3))
     records = [{'caption': 'same', 'mine': caption} for caption in captions]
     pairs_tar(put('set/val/0.tar'), records, map(encoded, gallery.images))
     put('set/train/0.tar')
     assert gallery.figures('retrieval --shards set --caption-keys mine') == wanted
-    listing = [{'image': f'{i}.png', 'caption': caption} for i, caption in enumerate(captions)]
+    listing = [{'image': f'{i}.png', 'caption': f'{caption} .'} for i, caption in enumerate(captions)]
+    karpathy = [{'filename': 'x', 'split': 'train', 'sentences': []}]
+    coco = {'images': [], 'annotations': []}
+    for i, caption in enumerate(captions):
+        put(f'images/val2017/{i}.png', encoded(gallery.images[i]))
+        coco['images'].append({'id': i, 'file_name': f'{i}.png'})
+        coco['annotations'].append({'image_id': i, 'caption': caption})
+        karpathy.append({'filename': f'{i}.png', 'split': 'test', 'sentences': [{'raw': f'{caption} .'}]})
+    put('annotations/captions_val2017.json', coco)
+    put('karpathy', {'images': karpathy})
+    assert gallery.figures('retrieval --coco .') == wanted
+    assert gallery.figures('retrieval --karpathy karpathy --split test --images images') == wanted
     for file, flags in ('images/list', ''), ('list', '--images images --workers 1'):
         put(file, listing)
         assert gallery.figures(f'retrieval --flickr {file} {flags}') == wanted
@@ -426,7 +448,11 @@ WRONG = {               # a command: what its sentence must say
     'retrieval empty --shards a.tar': 'empty/last.pt does not exist',
     'retrieval bad.pt --shards a.tar': 'bad.pt .* holds posix.system, which may run code',
     'retrieval last.pt --shards empty': "'empty' .* no .tar file",
-    'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read',
+    'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read.*prepare inspect a.tar',
+    'retrieval last.pt --flickr five': 'five is no list of images and captions',
+    'retrieval last.pt --flickr nulls': "nulls .* 'image' is missing in .'image': None",
+    'retrieval last.pt --karpathy blank --split val': 'blank lists no image of the split val',
+    'retrieval last.pt --karpathy blank': 'a.jpg, listed in blank, has no caption',
     'retrieval last.pt --coco x': 'x/annotations/captions_val2017.json cannot be read',
     'retrieval last.pt --coco images': "images/annotations/captions_val2017.json .*'images' is missing in",
     'retrieval last.pt --coco x --split val': '--split is for --karpathy',
@@ -466,6 +492,9 @@ def test_errors_are_one_sentence(gallery):
     for folder in 'numbered/n01440764', 'halves/train', 'halves/val':
         put(f'{folder}/0.png', image)
     put('images/annotations/captions_val2017.json', {'annotations': []})
+    put('five', 5)
+    put('nulls', [{'image': None, 'caption': None}])
+    put('blank', {'images': [{'filename': 'a.jpg', 'split': 'test', 'sentences': [{'raw': ' '}]}]})
     put('twice', 'ox, cow\nox')
     put('commas', 'ox\n,')
     torch.save({'student': Malicious()}, 'bad.pt')

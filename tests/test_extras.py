@@ -99,10 +99,11 @@ LINES = """{"image": "a.jpg", "captions": ["one dog", "a dog"]}
 {"image": "bad.jpg", "captions": ["x"]}
 {"image": "s/b.png", "captions": ["two. dogs"]}
 {"image": "absent.jpg", "captions": ["y"]}"""
-SOURCES = {
-    'r.json': COCO,
-    'r.csv': 'filepath,title\na.jpg,one dog\ns/b.png,two. dogs\na.jpg,a dog\n',
-    'r.jsonl': LINES}
+SOURCES = {             # what a table is, its content says
+    'r.csv': COCO,
+    'captions.txt': 'filepath,title\na.jpg,one dog .\ns/b.png,two. dogs\na.jpg,a dog\n',
+    'r.tsv': 'filepath\ttitle\na.jpg\tone dog\ns/b.png\ttwo. dogs\na.jpg\ta dog\n',
+    'r.json': LINES}
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def test_pack(name, tmp_path, images, capsys):
     last.rename(f'{last}.partial')          # as a kill leaves it
     run(prepare, *arguments)
     assert last.read_bytes() == before
-    count = '2 of the 4' if name == 'r.jsonl' else '2 of the 2'
+    count = '2 of the 4' if name == 'r.json' else '2 of the 2'
     assert capsys.readouterr().out.count(f'out holds {count} images listed\n') == 2
 
 
@@ -147,6 +148,9 @@ GARBLED = {
         'q.tsv', [['"Oh, a cat'], ['a dog']], 'image\tcaption\na.jpg\t"Oh, a cat\nb.jpg\ta dog\n'),
     'a byte order mark, two columns of texts': (
         'u.csv', [['a dog'], ['a cat']], '\ufeffimage,title,text\na.jpg,a dog,\nb.jpg,,a cat\n'),
+    'NaN and blanks beside captions; a row alone': (
+        'n.jsonl', [['a dog']],
+        '{"image": "a.jpg", "caption": NaN, "txt": " ", "title": "a dog", "captions": [null, " "], "x": NaN}'),
     'a caption beside another text': (
         't.csv', [['a dog'], ['a cat, old']], 'image,caption,text\na.jpg,a dog,SALE\nb.jpg,"a cat, old",\n'),
     "Flickr30k's, with a quotation mark, and a row that lacks a delimiter": (
@@ -156,9 +160,10 @@ GARBLED = {
 
 @pytest.mark.parametrize('case', GARBLED)
 def test_tables_that_could_be_garbled(case, tmp_path, images):
-    """oracle: the captions that stand in the table."""
+    """oracle: the captions that stand in the table. The same table again changes nothing."""
     name, expected, text, *columns = GARBLED[case]
-    prepare.pack(put(tmp_path / name, text), images, tmp_path / 'out', 9, 0, *columns)
+    for _ in range(2):
+        prepare.pack(put(tmp_path / name, text), images, tmp_path / 'out', 9, 0, *columns)
     assert pools(tmp_path / 'out') == expected
 
 
@@ -188,6 +193,36 @@ def test_a_table_that_grew(tmp_path, images):
     assert after == pack(rows)
 
 
+def test_karpathys_list(tmp_path, capsys):
+    """oracle: his splits, by hand. What else is held out nobody may say."""
+    listed = []
+    for i, split in enumerate(['train', 'restval', 'val', 'test', 'other']):
+        put(tmp_path / f'f/{i}.jpg', picture())
+        listed.append({'filename': f'{i}.jpg', 'filepath': 'f', 'split': split, 'sentences': [{'raw': f'a , {i} .'}]})
+    rows = put(tmp_path / 'k', {'images': listed})
+    refused('k says itself which images are held out; leave --val', prepare.pack, rows, tmp_path, tmp_path, 9, 0.1)
+    for _ in range(2):
+        prepare.pack(rows, tmp_path, tmp_path)
+    assert pools(tmp_path / 'train') == [['a , 0'], ['a , 1']]
+    assert pools(tmp_path / 'val') == [['a , 2']]
+    assert capsys.readouterr().out.count('1 train, 1 restval, 1 val, 1 test, 1 other; ') == 2
+
+
+NO_TABLES = {
+    '5': '/t cannot be read as JSONL',
+    'null': '/t cannot be read as JSONL',
+    '"abc"': '/t cannot be read as JSONL',
+    '': '/t cannot be read as JSONL',
+    '[null]': 'row 1 of .*/t has no names',
+    '{"image": "a.jpg"}\n{"image"': 'line 2',
+    '{"images": [{"filename": null, "split": "val"}]}': "'filename' is missing .*, or is of another kind",
+    '{"images": null, "annotations": null}': "'annotations' is missing .*, or is of another kind",
+    '{"image": null, "caption": "x"}': "row 1 of .*/t has no file name under 'image'",
+    '{"image": "\\ud83d", "caption": "x"}': "row 1 of .*/t has no file name under 'image'",
+    '{"image": "\\u0000", "caption": "x"}': "row 1 of .*/t has no file name under 'image'",
+    'image,caption\na.jpg,x\nb.jpg,"a\ndog\n': '/t cannot be read from line 3 on .* quotation mark'}
+
+
 def test_pack_refuses(tmp_path, images):
     """oracle: the sentence of the error, which names value and place; the corrected command is taken."""
     out = tmp_path / 'out'
@@ -198,6 +233,8 @@ def test_pack_refuses(tmp_path, images):
     refused(r'e.csv is not UTF-8 \(line 2\); .*CSV UTF-8', prepare.pack, excel, images, out)
     wide = put(tmp_path / 'w.csv', 'image,caption\na.jpg,a dog, old\n')
     refused('row 1 of .*w.csv has more fields than the first', prepare.pack, wide, images, out)
+    for text, sentence in NO_TABLES.items():
+        refused(sentence, prepare.pack, put(tmp_path / 't', text), images, out)
     refused('none of the 2 images', prepare.pack, german, tmp_path, out, 9, 0, None, 'Beschreibung')
     prepare.pack(german, images, out, 9, 0, None, 'Beschreibung')
     assert pools(out) == [['größer']]
@@ -228,6 +265,8 @@ def test_join(tmp_path, capsys):
     refused('in holds shards made from something else', prepare.join, table, [shard], shard.parent)
     nameless = put(tmp_path / 'n.csv', 'filepath,title\na,b\n')
     refused('n.csv has the columns filepath, title, none of url', prepare.join, nameless, [shard], out)
+    torn = put(tmp_path / 't.csv', 'url,raw_caption\na,x\nhttp://x/2,"two dogs\nc,x\n')
+    refused('t.csv cannot be read from line 3 on .* quotation mark', prepare.join, torn, [shard], out)
 
 
 def test_inspect(tmp_path, capsys, monkeypatch):
@@ -237,7 +276,7 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     for i, image in enumerate([picture(), picture(), b'no image', picture()[:600], picture('PNG')]):
         members += [(f'{i}.jpg', image), (f'{i}.txt', b'Dogs. A cat')]
     members[3] = '1.txt', 63 * b'Dogs '
-    members.append(('4.json', b'{"raw_caption": ["Dogs. A cat."]}'))
+    members.append(('4.json', b'{"raw_caption": ["Dogs\\ud83d. A cat."]}'))
     write_shard(tmp_path / 'train/0.tar', members)
     write_shard(tmp_path / 'val/0.tar', members[:2])
     monkeypatch.delenv('COSMOS_VOCAB', raising=False)

@@ -417,10 +417,19 @@ def test_sentences_by_hand(text, expected):
     assert sentences(text) == expected
 
 
+@pytest.mark.parametrize('part', ['x', "'", 'J. '])
+def test_a_megabyte_without_a_sentence(part):
+    """oracle: it is one; a pattern that starts anew at each letter would take hours."""
+    text = part * (10**6 // len(part)) + 'x'
+    assert sentences(text) == [text]
+
+
 @pytest.mark.parametrize('record, pool', [
     ({'raw_caption': 'a boat', 'longSV_captions': 'A 3.5 m boat. Two men\nA lake</s>'}, BOAT),
     ({'raw_caption': 'a boat', 'longSV_captions': [*BOAT[1:], 'One. Two.\n'], 'caption': 'x'},
      [*BOAT, 'One. Two.']),
+    ({'raw_caption': ['a scarf , laughing .', 'a dog.'], 'longSV_captions': 'a hat , red .'},
+     ['a scarf , laughing', 'a dog.', 'a hat , red']),
     ({'original_caption': "St. Mary's Church", 'caption': 'One. Two.'}, ["St. Mary's Church", 'One', 'Two']),
     ({'captions': ['one dog.', 'two. three'], 'caption': 'no'}, ['one dog', 'two', 'three']),
     ({'caption': 'one dog', 'txt': 'no'}, ['one dog']),
