@@ -10,7 +10,7 @@ of its own pair. So a sentence about a small object is meant to find that object
 Notation, in shapes:
     B pairs on this GPU     N pairs on all GPUs             V image views, 2 global + local
     P patches               T tokens of a text, padded      U captions, 2 global + local
-    W width of a tower      D width of the joint space      R rows of a sequence: T tokens, or 1 + P with the class token
+    W width of a tower      D width of the joint space      R rows of a sequence: T, or 1 + P with the class token
     Q rows of queries       H attention heads of width d    n sequences that go through a tower together
     s, p side of a view and of a patch, in pixels
 In names, as in the paper:
