@@ -7,14 +7,18 @@ ones: large crops, groups of sentences. In the student, cross-attention lets eac
 of the other. The sum of the vector and of what it has read must pick, among the teacher's vectors of all pairs, those
 of its own pair. So a sentence about a small object is meant to find that object in the image.
 
-Notation. Views come first, (V, B, D), and views 0 and 1 are the two globals. Where code serves both modalities "view"
-and V also mean a caption, and how many there are.
-    B pairs on this GPU     N pairs on all GPUs     V image views, 2 global + local     U captions, 2 global + local
-    P patches               T text tokens, with padding     L rows of a sequence: T, P, or 1 + P with the class token
-    C width of a tower      D width of the joint space      n sequences that go through a tower together
-    Q rows of queries       H attention heads of width d    s, p side of a view and of a patch, in pixels
-`ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors. C^I and C^T are the two
-cross-attention modules, named after what they read: the image or the text.
+Notation, in shapes:
+    B pairs on this GPU     N pairs on all GPUs             V image views, 2 global + local
+    P patches               T tokens of a text, padded      U captions, 2 global + local
+    W width of a tower      D width of the joint space      R rows of a sequence: T, or 1 + P with the class token
+    Q rows of queries       H attention heads of width d    n sequences that go through a tower together
+    s, p side of a view and of a patch, in pixels
+In names, as in the paper:
+    C^I, C^T  the two cross-attention modules, which read the image and the text
+    h_I, h_T  what the image and the text become once they have read the other, Eq. 1-2
+    L_CLIP, L_COSMOS, L_nce  losses
+Views come first, (V, B, D), and views 0 and 1 are the two globals. Code that serves both modalities says "view" and V
+for captions, too. `ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors.
 
 One training step. Every name is that of the code below.
 
@@ -46,8 +50,8 @@ One training step. Every name is that of the code below.
     teacher.update(model, momentum)    # the paper's lambda, 0.999 at batch 1,024
 
 Read it beside Section 3 of the paper. Parts 2-4 are COSMOS: student, teacher, losses. Part 5 is for several GPUs, and
-may be skipped. Parts 6-7 are CLIP's towers and transformer. If you know them, read only how a tower treats its views
-(class Tower).
+may be skipped, because on one GPU `gather` hands over the vectors as they are. Parts 6-7 are CLIP's towers and
+transformer. If you know them, read only how a tower treats its views (class Tower).
 
 We follow the released code (github.com/ExplainableML/cosmos); `model.py:274` and the like are lines of it.
     code≠paper: the paper says something else.          paper silent: what we know of the paper does not say.
@@ -91,19 +95,13 @@ class Config:
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released models have GELU
 
     def __post_init__(self):
-        for name, size in vars(self).items():
-            least = 0 if name in ('cross_heads', 'two_scales', 'quick_gelu') else 1
-            if size < least:
-                raise ValueError(f'{name} {size} is too small; give {least} or more')
-        if self.image_size % self.patch_size or self.local_image_size % self.patch_size:
-            raise ValueError(f'image_size {self.image_size} and local_image_size {self.local_image_size} must be '
-                             f'multiples of patch_size {self.patch_size}')
-        if self.vision_width % self.vision_heads:
-            raise ValueError(f'vision_width {self.vision_width} is no multiple of vision_heads {self.vision_heads}')
-        if self.text_width % self.text_heads:
-            raise ValueError(f'text_width {self.text_width} is no multiple of text_heads {self.text_heads}')
-        if self.cross_heads and self.embed_dim % self.cross_heads:
-            raise ValueError(f'embed_dim {self.embed_dim} is no multiple of cross_heads {self.cross_heads}')
+        for whole, part in (
+                ('image_size', 'patch_size'), ('local_image_size', 'patch_size'), ('vision_width', 'vision_heads'),
+                ('text_width', 'text_heads'), ('embed_dim', 'cross_heads')):
+            size = getattr(self, whole)
+            divisor = getattr(self, part)
+            if divisor and size % divisor:
+                raise ValueError(f'{whole} {size} is no multiple of {part} {divisor}')
 
 # --- 2. The student ----------------------------------------------------------------------------- Sec. 3.2, Eq. 1-2 ---
 
@@ -123,7 +121,7 @@ class CrossAttention(nn.Module):
         self.ln_k = nn.LayerNorm(width)
 
     def forward(self, query, tokens):
-        """query (V, B, D), not of unit length; tokens (B, L, D) -> (V, B, D).
+        """query (V, B, D), not of unit length; tokens (B, R, D) -> (V, B, D).
 
         All views of a pair are queries side by side, so the keys and values of the pair are projected only once.
         """
@@ -131,10 +129,10 @@ class CrossAttention(nn.Module):
         return self.attn(query, self.ln_k(tokens)).transpose(0, 1)
 
     def weights(self, query, tokens):
-        """query (B, D), not of unit length, tokens (B, L, D) -> weights (B, L), averaged over heads, of sum 1."""
+        """query (B, D), not of unit length, tokens (B, R, D) -> weights (B, R), averaged over heads, of sum 1."""
         query = self.ln_q(query)[:, None]                               # (B, 1, D)
-        q, k, _ = self.attn.project(query, self.ln_k(tokens))           # (B, H, 1 or L, d)
-        weights = attention_weights(q, k)                               # (B, H, 1, L)
+        q, k, _ = self.attn.project(query, self.ln_k(tokens))           # (B, H, 1 or R, d)
+        weights = attention_weights(q, k)                               # (B, H, 1, R)
         return weights.mean(dim=1)[:, 0]
 
 
@@ -145,8 +143,8 @@ class Output(NamedTuple):
     """
     cls: torch.Tensor           # (V, B, D)  one vector for each image view
     eot: torch.Tensor           # (U, B, D)  one vector for each caption
-    h_I: torch.Tensor           # (V, B, D)  of each image view, once it has read text, Eq. 1
-    h_T: torch.Tensor           # (U, B, D)  of each caption, once it has read an image, Eq. 2
+    h_I: torch.Tensor = None    # (V, B, D)  each image view once it has read text, Eq. 1
+    h_T: torch.Tensor = None    # (U, B, D)  each caption once it has read an image, Eq. 2
 
 
 def unit(x):
@@ -189,9 +187,9 @@ class COSMOS(nn.Module):
         see TextTower.
         """
         if not self.has_cross_attention:
-            return Output(unit(self.visual(images)), unit(self.text(texts)), None, None)
-        cls, image_sequence = self.visual.with_sequence(images)         # (V, B, D), (B, 1 + P, C)
-        eot, text_sequence = self.text.with_sequence(texts)             # (U, B, D), (B, T, C)
+            return Output(unit(self.visual(images)), unit(self.text(texts)))
+        cls, image_sequence = self.visual.with_sequence(images)         # (V, B, D), (B, 1 + P, W)
+        eot, text_sequence = self.text.with_sequence(texts)             # (U, B, D), (B, T, W)
         patches = self.image_map(image_sequence[:, 1:])                 # (B, P, D)
         words = self.text_map(text_sequence)                            # (B, T, D)
         h_I = self.text_cross(cls, words) + cls             # (V, B, D)  Eq. 1: images read words
@@ -245,7 +243,7 @@ class Teacher(nn.Module):
 
     With lambda = 0.999 the last 693 students have half of the weight. The teacher starts as a copy of the student. When
     it teaches, it runs its towers only. Cross-attention and scales are averaged as well, so that teacher.model is a
-    complete model: to evaluate, and to draw its attention.
+    complete model, which can be evaluated, and whose attention can be drawn.
     """
 
     def __init__(self, student):
@@ -271,56 +269,47 @@ class Teacher(nn.Module):
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-def nce(queries, keys, scale):
-    """L_nce: query i must find key i among all N. Averaged over all V x U pairs of views and their B queries.
+MANY = 2 ** 24      # logits of one L_nce, 67 MB: those of 8 x 2 views of 1,024 pairs on one GPU
 
-    queries (V, B, D) of this GPU, keys (U, N, D) of all GPUs, of unit length. Here V and U count the views of either
-    side, whichever modality they are of. scale = 1/temperature.
+
+def nce(queries, keys, scale):
+    """L_nce: query i must find key i among all N. The mean over all V x U pairs of views and their B queries.
+
+    queries (V, B, D) of this GPU, keys (U, N, D) of all GPUs, of unit length. V and U count the views of the queries
+    and of the keys, whichever modality they are. scale = 1/temperature.
 
     By hand: queries (1, 0) and (0, 1), keys (1, 0) and (0.6, 0.8), scale 1. Logits [[1, 0.6], [0, 0.8]]. Losses:
     query 0 ln(1 + e^-0.4) = 0.5130, query 1 ln(1 + e^-0.8) = 0.3711, mean 0.4421. With queries and keys exchanged
-    ln(1 + e^-1) = 0.3133 and ln(1 + e^-0.2) = 0.5981, mean 0.4557. symmetric_nce is the mean of both: 0.4489.
+    ln(1 + e^-1) = 0.3133 and ln(1 + e^-0.2) = 0.5981, mean 0.4557. `match` is the mean of both: 0.4489.
     """
     V, B, _ = queries.shape
     U, N, _ = keys.shape
-    with torch.autocast(queries.device.type, enabled=False):            # float32, for whoever calls it under autocast
-        # Row (v, b), column (u, n): all pairs of views in one product.
-        logits = scale * queries.flatten(0, 1) @ keys.flatten(0, 1).T   # (V*B, U*N)
     first = dist.get_rank() * B if N > B else 0     # where the pairs of this GPU begin among those of all
-    own_key = torch.arange(first, first + B, device=logits.device)
+    own_key = torch.arange(first, first + B, device=queries.device)
     target = own_key.view(1, B, 1).expand(V, B, U)
-    # Query b of view v chooses among the N keys of view u, for each v and u. Rows in the order of `target`.
-    logits = logits.view(V, B, U, N).flatten(0, 2)                      # (V*B*U, N)
-    return F.cross_entropy(logits, target.flatten())
 
+    def cross_entropy(queries, keys, scale):
+        with torch.autocast(queries.device.type, enabled=False):        # float32, for whoever calls it under autocast
+            # Row (v, b), column (u, n): all pairs of views in one product.
+            logits = scale * queries.flatten(0, 1) @ keys.flatten(0, 1).T   # (V*B, U*N)
+        # Query b of view v chooses among the N keys of view u, for each v and u. Rows in the order of `target`.
+        logits = logits.view(V, B, U, N).flatten(0, 2)                  # (V*B*U, N)
+        return F.cross_entropy(logits, target.flatten())
 
-MANY = 2 ** 24      # logits of one L_nce, 67 MB: those of 1,024 pairs on one GPU
-
-
-def checkpointed_nce(queries, keys, scale):
-    """nce, to the last bit. Many logits are not stored: the backward pass computes them again, one L_nce at a time.
-
-    ours: at 4,096 pairs on one GPU the logits of the ten L_nce of a step would take 11 GB.
-    """
-    V, B, _ = queries.shape
-    U, N, _ = keys.shape
     if V * B * U * N < MANY:
-        return nce(queries, keys, scale)
-    return checkpoint(nce, queries, keys, scale, use_reentrant=False)
-
-
-def symmetric_nce(a, b, all_a, all_b, scale):
-    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a (V, B, D), b (U, B, D); all_a, all_b: of all GPUs.
-
-    On several GPUs this is the mean over the B pairs of this one. The mean over GPUs is the loss.
-    """
-    return (checkpointed_nce(a, all_b, scale) + checkpointed_nce(b, all_a, scale)) / 2
+        return cross_entropy(queries, keys, scale)
+    # ours: many logits are not kept. The backward pass computes them again, one L_nce at a time, to the last bit. At
+    # 4,096 pairs on one GPU the logits of the ten L_nce of a step would take 11 GB.
+    return checkpoint(cross_entropy, queries, keys, scale, use_reentrant=False)
 
 
 def match(a, b, scale):
-    """L_sym-nce of a (V, B, D) and b (U, B, D) among the pairs of all GPUs."""
-    all_a, all_b = gather(a, b)
-    return symmetric_nce(a, b, all_a, all_b, scale)
+    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a and b come from `gather`: as queries they are the vectors of
+    this GPU, as keys those of all GPUs.
+
+    On several GPUs this is the mean over the B pairs of this one. The mean over GPUs is the loss.
+    """
+    return (nce(a.queries, b.keys, scale) + nce(b.queries, a.keys, scale)) / 2
 
 
 def clip_loss(out, scale):
@@ -331,7 +320,7 @@ def clip_loss(out, scale):
     code≠paper, perhaps: local image views stay out, because a trial with them overfitted (loss.py:203-206). We know
     only from one second-hand summary that the paper takes all crops.
     """
-    return match(out.cls[:GLOBALS], out.eot, scale)
+    return match(*gather(out.cls[:GLOBALS], out.eot), scale)
 
 
 def cosmos_terms(out, cls_t, eot_t, scale):
@@ -340,22 +329,19 @@ def cosmos_terms(out, cls_t, eot_t, scale):
     Each pairs every student view with both teacher views, 8 x 2 pairs. Student view 0 with teacher view 0 counts
     as well, and 1 with 1 (paper silent; loss.py:131-139); DINO leaves them out. scale = exp(distill_logit_scale).
     """
-    h_I = out.h_I
-    h_T = out.h_T
-    # As four calls of `match`, but each vector is gathered once.
-    all_h_I, all_h_T = gather(h_I, h_T)
-    all_cls_t, all_eot_t = gather(cls_t, eot_t)     # apart, since these need no gradients back
+    h_I, h_T = gather(out.h_I, out.h_T)
+    cls_t, eot_t = gather(cls_t, eot_t)     # apart from the student's, because these need no gradients back
     return {
-        'h_I_cls_t': symmetric_nce(h_I, cls_t, all_h_I, all_cls_t, scale),
-        'h_I_eot_t': symmetric_nce(h_I, eot_t, all_h_I, all_eot_t, scale),
-        'h_T_cls_t': symmetric_nce(h_T, cls_t, all_h_T, all_cls_t, scale),
-        'h_T_eot_t': symmetric_nce(h_T, eot_t, all_h_T, all_eot_t, scale)}
+        'h_I_cls_t': match(h_I, cls_t, scale),
+        'h_I_eot_t': match(h_I, eot_t, scale),
+        'h_T_cls_t': match(h_T, cls_t, scale),
+        'h_T_eot_t': match(h_T, eot_t, scale)}
 
 
 def cosmos_loss(out, cls_t, eot_t, scale):
     """L_COSMOS, the mean of the four terms.                                                          Sec. 3.3, Eq. 6
 
-    Training does not call it: total_loss weighs the same terms one by one. It is here to be read and tested.
+    Training does not call it, because total_loss weighs the same terms one by one. It is here to be read and tested.
     """
     terms = cosmos_terms(out, cls_t, eot_t, scale)
     return sum(terms.values()) / len(terms)
@@ -364,38 +350,43 @@ def cosmos_loss(out, cls_t, eot_t, scale):
 def across_terms(out, cls_t, eot_t, scale):
     """Eq. 6 without what can be copied, for the method `across` (ours: not in the paper; lesson/README.md, page 5).
 
-    h_T has read the image, and need not find its cls_t; h_I has read the caption, and need not find its eot_t. In these
-    two terms eot and cls are asked, which have read nothing.
+    h_T has read the image, so it need not find the image's cls_t; h_I has read the caption, so it need not find the
+    caption's eot_t. Those two terms use eot and cls instead, which have seen only their own modality.
     """
+    cls, eot, h_I, h_T = gather(out.cls, out.eot, out.h_I, out.h_T)
+    cls_t, eot_t = gather(cls_t, eot_t)
     return {
-        'h_I_cls_t': match(out.h_I, cls_t, scale),
-        'cls_eot_t': match(out.cls, eot_t, scale),
-        'eot_cls_t': match(out.eot, cls_t, scale),
-        'h_T_eot_t': match(out.h_T, eot_t, scale)}
+        'h_I_cls_t': match(h_I, cls_t, scale),
+        'cls_eot_t': match(cls, eot_t, scale),
+        'eot_cls_t': match(eot, cls_t, scale),
+        'h_T_eot_t': match(h_T, eot_t, scale)}
 
 
 def plain_terms(out, cls_t, eot_t, scale):
     """Eq. 6 without cross-attention, for the method `plain` (ours): cls and eot take the place of h_I and h_T."""
+    cls, eot = gather(out.cls, out.eot)
+    cls_t, eot_t = gather(cls_t, eot_t)
     return {
-        'cls_cls_t': match(out.cls, cls_t, scale),
-        'cls_eot_t': match(out.cls, eot_t, scale),
-        'eot_cls_t': match(out.eot, cls_t, scale),
-        'eot_eot_t': match(out.eot, eot_t, scale)}
+        'cls_cls_t': match(cls, cls_t, scale),
+        'cls_eot_t': match(cls, eot_t, scale),
+        'eot_cls_t': match(eot, cls_t, scale),
+        'eot_eot_t': match(eot, eot_t, scale)}
 
 
 def embedding_terms(out, cls_t, eot_t, scale):
     """Self-distillation without cross-attention, for a middle row of Table 5.
 
-    ours: the paper's loss for these rows is not known to us. Here the embeddings themselves take the place of h_I and
-    h_T, each against the teacher of its own modality.
+    ours: we do not know the paper's loss for these rows. Here the embeddings themselves take the place of h_I and h_T,
+    each against the teacher of its own modality.
     """
-    return {'cls_cls_t': match(out.cls, cls_t, scale),
-            'eot_eot_t': match(out.eot, eot_t, scale)}
+    return {
+        'cls_cls_t': match(*gather(out.cls, cls_t), scale),
+        'eot_eot_t': match(*gather(out.eot, eot_t), scale)}
 
 
 def image_terms(out, cls_t, eot_t, scale):
-    """As embedding_terms, of images alone: for the rows of Table 5 before it."""
-    return {'cls_cls_t': match(out.cls, cls_t, scale)}
+    """Like embedding_terms, but for images only; the two earlier rows of Table 5 use it."""
+    return {'cls_cls_t': match(*gather(out.cls, cls_t), scale)}
 
 
 def no_terms(out, cls_t, eot_t, scale):
@@ -406,8 +397,8 @@ def no_terms(out, cls_t, eot_t, scale):
 def total_loss(model, out, cls_t, eot_t, terms=cosmos_terms):
     """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its parts {name: (weight, term)}, which the log shows.
 
-    terms: what is learned beside L_CLIP, a function such as cosmos_terms. A term of your own is a line before the sum:
-    parts['name'] = (weight, term).
+    terms: what is learned in addition to L_CLIP, a function such as cosmos_terms. A term of your own is a line before
+    the sum: parts['name'] = (weight, term).
     """
     parts = {'clip': (1, clip_loss(out, model.logit_scale.exp()))}
     scale = model.scales()[-1].exp()        # that of L_COSMOS; the only one if the model has one scale
@@ -420,16 +411,33 @@ def total_loss(model, out, cls_t, eot_t, terms=cosmos_terms):
 
 # --- 5. Across GPUs: pairs of this GPU against pairs of all ----------------------------------------------------------
 
+class Gathered(NamedTuple):
+    """Vectors as the two sides of an L_nce. On one GPU both are the same tensor."""
+    queries: torch.Tensor       # (V, B, D)  of this GPU
+    keys: torch.Tensor          # (V, N, D)  of all GPUs
+
+
+def gather(*vectors):
+    """Several (V, B, D) -> a Gathered for each, by one collective for all of them.
+
+    The released code has two collectives for each of its 16 + 64 pairs of views per step.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [Gathered(x, x) for x in vectors]
+    everyones = Gather.apply(torch.cat(vectors)).split([len(x) for x in vectors])
+    return [Gathered(x, keys) for x, keys in zip(vectors, everyones)]
+
+
 class Gather(torch.autograd.Function):
     """(V, B, D) on every rank -> (V, N, D) on all of them, and gradients back the same way. B is equal on all ranks.
 
-    ours: the gradient is exact. Each of the G ranks computes its own rows of the loss, so the losses of all ranks
-    depend on my vectors. The backward pass adds up the gradients that all ranks send back to them. DDP then takes the
-    mean over ranks, which gives the gradient of the mean loss.
+    ours: the gradient is exact. Each rank computes its own rows of the loss, so the losses of all ranks depend on my
+    vectors. The backward pass adds up the gradients that all ranks send back to them. DDP then takes the mean over
+    ranks, which gives the gradient of the mean loss.
 
     In the released code each rank computes the whole loss, with a gradient for its own vectors only. Summed over ranks
-    these are the full gradient, but DDP's mean divides the sum by G, for all parameters except the two scales. AdamW
-    divides such a factor out, except for its eps.
+    these are the full gradient, but DDP's mean divides the sum by the number of ranks, for all parameters except the
+    two scales. AdamW divides such a factor out, except for its eps.
     """
 
     @staticmethod
@@ -446,17 +454,6 @@ class Gather(torch.autograd.Function):
         return grad.narrow(1, dist.get_rank() * ctx.B, ctx.B)
 
 
-def gather(*features):
-    """Several (V, B, D) -> several (V, N, D). On one GPU they pass untouched.
-
-    One collective for all of them. The released code has two for each of its 16 + 64 pairs of views per step.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return features
-    gathered = Gather.apply(torch.cat(features))
-    return gathered.split([len(x) for x in features])
-
-
 # --- 6. The two towers (CLIP) ----------------------------------------------------------------------------------------
 
 def same_size(views):
@@ -467,13 +464,13 @@ def same_size(views):
 class Tower(nn.Module):
     """What both towers do with their views.
 
-    Of the sequence of a view only one row is read, that of the class token or of the end of a text. So the last block
-    computes this row alone: a fifth of the multiplications of `tiny` less, in deeper towers a few percent.
-    Cross-attention reads every row of view 0: `with_sequence` computes them all. All else about `row` only saves time:
-    a first reader may skip it.
+    Only one row of a view's sequence is read: that of the class token, or that of the end of a text. So the last block
+    computes this row alone, which saves a fifth of the multiplications of `tiny`, and a few percent in deeper towers.
+    Cross-attention reads every row of view 0, so `with_sequence` computes all of them. Everything else about `row` only
+    saves time, and a first reader may skip it.
 
-    A tower has `embed`: a list of tensors (n, ...) -> for each the sequences (n, L, C) and the row to read in them
-    (n,). It also has `transformer`, `norm` and `proj`.
+    A tower defines `embed`, which turns each tensor of a list, (n, ...), into sequences (n, R, W) and the row to read
+    in each of them, (n,). It also has `transformer`, `norm` and `proj`.
     """
 
     def forward(self, views):
@@ -484,21 +481,21 @@ class Tower(nn.Module):
         return torch.cat(features).unflatten(0, (len(views), -1))       # view after view
 
     def with_sequence(self, views):
-        """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0 behind the LayerNorm (B, L, C).
+        """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0 behind the LayerNorm (B, R, W).
 
-        View 0 goes alone, with every row, the others as in `forward`.
+        View 0 passes alone, with every row; the others pass as in `forward`.
         """
         first, *others = self.embed([views[0], *same_size(views[1:])])
         x, row = first
-        sequence = self.norm(self.transformer(x))              # (B, L, C)
+        sequence = self.norm(self.transformer(x))              # (B, R, W)
         features = [pick(sequence, row)[:, 0] @ self.proj]
         for x, row in others:
             features.append(self.read_row(x, row))
         return torch.cat(features).unflatten(0, (len(views), -1)), sequence
 
     def read_row(self, x, row):
-        """Sequences x (n, L, C), row (n,) -> (n, D)."""
-        x = self.transformer(x, row)                                    # (n, 1, C)
+        """Sequences x (n, R, W), row (n,) -> (n, D)."""
+        x = self.transformer(x, row)                                    # (n, 1, W)
         return self.norm(x[:, 0]) @ self.proj
 
 
@@ -507,21 +504,21 @@ class VisionTower(Tower):
 
     def __init__(self, config):
         super().__init__()
-        C = config.vision_width
-        std = C ** -0.5
+        W = config.vision_width
+        std = W ** -0.5
         self.patch_size = p = config.patch_size
         self.grid = config.image_size // p
-        self.conv1 = nn.Conv2d(3, C, kernel_size=p, stride=p, bias=False)
-        self.class_embedding = nn.Parameter(std * torch.randn(C))
-        self.positional_embedding = nn.Parameter(std * torch.randn(1 + self.grid ** 2, C))
-        self.ln_pre = nn.LayerNorm(C)
-        self.transformer = Transformer(C, config.vision_layers, config.vision_heads, config.quick_gelu)
-        self.norm = nn.LayerNorm(C)
-        self.proj = nn.Parameter(std * torch.randn(C, config.embed_dim))
+        self.conv1 = nn.Conv2d(3, W, kernel_size=p, stride=p, bias=False)
+        self.class_embedding = nn.Parameter(std * torch.randn(W))
+        self.positional_embedding = nn.Parameter(std * torch.randn(1 + self.grid ** 2, W))
+        self.ln_pre = nn.LayerNorm(W)
+        self.transformer = Transformer(W, config.vision_layers, config.vision_heads, config.quick_gelu)
+        self.norm = nn.LayerNorm(W)
+        self.proj = nn.Parameter(std * torch.randn(W, config.embed_dim))
 
     def embed(self, groups):
-        """Images (n, 3, height, width), a tensor for each size -> for each the class token and the patches, with their
-        positions, (n, 1 + P, C), and the row of the class token, 0 (n,)."""
+        """A tensor of images (n, 3, height, width) for each size -> for each of them the sequences of class token and
+        patches, with their positions, (n, 1 + P, W), and the row of the class token, 0, (n,)."""
         p = self.patch_size
         embedded = []
         for images in groups:
@@ -531,7 +528,7 @@ class VisionTower(Tower):
                                  'resize or pad it to multiples of that')
             # conv1 as a matrix product, since patches do not overlap. In bf16 on CPUs it is 3 to 5 times as fast.
             pixels = F.unfold(images, kernel_size=p, stride=p).transpose(1, 2)  # (n, P, 3 * p * p)
-            patches = F.linear(pixels, self.conv1.weight.flatten(1))    # (n, P, C)
+            patches = F.linear(pixels, self.conv1.weight.flatten(1))    # (n, P, W)
             cls = self.class_embedding.expand(n, 1, -1)
             x = torch.cat([cls, patches], dim=1) + self.positions(height // p, width // p)
             class_row = torch.zeros(n, dtype=torch.long, device=x.device)
@@ -539,16 +536,16 @@ class VisionTower(Tower):
         return embedded
 
     def positions(self, h, w):
-        """Position embeddings for an h x w grid of patches, (1 + h*w, C): the learned grid, or bicubic from it."""
+        """Position embeddings for an h x w grid of patches, (1 + h*w, W): the learned grid, or bicubic from it."""
         grid = self.grid
         if h == w == grid:
             return self.positional_embedding
         cls, patches = self.positional_embedding.split([1, grid ** 2])
-        patches = patches.T.unflatten(1, (grid, grid))[None]            # (1, C, grid, grid)
+        patches = patches.T.unflatten(1, (grid, grid))[None]            # (1, W, grid, grid)
         # paper silent (transformer.py:646-669): DINO adds 0.1, so that rounding never loses a row of the grid. The 0.1
         # also stretches the grid a little. The released weights were trained with that, so it must stay.
         zoom = (h + 0.1) / grid, (w + 0.1) / grid
-        patches = F.interpolate(patches, scale_factor=zoom, mode='bicubic')  # (1, C, h, w)
+        patches = F.interpolate(patches, scale_factor=zoom, mode='bicubic')  # (1, W, h, w)
         return torch.cat([cls, patches[0].flatten(1).T])
 
 
@@ -561,25 +558,25 @@ class TextTower(Tower):
 
     def __init__(self, config):
         super().__init__()
-        C, layers = config.text_width, config.text_layers
-        self.token_embedding = nn.Embedding(config.vocab_size, C)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, C))
-        self.transformer = Transformer(C, layers, config.text_heads, config.quick_gelu, causal=True)
-        self.norm = nn.LayerNorm(C)
-        self.proj = nn.Parameter(C ** -0.5 * torch.randn(C, config.embed_dim))
+        W, layers = config.text_width, config.text_layers
+        self.token_embedding = nn.Embedding(config.vocab_size, W)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, W))
+        self.transformer = Transformer(W, layers, config.text_heads, config.quick_gelu, causal=True)
+        self.norm = nn.LayerNorm(W)
+        self.proj = nn.Parameter(W ** -0.5 * torch.randn(W, config.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        residual_std = (2 * C * layers) ** -0.5
+        residual_std = (2 * W * layers) ** -0.5
         for block in self.transformer.resblocks:                    # CLIP's scaling, as released
-            nn.init.normal_(block.attn.in_proj_weight, std=C ** -0.5)
+            nn.init.normal_(block.attn.in_proj_weight, std=W ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * C) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * W) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
     def embed(self, groups):
-        """Ids (n, T), a tensor for each length -> for each the vectors of tokens plus positions, (n, T, C), and the row
-        of the end (n,). The end has the largest id.
+        """A tensor of ids (n, T) for each length -> for each of them the vectors of tokens plus positions, (n, T, W),
+        and the row of the end, (n,). The end has the largest id.
 
-        One lookup for all captions, because in the backward pass each lookup allocates a (vocab, C) gradient.
+        One lookup for all captions, because in the backward pass each lookup allocates a (vocab, W) gradient.
         """
         all_ids = torch.cat([ids.flatten() for ids in groups])
         vectors = self.token_embedding(all_ids).split([ids.numel() for ids in groups])
@@ -606,14 +603,14 @@ class Transformer(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x, row=None):
-        """x (n, L, C) -> (n, L, C). With `row` (n,) only that row of each sequence, (n, 1, C).
+        """x (n, R, W) -> (n, R, W). With `row` (n,) only that row of each sequence, (n, 1, W).
 
-        The blocks before the last need every row, as keys and values. The last one computes only what is asked for.
+        The blocks before the last must compute every row, because the next one reads them as keys and values.
         """
         mask = None
         if self.causal:
-            L = x.shape[1]
-            mask = x.new_ones(L, L, dtype=torch.bool).tril()            # True where a row may look
+            R = x.shape[1]
+            mask = x.new_ones(R, R, dtype=torch.bool).tril()            # True where a row may look
         *blocks, last = self.resblocks
         for block in blocks:
             if self.grad_checkpointing:
@@ -646,22 +643,22 @@ class Block(nn.Module):
             c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x, mask=None, row=None):
-        """x (n, L, C), mask (L, L) -> (n, L, C). With `row` (n,) only that row of each sequence is computed, (n, 1, C).
+        """x (n, R, W), mask (R, R) -> (n, R, W). With `row` (n,) only that row of each sequence is computed, (n, 1, W).
 
         All rows are keys and values either way, so the result is the same as if all were computed and one taken.
         """
-        context = query = self.ln_1(x)                                  # (n, L, C)
+        context = query = self.ln_1(x)                                  # (n, R, W)
         if row is not None:
-            x = pick(x, row)                                            # (n, 1, C)
-            query = pick(context, row)                                  # (n, 1, C)
+            x = pick(x, row)                                            # (n, 1, W)
+            query = pick(context, row)                                  # (n, 1, W)
             if mask is not None:
-                mask = mask[row][:, None, None]                         # (n, 1, 1, L)
+                mask = mask[row][:, None, None]                         # (n, 1, 1, R)
         x = x + self.attn(query, context, mask)
         return x + self.mlp(self.ln_2(x))
 
 
 def pick(x, row):
-    """One row of each sequence: x (n, L, C), row (n,) -> (n, 1, C)."""
+    """One row of each sequence: x (n, R, W), row (n,) -> (n, 1, W)."""
     return x.gather(1, row[:, None, None].expand(-1, 1, x.shape[2]))
 
 
@@ -671,11 +668,11 @@ class Attention(nn.MultiheadAttention):
 
     It is written out, because we need q, k and v themselves: for the weights that the pictures show, and for
     segmentation in eval.py. The query may be one row, as in the last block. The parameters are in_proj_weight
-    (3 C, C), with the rows of query, key and value, in_proj_bias (3 C), and the linear map out_proj.
+    (3 W, W), with the rows of query, key and value, in_proj_bias (3 W), and the linear map out_proj.
     """
 
     def forward(self, query, context, mask=None):
-        """query (n, Q, C) reads context (n, L, C) -> (n, Q, C). mask (Q, L) or (n, 1, Q, L)."""
+        """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). mask (Q, R) or (n, 1, Q, R)."""
         q, k, v = self.project(query, context)
         if q.device.type == 'cpu':    # up to 5 times as fast as the kernel below, in bf16
             x = attention_weights(q, k, mask) @ v
@@ -684,19 +681,19 @@ class Attention(nn.MultiheadAttention):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
     def project(self, query, context):
-        """query (n, Q, C), context (n, L, C) -> q (n, H, Q, d), k and v (n, H, L, d)."""
-        C = query.shape[-1]
-        weight_q, weight_kv = self.in_proj_weight.split([C, 2 * C])
-        bias_q, bias_kv = self.in_proj_bias.split([C, 2 * C])
+        """query (n, Q, W), context (n, R, W) -> q (n, H, Q, d), k and v (n, H, R, d)."""
+        W = query.shape[-1]
+        weight_q, weight_kv = self.in_proj_weight.split([W, 2 * W])
+        bias_q, bias_kv = self.in_proj_bias.split([W, 2 * W])
         q = F.linear(query, weight_q, bias_q)
         k, v = F.linear(context, weight_kv, bias_kv).chunk(2, dim=-1)
         return [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v)]
 
 
 def attention_weights(q, k, mask=None):
-    """softmax(q k^T / sqrt(d)): q (..., Q, d), k (..., L, d) -> (..., Q, L). mask is True where a key may be seen."""
+    """softmax(q k^T / sqrt(d)): q (..., Q, d), k (..., R, d) -> (..., Q, R). mask is True where a key may be seen."""
     q = q * q.shape[-1] ** -0.5
-    scores = q @ k.transpose(-2, -1)                                    # (..., Q, L)
+    scores = q @ k.transpose(-2, -1)                                    # (..., Q, R)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(dim=-1)
@@ -704,8 +701,7 @@ def attention_weights(q, k, mask=None):
 
 if __name__ == '__main__':  # python cosmos.py: forward and backward on noise, the shapes, and the parts of the loss
     torch.manual_seed(0)
-    config = Config(embed_dim=128, image_size=48, local_image_size=24, patch_size=8, vision_width=96, vision_layers=4,
-                    vision_heads=3, text_width=128, text_layers=2, text_heads=2, vocab_size=1000, cross_heads=4)
+    config = Config(image_size=48, local_image_size=24, patch_size=8, vision_layers=2, text_layers=2, vocab_size=1000)
     model = COSMOS(config)
     teacher = Teacher(model)
     B = 3
@@ -718,9 +714,7 @@ if __name__ == '__main__':  # python cosmos.py: forward and backward on noise, t
     loss.backward()
     for name, value in out._asdict().items():
         print(f'{name:10} {tuple(value.shape)}')
-    blind = 0
     for name, (weight, term) in parts.items():
         print(f'{name:10} {weight} x {term.item():.4f}')
-        blind += weight * math.log(B)
-    print(f'loss       {loss.item():.4f} on noise; a blind guess costs ln {B} in each part, with these weights '
-          f'{blind:.4f}')
+    print(f'loss       {loss.item():.4f} on noise; guessing costs ln {B} in L_CLIP and ln {B} in L_COSMOS, together '
+          f'{2 * math.log(B):.4f}')

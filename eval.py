@@ -270,7 +270,7 @@ def encode_dense(model, images, csa=False):
     block.
     """
     tower = model.visual
-    [(x, _)] = tower.embed([images])                                # (B, 1 + P, C), [cls] first
+    [(x, _)] = tower.embed([images])                                # (B, 1 + P, W), [cls] first
     *blocks, last = tower.transformer.resblocks
     for block in blocks:
         x = block(x)
@@ -285,14 +285,14 @@ def encode_dense(model, images, csa=False):
 
 
 def correlative_block(block, x):
-    """A block with SCLIP's correlative self-attention (transformer.py:687-764): x (B, L, C) -> (B, L, C).
+    """A block with SCLIP's correlative self-attention (transformer.py:687-764): x (B, R, W) -> (B, R, W).
 
     Queries attend to queries and keys to keys. So a patch attends to itself and to what looks like it.
     """
     rows = block.ln_1(x)
     q, k, v = block.attn.project(rows, rows)                        # each (B, H, L, d)
     weights = attention_weights(q, q) + attention_weights(k, k)     # (B, H, L, L), rows of sum 2, as in SCLIP
-    read = (weights @ v).transpose(1, 2).flatten(2)                 # (B, L, C), the heads side by side
+    read = (weights @ v).transpose(1, 2).flatten(2)                 # (B, R, W), the heads side by side
     x = x + block.attn.out_proj(read)
     return x + block.mlp(block.ln_2(x))
 

@@ -485,8 +485,10 @@ def log_entry(run, done, steps, seconds, waited):
     steps: since the last entry. seconds: that they took. waited: seconds of these spent waiting for data.
     """
     options = run.options
-    all_cls, all_eot = gather(done.out.cls[:1], done.out.eot[:1])       # (1, N, D), of all ranks
-    nearest = (all_cls[0] @ all_eot[0].T).argmax(dim=1).cpu()           # of view 0 the nearest caption 0, (N,)
+    cls, eot = gather(done.out.cls[:1], done.out.eot[:1])
+    images = cls.keys[0]            # view 0 of the pairs of all ranks, (N, D)
+    captions = eot.keys[0]          # and caption 0
+    nearest = (images @ captions.T).argmax(dim=1).cpu()     # the caption that each image finds, (N,)
     used = run.step - 1             # the step whose rates were used
     entry = {                       # the same on all ranks
         'step': run.step,
@@ -495,7 +497,7 @@ def log_entry(run, done, steps, seconds, waited):
         'chance': math.log(options.batch),      # of each part of the loss: a blind guess
         'weights': {name: weight for name, (weight, _) in done.parts.items()},
         'accuracy': (nearest == torch.arange(len(nearest))).double().mean().item(),
-        'spread': all_cls[0].std(dim=0, correction=0).norm().item(),    # 0: collapsed
+        'spread': images.std(dim=0, correction=0).norm().item(),        # 0: collapsed
         'grad_norm': done.norm.item(),
         'scale': run.student.logit_scale.exp().item(),
         'pairs_per_s': steps * options.batch / seconds}
@@ -506,8 +508,8 @@ def log_entry(run, done, steps, seconds, waited):
         'waiting': waited / seconds,
         'memory_GB': peak_memory(run.processes.device)}
     if done.cls_t is not None:
-        cls = done.out.cls[0]                                           # (B, D)
-        means['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)
+        mine = done.out.cls[0]                                          # (B, D)
+        means['cosine'] = (mine * done.cls_t[0]).sum() / len(mine)
     terms = {name: term for name, (_, term) in done.parts.items()}
     taken = terms.keys() & (entry.keys() | means.keys())
     assert not taken, f'a part of the loss is called {taken}, as another figure of the log'

@@ -27,7 +27,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms.v2.functional import to_pil_image
 
 import cosmos
-from cosmos import COSMOS, GLOBALS, CrossAttention, Teacher, symmetric_nce, unit
+from cosmos import COSMOS, GLOBALS, CrossAttention, Teacher, match, nce, unit
 from data import normalize, text_crops
 from eval import encode_dense, shard_captions, shard_image
 from plumbing.colours import OPERATIONS, changes_of, recolour
@@ -42,8 +42,8 @@ RIVALS = 5              # captions of other images that an image is asked about,
 MOST_STEPS = 6          # with vectors and maps on a page
 SIDE = 224              # of an image on the page, in pixels
 SMALL = 128
-CODE = (text_crops, Teacher.forward, Teacher.update, cosmos.clip_loss, symmetric_nce, cosmos.checkpointed_nce,
-        cosmos.nce, CrossAttention.weights, COSMOS.forward, cosmos.total_loss)
+CODE = (text_crops, Teacher.forward, Teacher.update, cosmos.clip_loss, match, nce, CrossAttention.weights,
+        COSMOS.forward, cosmos.total_loss)
 
 # --- 1. During training: what a run leaves in maps.npz ---------------------------------------------------------------
 
@@ -146,7 +146,7 @@ def figures_of(a, b, scale):
     `gather`, for only rank 0 comes here."""
     cosines = torch.einsum('vad,ubd->vuab', a, b)                       # (V, U, B, B)
     return {
-        'loss': symmetric_nce(a, b, a, b, scale),
+        'loss': (nce(a, b, scale) + nce(b, a, scale)) / 2,
         'mean': cosines.mean(),
         'own': cosines.diagonal(dim1=2, dim2=3).mean()}
 

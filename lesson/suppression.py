@@ -343,7 +343,7 @@ def picks(vectors, candidates, right):
 def answers(queries, tokens, cross, candidates, of_own_kind):
     """What a group of pairs picks -> {own, sentence, read, alone, kept}.
 
-    queries (B, D) of the sentences, not of unit length; tokens (B, L, D) of the images, read by cross (C^I); candidates
+    queries (B, D) of the sentences, not of unit length; tokens (B, R, D) of the images, read by cross (C^I); candidates
     (B, D) of unit length, the teacher's images; of_own_kind (B, D), the teacher's captions.
     """
     places = torch.arange(len(queries), device=queries.device)
