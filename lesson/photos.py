@@ -131,9 +131,13 @@ def shard_folder(flickr8k, photographs):
         kept = set(kept)
         images = [image for image in listing['images'] if image['split'] != 'train' or image['imgid'] in kept]
         write_json(FOLDER / f'{photographs}.json', {'images': images})
-        pack = ['-m', 'extras.prepare', 'pack', FOLDER / f'{photographs}.json', flickr8k / 'Images', folder]
-        subprocess.run([sys.executable, *map(str, pack)], check=True)
+        call(['-m', 'extras.prepare', 'pack', FOLDER / f'{photographs}.json', flickr8k / 'Images', folder])
     return folder
+
+
+def call(words):
+    """Run python with these words, in a process of its own."""
+    subprocess.run([sys.executable, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
 
 
 def commands(variant, seed, flickr8k):
@@ -166,7 +170,7 @@ def make_row(variants, flickr8k, key):
     figures = {'steps': variant.steps, 'pairs': variant.steps * BATCH}
     for what, (_, *arguments) in words.items():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+        call(arguments)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if what == 'train':                             # time of its core: another program may share it
             figures['seconds'] = int(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
@@ -183,7 +187,7 @@ def validation(out):
     best = {}
     for line in (out / 'log.jsonl').read_text().splitlines():
         entry = json.loads(line)
-        if 'eval' in entry and entry['step'] > 0:
+        if 'eval' in entry:
             found = entry['eval']['retrieval']
             mean = (found['image_to_text_R@1'] + found['text_to_image_R@1']) / 2
             if mean > best.get('mean', -1):
