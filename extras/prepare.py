@@ -53,7 +53,7 @@ KINDS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}     # MPO: o
 
 def json_values(text):
     """All values of a text, one after another: JSON has one, JSON lines have a value a line."""
-    decoder = json.JSONDecoder(parse_constant={}.get)       # NaN becomes None
+    decoder = json.JSONDecoder(parse_constant={}.get)       # NaN, which is no JSON, becomes None
     values = []
     place = 0
     while place < len(text):
@@ -142,7 +142,7 @@ def find_column(names, columns, path, remedy=''):
 
 def captions_under(key, record):
     """The record's captions under a key, as a list. Strings of DreamLIP's are split: items of its lists pass whole. What
-    is no text, as NaN, or blank, is no caption."""
+    is blank or no text is no caption."""
     value = record.get(key)
     if key in DREAMLIP and not isinstance(value, list):
         return sentences(value)
