@@ -28,15 +28,15 @@ from tqdm import tqdm
 
 from cosmos import COSMOS, attention_weights, unit
 from data import BICUBIC, normalize
-from plumbing.benchmarks import (BENCHMARKS, IGNORE, TORCHVISION_SETS, Settings, class_names,
-                                 folder_set, is_imagenet, mask_pairs, open_clip_prompts, published_captions,
-                                 read_mask, read_synonyms, read_templates, torchvision_set, with_owners)
+from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, folder_set, is_imagenet,
+                                 mask_pairs, open_clip_prompts, published_captions, read_mask,
+                                 read_synonyms, read_templates, torchvision_set, with_owners)
 # Refused: an error that a user can mend, which `command` shows as one sentence. Unreadable(Refused): one image or
 # record is bad. need(condition, sentence): Refused unless the condition holds.
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import write_json
 from plumbing.images import read_image
-from plumbing.options import Parser, count, device_type
+from plumbing.options import evaluation_options
 from plumbing.shards import Shards
 from plumbing.weights import load_weights, read_network
 
@@ -489,62 +489,6 @@ def run_segment(args, model, tokenizer, preprocess):
             'prompts': ' | '.join(templates)} | segmentation_figures(matrix, names)
 
 
-def add_options(parser):
-    """What every command takes."""
-    add = parser.add_argument
-    add('checkpoint', metavar='CKPT')
-    add('--weights', choices=['teacher', 'student'], default='teacher',
-        help='which network (default: %(default)s)')
-    add('--device', type=device_type, default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='cuda or cpu (default: %(default)s)')
-    add('--workers', type=count, default=2,
-        help='processes that read images; segment needs none (default: %(default)s)')
-    add('--vocab', help="CLIP's merges, for checkpoints that carry none")
-    add('--json', help='also write the figures to this file')
-
-
-def add_retrieval(parser):
-    one = parser.add_mutually_exclusive_group(required=True).add_argument
-    one('--coco', help='folder with images/val2017 and annotations/captions_val2017.json')
-    one('--karpathy', help="Karpathy's dataset_coco.json or dataset_flickr30k.json")
-    one('--flickr', help="the released code's flickr30k_val.json: a list of image and captions")
-    one('--shards', nargs='+', help='held-out shards; a folder with train/ and val/ means its val/')
-    add = parser.add_argument
-    add('--split', help="Karpathy's split (default: test)")
-    add('--images', help='folder of the images of --karpathy or --flickr (default: beside the JSON)')
-    add('--caption-keys', help='json keys of the captions of --shards, joined by commas: of each pair only the '
-        f"first of these that it has is used (default: {','.join(HELD_OUT_KEYS)})")
-
-
-def add_classify(parser):
-    one = parser.add_mutually_exclusive_group(required=True).add_argument
-    one('--dataset', choices=TORCHVISION_SETS, metavar='NAME',
-        help='a classification set of torchvision.datasets: CIFAR10, DTD, ...')
-    one('--folder', help='one folder of images per class')
-    add = parser.add_argument
-    add('--root', default='data', help='where --dataset lies (default: %(default)s)')
-    add('--split', help="torchvision's name of the split (default: test; ImageNet has val)")
-    add('--download', action='store_true', help='let torchvision fetch it into --root')
-    add('--classes', help='file of class names: a line each in the order of the sorted folders '
-        "(default: torchvision's, or the folders' names)")
-    add('--templates', help='file of prompts with {} for the class, a line each; or open_clip: the 80 prompts of the '
-        'installed open_clip, for ImageNet its names, too')
-
-
-def add_segment(parser):
-    add = parser.add_argument
-    add('--images', required=True, help='folder of images')
-    add('--masks', required=True, help='folder of PNG masks of class numbers; 255 is ignored')
-    add('--classes', required=True, help='line i has the names of class i, with commas between them')
-    add('--image-suffix', default='', help='end of image names that masks lack, as _leftImg8bit')
-    add('--mask-suffix', default='', help='end of mask names that images lack, as _gtFine_labelTrainIds')
-    add('--list', help='file of the stems to evaluate, as of a split')
-    add('--templates', help='file of prompts with {} for the class; or open_clip: its 80 prompts')
-    add('--benchmark', choices=BENCHMARKS, help='the released settings of this set (default: plain ones). The 80 '
-        'released prompts are not among them: give those by --templates')
-    add('--csa', action='store_true', help='correlative self-attention in the last block')
-
-
 def execute(args):
     """Load the checkpoint, run the command, show its figures: also for commands of extras/ and lesson/."""
     model, tokenizer, preprocess = load(args.checkpoint, args.weights, args.vocab)
@@ -557,17 +501,11 @@ def execute(args):
 
 
 def main():
-    program = Parser(usage='%(prog)s COMMAND CKPT [options]', epilog=__doc__)
-    commands = program.add_subparsers(dest='command', required=True, prog=program.prog)
-    for name, function, add_flags, text in (
-            ('retrieval', run_retrieval, add_retrieval, 'zero-shot R@1/5/10 and ranks, both ways'),
-            ('classify', run_classify, add_classify, 'zero-shot top-1, top-5, mean per class'),
-            ('segment', run_segment, add_segment, 'zero-shot mIoU, and IoU of each class')):
-        parser = commands.add_parser(name, help=text, description=text)
-        parser.set_defaults(function=function)
-        add_options(parser)
-        add_flags(parser)
-    execute(program.parse_args())
+    # The command, CKPT, and its options by their names; --help lists them.
+    args = evaluation_options(__doc__, HELD_OUT_KEYS)
+    functions = {'retrieval': run_retrieval, 'classify': run_classify, 'segment': run_segment}
+    args.function = functions[args.command]
+    execute(args)
 
 
 if __name__ == '__main__':

@@ -171,7 +171,7 @@ def test_sizes_and_initial_values_are_the_released():
 
 def test_every_preset_has_a_recipe():
     """oracle: the options of train.py; the released script for CC3M."""
-    options = vars(train.make_parser().parse_args([]))
+    options = vars(train.read_options([]))
     paper = dict(epochs=32, batch=1024, lr=5e-4, lr_end=0, warmup=2000, wd=0.5, momentum=0.999, momentum_ramp=0,
                  local_crops=6, local_captions=6, augment='full', vocab='clip')
     for preset in train.PRESETS.values():

@@ -9,12 +9,13 @@ The same command with --resume goes on where the run in --out stopped. --out the
 best.pt (the networks with the best R@1 on --val), report.html (the run as a page; maps.npz has its pictures),
 log.jsonl, config.json, eval.json and index.npy (of the shards).
 
-First reading: sections 1 to 3, which are the paper's (presets, the rows of Table 5, one step), then `main` at the end,
-the run from top to bottom. Sections 4 to 6 set up, log and save; read them when you change them. lesson/onepage.py
-trains the same way in a hundred lines, without options, checkpoints and several GPUs.
+First reading: sections 1 to 3, which are the paper's (presets, the rows of Table 5, one step), then section 6, the run
+from top to bottom: `main` is the loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5
+set up, log and save; read them when you change them. lesson/onepage.py trains the same way in a hundred lines, without
+options, checkpoints and several GPUs.
 
-From plumbing/ come `Processes` (the ranks: their device, sums and broadcasts over them, how they end), `runs` (the
-folder of a run: checkpoints, log, going on), and types of options; it need not be read.
+From plumbing/ come `training_options` (the command line), `Processes` (the ranks: their device, sums and broadcasts
+over them, how they end) and `runs` (the folder of a run: checkpoints, log, going on). They need not be read.
 """
 import os
 
@@ -22,10 +23,9 @@ if __name__ == '__main__':
     # OpenMP: let idle threads sleep, not spin. torch reads it when it is imported.
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
-import argparse
 import math
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,7 +35,6 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -45,16 +44,18 @@ from cosmos import (COSMOS, GLOBALS, Config, Output, Teacher, across_terms, cosm
 from data import Shards
 from plumbing import runs
 from plumbing.captions import POOL_KEYS
-from plumbing.errors import command, need, warn
+from plumbing.errors import command, warn
 from plumbing.files import write_json
-from plumbing.options import Parser, above_zero, amount, count, positive, share
-from plumbing.processes import (CORES, DTYPES, Processes, choose_dtype, compile_blocks, peak_memory,
-                                signals_caught, use_cores)
+from plumbing.options import choose_data, choose_lengths, training_options
+from plumbing.parts import InParts
+from plumbing.processes import (Processes, choose_dtype, compile_blocks, peak_memory, signals_caught,
+                                use_cores)
+from plumbing.progress import Progress
 from plumbing.tokenizer import Tokenizer, learn_merges
 
 # --- 1. Presets: the sizes of a model, and a recipe ------------------------------------------------------------------
 
-# Recipes are defaults for the options of section 4. PAPER is the released recipe for CC3M (train_cc3m.sh).
+# A recipe: defaults for options. What is typed wins. PAPER is the released recipe for CC3M (train_cc3m.sh).
 PAPER = {
     'batch': 1024, 'lr': 5e-4, 'lr_end': 0.0, 'warmup': 2000, 'wd': 0.5,
     'momentum': 0.999, 'momentum_ramp': 0,
@@ -65,6 +66,11 @@ LAPTOP = {
     'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
     'momentum': 0.995, 'momentum_ramp': 10,
     'local_crops': 2, 'local_captions': 2, 'augment': 'crops', 'vocab': 'learn'}
+
+
+# With --init, whatever the preset: steps are small, so that what the weights know stays, and the teacher, which starts
+# as a copy of them, need not forget its start.
+PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
 
 
 class Preset(NamedTuple):
@@ -98,7 +104,7 @@ PRESETS = {
 # --- 2. The methods of Table 5 ---------------------------------------------------------------------------------------
 
 class Method(NamedTuple):
-    """A row of Table 5: what the student sees, and what it learns beside L_CLIP."""
+    """A row of Table 5: what the student sees, and what it learns in addition to L_CLIP."""
     global_images: int
     global_texts: int               # captions of 1-5 sentences
     has_local_images: bool          # as many as --local-crops says
@@ -108,7 +114,7 @@ class Method(NamedTuple):
     has_teacher: bool
     has_cross_attention: bool       # C^I and C^T. If no term reads h_I and h_T they would never train
     has_own_scale: bool             # the terms have a temperature of their own, not that of L_CLIP
-    terms: Callable                 # what is learned beside L_CLIP, a function of cosmos.py
+    terms: Callable                 # what is learned in addition to L_CLIP, a function of cosmos.py
 
 
 # Each row adds to the one above. Only the first and the last are the released code's: clip has open_clip's own crop,
@@ -116,8 +122,8 @@ class Method(NamedTuple):
 # far below the CLIP of its Table 1, so they probably had raw captions only: give them --caption-pool raw.
 G = GLOBALS
 METHODS = {
-    #                  global  global  local   local   crop  aug-    teacher  cross-  own     learns beside L_CLIP
-    #                  images  texts   images  texts   min   ments            attn.   scale
+    #                  global  global  local   local   crop  aug-    teacher  cross-  own     learns
+    #                  images  texts   images  texts   min   ments            attn.   scale   L_CLIP and
     'clip':          Method(1,      1, False,  False,  0.9,  False,  False,   False,  False,  no_terms),
     'clip-aug':      Method(G,      1, False,  False,  0.4,  True,   False,   False,  False,  no_terms),
     'image-distill': Method(G,      1, True,   False,  0.4,  True,   True,    False,  False,  image_terms),
@@ -128,24 +134,35 @@ METHODS = {
     'plain':         Method(G,      G, True,   True,   0.4,  True,   True,    False,  True,   plain_terms),
     'across':        Method(G,      G, True,   True,   0.4,  True,   True,    True,   True,   across_terms)}
 
+
+def recipe_of(preset, method, init):
+    """Defaults of options, {option: value}. init: the weights of --init, or None."""
+    recipe = dict(PRESETS[preset].recipe)
+    if not METHODS[method].augments:
+        recipe['augment'] = 'crops'
+    if init:
+        recipe |= PRETRAINED
+    return recipe
+
+
 # --- 3. One step -----------------------------------------------------------------------------------------------------
 
 @dataclass
 class Run:
     """What a step needs and changes."""
-    options: argparse.Namespace
+    options: Namespace              # all that --help lists, see read_options
     processes: Processes
     train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
-    forward: torch.nn.Module        # the student as a step calls it: in InParts; on several GPUs in DDP, too
+    forward: torch.nn.Module        # the student as a step calls it: in parts (--accum), on several GPUs in DDP
     teacher: Teacher                # None where nothing is distilled
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # of fp16; otherwise it does nothing
     dtype: torch.dtype              # of autocast; None: float32
     step: int = 0                   # steps taken
-    # Of the loop:
-    saved_step: int = 0             # of last.pt
-    best: tuple = (-1.0, 0)         # mean R@1 on --val, and its step
+    saved_step: int = 0             # the step of last.pt
+    saved_at: float = field(default_factory=time.perf_counter)
+    best: tuple = (-1.0, 0)         # the best mean R@1 on --val, and its step
     begun: float = field(default_factory=time.perf_counter)
 
     @property
@@ -204,41 +221,12 @@ def train_step(run, batch):
         if run.method.has_teacher:
             run.teacher.update(student, momentum_at(run.step, options))
     else:
-        tqdm.write(f'WARNING    step {run.step + 1} is left out: loss {loss:.4g}, '
-                   f'gradient norm {norm:.4g}')
+        [sum_of_losses] = run.processes.sum([loss])     # that of rank 0 alone may be finite
+        tqdm.write(f'WARNING    step {run.step + 1} is left out: loss {sum_of_losses / run.processes.world:.4g}, '
+                   f'gradient norm {norm:.4g}, both over all processes')
     run.scaler.update()             # fp16: after an infinity it lowers the scale
     run.step += 1                   # a step that was left out counts
     return Step(out, cls_t, loss, parts, norm, finite)
-
-
-class InParts(torch.nn.Module):
-    """The student, run on --accum parts of a batch. DistributedDataParallel goes around it, and sees one forward pass.
-
-    With several parts no activations are stored: the backward pass computes them again, part by part (checkpoint). The
-    loss sees the embeddings of all parts at once, so the gradient is that of the whole batch, exactly. Averaging the
-    losses of parts would lose negatives.
-    """
-
-    def __init__(self, student, accum):
-        super().__init__()
-        self.student = student
-        self.accum = accum
-
-    def forward(self, images, texts):
-        if self.accum == 1:
-            return self.student(images, texts)
-        outs = []
-        for k in range(self.accum):
-            some_images = [view.chunk(self.accum)[k] for view in images]    # (B / accum, 3, s, s)
-            some_texts = [text.chunk(self.accum)[k] for text in texts]      # (B / accum, T)
-            outs.append(checkpoint(self.student, some_images, some_texts, use_reentrant=False))
-        fields = []
-        for pieces in zip(*outs):   # first the cls of all parts, then their eot, h_I, h_T
-            if pieces[0] is None:
-                fields.append(None)
-            else:
-                fields.append(torch.cat(pieces, dim=1))
-        return Output(*fields)
 
 
 # Schedules are pure functions of `step`, how many steps have been taken.
@@ -265,99 +253,11 @@ def make_optimizer(student, lr, wd):
     return torch.optim.AdamW([matrices, vectors], lr=lr, betas=(0.9, 0.98), fused=True)
 
 
-# --- 4. Options ------------------------------------------------------------------------------------------------------
+# --- 4. Set-up: options, data, model, teacher, optimizer --------------------------------------------------------------
 
-def make_parser():
-    """All options. In --help a value in brackets is the default, where the preset's recipe has no other."""
-    recipes = ''.join(f'\n{name}: {preset.recipe}' for name, preset in PRESETS.items())
-    parser = Parser(usage='%(prog)s [options]', epilog=f'{__doc__}\nRecipes:{recipes}')
-    add = parser.add_argument_group('data').add_argument
-    add('--data', nargs='+', help='tars, or folders of them (the built-in set)')
-    add('--val', nargs='+', help='held-out shards, evaluated every --eval-every steps and at the end')
-    add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
-    add('--caption-pool', choices=POOL_KEYS, default='all', help="of DreamLIP's captions (%(default)s)")
-    add('--vocab', default='clip', help="%(default)s, learn (from the captions), or a path to CLIP's file")
-    add('--workers', type=count, default=min(8, CORES // 2 or 1), help='loaders for each GPU (%(default)s)')
-    add = parser.add_argument_group('method').add_argument
-    add('--preset', choices=PRESETS, help='sizes and recipe (vit-b-16 with --data, else tiny)')
-    add('--method', choices=METHODS, default='cosmos', help='row of Table 5, or ours: plain, across (%(default)s)')
-    add('--init', help='weights to start from, ours or others; they set sizes and vocabulary')
-    add('--quick-gelu', action='store_true', help="of --init: OpenAI's activation, where no file says it")
-    add('--local-crops', type=count, default=6, help='local image views per pair (%(default)s)')
-    add('--local-captions', type=count, default=6, help='local captions per pair (%(default)s)')
-    add('--augment', choices=['full', 'crops'], default='full', help='full: with flips and colours')
-    schedule = parser.add_argument_group('schedule')
-    length = schedule.add_mutually_exclusive_group().add_argument
-    length('--steps', type=positive, help='optimizer steps in all')
-    length('--epochs', type=above_zero, help='passes over the data, in their place')
-    add = schedule.add_argument
-    add('--batch', type=positive, help='pairs per step, over all processes and --accum')
-    add('--accum', type=positive, default=1, help='parts a batch is cut into, for memory (%(default)s)')
-    add('--lr', type=amount, help='peak learning rate')
-    add('--lr-end', type=share, default=0.0, help='share of the peak at the end (%(default)s)')
-    add('--warmup', type=count, help='steps of linear warm-up before the cosine')
-    add('--wd', type=amount, help='weight decay of matrices; vectors and scales have none')
-    add('--momentum', type=share, help='lambda of the teacher')
-    add('--momentum-ramp', type=count, default=0, help='R: at step s lambda is at most s / (s + R); 0: no ramp')
-    add('--clip-grad', type=amount, default=0.0, help='largest norm of the gradient; 0: none')
-    add('--seed', type=count, default=0, help='of everything random (%(default)s)')
-    add = parser.add_argument_group('machine').add_argument
-    add('--precision', choices=['auto', *DTYPES], default='auto', help='auto: bf16 if fast')
-    add('--device', choices=['auto', 'cuda', 'cpu'], default='auto', help='auto: cuda if found')
-    add('--compile', action=argparse.BooleanOptionalAction, default=False, help='torch.compile, for GPUs alone')
-    add('--grad-checkpoint', action=argparse.BooleanOptionalAction, default=False, help='less memory, more time')
-    add = parser.add_argument_group('output').add_argument
-    add('--out', help='folder of checkpoint, log and report (runs/PRESET-METHOD)')
-    add('--resume', action='store_true', help='go on with the run in --out, or start it where there is none')
-    add('--save-every', type=positive, default=1000, help='steps between checkpoints (%(default)s)')
-    add('--save-minutes', type=amount, default=30.0, help='or minutes; 0: steps only (%(default)s)')
-    add('--eval-every', type=count, help='steps between evaluations (a quarter of the run); 0: at the end only')
-    add('--log-every', type=positive, default=20, help='steps between log lines (%(default)s)')
-    return parser
-
-
-def read_options(argv):
-    """What is typed, else the recipe of the preset, else the defaults above."""
-    parser = make_parser()
-    typed = parser.parse_args(argv)                     # a first look, at what decides the recipe
-    preset = typed.preset or ('vit-b-16' if typed.data else 'tiny')
-    recipe = dict(PRESETS[preset].recipe)
-    need(not {'preset', 'method'} & recipe.keys(), f'the recipe of {preset} may not choose preset or method')
-    recipe.pop('warmup', None)                          # choose_lengths takes less of it for a short run
-    if typed.steps or typed.epochs:
-        recipe.pop('steps', None)
-        recipe.pop('epochs', None)
-    if not METHODS[typed.method].augments:
-        recipe['augment'] = 'crops'
-    # The recipe is put before what is typed. So it goes through types and choices, too, and what is typed wins.
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in recipe.items()]
-    parser.set_defaults(preset=preset, out=f'runs/{preset}-{typed.method}')
-    return parser.parse_args([*words, *(sys.argv[1:] if argv is None else argv)])
-
-
-def choose_lengths(options, pairs):
-    """Fill in --steps, and --warmup and --eval-every where they are not given."""
-    if options.epochs is not None:
-        options.steps = round(options.epochs * (pairs // options.batch)) or 1
-    need(options.steps, f'preset {options.preset} has neither steps nor epochs; give --steps')
-    if options.warmup is None:                          # of a short run a tenth
-        options.warmup = min(PRESETS[options.preset].recipe.get('warmup', 0), options.steps // 10)
-    if options.eval_every is None:
-        options.eval_every = math.ceil(options.steps / 4)
-
-
-# --- 5. Data, model, teacher, optimizer ------------------------------------------------------------------------------
-
-def find_data(options, built_in_set):
-    """Without --data: the built-in set. If --data is one folder with train/ and val/, --val becomes the same folder:
-    Shards takes train/ for --data, and val/ for --val."""
-    if options.data is None:
-        need(built_in_set, 'the built-in set is drawn by lesson/, which is absent; give shards by --data')
-        options.data = [str(built_in_set())]
-    folder = Path(options.data[0])
-    has_halves = (folder / 'train').is_dir() and (folder / 'val').is_dir()
-    if options.val is None and len(options.data) == 1 and has_halves:
-        options.val = options.data
+def read_options(argv=None):
+    """A namespace with every option that --help lists: what is typed, else the recipe, else the default in --help."""
+    return training_options(argv, __doc__, PRESETS, METHODS, recipe_of)
 
 
 def identity(options, shards):
@@ -375,11 +275,11 @@ def open_shards(options, processes, saved, built_in_set):
     index = Path(options.out, 'index.npy')
     val = None
     with processes.rank_0_first():          # it reads all headers, and saves what the others map
-        find_data(options, built_in_set)
+        choose_data(options, built_in_set)
         keys = options.caption_keys or POOL_KEYS[options.caption_pool]
         shards = Shards(options.data, keys, 'train', index)
         data.check_batch(options.batch, len(shards), processes.world * options.accum)
-        choose_lengths(options, len(shards))
+        choose_lengths(options, len(shards), PRESETS[options.preset].recipe['warmup'])
         if saved:
             runs.check_same(saved, options, identity(options, shards))
         if processes.rank == 0:
@@ -412,10 +312,8 @@ def choose_model(options, saved):
         tokenizer = Tokenizer.clip(path, config.context_length)
     method = METHODS[options.method]
     heads = 0
-    if method.has_cross_attention:
-        heads = config.cross_heads
-        if not heads:       # a plain CLIP gets as many as the presets
-            heads = 8 if config.embed_dim >= 256 else 4
+    if method.has_cross_attention:          # weights without any get as many heads as the presets have
+        heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
     two_scales = method.has_own_scale and not method.has_cross_attention
     return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
 
@@ -442,6 +340,8 @@ def make_run(options, processes, train_set, weights):
 
 def set_up(options, processes, built_in_set):
     """A run before its first step, or where it stopped -> run, held-out shards."""
+    if processes.device.type == 'cpu':
+        use_cores(options.workers)
     saved = runs.read_last(options.out) if options.resume else {}
     # The seconds that it was trained for tell one checkpoint from another.
     processes.must_agree(saved.get('seconds'), f'{options.out}/last.pt is not the same for all processes; '
@@ -476,15 +376,13 @@ def set_up(options, processes, built_in_set):
     return run, val
 
 
-# --- 6. Log, checkpoint, figures -------------------------------------------------------------------------------------
+# --- 5. Log, save, evaluate ------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def log_entry(run, done, steps, seconds, waited):
-    """The log entry of the Step just done, {name: number}. Every rank must call it.
-
-    steps: since the last entry. seconds: that they took. waited: seconds of these spent waiting for data.
-    """
+def log_entry(run, progress):
+    """The log entry of the step just done, {name: number}. Every rank must call it."""
     options = run.options
+    done = progress.done
     cls, eot = gather(done.out.cls[:1], done.out.eot[:1])
     images = cls.keys[0]            # view 0 of the pairs of all ranks, (N, D)
     captions = eot.keys[0]          # and caption 0
@@ -494,26 +392,25 @@ def log_entry(run, done, steps, seconds, waited):
         'step': run.step,
         'lr': lr_at(used, options),
         'momentum': momentum_at(used, options),
-        'chance': math.log(options.batch),      # of each part of the loss: a blind guess
+        'chance': math.log(options.batch),      # what each part of the loss costs a blind guess
         'weights': {name: weight for name, (weight, _) in done.parts.items()},
         'accuracy': (nearest == torch.arange(len(nearest))).double().mean().item(),
         'spread': images.std(dim=0, correction=0).norm().item(),        # 0: collapsed
         'grad_norm': done.norm.item(),
         'scale': run.student.logit_scale.exp().item(),
-        'pairs_per_s': steps * options.batch / seconds}
+        'pairs_per_s': progress.steps * options.batch / progress.seconds,
+        'bad_pairs': progress.bad}
     if run.student.has_two_scales:
         entry['distill_scale'] = run.student.distill_logit_scale.exp().item()
-    means = {                       # of each rank another; the mean is logged
+    means = {                       # these differ between ranks, so their mean is logged
         'loss': done.loss,
-        'waiting': waited / seconds,
+        'waiting': progress.waited / progress.seconds,
         'memory_GB': peak_memory(run.processes.device)}
     if done.cls_t is not None:
         mine = done.out.cls[0]                                          # (B, D)
         means['cosine'] = (mine * done.cls_t[0]).sum() / len(mine)
-    terms = {name: term for name, (_, term) in done.parts.items()}
-    taken = terms.keys() & (entry.keys() | means.keys())
-    assert not taken, f'a part of the loss is called {taken}, as another figure of the log'
-    means |= terms
+    for name, (_, term) in done.parts.items():
+        means[name] = term
     for name, total in zip(means, run.processes.sum(means.values())):
         entry[name] = total / run.processes.world
     return entry
@@ -525,12 +422,13 @@ def networks(run):
 
 
 def save(run):
-    """last.pt, by rank 0, unless it holds this step."""
+    """Rank 0 writes last.pt, unless it holds this step."""
     if run.processes.rank == 0 and run.step > run.saved_step:
         seconds = time.perf_counter() - run.begun
         same = identity(run.options, run.train_set.shards)
         runs.save(run.folder, networks(run), run.optimizer, run.scaler, run.options, same, seconds)
     run.saved_step = run.step
+    run.saved_at = time.perf_counter()
 
 
 class Evaluated(NamedTuple):
@@ -543,14 +441,14 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(run, val, watchers):
-    """Rank 0 scores the held-out shards, while the others wait -> figures, {} on the others. best.pt is written where
-    the mean R@1 is the best so far."""
+    """Rank 0 scores the held-out shards, while the others wait -> figures, {} on the others. best.pt is written if the
+    mean R@1 is the best so far; then all ranks know run.best."""
     figures = {}
     if run.processes.rank == 0:
         figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)}
         if val:
             figures |= held_out_figures(run, val, watchers)
-    run.processes.wait_for_rank_0()
+    run.best = run.processes.broadcast(run.best)        # here the others wait
     return figures
 
 
@@ -579,13 +477,12 @@ def print_plan(run, val):
     shards = run.train_set.shards
     size = sum(p.numel() for p in run.student.parameters())
     passes = options.steps * options.batch / len(shards)
-    print(f'run        {options.method}, {options.preset}, {size:,} parameters, into {run.folder}')
+    sizes = f'the sizes of {options.init}' if options.init else options.preset
+    print(f'run        {options.method}, {sizes}, {size:,} parameters, into {run.folder}')
     print(f'           steps {run.step} to {options.steps} of {options.batch} pairs, {passes:.1f} passes over '
           f'{len(shards):,} pairs')
     print(f'           on {run.processes.world} x {run.processes.device} in {run.dtype or torch.float32}, '
           f'{torch.get_num_threads()} threads and {options.workers} loaders each')
-    if options.init and options.lr > 1e-4:
-        print(f'note       --lr {options.lr} is for training from nothing; with --init try 1e-5')
     if val is None:
         print('note       nothing is held out, so overfitting cannot be seen; '
               'python -m extras.prepare pack --val 0.1 holds a tenth out')
@@ -595,9 +492,66 @@ def print_plan(run, val):
         warn(f'{len(in_both)} shards are in --data and in --val')
 
 
-# --- 7. A run, from the command line to the figures ------------------------------------------------------------------
+def begin(run, val, watchers):
+    """Before the first step rank 0 prints the plan, and writes config.json. A run that is complete ends here."""
+    options = run.options
+    has_figures = run.processes.broadcast((run.folder / 'eval.json').exists())     # else its evaluation was cut short
+    if run.step >= options.steps and has_figures:
+        print(f'nothing is left to do: step {run.step} of {options.steps} is reached')
+        run.processes.leave(0)
+    if run.processes.rank == 0:
+        print_plan(run, val)
+        runs.begin(run.folder, options, run.train_set.config, goes_on=run.step > 0)
+        run.best = runs.best_so_far(run.folder, options.val)
+        for watcher in watchers:
+            watcher.begin(run)
+    run.best = run.processes.broadcast(run.best)
 
-MOST_BROKEN = 5             # steps in a row whose gradient is not finite
+
+def finish(run, figures, watchers):
+    """Rank 0 writes eval.json, has the watchers write theirs, and says what to do next."""
+    if run.processes.rank > 0:
+        return
+    write_json(run.folder / 'eval.json', figures)
+    evaluation.show(figures)
+    for watcher in watchers:
+        watcher.finish(run)
+    best = 'best.pt' if (run.folder / 'best.pt').exists() else 'last.pt'
+    print(f'done       {run.folder}, the networks are in {best}; try python eval.py retrieval '
+          f'{run.folder}/{best} --shards {(run.options.val or run.options.data)[0]}')
+
+
+# --- 6. A run, from the command line to the figures ------------------------------------------------------------------
+
+class Due(NamedTuple):
+    """What the loop does after run.step steps, before the next one. Each is true or false."""
+    log: bool
+    save: bool
+    evaluate: bool
+    stop: bool
+
+
+def what_is_due(run, progress):
+    """-> Due. This is the place to change when a run logs, saves, evaluates or ends.
+
+    NB: ranks log, evaluate and end together, and wait forever for one that does not. So decide by what all of them
+    share: the step, the options, run.best, and progress but for its times. Only rank 0 saves, so that may depend on
+    the clock.
+    """
+    options = run.options
+    step = run.step
+    finished = step >= options.steps
+    # After a signal the run is saved, to go on another time. There is no time to evaluate it.
+    interrupted = progress.signals > 0 and not finished
+    # Every --eval-every steps. Before the first step, too, to show what the networks know untrained.
+    regular = options.val and options.eval_every and step % options.eval_every == 0
+    evaluate = finished or (regular and not interrupted)
+    # The first step shows early whether all is well. Figures of an evaluation share an entry with the loss.
+    log = progress.done and (evaluate or step == 1 or step % options.log_every == 0)
+    # An evaluation takes long, and may fail, so the run is saved before it.
+    overdue = 0 < 60 * options.save_minutes < time.perf_counter() - run.saved_at
+    save = evaluate or interrupted or overdue or step % options.save_every == 0
+    return Due(log, save, evaluate, stop=finished or interrupted)
 
 
 def batches_left(run):
@@ -611,38 +565,6 @@ def batches_left(run):
                             whole_first=run.method.has_cross_attention))    # C^T reads its padding
 
 
-def reason_to_stop(run, broken, bad, seen):
-    """A sentence where too many pairs are bad, or steps in a row broken, else None. All ranks have the same counts."""
-    if bad > max(0.05 * seen, 10):
-        return (f'over 5 % of the pairs cannot be read ({bad:.0f} of {seen}); see the lines above, and '
-                'python -m extras.prepare inspect')
-    if broken == MOST_BROKEN:
-        return (f'{broken} steps in a row were not finite, the last is step {run.step}; they have not changed the '
-                f'weights in {run.folder}/last.pt: give the same command with --resume and a lower --lr, '
-                '--clip-grad 1, or --precision fp32')
-    return None
-
-
-def begin(run, val, watchers):
-    """The plan, and config.json; rank 0, before the first step."""
-    print_plan(run, val)
-    runs.begin(run.folder, run.options, run.train_set.config, goes_on=run.step > 0)
-    run.best = runs.best_so_far(run.folder, run.options.val)
-    for watcher in watchers:
-        watcher.begin(run)
-
-
-def finish(run, figures, watchers):
-    """eval.json, what the watchers write, and what to do next."""
-    write_json(run.folder / 'eval.json', figures)
-    evaluation.show(figures)
-    for watcher in watchers:
-        watcher.finish(run)
-    best = 'best.pt' if (run.folder / 'best.pt').exists() else 'last.pt'
-    print(f'done       {run.folder}, the networks are in {best}; try python eval.py retrieval '
-          f'{run.folder}/{best} --shards {(run.options.val or run.options.data)[0]}')
-
-
 def main(argv=None, watchers=(), built_in_set=None):
     """A run. It ends the process, with status 0 when all steps are done.
 
@@ -651,83 +573,47 @@ def main(argv=None, watchers=(), built_in_set=None):
     """
     options = read_options(argv)
     processes = Processes(options.device)               # from here on only rank 0 prints
-    if processes.device.type == 'cpu':
-        use_cores(options.workers)
     run, val = set_up(options, processes, built_in_set)
-    has_figures = processes.broadcast((run.folder / 'eval.json').exists())     # else its evaluation was cut short
-    if run.step >= options.steps and has_figures:
-        print(f'nothing is left to do: step {run.step} of {options.steps} is reached')
-        processes.leave(0)
-    if processes.rank == 0:
-        begin(run, val, watchers)
+    begin(run, val, watchers)
 
     batches = batches_left(run)
-    done = None                     # the latest Step
-    broken = 0                      # steps in a row that were not finite
-    bad = seen = 0                  # pairs that cannot be read, and all, since this start
-    signals = 0
-    waited = 0.0                    # seconds, since the last log entry
-    logged_step = run.step
-    logged_at = saved_at = time.perf_counter()
+    progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
     saving = runs.saved_on_error(run.student, partial(save, run))       # unless its weights are not finite
     with bar, saving, signals_caught() as caught:
-        # A turn does what is due after run.step steps, then takes a step; the last one takes none.
         while True:
-            # What is due? All ranks must find the same, for they log and evaluate together.
-            last = run.step >= options.steps
-            failure = reason_to_stop(run, broken, bad, seen)
-            stop = last or signals or failure
-            if stop:
-                eval_due = last and not failure
-            else:                   # at step 0 the untrained networks
-                eval_due = options.val and options.eval_every and run.step % options.eval_every == 0
-            log_due = done and (eval_due or run.step == 1 or run.step % options.log_every == 0)
-            minutes = (time.perf_counter() - saved_at) / 60     # ranks may differ, but rank 0 alone saves
-            overdue = options.save_minutes and minutes > options.save_minutes
-            save_due = stop or eval_due or overdue or run.step % options.save_every == 0
-
-            # Log, save, evaluate.
+            due = what_is_due(run, progress)
             entry = {}
-            if log_due:
-                seconds = time.perf_counter() - logged_at
-                entry = log_entry(run, done, run.step - logged_step, seconds, waited)
-                entry['bad_pairs'] = bad
+            if due.log:
+                entry = log_entry(run, progress)
+                progress.restart_clock()
                 runs.print_progress(entry, options.steps, options.batch)
-            if save_due:
-                save(run)           # before the evaluation, which takes long, and may fail
-                saved_at = time.perf_counter()
-            if eval_due:
+            if due.save:
+                save(run)
+            if due.evaluate:
                 figures = evaluate(run, val, watchers)
                 entry |= {'step': run.step, 'eval': figures}
-            if entry:
-                if processes.rank == 0:
-                    runs.write_log(run.folder, entry)
-                logged_step = run.step
-                waited = 0.0
-                logged_at = time.perf_counter()
-            if stop:
+            if entry and processes.rank == 0:
+                runs.write_log(run.folder, entry)
+            if due.stop:
                 break
 
-            # One step.
-            before = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - before
+            batch = progress.next_batch(batches)
             done = train_step(run, batch.to(processes.device))
             bar.update()
-            signals, bad_pairs = processes.sum([len(caught), batch.bad])
-            bad += bad_pairs
-            seen += options.batch
-            broken = 0 if done.finite else broken + 1
+            bad, signals = processes.sum([batch.bad, len(caught)])
+            progress.count(done, run.scaler.get_scale(), options.batch, bad, signals)
+            failure = progress.reason_to_fail(run.step, run.folder)
+            if failure:
+                save(run)
+                processes.end_all(failure)
 
-    if failure:
-        processes.end_all(failure)
-    if not last:
-        print(f'stopped    step {run.step} is saved; the same command with --resume --out {run.folder} goes on')
-        processes.leave(128 + SIGTERM)                  # as a shell has it for who was stopped
-    if processes.rank == 0:
+    if due.evaluate:                # at the end, not interrupted by a signal
         finish(run, figures, watchers)
-    processes.leave(0)
+        processes.leave(0)
+    print(f'stopped    step {run.step} is saved; the same command with --resume --out {run.folder} goes on')
+    number = caught[0] if caught else SIGTERM           # another rank may have got it
+    processes.leave(128 + number)                       # as a shell has it
 
 
 if __name__ == '__main__':

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from eval import add_options, execute
+from eval import execute
 from plumbing.errors import command, need
 from plumbing.files import replacing
 from plumbing.images import read_image
-from plumbing.options import Parser
+from plumbing.options import Parser, add_checkpoint
 
 # --- 1. Weights ------------------------------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ def run_attend(args, model, tokenizer, preprocess):
 def main():
     parser = Parser(prog='python -m extras.attend', epilog=__doc__,
                     usage='%(prog)s CKPT --image FILE --text TEXT ... [options]')
-    add_options(parser)
+    add_checkpoint(parser)
     parser.set_defaults(command='attend', function=run_attend)
     parser.add_argument('--image', required=True, help='an image')
     parser.add_argument('--text', required=True, nargs='+', help='one or more captions')

@@ -29,7 +29,7 @@ from extras.prepare import counts_of
 from plumbing.errors import Unreadable, command
 from plumbing.images import read_image
 from plumbing.options import Parser
-from plumbing.processes import Processes, peak_memory, use_cores
+from plumbing.processes import Processes, peak_memory
 from plumbing.shards import Shards, find_shards, write_shard
 from plumbing.tokenizer import Tokenizer
 
@@ -89,8 +89,6 @@ def measure_step(flags):
         options = train.read_options([*DEFAULTS, *flags, '--workers=0', f'--out={folder}'])
         processes = Processes(options.device)
         device = processes.device
-        if device.type == 'cpu':
-            use_cores(options.workers)
         if options.data is None:
             options.data = make_shard(Path(folder, 'made.tar'), options.batch)
         # Tars, no folder: a held-out half in it would be tried, image by image.

@@ -13,11 +13,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from eval import add_options, embed_images, embed_texts, execute
+from eval import embed_images, embed_texts, execute
 from extras.prepare import read_rows
 from plumbing.errors import Refused, command, need
 from plumbing.files import field, read_json
-from plumbing.options import Parser
+from plumbing.options import Parser, add_checkpoint
 
 # --- 1. Items, and the layouts they are published in -----------------------------------------------------------------
 
@@ -212,7 +212,7 @@ def run_pairs(args, model, tokenizer, preprocess):
 def main():
     parser = Parser(prog='python -m extras.pairs', epilog=__doc__,
                     usage='%(prog)s CKPT --items FILE | --suppression DIR [options]')
-    add_options(parser)
+    add_checkpoint(parser)
     parser.set_defaults(command='pairs', function=run_pairs)
     one = parser.add_mutually_exclusive_group(required=True).add_argument
     one('--items', help='JSONL of images and captions, or a file of one of the four published sets')

@@ -15,12 +15,12 @@ from PIL import Image, ImageDraw, ImageOps
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 
-from eval import add_options, embed_images, embed_texts, execute, progress
+from eval import embed_images, embed_texts, execute, progress
 from extras.attend import picture_font
 from plumbing.errors import Unreadable, command, need
 from plumbing.files import replacing, save_tensors
 from plumbing.images import images_in, read_image
-from plumbing.options import Parser, positive
+from plumbing.options import Parser, add_checkpoint, positive
 from plumbing.weights import read_checkpoint
 
 TILE = 176              # side of an image in the sheet, in pixels
@@ -90,7 +90,7 @@ def run_search(args, model, tokenizer, preprocess):
 def main():
     parser = Parser(prog='python -m extras.search', epilog=__doc__,
                     usage='%(prog)s CKPT --images DIR QUERY [options]')
-    add_options(parser)
+    add_checkpoint(parser)
     parser.set_defaults(command='search', function=run_search)
     add = parser.add_argument
     add('query', nargs='*', help='what to look for, in quotes')

@@ -41,12 +41,12 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cosmos import unit
-from eval import (Images, add_options, class_vectors, embed_images, execute, load, progress, shard_captions,
+from eval import (Images, class_vectors, embed_images, execute, load, progress, shard_captions,
                   shard_image, zero_shot_retrieval)
 from lesson.scenes import ABSENT, COLORS, FORMS, NAMES, SHAPES, mask_of, with_article
 from plumbing.captions import sentences
 from plumbing.errors import command, need
-from plumbing.options import Parser
+from plumbing.options import Parser, add_checkpoint
 from plumbing.shards import Shards
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
@@ -490,7 +490,7 @@ def main():
     parser = Parser(
         prog='python -m lesson.suppression',
         description='What a checkpoint knows of objects in scenes.')
-    add_options(parser)
+    add_checkpoint(parser)
     parser.set_defaults(command='suppression', function=measure)
     parser.add_argument('--shards', required=True,
                         help='a set of scenes, as runs/scenes, or its val/; for conflict other held-out shards, too')

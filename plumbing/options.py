@@ -1,11 +1,22 @@
-"""A parser whose errors are sentences, and the types of options."""
+"""Every option of train.py and eval.py, with its type and its help.
+
+1. a parser whose errors are sentences, and the types of options
+2. the options of train.py, and where their defaults come from
+3. the options of eval.py, and those that every command on a checkpoint takes
+"""
 import argparse
+import math
 import sys
+from pathlib import Path
 
 import torch
 
-from plumbing.errors import Refused
+from plumbing.benchmarks import BENCHMARKS, TORCHVISION_SETS
+from plumbing.captions import POOL_KEYS
+from plumbing.errors import Refused, need
+from plumbing.processes import DTYPES, cores
 
+# --- 1. Parser and types ---------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are Refused, and which takes no abbreviated options: a typo would pass as one. Its help
@@ -45,3 +56,205 @@ count = number_type(int, 'a whole number of 0 or more', 0)
 share = number_type(float, 'a number from 0 to 1', 0, 1)
 amount = number_type(float, 'a number of 0 or more', 0, sys.float_info.max)
 above_zero = number_type(float, 'a number above 0', sys.float_info.min, sys.float_info.max)
+
+
+# --- 2. train.py -----------------------------------------------------------------------------------------------------
+
+def add_data(parser):
+    add = parser.add_argument_group('data').add_argument
+    workers = min(8, cores() // 2 or 1)
+    add('--data', nargs='+', help='tars, or folders of them (the built-in set)')
+    add('--val', nargs='+', help='held-out shards, evaluated as --eval-every says')
+    add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
+    add('--caption-pool', choices=POOL_KEYS, default='all', help="DreamLIP's captions (%(default)s)")
+    add('--vocab', default='clip', help="%(default)s, learn (from the captions), or CLIP's file")
+    add('--workers', type=count, default=workers, help='loaders for each GPU (%(default)s)')
+
+
+def add_method(parser, presets, methods):
+    add = parser.add_argument_group('method').add_argument
+    add('--preset', choices=presets, help='sizes and recipe (vit-b-16 with --data, else tiny)')
+    add('--method', choices=methods, default='cosmos',
+        help='row of Table 5, or ours: plain, across (%(default)s)')
+    add('--init', help='weights to start from, ours or others. They set sizes and vocabulary, and the defaults of '
+        '--lr, --wd, --momentum-ramp and --out')
+    add('--quick-gelu', action='store_true', help="OpenAI's activation in --init, where no file says it")
+    add('--local-crops', type=count, default=6, help='local image views per pair (%(default)s)')
+    add('--local-captions', type=count, default=6, help='local captions per pair (%(default)s)')
+    add('--augment', choices=['full', 'crops'], default='full', help='full: with flips and colours')
+
+
+def add_schedule(parser):
+    schedule = parser.add_argument_group('schedule')
+    length = schedule.add_mutually_exclusive_group().add_argument
+    length('--steps', type=positive, help='optimizer steps in all')
+    length('--epochs', type=above_zero, help='passes over the data, in their place')
+    add = schedule.add_argument
+    add('--batch', type=positive, help='pairs per step, over all processes and --accum')
+    add('--accum', type=positive, default=1, help='parts of a batch, for memory (%(default)s)')
+    add('--lr', type=amount, help='peak learning rate (1e-5 with --init)')
+    add('--lr-end', type=share, default=0.0, help='share of the peak at the end (%(default)s)')
+    add('--warmup', type=count, help='steps of linear warm-up before the cosine')
+    add('--wd', type=amount, help='weight decay of matrices, of nothing else (0.1 with --init)')
+    add('--momentum', type=share, help='lambda of the teacher')
+    add('--momentum-ramp', type=count, default=0,
+        help='R: at step s lambda is at most s / (s + R); 0: no ramp (0 with --init)')
+    add('--clip-grad', type=amount, default=0.0, help='largest norm of the gradient; 0: none')
+    add('--seed', type=count, default=0, help='of everything random (%(default)s)')
+
+
+def add_machine(parser):
+    add = parser.add_argument_group('machine').add_argument
+    switch = argparse.BooleanOptionalAction
+    add('--precision', choices=['auto', *DTYPES], default='auto', help='auto: bf16 if fast')
+    add('--device', choices=['auto', 'cuda', 'cpu'], default='auto', help='auto: cuda if found')
+    add('--compile', action=switch, default=False, help='torch.compile, for GPUs alone')
+    add('--grad-checkpoint', action=switch, default=False, help='less memory, more time')
+
+
+def add_output(parser):
+    add = parser.add_argument_group('output').add_argument
+    add('--out', help='folder of checkpoint, log and report (runs/PRESET-METHOD; with --init its name, not PRESET)')
+    add('--resume', action='store_true', help='go on with the run in --out, or start it')
+    add('--save-every', type=positive, default=1000, help='steps between checkpoints (%(default)s)')
+    add('--save-minutes', type=amount, default=30.0, help='or minutes; 0: steps only (%(default)s)')
+    add('--eval-every', type=count,
+        help='steps between evaluations (a quarter of the run); 0: at the end only')
+    add('--log-every', type=positive, default=20, help='steps between log lines (%(default)s)')
+
+
+def name_of(weights):
+    """clip of clip.pt, tiny-cosmos of runs/tiny-cosmos and of runs/tiny-cosmos/best.pt"""
+    path = Path(weights).resolve()
+    return path.parent.name if path.name in ('last.pt', 'best.pt') else path.stem
+
+
+def training_options(argv, description, presets, methods, recipe_of):
+    """What is typed, else the recipe, else the default above -> a namespace. In --help a value in brackets is the
+    default, where the recipe has no other.
+
+    argv: the words of the command, None: those of this program. presets, methods: names. recipe_of(preset, method,
+    init): {option: its default}.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    recipes = ''.join(f'\n{name}: {recipe_of(name, "cosmos", None)}' for name in presets)
+    parser = Parser(usage='%(prog)s [options]', epilog=f'{description}\nRecipes:{recipes}')
+    add_data(parser)
+    add_method(parser, presets, methods)
+    add_schedule(parser)
+    add_machine(parser)
+    add_output(parser)
+
+    typed = parser.parse_args(words)                    # a first look, at what decides the recipe
+    preset = typed.preset or ('vit-b-16' if typed.data else 'tiny')
+    recipe = recipe_of(preset, typed.method, typed.init)
+    recipe.pop('warmup', None)          # choose_lengths takes less of it for a short run
+    if typed.steps or typed.epochs:
+        recipe.pop('steps', None)
+        recipe.pop('epochs', None)
+    name = name_of(typed.init) if typed.init else preset
+    parser.set_defaults(preset=preset, out=f'runs/{name}-{typed.method}')
+    # The recipe is put before what is typed. So it goes through types and choices, too, and what is typed wins.
+    recipe_words = [f"--{name.replace('_', '-')}={value}" for name, value in recipe.items()]
+    return parser.parse_args([*recipe_words, *words])
+
+
+def choose_data(options, built_in_set):
+    """Fill in --data and --val where they are not typed. built_in_set() draws shards, and returns their folder.
+
+    If --data is one folder with train/ and val/, --val becomes the same folder: Shards takes train/ for --data, and
+    val/ for --val.
+    """
+    if options.data is None:
+        need(built_in_set,
+             'the built-in set is drawn by lesson/, which is absent; give shards by --data')
+        options.data = [str(built_in_set())]
+    folder = Path(options.data[0])
+    has_halves = (folder / 'train').is_dir() and (folder / 'val').is_dir()
+    if options.val is None and len(options.data) == 1 and has_halves:
+        options.val = options.data
+
+
+def choose_lengths(options, pairs, warmup):
+    """Fill in --steps, and --warmup and --eval-every where they are not typed. warmup: that of the recipe."""
+    if options.epochs is not None:
+        options.steps = round(options.epochs * (pairs // options.batch)) or 1
+    if options.warmup is None:
+        options.warmup = min(warmup, options.steps // 10)       # a tenth of a short run
+    if options.eval_every is None:
+        options.eval_every = math.ceil(options.steps / 4)
+
+
+# --- 3. eval.py, and other commands on a checkpoint ------------------------------------------------------------------
+
+def add_checkpoint(parser):
+    """What every command takes that eval.execute runs."""
+    add = parser.add_argument
+    add('checkpoint', metavar='CKPT')
+    add('--weights', choices=['teacher', 'student'], default='teacher',
+        help='which network (default: %(default)s)')
+    add('--device', type=device_type, default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='cuda or cpu (default: %(default)s)')
+    add('--workers', type=count, default=2,
+        help='processes that read images; segment needs none (default: %(default)s)')
+    add('--vocab', help="CLIP's merges, for checkpoints that carry none")
+    add('--json', help='also write the figures to this file')
+
+
+def add_retrieval(parser, caption_keys):
+    one = parser.add_mutually_exclusive_group(required=True).add_argument
+    one('--coco', help='folder with images/val2017 and annotations/captions_val2017.json')
+    one('--karpathy', help="Karpathy's dataset_coco.json or dataset_flickr30k.json")
+    one('--flickr', help="the released code's flickr30k_val.json: a list of image and captions")
+    one('--shards', nargs='+', help='held-out shards; a folder with train/ and val/ means its val/')
+    add = parser.add_argument
+    add('--split', help="Karpathy's split (default: test)")
+    add('--images', help='folder of the images of --karpathy or --flickr (default: that of the JSON)')
+    add('--caption-keys', help='json keys of the captions of --shards, joined by commas. For each pair '
+        f"only the first key that is present is used (default: {','.join(caption_keys)})")
+
+
+def add_classify(parser):
+    one = parser.add_mutually_exclusive_group(required=True).add_argument
+    one('--dataset', choices=TORCHVISION_SETS, metavar='NAME',
+        help='a classification set of torchvision.datasets: CIFAR10, DTD, ...')
+    one('--folder', help='one folder of images per class')
+    add = parser.add_argument
+    add('--root', default='data', help='where --dataset lies (default: %(default)s)')
+    add('--split', help="torchvision's name of the split (default: test; ImageNet has val)")
+    add('--download', action='store_true', help='let torchvision fetch it into --root')
+    add('--classes', help='file of class names: a line each in the order of the sorted folders '
+        "(default: torchvision's, or the folders' names)")
+    add('--templates', help='file of prompts with {} for the class, a line each; or open_clip: the 80 '
+        'prompts of the installed open_clip, for ImageNet its names, too')
+
+
+def add_segment(parser):
+    add = parser.add_argument
+    add('--images', required=True, help='folder of images')
+    add('--masks', required=True, help='folder of PNG masks of class numbers; 255 is ignored')
+    add('--classes', required=True, help='line i has the names of class i, joined by commas')
+    add('--image-suffix', default='', help='end of image names that masks lack, as _leftImg8bit')
+    add('--mask-suffix', default='', help='end of mask names that images lack, as _gtFine')
+    add('--list', help='file of the stems to evaluate, as of a split')
+    add('--templates', help='file of prompts with {} for the class; or open_clip: its 80 prompts')
+    add('--benchmark', choices=BENCHMARKS, help='the released settings of this set (default: plain '
+        'ones). The 80 released prompts are not among them: give those by --templates')
+    add('--csa', action='store_true', help='correlative self-attention in the last block')
+
+
+def evaluation_options(description, caption_keys):
+    """The command line of eval.py -> a namespace, whose `command` is one of the three. caption_keys: those of held-out
+    shards, unless others are typed."""
+    program = Parser(usage='%(prog)s COMMAND CKPT [options]', epilog=description)
+    commands = program.add_subparsers(dest='command', required=True, prog=program.prog)
+
+    def add_command(name, text):
+        parser = commands.add_parser(name, help=text, description=text)
+        add_checkpoint(parser)
+        return parser
+
+    add_retrieval(add_command('retrieval', 'zero-shot R@1/5/10 and ranks, both ways'), caption_keys)
+    add_classify(add_command('classify', 'zero-shot top-1, top-5, mean per class'))
+    add_segment(add_command('segment', 'zero-shot mIoU, and IoU of each class'))
+    return program.parse_args()

@@ -1,4 +1,10 @@
-"""Where a run runs: its processes, their device, threads, memory and precision, torch.compile, and signals."""
+"""Where a run runs: its processes and what they have of the machine.
+
+1. the processes: ranks, devices, sums and broadcasts over all of them, and how they end
+2. threads and memory: cores() for each process, keep_memory, peak_memory
+3. precision and torch.compile
+4. signals: a run is saved before it ends
+"""
 import contextlib
 import ctypes
 import multiprocessing
@@ -14,8 +20,6 @@ import torch.distributed as dist
 
 from plumbing.errors import Refused, need
 
-# How many this process may use: of a job of Slurm less than the machine has. (Only Linux tells.)
-CORES = len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()
 DTYPES = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}           # None: no autocast
 
 # --- 1. Processes ----------------------------------------------------------------------------------------------------
@@ -107,13 +111,20 @@ class Processes:
         sys.exit(status)
 
 
-# --- 2. Threads, memory, precision, torch.compile --------------------------------------------------------------------
+# --- 2. Threads and memory -------------------------------------------------------------------------------------------
+
+def cores():
+    """How many cores this process may use: its share of those that Slurm or the machine has for all processes here."""
+    # Only Linux says which cores a job may use.
+    here = len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()
+    return here // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) or 1      # torchrun says how many processes a node has
+
 
 def use_cores(workers):
     """On a CPU: a core for each loader, the others for this process, and freed memory stays at hand."""
     keep_memory()
     if 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(max(1, CORES - workers))
+        torch.set_num_threads(max(1, cores() - workers))
 
 
 def keep_memory():
@@ -132,6 +143,8 @@ def peak_memory(device):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e9 if sys.platform == 'darwin' else 1e6)            # macOS counts bytes, Linux kilobytes
 
+
+# --- 3. Precision and torch.compile ----------------------------------------------------------------------------------
 
 def choose_dtype(precision, device):
     """-> dtype of autocast, or None. A CPU that has no units for bfloat16 is slower in it than in float32."""
@@ -156,7 +169,7 @@ def compile_blocks(model):
         block.compile(dynamic=True)
 
 
-# --- 3. Signals ------------------------------------------------------------------------------------------------------
+# --- 4. Signals ------------------------------------------------------------------------------------------------------
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1                 # USR1: Slurm
 ONE_EVENT = 2.0         # seconds: Slurm and torchrun both pass a signal on, so it comes twice
@@ -164,17 +177,20 @@ ONE_EVENT = 2.0         # seconds: Slurm and torchrun both pass a signal on, so 
 
 @contextlib.contextmanager
 def signals_caught():
-    """Inside this block the first signal ends nothing -> the list that gets its time. Another one ends the process."""
+    """Inside this block the first signal ends nothing -> the list that gets its number. Another ends the process."""
     caught = []
+    first = 0.0                     # when it came
 
     def note(number, frame):
+        nonlocal first
         now = time.monotonic()
         if not caught:
-            caught.append(now)
+            caught.append(number)
+            first = now
             # Not by print, which the signal may have interrupted.
             os.write(2, b'\nsignal     waiting for the end of this step, or of the evaluation under way; then '
                         b'the run is saved and ends. Another signal ends it at once\n')
-        elif 'RANK' not in os.environ or now - caught[0] > ONE_EVENT:
+        elif 'RANK' not in os.environ or now - first > ONE_EVENT:
             os._exit(128 + number)
 
     handlers = {number: signal.signal(number, note) for number in SIGNALS}

@@ -32,6 +32,7 @@ import train
 from cosmos import COSMOS, GLOBALS, Attention, Output, Teacher, clip_loss, cosmos_loss
 from data import Batch
 from plumbing import runs
+from plumbing.progress import Progress
 from tests.helpers import close, dog_tar, micro, put, refused, run
 
 QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 2 '
@@ -377,7 +378,7 @@ def test_lengths_of_runs(monkeypatch):
             ('--epochs 0.01', 1, 0, 1),                  # a step at least
             ('', 480, 48, 120)):
         options = train.read_options(['--data', 'x', '--val', 'y', '--batch', '4', *flags.split()])
-        train.choose_lengths(options, 60)
+        train.choose_lengths(options, 60, train.PRESETS[options.preset].recipe['warmup'])
         assert [options.steps, options.warmup, options.eval_every] == lengths
 
 
@@ -405,15 +406,16 @@ def test_help(capsys):
 def test_log_entry_by_hand(started, tmp_path):
     """oracle: by hand. Orthogonal embeddings spread by the root of 3/4. Two of four exchanged: half an accuracy, half a
     cosine. A part of the loss is logged under its name. A single pair gives numbers, too."""
-    log = partial(train.log_entry, started(tmp_path), steps=3, seconds=2, waited=1)
+    begun = started(tmp_path)
     exchanged = torch.eye(4)[None, [1, 0, 2, 3]]
-    out = Output(torch.eye(4)[None], exchanged, None, None)
+    out = Output(torch.eye(4)[None], exchanged)
     done = train.Step(out, exchanged, 3.5, {'mine': (0.5, 3.0)}, torch.ones(()), True)
-    found = log(done)
+    found = train.log_entry(begun, Progress(done, steps=3, seconds=2, waited=1))
     wanted = {'spread': 0.75 ** 0.5, 'accuracy': 0.5, 'cosine': 0.5, 'mine': 3, 'pairs_per_s': 6, 'waiting': 0.5}
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
     single = exchanged[:, :1]
-    found = log(done._replace(out=Output(single, single, None, None), cls_t=single))
+    done = done._replace(out=Output(single, single), cls_t=single)
+    found = train.log_entry(begun, Progress(done, steps=3, seconds=2))
     assert [found['spread'], found['accuracy']] == [0, 1]
 
 
@@ -662,7 +664,7 @@ def test_bad_pairs_stop_a_run_beyond_5_percent(fit, tmp_path):
     assert 'over 5 % of the pairs cannot be read' in fit(tmp_path, '--data', shards, '--steps', 25)
     assert saved(tmp_path)['step'] < 25             # what was learnt is not lost
     for bad, seen, stops in (10, 20, False), (11, 20, True), (50, 1000, False), (51, 1000, True):
-        assert bool(train.reason_to_stop(None, 0, bad, seen)) == stops
+        assert bool(Progress(bad=bad, seen=seen).reason_to_fail(0, tmp_path)) == stops
 
 
 def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path):
