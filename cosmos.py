@@ -443,9 +443,11 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.B = x.shape[1]
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts, dim=1)
+        V, B, D = x.shape
+        ranks = dist.get_world_size()
+        everyones = x.new_empty(ranks * V, B, D)
+        dist.all_gather_into_tensor(everyones, x.contiguous())
+        return everyones.view(ranks, V, B, D).transpose(0, 1).flatten(1, 2)
 
     @staticmethod
     def backward(ctx, grad):
@@ -527,7 +529,8 @@ class VisionTower(Tower):
                 raise ValueError(f'an image of {height} x {width} pixels cannot be cut into patches of {p}; '
                                  'resize or pad it to multiples of that')
             # conv1 as a matrix product, since patches do not overlap. In bf16 on CPUs it is 3 to 5 times as fast.
-            pixels = F.unfold(images, kernel_size=p, stride=p).transpose(1, 2)  # (n, P, 3 * p * p)
+            cells = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (n, 3, rows, p, columns, p)
+            pixels = cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)   # (n, P, 3 * p * p)
             patches = F.linear(pixels, self.conv1.weight.flatten(1))    # (n, P, W)
             cls = self.class_embedding.expand(n, 1, -1)
             x = torch.cat([cls, patches], dim=1) + self.positions(height // p, width // p)
@@ -672,10 +675,13 @@ class Attention(nn.MultiheadAttention):
     """
 
     def forward(self, query, context, mask=None):
-        """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). mask (Q, R) or (n, 1, Q, R)."""
+        """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). mask: (R, R), which must be causal, or (n, 1, Q, R)."""
         q, k, v = self.project(query, context)
         if q.device.type == 'cpu':    # up to 5 times as fast as the kernel below, in bf16
             x = attention_weights(q, k, mask) @ v
+        elif mask is not None and mask.ndim == 2:
+            # The causal mask of a whole sequence. Its flash kernel takes no mask, but knows this one.
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(x.transpose(1, 2).flatten(2))

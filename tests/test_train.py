@@ -251,7 +251,7 @@ class SaysCuda(torch.Tensor):
 
 def enter_the_branch_of_gpus(monkeypatch):
     """Attention takes the branch of GPUs, on the CPU -> how the kernel will be called: {(rows of queries, dimensions of
-    the mask)}."""
+    the mask, or 'causal')}."""
     project = Attention.project
     kernel = F.scaled_dot_product_attention
     calls = set()
@@ -260,9 +260,10 @@ def enter_the_branch_of_gpus(monkeypatch):
         q, k, v = project(*inputs)
         return q.as_subclass(SaysCuda), k, v
 
-    def counted(q, k, v, attn_mask=None):
-        calls.add((q.shape[2], 0 if attn_mask is None else attn_mask.ndim))
-        return kernel(q.as_subclass(torch.Tensor), k, v, attn_mask)
+    def counted(q, k, v, attn_mask=None, is_causal=False):
+        mask = 'causal' if is_causal else 0 if attn_mask is None else attn_mask.ndim
+        calls.add((q.shape[2], mask))
+        return kernel(q.as_subclass(torch.Tensor), k, v, attn_mask, is_causal=is_causal)
 
     monkeypatch.setattr(Attention, 'project', says_cuda)
     monkeypatch.setattr(F, 'scaled_dot_product_attention', counted)
@@ -272,11 +273,11 @@ def enter_the_branch_of_gpus(monkeypatch):
 @pytest.mark.parametrize('accum', [1, 2])
 def test_attention_of_gpus_equals_that_of_cpus(monkeypatch, accum):
     """oracle: the branch of CPUs: same loss, same gradient in every parameter. Queries are all rows (17 and 5 of an
-    image, 12 of a text), one row, or in cross-attention all views and 5 captions; texts have a mask."""
+    image, 12 of a text), one row, or in cross-attention all views and 5 captions; texts have a mask, whole ones the causal kernel's own."""
     expected, total = gradients(ALONE, 'cosmos', accum)
     calls = enter_the_branch_of_gpus(monkeypatch)
     found, loss = gradients(ALONE, 'cosmos', accum)
-    assert calls == {(17, 0), (5, 0), (12, 2), (1, 0), (1, 4), (GLOBALS + 2, 0)}
+    assert calls == {(17, 0), (5, 0), (12, 'causal'), (1, 0), (1, 4), (GLOBALS + 2, 0)}
     assert loss == pytest.approx(total, rel=1e-6)
     for name in expected:
         close(found[name], expected[name])
