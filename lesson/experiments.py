@@ -115,7 +115,7 @@ class Method(NamedTuple):
     batch: int
     steps: int
     rate: float
-    differs: dict = {}              # from COSMOS, as keywords of onepage.train
+    differs: dict = {}              # from COSMOS, by the names of lesson/setting.py
 
 
 CLIP = {'terms': no_terms, 'heads': 0}
@@ -346,8 +346,9 @@ def scene_folder(world, seed):
 # A commit that changes no number of a run joins them here, once that has been shown again. In 01e2c63 equal scores tie
 # to the last bit: mean ranks moved, by 0.002 at most, and R@1 of three long runs, by one or two captions of 1,000.
 EQUAL_COMMITS = ('1d83ab1', '597074d', '820331e', '7e3ef2a', '01e2c63')
-CODE = ('cosmos.py data.py eval.py lesson/onepage.py lesson/scenes.py lesson/suppression.py plumbing/captions.py '
-        'plumbing/colours.py plumbing/images.py plumbing/processes.py plumbing/shards.py plumbing/tokenizer.py')
+CODE = ('cosmos.py data.py eval.py lesson/onepage.py lesson/scenes.py lesson/setting.py lesson/suppression.py '
+        'plumbing/captions.py plumbing/colours.py plumbing/images.py plumbing/processes.py plumbing/shards.py '
+        'plumbing/tokenizer.py')
 
 
 def origin(code=CODE):

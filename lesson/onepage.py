@@ -3,35 +3,31 @@
     python -m lesson.onepage            draws scenes, trains for some minutes on two CPU cores, prints figures
 
 It takes the student, the teacher and the losses from cosmos.py, the views from data.py, and drawn scenes from
-lesson/scenes.py. With the preset `tiny` and its defaults train.py takes the same steps: a test holds the two together,
-bit for bit. What train.py has beside this page keeps a run alive, or is an option.
+lesson/scenes.py. `python train.py --preset tiny` takes the same steps. A test compares the two after 20 of them, with
+--precision fp32 and --batch 4: student, teacher and optimizer are equal, bit for bit. The rest of train.py is options,
+logging and recovery.
 """
 import math
 
 import torch
 
-from cosmos import COSMOS, GLOBALS, Config, Teacher, cosmos_terms, no_terms, total_loss
-from data import Counts, Crops, Order, Shards, Tokenizer, collate
+from cosmos import GLOBALS, Config, Teacher, no_terms, total_loss
+from data import Crops, Shards, Tokenizer, collate
 from eval import preprocessing, show, zero_shot_retrieval
 from lesson import suppression
 from lesson.scenes import built_in_set
+from lesson.setting import Setting
+from plumbing.errors import command
+from plumbing.options import Parser
 from plumbing.processes import choose_dtype, keep_memory
 from plumbing.tokenizer import learn_merges
 
-COUNTS = Counts(local_images=2, local_texts=2)      # of a pair, beside GLOBALS global ones of both
 CONTEXT = 64                    # tokens of a caption, at most
 
 
 def learn_tokenizer(shards):
     """A tokenizer whose vocabulary is learned from the captions of training shards."""
     return Tokenizer(learn_merges(shards), CONTEXT)
-
-
-def print_loss(step, loss, parts):
-    if step % 100 == 0:
-        print(f'step {step:5}  loss {loss:.3f}')
-        for name, (weight, term) in parts.items():
-            print(f'    {name:10} {term:.3f}')
 
 
 def learning_rate(step, steps, peak):
@@ -44,16 +40,12 @@ def learning_rate(step, steps, peak):
     return peak * (0.1 + (1 - 0.1) * cosine)
 
 
-def train(folder, steps=1000, seed=0, precision='auto',
-          model=COSMOS, terms=cosmos_terms, heads=4, counts=COUNTS, augment='crops', crop_min=0.4,
-          order=Order, batch=32, rate=1e-3, watch=print_loss):
-    """-> student, teacher, optimizer. folder: scenes as lesson/scenes.py draws them, or other shards.
+def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **changes):
+    """-> student, teacher, optimizer. folder: scenes as lesson/scenes.py draws them, or other shards. rate: the peak.
 
-    What comes after `precision` is for the experiments of the course; a first reader may take it as it is. model: the
-    class of the student. terms: what is learned beside L_CLIP. heads: of C^I and C^T; 0 gives a plain CLIP, and then
-    terms must not be cosmos_terms. counts: of views and captions. augment, crop_min: see data.Crops. order, batch:
-    which pairs make a batch. rate: the peak. watch(step, loss, parts) is called after every step.
+    changes: what an experiment of the course has otherwise than COSMOS, by the names in lesson/setting.py.
     """
+    setting = Setting(**changes)                        # the model, its losses and its views: those of COSMOS
     keep_memory()                                       # makes a CPU a tenth faster
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = choose_dtype(precision, device)             # bfloat16 where it is fast; None: float32
@@ -62,31 +54,32 @@ def train(folder, steps=1000, seed=0, precision='auto',
     # Sizes are those of the preset `tiny` of train.py.
     shards = Shards(folder, split='train')
     tokenizer = learn_tokenizer(shards)
-    config = Config(embed_dim=128, cross_heads=heads,
+    config = Config(embed_dim=128, cross_heads=setting.heads,
                     image_size=48, local_image_size=24, patch_size=8,
                     vision_width=96, vision_layers=4, vision_heads=3,
                     text_width=128, text_layers=2, text_heads=2,
                     context_length=CONTEXT, vocab_size=tokenizer.vocab_size)
     # (epoch, index of a pair) -> random crops of the image, random sentences of its captions as ids
-    train_set = Crops(shards, tokenizer, config, seed, counts, augment, crop_min)
+    train_set = Crops(shards, tokenizer, config, seed, setting.counts, setting.augment, setting.crop_min)
 
     # Student, teacher, optimizer. Weight decay is for matrices, not for biases, LayerNorms and scales.
     torch.manual_seed(seed)
-    student = model(config).to(device)
+    student = setting.model(config).to(device)
     teacher = Teacher(student)
     matrices = [p for p in student.parameters() if p.ndim > 1]
     vectors = [p for p in student.parameters() if p.ndim < 2]
     groups = [{'params': matrices, 'weight_decay': 0.1}, {'params': vectors, 'weight_decay': 0.0}]
     optimizer = torch.optim.AdamW(groups, rate, betas=(0.9, 0.98), fused=True)
 
-    batches = order(len(shards), batch, start=0, stop=steps, seed=seed)
+    batches = setting.order(len(shards), batch, start=0, stop=steps, seed=seed)
     for step, places in enumerate(batches):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, rate)
 
         # A batch of B pairs. Captions are cut, but C^T reads the padding of caption 0, so that one stays whole.
         samples = [train_set[place] for place in places]
-        inputs = collate(samples, multiple, whole_first=heads > 0, global_texts=counts.global_texts).to(device)
+        inputs = collate(samples, multiple, whole_first=setting.heads > 0, global_texts=setting.counts.global_texts)
+        inputs = inputs.to(device)
         images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s)
         texts = inputs.texts                            # U tensors (B, T)
 
@@ -94,9 +87,9 @@ def train(folder, steps=1000, seed=0, precision='auto',
         cls_t = eot_t = None
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = student(images, texts)
-            if terms is not no_terms:                   # L_CLIP alone needs no teacher
+            if setting.terms is not no_terms:           # L_CLIP alone needs no teacher
                 cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
-        loss, parts = total_loss(student, out, cls_t, eot_t, terms)     # in float32
+        loss, parts = total_loss(student, out, cls_t, eot_t, setting.terms)     # in float32
 
         # The student follows the gradient, the teacher the student. lambda starts low, to forget the random start.
         optimizer.zero_grad()
@@ -105,11 +98,12 @@ def train(folder, steps=1000, seed=0, precision='auto',
         student.clamp_scales()
         taken = step + 1
         teacher.update(student, min(0.995, taken / (taken + 10)))
-        watch(taken, loss, parts)
+        setting.watch(taken, loss, parts)
     return student, teacher, optimizer
 
 
-if __name__ == '__main__':
+def main():
+    Parser(prog='python -m lesson.onepage', epilog=__doc__).parse_args()
     folder = built_in_set()
     _, teacher, _ = train(folder)
     model = teacher.model               # the average of many students knows more than the last one
@@ -118,3 +112,7 @@ if __name__ == '__main__':
     held_out = Shards(folder, split='val')
     figures, image_features = zero_shot_retrieval(*scored, held_out)
     show(figures | suppression.during_training(*scored, image_features, held_out))      # objects named
+
+
+if __name__ == '__main__':
+    command(main)

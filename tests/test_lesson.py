@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +30,7 @@ from eval import embed_images, embed_texts, load, preprocessing, shard_image
 from lesson import experiments, onepage, photos, plots, scenes, suppression
 from lesson.experiments import EXPERIMENTS, METHODS, Variant
 from lesson.scenes import COLORS, NAMES, SHAPES, World, draw_scene, make_scenes, mask_of
+from lesson.setting import Setting
 from lesson.suppression import Named, read_scenes, score_table
 from plumbing.files import read_json
 from plumbing.weights import read_checkpoint
@@ -575,13 +575,13 @@ def test_average_without_a_teacher(drawn):
 
 
 def test_variants():
-    """oracle: onepage.train takes every keyword, and there is every world. On the track `pairs` all see as many. A run
-    that two experiments need has one recipe."""
+    """oracle: the setting has every name, and there is every world. On the track `pairs` all see as many. A run that
+    two experiments need has one recipe."""
     for variant in [each for variants in EXPERIMENTS.values() for each in variants.values()]:
         for world in {variant.world, *variant.tested} - experiments.SETS.keys():
             World(**experiments.WORLDS[world])
     for method in METHODS.values():
-        assert method.differs.keys() <= signature(onepage.train).parameters.keys()
+        assert method.differs.keys() <= set(Setting._fields)
     for variant in EXPERIMENTS['pairs'].values():
         assert variant.steps * METHODS[variant.method].batch == 32_000
     assert EXPERIMENTS['minutes']['cosmos'].recipe() == EXPERIMENTS['pairs']['cosmos'].recipe()

@@ -2,6 +2,7 @@
 import ast
 import gzip
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -109,6 +110,16 @@ def test_the_four_files_and_plumbing_are_enough(tmp_path):
         process = start(folder, *command.split())
         output, _ = process.communicate()
         assert process.returncode == status and re.search(words, output), output
+
+
+def test_every_command_has_help(capsys):
+    """oracle: every module of lesson/ and extras/ that is run: a usage for --help, a sentence for an unknown word."""
+    for path in [*ROOT.glob('lesson/*.py'), *ROOT.glob('extras/*.py')]:
+        if '__main__' in path.read_text():
+            module = importlib.import_module(f'{path.parent.name}.{path.stem}')
+            assert run(module, '--help') == 0
+            assert 'usage: ' in capsys.readouterr().out
+            assert run(module, '--colours').startswith('error: ')
 
 
 def test_a_bug_shows_its_place(tmp_path):

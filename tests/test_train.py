@@ -180,6 +180,15 @@ def test_a_step_by_hand():
     assert_close(teacher.model.state_dict(), model.state_dict())
 
 
+def test_a_step_that_another_process_spoils(monkeypatch, capsys):
+    """oracle: by hand. The loss of this process is finite, but DDP has averaged NaN into its gradient."""
+    model, images, texts = micro()
+    model.logit_scale.register_hook(lambda grad: math.nan * grad)
+    monkeypatch.setattr(ALONE, 'sum', lambda losses: [math.nan])
+    assert not step_of(model, images, texts).finite
+    assert 'step 1 is left out: loss nan, gradient norm nan, both over all' in capsys.readouterr().out
+
+
 OBJECTIVES = 'cosmos', 'across', 'plain', 'text-distill', 'image-distill', 'clip'
 
 
@@ -320,6 +329,24 @@ def test_ranks_that_read_different_checkpoints(monkeypatch, fit, whole, tmp_path
 
 
 # --- Options ---------------------------------------------------------------------------------------------------------
+
+def test_workers_share_the_cores_of_a_node(monkeypatch):
+    """oracle: half of the cores, for all processes together, but one loader for each, and at most eight."""
+    for cores, processes, workers in (16, 1, 8), (16, 8, 1), (64, 4, 8), (24, 4, 3), (4, 8, 1):
+        monkeypatch.setattr(os, 'sched_getaffinity', lambda process: range(cores))
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
+        assert train.read_options([]).workers == workers
+
+
+def test_options_that_weights_choose():
+    """oracle: docs/questions.md, whatever the preset; what is typed wins. The folder has the name of the weights."""
+    for preset in train.PRESETS:
+        flags = f'--preset {preset} --wd 0.3 --init runs/mine/best.pt'
+        options = train.read_options(flags.split())
+        assert [options.lr, options.wd, options.momentum_ramp, options.out] == [1e-5, 0.3, 0, 'runs/mine-cosmos']
+    options = train.read_options(['--init', 'a/clip.pt', '--method', 'plain'])
+    assert [options.wd, options.out] == [0.1, 'runs/clip-plain']
+
 
 def test_schedules_and_decay():
     """oracle: closed forms at the corners of warm-up, cosine and ramp; the rule that matrices decay, but not
@@ -500,10 +527,10 @@ def test_a_kill_in_mid_run(fit, whole, tmp_path):
     same_run(whole, tmp_path, whole_log=False)          # its last step may be saved, but not logged
 
 
-def signal_all(run):
+def signal_all(number):
     """As torchrun and Slurm send it: to the loader's workers, too."""
     for process in [*active_children(), current_process()]:
-        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, number)
 
 
 def raise_a_bug(run):
@@ -527,7 +554,9 @@ def hide_shard(run):
 
 
 @pytest.mark.parametrize('function, at, harm, ends, kept', [
-    ('train_step', 3, signal_all, '143', 4),
+    ('train_step', 3, signal.SIGTERM, '143', 4),
+    ('train_step', 0, signal.SIGINT, '130', 1),
+    ('train_step', 0, signal.SIGUSR1, str(128 + signal.SIGUSR1), 1),
     ('train_step', 0, raise_a_bug, 'RuntimeError: a bug\n', None),      # no run without a step
     ('train_step', 3, raise_a_bug, 'RuntimeError: a bug\n', 3),
     ('train_step', 2, hide_shard, 'error: 1000 pairs in a row cannot be read', 3),
@@ -539,12 +568,13 @@ def test_resume_is_exact(monkeypatch, capsys, fit, whole, dogs, tmp_path, functi
     """oracle: the run that was not interrupted: weights, optimizer, teacher, figures and log. Before a run ends it saves
     the last whole step, if its weights are finite and fit on the disk, and says why it ends."""
     original = getattr(train, function)
-    workers = 2 if harm == signal_all else 0
+    signalled = isinstance(harm, signal.Signals)
+    workers = 2 if signalled else 0
     shutil.copy(whole / 'eval.json', tmp_path)          # of an earlier start, it goes
 
     def harmed(run, *rest):
         if run.step == at:
-            harm(run)
+            signal_all(harm) if signalled else harm(run)
         return original(run, *rest)
 
     monkeypatch.setattr(train, function, harmed)
@@ -614,11 +644,13 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, tmp_path):
     assert contents(out) == contents(whole)
 
 
-def test_init(fit, started, tmp_path):
-    """oracle: the weights in the file before the first step; a fresh model's cross-attention."""
+def test_init(fit, started, tmp_path, capsys):
+    """oracle: the weights in the file before the first step; a fresh model's cross-attention. The plan names them."""
     assert fit(tmp_path / 'clip', '--method', 'clip') == 0
     path = tmp_path / 'clip/last.pt'
     begun = started(tmp_path / 'begun', '--init', path, '--batch', 60)  # all pairs
+    train.print_plan(begun, None)
+    assert f'run        cosmos, the sizes of {path}, ' in capsys.readouterr().out
     weights = evaluation.load(path)[0].state_dict()
     torch.manual_seed(0)
     expected = COSMOS(begun.train_set.config).state_dict() | weights
@@ -669,7 +701,8 @@ def test_bad_pairs_stop_a_run_beyond_5_percent(fit, tmp_path):
 
 
 def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path):
-    """oracle: losses made NaN in chosen steps, few in a row skipped without a trace, more not. --save-every is 2."""
+    """oracle: losses made NaN in chosen steps, few in a row skipped without a trace, more not. --save-every is 2. In
+    fp16 that lowers the scale, from 1,024, and the run goes on."""
     loss = cosmos.clip_loss
 
     def spoilt(*arguments):
@@ -677,10 +710,11 @@ def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path):
 
     monkeypatch.setattr(cosmos, 'clip_loss', spoilt)
     stopped = 'error: 5 steps in a row .* step 7.* --clip-grad 1'
-    for steps, status, last in ([1, 3, 4, 5, 6], 0, 9), ([3, 4, 5, 6, 7], stopped, 7):
+    for steps, precision, status, last in (
+            ([1, 3, 4, 5, 6], 'fp32', 0, 9), ([3, 4, 5, 6, 7], 'fp32', stopped, 7), ([3, 4, 5, 6, 7], 'fp16', 0, 9)):
         numbers = itertools.count(1)
-        out = tmp_path / str(last)
-        assert re.match(str(status), str(fit(out, '--steps', 9)))
+        out = tmp_path / f'{precision}-{last}'
+        assert re.match(str(status), str(fit(out, '--steps', 9, '--precision', precision)))
         state = saved(out)
         assert state['step'] == last
         assert state['optimizer']['state'][0]['step'] == last - 5

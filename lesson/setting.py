@@ -1,0 +1,25 @@
+"""What the experiments of the course change in lesson/onepage.py. Who only reads that page may skip this."""
+from collections.abc import Callable
+from typing import NamedTuple
+
+from cosmos import COSMOS, cosmos_terms
+from data import Counts, Order
+
+
+def print_loss(step, loss, parts):
+    if step % 100 == 0:
+        print(f'step {step:5}  loss {loss:.3f}')
+        for name, (weight, term) in parts.items():
+            print(f'    {name:10} {term:.3f}')
+
+
+class Setting(NamedTuple):
+    """The defaults are COSMOS, as train.py trains it with the preset `tiny`."""
+    counts: Counts = Counts(local_images=2, local_texts=2)      # per pair, on top of the GLOBALS global ones
+    augment: str = 'crops'              # this and crop_min: see data.Crops
+    crop_min: float = 0.4
+    model: type = COSMOS                # the class of the student
+    heads: int = 4                      # of C^I and C^T; 0 gives a plain CLIP, which needs other terms
+    terms: Callable = cosmos_terms      # what is learned in addition to L_CLIP
+    order: type = Order                 # which pairs make a batch
+    watch: Callable = print_loss        # called after every step
