@@ -1,9 +1,10 @@
-"""How long a training step takes, what it is spent on, and what one worker of the loader does.
+"""How long a training step takes, what it is spent on, what one worker of the loader does, and what a run will need.
 
     python -m extras.bench step --preset vit-b-16 --batch 128     median time, FLOPs, share of the matmul peak, parts
     python -m extras.bench step --preset tiny --method clip       without teacher and cross-attention
     python -m extras.bench step --data SHARDS --accum 4           any option of train.py
     python -m extras.bench loader SHARDS                          samples a second of one worker, by part
+    python -m extras.bench plan --gpus 8 --pairs 2800000          FLOPs, memory and hours, counted without a GPU
 
 `step` sets up a run as train.py does, takes a batch from its loader, and times train.train_step on it, again and again.
 Without --data the pairs are made: images of noise, captions of random words.
@@ -14,22 +15,28 @@ import json
 import random
 import statistics
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.autograd import DeviceType
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import cosmos
 import train
-from data import Crops
+from cosmos import COSMOS, GLOBALS, Output, Teacher
+from data import Crops, check_batch
 from extras.prepare import counts_of
 from plumbing.errors import Unreadable, command
 from plumbing.images import read_image
-from plumbing.options import Parser
-from plumbing.processes import Processes, peak_memory
+from plumbing.options import Parser, above_zero, positive
+from plumbing.processes import DTYPES, Processes, peak_memory
 from plumbing.shards import Shards, find_shards, write_shard
 from plumbing.tokenizer import Tokenizer
 
@@ -159,15 +166,162 @@ def measure_loader(shards, preset):
         print(f'{name:16} {speed:9,.0f} samples/s')
 
 
-# --- 3. Commands -----------------------------------------------------------------------------------------------------
+# --- 3. A plan, without a GPU ----------------------------------------------------------------------------------------
+
+PLAN = """This is arithmetic: torch runs a step on its device meta, whose tensors have shapes but no numbers, and we
+count. The other options are those of train.py (--preset --batch --epochs --method --accum --grad-checkpoint ...), here
+with the defaults --preset vit-b-16 --precision bf16.
+
+GFLOP are those of matrix products, but for the losses' own: 0.1 % at a batch of 1,024. What the backward pass computes
+again (--accum, --grad-checkpoint) is counted with it. Hours leave out loading, evaluation and checkpoints. Memory is
+what stays during a step. It leaves out what lives for one operation, the block that --grad-checkpoint computes again,
+fragments, CUDA itself and nccl."""
+
+
+class HalfOnGPU(TorchFunctionMode):
+    """Products as autocast has them on a GPU, both factors in its dtype, because autocast does not know the device
+    meta. And attention as one kernel, which keeps query, key, value and result, but no weights."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.linear, torch.Tensor.matmul, F.scaled_dot_product_attention):
+            args = [x.to(self.dtype) for x in args]
+        if function is F.scaled_dot_product_attention:
+            out, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True)
+            return out
+        return function(*args, **(kwargs or {}))
+
+
+def kept_bytes(student, images, texts, dtype):
+    """Bytes that a forward pass keeps for the backward pass, parameters and their copies in half precision included."""
+    storages = set()                    # several tensors may share one
+
+    def keep(tensor):
+        storages.add(tensor.untyped_storage())
+        return tensor
+
+    def give_back(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, give_back), HalfOnGPU(dtype):
+        student(images, texts)
+    return sum(storage.nbytes() for storage in storages)
+
+
+def count_flops(network, *inputs):
+    """FLOPs of a forward pass and of its backward pass -> array of the two."""
+    with FlopCounterMode(display=False) as counter:
+        out = network(*inputs)
+    ahead = counter.get_total_flops()
+    tensors = [x for x in out if x is not None and x.requires_grad]     # the teacher has none
+    with FlopCounterMode(display=False) as counter:
+        if tensors:
+            torch.autograd.backward(tensors, [torch.ones_like(x) for x in tensors])
+    return np.array([ahead, counter.get_total_flops()])
+
+
+def step_flops(options, student, images, texts):
+    """{part of a step: its FLOPs, forward and backward}."""
+    visual, text = student.visual, student.text
+    if student.has_cross_attention:                     # it reads whole sequences
+        visual, text = visual.with_sequence, text.with_sequence
+    parts = {'images': count_flops(visual, images), 'captions': count_flops(text, texts)}
+    parts['cross-attention'] = count_flops(student, images, texts) - sum(parts.values())
+    if options.accum > 1:                               # the backward pass begins with another forward pass
+        for cost in parts.values():
+            cost[1] += cost[0]
+    if train.METHODS[options.method].has_teacher:
+        parts['teacher'] = count_flops(Teacher(student), images[:GLOBALS], texts[:GLOBALS])
+    return parts
+
+
+def step_bytes(options, student, images, texts):
+    """{what stays on a GPU during a step: its bytes}. images, texts: of all pairs of the GPU."""
+    dtype = DTYPES[options.precision] or torch.float32
+    pairs = len(images[0])
+    kept = []
+    for n in 1, 2:
+        some = [[view[:n] for view in views] for views in (images, texts)]
+        kept.append(kept_bytes(student, *some, dtype))
+    a_pair = kept[1] - kept[0]          # without the parameters, which do not grow with the pairs
+    one = GLOBALS * max(len(images), len(texts)) * pairs * options.batch    # logits of an L_nce
+    parameters = sum(p.numel() for p in student.parameters())
+    # Weights, gradients and two moments of AdamW in float32, and in half precision the weights that autocast keeps.
+    return {
+        'weights, gradients, moments': (16 if dtype == torch.float32 else 18) * parameters,
+        'teacher': 4 * parameters * train.METHODS[options.method].has_teacher,
+        'images, as bytes and as float32': sum(5 * view.numel() for view in images),
+        f'activations, {a_pair / 1e6:,.1f} MB a pair': a_pair * pairs // options.accum,
+        'logits, at most': 4 * (one if one >= cosmos.MANY else 10 * one)}   # of five terms, both ways
+
+
+def print_table(title, rows, *columns):
+    """rows: {name: number, or an array of them}. Their sum comes last."""
+    print(f'{title:45}', *[f'{column:>10}' for column in columns])
+    for name, numbers in [*rows.items(), ('all', sum(rows.values()))]:
+        print(f'  {name:43}', *[f'{number / 1e9:10,.3f}' for number in np.atleast_1d(numbers)])
+
+
+def plan(flags, gpus, pairs, tokens, peak, share):
+    """Print the FLOPs, memory and hours of a run."""
+    options = train.read_options(['--preset=vit-b-16', '--precision=bf16', *flags])
+    options.vocab = 'learn'                             # no merges are needed
+    config, _, _ = train.choose_model(options, {})
+    check_batch(options.batch, pairs, gpus * options.accum)
+    method = train.METHODS[options.method]
+    sides = [config.image_size] * method.global_images
+    lengths = [config.context_length] * method.global_texts
+    if method.has_local_images:
+        sides += [config.local_image_size] * options.local_crops
+    if method.has_local_texts:
+        lengths += [tokens] * options.local_captions
+    mine = options.batch // gpus
+    with torch.device('meta'):
+        student = COSMOS(config)
+        images = [torch.empty(mine, 3, side, side) for side in sides]
+        texts = [torch.empty(mine, length, dtype=torch.long) for length in lengths]
+    for tower in student.visual, student.text:
+        tower.transformer.grad_checkpointing = options.grad_checkpoint
+    size = sum(p.numel() for p in student.parameters())
+    steps = options.steps or round(options.epochs * (pairs // options.batch))
+    print(f'{options.preset}, {options.method}, {size:,} parameters, {options.precision}, {len(sides)} images, '
+          f'{len(lengths)} captions, the global ones of {config.context_length} tokens, the local ones of {tokens}')
+    print(f'{steps:,} steps of {options.batch:,} pairs, {mine:,} on each of {gpus} GPUs')
+
+    flops = {name: cost / mine for name, cost in step_flops(options, student, images, texts).items()}
+    print_table('GFLOP a pair', flops, 'forward', 'backward')
+    print_table('GB of a GPU', step_bytes(options, student, images, texts))
+    networks = 1 + method.has_teacher
+    print(f'last.pt has {4 * size * (networks + 2) / 1e9:.2f} GB')         # 2: moments
+    for part in share if peak else []:
+        speed = gpus * part * peak * 1e12 / sum(flops.values()).sum()
+        hours = steps * options.batch / speed / 3600
+        print(f'at {part:.0%} of {peak:,.0f} TFLOP/s a GPU {speed:,.0f} pairs/s, {hours:,.1f} hours, '
+              f'{hours * gpus:,.0f} GPU-hours')
+
+
+# --- 4. Commands -----------------------------------------------------------------------------------------------------
 
 def main():
     prog = 'python -m extras.bench'
-    parser = Parser(prog=prog, usage='%(prog)s step|loader ... [options]', epilog=__doc__)
+    parser = Parser(prog=prog, usage='%(prog)s step|loader|plan ... [options]', epilog=__doc__)
     commands = parser.add_subparsers(required=True, prog=prog)
     one = commands.add_parser('step', help='time of a step, and what it is spent on', description=STEP,
                               usage='%(prog)s [options of train.py]')
     one.set_defaults(function=measure_step)
+    one = commands.add_parser('plan', help='FLOPs, memory and hours of a run, without a GPU', description=PLAN,
+                              usage='%(prog)s --gpus N --pairs M [options of train.py]')
+    one.set_defaults(function=plan)
+    add = one.add_argument
+    add('--gpus', type=positive, required=True, help='of all nodes')
+    add('--pairs', type=positive, required=True, help='of the set')
+    add('--tokens', type=positive, default=40, help='in the longest local caption of a batch (default: %(default)s)')
+    add('--peak', type=above_zero, help='TFLOP/s of a GPU in --precision; for the hours')
+    add('--share', type=above_zero, nargs='+', default=[0.25, 0.4],
+        help='of the peak that a run may reach (default: %(default)s)')
     one = commands.add_parser('loader', help='speed of one worker by part',
                               usage='%(prog)s SHARDS ... [options]')
     one.set_defaults(function=measure_loader)
@@ -178,7 +332,7 @@ def main():
     options, others = parser.parse_known_args()
     options = vars(options)
     function = options.pop('function')
-    if function is measure_step:
+    if function in (measure_step, plan):
         options['flags'] = others                           # for train.py's own parser
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")

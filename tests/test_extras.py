@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +17,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as evaluation
 import train
-from cosmos import COSMOS, GLOBALS, Teacher, total_loss
+from cosmos import COSMOS, GLOBALS, Attention, Teacher, total_loss
 from eval import load
 from extras import attend, bench, pairs, prepare, report, search, weights
 from plumbing.images import decode, read_header
@@ -568,7 +571,7 @@ def test_search_command(tmp_path, photos, checkpoint, capsys):
     refused('one query, .*--like', run, search, *common)
 
 
-HELP = ('attend, bench, bench step, bench loader, pairs, prepare, prepare pack, prepare join, prepare inspect, report, '
+HELP = ('attend, bench, bench step, bench loader, bench plan, pairs, prepare, prepare pack, prepare join, prepare inspect, report, '
         'search, weights, weights export, weights import, weights fetch')
 
 
@@ -636,6 +639,98 @@ def test_loader(tmp_path, monkeypatch, capsys):
     run(bench, 'loader', tmp_path, '--preset', 'tiny')
     read, _, sample = capsys.readouterr().out.splitlines()
     assert number(read, 'samples') > number(sample, 'samples') > 0
+
+
+def one_pass(L, C, layers, every_row=False):
+    """FLOPs by hand of a view of L rows in a tower: a product of a row with a C x C matrix is 2 C^2. A block has twelve
+    of them for each row (query, key, value, output, 4 + 4 of the MLP) and two products of L x L x C for its attention.
+    The last one does the ten that are not key and value for one row only, unless every row is read."""
+    block = L * 24 * C ** 2 + 4 * L ** 2 * C
+    last = L * 4 * C ** 2 + 20 * C ** 2 + 4 * L * C
+    return (layers - 1) * block + (block if every_row else last)
+
+
+@pytest.mark.parametrize('preset, tokens, batch', [('vit-b-16', 40, 1024), ('tiny', 24, 32)])
+def test_a_plan_by_hand(preset, tokens, batch, capsys):
+    """oracle: the arithmetic above, for each view and caption; 16 bytes a parameter in last.pt."""
+    run(bench, 'plan', '--preset', preset, '--gpus', 8, '--pairs', 10 * batch + 1, '--tokens', tokens, '--steps', 90,
+        '--peak', 100, '--share', 0.5)
+    printed = capsys.readouterr().out
+    config, recipe = train.PRESETS[preset]
+    C, layers, D = config.vision_width, config.vision_layers, config.embed_dim
+    P = (config.image_size // config.patch_size) ** 2
+    small = (config.local_image_size // config.patch_size) ** 2
+    first, second, local = one_pass(P + 1, C, layers, True), one_pass(P + 1, C, layers), one_pass(small + 1, C, layers)
+    patch = 2 * 3 * config.patch_size ** 2 * C
+    n, u = recipe['local_crops'], recipe['local_captions']
+    cut = (2 * P + n * small) * patch                       # the images into patches
+    images = first + second + n * local + cut + (2 + n) * 2 * C * D
+    teacher = 2 * second + 2 * P * patch + 4 * C * D
+    W, layers, T = config.text_width, config.text_layers, config.context_length
+    first, second, local = one_pass(T, W, layers, True), one_pass(T, W, layers), one_pass(tokens, W, layers)
+    captions = first + second + u * local + (2 + u) * 2 * W * D
+    teacher += 2 * second + 4 * W * D
+    reads = 2 * P * C * D + 2 * T * W * D + (P + T) * 4 * D ** 2            # maps, keys, values
+    asks = (2 + n) * (4 * D ** 2 + 4 * T * D) + (2 + u) * (4 * D ** 2 + 4 * P * D)
+    # Backward a product has two; pixels want no gradient.
+    expected = {'images': (images, 2 * images - cut), 'captions': (captions, 2 * captions),
+                'cross-attention': (reads + asks, 2 * (reads + asks)), 'teacher': (teacher, 0)}
+    for name, counts in expected.items():
+        found = re.search(rf'^  {name} +(\S+) +(\S+)$', printed, re.M)
+        for k in 0, 1:
+            assert float(found[k + 1]) == pytest.approx(counts[k] / 1e9, abs=0.0006)
+    total = sum(sum(counts) for counts in expected.values())
+    speed = 8 * 0.5 * 100e12 / total
+    assert f'at 50% of 100 TFLOP/s a GPU {speed:,.0f} pairs/s, {90 * batch / speed / 3600:,.1f} hours' in printed
+    size = number(printed.replace(',', ''), 'parameters')
+    assert f'last.pt has {16 * size / 1e9:.2f} GB' in printed
+
+
+@pytest.mark.parametrize('flags', ['--method=cosmos', '--method=clip', '--accum=2 --grad-checkpoint'])
+def test_a_plan_has_the_flops_of_a_step(flags, monkeypatch):
+    """oracle: torch's counter around train_step on the CPU, and by hand its losses, which a plan leaves out: a product
+    of two views is 2 B^2 D, each has two gradients, but the teacher's views as keys have none."""
+    take_step = train.train_step
+
+    def compared(run, batch):
+        with FlopCounterMode(display=False) as counter:
+            take_step(run, batch)
+        images, texts = [[x.to('meta') for x in views] for views in (batch.crops, batch.texts)]
+        parts = bench.step_flops(run.options, deepcopy(run.student).to('meta'), [x.float() for x in images], texts)
+        losses = 2 * 16 ** 2 * MICRO.embed_dim * (2 * 3 if 'clip' in flags else 2 * 8 * 3 + 4 * 8 * (3 + 2))
+        assert counter.get_total_flops() == sum(parts.values()).sum() + losses
+        raise EOFError('one step is enough')
+
+    monkeypatch.setattr(train, 'train_step', compared)
+    with pytest.raises(EOFError):
+        bench_step(*flags.split())
+
+
+def test_a_plan_has_the_bytes_that_a_step_keeps(monkeypatch):
+    """oracle: a forward pass of `tiny` on the CPU, by torch's kernel for attention, under autocast."""
+    def by_kernel(self, query, context, mask=None):
+        x = F.scaled_dot_product_attention(*self.project(query, context), attn_mask=mask)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+    monkeypatch.setattr(Attention, 'forward', by_kernel)
+    kept = []
+
+    def keep(x):
+        kept[-1].setdefault(x.untyped_storage().data_ptr(), x.untyped_storage())
+        return x
+
+    student = COSMOS(replace(train.PRESETS['tiny'].sizes, vocab_size=100))
+    for B in 1, 2:
+        kept.append({})
+        images = [torch.randn(B, 3, side, side) for side in (48, 48, 24, 24)]
+        texts = [torch.randint(100, (B, length)) for length in (64, 64, 20, 20)]
+        with torch.autocast('cpu', torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, keep):
+            student(images, texts)
+    one, two = [sum(storage.nbytes() for storage in storages.values()) for storages in kept]
+    planned = bench.step_bytes(train.read_options(['--precision=bf16']), student.to('meta'),
+                               [x.to('meta') for x in images], [x.to('meta') for x in texts])
+    activations = next(size for name, size in planned.items() if name.startswith('activations'))
+    assert activations == pytest.approx(2 * (two - one), rel=0.02)
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
