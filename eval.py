@@ -201,7 +201,7 @@ def shard_captions(shards):
         except Unreadable as error:
             tar = shards.paths[shards.index[i, 0]]
             raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect {tar}') from None
-        present = [key for key in keys if record.get(key)]
+        present = [key for key in keys if str(record.get(key) or '').strip()]
         need(present, f"{shards.name(i)} has no caption under {', '.join(keys)}; "
              'name others with --caption-keys')
         pools.append(record[present[0]])

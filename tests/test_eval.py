@@ -287,7 +287,7 @@ def test_captions_of_held_out_shards(here):
     """oracle: pairs written here: the first key that a pair has, never split; only those that were named."""
     records = [
         b'{"captions": ["an ape. an ox", "a cow"], "caption": "dog", "mine": "an eel"}',
-        b'{"raw_caption": "a gnu. a hen", "caption": "ibis", "mine": "", "other": ["jay", "a kid. a lion"]}']
+        b'{"raw_caption": "a gnu. a hen", "caption": "ibis", "mine": " ", "other": ["jay", "a kid. a lion"]}']
     pairs_tar('a.tar', records, [encoded(Image.new('L', (9, 9)))] * 2)
     for keys, captions, owner in (
             (None, ['an ape. an ox', 'a cow', 'a gnu. a hen'], [0, 0, 1]),
@@ -451,8 +451,8 @@ WRONG = {               # a command: what its sentence must say
     'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read.*prepare inspect a.tar',
     'retrieval last.pt --flickr five': 'five is no list of images and captions',
     'retrieval last.pt --flickr nulls': "nulls .* 'image' is missing in .'image': None",
-    'retrieval last.pt --karpathy blank --split val': 'blank lists no image of the split val',
-    'retrieval last.pt --karpathy blank': 'a.jpg, listed in blank, has no caption',
+    'retrieval last.pt --karpathy white --split val': 'white lists no image of the split val',
+    'retrieval last.pt --karpathy white': 'a.jpg, listed in white, has no caption',
     'retrieval last.pt --coco x': 'x/annotations/captions_val2017.json cannot be read',
     'retrieval last.pt --coco images': "images/annotations/captions_val2017.json .*'images' is missing in",
     'retrieval last.pt --coco x --split val': '--split is for --karpathy',
@@ -494,7 +494,7 @@ def test_errors_are_one_sentence(gallery):
     put('images/annotations/captions_val2017.json', {'annotations': []})
     put('five', 5)
     put('nulls', [{'image': None, 'caption': None}])
-    put('blank', {'images': [{'filename': 'a.jpg', 'split': 'test', 'sentences': [{'raw': ' '}]}]})
+    put('white', {'images': [{'filename': 'a.jpg', 'split': 'test', 'sentences': [{'raw': ' '}]}]})
     put('twice', 'ox, cow\nox')
     put('commas', 'ox\n,')
     torch.save({'student': Malicious()}, 'bad.pt')
