@@ -29,13 +29,14 @@ from tqdm import tqdm
 from cosmos import COSMOS, attention_weights, unit
 from data import BICUBIC, normalize
 from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, folder_set, is_imagenet,
-                                 mask_pairs, open_clip_prompts, published_captions, read_mask,
-                                 read_synonyms, read_templates, torchvision_set, with_owners)
+                                 mask_pairs, open_clip_prompts, read_mask, read_synonyms, read_templates,
+                                 torchvision_set)
 # Refused: an error that a user can mend, which `command` shows as one sentence. Unreadable(Refused): one image or
 # record is bad. need(condition, sentence): Refused unless the condition holds.
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import write_json
 from plumbing.images import read_image
+from plumbing.lists import published_captions, with_owners
 from plumbing.options import evaluation_options
 from plumbing.shards import Shards
 from plumbing.weights import load_weights, read_network

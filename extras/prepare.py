@@ -28,11 +28,11 @@ from torchvision.utils import save_image
 from data import Counts, Crops
 from eval import progress
 from extras.report import sample_views
-from plumbing.benchmarks import coco_rows, karpathy_rows
 from plumbing.captions import CAPTION_KEYS, DREAMLIP, caption_pool, sentences
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import read_json, replacing, write_json
 from plumbing.images import open_image, pillow_errors, read_image
+from plumbing.lists import coco_rows, karpathy_rows
 from plumbing.options import Parser, positive, share
 from plumbing.shards import Shards, write_shard
 from plumbing.tokenizer import LEARNED_VOCAB, Tokenizer

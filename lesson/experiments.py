@@ -33,9 +33,9 @@ from eval import embed_texts, load, retrieval, shard_captions, show, zero_shot_r
 from lesson import onepage, suppression
 from lesson.scenes import VERSION, make_scenes
 from plumbing import runs
-from plumbing.benchmarks import published_captions
 from plumbing.errors import command, need
 from plumbing.files import read_json, replacing, save_tensors, write_json
+from plumbing.lists import published_captions
 from plumbing.options import Parser, positive
 
 # --- 1. Other models, and other batches ------------------------------------------------------------------------------

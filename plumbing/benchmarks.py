@@ -1,8 +1,7 @@
-"""What published sets look like on the disk: caption lists of COCO and Flickr30k, torchvision's classes, masks of a
-segmentation; and the released settings of eight segmentation sets. eval.py has the measures."""
+"""What published sets look like on the disk: torchvision's classes, masks of a segmentation; and the released settings of
+eight segmentation sets. eval.py has the measures."""
 import inspect
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,115 +9,11 @@ import numpy as np
 import torch
 import torchvision
 
-from plumbing.captions import without_spaced_stop
 from plumbing.errors import Refused, need
-from plumbing.files import field, read_json, read_lines, reading
+from plumbing.files import read_lines, reading
 from plumbing.images import images_in, read_image
 
-# --- 1. Retrieval: lists of images and captions ----------------------------------------------------------------------
-
-# What the published lists hold, as extras.prepare packs it, too. Refused for a list of another form, whose file is at
-# `path`.
-
-def coco_rows(listing, path):
-    """COCO's captions -> [(name of an image, its captions), ...]."""
-    captions = defaultdict(list)                                    # by the image's id
-    for annotation in field(listing, 'annotations', path, list):
-        image_id = field(annotation, 'image_id', path, (int, str))
-        captions[image_id].append(field(annotation, 'caption', path))
-    rows = []
-    for image in field(listing, 'images', path, list):
-        image_id = field(image, 'id', path, (int, str))
-        rows.append((field(image, 'file_name', path, str), captions[image_id]))
-    return rows
-
-
-def karpathy_rows(listing, path):
-    """Karpathy's dataset_coco.json and the like -> [(split, name of an image, its captions), ...]."""
-    rows = []
-    for image in field(listing, 'images', path, list):
-        split = field(image, 'split', path, str)
-        name = field(image, 'filename', path, str)
-        if image.get('filepath'):                                   # COCO's images lie in two folders
-            name = f"{field(image, 'filepath', path, str)}/{name}"
-        sentences = field(image, 'sentences', path, list)
-        rows.append((split, name, [field(sentence, 'raw', path) for sentence in sentences]))
-    return rows
-
-
-# The three lists as eval.py takes them, each -> [(path of an image, its captions), ...]. images: their folder; without
-# one they lie beside the list.
-
-def read_coco(folder):
-    """COCO's folder, with annotations/captions_val2017.json."""
-    path = Path(folder, 'annotations/captions_val2017.json')
-    rows = coco_rows(read_json(path), path)
-    return [(Path(folder, 'images/val2017', name), captions) for name, captions in rows]
-
-
-def read_karpathy(path, images, split):
-    """One split of Karpathy's list."""
-    folder = images or Path(path).parent
-    rows = karpathy_rows(read_json(path), path)
-    return [(Path(folder, name), captions) for part, name, captions in rows if part == split]
-
-
-def read_flickr(path, images):
-    """The released code's flickr30k_val.json: [{"image", "caption": [five]}, ...]."""
-    folder = images or Path(path).parent
-    listing = read_json(path)
-    need(isinstance(listing, list), f'{path} is no list of images and captions; see --help')
-    pairs = []
-    for item in listing:
-        pairs.append((Path(folder, field(item, 'image', path, str)), field(item, 'caption', path)))
-    return pairs
-
-
-def with_owners(pools, name):
-    """The captions of each image, one or several -> all captions, and owner (captions,): the image of each.
-
-    name: a function i -> what a message calls image i. Refused for an image that has no caption, or one that is no
-    text. The full stop of ' .' is taken off, as in training.
-    """
-    captions = []
-    owner = []
-    for i, pool in enumerate(pools):
-        usable = []
-        for caption in pool if isinstance(pool, list) else [pool]:
-            if not isinstance(caption, str):
-                raise Refused(f'{name(i)} has a caption that is no text: {str(caption)[:80]}; '
-                              'mend it, or take it out')
-            if caption.strip():
-                usable.append(without_spaced_stop(caption))
-        if not usable:
-            raise Refused(f'{name(i)} has no caption; give it one, or take the image out')
-        captions += usable
-        owner += [i] * len(usable)
-    return captions, torch.tensor(owner)
-
-
-def published_captions(coco, karpathy, flickr, images, split):
-    """The one of the three that is given -> paths of its images, and captions and owner as `with_owners` has them."""
-    if coco:
-        pairs = read_coco(coco)
-    elif karpathy:
-        pairs = read_karpathy(karpathy, images, split)
-    else:
-        pairs = read_flickr(flickr, images)
-    listing = coco or karpathy or flickr
-    chosen = f' of the split {split}' if karpathy else ''
-    need(pairs, f'{listing} lists no image{chosen}; see --help')
-    paths = [path for path, _ in pairs]
-    pools = [pool for _, pool in pairs]
-
-    def name(i):
-        return f'{paths[i]}, listed in {listing},'
-
-    captions, owner = with_owners(pools, name)
-    return paths, captions, owner
-
-
-# --- 2. Classification: sets of labelled images, names of classes, prompts -------------------------------------------
+# --- 1. Classification: sets of labelled images, names of classes, prompts -------------------------------------------
 
 # Sets of torchvision.datasets with one label an image, by what they call their classes.
 IN_WORDS = ('CIFAR10 CIFAR100 Caltech101 DTD FGVCAircraft FashionMNIST Flowers102 Food101 ImageNet Imagenette '
@@ -249,7 +144,7 @@ def read_templates(path):
     return templates
 
 
-# --- 3. Segmentation: settings of eight sets, masks ------------------------------------------------------------------
+# --- 2. Segmentation: settings of eight sets, masks ------------------------------------------------------------------
 
 class Settings(NamedTuple):
     """How to segment a set."""

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 import eval as evaluation
 from cosmos import COSMOS, Block, Config, unit
 from data import Shards, Tokenizer
-from plumbing import benchmarks
+from plumbing import benchmarks, lists
 from plumbing.weights import to_openclip
 from tests.helpers import MICRO, close, encoded, micro, pairs_tar, put, refused, run, seeded, shared  # noqa: F401
 
@@ -273,13 +273,13 @@ def test_published_layouts(here):
     put('karpathy', """{"images": [
         {"split": "test", "filename": "a.jpg", "sentences": [{"raw": "y"}]},
         {"split": "val", "filename": "b.jpg", "filepath": "f", "sentences": [{"raw": "x"}]}]}""")
-    assert benchmarks.read_coco('coco') == [
+    assert lists.read_coco('coco') == [
         (Path('coco/images/val2017/a.jpg'), ['y']),
         (Path('coco/images/val2017/b.jpg'), ['x'])]
-    assert benchmarks.read_karpathy('karpathy', 'x', 'test') == [(Path('x/a.jpg'), ['y'])]
-    assert benchmarks.read_karpathy('karpathy', '', 'val') == [(Path('f/b.jpg'), ['x'])]
+    assert lists.read_karpathy('karpathy', 'x', 'test') == [(Path('x/a.jpg'), ['y'])]
+    assert lists.read_karpathy('karpathy', '', 'val') == [(Path('f/b.jpg'), ['x'])]
     pools = ['a scarf , laughing .', ['a dog.', ' ', 'J .']]
-    captions, owner = benchmarks.with_owners(pools, None)           # neither is the caption of white space
+    captions, owner = lists.with_owners(pools, None)           # neither is the caption of white space
     assert (captions, owner.tolist()) == (['a scarf , laughing', 'a dog.', 'J'], [0, 1, 1])
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 import train
 from data import Counts, Crops, Shards, Tokenizer
-from plumbing import benchmarks, files, options, runs
+from plumbing import benchmarks, files, lists, options, runs
 from plumbing.captions import caption_pool, sentences
 from plumbing.images import decode, read_header
 from plumbing.shards import find_shards, read_at
@@ -181,8 +181,8 @@ def test_reading_a_file_hides_no_bug(tmp_path, monkeypatch):
     for error in KeyError, TypeError:
         with pytest.raises(error), files.reading(path):
             raise error
-    refused(f"{path} .*'caption' is missing in .*a.png", benchmarks.read_flickr, path, '')
-    refused(f"{path} .*'images' is missing", benchmarks.read_karpathy, path, '', 'test')
+    refused(f"{path} .*'caption' is missing in .*a.png", lists.read_flickr, path, '')
+    refused(f"{path} .*'images' is missing", lists.read_karpathy, path, '', 'test')
 
     def load(*args, **options):
         raise PermissionError(13, 'Permission denied')
