@@ -98,7 +98,7 @@ PRESETS = {
                vision_width=128, vision_layers=4, vision_heads=4,
                text_width=128, text_layers=2, text_heads=2,
                context_length=64, cross_heads=4),
-        LAPTOP | {'batch': 64, 'local_crops': 4, 'local_captions': 4, 'augment': 'full', 'steps': 800}),
+        LAPTOP | {'batch': 64, 'local_crops': 4, 'local_captions': 4, 'steps': 800}),
 }
 
 # --- 2. The methods of Table 5 ---------------------------------------------------------------------------------------
