@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from cosmos import (COSMOS, GLOBALS, Config, Output, Teacher, across_terms, cosmos_terms, embedding_terms, gather,
-                    image_terms, no_terms, plain_terms, total_loss)
+from cosmos import (COSMOS, GLOBALS, Config, Output, Teacher, across_terms, cosmos_terms,
+                    embedding_terms, gather, image_terms, no_terms, plain_terms, total_loss)
 from data import Shards
 from plumbing import runs
 from plumbing.captions import POOL_KEYS
@@ -48,8 +48,8 @@ from plumbing.errors import command, warn
 from plumbing.files import write_json
 from plumbing.options import choose_data, choose_lengths, training_options
 from plumbing.parts import InParts
-from plumbing.processes import (Processes, choose_dtype, compile_blocks, peak_memory, signals_caught,
-                                use_cores)
+from plumbing.processes import (Processes, choose_dtype, compile_blocks, peak_memory,
+                                signals_caught, use_cores)
 from plumbing.progress import Progress
 from plumbing.tokenizer import Tokenizer, learn_merges
 
@@ -68,14 +68,14 @@ LAPTOP = {
     'local_crops': 2, 'local_captions': 2, 'augment': 'crops', 'vocab': 'learn'}
 
 
-# With --init, whatever the preset: steps are small, so that what the weights know stays, and the teacher, which starts
-# as a copy of them, need not forget its start.
+# With --init, whatever the preset. Steps are small, because the weights know something already, and the teacher need
+# not forget its start, because it is a copy of them.
 PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
 
 
 class Preset(NamedTuple):
     sizes: Config
-    recipe: dict            # with steps or epochs
+    recipe: dict            # a recipe as above, with steps or epochs
 
 
 PRESETS = {
@@ -110,9 +110,9 @@ class Method(NamedTuple):
     has_local_images: bool          # as many as --local-crops says
     has_local_texts: bool           # captions of one sentence, as many as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
-    augments: bool                  # colours and flips change, unless --augment or the recipe says 'crops'
+    augments: bool                  # colours and flips change, if the recipe does not say 'crops'
     has_teacher: bool
-    has_cross_attention: bool       # C^I and C^T. If no term reads h_I and h_T they would never train
+    has_cross_attention: bool       # C^I and C^T. Some term must read h_I and h_T, to train them
     has_own_scale: bool             # the terms have a temperature of their own, not that of L_CLIP
     terms: Callable                 # what is learned in addition to L_CLIP, a function of cosmos.py
 
@@ -122,17 +122,17 @@ class Method(NamedTuple):
 # far below the CLIP of its Table 1, so they probably had raw captions only: give them --caption-pool raw.
 G = GLOBALS
 METHODS = {
-    #                  global  global  local   local   crop  aug-    teacher  cross-  own     learns
-    #                  images  texts   images  texts   min   ments            attn.   scale   L_CLIP and
-    'clip':          Method(1,      1, False,  False,  0.9,  False,  False,   False,  False,  no_terms),
-    'clip-aug':      Method(G,      1, False,  False,  0.4,  True,   False,   False,  False,  no_terms),
-    'image-distill': Method(G,      1, True,   False,  0.4,  True,   True,    False,  False,  image_terms),
-    'text-crop':     Method(G,      G, True,   True,   0.4,  True,   True,    False,  False,  image_terms),
-    'text-distill':  Method(G,      G, True,   True,   0.4,  True,   True,    False,  False,  embedding_terms),
-    'cosmos':        Method(G,      G, True,   True,   0.4,  True,   True,    True,   True,   cosmos_terms),
+    #                       globals   locals         crop  aug-   tea-   cross  own    learns
+    #                       img. txt. img.   txt.    min   ments  cher   attn.  scale  L_CLIP and
+    'clip':          Method(1,   1,   False, False,  0.9,  False, False, False, False, no_terms),
+    'clip-aug':      Method(G,   1,   False, False,  0.4,  True,  False, False, False, no_terms),
+    'image-distill': Method(G,   1,   True,  False,  0.4,  True,  True,  False, False, image_terms),
+    'text-crop':     Method(G,   G,   True,  True,   0.4,  True,  True,  False, False, image_terms),
+    'text-distill':  Method(G,   G,   True,  True,   0.4,  True,  True,  False, False, embedding_terms),
+    'cosmos':        Method(G,   G,   True,  True,   0.4,  True,  True,  True,  True,  cosmos_terms),
     # ours, no rows of the table
-    'plain':         Method(G,      G, True,   True,   0.4,  True,   True,    False,  True,   plain_terms),
-    'across':        Method(G,      G, True,   True,   0.4,  True,   True,    True,   True,   across_terms)}
+    'plain':         Method(G,   G,   True,  True,   0.4,  True,  True,  False, True,  plain_terms),
+    'across':        Method(G,   G,   True,  True,   0.4,  True,  True,  True,  True,  across_terms)}
 
 
 def recipe_of(preset, method, init):
@@ -154,8 +154,8 @@ class Run:
     processes: Processes
     train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
-    forward: torch.nn.Module        # the student as a step calls it: in parts (--accum), on several GPUs in DDP
-    teacher: Teacher                # None where nothing is distilled
+    forward: torch.nn.Module        # the student as a step calls it: in parts (--accum), in DDP
+    teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # of fp16; otherwise it does nothing
     dtype: torch.dtype              # of autocast; None: float32
@@ -176,12 +176,12 @@ class Run:
 
 class Step(NamedTuple):
     """What a step has computed, for the log."""
-    out: Output                 # of the student
-    cls_t: torch.Tensor         # of the teacher, (2, B, D); None where nothing is distilled
+    out: Output                 # the student's vectors
+    cls_t: torch.Tensor         # of the teacher, (2, B, D), or None
     loss: torch.Tensor
-    parts: dict                 # of the loss: {name: (weight, term)}
-    norm: torch.Tensor          # of the gradient
-    finite: bool                # else the student was not updated
+    parts: dict                 # what the loss is the sum of, {name: (weight, term)}
+    norm: torch.Tensor          # that of the gradient
+    finite: bool                # whether the norm is; else the student was not updated
 
 
 def train_step(run, batch):
@@ -204,7 +204,7 @@ def train_step(run, batch):
 
     loss, parts = total_loss(student, out, cls_t, eot_t, run.method.terms)
     run.optimizer.zero_grad()
-    # DDP averages all gradients in the backward pass, also of the scales, which are used in the loss alone.
+    # DDP averages all gradients in the backward pass, also those of the scales, though only the loss uses them.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
     # A frozen parameter has no gradient.
@@ -221,8 +221,8 @@ def train_step(run, batch):
         if run.method.has_teacher:
             run.teacher.update(student, momentum_at(run.step, options))
     else:
-        [sum_of_losses] = run.processes.sum([loss])     # that of rank 0 alone may be finite
-        tqdm.write(f'WARNING    step {run.step + 1} is left out: loss {sum_of_losses / run.processes.world:.4g}, '
+        [total] = run.processes.sum([loss])     # this rank's loss may be finite, another's not
+        tqdm.write(f'WARNING    step {run.step + 1} is left out: loss {total / run.processes.world:.4g}, '
                    f'gradient norm {norm:.4g}, both over all processes')
     run.scaler.update()             # fp16: after an infinity it lowers the scale
     run.step += 1                   # a step that was left out counts
@@ -261,16 +261,16 @@ def read_options(argv=None):
 
 
 def identity(options, shards):
-    """What a run cannot change when it goes on, {what: value}. All else may change."""
+    """What must stay the same when a run goes on, {what: value}. Everything else may change."""
     names = 'preset', 'method', 'batch', 'seed', 'local_crops', 'local_captions'
     same = {'--' + name.replace('_', '-'): getattr(options, name) for name in names}
     return same | {'GLOBALS': GLOBALS, 'fingerprint of --data': shards.fingerprint[:8]}
 
 
 def open_shards(options, processes, saved, built_in_set):
-    """-> training shards, held-out shards (None on other ranks than 0, and where nothing is held out).
+    """-> training shards, held-out shards (None on other ranks than 0, and if nothing is held out).
 
-    Also fills in --data, --val, --steps, --warmup and --eval-every, where they are not given.
+    Also fills in --data, --val, --steps, --warmup and --eval-every, if they are not typed.
     """
     index = Path(options.out, 'index.npy')
     val = None
@@ -284,7 +284,7 @@ def open_shards(options, processes, saved, built_in_set):
             runs.check_same(saved, options, identity(options, shards))
         if processes.rank == 0:
             if options.val:
-                val = Shards(options.val, options.caption_keys, 'val')      # --caption-pool is of --data
+                val = Shards(options.val, options.caption_keys, 'val')  # no --caption-pool
                 evaluation.check_held_out(val)  # better refused now than after the first epoch
             if not shards.is_mapped:
                 shards.save(index)
@@ -292,9 +292,9 @@ def open_shards(options, processes, saved, built_in_set):
 
 
 def choose_model(options, saved):
-    """-> Config, tokenizer, weights to start from: of the resumed run, of --init, or of the preset and --vocab.
+    """-> Config, tokenizer, weights to start from: those of the resumed run, of --init, or of the preset and --vocab.
 
-    The tokenizer is None where it must be learned. The weights are {} for a start from nothing.
+    The tokenizer is None if it must be learned. The weights are {} for a start from nothing.
     """
     if saved:
         config = Config(**saved['config'])
@@ -312,7 +312,7 @@ def choose_model(options, saved):
         tokenizer = Tokenizer.clip(path, config.context_length)
     method = METHODS[options.method]
     heads = 0
-    if method.has_cross_attention:          # weights without any get as many heads as the presets have
+    if method.has_cross_attention:          # weights without it get as many heads as presets have
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
     two_scales = method.has_own_scale and not method.has_cross_attention
     return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
@@ -334,21 +334,21 @@ def make_run(options, processes, train_set, weights):
     dtype = choose_dtype(options.precision, device)
     # The usual start, 65,536, would overflow many times before it settles.
     scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
-    forward = InParts(student, options.accum)
-    return Run(options, processes, train_set, student, forward, teacher, optimizer, scaler, dtype)
+    return Run(
+        options, processes, train_set, student, InParts(student, options.accum), teacher, optimizer, scaler, dtype)
 
 
 def set_up(options, processes, built_in_set):
-    """A run before its first step, or where it stopped -> run, held-out shards."""
+    """-> run, as it stands before its first step or stood when it stopped; held-out shards."""
     if processes.device.type == 'cpu':
         use_cores(options.workers)
     saved = runs.read_last(options.out) if options.resume else {}
-    # The seconds that it was trained for tell one checkpoint from another.
+    # Checkpoints are told apart by how long they have trained.
     processes.must_agree(saved.get('seconds'), f'{options.out}/last.pt is not the same for all processes; '
                          'let all nodes see the same --out')
     if not saved:
         options.out = processes.broadcast(runs.free_name(options.out))
-    config, tokenizer, weights = choose_model(options, saved)           # may refuse, before a file is written
+    config, tokenizer, weights = choose_model(options, saved)   # may refuse, before a file is written
     shards, val = open_shards(options, processes, saved, built_in_set)
     if tokenizer is None:
         merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
@@ -386,7 +386,7 @@ def log_entry(run, progress):
     cls, eot = gather(done.out.cls[:1], done.out.eot[:1])
     images = cls.keys[0]            # view 0 of the pairs of all ranks, (N, D)
     captions = eot.keys[0]          # and caption 0
-    nearest = (images @ captions.T).argmax(dim=1).cpu()     # the caption that each image finds, (N,)
+    nearest = (images @ captions.T).argmax(dim=1).cpu()     # which caption an image finds, (N,)
     used = run.step - 1             # the step whose rates were used
     entry = {                       # the same on all ranks
         'step': run.step,
@@ -433,7 +433,7 @@ def save(run):
 
 class Evaluated(NamedTuple):
     """What an evaluation has at hand, for the watchers. The first three are what eval.load returns."""
-    model: COSMOS                   # the teacher, where there is one
+    model: COSMOS                   # the teacher, if there is one
     tokenizer: Tokenizer
     preprocess: Callable
     val: Shards
@@ -441,13 +441,11 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(run, val, watchers):
-    """Rank 0 scores the held-out shards, while the others wait -> figures, {} on the others. best.pt is written if the
-    mean R@1 is the best so far; then all ranks know run.best."""
-    figures = {}
-    if run.processes.rank == 0:
-        figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)}
-        if val:
-            figures |= held_out_figures(run, val, watchers)
+    """Rank 0, which alone has val, scores the held-out shards, while the others wait -> figures. best.pt is written if
+    the mean R@1 is the best so far; then all ranks know run.best."""
+    figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)}
+    if val:
+        figures |= held_out_figures(run, val, watchers)
     run.best = run.processes.broadcast(run.best)        # here the others wait
     return figures
 
@@ -472,7 +470,7 @@ def held_out_figures(run, val, watchers):
 
 
 def print_plan(run, val):
-    """What this run will do."""
+    """Print what this run will do."""
     options = run.options
     shards = run.train_set.shards
     size = sum(p.numel() for p in run.student.parameters())
@@ -495,7 +493,8 @@ def print_plan(run, val):
 def begin(run, val, watchers):
     """Before the first step rank 0 prints the plan, and writes config.json. A run that is complete ends here."""
     options = run.options
-    has_figures = run.processes.broadcast((run.folder / 'eval.json').exists())     # else its evaluation was cut short
+    # Without figures the last evaluation was cut short.
+    has_figures = run.processes.broadcast((run.folder / 'eval.json').exists())
     if run.step >= options.steps and has_figures:
         print(f'nothing is left to do: step {run.step} of {options.steps} is reached')
         run.processes.leave(0)
@@ -579,7 +578,7 @@ def main(argv=None, watchers=(), built_in_set=None):
     batches = batches_left(run)
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
-    saving = runs.saved_on_error(run.student, partial(save, run))       # unless its weights are not finite
+    saving = runs.saved_on_error(run.student, partial(save, run))   # if its weights are finite
     with bar, saving, signals_caught() as caught:
         while True:
             due = what_is_due(run, progress)
@@ -617,15 +616,15 @@ def main(argv=None, watchers=(), built_in_set=None):
 
 
 if __name__ == '__main__':
-    # What extras/ and lesson/ add to a run. Without them it trains and evaluates all the same.
+    # What lesson/ and extras/ add to a run. Without them it trains and evaluates all the same.
     HERE = Path(__file__).parent
-    added = {'watchers': []}
+    added = []
+    draw = None
     if (HERE / 'lesson').is_dir():
-        from lesson.scenes import built_in_set
+        from lesson.scenes import built_in_set as draw
         from lesson.suppression import Named
-        added['built_in_set'] = built_in_set
-        added['watchers'].append(Named())
+        added.append(Named())
     if (HERE / 'extras').is_dir():
         from extras.report import Report
-        added['watchers'].append(Report())
-    command(partial(main, **added))
+        added.append(Report())
+    command(partial(main, watchers=added, built_in_set=draw))

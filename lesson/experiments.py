@@ -521,7 +521,7 @@ def missing_runs(variants, seeds=None):
 
 
 def main():
-    parser = Parser(epilog=__doc__)
+    parser = Parser(prog='python -m lesson.experiments', epilog=__doc__)
     parser.add_argument('experiment', choices=EXPERIMENTS)
     parser.add_argument('--seeds', type=positive, help='how many, instead of those of the course')
     parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run')

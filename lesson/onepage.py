@@ -45,11 +45,11 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
 
     changes: what an experiment of the course has otherwise than COSMOS, by the names in lesson/setting.py.
     """
-    setting = Setting(**changes)                        # the model, its losses and its views: those of COSMOS
+    setting = Setting(**changes)                        # model, losses and views: those of COSMOS
     keep_memory()                                       # makes a CPU a tenth faster
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = choose_dtype(precision, device)             # bfloat16 where it is fast; None: float32
-    multiple = 8 if dtype else 1                        # of the lengths of captions: half precision likes 8
+    multiple = 8 if dtype else 1                        # caption lengths: half precision likes 8
 
     # Sizes are those of the preset `tiny` of train.py.
     shards = Shards(folder, split='train')
@@ -78,8 +78,8 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
 
         # A batch of B pairs. Captions are cut, but C^T reads the padding of caption 0, so that one stays whole.
         samples = [train_set[place] for place in places]
-        inputs = collate(samples, multiple, whole_first=setting.heads > 0, global_texts=setting.counts.global_texts)
-        inputs = inputs.to(device)
+        inputs = collate(samples, multiple, whole_first=setting.heads > 0,
+                         global_texts=setting.counts.global_texts).to(device)
         images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s)
         texts = inputs.texts                            # U tensors (B, T)
 

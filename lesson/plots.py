@@ -534,7 +534,7 @@ def check_runs():
 
 
 def main():
-    parser = Parser(epilog=__doc__)
+    parser = Parser(prog='python -m lesson.plots', epilog=__doc__)
     parser.add_argument('--check', action='store_true', help='only compare with results.csv')
     parser.add_argument('--accept', action='store_true', help='figures of the text may move by more than 5 points')
     parser.add_argument('--mine', action='store_true', help='pictures with your own runs as stars')

@@ -66,7 +66,7 @@ def add_data(parser):
     add('--data', nargs='+', help='tars, or folders of them (the built-in set)')
     add('--val', nargs='+', help='held-out shards, evaluated as --eval-every says')
     add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
-    add('--caption-pool', choices=POOL_KEYS, default='all', help="DreamLIP's captions (%(default)s)")
+    add('--caption-pool', choices=POOL_KEYS, default='all', help="of DreamLIP's (%(default)s)")
     add('--vocab', default='clip', help="%(default)s, learn (from the captions), or CLIP's file")
     add('--workers', type=count, default=workers, help='loaders for each GPU (%(default)s)')
 
@@ -76,9 +76,9 @@ def add_method(parser, presets, methods):
     add('--preset', choices=presets, help='sizes and recipe (vit-b-16 with --data, else tiny)')
     add('--method', choices=methods, default='cosmos',
         help='row of Table 5, or ours: plain, across (%(default)s)')
-    add('--init', help='weights to start from, ours or others. They set sizes and vocabulary, and the defaults of '
-        '--lr, --wd, --momentum-ramp and --out')
-    add('--quick-gelu', action='store_true', help="OpenAI's activation in --init, where no file says it")
+    add('--init', help='weights to start from, ours or others. They set sizes and vocabulary, and the '
+        'defaults of --lr, --wd, --momentum-ramp and --out')
+    add('--quick-gelu', action='store_true', help="--init has OpenAI's activation, if no file says it")
     add('--local-crops', type=count, default=6, help='local image views per pair (%(default)s)')
     add('--local-captions', type=count, default=6, help='local captions per pair (%(default)s)')
     add('--augment', choices=['full', 'crops'], default='full', help='full: with flips and colours')
@@ -114,7 +114,7 @@ def add_machine(parser):
 
 def add_output(parser):
     add = parser.add_argument_group('output').add_argument
-    add('--out', help='folder of checkpoint, log and report (runs/PRESET-METHOD; with --init its name, not PRESET)')
+    add('--out', help='folder of checkpoint, log and report (runs/PRESET-METHOD, runs/INIT-METHOD)')
     add('--resume', action='store_true', help='go on with the run in --out, or start it')
     add('--save-every', type=positive, default=1000, help='steps between checkpoints (%(default)s)')
     add('--save-minutes', type=amount, default=30.0, help='or minutes; 0: steps only (%(default)s)')
@@ -209,7 +209,7 @@ def add_retrieval(parser, caption_keys):
     one('--shards', nargs='+', help='held-out shards; a folder with train/ and val/ means its val/')
     add = parser.add_argument
     add('--split', help="Karpathy's split (default: test)")
-    add('--images', help='folder of the images of --karpathy or --flickr (default: that of the JSON)')
+    add('--images', help='folder of the images of --karpathy or --flickr (default: the folder of the JSON)')
     add('--caption-keys', help='json keys of the captions of --shards, joined by commas. For each pair '
         f"only the first key that is present is used (default: {','.join(caption_keys)})")
 

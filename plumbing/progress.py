@@ -35,7 +35,7 @@ class Progress:
         self.signals = signals
         if done.finite:
             self.broken = 0
-        elif scale <= 1:    # fp16 starts with a larger one, and halves it at each overflow until it has settled
+        elif scale <= 1:    # fp16 starts higher, and each overflow halves the scale until it fits
             self.broken += 1
         self.steps += 1
         self.seconds += time.perf_counter() - self.begun
@@ -50,7 +50,7 @@ class Progress:
             return (f'over 5 % of the pairs cannot be read ({self.bad:.0f} of {self.seen}); '
                     'see the lines above, and python -m extras.prepare inspect')
         if self.broken == MOST_BROKEN:
-            return (f'{MOST_BROKEN} steps in a row were not finite, the last is step {step}; they have '
-                    f'not changed the weights in {folder}/last.pt: give the same command with '
+            return (f'{MOST_BROKEN} steps in a row were not finite, the last is step {step}; they '
+                    f'have not changed the weights in {folder}/last.pt: give the same command with '
                     '--resume and a lower --lr, --clip-grad 1, or --precision fp32')
         return None
