@@ -133,7 +133,7 @@ def draw_boxes(height, width, kinds, rng):
 def image_crops(data, kinds, rng):
     """Encoded bytes, the kind of each view -> a random crop for each, (3, s, s) uint8, and their boxes (y, x, h, w) in
     pixels of the whole image."""
-    unread, (height, width) = read_header(data)         # its pixels are not decoded yet
+    unread, (height, width) = read_header(data)         # of a JPEG no pixel is decoded yet
     boxes = draw_boxes(height, width, kinds, rng)
     # A large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. But each crop must keep as many pixels as its view: a
     # box of 200 x 200 for a view of 96 may become 200 / 96 = 2.08 times smaller, so 1/2 is allowed.

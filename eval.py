@@ -35,7 +35,7 @@ from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, fold
 # record is bad. need(condition, sentence): Refused unless the condition holds.
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import write_json
-from plumbing.images import read_image
+from plumbing.images import read_image, shorten
 from plumbing.lists import published_captions, with_owners
 from plumbing.options import evaluation_options
 from plumbing.shards import Shards
@@ -52,7 +52,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
     or open_clip's; see plumbing.weights.read_network, also for vocab and quick_gelu. The commands below never set
     quick_gelu, train.py --init does.
     weights: 'teacher' or 'student'. Where there is no teacher the student is taken: model.origin says which network of
-    which file it was, and of which step.
+    which checkpoint it was, and of which step.
     """
     path = Path(path)
     if path.is_dir():
@@ -69,7 +69,7 @@ def preprocessing(size):
     """The evaluation transform: PIL image -> (3, size, size) float. Short side to `size`, bicubic, then the centre.
     `normalize` takes uint8 pixels as well."""
     return v2.Compose(
-        [v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
+        [shorten, v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
 
 
 # --- 2. Features -----------------------------------------------------------------------------------------------------
@@ -100,8 +100,6 @@ class Images(Dataset):
     def __getitem__(self, i):
         if isinstance(self.source, Shards):
             image = shard_image(self.source, i)
-        elif isinstance(self.source[i], Image.Image):
-            image = ImageOps.exif_transpose(self.source[i])
         else:
             image = read_image(self.source[i])
         return self.preprocess(image), 0
@@ -498,7 +496,7 @@ def execute(args):
     figures = args.function(args, model, tokenizer, preprocess)
     show(figures)
     if args.json:
-        write_json(args.json, figures)
+        write_json(args.json, model.origin._asdict() | figures)
 
 
 def main():

@@ -74,7 +74,7 @@ def class_names(source, path=None):
     """
     kind = type(source).__name__
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
-    listed = read_lines(path) if path else classes
+    listed = read_lines(path, numbered=True) if path else classes
     need(path or (classes and kind not in NOT_IN_WORDS),
          f'torchvision names the classes of {kind} by numbers or codes, or not at all; '
          'give a file of names in words by --classes')
@@ -119,7 +119,7 @@ def is_imagenet(source):
 def read_synonyms(path):
     """A file in which line i has the names of class i, with commas between them -> a list of names for each class."""
     synonyms = []
-    for line in read_lines(path):
+    for line in read_lines(path, numbered=True):
         parts = line.replace('_', ' ').split(',')
         synonyms.append([name.strip() for name in parts if name.strip()])
     need(all(synonyms), f'{path} has a line of commas alone; give a name a class')
@@ -172,7 +172,7 @@ IGNORE = 255                            # a mask's pixels that count nowhere
 
 def read_mask(path, size, classes, reduce_zero_label):
     """A PNG of class numbers, grey or palette, of `size` (w, h) -> (h, w) int64, IGNORE where it does not count."""
-    mask = read_image(path)
+    mask = read_image(path, as_stored=True)
     values = np.array(mask, np.int64)   # of a palette image these are the numbers, not the colours
     need(values.shape == size[::-1],
          f'mask {path} is a {mask.mode} image of {mask.size} pixels; '

@@ -1,4 +1,5 @@
 """Mistakes that a user can mend, and commands that report them in one sentence."""
+import io
 import os
 import re
 import sys
@@ -32,6 +33,8 @@ def warn(message):
 
 def command(main):
     """Run a program: Refused becomes one sentence and exit status 1. All else is a bug and keeps its traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):    # names and captions of strangers may hold half an emoji
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         main()
     except Refused as error:

@@ -65,10 +65,17 @@ def field(record, name, path, kind=object):
     return record[name]
 
 
-def read_lines(path):
-    """The lines of a text file that are not blank."""
+def read_lines(path, numbered=False):
+    """The lines of a text file that are not blank.
+
+    numbered: line i is about number i. Then a blank line is refused, for it would shift the others; at the end it is
+    none.
+    """
     with reading(path):
-        lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
-    lines = [line.strip() for line in lines if line.strip()]
-    need(lines, f'{path} holds no lines of text')
-    return lines
+        text = Path(path).read_text(encoding='utf-8-sig').rstrip()
+    need(text, f'{path} holds no lines of text')
+    lines = [line.strip() for line in text.split('\n')]
+    if numbered and '' in lines:
+        raise Refused(f'line {lines.index("") + 1} of {path} is blank; give every class a line, '
+                      'for the line decides which class it is')
+    return [line for line in lines if line]

@@ -18,11 +18,25 @@ from plumbing.weights import load_weights, read_checkpoint
 
 # --- 1. The folder ---------------------------------------------------------------------------------------------------
 
+def holds_run(folder):
+    """Whether a folder has a last.pt, or a best.pt whose last.pt was removed. A best.pt of step 0 is no run: a start has
+    left it that ended before its first checkpoint."""
+    if Path(folder, 'last.pt').exists():
+        return True
+    best = Path(folder, 'best.pt')
+    if not best.exists():
+        return False
+    try:
+        return read_checkpoint(best)['step'] > 0
+    except Refused:                     # broken, and still not ours to remove
+        return True
+
+
 def free_name(out):
-    """The first free one of NAME, NAME-2, NAME-3, ...: a fresh start never touches a folder with a last.pt."""
+    """The first free one of NAME, NAME-2, NAME-3, ...: a fresh start never touches a folder that holds a run."""
     folder = out
     number = 2
-    while Path(folder, 'last.pt').exists():
+    while holds_run(folder):
         folder = f'{out}-{number}'
         number += 1
     if folder != out:
@@ -122,9 +136,11 @@ def best_so_far(folder, val):
 # --- 3. Going on -----------------------------------------------------------------------------------------------------
 
 def read_last(folder):
-    """The content of last.pt; {} where there is none."""
+    """The content of last.pt; {} where there is no run. Refused for a run whose last.pt is gone."""
     path = Path(folder, 'last.pt')
     if not path.exists():
+        need(not holds_run(folder), f'{path} is missing, so this run cannot go on; to start another one from its best '
+             f"weights give --init {Path(folder, 'best.pt')}, without --resume")
         return {}
     saved = read_checkpoint(path)
     need('same' in saved, f'{path} holds no run to resume; to start from its weights give --init')

@@ -1,5 +1,4 @@
 """Tars of image-text pairs: every header is read once, into an index; then any pair is one read away."""
-import glob
 import hashlib
 import io
 import json
@@ -17,6 +16,7 @@ from plumbing.captions import caption_pool
 from plumbing.errors import Refused, Unreadable, warn
 from plumbing.files import replacing
 from plumbing.images import read_image
+from plumbing.tars import HEADERS, find_shards, member_name, tar_members, why_unreadable
 
 # The index has 7 integers a pair. A size of 0 bytes: the pair has no such member.
 #     shard | image: offset, size | json: offset, size | txt: offset, size
@@ -26,65 +26,7 @@ WIDTH = 7
 FIRST_PAIRS = 20  # one of these must be usable, else no run starts: enough to tell wrong keys from a broken pair
 NO_PAIR = 'no readable tar of images, each beside a .json or .txt of the same name; see docs/data.md for the format'
 
-# --- 1. Finding tars, and reading their headers ----------------------------------------------------------------------
-
-def find_shards(paths, split=None):
-    """A tar, a folder of tars, a quoted glob, or a list of these -> sorted paths of tars, each once.
-
-    split: 'train' or 'val'. Of a folder that holds both as subfolders, this one is taken, and a line says so.
-    Raises Refused where nothing is found. A line says how many paths lead nowhere, or are named twice.
-    """
-    paths = [paths] if isinstance(paths, (str, Path)) else paths
-    found = []
-    missing = []
-    for path in map(str, paths):
-        tars = []
-        matches = [path] if os.path.exists(path) else glob.glob(path)
-        for match in matches:
-            if split and os.path.isdir(f'{match}/train') and os.path.isdir(f'{match}/val'):
-                match = f'{match}/{split}'
-                print(f'data       the half {match}')
-            if os.path.isdir(match):
-                tars += glob.glob(f'{glob.escape(match)}/*.tar')
-            else:
-                tars.append(match)
-        found += tars
-        if not tars:
-            missing.append(path)
-    if not found:
-        raise Refused(f"'{missing[0]}' does not exist or holds no .tar file; give tars, or folders of "
-                      'them')
-    if missing:
-        warn(f'{len(missing)} of {len(missing) + len(found)} shards are missing, the first is {missing[0]}')
-    unique = {os.path.realpath(path): path for path in sorted(found)}
-    if len(unique) < len(found):
-        warn(f'{len(found) - len(unique)} shards are named twice; each is used once')
-    return sorted(unique.values())
-
-
-def tar_files(path):
-    """(name, offset of the data, size) of the members of a tar. Of a damaged tar those that tarfile can read.
-
-    ignore_zeros: tars may be joined by `cat`; and tarfile then steps over most headers that it cannot read, without a
-    word. Others end the reading, as a file that is cut off does: then a line says so.
-    """
-    length = os.path.getsize(path)
-    end = 0                                             # of the last whole member
-    whole = False
-    with suppress(tarfile.TarError, ValueError):  # raised for a header that cannot be stepped over
-        with tarfile.open(path, 'r:', ignore_zeros=True) as tar:
-            for member in tar:
-                if member.size < 0:                     # broken: tarfile would go back by it, and never end
-                    break
-                if member.offset_data + member.size > length:           # cut off
-                    break
-                yield member.name, member.offset_data, member.size
-                end = member.offset_data + member.size
-            else:                                       # no `break`: tarfile came to an end, of the file or before
-                whole = tar.offset == length
-    if not whole:
-        warn(f'{path} is damaged behind byte {end:,}; what lies before it is used')
-
+# --- 1. Which members are a pair -------------------------------------------------------------------------------------
 
 def scan_shard(path, number):
     """Headers of one tar -> the rows of its pairs in the index, in the order of the tar.
@@ -92,11 +34,15 @@ def scan_shard(path, number):
     Members of a pair are neighbours, as WebDataset has it. A name that comes again later is another pair.
     """
     groups = []                                         # (stem, kinds of members, row)
-    for name, offset, size in tar_files(path):
-        kind = os.path.basename(name).partition('.')[2]                 # behind the first dot
-        stem = name.removesuffix(kind)                  # with its folders
+    links = 0
+    for member in tar_members(path):
+        kind = os.path.basename(member.name).partition('.')[2]          # behind the first dot
+        stem = member.name.removesuffix(kind)           # with its folders
         kind = kind.lower()
         if kind not in COLUMN:
+            continue
+        if member.issym() or member.islnk():
+            links += 1
             continue
         if not groups or groups[-1][0] != stem or kind in groups[-1][1]:
             groups.append((stem, set(), [number] + [0] * (WIDTH - 1)))
@@ -104,7 +50,7 @@ def scan_shard(path, number):
         kinds.add(kind)
         column = COLUMN[kind]
         if not row[column + 1]:                         # of several images the first
-            row[column:column + 2] = offset, size
+            row[column:column + 2] = member.offset_data, member.size
 
     occurs = Counter(stem for stem, _, _ in groups)
     pairs = []
@@ -115,6 +61,9 @@ def scan_shard(path, number):
             pairs.append(row)
         elif occurs[stem] > 1:
             apart += 1
+    if links:
+        warn(f'{path}: {links} members are links to other files, and are left out; '
+             'write the files themselves, by tar --dereference --hard-dereference')
     if apart:
         warn(f'{path}: {apart} members do not stand beside the others of their name, and are left out')
     if not pairs:
@@ -128,8 +77,9 @@ class Shards:
     """Random access to all pairs of a set of tars.
 
     caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: a file that `save` has
-    written. If it is of the same tars (their names and sizes) it is mapped, and no header is read. The first pairs are
-    tried.
+    written. If it is of the same tars (their names, sizes and times of modification) it is mapped, and no header is
+    read. The first pairs are tried.
+    fingerprint: of names and sizes alone, so that a copied set is the same set.
     """
 
     def __init__(self, paths, caption_keys=None, split=None, index=None):
@@ -137,12 +87,19 @@ class Shards:
         self.caption_keys = re.split(' *, *', caption_keys.strip()) if caption_keys else None
         self.sizes = list(map(os.path.getsize, self.paths))
         names = list(map(os.path.basename, self.paths))
-        self.fingerprint = hashlib.sha1(repr([names, self.sizes]).encode()).hexdigest()
-        self.mark = int(self.fingerprint[:15], 16)      # the first number of an index file
+        self.fingerprint = digest([names, self.sizes])
+        times = list(map(os.path.getmtime, self.paths))
+        self.mark = int(digest([names, self.sizes, times])[:15], 16)
         stored = self.read_index(index)
         self.is_mapped = stored is not None
-        self.index = stored if self.is_mapped else self.scan()          # (pairs, WIDTH)
+        # As in the file: one flat array of the mark and all rows. To join them there would take a copy.
+        self.stored = stored if self.is_mapped else self.scan()
         self.check_first_pairs()
+
+    @property
+    def index(self):
+        """(pairs, WIDTH), a view."""
+        return self.stored[1:].reshape(-1, WIDTH)
 
     def __len__(self):
         return len(self.index)
@@ -152,25 +109,28 @@ class Shards:
         each = process_map if len(self.paths) > 16 else thread_map
         tables = each(scan_shard, self.paths, range(len(self.paths)), chunksize=1,
                       desc='reading headers', disable=None)
-        return np.concatenate(tables)
+        return np.concatenate([[self.mark], *map(np.ravel, tables)])
 
     def save(self, path):
-        """The index as one flat array: the mark, then the rows."""
         with replacing(path) as temporary, open(temporary, 'wb') as file:
-            np.save(file, np.append(self.mark, self.index.ravel()))
+            np.save(file, self.stored)
 
     def read_index(self, path):
-        """-> (pairs, WIDTH), or None where there is no file, or one of other shards."""
-        with suppress(OSError, ValueError, EOFError):   # no file, or no array of numpy's
-            stored = np.load(path, mmap_mode='r') if path else np.array([])
-            if stored.ndim == 1 and len(stored) and stored[0] == self.mark:
-                return stored[1:].reshape(-1, WIDTH)
+        """-> the mark and the rows; None where there is no file, or one of other shards: then a line says so."""
+        if not path or not os.path.exists(path):
+            return None
+        with suppress(OSError, ValueError, EOFError):   # no array of numpy's
+            stored = np.load(path, mmap_mode='r')
+            if stored.ndim == 1 and len(stored) % WIDTH == 1 and stored[0] == self.mark:
+                return stored
+        print(f'data       {path} is of other shards, or they have changed since: '
+              'their headers are read again')
         return None
 
     def check_first_pairs(self):
         """Refused where none of them can be used: the captions have other keys, or the images are of another kind."""
         if not len(self):
-            raise Refused(f'{self.paths[0]}: {NO_PAIR}')
+            raise Refused(f'{self.paths[0]}: {why_unreadable(self.paths[0]) or NO_PAIR}')
         for i in range(min(FIRST_PAIRS, len(self))):
             try:
                 self.pool(i)
@@ -214,7 +174,7 @@ class Shards:
         text = self.member(i, 'json') or '{}'
         try:
             record = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:   # the second for thousands of nested lists
             raise Unreadable(f'its json cannot be read: {error}') from None
         if not isinstance(record, dict):
             record = {'captions': record}
@@ -235,12 +195,15 @@ class Shards:
         """Where pair i lies, for messages: the tar, the member, and the file that extras.prepare has packed it from."""
         shard, offset = self.index[i, :2].tolist()
         name = f'byte {offset}'
-        with suppress(Unreadable, tarfile.TarError, KeyError):
-            # The block before the data is the member's header.
-            header = self.read(shard, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
-            name = tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name
+        with suppress(Unreadable, KeyError):
+            size = min(offset, HEADERS * tarfile.BLOCKSIZE)
+            name = member_name(self.read(shard, offset - size, size)) or name
             name += f" ({self.record(i)['file']})"
         return f'{self.paths[shard]}:{name}'
+
+
+def digest(value):
+    return hashlib.sha1(repr(value).encode()).hexdigest()
 
 
 def read_at(path, offset, size):

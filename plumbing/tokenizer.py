@@ -18,6 +18,7 @@ from plumbing.errors import Refused, Unreadable
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
 MOST_WORDS = 200_000    # whose ids are kept, for `word_ids`: the web never runs out of new words, memory does
+LONGEST_WORD = 5000     # letters: ids have up to 64, so this fills a context of 77. Fusing takes the square of it
 LEARN_FROM = 5000       # merges are learned from so many words, the most frequent ones
 LEARNED_VOCAB = 8192    # ids, of learned merges
 PAIRS_TO_LEARN = 20_000     # enough for every frequent word
@@ -156,8 +157,9 @@ class Tokenizer:
 
     @staticmethod
     def split(text):
-        """Words of the cleaned text by CLIP's pattern: letters, single digits, other signs, 's 't 're 've 'm 'll 'd."""
-        return WORD.findall(clean(text).lower())
+        """Words of the cleaned text by CLIP's pattern: letters, single digits, other signs, 's 't 're 've 'm 'll 'd.
+        ours: of a word that is no word, as pages hold them, only the beginning is taken."""
+        return [word[:LONGEST_WORD] for word in WORD.findall(clean(text).lower())]
 
     @lru_cache(MOST_WORDS)
     def word_ids(self, word):
@@ -173,7 +175,10 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids without start, end and padding."""
-        return sum(map(self.word_ids, self.split(text)), [])
+        ids = []
+        for word in self.split(text):
+            ids += self.word_ids(word)
+        return ids
 
     def __call__(self, texts):
         """n texts (or one) -> (n, context_length) int64: start, ids, end, zeros. A long text loses its last ids."""

@@ -119,9 +119,20 @@ def infer_config(state, quick_gelu=False):
                   quick_gelu=quick_gelu)
 
 
+class Origin(NamedTuple):
+    """Which network of which file, and of ours of which step. As a string it is that in words."""
+    network: str
+    checkpoint: str
+    step: object = None     # a number, 'unknown', or None for a file that is not ours
+
+    def __str__(self):
+        words = f'{self.network} of {self.checkpoint}'
+        return words if self.step is None else f'{words}, step {self.step}'
+
+
 class Network(NamedTuple):
     """What is needed to build a model, and to feed it."""
-    origin: str             # in words: which network of which file, and of ours of which step
+    origin: Origin
     config: Config
     tokenizer: Tokenizer
     state: dict             # {our name: tensor}
@@ -148,11 +159,11 @@ def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
     """
     saved = read_checkpoint(path)
     key, state = choose_weights(saved, weights)
-    origin = f'{key} of {path}'
     if 'config' in saved and 'merges' in saved:         # ours
         config = Config(**saved['config'])
         tokenizer = Tokenizer(saved['merges'], config.context_length)
-        return Network(f"{origin}, step {saved.get('step', 'unknown')}", config, tokenizer, state)
+        origin = Origin(key, str(path), saved.get('step', 'unknown'))
+        return Network(origin, config, tokenizer, state)
     # See infer_config for heads. Open_clip's ViTs that are wider than 1,024 have others.
     width = len(state.get('visual.class_embedding', ()))                # 0: there is none
     need(0 < width <= 1024 and width % 64 == 0 and 'text_projection' in state,
@@ -164,4 +175,4 @@ def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
     need(tokenizer.vocab_size <= config.vocab_size,
          f"{path} knows {config.vocab_size:,} ids, CLIP's vocabulary has {tokenizer.vocab_size:,}: "
          'its merges were learned; take the checkpoint that train.py wrote')
-    return Network(origin, config, tokenizer, from_openclip(state))
+    return Network(Origin(key, str(path)), config, tokenizer, from_openclip(state))

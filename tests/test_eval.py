@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
+from torchvision.transforms import v2
 
 import eval as evaluation
 from cosmos import COSMOS, Block, Config, unit
@@ -54,7 +55,10 @@ def gallery(here, monkeypatch):
         name, *flags = line.split()
         # of a folder its last.pt
         assert run(evaluation, name, '.', '--workers', 0, '--json', 'json', *flags) is None
-        return json.loads(Path('json').read_text())
+        found = json.loads(Path('json').read_text())
+        origin = [found.pop(name) for name in ('network', 'checkpoint', 'step')]
+        assert origin == ['student', 'last.pt', 'unknown']
+        return found
 
     return SimpleNamespace(scored=(model, tokenizer), images=images, features=features, figures=figures)
 
@@ -215,7 +219,7 @@ def test_checkpoints_of_every_origin(here):
             ({'state_dict': prefixed}, 'teacher', 'state_dict', model),
             (other, 'teacher', 'state dict', plain)]:
         loaded, _, _ = load(state, weights)
-        assert (loaded.config, loaded.origin) == (source.config, f'{origin} of saved.pt')
+        assert (loaded.config, str(loaded.origin)) == (source.config, f'{origin} of saved.pt')
         assert_close(loaded.state_dict(), source.state_dict(), rtol=0, atol=0)
     small = torch.ones(1, 1)
     refused('size mismatch for visual.proj', load, other | {'visual.proj': small})
@@ -254,7 +258,8 @@ def test_a_folder_means_its_best(gallery, capsys):
     torch.save(saved | {'step': 70}, 'best.pt')
     loaded, _, _ = evaluation.load('.')
     assert_close(loaded.logit_scale, model.logit_scale + 1)
-    assert loaded.origin == 'student of best.pt, step 70'
+    assert str(loaded.origin) == 'student of best.pt, step 70'
+    assert loaded.origin == ('student', 'best.pt', 70)
 
 
 def test_the_middle_of_an_image_is_seen():
@@ -263,6 +268,37 @@ def test_the_middle_of_an_image_is_seen():
     image.paste('white', (112, 0, 336, 224))
     seen = evaluation.preprocessing(224)(image)
     close(seen.amin(dim=(1, 2)), torch.tensor([1.9303, 2.0749, 2.1459]), 1e-4)
+
+
+def test_ordinary_images_are_resized_whole():
+    """oracle: torchvision's own transforms, bit by bit, up to eight times as long as wide, and just above."""
+    image = Image.effect_noise((120, 330), 90)
+    plain = v2.Compose([v2.RGB(), v2.Resize(32, evaluation.BICUBIC), v2.CenterCrop(32), v2.PILToTensor()])
+    for size in (32, 32), (41, 30), (47, 64), (64, 47), (120, 90), (13, 104), (104, 13), (30, 241), (241, 30):
+        part = image.crop((0, 0, *size))
+        assert evaluation.preprocessing(32)(part).equal(evaluation.normalize(plain(part)))
+
+
+@pytest.mark.parametrize('length', [6000, 6001])
+def test_long_images_are_cut_first(monkeypatch, length):
+    """oracle: the middle of the whole, enlarged by torchvision, up to rounding; what is enlarged is eight times as long
+    as wide, however long the image is."""
+    resize = Image.Image.resize
+    sizes = []
+
+    def noted(image, size, *rest, **options):
+        sizes.append(size)
+        return resize(image, size, *rest, **options)
+
+    for size in (3, length), (length, 2):
+        image = Image.effect_noise(size, 90).convert('RGB')
+        whole = v2.functional.resize(image, 32, evaluation.BICUBIC)
+        wanted = evaluation.normalize(v2.functional.pil_to_tensor(v2.functional.center_crop(whole, 32)))
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, 'resize', noted)
+            found = evaluation.preprocessing(32)(image)
+        assert (found - wanted).abs().mean() < 0.05                     # deviations are 1
+    assert max(map(max, sizes)) < 9 * 32
 
 
 def test_published_layouts(here):
@@ -413,7 +449,7 @@ def test_classify_of_every_source(gallery):
         put(f'dtd/dtd/images/{file}', encoded(image))
     put('dtd/dtd/labels/test1.txt', '\n'.join(files))
     put('prompts', 'my {}\n\n{}!')
-    put('names', 'banded\n\n woven')
+    put('names', 'banded\n woven\n\n')                # a blank line at the end is none
     both = embed(*gallery.scored, 'my banded', 'my woven') + embed(*gallery.scored, 'banded!', 'woven!')
     wanted = evaluation.classify(gallery.features, unit(both), torch.tensor([0, 1, 1]))
     wanted |= {'prompts': 'my {} | {}!', 'names': ['banded', 'woven']}
@@ -472,6 +508,8 @@ WRONG = {               # a command: what its sentence must say
     'segment last.pt --images images --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
     'segment last.pt --images a --masks a --classes twice': 'several classes are called',
     'segment last.pt --images a --masks a --classes commas': 'commas has a line of commas alone',
+    'segment last.pt --images a --masks a --classes blank': 'line 2 of blank is blank; give every class a line',
+    'classify last.pt --folder numbered --classes blank': 'line 2 of blank is blank; give every class a line',
     'segment last.pt --images a --masks a --classes page.pt --benchmark voc20': 'has 1 lines, voc20 has 20 classes',
     'classify last.pt --folder numbered': 'classes are called n01440764 and the like; .*--classes',
     'classify last.pt --folder halves': 'halves holds train/ and val/',
@@ -497,6 +535,7 @@ def test_errors_are_one_sentence(gallery):
     put('white', {'images': [{'filename': 'a.jpg', 'split': 'test', 'sentences': [{'raw': ' '}]}]})
     put('twice', 'ox, cow\nox')
     put('commas', 'ox\n,')
+    put('blank', 'ox\n \ngnu')
     torch.save({'student': Malicious()}, 'bad.pt')
     for line, sentence in WRONG.items():
         error = run(evaluation, *line.split())

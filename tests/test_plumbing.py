@@ -3,27 +3,33 @@ import ast
 import gzip
 import hashlib
 import importlib
+import io
 import json
 import os
 import random
 import re
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
+import time
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import eval as evaluation
 import train
 from data import Counts, Crops, Shards, Tokenizer
 from plumbing import benchmarks, files, lists, options, runs
 from plumbing.captions import caption_pool, sentences
-from plumbing.images import decode, read_header
+from plumbing.images import decode, read_header, read_image
 from plumbing.shards import find_shards, read_at
 from plumbing.weights import read_checkpoint
 from tests.helpers import MICRO, ROOT, dog_tar, encoded, pairs_tar, put, refused, run, shared, write_tar
@@ -203,6 +209,13 @@ def test_numbers_of_options():
                 refused(f'argument -n: {text} is not a .*number.*; see prog', parser.parse_args, ['-n', text])
 
 
+def test_what_cannot_be_printed_ends_no_command(capsys):
+    """oracle: Python's escapes: half an emoji, as of a caption that was cut, and a file's name that is not UTF-8."""
+    name = os.fsdecode(b'd\xf6ner.jpg')
+    assert run(SimpleNamespace(main=lambda: print('\ud83d', name))) is None
+    assert capsys.readouterr().out == '\\ud83d d\\udcf6ner.jpg\n'
+
+
 def test_full_disks(tmp_path):
     """oracle: the file before, where files may not grow beyond a limit."""
     path = tmp_path / 'new/run/last.pt'
@@ -212,6 +225,22 @@ def test_full_disks(tmp_path):
     refused('last.pt cannot be written', files.save_tensors, path, torch.zeros(10_000))
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     assert torch.load(path) == 'before' and len(list(path.parent.iterdir())) == 1
+
+
+def test_a_best_is_a_run(tmp_path, capsys):
+    """oracle: a folder whose last.pt was removed, to save room: a fresh start takes another name, and --resume says what
+    is missing. But a best.pt of step 0 is none, and is replaced."""
+    out = str(tmp_path / 'run')
+    best = tmp_path / 'run/best.pt'
+    put(tmp_path / 'run-2/last.pt')
+    assert runs.free_name(out) == out and runs.read_last(out) == {}
+    torch.save({'step': 0}, put(best))
+    assert runs.free_name(out) == out and runs.read_last(out) == {}
+    torch.save({'step': 1}, best)
+    for _ in range(2):
+        assert runs.free_name(out) == f'{out}-3'
+        refused(f'{out}/last.pt is missing, .* --init {best}', runs.read_last, out)
+        put(best, 'broken')             # and still somebody's
 
 
 def test_the_commit_is_what_git_says(tmp_path, monkeypatch):
@@ -271,6 +300,9 @@ def test_paths_and_their_lines(tmp_path, capsys, monkeypatch):
     assert f'2 of 7 shards are missing, the first is {tmp_path}/18.tar' in lines
     assert '1 shards are named twice' in lines
     assert found('halves', split='val') == ('v', f'data       the half {tmp_path}/halves/val\n')
+    refused("halves' holds no .tar file, but its subfolders hold 2 tars: give '.*halves/./..tar'", found, 'halves')
+    put(tmp_path / 'packed/0.tar.gz')
+    refused("packed' holds no .tar file, but 1 like 0.tar.gz: unpack them", found, 'packed')
     monkeypatch.setenv('RANK', '1')
     assert found('09.tar', '19.tar') == ('09', '')
 
@@ -297,6 +329,46 @@ def test_tars_of_every_format(tmp_path):
     assert found.name(1).endswith('0.tar:x/a.jpg')
     shutil.copytree(tmp_path, tmp_path / 'moved')
     assert Shards(tmp_path / 'moved').fingerprint == shards.fingerprint
+
+
+def test_names_of_every_script(tmp_path):
+    """oracle: the names as written, also where another header holds them."""
+    names = 'döner ♥.png', 'ключ' * 30 + '.png', 'plain.png'            # the second has over 100 bytes
+    image = encoded(Image.new('RGB', (9, 9)))
+    for form in tarfile.GNU_FORMAT, tarfile.PAX_FORMAT:
+        members = []
+        for name in names:
+            members += [(name, image), (name.replace('.png', '.json'), ['dog'])]
+        tar = write_tar(tmp_path / 'a.tar', members, form)
+        shards = Shards(tar)
+        assert [shards.name(i) for i in range(3)] == [f'{tar}:{name}' for name in names]
+
+
+def test_links_are_counted(tmp_path, capsys):
+    """oracle: the links that were written: a hard one and a symbolic one, of pairs that are lost."""
+    members = [('0.png', encoded(Image.new('RGB', (9, 9)))), ('0.txt', b'dog'), ('1.txt', b'cat'), ('2.png', b'image')]
+    path = write_tar(tmp_path / 'a.tar', members)
+    with tarfile.open(path, 'a') as tar:
+        for name, kind in ('1.png', tarfile.LNKTYPE), ('2.txt', tarfile.SYMTYPE), ('notes', tarfile.SYMTYPE):
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            info.linkname = '0' + name[1:]
+            tar.addfile(info)
+    assert len(Shards(path)) == 1
+    lines = capsys.readouterr().err
+    assert 'a.tar: 2 members are links to other files, and are left out; ' in lines and '--hard-dereference' in lines
+
+
+@pytest.mark.parametrize('content, sentence', [
+    (b'', 'a.tar.* is empty, it has 0 bytes; fetch it again'),
+    (gzip.compress(b'a tar'), 'a.tar.* is compressed, .*; unpack it by gunzip')])
+def test_what_is_no_tar_is_said(tmp_path, capsys, content, sentence):
+    """oracle: the sentence, beside a whole tar and alone."""
+    path = put(tmp_path / 'a.tar', content)
+    assert len(Shards([path, dog_tar(tmp_path / 'b.tar', 3)])) == 3
+    lines = capsys.readouterr().err
+    assert re.search(sentence, lines) and 'damaged' not in lines
+    refused(sentence, Shards, path)
 
 
 def test_many_shards_are_read_by_processes(tmp_path):
@@ -372,6 +444,43 @@ def test_which_index_is_used(tmp_path, monkeypatch):
         assert not found.is_mapped and np.array_equal(found.index, fresh.index)
     monkeypatch.setattr('plumbing.shards.scan_shard', None)
     assert np.array_equal(Shards(tar, index=put(path, whole)).index, fresh.index)
+
+
+def test_a_shard_that_was_written_anew(tmp_path, capsys):
+    """oracle: a fresh reading, of a tar of the same size and name, whose members lie elsewhere: then the index is made
+    anew, and a line says so. Its fingerprint stays, as that of a copy with other times; of such a copy, too, the index
+    is made anew."""
+    tar = dog_tar(tmp_path / 'a.tar', 11)
+    path = tmp_path / 'index.npy'
+    before = Shards(tar)
+    before.save(path)
+    size = tar.stat().st_size
+    records = [{'caption': ['x' * 900, 'dog'][min(i, 1)]} for i in range(11)]
+    pairs_tar(tar, records, [encoded(Image.new('RGB', (40, 30)))] * 11)
+    assert tar.stat().st_size == size
+    after = Shards(tar, index=path)
+    assert not after.is_mapped and np.array_equal(after.index, Shards(tar).index)
+    assert after.index.tolist() != before.index.tolist() and after.fingerprint == before.fingerprint
+    assert after.pool(10) == ['dog']
+    assert f'{path} is of other shards, or they have changed since' in capsys.readouterr().out
+    after.save(path)
+    assert Shards(tar, index=path).is_mapped
+    copy = Path(shutil.copy(tar, tmp_path / 'elsewhere.tar')).rename(put(tmp_path / 'copy/a.tar'))
+    copied = Shards(copy, index=path)
+    assert not copied.is_mapped and np.array_equal(copied.index, after.index)
+    assert copied.fingerprint == after.fingerprint
+
+
+def test_an_index_is_saved_without_a_copy(tmp_path):
+    """oracle: the memory that saving takes: much less than the index."""
+    shards = Shards(dog_tar(tmp_path / 'a.tar', 3))
+    shards.stored = np.arange(1 + 7 * 100_000)
+    tracemalloc.start()
+    shards.save(tmp_path / 'index.npy')
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < shards.stored.nbytes / 10
+    assert np.array_equal(np.load(tmp_path / 'index.npy'), shards.stored)
 
 
 ONE = Counts(1, 0, 0, 1)                                # an image and a caption of each pair
@@ -489,6 +598,19 @@ def test_ids_and_words_by_hand():
     assert Tokenizer.split(text) == "x ² + ⅷ ① _ é 's \" fin \" ab < \ufffd".split()
 
 
+def test_a_megabyte_of_text_is_encoded_soon():
+    """oracle: the ids of the words, one by one; of a word that is longer, what a context holds of the ids of its first
+    8,000 letters. Both would take a minute and more."""
+    clip = Tokenizer.clip(shared('vocab', 'bpe_simple_vocab_16e6.txt.gz'))
+    begun = time.process_time()
+    assert clip.encode('a dog ' * 150_000) == [*clip.encode('a dog')] * 150_000
+    assert time.process_time() - begun < 10
+    letters = ''.join(random.Random(0).choices('abcdefghijklmnop', k=20_000))
+    assert clip([letters])[0, 1:-1].tolist() == clip.word_ids.__wrapped__(clip, letters[:8000])[:75]
+    assert clip.split('a' + 999_999 * '-') == ['a', 5000 * '-']
+    assert len(max(clip.ids, key=len)) < 70             # with the </w> of the last one
+
+
 def test_learn_by_hand():
     """oracle: pencil: 'l o' and 'w e' come three times, and of equal pairs the first one met is merged first."""
     learned = Tokenizer.learn(['low low lower', 'newest newest'], 600)
@@ -498,6 +620,80 @@ def test_learn_by_hand():
 
 
 # --- Images ----------------------------------------------------------------------------------------------------------
+
+def exif(*entries):
+    """EXIF with entries of (tag, type, count, value), as a camera writes it: an entry has 12 bytes, of which the value
+    or its place takes 4."""
+    table = b''
+    values = b''
+    first = 8 + 2 + 12 * len(entries) + 4                               # where values lie
+    for tag, kind, count, value in entries:
+        if len(value) <= 4:
+            place = value.ljust(4, b'\0')
+        else:
+            place = struct.pack('>L', first + len(values))
+            values += value
+        table += struct.pack('>HHL', tag, kind, count) + place
+    return b'Exif\0\0MM\0*' + struct.pack('>LH', 8, len(entries)) + table + bytes(4) + values
+
+
+ASCII, SHORT, RATIONAL = 2, 3, 5
+SIDEWAYS = 0x112, SHORT, 1, b'\0\6'                     # Orientation 6
+ODD_EXIF = [                            # whether it turns the image
+    (True, exif(SIDEWAYS)),
+    (True, exif(SIDEWAYS, (0x11a, ASCII, 3, b'72\0'))),                 # XResolution is a RATIONAL
+    (True, exif((0x10e, RATIONAL, 1, bytes(range(8))), SIDEWAYS)),      # ImageDescription is ASCII
+    (False, exif((0x112, ASCII, 2, b'6\0'))),
+    (False, exif(SIDEWAYS)[:12]),
+    (False, b'Exif\0\0no TIFF'),
+    (False, b'Exif\0\0MM')]
+
+
+@pytest.mark.parametrize('turns, odd', ODD_EXIF, ids=range(len(ODD_EXIF)))
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
+def test_odd_exif_stops_nothing(kind, turns, odd):
+    """oracle: what Pillow decodes, turned by a quarter where EXIF says so; EXIF that cannot be read turns nothing. By
+    every reader: training's, evaluation's of a file and of what Pillow has opened; read twice it is not turned twice."""
+    file = encoded(Image.effect_mandelbrot((60, 40), (-2, -1, 1, 1), 40).convert('RGB'), kind, exif=odd)
+    wanted = Image.open(io.BytesIO(file)).convert('RGB')
+    if turns:
+        wanted = wanted.transpose(Image.ROTATE_270)
+    unread, size = read_header(file)
+    assert size == wanted.size[::-1]
+    assert np.array_equal(decode(unread).permute(1, 2, 0), wanted)
+    assert np.array_equal(read_image(file), wanted)
+    for image in Image.open(io.BytesIO(file)), read_image(file):
+        [(seen, _)] = evaluation.Images([image], np.asarray)
+        assert np.array_equal(seen, wanted)
+
+
+def test_images_of_16_bits_are_scaled(tmp_path):
+    """oracle: the upper 8 bits, which every reader of images sees; a mask keeps its numbers. Floats are refused."""
+    values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    file = encoded(Image.fromarray(values))
+    unread, _ = read_header(file)
+    for found in decode(unread).numpy(), np.asarray(read_image(file)).transpose(2, 0, 1):
+        assert np.array_equal(found, np.stack([values >> 8] * 3))
+    mask = put(tmp_path / 'mask.png', encoded(Image.fromarray(np.uint16([[0, 299]]))))
+    assert benchmarks.read_mask(mask, (2, 1), 300, False).tolist() == [[0, 299]]
+    refused('its image has 32 bits a channel; save it with 8', read_image, encoded(Image.new('F', (3, 3)), 'TIFF'))
+
+
+def test_no_program_is_run(tmp_path):
+    """oracle: the sentence: a file of PostScript under an image's name, which Pillow would hand to Ghostscript."""
+    page = put(tmp_path / 'a.jpg', b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n')
+    assert Image.open(page).format == 'EPS'
+    refused('a.jpg is no image .*PostScript', read_image, page)
+    refused('its image is no image .*PostScript', read_header, page.read_bytes())
+
+
+def test_what_pillow_calls_a_bomb_is_refused(monkeypatch):
+    """oracle: the rule for errors, at Pillow's own limit."""
+    file = encoded(Image.new('1', (300, 300)))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40_000)
+    refused('its image is no image .*decompression bomb', read_image, file)
+    refused('its image is no image .*decompression bomb', read_header, file)
+
 
 def test_half_an_image_is_refused():
     """oracle: the rule for errors."""

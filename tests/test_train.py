@@ -464,7 +464,8 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
         run(evaluation, 'retrieval', whole / 'last.pt', '--shards', dogs, '--weights', weights, '--json', path)
         scores.append(read_json(path))
     figures = read_json(whole / 'eval.json')['retrieval']
-    assert figures == read_log(whole)[-1]['eval']['retrieval'] == scores[0] != scores[1]
+    assert figures == read_log(whole)[-1]['eval']['retrieval'] != scores[1]
+    assert scores[0] == figures | {'network': 'teacher', 'checkpoint': str(whole / 'last.pt'), 'step': 6}
 
 
 def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
@@ -492,8 +493,8 @@ def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
     monkeypatch.setattr(runs, 'save', noted)
     monkeypatch.setattr(evaluation, 'zero_shot_retrieval', score)
     watcher = SimpleNamespace(begin=print, evaluated=look, finish=print)
-    for name in 'best.pt', 'log.jsonl':
-        shutil.copy(whole / name, tmp_path)
+    shutil.copy(whole / 'log.jsonl', tmp_path)
+    torch.save({'step': 0}, tmp_path / 'best.pt')
     for flags, scores, best_step in (
             ('--steps 4 --save-every 3 --log-every 3', [(0.02, 0), (0, 0.06), (0.04, 0)], 2),
             ('--steps 6 --resume --save-every 9 --save-minutes 1e-9', [(0.04, 0.01), (0.05, 0)], 2),
@@ -613,7 +614,7 @@ def test_what_is_no_run(fit, whole, tmp_path):
         assert contents(tmp_path) == {'last.pt': content}
 
 
-def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, tmp_path):
+def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_path):
     """oracle: the files of a finished run, byte by byte, after each command that must leave them alone. What cannot
     change is named, with all old and new values; other changes are noted. A fresh start takes the first free name."""
     out = tmp_path / 'out'
@@ -637,6 +638,10 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, tmp_path):
         '--init is ignored: the checkpoint has weights and vocabulary',
         '--steps was 6, is now 4',
         '--lr was 0.003, is now 1.0']
+    moved = shutil.copytree(dogs, tmp_path / 'moved', copy_function=shutil.copyfile)    # with times of its own
+    assert fit(out, '--resume', '--data', moved) == 0
+    assert 'their headers are read again' in capsys.readouterr().out
+    shutil.copy(whole / 'index.npy', out)
     for number in 2, 3:
         assert fit(out, '--steps', number) == 0
         first, *_, last = capsys.readouterr().out.splitlines()
