@@ -517,7 +517,7 @@ def missing_runs(variants, seeds=None):
         for seed in range(first, last):
             if (variant.recipe(), seed) not in done:
                 missing.append((seed, name))
-    return sorted(missing)
+    return sorted(missing, key=lambda key: key[0])
 
 
 def main():

@@ -618,12 +618,12 @@ def course(sandbox, monkeypatch):
 
 
 def test_missing_runs(course, monkeypatch):
-    """oracle: by hand. Seeds one after another; what has a row is left out, in whichever experiment it was made."""
+    """oracle: by hand. Seeds one after another, variants in their order; what has a row is left out, in whichever experiment it was made."""
     variants = {'b': Variant('clip', seeds=range(7, 9)), 'a': Variant('cosmos', seeds=range(7, 8))}
     monkeypatch.setitem(experiments.EXPERIMENTS, 'one', variants)
     experiments.add_result({'run': variants['b'].recipe(), 'seed': 7})
     assert experiments.missing_runs(variants) == [(7, 'a'), (8, 'b')]
-    assert experiments.missing_runs(variants, 3) == [(7, 'a'), (8, 'a'), (8, 'b'), (9, 'a'), (9, 'b')]
+    assert experiments.missing_runs(variants, 3) == [(7, 'a'), (8, 'b'), (8, 'a'), (9, 'b'), (9, 'a')]
     assert 'no variant is called c; take one of b, a' in run(experiments, 'one', '--run', 'c', 7)
 
 
