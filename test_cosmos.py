@@ -183,9 +183,9 @@ def test_every_preset_has_a_recipe():
 def test_sizes_that_do_not_fit_are_refused():
     """oracle: the rule for errors: one sentence with the value and the place."""
     for field in 'vision_width', 'text_width', 'embed_dim':
-        refused(f'^{field} 100 is no multiple of ', Config, **{field: 100})
+        refused(f'^{field} 100 is not a multiple of ', Config, **{field: 100})
     for field in 'image_size', 'local_image_size':
-        refused(f'^{field} 100 is no multiple of patch_size 16', Config, **{field: 100})
+        refused(f'^{field} 100 is not a multiple of patch_size 16', Config, **{field: 100})
     model, images, _ = micro()
     refused('30 x 32 pixels .* patches of 8', model.encode_image, images[0][:, :, :30])
 
