@@ -7,8 +7,8 @@ cosmos.py it is called a caption. The student sees all views and captions. The t
 crops, and captions of up to five sentences.
 
 Random choices for a pair come from (seed, epoch, index of the pair). The order of the pairs comes from (seed, epoch).
-The order of the colour jitters comes from (seed, step, number of the view). So with the same settings a run sees the same batches for any
-number of workers and GPUs, and can be resumed at any step.
+The order of the colour jitters comes from (seed, step, number of the view). So with the same settings a run sees the
+same batches for any number of workers and GPUs, and can be resumed at any step.
 
 How a batch is made: `Order` yields a place (epoch, index) for each of its pairs. In a worker of the loader `Crops`
 turns each place into crops and captions, and `collate` joins them into a `Batch`. On the device of the model
@@ -96,8 +96,8 @@ CROPS_ONLY = {'flip': 0.0, 'jitter': 0.0, 'grey': 0.0, 'blur': 0.0, 'solarize': 
 def draw_strengths(kind, rng):
     """How strongly each operation acts on a view, {operation: strength}, in the ranges as released.
 
-    NEUTRAL changes nothing: factors are 1, the hue turns by 0, 'grey' is the share of colour that stays, 1, the blur has
-    width 0, and 'solarize' is a threshold that no value exceeds.
+    NEUTRAL changes nothing: factors are 1, the hue turns by 0, 'grey' is the share of colour that stays, 1, the blur
+    has width 0, and 'solarize' is a threshold that no value exceeds.
     """
     strengths = dict(NEUTRAL)
     if rng.random() < kind.jitter:
@@ -154,7 +154,7 @@ def image_crops(data, kinds, rng):
         crop = TF.resized_crop(pixels, y, x, h, w, [kind.size, kind.size], BICUBIC)
         if rng.random() < kind.flip:
             crop = crop.flip(-1)
-        # Decoded pixels lie in memory as RGBRGB, and a crop keeps that. `recolour` is faster on a plane for each colour.
+        # Decoded pixels lie in memory as RGBRGB, and a crop keeps that. `recolour` is faster on planes of a colour.
         crops.append(crop.contiguous())
     return crops, boxes
 
