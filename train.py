@@ -55,7 +55,8 @@ from plumbing.tokenizer import Tokenizer, learn_merges
 
 # --- 1. Presets: the sizes of a model, and a recipe ------------------------------------------------------------------
 
-# A recipe: defaults for options. Options that are typed take precedence. PAPER is the released recipe for CC3M (train_cc3m.sh).
+# A recipe: defaults for options. Options that are typed take precedence. PAPER is the released recipe for CC3M
+# (train_cc3m.sh).
 PAPER = {
     'batch': 1024, 'lr': 5e-4, 'lr_end': 0.0, 'warmup': 2000, 'wd': 0.5,
     'momentum': 0.999, 'momentum_ramp': 0,
@@ -119,8 +120,8 @@ class Method(NamedTuple):
 
 
 # Each row of the table adds to the one above. Only clip and cosmos are the released code's: clip has open_clip's own
-# crop, and no colours (its transform.py:66). The others are our reading of the table's labels. In the paper the first three score
-# far below the CLIP of its Table 1, so they probably had raw captions only: give them --caption-pool raw.
+# crop, and no colours (its transform.py:66). The others are our reading of the table's labels. In the paper the first
+# three score far below the CLIP of its Table 1, so they probably had raw captions only: give them --caption-pool raw.
 G = GLOBALS
 METHODS = {
     #                       globals   locals         crop  aug-   tea-   cross  own    learns
@@ -191,12 +192,12 @@ def train_step(run, batch):
     student = run.student
     for group in run.optimizer.param_groups:
         group['lr'] = lr_at(run.step, options)
-    # V tensors (B, 3, s, s). The loader has cropped the views and drawn the strengths of the colour jitters. The jitters
-    # run here, on the device; the string seeds their order, so that all ranks have the same one.
+    # V tensors (B, 3, s, s). The loader has cropped the views and drawn the strengths of the colour jitters. The
+    # jitters run here, on the device; the string seeds their order, so that all ranks have the same one.
     images = batch.views(f'{options.seed} {run.step}')
 
-    # The student sees all views and captions. The teacher sees the globals, without gradient. Caption 0 comes twice: at full
-    # length for the student, whose C^T reads the padding, and cut, as all other captions are, for the teacher.
+    # The student sees all views and captions. The teacher sees the globals, without gradient. Caption 0 comes twice: at
+    # full length for the student, whose C^T reads the padding, and cut, as all other captions are, for the teacher.
     cls_t = eot_t = None
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
         out = run.forward(images, batch.texts)

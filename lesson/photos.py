@@ -113,7 +113,8 @@ COMPARISONS = {
     'photo-pairs': {RECALL: RIVALS},
     'photo-minutes': {RECALL: RIVALS},
     'photo-longer': {RECALL: 'cosmos~clip cosmos~plain plain~clip'},
-    'photo-fewer': {RECALL: 'cosmos-1500~clip-1500 cosmos-1500~plain-1500 cosmos-3000~clip-3000 cosmos-3000~plain-3000'}}
+    'photo-fewer': {
+        RECALL: 'cosmos-1500~clip-1500 cosmos-1500~plain-1500 cosmos-3000~clip-3000 cosmos-3000~plain-3000'}}
 
 # --- 2. One run ------------------------------------------------------------------------------------------------------
 
