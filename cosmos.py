@@ -451,7 +451,8 @@ class Gather(torch.autograd.Function):
         V, B, D = x.shape
         ranks = dist.get_world_size()
         everyones = x.new_empty(ranks * V, B, D)
-        dist.all_gather_into_tensor(everyones, x.contiguous())
+        all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor       # an older name
+        all_gather(everyones, x.contiguous())
         return everyones.view(ranks, V, B, D).transpose(0, 1).flatten(1, 2)
 
     @staticmethod
