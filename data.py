@@ -225,9 +225,9 @@ class Crops(Dataset):
         # A generator for texts and one for images, so that options of captions do not change the image crops.
         text_rng = random.Random(f'{self.seed} {epoch} {index} texts')
         image_rng = random.Random(f'{self.seed} {epoch} {index} images')
-        pool = self.shards.pool(index)
+        pool, image = self.shards.pair(index)
         captions = text_crops(pool, text_rng, self.counts.global_texts, self.counts.local_texts)
-        crops, boxes = image_crops(self.shards.image(index), self.kinds, image_rng)
+        crops, boxes = image_crops(image, self.kinds, image_rng)
         strengths = [draw_strengths(kind, image_rng) for kind in self.kinds]
         return crops, strengths, captions, boxes
 

@@ -1,7 +1,6 @@
 """Tars of image-text pairs: every header is read once, into an index; then any pair is one read away."""
 import hashlib
 import io
-import json
 import os
 import re
 import tarfile
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.contrib.concurrent import process_map, thread_map
 
-from plumbing.captions import caption_pool
+from plumbing.captions import caption_pool, record_of
 from plumbing.errors import Refused, Unreadable, warn
 from plumbing.files import replacing
 from plumbing.images import read_image
@@ -141,54 +140,68 @@ class Shards:
         raise Refused(f'{self.name(i)} and the pairs before it cannot be used ({problem}); name the captions with '
                       '--caption-keys, or look at the shards with python -m extras.prepare inspect')
 
-    def read(self, shard, offset, size):
-        """`size` bytes of a tar. Unreadable where it is cut off, or where the disk fails twice."""
+    def read(self, shard, places):
+        """The bytes at several places (offset, size) of a tar. Unreadable where it is cut off, or where the disk fails
+        twice."""
         path = self.paths[shard]
         try:
-            found = read_at(path, offset, size)
+            found = read_at(path, places)
         except OSError:
             try:
-                found = read_at(path, offset, size)     # network disks stumble
+                found = read_at(path, places)           # network disks stumble
             except OSError as error:
                 raise Unreadable(f'{path} cannot be read ({error})') from None
-        if len(found) < size:
-            raise Unreadable(f'{path} has been cut off: it had {self.sizes[shard]:,} bytes, now '
-                             f'{os.path.getsize(path):,}')
+        for data, (_, size) in zip(found, places):
+            if len(data) < size:
+                raise Unreadable(f'{path} has been cut off: it had {self.sizes[shard]:,} bytes, now '
+                                 f'{os.path.getsize(path):,}')
         return found
 
-    def member(self, i, kind):
-        """The bytes of a member of pair i; b'' where it has none."""
-        column = COLUMN[kind]
-        shard, offset, size = self.index[i, [0, column, column + 1]].tolist()
-        return self.read(shard, offset, size) if size else b''
+    def members(self, i, *kinds):
+        """The bytes of these members of pair i, b'' for one that it lacks. Its tar is opened once for all of them."""
+        row = self.index[i].tolist()
+        places = []
+        for kind in kinds:
+            column = COLUMN[kind]
+            places.append(row[column:column + 2])
+        return self.read(row[0], places)
 
     def image(self, i):
         """The encoded bytes of image i."""
-        return self.member(i, 'jpg')            # one column for all kinds of images
+        [data] = self.members(i, 'jpg')         # one column for all kinds of images
+        return data
 
     def record(self, i):
         """The json of pair i as a dict, with the .txt under 'txt'. A bare list becomes {'captions': list}.
 
         Raises Unreadable for what is no JSON.
         """
-        text = self.member(i, 'json') or '{}'
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:   # the second for thousands of nested lists
-            raise Unreadable(f'its json cannot be read: {error}') from None
-        if not isinstance(record, dict):
-            record = {'captions': record}
-        caption = self.member(i, 'txt')
-        if caption and not record.get('txt'):
-            record['txt'] = caption.decode('utf-8', 'replace')
-        return record
+        return record_of(*self.members(i, 'json', 'txt'))
 
     def pool(self, i):
         """All sentences of pair i. Unreadable when there is none."""
-        record = self.record(i)
-        pool = caption_pool(record, self.caption_keys)
+        return self.sentences(i, *self.members(i, *self.kinds_of_text(i)))
+
+    def pair(self, i):
+        """-> all sentences of pair i, as `pool` gives them, and the encoded bytes of its image, by one open."""
+        image, *texts = self.members(i, 'jpg', *self.kinds_of_text(i))
+        return self.sentences(i, *texts), image
+
+    def kinds_of_text(self, i):
+        """Which members have the captions of pair i. img2dataset repeats that of the json in a .txt, so the .txt is
+        read only if there is no json, or if --caption-keys names it."""
+        has_json = self.index[i, COLUMN['json'] + 1] > 0
+        if has_json and 'txt' not in (self.caption_keys or []):
+            return ['json']
+        return ['json', 'txt']
+
+    def sentences(self, i, *texts):
+        pool = caption_pool(record_of(*texts), self.caption_keys)
         if not pool:
-            raise Unreadable(f"no usable caption under the keys {', '.join(sorted(record)) or '(none)'}")
+            record = self.record(i)                     # with the .txt, whatever was read before
+            pool = caption_pool(record, self.caption_keys)
+            if not pool:
+                raise Unreadable(f"no usable caption under the keys {', '.join(sorted(record)) or '(none)'}")
         return pool
 
     def name(self, i):
@@ -197,7 +210,8 @@ class Shards:
         name = f'byte {offset}'
         with suppress(Unreadable, KeyError):
             size = min(offset, HEADERS * tarfile.BLOCKSIZE)
-            name = member_name(self.read(shard, offset - size, size)) or name
+            [headers] = self.read(shard, [(offset - size, size)])
+            name = member_name(headers) or name
             name += f" ({self.record(i)['file']})"
         return f'{self.paths[shard]}:{name}'
 
@@ -206,10 +220,19 @@ def digest(value):
     return hashlib.sha1(repr(value).encode()).hexdigest()
 
 
-def read_at(path, offset, size):
-    with open(path, 'rb') as file:              # anew for each read, so that there are never too many open
-        file.seek(offset)
-        return file.read(size)
+def read_at(path, places):
+    """The bytes at several places (offset, size) of a file.
+
+    The buffer is a block of a tar. By itself `open` takes one as large as the file system likes to read, 1 MB on NFS and
+    4 MB on Lustre, and fills it for an image of 30 kB.
+    """
+    found = []
+    # Opened anew for each pair, so that there are never too many open.
+    with open(path, 'rb', buffering=tarfile.BLOCKSIZE) as file:
+        for offset, size in places:
+            file.seek(offset)
+            found.append(file.read(size))
+    return found
 
 
 def write_shard(path, members):
