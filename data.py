@@ -15,7 +15,6 @@ makes views of each, and `collate` a `Batch` of them all. Where the model runs `
 The helpers are in plumbing/, and need not be read: `Shards` gives the bytes of an image and the pool of its sentences,
 `decode` the pixels, `Tokenizer` the ids, `recolour` changes the colours of a batch.
 """
-import atexit
 import random
 import sys
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from cosmos import GLOBALS, Config
 from plumbing.colours import JITTERS, NEUTRAL, Changes, changes_of, constant, recolour
 from plumbing.errors import Refused, Unreadable
 from plumbing.images import decode, read_header
-from plumbing.processes import end_workers, ignore_signals
+from plumbing.processes import loading
 from plumbing.shards import Shards
 from plumbing.tokenizer import Tokenizer
 
@@ -336,11 +335,7 @@ def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
 
 def loader(train_set, order, workers, multiple=1, whole_first=True):
     """The plain DataLoader that serves batch after batch of an Order."""
-    atexit.register(end_workers)
-    # A forked worker shares the table of the shards, a spawned one gets a copy. DataLoader refuses it without workers.
-    context = 'fork' if workers and sys.platform == 'linux' else None
     make_batch = partial(collate, multiple=multiple, whole_first=whole_first,
                          global_texts=train_set.counts.global_texts)
-    return DataLoader(train_set, batch_sampler=order, num_workers=workers, collate_fn=make_batch,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals,
-                      multiprocessing_context=context)
+    return DataLoader(train_set, batch_sampler=order, collate_fn=make_batch,
+                      pin_memory=torch.cuda.is_available(), **loading(workers))

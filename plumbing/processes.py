@@ -5,6 +5,7 @@
 3. precision and torch.compile
 4. signals: a run is saved before it ends
 """
+import atexit
 import contextlib
 import ctypes
 import multiprocessing
@@ -201,6 +202,17 @@ def signals_caught():
             signal.signal(number, handler)
 
 
+def loading(workers):
+    """Settings of a DataLoader: its workers outlive the signals that end a run, and end with it."""
+    if workers:
+        atexit.register(end_workers)
+    return {'num_workers': workers,
+            'worker_init_fn': ignore_signals,
+            # A forked worker shares the table of the shards, a spawned one gets a copy. DataLoader refuses it without
+            # workers.
+            'multiprocessing_context': 'fork' if workers and sys.platform == 'linux' else None}
+
+
 def ignore_signals(worker):
     """Slurm and torchrun signal all processes. A worker that died of it would keep the run from saving."""
     for number in SIGNALS:
@@ -211,4 +223,5 @@ def end_workers():
     """Python would send SIGTERM at its exit, and wait. The workers ignore it, so the wait would never end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # else torch raises an error of its own for each that ends
     for worker in multiprocessing.active_children():
-        worker.kill()
+        if worker.daemon:               # as loaders are; a process of another program is none
+            worker.kill()

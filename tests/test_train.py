@@ -450,7 +450,8 @@ def test_log_entry_by_hand(started, tmp_path):
 def test_a_run_leaves_everything(whole, dogs, tmp_path):
     """oracle: the list of design: files, log fields; values by arithmetic; eval.py's score of the teacher, which is not
     the student's."""
-    assert contents(whole).keys() == {'last.pt', 'best.pt', 'log.jsonl', 'config.json', 'index.npy', 'eval.json'}
+    assert contents(whole).keys() == {
+        'last.pt', 'best.pt', 'log.jsonl', 'config.json', 'index.npy', 'val.npy', 'eval.json'}
     line = (whole / 'log.jsonl').read_text().splitlines()[1]
     first = json.loads(line)
     names = ('step loss clip h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t weights chance accuracy spread lr momentum scale '
@@ -486,7 +487,7 @@ def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
         learned[run.step] = copy.deepcopy([run.student.state_dict(), run.teacher.model.state_dict()])
         return {'mine': run.step}
 
-    def score(*scored):
+    def score(*scored, workers):
         to_text, to_image = scores.pop(0)
         return {'image_to_text_R@1': to_text, 'text_to_image_R@1': to_image}, None
 
@@ -603,6 +604,26 @@ def test_held_out_images_are_tried_first(fit, tmp_path):
     assert fit(out, '--val', path) == 0
 
 
+def test_held_out_images_are_tried_once(monkeypatch, started, tmp_path):
+    """oracle: how often an image is decoded: by a worker, once for all starts in a folder, and again when the shard was
+    written anew."""
+    path = dog_tar(tmp_path / 'val.tar', 9)
+    tried = put(tmp_path / 'tried')
+    decode = evaluation.shard_image
+
+    def noted(shards, i):
+        with open(tried, 'a') as file:
+            file.write(f'{os.getpid()}\n')
+        return decode(shards, i)
+
+    monkeypatch.setattr(evaluation, 'shard_image', noted)
+    for mtime, times in (1, 9), (1, 9), (2, 18):
+        os.utime(path, (mtime, mtime))
+        started(tmp_path / 'out', '--val', path, '--workers', 1)
+        processes = tried.read_text().split()
+        assert len(processes) == times and str(os.getpid()) not in processes
+
+
 def test_what_is_no_run(fit, whole, tmp_path):
     """oracle: the sentence. A checkpoint that is torn, a text, and best.pt, are no run to go on with."""
     for content, sentence in (
@@ -641,7 +662,8 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     moved = shutil.copytree(dogs, tmp_path / 'moved', copy_function=shutil.copyfile)    # with times of its own
     assert fit(out, '--resume', '--data', moved) == 0
     assert 'their headers are read again' in capsys.readouterr().out
-    shutil.copy(whole / 'index.npy', out)
+    for name in 'index.npy', 'val.npy':
+        shutil.copy(whole / name, out)
     for number in 2, 3:
         assert fit(out, '--steps', number) == 0
         first, *_, last = capsys.readouterr().out.splitlines()
