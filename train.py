@@ -599,9 +599,10 @@ def main(argv=None, watchers=(), built_in_set=None):
                 break
 
             batch = progress.next_batch(batches)
+            sums = processes.sum_meanwhile(lambda: [batch.bad, len(caught)])
             done = train_step(run, batch.to(processes.device))
             bar.update()
-            bad, signals = processes.sum([batch.bad, len(caught)])
+            bad, signals = sums()
             progress.count(done, run.scaler.get_scale(), options.batch, bad, signals)
             failure = progress.reason_to_fail(run.step, run.folder)
             if failure:
