@@ -18,7 +18,6 @@ the authors' code.
 The helpers are in plumbing/, and need not be read: `Shards` gives the bytes of an image and the pool of its sentences,
 `decode` the pixels, `Tokenizer` the ids, `recolour` changes the colours of a batch.
 """
-import atexit
 import random
 import sys
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from cosmos import GLOBALS, Config
 from plumbing.colours import JITTERS, NEUTRAL, Changes, changes_of, constant, recolour
 from plumbing.errors import Refused, Unreadable
 from plumbing.images import decode, read_header
-from plumbing.processes import end_workers, ignore_signals
+from plumbing.processes import loading
 from plumbing.shards import Shards
 from plumbing.tokenizer import Tokenizer
 
@@ -233,9 +232,9 @@ class Crops(Dataset):
         # seeds a generator alike in every process.
         text_rng = random.Random(f'{self.seed} {epoch} {index} texts')
         image_rng = random.Random(f'{self.seed} {epoch} {index} images')
-        pool = self.shards.pool(index)
+        pool, image = self.shards.pair(index)
         captions = text_crops(pool, text_rng, self.counts.global_texts, self.counts.local_texts)
-        crops, boxes = image_crops(self.shards.image(index), self.kinds, image_rng)
+        crops, boxes = image_crops(image, self.kinds, image_rng)
         strengths = [draw_strengths(kind, image_rng) for kind in self.kinds]
         return crops, strengths, captions, boxes
 
@@ -348,12 +347,7 @@ def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
 
 def loader(train_set, order, workers, multiple=1, whole_first=True):
     """The plain DataLoader that serves batch after batch of an Order."""
-    atexit.register(end_workers)
-    # A forked worker shares the table of the shards, a spawned one gets a copy. Without workers DataLoader accepts no
-    # context.
-    context = 'fork' if workers and sys.platform == 'linux' else None
     make_batch = partial(collate, multiple=multiple, whole_first=whole_first,
                          global_texts=train_set.counts.global_texts)
-    return DataLoader(train_set, batch_sampler=order, num_workers=workers, collate_fn=make_batch,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals,
-                      multiprocessing_context=context)
+    return DataLoader(train_set, batch_sampler=order, collate_fn=make_batch,
+                      pin_memory=torch.cuda.is_available(), **loading(workers))

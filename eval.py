@@ -18,6 +18,7 @@ our six. Part 6 is the command line, and may be skipped. The marks `ours` and "a
 import math
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ from plumbing.files import write_json
 from plumbing.images import read_image, shorten
 from plumbing.lists import published_captions, with_owners
 from plumbing.options import evaluation_options
+from plumbing.processes import loading
 from plumbing.shards import Shards
 from plumbing.weights import load_weights, read_network
 
@@ -110,7 +112,7 @@ class Images(Dataset):
 def embed_labelled(model, dataset, workers=0):
     """A set of (pixels (3, S, S), label) -> (n, D) unit vectors on the CPU, (n,) labels."""
     need(len(dataset), 'there is no image to embed; give one or more')
-    loader = DataLoader(dataset, IMAGE_BATCH, num_workers=workers)
+    loader = DataLoader(dataset, IMAGE_BATCH, **loading(workers))
     features = []
     labels = []
     for pixels, batch_labels in progress(loader, 'images'):
@@ -209,12 +211,16 @@ def shard_captions(shards):
     return with_owners(captions_of_pairs, shards.name)
 
 
-def check_held_out(shards):
+def check_held_out(shards, workers=0):
     """Try every caption and every image of held-out shards, so that none is found broken in the middle of a run. Raises
-    Refused or Unreadable, with the name of the pair."""
+    Refused or Unreadable, with the name of the pair. The index of such shards is written when all have been tried, so
+    the images of shards that have one are not decoded again."""
     shard_captions(shards)
-    for i in progress(range(len(shards)), 'trying held-out images'):
-        shard_image(shards, i)
+    if shards.is_mapped:
+        return
+    images = Images(shards, attrgetter('size'))         # decoded, but only the size is sent back
+    for _ in progress(DataLoader(images, IMAGE_BATCH, **loading(workers)), 'trying held-out images'):
+        pass
 
 
 def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):

@@ -17,8 +17,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import cosmos
@@ -449,6 +451,28 @@ def test_compiled_blocks_are_few(monkeypatch):
         _, images, texts = micro(B=B)
         model(images, [texts[0], texts[2][:, :length]])
     assert 0 < counter.frame_count < 8                  # by default the compiler gives up at 8
+
+
+def test_compiled_blocks_are_whole_under_ddp(monkeypatch):
+    """oracle: the graphs without DistributedDataParallel, for which torch would cut each block that has more than a
+    megabyte of parameters in two."""
+    monkeypatch.setattr(torch._dynamo.config, 'optimize_ddp', True)     # as torch has it
+    config = replace(MICRO, vision_width=192, vision_heads=3, text_width=192, text_heads=3)
+    _, images, texts = micro()
+    graphs = []
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    for wrapped in False, True:
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        monkeypatch.setattr(cosmos.Block, 'compile', partialmethod(torch.nn.Module.compile, backend=counter))
+        model = COSMOS(config)
+        train.compile_blocks(model)
+        if wrapped:
+            model = DistributedDataParallel(model)
+        model(images, texts)
+        graphs.append(counter.frame_count)
+    dist.destroy_process_group()
+    assert graphs[0] == graphs[1] > 0
 
 
 # --- 6. python cosmos.py ---------------------------------------------------------------------------------------------

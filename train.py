@@ -7,7 +7,7 @@
 
 The same command with --resume goes on where the run in --out stopped. A run leaves in --out last.pt (the checkpoint),
 best.pt (the networks with the best R@1 on --val), report.html (the run as a page; maps.npz has its pictures),
-log.jsonl, config.json, eval.json and index.npy (of the shards).
+log.jsonl, config.json, eval.json, and of the shards index.npy and val.npy.
 
 First reading: sections 1 to 3, which are the paper's (presets, the rows of Table 5, one step), then section 6, the run
 from top to bottom: `main` is the loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5
@@ -289,10 +289,11 @@ def open_shards(options, processes, saved, built_in_set):
             runs.check_same(saved, options, identity(options, shards))
         if processes.rank == 0:
             if options.val:
-                val = Shards(options.val, options.caption_keys, 'val')  # no --caption-pool
-                evaluation.check_held_out(val)  # better refused now than after the first epoch
-            if not shards.is_mapped:
-                shards.save(index)
+                val_index = Path(options.out, 'val.npy')
+                val = Shards(options.val, options.caption_keys, 'val', val_index)   # no --caption-pool
+                evaluation.check_held_out(val, options.workers)     # better refused now than after the first epoch
+                val.save(val_index)
+            shards.save(index)
     return shards, val
 
 
@@ -459,7 +460,7 @@ def held_out_figures(run, val, watchers):
     """-> {'retrieval': ...}, and what the watchers add."""
     model = run.teacher.model if run.teacher else run.student
     scored = model, run.train_set.tokenizer, evaluation.preprocessing(model.config.image_size)
-    retrieval, image_features = evaluation.zero_shot_retrieval(*scored, val)
+    retrieval, image_features = evaluation.zero_shot_retrieval(*scored, val, workers=run.options.workers)
     to_text = retrieval['image_to_text_R@1']
     to_image = retrieval['text_to_image_R@1']
     mean = (to_text + to_image) / 2
@@ -603,9 +604,10 @@ def main(argv=None, watchers=(), built_in_set=None):
                 break
 
             batch = progress.next_batch(batches)
+            sums = processes.sum_meanwhile(lambda: [batch.bad, len(caught)])
             done = train_step(run, batch.to(processes.device))
             bar.update()
-            bad, signals = processes.sum([batch.bad, len(caught)])
+            bad, signals = sums()
             progress.count(done, run.scaler.get_scale(), options.batch, bad, signals)
             failure = progress.reason_to_fail(run.step, run.folder)
             if failure:

@@ -152,7 +152,7 @@ def measure_loader(shards, preset):
     crops = Crops(source, tokenizer, config, 0, counts_of(recipe), recipe.get('augment', 'full'))
     torch.set_num_threads(1)                                # as in a worker
 
-    parts = {'read': lambda i: (source.image(i), source.record(i)),
+    parts = {'read': source.pair,
              'read and decode': lambda i: read_image(source.image(i)),
              'whole sample': lambda i: crops[0, i]}
     for name, part in parts.items():

@@ -1,5 +1,8 @@
 """Which keys of a pair's json hold its captions, and how a string is cut into sentences."""
+import json
 import re
+
+from plumbing.errors import Unreadable
 
 # --- 1. Keys ---------------------------------------------------------------------------------------------------------
 
@@ -14,6 +17,19 @@ CAPTION_KEYS = [                # the first family that has a sentence is the po
     ['txt'],
 ]
 POOL_KEYS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
+
+
+def record_of(text, caption=b''):
+    """The bytes of a .json and of a .txt, either perhaps b'' -> a dict, see Shards.record."""
+    try:
+        record = json.loads(text or '{}')
+    except (ValueError, RecursionError) as error:       # the second for thousands of nested lists
+        raise Unreadable(f'its json cannot be read: {error}') from None
+    if not isinstance(record, dict):
+        record = {'captions': record}
+    if caption and not record.get('txt'):
+        record['txt'] = caption.decode('utf-8', 'replace')
+    return record
 
 
 def caption_pool(record, keys=None):

@@ -5,6 +5,7 @@
 3. precision and torch.compile
 4. signals: a run is saved before it ends
 """
+import atexit
 import contextlib
 import ctypes
 import multiprocessing
@@ -32,6 +33,9 @@ class Processes:
         if device == 'cuda' and not gpu:
             raise Refused('--device cuda: torch finds no GPU on this machine; use --device auto')
         self.device = torch.device('cuda' if gpu and device != 'cpu' else 'cpu')
+        if self.device.type == 'cuda':
+            # cuDNN's attention would plan each new shape, for half a second, and captions have tens of lengths.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.rank = 0
         self.world = 1
         self.patient = None             # a group of all processes that waits for days
@@ -61,6 +65,24 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(total)
         return total.tolist()
+
+    def sum_meanwhile(self, count):
+        """The numbers that count() gives, summed over all processes while this one goes on -> a function that waits for
+        the sums, list of floats.
+
+        With several processes count() is called at once, and gloo adds numbers of the CPU: `sum` would have the CPU
+        wait for all that its GPU has yet to do. A process alone calls it at the end, and so knows a little more.
+        """
+        if self.world == 1:
+            return count
+        total = torch.tensor(count(), dtype=torch.double)
+        adding = dist.all_reduce(total, group=self.patient, async_op=True)
+
+        def wait():
+            adding.wait()
+            return total.tolist()
+
+        return wait
 
     def broadcast(self, value):
         """Rank 0's value, on all of them."""
@@ -165,6 +187,9 @@ def compile_blocks(model):
     # torch allows 8 graphs for a piece of code, and all blocks run the same piece. They need more graphs: for each
     # tower, for all rows and for one, with gradient and without.
     torch._dynamo.config.cache_size_limit = 128
+    # For DistributedDataParallel torch would cut each block behind its first megabyte of parameters, so that their
+    # gradients can be sent while others are computed. Those of other blocks are on their way by then.
+    torch._dynamo.config.optimize_ddp = False
     for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
         block.compile(dynamic=True)
 
@@ -201,6 +226,17 @@ def signals_caught():
             signal.signal(number, handler)
 
 
+def loading(workers):
+    """Settings of a DataLoader: its workers outlive the signals that end a run, and end with it."""
+    if workers:
+        atexit.register(end_workers)
+    return {'num_workers': workers,
+            'worker_init_fn': ignore_signals,
+            # A forked worker shares the table of the shards, a spawned one gets a copy. DataLoader refuses it without
+            # workers.
+            'multiprocessing_context': 'fork' if workers and sys.platform == 'linux' else None}
+
+
 def ignore_signals(worker):
     """Slurm and torchrun signal all processes. A worker that died of it would keep the run from saving."""
     for number in SIGNALS:
@@ -211,4 +247,5 @@ def end_workers():
     """Python would send SIGTERM at its exit, and wait. The workers ignore it, so the wait would never end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # else torch raises an error of its own for each that ends
     for worker in multiprocessing.active_children():
-        worker.kill()
+        if worker.daemon:               # as loaders are; a process of another program is none
+            worker.kill()

@@ -1,84 +1,33 @@
 """Tars of image-text pairs: every header is read once, into an index; then any pair is one read away."""
 import hashlib
 import io
-import json
 import os
 import re
 import tarfile
-from collections import Counter
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from tqdm.contrib.concurrent import process_map, thread_map
+from tqdm import tqdm
 
-from plumbing.captions import caption_pool
-from plumbing.errors import Refused, Unreadable, warn
+from plumbing.captions import caption_pool, record_of
+from plumbing.errors import Refused, Unreadable
 from plumbing.files import replacing
 from plumbing.images import read_image
-from plumbing.tars import HEADERS, find_shards, member_name, tar_members, why_unreadable
+from plumbing.tars import COLUMN, HEADERS, NO_PAIR, WIDTH, find_shards, member_name, scan_shard, why_unreadable
 
-# The index has 7 integers a pair. A size of 0 bytes: the pair has no such member.
-#     shard | image: offset, size | json: offset, size | txt: offset, size
-# The column of the offset, by the ending of the name; that of the size is the next one.
-COLUMN = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5}
-WIDTH = 7
+MINUTE = 60.0       # seconds, between two lines that say how far the headers are read
 FIRST_PAIRS = 20  # one of these must be usable, else no run starts: enough to tell wrong keys from a broken pair
-NO_PAIR = 'no readable tar of images, each beside a .json or .txt of the same name; see docs/data.md for the format'
 
-# --- 1. Which members are a pair -------------------------------------------------------------------------------------
-
-def scan_shard(path, number):
-    """Headers of one tar -> the rows of its pairs in the index, in the order of the tar.
-
-    Members of a pair are neighbours, as WebDataset has it. A name that comes again later is another pair.
-    """
-    groups = []                                         # (stem, kinds of members, row)
-    links = 0
-    for member in tar_members(path):
-        kind = os.path.basename(member.name).partition('.')[2]          # behind the first dot
-        stem = member.name.removesuffix(kind)           # with its folders
-        kind = kind.lower()
-        if kind not in COLUMN:
-            continue
-        if member.issym() or member.islnk():
-            links += 1
-            continue
-        if not groups or groups[-1][0] != stem or kind in groups[-1][1]:
-            groups.append((stem, set(), [number] + [0] * (WIDTH - 1)))
-        _, kinds, row = groups[-1]
-        kinds.add(kind)
-        column = COLUMN[kind]
-        if not row[column + 1]:                         # of several images the first
-            row[column:column + 2] = member.offset_data, member.size
-
-    occurs = Counter(stem for stem, _, _ in groups)
-    pairs = []
-    apart = 0
-    for stem, _, row in groups:
-        image_size, json_size, txt_size = row[2::2]
-        if image_size and (json_size or txt_size):
-            pairs.append(row)
-        elif occurs[stem] > 1:
-            apart += 1
-    if links:
-        warn(f'{path}: {links} members are links to other files, and are left out; '
-             'write the files themselves, by tar --dereference --hard-dereference')
-    if apart:
-        warn(f'{path}: {apart} members do not stand beside the others of their name, and are left out')
-    if not pairs:
-        warn(f'{path}: {NO_PAIR}')
-    return np.array(pairs, np.int64).reshape(-1, WIDTH)
-
-
-# --- 2. Random access ------------------------------------------------------------------------------------------------
 
 class Shards:
     """Random access to all pairs of a set of tars.
 
     caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: a file that `save` has
-    written. If it is of the same tars (their names, sizes and times of modification) it is mapped, and no header is
-    read. The first pairs are tried.
+    written, or will write. If it is of the same tars (their names, sizes and times of modification) it is mapped, and
+    no header is read. The first pairs are tried.
     fingerprint: of names and sizes alone, so that a copied set is the same set.
     """
 
@@ -93,7 +42,7 @@ class Shards:
         stored = self.read_index(index)
         self.is_mapped = stored is not None
         # As in the file: one flat array of the mark and all rows. To join them there would take a copy.
-        self.stored = stored if self.is_mapped else self.scan()
+        self.stored = stored if self.is_mapped else self.scan(index and part_of(index))
         self.check_first_pairs()
 
     @property
@@ -104,16 +53,38 @@ class Shards:
     def __len__(self):
         return len(self.index)
 
-    def scan(self):
+    def scan(self, part):
+        """The mark and the rows. Every minute what was read so far goes into the file `part`, if one is named, so that
+        a start which is interrupted goes on there; and without a terminal, which has a bar, a line says how far it is.
+        """
+        tables = [[self.mark]]
+        shard = 0                                       # the next one to be read
+        before = self.read_index(part)
+        if before is not None and len(before) > 1:
+            tables = [before]
+            shard = int(before[-WIDTH]) + 1             # its last row is of the last shard that had pairs
         # Few shards are not worth the seconds that processes take to start.
-        each = process_map if len(self.paths) > 16 else thread_map
-        tables = each(scan_shard, self.paths, range(len(self.paths)), chunksize=1,
-                      desc='reading headers', disable=None)
-        return np.concatenate([[self.mark], *map(np.ravel, tables)])
+        executor = ProcessPoolExecutor if len(self.paths) - shard > 16 else ThreadPoolExecutor
+        shown = time.monotonic()
+        with executor(min(32, os.cpu_count() + 4)) as pool:
+            found = pool.map(scan_shard, self.paths[shard:], range(shard, len(self.paths)))
+            bar = tqdm(found, 'reading headers', len(self.paths), initial=shard, disable=None)
+            for table in bar:
+                tables.append(table.ravel())
+                shard += 1
+                if time.monotonic() - shown > MINUTE:
+                    shown = time.monotonic()
+                    if bar.disable:
+                        print(f'data       the headers of {shard:,} of {len(self.paths):,} shards are read', flush=True)
+                    if part:
+                        write_index(part, np.concatenate(tables))
+        return np.concatenate(tables)
 
     def save(self, path):
-        with replacing(path) as temporary, open(temporary, 'wb') as file:
-            np.save(file, self.stored)
+        """Write the index, unless it was read from there."""
+        if not self.is_mapped:
+            write_index(path, self.stored)
+            part_of(path).unlink(missing_ok=True)
 
     def read_index(self, path):
         """-> the mark and the rows; None where there is no file, or one of other shards: then a line says so."""
@@ -141,54 +112,68 @@ class Shards:
         raise Refused(f'{self.name(i)} and the pairs before it cannot be used ({problem}); name the captions with '
                       '--caption-keys, or look at the shards with python -m extras.prepare inspect')
 
-    def read(self, shard, offset, size):
-        """`size` bytes of a tar. Unreadable where it is cut off, or where the disk fails twice."""
+    def read(self, shard, places):
+        """The bytes at several places (offset, size) of a tar. Unreadable where it is cut off, or where the disk fails
+        twice."""
         path = self.paths[shard]
         try:
-            found = read_at(path, offset, size)
+            found = read_at(path, places)
         except OSError:
             try:
-                found = read_at(path, offset, size)     # network disks stumble
+                found = read_at(path, places)           # network disks stumble
             except OSError as error:
                 raise Unreadable(f'{path} cannot be read ({error})') from None
-        if len(found) < size:
-            raise Unreadable(f'{path} has been cut off: it had {self.sizes[shard]:,} bytes, now '
-                             f'{os.path.getsize(path):,}')
+        for data, (_, size) in zip(found, places):
+            if len(data) < size:
+                raise Unreadable(f'{path} has been cut off: it had {self.sizes[shard]:,} bytes, now '
+                                 f'{os.path.getsize(path):,}')
         return found
 
-    def member(self, i, kind):
-        """The bytes of a member of pair i; b'' where it has none."""
-        column = COLUMN[kind]
-        shard, offset, size = self.index[i, [0, column, column + 1]].tolist()
-        return self.read(shard, offset, size) if size else b''
+    def members(self, i, *kinds):
+        """The bytes of these members of pair i, b'' for one that it lacks. Its tar is opened once for all of them."""
+        row = self.index[i].tolist()
+        places = []
+        for kind in kinds:
+            column = COLUMN[kind]
+            places.append(row[column:column + 2])
+        return self.read(row[0], places)
 
     def image(self, i):
         """The encoded bytes of image i."""
-        return self.member(i, 'jpg')            # one column for all kinds of images
+        [data] = self.members(i, 'jpg')         # one column for all kinds of images
+        return data
 
     def record(self, i):
         """The json of pair i as a dict, with the .txt under 'txt'. A bare list becomes {'captions': list}.
 
         Raises Unreadable for what is no JSON.
         """
-        text = self.member(i, 'json') or '{}'
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:   # the second for thousands of nested lists
-            raise Unreadable(f'its json cannot be read: {error}') from None
-        if not isinstance(record, dict):
-            record = {'captions': record}
-        caption = self.member(i, 'txt')
-        if caption and not record.get('txt'):
-            record['txt'] = caption.decode('utf-8', 'replace')
-        return record
+        return record_of(*self.members(i, 'json', 'txt'))
 
     def pool(self, i):
         """All sentences of pair i. Unreadable when there is none."""
-        record = self.record(i)
-        pool = caption_pool(record, self.caption_keys)
+        return self.sentences(i, *self.members(i, *self.kinds_of_text(i)))
+
+    def pair(self, i):
+        """-> all sentences of pair i, as `pool` gives them, and the encoded bytes of its image, by one open."""
+        image, *texts = self.members(i, 'jpg', *self.kinds_of_text(i))
+        return self.sentences(i, *texts), image
+
+    def kinds_of_text(self, i):
+        """Which members have the captions of pair i. img2dataset repeats that of the json in a .txt, so the .txt is
+        read only if there is no json, or if --caption-keys names it."""
+        has_json = self.index[i, COLUMN['json'] + 1] > 0
+        if has_json and 'txt' not in (self.caption_keys or []):
+            return ['json']
+        return ['json', 'txt']
+
+    def sentences(self, i, *texts):
+        pool = caption_pool(record_of(*texts), self.caption_keys)
         if not pool:
-            raise Unreadable(f"no usable caption under the keys {', '.join(sorted(record)) or '(none)'}")
+            record = self.record(i)                     # with the .txt, whatever was read before
+            pool = caption_pool(record, self.caption_keys)
+            if not pool:
+                raise Unreadable(f"no usable caption under the keys {', '.join(sorted(record)) or '(none)'}")
         return pool
 
     def name(self, i):
@@ -197,19 +182,39 @@ class Shards:
         name = f'byte {offset}'
         with suppress(Unreadable, KeyError):
             size = min(offset, HEADERS * tarfile.BLOCKSIZE)
-            name = member_name(self.read(shard, offset - size, size)) or name
+            [headers] = self.read(shard, [(offset - size, size)])
+            name = member_name(headers) or name
             name += f" ({self.record(i)['file']})"
         return f'{self.paths[shard]}:{name}'
+
+
+def part_of(index):
+    """The file beside an index that holds the part of it that has been read."""
+    return Path(f'{index}.part')
+
+
+def write_index(path, stored):
+    with replacing(path) as temporary, open(temporary, 'wb') as file:
+        np.save(file, stored)
 
 
 def digest(value):
     return hashlib.sha1(repr(value).encode()).hexdigest()
 
 
-def read_at(path, offset, size):
-    with open(path, 'rb') as file:              # anew for each read, so that there are never too many open
-        file.seek(offset)
-        return file.read(size)
+def read_at(path, places):
+    """The bytes at several places (offset, size) of a file.
+
+    The buffer is a block of a tar. By itself `open` takes one as large as the file system likes to read, 1 MB on NFS and
+    4 MB on Lustre, and fills it for an image of 30 kB.
+    """
+    found = []
+    # Opened anew for each pair, so that there are never too many open.
+    with open(path, 'rb', buffering=tarfile.BLOCKSIZE) as file:
+        for offset, size in places:
+            file.seek(offset)
+            found.append(file.read(size))
+    return found
 
 
 def write_shard(path, members):

@@ -1,10 +1,14 @@
-"""Tars: which ones a path means, and their members. What cannot be read of them costs a line, no run."""
+"""Tars: which ones a path means, their members, and which of these are a pair. What cannot be read of them costs a line,
+no run."""
 import glob
 import io
 import os
 import tarfile
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 from plumbing.errors import Refused, warn
 
@@ -88,7 +92,8 @@ def tar_members(path):
     end = 0                                             # of the last whole member
     whole = False
     try:
-        with tarfile.open(path, 'r:', ignore_zeros=True) as tar:
+        # Without a buffer, which would be filled for each header of 512 bytes: with 4 MB on Lustre.
+        with open(path, 'rb', buffering=0) as file, tarfile.open(fileobj=file, mode='r:', ignore_zeros=True) as tar:
             for member in tar:
                 if member.size < 0:                     # broken: tarfile would go back by it, and never end
                     break
@@ -128,3 +133,56 @@ def member_name(before):
             if member and member.offset_data == size:
                 name = member.name
     return name
+
+
+# --- 3. Pairs --------------------------------------------------------------------------------------------------------
+
+# The index has 7 integers a pair. A size of 0 bytes: the pair has no such member.
+#     shard | image: offset, size | json: offset, size | txt: offset, size
+# The column of the offset, by the ending of the name; that of the size is the next one.
+COLUMN = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5}
+WIDTH = 7
+NO_PAIR = 'no readable tar of images, each beside a .json or .txt of the same name; see docs/data.md for the format'
+
+
+def scan_shard(path, number):
+    """Headers of one tar -> the rows of its pairs in the index, in the order of the tar.
+
+    Members of a pair are neighbours, as WebDataset has it. A name that comes again later is another pair.
+    """
+    groups = []                                         # (stem, kinds of members, row)
+    links = 0
+    for member in tar_members(path):
+        kind = os.path.basename(member.name).partition('.')[2]          # behind the first dot
+        stem = member.name.removesuffix(kind)           # with its folders
+        kind = kind.lower()
+        if kind not in COLUMN:
+            continue
+        if member.issym() or member.islnk():
+            links += 1
+            continue
+        if not groups or groups[-1][0] != stem or kind in groups[-1][1]:
+            groups.append((stem, set(), [number] + [0] * (WIDTH - 1)))
+        _, kinds, row = groups[-1]
+        kinds.add(kind)
+        column = COLUMN[kind]
+        if not row[column + 1]:                         # of several images the first
+            row[column:column + 2] = member.offset_data, member.size
+
+    occurs = Counter(stem for stem, _, _ in groups)
+    pairs = []
+    apart = 0
+    for stem, _, row in groups:
+        image_size, json_size, txt_size = row[2::2]
+        if image_size and (json_size or txt_size):
+            pairs.append(row)
+        elif occurs[stem] > 1:
+            apart += 1
+    if links:
+        warn(f'{path}: {links} members are links to other files, and are left out; '
+             'write the files themselves, by tar --dereference --hard-dereference')
+    if apart:
+        warn(f'{path}: {apart} members do not stand beside the others of their name, and are left out')
+    if not pairs:
+        warn(f'{path}: {NO_PAIR}')
+    return np.array(pairs, np.int64).reshape(-1, WIDTH)

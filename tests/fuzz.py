@@ -29,6 +29,7 @@ from data import Crops, Shards, Tokenizer
 from eval import preprocessing
 from plumbing.errors import Refused
 from plumbing.images import read_image
+from plumbing.shards import WIDTH
 from tests.helpers import MICRO, encoded, pairs_tar
 
 # Of this process, for one mutation. Pillow takes images of up to 179 million pixels, which are 0.7 GB: the image, its
@@ -156,11 +157,12 @@ class OnePair(Shards):
     """A pair without a tar."""
 
     def __init__(self, image, record):
-        self.members = {'jpg': image, 'json': record}
+        self.content = {'jpg': image, 'json': record}
         self.caption_keys = None
+        self.stored = np.ones(1 + WIDTH)                # every member has a size
 
-    def member(self, i, kind):
-        return self.members.get(kind, b'')
+    def members(self, i, *kinds):
+        return [self.content.get(kind, b'') for kind in kinds]
 
 
 def use(shards, i):

@@ -30,7 +30,7 @@ from data import Counts, Crops, Shards, Tokenizer
 from plumbing import benchmarks, files, lists, options, runs
 from plumbing.captions import caption_pool, sentences
 from plumbing.images import decode, read_header, read_image
-from plumbing.shards import find_shards, read_at
+from plumbing.shards import find_shards, read_at, scan_shard, write_shard
 from plumbing.weights import read_checkpoint
 from tests.helpers import MICRO, ROOT, dog_tar, encoded, pairs_tar, put, refused, run, shared, write_tar
 
@@ -429,6 +429,70 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
     assert 'a.tar is damaged behind byte 0;' in capsys.readouterr().err
 
 
+@pytest.fixture
+def opened(monkeypatch):
+    """The paths that were opened, in order. Each `open` that sets no buffer gets one of 1 MB, as on NFS: Python takes
+    the block size of the file system."""
+    paths = []
+
+    def on_nfs(path, mode='r', buffering=-1, *args, **settings):
+        paths.append(path)
+        return io_open(path, mode, 1 << 20 if buffering == -1 else buffering, *args, **settings)
+
+    io_open = io.open
+    for module, name in ('builtins', 'open'), ('io', 'open'), ('tarfile', 'bltn_open'):
+        monkeypatch.setattr(f'{module}.{name}', on_nfs)
+    return paths
+
+
+def bytes_read():
+    """How many this process has read so far, as Linux counts them: of files, whether cached or not, and of pipes."""
+    try:
+        return int(re.search('rchar: (.+)', Path('/proc/self/io').read_text())[1])
+    except OSError:
+        pytest.skip('only Linux counts what a process reads')
+
+
+def test_a_pair_costs_its_bytes(tmp_path, opened):
+    """oracle: the sizes of the members. Of 100 pairs as img2dataset writes them, of 30 kB, a sample reads at most 1.1
+    times the bytes of image and json, and opens the tar once. The .txt is read where the json has no sentence, where
+    there is no json, and where --caption-keys names it."""
+    image = encoded(Image.new('RGB', (9, 9))).ljust(30_000)
+    members = []
+    for i in range(100):
+        members += [(f'{i:05}.jpg', image), (f'{i:05}.json', {'caption': 'a dog', 'url': 300 * 'x'}),
+                    (f'{i:05}.txt', b'a dog')]
+    members += [('a.jpg', image), ('a.json', {'url': ''}), ('a.txt', b'of the txt'),
+                ('b.jpg', image), ('b.txt', b'alone')]
+    path = write_tar(tmp_path / 'a.tar', members)
+    shards = Shards(path)
+    needed = shards.index[:100, [2, 4]].sum()
+    opened.clear()
+    before = bytes_read()
+    for i in range(100):
+        assert shards.pair(i) == (['a dog'], image)
+    assert needed <= bytes_read() - before <= 1.1 * needed
+    assert opened.count(str(path)) == 100
+    for i, pool, opens in (100, 'of the txt', 2), (101, 'alone', 1):
+        opened.clear()
+        assert shards.pair(i) == ([pool], image) and len(opened) == opens
+    both = Shards(path, 'caption,txt')
+    opened.clear()
+    assert both.pair(0) == (['a dog', 'a dog'], image) and len(opened) == 1
+
+
+def test_headers_cost_their_bytes(tmp_path, opened):
+    """oracle: the sizes of the headers, in USTAR 512 bytes a member, and two blocks of zeros at the end. tarfile reads
+    a byte before each, to see whether the file is whole."""
+    path = tmp_path / 'a.tar'
+    write_shard(path, [(f'{i:05}.{kind}', bytes(30_000)) for i in range(100) for kind in ('jpg', 'json')])
+    before = bytes_read()
+    assert len(scan_shard(path, 0)) == 100
+    blocks = 200 + 20                       # a tar is padded to a multiple of 20 blocks
+    assert 200 * 512 < bytes_read() - before <= 1.1 * blocks * 512
+    assert opened.count(path) == 1
+
+
 def test_which_index_is_used(tmp_path, monkeypatch):
     """oracle: a fresh reading. Of the same shards no header is read any more."""
     tar = dog_tar(tmp_path / 'a.tar', 3)
@@ -444,6 +508,40 @@ def test_which_index_is_used(tmp_path, monkeypatch):
         assert not found.is_mapped and np.array_equal(found.index, fresh.index)
     monkeypatch.setattr('plumbing.shards.scan_shard', None)
     assert np.array_equal(Shards(tar, index=put(path, whole)).index, fresh.index)
+
+
+def test_a_scan_that_was_interrupted_goes_on(tmp_path, monkeypatch, capsys):
+    """oracle: a fresh reading; which shards are read again: those that were not, and all when one has changed. Without
+    a terminal a line says how far it is. Nothing but the index is left. (Its minutes are moments here.)"""
+    for n in range(5):
+        dog_tar(tmp_path / f'{n}.tar', 2)
+    index = tmp_path / 'out/index.npy'
+    fresh = Shards(tmp_path).index
+    read = []
+
+    def scan(path, number):
+        read.append(number)
+        if number == stop:
+            raise KeyboardInterrupt
+        return scan_shard(path, number)
+
+    monkeypatch.setattr('plumbing.shards.scan_shard', scan)
+    monkeypatch.setattr('plumbing.shards.MINUTE', 0)
+    for stop in 3, 4:
+        with pytest.raises(KeyboardInterrupt):
+            Shards(tmp_path, index=index)
+        assert not index.exists()
+    assert sorted(read) == [0, 1, 2, 3, 3, 4, 4]
+    stop = None
+    for changed, again in (False, [4]), (True, [0, 1, 2, 3, 4]):
+        if changed:
+            os.utime(tmp_path / '0.tar', (1, 1))
+        read.clear()
+        shards = Shards(tmp_path, index=index)
+        assert sorted(read) == again and np.array_equal(shards.index, fresh)
+    assert 'the headers of 4 of 5 shards are read' in capsys.readouterr().out
+    shards.save(index)
+    assert [path.name for path in index.parent.iterdir()] == ['index.npy']
 
 
 def test_a_shard_that_was_written_anew(tmp_path, capsys):

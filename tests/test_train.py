@@ -205,8 +205,8 @@ def gradients(processes, method, accum):
 
 
 def one_rank(rank, port, path, flags):
-    """One of two processes: saves its gradients, and has train.py make a run and one that fails. What both complain of
-    goes into a file."""
+    """One of two processes: saves its gradients, and has train.py make a run, one that is stopped and goes on, and one
+    that fails. What both complain of goes into a file, and so does how often a run has its GPU's numbers summed."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     processes = train.Processes('cpu')
@@ -215,11 +215,32 @@ def one_rank(rank, port, path, flags):
         for accum in 1, 2:
             torch.save(gradients(processes, method, accum), path / f'{rank}-{method}-{accum}')
     train.Processes = {'auto': processes, 'cpu': processes}.get
+    summed = []
+    add_up = processes.sum
+    train_step = train.train_step
+
+    def counted(values):
+        summed.append(values)
+        return add_up(values)
+
+    def signalled(run, batch):
+        if (rank, run.step) == (1, 4):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return train_step(run, batch)
+
     with pytest.MonkeyPatch.context() as patch, open(path / f'{rank}.txt', 'w') as complaints:
         patch.setattr(os, '_exit', sys.exit)            # a run ends, but not this process
         patch.setattr(sys, 'stderr', complaints)
+        patch.setattr(processes, 'sum', counted)
         assert run(train, *flags, path / 'two') == 0
+        put(path / f'{rank}.sums', [len(summed)])
         assert run(train, *flags, path / 'failed', '--lr', 1e30) == 1
+        patch.setattr(train, 'train_step', signalled)
+        number = signal.SIGUSR1 if rank else signal.SIGTERM         # which signal it was only rank 1 knows
+        assert run(train, *flags, path / 'stopped') == 128 + number
+        patch.setattr(train, 'train_step', train_step)
+        assert saved(path / 'stopped')['step'] == 6     # the step of the signal, and one more
+        assert run(train, *flags, path / 'stopped', '--resume') == 0
     processes.leave(0)
 
 
@@ -318,7 +339,23 @@ def test_two_processes_say_the_same(by_ranks):
             assert a[key] == pytest.approx(b[key], rel=2e-4), key
     complaints = (by_ranks / '0.txt').read_text() + (by_ranks / '1.txt').read_text()
     assert complaints.count('5 steps in a row were not finite') == 1
-    assert complaints.count('1 shards are named twice') == 2            # of two runs
+    assert complaints.count('1 shards are named twice') == 4            # of four starts
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(by_ranks):
+    """oracle: the run that was not stopped, bit by bit. (How they end, and at which step, one_rank asserts.)"""
+    kept = []
+    for name in 'two', 'stopped':
+        state = saved(by_ranks / name)
+        kept.append([state['step'], state['student'], state['teacher'], state['optimizer']['state']])
+    assert_close(*kept, rtol=0, atol=0)
+
+
+def test_a_step_has_no_sums_of_its_own(by_ranks):
+    """oracle: one for each entry of the log, whose numbers are on the GPU. Bad pairs and signals are added up by CPUs,
+    while the step runs."""
+    for rank in 0, 1:
+        assert read_json(by_ranks / f'{rank}.sums') == [len(read_log(by_ranks / 'two'))]
 
 
 def test_ranks_that_read_different_checkpoints(monkeypatch, fit, whole, tmp_path):
@@ -368,8 +405,10 @@ def test_schedules_and_decay():
 
 def test_what_is_asked_of_a_gpu(monkeypatch):
     """oracle: the rule: the GPU that torch finds, unless the CPU is asked for; bf16 where it has units for that; of two
-    processes with one GPU the second is refused. What torch finds is set by hand."""
+    processes with one GPU the second is refused. There cuDNN's attention is off. What torch finds is set by hand."""
     found = torch.cuda
+    switched = []
+    monkeypatch.setattr(torch.backends.cuda, 'enable_cudnn_sdp', switched.append)
     for has_gpu, asked, device in (
             (False, 'auto', 'cpu'),
             (True, 'cpu', 'cpu'),
@@ -378,6 +417,7 @@ def test_what_is_asked_of_a_gpu(monkeypatch):
         monkeypatch.setattr(found, 'is_available', lambda: has_gpu)
         gpu = train.Processes(asked).device
         assert gpu.type == device
+    assert switched == [False, False]
     for has_units, dtype in (True, torch.bfloat16), (False, None):
         monkeypatch.setattr(found, 'is_bf16_supported', lambda including_emulation: has_units)
         assert train.choose_dtype('auto', gpu) == dtype
@@ -450,7 +490,8 @@ def test_log_entry_by_hand(started, tmp_path):
 def test_a_run_leaves_everything(whole, dogs, tmp_path):
     """oracle: the list of design: files, log fields; values by arithmetic; eval.py's score of the teacher, which is not
     the student's."""
-    assert contents(whole).keys() == {'last.pt', 'best.pt', 'log.jsonl', 'config.json', 'index.npy', 'eval.json'}
+    assert contents(whole).keys() == {
+        'last.pt', 'best.pt', 'log.jsonl', 'config.json', 'index.npy', 'val.npy', 'eval.json'}
     line = (whole / 'log.jsonl').read_text().splitlines()[1]
     first = json.loads(line)
     names = ('step loss clip h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t weights chance accuracy spread lr momentum scale '
@@ -486,7 +527,7 @@ def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
         learned[run.step] = copy.deepcopy([run.student.state_dict(), run.teacher.model.state_dict()])
         return {'mine': run.step}
 
-    def score(*scored):
+    def score(*scored, workers):
         to_text, to_image = scores.pop(0)
         return {'image_to_text_R@1': to_text, 'text_to_image_R@1': to_image}, None
 
@@ -603,6 +644,26 @@ def test_held_out_images_are_tried_first(fit, tmp_path):
     assert fit(out, '--val', path) == 0
 
 
+def test_held_out_images_are_tried_once(monkeypatch, started, tmp_path):
+    """oracle: how often an image is decoded: by a worker, once for all starts in a folder, and again when the shard was
+    written anew."""
+    path = dog_tar(tmp_path / 'val.tar', 9)
+    tried = put(tmp_path / 'tried')
+    decode = evaluation.shard_image
+
+    def noted(shards, i):
+        with open(tried, 'a') as file:
+            file.write(f'{os.getpid()}\n')
+        return decode(shards, i)
+
+    monkeypatch.setattr(evaluation, 'shard_image', noted)
+    for mtime, times in (1, 9), (1, 9), (2, 18):
+        os.utime(path, (mtime, mtime))
+        started(tmp_path / 'out', '--val', path, '--workers', 1)
+        processes = tried.read_text().split()
+        assert len(processes) == times and str(os.getpid()) not in processes
+
+
 def test_what_is_no_run(fit, whole, tmp_path):
     """oracle: the sentence. A checkpoint that is torn, a text, and best.pt, are no run to go on with."""
     for content, sentence in (
@@ -641,7 +702,8 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     moved = shutil.copytree(dogs, tmp_path / 'moved', copy_function=shutil.copyfile)    # with times of its own
     assert fit(out, '--resume', '--data', moved) == 0
     assert 'their headers are read again' in capsys.readouterr().out
-    shutil.copy(whole / 'index.npy', out)
+    for name in 'index.npy', 'val.npy':
+        shutil.copy(whole / name, out)
     for number in 2, 3:
         assert fit(out, '--steps', number) == 0
         first, *_, last = capsys.readouterr().out.splitlines()
