@@ -1,22 +1,22 @@
 """COSMOS: cross-modality self-distillation for vision-language pre-training (CVPR 2025, arXiv 2412.01814).
 
-CLIP matches one vector of an image with one vector of its caption, and big objects drown small ones in both. COSMOS
-takes several views of both: large and small crops of the image, groups of sentences and single sentences of the
+CLIP matches one vector of an image with one vector of its caption, and in each of them big objects drown small ones.
+COSMOS takes several views of both: large and small crops of the image, groups of sentences and single sentences of the
 caption. A student network sees all of them. A teacher network, a slow average of the student, sees only the global
 ones: large crops, groups of sentences. In the student, cross-attention lets each vector of one modality read the tokens
-of the other. The sum of the vector and of what it has read must pick, among the teacher's vectors of all pairs, those
-of its own pair. So a sentence about a small object is meant to find that object in the image.
+of the other. What it has read is added to it, and the sum is trained to find its own pair among the teacher's vectors
+of all pairs. So a sentence about a small object is meant to find that object in the image.
 
 Notation, in shapes:
     B pairs on this GPU     N pairs on all GPUs             V image views, 2 global + local
     P patches               T tokens of a text, padded      U captions, 2 global + local
-    W width of a tower      D width of the joint space      R rows of a sequence: T, or 1 + P with the class token
+    W width of a tower      D width of the joint space      R rows that are read: T, P, or 1 + P with the class token
     Q rows of queries       H attention heads of width d    n sequences that go through a tower together
     s, p side of a view and of a patch, in pixels
-In names, as in the paper:
+Names taken from the paper:
     C^I, C^T  the two cross-attention modules, which read the image and the text
     h_I, h_T  what the image and the text become once they have read the other, Eq. 1-2
-    L_CLIP, L_COSMOS, L_nce  losses
+    L_CLIP, L_COSMOS, L_nce, L_sym-nce  losses: the two that are added, and what they are made of
 Views come first, (V, B, D), and views 0 and 1 are the two globals. Code that serves both modalities says "view" and V
 for captions, too. `ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors.
 
@@ -50,11 +50,12 @@ One training step. Every name is that of the code below.
     teacher.update(model, momentum)    # the paper's lambda, 0.999 at batch 1,024
 
 Read it beside Section 3 of the paper. Parts 2-4 are COSMOS: student, teacher, losses. Part 5 is for several GPUs, and
-may be skipped, because on one GPU `gather` hands over the vectors as they are. Parts 6-7 are CLIP's towers and
-transformer. If you know them, read only how a tower treats its views (class Tower).
+may be skipped, because on one GPU `gather` pairs each tensor with itself. Parts 6-7 are CLIP's towers and transformer.
+If you know them, read only how a tower treats its views (class Tower).
 
-We follow the released code (github.com/ExplainableML/cosmos); `model.py:274` and the like are lines of it.
-    code≠paper: the paper says something else.          paper silent: what we know of the paper does not say.
+We follow the released code (github.com/ExplainableML/cosmos); `model.py:274` and the like are lines of it. Where the
+paper is not clear, the code decides, and a mark says so:
+    code≠paper: the paper says something else.          paper silent: the paper does not say, as far as we know.
     ours: here we differ from the released code on purpose.
 """
 import copy
@@ -91,7 +92,7 @@ class Config:
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's; the end-of-text token has the largest id
     cross_heads: int = 8            # attention heads inside C^I and C^T; 0: neither, a plain CLIP
-    two_scales: bool = False        # C^I and C^T bring a second scale; True: a model without them has it, too
+    two_scales: bool = False        # a scale for L_COSMOS even without C^I and C^T; with them there always is one
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released models have GELU
 
     def __post_init__(self):
@@ -100,8 +101,8 @@ class Config:
                 ('text_width', 'text_heads'), ('embed_dim', 'cross_heads')):
             size = getattr(self, whole)
             divisor = getattr(self, part)
-            if divisor and size % divisor:
-                raise ValueError(f'{whole} {size} is no multiple of {part} {divisor}')
+            if divisor and size % divisor:              # cross_heads may be 0
+                raise ValueError(f'{whole} {size} is not a multiple of {part} {divisor}')
 
 # --- 2. The student ----------------------------------------------------------------------------- Sec. 3.2, Eq. 1-2 ---
 
@@ -111,7 +112,7 @@ class CrossAttention(nn.Module):
 
     The residual of Eq. 1-2 is added outside, in COSMOS.forward. Padding of a text is read as well (paper silent;
     transformer.py:210-230). The text tower is causal and padding comes after the end, so the vectors of padding have
-    seen the whole caption: they are no noise, but more summaries of it.
+    seen the whole caption: they are not noise, but further summaries of it. Attention is in part 7.
     """
 
     def __init__(self, width, heads):
@@ -129,7 +130,7 @@ class CrossAttention(nn.Module):
         return self.attn(query, self.ln_k(tokens)).transpose(0, 1)
 
     def weights(self, query, tokens):
-        """query (B, D), not of unit length, tokens (B, R, D) -> weights (B, R), averaged over heads, of sum 1."""
+        """query (B, D), not of unit length, tokens (B, R, D) -> weights (B, R), averaged over heads, summing to 1."""
         query = self.ln_q(query)[:, None]                               # (B, 1, D)
         q, k, _ = self.attn.project(query, self.ln_k(tokens))           # (B, H, 1 or R, d)
         weights = attention_weights(q, k)                               # (B, H, 1, R)
@@ -199,8 +200,8 @@ class COSMOS(nn.Module):
     def encode_image(self, images):
         """images (B, 3, h, w), h and w multiples of p -> [cls] (B, D), patches (B, P, D), neither of unit length.
 
-        The patches are those that C^I reads, None for a plain CLIP. To compare with texts, take those of
-        eval.encode_dense.
+        The patches are those that C^I reads, None for a plain CLIP. They are keys for C^I, and cannot be compared with
+        texts; those of eval.encode_dense can.
         """
         cls, sequence = self.visual.with_sequence([images])
         patches = self.image_map(sequence[:, 1:]) if self.has_cross_attention else None
@@ -215,9 +216,9 @@ class COSMOS(nn.Module):
     def attention(self, images, ids):
         """images (B, 3, h, w), ids (B, T) -> weights of C^I over patches (B, P), of C^T over words (B, T).
 
-        The query of C^I is the caption, that of C^T the image. The paper's qualitative figure shows such weights (paper
-        silent: of which network, and how its heads are averaged). Over words they include start, end and padding. A
-        plain CLIP has none.
+        The caption is the query of C^I, and the image that of C^T. The paper's qualitative figure shows such weights
+        (paper silent: whose they are, student's or teacher's, and how heads are averaged). Over words they include
+        start, end and padding. A plain CLIP has none.
         """
         cls, patches = self.encode_image(images)
         eot, words = self.encode_text(ids)
@@ -231,7 +232,7 @@ class COSMOS(nn.Module):
 
     @torch.no_grad()
     def clamp_scales(self):
-        """Clamp these logarithms to [0, ln 100] after each step: above that the softmax saturates."""
+        """Clamp the logarithms of `scales` to [0, ln 100], after each step. Above that the softmax saturates."""
         for scale in self.scales():
             scale.clamp_(0, math.log(100))
 
@@ -259,55 +260,57 @@ class Teacher(nn.Module):
     def update(self, student, momentum):
         """Move every parameter by 1 - lambda of the way to the student's.
 
-        ours, paper silent: call it after optimizer.step, as DINO does. The released code calls it before, and so
+        ours, paper silent: we call it after optimizer.step, as DINO does. The released code calls it before, and so
         averages the student of one step earlier (its train.py:185-193 comes before 213-221).
         """
-        # t + (1 - lambda) (s - t), in one call for all parameters, as torch's optimizers do it
+        # mine.lerp_(students, 1 - momentum) for each parameter. One call for all of them is faster.
         mine = list(self.model.parameters())
         torch._foreach_lerp_(mine, list(student.parameters()), 1 - momentum)
 
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-MANY = 2 ** 24      # logits of one L_nce, 67 MB: those of 8 x 2 views of 1,024 pairs on one GPU
+MANY = 2 ** 24      # logits of one L_nce that are no longer kept: 67 MB, those of 8 x 2 views of 1,024 pairs
 
 
 def nce(queries, keys, scale):
     """L_nce: query i must find key i among all N. The mean over all V x U pairs of views and their B queries.
 
-    queries (V, B, D) of this GPU, keys (U, N, D) of all GPUs, of unit length. V and U count the views of the queries
-    and of the keys, whichever modality they are. scale = 1/temperature.
+    queries (V, B, D) of this GPU, keys (U, N, D) of all GPUs, of unit length. Here V and U count the views of the
+    queries and of the keys, whichever modality they are. scale = 1/temperature.
 
-    By hand: queries (1, 0) and (0, 1), keys (1, 0) and (0.6, 0.8), scale 1. Logits [[1, 0.6], [0, 0.8]]. Losses:
-    query 0 ln(1 + e^-0.4) = 0.5130, query 1 ln(1 + e^-0.8) = 0.3711, mean 0.4421. With queries and keys exchanged
-    ln(1 + e^-1) = 0.3133 and ln(1 + e^-0.2) = 0.5981, mean 0.4557. `match` is the mean of both: 0.4489.
+    By hand, with one view each: queries (1, 0) and (0, 1), keys (1, 0) and (0.6, 0.8), scale 1. The logits are
+    [[1, 0.6], [0, 0.8]]. Query 0 costs ln(1 + e^-0.4) = 0.5130, query 1 ln(1 + e^-0.8) = 0.3711; the mean is 0.4421.
+    With queries and keys exchanged it is ln(1 + e^-1) = 0.3133 and ln(1 + e^-0.2) = 0.5981; the mean is 0.4557.
+    `match`, below, is the mean of both means: 0.4489.
     """
     V, B, _ = queries.shape
     U, N, _ = keys.shape
-    first = dist.get_rank() * B if N > B else 0     # where the pairs of this GPU begin among those of all
+    # Where the pairs of this GPU begin among those of all. N > B only on several GPUs.
+    first = dist.get_rank() * B if N > B else 0
     own_key = torch.arange(first, first + B, device=queries.device)
     target = own_key.view(1, B, 1).expand(V, B, U)
 
-    def cross_entropy(queries, keys, scale):
+    def cross_entropy(queries, keys, scale):        # a function, so that `checkpoint` can call it again
         with torch.autocast(queries.device.type, enabled=False):        # float32, for whoever calls it under autocast
             # Row (v, b), column (u, n): all pairs of views in one product.
             logits = scale * queries.flatten(0, 1) @ keys.flatten(0, 1).T   # (V*B, U*N)
-        # Query b of view v chooses among the N keys of view u, for each v and u. Rows in the order of `target`.
+        # Row (v, b, u): query b of view v chooses among the N keys of view u; target (v, b, u) is its own key.
         logits = logits.view(V, B, U, N).flatten(0, 2)                  # (V*B*U, N)
         return F.cross_entropy(logits, target.flatten())
 
     if V * B * U * N < MANY:
         return cross_entropy(queries, keys, scale)
-    # ours: many logits are not kept. The backward pass computes them again, one L_nce at a time, to the last bit. At
-    # 4,096 pairs on one GPU the logits of the ten L_nce of a step would take 11 GB.
+    # ours: so many logits are not kept. The backward pass computes them again, to the last bit, one L_nce at a time.
+    # At 4,096 pairs on one GPU the logits of the ten L_nce of a step would take 11 GB.
     return checkpoint(cross_entropy, queries, keys, scale, use_reentrant=False)
 
 
 def match(a, b, scale):
-    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a and b come from `gather`: as queries they are the vectors of
-    this GPU, as keys those of all GPUs.
+    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a and b come from `gather`: their queries are the vectors of
+    this GPU, their keys those of all GPUs.
 
-    On several GPUs this is the mean over the B pairs of this one. The mean over GPUs is the loss.
+    On several GPUs each computes the mean over its own B pairs, and the loss is the mean over GPUs.
     """
     return (nce(a.queries, b.keys, scale) + nce(b.queries, a.keys, scale)) / 2
 
@@ -317,20 +320,21 @@ def clip_loss(out, scale):
 
     Cross-attention has no part in it: it is CLIP's loss on [cls] and [eot].
 
-    code≠paper, perhaps: local image views stay out, because a trial with them overfitted (loss.py:203-206). We know
-    only from one second-hand summary that the paper takes all crops.
+    code≠paper, perhaps: local image views stay out, because the authors' trial with them overfitted
+    (loss.py:203-206). The paper may take all crops: a summary says so, so look into your copy.
     """
     return match(*gather(out.cls[:GLOBALS], out.eot), scale)
 
 
 def cosmos_terms(out, cls_t, eot_t, scale):
-    """The four terms of L_COSMOS by name. (A fifth here would make the weight of each a fifth.)       Sec. 3.3, Eq. 6
+    """The four terms of L_COSMOS by name.                                                            Sec. 3.3, Eq. 6
 
-    Each pairs every student view with both teacher views, 8 x 2 pairs. Student view 0 with teacher view 0 counts
-    as well, and 1 with 1 (paper silent; loss.py:131-139); DINO leaves them out. scale = exp(distill_logit_scale).
+    total_loss weighs them equally, so that with a fifth one each would weigh 1/5. Each pairs every student view with
+    both teacher views, 8 x 2 pairs. Student view 0 with teacher view 0 counts as well, and 1 with 1 (paper silent;
+    loss.py:131-139); DINO leaves them out. scale = exp(distill_logit_scale).
     """
     h_I, h_T = gather(out.h_I, out.h_T)
-    cls_t, eot_t = gather(cls_t, eot_t)     # apart from the student's, because these need no gradients back
+    cls_t, eot_t = gather(cls_t, eot_t)     # on their own, because no gradients go back to the teacher
     return {
         'h_I_cls_t': match(h_I, cls_t, scale),
         'h_I_eot_t': match(h_I, eot_t, scale),
@@ -348,10 +352,11 @@ def cosmos_loss(out, cls_t, eot_t, scale):
 
 
 def across_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 without what can be copied, for the method `across` (ours: not in the paper; lesson/README.md, page 5).
+    """Eq. 6 without its two shortcuts, for the method `across` of train.py. ours: it is not in the paper, but on page 5
+    of lesson/README.md.
 
-    h_T has read the image, so it need not find the image's cls_t; h_I has read the caption, so it need not find the
-    caption's eot_t. Those two terms use eot and cls instead, which have seen only their own modality.
+    h_T has read the image, so it can find the image's cls_t by copying what it has read. Here eot looks for cls_t
+    instead, which has seen only text. In the same way cls takes the place of h_I when eot_t is sought.
     """
     cls, eot, h_I, h_T = gather(out.cls, out.eot, out.h_I, out.h_T)
     cls_t, eot_t = gather(cls_t, eot_t)
@@ -363,7 +368,7 @@ def across_terms(out, cls_t, eot_t, scale):
 
 
 def plain_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 without cross-attention, for the method `plain` (ours): cls and eot take the place of h_I and h_T."""
+    """Eq. 6 without cross-attention, for the method `plain` of train.py (ours): cls and eot stand for h_I and h_T."""
     cls, eot = gather(out.cls, out.eot)
     cls_t, eot_t = gather(cls_t, eot_t)
     return {
@@ -374,7 +379,7 @@ def plain_terms(out, cls_t, eot_t, scale):
 
 
 def embedding_terms(out, cls_t, eot_t, scale):
-    """Self-distillation without cross-attention, for a middle row of Table 5.
+    """Self-distillation without cross-attention, for the row `text-distill` of Table 5.
 
     ours: we do not know the paper's loss for these rows. Here the embeddings themselves take the place of h_I and h_T,
     each against the teacher of its own modality.
@@ -385,12 +390,12 @@ def embedding_terms(out, cls_t, eot_t, scale):
 
 
 def image_terms(out, cls_t, eot_t, scale):
-    """Like embedding_terms, but for images only; the two earlier rows of Table 5 use it."""
+    """Like embedding_terms, but for images only, for the rows `image-distill` and `text-crop`."""
     return {'cls_cls_t': match(*gather(out.cls, cls_t), scale)}
 
 
 def no_terms(out, cls_t, eot_t, scale):
-    """CLIP learns L_CLIP alone, and has no teacher."""
+    """CLIP, with one crop or two, learns L_CLIP alone, and has no teacher."""
     return {}
 
 
@@ -401,7 +406,7 @@ def total_loss(model, out, cls_t, eot_t, terms=cosmos_terms):
     the sum: parts['name'] = (weight, term).
     """
     parts = {'clip': (1, clip_loss(out, model.logit_scale.exp()))}
-    scale = model.scales()[-1].exp()        # that of L_COSMOS; the only one if the model has one scale
+    scale = model.scales()[-1].exp()        # the last one is that of L_COSMOS; a model may have only one
     distilled = terms(out, cls_t, eot_t, scale)
     for name, term in distilled.items():
         parts[name] = (1 / len(distilled), term)                        # Eq. 6: a quarter each
@@ -431,13 +436,13 @@ def gather(*vectors):
 class Gather(torch.autograd.Function):
     """(V, B, D) on every rank -> (V, N, D) on all of them, and gradients back the same way. B is equal on all ranks.
 
-    ours: the gradient is exact. Each rank computes its own rows of the loss, so the losses of all ranks depend on my
-    vectors. The backward pass adds up the gradients that all ranks send back to them. DDP then takes the mean over
-    ranks, which gives the gradient of the mean loss.
+    ours: the gradient is exact. Each rank computes its own rows of the loss, but they depend on the vectors of every
+    rank. So the backward pass adds up, for each vector, the gradients of all ranks. DDP then takes the mean over ranks,
+    which gives the gradient of the mean loss.
 
     In the released code each rank computes the whole loss, with a gradient for its own vectors only. Summed over ranks
-    these are the full gradient, but DDP's mean divides the sum by the number of ranks, for all parameters except the
-    two scales. AdamW divides such a factor out, except for its eps.
+    these are the full gradient, but DDP's mean divides the sum by the number of ranks. (Not for the two scales, whose
+    gradient is whole on each rank.) AdamW divides such a factor out, except for its eps.
     """
 
     @staticmethod
@@ -446,7 +451,8 @@ class Gather(torch.autograd.Function):
         V, B, D = x.shape
         ranks = dist.get_world_size()
         everyones = x.new_empty(ranks * V, B, D)
-        dist.all_gather_into_tensor(everyones, x.contiguous())
+        all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor       # an older name
+        all_gather(everyones, x.contiguous())
         return everyones.view(ranks, V, B, D).transpose(0, 1).flatten(1, 2)
 
     @staticmethod
@@ -468,11 +474,11 @@ class Tower(nn.Module):
 
     Only one row of a view's sequence is read: that of the class token, or that of the end of a text. So the last block
     computes this row alone, which saves a fifth of the multiplications of `tiny`, and a few percent in deeper towers.
-    Cross-attention reads every row of view 0, so `with_sequence` computes all of them. Everything else about `row` only
-    saves time, and a first reader may skip it.
+    Cross-attention reads every row of view 0, so `with_sequence` computes all of them. Handing `row` to the transformer
+    only saves time: the result would be the same if it were picked afterwards.
 
-    A tower defines `embed`, which turns each tensor of a list, (n, ...), into sequences (n, R, W) and the row to read
-    in each of them, (n,). It also has `transformer`, `norm` and `proj`.
+    A tower defines `embed`: groups of views, a tensor (n, ...) for each size, become sequences (n, R, W) and the row to
+    read in each of them, (n,). It also has `transformer`, `norm` and `proj`.
     """
 
     def forward(self, views):
@@ -483,7 +489,7 @@ class Tower(nn.Module):
         return torch.cat(features).unflatten(0, (len(views), -1))       # view after view
 
     def with_sequence(self, views):
-        """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0 behind the LayerNorm (B, R, W).
+        """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0 after the LayerNorm (B, R, W).
 
         View 0 passes alone, with every row; the others pass as in `forward`.
         """
@@ -519,8 +525,8 @@ class VisionTower(Tower):
         self.proj = nn.Parameter(std * torch.randn(W, config.embed_dim))
 
     def embed(self, groups):
-        """A tensor of images (n, 3, height, width) for each size -> for each of them the sequences of class token and
-        patches, with their positions, (n, 1 + P, W), and the row of the class token, 0, (n,)."""
+        """groups: one tensor of images (n, 3, height, width) for each size -> for each group its sequences
+        (n, 1 + P, W), with positions added, and the row to read (n,): 0, the class token."""
         p = self.patch_size
         embedded = []
         for images in groups:
@@ -530,7 +536,8 @@ class VisionTower(Tower):
                                  'resize or pad it to multiples of that')
             # conv1 as a matrix product, since patches do not overlap. In bf16 on CPUs it is 3 to 5 times as fast.
             cells = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (n, 3, rows, p, columns, p)
-            pixels = cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)   # (n, P, 3 * p * p)
+            in_order = cells.permute(0, 2, 4, 1, 3, 5)                  # (n, rows, columns, 3, p, p)
+            pixels = in_order.flatten(3).flatten(1, 2)                  # (n, P, 3 * p * p)
             patches = F.linear(pixels, self.conv1.weight.flatten(1))    # (n, P, W)
             cls = self.class_embedding.expand(n, 1, -1)
             x = torch.cat([cls, patches], dim=1) + self.positions(height // p, width // p)
@@ -576,8 +583,8 @@ class TextTower(Tower):
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
     def embed(self, groups):
-        """A tensor of ids (n, T) for each length -> for each of them the vectors of tokens plus positions, (n, T, W),
-        and the row of the end, (n,). The end has the largest id.
+        """groups: one tensor of ids (n, T) for each length -> for each group the vectors of its tokens, with positions
+        added, (n, T, W), and the row of the end (n,). The end has the largest id.
 
         One lookup for all captions, because in the backward pass each lookup allocates a (vocab, W) gradient.
         """
@@ -666,8 +673,8 @@ def pick(x, row):
 
 
 class Attention(nn.MultiheadAttention):
-    """The parameters of torch's multi-head attention, Attention(width, heads), with a forward pass of our own, where a
-    mask is True for keys that may be seen.
+    """The parameters of torch's multi-head attention, Attention(width, heads), with a forward pass of our own. Unlike
+    torch's, its mask is True for keys that may be seen.
 
     It is written out, because we need q, k and v themselves: for the weights that the pictures show, and for
     segmentation in eval.py. The query may be one row, as in the last block. The parameters are in_proj_weight
@@ -680,7 +687,7 @@ class Attention(nn.MultiheadAttention):
         if q.device.type == 'cpu':    # up to 5 times as fast as the kernel below, in bf16
             x = attention_weights(q, k, mask) @ v
         elif mask is not None and mask.ndim == 2:
-            # The causal mask of a whole sequence. Its flash kernel takes no mask, but knows this one.
+            # The causal mask of a whole sequence: the flash kernel takes no mask, but has is_causal.
             x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -183,9 +183,9 @@ def test_every_preset_has_a_recipe():
 def test_sizes_that_do_not_fit_are_refused():
     """oracle: the rule for errors: one sentence with the value and the place."""
     for field in 'vision_width', 'text_width', 'embed_dim':
-        refused(f'^{field} 100 is no multiple of ', Config, **{field: 100})
+        refused(f'^{field} 100 is not a multiple of ', Config, **{field: 100})
     for field in 'image_size', 'local_image_size':
-        refused(f'^{field} 100 is no multiple of patch_size 16', Config, **{field: 100})
+        refused(f'^{field} 100 is not a multiple of patch_size 16', Config, **{field: 100})
     model, images, _ = micro()
     refused('30 x 32 pixels .* patches of 8', model.encode_image, images[0][:, :, :30])
 
@@ -345,7 +345,7 @@ def test_collectives_of_a_step(monkeypatch, method, forward, backward):
     alone, parts = total_loss(model, out, cls_t, eot_t, terms)
     monkeypatch.setattr(cosmos, 'dist', SimpleNamespace(
         is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: 0,
-        all_gather_into_tensor=all_gather, all_reduce=lambda grad: reduced.append(len(grad))))
+        all_gather_single=all_gather, all_reduce=lambda grad: reduced.append(len(grad))))
     loss, _ = total_loss(model, out, cls_t, eot_t, terms)
     loss.backward()
     assert (gathered, reduced) == (forward, backward)

@@ -31,6 +31,7 @@ from lesson.experiments import CODE, SHARED, add_result, flat, missing_runs, ori
 from plumbing.errors import command, need
 from plumbing.files import read_json, write_json
 from plumbing.options import Parser, positive
+from plumbing.weights import Origin
 from train import METHODS, PRESETS
 
 FOLDER = Path('runs/photos')
@@ -112,7 +113,8 @@ COMPARISONS = {
     'photo-pairs': {RECALL: RIVALS},
     'photo-minutes': {RECALL: RIVALS},
     'photo-longer': {RECALL: 'cosmos~clip cosmos~plain plain~clip'},
-    'photo-fewer': {RECALL: 'cosmos-1500~clip-1500 cosmos-1500~plain-1500 cosmos-3000~clip-3000 cosmos-3000~plain-3000'}}
+    'photo-fewer': {
+        RECALL: 'cosmos-1500~clip-1500 cosmos-1500~plain-1500 cosmos-3000~clip-3000 cosmos-3000~plain-3000'}}
 
 # --- 2. One run ------------------------------------------------------------------------------------------------------
 
@@ -197,7 +199,7 @@ def validation(out):
 
 def test_figures(what, found):
     """What a command has written, under the names of the columns, without what it says of the checkpoint."""
-    for name in 'checkpoint', 'network', 'step':
+    for name in Origin._fields:
         found.pop(name, None)
     if what == 'cifar10':
         return {'cifar10': {'top1': found['top1']}}

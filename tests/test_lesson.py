@@ -35,7 +35,7 @@ from lesson.scenes import COLORS, NAMES, SHAPES, World, draw_scene, make_scenes,
 from lesson.setting import Setting
 from lesson.suppression import Named, read_scenes, score_table
 from plumbing.files import read_json
-from plumbing.weights import read_checkpoint
+from plumbing.weights import Origin, read_checkpoint
 from tests.helpers import MICRO, encoded, pairs_tar, put, refused, run, shared
 
 WORDS = [*COLORS, *SHAPES]
@@ -607,6 +607,14 @@ def test_reading_across():
     assert_close(kept, {name: terms[name] for name in ('h_I_cls_t', 'h_T_eot_t')})
 
 
+def figures_in(path):
+    """What a command has written by --json, without what it says of the checkpoint."""
+    found = read_json(path)
+    for name in Origin._fields:
+        del found[name]
+    return found
+
+
 @pytest.fixture
 def course(sandbox, monkeypatch):
     """Two experiments that share a run of two steps; no result yet."""
@@ -665,7 +673,7 @@ def test_a_set_that_is_not_drawn(course, tmp_path, monkeypatch):
     figures = {}
     for module, words in (eval, ['retrieval']), (suppression, []):
         assert run(module, *words, experiments.run_folder(variant, 0), *flags) is None
-        figures |= read_json('x.json')
+        figures |= figures_in('x.json')
     conflict = {'conflict': figures.pop('conflict')}
     assert rows[0].items() >= experiments.flat({'retrieval': figures} | conflict).items()
 
@@ -700,7 +708,7 @@ def test_a_run_has_one_row(method, course, drawn, monkeypatch):
     out = experiments.run_folder(variant, 3)
     command = [out / 'last.pt', '--shards', drawn, '--json', 'figures.json', '--device', 'cpu']
     assert run(suppression, *command) is None
-    for name, value in experiments.flat(read_json('figures.json')).items():
+    for name, value in experiments.flat(figures_in('figures.json')).items():
         assert row[name] == str(value)
     world = experiments.make_row({'a': Variant(experiments.NOBODY)}, (0, 'a'))
     assert world['R@1.names'] == 1 and world['sums.bound.dominant_small'] == 0
