@@ -213,6 +213,7 @@ class Report:
             'pairs': pairs,
             'counts': run.train_set.counts,
             'code': code,
+            'terms': run.method.terms.__qualname__,
             'command': shlex.join(['python', *sys.argv]),
             'machine': machine})
         self.keep_step(run)
