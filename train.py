@@ -26,7 +26,7 @@ if __name__ == '__main__':
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ from cosmos import (COSMOS, GLOBALS, Config, Output, Teacher, across_terms, cosm
 from data import Shards
 from plumbing import runs
 from plumbing.captions import POOL_KEYS
-from plumbing.errors import command, warn
+from plumbing.errors import command
 from plumbing.files import write_json
 from plumbing.options import choose_data, choose_lengths, training_options
 from plumbing.parts import InParts
@@ -161,6 +161,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # of fp16; otherwise it does nothing
     dtype: torch.dtype              # of autocast; None: float32
+    batches: Iterator = None        # of the steps that are left
     step: int = 0                   # steps taken
     saved_step: int = 0             # the step of last.pt
     saved_at: float = field(default_factory=time.perf_counter)
@@ -277,7 +278,8 @@ def open_shards(options, processes, saved, built_in_set):
 
     Also fills in --data, --val, --steps, --warmup and --eval-every, if they are not typed.
     """
-    index = Path(options.out, 'index.npy')
+    index = f'{options.out}/index.npy'
+    val_index = f'{options.out}/val.npy'
     val = None
     with processes.rank_0_first():          # it scans all headers, and writes an index that the others map
         choose_data(options, built_in_set)
@@ -289,9 +291,10 @@ def open_shards(options, processes, saved, built_in_set):
             runs.check_same(saved, options, identity(options, shards))
         if processes.rank == 0:
             if options.val:
-                val_index = Path(options.out, 'val.npy')
                 val = Shards(options.val, options.caption_keys, 'val', val_index)   # no --caption-pool
                 evaluation.check_held_out(val, options.workers)     # better refused now than after the first epoch
+            runs.lock(options.out)
+            if val:
                 val.save(val_index)
             shards.save(index)
     return shards, val
@@ -324,7 +327,17 @@ def choose_model(options, saved):
     return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
 
 
-def make_run(options, processes, train_set, weights):
+def batches_left(options, processes, train_set, step):
+    """An iterator over the batches that are left after `step` steps, for this rank. The loader's workers start here."""
+    order = data.Order(len(train_set.shards), options.batch, step, options.steps,
+                       options.seed, processes.rank, processes.world)
+    # Half precision is faster with captions of multiples of 8 tokens.
+    return iter(data.loader(train_set, order, options.workers,
+                            multiple=8 if choose_dtype(options.precision, processes.device) else 1,
+                            whole_first=METHODS[options.method].has_cross_attention))   # C^T reads its padding
+
+
+def make_run(options, processes, train_set, weights, batches):
     """Model, teacher and optimizer on this process, before the first step."""
     device = processes.device
     torch.manual_seed(options.seed)                     # all ranks start from the same weights
@@ -340,8 +353,8 @@ def make_run(options, processes, train_set, weights):
     dtype = choose_dtype(options.precision, device)
     # The usual start, 65,536, would overflow many times before it settles.
     scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
-    return Run(
-        options, processes, train_set, student, InParts(student, options.accum), teacher, optimizer, scaler, dtype)
+    forward = InParts(student, options.accum)
+    return Run(options, processes, train_set, student, forward, teacher, optimizer, scaler, dtype, batches)
 
 
 def set_up(options, processes, built_in_set):
@@ -354,7 +367,8 @@ def set_up(options, processes, built_in_set):
                          'let all nodes see the same --out')
     if not saved:
         options.out = processes.broadcast(runs.free_name(options.out))
-    config, tokenizer, weights = choose_model(options, saved)   # may refuse, before a file is written
+    with processes.rank_0_first():      # it fetches CLIP's vocabulary, if there is none, and the others find it
+        config, tokenizer, weights = choose_model(options, saved)       # may refuse, before a file is written
     shards, val = open_shards(options, processes, saved, built_in_set)
     if tokenizer is None:
         merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
@@ -368,7 +382,9 @@ def set_up(options, processes, built_in_set):
         local_texts=options.local_captions if method.has_local_texts else 0)
     train_set = data.Crops(shards, tokenizer, config, options.seed, counts,
                            augment=options.augment, crop_min=method.crop_min)
-    run = make_run(options, processes, train_set, weights)
+    # Its workers are forked. That may hang once nccl is up, which DDP below starts.
+    batches = batches_left(options, processes, train_set, saved.get('step', 0))
+    run = make_run(options, processes, train_set, weights, batches)
     if saved:
         runs.restore(saved, run.student, run.teacher, run.optimizer, run.scaler, options.out)
         run.step = run.saved_step = saved['step']
@@ -487,13 +503,8 @@ def print_plan(run, val):
           f'{len(shards):,} pairs')
     print(f'           on {run.processes.world} x {run.processes.device} in {run.dtype or torch.float32}, '
           f'{torch.get_num_threads()} threads and {options.workers} loaders each')
-    if val is None:
-        print('note       nothing is held out, so overfitting cannot be seen; '
-              'python -m extras.prepare pack --val 0.1 holds a tenth out')
-        return
-    in_both = set(map(os.path.realpath, shards.paths)) & set(map(os.path.realpath, val.paths))
-    if in_both:
-        warn(f'{len(in_both)} shards are in --data and in --val')
+    counts = run.train_set.counts
+    runs.print_notes(shards, val, counts.global_texts + counts.local_texts)
 
 
 def begin(run, val, watchers):
@@ -555,19 +566,9 @@ def what_is_due(run, progress):
     log = progress.done and (evaluate or step == 1 or step % options.log_every == 0)
     # An evaluation takes long, and may fail, so the run is saved before it.
     overdue = 0 < 60 * options.save_minutes < time.perf_counter() - run.saved_at
-    save = evaluate or interrupted or overdue or step % options.save_every == 0
+    regular_save = options.save_every and step % options.save_every == 0
+    save = evaluate or interrupted or overdue or regular_save
     return Due(log, save, evaluate, stop=finished or interrupted)
-
-
-def batches_left(run):
-    """The batches of the steps that are left, for this rank."""
-    options = run.options
-    order = data.Order(len(run.train_set.shards), options.batch, run.step, options.steps,
-                       options.seed, run.processes.rank, run.processes.world)
-    # Half precision is faster with captions of multiples of 8 tokens.
-    return iter(data.loader(run.train_set, order, options.workers,
-                            multiple=8 if run.dtype else 1,
-                            whole_first=run.method.has_cross_attention))    # C^T reads its padding
 
 
 def main(argv=None, watchers=(), built_in_set=None):
@@ -581,7 +582,6 @@ def main(argv=None, watchers=(), built_in_set=None):
     run, val = set_up(options, processes, built_in_set)
     begin(run, val, watchers)
 
-    batches = batches_left(run)
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
     saving = runs.saved_on_error(run.student, partial(save, run))   # if its weights are finite
@@ -603,7 +603,7 @@ def main(argv=None, watchers=(), built_in_set=None):
             if due.stop:
                 break
 
-            batch = progress.next_batch(batches)
+            batch = progress.next_batch(run.batches)
             sums = processes.sum_meanwhile(lambda: [batch.bad, len(caught)])
             done = train_step(run, batch.to(processes.device))
             bar.update()

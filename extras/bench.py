@@ -101,7 +101,7 @@ def measure_step(flags):
         # Tars, no folder: a held-out half in it would be tried, image by image.
         options.data = find_shards(options.data, 'train')
         run, _ = train.set_up(options, processes, None)
-        batch = next(train.batches_left(run))
+        batch = next(run.batches)
 
     def step():
         train.train_step(run, batch.to(device))

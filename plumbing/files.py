@@ -11,9 +11,10 @@ from plumbing.errors import Refused, need
 
 @contextmanager
 def replacing(path):
-    """A temporary path beside `path`, which takes its place when the block ends well and is removed when not."""
+    """A temporary path beside `path`, which takes its place when the block ends well and is removed when not. Its name
+    is random, so that two processes do not write into one file."""
     path = Path(path)
-    temporary = path.with_name(f'{path.name}.partial')
+    temporary = path.with_name(f'{path.name}.{os.urandom(4).hex()}.partial')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -116,8 +116,8 @@ def add_output(parser):
     add = parser.add_argument_group('output').add_argument
     add('--out', help='folder of checkpoint, log and report (runs/PRESET-METHOD, runs/INIT-METHOD)')
     add('--resume', action='store_true', help='go on with the run in --out, or start it')
-    add('--save-every', type=positive, default=1000, help='steps between checkpoints (%(default)s)')
-    add('--save-minutes', type=amount, default=30.0, help='or minutes; 0: steps only (%(default)s)')
+    add('--save-minutes', type=amount, default=20.0, help='minutes between checkpoints; 0: any (%(default)s)')
+    add('--save-every', type=count, default=0, help='or steps; 0: any (%(default)s)')
     add('--eval-every', type=count,
         help='steps between evaluations (a quarter of the run); 0: at the end only')
     add('--log-every', type=positive, default=20, help='steps between log lines (%(default)s)')

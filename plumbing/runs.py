@@ -2,9 +2,12 @@
 
 Random numbers have no state to save: all come from the seed, and from the epoch and the pair, or from the step.
 """
+import fcntl
 import json
+import os
+import socket
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import lru_cache
@@ -12,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.errors import Refused, need, warn
+from plumbing.errors import Refused, Unreadable, need, warn
 from plumbing.files import save_tensors, write_json
 from plumbing.weights import load_weights, read_checkpoint
 
@@ -42,6 +45,54 @@ def free_name(out):
     if folder != out:
         print(f'note       {out} holds a run, this one goes into {folder}; to go on with the other give --resume')
     return folder
+
+
+LOCKS = []      # open files: to close one would free it
+
+
+def lock(folder):
+    """Refused while another process has a run in this folder. The system frees the lock when a process ends, even by
+    SIGKILL; workers do not inherit it. What a kill within a save has left is removed."""
+    path = Path(folder, 'lock')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, 'a+')
+    except OSError as error:
+        raise Refused(f'{path} cannot be written ({error}); give another --out') from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise Refused(f'{folder} is in use by {file.read()}; wait for its end, or give another --out') from None
+    except OSError as error:
+        warn(f'{path}: this file system has no locks ({error}), so do not start a second job in this folder')
+        return
+    LOCKS.append(file)
+    file.truncate(0)
+    job = os.environ.get('SLURM_JOB_ID', 'none')
+    file.write(f'process {os.getpid()} on {socket.gethostname()}, Slurm job {job}')
+    file.flush()
+    for torn in path.parent.glob('*.partial'):
+        torn.unlink()
+
+
+def print_notes(shards, val, captions):
+    """What to know of the data before the first step. captions: how many a pair gives."""
+    sample = range(min(100, len(shards)))
+    single = 0
+    for i in sample:
+        with suppress(Unreadable):
+            single += len(shards.pool(i)) == 1
+    if captions > 1 and single > len(sample) / 2:
+        print(f'note       pairs have one sentence ({single} of the first {len(sample)}): text crops repeat it; '
+              'see docs/own-data.md')
+    if val is None:
+        print('note       nothing is held out, so overfitting cannot be seen; '
+              'python -m extras.prepare pack --val 0.1 holds a tenth out')
+        return
+    in_both = set(map(os.path.realpath, shards.paths)) & set(map(os.path.realpath, val.paths))
+    if in_both:
+        warn(f'{len(in_both)} shards are in --data and in --val')
 
 
 def begin(folder, options, config, goes_on):

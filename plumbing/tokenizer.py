@@ -88,12 +88,14 @@ def fuse(symbols, left, right):
 def fetch_vocab():
     """Path of CLIP's merges in torch's cache, downloaded on first use. Refused where that fails."""
     path = Path(torch.hub.get_dir(), 'bpe_simple_vocab_16e6.txt.gz')
-    if not path.exists():  # ranks may fetch side by side: each download is renamed when it is whole
+    if not path.exists():  # nodes may fetch side by side: each download is renamed when it is whole
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(VOCAB_URL, str(path), VOCAB_SHA256, progress=False)
         except (OSError, RuntimeError) as error:  # RuntimeError: another SHA-256, as of a proxy's page
-            raise Refused(f'{VOCAB_URL} cannot be fetched ({error}); {VOCAB_HELP}') from None
+            raise Refused(f'{VOCAB_URL} cannot be fetched ({error}); on a cluster run python -c "from plumbing.tokenizer '
+                          f'import fetch_vocab; fetch_vocab()" once on a login node, which keeps it in {path.parent}, or '
+                          f'{VOCAB_HELP}') from None
     return path
 
 

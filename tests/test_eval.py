@@ -1,6 +1,7 @@
 """eval.py: each figure by hand, each command against the functions, what is read and what is refused."""
 import json
 import math
+import multiprocessing
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ import eval as evaluation
 from cosmos import COSMOS, Block, Config, unit
 from data import Shards, Tokenizer
 from plumbing import benchmarks, lists
+from plumbing.processes import SIGNALS
 from plumbing.weights import to_openclip
 from tests.helpers import MICRO, close, encoded, micro, pairs_tar, put, refused, run, seeded, shared  # noqa: F401
 
@@ -85,6 +87,44 @@ def test_retrieval_by_hand():
     ids = torch.arange(30) % 10
     features = torch.full((30, 6), math.nan)            # must not look perfect
     assert evaluation.ranks(features, features, ids, ids).tolist() == [28] * 30
+
+
+def test_ranks_are_computed_where_the_features_are(monkeypatch):
+    """oracle: torch's device meta, whose tensors have no numbers, and refuse those of the CPU; a model that is there
+    hands its device on."""
+    there = {'device': 'meta'}
+    found = evaluation.ranks(torch.ones(5, 4, **there), torch.ones(9, 4, **there), torch.ones(5, **there),
+                             torch.ones(9, **there), chunk=2)
+    assert found.device.type == 'meta' and found.shape == (5,)
+    devices = []
+
+    def noted(*inputs):
+        devices.append([x.device.type for x in inputs])
+        return {}
+
+    monkeypatch.setattr(evaluation, 'retrieval', noted)
+    monkeypatch.setattr(evaluation, 'embed_images', lambda *source: torch.ones(2, 4))
+    monkeypatch.setattr(evaluation, 'embed_texts', lambda *source: torch.ones(2, 4))
+    model = SimpleNamespace(logit_scale=torch.ones((), **there))
+    evaluation.zero_shot_retrieval(model, None, None, [], ['a', 'b'], torch.arange(2))
+    assert devices == [['meta'] * 3]
+
+
+def test_workers_outlive_the_signals_of_a_run(gallery, monkeypatch):
+    """oracle: the features without workers. Slurm and torchrun signal each process, here whoever decodes an image."""
+    model, _ = gallery.scored
+    preprocess = evaluation.preprocessing(32)
+    wanted = evaluation.embed_images(model, gallery.images, preprocess)
+    read_image = evaluation.read_image
+
+    def signalled(image):
+        assert multiprocessing.parent_process()         # this is a worker
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+        return read_image(image)
+
+    monkeypatch.setattr(evaluation, 'read_image', signalled)
+    assert_close(evaluation.embed_images(model, gallery.images, preprocess, workers=2), wanted, rtol=0, atol=0)
 
 
 def test_classification_by_hand():

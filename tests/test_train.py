@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -33,7 +34,7 @@ from cosmos import COSMOS, GLOBALS, Attention, Output, Teacher, clip_loss, cosmo
 from data import Batch
 from plumbing import runs
 from plumbing.progress import Progress
-from tests.helpers import close, dog_tar, micro, put, refused, run
+from tests.helpers import close, dog_tar, encoded, micro, pairs_tar, put, refused, run
 
 QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 2 '
          '--lr 0.003 --momentum 0.9 --momentum-ramp 10 --log-every 1 --eval-every 2 --workers 0 '
@@ -217,7 +218,15 @@ def one_rank(rank, port, path, flags):
     train.Processes = {'auto': processes, 'cpu': processes}.get
     summed = []
     add_up = processes.sum
+    choose_model = train.choose_model
     train_step = train.train_step
+
+    def in_turn(*choices):
+        for _ in 'begins', 'ends':
+            with open(path / 'turns', 'a') as file:
+                file.write(f'{rank} ')
+            time.sleep(0.1)
+        return choose_model(*choices)
 
     def counted(values):
         summed.append(values)
@@ -232,8 +241,10 @@ def one_rank(rank, port, path, flags):
         patch.setattr(os, '_exit', sys.exit)            # a run ends, but not this process
         patch.setattr(sys, 'stderr', complaints)
         patch.setattr(processes, 'sum', counted)
+        patch.setattr(train, 'choose_model', in_turn)
         assert run(train, *flags, path / 'two') == 0
         put(path / f'{rank}.sums', [len(summed)])
+        patch.setattr(train, 'choose_model', choose_model)
         assert run(train, *flags, path / 'failed', '--lr', 1e30) == 1
         patch.setattr(train, 'train_step', signalled)
         number = signal.SIGUSR1 if rank else signal.SIGTERM         # which signal it was only rank 1 knows
@@ -358,11 +369,29 @@ def test_a_step_has_no_sums_of_its_own(by_ranks):
         assert read_json(by_ranks / f'{rank}.sums') == [len(read_log(by_ranks / 'two'))]
 
 
+def test_rank_0_fetches_the_vocabulary(by_ranks):
+    """oracle: the turns in which both choose model and vocabulary: rank 0 begins and ends before rank 1 begins."""
+    assert (by_ranks / 'turns').read_text() == '0 0 1 1 '
+
+
 def test_ranks_that_read_different_checkpoints(monkeypatch, fit, whole, tmp_path):
     """oracle: the refusal. Rank 0 has read another checkpoint than this rank, or this one has none."""
     monkeypatch.setattr(train.Processes, 'broadcast', lambda processes, value: 9.0)
     for out in whole, tmp_path:
         assert 'let all nodes see the same --out' in fit(out, '--resume')
+
+
+def test_loaders_start_before_the_model(monkeypatch, started, tmp_path):
+    """oracle: DDP's notes: once nccl is up, a process must not be forked. The model comes before DDP."""
+    before = active_children()
+
+    def model(config):
+        assert len(active_children()) == len(before) + 2
+        return COSMOS(config)
+
+    monkeypatch.setattr(train, 'COSMOS', model)
+    begun = started(tmp_path, '--workers', 2)
+    assert len(next(begun.batches).crops[0]) == 4
 
 
 # --- Options ---------------------------------------------------------------------------------------------------------
@@ -491,7 +520,7 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
     """oracle: the list of design: files, log fields; values by arithmetic; eval.py's score of the teacher, which is not
     the student's."""
     assert contents(whole).keys() == {
-        'last.pt', 'best.pt', 'log.jsonl', 'config.json', 'index.npy', 'val.npy', 'eval.json'}
+        'last.pt', 'best.pt', 'log.jsonl', 'config.json', 'index.npy', 'val.npy', 'eval.json', 'lock'}
     line = (whole / 'log.jsonl').read_text().splitlines()[1]
     first = json.loads(line)
     names = ('step loss clip h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t weights chance accuracy spread lr momentum scale '
@@ -549,6 +578,60 @@ def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
         'score 0, save 2, score 2, save 3, save 4, score 4, score 4, save 5, save 6, score 6')
     lines = (tmp_path / 'log.jsonl').read_text().splitlines()
     assert [json.loads(line)['step'] for line in lines if 'loss' in line] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_two_jobs_in_one_folder(fit, tmp_path):
+    """oracle: the process that has the folder, by name. Killed, it lets the next one in at once, though its own child
+    lives on; what its save has left is removed."""
+    out = tmp_path / 'out'
+    torn = out / 'last.pt.0123.partial'
+
+    def hold():
+        runs.lock(out)
+        child = get_context('fork').Process(target=time.sleep, args=[60])
+        child.start()
+        put(torn, str(child.pid))
+        child.join()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('SLURM_JOB_ID', '4711')
+        holder = get_context('fork').Process(target=hold)
+        holder.start()
+    while not (torn.exists() and torn.read_text()):
+        assert holder.is_alive()
+    child = int(torn.read_text())
+    assert f'out is in use by process {holder.pid} on {socket.gethostname()}, Slurm job 4711; ' in fit(out)
+    assert contents(out).keys() == {'lock', torn.name}
+    holder.kill()
+    holder.join()
+    assert fit(out, '--steps', 1) == 0
+    assert not torn.exists()
+    os.kill(child, signal.SIGKILL)
+
+
+def test_when_a_run_is_saved():
+    """oracle: the rule: every 20 minutes, at any step; every so many steps only if that is asked for."""
+    for flags, step, minutes, saves in (
+            ('', 1000, 19, False),
+            ('', 1001, 21, True),
+            ('--save-minutes 0', 1000, 21, False),
+            ('--save-every 500', 1000, 1, True),
+            ('--save-every 500', 1001, 1, False)):
+        options = train.read_options(['--steps', '9000', *flags.split()])
+        running = SimpleNamespace(options=options, step=step, saved_at=time.perf_counter() - 60 * minutes)
+        assert train.what_is_due(running, Progress()).save == saves
+
+
+def test_pairs_of_one_sentence_are_noted(started, dogs, tmp_path, capsys):
+    """oracle: how many sentences the pairs have that were written here, and how many captions the method takes."""
+    two = pairs_tar(tmp_path / 'two.tar', [{'caption': 'A dog. It runs.'}] * 60, [encoded(Image.new('RGB', (9, 9)))] * 60)
+    for flags, noted in (
+            (['--data', dogs / 'train'], True),
+            (['--data', dogs / 'train', '--method', 'image-distill'], False),
+            (['--data', two], False)):
+        train.print_plan(started(tmp_path / 'out', *flags), None)
+        said = capsys.readouterr().out
+        assert ('pairs have one sentence (60 of the first 60): text crops repeat it' in said) == noted
 
 
 # --- Going on --------------------------------------------------------------------------------------------------------
@@ -743,7 +826,7 @@ def test_overflows_in_half_precision(started, tmp_path):
     begun.teacher.model.logit_scale.data.zero_()        # an update would move it
     networks = begun.student.state_dict(), begun.teacher.model.state_dict()
     before = copy.deepcopy(networks)
-    batch = next(train.batches_left(begun))
+    batch = next(begun.batches)
     done = train.train_step(begun, batch)
     while not done.finite:
         assert begun.scaler.get_scale() == 2 ** (18 - begun.step)
