@@ -7,7 +7,7 @@
 
 The same command with --resume goes on where the run in --out stopped. A run leaves in --out last.pt (the checkpoint),
 best.pt (the networks with the best R@1 on --val), report.html (the run as a page; maps.npz has its pictures),
-log.jsonl, config.json, eval.json, and of the shards index.npy and val.npy.
+log.jsonl, config.json, eval.json, index.npy and val.npy (of the shards), and lock (who trains there).
 
 First reading: sections 1 to 3, which are the paper's (presets, the rows of Table 5, one step), then section 6, the run
 from top to bottom: `main` is the loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5

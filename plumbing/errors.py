@@ -33,8 +33,9 @@ def warn(message):
 
 def command(main):
     """Run a program: Refused becomes one sentence and exit status 1. All else is a bug and keeps its traceback."""
-    if isinstance(sys.stdout, io.TextIOWrapper):    # names and captions of strangers may hold half an emoji
-        sys.stdout.reconfigure(errors='backslashreplace')
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names and captions of strangers may hold half an emoji. And a file, as Slurm's, would get 80 lines at a time.
+        sys.stdout.reconfigure(errors='backslashreplace', line_buffering=True)
     try:
         main()
     except Refused as error:

@@ -75,7 +75,7 @@ class Shards:
                 if time.monotonic() - shown > MINUTE:
                     shown = time.monotonic()
                     if bar.disable:
-                        print(f'data       the headers of {shard:,} of {len(self.paths):,} shards are read', flush=True)
+                        print(f'data       the headers of {shard:,} of {len(self.paths):,} shards are read')
                     if part:
                         write_index(part, np.concatenate(tables))
         return np.concatenate(tables)
@@ -205,8 +205,8 @@ def digest(value):
 def read_at(path, places):
     """The bytes at several places (offset, size) of a file.
 
-    The buffer is a block of a tar. By itself `open` takes one as large as the file system likes to read, 1 MB on NFS and
-    4 MB on Lustre, and fills it for an image of 30 kB.
+    The buffer is a block of a tar. By itself `open` takes a block of the file system, 1 MB on NFS and 4 MB on Lustre,
+    and fills it for an image of 30 kB.
     """
     found = []
     # Opened anew for each pair, so that there are never too many open.

@@ -1,5 +1,5 @@
-"""Tars: which ones a path means, their members, and which of these are a pair. What cannot be read of them costs a line,
-no run."""
+"""Tars: which ones a path means, their members, and which of these are a pair. What cannot be read of them costs a
+line, no run."""
 import glob
 import io
 import os

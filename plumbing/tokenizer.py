@@ -93,9 +93,9 @@ def fetch_vocab():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(VOCAB_URL, str(path), VOCAB_SHA256, progress=False)
         except (OSError, RuntimeError) as error:  # RuntimeError: another SHA-256, as of a proxy's page
-            raise Refused(f'{VOCAB_URL} cannot be fetched ({error}); on a cluster run python -c "from plumbing.tokenizer '
-                          f'import fetch_vocab; fetch_vocab()" once on a login node, which keeps it in {path.parent}, or '
-                          f'{VOCAB_HELP}') from None
+            fetch = 'python -c "from plumbing.tokenizer import fetch_vocab; fetch_vocab()"'
+            raise Refused(f'{VOCAB_URL} cannot be fetched ({error}); where there is no internet, run {fetch} once on a '
+                          f'login node, which keeps the file as {path}; or {VOCAB_HELP}') from None
     return path
 
 

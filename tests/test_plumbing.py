@@ -216,6 +216,19 @@ def test_what_cannot_be_printed_ends_no_command(capsys):
     assert capsys.readouterr().out == '\\ud83d d\\udcf6ner.jpg\n'
 
 
+def test_lines_are_written_at_once(monkeypatch):
+    """oracle: what has reached a file when the line is printed, and not later. Slurm's output is a file."""
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(file))
+    reached = []
+
+    def main():
+        print('step 1')
+        reached.append(file.getvalue())
+
+    assert run(SimpleNamespace(main=main)) is None and reached == [b'step 1\n']
+
+
 def test_full_disks(tmp_path):
     """oracle: the file before, where files may not grow beyond a limit."""
     path = tmp_path / 'new/run/last.pt'

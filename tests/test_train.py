@@ -580,9 +580,9 @@ def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
     assert [json.loads(line)['step'] for line in lines if 'loss' in line] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_two_jobs_in_one_folder(fit, tmp_path):
+def test_two_jobs_in_one_folder(monkeypatch, capsys, fit, tmp_path):
     """oracle: the process that has the folder, by name. Killed, it lets the next one in at once, though its own child
-    lives on; what its save has left is removed."""
+    lives on; what its save has left is removed. Where the file system has no locks a line says so."""
     out = tmp_path / 'out'
     torn = out / 'last.pt.0123.partial'
 
@@ -608,6 +608,13 @@ def test_two_jobs_in_one_folder(fit, tmp_path):
     assert not torn.exists()
     os.kill(child, signal.SIGKILL)
 
+    def no_locks(*how):
+        raise OSError(37, 'No locks available')
+
+    monkeypatch.setattr('fcntl.lockf', no_locks)
+    runs.lock(out)
+    assert f'{out}/lock: this file system has no locks' in capsys.readouterr().err
+
 
 def test_when_a_run_is_saved():
     """oracle: the rule: every 20 minutes, at any step; every so many steps only if that is asked for."""
@@ -624,7 +631,8 @@ def test_when_a_run_is_saved():
 
 def test_pairs_of_one_sentence_are_noted(started, dogs, tmp_path, capsys):
     """oracle: how many sentences the pairs have that were written here, and how many captions the method takes."""
-    two = pairs_tar(tmp_path / 'two.tar', [{'caption': 'A dog. It runs.'}] * 60, [encoded(Image.new('RGB', (9, 9)))] * 60)
+    image = encoded(Image.new('RGB', (9, 9)))
+    two = pairs_tar(tmp_path / 'two.tar', [{'caption': 'A dog. It runs.'}] * 60, [image] * 60)
     for flags, noted in (
             (['--data', dogs / 'train'], True),
             (['--data', dogs / 'train', '--method', 'image-distill'], False),
