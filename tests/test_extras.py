@@ -912,13 +912,13 @@ CLICKS = """<script>{
     for (const screen of screens) {
         press(screen);
         seen.code[screen] = [...document.querySelectorAll('.code pre')].map(linesOf);
-        seen.text[screen] = document.querySelector('.screen').textContent;
-        for (const at of [0, 1, 2]) {
+        for (const at of [0, 1, 2, 9]) {                    // 9: the last one
             const slider = document.getElementById('evaluation');
             slider.value = at;
             slider.dispatchEvent(new Event('input'));
-            note(`${screen} at ${at}`);
+            if (at < 9) note(`${screen} at ${at}`);
         }
+        seen.text[screen] = document.querySelector('.screen').textContent;
     }
     press('screen 0');
     type('screen 0', 'ArrowRight');
