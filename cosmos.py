@@ -281,8 +281,8 @@ def nce(queries, keys, scale):
 
     By hand, with one view each: queries (1, 0) and (0, 1), keys (1, 0) and (0.6, 0.8), scale 1. The logits are
     [[1, 0.6], [0, 0.8]]. Query 0 costs ln(1 + e^-0.4) = 0.5130, query 1 ln(1 + e^-0.8) = 0.3711; the mean is 0.4421.
-    With queries and keys exchanged it is ln(1 + e^-1) = 0.3133 and ln(1 + e^-0.2) = 0.5981; the mean is 0.4557. `match`,
-    below, is the mean of both means: 0.4489.
+    With queries and keys exchanged it is ln(1 + e^-1) = 0.3133 and ln(1 + e^-0.2) = 0.5981; the mean is 0.4557.
+    `match`, below, is the mean of both means: 0.4489.
     """
     V, B, _ = queries.shape
     U, N, _ = keys.shape
@@ -451,7 +451,8 @@ class Gather(torch.autograd.Function):
         V, B, D = x.shape
         ranks = dist.get_world_size()
         everyones = x.new_empty(ranks * V, B, D)
-        dist.all_gather_into_tensor(everyones, x.contiguous())
+        all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor       # an older name
+        all_gather(everyones, x.contiguous())
         return everyones.view(ranks, V, B, D).transpose(0, 1).flatten(1, 2)
 
     @staticmethod

@@ -1,16 +1,19 @@
 """From a pair to a batch: its text crops, its image crops, the order of the pairs, the batch.
 
-A pair is an image and all that is said of it: the `pool` of its sentences. It gives image crops and text crops (Sec.
-3.1 of the paper). An image crop whose colours have been changed is an image view. A text crop is one sentence of the
-pool, or up to five of them; from then on it is called a caption. The student sees all of them, the teacher the globals:
-large image crops, and captions of up to five sentences.
+A pair is an image and everything that its captions say about it: the `pool` of their sentences. It gives image crops
+and text crops (Sec. 3.1 of the paper). An image crop becomes an image view once its colours have been changed, if at
+all, and it has been normalised. A text crop is one sentence of the pool, or up to five of them joined; here and in
+cosmos.py it is called a caption. The student sees all views and captions. The teacher sees only the global ones: large
+crops, and captions of up to five sentences.
 
 Random choices for a pair come from (seed, epoch, index of the pair). The order of the pairs comes from (seed, epoch).
-The order of the colour jitters comes from (seed, step). So with the same settings a run sees the same batches for any
-number of workers and GPUs, and can be resumed at any step.
+The order of the colour jitters comes from (seed, step, number of the view). So with the same settings a run sees the
+same batches for any number of workers and GPUs, and can be resumed at any step.
 
-The order of things: `Order` yields the places (epoch, index) of the pairs of a batch. In a worker of the loader `Crops`
-makes views of each, and `collate` a `Batch` of them all. Where the model runs `Batch.views` changes the colours.
+How a batch is made: `Order` yields a place (epoch, index) for each of its pairs. In a worker of the loader `Crops`
+turns each place into crops and captions, and `collate` joins them into a `Batch`. On the device of the model
+`Batch.views` then changes the colours. The marks `ours` and `paper silent` are those of cosmos.py; "as released" means
+the authors' code.
 
 The helpers are in plumbing/, and need not be read: `Shards` gives the bytes of an image and the pool of its sentences,
 `decode` the pixels, `Tokenizer` the ids, `recolour` changes the colours of a batch.
@@ -43,8 +46,8 @@ def text_crops(pool, rng, global_texts, local_texts):
     sentences, as a list of strings.
 
     Each global is a draw of its own without replacement, in random order; the locals are one more draw.
-    paper silent: the order, ". ", and a pool that is smaller than the count. Such a pool is repeated whole, in its own
-    order, and a random rest follows.
+    paper silent: in which order, by what they are joined, and what happens to a pool that is smaller than the count. As
+    released, such a pool is taken whole as often as it fits, in its own order, and a random sample fills the rest.
     """
     captions = []
     for _ in range(global_texts):
@@ -63,7 +66,7 @@ def draw_sentences(pool, count, rng):
 # --- 2. The kinds of image views ------------------------------------------------------------------------ Sec. 3.1 ---
 
 class Kind(NamedTuple):
-    """How a view is made. All but size and scale are probabilities; how strongly is drawn by draw_strengths."""
+    """How a view is made. All but size and scale are probabilities; draw_strengths draws the strengths."""
     size: int                   # side of the view, in pixels
     scale: tuple                # least and most share of the image's area
     flip: float                 # left becomes right
@@ -75,7 +78,7 @@ class Kind(NamedTuple):
 
 def kinds_of_views(config, crop_min=0.4):
     """The first global, the other globals, the locals, as released. crop_min: the smallest share of the image in a
-    global. More rows below are more kinds of local views, which share the local ones in equal parts."""
+    global. Each further row is another kind of local view; the local views are divided as evenly as they can be."""
     large = config.image_size
     small = config.local_image_size
     #    size   scale          flip  jitter  grey  blur  solarize
@@ -85,15 +88,15 @@ def kinds_of_views(config, crop_min=0.4):
         Kind(small, (0.05, 0.4), 0.5, 0.8, 0.2, 0.5, 0.0)]
 
 
-# --augment crops
+# What --augment crops makes of the probabilities of a Kind.
 CROPS_ONLY = {'flip': 0.0, 'jitter': 0.0, 'grey': 0.0, 'blur': 0.0, 'solarize': 0.0}
 
 
 def draw_strengths(kind, rng):
     """How strongly each operation acts on a view, {operation: strength}, in the ranges as released.
 
-    NEUTRAL changes nothing: factors are 1, the hue turns by 0, all colour stays (grey 1), the blur is 0 wide, and no
-    value is above the threshold of solarize.
+    NEUTRAL changes nothing: factors are 1, the hue turns by 0, 'grey' is the share of colour that stays, 1, the blur
+    has width 0, and 'solarize' is a threshold that no value exceeds.
     """
     strengths = dict(NEUTRAL)
     if rng.random() < kind.jitter:
@@ -121,9 +124,10 @@ ASPECTS = (3 / 4, 4 / 3)                        # of crops, least and most
 def draw_boxes(height, width, kinds, rng):
     """A random box (y, x, h, w) in an image of this size for each view, as torchvision draws them.
 
-    get_params reads torch's global generator. It is seeded from rng here, and restored afterwards.
+    get_params draws from torch's global generator. So that the boxes depend on the pair alone, that generator is seeded
+    from rng, and restored afterwards.
     """
-    image = torch.empty(1, 1, 1).expand(1, height, width)               # only its size counts
+    image = torch.empty(1, 1, 1).expand(1, height, width)               # get_params only looks at its size
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng.getrandbits(32))
         return [v2.RandomResizedCrop.get_params(image, kind.scale, ASPECTS) for kind in kinds]
@@ -132,14 +136,15 @@ def draw_boxes(height, width, kinds, rng):
 def image_crops(data, kinds, rng):
     """Encoded bytes, the kind of each view -> a random crop for each, (3, s, s) uint8, and their boxes (y, x, h, w) in
     pixels of the whole image."""
-    unread, (height, width) = read_header(data)         # of a JPEG no pixel is decoded yet
+    undecoded, (height, width) = read_header(data)      # of a JPEG only the header has been read
     boxes = draw_boxes(height, width, kinds, rng)
-    # A large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. But each crop must keep as many pixels as its view: a
-    # box of 200 x 200 for a view of 96 may become 200 / 96 = 2.08 times smaller, so 1/2 is allowed.
+    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. One decoding serves all views, and each crop
+    # must keep as many pixels as its view, so the tightest box decides. Say it is 200 x 200, for a view of 96: it may
+    # become 200 / 96 = 2.08 times smaller, so 1/2 is allowed.
     reductions = []
     for (_, _, h, w), kind in zip(boxes, kinds):
         reductions.append(min(h, w) / kind.size)
-    pixels = decode(unread, at_most=min(reductions))
+    pixels = decode(undecoded, at_most=min(reductions))
     _, decoded_height, decoded_width = pixels.shape
     ratio = min(decoded_height / height, decoded_width / width)     # 1, or about 1/2, 1/4, 1/8
     crops = []
@@ -148,7 +153,7 @@ def image_crops(data, kinds, rng):
         crop = TF.resized_crop(pixels, y, x, h, w, [kind.size, kind.size], BICUBIC)
         if rng.random() < kind.flip:
             crop = crop.flip(-1)
-        # Decoded pixels lie as RGBRGB, and a crop keeps that. `recolour` is faster on a plane for each colour.
+        # Decoded pixels lie in memory as RGBRGB, and a crop keeps that. `recolour` is faster on planes of a colour.
         crops.append(crop.contiguous())
     return crops, boxes
 
@@ -164,8 +169,8 @@ def normalize(images):
 class Counts(NamedTuple):
     """How many views and captions a pair gives: V = global_images + local_images, U = global_texts + local_texts.
 
-    GLOBALS of either are global. The first rows of Table 5 have one, and then no local images: L_CLIP takes the first
-    GLOBALS images. See METHODS in train.py.
+    COSMOS has GLOBALS global ones on both sides. The first rows of Table 5 (METHODS in train.py) have a single global
+    image, and then no local ones, because L_CLIP would take the first of these for its second global image.
     """
     global_images: int = GLOBALS
     local_images: int = 6
@@ -173,18 +178,18 @@ class Counts(NamedTuple):
     local_texts: int = 6
 
 
-MOST_BAD = 1000         # pairs in a row that cannot be read; then the run stops
+MOST_BAD = 1000         # so many unreadable pairs in a row stop the run
 
 
 @dataclass
 class Crops(Dataset):
     """The training set: (epoch, index of the pair) -> crops and captions of the pair, for `collate`.
 
-    augment: 'full' is the released recipe; 'crops' neither changes colours nor flips, for captions that name colours
-    and sides. crop_min: the smallest share of the image in a global crop.
-    A pair that is Unreadable is named, counted, and replaced by another one, drawn at random; that may be in the batch
-    already, which is rare in a set that is much larger than a batch.
-    New random draws belong at the end of `sample`: one before others changes every run.
+    augment: 'full' is the released recipe; 'crops' neither changes colours nor flips, for captions that name colours,
+    or left and right. crop_min: the smallest share of the image in a global crop.
+    A pair that is Unreadable is named, counted, and replaced by another one, drawn at random. The batch may have that
+    one already, and then the two are false negatives; this is rare in a set that is much larger than a batch.
+    Add new random draws at the end of `sample`: before others they would change these, and so every run.
     """
     shards: Shards
     tokenizer: Tokenizer
@@ -196,16 +201,17 @@ class Crops(Dataset):
 
     def __post_init__(self):
         first, other, *kinds_of_locals = kinds_of_views(self.config, self.crop_min)
-        self.kinds = [first] + [other] * (self.counts.global_images - 1)        # of the V views
+        # The kind of each of the V views. Of 6 local views and 2 kinds of them 3 are of the first kind.
+        self.kinds = [first] + [other] * (self.counts.global_images - 1)
         n = self.counts.local_images
         for k in range(n):
             self.kinds.append(kinds_of_locals[k * len(kinds_of_locals) // n])
         if self.augment == 'crops':
             self.kinds = [kind._replace(**CROPS_ONLY) for kind in self.kinds]
 
-    def __getitem__(self, where):
-        """-> V crops (3, s, s) uint8, strengths (V, operations), ids (U, T), how many pairs could not be read."""
-        epoch, index = where
+    def __getitem__(self, place):
+        """-> V crops (3, s, s) uint8, strengths (V, operations), ids (U, T), the number of unreadable pairs."""
+        epoch, index = place
         replacements = random.Random(f'{self.seed} {epoch} {index} replacement')
         for bad in range(MOST_BAD):                     # how many could not be read so far
             try:
@@ -214,14 +220,16 @@ class Crops(Dataset):
                 print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
                 index = replacements.randrange(len(self.shards))
             else:
-                rows = [list(of_view.values()) for of_view in strengths]    # in the order of NEUTRAL
+                # Columns in the order of NEUTRAL's keys, on which changes_of relies.
+                rows = [list(of_view.values()) for of_view in strengths]
                 return crops, torch.tensor(rows), self.tokenizer(captions), bad
         raise Refused(f'{MOST_BAD} pairs in a row cannot be read; look at the shards with '
                       'python -m extras.prepare inspect')
 
     def sample(self, epoch, index):
         """-> V crops (3, s, s) uint8, the strengths of each, U captions as strings, and the V boxes; globals first."""
-        # A generator for texts and one for images, so that options of captions do not change the image crops.
+        # A generator for texts and one for images, so that options of captions do not change the image crops. A string
+        # seeds a generator alike in every process.
         text_rng = random.Random(f'{self.seed} {epoch} {index} texts')
         image_rng = random.Random(f'{self.seed} {epoch} {index} images')
         pool, image = self.shards.pair(index)
@@ -235,16 +243,16 @@ class Crops(Dataset):
 
 @lru_cache(1)
 def shuffled(seed, epoch, pairs):
-    """The order of all pairs in an epoch, (pairs,): a pure function, so no state has to be saved to go on with it."""
+    """The order of all pairs in an epoch, (pairs,): a pure function, so going on with it needs no saved state."""
     return np.random.default_rng((seed, epoch)).permutation(pairs).astype(np.uint32)
 
 
 @dataclass
 class Order:
-    """Which pairs make batch `step`: a pure function of (seed, step), cut into equal slices for the ranks.
+    """Which pairs make batch `step`: a pure function of (seed, step). Each rank takes an equal slice of them.
 
-    Yields, for every step in [start, stop), this rank's list of (epoch, index of the pair). An epoch holds
-    pairs // batch whole batches; the rest of its order is left out.
+    Yields, for every step in [start, stop), this rank's list of places (epoch, index of the pair). An epoch holds
+    pairs // batch whole batches; the incomplete last one is dropped. `check_batch` has checked the sizes.
     """
     pairs: int                  # of the set
     batch: int                  # pairs of a step, of all ranks
@@ -254,7 +262,7 @@ class Order:
     rank: int = 0
     world: int = 1
 
-    def permutation(self, epoch):       # a method, so that an experiment can override it; called for each step
+    def permutation(self, epoch):       # a method, so that an experiment can override it; called at every step
         return shuffled(self.seed, epoch, self.pairs)
 
     def __iter__(self):
@@ -280,13 +288,13 @@ def check_batch(batch, pairs, parts):
 class Batch(NamedTuple):
     """What a step needs of B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
-    changes: Changes        # which colours change in which image, and how strongly
+    changes: Changes        # which operation on colours changes which image, and how strongly
     texts: list             # U captions (B, T) int64 for the student, see collate
-    teacher_texts: list     # the global captions for the teacher, cut to one T
-    bad: int                # how many pairs could not be read
+    teacher_texts: list     # the global captions for the teacher, cut to a common length
+    bad: int                # the number of unreadable pairs
 
     def to(self, device):
-        """The batch on a device, without waiting for it."""
+        """The batch on a device, without waiting for the copies."""
         return self._replace(
             changes=self.changes.to(device),
             crops=[x.to(device, non_blocking=True) for x in self.crops],
@@ -294,7 +302,7 @@ class Batch(NamedTuple):
             teacher_texts=[x.to(device, non_blocking=True) for x in self.teacher_texts])
 
     def views(self, seed_and_step):
-        """V images (B, 3, s, s), float32, normalised. Colours change here, after `to`, and so on the GPU.
+        """V images (B, 3, s, s), float32, normalised. ours: colours change here, after `to`, and hence on the GPU.
 
         seed_and_step: a string that seeds the order of the jitters, the same on all ranks.
         """
@@ -308,23 +316,27 @@ class Batch(NamedTuple):
 
 
 def cut(captions, multiple):
-    """A list of (B, T) ids, all cut behind the end of the longest, rounded up to a multiple."""
+    """A list of (B, T) ids, all cut to the length of the longest text in it, rounded up to a multiple of `multiple`."""
     if not captions:
         return []
     ends = [ids.argmax(dim=1).max().item() for ids in captions]         # the largest id ends a text
     longest = max(ends) + 1
-    length = ceil(longest / multiple) * multiple        # perhaps above T: then a slice keeps all T
-    return [ids[:, :length].contiguous() for ids in captions]       # pinned memory would copy them again
+    length = ceil(longest / multiple) * multiple        # may exceed T: slicing then keeps all T
+    # Contiguous already here, in the worker: pinning would else make one more copy.
+    return [ids[:, :length].contiguous() for ids in captions]
 
 
 def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
-    """Samples -> Batch. Captions have three lengths: caption 0 of the student keeps all T; the other globals, and all
-    of the teacher's, end with the longest of them; the locals end with the longest local.
+    """Samples -> Batch. Captions have three lengths:
 
-    multiple: of the lengths; 8 is faster in half precision. whole_first: caption 0 keeps all T, because C^T reads its
-    padding; without C^T it is cut, too.
+        caption 0 of the student                            all T, because C^T reads its padding
+        its other globals, and all globals of the teacher   that of the longest global, caption 0 included
+        local captions                                      that of the longest local
+
+    multiple: the lengths are rounded up to a multiple of it; 8 is faster in half precision. whole_first: false in a
+    model without C^T, whose caption 0 is cut, too.
     """
-    crops, rows, ids, bad = default_collate(samples)    # rows (B, V, operations), ids (B, U, T)
+    crops, rows, ids, bad = default_collate(samples)    # V crops (B, 3, s, s), rows (B, V, operations), ids (B, U, T)
     captions = ids.transpose(0, 1).contiguous().unbind()                # U tensors (B, T)
     globals_cut = cut(captions[:global_texts], multiple)
     locals_cut = cut(captions[global_texts:], multiple)

@@ -2,16 +2,18 @@
 
     python eval.py retrieval CKPT --shards runs/scenes            or --coco DIR, or --flickr flickr30k_val.json
     python eval.py retrieval CKPT --karpathy dataset_coco.json --split test --images DIR
-    python eval.py classify CKPT --dataset DTD --root DIR         a set of torchvision.datasets by its name there
+    python eval.py classify CKPT --dataset DTD --root DIR         a set of torchvision.datasets, by its name
     python eval.py classify CKPT --folder DIR                     one folder of images per class
     python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21 --csa
 
-CKPT is ours (a file, or runs/NAME: its best.pt, else its last.pt), a released cosmos_vitb*.pt, or a state dict of an
-open_clip ViT with GELU; those of other CLIPs are converted by python -m extras.weights. The teacher is evaluated, the
-averaged weights, unless --weights student. Features are float32 vectors of unit length, and a score is the dot product
-of two of them.
+CKPT is a checkpoint of this repository (a file, or runs/NAME: its best.pt, or its last.pt if there is none), a released
+cosmos_vitb*.pt, or a state dict of an open_clip ViT with GELU; python -m extras.weights converts other CLIPs. The
+teacher is evaluated, that is, the averaged weights, unless --weights student. Features are float32 vectors of unit
+length, and a score is the dot product of two of them.
 
-Parts 3 to 5 are the protocols. Part 6 is the command line, and may be skipped.
+Parts 3 to 5 are the protocols, for figures that can be compared with published ones: --coco takes COCO's val2017,
+--flickr the released list of Flickr30K, and for classification --templates open_clip takes CLIP's 80 prompts instead of
+our six. Part 6 is the command line, and may be skipped. The marks `ours` and "as released" are those of cosmos.py.
 """
 import math
 from dataclasses import dataclass
@@ -43,18 +45,17 @@ from plumbing.processes import loading
 from plumbing.shards import Shards
 from plumbing.weights import load_weights, read_network
 
-progress = partial(tqdm, leave=False, disable=None)     # quiet where the output is no terminal
+progress = partial(tqdm, leave=False, disable=None)     # silent if the output is not a terminal
 
 # --- 1. A checkpoint -> a model --------------------------------------------------------------------------------------
 
 def load(path, weights='teacher', vocab=None, quick_gelu=False):
     """-> (model in eval mode, tokenizer, preprocess: PIL image -> (3, S, S)).
 
-    path: a file of ours, the folder of a run (its best.pt, or its last.pt where there is no other), released weights,
-    or open_clip's; see plumbing.weights.read_network, also for vocab and quick_gelu. The commands below never set
-    quick_gelu, train.py --init does.
-    weights: 'teacher' or 'student'. Where there is no teacher the student is taken: model.origin says which network of
-    which checkpoint it was, and of which step.
+    path: a file of ours, the folder of a run (its best.pt, or its last.pt if there is none), released weights, or
+    open_clip's. vocab and quick_gelu are handed to plumbing.weights.read_network; only train.py --init sets quick_gelu.
+    weights: 'teacher' or 'student'. Without a teacher the student is taken: model.origin records which network of which
+    checkpoint was loaded, and its step.
     """
     path = Path(path)
     if path.is_dir():
@@ -69,7 +70,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
 
 def preprocessing(size):
     """The evaluation transform: PIL image -> (3, size, size) float. Short side to `size`, bicubic, then the centre.
-    `normalize` takes uint8 pixels as well."""
+    `shorten` only touches images that are far longer than wide, and `normalize` scales the uint8 pixels."""
     return v2.Compose(
         [shorten, v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
 
@@ -190,13 +191,14 @@ HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --captio
 
 
 def shard_captions(shards):
-    """Held-out shards -> all captions, and owner (captions,): the pair of each. They are not cut into sentences.
+    """Held-out shards (of val/) -> all captions, and owner (captions,): the pair that each belongs to. They are not cut
+    into sentences.
 
-    Of each pair only the first key that it has counts, in the order of shards.caption_keys, else of HELD_OUT_KEYS.
-    Raises Refused with the name of a pair that has none.
+    For each pair the first key that is present is used, in the order of shards.caption_keys, or of HELD_OUT_KEYS if
+    none were given. Raises Refused with the name of a pair that has none.
     """
     keys = shards.caption_keys or HELD_OUT_KEYS
-    pools = []
+    captions_of_pairs = []
     for i in range(len(shards)):
         try:
             record = shards.record(i)
@@ -204,10 +206,10 @@ def shard_captions(shards):
             tar = shards.paths[shards.index[i, 0]]
             raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect {tar}') from None
         present = [key for key in keys if str(record.get(key) or '').strip()]
-        need(present, f"{shards.name(i)} has no caption under {', '.join(keys)}; "
-             'name others with --caption-keys')
-        pools.append(record[present[0]])
-    return with_owners(pools, shards.name)
+        if not present:     # only then, because looking up the name costs a read
+            raise Refused(f"{shards.name(i)} has no caption under {', '.join(keys)}; name others with --caption-keys")
+        captions_of_pairs.append(record[present[0]])
+    return with_owners(captions_of_pairs, shards.name)
 
 
 def check_held_out(shards, workers=0):
@@ -238,7 +240,7 @@ def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, own
 
 # --- 4. Classification -----------------------------------------------------------------------------------------------
 
-# ours. The released evaluation has prompts for each set (80 for ImageNet): give those by --templates.
+# ours: the released evaluation has prompts for each set (80 for ImageNet). Give those by --templates.
 TEMPLATES = ('a photo of a {}', 'a picture of a {}', 'an image of a {}', 'there is a {} in the picture',
              'a small {}', 'a large {}')
 
@@ -272,7 +274,7 @@ LONGEST_SIDE = 2048                     # of a scaled image, as released
 
 
 def encode_dense(model, images, csa=False):
-    """images (B, 3, h, w) -> (B, h/p, w/p, D): a unit vector for each patch, comparable with those of texts.
+    """images (B, 3, h, w) -> (B, h/p, w/p, D): a unit vector for each patch, in the same space as those of texts.
 
     `proj` is trained on [cls] alone; here it serves the patches. csa: correlative_block takes the place of the last
     block.
@@ -295,19 +297,19 @@ def encode_dense(model, images, csa=False):
 def correlative_block(block, x):
     """A block with SCLIP's correlative self-attention (transformer.py:687-764): x (B, R, W) -> (B, R, W).
 
-    Queries attend to queries and keys to keys. So a patch attends to itself and to what looks like it.
+    Queries attend to queries and keys to keys. So a patch attends mostly to itself and to similar patches.
     """
     rows = block.ln_1(x)
-    q, k, v = block.attn.project(rows, rows)                        # each (B, H, L, d)
-    weights = attention_weights(q, q) + attention_weights(k, k)     # (B, H, L, L), rows of sum 2, as in SCLIP
+    q, k, v = block.attn.project(rows, rows)                        # each (B, H, R, d)
+    weights = attention_weights(q, q) + attention_weights(k, k)     # (B, H, R, R), rows of sum 2, as in SCLIP
     read = (weights @ v).transpose(1, 2).flatten(2)                 # (B, R, W), the heads side by side
     x = x + block.attn.out_proj(read)
     return x + block.mlp(block.ln_2(x))
 
 
 def window_starts(length, window):
-    """Where windows start along a side of `length` pixels: every half window; the last one ends at the border. For a
-    window of 224: 224 -> [0], 336 -> [0, 112], 340 -> [0, 112, 116]."""
+    """Where windows start along a side of `length` pixels: one every half window; the last one ends at the border. With
+    a window of 224: 224 -> [0], 336 -> [0, 112], 340 -> [0, 112, 116]."""
     return [*range(0, length - window, window // 2), length - window]
 
 
@@ -322,7 +324,7 @@ def window_scores(model, pixels, vectors, csa):
     side = model.config.image_size
     _, H, W = pixels.shape
     total = pixels.new_zeros(len(vectors), H, W)
-    windows = pixels.new_zeros(H, W)                                # how many lie over a pixel
+    covered = pixels.new_zeros(H, W)                                # by how many windows
     for top in window_starts(H, side):
         for left in window_starts(W, side):
             place = (..., slice(top, top + side), slice(left, left + side))
@@ -330,31 +332,32 @@ def window_scores(model, pixels, vectors, csa):
             cosines = (patches @ vectors.T).permute(0, 3, 1, 2)         # (1, M, grid, grid)
             scores = F.interpolate(cosines, (side, side), mode='bilinear')
             total[place] += scores[0]
-            windows[place] += 1
-    return total / windows
+            covered[place] += 1
+    return total / covered
 
 
 def segment_image(model, image, vectors, names_per_class, settings):
-    """One image -> (h, w) int64 class of each pixel.
+    """One image of h x w pixels, scaled to H x W -> (h, w) int64 class of each pixel.
 
-    vectors (M, D): one for each name, class after class; a class has one name or several. Where class 0 is a
-    background, settings.probability is above zero: a pixel whose best class has less becomes background. Where
-    settings.area is above zero, too, a class that has at most this share of the foreground is dropped, and the next
-    best classes take its pixels, before pixels become background. The steps are those of clip_segmentor.py:113-276 of
-    the released code.
+    vectors (M, D): one for each name, class after class; a class has one name or several. The steps are those of
+    clip_segmentor.py:113-276 of the released code:
+        1. Each pixel takes its most probable class.
+        2. With settings.area a class that covers at most this share of the foreground is dropped, and its pixels take
+           the next best class.
+        3. With settings.probability, for sets whose class 0 is a background, less certain pixels become background.
     """
     width, height = image.size
     short = min(width, height)
-    # The short side gets settings.size pixels, but the long one LONGEST_SIDE at most.
+    # The short side gets settings.size pixels, unless the long one would then exceed LONGEST_SIDE.
     zoom = min(settings.size / short, LONGEST_SIDE / max(width, height))
-    # ours: the short side holds a window, however long the other is.
+    # ours: the short side is at least a window long, even if the long one then exceeds LONGEST_SIDE.
     zoom = max(zoom, model.config.image_size / short)
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)
     logits = settings.scale * scores                                # (M, H, W)
     class_of_name = []
-    for number, n in enumerate(names_per_class):
-        class_of_name += [number] * n
+    for number, count in enumerate(names_per_class):
+        class_of_name += [number] * count
     size = height, width
     all_classes = range(len(names_per_class))
     probability, classes = best_class(logits, size, class_of_name, all_classes)
@@ -369,8 +372,8 @@ def segment_image(model, image, vectors, names_per_class, settings):
 
 
 def best_class(logits, size, class_of_name, candidates):
-    """logits (M, H, W) of M names -> for each pixel of an image of `size` (h, w) the class whose best name has the
-    highest probability, among those classes that are candidates, and this probability, in the softmax over all names.
+    """logits (M, H, W) of M names -> for each pixel of an image of `size` (h, w) the candidate class with the most
+    probable name, and that probability. The softmax runs over all names, candidates or not.
 
     Names are enlarged one by one: for a photo of 12 megapixels and 100 names all at once would take 5 GB.
     """
@@ -395,7 +398,8 @@ def confusion(truth, predicted, classes):
 
 
 def segmentation_figures(matrix, names):
-    """mIoU over classes that occur in truth or prediction, and pixel accuracy. 'classes' counts those of the truth."""
+    """mIoU, averaged over the classes that occur in truth or prediction, and pixel accuracy. 'classes' counts those in
+    the truth, which may be fewer."""
     hit = matrix.diag()
     truth = matrix.sum(dim=1)
     predicted = matrix.sum(dim=0)
@@ -416,7 +420,7 @@ def segmentation_figures(matrix, names):
 # --- 6. Commands -----------------------------------------------------------------------------------------------------
 
 def show(figures, indent=''):
-    """Print nested figures, one a line: fractions in percent, ranks as they are. Lists are for --json only."""
+    """Print nested figures, one per line: fractions in percent, ranks as they are. Lists are for --json only."""
     for name, value in figures.items():
         if isinstance(value, dict):
             print(f'{indent}{name}')
@@ -429,9 +433,9 @@ def show(figures, indent=''):
 
 
 def run_retrieval(args, model, tokenizer, preprocess):
-    need(args.karpathy or not args.split, '--split is for --karpathy only; leave it away')
+    need(args.karpathy or not args.split, '--split is for --karpathy only; omit it')
     need(args.karpathy or args.flickr or not args.images,
-         '--images is for --karpathy and --flickr; leave it away')
+         '--images is for --karpathy and --flickr; omit it')
     if args.shards:
         source = Shards(args.shards, args.caption_keys, split='val')    # with captions of its own
         captions = owner = None
@@ -447,7 +451,7 @@ def run_retrieval(args, model, tokenizer, preprocess):
 def run_classify(args, model, tokenizer, preprocess):
     if args.folder:
         need(not args.split,
-             '--split is for --dataset only; leave it away, or give the folder of a split')
+             '--split is for --dataset only; omit it, or give the folder of a split')
         split = 'none, all images'
         source = folder_set(args.folder, preprocess)
     else:
@@ -472,13 +476,13 @@ def run_classify(args, model, tokenizer, preprocess):
 def run_segment(args, model, tokenizer, preprocess):
     if args.benchmark:
         settings = BENCHMARKS[args.benchmark]
-    else:       # a size in proportion as released, 336 of 224; scale 40; class 0 is no background
+    else:       # 1.5 times the side of the model's images, as 336 is of 224; else the defaults, without a background
         settings = Settings(size=3 * model.config.image_size // 2)
     settings = settings._replace(csa=args.csa)
     synonyms = read_synonyms(args.classes)              # a list of names for each class
-    need(len(synonyms) == (settings.classes or len(synonyms)),
+    need(settings.classes in (0, len(synonyms)),        # 0: any number
          f'{args.classes} has {len(synonyms)} lines, {args.benchmark} has {settings.classes} classes; '
-         'give each its line')
+         'give one line per class')
     names = [of_class[0] for of_class in synonyms]
     names_per_class = [len(of_class) for of_class in synonyms]
     templates = read_templates(args.templates) if args.templates else TEMPLATES
@@ -509,7 +513,7 @@ def execute(args):
 
 
 def main():
-    # The command, CKPT, and its options by their names; --help lists them.
+    # The names of options are those of --help; `command` says which of the three commands was given.
     args = evaluation_options(__doc__, HELD_OUT_KEYS)
     functions = {'retrieval': run_retrieval, 'classify': run_classify, 'segment': run_segment}
     args.function = functions[args.command]

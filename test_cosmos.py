@@ -347,7 +347,7 @@ def test_collectives_of_a_step(monkeypatch, method, forward, backward):
     alone, parts = total_loss(model, out, cls_t, eot_t, terms)
     monkeypatch.setattr(cosmos, 'dist', SimpleNamespace(
         is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: 0,
-        all_gather_into_tensor=all_gather, all_reduce=lambda grad: reduced.append(len(grad))))
+        all_gather_single=all_gather, all_reduce=lambda grad: reduced.append(len(grad))))
     loss, _ = total_loss(model, out, cls_t, eot_t, terms)
     loss.backward()
     assert (gathered, reduced) == (forward, backward)

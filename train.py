@@ -2,10 +2,10 @@
 
     python train.py                                             the built-in set on a laptop, in minutes
     torchrun --nproc_per_node=8 train.py --data /shards         vit-b-16, the paper's recipe, on eight GPUs
-    python train.py --data /shards --accum 8                    the same on one, whose memory holds an eighth of a batch
-    python train.py --init CKPT --data /shards                  COSMOS put onto a CLIP that exists
+    python train.py --data /shards --accum 8                    the same on one GPU that can hold an eighth of a batch
+    python train.py --init CKPT --data /shards                  COSMOS that starts from an existing CLIP
 
-The same command with --resume goes on where the run in --out stopped. --out then holds last.pt (the checkpoint),
+The same command with --resume goes on where the run in --out stopped. A run leaves in --out last.pt (the checkpoint),
 best.pt (the networks with the best R@1 on --val), report.html (the run as a page; maps.npz has its pictures),
 log.jsonl, config.json, eval.json, index.npy and val.npy (of the shards), and lock (who trains there).
 
@@ -20,7 +20,7 @@ over them, how they end) and `runs` (the folder of a run: checkpoints, log, goin
 import os
 
 if __name__ == '__main__':
-    # OpenMP: let idle threads sleep, not spin. torch reads it when it is imported.
+    # OpenMP: let idle threads sleep, not spin. It must be set before torch is imported.
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import math
@@ -55,13 +55,15 @@ from plumbing.tokenizer import Tokenizer, learn_merges
 
 # --- 1. Presets: the sizes of a model, and a recipe ------------------------------------------------------------------
 
-# A recipe: defaults for options. What is typed wins. PAPER is the released recipe for CC3M (train_cc3m.sh).
+# A recipe: defaults for options. Options that are typed take precedence. PAPER is the released recipe for CC3M
+# (train_cc3m.sh).
 PAPER = {
     'batch': 1024, 'lr': 5e-4, 'lr_end': 0.0, 'warmup': 2000, 'wd': 0.5,
     'momentum': 0.999, 'momentum_ramp': 0,
     'local_crops': 6, 'local_captions': 6, 'augment': 'full', 'vocab': 'clip'}
 # Small sets on a laptop. The learning rate ends at a tenth of its peak; after s steps lambda is at most s / (s + 10).
-# Captions there name colours and sides, which a jitter or a flip would make wrong, so images are only cropped.
+# Images are only cropped. Captions of the drawn scenes name colours and sides, which a jitter or a flip would make
+# wrong; on Flickr8k's photographs crops alone found more in a short trial (docs/own-data.md).
 LAPTOP = {
     'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
     'momentum': 0.995, 'momentum_ramp': 10,
@@ -82,7 +84,7 @@ PRESETS = {
     # the paper's main model, 152,382,466 parameters, and the other released one
     'vit-b-16': Preset(Config(), PAPER | {'epochs': 32}),
     'vit-b-32': Preset(Config(patch_size=32), PAPER | {'epochs': 32}),
-    # ours
+    # ours, from here on
     'vit-s-16': Preset(
         Config(embed_dim=384, vision_width=384, vision_heads=6, text_width=384, text_heads=6),
         PAPER | {'epochs': 32}),
@@ -92,7 +94,7 @@ PRESETS = {
                text_width=128, text_layers=2, text_heads=2,
                context_length=64, cross_heads=4),
         LAPTOP | {'steps': 1000}),
-    # some thousand photographs on a laptop, in 20 minutes
+    # some thousand photographs on a laptop, in 10 to 20 minutes
     'photo': Preset(
         Config(embed_dim=128, image_size=64, local_image_size=32, patch_size=8,
                vision_width=128, vision_layers=4, vision_heads=4,
@@ -110,16 +112,16 @@ class Method(NamedTuple):
     has_local_images: bool          # as many as --local-crops says
     has_local_texts: bool           # captions of one sentence, as many as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
-    augments: bool                  # colours and flips change, if the recipe does not say 'crops'
+    augments: bool                  # colours change, and half are flipped, unless --augment says 'crops'
     has_teacher: bool
-    has_cross_attention: bool       # C^I and C^T. Some term must read h_I and h_T, to train them
+    has_cross_attention: bool       # C^I and C^T. They only train if a term reads h_I and h_T
     has_own_scale: bool             # the terms have a temperature of their own, not that of L_CLIP
     terms: Callable                 # what is learned in addition to L_CLIP, a function of cosmos.py
 
 
-# Each row adds to the one above. Only the first and the last are the released code's: clip has open_clip's own crop,
-# and no colours (transform.py:66). The others are our reading of the table's labels. In the paper the first three score
-# far below the CLIP of its Table 1, so they probably had raw captions only: give them --caption-pool raw.
+# Each row of the table adds to the one above. Only clip and cosmos are the released code's: clip has open_clip's own
+# crop, and no colours (its transform.py:66). The others are our reading of the table's labels. In the paper the first
+# three score far below the CLIP of its Table 1, so they probably had raw captions only: give them --caption-pool raw.
 G = GLOBALS
 METHODS = {
     #                       globals   locals         crop  aug-   tea-   cross  own    learns
@@ -130,7 +132,7 @@ METHODS = {
     'text-crop':     Method(G,   G,   True,  True,   0.4,  True,  True,  False, False, image_terms),
     'text-distill':  Method(G,   G,   True,  True,   0.4,  True,  True,  False, False, embedding_terms),
     'cosmos':        Method(G,   G,   True,  True,   0.4,  True,  True,  True,  True,  cosmos_terms),
-    # ours, no rows of the table
+    # ours, not in the table
     'plain':         Method(G,   G,   True,  True,   0.4,  True,  True,  False, True,  plain_terms),
     'across':        Method(G,   G,   True,  True,   0.4,  True,  True,  True,  True,  across_terms)}
 
@@ -154,7 +156,7 @@ class Run:
     processes: Processes
     train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
-    forward: torch.nn.Module        # the student as a step calls it: in parts (--accum), in DDP
+    forward: torch.nn.Module        # the student as a step calls it, inside InParts (--accum) and DDP
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # of fp16; otherwise it does nothing
@@ -181,8 +183,8 @@ class Step(NamedTuple):
     cls_t: torch.Tensor         # of the teacher, (2, B, D), or None
     loss: torch.Tensor
     parts: dict                 # what the loss is the sum of, {name: (weight, term)}
-    norm: torch.Tensor          # that of the gradient
-    finite: bool                # whether the norm is; else the student was not updated
+    norm: torch.Tensor          # the norm of the gradient
+    finite: bool                # the norm is finite; if not, the update was skipped
 
 
 def train_step(run, batch):
@@ -191,12 +193,12 @@ def train_step(run, batch):
     student = run.student
     for group in run.optimizer.param_groups:
         group['lr'] = lr_at(run.step, options)
-    # V tensors (B, 3, s, s). The loader has cropped them, and has drawn how strongly each colour jitter acts. The
-    # jitters run here, in an order that this string seeds, the same on all ranks.
+    # V tensors (B, 3, s, s). The loader has cropped the views and drawn the strengths of the colour jitters. The
+    # jitters run here, on the device; the string seeds their order, so that all ranks have the same one.
     images = batch.views(f'{options.seed} {run.step}')
 
-    # The student sees all views and captions, the teacher the globals, without gradient. Caption 0 comes twice: at full
-    # length for the student, whose C^T reads the padding, and cut, as all other captions are, for the teacher.
+    # The student sees all views and captions. The teacher sees the globals, without gradient. Caption 0 comes twice: at
+    # full length for the student, whose C^T reads the padding, and cut, as all other captions are, for the teacher.
     cls_t = eot_t = None
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
         out = run.forward(images, batch.texts)
@@ -205,10 +207,11 @@ def train_step(run, batch):
 
     loss, parts = total_loss(student, out, cls_t, eot_t, run.method.terms)
     run.optimizer.zero_grad()
-    # DDP averages all gradients in the backward pass, also those of the scales, though only the loss uses them.
+    # In the backward pass DDP averages all gradients, also those of the scales, although they are used outside of
+    # run.forward.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    # A frozen parameter has no gradient.
+    # If you freeze a parameter, it has no gradient.
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
@@ -233,7 +236,8 @@ def train_step(run, batch):
 # Schedules are pure functions of `step`, how many steps have been taken.
 
 def lr_at(step, options):
-    """Linear warm-up to the peak, then a cosine to its share lr_end, 0 as released (scheduler.py:43-53)."""
+    """Linear warm-up to the peak lr, then a cosine down to lr_end times the peak; lr_end is 0 as released
+    (scheduler.py:43-53)."""
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
     progress = (step - options.warmup) / max(options.steps - options.warmup, 1)
@@ -262,7 +266,8 @@ def read_options(argv=None):
 
 
 def identity(options, shards):
-    """What must stay the same when a run goes on, {what: value}. Everything else may change."""
+    """What must stay the same when a run goes on, {what: value}. GLOBALS is among it in case somebody edits it. Other
+    options may change."""
     names = 'preset', 'method', 'batch', 'seed', 'local_crops', 'local_captions'
     same = {'--' + name.replace('_', '-'): getattr(options, name) for name in names}
     return same | {'GLOBALS': GLOBALS, 'fingerprint of --data': shards.fingerprint[:8]}
@@ -276,7 +281,7 @@ def open_shards(options, processes, saved, built_in_set):
     index = f'{options.out}/index.npy'
     val_index = f'{options.out}/val.npy'
     val = None
-    with processes.rank_0_first():          # it reads all headers, and saves what the others map
+    with processes.rank_0_first():          # it scans all headers, and writes an index that the others map
         choose_data(options, built_in_set)
         keys = options.caption_keys or POOL_KEYS[options.caption_pool]
         shards = Shards(options.data, keys, 'train', index)
@@ -316,7 +321,7 @@ def choose_model(options, saved):
         tokenizer = Tokenizer.clip(path, config.context_length)
     method = METHODS[options.method]
     heads = 0
-    if method.has_cross_attention:          # weights without it get as many heads as presets have
+    if method.has_cross_attention:          # a checkpoint without it gets the presets' number of heads
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
     two_scales = method.has_own_scale and not method.has_cross_attention
     return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
@@ -339,7 +344,7 @@ def make_run(options, processes, train_set, weights, batches):
     student = COSMOS(train_set.config).to(device)
     if weights:             # perhaps without cross-attention, or with one that this model lacks
         missing = student.load_state_dict(weights, strict=False).missing_keys
-        fresh = dict.fromkeys(name.partition('.')[0] for name in missing)
+        fresh = dict.fromkeys(name.partition('.')[0] for name in missing)       # each module once, in their order
         print(f"init       {options.init}{'; these start fresh: ' + ', '.join(fresh) if fresh else ''}")
     for tower in student.visual, student.text:
         tower.transformer.grad_checkpointing = options.grad_checkpoint
@@ -353,11 +358,11 @@ def make_run(options, processes, train_set, weights, batches):
 
 
 def set_up(options, processes, built_in_set):
-    """-> run, as it stands before its first step or stood when it stopped; held-out shards."""
+    """-> a run, new or restored from its checkpoint; held-out shards."""
     if processes.device.type == 'cpu':
         use_cores(options.workers)
     saved = runs.read_last(options.out) if options.resume else {}
-    # Checkpoints are told apart by how long they have trained.
+    # How long it has trained tells one checkpoint from another.
     processes.must_agree(saved.get('seconds'), f'{options.out}/last.pt is not the same for all processes; '
                          'let all nodes see the same --out')
     if not saved:
@@ -505,7 +510,7 @@ def print_plan(run, val):
 def begin(run, val, watchers):
     """Before the first step rank 0 prints the plan, and writes config.json. A run that is complete ends here."""
     options = run.options
-    # Without figures the last evaluation was cut short.
+    # Without eval.json the final evaluation was cut short, and is due again.
     has_figures = run.processes.broadcast((run.folder / 'eval.json').exists())
     if run.step >= options.steps and has_figures:
         print(f'nothing is left to do: step {run.step} of {options.steps} is reached')
@@ -546,15 +551,15 @@ def what_is_due(run, progress):
     """-> Due. This is the place to change when a run logs, saves, evaluates or ends.
 
     NB: ranks log, evaluate and end together, and wait forever for one that does not. So decide by what all of them
-    share: the step, the options, run.best, and progress but for its times. Only rank 0 saves, so that may depend on
-    the clock.
+    share: the step, the options, run.best, and progress, except its timings. Only rank 0 saves, so saving may depend
+    on the clock.
     """
     options = run.options
     step = run.step
     finished = step >= options.steps
-    # After a signal the run is saved, to go on another time. There is no time to evaluate it.
+    # After a signal the run is saved, to go on another time. It is not evaluated, unless this was the last step.
     interrupted = progress.signals > 0 and not finished
-    # Every --eval-every steps. Before the first step, too, to show what the networks know untrained.
+    # Every --eval-every steps, and at step 0, to show what the networks know untrained.
     regular = options.val and options.eval_every and step % options.eval_every == 0
     evaluate = finished or (regular and not interrupted)
     # The first step shows early whether all is well. Figures of an evaluation share an entry with the loss.

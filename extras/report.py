@@ -7,7 +7,7 @@ The page is one file that opens from disk; report.html beside this module is its
 of a run of train.py. Before the first step and at each evaluation it leaves in maps.npz what the page shows beside
 config.json, log.jsonl and eval.json. So the page needs neither weights nor data.
 
-The page computes matrices and losses itself, from the vectors of one batch, and shows beside each what Python had.
+The page computes matrices and losses itself, from the vectors of one batch. A button shows beside each what Python had.
 """
 import base64
 import inspect
@@ -213,6 +213,7 @@ class Report:
             'pairs': pairs,
             'counts': run.train_set.counts,
             'code': code,
+            'terms': run.method.terms.__qualname__,
             'command': shlex.join(['python', *sys.argv]),
             'machine': machine})
         self.keep_step(run)

@@ -1,11 +1,11 @@
 """A whole training run of COSMOS on one page, without options, checkpoints or several GPUs.
 
-    python -m lesson.onepage            draws scenes, trains for some minutes on two CPU cores, prints figures
+    python -m lesson.onepage            draws scenes, trains for a few minutes on two CPU cores, prints the scores
 
-It takes the student, the teacher and the losses from cosmos.py, the views from data.py, and drawn scenes from
-lesson/scenes.py. `python train.py --preset tiny` takes the same steps. A test compares the two after 20 of them, with
---precision fp32 and --batch 4: student, teacher and optimizer are equal, bit for bit. The rest of train.py is options,
-logging and recovery.
+Student, teacher and losses come from cosmos.py, whose head explains the names (B, V, U, C^T, cls_t), the views from
+data.py, the drawn scenes from lesson/scenes.py. `python train.py --preset tiny` takes the same steps: a test compares
+the two after 20 of them, with --precision fp32 and --batch 4, and student, teacher and optimizer are equal, bit for
+bit. The rest of train.py is options, logging and recovery.
 """
 import math
 
@@ -31,7 +31,7 @@ def learn_tokenizer(shards):
 
 
 def learning_rate(step, steps, peak):
-    """It rises for a tenth of the run, at most 100 steps, then falls along a cosine to a tenth of the peak."""
+    """The rate rises for a tenth of the run, at most 100 steps, then falls along a cosine to a tenth of the peak."""
     warmup = min(100, steps // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -43,13 +43,14 @@ def learning_rate(step, steps, peak):
 def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **changes):
     """-> student, teacher, optimizer. folder: scenes as lesson/scenes.py draws them, or other shards. rate: the peak.
 
-    changes: what an experiment of the course has otherwise than COSMOS, by the names in lesson/setting.py.
+    changes: what an experiment of the course changes, one of the fields of Setting (lesson/setting.py).
     """
-    setting = Setting(**changes)                        # model, losses and views: those of COSMOS
-    keep_memory()                                       # makes a CPU a tenth faster
+    # Without changes: COSMOS, its four terms, 2 + 2 views of the image, 2 + 2 captions, 4 heads in C^I and in C^T.
+    setting = Setting(**changes)
+    keep_memory()                                       # freed memory stays at hand: a tenth faster on a CPU
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = choose_dtype(precision, device)             # bfloat16 where it is fast; None: float32
-    multiple = 8 if dtype else 1                        # caption lengths: half precision likes 8
+    multiple = 8 if dtype else 1                        # half precision is faster with captions of 8, 16, ... tokens
 
     # Sizes are those of the preset `tiny` of train.py.
     shards = Shards(folder, split='train')
@@ -59,7 +60,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
                     vision_width=96, vision_layers=4, vision_heads=3,
                     text_width=128, text_layers=2, text_heads=2,
                     context_length=CONTEXT, vocab_size=tokenizer.vocab_size)
-    # (epoch, index of a pair) -> random crops of the image, random sentences of its captions as ids
+    # train_set[epoch, index] gives random crops of that pair's image, and random sentences of its captions as ids.
     train_set = Crops(shards, tokenizer, config, seed, setting.counts, setting.augment, setting.crop_min)
 
     # Student, teacher, optimizer. Weight decay is for matrices, not for biases, LayerNorms and scales.
@@ -76,14 +77,15 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, rate)
 
-        # A batch of B pairs. Captions are cut, but C^T reads the padding of caption 0, so that one stays whole.
-        samples = [train_set[place] for place in places]
+        # A batch of B pairs. Captions are cut behind the longest. Caption 0 keeps its padding, because C^T reads it.
+        samples = [train_set[place] for place in places]                # a place is (epoch, index)
         inputs = collate(samples, multiple, whole_first=setting.heads > 0,
                          global_texts=setting.counts.global_texts).to(device)
-        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s)
+        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); the string seeds colour changes
         texts = inputs.texts                            # U tensors (B, T)
 
-        # The student sees all views and captions, the teacher the globals, with caption 0 cut like the others.
+        # The student sees all views and captions. The teacher sees the globals only; it has no C^T, so its caption 0 is
+        # cut like the others.
         cls_t = eot_t = None
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = student(images, texts)
@@ -91,7 +93,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
                 cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
         loss, parts = total_loss(student, out, cls_t, eot_t, setting.terms)     # in float32
 
-        # The student follows the gradient, the teacher the student. lambda starts low, to forget the random start.
+        # The student follows the gradient, the teacher follows the student. A low lambda forgets the random start.
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -106,12 +108,12 @@ def main():
     Parser(prog='python -m lesson.onepage', epilog=__doc__).parse_args()
     folder = built_in_set()
     _, teacher, _ = train(folder)
-    model = teacher.model               # the average of many students knows more than the last one
+    model = teacher.model               # the average of many students scores better than the last one
     tokenizer = learn_tokenizer(Shards(folder, split='train'))          # the same as in `train`
     scored = model, tokenizer, preprocessing(model.config.image_size)
     held_out = Shards(folder, split='val')
     figures, image_features = zero_shot_retrieval(*scored, held_out)
-    show(figures | suppression.during_training(*scored, image_features, held_out))      # objects named
+    show(figures | suppression.during_training(*scored, image_features, held_out))      # and which objects are named
 
 
 if __name__ == '__main__':

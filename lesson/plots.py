@@ -1,6 +1,6 @@
-"""Figures, tables and pictures of the course, from lesson/results.csv alone.
+"""Figures, tables and pictures of the course, from lesson/results.csv; and the picture of the method.
 
-    python -m lesson.plots              write them: into both README.md, lesson/RESULTS.md, assets/lesson-*.png
+    python -m lesson.plots              write them: into both README.md, lesson/RESULTS.md, assets/lesson-*
     python -m lesson.plots --accept     the same, also where a figure of the text moves by more than 5 points
     python -m lesson.plots --check      are the runs complete, and does all of that agree with them?
     python -m lesson.plots --mine       the pictures once more, with your own runs as stars, into runs/lesson
@@ -33,7 +33,7 @@ from statistics import fmean, stdev
 import numpy as np
 from PIL import Image
 
-from lesson import experiments, photos
+from lesson import experiments, photos, picture
 from lesson.experiments import COMPANY, EQUAL_COMMITS, METHODS, RESULTS, WORLDS, missing_runs, read_results
 from lesson.scenes import World, draw_scene
 from plumbing.errors import Refused, command, need
@@ -513,6 +513,9 @@ def check_pages():
     for name in PICTURES:
         description = Image.open(PICTURE.format(name)).text.get('Description')
         need(description == digest(), f'the picture {name} was drawn from other rows; {REMEDY}')
+    for path, svg in picture.drawn_steps().items():
+        drawn = picture.without_pixels(Path(path).read_text())
+        need(drawn == picture.without_pixels(svg), f'{path} is not what lesson/picture.py draws; {REMEDY}')
 
 
 def check_runs():
@@ -553,6 +556,8 @@ def main():
         for page, text in zip(PAGES, texts):
             page.write_text(text)
         APPENDIX.write_text(appendix())
+        for file, svg in picture.drawn_steps().items():
+            Path(file).write_text(svg)
     for name in PICTURES:
         draw(name, path.format(name))
 

@@ -3,6 +3,7 @@ compared with.
 
     pytest tests/test_lesson.py
 """
+import base64
 import io
 import json
 import re
@@ -13,6 +14,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree.ElementTree import fromstring
 
 import numpy as np
 import pytest
@@ -25,9 +27,9 @@ import eval
 import train
 from cosmos import (COSMOS, Output, Teacher, across_terms, cosmos_terms, gather, match, no_terms,
                     total_loss, unit)
-from data import Shards, Tokenizer
+from data import Counts, Crops, Shards, Tokenizer
 from eval import embed_images, embed_texts, load, preprocessing, shard_image
-from lesson import experiments, onepage, photos, plots, scenes, suppression
+from lesson import experiments, onepage, photos, picture, plots, scenes, suppression
 from lesson.experiments import EXPERIMENTS, METHODS, Variant
 from lesson.scenes import COLORS, NAMES, SHAPES, World, draw_scene, make_scenes, mask_of
 from lesson.setting import Setting
@@ -735,6 +737,7 @@ def test_intervals_by_hand():
 def families(course, monkeypatch):
     """Variants clip, b and c, with rows of seeds 0 to 2; two comparisons. Seed 100 is of no experiment here."""
     monkeypatch.setattr(plots, 'PICTURES', {})
+    monkeypatch.setattr(picture, 'PICTURES', {})
     monkeypatch.setattr(plots, 'COMPARISONS', {'one': {'small.top1': 'b~clip c~clip'}})
     plots.EXPERIMENTS['one'] |= {
         'clip': Variant('clip'),
@@ -816,12 +819,12 @@ def test_check(course, monkeypatch):
     Path('assets').mkdir()
     drawn = []
 
-    def picture(figure):
+    def show(figure):
         axis = figure.subplots()
         plots.show_runs(axis, 'one', 'clip', 'small.top1', 0)
         drawn.append([line.get_ydata().tolist() for line in axis.lines])
 
-    monkeypatch.setattr(plots, 'PICTURES', {'a': (picture, (1, 1))})
+    monkeypatch.setattr(plots, 'PICTURES', {'a': (show, (1, 1))})
     monkeypatch.setattr(plots, 'MINE', [])
     variants = {'clip': Variant('clip', seeds=range(2))}
     for module in experiments, plots:
@@ -849,6 +852,30 @@ def test_check(course, monkeypatch):
         path.write_text(text)
     plots.APPENDIX.write_text(plots.appendix())
     assert 'the picture a was drawn from other rows' in run(plots, '--check')
+    assert run(plots) is None
+    path, *_ = picture.PICTURES
+    put(path, Path(path).read_text().replace('eot_t', 'eot'))
+    assert f'{path} is not what lesson/picture.py draws; run python -m lesson.plots' in run(plots, '--check')
+
+
+def test_the_picture_of_a_step():
+    """oracle: Crops, on the same scene with the recipe of `tiny`. The drawing has the names of cosmos.py, and each page
+    of the course another picture; the pictures are well-formed."""
+    (_, image), (_, record) = draw_scene(World(), 'train', picture.PAIR)
+    shards = SimpleNamespace(image=lambda i: image, pool=lambda i: json.loads(record)['captions'])
+    crops = Crops(shards, None, train.PRESETS['tiny'].sizes, 0, Counts(2, 2, 2, 2), 'crops')
+    views, _, captions, _ = crops.sample(picture.EPOCH, picture.PAIR)
+    steps = picture.drawn_steps()
+    large, *small = [fromstring(svg) for svg in steps.values()]
+    words = [text.text for text in large.iter('{http://www.w3.org/2000/svg}text')]
+    for name in *captions, *captions[:2], 'cls', 'eot', 'h_I', 'h_T', 'cls_t', 'eot_t', 'L_CLIP':
+        words.remove(name)
+    assert 'C^I: a sentence' in words and 'C^T: a view' in words
+    found = [pixels.get('href') for pixels in large.iter('{http://www.w3.org/2000/svg}image')]
+    for view, uri in zip(views, found, strict=True):
+        pixels = Image.open(io.BytesIO(base64.b64decode(uri.partition(',')[2])))
+        assert_close(torch.from_numpy(np.array(pixels)), view.permute(1, 2, 0), rtol=0, atol=1)
+    assert len(set(steps.values())) == len(steps) == 5
 
 
 # --- Photographs -----------------------------------------------------------------------------------------------------
