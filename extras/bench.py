@@ -15,8 +15,6 @@ import json
 import random
 import statistics
 import time
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cosmos
 import train
-from cosmos import COSMOS, GLOBALS, Output, Teacher
+from cosmos import COSMOS, GLOBALS, Teacher
 from data import Crops, check_batch
 from extras.prepare import counts_of
 from plumbing.errors import Unreadable, command

@@ -2,7 +2,6 @@
 eight segmentation sets. eval.py has the measures."""
 import inspect
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
