@@ -862,7 +862,7 @@ def test_the_picture_of_a_step():
     """oracle: Crops, on the same scene with the recipe of `tiny`. The drawing has the names of cosmos.py, and each page
     of the course another picture; the pictures are well-formed."""
     (_, image), (_, record) = draw_scene(World(), 'train', picture.PAIR)
-    shards = SimpleNamespace(image=lambda i: image, pool=lambda i: json.loads(record)['captions'])
+    shards = SimpleNamespace(pair=lambda i: (json.loads(record)['captions'], image))
     crops = Crops(shards, None, train.PRESETS['tiny'].sizes, 0, Counts(2, 2, 2, 2), 'crops')
     views, _, captions, _ = crops.sample(picture.EPOCH, picture.PAIR)
     steps = picture.drawn_steps()
