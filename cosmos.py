@@ -1,11 +1,11 @@
 """COSMOS: cross-modality self-distillation for vision-language pre-training (CVPR 2025, arXiv 2412.01814).
 
-CLIP matches one vector of an image with one vector of its caption, and in each of them big objects drown small ones.
-COSMOS takes several views of both: large and small crops of the image, groups of sentences and single sentences of the
-caption. A student network sees all of them. A teacher network, a slow average of the student, sees only the global
+CLIP matches one vector of an image with one vector of its caption, and in each of them big objects drown out small
+ones. COSMOS takes several views of both: large and small crops of the image, groups of sentences and single sentences
+of the caption. A student network sees all of them. A teacher network, a slow average of the student, sees only the global
 ones: large crops, groups of sentences. In the student, cross-attention lets each vector of one modality read the tokens
-of the other. What it has read is added to it, and the sum is trained to find its own pair among the teacher's vectors
-of all pairs. So a sentence about a small object is meant to find that object in the image.
+of the other. What it has read is added to it, and the sum is trained to find the teacher's vectors of the same pair
+among those of all pairs. So a sentence about a small object is meant to find that object in the image.
 
 Notation, in shapes:
     B pairs on this GPU     N pairs on all GPUs             V image views, 2 global + local
@@ -50,11 +50,11 @@ One training step. Every name is that of the code below.
     teacher.update(model, momentum)    # the paper's lambda, 0.999 at batch 1,024
 
 Read it beside Section 3 of the paper. Parts 2-4 are COSMOS: student, teacher, losses. Part 5 is for several GPUs, and
-may be skipped, because on one GPU `gather` pairs each tensor with itself. Parts 6-7 are CLIP's towers and transformer.
-If you know them, read only how a tower treats its views (class Tower).
+may be skipped, because on one GPU `gather` only says that queries and keys are the same vectors. Parts 6-7 are CLIP's
+towers and transformer. If you know them, read only how a tower treats its views (class Tower).
 
 We follow the released code (github.com/ExplainableML/cosmos); `model.py:274` and the like are lines of it. Where the
-paper is not clear, the code decides, and a mark says so:
+paper is silent or differs, that code decides, and a mark says so:
     code≠paper: the paper says something else.          paper silent: the paper does not say, as far as we know.
     ours: here we differ from the released code on purpose.
 """
@@ -270,14 +270,14 @@ class Teacher(nn.Module):
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-MANY = 2 ** 24      # logits of one L_nce that are no longer kept: 67 MB, those of 8 x 2 views of 1,024 pairs
+MANY = 2 ** 24      # from so many logits on an L_nce does not keep them: 67 MB, those of 8 x 2 views of 1,024 pairs
 
 
 def nce(queries, keys, scale):
-    """L_nce: query i must find key i among all N. The mean over all V x U pairs of views and their B queries.
+    """L_nce: query i must find key i among all N. Averaged over the V x U pairs of views and the B queries.
 
-    queries (V, B, D) of this GPU, keys (U, N, D) of all GPUs, of unit length. Here V and U count the views of the
-    queries and of the keys, whichever modality they are. scale = 1/temperature.
+    Here V and U count the views of the queries and of the keys, whichever modality they are. queries (V, B, D) of this
+    GPU, keys (U, N, D) of all GPUs, of unit length. scale = 1/temperature.
 
     By hand, with one view each: queries (1, 0) and (0, 1), keys (1, 0) and (0.6, 0.8), scale 1. The logits are
     [[1, 0.6], [0, 0.8]]. Query 0 costs ln(1 + e^-0.4) = 0.5130, query 1 ln(1 + e^-0.8) = 0.3711; the mean is 0.4421.
@@ -321,7 +321,7 @@ def clip_loss(out, scale):
     Cross-attention has no part in it: it is CLIP's loss on [cls] and [eot].
 
     code≠paper, perhaps: local image views stay out, because the authors' trial with them overfitted
-    (loss.py:203-206). The paper may take all crops: a summary says so, so look into your copy.
+    (loss.py:203-206). The paper may take all crops: one summary says so; check your copy.
     """
     return match(*gather(out.cls[:GLOBALS], out.eot), scale)
 
@@ -329,7 +329,7 @@ def clip_loss(out, scale):
 def cosmos_terms(out, cls_t, eot_t, scale):
     """The four terms of L_COSMOS by name.                                                            Sec. 3.3, Eq. 6
 
-    total_loss weighs them equally, so that with a fifth one each would weigh 1/5. Each pairs every student view with
+    total_loss weighs them equally; if you add a fifth, each weighs 1/5. Each pairs every student view with
     both teacher views, 8 x 2 pairs. Student view 0 with teacher view 0 counts as well, and 1 with 1 (paper silent;
     loss.py:131-139); DINO leaves them out. scale = exp(distill_logit_scale).
     """
@@ -352,11 +352,11 @@ def cosmos_loss(out, cls_t, eot_t, scale):
 
 
 def across_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 without its two shortcuts, for the method `across` of train.py. ours: it is not in the paper, but on page 5
-    of lesson/README.md.
+    """Eq. 6 without its two shortcuts, for the method `across` of train.py. ours: it is not in the paper; see page 5 of
+    lesson/README.md.
 
-    h_T has read the image, so it can find the image's cls_t by copying what it has read. Here eot looks for cls_t
-    instead, which has seen only text. In the same way cls takes the place of h_I when eot_t is sought.
+    h_T has read the image, so it can find the image's cls_t by copying what it has read. Here eot, which has seen only
+    text, looks for cls_t instead. In the same way cls takes the place of h_I when eot_t is sought.
     """
     cls, eot, h_I, h_T = gather(out.cls, out.eot, out.h_I, out.h_T)
     cls_t, eot_t = gather(cls_t, eot_t)

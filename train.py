@@ -63,7 +63,7 @@ PAPER = {
     'local_crops': 6, 'local_captions': 6, 'augment': 'full', 'vocab': 'clip'}
 # Small sets on a laptop. The learning rate ends at a tenth of its peak; after s steps lambda is at most s / (s + 10).
 # Images are only cropped. Captions of the drawn scenes name colours and sides, which a jitter or a flip would make
-# wrong; on Flickr8k's photographs crops alone found more in a short trial (docs/own-data.md).
+# wrong; on Flickr8k's photographs crops alone retrieved more in a short trial (docs/own-data.md).
 LAPTOP = {
     'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
     'momentum': 0.995, 'momentum_ramp': 10,
@@ -112,7 +112,7 @@ class Method(NamedTuple):
     has_local_images: bool          # as many as --local-crops says
     has_local_texts: bool           # captions of one sentence, as many as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
-    augments: bool                  # colours change, and half are flipped, unless --augment says 'crops'
+    augments: bool                  # colour jitter, and a flip of half the views, unless --augment says 'crops'
     has_teacher: bool
     has_cross_attention: bool       # C^I and C^T. They only train if a term reads h_I and h_T
     has_own_scale: bool             # the terms have a temperature of their own, not that of L_CLIP
@@ -151,7 +151,7 @@ def recipe_of(preset, method, init):
 
 @dataclass
 class Run:
-    """What a step needs and changes."""
+    """What a step needs and changes, and what the loop notes of the run."""
     options: Namespace              # all that --help lists, see read_options
     processes: Processes
     train_set: data.Crops           # has the model's Config and the tokenizer, too
@@ -215,7 +215,7 @@ def train_step(run, batch):
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
-    # DDP has averaged: all ranks have the same gradient. So a step that is not finite on one is left out by all.
+    # DDP has averaged: all ranks have the same gradient. So if the step of one rank is not finite, all ranks skip it.
     finite = bool(norm.isfinite())
     if finite:
         if options.clip_grad:
@@ -540,7 +540,7 @@ def finish(run, figures, watchers):
 # --- 6. A run, from the command line to the figures ------------------------------------------------------------------
 
 class Due(NamedTuple):
-    """What the loop does after run.step steps, before the next one. Each is true or false."""
+    """What the loop does after run.step steps, before the next one. Each counts as true or false."""
     log: bool
     save: bool
     evaluate: bool
@@ -548,7 +548,8 @@ class Due(NamedTuple):
 
 
 def what_is_due(run, progress):
-    """-> Due. This is the place to change when a run logs, saves, evaluates or ends.
+    """-> Due. Change here at which steps a run logs, saves, evaluates or ends. run.best is that of the evaluations so
+    far, without one that is due now.
 
     NB: ranks log, evaluate and end together, and wait forever for one that does not. So decide by what all of them
     share: the step, the options, run.best, and progress, except its timings. Only rank 0 saves, so saving may depend
@@ -562,7 +563,8 @@ def what_is_due(run, progress):
     # Every --eval-every steps, and at step 0, to show what the networks know untrained.
     regular = options.val and options.eval_every and step % options.eval_every == 0
     evaluate = finished or (regular and not interrupted)
-    # The first step shows early whether all is well. Figures of an evaluation share an entry with the loss.
+    # The first step shows early whether all is well. An evaluation logs the loss, too, so that both are in one entry.
+    # progress.done: the last Step; None before the first one, when there is nothing to log.
     log = progress.done and (evaluate or step == 1 or step % options.log_every == 0)
     # An evaluation takes long, and may fail, so the run is saved before it.
     overdue = 0 < 60 * options.save_minutes < time.perf_counter() - run.saved_at
@@ -574,7 +576,8 @@ def what_is_due(run, progress):
 def main(argv=None, watchers=(), built_in_set=None):
     """A run. It ends the process, with status 0 when all steps are done.
 
-    Rank 0 calls begin(run), evaluated(run, an Evaluated) -> more figures, and finish(run) of every watcher.
+    A watcher has the methods begin(run), evaluated(run, an Evaluated) -> more figures, and finish(run); rank 0 calls
+    them.
     built_in_set(): draws shards, and returns their folder; for a run without --data.
     """
     options = read_options(argv)
@@ -604,6 +607,7 @@ def main(argv=None, watchers=(), built_in_set=None):
                 break
 
             batch = progress.next_batch(run.batches)
+            # Ranks add these numbers up while the step runs.
             sums = processes.sum_meanwhile(lambda: [batch.bad, len(caught)])
             done = train_step(run, batch.to(processes.device))
             bar.update()
@@ -619,7 +623,7 @@ def main(argv=None, watchers=(), built_in_set=None):
         processes.leave(0)
     print(f'stopped    step {run.step} is saved; the same command with --resume --out {run.folder} goes on')
     number = caught[0] if caught else SIGTERM           # another rank may have got it
-    processes.leave(128 + number)                       # as a shell has it
+    processes.leave(128 + number)                       # the status that a shell reports
 
 
 if __name__ == '__main__':

@@ -43,9 +43,9 @@ def learning_rate(step, steps, peak):
 def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **changes):
     """-> student, teacher, optimizer. folder: scenes as lesson/scenes.py draws them, or other shards. rate: the peak.
 
-    changes: what an experiment of the course changes, one of the fields of Setting (lesson/setting.py).
+    changes: fields of Setting (lesson/setting.py) that an experiment of the course changes.
     """
-    # Without changes: COSMOS, its four terms, 2 + 2 views of the image, 2 + 2 captions, 4 heads in C^I and in C^T.
+    # Without changes this is COSMOS: four terms, 2 + 2 views of the image, 2 + 2 captions, 4 heads in C^I and in C^T.
     setting = Setting(**changes)
     keep_memory()                                       # freed memory stays at hand: a tenth faster on a CPU
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -77,23 +77,25 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, rate)
 
-        # A batch of B pairs. Captions are cut behind the longest. Caption 0 keeps its padding, because C^T reads it.
+        # A batch of B pairs. Captions are padded only to the longest. Caption 0 keeps its padding, because C^T reads
+        # it.
         samples = [train_set[place] for place in places]                # a place is (epoch, index)
         inputs = collate(samples, multiple, whole_first=setting.heads > 0,
                          global_texts=setting.counts.global_texts).to(device)
-        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); the string seeds colour changes
+        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); the string seeds the order of jitters
         texts = inputs.texts                            # U tensors (B, T)
 
-        # The student sees all views and captions. The teacher sees the globals only; it has no C^T, so its caption 0 is
-        # cut like the others.
+        # The student sees all views and captions. The teacher sees the globals only; it does not run C^T, so its
+        # caption 0 is cut like the others.
         cls_t = eot_t = None
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = student(images, texts)
-            if setting.terms is not no_terms:           # L_CLIP alone needs no teacher
+            if setting.terms is not no_terms:           # L_CLIP alone needs no vectors of the teacher
                 cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
         loss, parts = total_loss(student, out, cls_t, eot_t, setting.terms)     # in float32
 
-        # The student follows the gradient, the teacher follows the student. A low lambda forgets the random start.
+        # The student follows the gradient, the teacher follows the student. lambda starts low, so that the teacher soon
+        # forgets its random start.
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -113,7 +115,7 @@ def main():
     scored = model, tokenizer, preprocessing(model.config.image_size)
     held_out = Shards(folder, split='val')
     figures, image_features = zero_shot_retrieval(*scored, held_out)
-    show(figures | suppression.during_training(*scored, image_features, held_out))      # and which objects are named
+    show(figures | suppression.during_training(*scored, image_features, held_out))      # whether objects are named
 
 
 if __name__ == '__main__':
