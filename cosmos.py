@@ -2,10 +2,10 @@
 
 CLIP matches one vector of an image with one vector of its caption, and in each of them big objects drown out small
 ones. COSMOS takes several views of both: large and small crops of the image, groups of sentences and single sentences
-of the caption. A student network sees all of them. A teacher network, a slow average of the student, sees only the global
-ones: large crops, groups of sentences. In the student, cross-attention lets each vector of one modality read the tokens
-of the other. What it has read is added to it, and the sum is trained to find the teacher's vectors of the same pair
-among those of all pairs. So a sentence about a small object is meant to find that object in the image.
+of the caption. A student network sees all of them. A teacher network, a slow average of the student, sees only the
+global ones: large crops, groups of sentences. In the student, cross-attention lets each vector of one modality read the
+tokens of the other. What it has read is added to it, and the sum is trained to find the teacher's vectors of the same
+pair among those of all pairs. So a sentence about a small object is meant to find that object in the image.
 
 Notation, in shapes:
     B pairs on this GPU     N pairs on all GPUs             V image views, 2 global + local

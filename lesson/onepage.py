@@ -85,8 +85,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
         images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); the string seeds the order of jitters
         texts = inputs.texts                            # U tensors (B, T)
 
-        # The student sees all views and captions. The teacher sees the globals only; it does not run C^T, so its
-        # caption 0 is cut like the others.
+        # The student sees all views and captions. The teacher sees the globals; without C^T its caption 0 is cut, too.
         cls_t = eot_t = None
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = student(images, texts)
@@ -94,8 +93,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
                 cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
         loss, parts = total_loss(student, out, cls_t, eot_t, setting.terms)     # in float32
 
-        # The student follows the gradient, the teacher follows the student. lambda starts low, so that the teacher soon
-        # forgets its random start.
+        # The student follows the gradient, the teacher follows the student. A low lambda forgets the random start soon.
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
