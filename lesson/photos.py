@@ -55,8 +55,8 @@ class Photos(NamedTuple):
 
     def recipe(self):
         """All that makes a run but its seed, in words."""
-        return (f'{self.method}, {self.photographs} photographs of Flickr8k, batch {BATCH}, steps {self.steps}, '
-                f'rate {self.rate}')
+        return (f'{self.method}, {self.photographs} photographs of Flickr8k, batch {BATCH}, '
+                f'steps {self.steps}, rate {self.rate}')
 
 
 # Of each method: the label in plots, the steps that take as long as those of COSMOS, and the best rate for them.
@@ -75,12 +75,16 @@ def tune(tried, steps):
     variants = {}
     for method, rates in tried.items():
         for rate in map(float, rates.split()):
-            variants[f'{method}-{rate:g}'] = Photos(method, steps[method], rate, TUNED_ON, is_scored=False)
+            name = f'{method}-{rate:g}'
+            variants[name] = Photos(method, steps[method], rate, TUNED_ON, is_scored=False)
     return variants
 
 
 def race(methods, steps, rates, seeds, **how):
-    return {method: Photos(method, steps[method], rates[method], seeds, **how) for method in methods.split()}
+    variants = {}
+    for method in methods.split():
+        variants[method] = Photos(method, steps[method], rates[method], seeds, **how)
+    return variants
 
 
 SAME_PAIRS = dict.fromkeys(MINUTES, STEPS)
@@ -92,7 +96,8 @@ def fewer():
     """Half and a quarter of the photographs, in the same minutes."""
     variants = {}
     for photographs in 1500, 3000:
-        for method, variant in race('clip plain cosmos', MINUTES, RATES, THREE, photographs=photographs).items():
+        of_each = race('clip plain cosmos', MINUTES, RATES, THREE, photographs=photographs)
+        for method, variant in of_each.items():
             variants[f'{method}-{photographs}'] = variant
     return variants
 
@@ -114,7 +119,8 @@ COMPARISONS = {
     'photo-minutes': {RECALL: RIVALS},
     'photo-longer': {RECALL: 'cosmos~clip cosmos~plain plain~clip'},
     'photo-fewer': {
-        RECALL: 'cosmos-1500~clip-1500 cosmos-1500~plain-1500 cosmos-3000~clip-3000 cosmos-3000~plain-3000'}}
+        RECALL: 'cosmos-1500~clip-1500 cosmos-1500~plain-1500 '
+                'cosmos-3000~clip-3000 cosmos-3000~plain-3000'}}
 
 # --- 2. One run ------------------------------------------------------------------------------------------------------
 
@@ -131,9 +137,13 @@ def shard_folder(flickr8k, photographs):
         if photographs < ALL:
             kept = read_json(FEWER)[:photographs]
         kept = set(kept)
-        images = [image for image in listing['images'] if image['split'] != 'train' or image['imgid'] in kept]
-        write_json(FOLDER / f'{photographs}.json', {'images': images})
-        call(['-m', 'extras.prepare', 'pack', FOLDER / f'{photographs}.json', flickr8k / 'Images', folder])
+        images = []
+        for image in listing['images']:
+            if image['split'] != 'train' or image['imgid'] in kept:
+                images.append(image)
+        shorter = FOLDER / f'{photographs}.json'
+        write_json(shorter, {'images': images})
+        call(['-m', 'extras.prepare', 'pack', shorter, flickr8k / 'Images', folder])
     return folder
 
 
@@ -148,15 +158,16 @@ def commands(variant, seed, flickr8k):
     best = out / 'best.pt'
     shards = FOLDER / f'shards-{variant.photographs}'
     found = {'train': [
-        'train.py', '--data', shards, '--preset', 'photo', '--method', variant.method, '--steps', variant.steps,
-        '--lr', variant.rate, '--seed', seed, '--eval-every', ceil(variant.steps / 8), '--precision', 'bf16',
-        '--workers', 0, '--out', out]}
+        'train.py', '--data', shards, '--preset', 'photo', '--method', variant.method,
+        '--steps', variant.steps, '--lr', variant.rate, '--seed', seed,
+        '--eval-every', ceil(variant.steps / 8), '--precision', 'bf16', '--workers', 0, '--out', out]}
     if variant.is_scored:
         found['retrieval'] = [
-            'eval.py', 'retrieval', best, '--karpathy', flickr8k / 'dataset_flickr8k.json', '--split', 'test',
-            '--images', flickr8k / 'Images', '--json', out / 'retrieval.json']
+            'eval.py', 'retrieval', best, '--karpathy', flickr8k / 'dataset_flickr8k.json',
+            '--split', 'test', '--images', flickr8k / 'Images', '--json', out / 'retrieval.json']
         if CIFAR10.is_dir():
-            found['cifar10'] = ['eval.py', 'classify', best, '--folder', CIFAR10, '--json', out / 'cifar10.json']
+            found['cifar10'] = [
+                'eval.py', 'classify', best, '--folder', CIFAR10, '--json', out / 'cifar10.json']
         if METHODS[variant.method].has_cross_attention:
             found['conflict'] = ['-m', 'lesson.suppression', best, '--shards', shards / 'val',
                                  '--json', out / 'conflict.json']
@@ -175,7 +186,9 @@ def make_row(variants, flickr8k, key):
         call(arguments)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if what == 'train':                             # time of its core: another program may share it
-            figures['seconds'] = int(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+            user = after.ru_utime - before.ru_utime
+            system = after.ru_stime - before.ru_stime
+            figures['seconds'] = int(user + system)
             figures |= validation(out)
         else:
             figures |= test_figures(what, read_json(out / f'{what}.json'))
@@ -223,7 +236,8 @@ def main():
             for seed in variant.seeds[:args.seeds]:
                 _, words = commands(variant, seed, args.flickr8k)
                 print(f'# {name}, seed {seed}')
-                print(' && '.join('OMP_NUM_THREADS=1 ' + shlex.join(each) for each in words.values()))
+                lines = ['OMP_NUM_THREADS=1 ' + shlex.join(each) for each in words.values()]
+                print(' && '.join(lines))
         return
     need((args.flickr8k / 'dataset_flickr8k.json').exists(),
          f'{args.flickr8k} has no dataset_flickr8k.json; docs/own-data.md says where to get it')
