@@ -945,6 +945,20 @@ def test_rows_of_photographs(album, monkeypatch, capsys):
     assert not any(name.startswith('retrieval') for name in photos.make_row(variants, flickr8k, (3, 'tuned')))
 
 
+def test_races_of_photographs():
+    """oracle: by hand. From the same pairs all methods see 800 steps of 64; those of a longer race take three times the
+    steps; a rate is chosen on a seed that no race has."""
+    for variant in photos.EXPERIMENTS['photo-pairs'].values():
+        assert variant.steps * photos.BATCH == 51_200
+    for method, variant in photos.EXPERIMENTS['photo-longer'].items():
+        assert variant.steps == 3 * photos.EXPERIMENTS['photo-minutes'][method].steps
+    tuned, raced = set(), set()
+    for variants in photos.EXPERIMENTS.values():
+        for variant in variants.values():
+            (raced if variant.is_scored else tuned).update(variant.seeds)
+    assert tuned and not tuned & raced
+
+
 def test_photographs_that_are_kept():
     """oracle: half of the training photographs, each once, and no others."""
     kept = read_json(photos.FEWER)
