@@ -59,10 +59,11 @@ class Photos(NamedTuple):
                 f'steps {self.steps}, rate {self.rate}')
 
 
-# Of each method: the label in plots, the steps that take as long as those of COSMOS, and the best rate for them.
+# For each method: its label in plots, and the steps that take as long as those of COSMOS.
 LABELS = {'clip': 'CLIP', 'clip-aug': 'CLIP, two crops', 'plain': 'COSMOS without cross-attention',
           'across': 'COSMOS that reads across', 'cosmos': 'COSMOS'}
 MINUTES = {'clip': 2740, 'cosmos': STEPS, 'plain': 870, 'clip-aug': 1840, 'across': STEPS}
+# The best rates. Until `photo-tune` and `photo-tune-pairs` have all their rows, they are those of the preset.
 RATES = {'clip': 1e-3, 'clip-aug': 1e-3, 'plain': 1e-3, 'across': 1e-3, 'cosmos': 1e-3}
 PAIRS_RATES = RATES
 TUNED_ON = range(100, 101)              # a seed that no other experiment uses
