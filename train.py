@@ -94,7 +94,7 @@ PRESETS = {
                text_width=128, text_layers=2, text_heads=2,
                context_length=64, cross_heads=4),
         LAPTOP | {'steps': 1000}),
-    # some thousand photographs on a laptop, in 10 to 20 minutes
+    # some thousand photographs on two cores, in ten minutes if they have units for bf16
     'photo': Preset(
         Config(embed_dim=128, image_size=64, local_image_size=32, patch_size=8,
                vision_width=128, vision_layers=4, vision_heads=4,

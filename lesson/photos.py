@@ -9,7 +9,7 @@ photographs, and one of eval.py, which scores the network that was best on 1,000
 1,000 others. A run takes one thread of a CPU. Flickr8k is for research and education only, and is not part of this
 repository: docs/own-data.md says where to get it. Shards and networks go to runs/photos.
 
-Every method has the learning rate that was best for it on the validation photographs, see `photo-tune`. The test
+Every method is to have the learning rate that is best for it on the validation photographs, see `photo-tune`. The test
 photographs are scored only after all such choices.
 """
 import json
