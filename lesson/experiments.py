@@ -79,10 +79,16 @@ def two_terms(out, cls_t, eot_t, scale):
     return terms
 
 
-def color_groups(scenes):
-    """-> a number for the colours of each scene, (n,): the same for the same ones, and a near one for similar ones."""
-    colors = [' '.join(sorted(thing.color for thing in scene)) for scene in scenes]
-    _, groups = np.unique(colors, return_inverse=True)
+def groups_of(scenes, by):
+    """-> a number for each scene, (n,): equal for scenes with the same colours or, by 'big', with the same big object.
+    Similar colours have near numbers."""
+    keys = []
+    for scene in scenes:
+        if by == 'big':
+            keys.append(scene[0].name)
+        else:
+            keys.append(' '.join(sorted(thing.color for thing in scene)))
+    _, groups = np.unique(keys, return_inverse=True)
     return groups
 
 
@@ -92,9 +98,12 @@ class Grouped(Order):
     neighbouring groups."""
     groups: np.ndarray = None       # (pairs,)
     share: float = 1.0
+    since: float = 0.0              # which part of the run has passed before the first grouped batch
 
     def permutation(self, epoch):
         batches = self.pairs // self.batch
+        if epoch * batches < self.since * self.stop:
+            return super().permutation(epoch)
         order = super().permutation(epoch)[:batches * self.batch]
         mixed, grouped = np.split(order, [round((1 - self.share) * batches) * self.batch])
         grouped = grouped[self.groups[grouped].argsort(kind='stable')]
@@ -137,6 +146,7 @@ METHODS = {
     'cosmos': Method('COSMOS', 32, 1000, 1e-3)}
 SCENES = 4000                       # for training
 EIGHT = range(8)                    # seeds, where five left a difference open or nearly so
+TEN = range(10, 15)                 # seeds of later experiments, which ran on another machine
 PRECISION = 'bf16'
 
 # Options of make_scenes: the built-in set, and others with the same small object: alone, beside an equal, beside an
@@ -148,7 +158,8 @@ WORLDS = {
     'equal': TWO | {'company': 'equal'},
     'equal-4': TWO | {'company': 'equal', 'colors': 4},
     'equal-16': TWO | {'company': 'equal', 'colors': 16},
-    'big': TWO}
+    'big': TWO,
+    'apart': TWO | {'shapes': 6, 'big_shapes': 4}}      # big objects have shapes that no small one has
 
 # Other worlds, that are not drawn: shards to train on, and held-out ones or a folder in COCO's layout. Add your own.
 # The pictures of emoji are not shipped.
@@ -164,7 +175,9 @@ class Variant(NamedTuple):
     steps: int = 0                  # 0: those of the method, as is the rate
     rate: float = 0.0
     augment: str = 'crops'          # or 'full'
-    grouped: float = 0.0            # share of the batches whose scenes have the same colours
+    grouped: float = 0.0            # share of the batches whose scenes have much in common
+    by: str = 'colors'              # what: their colours, or 'big', the colour and the shape of the big object
+    since: float = 0.0              # such batches only after this part of the run
     seeds: range = range(5)
     tested: tuple = ()              # worlds in which it is asked for names, too
 
@@ -184,7 +197,12 @@ class Variant(NamedTuple):
             words += f', augment {self.augment}'
         if self.method != NOBODY:
             steps, rate = self.schedule()
-            words += f', grouped {self.grouped:g}, batch {METHODS[self.method].batch}, steps {steps}, rate {rate}'
+            words += f', grouped {self.grouped:g}'
+            if self.by != 'colors':
+                words += f' by {self.by}'
+            if self.since:
+                words += f' since {self.since:g}'
+            words += f', batch {METHODS[self.method].batch}, steps {steps}, rate {rate}'
         return words
 
 
@@ -208,6 +226,19 @@ def batches():
         if colors == 16:
             variants[f'{method}-{colors}-half'] = mixed._replace(grouped=0.5, seeds=range(2))
         variants[f'{method}-{colors}-sorted'] = mixed._replace(grouped=1)
+    return variants
+
+
+def same_big():
+    """Page 3: batches whose scenes share the big object, half of all or all of the second half of a run. And in a world
+    where big objects have shapes that no small one has."""
+    variants = {}
+    for method, world in ('cosmos', 'built-in'), ('clip', 'built-in'), ('clip', 'big'), ('clip', 'apart'):
+        mixed = Variant(method, world, seeds=TEN)
+        variants[f'{method}-{world}-mixed'] = mixed
+        variants[f'{method}-{world}-half'] = mixed._replace(grouped=0.5, by='big')
+        if world == 'built-in':
+            variants[f'{method}-{world}-late'] = mixed._replace(grouped=1.0, by='big', since=0.5)
     return variants
 
 
@@ -261,6 +292,7 @@ EXPERIMENTS = {
         'cosmos': '1e-3 5e-4'}, seed=0, steps=LONGER),
     'tune-big': tune({'clip': '1e-3 5e-4 2.5e-4 1.25e-4', 'cosmos': '1e-3 5e-4'}, world='big'),
     'batches': batches(),
+    'same-big': same_big(),
     'company': company(),
     'first': race({'cosmos': 0}, range(1)),                             # the run of `python train.py`
     # CLIP: 15 % more than its own, which took less than COSMOS
@@ -301,6 +333,10 @@ COMPARISONS = {
         f'small.top1 {RECALL}':
             'clip-4-sorted~clip-4-mixed clip-16-sorted~clip-16-mixed '
             'cosmos-4-sorted~cosmos-4-mixed cosmos-16-sorted~cosmos-16-mixed'},
+    'same-big': {
+        NAMED: 'cosmos-built-in-half~cosmos-built-in-mixed cosmos-built-in-late~cosmos-built-in-mixed '
+               'clip-built-in-half~clip-built-in-mixed clip-built-in-late~clip-built-in-mixed '
+               'clip-big-half~clip-big-mixed clip-apart-half~clip-apart-mixed'},
     'company': {
         'small.top1':
             'clip-equal~clip-alone clip-big~clip-equal cosmos-equal~cosmos-alone cosmos-big~cosmos-equal',
@@ -381,7 +417,8 @@ def train_run(variant, seed, scenes, out):
     differs = dict(method.differs)
     if variant.grouped:
         listed = suppression.read_scenes(Shards(scenes / 'train'))
-        differs['order'] = partial(Grouped, groups=color_groups(listed), share=variant.grouped)
+        groups = groups_of(listed, variant.by)
+        differs['order'] = partial(Grouped, groups=groups, share=variant.grouped, since=variant.since)
     losses = {}
 
     def keep_losses(step, loss, parts):
@@ -401,13 +438,13 @@ def train_run(variant, seed, scenes, out):
 
 def world_figures(scenes):
     """What oracles and adversaries reach in a set."""
-    known, listed, twins = [suppression.read_scenes(Shards(scenes / part)) for part in ('train', 'val', 'twins')]
-    return {'R@1': suppression.oracles(listed)} | suppression.adversaries(known, listed, twins)
+    known, listed = [suppression.read_scenes(Shards(scenes / part)) for part in ('train', 'val')]
+    return {'R@1': suppression.oracles(listed)} | suppression.adversaries(known, listed)
 
 
 def measured(checkpoint, scenes):
     """What the commands of eval.py and of lesson.suppression take."""
-    return SimpleNamespace(checkpoint=checkpoint, shards=scenes, device='cpu', workers=0, vocab=None)
+    return SimpleNamespace(checkpoint=checkpoint, shards=scenes, device='cpu', workers=0, vocab=None, only=None)
 
 
 def held_out_pairs(world):
@@ -436,7 +473,9 @@ def set_figures(world, args, scored):
     images, captions, owner = held_out_pairs(world)
     figures, image_features = zero_shot_retrieval(*scored, images, captions, owner)
     texts = suppression.texts_of(captions, owner)
-    found = {'retrieval': figures, 'conflict': suppression.conflict(args, images, *texts)}
+    found = {'retrieval': figures}
+    if scored[0].has_cross_attention:
+        found['conflict'] = suppression.conflict(args, images, *texts)
     telling = background_captions(world)
     of_objects = [i for i, caption in enumerate(captions) if caption not in telling]
     if telling:

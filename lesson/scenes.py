@@ -94,7 +94,7 @@ VERSION = 5                                     # of the built-in set; raise it 
 
 COMPANY = 'big', 'equal', 'none'
 LIMITS = {                                      # of a world
-    'colors': (2, len(COLORS)), 'shapes': (6, len(SHAPES)), 'objects': (1, 4),
+    'colors': (2, len(COLORS)), 'shapes': (6, len(SHAPES)), 'big_shapes': (0, 4), 'objects': (1, 4),
     'dominant_size': (0.05, 0.5), 'small_size': (0.05, 0.5), 'named': (0, 1)}
 
 
@@ -104,6 +104,7 @@ class World:
     pixel, and the same sentences on them."""
     colors: int = 2                 # the first ones of COLORS; they may repeat in a scene
     shapes: int = 8                 # the first ones of SHAPES; they do not repeat
+    big_shapes: int = 0             # the next ones, which only dominant objects have then, and no others
     objects: int = 3                # in a scene: the dominant one, and small ones
     dominant_size: float = 0.3      # side of a square of its area, as a share of the image's side
     small_size: float = 0.2
@@ -117,7 +118,11 @@ class World:
             flag = name.replace('_', '-')
             need(low <= value <= high, f'--{flag} {value} is out of range; give {low} to {high}')
         need(self.company in COMPANY, f'--company {self.company} is none of {", ".join(COMPANY)}')
+        need(self.shapes + self.big_shapes <= len(SHAPES),
+             f'--big-shapes {self.big_shapes} is too many after --shapes {self.shapes}; there are {len(SHAPES)}')
         least = self.objects + ABSENT
+        if self.big_shapes:
+            least -= 1                  # the dominant object takes none of them
         need(self.shapes >= least,
              f'--shapes {self.shapes} is too few for {self.objects} objects and {ABSENT} shapes that '
              f'are absent; give --shapes {least}')
@@ -144,6 +149,8 @@ class Thing:
 def draw_things(rng, world):
     """-> the objects of a scene, the dominant one first, without places."""
     shapes = rng.sample(list(SHAPES)[:world.shapes], world.objects)
+    if world.big_shapes:
+        shapes[0] = rng.choice(list(SHAPES)[world.shapes:][:world.big_shapes])
     colors = rng.choices(list(COLORS)[:world.colors], k=world.objects)
     things = []
     role = 'dominant'
@@ -246,7 +253,8 @@ def layout(rng, world):
         things[0].area = things[1].area
     free = list(SHAPES)[:world.shapes]
     for thing in things:
-        free.remove(thing.shape)
+        if thing.shape in free:
+            free.remove(thing.shape)
     return things, shown, rng.sample(free, ABSENT)
 
 

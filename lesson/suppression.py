@@ -1,32 +1,39 @@
 """Feature suppression, measured on scenes that list their objects: what does a checkpoint know of the small ones?
 
-    python -m lesson.suppression CKPT --shards runs/scenes [--json figures.json]
+    python -m lesson.suppression CKPT --shards runs/scenes [--only conflict] [--json figures.json]
 
-CKPT is any checkpoint that eval.load reads. Printed for the dominant and for the small objects:
+CKPT is any checkpoint that eval.load reads. There are four groups of figures, and --only takes one of them.
+
+objects: what a vector of a whole image tells. For the dominant and for the small objects:
 
     top1        named: of its name and the names of its own colour with five shapes that the scene lacks, is its own the
                 one that this scene raises most? Each name's mean over all held-out scenes is taken off first, so that
                 it does not matter which names a model likes. A tie is a miss; chance 16.7 %
-    probe_top1  the same by a linear probe of the image features, fitted on training scenes: is the shape in there,
-                whether or not a text finds it? What a probe misses may be there all the same
 
-then, for the whole set or by role:
+and for the whole set:
 
     bound       of two objects, is each right name above the one with the other's shape? A model that adds up words has
                 exactly 0, however it weights them. Who guesses has 25 %, who knows the big object and guesses the
                 other 50 %; names that a model likes, whatever it sees, can give as much
-    seen        of two scenes that differ in the shape of one object: does each raise its own name, of both, more than
-                the other scene does? Chance 50 %
     retrieval   among the held-out scenes, both ways
-    pointing    where the highest weight of C^I lies, asked by "there is a NAME" for the object's own name and for an
-                absent one of its colour, the control: on the object (`it`), on another, on the ground; `area`: a blind
-                guess. And `color`: in scenes of several colours, asked for an absent name of each of these, is it on an
-                object of the colour asked for, or on one of another?
-    conflict    give C^I the sentence of one pair and the image of another: which of 32 teacher's images does h_T pick?
-        See section 6. The student reads, whatever --weights says
 
-DIR holds train/, val/ and twins/; without train/ there is no probe, without twins/ no `seen`. Of a set that lists no
-objects only `conflict` is measured, of models with cross-attention.
+pointing: where in the image does the highest weight of C^I lie? It is asked by "there is a NAME", for the object's own
+name and for an absent one of its colour, the control. The peak is on the object (`it`), on another, or on the ground;
+`area` is a blind guess. `color` asks in scenes of several colours for an absent name of each: is the peak on an object
+of the colour asked for, or on one of another? `caption` asks with the whole caption, which names every object.
+
+handed: what does C^I hand over? It is asked for one object of a scene, and its answer is judged alone, without the
+question. For the object that the question names (`named`) and for those that it does not (`other`):
+
+    top1        named, as above, but by the answer in place of the image's vector
+    found       of two other scenes, one that has the object and one that has not: is the answer nearer to the first?
+                Chance 50 %
+
+conflict: give C^I the sentence of one pair and the image of another. Which of 32 teacher's images does h_T pick? See
+section 6. The student reads, whatever --weights says.
+
+DIR holds train/, val/ and twins/, or is one of these. If a set lists no objects, only `conflict` is measured. A model
+without cross-attention has only `objects`.
 """
 import random
 from collections import Counter, defaultdict
@@ -71,7 +78,7 @@ def read_scenes(shards):
     return scenes
 
 
-# --- 2. Named, bound, seen -------------------------------------------------------------------------------------------
+# --- 2. Named and bound ----------------------------------------------------------------------------------------------
 
 COLUMN = {name: k for k, name in enumerate(NAMES)}      # of a table of scores (n images, K names)
 TIE = 1e-6                                              # a smaller difference is one of rounding
@@ -121,51 +128,7 @@ def bound(scores, scenes):
     return figures | {'pairs': sum(map(len, found.values()))}
 
 
-def seen(scores, scenes):
-    """Scenes 2 k and 2 k + 1 differ in the shape of one object. How often does the first raise its own of the two names
-    more than the second does? A tie counts half -> {role: share}"""
-    found = defaultdict(list)
-    for first, second in zip(scenes[::2], scenes[1::2]):
-        for a, b in zip(first, second):
-            gap = scores[:, COLUMN[a.name]] - scores[:, COLUMN[b.name]]         # (n,)
-            difference = gap[a.pair] - gap[b.pair]
-            right = float(difference > 0)
-            if abs(difference) <= TIE:
-                right = 0.5
-            if a.name != b.name:
-                found[a.role].append(right)
-    return {role: fmean(each) for role, each in found.items()}
-
-
-# --- 3. What features hold -------------------------------------------------------------------------------------------
-
-WORDS = [*COLORS, *SHAPES]
-
-
-def probe_scores(known_features, known_scenes, features):
-    """Scores of all names by a linear probe: the sum of those of their two words, (n, K).
-
-    Ridge regression from the features of known scenes (m, D) to which words their objects have; then it is asked about
-    other features (n, D). So it tells what is there, not whose colour is whose.
-    """
-    spread, middle = torch.std_mean(known_features, dim=0)
-    known = (known_features - middle) / (spread + 1e-6)                 # (m, D)
-    new = (features - middle) / (spread + 1e-6)                         # (n, D)
-    target = torch.zeros(len(known), len(WORDS))
-    for scene in known_scenes:
-        for thing in scene:
-            target[thing.pair, WORDS.index(thing.color)] = 1
-            target[thing.pair, WORDS.index(thing.shape)] = 1
-    mean = target.mean(dim=0)
-    ridge = 0.01 * len(known) * torch.eye(known.shape[1])
-    gram = known.T @ known + ridge                                      # (D, D)
-    product = known.T @ (target - mean)                                 # (D, W)
-    scores = mean + new @ torch.linalg.solve(gram, product)             # (n, W)
-    colors, shapes = scores.split([len(COLORS), len(SHAPES)], dim=1)
-    return (colors[:, :, None] + shapes[:, None]).flatten(1)            # in the order of NAMES
-
-
-# --- 4. What those reach who know little -----------------------------------------------------------------------------
+# --- 3. What those reach who know little -----------------------------------------------------------------------------
 
 SALIENCE = {'dominant': 3, 'small': 1}
 LIKED = {name: random.Random(name).random() for name in NAMES}
@@ -219,7 +182,7 @@ def score_table(scenes, score):
     return torch.tensor(rows, dtype=torch.double)
 
 
-def adversaries(known, scenes, twins):
+def adversaries(known, scenes):
     """What the measures give to formulas that know little -> {who: figures}. known: training scenes."""
     formulas = {
         'areas': knows_areas(known),
@@ -232,7 +195,6 @@ def adversaries(known, scenes, twins):
         scores = score_table(scenes, score)
         figures[who] = named(scores, scenes)
         figures[who]['bound'] = bound(scores, scenes)
-        figures[who]['seen'] = seen(score_table(twins, score), twins)
     return figures
 
 
@@ -249,7 +211,7 @@ def oracles(scenes):
     return figures
 
 
-# --- 5. Where C^I looks ----------------------------------------------------------------------------------------------
+# --- 4. Where C^I looks ----------------------------------------------------------------------------------------------
 
 def question(name):
     return FORMS[0].format(with_article(name))          # 'there is a red star'
@@ -264,20 +226,20 @@ def objects_at(scene, config):
 
 @torch.no_grad()
 def pointing(model, tokenizer, preprocess, shards, scenes):
-    """Where does the highest weight of C^I lie? -> {role: {own_it, own_other, ...: shares of its objects}}; of a plain
-    CLIP {}.
+    """Where does the highest weight of C^I lie? -> {role: {own_it, own_other, ...: shares of its objects}}.
 
     own_, absent_: asked for the object, for an absent name of its colour. area_: of all patches, what a blind guess
     hits. it: on the object; other: on another one; ground.
 
     And {'color': {asked, other}} over the scenes of several colours, each of which is asked for once. So in scenes
     of two, who looks at one place whatever is asked has equal shares of `asked` and `other`.
+
+    And {'caption': {dominant, small, ground}}, asked with the whole caption, which names every object.
     """
-    if not model.config.cross_heads:
-        return {}
     device = model.logit_scale.device
     questions = tokenizer(list(map(question, NAMES)))
     eot, _ = model.encode_text(questions.to(device))                    # (K, D)
+    captions, _ = texts_of(*shard_captions(shards))
     found = defaultdict(lambda: defaultdict(list))                      # by role and figure
     for pair, scene in enumerate(progress(scenes, 'maps')):
         image = preprocess(shard_image(shards, pair))
@@ -300,6 +262,59 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
                 there = color_of.get(number)                # None: the ground
                 found['color']['asked'].append(there == asked_color)
                 found['color']['other'].append(there not in (asked_color, None))
+        caption_eot, _ = model.encode_text(tokenizer([captions[pair]]).to(device))
+        peak = numbers[model.image_cross.weights(caption_eot, patches).argmax().item()]
+        roles = {thing.number: thing.role for thing in scene}
+        for place in 'dominant', 'small', 'ground':
+            found['caption'][place].append(roles.get(peak.item(), 'ground') == place)
+    figures = {}
+    for role, columns in found.items():
+        figures[role] = {name: fmean(values) for name, values in columns.items()}
+    return figures
+
+
+# --- 5. What C^I hands over ------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def handed(model, tokenizer, preprocess, shards, scenes):
+    """C^I is asked for one object of a scene. What does its answer tell of this object, and of the others?
+    -> {role: {named_top1, named_found, other_top1, other_found}}, shares of the objects; see the head of this file.
+
+    `other` is asked once for every other object of its scene. The mean of all scenes' answers to a question is taken
+    off each score, so what the question itself adds to an answer does not matter.
+    """
+    device = model.logit_scale.device
+    cls, patches = [], []
+    for pixels, _ in DataLoader(Images(shards, preprocess), 100):
+        encoded = model.encode_image(pixels.to(device))
+        cls.append(unit(encoded[0]))
+        patches.append(encoded[1])
+    cls = torch.cat(cls)                                                # (n, D)
+    patches = torch.cat(patches)                                        # (n, P, D)
+    names = class_vectors(model, tokenizer, list(map(with_article, NAMES)), FORMS)      # (K, D)
+    has = torch.zeros(len(scenes), len(NAMES), dtype=torch.bool)        # which scene has an object of which name
+    for thing in sum(scenes, []):
+        has[thing.pair, COLUMN[thing.name]] = True
+    found = defaultdict(lambda: defaultdict(list))                      # by role and figure
+    for asked in progress(NAMES, 'handed'):
+        eot, _ = model.encode_text(tokenizer([question(asked)]).to(device))
+        answers = unit(model.image_cross(eot.expand(1, len(scenes), -1), patches)[0])   # (n, D), without the residual
+        told = (answers @ names.to(device).T).cpu()                     # (n, K)
+        near = (answers @ cls.T).cpu()                                  # (n, n)
+        told -= told.mean(dim=0)
+        near -= near.mean(dim=0)
+        for pair in has[:, COLUMN[asked]].nonzero()[:, 0].tolist():
+            for thing in scenes[pair]:
+                who = 'named' if thing.name == asked else 'other'
+                wrong = told[pair, [COLUMN[name] for name in thing.absent]]
+                top1 = told[pair, COLUMN[thing.name]] - wrong.max() > TIE
+                has_it = has[:, COLUMN[thing.name]].clone()
+                has_it[pair] = False
+                has_not = ~has[:, COLUMN[thing.name]]
+                nearer = near[pair, has_it][:, None] > near[pair, has_not]
+                found[thing.role][f'{who}_top1'].append(top1.item())
+                if has_it.any():                        # another scene
+                    found[thing.role][f'{who}_found'].append(nearer.double().mean().item())
     figures = {}
     for role, columns in found.items():
         figures[role] = {name: fmean(values) for name, values in columns.items()}
@@ -378,14 +393,12 @@ def answers_of(student, teacher, pixels, question_ids, caption_ids):
 
 def conflict(args, source, captions, questions):
     """Does h_T say what the sentence says, or what it has read? -> {h_T, h_T_caption, h_I: {own, sentence, read,
-    alone, kept}}, shares of the pairs; of a plain CLIP {}.
+    alone, kept}}, shares of the pairs.
 
     The student of args.checkpoint reads, its teacher has the targets; where the file holds one network, that one does
     both. source: images, as eval.Images takes them; questions (for h_T) and captions: one of each image.
     """
     student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab)
-    if not student.has_cross_attention:
-        return {}
     teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)
     if student.origin == teacher.origin:
         print(f'conflict   there is one network, the {student.origin}: it has the targets, too')
@@ -452,38 +465,49 @@ class Named:
         """Nothing to write."""
 
 
-def measure(args, model, tokenizer, preprocess):
-    """All figures. Of a set without objects only those of `conflict`."""
-    scored = model, tokenizer, preprocess
-    shards = Shards(args.shards, split='val')
-    folder = Path(shards.paths[0]).parent
-    scenes = read_scenes(shards)
-    reading = {}
-    if model.has_cross_attention:
-        reading['conflict'] = conflict_in_shards(args, shards, scenes)
-        if not any(scenes):
-            return reading
-    need(any(scenes),
-         f'{folder} lists no objects with centres and absent names; draw a set by python -m lesson.scenes')
+def measure_objects(args, scored, shards, scenes):
     ranking, features = zero_shot_retrieval(*scored, shards, workers=args.workers)
-    scores = name_scores(model, tokenizer, features)
-    figures = named(scores, scenes)
-    train = folder.parent / 'train'
-    if train.is_dir():
-        # 4,000 scenes are enough for some 100 features
-        known = Shards(f'{train}/0000[0-3].tar')
-        known_features = embed_images(model, known, preprocess, args.workers)
-        found = probe_scores(known_features, read_scenes(known), features)
-        for role, figure in named(found, scenes).items():
-            figures[role]['probe_top1'] = figure['top1']
-    figures['bound'] = bound(scores, scenes)
-    twins = folder.parent / 'twins'
-    if twins.is_dir():
-        pairs = Shards(twins)
-        figures['seen'] = seen(scores_of(pairs, *scored, args.workers), read_scenes(pairs))
-    figures['retrieval'] = ranking
-    figures['pointing'] = pointing(*scored, shards, scenes)
-    return figures | reading
+    scores = name_scores(*scored[:2], features)
+    return named(scores, scenes) | {'bound': bound(scores, scenes), 'retrieval': ranking}
+
+
+def measure_pointing(args, scored, shards, scenes):
+    return {'pointing': pointing(*scored, shards, scenes)}
+
+
+def measure_handed(args, scored, shards, scenes):
+    return {'handed': handed(*scored, shards, scenes)}
+
+
+def measure_conflict(args, scored, shards, scenes):
+    return {'conflict': conflict_in_shards(args, shards, scenes)}
+
+
+MEASURES = {
+    'objects': measure_objects, 'pointing': measure_pointing, 'handed': measure_handed, 'conflict': measure_conflict}
+
+
+def measure(args, model, tokenizer, preprocess):
+    """The figures that args.only names, or all that this model and this set have."""
+    shards = Shards(args.shards, split='val')
+    scenes = read_scenes(shards)
+    possible = list(MEASURES)
+    if not model.has_cross_attention:
+        possible = ['objects']
+        need(args.only in (None, 'objects'),
+             f'{args.checkpoint} has no cross-attention, so --only {args.only} has nothing to measure; '
+             'give --only objects')
+    if not any(scenes):
+        possible = [name for name in possible if name == 'conflict']
+        need(possible and args.only in (None, 'conflict'),
+             f'{Path(shards.paths[0]).parent} lists no objects with centres and absent names; '
+             'draw a set by python -m lesson.scenes')
+    wanted = [args.only] if args.only else possible
+    figures = {}
+    for name in wanted:
+        print(f'measuring  {name}')
+        figures |= MEASURES[name](args, (model, tokenizer, preprocess), shards, scenes)
+    return figures
 
 
 def main():
@@ -494,6 +518,7 @@ def main():
     parser.set_defaults(command='suppression', function=measure)
     parser.add_argument('--shards', required=True,
                         help='a set of scenes, as runs/scenes, or its val/; for conflict other held-out shards, too')
+    parser.add_argument('--only', choices=MEASURES, help='one group of figures, instead of all')
     execute(parser.parse_args())
 
 

@@ -27,7 +27,7 @@ import eval
 import train
 from cosmos import (COSMOS, Output, Teacher, across_terms, cosmos_terms, gather, match, no_terms,
                     total_loss, unit)
-from data import Counts, Crops, Shards, Tokenizer
+from data import Counts, Crops, Order, Shards, Tokenizer
 from eval import embed_images, embed_texts, load, preprocessing, shard_image
 from lesson import experiments, onepage, photos, picture, plots, scenes, suppression
 from lesson.experiments import EXPERIMENTS, METHODS, Variant
@@ -203,6 +203,19 @@ def test_company():
         assert pools['none'] == sentences and ' '.join(sentences).count('picture') == 5
 
 
+def test_big_shapes_are_no_small_ones():
+    """oracle: the order of SHAPES: here small objects have the first six, and big ones the last four. Wrong names are of
+    the six, all but the scene's own."""
+    six, four = set(list(SHAPES)[:6]), set(list(SHAPES)[6:])
+    found = set()
+    for i in range(60):
+        _, [big, small], *_ = drawn_scene(replace(TWO, shapes=6, big_shapes=4), 'val', i)
+        own = small['name'].split()[1]
+        found |= {big['name'].split()[1]}
+        assert {name.split()[1] for name in small['absent']} == six - {own}
+    assert found == four
+
+
 def test_twins_differ_in_one_shape(drawn):
     """oracle: the definition, by json and mask: one object of each pair has another shape and the same colour, the rest
     is equal. Its old shape is absent in the other scene."""
@@ -228,6 +241,7 @@ def test_twins_differ_in_one_shape(drawn):
     ('--objects 4 --shapes 9 --small-size 0.3', '4 objects do not fit'),
     ('--objects 4', 'give --shapes 9'),
     ('--objects 1 --company none', 'give --objects 2 or more'),
+    ('--shapes 8 --big-shapes 3', '--big-shapes 3 is too many after --shapes 8; there are 10'),
     ('--company me', '--company me is none of big, equal, none'),
     ('--named 1.5', '--named 1.5 is out of range; give 0 to 1')])
 def test_worlds_that_cannot_be_drawn(tmp_path, flags, sentence):
@@ -257,10 +271,10 @@ def test_an_older_set_is_left_alone(drawn, tmp_path, monkeypatch):
 
 @pytest.fixture(scope='module', params=[2, 16])
 def parts(request, tmp_path_factory):
-    """Scenes for training, held-out ones and twins, 1,000 of each, of so many colours."""
+    """Scenes for training and held-out ones, 1,000 of each, of so many colours."""
     root = tmp_path_factory.mktemp('parts')
     make_scenes(root, 1000, 1000, colors=request.param)
-    return [read_scenes(Shards(root / part)) for part in ('train', 'val', 'twins')]
+    return [read_scenes(Shards(root / part)) for part in ('train', 'val')]
 
 
 def knows_names(scene, color, shape):
@@ -290,8 +304,6 @@ def test_who_knows_little_gets_little(parts):
     assert names['likes'] == (0, 0)
     for who in 'biggest', 'sums', 'products':
         assert found[who]['bound']['dominant_small'] == found[who]['bound']['small_small'] == 0
-    for who, seen in ('areas', (0.5, 0.5)), ('biggest', (1, 0.5)), ('sums', (1, 1)), ('likes', (0.5, 0.5)):
-        assert found[who]['seen'] == {'dominant': seen[0], 'small': seen[1]}
 
 
 def test_ten_scenes_by_hand(model, val):
@@ -332,21 +344,6 @@ def test_ten_scenes_by_hand(model, val):
     assert figures == {roles: np.mean(found) for roles, found in both.items()}
 
 
-def test_probe_finds_what_is_there_and_nothing_else(parts):
-    """oracle: of features made of words every object is found in scenes that were not fitted; in noise as many as by
-    guessing."""
-    listed = parts[0][:600]
-    words = torch.zeros(600, len(WORDS))
-    for thing in sum(listed, []):
-        words[thing.pair, [WORDS.index(thing.color), WORDS.index(thing.shape)]] = 1
-    torch.manual_seed(0)
-    for features, least, most in (words, 1, 1), (torch.randn(600, 100), 0.13, 0.2):
-        scores = torch.zeros(600, len(NAMES))
-        scores[400:] = suppression.probe_scores(features[:400], listed[:400], features[400:])
-        figures = suppression.named(scores, listed[400:])
-        assert least <= figures['dominant']['top1'] and figures['small']['top1'] <= most
-
-
 def test_oracles_by_playing(val):
     """oracle: scenes are counted: of k that look alike each is drawn once in k times. Names tell more."""
     listed = read_scenes(val)
@@ -361,14 +358,18 @@ PATCHES = {'red': 28, 'blue': 35}
 
 def test_pointing_by_hand(monkeypatch, val, model):
     """oracle: numpy on the masks, for a head that looks at patch 27 of every image, but for an absent name at 28, if it
-    is blue at 35. 8 x 8 patches of an image of 64 pixels: their middles are pixels 4, 12, 20, ... The head is asked the
+    is blue at 35, and for a whole caption at 28. 8 x 8 patches of an image of 64 pixels: their middles are pixels 4, 12, 20, ... The head is asked the
     right questions."""
     network, tokenizer, _ = model
     scenes = read_scenes(val)
     things = sum(scenes, [])
     asked = []
+    captions = []
 
     def weights(queries, keys):
+        if len(queries) == 1:                           # asked with a whole caption
+            captions.append(queries)
+            return torch.eye(64)[[28]]
         patch = PATCHES[things[len(asked)].color]
         asked.append(queries)
         assert keys.shape == (2, 64, 128)
@@ -388,6 +389,9 @@ def test_pointing_by_hand(monkeypatch, val, model):
                 on_other = (there > 0) & ~on_it
                 for place, hits in ('it', on_it), ('other', on_other), ('ground', there == 0):
                     expected.setdefault((thing.role, f'{where}_{place}'), []).append(hits.mean())
+        role = ['ground', *(thing.role for thing in scene)][numbers[28]]
+        for place in 'dominant', 'small', 'ground':
+            expected.setdefault(('caption', place), []).append(role == place)
         colors = [None, *(thing.color for thing in scene)]
         if {'red', 'blue'} <= set(colors):
             for color, patch in PATCHES.items():
@@ -396,11 +400,52 @@ def test_pointing_by_hand(monkeypatch, val, model):
                     expected.setdefault(('color', place), []).append(hit)
     for (role, name), shares in expected.items():
         assert figures[role][name] == pytest.approx(np.mean(shares))
-    assert len(expected) == 20
+    assert len(expected) == 23
+    eot, _ = network.encode_text(tokenizer([val.record(i)['captions'][0] for i in range(24)]))
+    assert_close(torch.cat(captions), eot)
     for thing, queries in zip(things, asked):
         sentences = [f'there is a {thing.name}', f'there is a {thing.absent[0]}']
         eot, _ = network.encode_text(tokenizer(sentences))
         assert_close(queries, eot)
+
+
+def test_what_is_handed_over(val, model):
+    """oracle: loops. Every object of every scene is asked for, C^I alone answers, and for each object of the scene the
+    answer's cosines with names, and with images that have it or not, are compared one by one. The mean of all 24
+    scenes' answers to the same question is taken off."""
+    network, tokenizer, preprocess = model
+    listed = read_scenes(val)
+    images = torch.stack([preprocess(shard_image(val, i)) for i in range(24)])
+    cls, patches = network.encode_image(images)
+    owners = {}                                         # of each name, the scenes that have it
+    for thing in sum(listed, []):
+        owners.setdefault(thing.name, set()).add(thing.pair)
+    names = {}
+    for name in NAMES:
+        forms = [f'{form} a {name}' for form in ('there is', 'we see', 'here is', 'it shows')]
+        names[name] = unit(embed_texts(network, tokenizer, forms).mean(dim=0))
+    expected = {}
+    for asked in owners:
+        eot, _ = network.encode_text(tokenizer([f'there is a {asked}']))
+        answers = [unit(network.image_cross(eot[None], patches[[i]])[0, 0]) for i in range(24)]
+        for pair in owners[asked]:
+            def raised(vector):
+                return answers[pair] @ vector - torch.stack(answers).matmul(vector).mean()
+
+            for thing in listed[pair]:
+                who = 'named' if thing.name == asked else 'other'
+                wins = [raised(names[thing.name]) > raised(names[wrong]) for wrong in thing.absent]
+                expected.setdefault((thing.role, f'{who}_top1'), []).append(all(wins))
+                wins = []
+                for other in owners[thing.name] - {pair}:
+                    for without in set(range(24)) - owners[thing.name]:
+                        wins.append(raised(unit(cls[other])) > raised(unit(cls[without])))
+                if wins:
+                    expected.setdefault((thing.role, f'{who}_found'), []).append(np.mean(wins))
+    figures = suppression.handed(*model, val, listed)
+    for (role, name), shares in expected.items():
+        assert figures[role][name] == pytest.approx(np.mean(shares))
+    assert len(expected) == 8
 
 
 def test_who_answers_what():
@@ -487,6 +532,22 @@ def test_other_sets(model, tmp_path, monkeypatch):
     monkeypatch.setattr(suppression, 'conflict', lambda args, shards, *texts: texts)
     texts = ['a dog. It barks.', 'a cat'], ['a dog', 'a cat']
     assert suppression.measure(args, *model) == {'conflict': texts}
+    args.only = 'pointing'
+    refused('lists no objects with centres and absent names', suppression.measure, args, *model)
+    refused('has no cross-attention, so --only pointing has nothing', suppression.measure, args, clip, *model[1:])
+
+
+def test_one_group_of_figures(model, drawn):
+    """oracle: all figures at once; which groups a model without cross-attention has."""
+    args = experiments.measured('out/last.pt', drawn)
+    network, *rest = model
+    network.origin = 'student'
+    clip = COSMOS(replace(network.config, cross_heads=0)).eval()
+    whole = suppression.measure(args, clip, *rest)
+    assert set(whole) == {'dominant', 'small', 'bound', 'retrieval'}
+    for only, keys in ('objects', set(whole)), ('pointing', {'pointing'}), ('handed', {'handed'}):
+        args.only = only
+        assert set(suppression.measure(args, *model)) == keys
 
 
 # --- The course ------------------------------------------------------------------------------------------------------
@@ -502,7 +563,6 @@ def test_without_cross_attention(model, views):
     assert_close([term for name, (_, term) in parts.items() if name != 'clip'], [*terms.values()])
     assert_close(loss, parts['clip'][1] + sum(terms.values()) / 4)
     assert len(network.scales()) == 2 and not teacher.model.has_cross_attention
-    assert suppression.pointing(teacher.model, None, None, None, []) == {}
 
 
 def test_other_ways_to_read(model, views):
@@ -528,7 +588,7 @@ def test_grouped_batches():
     for i in range(16):
         colors = ('red', 'blue', 'red') if i % 2 else ('blue', 'red', 'blue')
         listed.append([SimpleNamespace(color=color) for color in colors])
-    groups = experiments.color_groups(listed)
+    groups = experiments.groups_of(listed, 'colors')
     assert sorted(groups) == 8 * [0] + 8 * [1] and groups[0] == groups[2] != groups[1]
     for share in 1, 0.5:
         indices = []
@@ -540,6 +600,18 @@ def test_grouped_batches():
         pure = (kinds % 4 == 0).sum(axis=1)             # batches of an epoch
         assert pure.min() >= 1 and (pure.min() == 4) == (share == 1)
         assert len(np.unique(kinds, axis=0)) > 1
+    late = experiments.Grouped(16, 4, 0, 40, groups=groups, since=0.5)
+    plain = Order(16, 4, 0, 40)
+    for epoch in range(10):
+        assert (late.permutation(epoch) == plain.permutation(epoch)).all() == (epoch < 5)
+
+
+def test_grouped_by_the_big_object():
+    """oracle: the first object's name, by hand."""
+    listed = []
+    for name in 'red star', 'blue star', 'red star', 'red ring':
+        listed.append([SimpleNamespace(name=name), SimpleNamespace(name='blue heart')])
+    assert experiments.groups_of(listed, 'big').tolist() == [2, 0, 2, 1]
 
 
 @pytest.fixture
