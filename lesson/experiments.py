@@ -218,13 +218,11 @@ def tune(rates, seed=100, steps={}, count=1, **how):
 
 
 def batches():
-    """Page 3: worlds of 4 and 16 colours; none, half or all of the batches are grouped by colours."""
+    """Page 3: worlds of 4 and 16 colours; none or all of the batches are grouped by colours."""
     variants = {}
     for method, colors, seeds in ('clip', 4, 5), ('clip', 16, 8), ('cosmos', 4, 5), ('cosmos', 16, 5):
         mixed = Variant(method, f'equal-{colors}', seeds=range(seeds))
         variants[f'{method}-{colors}-mixed'] = mixed
-        if colors == 16:
-            variants[f'{method}-{colors}-half'] = mixed._replace(grouped=0.5, seeds=range(2))
         variants[f'{method}-{colors}-sorted'] = mixed._replace(grouped=1)
     return variants
 
@@ -292,6 +290,9 @@ EXPERIMENTS = {
         'cosmos': '1e-3 5e-4'}, seed=0, steps=LONGER),
     'tune-big': tune({'clip': '1e-3 5e-4 2.5e-4 1.25e-4', 'cosmos': '1e-3 5e-4'}, world='big'),
     'batches': batches(),
+    'batches-half': {
+        'clip-16-half': Variant('clip', 'equal-16', grouped=0.5, seeds=range(2)),
+        'cosmos-16-half': Variant('cosmos', 'equal-16', grouped=0.5, seeds=range(2))},
     'same-big': same_big(),
     'company': company(),
     'first': race({'cosmos': 0}, range(1)),                             # the run of `python train.py`

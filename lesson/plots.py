@@ -192,51 +192,82 @@ SECTIONS = [            # heading, what stands before the columns, columns
      'retrieval.text_to_image_R@1 retrieval.text_to_image_R@10'),
     ('Found by captions that tell no background', ['objects'],
      'image_to_text_R@1 image_to_text_R@10 text_to_image_R@1 text_to_image_R@10'),
-    ('Bound, seen, found by a linear probe', [''],
-     'bound.dominant_small bound.small_small seen.dominant seen.small dominant.probe_top1 small.probe_top1'),
+    ('Bound', [''], 'bound.dominant_small bound.small_small'),
     ('Named in other companies', [*COMPANY], 'dominant.top1 small.top1'),
     ("Where C^I's peak lies: asked for the own name, for an absent one, a blind guess",
      ['pointing.dominant', 'pointing.small'],
      'own_it own_other own_ground absent_it absent_other absent_ground area_it area_other area_ground'),
     ("C^I's peak, asked for an absent name of each of two colours", ['pointing.color'], 'asked other'),
+    ("C^I's peak, asked with a whole caption", ['pointing.caption'], 'dominant small ground'),
+    ('What C^I hands over of the object that it is asked for, and of the others', ['handed.dominant', 'handed.small'],
+     'named_top1 other_top1 named_found other_found'),
     ('Conflict: what is picked', ['conflict.h_T', 'conflict.h_T_caption', 'conflict.h_I'],
      'own sentence read alone kept'),
     ("Last losses, of a blind guess's", ['loss'],
      'clip h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t cls_cls_t cls_eot_t eot_cls_t eot_eot_t'),
     ('Who knows little', ['areas', 'biggest', 'sums', 'products', 'likes'],
-     'dominant.top1 small.top1 bound.dominant_small bound.small_small seen.dominant seen.small'),
+     'dominant.top1 small.top1 bound.dominant_small bound.small_small'),
     ('R@1 of who knows all colours, or all names', ['R@1'], 'colors names')]
 INTRODUCTION = """# All results
 
-Written by `python -m lesson.plots` from `results.csv`. Means in percent, over as many runs as stand behind ×, or over
-those of them that have the figure; minutes are minutes. Losses are those of the last batch. *Decided* is what survives
-Holm's correction at 5 %, over all differences of its experiment, so one that stands in two experiments may be decided
-in one of them. Held-out scenes are the same in all runs: ± is over training scenes and seeds, of emoji
-over seeds alone.
+`python -m lesson.plots` writes this page from `results.csv`. It begins with the differences; then come the figures of
+each experiment, and at the end, folded, those that chose learning rates or that only check a measure.
+
+Figures are means in percent, over as many runs as stand behind ×, or over those of them that have the figure; minutes
+are minutes. Losses are those of the last batch. The held-out scenes are the same in all runs, so ± is over training
+scenes and seeds; for emoji and photographs it is over seeds alone.
+
+## Differences
+
+A difference is *decided* if it survives Holm's correction at 5 %, over all differences of its experiment. So one that
+stands in two experiments may be decided in one of them only.
 """
+
+
+def differences(experiment):
+    """A table of what is compared in an experiment; '' where nothing is, or where no runs are made yet."""
+    gaps, decided = family(experiment)
+    rows = [['difference', 'of', 'points', 'decided']]
+    for test, (gap, half) in gaps.items():
+        name, other, column = test
+        verdict = 'yes' if test in decided else 'undecided'
+        rows.append([f'{name} - {other}', column, f'{gap:+.1f} ± {half:.1f}', verdict])
+    return as_table(rows)
+
+
+def tables(experiment):
+    """All figures of an experiment."""
+    text = ''
+    for heading, prefixes, columns in SECTIONS:
+        places = []
+        for name in EXPERIMENTS[experiment]:
+            for prefix in prefixes:
+                places.append([experiment, name, *prefix.split()])
+        found = table(columns.split(), places, variant_label)
+        if found:
+            text += f'\n{heading}\n\n{found}'
+    return text
+
+
+def is_folded(experiment):
+    """Experiments that chose learning rates, or that only check a measure."""
+    return 'tune' in experiment or experiment in ('worlds', 'batches-half', 'exercise')
 
 
 def appendix():
     """RESULTS.md: what the rows of all experiments say."""
     text = INTRODUCTION
-    for experiment, variants in EXPERIMENTS.items():
-        text += f'\n## {experiment}\n'
-        for heading, prefixes, columns in SECTIONS:
-            places = []
-            for name in variants:
-                for prefix in prefixes:
-                    places.append([experiment, name, *prefix.split()])
-            found = table(columns.split(), places, variant_label)
-            if found:
-                text += f'\n{heading}\n\n{found}'
-        rows = [['difference', 'of', 'points', 'decided']]
-        gaps, decided = family(experiment)
-        for test, (gap, half) in gaps.items():
-            name, other, column = test
-            verdict = 'yes' if test in decided else 'undecided'
-            rows.append([f'{name} - {other}', column, f'{gap:+.1f} ± {half:.1f}', verdict])
-        if gaps:
-            text += '\n' + as_table(rows)
+    for experiment in EXPERIMENTS:
+        found = differences(experiment)
+        if found:
+            text += f'\n### {experiment}\n\n{found}'
+    for experiment in EXPERIMENTS:
+        if not is_folded(experiment):
+            text += f'\n## {experiment}\n{tables(experiment)}'
+    text += '\n## Learning rates, and checks of the measures\n'
+    for experiment in EXPERIMENTS:
+        if is_folded(experiment):
+            text += f'\n<details><summary>{experiment}</summary>\n{tables(experiment)}\n</details>\n'
     return text
 
 
@@ -406,9 +437,9 @@ BATCHES = {             # numbers of training scenes; those of the second are of
 
 
 def draw_batches(figure):
-    """Page 3: eight scenes of a batch, mixed and sorted by colour; beside them what is named after such batches."""
-    left, right = figure.subfigures(1, 2)
-    axis = right.subplots()
+    """Page 3: eight scenes of a batch, mixed and sorted by colour; beside them both halves of the guess."""
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.25])
+    named_axis, found_axis = right.subplots(2)
     for x, (kind, batch), row in zip((0, 1), BATCHES.items(), left.subplots(2)):
         images = []
         colors = set()
@@ -420,34 +451,93 @@ def draw_batches(figure):
         row.imshow(np.vstack([np.hstack(images[:4]), np.hstack(images[4:])]))
         row.set_axis_off()
         row.set_title(f'{kind}: colours alone\nfind {len(colors)} of 8 captions')          # of equal ones one
-        for method, shift, side in ('clip', -0.15, 'right'), ('cosmos', 0.15, 'left'):
-            height = show_runs(axis, 'batches', f'{method}-16-{kind}', 'small.top1', x + shift)
+        for method, shift, side in ('clip', -0.12, 'right'), ('cosmos', 0.12, 'left'):
+            name = f'{method}-16-{kind}'
+            height = show_runs(named_axis, 'batches', name, 'small.top1', x + shift)
+            show_runs(found_axis, 'batches', name, 'retrieval.image_to_text_R@1', x + shift)
             if kind == 'sorted':
-                show_name(axis, x + 2 * shift, height, method, side)
-    show_scale(axis, 'shapes named, %', [20, 25])
-    axis.set_xticks((0, 1), BATCHES)
-    axis.set(xlim=(-0.5, 2.2), ylim=(13, 28), xlabel='batches')
+                show_name(named_axis, x + 2 * shift, height, method, side)
+    colors_alone = mean('worlds', 'equal-16', 'R@1.colors')
+    show_scale(named_axis, 'shapes\nnamed, %', [30])
+    show_scale(found_axis, 'captions\nfound, %', [], chance=colors_alone)
+    found_axis.set_yticks([0, colors_alone], ['0', 'colours\nalone'])
+    for axis, top in (named_axis, 33), (found_axis, 18):
+        axis.set_xticks((0, 1), BATCHES)
+        axis.set(xlim=(-0.5, 2.0), ylim=(0, top))
+
+
+def draw_same_big(figure):
+    """Page 3: mixed batches against those whose scenes share the big object."""
+    axis = figure.subplots()
+    ticks = {}
+    for place, (method, world) in enumerate([
+            ('clip', 'built-in'), ('cosmos', 'built-in'), ('clip', 'big'), ('clip', 'apart')]):
+        for kind, shift in ('mixed', -0.2), ('half', 0.2):
+            x = place + shift
+            show_runs(axis, 'same-big', f'{method}-{world}-{kind}', 'small.top1', x)
+            ticks[x] = kind
+    show_scale(axis, 'small objects named, %', (40, 60))
+    axis.set_xticks(list(ticks), ticks.values())
+    axis.set(xlim=(-0.5, 3.5), ylim=(0, 65))
 
 
 def draw_race(figure):
-    """Page 4: real minutes across, small objects named up; a dot is a whole run."""
-    axis = figure.subplots()
+    """Page 4: small objects named, over pairs on the left and over minutes on the right; a dot is a whole run."""
+    over_pairs, over_minutes = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1.5])
     ends = {}
-    for method, shift in ('clip', 0.87), ('text-crop', 1), ('without-cross-attention', 1), ('cosmos', 1.15):
-        for experiment in 'minutes', 'longer':
-            minutes = mean(experiment, method, 'seconds')
-            ends[method] = show_runs(axis, experiment, method, 'small.top1', shift * minutes)     # dots keep apart
+    for method, shift in ('clip', 0.85), ('text-crop', 1), ('without-cross-attention', 1), ('cosmos', 1.17):
+        for axis, column, first in (over_pairs, 'pairs', 'pairs'), (over_minutes, 'seconds', 'minutes'):
+            shown = {first, 'longer'}
+            if method == 'clip':                        # its runs of the two differ, those of the others hardly
+                shown |= {'pairs', 'minutes'}
+            for experiment in shown:
+                x = shift * mean(experiment, method, column)                    # dots keep apart
+                height = show_runs(axis, experiment, method, 'small.top1', x)
+                if experiment == 'longer':
+                    ends[method] = height
     height = 0
     for method in sorted(ends, key=ends.get):
         height = max(ends[method], height + 8)          # names keep apart
-        show_name(axis, 17, height, method)
-    show_runs(axis, 'pairs', 'clip', 'small.top1', mean('pairs', 'clip', 'seconds'))
-    axis.text(1.3, 21, 'CLIP, the\nsame pairs', color=PAINT['clip'], ha='center', fontsize=11)
-    show_scale(axis, 'small objects named, %', (40, 60, 80, 100))
-    axis.set_xscale('log')
-    axis.set_xticks((1.2, 4, 12), ('1.2', '4', '12'))
-    axis.set_xticks([], minor=True)
-    axis.set(xlim=(0.8, 130), ylim=(0, 103), xlabel='minutes of training')
+        show_name(over_minutes, 17, height, method)
+    scales = (over_pairs, (32, 120, 370), 'thousand pairs seen'), (over_minutes, (1.2, 4, 12), 'minutes of training')
+    for axis, ticks, words in scales:
+        show_scale(axis, 'small objects named, %', (40, 60, 80, 100))
+        axis.set_xscale('log')
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.set_xticks([], minor=True)
+        axis.set_xlabel(words)
+    over_pairs.set(xlim=(20, 520), ylim=(0, 103))
+    over_minutes.set(xlim=(0.8, 200), ylabel='')
+
+
+CELLS = [               # of the 2 x 2: x, y, the term of COSMOS, the same term where nothing is read, is there a leak?
+    (0, 0, 'h_T_cls_t', 'eot_cls_t', True),
+    (1, 0, 'h_T_eot_t', 'eot_eot_t', False),
+    (0, 1, 'h_I_cls_t', 'cls_cls_t', False),
+    (1, 1, 'h_I_eot_t', 'cls_eot_t', True)]
+
+
+def draw_leak(figure):
+    """Page 5: who has read what, and what it must find; how far reading lowers each of the four losses."""
+    from matplotlib.patches import Rectangle
+    axis = figure.subplots()
+    for x, y, term, plain_term, leaks in CELLS:
+        before = mean('reading', 'without-cross-attention', f'loss.{plain_term}')
+        after = mean('reading', 'cosmos', f'loss.{term}')
+        ink = RED if leaks else '#555555'
+        frame = Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, edgecolor=ink,
+                          linewidth=3 if leaks else 1, linestyle='--' if leaks else '-')
+        axis.add_patch(frame)
+        axis.text(x, y - 0.12, f'{before:.0f} → {after:.0f}', ha='center', va='center', fontsize=19, color=ink)
+        words = 'a copy is enough' if leaks else 'a copy does not help'
+        axis.text(x, y + 0.24, words, ha='center', va='center', fontsize=11, color=ink)
+    axis.set_xticks((0, 1), ("cls_t,\nthe teacher's image", "eot_t,\nthe teacher's caption"))
+    axis.set_yticks((0, 1), ('h_T, a sentence\nthat has read\nthe image', 'h_I, a view\nthat has read\nthe caption'))
+    axis.set(xlim=(-0.5, 1.5), ylim=(1.5, -0.5), xlabel='loss, in % of a blind guess:\nreading nothing → COSMOS')
+    axis.set_title('must find', fontsize=13)
+    axis.tick_params(length=0)
+    axis.tick_params('x', labeltop=True, labelbottom=False)
+    axis.spines[:].set_visible(False)
 
 
 READERS = {'cosmos': 'its own\npair', 'another-pair': 'another\npair', 'across': 'across',
@@ -479,7 +569,8 @@ PICTURES = {            # how it is drawn, inches
     'company': (draw_company, (6, 4)),
     'square': (draw_square, (7.6, 4)),
     'batches': (draw_batches, (7, 4)),
-    'race': (draw_race, (7, 3.6)),
+    'race': (draw_race, (8.4, 3.8)),
+    'leak': (draw_leak, (6.4, 4)),
     'reading': (draw_reading, (8.6, 4))}
 
 
