@@ -1,14 +1,15 @@
-"""The experiments of the course: what is run, each run a row of lesson/results.csv.
+"""The experiments of the course: which runs they have, each run being a row of lesson/results.csv.
 
-    python -m lesson.experiments minutes                    the runs of `minutes` that have no row, two side by side
-    python -m lesson.experiments minutes --run cosmos 0     one run: its figures, and its row where it has none
+    python -m lesson.experiments minutes                    makes the runs of `minutes` that have no row, two at a time
+    python -m lesson.experiments minutes --run cosmos 0     makes one run: its figures, and a row if it has none
 
-A run that has a row is not made again, whichever experiments it belongs to. After an interruption start the command
-again. A run is a call of lesson.onepage.train, in a process of one thread on the CPU. Its scenes and its networks
-(last.pt) lie in runs/lesson. A seed draws its own training scenes; held-out scenes are the same for all.
+A run that has a row is not made again, even if several experiments use it. So after an interruption you give the
+command again. A run is a call of lesson.onepage.train, in a process with one thread on the CPU. Its scenes and its
+networks (last.pt) are kept in runs/lesson. Each seed draws training scenes of its own; the held-out scenes are always
+the same.
 
-Methods race on two tracks. `pairs`: all see as many pairs, the paper's comparison. `minutes`: all take as long. Every
-run ends its own schedule. What is measured is the moving average of its weights, in every method.
+Methods race on two tracks. In `pairs` all see equally many pairs, which is the paper's comparison; in `minutes` all take
+equally long. Every run completes its own schedule. We measure the moving average of the weights, in every method.
 """
 import csv
 import math
@@ -41,7 +42,7 @@ from plumbing.options import Parser, positive
 # --- 1. Other models, and other batches ------------------------------------------------------------------------------
 
 class WithoutCrossAttention(COSMOS):
-    """The model of train.py's method `plain`; onepage.train hands it the sizes of COSMOS."""
+    """The model of train.py's method `plain`; onepage.train gives it the sizes of COSMOS."""
 
     def __init__(self, config):
         super().__init__(replace(config, cross_heads=0, two_scales=True))
@@ -68,20 +69,20 @@ class WithoutResidual(ReadsOtherwise):
 
 
 class ReadsAnotherPair(ReadsOtherwise):
-    """What is read cannot help to match the targets, which are of the pair itself."""
+    """What is read comes from another pair than the targets, so it cannot help to find them."""
     shift = 1
 
 
 def two_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 without the two terms that a copy of what was read can match. The two others weigh a half each."""
+    """Eq. 6 without the two terms that can be met by copying what was read. The other two weigh a half each."""
     terms = cosmos_terms(out, cls_t, eot_t, scale)
     del terms['h_T_cls_t'], terms['h_I_eot_t']
     return terms
 
 
 def groups_of(scenes, by):
-    """-> a number for each scene, (n,): equal for scenes with the same colours or, by 'big', with the same big object.
-    Similar colours have near numbers."""
+    """-> a number for each scene, (n,). Scenes have the same number if they have the same colours or, by 'big', the same
+    big object. Similar colours have neighbouring numbers."""
     keys = []
     for scene in scenes:
         if by == 'big':
@@ -94,8 +95,8 @@ def groups_of(scenes, by):
 
 @dataclass
 class Grouped(Order):
-    """Every epoch has each pair once, as ever, but a share of the batches is grouped: its pairs are of one group, or of
-    neighbouring groups."""
+    """An order in which a share of the batches is grouped: all pairs of such a batch belong to one group, or to
+    neighbouring groups. Every epoch still has each pair once."""
     groups: np.ndarray = None       # (pairs,)
     share: float = 1.0
     since: float = 0.0              # which part of the run has passed before the first grouped batch
@@ -116,15 +117,15 @@ class Grouped(Order):
 class Method(NamedTuple):
     """What competes.
 
-    steps: estimated to take as long as the 1,000 of COSMOS; the rows have the seconds, and `minutes` corrects those of
-    CLIP. rate: the peak learning rate, of those that `tune` tried the one that names most, as the mean of big and small
-    objects. Without residual, and with another pair, COSMOS keeps its rate.
+    steps: so many were estimated to take as long as 1,000 steps of COSMOS. The rows have the seconds, and `minutes`
+    corrects the steps of CLIP. rate: the peak learning rate; of those that `tune` tried, the one with which the mean of
+    big and small objects named is highest. Without residual, and with another pair, COSMOS keeps its rate.
     """
     label: str                      # in plots
     batch: int
     steps: int
     rate: float
-    differs: dict = {}              # from COSMOS, by the names of lesson/setting.py
+    differs: dict = {}              # what differs from COSMOS, under the names of lesson/setting.py
 
 
 CLIP = {'terms': no_terms, 'heads': 0}
@@ -145,12 +146,12 @@ METHODS = {
         'COSMOS without the two terms that leak', 32, 1000, 1e-3, {'terms': two_terms}),
     'cosmos': Method('COSMOS', 32, 1000, 1e-3)}
 SCENES = 4000                       # for training
-EIGHT = range(8)                    # seeds, where five left a difference open or nearly so
+EIGHT = range(8)                    # seeds, if five left a difference open or nearly so
 TEN = range(10, 15)                 # seeds of later experiments, which ran on another machine
 PRECISION = 'bf16'
 
-# Options of make_scenes: the built-in set, and others with the same small object: alone, beside an equal, beside an
-# equal in a world of more colours, beside a big one.
+# Options of make_scenes. After the built-in set come worlds with the same small object: alone, next to an equal (also
+# with more colours), and next to a big one.
 TWO = {'objects': 2, 'dominant_size': 0.38}
 WORLDS = {
     'built-in': {},
@@ -161,25 +162,25 @@ WORLDS = {
     'big': TWO,
     'apart': TWO | {'shapes': 6, 'big_shapes': 4}}      # big objects have shapes that no small one has
 
-# Other worlds, that are not drawn: shards to train on, and held-out ones or a folder in COCO's layout. Add your own.
-# The pictures of emoji are not shipped.
+# Other worlds, which are not drawn: shards to train on, and held-out shards or a folder in COCO's layout. Add your own.
+# The emoji are not shipped.
 SHARED = Path(os.environ.get('COSMOS_SHARED', '../shared'))
 SETS = {'emoji': (SHARED / 'data/emoji/train', SHARED / 'data/emoji/retrieval/seen_vendors')}
 COMPANY = {'alone': 'alone', 'equal': 'beside\nan equal', 'big': 'beside\na big one'}    # in plots
 
 
 class Variant(NamedTuple):
-    """How runs are made. Variants that only differ in seeds and in `tested` share their runs."""
+    """How runs are made. Variants that differ in nothing but seeds and `tested` share their runs."""
     method: str
     world: str = 'built-in'         # of WORLDS or of SETS
-    steps: int = 0                  # 0: those of the method, as is the rate
+    steps: int = 0                  # 0 stands for the method's own, as it does for the rate
     rate: float = 0.0
     augment: str = 'crops'          # or 'full'
     grouped: float = 0.0            # share of the batches whose scenes have much in common
     by: str = 'colors'              # what: their colours, or 'big', the colour and the shape of the big object
     since: float = 0.0              # such batches only after this part of the run
     seeds: range = range(5)
-    tested: tuple = ()              # worlds in which it is asked for names, too
+    tested: tuple = ()              # further worlds in which objects are to be named
 
     def label(self):
         return METHODS[self.method].label
@@ -190,7 +191,7 @@ class Variant(NamedTuple):
         return self.steps or method.steps, self.rate or method.rate
 
     def recipe(self):
-        """All that makes a run but its seed, in words. Runs of the same recipe and seed are one run."""
+        """Everything that makes a run, except its seed, in words. The same recipe and seed are the same run."""
         pairs = 'pairs' if self.world in SETS else f'{SCENES} scenes'
         words = f'{self.method}, {pairs} of {self.world}'
         if self.augment != 'crops':
@@ -207,8 +208,8 @@ class Variant(NamedTuple):
 
 
 def tune(rates, seed=100, steps={}, count=1, **how):
-    """Which learning rate is best? On seeds that are used for nothing else. rates: {method: those to try}. steps:
-    {method: steps}, else its own."""
+    """Which learning rate is best? The seeds are used for nothing else. rates: {method: those to try}. steps: {method:
+    how many, if not its own}."""
     variants = {}
     for method, tried in rates.items():
         for rate in map(float, tried.split()):
@@ -255,7 +256,7 @@ LONGER = {
 
 
 def race(steps, seeds=EIGHT, rates={}, **how):
-    """steps: {method: how many}, 0: its own. rates: {method: peak}, else its own."""
+    """steps: {method: how many, 0 for its own}. rates: {method: peak, if not its own}."""
     variants = {}
     for method, count in steps.items():
         rate = rates.get(method, 0)
@@ -265,9 +266,9 @@ def race(steps, seeds=EIGHT, rates={}, **how):
 
 FIVE = range(1, 6)                  # seeds of long runs: 0 has chosen the rates, see `tune-longer`
 EMOJI = {'world': 'emoji', 'augment': 'full'}
-# Those that `tune-emoji` found best, where they are not the method's own.
+# The rates that `tune-emoji` found best, if they are not the method's own.
 EMOJI_RATES = {'clip': 5e-4, 'cosmos': 5e-4, 'without-cross-attention': 5e-4}
-NOBODY = 'nobody'                   # the method of a row that tells what adversaries reach in a world
+NOBODY = 'nobody'                   # the "method" of rows that say what adversaries reach in a world
 
 EXPERIMENTS = {
     'worlds': {world: Variant(NOBODY, world, seeds=range(1)) for world in WORLDS},
@@ -300,7 +301,7 @@ EXPERIMENTS = {
     'minutes': race({'cosmos': 0, 'without-cross-attention': 0, 'text-crop': 0, 'clip': 1932}),
     'pairs': race(
         {'cosmos': 1000, 'without-cross-attention': 1000, 'text-crop': 1000, 'clip': 500}),
-    # What cross-attention costs was open after five seeds. Text crops take half of their rate.
+    # After five seeds it was open what cross-attention costs. Text crops take half of their usual rate.
     'longer': race({'clip': 5796, 'text-crop': 4104}, FIVE, {'text-crop': 2.5e-4}) | race(
         {'without-cross-attention': 3450, 'cosmos': 3000}, range(1, 9)),
     # Who reads what: from the same pairs, in the same minutes, in three times the minutes.
@@ -312,7 +313,7 @@ EXPERIMENTS = {
     'longer-reading': race(
         {'cosmos': 3000, 'another-pair': 3000, 'without-cross-attention': 3450, 'across': 3000},
         FIVE),
-    # Other pictures, with rich captions. CLIP keeps its own crops, as in train.py.
+    # Other pictures, with rich captions. CLIP keeps its own crops here, as it does in train.py.
     'tune-emoji': tune({
         'cosmos': '2e-3 1e-3 5e-4 2.5e-4',
         'without-cross-attention': '2e-3 1e-3 5e-4 2.5e-4',
@@ -323,7 +324,7 @@ EXPERIMENTS = {
             {'clip': 1932}, range(5), EMOJI_RATES, world='emoji'),
     'exercise': race({'without-residual': 0}, range(1))}
 
-# What is compared: {experiment: {columns: variants}}. The differences of an experiment are one family.
+# What is compared: {experiment: {columns: variants}}. All differences of one experiment are one family.
 NAMED = 'dominant.top1 small.top1'
 RECALL = 'retrieval.image_to_text_R@1'
 RIVALS = 'cosmos~clip without-cross-attention~clip without-cross-attention~cosmos'
@@ -362,12 +363,12 @@ def folder(words):
 
 
 def run_folder(variant, seed):
-    """Named by all that makes the run, so that no other one is taken for it."""
+    """Its name has everything that makes the run, so that no other run is taken for it."""
     return folder(f"{origin()['commit']} {variant.recipe()} {seed}")
 
 
 def scene_folder(world, seed):
-    """A set of scenes, drawn where it is absent; of a world of SETS its training shards."""
+    """The scenes of a world, which are drawn if they are absent; for a world of SETS, its training shards."""
     if world in SETS:
         training, _ = SETS[world]
         return training
@@ -377,11 +378,12 @@ def scene_folder(world, seed):
     return path
 
 
-# Runs of these commits are equal to the digit, so an experiment may have rows of several. 1d83ab1 trained by
-# train.py, the others train by onepage.py: of cosmos, clip, clip-aug, text-crop, without-cross-attention,
-# another-pair and of sorted batches runs were made again, and all columns of their rows but the seconds were the same.
-# A commit that changes no number of a run joins them here, once that has been shown again. In 01e2c63 equal scores tie
-# to the last bit: mean ranks moved, by 0.002 at most, and R@1 of three long runs, by one or two captions of 1,000.
+# Runs of these commits are equal to the digit, so an experiment may have rows of several. 1d83ab1 trained by train.py,
+# the others by onepage.py. To show that they are equal, runs of cosmos, clip, clip-aug, text-crop,
+# without-cross-attention, another-pair and of sorted batches were made again, and all columns of their rows were the
+# same but the seconds. A commit that changes no number of a run joins this list once that has been shown again. Since
+# 01e2c63 equal scores tie to the last bit: mean ranks moved by 0.002 at most, and R@1 of three long runs by one or two
+# captions of 1,000.
 EQUAL_COMMITS = ('1d83ab1', '597074d', '820331e', '7e3ef2a', '01e2c63')
 CODE = ('cosmos.py data.py eval.py lesson/onepage.py lesson/scenes.py lesson/setting.py lesson/suppression.py '
         'plumbing/captions.py plumbing/colours.py plumbing/images.py plumbing/processes.py plumbing/shards.py '
@@ -389,8 +391,8 @@ CODE = ('cosmos.py data.py eval.py lesson/onepage.py lesson/scenes.py lesson/set
 
 
 def origin(code=CODE):
-    """The machine, and the last commit that changed the code of a run, but for this file: what it decides stands in the
-    recipe. Edits that are not committed go unseen."""
+    """The machine, and the last commit that changed the code of a run. This file does not count, because what it decides
+    is in the recipe. Edits that are not committed go unnoticed."""
     line = subprocess.getoutput('grep -sm1 "model name" /proc/cpuinfo')     # Linux tells more
     name = line.partition(': ')[2] or platform.processor()
     return {
@@ -411,8 +413,8 @@ def flat(figures, prefix=''):
 
 
 def train_run(variant, seed, scenes, out):
-    """Train a variant, and save its networks -> what that took, and the parts of its last loss as shares of what a
-    blind guess costs."""
+    """Train a variant and save its networks -> what that took, and the parts of the last loss, each as a share of the
+    loss of a blind guess."""
     method = METHODS[variant.method]
     steps, rate = variant.schedule()
     differs = dict(method.differs)
@@ -438,18 +440,18 @@ def train_run(variant, seed, scenes, out):
 
 
 def world_figures(scenes):
-    """What oracles and adversaries reach in a set."""
+    """What oracles and adversaries reach on these scenes."""
     known, listed = [suppression.read_scenes(Shards(scenes / part)) for part in ('train', 'val')]
     return {'R@1': suppression.oracles(listed)} | suppression.adversaries(known, listed)
 
 
 def measured(checkpoint, scenes):
-    """What the commands of eval.py and of lesson.suppression take."""
+    """The options of the commands in eval.py and lesson.suppression."""
     return SimpleNamespace(checkpoint=checkpoint, shards=scenes, device='cpu', workers=0, vocab=None, only=None)
 
 
 def held_out_pairs(world):
-    """Of a world of SETS -> images, all captions, and whose each is."""
+    """-> the held-out images of a world of SETS, all their captions, and which image each caption belongs to."""
     _, path = SETS[world]
     if (path / 'annotations').is_dir():
         return published_captions(path, None, None, None, None)
@@ -458,7 +460,7 @@ def held_out_pairs(world):
 
 
 def background_captions(world):
-    """-> those held-out captions whose `kind` in COCO's list says that they tell the background."""
+    """-> the held-out captions whose `kind` in COCO's list says that they tell the background."""
     _, path = SETS[world]
     captions = set()
     if (path / 'annotations').is_dir():
@@ -469,8 +471,8 @@ def background_captions(world):
 
 
 def set_figures(world, args, scored):
-    """Retrieval and conflict, all that can be asked where no objects are listed. Backgrounds alone find many images, so
-    captions that tell none are asked apart, too, as `objects`."""
+    """Retrieval and conflict, because nothing else can be measured if no objects are listed. Backgrounds alone find many
+    images, so captions that tell no background are also scored by themselves, as `objects`."""
     images, captions, owner = held_out_pairs(world)
     figures, image_features = zero_shot_retrieval(*scored, images, captions, owner)
     texts = suppression.texts_of(captions, owner)
@@ -487,7 +489,7 @@ def set_figures(world, args, scored):
 
 
 def run_figures(variant, seed, scenes):
-    """Train, then measure the average of the weights."""
+    """Train, then measure the average of the weights over training."""
     out = run_folder(variant, seed) / 'last.pt'
     took = train_run(variant, seed, scenes, out)
     scored = load(out)
@@ -503,7 +505,7 @@ def run_figures(variant, seed, scenes):
 
 
 def make_row(variants, key):
-    """All figures of a run, which is trained first. key: seed, name of a variant."""
+    """Train a run, and return all its figures. key: seed, name of a variant."""
     seed, name = key
     variant = variants[name]
     scenes = scene_folder(variant.world, seed)
@@ -523,13 +525,13 @@ RESULTS = Path('lesson/results.csv')
 
 
 def read_results():
-    """-> {(run, seed): row}, a row being {column: text}."""
+    """-> {(run, seed): row}; a row is {column: text}."""
     rows = csv.DictReader(RESULTS.read_text().splitlines())
     return {(row['run'], int(row['seed'])): row for row in rows}
 
 
 def add_result(row):
-    """Unless the run has a row. A new one may have new columns, so the file is written anew, whole or not at all."""
+    """Add a row, unless the run has one. It may bring new columns, so the file is written anew, whole or not at all."""
     rows = read_results()
     rows.setdefault((row['run'], row['seed']), row)
     write_results(rows)
@@ -547,8 +549,8 @@ def write_results(rows):
 
 
 def missing_runs(variants, seeds=None):
-    """-> [(seed, name of a variant)] that have no row, the first seed of all variants first. seeds: how many of each,
-    instead of its own."""
+    """-> [(seed, name of a variant)] of the runs that have no row, first the first seed of all variants. seeds: how many
+    for each variant, instead of its own."""
     done = read_results()
     missing = []
     for name, variant in variants.items():
@@ -576,7 +578,7 @@ def main():
     for seed, name in wanted:                           # before two runs need it
         for world in (variants[name].world, *variants[name].tested):
             scene_folder(world, seed)
-    # Of the processes that start below: runs take a thread each, and no GPU.
+    # These hold for the processes that start below: a run takes one thread, and no GPU.
     os.environ |= {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     with ProcessPoolExecutor(2, get_context('spawn')) as pool:
         for row in pool.map(partial(make_row, variants), wanted):

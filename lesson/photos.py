@@ -1,16 +1,16 @@
-"""Photographs: COSMOS against CLIP on Flickr8k, from scratch, each run a row of lesson/results.csv.
+"""Photographs: COSMOS against CLIP on Flickr8k, from scratch. Each run is a row of lesson/results.csv.
 
-    python -m lesson.photos photo-minutes                    the runs that have no row, two side by side
-    python -m lesson.photos photo-minutes --print            the commands of its runs, a line each, to copy
-    python -m lesson.photos photo-minutes --run cosmos 0     one run: its figures, and its row where it has none
+    python -m lesson.photos photo-minutes                    makes the runs that have no row, two at a time
+    python -m lesson.photos photo-minutes --print            prints the commands of its runs, one line each, to copy
+    python -m lesson.photos photo-minutes --run cosmos 0     makes one run: its figures, and a row if it has none
 
-Unlike the drawn scenes, these runs are commands that you could type yourself: one of train.py, which trains on 6,000
-photographs, and one of eval.py, which scores the network that was best on 1,000 validation photographs (best.pt) on
-1,000 others. A run takes one thread of a CPU. Flickr8k is for research and education only, and is not part of this
-repository: docs/own-data.md says where to get it. Shards and networks go to runs/photos.
+Unlike the runs on drawn scenes, these are commands that you could type yourself. One of train.py trains on 6,000
+photographs. One of eval.py takes the network that was best on 1,000 validation photographs (best.pt), and scores it on
+1,000 test photographs. A run takes one thread of a CPU. Flickr8k is for research and education only, so it is not part
+of this repository; docs/own-data.md says where to get it. Shards and networks go to runs/photos.
 
-Every method is to have the learning rate that is best for it on the validation photographs, see `photo-tune`. The test
-photographs are scored only after all such choices.
+Every method gets the learning rate that is best for it on the validation photographs (`photo-tune`). The test
+photographs are scored only after all such choices are made.
 """
 import json
 import os
@@ -42,19 +42,19 @@ ALL = 6000                              # training photographs
 # --- 1. The experiments ----------------------------------------------------------------------------------------------
 
 class Photos(NamedTuple):
-    """How runs are made. Variants that differ only in seeds share their runs."""
-    method: str                         # of train.METHODS
+    """How runs are made. Variants that differ in nothing but seeds share their runs."""
+    method: str                         # a row of train.METHODS
     steps: int
     rate: float                         # peak learning rate
     seeds: range
     photographs: int = ALL              # to train on
-    is_scored: bool = True              # on the test photographs; a run that chooses a rate is not
+    is_scored: bool = True              # on the test photographs; runs that choose a rate are not
 
     def label(self):
         return LABELS[self.method]
 
     def recipe(self):
-        """All that makes a run but its seed, in words."""
+        """Everything that makes a run, except its seed, in words."""
         return (f'{self.method}, {self.photographs} photographs of Flickr8k, batch {BATCH}, '
                 f'steps {self.steps}, rate {self.rate}')
 
@@ -110,9 +110,9 @@ EXPERIMENTS = {
     'photo-minutes': race(EVERY, MINUTES, RATES, FIVE),
     'photo-longer': race('clip plain cosmos', LONGER, RATES, THREE),
     'photo-fewer': fewer()}
-OPEN = tuple(EXPERIMENTS)               # those whose runs are not all made: plots leaves them out
+OPEN = tuple(EXPERIMENTS)               # experiments that lack runs, so plots.py leaves them out
 
-# What is compared, decided before the first run: R@10, which 1,000 photographs tell more surely than R@1.
+# What is compared was decided before the first run: R@10, because 1,000 photographs tell it more surely than R@1.
 RECALL = 'retrieval.image_to_text_R@10 retrieval.text_to_image_R@10'
 RIVALS = 'cosmos~clip cosmos~clip-aug cosmos~plain plain~clip across~cosmos'
 COMPARISONS = {
@@ -154,7 +154,7 @@ def call(words):
 
 
 def commands(variant, seed, flickr8k):
-    """-> the folder of a run, {what: the words of a command}. 'train' comes first, each other one writes WHAT.json."""
+    """-> the folder of a run, {what: the words of a command}. 'train' comes first; each of the others writes WHAT.json."""
     out = FOLDER / '-'.join(variant.recipe().replace(',', '').split() + [str(seed)])
     best = out / 'best.pt'
     shards = FOLDER / f'shards-{variant.photographs}'
@@ -176,7 +176,7 @@ def commands(variant, seed, flickr8k):
 
 
 def make_row(variants, flickr8k, key):
-    """All figures of a run, which is trained first. key: seed, name of a variant."""
+    """Train a run, and return all its figures. key: seed, name of a variant."""
     seed, name = key
     variant = variants[name]
     out, words = commands(variant, seed, flickr8k)
@@ -186,7 +186,7 @@ def make_row(variants, flickr8k, key):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         call(arguments)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        if what == 'train':                             # time of its core: another program may share it
+        if what == 'train':                             # processor time, because other programs may run, too
             user = after.ru_utime - before.ru_utime
             system = after.ru_stime - before.ru_stime
             figures['seconds'] = int(user + system)
@@ -199,7 +199,7 @@ def make_row(variants, flickr8k, key):
 
 
 def validation(out):
-    """The figures on the validation photographs of the step whose networks are best.pt: the best mean R@1."""
+    """The validation figures of the step that best.pt was saved at, which has the best mean R@1."""
     best = {}
     for line in (out / 'log.jsonl').read_text().splitlines():
         entry = json.loads(line)
@@ -212,7 +212,7 @@ def validation(out):
 
 
 def test_figures(what, found):
-    """What a command has written, under the names of the columns, without what it says of the checkpoint."""
+    """What a command wrote, under the names of the columns, without what it says about the checkpoint."""
     for name in Origin._fields:
         found.pop(name, None)
     if what == 'cifar10':

@@ -1,24 +1,25 @@
-"""Figures, tables and pictures of the course, from lesson/results.csv; and the picture of the method.
+"""Writes the figures, tables and pictures of the course from lesson/results.csv, and the picture of the method.
 
-    python -m lesson.plots              write them: into both README.md, lesson/RESULTS.md, assets/lesson-*
-    python -m lesson.plots --accept     the same, also where a figure of the text moves by more than 5 points
-    python -m lesson.plots --check      are the runs complete, and does all of that agree with them?
-    python -m lesson.plots --mine       the pictures once more, with your own runs as stars, into runs/lesson
+    python -m lesson.plots              writes them into both README.md, lesson/RESULTS.md and assets/lesson-*
+    python -m lesson.plots --accept     does the same even if a figure in the text moves by more than 5 points
+    python -m lesson.plots --check      are the runs complete, and do pages and pictures agree with them?
+    python -m lesson.plots --mine       draws the pictures into runs/lesson, with your own runs as stars
 
-In README.md and lesson/README.md every number with a decimal point is a figure. One comment, the last line or lines of
-the paragraph, names the sources of its figures in reading order:
+In README.md and lesson/README.md every number with a decimal point is a figure. A comment at the end of the paragraph
+names the sources of its figures, in reading order:
 
     COSMOS names 33.8 % of the small objects, CLIP +5.3 ± 2.1 more. The paper has 53.1 %.
     <!-- minutes/cosmos/small.top1 minutes/clip~cosmos/small.top1 paper -->
 
-A difference may stand without its ±. What the paper reports has the source `paper`; a constant stands in backticks. A
+A difference may leave out its ±. What the paper reports has the source `paper`, and constants are put in backticks. A
 table is written whole, below a comment that names its columns and its rows:
 
     <!-- table: dominant.top1 small.top1 | minutes/clip worlds/built-in/likes -->
 
-Shares are in percent, `seconds` in minutes, `pairs` in thousands. A difference is the mean of those within the seeds,
-with its 95 % interval (Student's t): all runs of a seed have the same training scenes. What is compared in an
-experiment is one family, see COMPARISONS; Holm's correction says what is decided at 5 %.
+Shares are written in percent, `seconds` in minutes, `pairs` in thousands. Differences are taken within seeds, because
+all runs of a seed have the same training scenes. What is written is their mean, with its 95 % interval (Student's t).
+All differences of an experiment are one family (see COMPARISONS), and Holm's correction says which of them are decided
+at 5 %.
 """
 import hashlib
 import io
@@ -46,16 +47,16 @@ COMPARISONS = experiments.COMPARISONS | photos.COMPARISONS
 PAGES = [Path('README.md'), Path('lesson/README.md')]
 APPENDIX = Path('lesson/RESULTS.md')
 PICTURE = 'assets/lesson-{}.png'
-UNITS = {'pairs': 1e-3, 'seconds': 1 / 60}      # of others 100: percent
-CHANCE = 100 / 6                        # of naming a shape, in percent
+UNITS = {'pairs': 1e-3, 'seconds': 1 / 60}      # all others: 100, which makes a share a percentage
+CHANCE = 100 / 6                        # how often guessing names a shape, in percent
 LEVEL = 0.05
-JUMP = 5                                # points; a larger change wants --accept
+JUMP = 5                                # points; a larger change needs --accept
 
 # --- 1. Figures ------------------------------------------------------------------------------------------------------
 
 @lru_cache(1)
 def parsed(text):
-    """The rows. text: of RESULTS, so that they are read anew when it has changed."""
+    """The rows. text: what RESULTS holds, so that the rows are read again when it has changed."""
     return read_results()
 
 
@@ -64,7 +65,7 @@ def in_unit(row, column):
 
 
 def values(experiment, name, column):
-    """-> {seed: value}, in its unit, of the seeds of this experiment: another one may have tuned on others."""
+    """-> {seed: value in its unit}, for the seeds of this experiment; another one may have tuned on others."""
     need(name in EXPERIMENTS.get(experiment, {}), f'there is no experiment {experiment} with a variant {name}')
     variant = EXPERIMENTS[experiment][name]
     rows = parsed(RESULTS.read_text())
@@ -92,8 +93,9 @@ def student_t(freedom):
 
 
 def difference(experiment, name, other, column):
-    """name minus other, seed by seed: the runs of a seed have the same training scenes, and rise and fall together
-    -> the mean, half of its 95 % interval, the chance of such a mean between equals; None without two such seeds."""
+    """name minus other, seed by seed, because the runs of a seed have the same training scenes and rise and fall together
+    -> the mean, half of its 95 % interval, the chance of such a mean between equals; None if fewer than two seeds have
+    both."""
     a = values(experiment, name, column)
     b = values(experiment, other, column)
     gaps = [a[seed] - b[seed] for seed in a if seed in b]
@@ -108,7 +110,8 @@ def difference(experiment, name, other, column):
 
 
 def holm(chances):
-    """{test: chance} -> the tests that survive. The least must be below LEVEL / n, the next below LEVEL / (n - 1)."""
+    """{test: chance} -> the tests that survive. The smallest chance must be below LEVEL / n, the next one below
+    LEVEL / (n - 1), and so on."""
     survived = set()
     for k, test in enumerate(sorted(chances, key=chances.get)):
         if chances[test] > LEVEL / (len(chances) - k):
@@ -118,7 +121,7 @@ def holm(chances):
 
 
 def family(experiment):
-    """The comparisons of an experiment that have rows -> {(name, other, column): (gap, half)}, and those decided."""
+    """The comparisons of an experiment that have rows -> {(name, other, column): (gap, half)}, and which are decided."""
     gaps = {}
     chances = {}
     for columns, pairs in COMPARISONS.get(experiment, {}).items():
@@ -132,7 +135,7 @@ def family(experiment):
 
 # --- 2. Tables -------------------------------------------------------------------------------------------------------
 
-LABELS = {              # of columns, of experiments, and of what stands before a column
+LABELS = {              # for columns, experiments, and what stands before a column
     'seconds': 'minutes', 'pairs': 'thousand pairs', 'dominant.top1': 'big named', 'small.top1': 'small named',
     'photo-pairs': 'same pairs', 'photo-minutes': 'same minutes',
     'minutes': 'same minutes', 'longer': 'three times the minutes', 'longer-reading': 'three times the minutes',
@@ -146,7 +149,7 @@ def label(word):
 
 
 def row_label(experiment, name, *prefix):
-    """Of a row in a page: 'CLIP, same minutes'."""
+    """How a page names a row: 'CLIP, same minutes'."""
     if experiment == 'worlds':
         return label(*prefix)
     track = 'same pairs' if experiment == 'pairs' else LABELS.get(experiment)
@@ -155,13 +158,13 @@ def row_label(experiment, name, *prefix):
 
 
 def variant_label(experiment, name, *prefix):
-    """Of a row in RESULTS.md, with the number of runs."""
+    """How RESULTS.md names a row, with its number of runs."""
     runs = len(EXPERIMENTS[experiment][name].seeds)
     return ', '.join([f'{name} × {runs}', *prefix])
 
 
 def as_table(rows):
-    """[[cell, ...], ...], the first row being the heading -> Markdown; '' where there is nothing below the heading."""
+    """[[cell, ...], ...], the first row being the heading -> Markdown; '' if there is nothing below the heading."""
     head, *rows = rows
     if not rows:
         return ''
@@ -170,8 +173,8 @@ def as_table(rows):
 
 
 def table(columns, places, row_label):
-    """Means of columns at places: [experiment, name], or [experiment, name, what stands before the columns]. Only rows
-    and columns that have a value."""
+    """A table of means. A place is [experiment, name], or [experiment, name, what stands before the columns]. Rows and
+    columns without a value are left out."""
     cells = defaultdict(dict)
     for place in places:
         experiment, name, *prefix = place
@@ -300,7 +303,7 @@ def right_figure(figure, source):
 
 
 def right_figures(text):
-    """Of a page -> [(begin, end, what should stand there, its source)] of all figures and tables. Refused where a
+    """The text of a page -> [(begin, end, what should stand there, its source)] for all figures and tables. Refused if a
     paragraph has more figures than sources, or fewer."""
     found = []
     for match in TABLE.finditer(text):
@@ -321,7 +324,7 @@ def right_figures(text):
 
 
 def changes(page):
-    """-> [(begin, end, old, new, source)] of what is not as results.csv has it."""
+    """-> [(begin, end, old, new, source)] for everything that differs from results.csv."""
     text = page.read_text()
     found = []
     for begin, end, new, source in right_figures(text):
@@ -331,7 +334,7 @@ def changes(page):
 
 
 def fill(page, accept):
-    """-> the text of a page, all figures and tables as results.csv has them. What changes is printed."""
+    """-> the text of a page with all figures and tables as results.csv has them. It prints what changes."""
     text = page.read_text()
     for begin, end, old, new, source in reversed(changes(page)):
         print(f'{page}: {old} becomes {new} ({source})')
@@ -349,11 +352,11 @@ PAINT = {
     'clip': '#0072b2', 'cosmos': '#d55e00', 'without-cross-attention': '#009e73', 'text-crop': '#777777',
     'another-pair': '#cc79a7', 'across': '#6a3d9a'}
 RED = 'tab:red'
-MINE = []               # rows of one's own runs, with --mine
+MINE = []               # the rows of your own runs, with --mine
 
 
 def show_runs(axis, experiment, name, column, x):
-    """Runs as dots, their mean as a bar, one's own as stars -> the mean. Nothing where there are none."""
+    """Draw runs as dots, their mean as a bar, and your own runs as stars -> the mean. Without runs, draw nothing."""
     variant = EXPERIMENTS[experiment][name]
     runs = list(values(experiment, name, column).values())
     bar = [fmean(runs)] if runs else []
@@ -369,7 +372,7 @@ def show_name(axis, x, y, method, side='left'):
 
 
 def show_scale(axis, words, ticks, chance=CHANCE):
-    """What is measured. Chance is a dotted line with its name."""
+    """Label the axis with what is measured, and mark chance by a dotted line."""
     axis.axhline(chance, color='black', linestyle=':')
     axis.set_yticks([chance, *ticks], ['chance', *ticks])
     axis.set_ylabel(words)
@@ -384,7 +387,7 @@ def scene(world, split, number):
 
 
 def show_scene(axis, x, words, *which):
-    """Below the x axis, as the label of a place x."""
+    """Draw a scene below the x axis, as the label of place x."""
     box = axis.inset_axes([x - 0.3, -0.36, 0.6, 0.32], transform=axis.get_xaxis_transform())
     image, _ = scene(*which)
     box.imshow(image)
@@ -392,7 +395,7 @@ def show_scene(axis, x, words, *which):
 
 
 def draw_company(figure):
-    """Page 2: a small object in three companies, and how often it is named there."""
+    """Page 2: a small object in three kinds of company, and how often it is named."""
     axis = figure.subplots()
     for x, (world, words) in enumerate(COMPANY.items()):
         for method, side, shift in ('clip', 'right', -0.1), ('cosmos', 'left', 0.1):
@@ -412,7 +415,7 @@ ARROWS = [              # over the square: what may fall along it, begin, end, m
 
 
 def draw_square(figure):
-    """Page 2: a square a method, trained down, tested across."""
+    """Page 2: a square for each method; rows are where it trained, columns where it is tested."""
     arrow = {'arrowstyle': '->', 'color': RED, 'lw': 2}
     for axis, method in zip(figure.subplots(1, 2), ('clip', 'cosmos')):
         square = np.zeros((3, 3))
@@ -431,7 +434,7 @@ def draw_square(figure):
         axis.set_title(METHODS[method].label, pad=36)
 
 
-BATCHES = {             # numbers of training scenes; those of the second are of the same two colours
+BATCHES = {             # numbers of training scenes; those of the second have the same two colours
     'mixed': (8, 9, 10, 11, 12, 13, 14, 15),
     'sorted': (5, 11, 38, 80, 140, 152, 305, 354)}
 
@@ -450,7 +453,8 @@ def draw_batches(figure):
             colors.add(' '.join(sorted(words[::2])))
         row.imshow(np.vstack([np.hstack(images[:4]), np.hstack(images[4:])]))
         row.set_axis_off()
-        row.set_title(f'{kind}: colours alone\nfind {len(colors)} of 8 captions')          # of equal ones one
+        # of captions with equal colours, colours alone find one
+        row.set_title(f'{kind}: colours alone\nfind {len(colors)} of 8 captions')
         for method, shift, side in ('clip', -0.12, 'right'), ('cosmos', 0.12, 'left'):
             name = f'{method}-16-{kind}'
             height = show_runs(named_axis, 'batches', name, 'small.top1', x + shift)
@@ -508,6 +512,22 @@ def draw_race(figure):
         axis.set_xlabel(words)
     over_pairs.set(xlim=(20, 520), ylim=(0, 103))
     over_minutes.set(xlim=(0.8, 200), ylabel='')
+
+
+def draw_pointing(figure):
+    """Page 5: where the peak of C^I lies, asked for a small object; and what its answer tells of which object."""
+    left, right = figure.subplots(1, 2)
+    for x, place in enumerate(('it', 'other', 'ground')):
+        show_runs(left, 'reading', 'cosmos', f'pointing.small.own_{place}', x)
+        blind = mean('reading', 'cosmos', f'pointing.small.area_{place}')
+        left.plot([x - 0.25, x + 0.25], [blind, blind], 'k:')
+    left.text(0.3, mean('reading', 'cosmos', 'pointing.small.area_it'), 'a blind guess', va='center', fontsize=10)
+    left.set_xticks(range(3), ('the one it is\nasked for', 'another\nobject', 'the\nground'))
+    left.set(ylim=(0, 100), xlim=(-0.5, 2.5), ylabel='C^I looks here, %')
+    left.spines[['top', 'right']].set_visible(False)
+    for x, role in enumerate(('small', 'dominant')):
+        for who, shift in ('named', -0.15), ('other', 0.15):
+            show_runs(right, 'same-big', 'cosmos-built-in-mixed', f'handed.{role}.{who}_found', x + shift)
 
 
 CELLS = [               # of the 2 x 2: x, y, the term of COSMOS, the same term where nothing is read, is there a leak?
@@ -575,7 +595,7 @@ PICTURES = {            # how it is drawn, inches
 
 
 def digest():
-    """Of all that pictures show. It travels in each, for --check."""
+    """A digest of all that pictures show. It travels in each of them, for --check."""
     return hashlib.sha1(RESULTS.read_bytes()).hexdigest()
 
 
@@ -596,7 +616,7 @@ REMEDY = 'run python -m lesson.plots'
 
 
 def check_pages():
-    """Refused: a text, a table or a picture that does not agree with the rows."""
+    """Refuses a text, a table or a picture that does not agree with the rows."""
     for page in PAGES:
         for _, _, old, new, source in changes(page):
             raise Refused(f'{page} has "{old}", and results.csv "{new}" ({source}); {REMEDY}')
@@ -610,7 +630,7 @@ def check_pages():
 
 
 def check_runs():
-    """Refused: runs that are missing, or that cannot be compared."""
+    """Refuses runs that are missing, or that cannot be compared."""
     rows = read_results()
     for experiment, variants in EXPERIMENTS.items():
         module = 'photos' if experiment in photos.EXPERIMENTS else 'experiments'
@@ -643,7 +663,7 @@ def main():
         need(MINE, 'runs/lesson has no run of yours; the commands of the pages make some')
         path = 'runs/lesson/{}.png'
     else:
-        texts = [fill(page, args.accept) for page in PAGES]             # both, before one is written
+        texts = [fill(page, args.accept) for page in PAGES]             # both are filled in before one is written
         for page, text in zip(PAGES, texts):
             page.write_text(text)
         APPENDIX.write_text(appendix())
