@@ -29,6 +29,9 @@ question. For the object that the question names (`named`) and for those that it
     found       of two other scenes, one that has the object and one that has not: is the answer nearer to the first?
                 Chance 50 %
 
+and `cosine`: how alike are two answers about one scene, to two different names (`names`)? And two answers to one name,
+about two different scenes (`scenes`)?
+
 conflict: give C^I the sentence of one pair and the image of another. Which of 32 teacher's images does h_T pick? See
 section 6. The student reads, whatever --weights says.
 
@@ -278,7 +281,8 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
 @torch.no_grad()
 def handed(model, tokenizer, preprocess, shards, scenes):
     """C^I is asked for one object of a scene. What does its answer tell of this object, and of the others?
-    -> {role: {named_top1, named_found, other_top1, other_found}}, shares of the objects; see the head of this file.
+    -> {role: {named_top1, named_found, other_top1, other_found}}, shares of the objects, and {'cosine': {names,
+    scenes}}; see the head of this file. Only names that the scenes have are asked for.
 
     `other` is asked once for every other object of its scene. The mean of all scenes' answers to a question is taken
     off each score, so what the question itself adds to an answer does not matter.
@@ -296,9 +300,14 @@ def handed(model, tokenizer, preprocess, shards, scenes):
     for thing in sum(scenes, []):
         has[thing.pair, COLUMN[thing.name]] = True
     found = defaultdict(lambda: defaultdict(list))                      # by role and figure
-    for asked in progress(NAMES, 'handed'):
+    present = [name for name in NAMES if has[:, COLUMN[name]].any()]
+    total = torch.zeros_like(cls)                                       # of all answers about a scene
+    alike = 0.0                                                         # sum of the cosines between scenes
+    for asked in progress(present, 'handed'):
         eot, _ = model.encode_text(tokenizer([question(asked)]).to(device))
         answers = unit(model.image_cross(eot.expand(1, len(scenes), -1), patches)[0])   # (n, D), without the residual
+        total += answers
+        alike += (answers.sum(dim=0).square().sum() - len(scenes)).item()
         told = (answers @ names.to(device).T).cpu()                     # (n, K)
         near = (answers @ cls.T).cpu()                                  # (n, n)
         told -= told.mean(dim=0)
@@ -318,6 +327,10 @@ def handed(model, tokenizer, preprocess, shards, scenes):
     figures = {}
     for role, columns in found.items():
         figures[role] = {name: fmean(values) for name, values in columns.items()}
+    # |a_1 + ... + a_m|² = m + the sum of the cosines of all ordered pairs, because every answer has unit length.
+    m, n = len(present), len(scenes)
+    between_names = (total.square().sum(dim=1) - m).mean().item() / (m * (m - 1))
+    figures['cosine'] = {'names': between_names, 'scenes': alike / (m * n * (n - 1))}
     return figures
 
 

@@ -425,9 +425,14 @@ def test_what_is_handed_over(val, model):
         forms = [f'{form} a {name}' for form in ('there is', 'we see', 'here is', 'it shows')]
         names[name] = unit(embed_texts(network, tokenizer, forms).mean(dim=0))
     expected = {}
+    about = {i: [] for i in range(24)}                  # of each scene, the answers to all names
+    between_scenes = []
     for asked in owners:
         eot, _ = network.encode_text(tokenizer([f'there is a {asked}']))
         answers = [unit(network.image_cross(eot[None], patches[[i]])[0, 0]) for i in range(24)]
+        for i, answer in enumerate(answers):
+            about[i].append(answer)
+            between_scenes += [(answer @ other).item() for k, other in enumerate(answers) if k != i]
         for pair in owners[asked]:
             def raised(vector):
                 return answers[pair] @ vector - torch.stack(answers).matmul(vector).mean()
@@ -446,6 +451,11 @@ def test_what_is_handed_over(val, model):
     for (role, name), shares in expected.items():
         assert figures[role][name] == pytest.approx(np.mean(shares))
     assert len(expected) == 8
+    between_names = []
+    for answers in about.values():
+        for i, answer in enumerate(answers):
+            between_names += [(answer @ other).item() for k, other in enumerate(answers) if k != i]
+    assert figures['cosine'] == pytest.approx({'names': np.mean(between_names), 'scenes': np.mean(between_scenes)})
 
 
 def test_who_answers_what():
