@@ -8,8 +8,8 @@ command again. A run is a call of lesson.onepage.train, in a process with one th
 networks (last.pt) are kept in runs/lesson. Each seed draws training scenes of its own; the held-out scenes are always
 the same.
 
-Methods race on two tracks. In `pairs` all see equally many pairs, which is the paper's comparison; in `minutes` all take
-equally long. Every run completes its own schedule. We measure the moving average of the weights, in every method.
+Methods race on two tracks. In `pairs` all see equally many pairs, which is the paper's comparison; in `minutes` all
+take equally long. Every run completes its own schedule. We measure the moving average of the weights, in every method.
 """
 import csv
 import math
@@ -81,8 +81,8 @@ def two_terms(out, cls_t, eot_t, scale):
 
 
 def groups_of(scenes, by):
-    """-> a number for each scene, (n,). Scenes have the same number if they have the same colours or, by 'big', the same
-    big object. Similar colours have neighbouring numbers."""
+    """-> a number for each scene, (n,). Scenes have the same number if they have the same colours or, by 'big', the
+    same big object. Similar colours have neighbouring numbers."""
     keys = []
     for scene in scenes:
         if by == 'big':
@@ -391,8 +391,8 @@ CODE = ('cosmos.py data.py eval.py lesson/onepage.py lesson/scenes.py lesson/set
 
 
 def origin(code=CODE):
-    """The machine, and the last commit that changed the code of a run. This file does not count, because what it decides
-    is in the recipe. Edits that are not committed go unnoticed."""
+    """The machine, and the last commit that changed the code of a run. This file does not count, because what it
+    decides is in the recipe. Edits that are not committed go unnoticed."""
     line = subprocess.getoutput('grep -sm1 "model name" /proc/cpuinfo')     # Linux tells more
     name = line.partition(': ')[2] or platform.processor()
     return {
@@ -471,8 +471,8 @@ def background_captions(world):
 
 
 def set_figures(world, args, scored):
-    """Retrieval and conflict, because nothing else can be measured if no objects are listed. Backgrounds alone find many
-    images, so captions that tell no background are also scored by themselves, as `objects`."""
+    """Retrieval and conflict, because nothing else can be measured if no objects are listed. Backgrounds alone find
+    many images, so captions that tell no background are also scored by themselves, as `objects`."""
     images, captions, owner = held_out_pairs(world)
     figures, image_features = zero_shot_retrieval(*scored, images, captions, owner)
     texts = suppression.texts_of(captions, owner)
@@ -549,8 +549,8 @@ def write_results(rows):
 
 
 def missing_runs(variants, seeds=None):
-    """-> [(seed, name of a variant)] of the runs that have no row, first the first seed of all variants. seeds: how many
-    for each variant, instead of its own."""
+    """-> [(seed, name of a variant)] of the runs that have no row, first the first seed of all variants. seeds: how
+    many for each variant, instead of its own."""
     done = read_results()
     missing = []
     for name, variant in variants.items():

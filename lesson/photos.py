@@ -154,7 +154,8 @@ def call(words):
 
 
 def commands(variant, seed, flickr8k):
-    """-> the folder of a run, {what: the words of a command}. 'train' comes first; each of the others writes WHAT.json."""
+    """-> the folder of a run, {what: the words of a command}. 'train' comes first; each of the others writes
+    WHAT.json."""
     out = FOLDER / '-'.join(variant.recipe().replace(',', '').split() + [str(seed)])
     best = out / 'best.pt'
     shards = FOLDER / f'shards-{variant.photographs}'

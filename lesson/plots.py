@@ -93,9 +93,9 @@ def student_t(freedom):
 
 
 def difference(experiment, name, other, column):
-    """name minus other, seed by seed, because the runs of a seed have the same training scenes and rise and fall together
-    -> the mean, half of its 95 % interval, the chance of such a mean between equals; None if fewer than two seeds have
-    both."""
+    """name minus other, seed by seed, because the runs of a seed have the same training scenes and rise and fall
+    together -> the mean, half of its 95 % interval, the chance of such a mean between equals; None if fewer than two
+    seeds have both."""
     a = values(experiment, name, column)
     b = values(experiment, other, column)
     gaps = [a[seed] - b[seed] for seed in a if seed in b]
@@ -121,7 +121,8 @@ def holm(chances):
 
 
 def family(experiment):
-    """The comparisons of an experiment that have rows -> {(name, other, column): (gap, half)}, and which are decided."""
+    """The comparisons of an experiment that have rows -> {(name, other, column): (gap, half)}, and which are
+    decided."""
     gaps = {}
     chances = {}
     for columns, pairs in COMPARISONS.get(experiment, {}).items():
@@ -303,8 +304,8 @@ def right_figure(figure, source):
 
 
 def right_figures(text):
-    """The text of a page -> [(begin, end, what should stand there, its source)] for all figures and tables. Refused if a
-    paragraph has more figures than sources, or fewer."""
+    """The text of a page -> [(begin, end, what should stand there, its source)] for all figures and tables. Refused if
+    a paragraph has more figures than sources, or fewer."""
     found = []
     for match in TABLE.finditer(text):
         places = [place.split('/') for place in match[2].split()]

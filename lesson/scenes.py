@@ -1,21 +1,21 @@
 """Draws a set of scenes: coloured shapes on a plain ground, and sentences that each name one of them.
 
     python -m lesson.scenes DIR                                 the built-in set: a dominant and two small objects
-    python -m lesson.scenes DIR --colors 16 --named 0.2         more colours; two of ten sentences on small objects
+    python -m lesson.scenes DIR --colors 16 --named 0.2         more colours; two of ten sentences name small objects
     python -m lesson.scenes DIR --objects 2 --dominant-size 0.38                        a big and a small object
-    python -m lesson.scenes DIR --objects 2 --dominant-size 0.38 --company equal        the small one beside an equal
+    python -m lesson.scenes DIR --objects 2 --dominant-size 0.38 --company equal        the small one next to an equal
     python -m lesson.scenes DIR --objects 2 --dominant-size 0.38 --company none         the small one alone
 
-With few colours most scenes share theirs with many others, so that captions can only be told apart by shapes. No
+With few colours most scenes share their colours with many others, so that captions can only be told apart by shapes. No
 sentence tells the size, the place or the role of its object. Nothing but its outline tells the shape of an object: all
-dominant ones cover one number of pixels, all small ones another, each in one colour, and places are drawn alike for all
-shapes. Objects never touch.
+dominant objects cover the same number of pixels, and so do all small ones, each object has one colour, and places are
+drawn in the same way for all shapes. Objects never touch.
 
-DIR/train, DIR/val and DIR/twins hold tars of KEY.webp and KEY.json. The json has `captions`: of train ten sentences, of
-the others one caption that names every object once. And `objects`, each with `name`, `role` (dominant or small), `bbox`
-(x, y, w, h in pixels), `area` in pixels, `centre` (x, y), so that mask_of can draw again which pixels it covers, and
-`absent`: its colour with five shapes that no object of the scene has. Twins are two neighbours, 2 k and 2 k + 1, alike
-but for the shape of one object.
+DIR/train, DIR/val and DIR/twins hold tars of KEY.webp and KEY.json. The json has `captions`, which are ten sentences in
+train, and elsewhere one caption that names every object once. And it has `objects`, each with `name`, `role` (dominant
+or small), `bbox` (x, y, w, h in pixels), `area` in pixels, `centre` (x, y), from which mask_of can draw again which
+pixels it covers, and `absent`: its colour with five shapes that no object of the scene has. Twins are neighbours,
+2 k and 2 k + 1, that are equal except for the shape of one object.
 """
 import io
 import json
@@ -46,8 +46,8 @@ COLORS = {                                      # the first ones differ most
 }
 GROUNDS = ['#848688', '#cdbea2', '#745c4a', '#7a7c56', '#5c6878', '#9e8694']
 
-# Outlines around 0 as complex numbers x + iy of any scale, y down as in images. The first is filled, a second one is a
-# hole.
+# Outlines around 0, as complex numbers x + iy of any scale, with y down as in images. The first one is filled, and a
+# second one is a hole.
 ROUND = np.exp(1j * np.linspace(0, 2 * np.pi, 60, endpoint=False))
 CORNERS = ROUND[::15]                           # at 0, 90, 180 and 270 degrees
 ARM = [0.34 + 1j, -0.34 + 1j, -0.34 + 0.34j]    # of the cross
@@ -80,8 +80,8 @@ def polygon_area(outline):
     return abs((outline.conj() * np.roll(outline, -1)).imag.sum()) / 2
 
 
-AREAS = {}                                      # of the outlines above
-REACH = 0.0                                     # of a shape of area 1, from its centre, at most
+AREAS = {}                                      # what the outlines above enclose
+REACH = 0.0                                     # how far a shape of area 1 extends from its centre, at most
 for shape, (outline, *holes) in SHAPES.items():
     AREAS[shape] = polygon_area(outline) - sum(map(polygon_area, holes))
     REACH = max(REACH, abs(outline).max() / math.sqrt(AREAS[shape]))
@@ -89,28 +89,28 @@ for shape, (outline, *holes) in SHAPES.items():
 SIZE = 96                                       # side of an image in pixels
 SS = 4                                          # supersampling per axis
 GAP = 2                                         # least pixels between objects, and to the border
-TRIES = 200                                     # thousands of layouts, before objects do not fit
-VERSION = 5                                     # of the built-in set; raise it when a scene changes
+TRIES = 200                                     # thousands of layouts to try before we say that objects do not fit
+VERSION = 5                                     # version of the built-in set; raise it when a scene changes
 
 COMPANY = 'big', 'equal', 'none'
-LIMITS = {                                      # of a world
+LIMITS = {                                      # for the fields of a World
     'colors': (2, len(COLORS)), 'shapes': (6, len(SHAPES)), 'big_shapes': (0, 4), 'objects': (1, 4),
     'dominant_size': (0.05, 0.5), 'small_size': (0.05, 0.5), 'named': (0, 1)}
 
 
 @dataclass(frozen=True)
 class World:
-    """What the scenes of a set have in common. Those that differ in `company` alone have the same small objects, pixel by
-    pixel, and the same sentences on them."""
+    """What the scenes of a set have in common. Worlds that differ only in `company` have the same small objects, pixel
+    by pixel, and the same sentences about them."""
     colors: int = 2                 # the first ones of COLORS; they may repeat in a scene
     shapes: int = 8                 # the first ones of SHAPES; they do not repeat
-    big_shapes: int = 0             # the next ones, which only dominant objects have then, and no others
-    objects: int = 3                # in a scene: the dominant one, and small ones
+    big_shapes: int = 0             # so many further ones; if there are any, dominant objects take only these
+    objects: int = 3                # in a scene, the dominant one and the small ones together
     dominant_size: float = 0.3      # side of a square of its area, as a share of the image's side
     small_size: float = 0.2
-    named: float = 0.5              # share of the sentences that name a small object
-    company: str = 'big'            # of the small ones: 'big', 'equal' (one of their size) or 'none'
-    seed: int = 0                   # of the training scenes; the held-out ones are the same for all seeds
+    named: float = 0.5              # the share of sentences that name a small object
+    company: str = 'big'            # what small objects stand next to: 'big', 'equal' (of their size) or 'none'
+    seed: int = 0                   # for the training scenes; the held-out ones are the same for all seeds
 
     def __post_init__(self):
         for name, (low, high) in LIMITS.items():
@@ -147,7 +147,7 @@ class Thing:
 # --- 2. Layout and drawing -------------------------------------------------------------------------------------------
 
 def draw_things(rng, world):
-    """-> the objects of a scene, the dominant one first, without places."""
+    """-> the objects of a scene, the dominant one first, still without places."""
     shapes = rng.sample(list(SHAPES)[:world.shapes], world.objects)
     if world.big_shapes:
         shapes[0] = rng.choice(list(SHAPES)[world.shapes:][:world.big_shapes])
@@ -163,8 +163,8 @@ def draw_things(rng, world):
 
 
 def place(rng, things):
-    """Give each object its centre. Each has a disc that holds any shape of its area, and discs keep apart: so places do
-    not tell shapes. Refused where they do not fit."""
+    """Give each object its centre. Each gets a disc that holds any shape of its area, and discs keep apart, so places
+    do not tell shapes. Refused if they do not fit."""
     numbers = np.random.default_rng(rng.getrandbits(32))
     radius = np.array([REACH * math.sqrt(thing.area) for thing in things])       # (n,)
     room = SIZE / 2 - GAP - radius                                      # around the middle
@@ -184,7 +184,8 @@ def place(rng, things):
 
 
 def pixels_of(thing):
-    """The pixels that an object covers, (SIZE, SIZE) bool: exactly its area, those that lie most in its outline."""
+    """The pixels that an object covers, (SIZE, SIZE) bool: exactly as many as its area, those that lie most inside its
+    outline."""
     centre = complex(*thing.centre)
     zoom = math.sqrt(thing.area / AREAS[thing.shape])
     fill = Image.new('L', (SIZE * SS, SIZE * SS))
@@ -201,8 +202,8 @@ def pixels_of(thing):
 
 
 def mask_of(things):
-    """Which object covers which pixel, (SIZE, SIZE) uint8: 0 is the ground, k the k-th object. Things as they are
-    drawn, and as their json lists them, give the same mask."""
+    """Which object covers which pixel, (SIZE, SIZE) uint8: 0 is the ground, k the k-th object. Things give the same
+    mask whether they are drawn or read from their json."""
     mask = np.zeros((SIZE, SIZE), np.uint8)
     for number, thing in enumerate(things, 1):
         mask[pixels_of(thing)] = number
@@ -216,8 +217,8 @@ def with_article(name):
 
 
 def training_captions(rng, things, shown, named):
-    """Ten sentences, each on one object: the share `named` on the small ones in turn, the rest on the dominant one. An
-    object that is not shown is called "a picture"."""
+    """Ten sentences, each about one object. The share `named` is about the small ones in turn, the rest about the
+    dominant one. An object that is not shown is called "a picture"."""
     main, *small = things
     rng.shuffle(small)
     # rounded up or down at random, so that the mean is right
@@ -233,7 +234,7 @@ def training_captions(rng, things, shown, named):
 
 
 def held_out_caption(rng, shown):
-    """A sentence on every object, in random order: the first one need not be the dominant."""
+    """A sentence about every object, in random order, so the first need not be about the dominant one."""
     sentences = []
     for thing in rng.sample(shown, len(shown)):
         sentences.append(rng.choice(FORMS).format(with_article(thing.name)))
@@ -243,7 +244,7 @@ def held_out_caption(rng, shown):
 # --- 4. Scenes and sets ----------------------------------------------------------------------------------------------
 
 def layout(rng, world):
-    """-> all objects of a scene in their places, those that are shown, and the shapes that none of them has."""
+    """-> all objects of a scene in their places, the ones that are shown, and shapes that none of them has."""
     things = draw_things(rng, world)
     place(rng, things)
     shown = things
@@ -259,7 +260,7 @@ def layout(rng, world):
 
 
 def draw_scene(world, split, index):
-    """-> [(member name, bytes), ...]. Its random numbers depend on seed (of train), split and index alone."""
+    """-> [(member name, bytes), ...]. The random numbers depend on split, index and, for train, the seed alone."""
     scene = index // 2 if split == 'twins' else index
     seed = world.seed if split == 'train' else 'any'
     rng = random.Random(f'{seed}/{split}/{scene}')
@@ -283,7 +284,8 @@ def draw_scene(world, split, index):
             'area': thing.area,
             'centre': thing.centre,
             'absent': [f'{thing.color} {shape}' for shape in absent]})
-    # Brighter or darker: else who counts the blended colours of edges, in an image made smaller, would know shapes.
+    # Make it brighter or darker. Otherwise, in an image made smaller, counting the blended colours of edges would tell
+    # shapes.
     pixels *= rng.uniform(0.85, 1.1)
     image = Image.fromarray(np.uint8(pixels.clip(0, 255)))
     if split == 'train':
@@ -299,9 +301,9 @@ def draw_scene(world, split, index):
 
 def make_scenes(root, train=4000, val=1000, workers=None, **options):
     """Draw a set into a folder, in tars of 1,000 scenes: `train` training scenes, `val` held-out ones and as many
-    twins. Other options are those of World. Equal arguments give equal bytes for any number of `workers`.
+    twins. The other options are those of World. Equal arguments give equal bytes, for any number of `workers`.
 
-    Refused where objects do not fit, or where the folder holds a whole set.
+    Refused if objects do not fit, or if the folder already holds a whole set.
     """
     world = World(**options)
     root = Path(root)
@@ -318,8 +320,8 @@ def make_scenes(root, train=4000, val=1000, workers=None, **options):
 
 
 def built_in_set(root='runs/scenes'):
-    """-> the folder of the built-in set: `root`, or where that holds one of another version, root-2, root-3, ... It is
-    drawn where it is absent."""
+    """-> the folder of the built-in set, which is drawn if it is absent. The folder is `root`; if that holds another
+    version, it is root-2, root-3, ..."""
     folder = Path(root)
     number = 1
     while (folder / 'val/00000.tar').exists():          # the last tar to be drawn

@@ -6,27 +6,28 @@ CKPT is any checkpoint that eval.load reads. There are four groups of figures, a
 
 objects: what a vector of a whole image tells. For the dominant and for the small objects:
 
-    top1        named: of its name and the names of its own colour with five shapes that the scene lacks, is its own the
-                one that this scene raises most? Each name's mean over all held-out scenes is taken off first, so that
-                it does not matter which names a model likes. A tie is a miss; chance 16.7 %
+    top1        named: take the object's own name, and the names of its colour with five shapes that the scene lacks.
+                From each name's cosine with this image subtract its mean over all held-out scenes, so that no name wins
+                by being popular. Is the object's own name now the highest? A tie is a miss; chance 16.7 %
 
 and for the whole set:
 
-    bound       of two objects, is each right name above the one with the other's shape? A model that adds up words has
-                exactly 0, however it weights them. Who guesses has 25 %, who knows the big object and guesses the
-                other 50 %; names that a model likes, whatever it sees, can give as much
+    bound       of two objects, is each right name above the one with the other's shape? A model that adds up words
+                reaches exactly 0, however it weights them. Guessing reaches 25 %, and knowing the big object but
+                guessing the other 50 %; a model that likes some names whatever it sees can reach as much
     retrieval   among the held-out scenes, both ways
 
-pointing: where in the image does the highest weight of C^I lie? It is asked by "there is a NAME", for the object's own
-name and for an absent one of its colour, the control. The peak is on the object (`it`), on another, or on the ground;
-`area` is a blind guess. `color` asks in scenes of several colours for an absent name of each: is the peak on an object
-of the colour asked for, or on one of another? `caption` asks with the whole caption, which names every object.
+pointing: where in the image does the highest weight of C^I lie? We ask "there is a NAME", with the object's own name
+and, as a control, with an absent name of its colour. The peak is on the object (`it`), on another one, or on the
+ground; `area` is a blind guess. For `color`, in scenes of several colours, we ask for an absent name of each colour: is
+the peak on an object of that colour, or of another? For `caption` we ask with the whole caption, which names every
+object.
 
-handed: what does C^I hand over? It is asked for one object of a scene, and its answer is judged alone, without the
-question. For the object that the question names (`named`) and for those that it does not (`other`):
+handed: what does C^I hand over? We ask it for one object of a scene, and judge its answer alone, without adding the
+question. There are figures for the object that the question names (`named`), and for the others (`other`):
 
-    top1        named, as above, but by the answer in place of the image's vector
-    found       of two other scenes, one that has the object and one that has not: is the answer nearer to the first?
+    top1        as above, but with the answer instead of the image's vector
+    found       take two other scenes, one that has the object and one that does not: is the answer nearer to the first?
                 Chance 50 %
 
 and `cosine`: how alike are two answers about one scene, to two different names (`names`)? And two answers to one name,
@@ -65,9 +66,10 @@ LISTED = {'role', 'centre', 'absent'}           # sets of another kind, or of an
 
 
 def read_scenes(shards):
-    """-> [[object, ...], ...], a list for each scene, without the objects that lack what is LISTED.
+    """-> [[object, ...], ...], a list for each scene. Objects that lack something of LISTED are left out.
 
-    An object has as attributes what its json lists, its color and shape, and pair and number (in the mask, from 1).
+    The attributes of an object are what its json lists, its color and shape, its pair, and its number in the mask (from
+    1).
     """
     scenes = []
     for pair in range(len(shards)):
@@ -99,7 +101,8 @@ def scores_of(shards, model, tokenizer, preprocess, workers=0):
 
 
 def named(scores, scenes):
-    """-> {role: {top1, chance, objects (how many)}}. scores must be those of all scenes of the set: means come off."""
+    """-> {role: {top1, chance, objects (how many)}}. scores: of all scenes of the set, because their means are taken
+    off."""
     raised = scores - scores.mean(dim=0)
     hits = defaultdict(list)
     for thing in sum(scenes, []):
@@ -116,8 +119,8 @@ def bound(scores, scenes):
     """Over all pairs of objects that differ in colour and in shape -> {dominant_small, small_small (where there are
     such pairs), pairs (how many)}
 
-    Is each right name above the one with the other's shape? If a score is a sum, of one for the colour and one for the
-    shape, the two differences are equal but for their sign, so one is not above 0.
+    Is each right name above the one with the other's shape? If a score is a sum of one for the colour and one for the
+    shape, the two differences below have opposite signs, so one of them is not above 0.
     """
     found = defaultdict(list)
     for scene in scenes:
@@ -148,7 +151,7 @@ def salience(scene, word):
 
 
 def knows_areas(known):
-    """Where a colour covers as many pixels as here, how often did it have this shape in the known scenes?"""
+    """When a colour covered as many pixels as here, how often did it have this shape in the known scenes?"""
     shapes = defaultdict(Counter)                       # {area: {shape: objects}}
     for scene in known:
         for thing in scene:
@@ -173,12 +176,12 @@ def multiplies_words(scene, color, shape):
 
 
 def likes_names(scene, color, shape):
-    """Some more than others, whatever the scene."""
+    """Likes some names more than others, whatever the scene."""
     return LIKED[f'{color} {shape}']
 
 
 def score_table(scenes, score):
-    """Of a formula score(scene, color, shape), for all scenes and names, (n, K)."""
+    """What a formula score(scene, color, shape) gives for all scenes and names, (n, K)."""
     rows = []
     for scene in scenes:
         rows.append([score(scene, *name.split()) for name in NAMES])
@@ -186,7 +189,7 @@ def score_table(scenes, score):
 
 
 def adversaries(known, scenes):
-    """What the measures give to formulas that know little -> {who: figures}. known: training scenes."""
+    """What formulas that know little get from the measures -> {who: figures}. known: training scenes."""
     formulas = {
         'areas': knows_areas(known),
         'biggest': knows_biggest,
@@ -202,8 +205,8 @@ def adversaries(known, scenes):
 
 
 def oracles(scenes):
-    """R@1 among these scenes of who knows of each, and of its caption, only the colours, or all names. Scenes that look
-    the same to it tie, and a tie of k is won once in k times."""
+    """R@1 among these scenes of an oracle that knows only the colours of each scene and caption, and of one that knows
+    all names. Scenes that look the same to an oracle tie, and a tie of k is won once in k times."""
     figures = {}
     for fact in ('color', 'name'):
         known = []
@@ -231,11 +234,11 @@ def objects_at(scene, config):
 def pointing(model, tokenizer, preprocess, shards, scenes):
     """Where does the highest weight of C^I lie? -> {role: {own_it, own_other, ...: shares of its objects}}.
 
-    own_, absent_: asked for the object, for an absent name of its colour. area_: of all patches, what a blind guess
-    hits. it: on the object; other: on another one; ground.
+    own_, absent_: asked for the object, and for an absent name of its colour. area_: what a blind guess among all
+    patches hits. it: on the object; other: on another one; ground.
 
-    And {'color': {asked, other}} over the scenes of several colours, each of which is asked for once. So in scenes
-    of two, who looks at one place whatever is asked has equal shares of `asked` and `other`.
+    And {'color': {asked, other}} over the scenes of several colours, each of which is asked for once. So in scenes of
+    two colours, a model that looks at one place whatever is asked has equal shares of `asked` and `other`.
 
     And {'caption': {dominant, small, ground}}, asked with the whole caption, which names every object.
     """
@@ -336,27 +339,28 @@ def handed(model, tokenizer, preprocess, shards, scenes):
 
 # --- 6. Conflict: the sentence of one pair, the image of another -----------------------------------------------------
 
-# In groups of 32 pairs the student's h_T must pick among the teacher's cls_t of the 32 images. h_I is asked likewise:
-# queries are images, what is read are captions, and it picks among the teacher's eot_t of these.
+# In groups of 32 pairs, the student's h_T must pick among the teacher's cls_t of the 32 images. For h_I the roles are
+# swapped: its queries are images, it reads captions, and it picks among the teacher's eot_t of these captions.
 #
-#     own         it reads its own image: does it pick that one?
-#     sentence    it reads its neighbour's image: does it pick that of the sentence (h_I: the image's caption),
+#     own         it reads its own image: does it pick that image?
+#     sentence    it reads its neighbour's image: does it pick the image of its sentence (h_I: the image's caption),
 #     read        or the one that it has read?
-#     alone       nothing is read, eot (h_I: cls) is asked: the most that `sentence` can be expected to reach
+#     alone       it reads nothing, so eot (h_I: cls) must pick: the most that `sentence` can be expected to reach
 #     kept        it reads its neighbour's image, and must find its caption's eot_t (h_I: its image's cls_t)
 #
-# No figure stands for itself; these cheats were tried. Who only copies what it reads has 100 % in own and read, 0 in
-# sentence and kept, whatever it knows of sentences. Who has one eot for all sentences can have the same, and has 3.1 %
-# alone. Who reads nothing has in own and sentence what it has alone, and next to 0 in read; who turns down what it has
-# read (a tenth of C^I) comes near to that with the same towers. Who answers with the mean of all cls_t picks one image
-# for all, 3.1 % in every figure, or none where all are as near. So a high `own` proves nothing, and a high `sentence`
-# only beside an `own` above `alone`. h_T of `across` was never to find cls_t: that its `read` is low proves little. And
-# where the neighbour shows what the sentence says, to pick it is no fault: of whole captions that is rarer.
+# No figure means much by itself, as these cheats show. A model that only copies what it reads has 100 % in own and
+# read, and 0 in sentence and kept, whatever it knows about sentences. A model with one eot for all sentences can have
+# the same, and has 3.1 % in alone. A model that reads nothing has in own and sentence what it has in alone, and nearly
+# 0 in read; one that turns down what it has read (to a tenth of C^I) comes near to that with the same towers. A model
+# that answers with the mean of all cls_t picks one image for all and has 3.1 % everywhere, or picks none if all are
+# equally near. So a high `own` proves nothing, and a high `sentence` proves something only if `own` is above `alone`.
+# h_T of `across` was never trained to find cls_t, so its low `read` proves little. And if the neighbour's image shows
+# what the sentence says, to pick it is no fault; with whole captions that is rarer.
 #
 # With fewer than 32 pairs the groups are smaller, and chance is higher.
 
 GROUP = 32
-GROUPS = 30             # at most: 960 pairs
+GROUPS = 30             # at most, which are 960 pairs
 
 
 def picks(vectors, candidates, right):
@@ -371,8 +375,8 @@ def picks(vectors, candidates, right):
 def answers(queries, tokens, cross, candidates, of_own_kind):
     """What a group of pairs picks -> {own, sentence, read, alone, kept}.
 
-    queries (B, D) of the sentences, not of unit length; tokens (B, R, D) of the images, read by cross (C^I); candidates
-    (B, D) of unit length, the teacher's images; of_own_kind (B, D), the teacher's captions.
+    queries (B, D): the sentences, not of unit length. tokens (B, R, D): what cross (C^I) reads of the images.
+    candidates (B, D): the teacher's images, of unit length. of_own_kind (B, D): the teacher's captions.
     """
     places = torch.arange(len(queries), device=queries.device)
     neighbours = places.roll(1)
@@ -388,8 +392,8 @@ def answers(queries, tokens, cross, candidates, of_own_kind):
 
 @torch.no_grad()
 def answers_of(student, teacher, pixels, question_ids, caption_ids):
-    """A group of pairs -> {h_T, h_T_caption, h_I: {own, sentence, read, alone, kept}}. ids (B, T) with padding, as C^T
-    learns to read them."""
+    """A group of pairs -> {h_T, h_T_caption, h_I: {own, sentence, read, alone, kept}}. ids (B, T) keep their padding,
+    because C^T has learnt to read it."""
     device = student.logit_scale.device
     pixels = pixels.to(device)
     caption_ids = caption_ids.to(device)
@@ -408,13 +412,13 @@ def conflict(args, source, captions, questions):
     """Does h_T say what the sentence says, or what it has read? -> {h_T, h_T_caption, h_I: {own, sentence, read,
     alone, kept}}, shares of the pairs.
 
-    The student of args.checkpoint reads, its teacher has the targets; where the file holds one network, that one does
-    both. source: images, as eval.Images takes them; questions (for h_T) and captions: one of each image.
+    The student of args.checkpoint reads, and its teacher gives the targets; if the file holds one network, it does
+    both. source: images, as eval.Images takes them. questions (for h_T) and captions: one for each image.
     """
     student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab)
     teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)
     if student.origin == teacher.origin:
-        print(f'conflict   there is one network, the {student.origin}: it has the targets, too')
+        print(f'conflict   there is one network, the {student.origin}, so it also gives the targets')
     student.to(args.device)
     teacher.to(args.device)
     size = min(GROUP, len(captions))
@@ -433,7 +437,7 @@ def conflict(args, source, captions, questions):
 
 
 def texts_of(captions, owner):
-    """All captions, and whose each is -> the first one of each image, and its first sentence."""
+    """All captions, and which image each belongs to -> the first caption of each image, and its first sentence."""
     firsts = {}
     for caption, image in zip(captions, owner.tolist()):
         firsts.setdefault(image, caption)
@@ -442,8 +446,8 @@ def texts_of(captions, owner):
 
 
 def conflict_in_shards(args, shards, scenes):
-    """`conflict` of held-out shards. A scene is asked for one of its objects, the first, the second, ... in turn; where
-    it lists none the question is the first sentence of its first caption."""
+    """`conflict` on held-out shards. Scenes are asked for one of their objects, the first, the second, ... in turn. If
+    a scene lists none, the question is the first sentence of its first caption."""
     captions, questions = texts_of(*shard_captions(shards))
     for pair, scene in enumerate(scenes):
         if scene:
@@ -455,7 +459,7 @@ def conflict_in_shards(args, shards, scenes):
 # --- 7. During training, and the command -----------------------------------------------------------------------------
 
 def during_training(model, tokenizer, preprocess, image_features, shards):
-    """The figures of eval.json; {} where no objects are listed, or others."""
+    """The figures of eval.json; {} if no objects are listed, or if they are listed in another way."""
     if not shards.record(0).get('objects'):             # to read all records takes a while
         return {}
     scenes = read_scenes(shards)
@@ -466,7 +470,7 @@ def during_training(model, tokenizer, preprocess, image_features, shards):
 
 
 class Named:
-    """Tells train.main the figures of held-out scenes."""
+    """A watcher that tells train.main the figures of held-out scenes."""
 
     def begin(self, run):
         """Nothing to prepare."""
@@ -530,7 +534,7 @@ def main():
     add_checkpoint(parser)
     parser.set_defaults(command='suppression', function=measure)
     parser.add_argument('--shards', required=True,
-                        help='a set of scenes, as runs/scenes, or its val/; for conflict other held-out shards, too')
+                        help='a set of scenes, as runs/scenes, or its val/; conflict also takes other held-out shards')
     parser.add_argument('--only', choices=MEASURES, help='one group of figures, instead of all')
     execute(parser.parse_args())
 
