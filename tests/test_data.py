@@ -74,7 +74,7 @@ def test_image_crops_are_the_pixels_of_their_boxes(width, kind, tolerance):
             want = V.resized_crop(whole, *box, [view.size] * 2, data.BICUBIC).float()
             distance = (crop - want).abs().mean()
             mirrored = (crop.flip(-1) - want).abs().mean()
-            assert min(distance, mirrored) < tolerance                  # of 255
+            assert min(distance, mirrored) < tolerance                  # out of 255
 
 
 def mandelbrot_shards(path):
@@ -102,7 +102,7 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path):
                 assert other.equal(crop.flip(-1))
                 mirrored += 1
         drawn.append(boxes)
-    assert 120 < mirrored < 200                                         # of 320
+    assert 120 < mirrored < 200                                         # out of 320
     _, _, height, width = np.array(drawn, float).T                      # each (views, epochs)
     share = height * width / 200 ** 2
     for found, low, high in (
@@ -210,8 +210,7 @@ def test_order_is_a_pure_function():
 
 
 def test_captions_are_cut():
-    """oracle: by hand: the longer of the two globals has 7 ids, the longest local has 4. The student gets all 8 of
-    caption 0."""
+    """oracle: by hand: the longest global has 7 ids, the longest local 4. The student gets all 8 of caption 0."""
     captions = []
     for counts in [4, 1, 0, 2], [3, 5, 0, 1]:
         captions.append(WORDS(['x ' * count for count in counts]))

@@ -80,7 +80,7 @@ def whole(fit, tmp_path_factory):
     """The --out of a run of six steps that nothing disturbed."""
     out = tmp_path_factory.mktemp('fresh') / 'runs/whole'
     assert fit(out) == 0
-    assert read_log(out)[-1]['spread'] > 0.1            # not collapsed, else all networks would score alike
+    assert read_log(out)[-1]['spread'] > 0.1            # has not collapsed; otherwise all would score alike
     return out
 
 
@@ -355,7 +355,7 @@ def test_two_processes_say_the_same(by_ranks):
             assert a[key] == pytest.approx(b[key], rel=2e-4), key
     complaints = (by_ranks / '0.txt').read_text() + (by_ranks / '1.txt').read_text()
     assert complaints.count('5 steps in a row were not finite') == 1
-    assert complaints.count('1 shards are named twice') == 4            # of four starts
+    assert complaints.count('1 shards are named twice') == 4            # once in each of four starts
 
 
 def test_a_signal_to_one_of_two_processes_stops_both(by_ranks):
@@ -481,7 +481,7 @@ def test_lengths_of_runs(monkeypatch):
             ('--preset mine', 8000, 100, 2000),
             ('--preset mine --epochs 100 --eval-every 7', 1500, 100, 7),
             ('--steps 30000', 30000, 2000, 7500),
-            ('--epochs 0.01', 1, 0, 1),                  # a step at least
+            ('--epochs 0.01', 1, 0, 1),                  # at least one step
             ('', 480, 48, 120)):
         options = train.read_options(['--data', 'x', '--val', 'y', '--batch', '4', *flags.split()])
         train.choose_lengths(options, 60, train.PRESETS[options.preset].recipe['warmup'])
@@ -550,8 +550,8 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
 def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
     """oracle: what a run of four steps does, written out: a step is saved before it is evaluated, and nothing is saved,
     evaluated or logged twice. The scripted figures make the middle evaluation the best. best.pt has both networks of
-    that step, and stays when the run goes on, unless the held-out shards are others. What a start left that ended
-    before its first save is removed."""
+    that step, and stays when the run goes on, unless the held-out shards are others. If a start ended before its first
+    save, what it left is removed."""
     save = runs.save
     happened = []
     learned = {}
@@ -655,7 +655,7 @@ def test_pairs_of_one_sentence_are_noted(started, dogs, tmp_path, capsys):
 # --- Going on --------------------------------------------------------------------------------------------------------
 
 def test_a_kill_in_mid_run(fit, whole, tmp_path):
-    """oracle: the run that nobody killed, bit for bit, although the last save was torn, too. The same command starts a
+    """oracle: the run that nobody killed, bit for bit, even though the last save was torn. The same command starts a
     run and goes on with it."""
     flags = ['--save-every', 1, '--resume']
     log = tmp_path / 'log.jsonl'
@@ -714,7 +714,7 @@ def test_resume_is_exact(monkeypatch, capsys, fit, whole, dogs, tmp_path, functi
     original = getattr(train, function)
     signalled = isinstance(harm, signal.Signals)
     workers = 2 if signalled else 0
-    shutil.copy(whole / 'eval.json', tmp_path)          # of an earlier start; it is removed
+    shutil.copy(whole / 'eval.json', tmp_path)          # from an earlier start; it is removed
 
     def harmed(run, *rest):
         if run.step == at:
@@ -739,7 +739,7 @@ def test_held_out_images_are_tried_first(fit, tmp_path):
     out = tmp_path / 'out'
     path = dog_tar(tmp_path / 'val.tar', 9)
     good = path.read_bytes()
-    pixels = good.rindex(b'IDAT') + 4                   # of the last image
+    pixels = good.rindex(b'IDAT') + 4                   # those of the last image
     put(path, good[:pixels] + bytes(40) + good[pixels + 40:])
     assert f'error: {path}:8.png: ' in fit(out, '--val', path)
     assert not out.exists()
@@ -816,7 +816,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
 
 
 def test_init(fit, started, tmp_path, capsys):
-    """oracle: the weights of the file, before the first step; cross-attention, which it lacks, is that of a fresh
+    """oracle: the weights of the file, before the first step. Cross-attention, which the file lacks, is that of a fresh
     model. The plan names the file."""
     assert fit(tmp_path / 'clip', '--method', 'clip') == 0
     path = tmp_path / 'clip/last.pt'
