@@ -1,10 +1,10 @@
 """The claims of the paper and of cosmos.py. Each docstring names its oracle: what a result must equal.
 
     pytest test_cosmos.py           this file
-    pytest                          and those of data, training, evaluation, course and extras
+    pytest                          all tests: also those of data, training, evaluation, course and extras
 
-Part 1 is the released code: its numbers stand at the end of this file, more of them lie in COSMOS_SHARED; where that is
-absent those tests are skipped. Parts 2-6 follow cosmos.py.
+Part 1 compares with the released code. Some of its numbers stand at the end of this file, more of them lie in
+COSMOS_SHARED; if that folder is absent, the tests that need it are skipped. Parts 2-6 follow cosmos.py.
 """
 import itertools
 import math
@@ -34,13 +34,13 @@ from tests.helpers import MICRO, ROOT, close, micro, refused, seeded, shared
 # --- 1. The released code --------------------------------------------------------------------------------------------
 
 def wave(shape, number, size=1.0):
-    """A formula for weights and images, which the released code was run on, too."""
+    """A formula for weights and images. The released code was run on the same numbers."""
     j = torch.arange(math.prod(shape), dtype=torch.float64)
     return (size * (0.1 * j ** 2 + number).sin()).float().view(shape)
 
 
 def wavy_model(first):
-    """Every parameter but the scales is a wave. They are numbered from `first` in order of their released names."""
+    """Every parameter except the scales is a wave, numbered from `first` in the order of the released names."""
     model = COSMOS(Config(24, 32, 16, 8, 32, 2, 2, 24, 2, 2, 12, 30, 8))
     state = to_openclip(model.state_dict())
     for number, name in enumerate(sorted(state), first):
@@ -51,7 +51,7 @@ def wavy_model(first):
 
 
 def test_equals_the_released_code():
-    """oracle: the released code's losses, embeddings and norms of all gradients, see the end of this file."""
+    """oracle: the released code's losses, embeddings and norms of all gradients, at the end of this file."""
     student = wavy_model(0)
     teacher = Teacher(wavy_model(100))
     images = [wave((3, 3, side, side), k) for k, side in enumerate([32, 32, 16, 16, 16])]
@@ -73,7 +73,8 @@ def test_equals_the_released_code():
 
 
 def test_many_logits_are_computed_again(monkeypatch):
-    """oracle: the loss and the gradients that keep them, to the last bit; the logits of each L_nce are computed twice."""
+    """oracle: the loss and the gradients when the logits are kept, to the last bit. Otherwise the logits of each L_nce
+    are computed twice."""
     cross_entropy = F.cross_entropy
     calls = []
 
@@ -101,14 +102,14 @@ def golden():
 
 
 def recorded(golden, name):
-    """The recorded `student` or `teacher`, in our names."""
+    """The recorded `student` or `teacher`, under our names."""
     model = COSMOS(Config(**golden['config']))
     model.load_state_dict(from_openclip(golden[name]))
     return model
 
 
 def test_golden_training_step(golden):
-    """oracle: the released code, as recorded: features, losses, gradients, both models after the step."""
+    """oracle: what was recorded of the released code: features, losses, gradients, and both models after the step."""
     expected = golden['expected']
     hyper = golden['hyper']
     images = golden['images']
@@ -127,7 +128,7 @@ def test_golden_training_step(golden):
     gradients = from_openclip(expected['grads'])
     for name, p in student.named_parameters():
         close(p.grad, gradients[name], 2e-5)
-        p.grad = gradients[name]    # Adam divides by its size, and that of the keys' bias is nothing but rounding noise
+        p.grad = gradients[name]    # Adam divides it by its size, and for the keys' bias it is only rounding noise
     train.make_optimizer(student, hyper['lr'], hyper['weight_decay']).step()
     student.clamp_scales()
     teacher.update(student, hyper['momentum'])
@@ -138,7 +139,7 @@ def test_golden_training_step(golden):
 
 
 def test_golden_dense_features_and_attention(golden):
-    """oracle: the released code, as recorded, at an image of 64 x 96 pixels: rows come first."""
+    """oracle: what was recorded of the released code, on images of 64 x 96 pixels. Rows come first."""
     expected = golden['expected']
     model = recorded(golden, 'teacher')
     for name in 'dense_plain', 'dense_csa':
@@ -151,8 +152,8 @@ def test_golden_dense_features_and_attention(golden):
 
 
 def test_sizes_and_initial_values_are_the_released():
-    """oracle: the numbers of parameters of the paper's model and of open_clip's ViT-B/16 and /32; CLIP's scales of
-    initial values, for towers of 96 and 128 channels, the latter of 2 layers."""
+    """oracle: how many parameters the paper's ViT-B/16 and open_clip's ViT-B/32 have; the standard deviations with
+    which CLIP starts, for an image tower of 96 channels and a text tower of 128 channels and 2 layers."""
     for preset, cross_heads, count in (
             ('vit-b-32', 0, 151_277_313), ('vit-b-16', 8, 152_382_466)):
         with torch.device('meta'):
@@ -195,7 +196,7 @@ def test_sizes_that_do_not_fit_are_refused():
 # --- 3. Student and teacher ------------------------------------------------------------------------------------------
 
 def test_a_plain_clip_has_the_same_towers():
-    """oracle: the same weights in a model with cross-attention. It has no tokens for others to read."""
+    """oracle: a model with cross-attention and the same weights. The plain CLIP has no tokens for others to read."""
     model, images, texts = micro()
     plain, _, _ = micro('clip')
     plain.load_state_dict(model.state_dict(), strict=False)
@@ -235,7 +236,7 @@ def test_every_view_reads_view_0_and_caption_0():
 
 
 def test_teacher_is_a_moving_average():
-    """oracle: closed form: after k updates towards a constant student, s + lambda^k (t0 - s); nothing is shared."""
+    """oracle: the closed form s + lambda^k (t0 - s) after k updates towards a constant student. Nothing is shared."""
     model, images, texts = micro()
     teacher = Teacher(model)
     start = [p.clone() for p in model.parameters()]
@@ -251,7 +252,7 @@ def test_teacher_is_a_moving_average():
 
 
 def test_scales_are_clamped():
-    """oracle: the bounds 0 and ln 100. (A scale between them stays as it is: test_a_step_by_hand.)"""
+    """oracle: the bounds 0 and ln 100. (That a scale between them stays as it is: test_a_step_by_hand.)"""
     model, _, _ = micro()
     for value, expected in (9.0, math.log(100)), (-1.0, 0.0):
         for scale in model.logit_scale, model.distill_logit_scale:
@@ -283,7 +284,7 @@ def slow_loss(a, b, scale):
 
 
 def a_forward_pass(method):
-    """(model, out, cls_t, eot_t) with scales that differ; of the teacher random vectors."""
+    """(model, out, cls_t, eot_t). The scales differ, and the teacher's vectors are random."""
     model, images, texts = micro(method)
     for k, scale in enumerate(model.scales(), 1):
         scale.data.fill_(k)
@@ -292,7 +293,7 @@ def a_forward_pass(method):
 
 
 def test_total_loss_is_clip_plus_cosmos():
-    """oracle: the definitions of L_CLIP and L_COSMOS, Eq. 6, in loops, with scales e and e^2."""
+    """oracle: the definitions of L_CLIP and of L_COSMOS, Eq. 6, as loops, with scales e and e^2."""
     model, out, cls_t, eot_t = a_forward_pass('cosmos')
     e = math.e
     loss, parts = total_loss(model, out, cls_t, eot_t)
@@ -307,7 +308,8 @@ def test_total_loss_is_clip_plus_cosmos():
 
 
 def test_losses_without_cross_attention():
-    """oracle: L_CLIP, and each modality against its own teacher where it learns from one, in loops with one scale."""
+    """oracle: L_CLIP in loops, and with the same scale each modality that has a teacher against its own; for `plain`
+    all four terms, with the second scale."""
     model, out, cls_t, eot_t = a_forward_pass('clip')
     clip = slow_loss(out.cls[:GLOBALS], out.eot, math.e)
     images = slow_loss(out.cls, cls_t, math.e)
@@ -332,9 +334,9 @@ def test_losses_without_cross_attention():
 @pytest.mark.parametrize('method, forward, backward', [
     ('cosmos', [7, 9, 4], [9, 7]), ('plain', [7, 9, 4], [9, 7]), ('across', [7, 18, 4], [18, 7]), ('clip', [7], [7])])
 def test_collectives_of_a_step(monkeypatch, method, forward, backward):
-    """oracle: README's table, 3 forward and 2 backward. Each vector is sent once: 2 cls and 5 eot; 4 h_I and 5 h_T, or
-    4 cls and 5 eot, or both; 2 cls_t and 2 eot_t, without a gradient. The other GPU has the same pairs, so every key is
-    there twice, and every L_nce is larger by ln 2."""
+    """oracle: the table of docs/differences.md, 3 forward and 2 backward. Each vector is sent once: 2 cls and 5 eot; 4
+    h_I and 5 h_T, or 4 cls and 5 eot, or both; 2 cls_t and 2 eot_t, without a gradient. The other GPU has the same
+    pairs, so every key is there twice, and every L_nce is larger by ln 2."""
     gathered = []
     reduced = []
 
@@ -355,7 +357,7 @@ def test_collectives_of_a_step(monkeypatch, method, forward, backward):
 
 
 def test_three_globals(monkeypatch):
-    """oracle: GLOBALS = 3: three images in L_CLIP. (Three captions for the teacher: test_captions_are_cut.)"""
+    """oracle: GLOBALS = 3 means three images in L_CLIP. (Three captions for the teacher: test_captions_are_cut.)"""
     monkeypatch.setattr(cosmos, 'GLOBALS', 3)
     model, images, texts = micro()
     out = model(images, texts)
@@ -375,10 +377,10 @@ def test_losses_are_float32_under_autocast():
 # --- 5. Towers, blocks, attention ------------------------------------------------------------------------------------
 
 def test_towers_equal_the_long_way(monkeypatch):
-    """oracle: every block on all rows of full sequences, the text's behind a mask; of that the row of class token or
-    end. The same where captions are cut."""
+    """oracle: every block computes all rows of full sequences, those of texts behind a mask; then the row of the class
+    token or of the end is picked. Captions that were cut give the same."""
     model, images, texts = micro()
-    monkeypatch.setattr(cosmos, 'checkpoint', None)     # is not called unasked
+    monkeypatch.setattr(cosmos, 'checkpoint', None)     # must not be called unless it is asked for
     cut = texts[:2] + [caption[:, :5] for caption in texts[2:]]
     ids = torch.cat(texts)
     text_rows = model.text.token_embedding(ids) + model.text.positional_embedding
@@ -398,8 +400,8 @@ def test_towers_equal_the_long_way(monkeypatch):
 
 
 def bicubic(size, grid):
-    """How much each of `size` places reads of each of `grid` points (size, grid), one cubic after the other, as torch
-    has it: parameter -3/4, the outermost points go on beyond the border. DINO's 0.1 stretches the grid."""
+    """How much each of `size` places reads of each of `grid` points (size, grid), with torch's cubic: its parameter is
+    -3/4, and beyond the border the outermost points are repeated. DINO's 0.1 stretches the grid."""
     weights = torch.zeros(size, grid)
     for i in range(size):
         place = (i + 0.5) * grid / (size + 0.1) - 0.5
@@ -415,8 +417,8 @@ def bicubic(size, grid):
 
 
 def test_images_that_are_not_square():
-    """oracle: torch's convolution, and positions interpolated by hand, on 3 x 5 patches, whose rows come first; the
-    same order in encode_dense."""
+    """oracle: torch's convolution plus positions interpolated by hand, on 3 x 5 patches, row after row. encode_dense
+    has the same order."""
     model, _, _ = micro()
     tower = model.visual
     images = torch.randn(2, 3, 24, 40)
@@ -432,7 +434,7 @@ def test_images_that_are_not_square():
 
 
 def test_quick_gelu_by_hand():
-    """oracle: x / (1 + exp(-1.702 x)), in each block of both towers; without it torch's exact GELU."""
+    """oracle: x / (1 + exp(-1.702 x)), in each block of both towers. (Exact GELU: test_equals_the_released_code.)"""
     x = torch.linspace(-3, 3, 7)
     model = COSMOS(replace(MICRO, quick_gelu=True))
     for tower in model.visual, model.text:
@@ -441,7 +443,7 @@ def test_quick_gelu_by_hand():
 
 
 def test_compiled_blocks_are_few(monkeypatch):
-    """oracle: a backend that counts graphs, which serve all layers, batches and lengths."""
+    """oracle: a backend that counts graphs. A few serve all layers, batches and lengths."""
     torch._dynamo.reset()
     counter = CompileCounter()
     monkeypatch.setattr(cosmos.Block, 'compile', partialmethod(torch.nn.Module.compile, backend=counter))
@@ -454,9 +456,9 @@ def test_compiled_blocks_are_few(monkeypatch):
 
 
 def test_compiled_blocks_are_whole_under_ddp(monkeypatch):
-    """oracle: the graphs without DistributedDataParallel, for which torch would cut each block that has more than a
-    megabyte of parameters in two."""
-    monkeypatch.setattr(torch._dynamo.config, 'optimize_ddp', True)     # as torch has it
+    """oracle: the number of graphs without DistributedDataParallel. Under it torch would cut each block that has more
+    than a megabyte of parameters in two."""
+    monkeypatch.setattr(torch._dynamo.config, 'optimize_ddp', True)     # torch's default
     config = replace(MICRO, vision_width=192, vision_heads=3, text_width=192, text_heads=3)
     _, images, texts = micro()
     graphs = []
@@ -478,7 +480,8 @@ def test_compiled_blocks_are_whole_under_ddp(monkeypatch):
 # --- 6. python cosmos.py ---------------------------------------------------------------------------------------------
 
 def test_the_walk_through_runs():
-    """oracle: shapes of the views and captions of 3 pairs; the parts of the loss, and 2 ln 3, what a guess costs."""
+    """oracle: the shapes of views and captions of 3 pairs, the five parts of the loss, and 2 ln 3, the cost of a
+    guess."""
     done = subprocess.run([sys.executable, 'cosmos.py'], cwd=ROOT, capture_output=True, text=True)
     views, captions = str(GLOBALS + 3), str(GLOBALS + 2)
     assert re.findall(r'\((\d), 3, 512\)', done.stdout) == [views, captions] * 2, done.stderr
@@ -489,12 +492,13 @@ def test_the_walk_through_runs():
 # --- Recorded --------------------------------------------------------------------------------------------------------
 
 # What the released code computes for the weights and inputs of test_equals_the_released_code: L_CLIP and L_COSMOS; the
-# first six numbers of h_I of view 0 and of h_T of caption 0, pair 0; of all 83 parameters the norm of the gradient of
-# the sum of both losses, in order of their released names, so that biases come before weights.
-# How closely: losses and vectors to 1e-6, norms to 1e-5 of themselves (2e-6 was the worst of four sets of instructions
-# and of both branches of Attention). The last two norms of either cross-attention, of the LayerNorm of its queries, are
-# below 1e-5: what is left of sums that cancel. They are held to 1e-9, a quarter of a percent of the smallest. The
-# gradient of the keys' bias is rounding noise around 0; it is a third of in_proj_bias, too small to show in its norm.
+# first six numbers of h_I of view 0 and of h_T of caption 0, for pair 0; and for each of the 83 parameters the norm of
+# the gradient of the sum of both losses. Parameters come in the order of their released names, biases before weights.
+# Losses and vectors must agree to 1e-6, norms to 1e-5 of themselves (the worst that we saw, with four sets of
+# instructions and both branches of Attention, was 2e-6). The last two norms of either cross-attention belong to the
+# LayerNorm of its queries. They are below 1e-5, because they are what is left of sums that cancel, so they are held to
+# 1e-9, a quarter of a percent of the smallest. The gradient of the keys' bias is rounding noise around 0. It is a third
+# of in_proj_bias, too small to show in its norm.
 RELEASED_LOSSES = [1.144916, 1.142693]
 RELEASED_H_I = [0.281730, 0.157082, -0.238676, -0.069201, -0.208976, -0.218391]
 RELEASED_H_T = [-0.019756, 0.101438, -0.225228, 0.069547, 0.111738, -0.129658]

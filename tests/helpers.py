@@ -23,19 +23,19 @@ MICRO = replace(
     train.PRESETS['tiny'].sizes, embed_dim=16, image_size=32, local_image_size=16, vision_width=24,
     text_width=20, context_length=12, vocab_size=50)
 train.PRESETS['micro'] = train.Preset(MICRO, train.LAPTOP | {'steps': 1000})
-# Small models gain nothing from more threads, and lose much on a busy machine. train.py takes what the variable says.
+# Small models gain nothing from more threads, and lose much on a busy machine. train.py follows the variable.
 torch.set_num_threads(1)
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test of a file that imports this draws the same numbers, whichever ran before it."""
+    """Lets every test of a file that imports this draw the same numbers, whichever tests ran before it."""
     torch.manual_seed(0)
 
 
 def shared(*parts):
-    """A path of recorded numbers or data; where it is absent the test is skipped."""
+    """The path of recorded numbers or data. If it is absent, the test is skipped."""
     path = SHARED.joinpath(*parts)
     if not path.exists():
         pytest.skip(f'{path} is absent; set COSMOS_SHARED to the folder with the recorded numbers')
@@ -43,20 +43,21 @@ def shared(*parts):
 
 
 def close(a, b, tolerance=1e-5):
-    """Relative distance of the whole tensors."""
+    """Asserts that `a` is equal to `b` up to `tolerance`, the relative distance of the whole tensors."""
     assert a.shape == b.shape
     distance = ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
     assert distance <= tolerance, f'relative distance {distance:.2e}, allowed {tolerance}'
 
 
 def refused(sentence, call, *args, **kwargs):
-    """The call raises ValueError, as Refused is one, and its text matches `sentence`."""
+    """Asserts that the call raises ValueError (Refused is one), and that its text matches `sentence`."""
     with pytest.raises(ValueError, match=sentence):
         call(*args, **kwargs)
 
 
 def captions(B, length):
-    """(B, 12) words with ends (the highest id) at most `length` long. Words follow the end too: noise for padding."""
+    """(B, 12) ids: captions that end (with the highest id) after at most `length` ids. Behind the end are random words,
+    as noise in place of padding."""
     ids = torch.randint(1, 49, (B, 12))
     pairs = torch.arange(B)
     ids[pairs, length - 1 - pairs % 3] = 49
@@ -64,7 +65,8 @@ def captions(B, length):
 
 
 def micro(method='cosmos', B=3):
-    """A micro model with one batch: (model, 2 + 2 images, 2 + 3 captions). With another method a plain CLIP."""
+    """A micro model with one batch: (model, 2 + 2 images, 2 + 3 captions). If the method has no cross-attention, the
+    model is a plain CLIP."""
     torch.manual_seed(0)
     cross_heads = 2 if method in ('cosmos', 'across') else 0
     model = COSMOS(replace(MICRO, cross_heads=cross_heads, two_scales=method == 'plain'))
@@ -74,7 +76,8 @@ def micro(method='cosmos', B=3):
 
 
 def put(path, value=''):
-    """A file, and the folders it lies in -> path. Text and bytes as they are, all else as JSON."""
+    """Writes a file, and makes the folders that it lies in -> path. Text and bytes are written as they are, all else as
+    JSON."""
     if not isinstance(value, (str, bytes)):
         value = json.dumps(value)
     path = Path(path)
@@ -91,7 +94,8 @@ def encoded(image, kind='PNG', **options):
 
 
 def write_tar(path, members, format=tarfile.PAX_FORMAT):
-    """A tar of (name, value) -> path. Times are fractions, as webdataset has them: one more header in PAX."""
+    """Writes a tar of members (name, value) -> path. Their times are fractions, as webdataset writes them, which takes
+    one more header in PAX."""
     with tarfile.open(path, 'w', format=format) as tar:
         for i, (name, value) in enumerate(members):
             if not isinstance(value, bytes):
@@ -104,7 +108,7 @@ def write_tar(path, members, format=tarfile.PAX_FORMAT):
 
 
 def pairs_tar(path, records, images=itertools.repeat(b'image'), format=tarfile.PAX_FORMAT):
-    """A tar of i.png, the bytes of an image, and i.json, its record -> path."""
+    """Writes a tar with i.png, the bytes of image i, and i.json, its record -> path."""
     members = []
     for i, (record, image) in enumerate(zip(records, images)):
         members += [(f'{i}.png', image), (f'{i}.json', record)]
@@ -112,7 +116,8 @@ def pairs_tar(path, records, images=itertools.repeat(b'image'), format=tarfile.P
 
 
 def dog_tar(path, n, format=tarfile.PAX_FORMAT, broken=()):
-    """n pairs, an image of a colour of its own and the caption 'dog i'; some images are broken -> path."""
+    """Writes a tar of n pairs -> path. Pair i has an image in a colour of its own and the caption 'dog i'; the images
+    listed in `broken` cannot be read."""
     records = [{'caption': f'dog {i}'} for i in range(n)]
     images = [encoded(Image.new('RGB', (40, 30), (4 * i % 256, 37 * i % 256, 9))) for i in range(n)]
     for i in broken:
@@ -121,7 +126,7 @@ def dog_tar(path, n, format=tarfile.PAX_FORMAT, broken=()):
 
 
 def run(module, *argv):
-    """A command in this process -> what its SystemExit carries, or None."""
+    """Runs a command in this process -> what its SystemExit carries, or None."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['prog', *map(str, argv)])
         try:

@@ -18,7 +18,7 @@ from plumbing.images import read_image
 from tests import fuzz
 from tests.helpers import MICRO, dog_tar, encoded, pairs_tar, refused, seeded  # noqa: F401
 
-WORDS = Tokenizer([], 8)                                # without merges: x is one id
+WORDS = Tokenizer([], 8)                                # without merges, 'x' is one id
 
 
 def mandelbrot(width, height):
@@ -32,7 +32,8 @@ def pixels(source):
 # --- Text crops ------------------------------------------------------------------------------------------------------
 
 def test_text_crops_are_drawn_in_random_order():
-    """oracle: the rule itself: 1 to 5 distinct sentences a global, distinct locals; a small pool is repeated whole."""
+    """oracle: the rule itself: a global has 1 to 5 distinct sentences, and the locals are distinct. A pool that is too
+    small is repeated whole."""
     pool = list('abcdefghi')
     lengths = set()
     in_order = 0
@@ -57,8 +58,8 @@ def test_text_crops_are_drawn_in_random_order():
     (1, 'PNG', 0.5),
     (3, 'JPEG', 6)])
 def test_image_crops_are_the_pixels_of_their_boxes(width, kind, tolerance):
-    """oracle: torchvision's crop of each box, flipped or not, of the upright image; the camera was turned. Of a large
-    JPEG, which is decoded smaller, that of the whole."""
+    """oracle: torchvision's crop of each box from the upright image (the camera was turned), flipped or not. A large
+    JPEG is decoded smaller, but its crops are still compared with those of the whole image."""
     rng = random.Random(0)
     kinds = data.kinds_of_views(MICRO)
     exif = Image.Exif()
@@ -73,7 +74,7 @@ def test_image_crops_are_the_pixels_of_their_boxes(width, kind, tolerance):
             want = V.resized_crop(whole, *box, [view.size] * 2, data.BICUBIC).float()
             distance = (crop - want).abs().mean()
             mirrored = (crop.flip(-1) - want).abs().mean()
-            assert min(distance, mirrored) < tolerance                  # of 255
+            assert min(distance, mirrored) < tolerance                  # out of 255
 
 
 def mandelbrot_shards(path):
@@ -82,8 +83,9 @@ def mandelbrot_shards(path):
 
 
 def test_crops_of_the_released_sizes_and_sides(tmp_path):
-    """oracle: torchvision's crop of each box; half of 'full' are its mirror images, none of 'crops', which have no
-    colours either. Shares of the image 0.9 to 1 for globals, 0.05 to 0.4 for locals; aspects."""
+    """oracle: torchvision's crop of each box. Half of the 'full' crops are mirrored; the others are not, and keep their
+    colours. Globals cover 0.9 to 1 of the image (crop_min=0.9), locals 0.05 to 0.4; their aspects are the released
+    ones."""
     whole, shards = mandelbrot_shards(tmp_path / 'a.tar')
     mirrored = 0
     drawn = []
@@ -100,7 +102,7 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path):
                 assert other.equal(crop.flip(-1))
                 mirrored += 1
         drawn.append(boxes)
-    assert 120 < mirrored < 200                                         # of 320
+    assert 120 < mirrored < 200                                         # out of 320
     _, _, height, width = np.array(drawn, float).T                      # each (views, epochs)
     share = height * width / 200 ** 2
     for found, low, high in (
@@ -112,8 +114,8 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path):
 
 
 def test_captions_leave_the_pictures_as_they_are(tmp_path):
-    """oracle: the same pair with other numbers of captions; another epoch has other crops, colours and captions. What
-    the loader gives of a pair is the sample, its strengths by operation."""
+    """oracle: the same pair with other numbers of captions. Another epoch has other crops, colours and captions. The
+    loader's batch holds this sample, with its strengths grouped by operation."""
     _, shards = mandelbrot_shards(tmp_path / 'a.tar')
     many = Crops(shards, WORDS, MICRO, 3)
     few = replace(many, counts=Counts(global_texts=1, local_texts=1))
@@ -143,7 +145,7 @@ def greyed(image, strength):
     return V.rgb_to_grayscale(image, 3)
 
 
-OPERATIONS = [  # torchvision's function; the released probability for each kind of view, and range
+OPERATIONS = [  # torchvision's function; the released probability for each kind of view; the released range
     ('brightness', V.adjust_brightness, [0.8] * 3, 0.6, 1.4),
     ('contrast', V.adjust_contrast, [0.8] * 3, 0.6, 1.4),
     ('saturation', V.adjust_saturation, [0.8] * 3, 0.8, 1.2),
@@ -155,8 +157,8 @@ OPERATIONS = [  # torchvision's function; the released probability for each kind
 
 @pytest.mark.parametrize('name, function, shares, low, high', OPERATIONS)
 def test_each_colour_operation_is_the_released(monkeypatch, name, function, shares, low, high):
-    """oracle: torchvision's own function, image by image; an image of neutral strength stays as it is, bit by bit. Of
-    5,000 draws for each kind of view the released probabilities and ranges."""
+    """oracle: torchvision's own function, image by image; at neutral strength an image stays as it is, bit for bit.
+    5,000 draws for each kind of view have the released probabilities, and the mean of the released range."""
     images = torch.randint(0, 256, (12, 3, 20, 24), dtype=torch.uint8)
     images[0] = 77                                                      # grey
     images[1, 1:] = 0                                                   # red
@@ -181,10 +183,11 @@ def test_each_colour_operation_is_the_released(monkeypatch, name, function, shar
 
 
 def test_jitters_come_in_the_order_of_the_step():
-    """oracle: torchvision's two functions, and solarize behind both: in 20 steps each view has both orders."""
+    """oracle: torchvision's two functions, followed by solarize. In 20 steps the two views show all four combinations
+    of orders."""
     image = torch.randint(0, 256, (1, 3, 9, 9), dtype=torch.uint8)
     strengths = NEUTRAL | {'brightness': 1.4, 'contrast': 0.6, 'solarize': 0.5}
-    changes = changes_of(torch.tensor([[[*strengths.values()]] * 2]))   # of one image two views
+    changes = changes_of(torch.tensor([[[*strengths.values()]] * 2]))   # two views of one image
     brighter = V.adjust_contrast(V.adjust_brightness(image / 255, 1.4), 0.6)
     first = data.normalize(V.solarize(brighter, 0.5))
     found = set()
@@ -197,7 +200,7 @@ def test_jitters_come_in_the_order_of_the_step():
 # --- Order and batches -----------------------------------------------------------------------------------------------
 
 def test_order_is_a_pure_function():
-    """oracle: numpy's permutation of (seed, epoch), which a restart only cuts."""
+    """oracle: numpy's permutation for (seed, epoch). A restart goes on in the same one."""
     steps = list(Order(23, 4, 0, 12, seed=5))
     for step, rows in enumerate(steps):
         epoch, k = divmod(step, 5)                      # 23 // 4 whole batches an epoch
@@ -207,7 +210,7 @@ def test_order_is_a_pure_function():
 
 
 def test_captions_are_cut():
-    """oracle: by hand: of two globals at most 7 ids, of the locals 4; caption 0 keeps all 8 for the student."""
+    """oracle: by hand: the longest global has 7 ids, the longest local 4. The student gets all 8 of caption 0."""
     captions = []
     for counts in [4, 1, 0, 2], [3, 5, 0, 1]:
         captions.append(WORDS(['x ' * count for count in counts]))
@@ -227,13 +230,13 @@ def test_captions_are_cut():
     assert lengths(1, False, 2) == '[[7, 7, 4, 4], [7, 7]]'
     assert lengths(1, True, 1) == '[[8, 7, 7, 7], [6]]'
     assert lengths(1, True, 3) == '[[8, 7, 7, 4], [7, 7, 7]]'
-    assert lengths(3, True, 2) == '[[8, 8, 6, 6], [8, 8]]'              # 9 and 6, of which there are 8
+    assert lengths(3, True, 2) == '[[8, 8, 6, 6], [8, 8]]'              # 7 becomes 9, but there are 8; 4 becomes 6
 
 
 def test_batches_are_pinned_and_moved(monkeypatch, tmp_path):
-    """oracle: the batch that is not pinned; each of its tensors goes once through torch's pinning, which a GPU has, and
-    here copies. All are contiguous, else pinning would copy them once more. After the move, views copies nothing to the
-    device: torch's device meta has all that it needs, and refuses numbers of the CPU."""
+    """oracle: the batch that is not pinned. Each of its tensors is pinned once; here, without a GPU, that is only a
+    copy. All are contiguous, or else pinning would copy them once more. After the move to a device `views` copies
+    nothing from the CPU; the device is torch's meta, which refuses numbers of the CPU."""
     crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 3)), WORDS, MICRO, 3)
     order = [[(0, 0), (0, 1), (0, 2)]]
     [plain] = data.loader(crops, order, workers=0)
@@ -262,7 +265,7 @@ def test_batches_are_pinned_and_moved(monkeypatch, tmp_path):
 
 
 class Copies(TorchDispatchMode):
-    """Counts what comes from the CPU to another device."""
+    """Notes each operation that copies from the CPU to another device."""
 
     def __init__(self):
         super().__init__()
@@ -277,8 +280,8 @@ class Copies(TorchDispatchMode):
 
 
 def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
-    """oracle: the pairs broken on purpose: none is served, each is counted and named. The limit, where none can be read
-    any more."""
+    """oracle: the pairs that were broken on purpose: none is served, and each is counted and named. If none can be read
+    any more, the loader gives up at the limit."""
     shards = Shards(dog_tar(tmp_path / 'a.tar', 12, broken=[5, 7]))
     crops = Crops(shards, list, MICRO, 3, Counts(1, 0, 0, 1))   # captions as they are
     served = set()
@@ -290,13 +293,13 @@ def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
     assert served == {f'dog {i}' for i in range(12)} - {'dog 5', 'dog 7'}
     lines = capsys.readouterr().err
     assert lines.count('a.tar:5.png') + lines.count('a.tar:7.png') == bad >= 2
-    shards.index[:, 2] = 0                              # bytes of each image
+    shards.index[:, 2] = 0                              # the size of each image
     refused('1000 pairs in a row cannot be read', crops.__getitem__, (0, 0))
 
 
 def test_what_strangers_send_stops_nothing():
-    """oracle: the rule for errors, on as many mutated images, records and tars as five seconds allow; before it is
-    mutated, each image can be read."""
+    """oracle: the rule that nothing but Refused comes out, for as many mutated images, records and tars as five seconds
+    allow. Before the mutation each image can be read."""
     for kind, content in fuzz.originals().items():
         if not kind.startswith(('json', 'tar')):
             read_image(content)

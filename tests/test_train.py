@@ -46,7 +46,7 @@ LIMITS = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 @pytest.fixture(scope='session')
 def dogs(tmp_path_factory):
-    """A folder of two halves: 60 training and 16 held-out pairs, each image of a colour of its own."""
+    """A folder with two halves, 60 training and 16 held-out pairs. Each image has a colour of its own."""
     root = tmp_path_factory.mktemp('dogs')
     for half, pairs in ('train', 60), ('val', 16):
         (root / half).mkdir()
@@ -56,7 +56,7 @@ def dogs(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def fit(dogs):
-    """fit(out, *flags): train.py for seconds -> its exit status, or its error."""
+    """fit(out, *flags): runs train.py for seconds -> its exit status, or its error."""
     def fit(out, *flags, watchers=()):
         program = SimpleNamespace(main=partial(train.main, watchers=watchers))
         return run(program, '--data', dogs, *QUICK, '--out', out, *flags)
@@ -77,10 +77,10 @@ def started(dogs):
 
 @pytest.fixture(scope='session')
 def whole(fit, tmp_path_factory):
-    """--out of a run of six steps that nothing disturbed."""
+    """The --out of a run of six steps that nothing disturbed."""
     out = tmp_path_factory.mktemp('fresh') / 'runs/whole'
     assert fit(out) == 0
-    assert read_log(out)[-1]['spread'] > 0.1            # not collapsed, else all networks would score alike
+    assert read_log(out)[-1]['spread'] > 0.1            # has not collapsed; otherwise all would score alike
     return out
 
 
@@ -93,7 +93,7 @@ def read_json(path):
 
 
 def read_log(out):
-    """The entries, one a step: of equal names the last figure counts. All times are 0."""
+    """The entries of the log, one per step. If a step was logged twice, the last figures count. Times are set to 0."""
     entries = {}
     for line in (out / 'log.jsonl').read_text().splitlines():
         entry = json.loads(re.sub('"(pairs_per_s|waiting|memory_GB|seconds)": [^,}]+', '"time": 0', line))
@@ -102,7 +102,8 @@ def read_log(out):
 
 
 def same_run(a, b, whole_log=True):
-    """Two --out folders hold bit-equal networks, optimizers and figures. Their logs differ in times only."""
+    """Asserts that two --out folders hold networks, optimizers and figures that are equal bit for bit, and that their
+    logs differ in times only."""
     found = []
     for out in a, b:
         log = read_log(out)
@@ -121,7 +122,7 @@ def contents(folder):
 # --- One step --------------------------------------------------------------------------------------------------------
 
 G = GLOBALS
-ROWS = {  # global and local images, global and local captions of a row of Table 5; its crop; its terms
+ROWS = {  # for each row of Table 5: global and local images, global and local captions; smallest crop; terms
     'clip': [1, 0, 1, 0, 0.9],
     'clip-aug': [G, 0, 1, 0, 0.4],
     'image-distill': [G, 6, 1, 0, 0.4, 'cls_cls_t'],
@@ -134,7 +135,7 @@ ROWS = {  # global and local images, global and local captions of a row of Table
 
 @pytest.mark.parametrize('method', ROWS)
 def test_views_and_losses_of_each_row(started, tmp_path, method):
-    """oracle: the table, written out. clip alone has no colours where the recipe has them."""
+    """oracle: the table, written out. If a recipe changes colours, clip alone leaves them as they are."""
     begun = started(tmp_path, '--method', method, '--local-crops', 6, '--local-captions', 6)
     terms = ROWS[method][5:]
     assert [*begun.train_set.counts, begun.train_set.crop_min, *terms] == ROWS[method]
@@ -143,12 +144,12 @@ def test_views_and_losses_of_each_row(started, tmp_path, method):
     assert options.augment == ('crops' if method == 'clip' else 'full')
     _, images, texts = micro()
     assert step_of(begun.student, images, texts, method).parts.keys() == {'clip', *terms}
-    # Each parameter learns: DDP stops at the second step where one has no gradient.
+    # Each parameter learns. If one had no gradient, DDP would stop at the second step.
     assert [name for name, p in begun.student.named_parameters() if p.grad is None] == []
 
 
 def step_of(model, images, texts, method='cosmos', accum=1, processes=ALONE, clip_grad=0, teacher=None):
-    """train_step on this batch, with a plain gradient descent of rate 0.5, and a teacher that becomes the student."""
+    """train_step on this batch, by plain gradient descent with rate 0.5. The teacher becomes the student."""
     teacher = teacher or Teacher(COSMOS(model.config))
     student = train.InParts(model, accum)
     if processes.world > 1:
@@ -164,8 +165,8 @@ def step_of(model, images, texts, method='cosmos', accum=1, processes=ALONE, cli
 
 
 def test_a_step_by_hand():
-    """oracle: clip_loss + cosmos_loss, and gradient descent by hand, of a gradient that is clipped to a norm of 0.1.
-    The teacher sees the global images and captions, no more, and follows."""
+    """oracle: clip_loss + cosmos_loss, and by hand a step of gradient descent whose gradient is clipped to a norm of
+    0.1. The teacher sees only the global images and captions, and follows the student."""
     model, images, texts = micro()
     before = copy.deepcopy(model)
     teacher = Teacher(COSMOS(model.config))
@@ -182,7 +183,7 @@ def test_a_step_by_hand():
 
 
 def test_a_step_that_another_process_spoils(monkeypatch, capsys):
-    """oracle: by hand. The loss of this process is finite, but DDP has averaged NaN into its gradient."""
+    """oracle: by hand. The loss of this process is finite, but the gradient that DDP has averaged is NaN."""
     model, images, texts = micro()
     model.logit_scale.register_hook(lambda grad: math.nan * grad)
     monkeypatch.setattr(ALONE, 'sum', lambda losses: [math.nan])
@@ -194,7 +195,7 @@ OBJECTIVES = 'cosmos', 'across', 'plain', 'text-distill', 'image-distill', 'clip
 
 
 def gradients(processes, method, accum):
-    """Of this process's share of one batch of 8 -> {parameter: gradient}, and the mean loss of all processes."""
+    """A step on this process's share of a batch of 8 -> {parameter: gradient}, and the mean loss over all processes."""
     model, images, texts = micro(method, B=8)
     if method in ('image-distill', 'clip'):
         texts = texts[:1]
@@ -206,8 +207,9 @@ def gradients(processes, method, accum):
 
 
 def one_rank(rank, port, path, flags):
-    """One of two processes: saves its gradients, and has train.py make a run, one that is stopped and goes on, and one
-    that fails. What both complain of goes into a file, and so does how often a run has its GPU's numbers summed."""
+    """What each of two processes does. It saves its gradients, and has train.py make three runs: one that nothing
+    disturbs, one that fails, and one that is stopped and resumed. It writes into files what it complains of, and how
+    often the first run sums numbers over the GPUs."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     processes = train.Processes('cpu')
@@ -238,7 +240,7 @@ def one_rank(rank, port, path, flags):
         return train_step(run, batch)
 
     with pytest.MonkeyPatch.context() as patch, open(path / f'{rank}.txt', 'w') as complaints:
-        patch.setattr(os, '_exit', sys.exit)            # a run ends, but not this process
+        patch.setattr(os, '_exit', sys.exit)            # ends the run, but not this process
         patch.setattr(sys, 'stderr', complaints)
         patch.setattr(processes, 'sum', counted)
         patch.setattr(train, 'choose_model', in_turn)
@@ -247,7 +249,7 @@ def one_rank(rank, port, path, flags):
         patch.setattr(train, 'choose_model', choose_model)
         assert run(train, *flags, path / 'failed', '--lr', 1e30) == 1
         patch.setattr(train, 'train_step', signalled)
-        number = signal.SIGUSR1 if rank else signal.SIGTERM         # which signal it was only rank 1 knows
+        number = signal.SIGUSR1 if rank else signal.SIGTERM         # only rank 1 knows which signal it was
         assert run(train, *flags, path / 'stopped') == 128 + number
         patch.setattr(train, 'train_step', train_step)
         assert saved(path / 'stopped')['step'] == 6     # the step of the signal, and one more
@@ -257,7 +259,8 @@ def one_rank(rank, port, path, flags):
 
 @pytest.fixture(scope='session')
 def by_ranks(tmp_path_factory):
-    """A folder with what `one_rank` leaves: gradients, the run 'two' of two processes; and the run 'one' of one."""
+    """A folder with what two processes leave (see `one_rank`: gradients, and runs, of which 'two' is the undisturbed
+    one), and with the run 'one' of a single process."""
     path = tmp_path_factory.mktemp('ranks')
     shards = dog_tar(path / 'dogs.tar', 80, broken=[3, 40])
     flags = ['--data', shards, shards, *QUICK, '--steps', 20, '--lr', 1e-3, '--out']
@@ -271,8 +274,9 @@ def by_ranks(tmp_path_factory):
 
 @pytest.mark.parametrize('method', OBJECTIVES)
 def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
-    """oracle: one process with the whole batch: same loss, same gradient in every parameter and scale, with --accum 2
-    (and --grad-checkpoint), with two processes, and with both. None of them is all zero: it would never learn."""
+    """oracle: one process with the whole batch. With --accum 2 (and --grad-checkpoint), with two processes, and with
+    both, the loss is the same, and so is the gradient of every parameter and scale. None of them is all zero, because
+    then it would never learn."""
     expected, total = gradients(ALONE, method, 1)
     found = [gradients(ALONE, method, 2)]
     for path in by_ranks.glob(f'?-{method}-?'):
@@ -291,8 +295,8 @@ class SaysCuda(torch.Tensor):
 
 
 def enter_the_branch_of_gpus(monkeypatch):
-    """Attention takes the branch of GPUs, on the CPU -> how the kernel will be called: {(rows of queries, dimensions of
-    the mask, or 'causal')}."""
+    """Has Attention take the branch of GPUs, but on the CPU -> how the kernel is called from now on, a set of (rows of
+    queries, dimensions of the mask, or 'causal')."""
     project = Attention.project
     kernel = F.scaled_dot_product_attention
     calls = set()
@@ -313,8 +317,9 @@ def enter_the_branch_of_gpus(monkeypatch):
 
 @pytest.mark.parametrize('accum', [1, 2])
 def test_attention_of_gpus_equals_that_of_cpus(monkeypatch, accum):
-    """oracle: the branch of CPUs: same loss, same gradient in every parameter. Queries are all rows (17 and 5 of an
-    image, 12 of a text), one row, or in cross-attention all views and 5 captions; texts have a mask, whole ones the causal kernel's own."""
+    """oracle: the branch of CPUs: same loss, same gradient of every parameter. The queries are all rows (17 or 5 of an
+    image, 12 of a text), one row, or, in cross-attention, all 4 views or 5 captions. A whole text takes the kernel's
+    own causal mask, a single row of it brings its mask."""
     expected, total = gradients(ALONE, 'cosmos', accum)
     calls = enter_the_branch_of_gpus(monkeypatch)
     found, loss = gradients(ALONE, 'cosmos', accum)
@@ -325,8 +330,8 @@ def test_attention_of_gpus_equals_that_of_cpus(monkeypatch, accum):
 
 
 def test_a_step_leaves_nothing_on_the_cpu(monkeypatch):
-    """oracle: torch's device meta, whose tensors have no numbers, and refuse those of the CPU. (Autocast does not know
-    it, and whether the gradient is finite, nobody can say.)"""
+    """oracle: torch's device meta, whose tensors have no numbers, and refuse those of the CPU. (Autocast and `isfinite`
+    are replaced, because the first does not know meta, and the second needs numbers.)"""
     monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr(torch.Tensor, 'isfinite', lambda norm: True)
     model, images, texts = micro()
@@ -340,8 +345,8 @@ def test_a_step_leaves_nothing_on_the_cpu(monkeypatch):
 
 
 def test_two_processes_say_the_same(by_ranks):
-    """oracle: the single process with the same batches. Pairs of all ranks count. A warning, and the sentence of a
-    failure, come once a run."""
+    """oracle: a single process with the same batches. The log counts the pairs of all ranks. A warning comes once a
+    run, and so does the sentence of a failure."""
     one = read_log(by_ranks / 'one')
     two = read_log(by_ranks / 'two')
     assert len(one) == len(two) == 20 and one[-1]['bad_pairs'] == 2
@@ -350,11 +355,12 @@ def test_two_processes_say_the_same(by_ranks):
             assert a[key] == pytest.approx(b[key], rel=2e-4), key
     complaints = (by_ranks / '0.txt').read_text() + (by_ranks / '1.txt').read_text()
     assert complaints.count('5 steps in a row were not finite') == 1
-    assert complaints.count('1 shards are named twice') == 4            # of four starts
+    assert complaints.count('1 shards are named twice') == 4            # once in each of four starts
 
 
 def test_a_signal_to_one_of_two_processes_stops_both(by_ranks):
-    """oracle: the run that was not stopped, bit by bit. (How they end, and at which step, one_rank asserts.)"""
+    """oracle: the run that was not stopped, bit for bit. (one_rank asserts how the stopped one ends, and at which
+    step.)"""
     kept = []
     for name in 'two', 'stopped':
         state = saved(by_ranks / name)
@@ -363,26 +369,27 @@ def test_a_signal_to_one_of_two_processes_stops_both(by_ranks):
 
 
 def test_a_step_has_no_sums_of_its_own(by_ranks):
-    """oracle: one for each entry of the log, whose numbers are on the GPU. Bad pairs and signals are added up by CPUs,
-    while the step runs."""
+    """oracle: one sum for each entry of the log, whose numbers are on the GPU. Bad pairs and signals are added up by
+    the CPUs while the step runs."""
     for rank in 0, 1:
         assert read_json(by_ranks / f'{rank}.sums') == [len(read_log(by_ranks / 'two'))]
 
 
 def test_rank_0_fetches_the_vocabulary(by_ranks):
-    """oracle: the turns in which both choose model and vocabulary: rank 0 begins and ends before rank 1 begins."""
+    """oracle: the turns in which the two choose model and vocabulary: rank 0 begins and ends before rank 1 begins."""
     assert (by_ranks / 'turns').read_text() == '0 0 1 1 '
 
 
 def test_ranks_that_read_different_checkpoints(monkeypatch, fit, whole, tmp_path):
-    """oracle: the refusal. Rank 0 has read another checkpoint than this rank, or this one has none."""
+    """oracle: the refusal. Rank 0 has read another checkpoint than this rank, or this rank has found none."""
     monkeypatch.setattr(train.Processes, 'broadcast', lambda processes, value: 9.0)
     for out in whole, tmp_path:
         assert 'let all nodes see the same --out' in fit(out, '--resume')
 
 
 def test_loaders_start_before_the_model(monkeypatch, started, tmp_path):
-    """oracle: DDP's notes: once nccl is up, a process must not be forked. The model comes before DDP."""
+    """oracle: DDP's notes: once nccl is up, a process must not be forked. DDP comes after the model, so here it is
+    enough that the loaders come before the model."""
     before = active_children()
 
     def model(config):
@@ -397,7 +404,7 @@ def test_loaders_start_before_the_model(monkeypatch, started, tmp_path):
 # --- Options ---------------------------------------------------------------------------------------------------------
 
 def test_workers_share_the_cores_of_a_node(monkeypatch):
-    """oracle: half of the cores, for all processes together, but one loader for each, and at most eight."""
+    """oracle: all processes together get half of the cores for loaders, but each has at least one and at most eight."""
     for cores, processes, workers in (16, 1, 8), (16, 8, 1), (64, 4, 8), (24, 4, 3), (4, 8, 1):
         monkeypatch.setattr(os, 'sched_getaffinity', lambda process: range(cores))
         monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
@@ -405,7 +412,8 @@ def test_workers_share_the_cores_of_a_node(monkeypatch):
 
 
 def test_options_that_weights_choose():
-    """oracle: docs/questions.md, whatever the preset; what is typed wins. The folder has the name of the weights."""
+    """oracle: docs/questions.md: the same defaults for each preset, but what is typed wins. The folder is called after
+    the weights."""
     for preset in train.PRESETS:
         flags = f'--preset {preset} --wd 0.3 --init runs/mine/best.pt'
         options = train.read_options(flags.split())
@@ -433,8 +441,9 @@ def test_schedules_and_decay():
 
 
 def test_what_is_asked_of_a_gpu(monkeypatch):
-    """oracle: the rule: the GPU that torch finds, unless the CPU is asked for; bf16 where it has units for that; of two
-    processes with one GPU the second is refused. There cuDNN's attention is off. What torch finds is set by hand."""
+    """oracle: the rule: take the GPU that torch finds, unless the CPU is asked for, and bf16 if it has units for that.
+    The second of two processes with one GPU is refused. On a GPU cuDNN's attention is off. What torch finds is set by
+    hand here."""
     found = torch.cuda
     switched = []
     monkeypatch.setattr(torch.backends.cuda, 'enable_cudnn_sdp', switched.append)
@@ -459,20 +468,20 @@ def test_what_is_asked_of_a_gpu(monkeypatch):
 
 
 def add_preset(monkeypatch, **recipe):
-    """The preset 'mine': a recipe made of LAPTOP."""
+    """Adds the preset 'mine', whose recipe is LAPTOP with these changes."""
     monkeypatch.setitem(train.PRESETS, 'mine', train.PRESETS['micro']._replace(recipe=train.LAPTOP | recipe))
 
 
 def test_lengths_of_runs(monkeypatch):
-    """oracle: arithmetic on 60 pairs: 15 batches of four a pass. At most a tenth of a run is warm-up; a quarter lies
-    between evaluations. What is typed wins over the recipe. Two lengths are none."""
+    """oracle: arithmetic on 60 pairs: 15 batches of four a pass. At most a tenth of a run is warm-up, and a quarter
+    lies between evaluations. What is typed wins over the recipe. Two lengths at once are refused."""
     refused('not allowed with argument', train.read_options, ['--steps', '5', '--epochs', '1'])
     add_preset(monkeypatch, steps=8000)
     for flags, *lengths in (
             ('--preset mine', 8000, 100, 2000),
             ('--preset mine --epochs 100 --eval-every 7', 1500, 100, 7),
             ('--steps 30000', 30000, 2000, 7500),
-            ('--epochs 0.01', 1, 0, 1),                  # a step at least
+            ('--epochs 0.01', 1, 0, 1),                  # at least one step
             ('', 480, 48, 120)):
         options = train.read_options(['--data', 'x', '--val', 'y', '--batch', '4', *flags.split()])
         train.choose_lengths(options, 60, train.PRESETS[options.preset].recipe['warmup'])
@@ -483,7 +492,7 @@ def test_lengths_of_runs(monkeypatch):
     ('epochs', 0), ('steps', 0), ('batch', -4), ('lr', 'banana'), ('momentum', 1.1), ('augment', 'flips'),
     ('colours', 3), ('warm', 5)])
 def test_options_that_are_refused(monkeypatch, name, value):
-    """oracle: what no run can mean, whether it is typed or in a recipe."""
+    """oracle: values that no run can use, whether they are typed or in a recipe."""
     sentence = f'--{name}.+{value}'
     refused(sentence, train.read_options, [f'--{name}', str(value)])
     add_preset(monkeypatch, **{name: value})
@@ -491,7 +500,7 @@ def test_options_that_are_refused(monkeypatch, name, value):
 
 
 def test_help(capsys):
-    """oracle: the groups and the number of options that design allows."""
+    """oracle: the groups of options, written out, and the largest number of options that the design allows."""
     assert run(train, '--help') == 0
     text = capsys.readouterr().out
     assert ' '.join(re.findall(r'(?m)^(\w+):$', text)) == 'options data method schedule machine output Recipes'
@@ -501,8 +510,8 @@ def test_help(capsys):
 # --- What a run leaves -----------------------------------------------------------------------------------------------
 
 def test_log_entry_by_hand(started, tmp_path):
-    """oracle: by hand. Orthogonal embeddings spread by the root of 3/4. Two of four exchanged: half an accuracy, half a
-    cosine. A part of the loss is logged under its name. A single pair gives numbers, too."""
+    """oracle: by hand. Four orthogonal embeddings have a spread of the root of 3/4. If two of four are exchanged,
+    accuracy and cosine are a half. Each part of the loss is logged under its name. A single pair gives numbers, too."""
     begun = started(tmp_path)
     exchanged = torch.eye(4)[None, [1, 0, 2, 3]]
     out = Output(torch.eye(4)[None], exchanged)
@@ -517,8 +526,8 @@ def test_log_entry_by_hand(started, tmp_path):
 
 
 def test_a_run_leaves_everything(whole, dogs, tmp_path):
-    """oracle: the list of design: files, log fields; values by arithmetic; eval.py's score of the teacher, which is not
-    the student's."""
+    """oracle: the files and the log's fields, written out; values by arithmetic; eval.py's score of the teacher, which
+    is not that of the student."""
     assert contents(whole).keys() == {
         'last.pt', 'best.pt', 'log.jsonl', 'config.json', 'index.npy', 'val.npy', 'eval.json', 'lock'}
     line = (whole / 'log.jsonl').read_text().splitlines()[1]
@@ -540,9 +549,9 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
 
 def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
     """oracle: what a run of four steps does, written out: a step is saved before it is evaluated, and nothing is saved,
-    evaluated or logged twice. By scripted figures the middle evaluation is the best. best.pt has both networks of that
-    step, and stays when the run goes on, but not with other held-out shards. What a start that saved nothing left there
-    goes."""
+    evaluated or logged twice. The scripted figures make the middle evaluation the best. best.pt has both networks of
+    that step, and stays when the run goes on, unless the held-out shards are others. If a start ended before its first
+    save, what it left is removed."""
     save = runs.save
     happened = []
     learned = {}
@@ -581,8 +590,9 @@ def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
 
 
 def test_two_jobs_in_one_folder(monkeypatch, capsys, fit, tmp_path):
-    """oracle: the process that has the folder, by name. Killed, it lets the next one in at once, though its own child
-    lives on; what its save has left is removed. Where the file system has no locks a line says so."""
+    """oracle: the refusal, which says which process has the folder. Once that process is killed, the next one gets in
+    at once, though a child of the first lives on, and removes what a torn save has left. If the file system has no
+    locks, a line says so."""
     out = tmp_path / 'out'
     torn = out / 'last.pt.0123.partial'
 
@@ -617,7 +627,7 @@ def test_two_jobs_in_one_folder(monkeypatch, capsys, fit, tmp_path):
 
 
 def test_when_a_run_is_saved():
-    """oracle: the rule: every 20 minutes, at any step; every so many steps only if that is asked for."""
+    """oracle: the rule: every 20 minutes, at whatever step; after so many steps only if that is asked for."""
     for flags, step, minutes, saves in (
             ('', 1000, 19, False),
             ('', 1001, 21, True),
@@ -630,7 +640,7 @@ def test_when_a_run_is_saved():
 
 
 def test_pairs_of_one_sentence_are_noted(started, dogs, tmp_path, capsys):
-    """oracle: how many sentences the pairs have that were written here, and how many captions the method takes."""
+    """oracle: how many sentences the pairs were given here, and how many captions the method takes."""
     image = encoded(Image.new('RGB', (9, 9)))
     two = pairs_tar(tmp_path / 'two.tar', [{'caption': 'A dog. It runs.'}] * 60, [image] * 60)
     for flags, noted in (
@@ -645,7 +655,8 @@ def test_pairs_of_one_sentence_are_noted(started, dogs, tmp_path, capsys):
 # --- Going on --------------------------------------------------------------------------------------------------------
 
 def test_a_kill_in_mid_run(fit, whole, tmp_path):
-    """oracle: the run that nobody killed, bit by bit. Its last save was torn, too. One command starts and goes on."""
+    """oracle: the run that nobody killed, bit for bit, even though the last save was torn. The same command starts a
+    run and goes on with it."""
     flags = ['--save-every', 1, '--resume']
     log = tmp_path / 'log.jsonl'
     child = get_context('fork').Process(target=fit, args=[tmp_path, *flags, '--workers', 1])
@@ -655,13 +666,13 @@ def test_a_kill_in_mid_run(fit, whole, tmp_path):
         time.sleep(0.002)
     child.kill()
     child.join()
-    (tmp_path / 'last.pt.partial').touch()              # as of a kill within a save
+    (tmp_path / 'last.pt.partial').touch()              # as after a kill in the middle of a save
     assert fit(tmp_path, *flags) == 0
     same_run(whole, tmp_path, whole_log=False)          # its last step may be saved, but not logged
 
 
 def signal_all(number):
-    """As torchrun and Slurm send it: to the loader's workers, too."""
+    """Sends a signal as torchrun and Slurm do: to the loader's workers, too."""
     for process in [*active_children(), current_process()]:
         os.kill(process.pid, number)
 
@@ -676,7 +687,7 @@ def spoil_weights(run):
 
 
 def fill_the_disk(run):
-    """Files may not grow beyond a limit."""
+    """From here on files may not grow beyond a limit."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, LIMITS[1]))
     raise_a_bug(run)
 
@@ -690,7 +701,7 @@ def hide_shard(run):
     ('train_step', 3, signal.SIGTERM, '143', 4),
     ('train_step', 0, signal.SIGINT, '130', 1),
     ('train_step', 0, signal.SIGUSR1, str(128 + signal.SIGUSR1), 1),
-    ('train_step', 0, raise_a_bug, 'RuntimeError: a bug\n', None),      # no run without a step
+    ('train_step', 0, raise_a_bug, 'RuntimeError: a bug\n', None),      # without a step there is no run to save
     ('train_step', 3, raise_a_bug, 'RuntimeError: a bug\n', 3),
     ('train_step', 2, hide_shard, 'error: 1000 pairs in a row cannot be read', 3),
     ('train_step', 3, spoil_weights, 'RuntimeError: a bug\n', 2),
@@ -698,12 +709,12 @@ def hide_shard(run):
     ('evaluate', 2, raise_a_bug, 'RuntimeError: a bug\n', 2),
     ('evaluate', 6, raise_a_bug, 'RuntimeError: a bug\n', 6)])
 def test_resume_is_exact(monkeypatch, capsys, fit, whole, dogs, tmp_path, function, at, harm, ends, kept):
-    """oracle: the run that was not interrupted: weights, optimizer, teacher, figures and log. Before a run ends it saves
-    the last whole step, if its weights are finite and fit on the disk, and says why it ends."""
+    """oracle: the run that was not interrupted: weights, optimizer, teacher, figures and log. Before a run ends, it
+    saves the last whole step, if its weights are finite and fit on the disk, and says why it ends."""
     original = getattr(train, function)
     signalled = isinstance(harm, signal.Signals)
     workers = 2 if signalled else 0
-    shutil.copy(whole / 'eval.json', tmp_path)          # of an earlier start, it goes
+    shutil.copy(whole / 'eval.json', tmp_path)          # from an earlier start; it is removed
 
     def harmed(run, *rest):
         if run.step == at:
@@ -723,11 +734,12 @@ def test_resume_is_exact(monkeypatch, capsys, fit, whole, dogs, tmp_path, functi
 
 
 def test_held_out_images_are_tried_first(fit, tmp_path):
-    """oracle: the name of the pair whose pixels are broken. No folder is made. Repaired, the same command works."""
+    """oracle: the refusal, which names the pair whose pixels are broken. No folder is made. Once the tar is repaired,
+    the same command works."""
     out = tmp_path / 'out'
     path = dog_tar(tmp_path / 'val.tar', 9)
     good = path.read_bytes()
-    pixels = good.rindex(b'IDAT') + 4                   # of the last image
+    pixels = good.rindex(b'IDAT') + 4                   # those of the last image
     put(path, good[:pixels] + bytes(40) + good[pixels + 40:])
     assert f'error: {path}:8.png: ' in fit(out, '--val', path)
     assert not out.exists()
@@ -736,7 +748,7 @@ def test_held_out_images_are_tried_first(fit, tmp_path):
 
 
 def test_held_out_images_are_tried_once(monkeypatch, started, tmp_path):
-    """oracle: how often an image is decoded: by a worker, once for all starts in a folder, and again when the shard was
+    """oracle: how often images are decoded: once for all starts in a folder, by a worker, and again after the shard was
     written anew."""
     path = dog_tar(tmp_path / 'val.tar', 9)
     tried = put(tmp_path / 'tried')
@@ -756,7 +768,7 @@ def test_held_out_images_are_tried_once(monkeypatch, started, tmp_path):
 
 
 def test_what_is_no_run(fit, whole, tmp_path):
-    """oracle: the sentence. A checkpoint that is torn, a text, and best.pt, are no run to go on with."""
+    """oracle: the refusals. A torn checkpoint, a text and a best.pt are not runs that can go on."""
     for content, sentence in (
             ((whole / 'last.pt').read_bytes()[:9000], 'it is torn, or of another kind'),
             (b'a text', 'it is torn, or of another kind'),
@@ -767,8 +779,9 @@ def test_what_is_no_run(fit, whole, tmp_path):
 
 
 def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_path):
-    """oracle: the files of a finished run, byte by byte, after each command that must leave them alone. What cannot
-    change is named, with all old and new values; other changes are noted. A fresh start takes the first free name."""
+    """oracle: the files of a finished run, byte for byte, after each command that must leave them alone. A change of
+    what must stay is refused, with all old and new values; other changes are noted. A fresh start takes the first free
+    name."""
     out = tmp_path / 'out'
     shutil.copytree(whole, out)
     flags = '--preset tiny --method clip --batch 5 --seed 1 --local-crops 3 --local-captions 4'.split()
@@ -790,7 +803,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
         '--init is ignored: the checkpoint has weights and vocabulary',
         '--steps was 6, is now 4',
         '--lr was 0.003, is now 1.0']
-    moved = shutil.copytree(dogs, tmp_path / 'moved', copy_function=shutil.copyfile)    # with times of its own
+    moved = shutil.copytree(dogs, tmp_path / 'moved', copy_function=shutil.copyfile)    # its files have other times
     assert fit(out, '--resume', '--data', moved) == 0
     assert 'their headers are read again' in capsys.readouterr().out
     for name in 'index.npy', 'val.npy':
@@ -803,7 +816,8 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
 
 
 def test_init(fit, started, tmp_path, capsys):
-    """oracle: the weights in the file before the first step; a fresh model's cross-attention. The plan names them."""
+    """oracle: the weights of the file, before the first step. Cross-attention, which the file lacks, is that of a fresh
+    model. The plan names the file."""
     assert fit(tmp_path / 'clip', '--method', 'clip') == 0
     path = tmp_path / 'clip/last.pt'
     begun = started(tmp_path / 'begun', '--init', path, '--batch', 60)  # all pairs
@@ -817,8 +831,8 @@ def test_init(fit, started, tmp_path, capsys):
 
 
 def test_half_precision_with_a_scaler(fit, started, whole, tmp_path):
-    """oracle: the float32 run: the loss of its first step. The scaler's state is saved and read again, and --wd goes
-    before the checkpoint's."""
+    """oracle: the loss of the first step of the float32 run. The scaler's state is saved and restored, and the typed
+    --wd wins over that of the checkpoint."""
     assert fit(tmp_path, '--steps', 3, '--precision', 'fp16') == 0
     assert read_log(tmp_path)[1]['loss'] == pytest.approx(read_log(whole)[1]['loss'], rel=0.01)
     resumed = started(tmp_path, '--resume', '--precision', 'fp16', '--wd', 0.3, '--steps', 4)
@@ -827,8 +841,8 @@ def test_half_precision_with_a_scaler(fit, started, whole, tmp_path):
 
 
 def test_overflows_in_half_precision(started, tmp_path):
-    """oracle: by hand: a step that overflows halves the scale and counts, but changes neither student nor teacher. The
-    first that does not has the gradient of float32."""
+    """oracle: by hand: a step that overflows halves the scale and counts as a step, but changes neither student nor
+    teacher. The first one that does not overflow has the same gradient norm as in float32."""
     begun = started(tmp_path, '--precision', 'fp16')
     begun.scaler = torch.amp.GradScaler('cpu', 2.0 ** 18)
     begun.teacher.model.logit_scale.data.zero_()        # an update would move it
@@ -850,7 +864,7 @@ def test_overflows_in_half_precision(started, tmp_path):
 
 
 def test_bad_pairs_stop_a_run_beyond_5_percent(fit, tmp_path):
-    """oracle: the number of pairs that were broken on purpose; the limits by hand."""
+    """oracle: how many pairs were broken on purpose, and the limits by hand."""
     shards = dog_tar(tmp_path / 'a.tar', 120, broken=range(100, 120))
     assert 'over 5 % of the pairs cannot be read' in fit(tmp_path, '--data', shards, '--steps', 25)
     assert saved(tmp_path)['step'] < 25             # what was learnt is not lost
@@ -859,8 +873,8 @@ def test_bad_pairs_stop_a_run_beyond_5_percent(fit, tmp_path):
 
 
 def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, fit, tmp_path):
-    """oracle: losses made NaN in chosen steps, few in a row skipped without a trace, more not. --save-every is 2. In
-    fp16 that lowers the scale, from 1,024, and the run goes on."""
+    """oracle: chosen steps, whose losses are made NaN. A few in a row are skipped and leave no trace; five stop the
+    run. In fp16 they only lower the scale, which starts at 1,024, and the run goes on. (--save-every is 2.)"""
     loss = cosmos.clip_loss
 
     def spoilt(*arguments):
