@@ -4,7 +4,7 @@ CLIP matches one vector of an image with one vector of its caption, and in each 
 ones. COSMOS takes several views of both: large and small crops of the image, groups of sentences and single sentences
 of the caption. A student network sees all of them. A teacher network, a slow average of the student, sees only the
 global ones: large crops, groups of sentences. In the student, cross-attention lets each vector of one modality read the
-tokens of the other. What it has read is added to it, and the sum is trained to find the teacher's vectors of the same
+tokens of the other. The result is added to the vector, and the sum is trained to find the teacher's vectors of the same
 pair among those of all pairs. So a sentence about a small object is meant to find that object in the image.
 
 Notation, in shapes:
@@ -154,7 +154,7 @@ def unit(x):
 
 
 class COSMOS(nn.Module):
-    """Two towers, two linear maps, two cross-attentions, two learned scales. With cross_heads = 0 a plain CLIP.
+    """Two towers, two linear maps, two cross-attentions, two learned scales. With cross_heads = 0 it is a plain CLIP.
 
     The towers are CLIP's. The maps bring patches and words to width D, for C^I and C^T to read. After training only the
     towers are needed: retrieval, classification and segmentation do without cross-attention.
@@ -200,8 +200,8 @@ class COSMOS(nn.Module):
     def encode_image(self, images):
         """images (B, 3, h, w), h and w multiples of p -> [cls] (B, D), patches (B, P, D), neither of unit length.
 
-        The patches are those that C^I reads, None for a plain CLIP. They are keys for C^I, and cannot be compared with
-        texts; those of eval.encode_dense can.
+        The patches are what C^I reads; a plain CLIP has None. They cannot be compared with texts, but the patches of
+        eval.encode_dense can.
         """
         cls, sequence = self.visual.with_sequence([images])
         patches = self.image_map(sequence[:, 1:]) if self.has_cross_attention else None
@@ -216,9 +216,9 @@ class COSMOS(nn.Module):
     def attention(self, images, ids):
         """images (B, 3, h, w), ids (B, T) -> weights of C^I over patches (B, P), of C^T over words (B, T).
 
-        The caption is the query of C^I, and the image that of C^T. The paper's qualitative figure shows such weights
-        (paper silent: whose they are, student's or teacher's, and how heads are averaged). Over words they include
-        start, end and padding. A plain CLIP has none.
+        The query of C^I is the caption, the query of C^T is the image. The paper's qualitative figure shows such
+        weights (paper silent: whether they are the student's or the teacher's, and how heads are averaged). The weights
+        over words include start, end and padding. A plain CLIP has no weights.
         """
         cls, patches = self.encode_image(images)
         eot, words = self.encode_text(ids)
@@ -270,7 +270,7 @@ class Teacher(nn.Module):
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-MANY = 2 ** 24      # from so many logits on an L_nce does not keep them: 67 MB, those of 8 x 2 views of 1,024 pairs
+MANY = 2 ** 24      # an L_nce with so many logits (67 MB: 1,024 pairs in 8 x 2 views) or more does not keep them
 
 
 def nce(queries, keys, scale):
@@ -292,7 +292,7 @@ def nce(queries, keys, scale):
     target = own_key.view(1, B, 1).expand(V, B, U)
 
     def cross_entropy(queries, keys, scale):        # a function, so that `checkpoint` can call it again
-        with torch.autocast(queries.device.type, enabled=False):        # float32, for whoever calls it under autocast
+        with torch.autocast(queries.device.type, enabled=False):        # float32, even if called under autocast
             # Row (v, b), column (u, n): all pairs of views in one product.
             logits = scale * queries.flatten(0, 1) @ keys.flatten(0, 1).T   # (V*B, U*N)
         # Row (v, b, u): query b of view v chooses among the N keys of view u; target (v, b, u) is its own key.
@@ -302,7 +302,7 @@ def nce(queries, keys, scale):
     if V * B * U * N < MANY:
         return cross_entropy(queries, keys, scale)
     # ours: so many logits are not kept. The backward pass computes them again, to the last bit, one L_nce at a time.
-    # At 4,096 pairs on one GPU the logits of the ten L_nce of a step would take 11 GB.
+    # A step has ten L_nce. With 4,096 pairs on one GPU their logits would take 11 GB together.
     return checkpoint(cross_entropy, queries, keys, scale, use_reentrant=False)
 
 
@@ -318,10 +318,10 @@ def match(a, b, scale):
 def clip_loss(out, scale):
     """L_CLIP: the student's two global images with all its captions, 2 x 8 pairs of views. scale = exp(logit_scale).
 
-    Cross-attention has no part in it: it is CLIP's loss on [cls] and [eot].
+    It is CLIP's loss on [cls] and [eot], and cross-attention has no part in it.
 
     code≠paper, perhaps: local image views stay out, because the authors' trial with them overfitted
-    (loss.py:203-206). The paper may take all crops: one summary says so; check your copy.
+    (loss.py:203-206). One summary says that the paper takes all crops, so check your copy.
     """
     return match(*gather(out.cls[:GLOBALS], out.eot), scale)
 
@@ -395,15 +395,15 @@ def image_terms(out, cls_t, eot_t, scale):
 
 
 def no_terms(out, cls_t, eot_t, scale):
-    """CLIP, with one crop or two, learns L_CLIP alone, and has no teacher."""
+    """Nothing besides L_CLIP, for the rows `clip` and `clip-aug`. They have one image crop or two, and no teacher."""
     return {}
 
 
 def total_loss(model, out, cls_t, eot_t, terms=cosmos_terms):
     """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its parts {name: (weight, term)}, which the log shows.
 
-    terms: what is learned in addition to L_CLIP, a function such as cosmos_terms. A term of your own is a line before
-    the sum: parts['name'] = (weight, term).
+    terms: what is learned in addition to L_CLIP, a function such as cosmos_terms. For a term of your own add a line
+    before the sum: parts['name'] = (weight, term).
     """
     parts = {'clip': (1, clip_loss(out, model.logit_scale.exp()))}
     scale = model.scales()[-1].exp()        # the last one is that of L_COSMOS; a model may have only one
@@ -441,8 +441,8 @@ class Gather(torch.autograd.Function):
     which gives the gradient of the mean loss.
 
     In the released code each rank computes the whole loss, with a gradient for its own vectors only. Summed over ranks
-    these are the full gradient, but DDP's mean divides the sum by the number of ranks. (Not for the two scales, whose
-    gradient is whole on each rank.) AdamW divides such a factor out, except for its eps.
+    these are the full gradient, but DDP's mean divides the sum by the number of ranks. (The two scales are exceptions,
+    because each rank has their whole gradient.) AdamW divides such a factor out, except for its eps.
     """
 
     @staticmethod
@@ -546,7 +546,7 @@ class VisionTower(Tower):
         return embedded
 
     def positions(self, h, w):
-        """Position embeddings for an h x w grid of patches, (1 + h*w, W): the learned grid, or bicubic from it."""
+        """Position embeddings for an h x w grid of patches, (1 + h*w, W): the learned ones, or bicubic between them."""
         grid = self.grid
         if h == w == grid:
             return self.positional_embedding

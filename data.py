@@ -1,22 +1,22 @@
 """From a pair to a batch: its text crops, its image crops, the order of the pairs, the batch.
 
-A pair is an image and everything that its captions say about it: the `pool` of their sentences. It gives image crops
-and text crops (Sec. 3.1 of the paper). An image crop becomes an image view once its colours have been changed, if at
-all, and it has been normalised. A text crop is one sentence of the pool, or up to five of them joined; here and in
-cosmos.py it is called a caption. The student sees all views and captions. The teacher sees only the global ones: large
-crops, and captions of up to five sentences.
+A pair is an image and a `pool`, the sentences of the image's captions. Both are cropped (Sec. 3.1 of the paper). An
+image crop becomes an image view once its colours have been changed (some crops keep theirs) and it has been normalised.
+A text crop is one sentence of the pool, or up to five of them joined; from here on, and in cosmos.py, we call it a
+caption. The student sees all views and captions. The teacher sees only the global ones: large crops, and captions of up
+to five sentences.
 
-Random choices for a pair come from (seed, epoch, index of the pair). The order of the pairs comes from (seed, epoch).
-The order of the colour jitters comes from (seed, step, number of the view). So with the same settings a run sees the
-same batches for any number of workers and GPUs, and can be resumed at any step.
+Random choices for a pair depend only on (seed, epoch, index of the pair), the order of the pairs on (seed, epoch), and
+the order of the colour jitters on (seed, step, number of the view). So with the same settings a run sees the same
+batches for any number of workers and GPUs, and can be resumed at any step.
 
 How a batch is made: `Order` yields a place (epoch, index) for each of its pairs. In a worker of the loader `Crops`
 turns each place into crops and captions, and `collate` joins them into a `Batch`. On the device of the model
-`Batch.views` then changes the colours. The marks `ours` and `paper silent` are those of cosmos.py; "as released" means
-the authors' code.
+`Batch.views` then changes the colours and normalises. The marks `ours` and `paper silent` are those of cosmos.py; "as
+released" means that the authors' code does so.
 
 The helpers are in plumbing/, and need not be read: `Shards` gives the bytes of an image and the pool of its sentences,
-`decode` the pixels, `Tokenizer` the ids, `recolour` changes the colours of a batch.
+`decode` gives the pixels, `Tokenizer` the ids, and `recolour` changes the colours of a batch.
 """
 import random
 import sys
@@ -45,9 +45,9 @@ def text_crops(pool, rng, global_texts, local_texts):
     """The sentences of a pair -> global_texts captions of 1-5 sentences joined by '. ', then local_texts single
     sentences, as a list of strings.
 
-    Each global is a draw of its own without replacement, in random order; the locals are one more draw.
-    paper silent: in which order, by what they are joined, and what happens to a pool that is smaller than the count. As
-    released, such a pool is taken whole as often as it fits, in its own order, and a random sample fills the rest.
+    The sentences of each global caption are drawn without replacement, in random order; one more such draw gives all
+    local ones. paper silent: the order, the '. ', and what to do if the pool has too few sentences. As released, such a
+    pool is taken whole as often as it fits, in its own order, and a random sample fills the rest.
     """
     captions = []
     for _ in range(global_texts):
@@ -70,15 +70,15 @@ class Kind(NamedTuple):
     size: int                   # side of the view, in pixels
     scale: tuple                # least and most share of the image's area
     flip: float                 # left becomes right
-    jitter: float               # of brightness, contrast, saturation and hue, see Batch.views for their order
+    jitter: float               # brightness, contrast, saturation and hue change; Batch.views draws their order
     grey: float
     blur: float
     solarize: float             # bright pixels are inverted
 
 
 def kinds_of_views(config, crop_min=0.4):
-    """The first global, the other globals, the locals, as released. crop_min: the smallest share of the image in a
-    global. Each further row is another kind of local view; the local views are divided as evenly as they can be."""
+    """The rows, as released: first global view, other globals, locals. For another kind of local view add a row; the
+    local views are divided among the rows as evenly as possible. crop_min: smallest share of the image in a global."""
     large = config.image_size
     small = config.local_image_size
     #    size   scale          flip  jitter  grey  blur  solarize
@@ -88,22 +88,22 @@ def kinds_of_views(config, crop_min=0.4):
         Kind(small, (0.05, 0.4), 0.5, 0.8, 0.2, 0.5, 0.0)]
 
 
-# What --augment crops makes of the probabilities of a Kind.
+# --augment crops puts these in place of a Kind's probabilities.
 CROPS_ONLY = {'flip': 0.0, 'jitter': 0.0, 'grey': 0.0, 'blur': 0.0, 'solarize': 0.0}
 
 
 def draw_strengths(kind, rng):
-    """How strongly each operation acts on a view, {operation: strength}, in the ranges as released.
+    """How strongly each operation acts on a view, {operation: strength}, in the released ranges.
 
-    NEUTRAL changes nothing: factors are 1, the hue turns by 0, 'grey' is the share of colour that stays, 1, the blur
-    has width 0, and 'solarize' is a threshold that no value exceeds.
+    An operation that is not drawn keeps its strength of NEUTRAL, which changes nothing: a factor of 1, a hue turned by
+    0, 'grey' (the share of colour that stays) of 1, a blur of width 0, a 'solarize' threshold that no value exceeds.
     """
     strengths = dict(NEUTRAL)
     if rng.random() < kind.jitter:
         strengths['brightness'] = rng.uniform(0.6, 1.4)
         strengths['contrast'] = rng.uniform(0.6, 1.4)
         strengths['saturation'] = rng.uniform(0.8, 1.2)
-        strengths['hue'] = rng.uniform(-0.1, 0.1)   # 1 is once around the circle of colours
+        strengths['hue'] = rng.uniform(-0.1, 0.1)   # 1 would be a full turn of the colour circle
     if rng.random() < kind.grey:
         strengths['grey'] = 0.0                         # no colour stays
     if rng.random() < kind.blur:
@@ -136,11 +136,11 @@ def draw_boxes(height, width, kinds, rng):
 def image_crops(data, kinds, rng):
     """Encoded bytes, the kind of each view -> a random crop for each, (3, s, s) uint8, and their boxes (y, x, h, w) in
     pixels of the whole image."""
-    undecoded, (height, width) = read_header(data)      # of a JPEG only the header has been read
+    undecoded, (height, width) = read_header(data)      # of a JPEG this reads only the header
     boxes = draw_boxes(height, width, kinds, rng)
-    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. One decoding serves all views, and each crop
-    # must keep as many pixels as its view, so the tightest box decides. Say it is 200 x 200, for a view of 96: it may
-    # become 200 / 96 = 2.08 times smaller, so 1/2 is allowed.
+    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. One decoding serves all views, and no view
+    # may lose detail by it, so the tightest box decides. Say it is 200 x 200, for a view of 96 x 96: it may become
+    # 200 / 96 = 2.08 times smaller, so 1/2 is allowed.
     reductions = []
     for (_, _, h, w), kind in zip(boxes, kinds):
         reductions.append(min(h, w) / kind.size)
@@ -149,11 +149,11 @@ def image_crops(data, kinds, rng):
     ratio = min(decoded_height / height, decoded_width / width)     # 1, or about 1/2, 1/4, 1/8
     crops = []
     for box, kind in zip(boxes, kinds):
-        y, x, h, w = [int(number * ratio) for number in box]        # rounded down: never over an edge
+        y, x, h, w = [int(number * ratio) for number in box]        # rounded down, so never over an edge
         crop = TF.resized_crop(pixels, y, x, h, w, [kind.size, kind.size], BICUBIC)
         if rng.random() < kind.flip:
             crop = crop.flip(-1)
-        # Decoded pixels lie in memory as RGBRGB, and a crop keeps that. `recolour` is faster on planes of a colour.
+        # Decoded pixels lie in memory as RGBRGB, and a crop keeps that. `recolour` is faster if each colour is a plane.
         crops.append(crop.contiguous())
     return crops, boxes
 
@@ -169,8 +169,8 @@ def normalize(images):
 class Counts(NamedTuple):
     """How many views and captions a pair gives: V = global_images + local_images, U = global_texts + local_texts.
 
-    COSMOS has GLOBALS global ones on both sides. The first rows of Table 5 (METHODS in train.py) have a single global
-    image, and then no local ones, because L_CLIP would take the first of these for its second global image.
+    COSMOS has GLOBALS global images and as many global texts. The first row of Table 5 (METHODS in train.py) has only
+    one global image. Then there must be no local ones, or L_CLIP would take the first of them for the second global.
     """
     global_images: int = GLOBALS
     local_images: int = 6
@@ -185,11 +185,11 @@ MOST_BAD = 1000         # so many unreadable pairs in a row stop the run
 class Crops(Dataset):
     """The training set: (epoch, index of the pair) -> crops and captions of the pair, for `collate`.
 
-    augment: 'full' is the released recipe; 'crops' neither changes colours nor flips, for captions that name colours,
-    or left and right. crop_min: the smallest share of the image in a global crop.
-    A pair that is Unreadable is named, counted, and replaced by another one, drawn at random. The batch may have that
-    one already, and then the two are false negatives; this is rare in a set that is much larger than a batch.
-    Add new random draws at the end of `sample`: before others they would change these, and so every run.
+    augment: 'full' is the released recipe; 'crops' neither changes colours nor flips, because captions may name
+    colours, or left and right. crop_min: the smallest share of the image in a global crop.
+    A pair that is Unreadable is named, counted, and replaced by a random other one. If the batch has that one already,
+    the two are false negatives of each other; this is rare in a set that is much larger than a batch.
+    Put new random draws at the end of `sample`, because in front of others they would change these, and so every run.
     """
     shards: Shards
     tokenizer: Tokenizer
@@ -201,7 +201,7 @@ class Crops(Dataset):
 
     def __post_init__(self):
         first, other, *kinds_of_locals = kinds_of_views(self.config, self.crop_min)
-        # The kind of each of the V views. Of 6 local views and 2 kinds of them 3 are of the first kind.
+        # The kind of each of the V views. With 2 kinds of local views, the first 3 of 6 are of the first kind.
         self.kinds = [first] + [other] * (self.counts.global_images - 1)
         n = self.counts.local_images
         for k in range(n):
@@ -210,7 +210,7 @@ class Crops(Dataset):
             self.kinds = [kind._replace(**CROPS_ONLY) for kind in self.kinds]
 
     def __getitem__(self, place):
-        """-> V crops (3, s, s) uint8, strengths (V, operations), ids (U, T), the number of unreadable pairs."""
+        """-> V crops (3, s, s) uint8, strengths (V, operations), ids (U, T), how many pairs were unreadable."""
         epoch, index = place
         replacements = random.Random(f'{self.seed} {epoch} {index} replacement')
         for bad in range(MOST_BAD):                     # how many could not be read so far
@@ -228,8 +228,8 @@ class Crops(Dataset):
 
     def sample(self, epoch, index):
         """-> V crops (3, s, s) uint8, the strengths of each, U captions as strings, and the V boxes; globals first."""
-        # A generator for texts and one for images, so that options of captions do not change the image crops. A string
-        # seeds a generator alike in every process.
+        # Texts and images have a generator each, so that options of captions do not change the image crops. A generator
+        # that is seeded with a string draws the same in every process.
         text_rng = random.Random(f'{self.seed} {epoch} {index} texts')
         image_rng = random.Random(f'{self.seed} {epoch} {index} images')
         pool, image = self.shards.pair(index)
@@ -243,7 +243,7 @@ class Crops(Dataset):
 
 @lru_cache(1)
 def shuffled(seed, epoch, pairs):
-    """The order of all pairs in an epoch, (pairs,): a pure function, so going on with it needs no saved state."""
+    """The order of all pairs in an epoch, (pairs,): a pure function, so resuming needs no saved state."""
     return np.random.default_rng((seed, epoch)).permutation(pairs).astype(np.uint32)
 
 
@@ -252,10 +252,10 @@ class Order:
     """Which pairs make batch `step`: a pure function of (seed, step). Each rank takes an equal slice of them.
 
     Yields, for every step in [start, stop), this rank's list of places (epoch, index of the pair). An epoch holds
-    pairs // batch whole batches; the incomplete last one is dropped. `check_batch` has checked the sizes.
+    pairs // batch whole batches; the incomplete last one is dropped. `check_batch` must have accepted the sizes.
     """
-    pairs: int                  # of the set
-    batch: int                  # pairs of a step, of all ranks
+    pairs: int                  # how many the set has
+    batch: int                  # pairs per step, over all ranks
     start: int
     stop: int
     seed: int = 0
@@ -322,7 +322,7 @@ def cut(captions, multiple):
     ends = [ids.argmax(dim=1).max().item() for ids in captions]         # the largest id ends a text
     longest = max(ends) + 1
     length = ceil(longest / multiple) * multiple        # may exceed T: slicing then keeps all T
-    # Contiguous already here, in the worker: pinning would else make one more copy.
+    # Contiguous already here, in the worker, because pinning would otherwise make one more copy.
     return [ids[:, :length].contiguous() for ids in captions]
 
 
@@ -333,8 +333,8 @@ def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
         its other globals, and all globals of the teacher   that of the longest global, caption 0 included
         local captions                                      that of the longest local
 
-    multiple: the lengths are rounded up to a multiple of it; 8 is faster in half precision. whole_first: false in a
-    model without C^T, whose caption 0 is cut, too.
+    multiple: the lengths are rounded up to a multiple of it; 8 is faster in half precision. whole_first: False for a
+    model without C^T, so that its caption 0 is cut, too.
     """
     crops, rows, ids, bad = default_collate(samples)    # V crops (B, 3, s, s), rows (B, V, operations), ids (B, U, T)
     captions = ids.transpose(0, 1).contiguous().unbind()                # U tensors (B, T)

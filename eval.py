@@ -6,14 +6,14 @@
     python eval.py classify CKPT --folder DIR                     one folder of images per class
     python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21 --csa
 
-CKPT is a checkpoint of this repository (a file, or runs/NAME: its best.pt, or its last.pt if there is none), a released
-cosmos_vitb*.pt, or a state dict of an open_clip ViT with GELU; python -m extras.weights converts other CLIPs. The
-teacher is evaluated, that is, the averaged weights, unless --weights student. Features are float32 vectors of unit
-length, and a score is the dot product of two of them.
+CKPT is a checkpoint of this repository (a file, or a folder runs/NAME, of which we take best.pt, else last.pt), a
+released cosmos_vitb*.pt, or a state dict of an open_clip ViT with GELU; python -m extras.weights converts other CLIPs.
+We evaluate the teacher, which has the averaged weights, unless --weights student is given. Features are float32 vectors
+of unit length, and a score is the dot product of two of them.
 
-Parts 3 to 5 are the protocols, for figures that can be compared with published ones: --coco takes COCO's val2017,
---flickr the released list of Flickr30K, and for classification --templates open_clip takes CLIP's 80 prompts instead of
-our six. Part 6 is the command line, and may be skipped. The marks `ours` and "as released" are those of cosmos.py.
+Parts 3 to 5 are the protocols. For figures that can be compared with published ones give --coco (COCO's val2017) or
+--flickr (the released list of Flickr30K), and for ImageNet and segmentation --templates open_clip (CLIP's 80 prompts
+instead of our six). Part 6 is the command line, and may be skipped. The marks are those of cosmos.py and data.py.
 """
 import math
 from dataclasses import dataclass
@@ -54,8 +54,8 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
 
     path: a file of ours, the folder of a run (its best.pt, or its last.pt if there is none), released weights, or
     open_clip's. vocab and quick_gelu are handed to plumbing.weights.read_network; only train.py --init sets quick_gelu.
-    weights: 'teacher' or 'student'. Without a teacher the student is taken: model.origin records which network of which
-    checkpoint was loaded, and its step.
+    weights: 'teacher' or 'student'. If there is no teacher, the student is taken; model.origin says which network of
+    which checkpoint was loaded, and its step.
     """
     path = Path(path)
     if path.is_dir():
@@ -69,31 +69,31 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
 
 
 def preprocessing(size):
-    """The evaluation transform: PIL image -> (3, size, size) float. Short side to `size`, bicubic, then the centre.
-    `shorten` only touches images that are far longer than wide, and `normalize` scales the uint8 pixels."""
+    """The evaluation transform: PIL image -> (3, size, size) float. The short side becomes `size`, bicubic, and the
+    centre is cut out. `shorten` only cuts very long or tall images; `normalize` also scales the uint8 pixels."""
     return v2.Compose(
         [shorten, v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
 
 
 # --- 2. Features -----------------------------------------------------------------------------------------------------
 
-# Enough to keep a GPU busy, few enough for the memory of a small one. Results depend on them in the last bits only.
+# Large enough to keep a GPU busy, small enough for the memory of a small one. They only change the results' last bits.
 IMAGE_BATCH = 64
 TEXT_BATCH = 256
 
 
 def shard_image(shards, i):
-    """Pillow image of pair i. Unreadable, with the name of the pair, where it cannot be decoded."""
+    """Pillow image of pair i. Raises Unreadable, with the name of the pair, if it cannot be decoded."""
     try:
         return read_image(shards.image(i))
-    except Unreadable as error:      # only now, because to look the name up costs a read
+    except Unreadable as error:      # only now, because looking up the name costs a read
         raise Unreadable(f'{shards.name(i)}: {error}') from None
 
 
 @dataclass
 class Images(Dataset):
-    """Shards, or a list of paths or of Pillow images. Item i is the pixels of image i (3, S, S), and the label 0, so
-    that `embed_labelled` takes it."""
+    """Shards, or a list of paths or of Pillow images. Item i is the pixels of image i (3, S, S), and the label 0,
+    because `embed_labelled` expects a label."""
     source: object
     preprocess: object
 
@@ -123,8 +123,8 @@ def embed_labelled(model, dataset, workers=0):
 
 
 def embed_images(model, source, preprocess, workers=0):
-    """Paths or Pillow images (or one), or Shards -> (n, D) unit vectors on the CPU. A file that is no image raises
-    Unreadable, with its name."""
+    """Paths or Pillow images (or a single one), or Shards -> (n, D) unit vectors on the CPU. A file that is no image
+    raises Unreadable, with its name."""
     if isinstance(source, (str, Path, Image.Image)):
         source = [source]
     features, _ = embed_labelled(model, Images(source, preprocess), workers)    # their labels, all 0, mean nothing
@@ -133,7 +133,7 @@ def embed_images(model, source, preprocess, workers=0):
 
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts):
-    """n texts (or one) -> (n, D) unit vectors on the CPU. Equal texts get one vector, so that they tie."""
+    """n texts (or a single one) -> (n, D) unit vectors on the CPU. Equal texts get one vector, so that they tie."""
     if isinstance(texts, str):
         texts = [texts]
     need(len(texts), 'there is no text to embed; give one or more')
@@ -150,15 +150,15 @@ def embed_texts(model, tokenizer, texts):
 # --- 3. Retrieval ----------------------------------------------------------------------------------------------------
 
 def ranks(queries, targets, query_ids, target_ids, chunk=1024):
-    """Rank from 1 of each query's best right target, (n,), on the device of all four. Target j is right for query i if
-    they have the same id.
+    """For each query the rank of its best right target, counted from 1: (n,), on the device of all four. Target j is
+    right for query i if they have the same id.
 
     For retrieval an id is the number of an image, for classification that of a class. A wrong target with an equal
-    score counts as ahead: features that are all the same must not look perfect.
+    score counts as ahead, because features that are all the same must not look perfect.
     """
     found = []
     for rows in torch.arange(len(queries)).split(chunk):            # never the whole n x m matrix
-        # In float64: in float32 the place of a vector in the matrix decides its last bit, and equal ones do not tie.
+        # In float64. In float32 the last bit of a score depends on where its vectors stand, so equal ones do not tie.
         scores = (queries[rows].double() @ targets.double().T).float()      # (chunk, m)
         right = query_ids[rows][:, None] == target_ids              # (chunk, m)
         best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
@@ -171,8 +171,8 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures, computed on the device of all three.
 
     owner (captions,): the image of each caption. The rank of an image is that of the best of its captions. R@K are
-    fractions, ranks count from 1. chance is R@1 of a blind guess, 1 / n in both directions: from image to text an image
-    with c of all M captions is hit with c / M, and the mean of that over n images is 1 / n.
+    fractions, ranks count from 1. chance is the R@1 of guessing, 1 / n in both directions: an image that has c of the M
+    captions finds one of them with probability c / M, and the mean of c / M over the n images is 1 / n.
     """
     n = len(image_features)
     image_ids = torch.arange(n, device=owner.device)
@@ -191,8 +191,8 @@ HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --captio
 
 
 def shard_captions(shards):
-    """Held-out shards (of val/) -> all captions, and owner (captions,): the pair that each belongs to. They are not cut
-    into sentences.
+    """Held-out shards (of val/) -> all captions, and owner (captions,): the pair that each belongs to. Captions are
+    not cut into sentences.
 
     For each pair the first key that is present is used, in the order of shards.caption_keys, or of HELD_OUT_KEYS if
     none were given. Raises Refused with the name of a pair that has none.
@@ -215,7 +215,7 @@ def shard_captions(shards):
 def check_held_out(shards, workers=0):
     """Try every caption and every image of held-out shards, so that none is found broken in the middle of a run. Raises
     Refused or Unreadable, with the name of the pair. The index of such shards is written when all have been tried, so
-    the images of shards that have one are not decoded again."""
+    the images of shards that have an index are not decoded again."""
     shard_captions(shards)
     if shards.is_mapped:
         return
@@ -240,7 +240,7 @@ def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, own
 
 # --- 4. Classification -----------------------------------------------------------------------------------------------
 
-# ours: the released evaluation has prompts for each set (80 for ImageNet). Give those by --templates.
+# ours: the released evaluation has prompts of its own for each set (80 for ImageNet). Give those by --templates.
 TEMPLATES = ('a photo of a {}', 'a picture of a {}', 'an image of a {}', 'there is a {} in the picture',
              'a small {}', 'a large {}')
 
@@ -259,7 +259,7 @@ def classify(image_features, vectors, labels):
     rank = ranks(image_features, vectors, labels, torch.arange(K))
     hit = (rank == 1).double()
     images_of_class = torch.bincount(labels, minlength=K)
-    share = torch.bincount(labels, weights=hit, minlength=K) / images_of_class      # (K,), NaN without images
+    share = torch.bincount(labels, weights=hit, minlength=K) / images_of_class      # (K,), NaN for an empty class
     return {'images': len(labels),
             'classes': K,
             'chance': 1 / K,
@@ -270,14 +270,14 @@ def classify(image_features, vectors, labels):
 
 # --- 5. Segmentation -------------------------------------------------------------------------------------------------
 
-LONGEST_SIDE = 2048                     # of a scaled image, as released
+LONGEST_SIDE = 2048                     # most pixels on a side of a scaled image, as released
 
 
 def encode_dense(model, images, csa=False):
     """images (B, 3, h, w) -> (B, h/p, w/p, D): a unit vector for each patch, in the same space as those of texts.
 
-    `proj` is trained on [cls] alone; here it serves the patches. csa: correlative_block takes the place of the last
-    block.
+    `proj` is trained on [cls] alone, but here it is applied to patches. csa: correlative_block takes the place of the
+    last block.
     """
     tower = model.visual
     [(x, _)] = tower.embed([images])                                # (B, 1 + P, W), [cls] first
@@ -344,7 +344,7 @@ def segment_image(model, image, vectors, names_per_class, settings):
         1. Each pixel takes its most probable class.
         2. With settings.area a class that covers at most this share of the foreground is dropped, and its pixels take
            the next best class.
-        3. With settings.probability, for sets whose class 0 is a background, less certain pixels become background.
+        3. With settings.probability (for sets whose class 0 is a background) less certain pixels become background.
     """
     width, height = image.size
     short = min(width, height)
@@ -375,7 +375,7 @@ def best_class(logits, size, class_of_name, candidates):
     """logits (M, H, W) of M names -> for each pixel of an image of `size` (h, w) the candidate class with the most
     probable name, and that probability. The softmax runs over all names, candidates or not.
 
-    Names are enlarged one by one: for a photo of 12 megapixels and 100 names all at once would take 5 GB.
+    Names are enlarged one by one, because 100 of them at once, for a photo of 12 megapixels, would take 5 GB.
     """
     highest = logits.new_full(size, -math.inf)                      # the best logit so far
     total = logits.new_full(size, -math.inf)                        # ln of the sum of e^logit so far
@@ -409,7 +409,7 @@ def segmentation_figures(matrix, names):
         if not math.isnan(value):
             iou_of[name] = value
     pixels = truth.sum().item()
-    need(pixels, 'every pixel of every mask is ignored: there is nothing to score; '
+    need(pixels, 'every pixel of every mask is ignored, so there is nothing to score; '
          'see --masks and --benchmark')
     return {'classes': int((truth > 0).sum()),
             'mIoU': iou.nanmean().item(),
@@ -476,7 +476,7 @@ def run_classify(args, model, tokenizer, preprocess):
 def run_segment(args, model, tokenizer, preprocess):
     if args.benchmark:
         settings = BENCHMARKS[args.benchmark]
-    else:       # 1.5 times the side of the model's images, as 336 is of 224; else the defaults, without a background
+    else:       # 1.5 times the side of the model's images, as 336 is to 224; defaults otherwise, with no background
         settings = Settings(size=3 * model.config.image_size // 2)
     settings = settings._replace(csa=args.csa)
     synonyms = read_synonyms(args.classes)              # a list of names for each class
@@ -502,7 +502,7 @@ def run_segment(args, model, tokenizer, preprocess):
 
 
 def execute(args):
-    """Load the checkpoint, run the command, show its figures: also for commands of extras/ and lesson/."""
+    """Load the checkpoint, run the command, show its figures. Commands of extras/ and lesson/ use it, too."""
     model, tokenizer, preprocess = load(args.checkpoint, args.weights, args.vocab)
     print(f'{args.command} of {model.origin}')
     model.to(args.device)

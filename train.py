@@ -5,17 +5,17 @@
     python train.py --data /shards --accum 8                    the same on one GPU that can hold an eighth of a batch
     python train.py --init CKPT --data /shards                  COSMOS that starts from an existing CLIP
 
-The same command with --resume goes on where the run in --out stopped. A run leaves in --out last.pt (the checkpoint),
-best.pt (the networks with the best R@1 on --val), report.html (the run as a page; maps.npz has its pictures),
-log.jsonl, config.json, eval.json, index.npy and val.npy (of the shards), and lock (who trains there).
+The same command with --resume goes on where the run in --out stopped. A run leaves these files in --out: last.pt (the
+checkpoint), best.pt (the networks with the best R@1 on --val), report.html (the run as a page; maps.npz has its
+pictures), log.jsonl, config.json, eval.json, index.npy and val.npy (of the shards), and lock (who trains there).
 
-First reading: sections 1 to 3, which are the paper's (presets, the rows of Table 5, one step), then section 6, the run
-from top to bottom: `main` is the loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5
-set up, log and save; read them when you change them. lesson/onepage.py trains the same way in a hundred lines, without
-options, checkpoints and several GPUs.
+On a first reading, take sections 1 to 3, which are the paper's (presets, the rows of Table 5, one step), and then
+section 6, the run from top to bottom: `main` is the loop, and `what_is_due` says when it logs, saves, evaluates and
+ends. Sections 4 and 5 set up, log and save; read them when you change them. lesson/onepage.py trains the same way in a
+hundred lines, without options, checkpoints and several GPUs.
 
 From plumbing/ come `training_options` (the command line), `Processes` (the ranks: their device, sums and broadcasts
-over them, how they end) and `runs` (the folder of a run: checkpoints, log, going on). They need not be read.
+over them, how they end) and `runs` (the folder of a run: checkpoints, log, resuming). They need not be read.
 """
 import os
 
@@ -55,23 +55,23 @@ from plumbing.tokenizer import Tokenizer, learn_merges
 
 # --- 1. Presets: the sizes of a model, and a recipe ------------------------------------------------------------------
 
-# A recipe: defaults for options. Options that are typed take precedence. PAPER is the released recipe for CC3M
+# A recipe is a set of defaults for options; what is typed takes precedence. PAPER is the released recipe for CC3M
 # (train_cc3m.sh).
 PAPER = {
     'batch': 1024, 'lr': 5e-4, 'lr_end': 0.0, 'warmup': 2000, 'wd': 0.5,
     'momentum': 0.999, 'momentum_ramp': 0,
     'local_crops': 6, 'local_captions': 6, 'augment': 'full', 'vocab': 'clip'}
-# Small sets on a laptop. The learning rate ends at a tenth of its peak; after s steps lambda is at most s / (s + 10).
-# Images are only cropped. Captions of the drawn scenes name colours and sides, which a jitter or a flip would make
-# wrong; on Flickr8k's photographs crops alone retrieved more in a short trial (docs/own-data.md).
+# For small sets on a laptop. The learning rate ends at a tenth of its peak. After s steps lambda is at most
+# s / (s + 10). Images are only cropped, because captions of the drawn scenes name colours and sides, which a jitter or
+# a flip would make wrong; on Flickr8k's photographs crops alone retrieved better in a short trial (docs/own-data.md).
 LAPTOP = {
     'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
     'momentum': 0.995, 'momentum_ramp': 10,
     'local_crops': 2, 'local_captions': 2, 'augment': 'crops', 'vocab': 'learn'}
 
 
-# With --init, whatever the preset. Steps are small, because the weights know something already, and the teacher need
-# not forget its start, because it is a copy of them.
+# Used with --init, whatever the preset. Steps are small, because the weights know something already. Lambda has no
+# ramp, because the teacher starts as a copy of these weights, and need not forget them.
 PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
 
 
@@ -94,7 +94,7 @@ PRESETS = {
                text_width=128, text_layers=2, text_heads=2,
                context_length=64, cross_heads=4),
         LAPTOP | {'steps': 1000}),
-    # some thousand photographs on two cores, in ten minutes if they have units for bf16
+    # a few thousand photographs on two cores, in ten minutes if the cores have units for bf16
     'photo': Preset(
         Config(embed_dim=128, image_size=64, local_image_size=32, patch_size=8,
                vision_width=128, vision_layers=4, vision_heads=4,
@@ -120,8 +120,8 @@ class Method(NamedTuple):
 
 
 # Each row of the table adds to the one above. Only clip and cosmos are the released code's: clip has open_clip's own
-# crop, and no colours (its transform.py:66). The others are our reading of the table's labels. In the paper the first
-# three score far below the CLIP of its Table 1, so they probably had raw captions only: give them --caption-pool raw.
+# crop, and no colour jitter (its transform.py:66). The others are our reading of the table's labels. In the paper the
+# first three score far below the CLIP of its Table 1. They probably had raw captions only (--caption-pool raw).
 G = GLOBALS
 METHODS = {
     #                       globals   locals         crop  aug-   tea-   cross  own    learns
@@ -151,17 +151,17 @@ def recipe_of(preset, method, init):
 
 @dataclass
 class Run:
-    """What a step needs and changes, and what the loop notes of the run."""
+    """What a step needs and changes, and what the loop records about the run."""
     options: Namespace              # all that --help lists, see read_options
     processes: Processes
     train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
-    forward: torch.nn.Module        # the student as a step calls it, inside InParts (--accum) and DDP
+    forward: torch.nn.Module        # the student as a step calls it, wrapped in InParts (--accum) and DDP
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler    # of fp16; otherwise it does nothing
-    dtype: torch.dtype              # of autocast; None: float32
-    batches: Iterator = None        # of the steps that are left
+    scaler: torch.amp.GradScaler    # for fp16; otherwise it does nothing
+    dtype: torch.dtype              # autocast's; None: float32
+    batches: Iterator = None        # one for each step that is left
     step: int = 0                   # steps taken
     saved_step: int = 0             # the step of last.pt
     saved_at: float = field(default_factory=time.perf_counter)
@@ -180,9 +180,9 @@ class Run:
 class Step(NamedTuple):
     """What a step has computed, for the log."""
     out: Output                 # the student's vectors
-    cls_t: torch.Tensor         # of the teacher, (2, B, D), or None
+    cls_t: torch.Tensor         # the teacher's, (2, B, D), or None
     loss: torch.Tensor
-    parts: dict                 # what the loss is the sum of, {name: (weight, term)}
+    parts: dict                 # the weighted terms in the loss, {name: (weight, term)}
     norm: torch.Tensor          # the norm of the gradient
     finite: bool                # the norm is finite; if not, the update was skipped
 
@@ -207,15 +207,15 @@ def train_step(run, batch):
 
     loss, parts = total_loss(student, out, cls_t, eot_t, run.method.terms)
     run.optimizer.zero_grad()
-    # In the backward pass DDP averages all gradients, also those of the scales, although they are used outside of
+    # In the backward pass DDP averages all gradients, even those of the two scales, which total_loss uses outside of
     # run.forward.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    # If you freeze a parameter, it has no gradient.
+    # A parameter has no gradient if you freeze it.
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
-    # DDP has averaged: all ranks have the same gradient. So if the step of one rank is not finite, all ranks skip it.
+    # DDP has averaged the gradients. If that of one rank is not finite, their mean is not, so all ranks skip the step.
     finite = bool(norm.isfinite())
     if finite:
         if options.clip_grad:
@@ -225,7 +225,7 @@ def train_step(run, batch):
         if run.method.has_teacher:
             run.teacher.update(student, momentum_at(run.step, options))
     else:
-        [total] = run.processes.sum([loss])     # this rank's loss may be finite, another's not
+        [total] = run.processes.sum([loss])     # the loss of one rank may be finite, another's not
         tqdm.write(f'WARNING    step {run.step + 1} is left out: loss {total / run.processes.world:.4g}, '
                    f'gradient norm {norm:.4g}, both over all processes')
     run.scaler.update()             # fp16: after an infinity it lowers the scale
@@ -233,7 +233,7 @@ def train_step(run, batch):
     return Step(out, cls_t, loss, parts, norm, finite)
 
 
-# Schedules are pure functions of `step`, how many steps have been taken.
+# Schedules are pure functions of `step`, the number of steps taken so far.
 
 def lr_at(step, options):
     """Linear warm-up to the peak lr, then a cosine down to lr_end times the peak; lr_end is 0 as released
@@ -246,7 +246,7 @@ def lr_at(step, options):
 
 
 def momentum_at(step, options):
-    """The teacher's lambda. A fixed one would not forget the random start within a short run, hence the ramp."""
+    """The teacher's lambda. With a fixed one a short run would not forget its random start, hence the ramp."""
     taken = step + 1
     return min(options.momentum, taken / (taken + options.momentum_ramp))
 
@@ -266,22 +266,22 @@ def read_options(argv=None):
 
 
 def identity(options, shards):
-    """What must stay the same when a run goes on, {what: value}. GLOBALS is among it in case somebody edits it. Other
-    options may change."""
+    """What must stay the same when a run is resumed, {what: value}: these options, the data, and GLOBALS, in case
+    somebody edits it. Other options may change."""
     names = 'preset', 'method', 'batch', 'seed', 'local_crops', 'local_captions'
     same = {'--' + name.replace('_', '-'): getattr(options, name) for name in names}
     return same | {'GLOBALS': GLOBALS, 'fingerprint of --data': shards.fingerprint[:8]}
 
 
 def open_shards(options, processes, saved, built_in_set):
-    """-> training shards, held-out shards (None on other ranks than 0, and if nothing is held out).
+    """-> training shards, held-out shards (None on ranks other than 0, and if nothing is held out).
 
-    Also fills in --data, --val, --steps, --warmup and --eval-every, if they are not typed.
+    Also fills in those of --data, --val, --steps, --warmup and --eval-every that were not typed.
     """
     index = f'{options.out}/index.npy'
     val_index = f'{options.out}/val.npy'
     val = None
-    with processes.rank_0_first():          # it scans all headers, and writes an index that the others map
+    with processes.rank_0_first():          # rank 0 scans all headers, and writes an index that the others map
         choose_data(options, built_in_set)
         keys = options.caption_keys or POOL_KEYS[options.caption_pool]
         shards = Shards(options.data, keys, 'train', index)
@@ -291,8 +291,8 @@ def open_shards(options, processes, saved, built_in_set):
             runs.check_same(saved, options, identity(options, shards))
         if processes.rank == 0:
             if options.val:
-                val = Shards(options.val, options.caption_keys, 'val', val_index)   # no --caption-pool
-                evaluation.check_held_out(val, options.workers)     # better refused now than after the first epoch
+                val = Shards(options.val, options.caption_keys, 'val', val_index)   # the pool is for training
+                evaluation.check_held_out(val, options.workers)     # better refused now than in the middle of the run
             runs.lock(options.out)
             if val:
                 val.save(val_index)
@@ -301,9 +301,9 @@ def open_shards(options, processes, saved, built_in_set):
 
 
 def choose_model(options, saved):
-    """-> Config, tokenizer, weights to start from: those of the resumed run, of --init, or of the preset and --vocab.
-
-    The tokenizer is None if it must be learned. The weights are {} for a start from nothing.
+    """-> Config, tokenizer, weights to start from. Config and tokenizer come from the resumed run, from --init, or from
+    the preset and --vocab; the tokenizer is None if it must be learned. The weights are those of --init, else {}, also
+    for a resumed run, because set_up restores that later.
     """
     if saved:
         config = Config(**saved['config'])
@@ -321,7 +321,7 @@ def choose_model(options, saved):
         tokenizer = Tokenizer.clip(path, config.context_length)
     method = METHODS[options.method]
     heads = 0
-    if method.has_cross_attention:          # a checkpoint without it gets the presets' number of heads
+    if method.has_cross_attention:          # if --init has none, the presets' number of heads
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
     two_scales = method.has_own_scale and not method.has_cross_attention
     return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
@@ -331,7 +331,7 @@ def batches_left(options, processes, train_set, step):
     """An iterator over the batches that are left after `step` steps, for this rank. The loader's workers start here."""
     order = data.Order(len(train_set.shards), options.batch, step, options.steps,
                        options.seed, processes.rank, processes.world)
-    # Half precision is faster with captions of multiples of 8 tokens.
+    # Half precision is faster if the length of captions is a multiple of 8.
     return iter(data.loader(train_set, order, options.workers,
                             multiple=8 if choose_dtype(options.precision, processes.device) else 1,
                             whole_first=METHODS[options.method].has_cross_attention))   # C^T reads its padding
@@ -362,12 +362,12 @@ def set_up(options, processes, built_in_set):
     if processes.device.type == 'cpu':
         use_cores(options.workers)
     saved = runs.read_last(options.out) if options.resume else {}
-    # How long it has trained tells one checkpoint from another.
+    # Checkpoints are told apart by how long they have trained.
     processes.must_agree(saved.get('seconds'), f'{options.out}/last.pt is not the same for all processes; '
                          'let all nodes see the same --out')
     if not saved:
         options.out = processes.broadcast(runs.free_name(options.out))
-    with processes.rank_0_first():      # it fetches CLIP's vocabulary, if there is none, and the others find it
+    with processes.rank_0_first():      # it may fetch CLIP's vocabulary, which the others then find
         config, tokenizer, weights = choose_model(options, saved)       # may refuse, before a file is written
     shards, val = open_shards(options, processes, saved, built_in_set)
     if tokenizer is None:
@@ -382,7 +382,7 @@ def set_up(options, processes, built_in_set):
         local_texts=options.local_captions if method.has_local_texts else 0)
     train_set = data.Crops(shards, tokenizer, config, options.seed, counts,
                            augment=options.augment, crop_min=method.crop_min)
-    # Its workers are forked. That may hang once nccl is up, which DDP below starts.
+    # The loader's workers are forked, which may hang once nccl is up. So it comes before DDP, which starts nccl.
     batches = batches_left(options, processes, train_set, saved.get('step', 0))
     run = make_run(options, processes, train_set, weights, batches)
     if saved:
@@ -408,13 +408,13 @@ def log_entry(run, progress):
     cls, eot = gather(done.out.cls[:1], done.out.eot[:1])
     images = cls.keys[0]            # view 0 of the pairs of all ranks, (N, D)
     captions = eot.keys[0]          # and caption 0
-    nearest = (images @ captions.T).argmax(dim=1).cpu()     # which caption an image finds, (N,)
-    used = run.step - 1             # the step whose rates were used
+    nearest = (images @ captions.T).argmax(dim=1).cpu()     # which caption each image finds, (N,)
+    used = run.step - 1             # lr and momentum were those of this step
     entry = {                       # the same on all ranks
         'step': run.step,
         'lr': lr_at(used, options),
         'momentum': momentum_at(used, options),
-        'chance': math.log(options.batch),      # what each part of the loss costs a blind guess
+        'chance': math.log(options.batch),      # what guessing costs in each part of the loss
         'weights': {name: weight for name, (weight, _) in done.parts.items()},
         'accuracy': (nearest == torch.arange(len(nearest))).double().mean().item(),
         'spread': images.std(dim=0, correction=0).norm().item(),        # 0: collapsed
@@ -444,7 +444,7 @@ def networks(run):
 
 
 def save(run):
-    """Rank 0 writes last.pt, unless it holds this step."""
+    """Rank 0 writes last.pt, unless this step is in it already."""
     if run.processes.rank == 0 and run.step > run.saved_step:
         seconds = time.perf_counter() - run.begun
         same = identity(run.options, run.train_set.shards)
@@ -464,7 +464,7 @@ class Evaluated(NamedTuple):
 
 def evaluate(run, val, watchers):
     """Rank 0, which alone has val, scores the held-out shards, while the others wait -> figures. best.pt is written if
-    the mean R@1 is the best so far; then all ranks know run.best."""
+    the mean R@1 is the best so far. Afterwards all ranks know run.best."""
     figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)}
     if val:
         figures |= held_out_figures(run, val, watchers)
@@ -508,9 +508,9 @@ def print_plan(run, val):
 
 
 def begin(run, val, watchers):
-    """Before the first step rank 0 prints the plan, and writes config.json. A run that is complete ends here."""
+    """Before the first step rank 0 prints the plan, and writes config.json. If the run is complete, it ends here."""
     options = run.options
-    # Without eval.json the final evaluation was cut short, and is due again.
+    # If eval.json is missing, the final evaluation was cut short, and is due again.
     has_figures = run.processes.broadcast((run.folder / 'eval.json').exists())
     if run.step >= options.steps and has_figures:
         print(f'nothing is left to do: step {run.step} of {options.steps} is reached')
@@ -548,8 +548,8 @@ class Due(NamedTuple):
 
 
 def what_is_due(run, progress):
-    """-> Due. Change here at which steps a run logs, saves, evaluates or ends. run.best is that of the evaluations so
-    far, without one that is due now.
+    """-> Due. To change at which steps a run logs, saves, evaluates or ends, edit this function. run.best is that of
+    the evaluations so far; one that is due now has not run yet.
 
     NB: ranks log, evaluate and end together, and wait forever for one that does not. So decide by what all of them
     share: the step, the options, run.best, and progress, except its timings. Only rank 0 saves, so saving may depend
@@ -558,13 +558,13 @@ def what_is_due(run, progress):
     options = run.options
     step = run.step
     finished = step >= options.steps
-    # After a signal the run is saved, to go on another time. It is not evaluated, unless this was the last step.
+    # After a signal the run is saved, so that it can be resumed. It is not evaluated, unless this was the last step.
     interrupted = progress.signals > 0 and not finished
     # Every --eval-every steps, and at step 0, to show what the networks know untrained.
     regular = options.val and options.eval_every and step % options.eval_every == 0
     evaluate = finished or (regular and not interrupted)
     # The first step shows early whether all is well. An evaluation logs the loss, too, so that both are in one entry.
-    # progress.done: the last Step; None before the first one, when there is nothing to log.
+    # progress.done is the latest Step. Before the first one it is None, and there is nothing to log.
     log = progress.done and (evaluate or step == 1 or step % options.log_every == 0)
     # An evaluation takes long, and may fail, so the run is saved before it.
     overdue = 0 < 60 * options.save_minutes < time.perf_counter() - run.saved_at
@@ -587,7 +587,7 @@ def main(argv=None, watchers=(), built_in_set=None):
 
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
-    saving = runs.saved_on_error(run.student, partial(save, run))   # if its weights are finite
+    saving = runs.saved_on_error(run.student, partial(save, run))   # if the weights are finite
     with bar, saving, signals_caught() as caught:
         while True:
             due = what_is_due(run, progress)
@@ -607,7 +607,7 @@ def main(argv=None, watchers=(), built_in_set=None):
                 break
 
             batch = progress.next_batch(run.batches)
-            # Ranks add these numbers up while the step runs.
+            # The ranks add up these numbers while the step runs.
             sums = processes.sum_meanwhile(lambda: [batch.bad, len(caught)])
             done = train_step(run, batch.to(processes.device))
             bar.update()
@@ -622,7 +622,7 @@ def main(argv=None, watchers=(), built_in_set=None):
         finish(run, figures, watchers)
         processes.leave(0)
     print(f'stopped    step {run.step} is saved; the same command with --resume --out {run.folder} goes on')
-    number = caught[0] if caught else SIGTERM           # another rank may have got it
+    number = caught[0] if caught else SIGTERM           # if only another rank got a signal
     processes.leave(128 + number)                       # the status that a shell reports
 
 

@@ -27,20 +27,20 @@ from tests.helpers import MICRO, close, encoded, micro, pairs_tar, put, refused,
 
 
 def embed(model, tokenizer, *texts):
-    """All texts at full length, by the model's door."""
+    """All texts at full length, embedded by model.encode_text."""
     return unit(model.encode_text(tokenizer(texts))[0])
 
 
 @pytest.fixture
 def here(monkeypatch, tmp_path):
-    """A folder of the test's, in which it runs: names of files are short."""
+    """The test runs in a folder of its own, so that names of files are short."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def gallery(here, monkeypatch):
-    """The checkpoint last.pt, which reads text byte by byte; three pictures, in images, too, and their features;
-    figures(command)."""
+    """A checkpoint last.pt whose tokenizer reads text byte by byte, and three pictures, also as files in images/. Holds
+    the model and tokenizer, the pictures, their features, and figures(line), which runs a command of eval.py."""
     monkeypatch.setattr(evaluation, 'TEXT_BATCH', 2)
     tokenizer = Tokenizer([], 48)                       # 48 ids hold every template with every name
     config = replace(MICRO, vocab_size=tokenizer.vocab_size, context_length=48)
@@ -68,7 +68,7 @@ def gallery(here, monkeypatch):
 # --- Figures ---------------------------------------------------------------------------------------------------------
 
 def test_retrieval_by_hand():
-    """oracle: ranks read off by eye, ties counted against us; the same in chunks."""
+    """oracle: ranks read off by eye, with ties counted against the model; the same in chunks."""
     captions = torch.tensor([[1, 0], [0.9, 0.9],                        # right; a tie
                              [0.9, 0.2], [0.3, 0.8]])                   # finds image 0; right
     owner = torch.tensor([0, 0, 1, 1])
@@ -90,8 +90,8 @@ def test_retrieval_by_hand():
 
 
 def test_ranks_are_computed_where_the_features_are(monkeypatch):
-    """oracle: torch's device meta, whose tensors have no numbers, and refuse those of the CPU; a model that is there
-    hands its device on."""
+    """oracle: torch's device `meta`, whose tensors hold no numbers and cannot be mixed with those of the CPU. The
+    features of a model on `meta` are ranked there."""
     there = {'device': 'meta'}
     found = evaluation.ranks(torch.ones(5, 4, **there), torch.ones(9, 4, **there), torch.ones(5, **there),
                              torch.ones(9, **there), chunk=2)
@@ -111,7 +111,7 @@ def test_ranks_are_computed_where_the_features_are(monkeypatch):
 
 
 def test_workers_outlive_the_signals_of_a_run(gallery, monkeypatch):
-    """oracle: the features without workers. Slurm and torchrun signal each process, here whoever decodes an image."""
+    """oracle: the features without workers. Slurm and torchrun signal every process, here each worker at each image."""
     model, _ = gallery.scored
     preprocess = evaluation.preprocessing(32)
     wanted = evaluation.embed_images(model, gallery.images, preprocess)
@@ -137,7 +137,7 @@ def test_classification_by_hand():
 
 
 def test_windows_are_averaged(gallery):
-    """oracle: the windows by hand, on a size that no half window fits; each is scaled up alone, by torch."""
+    """oracle: the windows by hand, on sides that are no multiple of half a window; torch scales each up alone."""
     model, _ = gallery.scored
     pixels = torch.randn(3, 37, 63)
     vectors = unit(torch.randn(5, 16))
@@ -154,8 +154,8 @@ def test_windows_are_averaged(gallery):
 
 
 def test_correlative_attention_is_two_of_torchs():
-    """oracle: the sum of two of torch's own attentions, one with the queries' weights for the keys, one with the keys'
-    for the queries, in a block of torch's own pieces."""
+    """oracle: the sum of two of torch's own attentions: in one the keys are projected as the queries are, in the other
+    the queries as the keys are. The rest of the block is made of torch's own pieces, too."""
     model, images, _ = micro()
     assert_close(evaluation.encode_dense(model, images[0]), evaluation.encode_dense(model, images[0], csa=False))
     block = Block(24, 4, quick_gelu=False)
@@ -174,8 +174,8 @@ def test_correlative_attention_is_two_of_torchs():
 
 
 def test_segmentation_by_hand(monkeypatch):
-    """oracle: six pixels decided by pencil: synonyms, probability and area thresholds, IoU. Both sides of the scaled
-    image, by its short side and by its long one."""
+    """oracle: six pixels worked out by pencil: synonyms, thresholds of probability and area, IoU. The size of the
+    scaled image is once set by the short side, once by the limit on the long one."""
     # names: ground | ape, monkey | ox. Softmax at scale ln 3 and cosines 0 or 1: one name at 1 of 4 gets 3/6.
     scores = torch.eye(4)[[0, 1, 2, 2, 3, 1]]
     scores[5, 2] = 1                                    # ape and monkey
@@ -228,7 +228,7 @@ def test_large_photos_are_segmented_name_by_name(monkeypatch):
 
 
 def test_equal_names_tie_to_the_last_bit(gallery):
-    """oracle: the rule: in whichever batch of prompts a name stands, it has one vector."""
+    """oracle: the rule: equal names have the same vector, whichever batches of prompts they are in."""
     names = ['ox', 'a cow of many words', 'ox', 'gnu', 'ox']
     vectors = evaluation.class_vectors(*gallery.scored, names, ['my {}'])
     assert vectors[0].equal(vectors[2]) and vectors[0].equal(vectors[4])
@@ -238,8 +238,8 @@ def test_equal_names_tie_to_the_last_bit(gallery):
 # --- What is read ----------------------------------------------------------------------------------------------------
 
 def test_checkpoints_of_every_origin(here):
-    """oracle: the model that was saved, under released, prefixed and open_clip's names. Refused: other
-    sizes and vocabularies."""
+    """oracle: the model that was saved, under the released names, with prefixes, and under open_clip's names. Weights
+    of another size, or with another vocabulary, are refused."""
     vocab = shared('vocab', 'bpe_simple_vocab_16e6.txt.gz')
     model = COSMOS(Config(64, 224, 96, 16, 128, 2, 2, 64, 1, 1, 77, 49408, 8))
     plain = COSMOS(replace(model.config, cross_heads=0))
@@ -275,7 +275,7 @@ def test_sets_whose_label_0_is_ignored():
 
 
 def test_one_image_and_one_that_is_turned(gallery):
-    """oracle: the pixels turned by hand, as a list of one; the same for a path and for what Pillow opens."""
+    """oracle: the pixels, turned by hand, as a list of one image. A path and what Pillow opens must give the same."""
     model, _ = gallery.scored
     preprocess = evaluation.preprocessing(32)
     exif = Image.Exif()
@@ -288,7 +288,7 @@ def test_one_image_and_one_that_is_turned(gallery):
 
 
 def test_a_folder_means_its_best(gallery, capsys):
-    """oracle: the file that was written as best.pt; the first line says which file it was, and of which step."""
+    """oracle: the file that was written as best.pt. The first printed line names the file and its step."""
     model, _ = gallery.scored
     put('images/list', [{'image': '0.png', 'caption': 'ox'}])
     gallery.figures('retrieval --flickr images/list')
@@ -303,7 +303,7 @@ def test_a_folder_means_its_best(gallery, capsys):
 
 
 def test_the_middle_of_an_image_is_seen():
-    """oracle: its white, by OpenAI's means and deviations."""
+    """oracle: the value of white, normalised with OpenAI's means and deviations."""
     image = Image.new('RGB', (448, 224))
     image.paste('white', (112, 0, 336, 224))
     seen = evaluation.preprocessing(224)(image)
@@ -311,7 +311,7 @@ def test_the_middle_of_an_image_is_seen():
 
 
 def test_ordinary_images_are_resized_whole():
-    """oracle: torchvision's own transforms, bit by bit, up to eight times as long as wide, and just above."""
+    """oracle: torchvision's own transforms, bit for bit, up to eight times as long as wide, and just above that."""
     image = Image.effect_noise((120, 330), 90)
     plain = v2.Compose([v2.RGB(), v2.Resize(32, evaluation.BICUBIC), v2.CenterCrop(32), v2.PILToTensor()])
     for size in (32, 32), (41, 30), (47, 64), (64, 47), (120, 90), (13, 104), (104, 13), (30, 241), (241, 30):
@@ -321,8 +321,8 @@ def test_ordinary_images_are_resized_whole():
 
 @pytest.mark.parametrize('length', [6000, 6001])
 def test_long_images_are_cut_first(monkeypatch, length):
-    """oracle: the middle of the whole, enlarged by torchvision, up to rounding; what is enlarged is eight times as long
-    as wide, however long the image is."""
+    """oracle: the middle of the whole image as torchvision enlarges it, up to rounding. However long the image is, only
+    a part eight times as long as wide is enlarged."""
     resize = Image.Image.resize
     sizes = []
 
@@ -342,7 +342,7 @@ def test_long_images_are_cut_first(monkeypatch, length):
 
 
 def test_published_layouts(here):
-    """oracle: lists written here as COCO's and Karpathy's, and what must be read."""
+    """oracle: lists written here in the layouts of COCO and Karpathy, and what must be read from them."""
     put('coco/annotations/captions_val2017.json', """{
         "images": [{"id": 7, "file_name": "a.jpg"}, {"id": 3, "file_name": "b.jpg"}],
         "annotations": [{"image_id": 3, "caption": "x"}, {"image_id": 7, "caption": "y"}]}""")
@@ -360,7 +360,8 @@ def test_published_layouts(here):
 
 
 def test_captions_of_held_out_shards(here):
-    """oracle: pairs written here: the first key that a pair has, never split; only those that were named."""
+    """oracle: pairs written here. The first key that a pair has is used, of the named ones if there are any.
+    Captions are not split."""
     records = [
         b'{"captions": ["an ape. an ox", "a cow"], "caption": "dog", "mine": "an eel"}',
         b'{"raw_caption": "a gnu. a hen", "caption": "ibis", "mine": " ", "other": ["jay", "a kid. a lion"]}']
@@ -395,8 +396,8 @@ def test_masks_and_their_errors(here):
 # --- Commands --------------------------------------------------------------------------------------------------------
 
 def test_retrieval_of_shards_and_lists(gallery):
-    """oracle: retrieval of the captions written here, of the half val/ where there are two. Lists put a space and a
-    full stop behind them, which go."""
+    """oracle: retrieval of the captions written here. Of a folder with two halves val/ is used. In the lists captions
+    end in a space and a full stop, which are taken off."""
     captions = ['ox 0', 'ox 1', 'ox 2']
     wanted = evaluation.retrieval(gallery.features, embed(*gallery.scored, *captions), torch.arange(3))
     records = [{'caption': 'same', 'mine': caption} for caption in captions]
@@ -421,7 +422,7 @@ def test_retrieval_of_shards_and_lists(gallery):
 
 
 def test_class_names_with_synonyms():
-    """oracle: the first of each, as of torchvision's ImageNet; equal ones are refused."""
+    """oracle: the first of several synonyms, as in torchvision's ImageNet. Equal names are refused."""
     source = SimpleNamespace(classes=[('crane', 'bird'), ('ox',)])
     assert benchmarks.class_names(source) == ['crane', 'ox']
     source.classes *= 2
@@ -439,8 +440,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_sets_of_torchvision(gallery, name):
-    """oracle: a stand-in of each layout: all images where there are no splits; names of classes in words, or asked
-    for."""
+    """oracle: a stand-in for each layout. Without splits all images are used. Class names are in words, or
+    --classes is asked for."""
     put('SUN397/ClassName.txt', '/a/abbey\n/b/ball_pit')
     for file, image in zip(LAYOUTS[name], gallery.images):
         put(file, encoded(image))
@@ -464,7 +465,7 @@ def test_names_that_are_mended():
 
 
 def test_prompts_of_open_clip(monkeypatch, gallery):
-    """oracle: a stand-in for the package; its names hold for ImageNet alone, in either layout."""
+    """oracle: a stand-in for the package. Its names are used for ImageNet alone, here as folders of its codes."""
     monkeypatch.setitem(sys.modules, 'open_clip', None)
     refused('pip install open_clip_torch', benchmarks.read_templates, 'open_clip')
     stand_in = SimpleNamespace(OPENAI_IMAGENET_TEMPLATES=(lambda c: f'my {c}.', lambda c: f'{c}!'),
@@ -483,7 +484,7 @@ def test_prompts_of_open_clip(monkeypatch, gallery):
 
 
 def test_classify_of_every_source(gallery):
-    """oracle: the function that a test above checks, on the same images and prompts."""
+    """oracle: `classify`, which a test above checks, on the same images and prompts."""
     files = ['banded/0.png', 'woven_/1.png', 'woven_/2.png']
     for file, image in zip(files, gallery.images):                      # as torchvision's DTD
         put(f'dtd/dtd/images/{file}', encoded(image))
