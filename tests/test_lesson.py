@@ -204,8 +204,8 @@ def test_company():
 
 
 def test_big_shapes_are_no_small_ones():
-    """oracle: the order of SHAPES: here small objects have the first six, and big ones the last four. Wrong names are of
-    the six, all but the scene's own."""
+    """oracle: the order of SHAPES: here small objects have the first six, and big ones the last four. Wrong names are
+    of the six, all but the scene's own."""
     six, four = set(list(SHAPES)[:6]), set(list(SHAPES)[6:])
     found = set()
     for i in range(60):
@@ -358,8 +358,8 @@ PATCHES = {'red': 28, 'blue': 35}
 
 def test_pointing_by_hand(monkeypatch, val, model):
     """oracle: numpy on the masks, for a head that looks at patch 27 of every image, but for an absent name at 28, if it
-    is blue at 35, and for a whole caption at 28. 8 x 8 patches of an image of 64 pixels: their middles are pixels 4, 12, 20, ... The head is asked the
-    right questions."""
+    is blue at 35, and for a whole caption at 28. 8 x 8 patches of an image of 64 pixels: their middles are pixels 4,
+    12, 20, ... The head is asked the right questions."""
     network, tokenizer, _ = model
     scenes = read_scenes(val)
     things = sum(scenes, [])
@@ -459,9 +459,9 @@ def test_what_is_handed_over(val, model):
 
 
 def test_who_answers_what():
-    """oracle: closed forms. Who only copies what it reads has 100 % in own and read, 0 in sentence and kept; who only heeds
-    the sentence the reverse. One eot for all sentences: a copier has the same, and 1 in 32 alone. One answer for all, the
-    mean of all images, is 1 in 32, or where all are as near none: a tie is a miss."""
+    """oracle: closed forms. Who only copies what it reads has 100 % in own and read, 0 in sentence and kept; who only
+    heeds the sentence the reverse. One eot for all sentences: a copier has the same, and 1 in 32 alone. One answer for
+    all, the mean of all images, is 1 in 32, or where all are as near none: a tie is a miss."""
     images = unit(torch.randn(32, 128))
     one = images[:1].expand(32, -1)
     alike = torch.eye(32)
@@ -710,7 +710,8 @@ def course(sandbox, monkeypatch):
 
 
 def test_missing_runs(course, monkeypatch):
-    """oracle: by hand. Seeds one after another, variants in their order; what has a row is left out, in whichever experiment it was made."""
+    """oracle: by hand. Seeds one after another, variants in their order; what has a row is left out, in whichever
+    experiment it was made."""
     variants = {'b': Variant('clip', seeds=range(7, 9)), 'a': Variant('cosmos', seeds=range(7, 8))}
     monkeypatch.setitem(experiments.EXPERIMENTS, 'one', variants)
     experiments.add_result({'run': variants['b'].recipe(), 'seed': 7})
@@ -846,7 +847,7 @@ more in 1.2 minutes, or +5.0. See [1.1](https://1.1) and `2.5`.
 0.3
 ```
 
-<!-- table: small.top1 seen.small seconds | one/clip one/c -->
+<!-- table: small.top1 bound.small_small seconds | one/clip one/c -->
 | in % | small named | minutes |
 | --- | --- | --- |
 | CLIP | 40.0 | 1.0 |
@@ -869,7 +870,8 @@ more in 1.2 minutes, or +5.0. See [1.1](https://1.1) and `2.5`.
     ('one/clip/small.top1 one', 'one/clip/small.named one', 'no small.named of clip'),
     ('one/clip/small.top1 one', 'one/d/small.top1 one', 'no experiment one with a variant d')])
 def test_figures_and_sources(families, old, new, sentence):
-    """oracle: by hand. Gaps of 11, 10 and 9 in three seeds: 4.303 / sqrt(3) = 2.5. The page passes as it is, and no changed one does."""
+    """oracle: by hand. Gaps of 11, 10 and 9 in three seeds: 4.303 / sqrt(3) = 2.5. The page passes as it is, and no
+    changed one does."""
     plots.PAGES[0].write_text(PAGE)
     assert plots.changes(plots.PAGES[0]) == [] and old in PAGE
     plots.PAGES[1].write_text(PAGE.replace(old, new))
@@ -878,7 +880,10 @@ def test_figures_and_sources(families, old, new, sentence):
 
 def test_filling_in(families, capsys):
     """oracle: by hand, as above. What changes is printed; more than 5 points are refused without --accept, and nothing
-    is written. RESULTS.md has the family with what is decided."""
+    is written. RESULTS.md begins with the family and what is decided in it; experiments that tune are folded at its
+    end.
+    """
+    plots.EXPERIMENTS['tune-one'] = {'d': Variant('cosmos', rate=2)}
     for page in plots.PAGES:
         page.write_text(PAGE.replace('40.0 %', '41.0 %').replace('| 45.0', '| 50.0'))
     assert run(plots) is None
@@ -888,6 +893,9 @@ def test_filling_in(families, capsys):
     assert '| b - clip | small.top1 | +10.0 ± 2.5 | yes |' in table
     assert '| c - clip | small.top1 | +5.0 ± 5.0 | yes |' in table
     assert '| clip × 5 | 1.0 | 40.0 |' in table
+    in_order = '| b - clip |', '| clip × 5 |', '<summary>tune-one</summary>', '| d × 5 |'
+    parts = [table.index(words) for words in in_order]
+    assert parts == sorted(parts)
     wrong = PAGE.replace('40.0 %', '46.0 %')
     plots.PAGES[1].write_text(wrong)
     assert '46.0 would become 40.0' in run(plots) and plots.PAGES[1].read_text() == wrong
