@@ -172,10 +172,10 @@ PLAN = """This is arithmetic: torch runs a step on its device meta, whose tensor
 count. The other options are those of train.py (--preset --batch --epochs --method --accum --grad-checkpoint ...), but
 here the defaults are --preset vit-b-16 --precision bf16.
 
-GFLOP counts matrix products, except those of the losses, which are 0.1 % at a batch of 1,024. What is computed
-again (--accum, --grad-checkpoint) counts as backward. Hours leave out loading, evaluation and checkpoints. Memory is
-what stays during a whole step. It leaves out what lives for one operation only, the block that --grad-checkpoint
-computes again, fragmentation, CUDA itself and nccl."""
+GFLOP counts matrix products, except those of the losses, which are 0.1 % at a batch of 1,024. What is computed again
+(--accum, --grad-checkpoint) counts as backward. Hours leave out loading, evaluation and checkpoints. Memory is what
+stays during a whole step. It leaves out what lives for one operation only, the block that --grad-checkpoint computes
+again, fragmentation, CUDA itself and nccl."""
 
 
 class HalfOnGPU(TorchFunctionMode):

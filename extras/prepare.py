@@ -315,7 +315,7 @@ def read_captions(table):
 
     It lies in a temporary file, because the table may be larger than memory.
     """
-    csv.field_size_limit(1 << 24)       # characters in a field; Python's own limit is 131,072
+    csv.field_size_limit(1 << 24)       # characters in a field; Python's own limit of 131,072 may be too low
     database = sqlite3.connect('')      # '' is a temporary file
     database.execute('create table captions (url primary key, record)')
     with open(table, encoding='utf-8-sig', errors='replace', newline='') as file:
