@@ -2,8 +2,8 @@
 
     python -m extras.attend CKPT --image a.jpg --text "a red star" "a small blue ring" --out attention.png
 
-The picture has a row for each text: the image; how much C^I reads each of its patches, asked by the text; how much C^T
-reads each word, asked by the image.
+The picture has a row for each text. It shows the image, then how much C^I reads each patch when the text is the query,
+then how much C^T reads each word when the image is the query.
 """
 import math
 from contextlib import suppress
@@ -22,14 +22,15 @@ from plumbing.options import Parser, add_checkpoint
 # --- 1. Weights ------------------------------------------------------------------------------------------------------
 
 def stretch(x):
-    """An array, scaled to [0, 1]; one of equal numbers becomes 0."""
+    """An array, scaled to [0, 1]. If all its numbers are equal, they become 0."""
     return (x - x.min()) / max(np.ptp(x), 1e-12)
 
 
 def word_weights(tokenizer, caption, weights):
     """weights (T,) of C^T over the ids of a caption -> [(word, weight)], scaled to [0, 1].
 
-    Pieces of a word are summed. Start, end and padding are keys too, but no words: they are left out before scaling.
+    The weights of a word's pieces are summed. Start, end and padding are keys, too, but they are not words, so they are
+    left out before scaling.
     """
     words = []
     sums = []
@@ -46,7 +47,8 @@ def word_weights(tokenizer, caption, weights):
 
 @torch.no_grad()
 def attention(model, tokenizer, preprocess, image, caption):
-    """-> map (h, w) of C^I asked by the caption, [(word, weight)] of C^T asked by the image, both scaled to [0, 1]."""
+    """-> map (h, w) of C^I with the caption as query, [(word, weight)] of C^T with the image as query, both scaled to
+    [0, 1]."""
     device = model.logit_scale.device
     ids = tokenizer([caption]).to(device)
     pixels = preprocess(image)[None].to(device)
@@ -66,7 +68,7 @@ FONTS = 'DejaVuSans.ttf', 'NotoSans-Regular.ttf', 'Arial Unicode.ttf'    # the l
 
 @lru_cache
 def picture_font():
-    """A font with letters of many scripts, where Pillow finds one among the system's. Its own has ASCII alone."""
+    """A font with letters of many scripts, if Pillow finds one on this system. Pillow's own has ASCII letters only."""
     for name in FONTS:
         with suppress(OSError):
             return ImageFont.truetype(name, 12)
@@ -74,13 +76,13 @@ def picture_font():
 
 
 def attention_picture(model, tokenizer, preprocess, image, captions, path):
-    """PNG of a row per caption: the image, the map of C^I over it, and a bar for each word, its weight in C^T."""
+    """Draw a PNG with a row per caption: the image, the map of C^I over it, and a bar per word, its weight in C^T."""
     need(model.has_cross_attention, 'this model has no cross-attention, so there is nothing to draw; '
-         'take a released one, or a run of --method cosmos')
+         'take a released model, or a run of --method cosmos')
     maps = [attention(model, tokenizer, preprocess, image, caption) for caption in captions]
     most = max(len(words) for _, words in maps)
     step = MARGIN + max(TILE, LINE * most)
-    width = 3 * TILE + 200    # a long word may stand beyond its bar
+    width = 3 * TILE + 200    # a long word may be wider than its bar
     canvas = Image.new('RGB', (width, len(maps) * step + 30), 'white')      # the legend is below
     draw = ImageDraw.Draw(canvas)
     view = ImageOps.fit(image.convert('RGB'), (TILE, TILE))     # what `preprocess` shows the model
@@ -88,7 +90,7 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path):
     top = MARGIN
     for grid, words in maps:
         grey = Image.fromarray(np.uint8(255 * grid)).resize(view.size, Image.BILINEAR)
-        heat = ImageOps.colorize(grey, '#00204d', '#ffea46', '#7c7b78')  # for the colour-blind, too
+        heat = ImageOps.colorize(grey, '#00204d', '#ffea46', '#7c7b78')  # the colour-blind see it, too
         canvas.paste(view, (MARGIN, top))
         canvas.paste(Image.blend(view, heat, 0.6), (TILE + 2 * MARGIN, top))
         y = top

@@ -1,13 +1,13 @@
-"""How long a training step takes, what it is spent on, what one worker of the loader does, and what a run will need.
+"""How long a training step takes and where the time goes, how fast one loader worker is, and what a run will need.
 
     python -m extras.bench step --preset vit-b-16 --batch 128     median time, FLOPs, share of the matmul peak, parts
     python -m extras.bench step --preset tiny --method clip       without teacher and cross-attention
     python -m extras.bench step --data SHARDS --accum 4           any option of train.py
-    python -m extras.bench loader SHARDS                          samples a second of one worker, by part
+    python -m extras.bench loader SHARDS                          samples per second of one worker, by part
     python -m extras.bench plan --gpus 8 --pairs 2800000          FLOPs, memory and hours, counted without a GPU
 
 `step` sets up a run as train.py does, takes a batch from its loader, and times train.train_step on it, again and again.
-Without --data the pairs are made: images of noise, captions of random words.
+Without --data it makes the pairs itself: images of noise, captions of random words.
 """
 import contextlib
 import io
@@ -38,17 +38,17 @@ from plumbing.processes import DTYPES, Processes, peak_memory
 from plumbing.shards import Shards, find_shards, write_shard
 from plumbing.tokenizer import Tokenizer
 
-SECONDS = 5             # time for each part of the loader
+SECONDS = 5             # for how long each part of the loader is measured
 WARM_UP = 2             # steps that are not timed: the first ones allocate memory and choose kernels
-PRODUCTS = 12           # of two matrices, the best of which counts as the peak
-OPERATIONS = 10         # shown, those that cost most
+PRODUCTS = 12           # how many products of two matrices are timed; the fastest counts as the peak
+OPERATIONS = 10         # how many operations are shown, the most expensive ones
 
 # --- 1. A step -------------------------------------------------------------------------------------------------------
 
-STEP = """The options are those of train.py, but --workers, for the loader is not timed. Other defaults than there:
---preset vit-b-16 --batch 32 --steps 10 (so many steps are timed), and --data is made."""
+STEP = """The options are those of train.py, except --workers, because the loader is not timed. Some defaults differ:
+--preset vit-b-16 --batch 32 --steps 10 (that many steps are timed), and without --data the pairs are made."""
 DEFAULTS = '--preset=vit-b-16', '--batch=32', '--steps=10'
-SIDE = 256                                              # of an image that is made, in pixels
+SIDE = 256                                              # side of an image that is made, in pixels
 WORDS = 'a small red dog runs over the green grass near blue water with some people behind it'.split()
 
 
@@ -70,7 +70,7 @@ def make_shard(path, pairs):
 
 
 def timed(action, times, device):
-    """Call it so many times -> the seconds of each call, the GPU's work included."""
+    """Call an action so many times -> the seconds of each call, including the GPU's work."""
     seconds = []
     for _ in range(times):
         begun = time.perf_counter()
@@ -82,21 +82,22 @@ def timed(action, times, device):
 
 
 def matmul_peak(device, dtype):
-    """FLOP/s of the best of several products of two matrices."""
-    n = 2048 if device.type == 'cpu' else 8192              # side: large enough to hide a GPU's launch
+    """FLOP/s of the fastest of several products of two matrices."""
+    n = 2048 if device.type == 'cpu' else 8192              # side, large enough to hide the time of a GPU's launch
     matrix = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n ** 3 / min(timed(lambda: matrix @ matrix, PRODUCTS, device))
 
 
 def measure_step(flags):
-    """Time, samples/s, memory, FLOPs and their share of the machine's peak, and the operations that cost most."""
+    """Print time, samples/s, memory, FLOPs, their speed as a share of the machine's peak, and the costliest operations.
+    """
     with TemporaryDirectory() as folder:
         options = train.read_options([*DEFAULTS, *flags, '--workers=0', f'--out={folder}'])
         processes = Processes(options.device)
         device = processes.device
         if options.data is None:
             options.data = make_shard(Path(folder, 'made.tar'), options.batch)
-        # Tars, no folder: a held-out half in it would be tried, image by image.
+        # We pass tars, not a folder, because a held-out half in the folder would be tried image by image.
         options.data = find_shards(options.data, 'train')
         run, _ = train.set_up(options, processes, None)
         batch = next(run.batches)
@@ -108,7 +109,7 @@ def measure_step(flags):
     print(f'{options.preset}, {options.method}, batch {options.batch}, {len(batch.crops)} images and '
           f'{len(batch.texts)} captions, {parameters:,} parameters, {run.dtype or torch.float32} '
           f'on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}')
-    # Of matrix products. The counter does not see into compiled blocks.
+    # Only matrix products are counted. The counter does not see into compiled blocks, so this step runs without them.
     with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter:
         step()
     timed(step, WARM_UP, device)
@@ -124,13 +125,14 @@ def measure_step(flags):
 
 
 def print_parts(step, device):
-    """The operations that cost most in a step, forward and backward together, without those that they call."""
+    """Print the most expensive operations of a step, forward and backward together. The time of an operation does not
+    include that of the operations it calls."""
     with torch.profiler.profile() as profile:
         timed(step, 1, device)
     clock = 'self_cpu_time_total' if device.type == 'cpu' else 'self_device_time_total'
     costs = []
     for event in profile.key_averages():
-        if event.device_type == DeviceType.CPU:     # the others are the kernels of these
+        if event.device_type == DeviceType.CPU:     # the others are the kernels that these launch
             costs.append((getattr(event, clock), event.key, event.count))   # microseconds
     costs.sort(reverse=True)
     total = sum(cost for cost, _, _ in costs)
@@ -142,11 +144,11 @@ def print_parts(step, device):
 # --- 2. The loader ---------------------------------------------------------------------------------------------------
 
 def measure_loader(shards, preset):
-    """What one worker does a second, by part."""
+    """Print how many samples one worker makes per second, by part."""
     source = Shards(shards, split='train')
     config, recipe = train.PRESETS[preset]
     order = torch.randperm(len(source)).tolist()
-    tokenizer = Tokenizer([], config.context_length)        # ids of words are cached, so merges cost no time
+    tokenizer = Tokenizer([], config.context_length)        # the ids of words are cached, so merges cost no time
     crops = Crops(source, tokenizer, config, 0, counts_of(recipe), recipe.get('augment', 'full'))
     torch.set_num_threads(1)                                # as in a worker
 
@@ -167,18 +169,18 @@ def measure_loader(shards, preset):
 # --- 3. A plan, without a GPU ----------------------------------------------------------------------------------------
 
 PLAN = """This is arithmetic: torch runs a step on its device meta, whose tensors have shapes but no numbers, and we
-count. The other options are those of train.py (--preset --batch --epochs --method --accum --grad-checkpoint ...), here
-with the defaults --preset vit-b-16 --precision bf16.
+count. The other options are those of train.py (--preset --batch --epochs --method --accum --grad-checkpoint ...), but
+here the defaults are --preset vit-b-16 --precision bf16.
 
-GFLOP are those of matrix products, but for the losses' own: 0.1 % at a batch of 1,024. What the backward pass computes
-again (--accum, --grad-checkpoint) is counted with it. Hours leave out loading, evaluation and checkpoints. Memory is
-what stays during a step. It leaves out what lives for one operation, the block that --grad-checkpoint computes again,
-fragments, CUDA itself and nccl."""
+GFLOP counts matrix products, except those of the losses, which are 0.1 % at a batch of 1,024. What is computed again
+(--accum, --grad-checkpoint) counts as backward. Hours leave out loading, evaluation and checkpoints. Memory is what
+stays during a whole step. It leaves out what lives for one operation only, the block that --grad-checkpoint computes
+again, fragmentation, CUDA itself and nccl."""
 
 
 class HalfOnGPU(TorchFunctionMode):
-    """Products as autocast has them on a GPU, both factors in its dtype, because autocast does not know the device
-    meta. And attention as one kernel, which keeps query, key, value and result, but no weights."""
+    """What autocast does on a GPU, done here because autocast does not know the device meta: both factors of a product
+    are in its dtype. Attention is one kernel, which keeps query, key, value and result, but no weights."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -194,7 +196,7 @@ class HalfOnGPU(TorchFunctionMode):
 
 
 def kept_bytes(student, images, texts, dtype):
-    """Bytes that a forward pass keeps for the backward pass, parameters and their copies in half precision included."""
+    """Bytes that a forward pass keeps for the backward pass, including parameters and their half-precision copies."""
     storages = set()                    # several tensors may share one
 
     def keep(tensor):
@@ -237,27 +239,27 @@ def step_flops(options, student, images, texts):
 
 
 def step_bytes(options, student, images, texts):
-    """{what stays on a GPU during a step: its bytes}. images, texts: of all pairs of the GPU."""
+    """{what stays on a GPU during a step: its bytes}. images, texts: those of all pairs on the GPU."""
     dtype = DTYPES[options.precision] or torch.float32
     pairs = len(images[0])
     kept = []
     for n in 1, 2:
         some = [[view[:n] for view in views] for views in (images, texts)]
         kept.append(kept_bytes(student, *some, dtype))
-    a_pair = kept[1] - kept[0]          # without the parameters, which do not grow with the pairs
-    one = GLOBALS * max(len(images), len(texts)) * pairs * options.batch    # logits of an L_nce
+    a_pair = kept[1] - kept[0]          # the parameters cancel, because they do not grow with the pairs
+    one = GLOBALS * max(len(images), len(texts)) * pairs * options.batch    # logits of one L_nce
     parameters = sum(p.numel() for p in student.parameters())
-    # Weights, gradients and two moments of AdamW in float32, and in half precision the weights that autocast keeps.
+    # Weights, gradients and AdamW's two moments in float32, and the half-precision weights that autocast keeps.
     return {
         'weights, gradients, moments': (16 if dtype == torch.float32 else 18) * parameters,
         'teacher': 4 * parameters * train.METHODS[options.method].has_teacher,
         'images, as bytes and as float32': sum(5 * view.numel() for view in images),
         f'activations, {a_pair / 1e6:,.1f} MB a pair': a_pair * pairs // options.accum,
-        'logits, at most': 4 * (one if one >= cosmos.MANY else 10 * one)}   # of five terms, both ways
+        'logits, at most': 4 * (one if one >= cosmos.MANY else 10 * one)}   # 10: five terms, both ways
 
 
 def print_table(title, rows, *columns):
-    """rows: {name: number, or an array of them}. Their sum comes last."""
+    """Print rows {name: number, or an array of numbers}, and their sum last."""
     print(f'{title:45}', *[f'{column:>10}' for column in columns])
     for name, numbers in [*rows.items(), ('all', sum(rows.values()))]:
         print(f'  {name:43}', *[f'{number / 1e9:10,.3f}' for number in np.atleast_1d(numbers)])
@@ -286,18 +288,18 @@ def plan(flags, gpus, pairs, tokens, peak, share):
     size = sum(p.numel() for p in student.parameters())
     steps = options.steps or round(options.epochs * (pairs // options.batch))
     print(f'{options.preset}, {options.method}, {size:,} parameters, {options.precision}, {len(sides)} images, '
-          f'{len(lengths)} captions, the global ones of {config.context_length} tokens, the local ones of {tokens}')
+          f'{len(lengths)} captions, {config.context_length} tokens in a global one, {tokens} in a local one')
     print(f'{steps:,} steps of {options.batch:,} pairs, {mine:,} on each of {gpus} GPUs')
 
     flops = {name: cost / mine for name, cost in step_flops(options, student, images, texts).items()}
-    print_table('GFLOP a pair', flops, 'forward', 'backward')
-    print_table('GB of a GPU', step_bytes(options, student, images, texts))
+    print_table('GFLOP per pair', flops, 'forward', 'backward')
+    print_table('GB per GPU', step_bytes(options, student, images, texts))
     networks = 1 + method.has_teacher
-    print(f'last.pt has {4 * size * (networks + 2) / 1e9:.2f} GB')         # 2: moments
+    print(f'last.pt has {4 * size * (networks + 2) / 1e9:.2f} GB')         # 2: AdamW's moments
     for part in share if peak else []:
         speed = gpus * part * peak * 1e12 / sum(flops.values()).sum()
         hours = steps * options.batch / speed / 3600
-        print(f'at {part:.0%} of {peak:,.0f} TFLOP/s a GPU {speed:,.0f} pairs/s, {hours:,.1f} hours, '
+        print(f'at {part:.0%} of {peak:,.0f} TFLOP/s per GPU: {speed:,.0f} pairs/s, {hours:,.1f} hours, '
               f'{hours * gpus:,.0f} GPU-hours')
 
 
@@ -307,26 +309,26 @@ def main():
     prog = 'python -m extras.bench'
     parser = Parser(prog=prog, usage='%(prog)s step|loader|plan ... [options]', epilog=__doc__)
     commands = parser.add_subparsers(required=True, prog=prog)
-    one = commands.add_parser('step', help='time of a step, and what it is spent on', description=STEP,
+    one = commands.add_parser('step', help='how long a step takes, and where the time goes', description=STEP,
                               usage='%(prog)s [options of train.py]')
     one.set_defaults(function=measure_step)
     one = commands.add_parser('plan', help='FLOPs, memory and hours of a run, without a GPU', description=PLAN,
                               usage='%(prog)s --gpus N --pairs M [options of train.py]')
     one.set_defaults(function=plan)
     add = one.add_argument
-    add('--gpus', type=positive, required=True, help='of all nodes')
-    add('--pairs', type=positive, required=True, help='of the set')
-    add('--tokens', type=positive, default=40, help='in the longest local caption of a batch (default: %(default)s)')
-    add('--peak', type=above_zero, help='TFLOP/s of a GPU in --precision; for the hours')
+    add('--gpus', type=positive, required=True, help='how many, on all nodes together')
+    add('--pairs', type=positive, required=True, help='how many the set has')
+    add('--tokens', type=positive, default=40, help='of the longest local caption in a batch (default: %(default)s)')
+    add('--peak', type=above_zero, help='peak TFLOP/s of a GPU in --precision; without it no hours are printed')
     add('--share', type=above_zero, nargs='+', default=[0.25, 0.4],
-        help='of the peak that a run may reach (default: %(default)s)')
+        help='shares of the peak that a run may reach (default: %(default)s)')
     one = commands.add_parser('loader', help='speed of one worker by part',
                               usage='%(prog)s SHARDS ... [options]')
     one.set_defaults(function=measure_loader)
     add = one.add_argument
-    add('shards', nargs='+', help='tars, or folders of them; of train/ and val/ the half train/')
+    add('shards', nargs='+', help='tars, or folders of them; if a folder has train/ and val/, its train/ is read')
     add('--preset', choices=train.PRESETS, default='vit-b-16',
-        help='whose views (default: %(default)s)')
+        help='the preset whose views are made (default: %(default)s)')
     options, others = parser.parse_known_args()
     options = vars(options)
     function = options.pop('function')

@@ -1,11 +1,11 @@
-"""Hard negatives: k images and k captions that differ in one thing, and which the model tells apart.
+"""Hard negatives: can the model tell apart k images and k captions that differ in one thing?
 
     python -m extras.pairs CKPT --items FILE --images DIR     SugarCrepe, SVO-Probes, Winoground, MMVP-VLM, or your own
     python -m extras.pairs CKPT --suppression DIR             DIR/probes.json: dominant against small objects
 
 Your own items are JSON lines, {"images": ["a.jpg", "b.jpg"], "captions": ["a dog on a cat", "a cat on a dog"],
-"type": "relation"}: k images and k captions, the right ones at equal positions; or 1 and k, or k and 1, then the right
-one first.
+"type": "relation"}. An item has k images and k captions, and those at equal positions belong together. Or it has one
+image and k captions, or k images and one caption, and the right one of the k comes first.
 """
 import math
 from collections import defaultdict
@@ -22,13 +22,13 @@ from plumbing.options import Parser, add_checkpoint
 # --- 1. Items, and the layouts they are published in -----------------------------------------------------------------
 
 class Item(NamedTuple):
-    """Image i and caption i belong together. Where there is one image or one caption, the right one is first."""
+    """Image i and caption i belong together. One image belongs to the first caption, one caption to the first image."""
     images: list            # names
     captions: list
-    kind: str = None        # of what differs; the scores are given per kind
+    kind: str = None        # what kind of thing differs; scores are given per kind
 
 
-# What tells a published layout: the columns of its images, and of its captions.
+# A published layout is known by the columns of its images and of its captions.
 COLUMNS = [
     (['filename'], ['caption', 'negative_caption']),                    # SugarCrepe
     (['pos_image_id', 'neg_image_id'], ['sentence']),                   # SVO-Probes
@@ -36,7 +36,8 @@ COLUMNS = [
 
 
 def read_item(row, place):
-    """A row of one of the layouts -> Item; of MMVP-VLM half of one: the next row has the other image and statement."""
+    """A row in one of the layouts -> Item. A row of MMVP-VLM is half an item: the next one has the other image and
+    statement."""
     kind = row.get('type') or row.get('tag')
     for name in 'subj_neg', 'verb_neg', 'obj_neg':                      # SVO-Probes
         if str(row.get(name)).lower() == 'true':
@@ -49,7 +50,7 @@ def read_item(row, place):
         if row.keys() >= {*images, *captions}:
             return Item([row[name] for name in images], [row[name] for name in captions], kind)
     raise Refused(f"{place} has the keys {', '.join(row)}; it needs images and captions, "
-                  'or those of SugarCrepe, SVO-Probes, Winoground or MMVP-VLM')
+                  'or the keys of SugarCrepe, SVO-Probes, Winoground or MMVP-VLM')
 
 
 def join_halves(halves):
@@ -67,7 +68,7 @@ def check_item(item, place):
     k = len(item.images)
     m = len(item.captions)
     need(k == m > 1 or min(k, m) == 1 < max(k, m),
-         f'{place} has {k} images and {m} captions; give k and k, k and 1, 1 and k')
+         f'{place} has {k} images and {m} captions; give k and k, k and 1, or 1 and k')
 
 
 def read_items(path):
@@ -78,7 +79,7 @@ def read_items(path):
         items.append(read_item(row, f'item {number} of {path}'))
     if 'Question ID' in rows[0]:
         need(len(items) % 2 == 0,
-             f'{path} has {len(items)} rows, but two of MMVP-VLM make an item; is it whole?')
+             f'{path} has {len(items)} rows, but in MMVP-VLM two rows make an item; is the file complete?')
         items = join_halves(items)
     for number, item in enumerate(items, 1):
         check_item(item, f'item {number} of {path}')
@@ -88,9 +89,9 @@ def read_items(path):
 # --- 2. Scores -------------------------------------------------------------------------------------------------------
 
 def choices_right(scores):
-    """scores (k, m), the right row of column j is row j -> min(k, m) bools: is it above all others? A tie is a miss.
+    """scores (k, m) -> min(k, m) bools: in column j, is row j, the right one, above all others? A tie is a miss.
 
-    A single row is always right: it is above all others, of which there are none.
+    A single row is always right, because there are no others.
     """
     right = scores.diagonal()
     behind = scores[:, :len(right)] < right                 # False for the right one itself
@@ -98,10 +99,10 @@ def choices_right(scores):
 
 
 def pair_scores(matrices):
-    """Score matrices (k images, m captions) of items -> shares of items that are right in all questions of a side.
+    """Score matrices (k images, m captions), one per item -> the shares of items in which every answer is right.
 
-    image_score: each caption finds its image; text_score: each image finds its caption; group_score: both, as
-    Winoground defines them.
+    image_score: each caption finds its image. text_score: each image finds its caption. group_score: both. Winoground
+    defines them so.
     """
     k, m = matrices[0].shape
     questions = min(k, m)
@@ -124,7 +125,7 @@ ENDINGS = '.jpg', '.jpeg', '.png', '.webp'
 
 
 def find_image(root, name):
-    """The file of an image that a published table names with or without an ending."""
+    """The file of an image. Published tables name it with or without an ending."""
     for ending in ENDINGS:
         path = Path(root, f'{name}{ending}')
         if path.is_file():
@@ -153,7 +154,7 @@ def score_items(model, tokenizer, preprocess, items, root, workers):
 
 
 def score_pairs(model, tokenizer, preprocess, path, root, workers):
-    """The scores of a file of items: of all with so many images and captions, and of each kind."""
+    """The scores of a file of items: for all items with equal numbers of images and captions, and for each kind."""
     items = read_items(path)
     groups = defaultdict(list)
     all_scores = score_items(model, tokenizer, preprocess, items, root, workers)
@@ -168,11 +169,11 @@ def score_pairs(model, tokenizer, preprocess, path, root, workers):
 # --- 3. Feature suppression ------------------------------------------------------------------------------------------
 
 def suppression(model, tokenizer, preprocess, root, workers=0):
-    """Feature suppression by root/probes.json, for the dominant and for the small object of each probe.
+    """Feature suppression on root/probes.json, for the dominant and for the small object of each probe.
 
-    Scenes A and B differ in the small object only, A and C in the dominant one. scene_top1: how often an object's name
-    finds, of two scenes, the one that has it, with the standard error over probes. name_top1: how often scene A finds
-    the name of its object among nine others.
+    Scenes A and B differ only in the small object, A and C only in the dominant one. scene_top1: of two scenes, how
+    often does an object's name find the one that has it? standard_error is that of scene_top1, over probes. name_top1:
+    how often does scene A find the name of its object among the probe's negatives?
     """
     path = Path(root, 'probes.json')
     probes = read_json(path)
@@ -203,7 +204,7 @@ def suppression(model, tokenizer, preprocess, root, workers=0):
 
 def run_pairs(args, model, tokenizer, preprocess):
     if args.suppression:
-        need(not args.images, '--images is for --items; those of probes.json lie beside it')
+        need(not args.images, '--images goes with --items; the images of probes.json lie in its own folder')
         return suppression(model, tokenizer, preprocess, args.suppression, args.workers)
     root = args.images or Path(args.items).parent
     return score_pairs(model, tokenizer, preprocess, args.items, root, args.workers)
@@ -217,7 +218,7 @@ def main():
     one = parser.add_mutually_exclusive_group(required=True).add_argument
     one('--items', help='JSONL of images and captions, or a file of one of the four published sets')
     one('--suppression', help='folder with probes.json')
-    parser.add_argument('--images', help='folder of the images of --items (default: beside it)')
+    parser.add_argument('--images', help='folder of the images of --items (default: the folder of that file)')
     execute(parser.parse_args())
 
 

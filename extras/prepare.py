@@ -1,13 +1,13 @@
-"""Data from elsewhere into shards, and a look at shards.
+"""Turn data from elsewhere into shards, and look at shards.
 
     python -m extras.prepare pack rows.csv images/ shards --val 0.1   a tenth held out: shards/train and shards/val
-    python -m extras.prepare pack rows.jsonl images/ shards           nothing held out; JSON, TSV, COCO's lists do, too
+    python -m extras.prepare pack rows.jsonl images/ shards           nothing held out; JSON, TSV, COCO's lists work too
     python -m extras.prepare pack dataset_flickr8k.json Images shards Karpathy's list says what is held out
     python -m extras.prepare join dreamlip.csv /shards /joined        DreamLIP's captions onto img2dataset's shards
     python -m extras.prepare inspect shards                           counts, captions, what training would skip, views
 
-`pack` and `join` go on where they were interrupted, and refuse a folder of shards that were made from something else.
-If a table has grown, `pack` adds what is new.
+`pack` and `join` go on where they were interrupted. They refuse an output folder whose shards were made from something
+else. If a table has grown, `pack` adds what is new.
 """
 import csv
 import io
@@ -43,17 +43,17 @@ IMAGE_COLUMNS = ('image', 'image_path', 'filepath', 'file_name', 'filename', 'pa
 EVERY_CAPTION_KEY = sum(CAPTION_KEYS, [])
 URL_COLUMNS = 'url', 'URL', 'image_url', 'Image Path', 'image_path'     # DreamLIP's CSV: Image Path
 CAPTION_COLUMNS = 'caption', 'title', 'text', 'sentence'                # the first that is filled is the caption
-SPLIT = 'karpathy_split'                        # the key in the json of a pair that came from his list
-HALVES = {'train': 'train', 'restval': 'train', 'val': 'val'}           # his other splits stay out
-NAMED = 10              # images that cannot be used: the first show what is wrong with all
-INSPECTED = 5000        # pairs at most: enough for percentages, read in minutes
-KINDS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}     # MPO: of some phones
+SPLIT = 'karpathy_split'                        # a key in the json of pairs that came from Karpathy's list
+HALVES = {'train': 'train', 'restval': 'train', 'val': 'val'}           # Karpathy's other splits stay out
+NAMED = 10              # how many unusable images are named: the first few show what is wrong with all
+INSPECTED = 5000        # how many pairs are read at most: enough for percentages, and it takes minutes
+KINDS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}     # MPO: JPEGs from some phones
 
 # --- 1. Rows ---------------------------------------------------------------------------------------------------------
 
 def json_values(text):
-    """All values of a text, one after another: JSON has one, JSON lines have a value a line."""
-    decoder = json.JSONDecoder(parse_constant={}.get)       # NaN, which is no JSON, becomes None
+    """All JSON values in a text, one after another. JSON has one, JSON lines have one per line."""
+    decoder = json.JSONDecoder(parse_constant={}.get)       # NaN, which is not JSON, becomes None
     values = []
     place = 0
     while place < len(text):
@@ -80,12 +80,12 @@ def rows_of_json(text, path):
                 for split, name, captions in karpathy_rows(whole, path)]
     if all(isinstance(value, dict) for value in whole.values()):
         return list(whole.values())
-    return values                       # JSON lines, of which there is one
+    return values                       # JSON lines with one line
 
 
 def table_rows(file, path, **form):
-    """The rows of an open CSV or TSV, as dicts. Refused, with the line, for a quotation mark that nothing closes: it
-    would swallow all rows up to the next one."""
+    """The rows of an open CSV or TSV, as dicts. A quotation mark that nothing closes is Refused, with its line, because
+    it would swallow all rows up to the next one."""
     reader = csv.DictReader(file, strict=True, **form)
     line = 1
     try:
@@ -98,10 +98,10 @@ def table_rows(file, path, **form):
 
 
 def rows_of_table(text, path):
-    """The rows of a CSV, a TSV, or Flickr30k's table, by the delimiter of the first line."""
+    """The rows of a CSV, a TSV, or Flickr30k's table. The first line shows what the delimiter is."""
     first_line = text.partition('\n')[0]
     delimiter = csv.Sniffer().sniff(first_line, ',;\t|').delimiter
-    # A TSV has no quoting, nor has Flickr30k's '| ': a caption may begin with a quotation mark.
+    # Neither a TSV nor Flickr30k's table, with its '| ', has quoting: a caption may begin with a quotation mark.
     unquoted = delimiter == '\t' or '| ' in first_line
     quoting = csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL
     return list(table_rows(io.StringIO(text), path, delimiter=delimiter, quoting=quoting,
@@ -109,8 +109,8 @@ def rows_of_table(text, path):
 
 
 def read_rows(path):
-    """The rows of a JSONL, JSON, CSV or TSV file, as dicts. Its content says which it is, for names vary: Flickr8k's
-    captions.txt is a CSV. Refused, with the file and the row, for others."""
+    """The rows of a JSONL, JSON, CSV or TSV file, as dicts. The content says which it is, because names vary:
+    Flickr8k's captions.txt is a CSV. Any other file is Refused, with the file and the row."""
     try:
         text = Path(path).read_text(encoding='utf-8-sig')
         if text.lstrip().startswith(('{', '[')):
@@ -133,7 +133,7 @@ def read_rows(path):
 
 
 def find_column(names, columns, path, remedy=''):
-    """The first of `names` that the table has as a column. Refused, with the remedy, where it has none of them."""
+    """The first of `names` that the table has as a column. Refused, with the remedy, if it has none of them."""
     for name in names:
         if name in columns:
             return name
@@ -141,8 +141,8 @@ def find_column(names, columns, path, remedy=''):
 
 
 def captions_under(key, record):
-    """The record's captions under a key, as a list. Strings of DreamLIP's are split: items of its lists pass whole. What
-    is blank or no text is no caption."""
+    """The record's captions under a key, as a list. Strings under DreamLIP's keys are split, but items of a list pass
+    whole. What is blank, or not text, is not a caption."""
     value = record.get(key)
     if key in DREAMLIP and not isinstance(value, list):
         return sentences(value)
@@ -151,8 +151,8 @@ def captions_under(key, record):
 
 
 def add_captions(record, other):
-    """Append the captions of `other` to those of `record`, key by key, each once. They become lists; keys without
-    captions go."""
+    """Append the captions of `other` to those of `record`, key by key, without duplicates. Captions become lists, and
+    keys without captions are removed."""
     for key in EVERY_CAPTION_KEY:
         captions = captions_under(key, record)
         for caption in captions_under(key, other):
@@ -164,28 +164,28 @@ def add_captions(record, other):
 
 
 def records_by_image(rows, path, image_column=None, caption_column=None):
-    """Rows -> {image name: record}. Rows of one image become one record with all captions."""
+    """Rows -> {image name: record}. All rows of an image become one record with all its captions."""
     columns = dict.fromkeys(itertools.chain.from_iterable(rows))        # in their order
     names = [image_column] if image_column else IMAGE_COLUMNS
     column = find_column(names, columns, path,
-                         '; give the column of the image names by --image-column')
+                         '; give the column of the image names with --image-column')
     text_columns = CAPTION_COLUMNS
-    if 'comment_number' in columns:                 # Flickr30k's
+    if 'comment_number' in columns:                 # Flickr30k's table
         text_columns = ['comment']
     if caption_column:
         text_columns = [find_column([caption_column], columns, path,
-                                    '; give the column of the captions by --caption-column')]
+                                    '; give the column of the captions with --caption-column')]
     records = {}
     for number, row in enumerate(rows, 1):
         record = dict(row)
         name = record.pop(column, None)
-        # A NUL or half a character, which JSON can write, is in no name of a file.
+        # JSON can write a NUL and half a character, but a file name has neither.
         need(isinstance(name, str) and not re.search('[\0\ud800-\udfff]', name),
              f"row {number} of {path} has no file name under '{column}'")
         name = os.path.normpath(name)               # ./a.jpg is a.jpg
         record['file'] = name
         texts = [record[key] for key in text_columns if captions_under(key, record)]
-        if caption_column:                          # the other captions are for neither training nor retrieval
+        if caption_column:                          # other captions are then used for neither training nor retrieval
             for key in EVERY_CAPTION_KEY:
                 record.pop(key, None)
         if texts:
@@ -193,7 +193,7 @@ def records_by_image(rows, path, image_column=None, caption_column=None):
         add_captions(records.setdefault(name, record), record)
     need(any(map(caption_pool, records.values())),
          f"{path} has no captions under a name known here; its columns are {', '.join(columns)}: "
-         'name that of the captions by --caption-column')
+         'give the column of the captions with --caption-column')
     return records
 
 
@@ -209,9 +209,9 @@ def name_left_out(problems):
 
 
 def claim(out, **source):
-    """A folder of shards belongs to one source. A second run on it goes on; another source is Refused."""
+    """A folder of shards belongs to one source. A second run with it goes on, and another source is Refused."""
     label = Path(out, 'source.json')
-    if list(Path(out).rglob('*.tar')):              # without a shard it belongs to none: a command may be corrected
+    if list(Path(out).rglob('*.tar')):              # without a shard it belongs to none, so one may correct a command
         need(label.exists() and read_json(label) == source,
              f'{out} holds shards made from something else (see {label}); give another folder, or empty it')
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -219,28 +219,28 @@ def claim(out, **source):
 
 
 def image_kind(image):
-    """The extension for encoded bytes in a shard. Refused: what shards cannot hold."""
+    """Encoded bytes -> the extension that they get in a shard. An image that shards cannot hold is Refused."""
     with pillow_errors('its image'):
         kind = open_image(image).format
-    need(kind in KINDS, f'{kind} is not among the kinds of image here; save it as JPEG, PNG or WebP')
+    need(kind in KINDS, f'{kind} is not a kind of image that shards can hold; save it as JPEG, PNG or WebP')
     return KINDS[kind]
 
 
 def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_column=None):
     """A file of rows and a folder of images -> shards of up to `size` images in `out`.
 
-    val: this share of the images goes to out/val, the others to out/train. Which ones depends on their names alone.
-    Karpathy's list says itself where each image goes. Image bytes are copied as they are. Images that are missing or no
-    images, or without a caption, are left out. What is in a shard already stays there; what is in none goes into
-    further ones.
+    val: this share of the images goes to out/val, the others to out/train. An image's name alone decides where it goes.
+    Karpathy's list takes no val, because it says itself where each image goes. Image bytes are copied as they are. An
+    image that is missing or broken, or has no caption, is left out. Images that are in a shard already stay there; the
+    others go into new shards.
     """
-    need(0 <= val < 1, f'--val {val} is no share; give 0.1 for a tenth')
+    need(0 <= val < 1, f'--val {val} is not a share below 1; give 0.1 for a tenth')
     records = records_by_image(read_rows(rows), rows, image_column, caption_column)
     sides = divide(records, rows, out, val)
     claim(out, source=f'{Path(rows).resolve()}', images=f'{Path(images).resolve()}', val=val,
           columns=[image_column, caption_column])
     new = {}
-    for folder, side in sides.items():              # of both sides, before a shard of either is written
+    for folder, side in sides.items():              # check both sides before a shard of either is written
         new[folder] = not_packed(side, folder, rows)
     problems = []
     for folder, left in sorted(new.items()):        # train first
@@ -248,7 +248,7 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
         for start in range(0, len(left), size):
             path = Path(folder, f'{number:05d}.tar')
             write_shard(path, packed(left[start:start + size], images, number, problems))
-            number += path.exists()                 # else none of them could be used
+            number += path.exists()                 # there is no shard if none of them could be used
     name_left_out(problems)
     listed = sum(map(len, sides.values()))
     need(len(problems) < listed, f'none of the {listed} images could be packed; are they in {images}?')
@@ -259,7 +259,7 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
 def divide(records, rows, out, val):
     """Which images go into which folder of shards -> {folder: {image name: record}}."""
     splits = Counter(record[SPLIT] for record in records.values() if SPLIT in record)
-    need(not (val and splits), f'{rows} says itself which images are held out; leave --val away')
+    need(not (val and splits), f'{rows} says itself which images are held out; leave --val out')
     sides = defaultdict(dict)
     for name, record in records.items():
         if splits:
@@ -283,7 +283,7 @@ def shards_in(folder):
 
 
 def not_packed(records, folder, rows):
-    """The records that are in no shard yet. Refused where a shard holds what is not among the records."""
+    """The records that are in no shard yet. Refused if a shard holds something that is not among the records."""
     left = dict(records)
     shards = shards_in(folder)
     for i in range(len(shards)):
@@ -295,7 +295,7 @@ def not_packed(records, folder, rows):
 
 
 def packed(records, images, number, problems):
-    """(name, bytes) of the members of a shard. Why an image is left out goes into `problems`."""
+    """Yields (name, bytes) of the members of a shard. If an image is left out, the reason goes into `problems`."""
     for i, record in enumerate(progress(records, 'packing')):
         try:
             image = Path(images, record['file']).read_bytes()
@@ -313,9 +313,9 @@ def packed(records, images, number, problems):
 def read_captions(table):
     """DreamLIP's CSV -> a database with the captions of each URL, as sentences.
 
-    It lies in a temporary file, for the table may be larger than memory.
+    It lies in a temporary file, because the table may be larger than memory.
     """
-    csv.field_size_limit(1 << 24)       # bytes: Python's own limit of 128 KiB is for shorter texts than seven captions
+    csv.field_size_limit(1 << 24)       # characters in a field; Python's own limit of 131,072 may be too low
     database = sqlite3.connect('')      # '' is a temporary file
     database.execute('create table captions (url primary key, record)')
     with open(table, encoding='utf-8-sig', errors='replace', newline='') as file:
@@ -333,8 +333,8 @@ def read_captions(table):
 
 
 def join(table, shards, out):
-    """DreamLIP's CSV onto img2dataset's shards, by URL: new shards of the pairs it knows, with its captions."""
-    need(Path(table).is_file(), f'{table} is no file; give a CSV with the captions')
+    """Put DreamLIP's captions onto img2dataset's shards, matched by URL. The new shards hold the pairs that matched."""
+    need(Path(table).is_file(), f'{table} is not a file; give a CSV with the captions')
     source = Shards(shards)
     database = read_captions(table)
     claim(out, source=f'{Path(table).resolve()}, {os.path.getsize(table):,} bytes',
@@ -366,7 +366,7 @@ def join(table, shards, out):
             write_shard(path, members(number))
     name_left_out(problems)
     print(f"{counts['matched']:,} of {counts['pairs']:,} pairs matched "
-          f"({counts['matched'] / max(counts['pairs'], 1):.1%}), in the shards that {out} lacked")
+          f"({counts['matched'] / max(counts['pairs'], 1):.1%}), in the shards that {out} did not have yet")
 
 
 # --- 3. A look at shards ---------------------------------------------------------------------------------------------
@@ -375,7 +375,7 @@ TILE = 128      # side of a view on the sheet, in pixels
 
 
 def sample_sheet(crops, path):
-    """A PNG of what the student is shown, a row for each pair, and its captions on the terminal."""
+    """Draw what the student is shown as a PNG, with a row for each pair, and print the captions."""
     tiles = []
     labels = ['global'] * crops.counts.global_texts + ['local'] * crops.counts.local_texts
     for index, views, captions, _ in sample_views(crops):
@@ -388,13 +388,14 @@ def sample_sheet(crops, path):
 
 
 def unsplit(record):
-    """Whether a list of DreamLIP's is one item of several sentences. It passes whole, so it gives one caption."""
+    """Does a list under DreamLIP's keys have one item only, of several sentences? The item passes whole, so it gives
+    one caption."""
     lists = [record[key] for key in DREAMLIP if isinstance(record.get(key), list)]
     return any(len(value) == 1 < len(sentences(value)) for value in lists)
 
 
 def too_long(captions, texts, context_length, vocab):
-    """How many captions are longer than the context, and by which vocabulary."""
+    """In words: how many captions are longer than the context, and with which vocabulary this was counted."""
     if vocab or 'COSMOS_VOCAB' in os.environ:
         tokenizer = Tokenizer.clip(vocab)
         by = "CLIP's vocabulary"
@@ -403,7 +404,7 @@ def too_long(captions, texts, context_length, vocab):
         by = 'a vocabulary learned from these pairs'
     room = context_length - 2                       # without start and end
     long = sum(len(tokenizer.encode(caption)) > room for caption in captions)
-    return f'{long:,} of {len(captions):,} captions of one pass, {context_length} tokens by {by}'
+    return f'{long:,} of {len(captions):,} captions of one pass; the context has {context_length} tokens of {by}'
 
 
 def percentiles(values):
@@ -411,12 +412,12 @@ def percentiles(values):
 
 
 def counts_of(recipe):
-    """The views and captions of a preset's recipe."""
+    """How many views and captions a preset's recipe has."""
     return Counts(local_images=recipe.get('local_crops', 6), local_texts=recipe.get('local_captions', 6))
 
 
 def inspect(shards, caption_keys, preset, vocab, out):
-    """A report on pairs from all over the set, and a sheet of views. What cannot be read is left out."""
+    """Print a report on pairs from all over the set, and draw a sheet of views. Unreadable pairs are left out."""
     source = Shards(shards, caption_keys, 'train')
     config, recipe = PRESETS[preset]
     crops = Crops(source, None, config, 0, counts_of(recipe), recipe.get('augment', 'full'))
@@ -441,12 +442,12 @@ def inspect(shards, caption_keys, preset, vocab, out):
     name_left_out(problems)
     texts = sum(pools, [])
     print(f'{len(source):,} pairs in {len(source.paths)} shards, {sum(source.sizes) / 2**20:,.1f} MiB')
-    print('left out            ', f'{len(problems)} of {len(sample)} pairs read; training skips them')
+    print('left out            ', f'{len(problems)} of {len(sample)} pairs that were tried; training skips them')
     print('keys                ',
           ', '.join(f'{key} ({n / len(pools):.0%})' for key, n in keys.most_common()))
     print('sentences per pair  ', percentiles(list(map(len, pools))))
     print('unsplit paragraphs  ', f'in {paragraphs} of {len(pools)} pairs'
-          " under DreamLIP's keys; pack splits those that are strings")
+          " under DreamLIP's keys; pack splits a paragraph if it is a string")
     print('words per sentence  ', percentiles([len(text.split()) for text in texts]))
     print('longer than context ', too_long(captions, texts, config.context_length, vocab))
     print('repeated            ', f'{len(pools) - len(images)} of {len(pools)} images, '
@@ -466,29 +467,29 @@ def main():
         one.set_defaults(function=function)
         return one.add_argument
 
-    add = add_command(pack, 'ROWS IMAGES OUT', 'rows and a folder of images into shards')
-    add('rows', help='JSONL {"image", "captions"}, a CSV or TSV alike, COCO-caption JSON, or '
+    add = add_command(pack, 'ROWS IMAGES OUT', 'make shards from rows and a folder of images')
+    add('rows', help='JSONL {"image", "captions"}, a CSV or TSV with such columns, COCO-caption JSON, or '
         "Karpathy's list")
-    add('images', help='folder in which the images have these names')
-    add('out', help='folder of the shards')
+    add('images', help='folder of the images, in which they have the names of the rows')
+    add('out', help='folder for the shards')
     add('--image-column',
         help=f"column of the image names (default: the first of {', '.join(IMAGE_COLUMNS)})")
     add('--caption-column', help='column of the caption; no other text of the row is then used')
-    add('--val', type=share, default=0.0, help='share of the images for OUT/val; OUT/train has the others '
+    add('--val', type=share, default=0.0, help='share of the images that goes to OUT/val; the others go to OUT/train '
         "(Karpathy's list says itself what is held out)")
-    add('--size', type=positive, default=5000, help='images a shard (default: %(default)s)')
-    add = add_command(join, 'TABLE SHARDS ... OUT', "DreamLIP's captions onto img2dataset's shards")
+    add('--size', type=positive, default=5000, help='images per shard (default: %(default)s)')
+    add = add_command(join, 'TABLE SHARDS ... OUT', "put DreamLIP's captions onto img2dataset's shards")
     add('table', help='CSV with a column of URLs, and seven of captions')
-    add('shards', nargs='+', help='tars, or folders of them, whose json has the url')
-    add('out', help='folder of the new shards')
+    add('shards', nargs='+', help='tars, or folders of them; the json of their pairs has the url')
+    add('out', help='folder for the new shards')
     add = add_command(inspect, 'SHARDS ...', 'counts, captions, what training would skip, views')
-    add('shards', nargs='+', help='tars, or folders of them; of train/ and val/ the half train/')
+    add('shards', nargs='+', help='tars, or folders of them; if a folder has train/ and val/, its train/ is read')
     add('--caption-keys', help='comma-separated json keys of the captions')
-    add('--preset', choices=PRESETS, default='tiny', help='whose views (default: %(default)s)')
+    add('--preset', choices=PRESETS, default='tiny', help='the preset whose views are drawn (default: %(default)s)')
     add('--vocab', help="CLIP's merges, to count tokens (default: COSMOS_VOCAB, else learned ones)")
     add('--out', default='runs/samples.png', help='the sheet of views (default: %(default)s)')
     options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors='replace')    # half a character, which JSON can write, cannot be printed
+    sys.stdout.reconfigure(errors='replace')    # JSON can write half a character, which cannot be printed
     function = options.pop('function')
     function(**options)
 

@@ -1,13 +1,13 @@
-"""A run as one page: one step value by value, curves, where cross-attention looks.
+"""Show a run on one page: one step value by value, curves, and where cross-attention looks.
 
     python -m extras.report runs/tiny-cosmos                    writes runs/tiny-cosmos/report.html
     python -m extras.report runs/tiny-cosmos runs/tiny-clip     both on one page, in the folder of the first
 
-The page is one file that opens from disk; report.html beside this module is its template. `Report` writes it at the end
-of a run of train.py. Before the first step and at each evaluation it leaves in maps.npz what the page shows beside
-config.json, log.jsonl and eval.json. So the page needs neither weights nor data.
+The page is one file that opens from disk. Its template is report.html, next to this module. `Report` writes the page at
+the end of a run of train.py. The page shows config.json, log.jsonl and eval.json, and what `Report` leaves in maps.npz
+before the first step and at each evaluation. So it can be written without the weights and the data.
 
-The page computes matrices and losses itself, from the vectors of one batch. A button shows beside each what Python had.
+The page computes matrices and losses itself, from the vectors of one batch. A button shows Python's value next to each.
 """
 import base64
 import inspect
@@ -36,11 +36,11 @@ from plumbing.files import read_json, read_lines, replacing
 from plumbing.images import read_image
 from plumbing.options import Parser
 
-PAIRS = 16              # of the step, from all over the training set
-SHOWN = 12              # images of the explorer, the first held-out ones
-RIVALS = 5              # captions of other images that an image is asked about, too
-MOST_STEPS = 6          # with vectors and maps on a page
-SIDE = 224              # of an image on the page, in pixels
+PAIRS = 16              # how many pairs the step shows, from all over the training set
+SHOWN = 12              # how many images the explorer has: the first held-out ones
+RIVALS = 5              # how many captions of other images the explorer compares with an image's own
+MOST_STEPS = 6          # how many evaluations a page has vectors and maps of, at most
+SIDE = 224              # side of an image on the page, in pixels
 SMALL = 128
 CODE = (text_crops, Teacher.forward, Teacher.update, cosmos.clip_loss, match, nce, CrossAttention.weights,
         COSMOS.forward, cosmos.total_loss)
@@ -48,12 +48,12 @@ CODE = (text_crops, Teacher.forward, Teacher.update, cosmos.clip_loss, match, nc
 # --- 1. During training: what a run leaves in maps.npz ---------------------------------------------------------------
 
 def short(tensor):
-    """For JSON: a number or lists of numbers, rounded."""
+    """A tensor as a number or lists of numbers, rounded, for JSON."""
     return np.round(tensor.tolist(), 5).tolist()
 
 
 def keep(folder, name, part):
-    """Adds a part of the page, as bytes of JSON, to folder/maps.npz."""
+    """Add a part of the page, as bytes of JSON, to folder/maps.npz."""
     path = Path(folder, 'maps.npz')
     arrays = {}
     if path.exists():
@@ -74,7 +74,7 @@ def picture(image, side=SIDE):
 
 
 def packed(tensor):
-    """Numbers in [-1, 1], as of unit vectors and weights -> 16 bits each, in base64. The page divides by 32767."""
+    """Numbers in [-1, 1], as in unit vectors and weights -> 16 bits each, in base64. The page divides by 32767."""
     integers = np.rint(32767 * tensor.cpu().numpy())
     return base64.b64encode(np.int16(integers).tobytes()).decode()
 
@@ -82,8 +82,8 @@ def packed(tensor):
 # The step
 
 def sample_views(crops, count=4):
-    """What the student is shown: yields (index, views (3, s, s) in [0, 1], captions, boxes) of pairs from all over the
-    set."""
+    """Yields what the student is shown of pairs from all over the set: (index, views (3, s, s) in [0, 1], captions,
+    boxes)."""
     for index in np.unique(np.linspace(0, len(crops.shards) - 1, count, dtype=int)):
         try:
             images, strengths, captions, boxes = crops.sample(0, index)
@@ -107,7 +107,7 @@ def read_pairs(crops):
         samples.append((views, ids))
         pairs.append({
             'image': picture(image),
-            'size': image.size,                             # in which the boxes are given
+            'size': image.size,                             # the boxes count in its pixels
             'views': [picture(to_pil_image(view), SMALL) for view in views],
             'boxes': boxes,                                 # (y, x, h, w)
             'pool': crops.shards.pool(index),
@@ -121,7 +121,7 @@ def read_batch(student, images, texts):
     """images: V of (B, 3, s, s), texts (U, B, T) -> vectors of the student {name: (V, B, D) or (U, B, D)}, not of
     unit length, and weights {C_I: (U, B, P), C_T: (V, B, T)}, {} for a model without cross-attention.
 
-    As COSMOS.forward; and in h_I_other and h_T_other pair b has read pair b - 1.
+    Computes what COSMOS.forward computes. In addition, in h_I_other and h_T_other pair b has read pair b - 1.
     """
     cls = student.visual(images)
     eot = student.text(texts)
@@ -142,8 +142,8 @@ def read_batch(student, images, texts):
 
 
 def figures_of(a, b, scale):
-    """Of unit vectors a (V, B, D) and b (U, B, D): their loss, and the mean cosine of all, and of own pairs. Without
-    `gather`, for only rank 0 comes here."""
+    """Unit vectors a (V, B, D) and b (U, B, D) -> their loss, the mean cosine of all vectors of a with all of b, and
+    that of vectors of the same pair. `gather` is not needed, because only rank 0 comes here."""
     cosines = torch.einsum('vad,ubd->vuab', a, b)                       # (V, U, B, B)
     return {
         'loss': (nce(a, b, scale) + nce(b, a, scale)) / 2,
@@ -154,10 +154,10 @@ def figures_of(a, b, scale):
 # The explorer
 
 def texts_about(i, pools, record):
-    """What the explorer asks about image i: yields (kind, text, of). pools: the captions of each image.
+    """Yields (kind, text, of), the texts that the explorer has for image i. pools: the captions of each image.
 
     kind: caption, other (a caption of another image), name (of an object in the image), absent (a name of nothing in
-    it). of: the number of the object with whose name an absent one is compared.
+    it). of: the number of the object that a name belongs to, or that an absent name is compared with; else None.
     """
     for caption in pools[i]:
         yield 'caption', caption, None
@@ -165,7 +165,7 @@ def texts_about(i, pools, record):
     for pool in others[:RIVALS]:
         yield 'other', pool[0], None
     for number, thing in enumerate(record.get('objects') or []):
-        if 'absent' in thing:                               # else objects of another kind
+        if 'absent' in thing:                               # objects of other sets have no absent names
             kind = 'name'
             for name in [thing['name'], *thing['absent']]:
                 article = 'an' if name[0] in 'aeiou' else 'a'
@@ -174,10 +174,11 @@ def texts_about(i, pools, record):
 
 
 def ask(seen, pixels, texts):
-    """What the model makes of an image (1, 3, S, S) and n texts about it -> {cosine (n,), mean (n,), maps (n, P)}.
+    """An image (1, 3, S, S) and n texts -> what the model makes of them, {cosine (n,), mean (n,), maps (n, P)}.
 
-    cosine: of image and text. mean: of the text and all held-out images. maps: the weights of C^I, asked by the text. A
-    model without cross-attention has none: there they are cosines of the patches.
+    cosine: that of image and text. mean: the text's mean cosine with all held-out images. maps: the weights of C^I with
+    the text as query. A model without cross-attention has no such weights, so there a map has the cosines of the text
+    with the patches.
     """
     model = seen.model
     eot, _ = model.encode_text(seen.tokenizer(texts).to(pixels.device))     # (n, D)
@@ -195,10 +196,10 @@ def ask(seen, pixels, texts):
 
 class Report:
     """A watcher for train.main: it leaves what the page shows in the folder of the run, and writes the page at the
-    end. It draws no random number and leaves no gradient: without it the run is the same."""
+    end. It draws no random numbers and leaves no gradients, so the run is the same without it."""
 
     def begin(self, run):
-        """What is known before the first step: the pairs of the step, and how the run was started."""
+        """Keep what is known before the first step: the pairs of the step, and how the run was started."""
         device = run.processes.device
         pairs, images, ids = read_pairs(run.train_set)
         self.images = [normalize(view).to(device) for view in images]       # V of (B, 3, s, s)
@@ -220,7 +221,7 @@ class Report:
 
     @torch.no_grad()
     def keep_step(self, run):
-        """The pairs as student and teacher see them after run.step steps, in float32."""
+        """Keep the pairs as student and teacher see them after run.step steps, in float32."""
         raw, weights = read_batch(run.student, self.images, self.texts)
         vectors = {name: unit(raw[name]) for name in raw}
         scales = [scale.exp() for scale in run.student.scales()]
@@ -241,8 +242,8 @@ class Report:
 
     @torch.no_grad()
     def evaluated(self, run, seen):
-        """What the page shows of an evaluation: the step, the first held-out images, and texts about them -> no
-        figures."""
+        """Keep what the page shows of an evaluation: the step, the first held-out images, and texts about them -> {},
+        because it adds no figures to eval.json."""
         self.keep_step(run)
         captions, owner = shard_captions(seen.val)
         pools = []
@@ -270,7 +271,7 @@ class Report:
 # --- 2. The page -----------------------------------------------------------------------------------------------------
 
 def read_log(path):
-    """Entries of log.jsonl, one a step. What is logged last counts: a resumed run logs steps again."""
+    """Entries of log.jsonl, one per step. A resumed run logs some steps again, and what is logged last counts."""
     entries = {}
     for line in read_lines(path):
         with suppress(json.JSONDecodeError):                # a line that was cut short
@@ -280,7 +281,7 @@ def read_log(path):
 
 
 def read_maps(path):
-    """maps.npz -> {start, held out, batch: [{step, ...}], texts: [{step, ...}]}; of many steps some MOST_STEPS."""
+    """maps.npz -> {start, held out, batch: [{step, ...}], texts: [{step, ...}]}, the lists with at most MOST_STEPS."""
     with np.load(path) as stored:
         maps = {name: json.loads(stored[name].item()) for name in sorted(stored)}
     for kind in 'batch', 'texts':
@@ -291,7 +292,7 @@ def read_maps(path):
 
 
 def read_run(folder):
-    """All that can be read of a run's folder; a part that cannot is {'missing': why}."""
+    """All that can be read in a run's folder. A part that cannot be read is {'missing': why}."""
     need((folder / 'config.json').exists(), f'{folder} holds no run; give the --out of train.py')
     found = {'name': str(folder)}
     parts = {
@@ -303,7 +304,7 @@ def read_run(folder):
         path = folder / file
         try:
             found[path.stem] = read(path)
-        except (OSError, Refused) as error:                 # the page shows what is there
+        except (OSError, Refused) as error:                 # the page shows the other parts
             found[path.stem] = {'missing': str(error)}
     return found
 
@@ -311,7 +312,7 @@ def read_run(folder):
 def write(folders):
     """The page of one or several runs -> its path, in the folder of the first."""
     runs = [read_run(Path(folder)) for folder in folders]
-    # A caption may hold </script>, which would end the script that it lies in.
+    # A caption may hold </script>, which would end the script around it.
     data = json.dumps(runs).replace('<', '\\u003c')
     template = Path(__file__).with_suffix('.html').read_text()
     path = Path(folders[0], 'report.html')

@@ -1,12 +1,12 @@
-"""The images of a folder, ranked for a query in words or for another image, with a contact sheet.
+"""Rank the images of a folder for a query in words or for another image, and draw the best on a contact sheet.
 
     python -m extras.search CKPT --images DIR "a red star" --out found.png
     python -m extras.search CKPT --images DIR --like a.jpg
     python -m extras.search CKPT --images DIR "a red star" --json ranking.json --features features.pt
 
---json FILE has all images in their order under 'ranking'. --features FILE keeps the features of the images for the next
-query, and for other programs: {'paths': [n strings], 'features': (n, D)}, unit vectors in the same order, for
-torch.load(FILE, weights_only=True). They are computed anew where an image of the folder has changed, or the weights.
+--json FILE writes all images under 'ranking', best first. --features FILE keeps the features of the images for the next
+query. They are computed anew if an image of the folder or the weights have changed. Other programs can read them, too:
+torch.load(FILE, weights_only=True) gives {'paths': [n strings], 'features': (n, D)}, unit vectors in the same order.
 """
 import textwrap
 from pathlib import Path
@@ -29,7 +29,8 @@ LABEL = 50              # three lines below it
 # --- 1. Features of a folder -----------------------------------------------------------------------------------------
 
 def folder_features(model, preprocess, folder, file=None, workers=0):
-    """All images under a folder that can be read -> {'paths': n strings, 'features': (n, D)}, as `file` keeps them."""
+    """All images under a folder that can be read -> {'paths': n strings, 'features': (n, D)}. `file` keeps this for the
+    next call."""
     paths = images_in(folder)
     source = model.visual.proj[0].tolist()                  # enough to tell one model from another
     for path in paths:
@@ -56,7 +57,7 @@ def folder_features(model, preprocess, folder, file=None, workers=0):
 # --- 2. Contact sheet ------------------------------------------------------------------------------------------------
 
 def draw_tile(path, label):
-    """An image with a label of up to three lines below, (3, h, w) in [0, 1]."""
+    """An image with a label of up to three lines below it, as (3, h, w) in [0, 1]."""
     tile = Image.new('RGB', (TILE, TILE + LABEL), 'white')
     image = read_image(path).convert('RGB')
     tile.paste(ImageOps.pad(image, (TILE, TILE), color='white'))
@@ -99,10 +100,10 @@ def main():
     add('--top', type=positive, default=12, help='how many to show (default: %(default)s)')
     add('--out', default='runs/search.png', help='the contact sheet (default: %(default)s)')
     add('--features', help='file that keeps the features of the images')
-    # Not parse_args: before Python 3.13 it does not find an optional word behind flags.
+    # Before Python 3.13 parse_args does not find an optional argument that comes after flags, so we do not use it.
     args = parser.parse_intermixed_args()
     need(len(args.query) + bool(args.like) == 1,
-         f'give one query, in quotes if it has several words, or --like IMAGE; not {args.query}')
+         f'give either one query, in quotes if it has several words, or --like IMAGE; the query was {args.query}')
     execute(args)
 
 

@@ -1,13 +1,13 @@
-"""Weights from elsewhere, and ours for elsewhere.
+"""Convert weights from and for other programs, and fetch the released ones.
 
     python -m extras.weights export CKPT OUT.pt                   a state dict that open_clip loads, and OUT.json
     python -m extras.weights import clip.pt OUT.pt --quick-gelu   OpenAI's CLIP, or another, as our checkpoint
     python -m extras.weights import clip.safetensors OUT.pt --config ViT-H-14.json
     python -m extras.weights fetch cosmos_vitb16_cc3m             the released weights, once; prints where they are
 
-`import` takes the state dict of a ViT under open_clip's names, which are OpenAI's. Weights tell neither the width of an
-attention head nor the activation. open_clip's model config, a JSON file, does; without it heads are 64 wide. What
-`import` writes, every other command reads.
+`import` takes the state dict of a ViT under open_clip's names, which are also OpenAI's. Weights do not say how wide an
+attention head is, nor what the activation is. open_clip's model config, a JSON file, says both. Without it heads are
+taken to be 64 wide. Every other command reads what `import` writes.
 """
 import hashlib
 import sys
@@ -32,14 +32,14 @@ OPENCLIP_HAS = 'visual.', 'text.', 'logit_scale'                        # but no
 
 
 def export(checkpoint, out):
-    """The teacher's towers and scale under open_clip's names, and beside them open_clip's model config.
+    """Write the teacher's towers and scale under open_clip's names, and next to them open_clip's model config.
 
-    open_clip has no place for cross-attention, its maps and its scale: they stay behind.
+    open_clip has no place for cross-attention, its maps and its scale, so they are left out.
     """
     path = Path(out)
     layout = path.with_suffix('.json')
-    need(path.suffix == '.pt', f'{path} must be named OUT.pt, for OUT.json is written beside it')
-    need(not path.exists() and not layout.exists(), f'{path} or {layout} exists; name another')
+    need(path.suffix == '.pt', f'{path} must be named OUT.pt, because OUT.json is written next to it')
+    need(not path.exists() and not layout.exists(), f'{path} or {layout} exists; name another file')
     model, _, _ = load(checkpoint)
     c = model.config
     vision = {
@@ -58,7 +58,7 @@ def export(checkpoint, out):
     print(f"open_clip.add_model_config('{layout}')\n"
           f"model = open_clip.create_model('{path.stem}', pretrained='{path}')")
     if c.vocab_size != CLIP_VOCABULARY:
-        print('# The merges were learned. open_clip has no tokenizer for them; take that of eval.load.')
+        print('# The merges were learned, so open_clip has no tokenizer for them; use the one that eval.load gives.')
 
 
 # --- 2. Others' as ours ----------------------------------------------------------------------------------------------
@@ -66,16 +66,16 @@ def export(checkpoint, out):
 OPENAI = ("open_clip has OpenAI's weights in the right form: "
           "model = open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai'), "
           "torch.save(model.state_dict(), 'clip.pt'), then import clip.pt with --quick-gelu")
-SIZES = 'input_resolution', 'context_length', 'vocab_size'      # lie among the weights of OpenAI
+SIZES = 'input_resolution', 'context_length', 'vocab_size'      # OpenAI's files have these among the weights
 
 
 def read_weights(path):
-    """A file of tensors -> {name: tensor}. What might run code is Refused with a remedy."""
+    """A file of tensors -> {name: tensor}. A file that might run code is Refused, with a remedy."""
     if Path(path).suffix == '.safetensors':
         try:
             from safetensors.torch import load_file
         except ImportError:
-            raise Refused(f'{path} needs one package more: pip install safetensors') from None
+            raise Refused(f'{path} needs one more package: pip install safetensors') from None
         with reading(path):
             return load_file(path)
     try:
@@ -85,7 +85,7 @@ def read_weights(path):
         if 'TorchScript' in reason:
             raise Refused(f'{path} is TorchScript, which may run code; {OPENAI}') from None
         if 'may run code' in reason:
-            raise Refused(f'{reason}; where you trust it, '
+            raise Refused(f'{reason}; if you trust the file, run '
                           f"torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'clip.pt'), "
                           'then import clip.pt') from None
         raise
@@ -99,7 +99,7 @@ def import_weights(other, out, config=None, quick_gelu=False):
     for name in SIZES:
         state.pop(name, None)
     need('visual.class_embedding' in state and 'text_projection' in state,
-         f"{other} has other names than a ViT of open_clip ({', '.join(list(state)[:3])}); {OPENAI}")
+         f"{other} has other names than open_clip's ViTs ({', '.join(list(state)[:3])}); {OPENAI}")
     sizes = infer_config(state, quick_gelu)
     if config:
         layout = read_json(config)
@@ -112,18 +112,18 @@ def import_weights(other, out, config=None, quick_gelu=False):
             quick_gelu=quick_gelu or layout.get('quick_gelu', False))
     tokenizer = Tokenizer.clip(context_length=sizes.context_length)
     need(tokenizer.vocab_size == sizes.vocab_size,
-         f"{other} knows {sizes.vocab_size:,} ids, CLIP's vocabulary has {tokenizer.vocab_size:,}; "
-         'where they were learned, take the checkpoint that train.py wrote')
-    width = sizes.vision_width                              # above 1024 they are wider in all known models
+         f"{other} knows {sizes.vocab_size:,} ids, but CLIP's vocabulary has {tokenizer.vocab_size:,}; "
+         'if its merges were learned, take the checkpoint that train.py wrote')
+    width = sizes.vision_width                              # above 1024 heads are wider in all known models
     need(config or (width <= 1024 and width % 64 == 0),
-         f"{other} has heads that are not 64 wide; give open_clip's model config by --config")
+         f"{other} has heads that are not 64 wide; give open_clip's model config with --config")
     model = COSMOS(sizes)
     load_weights(model, from_openclip(state), other)
     save_tensors(out, {'config': asdict(sizes), 'merges': tokenizer.merges, 'step': 0,
                        'student': model.state_dict()})
     print(f'checkpoint {out}: {sizes}')
     if not sizes.quick_gelu:
-        print("note       GELU is assumed; OpenAI's weights and others want --quick-gelu")
+        print("note       GELU is assumed, but OpenAI's weights and some others need --quick-gelu")
 
 
 # --- 3. The released weights -----------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ NAMES = [f'cosmos_vitb16_{name}' for name in DATA] + [f'cosmos_vitb32_{name}' fo
 def fetch(name):
     """Print the path of released weights in torch's cache, their size and SHA-256. They are downloaded on first use.
 
-    The authors publish no checksum. Compare it with that of somebody who has the file.
+    The authors publish no checksum, so compare this one with that of somebody else who has the file.
     """
     path = Path(torch.hub.get_dir(), f'{name}.pt')
     address = RELEASED.format(name)
@@ -145,11 +145,11 @@ def fetch(name):
         try:
             torch.hub.download_url_to_file(address, path)
         except OSError as error:
-            raise Refused(f'{address} cannot be fetched ({error}); bring the file yourself') from None
+            raise Refused(f'{address} cannot be fetched ({error}); get the file in another way') from None
     content = path.read_bytes()
     if content[:200].lstrip().lower().startswith((b'<!doctype', b'<html')):
         path.unlink()
-        raise Refused(f'{address} gave a web page in place of weights; bring the file yourself')
+        raise Refused(f'{address} gave a web page instead of weights; get the file in another way')
     print(f'{len(content):,} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}', file=sys.stderr)
     print(path)                             # alone on standard output, for $(...)
 
@@ -160,16 +160,16 @@ def main():
     prog = 'python -m extras.weights'
     parser = Parser(prog=prog, usage='%(prog)s export|import|fetch ...', epilog=__doc__)
     commands = parser.add_subparsers(required=True, prog=prog)
-    one = commands.add_parser('export', help='ours, for open_clip', usage='%(prog)s CKPT OUT.pt')
+    one = commands.add_parser('export', help='our weights, for open_clip', usage='%(prog)s CKPT OUT.pt')
     one.set_defaults(function=export)
     add = one.add_argument
     add('checkpoint', metavar='CKPT')
-    add('out', metavar='OUT.pt', help='OUT.json is written beside it')
-    one = commands.add_parser('import', help="others', as ours",
+    add('out', metavar='OUT.pt', help='OUT.json is written next to it')
+    one = commands.add_parser('import', help="other people's weights, as our checkpoint",
                               usage='%(prog)s OTHER.pt OUT.pt [options]')
     one.set_defaults(function=import_weights)
     add = one.add_argument
-    add('other', metavar='OTHER.pt', help='a state dict, or a file of safetensors')
+    add('other', metavar='OTHER.pt', help='a state dict, or a safetensors file')
     add('out', metavar='OUT.pt', help='our checkpoint')
     add('--config', help="open_clip's model config, for heads that are not 64 wide")
     add('--quick-gelu', action='store_true', help="the activation of OpenAI's CLIP")

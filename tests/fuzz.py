@@ -1,10 +1,11 @@
-"""Bytes from strangers: mutated images, records and tars, through all that training and evaluation do with them.
+"""Bytes from strangers: send mutated images, records and tars through all that training and evaluation do with them.
 
     python -m tests.fuzz --seconds 5
     python -m tests.fuzz --count 100000
 
-Nothing but Refused (and Unreadable, which is one) may come out, within LIMIT_SECONDS and LIMIT_GB. Whatever else does is
-printed with its number; --first NUMBER --count 1 repeats it, beside the same --only.
+Only Refused may be raised (or Unreadable, which is one), and no mutation may take more than LIMIT_SECONDS or LIMIT_GB.
+Anything else is printed with the number of its mutation; --first NUMBER --count 1 repeats it, with the same --only and
+--seed.
 """
 import argparse
 import json
@@ -32,8 +33,8 @@ from plumbing.images import read_image
 from plumbing.shards import WIDTH
 from tests.helpers import MICRO, encoded, pairs_tar
 
-# Of this process, for one mutation. Pillow takes images of up to 179 million pixels, which are 0.7 GB: the image, its
-# copies in RGB and turned, and the tensor take 2.1 GB (3.4 GB after 70,000 others), and took 6 seconds.
+# What this process may take for one mutation. Pillow accepts images of up to 179 million pixels, which are 0.7 GB. The
+# image, its copies in RGB and turned, and the tensor took 2.1 GB (3.4 GB after 70,000 other mutations) and 6 seconds.
 LIMIT_SECONDS = 15
 LIMIT_GB = 4
 RECORD = json.dumps({'caption': 'A boat. Two men', 'captions': ['a dog', 'a cat'], 'raw_caption': None, 'file': 'ä.jpg',
@@ -46,7 +47,7 @@ def png_chunk(kind, data):
 
 
 def interlaced_png(side):
-    """A grey square in the seven passes of Adam7, which Pillow reads and does not write."""
+    """A grey square in the seven passes of Adam7, which Pillow can read but not write."""
     rows = b''
     for x, y, dx, dy in (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2):
         width = len(range(x, side, dx))
@@ -58,7 +59,7 @@ def interlaced_png(side):
 
 
 def originals():
-    """{kind: bytes}: images of every kind that a crawl has, a record, and tars of three pairs."""
+    """{kind: bytes}: images of every kind that a crawl finds, a record, and tars of three pairs."""
     image = Image.effect_mandelbrot((60, 40), (-2, -1, 1, 1), 40).convert('RGB')
     exif = Image.Exif()
     # Maker, Orientation, XResolution, Software, the time
@@ -91,7 +92,7 @@ def originals():
 # --- 2. How ----------------------------------------------------------------------------------------------------------
 
 def mutate(data, rng):
-    """One to eight changes: most of them in the first bytes, where the headers are."""
+    """Make one to eight changes, most of them in the first bytes, where the headers are."""
     data = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 4, 8])):
         reach = rng.choice([64, 512, len(data) + 1])
@@ -102,7 +103,7 @@ def mutate(data, rng):
             data[start:stop] = rng.randbytes(stop - start)
         elif change == 1:                               # numbers that are much too large or too small
             data[start:stop] = rng.choice([b'\xff', b'\x00', b'\x7f', b'\x80']) * (stop - start)
-        elif change == 7:                               # numbers of a type
+        elif change == 7:                               # a number that may stand for a type
             data[start:start + 1] = [rng.randrange(16)]
         elif change == 2:
             data[start:start + 1] = [data[start] ^ 1 << rng.randrange(8)] if start < len(data) else b''
@@ -118,7 +119,7 @@ def mutate(data, rng):
 
 
 def mend_png(data):
-    """The checksums of a mutated PNG made right, so that its chunks are looked at."""
+    """A mutated PNG with its checksums made right, because else its chunks would not be read."""
     found = data[:8]
     data = data[8:]
     while len(data) >= 12:
@@ -129,7 +130,7 @@ def mend_png(data):
 
 
 def mend_tar(data):
-    """The checksums of a mutated tar made right, so that its headers are looked at."""
+    """A mutated tar with its checksums made right, because else its headers would not be read."""
     found = b''
     for start in range(0, len(data), 512):
         block = data[start:start + 512]
@@ -166,7 +167,7 @@ class OnePair(Shards):
 
 
 def use(shards, i):
-    """A pair as training has it, then as evaluation has it. Either may be refused without the other."""
+    """Use a pair as training does, then as evaluation does. Either may refuse it without the other."""
     tokenizer = Tokenizer([], MICRO.context_length)
     with suppress(Refused):
         _, _, captions, _ = Crops(shards, tokenizer, MICRO, seed=0).sample(0, i)
@@ -185,13 +186,13 @@ def use_tar(path):
 
 
 def gigabytes():
-    """The most that this process has had so far."""
+    """The most memory that this process has taken so far."""
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def try_one(number, kinds, seed, folder):
-    """Mutation `number` -> its kind, and what is wrong with it: '' for nothing."""
+    """Mutation `number` -> its kind, and what went wrong, '' if nothing did."""
     rng = random.Random(f'{seed} {number}')
     kind = list(kinds)[number % len(kinds)]
     data = mutated(kind, kinds[kind], rng)
@@ -217,14 +218,14 @@ def try_one(number, kinds, seed, folder):
 
 
 def fuzz(count=None, seconds=None, seed=0, first=0, only=''):
-    """`count` mutations, or as many as `seconds` allow, of kinds whose name begins with `only` -> [(number, kind, what is
-    wrong)], and how many were tried."""
+    """Try `count` mutations, or as many as `seconds` allow, of the kinds whose names begin with `only` -> [(number,
+    kind, what went wrong)], and how many were tried."""
     kinds = {kind: data for kind, data in originals().items() if kind.startswith(only)}
     found = []
     number = first
     end = time.monotonic() + (seconds or float('inf'))
     with (tempfile.TemporaryDirectory() as folder, open(os.devnull, 'w') as nowhere,
-          redirect_stderr(nowhere), warnings.catch_warnings()):     # there is much to say of such files
+          redirect_stderr(nowhere), warnings.catch_warnings()):     # such files give many warnings
         warnings.simplefilter('ignore')
         while number != first + (count or -1) and time.monotonic() < end:
             kind, wrong = try_one(number, kinds, seed, folder)
@@ -241,7 +242,7 @@ def main():
     parser.add_argument('--seconds', type=float)
     parser.add_argument('--seed', default=0)
     parser.add_argument('--first', type=int, default=0, help='the number of the first mutation')
-    parser.add_argument('--only', default='', help='the kinds whose names begin so: jpeg, png, tar, ...')
+    parser.add_argument('--only', default='', help='only kinds whose names begin like this: jpeg, png, tar, ...')
     args = parser.parse_args()
     if not (args.count or args.seconds):
         args.seconds = 5

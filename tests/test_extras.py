@@ -46,7 +46,7 @@ def picture(kind='JPEG', colour='red'):
 
 
 def write_pairs(path, lines, *images):
-    """A shard of one picture a line of JSON, the given ones first -> path."""
+    """A shard with one picture per line of JSON, the given pictures first -> path."""
     members = []
     for i, line in enumerate(lines.splitlines()):
         image = images[i] if i < len(images) else picture(colour=f'hsl({60 * i}, 100%, 50%)')
@@ -62,7 +62,7 @@ def pools(folder):
 
 
 def run(module, *argv):
-    """A command in this process; its SystemExit would fail the test."""
+    """Run a command in this process. If it raised SystemExit, the test would fail."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['prog', *map(str, argv)])
         module.main()
@@ -103,7 +103,7 @@ LINES = """{"image": "a.jpg", "captions": ["one dog", "a dog"]}
 {"image": "bad.jpg", "captions": ["x"]}
 {"image": "s/b.png", "captions": ["two. dogs"]}
 {"image": "absent.jpg", "captions": ["y"]}"""
-SOURCES = {             # what a table is, its content says
+SOURCES = {             # the content says what a table is, not the name
     'r.csv': COCO,
     'captions.txt': 'filepath,title\na.jpg,one dog .\ns/b.png,two. dogs\na.jpg,a dog\n',
     'r.tsv': 'filepath\ttitle\na.jpg\tone dog\ns/b.png\ttwo. dogs\na.jpg\ta dog\n',
@@ -121,7 +121,7 @@ def images(tmp_path):
 
 @pytest.mark.parametrize('name', SOURCES)
 def test_pack(name, tmp_path, images, capsys):
-    """oracle: the rows that were packed, and after a kill the shards of the packing that nothing disturbed."""
+    """oracle: the rows that were packed; after a kill, the shards of the packing that nothing disturbed."""
     out = tmp_path / 'out'
     arguments = ['pack', put(tmp_path / name, SOURCES[name]), images, out, '--size', 1]
     run(prepare, *arguments)
@@ -164,7 +164,7 @@ GARBLED = {
 
 @pytest.mark.parametrize('case', GARBLED)
 def test_tables_that_could_be_garbled(case, tmp_path, images):
-    """oracle: the captions that stand in the table. The same table again changes nothing."""
+    """oracle: the captions that the table holds. Packing the same table again changes nothing."""
     name, expected, text, *columns = GARBLED[case]
     for _ in range(2):
         prepare.pack(put(tmp_path / name, text), images, tmp_path / 'out', 9, 0, *columns)
@@ -172,8 +172,8 @@ def test_tables_that_could_be_garbled(case, tmp_path, images):
 
 
 def test_a_table_that_grew(tmp_path, images):
-    """oracle: the rows, each in one half; the shards of before, byte by byte. New rows stand first, and an image that
-    was broken is whole now. Refused, without a trace: rows that are gone or changed."""
+    """oracle: the rows, each in one half; the earlier shards, byte by byte. The new rows come first in the table, and
+    an image that was broken is whole now. Rows that are gone or changed are refused, and then nothing is written."""
     rows = ['bad.jpg,dog bad']
     for i in range(30):
         put(images / f'{i}.jpg', picture())
@@ -198,7 +198,7 @@ def test_a_table_that_grew(tmp_path, images):
 
 
 def test_karpathys_list(tmp_path, capsys):
-    """oracle: his splits, by hand. What else is held out nobody may say."""
+    """oracle: Karpathy's splits, by hand. --val is refused, because the list already says what is held out."""
     listed = []
     for i, split in enumerate(['train', 'restval', 'val', 'test', 'other']):
         put(tmp_path / f'f/{i}.jpg', picture())
@@ -228,7 +228,7 @@ NO_TABLES = {
 
 
 def test_pack_refuses(tmp_path, images):
-    """oracle: the sentence of the error, which names value and place; the corrected command is taken."""
+    """oracle: the sentence of the error, which names value and place; the corrected command is accepted."""
     out = tmp_path / 'out'
     german = put(tmp_path / 'g.csv', 'image;Beschreibung\na.jpg;größer\nbad.jpg;alt\n')
     refused('g.csv has no .* columns are image, Beschreibung: .*--caption-column', prepare.pack, german, images, out)
@@ -253,8 +253,8 @@ URLS = r"""{"url": "http://x/0", "caption": "alt"}
 
 
 def test_join(tmp_path, capsys):
-    """oracle: the rows of the table, matched by hand; texts become sentences, the shard's own keys stay. A shard of
-    which nothing matches leaves no tar. Sentences of errors."""
+    """oracle: the rows of the table, matched by hand; texts become sentences, and the shard's own keys stay. A shard in
+    which nothing matches leaves no tar. For errors, their sentences."""
     table = put(tmp_path / 'd.csv', '\ufeffImage Path,raw_caption,longIB_captions\nhttp://x/2,two dogs,"A dog.\n'
                                     'It is 3.5 m, big."\n,no,no\nNone,no,no\nhttp://x/1,one dog,A dog\nhttp://x/0,,\n')
     shard = write_pairs(tmp_path / 'in/i.tar', URLS)
@@ -274,8 +274,8 @@ def test_join(tmp_path, capsys):
 
 
 def test_inspect(tmp_path, capsys, monkeypatch):
-    """oracle: the pairs broken on purpose, and counts by hand; captions are cut at the 64 tokens of `tiny`. Of a folder
-    of two halves the training pairs are read."""
+    """oracle: the pairs that were broken on purpose, and counts by hand; captions are cut at the 64 tokens of `tiny`.
+    If a folder has two halves, its training pairs are read."""
     members = []
     for i, image in enumerate([picture(), picture(), b'no image', picture()[:600], picture('PNG')]):
         members += [(f'{i}.jpg', image), (f'{i}.txt', b'Dogs. A cat')]
@@ -290,13 +290,13 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     for line in ('the half .*/train', 'left out +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
                  'unsplit paragraphs +in 1 of 3 pairs', 'sentences per pair +0 % 1, .* 100 % 2',
                  'words per sentence +0 % 1, .* 100 % 63', 'repeated +1 of 3 images, 0 of 4 sentences',
-                 'longer than context +4 of 12 captions .* 64 tokens by a vocabulary learned',
+                 'longer than context +4 of 12 captions .* 64 tokens of a vocabulary learned',
                  'row 1 of .*sheet.png: pair 0\n    global', 'row 3 of .*sheet.png: pair 4'):
         assert re.search(line, printed.out), line
 
 
 def test_the_sheet_of_samples_cuts_nothing(tmp_path, capsys):
-    """oracle: a white image, of which every view is solarized, so black, at its place on white; captions by hand."""
+    """oracle: a white image, whose views are all solarized, so black, at their places on white; captions by hand."""
     shards = data.Shards(write_pairs(tmp_path / 'a.tar', '{"caption": "dogs"}', picture('PNG', 'white')))
     crops = data.Crops(shards, None, MICRO, 3, data.Counts(2, 3, 1, 2), 'crops')
     crops.kinds = [kind._replace(solarize=1) for kind in crops.kinds]
@@ -312,15 +312,15 @@ def test_the_sheet_of_samples_cuts_nothing(tmp_path, capsys):
 # --- attend ----------------------------------------------------------------------------------------------------------
 
 def speller(config=MICRO, merges=('d o', 'do g</w>')):
-    """(model, tokenizer, preprocess) that reads text nearly byte by byte."""
+    """-> (model, tokenizer, preprocess). The tokenizer reads text nearly byte by byte."""
     tokenizer = data.Tokenizer(merges, config.context_length)
     model = COSMOS(replace(config, vocab_size=tokenizer.vocab_size)).requires_grad_(False)
     return model, tokenizer, evaluation.preprocessing(config.image_size)
 
 
 def test_attention_words(tmp_path):
-    """oracle: the model's own weights: pieces of a word add up; start, end and padding are no words. In the picture the
-    most read word has the longest bar."""
+    """oracle: the model's own weights. The pieces of a word add up, and start, end and padding are not words. In the
+    picture the word that is read most has the longest bar."""
     scored = model, tokenizer, preprocess = speller()
     image = Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 40)
     grid, words = attend.attention(*scored, image, 'dog ab dog')
@@ -335,13 +335,14 @@ def test_attention_words(tmp_path):
     attend.attention_picture(*scored, image, ['dog ab dog'], tmp_path / 'seen.png')
     seen = whole(tmp_path / 'seen.png')
     y, x = 36 + 56 * np.argwhere(grid == 1)[0]          # the middle of the brightest patch
-    assert seen[0, y, x + 232] > 127                    # the red of yellow, over the image
+    assert seen[0, y, x + 232] > 127                    # the red in yellow, over the image
     assert seen[:, 10 + 18 * found.index(1), 690].tolist() == [255, 234, 70]
-    assert len(attend.attention(*scored, image, 20 * 'dog ')[1]) == 10          # 12 ids without start and end
+    assert len(attend.attention(*scored, image, 20 * 'dog ')[1]) == 10          # 12 ids, less start and end
 
 
 def test_attend_command(tmp_path, checkpoint):
-    """oracle: a row of 232 pixels for each text, and the legend; a plain CLIP is refused, with what would do."""
+    """oracle: a row of 232 pixels for each text, and the legend; a plain CLIP is refused, and the sentence names a
+    method that has what it takes."""
     out = tmp_path / 'seen.png'
     image = put(tmp_path / 'a.png', picture('PNG'))
     run(attend, checkpoint, '--image', image, '--text', 'a', 'b', '--out', out, '--device', 'cpu')
@@ -362,8 +363,9 @@ def vocab(monkeypatch):
 
 @pytest.mark.parametrize('kind', ['archive', 'safetensors'])
 def test_export_and_back(tmp_path, vocab, kind):
-    """oracle: the model before, with heads that are not 64 wide and quick GELU, which only the config tells; without
-    cross-attention. From safetensors, and from a dict with the sizes that OpenAI's archives hold."""
+    """oracle: the model that was exported, without cross-attention. Its heads are not 64 wide and it has quick GELU,
+    which only the config says. It comes back from safetensors, and from a dict with the sizes that OpenAI's archives
+    hold."""
     merges = data.Tokenizer.clip(vocab).merges
     model, _, _ = speller(replace(MICRO, quick_gelu=True, text_heads=4), merges)
     torch.save({'config': asdict(model.config), 'merges': merges, 'student': model.state_dict()}, tmp_path / 'last.pt')
@@ -383,7 +385,7 @@ def test_export_and_back(tmp_path, vocab, kind):
 
 
 def test_weights_that_are_refused(tmp_path, vocab, checkpoint, monkeypatch, capsys):
-    """oracle: the sentence of the error, which holds what helps; nothing is written, and nothing is overwritten."""
+    """oracle: the sentence of the error, which names the remedy; nothing is written, and nothing is overwritten."""
     out = tmp_path / 'out.pt'
     other = tmp_path / 'in.pt'
     plain, _, _ = speller(replace(MICRO, cross_heads=0))
@@ -392,14 +394,14 @@ def test_weights_that_are_refused(tmp_path, vocab, checkpoint, monkeypatch, caps
             'knows 516 ids, .* 49,408': theirs,
             'may run code.*; .*weights_only=False': plain,
             'other names .*vision_model.* open_clip.create_model.*--quick-gelu': {'vision_model.x': 0},
-            'by --config': theirs | {'token_embedding.weight': torch.ones(49408, 1)}}.items():
+            'with --config': theirs | {'token_embedding.weight': torch.ones(49408, 1)}}.items():
         torch.save(state, other)
         refused(sentence, weights.import_weights, other, out)
     torch.jit.save(torch.jit.script(torch.nn.Identity()), other)
     refused('is TorchScript.* open_clip.create_model', weights.import_weights, other, out)
     monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
     refused('pip install safetensors', weights.import_weights, 'a.safetensors', out)
-    run(weights, 'export', checkpoint, out)             # nothing is there yet
+    run(weights, 'export', checkpoint, out)             # works, because nothing is there yet
     assert 'The merges were learned' in capsys.readouterr().out
     refused('out.pt exists', weights.import_weights, other, out)
     refused('out.pt .*exists', weights.export, checkpoint, out)
@@ -407,7 +409,7 @@ def test_weights_that_are_refused(tmp_path, vocab, checkpoint, monkeypatch, caps
 
 @torch.no_grad()
 def test_quick_gelu_in_and_out(tmp_path, vocab, capsys):
-    """oracle: features of open_clip's own model of random weights; ours reads its file, and it reads ours by the two
+    """oracle: the features of open_clip's own model with random weights. We read its file, and it reads ours by the two
     lines that `export` prints."""
     open_clip = pytest.importorskip('open_clip')
     theirs = open_clip.create_model('ViT-B-32-quickgelu')
@@ -427,8 +429,8 @@ def test_quick_gelu_in_and_out(tmp_path, vocab, capsys):
 
 
 def test_released_names_are_fetched_once(tmp_path, monkeypatch, capsys):
-    """oracle: the bytes at an address, their SHA-256 by sha256sum, and without them the second time; a sentence where
-    there are none, or a web page."""
+    """oracle: the bytes at an address, and their SHA-256 by sha256sum. The second time they are gone, and the kept copy
+    serves. If there are none, or a web page instead, a sentence says so."""
     file = put(tmp_path / 'there/cosmos_vitb32_cc12m.pt', 'weights')
     put(file.with_name('cosmos_vitb16_cc12m.pt'), '\n<!DOCTYPE html><p>gone')
     monkeypatch.setattr(weights, 'RELEASED', f'{file.parent.as_uri()}/{{}}.pt')
@@ -440,7 +442,7 @@ def test_released_names_are_fetched_once(tmp_path, monkeypatch, capsys):
         assert '7 bytes, SHA-256 9a129038' in printed.err
         file.unlink(missing_ok=True)
     refused('there/cosmos_vitb16_cc3m.pt cannot be fetched', run, weights, 'fetch', 'cosmos_vitb16_cc3m')
-    for _ in range(2):                                  # the page was not kept
+    for _ in range(2):                                  # twice, because the page must not be kept
         refused('cosmos_vitb16_cc12m.pt gave a web page', run, weights, 'fetch', 'cosmos_vitb16_cc12m')
 
 
@@ -539,7 +541,8 @@ def photos(tmp_path):
 
 
 def test_features_are_kept(tmp_path, photos, capsys):
-    """oracle: whether what is broken is named: when images are embedded, anew where one has changed, or the weights."""
+    """oracle: whether the broken image is named, as it is whenever images are embedded: the first time, and again when
+    the weights or an image have changed."""
     model, _, preprocess = speller()
 
     def check(anew, model=model):
@@ -594,8 +597,8 @@ def bench_step(*flags):
 
 @pytest.mark.parametrize('method', train.METHODS)
 def test_step(method, monkeypatch, capsys):
-    """oracle: what Table 5 gives a method, and whether a moving average is taken; a clock that goes on by a second at
-    each look, and a machine of a GFLOP/s."""
+    """oracle: the views that Table 5 gives a method, and whether a moving average is taken; a clock that goes on by one
+    second whenever it is read, and a machine with a peak of 1 GFLOP/s."""
     monkeypatch.setattr(bench, 'time', SimpleNamespace(perf_counter=itertools.count().__next__))
     monkeypatch.setattr(bench, 'matmul_peak', lambda device, dtype: 1e9)
     monkeypatch.setattr(bench, 'OPERATIONS', 1000)              # all of them
@@ -610,7 +613,8 @@ def test_step(method, monkeypatch, capsys):
 
 
 def test_step_times_what_training_has(tmp_path, monkeypatch, capsys):
-    """oracle: ten steps of training, with a table of views that has one more kind: two images more than `micro` has."""
+    """oracle: ten steps of training with two more image views than `micro` has: the steps that are timed have them,
+    too."""
     make_kinds = data.Crops.__post_init__
     take_step = train.train_step
     seen = []
@@ -635,7 +639,7 @@ def test_step_times_what_training_has(tmp_path, monkeypatch, capsys):
 def test_loader(tmp_path, monkeypatch, capsys):
     """oracle: more work takes longer."""
     monkeypatch.setattr(bench, 'SECONDS', 0.05)
-    monkeypatch.setattr(torch, 'set_num_threads', int)          # not for the tests that follow
+    monkeypatch.setattr(torch, 'set_num_threads', int)          # else it would hold for the tests that follow
     write_pairs(tmp_path / '0.tar', 9 * '{"caption": "dogs run"}\n')
     run(bench, 'loader', tmp_path, '--preset', 'tiny')
     read, _, sample = capsys.readouterr().out.splitlines()
@@ -643,9 +647,9 @@ def test_loader(tmp_path, monkeypatch, capsys):
 
 
 def one_pass(L, C, layers, every_row=False):
-    """FLOPs by hand of a view of L rows in a tower: a product of a row with a C x C matrix is 2 C^2. A block has twelve
-    of them for each row (query, key, value, output, 4 + 4 of the MLP) and two products of L x L x C for its attention.
-    The last one does the ten that are not key and value for one row only, unless every row is read."""
+    """FLOPs, by hand, of a view of L rows in a tower. The product of a row and a C x C matrix takes 2 C^2. A block has
+    twelve of them for each row (query, key, value, output, 4 + 4 of the MLP), and two products of L x L x C for its
+    attention. The last block computes the ten that are not key and value for one row only, unless every row is read."""
     block = L * 24 * C ** 2 + 4 * L ** 2 * C
     last = L * 4 * C ** 2 + 20 * C ** 2 + 4 * L * C
     return (layers - 1) * block + (block if every_row else last)
@@ -653,7 +657,7 @@ def one_pass(L, C, layers, every_row=False):
 
 @pytest.mark.parametrize('preset, tokens, batch', [('vit-b-16', 40, 1024), ('tiny', 24, 32)])
 def test_a_plan_by_hand(preset, tokens, batch, capsys):
-    """oracle: the arithmetic above, for each view and caption; 16 bytes a parameter in last.pt."""
+    """oracle: the arithmetic above, for each view and caption; 16 bytes per parameter in last.pt."""
     run(bench, 'plan', '--preset', preset, '--gpus', 8, '--pairs', 10 * batch + 1, '--tokens', tokens, '--steps', 90,
         '--peak', 100, '--share', 0.5)
     printed = capsys.readouterr().out
@@ -673,7 +677,7 @@ def test_a_plan_by_hand(preset, tokens, batch, capsys):
     teacher += 2 * second + 4 * W * D
     reads = 2 * P * C * D + 2 * T * W * D + (P + T) * 4 * D ** 2            # maps, keys, values
     asks = (2 + n) * (4 * D ** 2 + 4 * T * D) + (2 + u) * (4 * D ** 2 + 4 * P * D)
-    # Backward a product has two; pixels want no gradient.
+    # In the backward pass each product becomes two, but pixels need no gradient.
     expected = {'images': (images, 2 * images - cut), 'captions': (captions, 2 * captions),
                 'cross-attention': (reads + asks, 2 * (reads + asks)), 'teacher': (teacher, 0)}
     for name, counts in expected.items():
@@ -682,15 +686,15 @@ def test_a_plan_by_hand(preset, tokens, batch, capsys):
             assert float(found[k + 1]) == pytest.approx(counts[k] / 1e9, abs=0.0006)
     total = sum(sum(counts) for counts in expected.values())
     speed = 8 * 0.5 * 100e12 / total
-    assert f'at 50% of 100 TFLOP/s a GPU {speed:,.0f} pairs/s, {90 * batch / speed / 3600:,.1f} hours' in printed
+    assert f'at 50% of 100 TFLOP/s per GPU: {speed:,.0f} pairs/s, {90 * batch / speed / 3600:,.1f} hours' in printed
     size = number(printed.replace(',', ''), 'parameters')
     assert f'last.pt has {16 * size / 1e9:.2f} GB' in printed
 
 
 @pytest.mark.parametrize('flags', ['--method=cosmos', '--method=clip', '--accum=2 --grad-checkpoint'])
 def test_a_plan_has_the_flops_of_a_step(flags, monkeypatch):
-    """oracle: torch's counter around train_step on the CPU, and by hand its losses, which a plan leaves out: a product
-    of two views is 2 B^2 D, each has two gradients, but the teacher's views as keys have none."""
+    """oracle: torch's counter around train_step on the CPU, and by hand its losses, which a plan leaves out. A product
+    of two views takes 2 B^2 D, and so does the gradient of each factor; the teacher's views as keys need none."""
     take_step = train.train_step
 
     def compared(run, batch):
@@ -708,7 +712,7 @@ def test_a_plan_has_the_flops_of_a_step(flags, monkeypatch):
 
 
 def test_a_plan_has_the_bytes_that_a_step_keeps(monkeypatch):
-    """oracle: a forward pass of `tiny` on the CPU, by torch's kernel for attention, under autocast."""
+    """oracle: a forward pass of `tiny` on the CPU, with torch's attention kernel, under autocast."""
     def by_kernel(self, query, context, mask=None):
         x = F.scaled_dot_product_attention(*self.project(query, context), attn_mask=mask)
         return self.out_proj(x.transpose(1, 2).flatten(2))
@@ -736,7 +740,8 @@ def test_a_plan_has_the_bytes_that_a_step_keeps(monkeypatch):
 
 @pytest.mark.parametrize('page', ['scaling', 'first-hour'])
 def test_the_scripts_of_a_page_can_be_read(page):
-    """oracle: bash and Python, which do not run them: there is no Slurm here, and no GPU."""
+    """oracle: bash and Python, which parse the scripts but do not run them, because there is no Slurm here, and no GPU.
+    """
     text = (ROOT / f'docs/{page}.md').read_text()
     scripts = re.findall(r'^```(bash|python)\n(.*?)^```', text, re.M | re.S)
     assert scripts
@@ -758,7 +763,8 @@ def three_pairs(folder, *images):
 
 
 def train_on_three(folder, method='cosmos', val=True, watchers=(report.Report(),)):
-    """A run of ten steps; with val, evaluations before the first step, after five and after ten -> their teacher."""
+    """A run of ten steps -> its teacher, as `load` gives it. With val, it evaluates before the first step, after five
+    and after ten."""
     three_pairs(folder)
     flags = f'--data {folder} --out {folder} --method {method} --preset micro --vocab learn'
     if val:
@@ -779,9 +785,9 @@ def unpacked(text, *shape):
 
 
 def test_the_watcher(tmp_path, capsys):
-    """oracle: by hand the steps on the page, without --val the first and the last; the line at the end, and no figures
-    of its own. Runs without it have the same weights, bit for bit. Python's modules: train.py, which hands the watcher
-    over, is not imported a second time."""
+    """oracle: by hand, the steps on the page (without --val the first and the last), the line at the end, and
+    eval.json, to which it adds no figures. Runs without it have the same weights, bit for bit. By Python's list of
+    modules, it does not import train.py, which hands it over, a second time."""
     students = []
     for name, options in {'val': {}, 'no val': {'val': False}, 'nobody': {'watchers': ()}}.items():
         folder = tmp_path / name.replace(' ', '-')
@@ -801,8 +807,8 @@ def test_the_watcher(tmp_path, capsys):
 
 
 def test_the_step_is_that_of_the_loss(tmp_path):
-    """oracle: total_loss on the same pairs, as the loader gives them; the student, handed other images and captions; its
-    own attention; a loop over the views of what is stored. By hand the tokens of a caption."""
+    """oracle: total_loss on the same pairs, as the loader gives them; for h_I_other and h_T_other the student, given
+    other captions and images; its own attention; a loop over the stored views; by hand, the tokens of a caption."""
     teacher, tokenizer, _ = train_on_three(tmp_path)
     student, *_ = load(tmp_path / 'last.pt', 'student')
     crops = data.Crops(data.Shards(tmp_path), tokenizer, student.config, 0, data.Counts(2, 2, 2, 2), 'crops')
@@ -848,8 +854,8 @@ def test_the_step_is_that_of_the_loss(tmp_path):
 
 @pytest.mark.parametrize('method', ['cosmos', 'clip'])
 def test_the_page_says_what_eval_says(tmp_path, method):
-    """oracle: the model's own weights, or encode_dense, asked by one text at a time; by hand the texts; the mean over
-    the held-out images, one by one."""
+    """oracle: the model's own weights, or encode_dense, with one text at a time as query; by hand, the texts, and the
+    mean over the held-out images."""
     model, tokenizer, preprocess = train_on_three(tmp_path, method)
     [page] = runs_on_page(tmp_path)
     asked = page['maps']['held out'][2]['texts']
@@ -873,8 +879,8 @@ def test_the_page_says_what_eval_says(tmp_path, method):
 
 
 def test_partial_runs_give_a_page(tmp_path):
-    """oracle: Crops itself; by hand what a killed run lacks, a pair and files that are torn. A bug's error keeps its
-    type."""
+    """oracle: Crops itself; by hand, what the page has of a killed run in which a pair is broken and files are torn.
+    The error of a bug keeps its type."""
     model, tokenizer, _ = speller()
     crops = data.Crops(three_pairs(tmp_path, b'no image'), tokenizer, MICRO, seed=0)
     started = SimpleNamespace(train_set=crops, folder=tmp_path, step=0, student=model, teacher=None,
@@ -886,7 +892,7 @@ def test_partial_runs_give_a_page(tmp_path):
     second, third = killed['maps']['start']['pairs']
     _, _, captions, boxes = crops.sample(0, 2)
     assert third['captions'] == captions != second['captions'] and third['boxes'][7] == list(boxes[7])
-    # Of equal steps the last counts, and adds to what was logged before.
+    # If a step was logged twice, the last entry counts, and adds to what was logged before.
     assert str(killed['log']) == "[{'step': 3}, {'step': 9, 'a': 2, 'b': nan}]"
     assert 'missing' in killed['config'] and 'missing' in killed['eval'] and 'held out' not in killed['maps']
     refused('absent holds no run', report.write, [tmp_path / 'absent'])
@@ -895,7 +901,8 @@ def test_partial_runs_give_a_page(tmp_path):
         report.Report().begin(started)
 
 
-# Goes through the page: {what was done: values of the page and of Python}, by screen and evaluation, then the switch.
+# Clicks through the page: every screen at every evaluation, then the switch. It collects, for each click, the values of
+# the page and of Python.
 CLICKS = """<script>{
     const seen = {};
     const press = key => document.querySelector(`[data-key="${key}"]`).click();
@@ -945,7 +952,8 @@ CLICKS = """<script>{
 
 
 def browse(folder, page, size, address=''):
-    """The page in Chromium, clicked through -> its text as built, and what CLICKS saw. The console is silent."""
+    """Open the page in Chromium and click through it -> its text as built, and what CLICKS saw. The console must stay
+    silent."""
     copy = put(folder / 'page.html', page.read_text().replace('</body>', CLICKS))
     command = f'chromium --headless --no-sandbox --enable-logging=stderr --dump-dom --screenshot={folder}/page.png'
     done = subprocess.run([*command.split(), f'--window-size={size}', copy.as_uri() + address],
@@ -956,7 +964,7 @@ def browse(folder, page, size, address=''):
     return done.stdout.partition('<script>')[0], seen
 
 
-CODE = {                # of each screen, in which a function is known by its first line
+CODE = {                # the functions that each screen shows, by their first lines
     'screen 1': ['def text_crops('], 'screen 2': ['def forward(self, images, texts)', 'def update('],
     'screen 3': ['def clip_loss(', 'def match(', 'def nce('], 'screen 4': ['def weights('],
     'screen 5': ['def forward(self, images, texts)'], 'screen 6': ['def cosmos_terms('], 'screen 7': ['def total_loss(']}
@@ -964,7 +972,7 @@ needs_chromium = pytest.mark.skipif(not shutil.which('chromium'), reason='chromi
 
 
 def check_code(seen, terms='cosmos_terms'):
-    """By hand: each screen shows the functions that it names, and the head of cosmos.py shows the step."""
+    """By hand: each screen shows the functions that it names, and screen 0 the step in the head of cosmos.py."""
     assert seen['code'].pop('screen 0')[0][0].startswith('One training step')
     for screen, functions in seen['code'].items():
         for lines, function in zip(functions, CODE[screen], strict=True):
@@ -974,8 +982,8 @@ def check_code(seen, terms='cosmos_terms'):
 
 @needs_chromium
 def test_the_committed_page(tmp_path):
-    """oracle: by hand its code; what README and the course say of it. Its address opens a screen and a position of the
-    switch; that screen's switch, matrices and chosen row fit a window of 1280 x 800."""
+    """oracle: by hand, its code; what the course says of it. Its address opens a screen and a position of the switch,
+    and the switch, matrices and chosen row of that screen fit a window of 1280 x 800."""
     built, seen = browse(tmp_path, ROOT / 'assets/step.html', '1280,800', '#screen-6-other')
     check_code(seen)
     number, top, bottom = seen['first']
@@ -992,10 +1000,10 @@ def test_the_committed_page(tmp_path):
 @pytest.mark.parametrize('method, screens', [
     ('cosmos', '01234567'), ('across', '01234567'), ('clip', '01237'), ('image-distill', '01237')])
 def test_the_page_in_a_browser(tmp_path, method, screens):
-    """oracle: Chromium: a silent console, no request, all parts of the page, captions as text, a picture that is no
-    blank. What Python had, to 1e-3, on each screen, at each evaluation, in each position of the switch, and how many
-    values the button counts. The code is that of the functions named. Eight terms of another's loss have eight lines,
-    of colours that differ."""
+    """oracle: Chromium: a silent console, no requests, all parts of the page, captions as text, a picture that is not
+    blank. Python's values, to 1e-3, on each screen, at each evaluation and in each position of the switch, and how many
+    of them the button counts. The code is that of the functions named. If somebody's loss adds eight terms, they have
+    eight lines, in different colours."""
     train_on_three(tmp_path, method)
     mine = {f'mine {k}': k / 9 for k in range(8)}
     entry = {'step': 10, 'weights': mine | {'clip': 1}} | mine
@@ -1023,7 +1031,7 @@ def test_the_page_in_a_browser(tmp_path, method, screens):
             assert [python for _, python in seen[name]] == [figures[name][what] for what in ('loss', 'own', 'mean')]
         h_T, cls_t = [unpacked(kept['vectors'][name], -1, 3, 16) for name in ('h_T_other', 'cls_t')]
         best = torch.einsum('vad,ubd->vuab', h_T, cls_t).argmax(3)
-        for found, right in zip(picks, ([0, 1, 2], [2, 0, 1])):         # its own pair, the one it has read
+        for found, right in zip(picks, ([0, 1, 2], [2, 0, 1])):         # its own pair, then the one that it has read
             share = (best == torch.tensor(right)).double().mean().item()
             assert found == pytest.approx(100 * share, abs=0.1)
         assert follows == ['h_I_other_eot_t', 'h_T_other_cls_t']
@@ -1035,7 +1043,7 @@ def test_the_page_in_a_browser(tmp_path, method, screens):
     for values in seen.values():
         for of_page, of_python in values:
             assert of_page == pytest.approx(of_python, abs=1e-3)
-    _, _, panel = built.partition('Terms beside L_CLIP')
+    _, _, panel = built.partition('Terms other than L_CLIP')
     lines = set(re.findall('<path[^>]* stroke="([^"]+)"', panel.partition('<h3>')[0]))
     assert len(lines) == 8 + {'cosmos': 4, 'across': 4, 'clip': 0, 'image-distill': 1}[method]
     assert len(Image.open(tmp_path / 'page.png').getcolors(1 << 20)) > 100
