@@ -203,8 +203,10 @@ SECTIONS = [            # heading, what stands before the columns, columns
      'own_it own_other own_ground absent_it absent_other absent_ground area_it area_other area_ground'),
     ("C^I's peak, asked for an absent name of each of two colours", ['pointing.color'], 'asked other'),
     ("C^I's peak, asked with a whole caption", ['pointing.caption'], 'dominant small ground'),
-    ('What C^I hands over of the object that it is asked for, and of the others', ['handed.dominant', 'handed.small'],
-     'named_top1 other_top1 named_found other_found'),
+    ('What the answer of C^I tells about the object that it is asked for, and about the others',
+     ['handed.dominant', 'handed.small'], 'named_top1 other_top1 named_found other_found'),
+    ('Cosines of two answers of C^I: to two names about one scene, to one name about two scenes', ['handed.cosine'],
+     'names scenes'),
     ('Conflict: what is picked', ['conflict.h_T', 'conflict.h_T_caption', 'conflict.h_I'],
      'own sentence read alone kept'),
     ("Last losses, of a blind guess's", ['loss'],
@@ -471,19 +473,22 @@ def draw_batches(figure):
         axis.set(xlim=(-0.5, 2.0), ylim=(0, top))
 
 
+SAME_BIG = [            # of page 3: method, world, its name
+    ('clip', 'built-in', 'CLIP'), ('cosmos', 'built-in', 'COSMOS'), ('clip', 'apart', 'CLIP, big shapes\nare no small ones')]
+
+
 def draw_same_big(figure):
-    """Page 3: mixed batches against those whose scenes share the big object."""
+    """Page 3: small objects named after mixed batches, and after batches of which half share the big object."""
     axis = figure.subplots()
-    ticks = {}
-    for place, (method, world) in enumerate([
-            ('clip', 'built-in'), ('cosmos', 'built-in'), ('clip', 'big'), ('clip', 'apart')]):
+    places = []
+    for x, (method, world, words) in enumerate(SAME_BIG):
         for kind, shift in ('mixed', -0.2), ('half', 0.2):
-            x = place + shift
-            show_runs(axis, 'same-big', f'{method}-{world}-{kind}', 'small.top1', x)
-            ticks[x] = kind
+            height = show_runs(axis, 'same-big', f'{method}-{world}-{kind}', 'small.top1', x + shift)
+            places.append(x + shift)
+        axis.text(x, 68, words, color=PAINT[method], ha='center', va='center', fontsize=11)
     show_scale(axis, 'small objects named, %', (40, 60))
-    axis.set_xticks(list(ticks), ticks.values())
-    axis.set(xlim=(-0.5, 3.5), ylim=(0, 65))
+    axis.set_xticks(places, ('mixed', 'half share\nthe big one') * len(SAME_BIG), fontsize=10)
+    axis.set(xlim=(-0.5, 2.5), ylim=(0, 75), xlabel='batches')
 
 
 def draw_race(figure):
@@ -516,8 +521,8 @@ def draw_race(figure):
 
 
 def draw_pointing(figure):
-    """Page 5: where the peak of C^I lies, asked for a small object; and what its answer tells of which object."""
-    left, right = figure.subplots(1, 2)
+    """Page 5: where the highest weight of C^I lies when it is asked for a small object, and how alike its answers are."""
+    left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
     for x, place in enumerate(('it', 'other', 'ground')):
         show_runs(left, 'reading', 'cosmos', f'pointing.small.own_{place}', x)
         blind = mean('reading', 'cosmos', f'pointing.small.area_{place}')
@@ -526,9 +531,12 @@ def draw_pointing(figure):
     left.set_xticks(range(3), ('the one it is\nasked for', 'another\nobject', 'the\nground'))
     left.set(ylim=(0, 100), xlim=(-0.5, 2.5), ylabel='C^I looks here, %')
     left.spines[['top', 'right']].set_visible(False)
-    for x, role in enumerate(('small', 'dominant')):
-        for who, shift in ('named', -0.15), ('other', 0.15):
-            show_runs(right, 'same-big', 'cosmos-built-in-mixed', f'handed.{role}.{who}_found', x + shift)
+    for x, what in enumerate(('names', 'scenes')):
+        show_runs(right, 'same-big', 'cosmos-built-in-mixed', f'handed.cosine.{what}', x)
+    right.set_xticks(range(2), ('two names,\none scene', 'one name,\ntwo scenes'))
+    right.set_yticks((0, 50, 100), ('0', '0.5', '1'))
+    right.set(ylim=(0, 103), xlim=(-0.5, 1.5), ylabel='cosine of two answers of C^I')
+    right.spines[['top', 'right']].set_visible(False)
 
 
 CELLS = [               # of the 2 x 2: x, y, the term of COSMOS, the same term where nothing is read, is there a leak?
@@ -590,7 +598,9 @@ PICTURES = {            # how it is drawn, inches
     'company': (draw_company, (6, 4)),
     'square': (draw_square, (7.6, 4)),
     'batches': (draw_batches, (7, 4)),
+    'same-big': (draw_same_big, (7, 3.4)),
     'race': (draw_race, (8.4, 3.8)),
+    'pointing': (draw_pointing, (8, 3.4)),
     'leak': (draw_leak, (6.4, 4)),
     'reading': (draw_reading, (8.6, 4))}
 
