@@ -111,7 +111,7 @@ def add_machine(parser):
     switch = argparse.BooleanOptionalAction
     add('--precision', choices=['auto', *DTYPES], default='auto', help='auto: bf16 if it is fast')
     add('--device', choices=['auto', 'cuda', 'cpu'], default='auto', help='auto: cuda if available')
-    add('--compile', action=switch, default=False, help='torch.compile, for GPUs only')
+    add('--compile', action=switch, default=False, help='torch.compile; gains nothing on CPUs')
     add('--grad-checkpoint', action=switch, default=False, help='less memory, more time')
 
 
@@ -142,7 +142,7 @@ def training_options(argv, description, presets, methods, recipe_of):
     words = sys.argv[1:] if argv is None else argv
     recipes = ''.join(f'\n{name}: {recipe_of(name, "cosmos", None)}' for name in presets)
     parser = Parser(usage='%(prog)s [options]', epilog=f'{description}\nA recipe takes precedence '
-                    f'over the defaults in brackets.\n\nRecipes:{recipes}')
+                    f'over the defaults in brackets, and --init over a recipe.\n\nRecipes:{recipes}')
     add_data(parser)
     add_method(parser, presets, methods)
     add_schedule(parser)

@@ -120,8 +120,7 @@ def test_the_four_files_and_plumbing_are_enough(tmp_path):
 
 
 def test_every_command_has_help(capsys):
-    """oracle: a usage for --help, and a sentence for an unknown option, from every module of lesson/ and extras/ that is
-    run."""
+    """oracle: a usage for --help, and a sentence for an unknown option, from every command of lesson/ and extras/."""
     for path in [*ROOT.glob('lesson/*.py'), *ROOT.glob('extras/*.py')]:
         if '__main__' in path.read_text():
             module = importlib.import_module(f'{path.parent.name}.{path.stem}')
@@ -472,9 +471,9 @@ def bytes_read():
 
 
 def test_a_pair_costs_its_bytes(tmp_path, opened):
-    """oracle: the sizes of the members. There are 100 pairs of 30 kB, as img2dataset writes them. A sample reads at most
-    1.1 times the bytes of image and json, and opens the tar once. The .txt is read if the json has no sentence, if there
-    is no json, and if --caption-keys names it."""
+    """oracle: the sizes of the members. There are 100 pairs of 30 kB, as img2dataset writes them. A sample reads at
+    most 1.1 times the bytes of image and json, and opens the tar once. The .txt is read if the json has no sentence, if
+    there is no json, and if --caption-keys names it."""
     image = encoded(Image.new('RGB', (9, 9))).ljust(30_000)
     members = []
     for i in range(100):
@@ -650,7 +649,7 @@ LOW = Tokenizer(['l o', 'lo w</w>', 'lo w', 'e r</w>', 'e s', 'es t</w>', 'low e
     ('a.jpg is. 1. B', ['a.jpg is', '1', 'B']),
     ("the dog's. It’s. 'J. Smith'. É. Zola. .", ["the dog's", 'It’s', "'J. Smith'", 'É. Zola'])])
 def test_sentences_by_hand(text, expected):
-    """oracle: by hand. A sentence ends at a full stop before white space, unless the full stop follows a single letter."""
+    """oracle: by hand. A sentence ends at a full stop before white space, unless that stop follows a single letter."""
     assert sentences(text) == expected
 
 
@@ -673,8 +672,8 @@ def test_a_megabyte_without_a_sentence(part):
     ({'caption': None, 'txt': 'one dog'}, ['one dog']),
     ({'caption': [None, 7, ''], 'alt': 'one dog'}, [])])
 def test_captions_of_every_format(record, pool):
-    """oracle: pools written by hand. PixelProse's original caption and items of DreamLIP's lists pass whole, as released,
-    and they also do if their keys are named."""
+    """oracle: pools written by hand. PixelProse's original caption and items of DreamLIP's lists pass whole, as
+    released, and they also do if their keys are named."""
     assert caption_pool(record) == pool
     assert caption_pool(record, list(record)[:2])[:len(pool)] == pool
 
@@ -716,8 +715,8 @@ def test_ids_and_words_by_hand():
 
 
 def test_a_megabyte_of_text_is_encoded_soon():
-    """oracle: the ids of the words, one by one. For a word that is too long, it is what a context holds of the ids of its
-    first 8,000 letters. Both would otherwise take a minute and more."""
+    """oracle: the ids of the words, one by one. For a word that is too long, it is what a context holds of the ids of
+    its first 8,000 letters. Both would otherwise take a minute and more."""
     clip = Tokenizer.clip(shared('vocab', 'bpe_simple_vocab_16e6.txt.gz'))
     begun = time.process_time()
     assert clip.encode('a dog ' * 150_000) == [*clip.encode('a dog')] * 150_000
@@ -770,8 +769,8 @@ ODD_EXIF = [                            # whether it turns the image, and the EX
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
 def test_odd_exif_stops_nothing(kind, turns, odd):
     """oracle: what Pillow decodes, turned by a quarter if EXIF says so. EXIF that cannot be read turns nothing. This
-    holds for every reader: training's, and evaluation's, of a file and of an image that Pillow has opened. An image that
-    is read twice is not turned twice."""
+    holds for every reader: training's, and evaluation's of a file and of an image that Pillow has opened. An image
+    that is read twice is not turned twice."""
     file = encoded(Image.effect_mandelbrot((60, 40), (-2, -1, 1, 1), 40).convert('RGB'), kind, exif=odd)
     wanted = Image.open(io.BytesIO(file)).convert('RGB')
     if turns:
@@ -786,7 +785,7 @@ def test_odd_exif_stops_nothing(kind, turns, odd):
 
 
 def test_images_of_16_bits_are_scaled(tmp_path):
-    """oracle: the upper 8 bits, which every reader of images must give. A mask keeps its numbers. Floats are refused."""
+    """oracle: the upper 8 bits, which every reader of images gives. A mask keeps its numbers. Floats are refused."""
     values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
     file = encoded(Image.fromarray(values))
     unread, _ = read_header(file)
