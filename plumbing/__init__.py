@@ -1,1 +1,1 @@
-"""What keeps cosmos.py, data.py, train.py and eval.py running for weeks. To follow those four, skip this folder."""
+"""What keeps cosmos.py, data.py, train.py and eval.py running for weeks. Those four can be followed without it."""

@@ -1,5 +1,5 @@
-"""What published sets look like on the disk: torchvision's classes, masks of a segmentation; and the released settings of
-eight segmentation sets. eval.py has the measures."""
+"""How published sets lie on the disk: torchvision's sets with their class names, and the masks of segmentation sets.
+Also the released settings of eight segmentation sets. The measures are in eval.py."""
 import inspect
 import re
 from typing import NamedTuple
@@ -14,10 +14,10 @@ from plumbing.images import images_in, read_image
 
 # --- 1. Classification: sets of labelled images, names of classes, prompts -------------------------------------------
 
-# Sets of torchvision.datasets with one label an image, by what they call their classes.
+# The sets of torchvision.datasets that have one label per image, grouped by whether their class names are words.
 IN_WORDS = ('CIFAR10 CIFAR100 Caltech101 DTD FGVCAircraft FashionMNIST Flowers102 Food101 ImageNet Imagenette '
             'OxfordIIITPet RenderedSST2 STL10 StanfordCars SUN397').split()
-MENDED = ['Caltech256', 'EuroSAT', 'MNIST']                 # by `mend_name`
+MENDED = ['Caltech256', 'EuroSAT', 'MNIST']                 # words once `mend_name` has mended them
 NOT_IN_WORDS = 'CLEVRClassification Country211 FER2013 GTSRB KMNIST PCAM Places365 SVHN USPS'.split()
 TORCHVISION_SETS = sorted(IN_WORDS + MENDED + NOT_IN_WORDS)
 
@@ -29,10 +29,10 @@ def mend_name(name):
 
 
 def torchvision_set(name, root, split, download, preprocess):
-    """A set of TORCHVISION_SETS -> it, and which split of it that is.
+    """A name of TORCHVISION_SETS -> the set, and which split of it was opened.
 
-    split: None means 'test'. Some sets have a switch `train` in its place. Others come whole: a split is refused. So is
-    what torchvision cannot find, or read.
+    split: None means 'test'. Some sets have a switch `train` instead of named splits. Others are not split at all, and
+    then a split is refused. A set that torchvision cannot find or read is refused, too.
     """
     kind = getattr(torchvision.datasets, name)
     known = inspect.signature(kind).parameters
@@ -45,7 +45,7 @@ def torchvision_set(name, root, split, download, preprocess):
         options['train'] = chosen == 'train'
     else:
         need(not split, f'{name} has no splits in torchvision; '
-             'leave --split away, and all its images are scored')
+             'leave out --split, and all its images are scored')
         chosen = 'none, all images'
     if download:
         need('download' in known, f'torchvision does not download {name}; fetch it yourself into --root')
@@ -66,20 +66,20 @@ def folder_set(folder, preprocess):
 
 
 def class_names(source, path=None):
-    """Names in words of the classes of a torchvision set, or those in the file `path`, a line each in their order.
+    """The class names of a torchvision set, in words. path: a file to take them from, one per line in class order.
 
-    Where two classes have one name they tie, and a tie counts against the model. So torchvision's own names of
-    ImageNet, with two cranes, are refused. In a file they may repeat: it is the user's.
+    Two classes of the same name tie, and a tie counts against the model. So torchvision's own names for ImageNet, which
+    have two cranes, are refused. In a file names may repeat, because the file is the user's own.
     """
     kind = type(source).__name__
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
     listed = read_lines(path, numbered=True) if path else classes
     need(path or (classes and kind not in NOT_IN_WORDS),
          f'torchvision names the classes of {kind} by numbers or codes, or not at all; '
-         'give a file of names in words by --classes')
+         'give a file of names in words with --classes')
     if classes and len(listed) != len(classes):
         raise Refused(f'{path} has {len(listed)} names for {len(classes)} classes; '
-                      'give a line for each')
+                      'give one line per class')
     names = []
     for name in listed:
         if isinstance(name, tuple):
@@ -88,19 +88,19 @@ def class_names(source, path=None):
             name = mend_name(name)
         names.append(name.replace('_', ' ').strip())
     if not path:
-        numbered = all(re.fullmatch(r'n?\d+', name) for name in names)        # n01440764 is ImageNet's
+        numbered = all(re.fullmatch(r'n?\d+', name) for name in names)        # n01440764: ImageNet's folders
         need(not numbered,
-             f'classes are called {names[0]} and the like; give names in words by --classes')
+             f'classes are called {names[0]} and the like; give names in words with --classes')
         check_names(names)
     return names
 
 
 def open_clip_prompts():
-    """The installed open_clip's 80 prompts and 1,000 names of ImageNet, those of the published figures."""
+    """The installed open_clip's 80 prompts and 1,000 ImageNet names, with which the published figures were computed."""
     try:
         from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
     except ImportError:
-        raise Refused('--templates open_clip needs one package more: pip install open_clip_torch') from None
+        raise Refused('--templates open_clip needs one more package: pip install open_clip_torch') from None
     return [template('{}') for template in OPENAI_IMAGENET_TEMPLATES], list(IMAGENET_CLASSNAMES)
 
 
@@ -108,7 +108,7 @@ IMAGENET_CLASSES = 1000
 
 
 def is_imagenet(source):
-    """torchvision's ImageNet, or its folders, which are called n01440764 and the like."""
+    """Whether a set is torchvision's ImageNet, or has ImageNet's 1,000 folders, which have names like n01440764."""
     kind = type(source).__name__
     if kind == 'ImageFolder' and len(source.classes) == IMAGENET_CLASSES:
         return all(re.fullmatch(r'n\d{8}', name) for name in source.classes)
@@ -116,12 +116,12 @@ def is_imagenet(source):
 
 
 def read_synonyms(path):
-    """A file in which line i has the names of class i, with commas between them -> a list of names for each class."""
+    """A file whose line i has the names of class i, separated by commas -> a list of names for each class."""
     synonyms = []
     for line in read_lines(path, numbered=True):
         parts = line.replace('_', ' ').split(',')
         synonyms.append([name.strip() for name in parts if name.strip()])
-    need(all(synonyms), f'{path} has a line of commas alone; give a name a class')
+    need(all(synonyms), f'{path} has a line with only commas; give each class a name')
     check_names([first for first, *_ in synonyms])
     return synonyms
 
@@ -129,11 +129,11 @@ def read_synonyms(path):
 def check_names(names):
     twice = {name for name in names if names.count(name) > 1}
     need(not twice, f"several classes are called {', '.join(sorted(twice))}, and would tie; "
-         'give a name to each in the file of --classes')
+         'give each its own name in the file of --classes')
 
 
 def read_templates(path):
-    """Prompts with {} for the class, a line each. The path 'open_clip' means those of open_clip."""
+    """Prompts with {} for the class, one per line. The path 'open_clip' means open_clip's own prompts."""
     if path == 'open_clip':
         prompts, _ = open_clip_prompts()
         return prompts
@@ -149,14 +149,14 @@ class Settings(NamedTuple):
     """How to segment a set."""
     size: int                           # short side of the image, in pixels
     classes: int = 0                    # lines of the class file; 0: any number
-    scale: float = 40.0                 # of the cosines, before the softmax
-    probability: float = 0.0            # pixels whose best class has less become class 0
-    area: float = 0.0                   # classes with at most this share of the foreground lose their pixels
-    reduce_zero_label: bool = False     # label 0 of the masks is ignored, 1 becomes class 0
+    scale: float = 40.0                 # factor of the cosines, before the softmax
+    probability: float = 0.0            # pixels whose best class is less probable become class 0
+    area: float = 0.0                   # classes with at most this share of the foreground are dropped
+    reduce_zero_label: bool = False     # label 0 of the masks is ignored, label 1 is class 0
     csa: bool = False                   # correlative self-attention in the last block
 
 
-BENCHMARKS = {      # of the released code, after SCLIP; a set of your own is one more row
+BENCHMARKS = {      # the released code's, after SCLIP; add a row for a set of your own
     'voc21': Settings(336, 21, scale=65, probability=0.1, area=0.1),
     'context60': Settings(336, 60, scale=50, probability=0.1),
     'coco-object': Settings(336, 81, scale=50, probability=0.1),
@@ -166,40 +166,40 @@ BENCHMARKS = {      # of the released code, after SCLIP; a set of your own is on
     'ade20k': Settings(336, 150, reduce_zero_label=True),
     'coco-stuff': Settings(448, 171),
 }
-IGNORE = 255                            # a mask's pixels that count nowhere
+IGNORE = 255                            # pixels of a mask that have this value are not scored
 
 
 def read_mask(path, size, classes, reduce_zero_label):
-    """A PNG of class numbers, grey or palette, of `size` (w, h) -> (h, w) int64, IGNORE where it does not count."""
+    """A PNG of class numbers, grey or palette, of `size` (w, h) -> (h, w) int64; unscored pixels are IGNORE."""
     mask = read_image(path, as_stored=True)
-    values = np.array(mask, np.int64)   # of a palette image these are the numbers, not the colours
+    values = np.array(mask, np.int64)   # for a palette image these are the numbers, not the colours
     need(values.shape == size[::-1],
          f'mask {path} is a {mask.mode} image of {mask.size} pixels; '
-         f'it must be grey or palette, and of {size}')
+         f'it must be grey or palette, and have {size}')
     label = values[values != IGNORE].max(initial=0)
     most = classes if reduce_zero_label else classes - 1
-    need(label <= most, f'mask {path} has label {label}, with {classes} lines in the class file '
-         f'it may be {most} at most')
+    need(label <= most, f'mask {path} has label {label}; with {classes} lines in the class file '
+         f'it may be at most {most}')
     if reduce_zero_label:
         values = np.where(np.isin(values, (0, IGNORE)), IGNORE, values - 1)
     return torch.from_numpy(values)
 
 
 def by_stem(paths, suffix):
-    """{name without suffix and ending: path} of the paths that have the suffix."""
+    """{stem without the suffix: path}, for the paths whose stem ends in the suffix."""
     stems = {}
     for path in paths:
         if path.stem.endswith(suffix):
             stem = path.stem.removesuffix(suffix)
             need(stem not in stems,
-                 f'{stems.get(stem)} and {path} have one name; rename one, or keep images and masks apart')
+                 f'{stems.get(stem)} and {path} have the same name; rename one, or separate images and masks')
             stems[stem] = path
     return stems
 
 
 def mask_pairs(images, masks, image_suffix, mask_suffix, listing=None):
-    """[(image path, mask path)] of one stem: the file's name without suffix and ending. listing: a file of the stems to
-    take, one a line; None: all."""
+    """[(image path, mask path)], paired by their stem, which is the file's name without suffix and ending. listing: a
+    file of the stems to take, one per line; None: the stems of all masks."""
     image_paths = by_stem(images_in(images), image_suffix)
     png_paths = [path for path in images_in(masks) if path.suffix.lower() == '.png']
     mask_paths = by_stem(png_paths, mask_suffix)
@@ -208,5 +208,5 @@ def mask_pairs(images, masks, image_suffix, mask_suffix, listing=None):
     for stem in stems:
         need(stem in mask_paths, f'{masks} has no {stem}{mask_suffix}.png; see --mask-suffix')
         need(stem in image_paths,
-             f'{images} has no image {stem}{image_suffix}, but a mask; see --image-suffix')
+             f'{images} has no image {stem}{image_suffix} for its mask; see --image-suffix')
     return [(image_paths[stem], mask_paths[stem]) for stem in stems]

@@ -8,22 +8,22 @@ from plumbing.errors import Unreadable
 
 SHORT = ['shortIB_captions', 'shortSV_captions', 'shortLLA_captions']
 LONG = ['longIB_captions', 'longSV_captions', 'longLLA_captions']
-# The paper's main data. code≠paper, which speaks of the long captions: the raw and the short ones are used as well.
+# The paper's main data. code≠paper: the paper speaks of the long captions, the code uses raw and short ones as well.
 DREAMLIP = ['raw_caption', *SHORT, *LONG]
-CAPTION_KEYS = [                # the first family that has a sentence is the pool
+CAPTION_KEYS = [                # the pool comes from the first family that has a sentence
     DREAMLIP,
     ['captions'],
-    ['original_caption', 'caption'],            # PixelProse, or a caption alone
+    ['original_caption', 'caption'],            # PixelProse's two, or a single caption
     ['txt'],
 ]
 POOL_KEYS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
 
 
 def record_of(text, caption=b''):
-    """The bytes of a .json and of a .txt, either perhaps b'' -> a dict, see Shards.record."""
+    """The bytes of a .json and of a .txt, either of which may be b'' -> a dict, see Shards.record."""
     try:
         record = json.loads(text or '{}')
-    except (ValueError, RecursionError) as error:       # the second for thousands of nested lists
+    except (ValueError, RecursionError) as error:       # RecursionError: thousands of nested lists
         raise Unreadable(f'its json cannot be read: {error}') from None
     if not isinstance(record, dict):
         record = {'captions': record}
@@ -33,13 +33,13 @@ def record_of(text, caption=b''):
 
 
 def caption_pool(record, keys=None):
-    """The record's sentences as one flat list, duplicates kept; [] where it has none."""
+    """The record's sentences as one flat list, duplicates kept; [] if it has none. keys: take only these."""
     for family in [keys] if keys else CAPTION_KEYS:
         pool = []
         for key in family:
             value = record.get(key)
-            # As released, items of DreamLIP's lists and original_caption are sentences already, and not split. ours: a
-            # string under DreamLIP's keys is split. (The released code takes it for a list, of its letters.)
+            # As released, the items of DreamLIP's lists and original_caption are sentences already, so they are not
+            # split. ours: a string under DreamLIP's keys is split. (The released code takes it for a list of letters.)
             is_sentences = key in DREAMLIP and isinstance(value, list)
             pool += sentences(value, whole=is_sentences or key == 'original_caption')
         if pool:
@@ -50,7 +50,7 @@ def caption_pool(record, keys=None):
 # --- 2. Sentences (ours) ---------------------------------------------------------------------------------------------
 
 def sentences(value, whole=False):
-    """A string, or a list of strings, -> its sentences. whole: each string is one, and is not split."""
+    """A string, or a list of strings -> its sentences. whole: each string is one sentence, and is not split."""
     found = []
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str):
@@ -60,21 +60,21 @@ def sentences(value, whole=False):
 
 
 def without_spaced_stop(text):
-    """'a scarf , laughing .' -> 'a scarf , laughing'. Flickr8k writes a space before the full stop; both go."""
+    """'a scarf , laughing .' -> 'a scarf , laughing'. Flickr8k writes a space before the full stop; both are cut."""
     return text.strip().removesuffix(' .').rstrip()
 
 
 def split(text):
-    """A sentence ends at a newline, at '</s>', or at a full stop before white space or the end: "3.5 m" stays whole.
+    """A sentence ends at a newline, at '</s>', or at a full stop before white space or the end; "3.5 m" stays whole.
 
-    A full stop behind a word of one letter ends none: "J. Smith", "e.g. a dog". The s of "dog's" is no such word.
+    A full stop after a word of one letter does not end it: "J. Smith", "e.g. a dog". The s of "dog's" is no such word.
     """
     parts = []
     start = 0
-    # The group is a word of one character. A pattern for words of any length would start anew at each of their letters,
-    # which takes seconds for a long caption without spaces.
+    # The group is a word of one character. A pattern for words of any length would start again at each of their
+    # letters, which takes seconds for a long caption without spaces.
     for end in re.finditer(r"\n|</s>|((?<![\w'’])['’]*\w)?\.(?=\s|$)", text):
-        word = end[1] or ''                             # in front of a full stop
+        word = end[1] or ''                             # right before the full stop, if there is one
         if word and word[-1].isalpha():
             continue
         parts.append(text[start:end.start()] + word)

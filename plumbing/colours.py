@@ -1,4 +1,4 @@
-"""Changes of colour in batches, each image with a strength of its own, on the device where the images are."""
+"""Colour changes for a batch, with a strength for each image, on the device that holds the images."""
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as TF
 
 @lru_cache
 def constant(numbers, device):
-    """A tuple of three -> (3, 1, 1) on a device. It is copied there once: each such copy would make a GPU wait."""
+    """Three numbers -> (3, 1, 1) on a device. They are copied there only once, because each copy makes a GPU wait."""
     return torch.tensor(numbers, device=device).view(3, 1, 1)
 
 
@@ -30,33 +30,34 @@ def saturation(x, strength):
 
 
 def hue(x, turn):
-    """Turn the hue: RGB to HSV and back, by the textbook."""
+    """Turn the hue; a turn of 1 is the full circle. RGB to HSV and back, as in textbooks."""
     red, green, blue = x.split(1, dim=1)                                # each (n, 1, h, w)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
-    # 6 hue, in a case for each largest channel: green or blue, then red over both. Of grey any hue will do.
+    # Six times the hue, by a formula for each largest channel: first green or blue, then red, which takes precedence.
+    # A grey pixel has no hue, so any value will do.
     share = 1 / chroma.clamp_min(1e-8)
     if_red = (green - blue) * share
     if_green = (blue - red) * share + 2
     if_blue = (red - green) * share + 4
     six_hue = torch.where(value == green, if_green, if_blue)
     six_hue = torch.where(value == red, if_red, six_hue)
-    turned = six_hue / 6 + turn + 1                                     # + 1: never below 0
-    # Back: channel = value - chroma * clamp(min(k, 4 - k), 0, 1), k = (start + 6 hue) mod 6. Of red, hue 0, k is
-    # 5, 3, 1, and the clamp 0, 1, 1: the red channel stays at value.
-    start = constant((5, 3, 1), x.device)               # of red, green, blue
+    turned = six_hue / 6 + turn + 1                                     # + 1, so that it is never negative
+    # Back: channel = value - chroma * clamp(min(k, 4 - k), 0, 1) with k = (start + 6 hue) mod 6. For red, whose hue is
+    # 0, k is 5, 3, 1 and the clamp gives 0, 1, 1, so the red channel stays at value.
+    start = constant((5, 3, 1), x.device)               # for red, green, blue
     k = 6 * torch.frac(turned + start / 6)              # (n, 3, h, w)
     lost = torch.minimum(k, 4 - k).clamp_(0, 1)
     return value - chroma * lost
 
 
 def blur(x, sigma):
-    """Gaussian blur; borders are mirrored. The kernel ends after 6 pixels, three of the largest sigma."""
+    """Gaussian blur; borders are mirrored. The kernel ends after 6 pixels, which is three times the largest sigma."""
     offsets = torch.arange(-6, 7, device=x.device)
-    # The softmax makes its sum 1. The clamp avoids denormal numbers, which are slow on a CPU.
+    # The softmax makes the kernel sum to 1. The clamp avoids denormal numbers, which are slow on a CPU.
     exponents = -0.5 * (offsets / sigma) ** 2           # (n, 1, 1, 13)
     kernel = exponents.clamp_min(-80).softmax(-1)
-    kernel = kernel.repeat_interleave(3, dim=0)         # (3 n, 1, 1, 13): for each channel
+    kernel = kernel.repeat_interleave(3, dim=0)         # (3 n, 1, 1, 13): one per channel
     padded = F.pad(x, [6, 6, 6, 6], 'reflect')
     channels = padded.flatten(0, 1)                     # (3 n, h + 12, w + 12): one image of 3 n channels
     rows = F.conv2d(channels, kernel, groups=len(kernel))
@@ -76,7 +77,7 @@ OPERATIONS = {
     'grey': saturation,         # with strength 0
     'blur': blur,
     'solarize': solarize}
-# Strengths that change nothing. An image with such a one is left out of the operation.
+# Strengths that change nothing. An operation skips the images that have this strength.
 NEUTRAL = {
     'brightness': 1.0,
     'contrast': 1.0,
@@ -91,20 +92,20 @@ JITTERS = 'brightness', 'contrast', 'saturation', 'hue'
 # --- 2. Which images of a batch each operation changes ----------------------------------------------------------------
 
 class Changes(NamedTuple):
-    """What the operations change in V views of B images, operation after operation, and in each view after view.
+    """Which images each operation changes, in V views of B images. Changes are sorted by operation, then by view.
 
-    The CPU decides this, so that a GPU need not be asked how many images change: that would make it wait.
+    The CPU works this out, because asking a GPU how many images change would make it wait.
     """
     images: torch.Tensor        # (changes,) which image of the view
     strengths: torch.Tensor     # (changes,)
-    counts: list                # how many changes each operation makes in each view, of length operations * V
+    counts: list                # how many images each operation changes in each view; operations * V numbers
 
     def to(self, device):
         return Changes(self.images.to(device, non_blocking=True), self.strengths.to(device, non_blocking=True),
                        self.counts)
 
     def by_view(self):
-        """-> for each view {operation: (images, strengths) that it changes}."""
+        """-> for each view a dict, {operation: (the images that it changes, their strengths)}."""
         V = len(self.counts) // len(OPERATIONS)
         of_each = list(zip(self.images.split(self.counts), self.strengths.split(self.counts)))
         return [dict(zip(OPERATIONS, of_each[view::V])) for view in range(V)]
@@ -120,8 +121,7 @@ def changes_of(strengths):
 
 
 def recolour(images, changes, order):
-    """uint8 (B, 3, h, w), {operation: (images, strengths) that it changes}, the operations in order -> float32 in
-    [0, 1]."""
+    """uint8 (B, 3, h, w), a dict of Changes.by_view, the operations in their order -> float32 in [0, 1]."""
     x = images.float().div_(255)
     for name in order:
         changed, strengths = changes[name]

@@ -1,4 +1,4 @@
-"""Files that are written whole, and read with a sentence where they are broken."""
+"""Files are written whole or not at all, and one that cannot be read gives a sentence instead of a traceback."""
 import json
 import os
 from contextlib import contextmanager, suppress
@@ -11,20 +11,20 @@ from plumbing.errors import Refused, need
 
 @contextmanager
 def replacing(path):
-    """A temporary path beside `path`, which takes its place when the block ends well and is removed when not. Its name
-    is random, so that two processes do not write into one file."""
+    """Yields a temporary path next to `path`. When the block ends well, the temporary file takes the place of `path`;
+    otherwise it is removed. Its name is random, so that two processes do not write into the same file."""
     path = Path(path)
     temporary = path.with_name(f'{path.name}.{os.urandom(4).hex()}.partial')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, 'rb+') as file:
-            os.fsync(file.fileno())     # else a crash of the machine may leave an empty file under the name
+            os.fsync(file.fileno())     # otherwise a crash of the machine may leave an empty file at `path`
         temporary.replace(path)
     except OSError as error:
-        raise Refused(f'{path} cannot be written ({error}); what was there before is whole') from None
+        raise Refused(f'{path} cannot be written ({error}); what was there before is intact') from None
     finally:
-        with suppress(OSError):         # it is gone, or never was
+        with suppress(OSError):         # it was renamed, or never written
             temporary.unlink()
 
 
@@ -44,7 +44,7 @@ def write_json(path, value):
 
 @contextmanager
 def reading(path):
-    """Inside this block, errors of reading and decoding the file at `path` become Refused, with its name."""
+    """Inside this block, an error in reading or decoding the file at `path` becomes Refused, with its name."""
     try:
         yield
     except (OSError, UnicodeError, json.JSONDecodeError) as error:
@@ -54,14 +54,14 @@ def reading(path):
 
 def read_json(path):
     with reading(path):
-        # -sig: a byte order mark or none
+        # -sig: with or without a byte order mark
         return json.loads(Path(path).read_text(encoding='utf-8-sig'))
 
 
 def field(record, name, path, kind=object):
-    """record[name], of what was read from the json file at `path`. Refused if there is none, or none of this kind."""
+    """record[name], from what the json file at `path` holds. Refused if it is missing, or not of this kind."""
     need(isinstance(record, dict) and name in record and isinstance(record[name], kind),
-         f"{path} has another form than this command expects: '{name}' is missing in {str(record)[:80]}, "
+         f"{path} does not have the form that this command expects: '{name}' is missing in {str(record)[:80]}, "
          'or is of another kind; see --help')
     return record[name]
 
@@ -69,8 +69,8 @@ def field(record, name, path, kind=object):
 def read_lines(path, numbered=False):
     """The lines of a text file that are not blank.
 
-    numbered: line i is about number i. Then a blank line is refused, for it would shift the others; at the end it is
-    none.
+    numbered: line i belongs to number i. A blank line would shift the lines after it, so it is refused. Blank lines at
+    the end are allowed.
     """
     with reading(path):
         text = Path(path).read_text(encoding='utf-8-sig').rstrip()
@@ -78,5 +78,5 @@ def read_lines(path, numbered=False):
     lines = [line.strip() for line in text.split('\n')]
     if numbered and '' in lines:
         raise Refused(f'line {lines.index("") + 1} of {path} is blank; give every class a line, '
-                      'for the line decides which class it is')
+                      'because the line number says which class it is')
     return [line for line in lines if line]

@@ -1,4 +1,4 @@
-"""Published lists of images and captions: COCO's, Karpathy's, and the released code's of Flickr30k."""
+"""Published lists of images and captions: COCO's, Karpathy's, and the released code's list of Flickr30k."""
 from collections import defaultdict
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from plumbing.captions import without_spaced_stop
 from plumbing.errors import Refused, need
 from plumbing.files import field, read_json
 
-# What the published lists hold, as extras.prepare packs it, too. Refused for a list of another form, whose file is at
-# `path`.
+# The rows of a published list, which extras.prepare packs, too. A list of another form is Refused, with the `path` of
+# its file.
 
 def coco_rows(listing, path):
     """COCO's captions -> [(name of an image, its captions), ...]."""
-    captions = defaultdict(list)                                    # by the image's id
+    captions = defaultdict(list)                                    # {the image's id: captions}
     for annotation in field(listing, 'annotations', path, list):
         image_id = field(annotation, 'image_id', path, (int, str))
         captions[image_id].append(field(annotation, 'caption', path))
@@ -37,11 +37,11 @@ def karpathy_rows(listing, path):
     return rows
 
 
-# The three lists as eval.py takes them, each -> [(path of an image, its captions), ...]. images: their folder; without
-# one they lie beside the list.
+# The three lists as eval.py takes them: each function returns [(path of an image, its captions), ...]. images: the
+# folder of the images; if none is given, they lie next to the list.
 
 def read_coco(folder):
-    """COCO's folder, with annotations/captions_val2017.json."""
+    """COCO's folder, with images/val2017 and annotations/captions_val2017.json."""
     path = Path(folder, 'annotations/captions_val2017.json')
     rows = coco_rows(read_json(path), path)
     return [(Path(folder, 'images/val2017', name), captions) for name, captions in rows]
@@ -66,10 +66,11 @@ def read_flickr(path, images):
 
 
 def with_owners(pools, name):
-    """The captions of each image, one or several -> all captions, and owner (captions,): the image of each.
+    """The captions of each image, a string or a list -> all captions in one list, and owner (captions,), the image that
+    each belongs to.
 
-    name: a function i -> what a message calls image i. Refused for an image that has no caption, or one that is no
-    text. The full stop of ' .' is taken off, as in training.
+    name: a function that says what a message calls image i. An image is Refused if it has no caption, or one that is
+    not text. A final ' .' is taken off, as in training.
     """
     captions = []
     owner = []
@@ -89,7 +90,7 @@ def with_owners(pools, name):
 
 
 def published_captions(coco, karpathy, flickr, images, split):
-    """The one of the three that is given -> paths of its images, and captions and owner as `with_owners` has them."""
+    """The one list that is given of the three -> paths of its images, and captions and owner as in `with_owners`."""
     if coco:
         pairs = read_coco(coco)
     elif karpathy:

@@ -19,8 +19,8 @@ from plumbing.processes import DTYPES, cores
 # --- 1. Parser and types ---------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are Refused, and which takes no abbreviated options: a typo would pass as one. Its help
-    shows the program's docstring as it stands."""
+    """argparse, but its errors are Refused, and options cannot be abbreviated, because a typo would pass as an
+    abbreviation. Its help shows the program's docstring as it stands."""
 
     def __init__(self, *args, **settings):
         super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number_type(kind, words, least, most=float('inf')):
-    """A type for argparse: a number in [least, most]. `words` say which, for the error."""
+    """A type for argparse: a number in [least, most], which `words` describe in the error."""
     def parse(text):
         try:
             value = kind(text)
@@ -63,111 +63,115 @@ above_zero = number_type(float, 'a number above 0', sys.float_info.min, sys.floa
 def add_data(parser):
     add = parser.add_argument_group('data').add_argument
     workers = min(8, cores() // 2 or 1)
-    add('--data', nargs='+', help='tars, or folders of them (the built-in set)')
+    add('--data', nargs='+', help='tars, or folders of them; without it the built-in set')
     add('--val', nargs='+', help='held-out shards, evaluated as --eval-every says')
     add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
-    add('--caption-pool', choices=POOL_KEYS, default='all', help="of DreamLIP's (%(default)s)")
-    add('--vocab', default='clip', help="%(default)s, learn (from the captions), or CLIP's file")
-    add('--workers', type=count, default=workers, help='loaders for each GPU (%(default)s)')
+    add('--caption-pool', choices=POOL_KEYS, default='all',
+        help="which of DreamLIP's captions to use (%(default)s)")
+    add('--vocab', default='clip', help="clip, learn (from the captions), or a path to CLIP's file")
+    add('--workers', type=count, default=workers, help='loaders per process (%(default)s)')
 
 
 def add_method(parser, presets, methods):
     add = parser.add_argument_group('method').add_argument
     add('--preset', choices=presets, help='sizes and recipe (vit-b-16 with --data, else tiny)')
     add('--method', choices=methods, default='cosmos',
-        help='row of Table 5, or ours: plain, across (%(default)s)')
-    add('--init', help='weights to start from, ours or others. They set sizes and vocabulary, and the '
+        help='a row of Table 5, or ours: plain, across (%(default)s)')
+    add('--init', help='weights to start from, ours or not. They set sizes and vocabulary, and the '
         'defaults of --lr, --wd, --momentum-ramp and --out')
-    add('--quick-gelu', action='store_true', help="--init has OpenAI's activation, if no file says it")
+    add('--quick-gelu', action='store_true',
+        help="the weights of --init use OpenAI's activation, and their file does not say so")
     add('--local-crops', type=count, default=6, help='local image views per pair (%(default)s)')
     add('--local-captions', type=count, default=6, help='local captions per pair (%(default)s)')
-    add('--augment', choices=['full', 'crops'], default='full', help='full: with flips and colours')
+    add('--augment', choices=['full', 'crops'], default='full',
+        help='crops: only crops; full: also flips and changes of colour')
 
 
 def add_schedule(parser):
     schedule = parser.add_argument_group('schedule')
     length = schedule.add_mutually_exclusive_group().add_argument
-    length('--steps', type=positive, help='optimizer steps in all')
-    length('--epochs', type=above_zero, help='passes over the data, in their place')
+    length('--steps', type=positive, help='optimizer steps in total')
+    length('--epochs', type=above_zero, help='passes over the data, instead of --steps')
     add = schedule.add_argument
     add('--batch', type=positive, help='pairs per step, over all processes and --accum')
-    add('--accum', type=positive, default=1, help='parts of a batch, for memory (%(default)s)')
+    add('--accum', type=positive, default=1, help='parts of a batch, to save memory (%(default)s)')
     add('--lr', type=amount, help='peak learning rate (1e-5 with --init)')
-    add('--lr-end', type=share, default=0.0, help='share of the peak at the end (%(default)s)')
+    add('--lr-end', type=share, default=0.0, help='final rate as a share of --lr (%(default)s)')
     add('--warmup', type=count, help='steps of linear warm-up before the cosine')
-    add('--wd', type=amount, help='weight decay of matrices, of nothing else (0.1 with --init)')
-    add('--momentum', type=share, help='lambda of the teacher')
+    add('--wd', type=amount, help='weight decay, of matrices only (0.1 with --init)')
+    add('--momentum', type=share, help='lambda of the teacher, a moving average')
     add('--momentum-ramp', type=count, default=0,
         help='R: at step s lambda is at most s / (s + R); 0: no ramp (0 with --init)')
-    add('--clip-grad', type=amount, default=0.0, help='largest norm of the gradient; 0: none')
-    add('--seed', type=count, default=0, help='of everything random (%(default)s)')
+    add('--clip-grad', type=amount, default=0.0, help='largest norm of the gradient; 0: no limit')
+    add('--seed', type=count, default=0, help='seed of everything random (%(default)s)')
 
 
 def add_machine(parser):
     add = parser.add_argument_group('machine').add_argument
     switch = argparse.BooleanOptionalAction
-    add('--precision', choices=['auto', *DTYPES], default='auto', help='auto: bf16 if fast')
-    add('--device', choices=['auto', 'cuda', 'cpu'], default='auto', help='auto: cuda if found')
-    add('--compile', action=switch, default=False, help='torch.compile, for GPUs alone')
+    add('--precision', choices=['auto', *DTYPES], default='auto', help='auto: bf16 if it is fast')
+    add('--device', choices=['auto', 'cuda', 'cpu'], default='auto', help='auto: cuda if available')
+    add('--compile', action=switch, default=False, help='torch.compile; gains nothing on CPUs')
     add('--grad-checkpoint', action=switch, default=False, help='less memory, more time')
 
 
 def add_output(parser):
     add = parser.add_argument_group('output').add_argument
-    add('--out', help='folder of checkpoint, log and report (runs/PRESET-METHOD, runs/INIT-METHOD)')
-    add('--resume', action='store_true', help='go on with the run in --out, or start it')
-    add('--save-minutes', type=amount, default=20.0, help='minutes between checkpoints; 0: any (%(default)s)')
-    add('--save-every', type=count, default=0, help='or steps; 0: any (%(default)s)')
+    add('--out', help='folder of checkpoint, log, report (runs/PRESET-METHOD, or runs/INIT-METHOD)')
+    add('--resume', action='store_true', help='go on with the run in --out, or start one there')
+    add('--save-minutes', type=amount, default=20.0,
+        help='most minutes between checkpoints; 0: no limit (%(default)s)')
+    add('--save-every', type=count, default=0, help='the same in steps; 0: no limit (%(default)s)')
     add('--eval-every', type=count,
-        help='steps between evaluations (a quarter of the run); 0: at the end only')
+        help='steps between evaluations (a quarter of the run); 0: only at the end')
     add('--log-every', type=positive, default=20, help='steps between log lines (%(default)s)')
 
 
 def name_of(weights):
-    """clip of clip.pt, tiny-cosmos of runs/tiny-cosmos and of runs/tiny-cosmos/best.pt"""
+    """clip.pt -> clip, runs/tiny-cosmos and runs/tiny-cosmos/best.pt -> tiny-cosmos"""
     path = Path(weights).resolve()
     return path.parent.name if path.name in ('last.pt', 'best.pt') else path.stem
 
 
 def training_options(argv, description, presets, methods, recipe_of):
-    """What is typed, else the recipe, else the default above -> a namespace. In --help a value in brackets is the
-    default, where the recipe has no other.
+    """The command line -> a namespace. An option's value is what is typed, else the recipe's, else the default above.
 
-    argv: the words of the command, None: those of this program. presets, methods: names. recipe_of(preset, method,
-    init): {option: its default}.
+    argv: the words of the command; None: those of this program. presets, methods: their names. recipe_of(preset,
+    method, init) returns the recipe, {option: its default}.
     """
     words = sys.argv[1:] if argv is None else argv
     recipes = ''.join(f'\n{name}: {recipe_of(name, "cosmos", None)}' for name in presets)
-    parser = Parser(usage='%(prog)s [options]', epilog=f'{description}\nRecipes:{recipes}')
+    parser = Parser(usage='%(prog)s [options]', epilog=f'{description}\nA recipe takes precedence '
+                    f'over the defaults in brackets, and --init over a recipe.\n\nRecipes:{recipes}')
     add_data(parser)
     add_method(parser, presets, methods)
     add_schedule(parser)
     add_machine(parser)
     add_output(parser)
 
-    typed = parser.parse_args(words)                    # a first look, at what decides the recipe
+    typed = parser.parse_args(words)                    # a first look, at what chooses the recipe
     preset = typed.preset or ('vit-b-16' if typed.data else 'tiny')
     recipe = recipe_of(preset, typed.method, typed.init)
-    recipe.pop('warmup', None)          # choose_lengths takes less of it for a short run
+    recipe.pop('warmup', None)          # choose_lengths sets it, and shortens it for a short run
     if typed.steps or typed.epochs:
         recipe.pop('steps', None)
         recipe.pop('epochs', None)
     name = name_of(typed.init) if typed.init else preset
     parser.set_defaults(preset=preset, out=f'runs/{name}-{typed.method}')
-    # The recipe is put before what is typed. So it goes through types and choices, too, and what is typed wins.
+    # The recipe is put before what is typed. So it, too, is checked against types and choices, and what is typed wins.
     recipe_words = [f"--{name.replace('_', '-')}={value}" for name, value in recipe.items()]
     return parser.parse_args([*recipe_words, *words])
 
 
 def choose_data(options, built_in_set):
-    """Fill in --data and --val where they are not typed. built_in_set() draws shards, and returns their folder.
+    """Fill in --data and --val if they are not typed. built_in_set() draws shards, and returns their folder.
 
     If --data is one folder with train/ and val/, --val becomes the same folder: Shards takes train/ for --data, and
     val/ for --val.
     """
     if options.data is None:
         need(built_in_set,
-             'the built-in set is drawn by lesson/, which is absent; give shards by --data')
+             'the built-in set is drawn by lesson/, which is absent; give shards with --data')
         options.data = [str(built_in_set())]
     folder = Path(options.data[0])
     has_halves = (folder / 'train').is_dir() and (folder / 'val').is_dir()
@@ -176,7 +180,7 @@ def choose_data(options, built_in_set):
 
 
 def choose_lengths(options, pairs, warmup):
-    """Fill in --steps, and --warmup and --eval-every where they are not typed. warmup: that of the recipe."""
+    """Fill in --steps, and --warmup and --eval-every if they are not typed. warmup: that of the recipe."""
     if options.epochs is not None:
         options.steps = round(options.epochs * (pairs // options.batch)) or 1
     if options.warmup is None:
@@ -188,7 +192,7 @@ def choose_lengths(options, pairs, warmup):
 # --- 3. eval.py, and other commands on a checkpoint ------------------------------------------------------------------
 
 def add_checkpoint(parser):
-    """What every command takes that eval.execute runs."""
+    """The options of every command that eval.execute runs."""
     add = parser.add_argument
     add('checkpoint', metavar='CKPT')
     add('--weights', choices=['teacher', 'student'], default='teacher',
@@ -197,7 +201,7 @@ def add_checkpoint(parser):
         help='cuda or cpu (default: %(default)s)')
     add('--workers', type=count, default=2,
         help='processes that read images; segment needs none (default: %(default)s)')
-    add('--vocab', help="CLIP's merges, for checkpoints that carry none")
+    add('--vocab', help="file of CLIP's merges, for checkpoints that carry none")
     add('--json', help='also write the figures to this file')
 
 
@@ -205,7 +209,7 @@ def add_retrieval(parser, caption_keys):
     one = parser.add_mutually_exclusive_group(required=True).add_argument
     one('--coco', help='folder with images/val2017 and annotations/captions_val2017.json')
     one('--karpathy', help="Karpathy's dataset_coco.json or dataset_flickr30k.json")
-    one('--flickr', help="the released code's flickr30k_val.json: a list of image and captions")
+    one('--flickr', help="the released code's flickr30k_val.json: a list of images with captions")
     one('--shards', nargs='+', help='held-out shards; a folder with train/ and val/ means its val/')
     add = parser.add_argument
     add('--split', help="Karpathy's split (default: test)")
@@ -220,32 +224,32 @@ def add_classify(parser):
         help='a classification set of torchvision.datasets: CIFAR10, DTD, ...')
     one('--folder', help='one folder of images per class')
     add = parser.add_argument
-    add('--root', default='data', help='where --dataset lies (default: %(default)s)')
-    add('--split', help="torchvision's name of the split (default: test; ImageNet has val)")
+    add('--root', default='data', help='folder of --dataset (default: %(default)s)')
+    add('--split', help="torchvision's name for the split (default: test; ImageNet has val)")
     add('--download', action='store_true', help='let torchvision fetch it into --root')
-    add('--classes', help='file of class names: a line each in the order of the sorted folders '
+    add('--classes', help='file of class names, one per line in the order of the sorted folders '
         "(default: torchvision's, or the folders' names)")
-    add('--templates', help='file of prompts with {} for the class, a line each; or open_clip: the 80 '
-        'prompts of the installed open_clip, for ImageNet its names, too')
+    add('--templates', help='file of prompts with {} for the class, one per line; or open_clip: the 80 '
+        'prompts of the installed open_clip, and for ImageNet also its class names')
 
 
 def add_segment(parser):
     add = parser.add_argument
     add('--images', required=True, help='folder of images')
     add('--masks', required=True, help='folder of PNG masks of class numbers; 255 is ignored')
-    add('--classes', required=True, help='line i has the names of class i, joined by commas')
-    add('--image-suffix', default='', help='end of image names that masks lack, as _leftImg8bit')
-    add('--mask-suffix', default='', help='end of mask names that images lack, as _gtFine')
-    add('--list', help='file of the stems to evaluate, as of a split')
+    add('--classes', required=True, help='file: line i has the names of class i, joined by commas')
+    add('--image-suffix', default='', help='end of image names that masks lack, like _leftImg8bit')
+    add('--mask-suffix', default='', help='end of mask names that images lack, like _gtFine')
+    add('--list', help='file of the stems to evaluate, one per line')
     add('--templates', help='file of prompts with {} for the class; or open_clip: its 80 prompts')
     add('--benchmark', choices=BENCHMARKS, help='the released settings of this set (default: plain '
-        'ones). The 80 released prompts are not among them: give those by --templates')
+        'ones). The 80 released prompts are not among them; give those with --templates')
     add('--csa', action='store_true', help='correlative self-attention in the last block')
 
 
 def evaluation_options(description, caption_keys):
-    """The command line of eval.py -> a namespace, whose `command` is one of the three. caption_keys: those of held-out
-    shards, unless others are typed."""
+    """The command line of eval.py -> a namespace, whose `command` is one of the three. caption_keys: the default of
+    --caption-keys."""
     program = Parser(usage='%(prog)s COMMAND CKPT [options]', epilog=description)
     commands = program.add_subparsers(dest='command', required=True, prog=program.prog)
 

@@ -1,4 +1,4 @@
-"""--accum: a batch in parts, with the gradient of the whole."""
+"""--accum: a batch runs in parts, with the gradient of the whole batch."""
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -8,9 +8,9 @@ from cosmos import Output
 class InParts(torch.nn.Module):
     """The student, run on --accum parts of a batch. DistributedDataParallel goes around it, and sees one forward pass.
 
-    With several parts no activations are stored: the backward pass computes them again, part by part (checkpoint). The
-    loss sees the embeddings of all parts at once, so the gradient is that of the whole batch, exactly. Averaging the
-    losses of parts would lose negatives.
+    With several parts no activations are stored. The backward pass computes them again, part by part (checkpoint). The
+    loss sees the embeddings of all parts at once, so the gradient is exactly that of the whole batch. Averaging the
+    losses of the parts would lose negatives.
     """
 
     def __init__(self, student, accum):
@@ -26,6 +26,6 @@ class InParts(torch.nn.Module):
             some_images = [view.chunk(self.accum)[k] for view in images]    # (B / accum, 3, s, s)
             some_texts = [text.chunk(self.accum)[k] for text in texts]      # (B / accum, T)
             outs.append(checkpoint(self.student, some_images, some_texts, use_reentrant=False))
-        # First the cls of all parts, then their eot, and with cross-attention their h_I and h_T.
+        # The cls of all parts become one tensor, and so do their eot, and with cross-attention their h_I and h_T.
         joined = [torch.cat(pieces, dim=1) for pieces in zip(*outs) if pieces[0] is not None]
         return Output(*joined)

@@ -1,4 +1,4 @@
-"""Where a run runs: its processes and what they have of the machine.
+"""The processes of a run, and what they use of the machine.
 
 1. the processes: ranks, devices, sums and broadcasts over all of them, and how they end
 2. threads and memory: cores() for each process, keep_memory, peak_memory
@@ -26,7 +26,7 @@ DTYPES = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}          
 # --- 1. Processes ----------------------------------------------------------------------------------------------------
 
 class Processes:
-    """The processes of this run: one, or those of torchrun, whose environment variables are the only switch."""
+    """The processes of this run: a single one, or those of torchrun. Its environment variables alone decide which."""
 
     def __init__(self, device):
         gpu = torch.cuda.is_available()
@@ -34,11 +34,11 @@ class Processes:
             raise Refused('--device cuda: torch finds no GPU on this machine; use --device auto')
         self.device = torch.device('cuda' if gpu and device != 'cpu' else 'cpu')
         if self.device.type == 'cuda':
-            # cuDNN's attention would plan each new shape, for half a second, and captions have tens of lengths.
+            # cuDNN's attention would plan for half a second at each new shape, and captions have dozens of lengths.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.rank = 0
         self.world = 1
-        self.patient = None             # a group of all processes that waits for days
+        self.patient = None             # a group of all processes with a timeout of days
         if 'RANK' in os.environ:
             self.join()
 
@@ -54,8 +54,8 @@ class Processes:
         self.world = dist.get_world_size()
         if self.rank > 0:
             sys.stdout = open(os.devnull, 'w')          # from here on rank 0 speaks for all
-        # Rank 0 reads headers and evaluates, as long as it takes. The others wait on this group: the usual one gives
-        # up after minutes.
+        # While rank 0 reads headers or evaluates, the others wait on this group, because the usual one gives up after
+        # minutes.
         self.patient = dist.new_group(backend='gloo', timeout=timedelta(days=7))
 
     def sum(self, values):
@@ -67,11 +67,12 @@ class Processes:
         return total.tolist()
 
     def sum_meanwhile(self, count):
-        """The numbers that count() gives, summed over all processes while this one goes on -> a function that waits for
-        the sums, list of floats.
+        """Start to sum the numbers of count() over all processes, while this one goes on -> a function that waits for
+        the sums and returns them, a list of floats.
 
-        With several processes count() is called at once, and gloo adds numbers of the CPU: `sum` would have the CPU
-        wait for all that its GPU has yet to do. A process alone calls it at the end, and so knows a little more.
+        With several processes count() is called now, and gloo adds the numbers on the CPU; `sum` would make the CPU
+        wait for all that its GPU has yet to do. A single process calls count() only when it asks for the sums, so its
+        numbers are a little newer.
         """
         if self.world == 1:
             return count
@@ -85,20 +86,20 @@ class Processes:
         return wait
 
     def broadcast(self, value):
-        """Rank 0's value, on all of them."""
+        """Rank 0's value, on all ranks."""
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box, group=self.patient)
         return box[0]
 
     def wait_for_rank_0(self):
-        """Other ranks wait here until rank 0 comes here, too. Rank 0 itself does not wait."""
+        """The other ranks wait here until rank 0 comes here, too. Rank 0 itself does not wait."""
         self.broadcast(None)
 
     @contextlib.contextmanager
     def rank_0_first(self):
-        """The other processes enter this block when rank 0 has left it, and find the files that it wrote there. If rank
-        0 is refused inside, it ends, and so do they."""
+        """The other processes enter this block after rank 0 has left it, and find the files that rank 0 wrote there. If
+        rank 0 is refused inside the block, all processes end."""
         if self.rank > 0:
             try:
                 self.wait_for_rank_0()
@@ -109,11 +110,11 @@ class Processes:
             self.wait_for_rank_0()      # lets the others in
 
     def must_agree(self, value, sentence):
-        """Refused, with this sentence, where a rank has another value than rank 0."""
+        """Refused, with this sentence, on a rank whose value differs from rank 0's."""
         need(self.broadcast(value) == value, sentence)
 
     def end_all(self, sentence):
-        """All ranks come here: rank 0 says why, and all end with status 1."""
+        """All ranks must call it. Rank 0 says why, and all end with status 1."""
         if self.rank > 0:
             self.wait_for_rank_0()
             os._exit(1)
@@ -121,10 +122,10 @@ class Processes:
         raise Refused(sentence)
 
     def leave(self, status):
-        """End the process. With several, each waits here until all have come.
+        """End the process. If there are several, each waits here until all have come.
 
-        NB: destroying the process group may hang: freeing DDP holds Python's lock and waits for gloo's thread, which
-        may be waiting for that lock.
+        NB: the process group is not destroyed, because that may hang: freeing DDP holds Python's lock and waits for
+        gloo's thread, which may be waiting for that lock.
         """
         if self.patient:
             dist.barrier(group=self.patient)
@@ -136,30 +137,31 @@ class Processes:
 # --- 2. Threads and memory -------------------------------------------------------------------------------------------
 
 def cores():
-    """How many cores this process may use: its share of those that Slurm or the machine has for all processes here."""
+    """How many cores this process may use: its share of the cores that Slurm, or the machine, gives to this node's
+    processes."""
     # Only Linux says which cores a job may use.
     here = len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()
     return here // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) or 1      # torchrun says how many processes a node has
 
 
 def use_cores(workers):
-    """On a CPU: a core for each loader, the others for this process, and freed memory stays at hand."""
+    """For a run on a CPU: each loader gets a core, this process gets the others, and freed memory is kept."""
     keep_memory()
     if 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(max(1, cores() - workers))
 
 
 def keep_memory():
-    """Have the C library keep what is freed. By itself it hands large blocks back to the system, and the next step gets
-    them anew, page by page and filled with zeros: a tenth of the time of a vit-b-16 step on a CPU."""
-    with contextlib.suppress(AttributeError):           # only glibc has it
+    """Make the C library keep memory that is freed. By default it hands large blocks back to the system. The next step
+    then gets them again, page by page and filled with zeros, which takes a tenth of a vit-b-16 step on a CPU."""
+    with contextlib.suppress(AttributeError):           # only glibc has mallopt
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block by mmap, which goes back when freed
+        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block comes from mmap; those go back when freed
         libc.mallopt(-1, -1)            # M_TRIM_THRESHOLD: no other memory goes back
 
 
 def peak_memory(device):
-    """Most GB so far: on the GPU, else of this process."""
+    """The most memory used so far, in GB: on the GPU, or without one by this process."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated() / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -169,13 +171,13 @@ def peak_memory(device):
 # --- 3. Precision and torch.compile ----------------------------------------------------------------------------------
 
 def choose_dtype(precision, device):
-    """-> dtype of autocast, or None. A CPU that has no units for bfloat16 is slower in it than in float32."""
+    """-> dtype of autocast, or None for float32. A CPU without units for bfloat16 is slower in it than in float32."""
     if precision != 'auto':
         return DTYPES[precision]
     if device.type == 'cuda':
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # private: some versions lack them
+        # private functions of torch; some versions lack them
         tests = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
         fast = any(hasattr(torch.cpu, test) and getattr(torch.cpu, test)() for test in tests)
     return torch.bfloat16 if fast else None
@@ -183,12 +185,12 @@ def choose_dtype(precision, device):
 
 def compile_blocks(model):
     """torch.compile block by block, in place, so that parameters keep their names. A graph serves all layers of a tower
-    and all lengths of captions; the whole model would be compiled again for each length."""
-    # torch allows 8 graphs for a piece of code, and all blocks run the same piece. They need more graphs: for each
-    # tower, for all rows and for one, with gradient and without.
+    and all lengths of captions, while the whole model would be compiled again for each length."""
+    # torch allows 8 graphs per piece of code. All blocks run the same piece, and need more than 8: graphs for each
+    # tower, for all rows and for one row, with gradient and without.
     torch._dynamo.config.cache_size_limit = 128
-    # For DistributedDataParallel torch would cut each block behind its first megabyte of parameters, so that their
-    # gradients can be sent while others are computed. Those of other blocks are on their way by then.
+    # For DistributedDataParallel torch would cut each block after its first megabyte of parameters, so that gradients
+    # can be sent while others are computed. We need no cuts, because the gradients of other blocks are sent meanwhile.
     torch._dynamo.config.optimize_ddp = False
     for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
         block.compile(dynamic=True)
@@ -197,14 +199,15 @@ def compile_blocks(model):
 # --- 4. Signals ------------------------------------------------------------------------------------------------------
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1                 # USR1: Slurm
-ONE_EVENT = 2.0         # seconds: Slurm and torchrun both pass a signal on, so it comes twice
+ONE_EVENT = 2.0         # seconds. Slurm and torchrun both pass a signal on, so it comes twice
 
 
 @contextlib.contextmanager
 def signals_caught():
-    """Inside this block the first signal ends nothing -> the list that gets its number. Another ends the process."""
+    """Inside this block the first signal does not end the process, but its number is put into the list that the block
+    gets. Another signal ends the process."""
     caught = []
-    first = 0.0                     # when it came
+    first = 0.0                     # when the first signal came
 
     def note(number, frame):
         nonlocal first
@@ -212,7 +215,7 @@ def signals_caught():
         if not caught:
             caught.append(number)
             first = now
-            # Not by print, which the signal may have interrupted.
+            # Not by print, because the signal may have interrupted a print.
             os.write(2, b'\nsignal     waiting for the end of this step, or of the evaluation under way; then '
                         b'the run is saved and ends. Another signal ends it at once\n')
         elif 'RANK' not in os.environ or now - first > ONE_EVENT:
@@ -227,25 +230,26 @@ def signals_caught():
 
 
 def loading(workers):
-    """Settings of a DataLoader: its workers outlive the signals that end a run, and end with it."""
+    """Settings of a DataLoader whose workers ignore the signals that end a run, and end with the process."""
     if workers:
         atexit.register(end_workers)
     return {'num_workers': workers,
             'worker_init_fn': ignore_signals,
-            # A forked worker shares the table of the shards, a spawned one gets a copy. DataLoader refuses it without
-            # workers.
+            # A forked worker shares the index of the shards, while a spawned one gets a copy. Without workers,
+            # DataLoader refuses the setting.
             'multiprocessing_context': 'fork' if workers and sys.platform == 'linux' else None}
 
 
 def ignore_signals(worker):
-    """Slurm and torchrun signal all processes. A worker that died of it would keep the run from saving."""
+    """Slurm and torchrun signal all processes. If a worker died of a signal, the run could not be saved."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers():
-    """Python would send SIGTERM at its exit, and wait. The workers ignore it, so the wait would never end."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # else torch raises an error of its own for each that ends
+    """Kill the workers. At its exit Python would send them SIGTERM and wait; they ignore it, so the wait would never
+    end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # otherwise torch raises an error for each worker that ends
     for worker in multiprocessing.active_children():
-        if worker.daemon:               # as loaders are; a process of another program is none
+        if worker.daemon:               # as loaders are; other children are not ours to kill
             worker.kill()

@@ -1,6 +1,7 @@
-"""A run's folder: its name, last.pt and best.pt, log.jsonl, and going on where a run has stopped.
+"""A run's folder: its name, last.pt and best.pt, log.jsonl, and how a stopped run goes on.
 
-Random numbers have no state to save: all come from the seed, and from the epoch and the pair, or from the step.
+No state of random numbers is saved, because all of them come from the seed, and from the epoch and the pair, or from
+the step.
 """
 import fcntl
 import json
@@ -22,8 +23,8 @@ from plumbing.weights import load_weights, read_checkpoint
 # --- 1. The folder ---------------------------------------------------------------------------------------------------
 
 def holds_run(folder):
-    """Whether a folder has a last.pt, or a best.pt whose last.pt was removed. A best.pt of step 0 is no run: a start has
-    left it that ended before its first checkpoint."""
+    """Whether a folder has a last.pt, or a best.pt whose last.pt was removed. A best.pt of step 0 does not count, as it
+    was left by a start that ended before its first checkpoint."""
     if Path(folder, 'last.pt').exists():
         return True
     best = Path(folder, 'best.pt')
@@ -31,28 +32,28 @@ def holds_run(folder):
         return False
     try:
         return read_checkpoint(best)['step'] > 0
-    except Refused:                     # broken, and still not ours to remove
+    except Refused:                     # broken, but still not ours to remove
         return True
 
 
 def free_name(out):
-    """The first free one of NAME, NAME-2, NAME-3, ...: a fresh start never touches a folder that holds a run."""
+    """The first free name of NAME, NAME-2, ..., because a fresh start never touches a folder that holds a run."""
     folder = out
     number = 2
     while holds_run(folder):
         folder = f'{out}-{number}'
         number += 1
     if folder != out:
-        print(f'note       {out} holds a run, this one goes into {folder}; to go on with the other give --resume')
+        print(f'note       {out} holds a run, so this one goes into {folder}; to go on with the old one, give --resume')
     return folder
 
 
-LOCKS = []      # open files: to close one would free it
+LOCKS = []      # open files; closing one would free its lock
 
 
 def lock(folder):
-    """Refused while another process has a run in this folder. The system frees the lock when a process ends, even by
-    SIGKILL; workers do not inherit it. What a kill within a save has left is removed."""
+    """Locks the folder; Refused while another process has a run in it. The system frees the lock when the process ends,
+    even by SIGKILL, and workers do not inherit it. Partial files, left by a kill in mid-save, are removed."""
     path = Path(folder, 'lock')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,7 @@ def lock(folder):
 
 
 def print_notes(shards, val, captions):
-    """What to know of the data before the first step. captions: how many a pair gives."""
+    """Print what to know about the data before the first step. captions: how many a pair gives."""
     sample = range(min(100, len(shards)))
     single = 0
     for i in sample:
@@ -96,8 +97,8 @@ def print_notes(shards, val, captions):
 
 
 def begin(folder, options, config, goes_on):
-    """Write config.json. An old eval.json goes. If an earlier start in this folder ended before its first checkpoint,
-    its log, its best.pt and its maps for the report go, too."""
+    """Write config.json, and remove an old eval.json. If an earlier start in this folder ended before its first
+    checkpoint, its log, its best.pt and its maps for the report are removed, too."""
     old = ['eval.json']
     if not goes_on:
         old += ['log.jsonl', 'maps.npz', 'best.pt']
@@ -107,7 +108,7 @@ def begin(folder, options, config, goes_on):
 
 
 def print_progress(entry, steps, batch):
-    """The numbers to watch, of a log entry. steps: of the whole run."""
+    """Print the numbers to watch from a log entry. steps: those of the whole run."""
     seconds_left = (steps - entry['step']) * batch / entry['pairs_per_s']
     line = ('step {step}  loss {loss:.3f}  clip {clip:.3f}  accuracy {accuracy:.0%}  lr {lr:.1e}  '
             '{pairs_per_s:.0f} pairs/s'.format(**entry))
@@ -115,14 +116,14 @@ def print_progress(entry, steps, batch):
 
 
 def write_log(folder, entry):
-    """An entry to log.jsonl. Of equal steps the last entry counts: a resumed run logs some again."""
+    """Append an entry to log.jsonl. A resumed run logs some steps again; the last entry of a step counts."""
     with open(Path(folder, 'log.jsonl'), 'a') as file:
         file.write(json.dumps(entry) + '\n')
 
 
-@lru_cache                              # files may change while a run goes on
+@lru_cache                              # asked once, because files may change during a run
 def commit():
-    """The commit of the code, with '-dirty' where files have changed since; '' where git does not tell."""
+    """The commit of the code, with '-dirty' if files have changed since; '' if git cannot say."""
     command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -134,7 +135,7 @@ def commit():
 # --- 2. Checkpoints --------------------------------------------------------------------------------------------------
 
 def networks(student, teacher, config, merges, step):
-    """What evaluation needs: the content of best.pt, and a part of last.pt. teacher may be None."""
+    """What evaluation needs, as best.pt and last.pt both hold it. teacher may be None."""
     state = {
         'config': asdict(config),
         'merges': merges,
@@ -147,7 +148,7 @@ def networks(student, teacher, config, merges, step):
 
 
 def save(folder, networks, optimizer, scaler, options, same, seconds):
-    """last.pt, whole or not at all. same: see `check_same`. seconds: how long the run has taken."""
+    """Write last.pt, whole or not at all. same: see `check_same`. seconds: how long the run has taken."""
     save_tensors(Path(folder, 'last.pt'), networks | {
         'optimizer': optimizer.state_dict(),
         'scaler': scaler.state_dict(),
@@ -158,7 +159,7 @@ def save(folder, networks, optimizer, scaler, options, same, seconds):
 
 @contextmanager
 def saved_on_error(student, save):
-    """After an error in this block save() is called first, where the weights are finite. Then the error goes on."""
+    """After an error in this block, save() is called if the weights are finite. Then the error goes on."""
     try:
         yield
     except Exception:
@@ -175,7 +176,7 @@ def save_best(folder, networks, score, val):
 
 
 def best_so_far(folder, val):
-    """(score, step) of best.pt; (-1, 0) where there is none, or one that was scored on other held-out shards."""
+    """(score, step) of best.pt; (-1, 0) if there is none, or if it was scored on other held-out shards."""
     path = Path(folder, 'best.pt')
     if path.exists():
         best = read_checkpoint(path)
@@ -187,7 +188,7 @@ def best_so_far(folder, val):
 # --- 3. Going on -----------------------------------------------------------------------------------------------------
 
 def read_last(folder):
-    """The content of last.pt; {} where there is no run. Refused for a run whose last.pt is gone."""
+    """The content of last.pt; {} if there is no run. Refused if a run's last.pt is gone."""
     path = Path(folder, 'last.pt')
     if not path.exists():
         need(not holds_run(folder), f'{path} is missing, so this run cannot go on; to start another one from its best '
@@ -199,16 +200,17 @@ def read_last(folder):
 
 
 def check_same(saved, options, same):
-    """Refused: a run that would go on as another one. same: {what: value}, what must be as it was.
+    """Refused if the run would go on as another one. same: {what: value}, what must be as it was.
 
-    Of other options that differ a line is printed: they are taken as typed. So it is with the code.
+    Other options may differ. They are taken as typed, except those that the checkpoint settles, and a line is printed
+    for each. The code may differ, too, and a line says so.
     """
     before = saved['same']
     differs = [what for what in same if before.get(what) != same[what]]
     was = ', '.join(f'{what} {before.get(what)}' for what in differs)
     now = ', '.join(f'{what} {same[what]}' for what in differs)
     need(not differs, f'{options.out} was started with {was}, not {now}; give the same to resume it, or another --out, '
-         'or start anew from its weights by --init')
+         'or start anew from its weights with --init')
     if saved['commit'] != commit() or commit().endswith('-dirty'):
         print(f"note       the code may have changed: it was at {saved['commit']}, is at {commit()}")
     for name, old in saved['options'].items():
@@ -218,12 +220,12 @@ def check_same(saved, options, same):
             continue
         note = f'was {old}, is now {new}'
         if name in ('init', 'vocab', 'quick_gelu'):
-            note = 'is ignored: the checkpoint has weights and vocabulary'
+            note = 'is ignored, because the checkpoint has weights and vocabulary'
         print(f'note       {flag} {note}')
 
 
 def restore(saved, student, teacher, optimizer, scaler, path):
-    """What `save` has saved goes back into networks, optimizer and scaler."""
+    """Put what `save` has saved back into networks, optimizer and scaler."""
     load_weights(student, saved['student'], path)
     if teacher:
         load_weights(teacher.model, saved['teacher'], path)

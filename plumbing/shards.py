@@ -1,4 +1,4 @@
-"""Tars of image-text pairs: every header is read once, into an index; then any pair is one read away."""
+"""Tars of image-text pairs. Every header is read once, into an index; after that any pair is one read away."""
 import hashlib
 import io
 import os
@@ -18,17 +18,17 @@ from plumbing.files import replacing
 from plumbing.images import read_image
 from plumbing.tars import COLUMN, HEADERS, NO_PAIR, WIDTH, find_shards, member_name, scan_shard, why_unreadable
 
-MINUTE = 60.0       # seconds, between two lines that say how far the headers are read
-FIRST_PAIRS = 20  # one of these must be usable, else no run starts: enough to tell wrong keys from a broken pair
+MINUTE = 60.0       # seconds between two lines that say how many headers have been read
+FIRST_PAIRS = 20  # a run starts if one of them is usable; so many tell wrong keys from a few broken pairs
 
 
 class Shards:
     """Random access to all pairs of a set of tars.
 
     caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: a file that `save` has
-    written, or will write. If it is of the same tars (their names, sizes and times of modification) it is mapped, and
-    no header is read. The first pairs are tried.
-    fingerprint: of names and sizes alone, so that a copied set is the same set.
+    written, or will write. If it is of the same tars (same names, sizes and times of modification), it is mapped, and
+    no header is read. The first pairs are read, to see whether they can be used.
+    fingerprint: a hash of names and sizes only, so that a copied set counts as the same set.
     """
 
     def __init__(self, paths, caption_keys=None, split=None, index=None):
@@ -41,29 +41,30 @@ class Shards:
         self.mark = int(digest([names, self.sizes, times])[:15], 16)
         stored = self.read_index(index)
         self.is_mapped = stored is not None
-        # As in the file: one flat array of the mark and all rows. To join them there would take a copy.
+        # One flat array of the mark and all rows, as in the file, because joining them for the file would take a copy.
         self.stored = stored if self.is_mapped else self.scan(index and part_of(index))
         self.check_first_pairs()
 
     @property
     def index(self):
-        """(pairs, WIDTH), a view."""
+        """The rows, (pairs, WIDTH), a view."""
         return self.stored[1:].reshape(-1, WIDTH)
 
     def __len__(self):
         return len(self.index)
 
     def scan(self, part):
-        """The mark and the rows. Every minute what was read so far goes into the file `part`, if one is named, so that
-        a start which is interrupted goes on there; and without a terminal, which has a bar, a line says how far it is.
+        """Read all headers -> the mark and the rows. Every minute the rows so far go into the file `part`, if one is
+        named, so that an interrupted start can go on from there. A terminal shows a progress bar; without a terminal a
+        line says every minute how far the reading is.
         """
         tables = [[self.mark]]
-        shard = 0                                       # the next one to be read
+        shard = 0                                       # the next one to read
         before = self.read_index(part)
         if before is not None and len(before) > 1:
             tables = [before]
-            shard = int(before[-WIDTH]) + 1             # its last row is of the last shard that had pairs
-        # Few shards are not worth the seconds that processes take to start.
+            shard = int(before[-WIDTH]) + 1             # the last row is of the last shard that had pairs
+        # Processes take seconds to start, which a few shards are not worth.
         executor = ProcessPoolExecutor if len(self.paths) - shard > 16 else ThreadPoolExecutor
         shown = time.monotonic()
         with executor(min(32, os.cpu_count() + 4)) as pool:
@@ -81,16 +82,16 @@ class Shards:
         return np.concatenate(tables)
 
     def save(self, path):
-        """Write the index, unless it was read from there."""
+        """Write the index, unless it was read from a file."""
         if not self.is_mapped:
             write_index(path, self.stored)
             part_of(path).unlink(missing_ok=True)
 
     def read_index(self, path):
-        """-> the mark and the rows; None where there is no file, or one of other shards: then a line says so."""
+        """-> the mark and the rows; None if there is no file, or if it is of other shards, which a line then says."""
         if not path or not os.path.exists(path):
             return None
-        with suppress(OSError, ValueError, EOFError):   # no array of numpy's
+        with suppress(OSError, ValueError, EOFError):   # not a numpy array
             stored = np.load(path, mmap_mode='r')
             if stored.ndim == 1 and len(stored) % WIDTH == 1 and stored[0] == self.mark:
                 return stored
@@ -99,7 +100,7 @@ class Shards:
         return None
 
     def check_first_pairs(self):
-        """Refused where none of them can be used: the captions have other keys, or the images are of another kind."""
+        """Refused if none of them can be used, because captions have other keys or images are of another kind."""
         if not len(self):
             raise Refused(f'{self.paths[0]}: {why_unreadable(self.paths[0]) or NO_PAIR}')
         for i in range(min(FIRST_PAIRS, len(self))):
@@ -113,14 +114,14 @@ class Shards:
                       '--caption-keys, or look at the shards with python -m extras.prepare inspect')
 
     def read(self, shard, places):
-        """The bytes at several places (offset, size) of a tar. Unreadable where it is cut off, or where the disk fails
-        twice."""
+        """The bytes at several places (offset, size) of a tar. Unreadable if it is cut off, or if the disk fails twice.
+        """
         path = self.paths[shard]
         try:
             found = read_at(path, places)
         except OSError:
             try:
-                found = read_at(path, places)           # network disks stumble
+                found = read_at(path, places)           # again, because network disks stumble
             except OSError as error:
                 raise Unreadable(f'{path} cannot be read ({error})') from None
         for data, (_, size) in zip(found, places):
@@ -130,7 +131,7 @@ class Shards:
         return found
 
     def members(self, i, *kinds):
-        """The bytes of these members of pair i, b'' for one that it lacks. Its tar is opened once for all of them."""
+        """The bytes of these members of pair i, b'' for one that it lacks. The tar is opened once for all of them."""
         row = self.index[i].tolist()
         places = []
         for kind in kinds:
@@ -140,28 +141,29 @@ class Shards:
 
     def image(self, i):
         """The encoded bytes of image i."""
-        [data] = self.members(i, 'jpg')         # one column for all kinds of images
+        [data] = self.members(i, 'jpg')         # all kinds of images share this column
         return data
 
     def record(self, i):
         """The json of pair i as a dict, with the .txt under 'txt'. A bare list becomes {'captions': list}.
 
-        Raises Unreadable for what is no JSON.
+        Raises Unreadable if it is not JSON.
         """
         return record_of(*self.members(i, 'json', 'txt'))
 
     def pool(self, i):
-        """All sentences of pair i. Unreadable when there is none."""
+        """All sentences of pair i. Unreadable if there are none."""
         return self.sentences(i, *self.members(i, *self.kinds_of_text(i)))
 
     def pair(self, i):
-        """-> all sentences of pair i, as `pool` gives them, and the encoded bytes of its image, by one open."""
+        """-> all sentences of pair i, as `pool` gives them, and the encoded bytes of its image. The tar is opened once,
+        or twice if no sentence is found at first."""
         image, *texts = self.members(i, 'jpg', *self.kinds_of_text(i))
         return self.sentences(i, *texts), image
 
     def kinds_of_text(self, i):
-        """Which members have the captions of pair i. img2dataset repeats that of the json in a .txt, so the .txt is
-        read only if there is no json, or if --caption-keys names it."""
+        """Which members to read for the captions of pair i. img2dataset repeats the caption of the json in a .txt, so
+        the .txt is read only if there is no json, or if --caption-keys names it. See also `sentences`."""
         has_json = self.index[i, COLUMN['json'] + 1] > 0
         if has_json and 'txt' not in (self.caption_keys or []):
             return ['json']
@@ -170,7 +172,7 @@ class Shards:
     def sentences(self, i, *texts):
         pool = caption_pool(record_of(*texts), self.caption_keys)
         if not pool:
-            record = self.record(i)                     # with the .txt, whatever was read before
+            record = self.record(i)                     # now surely with the .txt
             pool = caption_pool(record, self.caption_keys)
             if not pool:
                 raise Unreadable(f"no usable caption under the keys {', '.join(sorted(record)) or '(none)'}")
@@ -189,7 +191,7 @@ class Shards:
 
 
 def part_of(index):
-    """The file beside an index that holds the part of it that has been read."""
+    """The file next to an index that holds the part that has been read so far."""
     return Path(f'{index}.part')
 
 
@@ -205,11 +207,11 @@ def digest(value):
 def read_at(path, places):
     """The bytes at several places (offset, size) of a file.
 
-    The buffer is a block of a tar. By itself `open` takes a block of the file system, 1 MB on NFS and 4 MB on Lustre,
-    and fills it for an image of 30 kB.
+    The buffer is as large as a block of a tar. By default `open` takes a block of the file system, which is 1 MB on NFS
+    and 4 MB on Lustre, and fills it even for an image of 30 kB.
     """
     found = []
-    # Opened anew for each pair, so that there are never too many open.
+    # Opened again for each pair, so that there are never too many open files.
     with open(path, 'rb', buffering=tarfile.BLOCKSIZE) as file:
         for offset, size in places:
             file.seek(offset)
@@ -218,11 +220,12 @@ def read_at(path, places):
 
 
 def write_shard(path, members):
-    """A tar of (name, bytes), whole or not at all; of no members there is none. Equal members give equal bytes."""
+    """Write a tar of (name, bytes), whole or not at all, and none if there are no members. Equal members give equal
+    bytes."""
     path = Path(path)
     with replacing(path) as partial, tarfile.open(partial, 'w', format=tarfile.USTAR_FORMAT) as tar:
         for name, data in members:
-            info = tarfile.TarInfo(name)            # its time is 0
+            info = tarfile.TarInfo(name)            # whose time is 0
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     if not tar.members:

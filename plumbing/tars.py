@@ -1,5 +1,5 @@
-"""Tars: which ones a path means, their members, and which of these are a pair. What cannot be read of them costs a
-line, no run."""
+"""Tars: which ones a path means, what members they have, and which members are a pair. A damaged part of a tar is left
+out, and does not end the run."""
 import glob
 import io
 import os
@@ -24,8 +24,8 @@ COMPRESSED = {
 def find_shards(paths, split=None):
     """A tar, a folder of tars, a quoted glob, or a list of these -> sorted paths of tars, each once.
 
-    split: 'train' or 'val'. Of a folder that holds both as subfolders, this one is taken, and a line says so.
-    Raises Refused where nothing is found. A line says how many paths lead nowhere, or are named twice.
+    split: 'train' or 'val'. If a folder holds both as subfolders, this one is taken, and a line says so.
+    Raises Refused if nothing is found. A line says how many paths lead nowhere, and how many tars are named twice.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else paths
     found = []
@@ -55,7 +55,7 @@ def find_shards(paths, split=None):
 
 
 def nothing_in(path):
-    """What to say of a path that leads to no tar."""
+    """What to say about a path that leads to no tar."""
     folder = glob.escape(path)
     deeper = glob.glob(f'{folder}/*/*.tar')
     if deeper:
@@ -69,60 +69,61 @@ def nothing_in(path):
 
 
 def why_unreadable(path):
-    """What to say of a tar of which tarfile can read nothing: it is empty, or compressed; '' for neither."""
+    """What to say about a tar from which tarfile can read nothing: it is empty, or compressed; '' if it is neither."""
     with open(path, 'rb') as file:
         start = file.read(6)
     if not start:
         return 'is empty, it has 0 bytes; fetch it again'
     for mark, program in COMPRESSED.items():
         if start.startswith(mark):
-            return f'is compressed, so no pair of it can be read alone; unpack it by {program}'
+            return f'is compressed, so no pair of it can be read alone; unpack it with {program}'
     return ''
 
 
 # --- 2. Members ------------------------------------------------------------------------------------------------------
 
 def tar_members(path):
-    """The members of a tar, as tarfile's TarInfo. Of a damaged tar those that tarfile can read.
+    """The members of a tar, as tarfile's TarInfo. If the tar is damaged, those that tarfile can read.
 
-    ignore_zeros: tars may be joined by `cat`; and tarfile then steps over most headers that it cannot read, without a
-    word. Others end the reading, as a file that is cut off does: then a line says so.
+    ignore_zeros allows tars that were joined by `cat`. It also makes tarfile step over most headers that it cannot
+    read, without a word. Other such headers end the reading, and so does a file that is cut off; then a line says so.
     """
     length = os.path.getsize(path)
-    end = 0                                             # of the last whole member
+    end = 0                                             # where the last whole member ends
     whole = False
     try:
-        # Without a buffer, which would be filled for each header of 512 bytes: with 4 MB on Lustre.
+        # Without a buffer, because each header of 512 bytes would fill it, with 4 MB on Lustre.
         with open(path, 'rb', buffering=0) as file, tarfile.open(fileobj=file, mode='r:', ignore_zeros=True) as tar:
             for member in tar:
-                if member.size < 0:                     # broken: tarfile would go back by it, and never end
+                if member.size < 0:                     # broken: tarfile would jump back by it, for ever
                     break
                 if member.offset_data + member.size > length:           # cut off
                     break
                 yield member
                 end = member.offset_data + member.size
-                if tar.offset > length:                 # there tarfile would look for the next header
+                if tar.offset > length:                 # tarfile would look there for a header
                     break
-            else:                       # no `break`: tarfile came to an end, of the file or before
+            else:                       # no `break`: tarfile stopped, at the end of the file or before
                 whole = tar.offset == length
-    except OSError:                     # of the disk
+    except OSError:                     # the disk's
         raise
     except Exception:       # tarfile's, for a header that it cannot step over: TarError and many others
         pass
     if not whole:
         problem = '' if end else why_unreadable(path)
-        problem = problem or f'is damaged behind byte {end:,}; what lies before it is used'
+        problem = problem or f'is damaged after byte {end:,}; what lies before it is used'
         warn(f'{path} {problem}')
 
 
-HEADERS = 12            # blocks before a member's data, at most: for a name of 5,000 characters
+HEADERS = 12            # the most blocks before a member's data; enough for a name of 5,000 characters
 
 
 def member_name(before):
-    """The blocks before a member's data -> its name; '' where they hold none.
+    """The blocks before a member's data -> the member's name; '' if they hold none.
 
-    The last block is the header of the member. A name that this cannot hold lies in two or more blocks before it, and
-    before these lies their own header. So we go back, block by block, as long as one may begin there.
+    The last block is the header of the member. A name that is too long for it lies in one or more blocks before it, and
+    before these lies a header of their own. So we go back block by block, and keep the name from the earliest block
+    where headers of this member begin.
     """
     name = ''
     for size in range(tarfile.BLOCKSIZE, len(before) + 1, tarfile.BLOCKSIZE):
@@ -137,23 +138,23 @@ def member_name(before):
 
 # --- 3. Pairs --------------------------------------------------------------------------------------------------------
 
-# The index has 7 integers a pair. A size of 0 bytes: the pair has no such member.
+# The index has 7 integers per pair. A size of 0 bytes means that the pair has no such member.
 #     shard | image: offset, size | json: offset, size | txt: offset, size
-# The column of the offset, by the ending of the name; that of the size is the next one.
+# {ending of the name: column of the offset}. The size is in the next column.
 COLUMN = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5}
 WIDTH = 7
-NO_PAIR = 'no readable tar of images, each beside a .json or .txt of the same name; see docs/data.md for the format'
+NO_PAIR = 'no readable tar of images, each next to a .json or .txt of the same name; see docs/data.md for the format'
 
 
 def scan_shard(path, number):
     """Headers of one tar -> the rows of its pairs in the index, in the order of the tar.
 
-    Members of a pair are neighbours, as WebDataset has it. A name that comes again later is another pair.
+    The members of a pair are neighbours, as in WebDataset. If a name comes up again later, it is another pair.
     """
     groups = []                                         # (stem, kinds of members, row)
     links = 0
     for member in tar_members(path):
-        kind = os.path.basename(member.name).partition('.')[2]          # behind the first dot
+        kind = os.path.basename(member.name).partition('.')[2]          # after the first dot
         stem = member.name.removesuffix(kind)           # with its folders
         kind = kind.lower()
         if kind not in COLUMN:
@@ -166,7 +167,7 @@ def scan_shard(path, number):
         _, kinds, row = groups[-1]
         kinds.add(kind)
         column = COLUMN[kind]
-        if not row[column + 1]:                         # of several images the first
+        if not row[column + 1]:                         # of several images the first one counts
             row[column:column + 2] = member.offset_data, member.size
 
     occurs = Counter(stem for stem, _, _ in groups)
@@ -180,9 +181,9 @@ def scan_shard(path, number):
             apart += 1
     if links:
         warn(f'{path}: {links} members are links to other files, and are left out; '
-             'write the files themselves, by tar --dereference --hard-dereference')
+             'write the files themselves, with tar --dereference --hard-dereference')
     if apart:
-        warn(f'{path}: {apart} members do not stand beside the others of their name, and are left out')
+        warn(f'{path}: {apart} members are not next to the others of their name, and are left out')
     if not pairs:
         warn(f'{path}: {NO_PAIR}')
     return np.array(pairs, np.int64).reshape(-1, WIDTH)

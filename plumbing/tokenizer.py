@@ -17,29 +17,30 @@ from plumbing.errors import Refused, Unreadable
 
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
-MOST_WORDS = 200_000    # whose ids are kept, for `word_ids`: the web never runs out of new words, memory does
-LONGEST_WORD = 5000     # letters: ids have up to 64, so this fills a context of 77. Fusing takes the square of it
-LEARN_FROM = 5000       # merges are learned from so many words, the most frequent ones
-LEARNED_VOCAB = 8192    # ids, of learned merges
+MOST_WORDS = 200_000    # that `word_ids` keeps. The web never runs out of new words, but memory does
+LONGEST_WORD = 5000     # letters. An id has up to 64, so this fills a context of 77. Fusing takes the square of it
+LEARN_FROM = 5000       # merges are learned from this many words, the most frequent ones
+LEARNED_VOCAB = 8192    # ids of a vocabulary that is learned
 PAIRS_TO_LEARN = 20_000     # enough for every frequent word
-VOCAB_HELP = (f'give the file at {VOCAB_URL} by --vocab PATH or COSMOS_VOCAB, or learn a vocabulary from your captions '
-              'by --vocab learn')
+VOCAB_HELP = (f'give the file at {VOCAB_URL} with --vocab PATH or COSMOS_VOCAB, or learn a vocabulary '
+              'from your captions with --vocab learn')
 
-# Every byte is shown as one visible character, so that merges are lines of text: printable Latin-1 as itself and first,
-# the other 68 from U+0100 on. NB: this order is ids 0..255; with any other, released weights quietly read noise.
+# Every byte is written as one visible character, so that merges are lines of text. First come the bytes that are
+# printable in Latin-1, which stand for themselves; the other 68 become characters from U+0100 on. NB: this order gives
+# the ids 0..255. With any other order released weights would read noise, and nothing would say so.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_SYMBOL = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + k) for k, byte in enumerate(OTHERS)}
 
 SPECIAL = '<start_of_text>', '<end_of_text>'    # as open_clip spells them
-# CLIP's pattern has \p{L} and \p{N}, which `re` lacks: [^\W\d_] is a letter, \d a digit. Of other numbers, as ½,
-# `plain` makes words of their own.
+# CLIP's pattern has \p{L} and \p{N}, which `re` lacks. Here [^\W\d_] is a letter and \d a digit, and `plain` makes
+# other numbers, such as ½, into words of their own.
 WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
 
 
 def clean(text):
-    """The text as ftfy rewrites it: no control characters, plain quotes, ligatures and widths, U+FFFD for lone
-    surrogates."""
+    """The text as ftfy rewrites it: without control characters, curly quotes, ligatures and wide or narrow forms, and
+    with U+FFFD for lone surrogates."""
     text = html.unescape(html.unescape(text))   # twice: web captions hold '&amp;lt;'
     text = re.sub('[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]', '', text)
     if not text.isascii():
@@ -52,10 +53,10 @@ def clean(text):
 
 @lru_cache
 def plain(char):
-    """One character without ligature and width, as ftfy has it.
+    """One character, without ligatures and wide or narrow forms, as ftfy rewrites it.
 
-    Numbers such as ² ½ Ⅷ ① are no digits, so they would pass as letters in WORD, and 'm²' as one word. Spaces
-    keep them apart.
+    Numbers such as ² ½ Ⅷ ① are not digits, so WORD would take them for letters, and 'm²' for one word. Spaces keep
+    them apart.
     """
     if char == '\ufb05':
         return 'ſt'                                     # NFKC would give 'st'
@@ -68,7 +69,7 @@ def plain(char):
 
 
 def symbols_of(word):
-    """'cat' -> ['c', 'a', 't</w>']: a symbol per UTF-8 byte, the last one marked: 'cat' is not the 'cat' of 'cats'."""
+    """'cat' -> ['c', 'a', 't</w>']: a symbol per UTF-8 byte. The last is marked: 'cat' is not the 'cat' of 'cats'."""
     symbols = [BYTE_SYMBOL[byte] for byte in word.encode()]
     symbols[-1] += '</w>'
     return symbols
@@ -86,26 +87,27 @@ def fuse(symbols, left, right):
 
 
 def fetch_vocab():
-    """Path of CLIP's merges in torch's cache, downloaded on first use. Refused where that fails."""
+    """Path of CLIP's merges in torch's cache, downloaded on first use. Refused if that fails."""
     path = Path(torch.hub.get_dir(), 'bpe_simple_vocab_16e6.txt.gz')
-    if not path.exists():  # nodes may fetch side by side: each download is renamed when it is whole
+    if not path.exists():  # nodes may fetch at once, so a download is renamed when it is whole
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(VOCAB_URL, str(path), VOCAB_SHA256, progress=False)
-        except (OSError, RuntimeError) as error:  # RuntimeError: another SHA-256, as of a proxy's page
+        except (OSError, RuntimeError) as error:  # RuntimeError: a wrong SHA-256, say of a proxy's page
             fetch = 'python -c "from plumbing.tokenizer import fetch_vocab; fetch_vocab()"'
-            raise Refused(f'{VOCAB_URL} cannot be fetched ({error}); where there is no internet, run {fetch} once on a '
+            raise Refused(f'{VOCAB_URL} cannot be fetched ({error}); if there is no internet, run {fetch} once on a '
                           f'login node, which keeps the file as {path}; or {VOCAB_HELP}') from None
     return path
 
 
 class Tokenizer:
-    """CLIP's tokenizer: clean, split into words, byte-pair encode each. tokenizer(texts) -> (n, context_length) int64
+    """CLIP's tokenizer: clean a text, split it into words, byte-pair encode each word. tokenizer(texts) ->
+    (n, context_length) int64
 
-    merges: lines 'left right', most urgent first. Ids, from 0: 256 bytes, 256 bytes that end a word, one for each
-    merge, start, end. The end is the highest, because the text tower finds it by argmax. Padding is 0.
+    merges: lines 'left right', the most urgent first. The ids from 0 on are 256 bytes, 256 bytes that end a word, one
+    for each merge, start, end. The end is the highest, because the text tower finds it by argmax. Padding is 0.
     Ids equal CLIP's (simple_tokenizer.py with ftfy and regex). ours: ftfy's repair of wrongly decoded text ('Ã©' for
-    'é', C1 controls) is left out; and U+0345, which regex takes for a letter, is none here.
+    'é', C1 controls) is left out; and U+0345, which regex takes for a letter, is not one here.
     """
 
     def __init__(self, merges, context_length=77):
@@ -116,14 +118,14 @@ class Tokenizer:
         closing = [f'{symbol}</w>' for symbol in byte_symbols]
         fused = [left + right for left, right in self.rank]
         symbols = [*byte_symbols, *closing, *fused, *SPECIAL]
-        # Two merges may give one symbol, as a + bc and ab + c. It has the id of the later one, as in CLIP.
+        # Two merges may give the same symbol, such as a + bc and ab + c. Its id is that of the later one, as in CLIP.
         self.ids = {symbol: i for i, symbol in enumerate(symbols)}
         self.vocab_size = len(symbols)
         self.sot, self.eot = [self.ids[symbol] for symbol in SPECIAL]
 
     @classmethod
     def clip(cls, path=None, context_length=77):
-        """CLIP's 48,894 merges: from `path`, else $COSMOS_VOCAB, else cache or net. Refused if it's another file."""
+        """CLIP's 48,894 merges, from `path`, else $COSMOS_VOCAB, else `fetch_vocab`. Refused if it's another file."""
         path = os.path.expanduser(path or os.environ.get('COSMOS_VOCAB') or fetch_vocab())
         data = Path(path).read_bytes() if os.path.isfile(path) else b''
         if hashlib.sha256(data).hexdigest() != VOCAB_SHA256:
@@ -134,13 +136,14 @@ class Tokenizer:
 
     @classmethod
     def learn(cls, texts, vocab_size, context_length=77):
-        """Merges the most frequent pair (of equals the first met) up to `vocab_size`, or until none occurs twice."""
+        """Merges the most frequent pair, or the first one met if several are equal, again and again: until there are
+        `vocab_size` ids, or until no pair occurs twice."""
         tally = Counter()
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        # A dict, because a pair may win twice: (abc, d), where abc was fused from a + bc, and again where it was fused,
-        # later, from ab + c. Its first place counts.
+        # A dict, because a pair may win twice: (abc, d) for an abc that was fused from a + bc, and again, later, for
+        # one that was fused from ab + c. Its first place counts.
         merges = {}
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
@@ -160,12 +163,12 @@ class Tokenizer:
     @staticmethod
     def split(text):
         """Words of the cleaned text by CLIP's pattern: letters, single digits, other signs, 's 't 're 've 'm 'll 'd.
-        ours: of a word that is no word, as pages hold them, only the beginning is taken."""
+        ours: only the beginning of a very long word is taken, because web pages hold words without end."""
         return [word[:LONGEST_WORD] for word in WORD.findall(clean(text).lower())]
 
     @lru_cache(MOST_WORDS)
     def word_ids(self, word):
-        """Ids of one word: fuses the pair of lowest rank while there is any. Cached: few words fill most texts."""
+        """Ids of one word: fuses the pair of lowest rank while there is one. Cached, as few words fill most texts."""
         symbols = [word] if word in SPECIAL else symbols_of(word)
         while True:
             known = [pair for pair in zip(symbols, symbols[1:]) if pair in self.rank]
@@ -194,9 +197,10 @@ class Tokenizer:
 
 
 def learn_merges(shards):
-    """From every k-th pair: 20,000 to 40,000 of a large set, all of a small one."""
+    """The merges of a vocabulary learned from every k-th pair: from 20,000 to 40,000 pairs of a large set, and from all
+    pairs of a small one."""
     captions = []
     for i in range(0, len(shards), len(shards) // PAIRS_TO_LEARN or 1):
-        with suppress(Unreadable):                      # a broken pair is reported in its turn
+        with suppress(Unreadable):                      # training reports a broken pair
             captions += shards.pool(i)
     return Tokenizer.learn(captions, LEARNED_VOCAB).merges

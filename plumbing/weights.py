@@ -1,5 +1,5 @@
-"""Checkpoints, ours and other people's: reading a file without running what is in it, turning its names into ours, and
-the sizes of a model from the shapes of its tensors."""
+"""Checkpoints, ours and other people's: how to read a file without running what is in it, turn its names into ours, and
+tell the sizes of a model from the shapes of its tensors."""
 import math
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from plumbing.tokenizer import Tokenizer
 
 # --- 1. Names of the released code and of open_clip ------------------------------------------------------------------
 
-RENAMES = {          # our prefix -> theirs; first match wins. Their text tower has no prefix.
+RENAMES = {          # our prefix -> theirs; the first match wins. Their text tower has no prefix.
     'visual.norm.': 'visual.ln_post.',
     'text.norm.': 'ln_final.',
     'text.proj': 'text_projection',
@@ -38,8 +38,8 @@ def rename(state_dict, table):
 
 
 def to_openclip(state_dict):
-    """Our names -> the released code's. open_clip takes them by strict=False: it has no place for cross-attention, its
-    maps and its scale."""
+    """Our names -> the released code's. open_clip loads them with strict=False, because it has no place for
+    cross-attention, its maps and its scale."""
     return rename(state_dict, RENAMES)
 
 
@@ -52,7 +52,7 @@ def from_openclip(state_dict):
 
 
 def clean_names(state):
-    """Without the prefixes of DistributedDataParallel and torch.compile."""
+    """The state, without the prefixes that DistributedDataParallel and torch.compile put into its names."""
     cleaned = {}
     for name, value in state.items():
         cleaned[name.replace('_orig_mod.', '').removeprefix('module.')] = value
@@ -62,13 +62,13 @@ def clean_names(state):
 # --- 2. A file -> its tensors, and these -> a model ------------------------------------------------------------------
 
 def read_checkpoint(path):
-    """Tensors and plain values from a file. Nothing in it is executed: what would need that is Refused."""
+    """Tensors and plain values from a file. Nothing in it is executed; a file that would need that is Refused."""
     need(Path(path).exists(), f'checkpoint {path} does not exist')
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
     except PermissionError as error:
         raise Refused(f'{path} may not be read ({error.strerror}); change its permissions') from None
-    except Exception as error:          # of many kinds, for torn files and for others
+    except Exception as error:          # of many kinds, for torn files and for files of another kind
         reason = 'it is torn, or of another kind'
         # torch names what it refused: "TorchScript", or "GLOBAL package.name"
         refused = re.search(r'TorchScript|(?<=GLOBAL )[\w.]+', str(error))
@@ -81,7 +81,7 @@ def read_checkpoint(path):
 
 
 def load_weights(model, state, path):
-    """Strictly: every name and shape must fit. Else Refused, with the first that do not."""
+    """Load strictly: every name and shape must fit. Otherwise Refused, with the first ones that do not."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -95,8 +95,8 @@ def load_weights(model, state, path):
 def infer_config(state, quick_gelu=False):
     """Config of released or open_clip weights, from the shapes of their tensors.
 
-    Shapes do not tell how wide an attention head is, nor which GELU it was. Here heads are 64 wide, as in open_clip's
-    ViTs up to L, and cross-attention has the released 8.
+    Shapes do not tell how wide an attention head is, nor which GELU was used. So heads are taken to be 64 wide, as in
+    open_clip's ViTs up to L, and cross-attention to have 8 of them, as released.
     """
     vision_width, _, _, patch = state['visual.conv1.weight'].shape
     context_length, text_width = state['positional_embedding'].shape
@@ -120,7 +120,7 @@ def infer_config(state, quick_gelu=False):
 
 
 class Origin(NamedTuple):
-    """Which network of which file, and of ours of which step. As a string it is that in words."""
+    """Which network of which file it is, and of which step if the file is ours. str() puts it into words."""
     network: str
     checkpoint: str
     step: object = None     # a number, 'unknown', or None for a file that is not ours
@@ -139,8 +139,8 @@ class Network(NamedTuple):
 
 
 def choose_weights(saved, weights):
-    """The content of a file -> (the key that its weights lie under, {name: tensor}): of teacher and student the one
-    that `weights` names, the student where there is no teacher; 'state dict' where they lie under no key."""
+    """The content of a file -> (the key of its weights, {name: tensor}). The key is `weights`, which is 'teacher' or
+    'student'; if the file lacks it, 'student' or 'state_dict'; and 'state dict' if the weights lie under no key."""
     for key in (weights, 'student', 'state_dict'):
         if key in saved:
             return key, clean_names(saved[key])
@@ -154,8 +154,8 @@ def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
         released    {'student', 'teacher'}, under open_clip's names
         open_clip   the state dict of a ViT, perhaps under 'state_dict'
 
-    The last two tell neither their merges, which are CLIP's (vocab: the file of these, None: see Tokenizer.clip), nor
-    their activation (quick_gelu). Raises Refused for a file of another kind.
+    The last two do not tell their merges, which are taken to be CLIP's (vocab: the file of these; None: see
+    Tokenizer.clip). Nor do they tell their activation (quick_gelu). Raises Refused for a file of another kind.
     """
     saved = read_checkpoint(path)
     key, state = choose_weights(saved, weights)
@@ -164,7 +164,7 @@ def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
         tokenizer = Tokenizer(saved['merges'], config.context_length)
         origin = Origin(key, str(path), saved.get('step', 'unknown'))
         return Network(origin, config, tokenizer, state)
-    # See infer_config for heads. Open_clip's ViTs that are wider than 1,024 have others.
+    # See infer_config for the width of heads. open_clip's ViTs that are wider than 1,024 have heads of another width.
     width = len(state.get('visual.class_embedding', ()))                # 0: there is none
     need(0 < width <= 1024 and width % 64 == 0 and 'text_projection' in state,
          f'{path} is neither ours, nor released, nor of an open_clip ViT with heads that are 64 wide '

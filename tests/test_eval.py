@@ -390,7 +390,7 @@ def test_masks_and_their_errors(here):
     read = benchmarks.read_mask
     assert read(path, (3, 2), 3, False).tolist() == numbers
     assert read(path, (3, 2), 2, True).tolist() == [[255, 0, 255], [1, 1, 255]]
-    refused('a_ids.png has label 2, with 2 lines in the class file it may be 1', read, path, (3, 2), 2, False)
+    refused('a_ids.png has label 2; with 2 lines in the class file it may be at most 1', read, path, (3, 2), 2, False)
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------
@@ -544,11 +544,11 @@ WRONG = {               # a command: what its sentence must say
     'classify last.pt --folder bad': 'bad/class/x.jpg is no image',
     'classify last.pt --folder empty': 'class folder in empty',
     'segment last.pt --images empty --masks images --classes page.pt --list page.pt': 'no <html>.png; see --mask-suffix',
-    'segment last.pt --images empty --masks images --classes page.pt': 'empty has no image 0, but a mask; .*-suffix',
+    'segment last.pt --images empty --masks images --classes page.pt': 'empty has no image 0 for its mask; .*-suffix',
     'segment last.pt --images a --masks empty --classes page.pt': 'a is no folder',
     'segment last.pt --images images --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
     'segment last.pt --images a --masks a --classes twice': 'several classes are called',
-    'segment last.pt --images a --masks a --classes commas': 'commas has a line of commas alone',
+    'segment last.pt --images a --masks a --classes commas': 'commas has a line with only commas',
     'segment last.pt --images a --masks a --classes blank': 'line 2 of blank is blank; give every class a line',
     'classify last.pt --folder numbered --classes blank': 'line 2 of blank is blank; give every class a line',
     'segment last.pt --images a --masks a --classes page.pt --benchmark voc20': 'has 1 lines, voc20 has 20 classes',

@@ -37,7 +37,7 @@ from tests.helpers import MICRO, ROOT, dog_tar, encoded, pairs_tar, put, refused
 # --- Imports ---------------------------------------------------------------------------------------------------------
 
 def test_imports_change_nothing():
-    """oracle: limits, warning filters and signals of a program that has imported torch and the like before."""
+    """oracle: the limits, warning filters and signals that a program has before; it has imported torch and the like."""
     code = '''
 import resource, signal, warnings
 import torch.distributed, torch.utils.checkpoint, torchvision.transforms.v2, tqdm.contrib.concurrent
@@ -51,7 +51,7 @@ assert state() == before
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
 
-LAYERS = {              # files: which packages they may import, and which of ours
+LAYERS = {              # files: the packages and files of ours that they may import
     'cosmos.py': 'torch',
     'plumbing/*.py': 'torch torchvision numpy PIL tqdm cosmos plumbing open_clip',
     'data.py': 'torch torchvision numpy cosmos plumbing',
@@ -60,7 +60,8 @@ LAYERS = {              # files: which packages they may import, and which of ou
 
 
 def test_imports_run_one_way():
-    """oracle: the table; functions count, too. The program at the foot of train.py alone knows lesson and extras."""
+    """oracle: the table, also for imports in functions. Only the program at the foot of train.py knows lesson and
+    extras."""
     for pattern, allowed in LAYERS.items():
         for path in ROOT.glob(pattern):
             tree = ast.parse(path.read_text())
@@ -75,7 +76,7 @@ def test_imports_run_one_way():
 
 # --- Programs: the four files, bugs, mistakes ------------------------------------------------------------------------
 
-# file, what stands there once, what a student makes of it, the error that follows
+# a file, a piece of it that occurs once, what a student makes of the piece, the error that follows
 BUGS = [
     # text_crops, image_crops, collate
     ('data', 'rng.randint(1, 5)', 'rng.randint(1, five)', 'NameError'),
@@ -106,20 +107,20 @@ def four_files(folder):
 
 
 def test_the_four_files_and_plumbing_are_enough(tmp_path):
-    """oracle: the exit status and words of training and of evaluation, where they are alone."""
+    """oracle: the exit status and words of training and evaluation in a folder that has only these files."""
     dog_tar(tmp_path / 'dogs.tar', 9)
     folder = four_files(tmp_path / 'alone')
     for command, status, words in (
             (TRAIN, 0, 'R@1'),
             ('eval.py retrieval out --shards ../dogs.tar', 0, 'R@1'),
-            ('train.py', 1, '^error: the built-in set is drawn by lesson/.*; give shards by --data$')):
+            ('train.py', 1, '^error: the built-in set is drawn by lesson/.*; give shards with --data$')):
         process = start(folder, *command.split())
         output, _ = process.communicate()
         assert process.returncode == status and re.search(words, output), output
 
 
 def test_every_command_has_help(capsys):
-    """oracle: every module of lesson/ and extras/ that is run: a usage for --help, a sentence for an unknown word."""
+    """oracle: a usage for --help, and a sentence for an unknown option, from every command of lesson/ and extras/."""
     for path in [*ROOT.glob('lesson/*.py'), *ROOT.glob('extras/*.py')]:
         if '__main__' in path.read_text():
             module = importlib.import_module(f'{path.parent.name}.{path.stem}')
@@ -129,13 +130,13 @@ def test_every_command_has_help(capsys):
 
 
 def test_a_bug_shows_its_place(tmp_path):
-    """oracle: the line that was changed is the last of ours in the traceback, and the error ends the output; from a
-    loader's worker, too."""
+    """oracle: in the traceback the last line of ours is the one that was changed, and the error ends the output. This
+    holds for a loader's worker, too."""
     dog_tar(tmp_path / 'dogs.tar', 9)
     started = []
     for i, (file, right, wrong, error) in enumerate(BUGS):
         folder = four_files(tmp_path / str(i))
-        before, after = (folder / f'{file}.py').read_text().split(right)    # it stands there once
+        before, after = (folder / f'{file}.py').read_text().split(right)    # it occurs there once
         put(folder / f'{file}.py', before + wrong + after)
         line = 1 + before.count('\n')
         started.append([start(folder, *TRAIN.split()), file, line, error])
@@ -166,7 +167,8 @@ REFUSED = {         # flags: what their sentence must say
 
 @pytest.mark.parametrize('line', REFUSED)
 def test_what_a_user_can_mend_is_one_sentence(monkeypatch, tmp_path, line):
-    """oracle: the rule: status 1, one line with the value, the place and the remedy; nothing is written."""
+    """oracle: the rule that such a mistake gives status 1 and one line with the value, the place and the remedy, and
+    that nothing is written."""
     monkeypatch.chdir(tmp_path)
     dog_tar('dogs.tar', 20)
     dog_tar('broken.tar', 2, broken=[0, 1])
@@ -182,7 +184,8 @@ NUMBERS = {'positive': '1', 'count': '0 1', 'share': '0 1', 'amount': '0 1 1.5',
 
 
 def test_reading_a_file_hides_no_bug(tmp_path, monkeypatch):
-    """oracle: the rule: an error of our own keeps its kind; what a file lacks, or may not be read, is a sentence."""
+    """oracle: the rule that an error of our own keeps its kind, while a file that lacks something, or may not be read,
+    gives a sentence."""
     path = put(tmp_path / 'list.json', [{'image': 'a.png'}])
     for error in KeyError, TypeError:
         with pytest.raises(error), files.reading(path):
@@ -198,7 +201,7 @@ def test_reading_a_file_hides_no_bug(tmp_path, monkeypatch):
 
 
 def test_numbers_of_options():
-    """oracle: what each type takes, written out; for all else argparse's error."""
+    """oracle: what each type takes, written out. Anything else gives argparse's error."""
     for kind, taken in NUMBERS.items():
         parser = options.Parser(prog='prog')
         parser.add_argument('-n', type=getattr(options, kind))
@@ -210,14 +213,15 @@ def test_numbers_of_options():
 
 
 def test_what_cannot_be_printed_ends_no_command(capsys):
-    """oracle: Python's escapes: half an emoji, as of a caption that was cut, and a file's name that is not UTF-8."""
+    """oracle: Python's escapes, for half an emoji, as a caption that was cut may have, and for a file name that is not
+    UTF-8."""
     name = os.fsdecode(b'd\xf6ner.jpg')
     assert run(SimpleNamespace(main=lambda: print('\ud83d', name))) is None
     assert capsys.readouterr().out == '\\ud83d d\\udcf6ner.jpg\n'
 
 
 def test_lines_are_written_at_once(monkeypatch):
-    """oracle: what has reached a file when the line is printed, and not later. Slurm's output is a file."""
+    """oracle: what has reached a file right after a line is printed, because Slurm's output is a file."""
     file = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(file))
     reached = []
@@ -230,7 +234,7 @@ def test_lines_are_written_at_once(monkeypatch):
 
 
 def test_full_disks(tmp_path):
-    """oracle: the file before, where files may not grow beyond a limit."""
+    """oracle: the file as it was before a write that fails, because files may not grow beyond a limit."""
     path = tmp_path / 'new/run/last.pt'
     files.save_tensors(path, 'before')
     limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -241,8 +245,8 @@ def test_full_disks(tmp_path):
 
 
 def test_a_best_is_a_run(tmp_path, capsys):
-    """oracle: a folder whose last.pt was removed, to save room: a fresh start takes another name, and --resume says what
-    is missing. But a best.pt of step 0 is none, and is replaced."""
+    """oracle: the rule for a folder whose last.pt was removed to save room. A fresh start takes another name, and
+    --resume says what is missing. But a best.pt of step 0 is not a run, and is replaced."""
     out = str(tmp_path / 'run')
     best = tmp_path / 'run/best.pt'
     put(tmp_path / 'run-2/last.pt')
@@ -253,11 +257,11 @@ def test_a_best_is_a_run(tmp_path, capsys):
     for _ in range(2):
         assert runs.free_name(out) == f'{out}-3'
         refused(f'{out}/last.pt is missing, .* --init {best}', runs.read_last, out)
-        put(best, 'broken')             # and still somebody's
+        put(best, 'broken')             # and yet somebody's
 
 
 def test_the_commit_is_what_git_says(tmp_path, monkeypatch):
-    """oracle: a git that says what is written here; none."""
+    """oracle: a fake git that says what is written here, and no git at all."""
     monkeypatch.setenv('PATH', str(tmp_path))
     ask = runs.commit.__wrapped__                       # without the cache
     assert ask() == ''
@@ -286,8 +290,8 @@ with processes.signals_caught():
     ('pop("RANK", None)', 'wait wait first'),
     ('update(RANK="0")', 'wait wait first second')])
 def test_a_second_signal_ends_at_once(environment, lived):
-    """oracle: the lines before the end, a sentence for the first signal of each block. A process of torchrun gets each
-    signal twice within a moment."""
+    """oracle: the lines before the end, with a sentence for the first signal of each block. A process of torchrun gets
+    each signal twice within a moment, so there the second one does not count."""
     process = start(ROOT, '-c', f'import os; os.environ.{environment}{SIGNALS}')
     output, _ = process.communicate()
     assert re.findall('wait(?=ing for the end of this step)|first|second|third', output) == lived.split()
@@ -297,7 +301,7 @@ def test_a_second_signal_ends_at_once(environment, lived):
 # --- Shards ----------------------------------------------------------------------------------------------------------
 
 def test_paths_and_their_lines(tmp_path, capsys, monkeypatch):
-    """oracle: the files that were written, and which of them a path names. Process 0 warns for all."""
+    """oracle: the files that were written, and which of them a path names. Only process 0 warns."""
     for name in '08', '09', '11', 'a[1]', 'halves/train/t', 'halves/val/v':
         put(tmp_path / f'{name}.tar')
 
@@ -321,8 +325,7 @@ def test_paths_and_their_lines(tmp_path, capsys, monkeypatch):
 
 
 def test_tars_of_every_format(tmp_path):
-    """oracle: the pairs and names as written, by the index that was saved. A folder that was moved has the same
-    fingerprint."""
+    """oracle: the pairs and names as written, read through a saved index. A copied folder has the same fingerprint."""
     jpg = encoded(Image.new('RGB', (40, 32)), 'JPEG')
     long = 'folder' * 15 + '/' + 'name' * 15        # over 100 characters: GNU and PAX add a header
     members = [
@@ -345,7 +348,7 @@ def test_tars_of_every_format(tmp_path):
 
 
 def test_names_of_every_script(tmp_path):
-    """oracle: the names as written, also where another header holds them."""
+    """oracle: the names as written, also if another header than the member's own holds them."""
     names = 'döner ♥.png', 'ключ' * 30 + '.png', 'plain.png'            # the second has over 100 bytes
     image = encoded(Image.new('RGB', (9, 9)))
     for form in tarfile.GNU_FORMAT, tarfile.PAX_FORMAT:
@@ -358,7 +361,7 @@ def test_names_of_every_script(tmp_path):
 
 
 def test_links_are_counted(tmp_path, capsys):
-    """oracle: the links that were written: a hard one and a symbolic one, of pairs that are lost."""
+    """oracle: the links that were written, a hard one and a symbolic one. Their pairs are lost."""
     members = [('0.png', encoded(Image.new('RGB', (9, 9)))), ('0.txt', b'dog'), ('1.txt', b'cat'), ('2.png', b'image')]
     path = write_tar(tmp_path / 'a.tar', members)
     with tarfile.open(path, 'a') as tar:
@@ -374,9 +377,9 @@ def test_links_are_counted(tmp_path, capsys):
 
 @pytest.mark.parametrize('content, sentence', [
     (b'', 'a.tar.* is empty, it has 0 bytes; fetch it again'),
-    (gzip.compress(b'a tar'), 'a.tar.* is compressed, .*; unpack it by gunzip')])
+    (gzip.compress(b'a tar'), 'a.tar.* is compressed, .*; unpack it with gunzip')])
 def test_what_is_no_tar_is_said(tmp_path, capsys, content, sentence):
-    """oracle: the sentence, beside a whole tar and alone."""
+    """oracle: the sentence, a warning if there is also a whole tar, and an error if there is none."""
     path = put(tmp_path / 'a.tar', content)
     assert len(Shards([path, dog_tar(tmp_path / 'b.tar', 3)])) == 3
     lines = capsys.readouterr().err
@@ -393,8 +396,8 @@ def test_many_shards_are_read_by_processes(tmp_path):
 
 
 def test_members_of_a_pair_are_neighbours(tmp_path, capsys):
-    """oracle: the pairs that were written, of equal names, into two tars, which `cat` joins. An image without a caption
-    in the first and a caption without an image in the second are no pair."""
+    """oracle: the pairs that were written. They have equal names and lie in two tars, which are joined as by `cat`. The
+    first tar also has an image without a caption, and the second a caption without an image; these are not a pair."""
     raw = b''
     images = encoded(Image.new('RGB', (9, 9))), b'another'
     for i, alone in enumerate(['x.jpg', 'x.json']):
@@ -406,12 +409,13 @@ def test_members_of_a_pair_are_neighbours(tmp_path, capsys):
     for i in range(2):
         assert (shards.pool(i), shards.image(i)) == ([f'dog {i}'], images[i])
     [line] = capsys.readouterr().err.splitlines()
-    assert 'a.tar: 2 members do not stand beside the others of their name' in line
+    assert 'a.tar: 2 members are not next to the others of their name' in line
 
 
 def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
-    """oracle: which of five pairs each damage of the third leaves, and that tarfile stops there. It steps over a header
-    in USTAR; in PAX that is the second of two, and an error. Joined tars give the pairs of both."""
+    """oracle: which of five pairs are left by each kind of damage to the third, and whether tarfile stops there. It
+    steps over a broken header in USTAR. In PAX that is the second header of two, so it is an error. Joined tars give
+    the pairs of both."""
     image = encoded(Image.new('RGB', (9, 9)))
     joined = write_tar(tmp_path / 'b.tar', [('5.png', image), ('5.json', ['dog 5'])]).read_bytes()
     noise = random.Random(0).randbytes(512)
@@ -421,7 +425,7 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
         shards = Shards(path)
         found = [shards.pool(i)[0] for i in range(len(shards))]
         assert found == [f'dog {i}' for i in left]
-        stopped = 'a.tar is damaged behind byte ' in capsys.readouterr().err
+        stopped = 'a.tar is damaged after byte ' in capsys.readouterr().err
         assert stopped == (left == '01')
 
     for form, stepped_over in (tarfile.USTAR_FORMAT, '0134'), (tarfile.PAX_FORMAT, '01'):
@@ -434,18 +438,18 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
         check(raw[:text.offset_data + 5], '01')
         check(raw + joined, '012345')
         check(raw[:start] + noise + raw[start + 512:], stepped_over)
-    info.size = -1000                                   # would send tarfile back for ever
+    info.size = -1000                                   # would send tarfile back again and again
     header = info.tobuf(tarfile.GNU_FORMAT)[-512:]
     check(raw[:start] + header + raw[start + 512:], '01')
     path.write_bytes(raw[:600])                         # the first member is cut off
     refused('no readable tar', Shards, path)
-    assert 'a.tar is damaged behind byte 0;' in capsys.readouterr().err
+    assert 'a.tar is damaged after byte 0;' in capsys.readouterr().err
 
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The paths that were opened, in order. Each `open` that sets no buffer gets one of 1 MB, as on NFS: Python takes
-    the block size of the file system."""
+    """The paths that were opened, in order. Each `open` that sets no buffer gets one of 1 MB. So it is on NFS, because
+    Python takes the block size of the file system."""
     paths = []
 
     def on_nfs(path, mode='r', buffering=-1, *args, **settings):
@@ -459,7 +463,7 @@ def opened(monkeypatch):
 
 
 def bytes_read():
-    """How many this process has read so far, as Linux counts them: of files, whether cached or not, and of pipes."""
+    """How many bytes this process has read so far. Linux counts those of files, cached or not, and of pipes."""
     try:
         return int(re.search('rchar: (.+)', Path('/proc/self/io').read_text())[1])
     except OSError:
@@ -467,9 +471,9 @@ def bytes_read():
 
 
 def test_a_pair_costs_its_bytes(tmp_path, opened):
-    """oracle: the sizes of the members. Of 100 pairs as img2dataset writes them, of 30 kB, a sample reads at most 1.1
-    times the bytes of image and json, and opens the tar once. The .txt is read where the json has no sentence, where
-    there is no json, and where --caption-keys names it."""
+    """oracle: the sizes of the members. There are 100 pairs of 30 kB, as img2dataset writes them. A sample reads at
+    most 1.1 times the bytes of image and json, and opens the tar once. The .txt is read if the json has no sentence, if
+    there is no json, and if --caption-keys names it."""
     image = encoded(Image.new('RGB', (9, 9))).ljust(30_000)
     members = []
     for i in range(100):
@@ -495,8 +499,8 @@ def test_a_pair_costs_its_bytes(tmp_path, opened):
 
 
 def test_headers_cost_their_bytes(tmp_path, opened):
-    """oracle: the sizes of the headers, in USTAR 512 bytes a member, and two blocks of zeros at the end. tarfile reads
-    a byte before each, to see whether the file is whole."""
+    """oracle: the sizes of the headers, which in USTAR are 512 bytes per member, and two blocks of zeros at the end.
+    tarfile also reads a byte before each header, to see whether the file is whole."""
     path = tmp_path / 'a.tar'
     write_shard(path, [(f'{i:05}.{kind}', bytes(30_000)) for i in range(100) for kind in ('jpg', 'json')])
     before = bytes_read()
@@ -507,7 +511,7 @@ def test_headers_cost_their_bytes(tmp_path, opened):
 
 
 def test_which_index_is_used(tmp_path, monkeypatch):
-    """oracle: a fresh reading. Of the same shards no header is read any more."""
+    """oracle: a fresh reading. With the index of the same shards no header is read again."""
     tar = dog_tar(tmp_path / 'a.tar', 3)
     fresh = Shards(tar)
     path = tmp_path / 'index.npy'
@@ -524,8 +528,9 @@ def test_which_index_is_used(tmp_path, monkeypatch):
 
 
 def test_a_scan_that_was_interrupted_goes_on(tmp_path, monkeypatch, capsys):
-    """oracle: a fresh reading; which shards are read again: those that were not, and all when one has changed. Without
-    a terminal a line says how far it is. Nothing but the index is left. (Its minutes are moments here.)"""
+    """oracle: a fresh reading, and which shards are read: those that were not read yet, or all if one has changed.
+    Without a terminal a line says how far the reading is. Only the index is left in the end. (A minute is a moment
+    here.)"""
     for n in range(5):
         dog_tar(tmp_path / f'{n}.tar', 2)
     index = tmp_path / 'out/index.npy'
@@ -558,9 +563,9 @@ def test_a_scan_that_was_interrupted_goes_on(tmp_path, monkeypatch, capsys):
 
 
 def test_a_shard_that_was_written_anew(tmp_path, capsys):
-    """oracle: a fresh reading, of a tar of the same size and name, whose members lie elsewhere: then the index is made
-    anew, and a line says so. Its fingerprint stays, as that of a copy with other times; of such a copy, too, the index
-    is made anew."""
+    """oracle: a fresh reading. The tar is written again with the same name and size, but its members lie elsewhere, so
+    the index is made again, and a line says so. The index is also made again for a copy, whose times differ. The
+    fingerprint stays the same in both cases."""
     tar = dog_tar(tmp_path / 'a.tar', 11)
     path = tmp_path / 'index.npy'
     before = Shards(tar)
@@ -583,7 +588,7 @@ def test_a_shard_that_was_written_anew(tmp_path, capsys):
 
 
 def test_an_index_is_saved_without_a_copy(tmp_path):
-    """oracle: the memory that saving takes: much less than the index."""
+    """oracle: the memory that saving takes, which must be much less than that of the index."""
     shards = Shards(dog_tar(tmp_path / 'a.tar', 3))
     shards.stored = np.arange(1 + 7 * 100_000)
     tracemalloc.start()
@@ -594,11 +599,11 @@ def test_an_index_is_saved_without_a_copy(tmp_path):
     assert np.array_equal(np.load(tmp_path / 'index.npy'), shards.stored)
 
 
-ONE = Counts(1, 0, 0, 1)                                # an image and a caption of each pair
+ONE = Counts(1, 0, 0, 1)                                # one image and one caption per pair
 
 
 def test_a_shard_that_is_cut_off_in_mid_run(tmp_path, capsys):
-    """oracle: the sizes before and after; the pairs that are left."""
+    """oracle: the sizes before and after, and the pairs that are left."""
     tar = dog_tar(tmp_path / 'a.tar', 12)
     shards = Shards(tar)
     left = shards.index[2, 3] + 3                       # within the json of pair 2
@@ -612,7 +617,7 @@ def test_a_shard_that_is_cut_off_in_mid_run(tmp_path, capsys):
 
 
 def test_a_read_that_fails_is_tried_again(tmp_path, monkeypatch):
-    """oracle: how often reads fail here. A pair that cannot be read is replaced and counted."""
+    """oracle: how often reads fail here. A pair whose read fails twice in a row is replaced and counted."""
     shards = Shards(dog_tar(tmp_path / 'a.tar', 12))
     failures = ['once']
 
@@ -644,13 +649,13 @@ LOW = Tokenizer(['l o', 'lo w</w>', 'lo w', 'e r</w>', 'e s', 'es t</w>', 'low e
     ('a.jpg is. 1. B', ['a.jpg is', '1', 'B']),
     ("the dog's. It’s. 'J. Smith'. É. Zola. .", ["the dog's", 'It’s', "'J. Smith'", 'É. Zola'])])
 def test_sentences_by_hand(text, expected):
-    """oracle: pencil: a sentence ends at a full stop before white space, unless that stands behind a single letter."""
+    """oracle: by hand. A sentence ends at a full stop before white space, unless that stop follows a single letter."""
     assert sentences(text) == expected
 
 
 @pytest.mark.parametrize('part', ['x', "'", 'J. '])
 def test_a_megabyte_without_a_sentence(part):
-    """oracle: it is one; a pattern that starts anew at each letter would take hours."""
+    """oracle: it is one sentence. A pattern that starts again at each letter would take hours to find that out."""
     text = part * (10**6 // len(part)) + 'x'
     assert sentences(text) == [text]
 
@@ -668,13 +673,13 @@ def test_a_megabyte_without_a_sentence(part):
     ({'caption': [None, 7, ''], 'alt': 'one dog'}, [])])
 def test_captions_of_every_format(record, pool):
     """oracle: pools written by hand. PixelProse's original caption and items of DreamLIP's lists pass whole, as
-    released; the same where their keys are named."""
+    released, and they also do if their keys are named."""
     assert caption_pool(record) == pool
     assert caption_pool(record, list(record)[:2])[:len(pool)] == pool
 
 
 def test_tokenizer_equals_clip():
-    """oracle: ids of CLIP's own tokenizer on 35 hard texts, recorded in golden/tokenizer.json."""
+    """oracle: the ids that CLIP's own tokenizer gives 35 hard texts, recorded in golden/tokenizer.json."""
     clip = Tokenizer.clip(shared('vocab', 'bpe_simple_vocab_16e6.txt.gz'))
     for text, ids, padded in json.loads(shared('golden', 'tokenizer.json').read_text()):
         assert [49406, *clip.encode(text), 49407] == ids, text
@@ -682,8 +687,8 @@ def test_tokenizer_equals_clip():
 
 
 def test_the_vocabulary_is_fetched_once(tmp_path, monkeypatch):
-    """oracle: the merges in a file: of another digest they are not kept; of the right one they are there without the
-    file, too. Where there are none a sentence names the remedies."""
+    """oracle: the merges in a file. If its digest is wrong, they are not kept, and a sentence names the remedies. If it
+    is right, they are still there when the file is gone."""
     file = put(tmp_path / 'vocab.gz', gzip.compress(b'header\nl o\nlo w</w>'))
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
     monkeypatch.delenv('COSMOS_VOCAB', raising=False)
@@ -700,9 +705,9 @@ def test_the_vocabulary_is_fetched_once(tmp_path, monkeypatch):
 
 
 def test_ids_and_words_by_hand():
-    """oracle: pencil: rank 1 'lo w</w>' ends low, rank 2 'lo w' starts the others; cut rows keep their end."""
+    """oracle: by hand. Rank 1, 'lo w</w>', ends low, and rank 2, 'lo w', starts the others. Cut rows keep their end."""
     assert LOW.encode('low lower lowest') == [513, 514, 515, 518]       # 512 + the line of each merge
-    assert LOW.encode('!l')[0] == 256                   # '!' is byte symbol 0, and 256 + 0 where it closes a word
+    assert LOW.encode('!l')[0] == 256                   # '!' is byte symbol 0, and 256 + 0 if it closes a word
     assert LOW('low ' * 20).tolist() == [[519] + 6 * [513] + [520]]
     assert LOW('low').tolist() == [[519, 513, 520, 0, 0, 0, 0, 0]]
     text = 'x²+Ⅷ①_é\'S “ﬁn” ＡＢ&amp;lt;\x07 \ud800'
@@ -710,8 +715,8 @@ def test_ids_and_words_by_hand():
 
 
 def test_a_megabyte_of_text_is_encoded_soon():
-    """oracle: the ids of the words, one by one; of a word that is longer, what a context holds of the ids of its first
-    8,000 letters. Both would take a minute and more."""
+    """oracle: the ids of the words, one by one. For a word that is too long, it is what a context holds of the ids of
+    its first 8,000 letters. Both would otherwise take a minute and more."""
     clip = Tokenizer.clip(shared('vocab', 'bpe_simple_vocab_16e6.txt.gz'))
     begun = time.process_time()
     assert clip.encode('a dog ' * 150_000) == [*clip.encode('a dog')] * 150_000
@@ -719,11 +724,11 @@ def test_a_megabyte_of_text_is_encoded_soon():
     letters = ''.join(random.Random(0).choices('abcdefghijklmnop', k=20_000))
     assert clip([letters])[0, 1:-1].tolist() == clip.word_ids.__wrapped__(clip, letters[:8000])[:75]
     assert clip.split('a' + 999_999 * '-') == ['a', 5000 * '-']
-    assert len(max(clip.ids, key=len)) < 70             # with the </w> of the last one
+    assert len(max(clip.ids, key=len)) < 70             # including the </w> of the last letter
 
 
 def test_learn_by_hand():
-    """oracle: pencil: 'l o' and 'w e' come three times, and of equal pairs the first one met is merged first."""
+    """oracle: by hand. 'l o' and 'w e' come three times, and of equal pairs the first one met is merged first."""
     learned = Tokenizer.learn(['low low lower', 'newest newest'], 600)
     assert learned.merges == ['l o', 'w e', 'lo w</w>', 'n e', 'ne we', 'newe s', 'newes t</w>']
     assert learned.encode('lowest') == [512, 513, 82, 256 + 83]        # lo, we, s, t at the end: '!' is 0
@@ -733,11 +738,11 @@ def test_learn_by_hand():
 # --- Images ----------------------------------------------------------------------------------------------------------
 
 def exif(*entries):
-    """EXIF with entries of (tag, type, count, value), as a camera writes it: an entry has 12 bytes, of which the value
-    or its place takes 4."""
+    """EXIF with entries of (tag, type, count, value), as a camera writes it. An entry has 12 bytes; the value, or its
+    place if it is longer, takes 4 of them."""
     table = b''
     values = b''
-    first = 8 + 2 + 12 * len(entries) + 4                               # where values lie
+    first = 8 + 2 + 12 * len(entries) + 4                               # where the values begin
     for tag, kind, count, value in entries:
         if len(value) <= 4:
             place = value.ljust(4, b'\0')
@@ -750,7 +755,7 @@ def exif(*entries):
 
 ASCII, SHORT, RATIONAL = 2, 3, 5
 SIDEWAYS = 0x112, SHORT, 1, b'\0\6'                     # Orientation 6
-ODD_EXIF = [                            # whether it turns the image
+ODD_EXIF = [                            # whether it turns the image, and the EXIF
     (True, exif(SIDEWAYS)),
     (True, exif(SIDEWAYS, (0x11a, ASCII, 3, b'72\0'))),                 # XResolution is a RATIONAL
     (True, exif((0x10e, RATIONAL, 1, bytes(range(8))), SIDEWAYS)),      # ImageDescription is ASCII
@@ -763,8 +768,9 @@ ODD_EXIF = [                            # whether it turns the image
 @pytest.mark.parametrize('turns, odd', ODD_EXIF, ids=range(len(ODD_EXIF)))
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
 def test_odd_exif_stops_nothing(kind, turns, odd):
-    """oracle: what Pillow decodes, turned by a quarter where EXIF says so; EXIF that cannot be read turns nothing. By
-    every reader: training's, evaluation's of a file and of what Pillow has opened; read twice it is not turned twice."""
+    """oracle: what Pillow decodes, turned by a quarter if EXIF says so. EXIF that cannot be read turns nothing. This
+    holds for every reader: training's, and evaluation's of a file and of an image that Pillow has opened. An image
+    that is read twice is not turned twice."""
     file = encoded(Image.effect_mandelbrot((60, 40), (-2, -1, 1, 1), 40).convert('RGB'), kind, exif=odd)
     wanted = Image.open(io.BytesIO(file)).convert('RGB')
     if turns:
@@ -779,7 +785,7 @@ def test_odd_exif_stops_nothing(kind, turns, odd):
 
 
 def test_images_of_16_bits_are_scaled(tmp_path):
-    """oracle: the upper 8 bits, which every reader of images sees; a mask keeps its numbers. Floats are refused."""
+    """oracle: the upper 8 bits, which every reader of images gives. A mask keeps its numbers. Floats are refused."""
     values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
     file = encoded(Image.fromarray(values))
     unread, _ = read_header(file)
@@ -791,7 +797,7 @@ def test_images_of_16_bits_are_scaled(tmp_path):
 
 
 def test_no_program_is_run(tmp_path):
-    """oracle: the sentence: a file of PostScript under an image's name, which Pillow would hand to Ghostscript."""
+    """oracle: the sentence for a PostScript file with an image's name, which Pillow would hand to Ghostscript."""
     page = put(tmp_path / 'a.jpg', b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n')
     assert Image.open(page).format == 'EPS'
     refused('a.jpg is no image .*PostScript', read_image, page)

@@ -799,8 +799,8 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     assert 'nothing is left to do: step 6 of 4 is reached' in said
     assert re.findall('note +(.*)', said) == [
         f"the code may have changed: it was at {saved(whole)['commit']}, is at another",
-        '--vocab is ignored: the checkpoint has weights and vocabulary',
-        '--init is ignored: the checkpoint has weights and vocabulary',
+        '--vocab is ignored, because the checkpoint has weights and vocabulary',
+        '--init is ignored, because the checkpoint has weights and vocabulary',
         '--steps was 6, is now 4',
         '--lr was 0.003, is now 1.0']
     moved = shutil.copytree(dogs, tmp_path / 'moved', copy_function=shutil.copyfile)    # its files have other times
@@ -811,7 +811,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     for number in 2, 3:
         assert fit(out, '--steps', number) == 0
         first, *_, last = capsys.readouterr().out.splitlines()
-        assert f'out holds a run, this one goes into {out}-{number}; ' in first and f' {out}-{number}, ' in last
+        assert f'out holds a run, so this one goes into {out}-{number}; ' in first and f' {out}-{number}, ' in last
     assert contents(out) == contents(whole)
 
 
