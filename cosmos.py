@@ -3,24 +3,24 @@
 CLIP matches one vector of an image with one vector of its caption, and in each of them big objects drown out small
 ones. COSMOS takes several views of both: large and small crops of the image, groups of sentences and single sentences
 of the caption. A student network sees all of them. A teacher network, a slow average of the student, sees only the
-global ones: large crops, groups of sentences. In the student, cross-attention lets each vector of one modality read the
-tokens of the other. The result is added to the vector, and the sum is trained to find the teacher's vectors of the same
-pair among those of all pairs. So a sentence about a small object is meant to find that object in the image.
+global ones: large crops, groups of sentences. In the student, cross-attention lets each vector of one modality attend
+to the tokens of the other. The result is added to the vector, and the sum is trained to pick its own pair's teacher
+vectors out of the whole batch's. So a sentence about a small object is meant to find that object in the image.
 
 Notation, in shapes:
     B pairs on this GPU     N pairs on all GPUs             V image views, 2 global + local
     P patches               T tokens of a text, padded      U captions, 2 global + local
-    W width of a tower      D width of the joint space      R rows that are read: T, P, or 1 + P with the class token
+    W width of a tower      D width of the joint space      R rows of a sequence: T, P, or 1 + P with the class token
     Q rows of queries       H attention heads of width d    n sequences that go through a tower together
     s, p side of a view and of a patch, in pixels
 Names taken from the paper:
-    C^I, C^T  the two cross-attention modules, which read the image and the text
-    h_I, h_T  what the image and the text become once they have read the other, Eq. 1-2
+    C^I, C^T  the two cross-attention modules: C^I reads (attends to) the image, C^T reads the text
+    h_I, h_T  the image's and the text's vectors after each has read the other modality, Eq. 1-2
     L_CLIP, L_COSMOS, L_nce, L_sym-nce  losses: the two that are added, and what they are made of
 Views come first, (V, B, D), and views 0 and 1 are the two globals. Code that serves both modalities says "view" and V
 for captions, too. `ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors.
 
-One training step. Every name is that of the code below.
+One training step. The names are those of the code below; after C^I and C^T stand the names of their modules.
 
     images: 2 global views, 6 local                               texts: 2 global captions, 6 local
            |                                                                        |
@@ -49,14 +49,14 @@ One training step. Every name is that of the code below.
     model.clamp_scales()
     teacher.update(model, momentum)    # the paper's lambda, 0.999 at batch 1,024
 
-Read it beside Section 3 of the paper. Parts 2-4 are COSMOS: student, teacher, losses. Part 5 is for several GPUs, and
-may be skipped, because on one GPU `gather` only says that queries and keys are the same vectors. Parts 6-7 are CLIP's
-towers and transformer. If you know them, read only how a tower treats its views (class Tower).
+Read it beside Section 3 of the paper. Parts 2-4 are COSMOS: student, teacher, losses. You can skip part 5 unless you
+use several GPUs, because on one GPU `gather` returns each tensor as both queries and keys. Parts 6-7 are CLIP's towers
+and transformer. If you know them, read only how a tower treats its views (class Tower).
 
-We follow the released code (github.com/ExplainableML/cosmos); `model.py:274` and the like are lines of it. Where the
-paper is silent or differs, that code decides, and a mark says so:
+We follow the released code (github.com/ExplainableML/cosmos); references such as `model.py:274` point into it. If the
+paper is silent or differs, the released code decides, and a mark says so:
     code≠paper: the paper says something else.          paper silent: the paper does not say, as far as we know.
-    ours: here we differ from the released code on purpose.
+A third mark, ours, says where we decide: we differ from the released code on purpose, or it has nothing of the kind.
 """
 import copy
 import math
@@ -91,8 +91,8 @@ class Config:
     text_heads: int = 8
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's; the end-of-text token has the largest id
-    cross_heads: int = 8            # attention heads inside C^I and C^T; 0: neither, a plain CLIP
-    two_scales: bool = False        # a scale for L_COSMOS even without C^I and C^T; with them there always is one
+    cross_heads: int = 8            # attention heads inside C^I and C^T; with 0 the model has neither
+    two_scales: bool = False        # gives L_COSMOS its own scale even without C^I and C^T; with them it always has one
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released models have GELU
 
     def __post_init__(self):
@@ -154,7 +154,8 @@ def unit(x):
 
 
 class COSMOS(nn.Module):
-    """Two towers, two linear maps, two cross-attentions, two learned scales. With cross_heads = 0 it is a plain CLIP.
+    """Two towers, two linear maps, two cross-attentions, two learned scales. With cross_heads = 0 it has a CLIP's
+    towers and scale, and nothing else (unless config.two_scales).
 
     The towers are CLIP's. The maps bring patches and words to width D, for C^I and C^T to read. After training only the
     towers are needed: retrieval, classification and segmentation do without cross-attention.
@@ -200,15 +201,16 @@ class COSMOS(nn.Module):
     def encode_image(self, images):
         """images (B, 3, h, w), h and w multiples of p -> [cls] (B, D), patches (B, P, D), neither of unit length.
 
-        The patches are what C^I reads; a plain CLIP has None. They cannot be compared with texts, but the patches of
-        eval.encode_dense can.
+        These patches are what C^I reads. They do not live in the joint space, so do not compare them with texts; for
+        that take eval.encode_dense. If the model has no cross-attention, patches is None.
         """
         cls, sequence = self.visual.with_sequence([images])
         patches = self.image_map(sequence[:, 1:]) if self.has_cross_attention else None
         return cls[0], patches
 
     def encode_text(self, ids):
-        """ids (B, T) -> [eot] (B, D), words (B, T, D), neither of unit length. The words of a plain CLIP are None."""
+        """ids (B, T) -> [eot] (B, D), words (B, T, D), neither of unit length. Without cross-attention words is
+        None."""
         eot, sequence = self.text.with_sequence([ids])
         words = self.text_map(sequence) if self.has_cross_attention else None
         return eot[0], words
@@ -218,7 +220,7 @@ class COSMOS(nn.Module):
 
         The query of C^I is the caption, the query of C^T is the image. The paper's qualitative figure shows such
         weights (paper silent: whether they are the student's or the teacher's, and how heads are averaged). The weights
-        over words include start, end and padding. A plain CLIP has no weights.
+        over words include start, end and padding. The model must have cross-attention.
         """
         cls, patches = self.encode_image(images)
         eot, words = self.encode_text(ids)
@@ -263,21 +265,22 @@ class Teacher(nn.Module):
         ours, paper silent: we call it after optimizer.step, as DINO does. The released code calls it before, and so
         averages the student of one step earlier (its train.py:185-193 comes before 213-221).
         """
-        # mine.lerp_(students, 1 - momentum) for each parameter. One call for all of them is faster.
+        # For each parameter: ours.lerp_(the student's, 1 - momentum). One call for all of them is faster.
         mine = list(self.model.parameters())
         torch._foreach_lerp_(mine, list(student.parameters()), 1 - momentum)
 
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-MANY = 2 ** 24      # an L_nce with so many logits (67 MB: 1,024 pairs in 8 x 2 views) or more does not keep them
+MANY = 2 ** 24      # from this many logits on (67 MB; 1,024 pairs in 8 x 2 views) L_nce computes them twice, see there
 
 
 def nce(queries, keys, scale):
-    """L_nce: query i must find key i among all N. Averaged over the V x U pairs of views and the B queries.
+    """L_nce: each query must find the key of its own pair among all N. Averaged over the V x U pairs of views and the B
+    queries.
 
-    Here V and U count the views of the queries and of the keys, whichever modality they are. queries (V, B, D) of this
-    GPU, keys (U, N, D) of all GPUs, of unit length. scale = 1/temperature.
+    queries (V, B, D) of this GPU, keys (U, N, D) of all GPUs, of unit length. Either side may be images or captions, so
+    here V is the number of the queries' views, and U that of the keys'. scale = 1/temperature.
 
     By hand, with one view each: queries (1, 0) and (0, 1), keys (1, 0) and (0.6, 0.8), scale 1. The logits are
     [[1, 0.6], [0, 0.8]]. Query 0 costs ln(1 + e^-0.4) = 0.5130, query 1 ln(1 + e^-0.8) = 0.3711; the mean is 0.4421.
@@ -301,14 +304,14 @@ def nce(queries, keys, scale):
 
     if V * B * U * N < MANY:
         return cross_entropy(queries, keys, scale)
-    # ours: so many logits are not kept. The backward pass computes them again, to the last bit, one L_nce at a time.
+    # ours: this many logits are not kept. The backward pass computes them again, to the last bit, one L_nce at a time.
     # A step has ten L_nce. With 4,096 pairs on one GPU their logits would take 11 GB together.
     return checkpoint(cross_entropy, queries, keys, scale, use_reentrant=False)
 
 
 def match(a, b, scale):
-    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a and b come from `gather`: their queries are the vectors of
-    this GPU, their keys those of all GPUs.
+    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a and b come from `gather`, so their queries are this GPU's
+    vectors and their keys are all GPUs' vectors.
 
     On several GPUs each computes the mean over its own B pairs, and the loss is the mean over GPUs.
     """
@@ -316,7 +319,8 @@ def match(a, b, scale):
 
 
 def clip_loss(out, scale):
-    """L_CLIP: the student's two global images with all its captions, 2 x 8 pairs of views. scale = exp(logit_scale).
+    """L_CLIP: the student's global images with all its captions, in the paper 2 x 8 pairs of views.
+    scale = exp(logit_scale).
 
     It is CLIP's loss on [cls] and [eot], and cross-attention has no part in it.
 
@@ -329,12 +333,12 @@ def clip_loss(out, scale):
 def cosmos_terms(out, cls_t, eot_t, scale):
     """The four terms of L_COSMOS by name.                                                            Sec. 3.3, Eq. 6
 
-    total_loss weighs them equally; if you add a fifth, each weighs 1/5. Each pairs every student view with
-    both teacher views, 8 x 2 pairs. Student view 0 with teacher view 0 counts as well, and 1 with 1 (paper silent;
-    loss.py:131-139); DINO leaves them out. scale = exp(distill_logit_scale).
+    total_loss weighs them equally, so with a fifth term each would weigh 1/5. Every term compares all student views
+    with both teacher views, 8 x 2 comparisons in the paper. Student view 0 with teacher view 0 counts as well, and 1
+    with 1 (paper silent; loss.py:131-139); DINO leaves them out. scale = exp(distill_logit_scale).
     """
     h_I, h_T = gather(out.h_I, out.h_T)
-    cls_t, eot_t = gather(cls_t, eot_t)     # on their own, because no gradients go back to the teacher
+    cls_t, eot_t = gather(cls_t, eot_t)     # in a call of their own, which has no backward pass
     return {
         'h_I_cls_t': match(h_I, cls_t, scale),
         'h_I_eot_t': match(h_I, eot_t, scale),
@@ -381,7 +385,7 @@ def plain_terms(out, cls_t, eot_t, scale):
 def embedding_terms(out, cls_t, eot_t, scale):
     """Self-distillation without cross-attention, for the row `text-distill` of Table 5.
 
-    ours: we do not know the paper's loss for these rows. Here the embeddings themselves take the place of h_I and h_T,
+    ours: we do not know the paper's loss for this row. Here the embeddings themselves take the place of h_I and h_T,
     each against the teacher of its own modality.
     """
     return {
@@ -390,7 +394,7 @@ def embedding_terms(out, cls_t, eot_t, scale):
 
 
 def image_terms(out, cls_t, eot_t, scale):
-    """Like embedding_terms, but for images only, for the rows `image-distill` and `text-crop`."""
+    """Like embedding_terms, but with images only; the rows `image-distill` and `text-crop` use it."""
     return {'cls_cls_t': match(*gather(out.cls, cls_t), scale)}
 
 
@@ -425,7 +429,7 @@ class Gathered(NamedTuple):
 def gather(*vectors):
     """Several (V, B, D) -> a Gathered for each, by one collective for all of them.
 
-    The released code has two collectives for each of its 16 + 64 pairs of views per step.
+    The released code has two collectives for each pair of views, 2 x 8 pairs in L_CLIP and 4 x 16 in L_COSMOS.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [Gathered(x, x) for x in vectors]
@@ -440,9 +444,10 @@ class Gather(torch.autograd.Function):
     rank. So the backward pass adds up, for each vector, the gradients of all ranks. DDP then takes the mean over ranks,
     which gives the gradient of the mean loss.
 
-    In the released code each rank computes the whole loss, with a gradient for its own vectors only. Summed over ranks
-    these are the full gradient, but DDP's mean divides the sum by the number of ranks. (The two scales are exceptions,
-    because each rank has their whole gradient.) AdamW divides such a factor out, except for its eps.
+    In the released code each rank computes the whole loss, with a gradient for its own vectors only. The sum over ranks
+    would be the full gradient, but DDP takes the mean, so the gradient is too small by the number of ranks. (Not that
+    of the two scales, because each rank has their whole gradient.) For AdamW this does no harm, because it divides such
+    a factor out, except for its eps.
     """
 
     @staticmethod
@@ -472,13 +477,14 @@ def same_size(views):
 class Tower(nn.Module):
     """What both towers do with their views.
 
-    Only one row of a view's sequence is read: that of the class token, or that of the end of a text. So the last block
-    computes this row alone, which saves a fifth of the multiplications of `tiny`, and a few percent in deeper towers.
-    Cross-attention reads every row of view 0, so `with_sequence` computes all of them. Handing `row` to the transformer
-    only saves time: the result would be the same if it were picked afterwards.
+    Of a view's sequence only one row becomes its vector: the class token's, or that of the end of a text. So the last
+    block computes this row alone, which saves a fifth of the multiplications in train.py's preset `tiny`, and a few
+    percent in deeper towers. Cross-attention needs the other rows of view 0, too, so `with_sequence` computes them all.
+    Handing `row` to the transformer only saves time: the result would be the same if it were picked afterwards.
 
-    A tower defines `embed`: groups of views, a tensor (n, ...) for each size, become sequences (n, R, W) and the row to
-    read in each of them, (n,). It also has `transformer`, `norm` and `proj`.
+    Each tower defines `embed`. It takes the views grouped by size, one tensor (n, ...) per group, and returns for each
+    group the sequences (n, R, W) and the number of the row to pick in each, (n,). A tower also has `transformer`,
+    `norm` and `proj`.
     """
 
     def forward(self, views):
@@ -533,7 +539,7 @@ class VisionTower(Tower):
             n, _, height, width = images.shape
             if height % p or width % p:
                 raise ValueError(f'an image of {height} x {width} pixels cannot be cut into patches of {p}; '
-                                 'resize or pad it to multiples of that')
+                                 f'resize or pad it to multiples of {p}')
             # conv1 as a matrix product, since patches do not overlap. In bf16 on CPUs it is 3 to 5 times as fast.
             cells = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (n, 3, rows, p, columns, p)
             in_order = cells.permute(0, 2, 4, 1, 3, 5)                  # (n, rows, columns, 3, p, p)
@@ -546,7 +552,8 @@ class VisionTower(Tower):
         return embedded
 
     def positions(self, h, w):
-        """Position embeddings for an h x w grid of patches, (1 + h*w, W): the learned ones, or bicubic between them."""
+        """Position embeddings for an h x w grid of patches, (1 + h*w, W): the learned ones if that is the training
+        grid, otherwise interpolated between them (bicubic)."""
         grid = self.grid
         if h == w == grid:
             return self.positional_embedding
@@ -562,8 +569,8 @@ class VisionTower(Tower):
 class TextTower(Tower):
     """Causal transformer. The end-of-text token is the first that has seen the whole caption, and stands for it.
 
-    A tensor of B texts may be cut after the end of the longest, because attention is causal: no end sees the padding
-    behind it. A text that is cut before its end gives a wrong [eot] without any error.
+    A tensor of B texts may be cut after the end of the longest, because attention is causal, so an end token never sees
+    the padding after it. A text that is cut before its end gives a wrong [eot] without any error.
     """
 
     def __init__(self, config):
@@ -601,7 +608,7 @@ class TextTower(Tower):
 # --- 7. Transformer: stack, block, attention (CLIP) ------------------------------------------------------------------
 
 class Transformer(nn.Module):
-    """A stack of blocks. If causal, each row reads itself and the rows before it, else each row reads all.
+    """A stack of blocks. If causal, each row attends to itself and the rows before it, otherwise to every row.
 
     `grad_checkpointing` saves memory: all blocks but the last are recomputed in the backward pass.
     """
@@ -631,8 +638,8 @@ class Transformer(nn.Module):
 
 
 class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU. Weights that were trained with one and run with the other score low, without an
-    error."""
+    """OpenAI's approximation of GELU. If weights were trained with GELU and run with QuickGELU, or the reverse, nothing
+    fails, but the scores drop."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
@@ -673,12 +680,12 @@ def pick(x, row):
 
 
 class Attention(nn.MultiheadAttention):
-    """The parameters of torch's multi-head attention, Attention(width, heads), with a forward pass of our own. Unlike
-    torch's, its mask is True for keys that may be seen.
+    """Attention(width, heads) has the parameters of torch's multi-head attention, but a forward pass of its own. Its
+    mask is True for keys that may be seen, which is the opposite of torch's.
 
-    It is written out, because we need q, k and v themselves: for the weights that the pictures show, and for
-    segmentation in eval.py. The query may be one row, as in the last block. The parameters are in_proj_weight
-    (3 W, W), with the rows of query, key and value, in_proj_bias (3 W), and the linear map out_proj.
+    The forward pass is written out because we need q, k and v themselves, for the weights that the pictures show and
+    for segmentation in eval.py. The query may be one row, as in the last block. in_proj_weight (3 W, W) stacks the
+    matrices of query, key and value, and in_proj_bias (3 W) stacks their biases. out_proj is the linear map at the end.
     """
 
     def forward(self, query, context, mask=None):
