@@ -5,17 +5,19 @@
     python train.py --data /shards --accum 8                    the same on one GPU that can hold an eighth of a batch
     python train.py --init CKPT --data /shards                  COSMOS that starts from an existing CLIP
 
-The same command with --resume goes on where the run in --out stopped. A run leaves these files in --out: last.pt (the
+To continue a run that stopped, give the same command with --resume. A run leaves these files in --out: last.pt (the
 checkpoint), best.pt (the networks with the best R@1 on --val), report.html (the run as a page; maps.npz has its
-pictures), log.jsonl, config.json, eval.json, index.npy and val.npy (of the shards), and lock (who trains there).
+pictures), log.jsonl, config.json, eval.json, index.npy and val.npy (where the pairs are in the shards), and lock (which
+process is using the folder).
 
-On a first reading, take sections 1 to 3, which are the paper's (presets, the rows of Table 5, one step), and then
-section 6, the run from top to bottom: `main` is the loop, and `what_is_due` says when it logs, saves, evaluates and
-ends. Sections 4 and 5 set up, log and save; read them when you change them. lesson/onepage.py trains the same way in a
-hundred lines, without options, checkpoints and several GPUs.
+On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6, the run from top
+to bottom: `main` is the loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5 set up,
+log and save; read them when you change them. lesson/onepage.py trains the same way in a hundred lines, without options,
+checkpoints or several GPUs.
 
-From plumbing/ come `training_options` (the command line), `Processes` (the ranks: their device, sums and broadcasts
-over them, how they end) and `runs` (the folder of a run: checkpoints, log, resuming). They need not be read.
+You can skip what comes from plumbing/: above all `training_options` (the command line), `Processes` (the ranks: their
+device, sums and broadcasts over them, how they end), `runs` (the folder of a run: checkpoints, log, resuming) and
+`Progress` (what has happened since the last log entry).
 """
 import os
 
@@ -61,17 +63,18 @@ PAPER = {
     'batch': 1024, 'lr': 5e-4, 'lr_end': 0.0, 'warmup': 2000, 'wd': 0.5,
     'momentum': 0.999, 'momentum_ramp': 0,
     'local_crops': 6, 'local_captions': 6, 'augment': 'full', 'vocab': 'clip'}
-# For small sets on a laptop. The learning rate ends at a tenth of its peak. After s steps lambda is at most
-# s / (s + 10). Images are only cropped, because captions of the drawn scenes name colours and sides, which a jitter or
-# a flip would make wrong; on Flickr8k's photographs crops alone retrieved better in a short trial (docs/own-data.md).
+# For small sets on a laptop. The learning rate ends at a tenth of its peak. After s steps the teacher's momentum, the
+# paper's lambda, is at most s / (s + 10). Images are only cropped, because captions of the drawn scenes name colours
+# and sides, which a jitter or a flip would make wrong; on Flickr8k's photographs crops alone retrieved better in a
+# short trial (docs/own-data.md).
 LAPTOP = {
     'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
     'momentum': 0.995, 'momentum_ramp': 10,
     'local_crops': 2, 'local_captions': 2, 'augment': 'crops', 'vocab': 'learn'}
 
 
-# Used with --init, whatever the preset. Steps are small, because the weights know something already. Lambda has no
-# ramp, because the teacher starts as a copy of these weights, and need not forget them.
+# Used with --init, whatever the preset. The learning rate is small, because the weights know something already. The
+# momentum has no ramp, because the teacher starts as a copy of these weights, and has nothing to forget.
 PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
 
 
@@ -106,22 +109,23 @@ PRESETS = {
 # --- 2. The methods of Table 5 ---------------------------------------------------------------------------------------
 
 class Method(NamedTuple):
-    """A row of Table 5: what the student sees, and what it learns in addition to L_CLIP."""
+    """A row of Table 5, or one of ours: what the student sees, and what it learns in addition to L_CLIP."""
     global_images: int
     global_texts: int               # captions of 1-5 sentences
     has_local_images: bool          # as many as --local-crops says
     has_local_texts: bool           # captions of one sentence, as many as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
-    augments: bool                  # colour jitter, and a flip of half the views, unless --augment says 'crops'
+    augments: bool                  # whether --augment is 'full' by default: flips, and changes of colour
     has_teacher: bool
-    has_cross_attention: bool       # C^I and C^T. They only train if a term reads h_I and h_T
+    has_cross_attention: bool       # C^I and C^T. They get no gradient unless a term uses h_I or h_T
     has_own_scale: bool             # the terms have a temperature of their own, not that of L_CLIP
     terms: Callable                 # what is learned in addition to L_CLIP, a function of cosmos.py
 
 
-# Each row of the table adds to the one above. Only clip and cosmos are the released code's: clip has open_clip's own
-# crop, and no colour jitter (its transform.py:66). The others are our reading of the table's labels. In the paper the
-# first three score far below the CLIP of its Table 1. They probably had raw captions only (--caption-pool raw).
+# Each row of the table adds to the one above. Only the rows clip and cosmos can be found in the released code, where
+# clip uses open_clip's default crop and no colour jitter (transform.py:66). The others are our reading of the table's
+# labels. In the paper the first three score far below the CLIP of its Table 1, so they probably had raw captions only
+# (--caption-pool raw).
 G = GLOBALS
 METHODS = {
     #                       globals   locals         crop  aug-   tea-   cross  own    learns
@@ -188,7 +192,8 @@ class Step(NamedTuple):
 
 
 def train_step(run, batch):
-    """One step of training -> Step: student, teacher, loss, backward, optimizer, scales, moving average."""
+    """One step of training, in this order: student, teacher, loss, backward, optimizer, scales, moving average. ->
+    Step, what it has computed."""
     options = run.options
     student = run.student
     for group in run.optimizer.param_groups:
@@ -197,8 +202,8 @@ def train_step(run, batch):
     # jitters run here, on the device; the string seeds their order, so that all ranks have the same one.
     images = batch.views(f'{options.seed} {run.step}')
 
-    # The student sees all views and captions. The teacher sees the globals, without gradient. Caption 0 comes twice: at
-    # full length for the student, whose C^T reads the padding, and cut, as all other captions are, for the teacher.
+    # The student sees all views and captions. The teacher sees the globals, without gradient. If the student has C^T,
+    # its caption 0 has full length, because C^T reads the padding; the teacher's is cut, as all other captions are.
     cls_t = eot_t = None
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
         out = run.forward(images, batch.texts)
@@ -211,11 +216,11 @@ def train_step(run, batch):
     # run.forward.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    # A parameter has no gradient if you freeze it.
+    # A parameter without gradient is one that you froze, or one that no term uses.
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
-    # DDP has averaged the gradients. If that of one rank is not finite, their mean is not, so all ranks skip the step.
+    # DDP has averaged the gradients. If one rank's gradient is not finite, the mean is not, so all ranks skip the step.
     finite = bool(norm.isfinite())
     if finite:
         if options.clip_grad:
@@ -225,7 +230,7 @@ def train_step(run, batch):
         if run.method.has_teacher:
             run.teacher.update(student, momentum_at(run.step, options))
     else:
-        [total] = run.processes.sum([loss])     # the loss of one rank may be finite, another's not
+        [total] = run.processes.sum([loss])     # for the warning, because only one rank's loss may be infinite
         tqdm.write(f'WARNING    step {run.step + 1} is left out: loss {total / run.processes.world:.4g}, '
                    f'gradient norm {norm:.4g}, both over all processes')
     run.scaler.update()             # fp16: after an infinity it lowers the scale
@@ -246,7 +251,8 @@ def lr_at(step, options):
 
 
 def momentum_at(step, options):
-    """The teacher's lambda. With a fixed one a short run would not forget its random start, hence the ramp."""
+    """The teacher's momentum lambda. If it were fixed, the teacher would still carry its random start at the end of a
+    short run, so it starts low and ramps up."""
     taken = step + 1
     return min(options.momentum, taken / (taken + options.momentum_ramp))
 
@@ -302,8 +308,8 @@ def open_shards(options, processes, saved, built_in_set):
 
 def choose_model(options, saved):
     """-> Config, tokenizer, weights to start from. Config and tokenizer come from the resumed run, from --init, or from
-    the preset and --vocab; the tokenizer is None if it must be learned. The weights are those of --init, else {}, also
-    for a resumed run, because set_up restores that later.
+    the preset and --vocab; the tokenizer is None if it must be learned. The weights come from --init, and otherwise
+    they are {}. They are {} for a resumed run, too, because set_up restores its weights later.
     """
     if saved:
         config = Config(**saved['config'])
@@ -342,7 +348,7 @@ def make_run(options, processes, train_set, weights, batches):
     device = processes.device
     torch.manual_seed(options.seed)                     # all ranks start from the same weights
     student = COSMOS(train_set.config).to(device)
-    if weights:             # perhaps without cross-attention, or with one that this model lacks
+    if weights:             # they may lack cross-attention, or have it although this model does not
         missing = student.load_state_dict(weights, strict=False).missing_keys
         fresh = dict.fromkeys(name.partition('.')[0] for name in missing)       # each module once, in their order
         print(f"init       {options.init}{'; these start fresh: ' + ', '.join(fresh) if fresh else ''}")
@@ -351,7 +357,7 @@ def make_run(options, processes, train_set, weights, batches):
     teacher = Teacher(student) if METHODS[options.method].has_teacher else None
     optimizer = make_optimizer(student, options.lr, options.wd)
     dtype = choose_dtype(options.precision, device)
-    # The usual start, 65,536, would overflow many times before it settles.
+    # With torch's own initial scale, 65,536, the first steps would overflow again and again.
     scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
     forward = InParts(student, options.accum)
     return Run(options, processes, train_set, student, forward, teacher, optimizer, scaler, dtype, batches)
@@ -382,7 +388,8 @@ def set_up(options, processes, built_in_set):
         local_texts=options.local_captions if method.has_local_texts else 0)
     train_set = data.Crops(shards, tokenizer, config, options.seed, counts,
                            augment=options.augment, crop_min=method.crop_min)
-    # The loader's workers are forked, which may hang once nccl is up. So it comes before DDP, which starts nccl.
+    # The loader forks its workers, and a fork may hang once nccl is up. So the loader comes before DDP, which starts
+    # nccl.
     batches = batches_left(options, processes, train_set, saved.get('step', 0))
     run = make_run(options, processes, train_set, weights, batches)
     if saved:
@@ -402,15 +409,15 @@ def set_up(options, processes, built_in_set):
 
 @torch.no_grad()
 def log_entry(run, progress):
-    """The log entry of the step just done, {name: number}. Every rank must call it."""
+    """The log entry of the step just done, {name: value}. Every rank must call it."""
     options = run.options
     done = progress.done
     cls, eot = gather(done.out.cls[:1], done.out.eot[:1])
     images = cls.keys[0]            # view 0 of the pairs of all ranks, (N, D)
     captions = eot.keys[0]          # and caption 0
     nearest = (images @ captions.T).argmax(dim=1).cpu()     # which caption each image finds, (N,)
-    used = run.step - 1             # lr and momentum were those of this step
-    entry = {                       # the same on all ranks
+    used = run.step - 1             # run.step has moved on; the step just done used this step's lr and momentum
+    entry = {                       # the same on all ranks, except pairs_per_s; rank 0 writes its own
         'step': run.step,
         'lr': lr_at(used, options),
         'momentum': momentum_at(used, options),
@@ -444,7 +451,7 @@ def networks(run):
 
 
 def save(run):
-    """Rank 0 writes last.pt, unless this step is in it already."""
+    """Rank 0 writes last.pt, unless no step was taken since it was written."""
     if run.processes.rank == 0 and run.step > run.saved_step:
         seconds = time.perf_counter() - run.begun
         same = identity(run.options, run.train_set.shards)
@@ -508,9 +515,10 @@ def print_plan(run, val):
 
 
 def begin(run, val, watchers):
-    """Before the first step rank 0 prints the plan, and writes config.json. If the run is complete, it ends here."""
+    """If the run is complete, end here. Otherwise rank 0 prints the plan and writes config.json, before the first
+    step."""
     options = run.options
-    # If eval.json is missing, the final evaluation was cut short, and is due again.
+    # A run that has taken all its steps but has no eval.json was cut short in its last evaluation, which is due again.
     has_figures = run.processes.broadcast((run.folder / 'eval.json').exists())
     if run.step >= options.steps and has_figures:
         print(f'nothing is left to do: step {run.step} of {options.steps} is reached')
@@ -540,7 +548,7 @@ def finish(run, figures, watchers):
 # --- 6. A run, from the command line to the figures ------------------------------------------------------------------
 
 class Due(NamedTuple):
-    """What the loop does after run.step steps, before the next one. Each counts as true or false."""
+    """What the loop does after run.step steps, before the next one. Only the truth of each field matters."""
     log: bool
     save: bool
     evaluate: bool
@@ -548,12 +556,11 @@ class Due(NamedTuple):
 
 
 def what_is_due(run, progress):
-    """-> Due. To change at which steps a run logs, saves, evaluates or ends, edit this function. run.best is that of
-    the evaluations so far; one that is due now has not run yet.
+    """-> Due. To change at which steps a run logs, saves, evaluates or ends, edit this function. run.best covers past
+    evaluations only; if one is due at this step, its result is not in there yet.
 
-    NB: ranks log, evaluate and end together, and wait forever for one that does not. So decide by what all of them
-    share: the step, the options, run.best, and progress, except its timings. Only rank 0 saves, so saving may depend
-    on the clock.
+    NB: ranks log, evaluate and end together, and wait for one that does not. So decide by what all of them share: the
+    step, the options, run.best, and progress, except its timings. Only rank 0 saves, so saving may depend on the clock.
     """
     options = run.options
     step = run.step
@@ -587,7 +594,7 @@ def main(argv=None, watchers=(), built_in_set=None):
 
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
-    saving = runs.saved_on_error(run.student, partial(save, run))   # if the weights are finite
+    saving = runs.saved_on_error(run.student, partial(save, run))   # an error saves the run, if weights are finite
     with bar, saving, signals_caught() as caught:
         while True:
             due = what_is_due(run, progress)
@@ -621,13 +628,13 @@ def main(argv=None, watchers=(), built_in_set=None):
     if due.evaluate:                # at the end, not interrupted by a signal
         finish(run, figures, watchers)
         processes.leave(0)
-    print(f'stopped    step {run.step} is saved; the same command with --resume --out {run.folder} goes on')
-    number = caught[0] if caught else SIGTERM           # if only another rank got a signal
+    print(f'stopped    step {run.step} is saved; to go on, give the same command with --resume --out {run.folder}')
+    number = caught[0] if caught else SIGTERM           # the signal may have reached another rank only
     processes.leave(128 + number)                       # the status that a shell reports
 
 
 if __name__ == '__main__':
-    # What lesson/ and extras/ add to a run. Without them it trains and evaluates all the same.
+    # What lesson/ and extras/ add to a run. Without them it still trains on --data, and evaluates.
     HERE = Path(__file__).parent
     added = []
     draw = None
