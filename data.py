@@ -1,19 +1,18 @@
 """From a pair to a batch: its text crops, its image crops, the order of the pairs, the batch.
 
-A pair is an image and a `pool`, the sentences of the image's captions. Both are cropped (Sec. 3.1 of the paper). An
-image crop becomes an image view once its colours have been changed (some crops keep theirs) and it has been normalised.
-A text crop is one sentence of the pool, or up to five of them joined; from here on, and in cosmos.py, we call it a
-caption. The student sees all views and captions. The teacher sees only the global ones: large crops, and captions of up
-to five sentences.
+A pair is an image and a `pool`, all sentences that describe the image. Both are cropped (Sec. 3.1 of the paper). Some
+image crops then get other colours, and all are normalised; after that we call them views. A text crop is one sentence
+of the pool, or up to five of them joined; from here on, and in cosmos.py, we call it a caption. The student sees all
+views and captions. The teacher sees only the global ones: large crops, and captions of up to five sentences.
 
 Random choices for a pair depend only on (seed, epoch, index of the pair), the order of the pairs on (seed, epoch), and
 the order of the colour jitters on (seed, step, number of the view). So with the same settings a run sees the same
 batches for any number of workers and GPUs, and can be resumed at any step.
 
-How a batch is made: `Order` yields a place (epoch, index) for each of its pairs. In a worker of the loader `Crops`
-turns each place into crops and captions, and `collate` joins them into a `Batch`. On the device of the model
-`Batch.views` then changes the colours and normalises. The marks `ours` and `paper silent` are those of cosmos.py; "as
-released" means that the authors' code does so.
+How a batch is made: for every step `Order` yields a list of places (epoch, index), one for each pair. `Crops` turns
+each place into crops and token ids, and `collate` joins them into a `Batch`; both run in the loader's workers, if there
+is a loader. `Batch.views` then runs on the model's device, where it changes the colours and normalises. The marks
+`ours` and `paper silent` are those of cosmos.py; "as released" means that the authors' code does so.
 
 The helpers are in plumbing/, and need not be read: `Shards` gives the bytes of an image and the pool of its sentences,
 `decode` gives the pixels, `Tokenizer` the ids, and `recolour` changes the colours of a batch.
@@ -45,9 +44,10 @@ def text_crops(pool, rng, global_texts, local_texts):
     """The sentences of a pair -> global_texts captions of 1-5 sentences joined by '. ', then local_texts single
     sentences, as a list of strings.
 
-    The sentences of each global caption are drawn without replacement, in random order; one more such draw gives all
-    local ones. paper silent: the order, the '. ', and what to do if the pool has too few sentences. As released, such a
-    pool is taken whole as often as it fits, in its own order, and a random sample fills the rest.
+    If the pool is large enough, the sentences of each global caption are drawn without replacement, in random order,
+    and one further draw of this kind gives all local captions. paper silent: the order, the '. ', and what to do if the
+    pool has too few sentences. As released, such a pool is taken whole as often as it fits, in its own order, and a
+    random sample fills the rest.
     """
     captions = []
     for _ in range(global_texts):
@@ -68,7 +68,7 @@ def draw_sentences(pool, count, rng):
 class Kind(NamedTuple):
     """How a view is made. All but size and scale are probabilities; draw_strengths draws the strengths."""
     size: int                   # side of the view, in pixels
-    scale: tuple                # least and most share of the image's area
+    scale: tuple                # smallest and largest share of the image's area
     flip: float                 # left becomes right
     jitter: float               # brightness, contrast, saturation and hue change; Batch.views draws their order
     grey: float
@@ -77,8 +77,9 @@ class Kind(NamedTuple):
 
 
 def kinds_of_views(config, crop_min=0.4):
-    """The rows, as released: first global view, other globals, locals. For another kind of local view add a row; the
-    local views are divided among the rows as evenly as possible. crop_min: smallest share of the image in a global."""
+    """One Kind for the first global view, one for the other globals, and one for the locals, as released. For another
+    kind of local view add a row at the end; the local views are then divided as evenly as possible among the rows from
+    the third on. crop_min: the smallest share of the image in a global view."""
     large = config.image_size
     small = config.local_image_size
     #    size   scale          flip  jitter  grey  blur  solarize
@@ -95,7 +96,7 @@ CROPS_ONLY = {'flip': 0.0, 'jitter': 0.0, 'grey': 0.0, 'blur': 0.0, 'solarize': 
 def draw_strengths(kind, rng):
     """How strongly each operation acts on a view, {operation: strength}, in the released ranges.
 
-    An operation that is not drawn keeps its strength of NEUTRAL, which changes nothing: a factor of 1, a hue turned by
+    An operation that is not drawn keeps its neutral strength, which changes nothing: a factor of 1, a hue turned by
     0, 'grey' (the share of colour that stays) of 1, a blur of width 0, a 'solarize' threshold that no value exceeds.
     """
     strengths = dict(NEUTRAL)
@@ -118,14 +119,14 @@ def draw_strengths(kind, rng):
 MEAN = (0.48145466, 0.4578275, 0.40821073)      # OpenAI's, as released
 STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = v2.InterpolationMode.BICUBIC
-ASPECTS = (3 / 4, 4 / 3)                        # of crops, least and most
+ASPECTS = (3 / 4, 4 / 3)                        # smallest and largest aspect ratio of a crop
 
 
 def draw_boxes(height, width, kinds, rng):
-    """A random box (y, x, h, w) in an image of this size for each view, as torchvision draws them.
+    """For each view draw a random box (y, x, h, w) in an image of height x width pixels, as torchvision does.
 
-    get_params draws from torch's global generator. So that the boxes depend on the pair alone, that generator is seeded
-    from rng, and restored afterwards.
+    get_params draws from torch's global generator. The boxes must depend on nothing but rng, so that generator is
+    seeded from it, and restored afterwards.
     """
     image = torch.empty(1, 1, 1).expand(1, height, width)               # get_params only looks at its size
     with torch.random.fork_rng(devices=[]):
@@ -136,10 +137,10 @@ def draw_boxes(height, width, kinds, rng):
 def image_crops(data, kinds, rng):
     """Encoded bytes, the kind of each view -> a random crop for each, (3, s, s) uint8, and their boxes (y, x, h, w) in
     pixels of the whole image."""
-    undecoded, (height, width) = read_header(data)      # of a JPEG this reads only the header
+    undecoded, (height, width) = read_header(data)      # for a JPEG this reads only the header
     boxes = draw_boxes(height, width, kinds, rng)
-    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. One decoding serves all views, and no view
-    # may lose detail by it, so the tightest box decides. Say it is 200 x 200, for a view of 96 x 96: it may become
+    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. One decoding serves all views, so the view that
+    # needs the most pixels decides. If its box has 200 x 200 pixels, and the view 96 x 96, the image may become
     # 200 / 96 = 2.08 times smaller, so 1/2 is allowed.
     reductions = []
     for (_, _, h, w), kind in zip(boxes, kinds):
@@ -159,7 +160,7 @@ def image_crops(data, kinds, rng):
 
 
 def normalize(images):
-    """uint8, or float in [0, 1], (..., 3, h, w) -> float32, with the released mean and deviation."""
+    """uint8, or float in [0, 1], (..., 3, h, w) -> float32, normalised by the released mean and standard deviation."""
     x = TF.to_dtype(images, scale=True)
     return (x - constant(MEAN, x.device)) / constant(STD, x.device)
 
@@ -178,18 +179,18 @@ class Counts(NamedTuple):
     local_texts: int = 6
 
 
-MOST_BAD = 1000         # so many unreadable pairs in a row stop the run
+MOST_BAD = 1000         # stop the run after this many unreadable pairs in a row
 
 
 @dataclass
 class Crops(Dataset):
-    """The training set: (epoch, index of the pair) -> crops and captions of the pair, for `collate`.
+    """The training set: (epoch, index of the pair) -> crops of the pair and ids of its captions, for `collate`.
 
     augment: 'full' is the released recipe; 'crops' neither changes colours nor flips, because captions may name
-    colours, or left and right. crop_min: the smallest share of the image in a global crop.
-    A pair that is Unreadable is named, counted, and replaced by a random other one. If the batch has that one already,
-    the two are false negatives of each other; this is rare in a set that is much larger than a batch.
-    Put new random draws at the end of `sample`, because in front of others they would change these, and so every run.
+    colours, or left and right. crop_min: the smallest share of the image in a global crop. If a pair is Unreadable, its
+    name is printed, it is counted, and a random pair takes its place. If the batch has that pair already, the two are
+    false negatives of each other; this is rare in a set that is much larger than a batch. Put new random draws at the
+    end of `sample`. Anywhere earlier they would shift the draws after them, and so change every run.
     """
     shards: Shards
     tokenizer: Tokenizer
@@ -213,7 +214,7 @@ class Crops(Dataset):
         """-> V crops (3, s, s) uint8, strengths (V, operations), ids (U, T), how many pairs were unreadable."""
         epoch, index = place
         replacements = random.Random(f'{self.seed} {epoch} {index} replacement')
-        for bad in range(MOST_BAD):                     # how many could not be read so far
+        for bad in range(MOST_BAD):                     # how many have failed so far
             try:
                 crops, strengths, captions, _ = self.sample(epoch, index)
             except Unreadable as error:
@@ -228,8 +229,8 @@ class Crops(Dataset):
 
     def sample(self, epoch, index):
         """-> V crops (3, s, s) uint8, the strengths of each, U captions as strings, and the V boxes; globals first."""
-        # Texts and images have a generator each, so that options of captions do not change the image crops. A generator
-        # that is seeded with a string draws the same in every process.
+        # Texts and images each have their own generator, so another number of captions does not change the image crops.
+        # A generator that is seeded with a string draws the same in every process.
         text_rng = random.Random(f'{self.seed} {epoch} {index} texts')
         image_rng = random.Random(f'{self.seed} {epoch} {index} images')
         pool, image = self.shards.pair(index)
@@ -252,7 +253,7 @@ class Order:
     """Which pairs make batch `step`: a pure function of (seed, step). Each rank takes an equal slice of them.
 
     Yields, for every step in [start, stop), this rank's list of places (epoch, index of the pair). An epoch holds
-    pairs // batch whole batches; the incomplete last one is dropped. `check_batch` must have accepted the sizes.
+    pairs // batch whole batches; the incomplete last one is dropped. `check_batch` says whether sizes are possible.
     """
     pairs: int                  # how many the set has
     batch: int                  # pairs per step, over all ranks
@@ -286,7 +287,7 @@ def check_batch(batch, pairs, parts):
 # --- 6. The batch ----------------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
-    """What a step needs of B pairs."""
+    """What a training step needs from its B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
     changes: Changes        # which operation on colours changes which image, and how strongly
     texts: list             # U captions (B, T) int64 for the student, see collate
@@ -322,19 +323,19 @@ def cut(captions, multiple):
     ends = [ids.argmax(dim=1).max().item() for ids in captions]         # the largest id ends a text
     longest = max(ends) + 1
     length = ceil(longest / multiple) * multiple        # may exceed T: slicing then keeps all T
-    # Contiguous already here, in the worker, because pinning would otherwise make one more copy.
+    # Make them contiguous here, in the worker, because otherwise pinning makes one more copy.
     return [ids[:, :length].contiguous() for ids in captions]
 
 
 def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
     """Samples -> Batch. Captions have three lengths:
 
-        caption 0 of the student                            all T, because C^T reads its padding
-        its other globals, and all globals of the teacher   that of the longest global, caption 0 included
-        local captions                                      that of the longest local
+        the student's caption 0                             all T, because C^T reads its padding
+        the student's other globals, all of the teacher's   as long as the longest global of the batch
+        local captions                                      as long as the longest local of the batch
 
-    multiple: the lengths are rounded up to a multiple of it; 8 is faster in half precision. whole_first: False for a
-    model without C^T, so that its caption 0 is cut, too.
+    multiple: the lengths are rounded up to a multiple of it; 8 is faster in half precision. whole_first: False if the
+    student has no C^T, so that its caption 0 is cut like its other globals.
     """
     crops, rows, ids, bad = default_collate(samples)    # V crops (B, 3, s, s), rows (B, V, operations), ids (B, U, T)
     captions = ids.transpose(0, 1).contiguous().unbind()                # U tensors (B, T)

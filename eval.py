@@ -13,7 +13,7 @@ of unit length, and a score is the dot product of two of them.
 
 Parts 3 to 5 are the protocols. For figures that can be compared with published ones give --coco (COCO's val2017) or
 --flickr (the released list of Flickr30K), and for ImageNet and segmentation --templates open_clip (CLIP's 80 prompts
-instead of our six). Part 6 is the command line, and may be skipped. The marks are those of cosmos.py and data.py.
+instead of our six).
 """
 import math
 from dataclasses import dataclass
@@ -34,7 +34,8 @@ from data import BICUBIC, normalize
 from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, folder_set, is_imagenet,
                                  mask_pairs, open_clip_prompts, read_mask, read_synonyms, read_templates,
                                  torchvision_set)
-# Refused: an error that a user can mend, which `command` shows as one sentence. Unreadable(Refused): one image or
+# In a first reading skip part 6, the command line. The marks (`ours`, ...) are those of cosmos.py and data.py.
+# Refused: an error that a user can fix, which `command` shows as one sentence. Unreadable(Refused): one image or
 # record is bad. need(condition, sentence): Refused unless the condition holds.
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import write_json
@@ -69,15 +70,16 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
 
 
 def preprocessing(size):
-    """The evaluation transform: PIL image -> (3, size, size) float. The short side becomes `size`, bicubic, and the
-    centre is cut out. `shorten` only cuts very long or tall images; `normalize` also scales the uint8 pixels."""
+    """The evaluation transform: PIL image -> (3, size, size) float. It resizes the short side to `size` (bicubic), and
+    takes the square in the centre. `shorten` only cuts very long or tall images; `normalize` also scales the uint8
+    pixels."""
     return v2.Compose(
         [shorten, v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
 
 
 # --- 2. Features -----------------------------------------------------------------------------------------------------
 
-# Large enough to keep a GPU busy, small enough for the memory of a small one. They only change the results' last bits.
+# These sizes keep a GPU busy, and fit a small GPU. They affect only the last bits of the results.
 IMAGE_BATCH = 64
 TEXT_BATCH = 256
 
@@ -86,14 +88,14 @@ def shard_image(shards, i):
     """Pillow image of pair i. Raises Unreadable, with the name of the pair, if it cannot be decoded."""
     try:
         return read_image(shards.image(i))
-    except Unreadable as error:      # only now, because looking up the name costs a read
+    except Unreadable as error:      # the name is looked up only on failure, because that costs a read
         raise Unreadable(f'{shards.name(i)}: {error}') from None
 
 
 @dataclass
 class Images(Dataset):
-    """Shards, or a list of paths or of Pillow images. Item i is the pixels of image i (3, S, S), and the label 0,
-    because `embed_labelled` expects a label."""
+    """Shards, or a list of paths or of Pillow images. Item i is preprocess(image i), usually pixels (3, S, S), and the
+    label 0, because `embed_labelled` expects a label."""
     source: object
     preprocess: object
 
@@ -123,7 +125,7 @@ def embed_labelled(model, dataset, workers=0):
 
 
 def embed_images(model, source, preprocess, workers=0):
-    """Paths or Pillow images (or a single one), or Shards -> (n, D) unit vectors on the CPU. A file that is no image
+    """Paths or Pillow images (or a single one), or Shards -> (n, D) unit vectors on the CPU. A file that isn't an image
     raises Unreadable, with its name."""
     if isinstance(source, (str, Path, Image.Image)):
         source = [source]
@@ -150,15 +152,16 @@ def embed_texts(model, tokenizer, texts):
 # --- 3. Retrieval ----------------------------------------------------------------------------------------------------
 
 def ranks(queries, targets, query_ids, target_ids, chunk=1024):
-    """For each query the rank of its best right target, counted from 1: (n,), on the device of all four. Target j is
-    right for query i if they have the same id.
+    """-> (n,): for each query the rank, counted from 1, of its highest-scoring right target. Target j is right for
+    query i if they have the same id. All four arguments must be on one device, and so is the result.
 
-    For retrieval an id is the number of an image, for classification that of a class. A wrong target with an equal
+    In retrieval an id is the number of an image, in classification the number of a class. A wrong target with an equal
     score counts as ahead, because features that are all the same must not look perfect.
     """
     found = []
     for rows in torch.arange(len(queries)).split(chunk):            # never the whole n x m matrix
-        # In float64. In float32 the last bit of a score depends on where its vectors stand, so equal ones do not tie.
+        # The product is computed in float64, and then rounded. In float32 the last bit of a score depends on its row
+        # and column, so two equal vectors might not tie.
         scores = (queries[rows].double() @ targets.double().T).float()      # (chunk, m)
         right = query_ids[rows][:, None] == target_ids              # (chunk, m)
         best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
@@ -206,7 +209,7 @@ def shard_captions(shards):
             tar = shards.paths[shards.index[i, 0]]
             raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect {tar}') from None
         present = [key for key in keys if str(record.get(key) or '').strip()]
-        if not present:     # only then, because looking up the name costs a read
+        if not present:     # the name is looked up only on failure, because that costs a read
             raise Refused(f"{shards.name(i)} has no caption under {', '.join(keys)}; name others with --caption-keys")
         captions_of_pairs.append(record[present[0]])
     return with_owners(captions_of_pairs, shards.name)
@@ -214,8 +217,8 @@ def shard_captions(shards):
 
 def check_held_out(shards, workers=0):
     """Try every caption and every image of held-out shards, so that none is found broken in the middle of a run. Raises
-    Refused or Unreadable, with the name of the pair. The index of such shards is written when all have been tried, so
-    the images of shards that have an index are not decoded again."""
+    Refused or Unreadable, with the name of the pair. train.py writes the index of these shards (val.npy) only after all
+    have been tried. So if the shards come with an index, their images are not decoded again."""
     shard_captions(shards)
     if shards.is_mapped:
         return
@@ -240,7 +243,8 @@ def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, own
 
 # --- 4. Classification -----------------------------------------------------------------------------------------------
 
-# ours: the released evaluation has prompts of its own for each set (80 for ImageNet). Give those by --templates.
+# ours: six prompts for every set. The released evaluation has prompts of its own for each set (80 for ImageNet); pass
+# such prompts with --templates.
 TEMPLATES = ('a photo of a {}', 'a picture of a {}', 'an image of a {}', 'there is a {} in the picture',
              'a small {}', 'a large {}')
 
@@ -270,11 +274,11 @@ def classify(image_features, vectors, labels):
 
 # --- 5. Segmentation -------------------------------------------------------------------------------------------------
 
-LONGEST_SIDE = 2048                     # most pixels on a side of a scaled image, as released
+LONGEST_SIDE = 2048                     # pixels: no side of a scaled image may be longer, as released
 
 
 def encode_dense(model, images, csa=False):
-    """images (B, 3, h, w) -> (B, h/p, w/p, D): a unit vector for each patch, in the same space as those of texts.
+    """images (B, 3, h, w) -> (B, h/p, w/p, D): a unit vector for each patch, which can be compared with text vectors.
 
     `proj` is trained on [cls] alone, but here it is applied to patches. csa: correlative_block takes the place of the
     last block.
@@ -301,7 +305,7 @@ def correlative_block(block, x):
     """
     rows = block.ln_1(x)
     q, k, v = block.attn.project(rows, rows)                        # each (B, H, R, d)
-    weights = attention_weights(q, q) + attention_weights(k, k)     # (B, H, R, R), rows of sum 2, as in SCLIP
+    weights = attention_weights(q, q) + attention_weights(k, k)     # (B, H, R, R); each row sums to 2, as in SCLIP
     read = (weights @ v).transpose(1, 2).flatten(2)                 # (B, R, W), the heads side by side
     x = x + block.attn.out_proj(read)
     return x + block.mlp(block.ln_2(x))
@@ -324,7 +328,7 @@ def window_scores(model, pixels, vectors, csa):
     side = model.config.image_size
     _, H, W = pixels.shape
     total = pixels.new_zeros(len(vectors), H, W)
-    covered = pixels.new_zeros(H, W)                                # by how many windows
+    covered = pixels.new_zeros(H, W)                                # how many windows have each pixel
     for top in window_starts(H, side):
         for left in window_starts(W, side):
             place = (..., slice(top, top + side), slice(left, left + side))
@@ -372,8 +376,8 @@ def segment_image(model, image, vectors, names_per_class, settings):
 
 
 def best_class(logits, size, class_of_name, candidates):
-    """logits (M, H, W) of M names -> for each pixel of an image of `size` (h, w) the candidate class with the most
-    probable name, and that probability. The softmax runs over all names, candidates or not.
+    """logits (M, H, W) of M names -> for each pixel of an image of `size` (h, w) the highest probability that a name of
+    a candidate class has, and that class. The softmax runs over the names of all classes, candidates or not.
 
     Names are enlarged one by one, because 100 of them at once, for a photo of 12 megapixels, would take 5 GB.
     """
@@ -390,16 +394,16 @@ def best_class(logits, size, class_of_name, candidates):
 
 
 def confusion(truth, predicted, classes):
-    """truth, predicted: class numbers of one shape -> (classes, classes) counts, rows are the truth. IGNORE is left
-    out."""
+    """truth and predicted: class numbers, of the same shape -> (classes, classes) counts; rows are the truth. IGNORE is
+    left out."""
     seen = truth != IGNORE
     cells = truth[seen] * classes + predicted[seen]
     return torch.bincount(cells, minlength=classes ** 2).view(classes, classes)
 
 
 def segmentation_figures(matrix, names):
-    """mIoU, averaged over the classes that occur in truth or prediction, and pixel accuracy. 'classes' counts those in
-    the truth, which may be fewer."""
+    """mIoU, averaged over the classes that occur in truth or prediction, pixel accuracy, and the IoU of each class.
+    'classes' counts those in the truth, which may be fewer."""
     hit = matrix.diag()
     truth = matrix.sum(dim=1)
     predicted = matrix.sum(dim=0)
@@ -420,7 +424,8 @@ def segmentation_figures(matrix, names):
 # --- 6. Commands -----------------------------------------------------------------------------------------------------
 
 def show(figures, indent=''):
-    """Print nested figures, one per line: fractions in percent, ranks as they are. Lists are for --json only."""
+    """Print nested figures, one per line: ranks with one decimal, all other fractions in percent. Lists are for --json
+    only."""
     for name, value in figures.items():
         if isinstance(value, dict):
             print(f'{indent}{name}')
@@ -466,7 +471,8 @@ def run_classify(args, model, tokenizer, preprocess):
     features, labels = embed_labelled(model, source, args.workers)
     need(labels.min() >= 0, 'some images have no label; give another --split')
     need(labels.max() < len(names),
-         f'there are {len(names)} names, but label {labels.max()}; give more by --classes')
+         f'the labels go up to {labels.max()}, counted from 0, but there are {len(names)} names; '
+         'give a longer list with --classes')
     return classify(features, vectors, labels) | {
         'split': split,
         'prompts': ' | '.join(templates),
@@ -476,7 +482,7 @@ def run_classify(args, model, tokenizer, preprocess):
 def run_segment(args, model, tokenizer, preprocess):
     if args.benchmark:
         settings = BENCHMARKS[args.benchmark]
-    else:       # 1.5 times the side of the model's images, as 336 is to 224; defaults otherwise, with no background
+    else:       # a short side of 1.5 times the model's image size (336 for 224), and no background
         settings = Settings(size=3 * model.config.image_size // 2)
     settings = settings._replace(csa=args.csa)
     synonyms = read_synonyms(args.classes)              # a list of names for each class
@@ -513,7 +519,7 @@ def execute(args):
 
 
 def main():
-    # The names of options are those of --help; `command` says which of the three commands was given.
+    # args has the options under their names in --help; args.command is retrieval, classify or segment.
     args = evaluation_options(__doc__, HELD_OUT_KEYS)
     functions = {'retrieval': run_retrieval, 'classify': run_classify, 'segment': run_segment}
     args.function = functions[args.command]

@@ -2,10 +2,10 @@
 
     python -m lesson.onepage            draws scenes, trains for a few minutes on two CPU cores, prints the scores
 
-Student, teacher and losses come from cosmos.py, whose head explains the names (B, V, U, C^T, cls_t), the views from
-data.py, the drawn scenes from lesson/scenes.py. `python train.py --preset tiny` takes the same steps: a test compares
-the two after 20 of them, with --precision fp32 and --batch 4, and student, teacher and optimizer are equal, bit for
-bit. The rest of train.py is options, logging and recovery.
+Student, teacher and losses come from cosmos.py, whose docstring explains the names (B, V, U, C^T, cls_t). The views
+come from data.py, the drawn scenes from lesson/scenes.py. `python train.py --preset tiny` takes the same steps: a test
+runs both for 20 steps (--precision fp32 --batch 4), and checks that student, teacher and optimizer agree bit for bit.
+The rest of train.py is options, other methods, several GPUs, logging and recovery.
 """
 import math
 
@@ -22,7 +22,7 @@ from plumbing.options import Parser
 from plumbing.processes import choose_dtype, keep_memory
 from plumbing.tokenizer import learn_merges
 
-CONTEXT = 64                    # tokens of a caption, at most
+CONTEXT = 64                    # maximum tokens per caption, start and end included
 
 
 def learn_tokenizer(shards):
@@ -41,15 +41,16 @@ def learning_rate(step, steps, peak):
 
 
 def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **changes):
-    """-> student, teacher, optimizer. folder: scenes as lesson/scenes.py draws them, or other shards. rate: the peak.
+    """-> student, teacher, optimizer. folder: scenes as lesson/scenes.py draws them, or other shards. rate: the peak
+    learning rate.
 
     changes: fields of Setting (lesson/setting.py) that an experiment of the course changes.
     """
-    # Without changes this is COSMOS: four terms, 2 + 2 views of the image, 2 + 2 captions, 4 heads in C^I and in C^T.
+    # Without changes this is COSMOS: L_CLIP and four terms, 2 global + 2 local views, as many captions, 4 heads in C^I.
     setting = Setting(**changes)
-    keep_memory()                                       # freed memory stays at hand: a tenth faster on a CPU
+    keep_memory()                                       # freed memory is not returned to the system: faster on a CPU
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    dtype = choose_dtype(precision, device)             # bfloat16 where it is fast; None: float32
+    dtype = choose_dtype(precision, device)             # bfloat16 if this device is fast at it, else None (float32)
     multiple = 8 if dtype else 1                        # half precision is faster with captions of 8, 16, ... tokens
 
     # Sizes are those of the preset `tiny` of train.py.
@@ -60,7 +61,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
                     vision_width=96, vision_layers=4, vision_heads=3,
                     text_width=128, text_layers=2, text_heads=2,
                     context_length=CONTEXT, vocab_size=tokenizer.vocab_size)
-    # train_set[epoch, index] gives random crops of that pair's image, and random sentences of its captions as ids.
+    # train_set[epoch, index] gives random crops of that pair's image, and ids of random sentences about it.
     train_set = Crops(shards, tokenizer, config, seed, setting.counts, setting.augment, setting.crop_min)
 
     # Student, teacher, optimizer. Weight decay is for matrices, not for biases, LayerNorms and scales.
@@ -77,15 +78,14 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, rate)
 
-        # A batch of B pairs. Captions are padded only to the longest. Caption 0 keeps its padding, because C^T reads
-        # it.
+        # A batch of B pairs. Captions are cut to the longest, except the student's caption 0, whose padding C^T reads.
         samples = [train_set[place] for place in places]                # a place is (epoch, index)
         inputs = collate(samples, multiple, whole_first=setting.heads > 0,
                          global_texts=setting.counts.global_texts).to(device)
-        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); the string seeds the order of jitters
+        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); the string seeds the jitters, if any
         texts = inputs.texts                            # U tensors (B, T)
 
-        # The student sees all views and captions. The teacher sees the globals; without C^T its caption 0 is cut, too.
+        # The student sees all views and captions. The teacher sees only the globals, and all its captions are cut.
         cls_t = eot_t = None
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = student(images, texts)
@@ -93,7 +93,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
                 cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
         loss, parts = total_loss(student, out, cls_t, eot_t, setting.terms)     # in float32
 
-        # The student follows the gradient, the teacher follows the student. A low lambda forgets the random start soon.
+        # The student follows the gradient. The teacher follows the student, quickly at first to forget its random start.
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -113,7 +113,7 @@ def main():
     scored = model, tokenizer, preprocessing(model.config.image_size)
     held_out = Shards(folder, split='val')
     figures, image_features = zero_shot_retrieval(*scored, held_out)
-    show(figures | suppression.during_training(*scored, image_features, held_out))      # whether objects are named
+    show(figures | suppression.during_training(*scored, image_features, held_out))      # what it can name
 
 
 if __name__ == '__main__':
