@@ -4,8 +4,8 @@ CLIP matches one vector of an image with one vector of its caption, and in each 
 ones. COSMOS takes several views of both: large and small crops of the image, groups of sentences and single sentences
 of the caption. A student network sees all of them. A teacher network, a slow average of the student, sees only the
 global ones: large crops, groups of sentences. In the student, cross-attention lets each vector of one modality attend
-to the tokens of the other. The result is added to the vector, and the sum is trained to pick its own pair's teacher
-vectors out of the whole batch's. So a sentence about a small object is meant to find that object in the image.
+to the tokens of the other. The result is added to the vector, and the sum is trained to pick out its own pair's teacher
+vectors from those of the whole batch. So a sentence about a small object is meant to find that object in the image.
 
 Notation, in shapes:
     B pairs on this GPU     N pairs on all GPUs             V image views, 2 global + local
@@ -20,7 +20,8 @@ Names taken from the paper:
 Views come first, (V, B, D), and views 0 and 1 are the two globals. Code that serves both modalities says "view" and V
 for captions, too. `ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors.
 
-One training step. The names are those of the code below; after C^I and C^T stand the names of their modules.
+One training step. It uses the names of the code below. After C^I and C^T comes the name of the module that implements
+each.
 
     images: 2 global views, 6 local                               texts: 2 global captions, 6 local
            |                                                                        |
@@ -32,8 +33,8 @@ One training step. The names are those of the code below; after C^I and C^T stan
            |                         |                        |                     |
            |             h_I = C^T + cls   Eq. 1      h_T = C^I + eot   Eq. 2       |
            |                         |                        |                     |
-           '--- clip_loss: cls of ---|------------------------|---- all eot --------'
-                the 2 globals        '----- cosmos_terms -----'
+           '--- clip_loss: global cls|------------------------|---- all eot --------'
+                                     '----- cosmos_terms -----'
                                        h_I and h_T, each with cls_t and eot_t, Eq. 6
                                              |            |
       VisionTower -------------------- cls_t (2,B,D)  eot_t (2,B,D) ------------------ TextTower             TEACHER
@@ -107,8 +108,8 @@ class Config:
 # --- 2. The student ----------------------------------------------------------------------------- Sec. 3.2, Eq. 1-2 ---
 
 class CrossAttention(nn.Module):
-    """C^I or C^T: one attention without MLP. The [cls] or [eot] of every view reads the tokens of one view of the other
-    modality, view 0 or caption 0.
+    """C^I or C^T: a single attention layer, with no MLP. The [cls] or [eot] of every view reads the tokens of one view
+    of the other modality: caption 0 or view 0.
 
     The residual of Eq. 1-2 is added outside, in COSMOS.forward. Padding of a text is read as well (paper silent;
     transformer.py:210-230). The text tower is causal and padding comes after the end, so the vectors of padding have
@@ -124,7 +125,7 @@ class CrossAttention(nn.Module):
     def forward(self, query, tokens):
         """query (V, B, D), not of unit length; tokens (B, R, D) -> (V, B, D).
 
-        All views of a pair are queries side by side, so the keys and values of the pair are projected only once.
+        All views of a pair are queries in one call, so the pair's keys and values are projected only once.
         """
         query = self.ln_q(query).transpose(0, 1)                        # (B, V, D)
         return self.attn(query, self.ln_k(tokens)).transpose(0, 1)
@@ -154,8 +155,8 @@ def unit(x):
 
 
 class COSMOS(nn.Module):
-    """Two towers, two linear maps, two cross-attentions, two learned scales. With cross_heads = 0 it has a CLIP's
-    towers and scale, and nothing else (unless config.two_scales).
+    """Two towers, two linear maps, two cross-attentions, two learned scales. With cross_heads = 0 it is a plain CLIP:
+    two towers and one scale (two with config.two_scales).
 
     The towers are CLIP's. The maps bring patches and words to width D, for C^I and C^T to read. After training only the
     towers are needed: retrieval, classification and segmentation do without cross-attention.
@@ -172,7 +173,7 @@ class COSMOS(nn.Module):
         first_scale = torch.tensor(math.log(1 / 0.07))                  # ln(1/temperature)
         self.logit_scale = nn.Parameter(first_scale)                    # L_CLIP
         if self.has_cross_attention:
-            # paper silent: tokens pass a linear map before Eq. 1-2 (model.py:285-287, 331, 436)
+            # paper silent: tokens go through a linear map before Eq. 1-2 (model.py:285-287, 331, 436)
             self.image_map = nn.Linear(config.vision_width, D)
             self.text_map = nn.Linear(config.text_width, D)
             self.image_cross = CrossAttention(D, config.cross_heads)    # C^I, reads patches
@@ -184,7 +185,7 @@ class COSMOS(nn.Module):
         """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output.
 
         Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper,
-        perhaps: the paper says "global crops"; model.py:370-382). Words are all T positions, padding included, so
+        perhaps: the paper says "global crops"; model.py:370-382). `words` covers all T positions, padding included, so
         caption 0 must come at full length (paper silent; transformer.py:772-775). The others may be cut to save time,
         see TextTower.
         """
@@ -219,8 +220,9 @@ class COSMOS(nn.Module):
         """images (B, 3, h, w), ids (B, T) -> weights of C^I over patches (B, P), of C^T over words (B, T).
 
         The query of C^I is the caption, the query of C^T is the image. The paper's qualitative figure shows such
-        weights (paper silent: whether they are the student's or the teacher's, and how heads are averaged). The weights
-        over words include start, end and padding. The model must have cross-attention.
+        weights (ours, because the paper does not say how heads are averaged, or whether the weights are the student's
+        or the teacher's, and the released code does not draw them). The weights over words include start, end and
+        padding. The model must have cross-attention.
         """
         cls, patches = self.encode_image(images)
         eot, words = self.encode_text(ids)
@@ -234,7 +236,7 @@ class COSMOS(nn.Module):
 
     @torch.no_grad()
     def clamp_scales(self):
-        """Clamp the logarithms of `scales` to [0, ln 100], after each step. Above that the softmax saturates."""
+        """Clamp what `scales` returns to [0, ln 100], after each step. Above that the softmax saturates."""
         for scale in self.scales():
             scale.clamp_(0, math.log(100))
 
@@ -255,7 +257,8 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, texts):
-        """The two globals, lists of (B, 3, s, s) and (B, T) -> cls_t (2, B, D), eot_t (2, B, D), of unit length."""
+        """The global views and captions, lists of (B, 3, s, s) and (B, T) -> cls_t and eot_t, (2, B, D) each, of unit
+        length. (With one global caption, as in the row `image-distill`, eot_t is (1, B, D).)"""
         return unit(self.model.visual(images)), unit(self.model.text(texts))
 
     @torch.no_grad()
@@ -265,14 +268,14 @@ class Teacher(nn.Module):
         ours, paper silent: we call it after optimizer.step, as DINO does. The released code calls it before, and so
         averages the student of one step earlier (its train.py:185-193 comes before 213-221).
         """
-        # For each parameter: ours.lerp_(the student's, 1 - momentum). One call for all of them is faster.
+        # For each parameter: the teacher's.lerp_(the student's, 1 - momentum). One call for all of them is faster.
         mine = list(self.model.parameters())
         torch._foreach_lerp_(mine, list(student.parameters()), 1 - momentum)
 
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-MANY = 2 ** 24      # from this many logits on (67 MB; 1,024 pairs in 8 x 2 views) L_nce computes them twice, see there
+MANY = 2 ** 24      # with this many (67 MB; 1,024 pairs in 8 x 2 views) or more, nce does not keep its logits
 
 
 def nce(queries, keys, scale):
@@ -289,7 +292,7 @@ def nce(queries, keys, scale):
     """
     V, B, _ = queries.shape
     U, N, _ = keys.shape
-    # Where the pairs of this GPU begin among those of all. N > B only on several GPUs.
+    # The index of this GPU's first pair among all N pairs. N > B only on several GPUs.
     first = dist.get_rank() * B if N > B else 0
     own_key = torch.arange(first, first + B, device=queries.device)
     target = own_key.view(1, B, 1).expand(V, B, U)
@@ -333,9 +336,9 @@ def clip_loss(out, scale):
 def cosmos_terms(out, cls_t, eot_t, scale):
     """The four terms of L_COSMOS by name.                                                            Sec. 3.3, Eq. 6
 
-    total_loss weighs them equally, so with a fifth term each would weigh 1/5. Every term compares all student views
-    with both teacher views, 8 x 2 comparisons in the paper. Student view 0 with teacher view 0 counts as well, and 1
-    with 1 (paper silent; loss.py:131-139); DINO leaves them out. scale = exp(distill_logit_scale).
+    total_loss weights them equally, so with a fifth term each would get a weight of 1/5. Every term compares all
+    student views with both teacher views, 8 x 2 comparisons in the paper. Student view 0 with teacher view 0 counts as
+    well, and 1 with 1 (paper silent; loss.py:131-139); DINO leaves them out. scale = exp(distill_logit_scale).
     """
     h_I, h_T = gather(out.h_I, out.h_T)
     cls_t, eot_t = gather(cls_t, eot_t)     # in a call of their own, which has no backward pass
@@ -349,7 +352,7 @@ def cosmos_terms(out, cls_t, eot_t, scale):
 def cosmos_loss(out, cls_t, eot_t, scale):
     """L_COSMOS, the mean of the four terms.                                                          Sec. 3.3, Eq. 6
 
-    Training does not call it, because total_loss weighs the same terms one by one. It is here to be read and tested.
+    Training does not call it, because total_loss weights the same terms one by one. It is here to be read and tested.
     """
     terms = cosmos_terms(out, cls_t, eot_t, scale)
     return sum(terms.values()) / len(terms)
@@ -385,8 +388,8 @@ def plain_terms(out, cls_t, eot_t, scale):
 def embedding_terms(out, cls_t, eot_t, scale):
     """Self-distillation without cross-attention, for the row `text-distill` of Table 5.
 
-    ours: we do not know the paper's loss for this row. Here the embeddings themselves take the place of h_I and h_T,
-    each against the teacher of its own modality.
+    ours: we do not know the paper's loss for this row. Here cls and eot take the place of h_I and h_T, and each is
+    compared with the teacher's vectors of its own modality.
     """
     return {
         'cls_cls_t': match(*gather(out.cls, cls_t), scale),
@@ -418,7 +421,7 @@ def total_loss(model, out, cls_t, eot_t, terms=cosmos_terms):
     return loss, parts
 
 
-# --- 5. Across GPUs: pairs of this GPU against pairs of all ----------------------------------------------------------
+# --- 5. Across GPUs: this GPU's pairs against all GPUs' pairs --------------------------------------------------------
 
 class Gathered(NamedTuple):
     """Vectors as the two sides of an L_nce. On one GPU both are the same tensor."""
@@ -445,9 +448,9 @@ class Gather(torch.autograd.Function):
     which gives the gradient of the mean loss.
 
     In the released code each rank computes the whole loss, with a gradient for its own vectors only. The sum over ranks
-    would be the full gradient, but DDP takes the mean, so the gradient is too small by the number of ranks. (Not that
-    of the two scales, because each rank has their whole gradient.) For AdamW this does no harm, because it divides such
-    a factor out, except for its eps.
+    would be the full gradient, but DDP takes the mean, so the gradient is too small by a factor of the number of ranks.
+    (The two scales are not affected, because every rank has their whole gradient.) This does no harm with AdamW, which
+    cancels such a factor, apart from its eps.
     """
 
     @staticmethod
@@ -477,10 +480,10 @@ def same_size(views):
 class Tower(nn.Module):
     """What both towers do with their views.
 
-    Of a view's sequence only one row becomes its vector: the class token's, or that of the end of a text. So the last
-    block computes this row alone, which saves a fifth of the multiplications in train.py's preset `tiny`, and a few
-    percent in deeper towers. Cross-attention needs the other rows of view 0, too, so `with_sequence` computes them all.
-    Handing `row` to the transformer only saves time: the result would be the same if it were picked afterwards.
+    Only one row of a view's sequence becomes its vector: the class token's row, or in a text the end token's. So the
+    last block computes this row alone, which saves a fifth of the multiplications in train.py's preset `tiny`, and a
+    few percent in deeper towers. Cross-attention needs the other rows of view 0, too, so `with_sequence` computes them
+    all. Handing `row` to the transformer only saves time: the result would be the same if it were picked afterwards.
 
     Each tower defines `embed`. It takes the views grouped by size, one tensor (n, ...) per group, and returns for each
     group the sequences (n, R, W) and the number of the row to pick in each, (n,). A tower also has `transformer`,
@@ -497,7 +500,7 @@ class Tower(nn.Module):
     def with_sequence(self, views):
         """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0 after the LayerNorm (B, R, W).
 
-        View 0 passes alone, with every row; the others pass as in `forward`.
+        View 0 goes through on its own, and all its rows are computed; the others go through as in `forward`.
         """
         first, *others = self.embed([views[0], *same_size(views[1:])])
         x, row = first
@@ -569,8 +572,8 @@ class VisionTower(Tower):
 class TextTower(Tower):
     """Causal transformer. The end-of-text token is the first that has seen the whole caption, and stands for it.
 
-    A tensor of B texts may be cut after the end of the longest, because attention is causal, so an end token never sees
-    the padding after it. A text that is cut before its end gives a wrong [eot] without any error.
+    For its [eot], a tensor of B texts may be cut after the end of the longest, because attention is causal, so an end
+    token never sees the padding after it. A text that is cut before its end gives a wrong [eot] without any error.
     """
 
     def __init__(self, config):

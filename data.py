@@ -1,9 +1,10 @@
 """From a pair to a batch: its text crops, its image crops, the order of the pairs, the batch.
 
-A pair is an image and a `pool`, all sentences that describe the image. Both are cropped (Sec. 3.1 of the paper). Some
-image crops then get other colours, and all are normalised; after that we call them views. A text crop is one sentence
-of the pool, or up to five of them joined; from here on, and in cosmos.py, we call it a caption. The student sees all
-views and captions. The teacher sees only the global ones: large crops, and captions of up to five sentences.
+A pair is an image and a `pool`, all sentences that describe the image. Both are cropped (Sec. 3.1 of the paper). The
+colours of some image crops are then changed, some are blurred, and all are normalised; the result is called a view. A
+text crop is one sentence of the pool, or up to five of them joined; here and in cosmos.py it is also called a caption.
+The student sees all views and captions. The teacher sees only the global ones: large crops, and captions of up to five
+sentences.
 
 Random choices for a pair depend only on (seed, epoch, index of the pair), the order of the pairs on (seed, epoch), and
 the order of the colour jitters on (seed, step, number of the view). So with the same settings a run sees the same
@@ -12,7 +13,7 @@ batches for any number of workers and GPUs, and can be resumed at any step.
 How a batch is made: for every step `Order` yields a list of places (epoch, index), one for each pair. `Crops` turns
 each place into crops and token ids, and `collate` joins them into a `Batch`; both run in the loader's workers, if there
 is a loader. `Batch.views` then runs on the model's device, where it changes the colours and normalises. The marks
-`ours` and `paper silent` are those of cosmos.py; "as released" means that the authors' code does so.
+`ours` and `paper silent` mean the same as in cosmos.py; "as released" means that the authors' code does so.
 
 The helpers are in plumbing/, and need not be read: `Shards` gives the bytes of an image and the pool of its sentences,
 `decode` gives the pixels, `Tokenizer` the ids, and `recolour` changes the colours of a batch.
@@ -44,10 +45,10 @@ def text_crops(pool, rng, global_texts, local_texts):
     """The sentences of a pair -> global_texts captions of 1-5 sentences joined by '. ', then local_texts single
     sentences, as a list of strings.
 
-    If the pool is large enough, the sentences of each global caption are drawn without replacement, in random order,
-    and one further draw of this kind gives all local captions. paper silent: the order, the '. ', and what to do if the
-    pool has too few sentences. As released, such a pool is taken whole as often as it fits, in its own order, and a
-    random sample fills the rest.
+    If the pool is large enough, each global caption draws its sentences without replacement, in random order; all local
+    captions come from one more such draw, a sentence each. paper silent: the order, the '. ', and what to do if the
+    pool has too few sentences. As released, such a pool is repeated whole as often as it fits, in its own order, and a
+    random sample supplies the rest.
     """
     captions = []
     for _ in range(global_texts):
@@ -69,7 +70,7 @@ class Kind(NamedTuple):
     """How a view is made. All but size and scale are probabilities; draw_strengths draws the strengths."""
     size: int                   # side of the view, in pixels
     scale: tuple                # smallest and largest share of the image's area
-    flip: float                 # left becomes right
+    flip: float                 # left and right are swapped
     jitter: float               # brightness, contrast, saturation and hue change; Batch.views draws their order
     grey: float
     blur: float
@@ -89,22 +90,23 @@ def kinds_of_views(config, crop_min=0.4):
         Kind(small, (0.05, 0.4), 0.5, 0.8, 0.2, 0.5, 0.0)]
 
 
-# --augment crops puts these in place of a Kind's probabilities.
+# With --augment crops, these replace the probabilities of every Kind.
 CROPS_ONLY = {'flip': 0.0, 'jitter': 0.0, 'grey': 0.0, 'blur': 0.0, 'solarize': 0.0}
 
 
 def draw_strengths(kind, rng):
     """How strongly each operation acts on a view, {operation: strength}, in the released ranges.
 
-    An operation that is not drawn keeps its neutral strength, which changes nothing: a factor of 1, a hue turned by
-    0, 'grey' (the share of colour that stays) of 1, a blur of width 0, a 'solarize' threshold that no value exceeds.
+    An operation that is not drawn keeps its neutral strength, which changes nothing: factors are 1, the hue is turned
+    by 0, 'grey' (the share of colour that is kept) is 1, the blur has width 0, and no value exceeds the 'solarize'
+    threshold.
     """
     strengths = dict(NEUTRAL)
     if rng.random() < kind.jitter:
         strengths['brightness'] = rng.uniform(0.6, 1.4)
         strengths['contrast'] = rng.uniform(0.6, 1.4)
         strengths['saturation'] = rng.uniform(0.8, 1.2)
-        strengths['hue'] = rng.uniform(-0.1, 0.1)   # 1 would be a full turn of the colour circle
+        strengths['hue'] = rng.uniform(-0.1, 0.1)   # 1 would be a full turn of the colour wheel
     if rng.random() < kind.grey:
         strengths['grey'] = 0.0                         # no colour stays
     if rng.random() < kind.blur:
@@ -125,8 +127,8 @@ ASPECTS = (3 / 4, 4 / 3)                        # smallest and largest aspect ra
 def draw_boxes(height, width, kinds, rng):
     """For each view draw a random box (y, x, h, w) in an image of height x width pixels, as torchvision does.
 
-    get_params draws from torch's global generator. The boxes must depend on nothing but rng, so that generator is
-    seeded from it, and restored afterwards.
+    get_params draws from torch's global generator. The boxes must depend on nothing but rng. Therefore we seed the
+    global generator from rng, and restore it afterwards.
     """
     image = torch.empty(1, 1, 1).expand(1, height, width)               # get_params only looks at its size
     with torch.random.fork_rng(devices=[]):
@@ -139,9 +141,9 @@ def image_crops(data, kinds, rng):
     pixels of the whole image."""
     undecoded, (height, width) = read_header(data)      # for a JPEG this reads only the header
     boxes = draw_boxes(height, width, kinds, rng)
-    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. One decoding serves all views, so the view that
-    # needs the most pixels decides. If its box has 200 x 200 pixels, and the view 96 x 96, the image may become
-    # 200 / 96 = 2.08 times smaller, so 1/2 is allowed.
+    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its size. One decoding serves all views, so the view whose
+    # box is smallest for its size sets the limit. If its box is 200 x 200 pixels and the view 96 x 96, the image may
+    # shrink by 200 / 96 = 2.08, so 1/2 is allowed.
     reductions = []
     for (_, _, h, w), kind in zip(boxes, kinds):
         reductions.append(min(h, w) / kind.size)
@@ -154,7 +156,7 @@ def image_crops(data, kinds, rng):
         crop = TF.resized_crop(pixels, y, x, h, w, [kind.size, kind.size], BICUBIC)
         if rng.random() < kind.flip:
             crop = crop.flip(-1)
-        # Decoded pixels lie in memory as RGBRGB, and a crop keeps that. `recolour` is faster if each colour is a plane.
+        # Decoded pixels are interleaved in memory (RGBRGB), and so are crops. `recolour` is faster on separate planes.
         crops.append(crop.contiguous())
     return crops, boxes
 
@@ -171,7 +173,8 @@ class Counts(NamedTuple):
     """How many views and captions a pair gives: V = global_images + local_images, U = global_texts + local_texts.
 
     COSMOS has GLOBALS global images and as many global texts. The first row of Table 5 (METHODS in train.py) has only
-    one global image. Then there must be no local ones, or L_CLIP would take the first of them for the second global.
+    one global image. In that case there must be no local images, because L_CLIP would mistake the first one for the
+    second global.
     """
     global_images: int = GLOBALS
     local_images: int = 6
@@ -186,7 +189,7 @@ MOST_BAD = 1000         # stop the run after this many unreadable pairs in a row
 class Crops(Dataset):
     """The training set: (epoch, index of the pair) -> crops of the pair and ids of its captions, for `collate`.
 
-    augment: 'full' is the released recipe; 'crops' neither changes colours nor flips, because captions may name
+    augment: 'full' is the released recipe; 'crops' does not change colours, blur or flip, because captions may name
     colours, or left and right. crop_min: the smallest share of the image in a global crop. If a pair is Unreadable, its
     name is printed, it is counted, and a random pair takes its place. If the batch has that pair already, the two are
     false negatives of each other; this is rare in a set that is much larger than a batch. Put new random draws at the
@@ -229,8 +232,8 @@ class Crops(Dataset):
 
     def sample(self, epoch, index):
         """-> V crops (3, s, s) uint8, the strengths of each, U captions as strings, and the V boxes; globals first."""
-        # Texts and images each have their own generator, so another number of captions does not change the image crops.
-        # A generator that is seeded with a string draws the same in every process.
+        # Texts and images each have their own generator, so changing the number of captions does not change the image
+        # crops. A generator that is seeded with a string draws the same in every process.
         text_rng = random.Random(f'{self.seed} {epoch} {index} texts')
         image_rng = random.Random(f'{self.seed} {epoch} {index} images')
         pool, image = self.shards.pair(index)
@@ -253,7 +256,7 @@ class Order:
     """Which pairs make batch `step`: a pure function of (seed, step). Each rank takes an equal slice of them.
 
     Yields, for every step in [start, stop), this rank's list of places (epoch, index of the pair). An epoch holds
-    pairs // batch whole batches; the incomplete last one is dropped. `check_batch` says whether sizes are possible.
+    pairs // batch whole batches; the incomplete last one is dropped. `check_batch` refuses sizes that do not work.
     """
     pairs: int                  # how many the set has
     batch: int                  # pairs per step, over all ranks
@@ -289,7 +292,7 @@ def check_batch(batch, pairs, parts):
 class Batch(NamedTuple):
     """What a training step needs from its B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
-    changes: Changes        # which operation on colours changes which image, and how strongly
+    changes: Changes        # which operation (colours, blur) changes which image, and how strongly
     texts: list             # U captions (B, T) int64 for the student, see collate
     teacher_texts: list     # the global captions for the teacher, cut to a common length
     bad: int                # the number of unreadable pairs
@@ -303,7 +306,8 @@ class Batch(NamedTuple):
             teacher_texts=[x.to(device, non_blocking=True) for x in self.teacher_texts])
 
     def views(self, seed_and_step):
-        """V images (B, 3, s, s), float32, normalised. ours: colours change here, after `to`, and hence on the GPU.
+        """V images (B, 3, s, s), float32, normalised. ours: colours change here, after `to`, and hence on the GPU if
+        there is one.
 
         seed_and_step: a string that seeds the order of the jitters, the same on all ranks.
         """

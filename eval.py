@@ -6,14 +6,15 @@
     python eval.py classify CKPT --folder DIR                     one folder of images per class
     python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21 --csa
 
-CKPT is a checkpoint of this repository (a file, or a folder runs/NAME, of which we take best.pt, else last.pt), a
-released cosmos_vitb*.pt, or a state dict of an open_clip ViT with GELU; python -m extras.weights converts other CLIPs.
-We evaluate the teacher, which has the averaged weights, unless --weights student is given. Features are float32 vectors
-of unit length, and a score is the dot product of two of them.
+CKPT is a checkpoint of this repository (a file, or a folder runs/NAME, from which we take best.pt, or last.pt if there
+is none), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with GELU; python -m extras.weights converts
+other CLIPs. We evaluate the teacher, which has the averaged weights, if there is one and --weights student is not
+given. Features are float32 vectors of unit length, and a score is the dot product of two of them.
 
 Parts 3 to 5 are the protocols. For figures that can be compared with published ones give --coco (COCO's val2017) or
 --flickr (the released list of Flickr30K), and for ImageNet and segmentation --templates open_clip (CLIP's 80 prompts
-instead of our six).
+instead of our six, and its class names for ImageNet), for segmentation also --benchmark. On a first reading, skip part
+6, the command line. The marks (`ours`, ...) mean the same as in cosmos.py and data.py.
 """
 import math
 from dataclasses import dataclass
@@ -34,7 +35,6 @@ from data import BICUBIC, normalize
 from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, folder_set, is_imagenet,
                                  mask_pairs, open_clip_prompts, read_mask, read_synonyms, read_templates,
                                  torchvision_set)
-# In a first reading skip part 6, the command line. The marks (`ours`, ...) are those of cosmos.py and data.py.
 # Refused: an error that a user can fix, which `command` shows as one sentence. Unreadable(Refused): one image or
 # record is bad. need(condition, sentence): Refused unless the condition holds.
 from plumbing.errors import Refused, Unreadable, command, need
@@ -53,10 +53,10 @@ progress = partial(tqdm, leave=False, disable=None)     # silent if the output i
 def load(path, weights='teacher', vocab=None, quick_gelu=False):
     """-> (model in eval mode, tokenizer, preprocess: PIL image -> (3, S, S)).
 
-    path: a file of ours, the folder of a run (its best.pt, or its last.pt if there is none), released weights, or
-    open_clip's. vocab and quick_gelu are handed to plumbing.weights.read_network; only train.py --init sets quick_gelu.
-    weights: 'teacher' or 'student'. If there is no teacher, the student is taken; model.origin says which network of
-    which checkpoint was loaded, and its step.
+    path: one of our checkpoints, the folder of a run (its best.pt, or its last.pt if there is none), released weights,
+    or open_clip's. vocab and quick_gelu are handed to plumbing.weights.read_network; only train.py --init sets
+    quick_gelu. weights: 'teacher' or 'student'. If there is no teacher, the student is taken; model.origin says which
+    network of which checkpoint was loaded, and its step.
     """
     path = Path(path)
     if path.is_dir():
@@ -88,7 +88,7 @@ def shard_image(shards, i):
     """Pillow image of pair i. Raises Unreadable, with the name of the pair, if it cannot be decoded."""
     try:
         return read_image(shards.image(i))
-    except Unreadable as error:      # the name is looked up only on failure, because that costs a read
+    except Unreadable as error:      # the name is looked up only on failure, because the look-up costs a read
         raise Unreadable(f'{shards.name(i)}: {error}') from None
 
 
@@ -129,7 +129,7 @@ def embed_images(model, source, preprocess, workers=0):
     raises Unreadable, with its name."""
     if isinstance(source, (str, Path, Image.Image)):
         source = [source]
-    features, _ = embed_labelled(model, Images(source, preprocess), workers)    # their labels, all 0, mean nothing
+    features, _ = embed_labelled(model, Images(source, preprocess), workers)    # all labels are 0
     return features
 
 
@@ -142,7 +142,7 @@ def embed_texts(model, tokenizer, texts):
     different = list(dict.fromkeys(texts))
     features = []
     for ids in progress(tokenizer(different).split(TEXT_BATCH), 'texts'):   # (B, T)
-        longest = ids.argmax(dim=1).max() + 1                           # the end has the largest id
+        longest = ids.argmax(dim=1).max() + 1                           # the end token has the largest id
         eot = model.text([ids[:, :longest].to(model.logit_scale.device)])   # (1, B, D)
         features.append(unit(eot[0]).cpu())
     row_of = {text: row for row, text in enumerate(different)}
@@ -153,7 +153,7 @@ def embed_texts(model, tokenizer, texts):
 
 def ranks(queries, targets, query_ids, target_ids, chunk=1024):
     """-> (n,): for each query the rank, counted from 1, of its highest-scoring right target. Target j is right for
-    query i if they have the same id. All four arguments must be on one device, and so is the result.
+    query i if they have the same id. All four arguments must be on the same device; the result is on it, too.
 
     In retrieval an id is the number of an image, in classification the number of a class. A wrong target with an equal
     score counts as ahead, because features that are all the same must not look perfect.
@@ -171,9 +171,9 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
 
 
 def retrieval(image_features, text_features, owner):
-    """Zero-shot retrieval figures, computed on the device of all three.
+    """Zero-shot retrieval figures, computed on the device that holds the three arguments.
 
-    owner (captions,): the image of each caption. The rank of an image is that of the best of its captions. R@K are
+    owner (captions,): the image of each caption. An image's rank is that of its best-ranked caption. R@K are
     fractions, ranks count from 1. chance is the R@1 of guessing, 1 / n in both directions: an image that has c of the M
     captions finds one of them with probability c / M, and the mean of c / M over the n images is 1 / n.
     """
@@ -209,7 +209,7 @@ def shard_captions(shards):
             tar = shards.paths[shards.index[i, 0]]
             raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect {tar}') from None
         present = [key for key in keys if str(record.get(key) or '').strip()]
-        if not present:     # the name is looked up only on failure, because that costs a read
+        if not present:     # the name is looked up only on failure, because the look-up costs a read
             raise Refused(f"{shards.name(i)} has no caption under {', '.join(keys)}; name others with --caption-keys")
         captions_of_pairs.append(record[present[0]])
     return with_owners(captions_of_pairs, shards.name)
@@ -217,8 +217,8 @@ def shard_captions(shards):
 
 def check_held_out(shards, workers=0):
     """Try every caption and every image of held-out shards, so that none is found broken in the middle of a run. Raises
-    Refused or Unreadable, with the name of the pair. train.py writes the index of these shards (val.npy) only after all
-    have been tried. So if the shards come with an index, their images are not decoded again."""
+    Refused or Unreadable, with the name of the pair. train.py writes the index of these shards (val.npy) only once they
+    have passed. So if they already have an index, we skip the images."""
     shard_captions(shards)
     if shards.is_mapped:
         return
@@ -274,7 +274,7 @@ def classify(image_features, vectors, labels):
 
 # --- 5. Segmentation -------------------------------------------------------------------------------------------------
 
-LONGEST_SIDE = 2048                     # pixels: no side of a scaled image may be longer, as released
+LONGEST_SIDE = 2048                     # pixels, as released: limits the long side, but see segment_image
 
 
 def encode_dense(model, images, csa=False):
@@ -299,7 +299,8 @@ def encode_dense(model, images, csa=False):
 
 
 def correlative_block(block, x):
-    """A block with SCLIP's correlative self-attention (transformer.py:687-764): x (B, R, W) -> (B, R, W).
+    """A block with SCLIP's correlative self-attention (transformer.py:687-764 of the released code): x (B, R, W) -> (B,
+    R, W).
 
     Queries attend to queries and keys to keys. So a patch attends mostly to itself and to similar patches.
     """
@@ -328,7 +329,7 @@ def window_scores(model, pixels, vectors, csa):
     side = model.config.image_size
     _, H, W = pixels.shape
     total = pixels.new_zeros(len(vectors), H, W)
-    covered = pixels.new_zeros(H, W)                                # how many windows have each pixel
+    covered = pixels.new_zeros(H, W)                                # how many windows cover each pixel
     for top in window_starts(H, side):
         for left in window_starts(W, side):
             place = (..., slice(top, top + side), slice(left, left + side))
@@ -376,10 +377,12 @@ def segment_image(model, image, vectors, names_per_class, settings):
 
 
 def best_class(logits, size, class_of_name, candidates):
-    """logits (M, H, W) of M names -> for each pixel of an image of `size` (h, w) the highest probability that a name of
-    a candidate class has, and that class. The softmax runs over the names of all classes, candidates or not.
+    """logits (M, H, W) of M names -> two maps of `size` (h, w): for each pixel the probability of the best candidate
+    class, and that class. A class is as probable as its most probable name. The softmax runs over the names of all
+    classes, candidates or not.
 
-    Names are enlarged one by one, because 100 of them at once, for a photo of 12 megapixels, would take 5 GB.
+    The logit maps of the names are enlarged one at a time, because 100 of them at once, for a photo of 12 megapixels,
+    would take 5 GB.
     """
     highest = logits.new_full(size, -math.inf)                      # the best logit so far
     total = logits.new_full(size, -math.inf)                        # ln of the sum of e^logit so far
@@ -402,8 +405,8 @@ def confusion(truth, predicted, classes):
 
 
 def segmentation_figures(matrix, names):
-    """mIoU, averaged over the classes that occur in truth or prediction, pixel accuracy, and the IoU of each class.
-    'classes' counts those in the truth, which may be fewer."""
+    """mIoU (the mean over the classes that occur in truth or prediction), pixel accuracy, and the IoU of each of these
+    classes. 'classes' counts those in the truth, which may be fewer."""
     hit = matrix.diag()
     truth = matrix.sum(dim=1)
     predicted = matrix.sum(dim=0)
@@ -424,7 +427,7 @@ def segmentation_figures(matrix, names):
 # --- 6. Commands -----------------------------------------------------------------------------------------------------
 
 def show(figures, indent=''):
-    """Print nested figures, one per line: ranks with one decimal, all other fractions in percent. Lists are for --json
+    """Print nested figures, one per line: ranks with one decimal, all other floats in percent. Lists are for --json
     only."""
     for name, value in figures.items():
         if isinstance(value, dict):
@@ -519,7 +522,7 @@ def execute(args):
 
 
 def main():
-    # args has the options under their names in --help; args.command is retrieval, classify or segment.
+    # args holds each option under the name that --help shows; args.command is retrieval, classify or segment.
     args = evaluation_options(__doc__, HELD_OUT_KEYS)
     functions = {'retrieval': run_retrieval, 'classify': run_classify, 'segment': run_segment}
     args.function = functions[args.command]

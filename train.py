@@ -5,19 +5,20 @@
     python train.py --data /shards --accum 8                    the same on one GPU that can hold an eighth of a batch
     python train.py --init CKPT --data /shards                  COSMOS that starts from an existing CLIP
 
-To continue a run that stopped, give the same command with --resume. A run leaves these files in --out: last.pt (the
-checkpoint), best.pt (the networks with the best R@1 on --val), report.html (the run as a page; maps.npz has its
-pictures), log.jsonl, config.json, eval.json, index.npy and val.npy (where the pairs are in the shards), and lock (which
-process is using the folder).
+To continue a run that stopped, give the same command with --resume. A run leaves these files in --out (best.pt and
+val.npy if there are held-out shards, report.html and maps.npz if there is extras/): last.pt (the checkpoint), best.pt
+(the networks with the best R@1 on --val), report.html (the run as a page; maps.npz has its pictures), log.jsonl,
+config.json, eval.json, index.npy and val.npy (where the pairs are in the shards), and lock (which process is using the
+folder).
 
 On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6, the run from top
 to bottom: `main` is the loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5 set up,
 log and save; read them when you change them. lesson/onepage.py trains the same way in a hundred lines, without options,
 checkpoints or several GPUs.
 
-You can skip what comes from plumbing/: above all `training_options` (the command line), `Processes` (the ranks: their
-device, sums and broadcasts over them, how they end), `runs` (the folder of a run: checkpoints, log, resuming) and
-`Progress` (what has happened since the last log entry).
+You can skip what comes from plumbing/. Its main parts are `training_options` (the command line), `Processes` (the
+ranks: their device, sums and broadcasts over them, how they end), `runs` (the folder of a run: checkpoints, log,
+resuming) and `Progress` (what has happened since the last log entry).
 """
 import os
 
@@ -64,16 +65,16 @@ PAPER = {
     'momentum': 0.999, 'momentum_ramp': 0,
     'local_crops': 6, 'local_captions': 6, 'augment': 'full', 'vocab': 'clip'}
 # For small sets on a laptop. The learning rate ends at a tenth of its peak. After s steps the teacher's momentum, the
-# paper's lambda, is at most s / (s + 10). Images are only cropped, because captions of the drawn scenes name colours
-# and sides, which a jitter or a flip would make wrong; on Flickr8k's photographs crops alone retrieved better in a
-# short trial (docs/own-data.md).
+# paper's lambda, is at most s / (s + 10). Images are only cropped. In `tiny` that is because the captions of the
+# drawn scenes name colours, which a jitter would make wrong. In `photo` it is because a model trained with crops
+# alone did better at retrieval on Flickr8k in a short trial (docs/own-data.md).
 LAPTOP = {
     'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
     'momentum': 0.995, 'momentum_ramp': 10,
     'local_crops': 2, 'local_captions': 2, 'augment': 'crops', 'vocab': 'learn'}
 
 
-# Used with --init, whatever the preset. The learning rate is small, because the weights know something already. The
+# Used with --init, whatever the preset. The learning rate is small, because the weights already know something. The
 # momentum has no ramp, because the teacher starts as a copy of these weights, and has nothing to forget.
 PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
 
@@ -115,7 +116,7 @@ class Method(NamedTuple):
     has_local_images: bool          # as many as --local-crops says
     has_local_texts: bool           # captions of one sentence, as many as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
-    augments: bool                  # whether --augment is 'full' by default: flips, and changes of colour
+    augments: bool                  # if False, --augment is 'crops' by default; if True, the preset decides
     has_teacher: bool
     has_cross_attention: bool       # C^I and C^T. They get no gradient unless a term uses h_I or h_T
     has_own_scale: bool             # the terms have a temperature of their own, not that of L_CLIP
@@ -234,7 +235,7 @@ def train_step(run, batch):
         tqdm.write(f'WARNING    step {run.step + 1} is left out: loss {total / run.processes.world:.4g}, '
                    f'gradient norm {norm:.4g}, both over all processes')
     run.scaler.update()             # fp16: after an infinity it lowers the scale
-    run.step += 1                   # a step that was left out counts
+    run.step += 1                   # a skipped step counts, too
     return Step(out, cls_t, loss, parts, norm, finite)
 
 
@@ -251,8 +252,8 @@ def lr_at(step, options):
 
 
 def momentum_at(step, options):
-    """The teacher's momentum lambda. If it were fixed, the teacher would still carry its random start at the end of a
-    short run, so it starts low and ramps up."""
+    """The teacher's momentum lambda. In a short run a fixed one would leave the teacher with much of its random start,
+    so with --momentum-ramp it starts low and rises. Without a ramp, as in the paper's recipe, it is fixed."""
     taken = step + 1
     return min(options.momentum, taken / (taken + options.momentum_ramp))
 
@@ -340,7 +341,7 @@ def batches_left(options, processes, train_set, step):
     # Half precision is faster if the length of captions is a multiple of 8.
     return iter(data.loader(train_set, order, options.workers,
                             multiple=8 if choose_dtype(options.precision, processes.device) else 1,
-                            whole_first=METHODS[options.method].has_cross_attention))   # C^T reads its padding
+                            whole_first=METHODS[options.method].has_cross_attention))   # C^T reads caption 0's padding
 
 
 def make_run(options, processes, train_set, weights, batches):
@@ -368,13 +369,13 @@ def set_up(options, processes, built_in_set):
     if processes.device.type == 'cpu':
         use_cores(options.workers)
     saved = runs.read_last(options.out) if options.resume else {}
-    # Checkpoints are told apart by how long they have trained.
+    # All processes must have read the same checkpoint. The training time tells checkpoints apart.
     processes.must_agree(saved.get('seconds'), f'{options.out}/last.pt is not the same for all processes; '
                          'let all nodes see the same --out')
     if not saved:
         options.out = processes.broadcast(runs.free_name(options.out))
-    with processes.rank_0_first():      # it may fetch CLIP's vocabulary, which the others then find
-        config, tokenizer, weights = choose_model(options, saved)       # may refuse, before a file is written
+    with processes.rank_0_first():      # rank 0 may fetch CLIP's vocabulary
+        config, tokenizer, weights = choose_model(options, saved)       # may refuse, so nothing is in --out yet
     shards, val = open_shards(options, processes, saved, built_in_set)
     if tokenizer is None:
         merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
@@ -416,7 +417,7 @@ def log_entry(run, progress):
     images = cls.keys[0]            # view 0 of the pairs of all ranks, (N, D)
     captions = eot.keys[0]          # and caption 0
     nearest = (images @ captions.T).argmax(dim=1).cpu()     # which caption each image finds, (N,)
-    used = run.step - 1             # run.step has moved on; the step just done used this step's lr and momentum
+    used = run.step - 1             # run.step counts the step just done, whose lr and momentum are these
     entry = {                       # the same on all ranks, except pairs_per_s; rank 0 writes its own
         'step': run.step,
         'lr': lr_at(used, options),
@@ -451,7 +452,7 @@ def networks(run):
 
 
 def save(run):
-    """Rank 0 writes last.pt, unless no step was taken since it was written."""
+    """Rank 0 writes last.pt if any step has been taken since the last save."""
     if run.processes.rank == 0 and run.step > run.saved_step:
         seconds = time.perf_counter() - run.begun
         same = identity(run.options, run.train_set.shards)
@@ -461,7 +462,8 @@ def save(run):
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation has at hand, for the watchers. The first three are what eval.load returns."""
+    """What an evaluation hands to the watchers, objects that add to a run (see `main`). The first three are what
+    eval.load returns."""
     model: COSMOS                   # the teacher, if there is one
     tokenizer: Tokenizer
     preprocess: Callable
@@ -470,8 +472,8 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(run, val, watchers):
-    """Rank 0, which alone has val, scores the held-out shards, while the others wait -> figures. best.pt is written if
-    the mean R@1 is the best so far. Afterwards all ranks know run.best."""
+    """Rank 0, the only one that has val, scores the held-out shards while the others wait -> figures. best.pt is
+    written if the mean R@1 is the best so far. Afterwards all ranks know run.best."""
     figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)}
     if val:
         figures |= held_out_figures(run, val, watchers)
@@ -548,7 +550,8 @@ def finish(run, figures, watchers):
 # --- 6. A run, from the command line to the figures ------------------------------------------------------------------
 
 class Due(NamedTuple):
-    """What the loop does after run.step steps, before the next one. Only the truth of each field matters."""
+    """What the loop does after run.step steps, before the next one. The fields need not be bools; only their truth
+    values count."""
     log: bool
     save: bool
     evaluate: bool
@@ -559,21 +562,22 @@ def what_is_due(run, progress):
     """-> Due. To change at which steps a run logs, saves, evaluates or ends, edit this function. run.best covers past
     evaluations only; if one is due at this step, its result is not in there yet.
 
-    NB: ranks log, evaluate and end together, and wait for one that does not. So decide by what all of them share: the
-    step, the options, run.best, and progress, except its timings. Only rank 0 saves, so saving may depend on the clock.
+    NB: ranks log, evaluate and end together. If one decides otherwise, the others hang. So decide by what all ranks
+    share: the step, the options, run.best, and progress, except its timings. Only rank 0 saves, so saving may depend on
+    the clock.
     """
     options = run.options
     step = run.step
     finished = step >= options.steps
     # After a signal the run is saved, so that it can be resumed. It is not evaluated, unless this was the last step.
     interrupted = progress.signals > 0 and not finished
-    # Every --eval-every steps, and at step 0, to show what the networks know untrained.
+    # Every --eval-every steps, and at step 0, to show what the networks know before this training.
     regular = options.val and options.eval_every and step % options.eval_every == 0
     evaluate = finished or (regular and not interrupted)
     # The first step shows early whether all is well. An evaluation logs the loss, too, so that both are in one entry.
     # progress.done is the latest Step. Before the first one it is None, and there is nothing to log.
     log = progress.done and (evaluate or step == 1 or step % options.log_every == 0)
-    # An evaluation takes long, and may fail, so the run is saved before it.
+    # An evaluation takes a long time and may fail, so the run is saved first.
     overdue = 0 < 60 * options.save_minutes < time.perf_counter() - run.saved_at
     regular_save = options.save_every and step % options.save_every == 0
     save = evaluate or interrupted or overdue or regular_save
@@ -594,7 +598,7 @@ def main(argv=None, watchers=(), built_in_set=None):
 
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
-    saving = runs.saved_on_error(run.student, partial(save, run))   # an error saves the run, if weights are finite
+    saving = runs.saved_on_error(run.student, partial(save, run))   # after an error, too, if the weights are finite
     with bar, saving, signals_caught() as caught:
         while True:
             due = what_is_due(run, progress)
@@ -629,7 +633,7 @@ def main(argv=None, watchers=(), built_in_set=None):
         finish(run, figures, watchers)
         processes.leave(0)
     print(f'stopped    step {run.step} is saved; to go on, give the same command with --resume --out {run.folder}')
-    number = caught[0] if caught else SIGTERM           # the signal may have reached another rank only
+    number = caught[0] if caught else SIGTERM           # the signal may have reached only another rank
     processes.leave(128 + number)                       # the status that a shell reports
 
 

@@ -1,11 +1,11 @@
 """A whole training run of COSMOS on one page, without options, checkpoints or several GPUs.
 
-    python -m lesson.onepage            draws scenes, trains for a few minutes on two CPU cores, prints the scores
+    python -m lesson.onepage            draws scenes if need be, trains (minutes on two CPU cores), prints scores
 
 Student, teacher and losses come from cosmos.py, whose docstring explains the names (B, V, U, C^T, cls_t). The views
 come from data.py, the drawn scenes from lesson/scenes.py. `python train.py --preset tiny` takes the same steps: a test
 runs both for 20 steps (--precision fp32 --batch 4), and checks that student, teacher and optimizer agree bit for bit.
-The rest of train.py is options, other methods, several GPUs, logging and recovery.
+The rest of train.py deals with options, other methods, several GPUs, logging and recovery.
 """
 import math
 
@@ -46,11 +46,11 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
 
     changes: fields of Setting (lesson/setting.py) that an experiment of the course changes.
     """
-    # Without changes this is COSMOS: L_CLIP and four terms, 2 global + 2 local views, as many captions, 4 heads in C^I.
+    # Unchanged, this is COSMOS: L_CLIP, four terms, 2 global + 2 local views, 2 + 2 captions, 4 heads in C^I and C^T.
     setting = Setting(**changes)
-    keep_memory()                                       # freed memory is not returned to the system: faster on a CPU
+    keep_memory()                                       # keep freed memory for reuse, which is faster on a CPU
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    dtype = choose_dtype(precision, device)             # bfloat16 if this device is fast at it, else None (float32)
+    dtype = choose_dtype(precision, device)             # auto: bfloat16 if it is fast on this device, else None (fp32)
     multiple = 8 if dtype else 1                        # half precision is faster with captions of 8, 16, ... tokens
 
     # Sizes are those of the preset `tiny` of train.py.
@@ -64,7 +64,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
     # train_set[epoch, index] gives random crops of that pair's image, and ids of random sentences about it.
     train_set = Crops(shards, tokenizer, config, seed, setting.counts, setting.augment, setting.crop_min)
 
-    # Student, teacher, optimizer. Weight decay is for matrices, not for biases, LayerNorms and scales.
+    # Student, teacher, optimizer. Weight decay applies to matrices, not to biases, LayerNorms or scales.
     torch.manual_seed(seed)
     student = setting.model(config).to(device)
     teacher = Teacher(student)
@@ -78,22 +78,22 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, rate)
 
-        # A batch of B pairs. Captions are cut to the longest, except the student's caption 0, whose padding C^T reads.
+        # A batch of B pairs. Spare padding is cut off, but not from the student's caption 0, because C^T reads padding.
         samples = [train_set[place] for place in places]                # a place is (epoch, index)
         inputs = collate(samples, multiple, whole_first=setting.heads > 0,
                          global_texts=setting.counts.global_texts).to(device)
-        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); the string seeds the jitters, if any
+        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); the string seeds the order of jitters
         texts = inputs.texts                            # U tensors (B, T)
 
         # The student sees all views and captions. The teacher sees only the globals, and all its captions are cut.
         cls_t = eot_t = None
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = student(images, texts)
-            if setting.terms is not no_terms:           # L_CLIP alone needs no vectors of the teacher
+            if setting.terms is not no_terms:           # L_CLIP alone needs nothing from the teacher
                 cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
         loss, parts = total_loss(student, out, cls_t, eot_t, setting.terms)     # in float32
 
-        # The student follows the gradient. The teacher follows the student, quickly at first to forget its random start.
+        # The student follows the gradient; the teacher follows the student, fast at first, to forget its random start.
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -108,12 +108,12 @@ def main():
     Parser(prog='python -m lesson.onepage', epilog=__doc__).parse_args()
     folder = built_in_set()
     _, teacher, _ = train(folder)
-    model = teacher.model               # the average of many students scores better than the last one
+    model = teacher.model               # averaged over many steps, it scores better than the last student
     tokenizer = learn_tokenizer(Shards(folder, split='train'))          # the same as in `train`
     scored = model, tokenizer, preprocessing(model.config.image_size)
     held_out = Shards(folder, split='val')
     figures, image_features = zero_shot_retrieval(*scored, held_out)
-    show(figures | suppression.during_training(*scored, image_features, held_out))      # what it can name
+    show(figures | suppression.during_training(*scored, image_features, held_out))      # which it names
 
 
 if __name__ == '__main__':
