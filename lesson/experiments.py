@@ -232,7 +232,8 @@ def same_big():
     """Page 3: batches whose scenes share the big object, half of all or all of the second half of a run. And in a world
     where big objects have shapes that no small one has."""
     variants = {}
-    for method, world in ('cosmos', 'built-in'), ('clip', 'built-in'), ('clip', 'big'), ('clip', 'apart'):
+    for method, world in (
+            ('cosmos', 'built-in'), ('clip', 'built-in'), ('clip', 'big'), ('clip', 'apart'), ('cosmos', 'apart')):
         mixed = Variant(method, world, seeds=TEN)
         variants[f'{method}-{world}-mixed'] = mixed
         variants[f'{method}-{world}-half'] = mixed._replace(grouped=0.5, by='big')
@@ -338,7 +339,8 @@ COMPARISONS = {
     'same-big': {
         NAMED: 'cosmos-built-in-half~cosmos-built-in-mixed cosmos-built-in-late~cosmos-built-in-mixed '
                'clip-built-in-half~clip-built-in-mixed clip-built-in-late~clip-built-in-mixed '
-               'clip-big-half~clip-big-mixed clip-apart-half~clip-apart-mixed'},
+               'clip-big-half~clip-big-mixed clip-apart-half~clip-apart-mixed '
+               'cosmos-apart-half~cosmos-apart-mixed'},
     'company': {
         'small.top1':
             'clip-equal~clip-alone clip-big~clip-equal cosmos-equal~cosmos-alone cosmos-big~cosmos-equal',
