@@ -205,8 +205,8 @@ SECTIONS = [            # heading, what stands before the columns, columns
     ("C^I's peak, asked with a whole caption", ['pointing.caption'], 'dominant small ground'),
     ('What the answer of C^I tells about the object that it is asked for, and about the others',
      ['handed.dominant', 'handed.small'], 'named_top1 other_top1 named_found other_found'),
-    ('Cosines of two answers of C^I: to two names about one scene, to one name about two scenes', ['handed.cosine'],
-     'names scenes'),
+    ('Cosines of two answers of C^I: to two names or two random queries about a scene, to one name about two scenes',
+     ['handed.cosine'], 'names random scenes'),
     ('Conflict: what is picked', ['conflict.h_T', 'conflict.h_T_caption', 'conflict.h_I'],
      'own sentence read alone kept'),
     ("Last losses, of a blind guess's", ['loss'],
@@ -474,7 +474,8 @@ def draw_batches(figure):
 
 
 SAME_BIG = [            # of page 3: method, world, its name
-    ('clip', 'built-in', 'CLIP'), ('cosmos', 'built-in', 'COSMOS'), ('clip', 'apart', 'CLIP, big shapes\nare no small ones')]
+    ('clip', 'built-in', 'CLIP'), ('cosmos', 'built-in', 'COSMOS'),
+    ('clip', 'big', 'CLIP, the same\nshapes'), ('clip', 'apart', 'CLIP, other shapes\nfor big objects')]
 
 
 def draw_same_big(figure):
@@ -485,10 +486,10 @@ def draw_same_big(figure):
         for kind, shift in ('mixed', -0.2), ('half', 0.2):
             height = show_runs(axis, 'same-big', f'{method}-{world}-{kind}', 'small.top1', x + shift)
             places.append(x + shift)
-        axis.text(x, 68, words, color=PAINT[method], ha='center', va='center', fontsize=11)
+        axis.text(x, 84, words, color=PAINT[method], ha='center', va='center', fontsize=11)
     show_scale(axis, 'small objects named, %', (40, 60))
-    axis.set_xticks(places, ('mixed', 'half share\nthe big one') * len(SAME_BIG), fontsize=10)
-    axis.set(xlim=(-0.5, 2.5), ylim=(0, 75), xlabel='batches')
+    axis.set_xticks(places, ('mixed', 'sharing') * len(SAME_BIG), fontsize=11)
+    axis.set(xlim=(-0.5, 3.5), ylim=(0, 90), xlabel='batches')
 
 
 def draw_race(figure):
@@ -521,22 +522,20 @@ def draw_race(figure):
 
 
 def draw_pointing(figure):
-    """Page 5: where the highest weight of C^I lies when it is asked for a small object, and how alike its answers are."""
-    left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
-    for x, place in enumerate(('it', 'other', 'ground')):
-        show_runs(left, 'reading', 'cosmos', f'pointing.small.own_{place}', x)
-        blind = mean('reading', 'cosmos', f'pointing.small.area_{place}')
-        left.plot([x - 0.25, x + 0.25], [blind, blind], 'k:')
-    left.text(0.3, mean('reading', 'cosmos', 'pointing.small.area_it'), 'a blind guess', va='center', fontsize=10)
-    left.set_xticks(range(3), ('the one it is\nasked for', 'another\nobject', 'the\nground'))
-    left.set(ylim=(0, 100), xlim=(-0.5, 2.5), ylabel='C^I looks here, %')
-    left.spines[['top', 'right']].set_visible(False)
-    for x, what in enumerate(('names', 'scenes')):
+    """Page 5: where the highest weight of C^I lies when it is asked for a colour, and how alike its answers are."""
+    left, right = figure.subplots(1, 2)
+    for x, what in enumerate(('asked', 'other')):
+        show_runs(left, 'reading', 'cosmos', f'pointing.color.{what}', x)
+    left.set_xticks(range(2), ('an object of the\ncolour it is asked for', 'an object of\nanother colour'), fontsize=11)
+    left.set(ylim=(0, 100), xlim=(-0.5, 1.5), ylabel='C^I looks at, %')
+    for x, what in enumerate(('names', 'random', 'scenes')):
         show_runs(right, 'same-big', 'cosmos-built-in-mixed', f'handed.cosine.{what}', x)
-    right.set_xticks(range(2), ('two names,\none scene', 'one name,\ntwo scenes'))
+    right.set_xticks(
+        range(3), ('two names,\none scene', 'two random\nqueries,\none scene', 'one name,\ntwo scenes'), fontsize=11)
     right.set_yticks((0, 50, 100), ('0', '0.5', '1'))
-    right.set(ylim=(0, 103), xlim=(-0.5, 1.5), ylabel='cosine of two answers of C^I')
-    right.spines[['top', 'right']].set_visible(False)
+    right.set(ylim=(0, 103), xlim=(-0.5, 2.5), ylabel='cosine of two answers of C^I')
+    for axis in left, right:
+        axis.spines[['top', 'right']].set_visible(False)
 
 
 CELLS = [               # of the 2 x 2: x, y, the term of COSMOS, the same term where nothing is read, is there a leak?
@@ -598,9 +597,9 @@ PICTURES = {            # how it is drawn, inches
     'company': (draw_company, (6, 4)),
     'square': (draw_square, (7.6, 4)),
     'batches': (draw_batches, (7, 4)),
-    'same-big': (draw_same_big, (7, 3.4)),
+    'same-big': (draw_same_big, (8.6, 3.6)),
     'race': (draw_race, (8.4, 3.8)),
-    'pointing': (draw_pointing, (8, 3.4)),
+    'pointing': (draw_pointing, (8.4, 3.4)),
     'leak': (draw_leak, (6.4, 4)),
     'reading': (draw_reading, (8.6, 4))}
 

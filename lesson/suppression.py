@@ -30,8 +30,8 @@ question. There are figures for the object that the question names (`named`), an
     found       take two other scenes, one that has the object and one that does not: is the answer nearer to the first?
                 Chance 50 %
 
-and `cosine`: how alike are two answers about one scene, to two different names (`names`)? And two answers to one name,
-about two different scenes (`scenes`)?
+and `cosine`: how alike are two answers about one scene, to two different names (`names`)? As a control, to two random
+queries (`random`)? And how alike are two answers to one name, about two different scenes (`scenes`)?
 
 conflict: give C^I the sentence of one pair and the image of another. Which of 32 teacher's images does h_T pick? See
 section 6. The student reads, whatever --weights says.
@@ -281,11 +281,32 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
 
 # --- 5. What C^I hands over ------------------------------------------------------------------------------------------
 
+def answers_to(model, query, patches):
+    """What C^I hands over about each scene, asked with query (D,), patches (n, P, D) -> (n, D), of unit length. The query
+    is not added."""
+    return unit(model.image_cross(query.expand(1, len(patches), -1), patches)[0])
+
+
+def likeness(model, queries, patches):
+    """queries (m, D), patches (n, P, D) -> the mean cosine of two answers to different queries about one scene, and of
+    two answers to one query about different scenes."""
+    m, n = len(queries), len(patches)
+    total = 0.0                         # the sum of all answers about a scene, (n, D)
+    between_scenes = 0.0
+    for query in queries:
+        answers = answers_to(model, query, patches)
+        total = total + answers
+        # |a_1 + ... + a_n|² = n + the sum of the cosines of all ordered pairs, because every answer has unit length.
+        between_scenes += (answers.sum(dim=0).square().sum().item() - n) / (n * (n - 1))
+    between_queries = (total.square().sum(dim=1).mean().item() - m) / (m * (m - 1))
+    return between_queries, between_scenes / m
+
+
 @torch.no_grad()
 def handed(model, tokenizer, preprocess, shards, scenes):
     """C^I is asked for one object of a scene. What does its answer tell of this object, and of the others?
     -> {role: {named_top1, named_found, other_top1, other_found}}, shares of the objects, and {'cosine': {names,
-    scenes}}; see the head of this file. Only names that the scenes have are asked for.
+    random, scenes}}; see the head of this file. Only names that the scenes have are asked for.
 
     `other` is asked once for every other object of its scene. The mean of all scenes' answers to a question is taken
     off each score, so what the question itself adds to an answer does not matter.
@@ -302,15 +323,11 @@ def handed(model, tokenizer, preprocess, shards, scenes):
     has = torch.zeros(len(scenes), len(NAMES), dtype=torch.bool)        # which scene has an object of which name
     for thing in sum(scenes, []):
         has[thing.pair, COLUMN[thing.name]] = True
-    found = defaultdict(lambda: defaultdict(list))                      # by role and figure
     present = [name for name in NAMES if has[:, COLUMN[name]].any()]
-    total = torch.zeros_like(cls)                                       # of all answers about a scene
-    alike = 0.0                                                         # sum of the cosines between scenes
-    for asked in progress(present, 'handed'):
-        eot, _ = model.encode_text(tokenizer([question(asked)]).to(device))
-        answers = unit(model.image_cross(eot.expand(1, len(scenes), -1), patches)[0])   # (n, D), without the residual
-        total += answers
-        alike += (answers.sum(dim=0).square().sum() - len(scenes)).item()
+    queries, _ = model.encode_text(tokenizer(list(map(question, present))).to(device))      # (m, D)
+    found = defaultdict(lambda: defaultdict(list))                      # by role and figure
+    for asked, query in progress(list(zip(present, queries)), 'handed'):
+        answers = answers_to(model, query, patches)
         told = (answers @ names.to(device).T).cpu()                     # (n, K)
         near = (answers @ cls.T).cpu()                                  # (n, n)
         told -= told.mean(dim=0)
@@ -320,20 +337,20 @@ def handed(model, tokenizer, preprocess, shards, scenes):
                 who = 'named' if thing.name == asked else 'other'
                 wrong = told[pair, [COLUMN[name] for name in thing.absent]]
                 top1 = told[pair, COLUMN[thing.name]] - wrong.max() > TIE
+                found[thing.role][f'{who}_top1'].append(top1.item())
                 has_it = has[:, COLUMN[thing.name]].clone()
                 has_it[pair] = False
                 has_not = ~has[:, COLUMN[thing.name]]
                 nearer = near[pair, has_it][:, None] > near[pair, has_not]
-                found[thing.role][f'{who}_top1'].append(top1.item())
                 if has_it.any():                        # another scene
                     found[thing.role][f'{who}_found'].append(nearer.double().mean().item())
     figures = {}
     for role, columns in found.items():
         figures[role] = {name: fmean(values) for name, values in columns.items()}
-    # |a_1 + ... + a_m|² = m + the sum of the cosines of all ordered pairs, because every answer has unit length.
-    m, n = len(present), len(scenes)
-    between_names = (total.square().sum(dim=1) - m).mean().item() / (m * (m - 1))
-    figures['cosine'] = {'names': between_names, 'scenes': alike / (m * n * (n - 1))}
+    between_names, between_scenes = likeness(model, queries, patches)
+    random_queries = torch.randn(queries.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    between_random, _ = likeness(model, random_queries * queries.std(), patches)
+    figures['cosine'] = {'names': between_names, 'random': between_random, 'scenes': between_scenes}
     return figures
 
 
