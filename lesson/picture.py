@@ -1,8 +1,9 @@
 """One step of COSMOS as a picture: the views, vectors and arrows of one pair, with the names of cosmos.py.
 
-`python -m lesson.plots` writes it: large for README.md and page 1 of the course, and small for the other pages, where
-everything that the page is not about is pale. The drawing is picture.svg; this module puts a real pair into it, with
-the crops and sentences that `python train.py` draws for that pair of the built-in set.
+`python -m lesson.plots` writes it: large for README.md and for page 1 of the course, which does not tell yet what a
+copy can do, and small for the other pages, where everything that the page is not about is pale. The drawing is
+picture.svg; this module puts a real pair into it, with the crops and sentences that `python train.py` draws for that
+pair of the built-in set.
 """
 import base64
 import io
@@ -22,6 +23,7 @@ EPOCH, PAIR = 3, 223            # with seed 0; its small views show the circle t
 SIZES = Config(image_size=48, local_image_size=24, patch_size=8)        # of views, as in lesson/onepage.py
 PICTURES = {                    # file: classes of the drawing, see picture.svg
     'assets/lesson-step.svg': 'large',
+    'assets/lesson-step-1.svg': 'large page1',
     'assets/lesson-step-2.svg': 'small page2',
     'assets/lesson-step-3.svg': 'small page3',
     'assets/lesson-step-4.svg': 'small page4',

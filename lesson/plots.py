@@ -358,14 +358,15 @@ RED = 'tab:red'
 MINE = []               # the rows of your own runs, with --mine
 
 
-def show_runs(axis, experiment, name, column, x):
-    """Draw runs as dots, their mean as a bar, and your own runs as stars -> the mean. Without runs, draw nothing."""
+def show_runs(axis, experiment, name, column, x, color=None):
+    """Draw runs as dots, their mean as a bar, and your own runs as stars -> the mean. Without runs, draw nothing.
+    color: if it is not the method's."""
     variant = EXPERIMENTS[experiment][name]
     runs = list(values(experiment, name, column).values())
     bar = [fmean(runs)] if runs else []
     stars = [in_unit(row, column) for row in MINE if row['run'] == variant.recipe()]
     for shares, mark, size, alpha in (runs, 'o', 6, 0.4), (bar, '_', 18, 1), (stars, '*', 18, 1):
-        axis.plot([x] * len(shares), shares, mark, color=PAINT[variant.method], markersize=size,
+        axis.plot([x] * len(shares), shares, mark, color=color or PAINT[variant.method], markersize=size,
                   markeredgewidth=size / 9, alpha=alpha)
     return sum(bar)
 
@@ -473,9 +474,9 @@ def draw_batches(figure):
         axis.set(xlim=(-0.5, 2.0), ylim=(0, top))
 
 
-SAME_BIG = [            # of page 3: method, world, its name
+SAME_BIG = [            # of page 3: method, world, words
     ('clip', 'built-in', 'CLIP'), ('cosmos', 'built-in', 'COSMOS'),
-    ('clip', 'big', 'CLIP, the same\nshapes'), ('clip', 'apart', 'CLIP, other shapes\nfor big objects')]
+    ('clip', 'big', 'CLIP,\nthe same shapes'), ('clip', 'apart', 'CLIP, big ones have\nother shapes')]
 
 
 def draw_same_big(figure):
@@ -484,12 +485,14 @@ def draw_same_big(figure):
     places = []
     for x, (method, world, words) in enumerate(SAME_BIG):
         for kind, shift in ('mixed', -0.2), ('half', 0.2):
-            height = show_runs(axis, 'same-big', f'{method}-{world}-{kind}', 'small.top1', x + shift)
+            show_runs(axis, 'same-big', f'{method}-{world}-{kind}', 'small.top1', x + shift)
             places.append(x + shift)
         axis.text(x, 84, words, color=PAINT[method], ha='center', va='center', fontsize=11)
     show_scale(axis, 'small objects named, %', (40, 60))
     axis.set_xticks(places, ('mixed', 'sharing') * len(SAME_BIG), fontsize=11)
-    axis.set(xlim=(-0.5, 3.5), ylim=(0, 90), xlabel='batches')
+    axis.axvline(1.5, color='#bbbbbb')
+    axis.set(xlim=(-0.5, 3.5), ylim=(0, 90),
+             xlabel='one big and two small objects' + 24 * ' ' + 'one big and one small object')
 
 
 def draw_race(figure):
@@ -539,10 +542,10 @@ def draw_pointing(figure):
 
 
 CELLS = [               # of the 2 x 2: x, y, the term of COSMOS, the same term where nothing is read, is there a leak?
-    (0, 0, 'h_T_cls_t', 'eot_cls_t', True),
-    (1, 0, 'h_T_eot_t', 'eot_eot_t', False),
-    (0, 1, 'h_I_cls_t', 'cls_cls_t', False),
-    (1, 1, 'h_I_eot_t', 'cls_eot_t', True)]
+    (0, 0, 'h_I_cls_t', 'cls_cls_t', False),
+    (1, 0, 'h_I_eot_t', 'cls_eot_t', True),
+    (0, 1, 'h_T_cls_t', 'eot_cls_t', True),
+    (1, 1, 'h_T_eot_t', 'eot_eot_t', False)]
 
 
 def draw_leak(figure):
@@ -560,37 +563,37 @@ def draw_leak(figure):
         words = 'a copy is enough' if leaks else 'a copy does not help'
         axis.text(x, y + 0.24, words, ha='center', va='center', fontsize=11, color=ink)
     axis.set_xticks((0, 1), ("cls_t,\nthe teacher's image", "eot_t,\nthe teacher's caption"))
-    axis.set_yticks((0, 1), ('h_T, a sentence\nthat has read\nthe image', 'h_I, a view\nthat has read\nthe caption'))
-    axis.set(xlim=(-0.5, 1.5), ylim=(1.5, -0.5), xlabel='loss, in % of a blind guess:\nreading nothing → COSMOS')
+    axis.set_yticks((0, 1), ('h_I, a view\nthat has read\nthe caption', 'h_T, a sentence\nthat has read\nthe image'))
+    axis.set(xlim=(-0.5, 1.5), ylim=(1.5, -0.5), xlabel='loss, in % of guessing:\nwithout cross-attention → COSMOS')
     axis.set_title('must find', fontsize=13)
     axis.tick_params(length=0)
     axis.tick_params('x', labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
 
 
-READERS = {'cosmos': 'its own\npair', 'another-pair': 'another\npair', 'across': 'across',
+READERS = {'cosmos': 'its own\npair', 'another-pair': 'another\npair', 'across': 'its own,\nno leak',
            'without-cross-attention': 'nothing'}
+PICKED = {'read': RED, 'sentence': '#333333'}           # of page 5: the image that h_T has read, and its caption's
 
 
 def draw_reading(figure):
-    """Page 5: whose image does h_T pick, given the caption of one, and another to read? And who names how much?"""
-    left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
+    """Page 5: h_T of one caption has read another pair's image. Which of the two images does it pick? And how much is
+    named after the same training?"""
+    left, right = figure.subplots(1, 2)
     for x, method in enumerate(READERS):
-        heard = show_runs(left, 'across', method, 'conflict.h_T_caption.sentence', 0.1 * x - 0.1)
-        copied = show_runs(left, 'across', method, 'conflict.h_T_caption.read', 0.9 + 0.1 * x)
-        words = 'in training: ' + READERS[method].replace('\n', ' ')
-        if copied > heard:
-            left.text(0.8, copied, words, color=PAINT[method], ha='right', va='center', fontsize=11)
-        elif heard:
-            left.text(0.1 * x, heard, words, color=PAINT[method], va='center', fontsize=11)
+        for (what, color), shift in zip(PICKED.items(), (-0.15, 0.15)):
+            show_runs(left, 'across', method, f'conflict.h_T_caption.{what}', x + shift, color)
         show_runs(right, 'reading', method, 'small.top1', x)
-    show_scene(left, 0, "the caption's", 'built-in', 'val', 0)
-    show_scene(left, 1, 'the one it reads', 'built-in', 'val', 1)
-    show_scale(left, 'h_T picks this image, %', (25, 50, 75, 100), chance=100 / 32)
-    left.set(xlim=(-0.4, 1.5), ylim=(-3, 103), xticks=[])
+    left.text(0.1, 80, 'the image\nthat it has read', color=PICKED['read'], va='center', fontsize=11)
+    left.text(1.4, 60, "its caption's\nimage", color=PICKED['sentence'], va='center', fontsize=11)
+    show_scale(left, 'h_T picks, %', (25, 50, 75, 100), chance=100 / 32)
     show_scale(right, 'small objects named, %', (0, 30, 40, 50))
-    right.set_xticks(range(len(READERS)), READERS.values(), fontsize=10)
-    right.set(xlim=(-0.5, 3.5), ylim=(0, 52), xlabel='COSMOS reads in training')
+    left.set(ylim=(-3, 103))
+    right.set(ylim=(0, 52))
+    for axis in left, right:
+        axis.set_xticks(range(len(READERS)), READERS.values(), fontsize=10)
+        axis.set(xlim=(-0.5, 3.5), xlabel='what is read in training')
+    left.set_xlim(-0.5, 2.5)
 
 
 PICTURES = {            # how it is drawn, inches

@@ -282,8 +282,8 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
 # --- 5. What C^I hands over ------------------------------------------------------------------------------------------
 
 def answers_to(model, query, patches):
-    """What C^I hands over about each scene, asked with query (D,), patches (n, P, D) -> (n, D), of unit length. The query
-    is not added."""
+    """What C^I hands over about each scene, without the query itself. query (D,), patches (n, P, D) -> (n, D), of unit
+    length."""
     return unit(model.image_cross(query.expand(1, len(patches), -1), patches)[0])
 
 

@@ -967,7 +967,7 @@ def test_the_picture_of_a_step():
     for view, uri in zip(views, found, strict=True):
         pixels = Image.open(io.BytesIO(base64.b64decode(uri.partition(',')[2])))
         assert_close(torch.from_numpy(np.array(pixels)), view.permute(1, 2, 0), rtol=0, atol=1)
-    assert len(set(steps.values())) == len(steps) == 5
+    assert len(set(steps.values())) == len(steps) == 6
 
 
 # --- Photographs -----------------------------------------------------------------------------------------------------
