@@ -7,7 +7,7 @@ global ones: large crops, groups of sentences. In the student, cross-attention l
 to the tokens of the other. The result is added to the vector, and the sum is trained to pick out its own pair's teacher
 vectors from those of the whole batch. So a sentence about a small object is meant to find that object in the image.
 
-Notation, in shapes:
+Symbols for shapes:
     B pairs on this GPU     N pairs on all GPUs             V image views, 2 global + local
     P patches               T tokens of a text, padded      U captions, 2 global + local
     W width of a tower      D width of the joint space      R rows of a sequence: T, P, or 1 + P with the class token
@@ -20,8 +20,7 @@ Names taken from the paper:
 Views come first, (V, B, D), and views 0 and 1 are the two globals. Code that serves both modalities says "view" and V
 for captions, too. `ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors.
 
-One training step. It uses the names of the code below. After C^I and C^T comes the name of the module that implements
-each.
+One training step, in the names of the code below (text_cross is the module for C^T, image_cross the one for C^I):
 
     images: 2 global views, 6 local                               texts: 2 global captions, 6 local
            |                                                                        |
@@ -33,7 +32,7 @@ each.
            |                         |                        |                     |
            |             h_I = C^T + cls   Eq. 1      h_T = C^I + eot   Eq. 2       |
            |                         |                        |                     |
-           '--- clip_loss: global cls|------------------------|---- all eot --------'
+           '--- global cls ----------|------ clip_loss -------|---- all eot --------'
                                      '----- cosmos_terms -----'
                                        h_I and h_T, each with cls_t and eot_t, Eq. 6
                                              |            |
@@ -57,7 +56,8 @@ and transformer. If you know them, read only how a tower treats its views (class
 We follow the released code (github.com/ExplainableML/cosmos); references such as `model.py:274` point into it. If the
 paper is silent or differs, the released code decides, and a mark says so:
     code≠paper: the paper says something else.          paper silent: the paper does not say, as far as we know.
-A third mark, ours, says where we decide: we differ from the released code on purpose, or it has nothing of the kind.
+A third mark, `ours`, means that the decision is our own, because we differ from the released code on purpose or because
+that code has nothing of the kind.
 """
 import copy
 import math
@@ -236,7 +236,8 @@ class COSMOS(nn.Module):
 
     @torch.no_grad()
     def clamp_scales(self):
-        """Clamp what `scales` returns to [0, ln 100], after each step. Above that the softmax saturates."""
+        """Clamp the learned scales (logarithms) to [0, ln 100]; call this after each step. Above ln 100 the softmax
+        saturates."""
         for scale in self.scales():
             scale.clamp_(0, math.log(100))
 
@@ -246,9 +247,9 @@ class COSMOS(nn.Module):
 class Teacher(nn.Module):
     """theta_t <- lambda theta_t + (1 - lambda) theta_s: an exponential moving average of the student, without gradient.
 
-    With lambda = 0.999 the last 693 students have half of the weight. The teacher starts as a copy of the student. When
-    it teaches, it runs its towers only. Cross-attention and scales are averaged as well, so that teacher.model is a
-    complete model, which can be evaluated, and whose attention can be drawn.
+    With lambda = 0.999 the last 693 versions of the student carry half the weight. The teacher starts as a copy of the
+    student. For teaching, only its two towers run. Cross-attention and scales are averaged as well, so that
+    teacher.model is a complete model, which can be evaluated, and whose attention can be drawn.
     """
 
     def __init__(self, student):
@@ -263,19 +264,20 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student, momentum):
-        """Move every parameter by 1 - lambda of the way to the student's.
+        """Move every parameter a fraction 1 - lambda of the way to the student's.
 
         ours, paper silent: we call it after optimizer.step, as DINO does. The released code calls it before, and so
         averages the student of one step earlier (its train.py:185-193 comes before 213-221).
         """
-        # For each parameter: the teacher's.lerp_(the student's, 1 - momentum). One call for all of them is faster.
+        # The same as p_teacher.lerp_(p_student, 1 - momentum) for each parameter, but one call for all of them is
+        # faster.
         mine = list(self.model.parameters())
         torch._foreach_lerp_(mine, list(student.parameters()), 1 - momentum)
 
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-MANY = 2 ** 24      # with this many (67 MB; 1,024 pairs in 8 x 2 views) or more, nce does not keep its logits
+MANY = 2 ** 24      # nce does not keep its logits if there are this many or more (1,024 pairs in 8 x 2 views: 67 MB)
 
 
 def nce(queries, keys, scale):
@@ -307,7 +309,7 @@ def nce(queries, keys, scale):
 
     if V * B * U * N < MANY:
         return cross_entropy(queries, keys, scale)
-    # ours: this many logits are not kept. The backward pass computes them again, to the last bit, one L_nce at a time.
+    # ours: we do not keep this many logits. The backward pass recomputes them, bit for bit, one L_nce at a time.
     # A step has ten L_nce. With 4,096 pairs on one GPU their logits would take 11 GB together.
     return checkpoint(cross_entropy, queries, keys, scale, use_reentrant=False)
 
@@ -322,13 +324,13 @@ def match(a, b, scale):
 
 
 def clip_loss(out, scale):
-    """L_CLIP: the student's global images with all its captions, in the paper 2 x 8 pairs of views.
+    """L_CLIP: the student's global images with all its captions, in the released code 2 x 8 pairs of views.
     scale = exp(logit_scale).
 
     It is CLIP's loss on [cls] and [eot], and cross-attention has no part in it.
 
     code≠paper, perhaps: local image views stay out, because the authors' trial with them overfitted
-    (loss.py:203-206). One summary says that the paper takes all crops, so check your copy.
+    (loss.py:203-206). One summary of the paper says that it uses all crops, so check your copy of the paper.
     """
     return match(*gather(out.cls[:GLOBALS], out.eot), scale)
 
@@ -375,7 +377,8 @@ def across_terms(out, cls_t, eot_t, scale):
 
 
 def plain_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 without cross-attention, for the method `plain` of train.py (ours): cls and eot stand for h_I and h_T."""
+    """Eq. 6 without cross-attention, for the method `plain` of train.py (ours): cls and eot stand in for h_I and
+    h_T."""
     cls, eot = gather(out.cls, out.eot)
     cls_t, eot_t = gather(cls_t, eot_t)
     return {
@@ -424,13 +427,13 @@ def total_loss(model, out, cls_t, eot_t, terms=cosmos_terms):
 # --- 5. Across GPUs: this GPU's pairs against all GPUs' pairs --------------------------------------------------------
 
 class Gathered(NamedTuple):
-    """Vectors as the two sides of an L_nce. On one GPU both are the same tensor."""
-    queries: torch.Tensor       # (V, B, D)  of this GPU
-    keys: torch.Tensor          # (V, N, D)  of all GPUs
+    """The same vectors in the two roles of an L_nce. On one GPU both are the same tensor."""
+    queries: torch.Tensor       # (V, B, D)  this GPU's
+    keys: torch.Tensor          # (V, N, D)  all GPUs'
 
 
 def gather(*vectors):
-    """Several (V, B, D) -> a Gathered for each, by one collective for all of them.
+    """Several tensors (V, B, D) -> a Gathered for each; one collective serves them all.
 
     The released code has two collectives for each pair of views, 2 x 8 pairs in L_CLIP and 4 x 16 in L_COSMOS.
     """
@@ -495,7 +498,7 @@ class Tower(nn.Module):
         features = []
         for x, row in self.embed(same_size(views)):
             features.append(self.read_row(x, row))
-        return torch.cat(features).unflatten(0, (len(views), -1))       # view after view
+        return torch.cat(features).unflatten(0, (len(views), -1))       # view 0's B rows come first
 
     def with_sequence(self, views):
         """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0 after the LayerNorm (B, R, W).
@@ -572,8 +575,8 @@ class VisionTower(Tower):
 class TextTower(Tower):
     """Causal transformer. The end-of-text token is the first that has seen the whole caption, and stands for it.
 
-    For its [eot], a tensor of B texts may be cut after the end of the longest, because attention is causal, so an end
-    token never sees the padding after it. A text that is cut before its end gives a wrong [eot] without any error.
+    If only [eot] is needed, a tensor of B texts may be cut off where the longest one ends. Attention is causal, so an
+    end token never sees the padding after it. A text that is cut before its end gives a wrong [eot] without any error.
     """
 
     def __init__(self, config):
@@ -594,7 +597,7 @@ class TextTower(Tower):
 
     def embed(self, groups):
         """groups: one tensor of ids (n, T) for each length -> for each group the vectors of its tokens, with positions
-        added, (n, T, W), and the row of the end (n,). The end has the largest id.
+        added, (n, T, W), and the row of each end-of-text token (n,), which is the token with the largest id.
 
         One lookup for all captions, because in the backward pass each lookup allocates a (vocab, W) gradient.
         """
@@ -684,7 +687,7 @@ def pick(x, row):
 
 class Attention(nn.MultiheadAttention):
     """Attention(width, heads) has the parameters of torch's multi-head attention, but a forward pass of its own. Its
-    mask is True for keys that may be seen, which is the opposite of torch's.
+    mask is True for keys that may be seen, as in scaled_dot_product_attention; nn.MultiheadAttention's is the opposite.
 
     The forward pass is written out because we need q, k and v themselves, for the weights that the pictures show and
     for segmentation in eval.py. The query may be one row, as in the last block. in_proj_weight (3 W, W) stacks the

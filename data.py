@@ -1,4 +1,4 @@
-"""From a pair to a batch: its text crops, its image crops, the order of the pairs, the batch.
+"""From pairs to batches: text crops, image crops, the order of the pairs, and the batch itself.
 
 A pair is an image and a `pool`, all sentences that describe the image. Both are cropped (Sec. 3.1 of the paper). The
 colours of some image crops are then changed, some are blurred, and all are normalised; the result is called a view. A
@@ -15,7 +15,7 @@ each place into crops and token ids, and `collate` joins them into a `Batch`; bo
 is a loader. `Batch.views` then runs on the model's device, where it changes the colours and normalises. The marks
 `ours` and `paper silent` mean the same as in cosmos.py; "as released" means that the authors' code does so.
 
-The helpers are in plumbing/, and need not be read: `Shards` gives the bytes of an image and the pool of its sentences,
+The helpers are in plumbing/, and you can skip them: `Shards` gives the bytes of an image and the pool of its sentences,
 `decode` gives the pixels, `Tokenizer` the ids, and `recolour` changes the colours of a batch.
 """
 import random
@@ -47,8 +47,8 @@ def text_crops(pool, rng, global_texts, local_texts):
 
     If the pool is large enough, each global caption draws its sentences without replacement, in random order; all local
     captions come from one more such draw, a sentence each. paper silent: the order, the '. ', and what to do if the
-    pool has too few sentences. As released, such a pool is repeated whole as often as it fits, in its own order, and a
-    random sample supplies the rest.
+    pool has too few sentences. As released, the whole pool is then taken, in its own order, as often as it fits into
+    the number wanted, and a random sample of it fills the remaining places.
     """
     captions = []
     for _ in range(global_texts):
@@ -108,7 +108,7 @@ def draw_strengths(kind, rng):
         strengths['saturation'] = rng.uniform(0.8, 1.2)
         strengths['hue'] = rng.uniform(-0.1, 0.1)   # 1 would be a full turn of the colour wheel
     if rng.random() < kind.grey:
-        strengths['grey'] = 0.0                         # no colour stays
+        strengths['grey'] = 0.0                         # no colour is left
     if rng.random() < kind.blur:
         strengths['blur'] = rng.uniform(0.1, 2.0)       # standard deviation in pixels
     if rng.random() < kind.solarize:
@@ -127,8 +127,8 @@ ASPECTS = (3 / 4, 4 / 3)                        # smallest and largest aspect ra
 def draw_boxes(height, width, kinds, rng):
     """For each view draw a random box (y, x, h, w) in an image of height x width pixels, as torchvision does.
 
-    get_params draws from torch's global generator. The boxes must depend on nothing but rng. Therefore we seed the
-    global generator from rng, and restore it afterwards.
+    get_params draws from torch's global generator, but the boxes must depend only on rng. So we seed the global
+    generator from rng, and restore it afterwards.
     """
     image = torch.empty(1, 1, 1).expand(1, height, width)               # get_params only looks at its size
     with torch.random.fork_rng(devices=[]):
@@ -173,8 +173,8 @@ class Counts(NamedTuple):
     """How many views and captions a pair gives: V = global_images + local_images, U = global_texts + local_texts.
 
     COSMOS has GLOBALS global images and as many global texts. The first row of Table 5 (METHODS in train.py) has only
-    one global image. In that case there must be no local images, because L_CLIP would mistake the first one for the
-    second global.
+    one global image. In that case there must be no local images, because L_CLIP would mistake the first local image for
+    the second global one.
     """
     global_images: int = GLOBALS
     local_images: int = 6
@@ -189,11 +189,11 @@ MOST_BAD = 1000         # stop the run after this many unreadable pairs in a row
 class Crops(Dataset):
     """The training set: (epoch, index of the pair) -> crops of the pair and ids of its captions, for `collate`.
 
-    augment: 'full' is the released recipe; 'crops' does not change colours, blur or flip, because captions may name
-    colours, or left and right. crop_min: the smallest share of the image in a global crop. If a pair is Unreadable, its
-    name is printed, it is counted, and a random pair takes its place. If the batch has that pair already, the two are
-    false negatives of each other; this is rare in a set that is much larger than a batch. Put new random draws at the
-    end of `sample`. Anywhere earlier they would shift the draws after them, and so change every run.
+    augment: 'full' is the released recipe; 'crops' leaves out colour changes, blur and flips, because captions may
+    mention colours, or left and right. crop_min: the smallest share of the image in a global crop. An Unreadable pair
+    is reported by name and counted, and a random pair takes its place. If the replacement is already in the batch, its
+    two copies are false negatives of each other; this is rare in a set that is much larger than a batch. Put new random
+    draws at the end of `sample`. Anywhere earlier they would shift the draws after them, and so change every run.
     """
     shards: Shards
     tokenizer: Tokenizer
@@ -313,7 +313,7 @@ class Batch(NamedTuple):
         """
         views = []
         for k, (crops, changes) in enumerate(zip(self.crops, self.changes.by_view())):
-            # ours: view k of all pairs has one order of jitters. The released code draws one for every image.
+            # ours: one order of jitters for view k of all pairs. The released code draws a new order for every image.
             order = random.Random(f'{seed_and_step} {k}').sample(JITTERS, len(JITTERS))
             images = recolour(crops, changes, [*order, 'grey', 'blur', 'solarize'])
             views.append(normalize(images))
@@ -324,10 +324,10 @@ def cut(captions, multiple):
     """A list of (B, T) ids, all cut to the length of the longest text in it, rounded up to a multiple of `multiple`."""
     if not captions:
         return []
-    ends = [ids.argmax(dim=1).max().item() for ids in captions]         # the largest id ends a text
+    ends = [ids.argmax(dim=1).max().item() for ids in captions]         # the end token has the largest id
     longest = max(ends) + 1
     length = ceil(longest / multiple) * multiple        # may exceed T: slicing then keeps all T
-    # Make them contiguous here, in the worker, because otherwise pinning makes one more copy.
+    # Contiguous already here, in the worker, because otherwise pinning would make an extra copy.
     return [ids[:, :length].contiguous() for ids in captions]
 
 
@@ -351,7 +351,7 @@ def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
 
 
 def loader(train_set, order, workers, multiple=1, whole_first=True):
-    """The plain DataLoader that serves batch after batch of an Order."""
+    """An ordinary DataLoader that serves the batches of an Order, one after another."""
     make_batch = partial(collate, multiple=multiple, whole_first=whole_first,
                          global_texts=train_set.counts.global_texts)
     return DataLoader(train_set, batch_sampler=order, collate_fn=make_batch,

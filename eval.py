@@ -8,13 +8,13 @@
 
 CKPT is a checkpoint of this repository (a file, or a folder runs/NAME, from which we take best.pt, or last.pt if there
 is none), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with GELU; python -m extras.weights converts
-other CLIPs. We evaluate the teacher, which has the averaged weights, if there is one and --weights student is not
-given. Features are float32 vectors of unit length, and a score is the dot product of two of them.
+other CLIPs. We evaluate the teacher, which has the averaged weights, unless there is none or you give --weights
+student. Features are float32 vectors of unit length, and a score is the dot product of two of them.
 
-Parts 3 to 5 are the protocols. For figures that can be compared with published ones give --coco (COCO's val2017) or
---flickr (the released list of Flickr30K), and for ImageNet and segmentation --templates open_clip (CLIP's 80 prompts
-instead of our six, and its class names for ImageNet), for segmentation also --benchmark. On a first reading, skip part
-6, the command line. The marks (`ours`, ...) mean the same as in cosmos.py and data.py.
+Parts 3 to 5 are the protocols. To compare with published figures: for retrieval give --coco (COCO's val2017) or
+--flickr (the released list of Flickr30K). For ImageNet and for segmentation give --templates open_clip, which takes
+CLIP's 80 prompts instead of our six, and for ImageNet also open_clip's class names. For segmentation add --benchmark.
+On a first reading, skip part 6, the command line. The marks (`ours`, ...) mean the same as in cosmos.py and data.py.
 """
 import math
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
     """-> (model in eval mode, tokenizer, preprocess: PIL image -> (3, S, S)).
 
     path: one of our checkpoints, the folder of a run (its best.pt, or its last.pt if there is none), released weights,
-    or open_clip's. vocab and quick_gelu are handed to plumbing.weights.read_network; only train.py --init sets
+    or open_clip's. vocab and quick_gelu are passed on to plumbing.weights.read_network; only train.py --init sets
     quick_gelu. weights: 'teacher' or 'student'. If there is no teacher, the student is taken; model.origin says which
     network of which checkpoint was loaded, and its step.
     """
@@ -79,7 +79,7 @@ def preprocessing(size):
 
 # --- 2. Features -----------------------------------------------------------------------------------------------------
 
-# These sizes keep a GPU busy, and fit a small GPU. They affect only the last bits of the results.
+# These sizes keep a GPU busy, and still fit on a small one. They affect only the last bits of the results.
 IMAGE_BATCH = 64
 TEXT_BATCH = 256
 
@@ -156,7 +156,7 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
     query i if they have the same id. All four arguments must be on the same device; the result is on it, too.
 
     In retrieval an id is the number of an image, in classification the number of a class. A wrong target with an equal
-    score counts as ahead, because features that are all the same must not look perfect.
+    score counts as ahead; otherwise a model whose features are all the same would look perfect.
     """
     found = []
     for rows in torch.arange(len(queries)).split(chunk):            # never the whole n x m matrix
@@ -197,8 +197,9 @@ def shard_captions(shards):
     """Held-out shards (of val/) -> all captions, and owner (captions,): the pair that each belongs to. Captions are
     not cut into sentences.
 
-    For each pair the first key that is present is used, in the order of shards.caption_keys, or of HELD_OUT_KEYS if
-    none were given. Raises Refused with the name of a pair that has none.
+    For each pair we try shards.caption_keys in order (HELD_OUT_KEYS if none were given), and use the first key that has
+    a caption. Raises Refused, naming the pair, if its json cannot be read, or if it has no caption or one that is not
+    text.
     """
     keys = shards.caption_keys or HELD_OUT_KEYS
     captions_of_pairs = []
@@ -216,9 +217,9 @@ def shard_captions(shards):
 
 
 def check_held_out(shards, workers=0):
-    """Try every caption and every image of held-out shards, so that none is found broken in the middle of a run. Raises
-    Refused or Unreadable, with the name of the pair. train.py writes the index of these shards (val.npy) only once they
-    have passed. So if they already have an index, we skip the images."""
+    """Try every caption and every image of held-out shards, so that a broken one is found now, and not in the middle of
+    a run. Raises Refused or Unreadable, with the name of the pair. train.py writes val.npy, the index of these shards,
+    only after this check. So shards that were opened from an index have passed it, and we skip their images."""
     shard_captions(shards)
     if shards.is_mapped:
         return
@@ -228,7 +229,7 @@ def check_held_out(shards, workers=0):
 
 
 def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
-    """-> figures, image features (n, D), which train.py uses again.
+    """-> figures, image features (n, D), for callers that need them again.
 
     source: image paths, with their captions and `owner`; or held-out shards, which have captions of their own.
     """
@@ -323,8 +324,8 @@ def window_scores(model, pixels, vectors, csa):
     """pixels (3, H, W), vectors (M, D) of M names -> (M, H, W): cosines of patches and names, averaged over sliding
     windows.
 
-    A window has the size of the model's images, as released. Each is scored alone, and the scores of its grid of
-    patches are enlarged to its pixels.
+    A window has the size of the model's images, as released. Each window is scored on its own, and its patch scores are
+    interpolated up to pixels.
     """
     side = model.config.image_size
     _, H, W = pixels.shape
@@ -342,7 +343,8 @@ def window_scores(model, pixels, vectors, csa):
 
 
 def segment_image(model, image, vectors, names_per_class, settings):
-    """One image of h x w pixels, scaled to H x W -> (h, w) int64 class of each pixel.
+    """An image of h x w pixels -> (h, w) int64, the class of each pixel. It is scored at H x W pixels, as settings.size
+    says.
 
     vectors (M, D): one for each name, class after class; a class has one name or several. The steps are those of
     clip_segmentor.py:113-276 of the released code:
@@ -397,8 +399,8 @@ def best_class(logits, size, class_of_name, candidates):
 
 
 def confusion(truth, predicted, classes):
-    """truth and predicted: class numbers, of the same shape -> (classes, classes) counts; rows are the truth. IGNORE is
-    left out."""
+    """truth and predicted: class numbers, of the same shape -> (classes, classes) counts; rows are the truth. Pixels
+    whose truth is IGNORE are not counted."""
     seen = truth != IGNORE
     cells = truth[seen] * classes + predicted[seen]
     return torch.bincount(cells, minlength=classes ** 2).view(classes, classes)
@@ -490,7 +492,7 @@ def run_segment(args, model, tokenizer, preprocess):
     settings = settings._replace(csa=args.csa)
     synonyms = read_synonyms(args.classes)              # a list of names for each class
     need(settings.classes in (0, len(synonyms)),        # 0: any number
-         f'{args.classes} has {len(synonyms)} lines, {args.benchmark} has {settings.classes} classes; '
+         f'{args.classes} has {len(synonyms)} lines, but {args.benchmark} has {settings.classes} classes; '
          'give one line per class')
     names = [of_class[0] for of_class in synonyms]
     names_per_class = [len(of_class) for of_class in synonyms]
@@ -511,7 +513,7 @@ def run_segment(args, model, tokenizer, preprocess):
 
 
 def execute(args):
-    """Load the checkpoint, run the command, show its figures. Commands of extras/ and lesson/ use it, too."""
+    """Load the checkpoint, run the command, show its figures. Commands in extras/ and lesson/ use it, too."""
     model, tokenizer, preprocess = load(args.checkpoint, args.weights, args.vocab)
     print(f'{args.command} of {model.origin}')
     model.to(args.device)
@@ -522,7 +524,8 @@ def execute(args):
 
 
 def main():
-    # args holds each option under the name that --help shows; args.command is retrieval, classify or segment.
+    # args has the options that --help lists (CKPT is args.checkpoint), and args.command: retrieval, classify or
+    # segment.
     args = evaluation_options(__doc__, HELD_OUT_KEYS)
     functions = {'retrieval': run_retrieval, 'classify': run_classify, 'segment': run_segment}
     args.function = functions[args.command]

@@ -1,15 +1,15 @@
-"""Train COSMOS: one step, many times, on 1 to N GPUs, resumable.
+"""Train COSMOS on a CPU, one GPU or several. A run that stops can be resumed.
 
     python train.py                                             the built-in set on a laptop, in minutes
     torchrun --nproc_per_node=8 train.py --data /shards         vit-b-16, the paper's recipe, on eight GPUs
     python train.py --data /shards --accum 8                    the same on one GPU that can hold an eighth of a batch
     python train.py --init CKPT --data /shards                  COSMOS that starts from an existing CLIP
 
-To continue a run that stopped, give the same command with --resume. A run leaves these files in --out (best.pt and
-val.npy if there are held-out shards, report.html and maps.npz if there is extras/): last.pt (the checkpoint), best.pt
-(the networks with the best R@1 on --val), report.html (the run as a page; maps.npz has its pictures), log.jsonl,
-config.json, eval.json, index.npy and val.npy (where the pairs are in the shards), and lock (which process is using the
-folder).
+To continue a run that stopped, give the same command with --resume, and with --out if the run went into another folder
+(NAME-2). A run leaves these files in --out: last.pt (the checkpoint), log.jsonl, config.json, eval.json, index.npy
+(where the pairs are in the shards) and lock (which process is using the folder). With held-out shards it also leaves
+best.pt (the networks with the best mean R@1 on --val) and val.npy (their index). With extras/ it also leaves
+report.html (the run as a page) and maps.npz (what that page shows besides the log).
 
 On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6, the run from top
 to bottom: `main` is the loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5 set up,
@@ -231,8 +231,8 @@ def train_step(run, batch):
         if run.method.has_teacher:
             run.teacher.update(student, momentum_at(run.step, options))
     else:
-        [total] = run.processes.sum([loss])     # for the warning, because only one rank's loss may be infinite
-        tqdm.write(f'WARNING    step {run.step + 1} is left out: loss {total / run.processes.world:.4g}, '
+        [total] = run.processes.sum([loss])     # for the warning; perhaps only one rank's loss is infinite
+        tqdm.write(f'WARNING    step {run.step + 1} was skipped: loss {total / run.processes.world:.4g}, '
                    f'gradient norm {norm:.4g}, both over all processes')
     run.scaler.update()             # fp16: after an infinity it lowers the scale
     run.step += 1                   # a skipped step counts, too
@@ -252,8 +252,9 @@ def lr_at(step, options):
 
 
 def momentum_at(step, options):
-    """The teacher's momentum lambda. In a short run a fixed one would leave the teacher with much of its random start,
-    so with --momentum-ramp it starts low and rises. Without a ramp, as in the paper's recipe, it is fixed."""
+    """The teacher's momentum lambda. In a short run, with a fixed momentum the teacher would keep much of its random
+    initial weights, so with --momentum-ramp it starts low and rises. Without a ramp, as in the paper's recipe, it is
+    fixed."""
     taken = step + 1
     return min(options.momentum, taken / (taken + options.momentum_ramp))
 
@@ -268,7 +269,8 @@ def make_optimizer(student, lr, wd):
 # --- 4. Set-up: options, data, model, teacher, optimizer --------------------------------------------------------------
 
 def read_options(argv=None):
-    """A namespace with every option that --help lists: what is typed, else the recipe, else the default in --help."""
+    """A namespace with every option that --help lists: what is typed, else the recipe, else the default in --help;
+    `open_shards` fills in what depends on the data, such as --warmup."""
     return training_options(argv, __doc__, PRESETS, METHODS, recipe_of)
 
 
@@ -281,7 +283,8 @@ def identity(options, shards):
 
 
 def open_shards(options, processes, saved, built_in_set):
-    """-> training shards, held-out shards (None on ranks other than 0, and if nothing is held out).
+    """-> training shards, and held-out shards. The latter are None on ranks other than 0, and everywhere if nothing is
+    held out.
 
     Also fills in those of --data, --val, --steps, --warmup and --eval-every that were not typed.
     """
@@ -298,7 +301,7 @@ def open_shards(options, processes, saved, built_in_set):
             runs.check_same(saved, options, identity(options, shards))
         if processes.rank == 0:
             if options.val:
-                val = Shards(options.val, options.caption_keys, 'val', val_index)   # the pool is for training
+                val = Shards(options.val, options.caption_keys, 'val', val_index)   # --caption-pool is for training
                 evaluation.check_held_out(val, options.workers)     # better refused now than in the middle of the run
             runs.lock(options.out)
             if val:
@@ -310,7 +313,8 @@ def open_shards(options, processes, saved, built_in_set):
 def choose_model(options, saved):
     """-> Config, tokenizer, weights to start from. Config and tokenizer come from the resumed run, from --init, or from
     the preset and --vocab; the tokenizer is None if it must be learned. The weights come from --init, and otherwise
-    they are {}. They are {} for a resumed run, too, because set_up restores its weights later.
+    they are {}. They are {} for a resumed run, too, because set_up restores its weights later. In a new run --method
+    decides about cross-attention and the second scale.
     """
     if saved:
         config = Config(**saved['config'])
@@ -365,7 +369,7 @@ def make_run(options, processes, train_set, weights, batches):
 
 
 def set_up(options, processes, built_in_set):
-    """-> a run, new or restored from its checkpoint; held-out shards."""
+    """-> a Run, new or restored from its checkpoint, and the held-out shards (or None)."""
     if processes.device.type == 'cpu':
         use_cores(options.workers)
     saved = runs.read_last(options.out) if options.resume else {}
@@ -375,7 +379,7 @@ def set_up(options, processes, built_in_set):
     if not saved:
         options.out = processes.broadcast(runs.free_name(options.out))
     with processes.rank_0_first():      # rank 0 may fetch CLIP's vocabulary
-        config, tokenizer, weights = choose_model(options, saved)       # may refuse, so nothing is in --out yet
+        config, tokenizer, weights = choose_model(options, saved)       # may raise Refused, before --out is written
     shards, val = open_shards(options, processes, saved, built_in_set)
     if tokenizer is None:
         merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
@@ -417,7 +421,7 @@ def log_entry(run, progress):
     images = cls.keys[0]            # view 0 of the pairs of all ranks, (N, D)
     captions = eot.keys[0]          # and caption 0
     nearest = (images @ captions.T).argmax(dim=1).cpu()     # which caption each image finds, (N,)
-    used = run.step - 1             # run.step counts the step just done, whose lr and momentum are these
+    used = run.step - 1             # run.step already counts the step just done, which used the lr of run.step - 1
     entry = {                       # the same on all ranks, except pairs_per_s; rank 0 writes its own
         'step': run.step,
         'lr': lr_at(used, options),
@@ -559,12 +563,12 @@ class Due(NamedTuple):
 
 
 def what_is_due(run, progress):
-    """-> Due. To change at which steps a run logs, saves, evaluates or ends, edit this function. run.best covers past
+    """-> Due. To change when a run logs, saves, evaluates or ends, edit this function. run.best covers past
     evaluations only; if one is due at this step, its result is not in there yet.
 
-    NB: ranks log, evaluate and end together. If one decides otherwise, the others hang. So decide by what all ranks
-    share: the step, the options, run.best, and progress, except its timings. Only rank 0 saves, so saving may depend on
-    the clock.
+    NB: ranks log, evaluate and end together. If one rank decides differently, the others hang. So base each decision on
+    what all ranks share: the step, the options, run.best, and progress, except its timings. Only rank 0 saves, so
+    saving may depend on the clock.
     """
     options = run.options
     step = run.step
@@ -598,7 +602,7 @@ def main(argv=None, watchers=(), built_in_set=None):
 
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
-    saving = runs.saved_on_error(run.student, partial(save, run))   # after an error, too, if the weights are finite
+    saving = runs.saved_on_error(run.student, partial(save, run))   # even after an error, if the weights are finite
     with bar, saving, signals_caught() as caught:
         while True:
             due = what_is_due(run, progress)
@@ -633,7 +637,7 @@ def main(argv=None, watchers=(), built_in_set=None):
         finish(run, figures, watchers)
         processes.leave(0)
     print(f'stopped    step {run.step} is saved; to go on, give the same command with --resume --out {run.folder}')
-    number = caught[0] if caught else SIGTERM           # the signal may have reached only another rank
+    number = caught[0] if caught else SIGTERM           # empty if the signal reached only other ranks
     processes.leave(128 + number)                       # the status that a shell reports
 
 

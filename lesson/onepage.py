@@ -41,12 +41,12 @@ def learning_rate(step, steps, peak):
 
 
 def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **changes):
-    """-> student, teacher, optimizer. folder: scenes as lesson/scenes.py draws them, or other shards. rate: the peak
-    learning rate.
+    """-> student, teacher, optimizer. folder: shards, such as the scenes of lesson/scenes.py. rate: the peak learning
+    rate.
 
     changes: fields of Setting (lesson/setting.py) that an experiment of the course changes.
     """
-    # Unchanged, this is COSMOS: L_CLIP, four terms, 2 global + 2 local views, 2 + 2 captions, 4 heads in C^I and C^T.
+    # The defaults are COSMOS: L_CLIP and the terms of Eq. 6, 2 global + 2 local views, 2 + 2 captions, 4 cross heads.
     setting = Setting(**changes)
     keep_memory()                                       # keep freed memory for reuse, which is faster on a CPU
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -78,14 +78,14 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, rate)
 
-        # A batch of B pairs. Spare padding is cut off, but not from the student's caption 0, because C^T reads padding.
+        # A batch of B pairs. Padding is trimmed, but not in the student's caption 0, where C^T reads it.
         samples = [train_set[place] for place in places]                # a place is (epoch, index)
         inputs = collate(samples, multiple, whole_first=setting.heads > 0,
                          global_texts=setting.counts.global_texts).to(device)
         images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); the string seeds the order of jitters
         texts = inputs.texts                            # U tensors (B, T)
 
-        # The student sees all views and captions. The teacher sees only the globals, and all its captions are cut.
+        # The student sees all views and captions. The teacher sees only the globals, and all its captions are trimmed.
         cls_t = eot_t = None
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = student(images, texts)
@@ -93,7 +93,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
                 cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
         loss, parts = total_loss(student, out, cls_t, eot_t, setting.terms)     # in float32
 
-        # The student follows the gradient; the teacher follows the student, fast at first, to forget its random start.
+        # The optimizer moves the student. The teacher follows it, quickly at first so that its random start fades.
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -108,12 +108,12 @@ def main():
     Parser(prog='python -m lesson.onepage', epilog=__doc__).parse_args()
     folder = built_in_set()
     _, teacher, _ = train(folder)
-    model = teacher.model               # averaged over many steps, it scores better than the last student
+    model = teacher.model               # a moving average of the student
     tokenizer = learn_tokenizer(Shards(folder, split='train'))          # the same as in `train`
     scored = model, tokenizer, preprocessing(model.config.image_size)
     held_out = Shards(folder, split='val')
     figures, image_features = zero_shot_retrieval(*scored, held_out)
-    show(figures | suppression.during_training(*scored, image_features, held_out))      # which it names
+    show(figures | suppression.during_training(*scored, image_features, held_out))      # and its scores on objects
 
 
 if __name__ == '__main__':

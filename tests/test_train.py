@@ -188,7 +188,7 @@ def test_a_step_that_another_process_spoils(monkeypatch, capsys):
     model.logit_scale.register_hook(lambda grad: math.nan * grad)
     monkeypatch.setattr(ALONE, 'sum', lambda losses: [math.nan])
     assert not step_of(model, images, texts).finite
-    assert 'step 1 is left out: loss nan, gradient norm nan, both over all' in capsys.readouterr().out
+    assert 'step 1 was skipped: loss nan, gradient norm nan, both over all' in capsys.readouterr().out
 
 
 OBJECTIVES = 'cosmos', 'across', 'plain', 'text-distill', 'image-distill', 'clip'
