@@ -220,9 +220,8 @@ class COSMOS(nn.Module):
         """images (B, 3, h, w), ids (B, T) -> weights of C^I over patches (B, P), of C^T over words (B, T).
 
         The query of C^I is the caption, the query of C^T is the image. The paper's qualitative figure shows such
-        weights (ours, because the paper does not say how heads are averaged, or whether the weights are the student's
-        or the teacher's, and the released code does not draw them). The weights over words include start, end and
-        padding. The model must have cross-attention.
+        weights (paper silent: whether they are the student's or the teacher's, and how heads are averaged). The weights
+        over words include start, end and padding. The model must have cross-attention.
         """
         cls, patches = self.encode_image(images)
         eot, words = self.encode_text(ids)
@@ -324,7 +323,7 @@ def match(a, b, scale):
 
 
 def clip_loss(out, scale):
-    """L_CLIP: the student's global images with all its captions, in the released code 2 x 8 pairs of views.
+    """L_CLIP: the student's global images with all its captions, 2 x 8 pairs of views in the released recipe.
     scale = exp(logit_scale).
 
     It is CLIP's loss on [cls] and [eot], and cross-attention has no part in it.
@@ -339,8 +338,9 @@ def cosmos_terms(out, cls_t, eot_t, scale):
     """The four terms of L_COSMOS by name.                                                            Sec. 3.3, Eq. 6
 
     total_loss weights them equally, so with a fifth term each would get a weight of 1/5. Every term compares all
-    student views with both teacher views, 8 x 2 comparisons in the paper. Student view 0 with teacher view 0 counts as
-    well, and 1 with 1 (paper silent; loss.py:131-139); DINO leaves them out. scale = exp(distill_logit_scale).
+    student views with both teacher views, 8 x 2 comparisons in the released recipe. Student view 0 with teacher view 0
+    counts as well, and 1 with 1 (paper silent; loss.py:131-139); DINO leaves them out. scale =
+    exp(distill_logit_scale).
     """
     h_I, h_T = gather(out.h_I, out.h_T)
     cls_t, eot_t = gather(cls_t, eot_t)     # in a call of their own, which has no backward pass
@@ -391,8 +391,8 @@ def plain_terms(out, cls_t, eot_t, scale):
 def embedding_terms(out, cls_t, eot_t, scale):
     """Self-distillation without cross-attention, for the row `text-distill` of Table 5.
 
-    ours: we do not know the paper's loss for this row. Here cls and eot take the place of h_I and h_T, and each is
-    compared with the teacher's vectors of its own modality.
+    ours: we do not know the paper's loss for this row, nor for the two rows of image_terms. Here cls and eot take the
+    place of h_I and h_T, and each is compared with the teacher's vectors of its own modality.
     """
     return {
         'cls_cls_t': match(*gather(out.cls, cls_t), scale),
@@ -452,8 +452,8 @@ class Gather(torch.autograd.Function):
 
     In the released code each rank computes the whole loss, with a gradient for its own vectors only. The sum over ranks
     would be the full gradient, but DDP takes the mean, so the gradient is too small by a factor of the number of ranks.
-    (The two scales are not affected, because every rank has their whole gradient.) This does no harm with AdamW, which
-    cancels such a factor, apart from its eps.
+    (The two scales are not affected, because every rank has their whole gradient.) AdamW cancels such a factor, apart
+    from its eps.
     """
 
     @staticmethod

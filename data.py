@@ -12,8 +12,8 @@ batches for any number of workers and GPUs, and can be resumed at any step.
 
 How a batch is made: for every step `Order` yields a list of places (epoch, index), one for each pair. `Crops` turns
 each place into crops and token ids, and `collate` joins them into a `Batch`; both run in the loader's workers, if there
-is a loader. `Batch.views` then runs on the model's device, where it changes the colours and normalises. The marks
-`ours` and `paper silent` mean the same as in cosmos.py; "as released" means that the authors' code does so.
+are any. `Batch.views` then runs on the model's device, where it changes the colours and normalises. The marks `ours`
+and `paper silent` mean the same as in cosmos.py; "as released" means that the authors' code does so.
 
 The helpers are in plumbing/, and you can skip them: `Shards` gives the bytes of an image and the pool of its sentences,
 `decode` gives the pixels, `Tokenizer` the ids, and `recolour` changes the colours of a batch.
@@ -141,9 +141,9 @@ def image_crops(data, kinds, rng):
     pixels of the whole image."""
     undecoded, (height, width) = read_header(data)      # for a JPEG this reads only the header
     boxes = draw_boxes(height, width, kinds, rng)
-    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its size. One decoding serves all views, so the view whose
-    # box is smallest for its size sets the limit. If its box is 200 x 200 pixels and the view 96 x 96, the image may
-    # shrink by 200 / 96 = 2.08, so 1/2 is allowed.
+    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. One decoding serves all views, and no crop may
+    # have fewer pixels than its view, so the view whose box is smallest for its size sets the limit. If its box is 200
+    # x 200 pixels and the view 96 x 96, the image may shrink by 200 / 96 = 2.08, so 1/2 is allowed.
     reductions = []
     for (_, _, h, w), kind in zip(boxes, kinds):
         reductions.append(min(h, w) / kind.size)

@@ -18,7 +18,7 @@ checkpoints or several GPUs.
 
 You can skip what comes from plumbing/. Its main parts are `training_options` (the command line), `Processes` (the
 ranks: their device, sums and broadcasts over them, how they end), `runs` (the folder of a run: checkpoints, log,
-resuming) and `Progress` (what has happened since the last log entry).
+resuming) and `Progress` (what has happened since this start, and since the last log entry).
 """
 import os
 
@@ -231,7 +231,7 @@ def train_step(run, batch):
         if run.method.has_teacher:
             run.teacher.update(student, momentum_at(run.step, options))
     else:
-        [total] = run.processes.sum([loss])     # for the warning; perhaps only one rank's loss is infinite
+        [total] = run.processes.sum([loss])     # this rank's loss may be finite, another's not
         tqdm.write(f'WARNING    step {run.step + 1} was skipped: loss {total / run.processes.world:.4g}, '
                    f'gradient norm {norm:.4g}, both over all processes')
     run.scaler.update()             # fp16: after an infinity it lowers the scale

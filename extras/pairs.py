@@ -99,7 +99,8 @@ def choices_right(scores):
 
 
 def pair_scores(matrices):
-    """Score matrices (k images, m captions), one per item -> the shares of items in which every answer is right.
+    """Score matrices (k images, m captions), one per item -> the shares of items in which every answer of a side is
+    right.
 
     image_score: each caption finds its image. text_score: each image finds its caption. group_score: both. Winoground
     defines them so.
@@ -154,7 +155,8 @@ def score_items(model, tokenizer, preprocess, items, root, workers):
 
 
 def score_pairs(model, tokenizer, preprocess, path, root, workers):
-    """The scores of a file of items: for all items with equal numbers of images and captions, and for each kind."""
+    """The scores of a file of items: for all items of one shape (so many images, so many captions), and within it for
+    each kind."""
     items = read_items(path)
     groups = defaultdict(list)
     all_scores = score_items(model, tokenizer, preprocess, items, root, workers)

@@ -14,7 +14,7 @@ from plumbing.images import images_in, read_image
 
 # --- 1. Classification: sets of labelled images, names of classes, prompts -------------------------------------------
 
-# The sets of torchvision.datasets that have one label per image, grouped by whether their class names are words.
+# Sets of torchvision.datasets with one label per image, grouped by whether their class names are words.
 IN_WORDS = ('CIFAR10 CIFAR100 Caltech101 DTD FGVCAircraft FashionMNIST Flowers102 Food101 ImageNet Imagenette '
             'OxfordIIITPet RenderedSST2 STL10 StanfordCars SUN397').split()
 MENDED = ['Caltech256', 'EuroSAT', 'MNIST']                 # words once `mend_name` has mended them

@@ -1,5 +1,5 @@
 """Tars: which ones a path means, what members they have, and which members are a pair. A damaged part of a tar is left
-out, and does not end the run."""
+out, mostly with a line that says so, and does not end the run."""
 import glob
 import io
 import os
