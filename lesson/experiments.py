@@ -339,7 +339,8 @@ COMPARISONS = {
             'clip-4-sorted~clip-4-mixed clip-16-sorted~clip-16-mixed '
             'cosmos-4-sorted~cosmos-4-mixed cosmos-16-sorted~cosmos-16-mixed'},
     'same-big': {
-        NAMED: 'cosmos-built-in-half~cosmos-built-in-mixed cosmos-built-in-late~cosmos-built-in-mixed '
+        'small.top1':
+               'cosmos-built-in-half~cosmos-built-in-mixed cosmos-built-in-late~cosmos-built-in-mixed '
                'clip-built-in-half~clip-built-in-mixed clip-built-in-late~clip-built-in-mixed '
                'clip-big-half~clip-big-mixed clip-apart-half~clip-apart-mixed '
                'cosmos-built-in-half~cosmos-built-in-short clip-built-in-half~clip-built-in-short '

@@ -27,7 +27,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -474,27 +474,26 @@ def draw_batches(figure):
         axis.set(xlim=(-0.5, 2.0), ylim=(0, top))
 
 
-SAME_BIG = [            # of page 3: method, world, words
-    ('clip', 'built-in', 'CLIP'), ('cosmos', 'built-in', 'COSMOS'),
-    ('clip', 'big', 'CLIP,\nthe same shapes'), ('clip', 'apart', 'CLIP, big ones have\nother shapes')]
+KINDS = {'short': 'half the\nsteps', 'half': 'sharing', 'mixed': 'mixed'}
+SAME_SHAPES = [         # of page 3: method, world, words
+    ('clip', 'built-in', 'CLIP'), ('cosmos', 'built-in', 'COSMOS')]
+OTHER_SHAPES = [
+    ('clip', 'big', 'big and small ones have\nthe same shapes'), ('clip', 'apart', 'big ones have\nother shapes')]
 
 
-def draw_same_big(figure):
+def draw_sharing(groups, figure):
     """Page 3: small objects named after mixed batches, after batches of which half share the big object, and after half
     of the steps."""
     axis = figure.subplots()
-    kinds = {'short': 'half the\nsteps', 'half': 'sharing', 'mixed': 'mixed'}
     places = []
-    for x, (method, world, words) in enumerate(SAME_BIG):
-        for kind, shift in zip(kinds, (-0.28, 0, 0.28)):
+    for x, (method, world, words) in enumerate(groups):
+        for kind, shift in zip(KINDS, (-0.28, 0, 0.28)):
             show_runs(axis, 'same-big', f'{method}-{world}-{kind}', 'small.top1', x + shift)
             places.append(x + shift)
-        axis.text(x, 90, words, color=PAINT[method], ha='center', va='center', fontsize=11)
+        axis.text(x, 88, words, color=PAINT[method], ha='center', va='center', fontsize=12)
     show_scale(axis, 'small objects named, %', (40, 60, 80))
-    axis.set_xticks(places, list(kinds.values()) * len(SAME_BIG), fontsize=9)
-    axis.axvline(1.5, color='#bbbbbb')
-    axis.set(xlim=(-0.5, 3.5), ylim=(0, 97),
-             xlabel='one big and two small objects' + 24 * ' ' + 'one big and one small object')
+    axis.set_xticks(places, list(KINDS.values()) * len(groups), fontsize=11)
+    axis.set(xlim=(-0.5, len(groups) - 0.5), ylim=(0, 97))
 
 
 def draw_race(figure):
@@ -573,8 +572,7 @@ def draw_leak(figure):
     axis.spines[:].set_visible(False)
 
 
-READERS = {'cosmos': 'its own\npair', 'another-pair': 'another\npair', 'across': 'its own,\nno leak',
-           'without-cross-attention': 'nothing'}
+READERS = {'cosmos': 'its own\npair', 'another-pair': 'another\npair', 'without-cross-attention': 'nothing'}
 PICKED = {'read': RED, 'sentence': '#333333'}           # of page 5: the image that h_T has read, and its caption's
 
 
@@ -587,22 +585,23 @@ def draw_reading(figure):
             show_runs(left, 'across', method, f'conflict.h_T_caption.{what}', x + shift, color)
         show_runs(right, 'reading', method, 'small.top1', x)
     left.text(0.1, 80, 'the image\nthat it has read', color=PICKED['read'], va='center', fontsize=11)
-    left.text(1.4, 60, "its caption's\nimage", color=PICKED['sentence'], va='center', fontsize=11)
+    left.text(0.75, 60, "its caption's\nimage", color=PICKED['sentence'], va='center', fontsize=11)
     show_scale(left, 'h_T picks, %', (25, 50, 75, 100), chance=100 / 32)
     show_scale(right, 'small objects named, %', (0, 30, 40, 50))
     left.set(ylim=(-3, 103))
     right.set(ylim=(0, 52))
     for axis in left, right:
         axis.set_xticks(range(len(READERS)), READERS.values(), fontsize=10)
-        axis.set(xlim=(-0.5, 3.5), xlabel='what is read in training')
-    left.set_xlim(-0.5, 2.5)
+        axis.set(xlim=(-0.5, 2.5), xlabel='what is read in training')
+    left.set_xlim(-0.5, 1.5)
 
 
 PICTURES = {            # how it is drawn, inches
     'company': (draw_company, (6, 4)),
     'square': (draw_square, (7.6, 4)),
     'batches': (draw_batches, (7, 4)),
-    'same-big': (draw_same_big, (9.4, 3.8)),
+    'same-big': (partial(draw_sharing, SAME_SHAPES), (6.4, 3.6)),
+    'apart': (partial(draw_sharing, OTHER_SHAPES), (6.4, 3.6)),
     'race': (draw_race, (8.4, 3.8)),
     'pointing': (draw_pointing, (8.4, 3.4)),
     'leak': (draw_leak, (6.4, 4)),
