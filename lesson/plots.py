@@ -585,7 +585,7 @@ def draw_reading(figure):
             show_runs(left, 'across', method, f'conflict.h_T_caption.{what}', x + shift, color)
         show_runs(right, 'reading', method, 'small.top1', x)
     left.text(0.1, 80, 'the image\nthat it has read', color=PICKED['read'], va='center', fontsize=11)
-    left.text(0.75, 60, "its caption's\nimage", color=PICKED['sentence'], va='center', fontsize=11)
+    left.text(0.42, 57, "its caption's\nimage", color=PICKED['sentence'], va='center', fontsize=11)
     show_scale(left, 'h_T picks, %', (25, 50, 75, 100), chance=100 / 32)
     show_scale(right, 'small objects named, %', (0, 30, 40, 50))
     left.set(ylim=(-3, 103))
