@@ -93,7 +93,7 @@ class Config:
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's; the end-of-text token has the largest id
     cross_heads: int = 8            # attention heads inside C^I and C^T; with 0 the model has neither
-    two_scales: bool = False        # gives L_COSMOS its own scale even without C^I and C^T; with them it always has one
+    two_scales: bool = False        # a scale of its own for L_COSMOS even without C^I and C^T
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released models have GELU
 
     def __post_init__(self):
@@ -276,7 +276,7 @@ class Teacher(nn.Module):
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-MANY = 2 ** 24      # nce does not keep its logits if there are this many or more (1,024 pairs in 8 x 2 views: 67 MB)
+MANY = 2 ** 24      # nce does not keep this many logits (67 MB; 1,024 pairs in 8 x 2 views), or more
 
 
 def nce(queries, keys, scale):

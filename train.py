@@ -302,7 +302,7 @@ def open_shards(options, processes, saved, built_in_set):
         if processes.rank == 0:
             if options.val:
                 val = Shards(options.val, options.caption_keys, 'val', val_index)   # --caption-pool is for training
-                evaluation.check_held_out(val, options.workers)     # better refused now than in the middle of the run
+                evaluation.check_held_out(val, options.workers)     # better now than in mid-run
             runs.lock(options.out)
             if val:
                 val.save(val_index)
@@ -379,7 +379,7 @@ def set_up(options, processes, built_in_set):
     if not saved:
         options.out = processes.broadcast(runs.free_name(options.out))
     with processes.rank_0_first():      # rank 0 may fetch CLIP's vocabulary
-        config, tokenizer, weights = choose_model(options, saved)       # may raise Refused, before --out is written
+        config, tokenizer, weights = choose_model(options, saved)   # may refuse, before --out is written
     shards, val = open_shards(options, processes, saved, built_in_set)
     if tokenizer is None:
         merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
@@ -421,7 +421,8 @@ def log_entry(run, progress):
     images = cls.keys[0]            # view 0 of the pairs of all ranks, (N, D)
     captions = eot.keys[0]          # and caption 0
     nearest = (images @ captions.T).argmax(dim=1).cpu()     # which caption each image finds, (N,)
-    used = run.step - 1             # run.step already counts the step just done, which used the lr of run.step - 1
+    # run.step already counts the step just done, which used the lr and momentum of run.step - 1.
+    used = run.step - 1
     entry = {                       # the same on all ranks, except pairs_per_s; rank 0 writes its own
         'step': run.step,
         'lr': lr_at(used, options),
@@ -602,7 +603,7 @@ def main(argv=None, watchers=(), built_in_set=None):
 
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
-    saving = runs.saved_on_error(run.student, partial(save, run))   # even after an error, if the weights are finite
+    saving = runs.saved_on_error(run.student, partial(save, run))   # after an error, too, if weights are finite
     with bar, saving, signals_caught() as caught:
         while True:
             due = what_is_due(run, progress)
