@@ -551,7 +551,7 @@ WRONG = {               # a command: what its sentence must say
     'segment last.pt --images a --masks a --classes commas': 'commas has a line with only commas',
     'segment last.pt --images a --masks a --classes blank': 'line 2 of blank is blank; give every class a line',
     'classify last.pt --folder numbered --classes blank': 'line 2 of blank is blank; give every class a line',
-    'segment last.pt --images a --masks a --classes page.pt --benchmark voc20': 'has 1 lines, voc20 has 20 classes',
+    'segment last.pt --images a --masks a --classes page.pt --benchmark voc20': 'has 1 lines, but voc20 has 20 classes',
     'classify last.pt --folder numbered': 'classes are called n01440764 and the like; .*--classes',
     'classify last.pt --folder halves': 'halves holds train/ and val/',
     'segment last.pt --images a --masks a --classes page.pt --templates page.pt': "'<html>' in page.pt needs {}"}

@@ -507,13 +507,14 @@ def test_conflict_is_what_the_model_computes(model, val, monkeypatch):
     itself = torch.arange(8)
     for who, texts in ('h_T', questions), ('h_T_caption', captions), ('h_I', captions):
         hits = {'own': [], 'sentence': [], 'read': [], 'alone': [], 'kept': []}
-        for x, ids in zip(torch.stack(images).split(8), tokenizer(texts).split(8)):
+        groups = torch.stack(images).split(8), tokenizer(texts).split(8), tokenizer(captions).split(8)
+        for x, ids, whole_ids in zip(*groups):
             out = network([x], [ids])
             if who == 'h_I':
                 h, alone, targets, kept = out.h_I, out.cls, teacher.text([ids]), teacher.visual([x])
                 other = network([x], [ids.roll(1, 0)]).h_I
             else:
-                h, alone, targets, kept = out.h_T, out.eot, teacher.visual([x]), teacher.text([ids])
+                h, alone, targets, kept = out.h_T, out.eot, teacher.visual([x]), teacher.text([whole_ids])
                 other = network([x.roll(1, 0)], [ids]).h_T
             answered = {
                 'own': (h, targets, itself),
