@@ -16,11 +16,12 @@ Symbols for shapes:
 Names taken from the paper:
     C^I, C^T  the two cross-attention modules: C^I reads (attends to) the image, C^T reads the text
     h_I, h_T  the image's and the text's vectors after each has read the other modality, Eq. 1-2
-    L_CLIP, L_COSMOS, L_nce, L_sym-nce  losses: the two that are added, and what they are made of
+    L_CLIP, L_COSMOS    the losses that are added; both are means of L_sym-nce, which is built from L_nce
 Views come first, (V, B, D), and views 0 and 1 are the two globals. Code that serves both modalities says "view" and V
 for captions, too. `ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors.
 
-One training step, in the names of the code below (text_cross is the module for C^T, image_cross the one for C^I):
+One training step, with the names used in the code below (text_cross is the module for C^T, image_cross the one for
+C^I):
 
     images: 2 global views, 6 local                               texts: 2 global captions, 6 local
            |                                                                        |
@@ -94,7 +95,7 @@ class Config:
     vocab_size: int = 49408         # CLIP's; the end-of-text token has the largest id
     cross_heads: int = 8            # attention heads inside C^I and C^T; with 0 the model has neither
     two_scales: bool = False        # a scale of its own for L_COSMOS even without C^I and C^T
-    quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released models have GELU
+    quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released COSMOS models use GELU
 
     def __post_init__(self):
         for whole, part in (
@@ -203,15 +204,15 @@ class COSMOS(nn.Module):
         """images (B, 3, h, w), h and w multiples of p -> [cls] (B, D), patches (B, P, D), neither of unit length.
 
         These patches are what C^I reads. They do not live in the joint space, so do not compare them with texts; for
-        that take eval.encode_dense. If the model has no cross-attention, patches is None.
+        that, use eval.encode_dense. If the model has no cross-attention, patches is None.
         """
         cls, sequence = self.visual.with_sequence([images])
         patches = self.image_map(sequence[:, 1:]) if self.has_cross_attention else None
         return cls[0], patches
 
     def encode_text(self, ids):
-        """ids (B, T) -> [eot] (B, D), words (B, T, D), neither of unit length. Without cross-attention words is
-        None."""
+        """ids (B, T) -> [eot] (B, D), words (B, T, D), neither of unit length. If the model has no cross-attention,
+        words is None."""
         eot, sequence = self.text.with_sequence([ids])
         words = self.text_map(sequence) if self.has_cross_attention else None
         return eot[0], words
@@ -228,7 +229,7 @@ class COSMOS(nn.Module):
         return self.image_cross.weights(eot, patches), self.text_cross.weights(cls, words)
 
     def scales(self):
-        """The learned logarithms of 1/temperature: of L_CLIP, and of L_COSMOS if it has one of its own."""
+        """The learned ln(1/temperature): the one for L_CLIP, then the one for L_COSMOS if it has its own."""
         if self.has_two_scales:
             return [self.logit_scale, self.distill_logit_scale]
         return [self.logit_scale]
@@ -276,7 +277,7 @@ class Teacher(nn.Module):
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-MANY = 2 ** 24      # nce does not keep this many logits (67 MB; 1,024 pairs in 8 x 2 views), or more
+MANY = 2 ** 24      # nce does not keep its logits if they are this many or more (67 MB, 1,024 pairs)
 
 
 def nce(queries, keys, scale):
@@ -329,7 +330,7 @@ def clip_loss(out, scale):
     It is CLIP's loss on [cls] and [eot], and cross-attention has no part in it.
 
     code≠paper, perhaps: local image views stay out, because the authors' trial with them overfitted
-    (loss.py:203-206). One summary of the paper says that it uses all crops, so check your copy of the paper.
+    (loss.py:203-206). One summary of the paper says that L_CLIP uses all crops, so check your copy of the paper.
     """
     return match(*gather(out.cls[:GLOBALS], out.eot), scale)
 
@@ -365,7 +366,7 @@ def across_terms(out, cls_t, eot_t, scale):
     lesson/README.md.
 
     h_T has read the image, so it can find the image's cls_t by copying what it has read. Here eot, which has seen only
-    text, looks for cls_t instead. In the same way cls takes the place of h_I when eot_t is sought.
+    text, looks for cls_t instead. In the same way, cls rather than h_I looks for eot_t.
     """
     cls, eot, h_I, h_T = gather(out.cls, out.eot, out.h_I, out.h_T)
     cls_t, eot_t = gather(cls_t, eot_t)
@@ -391,8 +392,8 @@ def plain_terms(out, cls_t, eot_t, scale):
 def embedding_terms(out, cls_t, eot_t, scale):
     """Self-distillation without cross-attention, for the row `text-distill` of Table 5.
 
-    ours: we do not know the paper's loss for this row, nor for the two rows of image_terms. Here cls and eot take the
-    place of h_I and h_T, and each is compared with the teacher's vectors of its own modality.
+    ours: we do not know the paper's loss for this row, nor for the two rows that use image_terms. Here cls and eot take
+    the place of h_I and h_T, and each is compared with the teacher's vectors of its own modality.
     """
     return {
         'cls_cls_t': match(*gather(out.cls, cls_t), scale),
@@ -476,7 +477,7 @@ class Gather(torch.autograd.Function):
 # --- 6. The two towers (CLIP) ----------------------------------------------------------------------------------------
 
 def same_size(views):
-    """Neighbouring views of one size, joined: sizes 224, 96, 96, 96 -> two tensors, (B, ...) and (3 B, ...)."""
+    """Neighbouring views of the same size, joined: sizes 224, 96, 96, 96 -> two tensors, (B, ...) and (3 B, ...)."""
     return [torch.cat(list(group)) for _, group in groupby(views, key=lambda view: view.shape)]
 
 
@@ -488,13 +489,13 @@ class Tower(nn.Module):
     few percent in deeper towers. Cross-attention needs the other rows of view 0, too, so `with_sequence` computes them
     all. Handing `row` to the transformer only saves time: the result would be the same if it were picked afterwards.
 
-    Each tower defines `embed`. It takes the views grouped by size, one tensor (n, ...) per group, and returns for each
-    group the sequences (n, R, W) and the number of the row to pick in each, (n,). A tower also has `transformer`,
-    `norm` and `proj`.
+    Each tower defines `embed`. It takes the views in groups of a single size, one tensor (n, ...) per group, and
+    returns for each group the sequences (n, R, W) and the index of the row to pick in each, (n,). A tower also has
+    `transformer`, `norm` and `proj`.
     """
 
     def forward(self, views):
-        """views: list of V (B, ...), neighbours of one size share a pass -> [cls] or [eot] (V, B, D)."""
+        """views: list of V (B, ...); neighbours of the same size share a pass -> [cls] or [eot] (V, B, D)."""
         features = []
         for x, row in self.embed(same_size(views)):
             features.append(self.read_row(x, row))
@@ -537,7 +538,7 @@ class VisionTower(Tower):
         self.proj = nn.Parameter(std * torch.randn(W, config.embed_dim))
 
     def embed(self, groups):
-        """groups: one tensor of images (n, 3, height, width) for each size -> for each group its sequences
+        """groups: tensors of images (n, 3, height, width), each of a single size -> for each group its sequences
         (n, 1 + P, W), with positions added, and the row to read (n,): 0, the class token."""
         p = self.patch_size
         embedded = []
@@ -596,8 +597,8 @@ class TextTower(Tower):
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
     def embed(self, groups):
-        """groups: one tensor of ids (n, T) for each length -> for each group the vectors of its tokens, with positions
-        added, (n, T, W), and the row of each end-of-text token (n,), which is the token with the largest id.
+        """groups: tensors of ids (n, T), each of a single length -> for each group the vectors of its tokens, with
+        positions added, (n, T, W), and the row of each end-of-text token (n,), which is the token with the largest id.
 
         One lookup for all captions, because in the backward pass each lookup allocates a (vocab, W) gradient.
         """

@@ -3,13 +3,13 @@
     python train.py                                             the built-in set on a laptop, in minutes
     torchrun --nproc_per_node=8 train.py --data /shards         vit-b-16, the paper's recipe, on eight GPUs
     python train.py --data /shards --accum 8                    the same on one GPU that can hold an eighth of a batch
-    python train.py --init CKPT --data /shards                  COSMOS that starts from an existing CLIP
+    python train.py --init CKPT --data /shards                  COSMOS, starting from an existing CLIP
 
-To continue a run that stopped, give the same command with --resume, and with --out if the run went into another folder
-(NAME-2). A run leaves these files in --out: last.pt (the checkpoint), log.jsonl, config.json, eval.json, index.npy
-(where the pairs are in the shards) and lock (which process is using the folder). With held-out shards it also leaves
-best.pt (the networks with the best mean R@1 on --val) and val.npy (their index). With extras/ it also leaves
-report.html (the run as a page) and maps.npz (what that page shows besides the log).
+To continue a run that stopped, give the same command with --resume. If its folder NAME was already taken, the run went
+into NAME-2, so add --out NAME-2. A run leaves these files in --out: last.pt (the checkpoint), log.jsonl, config.json,
+eval.json, index.npy (where the pairs are in the shards) and lock (which process is using the folder). With held-out
+shards it also leaves best.pt (the networks with the best mean R@1 on --val) and val.npy (their index). With extras/ it
+also leaves report.html (the run as a page) and maps.npz (what that page shows besides the log).
 
 On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6, the run from top
 to bottom: `main` is the loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5 set up,
@@ -98,7 +98,7 @@ PRESETS = {
                text_width=128, text_layers=2, text_heads=2,
                context_length=64, cross_heads=4),
         LAPTOP | {'steps': 1000}),
-    # a few thousand photographs on two cores, in ten minutes if the cores have units for bf16
+    # a few thousand photographs on two cores, in ten minutes if the cores support bf16 in hardware
     'photo': Preset(
         Config(embed_dim=128, image_size=64, local_image_size=32, patch_size=8,
                vision_width=128, vision_layers=4, vision_heads=4,
@@ -120,7 +120,7 @@ class Method(NamedTuple):
     has_teacher: bool
     has_cross_attention: bool       # C^I and C^T. They get no gradient unless a term uses h_I or h_T
     has_own_scale: bool             # the terms have a temperature of their own, not that of L_CLIP
-    terms: Callable                 # what is learned in addition to L_CLIP, a function of cosmos.py
+    terms: Callable                 # a function from cosmos.py that returns what is learned in addition to L_CLIP
 
 
 # Each row of the table adds to the one above. Only the rows clip and cosmos can be found in the released code, where
@@ -143,7 +143,7 @@ METHODS = {
 
 
 def recipe_of(preset, method, init):
-    """Defaults of options, {option: value}. init: the weights of --init, or None."""
+    """Defaults of options, {option: value}. init: what --init gives (a path), or None."""
     recipe = dict(PRESETS[preset].recipe)
     if not METHODS[method].augments:
         recipe['augment'] = 'crops'
@@ -193,8 +193,7 @@ class Step(NamedTuple):
 
 
 def train_step(run, batch):
-    """One step of training, in this order: student, teacher, loss, backward, optimizer, scales, moving average. ->
-    Step, what it has computed."""
+    """One training step -> Step. The order is student, teacher, loss, backward, optimizer, scales, moving average."""
     options = run.options
     student = run.student
     for group in run.optimizer.param_groups:
@@ -231,7 +230,7 @@ def train_step(run, batch):
         if run.method.has_teacher:
             run.teacher.update(student, momentum_at(run.step, options))
     else:
-        [total] = run.processes.sum([loss])     # this rank's loss may be finite, another's not
+        [total] = run.processes.sum([loss])     # this rank's loss may be finite even if another's is not
         tqdm.write(f'WARNING    step {run.step + 1} was skipped: loss {total / run.processes.world:.4g}, '
                    f'gradient norm {norm:.4g}, both over all processes')
     run.scaler.update()             # fp16: after an infinity it lowers the scale
@@ -252,9 +251,9 @@ def lr_at(step, options):
 
 
 def momentum_at(step, options):
-    """The teacher's momentum lambda. In a short run, with a fixed momentum the teacher would keep much of its random
-    initial weights, so with --momentum-ramp it starts low and rises. Without a ramp, as in the paper's recipe, it is
-    fixed."""
+    """The teacher's momentum lambda. With a fixed momentum the teacher would keep much of its random initial weights in
+    a short run. With --momentum-ramp the momentum therefore starts low and rises. Without a ramp, as in the paper's
+    recipe, it is fixed."""
     taken = step + 1
     return min(options.momentum, taken / (taken + options.momentum_ramp))
 
@@ -291,7 +290,7 @@ def open_shards(options, processes, saved, built_in_set):
     index = f'{options.out}/index.npy'
     val_index = f'{options.out}/val.npy'
     val = None
-    with processes.rank_0_first():          # rank 0 scans all headers, and writes an index that the others map
+    with processes.rank_0_first():          # rank 0 scans all headers, and writes an index that the others memory-map
         choose_data(options, built_in_set)
         keys = options.caption_keys or POOL_KEYS[options.caption_pool]
         shards = Shards(options.data, keys, 'train', index)
@@ -302,7 +301,7 @@ def open_shards(options, processes, saved, built_in_set):
         if processes.rank == 0:
             if options.val:
                 val = Shards(options.val, options.caption_keys, 'val', val_index)   # --caption-pool is for training
-                evaluation.check_held_out(val, options.workers)     # better now than in mid-run
+                evaluation.check_held_out(val, options.workers)     # better now than halfway
             runs.lock(options.out)
             if val:
                 val.save(val_index)
@@ -313,8 +312,8 @@ def open_shards(options, processes, saved, built_in_set):
 def choose_model(options, saved):
     """-> Config, tokenizer, weights to start from. Config and tokenizer come from the resumed run, from --init, or from
     the preset and --vocab; the tokenizer is None if it must be learned. The weights come from --init, and otherwise
-    they are {}. They are {} for a resumed run, too, because set_up restores its weights later. In a new run --method
-    decides about cross-attention and the second scale.
+    they are {}. They are {} for a resumed run, too, because set_up restores its weights later. In a new run, --method
+    decides whether there is cross-attention and a second scale.
     """
     if saved:
         config = Config(**saved['config'])
@@ -379,7 +378,7 @@ def set_up(options, processes, built_in_set):
     if not saved:
         options.out = processes.broadcast(runs.free_name(options.out))
     with processes.rank_0_first():      # rank 0 may fetch CLIP's vocabulary
-        config, tokenizer, weights = choose_model(options, saved)   # may refuse, before --out is written
+        config, tokenizer, weights = choose_model(options, saved)   # before --out is written, because it may refuse
     shards, val = open_shards(options, processes, saved, built_in_set)
     if tokenizer is None:
         merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
@@ -515,7 +514,7 @@ def print_plan(run, val):
     print(f'run        {options.method}, {sizes}, {size:,} parameters, into {run.folder}')
     print(f'           steps {run.step} to {options.steps} of {options.batch} pairs, {passes:.1f} passes over '
           f'{len(shards):,} pairs')
-    print(f'           on {run.processes.world} x {run.processes.device} in {run.dtype or torch.float32}, '
+    print(f'           on {run.processes.world} x {run.processes.device.type} in {run.dtype or torch.float32}, '
           f'{torch.get_num_threads()} threads and {options.workers} loaders each')
     counts = run.train_set.counts
     runs.print_notes(shards, val, counts.global_texts + counts.local_texts)
@@ -579,8 +578,8 @@ def what_is_due(run, progress):
     # Every --eval-every steps, and at step 0, to show what the networks know before this training.
     regular = options.val and options.eval_every and step % options.eval_every == 0
     evaluate = finished or (regular and not interrupted)
-    # The first step shows early whether all is well. An evaluation logs the loss, too, so that both are in one entry.
-    # progress.done is the latest Step. Before the first one it is None, and there is nothing to log.
+    # We log step 1, to see early whether all is well, and each step that is evaluated, so that its loss and its scores
+    # share an entry. progress.done is the latest Step. Before the first one it is None, and there is nothing to log.
     log = progress.done and (evaluate or step == 1 or step % options.log_every == 0)
     # An evaluation takes a long time and may fail, so the run is saved first.
     overdue = 0 < 60 * options.save_minutes < time.perf_counter() - run.saved_at
@@ -590,7 +589,7 @@ def what_is_due(run, progress):
 
 
 def main(argv=None, watchers=(), built_in_set=None):
-    """A run. It ends the process, with status 0 when all steps are done.
+    """Do one run, then end the process, with status 0 if all steps are done.
 
     A watcher has the methods begin(run), evaluated(run, an Evaluated) -> more figures, and finish(run); rank 0 calls
     them.
