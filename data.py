@@ -1,10 +1,10 @@
 """From pairs to batches: text crops, image crops, the order of the pairs, and the batch itself.
 
-A pair is an image and a `pool`, all sentences that describe the image. Both are cropped (Sec. 3.1 of the paper). The
-colours of some image crops are then changed, some are blurred, and all are normalised; the result is called a view. A
-text crop is one sentence of the pool, or up to five of them joined; here and in cosmos.py it is also called a caption.
-The student sees all views and captions. The teacher sees only the global ones: large crops, and captions of up to five
-sentences.
+A pair is an image and a `pool`, all the sentences that describe the image. Both are cropped (Sec. 3.1 of the paper).
+Some image crops then have their colours changed, some are blurred, and all are normalised; the result is called a view.
+A text crop is one sentence of the pool, or up to five of them joined; here and in cosmos.py it is also called a
+caption. The student sees all views and captions. The teacher sees only the global ones: large crops, and captions of up
+to five sentences.
 
 Random choices for a pair depend only on (seed, epoch, index of the pair), the order of the pairs on (seed, epoch), and
 the order of the colour jitters on (seed, step, number of the view). So with the same settings a run sees the same
@@ -47,8 +47,8 @@ def text_crops(pool, rng, global_texts, local_texts):
 
     If the pool is large enough, each global caption draws its sentences without replacement, in random order; all local
     captions come from one more such draw, a sentence each. paper silent: the order, the '. ', and what to do if the
-    pool has too few sentences. As released, the whole pool is then taken, in its own order, as often as it fits into
-    the number wanted, and a random sample of it fills the remaining places.
+    pool has too few sentences. In that case, as released, the whole pool is repeated, in its own order, as often as it
+    fits into the number of sentences wanted, and a random sample of the pool fills the remaining places.
     """
     captions = []
     for _ in range(global_texts):
@@ -141,9 +141,10 @@ def image_crops(data, kinds, rng):
     pixels of the whole image."""
     undecoded, (height, width) = read_header(data)      # for a JPEG this reads only the header
     boxes = draw_boxes(height, width, kinds, rng)
-    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. One decoding serves all views, and no crop may
-    # have fewer pixels than its view, so the view whose box is smallest for its size sets the limit. If its box is 200
-    # x 200 pixels and the view 96 x 96, the image may shrink by 200 / 96 = 2.08, so 1/2 is allowed.
+    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. One decoding serves all views, and shrinking
+    # must not leave a crop with fewer pixels than its view, so the view whose box is smallest relative to the view's
+    # own size sets the limit. If its box is 200 x 200 pixels and the view 96 x 96, the image may shrink by 200 / 96 =
+    # 2.08, so 1/2 is allowed.
     reductions = []
     for (_, _, h, w), kind in zip(boxes, kinds):
         reductions.append(min(h, w) / kind.size)
@@ -192,8 +193,9 @@ class Crops(Dataset):
     augment: 'full' is the released recipe; 'crops' leaves out colour changes, blur and flips, because captions may
     mention colours, or left and right. crop_min: the smallest share of the image in a global crop. An Unreadable pair
     is reported by name and counted, and a random pair takes its place. If the replacement is already in the batch, its
-    two copies are false negatives of each other; this is rare in a set that is much larger than a batch. Put new random
-    draws at the end of `sample`. Anywhere earlier they would shift the draws after them, and so change every run.
+    two copies are false negatives of each other; this is rare in a set that is much larger than a batch. If you add a
+    random draw, put it at the end of `sample`. Anywhere earlier it would shift the draws after it, and so change every
+    run.
     """
     shards: Shards
     tokenizer: Tokenizer
@@ -233,7 +235,7 @@ class Crops(Dataset):
     def sample(self, epoch, index):
         """-> V crops (3, s, s) uint8, the strengths of each, U captions as strings, and the V boxes; globals first."""
         # Texts and images each have their own generator, so changing the number of captions does not change the image
-        # crops. A generator that is seeded with a string draws the same in every process.
+        # crops. A generator that is seeded with a string draws the same numbers in every process.
         text_rng = random.Random(f'{self.seed} {epoch} {index} texts')
         image_rng = random.Random(f'{self.seed} {epoch} {index} images')
         pool, image = self.shards.pair(index)
@@ -253,7 +255,7 @@ def shuffled(seed, epoch, pairs):
 
 @dataclass
 class Order:
-    """Which pairs make batch `step`: a pure function of (seed, step). Each rank takes an equal slice of them.
+    """Which pairs make up the batch of `step`: a pure function of (seed, step). Each rank takes an equal slice of them.
 
     Yields, for every step in [start, stop), this rank's list of places (epoch, index of the pair). An epoch holds
     pairs // batch whole batches; the incomplete last one is dropped. `check_batch` refuses sizes that do not work.
@@ -298,7 +300,7 @@ class Batch(NamedTuple):
     bad: int                # the number of unreadable pairs
 
     def to(self, device):
-        """The batch on a device, without waiting for the copies."""
+        """Move the batch to a device, without waiting for the copies."""
         return self._replace(
             changes=self.changes.to(device),
             crops=[x.to(device, non_blocking=True) for x in self.crops],

@@ -11,10 +11,11 @@ is none), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with G
 other CLIPs. We evaluate the teacher, which has the averaged weights, unless there is none or you give --weights
 student. Features are float32 vectors of unit length, and a score is the dot product of two of them.
 
-Parts 3 to 5 are the protocols. To compare with published figures: for retrieval give --coco (COCO's val2017) or
---flickr (the released list of Flickr30K). For ImageNet and for segmentation give --templates open_clip, which takes
-CLIP's 80 prompts instead of our six, and for ImageNet also open_clip's class names. For segmentation add --benchmark.
-On a first reading, skip part 6, the command line. The marks (`ours`, ...) mean the same as in cosmos.py and data.py.
+Parts 3 to 5 are the protocols. To compare with published figures, give --coco (COCO's val2017) or --flickr (the
+released list of Flickr30K) for retrieval. For ImageNet and for segmentation give --templates open_clip, which replaces
+our six prompts by CLIP's 80, and for ImageNet also replaces the class names by open_clip's. For segmentation add
+--benchmark. On a first reading, skip part 6, the command line. The marks (`ours`, ...) mean the same as in cosmos.py
+and data.py.
 """
 import math
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
 
 def preprocessing(size):
     """The evaluation transform: PIL image -> (3, size, size) float. It resizes the short side to `size` (bicubic), and
-    takes the square in the centre. `shorten` only cuts very long or tall images; `normalize` also scales the uint8
+    takes the square in the centre. `shorten` only cuts very wide or very tall images; `normalize` also scales the uint8
     pixels."""
     return v2.Compose(
         [shorten, v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
@@ -165,7 +166,7 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
         scores = (queries[rows].double() @ targets.double().T).float()      # (chunk, m)
         right = query_ids[rows][:, None] == target_ids              # (chunk, m)
         best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-        ahead = ~(scores < best) & ~right       # "not below", so that a tie, and NaN, count against the model
+        ahead = ~(scores < best) & ~right       # "not below", so that ties and NaN count against the model
         found.append(1 + ahead.sum(dim=1))
     return torch.cat(found)
 
@@ -173,8 +174,8 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
 def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures, computed on the device that holds the three arguments.
 
-    owner (captions,): the image of each caption. An image's rank is that of its best-ranked caption. R@K are
-    fractions, ranks count from 1. chance is the R@1 of guessing, 1 / n in both directions: an image that has c of the M
+    owner (captions,): the image of each caption. An image's rank is that of its best-ranked caption. R@K are fractions,
+    and ranks count from 1. chance is the R@1 of guessing, 1 / n in both directions: an image that has c of the M
     captions finds one of them with probability c / M, and the mean of c / M over the n images is 1 / n.
     """
     n = len(image_features)
@@ -217,9 +218,10 @@ def shard_captions(shards):
 
 
 def check_held_out(shards, workers=0):
-    """Try every caption and every image of held-out shards, so that a broken one is found now, and not in the middle of
-    a run. Raises Refused or Unreadable, with the name of the pair. train.py writes val.npy, the index of these shards,
-    only after this check. So shards that were opened from an index have passed it, and we skip their images."""
+    """Read every caption and decode every image of held-out shards, so that a broken one is found now, and not in the
+    middle of a run. Raises Refused or Unreadable, with the name of the pair. train.py writes val.npy, the index of
+    these shards, only after this check. So shards that were opened from an index have passed it, and we skip their
+    images."""
     shard_captions(shards)
     if shards.is_mapped:
         return
@@ -260,7 +262,7 @@ def class_vectors(model, tokenizer, names, templates=TEMPLATES):
 def classify(image_features, vectors, labels):
     """image_features (n, D), vectors (K, D), labels (n,) -> figures. A tie counts against the model, as in `ranks`."""
     K = len(vectors)
-    # An image is a query, the K classes are its targets.
+    # Each image is a query, and the K classes are its targets.
     rank = ranks(image_features, vectors, labels, torch.arange(K))
     hit = (rank == 1).double()
     images_of_class = torch.bincount(labels, minlength=K)
@@ -343,15 +345,14 @@ def window_scores(model, pixels, vectors, csa):
 
 
 def segment_image(model, image, vectors, names_per_class, settings):
-    """An image of h x w pixels -> (h, w) int64, the class of each pixel. It is scored at H x W pixels, as settings.size
-    says.
+    """An image of h x w pixels -> (h, w) int64, the class of each pixel. It is first scaled to H x W pixels, so that
+    its short side has settings.size, and is scored at that size.
 
     vectors (M, D): one for each name, class after class; a class has one name or several. The steps are those of
     clip_segmentor.py:113-276 of the released code:
-        1. Each pixel takes its most probable class.
-        2. With settings.area a class that covers at most this share of the foreground is dropped, and its pixels take
-           the next best class.
-        3. With settings.probability (for sets whose class 0 is a background) less certain pixels become background.
+        1. Each pixel takes its most probable class. 2. If settings.area is above 0, a foreground class that covers at
+        most this share of the foreground is dropped, and its pixels take the next best class. 3. With
+        settings.probability (for sets whose class 0 is a background) less certain pixels become background.
     """
     width, height = image.size
     short = min(width, height)
@@ -407,8 +408,8 @@ def confusion(truth, predicted, classes):
 
 
 def segmentation_figures(matrix, names):
-    """mIoU (the mean over the classes that occur in truth or prediction), pixel accuracy, and the IoU of each of these
-    classes. 'classes' counts those in the truth, which may be fewer."""
+    """mIoU (the mean over the classes that occur in the truth or in the prediction), pixel accuracy, and the IoU of
+    each of these classes. 'classes' counts those in the truth, which may be fewer."""
     hit = matrix.diag()
     truth = matrix.sum(dim=1)
     predicted = matrix.sum(dim=0)
