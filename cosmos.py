@@ -1,11 +1,12 @@
 """COSMOS: cross-modality self-distillation for vision-language pre-training (CVPR 2025, arXiv 2412.01814).
 
 CLIP matches one vector of an image with one vector of its caption, and in each of them big objects drown out small
-ones. COSMOS takes several views of both: large and small crops of the image, groups of sentences and single sentences
-of the caption. A student network sees all of them. A teacher network, a slow average of the student, sees only the
-global ones: large crops, groups of sentences. In the student, cross-attention lets each vector of one modality attend
-to the tokens of the other. The result is added to the vector, and the sum is trained to pick out its own pair's teacher
-vectors from those of the whole batch. So a sentence about a small object is meant to find that object in the image.
+ones. COSMOS takes several views of both: large and small crops of the image, and of the caption groups of one to five
+sentences and single sentences. A student network sees all of them. A teacher network, a slow average of the student,
+sees only the global ones: the large crops and the groups. In the student, cross-attention lets each vector of one
+modality attend to the tokens of the other. The result is added to the vector, and the sum is trained to pick out its
+own pair's teacher vectors from those of the whole batch. So a sentence about a small object is meant to find that
+object in the image.
 
 Symbols for shapes:
     B pairs on this GPU     N pairs on all GPUs             V image views, 2 global + local
@@ -51,7 +52,7 @@ C^I):
     teacher.update(model, momentum)    # the paper's lambda, 0.999 at batch 1,024
 
 Read it beside Section 3 of the paper. Parts 2-4 are COSMOS: student, teacher, losses. You can skip part 5 unless you
-use several GPUs, because on one GPU `gather` returns each tensor as both queries and keys. Parts 6-7 are CLIP's towers
+use several GPUs, because it only collects the vectors of all GPUs before they are compared. Parts 6-7 are CLIP's towers
 and transformer. If you know them, read only how a tower treats its views (class Tower).
 
 We follow the released code (github.com/ExplainableML/cosmos); references such as `model.py:274` point into it. If the
@@ -112,9 +113,9 @@ class CrossAttention(nn.Module):
     """C^I or C^T: a single attention layer, with no MLP. The [cls] or [eot] of every view reads the tokens of one view
     of the other modality: caption 0 or view 0.
 
-    The residual of Eq. 1-2 is added outside, in COSMOS.forward. Padding of a text is read as well (paper silent;
-    transformer.py:210-230). The text tower is causal and padding comes after the end, so the vectors of padding have
-    seen the whole caption: they are not noise, but further summaries of it. Attention is in part 7.
+    The residual of Eq. 1-2 is added outside, in COSMOS.forward. The padding of a text is read as well (paper silent;
+    transformer.py:210-230). The text tower is causal and the padding comes after the end, so the vectors at the padded
+    positions have seen the whole caption: they are not noise, but further summaries of it.
     """
 
     def __init__(self, width, heads):
@@ -151,7 +152,7 @@ class Output(NamedTuple):
 
 
 def unit(x):
-    """Vectors of length 1, in float32 even in a bf16 or fp16 run: half precision would round every logit."""
+    """Vectors of length 1, in float32 even in a bf16 or fp16 run: half precision would round every logit coarsely."""
     return F.normalize(x.float(), dim=-1)
 
 
@@ -229,15 +230,14 @@ class COSMOS(nn.Module):
         return self.image_cross.weights(eot, patches), self.text_cross.weights(cls, words)
 
     def scales(self):
-        """The learned ln(1/temperature): the one for L_CLIP, then the one for L_COSMOS if it has its own."""
+        """The learned values of ln(1/temperature): first that of L_CLIP, then that of L_COSMOS if it has its own."""
         if self.has_two_scales:
             return [self.logit_scale, self.distill_logit_scale]
         return [self.logit_scale]
 
     @torch.no_grad()
     def clamp_scales(self):
-        """Clamp the learned scales (logarithms) to [0, ln 100]; call this after each step. Above ln 100 the softmax
-        saturates."""
+        """Clamp the learned scales (logarithms) to [0, ln 100]; call this after each step. The bounds are CLIP's."""
         for scale in self.scales():
             scale.clamp_(0, math.log(100))
 
@@ -277,7 +277,7 @@ class Teacher(nn.Module):
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-MANY = 2 ** 24      # nce does not keep its logits if they are this many or more (67 MB, 1,024 pairs)
+MANY = 2 ** 24      # logits (67 MB); nce computes so many anew in the backward pass, and does not keep them
 
 
 def nce(queries, keys, scale):
@@ -338,13 +338,13 @@ def clip_loss(out, scale):
 def cosmos_terms(out, cls_t, eot_t, scale):
     """The four terms of L_COSMOS by name.                                                            Sec. 3.3, Eq. 6
 
-    total_loss weights them equally, so with a fifth term each would get a weight of 1/5. Every term compares all
-    student views with both teacher views, 8 x 2 comparisons in the released recipe. Student view 0 with teacher view 0
-    counts as well, and 1 with 1 (paper silent; loss.py:131-139); DINO leaves them out. scale =
-    exp(distill_logit_scale).
+    total_loss weights them equally, so if you add a fifth term, each gets a weight of 1/5. Every term compares all
+    student views with both teacher views, 8 x 2 comparisons in the released recipe. The same view of student and
+    teacher (0 with 0, 1 with 1) is compared as well (paper silent; loss.py:131-139); DINO leaves such pairs out.
+    scale = exp(distill_logit_scale).
     """
     h_I, h_T = gather(out.h_I, out.h_T)
-    cls_t, eot_t = gather(cls_t, eot_t)     # in a call of their own, which has no backward pass
+    cls_t, eot_t = gather(cls_t, eot_t)     # a separate call, because these need no gradient
     return {
         'h_I_cls_t': match(h_I, cls_t, scale),
         'h_I_eot_t': match(h_I, eot_t, scale),
@@ -362,8 +362,8 @@ def cosmos_loss(out, cls_t, eot_t, scale):
 
 
 def across_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 without its two shortcuts, for the method `across` of train.py. ours: it is not in the paper; see page 5 of
-    lesson/README.md.
+    """Eq. 6 with two of its terms changed, the second and the third, for the method `across` of train.py. ours: it is
+    not in the paper; see page 5 of lesson/README.md.
 
     h_T has read the image, so it can find the image's cls_t by copying what it has read. Here eot, which has seen only
     text, looks for cls_t instead. In the same way, cls rather than h_I looks for eot_t.
@@ -445,14 +445,15 @@ def gather(*vectors):
 
 
 class Gather(torch.autograd.Function):
-    """(V, B, D) on every rank -> (V, N, D) on all of them, and gradients back the same way. B is equal on all ranks.
+    """(V, B, D) on every rank -> (V, N, D) on all of them; gradients go the way back. B is equal on all ranks.
 
     ours: the gradient is exact. Each rank computes its own rows of the loss, but they depend on the vectors of every
     rank. So the backward pass adds up, for each vector, the gradients of all ranks. DDP then takes the mean over ranks,
     which gives the gradient of the mean loss.
 
-    In the released code each rank computes the whole loss, with a gradient for its own vectors only. The sum over ranks
-    would be the full gradient, but DDP takes the mean, so the gradient is too small by a factor of the number of ranks.
+    In the released code each rank computes the whole loss, but differentiates it only with respect to its own vectors.
+    The sum of these pieces over ranks would be the full gradient, but DDP takes their mean. So the gradient is too
+    small by a factor of the number of ranks.
     (The two scales are not affected, because every rank has their whole gradient.) AdamW cancels such a factor, apart
     from its eps.
     """
@@ -463,7 +464,7 @@ class Gather(torch.autograd.Function):
         V, B, D = x.shape
         ranks = dist.get_world_size()
         everyones = x.new_empty(ranks * V, B, D)
-        all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor       # an older name
+        all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor       # its older name
         all_gather(everyones, x.contiguous())
         return everyones.view(ranks, V, B, D).transpose(0, 1).flatten(1, 2)
 
@@ -486,8 +487,8 @@ class Tower(nn.Module):
 
     Only one row of a view's sequence becomes its vector: the class token's row, or in a text the end token's. So the
     last block computes this row alone, which saves a fifth of the multiplications in train.py's preset `tiny`, and a
-    few percent in deeper towers. Cross-attention needs the other rows of view 0, too, so `with_sequence` computes them
-    all. Handing `row` to the transformer only saves time: the result would be the same if it were picked afterwards.
+    few percent in deeper towers; the result is the same. Cross-attention needs the other rows of view 0, too, so
+    `with_sequence` computes them all.
 
     Each tower defines `embed`. It takes the views in groups of a single size, one tensor (n, ...) per group, and
     returns for each group the sequences (n, R, W) and the index of the row to pick in each, (n,). A tower also has
@@ -547,7 +548,8 @@ class VisionTower(Tower):
             if height % p or width % p:
                 raise ValueError(f'an image of {height} x {width} pixels cannot be cut into patches of {p}; '
                                  f'resize or pad it to multiples of {p}')
-            # conv1 as a matrix product, since patches do not overlap. In bf16 on CPUs it is 3 to 5 times as fast.
+            # Patches do not overlap, so conv1 is a matrix product. In bf16 on CPUs that is 3 to 5 times as fast as the
+            # convolution.
             cells = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (n, 3, rows, p, columns, p)
             in_order = cells.permute(0, 2, 4, 1, 3, 5)                  # (n, rows, columns, 3, p, p)
             pixels = in_order.flatten(3).flatten(1, 2)                  # (n, P, 3 * p * p)
@@ -566,8 +568,8 @@ class VisionTower(Tower):
             return self.positional_embedding
         cls, patches = self.positional_embedding.split([1, grid ** 2])
         patches = patches.T.unflatten(1, (grid, grid))[None]            # (1, W, grid, grid)
-        # paper silent (transformer.py:646-669): DINO adds 0.1, so that rounding never loses a row of the grid. The 0.1
-        # also stretches the grid a little. The released weights were trained with that, so it must stay.
+        # paper silent (transformer.py:646-669): like DINO, the released code adds 0.1, so that rounding never loses a
+        # row of the grid. This also stretches the grid a little. Its weights were trained so, and the 0.1 must stay.
         zoom = (h + 0.1) / grid, (w + 0.1) / grid
         patches = F.interpolate(patches, scale_factor=zoom, mode='bicubic')  # (1, W, h, w)
         return torch.cat([cls, patches[0].flatten(1).T])
@@ -696,7 +698,8 @@ class Attention(nn.MultiheadAttention):
     """
 
     def forward(self, query, context, mask=None):
-        """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). mask: (R, R), which must be causal, or (n, 1, Q, R)."""
+        """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). mask: (n, 1, Q, R), or (R, R), which must be causal,
+        because on a GPU its content is not looked at."""
         q, k, v = self.project(query, context)
         if q.device.type == 'cpu':    # up to 5 times as fast as the kernel below, in bf16
             x = attention_weights(q, k, mask) @ v

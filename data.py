@@ -46,9 +46,9 @@ def text_crops(pool, rng, global_texts, local_texts):
     sentences, as a list of strings.
 
     If the pool is large enough, each global caption draws its sentences without replacement, in random order; all local
-    captions come from one more such draw, a sentence each. paper silent: the order, the '. ', and what to do if the
-    pool has too few sentences. In that case, as released, the whole pool is repeated, in its own order, as often as it
-    fits into the number of sentences wanted, and a random sample of the pool fills the remaining places.
+    captions come from one more such draw, one sentence each. If the pool has too few sentences, the whole pool is
+    repeated, in its own order, as often as it fits into the number of sentences wanted, and a random sample of the pool
+    fills the remaining places. As released; paper silent about the order, the '. ' and pools with too few sentences.
     """
     captions = []
     for _ in range(global_texts):
@@ -97,9 +97,9 @@ CROPS_ONLY = {'flip': 0.0, 'jitter': 0.0, 'grey': 0.0, 'blur': 0.0, 'solarize': 
 def draw_strengths(kind, rng):
     """How strongly each operation acts on a view, {operation: strength}, in the released ranges.
 
-    An operation that is not drawn keeps its neutral strength, which changes nothing: factors are 1, the hue is turned
-    by 0, 'grey' (the share of colour that is kept) is 1, the blur has width 0, and no value exceeds the 'solarize'
-    threshold.
+    An operation that is not drawn keeps its neutral strength, which changes nothing: the factors of brightness,
+    contrast and saturation are 1, the hue is turned by 0, 'grey' (the share of colour that is kept) is 1, the blur has
+    width 0, and no value exceeds the 'solarize' threshold.
     """
     strengths = dict(NEUTRAL)
     if rng.random() < kind.jitter:
@@ -127,8 +127,8 @@ ASPECTS = (3 / 4, 4 / 3)                        # smallest and largest aspect ra
 def draw_boxes(height, width, kinds, rng):
     """For each view draw a random box (y, x, h, w) in an image of height x width pixels, as torchvision does.
 
-    get_params draws from torch's global generator, but the boxes must depend only on rng. So we seed the global
-    generator from rng, and restore it afterwards.
+    torchvision's get_params draws from torch's global generator, but the boxes must depend only on rng. So we seed the
+    global generator from rng, and restore it afterwards.
     """
     image = torch.empty(1, 1, 1).expand(1, height, width)               # get_params only looks at its size
     with torch.random.fork_rng(devices=[]):
@@ -157,7 +157,8 @@ def image_crops(data, kinds, rng):
         crop = TF.resized_crop(pixels, y, x, h, w, [kind.size, kind.size], BICUBIC)
         if rng.random() < kind.flip:
             crop = crop.flip(-1)
-        # Decoded pixels are interleaved in memory (RGBRGB), and so are crops. `recolour` is faster on separate planes.
+        # Decoded pixels, and so their crops, are interleaved in memory (RGBRGB). We separate the colours, because
+        # `recolour` is faster on whole planes.
         crops.append(crop.contiguous())
     return crops, boxes
 
@@ -183,7 +184,7 @@ class Counts(NamedTuple):
     local_texts: int = 6
 
 
-MOST_BAD = 1000         # stop the run after this many unreadable pairs in a row
+MOST_BAD = 1000         # stop the run if so many pairs, one replacing the other, cannot be read
 
 
 @dataclass
@@ -207,10 +208,10 @@ class Crops(Dataset):
 
     def __post_init__(self):
         first, other, *kinds_of_locals = kinds_of_views(self.config, self.crop_min)
-        # The kind of each of the V views. With 2 kinds of local views, the first 3 of 6 are of the first kind.
+        # The kind of each of the V views.
         self.kinds = [first] + [other] * (self.counts.global_images - 1)
         n = self.counts.local_images
-        for k in range(n):
+        for k in range(n):              # with 2 kinds of local views, the first 3 of 6 are of the first kind
             self.kinds.append(kinds_of_locals[k * len(kinds_of_locals) // n])
         if self.augment == 'crops':
             self.kinds = [kind._replace(**CROPS_ONLY) for kind in self.kinds]
@@ -229,7 +230,7 @@ class Crops(Dataset):
                 # Columns in the order of NEUTRAL's keys, on which changes_of relies.
                 rows = [list(of_view.values()) for of_view in strengths]
                 return crops, torch.tensor(rows), self.tokenizer(captions), bad
-        raise Refused(f'{MOST_BAD} pairs in a row cannot be read; look at the shards with '
+        raise Refused(f'{MOST_BAD} pairs, drawn one after the other, cannot be read; look at the shards with '
                       'python -m extras.prepare inspect')
 
     def sample(self, epoch, index):
@@ -255,7 +256,7 @@ def shuffled(seed, epoch, pairs):
 
 @dataclass
 class Order:
-    """Which pairs make up the batch of `step`: a pure function of (seed, step). Each rank takes an equal slice of them.
+    """Which pairs make up the batch of each step: a pure function of seed and step. Each rank takes an equal slice.
 
     Yields, for every step in [start, stop), this rank's list of places (epoch, index of the pair). An epoch holds
     pairs // batch whole batches; the incomplete last one is dropped. `check_batch` refuses sizes that do not work.
@@ -311,7 +312,7 @@ class Batch(NamedTuple):
         """V images (B, 3, s, s), float32, normalised. ours: colours change here, after `to`, and hence on the GPU if
         there is one.
 
-        seed_and_step: a string that seeds the order of the jitters, the same on all ranks.
+        seed_and_step: a string, the same on all ranks, that seeds the order of the jitters.
         """
         views = []
         for k, (crops, changes) in enumerate(zip(self.crops, self.changes.by_view())):
@@ -329,7 +330,7 @@ def cut(captions, multiple):
     ends = [ids.argmax(dim=1).max().item() for ids in captions]         # the end token has the largest id
     longest = max(ends) + 1
     length = ceil(longest / multiple) * multiple        # may exceed T: slicing then keeps all T
-    # Contiguous already here, in the worker, because otherwise pinning would make an extra copy.
+    # The slices are made contiguous here, in the worker, because otherwise pinning would make an extra copy.
     return [ids[:, :length].contiguous() for ids in captions]
 
 

@@ -4,7 +4,8 @@
     python eval.py retrieval CKPT --karpathy dataset_coco.json --split test --images DIR
     python eval.py classify CKPT --dataset DTD --root DIR         a set of torchvision.datasets, by its name
     python eval.py classify CKPT --folder DIR                     one folder of images per class
-    python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21 --csa
+    python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21
+    python eval.py segment ... --csa                              with SCLIP's attention, as in some rows of the paper
 
 CKPT is a checkpoint of this repository (a file, or a folder runs/NAME, from which we take best.pt, or last.pt if there
 is none), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with GELU; python -m extras.weights converts
@@ -13,9 +14,9 @@ student. Features are float32 vectors of unit length, and a score is the dot pro
 
 Parts 3 to 5 are the protocols. To compare with published figures, give --coco (COCO's val2017) or --flickr (the
 released list of Flickr30K) for retrieval. For ImageNet and for segmentation give --templates open_clip, which replaces
-our six prompts by CLIP's 80, and for ImageNet also replaces the class names by open_clip's. For segmentation add
---benchmark. On a first reading, skip part 6, the command line. The marks (`ours`, ...) mean the same as in cosmos.py
-and data.py.
+our six prompts with CLIP's 80, and for ImageNet also the class names with open_clip's. For segmentation add
+--benchmark. The released prompts of the other classification sets are not here; --templates FILE takes any. On a first
+reading, skip part 6, the command line. The marks (`ours`, ...) mean the same as in cosmos.py and data.py.
 """
 import math
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def preprocessing(size):
 
 # --- 2. Features -----------------------------------------------------------------------------------------------------
 
-# These sizes keep a GPU busy, and still fit on a small one. They affect only the last bits of the results.
+# Sizes that should fit on a small GPU. They affect only the last bits of the results.
 IMAGE_BATCH = 64
 TEXT_BATCH = 256
 
@@ -95,8 +96,8 @@ def shard_image(shards, i):
 
 @dataclass
 class Images(Dataset):
-    """Shards, or a list of paths or of Pillow images. Item i is preprocess(image i), usually pixels (3, S, S), and the
-    label 0, because `embed_labelled` expects a label."""
+    """Shards, or a list of paths or of Pillow images. Item i is a pair: preprocess(image i), usually pixels (3, S, S),
+    and the label 0, because `embed_labelled` expects a label."""
     source: object
     preprocess: object
 
@@ -219,9 +220,8 @@ def shard_captions(shards):
 
 def check_held_out(shards, workers=0):
     """Read every caption and decode every image of held-out shards, so that a broken one is found now, and not in the
-    middle of a run. Raises Refused or Unreadable, with the name of the pair. train.py writes val.npy, the index of
-    these shards, only after this check. So shards that were opened from an index have passed it, and we skip their
-    images."""
+    middle of a run. Raises Refused or Unreadable, with the name of the pair. Images are skipped if the shards were
+    opened from an index, because train.py writes one (val.npy) only after this check."""
     shard_captions(shards)
     if shards.is_mapped:
         return
@@ -231,7 +231,7 @@ def check_held_out(shards, workers=0):
 
 
 def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
-    """-> figures, image features (n, D), for callers that need them again.
+    """-> the figures, and the image features (n, D) for callers that need these again.
 
     source: image paths, with their captions and `owner`; or held-out shards, which have captions of their own.
     """
@@ -239,7 +239,7 @@ def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, own
         captions, owner = shard_captions(source)
     image_features = embed_images(model, source, preprocess, workers)
     text_features = embed_texts(model, tokenizer, captions)
-    # A GPU ranks 100,000 images in seconds, a CPU in minutes.
+    # The products of `ranks` are large, so they are made on the model's device.
     on_device = [x.to(model.logit_scale.device) for x in (image_features, text_features, owner)]
     return retrieval(*on_device), image_features
 
@@ -277,7 +277,7 @@ def classify(image_features, vectors, labels):
 
 # --- 5. Segmentation -------------------------------------------------------------------------------------------------
 
-LONGEST_SIDE = 2048                     # pixels, as released: limits the long side, but see segment_image
+LONGEST_SIDE = 2048     # in pixels, as released; the long side is scaled to at most this (one exception: segment_image)
 
 
 def encode_dense(model, images, csa=False):
@@ -345,14 +345,15 @@ def window_scores(model, pixels, vectors, csa):
 
 
 def segment_image(model, image, vectors, names_per_class, settings):
-    """An image of h x w pixels -> (h, w) int64, the class of each pixel. It is first scaled to H x W pixels, so that
-    its short side has settings.size, and is scored at that size.
+    """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is first scaled to H x W pixels, so
+    that its short side has settings.size (with two exceptions, below), and is scored at that size.
 
     vectors (M, D): one for each name, class after class; a class has one name or several. The steps are those of
     clip_segmentor.py:113-276 of the released code:
-        1. Each pixel takes its most probable class. 2. If settings.area is above 0, a foreground class that covers at
-        most this share of the foreground is dropped, and its pixels take the next best class. 3. With
-        settings.probability (for sets whose class 0 is a background) less certain pixels become background.
+        1. Each pixel takes its most probable class.
+        2. If settings.area is above 0, a foreground class that covers at most this share of the foreground is dropped,
+           and its pixels take the next best class.
+        3. With settings.probability (for sets whose class 0 is a background), less certain pixels become background.
     """
     width, height = image.size
     short = min(width, height)
@@ -408,8 +409,8 @@ def confusion(truth, predicted, classes):
 
 
 def segmentation_figures(matrix, names):
-    """mIoU (the mean over the classes that occur in the truth or in the prediction), pixel accuracy, and the IoU of
-    each of these classes. 'classes' counts those in the truth, which may be fewer."""
+    """Pixel accuracy, the IoU of each class that occurs in the truth or in the prediction, and mIoU, the mean of these.
+    'classes' counts the classes in the truth, which may be fewer."""
     hit = matrix.diag()
     truth = matrix.sum(dim=1)
     predicted = matrix.sum(dim=0)
@@ -488,7 +489,7 @@ def run_classify(args, model, tokenizer, preprocess):
 def run_segment(args, model, tokenizer, preprocess):
     if args.benchmark:
         settings = BENCHMARKS[args.benchmark]
-    else:       # a short side of 1.5 times the model's image size (336 for 224), and no background
+    else:       # a short side of 1.5 times the model's image size (224 makes 336), and no background
         settings = Settings(size=3 * model.config.image_size // 2)
     settings = settings._replace(csa=args.csa)
     synonyms = read_synonyms(args.classes)              # a list of names for each class

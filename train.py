@@ -5,25 +5,25 @@
     python train.py --data /shards --accum 8                    the same on one GPU that can hold an eighth of a batch
     python train.py --init CKPT --data /shards                  COSMOS, starting from an existing CLIP
 
-To continue a run that stopped, give the same command with --resume. If its folder NAME was already taken, the run went
-into NAME-2, so add --out NAME-2. A run leaves these files in --out: last.pt (the checkpoint), log.jsonl, config.json,
-eval.json, index.npy (where the pairs are in the shards) and lock (which process is using the folder). With held-out
-shards it also leaves best.pt (the networks with the best mean R@1 on --val) and val.npy (their index). With extras/ it
-also leaves report.html (the run as a page) and maps.npz (what that page shows besides the log).
+To continue a run that stopped, give the same command with --resume. (If its folder, --out NAME, already held another
+run, it went into NAME-2 instead; then add --out NAME-2.) A run leaves these files in --out: last.pt (the checkpoint),
+log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (which process is using the
+folder). With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val) and val.npy (their
+index). With extras/ it also leaves report.html (the run as a page) and maps.npz (what that page shows besides the log).
 
 On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6, the run from top
 to bottom: `main` is the loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5 set up,
-log and save; read them when you change them. lesson/onepage.py trains the same way in a hundred lines, without options,
-checkpoints or several GPUs.
+log, save and evaluate; read them when you change them. lesson/onepage.py trains the same way in a hundred lines,
+without options, checkpoints or several GPUs.
 
 You can skip what comes from plumbing/. Its main parts are `training_options` (the command line), `Processes` (the
 ranks: their device, sums and broadcasts over them, how they end), `runs` (the folder of a run: checkpoints, log,
-resuming) and `Progress` (what has happened since this start, and since the last log entry).
+resuming) and `Progress` (what has happened since the process started, and since the last log entry).
 """
 import os
 
 if __name__ == '__main__':
-    # OpenMP: let idle threads sleep, not spin. It must be set before torch is imported.
+    # OpenMP: let idle threads sleep, not spin. The variable must be set before torch is imported.
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import math
@@ -66,8 +66,8 @@ PAPER = {
     'local_crops': 6, 'local_captions': 6, 'augment': 'full', 'vocab': 'clip'}
 # For small sets on a laptop. The learning rate ends at a tenth of its peak. After s steps the teacher's momentum, the
 # paper's lambda, is at most s / (s + 10). Images are only cropped. In `tiny` that is because the captions of the
-# drawn scenes name colours, which a jitter would make wrong. In `photo` it is because a model trained with crops
-# alone did better at retrieval on Flickr8k in a short trial (docs/own-data.md).
+# built-in set name colours and sides, which a colour jitter or a flip would make wrong. In `photo` it is because a
+# model trained with crops alone did better at retrieval on Flickr8k in a single short trial (docs/own-data.md).
 LAPTOP = {
     'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
     'momentum': 0.995, 'momentum_ramp': 10,
@@ -85,8 +85,9 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    # the paper's main model, 152,382,466 parameters, and the other released one
+    # the paper's main model, 152,382,466 parameters
     'vit-b-16': Preset(Config(), PAPER | {'epochs': 32}),
+    # the other released one
     'vit-b-32': Preset(Config(patch_size=32), PAPER | {'epochs': 32}),
     # ours, from here on
     'vit-s-16': Preset(
@@ -116,7 +117,7 @@ class Method(NamedTuple):
     has_local_images: bool          # as many as --local-crops says
     has_local_texts: bool           # captions of one sentence, as many as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
-    augments: bool                  # if False, --augment is 'crops' by default; if True, the preset decides
+    augments: bool                  # if False, --augment defaults to 'crops'; if True, to what the preset says
     has_teacher: bool
     has_cross_attention: bool       # C^I and C^T. They get no gradient unless a term uses h_I or h_T
     has_own_scale: bool             # the terms have a temperature of their own, not that of L_CLIP
@@ -161,7 +162,7 @@ class Run:
     processes: Processes
     train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
-    forward: torch.nn.Module        # the student as a step calls it, wrapped in InParts (--accum) and DDP
+    forward: torch.nn.Module        # the student as a step calls it: in DDP, and cut into --accum parts
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # for fp16; otherwise it does nothing
@@ -251,8 +252,8 @@ def lr_at(step, options):
 
 
 def momentum_at(step, options):
-    """The teacher's momentum lambda. With a fixed momentum the teacher would keep much of its random initial weights in
-    a short run. With --momentum-ramp the momentum therefore starts low and rises. Without a ramp, as in the paper's
+    """The teacher's momentum lambda. In a short run with a fixed momentum, the teacher would keep much of its random
+    initial weights. So with --momentum-ramp the momentum starts low and rises. Without a ramp, as in the paper's
     recipe, it is fixed."""
     taken = step + 1
     return min(options.momentum, taken / (taken + options.momentum_ramp))
@@ -310,10 +311,13 @@ def open_shards(options, processes, saved, built_in_set):
 
 
 def choose_model(options, saved):
-    """-> Config, tokenizer, weights to start from. Config and tokenizer come from the resumed run, from --init, or from
-    the preset and --vocab; the tokenizer is None if it must be learned. The weights come from --init, and otherwise
-    they are {}. They are {} for a resumed run, too, because set_up restores its weights later. In a new run, --method
-    decides whether there is cross-attention and a second scale.
+    """-> Config, tokenizer, weights to start from.
+
+    A resumed run: all but the weights come from its checkpoint. The weights are {}, because set_up restores them later.
+    --init: all three come from that checkpoint.
+    Otherwise: the Config is the preset's, the tokenizer is that of --vocab, or None if it must be learned, and the
+    weights are {}.
+    In a new run, --method decides whether there is cross-attention and a second scale.
     """
     if saved:
         config = Config(**saved['config'])
@@ -331,7 +335,7 @@ def choose_model(options, saved):
         tokenizer = Tokenizer.clip(path, config.context_length)
     method = METHODS[options.method]
     heads = 0
-    if method.has_cross_attention:          # if --init has none, the presets' number of heads
+    if method.has_cross_attention:          # 8 or 4, as in the presets, if --init has none
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
     two_scales = method.has_own_scale and not method.has_cross_attention
     return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
@@ -378,7 +382,7 @@ def set_up(options, processes, built_in_set):
     if not saved:
         options.out = processes.broadcast(runs.free_name(options.out))
     with processes.rank_0_first():      # rank 0 may fetch CLIP's vocabulary
-        config, tokenizer, weights = choose_model(options, saved)   # before --out is written, because it may refuse
+        config, tokenizer, weights = choose_model(options, saved)   # may refuse, so nothing is in --out yet
     shards, val = open_shards(options, processes, saved, built_in_set)
     if tokenizer is None:
         merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
@@ -476,8 +480,8 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(run, val, watchers):
-    """Rank 0, the only one that has val, scores the held-out shards while the others wait -> figures. best.pt is
-    written if the mean R@1 is the best so far. Afterwards all ranks know run.best."""
+    """-> the scores, {name: value}. Rank 0, the only one that has val, scores the held-out shards while the others
+    wait. best.pt is written if the mean R@1 is the best so far. Afterwards all ranks know run.best."""
     figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)}
     if val:
         figures |= held_out_figures(run, val, watchers)
@@ -539,7 +543,7 @@ def begin(run, val, watchers):
 
 
 def finish(run, figures, watchers):
-    """Rank 0 writes eval.json, has the watchers write theirs, and says what to do next."""
+    """Rank 0 writes eval.json, lets the watchers write their own files, and says what to do next."""
     if run.processes.rank > 0:
         return
     write_json(run.folder / 'eval.json', figures)
@@ -591,9 +595,9 @@ def what_is_due(run, progress):
 def main(argv=None, watchers=(), built_in_set=None):
     """Do one run, then end the process, with status 0 if all steps are done.
 
-    A watcher has the methods begin(run), evaluated(run, an Evaluated) -> more figures, and finish(run); rank 0 calls
-    them.
-    built_in_set(): draws shards, and returns their folder; for a run without --data.
+    A watcher has the methods begin(run), evaluated(run, results), which gets an Evaluated and returns more scores, and
+    finish(run); rank 0 calls them.
+    built_in_set(): draws the scenes of a run without --data, writes them as shards, and returns their folder.
     """
     options = read_options(argv)
     processes = Processes(options.device)               # from here on only rank 0 prints
@@ -602,7 +606,7 @@ def main(argv=None, watchers=(), built_in_set=None):
 
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
-    saving = runs.saved_on_error(run.student, partial(save, run))   # after an error, too, if weights are finite
+    saving = runs.saved_on_error(run.student, partial(save, run))   # if the weights are finite
     with bar, saving, signals_caught() as caught:
         while True:
             due = what_is_due(run, progress)
@@ -622,7 +626,7 @@ def main(argv=None, watchers=(), built_in_set=None):
                 break
 
             batch = progress.next_batch(run.batches)
-            # The ranks add up these numbers while the step runs.
+            # Unreadable pairs of this batch and signals so far, added up over the ranks while the step runs.
             sums = processes.sum_meanwhile(lambda: [batch.bad, len(caught)])
             done = train_step(run, batch.to(processes.device))
             bar.update()
@@ -642,7 +646,7 @@ def main(argv=None, watchers=(), built_in_set=None):
 
 
 if __name__ == '__main__':
-    # What lesson/ and extras/ add to a run. Without them it still trains on --data, and evaluates.
+    # What lesson/ and extras/ add to a run. Without these folders train.py still trains on --data, and evaluates.
     HERE = Path(__file__).parent
     added = []
     draw = None

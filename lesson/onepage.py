@@ -4,7 +4,8 @@
 
 Student, teacher and losses come from cosmos.py, whose docstring explains the names (B, V, U, C^T, cls_t). The views
 come from data.py, the drawn scenes from lesson/scenes.py. `python train.py --preset tiny` takes the same steps: a test
-runs both for 20 steps (--precision fp32 --batch 4), and checks that student, teacher and optimizer agree bit for bit.
+runs both for 20 steps (--precision fp32 --batch 4 --workers 0), and checks that student, teacher and optimizer agree
+bit for bit.
 The rest of train.py deals with options, other methods, several GPUs, logging and recovery.
 """
 import math
@@ -41,12 +42,13 @@ def learning_rate(step, steps, peak):
 
 
 def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **changes):
-    """-> student, teacher, optimizer. folder: shards, such as the scenes of lesson/scenes.py. rate: the peak learning
-    rate.
+    """-> student, teacher, optimizer.
 
-    changes: fields of Setting (lesson/setting.py) that an experiment of the course changes.
+    folder: shards, such as the scenes of lesson/scenes.py. rate: the peak learning rate. changes: fields of Setting
+    (lesson/setting.py), which the experiments of the course (lesson/README.md) change.
     """
-    # The defaults are COSMOS: L_CLIP and the terms of Eq. 6, 2 global + 2 local views, 2 + 2 captions, 4 cross heads.
+    # The defaults are a small COSMOS: L_CLIP and the terms of Eq. 6, 2 global + 2 local views, 2 + 2 captions, and
+    # 4 heads in each cross-attention.
     setting = Setting(**changes)
     keep_memory()                                       # keep freed memory for reuse, which is faster on a CPU
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -113,7 +115,7 @@ def main():
     scored = model, tokenizer, preprocessing(model.config.image_size)
     held_out = Shards(folder, split='val')
     figures, image_features = zero_shot_retrieval(*scored, held_out)
-    show(figures | suppression.during_training(*scored, image_features, held_out))      # and its scores on objects
+    show(figures | suppression.during_training(*scored, image_features, held_out))      # and how often it names objects
 
 
 if __name__ == '__main__':

@@ -47,7 +47,9 @@ COMPARISONS = experiments.COMPARISONS | photos.COMPARISONS
 PAGES = [Path('README.md'), Path('lesson/README.md')]
 APPENDIX = Path('lesson/RESULTS.md')
 PICTURE = 'assets/lesson-{}.png'
-UNITS = {'pairs': 1e-3, 'seconds': 1 / 60}      # all others: 100, which makes a share a percentage
+UNITS = {                               # all others: 100, which makes a share a percentage
+    'pairs': 1e-3, 'seconds': 1 / 60, 'best_step': 1,
+    'retrieval.image_to_text_median_rank': 1, 'retrieval.text_to_image_median_rank': 1}
 CHANCE = 100 / 6                        # how often guessing names a shape, in percent
 LEVEL = 0.05
 JUMP = 5                                # points; a larger change needs --accept
@@ -194,6 +196,11 @@ SECTIONS = [            # heading, what stands before the columns, columns
     ('Named and found', [''],
      'seconds pairs dominant.top1 small.top1 retrieval.image_to_text_R@1 retrieval.image_to_text_R@10 '
      'retrieval.text_to_image_R@1 retrieval.text_to_image_R@10'),
+    ('On photographs', [''],
+     'best_step retrieval.image_to_text_R@5 retrieval.text_to_image_R@5 retrieval.image_to_text_median_rank '
+     'retrieval.text_to_image_median_rank cifar10.top1'),
+    ('On the validation photographs', ['val'],
+     'image_to_text_R@1 image_to_text_R@10 text_to_image_R@1 text_to_image_R@10'),
     ('Found by captions that tell no background', ['objects'],
      'image_to_text_R@1 image_to_text_R@10 text_to_image_R@1 text_to_image_R@10'),
     ('Bound', [''], 'bound.dominant_small bound.small_small'),
@@ -353,7 +360,7 @@ def fill(page, accept):
 
 PAINT = {
     'clip': '#0072b2', 'cosmos': '#d55e00', 'without-cross-attention': '#009e73', 'text-crop': '#777777',
-    'another-pair': '#cc79a7', 'across': '#6a3d9a'}
+    'another-pair': '#cc79a7', 'across': '#6a3d9a', 'plain': '#009e73', 'clip-aug': '#56b4e9'}
 RED = 'tab:red'
 MINE = []               # the rows of your own runs, with --mine
 
@@ -372,7 +379,16 @@ def show_runs(axis, experiment, name, column, x, color=None):
 
 
 def show_name(axis, x, y, method, side='left'):
-    axis.text(x, y, METHODS[method].label, color=PAINT[method], ha=side, va='center')
+    words = photos.LABELS.get(method) or METHODS[method].label
+    axis.text(x, y, words, color=PAINT[method], ha=side, va='center')
+
+
+def show_names(axis, x, heights, apart):
+    """Write the names of methods at their heights, the lowest first, but so far apart that they can be read."""
+    height = -apart
+    for method in sorted(heights, key=heights.get):
+        height = max(heights[method], height + apart)
+        show_name(axis, x, height, method)
 
 
 def show_scale(axis, words, ticks, chance=CHANCE):
@@ -510,10 +526,7 @@ def draw_race(figure):
                 height = show_runs(axis, experiment, method, 'small.top1', x)
                 if experiment == 'longer':
                     ends[method] = height
-    height = 0
-    for method in sorted(ends, key=ends.get):
-        height = max(ends[method], height + 8)          # names keep apart
-        show_name(over_minutes, 17, height, method)
+    show_names(over_minutes, 17, ends, 8)
     scales = (over_pairs, (32, 120, 370), 'thousand pairs seen'), (over_minutes, (1.2, 4, 12), 'minutes of training')
     for axis, ticks, words in scales:
         show_scale(axis, 'small objects named, %', (40, 60, 80, 100))
@@ -523,6 +536,31 @@ def draw_race(figure):
         axis.set_xlabel(words)
     over_pairs.set(xlim=(20, 520), ylim=(0, 103))
     over_minutes.set(xlim=(0.8, 200), ylabel='')
+
+
+SIDE_BY_SIDE = {        # of page 4: the upper end of the scale, ticks, {method: its experiments}
+    'drawn scenes': (60, (1.2, 4), {
+        'clip': ('pairs', 'minutes'), 'without-cross-attention': ('minutes',), 'cosmos': ('minutes',)}),
+    'photographs': (20, (3.5, 10), {
+        'clip': ('photo-pairs', 'photo-minutes'), 'clip-aug': ('photo-pairs', 'photo-minutes'),
+        'plain': ('photo-minutes',), 'cosmos': ('photo-minutes',)})}
+SHIFT = {'clip': 0.94, 'clip-aug': 1, 'plain': 1, 'without-cross-attention': 1, 'cosmos': 1.06}
+
+
+def draw_photographs(figure):
+    """Page 4: captions found over minutes, on drawn scenes and on photographs; a dot is a whole run."""
+    for axis, (words, (top, ticks, shown)) in zip(figure.subplots(1, 2), SIDE_BY_SIDE.items()):
+        ends = {}
+        for method, experiments_shown in shown.items():
+            for experiment in experiments_shown:
+                x = SHIFT[method] * mean(experiment, method, 'seconds')         # dots keep apart
+                ends[method] = show_runs(axis, experiment, method, 'retrieval.image_to_text_R@10', x)
+        show_names(axis, 1.25 * ticks[-1], ends, top / 12)
+        show_scale(axis, 'caption among the first ten, %', [top // 2, top], chance=1)
+        axis.set_xscale('log')
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.set_xticks([], minor=True)
+        axis.set(title=words, xlabel='minutes of training', xlim=(0.7 * ticks[0], 8 * ticks[-1]), ylim=(0, top))
 
 
 def draw_pointing(figure):
@@ -603,6 +641,7 @@ PICTURES = {            # how it is drawn, inches
     'same-big': (partial(draw_sharing, SAME_SHAPES), (6.4, 3.6)),
     'apart': (partial(draw_sharing, OTHER_SHAPES), (6.4, 3.6)),
     'race': (draw_race, (8.4, 3.8)),
+    'photographs': (draw_photographs, (8.4, 3.8)),
     'pointing': (draw_pointing, (8.4, 3.4)),
     'leak': (draw_leak, (6.4, 4)),
     'reading': (draw_reading, (8.6, 4))}
