@@ -442,7 +442,8 @@ def inspect(shards, caption_keys, preset, vocab, out):
     name_left_out(problems)
     texts = sum(pools, [])
     print(f'{len(source):,} pairs in {len(source.paths)} shards, {sum(source.sizes) / 2**20:,.1f} MiB')
-    print('left out            ', f'{len(problems)} of {len(sample)} pairs that were tried; training skips them')
+    print('left out            ', f'{len(problems)} of {len(sample)} pairs that were tried; '
+          'training skips such pairs in --data, but does not start with one in --val')
     print('keys                ',
           ', '.join(f'{key} ({n / len(pools):.0%})' for key, n in keys.most_common()))
     print('sentences per pair  ', percentiles(list(map(len, pools))))
