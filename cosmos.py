@@ -5,8 +5,8 @@ ones. COSMOS takes several views of both: large and small crops of the image, an
 sentences and single sentences. A student network sees all of them. A teacher network, a slow average of the student,
 sees only the global ones: the large crops and the groups. In the student, cross-attention lets each vector of one
 modality attend to the tokens of the other. The result is added to the vector, and the sum is trained to pick out its
-own pair's teacher vectors from those of the whole batch. So a sentence about a small object is meant to find that
-object in the image.
+own pair's teacher vectors from those of the whole batch. In this way a sentence about a small object is meant to find
+that object in the image.
 
 Symbols for shapes:
     B pairs on this GPU     N pairs on all GPUs             V image views, 2 global + local
@@ -17,7 +17,7 @@ Symbols for shapes:
 Names taken from the paper:
     C^I, C^T  the two cross-attention modules: C^I reads (attends to) the image, C^T reads the text
     h_I, h_T  the image's and the text's vectors after each has read the other modality, Eq. 1-2
-    L_CLIP, L_COSMOS    the losses that are added; both are means of L_sym-nce, which is built from L_nce
+    L_CLIP, L_COSMOS    the two losses, whose sum is trained on; both are means of L_sym-nce, which is built from L_nce
 Views come first, (V, B, D), and views 0 and 1 are the two globals. Code that serves both modalities says "view" and V
 for captions, too. `ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors.
 
@@ -158,7 +158,7 @@ def unit(x):
 
 class COSMOS(nn.Module):
     """Two towers, two linear maps, two cross-attentions, two learned scales. With cross_heads = 0 it is a plain CLIP:
-    two towers and one scale (two with config.two_scales).
+    two towers and one scale (two with config.two_scales, for train.py's method `plain`).
 
     The towers are CLIP's. The maps bring patches and words to width D, for C^I and C^T to read. After training only the
     towers are needed: retrieval, classification and segmentation do without cross-attention.
@@ -187,9 +187,9 @@ class COSMOS(nn.Module):
         """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output.
 
         Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper,
-        perhaps: the paper says "global crops"; model.py:370-382). `words` covers all T positions, padding included, so
-        caption 0 must come at full length (paper silent; transformer.py:772-775). The others may be cut to save time,
-        see TextTower.
+        perhaps: summaries of the paper say "global crops"; model.py:370-382). `words` covers all T positions, padding
+        included, so caption 0 must come at full length (paper silent; transformer.py:772-775). The others may be cut to
+        save time, see TextTower.
         """
         if not self.has_cross_attention:
             return Output(unit(self.visual(images)), unit(self.text(texts)))
@@ -259,7 +259,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images, texts):
         """The global views and captions, lists of (B, 3, s, s) and (B, T) -> cls_t and eot_t, (2, B, D) each, of unit
-        length. (With one global caption, as in the row `image-distill`, eot_t is (1, B, D).)"""
+        length. (With one global caption, as in train.py's method `image-distill`, eot_t is (1, B, D).)"""
         return unit(self.model.visual(images)), unit(self.model.text(texts))
 
     @torch.no_grad()
@@ -277,7 +277,7 @@ class Teacher(nn.Module):
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-MANY = 2 ** 24      # logits (67 MB); nce computes so many anew in the backward pass, and does not keep them
+MANY = 2 ** 24      # logits, 67 MB. From here on nce does not keep them, but recomputes them in the backward pass
 
 
 def nce(queries, keys, scale):
@@ -329,8 +329,8 @@ def clip_loss(out, scale):
 
     It is CLIP's loss on [cls] and [eot], and cross-attention has no part in it.
 
-    code≠paper, perhaps: local image views stay out, because the authors' trial with them overfitted
-    (loss.py:203-206). One summary of the paper says that L_CLIP uses all crops, so check your copy of the paper.
+    code≠paper, perhaps: local image views stay out, because with them the authors saw overfitting (loss.py:203-206).
+    One summary of the paper says that L_CLIP uses all crops, so check your copy of the paper.
     """
     return match(*gather(out.cls[:GLOBALS], out.eot), scale)
 
@@ -417,7 +417,7 @@ def total_loss(model, out, cls_t, eot_t, terms=cosmos_terms):
     before the sum: parts['name'] = (weight, term).
     """
     parts = {'clip': (1, clip_loss(out, model.logit_scale.exp()))}
-    scale = model.scales()[-1].exp()        # the last one is that of L_COSMOS; a model may have only one
+    scale = model.scales()[-1].exp()        # that of L_COSMOS comes last; if there is only one, both losses share it
     distilled = terms(out, cls_t, eot_t, scale)
     for name, term in distilled.items():
         parts[name] = (1 / len(distilled), term)                        # Eq. 6: a quarter each
@@ -445,7 +445,8 @@ def gather(*vectors):
 
 
 class Gather(torch.autograd.Function):
-    """(V, B, D) on every rank -> (V, N, D) on all of them; gradients go the way back. B is equal on all ranks.
+    """(V, B, D) on every rank -> (V, N, D) on all of them; each gradient goes back to the rank that its vector came
+    from. B is equal on all ranks.
 
     ours: the gradient is exact. Each rank computes its own rows of the loss, but they depend on the vectors of every
     rank. So the backward pass adds up, for each vector, the gradients of all ranks. DDP then takes the mean over ranks,
@@ -569,7 +570,8 @@ class VisionTower(Tower):
         cls, patches = self.positional_embedding.split([1, grid ** 2])
         patches = patches.T.unflatten(1, (grid, grid))[None]            # (1, W, grid, grid)
         # paper silent (transformer.py:646-669): like DINO, the released code adds 0.1, so that rounding never loses a
-        # row of the grid. This also stretches the grid a little. Its weights were trained so, and the 0.1 must stay.
+        # row of the grid. This also stretches the grid a little. The released weights were trained with the 0.1, so it
+        # must stay.
         zoom = (h + 0.1) / grid, (w + 0.1) / grid
         patches = F.interpolate(patches, scale_factor=zoom, mode='bicubic')  # (1, W, h, w)
         return torch.cat([cls, patches[0].flatten(1).T])
@@ -698,8 +700,8 @@ class Attention(nn.MultiheadAttention):
     """
 
     def forward(self, query, context, mask=None):
-        """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). mask: (n, 1, Q, R), or (R, R), which must be causal,
-        because on a GPU its content is not looked at."""
+        """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). mask: (n, 1, Q, R) or (R, R). An (R, R) mask must be
+        the causal one, because on a GPU is_causal takes its place."""
         q, k, v = self.project(query, context)
         if q.device.type == 'cpu':    # up to 5 times as fast as the kernel below, in bf16
             x = attention_weights(q, k, mask) @ v

@@ -5,11 +5,12 @@
     python train.py --data /shards --accum 8                    the same on one GPU that can hold an eighth of a batch
     python train.py --init CKPT --data /shards                  COSMOS, starting from an existing CLIP
 
-To continue a run that stopped, give the same command with --resume. (If its folder, --out NAME, already held another
-run, it went into NAME-2 instead; then add --out NAME-2.) A run leaves these files in --out: last.pt (the checkpoint),
-log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (which process is using the
-folder). With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val) and val.npy (their
-index). With extras/ it also leaves report.html (the run as a page) and maps.npz (what that page shows besides the log).
+To continue a run that stopped, give the same command with --resume. (If the folder --out NAME already held another run
+when yours began, yours went into NAME-2. In that case add --out NAME-2.) A run leaves these files in --out: last.pt
+(the checkpoint), log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (which
+process is using the folder). With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val)
+and val.npy (their index). With extras/ it also leaves report.html (the run as a page) and maps.npz (what that page
+shows besides the log).
 
 On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6, the run from top
 to bottom: `main` is the loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5 set up,
@@ -64,10 +65,11 @@ PAPER = {
     'batch': 1024, 'lr': 5e-4, 'lr_end': 0.0, 'warmup': 2000, 'wd': 0.5,
     'momentum': 0.999, 'momentum_ramp': 0,
     'local_crops': 6, 'local_captions': 6, 'augment': 'full', 'vocab': 'clip'}
-# For small sets on a laptop. The learning rate ends at a tenth of its peak. After s steps the teacher's momentum, the
-# paper's lambda, is at most s / (s + 10). Images are only cropped. In `tiny` that is because the captions of the
-# built-in set name colours and sides, which a colour jitter or a flip would make wrong. In `photo` it is because a
-# model trained with crops alone did better at retrieval on Flickr8k in a single short trial (docs/own-data.md).
+# For small sets on a laptop (`tiny` and `photo`, below). The learning rate ends at a tenth of its peak. After s steps
+# the teacher's momentum, the paper's lambda, is at most s / (s + 10). Images are only cropped. In `tiny` that is
+# because the captions of the built-in set name colours and sides, which a colour jitter or a flip would make wrong. In
+# `photo` it is because a model trained with crops alone did better at retrieval on Flickr8k in a single short trial
+# (docs/own-data.md).
 LAPTOP = {
     'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
     'momentum': 0.995, 'momentum_ramp': 10,
@@ -119,7 +121,7 @@ class Method(NamedTuple):
     crop_min: float                 # smallest share of the image in a global crop
     augments: bool                  # if False, --augment defaults to 'crops'; if True, to what the preset says
     has_teacher: bool
-    has_cross_attention: bool       # C^I and C^T. They get no gradient unless a term uses h_I or h_T
+    has_cross_attention: bool       # C^I and C^T; a term must use h_I or h_T, or DDP stops (no gradient)
     has_own_scale: bool             # the terms have a temperature of their own, not that of L_CLIP
     terms: Callable                 # a function from cosmos.py that returns what is learned in addition to L_CLIP
 
@@ -162,7 +164,7 @@ class Run:
     processes: Processes
     train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
-    forward: torch.nn.Module        # the student as a step calls it: in DDP, and cut into --accum parts
+    forward: torch.nn.Module        # the student as a step calls it: part by part with --accum, and wrapped in DDP
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # for fp16; otherwise it does nothing
@@ -217,11 +219,12 @@ def train_step(run, batch):
     # run.forward.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    # A parameter without gradient is one that you froze, or one that no term uses.
+    # A parameter without a gradient is frozen, or no term uses it.
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
-    # DDP has averaged the gradients. If one rank's gradient is not finite, the mean is not, so all ranks skip the step.
+    # DDP has averaged the gradients. If one rank's gradient is not finite, neither is the mean, so all ranks skip the
+    # step.
     finite = bool(norm.isfinite())
     if finite:
         if options.clip_grad:
@@ -252,9 +255,9 @@ def lr_at(step, options):
 
 
 def momentum_at(step, options):
-    """The teacher's momentum lambda. In a short run with a fixed momentum, the teacher would keep much of its random
-    initial weights. So with --momentum-ramp the momentum starts low and rises. Without a ramp, as in the paper's
-    recipe, it is fixed."""
+    """The teacher's momentum lambda. With a fixed 0.999 the teacher would keep 37 % of its random initial weights after
+    1,000 steps, which is a whole run of `tiny`. So with --momentum-ramp the momentum starts low and rises. Without a
+    ramp, as in the paper's recipe, it is fixed."""
     taken = step + 1
     return min(options.momentum, taken / (taken + options.momentum_ramp))
 
@@ -313,7 +316,8 @@ def open_shards(options, processes, saved, built_in_set):
 def choose_model(options, saved):
     """-> Config, tokenizer, weights to start from.
 
-    A resumed run: all but the weights come from its checkpoint. The weights are {}, because set_up restores them later.
+    A resumed run: Config and tokenizer come from its checkpoint. The weights are {} here, because set_up restores them
+    later.
     --init: all three come from that checkpoint.
     Otherwise: the Config is the preset's, the tokenizer is that of --vocab, or None if it must be learned, and the
     weights are {}.
@@ -335,7 +339,7 @@ def choose_model(options, saved):
         tokenizer = Tokenizer.clip(path, config.context_length)
     method = METHODS[options.method]
     heads = 0
-    if method.has_cross_attention:          # 8 or 4, as in the presets, if --init has none
+    if method.has_cross_attention:          # if --init has no heads: 8, or 4 in a small model, as in the presets
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
     two_scales = method.has_own_scale and not method.has_cross_attention
     return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
@@ -358,7 +362,7 @@ def make_run(options, processes, train_set, weights, batches):
     student = COSMOS(train_set.config).to(device)
     if weights:             # they may lack cross-attention, or have it although this model does not
         missing = student.load_state_dict(weights, strict=False).missing_keys
-        fresh = dict.fromkeys(name.partition('.')[0] for name in missing)       # each module once, in their order
+        fresh = dict.fromkeys(name.partition('.')[0] for name in missing)       # each module once, in order
         print(f"init       {options.init}{'; these start fresh: ' + ', '.join(fresh) if fresh else ''}")
     for tower in student.visual, student.text:
         tower.transformer.grad_checkpointing = options.grad_checkpoint
@@ -382,7 +386,7 @@ def set_up(options, processes, built_in_set):
     if not saved:
         options.out = processes.broadcast(runs.free_name(options.out))
     with processes.rank_0_first():      # rank 0 may fetch CLIP's vocabulary
-        config, tokenizer, weights = choose_model(options, saved)   # may refuse, so nothing is in --out yet
+        config, tokenizer, weights = choose_model(options, saved)   # it may refuse, and nothing is in --out yet
     shards, val = open_shards(options, processes, saved, built_in_set)
     if tokenizer is None:
         merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
@@ -595,8 +599,8 @@ def what_is_due(run, progress):
 def main(argv=None, watchers=(), built_in_set=None):
     """Do one run, then end the process, with status 0 if all steps are done.
 
-    A watcher has the methods begin(run), evaluated(run, results), which gets an Evaluated and returns more scores, and
-    finish(run); rank 0 calls them.
+    A watcher has three methods, which rank 0 calls: begin(run), evaluated(run, results) and finish(run). `results` is
+    an Evaluated, and `evaluated` returns more scores.
     built_in_set(): draws the scenes of a run without --data, writes them as shards, and returns their folder.
     """
     options = read_options(argv)
@@ -626,7 +630,8 @@ def main(argv=None, watchers=(), built_in_set=None):
                 break
 
             batch = progress.next_batch(run.batches)
-            # Unreadable pairs of this batch and signals so far, added up over the ranks while the step runs.
+            # Unreadable pairs of this batch and signals so far, added up over the ranks while the step runs; `sums()`
+            # waits for the result.
             sums = processes.sum_meanwhile(lambda: [batch.bad, len(caught)])
             done = train_step(run, batch.to(processes.device))
             bar.update()
@@ -637,11 +642,11 @@ def main(argv=None, watchers=(), built_in_set=None):
                 save(run)
                 processes.end_all(failure)
 
-    if due.evaluate:                # at the end, not interrupted by a signal
+    if due.evaluate:                # all steps are done; after a signal no evaluation is due
         finish(run, figures, watchers)
         processes.leave(0)
     print(f'stopped    step {run.step} is saved; to go on, give the same command with --resume --out {run.folder}')
-    number = caught[0] if caught else SIGTERM           # empty if the signal reached only other ranks
+    number = caught[0] if caught else SIGTERM           # caught is empty if the signal reached only other ranks
     processes.leave(128 + number)                       # the status that a shell reports
 
 
