@@ -67,8 +67,8 @@ PAPER = {
     'local_crops': 6, 'local_captions': 6, 'augment': 'full', 'vocab': 'clip'}
 # For small sets on a laptop (`tiny` and `photo`, below). The learning rate ends at a tenth of its peak. After s steps
 # the teacher's momentum, the paper's lambda, is at most s / (s + 10). Images are only cropped. In `tiny` that is
-# because the captions of the built-in set name colours and sides, which a colour jitter or a flip would make wrong. In
-# `photo` it is because a model trained with crops alone did better at retrieval on Flickr8k in a single short trial
+# because the captions of the built-in set name colours, and a colour jitter would make them wrong. In `photo` it is
+# because a model trained with crops alone did better at retrieval on Flickr8k in a single short trial
 # (docs/own-data.md).
 LAPTOP = {
     'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
