@@ -1,8 +1,8 @@
 """COSMOS: cross-modality self-distillation for vision-language pre-training (CVPR 2025, arXiv 2412.01814).
 
 CLIP matches one vector of an image with one vector of its caption, and in each of them big objects drown out small
-ones. COSMOS takes several views of both: large and small crops of the image, and of the caption groups of one to five
-sentences and single sentences. A student network sees all of them. A teacher network, a slow average of the student,
+ones. COSMOS takes several views of both: large and small crops of the image; from the caption, groups of one to five
+sentences, and single sentences. A student network sees all of them. A teacher network, a slow average of the student,
 sees only the global ones: the large crops and the groups. In the student, cross-attention lets each vector of one
 modality attend to the tokens of the other. The result is added to the vector, and the sum is trained to pick out its
 own pair's teacher vectors from those of the whole batch. In this way a sentence about a small object is meant to find
@@ -17,7 +17,7 @@ Symbols for shapes:
 Names taken from the paper:
     C^I, C^T  the two cross-attention modules: C^I reads (attends to) the image, C^T reads the text
     h_I, h_T  the image's and the text's vectors after each has read the other modality, Eq. 1-2
-    L_CLIP, L_COSMOS    the two losses, whose sum is trained on; both are means of L_sym-nce, which is built from L_nce
+    L_CLIP, L_COSMOS    the two losses; training minimises their sum. Both are means of L_sym-nce, built from L_nce
 Views come first, (V, B, D), and views 0 and 1 are the two globals. Code that serves both modalities says "view" and V
 for captions, too. `ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors.
 
@@ -52,7 +52,7 @@ C^I):
     teacher.update(model, momentum)    # the paper's lambda, 0.999 at batch 1,024
 
 Read it beside Section 3 of the paper. Parts 2-4 are COSMOS: student, teacher, losses. You can skip part 5 unless you
-use several GPUs, because it only collects the vectors of all GPUs before they are compared. Parts 6-7 are CLIP's towers
+use several GPUs: on one GPU `gather` only returns each tensor as both queries and keys. Parts 6-7 are CLIP's towers
 and transformer. If you know them, read only how a tower treats its views (class Tower).
 
 We follow the released code (github.com/ExplainableML/cosmos); references such as `model.py:274` point into it. If the
@@ -237,7 +237,8 @@ class COSMOS(nn.Module):
 
     @torch.no_grad()
     def clamp_scales(self):
-        """Clamp the learned scales (logarithms) to [0, ln 100]; call this after each step. The bounds are CLIP's."""
+        """Clamp the learned scales (logarithms) to [0, ln 100]; call this after each step. The bounds are the
+        released code's."""
         for scale in self.scales():
             scale.clamp_(0, math.log(100))
 
@@ -277,7 +278,7 @@ class Teacher(nn.Module):
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-MANY = 2 ** 24      # logits, 67 MB. From here on nce does not keep them, but recomputes them in the backward pass
+MANY = 2 ** 24      # logits, 67 MB: an L_nce of 1,024 pairs on one GPU. So many are not kept, but recomputed backward
 
 
 def nce(queries, keys, scale):

@@ -230,7 +230,7 @@ class Crops(Dataset):
                 # Columns in the order of NEUTRAL's keys, on which changes_of relies.
                 rows = [list(of_view.values()) for of_view in strengths]
                 return crops, torch.tensor(rows), self.tokenizer(captions), bad
-        raise Refused(f'{MOST_BAD} pairs, drawn one after the other, cannot be read; look at the shards with '
+        raise Refused(f'{MOST_BAD} pairs in a row cannot be read; look at the shards with '
                       'python -m extras.prepare inspect')
 
     def sample(self, epoch, index):

@@ -121,7 +121,7 @@ class Method(NamedTuple):
     crop_min: float                 # smallest share of the image in a global crop
     augments: bool                  # if False, --augment defaults to 'crops'; if True, to what the preset says
     has_teacher: bool
-    has_cross_attention: bool       # C^I and C^T; a term must use h_I or h_T, or DDP stops (no gradient)
+    has_cross_attention: bool       # C^I and C^T. Terms must use both h_I and h_T: DDP stops if one has no gradient
     has_own_scale: bool             # the terms have a temperature of their own, not that of L_CLIP
     terms: Callable                 # a function from cosmos.py that returns what is learned in addition to L_CLIP
 
@@ -164,7 +164,7 @@ class Run:
     processes: Processes
     train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
-    forward: torch.nn.Module        # the student as a step calls it: part by part with --accum, and wrapped in DDP
+    forward: torch.nn.Module        # the student as a step calls it: in parts with --accum; with several ranks in DDP
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # for fp16; otherwise it does nothing
@@ -255,9 +255,9 @@ def lr_at(step, options):
 
 
 def momentum_at(step, options):
-    """The teacher's momentum lambda. With a fixed 0.999 the teacher would keep 37 % of its random initial weights after
-    1,000 steps, which is a whole run of `tiny`. So with --momentum-ramp the momentum starts low and rises. Without a
-    ramp, as in the paper's recipe, it is fixed."""
+    """The teacher's momentum lambda. With a fixed 0.995 the random initial weights would still make up 37 % of the
+    teacher after 200 steps, a fifth of a run of `tiny`. So with --momentum-ramp the momentum starts low and rises.
+    Without a ramp, as in the paper's recipe, it is fixed."""
     taken = step + 1
     return min(options.momentum, taken / (taken + options.momentum_ramp))
 
@@ -318,7 +318,7 @@ def choose_model(options, saved):
 
     A resumed run: Config and tokenizer come from its checkpoint. The weights are {} here, because set_up restores them
     later.
-    --init: all three come from that checkpoint.
+    --init: Config and weights come from that checkpoint, and so does the tokenizer, unless it is CLIP's (--vocab).
     Otherwise: the Config is the preset's, the tokenizer is that of --vocab, or None if it must be learned, and the
     weights are {}.
     In a new run, --method decides whether there is cross-attention and a second scale.
@@ -386,7 +386,7 @@ def set_up(options, processes, built_in_set):
     if not saved:
         options.out = processes.broadcast(runs.free_name(options.out))
     with processes.rank_0_first():      # rank 0 may fetch CLIP's vocabulary
-        config, tokenizer, weights = choose_model(options, saved)   # it may refuse, and nothing is in --out yet
+        config, tokenizer, weights = choose_model(options, saved)   # before --out is written, because it may refuse
     shards, val = open_shards(options, processes, saved, built_in_set)
     if tokenizer is None:
         merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
@@ -484,8 +484,9 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(run, val, watchers):
-    """-> the scores, {name: value}. Rank 0, the only one that has val, scores the held-out shards while the others
-    wait. best.pt is written if the mean R@1 is the best so far. Afterwards all ranks know run.best."""
+    """-> figures, {name: value}: steps, seconds and, with held-out shards, scores. Rank 0, the only one that has val,
+    computes these while the others wait. best.pt is written if the mean R@1 is the best so far. Afterwards all ranks
+    know run.best."""
     figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)}
     if val:
         figures |= held_out_figures(run, val, watchers)
@@ -600,7 +601,7 @@ def main(argv=None, watchers=(), built_in_set=None):
     """Do one run, then end the process, with status 0 if all steps are done.
 
     A watcher has three methods, which rank 0 calls: begin(run), evaluated(run, results) and finish(run). `results` is
-    an Evaluated, and `evaluated` returns more scores.
+    an Evaluated, and `evaluated` returns more figures, which may be {}.
     built_in_set(): draws the scenes of a run without --data, writes them as shards, and returns their folder.
     """
     options = read_options(argv)
@@ -642,7 +643,7 @@ def main(argv=None, watchers=(), built_in_set=None):
                 save(run)
                 processes.end_all(failure)
 
-    if due.evaluate:                # all steps are done; after a signal no evaluation is due
+    if due.evaluate:                # all steps are done
         finish(run, figures, watchers)
         processes.leave(0)
     print(f'stopped    step {run.step} is saved; to go on, give the same command with --resume --out {run.folder}')

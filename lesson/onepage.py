@@ -115,7 +115,7 @@ def main():
     scored = model, tokenizer, preprocessing(model.config.image_size)
     held_out = Shards(folder, split='val')
     figures, image_features = zero_shot_retrieval(*scored, held_out)
-    show(figures | suppression.during_training(*scored, image_features, held_out))      # and how often it names objects
+    show(figures | suppression.during_training(*scored, image_features, held_out))      # objects named and bound
 
 
 if __name__ == '__main__':
