@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shutil
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -1058,6 +1059,22 @@ def test_races_of_photographs():
         for variant in variants.values():
             (raced if variant.is_scored else tuned).update(variant.seeds)
     assert tuned and not tuned & raced
+
+
+@pytest.mark.parametrize('experiment', ['photo-tune', 'photo-tune-pairs'])
+def test_rates_of_photographs(experiment):
+    """oracle: the rows. The rate of a method has its best R@10 on the validation photographs, over both directions, and
+    a lower and a higher rate were tried, too."""
+    rows = experiments.read_results()
+    found = defaultdict(dict)
+    for variant in photos.EXPERIMENTS[experiment].values():
+        row = rows[variant.recipe(), 100]
+        both = float(row['val.image_to_text_R@10']) + float(row['val.text_to_image_R@10'])
+        found[variant.method][variant.rate] = both
+    for method, scores in found.items():
+        best = max(scores, key=scores.get)
+        assert photos.RATES[method] == best
+        assert min(scores) < best < max(scores)
 
 
 def test_photographs_that_are_kept():
