@@ -6,8 +6,9 @@
 
 Unlike the runs on drawn scenes, these are commands that you could type yourself. One of train.py trains on 6,000
 photographs. One of eval.py takes the network that was best on 1,000 validation photographs (best.pt), and scores it on
-1,000 test photographs. A run takes one thread of a CPU. Flickr8k is for research and education only, so it is not part
-of this repository; docs/own-data.md says where to get it. Shards and networks go to runs/photos.
+1,000 test photographs. If the method has a teacher, the teacher is scored, and then the student, too (`student`). A run
+takes one thread of a CPU. Flickr8k is for research and education only, so it is not part of this repository;
+docs/own-data.md says where to get it. Shards and networks go to runs/photos.
 
 Every method gets the learning rate that is best for it on the validation photographs (`photo-tune`). The test
 photographs are scored only after all such choices are made.
@@ -170,9 +171,11 @@ def commands(variant, seed, flickr8k):
         '--steps', variant.steps, '--lr', variant.rate, '--seed', seed,
         '--eval-every', ceil(variant.steps / 8), '--precision', 'bf16', '--workers', 0, '--out', out]}
     if variant.is_scored:
-        found['retrieval'] = [
-            'eval.py', 'retrieval', best, '--karpathy', flickr8k / 'dataset_flickr8k.json',
-            '--split', 'test', '--images', flickr8k / 'Images', '--json', out / 'retrieval.json']
+        retrieval = ['eval.py', 'retrieval', best, '--karpathy', flickr8k / 'dataset_flickr8k.json',
+                     '--split', 'test', '--images', flickr8k / 'Images']
+        found['retrieval'] = [*retrieval, '--json', out / 'retrieval.json']
+        if METHODS[variant.method].has_teacher:         # does it lead only because a teacher averages weights?
+            found['student'] = [*retrieval, '--weights', 'student', '--json', out / 'student.json']
         if CIFAR10.is_dir():
             found['cifar10'] = [
                 'eval.py', 'classify', best, '--folder', CIFAR10, '--json', out / 'cifar10.json']

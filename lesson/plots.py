@@ -198,8 +198,9 @@ SECTIONS = [            # heading, what stands before the columns, columns
      'seconds pairs dominant.top1 small.top1 retrieval.image_to_text_R@1 retrieval.image_to_text_R@10 '
      'retrieval.text_to_image_R@1 retrieval.text_to_image_R@10'),
     (PHOTOGRAPHS, [''],
-     'best_step retrieval.image_to_text_R@5 retrieval.text_to_image_R@5 retrieval.image_to_text_median_rank '
-     'retrieval.text_to_image_median_rank cifar10.top1'),
+     'best_step student.image_to_text_R@10 student.text_to_image_R@10 retrieval.image_to_text_R@5 '
+     'retrieval.text_to_image_R@5 retrieval.image_to_text_median_rank retrieval.text_to_image_median_rank '
+     'cifar10.top1'),
     ('On the validation photographs', ['val'],
      'image_to_text_R@1 image_to_text_R@10 text_to_image_R@1 text_to_image_R@10'),
     ('Found by captions that tell no background', ['objects'],
