@@ -552,15 +552,15 @@ SHIFT = {'clip': 0.85, 'clip-aug': 1, 'plain': 1, 'without-cross-attention': 1, 
 
 
 def draw_photographs(figure):
-    """Page 4: captions found over minutes, on drawn scenes and on photographs; a dot is a whole run."""
+    """Page 4: images found over minutes, on drawn scenes and on photographs; a dot is a whole run."""
     axes = figure.subplots(1, 2, width_ratios=[1, 1.9])
     for axis, (words, (top, ticks, shown)) in zip(axes, SIDE_BY_SIDE.items()):
         ends = {}
         for method, experiments_shown in shown.items():
             for experiment in experiments_shown:
                 x = SHIFT[method] * mean(experiment, method, 'seconds')         # dots keep apart
-                ends[method] = show_runs(axis, experiment, method, 'retrieval.image_to_text_R@10', x)
-        show_scale(axis, 'caption in the first ten, %', [top // 2, top], chance=1)
+                ends[method] = show_runs(axis, experiment, method, 'retrieval.text_to_image_R@10', x)
+        show_scale(axis, 'image in the first ten, %', [top // 2, top], chance=1)
         axis.set_xscale('log')
         axis.set_xticks(ticks, map(str, ticks))
         axis.set_xticks([], minor=True)
