@@ -119,7 +119,7 @@ EXPERIMENTS = {
 # Experiments that lack runs, so plots.py leaves them out.
 OPEN = 'photo-longer', 'photo-fewer', 'photo-tune-across', 'photo-across'
 
-# What is compared was decided before the first run: R@10, because 1,000 photographs tell it more surely than R@1.
+# R@10 was chosen before the first run, because 1,000 photographs tell it more surely than R@1.
 RECALL = 'retrieval.image_to_text_R@10 retrieval.text_to_image_R@10'
 RIVALS = 'cosmos~clip cosmos~clip-aug cosmos~plain plain~clip'
 COMPARISONS = {
