@@ -128,8 +128,8 @@ class Method(NamedTuple):
 
 # Each row of the table adds to the one above. Only the rows clip and cosmos can be found in the released code, where
 # clip uses open_clip's default crop and no colour jitter (transform.py:66). The others are our reading of the table's
-# labels. In the paper the first three score far below the CLIP of its Table 1, so they probably had raw captions only
-# (--caption-pool raw).
+# labels. In the paper the first three score far below the CLIP of its Table 1, so they were probably trained on raw
+# captions only (--caption-pool raw).
 G = GLOBALS
 METHODS = {
     #                       globals   locals         crop  aug-   tea-   cross  own    learns
@@ -205,8 +205,8 @@ def train_step(run, batch):
     # jitters run here, on the device; the string seeds their order, so that all ranks have the same one.
     images = batch.views(f'{options.seed} {run.step}')
 
-    # The student sees all views and captions. The teacher sees the globals, without gradient. If the student has C^T,
-    # its caption 0 has full length, because C^T reads the padding; the teacher's is cut, as all other captions are.
+    # The student sees all views and captions. The teacher sees the globals, without gradient. If there is C^T, the
+    # student's caption 0 keeps its padding, because C^T reads it. All other captions are cut, and the teacher's, too.
     cls_t = eot_t = None
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
         out = run.forward(images, batch.texts)
@@ -341,7 +341,7 @@ def choose_model(options, saved):
     heads = 0
     if method.has_cross_attention:          # if --init has no heads: 8, or 4 in a small model, as in the presets
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
-    two_scales = method.has_own_scale and not method.has_cross_attention
+    two_scales = method.has_own_scale and not method.has_cross_attention        # with C^I and C^T there are always two
     return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
 
 
@@ -485,8 +485,8 @@ class Evaluated(NamedTuple):
 
 def evaluate(run, val, watchers):
     """-> figures, {name: value}: steps, seconds and, with held-out shards, scores. Rank 0, the only one that has val,
-    computes these while the others wait. best.pt is written if the mean R@1 is the best so far. Afterwards all ranks
-    know run.best."""
+    computes the scores while the others wait. best.pt is written if the mean R@1 is the best so far. Afterwards all
+    ranks know run.best."""
     figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)}
     if val:
         figures |= held_out_figures(run, val, watchers)
@@ -611,7 +611,7 @@ def main(argv=None, watchers=(), built_in_set=None):
 
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
-    saving = runs.saved_on_error(run.student, partial(save, run))   # if the weights are finite
+    saving = runs.saved_on_error(run.student, partial(save, run))   # on an error, if the weights are finite
     with bar, saving, signals_caught() as caught:
         while True:
             due = what_is_due(run, progress)
