@@ -752,6 +752,47 @@ def test_the_scripts_of_a_page_can_be_read(page):
             compile(script, page, 'exec')
 
 
+PAGES = [ROOT / 'README.md', ROOT / 'lesson/README.md', *ROOT.glob('docs/*.md')]
+FOREIGN = (             # options on our pages that belong to other programs
+    # torchrun, Slurm, docker
+    '--help --max-restarts --nnodes --nproc_per_node --rdzv_backend --rdzv_endpoint --rdzv_id --signals-to-handle '
+    '--standalone --cpus-per-task --format --gpus-per-node --job --job-name --kill-on-bad-exit --nodes --noheader '
+    '--ntasks-per-node --open-mode --output --requeue --signal --time --shm-size '
+    # img2dataset, tar
+    '--image_size --input_format --output_folder --output_format --resize_mode --save_additional_columns --url_col '
+    '--url_list --dereference --hard-dereference').split()
+
+
+def anchors(page):
+    """The names that GitHub gives to the headings of a page."""
+    text = re.sub('^```.*?^```', '', page.read_text(), flags=re.M | re.S)
+    found = set()
+    for heading in re.findall('^#+ (.*)$', text, re.M):
+        words = re.sub(r'[^\w\- ]', '', heading.lower())
+        found.add(words.replace(' ', '-'))
+    return found
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_and_options_of_a_page(page):
+    """oracle: the files, the headings of the pages, and the options that the sources define."""
+    text = page.read_text()
+    for link in re.findall(r'(?:\]\(|src="|href=")([^)"\s]+)', text):
+        name, _, anchor = link.partition('#')
+        target = page.parent / name if name else page
+        if name.startswith('http'):
+            continue
+        assert target.exists(), link
+        if anchor and target.suffix == '.md':
+            assert anchor in anchors(target), link
+    ours = set(FOREIGN)
+    for pattern in '*.py', 'plumbing/*.py', 'extras/*.py', 'lesson/*.py', 'tests/fuzz.py':
+        for path in ROOT.glob(pattern):
+            ours |= set(re.findall("'(--[a-z0-9-]+)'", path.read_text()))
+    for option in re.findall(r'(?<![\w-])--[a-z][\w-]+', text):
+        assert option in ours, option
+
+
 # --- report ----------------------------------------------------------------------------------------------------------
 
 HOSTILE = 'a </script><b>red</b> dog'
