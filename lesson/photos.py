@@ -111,7 +111,7 @@ EXPERIMENTS = {
     'photo-tune-pairs': tune({
         'clip': '1e-3 5e-4 2.5e-4 1.25e-4', 'clip-aug': '1e-3 5e-4 2.5e-4 1.25e-4'}, SAME_PAIRS),
     'photo-pairs': race('clip clip-aug', SAME_PAIRS, RATES, TWO) | race('cosmos', SAME_PAIRS, RATES, FOUR),
-    'photo-minutes': race('clip clip-aug cosmos', MINUTES, RATES, FOUR) | race('plain', MINUTES, RATES, THREE),
+    'photo-minutes': race('clip clip-aug plain cosmos', MINUTES, RATES, FOUR),
     'photo-longer': race('clip plain cosmos', LONGER, RATES, THREE),
     'photo-fewer': fewer(),
     'photo-tune-across': tune({'across': '2e-3 1e-3 5e-4'}, MINUTES),
