@@ -278,7 +278,7 @@ class Teacher(nn.Module):
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-MANY = 2 ** 24      # logits, 67 MB: an L_nce of 1,024 pairs on one GPU. So many are not kept, but recomputed backward
+MANY = 2 ** 24      # from so many logits on (67 MB, 1,024 pairs on one GPU) nce recomputes them in the backward pass
 
 
 def nce(queries, keys, scale):

@@ -184,7 +184,7 @@ class Counts(NamedTuple):
     local_texts: int = 6
 
 
-MOST_BAD = 1000         # stop the run if so many pairs, one replacing the other, cannot be read
+MOST_BAD = 1000         # stop the run after so many unreadable pairs in a row, each drawn to replace the last
 
 
 @dataclass

@@ -6,12 +6,12 @@
 
 Unlike the runs on drawn scenes, these are commands that you could type yourself. One of train.py trains on 6,000
 photographs. One of eval.py takes the network that was best on 1,000 validation photographs (best.pt), and scores it on
-1,000 test photographs. If the method has a teacher, the teacher is scored, and then the student, too (`student`). A run
-takes one thread of a CPU. Flickr8k is for research and education only, so it is not part of this repository;
-docs/own-data.md says where to get it. Shards and networks go to runs/photos.
+1,000 test photographs. Two more score the last weights (`last`) and, if the method has a teacher, the student instead
+of it (`student`). A run takes one thread of a CPU. Flickr8k is for research and education only, so it is not part of
+this repository; docs/own-data.md says where to get it. Shards and networks go to runs/photos.
 
-Every method gets the learning rate that is best for it on the validation photographs (`photo-tune`). The test
-photographs are scored only after all such choices are made.
+Every method of `photo-minutes` and `photo-pairs` gets the learning rate that is best for it on the validation
+photographs (`photo-tune`). No choice is made on the test photographs.
 """
 import json
 import os
@@ -68,8 +68,7 @@ MINUTES = {'clip': 2740, 'cosmos': STEPS, 'plain': 870, 'clip-aug': 1840, 'acros
 # with many steps and with few. `across` has the rate of COSMOS until its own is known.
 RATES = {'clip': 2.5e-4, 'clip-aug': 2.5e-4, 'plain': 2e-3, 'across': 1e-3, 'cosmos': 1e-3}
 TUNED_ON = range(100, 101)              # a seed that no other experiment uses
-TWO = range(2)
-THREE = range(3)
+THREE = range(3)                        # seeds
 FOUR = range(4)
 
 
@@ -110,7 +109,7 @@ EXPERIMENTS = {
         'plain': '4e-3 2e-3 1e-3 5e-4', 'cosmos': '2e-3 1e-3 5e-4'}, MINUTES),
     'photo-tune-pairs': tune({
         'clip': '1e-3 5e-4 2.5e-4 1.25e-4', 'clip-aug': '1e-3 5e-4 2.5e-4 1.25e-4'}, SAME_PAIRS),
-    'photo-pairs': race('clip clip-aug', SAME_PAIRS, RATES, TWO) | race('cosmos', SAME_PAIRS, RATES, FOUR),
+    'photo-pairs': race('clip clip-aug', SAME_PAIRS, RATES, range(2)) | race('cosmos', SAME_PAIRS, RATES, FOUR),
     'photo-minutes': race('clip clip-aug plain cosmos', MINUTES, RATES, FOUR),
     'photo-longer': race('clip plain cosmos', LONGER, RATES, THREE),
     'photo-fewer': fewer(),
@@ -172,11 +171,13 @@ def commands(variant, seed, flickr8k):
         '--steps', variant.steps, '--lr', variant.rate, '--seed', seed,
         '--eval-every', ceil(variant.steps / 8), '--precision', 'bf16', '--workers', 0, '--out', out]}
     if variant.is_scored:
-        retrieval = ['eval.py', 'retrieval', best, '--karpathy', flickr8k / 'dataset_flickr8k.json',
-                     '--split', 'test', '--images', flickr8k / 'Images']
-        found['retrieval'] = [*retrieval, '--json', out / 'retrieval.json']
-        if METHODS[variant.method].has_teacher:         # does it lead only because a teacher averages weights?
-            found['student'] = [*retrieval, '--weights', 'student', '--json', out / 'student.json']
+        photographs = ['--karpathy', flickr8k / 'dataset_flickr8k.json', '--split', 'test', '--images',
+                       flickr8k / 'Images']
+        scored = {'retrieval': [best], 'last': [out / 'last.pt']}       # does a lead depend on when one stops?
+        if METHODS[variant.method].has_teacher:         # or on a teacher, which averages weights?
+            scored['student'] = [best, '--weights', 'student']
+        for what, checkpoint in scored.items():
+            found[what] = ['eval.py', 'retrieval', *checkpoint, *photographs, '--json', out / f'{what}.json']
         if CIFAR10.is_dir():
             found['cifar10'] = [
                 'eval.py', 'classify', best, '--folder', CIFAR10, '--json', out / 'cifar10.json']

@@ -198,9 +198,9 @@ SECTIONS = [            # heading, what stands before the columns, columns
      'seconds pairs dominant.top1 small.top1 retrieval.image_to_text_R@1 retrieval.image_to_text_R@10 '
      'retrieval.text_to_image_R@1 retrieval.text_to_image_R@10'),
     (PHOTOGRAPHS, [''],
-     'best_step student.image_to_text_R@10 student.text_to_image_R@10 retrieval.image_to_text_R@5 '
-     'retrieval.text_to_image_R@5 retrieval.image_to_text_median_rank retrieval.text_to_image_median_rank '
-     'cifar10.top1'),
+     'best_step last.image_to_text_R@10 last.text_to_image_R@10 student.image_to_text_R@10 '
+     'student.text_to_image_R@10 retrieval.image_to_text_R@5 retrieval.text_to_image_R@5 '
+     'retrieval.image_to_text_median_rank retrieval.text_to_image_median_rank cifar10.top1'),
     ('On the validation photographs', ['val'],
      'image_to_text_R@1 image_to_text_R@10 text_to_image_R@1 text_to_image_R@10'),
     ('Found by captions that tell no background', ['objects'],
@@ -387,6 +387,14 @@ def show_name(axis, x, y, method, side='left'):
     axis.text(x, y, words, color=PAINT[method], ha=side, va='center')
 
 
+def show_log(axis, ticks, words):
+    """Make the x axis logarithmic, and label it."""
+    axis.set_xscale('log')
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel(words)
+
+
 def show_names(axis, x, heights, apart):
     """Write the names of methods at their heights, the lowest first, but so far apart that they can be read."""
     height = -apart
@@ -534,10 +542,7 @@ def draw_race(figure):
     scales = (over_pairs, (32, 120, 370), 'thousand pairs seen'), (over_minutes, (1.2, 4, 12), 'minutes of training')
     for axis, ticks, words in scales:
         show_scale(axis, 'small objects named, %', (40, 60, 80, 100))
-        axis.set_xscale('log')
-        axis.set_xticks(ticks, map(str, ticks))
-        axis.set_xticks([], minor=True)
-        axis.set_xlabel(words)
+        show_log(axis, ticks, words)
     over_pairs.set(xlim=(20, 520), ylim=(0, 103))
     over_minutes.set(xlim=(0.8, 200), ylabel='')
 
@@ -561,11 +566,9 @@ def draw_photographs(figure):
                 x = SHIFT[method] * mean(experiment, method, 'seconds')         # dots keep apart
                 ends[method] = show_runs(axis, experiment, method, 'retrieval.text_to_image_R@10', x)
         show_scale(axis, 'image in the first ten, %', [top // 2, top], chance=1)
-        axis.set_xscale('log')
-        axis.set_xticks(ticks, map(str, ticks))
-        axis.set_xticks([], minor=True)
+        show_log(axis, ticks, 'minutes of training')
         axis.set_title(words, loc='left')
-        axis.set(xlabel='minutes of training', xlim=(0.6 * ticks[0], 2 * ticks[1]), ylim=(0, top))
+        axis.set(xlim=(0.6 * ticks[0], 2 * ticks[1]), ylim=(0, top))
     show_names(axis, 22, ends, top / 11)
     axis.set(xlim=(2.4, 330), ylabel='')
 

@@ -1027,7 +1027,7 @@ def test_rows_of_photographs(album, monkeypatch, capsys):
     listed = {record['file'] for record in map(Shards('runs/photos/shards-2/train').record, range(2))}
     assert listed == {'4.png', '1.png'}
     out, words = photos.commands(variant, 3, flickr8k)
-    assert [*words] == ['train', 'retrieval', 'student', 'cifar10', 'conflict']
+    assert [*words] == ['train', 'retrieval', 'last', 'student', 'cifar10', 'conflict']
     shown = [line.split() for line in lines[1].replace('OMP_NUM_THREADS=1 ', '').split(' && ')]
     assert shown == [*words.values()]
     saved = read_checkpoint(out / 'last.pt')['student']
@@ -1036,8 +1036,8 @@ def test_rows_of_photographs(album, monkeypatch, capsys):
         in_this_process(each)
     assert_close(read_checkpoint(out / 'last.pt')['student'], saved, rtol=0, atol=0)
     for what, column in (
-            ('retrieval', 'text_to_image_R@1'), ('student', 'text_to_image_mean_rank'), ('cifar10', 'top1'),
-            ('conflict', 'conflict')):
+            ('retrieval', 'text_to_image_R@1'), ('last', 'text_to_image_mean_rank'),
+            ('student', 'text_to_image_mean_rank'), ('cifar10', 'top1'), ('conflict', 'conflict')):
         found = read_json(out / f'{what}.json')[column]
         expected = experiments.flat({column: found}, '' if what == 'conflict' else f'{what}.')
         assert expected.items() <= row.items()
