@@ -17,6 +17,7 @@ Symbols for shapes:
 Names taken from the paper:
     C^I, C^T  the two cross-attention modules: C^I reads (attends to) the image, C^T reads the text
     h_I, h_T  the image's and the text's vectors after each has read the other modality, Eq. 1-2
+    cls_t, eot_t        the teacher's vectors of the images and of the texts
     L_CLIP, L_COSMOS    the two losses; training minimises their sum. Both are means of L_sym-nce, built from L_nce
 Views come first, (V, B, D), and views 0 and 1 are the two globals. Code that serves both modalities says "view" and V
 for captions, too. `ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors.
@@ -58,8 +59,9 @@ and transformer. If you know them, read only how a tower treats its views (class
 We follow the released code (github.com/ExplainableML/cosmos); references such as `model.py:274` point into it. If the
 paper is silent or differs, the released code decides, and a mark says so:
     code≠paper: the paper says something else.          paper silent: the paper does not say, as far as we know.
-A third mark, `ours`, means that the decision is our own, because we differ from the released code on purpose or because
-that code has nothing of the kind.
+    code≠paper?: summaries of the paper say something else, so check your copy of it.
+The last mark, `ours`, means that the decision is our own, because we differ from the released code on purpose or
+because that code has nothing of the kind.
 """
 import copy
 import math
@@ -143,7 +145,8 @@ class CrossAttention(nn.Module):
 class Output(NamedTuple):
     """What the losses read, all of unit length. h_I and h_T are None in a model without cross-attention.
 
-    Pair b of the batch is [:, b]. Its views and its captions are never negatives of each other.
+    In each tensor [:, b] belongs to pair b of the batch. Views and captions of a pair are never negatives of each
+    other.
     """
     cls: torch.Tensor           # (V, B, D)  one vector for each image view
     eot: torch.Tensor           # (U, B, D)  one vector for each caption
@@ -186,10 +189,9 @@ class COSMOS(nn.Module):
     def forward(self, images, texts):
         """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output.
 
-        Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper,
-        perhaps: summaries of the paper say "global crops"; model.py:370-382). `words` covers all T positions, padding
-        included, so caption 0 must come at full length (paper silent; transformer.py:772-775). The others may be cut to
-        save time, see TextTower.
+        Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper?:
+        all global crops; model.py:370-382). `words` covers all T positions, padding included, so caption 0 must come at
+        full length (paper silent; transformer.py:772-775). The others may be cut to save time, see TextTower.
         """
         if not self.has_cross_attention:
             return Output(unit(self.visual(images)), unit(self.text(texts)))
@@ -278,12 +280,14 @@ class Teacher(nn.Module):
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-MANY = 2 ** 24      # from so many logits on (67 MB, 1,024 pairs on one GPU) nce recomputes them in the backward pass
+# With this many logits or more, nce recomputes them in the backward pass. They are 67 MB, as many as 1,024 pairs on one
+# GPU have for 2 x 8 views and captions.
+MANY = 2 ** 24
 
 
 def nce(queries, keys, scale):
-    """L_nce: each query must find the key of its own pair among all N. Averaged over the V x U pairs of views and the B
-    queries.
+    """L_nce: each query must find the key of its own pair among all N. Averaged over the V x U combinations of views,
+    and over the B pairs of this GPU.
 
     queries (V, B, D) of this GPU, keys (U, N, D) of all GPUs, of unit length. Either side may be images or captions, so
     here V is the number of the queries' views, and U that of the keys'. scale = 1/temperature.
@@ -330,8 +334,7 @@ def clip_loss(out, scale):
 
     It is CLIP's loss on [cls] and [eot], and cross-attention has no part in it.
 
-    code≠paper, perhaps: local image views stay out, because with them the authors saw overfitting (loss.py:203-206).
-    One summary of the paper says that L_CLIP uses all crops, so check your copy of the paper.
+    code≠paper?: local image views stay out, because with them the authors saw overfitting (loss.py:203-206).
     """
     return match(*gather(out.cls[:GLOBALS], out.eot), scale)
 
@@ -391,7 +394,7 @@ def plain_terms(out, cls_t, eot_t, scale):
 
 
 def embedding_terms(out, cls_t, eot_t, scale):
-    """Self-distillation without cross-attention, for the row `text-distill` of Table 5.
+    """Self-distillation without cross-attention, for the row of Table 5 that train.py calls `text-distill`.
 
     ours: we do not know the paper's loss for this row, nor for the two rows that use image_terms. Here cls and eot take
     the place of h_I and h_T, and each is compared with the teacher's vectors of its own modality.
@@ -402,12 +405,13 @@ def embedding_terms(out, cls_t, eot_t, scale):
 
 
 def image_terms(out, cls_t, eot_t, scale):
-    """Like embedding_terms, but with images only; the rows `image-distill` and `text-crop` use it."""
+    """Like embedding_terms, but with images only; train.py's methods `image-distill` and `text-crop` use it."""
     return {'cls_cls_t': match(*gather(out.cls, cls_t), scale)}
 
 
 def no_terms(out, cls_t, eot_t, scale):
-    """Nothing besides L_CLIP, for the rows `clip` and `clip-aug`. They have one image crop or two, and no teacher."""
+    """Nothing besides L_CLIP, for train.py's methods `clip` and `clip-aug`. They have one image crop or two, and no
+    teacher."""
     return {}
 
 
@@ -455,9 +459,8 @@ class Gather(torch.autograd.Function):
 
     In the released code each rank computes the whole loss, but differentiates it only with respect to its own vectors.
     The sum of these pieces over ranks would be the full gradient, but DDP takes their mean. So the gradient is too
-    small by a factor of the number of ranks.
-    (The two scales are not affected, because every rank has their whole gradient.) AdamW cancels such a factor, apart
-    from its eps.
+    small by a factor equal to the number of ranks. (The two scales are not affected, because every rank has their whole
+    gradient.) AdamW cancels such a factor, apart from the effect of its eps.
     """
 
     @staticmethod
@@ -466,7 +469,8 @@ class Gather(torch.autograd.Function):
         V, B, D = x.shape
         ranks = dist.get_world_size()
         everyones = x.new_empty(ranks * V, B, D)
-        all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor       # its older name
+        # torch versions without all_gather_single have it as all_gather_into_tensor.
+        all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
         all_gather(everyones, x.contiguous())
         return everyones.view(ranks, V, B, D).transpose(0, 1).flatten(1, 2)
 
@@ -659,7 +663,7 @@ class QuickGELU(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(LN x), then x + MLP(LN x). GELU is exact, as in the released models,
-    unless `quick_gelu`."""
+    unless `quick_gelu` is set."""
 
     def __init__(self, width, heads, quick_gelu):
         super().__init__()
@@ -732,7 +736,7 @@ def attention_weights(q, k, mask=None):
     return scores.softmax(dim=-1)
 
 
-if __name__ == '__main__':  # python cosmos.py: forward and backward on noise, the shapes, and the parts of the loss
+if __name__ == '__main__':  # python cosmos.py: forward and backward on noise; prints shapes and the parts of the loss
     torch.manual_seed(0)
     config = Config(image_size=48, local_image_size=24, patch_size=8, vision_layers=2, text_layers=2, vocab_size=1000)
     model = COSMOS(config)

@@ -67,7 +67,8 @@ def draw_sentences(pool, count, rng):
 # --- 2. The kinds of image views ------------------------------------------------------------------------ Sec. 3.1 ---
 
 class Kind(NamedTuple):
-    """How a view is made. All but size and scale are probabilities; draw_strengths draws the strengths."""
+    """How a view is made. All but size and scale are the probabilities of an operation. How strongly it then acts is
+    drawn in draw_strengths."""
     size: int                   # side of the view, in pixels
     scale: tuple                # smallest and largest share of the image's area
     flip: float                 # left and right are swapped
@@ -78,9 +79,12 @@ class Kind(NamedTuple):
 
 
 def kinds_of_views(config, crop_min=0.4):
-    """One Kind for the first global view, one for the other globals, and one for the locals, as released. For another
-    kind of local view add a row at the end; the local views are then divided as evenly as possible among the rows from
-    the third on. crop_min: the smallest share of the image in a global view."""
+    """One Kind for the first global view, one for the other globals, and one for the locals, as released. To add
+    another kind of local view, append a row: the local views are divided as evenly as possible among the rows from the
+    third on.
+
+    crop_min: the smallest share of the image in a global view.
+    """
     large = config.image_size
     small = config.local_image_size
     #    size   scale          flip  jitter  grey  blur  solarize
@@ -137,8 +141,8 @@ def draw_boxes(height, width, kinds, rng):
 
 
 def image_crops(data, kinds, rng):
-    """Encoded bytes, the kind of each view -> a random crop for each, (3, s, s) uint8, and their boxes (y, x, h, w) in
-    pixels of the whole image."""
+    """Encoded bytes, the kind of each view -> a random crop for each, (3, s, s) uint8, and their boxes (y, x, h, w), in
+    pixels of the image at full size."""
     undecoded, (height, width) = read_header(data)      # for a JPEG this reads only the header
     boxes = draw_boxes(height, width, kinds, rng)
     # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. One decoding serves all views, and shrinking
@@ -184,19 +188,23 @@ class Counts(NamedTuple):
     local_texts: int = 6
 
 
-MOST_BAD = 1000         # stop the run after so many unreadable pairs in a row, each drawn to replace the last
+# Stop the run after this many unreadable pairs in a row: the first, and those drawn to replace it.
+MOST_BAD = 1000
 
 
 @dataclass
 class Crops(Dataset):
     """The training set: (epoch, index of the pair) -> crops of the pair and ids of its captions, for `collate`.
 
-    augment: 'full' is the released recipe; 'crops' leaves out colour changes, blur and flips, because captions may
-    mention colours, or left and right. crop_min: the smallest share of the image in a global crop. An Unreadable pair
-    is reported by name and counted, and a random pair takes its place. If the replacement is already in the batch, its
-    two copies are false negatives of each other; this is rare in a set that is much larger than a batch. If you add a
-    random draw, put it at the end of `sample`. Anywhere earlier it would shift the draws after it, and so change every
-    run.
+    augment: 'full' is the released recipe; 'crops' leaves out colour changes and flips, because captions may mention
+    colours, or left and right, and blur, too. crop_min: the smallest share of the image in a global crop.
+
+    An Unreadable pair is reported by name and counted, and a random pair takes its place. If the replacement is already
+    in the batch, its two copies are false negatives of each other; this is rare in a set that is much larger than a
+    batch.
+
+    If you add a random draw, put it at the end of `sample`. Anywhere earlier it would shift the draws after it, and so
+    change every run.
     """
     shards: Shards
     tokenizer: Tokenizer
@@ -208,7 +216,7 @@ class Crops(Dataset):
 
     def __post_init__(self):
         first, other, *kinds_of_locals = kinds_of_views(self.config, self.crop_min)
-        # The kind of each of the V views.
+        # The kind of each of the V views: one `first`, then `other` for the rest of the globals, then the locals.
         self.kinds = [first] + [other] * (self.counts.global_images - 1)
         n = self.counts.local_images
         for k in range(n):              # with 2 kinds of local views, the first 3 of 6 are of the first kind
@@ -269,7 +277,8 @@ class Order:
     rank: int = 0
     world: int = 1
 
-    def permutation(self, epoch):       # a method, so that an experiment can override it; called at every step
+    # A method, so that an experiment can override it. It is called at every step, so it must be cheap.
+    def permutation(self, epoch):
         return shuffled(self.seed, epoch, self.pairs)
 
     def __iter__(self):
@@ -338,7 +347,7 @@ def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
     """Samples -> Batch. Captions have three lengths:
 
         the student's caption 0                             all T, because C^T reads its padding
-        the student's other globals, all of the teacher's   as long as the longest global of the batch
+        the student's other globals, the teacher's globals  as long as the longest global of the batch
         local captions                                      as long as the longest local of the batch
 
     multiple: the lengths are rounded up to a multiple of it; 8 is faster in half precision. whole_first: False if the

@@ -12,11 +12,14 @@ is none), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with G
 other CLIPs. We evaluate the teacher, which has the averaged weights, unless there is none or you give --weights
 student. Features are float32 vectors of unit length, and a score is the dot product of two of them.
 
-Parts 3 to 5 are the protocols. To compare with published figures, give --coco (COCO's val2017) or --flickr (the
-released list of Flickr30K) for retrieval. For ImageNet and for segmentation give --templates open_clip, which replaces
-our six prompts with CLIP's 80, and for ImageNet also the class names with open_clip's. For segmentation add
---benchmark. The released prompts of the other classification sets are not here; --templates FILE takes any. On a first
-reading, skip part 6, the command line. The marks (`ours`, ...) mean the same as in cosmos.py and data.py.
+Parts 3 to 5 are the protocols. On a first reading, skip part 6, the command line. The marks (`ours`, ...) mean the same
+as in cosmos.py and data.py.
+
+To compare with published figures:
+    retrieval       --coco (COCO's val2017) or --flickr (the released list of Flickr30K)
+    ImageNet        --templates open_clip: CLIP's 80 prompts instead of our six, and open_clip's names of the classes
+    segmentation    --benchmark and --templates open_clip
+    other classes   --templates FILE, with prompts that you find: those of the released code are not here
 """
 import math
 from dataclasses import dataclass
@@ -81,7 +84,7 @@ def preprocessing(size):
 
 # --- 2. Features -----------------------------------------------------------------------------------------------------
 
-# Sizes that should fit on a small GPU. They affect only the last bits of the results.
+# Images and texts per batch, few enough for a small GPU. The numbers affect only the last bits of the results.
 IMAGE_BATCH = 64
 TEXT_BATCH = 256
 
@@ -96,7 +99,7 @@ def shard_image(shards, i):
 
 @dataclass
 class Images(Dataset):
-    """Shards, or a list of paths or of Pillow images. Item i is a pair: preprocess(image i), usually pixels (3, S, S),
+    """Shards, or a list of paths or of Pillow images. Item i is a tuple: preprocess(image i), usually pixels (3, S, S),
     and the label 0, because `embed_labelled` expects a label."""
     source: object
     preprocess: object
@@ -177,7 +180,7 @@ def retrieval(image_features, text_features, owner):
 
     owner (captions,): the image of each caption. An image's rank is that of its best-ranked caption. R@K are fractions,
     and ranks count from 1. chance is the R@1 of guessing, 1 / n in both directions: an image that has c of the M
-    captions finds one of them with probability c / M, and the mean of c / M over the n images is 1 / n.
+    captions finds one of them with probability c / M, and over the n images these c add up to M.
     """
     n = len(image_features)
     image_ids = torch.arange(n, device=owner.device)
@@ -220,8 +223,11 @@ def shard_captions(shards):
 
 def check_held_out(shards, workers=0):
     """Read every caption and decode every image of held-out shards, so that a broken one is found now, and not in the
-    middle of a run. Raises Refused or Unreadable, with the name of the pair. Images are skipped if the shards were
-    opened from an index, because train.py writes one (val.npy) only after this check."""
+    middle of a run. Raises Refused or Unreadable, with the name of the pair.
+
+    If the shards were opened from an index, images are not decoded again. train.py writes this index (val.npy) only
+    after this check, so they have passed it before.
+    """
     shard_captions(shards)
     if shards.is_mapped:
         return
@@ -277,7 +283,7 @@ def classify(image_features, vectors, labels):
 
 # --- 5. Segmentation -------------------------------------------------------------------------------------------------
 
-LONGEST_SIDE = 2048     # in pixels, as released; the long side is scaled to at most this (one exception: segment_image)
+LONGEST_SIDE = 2048     # in pixels, as released; the long side is scaled to at most this, but see segment_image
 
 
 def encode_dense(model, images, csa=False):
@@ -346,14 +352,15 @@ def window_scores(model, pixels, vectors, csa):
 
 def segment_image(model, image, vectors, names_per_class, settings):
     """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is first scaled to H x W pixels, so
-    that its short side has settings.size (with two exceptions, below), and is scored at that size.
+    that its short side has settings.size pixels (two comments below name exceptions), and is scored at that size.
 
     vectors (M, D): one for each name, class after class; a class has one name or several. The steps are those of
     clip_segmentor.py:113-276 of the released code:
         1. Each pixel takes its most probable class.
         2. If settings.area is above 0, a foreground class that covers at most this share of the foreground is dropped,
            and its pixels take the next best class.
-        3. With settings.probability (for sets whose class 0 is a background), less certain pixels become background.
+        3. If class 0 is a background, settings.probability is above 0, and a pixel whose class is less probable than
+           that becomes background.
     """
     width, height = image.size
     short = min(width, height)
@@ -409,8 +416,8 @@ def confusion(truth, predicted, classes):
 
 
 def segmentation_figures(matrix, names):
-    """Pixel accuracy, the IoU of each class that occurs in the truth or in the prediction, and mIoU, the mean of these.
-    'classes' counts the classes in the truth, which may be fewer."""
+    """Pixel accuracy; the IoU of each class that occurs in the truth or in the prediction; and mIoU, the mean of these
+    IoUs. 'classes' counts only the classes in the truth, so it may be smaller than the number of IoUs."""
     hit = matrix.diag()
     truth = matrix.sum(dim=1)
     predicted = matrix.sum(dim=0)

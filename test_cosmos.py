@@ -1,10 +1,11 @@
 """The claims of the paper and of cosmos.py. Each docstring names its oracle: what a result must equal.
 
     pytest test_cosmos.py           this file
-    pytest                          all tests: also those of data, training, evaluation, course and extras
+    pytest                          all tests: also those of data, training, evaluation, plumbing, course and extras
 
-Part 1 compares with the released code. Some of its numbers stand at the end of this file, more of them lie in
-COSMOS_SHARED; if that folder is absent, the tests that need it are skipped. Parts 2-6 follow cosmos.py.
+Part 1 compares with the released code. Some of its numbers stand at the end of this file, and more are in the folder
+that the variable COSMOS_SHARED names (by default ../shared). If that folder is absent, the tests that need it are
+skipped. Parts 2-6 come in the order of cosmos.py.
 """
 import itertools
 import math
@@ -73,8 +74,8 @@ def test_equals_the_released_code():
 
 
 def test_many_logits_are_computed_again(monkeypatch):
-    """oracle: the loss and the gradients when the logits are kept, to the last bit. Otherwise the logits of each L_nce
-    are computed twice."""
+    """oracle: the loss and the gradients of a run that keeps its logits, to the last bit. A run that does not keep them
+    computes the logits of each of the ten L_nce twice."""
     cross_entropy = F.cross_entropy
     calls = []
 
@@ -128,7 +129,9 @@ def test_golden_training_step(golden):
     gradients = from_openclip(expected['grads'])
     for name, p in student.named_parameters():
         close(p.grad, gradients[name], 2e-5)
-        p.grad = gradients[name]    # Adam divides it by its size, and for the keys' bias it is only rounding noise
+        # The step is made with the recorded gradients. Adam divides a gradient by its own size, and that of the keys'
+        # bias is only rounding noise, so ours would give another step.
+        p.grad = gradients[name]
     train.make_optimizer(student, hyper['lr'], hyper['weight_decay']).step()
     student.clamp_scales()
     teacher.update(student, hyper['momentum'])
@@ -139,7 +142,8 @@ def test_golden_training_step(golden):
 
 
 def test_golden_dense_features_and_attention(golden):
-    """oracle: what was recorded of the released code, on images of 64 x 96 pixels. Rows come first."""
+    """oracle: what was recorded from the released code, on images of 64 x 96 pixels. Patches are a grid (rows,
+    columns), here 4 x 6."""
     expected = golden['expected']
     model = recorded(golden, 'teacher')
     for name in 'dense_plain', 'dense_csa':
@@ -162,6 +166,7 @@ def test_sizes_and_initial_values_are_the_released():
     model = COSMOS(train.PRESETS['tiny'].sizes)
     found = [p.std().item() for p in model.text.parameters() if p.ndim > 1]
     block = [128 ** -0.5, 512 ** -0.5, 256 ** -0.5, 512 ** -0.5]        # attention, its output, the MLP's two layers
+    # Positions, projection, tokens, two blocks.
     assert found == pytest.approx([0.01, 128 ** -0.5, 0.02, *block, *block], rel=0.1)
     visual = model.visual
     for p in visual.class_embedding, visual.positional_embedding, visual.proj:
@@ -236,7 +241,8 @@ def test_every_view_reads_view_0_and_caption_0():
 
 
 def test_teacher_is_a_moving_average():
-    """oracle: the closed form s + lambda^k (t0 - s) after k updates towards a constant student. Nothing is shared."""
+    """oracle: the closed form s + lambda^k (t0 - s) after k updates towards a constant student. Teacher and student
+    share no tensor."""
     model, images, texts = micro()
     teacher = Teacher(model)
     start = [p.clone() for p in model.parameters()]
@@ -308,8 +314,8 @@ def test_total_loss_is_clip_plus_cosmos():
 
 
 def test_losses_without_cross_attention():
-    """oracle: L_CLIP in loops, and with the same scale each modality that has a teacher against its own; for `plain`
-    all four terms, with the second scale."""
+    """oracle: the losses as loops. L_CLIP and the terms of a modality with its own teacher share one scale; the four
+    terms of `plain` use the second scale."""
     model, out, cls_t, eot_t = a_forward_pass('clip')
     clip = slow_loss(out.cls[:GLOBALS], out.eot, math.e)
     images = slow_loss(out.cls, cls_t, math.e)
@@ -334,9 +340,12 @@ def test_losses_without_cross_attention():
 @pytest.mark.parametrize('method, forward, backward', [
     ('cosmos', [7, 9, 4], [9, 7]), ('plain', [7, 9, 4], [9, 7]), ('across', [7, 18, 4], [18, 7]), ('clip', [7], [7])])
 def test_collectives_of_a_step(monkeypatch, method, forward, backward):
-    """oracle: the table of docs/differences.md, 3 forward and 2 backward. Each vector is sent once: 2 cls and 5 eot; 4
-    h_I and 5 h_T, or 4 cls and 5 eot, or both; 2 cls_t and 2 eot_t, without a gradient. The other GPU has the same
-    pairs, so every key is there twice, and every L_nce is larger by ln 2."""
+    """oracle: the table of docs/differences.md, 3 forward and 2 backward. The first sends 2 cls and 5 eot, for L_CLIP.
+    The second sends 4 h_I and 5 h_T (cosmos), or 4 cls and 5 eot (plain), or all of these (across). The third sends 2
+    cls_t and 2 eot_t, without a gradient. clip needs only the first.
+
+    The other GPU has the same pairs, so every key is there twice, and every L_nce is larger by ln 2.
+    """
     gathered = []
     reduced = []
 
@@ -377,8 +386,8 @@ def test_losses_are_float32_under_autocast():
 # --- 5. Towers, blocks, attention ------------------------------------------------------------------------------------
 
 def test_towers_equal_the_long_way(monkeypatch):
-    """oracle: every block computes all rows of full sequences, those of texts behind a mask; then the row of the class
-    token or of the end is picked. Captions that were cut give the same."""
+    """oracle: every block computes all rows of full sequences, for texts with a causal mask, and then the row of the
+    class token or of the end token is picked. Captions that were cut must give the same vectors."""
     model, images, texts = micro()
     monkeypatch.setattr(cosmos, 'checkpoint', None)     # must not be called unless it is asked for
     cut = texts[:2] + [caption[:, :5] for caption in texts[2:]]
@@ -443,7 +452,7 @@ def test_quick_gelu_by_hand():
 
 
 def test_compiled_blocks_are_few(monkeypatch):
-    """oracle: a backend that counts graphs. A few serve all layers, batches and lengths."""
+    """oracle: the number of graphs, which a backend counts. A few must serve all layers, batches and lengths."""
     torch._dynamo.reset()
     counter = CompileCounter()
     monkeypatch.setattr(cosmos.Block, 'compile', partialmethod(torch.nn.Module.compile, backend=counter))
@@ -494,11 +503,11 @@ def test_the_walk_through_runs():
 # What the released code computes for the weights and inputs of test_equals_the_released_code: L_CLIP and L_COSMOS; the
 # first six numbers of h_I of view 0 and of h_T of caption 0, for pair 0; and for each of the 83 parameters the norm of
 # the gradient of the sum of both losses. Parameters come in the order of their released names, biases before weights.
-# Losses and vectors must agree to 1e-6, norms to 1e-5 of themselves (the worst that we saw, with four sets of
-# instructions and both branches of Attention, was 2e-6). The last two norms of either cross-attention belong to the
-# LayerNorm of its queries. They are below 1e-5, because they are what is left of sums that cancel, so they are held to
-# 1e-9, a quarter of a percent of the smallest. The gradient of the keys' bias is rounding noise around 0. It is a third
-# of in_proj_bias, too small to show in its norm.
+# Losses and vectors must agree to 1e-6, norms to 1e-5 of themselves (the worst that we saw was 2e-6, with four CPU
+# instruction sets, and on the CPU path of Attention as well as on its kernel path). The last two norms of either
+# cross-attention belong to the LayerNorm of its queries. They are below 1e-5, because they are what is left of sums
+# that cancel, so they are held to 1e-9, a quarter of a percent of the smallest. The keys' bias is a third of
+# in_proj_bias. Its gradient is rounding noise around 0, too small to show in the norm of the whole.
 RELEASED_LOSSES = [1.144916, 1.142693]
 RELEASED_H_I = [0.281730, 0.157082, -0.238676, -0.069201, -0.208976, -0.218391]
 RELEASED_H_T = [-0.019756, 0.101438, -0.225228, 0.069547, 0.111738, -0.129658]

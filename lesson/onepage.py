@@ -3,10 +3,10 @@
     python -m lesson.onepage            draws scenes if need be, trains (minutes on two CPU cores), prints scores
 
 Student, teacher and losses come from cosmos.py, whose docstring explains the names (B, V, U, C^T, cls_t). The views
-come from data.py, the drawn scenes from lesson/scenes.py. `python train.py --preset tiny` takes the same steps: a test
-runs both for 20 steps (--precision fp32 --batch 4 --workers 0), and checks that student, teacher and optimizer agree
-bit for bit.
-The rest of train.py deals with options, other methods, several GPUs, logging and recovery.
+come from data.py, the drawn scenes from lesson/scenes.py. `python train.py --preset tiny` takes the same steps. A test
+runs both for 20 steps in float32 (train.py with --precision fp32 --batch 4 --workers 0), and checks that student,
+teacher and optimizer agree bit for bit. The rest of train.py deals with options, other methods, several GPUs, logging
+and recovery.
 """
 import math
 
@@ -44,8 +44,8 @@ def learning_rate(step, steps, peak):
 def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **changes):
     """-> student, teacher, optimizer.
 
-    folder: shards, such as the scenes of lesson/scenes.py. rate: the peak learning rate. changes: fields of Setting
-    (lesson/setting.py), which the experiments of the course (lesson/README.md) change.
+    folder: where the shards are, such as those that lesson/scenes.py draws. rate: the peak learning rate. changes:
+    fields of Setting (lesson/setting.py), which the experiments of the course (lesson/README.md) change.
     """
     # The defaults are a small COSMOS: L_CLIP and the terms of Eq. 6, 2 global + 2 local views, 2 + 2 captions, and
     # 4 heads in each cross-attention.
@@ -55,7 +55,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
     dtype = choose_dtype(precision, device)             # auto: bfloat16 if it is fast on this device, else None (fp32)
     multiple = 8 if dtype else 1                        # half precision is faster with captions of 8, 16, ... tokens
 
-    # Sizes are those of the preset `tiny` of train.py.
+    # Sizes and recipe are those of the preset `tiny` of train.py. The paper's recipe is that of `vit-b-16`.
     shards = Shards(folder, split='train')
     tokenizer = learn_tokenizer(shards)
     config = Config(embed_dim=128, cross_heads=setting.heads,
@@ -63,7 +63,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
                     vision_width=96, vision_layers=4, vision_heads=3,
                     text_width=128, text_layers=2, text_heads=2,
                     context_length=CONTEXT, vocab_size=tokenizer.vocab_size)
-    # train_set[epoch, index] gives random crops of that pair's image, and ids of random sentences about it.
+    # train_set[epoch, index] gives random crops of image number `index`, and ids of random sentences about it.
     train_set = Crops(shards, tokenizer, config, seed, setting.counts, setting.augment, setting.crop_min)
 
     # Student, teacher, optimizer. Weight decay applies to matrices, not to biases, LayerNorms or scales.
@@ -84,7 +84,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
         samples = [train_set[place] for place in places]                # a place is (epoch, index)
         inputs = collate(samples, multiple, whole_first=setting.heads > 0,
                          global_texts=setting.counts.global_texts).to(device)
-        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); the string seeds the order of jitters
+        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); the string is another seed
         texts = inputs.texts                            # U tensors (B, T)
 
         # The student sees all views and captions. The teacher sees only the globals, and all its captions are trimmed.
@@ -115,7 +115,8 @@ def main():
     scored = model, tokenizer, preprocessing(model.config.image_size)
     held_out = Shards(folder, split='val')
     figures, image_features = zero_shot_retrieval(*scored, held_out)
-    show(figures | suppression.during_training(*scored, image_features, held_out))      # objects named and bound
+    # These say how many objects are named, and how many colours are bound to the right shape.
+    show(figures | suppression.during_training(*scored, image_features, held_out))
 
 
 if __name__ == '__main__':

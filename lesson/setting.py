@@ -1,4 +1,4 @@
-"""What the experiments of the course change in lesson/onepage.py. Who only reads that page may skip this."""
+"""What the experiments of the course change in lesson/onepage.py. If you only read that page, you may skip this."""
 from collections.abc import Callable
 from typing import NamedTuple
 
