@@ -575,7 +575,7 @@ def main():
     args = parser.parse_args()
     variants = EXPERIMENTS[args.experiment]
     wanted = missing_runs(variants, args.seeds)
-    print(f'{len(wanted)} runs have no row in {RESULTS}; --run makes one of the others again')
+    print(f'{len(wanted)} runs have no row in {RESULTS}; to make a run again, give --run')
     if args.run:
         name, seed = args.run
         need(name in variants, f'no variant is called {name}; take one of {", ".join(variants)}')

@@ -1,14 +1,16 @@
 """Photographs: COSMOS against CLIP on Flickr8k, from scratch. Each run is a row of lesson/results.csv.
 
     python -m lesson.photos photo-minutes                    makes the runs that have no row, two at a time
-    python -m lesson.photos photo-minutes --print            prints the commands of its runs, one line each, to copy
-    python -m lesson.photos photo-minutes --run cosmos 0     makes one run: its figures, and a row if it has none
+    python -m lesson.photos photo-minutes --print            packs the photographs, and prints the commands of its runs
+    python -m lesson.photos photo-minutes --run cosmos 0     makes one run: prints figures, adds a row if it has none
 
-Unlike the runs on drawn scenes, these are commands that you could type yourself. One of train.py trains on 6,000
-photographs. One of eval.py takes the network that was best on 1,000 validation photographs (best.pt), and scores it on
-1,000 test photographs. Two more score the last weights (`last`) and, if the method has a teacher, the student instead
-of it (`student`). A run takes one thread of a CPU. Flickr8k is for research and education only, so it is not part of
-this repository; docs/own-data.md says where to get it. Shards and networks go to runs/photos.
+Unlike the runs on drawn scenes, these are commands that you could type yourself: `--print` prints one line for each
+run, to copy. First train.py trains on 6,000 photographs, and keeps the network that is best on 1,000 validation
+photographs (best.pt). Then eval.py scores it on 1,000 test photographs. Further calls score the last weights (`last`)
+and, if the method has a teacher, the student in the teacher's place (`student`); classify CIFAR-10, if it is at hand;
+and measure what h_T and h_I copy (`conflict`, page 5 of the course). A run takes one thread of a CPU. Flickr8k is for
+research and education only, so it is not part of this repository; docs/own-data.md says where to get it. Shards and
+networks go to runs/photos.
 
 Every method of `photo-minutes` and `photo-pairs` gets the learning rate that is best for it on the validation
 photographs (`photo-tune`). No choice is made on the test photographs.
@@ -43,7 +45,7 @@ ALL = 6000                              # training photographs
 # --- 1. The experiments ----------------------------------------------------------------------------------------------
 
 class Photos(NamedTuple):
-    """How runs are made. Variants that differ in nothing but seeds share their runs."""
+    """How runs are made. Two experiments with the same variant share the runs of the seeds that both have."""
     method: str                         # a row of train.METHODS
     steps: int
     rate: float                         # peak learning rate
@@ -67,13 +69,13 @@ MINUTES = {'clip': 2740, 'cosmos': STEPS, 'plain': 870, 'clip-aug': 1840, 'acros
 # The rates with the best R@10 on the validation photographs, averaged over both directions. For CLIP they are the same
 # with many steps and with few. `across` has the rate of COSMOS until its own is known.
 RATES = {'clip': 2.5e-4, 'clip-aug': 2.5e-4, 'plain': 2e-3, 'across': 1e-3, 'cosmos': 1e-3}
-TUNED_ON = range(100, 101)              # a seed that no other experiment uses
+TUNED_ON = range(100, 101)              # a seed that is used for tuning only
 THREE = range(3)                        # seeds
 FOUR = range(4)
 
 
 def tune(tried, steps):
-    """tried: {method: rates}; steps: {method: steps}."""
+    """A variant for each method and each rate that is tried. tried: {method: rates}; steps: {method: steps}."""
     variants = {}
     for method, rates in tried.items():
         for rate in map(float, rates.split()):
@@ -118,7 +120,7 @@ EXPERIMENTS = {
 # Experiments that lack runs, so plots.py leaves them out.
 OPEN = 'photo-longer', 'photo-fewer', 'photo-tune-across', 'photo-across'
 
-# R@10 was chosen before the first run, because 1,000 photographs tell it more surely than R@1.
+# R@10 was chosen before the first run, because 1,000 photographs measure it more precisely than R@1.
 RECALL = 'retrieval.image_to_text_R@10 retrieval.text_to_image_R@10'
 RIVALS = 'cosmos~clip cosmos~clip-aug cosmos~plain plain~clip'
 COMPARISONS = {
@@ -132,12 +134,12 @@ COMPARISONS = {
 
 # --- 2. One run ------------------------------------------------------------------------------------------------------
 
-FEWER = Path('lesson/photos.json')      # the numbers of 3,000 training photographs; the first 1,500 are a quarter
+FEWER = Path('lesson/photos.json')      # imgid of half of the training photographs; the first 1,500 are a quarter
 CIFAR10 = SHARED / 'data/cifar10'
 
 
 def shard_folder(flickr8k, photographs):
-    """Shards with so many of the training photographs, and with all validation photographs."""
+    """Shards with this many of the training photographs, and with all validation photographs."""
     folder = FOLDER / f'shards-{photographs}'
     if not (folder / 'train').is_dir():
         listing = read_json(flickr8k / 'dataset_flickr8k.json')
@@ -173,8 +175,8 @@ def commands(variant, seed, flickr8k):
     if variant.is_scored:
         photographs = ['--karpathy', flickr8k / 'dataset_flickr8k.json', '--split', 'test', '--images',
                        flickr8k / 'Images']
-        scored = {'retrieval': [best], 'last': [out / 'last.pt']}       # does a lead depend on when one stops?
-        if METHODS[variant.method].has_teacher:         # or on a teacher, which averages weights?
+        scored = {'retrieval': [best], 'last': [out / 'last.pt']}       # does a lead depend on when training stops?
+        if METHODS[variant.method].has_teacher:         # does it depend on the teacher, which averages weights?
             scored['student'] = [best, '--weights', 'student']
         for what, checkpoint in scored.items():
             found[what] = ['eval.py', 'retrieval', *checkpoint, *photographs, '--json', out / f'{what}.json']
@@ -224,7 +226,7 @@ def validation(out):
 
 
 def test_figures(what, found):
-    """What a command wrote, under the names of the columns, without what it says about the checkpoint."""
+    """The figures that a command wrote, named as the columns are, without those that describe the checkpoint."""
     for name in Origin._fields:
         found.pop(name, None)
     if what == 'cifar10':
@@ -241,9 +243,13 @@ def main():
                         help='folder with dataset_flickr8k.json and Images/ (%(default)s)')
     parser.add_argument('--seeds', type=positive, help='how many, instead of all')
     parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run')
-    parser.add_argument('--print', action='store_true', help='print the commands of all runs, and make none')
+    parser.add_argument('--print', action='store_true', help='print the commands of the runs, and make none')
     args = parser.parse_args()
     variants = EXPERIMENTS[args.experiment]
+    need((args.flickr8k / 'dataset_flickr8k.json').exists(),
+         f'{args.flickr8k} has no dataset_flickr8k.json; docs/own-data.md says where to get it')
+    for photographs in {variant.photographs for variant in variants.values()}:
+        shard_folder(args.flickr8k, photographs)        # here, so that two runs do not pack the same folder at once
     if args.print:
         for name, variant in variants.items():
             for seed in variant.seeds[:args.seeds]:
@@ -252,16 +258,12 @@ def main():
                 lines = ['OMP_NUM_THREADS=1 ' + shlex.join(each) for each in words.values()]
                 print(' && '.join(lines))
         return
-    need((args.flickr8k / 'dataset_flickr8k.json').exists(),
-         f'{args.flickr8k} has no dataset_flickr8k.json; docs/own-data.md says where to get it')
     wanted = missing_runs(variants, args.seeds)
-    print(f'{len(wanted)} runs have no row; --run makes one of the others again')
+    print(f'{len(wanted)} runs have no row; to make a run again, give --run')
     if args.run:
         name, seed = args.run
         need(name in variants, f"no variant is called {name}; take one of {', '.join(variants)}")
         wanted = [(int(seed), name)]
-    for photographs in {variants[name].photographs for _, name in wanted}:      # before two runs need them
-        shard_folder(args.flickr8k, photographs)
     os.environ |= {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}          # of the processes that start below
     with ProcessPoolExecutor(2, get_context('spawn')) as pool:
         for row in pool.map(partial(make_row, variants, args.flickr8k), wanted):
