@@ -5,11 +5,11 @@
     python train.py --data /shards --accum 8                    the same on one GPU that can hold an eighth of a batch
     python train.py --init CKPT --data /shards                  COSMOS, starting from an existing CLIP
 
-To continue a run that stopped, give the same command with --resume. (If the folder --out NAME already held another run
-when yours began, yours went into NAME-2. In that case add --out NAME-2.) A run leaves these files in --out: last.pt
+To continue a run that stopped, give the same command with --resume. (If the folder that --out named already held a run
+when yours began, yours went into NAME-2. In that case give --out NAME-2.) A run leaves these files in --out: last.pt
 (the checkpoint), log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (which
 process is using the folder). With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val)
-and val.npy (their index). With extras/ it also leaves report.html (the run as a page) and maps.npz (what that page
+and val.npy (the index of the held-out shards). With extras/ it also leaves report.html (the run as a page) and maps.npz (what that page
 shows besides the log).
 
 On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6, the run from top
@@ -121,7 +121,8 @@ class Method(NamedTuple):
     crop_min: float                 # smallest share of the image in a global crop
     augments: bool                  # if False, --augment defaults to 'crops'; if True, to what the preset says
     has_teacher: bool
-    has_cross_attention: bool       # C^I and C^T. Terms must use both h_I and h_T: DDP stops if one has no gradient
+    # C^I and C^T. Terms must use both h_I and h_T, because DDP stops if a parameter gets no gradient.
+    has_cross_attention: bool
     has_own_scale: bool             # the terms have a temperature of their own, not that of L_CLIP
     terms: Callable                 # a function from cosmos.py that returns what is learned in addition to L_CLIP
 
@@ -206,7 +207,8 @@ def train_step(run, batch):
     images = batch.views(f'{options.seed} {run.step}')
 
     # The student sees all views and captions. The teacher sees the globals, without gradient. If there is C^T, the
-    # student's caption 0 keeps its padding, because C^T reads it. All other captions are cut, and the teacher's, too.
+    # student's caption 0 keeps its padding, because C^T reads it. All other captions, the teacher's included, are cut
+    # to the longest of their kind in the batch.
     cls_t = eot_t = None
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
         out = run.forward(images, batch.texts)
@@ -219,7 +221,7 @@ def train_step(run, batch):
     # run.forward.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    # A parameter without a gradient is frozen, or no term uses it.
+    # p.grad is None if somebody has frozen p, or, on one GPU, if no term uses it.
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
@@ -256,7 +258,7 @@ def lr_at(step, options):
 
 def momentum_at(step, options):
     """The teacher's momentum lambda. With a fixed 0.995 the random initial weights would still make up 37 % of the
-    teacher after 200 steps, a fifth of a run of `tiny`. So with --momentum-ramp the momentum starts low and rises.
+    teacher after 200 steps, which are a fifth of a run of `tiny`. So with --momentum-ramp the momentum starts low and rises.
     Without a ramp, as in the paper's recipe, it is fixed."""
     taken = step + 1
     return min(options.momentum, taken / (taken + options.momentum_ramp))
@@ -318,7 +320,8 @@ def choose_model(options, saved):
 
     A resumed run: Config and tokenizer come from its checkpoint. The weights are {} here, because set_up restores them
     later.
-    --init: Config and weights come from that checkpoint, and so does the tokenizer, unless it is CLIP's (--vocab).
+    --init: Config and weights come from that checkpoint, and so does the tokenizer. If the file holds none, it is
+    CLIP's (--vocab may name its file).
     Otherwise: the Config is the preset's, the tokenizer is that of --vocab, or None if it must be learned, and the
     weights are {}.
     In a new run, --method decides whether there is cross-attention and a second scale.
@@ -380,7 +383,7 @@ def set_up(options, processes, built_in_set):
     if processes.device.type == 'cpu':
         use_cores(options.workers)
     saved = runs.read_last(options.out) if options.resume else {}
-    # All processes must have read the same checkpoint. The training time tells checkpoints apart.
+    # All processes must have read the same checkpoint. Each holds its training time, which is different in all of them.
     processes.must_agree(saved.get('seconds'), f'{options.out}/last.pt is not the same for all processes; '
                          'let all nodes see the same --out')
     if not saved:
@@ -584,15 +587,15 @@ def what_is_due(run, progress):
     finished = step >= options.steps
     # After a signal the run is saved, so that it can be resumed. It is not evaluated, unless this was the last step.
     interrupted = progress.signals > 0 and not finished
-    # Every --eval-every steps, and at step 0, to show what the networks know before this training.
+    # A run is evaluated every --eval-every steps, and at step 0, to show what the networks know before this training.
     regular = options.val and options.eval_every and step % options.eval_every == 0
     evaluate = finished or (regular and not interrupted)
     # We log step 1, to see early whether all is well, and each step that is evaluated, so that its loss and its scores
     # share an entry. progress.done is the latest Step. Before the first one it is None, and there is nothing to log.
     log = progress.done and (evaluate or step == 1 or step % options.log_every == 0)
-    # An evaluation takes a long time and may fail, so the run is saved first.
     overdue = 0 < 60 * options.save_minutes < time.perf_counter() - run.saved_at
     regular_save = options.save_every and step % options.save_every == 0
+    # An evaluation takes a long time and may fail, so the run is saved first.
     save = evaluate or interrupted or overdue or regular_save
     return Due(log, save, evaluate, stop=finished or interrupted)
 

@@ -1,4 +1,5 @@
-"""Bytes -> pixels. Images are turned as EXIF says, JPEGs can be decoded at a smaller size, and broken images are named.
+"""Bytes -> pixels. Images are turned as EXIF says, JPEGs can be decoded at a smaller size, and broken images are
+reported.
 
 The bytes come from strangers, and Pillow raises almost any kind of error for them. So all of Pillow's errors become
 Unreadable. Our own code stays outside the blocks that do this, so that its bugs keep their traceback.
@@ -66,7 +67,8 @@ def read_image(source, as_stored=False):
 class Unread(NamedTuple):
     """What `read_header` hands to `decode`."""
     image: Image.Image
-    turn: int               # of find_turn; kept, because a second look at broken EXIF may differ
+    # What find_turn gave. It is kept, because broken EXIF may give something else when it is read again.
+    turn: Image.Transpose | None
 
 
 def read_header(data):
@@ -85,8 +87,8 @@ def read_header(data):
 
 
 def decode(unread, at_most=1):
-    """An Unread of read_header -> (3, h, w) uint8, turned as EXIF says. Its sides may be smaller than stored, but at
-    most `at_most` times.
+    """An Unread of read_header -> (3, h, w) uint8, turned as EXIF says. Its sides may be shorter than the stored
+    ones, by a factor of `at_most` or less.
 
     Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size in much less time. If it has 1000 x 800 pixels and at_most is
     2.08, then 481 x 385 pixels are enough, and `draft` takes the next larger size, 500 x 400.
@@ -100,12 +102,12 @@ def decode(unread, at_most=1):
 
 
 def turned(image, turn, name, as_stored=False):
-    """A decoded image -> RGB image, turned, and without the EXIF that would turn it again."""
-    if image.mode[0] in 'IF' and not as_stored:
+    """A decoded image -> RGB image, turned, and without the EXIF that would turn it again. as_stored: only turned."""
+    if image.mode[0] in 'IF' and not as_stored:         # more than 8 bits a channel
         image = eight_bits(image, name)
     with pillow_errors(name):
         upright = image if as_stored else image.convert('RGB')           # a copy: its info is cleared below
-        if turn:
+        if turn is not None:            # FLIP_LEFT_RIGHT is 0
             upright = upright.transpose(turn)
     if not as_stored:
         upright.info = {}
@@ -125,8 +127,8 @@ LONGEST = 8         # how many times as long as its short side an image may be
 
 
 def shorten(image):
-    """Cuts the ends off a longer image. Enlarged whole, an image of 1 x 6,000 pixels would take gigabytes, and only a
-    square in the middle is wanted."""
+    """Cuts the ends off an image that is longer than LONGEST allows. Evaluation enlarges the short side, so an image of
+    1 x 6,000 pixels would take gigabytes, although only a square in the middle is wanted."""
     width, height = image.size
     longest = LONGEST * min(width, height)
     # An odd side stays odd and an even one even, so that the middle stays where it is.

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import eval as evaluation
 import train
@@ -782,6 +782,19 @@ def test_odd_exif_stops_nothing(kind, turns, odd):
     for image in Image.open(io.BytesIO(file)), read_image(file):
         [(seen, _)] = evaluation.Images([image], np.asarray)
         assert np.array_equal(seen, wanted)
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_every_orientation(orientation):
+    """oracle: Pillow's ImageOps.exif_transpose. The eight ways to hold a camera give eight different images."""
+    tags = Image.Exif()
+    tags[0x112] = orientation
+    file = encoded(Image.effect_mandelbrot((60, 40), (-2, -1, 1, 1), 40).convert('RGB'), exif=tags)
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
+    unread, size = read_header(file)
+    assert size == wanted.size[::-1]
+    assert np.array_equal(decode(unread).permute(1, 2, 0), wanted)
+    assert np.array_equal(read_image(file), wanted)
 
 
 def test_images_of_16_bits_are_scaled(tmp_path):
