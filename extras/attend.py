@@ -1,4 +1,4 @@
-"""Where cross-attention looks: a picture of C^I and C^T.
+"""A picture of cross-attention: which patches a text attends to (C^I), and which words an image attends to (C^T).
 
     python -m extras.attend CKPT --image a.jpg --text "a red star" "a small blue ring" --out attention.png
 
@@ -21,13 +21,8 @@ from plumbing.options import Parser, add_checkpoint
 
 # --- 1. Weights ------------------------------------------------------------------------------------------------------
 
-def stretch(x):
-    """An array, scaled to [0, 1]. If all its numbers are equal, they become 0."""
-    return (x - x.min()) / max(np.ptp(x), 1e-12)
-
-
 def word_weights(tokenizer, caption, weights):
-    """weights (T,) of C^T over the ids of a caption -> [(word, weight)], scaled to [0, 1].
+    """weights (T,) of C^T over the ids of a caption -> [(word, weight)], as shares of the largest weight.
 
     The weights of a word's pieces are summed. Start, end and padding are keys, too, but they are not words, so they are
     left out before scaling.
@@ -36,26 +31,25 @@ def word_weights(tokenizer, caption, weights):
     sums = []
     first = 1                                                       # position 0 is the start
     for word in tokenizer.split(caption):
-        behind = first + len(tokenizer.word_ids(word))
-        if behind < len(weights):    # the rest of a long caption is cut off
+        end = first + len(tokenizer.word_ids(word))
+        if end < len(weights):      # the rest of a long caption is cut off, and the last position is its end
             words.append(word)
-            sums.append(weights[first:behind].sum().item())
-        first = behind
-    shares = stretch(np.array(sums or [0]))                         # a caption may have no word
-    return list(zip(words, shares))
+            sums.append(weights[first:end].sum().item())
+        first = end
+    return [(word, weight / max(sums)) for word, weight in zip(words, sums)]
 
 
 @torch.no_grad()
 def attention(model, tokenizer, preprocess, image, caption):
-    """-> map (h, w) of C^I with the caption as query, [(word, weight)] of C^T with the image as query, both scaled to
-    [0, 1]."""
+    """-> map (h, w) of C^I with the caption as query, [(word, weight)] of C^T with the image as query. Weights are
+    shares of the largest one."""
     device = model.logit_scale.device
     ids = tokenizer([caption]).to(device)
     pixels = preprocess(image)[None].to(device)
     patches, weights = model.attention(pixels, ids)                 # (1, P), (1, T)
     side = math.isqrt(patches.shape[1])
     grid = patches.view(side, side).cpu().numpy()
-    return stretch(grid), word_weights(tokenizer, caption, weights[0])
+    return grid / grid.max(), word_weights(tokenizer, caption, weights[0])
 
 
 # --- 2. The picture --------------------------------------------------------------------------------------------------
@@ -90,7 +84,7 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path):
     top = MARGIN
     for grid, words in maps:
         grey = Image.fromarray(np.uint8(255 * grid)).resize(view.size, Image.BILINEAR)
-        heat = ImageOps.colorize(grey, '#00204d', '#ffea46', '#7c7b78')  # the colour-blind see it, too
+        heat = ImageOps.colorize(grey, '#00204d', '#ffea46', '#7c7b78')  # colours that the colour-blind can tell apart
         canvas.paste(view, (MARGIN, top))
         canvas.paste(Image.blend(view, heat, 0.6), (TILE + 2 * MARGIN, top))
         y = top
@@ -99,8 +93,8 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path):
             draw.text((left + 4, y), word, 'black', picture_font())
             y += LINE
         top += step
-    legend = ('image | where C^I looks: blue low, yellow high | how much C^T reads each word | '
-              'each on its own scale')
+    legend = ('image | patches that the text attends to (C^I): yellow most | words that the image attends to (C^T): '
+              'full bar most')
     draw.text((MARGIN, top), legend, 'black', picture_font())
     with replacing(path) as partial:
         canvas.save(partial, 'PNG')

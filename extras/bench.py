@@ -3,7 +3,7 @@
     python -m extras.bench step --preset vit-b-16 --batch 128     median time, FLOPs, share of the matmul peak, parts
     python -m extras.bench step --preset tiny --method clip       without teacher and cross-attention
     python -m extras.bench step --data SHARDS --accum 4           any option of train.py
-    python -m extras.bench loader SHARDS                          samples per second of one worker, by part
+    python -m extras.bench loader SHARDS                          pairs per second that one worker reads, and prepares
     python -m extras.bench plan --gpus 8 --pairs 2800000          FLOPs, memory and hours, counted without a GPU
 
 `step` sets up a run as train.py does, takes a batch from its loader, and times train.train_step on it, again and again.
@@ -11,6 +11,7 @@ Without --data it makes the pairs itself: images of noise, captions of random wo
 """
 import contextlib
 import io
+import itertools
 import json
 import random
 import statistics
@@ -29,10 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import cosmos
 import train
 from cosmos import COSMOS, GLOBALS, Teacher
-from data import Crops, check_batch
-from extras.prepare import counts_of
+from data import check_batch
+from extras.prepare import crops_of
 from plumbing.errors import Unreadable, command
-from plumbing.images import read_image
 from plumbing.options import Parser, above_zero, positive
 from plumbing.processes import DTYPES, Processes, peak_memory
 from plumbing.shards import Shards, find_shards, write_shard
@@ -97,7 +97,7 @@ def measure_step(flags):
         device = processes.device
         if options.data is None:
             options.data = make_shard(Path(folder, 'made.tar'), options.batch)
-        # We pass tars, not a folder, because a held-out half in the folder would be tried image by image.
+        # We pass tars, not a folder. If the folder had a val/, train.set_up would decode all its images first.
         options.data = find_shards(options.data, 'train')
         run, _ = train.set_up(options, processes, None)
         batch = next(run.batches)
@@ -144,23 +144,24 @@ def print_parts(step, device):
 # --- 2. The loader ---------------------------------------------------------------------------------------------------
 
 def measure_loader(shards, preset):
-    """Print how many samples one worker makes per second, by part."""
+    """Print how many pairs one worker reads per second, and how many whole samples it makes."""
     source = Shards(shards, split='train')
-    config, recipe = train.PRESETS[preset]
-    order = torch.randperm(len(source)).tolist()
-    tokenizer = Tokenizer([], config.context_length)        # the ids of words are cached, so merges cost no time
-    crops = Crops(source, tokenizer, config, 0, counts_of(recipe), recipe.get('augment', 'full'))
+    context_length = train.PRESETS[preset].sizes.context_length
+    tokenizer = Tokenizer([], context_length)               # the ids of words are cached, so merges cost no time
+    crops = crops_of(source, preset, tokenizer)
     torch.set_num_threads(1)                                # as in a worker
 
-    parts = {'read': source.pair,
-             'read and decode': lambda i: read_image(source.image(i)),
-             'whole sample': lambda i: crops[0, i]}
-    for name, part in parts.items():
+    def whole_sample(i):
+        return crops[0, i]
+
+    # The second measurement goes on behind the first, with pairs that the page cache does not hold yet.
+    order = itertools.cycle(torch.randperm(len(source)).tolist())
+    for name, part in ('read', source.pair), ('whole sample', whole_sample):
         done = 0
         begun = time.perf_counter()
         while time.perf_counter() - begun < SECONDS:
             with contextlib.suppress(Unreadable):           # training goes on after a bad pair, too
-                part(order[done % len(order)])
+                part(next(order))
             done += 1
         speed = done / (time.perf_counter() - begun)
         print(f'{name:16} {speed:9,.0f} samples/s')
@@ -316,13 +317,14 @@ def main():
                               usage='%(prog)s --gpus N --pairs M [options of train.py]')
     one.set_defaults(function=plan)
     add = one.add_argument
-    add('--gpus', type=positive, required=True, help='how many, on all nodes together')
-    add('--pairs', type=positive, required=True, help='how many the set has')
-    add('--tokens', type=positive, default=40, help='of the longest local caption in a batch (default: %(default)s)')
+    add('--gpus', type=positive, required=True, help='GPUs of all nodes together')
+    add('--pairs', type=positive, required=True, help='pairs in the training set')
+    add('--tokens', type=positive, default=40,
+        help='tokens of the longest local caption in a batch (default: %(default)s)')
     add('--peak', type=above_zero, help='peak TFLOP/s of a GPU in --precision; without it no hours are printed')
     add('--share', type=above_zero, nargs='+', default=[0.25, 0.4],
         help='shares of the peak that a run may reach (default: %(default)s)')
-    one = commands.add_parser('loader', help='speed of one worker by part',
+    one = commands.add_parser('loader', help='speed of one worker',
                               usage='%(prog)s SHARDS ... [options]')
     one.set_defaults(function=measure_loader)
     add = one.add_argument

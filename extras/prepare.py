@@ -7,7 +7,7 @@
     python -m extras.prepare inspect shards                           counts, captions, what training would skip, views
 
 `pack` and `join` go on where they were interrupted. They refuse an output folder whose shards were made from something
-else. If a table has grown, `pack` adds what is new.
+else. If a table has new images, `pack` adds them.
 """
 import csv
 import io
@@ -46,7 +46,7 @@ CAPTION_COLUMNS = 'caption', 'title', 'text', 'sentence'                # the fi
 SPLIT = 'karpathy_split'                        # a key in the json of pairs that came from Karpathy's list
 HALVES = {'train': 'train', 'restval': 'train', 'val': 'val'}           # Karpathy's other splits stay out
 NAMED = 10              # how many unusable images are named: the first few show what is wrong with all
-INSPECTED = 5000        # how many pairs are read at most: enough for percentages, and it takes minutes
+INSPECTED = 5000        # at most this many pairs are read: enough for percentages, and it takes only minutes
 KINDS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}     # MPO: JPEGs from some phones
 
 # --- 1. Rows ---------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def read_rows(path):
                       'docs/data.md shows what a table looks like') from None
     need(rows, f'{path} has no rows')
     for number, row in enumerate(rows, 1):
-        need(isinstance(row, dict), f'row {number} of {path} has no names for its values')
+        need(isinstance(row, dict), f'row {number} of {path} is not an object with names for its values')
         need(None not in row, f'row {number} of {path} has more fields than the first; '
              'put texts that hold the delimiter in quotes')
     return rows
@@ -179,7 +179,7 @@ def records_by_image(rows, path, image_column=None, caption_column=None):
     for number, row in enumerate(rows, 1):
         record = dict(row)
         name = record.pop(column, None)
-        # JSON can write a NUL and half a character, but a file name has neither.
+        # A string of JSON can hold a NUL or half a surrogate pair, but a file name cannot.
         need(isinstance(name, str) and not re.search('[\0\ud800-\udfff]', name),
              f"row {number} of {path} has no file name under '{column}'")
         name = os.path.normpath(name)               # ./a.jpg is a.jpg
@@ -211,7 +211,7 @@ def name_left_out(problems):
 def claim(out, **source):
     """A folder of shards belongs to one source. A second run with it goes on, and another source is Refused."""
     label = Path(out, 'source.json')
-    if list(Path(out).rglob('*.tar')):              # without a shard it belongs to none, so one may correct a command
+    if list(Path(out).rglob('*.tar')):              # without one, a mistyped command may be run again
         need(label.exists() and read_json(label) == source,
              f'{out} holds shards made from something else (see {label}); give another folder, or empty it')
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -244,11 +244,12 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
         new[folder] = not_packed(side, folder, rows)
     problems = []
     for folder, left in sorted(new.items()):        # train first
-        number = len(list(folder.glob('*.tar')))
+        number = 0
         for start in range(0, len(left), size):
+            while Path(folder, f'{number:05d}.tar').exists():       # never write over a shard
+                number += 1
             path = Path(folder, f'{number:05d}.tar')
             write_shard(path, packed(left[start:start + size], images, number, problems))
-            number += path.exists()                 # there is no shard if none of them could be used
     name_left_out(problems)
     listed = sum(map(len, sides.values()))
     need(len(problems) < listed, f'none of the {listed} images could be packed; are they in {images}?')
@@ -388,8 +389,8 @@ def sample_sheet(crops, path):
 
 
 def unsplit(record):
-    """Does a list under DreamLIP's keys have one item only, of several sentences? The item passes whole, so it gives
-    one caption."""
+    """Is there a list under DreamLIP's keys whose only item has several sentences? Items are not split, so it gives one
+    caption."""
     lists = [record[key] for key in DREAMLIP if isinstance(record.get(key), list)]
     return any(len(value) == 1 < len(sentences(value)) for value in lists)
 
@@ -404,23 +405,25 @@ def too_long(captions, texts, context_length, vocab):
         by = 'a vocabulary learned from these pairs'
     room = context_length - 2                       # without start and end
     long = sum(len(tokenizer.encode(caption)) > room for caption in captions)
-    return f'{long:,} of {len(captions):,} captions of one pass; the context has {context_length} tokens of {by}'
+    return (f'{long:,} of {len(captions):,} captions, drawn once for each pair; the context holds {context_length} '
+            f'tokens of {by}')
 
 
 def percentiles(values):
     return ', '.join(f'{q} % {np.percentile(values, q):g}' for q in (0, 10, 50, 90, 100))
 
 
-def counts_of(recipe):
-    """How many views and captions a preset's recipe has."""
-    return Counts(local_images=recipe.get('local_crops', 6), local_texts=recipe.get('local_captions', 6))
+def crops_of(source, preset, tokenizer=None):
+    """What a preset makes of the pairs."""
+    config, recipe = PRESETS[preset]
+    counts = Counts(local_images=recipe['local_crops'], local_texts=recipe['local_captions'])
+    return Crops(source, tokenizer, config, 0, counts, recipe['augment'])
 
 
 def inspect(shards, caption_keys, preset, vocab, out):
     """Print a report on pairs from all over the set, and draw a sheet of views. Unreadable pairs are left out."""
     source = Shards(shards, caption_keys, 'train')
-    config, recipe = PRESETS[preset]
-    crops = Crops(source, None, config, 0, counts_of(recipe), recipe.get('augment', 'full'))
+    crops = crops_of(source, preset)
     sample = np.unique(np.linspace(0, len(source) - 1, INSPECTED, dtype=int))
     problems = []
     pools = []
@@ -448,9 +451,9 @@ def inspect(shards, caption_keys, preset, vocab, out):
           ', '.join(f'{key} ({n / len(pools):.0%})' for key, n in keys.most_common()))
     print('sentences per pair  ', percentiles(list(map(len, pools))))
     print('unsplit paragraphs  ', f'in {paragraphs} of {len(pools)} pairs'
-          " under DreamLIP's keys; pack splits a paragraph if it is a string")
+          " under DreamLIP's keys; pack splits a paragraph that is a string, not an item of a list")
     print('words per sentence  ', percentiles([len(text.split()) for text in texts]))
-    print('longer than context ', too_long(captions, texts, config.context_length, vocab))
+    print('longer than context ', too_long(captions, texts, crops.config.context_length, vocab))
     print('repeated            ', f'{len(pools) - len(images)} of {len(pools)} images, '
           f'{len(texts) - len(set(texts))} of {len(texts)} sentences')
     sample_sheet(crops, out)
@@ -471,7 +474,7 @@ def main():
     add = add_command(pack, 'ROWS IMAGES OUT', 'make shards from rows and a folder of images')
     add('rows', help='JSONL {"image", "captions"}, a CSV or TSV with such columns, COCO-caption JSON, or '
         "Karpathy's list")
-    add('images', help='folder of the images, in which they have the names of the rows')
+    add('images', help='folder of the images; the rows name them by their paths in it')
     add('out', help='folder for the shards')
     add('--image-column',
         help=f"column of the image names (default: the first of {', '.join(IMAGE_COLUMNS)})")
@@ -480,7 +483,7 @@ def main():
         "(Karpathy's list says itself what is held out)")
     add('--size', type=positive, default=5000, help='images per shard (default: %(default)s)')
     add = add_command(join, 'TABLE SHARDS ... OUT', "put DreamLIP's captions onto img2dataset's shards")
-    add('table', help='CSV with a column of URLs, and seven of captions')
+    add('table', help='CSV with a column of URLs, and up to seven of captions')
     add('shards', nargs='+', help='tars, or folders of them; the json of their pairs has the url')
     add('out', help='folder for the new shards')
     add = add_command(inspect, 'SHARDS ...', 'counts, captions, what training would skip, views')
@@ -490,7 +493,6 @@ def main():
     add('--vocab', help="CLIP's merges, to count tokens (default: COSMOS_VOCAB, else learned ones)")
     add('--out', default='runs/samples.png', help='the sheet of views (default: %(default)s)')
     options = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors='replace')    # JSON can write half a character, which cannot be printed
     function = options.pop('function')
     function(**options)
 
