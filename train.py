@@ -408,7 +408,7 @@ def set_up(options, processes, built_in_set):
     batches = batches_left(options, processes, train_set, saved.get('step', 0))
     run = make_run(options, processes, train_set, weights, batches)
     if saved:
-        runs.restore(saved, run.student, run.teacher, run.optimizer, run.scaler, options.out)
+        runs.restore(saved, run.student, run.teacher, run.optimizer, run.scaler, f'{options.out}/last.pt')
         run.step = run.saved_step = saved['step']
         run.begun -= saved['seconds']
     if options.compile:

@@ -41,15 +41,16 @@ def word_weights(tokenizer, caption, weights):
 
 @torch.no_grad()
 def attention(model, tokenizer, preprocess, image, caption):
-    """-> map (h, w) of C^I with the caption as query, [(word, weight)] of C^T with the image as query. Weights are
-    shares of the largest one."""
+    """-> map (h, w) of C^I with the caption as query, scaled to [0, 1]; [(word, weight)] of C^T with the image as
+    query, as shares of the largest weight."""
     device = model.logit_scale.device
     ids = tokenizer([caption]).to(device)
     pixels = preprocess(image)[None].to(device)
     patches, weights = model.attention(pixels, ids)                 # (1, P), (1, T)
     side = math.isqrt(patches.shape[1])
     grid = patches.view(side, side).cpu().numpy()
-    return grid / grid.max(), word_weights(tokenizer, caption, weights[0])
+    heat = (grid - grid.min()) / max(np.ptp(grid), 1e-12)
+    return heat, word_weights(tokenizer, caption, weights[0])
 
 
 # --- 2. The picture --------------------------------------------------------------------------------------------------
@@ -93,8 +94,8 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path):
             draw.text((left + 4, y), word, 'black', picture_font())
             y += LINE
         top += step
-    legend = ('image | patches that the text attends to (C^I): yellow most | words that the image attends to (C^T): '
-              'full bar most')
+    legend = ('image | patches that the text attends to (C^I): blue least, yellow most | '
+              'words that the image attends to (C^T): full bar most')
     draw.text((MARGIN, top), legend, 'black', picture_font())
     with replacing(path) as partial:
         canvas.save(partial, 'PNG')

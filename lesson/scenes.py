@@ -321,12 +321,13 @@ def make_scenes(root, train=4000, val=1000, workers=None, **options):
 
 def built_in_set(root='runs/scenes'):
     """-> the folder of the built-in set, which is drawn if it is absent. The folder is `root`; if that holds another
-    version, it is root-2, root-3, ..."""
+    version or another world, it is root-2, root-3, ..."""
+    built_in = {'version': VERSION} | asdict(World())
     folder = Path(root)
     number = 1
     while (folder / 'val/00000.tar').exists():          # the last tar to be drawn
         recipe = folder / 'world.json'
-        if recipe.exists() and read_json(recipe)['version'] == VERSION:
+        if recipe.exists() and read_json(recipe) == built_in:
             return folder
         number += 1
         folder = Path(f'{root}-{number}')

@@ -44,7 +44,7 @@ def write_json(path, value):
 
 @contextmanager
 def reading(path):
-    """Inside this block, an error in reading or decoding the file at `path` becomes Refused, with its name."""
+    """Inside this block, an error in reading or decoding the file at `path` becomes Refused, which names the file."""
     try:
         yield
     except (OSError, UnicodeError, json.JSONDecodeError) as error:
@@ -60,16 +60,16 @@ def read_json(path):
 
 def field(record, name, path, kind=object):
     """record[name], from what the json file at `path` holds. Refused if it is missing, or not of this kind."""
-    need(isinstance(record, dict) and name in record and isinstance(record[name], kind),
-         f"{path} does not have the form that this command expects: '{name}' is missing in {str(record)[:80]}, "
-         'or is of another kind; see --help')
-    return record[name]
+    if isinstance(record, dict) and name in record and isinstance(record[name], kind):
+        return record[name]
+    raise Refused(f"{path} does not have the form that this command expects: '{name}' is missing in "
+                  f'{str(record)[:80]}, or is of another kind; see --help')
 
 
 def read_lines(path, numbered=False):
     """The lines of a text file that are not blank.
 
-    numbered: line i belongs to number i. A blank line would shift the lines after it, so it is refused. Blank lines at
+    numbered: the number of a line says which class it belongs to. A blank line would shift the lines after it, so it is refused. Blank lines at
     the end are allowed.
     """
     with reading(path):

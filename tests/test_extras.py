@@ -294,7 +294,7 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     for line in ('the half .*/train', 'left out +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
                  'unsplit paragraphs +in 1 of 3 pairs', 'sentences per pair +0 % 1, .* 100 % 2',
                  'words per sentence +0 % 1, .* 100 % 63', 'repeated +1 of 3 images, 0 of 4 sentences',
-                 'longer than context +4 of 12 captions .* 64 tokens of a vocabulary learned',
+                 'longer than context +4 of 12 captions, .* 64 tokens of a vocabulary learned',
                  'row 1 of .*sheet.png: pair 0\n    global', 'row 3 of .*sheet.png: pair 4'):
         assert re.search(line, printed.out), line
 
@@ -332,10 +332,10 @@ def test_attention_words(tmp_path):
     _, dog, a, b, last, *_ = shares[0].numpy()
     names, found = zip(*words)
     assert names == ('dog', 'ab', 'dog')
-    for scaled, raw in (
-            (found, np.array([dog, a + b, last])),
-            (grid, patches.numpy().reshape(4, 4))):     # rows first
-        assert np.allclose(scaled, raw / raw.max())
+    raw = np.array([dog, a + b, last])
+    assert np.allclose(found, raw / raw.max())
+    raw = patches.numpy().reshape(4, 4)                 # rows first
+    assert np.allclose(grid, (raw - raw.min()) / np.ptp(raw))
     attend.attention_picture(*scored, image, ['dog ab dog'], tmp_path / 'seen.png')
     seen = whole(tmp_path / 'seen.png')
     y, x = 36 + 56 * np.argwhere(grid == 1)[0]          # the middle of the brightest patch

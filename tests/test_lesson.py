@@ -10,7 +10,7 @@ import re
 import shutil
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -252,8 +252,8 @@ def test_worlds_that_cannot_be_drawn(tmp_path, flags, sentence):
 
 
 def test_an_older_set_is_left_alone(drawn, tmp_path, monkeypatch):
-    """oracle: which folder is returned, and what is drawn. A set of an older version, with or without a recipe, stays;
-    one that was interrupted is drawn again in its place."""
+    """oracle: which folder is returned, and what is drawn. A set of an older version, with or without a recipe, stays,
+    and so does one of another world; one that was interrupted is drawn again in its place."""
     root = tmp_path / 'scenes'
     made = []
     monkeypatch.setattr(scenes, 'make_scenes', made.append)
@@ -263,8 +263,9 @@ def test_an_older_set_is_left_alone(drawn, tmp_path, monkeypatch):
     (root / 'val/00000.tar').touch()
     second = tmp_path / 'scenes-2'
     assert scenes.built_in_set(root) == second and made == [root, second]
-    for version, folder in (1, second), (scenes.VERSION, root):
-        (root / 'world.json').write_text(json.dumps({'version': version}))
+    for version, world, folder in (
+            (1, World(), second), (scenes.VERSION, World(colors=16), second), (scenes.VERSION, World(), root)):
+        put(root / 'world.json', {'version': version} | asdict(world))
         assert scenes.built_in_set(root) == folder
 
 
