@@ -9,8 +9,8 @@ To continue a run that stopped, give the same command with --resume. (If the fol
 when yours began, yours went into NAME-2. In that case give --out NAME-2.) A run leaves these files in --out: last.pt
 (the checkpoint), log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (which
 process is using the folder). With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val)
-and val.npy (the index of the held-out shards). With extras/ it also leaves report.html (the run as a page) and maps.npz (what that page
-shows besides the log).
+and val.npy (the index of the held-out shards). With extras/ it also leaves report.html (the run as a page) and maps.npz
+(what that page shows besides the log).
 
 On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6, the run from top
 to bottom: `main` is the loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5 set up,
@@ -175,7 +175,7 @@ class Run:
     saved_step: int = 0             # the step of last.pt
     saved_at: float = field(default_factory=time.perf_counter)
     best: tuple = (-1.0, 0)         # the best mean R@1 on --val, and its step
-    begun: float = field(default_factory=time.perf_counter)
+    begun: float = field(default_factory=time.perf_counter)     # moved back by what earlier starts of the run took
 
     @property
     def method(self):
@@ -258,8 +258,8 @@ def lr_at(step, options):
 
 def momentum_at(step, options):
     """The teacher's momentum lambda. With a fixed 0.995 the random initial weights would still make up 37 % of the
-    teacher after 200 steps, which are a fifth of a run of `tiny`. So with --momentum-ramp the momentum starts low and rises.
-    Without a ramp, as in the paper's recipe, it is fixed."""
+    teacher after 200 steps, which are a fifth of a run of `tiny`. So with --momentum-ramp the momentum starts low and
+    rises. Without a ramp, as in the paper's recipe, it is fixed."""
     taken = step + 1
     return min(options.momentum, taken / (taken + options.momentum_ramp))
 
@@ -307,7 +307,7 @@ def open_shards(options, processes, saved, built_in_set):
         if processes.rank == 0:
             if options.val:
                 val = Shards(options.val, options.caption_keys, 'val', val_index)   # --caption-pool is for training
-                evaluation.check_held_out(val, options.workers)     # better now than halfway
+                evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
             runs.lock(options.out)
             if val:
                 val.save(val_index)
@@ -389,7 +389,8 @@ def set_up(options, processes, built_in_set):
     if not saved:
         options.out = processes.broadcast(runs.free_name(options.out))
     with processes.rank_0_first():      # rank 0 may fetch CLIP's vocabulary
-        config, tokenizer, weights = choose_model(options, saved)   # before --out is written, because it may refuse
+        # Before anything is written into --out, because this may refuse.
+        config, tokenizer, weights = choose_model(options, saved)
     shards, val = open_shards(options, processes, saved, built_in_set)
     if tokenizer is None:
         merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)

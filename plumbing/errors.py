@@ -10,7 +10,8 @@ import torch.distributed as dist
 # --- 1. Mistakes and bugs --------------------------------------------------------------------------------------------
 
 class Refused(ValueError):
-    """A mistake that the user can mend: an option, a path, a format. Its one sentence has value, place and remedy."""
+    """A mistake that the user can mend: an option, a path, a format. Its message is one sentence, which names
+    the value, the place and the remedy."""
 
 
 class Unreadable(Refused):
@@ -24,7 +25,7 @@ def need(condition, message):
 
 
 def warn(message):
-    """Print a line on the terminal, once for all processes."""
+    """Print a line on stderr, on rank 0 only."""
     if os.environ.get('RANK', '0') == '0':
         print(f'WARNING    {message}', file=sys.stderr)
 
@@ -35,8 +36,8 @@ def command(main):
     """Run a program. Refused becomes one sentence. Any other error is a bug, and keeps its traceback. Both exit with
     status 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names and captions from the web may hold half an emoji, which cannot be printed. And without line buffering a
-        # file, such as Slurm's, would get 80 lines at a time.
+        # Names and captions from the web may hold half an emoji, which cannot be printed. And if stdout is a file, such
+        # as Slurm's log, Python would write many lines at a time, and late.
         sys.stdout.reconfigure(errors='backslashreplace', line_buffering=True)
     try:
         main()
@@ -50,7 +51,8 @@ def command(main):
 
 
 def end(message):
-    """End the process with status 1: by os._exit if there is a process group, because sys.exit may hang then."""
+    """End the process with status 1: by os._exit if there is a process group, because sys.exit may hang then (see
+    Processes.leave)."""
     if dist.is_initialized():
         print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()

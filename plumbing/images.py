@@ -30,7 +30,7 @@ def pillow_errors(name):
     try:
         yield
     except Exception as error:                  # also TypeError and the like, for bytes that Pillow did not expect
-        raise Unreadable(f'{name} is no image that can be read ({error})') from None
+        raise Unreadable(f'{name} is not an image that can be read ({error})') from None
 
 
 def open_image(source):
@@ -138,7 +138,7 @@ def shorten(image):
 
 def images_in(folder):
     """Paths of the images in a folder and its subfolders, sorted; hidden files are left out."""
-    need(Path(folder).is_dir(), f'{folder} is no folder; give a folder of images')
+    need(Path(folder).is_dir(), f'{folder} is not a folder; give a folder of images')
     names = sorted(glob.glob('**/*', root_dir=folder, recursive=True))
     kinds = '.jpg', '.jpeg', '.png', '.webp'
     return [Path(folder, name) for name in names if name.lower().endswith(kinds)]

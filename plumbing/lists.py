@@ -58,7 +58,7 @@ def read_flickr(path, images):
     """The released code's flickr30k_val.json: [{"image", "caption": [five]}, ...]."""
     folder = images or Path(path).parent
     listing = read_json(path)
-    need(isinstance(listing, list), f'{path} is no list of images and captions; see --help')
+    need(isinstance(listing, list), f'{path} is not a list of images and captions; see --help')
     pairs = []
     for item in listing:
         pairs.append((Path(folder, field(item, 'image', path, str)), field(item, 'caption', path)))
@@ -78,7 +78,7 @@ def with_owners(pools, name):
         usable = []
         for caption in pool if isinstance(pool, list) else [pool]:
             if not isinstance(caption, str):
-                raise Refused(f'{name(i)} has a caption that is no text: {str(caption)[:80]}; '
+                raise Refused(f'{name(i)} has a caption that is not text: {str(caption)[:80]}; '
                               'mend it, or take it out')
             if caption.strip():
                 usable.append(without_spaced_stop(caption))

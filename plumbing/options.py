@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number_type(kind, words, least, most=float('inf')):
-    """A type for argparse: a number in [least, most], which `words` describe in the error."""
+    """A type for argparse: a number from least to most. words: how the error describes such a number."""
     def parse(text):
         try:
             value = kind(text)
@@ -47,7 +47,7 @@ def device_type(text):
     try:
         torch.zeros(1, device=text)
     except (RuntimeError, AssertionError) as error:         # AssertionError: torch was built without CUDA
-        raise argparse.ArgumentTypeError(f'{text} is no device of this machine ({str(error)[:80]})') from None
+        raise argparse.ArgumentTypeError(f'{text} is not a device on this machine ({str(error)[:80]})') from None
     return text
 
 
@@ -93,7 +93,7 @@ def add_schedule(parser):
     length('--steps', type=positive, help='optimizer steps in total')
     length('--epochs', type=above_zero, help='passes over the data, instead of --steps')
     add = schedule.add_argument
-    add('--batch', type=positive, help='pairs per step, over all processes and --accum')
+    add('--batch', type=positive, help='pairs per step, over all processes and all parts of --accum')
     add('--accum', type=positive, default=1, help='parts of a batch, to save memory (%(default)s)')
     add('--lr', type=amount, help='peak learning rate (1e-5 with --init)')
     add('--lr-end', type=share, default=0.0, help='final rate as a share of --lr (%(default)s)')
@@ -137,7 +137,7 @@ def name_of(weights):
 def training_options(argv, description, presets, methods, recipe_of):
     """The command line -> a namespace. An option's value is what is typed, else the recipe's, else the default above.
 
-    argv: the words of the command; None: those of this program. presets, methods: their names. recipe_of(preset,
+    argv: the words of the command; None: sys.argv's. presets, methods: their names. recipe_of(preset,
     method, init) returns the recipe, {option: its default}.
     """
     words = sys.argv[1:] if argv is None else argv
@@ -159,7 +159,7 @@ def training_options(argv, description, presets, methods, recipe_of):
         recipe.pop('epochs', None)
     name = name_of(typed.init) if typed.init else preset
     parser.set_defaults(preset=preset, out=f'runs/{name}-{typed.method}')
-    # The recipe is put before what is typed. So it, too, is checked against types and choices, and what is typed wins.
+    # The recipe is put before what is typed. So it is checked, too, against types and choices, and what is typed wins.
     recipe_words = [f"--{name.replace('_', '-')}={value}" for name, value in recipe.items()]
     return parser.parse_args([*recipe_words, *words])
 

@@ -98,7 +98,7 @@ class Processes:
 
     @contextlib.contextmanager
     def rank_0_first(self):
-        """The other processes enter this block after rank 0 has left it, and find the files that rank 0 wrote there. If
+        """The other processes enter this block after rank 0 has left it, and find the files that rank 0 wrote in it. If
         rank 0 is refused inside the block, all processes end."""
         if self.rank > 0:
             try:
@@ -114,7 +114,11 @@ class Processes:
         need(self.broadcast(value) == value, sentence)
 
     def end_all(self, sentence):
-        """All ranks must call it. Rank 0 says why, and all end with status 1."""
+        """All ranks must call it. Rank 0 says why, and all end with status 1.
+
+    The others wait until rank 0 is here, too, because torchrun ends all processes when one has ended, and rank 0 may
+    still be saving.
+    """
         if self.rank > 0:
             self.wait_for_rank_0()
             os._exit(1)
@@ -156,7 +160,7 @@ def keep_memory():
     then gets them again, page by page and filled with zeros, which takes a tenth of a vit-b-16 step on a CPU."""
     with contextlib.suppress(AttributeError):           # only glibc has mallopt
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block comes from mmap; those go back when freed
+        libc.mallopt(-4, 0)             # M_MMAP_MAX: no blocks from mmap, which go back when freed
         libc.mallopt(-1, -1)            # M_TRIM_THRESHOLD: no other memory goes back
 
 
@@ -186,8 +190,8 @@ def choose_dtype(precision, device):
 def compile_blocks(model):
     """torch.compile block by block, in place, so that parameters keep their names. A graph serves all layers of a tower
     and all lengths of captions, while the whole model would be compiled again for each length."""
-    # torch allows 8 graphs per piece of code. All blocks run the same piece, and need more than 8: graphs for each
-    # tower, for all rows and for one row, with gradient and without.
+    # torch allows 8 graphs per piece of code. All blocks run the same piece, and need more than 8: each tower has its
+    # own, with gradient and without, and its last block, which may compute one row only, has others than the rest.
     torch._dynamo.config.cache_size_limit = 128
     # For DistributedDataParallel torch would cut each block after its first megabyte of parameters, so that gradients
     # can be sent while others are computed. We need no cuts, because the gradients of other blocks are sent meanwhile.
@@ -199,13 +203,15 @@ def compile_blocks(model):
 # --- 4. Signals ------------------------------------------------------------------------------------------------------
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1                 # USR1: Slurm
-ONE_EVENT = 2.0         # seconds. Slurm and torchrun both pass a signal on, so it comes twice
+# Seconds. Under torchrun, signals that come within this time of the first count as one, because Slurm and torchrun may
+# both deliver it.
+ONE_EVENT = 2.0
 
 
 @contextlib.contextmanager
 def signals_caught():
-    """Inside this block the first signal does not end the process, but its number is put into the list that the block
-    gets. Another signal ends the process."""
+    """Inside this block the first signal does not end the process. Instead its number is put into the list that the
+    block gets. Another signal ends the process."""
     caught = []
     first = 0.0                     # when the first signal came
 
@@ -247,7 +253,7 @@ def ignore_signals(worker):
 
 
 def end_workers():
-    """Kill the workers. At its exit Python would send them SIGTERM and wait; they ignore it, so the wait would never
+    """Kill the workers. On exit Python would send them SIGTERM and wait; they ignore it, so the wait would never
     end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # otherwise torch raises an error for each worker that ends
     for worker in multiprocessing.active_children():

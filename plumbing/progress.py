@@ -1,13 +1,13 @@
-"""What the loop of train.py remembers from one turn to the next: how fast it goes, and what goes wrong."""
+"""What the loop of train.py remembers from one step to the next: how fast it goes, and what goes wrong."""
 import time
 from dataclasses import dataclass
 
-MOST_BROKEN = 5         # so many steps in a row without a finite gradient end the run
+MOST_BROKEN = 5         # this many steps in a row without a finite gradient end the run
 
 
 @dataclass
 class Progress:
-    """What has happened since this start. All ranks have the same numbers, except for the times."""
+    """What has happened since this process started. All ranks have the same numbers, except for the times."""
     done: tuple = None      # the latest Step
     signals: int = 0        # how many processes got a signal to end
     bad: int = 0            # pairs that could not be read
@@ -35,7 +35,7 @@ class Progress:
         self.signals = signals
         if done.finite:
             self.broken = 0
-        elif scale <= 1:    # fp16 starts higher; overflows halve the scale until it fits
+        elif scale <= 1:    # above 1 it is fp16 that overflows: the scale is halved until it fits
             self.broken += 1
         self.steps += 1
         self.seconds += time.perf_counter() - self.begun

@@ -1,7 +1,7 @@
-"""A run's folder: its name, last.pt and best.pt, log.jsonl, and how a stopped run goes on.
+"""A run's folder: its name, last.pt and best.pt, log.jsonl, and how a stopped run is resumed.
 
-No state of random numbers is saved, because all of them come from the seed, and from the epoch and the pair, or from
-the step.
+No state of random numbers is saved, because they are a function of the seed, together with either the epoch and the
+pair, or the step.
 """
 import fcntl
 import json
@@ -23,8 +23,9 @@ from plumbing.weights import load_weights, read_checkpoint
 # --- 1. The folder ---------------------------------------------------------------------------------------------------
 
 def holds_run(folder):
-    """Whether a folder has a last.pt, or a best.pt whose last.pt was removed. A best.pt of step 0 does not count, as it
-    was left by a start that ended before its first checkpoint."""
+    """Whether a folder has a last.pt, or a best.pt although its last.pt was removed. A best.pt of step 0 does not
+    count. The evaluation before the first step writes it, but last.pt is not saved at step 0, so it was left by a start
+    that ended before its first checkpoint."""
     if Path(folder, 'last.pt').exists():
         return True
     best = Path(folder, 'best.pt')
@@ -53,7 +54,8 @@ LOCKS = []      # open files; closing one would free its lock
 
 def lock(folder):
     """Locks the folder; Refused while another process has a run in it. The system frees the lock when the process ends,
-    even by SIGKILL, and workers do not inherit it. Partial files, left by a kill in mid-save, are removed."""
+    even by SIGKILL, and workers do not inherit it. Partial files, which a kill in the middle of a save leaves, are
+    removed."""
     path = Path(folder, 'lock')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,7 @@ def lock(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise Refused(f'{folder} is in use by {file.read()}; wait for its end, or give another --out') from None
+        raise Refused(f'{folder} is in use by {file.read()}; wait until it has ended, or give another --out') from None
     except OSError as error:
         warn(f'{path}: this file system has no locks ({error}), so do not start a second job in this folder')
         return
@@ -78,7 +80,7 @@ def lock(folder):
 
 
 def print_notes(shards, val, captions):
-    """Print what to know about the data before the first step. captions: how many a pair gives."""
+    """Print what to know about the data before the first step. captions: how many are taken from a pair."""
     sample = range(min(100, len(shards)))
     single = 0
     for i in sample:
@@ -148,7 +150,10 @@ def networks(student, teacher, config, merges, step):
 
 
 def save(folder, networks, optimizer, scaler, options, same, seconds):
-    """Write last.pt, whole or not at all. same: see `check_same`. seconds: how long the run has taken."""
+    """Write last.pt, whole or not at all. same: see `check_same`. seconds: how long the run has taken.
+
+    To save something else, add it here and in `restore`. Step and time are restored in train.set_up.
+    """
     save_tensors(Path(folder, 'last.pt'), networks | {
         'optimizer': optimizer.state_dict(),
         'scaler': scaler.state_dict(),
@@ -166,7 +171,7 @@ def saved_on_error(student, save):
         if all(weights.isfinite().all() for weights in student.parameters()):
             try:
                 save()
-            except Refused as error:    # a full disk: the first error is the one to show
+            except Refused as error:    # such as a full disk; the first error matters more
                 warn(error)
         raise
 
@@ -185,7 +190,7 @@ def best_so_far(folder, val):
     return -1.0, 0
 
 
-# --- 3. Going on -----------------------------------------------------------------------------------------------------
+# --- 3. Resuming ----------------------------------------------------------------------------------------------------
 
 def read_last(folder):
     """The content of last.pt; {} if there is no run. Refused if a run's last.pt is gone."""
@@ -202,8 +207,8 @@ def read_last(folder):
 def check_same(saved, options, same):
     """Refused if the run would go on as another one. same: {what: value}, what must be as it was.
 
-    Other options may differ. They are taken as typed, except those that the checkpoint settles, and a line is printed
-    for each. The code may differ, too, and a line says so.
+    Other options may differ. They are taken as typed, except those that the checkpoint settles. A line is printed for
+    each option that differs. The code may differ, too, and a line says so.
     """
     before = saved['same']
     differs = [what for what in same if before.get(what) != same[what]]
@@ -213,8 +218,8 @@ def check_same(saved, options, same):
          'or start anew from its weights with --init')
     if saved['commit'] != commit() or commit().endswith('-dirty'):
         print(f"note       the code may have changed: it was at {saved['commit']}, is at {commit()}")
-    for name, old in saved['options'].items():
-        new = getattr(options, name)
+    for name, new in vars(options).items():
+        old = saved['options'].get(name, new)           # the code of then may not have had this option
         flag = '--' + name.replace('_', '-')
         if new == old or name in ('out', 'resume') or flag in same:
             continue

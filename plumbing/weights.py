@@ -39,7 +39,7 @@ def rename(state_dict, table):
 
 def to_openclip(state_dict):
     """Our names -> the released code's. open_clip loads them with strict=False, because it has no place for
-    cross-attention, its maps and its scale."""
+    cross-attention, its maps or its scale."""
     return rename(state_dict, RENAMES)
 
 
@@ -62,7 +62,8 @@ def clean_names(state):
 # --- 2. A file -> its tensors, and these -> a model ------------------------------------------------------------------
 
 def read_checkpoint(path):
-    """Tensors and plain values from a file. Nothing in it is executed; a file that would need that is Refused."""
+    """Tensors and plain values from a file. Nothing in it is executed; a file that could not be read otherwise is
+    Refused."""
     need(Path(path).exists(), f'checkpoint {path} does not exist')
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
@@ -74,7 +75,7 @@ def read_checkpoint(path):
         refused = re.search(r'TorchScript|(?<=GLOBAL )[\w.]+', str(error))
         if refused:
             reason = f'it holds {refused[0]}, which may run code'
-        raise Refused(f'{path} is no checkpoint that can be read ({reason}); fetch it again if it was fetched, '
+        raise Refused(f'{path} is not a checkpoint that can be read ({reason}); fetch it again if it was fetched, '
                       'or see python -m extras.weights import --help') from None
     need(isinstance(saved, dict), f'{path} holds no weights by name; save model.state_dict()')
     return saved
@@ -120,7 +121,8 @@ def infer_config(state, quick_gelu=False):
 
 
 class Origin(NamedTuple):
-    """Which network of which file it is, and of which step if the file is ours. str() puts it into words."""
+    """Where weights come from: which network of which file, and if the file is ours, of which step. str() puts it into
+    words."""
     network: str
     checkpoint: str
     step: object = None     # a number, 'unknown', or None for a file that is not ours
@@ -139,8 +141,11 @@ class Network(NamedTuple):
 
 
 def choose_weights(saved, weights):
-    """The content of a file -> (the key of its weights, {name: tensor}). The key is `weights`, which is 'teacher' or
-    'student'; if the file lacks it, 'student' or 'state_dict'; and 'state dict' if the weights lie under no key."""
+    """The content of a file -> (the key of its weights, {name: tensor}).
+
+    weights: 'teacher' or 'student'. The key is the first of weights, 'student' and 'state_dict' that the file has. If
+    it has none, the file itself is taken for the weights, and the key is called 'state dict'.
+    """
     for key in (weights, 'student', 'state_dict'):
         if key in saved:
             return key, clean_names(saved[key])
@@ -154,8 +159,8 @@ def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
         released    {'student', 'teacher'}, under open_clip's names
         open_clip   the state dict of a ViT, perhaps under 'state_dict'
 
-    The last two do not tell their merges, which are taken to be CLIP's (vocab: the file of these; None: see
-    Tokenizer.clip). Nor do they tell their activation (quick_gelu). Raises Refused for a file of another kind.
+    The last two do not say which merges they use, so CLIP's are taken (vocab: the file of these; None: see
+    Tokenizer.clip). Nor do they say which activation (quick_gelu). Raises Refused for a file of another kind.
     """
     saved = read_checkpoint(path)
     key, state = choose_weights(saved, weights)

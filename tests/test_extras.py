@@ -551,7 +551,7 @@ def test_features_are_kept(tmp_path, photos, capsys):
 
     def check(anew, model=model):
         found = search.folder_features(model, preprocess, photos, tmp_path / 'features.pt')
-        assert ('bad.jpg is no image' in capsys.readouterr().out) == anew
+        assert ('bad.jpg is not an image' in capsys.readouterr().out) == anew
         assert_close(found['features'], evaluation.embed_images(model, found['paths'], preprocess))
 
     check(True)

@@ -156,7 +156,7 @@ REFUSED = {         # flags: what their sentence must say
     '--batch 64': '--batch 64 .* 20 pairs; lower --batch',
     '--data absent': "'absent' does not exist",
     '--data empty': "'empty' .* no .tar file",
-    '--data broken.tar': 'broken.tar:1.png .*its image is no image',
+    '--data broken.tar': 'broken.tar:1.png .*its image is not an image',
     '--data empty/page': 'page: no readable tar of images',
     '--batch 9 --accum 2': '--batch 9 cannot be cut into 2 parts',
     '--data wordless.tar': 'wordless.tar.*no usable caption .*--caption-keys',
@@ -813,20 +813,20 @@ def test_no_program_is_run(tmp_path):
     """oracle: the sentence for a PostScript file with an image's name, which Pillow would hand to Ghostscript."""
     page = put(tmp_path / 'a.jpg', b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n')
     assert Image.open(page).format == 'EPS'
-    refused('a.jpg is no image .*PostScript', read_image, page)
-    refused('its image is no image .*PostScript', read_header, page.read_bytes())
+    refused('a.jpg is not an image .*PostScript', read_image, page)
+    refused('its image is not an image .*PostScript', read_header, page.read_bytes())
 
 
 def test_what_pillow_calls_a_bomb_is_refused(monkeypatch):
     """oracle: the rule for errors, at Pillow's own limit."""
     file = encoded(Image.new('1', (300, 300)))
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40_000)
-    refused('its image is no image .*decompression bomb', read_image, file)
-    refused('its image is no image .*decompression bomb', read_header, file)
+    refused('its image is not an image .*decompression bomb', read_image, file)
+    refused('its image is not an image .*decompression bomb', read_header, file)
 
 
 def test_half_an_image_is_refused():
     """oracle: the rule for errors."""
     half = encoded(Image.effect_noise((99, 99), 50), 'JPEG')[:-200]
     image, _ = read_header(half)
-    refused('its image is no image', decode, image)
+    refused('its image is not an image', decode, image)
