@@ -1,5 +1,5 @@
-"""How published sets lie on the disk: torchvision's sets with their class names, and the masks of segmentation sets.
-Also the released settings of eight segmentation sets. The measures are in eval.py."""
+"""How published sets are laid out on disk: torchvision's sets with their class names, and the masks of segmentation
+sets. The released settings of eight segmentation sets are here, too. The measures are in eval.py."""
 import inspect
 import re
 from typing import NamedTuple
@@ -68,11 +68,12 @@ def folder_set(folder, preprocess):
 def class_names(source, path=None):
     """The class names of a torchvision set, in words. path: a file to take them from, one per line in class order.
 
-    Two classes of the same name tie, and a tie counts against the model. So torchvision's own names for ImageNet, which
-    have two cranes, are refused. In a file names may repeat, because the file is the user's own.
+    Two classes of the same name tie, and a tie counts against the model. So torchvision's own names for ImageNet are
+    refused, because two classes are called "crane", and two "maillot". In a file names may repeat, because that is the
+    user's decision.
     """
     kind = type(source).__name__
-    classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # Caltech's
+    classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # of Caltech's sets
     listed = read_lines(path, numbered=True) if path else classes
     need(path or (classes and kind not in NOT_IN_WORDS),
          f'torchvision names the classes of {kind} by numbers or codes, or not at all; '
@@ -156,7 +157,7 @@ class Settings(NamedTuple):
     csa: bool = False                   # correlative self-attention in the last block
 
 
-BENCHMARKS = {      # the released code's, after SCLIP; add a row for a set of your own
+BENCHMARKS = {      # the released code's settings, which follow SCLIP; add a row for a set of your own
     'voc21': Settings(336, 21, scale=65, probability=0.1, area=0.1),
     'context60': Settings(336, 60, scale=50, probability=0.1),
     'coco-object': Settings(336, 81, scale=50, probability=0.1),
@@ -175,7 +176,7 @@ def read_mask(path, size, classes, reduce_zero_label):
     values = np.array(mask, np.int64)   # for a palette image these are the numbers, not the colours
     need(values.shape == size[::-1],
          f'mask {path} is a {mask.mode} image of {mask.size} pixels; '
-         f'it must be grey or palette, and have {size}')
+         f'it must be grey or palette, and have {size} pixels')
     label = values[values != IGNORE].max(initial=0)
     most = classes if reduce_zero_label else classes - 1
     need(label <= most, f'mask {path} has label {label}; with {classes} lines in the class file '

@@ -8,12 +8,12 @@ from plumbing.errors import Unreadable
 
 SHORT = ['shortIB_captions', 'shortSV_captions', 'shortLLA_captions']
 LONG = ['longIB_captions', 'longSV_captions', 'longLLA_captions']
-# The paper's main data. code≠paper: the paper speaks of the long captions, the code uses raw and short ones as well.
+# The paper's main data. code≠paper: the paper speaks of the long captions; the code uses raw and short ones as well.
 DREAMLIP = ['raw_caption', *SHORT, *LONG]
 CAPTION_KEYS = [                # the pool comes from the first family that has a sentence
     DREAMLIP,
     ['captions'],
-    ['original_caption', 'caption'],            # PixelProse's two, or a single caption
+    ['original_caption', 'caption'],            # PixelProse has both, img2dataset only the second
     ['txt'],
 ]
 POOL_KEYS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
@@ -38,8 +38,9 @@ def caption_pool(record, keys=None):
         pool = []
         for key in family:
             value = record.get(key)
-            # As released, the items of DreamLIP's lists and original_caption are sentences already, so they are not
-            # split. ours: a string under DreamLIP's keys is split. (The released code takes it for a list of letters.)
+            # As released, two kinds of strings are not split: the items of DreamLIP's lists, which are sentences
+            # already, and original_caption. ours: a string under DreamLIP's keys is split. (The
+            # released code takes it for a list of letters.)
             is_sentences = key in DREAMLIP and isinstance(value, list)
             pool += sentences(value, whole=is_sentences or key == 'original_caption')
         if pool:
@@ -67,12 +68,13 @@ def without_spaced_stop(text):
 def split(text):
     """A sentence ends at a newline, at '</s>', or at a full stop before white space or the end; "3.5 m" stays whole.
 
-    A full stop after a word of one letter does not end it: "J. Smith", "e.g. a dog". The s of "dog's" is no such word.
+    A full stop after a word of one letter does not end a sentence: "J. Smith", "e.g. a dog". The s of "dog's" does not
+    count as a word.
     """
     parts = []
     start = 0
-    # The group is a word of one character. A pattern for words of any length would start again at each of their
-    # letters, which takes seconds for a long caption without spaces.
+    # The group is a word of one character. A pattern for words of any length would be tried anew from each letter of a
+    # word, which takes seconds for a long caption without spaces.
     for end in re.finditer(r"\n|</s>|((?<![\w'’])['’]*\w)?\.(?=\s|$)", text):
         word = end[1] or ''                             # right before the full stop, if there is one
         if word and word[-1].isalpha():

@@ -34,8 +34,8 @@ def hue(x, turn):
     red, green, blue = x.split(1, dim=1)                                # each (n, 1, h, w)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
-    # Six times the hue, by a formula for each largest channel: first green or blue, then red, which takes precedence.
-    # A grey pixel has no hue, so any value will do.
+    # Six times the hue. There is a formula for each channel that may be the largest. If two are equally large, red goes
+    # before green, and green before blue. A grey pixel has no hue, so any value will do.
     share = 1 / chroma.clamp_min(1e-8)
     if_red = (green - blue) * share
     if_green = (blue - red) * share + 2
@@ -43,8 +43,8 @@ def hue(x, turn):
     six_hue = torch.where(value == green, if_green, if_blue)
     six_hue = torch.where(value == red, if_red, six_hue)
     turned = six_hue / 6 + turn + 1                                     # + 1, so that it is never negative
-    # Back: channel = value - chroma * clamp(min(k, 4 - k), 0, 1) with k = (start + 6 hue) mod 6. For red, whose hue is
-    # 0, k is 5, 3, 1 and the clamp gives 0, 1, 1, so the red channel stays at value.
+    # Back: channel = value - chroma * clamp(min(k, 4 - k), 0, 1) with k = (start + 6 hue) mod 6. For a red pixel,
+    # whose hue is 0, k is 5, 3, 1 and the clamp gives 0, 1, 1. So red stays at value, and the others lose the chroma.
     start = constant((5, 3, 1), x.device)               # for red, green, blue
     k = 6 * torch.frac(turned + start / 6)              # (n, 3, h, w)
     lost = torch.minimum(k, 4 - k).clamp_(0, 1)
@@ -77,7 +77,7 @@ OPERATIONS = {
     'grey': saturation,         # with strength 0
     'blur': blur,
     'solarize': solarize}
-# Strengths that change nothing. An operation skips the images that have this strength.
+# The strength with which each operation changes nothing. The operation skips images that have it. Same order as above.
 NEUTRAL = {
     'brightness': 1.0,
     'contrast': 1.0,

@@ -8,8 +8,8 @@ from plumbing.captions import without_spaced_stop
 from plumbing.errors import Refused, need
 from plumbing.files import field, read_json
 
-# The rows of a published list, which extras.prepare packs, too. A list of another form is Refused, with the `path` of
-# its file.
+# These functions give the rows of a published list; extras.prepare packs them, too. They refuse a list of another form,
+# and name its file, `path`.
 
 def coco_rows(listing, path):
     """COCO's captions -> [(name of an image, its captions), ...]."""
@@ -69,7 +69,7 @@ def with_owners(pools, name):
     """The captions of each image, a string or a list -> all captions in one list, and owner (captions,), the image that
     each belongs to.
 
-    name: a function that says what a message calls image i. An image is Refused if it has no caption, or one that is
+    name(i): how messages call image i. An image is Refused if it has no caption, or one that is
     not text. A final ' .' is taken off, as in training.
     """
     captions = []
@@ -90,7 +90,7 @@ def with_owners(pools, name):
 
 
 def published_captions(coco, karpathy, flickr, images, split):
-    """The one list that is given of the three -> paths of its images, and captions and owner as in `with_owners`."""
+    """Whichever of the three lists is given -> the paths of its images, and captions and owner as in `with_owners`."""
     if coco:
         pairs = read_coco(coco)
     elif karpathy:

@@ -6,7 +6,7 @@ from cosmos import Output
 
 
 class InParts(torch.nn.Module):
-    """The student, run on --accum parts of a batch. DistributedDataParallel goes around it, and sees one forward pass.
+    """The student, run on --accum parts of a batch. DistributedDataParallel wraps it, and sees one forward pass.
 
     With several parts no activations are stored. The backward pass computes them again, part by part (checkpoint). The
     loss sees the embeddings of all parts at once, so the gradient is exactly that of the whole batch. Averaging the
@@ -26,6 +26,6 @@ class InParts(torch.nn.Module):
             some_images = [view.chunk(self.accum)[k] for view in images]    # (B / accum, 3, s, s)
             some_texts = [text.chunk(self.accum)[k] for text in texts]      # (B / accum, T)
             outs.append(checkpoint(self.student, some_images, some_texts, use_reentrant=False))
-        # The cls of all parts become one tensor, and so do their eot, and with cross-attention their h_I and h_T.
+        # Join the parts along the batch: cls, eot and, with cross-attention, h_I and h_T. Without it these two are None.
         joined = [torch.cat(pieces, dim=1) for pieces in zip(*outs) if pieces[0] is not None]
         return Output(*joined)

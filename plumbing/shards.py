@@ -19,15 +19,15 @@ from plumbing.images import read_image
 from plumbing.tars import COLUMN, HEADERS, NO_PAIR, WIDTH, find_shards, member_name, scan_shard, why_unreadable
 
 MINUTE = 60.0       # seconds between two lines that say how many headers have been read
-FIRST_PAIRS = 20  # a run starts if one of them is usable; so many tell wrong keys from a few broken pairs
+FIRST_PAIRS = 20    # a run starts if one of these is usable; 20 are enough to tell wrong keys from a few broken pairs
 
 
 class Shards:
     """Random access to all pairs of a set of tars.
 
     caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: a file that `save` has
-    written, or will write. If it is of the same tars (same names, sizes and times of modification), it is mapped, and
-    no header is read. The first pairs are read, to see whether they can be used.
+    written, or will write. If it belongs to the same tars (same names, sizes and times of modification), it is mapped,
+    and no header is read. The first pairs are read, to see whether they can be used.
     fingerprint: a hash of names and sizes only, so that a copied set counts as the same set.
     """
 
@@ -38,10 +38,10 @@ class Shards:
         names = list(map(os.path.basename, self.paths))
         self.fingerprint = digest([names, self.sizes])
         times = list(map(os.path.getmtime, self.paths))
-        self.mark = int(digest([names, self.sizes, times])[:15], 16)
+        self.mark = int(digest([names, self.sizes, times])[:15], 16)        # 60 bits, which fit into int64
         stored = self.read_index(index)
         self.is_mapped = stored is not None
-        # One flat array of the mark and all rows, as in the file, because joining them for the file would take a copy.
+        # The mark and all rows are kept in one flat array, as in the file. Otherwise saving would copy all rows.
         self.stored = stored if self.is_mapped else self.scan(index and part_of(index))
         self.check_first_pairs()
 
@@ -55,16 +55,16 @@ class Shards:
 
     def scan(self, part):
         """Read all headers -> the mark and the rows. Every minute the rows so far go into the file `part`, if one is
-        named, so that an interrupted start can go on from there. A terminal shows a progress bar; without a terminal a
-        line says every minute how far the reading is.
+        named, so that an interrupted start can go on from there. A terminal shows a progress bar; without a terminal, a
+        line every minute says how many shards have been read.
         """
         tables = [[self.mark]]
         shard = 0                                       # the next one to read
         before = self.read_index(part)
         if before is not None and len(before) > 1:
             tables = [before]
-            shard = int(before[-WIDTH]) + 1             # the last row is of the last shard that had pairs
-        # Processes take seconds to start, which a few shards are not worth.
+            shard = int(before[-WIDTH]) + 1             # column 0 of the last row: the last shard that had pairs
+        # Processes take seconds to start, which does not pay for a few shards.
         executor = ProcessPoolExecutor if len(self.paths) - shard > 16 else ThreadPoolExecutor
         shown = time.monotonic()
         with executor(min(32, os.cpu_count() + 4)) as pool:
@@ -88,19 +88,21 @@ class Shards:
             part_of(path).unlink(missing_ok=True)
 
     def read_index(self, path):
-        """-> the mark and the rows; None if there is no file, or if it is of other shards, which a line then says."""
+        """-> the mark and the rows; None if there is no file, or if it belongs to other shards; a line then says so.
+        """
         if not path or not os.path.exists(path):
             return None
         with suppress(OSError, ValueError, EOFError):   # not a numpy array
             stored = np.load(path, mmap_mode='r')
             if stored.ndim == 1 and len(stored) % WIDTH == 1 and stored[0] == self.mark:
                 return stored
-        print(f'data       {path} is of other shards, or they have changed since: '
+        print(f'data       {path} belongs to other shards, or the shards have changed since it was written, so '
               'their headers are read again')
         return None
 
     def check_first_pairs(self):
-        """Refused if none of them can be used, because captions have other keys or images are of another kind."""
+        """Raises Refused if none of the first pairs can be used, which means that captions have other keys, or images
+        are of another kind."""
         if not len(self):
             raise Refused(f'{self.paths[0]}: {why_unreadable(self.paths[0]) or NO_PAIR}')
         for i in range(min(FIRST_PAIRS, len(self))):
@@ -172,7 +174,7 @@ class Shards:
     def sentences(self, i, *texts):
         pool = caption_pool(record_of(*texts), self.caption_keys)
         if not pool:
-            record = self.record(i)                     # now surely with the .txt
+            record = self.record(i)                     # this one always has the .txt
             pool = caption_pool(record, self.caption_keys)
             if not pool:
                 raise Unreadable(f"no usable caption under the keys {', '.join(sorted(record)) or '(none)'}")

@@ -1,5 +1,5 @@
 """Tars: which ones a path means, what members they have, and which members are a pair. A damaged part of a tar is left
-out, mostly with a line that says so, and does not end the run."""
+out, and does not end the run; in most cases a line says so."""
 import glob
 import io
 import os
@@ -36,7 +36,7 @@ def find_shards(paths, split=None):
         for match in matches:
             if split and os.path.isdir(f'{match}/train') and os.path.isdir(f'{match}/val'):
                 match = f'{match}/{split}'
-                print(f'data       the half {match}')
+                print(f'data       reading {match}, one half of its folder')
             if os.path.isdir(match):
                 tars += glob.glob(f'{glob.escape(match)}/*.tar')
             else:
@@ -64,7 +64,7 @@ def nothing_in(path):
     compressed = glob.glob(f'{folder}/*.tar.*')
     if compressed:
         name = os.path.basename(compressed[0])
-        return f"'{path}' holds no .tar file, but {len(compressed)} like {name}: unpack them"
+        return f"'{path}' holds no .tar file, but {len(compressed)} files like {name}; unpack them"
     return f"'{path}' does not exist or holds no .tar file; give tars, or folders of them"
 
 
@@ -73,7 +73,7 @@ def why_unreadable(path):
     with open(path, 'rb') as file:
         start = file.read(6)
     if not start:
-        return 'is empty, it has 0 bytes; fetch it again'
+        return 'is empty (0 bytes); fetch it again'
     for mark, program in COMPRESSED.items():
         if start.startswith(mark):
             return f'is compressed, so no pair of it can be read alone; unpack it with {program}'
@@ -86,7 +86,7 @@ def tar_members(path):
     """The members of a tar, as tarfile's TarInfo. If the tar is damaged, those that tarfile can read.
 
     ignore_zeros allows tars that were joined by `cat`. It also makes tarfile step over most headers that it cannot
-    read, without a word. Other such headers end the reading, and so does a file that is cut off; then a line says so.
+    read, without a word. At the others it stops reading, and so it does where a file is cut off; then a line says so.
     """
     length = os.path.getsize(path)
     end = 0                                             # where the last whole member ends
@@ -105,9 +105,9 @@ def tar_members(path):
                     break
             else:                       # no `break`: tarfile stopped, at the end of the file or before
                 whole = tar.offset == length
-    except OSError:                     # the disk's
+    except OSError:                     # an error of the disk
         raise
-    except Exception:       # tarfile's, for a header that it cannot step over: TarError and many others
+    except Exception:       # of tarfile, for a header that it cannot step over: TarError and many others
         pass
     if not whole:
         problem = '' if end else why_unreadable(path)
@@ -115,7 +115,7 @@ def tar_members(path):
         warn(f'{path} {problem}')
 
 
-HEADERS = 12            # the most blocks before a member's data; enough for a name of 5,000 characters
+HEADERS = 12            # how many blocks before a member's data are searched for its name; enough for 5,000 bytes
 
 
 def member_name(before):
@@ -127,11 +127,11 @@ def member_name(before):
     """
     name = ''
     for size in range(tarfile.BLOCKSIZE, len(before) + 1, tarfile.BLOCKSIZE):
-        with suppress(Exception):                       # tarfile's, as above
+        with suppress(Exception):                       # of tarfile, as above
             file = io.BytesIO(before[-size:])
             tar = tarfile.open(fileobj=file, mode='r:', encoding='utf-8', errors='replace')
             member = tar.next()                         # None for a block of zeros
-            if member and member.offset_data == size:
+            if member and member.offset_data == size:   # its data begins where `before` ends
                 name = member.name
     return name
 
@@ -183,7 +183,7 @@ def scan_shard(path, number):
         warn(f'{path}: {links} members are links to other files, and are left out; '
              'write the files themselves, with tar --dereference --hard-dereference')
     if apart:
-        warn(f'{path}: {apart} members are not next to the others of their name, and are left out')
+        warn(f'{path}: {apart} members are not next to the other members of the same name, and are left out')
     if not pairs:
         warn(f'{path}: {NO_PAIR}')
     return np.array(pairs, np.int64).reshape(-1, WIDTH)

@@ -13,15 +13,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing.errors import Refused, Unreadable
+from plumbing.errors import Refused, Unreadable, need
 
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
-MOST_WORDS = 200_000    # that `word_ids` keeps. The web never runs out of new words, but memory does
-LONGEST_WORD = 5000     # letters. An id has up to 64, so this fills a context of 77. Fusing takes the square of it
+MOST_WORDS = 200_000    # how many words `word_ids` caches: the web has ever new ones, but memory is limited
+# In letters. An id stands for at most 64 of them, so this many fill a context of 77. The time to fuse a word grows with
+# the square of its length.
+LONGEST_WORD = 5000
 LEARN_FROM = 5000       # merges are learned from this many words, the most frequent ones
 LEARNED_VOCAB = 8192    # ids of a vocabulary that is learned
-PAIRS_TO_LEARN = 20_000     # enough for every frequent word
+PAIRS_TO_LEARN = 20_000     # at least; enough for every frequent word
 VOCAB_HELP = (f'give the file at {VOCAB_URL} with --vocab PATH or COSMOS_VOCAB, or learn a vocabulary '
               'from your captions with --vocab learn')
 
@@ -39,8 +41,8 @@ WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|[^\W\d_]+
 
 
 def clean(text):
-    """The text as ftfy rewrites it: without control characters, curly quotes, ligatures and wide or narrow forms, and
-    with U+FFFD for lone surrogates."""
+    """The text as ftfy rewrites it: without control characters; with straight quotes instead of curly ones, with plain
+    letters instead of ligatures and of wide or narrow forms, and with U+FFFD for lone surrogates."""
     text = html.unescape(html.unescape(text))   # twice: web captions hold '&amp;lt;'
     text = re.sub('[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]', '', text)
     if not text.isascii():
@@ -53,7 +55,7 @@ def clean(text):
 
 @lru_cache
 def plain(char):
-    """One character, without ligatures and wide or narrow forms, as ftfy rewrites it.
+    """One character as ftfy rewrites it: a ligature, or a wide or narrow form, becomes plain letters.
 
     Numbers such as ² ½ Ⅷ ① are not digits, so WORD would take them for letters, and 'm²' for one word. Spaces keep
     them apart.
@@ -76,7 +78,8 @@ def symbols_of(word):
 
 
 def fuse(symbols, left, right):
-    """Joins neighbours `left`, `right`, from left to right: fuse(['a', 'a', 'a'], 'a', 'a') is ['aa', 'a']."""
+    """Joins `left` and `right` wherever they are neighbours, from the left on: fuse(['a', 'a', 'a'], 'a', 'a') is
+    ['aa', 'a']."""
     fused = []
     for symbol in symbols:
         if symbol == right and fused and fused[-1] == left:
@@ -89,14 +92,14 @@ def fuse(symbols, left, right):
 def fetch_vocab():
     """Path of CLIP's merges in torch's cache, downloaded on first use. Refused if that fails."""
     path = Path(torch.hub.get_dir(), 'bpe_simple_vocab_16e6.txt.gz')
-    if not path.exists():  # nodes may fetch at once, so a download is renamed when it is whole
+    if not path.exists():  # several nodes may fetch at once, because torch renames the file only when it is whole
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(VOCAB_URL, str(path), VOCAB_SHA256, progress=False)
         except (OSError, RuntimeError) as error:  # RuntimeError: a wrong SHA-256, say of a proxy's page
             fetch = 'python -c "from plumbing.tokenizer import fetch_vocab; fetch_vocab()"'
             raise Refused(f'{VOCAB_URL} cannot be fetched ({error}); if there is no internet, run {fetch} once on a '
-                          f'login node, which keeps the file as {path}; or {VOCAB_HELP}') from None
+                          f'login node; it saves the file as {path}; or {VOCAB_HELP}') from None
     return path
 
 
@@ -104,8 +107,9 @@ class Tokenizer:
     """CLIP's tokenizer: clean a text, split it into words, byte-pair encode each word. tokenizer(texts) ->
     (n, context_length) int64
 
-    merges: lines 'left right', the most urgent first. The ids from 0 on are 256 bytes, 256 bytes that end a word, one
-    for each merge, start, end. The end is the highest, because the text tower finds it by argmax. Padding is 0.
+    merges: lines 'left right', in order of priority. The ids from 0 on stand for the 256 bytes, for the 256 bytes that
+    end a word, for the merges, one each, for start and for end. The end is the highest, because the text tower finds it
+    by argmax. Padding is 0.
     Ids equal CLIP's (simple_tokenizer.py with ftfy and regex). ours: ftfy's repair of wrongly decoded text ('Ã©' for
     'é', C1 controls) is left out; and U+0345, which regex takes for a letter, is not one here.
     """
@@ -127,23 +131,24 @@ class Tokenizer:
     def clip(cls, path=None, context_length=77):
         """CLIP's 48,894 merges, from `path`, else $COSMOS_VOCAB, else `fetch_vocab`. Refused if it's another file."""
         path = os.path.expanduser(path or os.environ.get('COSMOS_VOCAB') or fetch_vocab())
-        data = Path(path).read_bytes() if os.path.isfile(path) else b''
-        if hashlib.sha256(data).hexdigest() != VOCAB_SHA256:
-            raise Refused(f"{path} is absent or not CLIP's vocabulary (wrong SHA-256; perhaps a git-lfs pointer or a "
-                          f'web page): remove it, then {VOCAB_HELP}')
+        need(os.path.isfile(path), f'{path} does not exist; {VOCAB_HELP}')
+        data = Path(path).read_bytes()
+        need(hashlib.sha256(data).hexdigest() == VOCAB_SHA256,
+             f"{path} is not CLIP's vocabulary (wrong SHA-256; perhaps a git-lfs pointer or a web page); "
+             f'remove it, then {VOCAB_HELP}')
         lines = gzip.decompress(data).decode().split('\n')
         return cls(lines[1:48895], context_length)  # line 0 is a header; CLIP does not use the rest
 
     @classmethod
     def learn(cls, texts, vocab_size, context_length=77):
-        """Merges the most frequent pair, or the first one met if several are equal, again and again: until there are
-        `vocab_size` ids, or until no pair occurs twice."""
+        """Merges the most frequent pair again and again, until there are `vocab_size` ids, or until no pair occurs
+        twice. Of several equally frequent pairs the one that was met first is taken."""
         tally = Counter()
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        # A dict, because a pair may win twice: (abc, d) for an abc that was fused from a + bc, and again, later, for
-        # one that was fused from ab + c. Its first place counts.
+        # A dict, because a pair may win twice, if one of its symbols can be made in two ways: (abc, d) for an abc that
+        # was fused from a + bc, and again, later, for one that was fused from ab + c. Its first place counts.
         merges = {}
         merges_left = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
@@ -163,12 +168,13 @@ class Tokenizer:
     @staticmethod
     def split(text):
         """Words of the cleaned text by CLIP's pattern: letters, single digits, other signs, 's 't 're 've 'm 'll 'd.
-        ours: only the beginning of a very long word is taken, because web pages hold words without end."""
+        ours: only the beginning of a very long word is taken, because web pages hold endless ones."""
         return [word[:LONGEST_WORD] for word in WORD.findall(clean(text).lower())]
 
     @lru_cache(MOST_WORDS)
     def word_ids(self, word):
-        """Ids of one word: fuses the pair of lowest rank while there is one. Cached, as few words fill most texts."""
+        """Ids of one word: fuses the pair of lowest rank while there is one. Cached, because few words make up most
+        texts."""
         symbols = [word] if word in SPECIAL else symbols_of(word)
         while True:
             known = [pair for pair in zip(symbols, symbols[1:]) if pair in self.rank]

@@ -291,7 +291,7 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     assert helpers.run(prepare, 'inspect', tmp_path, '--out', tmp_path / 'sheet.png') is None
     printed = capsys.readouterr()
     assert re.findall(r'left out   .*0.tar:(\d)', printed.err) == ['2', '3']
-    for line in ('the half .*/train', 'left out +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
+    for line in ('reading .*/train, one half of its folder', 'left out +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
                  'unsplit paragraphs +in 1 of 3 pairs', 'sentences per pair +0 % 1, .* 100 % 2',
                  'words per sentence +0 % 1, .* 100 % 63', 'repeated +1 of 3 images, 0 of 4 sentences',
                  'longer than context +4 of 12 captions, .* 64 tokens of a vocabulary learned',

@@ -316,10 +316,10 @@ def test_paths_and_their_lines(tmp_path, capsys, monkeypatch):
     assert names == '08 09 11 a[1]'
     assert f'2 of 7 shards are missing, the first is {tmp_path}/18.tar' in lines
     assert '1 shards are named twice' in lines
-    assert found('halves', split='val') == ('v', f'data       the half {tmp_path}/halves/val\n')
+    assert found('halves', split='val') == ('v', f'data       reading {tmp_path}/halves/val, one half of its folder\n')
     refused("halves' holds no .tar file, but its subfolders hold 2 tars: give '.*halves/./..tar'", found, 'halves')
     put(tmp_path / 'packed/0.tar.gz')
-    refused("packed' holds no .tar file, but 1 like 0.tar.gz: unpack them", found, 'packed')
+    refused("packed' holds no .tar file, but 1 files like 0.tar.gz; unpack them", found, 'packed')
     monkeypatch.setenv('RANK', '1')
     assert found('09.tar', '19.tar') == ('09', '')
 
@@ -376,7 +376,7 @@ def test_links_are_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('content, sentence', [
-    (b'', 'a.tar.* is empty, it has 0 bytes; fetch it again'),
+    (b'', 'a.tar.* is empty .0 bytes.; fetch it again'),
     (gzip.compress(b'a tar'), 'a.tar.* is compressed, .*; unpack it with gunzip')])
 def test_what_is_no_tar_is_said(tmp_path, capsys, content, sentence):
     """oracle: the sentence, a warning if there is also a whole tar, and an error if there is none."""
@@ -409,7 +409,7 @@ def test_members_of_a_pair_are_neighbours(tmp_path, capsys):
     for i in range(2):
         assert (shards.pool(i), shards.image(i)) == ([f'dog {i}'], images[i])
     [line] = capsys.readouterr().err.splitlines()
-    assert 'a.tar: 2 members are not next to the others of their name' in line
+    assert 'a.tar: 2 members are not next to the other members of the same name' in line
 
 
 def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
@@ -578,7 +578,7 @@ def test_a_shard_that_was_written_anew(tmp_path, capsys):
     assert not after.is_mapped and np.array_equal(after.index, Shards(tar).index)
     assert after.index.tolist() != before.index.tolist() and after.fingerprint == before.fingerprint
     assert after.pool(10) == ['dog']
-    assert f'{path} is of other shards, or they have changed since' in capsys.readouterr().out
+    assert f'{path} belongs to other shards, or the shards have changed since' in capsys.readouterr().out
     after.save(path)
     assert Shards(tar, index=path).is_mapped
     copy = Path(shutil.copy(tar, tmp_path / 'elsewhere.tar')).rename(put(tmp_path / 'copy/a.tar'))
