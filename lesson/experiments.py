@@ -1,7 +1,7 @@
 """The experiments of the course: which runs they have, each run being a row of lesson/results.csv.
 
     python -m lesson.experiments minutes                    makes the runs of `minutes` that have no row, two at a time
-    python -m lesson.experiments minutes --run cosmos 0     makes one run: its figures, and a row if it has none
+    python -m lesson.experiments minutes --run cosmos 0     makes one run: prints figures, adds a row if it has none
 
 A run that has a row is not made again, even if several experiments use it. So after an interruption you give the
 command again. A run is a call of lesson.onepage.train, in a process with one thread on the CPU. Its scenes and its
@@ -10,6 +10,11 @@ the same.
 
 Methods race on two tracks. In `pairs` all see equally many pairs, which is the paper's comparison; in `minutes` all
 take equally long. Every run completes its own schedule. We measure the moving average of the weights, in every method.
+
+To add an experiment of your own: give your method a row in METHODS, your runs an entry in EXPERIMENTS (`race` names the
+methods and their steps, `tune` the rates to try), and what is to be compared an entry in COMPARISONS, where `a~b` is a
+minus b. Take seeds from 20 on, because seeds below have rows of another machine. lesson/plots.py wants a colour for the
+method (PAINT) if a picture shows it.
 """
 import csv
 import math
@@ -51,7 +56,7 @@ class WithoutCrossAttention(COSMOS):
 class ReadsOtherwise(COSMOS):
     """Eq. 1 and 2 with changes."""
     residual = 1.0
-    shift = 0                       # C^I and C^T read the image and the caption of the pair that is so many before
+    shift = 0                       # with 1, C^I and C^T read the image and the caption of pair i - 1 for pair i
 
     def forward(self, images, texts):
         cls, image_sequence = self.visual.with_sequence(images)
@@ -115,11 +120,12 @@ class Grouped(Order):
 # --- 2. The experiments ----------------------------------------------------------------------------------------------
 
 class Method(NamedTuple):
-    """What competes.
+    """A method in the race.
 
-    steps: so many were estimated to take as long as 1,000 steps of COSMOS. The rows have the seconds, and `minutes`
-    corrects the steps of CLIP. rate: the peak learning rate; of those that `tune` tried, the one with which the mean of
-    big and small objects named is highest. Without residual, and with another pair, COSMOS keeps its rate.
+    steps: how many, by our estimate, take as long as 1,000 steps of COSMOS. The rows have the seconds, and `minutes`
+    corrects the steps of CLIP. rate: the peak learning rate; of those that `tune` and `tune-across` tried, the one with
+    which the mean of big and small objects named is highest. Without residual, and with another pair, COSMOS keeps its
+    rate.
     """
     label: str                      # in plots
     batch: int
@@ -146,7 +152,7 @@ METHODS = {
         'COSMOS without the two terms that leak', 32, 1000, 1e-3, {'terms': two_terms}),
     'cosmos': Method('COSMOS', 32, 1000, 1e-3)}
 SCENES = 4000                       # for training
-EIGHT = range(8)                    # seeds, if five left a difference open or nearly so
+EIGHT = range(8)                    # seeds, if a difference was undecided after five, or nearly so
 PRECISION = 'bf16'
 
 # Options of make_scenes. After the built-in set come worlds with the same small object: alone, next to an equal (also
@@ -169,14 +175,15 @@ COMPANY = {'alone': 'alone', 'equal': 'beside\nan equal', 'big': 'beside\na big 
 
 
 class Variant(NamedTuple):
-    """How runs are made. Variants that differ in nothing but seeds and `tested` share their runs."""
+    """How runs are made. Variants that differ in nothing but seeds and `tested` share their runs, and then the first
+    one to run decides in which worlds objects are named."""
     method: str
     world: str = 'built-in'         # of WORLDS or of SETS
     steps: int = 0                  # 0 stands for the method's own, as it does for the rate
     rate: float = 0.0
     augment: str = 'crops'          # or 'full'
     grouped: float = 0.0            # share of the batches whose scenes have much in common
-    by: str = 'colors'              # what: their colours, or 'big', the colour and the shape of the big object
+    by: str = 'colors'              # what they have in common: 'colors', or 'big', colour and shape of the big object
     since: float = 0.0              # such batches only after this part of the run
     seeds: range = range(5)
     tested: tuple = ()              # further worlds in which objects are to be named
@@ -207,8 +214,8 @@ class Variant(NamedTuple):
 
 
 def tune(rates, seed=100, steps={}, count=1, **how):
-    """Which learning rate is best? The seeds are used for nothing else. rates: {method: those to try}. steps: {method:
-    how many, if not its own}."""
+    """Which learning rate is best? The seeds, except that of `tune-longer`, are used for nothing else. rates: {method:
+    those to try}. steps: {method: how many, if not its own}."""
     variants = {}
     for method, tried in rates.items():
         for rate in map(float, tried.split()):
@@ -232,7 +239,7 @@ def same_big():
     run. And in a world where big objects have shapes that no small one has."""
     variants = {}
     for method, world in ('cosmos', 'built-in'), ('clip', 'built-in'), ('clip', 'big'), ('clip', 'apart'):
-        mixed = Variant(method, world, seeds=range(10, 15))     # other seeds had run on another machine
+        mixed = Variant(method, world, seeds=range(10, 15))     # rows of lower seeds are of another machine
         # Half of the steps: what a run learns if grouped batches teach nothing.
         variants[f'{method}-{world}-short'] = mixed._replace(steps=METHODS[method].steps // 2)
         if world == 'built-in':
@@ -252,8 +259,12 @@ def company():
 
 
 # Steps: three times those of `minutes`.
-LONGER = {
-    'clip': 5796, 'text-crop': 4104, 'without-cross-attention': 3450, 'across': 3000, 'cosmos': 3000}
+LONGER = {'clip': 5796, 'text-crop': 4104, 'without-cross-attention': 3450, 'across': 3000, 'another-pair': 3000,
+          'cosmos': 3000}
+
+
+def longer(methods):
+    return {method: LONGER[method] for method in methods.split()}
 
 
 def race(steps, seeds=EIGHT, rates={}, **how):
@@ -299,22 +310,21 @@ EXPERIMENTS = {
     'same-big': same_big(),
     'company': company(),
     'first': race({'cosmos': 0}, range(1)),                             # the run of `python train.py`
-    # CLIP: 15 % more than its own, which took less than COSMOS
+    # CLIP gets 15 % more steps than METHODS says, because with those it took less time than COSMOS.
     'minutes': race({'cosmos': 0, 'without-cross-attention': 0, 'text-crop': 0, 'clip': 1932}),
     'pairs': race(
         {'cosmos': 1000, 'without-cross-attention': 1000, 'text-crop': 1000, 'clip': 500}),
-    # After five seeds it was open what cross-attention costs. Text crops take half of their usual rate.
-    'longer': race({'clip': 5796, 'text-crop': 4104}, FIVE, {'text-crop': 2.5e-4}) | race(
-        {'without-cross-attention': 3450, 'cosmos': 3000}, range(1, 9)),
+    # The last two have eight seeds, because after five their difference was undecided. Text crops take half of their
+    # usual rate.
+    'longer': race(longer('clip text-crop'), FIVE, {'text-crop': 2.5e-4}) | race(
+        longer('without-cross-attention cosmos'), range(1, 9)),
     # Who reads what: from the same pairs, in the same minutes, in three times the minutes.
     'reading': race({
         'cosmos': 0, 'another-pair': 0, 'without-cross-attention': 1000, 'across': 0, 'two-terms': 0}),
     'tune-across': tune({'across': '2e-3', 'two-terms': '2e-3 1e-3 5e-4'}) | tune(
         {'across': '1e-3 5e-4'}, count=2),
     'across': race({'cosmos': 0, 'another-pair': 0, 'without-cross-attention': 0, 'across': 0}),
-    'longer-reading': race(
-        {'cosmos': 3000, 'another-pair': 3000, 'without-cross-attention': 3450, 'across': 3000},
-        FIVE),
+    'longer-reading': race(longer('cosmos another-pair without-cross-attention across'), FIVE),
     # Other pictures, with rich captions. CLIP keeps its own crops here, as it does in train.py.
     'tune-emoji': tune({
         'cosmos': '2e-3 1e-3 5e-4 2.5e-4',
@@ -326,7 +336,8 @@ EXPERIMENTS = {
             {'clip': 1932}, range(5), EMOJI_RATES, world='emoji'),
     'exercise': race({'without-residual': 0}, range(1))}
 
-# What is compared: {experiment: {columns: variants}}. All differences of one experiment are one family.
+# What is compared: {experiment: {columns: pairs of variants}}; a~b is a minus b. All differences of one experiment are
+# one family.
 NAMED = 'dominant.top1 small.top1'
 RECALL = 'retrieval.image_to_text_R@1'
 RIVALS = 'cosmos~clip without-cross-attention~clip without-cross-attention~cosmos'
@@ -383,22 +394,25 @@ def scene_folder(world, seed):
     return path
 
 
-# Runs of these commits are equal to the digit, so an experiment may have rows of several. 1d83ab1 trained by train.py,
-# the others by onepage.py. To show that they are equal, runs of cosmos, clip, clip-aug, text-crop,
-# without-cross-attention, another-pair and of sorted batches were made again, and all columns of their rows were the
-# same but the seconds. A commit that changes no number of a run joins this list once that has been shown again. Since
-# 01e2c63 equal scores tie to the last bit: mean ranks moved by 0.002 at most, and R@1 of three long runs by one or two
-# captions of 1,000. The photographs have bd9b7b1 and 965bc15, which differ in a comment.
-EQUAL_COMMITS = ('1d83ab1', '597074d', '820331e', '7e3ef2a', '01e2c63', 'bd9b7b1', '965bc15')
+# Runs of these commits have equal rows, so an experiment may mix them. (One exception: since 01e2c63 equal scores tie
+# to the last bit, which moved mean ranks by 0.002 at most, and R@1 of three long runs by one or two captions of 1,000.)
+# 1d83ab1 trained drawn scenes by train.py, the others by onepage.py. To show that they are equal, runs of cosmos, clip,
+# clip-aug, text-crop, without-cross-attention, another-pair and of sorted batches were made again, and all columns of
+# their rows were the same but the seconds. A commit that changes no number of a run joins this list once that has been
+# shown again. Rows of photographs, which train.py makes, are of bd9b7b1 and 965bc15, which differ in a comment.
+EQUAL_COMMITS = ('1d83ab1', '7e3ef2a', '01e2c63', 'bd9b7b1', '965bc15')
 CODE = ('cosmos.py data.py eval.py lesson/onepage.py lesson/scenes.py lesson/setting.py lesson/suppression.py '
         'plumbing/captions.py plumbing/colours.py plumbing/images.py plumbing/processes.py plumbing/shards.py '
         'plumbing/tokenizer.py')
 
 
 def origin(code=CODE):
-    """The machine, and the last commit that changed the code of a run. This file does not count, because what it
-    decides is in the recipe. Edits that are not committed go unnoticed."""
-    line = subprocess.getoutput('grep -sm1 "model name" /proc/cpuinfo')     # Linux tells more
+    """The machine, and the last commit that changed the code of a run.
+
+    NB: edits that are not committed go unnoticed, and so do edits of this file. Its numbers are in the recipe, but the
+    terms, models and orders are there by name only. So if you change one of these, give the method another name.
+    """
+    line = subprocess.getoutput('grep -sm1 "model name" /proc/cpuinfo')     # Linux says more than `platform`
     name = line.partition(': ')[2] or platform.processor()
     return {
         'commit': subprocess.getoutput(f'git log -1 --format=%h -- {code}'),
@@ -407,7 +421,7 @@ def origin(code=CODE):
 
 
 def flat(figures, prefix=''):
-    """{'small': {'top1': x}} -> {'small.top1': x}, without lists"""
+    """{'small': {'top1': x}} -> {'small.top1': x}"""
     row = {}
     for name, value in figures.items():
         if isinstance(value, dict):
@@ -465,7 +479,7 @@ def held_out_pairs(world):
 
 
 def background_captions(world):
-    """-> the held-out captions whose `kind` in COCO's list says that they tell the background."""
+    """-> the held-out captions whose `kind` in COCO's list says that they describe the background."""
     _, path = SETS[world]
     captions = set()
     if (path / 'annotations').is_dir():
@@ -477,7 +491,8 @@ def background_captions(world):
 
 def set_figures(world, args, scored):
     """Retrieval and conflict, because nothing else can be measured if no objects are listed. Backgrounds alone find
-    many images, so captions that tell no background are also scored by themselves, as `objects`."""
+    many images, so captions that do not describe the background are also scored alone; these figures are called
+    `objects`."""
     images, captions, owner = held_out_pairs(world)
     figures, image_features = zero_shot_retrieval(*scored, images, captions, owner)
     texts = suppression.texts_of(captions, owner)
@@ -494,7 +509,7 @@ def set_figures(world, args, scored):
 
 
 def run_figures(variant, seed, scenes):
-    """Train, then measure the average of the weights over training."""
+    """Train, then measure the moving average of the weights."""
     out = run_folder(variant, seed) / 'last.pt'
     took = train_run(variant, seed, scenes, out)
     scored = load(out)
@@ -554,14 +569,14 @@ def write_results(rows):
 
 
 def missing_runs(variants, seeds=None):
-    """-> [(seed, name of a variant)] of the runs that have no row, first the first seed of all variants. seeds: how
-    many for each variant, instead of its own."""
+    """-> [(seed, name of a variant)] of the runs that have no row, sorted by seed, so that all variants get their first
+    seed first. seeds: how many for each variant, instead of its own."""
     done = read_results()
     missing = []
     for name, variant in variants.items():
         first = variant.seeds.start
-        last = first + (seeds or len(variant.seeds))
-        for seed in range(first, last):
+        count = seeds or len(variant.seeds)
+        for seed in range(first, first + count):
             if (variant.recipe(), seed) not in done:
                 missing.append((seed, name))
     return sorted(missing, key=lambda key: key[0])
@@ -580,7 +595,7 @@ def main():
         name, seed = args.run
         need(name in variants, f'no variant is called {name}; take one of {", ".join(variants)}')
         wanted = [(int(seed), name)]
-    for seed, name in wanted:                           # before two runs need it
+    for seed, name in wanted:                           # draw the scenes now, before two runs need the same folder
         for world in (variants[name].world, *variants[name].tested):
             scene_folder(world, seed)
     # These hold for the processes that start below: a run takes one thread, and no GPU.

@@ -1,25 +1,26 @@
 """One step of COSMOS as a picture: the views, vectors and arrows of one pair, with the names of cosmos.py.
 
-`python -m lesson.plots` writes it: large for README.md and for page 1 of the course, which does not tell yet what a
-copy can do, and small for the other pages, where everything that the page is not about is pale. The drawing is
-picture.svg; this module puts a real pair into it, with the crops and sentences that `python train.py` draws for that
-pair of the built-in set.
+`python -m lesson.plots` writes it in two sizes: large for README.md and for page 1 of the course (there without the
+marks of the leak, which page 5 explains), and small for the other pages, where everything that a page is not about is
+pale. The drawing is picture.svg; this module puts a real pair into it, with the crops and sentences that
+`python train.py` draws for that pair of the built-in set.
 """
 import base64
 import io
 import json
-import random
 import re
 from pathlib import Path
 from string import Template
+from types import SimpleNamespace
 
 from torchvision.transforms.v2.functional import to_pil_image
 
-from cosmos import GLOBALS, Config
-from data import CROPS_ONLY, image_crops, kinds_of_views, text_crops
+from cosmos import Config
+from data import Crops
 from lesson.scenes import World, draw_scene
+from lesson.setting import Setting
 
-EPOCH, PAIR = 3, 223            # with seed 0; its small views show the circle that a short caption names
+EPOCH, PAIR = 3, 223            # with seed 0. The small views of this pair show the circle that a short caption names
 SIZES = Config(image_size=48, local_image_size=24, patch_size=8)        # of views, as in lesson/onepage.py
 PICTURES = {                    # file: classes of the drawing, see picture.svg
     'assets/lesson-step.svg': 'large',
@@ -33,11 +34,9 @@ PICTURES = {                    # file: classes of the drawing, see picture.svg
 def one_pair():
     """-> 4 views (3, s, s) uint8 and 4 captions, the two global ones first."""
     (_, image), (_, record) = draw_scene(World(), 'train', PAIR)
-    pool = json.loads(record)['captions']
-    captions = text_crops(pool, random.Random(f'0 {EPOCH} {PAIR} texts'), GLOBALS, 2)
-    first, other, local = [kind._replace(**CROPS_ONLY) for kind in kinds_of_views(SIZES)]
-    rng = random.Random(f'0 {EPOCH} {PAIR} images')
-    views, _ = image_crops(image, [first, other, local, local], rng)
+    shards = SimpleNamespace(pair=lambda index: (json.loads(record)['captions'], image))
+    crops = Crops(shards, None, SIZES, 0, Setting().counts, 'crops')
+    views, _, captions, _ = crops.sample(EPOCH, PAIR)
     return views, captions
 
 
@@ -55,5 +54,5 @@ def drawn_steps():
 
 
 def without_pixels(svg):
-    """For comparison: another version of Pillow may compress the views otherwise."""
+    """For comparison: another version of Pillow may compress the views differently."""
     return re.sub('base64,[^"]*', '', svg)

@@ -1,6 +1,6 @@
 """Writes the figures, tables and pictures of the course from lesson/results.csv, and the picture of the method.
 
-    python -m lesson.plots              writes them into both README.md, lesson/RESULTS.md and assets/lesson-*
+    python -m lesson.plots              writes README.md, lesson/README.md, lesson/RESULTS.md and assets/lesson-*
     python -m lesson.plots --accept     does the same even if a figure in the text moves by more than 5 points
     python -m lesson.plots --check      are the runs complete, and do pages and pictures agree with them?
     python -m lesson.plots --mine       draws the pictures into runs/lesson, with your own runs as stars
@@ -17,7 +17,8 @@ table is written whole, below a comment that names its columns and its rows:
     <!-- table: dominant.top1 small.top1 | minutes/clip worlds/built-in/likes -->
 
 Shares are written in percent, `seconds` in minutes, `pairs` in thousands. Differences are taken within seeds, because
-all runs of a seed have the same training scenes. What is written is their mean, with its 95 % interval (Student's t).
+all runs of a seed have the same training scenes. (All runs on photographs have the same photographs; there the rule is
+kept, which costs a little power.) What is written is their mean, with its 95 % interval (Student's t).
 All differences of an experiment are one family (see COMPARISONS), and Holm's correction says which of them are decided
 at 5 %.
 """
@@ -96,8 +97,8 @@ def student_t(freedom):
 
 def difference(experiment, name, other, column):
     """name minus other, seed by seed, because the runs of a seed have the same training scenes and rise and fall
-    together -> the mean, half of its 95 % interval, the chance of such a mean between equals; None if fewer than two
-    seeds have both."""
+    together -> the mean, half of its 95 % interval, and the p-value: the chance of a mean this far from 0 if the two
+    are equal. None if fewer than two seeds have both."""
     a = values(experiment, name, column)
     b = values(experiment, other, column)
     gaps = [a[seed] - b[seed] for seed in a if seed in b]
@@ -106,7 +107,7 @@ def difference(experiment, name, other, column):
     gap = fmean(gaps)
     error = max(stdev(gaps), 1e-9) / math.sqrt(len(gaps))
     t, chance = student_t(len(gaps) - 1)
-    half = error * np.interp(-LEVEL, -chance, t)        # with a minus, for interp wants what rises
+    half = error * np.interp(-LEVEL, -chance, t)        # np.interp needs rising values, hence the minus
     by_chance = np.interp(abs(gap) / error, t, chance)
     return gap, half, by_chance
 
@@ -138,10 +139,11 @@ def family(experiment):
 
 # --- 2. Tables -------------------------------------------------------------------------------------------------------
 
-LABELS = {              # for columns, experiments, and what stands before a column
+TRACKS = {              # for experiments
+    'pairs': 'same pairs', 'minutes': 'same minutes', 'longer': 'three times the minutes',
+    'longer-reading': 'three times the minutes', 'photo-pairs': 'same pairs', 'photo-minutes': 'same minutes'}
+LABELS = {              # for columns, and what stands before a column
     'seconds': 'minutes', 'pairs': 'thousand pairs', 'dominant.top1': 'big named', 'small.top1': 'small named',
-    'photo-pairs': 'same pairs', 'photo-minutes': 'same minutes',
-    'minutes': 'same minutes', 'longer': 'three times the minutes', 'longer-reading': 'three times the minutes',
     'areas': 'how many pixels each colour covers', 'biggest': "the big object's name",
     'sums': 'colours and shapes, added up', 'products': 'colours and shapes, multiplied',
     'likes': 'which names it likes', 'conflict.h_T': 'h_T of a sentence', 'conflict.h_T_caption': 'h_T of a caption'}
@@ -155,8 +157,7 @@ def row_label(experiment, name, *prefix):
     """How a page names a row: 'CLIP, same minutes'."""
     if experiment == 'worlds':
         return label(*prefix)
-    track = 'same pairs' if experiment == 'pairs' else LABELS.get(experiment)
-    words = [EXPERIMENTS[experiment][name].label(), *map(label, prefix), track]
+    words = [EXPERIMENTS[experiment][name].label(), *map(label, prefix), TRACKS.get(experiment)]
     return ', '.join(filter(None, words))
 
 
@@ -175,7 +176,7 @@ def as_table(rows):
     return ''.join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *rows))
 
 
-def table(columns, places, row_label):
+def table(columns, places, name_row):
     """A table of means. A place is [experiment, name], or [experiment, name, what stands before the columns]. Rows and
     columns without a value are left out."""
     cells = defaultdict(dict)
@@ -184,7 +185,7 @@ def table(columns, places, row_label):
         for column in columns:
             found = values(experiment, name, '.'.join([*prefix, column]))
             if found:
-                cells[row_label(*place)][column] = f'{fmean(found.values()):.1f}'
+                cells[name_row(*place)][column] = f'{fmean(found.values()):.1f}'
     columns = [column for column in columns if any(column in row for row in cells.values())]
     rows = [['in %', *map(label, columns)]]
     for words, row in cells.items():
@@ -206,7 +207,7 @@ SECTIONS = [            # heading, what stands before the columns, columns
     ('Found by captions that tell no background', ['objects'],
      'image_to_text_R@1 image_to_text_R@10 text_to_image_R@1 text_to_image_R@10'),
     ('Bound', [''], 'bound.dominant_small bound.small_small'),
-    ('Named in other companies', [*COMPANY], 'dominant.top1 small.top1'),
+    ('Named beside others than in training', [*COMPANY], 'dominant.top1 small.top1'),
     ("Where C^I's peak lies: asked for the own name, for an absent one, a blind guess",
      ['pointing.dominant', 'pointing.small'],
      'own_it own_other own_ground absent_it absent_other absent_ground area_it area_other area_ground'),
@@ -218,11 +219,11 @@ SECTIONS = [            # heading, what stands before the columns, columns
      ['handed.cosine'], 'names random scenes'),
     ('Conflict: what is picked', ['conflict.h_T', 'conflict.h_T_caption', 'conflict.h_I'],
      'own sentence read alone kept'),
-    ("Last losses, of a blind guess's", ['loss'],
+    ("Losses of the last batch, as a share of a blind guess's", ['loss'],
      'clip h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t cls_cls_t cls_eot_t eot_cls_t eot_eot_t'),
     ('Who knows little', ['areas', 'biggest', 'sums', 'products', 'likes'],
      'dominant.top1 small.top1 bound.dominant_small bound.small_small'),
-    ('R@1 of who knows all colours, or all names', ['R@1'], 'colors names')]
+    ('R@1 of a model that knows all colours, or all names', ['R@1'], 'colors names')]
 INTRODUCTION = """# All results
 
 `python -m lesson.plots` writes this page from `results.csv`. It begins with the differences; then come the figures of
@@ -370,16 +371,16 @@ MINE = []               # the rows of your own runs, with --mine
 
 
 def show_runs(axis, experiment, name, column, x, color=None):
-    """Draw runs as dots, their mean as a bar, and your own runs as stars -> the mean. Without runs, draw nothing.
-    color: if it is not the method's."""
+    """Draw runs as dots, their mean as a bar, and your own runs as stars -> the mean. color: if it is not the method's.
+    """
     variant = EXPERIMENTS[experiment][name]
     runs = list(values(experiment, name, column).values())
-    bar = [fmean(runs)] if runs else []
+    height = mean(experiment, name, column)
     stars = [in_unit(row, column) for row in MINE if row['run'] == variant.recipe()]
-    for shares, mark, size, alpha in (runs, 'o', 6, 0.4), (bar, '_', 18, 1), (stars, '*', 18, 1):
+    for shares, mark, size, alpha in (runs, 'o', 6, 0.4), ([height], '_', 18, 1), (stars, '*', 18, 1):
         axis.plot([x] * len(shares), shares, mark, color=color or PAINT[variant.method], markersize=size,
                   markeredgewidth=size / 9, alpha=alpha)
-    return sum(bar)
+    return height
 
 
 def show_name(axis, x, y, method, side='left'):
@@ -466,7 +467,7 @@ def draw_square(figure):
         axis.set_title(METHODS[method].label, pad=36)
 
 
-BATCHES = {             # numbers of training scenes; those of the second have the same two colours
+BATCHES = {             # numbers of training scenes; those of `sorted` all have the same two colours
     'mixed': (8, 9, 10, 11, 12, 13, 14, 15),
     'sorted': (5, 11, 38, 80, 140, 152, 305, 354)}
 
@@ -531,7 +532,7 @@ def draw_race(figure):
     for method, shift in ('clip', 0.85), ('text-crop', 1), ('without-cross-attention', 1), ('cosmos', 1.17):
         for axis, column, first in (over_pairs, 'pairs', 'pairs'), (over_minutes, 'seconds', 'minutes'):
             shown = [first, 'longer']
-            if method == 'clip':                        # its runs of the two differ, those of the others hardly
+            if method == 'clip':                        # its runs of `pairs` and `minutes` differ; the others hardly do
                 shown = ['pairs', 'minutes', 'longer']
             for experiment in shown:
                 x = shift * mean(experiment, method, column)                    # dots keep apart
@@ -629,9 +630,10 @@ def draw_reading(figure):
     named after the same training?"""
     left, right = figure.subplots(1, 2)
     for x, method in enumerate(READERS):
-        for (what, color), shift in zip(PICKED.items(), (-0.15, 0.15)):
-            show_runs(left, 'across', method, f'conflict.h_T_caption.{what}', x + shift, color)
         show_runs(right, 'reading', method, 'small.top1', x)
+    for x, method in enumerate(('cosmos', 'another-pair')):             # the third reads nothing
+        for (what, color), shift in zip(PICKED.items(), (-0.15, 0.15)):
+            show_runs(left, 'reading', method, f'conflict.h_T_caption.{what}', x + shift, color)
     left.text(0.1, 80, 'the image\nthat it has read', color=PICKED['read'], va='center', fontsize=11)
     left.text(0.42, 57, "its caption's\nimage", color=PICKED['sentence'], va='center', fontsize=11)
     show_scale(left, 'h_T picks, %', (25, 50, 75, 100), chance=100 / 32)

@@ -41,7 +41,7 @@ without cross-attention has only `objects`.
 """
 import random
 from collections import Counter, defaultdict
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -442,11 +442,10 @@ def conflict(args, source, captions, questions):
     need(size > 1, 'there is one pair; conflict needs two or more')
     found = []                                          # of each group
     groups = DataLoader(Images(source, preprocess), size, num_workers=args.workers, drop_last=True)
-    for number, (pixels, _) in enumerate(progress(groups, 'conflict')):
-        if number < GROUPS:
-            group = slice(number * size, (number + 1) * size)
-            ids = tokenizer(questions[group]), tokenizer(captions[group])
-            found.append(answers_of(student, teacher, pixels, *ids))
+    for number, (pixels, _) in enumerate(islice(progress(groups, 'conflict'), GROUPS)):
+        group = slice(number * size, (number + 1) * size)
+        ids = tokenizer(questions[group]), tokenizer(captions[group])
+        found.append(answers_of(student, teacher, pixels, *ids))
     figures = {}
     for who, answered in found[0].items():
         figures[who] = {name: fmean(group[who][name] for group in found) for name in answered}
