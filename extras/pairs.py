@@ -1,11 +1,12 @@
-"""Hard negatives: can the model tell apart k images and k captions that differ in one thing?
+"""Hard negatives: can the model match k images with k captions, say two of each, that differ in one thing?
 
     python -m extras.pairs CKPT --items FILE --images DIR     SugarCrepe, SVO-Probes, Winoground, MMVP-VLM, or your own
-    python -m extras.pairs CKPT --suppression DIR             DIR/probes.json: dominant against small objects
+    python -m extras.pairs CKPT --suppression DIR             are small objects found as well as big (dominant) ones?
 
 Your own items are JSON lines, {"images": ["a.jpg", "b.jpg"], "captions": ["a dog on a cat", "a cat on a dog"],
 "type": "relation"}. An item has k images and k captions, and those at equal positions belong together. Or it has one
-image and k captions, or k images and one caption, and the right one of the k comes first.
+image and k captions, or k images and one caption, and the right one of the k comes first. The probes of
+--suppression are DIR/probes.json; docs/data.md shows one.
 """
 import math
 from collections import defaultdict
@@ -22,13 +23,14 @@ from plumbing.options import Parser, add_checkpoint
 # --- 1. Items, and the layouts they are published in -----------------------------------------------------------------
 
 class Item(NamedTuple):
-    """Image i and caption i belong together. One image belongs to the first caption, one caption to the first image."""
+    """Image i and caption i belong together. A single image belongs to the first caption, and a single caption to the
+    first image."""
     images: list            # names
     captions: list
     kind: str = None        # what kind of thing differs; scores are given per kind
 
 
-# A published layout is known by the columns of its images and of its captions.
+# A published layout is recognised by the columns of its images and of its captions.
 COLUMNS = [
     (['filename'], ['caption', 'negative_caption']),                    # SugarCrepe
     (['pos_image_id', 'neg_image_id'], ['sentence']),                   # SVO-Probes
@@ -89,7 +91,8 @@ def read_items(path):
 # --- 2. Scores -------------------------------------------------------------------------------------------------------
 
 def choices_right(scores):
-    """scores (k, m) -> min(k, m) bools: in column j, is row j, the right one, above all others? A tie is a miss.
+    """scores (k, m) -> min(k, m) bools, one for each column j that has a right row: does row j score above all other
+    rows? A tie is a miss.
 
     A single row is always right, because there are no others.
     """
@@ -99,11 +102,10 @@ def choices_right(scores):
 
 
 def pair_scores(matrices):
-    """Score matrices (k images, m captions), one per item -> the shares of items in which every answer of a side is
-    right.
+    """Score matrices (k images, m captions), one per item -> shares of items.
 
-    image_score: each caption finds its image. text_score: each image finds its caption. group_score: both. Winoground
-    defines them so.
+    image_score: each caption finds its image. text_score: each image finds its caption. group_score: both. These are
+    Winoground's definitions. Guessing answers each question about k images with probability 1/k.
     """
     k, m = matrices[0].shape
     questions = min(k, m)
@@ -155,8 +157,8 @@ def score_items(model, tokenizer, preprocess, items, root, workers):
 
 
 def score_pairs(model, tokenizer, preprocess, path, root, workers):
-    """The scores of a file of items: for all items of one shape (so many images, so many captions), and within it for
-    each kind."""
+    """The scores of a file of items: for all items of one shape (number of images x number of captions), and within a
+    shape for each kind."""
     items = read_items(path)
     groups = defaultdict(list)
     all_scores = score_items(model, tokenizer, preprocess, items, root, workers)
@@ -175,7 +177,7 @@ def suppression(model, tokenizer, preprocess, root, workers=0):
 
     Scenes A and B differ only in the small object, A and C only in the dominant one. scene_top1: of two scenes, how
     often does an object's name find the one that has it? standard_error is that of scene_top1, over probes. name_top1:
-    how often does scene A find the name of its object among the probe's negatives?
+    how often does scene A score higher with the name of its object than with all of the probe's negatives?
     """
     path = Path(root, 'probes.json')
     probes = read_json(path)

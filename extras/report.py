@@ -39,7 +39,7 @@ from plumbing.options import Parser
 PAIRS = 16              # how many pairs the step shows, from all over the training set
 SHOWN = 12              # how many images the explorer has: the first held-out ones
 RIVALS = 5              # how many captions of other images the explorer compares with an image's own
-MOST_STEPS = 6          # how many evaluations a page has vectors and maps of, at most
+MOST_STEPS = 6          # a page has the vectors and maps of at most this many evaluations
 SIDE = 224              # side of an image on the page, in pixels
 SMALL = 128
 CODE = (text_crops, Teacher.forward, Teacher.update, cosmos.clip_loss, match, nce, CrossAttention.weights,
@@ -65,7 +65,7 @@ def keep(folder, name, part):
 
 
 def picture(image, side=SIDE):
-    """Pillow image -> a WebP of at most this side, as a data URI."""
+    """Pillow image -> a WebP whose sides are at most this long, as a data URI."""
     image = image.convert('RGB')
     image.thumbnail((side, side))
     file = io.BytesIO()
@@ -82,8 +82,8 @@ def packed(tensor):
 # The step
 
 def sample_views(crops, count=4):
-    """Yields what the student is shown of pairs from all over the set: (index, views (3, s, s) in [0, 1], captions,
-    boxes)."""
+    """Yields what the student is shown of `count` pairs, spread evenly over the set: (index, views (3, s, s) in [0, 1],
+    captions, boxes)."""
     for index in np.unique(np.linspace(0, len(crops.shards) - 1, count, dtype=int)):
         try:
             images, strengths, captions, boxes = crops.sample(0, index)
@@ -107,7 +107,7 @@ def read_pairs(crops):
         samples.append((views, ids))
         pairs.append({
             'image': picture(image),
-            'size': image.size,                             # the boxes count in its pixels
+            'size': image.size,                             # the boxes are in its pixels
             'views': [picture(to_pil_image(view), SMALL) for view in views],
             'boxes': boxes,                                 # (y, x, h, w)
             'pool': crops.shards.pool(index),
@@ -121,7 +121,8 @@ def read_batch(student, images, texts):
     """images: V of (B, 3, s, s), texts (U, B, T) -> vectors of the student {name: (V, B, D) or (U, B, D)}, not of
     unit length, and weights {C_I: (U, B, P), C_T: (V, B, T)}, {} for a model without cross-attention.
 
-    Computes what COSMOS.forward computes. In addition, in h_I_other and h_T_other pair b has read pair b - 1.
+    Computes what COSMOS.forward computes, and h_I_other and h_T_other, for which pair b has read pair b - 1 (pair 0 the
+    last one).
     """
     cls = student.visual(images)
     eot = student.text(texts)

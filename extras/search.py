@@ -5,8 +5,9 @@
     python -m extras.search CKPT --images DIR "a red star" --json ranking.json --features features.pt
 
 --json FILE writes all images under 'ranking', best first. --features FILE keeps the features of the images for the next
-query. They are computed anew if an image of the folder or the weights have changed. Other programs can read them, too:
-torch.load(FILE, weights_only=True) gives {'paths': [n strings], 'features': (n, D)}, unit vectors in the same order.
+query. They are computed anew if the weights have changed, or if images were added, removed or changed. Other programs
+can read them, too: torch.load(FILE, weights_only=True) gives {'paths': [n strings], 'features': (n, D)}, unit vectors
+in the same order.
 """
 import textwrap
 from pathlib import Path
@@ -29,7 +30,7 @@ LABEL = 50              # three lines below it
 # --- 1. Features of a folder -----------------------------------------------------------------------------------------
 
 def folder_features(model, preprocess, folder, file=None, workers=0):
-    """All images under a folder that can be read -> {'paths': n strings, 'features': (n, D)}. `file` keeps this for the
+    """All readable images under a folder -> {'paths': n strings, 'features': (n, D)}. `file` keeps this for the
     next call."""
     paths = images_in(folder)
     source = model.visual.proj[0].tolist()                  # enough to tell one model from another
@@ -41,7 +42,7 @@ def folder_features(model, preprocess, folder, file=None, workers=0):
         if saved.get('source') == source:
             return saved
     readable = []
-    for path in progress(paths, 'looking'):
+    for path in progress(paths, 'reading images'):
         try:
             read_image(path)
             readable.append(str(path))
@@ -59,7 +60,7 @@ def folder_features(model, preprocess, folder, file=None, workers=0):
 def draw_tile(path, label):
     """An image with a label of up to three lines below it, as (3, h, w) in [0, 1]."""
     tile = Image.new('RGB', (TILE, TILE + LABEL), 'white')
-    image = read_image(path).convert('RGB')
+    image = read_image(path)
     tile.paste(ImageOps.pad(image, (TILE, TILE), color='white'))
     lines = textwrap.fill(label, 25)
     ImageDraw.Draw(tile).text((2, TILE + 2), lines, 'black', picture_font())
@@ -100,7 +101,7 @@ def main():
     add('--top', type=positive, default=12, help='how many to show (default: %(default)s)')
     add('--out', default='runs/search.png', help='the contact sheet (default: %(default)s)')
     add('--features', help='file that keeps the features of the images')
-    # Before Python 3.13 parse_args does not find an optional argument that comes after flags, so we do not use it.
+    # Before Python 3.13 parse_args misses a positional argument with nargs='*' that comes after flags.
     args = parser.parse_intermixed_args()
     need(len(args.query) + bool(args.like) == 1,
          f'give either one query, in quotes if it has several words, or --like IMAGE; the query was {args.query}')

@@ -1,4 +1,4 @@
-"""Convert weights from and for other programs, and fetch the released ones.
+"""Convert weights from other programs and for them, and fetch the released ones.
 
     python -m extras.weights export CKPT OUT.pt                   a state dict that open_clip loads, and OUT.json
     python -m extras.weights import clip.pt OUT.pt --quick-gelu   OpenAI's CLIP, or another, as our checkpoint
@@ -32,9 +32,10 @@ OPENCLIP_HAS = 'visual.', 'text.', 'logit_scale'                        # but no
 
 
 def export(checkpoint, out):
-    """Write the teacher's towers and scale under open_clip's names, and next to them open_clip's model config.
+    """Write the towers and the scale of the teacher (of the student if there is no teacher) under open_clip's names,
+    and next to them open_clip's model config.
 
-    open_clip has no place for cross-attention, its maps and its scale, so they are left out.
+    open_clip has no place for cross-attention, its maps or its scale, so they are left out.
     """
     path = Path(out)
     layout = path.with_suffix('.json')
@@ -99,7 +100,8 @@ def import_weights(other, out, config=None, quick_gelu=False):
     for name in SIZES:
         state.pop(name, None)
     need('visual.class_embedding' in state and 'text_projection' in state,
-         f"{other} has other names than open_clip's ViTs ({', '.join(list(state)[:3])}); {OPENAI}")
+         f"the tensors of {other} are not named like those of open_clip's ViTs ({', '.join(list(state)[:3])}); "
+         f'{OPENAI}')
     sizes = infer_config(state, quick_gelu)
     if config:
         layout = read_json(config)
@@ -112,11 +114,11 @@ def import_weights(other, out, config=None, quick_gelu=False):
             quick_gelu=quick_gelu or layout.get('quick_gelu', False))
     tokenizer = Tokenizer.clip(context_length=sizes.context_length)
     need(tokenizer.vocab_size == sizes.vocab_size,
-         f"{other} knows {sizes.vocab_size:,} ids, but CLIP's vocabulary has {tokenizer.vocab_size:,}; "
+         f"{other} has a vocabulary of {sizes.vocab_size:,} ids, but CLIP's vocabulary has {tokenizer.vocab_size:,}; "
          'if its merges were learned, take the checkpoint that train.py wrote')
-    width = sizes.vision_width                              # above 1024 heads are wider in all known models
+    width = sizes.vision_width          # in all known models that are wider than 1024, heads are wider than 64
     need(config or (width <= 1024 and width % 64 == 0),
-         f"{other} has heads that are not 64 wide; give open_clip's model config with --config")
+         f"the heads of {other} are probably not 64 wide; give open_clip's model config with --config")
     model = COSMOS(sizes)
     load_weights(model, from_openclip(state), other)
     save_tensors(out, {'config': asdict(sizes), 'merges': tokenizer.merges, 'step': 0,

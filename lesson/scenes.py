@@ -13,9 +13,9 @@ drawn in the same way for all shapes. Objects never touch.
 
 DIR/train, DIR/val and DIR/twins hold tars of KEY.webp and KEY.json. The json has `captions`, which are ten sentences in
 train, and elsewhere one caption that names every object once. And it has `objects`, each with `name`, `role` (dominant
-or small), `bbox` (x, y, w, h in pixels), `area` in pixels, `centre` (x, y), from which mask_of can draw again which
-pixels it covers, and `absent`: its colour with five shapes that no object of the scene has. Twins are neighbours,
-2 k and 2 k + 1, that are equal except for the shape of one object.
+or small), `bbox` (x, y, w, h in pixels), `area` in pixels, `centre` (x, y), from which mask_of can draw again the
+pixels that the object covers, and `absent`: its colour with five shapes that no object of the scene has. Twins are
+neighbours, 2 k and 2 k + 1, that are equal except for the shape of one object.
 """
 import io
 import json
@@ -104,7 +104,7 @@ class World:
     by pixel, and the same sentences about them."""
     colors: int = 2                 # the first ones of COLORS; they may repeat in a scene
     shapes: int = 8                 # the first ones of SHAPES; they do not repeat
-    big_shapes: int = 0             # so many further ones; if there are any, dominant objects take only these
+    big_shapes: int = 0             # how many shapes after those are for dominant objects alone; 0: all share the same
     objects: int = 3                # in a scene, the dominant one and the small ones together
     dominant_size: float = 0.3      # side of a square of its area, as a share of the image's side
     small_size: float = 0.2
@@ -163,8 +163,8 @@ def draw_things(rng, world):
 
 
 def place(rng, things):
-    """Give each object its centre. Each gets a disc that holds any shape of its area, and discs keep apart, so places
-    do not tell shapes. Refused if they do not fit."""
+    """Give each object its centre. Each gets a disc that holds any shape of its area, and discs keep apart, so a
+    place does not give a shape away. Refused if they do not fit."""
     numbers = np.random.default_rng(rng.getrandbits(32))
     radius = np.array([REACH * math.sqrt(thing.area) for thing in things])       # (n,)
     room = SIZE / 2 - GAP - radius                                      # around the middle
@@ -260,7 +260,7 @@ def layout(rng, world):
 
 
 def draw_scene(world, split, index):
-    """-> [(member name, bytes), ...]. The random numbers depend on split, index and, for train, the seed alone."""
+    """-> [(member name, bytes), ...]. The random numbers depend only on split, on index and, for train, on the seed."""
     scene = index // 2 if split == 'twins' else index
     seed = world.seed if split == 'train' else 'any'
     rng = random.Random(f'{seed}/{split}/{scene}')
@@ -284,8 +284,8 @@ def draw_scene(world, split, index):
             'area': thing.area,
             'centre': thing.centre,
             'absent': [f'{thing.color} {shape}' for shape in absent]})
-    # Make it brighter or darker. Otherwise, in an image made smaller, counting the blended colours of edges would tell
-    # shapes.
+    # Make the whole image brighter or darker. Otherwise, in an image made smaller, counting the blended colours of
+    # edges would give shapes away.
     pixels *= rng.uniform(0.85, 1.1)
     image = Image.fromarray(np.uint8(pixels.clip(0, 255)))
     if split == 'train':

@@ -16,10 +16,10 @@ def print_loss(step, loss, parts):
 class Setting(NamedTuple):
     """The defaults are COSMOS, as train.py trains it with the preset `tiny`."""
     counts: Counts = Counts(local_images=2, local_texts=2)      # on top of the global ones
-    augment: str = 'crops'              # this and crop_min: see data.Crops
+    augment: str = 'crops'              # data.Crops explains augment and crop_min
     crop_min: float = 0.4
     model: type = COSMOS                # the class of the student
-    heads: int = 4                      # of C^I and C^T; 0: a plain CLIP, which needs other terms
+    heads: int = 4                      # of C^I and C^T; 0: neither, and then `terms` must do without h_I and h_T
     terms: Callable = cosmos_terms      # what is learned in addition to L_CLIP
     order: type = Order                 # which pairs make a batch
     watch: Callable = print_loss        # called after every step

@@ -33,11 +33,11 @@ question. There are figures for the object that the question names (`named`), an
 and `cosine`: how alike are two answers about one scene, to two different names (`names`)? As a control, to two random
 queries (`random`)? And how alike are two answers to one name, about two different scenes (`scenes`)?
 
-conflict: give C^I the sentence of one pair and the image of another. Which of 32 teacher's images does h_T pick? See
-section 6. The student reads, whatever --weights says.
+conflict: give C^I the sentence of one pair and the image of another. Which of 32 images, as the teacher sees them, does
+h_T pick? See section 6. The student reads, whatever --weights says.
 
-DIR holds train/, val/ and twins/, or is one of these. If a set lists no objects, only `conflict` is measured. A model
-without cross-attention has only `objects`.
+The folder given by --shards holds train/, val/ and twins/, or is one of these. If a set lists no objects, only
+`conflict` is measured. A model without cross-attention has only `objects`.
 """
 import random
 from collections import Counter, defaultdict
@@ -66,7 +66,7 @@ LISTED = {'role', 'centre', 'absent'}           # sets of another kind, or of an
 
 
 def read_scenes(shards):
-    """-> [[object, ...], ...], a list for each scene. Objects that lack something of LISTED are left out.
+    """-> [[object, ...], ...], a list for each scene. Objects that lack a key of LISTED are left out.
 
     The attributes of an object are what its json lists, its color and shape, its pair, and its number in the mask (from
     1).
@@ -120,7 +120,7 @@ def bound(scores, scenes):
     such pairs), pairs (how many)}
 
     Is each right name above the one with the other's shape? If a score is a sum of one for the colour and one for the
-    shape, the two differences below have opposite signs, so one of them is not above 0.
+    shape, the two differences below are x and -x, so one of them is not above 0.
     """
     found = defaultdict(list)
     for scene in scenes:
@@ -134,7 +134,7 @@ def bound(scores, scenes):
     return figures | {'pairs': sum(map(len, found.values()))}
 
 
-# --- 3. What those reach who know little -----------------------------------------------------------------------------
+# --- 3. What models that know little can reach -----------------------------------------------------------------------
 
 SALIENCE = {'dominant': 3, 'small': 1}
 LIKED = {name: random.Random(name).random() for name in NAMES}
@@ -151,7 +151,7 @@ def salience(scene, word):
 
 
 def knows_areas(known):
-    """When a colour covered as many pixels as here, how often did it have this shape in the known scenes?"""
+    """Of the known objects whose colour covered as many pixels as this colour does here, what share had this shape?"""
     shapes = defaultdict(Counter)                       # {area: {shape: objects}}
     for scene in known:
         for thing in scene:
@@ -367,17 +367,18 @@ def handed(model, tokenizer, preprocess, shards, scenes):
 #
 # No figure means much by itself, as these cheats show. A model that only copies what it reads has 100 % in own and
 # read, and 0 in sentence and kept, whatever it knows about sentences. A model with one eot for all sentences can have
-# the same, and has 3.1 % in alone. A model that reads nothing has in own and sentence what it has in alone, and nearly
-# 0 in read; one that turns down what it has read (to a tenth of C^I) comes near to that with the same towers. A model
-# that answers with the mean of all cls_t picks one image for all and has 3.1 % everywhere, or picks none if all are
-# equally near. So a high `own` proves nothing, and a high `sentence` proves something only if `own` is above `alone`.
+# the same, and has 3.1 % in alone. In a model that reads nothing, `own` and `sentence` equal `alone`, and `read` is
+# nearly 0. A model with the same towers comes near to that if it scales down what it has read, to a tenth of C^I. A
+# model that answers with the mean of all cls_t picks one image for all and has 3.1 % everywhere, or picks none if all
+# are equally near. So a high `own` proves nothing, and a high `sentence` proves something only if `own` is above
+# `alone`.
 # h_T of `across` was never trained to find cls_t, so its low `read` proves little. And if the neighbour's image shows
 # what the sentence says, to pick it is no fault; with whole captions that is rarer.
 #
 # With fewer than 32 pairs the groups are smaller, and chance is higher.
 
 GROUP = 32
-GROUPS = 30             # at most, which are 960 pairs
+GROUPS = 30             # at most; they have 960 pairs
 
 
 def picks(vectors, candidates, right):
@@ -462,8 +463,8 @@ def texts_of(captions, owner):
 
 
 def conflict_in_shards(args, shards, scenes):
-    """`conflict` on held-out shards. Scenes are asked for one of their objects, the first, the second, ... in turn. If
-    a scene lists none, the question is the first sentence of its first caption."""
+    """`conflict` on held-out shards. The question about a scene names one of its objects: in scene 0 the first, in
+    scene 1 the second, and so on in turn. If a scene lists none, it is the first sentence of its first caption."""
     captions, questions = texts_of(*shard_captions(shards))
     for pair, scene in enumerate(scenes):
         if scene:
@@ -475,7 +476,8 @@ def conflict_in_shards(args, shards, scenes):
 # --- 7. During training, and the command -----------------------------------------------------------------------------
 
 def during_training(model, tokenizer, preprocess, image_features, shards):
-    """The figures of eval.json; {} if no objects are listed, or if they are listed in another way."""
+    """The figures of held-out scenes, which train.py writes to eval.json; {} if the set lists no objects, or none with
+    all keys of LISTED."""
     if not shards.record(0).get('objects'):             # to read all records takes a while
         return {}
     scenes = read_scenes(shards)
