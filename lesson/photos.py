@@ -71,7 +71,7 @@ MINUTES = {'clip': 2740, 'cosmos': STEPS, 'plain': 870, 'clip-aug': 1840, 'acros
 RATES = {'clip': 2.5e-4, 'clip-aug': 2.5e-4, 'plain': 2e-3, 'across': 1e-3, 'cosmos': 1e-3}
 TUNED_ON = range(100, 101)              # a seed that is used for tuning only
 THREE = range(3)                        # seeds
-FOUR = range(4)
+FIVE = range(5)
 
 
 def tune(tried, steps):
@@ -111,8 +111,8 @@ EXPERIMENTS = {
         'plain': '4e-3 2e-3 1e-3 5e-4', 'cosmos': '2e-3 1e-3 5e-4'}, MINUTES),
     'photo-tune-pairs': tune({
         'clip': '1e-3 5e-4 2.5e-4 1.25e-4', 'clip-aug': '1e-3 5e-4 2.5e-4 1.25e-4'}, SAME_PAIRS),
-    'photo-pairs': race('clip clip-aug', SAME_PAIRS, RATES, range(2)) | race('cosmos', SAME_PAIRS, RATES, FOUR),
-    'photo-minutes': race('clip clip-aug plain cosmos', MINUTES, RATES, FOUR),
+    'photo-pairs': race('clip clip-aug cosmos', SAME_PAIRS, RATES, FIVE),
+    'photo-minutes': race('clip clip-aug plain cosmos', MINUTES, RATES, FIVE),
     'photo-longer': race('clip plain cosmos', LONGER, RATES, THREE),
     'photo-fewer': fewer(),
     'photo-tune-across': tune({'across': '2e-3 1e-3 5e-4'}, MINUTES),
