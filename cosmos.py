@@ -1,7 +1,7 @@
 """COSMOS: cross-modality self-distillation for vision-language pre-training (CVPR 2025, arXiv 2412.01814).
 
 CLIP matches one vector of an image with one vector of its caption, and in each of them big objects drown out small
-ones. COSMOS takes several views of both: large and small crops of the image; from the caption, groups of one to five
+ones. COSMOS takes several views of each: of the image, large and small crops; of the caption, groups of one to five
 sentences, and single sentences. A student network sees all of them. A teacher network, a slow average of the student,
 sees only the global ones: the large crops and the groups. In the student, cross-attention lets each vector of one
 modality attend to the tokens of the other. The result is added to the vector, and the sum is trained to pick out its
@@ -190,8 +190,9 @@ class COSMOS(nn.Module):
         """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output.
 
         Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper?:
-        all global crops; model.py:370-382). `words` covers all T positions, padding included, so caption 0 must come at
-        full length (paper silent; transformer.py:772-775). The others may be cut to save time, see TextTower.
+        summaries say, from all globals; model.py:370-382). `words` covers all T positions, padding included, so caption
+        0 must come at full length (paper silent; transformer.py:772-775). The others may be cut to save time, see
+        TextTower.
         """
         if not self.has_cross_attention:
             return Output(unit(self.visual(images)), unit(self.text(texts)))
@@ -280,8 +281,8 @@ class Teacher(nn.Module):
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-# With this many logits or more, nce recomputes them in the backward pass. They are 67 MB, as many as 1,024 pairs on one
-# GPU have for 2 x 8 views and captions.
+# With this many logits or more, nce recomputes them in the backward pass. This many take 67 MB: they are those of 1,024
+# pairs on one GPU, if 2 x 8 pairs of views are compared.
 MANY = 2 ** 24
 
 
@@ -469,7 +470,7 @@ class Gather(torch.autograd.Function):
         V, B, D = x.shape
         ranks = dist.get_world_size()
         everyones = x.new_empty(ranks * V, B, D)
-        # torch versions without all_gather_single have it as all_gather_into_tensor.
+        # In torch versions without all_gather_single the same collective is called all_gather_into_tensor.
         all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
         all_gather(everyones, x.contiguous())
         return everyones.view(ranks, V, B, D).transpose(0, 1).flatten(1, 2)

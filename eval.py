@@ -19,7 +19,8 @@ To compare with published figures:
     retrieval       --coco (COCO's val2017) or --flickr (the released list of Flickr30K)
     ImageNet        --templates open_clip: CLIP's 80 prompts instead of our six, and open_clip's names of the classes
     segmentation    --benchmark and --templates open_clip
-    other classes   --templates FILE, with prompts that you find: those of the released code are not here
+    other sets      --templates FILE with prompts of your own, because the released ones are not here. (Caltech101 and
+                    SUN397 are scored whole here; the released figures are of random subsets.)
 """
 import math
 from dataclasses import dataclass
@@ -180,7 +181,8 @@ def retrieval(image_features, text_features, owner):
 
     owner (captions,): the image of each caption. An image's rank is that of its best-ranked caption. R@K are fractions,
     and ranks count from 1. chance is the R@1 of guessing, 1 / n in both directions: an image that has c of the M
-    captions finds one of them with probability c / M, and over the n images these c add up to M.
+    captions finds one of them with probability c / M, and because the c of the n images add up to M, the mean of these
+    probabilities is 1 / n.
     """
     n = len(image_features)
     image_ids = torch.arange(n, device=owner.device)
@@ -308,8 +310,8 @@ def encode_dense(model, images, csa=False):
 
 
 def correlative_block(block, x):
-    """A block with SCLIP's correlative self-attention (transformer.py:687-764 of the released code): x (B, R, W) -> (B,
-    R, W).
+    """x (B, R, W) -> (B, R, W): a block with SCLIP's correlative self-attention (transformer.py:687-764 of the released
+    code).
 
     Queries attend to queries and keys to keys. So a patch attends mostly to itself and to similar patches.
     """
@@ -359,8 +361,8 @@ def segment_image(model, image, vectors, names_per_class, settings):
         1. Each pixel takes its most probable class.
         2. If settings.area is above 0, a foreground class that covers at most this share of the foreground is dropped,
            and its pixels take the next best class.
-        3. If class 0 is a background, settings.probability is above 0, and a pixel whose class is less probable than
-           that becomes background.
+        3. A pixel whose class is less probable than settings.probability becomes class 0, the background. (For sets
+           without a background settings.probability is 0, so nothing changes.)
     """
     width, height = image.size
     short = min(width, height)

@@ -129,8 +129,8 @@ def test_golden_training_step(golden):
     gradients = from_openclip(expected['grads'])
     for name, p in student.named_parameters():
         close(p.grad, gradients[name], 2e-5)
-        # The step is made with the recorded gradients. Adam divides a gradient by its own size, and that of the keys'
-        # bias is only rounding noise, so ours would give another step.
+        # The step is made with the recorded gradients. Adam divides a gradient by its own size, and the gradient of the
+        # keys' bias is only rounding noise, so with our gradients the step would be another one.
         p.grad = gradients[name]
     train.make_optimizer(student, hyper['lr'], hyper['weight_decay']).step()
     student.clamp_scales()
@@ -189,7 +189,7 @@ def test_every_preset_has_a_recipe():
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    """oracle: the rule for errors: one sentence with the value and the place."""
+    """oracle: a message is one sentence, which names the field and the value."""
     for field in 'vision_width', 'text_width', 'embed_dim':
         refused(f'^{field} 100 is not a multiple of ', Config, **{field: 100})
     for field in 'image_size', 'local_image_size':
@@ -201,7 +201,7 @@ def test_sizes_that_do_not_fit_are_refused():
 # --- 3. Student and teacher ------------------------------------------------------------------------------------------
 
 def test_a_plain_clip_has_the_same_towers():
-    """oracle: a model with cross-attention and the same weights. The plain CLIP has no tokens for others to read."""
+    """oracle: a model with cross-attention and the same weights. The plain CLIP returns no patches and no words."""
     model, images, texts = micro()
     plain, _, _ = micro('clip')
     plain.load_state_dict(model.state_dict(), strict=False)
@@ -221,7 +221,7 @@ def torchs(attention, query, tokens):
 
 
 def test_every_view_reads_view_0_and_caption_0():
-    """oracle: Eq. 1-2 as they stand, one view at a time, with torch's attention and its weights."""
+    """oracle: Eq. 1-2 as they stand, one view at a time, with torch's attention, which also returns its attention weights."""
     model, images, texts = micro()
     out = model(images, texts)
 
@@ -314,8 +314,8 @@ def test_total_loss_is_clip_plus_cosmos():
 
 
 def test_losses_without_cross_attention():
-    """oracle: the losses as loops. L_CLIP and the terms of a modality with its own teacher share one scale; the four
-    terms of `plain` use the second scale."""
+    """oracle: the losses as loops. L_CLIP and the terms that compare a modality with the teacher's vectors of the
+    same modality share one scale; the four terms of `plain` use the second scale."""
     model, out, cls_t, eot_t = a_forward_pass('clip')
     clip = slow_loss(out.cls[:GLOBALS], out.eot, math.e)
     images = slow_loss(out.cls, cls_t, math.e)
@@ -409,8 +409,9 @@ def test_towers_equal_the_long_way(monkeypatch):
 
 
 def bicubic(size, grid):
-    """How much each of `size` places reads of each of `grid` points (size, grid), with torch's cubic: its parameter is
-    -3/4, and beyond the border the outermost points are repeated. DINO's 0.1 stretches the grid."""
+    """-> (size, grid): the weight of each of `grid` points in each of `size` interpolated values, by torch's bicubic
+    rule. The parameter of its kernel is -3/4, and beyond the border the outermost points are repeated. DINO's 0.1
+    stretches the grid."""
     weights = torch.zeros(size, grid)
     for i in range(size):
         place = (i + 0.5) * grid / (size + 0.1) - 0.5
@@ -465,8 +466,8 @@ def test_compiled_blocks_are_few(monkeypatch):
 
 
 def test_compiled_blocks_are_whole_under_ddp(monkeypatch):
-    """oracle: the number of graphs without DistributedDataParallel. Under it torch would cut each block that has more
-    than a megabyte of parameters in two."""
+    """oracle: the number of graphs without DistributedDataParallel. Under it torch would cut in two each block
+    that has more than a megabyte of parameters."""
     monkeypatch.setattr(torch._dynamo.config, 'optimize_ddp', True)     # torch's default
     config = replace(MICRO, vision_width=192, vision_heads=3, text_width=192, text_heads=3)
     _, images, texts = micro()

@@ -77,7 +77,8 @@ LAPTOP = {
 
 
 # Used with --init, whatever the preset. The learning rate is small, because the weights already know something. The
-# momentum has no ramp, because the teacher starts as a copy of these weights, and has nothing to forget.
+# momentum has no ramp, because the teacher starts as a copy of these weights, not of random ones, which it would have to
+# forget.
 PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
 
 
@@ -165,7 +166,8 @@ class Run:
     processes: Processes
     train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
-    forward: torch.nn.Module        # the student as a step calls it: in parts with --accum; with several ranks in DDP
+    # How a step calls the student: in parts (--accum), and in DDP if there are several ranks.
+    forward: torch.nn.Module
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # for fp16; otherwise it does nothing
@@ -175,7 +177,7 @@ class Run:
     saved_step: int = 0             # the step of last.pt
     saved_at: float = field(default_factory=time.perf_counter)
     best: tuple = (-1.0, 0)         # the best mean R@1 on --val, and its step
-    begun: float = field(default_factory=time.perf_counter)     # moved back by what earlier starts of the run took
+    begun: float = field(default_factory=time.perf_counter)     # after --resume: moved back by the time already taken
 
     @property
     def method(self):
@@ -202,8 +204,9 @@ def train_step(run, batch):
     student = run.student
     for group in run.optimizer.param_groups:
         group['lr'] = lr_at(run.step, options)
-    # V tensors (B, 3, s, s). The loader has cropped the views and drawn the strengths of the colour jitters. The
-    # jitters run here, on the device; the string seeds their order, so that all ranks have the same one.
+    # V tensors (B, 3, s, s). The loader has cropped the images, and drawn how strongly the colours of each crop change
+    # and how much it is blurred. Here, on the device, the crops are changed and normalised. The string seeds the order
+    # of the colour jitters, so that it is the same on all ranks.
     images = batch.views(f'{options.seed} {run.step}')
 
     # The student sees all views and captions. The teacher sees the globals, without gradient. If there is C^T, the
