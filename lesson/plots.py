@@ -610,7 +610,7 @@ def draw_leak(figure):
                           linewidth=3 if leaks else 1, linestyle='--' if leaks else '-')
         axis.add_patch(frame)
         axis.text(x, y - 0.12, f'{before:.0f} → {after:.0f}', ha='center', va='center', fontsize=19, color=ink)
-        words = 'a copy is enough' if leaks else 'a copy does not help'
+        words = 'a copy is enough' if leaks else 'a copy is not enough'
         axis.text(x, y + 0.24, words, ha='center', va='center', fontsize=11, color=ink)
     axis.set_xticks((0, 1), ("cls_t,\nthe teacher's image", "eot_t,\nthe teacher's caption"))
     axis.set_yticks((0, 1), ('h_I, a view\nthat has read\nthe caption', 'h_T, a sentence\nthat has read\nthe image'))
