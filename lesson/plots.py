@@ -397,11 +397,15 @@ def show_log(axis, ticks, words):
 
 
 def show_names(axis, x, heights, apart):
-    """Write the names of methods at their heights, the lowest first, but so far apart that they can be read."""
+    """Write the names of methods near their heights, but so far apart that they can be read."""
+    names = {}
     height = -apart
     for method in sorted(heights, key=heights.get):
         height = max(heights[method], height + apart)
-        show_name(axis, x, height, method)
+        names[method] = height
+    rise = fmean(names.values()) - fmean(heights.values())              # names that were moved up come down by this
+    for method, height in names.items():
+        show_name(axis, x, height - rise, method)
 
 
 def show_scale(axis, words, ticks, chance=CHANCE):
