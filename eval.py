@@ -148,7 +148,7 @@ def embed_texts(model, tokenizer, texts):
     different = list(dict.fromkeys(texts))
     features = []
     for ids in progress(tokenizer(different).split(TEXT_BATCH), 'texts'):   # (B, T)
-        longest = ids.argmax(dim=1).max() + 1                           # the end token has the largest id
+        longest = ids.argmax(dim=1).max() + 1  # the end token has the largest id
         eot = model.text([ids[:, :longest].to(model.logit_scale.device)])   # (1, B, D)
         features.append(unit(eot[0]).cpu())
     row_of = {text: row for row, text in enumerate(different)}
@@ -171,7 +171,8 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
         scores = (queries[rows].double() @ targets.double().T).float()      # (chunk, m)
         right = query_ids[rows][:, None] == target_ids              # (chunk, m)
         best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-        ahead = ~(scores < best) & ~right       # "not below", so that ties and NaN count against the model
+        # "not below", so that ties and NaN count against the model.
+        ahead = ~(scores < best) & ~right
         found.append(1 + ahead.sum(dim=1))
     return torch.cat(found)
 
@@ -217,7 +218,7 @@ def shard_captions(shards):
             tar = shards.paths[shards.index[i, 0]]
             raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect {tar}') from None
         present = [key for key in keys if str(record.get(key) or '').strip()]
-        if not present:     # the name is looked up only on failure, because the look-up costs a read
+        if not present:  # the name is looked up only on failure, because the look-up costs a read
             raise Refused(f"{shards.name(i)} has no caption under {', '.join(keys)}; name others with --caption-keys")
         captions_of_pairs.append(record[present[0]])
     return with_owners(captions_of_pairs, shards.name)
@@ -274,7 +275,8 @@ def classify(image_features, vectors, labels):
     rank = ranks(image_features, vectors, labels, torch.arange(K))
     hit = (rank == 1).double()
     images_of_class = torch.bincount(labels, minlength=K)
-    share = torch.bincount(labels, weights=hit, minlength=K) / images_of_class      # (K,), NaN for an empty class
+    # (K,), NaN for an empty class.
+    share = torch.bincount(labels, weights=hit, minlength=K) / images_of_class
     return {'images': len(labels),
             'classes': K,
             'chance': 1 / K,
@@ -285,7 +287,8 @@ def classify(image_features, vectors, labels):
 
 # --- 5. Segmentation -------------------------------------------------------------------------------------------------
 
-LONGEST_SIDE = 2048     # in pixels, as released; the long side is scaled to at most this, but see segment_image
+# In pixels, as released; the long side is scaled to at most this, but see segment_image.
+LONGEST_SIDE = 2048
 
 
 def encode_dense(model, images, csa=False):
@@ -340,7 +343,7 @@ def window_scores(model, pixels, vectors, csa):
     side = model.config.image_size
     _, H, W = pixels.shape
     total = pixels.new_zeros(len(vectors), H, W)
-    covered = pixels.new_zeros(H, W)                                # how many windows cover each pixel
+    covered = pixels.new_zeros(H, W)  # how many windows cover each pixel
     for top in window_starts(H, side):
         for left in window_starts(W, side):
             place = (..., slice(top, top + side), slice(left, left + side))
@@ -498,7 +501,7 @@ def run_classify(args, model, tokenizer, preprocess):
 def run_segment(args, model, tokenizer, preprocess):
     if args.benchmark:
         settings = BENCHMARKS[args.benchmark]
-    else:       # a short side of 1.5 times the model's image size (224 makes 336), and no background
+    else:  # a short side of 1.5 times the model's image size (224 makes 336), and no background
         settings = Settings(size=3 * model.config.image_size // 2)
     settings = settings._replace(csa=args.csa)
     synonyms = read_synonyms(args.classes)              # a list of names for each class

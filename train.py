@@ -177,7 +177,8 @@ class Run:
     saved_step: int = 0             # the step of last.pt
     saved_at: float = field(default_factory=time.perf_counter)
     best: tuple = (-1.0, 0)         # the best mean R@1 on --val, and its step
-    begun: float = field(default_factory=time.perf_counter)     # after --resume: moved back by the time already taken
+    # After --resume: moved back by the time already taken.
+    begun: float = field(default_factory=time.perf_counter)
 
     @property
     def method(self):
@@ -239,7 +240,8 @@ def train_step(run, batch):
         if run.method.has_teacher:
             run.teacher.update(student, momentum_at(run.step, options))
     else:
-        [total] = run.processes.sum([loss])     # this rank's loss may be finite even if another's is not
+        # This rank's loss may be finite even if another's is not.
+        [total] = run.processes.sum([loss])
         tqdm.write(f'WARNING    step {run.step + 1} was skipped: loss {total / run.processes.world:.4g}, '
                    f'gradient norm {norm:.4g}, both over all processes')
     run.scaler.update()             # fp16: after an infinity it lowers the scale
@@ -299,7 +301,8 @@ def open_shards(options, processes, saved, built_in_set):
     index = f'{options.out}/index.npy'
     val_index = f'{options.out}/val.npy'
     val = None
-    with processes.rank_0_first():          # rank 0 scans all headers, and writes an index that the others memory-map
+    # Rank 0 scans all headers, and writes an index that the others memory-map.
+    with processes.rank_0_first():
         choose_data(options, built_in_set)
         keys = options.caption_keys or POOL_KEYS[options.caption_pool]
         shards = Shards(options.data, keys, 'train', index)
@@ -309,8 +312,10 @@ def open_shards(options, processes, saved, built_in_set):
             runs.check_same(saved, options, identity(options, shards))
         if processes.rank == 0:
             if options.val:
-                val = Shards(options.val, options.caption_keys, 'val', val_index)   # --caption-pool is for training
-                evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
+                # --caption-pool is for training.
+                val = Shards(options.val, options.caption_keys, 'val', val_index)
+                # Fail now, not in the middle of the run.
+                evaluation.check_held_out(val, options.workers)
             runs.lock(options.out)
             if val:
                 val.save(val_index)
@@ -345,9 +350,11 @@ def choose_model(options, saved):
         tokenizer = Tokenizer.clip(path, config.context_length)
     method = METHODS[options.method]
     heads = 0
-    if method.has_cross_attention:          # if --init has no heads: 8, or 4 in a small model, as in the presets
+    # If --init has no heads: 8, or 4 in a small model, as in the presets.
+    if method.has_cross_attention:
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
-    two_scales = method.has_own_scale and not method.has_cross_attention        # with C^I and C^T there are always two
+    # With C^I and C^T there are always two.
+    two_scales = method.has_own_scale and not method.has_cross_attention
     return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
 
 
@@ -358,7 +365,8 @@ def batches_left(options, processes, train_set, step):
     # Half precision is faster if the length of captions is a multiple of 8.
     return iter(data.loader(train_set, order, options.workers,
                             multiple=8 if choose_dtype(options.precision, processes.device) else 1,
-                            whole_first=METHODS[options.method].has_cross_attention))   # C^T reads caption 0's padding
+                            # C^T reads caption 0's padding.
+                            whole_first=METHODS[options.method].has_cross_attention))
 
 
 def make_run(options, processes, train_set, weights, batches):
@@ -368,7 +376,8 @@ def make_run(options, processes, train_set, weights, batches):
     student = COSMOS(train_set.config).to(device)
     if weights:             # they may lack cross-attention, or have it although this model does not
         missing = student.load_state_dict(weights, strict=False).missing_keys
-        fresh = dict.fromkeys(name.partition('.')[0] for name in missing)       # each module once, in order
+        # Each module once, in order.
+        fresh = dict.fromkeys(name.partition('.')[0] for name in missing)
         print(f"init       {options.init}{'; these start fresh: ' + ', '.join(fresh) if fresh else ''}")
     for tower in student.visual, student.text:
         tower.transformer.grad_checkpointing = options.grad_checkpoint
@@ -437,7 +446,7 @@ def log_entry(run, progress):
     nearest = (images @ captions.T).argmax(dim=1).cpu()     # which caption each image finds, (N,)
     # run.step already counts the step just done, which used the lr and momentum of run.step - 1.
     used = run.step - 1
-    entry = {                       # the same on all ranks, except pairs_per_s; rank 0 writes its own
+    entry = {  # the same on all ranks, except pairs_per_s; rank 0 writes its own
         'step': run.step,
         'lr': lr_at(used, options),
         'momentum': momentum_at(used, options),
@@ -618,7 +627,8 @@ def main(argv=None, watchers=(), built_in_set=None):
 
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
-    saving = runs.saved_on_error(run.student, partial(save, run))   # on an error, if the weights are finite
+    # On an error, if the weights are finite.
+    saving = runs.saved_on_error(run.student, partial(save, run))
     with bar, saving, signals_caught() as caught:
         while True:
             due = what_is_due(run, progress)

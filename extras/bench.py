@@ -83,7 +83,8 @@ def timed(action, times, device):
 
 def matmul_peak(device, dtype):
     """FLOP/s of the fastest of several products of two matrices."""
-    n = 2048 if device.type == 'cpu' else 8192              # side, large enough to hide the time of a GPU's launch
+    # Side, large enough to hide the time of a GPU's launch.
+    n = 2048 if device.type == 'cpu' else 8192
     matrix = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n ** 3 / min(timed(lambda: matrix @ matrix, PRODUCTS, device))
 
@@ -147,7 +148,7 @@ def measure_loader(shards, preset):
     """Print how many pairs one worker reads per second, and how many whole samples it makes."""
     source = Shards(shards, split='train')
     context_length = train.PRESETS[preset].sizes.context_length
-    tokenizer = Tokenizer([], context_length)               # the ids of words are cached, so merges cost no time
+    tokenizer = Tokenizer([], context_length)  # the ids of words are cached, so merges cost no time
     crops = crops_of(source, preset, tokenizer)
     torch.set_num_threads(1)                                # as in a worker
 
@@ -231,7 +232,7 @@ def step_flops(options, student, images, texts):
         visual, text = visual.with_sequence, text.with_sequence
     parts = {'images': count_flops(visual, images), 'captions': count_flops(text, texts)}
     parts['cross-attention'] = count_flops(student, images, texts) - sum(parts.values())
-    if options.accum > 1:                               # the backward pass begins with another forward pass
+    if options.accum > 1:  # the backward pass begins with another forward pass
         for cost in parts.values():
             cost[1] += cost[0]
     if train.METHODS[options.method].has_teacher:
@@ -247,7 +248,7 @@ def step_bytes(options, student, images, texts):
     for n in 1, 2:
         some = [[view[:n] for view in views] for views in (images, texts)]
         kept.append(kept_bytes(student, *some, dtype))
-    a_pair = kept[1] - kept[0]          # the parameters cancel, because they do not grow with the pairs
+    a_pair = kept[1] - kept[0]  # the parameters cancel, because they do not grow with the pairs
     one = GLOBALS * max(len(images), len(texts)) * pairs * options.batch    # logits of one L_nce
     parameters = sum(p.numel() for p in student.parameters())
     # Weights, gradients and AdamW's two moments in float32, and the half-precision weights that autocast keeps.
@@ -256,7 +257,8 @@ def step_bytes(options, student, images, texts):
         'teacher': 4 * parameters * train.METHODS[options.method].has_teacher,
         'images, as bytes and as float32': sum(5 * view.numel() for view in images),
         f'activations, {a_pair / 1e6:,.1f} MB a pair': a_pair * pairs // options.accum,
-        'logits, at most': 4 * (one if one >= cosmos.MANY else 10 * one)}   # 10: five terms, both ways
+        # 10: five terms, both ways.
+        'logits, at most': 4 * (one if one >= cosmos.MANY else 10 * one)}
 
 
 def print_table(title, rows, *columns):

@@ -43,11 +43,11 @@ IMAGE_COLUMNS = ('image', 'image_path', 'filepath', 'file_name', 'filename', 'pa
 EVERY_CAPTION_KEY = sum(CAPTION_KEYS, [])
 URL_COLUMNS = 'url', 'URL', 'image_url', 'Image Path', 'image_path'     # DreamLIP's CSV: Image Path
 CAPTION_COLUMNS = 'caption', 'title', 'text', 'sentence'                # the first that is filled is the caption
-SPLIT = 'karpathy_split'                        # a key in the json of pairs that came from Karpathy's list
-HALVES = {'train': 'train', 'restval': 'train', 'val': 'val'}           # Karpathy's other splits stay out
+SPLIT = 'karpathy_split'  # a key in the json of pairs that came from Karpathy's list
+HALVES = {'train': 'train', 'restval': 'train', 'val': 'val'}  # Karpathy's other splits stay out
 NAMED = 10              # how many unusable images are named: the first few show what is wrong with all
 INSPECTED = 5000        # at most this many pairs are read: enough for percentages, and it takes only minutes
-KINDS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}     # MPO: JPEGs from some phones
+KINDS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}  # MPO: JPEGs from some phones
 
 # --- 1. Rows ---------------------------------------------------------------------------------------------------------
 
@@ -185,7 +185,7 @@ def records_by_image(rows, path, image_column=None, caption_column=None):
         name = os.path.normpath(name)               # ./a.jpg is a.jpg
         record['file'] = name
         texts = [record[key] for key in text_columns if captions_under(key, record)]
-        if caption_column:                          # other captions are then used for neither training nor retrieval
+        if caption_column:  # other captions are then used for neither training nor retrieval
             for key in EVERY_CAPTION_KEY:
                 record.pop(key, None)
         if texts:
@@ -211,7 +211,7 @@ def name_left_out(problems):
 def claim(out, **source):
     """A folder of shards belongs to one source. A second run with it goes on, and another source is Refused."""
     label = Path(out, 'source.json')
-    if list(Path(out).rglob('*.tar')):              # without one, a mistyped command may be run again
+    if list(Path(out).rglob('*.tar')):  # without one, a mistyped command may be run again
         need(label.exists() and read_json(label) == source,
              f'{out} holds shards made from something else (see {label}); give another folder, or empty it')
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -240,7 +240,7 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
     claim(out, source=f'{Path(rows).resolve()}', images=f'{Path(images).resolve()}', val=val,
           columns=[image_column, caption_column])
     new = {}
-    for folder, side in sides.items():              # check both sides before a shard of either is written
+    for folder, side in sides.items():  # check both sides before a shard of either is written
         new[folder] = not_packed(side, folder, rows)
     problems = []
     for folder, left in sorted(new.items()):        # train first

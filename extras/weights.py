@@ -67,7 +67,8 @@ def export(checkpoint, out):
 OPENAI = ("open_clip has OpenAI's weights in the right form: "
           "model = open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai'), "
           "torch.save(model.state_dict(), 'clip.pt'), then import clip.pt with --quick-gelu")
-SIZES = 'input_resolution', 'context_length', 'vocab_size'      # OpenAI's files have these among the weights
+# OpenAI's files have these among the weights.
+SIZES = 'input_resolution', 'context_length', 'vocab_size'
 
 
 def read_weights(path):
@@ -116,7 +117,8 @@ def import_weights(other, out, config=None, quick_gelu=False):
     need(tokenizer.vocab_size == sizes.vocab_size,
          f"{other} has a vocabulary of {sizes.vocab_size:,} ids, but CLIP's vocabulary has {tokenizer.vocab_size:,}; "
          'if its merges were learned, take the checkpoint that train.py wrote')
-    width = sizes.vision_width          # in all known models that are wider than 1024, heads are wider than 64
+    # In all known models that are wider than 1024, heads are wider than 64.
+    width = sizes.vision_width
     need(config or (width <= 1024 and width % 64 == 0),
          f"the heads of {other} are probably not 64 wide; give open_clip's model config with --config")
     model = COSMOS(sizes)

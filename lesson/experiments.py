@@ -56,7 +56,7 @@ class WithoutCrossAttention(COSMOS):
 class ReadsOtherwise(COSMOS):
     """Eq. 1 and 2 with changes."""
     residual = 1.0
-    shift = 0                       # with 1, C^I and C^T read the image and the caption of pair i - 1 for pair i
+    shift = 0  # with 1, C^I and C^T read the image and the caption of pair i - 1 for pair i
 
     def forward(self, images, texts):
         cls, image_sequence = self.visual.with_sequence(images)
@@ -104,7 +104,7 @@ class Grouped(Order):
     neighbouring groups. Every epoch still has each pair at most once."""
     groups: np.ndarray = None       # (pairs,)
     share: float = 1.0
-    since: float = 0.0              # which part of the run has passed before the first grouped batch
+    since: float = 0.0  # which part of the run has passed before the first grouped batch
 
     def permutation(self, epoch):
         batches = self.pairs // self.batch
@@ -165,7 +165,7 @@ WORLDS = {
     'equal-4': TWO | {'company': 'equal', 'colors': 4},
     'equal-16': TWO | {'company': 'equal', 'colors': 16},
     'big': TWO,
-    'apart': TWO | {'shapes': 6, 'big_shapes': 4}}      # big objects have shapes that no small one has
+    'apart': TWO | {'shapes': 6, 'big_shapes': 4}}  # big objects have shapes that no small one has
 
 # Other worlds, which are not drawn: shards to train on, and held-out shards or a folder in COCO's layout. Add your own.
 # The emoji are not shipped.
@@ -239,7 +239,8 @@ def same_big():
     run. And in a world where big objects have shapes that no small one has."""
     variants = {}
     for method, world in ('cosmos', 'built-in'), ('clip', 'built-in'), ('clip', 'big'), ('clip', 'apart'):
-        mixed = Variant(method, world, seeds=range(10, 15))     # rows of lower seeds are of another machine
+        # Rows of lower seeds are of another machine.
+        mixed = Variant(method, world, seeds=range(10, 15))
         # Half of the steps: what a run learns if grouped batches teach nothing.
         variants[f'{method}-{world}-short'] = mixed._replace(steps=METHODS[method].steps // 2)
         if world == 'built-in':
@@ -280,7 +281,7 @@ FIVE = range(1, 6)                  # seeds of long runs: 0 has chosen the rates
 EMOJI = {'world': 'emoji', 'augment': 'full'}
 # The rates that `tune-emoji` found best, if they are not the method's own.
 EMOJI_RATES = {'clip': 5e-4, 'cosmos': 5e-4, 'without-cross-attention': 5e-4}
-NOBODY = 'nobody'                   # the "method" of rows that say what adversaries reach in a world
+NOBODY = 'nobody'  # the "method" of rows that say what adversaries reach in a world
 
 EXPERIMENTS = {
     # In `apart` the wrong names of big objects are all shapes of small ones, so a measure of them says nothing.
@@ -309,7 +310,7 @@ EXPERIMENTS = {
         'cosmos-16-half': Variant('cosmos', 'equal-16', grouped=0.5, seeds=range(2))},
     'same-big': same_big(),
     'company': company(),
-    'first': race({'cosmos': 0}, range(1)),                             # the run of `python train.py`
+    'first': race({'cosmos': 0}, range(1)),  # the run of `python train.py`
     # CLIP gets 15 % more steps than METHODS says, because with those it took less time than COSMOS.
     'minutes': race({'cosmos': 0, 'without-cross-attention': 0, 'text-crop': 0, 'clip': 1932}),
     'pairs': race(
@@ -412,7 +413,8 @@ def origin(code=CODE):
     NB: edits that are not committed go unnoticed, and so do edits of this file. Its numbers are in the recipe, but the
     terms, models and orders are there by name only. So if you change one of these, give the method another name.
     """
-    line = subprocess.getoutput('grep -sm1 "model name" /proc/cpuinfo')     # Linux says more than `platform`
+    # Linux says more than `platform`.
+    line = subprocess.getoutput('grep -sm1 "model name" /proc/cpuinfo')
     name = line.partition(': ')[2] or platform.processor()
     return {
         'commit': subprocess.getoutput(f'git log -1 --format=%h -- {code}'),
@@ -595,7 +597,7 @@ def main():
         name, seed = args.run
         need(name in variants, f'no variant is called {name}; take one of {", ".join(variants)}')
         wanted = [(int(seed), name)]
-    for seed, name in wanted:                           # draw the scenes now, before two runs need the same folder
+    for seed, name in wanted:  # draw the scenes now, before two runs need the same folder
         for world in (variants[name].world, *variants[name].tested):
             scene_folder(world, seed)
     # These hold for the processes that start below: a run takes one thread, and no GPU.

@@ -107,7 +107,7 @@ def difference(experiment, name, other, column):
     gap = fmean(gaps)
     error = max(stdev(gaps), 1e-9) / math.sqrt(len(gaps))
     t, chance = student_t(len(gaps) - 1)
-    half = error * np.interp(-LEVEL, -chance, t)        # np.interp needs rising values, hence the minus
+    half = error * np.interp(-LEVEL, -chance, t)  # np.interp needs rising values, hence the minus
     by_chance = np.interp(abs(gap) / error, t, chance)
     return gap, half, by_chance
 
@@ -292,7 +292,8 @@ def appendix():
 # --- 3. Pages --------------------------------------------------------------------------------------------------------
 
 TABLE = re.compile(r'<!-- table: ([^|]*)\|([^>]*) -->\n((?:\|.*\n)*)')
-CODE = re.compile(r'(?ms)^```.*?^```|(?<=\n\n)(?: {4}[^\n]*\n?)+|`[^`]*`|\]\([^)]*\)')       # and addresses
+# Code, in blocks and in lines, and the addresses of links: their numbers are no figures.
+CODE = re.compile(r'(?ms)^```.*?^```|(?<=\n\n)(?: {4}[^\n]*\n?)+|`[^`]*`|\]\([^)]*\)')
 PARAGRAPH = re.compile(r'(?:.+\n?)+')
 SOURCES = re.compile(r'<!--([^<>]*)-->\s*$')
 FIGURE = re.compile(r'[-+]?\d+\.\d+(?: ± \d+\.\d+)?')
@@ -403,7 +404,8 @@ def show_names(axis, x, heights, apart):
     for method in sorted(heights, key=heights.get):
         height = max(heights[method], height + apart)
         names[method] = height
-    rise = fmean(names.values()) - fmean(heights.values())              # names that were moved up come down by this
+    # Names that were moved up come down by this.
+    rise = fmean(names.values()) - fmean(heights.values())
     for method, height in names.items():
         show_name(axis, x, height - rise, method)
 
@@ -444,7 +446,7 @@ def draw_company(figure):
     axis.set(xlim=(-0.5, 2.5), ylim=(0, 103), xticks=[])
 
 
-ARROWS = [              # over the square: what may fall along it, begin, end, middle of the word, its angle
+ARROWS = [  # over the square: what may fall along it, begin, end, middle of the word, its angle
     ('drowned?', (-0.4, -0.66), (2.4, -0.66), (1, -0.84), 0),
     ('learnt less?', (-0.66, -0.4), (-0.66, 2.4), (-0.84, 1), 90),
     ('', (0.25, 0.25), (0.75, 0.75), (0, 0), 0),
@@ -471,7 +473,7 @@ def draw_square(figure):
         axis.set_title(METHODS[method].label, pad=36)
 
 
-BATCHES = {             # numbers of training scenes; those of `sorted` all have the same two colours
+BATCHES = {  # numbers of training scenes; those of `sorted` all have the same two colours
     'mixed': (8, 9, 10, 11, 12, 13, 14, 15),
     'sorted': (5, 11, 38, 80, 140, 152, 305, 354)}
 
@@ -536,7 +538,7 @@ def draw_race(figure):
     for method, shift in ('clip', 0.85), ('text-crop', 1), ('without-cross-attention', 1), ('cosmos', 1.17):
         for axis, column, first in (over_pairs, 'pairs', 'pairs'), (over_minutes, 'seconds', 'minutes'):
             shown = [first, 'longer']
-            if method == 'clip':                        # its runs of `pairs` and `minutes` differ; the others hardly do
+            if method == 'clip':  # its runs of `pairs` and `minutes` differ; the others hardly do
                 shown = ['pairs', 'minutes', 'longer']
             for experiment in shown:
                 x = shift * mean(experiment, method, column)                    # dots keep apart
@@ -626,7 +628,8 @@ def draw_leak(figure):
 
 
 READERS = {'cosmos': 'its own\npair', 'another-pair': 'another\npair', 'without-cross-attention': 'nothing'}
-PICKED = {'read': RED, 'sentence': '#333333'}           # of page 5: the image that h_T has read, and its caption's
+# Of page 5: the image that h_T has read, and its caption's.
+PICKED = {'read': RED, 'sentence': '#333333'}
 
 
 def draw_reading(figure):
@@ -732,7 +735,8 @@ def main():
         need(MINE, 'runs/lesson has no run of yours; the commands of the pages make some')
         path = 'runs/lesson/{}.png'
     else:
-        texts = [fill(page, args.accept) for page in PAGES]             # both are filled in before one is written
+        # Both are filled in before one is written.
+        texts = [fill(page, args.accept) for page in PAGES]
         for page, text in zip(PAGES, texts):
             page.write_text(text)
         APPENDIX.write_text(appendix())

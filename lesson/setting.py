@@ -19,7 +19,7 @@ class Setting(NamedTuple):
     augment: str = 'crops'              # data.Crops explains augment and crop_min
     crop_min: float = 0.4
     model: type = COSMOS                # the class of the student
-    heads: int = 4                      # of C^I and C^T; 0: neither, and then `terms` must do without h_I and h_T
+    heads: int = 4                      # of C^I and C^T; 0: neither, so no h_I and h_T for `terms`
     terms: Callable = cosmos_terms      # what is learned in addition to L_CLIP
     order: type = Order                 # which pairs make a batch
     watch: Callable = print_loss        # called after every step

@@ -73,7 +73,8 @@ def class_names(source, path=None):
     user's decision.
     """
     kind = type(source).__name__
-    classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)   # of Caltech's sets
+    # Caltech's sets call them categories.
+    classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)
     listed = read_lines(path, numbered=True) if path else classes
     need(path or (classes and kind not in NOT_IN_WORDS),
          f'torchvision names the classes of {kind} by numbers or codes, or not at all; '
@@ -89,7 +90,7 @@ def class_names(source, path=None):
             name = mend_name(name)
         names.append(name.replace('_', ' ').strip())
     if not path:
-        numbered = all(re.fullmatch(r'n?\d+', name) for name in names)        # n01440764: ImageNet's folders
+        numbered = all(re.fullmatch(r'n?\d+', name) for name in names)    # n01440764: ImageNet
         need(not numbered,
              f'classes are called {names[0]} and the like; give names in words with --classes')
         check_names(names)
@@ -157,7 +158,8 @@ class Settings(NamedTuple):
     csa: bool = False                   # correlative self-attention in the last block
 
 
-BENCHMARKS = {      # the released code's settings, which follow SCLIP; add a row for a set of your own
+# The released code's settings, which follow SCLIP. Add a row for a set of your own.
+BENCHMARKS = {
     'voc21': Settings(336, 21, scale=65, probability=0.1, area=0.1),
     'context60': Settings(336, 60, scale=50, probability=0.1),
     'coco-object': Settings(336, 81, scale=50, probability=0.1),

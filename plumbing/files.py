@@ -19,10 +19,10 @@ def replacing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, 'rb+') as file:
-            os.fsync(file.fileno())     # otherwise a crash of the machine may leave an empty file at `path`
+            os.fsync(file.fileno())     # else a crash of the machine may leave an empty file
         temporary.replace(path)
     except OSError as error:
-        raise Refused(f'{path} cannot be written ({error}); what was there before is intact') from None
+        raise Refused(f'{path} cannot be written ({error}); the old file is intact') from None
     finally:
         with suppress(OSError):         # it was renamed, or never written
             temporary.unlink()

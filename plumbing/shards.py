@@ -19,7 +19,8 @@ from plumbing.images import read_image
 from plumbing.tars import COLUMN, HEADERS, NO_PAIR, WIDTH, find_shards, member_name, scan_shard, why_unreadable
 
 MINUTE = 60.0       # seconds between two lines that say how many headers have been read
-FIRST_PAIRS = 20    # a run starts if one of these is usable; 20 are enough to tell wrong keys from a few broken pairs
+# A run starts if one of these is usable. 20 are enough to tell wrong keys from a few broken pairs.
+FIRST_PAIRS = 20
 
 
 class Shards:
@@ -63,7 +64,7 @@ class Shards:
         before = self.read_index(part)
         if before is not None and len(before) > 1:
             tables = [before]
-            shard = int(before[-WIDTH]) + 1             # column 0 of the last row: the last shard that had pairs
+            shard = int(before[-WIDTH]) + 1     # column 0 of the last row: the last shard with pairs
         # Processes take seconds to start, which does not pay for a few shards.
         executor = ProcessPoolExecutor if len(self.paths) - shard > 16 else ThreadPoolExecutor
         shown = time.monotonic()

@@ -95,7 +95,7 @@ def tar_members(path):
         # Without a buffer, because each header of 512 bytes would fill it, with 4 MB on Lustre.
         with open(path, 'rb', buffering=0) as file, tarfile.open(fileobj=file, mode='r:', ignore_zeros=True) as tar:
             for member in tar:
-                if member.size < 0:                     # broken: tarfile would jump back by it, for ever
+                if member.size < 0:                     # broken: tarfile would jump back, for ever
                     break
                 if member.offset_data + member.size > length:           # cut off
                     break
@@ -103,7 +103,7 @@ def tar_members(path):
                 end = member.offset_data + member.size
                 if tar.offset > length:                 # tarfile would look there for a header
                     break
-            else:                       # no `break`: tarfile stopped, at the end of the file or before
+            else:                       # no break: tarfile stopped, at the end of the file or before
                 whole = tar.offset == length
     except OSError:                     # an error of the disk
         raise
@@ -115,7 +115,8 @@ def tar_members(path):
         warn(f'{path} {problem}')
 
 
-HEADERS = 12            # how many blocks before a member's data are searched for its name; enough for 5,000 bytes
+# How many blocks before a member's data are searched for its name; enough for 5,000 bytes.
+HEADERS = 12
 
 
 def member_name(before):

@@ -17,7 +17,7 @@ from plumbing.errors import Refused, Unreadable, need
 
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
-MOST_WORDS = 200_000    # how many words `word_ids` caches: the web has ever new ones, but memory is limited
+MOST_WORDS = 200_000    # how many words `word_ids` caches, because the web has ever new ones
 # In letters. An id stands for at most 64 of them, so this many fill a context of 77. The time to fuse a word grows with
 # the square of its length.
 LONGEST_WORD = 5000
@@ -92,7 +92,8 @@ def fuse(symbols, left, right):
 def fetch_vocab():
     """Path of CLIP's merges in torch's cache, downloaded on first use. Refused if that fails."""
     path = Path(torch.hub.get_dir(), 'bpe_simple_vocab_16e6.txt.gz')
-    if not path.exists():  # several nodes may fetch at once, because torch renames the file only when it is whole
+    # Several nodes may fetch at once, because torch renames the file only when it is whole.
+    if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(VOCAB_URL, str(path), VOCAB_SHA256, progress=False)
