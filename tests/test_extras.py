@@ -397,7 +397,7 @@ def test_weights_that_are_refused(tmp_path, vocab, checkpoint, monkeypatch, caps
     for sentence, state in {
             'has a vocabulary of 516 ids, .* 49,408': theirs,
             'may run code.*; .*weights_only=False': plain,
-            'other names .*vision_model.* open_clip.create_model.*--quick-gelu': {'vision_model.x': 0},
+            'not named like .*vision_model.* open_clip.create_model.*--quick-gelu': {'vision_model.x': 0},
             'with --config': theirs | {'token_embedding.weight': torch.ones(49408, 1)}}.items():
         torch.save(state, other)
         refused(sentence, weights.import_weights, other, out)
