@@ -1061,7 +1061,7 @@ def test_races_of_photographs():
     assert tuned and not tuned & raced
 
 
-@pytest.mark.parametrize('experiment', ['photo-tune', 'photo-tune-pairs'])
+@pytest.mark.parametrize('experiment', ['photo-tune', 'photo-tune-pairs', 'photo-tune-across'])
 def test_rates_of_photographs(experiment):
     """oracle: the rows. The rate of a method has its best R@10 on the validation photographs, over both directions, and
     a lower and a higher rate were tried, too."""
