@@ -265,6 +265,7 @@ LONGER = {'clip': 5796, 'text-crop': 4104, 'without-cross-attention': 3450, 'acr
 
 
 def longer(methods):
+    """-> {method: how many steps}"""
     return {method: LONGER[method] for method in methods.split()}
 
 

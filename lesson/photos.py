@@ -123,10 +123,11 @@ OPEN = 'photo-longer', 'photo-fewer', 'photo-across'
 
 # R@10 was chosen before the first run, because 1,000 photographs measure it more precisely than R@1.
 RECALL = 'retrieval.image_to_text_R@10 retrieval.text_to_image_R@10'
+LAST = 'last.image_to_text_R@10 last.text_to_image_R@10'        # of the last weights; asked after the runs
 RIVALS = 'cosmos~clip cosmos~clip-aug cosmos~plain plain~clip'
 COMPARISONS = {
     'photo-pairs': {RECALL: 'cosmos~clip cosmos~clip-aug'},
-    'photo-minutes': {RECALL: RIVALS},
+    'photo-minutes': {RECALL: RIVALS, LAST: 'cosmos~clip cosmos~clip-aug'},
     'photo-longer': {RECALL: 'cosmos~clip cosmos~plain plain~clip'},
     'photo-fewer': {
         RECALL: 'cosmos-1500~clip-1500 cosmos-1500~plain-1500 '

@@ -735,6 +735,14 @@ def test_learn_by_hand():
     assert len(Tokenizer.learn(['low low'], 515).merges) == 1           # 512 bytes, start and end
 
 
+def test_options_of_another_version(capsys):
+    """oracle: by hand. An option that only the checkpoint or only this version knows is passed over; one that both know
+    is noted if it differs."""
+    saved = {'same': {}, 'commit': 'abc', 'options': {'gone': 1, 'lr': 1}}
+    runs.check_same(saved, SimpleNamespace(out='a', lr=2, new=3), {})
+    assert re.findall('note +--(.*)', capsys.readouterr().out) == ['lr was 1, is now 2']
+
+
 # --- Images ----------------------------------------------------------------------------------------------------------
 
 def exif(*entries):
