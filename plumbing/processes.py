@@ -116,9 +116,9 @@ class Processes:
     def end_all(self, sentence):
         """All ranks must call it. Rank 0 says why, and all end with status 1.
 
-    The others wait until rank 0 is here, too, because torchrun ends all processes when one has ended, and rank 0 may
-    still be saving.
-    """
+        The others wait until rank 0 is here, too, because torchrun ends all processes when one has ended, and rank 0
+        may still be saving.
+        """
         if self.rank > 0:
             self.wait_for_rank_0()
             os._exit(1)

@@ -156,29 +156,19 @@ class Shards:
 
     def pool(self, i):
         """All sentences of pair i. Unreadable if there are none."""
-        return self.sentences(i, *self.members(i, *self.kinds_of_text(i)))
+        return self.sentences(*self.members(i, 'json', 'txt'))
 
     def pair(self, i):
-        """-> all sentences of pair i, as `pool` gives them, and the encoded bytes of its image. The tar is opened once,
-        or twice if no sentence is found at first."""
-        image, *texts = self.members(i, 'jpg', *self.kinds_of_text(i))
-        return self.sentences(i, *texts), image
+        """-> all sentences of pair i, as `pool` gives them, and the encoded bytes of its image. The tar is opened once.
+        """
+        image, *texts = self.members(i, 'jpg', 'json', 'txt')
+        return self.sentences(*texts), image
 
-    def kinds_of_text(self, i):
-        """Which members to read for the captions of pair i. img2dataset repeats the caption of the json in a .txt, so
-        the .txt is read only if there is no json, or if --caption-keys names it. See also `sentences`."""
-        has_json = self.index[i, COLUMN['json'] + 1] > 0
-        if has_json and 'txt' not in (self.caption_keys or []):
-            return ['json']
-        return ['json', 'txt']
-
-    def sentences(self, i, *texts):
-        pool = caption_pool(record_of(*texts), self.caption_keys)
+    def sentences(self, *texts):
+        record = record_of(*texts)
+        pool = caption_pool(record, self.caption_keys)
         if not pool:
-            record = self.record(i)                     # this one always has the .txt
-            pool = caption_pool(record, self.caption_keys)
-            if not pool:
-                raise Unreadable(f"no usable caption under the keys {', '.join(sorted(record)) or '(none)'}")
+            raise Unreadable(f"no usable caption under the keys {', '.join(sorted(record)) or '(none)'}")
         return pool
 
     def name(self, i):
