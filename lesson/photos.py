@@ -117,7 +117,7 @@ EXPERIMENTS = {
     'photo-longer': race('clip plain cosmos', LONGER, RATES, THREE),
     'photo-fewer': fewer(),
     'photo-tune-across': tune({'across': '2e-3 1e-3 5e-4'}, MINUTES),
-    'photo-across': race('plain across cosmos', MINUTES, RATES, THREE)}
+    'photo-across': race('plain across cosmos', MINUTES, RATES, FIVE)}
 # Experiments that lack runs, so plots.py leaves them out.
 OPEN = 'photo-longer', 'photo-fewer', 'photo-across'
 

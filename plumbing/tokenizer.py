@@ -35,39 +35,48 @@ OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_SYMBOL = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + k) for k, byte in enumerate(OTHERS)}
 
 SPECIAL = '<start_of_text>', '<end_of_text>'    # as open_clip spells them
-# CLIP's pattern has \p{L} and \p{N}, which `re` lacks. Here [^\W\d_] is a letter and \d a digit, and `plain` makes
+# CLIP's pattern has \p{L} and \p{N}, which `re` lacks. Here [^\W\d_] is a letter and \d a digit, and `apart` makes
 # other numbers, such as ½, into words of their own.
 WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
 
 
 def clean(text):
     """The text as ftfy rewrites it: without control characters; with straight quotes instead of curly ones, with plain
-    letters instead of ligatures and of wide or narrow forms, and with U+FFFD for lone surrogates."""
-    text = html.unescape(html.unescape(text))   # twice: web captions hold '&amp;lt;'
+    letters instead of ligatures and of wide or narrow forms, and with U+FFFD for lone surrogates. Then its entities are
+    decoded, as CLIP does."""
+    if '<' not in text:     # ftfy decodes them first, but takes a text with a '<' for HTML, and leaves them in it
+        text = unescape(text)
     text = re.sub('[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]', '', text)
     if not text.isascii():
         text = ''.join(map(plain, text))
         text = re.sub('[\u02bc\u2018-\u201b]', "'", text)
         text = re.sub('[\u201c-\u201f]', '"', text)
         text = re.sub('[\ud800-\udfff]', '\ufffd', text)
-    return unicodedata.normalize('NFC', text)
+    return unescape(unicodedata.normalize('NFC', text))
+
+
+def unescape(text):
+    """'&amp;amp;lt;' -> '&lt;': decodes entities twice, because web captions hold entities in entities."""
+    return html.unescape(html.unescape(text))
 
 
 @lru_cache
 def plain(char):
-    """One character as ftfy rewrites it: a ligature, or a wide or narrow form, becomes plain letters.
-
-    Numbers such as ² ½ Ⅷ ① are not digits, so WORD would take them for letters, and 'm²' for one word. Spaces keep
-    them apart.
-    """
+    """One character as ftfy rewrites it: a ligature, or a wide or narrow form, becomes plain letters."""
     if char == '\ufb05':
         return 'ſt'                                     # NFKC would give 'st'
     ligature_or_wide = '[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb06\uff01-\uffef]'
     if re.match(ligature_or_wide, char):
-        char = unicodedata.normalize('NFKC', char)
-    if char.isnumeric() and not char.isalpha() and not char.isdecimal():
-        return f' {char} '
+        return unicodedata.normalize('NFKC', char)
     return char
+
+
+@lru_cache
+def apart(char):
+    """Numbers such as ² ½ Ⅷ ① are not digits, so WORD would take them for letters, and 'm²' for one word. Spaces keep
+    them apart. (三 is a number, too, but also a letter.)"""
+    is_number = char.isnumeric() and not char.isalpha() and not char.isdecimal()
+    return f' {char} ' if is_number else char
 
 
 def symbols_of(word):
@@ -170,7 +179,10 @@ class Tokenizer:
     def split(text):
         """Words of the cleaned text by CLIP's pattern: letters, single digits, other signs, 's 't 're 've 'm 'll 'd.
         ours: only the beginning of a very long word is taken, because web pages hold endless ones."""
-        return [word[:LONGEST_WORD] for word in WORD.findall(clean(text).lower())]
+        text = clean(text).lower()
+        if not text.isascii():
+            text = ''.join(map(apart, text))
+        return [word[:LONGEST_WORD] for word in WORD.findall(text)]
 
     @lru_cache(MOST_WORDS)
     def word_ids(self, word):

@@ -712,6 +712,13 @@ def test_ids_and_words_by_hand():
     assert Tokenizer.split(text) == "x ² + ⅷ ① _ é 's \" fin \" ab < \ufffd".split()
 
 
+def test_entities_beside_a_less_than_sign():
+    """oracle: what ftfy 6.3.1 gives. It leaves entities alone in a text that has a '<', so CLIP, which decodes them
+    afterwards, keeps the quotes that ftfy makes straight in other texts."""
+    assert Tokenizer.split('it&rsquo;s') == ['it', "'s"]
+    assert Tokenizer.split('it&rsquo;s <3 m&sup2;') == 'it ’ s < 3 m ²'.split()
+
+
 def test_a_megabyte_of_text_is_encoded_soon():
     """oracle: the ids of the words, one by one. For a word that is too long, it is what a context holds of the ids of
     its first 8,000 letters. Both would otherwise take a minute and more."""
