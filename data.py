@@ -143,7 +143,7 @@ def draw_boxes(height, width, kinds, rng):
 def image_crops(data, kinds, rng):
     """Encoded bytes, the kind of each view -> a random crop for each, (3, s, s) uint8, and their boxes (y, x, h, w), in
     pixels of the image at full size."""
-    undecoded, (height, width) = read_header(data)      # for a JPEG this reads only the header
+    image, turn, (height, width) = read_header(data)    # for a JPEG this reads only the header
     boxes = draw_boxes(height, width, kinds, rng)
     # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. One decoding serves all views, and shrinking
     # must not leave a crop with fewer pixels than its view, so the view whose box is smallest relative to the view's
@@ -152,7 +152,7 @@ def image_crops(data, kinds, rng):
     reductions = []
     for (_, _, h, w), kind in zip(boxes, kinds):
         reductions.append(min(h, w) / kind.size)
-    pixels = decode(undecoded, at_most=min(reductions))
+    pixels = decode(image, turn, at_most=min(reductions))
     _, decoded_height, decoded_width = pixels.shape
     ratio = min(decoded_height / height, decoded_width / width)     # 1, or about 1/2, 1/4, 1/8
     crops = []

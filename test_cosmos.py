@@ -221,7 +221,8 @@ def torchs(attention, query, tokens):
 
 
 def test_every_view_reads_view_0_and_caption_0():
-    """oracle: Eq. 1-2 as they stand, one view at a time, with torch's attention, which also returns its attention weights."""
+    """oracle: Eq. 1-2 as they stand, one view at a time, with torch's attention, which also returns its attention
+    weights."""
     model, images, texts = micro()
     out = model(images, texts)
 

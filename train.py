@@ -77,8 +77,8 @@ LAPTOP = {
 
 
 # Used with --init, whatever the preset. The learning rate is small, because the weights already know something. The
-# momentum has no ramp, because the teacher starts as a copy of these weights, not of random ones, which it would have to
-# forget.
+# momentum has no ramp, because the teacher starts as a copy of these weights, not of random ones, which it would have
+# to forget.
 PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
 
 
@@ -520,7 +520,7 @@ def held_out_figures(run, val, watchers):
     mean = (to_text + to_image) / 2
     if mean > run.best[0]:
         run.best = mean, run.step
-        runs.save_best(run.folder, networks(run), mean, run.options.val)
+        runs.save_best(run.folder, networks(run), mean, val.fingerprint)
     tqdm.write(f'eval       step {run.step}  R@1 {to_text:.1%} image to text, {to_image:.1%} text to '
                f'image, mean {mean:.1%}  best {run.best[0]:.1%} at step {run.best[1]}')
     figures = {'retrieval': retrieval}
@@ -557,7 +557,8 @@ def begin(run, val, watchers):
     if run.processes.rank == 0:
         print_plan(run, val)
         runs.begin(run.folder, options, run.train_set.config, goes_on=run.step > 0)
-        run.best = runs.best_so_far(run.folder, options.val)
+        if val:
+            run.best = runs.best_so_far(run.folder, val.fingerprint)
         for watcher in watchers:
             watcher.begin(run)
     run.best = run.processes.broadcast(run.best)

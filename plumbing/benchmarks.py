@@ -1,5 +1,5 @@
-"""How published sets are laid out on disk: torchvision's sets with their class names, and the masks of segmentation
-sets. The released settings of eight segmentation sets are here, too. The measures are in eval.py."""
+"""Published sets: torchvision's, with their class names, and the masks of segmentation sets as they lie on disk.
+Prompts and the released settings of eight segmentation sets are here, too. The measures are in eval.py."""
 import inspect
 import re
 from typing import NamedTuple
@@ -31,8 +31,9 @@ def mend_name(name):
 def torchvision_set(name, root, split, download, preprocess):
     """A name of TORCHVISION_SETS -> the set, and which split of it was opened.
 
-    split: None means 'test'. Some sets have a switch `train` instead of named splits. Others are not split at all, and
-    then a split is refused. A set that torchvision cannot find or read is refused, too.
+    split: None means 'test', which ImageNet and a few others do not have. Some sets have a switch `train` instead of
+    named splits. Others are not split at all, and then a split is refused. A set that torchvision cannot find or read
+    is refused, too.
     """
     kind = getattr(torchvision.datasets, name)
     known = inspect.signature(kind).parameters
@@ -69,31 +70,31 @@ def class_names(source, path=None):
     """The class names of a torchvision set, in words. path: a file to take them from, one per line in class order.
 
     Two classes of the same name tie, and a tie counts against the model. So torchvision's own names for ImageNet are
-    refused, because two classes are called "crane", and two "maillot". In a file names may repeat, because that is the
+    refused, because two classes are called "crane", and two "maillot". A file may repeat a name, because that is the
     user's decision.
     """
     kind = type(source).__name__
     # Caltech's sets call them categories.
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)
-    listed = read_lines(path, numbered=True) if path else classes
-    need(path or (classes and kind not in NOT_IN_WORDS),
+    if path:
+        names = [line.replace('_', ' ').strip() for line in read_lines(path, numbered=True)]
+        need(not classes or len(names) == len(classes),
+             f'{path} has {len(names)} names for {len(classes or [])} classes; give one line per class')
+        return names
+    need(classes and kind not in NOT_IN_WORDS,
          f'torchvision names the classes of {kind} by numbers or codes, or not at all; '
          'give a file of names in words with --classes')
-    if classes and len(listed) != len(classes):
-        raise Refused(f'{path} has {len(listed)} names for {len(classes)} classes; '
-                      'give one line per class')
     names = []
-    for name in listed:
+    for name in classes:
         if isinstance(name, tuple):
             name = name[0]              # ImageNet's: the first of several synonyms
-        if kind in MENDED and not path:
+        if kind in MENDED:
             name = mend_name(name)
         names.append(name.replace('_', ' ').strip())
-    if not path:
-        numbered = all(re.fullmatch(r'n?\d+', name) for name in names)    # n01440764: ImageNet
-        need(not numbered,
-             f'classes are called {names[0]} and the like; give names in words with --classes')
-        check_names(names)
+    numbered = all(re.fullmatch(r'n?\d+', name) for name in names)        # n01440764: ImageNet
+    need(not numbered,
+         f'classes are called {names[0]} and the like; give names in words with --classes')
+    check_names(names)
     return names
 
 
@@ -130,7 +131,7 @@ def read_synonyms(path):
 
 def check_names(names):
     twice = {name for name in names if names.count(name) > 1}
-    need(not twice, f"several classes are called {', '.join(sorted(twice))}, and would tie; "
+    need(not twice, f"several classes have the same name, and would tie: {', '.join(sorted(twice))}; "
          'give each its own name in the file of --classes')
 
 
@@ -152,7 +153,7 @@ class Settings(NamedTuple):
     size: int                           # short side of the image, in pixels
     classes: int = 0                    # lines of the class file; 0: any number
     scale: float = 40.0                 # factor of the cosines, before the softmax
-    probability: float = 0.0            # pixels whose best class is less probable become class 0
+    probability: float = 0.0            # pixels whose best class is less probable than this become class 0
     area: float = 0.0                   # classes with at most this share of the foreground are dropped
     reduce_zero_label: bool = False     # label 0 of the masks is ignored, label 1 is class 0
     csa: bool = False                   # correlative self-attention in the last block

@@ -8,7 +8,8 @@ from plumbing.errors import Unreadable
 
 SHORT = ['shortIB_captions', 'shortSV_captions', 'shortLLA_captions']
 LONG = ['longIB_captions', 'longSV_captions', 'longLLA_captions']
-# The paper's main data. code≠paper: the paper speaks of the long captions; the code uses raw and short ones as well.
+# The keys of DreamLIP, the paper's main data. code≠paper: the paper speaks of the long captions; the released code uses
+# raw and short ones as well.
 DREAMLIP = ['raw_caption', *SHORT, *LONG]
 CAPTION_KEYS = [                # the pool comes from the first family that has a sentence
     DREAMLIP,
@@ -19,28 +20,29 @@ CAPTION_KEYS = [                # the pool comes from the first family that has 
 POOL_KEYS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
 
 
-def record_of(text, caption=b''):
+def record_of(json_bytes, txt_bytes):
     """The bytes of a .json and of a .txt, either of which may be b'' -> a dict, see Shards.record."""
     try:
-        record = json.loads(text or '{}')
+        record = json.loads(json_bytes or '{}')
     except (ValueError, RecursionError) as error:       # RecursionError: thousands of nested lists
         raise Unreadable(f'its json cannot be read: {error}') from None
     if not isinstance(record, dict):
         record = {'captions': record}
-    if caption and not record.get('txt'):
-        record['txt'] = caption.decode('utf-8', 'replace')
+    if txt_bytes and not record.get('txt'):
+        record['txt'] = txt_bytes.decode('utf-8', 'replace')
     return record
 
 
 def caption_pool(record, keys=None):
-    """The record's sentences as one flat list, duplicates kept; [] if it has none. keys: take only these."""
-    for family in [keys] if keys else CAPTION_KEYS:
+    """The record's sentences as one flat list, duplicates kept; [] if it has none. keys: only these are looked up."""
+    families = [keys] if keys else CAPTION_KEYS
+    for family in families:
         pool = []
         for key in family:
             value = record.get(key)
             # As released, two kinds of strings are not split: the items of DreamLIP's lists, which are sentences
-            # already, and original_caption. ours: a string under DreamLIP's keys is split. (The
-            # released code takes it for a list of letters.)
+            # already, and original_caption. ours: a string under DreamLIP's keys is split. (The released code takes it
+            # for a list of letters.)
             is_sentences = key in DREAMLIP and isinstance(value, list)
             pool += sentences(value, whole=is_sentences or key == 'original_caption')
         if pool:
@@ -51,7 +53,8 @@ def caption_pool(record, keys=None):
 # --- 2. Sentences (ours) ---------------------------------------------------------------------------------------------
 
 def sentences(value, whole=False):
-    """A string, or a list of strings -> its sentences. whole: each string is one sentence, and is not split."""
+    """A string, or a list of strings -> its sentences. Anything else is left out. whole: each string is one sentence,
+    and is not split."""
     found = []
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str):
@@ -76,7 +79,7 @@ def split(text):
     # The group is a word of one character. A pattern for words of any length would be tried anew from each letter of a
     # word, which takes seconds for a long caption without spaces.
     for end in re.finditer(r"\n|</s>|((?<![\w'’])['’]*\w)?\.(?=\s|$)", text):
-        word = end[1] or ''                             # right before the full stop, if there is one
+        word = end[1] or ''                     # the one-letter word before the full stop, '' if there is none
         if word and word[-1].isalpha():
             continue
         parts.append(text[start:end.start()] + word)

@@ -1,4 +1,4 @@
-"""Colour changes for a batch, with a strength for each image, on the device that holds the images."""
+"""Colour changes, and blur, for a batch, with a strength for each image, on the device that holds the images."""
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -34,12 +34,12 @@ def hue(x, turn):
     red, green, blue = x.split(1, dim=1)                                # each (n, 1, h, w)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
-    # Six times the hue. There is a formula for each channel that may be the largest. If two are equally large, red goes
-    # before green, and green before blue. A grey pixel has no hue, so any value will do.
-    share = 1 / chroma.clamp_min(1e-8)
-    if_red = (green - blue) * share
-    if_green = (blue - red) * share + 2
-    if_blue = (red - green) * share + 4
+    # Six times the hue is computed by one of three formulas, depending on which channel is the largest. If two are
+    # equally large, red goes before green, and green before blue. A grey pixel has no hue, so any value will do.
+    per_chroma = 1 / chroma.clamp_min(1e-8)
+    if_red = (green - blue) * per_chroma
+    if_green = (blue - red) * per_chroma + 2
+    if_blue = (red - green) * per_chroma + 4
     six_hue = torch.where(value == green, if_green, if_blue)
     six_hue = torch.where(value == red, if_red, six_hue)
     turned = six_hue / 6 + turn + 1                                     # + 1, so that it is never negative
@@ -77,7 +77,8 @@ OPERATIONS = {
     'grey': saturation,         # with strength 0
     'blur': blur,
     'solarize': solarize}
-# The strength with which each operation changes nothing. The operation skips images that have it. Same order as above.
+# The strength with which each operation changes nothing. Images with this strength are left out. The order is that of
+# OPERATIONS.
 NEUTRAL = {
     'brightness': 1.0,
     'contrast': 1.0,
@@ -121,7 +122,8 @@ def changes_of(strengths):
 
 
 def recolour(images, changes, order):
-    """uint8 (B, 3, h, w), a dict of Changes.by_view, the operations in their order -> float32 in [0, 1]."""
+    """uint8 (B, 3, h, w), one dict of Changes.by_view, the names of the operations in the order in which they act ->
+    float32 in [0, 1]."""
     x = images.float().div_(255)
     for name in order:
         changed, strengths = changes[name]

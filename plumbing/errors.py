@@ -36,8 +36,8 @@ def command(main):
     """Run a program. Refused becomes one sentence. Any other error is a bug, and keeps its traceback. Both exit with
     status 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names and captions from the web may hold half an emoji, which cannot be printed. And if stdout is a file, such
-        # as Slurm's log, Python would write many lines at a time, and late.
+        # errors: names and captions from the web may hold half an emoji, which cannot be printed. line_buffering: if
+        # stdout is a file, such as Slurm's log, Python would otherwise write many lines at a time, and late.
         sys.stdout.reconfigure(errors='backslashreplace', line_buffering=True)
     try:
         main()

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and one that cannot be read gives a sentence instead of a traceback."""
+"""Files are written whole or not at all. If one cannot be read, the error is a sentence instead of a traceback."""
 import json
 import os
 from contextlib import contextmanager, suppress
@@ -22,7 +22,7 @@ def replacing(path):
             os.fsync(file.fileno())     # else a crash of the machine may leave an empty file
         temporary.replace(path)
     except OSError as error:
-        raise Refused(f'{path} cannot be written ({error}); the old file is intact') from None
+        raise Refused(f'{path} cannot be written ({error}); a file that was there before is intact') from None
     finally:
         with suppress(OSError):         # it was renamed, or never written
             temporary.unlink()
@@ -33,7 +33,7 @@ def save_tensors(path, value):
     with replacing(path) as temporary:
         try:
             torch.save(value, temporary)
-        except RuntimeError as error:   # torch's error for a full disk
+        except RuntimeError as error:   # torch's error for a full disk; as an OSError `replacing` reports it
             raise OSError(error) from None
 
 
@@ -54,12 +54,13 @@ def reading(path):
 
 def read_json(path):
     with reading(path):
-        # -sig: with or without a byte order mark
+        # utf-8-sig reads a file with or without a byte order mark
         return json.loads(Path(path).read_text(encoding='utf-8-sig'))
 
 
 def field(record, name, path, kind=object):
-    """record[name], from what the json file at `path` holds. Refused if it is missing, or not of this kind."""
+    """Returns record[name]; record comes from the json file at `path`. Refused if the name is missing, or if its value
+    is not of this kind."""
     if isinstance(record, dict) and name in record and isinstance(record[name], kind):
         return record[name]
     raise Refused(f"{path} does not have the form that this command expects: '{name}' is missing in "

@@ -2,14 +2,14 @@
 reported.
 
 The bytes come from strangers, and Pillow raises almost any kind of error for them. So all of Pillow's errors become
-Unreadable. Our own code stays outside the blocks that do this, so that its bugs keep their traceback.
+Unreadable (but those about EXIF are passed over). Our own code stays outside the blocks that do this, so that its bugs
+keep their traceback.
 """
 import glob
 import io
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -30,7 +30,7 @@ def pillow_errors(name):
     try:
         yield
     except Exception as error:                  # also TypeError and the like, for bytes that Pillow did not expect
-        raise Unreadable(f'{name} is not an image that can be read ({error})') from None
+        raise Unreadable(f'{name} cannot be read as an image ({error})') from None
 
 
 def open_image(source):
@@ -44,10 +44,10 @@ def open_image(source):
 
 
 def find_turn(image):
-    """How EXIF turns an image, a value of TURNS; None if it does not turn it, or if EXIF cannot be read."""
+    """How EXIF turns an image, a value of TURNS; None if it asks for no turn, or cannot be read."""
     try:
         return TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:                           # Pillow's, see pillow_errors
+    except Exception:                           # any error of Pillow's, see pillow_errors
         return None
 
 
@@ -55,7 +55,8 @@ def read_image(source, as_stored=False):
     """A path, an open file, encoded bytes or a Pillow image -> RGB image, turned as EXIF says. Raises Unreadable, with
     the path, if it cannot be read.
 
-    as_stored: the values stay what they are, because a mask has class numbers: palette indices, or 16-bit grey.
+    as_stored: the values stay as they are, because those of a mask are class numbers (palette indices, or grey of 8 or
+    16 bits).
     """
     name = source if isinstance(source, (str, Path)) else 'its image'
     with pillow_errors(name):
@@ -64,37 +65,29 @@ def read_image(source, as_stored=False):
     return turned(image, find_turn(image), name, as_stored)
 
 
-class Unread(NamedTuple):
-    """What `read_header` hands to `decode`."""
-    image: Image.Image
-    # What find_turn gave. It is kept, because broken EXIF may give something else when it is read again.
-    turn: Image.Transpose | None
-
-
 def read_header(data):
-    """Encoded bytes -> Unread, and the (height, width) of the turned image. A JPEG's pixels are not decoded yet. Other
-    images are decoded here, because they cannot be decoded at a smaller size, and because for some of them Pillow needs
-    the pixels to find EXIF."""
+    """Encoded bytes -> Pillow image, its turn (see find_turn), and the (height, width) that it has once it is turned.
+    `decode` takes image and turn. A JPEG's pixels are not decoded yet. Other images are decoded here, because they
+    cannot be decoded at a smaller size, and because for some of them Pillow needs the pixels to find EXIF."""
     with pillow_errors('its image'):
         image = open_image(data)
         if image.format not in ('JPEG', 'MPO'):         # MPO: a JPEG followed by other JPEGs
             image.load()
         width, height = image.size
-    turn = find_turn(image)
+    turn = find_turn(image)         # once, because broken EXIF may give something else when it is read again
     if turn in SIDEWAYS:
         width, height = height, width
-    return Unread(image, turn), (height, width)
+    return image, turn, (height, width)
 
 
-def decode(unread, at_most=1):
-    """An Unread of read_header -> (3, h, w) uint8, turned as EXIF says. Its sides may be shorter than the stored
-    ones, by a factor of `at_most` or less.
+def decode(image, turn, at_most=1):
+    """Image and turn of read_header -> (3, h, w) uint8, turned. Its sides may be shorter than the stored ones, by a
+    factor of `at_most` or less.
 
     Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size in much less time. If it has 1000 x 800 pixels and at_most is
     2.08, then 481 x 385 pixels are enough, and `draft` takes the next larger size, 500 x 400.
     """
-    image, turn = unread
-    enough = [ceil(side / at_most) for side in image.size]               # not turned yet: `draft` comes first
+    enough = [ceil(side / at_most) for side in image.size]              # before the turn, because `draft` comes first
     with pillow_errors('its image'):
         image.draft('RGB', enough)
         image.load()
@@ -115,7 +108,7 @@ def turned(image, turn, name, as_stored=False):
 
 
 def eight_bits(image, name):
-    """A 16-bit grey image -> its upper 8 bits, which is also what Pillow takes of 16-bit colour. Its own conversion
+    """A 16-bit grey image -> its upper 8 bits, which is also what Pillow keeps of 16-bit colour. Its own conversion
     of 16-bit grey makes all values above 255 white."""
     values = np.asarray(image)
     if values.dtype.kind == 'f' or values.min() < 0 or values.max() > 65535:
@@ -123,7 +116,7 @@ def eight_bits(image, name):
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-LONGEST = 8         # how many times as long as its short side an image may be
+LONGEST = 8         # the long side of an image may be at most this many times its short side
 
 
 def shorten(image):

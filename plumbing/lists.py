@@ -8,8 +8,8 @@ from plumbing.captions import without_spaced_stop
 from plumbing.errors import Refused, need
 from plumbing.files import field, read_json
 
-# These functions give the rows of a published list; extras.prepare packs them, too. They refuse a list of another form,
-# and name its file, `path`.
+# The next two functions return the rows of a published list, for eval.py and for extras.prepare, which packs them. A
+# list of another form is refused, and the error names its file, `path`.
 
 def coco_rows(listing, path):
     """COCO's captions -> [(name of an image, its captions), ...]."""
@@ -38,7 +38,7 @@ def karpathy_rows(listing, path):
 
 
 # The three lists as eval.py takes them: each function returns [(path of an image, its captions), ...]. images: the
-# folder of the images; if none is given, they lie next to the list.
+# folder of the images; if none is given, they are looked for next to the list.
 
 def read_coco(folder):
     """COCO's folder, with images/val2017 and annotations/captions_val2017.json."""
@@ -55,7 +55,7 @@ def read_karpathy(path, images, split):
 
 
 def read_flickr(path, images):
-    """The released code's flickr30k_val.json: [{"image", "caption": [five]}, ...]."""
+    """The released code's flickr30k_val.json: [{"image": path, "caption": [five]}, ...]."""
     folder = images or Path(path).parent
     listing = read_json(path)
     need(isinstance(listing, list), f'{path} is not a list of images and captions; see --help')
@@ -66,11 +66,11 @@ def read_flickr(path, images):
 
 
 def with_owners(pools, name):
-    """The captions of each image, a string or a list -> all captions in one list, and owner (captions,), the image that
-    each belongs to.
+    """For each image its captions, a string or a list -> all captions in one list, and owner (captions,), the image
+    that each belongs to.
 
-    name(i): how messages call image i. An image is Refused if it has no caption, or one that is
-    not text. A final ' .' is taken off, as in training.
+    name(i): what messages call image i. An image is Refused if it has no caption, or one that is not text. A final ' .'
+    is taken off, as in training.
     """
     captions = []
     owner = []

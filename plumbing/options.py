@@ -64,12 +64,14 @@ def add_data(parser):
     add = parser.add_argument_group('data').add_argument
     workers = min(8, cores() // 2 or 1)
     add('--data', nargs='+', help='tars, or folders of them; without it the built-in set')
-    add('--val', nargs='+', help='held-out shards, evaluated as --eval-every says')
+    add('--val', nargs='+',
+        help='held-out shards, evaluated as --eval-every says (the val/ of a single --data folder)')
     add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
     add('--caption-pool', choices=POOL_KEYS, default='all',
         help="which of DreamLIP's captions to use (%(default)s)")
     add('--vocab', default='clip', help="clip, learn (from the captions), or a path to CLIP's file")
-    add('--workers', type=count, default=workers, help='loaders per process (%(default)s)')
+    add('--workers', type=count, default=workers,
+        help='processes that load data, for each process that trains (%(default)s)')
 
 
 def add_method(parser, presets, methods):
@@ -97,11 +99,11 @@ def add_schedule(parser):
     add('--accum', type=positive, default=1, help='parts of a batch, to save memory (%(default)s)')
     add('--lr', type=amount, help='peak learning rate (1e-5 with --init)')
     add('--lr-end', type=share, default=0.0, help='final rate as a share of --lr (%(default)s)')
-    add('--warmup', type=count, help='steps of linear warm-up before the cosine')
+    add('--warmup', type=count, help='steps of linear warm-up before the cosine (at most a tenth of the run)')
     add('--wd', type=amount, help='weight decay, of matrices only (0.1 with --init)')
-    add('--momentum', type=share, help='lambda of the teacher, a moving average')
+    add('--momentum', type=share, help='lambda, the momentum of the teacher, which is a moving average')
     add('--momentum-ramp', type=count, default=0,
-        help='R: at step s lambda is at most s / (s + R); 0: no ramp (0 with --init)')
+        help="R: at step s the teacher's lambda is at most s / (s + R); 0 means no ramp (with --init: 0)")
     add('--clip-grad', type=amount, default=0.0, help='largest norm of the gradient; 0: no limit')
     add('--seed', type=count, default=0, help='seed of everything random (%(default)s)')
 
@@ -150,16 +152,17 @@ def training_options(argv, description, presets, methods, recipe_of):
     add_machine(parser)
     add_output(parser)
 
-    typed = parser.parse_args(words)                    # a first look, at what chooses the recipe
-    preset = typed.preset or ('vit-b-16' if typed.data else 'tiny')
-    recipe = recipe_of(preset, typed.method, typed.init)
+    first_look = parser.parse_args(words)               # at what chooses the recipe
+    preset = first_look.preset or ('vit-b-16' if first_look.data else 'tiny')
+    recipe = recipe_of(preset, first_look.method, first_look.init)
     recipe.pop('warmup', None)          # choose_lengths sets it, and shortens it for a short run
-    if typed.steps or typed.epochs:
+    if first_look.steps or first_look.epochs:           # which exclude each other, so neither may come in beside
         recipe.pop('steps', None)
         recipe.pop('epochs', None)
-    name = name_of(typed.init) if typed.init else preset
-    parser.set_defaults(preset=preset, out=f'runs/{name}-{typed.method}')
-    # The recipe is put before what is typed. So it is checked, too, against types and choices, and what is typed wins.
+    name = name_of(first_look.init) if first_look.init else preset
+    parser.set_defaults(preset=preset, out=f'runs/{name}-{first_look.method}')
+    # The recipe's words go in front of the typed ones. So argparse checks them against types and choices, too, and the
+    # typed ones win, because they come later.
     recipe_words = [f"--{name.replace('_', '-')}={value}" for name, value in recipe.items()]
     return parser.parse_args([*recipe_words, *words])
 
@@ -201,7 +204,7 @@ def add_checkpoint(parser):
     add('--device', type=device_type, default='cuda' if torch.cuda.is_available() else 'cpu',
         help='cuda or cpu (default: %(default)s)')
     add('--workers', type=count, default=2,
-        help='processes that read images; segment needs none (default: %(default)s)')
+        help='processes that read images; segment ignores it (default: %(default)s)')
     add('--vocab', help="file of CLIP's merges, for checkpoints that carry none")
     add('--json', help='also write the figures to this file')
 
@@ -238,10 +241,10 @@ def add_segment(parser):
     add = parser.add_argument
     add('--images', required=True, help='folder of images')
     add('--masks', required=True, help='folder of PNG masks of class numbers; 255 is ignored')
-    add('--classes', required=True, help='file: line i has the names of class i, joined by commas')
-    add('--image-suffix', default='', help='end of image names that masks lack, like _leftImg8bit')
-    add('--mask-suffix', default='', help='end of mask names that images lack, like _gtFine')
-    add('--list', help='file of the stems to evaluate, one per line')
+    add('--classes', required=True, help='file: a line with the names of each class, joined by commas, from class 0 on')
+    add('--image-suffix', default='', help='suffix that only the names of images have, like _leftImg8bit')
+    add('--mask-suffix', default='', help='suffix that only the names of masks have, like _gtFine')
+    add('--list', help='file of the images to evaluate, one name per line, without ending and --image-suffix')
     add('--templates', help='file of prompts with {} for the class; or open_clip: its 80 prompts')
     add('--benchmark', choices=BENCHMARKS, help='the released settings of this set (default: plain '
         'ones). The 80 released prompts are not among them; give those with --templates')

@@ -93,7 +93,7 @@ class Processes:
         return box[0]
 
     def wait_for_rank_0(self):
-        """The other ranks wait here until rank 0 comes here, too. Rank 0 itself does not wait."""
+        """The other ranks wait here until rank 0 comes here, too. Rank 0 may have to wait for some of them."""
         self.broadcast(None)
 
     @contextlib.contextmanager
@@ -104,7 +104,7 @@ class Processes:
             try:
                 self.wait_for_rank_0()
             except RuntimeError:
-                os._exit(1)             # rank 0 is gone, and has said why
+                os._exit(1)             # rank 0 was refused, and has said why, or another rank is gone
         yield
         if self.rank == 0:
             self.wait_for_rank_0()      # lets the others in
@@ -116,20 +116,19 @@ class Processes:
     def end_all(self, sentence):
         """All ranks must call it. Rank 0 says why, and all end with status 1.
 
-        The others wait until rank 0 is here, too, because torchrun ends all processes when one has ended, and rank 0
+        The others wait until rank 0 is here, too, because torchrun ends all processes when one has failed, and rank 0
         may still be saving.
         """
-        if self.rank > 0:
-            self.wait_for_rank_0()
-            os._exit(1)
         self.wait_for_rank_0()
+        if self.rank > 0:
+            os._exit(1)
         raise Refused(sentence)
 
     def leave(self, status):
         """End the process. If there are several, each waits here until all have come.
 
-        NB: the process group is not destroyed, because that may hang: freeing DDP holds Python's lock and waits for
-        gloo's thread, which may be waiting for that lock.
+        NB: the process group is not destroyed, because that may hang: freeing DDP, which sys.exit would do, holds the
+        GIL and waits for gloo's thread, which may be waiting for the GIL.
         """
         if self.patient:
             dist.barrier(group=self.patient)
@@ -149,7 +148,8 @@ def cores():
 
 
 def use_cores(workers):
-    """For a run on a CPU: each loader gets a core, this process gets the others, and freed memory is kept."""
+    """For a run on a CPU: each worker of the loader gets a core, this process gets the other cores (unless
+    OMP_NUM_THREADS is set, as torchrun does for several processes), and freed memory is kept."""
     keep_memory()
     if 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(max(1, cores() - workers))
@@ -165,7 +165,7 @@ def keep_memory():
 
 
 def peak_memory(device):
-    """The most memory used so far, in GB: on the GPU, or without one by this process."""
+    """The most memory used so far, in GB: by tensors on the GPU or, if there is none, by this process."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated() / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -190,11 +190,12 @@ def choose_dtype(precision, device):
 def compile_blocks(model):
     """torch.compile block by block, in place, so that parameters keep their names. A graph serves all layers of a tower
     and all lengths of captions, while the whole model would be compiled again for each length."""
-    # torch allows 8 graphs per piece of code. All blocks run the same piece, and need more than 8: each tower has its
-    # own, with gradient and without, and its last block, which may compute one row only, has others than the rest.
+    # torch allows 8 graphs per piece of code. All blocks run the same piece, and together they need more than 8: each
+    # tower needs its own, with gradient and without, and its last block, which may compute one row only, needs more.
     torch._dynamo.config.cache_size_limit = 128
-    # For DistributedDataParallel torch would cut each block after its first megabyte of parameters, so that gradients
-    # can be sent while others are computed. We need no cuts, because the gradients of other blocks are sent meanwhile.
+    # Inside DistributedDataParallel, torch would otherwise cut each block after its first megabyte of parameters, so
+    # that gradients can be sent while others are computed. We need no cuts, because the gradients of other blocks are
+    # sent meanwhile.
     torch._dynamo.config.optimize_ddp = False
     for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
         block.compile(dynamic=True)
@@ -203,8 +204,8 @@ def compile_blocks(model):
 # --- 4. Signals ------------------------------------------------------------------------------------------------------
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1                 # USR1: Slurm
-# Seconds. Under torchrun, signals that come within this time of the first count as one, because Slurm and torchrun may
-# both deliver it.
+# Seconds. Under torchrun, signals that come within this time of the first count as the same one, because Slurm and
+# torchrun may both deliver it.
 ONE_EVENT = 2.0
 
 
@@ -236,7 +237,7 @@ def signals_caught():
 
 
 def loading(workers):
-    """Settings of a DataLoader whose workers ignore the signals that end a run, and end with the process."""
+    """Settings of a DataLoader. Its workers ignore the signals that end a run, and they end when the process ends."""
     if workers:
         atexit.register(end_workers)
     return {'num_workers': workers,
@@ -247,7 +248,8 @@ def loading(workers):
 
 
 def ignore_signals(worker):
-    """Slurm and torchrun signal all processes. If a worker died of a signal, the run could not be saved."""
+    """Slurm and torchrun signal all processes. If a worker died of a signal, the step under way would
+    fail."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -257,5 +259,5 @@ def end_workers():
     end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # otherwise torch raises an error for each worker that ends
     for worker in multiprocessing.active_children():
-        if worker.daemon:               # as loaders are; other children are not ours to kill
+        if worker.daemon:               # as the loader's workers are; other children are not ours to kill
             worker.kill()

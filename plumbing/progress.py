@@ -12,12 +12,12 @@ class Progress:
     signals: int = 0        # how many processes got a signal to end
     bad: int = 0            # pairs that could not be read
     seen: int = 0           # pairs of all steps
-    broken: int = 0         # the latest steps in a row without a finite gradient
+    broken: int = 0         # how many of the latest steps, in a row, had no finite gradient
+    begun: float = 0.0      # when the latest step began
     # Since the last log entry:
     steps: int = 0
     seconds: float = 0.0    # what these steps took
     waited: float = 0.0     # the part of them spent waiting for data
-    begun: float = 0.0      # when the latest step began
 
     def next_batch(self, batches):
         """Every step begins with this call."""
@@ -27,8 +27,9 @@ class Progress:
         return batch
 
     def count(self, done, scale, pairs, bad, signals):
-        """Every step ends with this call. scale: that of fp16's scaler, otherwise 1. pairs: how many the step had. bad:
-        unreadable pairs in this step. signals: processes that got a signal so far. Both are sums over all ranks."""
+        """Every step ends with this call. scale: that of fp16's scaler, otherwise 1. All others are sums over all
+        ranks: pairs, how many the step had; bad, how many of these were unreadable; signals, how many processes got a
+        signal so far."""
         self.done = done
         self.seen += pairs
         self.bad += bad
@@ -50,7 +51,7 @@ class Progress:
             return (f'over 5 % of the pairs cannot be read ({self.bad:.0f} of {self.seen}); '
                     'see the lines above, and python -m extras.prepare inspect')
         if self.broken == MOST_BROKEN:
-            return (f'{MOST_BROKEN} steps in a row were not finite, the last is step {step}; they '
+            return (f'the gradients of {MOST_BROKEN} steps in a row, up to step {step}, were not finite; these steps '
                     f'have not changed the weights in {folder}/last.pt, so give the same command with '
                     '--resume and a lower --lr, --clip-grad 1, or --precision fp32')
         return None

@@ -1,7 +1,7 @@
 """A run's folder: its name, last.pt and best.pt, log.jsonl, and how a stopped run is resumed.
 
-No state of random numbers is saved, because they are a function of the seed, together with either the epoch and the
-pair, or the step.
+No random state is saved, because every random number is a function of the seed and of either the step or the epoch and
+the pair.
 """
 import fcntl
 import json
@@ -23,9 +23,9 @@ from plumbing.weights import load_weights, read_checkpoint
 # --- 1. The folder ---------------------------------------------------------------------------------------------------
 
 def holds_run(folder):
-    """Whether a folder has a last.pt, or a best.pt although its last.pt was removed. A best.pt of step 0 does not
-    count. The evaluation before the first step writes it, but last.pt is not saved at step 0, so it was left by a start
-    that ended before its first checkpoint."""
+    """Whether a folder has a last.pt, or a best.pt whose last.pt was removed. A best.pt of step 0 does not count: the
+    evaluation before the first step writes one, but last.pt is not saved at step 0. So a best.pt of step 0 alone was
+    left by a start that ended before its first checkpoint."""
     if Path(folder, 'last.pt').exists():
         return True
     best = Path(folder, 'best.pt')
@@ -80,15 +80,15 @@ def lock(folder):
 
 
 def print_notes(shards, val, captions):
-    """Print what to know about the data before the first step. captions: how many are taken from a pair."""
+    """Before the first step, print what a user should know about the data. captions: how many are taken from a pair."""
     sample = range(min(100, len(shards)))
     single = 0
     for i in sample:
         with suppress(Unreadable):
             single += len(shards.pool(i)) == 1
     if captions > 1 and single > len(sample) / 2:
-        print(f'note       pairs have one sentence ({single} of the first {len(sample)}): text crops repeat it; '
-              'see docs/own-data.md')
+        print(f'note       most pairs have one sentence ({single} of the first {len(sample)}), so text crops repeat '
+              'it; see docs/own-data.md')
     if val is None:
         print('note       nothing is held out, so overfitting cannot be seen; '
               'python -m extras.prepare pack --val 0.1 holds a tenth out')
@@ -126,7 +126,7 @@ def write_log(folder, entry):
 @lru_cache                              # asked once, because files may change during a run
 def commit():
     """The commit of the code, with '-dirty' if files have changed since; '' if git cannot say."""
-    command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
+    command = ['git', 'describe', '--always', '--dirty', '--exclude=*']         # no tags, only the commit
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:                     # no git
@@ -149,12 +149,13 @@ def networks(student, teacher, config, merges, step):
     return state
 
 
-def save(folder, networks, optimizer, scaler, options, same, seconds):
-    """Write last.pt, whole or not at all. same: see `check_same`. seconds: how long the run has taken.
+def save(folder, state, optimizer, scaler, options, same, seconds):
+    """Write last.pt, whole or not at all. state: see `networks`. same: see `check_same`. seconds: how long the run has
+    taken.
 
     To save something else, add it here and in `restore`. Step and time are restored in train.set_up.
     """
-    save_tensors(Path(folder, 'last.pt'), networks | {
+    save_tensors(Path(folder, 'last.pt'), state | {
         'optimizer': optimizer.state_dict(),
         'scaler': scaler.state_dict(),
         'options': vars(options),
@@ -163,21 +164,23 @@ def save(folder, networks, optimizer, scaler, options, same, seconds):
 
 
 @contextmanager
-def saved_on_error(student, save):
-    """After an error in this block, save() is called if the weights are finite. Then the error goes on."""
+def saved_on_error(student, write):
+    """After an error in this block, write() is called if the weights are finite. Then the error is raised again. Only
+    rank 0 writes; on GPUs an error of another rank ends the run unsaved, so last.pt is the previous checkpoint."""
     try:
         yield
     except Exception:
         if all(weights.isfinite().all() for weights in student.parameters()):
             try:
-                save()
+                write()
             except Refused as error:    # such as a full disk; the first error matters more
                 warn(error)
         raise
 
 
-def save_best(folder, networks, score, val):
-    save_tensors(Path(folder, 'best.pt'), networks | {'score': score, 'val': val})
+def save_best(folder, state, score, val):
+    """Write best.pt. val: the fingerprint of the held-out shards."""
+    save_tensors(Path(folder, 'best.pt'), state | {'score': score, 'val': val})
 
 
 def best_so_far(folder, val):
@@ -190,7 +193,7 @@ def best_so_far(folder, val):
     return -1.0, 0
 
 
-# --- 3. Resuming ----------------------------------------------------------------------------------------------------
+# --- 3. Resuming -----------------------------------------------------------------------------------------------------
 
 def read_last(folder):
     """The content of last.pt; {} if there is no run. Refused if a run's last.pt is gone."""
@@ -205,10 +208,11 @@ def read_last(folder):
 
 
 def check_same(saved, options, same):
-    """Refused if the run would go on as another one. same: {what: value}, what must be as it was.
+    """Refused if something has changed that must stay the same when a run is resumed. same: {its name: its value now},
+    see train.identity.
 
-    Other options may differ. They are taken as typed, except those that the checkpoint settles. A line is printed for
-    each option that differs. The code may differ, too, and a line says so.
+    Other options may differ. They are taken from this command, typed or by default, except those that the checkpoint
+    settles. A line is printed for each option that differs. The code may differ, too, and a line says so.
     """
     before = saved['same']
     differs = [what for what in same if before.get(what) != same[what]]
@@ -219,7 +223,7 @@ def check_same(saved, options, same):
     if saved['commit'] != commit() or commit().endswith('-dirty'):
         print(f"note       the code may have changed: it was at {saved['commit']}, is at {commit()}")
     for name, new in vars(options).items():
-        old = saved['options'].get(name, new)           # the code of then may not have had this option
+        old = saved['options'].get(name, new)           # the code that saved it may not have had this option
         flag = '--' + name.replace('_', '-')
         if new == old or name in ('out', 'resume') or flag in same:
             continue

@@ -16,10 +16,11 @@ from plumbing.captions import caption_pool, record_of
 from plumbing.errors import Refused, Unreadable
 from plumbing.files import replacing
 from plumbing.images import read_image
-from plumbing.tars import COLUMN, HEADERS, NO_PAIR, WIDTH, find_shards, member_name, scan_shard, why_unreadable
+from plumbing.tars import COLUMN, HEADER_BLOCKS, NO_PAIR, WIDTH, find_shards, member_name, scan_shard, why_unreadable
 
-MINUTE = 60.0       # seconds between two lines that say how many headers have been read
-# A run starts if one of these is usable. 20 are enough to tell wrong keys from a few broken pairs.
+MINUTE = 60.0       # seconds between two lines that say how many shards' headers have been read
+# A run starts only if at least one of its first 20 pairs can be used. These are enough to tell wrong keys from a few
+# broken pairs.
 FIRST_PAIRS = 20
 
 
@@ -27,8 +28,8 @@ class Shards:
     """Random access to all pairs of a set of tars.
 
     caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: a file that `save` has
-    written, or will write. If it belongs to the same tars (same names, sizes and times of modification), it is mapped,
-    and no header is read. The first pairs are read, to see whether they can be used.
+    written, or will write. If it belongs to the same tars (same names, sizes and times of modification), it is mapped
+    into memory, and no header is read. In either case the first pairs are read, to see whether they can be used.
     fingerprint: a hash of names and sizes only, so that a copied set counts as the same set.
     """
 
@@ -39,7 +40,8 @@ class Shards:
         names = list(map(os.path.basename, self.paths))
         self.fingerprint = digest([names, self.sizes])
         times = list(map(os.path.getmtime, self.paths))
-        self.mark = int(digest([names, self.sizes, times])[:15], 16)        # 60 bits, which fit into int64
+        # By this number a stored index knows its tars again: 60 bits, which fit into int64.
+        self.mark = int(digest([names, self.sizes, times])[:15], 16)
         stored = self.read_index(index)
         self.is_mapped = stored is not None
         # The mark and all rows are kept in one flat array, as in the file. Otherwise saving would copy all rows.
@@ -65,7 +67,7 @@ class Shards:
         if before is not None and len(before) > 1:
             tables = [before]
             shard = int(before[-WIDTH]) + 1     # column 0 of the last row: the last shard with pairs
-        # Processes take seconds to start, which does not pay for a few shards.
+        # Processes take seconds to start, so for a few shards they are not worth it.
         executor = ProcessPoolExecutor if len(self.paths) - shard > 16 else ThreadPoolExecutor
         shown = time.monotonic()
         with executor(min(32, os.cpu_count() + 4)) as pool:
@@ -77,7 +79,7 @@ class Shards:
                 if time.monotonic() - shown > MINUTE:
                     shown = time.monotonic()
                     if bar.disable:
-                        print(f'data       the headers of {shard:,} of {len(self.paths):,} shards are read')
+                        print(f'data       the headers of {shard:,} of {len(self.paths):,} shards have been read')
                     if part:
                         write_index(part, np.concatenate(tables))
         return np.concatenate(tables)
@@ -89,16 +91,16 @@ class Shards:
             part_of(path).unlink(missing_ok=True)
 
     def read_index(self, path):
-        """-> the mark and the rows; None if there is no file, or if it belongs to other shards; a line then says so.
-        """
+        """-> the mark and the rows; None if there is no file. None, too, if the file belongs to other shards or is
+        damaged, and in that case a line says so."""
         if not path or not os.path.exists(path):
             return None
         with suppress(OSError, ValueError, EOFError):   # not a numpy array
             stored = np.load(path, mmap_mode='r')
             if stored.ndim == 1 and len(stored) % WIDTH == 1 and stored[0] == self.mark:
                 return stored
-        print(f'data       {path} belongs to other shards, or the shards have changed since it was written, so '
-              'their headers are read again')
+        print(f'data       {path} belongs to other shards, or is damaged, or the shards have changed since it was '
+              'written, so their headers are read again')
         return None
 
     def check_first_pairs(self):
@@ -113,8 +115,8 @@ class Shards:
                 return
             except Unreadable as error:
                 problem = error
-        raise Refused(f'{self.name(i)} and the pairs before it cannot be used ({problem}); name the captions with '
-                      '--caption-keys, or look at the shards with python -m extras.prepare inspect')
+        raise Refused(f'none of the first {i + 1} pairs can be used, the last is {self.name(i)} ({problem}); name the '
+                      'captions with --caption-keys, or look at the shards with python -m extras.prepare inspect')
 
     def read(self, shard, places):
         """The bytes at several places (offset, size) of a tar. Unreadable if it is cut off, or if the disk fails twice.
@@ -148,7 +150,7 @@ class Shards:
         return data
 
     def record(self, i):
-        """The json of pair i as a dict, with the .txt under 'txt'. A bare list becomes {'captions': list}.
+        """The json of pair i as a dict, with the .txt under 'txt'. A bare list or string becomes {'captions': it}.
 
         Raises Unreadable if it is not JSON.
         """
@@ -164,19 +166,19 @@ class Shards:
         image, *texts = self.members(i, 'jpg', 'json', 'txt')
         return self.sentences(*texts), image
 
-    def sentences(self, *texts):
-        record = record_of(*texts)
+    def sentences(self, json_bytes, txt_bytes):
+        record = record_of(json_bytes, txt_bytes)
         pool = caption_pool(record, self.caption_keys)
         if not pool:
             raise Unreadable(f"no usable caption under the keys {', '.join(sorted(record)) or '(none)'}")
         return pool
 
     def name(self, i):
-        """Where pair i lies, for messages: the tar, the member, and the file that extras.prepare has packed it from."""
+        """Where pair i lies, for messages: the tar, the member, and the file that extras.prepare packed it from."""
         shard, offset = self.index[i, :2].tolist()
         name = f'byte {offset}'
         with suppress(Unreadable, KeyError):
-            size = min(offset, HEADERS * tarfile.BLOCKSIZE)
+            size = min(offset, HEADER_BLOCKS * tarfile.BLOCKSIZE)
             [headers] = self.read(shard, [(offset - size, size)])
             name = member_name(headers) or name
             name += f" ({self.record(i)['file']})"
@@ -200,8 +202,8 @@ def digest(value):
 def read_at(path, places):
     """The bytes at several places (offset, size) of a file.
 
-    The buffer is as large as a block of a tar. By default `open` takes a block of the file system, which is 1 MB on NFS
-    and 4 MB on Lustre, and fills it even for an image of 30 kB.
+    The buffer is as large as a block of a tar. By default `open` uses a buffer as large as a block of the file system,
+    1 MB on NFS and 4 MB on Lustre, and fills it even for an image of 30 kB.
     """
     found = []
     # Opened again for each pair, so that there are never too many open files.
@@ -218,7 +220,7 @@ def write_shard(path, members):
     path = Path(path)
     with replacing(path) as partial, tarfile.open(partial, 'w', format=tarfile.USTAR_FORMAT) as tar:
         for name, data in members:
-            info = tarfile.TarInfo(name)            # whose time is 0
+            info = tarfile.TarInfo(name)            # its time of modification is 0
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     if not tar.members:

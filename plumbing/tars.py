@@ -1,5 +1,5 @@
-"""Tars: which ones a path means, what members they have, and which members are a pair. A damaged part of a tar is left
-out, and does not end the run; in most cases a line says so."""
+"""Tars: which ones a path means, what members they have, and which members make up a pair. A damaged part of a tar is
+left out, and does not end the run; in most cases a line says so."""
 import glob
 import io
 import os
@@ -15,7 +15,7 @@ from plumbing.errors import Refused, warn
 # How compressed files begin, and what unpacks them.
 COMPRESSED = {
     b'\x1f\x8b': 'gunzip',
-    b'BZh9': 'bunzip2',
+    b'BZh': 'bunzip2',
     b'\xfd7zXZ\0': 'unxz',
     b'\x28\xb5\x2f\xfd': 'unzstd'}
 
@@ -36,7 +36,7 @@ def find_shards(paths, split=None):
         for match in matches:
             if split and os.path.isdir(f'{match}/train') and os.path.isdir(f'{match}/val'):
                 match = f'{match}/{split}'
-                print(f'data       reading {match}, one half of its folder')
+                print(f'data       reading {match}; its folder holds train/ and val/')
             if os.path.isdir(match):
                 tars += glob.glob(f'{glob.escape(match)}/*.tar')
             else:
@@ -76,7 +76,7 @@ def why_unreadable(path):
         return 'is empty (0 bytes); fetch it again'
     for mark, program in COMPRESSED.items():
         if start.startswith(mark):
-            return f'is compressed, so no pair of it can be read alone; unpack it with {program}'
+            return f'is compressed, so its pairs cannot be read one at a time; unpack it with {program}'
     return ''
 
 
@@ -85,50 +85,54 @@ def why_unreadable(path):
 def tar_members(path):
     """The members of a tar, as tarfile's TarInfo. If the tar is damaged, those that tarfile can read.
 
-    ignore_zeros allows tars that were joined by `cat`. It also makes tarfile step over most headers that it cannot
-    read, without a word. At the others it stops reading, and so it does where a file is cut off; then a line says so.
+    ignore_zeros allows tars that were joined by `cat`. It also makes tarfile step silently over most headers that it
+    cannot read. It stops reading at the others, and at the place where a file is cut off; in both cases we print a
+    line.
     """
     length = os.path.getsize(path)
     end = 0                                             # where the last whole member ends
     whole = False
     try:
-        # Without a buffer, because each header of 512 bytes would fill it, with 4 MB on Lustre.
+        # Without a buffer, because it would be filled anew for each header of 512 bytes, on Lustre with 4 MB.
         with open(path, 'rb', buffering=0) as file, tarfile.open(fileobj=file, mode='r:', ignore_zeros=True) as tar:
             for member in tar:
-                if member.size < 0:                     # broken: tarfile would jump back, for ever
+                if member.size < 0:                     # broken: tarfile would jump back again and again
                     break
                 if member.offset_data + member.size > length:           # cut off
                     break
                 yield member
                 end = member.offset_data + member.size
-                if tar.offset > length:                 # tarfile would look there for a header
+                if tar.offset > length:                 # the member is whole, but the zeros after it are cut off
                     break
             else:                       # no break: tarfile stopped, at the end of the file or before
                 whole = tar.offset == length
-    except OSError:                     # an error of the disk
+    except OSError:                     # a disk error
         raise
-    except Exception:       # of tarfile, for a header that it cannot step over: TarError and many others
+    except Exception:       # tarfile's own, for a header that it cannot step over: TarError and many others
         pass
-    if not whole:
-        problem = '' if end else why_unreadable(path)
-        problem = problem or f'is damaged after byte {end:,}; what lies before it is used'
+    if whole:
+        return
+    if end:
+        warn(f'{path} is damaged after byte {end:,}; what lies before it is used')
+    else:
+        problem = why_unreadable(path) or 'is not a tar, or is damaged at its first member'
         warn(f'{path} {problem}')
 
 
-# How many blocks before a member's data are searched for its name; enough for 5,000 bytes.
-HEADERS = 12
+# How many blocks before a member's data are searched for its name; enough for a name of 5,000 bytes.
+HEADER_BLOCKS = 12
 
 
 def member_name(before):
     """The blocks before a member's data -> the member's name; '' if they hold none.
 
-    The last block is the header of the member. A name that is too long for it lies in one or more blocks before it, and
-    before these lies a header of their own. So we go back block by block, and keep the name from the earliest block
-    where headers of this member begin.
+    The last block is the header of the member. A name that does not fit into this header is stored in one or more
+    blocks before it, and these blocks have a header of their own in front of them. So we go back block by block, and
+    keep the name from the earliest block where headers of this member begin.
     """
     name = ''
     for size in range(tarfile.BLOCKSIZE, len(before) + 1, tarfile.BLOCKSIZE):
-        with suppress(Exception):                       # of tarfile, as above
+        with suppress(Exception):                       # tarfile's own, as above
             file = io.BytesIO(before[-size:])
             tar = tarfile.open(fileobj=file, mode='r:', encoding='utf-8', errors='replace')
             member = tar.next()                         # None for a block of zeros
@@ -152,7 +156,8 @@ def scan_shard(path, number):
 
     The members of a pair are neighbours, as in WebDataset. If a name comes up again later, it is another pair.
     """
-    groups = []                                         # (stem, kinds of members, row)
+    groups = []                                         # (stem, row)
+    open_stem = None                                    # of the pair that is being read
     links = 0
     for member in tar_members(path):
         kind = os.path.basename(member.name).partition('.')[2]          # after the first dot
@@ -163,18 +168,20 @@ def scan_shard(path, number):
         if member.issym() or member.islnk():
             links += 1
             continue
-        if not groups or groups[-1][0] != stem or kind in groups[-1][1]:
-            groups.append((stem, set(), [number] + [0] * (WIDTH - 1)))
-        _, kinds, row = groups[-1]
+        if stem != open_stem or kind in kinds:
+            open_stem = stem
+            kinds = set()
+            row = [number] + [0] * (WIDTH - 1)
+            groups.append((stem, row))
         kinds.add(kind)
         column = COLUMN[kind]
-        if not row[column + 1]:                         # of several images the first one counts
+        if not row[column + 1]:                         # if a pair has a .jpg and a .png, the first one counts
             row[column:column + 2] = member.offset_data, member.size
 
-    occurs = Counter(stem for stem, _, _ in groups)
+    occurs = Counter(stem for stem, _ in groups)
     pairs = []
     apart = 0
-    for stem, _, row in groups:
+    for stem, row in groups:
         image_size, json_size, txt_size = row[2::2]
         if image_size and (json_size or txt_size):
             pairs.append(row)

@@ -17,13 +17,13 @@ from plumbing.errors import Refused, Unreadable, need
 
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
-MOST_WORDS = 200_000    # how many words `word_ids` caches, because the web has ever new ones
-# In letters. An id stands for at most 64 of them, so this many fill a context of 77. The time to fuse a word grows with
-# the square of its length.
+MOST_WORDS = 200_000    # the most words that `word_ids` caches, because on the web there is no end of new ones
+# Only this many letters of a word are encoded, because the time to fuse a word grows with the square of its length.
+# With CLIP's merges they fill a context of 77, because an id stands for at most 32 letters.
 LONGEST_WORD = 5000
 LEARN_FROM = 5000       # merges are learned from this many words, the most frequent ones
 LEARNED_VOCAB = 8192    # ids of a vocabulary that is learned
-PAIRS_TO_LEARN = 20_000     # at least; enough for every frequent word
+PAIRS_TO_LEARN = 20_000     # the fewest to take from a larger set; enough for every frequent word
 VOCAB_HELP = (f'give the file at {VOCAB_URL} with --vocab PATH or COSMOS_VOCAB, or learn a vocabulary '
               'from your captions with --vocab learn')
 
@@ -80,7 +80,8 @@ def apart(char):
 
 
 def symbols_of(word):
-    """'cat' -> ['c', 'a', 't</w>']: a symbol per UTF-8 byte. The last is marked: 'cat' is not the 'cat' of 'cats'."""
+    """'cat' -> ['c', 'a', 't</w>']: a symbol per UTF-8 byte. The last one is
+    marked, so that the word 'cat' differs from the 'cat' in 'cats'."""
     symbols = [BYTE_SYMBOL[byte] for byte in word.encode()]
     symbols[-1] += '</w>'
     return symbols
@@ -117,9 +118,9 @@ class Tokenizer:
     """CLIP's tokenizer: clean a text, split it into words, byte-pair encode each word. tokenizer(texts) ->
     (n, context_length) int64
 
-    merges: lines 'left right', in order of priority. The ids from 0 on stand for the 256 bytes, for the 256 bytes that
-    end a word, for the merges, one each, for start and for end. The end is the highest, because the text tower finds it
-    by argmax. Padding is 0.
+    merges: lines 'left right', in order of priority. From 0 on, the ids stand for the 256 bytes, the 256 bytes at the
+    end of a word, the merges (one id each), the start, and the end. The end has the highest id, because the text tower
+    finds it by argmax. Padding is 0.
     Ids equal CLIP's (simple_tokenizer.py with ftfy and regex). ours: ftfy's repair of wrongly decoded text ('Ã©' for
     'é', C1 controls) is left out; and U+0345, which regex takes for a letter, is not one here.
     """
@@ -139,7 +140,7 @@ class Tokenizer:
 
     @classmethod
     def clip(cls, path=None, context_length=77):
-        """CLIP's 48,894 merges, from `path`, else $COSMOS_VOCAB, else `fetch_vocab`. Refused if it's another file."""
+        """CLIP's 48,894 merges, from `path`, else $COSMOS_VOCAB, else `fetch_vocab`. Refused if it is another file."""
         path = os.path.expanduser(path or os.environ.get('COSMOS_VOCAB') or fetch_vocab())
         need(os.path.isfile(path), f'{path} does not exist; {VOCAB_HELP}')
         data = Path(path).read_bytes()
@@ -157,12 +158,12 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        # A dict, because a pair may win twice, if one of its symbols can be made in two ways: (abc, d) for an abc that
-        # was fused from a + bc, and again, later, for one that was fused from ab + c. Its first place counts.
+        # A dict, because a pair may be chosen twice. If abc is made from a + bc first, and later from ab + c as well,
+        # then (abc, d) may be the most frequent pair after each of the two. Its first place counts.
         merges = {}
-        merges_left = vocab_size - 2 * 256 - len(SPECIAL)
-        for _ in tqdm(range(merges_left), 'learning merges', leave=False, disable=None):
-            count = Counter()   # pair of symbols -> how often it occurs in all texts
+        most_merges = vocab_size - 2 * 256 - len(SPECIAL)
+        for _ in tqdm(range(most_merges), 'learning merges', leave=False, disable=None):
+            count = Counter()   # pair of symbols -> how often it occurs in these words, over all texts
             for word, symbols in words.items():
                 for pair in zip(symbols, symbols[1:]):
                     count[pair] += tally[word]
@@ -216,10 +217,11 @@ class Tokenizer:
 
 
 def learn_merges(shards):
-    """The merges of a vocabulary learned from every k-th pair: from 20,000 to 40,000 pairs of a large set, and from all
-    pairs of a small one."""
+    """The merges of a vocabulary that is learned from pairs spread evenly over the set: from 20,000 to 40,000 of a
+    large set, and from all of a small one."""
     captions = []
-    for i in range(0, len(shards), len(shards) // PAIRS_TO_LEARN or 1):
+    step = max(1, len(shards) // PAIRS_TO_LEARN)
+    for i in range(0, len(shards), step):
         with suppress(Unreadable):                      # training reports a broken pair
             captions += shards.pool(i)
     return Tokenizer.learn(captions, LEARNED_VOCAB).merges

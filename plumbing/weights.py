@@ -62,15 +62,15 @@ def clean_names(state):
 # --- 2. A file -> its tensors, and these -> a model ------------------------------------------------------------------
 
 def read_checkpoint(path):
-    """Tensors and plain values from a file. Nothing in it is executed; a file that could not be read otherwise is
-    Refused."""
+    """Tensors and plain values from a file. Nothing in it is executed; a file that cannot be read without
+    that is Refused."""
     need(Path(path).exists(), f'checkpoint {path} does not exist')
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
     except PermissionError as error:
         raise Refused(f'{path} may not be read ({error.strerror}); change its permissions') from None
-    except Exception as error:          # of many kinds, for torn files and for files of another kind
-        reason = 'it is torn, or of another kind'
+    except Exception as error:          # torch raises many kinds, for torn files and for files of another kind
+        reason = f'it is torn, or of another kind; torch says: {str(error)[:80]}'
         # torch names what it refused: "TorchScript", or "GLOBAL package.name"
         refused = re.search(r'TorchScript|(?<=GLOBAL )[\w.]+', str(error))
         if refused:
@@ -143,8 +143,8 @@ class Network(NamedTuple):
 def choose_weights(saved, weights):
     """The content of a file -> (the key of its weights, {name: tensor}).
 
-    weights: 'teacher' or 'student'. The key is the first of weights, 'student' and 'state_dict' that the file has. If
-    it has none, the file itself is taken for the weights, and the key is called 'state dict'.
+    weights: 'teacher' or 'student'. The key is the first of these that the file has: the value of `weights`, 'student',
+    'state_dict'. If it has none, the file itself is taken for the weights, and the key is called 'state dict'.
     """
     for key in (weights, 'student', 'state_dict'):
         if key in saved:
@@ -172,7 +172,7 @@ def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
     # See infer_config for the width of heads. open_clip's ViTs that are wider than 1,024 have heads of another width.
     width = len(state.get('visual.class_embedding', ()))                # 0: there is none
     need(0 < width <= 1024 and width % 64 == 0 and 'text_projection' in state,
-         f'{path} is neither ours, nor released, nor of an open_clip ViT with heads that are 64 wide '
+         f'{path} is neither a checkpoint of train.py, nor a released one, nor an open_clip ViT with heads 64 wide '
          f"(its keys: {', '.join(list(state)[:5])}); "
          f'python -m extras.weights import {path} OUT.pt converts others')
     config = infer_config(state, quick_gelu)

@@ -426,7 +426,7 @@ def test_class_names_with_synonyms():
     source = SimpleNamespace(classes=[('crane', 'bird'), ('ox',)])
     assert benchmarks.class_names(source) == ['crane', 'ox']
     source.classes *= 2
-    refused('called crane, ox, .*--classes', benchmarks.class_names, source)
+    refused('would tie: crane, ox; .*--classes', benchmarks.class_names, source)
 
 
 # Sets of torchvision as they lie on the disk: an image of each class; its name in words, None where it has none.
@@ -541,13 +541,13 @@ WRONG = {               # a command: what its sentence must say
     'classify last.pt --dataset VOCDetection': "invalid choice: 'VOCDetection'",
     'classify last.pt --folder images --split test': '--split is for --dataset only',
     'classify last.pt --folder page.pt': 'page.pt cannot be read',
-    'classify last.pt --folder bad': 'bad/class/x.jpg is not an image',
+    'classify last.pt --folder bad': 'bad/class/x.jpg cannot be read as an image',
     'classify last.pt --folder empty': 'class folder in empty',
     'segment last.pt --images empty --masks images --classes page.pt --list page.pt': 'no <html>.png; see --mask-suffix',
     'segment last.pt --images empty --masks images --classes page.pt': 'empty has no image 0 for its mask; .*-suffix',
     'segment last.pt --images a --masks empty --classes page.pt': 'a is not a folder',
     'segment last.pt --images images --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
-    'segment last.pt --images a --masks a --classes twice': 'several classes are called',
+    'segment last.pt --images a --masks a --classes twice': 'several classes have the same name',
     'segment last.pt --images a --masks a --classes commas': 'commas has a line with only commas',
     'segment last.pt --images a --masks a --classes blank': 'line 2 of blank is blank; give every class a line',
     'classify last.pt --folder numbered --classes blank': 'line 2 of blank is blank; give every class a line',

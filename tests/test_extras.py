@@ -71,8 +71,8 @@ def run(module, *argv):
 
 def whole(path):
     """A picture as integers (3, h, w)."""
-    image, _ = read_header(path.read_bytes())
-    return decode(image)
+    image, turn, _ = read_header(path.read_bytes())
+    return decode(image, turn)
 
 
 def number(printed, unit):
@@ -291,7 +291,7 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     assert helpers.run(prepare, 'inspect', tmp_path, '--out', tmp_path / 'sheet.png') is None
     printed = capsys.readouterr()
     assert re.findall(r'left out   .*0.tar:(\d)', printed.err) == ['2', '3']
-    for line in ('reading .*/train, one half of its folder', 'left out +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
+    for line in ('reading .*/train; its folder holds', 'left out +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
                  'unsplit paragraphs +in 1 of 3 pairs', 'sentences per pair +0 % 1, .* 100 % 2',
                  'words per sentence +0 % 1, .* 100 % 63', 'repeated +1 of 3 images, 0 of 4 sentences',
                  'longer than context +4 of 12 captions, .* 64 tokens of a vocabulary learned',
@@ -551,7 +551,7 @@ def test_features_are_kept(tmp_path, photos, capsys):
 
     def check(anew, model=model):
         found = search.folder_features(model, preprocess, photos, tmp_path / 'features.pt')
-        assert ('bad.jpg is not an image' in capsys.readouterr().out) == anew
+        assert ('bad.jpg cannot be read as an image' in capsys.readouterr().out) == anew
         assert_close(found['features'], evaluation.embed_images(model, found['paths'], preprocess))
 
     check(True)
@@ -980,9 +980,9 @@ CLICKS = """<script>{
     seen.row = document.querySelector('.screen').textContent.match(/Row ([0-9]+)/)[1];
     if (screens.includes('screen 6')) press('screen 6');
     for (const reading of ['own', 'other', 'nothing', 'across']) {
-        if (document.querySelector(`[data-key="reading ${reading}"]`)) press(`reading ${reading}`);
-        for (const cell of document.querySelectorAll('.cell')) note(cell.dataset.term, `[data-term=${cell.dataset.term}]`);
-        if (reading === 'other') {
+        if (document.querySelector(`[data-key="reading ${reading}"]`)) press(`reading ${reading}`); for (const cell of
+        document.querySelectorAll('.cell')) note(cell.dataset.term, `[data-term=${cell.dataset.term}]`); if (reading ===
+        'other') {
             const cells = document.querySelectorAll('.cell');
             seen.picks = cells[2] && [...cells[2].querySelectorAll('b')].map(share => parseFloat(share.textContent));
             cells[2]?.querySelectorAll('rect')[0].dispatchEvent(new Event('click'));

@@ -156,13 +156,13 @@ REFUSED = {         # flags: what their sentence must say
     '--batch 64': '--batch 64 .* 20 pairs; lower --batch',
     '--data absent': "'absent' does not exist",
     '--data empty': "'empty' .* no .tar file",
-    '--data broken.tar': 'broken.tar:1.png .*its image is not an image',
+    '--data broken.tar': 'broken.tar:1.png .*its image cannot be read as an image',
     '--data empty/page': 'page: no readable tar of images',
     '--batch 9 --accum 2': '--batch 9 cannot be cut into 2 parts',
     '--data wordless.tar': 'wordless.tar.*no usable caption .*--caption-keys',
     '--vocab empty/page': 'page .* not CLIP.* --vocab learn',
     '--init none.pt': 'none.pt does not exist',
-    '--init other.pt': 'other.pt is neither ours, .*its keys: weights.* extras.weights import other.pt'}
+    '--init other.pt': 'other.pt is neither a checkpoint of train.py, .*its keys: weights.* extras.weights import other.pt'}
 
 
 @pytest.mark.parametrize('line', REFUSED)
@@ -316,7 +316,7 @@ def test_paths_and_their_lines(tmp_path, capsys, monkeypatch):
     assert names == '08 09 11 a[1]'
     assert f'2 of 7 shards are missing, the first is {tmp_path}/18.tar' in lines
     assert '1 shards are named twice' in lines
-    assert found('halves', split='val') == ('v', f'data       reading {tmp_path}/halves/val, one half of its folder\n')
+    assert found('halves', split='val') == ('v', f'data       reading {tmp_path}/halves/val; its folder holds train/ and val/\n')
     refused("halves' holds no .tar file, but its subfolders hold 2 tars: give '.*halves/./..tar'", found, 'halves')
     put(tmp_path / 'packed/0.tar.gz')
     refused("packed' holds no .tar file, but 1 files like 0.tar.gz; unpack them", found, 'packed')
@@ -443,7 +443,7 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
     check(raw[:start] + header + raw[start + 512:], '01')
     path.write_bytes(raw[:600])                         # the first member is cut off
     refused('no readable tar', Shards, path)
-    assert 'a.tar is damaged after byte 0;' in capsys.readouterr().err
+    assert 'a.tar is not a tar, or is damaged at its first member' in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -555,7 +555,7 @@ def test_a_scan_that_was_interrupted_goes_on(tmp_path, monkeypatch, capsys):
         read.clear()
         shards = Shards(tmp_path, index=index)
         assert sorted(read) == again and np.array_equal(shards.index, fresh)
-    assert 'the headers of 4 of 5 shards are read' in capsys.readouterr().out
+    assert 'the headers of 4 of 5 shards have been read' in capsys.readouterr().out
     shards.save(index)
     assert [path.name for path in index.parent.iterdir()] == ['index.npy']
 
@@ -576,7 +576,7 @@ def test_a_shard_that_was_written_anew(tmp_path, capsys):
     assert not after.is_mapped and np.array_equal(after.index, Shards(tar).index)
     assert after.index.tolist() != before.index.tolist() and after.fingerprint == before.fingerprint
     assert after.pool(10) == ['dog']
-    assert f'{path} belongs to other shards, or the shards have changed since' in capsys.readouterr().out
+    assert f'{path} belongs to other shards, or is damaged, or the shards have changed since' in capsys.readouterr().out
     after.save(path)
     assert Shards(tar, index=path).is_mapped
     copy = Path(shutil.copy(tar, tmp_path / 'elsewhere.tar')).rename(put(tmp_path / 'copy/a.tar'))
@@ -788,9 +788,9 @@ def test_odd_exif_stops_nothing(kind, turns, odd):
     wanted = Image.open(io.BytesIO(file)).convert('RGB')
     if turns:
         wanted = wanted.transpose(Image.ROTATE_270)
-    unread, size = read_header(file)
+    image, turn, size = read_header(file)
     assert size == wanted.size[::-1]
-    assert np.array_equal(decode(unread).permute(1, 2, 0), wanted)
+    assert np.array_equal(decode(image, turn).permute(1, 2, 0), wanted)
     assert np.array_equal(read_image(file), wanted)
     for image in Image.open(io.BytesIO(file)), read_image(file):
         [(seen, _)] = evaluation.Images([image], np.asarray)
@@ -804,9 +804,9 @@ def test_every_orientation(orientation):
     tags[0x112] = orientation
     file = encoded(Image.effect_mandelbrot((60, 40), (-2, -1, 1, 1), 40).convert('RGB'), exif=tags)
     wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
-    unread, size = read_header(file)
+    image, turn, size = read_header(file)
     assert size == wanted.size[::-1]
-    assert np.array_equal(decode(unread).permute(1, 2, 0), wanted)
+    assert np.array_equal(decode(image, turn).permute(1, 2, 0), wanted)
     assert np.array_equal(read_image(file), wanted)
 
 
@@ -814,8 +814,8 @@ def test_images_of_16_bits_are_scaled(tmp_path):
     """oracle: the upper 8 bits, which every reader of images gives. A mask keeps its numbers. Floats are refused."""
     values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
     file = encoded(Image.fromarray(values))
-    unread, _ = read_header(file)
-    for found in decode(unread).numpy(), np.asarray(read_image(file)).transpose(2, 0, 1):
+    image, turn, _ = read_header(file)
+    for found in decode(image, turn).numpy(), np.asarray(read_image(file)).transpose(2, 0, 1):
         assert np.array_equal(found, np.stack([values >> 8] * 3))
     mask = put(tmp_path / 'mask.png', encoded(Image.fromarray(np.uint16([[0, 299]]))))
     assert benchmarks.read_mask(mask, (2, 1), 300, False).tolist() == [[0, 299]]
@@ -826,20 +826,20 @@ def test_no_program_is_run(tmp_path):
     """oracle: the sentence for a PostScript file with an image's name, which Pillow would hand to Ghostscript."""
     page = put(tmp_path / 'a.jpg', b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n')
     assert Image.open(page).format == 'EPS'
-    refused('a.jpg is not an image .*PostScript', read_image, page)
-    refused('its image is not an image .*PostScript', read_header, page.read_bytes())
+    refused('a.jpg cannot be read as an image .*PostScript', read_image, page)
+    refused('its image cannot be read as an image .*PostScript', read_header, page.read_bytes())
 
 
 def test_what_pillow_calls_a_bomb_is_refused(monkeypatch):
     """oracle: the rule for errors, at Pillow's own limit."""
     file = encoded(Image.new('1', (300, 300)))
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40_000)
-    refused('its image is not an image .*decompression bomb', read_image, file)
-    refused('its image is not an image .*decompression bomb', read_header, file)
+    refused('its image cannot be read as an image .*decompression bomb', read_image, file)
+    refused('its image cannot be read as an image .*decompression bomb', read_header, file)
 
 
 def test_half_an_image_is_refused():
     """oracle: the rule for errors."""
     half = encoded(Image.effect_noise((99, 99), 50), 'JPEG')[:-200]
-    image, _ = read_header(half)
-    refused('its image is not an image', decode, image)
+    image, turn, _ = read_header(half)
+    refused('its image cannot be read as an image', decode, image, turn)
