@@ -32,7 +32,7 @@ def word_weights(tokenizer, caption, weights):
     first = 1                                                       # position 0 is the start
     for word in tokenizer.split(caption):
         end = first + len(tokenizer.word_ids(word))
-        if end < len(weights):      # the rest of a long caption is cut off, and the last position is its end
+        if end < len(weights):      # a long caption was cut off, and its last position holds the end token
             words.append(word)
             sums.append(weights[first:end].sum().item())
         first = end
@@ -71,13 +71,14 @@ def picture_font():
 
 
 def attention_picture(model, tokenizer, preprocess, image, captions, path):
-    """Draw a PNG with a row per caption: the image, the map of C^I over it, and a bar per word, its weight in C^T."""
+    """Draw a PNG with a row per caption: the image, the map of C^I over it, and for each word a bar that
+    shows its weight in C^T."""
     need(model.has_cross_attention, 'this model has no cross-attention, so there is nothing to draw; '
-         'take a released model, or a run of --method cosmos')
+         'take a released model, or a run of --method cosmos or across')
     maps = [attention(model, tokenizer, preprocess, image, caption) for caption in captions]
     most = max(len(words) for _, words in maps)
     step = MARGIN + max(TILE, LINE * most)
-    width = 3 * TILE + 200    # a long word may be wider than its bar
+    width = 3 * TILE + 200    # image, map, bars, and room for a word that is wider than its bar
     canvas = Image.new('RGB', (width, len(maps) * step + 30), 'white')      # the legend is below
     draw = ImageDraw.Draw(canvas)
     view = ImageOps.fit(image.convert('RGB'), (TILE, TILE))     # what `preprocess` shows the model
@@ -114,7 +115,7 @@ def main():
                     usage='%(prog)s CKPT --image FILE --text TEXT ... [options]')
     add_checkpoint(parser)
     parser.set_defaults(command='attend', function=run_attend)
-    parser.add_argument('--image', required=True, help='an image')
+    parser.add_argument('--image', required=True, help='the image to draw')
     parser.add_argument('--text', required=True, nargs='+', help='one or more captions')
     parser.add_argument('--out', default='runs/attention.png', help='the picture (default: %(default)s)')
     execute(parser.parse_args())

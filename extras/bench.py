@@ -3,7 +3,7 @@
     python -m extras.bench step --preset vit-b-16 --batch 128     median time, FLOPs, share of the matmul peak, parts
     python -m extras.bench step --preset tiny --method clip       without teacher and cross-attention
     python -m extras.bench step --data SHARDS --accum 4           any option of train.py
-    python -m extras.bench loader SHARDS                          pairs per second that one worker reads, and prepares
+    python -m extras.bench loader SHARDS                          pairs that one worker reads, or prepares, per second
     python -m extras.bench plan --gpus 8 --pairs 2800000          FLOPs, memory and hours, counted without a GPU
 
 `step` sets up a run as train.py does, takes a batch from its loader, and times train.train_step on it, again and again.
@@ -16,6 +16,7 @@ import json
 import random
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,7 +37,7 @@ from plumbing.errors import Unreadable, command
 from plumbing.options import Parser, above_zero, positive
 from plumbing.processes import DTYPES, Processes, peak_memory
 from plumbing.shards import Shards, find_shards, write_shard
-from plumbing.tokenizer import Tokenizer
+from plumbing.tokenizer import LEARNED_VOCAB, Tokenizer
 
 SECONDS = 5             # for how long each part of the loader is measured
 WARM_UP = 2             # steps that are not timed: the first ones allocate memory and choose kernels
@@ -45,10 +46,11 @@ OPERATIONS = 10         # how many operations are shown, the most expensive ones
 
 # --- 1. A step -------------------------------------------------------------------------------------------------------
 
-STEP = """The options are those of train.py, except --workers, because the loader is not timed. Some defaults differ:
---preset vit-b-16 --batch 32 --steps 10 (that many steps are timed), and without --data the pairs are made."""
+STEP = """The options are those of train.py, except --workers, because the loader is not timed, and --out. Some defaults
+differ: --preset vit-b-16 --batch 32 --steps 10 (that many steps are timed), and without --data images are noise and
+captions random words."""
 DEFAULTS = '--preset=vit-b-16', '--batch=32', '--steps=10'
-SIDE = 256                                              # side of an image that is made, in pixels
+SIDE = 256                                              # side of an image of noise, in pixels
 WORDS = 'a small red dog runs over the green grass near blue water with some people behind it'.split()
 
 
@@ -70,7 +72,7 @@ def make_shard(path, pairs):
 
 
 def timed(action, times, device):
-    """Call an action so many times -> the seconds of each call, including the GPU's work."""
+    """Call an action `times` times -> the seconds of each call, including the GPU's work."""
     seconds = []
     for _ in range(times):
         begun = time.perf_counter()
@@ -83,7 +85,7 @@ def timed(action, times, device):
 
 def matmul_peak(device, dtype):
     """FLOP/s of the fastest of several products of two matrices."""
-    # Side, large enough to hide the time of a GPU's launch.
+    # The side of the matrices. They are so large that the time to launch a GPU's kernel does not count.
     n = 2048 if device.type == 'cpu' else 8192
     matrix = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n ** 3 / min(timed(lambda: matrix @ matrix, PRODUCTS, device))
@@ -110,7 +112,8 @@ def measure_step(flags):
     print(f'{options.preset}, {options.method}, batch {options.batch}, {len(batch.crops)} images and '
           f'{len(batch.texts)} captions, {parameters:,} parameters, {run.dtype or torch.float32} '
           f'on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}')
-    # Only matrix products are counted. The counter does not see into compiled blocks, so this step runs without them.
+    # Only matrix products are counted. The counter does not see into compiled blocks, so this step runs them
+    # uncompiled.
     with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter:
         step()
     timed(step, WARM_UP, device)
@@ -148,14 +151,16 @@ def measure_loader(shards, preset):
     """Print how many pairs one worker reads per second, and how many whole samples it makes."""
     source = Shards(shards, split='train')
     context_length = train.PRESETS[preset].sizes.context_length
-    tokenizer = Tokenizer([], context_length)  # the ids of words are cached, so merges cost no time
+    # It has no merges. In a long run they cost no time, because the ids of words are cached.
+    tokenizer = Tokenizer([], context_length)
     crops = crops_of(source, preset, tokenizer)
     torch.set_num_threads(1)                                # as in a worker
 
     def whole_sample(i):
         return crops[0, i]
 
-    # The second measurement goes on behind the first, with pairs that the page cache does not hold yet.
+    # The second measurement goes on where the first stopped, with pairs that the page cache does not hold yet, unless
+    # the set is small.
     order = itertools.cycle(torch.randperm(len(source)).tolist())
     for name, part in ('read', source.pair), ('whole sample', whole_sample):
         done = 0
@@ -170,7 +175,7 @@ def measure_loader(shards, preset):
 
 # --- 3. A plan, without a GPU ----------------------------------------------------------------------------------------
 
-PLAN = """This is arithmetic: torch runs a step on its device meta, whose tensors have shapes but no numbers, and we
+PLAN = """This is arithmetic: torch runs a step on its `meta` device, whose tensors have shapes but no numbers, and we
 count. The other options are those of train.py (--preset --batch --epochs --method --accum --grad-checkpoint ...), but
 here the defaults are --preset vit-b-16 --precision bf16.
 
@@ -182,7 +187,7 @@ again, fragmentation, CUDA itself and nccl."""
 
 class HalfOnGPU(TorchFunctionMode):
     """What autocast does on a GPU, done here because autocast does not know the device meta: both factors of a product
-    are in its dtype. Attention is one kernel, which keeps query, key, value and result, but no weights."""
+    are cast to autocast's dtype. Attention is one kernel, which keeps query, key, value and result, but no weights."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -192,6 +197,7 @@ class HalfOnGPU(TorchFunctionMode):
         if function in (F.linear, torch.Tensor.matmul, F.scaled_dot_product_attention):
             args = [x.to(self.dtype) for x in args]
         if function is F.scaled_dot_product_attention:
+            # no bias, and what the backward pass needs is kept
             out, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True)
             return out
         return function(*args, **(kwargs or {}))
@@ -217,12 +223,12 @@ def count_flops(network, *inputs):
     """FLOPs of a forward pass and of its backward pass -> array of the two."""
     with FlopCounterMode(display=False) as counter:
         out = network(*inputs)
-    ahead = counter.get_total_flops()
+    forward = counter.get_total_flops()
     tensors = [x for x in out if x is not None and x.requires_grad]     # the teacher has none
     with FlopCounterMode(display=False) as counter:
         if tensors:
             torch.autograd.backward(tensors, [torch.ones_like(x) for x in tensors])
-    return np.array([ahead, counter.get_total_flops()])
+    return np.array([forward, counter.get_total_flops()])
 
 
 def step_flops(options, student, images, texts):
@@ -257,8 +263,9 @@ def step_bytes(options, student, images, texts):
         'teacher': 4 * parameters * train.METHODS[options.method].has_teacher,
         'images, as bytes and as float32': sum(5 * view.numel() for view in images),
         f'activations, {a_pair / 1e6:,.1f} MB a pair': a_pair * pairs // options.accum,
-        # 10: five terms, both ways.
-        'logits, at most': 4 * (one if one >= cosmos.MANY else 10 * one)}
+        # From MANY on, those of one L_nce are kept at a time, else those of all 10: L_CLIP and the four terms of Eq. 6,
+        # each in both directions.
+        'logits': 4 * (one if one >= cosmos.MANY else 10 * one)}
 
 
 def print_table(title, rows, *columns):
@@ -271,8 +278,11 @@ def print_table(title, rows, *columns):
 def plan(flags, gpus, pairs, tokens, peak, share):
     """Print the FLOPs, memory and hours of a run."""
     options = train.read_options(['--preset=vit-b-16', '--precision=bf16', *flags])
+    learns = options.vocab == 'learn'
     options.vocab = 'learn'                             # no merges are needed
     config, _, _ = train.choose_model(options, {})
+    if learns:
+        config = replace(config, vocab_size=LEARNED_VOCAB)
     check_batch(options.batch, pairs, gpus * options.accum)
     method = train.METHODS[options.method]
     sides = [config.image_size] * method.global_images
@@ -299,7 +309,9 @@ def plan(flags, gpus, pairs, tokens, peak, share):
     print_table('GB per GPU', step_bytes(options, student, images, texts))
     networks = 1 + method.has_teacher
     print(f'last.pt has {4 * size * (networks + 2) / 1e9:.2f} GB')         # 2: AdamW's moments
-    for part in share if peak else []:
+    if not peak:
+        return
+    for part in share:
         speed = gpus * part * peak * 1e12 / sum(flops.values()).sum()
         hours = steps * options.batch / speed / 3600
         print(f'at {part:.0%} of {peak:,.0f} TFLOP/s per GPU: {speed:,.0f} pairs/s, {hours:,.1f} hours, '

@@ -1,12 +1,12 @@
-"""Hard negatives: can the model match k images with k captions, say two of each, that differ in one thing?
+"""Hard negatives: can the model match k images with k captions (mostly two of each) that differ in only one thing?
 
     python -m extras.pairs CKPT --items FILE --images DIR     SugarCrepe, SVO-Probes, Winoground, MMVP-VLM, or your own
     python -m extras.pairs CKPT --suppression DIR             are small objects found as well as big (dominant) ones?
 
 Your own items are JSON lines, {"images": ["a.jpg", "b.jpg"], "captions": ["a dog on a cat", "a cat on a dog"],
-"type": "relation"}. An item has k images and k captions, and those at equal positions belong together. Or it has one
-image and k captions, or k images and one caption, and the right one of the k comes first. The probes of
---suppression are DIR/probes.json; docs/data.md shows one.
+"type": "relation"}. An item has k images and k captions, and those at equal positions belong together. An item may
+also have one image and k captions, or k images and one caption; then the first of the k is the right one. The probes of
+--suppression are listed in DIR/probes.json; docs/data.md shows one.
 """
 import math
 from collections import defaultdict
@@ -69,7 +69,8 @@ def check_item(item, place):
          f'{place} needs a list of image names and a list of captions')
     k = len(item.images)
     m = len(item.captions)
-    need(k == m > 1 or min(k, m) == 1 < max(k, m),
+    few, many = sorted((k, m))
+    need(many > 1 and few in (1, many),
          f'{place} has {k} images and {m} captions; give k and k, k and 1, or 1 and k')
 
 
@@ -91,10 +92,10 @@ def read_items(path):
 # --- 2. Scores -------------------------------------------------------------------------------------------------------
 
 def choices_right(scores):
-    """scores (k, m) -> min(k, m) bools, one for each column j that has a right row: does row j score above all other
-    rows? A tie is a miss.
+    """scores (k images, m captions) -> min(k, m) bools, one for each caption j that has a right image, which is image
+    j: does this image score above all others? A tie is a miss. scores.T gives the same for images and their captions.
 
-    A single row is always right, because there are no others.
+    A single image is always right, because there are no others.
     """
     right = scores.diagonal()
     behind = scores[:, :len(right)] < right                 # False for the right one itself
@@ -105,7 +106,7 @@ def pair_scores(matrices):
     """Score matrices (k images, m captions), one per item -> shares of items.
 
     image_score: each caption finds its image. text_score: each image finds its caption. group_score: both. These are
-    Winoground's definitions. Guessing answers each question about k images with probability 1/k.
+    Winoground's definitions. Guessing is right about one of k images with probability 1/k.
     """
     k, m = matrices[0].shape
     questions = min(k, m)
@@ -173,11 +174,12 @@ def score_pairs(model, tokenizer, preprocess, path, root, workers):
 # --- 3. Feature suppression ------------------------------------------------------------------------------------------
 
 def suppression(model, tokenizer, preprocess, root, workers=0):
-    """Feature suppression on root/probes.json, for the dominant and for the small object of each probe.
+    """Feature suppression (is the small object drowned out by the dominant one?), measured on root/probes.json for both
+    objects of each probe.
 
     Scenes A and B differ only in the small object, A and C only in the dominant one. scene_top1: of two scenes, how
     often does an object's name find the one that has it? standard_error is that of scene_top1, over probes. name_top1:
-    how often does scene A score higher with the name of its object than with all of the probe's negatives?
+    how often does scene A score higher with the name of its object than with any of the probe's negatives?
     """
     path = Path(root, 'probes.json')
     probes = read_json(path)
@@ -193,6 +195,7 @@ def suppression(model, tokenizer, preprocess, root, workers=0):
             scene = field(images, 'A', path)
             scenes.append(Item([scene, field(images, other, path)], [right, field(query, 'swap', path)]))
             names.append(Item([scene], [right, *field(query, 'negatives', path)]))
+        # together, so that each image is embedded once
         matrices = score_items(model, tokenizer, preprocess, scenes + names, root, workers)
         share = [fmean(choices_right(scores)) for scores in matrices[:len(probes)]]
         named = pair_scores(matrices[len(probes):])

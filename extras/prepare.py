@@ -59,7 +59,7 @@ def json_values(text):
     while place < len(text):
         value, place = decoder.raw_decode(text, place)
         values.append(value)
-        place = re.compile(r'\s*').match(text, place).end()
+        place = re.compile(r'\s*').match(text, place).end()         # raw_decode does not skip white space
     return values
 
 
@@ -89,6 +89,8 @@ def table_rows(file, path, **form):
     reader = csv.DictReader(file, strict=True, **form)
     line = 1
     try:
+        reader.fieldnames               # reads the first line
+        line = reader.line_num + 1
         for row in reader:
             yield row
             line = reader.line_num + 1
@@ -110,7 +112,8 @@ def rows_of_table(text, path):
 
 def read_rows(path):
     """The rows of a JSONL, JSON, CSV or TSV file, as dicts. The content says which it is, because names vary:
-    Flickr8k's captions.txt is a CSV. Any other file is Refused, with the file and the row."""
+    Flickr8k's captions.txt is a CSV. Any other file is Refused; the message names the file and, if there is one, the
+    row."""
     try:
         text = Path(path).read_text(encoding='utf-8-sig')
         if text.lstrip().startswith(('{', '[')):
@@ -137,7 +140,7 @@ def find_column(names, columns, path, remedy=''):
     for name in names:
         if name in columns:
             return name
-    raise Refused(f"{path} has the columns {', '.join(map(str, columns))}, none of {', '.join(names)}{remedy}")
+    raise Refused(f"{path} has the columns {', '.join(map(str, columns))}, but none of {', '.join(names)}{remedy}")
 
 
 def captions_under(key, record):
@@ -185,12 +188,12 @@ def records_by_image(rows, path, image_column=None, caption_column=None):
         name = os.path.normpath(name)               # ./a.jpg is a.jpg
         record['file'] = name
         texts = [record[key] for key in text_columns if captions_under(key, record)]
-        if caption_column:  # other captions are then used for neither training nor retrieval
+        if caption_column:  # other captions are then used for neither training nor retrieval; the one in `texts` stays
             for key in EVERY_CAPTION_KEY:
                 record.pop(key, None)
         if texts:
             record['caption'] = texts[0]
-        add_captions(records.setdefault(name, record), record)
+        add_captions(records.setdefault(name, record), record)          # a first row only gets its captions as lists
     need(any(map(caption_pool, records.values())),
          f"{path} has no captions under a name known here; its columns are {', '.join(columns)}: "
          'give the column of the captions with --caption-column')
@@ -209,9 +212,10 @@ def name_left_out(problems):
 
 
 def claim(out, **source):
-    """A folder of shards belongs to one source. A second run with it goes on, and another source is Refused."""
+    """A folder of shards belongs to one source. A second run with the same source goes on; one with another source is
+    Refused."""
     label = Path(out, 'source.json')
-    if list(Path(out).rglob('*.tar')):  # without one, a mistyped command may be run again
+    if list(Path(out).rglob('*.tar')):  # as long as there is no tar, a mistyped command may be mended and run again
         need(label.exists() and read_json(label) == source,
              f'{out} holds shards made from something else (see {label}); give another folder, or empty it')
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -229,10 +233,10 @@ def image_kind(image):
 def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_column=None):
     """A file of rows and a folder of images -> shards of up to `size` images in `out`.
 
-    val: this share of the images goes to out/val, the others to out/train. An image's name alone decides where it goes.
-    Karpathy's list takes no val, because it says itself where each image goes. Image bytes are copied as they are. An
-    image that is missing or broken, or has no caption, is left out. Images that are in a shard already stay there; the
-    others go into new shards.
+    val: this share of the images goes to out/val, the others to out/train; with 0 all go to out. An image's name alone
+    decides where it goes. No val may be given with Karpathy's list, which already says where each image goes. Image
+    bytes are copied as they are. An image that is missing or broken, or has no caption, is left out. Images that are
+    already in a shard stay there; the others go into new shards.
     """
     need(0 <= val < 1, f'--val {val} is not a share below 1; give 0.1 for a tenth')
     records = records_by_image(read_rows(rows), rows, image_column, caption_column)
@@ -246,7 +250,7 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
     for folder, left in sorted(new.items()):        # train first
         number = 0
         for start in range(0, len(left), size):
-            while Path(folder, f'{number:05d}.tar').exists():       # never write over a shard
+            while Path(folder, f'{number:05d}.tar').exists():       # step over the shards that are written
                 number += 1
             path = Path(folder, f'{number:05d}.tar')
             write_shard(path, packed(left[start:start + size], images, number, problems))
@@ -260,7 +264,7 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
 def divide(records, rows, out, val):
     """Which images go into which folder of shards -> {folder: {image name: record}}."""
     splits = Counter(record[SPLIT] for record in records.values() if SPLIT in record)
-    need(not (val and splits), f'{rows} says itself which images are held out; leave --val out')
+    need(not (val and splits), f'{rows} already says which images are held out; leave out --val')
     sides = defaultdict(dict)
     for name, record in records.items():
         if splits:
@@ -301,7 +305,7 @@ def packed(records, images, number, problems):
         try:
             image = Path(images, record['file']).read_bytes()
             read_image(image)
-            need(caption_pool(record), f"no caption under {', '.join(record)}")
+            need(caption_pool(record), f"no caption; the row has only {', '.join(record)}")
             kind = image_kind(image)
         except (OSError, Refused) as error:
             problems.append(f"{record['file']}: {error}")
@@ -344,7 +348,7 @@ def join(table, shards, out):
     problems = []
 
     def members(number):
-        for i in np.flatnonzero(source.index[:, 0] == number):
+        for i in np.flatnonzero(source.index[:, 0] == number):          # the pairs of this shard
             counts['pairs'] += 1
             try:
                 image = source.image(i)
@@ -376,7 +380,7 @@ TILE = 128      # side of a view on the sheet, in pixels
 
 
 def sample_sheet(crops, path):
-    """Draw what the student is shown as a PNG, with a row for each pair, and print the captions."""
+    """Draw, as a PNG, what the student is shown, with a row for each pair, and print the captions."""
     tiles = []
     labels = ['global'] * crops.counts.global_texts + ['local'] * crops.counts.local_texts
     for index, views, captions, _ in sample_views(crops):
@@ -392,7 +396,7 @@ def unsplit(record):
     """Is there a list under DreamLIP's keys whose only item has several sentences? Items are not split, so it gives one
     caption."""
     lists = [record[key] for key in DREAMLIP if isinstance(record.get(key), list)]
-    return any(len(value) == 1 < len(sentences(value)) for value in lists)
+    return any(len(value) == 1 and len(sentences(value)) > 1 for value in lists)
 
 
 def too_long(captions, texts, context_length, vocab):
@@ -405,19 +409,20 @@ def too_long(captions, texts, context_length, vocab):
         by = 'a vocabulary learned from these pairs'
     room = context_length - 2                       # without start and end
     long = sum(len(tokenizer.encode(caption)) > room for caption in captions)
-    return (f'{long:,} of {len(captions):,} captions, drawn once for each pair; the context holds {context_length} '
+    return (f'{long:,} of {len(captions):,} text crops, drawn as for one step; the context holds {context_length} '
             f'tokens of {by}')
 
 
 def percentiles(values):
-    return ', '.join(f'{q} % {np.percentile(values, q):g}' for q in (0, 10, 50, 90, 100))
+    least, tenth, median, ninetieth, most = np.percentile(values, (0, 10, 50, 90, 100))
+    return f'least {least:g}, 10th percentile {tenth:g}, median {median:g}, 90th {ninetieth:g}, most {most:g}'
 
 
 def crops_of(source, preset, tokenizer=None):
     """What a preset makes of the pairs."""
     config, recipe = PRESETS[preset]
     counts = Counts(local_images=recipe['local_crops'], local_texts=recipe['local_captions'])
-    return Crops(source, tokenizer, config, 0, counts, recipe['augment'])
+    return Crops(source, tokenizer, config, seed=0, counts=counts, augment=recipe['augment'])
 
 
 def inspect(shards, caption_keys, preset, vocab, out):
@@ -433,10 +438,11 @@ def inspect(shards, caption_keys, preset, vocab, out):
     keys = Counter()
     for i in progress(sample, 'reading pairs'):
         try:
-            captions += crops.sample(0, i)[2]       # as training does
+            _, _, drawn, _ = crops.sample(0, i)     # decodes the image and draws captions, as training does
         except Unreadable as error:
             problems.append(f'{source.name(i)}: {error}')
             continue
+        captions += drawn
         pools.append(source.pool(i))
         images.add(hash(source.image(i)))
         record = source.record(i)
@@ -451,7 +457,7 @@ def inspect(shards, caption_keys, preset, vocab, out):
           ', '.join(f'{key} ({n / len(pools):.0%})' for key, n in keys.most_common()))
     print('sentences per pair  ', percentiles(list(map(len, pools))))
     print('unsplit paragraphs  ', f'in {paragraphs} of {len(pools)} pairs'
-          " under DreamLIP's keys; pack splits a paragraph that is a string, not an item of a list")
+          " under DreamLIP's keys; pack splits a paragraph that is a string, but leaves an item of a list whole")
     print('words per sentence  ', percentiles([len(text.split()) for text in texts]))
     print('longer than context ', too_long(captions, texts, crops.config.context_length, vocab))
     print('repeated            ', f'{len(pools) - len(images)} of {len(pools)} images, '
@@ -480,7 +486,7 @@ def main():
         help=f"column of the image names (default: the first of {', '.join(IMAGE_COLUMNS)})")
     add('--caption-column', help='column of the caption; no other text of the row is then used')
     add('--val', type=share, default=0.0, help='share of the images that goes to OUT/val; the others go to OUT/train '
-        "(Karpathy's list says itself what is held out)")
+        "(default: all go to OUT; Karpathy's list already says what is held out)")
     add('--size', type=positive, default=5000, help='images per shard (default: %(default)s)')
     add = add_command(join, 'TABLE SHARDS ... OUT', "put DreamLIP's captions onto img2dataset's shards")
     add('table', help='CSV with a column of URLs, and up to seven of captions')

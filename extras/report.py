@@ -3,9 +3,10 @@
     python -m extras.report runs/tiny-cosmos                    writes runs/tiny-cosmos/report.html
     python -m extras.report runs/tiny-cosmos runs/tiny-clip     both on one page, in the folder of the first
 
-The page is one file that opens from disk. Its template is report.html, next to this module. `Report` writes the page at
-the end of a run of train.py. The page shows config.json, log.jsonl and eval.json, and what `Report` leaves in maps.npz
-before the first step and at each evaluation. So it can be written without the weights and the data.
+The page is a single file, which a browser can open from disk. Its template is report.html, next to this module.
+`Report` writes the page at the end of a run of train.py. The page shows config.json, log.jsonl and eval.json, and what
+`Report` leaves in maps.npz before the first step, at each evaluation and at the end. So it can be written without the
+weights or the data.
 
 The page computes matrices and losses itself, from the vectors of one batch. A button shows Python's value next to each.
 """
@@ -41,7 +42,8 @@ SHOWN = 12              # how many images the explorer has: the first held-out o
 RIVALS = 5              # how many captions of other images the explorer compares with an image's own
 MOST_STEPS = 6          # a page has the vectors and maps of at most this many evaluations
 SIDE = 224              # side of an image on the page, in pixels
-SMALL = 128
+SMALL = 128             # side of a view
+# The page shows the source of these.
 CODE = (text_crops, Teacher.forward, Teacher.update, cosmos.clip_loss, match, nce, CrossAttention.weights,
         COSMOS.forward, cosmos.total_loss)
 
@@ -90,7 +92,7 @@ def sample_views(crops, count=4):
         except Unreadable:
             continue
         views = []
-        rows = [list(of_view.values()) for of_view in strengths]        # in the order of NEUTRAL
+        rows = [list(of_view.values()) for of_view in strengths]        # in the order of colours.NEUTRAL
         for image, changes in zip(images, changes_of(torch.tensor([rows])).by_view()):
             views.append(recolour(image[None], changes, OPERATIONS)[0])
         yield index, views, captions, boxes
@@ -121,8 +123,8 @@ def read_batch(student, images, texts):
     """images: V of (B, 3, s, s), texts (U, B, T) -> vectors of the student {name: (V, B, D) or (U, B, D)}, not of
     unit length, and weights {C_I: (U, B, P), C_T: (V, B, T)}, {} for a model without cross-attention.
 
-    Computes what COSMOS.forward computes, and h_I_other and h_T_other, for which pair b has read pair b - 1 (pair 0 the
-    last one).
+    Computes what COSMOS.forward computes, and also h_I_other and h_T_other, for which pair b reads from pair b - 1
+    instead (pair 0 from the last one).
     """
     cls = student.visual(images)
     eot = student.text(texts)
@@ -167,15 +169,15 @@ def texts_about(i, pools, record):
         yield 'other', pool[0], None
     for number, thing in enumerate(record.get('objects') or []):
         if 'absent' in thing:                               # objects of other sets have no absent names
-            kind = 'name'
             for name in [thing['name'], *thing['absent']]:
+                kind = 'name' if name == thing['name'] else 'absent'
                 article = 'an' if name[0] in 'aeiou' else 'a'
                 yield kind, f'there is {article} {name}', number
-                kind = 'absent'
 
 
 def ask(seen, pixels, texts):
-    """An image (1, 3, S, S) and n texts -> what the model makes of them, {cosine (n,), mean (n,), maps (n, P)}.
+    """seen: train.Evaluated. An image (1, 3, S, S) and n texts -> what the model makes of them, {cosine (n,), mean
+    (n,), maps (n, P)}.
 
     cosine: that of image and text. mean: the text's mean cosine with all held-out images. maps: the weights of C^I with
     the text as query. A model without cross-attention has no such weights, so there a map has the cosines of the text
@@ -196,8 +198,8 @@ def ask(seen, pixels, texts):
 
 
 class Report:
-    """A watcher for train.main: it leaves what the page shows in the folder of the run, and writes the page at the
-    end. It draws no random numbers and leaves no gradients, so the run is the same without it."""
+    """A watcher for train.main: it leaves in the run's folder what the page shows, and writes the page at the end.
+    It draws no random numbers and leaves no gradients, so the run is the same without it."""
 
     def begin(self, run):
         """Keep what is known before the first step: the pairs of the step, and how the run was started."""
@@ -243,8 +245,8 @@ class Report:
 
     @torch.no_grad()
     def evaluated(self, run, seen):
-        """Keep what the page shows of an evaluation: the step, the first held-out images, and texts about them -> {},
-        because it adds no figures to eval.json."""
+        """Keep what the page shows of an evaluation: the step, the first held-out images, and texts about them. Returns
+        {}, because it adds no figures to eval.json."""
         self.keep_step(run)
         captions, owner = shard_captions(seen.val)
         pools = []
@@ -311,14 +313,14 @@ def read_run(folder):
 
 
 def write(folders):
-    """The page of one or several runs -> its path, in the folder of the first."""
+    """Write the page of one or several runs -> its path, in the folder of the first."""
     runs = [read_run(Path(folder)) for folder in folders]
     # A caption may hold </script>, which would end the script around it.
     data = json.dumps(runs).replace('<', '\\u003c')
-    template = Path(__file__).with_suffix('.html').read_text()
+    template = Path(__file__).with_suffix('.html').read_text(encoding='utf-8')
     path = Path(folders[0], 'report.html')
     with replacing(path) as partial:
-        partial.write_text(template.replace('[/* RUNS */]', data))
+        partial.write_text(template.replace('[/* RUNS */]', data), encoding='utf-8')
     return path
 
 

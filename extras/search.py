@@ -4,10 +4,10 @@
     python -m extras.search CKPT --images DIR --like a.jpg
     python -m extras.search CKPT --images DIR "a red star" --json ranking.json --features features.pt
 
---json FILE writes all images under 'ranking', best first. --features FILE keeps the features of the images for the next
-query. They are computed anew if the weights have changed, or if images were added, removed or changed. Other programs
-can read them, too: torch.load(FILE, weights_only=True) gives {'paths': [n strings], 'features': (n, D)}, unit vectors
-in the same order.
+--json FILE lists all images, with their scores, under 'ranking', best first. --features FILE keeps the features of the
+images for the next query. They are computed anew if the model has changed, or if images were added, removed or changed.
+Other programs can read them, too: torch.load(FILE, weights_only=True) gives {'paths': [n strings], 'features': (n, D)},
+unit vectors in the same order. (It also has 'source', what they depend on.)
 """
 import textwrap
 from pathlib import Path
@@ -25,7 +25,7 @@ from plumbing.options import Parser, add_checkpoint, positive
 from plumbing.weights import read_checkpoint
 
 TILE = 176              # side of an image in the sheet, in pixels
-LABEL = 50              # three lines below it
+LABEL = 50              # height of the label below it, three lines
 
 # --- 1. Features of a folder -----------------------------------------------------------------------------------------
 
@@ -33,13 +33,15 @@ def folder_features(model, preprocess, folder, file=None, workers=0):
     """All readable images under a folder -> {'paths': n strings, 'features': (n, D)}. `file` keeps this for the
     next call."""
     paths = images_in(folder)
-    source = model.visual.proj[0].tolist()                  # enough to tell one model from another
+    # What the features depend on: the model, for which some weights and the sizes are enough, and the images.
+    source = [*model.visual.proj[0].tolist(), str(model.config)]
     for path in paths:
         stat = path.lstat()
         source += [str(path), stat.st_size, stat.st_mtime]
     if file and Path(file).exists():
         saved = read_checkpoint(file)
-        if saved.get('source') == source:
+        need('source' in saved, f'{file} holds no features; give --features another file')
+        if saved['source'] == source:
             return saved
     readable = []
     for path in progress(paths, 'reading images'):
@@ -62,8 +64,8 @@ def draw_tile(path, label):
     tile = Image.new('RGB', (TILE, TILE + LABEL), 'white')
     image = read_image(path)
     tile.paste(ImageOps.pad(image, (TILE, TILE), color='white'))
-    lines = textwrap.fill(label, 25)
-    ImageDraw.Draw(tile).text((2, TILE + 2), lines, 'black', picture_font())
+    text = textwrap.fill(label, 25)
+    ImageDraw.Draw(tile).text((2, TILE + 2), text, 'black', picture_font())
     return to_tensor(tile)
 
 
@@ -77,7 +79,7 @@ def run_search(args, model, tokenizer, preprocess):
     found = folder_features(model, preprocess, args.images, args.features, args.workers)
     scores, order = (found['features'] @ query).sort(descending=True)
     ranking = []
-    for i, score in zip(order, scores.tolist()):
+    for i, score in zip(order.tolist(), scores.tolist()):
         ranking.append({'image': found['paths'][i], 'score': score})
     tiles = []
     for place in ranking[:args.top]:

@@ -1,9 +1,9 @@
-"""Convert weights from other programs and for them, and fetch the released ones.
+"""Convert weights from and to the formats of other programs, and fetch the released ones.
 
     python -m extras.weights export CKPT OUT.pt                   a state dict that open_clip loads, and OUT.json
     python -m extras.weights import clip.pt OUT.pt --quick-gelu   OpenAI's CLIP, or another, as our checkpoint
     python -m extras.weights import clip.safetensors OUT.pt --config ViT-H-14.json
-    python -m extras.weights fetch cosmos_vitb16_cc3m             the released weights, once; prints where they are
+    python -m extras.weights fetch cosmos_vitb16_cc3m             downloads the released weights once, prints their path
 
 `import` takes the state dict of a ViT under open_clip's names, which are also OpenAI's. Weights do not say how wide an
 attention head is, nor what the activation is. open_clip's model config, a JSON file, says both. Without it heads are
@@ -28,7 +28,8 @@ from plumbing.weights import (clean_names, from_openclip, infer_config, load_wei
 # --- 1. Ours for open_clip -------------------------------------------------------------------------------------------
 
 CLIP_VOCABULARY = 49408
-OPENCLIP_HAS = 'visual.', 'text.', 'logit_scale'                        # but no cross-attention
+# How those of our names begin that have a counterpart in open_clip. Cross-attention has none.
+OPENCLIP_HAS = 'visual.', 'text.', 'logit_scale'
 
 
 def export(checkpoint, out):
@@ -67,7 +68,7 @@ def export(checkpoint, out):
 OPENAI = ("open_clip has OpenAI's weights in the right form: "
           "model = open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai'), "
           "torch.save(model.state_dict(), 'clip.pt'), then import clip.pt with --quick-gelu")
-# OpenAI's files have these among the weights.
+# State dicts that were saved from OpenAI's files hold these sizes, too.
 SIZES = 'input_resolution', 'context_length', 'vocab_size'
 
 
@@ -95,14 +96,14 @@ def read_weights(path):
 
 
 def import_weights(other, out, config=None, quick_gelu=False):
-    """Weights of a ViT under open_clip's names -> our checkpoint. config: the file of open_clip's model config."""
+    """Weights of a ViT under open_clip's names -> our checkpoint. config: the path of open_clip's model config."""
     need(not Path(out).exists(), f'{out} exists; name another file')
     state = clean_names(read_weights(other))
     for name in SIZES:
         state.pop(name, None)
     need('visual.class_embedding' in state and 'text_projection' in state,
          f"the tensors of {other} are not named like those of open_clip's ViTs ({', '.join(list(state)[:3])}); "
-         f'{OPENAI}')
+         'load these weights with open_clip, and save its state dict')
     sizes = infer_config(state, quick_gelu)
     if config:
         layout = read_json(config)
@@ -126,7 +127,7 @@ def import_weights(other, out, config=None, quick_gelu=False):
     save_tensors(out, {'config': asdict(sizes), 'merges': tokenizer.merges, 'step': 0,
                        'student': model.state_dict()})
     print(f'checkpoint {out}: {sizes}')
-    if not sizes.quick_gelu:
+    if not sizes.quick_gelu and not config:
         print("note       GELU is assumed, but OpenAI's weights and some others need --quick-gelu")
 
 
@@ -138,7 +139,7 @@ NAMES = [f'cosmos_vitb16_{name}' for name in DATA] + [f'cosmos_vitb32_{name}' fo
 
 
 def fetch(name):
-    """Print the path of released weights in torch's cache, their size and SHA-256. They are downloaded on first use.
+    """Print the path of released weights in torch's cache, and their size and SHA-256. They are downloaded once.
 
     The authors publish no checksum, so compare this one with that of somebody else who has the file.
     """

@@ -3,7 +3,7 @@
     python -m lesson.experiments minutes                    makes the runs of `minutes` that have no row, two at a time
     python -m lesson.experiments minutes --run cosmos 0     makes one run: prints figures, adds a row if it has none
 
-A run that has a row is not made again, even if several experiments use it. So after an interruption you give the
+A run that has a row is not made again, even if several experiments use it. So after an interruption just give the
 command again. A run is a call of lesson.onepage.train, in a process with one thread on the CPU. Its scenes and its
 networks (last.pt) are kept in runs/lesson. Each seed draws training scenes of its own; the held-out scenes are always
 the same.
@@ -13,8 +13,8 @@ take equally long. Every run completes its own schedule. We measure the moving a
 
 To add an experiment of your own: give your method a row in METHODS, your runs an entry in EXPERIMENTS (`race` names the
 methods and their steps, `tune` the rates to try), and what is to be compared an entry in COMPARISONS, where `a~b` is a
-minus b. Take seeds from 20 on, because seeds below have rows of another machine. lesson/plots.py wants a colour for the
-method (PAINT) if a picture shows it.
+minus b. Take seeds from 20 to 99, because the others have rows that come from other machines, and an experiment must
+not mix machines. lesson/plots.py wants a colour for the method (PAINT) if a picture shows it.
 """
 import csv
 import math
@@ -53,33 +53,22 @@ class WithoutCrossAttention(COSMOS):
         super().__init__(replace(config, cross_heads=0, two_scales=True))
 
 
-class ReadsOtherwise(COSMOS):
-    """Eq. 1 and 2 with changes."""
-    residual = 1.0
-    shift = 0  # with 1, C^I and C^T read the image and the caption of pair i - 1 for pair i
+class ReadsAnotherPair(COSMOS):
+    """What is read comes from another pair than the targets, so it cannot help to find them."""
 
     def forward(self, images, texts):
         cls, image_sequence = self.visual.with_sequence(images)
         eot, text_sequence = self.text.with_sequence(texts)
-        patches = self.image_map(image_sequence[:, 1:]).roll(self.shift, dims=0)
-        words = self.text_map(text_sequence).roll(self.shift, dims=0)
-        h_I = self.text_cross(cls, words) + self.residual * cls         # (V, B, D)
-        h_T = self.image_cross(eot, patches) + self.residual * eot      # (U, B, D)
+        # Pair i reads the image and the caption of pair i - 1.
+        patches = self.image_map(image_sequence[:, 1:]).roll(1, dims=0)
+        words = self.text_map(text_sequence).roll(1, dims=0)
+        h_I = self.text_cross(cls, words) + cls         # (V, B, D)
+        h_T = self.image_cross(eot, patches) + eot      # (U, B, D)
         return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
 
 
-class WithoutResidual(ReadsOtherwise):
-    """h_I and h_T are what has been read, and nothing else."""
-    residual = 0.0
-
-
-class ReadsAnotherPair(ReadsOtherwise):
-    """What is read comes from another pair than the targets, so it cannot help to find them."""
-    shift = 1
-
-
 def two_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 without the two terms that can be met by copying what was read. The other two weigh a half each."""
+    """Eq. 6 without the two terms that copying can make small. The other two have a weight of one half each."""
     terms = cosmos_terms(out, cls_t, eot_t, scale)
     del terms['h_T_cls_t'], terms['h_I_eot_t']
     return terms
@@ -87,7 +76,7 @@ def two_terms(out, cls_t, eot_t, scale):
 
 def groups_of(scenes, by):
     """-> a number for each scene, (n,). Scenes have the same number if they have the same colours or, by 'big', the
-    same big object. Similar colours have neighbouring numbers."""
+    same big object. The numbers follow the alphabet, so groups with the same first colour are neighbours."""
     keys = []
     for scene in scenes:
         if by == 'big':
@@ -123,9 +112,9 @@ class Method(NamedTuple):
     """A method in the race.
 
     steps: how many, by our estimate, take as long as 1,000 steps of COSMOS. The rows have the seconds, and `minutes`
-    corrects the steps of CLIP. rate: the peak learning rate; of those that `tune` and `tune-across` tried, the one with
-    which the mean of big and small objects named is highest. Without residual, and with another pair, COSMOS keeps its
-    rate.
+    corrects the steps of CLIP. rate: the peak learning rate; of those that `tune`, `tune-again` and `tune-across`
+    tried, the one with which the mean of big and small objects named is highest, over all seeds that tried it. With
+    another pair, COSMOS keeps its rate.
     """
     label: str                      # in plots
     batch: int
@@ -143,8 +132,6 @@ METHODS = {
     'text-crop': Method('text crops', 32, 1368, 5e-4, {'terms': image_terms, 'heads': 0}),
     'without-cross-attention': Method(
         'COSMOS without cross-attention', 32, 1150, 1e-3, {'model': WithoutCrossAttention, 'terms': plain_terms}),
-    'without-residual': Method(
-        'COSMOS without residual', 32, 1000, 1e-3, {'model': WithoutResidual}),
     'another-pair': Method(
         'COSMOS that reads another pair', 32, 1000, 1e-3, {'model': ReadsAnotherPair}),
     'across': Method('COSMOS that reads across', 32, 1000, 1e-3, {'terms': across_terms}),
@@ -152,7 +139,7 @@ METHODS = {
         'COSMOS without the two terms that leak', 32, 1000, 1e-3, {'terms': two_terms}),
     'cosmos': Method('COSMOS', 32, 1000, 1e-3)}
 SCENES = 4000                       # for training
-EIGHT = range(8)                    # seeds, if a difference was undecided after five, or nearly so
+EIGHT = range(8)                    # seeds, if a difference was undecided or barely decided after five
 PRECISION = 'bf16'
 
 # Options of make_scenes. After the built-in set come worlds with the same small object: alone, next to an equal (also
@@ -171,12 +158,13 @@ WORLDS = {
 # The emoji are not shipped.
 SHARED = Path(os.environ.get('COSMOS_SHARED', '../shared'))
 SETS = {'emoji': (SHARED / 'data/emoji/train', SHARED / 'data/emoji/retrieval/seen_vendors')}
-COMPANY = {'alone': 'alone', 'equal': 'beside\nan equal', 'big': 'beside\na big one'}    # in plots
+# The worlds of page 2, and their labels in plots.
+COMPANY = {'alone': 'alone', 'equal': 'beside\nan equal', 'big': 'beside\na big one'}
 
 
 class Variant(NamedTuple):
-    """How runs are made. Variants that differ in nothing but seeds and `tested` share their runs, and then the first
-    one to run decides in which worlds objects are named."""
+    """How runs are made. Variants that differ in nothing but seeds and `tested` share their runs, so the one that runs
+    first decides in which further worlds objects are named."""
     method: str
     world: str = 'built-in'         # of WORLDS or of SETS
     steps: int = 0                  # 0 stands for the method's own, as it does for the rate
@@ -235,11 +223,12 @@ def batches():
 
 
 def same_big():
-    """Page 3: batches whose scenes share the big object, or nearly: half of all batches, or all of the second half of a
-    run. And in a world where big objects have shapes that no small one has."""
+    """Page 3: batches whose scenes share the big object, or at least its colour. Such are half of all batches, or all
+    batches of the second half of a run. CLIP also does this in two worlds of two objects, in one of which (`apart`) big
+    objects have shapes that no small one has."""
     variants = {}
     for method, world in ('cosmos', 'built-in'), ('clip', 'built-in'), ('clip', 'big'), ('clip', 'apart'):
-        # Rows of lower seeds are of another machine.
+        # Rows of lower seeds come from another machine.
         mixed = Variant(method, world, seeds=range(10, 15))
         # Half of the steps: what a run learns if grouped batches teach nothing.
         variants[f'{method}-{world}-short'] = mixed._replace(steps=METHODS[method].steps // 2)
@@ -285,7 +274,7 @@ EMOJI_RATES = {'clip': 5e-4, 'cosmos': 5e-4, 'without-cross-attention': 5e-4}
 NOBODY = 'nobody'  # the "method" of rows that say what adversaries reach in a world
 
 EXPERIMENTS = {
-    # In `apart` the wrong names of big objects are all shapes of small ones, so a measure of them says nothing.
+    # In `apart` all wrong names of a big object have shapes of small ones, so it says little whether one is named.
     'worlds': {world: Variant(NOBODY, world, seeds=range(1)) for world in WORLDS if world != 'apart'},
     'tune': tune({
         'clip': '5e-4 2.5e-4 1.25e-4',
@@ -320,14 +309,15 @@ EXPERIMENTS = {
     # usual rate.
     'longer': race(longer('clip text-crop'), FIVE, {'text-crop': 2.5e-4}) | race(
         longer('without-cross-attention cosmos'), range(1, 9)),
-    # Who reads what: from the same pairs, in the same minutes, in three times the minutes.
+    # Who reads what: from the same pairs (`reading`), in about the same minutes (`across`), in three times the minutes.
     'reading': race({
         'cosmos': 0, 'another-pair': 0, 'without-cross-attention': 1000, 'across': 0, 'two-terms': 0}),
     'tune-across': tune({'across': '2e-3', 'two-terms': '2e-3 1e-3 5e-4'}) | tune(
         {'across': '1e-3 5e-4'}, count=2),
     'across': race({'cosmos': 0, 'another-pair': 0, 'without-cross-attention': 0, 'across': 0}),
     'longer-reading': race(longer('cosmos another-pair without-cross-attention across'), FIVE),
-    # Other pictures, with rich captions. CLIP keeps its own crops here, as it does in train.py.
+    # Other pictures, with rich captions. CLIP trains without the full augmentation here, as its row of train.METHODS
+    # says; the others have it.
     'tune-emoji': tune({
         'cosmos': '2e-3 1e-3 5e-4 2.5e-4',
         'without-cross-attention': '2e-3 1e-3 5e-4 2.5e-4',
@@ -335,8 +325,7 @@ EXPERIMENTS = {
             {'clip': '1e-3 5e-4 2.5e-4'}, steps={'clip': 1932}, world='emoji'),
     'emoji': race(
         {'cosmos': 0, 'without-cross-attention': 0, 'across': 0}, range(5), EMOJI_RATES, **EMOJI) | race(
-            {'clip': 1932}, range(5), EMOJI_RATES, world='emoji'),
-    'exercise': race({'without-residual': 0}, range(1))}
+            {'clip': 1932}, range(5), EMOJI_RATES, world='emoji')}
 
 # What is compared: {experiment: {columns: pairs of variants}}; a~b is a minus b. All differences of one experiment are
 # one family.
@@ -381,7 +370,7 @@ def folder(words):
 
 
 def run_folder(variant, seed):
-    """Its name has everything that makes the run, so that no other run is taken for it."""
+    """Its name has the code's commit and the recipe, so that no other run is taken for it."""
     return folder(f"{origin()['commit']} {variant.recipe()} {seed}")
 
 
@@ -399,8 +388,8 @@ def scene_folder(world, seed):
 # Runs of these commits have equal rows, so an experiment may mix them. (One exception: since 01e2c63 equal scores tie
 # to the last bit, which moved mean ranks by 0.002 at most, and R@1 of three long runs by one or two captions of 1,000.)
 # 1d83ab1 trained drawn scenes by train.py, the others by onepage.py. To show that they are equal, runs of cosmos, clip,
-# clip-aug, text-crop, without-cross-attention, another-pair and of sorted batches were made again, and all columns of
-# their rows were the same but the seconds. A commit that changes no number of a run joins this list once that has been
+# clip-aug, text-crop, without-cross-attention, another-pair and of sorted batches were made again, and in their rows
+# every column but the seconds was the same. A commit that changes no number of a run joins this list once that has been
 # shown again. Rows of photographs, which train.py makes, are of bd9b7b1 and 965bc15, which differ in a comment.
 EQUAL_COMMITS = ('1d83ab1', '7e3ef2a', '01e2c63', 'bd9b7b1', '965bc15')
 CODE = ('cosmos.py data.py eval.py lesson/onepage.py lesson/scenes.py lesson/setting.py lesson/suppression.py '
@@ -411,8 +400,9 @@ CODE = ('cosmos.py data.py eval.py lesson/onepage.py lesson/scenes.py lesson/set
 def origin(code=CODE):
     """The machine, and the last commit that changed the code of a run.
 
-    NB: edits that are not committed go unnoticed, and so do edits of this file. Its numbers are in the recipe, but the
-    terms, models and orders are there by name only. So if you change one of these, give the method another name.
+    NB: edits that are not committed go unnoticed, and so do edits of this file. Steps, rates and batches are in the
+    recipe, but methods (their `differs`) and worlds are there by name only. So if you change one of these, give it
+    another name.
     """
     # Linux says more than `platform`.
     line = subprocess.getoutput('grep -sm1 "model name" /proc/cpuinfo')
@@ -467,7 +457,7 @@ def world_figures(scenes):
     return {'R@1': suppression.oracles(listed)} | suppression.adversaries(known, listed)
 
 
-def measured(checkpoint, scenes):
+def options_for(checkpoint, scenes):
     """The options of the commands in eval.py and lesson.suppression."""
     return SimpleNamespace(checkpoint=checkpoint, shards=scenes, device='cpu', workers=0, vocab=None, only=None)
 
@@ -476,7 +466,7 @@ def held_out_pairs(world):
     """-> the held-out images of a world of SETS, all their captions, and which image each caption belongs to."""
     _, path = SETS[world]
     if (path / 'annotations').is_dir():
-        return published_captions(path, None, None, None, None)
+        return published_captions(coco=path, karpathy=None, flickr=None, images=None, split=None)
     shards = Shards(path)
     return shards, *shard_captions(shards)
 
@@ -502,9 +492,9 @@ def set_figures(world, args, scored):
     found = {'retrieval': figures}
     if scored[0].has_cross_attention:
         found['conflict'] = suppression.conflict(args, images, *texts)
-    telling = background_captions(world)
-    of_objects = [i for i, caption in enumerate(captions) if caption not in telling]
-    if telling:
+    background = background_captions(world)
+    of_objects = [i for i, caption in enumerate(captions) if caption not in background]
+    if background:
         model, tokenizer, _ = scored
         text_features = embed_texts(model, tokenizer, [captions[i] for i in of_objects])
         found['objects'] = retrieval(image_features, text_features, owner[of_objects])
@@ -516,7 +506,7 @@ def run_figures(variant, seed, scenes):
     out = run_folder(variant, seed) / 'last.pt'
     took = train_run(variant, seed, scenes, out)
     scored = load(out)
-    args = measured(out, scenes)
+    args = options_for(out, scenes)
     if variant.world in SETS:
         return took | set_figures(variant.world, args, scored)
     figures = suppression.measure(args, *scored)
@@ -585,28 +575,43 @@ def missing_runs(variants, seeds=None):
     return sorted(missing, key=lambda key: key[0])
 
 
-def main():
-    parser = Parser(prog='python -m lesson.experiments', epilog=__doc__)
-    parser.add_argument('experiment', choices=EXPERIMENTS)
-    parser.add_argument('--seeds', type=positive, help='how many, instead of those of the course')
+def add_options(parser, experiments):
+    parser.add_argument('experiment', choices=experiments)
+    parser.add_argument('--seeds', type=positive, help='how many, instead of all')
     parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run')
-    args = parser.parse_args()
-    variants = EXPERIMENTS[args.experiment]
-    wanted = missing_runs(variants, args.seeds)
-    print(f'{len(wanted)} runs have no row in {RESULTS}; to make a run again, give --run')
-    if args.run:
-        name, seed = args.run
-        need(name in variants, f'no variant is called {name}; take one of {", ".join(variants)}')
-        wanted = [(int(seed), name)]
-    for seed, name in wanted:  # draw the scenes now, before two runs need the same folder
-        for world in (variants[name].world, *variants[name].tested):
-            scene_folder(world, seed)
+
+
+def wanted_runs(args, variants):
+    """-> [(seed, name of a variant)]: the run that --run names, or all that have no row."""
+    missing = missing_runs(variants, args.seeds)
+    print(f'{len(missing)} runs have no row in {RESULTS}; to make a run again, give --run')
+    if not args.run:
+        return missing
+    name, seed = args.run
+    need(name in variants, f"no variant is called {name}; take one of {', '.join(variants)}")
+    return [(int(seed), name)]
+
+
+def make_runs(make, wanted):
+    """Call make((seed, name of a variant)) for each, two at a time, and add the rows that it returns."""
     # These hold for the processes that start below: a run takes one thread, and no GPU.
     os.environ |= {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     with ProcessPoolExecutor(2, get_context('spawn')) as pool:
-        for row in pool.map(partial(make_row, variants), wanted):
+        for row in pool.map(make, wanted):
             show(row)
             add_result(row)
+
+
+def main():
+    parser = Parser(prog='python -m lesson.experiments', epilog=__doc__)
+    add_options(parser, EXPERIMENTS)
+    args = parser.parse_args()
+    variants = EXPERIMENTS[args.experiment]
+    wanted = wanted_runs(args, variants)
+    for seed, name in wanted:  # draw the scenes now, before two runs need the same folder
+        for world in (variants[name].world, *variants[name].tested):
+            scene_folder(world, seed)
+    make_runs(partial(make_row, variants), wanted)
 
 
 if __name__ == '__main__':

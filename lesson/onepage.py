@@ -116,7 +116,7 @@ def main():
     held_out = Shards(folder, split='val')
     figures, image_features = zero_shot_retrieval(*scored, held_out)
     # These say how many objects are named, and how many colours are bound to the right shape.
-    show(figures | suppression.during_training(*scored, image_features, held_out))
+    show(figures | suppression.scene_figures(*scored, image_features, held_out))
 
 
 if __name__ == '__main__':

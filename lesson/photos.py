@@ -7,33 +7,29 @@
 Unlike the runs on drawn scenes, these are commands that you could type yourself: `--print` prints one line for each
 run, to copy. First train.py trains on 6,000 photographs, and keeps the network that is best on 1,000 validation
 photographs (best.pt). Then eval.py scores it on 1,000 test photographs. Further calls score the last weights (`last`)
-and, if the method has a teacher, the student in the teacher's place (`student`); classify CIFAR-10, if it is at hand;
-and measure what h_T and h_I copy (`conflict`, page 5 of the course). A run takes one thread of a CPU. Flickr8k is for
-research and education only, so it is not part of this repository; docs/own-data.md says where to get it. Shards and
-networks go to runs/photos.
+and, if the method has a teacher, the student in the teacher's place (`student`). If CIFAR-10 is at hand, it is
+classified. What h_T and h_I copy is measured on the validation photographs (`conflict`, page 5 of the course). A run
+takes one thread of a CPU. Flickr8k is for research and education only, so it is not part of this repository;
+docs/own-data.md says where to get it. Shards and networks go to runs/photos.
 
 Every method of `photo-minutes` and `photo-pairs` gets the learning rate that is best for it on the validation
 photographs (`photo-tune`). No choice is made on the test photographs.
 """
 import json
-import os
 import resource
 import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from math import ceil
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from eval import show
-from lesson.experiments import CODE, SHARED, add_result, flat, missing_runs, origin
+from lesson.experiments import CODE, SHARED, add_options, flat, make_runs, origin, wanted_runs
 from plumbing.errors import command, need
 from plumbing.files import read_json, write_json
-from plumbing.options import Parser, positive
+from plumbing.options import Parser
 from plumbing.weights import Origin
 from train import METHODS, PRESETS
 
@@ -72,7 +68,7 @@ RATES = {'clip': 2.5e-4, 'clip-aug': 2.5e-4, 'plain': 2e-3, 'across': 1e-3, 'cos
 TUNED_ON = range(100, 101)              # a seed that is used for tuning only
 THREE = range(3)                        # seeds
 FIVE = range(5)
-EIGHT = range(8)                        # if a difference was undecided after five
+EIGHT = range(8)                        # if a difference was undecided or barely decided after five
 
 
 def tune(tried, steps):
@@ -123,7 +119,7 @@ OPEN = 'photo-longer', 'photo-fewer', 'photo-across'
 
 # R@10 was chosen before the first run, because 1,000 photographs measure it more precisely than R@1.
 RECALL = 'retrieval.image_to_text_R@10 retrieval.text_to_image_R@10'
-LAST = 'last.image_to_text_R@10 last.text_to_image_R@10'        # of the last weights; asked after the runs
+LAST = 'last.image_to_text_R@10 last.text_to_image_R@10'        # of the last weights; we chose these after the runs
 RIVALS = 'cosmos~clip cosmos~clip-aug cosmos~plain plain~clip'
 COMPARISONS = {
     'photo-pairs': {RECALL: 'cosmos~clip cosmos~clip-aug'},
@@ -228,7 +224,7 @@ def validation(out):
 
 
 def test_figures(what, found):
-    """The figures that a command wrote, named as the columns are, without those that describe the checkpoint."""
+    """The figures of a command, under the names of the columns. What it wrote about the checkpoint is left out."""
     for name in Origin._fields:
         found.pop(name, None)
     if what == 'cifar10':
@@ -240,11 +236,9 @@ def test_figures(what, found):
 
 def main():
     parser = Parser(prog='python -m lesson.photos', epilog=__doc__)
-    parser.add_argument('experiment', choices=EXPERIMENTS)
+    add_options(parser, EXPERIMENTS)
     parser.add_argument('--flickr8k', type=Path, default=SHARED / 'data/flickr8k',
                         help='folder with dataset_flickr8k.json and Images/ (%(default)s)')
-    parser.add_argument('--seeds', type=positive, help='how many, instead of all')
-    parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run')
     parser.add_argument('--print', action='store_true', help='print the commands of the runs, and make none')
     args = parser.parse_args()
     variants = EXPERIMENTS[args.experiment]
@@ -257,20 +251,10 @@ def main():
             for seed in variant.seeds[:args.seeds]:
                 _, words = commands(variant, seed, args.flickr8k)
                 print(f'# {name}, seed {seed}')
-                lines = ['OMP_NUM_THREADS=1 ' + shlex.join(each) for each in words.values()]
+                lines = [f'OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= {shlex.join(each)}' for each in words.values()]
                 print(' && '.join(lines))
         return
-    wanted = missing_runs(variants, args.seeds)
-    print(f'{len(wanted)} runs have no row; to make a run again, give --run')
-    if args.run:
-        name, seed = args.run
-        need(name in variants, f"no variant is called {name}; take one of {', '.join(variants)}")
-        wanted = [(int(seed), name)]
-    os.environ |= {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}          # of the processes that start below
-    with ProcessPoolExecutor(2, get_context('spawn')) as pool:
-        for row in pool.map(partial(make_row, variants, args.flickr8k), wanted):
-            show(row)
-            add_result(row)
+    make_runs(partial(make_row, variants, args.flickr8k), wanted_runs(args, variants))
 
 
 if __name__ == '__main__':

@@ -35,6 +35,7 @@ def one_pair():
     """-> 4 views (3, s, s) uint8 and 4 captions, the two global ones first."""
     (_, image), (_, record) = draw_scene(World(), 'train', PAIR)
     shards = SimpleNamespace(pair=lambda index: (json.loads(record)['captions'], image))
+    # We only call `sample`, which needs no tokenizer.
     crops = Crops(shards, None, SIZES, 0, Setting().counts, 'crops')
     views, _, captions, _ = crops.sample(EPOCH, PAIR)
     return views, captions

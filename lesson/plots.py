@@ -204,11 +204,11 @@ SECTIONS = [            # heading, what stands before the columns, columns
      'retrieval.image_to_text_median_rank retrieval.text_to_image_median_rank cifar10.top1'),
     ('On the validation photographs', ['val'],
      'image_to_text_R@1 image_to_text_R@10 text_to_image_R@1 text_to_image_R@10'),
-    ('Found by captions that tell no background', ['objects'],
+    ('Found by captions that do not describe the background', ['objects'],
      'image_to_text_R@1 image_to_text_R@10 text_to_image_R@1 text_to_image_R@10'),
     ('Bound', [''], 'bound.dominant_small bound.small_small'),
-    ('Named beside others than in training', [*COMPANY], 'dominant.top1 small.top1'),
-    ("Where C^I's peak lies: asked for the own name, for an absent one, a blind guess",
+    ('Named in other company than in training', [*COMPANY], 'dominant.top1 small.top1'),
+    ("Where C^I's peak lies, asked for an object's own name (own) or an absent one (absent), and a blind guess (area)",
      ['pointing.dominant', 'pointing.small'],
      'own_it own_other own_ground absent_it absent_other absent_ground area_it area_other area_ground'),
     ("C^I's peak, asked for an absent name of each of two colours", ['pointing.color'], 'asked other'),
@@ -221,7 +221,7 @@ SECTIONS = [            # heading, what stands before the columns, columns
      'own sentence read alone kept'),
     ("Losses of the last batch, as a share of a blind guess's", ['loss'],
      'clip h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t cls_cls_t cls_eot_t eot_cls_t eot_eot_t'),
-    ('Who knows little', ['areas', 'biggest', 'sums', 'products', 'likes'],
+    ('Hand-made models that know little', ['areas', 'biggest', 'sums', 'products', 'likes'],
      'dominant.top1 small.top1 bound.dominant_small bound.small_small'),
     ('R@1 of a model that knows all colours, or all names', ['R@1'], 'colors names')]
 INTRODUCTION = """# All results
@@ -229,9 +229,10 @@ INTRODUCTION = """# All results
 `python -m lesson.plots` writes this page from `results.csv`. It begins with the differences; then come the figures of
 each experiment, and at the end, folded, those that chose learning rates or that only check a measure.
 
-Figures are means in percent, over as many runs as stand behind ×, or over those of them that have the figure; minutes
-are minutes. Losses are those of the last batch. The held-out scenes are the same in all runs, so ± is over training
-scenes and seeds; for emoji and photographs it is over seeds alone.
+Figures are means, over as many runs as the number after × says, or over those of them that have the figure. They are in
+percent, except for steps, ranks, minutes and thousands of pairs; cosines are times 100. Losses are those of the last
+batch. The held-out scenes are the same in all runs, so ± is over training scenes and seeds; for emoji and photographs
+it is over seeds alone.
 
 ## Differences
 
@@ -241,7 +242,7 @@ stands in two experiments may be decided in one of them only.
 
 
 def differences(experiment):
-    """A table of what is compared in an experiment; '' where nothing is, or where no runs are made yet."""
+    """A table of what is compared in an experiment; '' if nothing is, or if its runs have not been made."""
     gaps, decided = family(experiment)
     rows = [['difference', 'of', 'points', 'decided']]
     for test, (gap, half) in gaps.items():
@@ -269,7 +270,7 @@ def tables(experiment):
 
 def is_folded(experiment):
     """Experiments that chose learning rates, or that only check a measure."""
-    return 'tune' in experiment or experiment in ('worlds', 'batches-half', 'exercise')
+    return 'tune' in experiment or experiment in ('worlds', 'batches-half')
 
 
 def appendix():
@@ -292,7 +293,7 @@ def appendix():
 # --- 3. Pages --------------------------------------------------------------------------------------------------------
 
 TABLE = re.compile(r'<!-- table: ([^|]*)\|([^>]*) -->\n((?:\|.*\n)*)')
-# Code, in blocks and in lines, and the addresses of links: their numbers are no figures.
+# Code, in blocks and in lines, and the addresses of links: their numbers are not figures.
 CODE = re.compile(r'(?ms)^```.*?^```|(?<=\n\n)(?: {4}[^\n]*\n?)+|`[^`]*`|\]\([^)]*\)')
 PARAGRAPH = re.compile(r'(?:.+\n?)+')
 SOURCES = re.compile(r'<!--([^<>]*)-->\s*$')
@@ -404,7 +405,7 @@ def show_names(axis, x, heights, apart):
     for method in sorted(heights, key=heights.get):
         height = max(heights[method], height + apart)
         names[method] = height
-    # Names that were moved up come down by this.
+    # All names then move down by the mean rise, so that on average they stand where their heights are.
     rise = fmean(names.values()) - fmean(heights.values())
     for method, height in names.items():
         show_name(axis, x, height - rise, method)
@@ -492,7 +493,7 @@ def draw_batches(figure):
             colors.add(' '.join(sorted(words[::2])))
         row.imshow(np.vstack([np.hstack(images[:4]), np.hstack(images[4:])]))
         row.set_axis_off()
-        # of captions with equal colours, colours alone find one
+        # among captions with equal colours, a model that knows only colours finds one
         row.set_title(f'{kind}: colours alone\nfind {len(colors)} of 8 captions')
         for method, shift, side in ('clip', -0.12, 'right'), ('cosmos', 0.12, 'left'):
             name = f'{method}-16-{kind}'
@@ -538,7 +539,7 @@ def draw_race(figure):
     for method, shift in ('clip', 0.85), ('text-crop', 1), ('without-cross-attention', 1), ('cosmos', 1.17):
         for axis, column, first in (over_pairs, 'pairs', 'pairs'), (over_minutes, 'seconds', 'minutes'):
             shown = [first, 'longer']
-            if method == 'clip':  # its runs of `pairs` and `minutes` differ; the others hardly do
+            if method == 'clip':  # its runs of `pairs` and of `minutes` differ most, so both panels show both
                 shown = ['pairs', 'minutes', 'longer']
             for experiment in shown:
                 x = shift * mean(experiment, method, column)                    # dots keep apart
@@ -667,7 +668,7 @@ PICTURES = {            # how it is drawn, inches
 
 
 def digest():
-    """A digest of all that pictures show. It travels in each of them, for --check."""
+    """A digest of the rows. It travels in each picture, for --check. A change of this file goes unnoticed."""
     return hashlib.sha1(RESULTS.read_bytes()).hexdigest()
 
 
@@ -716,7 +717,7 @@ def check_runs():
                 commit = 'equal' if row['commit'] in EQUAL_COMMITS else row['commit']
                 origins.add((commit, row['machine'], row['precision']))
         need(len(origins) == 1, f'{experiment} has runs of several origins: {origins}; remove their rows from '
-             'results.csv, and make the runs anew at one')
+             'results.csv, and make the runs again, on one machine and at one commit')
 
 
 def main():
@@ -731,8 +732,8 @@ def main():
         return
     path = PICTURE
     if args.mine:
-        MINE.extend(map(read_json, Path('runs/lesson').glob('*/row.json')))
-        need(MINE, 'runs/lesson has no run of yours; the commands of the pages make some')
+        MINE.extend(map(read_json, Path('runs').glob('*/*/row.json')))
+        need(MINE, 'runs/lesson and runs/photos have no run of yours; the commands of the pages make some')
         path = 'runs/lesson/{}.png'
     else:
         # Both are filled in before one is written.

@@ -7,14 +7,14 @@
     python -m lesson.scenes DIR --objects 2 --dominant-size 0.38 --company none         the small one alone
 
 With few colours most scenes share their colours with many others, so that captions can only be told apart by shapes. No
-sentence tells the size, the place or the role of its object. Nothing but its outline tells the shape of an object: all
+sentence mentions the size, the place or the role of its object. Only its outline gives away the shape of an object: all
 dominant objects cover the same number of pixels, and so do all small ones, each object has one colour, and places are
 drawn in the same way for all shapes. Objects never touch.
 
 DIR/train, DIR/val and DIR/twins hold tars of KEY.webp and KEY.json. The json has `captions`, which are ten sentences in
 train, and elsewhere one caption that names every object once. And it has `objects`, each with `name`, `role` (dominant
-or small), `bbox` (x, y, w, h in pixels), `area` in pixels, `centre` (x, y), from which mask_of can draw again the
-pixels that the object covers, and `absent`: its colour with five shapes that no object of the scene has. Twins are
+or small), `bbox` (x, y, w, h in pixels), `area` in pixels, `centre` (x, y), from which mask_of can redraw the pixels
+that the object covers, and `absent`: its colour with five shapes that no object of the scene has. Twins are
 neighbours, 2 k and 2 k + 1, that are equal except for the shape of one object.
 """
 import io
@@ -62,7 +62,7 @@ SHAPES = {
     'square': [CORNERS * (1 + 1j)],
     'triangle': [-1j * ROUND[::20]],
     'star': [-1j * ROUND[::6] * np.tile([1, 0.45], 5)],
-    'heart': [16 * ROUND.imag ** 3 - 1j * HEART.real],
+    'heart': [16 * ROUND.imag ** 3 - 1j * HEART.real],                  # the real part of HEART is its height
     'cross': [np.outer(CORNERS, ARM).ravel()],
     'moon': [np.append(OUTER_ARC, 0.45 + 0.8 * INNER_ARC)],
     # hard to tell from others on few pixels, hence last
@@ -71,8 +71,8 @@ SHAPES = {
 }
 NAMES = [f'{color} {shape}' for color in COLORS for shape in SHAPES]
 FORMS = ['there is {}', 'we see {}', 'here is {}', 'it shows {}']       # the same for every object
-SENTENCES = 10                                  # a training scene
-ABSENT = 5                                      # wrong names of an object
+SENTENCES = 10                                  # per training scene
+ABSENT = 5                                      # wrong names per object
 
 
 def polygon_area(outline):
@@ -88,7 +88,7 @@ for shape, (outline, *holes) in SHAPES.items():
 
 SIZE = 96                                       # side of an image in pixels
 SS = 4                                          # supersampling per axis
-GAP = 2                                         # least pixels between objects, and to the border
+GAP = 2                                         # fewest pixels between objects, and to the border
 TRIES = 200                                     # thousands of layouts to try before we say that objects do not fit
 VERSION = 5                                     # version of the built-in set; raise it when a scene changes
 
@@ -101,12 +101,12 @@ LIMITS = {                                      # for the fields of a World
 @dataclass(frozen=True)
 class World:
     """What the scenes of a set have in common. Worlds that differ only in `company` have the same small objects, pixel
-    by pixel, and the same sentences about them."""
+    by pixel (in train and val), and in train the same sentences about them."""
     colors: int = 2                 # the first ones of COLORS; they may repeat in a scene
     shapes: int = 8                 # the first ones of SHAPES; they do not repeat
     big_shapes: int = 0             # how many shapes after those are for dominant objects alone; 0: all share the same
     objects: int = 3                # in a scene, the dominant one and the small ones together
-    dominant_size: float = 0.3      # side of a square of its area, as a share of the image's side
+    dominant_size: float = 0.3      # side of a square with its area, as a share of the image's side
     small_size: float = 0.2
     named: float = 0.5              # the share of sentences that name a small object
     company: str = 'big'            # what small objects stand next to: 'big', 'equal' (of their size) or 'none'
@@ -122,7 +122,7 @@ class World:
              f'--big-shapes {self.big_shapes} is too many after --shapes {self.shapes}; there are {len(SHAPES)}')
         least = self.objects + ABSENT
         if self.big_shapes:
-            least -= 1                  # the dominant object takes none of them
+            least -= 1                  # the dominant object takes none of these shapes
         need(self.shapes >= least,
              f'--shapes {self.shapes} is too few for {self.objects} objects and {ABSENT} shapes that '
              f'are absent; give --shapes {least}')
@@ -195,7 +195,7 @@ def pixels_of(thing):
         ImageDraw.Draw(fill).polygon(list(zip(points.real, points.imag)), inside)
         inside = 0                              # a second outline is a hole
     shares = np.asarray(fill.reduce(SS))
-    order = shares.argsort(axis=None, kind='stable')                    # on every machine the same
+    order = shares.argsort(axis=None, kind='stable')                    # stable: the same on every machine
     covered = np.zeros(SIZE * SIZE, bool)
     covered[order[-thing.area:]] = True
     return covered.reshape(SIZE, SIZE)
@@ -315,7 +315,7 @@ def make_scenes(root, train=4000, val=1000, workers=None, **options):
                 scenes = pool.map(draw, range(start, min(start + 1000, count)), chunksize=50)
                 path = root / split / f'{start // 1000:05d}.tar'
                 write_shard(path, chain.from_iterable(scenes))
-    # last: a folder that has it is whole
+    # written last, so a folder that has it is complete
     write_json(root / 'world.json', {'version': VERSION} | asdict(world))
 
 

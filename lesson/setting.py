@@ -1,4 +1,5 @@
-"""What the experiments of the course change in lesson/onepage.py. If you only read that page, you may skip this."""
+"""What the experiments of the course change in lesson/onepage.py. If you read nothing but onepage.py, you may skip
+this."""
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +21,6 @@ class Setting(NamedTuple):
     crop_min: float = 0.4
     model: type = COSMOS                # the class of the student
     heads: int = 4                      # of C^I and C^T; 0: neither, so no h_I and h_T for `terms`
-    terms: Callable = cosmos_terms      # what is learned in addition to L_CLIP
-    order: type = Order                 # which pairs make a batch
+    terms: Callable = cosmos_terms      # what is learned in addition to L_CLIP, a function like cosmos_terms
+    order: Callable = Order             # which pairs make a batch
     watch: Callable = print_loss        # called after every step

@@ -14,7 +14,7 @@ and for the whole set:
 
     bound       of two objects, is each right name above the one with the other's shape? A model that adds up words
                 reaches exactly 0, however it weights them. Guessing reaches 25 %, and knowing the big object but
-                guessing the other 50 %; a model that likes some names whatever it sees can reach as much
+                guessing the other 50 %. A model that likes some names, whatever it sees, can reach 50 %, too
     retrieval   among the held-out scenes, both ways
 
 pointing: where in the image does the highest weight of C^I lie? We ask "there is a NAME", with the object's own name
@@ -36,7 +36,7 @@ queries (`random`)? And how alike are two answers to one name, about two differe
 conflict: give C^I the sentence of one pair and the image of another. Which of 32 images, as the teacher sees them, does
 h_T pick? See section 6. The student reads, whatever --weights says.
 
-The folder given by --shards holds train/, val/ and twins/, or is one of these. If a set lists no objects, only
+The folder given by --shards holds val/, or is a val/. If a set lists no objects, only
 `conflict` is measured. A model without cross-attention has only `objects`.
 """
 import random
@@ -101,8 +101,8 @@ def scores_of(shards, model, tokenizer, preprocess, workers=0):
 
 
 def named(scores, scenes):
-    """-> {role: {top1, chance, objects (how many)}}. scores: of all scenes of the set, because their means are taken
-    off."""
+    """-> {role: {top1, chance, objects (how many)}}. scores: of all scenes of the set, because their means are
+    subtracted."""
     raised = scores - scores.mean(dim=0)
     hits = defaultdict(list)
     for thing in sum(scenes, []):
@@ -146,7 +146,7 @@ def area_of(scene, color):
 
 
 def salience(scene, word):
-    """Of a colour or a shape: the sum over the objects that have it."""
+    """How salient a colour or a shape is: the sum of SALIENCE over the objects that have it."""
     return sum(SALIENCE[thing.role] for thing in scene if word in (thing.color, thing.shape))
 
 
@@ -237,8 +237,8 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
     own_, absent_: asked for the object, and for an absent name of its colour. area_: what a blind guess among all
     patches hits. it: on the object; other: on another one; ground.
 
-    And {'color': {asked, other}} over the scenes of several colours, each of which is asked for once. So in scenes of
-    two colours, a model that looks at one place whatever is asked has equal shares of `asked` and `other`.
+    And {'color': {asked, other}} over the scenes of several colours. Each of these colours is asked for once. So in
+    scenes of two colours, a model that looks at one place whatever is asked has equal shares of `asked` and `other`.
 
     And {'caption': {dominant, small, ground}}, asked with the whole caption, which names every object.
     """
@@ -256,7 +256,7 @@ def pointing(model, tokenizer, preprocess, shards, scenes):
             asked = [COLUMN[thing.name], COLUMN[thing.absent[0]]]
             weights = model.image_cross.weights(eot[asked], patches.expand(2, -1, -1))
             own, absent = numbers[weights.argmax(dim=1).cpu()].split(1)
-            peaks[thing.color] = absent.item()
+            peaks[thing.color] = absent.item()              # the control serves for `color`, too
             for prefix, there in ('own', own), ('absent', absent), ('area', numbers):
                 on_it = there == thing.number
                 ground = there == 0
@@ -308,8 +308,8 @@ def handed(model, tokenizer, preprocess, shards, scenes):
     -> {role: {named_top1, named_found, other_top1, other_found}}, shares of the objects, and {'cosine': {names,
     random, scenes}}; see the head of this file. Only names that the scenes have are asked for.
 
-    `other` is asked once for every other object of its scene. The mean of all scenes' answers to a question is taken
-    off each score, so what the question itself adds to an answer does not matter.
+    An object counts under `other` once for each other object of its scene, namely when C^I is asked for that one. From
+    each score its mean over all scenes is subtracted, so what the question itself adds to an answer does not matter.
     """
     device = model.logit_scale.device
     cls, patches = [], []
@@ -341,8 +341,8 @@ def handed(model, tokenizer, preprocess, shards, scenes):
                 has_it = has[:, COLUMN[thing.name]].clone()
                 has_it[pair] = False
                 has_not = ~has[:, COLUMN[thing.name]]
-                nearer = near[pair, has_it][:, None] > near[pair, has_not]
                 if has_it.any():                        # another scene
+                    nearer = near[pair, has_it][:, None] > near[pair, has_not]
                     found[thing.role][f'{who}_found'].append(nearer.double().mean().item())
     figures = {}
     for role, columns in found.items():
@@ -365,15 +365,14 @@ def handed(model, tokenizer, preprocess, shards, scenes):
 #     alone       it reads nothing, so eot (h_I: cls) must pick: the most that `sentence` can be expected to reach
 #     kept        it reads its neighbour's image, and must find its caption's eot_t (h_I: its image's cls_t)
 #
-# No figure means much by itself, as these cheats show. A model that only copies what it reads has 100 % in own and
-# read, and 0 in sentence and kept, whatever it knows about sentences. A model with one eot for all sentences can have
-# the same, and has 3.1 % in alone. In a model that reads nothing, `own` and `sentence` equal `alone`, and `read` is
-# nearly 0. A model with the same towers comes near to that if it scales down what it has read, to a tenth of C^I. A
-# model that answers with the mean of all cls_t picks one image for all and has 3.1 % everywhere, or picks none if all
-# are equally near. So a high `own` proves nothing, and a high `sentence` proves something only if `own` is above
-# `alone`.
-# h_T of `across` was never trained to find cls_t, so its low `read` proves little. And if the neighbour's image shows
-# what the sentence says, to pick it is no fault; with whole captions that is rarer.
+# No figure means much by itself, as these cheats show. A model that only copies what it reads reaches 100 % at `own`
+# and `read`, and 0 at `sentence` and `kept`, whatever it knows about sentences. A model with one eot for all sentences
+# can reach the same, and 3.1 % at `alone`. In a model that reads nothing, `own` and `sentence` equal `alone`, and
+# `read` is nearly 0. A model with the same towers comes near to that if it scales down what it has read, to a tenth of
+# C^I. A model that answers with the mean of all cls_t picks one image for all and has 3.1 % everywhere, or picks none
+# if all are equally near. So a high `own` proves nothing, and a high `sentence` proves something only if `own` is above
+# `alone`. h_T of `across` was never trained to find cls_t, so its low `read` proves little. And if the neighbour's
+# image shows what the sentence says, picking it is no mistake; with whole captions that is rarer.
 #
 # With fewer than 32 pairs the groups are smaller, and chance is higher.
 
@@ -390,7 +389,7 @@ def picks(vectors, candidates, right):
     return hits.double().mean().item()
 
 
-def answers(queries, tokens, cross, candidates, of_own_kind):
+def picked(queries, tokens, cross, candidates, of_own_kind):
     """What a group of pairs picks -> {own, sentence, read, alone, kept}.
 
     queries (B, D): the sentences, not of unit length. tokens (B, R, D): what cross (C^I) reads of the images.
@@ -421,9 +420,9 @@ def answers_of(student, teacher, pixels, question_ids, caption_ids):
     cls_t = unit(teacher.encode_image(pixels)[0])
     eot_t = unit(teacher.encode_text(caption_ids)[0])
     return {
-        'h_T': answers(question_eot, patches, student.image_cross, cls_t, eot_t),
-        'h_T_caption': answers(caption_eot, patches, student.image_cross, cls_t, eot_t),
-        'h_I': answers(cls, words, student.text_cross, eot_t, cls_t)}
+        'h_T': picked(question_eot, patches, student.image_cross, cls_t, eot_t),
+        'h_T_caption': picked(caption_eot, patches, student.image_cross, cls_t, eot_t),
+        'h_I': picked(cls, words, student.text_cross, eot_t, cls_t)}
 
 
 def conflict(args, source, captions, questions):
@@ -475,10 +474,10 @@ def conflict_in_shards(args, shards, scenes):
 
 # --- 7. During training, and the command -----------------------------------------------------------------------------
 
-def during_training(model, tokenizer, preprocess, image_features, shards):
+def scene_figures(model, tokenizer, preprocess, image_features, shards):
     """The figures of held-out scenes, which train.py writes to eval.json; {} if the set lists no objects, or none with
     all keys of LISTED."""
-    if not shards.record(0).get('objects'):             # to read all records takes a while
+    if not shards.record(0).get('objects'):             # reading all records takes a while
         return {}
     scenes = read_scenes(shards)
     if not any(scenes):
@@ -494,7 +493,7 @@ class Named:
         """Nothing to prepare."""
 
     def evaluated(self, run, seen):
-        return during_training(seen.model, seen.tokenizer, seen.preprocess, seen.image_features, seen.val)
+        return scene_figures(seen.model, seen.tokenizer, seen.preprocess, seen.image_features, seen.val)
 
     def finish(self, run):
         """Nothing to write."""
@@ -548,7 +547,7 @@ def measure(args, model, tokenizer, preprocess):
 def main():
     parser = Parser(
         prog='python -m lesson.suppression',
-        description='What a checkpoint knows of objects in scenes.')
+        description='What a checkpoint knows about the objects of scenes.')
     add_checkpoint(parser)
     parser.set_defaults(command='suppression', function=measure)
     parser.add_argument('--shards', required=True,

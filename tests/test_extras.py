@@ -31,6 +31,7 @@ from eval import load
 from extras import attend, bench, pairs, prepare, report, search, weights
 from plumbing.images import decode, read_header
 from plumbing.shards import write_shard
+from plumbing.tokenizer import LEARNED_VOCAB
 from plumbing.weights import to_openclip
 from tests import helpers
 from tests.helpers import ROOT, encoded, put, refused, shared
@@ -208,7 +209,7 @@ def test_karpathys_list(tmp_path, capsys):
         put(tmp_path / f'f/{i}.jpg', picture())
         listed.append({'filename': f'{i}.jpg', 'filepath': 'f', 'split': split, 'sentences': [{'raw': f'a , {i} .'}]})
     rows = put(tmp_path / 'k', {'images': listed})
-    refused('k says itself which images are held out; leave --val', prepare.pack, rows, tmp_path, tmp_path, 9, 0.1)
+    refused('k already says which images are held out; leave out --val', prepare.pack, rows, tmp_path, tmp_path, 9, 0.1)
     for _ in range(2):
         prepare.pack(rows, tmp_path, tmp_path)
     assert pools(tmp_path / 'train') == [['a , 0'], ['a , 1']]
@@ -228,7 +229,8 @@ NO_TABLES = {
     '{"image": null, "caption": "x"}': "row 1 of .*/t has no file name under 'image'",
     '{"image": "\\ud83d", "caption": "x"}': "row 1 of .*/t has no file name under 'image'",
     '{"image": "\\u0000", "caption": "x"}': "row 1 of .*/t has no file name under 'image'",
-    'image,caption\na.jpg,x\nb.jpg,"a\ndog\n': '/t cannot be read from line 3 on .* quotation mark'}
+    'image,caption\na.jpg,x\nb.jpg,"a\ndog\n': '/t cannot be read from line 3 on .* quotation mark',
+    'image,caption\nb.jpg,"a\ndog\n': '/t cannot be read from line 2 on .* quotation mark'}
 
 
 def test_pack_refuses(tmp_path, images):
@@ -272,7 +274,7 @@ def test_join(tmp_path, capsys):
     assert [shards.record(i)['key'] for i in range(2)] == ['1', '2']
     refused('in holds shards made from something else', prepare.join, table, [shard], shard.parent)
     nameless = put(tmp_path / 'n.csv', 'filepath,title\na,b\n')
-    refused('n.csv has the columns filepath, title, none of url', prepare.join, nameless, [shard], out)
+    refused('n.csv has the columns filepath, title, but none of url', prepare.join, nameless, [shard], out)
     torn = put(tmp_path / 't.csv', 'url,raw_caption\na,x\nhttp://x/2,"two dogs\nc,x\n')
     refused('t.csv cannot be read from line 3 on .* quotation mark', prepare.join, torn, [shard], out)
 
@@ -292,9 +294,9 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert re.findall(r'left out   .*0.tar:(\d)', printed.err) == ['2', '3']
     for line in ('reading .*/train; its folder holds', 'left out +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
-                 'unsplit paragraphs +in 1 of 3 pairs', 'sentences per pair +0 % 1, .* 100 % 2',
-                 'words per sentence +0 % 1, .* 100 % 63', 'repeated +1 of 3 images, 0 of 4 sentences',
-                 'longer than context +4 of 12 captions, .* 64 tokens of a vocabulary learned',
+                 'unsplit paragraphs +in 1 of 3 pairs', 'sentences per pair +least 1, .* most 2',
+                 'words per sentence +least 1, .* most 63', 'repeated +1 of 3 images, 0 of 4 sentences',
+                 'longer than context +4 of 12 text crops, .* 64 tokens of a vocabulary learned',
                  'row 1 of .*sheet.png: pair 0\n    global', 'row 3 of .*sheet.png: pair 4'):
         assert re.search(line, printed.out), line
 
@@ -397,7 +399,7 @@ def test_weights_that_are_refused(tmp_path, vocab, checkpoint, monkeypatch, caps
     for sentence, state in {
             'has a vocabulary of 516 ids, .* 49,408': theirs,
             'may run code.*; .*weights_only=False': plain,
-            'not named like .*vision_model.* open_clip.create_model.*--quick-gelu': {'vision_model.x': 0},
+            'not named like .*vision_model.*; load these weights with open_clip': {'vision_model.x': 0},
             'with --config': theirs | {'token_embedding.weight': torch.ones(49408, 1)}}.items():
         torch.save(state, other)
         refused(sentence, weights.import_weights, other, out)
@@ -546,7 +548,7 @@ def photos(tmp_path):
 
 def test_features_are_kept(tmp_path, photos, capsys):
     """oracle: whether the broken image is named, as it is whenever images are embedded: the first time, and again when
-    the weights or an image have changed."""
+    the weights, the activation or an image have changed. A file that holds something else is not written over."""
     model, _, preprocess = speller()
 
     def check(anew, model=model):
@@ -557,8 +559,14 @@ def test_features_are_kept(tmp_path, photos, capsys):
     check(True)
     check(False)
     check(True, speller()[0])
+    other = COSMOS(replace(model.config, quick_gelu=True))
+    other.load_state_dict(model.state_dict())
+    check(True)
+    check(True, other)
     put(photos / 'two.png', picture('PNG', 'green').ljust(3000, b'\0'))
     check(True)
+    torch.save({'student': {}}, tmp_path / 'best.pt')
+    refused('best.pt holds no features', search.folder_features, model, preprocess, photos, tmp_path / 'best.pt')
 
 
 def test_search_command(tmp_path, photos, checkpoint, capsys):
@@ -692,6 +700,8 @@ def test_a_plan_by_hand(preset, tokens, batch, capsys):
     speed = 8 * 0.5 * 100e12 / total
     assert f'at 50% of 100 TFLOP/s per GPU: {speed:,.0f} pairs/s, {90 * batch / speed / 3600:,.1f} hours' in printed
     size = number(printed.replace(',', ''), 'parameters')
+    vocabulary = LEARNED_VOCAB if recipe.get('vocab') == 'learn' else 49408
+    assert size == sum(p.numel() for p in COSMOS(replace(config, vocab_size=vocabulary)).parameters())
     assert f'last.pt has {16 * size / 1e9:.2f} GB' in printed
 
 
