@@ -46,9 +46,9 @@ OPERATIONS = 10         # how many operations are shown, the most expensive ones
 
 # --- 1. A step -------------------------------------------------------------------------------------------------------
 
-STEP = """The options are those of train.py, except --workers, because the loader is not timed, and --out. Some defaults
-differ: --preset vit-b-16 --batch 32 --steps 10 (that many steps are timed), and without --data images are noise and
-captions random words."""
+STEP = """The options are those of train.py, except --workers, because the loader is not timed, and
+--out. Some defaults differ: --preset vit-b-16 --batch 32 --steps 10 (that many steps are timed),
+and without --data images are noise and captions random words."""
 DEFAULTS = '--preset=vit-b-16', '--batch=32', '--steps=10'
 SIDE = 256                                              # side of an image of noise, in pixels
 WORDS = 'a small red dog runs over the green grass near blue water with some people behind it'.split()
@@ -175,14 +175,16 @@ def measure_loader(shards, preset):
 
 # --- 3. A plan, without a GPU ----------------------------------------------------------------------------------------
 
-PLAN = """This is arithmetic: torch runs a step on its `meta` device, whose tensors have shapes but no numbers, and we
-count. The other options are those of train.py (--preset --batch --epochs --method --accum --grad-checkpoint ...), but
-here the defaults are --preset vit-b-16 --precision bf16.
+PLAN = """This is arithmetic: torch runs a step on its `meta` device, whose tensors have shapes but
+no numbers, and we count. The other options are those of train.py (--preset --batch --epochs
+--method --accum --grad-checkpoint ...), but here the defaults are --preset vit-b-16 --precision
+bf16.
 
-GFLOP counts matrix products, except those of the losses, which are 0.1 % at a batch of 1,024. What is computed again
-(--accum, --grad-checkpoint) counts as backward. Hours leave out loading, evaluation and checkpoints. Memory is what
-stays during a whole step. It leaves out what lives for one operation only, the block that --grad-checkpoint computes
-again, fragmentation, CUDA itself and nccl."""
+GFLOP counts matrix products, except those of the losses, which are 0.1 % at a batch of 1,024. What
+is computed again (--accum, --grad-checkpoint) counts as backward. Hours leave out loading,
+evaluation and checkpoints. Memory is what stays during a whole step. It leaves out what lives for
+one operation only, the block that --grad-checkpoint computes again, fragmentation, CUDA itself and
+nccl."""
 
 
 class HalfOnGPU(TorchFunctionMode):

@@ -42,7 +42,7 @@ IMAGE_COLUMNS = ('image', 'image_path', 'filepath', 'file_name', 'filename', 'pa
                  'image_name')
 EVERY_CAPTION_KEY = sum(CAPTION_KEYS, [])
 URL_COLUMNS = 'url', 'URL', 'image_url', 'Image Path', 'image_path'     # DreamLIP's CSV: Image Path
-CAPTION_COLUMNS = 'caption', 'title', 'text', 'sentence'                # the first that is filled is the caption
+CAPTION_COLUMNS = 'caption', 'title', 'text', 'sentence'                # the first that is filled
 SPLIT = 'karpathy_split'  # a key in the json of pairs that came from Karpathy's list
 HALVES = {'train': 'train', 'restval': 'train', 'val': 'val'}  # Karpathy's other splits stay out
 NAMED = 10              # how many unusable images are named: the first few show what is wrong with all
@@ -59,7 +59,7 @@ def json_values(text):
     while place < len(text):
         value, place = decoder.raw_decode(text, place)
         values.append(value)
-        place = re.compile(r'\s*').match(text, place).end()         # raw_decode does not skip white space
+        place = re.compile(r'\s*').match(text, place).end()  # raw_decode does not skip white space
     return values
 
 
@@ -188,12 +188,13 @@ def records_by_image(rows, path, image_column=None, caption_column=None):
         name = os.path.normpath(name)               # ./a.jpg is a.jpg
         record['file'] = name
         texts = [record[key] for key in text_columns if captions_under(key, record)]
-        if caption_column:  # other captions are then used for neither training nor retrieval; the one in `texts` stays
+        if caption_column:  # other captions are then used for neither training nor retrieval
             for key in EVERY_CAPTION_KEY:
                 record.pop(key, None)
         if texts:
             record['caption'] = texts[0]
-        add_captions(records.setdefault(name, record), record)          # a first row only gets its captions as lists
+        # If it is the image's first row, this only turns its captions into lists.
+        add_captions(records.setdefault(name, record), record)
     need(any(map(caption_pool, records.values())),
          f"{path} has no captions under a name known here; its columns are {', '.join(columns)}: "
          'give the column of the captions with --caption-column')
@@ -215,7 +216,8 @@ def claim(out, **source):
     """A folder of shards belongs to one source. A second run with the same source goes on; one with another source is
     Refused."""
     label = Path(out, 'source.json')
-    if list(Path(out).rglob('*.tar')):  # as long as there is no tar, a mistyped command may be mended and run again
+    # As long as there is no tar, a mistyped command may be mended and run again.
+    if list(Path(out).rglob('*.tar')):
         need(label.exists() and read_json(label) == source,
              f'{out} holds shards made from something else (see {label}); give another folder, or empty it')
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -250,7 +252,7 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
     for folder, left in sorted(new.items()):        # train first
         number = 0
         for start in range(0, len(left), size):
-            while Path(folder, f'{number:05d}.tar').exists():       # step over the shards that are written
+            while Path(folder, f'{number:05d}.tar').exists():       # never write over a shard
                 number += 1
             path = Path(folder, f'{number:05d}.tar')
             write_shard(path, packed(left[start:start + size], images, number, problems))
@@ -320,7 +322,8 @@ def read_captions(table):
 
     It lies in a temporary file, because the table may be larger than memory.
     """
-    csv.field_size_limit(1 << 24)       # characters in a field; Python's own limit of 131,072 may be too low
+    # Python's own limit of 131,072 characters in a field may be too low.
+    csv.field_size_limit(1 << 24)
     database = sqlite3.connect('')      # '' is a temporary file
     database.execute('create table captions (url primary key, record)')
     with open(table, encoding='utf-8-sig', errors='replace', newline='') as file:
@@ -438,7 +441,7 @@ def inspect(shards, caption_keys, preset, vocab, out):
     keys = Counter()
     for i in progress(sample, 'reading pairs'):
         try:
-            _, _, drawn, _ = crops.sample(0, i)     # decodes the image and draws captions, as training does
+            _, _, drawn, _ = crops.sample(0, i)         # decodes and draws, as training does
         except Unreadable as error:
             problems.append(f'{source.name(i)}: {error}')
             continue

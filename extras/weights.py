@@ -40,7 +40,8 @@ def export(checkpoint, out):
     """
     path = Path(out)
     layout = path.with_suffix('.json')
-    need(path.suffix == '.pt', f'{path} must be named OUT.pt, because OUT.json is written next to it')
+    need(path.suffix == '.pt',
+         f'{path} must be named OUT.pt, because OUT.json is written next to it')
     need(not path.exists() and not layout.exists(), f'{path} or {layout} exists; name another file')
     model, _, _ = load(checkpoint)
     c = model.config
@@ -60,7 +61,8 @@ def export(checkpoint, out):
     print(f"open_clip.add_model_config('{layout}')\n"
           f"model = open_clip.create_model('{path.stem}', pretrained='{path}')")
     if c.vocab_size != CLIP_VOCABULARY:
-        print('# The merges were learned, so open_clip has no tokenizer for them; use the one that eval.load gives.')
+        print('# The merges were learned, so open_clip has no tokenizer for them; '
+              'use the one that eval.load gives.')
 
 
 # --- 2. Others' as ours ----------------------------------------------------------------------------------------------

@@ -50,10 +50,10 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
     # The defaults are a small COSMOS: L_CLIP and the terms of Eq. 6, 2 global + 2 local views, 2 + 2 captions, and
     # 4 heads in each cross-attention.
     setting = Setting(**changes)
-    keep_memory()                                       # freed memory is used again, which is faster
+    keep_memory()                                       # reusing freed memory is faster
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    dtype = choose_dtype(precision, device)             # auto: bfloat16 if it is fast here, else None
-    multiple = 8 if dtype else 1                        # of tokens; half precision prefers 8, 16, ...
+    dtype = choose_dtype(precision, device)             # auto: bfloat16 if it is fast here
+    multiple = 8 if dtype else 1                        # half precision prefers 8, 16, ... tokens
 
     # Sizes and recipe are those of the preset `tiny` of train.py. The paper's recipe is that of `vit-b-16`.
     shards = Shards(folder, split='train')
@@ -84,7 +84,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
         samples = [train_set[place] for place in places]                # a place is (epoch, index)
         inputs = collate(samples, multiple, whole_first=setting.heads > 0,
                          global_texts=setting.counts.global_texts).to(device)
-        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); the string is a seed
+        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); a string as seed
         texts = inputs.texts                            # U tensors (B, T)
 
         # The student sees all views and captions. The teacher sees only the globals, and all its captions are trimmed.

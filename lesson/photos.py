@@ -119,7 +119,8 @@ OPEN = 'photo-longer', 'photo-fewer'
 
 # R@10 was chosen before the first run, because 1,000 photographs measure it more precisely than R@1.
 RECALL = 'retrieval.image_to_text_R@10 retrieval.text_to_image_R@10'
-LAST = 'last.image_to_text_R@10 last.text_to_image_R@10'        # of the last weights; we chose these after the runs
+# The same of the last weights. We decided to compare these only after the runs.
+LAST = 'last.image_to_text_R@10 last.text_to_image_R@10'
 RIVALS = 'cosmos~clip cosmos~clip-aug cosmos~plain plain~clip'
 COMPARISONS = {
     'photo-pairs': {RECALL: 'cosmos~clip cosmos~clip-aug'},
@@ -174,7 +175,8 @@ def commands(variant, seed, flickr8k):
         photographs = ['--karpathy', flickr8k / 'dataset_flickr8k.json', '--split', 'test', '--images',
                        flickr8k / 'Images']
         scored = {'retrieval': [best], 'last': [out / 'last.pt']}       # does a lead depend on when training stops?
-        if METHODS[variant.method].has_teacher:         # does it depend on the teacher, which averages weights?
+        # Does a lead depend on the teacher, which averages weights?
+        if METHODS[variant.method].has_teacher:
             scored['student'] = [best, '--weights', 'student']
         for what, checkpoint in scored.items():
             found[what] = ['eval.py', 'retrieval', *checkpoint, *photographs, '--json', out / f'{what}.json']
@@ -198,7 +200,7 @@ def make_row(variants, flickr8k, key):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         call(arguments)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        if what == 'train':                             # processor time, because other programs may run, too
+        if what == 'train':                    # processor time, because other programs may run, too
             user = after.ru_utime - before.ru_utime
             system = after.ru_stime - before.ru_stime
             figures['seconds'] = int(user + system)
@@ -245,7 +247,8 @@ def main():
     need((args.flickr8k / 'dataset_flickr8k.json').exists(),
          f'{args.flickr8k} has no dataset_flickr8k.json; docs/own-data.md says where to get it')
     for photographs in {variant.photographs for variant in variants.values()}:
-        shard_folder(args.flickr8k, photographs)        # here, so that two runs do not pack the same folder at once
+        # Two runs must not pack the same folder at once, so it is packed here.
+        shard_folder(args.flickr8k, photographs)
     if args.print:
         for name, variant in variants.items():
             for seed in variant.seeds[:args.seeds]:

@@ -21,7 +21,7 @@ from lesson.scenes import World, draw_scene
 from lesson.setting import Setting
 
 EPOCH, PAIR = 3, 223            # with seed 0. The small views of this pair show the circle that a short caption names
-SIZES = Config(image_size=48, local_image_size=24, patch_size=8)        # of views, as in lesson/onepage.py
+SIZES = Config(image_size=48, local_image_size=24, patch_size=8)    # as in lesson/onepage.py
 PICTURES = {                    # file: classes of the drawing, see picture.svg
     'assets/lesson-step.svg': 'large',
     'assets/lesson-step-1.svg': 'large page1',

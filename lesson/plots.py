@@ -36,7 +36,8 @@ import numpy as np
 from PIL import Image
 
 from lesson import experiments, photos, picture
-from lesson.experiments import COMPANY, EQUAL_COMMITS, METHODS, RESULTS, WORLDS, missing_runs, read_results
+from lesson.experiments import (COMPANY, EQUAL_COMMITS, METHODS, RESULTS, WORLDS, missing_runs,
+                                read_results)
 from lesson.scenes import World, draw_scene
 from plumbing.errors import Refused, command, need
 from plumbing.files import read_json
@@ -141,12 +142,15 @@ def family(experiment):
 
 TRACKS = {              # for experiments
     'pairs': 'same pairs', 'minutes': 'same minutes', 'longer': 'three times the minutes',
-    'longer-reading': 'three times the minutes', 'photo-pairs': 'same pairs', 'photo-minutes': 'same minutes'}
+    'longer-reading': 'three times the minutes', 'photo-pairs': 'same pairs',
+    'photo-minutes': 'same minutes'}
 LABELS = {              # for columns, and what stands before a column
-    'seconds': 'minutes', 'pairs': 'thousand pairs', 'dominant.top1': 'big named', 'small.top1': 'small named',
+    'seconds': 'minutes', 'pairs': 'thousand pairs',
+    'dominant.top1': 'big named', 'small.top1': 'small named',
     'areas': 'how many pixels each colour covers', 'biggest': "the big object's name",
     'sums': 'colours and shapes, added up', 'products': 'colours and shapes, multiplied',
-    'likes': 'which names it likes', 'conflict.h_T': 'h_T of a sentence', 'conflict.h_T_caption': 'h_T of a caption'}
+    'likes': 'which names it likes',
+    'conflict.h_T': 'h_T of a sentence', 'conflict.h_T_caption': 'h_T of a caption'}
 
 
 def label(word):
@@ -226,18 +230,19 @@ SECTIONS = [            # heading, what stands before the columns, columns
     ('R@1 of a model that knows all colours, or all names', ['R@1'], 'colors names')]
 INTRODUCTION = """# All results
 
-`python -m lesson.plots` writes this page from `results.csv`. It begins with the differences; then come the figures of
-each experiment, and at the end, folded, those that chose learning rates or that only check a measure.
+`python -m lesson.plots` writes this page from `results.csv`. It begins with the differences; then
+come the figures of each experiment, and at the end, folded, those that chose learning rates or that
+only check a measure.
 
-Figures are means, over as many runs as the number after × says, or over those of them that have the figure. They are in
-percent, except for steps, ranks, minutes and thousands of pairs; cosines are times 100. Losses are those of the last
-batch. The held-out scenes are the same in all runs, so ± is over training scenes and seeds; for emoji and photographs
-it is over seeds alone.
+Figures are means, over as many runs as the number after × says, or over those of them that have the
+figure. They are in percent, except for steps, ranks, minutes and thousands of pairs; cosines are
+times 100. Losses are those of the last batch. The held-out scenes are the same in all runs, so ± is
+over training scenes and seeds; for emoji and photographs it is over seeds alone.
 
 ## Differences
 
-A difference is *decided* if it survives Holm's correction at 5 %, over all differences of its experiment. So one that
-stands in two experiments may be decided in one of them only.
+A difference is *decided* if it survives Holm's correction at 5 %, over all differences of its
+experiment. So one that stands in two experiments may be decided in one of them only.
 """
 
 
@@ -514,7 +519,8 @@ KINDS = {'short': 'half the\nsteps', 'half': 'sharing', 'mixed': 'mixed'}
 SAME_SHAPES = [         # of page 3: method, world, words
     ('clip', 'built-in', 'CLIP'), ('cosmos', 'built-in', 'COSMOS')]
 OTHER_SHAPES = [
-    ('clip', 'big', 'big and small ones have\nthe same shapes'), ('clip', 'apart', 'big ones have\nother shapes')]
+    ('clip', 'big', 'big and small ones have\nthe same shapes'),
+    ('clip', 'apart', 'big ones have\nother shapes')]
 
 
 def draw_sharing(groups, figure):
@@ -539,7 +545,7 @@ def draw_race(figure):
     for method, shift in ('clip', 0.85), ('text-crop', 1), ('without-cross-attention', 1), ('cosmos', 1.17):
         for axis, column, first in (over_pairs, 'pairs', 'pairs'), (over_minutes, 'seconds', 'minutes'):
             shown = [first, 'longer']
-            if method == 'clip':  # its runs of `pairs` and of `minutes` differ most, so both panels show both
+            if method == 'clip':        # whose `pairs` and `minutes` differ most: both panels show both
                 shown = ['pairs', 'minutes', 'longer']
             for experiment in shown:
                 x = shift * mean(experiment, method, column)                    # dots keep apart
@@ -547,7 +553,8 @@ def draw_race(figure):
                 if experiment == 'longer':
                     ends[method] = height
     show_names(over_minutes, 17, ends, 8)
-    scales = (over_pairs, (32, 120, 370), 'thousand pairs seen'), (over_minutes, (1.2, 4, 12), 'minutes of training')
+    scales = ((over_pairs, (32, 120, 370), 'thousand pairs seen'),
+              (over_minutes, (1.2, 4, 12), 'minutes of training'))
     for axis, ticks, words in scales:
         show_scale(axis, 'small objects named, %', (40, 60, 80, 100))
         show_log(axis, ticks, words)
@@ -586,7 +593,8 @@ def draw_pointing(figure):
     left, right = figure.subplots(1, 2)
     for x, what in enumerate(('asked', 'other')):
         show_runs(left, 'reading', 'cosmos', f'pointing.color.{what}', x)
-    left.set_xticks(range(2), ('an object of the\ncolour it is asked for', 'an object of\nanother colour'), fontsize=11)
+    left.set_xticks(
+        range(2), ('an object of the\ncolour it is asked for', 'an object of\nanother colour'), fontsize=11)
     left.set(ylim=(0, 100), xlim=(-0.5, 1.5), ylabel='C^I looks at, %')
     for x, what in enumerate(('names', 'random', 'scenes')):
         show_runs(right, 'same-big', 'cosmos-built-in-mixed', f'handed.cosine.{what}', x)
@@ -620,15 +628,18 @@ def draw_leak(figure):
         words = 'a copy is enough' if leaks else 'a copy is not enough'
         axis.text(x, y + 0.24, words, ha='center', va='center', fontsize=11, color=ink)
     axis.set_xticks((0, 1), ("cls_t,\nthe teacher's image", "eot_t,\nthe teacher's caption"))
-    axis.set_yticks((0, 1), ('h_I, a view\nthat has read\nthe caption', 'h_T, a sentence\nthat has read\nthe image'))
-    axis.set(xlim=(-0.5, 1.5), ylim=(1.5, -0.5), xlabel='loss, in % of guessing:\nwithout cross-attention → COSMOS')
+    axis.set_yticks(
+        (0, 1), ('h_I, a view\nthat has read\nthe caption', 'h_T, a sentence\nthat has read\nthe image'))
+    axis.set(xlim=(-0.5, 1.5), ylim=(1.5, -0.5),
+             xlabel='loss, in % of guessing:\nwithout cross-attention → COSMOS')
     axis.set_title('must find', fontsize=13)
     axis.tick_params(length=0)
     axis.tick_params('x', labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
 
 
-READERS = {'cosmos': 'its own\npair', 'another-pair': 'another\npair', 'without-cross-attention': 'nothing'}
+READERS = {
+    'cosmos': 'its own\npair', 'another-pair': 'another\npair', 'without-cross-attention': 'nothing'}
 # Of page 5: the image that h_T has read, and its caption's.
 PICKED = {'read': RED, 'sentence': '#333333'}
 
@@ -723,7 +734,8 @@ def check_runs():
 def main():
     parser = Parser(prog='python -m lesson.plots', epilog=__doc__)
     parser.add_argument('--check', action='store_true', help='only compare with results.csv')
-    parser.add_argument('--accept', action='store_true', help='figures of the text may move by more than 5 points')
+    parser.add_argument('--accept', action='store_true',
+                        help='figures of the text may move by more than 5 points')
     parser.add_argument('--mine', action='store_true', help='pictures with your own runs as stars')
     args = parser.parse_args()
     if args.check:

@@ -21,6 +21,6 @@ class Setting(NamedTuple):
     crop_min: float = 0.4
     model: type = COSMOS                # the class of the student
     heads: int = 4                      # of C^I and C^T; 0: neither, so no h_I and h_T for `terms`
-    terms: Callable = cosmos_terms      # what is learned in addition to L_CLIP, a function like cosmos_terms
+    terms: Callable = cosmos_terms      # gives the losses in addition to L_CLIP
     order: Callable = Order             # which pairs make a batch
     watch: Callable = print_loss        # called after every step

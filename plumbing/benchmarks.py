@@ -15,8 +15,8 @@ from plumbing.images import images_in, read_image
 # --- 1. Classification: sets of labelled images, names of classes, prompts -------------------------------------------
 
 # Sets of torchvision.datasets with one label per image, grouped by whether their class names are words.
-IN_WORDS = ('CIFAR10 CIFAR100 Caltech101 DTD FGVCAircraft FashionMNIST Flowers102 Food101 ImageNet Imagenette '
-            'OxfordIIITPet RenderedSST2 STL10 StanfordCars SUN397').split()
+IN_WORDS = ('CIFAR10 CIFAR100 Caltech101 DTD FGVCAircraft FashionMNIST Flowers102 Food101 ImageNet '
+            'Imagenette OxfordIIITPet RenderedSST2 STL10 StanfordCars SUN397').split()
 MENDED = ['Caltech256', 'EuroSAT', 'MNIST']                 # words once `mend_name` has mended them
 NOT_IN_WORDS = 'CLEVRClassification Country211 FER2013 GTSRB KMNIST PCAM Places365 SVHN USPS'.split()
 TORCHVISION_SETS = sorted(IN_WORDS + MENDED + NOT_IN_WORDS)
@@ -153,7 +153,7 @@ class Settings(NamedTuple):
     size: int                           # short side of the image, in pixels
     classes: int = 0                    # lines of the class file; 0: any number
     scale: float = 40.0                 # factor of the cosines, before the softmax
-    probability: float = 0.0            # pixels whose best class is less probable than this become class 0
+    probability: float = 0.0            # pixels that are less certain become class 0
     area: float = 0.0                   # classes with at most this share of the foreground are dropped
     reduce_zero_label: bool = False     # label 0 of the masks is ignored, label 1 is class 0
     csa: bool = False                   # correlative self-attention in the last block

@@ -22,7 +22,7 @@ def replacing(path):
             os.fsync(file.fileno())     # else a crash of the machine may leave an empty file
         temporary.replace(path)
     except OSError as error:
-        raise Refused(f'{path} cannot be written ({error}); a file that was there before is intact') from None
+        raise Refused(f'{path} cannot be written ({error}); what it held before is intact') from None
     finally:
         with suppress(OSError):         # it was renamed, or never written
             temporary.unlink()
@@ -33,8 +33,8 @@ def save_tensors(path, value):
     with replacing(path) as temporary:
         try:
             torch.save(value, temporary)
-        except RuntimeError as error:   # torch's error for a full disk; as an OSError `replacing` reports it
-            raise OSError(error) from None
+        except RuntimeError as error:           # torch's, for a full disk
+            raise OSError(error) from None      # so that `replacing` reports it
 
 
 def write_json(path, value):

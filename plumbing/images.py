@@ -74,7 +74,8 @@ def read_header(data):
         if image.format not in ('JPEG', 'MPO'):         # MPO: a JPEG followed by other JPEGs
             image.load()
         width, height = image.size
-    turn = find_turn(image)         # once, because broken EXIF may give something else when it is read again
+    # Broken EXIF may give something else when it is read again, so it is read only once.
+    turn = find_turn(image)
     if turn in SIDEWAYS:
         width, height = height, width
     return image, turn, (height, width)
@@ -87,7 +88,8 @@ def decode(image, turn, at_most=1):
     Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size in much less time. If it has 1000 x 800 pixels and at_most is
     2.08, then 481 x 385 pixels are enough, and `draft` takes the next larger size, 500 x 400.
     """
-    enough = [ceil(side / at_most) for side in image.size]              # before the turn, because `draft` comes first
+    # These are sides before the turn, because `draft` comes first.
+    enough = [ceil(side / at_most) for side in image.size]
     with pillow_errors('its image'):
         image.draft('RGB', enough)
         image.load()
@@ -99,7 +101,7 @@ def turned(image, turn, name, as_stored=False):
     if image.mode[0] in 'IF' and not as_stored:         # more than 8 bits a channel
         image = eight_bits(image, name)
     with pillow_errors(name):
-        upright = image if as_stored else image.convert('RGB')           # a copy: its info is cleared below
+        upright = image if as_stored else image.convert('RGB')  # a copy: its info is cleared below
         if turn is not None:            # FLIP_LEFT_RIGHT is 0
             upright = upright.transpose(turn)
     if not as_stored:

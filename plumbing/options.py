@@ -46,7 +46,7 @@ def device_type(text):
     """A type for argparse: a device that torch has on this machine."""
     try:
         torch.zeros(1, device=text)
-    except (RuntimeError, AssertionError) as error:         # AssertionError: torch was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise argparse.ArgumentTypeError(f'{text} is not a device on this machine ({str(error)[:80]})') from None
     return text
 
@@ -99,9 +99,11 @@ def add_schedule(parser):
     add('--accum', type=positive, default=1, help='parts of a batch, to save memory (%(default)s)')
     add('--lr', type=amount, help='peak learning rate (1e-5 with --init)')
     add('--lr-end', type=share, default=0.0, help='final rate as a share of --lr (%(default)s)')
-    add('--warmup', type=count, help='steps of linear warm-up before the cosine (at most a tenth of the run)')
+    add('--warmup', type=count,
+        help='steps of linear warm-up before the cosine (at most a tenth of the run)')
     add('--wd', type=amount, help='weight decay, of matrices only (0.1 with --init)')
-    add('--momentum', type=share, help='lambda, the momentum of the teacher, which is a moving average')
+    add('--momentum', type=share,
+        help='lambda, the momentum of the teacher, which is a moving average')
     add('--momentum-ramp', type=count, default=0,
         help="R: at step s the teacher's lambda is at most s / (s + R); 0 means no ramp (with --init: 0)")
     add('--clip-grad', type=amount, default=0.0, help='largest norm of the gradient; 0: no limit')
@@ -156,7 +158,8 @@ def training_options(argv, description, presets, methods, recipe_of):
     preset = first_look.preset or ('vit-b-16' if first_look.data else 'tiny')
     recipe = recipe_of(preset, first_look.method, first_look.init)
     recipe.pop('warmup', None)          # choose_lengths sets it, and shortens it for a short run
-    if first_look.steps or first_look.epochs:           # which exclude each other, so neither may come in beside
+    # A typed length excludes the recipe's.
+    if first_look.steps or first_look.epochs:
         recipe.pop('steps', None)
         recipe.pop('epochs', None)
     name = name_of(first_look.init) if first_look.init else preset
@@ -241,10 +244,12 @@ def add_segment(parser):
     add = parser.add_argument
     add('--images', required=True, help='folder of images')
     add('--masks', required=True, help='folder of PNG masks of class numbers; 255 is ignored')
-    add('--classes', required=True, help='file: a line with the names of each class, joined by commas, from class 0 on')
-    add('--image-suffix', default='', help='suffix that only the names of images have, like _leftImg8bit')
+    add('--classes', required=True,
+        help='file: a line with the names of each class, joined by commas, from class 0 on')
+    add('--image-suffix', default='',
+        help='suffix that only the names of images have, like _leftImg8bit')
     add('--mask-suffix', default='', help='suffix that only the names of masks have, like _gtFine')
-    add('--list', help='file of the images to evaluate, one name per line, without ending and --image-suffix')
+    add('--list', help='file of the images to evaluate, one name per line, without ending and suffix')
     add('--templates', help='file of prompts with {} for the class; or open_clip: its 80 prompts')
     add('--benchmark', choices=BENCHMARKS, help='the released settings of this set (default: plain '
         'ones). The 80 released prompts are not among them; give those with --templates')

@@ -126,7 +126,7 @@ def write_log(folder, entry):
 @lru_cache                              # asked once, because files may change during a run
 def commit():
     """The commit of the code, with '-dirty' if files have changed since; '' if git cannot say."""
-    command = ['git', 'describe', '--always', '--dirty', '--exclude=*']         # no tags, only the commit
+    command = ['git', 'describe', '--always', '--dirty', '--exclude=*']  # no tags, only the commit
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:                     # no git
@@ -223,7 +223,7 @@ def check_same(saved, options, same):
     if saved['commit'] != commit() or commit().endswith('-dirty'):
         print(f"note       the code may have changed: it was at {saved['commit']}, is at {commit()}")
     for name, new in vars(options).items():
-        old = saved['options'].get(name, new)           # the code that saved it may not have had this option
+        old = saved['options'].get(name, new)  # the code that saved it may not have had this option
         flag = '--' + name.replace('_', '-')
         if new == old or name in ('out', 'resume') or flag in same:
             continue

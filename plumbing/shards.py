@@ -66,7 +66,7 @@ class Shards:
         before = self.read_index(part)
         if before is not None and len(before) > 1:
             tables = [before]
-            shard = int(before[-WIDTH]) + 1     # column 0 of the last row: the last shard with pairs
+            shard = int(before[-WIDTH]) + 1  # column 0 of the last row: the last shard with pairs
         # Processes take seconds to start, so for a few shards they are not worth it.
         executor = ProcessPoolExecutor if len(self.paths) - shard > 16 else ThreadPoolExecutor
         shown = time.monotonic()

@@ -96,19 +96,19 @@ def tar_members(path):
         # Without a buffer, because it would be filled anew for each header of 512 bytes, on Lustre with 4 MB.
         with open(path, 'rb', buffering=0) as file, tarfile.open(fileobj=file, mode='r:', ignore_zeros=True) as tar:
             for member in tar:
-                if member.size < 0:                     # broken: tarfile would jump back again and again
+                if member.size < 0:                     # broken: tarfile would jump back for ever
                     break
                 if member.offset_data + member.size > length:           # cut off
                     break
                 yield member
                 end = member.offset_data + member.size
-                if tar.offset > length:                 # the member is whole, but the zeros after it are cut off
+                if tar.offset > length:                 # only the zeros after the member are cut off
                     break
             else:                       # no break: tarfile stopped, at the end of the file or before
                 whole = tar.offset == length
     except OSError:                     # a disk error
         raise
-    except Exception:       # tarfile's own, for a header that it cannot step over: TarError and many others
+    except Exception:                   # tarfile raises many kinds for a header that it cannot read
         pass
     if whole:
         return
@@ -175,7 +175,7 @@ def scan_shard(path, number):
             groups.append((stem, row))
         kinds.add(kind)
         column = COLUMN[kind]
-        if not row[column + 1]:                         # if a pair has a .jpg and a .png, the first one counts
+        if not row[column + 1]:                         # of a .jpg and a .png the first one counts
             row[column:column + 2] = member.offset_data, member.size
 
     occurs = Counter(stem for stem, _ in groups)

@@ -17,7 +17,7 @@ from plumbing.errors import Refused, Unreadable, need
 
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
-MOST_WORDS = 200_000    # the most words that `word_ids` caches, because on the web there is no end of new ones
+MOST_WORDS = 200_000    # that `word_ids` caches, because new words never end on the web
 # Only this many letters of a word are encoded, because the time to fuse a word grows with the square of its length.
 # With CLIP's merges they fill a context of 77, because an id stands for at most 32 letters.
 LONGEST_WORD = 5000
@@ -44,7 +44,8 @@ def clean(text):
     """The text as ftfy rewrites it: without control characters; with straight quotes instead of curly ones, with plain
     letters instead of ligatures and of wide or narrow forms, and with U+FFFD for lone surrogates. Then its entities are
     decoded, as CLIP does."""
-    if '<' not in text:     # ftfy decodes them first, but takes a text with a '<' for HTML, and leaves them in it
+    # ftfy decodes entities first. But it takes a text with a '<' for HTML, and leaves them as they are.
+    if '<' not in text:
         text = unescape(text)
     text = re.sub('[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]', '', text)
     if not text.isascii():
@@ -163,7 +164,7 @@ class Tokenizer:
         merges = {}
         most_merges = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(most_merges), 'learning merges', leave=False, disable=None):
-            count = Counter()   # pair of symbols -> how often it occurs in these words, over all texts
+            count = Counter()   # pair of symbols -> how often it occurs in these words
             for word, symbols in words.items():
                 for pair in zip(symbols, symbols[1:]):
                     count[pair] += tally[word]
