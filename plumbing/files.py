@@ -48,7 +48,8 @@ def reading(path):
     try:
         yield
     except (OSError, UnicodeError, json.JSONDecodeError) as error:
-        raise Refused(f'{path} cannot be read as this command expects ({type(error).__name__}: {error}); '
+        kind = type(error).__name__
+        raise Refused(f'{path} cannot be read as this command expects ({kind}: {error}); '
                       'see --help') from None
 
 
