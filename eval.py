@@ -201,6 +201,12 @@ def retrieval(image_features, text_features, owner):
 HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --caption-keys names others
 
 
+def has_caption(value):
+    """Whether a string, or an item of a list, is not blank. What is not text counts, too: with_owners refuses it."""
+    items = value if isinstance(value, list) else [value]
+    return any(str(item or '').strip() for item in items)
+
+
 def shard_captions(shards):
     """Held-out shards (of val/) -> all captions, and owner (captions,): the pair that each belongs to. Captions are
     not cut into sentences.
@@ -217,7 +223,7 @@ def shard_captions(shards):
         except Unreadable as error:
             tar = shards.paths[shards.index[i, 0]]
             raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect {tar}') from None
-        present = [key for key in keys if str(record.get(key) or '').strip()]
+        present = [key for key in keys if has_caption(record.get(key))]
         if not present:  # the name is looked up only on failure, because the look-up costs a read
             raise Refused(f"{shards.name(i)} has no caption under {', '.join(keys)}; name others with --caption-keys")
         captions_of_pairs.append(record[present[0]])

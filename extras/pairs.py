@@ -194,7 +194,9 @@ def suppression(model, tokenizer, preprocess, root, workers=0):
             right = field(query, 'positive', path)
             scene = field(images, 'A', path)
             scenes.append(Item([scene, field(images, other, path)], [right, field(query, 'swap', path)]))
-            names.append(Item([scene], [right, *field(query, 'negatives', path)]))
+            negatives = field(query, 'negatives', path, list)
+            need(negatives, f'a {role}_query of {path} has no negatives; give it one or more')
+            names.append(Item([scene], [right, *negatives]))
         # together, so that each image is embedded once
         matrices = score_items(model, tokenizer, preprocess, scenes + names, root, workers)
         share = [fmean(choices_right(scores)) for scores in matrices[:len(probes)]]

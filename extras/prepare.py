@@ -89,7 +89,10 @@ def table_rows(file, path, **form):
     reader = csv.DictReader(file, strict=True, **form)
     line = 1
     try:
-        reader.fieldnames               # reads the first line
+        names = [name for name in reader.fieldnames or [] if name.strip()]      # reads the first line
+        for name in set(names):
+            need(names.count(name) == 1, f'{path} has several columns called {name}; '
+                 'give an image with several captions several rows')
         line = reader.line_num + 1
         for row in reader:
             yield row
@@ -329,6 +332,8 @@ def read_captions(table):
     with open(table, encoding='utf-8-sig', errors='replace', newline='') as file:
         for row in progress(table_rows(file, table), 'reading the table'):
             url = (row[find_column(URL_COLUMNS, row, table)] or '').strip()
+            need(None not in row, f'the row of {url} in {table} has more fields than the first; '
+                 'put texts that hold the delimiter in quotes')
             record = {}
             for key in DREAMLIP:
                 found = sentences(row.get(key))

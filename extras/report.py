@@ -20,6 +20,7 @@ import sys
 import textwrap
 from contextlib import suppress
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -156,6 +157,14 @@ def figures_of(a, b, scale):
 
 # The explorer
 
+def objects_of(record):
+    """The objects of a drawn scene, which have absent names. Other sets may have anything under this key."""
+    listed = record.get('objects')
+    if not isinstance(listed, list):
+        return []
+    return [thing for thing in listed if isinstance(thing, dict) and 'absent' in thing]
+
+
 def texts_about(i, pools, record):
     """Yields (kind, text, of), the texts that the explorer has for image i. pools: the captions of each image.
 
@@ -167,12 +176,11 @@ def texts_about(i, pools, record):
     others = pools[i + 1:] + pools[:i]
     for pool in others[:RIVALS]:
         yield 'other', pool[0], None
-    for number, thing in enumerate(record.get('objects') or []):
-        if 'absent' in thing:                               # objects of other sets have no absent names
-            for name in [thing['name'], *thing['absent']]:
-                kind = 'name' if name == thing['name'] else 'absent'
-                article = 'an' if name[0] in 'aeiou' else 'a'
-                yield kind, f'there is {article} {name}', number
+    for number, thing in enumerate(objects_of(record)):
+        for name in [thing['name'], *thing['absent']]:
+            kind = 'name' if name == thing['name'] else 'absent'
+            article = 'an' if name[0] in 'aeiou' else 'a'
+            yield kind, f'there is {article} {name}', number
 
 
 def ask(seen, pixels, texts):
@@ -263,7 +271,8 @@ class Report:
             pixels = seen.preprocess(image)[None].to(run.processes.device)
             found.append(ask(seen, pixels, [text for _, text, _ in texts]))
         keep(run.folder, 'held out', images)
-        keep(run.folder, f'texts {run.step:09d}', {'step': run.step, 'images': found})
+        texts = {'step': run.step, 'val': seen.val.fingerprint, 'images': found}
+        keep(run.folder, f'texts {run.step:09d}', texts)
         return {}
 
     def finish(self, run):
@@ -289,6 +298,8 @@ def read_maps(path):
         maps = {name: json.loads(stored[name].item()) for name in sorted(stored)}
     for kind in 'batch', 'texts':
         found = [maps.pop(name) for name in list(maps) if name.startswith(kind)]
+        # If --val has changed, older texts are about other images than the page shows.
+        found = [part for part in found if part.get('val') == found[-1].get('val')]
         every = len(found) // MOST_STEPS + 1
         maps[kind] = found[:-1:every] + found[-1:]          # the last one in any case
     return maps
@@ -307,7 +318,7 @@ def read_run(folder):
         path = folder / file
         try:
             found[path.stem] = read(path)
-        except (OSError, Refused) as error:                 # the page shows the other parts
+        except (OSError, Refused, BadZipFile) as error:     # the page shows the other parts
             found[path.stem] = {'missing': str(error)}
     return found
 

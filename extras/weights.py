@@ -78,11 +78,15 @@ def read_weights(path):
     """A file of tensors -> {name: tensor}. A file that might run code is Refused, with a remedy."""
     if Path(path).suffix == '.safetensors':
         try:
+            from safetensors import SafetensorError
             from safetensors.torch import load_file
         except ImportError:
             raise Refused(f'{path} needs one more package: pip install safetensors') from None
-        with reading(path):
-            return load_file(path)
+        try:
+            with reading(path):
+                return load_file(path)
+        except SafetensorError as error:
+            raise Refused(f'{path} is torn, or no safetensors file ({error}); fetch it again') from None
     try:
         saved = read_checkpoint(path)
     except Refused as error:

@@ -74,8 +74,11 @@ def read_scenes(shards):
     scenes = []
     for pair in range(len(shards)):
         scene = []
-        for listed in shards.record(pair).get('objects') or []:
-            if LISTED <= set(listed):
+        objects = shards.record(pair).get('objects')
+        if not isinstance(objects, list):               # other sets may have anything under this key
+            objects = []
+        for listed in objects:
+            if isinstance(listed, dict) and LISTED <= set(listed):
                 color, shape = listed['name'].split()
                 number = len(scene) + 1
                 scene.append(SimpleNamespace(**listed, color=color, shape=shape, pair=pair, number=number))

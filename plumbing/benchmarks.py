@@ -62,7 +62,11 @@ def folder_set(folder, preprocess):
     """A set with one folder of images per class."""
     with reading(folder):
         source = torchvision.datasets.ImageFolder(folder, preprocess, loader=read_image)
-    need(source.classes != ['train', 'val'], f'{folder} holds train/ and val/; give one of them')
+    classes = source.classes
+    need(not set(classes) <= {'train', 'val', 'test'}, f"{folder} holds the splits {', '.join(classes)}; give one of them")
+    is_numbered = all(name.isdecimal() for name in classes)
+    need(not is_numbered or classes == sorted(classes, key=int),
+         f'the folders of {folder} are numbered, and as text 10 comes before 2; rename them with leading zeros')
     return source
 
 

@@ -59,10 +59,12 @@ def read_flickr(path, images):
     folder = images or Path(path).parent
     listing = read_json(path)
     need(isinstance(listing, list), f'{path} is not a list of images and captions; see --help')
-    pairs = []
+    captions = defaultdict(list)            # {path of an image: its captions}; an image may have several items
     for item in listing:
-        pairs.append((Path(folder, field(item, 'image', path, str)), field(item, 'caption', path)))
-    return pairs
+        caption = field(item, 'caption', path)
+        more = caption if isinstance(caption, list) else [caption]
+        captions[Path(folder, field(item, 'image', path, str))] += more
+    return list(captions.items())
 
 
 def with_owners(pools, name):

@@ -39,6 +39,7 @@ def holds_run(folder):
 
 def free_name(out):
     """The first free name of NAME, NAME-2, ..., because a fresh start never touches a folder that holds a run."""
+    out = str(Path(out))                # without a slash at the end
     folder = out
     number = 2
     while holds_run(folder):

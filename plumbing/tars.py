@@ -41,7 +41,11 @@ def find_shards(paths, split=None):
                 tars += glob.glob(f'{glob.escape(match)}/*.tar')
             else:
                 tars.append(match)
-        found += tars
+        for tar in tars:
+            if os.path.exists(tar):
+                found.append(tar)
+            else:
+                missing.append(tar)                     # a link that leads nowhere
         if not tars:
             missing.append(path)
     if not found:
@@ -106,8 +110,8 @@ def tar_members(path):
                     break
             else:                       # no break: tarfile stopped, at the end of the file or before
                 whole = tar.offset == length
-    except OSError:                     # a disk error
-        raise
+    except OSError as error:            # of the disk, or a lack of permission
+        raise Refused(f'{path} cannot be read ({error}); mend that, or leave it out') from None
     except Exception:                   # tarfile raises many kinds for a header that it cannot read
         pass
     if whole:

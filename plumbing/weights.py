@@ -75,7 +75,7 @@ def read_checkpoint(path):
         refused = re.search(r'TorchScript|(?<=GLOBAL )[\w.]+', str(error))
         if refused:
             reason = f'it holds {refused[0]}, which may run code'
-        raise Refused(f'{path} is not a checkpoint that can be read ({reason}); fetch it again if it was fetched, '
+        raise Refused(f'{path} is not a checkpoint that can be read ({reason}); remove it and fetch it again if it was fetched, '
                       'or see python -m extras.weights import --help') from None
     need(isinstance(saved, dict), f'{path} holds no weights by name; save model.state_dict()')
     return saved

@@ -360,11 +360,12 @@ def test_published_layouts(here):
 
 
 def test_captions_of_held_out_shards(here):
-    """oracle: pairs written here. The first key that a pair has is used, of the named ones if there are any.
-    Captions are not split."""
+    """oracle: pairs written here. The first key under which a pair has a caption is used, of the named ones if there
+    are any. Captions are not split."""
     records = [
         b'{"captions": ["an ape. an ox", "a cow"], "caption": "dog", "mine": "an eel"}',
-        b'{"raw_caption": "a gnu. a hen", "caption": "ibis", "mine": " ", "other": ["jay", "a kid. a lion"]}']
+        b'{"captions": ["", null], "raw_caption": "a gnu. a hen", "caption": "ibis", "mine": " ", '
+        b'"other": ["jay", "a kid. a lion"]}']
     pairs_tar('a.tar', records, [encoded(Image.new('L', (9, 9)))] * 2)
     for keys, captions, owner in (
             (None, ['an ape. an ox', 'a cow', 'a gnu. a hen'], [0, 0, 1]),
@@ -376,7 +377,7 @@ def test_captions_of_held_out_shards(here):
             ('["x", null]', 'a caption that is not text: None;'),
             ('[["x"]]', "a caption that is not text: ..x..;"),
             ('NaN', 'a caption that is not text: nan;'),
-            ('[" "]', 'no caption;')):
+            ('[" "]', 'no caption under')):
         pairs_tar('b.tar', [{'caption': 'x'}, f'{{"caption": {caption}}}'.encode()])
         refused(f'b.tar:1.png has {sentence}', evaluation.shard_captions, Shards(['a.tar', 'b.tar']))
 
@@ -419,6 +420,13 @@ def test_retrieval_of_shards_and_lists(gallery):
     for file, flags in ('images/list', ''), ('list', '--images images --workers 1'):
         put(file, listing)
         assert gallery.figures(f'retrieval --flickr {file} {flags}') == wanted
+    # An image may have several items.
+    put('list', [{'image': '0.png', 'caption': 'ox 0'}, *listing[1:], {'image': '0.png', 'caption': 'ox 3'}])
+    grouped = [{'image': '0.png', 'caption': ['ox 0', 'ox 3']}, *listing[1:]]
+    put('grouped', grouped)
+    figures = gallery.figures('retrieval --flickr list --images images')
+    assert figures == gallery.figures('retrieval --flickr grouped --images images')
+    assert (figures['images'], figures['captions']) == (3, 4)
 
 
 def test_class_names_with_synonyms():
@@ -521,7 +529,7 @@ WRONG = {               # a command: what its sentence must say
     'fly': "invalid choice: 'fly' .*'segment'",
     'retrieval': 'required: CKPT; see prog retrieval --help',
     'retrieval last.pt --shards a.tar --fast': 'unrecognized arguments: --fast',
-    'retrieval page.pt --shards a.tar': 'page.pt is not a checkpoint (?!.*weights_only).* fetch it again',
+    'retrieval page.pt --shards a.tar': 'page.pt is not a checkpoint (?!.*weights_only).* remove it and fetch it again',
     'retrieval empty --shards a.tar': 'empty/last.pt does not exist',
     'retrieval bad.pt --shards a.tar': 'bad.pt .* holds posix.system, which may run code',
     'retrieval last.pt --shards empty': "'empty' .* no .tar file",
@@ -553,7 +561,8 @@ WRONG = {               # a command: what its sentence must say
     'classify last.pt --folder numbered --classes blank': 'line 2 of blank is blank; give every class a line',
     'segment last.pt --images a --masks a --classes page.pt --benchmark voc20': 'has 1 lines, but voc20 has 20 classes',
     'classify last.pt --folder numbered': 'classes are called n01440764 and the like; .*--classes',
-    'classify last.pt --folder halves': 'halves holds train/ and val/',
+    'classify last.pt --folder halves': 'halves holds the splits train, val; give one of them',
+    'classify last.pt --folder counted': 'counted are numbered, .*leading zeros',
     'segment last.pt --images a --masks a --classes page.pt --templates page.pt': "'<html>' in page.pt needs {}"}
 
 
@@ -568,7 +577,7 @@ def test_errors_are_one_sentence(gallery):
     put('page.pt', '<html>')
     put('empty/list')
     put('bad/class/x.jpg')
-    for folder in 'numbered/n01440764', 'halves/train', 'halves/val':
+    for folder in 'numbered/n01440764', 'halves/train', 'halves/val', 'counted/2', 'counted/10':
         put(f'{folder}/0.png', image)
     put('images/annotations/captions_val2017.json', {'annotations': []})
     put('five', 5)

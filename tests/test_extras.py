@@ -243,6 +243,8 @@ def test_pack_refuses(tmp_path, images):
     refused(r'e.csv is not UTF-8 \(line 2\); .*CSV UTF-8', prepare.pack, excel, images, out)
     wide = put(tmp_path / 'w.csv', 'image,caption\na.jpg,a dog, old\n')
     refused('row 1 of .*w.csv has more fields than the first', prepare.pack, wide, images, out)
+    repeated = put(tmp_path / 'r.csv', 'image,caption,caption,,\na.jpg,a dog,an old dog,,\n')
+    refused('r.csv has several columns called caption; .* several rows', prepare.pack, repeated, images, out)
     for text, sentence in NO_TABLES.items():
         refused(sentence, prepare.pack, put(tmp_path / 't', text), images, out)
     refused('none of the 2 images', prepare.pack, german, tmp_path, out, 9, 0, None, 'Beschreibung')
@@ -277,6 +279,8 @@ def test_join(tmp_path, capsys):
     refused('n.csv has the columns filepath, title, but none of url', prepare.join, nameless, [shard], out)
     torn = put(tmp_path / 't.csv', 'url,raw_caption\na,x\nhttp://x/2,"two dogs\nc,x\n')
     refused('t.csv cannot be read from line 3 on .* quotation mark', prepare.join, torn, [shard], out)
+    wide = put(tmp_path / 'w.csv', 'url,raw_caption\nhttp://x/2,a dog, old\n')
+    refused('row of http://x/2 in .*w.csv has more fields', prepare.join, wide, [shard], out)
 
 
 def test_inspect(tmp_path, capsys, monkeypatch):
@@ -380,6 +384,8 @@ def test_export_and_back(tmp_path, vocab, kind):
     file = tmp_path / f'other.{kind}'
     if kind == 'safetensors':
         pytest.importorskip('safetensors.torch').save_file(theirs, file)
+        pointer = put(tmp_path / 'a.safetensors', 'version https://git-lfs.github.com/spec/v1')
+        refused('a.safetensors is torn, or no safetensors', weights.import_weights, pointer, tmp_path / 'a.pt')
     else:
         torch.save({'state_dict': theirs | {'context_length': torch.tensor(77)}}, file)
     run(weights, 'import', file, tmp_path / 'back.pt', '--config', tmp_path / 'clip.json')
@@ -520,6 +526,9 @@ def test_suppression_by_hand(tmp_path, monkeypatch):
     for role, expected in ('dominant', [1, 1, 0]), ('small', [0.5, 0.5, 0.5]):
         found = figures[role]
         assert [found['scene_top1'], found['name_top1'], found['standard_error']] == pytest.approx(expected)
+    for negatives, sentence in ('"0"', "'negatives' is missing"), ('[]', 'has no negatives'):
+        put(tmp_path / 'probes.json', PROBES.replace('["0"]', negatives))
+        refused(sentence, pairs.suppression, None, None, None, tmp_path)
 
 
 def test_pairs_command(tmp_path, checkpoint):
@@ -855,6 +864,10 @@ def test_the_watcher(tmp_path, capsys):
     assert page['eval'].keys() == {'steps', 'seconds', 'retrieval'}
     [page] = runs_on_page(tmp_path / 'no-val')
     assert [kept['step'] for kept in page['maps']['batch']] == [0, 10] and not page['maps']['texts']
+    # Maps of other held-out images do not belong to the pictures of the last ones.
+    report.keep(tmp_path / 'val', 'texts 000000012', {'step': 12, 'val': 'another', 'images': []})
+    [page] = runs_on_page(tmp_path / 'val')
+    assert [kept['step'] for kept in page['maps']['texts']] == [12]
     for other in students[1:]:
         assert_close(students[0], other, rtol=0, atol=0)
     code = 'import extras.report, sys; assert "train" not in sys.modules'
@@ -950,6 +963,8 @@ def test_partial_runs_give_a_page(tmp_path):
     # If a step was logged twice, the last entry counts, and adds to what was logged before.
     assert str(killed['log']) == "[{'step': 3}, {'step': 9, 'a': 2, 'b': nan}]"
     assert 'missing' in killed['config'] and 'missing' in killed['eval'] and 'held out' not in killed['maps']
+    put(tmp_path / 'maps.npz', (tmp_path / 'maps.npz').read_bytes()[:500])
+    assert 'missing' in runs_on_page(tmp_path)[0]['maps']
     refused('absent holds no run', report.write, [tmp_path / 'absent'])
     crops.kinds = None
     with pytest.raises(TypeError):

@@ -31,6 +31,7 @@ from cosmos import (COSMOS, Output, Teacher, across_terms, cosmos_terms, gather,
                     total_loss, unit)
 from data import Counts, Crops, Order, Shards, Tokenizer
 from eval import embed_images, embed_texts, load, preprocessing, shard_image
+from extras import report
 from lesson import experiments, onepage, photos, picture, plots, scenes, suppression
 from lesson.experiments import EXPERIMENTS, METHODS, Variant
 from lesson.scenes import COLORS, NAMES, SHAPES, World, draw_scene, make_scenes, mask_of
@@ -544,10 +545,11 @@ def test_other_sets(model, tmp_path, monkeypatch):
     """oracle: one sentence that names the folder and the remedy, for a plain CLIP; of others there is `conflict`, on
     first sentences. During training there is nothing to report. Objects may be listed in another way."""
     image = encoded(Image.new('RGB', (64, 64)))
-    for objects in [], ['dog'], [{'name': 'dog', 'role': 'small', 'absent': []}]:
+    for objects in [], ['dog'], 2, [3, 17], [['dog', [1, 2]]], [{'name': 'dog', 'role': 'small', 'absent': []}]:
         record = {'captions': ['a dog'], 'objects': objects}
         shards = Shards(pairs_tar(tmp_path / '0.tar', [record], [image]))
         assert Named().evaluated(None, train.Evaluated(*model, shards, None)) == {}
+        assert not [text for kind, text, _ in report.texts_about(0, [['a dog']], record) if kind == 'absent']
     args = experiments.options_for('out/last.pt', tmp_path)
     clip = COSMOS(replace(model[0].config, cross_heads=0))
     refused('lists no objects with centres and absent names; draw a set', suppression.measure, args, clip, *model[1:])

@@ -320,6 +320,9 @@ def test_paths_and_their_lines(tmp_path, capsys, monkeypatch):
     refused("halves' holds no .tar file, but its subfolders hold 2 tars: give '.*halves/./..tar'", found, 'halves')
     put(tmp_path / 'packed/0.tar.gz')
     refused("packed' holds no .tar file, but 1 files like 0.tar.gz; unpack them", found, 'packed')
+    (tmp_path / 'link.tar').symlink_to('nowhere')
+    names, lines = found('')
+    assert names == '08 09 11 a[1]' and f'1 of 5 shards are missing, the first is {tmp_path}/link.tar' in lines
     monkeypatch.setenv('RANK', '1')
     assert found('09.tar', '19.tar') == ('09', '')
 

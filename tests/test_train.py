@@ -387,6 +387,17 @@ def test_ranks_that_read_different_checkpoints(monkeypatch, fit, whole, tmp_path
         assert 'let all nodes see the same --out' in fit(out, '--resume')
 
 
+def test_ranks_with_other_options_or_shards(monkeypatch, fit, tmp_path):
+    """oracle: the refusal. Rank 0 has another rate than this rank, or another number of pairs; nothing is written."""
+    for other in {'lr': 9.0}, {'pairs': 9}:
+        def broadcast(processes, value):
+            return value | other if isinstance(value, dict) else value
+
+        monkeypatch.setattr(train.Processes, 'broadcast', broadcast)
+        assert 'the same command, and the same files in --data' in fit(tmp_path)
+        assert not (tmp_path / 'last.pt').exists()
+
+
 def test_loaders_start_before_the_model(monkeypatch, started, tmp_path):
     """oracle: DDP's notes: once nccl is up, a process must not be forked. DDP comes after the model, so here it is
     enough that the loaders come before the model."""
@@ -810,7 +821,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     for name in 'index.npy', 'val.npy':
         shutil.copy(whole / name, out)
     for number in 2, 3:
-        assert fit(out, '--steps', number) == 0
+        assert fit(f'{out}/', '--steps', number) == 0
         first, *_, last = capsys.readouterr().out.splitlines()
         assert f'out holds a run, so this one goes into {out}-{number}; ' in first and f' {out}-{number}, ' in last
     assert contents(out) == contents(whole)
