@@ -405,8 +405,8 @@ def set_up(options, processes, built_in_set):
         config, tokenizer, weights = choose_model(options, saved)
     shards, val = open_shards(options, processes, saved, built_in_set)
     # Otherwise ranks would take other batches or other rates, and nothing would say so.
-    mine = vars(options) | {'pairs': len(shards), 'fingerprint': shards.fingerprint}
-    for name in 'workers', 'data', 'val', 'vocab':      # may differ: the number of cores, and paths
+    mine = vars(options) | {'val': bool(options.val), 'pairs': len(shards), 'fingerprint': shards.fingerprint}
+    for name in 'workers', 'data', 'vocab':             # may differ: the number of cores, and paths
         del mine[name]
     processes.must_agree(mine, 'options or shards are not the same for all processes; give all nodes the same command, '
                          'and the same files in --data')

@@ -13,7 +13,7 @@ takes one thread of a CPU. Flickr8k is for research and education only, so it is
 docs/own-data.md says where to get it. Shards and networks go to runs/photos.
 
 Every method of `photo-minutes` and `photo-pairs` gets the learning rate that is best for it on the validation
-photographs (`photo-tune`). No choice is made on the test photographs.
+photographs (`photo-tune`). No rate and no step is chosen on the test photographs.
 """
 import json
 import resource
@@ -129,7 +129,7 @@ COMPARISONS = {
     'photo-fewer': {
         RECALL: 'cosmos-1500~clip-1500 cosmos-1500~plain-1500 '
                 'cosmos-3000~clip-3000 cosmos-3000~plain-3000'},
-    'photo-across': {RECALL: 'across~cosmos across~plain'}}
+    'photo-across': {RECALL: 'across~cosmos across~plain', LAST: 'across~cosmos'}}
 
 # --- 2. One run ------------------------------------------------------------------------------------------------------
 

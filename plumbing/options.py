@@ -248,7 +248,7 @@ def add_segment(parser):
         help='file: a line with the names of each class, joined by commas, from class 0 on')
     add('--image-suffix', default='',
         help='suffix that only the names of images have, like _leftImg8bit')
-    add('--mask-suffix', default='', help='suffix that only the names of masks have, like _gtFine')
+    add('--mask-suffix', default='', help='suffix that only the names of masks have, like _gtFine_labelTrainIds')
     add('--list', help='file of the images to evaluate, one name per line, without ending and suffix')
     add('--templates', help='file of prompts with {} for the class; or open_clip: its 80 prompts')
     add('--benchmark', choices=BENCHMARKS, help='the released settings of this set (default: plain '

@@ -941,6 +941,7 @@ def test_check(course, monkeypatch):
     add_rows(columns, f'clip 0 {first} m bf16 .5', f'clip 1 {second} m bf16 .25')
     assert run(plots) is None and run(plots, '--check') is None
     put('runs/lesson/x/row.json', {'run': variants['clip'].recipe(), 'small.top1': 0.75})
+    put('runs/photos/tuned/row.json', {'run': variants['clip'].recipe()})
     assert run(plots, '--mine') is None and Path('runs/lesson/a.png').exists()
     assert drawn == [[[50, 25], [37.5], []], [[50, 25], [37.5], [75]]]
     results = experiments.RESULTS
