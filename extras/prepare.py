@@ -89,7 +89,7 @@ def table_rows(file, path, **form):
     reader = csv.DictReader(file, strict=True, **form)
     line = 1
     try:
-        names = [name for name in reader.fieldnames or [] if name.strip()]      # reads the first line
+        names = [name for name in reader.fieldnames or [] if name.strip()]  # of the first line
         for name in set(names):
             need(names.count(name) == 1, f'{path} has several columns called {name}; '
                  'give an image with several captions several rows')

@@ -383,7 +383,7 @@ def show_runs(axis, experiment, name, column, x, color=None):
     variant = EXPERIMENTS[experiment][name]
     runs = list(values(experiment, name, column).values())
     height = mean(experiment, name, column)
-    mine = [row for row in MINE if row['run'] == variant.recipe() and column in row]    # tuning lacks some
+    mine = [row for row in MINE if row['run'] == variant.recipe() and column in row]
     stars = [in_unit(row, column) for row in mine]
     for shares, mark, size, alpha in (runs, 'o', 6, 0.4), ([height], '_', 18, 1), (stars, '*', 18, 1):
         axis.plot([x] * len(shares), shares, mark, color=color or PAINT[variant.method], markersize=size,

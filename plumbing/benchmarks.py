@@ -63,7 +63,8 @@ def folder_set(folder, preprocess):
     with reading(folder):
         source = torchvision.datasets.ImageFolder(folder, preprocess, loader=read_image)
     classes = source.classes
-    need(not set(classes) <= {'train', 'val', 'test'}, f"{folder} holds the splits {', '.join(classes)}; give one of them")
+    are_splits = set(classes) <= {'train', 'val', 'test'}
+    need(not are_splits, f"{folder} holds the splits {', '.join(classes)}; give one of them")
     is_numbered = all(name.isdecimal() for name in classes)
     need(not is_numbered or classes == sorted(classes, key=int),
          f'the folders of {folder} are numbered, and as text 10 comes before 2; rename them with leading zeros')
@@ -107,7 +108,8 @@ def open_clip_prompts():
     try:
         from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
     except ImportError:
-        raise Refused('--templates open_clip needs one more package: pip install open_clip_torch') from None
+        raise Refused('--templates open_clip needs one more package: '
+                      'pip install open_clip_torch') from None
     return [template('{}') for template in OPENAI_IMAGENET_TEMPLATES], list(IMAGENET_CLASSNAMES)
 
 

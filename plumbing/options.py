@@ -95,7 +95,8 @@ def add_schedule(parser):
     length('--steps', type=positive, help='optimizer steps in total')
     length('--epochs', type=above_zero, help='passes over the data, instead of --steps')
     add = schedule.add_argument
-    add('--batch', type=positive, help='pairs per step, over all processes and all parts of --accum')
+    add('--batch', type=positive,
+        help='pairs per step, over all processes and all parts of --accum')
     add('--accum', type=positive, default=1, help='parts of a batch, to save memory (%(default)s)')
     add('--lr', type=amount, help='peak learning rate (1e-5 with --init)')
     add('--lr-end', type=share, default=0.0, help='final rate as a share of --lr (%(default)s)')

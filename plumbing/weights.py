@@ -70,13 +70,14 @@ def read_checkpoint(path):
     except PermissionError as error:
         raise Refused(f'{path} may not be read ({error.strerror}); change its permissions') from None
     except Exception as error:          # torch raises many kinds, for torn files and for files of another kind
-        reason = f'it is torn, or of another kind; torch says: {str(error)[:80]}'
+        first_line, _, _ = str(error).partition('\n')
+        reason = f'it is torn, or of another kind; torch says: {first_line[:80]}'
         # torch names what it refused: "TorchScript", or "GLOBAL package.name"
         refused = re.search(r'TorchScript|(?<=GLOBAL )[\w.]+', str(error))
         if refused:
             reason = f'it holds {refused[0]}, which may run code'
-        raise Refused(f'{path} is not a checkpoint that can be read ({reason}); remove it and fetch it again if it was fetched, '
-                      'or see python -m extras.weights import --help') from None
+        raise Refused(f'{path} is not a checkpoint that can be read ({reason}); '
+                      'remove it and fetch it again if it was fetched, or see python -m extras.weights import --help') from None
     need(isinstance(saved, dict), f'{path} holds no weights by name; save model.state_dict()')
     return saved
 

@@ -1021,8 +1021,8 @@ def test_rows_of_photographs(album, monkeypatch, capsys):
     variant = photos.Photos('cosmos', 8, 1e-3, range(3, 4), photographs=2)
     tuned = variant._replace(method='plain', photographs=6, is_scored=False)
     variants = {'cosmos': variant, 'tuned': tuned}
-    monkeypatch.setitem(photos.EXPERIMENTS, 'photo-fewer', variants)
-    assert run(photos, 'photo-fewer', '--flickr8k', 'flickr8k', '--print') is None
+    monkeypatch.setitem(photos.EXPERIMENTS, 'photo-half', variants)
+    assert run(photos, 'photo-half', '--flickr8k', 'flickr8k', '--print') is None
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('OMP_NUM_THREADS=1 ')]
     flickr8k = Path('flickr8k')
     row = photos.make_row(variants, flickr8k, (3, 'cosmos'))
@@ -1081,7 +1081,8 @@ def test_rates_of_photographs(experiment):
 
 
 def test_rates_of_drawn_scenes():
-    """oracle: the rows. Of the rates that all seeds of tuning tried, a method's own names most objects, big and small."""
+    """oracle: the rows. Of the rates that all seeds of tuning tried, a method's own names most objects, big and
+    small."""
     rows = experiments.read_results()
     found = defaultdict(lambda: defaultdict(list))
     for experiment in 'tune', 'tune-again', 'tune-across':
