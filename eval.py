@@ -46,7 +46,7 @@ from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, fold
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import write_json
 from plumbing.images import read_image, shorten
-from plumbing.lists import published_captions, with_owners
+from plumbing.lists import has_caption, published_captions, with_owners
 from plumbing.options import evaluation_options
 from plumbing.processes import loading
 from plumbing.shards import Shards
@@ -199,12 +199,6 @@ def retrieval(image_features, text_features, owner):
 
 
 HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --caption-keys names others
-
-
-def has_caption(value):
-    """Whether a string, or an item of a list, is not blank. What is not text counts, too: with_owners refuses it."""
-    items = value if isinstance(value, list) else [value]
-    return any(str(item or '').strip() for item in items)
 
 
 def shard_captions(shards):

@@ -67,6 +67,12 @@ def read_flickr(path, images):
     return list(captions.items())
 
 
+def has_caption(value):
+    """Whether a string, or an item of a list, is not blank. What is not text counts, too: with_owners refuses it."""
+    items = value if isinstance(value, list) else [value]
+    return any(str(item or '').strip() for item in items)
+
+
 def with_owners(pools, name):
     """For each image its captions, a string or a list -> all captions in one list, and owner (captions,), the image
     that each belongs to.

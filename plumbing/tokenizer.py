@@ -17,7 +17,7 @@ from plumbing.errors import Refused, Unreadable, need
 
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
-MOST_WORDS = 200_000    # that `word_ids` caches, because new words never end on the web
+MOST_WORDS = 200_000    # `word_ids` caches no more, because there is no end of new words on the web
 # Only this many letters of a word are encoded, because the time to fuse a word grows with the square of its length.
 # With CLIP's merges they fill a context of 77, because an id stands for at most 32 letters.
 LONGEST_WORD = 5000
@@ -81,8 +81,8 @@ def apart(char):
 
 
 def symbols_of(word):
-    """'cat' -> ['c', 'a', 't</w>']: a symbol per UTF-8 byte. The last one is
-    marked, so that the word 'cat' differs from the 'cat' in 'cats'."""
+    """'cat' -> ['c', 'a', 't</w>']: a symbol per UTF-8 byte. The last one is marked, so that the
+    word 'cat' differs from the 'cat' in 'cats'."""
     symbols = [BYTE_SYMBOL[byte] for byte in word.encode()]
     symbols[-1] += '</w>'
     return symbols

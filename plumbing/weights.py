@@ -62,8 +62,8 @@ def clean_names(state):
 # --- 2. A file -> its tensors, and these -> a model ------------------------------------------------------------------
 
 def read_checkpoint(path):
-    """Tensors and plain values from a file. Nothing in it is executed; a file that cannot be read without
-    that is Refused."""
+    """Tensors and plain values from a file. Nothing in it is executed; a file that cannot be read without that
+    is Refused."""
     need(Path(path).exists(), f'checkpoint {path} does not exist')
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
@@ -77,7 +77,8 @@ def read_checkpoint(path):
         if refused:
             reason = f'it holds {refused[0]}, which may run code'
         raise Refused(f'{path} is not a checkpoint that can be read ({reason}); '
-                      'remove it and fetch it again if it was fetched, or see python -m extras.weights import --help') from None
+                      'remove it and fetch it again if it was fetched, '
+                      'or see python -m extras.weights import --help') from None
     need(isinstance(saved, dict), f'{path} holds no weights by name; save model.state_dict()')
     return saved
 

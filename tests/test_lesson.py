@@ -541,6 +541,19 @@ def test_conflict_is_what_the_model_computes(model, val, monkeypatch):
     assert len(set(figures['h_I'].values())) > 1
 
 
+def test_sharing_batches_with_two_big_objects():
+    """oracle: the page, with equally many scenes of each big object: about half of CLIP's sharing batches hold two big
+    objects, but a quarter in the world whose big objects have four shapes, and a quarter of COSMOS's."""
+    for big_objects, batch, wanted in (16, 64, 0.5), (8, 64, 0.25), (16, 32, 0.25):
+        groups = np.arange(4000) % big_objects
+        counts = []
+        for pairs in experiments.Grouped(4000, batch, 0, 4000 // batch, groups=groups, share=0.5):
+            counts.append(len({groups[index] for _, index in pairs}))
+        sharing = [count for count in counts if count <= 3]             # mixed batches hold nearly all of them
+        assert abs(len(sharing) - len(counts) / 2) <= 1
+        assert np.mean(np.array(sharing) > 1) == pytest.approx(wanted, abs=0.05)
+
+
 def test_other_sets(model, tmp_path, monkeypatch):
     """oracle: one sentence that names the folder and the remedy, for a plain CLIP; of others there is `conflict`, on
     first sentences. During training there is nothing to report. Objects may be listed in another way."""
