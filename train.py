@@ -404,7 +404,7 @@ def batches_left(options, processes, train_set, step):
     order = data.Order(len(train_set.shards), options.batch, step, options.steps,
                        options.seed, processes.rank, processes.world)
     # Half precision is faster if the length of captions is a multiple of 8.
-    return iter(data.loader(train_set, order, options.workers,
+    return iter(data.loader(train_set, order, options.workers, processes.device,
                             multiple=8 if choose_dtype(options.precision, processes.device) else 1,
                             # C^T reads caption 0's padding.
                             whole_first=METHODS[options.method].has_cross_attention))
