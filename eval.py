@@ -23,9 +23,9 @@ To compare with published figures:
                     SUN397 are scored whole here; the released figures are of random subsets.)
 """
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -100,10 +100,9 @@ def shard_image(shards, i):
 
 @dataclass
 class Images(Dataset):
-    """Shards, or a list of paths or of Pillow images. Item i is a tuple: preprocess(image i), usually pixels (3, S, S),
-    and the label 0, because `embed_labelled` expects a label."""
+    """Shards, or a list of paths or of Pillow images. Item i is preprocess(image i), usually pixels (3, S, S)."""
     source: object
-    preprocess: object
+    preprocess: Callable
 
     def __len__(self):
         return len(self.source)
@@ -113,21 +112,19 @@ class Images(Dataset):
             image = shard_image(self.source, i)
         else:
             image = read_image(self.source[i])
-        return self.preprocess(image), 0
+        return self.preprocess(image)
+
+
+def batches(dataset, workers, title):
+    """The items of a set in batches, with a progress bar."""
+    return progress(DataLoader(dataset, IMAGE_BATCH, **loading(workers)), title)
 
 
 @torch.no_grad()
-def embed_labelled(model, dataset, workers=0):
-    """A set of (pixels (3, S, S), label) -> (n, D) unit vectors on the CPU, (n,) labels."""
-    need(len(dataset), 'there is no image to embed; give one or more')
-    loader = DataLoader(dataset, IMAGE_BATCH, **loading(workers))
-    features = []
-    labels = []
-    for pixels, batch_labels in progress(loader, 'images'):
-        cls = model.visual([pixels.to(model.logit_scale.device)])       # (1, B, D)
-        features.append(unit(cls[0]).cpu())
-        labels.append(batch_labels)
-    return torch.cat(features), torch.cat(labels)
+def embed(model, pixels):
+    """(B, 3, S, S) -> (B, D) unit vectors on the CPU."""
+    cls = model.visual([pixels.to(model.logit_scale.device)])           # (1, B, D)
+    return unit(cls[0]).cpu()
 
 
 def embed_images(model, source, preprocess, workers=0):
@@ -135,8 +132,19 @@ def embed_images(model, source, preprocess, workers=0):
     raises Unreadable, with its name."""
     if isinstance(source, (str, Path, Image.Image)):
         source = [source]
-    features, _ = embed_labelled(model, Images(source, preprocess), workers)    # all labels are 0
-    return features
+    need(len(source), 'there is no image to embed; give one or more')
+    images = Images(source, preprocess)
+    return torch.cat([embed(model, pixels) for pixels in batches(images, workers, 'images')])
+
+
+def embed_labelled(model, dataset, workers=0):
+    """A set of (pixels (3, S, S), label) -> (n, D) unit vectors on the CPU, (n,) labels."""
+    features = []
+    labels = []
+    for pixels, batch_labels in batches(dataset, workers, 'images'):
+        features.append(embed(model, pixels))
+        labels.append(batch_labels)
+    return torch.cat(features), torch.cat(labels)
 
 
 @torch.no_grad()
@@ -158,32 +166,31 @@ def embed_texts(model, tokenizer, texts):
 # --- 3. Retrieval ----------------------------------------------------------------------------------------------------
 
 def ranks(queries, targets, query_ids, target_ids, chunk=1024):
-    """-> (n,): for each query the rank, counted from 1, of its highest-scoring right target. Target j is right for
-    query i if they have the same id. All four arguments must be on the same device; the result is on it, too.
+    """-> (n,): for each of n queries the rank, counted from 1, of its best right target among m targets. Target j is
+    right for query i if they have the same id: the number of an image in retrieval, of a class in classification.
 
-    In retrieval an id is the number of an image, in classification the number of a class. A wrong target with an equal
-    score counts as ahead; otherwise a model whose features are all the same would look perfect.
+    A tie counts against the model: a wrong target with the same score is ranked before the right one. Otherwise a model
+    whose features are all the same would look perfect. All four arguments, and the result, are on one device.
     """
-    found = []
+    ranks_of_chunks = []
     for rows in torch.arange(len(queries)).split(chunk):            # never the whole n x m matrix
-        # The product is computed in float64, and then rounded. In float32 the last bit of a score depends on its row
-        # and column, so two equal vectors might not tie.
+        # The product is computed in float64 and then rounded, so that equal vectors tie. In float32 the last bit of a
+        # score would depend on its row and column.
         scores = (queries[rows].double() @ targets.double().T).float()      # (chunk, m)
-        right = query_ids[rows][:, None] == target_ids              # (chunk, m)
-        best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-        # "not below", so that ties and NaN count against the model.
-        ahead = ~(scores < best) & ~right
-        found.append(1 + ahead.sum(dim=1))
-    return torch.cat(found)
+        is_right = query_ids[rows][:, None] == target_ids           # (chunk, m)
+        best = scores.masked_fill(~is_right, -math.inf).amax(dim=1, keepdim=True)
+        is_worse = scores < best                                    # False for ties, and for NaN
+        before = ~is_worse & ~is_right                              # the wrong targets before the best right one
+        ranks_of_chunks.append(1 + before.sum(dim=1))
+    return torch.cat(ranks_of_chunks)
 
 
 def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures, computed on the device that holds the three arguments.
 
     owner (captions,): the image of each caption. An image's rank is that of its best-ranked caption. R@K are fractions,
-    and ranks count from 1. chance is the R@1 of guessing, 1 / n in both directions: an image that has c of the M
-    captions finds one of them with probability c / M, and because the c of the n images add up to M, the mean of these
-    probabilities is 1 / n.
+    and ranks count from 1. chance is the R@1 of guessing: 1 / n for a caption, and also on the mean over n images,
+    however many captions each of them has.
     """
     n = len(image_features)
     image_ids = torch.arange(n, device=owner.device)
@@ -228,15 +235,18 @@ def check_held_out(shards, workers=0):
     """Read every caption and decode every image of held-out shards, so that a broken one is found now, and not in the
     middle of a run. Raises Refused or Unreadable, with the name of the pair.
 
-    If the shards were opened from an index, images are not decoded again. train.py writes this index (val.npy) only
-    after this check, so they have passed it before.
+    Shards that were opened from an index have been decoded before, because train.py writes the index (val.npy) only
+    after this check. So only their captions are read again.
     """
     shard_captions(shards)
-    if shards.is_mapped:
-        return
-    images = Images(shards, attrgetter('size'))         # decoded, but only the size is sent back
-    for _ in progress(DataLoader(images, IMAGE_BATCH, **loading(workers)), 'trying held-out images'):
-        pass
+    were_decoded = shards.is_mapped
+    if not were_decoded:
+        for _ in batches(Images(shards, size_of), workers, 'trying held-out images'):
+            pass
+
+
+def size_of(image):     # the image has been decoded by then, and the size is little to send back from a worker
+    return image.size
 
 
 def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
@@ -248,8 +258,11 @@ def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, own
         captions, owner = shard_captions(source)
     image_features = embed_images(model, source, preprocess, workers)
     text_features = embed_texts(model, tokenizer, captions)
-    # The products of `ranks` are large, so they are made on the model's device.
-    on_device = [x.to(model.logit_scale.device) for x in (image_features, text_features, owner)]
+    # The products of `ranks` are large, so they are made on the model's device; but mps has no float64.
+    device = model.logit_scale.device
+    if device.type == 'mps':
+        device = 'cpu'
+    on_device = [x.to(device) for x in (image_features, text_features, owner)]
     return retrieval(*on_device), image_features
 
 
@@ -356,8 +369,8 @@ def window_scores(model, pixels, vectors, csa):
 
 
 def segment_image(model, image, vectors, names_per_class, settings):
-    """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is first scaled to H x W pixels, so
-    that its short side has settings.size pixels (two comments below name exceptions), and is scored at that size.
+    """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is scored at H x W pixels, to which
+    it is scaled first.
 
     vectors (M, D): one for each name, class after class; a class has one name or several. The steps are those of
     clip_segmentor.py:113-276 of the released code:
@@ -369,10 +382,9 @@ def segment_image(model, image, vectors, names_per_class, settings):
     """
     width, height = image.size
     short = min(width, height)
-    # The short side gets settings.size pixels, unless the long one would then exceed LONGEST_SIDE.
-    zoom = min(settings.size / short, LONGEST_SIDE / max(width, height))
-    # ours: the short side is at least a window long, even if the long one then exceeds LONGEST_SIDE.
-    zoom = max(zoom, model.config.image_size / short)
+    zoom = settings.size / short                                    # H or W, the shorter, becomes settings.size,
+    zoom = min(zoom, LONGEST_SIDE / max(width, height))             # less if the other would exceed LONGEST_SIDE,
+    zoom = max(zoom, model.config.image_size / short)               # but at least as long as a window (ours)
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)
     logits = settings.scale * scores                                # (M, H, W)
@@ -394,22 +406,22 @@ def segment_image(model, image, vectors, names_per_class, settings):
 
 def best_class(logits, size, class_of_name, candidates):
     """logits (M, H, W) of M names -> two maps of `size` (h, w): for each pixel the probability of the best candidate
-    class, and that class. A class is as probable as its most probable name. The softmax runs over the names of all
-    classes, candidates or not.
+    class, and that class. A class is as probable as its most probable name. The softmax runs over all names, also those
+    of other classes.
 
-    The logit maps of the names are enlarged one at a time, because 100 of them at once, for a photo of 12 megapixels,
-    would take 5 GB.
+    The map of each name is enlarged on its own, because 100 of them at once, for a photo of 12 megapixels, would take 5
+    GB. So the softmax is computed name by name, too: e^highest / sum of e^logit = e^(highest - ln of that sum).
     """
-    highest = logits.new_full(size, -math.inf)                      # the best logit so far
-    total = logits.new_full(size, -math.inf)                        # ln of the sum of e^logit so far
+    highest = logits.new_full(size, -math.inf)                      # of the candidates' logits so far
+    log_sum = logits.new_full(size, -math.inf)                      # ln of the sum of e^logit so far
     classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
     for small, number in zip(logits, class_of_name):
         of_name = F.interpolate(small[None, None], size, mode='bilinear')[0, 0]     # (h, w)
-        total = total.logaddexp(of_name)
+        log_sum = log_sum.logaddexp(of_name)
         if number in candidates:
             classes[of_name > highest] = number
             highest = highest.maximum(of_name)
-    return (highest - total).exp(), classes
+    return (highest - log_sum).exp(), classes
 
 
 def confusion(truth, predicted, classes):
@@ -488,7 +500,6 @@ def run_classify(args, model, tokenizer, preprocess):
         names = class_names(source, args.classes)
     vectors = class_vectors(model, tokenizer, names, templates)
     features, labels = embed_labelled(model, source, args.workers)
-    need(labels.min() >= 0, 'some images have no label; give another --split')
     need(labels.max() < len(names),
          f'the labels go up to {labels.max()}, counted from 0, but there are {len(names)} names; '
          'give a longer list with --classes')

@@ -91,23 +91,18 @@ def test_retrieval_by_hand():
 
 def test_ranks_are_computed_where_the_features_are(monkeypatch):
     """oracle: torch's device `meta`, whose tensors hold no numbers and cannot be mixed with those of the CPU. The
-    features of a model on `meta` are ranked there."""
+    features of a model on `meta` are ranked there, those of a model on mps, which has no float64, on the CPU."""
     there = {'device': 'meta'}
     found = evaluation.ranks(torch.ones(5, 4, **there), torch.ones(9, 4, **there), torch.ones(5, **there),
                              torch.ones(9, **there), chunk=2)
     assert found.device.type == 'meta' and found.shape == (5,)
-    devices = []
-
-    def noted(*inputs):
-        devices.append([x.device.type for x in inputs])
-        return {}
-
-    monkeypatch.setattr(evaluation, 'retrieval', noted)
+    monkeypatch.setattr(evaluation, 'retrieval', lambda *inputs: [x.device.type for x in inputs])
     monkeypatch.setattr(evaluation, 'embed_images', lambda *source: torch.ones(2, 4))
     monkeypatch.setattr(evaluation, 'embed_texts', lambda *source: torch.ones(2, 4))
-    model = SimpleNamespace(logit_scale=torch.ones((), **there))
-    evaluation.zero_shot_retrieval(model, None, None, [], ['a', 'b'], torch.arange(2))
-    assert devices == [['meta'] * 3]
+    for device, expected in ('meta', 'meta'), ('mps', 'cpu'):
+        model = SimpleNamespace(logit_scale=SimpleNamespace(device=torch.device(device)))
+        devices, _ = evaluation.zero_shot_retrieval(model, None, None, [], ['a', 'b'], torch.arange(2))
+        assert devices == [expected] * 3
 
 
 def test_workers_outlive_the_signals_of_a_run(gallery, monkeypatch):

@@ -796,7 +796,7 @@ def test_odd_exif_stops_nothing(kind, turns, odd):
     assert np.array_equal(decode(image, turn).permute(1, 2, 0), wanted)
     assert np.array_equal(read_image(file), wanted)
     for image in Image.open(io.BytesIO(file)), read_image(file):
-        [(seen, _)] = evaluation.Images([image], np.asarray)
+        [seen] = evaluation.Images([image], np.asarray)
         assert np.array_equal(seen, wanted)
 
 
