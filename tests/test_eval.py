@@ -188,7 +188,7 @@ def test_segmentation_by_hand(monkeypatch):
             (9, {'area': 0.19}, [0, 1, 1, 1, 2, 1])):
         settings = benchmarks.Settings(size, scale=math.log(3), **changes)
         model = SimpleNamespace(config=SimpleNamespace(image_size=2))
-        found = evaluation.segment_image(model, Image.new('RGB', (3, 2)), scores, [1, 2, 1], settings).flatten()
+        found = evaluation.segment_image(model, Image.new('RGB', (3, 2)), scores, [0, 1, 1, 2], settings).flatten()
         assert found.tolist() == expected
     truth = torch.tensor([0, 1, 1, 255, 3, 0])
     figures = evaluation.segmentation_figures(
@@ -470,11 +470,11 @@ def test_names_that_are_mended():
 def test_prompts_of_open_clip(monkeypatch, gallery):
     """oracle: a stand-in for the package. Its names are used for ImageNet alone, here as folders of its codes."""
     monkeypatch.setitem(sys.modules, 'open_clip', None)
-    refused('pip install open_clip_torch', benchmarks.read_templates, 'open_clip')
+    refused('pip install open_clip_torch', benchmarks.open_clip_prompts)
     stand_in = SimpleNamespace(OPENAI_IMAGENET_TEMPLATES=(lambda c: f'my {c}.', lambda c: f'{c}!'),
                                IMAGENET_CLASSNAMES=['crane', 'crane'])
     monkeypatch.setitem(sys.modules, 'open_clip', stand_in)
-    assert benchmarks.read_templates('open_clip') == ['my {}.', '{}!']
+    assert benchmarks.read_templates('open_clip', None) == ['my {}.', '{}!']
     for i in range(2):
         put(f'set/n0000000{i}/a.png', encoded(gallery.images[i]))
     put('names', 'ox\ngnu')
@@ -509,7 +509,7 @@ def test_segment_command(gallery, monkeypatch):
     monkeypatch.setitem(benchmarks.BENCHMARKS, 'voc21', settings)
     vectors = evaluation.class_vectors(*gallery.scored, ['background', 'sky', 'ox'])
     for i, image in enumerate(gallery.images):          # masks of what must be found
-        labels = evaluation.segment_image(model, image, vectors, [2, 1], settings)
+        labels = evaluation.segment_image(model, image, vectors, [0, 0, 1], settings)
         put(f'masks/{i}_ids.png', encoded(Image.fromarray(labels.byte().numpy())))
     put('classes', 'background, sky\nox\n')
     line = 'segment --images images --masks masks --mask-suffix _ids --classes classes'
