@@ -236,11 +236,17 @@ def signals_caught():
             signal.signal(number, handler)
 
 
+# Seconds. A batch that takes longer is an error. A worker that was forked beside CUDA and nccl may, rarely, hang for ever
+# (pytorch#130610), and the other processes would wait with it.
+LONGEST_WAIT = 1800
+
+
 def loading(workers):
     """Settings of a DataLoader. Its workers ignore the signals that end a run, and they end when the process ends."""
     if workers:
         atexit.register(end_workers)
     return {'num_workers': workers,
+            'timeout': LONGEST_WAIT if workers else 0,
             'worker_init_fn': ignore_signals,
             # A forked worker shares the index of the shards, while a spawned one gets a copy. Without workers,
             # DataLoader refuses the setting.

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from torchvision.transforms import v2
 import eval as evaluation
 from cosmos import COSMOS, Block, Config, unit
 from data import Shards, Tokenizer
-from plumbing import benchmarks, lists
+from plumbing import benchmarks, lists, processes
 from plumbing.processes import SIGNALS
 from plumbing.weights import to_openclip
 from tests.helpers import MICRO, close, encoded, micro, pairs_tar, put, refused, run, seeded, shared  # noqa: F401
@@ -120,6 +121,20 @@ def test_workers_outlive_the_signals_of_a_run(gallery, monkeypatch):
 
     monkeypatch.setattr(evaluation, 'read_image', signalled)
     assert_close(evaluation.embed_images(model, gallery.images, preprocess, workers=2), wanted, rtol=0, atol=0)
+
+
+def test_a_worker_that_hangs_is_an_error(gallery, monkeypatch):
+    """oracle: the rule: whoever waits longer than LONGEST_WAIT gets an error; without workers nobody waits."""
+    model, _ = gallery.scored
+
+    def sleepy(image):
+        time.sleep(3)
+        return torch.zeros(3, 32, 32)
+
+    monkeypatch.setattr(processes, 'LONGEST_WAIT', 1)
+    with pytest.raises(RuntimeError, match='timed out after 1 seconds'):
+        evaluation.embed_images(model, gallery.images[:1], sleepy, workers=1)
+    assert evaluation.embed_images(model, gallery.images[:1], sleepy).shape == (1, 16)
 
 
 def test_classification_by_hand():
