@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -32,9 +33,10 @@ import eval as evaluation
 import train
 from cosmos import COSMOS, GLOBALS, Attention, Output, Teacher, clip_loss, cosmos_loss
 from data import Batch
+from lesson import scenes
 from plumbing import runs
 from plumbing.progress import Progress
-from tests.helpers import close, dog_tar, encoded, micro, pairs_tar, put, refused, run
+from tests.helpers import ROOT, close, dog_tar, encoded, micro, pairs_tar, put, refused, run
 
 QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 2 '
          '--lr 0.003 --momentum 0.9 --momentum-ramp 10 --log-every 1 --eval-every 2 --workers 0 '
@@ -148,9 +150,10 @@ def test_views_and_losses_of_each_row(started, tmp_path, method):
     assert [name for name, p in begun.student.named_parameters() if p.grad is None] == []
 
 
-def step_of(model, images, texts, method='cosmos', accum=1, processes=ALONE, clip_grad=0, teacher=None):
+def step_of(model, images, texts, method='cosmos', accum=1, processes=ALONE, clip_grad=0, teacher=None, dtype=None):
     """train_step on this batch, by plain gradient descent with rate 0.5. The teacher becomes the student."""
-    teacher = teacher or Teacher(COSMOS(model.config))
+    if teacher is None:
+        teacher = Teacher(COSMOS(model.config))
     student = train.StudentInParts(model, accum)
     if processes.world > 1:
         student = DistributedDataParallel(student)
@@ -158,7 +161,7 @@ def step_of(model, images, texts, method='cosmos', accum=1, processes=ALONE, cli
                               momentum_ramp=0)
     state = train.Run(
         options, processes, None, model, student, teacher, torch.optim.SGD(model.parameters()),
-        torch.amp.GradScaler('cpu', enabled=False), dtype=None)
+        torch.amp.GradScaler('cpu', enabled=False), dtype)
     batch = Batch(None, None, texts, texts[:GLOBALS], 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batch, 'views', lambda batch, seed: images)
@@ -262,6 +265,41 @@ def by_ranks(tmp_path_factory):
     start_processes(one_rank, (port, path, flags), nprocs=2, start_method='forkserver')
     assert run(train, *flags, path / 'one') == 0
     return path
+
+
+def test_the_teacher_sees_the_same_parts(monkeypatch):
+    """oracle: by hand: with --accum 3 three pairs come one by one, to the teacher first, to the student twice, because
+    the backward pass computes it again."""
+    model, images, texts = micro()
+    seen = []
+
+    def note(network, inputs):
+        seen.append((type(network).__name__, len(inputs[0]), *[len(views[0]) for views in inputs]))
+
+    model.register_forward_pre_hook(note)
+    teacher = Teacher(COSMOS(model.config))
+    teacher.register_forward_pre_hook(note)
+    step_of(model, images, texts, accum=3, teacher=teacher)
+    assert seen == [('Teacher', GLOBALS, 1, 1)] * 3 + [('COSMOS', len(images), 1, 1)] * 6
+
+
+class Weight(torch.nn.Linear):
+    """A student with a single weight, whose embeddings are image times weight."""
+
+    def forward(self, images, texts):
+        return Output(*2 * [super().forward(images[0])[None]])
+
+    def clamp_scales(self):
+        """It has none."""
+
+
+def test_parts_are_exact_in_half_precision(monkeypatch):
+    """oracle: by hand: 256 and 64 ones. The backward pass begins with the last part, and in bf16 256 + 1 is 256."""
+    monkeypatch.setattr(train, 'total_loss', lambda student, out, *rest: (out.cls.float().sum(), {}))
+    model = Weight(1, 1, bias=False)
+    values = [torch.tensor(64 * [[1.0]] + [[256.0]])]
+    step_of(model, values, values, 'clip', accum=65, teacher='none', dtype=torch.bfloat16)
+    assert model.weight.grad.item() == 320
 
 
 @pytest.mark.parametrize('method', OBJECTIVES)
@@ -379,6 +417,42 @@ def test_ranks_must_agree(monkeypatch, fit, whole, tmp_path):
         monkeypatch.setattr(train.Processes, 'broadcast', broadcast)
         assert 'the same command, the same files in --data, and one --out' in fit(out, flag)
     assert not (tmp_path / 'last.pt').exists()
+
+
+def test_torchrun_as_it_is_typed(tmp_path):
+    """oracle: the command at the head of train.py, in a folder with a small built-in set, with fewer steps: status 0,
+    and each line once."""
+    run(scenes, tmp_path / 'runs/scenes', '--train', 64, '--val', 16)
+    command = 'torchrun --nproc_per_node=2 train.py --out runs/two'
+    assert command in train.__doc__
+    words = command.replace('train.py', str(ROOT / 'train.py')).split()[1:]
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', *words, '--steps', '2'], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [done.stdout.count(word) for word in ('on 2 x ', 'step 1 ', 'done ')] == [1, 1, 1]
+
+
+HIDDEN = '''
+import os, signal, sys
+import torch, torchvision, tqdm
+for name in 'fcntl', 'resource':
+    sys.modules[name] = None
+for name in 'SIGUSR1', 'SIGCHLD', 'SIGKILL', 'SIGHUP', 'SIGALRM':
+    delattr(signal, name)
+del os.sched_getaffinity
+import cosmos, data, eval, train
+from plumbing import processes, runs
+print(processes.peak_memory(torch.device('cpu')), len(processes.SIGNALS), processes.cores() > 0)
+runs.lock(sys.argv[1])
+processes.end_workers()
+'''
+
+
+def test_what_windows_lacks_is_not_needed(tmp_path):
+    """oracle: the words of a program that hides these modules and signals, and then imports the four files. Without
+    locks it warns."""
+    done = subprocess.run([sys.executable, '-c', HIDDEN, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == '0.0 2 True\n' and done.stderr.count('no locks here') == 1, done.stderr
 
 
 def test_loaders_start_before_the_model(monkeypatch, started, tmp_path):
@@ -718,6 +792,10 @@ def fill_the_disk(run):
     raise_a_bug(run)
 
 
+def fill_the_gpu(run):
+    raise torch.OutOfMemoryError('CUDA out of memory')
+
+
 def hide_shard(run):
     [path] = run.train_set.shards.paths
     os.rename(path, f'{path}.hidden')
@@ -729,6 +807,8 @@ def hide_shard(run):
     ('train_step', 0, signal.SIGUSR1, str(128 + signal.SIGUSR1), 1),
     ('train_step', 0, raise_a_bug, 'RuntimeError: a bug\n', None),      # without a step there is no run to save
     ('train_step', 3, raise_a_bug, 'RuntimeError: a bug\n', 3),
+    ('train_step', 3, fill_the_gpu, 'error: the GPU has too little memory for this run; give --accum with more parts, '
+     '--grad-checkpoint, or in a new run a smaller --batch', 3),
     ('train_step', 2, hide_shard, 'error: 1000 pairs in a row cannot be read', 3),
     ('train_step', 3, spoil_weights, 'RuntimeError: a bug\n', 2),
     ('train_step', 3, fill_the_disk, 'RuntimeError: a bug\n', 2),
@@ -835,6 +915,18 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
         shutil.copy(whole / name, out)
     assert fit(f'{out}/', '--steps', 2) == f'error: {out}/ holds a run; give --resume to go on with it, or another --out'
     assert contents(out) == contents(whole)
+
+
+def test_a_run_of_an_old_name(fit, tmp_path, capsys):
+    """oracle: no-cross-attention, which was called plain in the checkpoints of 41f0b8a."""
+    flags = tmp_path, '--method', 'no-cross-attention', '--save-every', 1
+    assert fit(*flags, '--steps', 2) == 0
+    state = saved(tmp_path)
+    state['same']['--method'] = state['options']['method'] = 'plain'
+    torch.save(state, tmp_path / 'last.pt')
+    capsys.readouterr()
+    assert fit(*flags, '--steps', 3, '--resume') == 0
+    assert '--method' not in capsys.readouterr().out and saved(tmp_path)['options']['method'] == flags[2]
 
 
 def test_init(fit, started, tmp_path, capsys):
