@@ -4,13 +4,11 @@ import io
 import os
 import re
 import tarfile
-import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import process_map, thread_map
 
 from plumbing.captions import caption_pool, record_of
 from plumbing.errors import Refused, Unreadable
@@ -18,7 +16,6 @@ from plumbing.files import replacing
 from plumbing.images import read_image
 from plumbing.tars import COLUMN, HEADER_BLOCKS, NO_PAIR, WIDTH, find_shards, member_name, scan_shard, why_unreadable
 
-MINUTE = 60.0       # seconds between two lines that say how many shards' headers have been read
 # A run starts only if at least one of its first 20 pairs can be used. These are enough to tell wrong keys from a few
 # broken pairs.
 FIRST_PAIRS = 20
@@ -45,7 +42,7 @@ class Shards:
         stored = self.read_index(index)
         self.is_mapped = stored is not None
         # The mark and all rows are kept in one flat array, as in the file. Otherwise saving would copy all rows.
-        self.stored = stored if self.is_mapped else self.scan(index and part_of(index))
+        self.stored = stored if self.is_mapped else self.scan()
         self.check_first_pairs()
 
     @property
@@ -56,39 +53,19 @@ class Shards:
     def __len__(self):
         return len(self.index)
 
-    def scan(self, part):
-        """Read all headers -> the mark and the rows. Every minute the rows so far go into the file `part`, if one is
-        named, so that an interrupted start can go on from there. A terminal shows a progress bar; without a terminal, a
-        line every minute says how many shards have been read.
-        """
-        tables = [[self.mark]]
-        shard = 0                                       # the next one to read
-        before = self.read_index(part)
-        if before is not None and len(before) > 1:
-            tables = [before]
-            shard = int(before[-WIDTH]) + 1  # column 0 of the last row: the last shard with pairs
+    def scan(self):
+        """Read all headers -> the mark and the rows, as one flat array."""
         # Processes take seconds to start, so for a few shards they are not worth it.
-        executor = ProcessPoolExecutor if len(self.paths) - shard > 16 else ThreadPoolExecutor
-        shown = time.monotonic()
-        with executor(min(32, os.cpu_count() + 4)) as pool:
-            found = pool.map(scan_shard, self.paths[shard:], range(shard, len(self.paths)))
-            bar = tqdm(found, 'reading headers', len(self.paths), initial=shard, disable=None)
-            for table in bar:
-                tables.append(table.ravel())
-                shard += 1
-                if time.monotonic() - shown > MINUTE:
-                    shown = time.monotonic()
-                    if bar.disable:
-                        print(f'data       the headers of {shard:,} of {len(self.paths):,} shards have been read')
-                    if part:
-                        write_index(part, np.concatenate(tables))
-        return np.concatenate(tables)
+        scan_all = process_map if len(self.paths) > 16 else thread_map
+        tables = scan_all(scan_shard, self.paths, range(len(self.paths)), chunksize=1, desc='reading headers',
+                          disable=None)                 # None: no bar without a terminal
+        return np.concatenate([[self.mark], *map(np.ravel, tables)])
 
     def save(self, path):
         """Write the index, unless it was read from a file."""
         if not self.is_mapped:
-            write_index(path, self.stored)
-            part_of(path).unlink(missing_ok=True)
+            with replacing(path) as temporary, open(temporary, 'wb') as file:
+                np.save(file, self.stored)
 
     def read_index(self, path):
         """-> the mark and the rows; None if there is no file. None, too, if the file belongs to other shards or is
@@ -183,16 +160,6 @@ class Shards:
             name = member_name(headers) or name
             name += f" ({self.record(i)['file']})"
         return f'{self.paths[shard]}:{name}'
-
-
-def part_of(index):
-    """The file next to an index that holds the part that has been read so far."""
-    return Path(f'{index}.part')
-
-
-def write_index(path, stored):
-    with replacing(path) as temporary, open(temporary, 'wb') as file:
-        np.save(file, stored)
 
 
 def digest(value):

@@ -528,41 +528,6 @@ def test_which_index_is_used(tmp_path, monkeypatch):
     assert np.array_equal(Shards(tar, index=put(path, whole)).index, fresh.index)
 
 
-def test_a_scan_that_was_interrupted_goes_on(tmp_path, monkeypatch, capsys):
-    """oracle: a fresh reading, and which shards are read: those that were not read yet, or all if one has changed.
-    Without a terminal a line says how far the reading is. Only the index is left in the end. (A minute is a moment
-    here.)"""
-    for n in range(5):
-        dog_tar(tmp_path / f'{n}.tar', 2)
-    index = tmp_path / 'out/index.npy'
-    fresh = Shards(tmp_path).index
-    read = []
-
-    def scan(path, number):
-        read.append(number)
-        if number == stop:
-            raise KeyboardInterrupt
-        return scan_shard(path, number)
-
-    monkeypatch.setattr('plumbing.shards.scan_shard', scan)
-    monkeypatch.setattr('plumbing.shards.MINUTE', 0)
-    for stop in 3, 4:
-        with pytest.raises(KeyboardInterrupt):
-            Shards(tmp_path, index=index)
-        assert not index.exists()
-    assert sorted(read) == [0, 1, 2, 3, 3, 4, 4]
-    stop = None
-    for changed, again in (False, [4]), (True, [0, 1, 2, 3, 4]):
-        if changed:
-            os.utime(tmp_path / '0.tar', (1, 1))
-        read.clear()
-        shards = Shards(tmp_path, index=index)
-        assert sorted(read) == again and np.array_equal(shards.index, fresh)
-    assert 'the headers of 4 of 5 shards have been read' in capsys.readouterr().out
-    shards.save(index)
-    assert [path.name for path in index.parent.iterdir()] == ['index.npy']
-
-
 def test_a_shard_that_was_written_anew(tmp_path, capsys):
     """oracle: a fresh reading. The tar is written again with the same name and size, but its members lie elsewhere, so
     the index is made again, and a line says so. The index is also made again for a copy, whose times differ. The
