@@ -14,7 +14,7 @@ from plumbing.captions import caption_pool, record_of
 from plumbing.errors import Refused, Unreadable
 from plumbing.files import replacing
 from plumbing.images import read_image
-from plumbing.tars import COLUMN, HEADER_BLOCKS, NO_PAIR, WIDTH, find_shards, member_name, scan_shard, why_unreadable
+from plumbing.tars import COLUMN, HEADER_BLOCKS, NO_PAIR, WIDTH, find_shards, member_name, scan_shard
 
 # A run starts only if at least one of its first 20 pairs can be used. These are enough to tell wrong keys from a few
 # broken pairs.
@@ -84,7 +84,7 @@ class Shards:
         """Raises Refused if none of the first pairs can be used, which means that captions have other keys, or images
         are of another kind."""
         if not len(self):
-            raise Refused(f'{self.paths[0]}: {why_unreadable(self.paths[0]) or NO_PAIR}')
+            raise Refused(f'{self.paths[0]}: {NO_PAIR}')
         for i in range(min(FIRST_PAIRS, len(self))):
             try:
                 self.pool(i)

@@ -12,13 +12,6 @@ import numpy as np
 
 from plumbing.errors import Refused, warn
 
-# How compressed files begin, and what unpacks them.
-COMPRESSED = {
-    b'\x1f\x8b': 'gunzip',
-    b'BZh': 'bunzip2',
-    b'\xfd7zXZ\0': 'unxz',
-    b'\x28\xb5\x2f\xfd': 'unzstd'}
-
 # --- 1. Finding them -------------------------------------------------------------------------------------------------
 
 def find_shards(paths, split=None):
@@ -41,47 +34,19 @@ def find_shards(paths, split=None):
                 tars += glob.glob(f'{glob.escape(match)}/*.tar')
             else:
                 tars.append(match)
-        for tar in tars:
-            if os.path.exists(tar):
+        for tar in tars or [path]:
+            if os.path.isfile(tar):
                 found.append(tar)
             else:
-                missing.append(tar)                     # a link that leads nowhere
-        if not tars:
-            missing.append(path)
+                missing.append(tar)
     if not found:
-        raise Refused(nothing_in(missing[0]))
+        raise Refused(f"'{missing[0]}' does not exist or holds no .tar file; give tars, or folders of them")
     if missing:
         warn(f'{len(missing)} of {len(missing) + len(found)} shards are missing, the first is {missing[0]}')
     unique = {os.path.realpath(path): path for path in sorted(found)}
     if len(unique) < len(found):
         warn(f'{len(found) - len(unique)} shards are named twice; each is used once')
     return sorted(unique.values())
-
-
-def nothing_in(path):
-    """What to say about a path that leads to no tar."""
-    folder = glob.escape(path)
-    deeper = glob.glob(f'{folder}/*/*.tar')
-    if deeper:
-        return (f"'{path}' holds no .tar file, but its subfolders hold {len(deeper)} tars: "
-                f"give '{path}/*/*.tar'")
-    compressed = glob.glob(f'{folder}/*.tar.*')
-    if compressed:
-        name = os.path.basename(compressed[0])
-        return f"'{path}' holds no .tar file, but {len(compressed)} files like {name}; unpack them"
-    return f"'{path}' does not exist or holds no .tar file; give tars, or folders of them"
-
-
-def why_unreadable(path):
-    """What to say about a tar from which tarfile can read nothing: it is empty, or compressed; '' if it is neither."""
-    with open(path, 'rb') as file:
-        start = file.read(6)
-    if not start:
-        return 'is empty (0 bytes); fetch it again'
-    for mark, program in COMPRESSED.items():
-        if start.startswith(mark):
-            return f'is compressed, so its pairs cannot be read one at a time; unpack it with {program}'
-    return ''
 
 
 # --- 2. Members ------------------------------------------------------------------------------------------------------
@@ -114,13 +79,8 @@ def tar_members(path):
         raise Refused(f'{path} cannot be read ({error}); mend that, or leave it out') from None
     except Exception:                   # tarfile raises many kinds for a header that it cannot read
         pass
-    if whole:
-        return
-    if end:
-        warn(f'{path} is damaged after byte {end:,}; what lies before it is used')
-    else:
-        problem = why_unreadable(path) or 'is not a tar, or is damaged at its first member'
-        warn(f'{path} {problem}')
+    if not whole:
+        warn(f'{path} is damaged, or is not a tar; only its first {end:,} bytes are used')
 
 
 # How many blocks before a member's data are searched for its name; enough for a name of 5,000 bytes.
@@ -152,7 +112,8 @@ def member_name(before):
 # {ending of the name: column of the offset}. The size is in the next column.
 COLUMN = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5}
 WIDTH = 7
-NO_PAIR = 'no readable tar of images, each next to a .json or .txt of the same name; see docs/data.md for the format'
+NO_PAIR = ('no readable tar of images, each next to a .json or .txt of the same name; unpack it if it is compressed, '
+           'and see docs/data.md for the format')
 
 
 def scan_shard(path, number):
