@@ -4,7 +4,6 @@ import glob
 import io
 import os
 import tarfile
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -121,9 +120,9 @@ def scan_shard(path, number):
 
     The members of a pair are neighbours, as in WebDataset. If a name comes up again later, it is another pair.
     """
-    groups = []                                         # (stem, row)
+    rows = []
     open_stem = None                                    # of the pair that is being read
-    links = 0
+    left_out = 0
     for member in tar_members(path):
         kind = os.path.basename(member.name).partition('.')[2]          # after the first dot
         stem = member.name.removesuffix(kind)           # with its folders
@@ -131,32 +130,26 @@ def scan_shard(path, number):
         if kind not in COLUMN:
             continue
         if member.issym() or member.islnk():
-            links += 1
+            left_out += 1               # without bytes of its own
             continue
         if stem != open_stem or kind in kinds:
             open_stem = stem
             kinds = set()
             row = [number] + [0] * (WIDTH - 1)
-            groups.append((stem, row))
+            rows.append(row)
         kinds.add(kind)
         column = COLUMN[kind]
         if not row[column + 1]:                         # of a .jpg and a .png the first one counts
             row[column:column + 2] = member.offset_data, member.size
 
-    occurs = Counter(stem for stem, _ in groups)
     pairs = []
-    apart = 0
-    for stem, row in groups:
+    for row in rows:
         image_size, json_size, txt_size = row[2::2]
         if image_size and (json_size or txt_size):
             pairs.append(row)
-        elif occurs[stem] > 1:
-            apart += 1
-    if links:
-        warn(f'{path}: {links} members are links to other files, and are left out; '
-             'write the files themselves, with tar --dereference --hard-dereference')
-    if apart:
-        warn(f'{path}: {apart} members are not next to the other members of the same name, and are left out')
+    left_out += len(rows) - len(pairs)
     if not pairs:
         warn(f'{path}: {NO_PAIR}')
+    elif left_out:
+        warn(f'{path}: {left_out:,} links and incomplete pairs are left out; the files of a pair must be neighbours')
     return np.array(pairs, np.int64).reshape(-1, WIDTH)
