@@ -14,7 +14,7 @@ from plumbing.captions import caption_pool, record_of
 from plumbing.errors import Refused, Unreadable
 from plumbing.files import replacing
 from plumbing.images import read_image
-from plumbing.tars import COLUMN, HEADER_BLOCKS, NO_PAIR, WIDTH, find_shards, member_name, scan_shard
+from plumbing.tars import COLUMN, NO_PAIR, WIDTH, find_shards, scan_shard
 
 # A run starts only if at least one of its first 20 pairs can be used. These are enough to tell wrong keys from a few
 # broken pairs.
@@ -151,13 +151,13 @@ class Shards:
         return pool
 
     def name(self, i):
-        """Where pair i lies, for messages: the tar, the member, and the file that extras.prepare packed it from."""
+        """Where pair i lies, for messages: the tar, the member, and the file that extras.prepare packed it from. Of a
+        name of over 100 bytes, only the part that the member's own header has."""
         shard, offset = self.index[i, :2].tolist()
         name = f'byte {offset}'
-        with suppress(Unreadable, KeyError):
-            size = min(offset, HEADER_BLOCKS * tarfile.BLOCKSIZE)
-            [headers] = self.read(shard, [(offset - size, size)])
-            name = member_name(headers) or name
+        with suppress(Unreadable, KeyError, tarfile.HeaderError):
+            [header] = self.read(shard, [(offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)])
+            name = tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name
             name += f" ({self.record(i)['file']})"
         return f'{self.paths[shard]}:{name}'
 

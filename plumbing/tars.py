@@ -1,10 +1,8 @@
 """Tars: which ones a path means, what members they have, and which members make up a pair. A damaged part of a tar is
 left out, and does not end the run; in most cases a line says so."""
 import glob
-import io
 import os
 import tarfile
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -80,28 +78,6 @@ def tar_members(path):
         pass
     if not whole:
         warn(f'{path} is damaged, or is not a tar; only its first {end:,} bytes are used')
-
-
-# How many blocks before a member's data are searched for its name; enough for a name of 5,000 bytes.
-HEADER_BLOCKS = 12
-
-
-def member_name(before):
-    """The blocks before a member's data -> the member's name; '' if they hold none.
-
-    The last block is the header of the member. A name that does not fit into this header is stored in one or more
-    blocks before it, and these blocks have a header of their own in front of them. So we go back block by block, and
-    keep the name from the earliest block where headers of this member begin.
-    """
-    name = ''
-    for size in range(tarfile.BLOCKSIZE, len(before) + 1, tarfile.BLOCKSIZE):
-        with suppress(Exception):                       # tarfile's own, as above
-            file = io.BytesIO(before[-size:])
-            tar = tarfile.open(fileobj=file, mode='r:', encoding='utf-8', errors='replace')
-            member = tar.next()                         # None for a block of zeros
-            if member and member.offset_data == size:   # its data begins where `before` ends
-                name = member.name
-    return name
 
 
 # --- 3. Pairs --------------------------------------------------------------------------------------------------------

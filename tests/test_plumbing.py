@@ -348,19 +348,6 @@ def test_tars_of_every_format(tmp_path):
     assert Shards(tmp_path / 'moved').fingerprint == shards.fingerprint
 
 
-def test_names_of_every_script(tmp_path):
-    """oracle: the names as written, also if another header than the member's own holds them."""
-    names = 'döner ♥.png', 'ключ' * 30 + '.png', 'plain.png'            # the second has over 100 bytes
-    image = encoded(Image.new('RGB', (9, 9)))
-    for form in tarfile.GNU_FORMAT, tarfile.PAX_FORMAT:
-        members = []
-        for name in names:
-            members += [(name, image), (name.replace('.png', '.json'), ['dog'])]
-        tar = write_tar(tmp_path / 'a.tar', members, form)
-        shards = Shards(tar)
-        assert [shards.name(i) for i in range(3)] == [f'{tar}:{name}' for name in names]
-
-
 def test_links_are_counted(tmp_path, capsys):
     """oracle: the links that were written, a hard one and a symbolic one, and the other halves of their pairs."""
     members = [('0.png', encoded(Image.new('RGB', (9, 9)))), ('0.txt', b'dog'), ('1.txt', b'cat'), ('2.png', b'image')]
