@@ -101,13 +101,16 @@ class Shards:
     def read(self, shard, places):
         """The bytes at several places (offset, size) of a tar. Unreadable if the disk fails, or the tar is cut off."""
         path = self.paths[shard]
+        found = []
         try:
-            found = read_at(path, places)
-        except OSError:
-            try:
-                found = read_at(path, places)           # again, because network disks stumble
-            except OSError as error:
-                raise Unreadable(f'{path} cannot be read ({error})') from None
+            # Opened for each pair, so that there are never too many open files. By default a buffer is as large as a
+            # block of the file system, 1 MB on NFS and 4 MB on Lustre, and is filled even for an image of 30 kB.
+            with open(path, 'rb', buffering=tarfile.BLOCKSIZE) as file:
+                for offset, size in places:
+                    file.seek(offset)
+                    found.append(file.read(size))
+        except OSError as error:
+            raise Unreadable(f'{path} cannot be read ({error})') from None
         if sum(map(len, found)) < sum(size for _, size in places):
             raise Unreadable(f'{path} has been cut off since its headers were read')
         return found
@@ -153,18 +156,6 @@ class Shards:
             name = tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name
             name += f" ({self.record(i)['file']})"
         return f'{self.paths[shard]}:{name}'
-
-
-def read_at(path, places):
-    """The bytes at several places (offset, size) of a file."""
-    found = []
-    # Opened for each pair, so that there are never too many open files. By default a buffer is as large as a
-    # block of the file system, 1 MB on NFS and 4 MB on Lustre, and is filled even for an image of 30 kB.
-    with open(path, 'rb', buffering=tarfile.BLOCKSIZE) as file:
-        for offset, size in places:
-            file.seek(offset)
-            found.append(file.read(size))
-    return found
 
 
 # --- 2. Which tars a path means --------------------------------------------------------------------------------------
