@@ -629,7 +629,7 @@ def test_the_vocabulary_is_fetched_once(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
     monkeypatch.delenv('COSMOS_VOCAB', raising=False)
     monkeypatch.setattr('plumbing.tokenizer.VOCAB_URL', file.as_uri())
-    refused('cannot be fetched .*once on a login node.*--vocab PATH or COSMOS_VOCAB.*--vocab learn', Tokenizer.clip)
+    refused('cannot be fetched .*save it once on a login node as .*--vocab PATH or COSMOS_VOCAB.*--vocab learn', Tokenizer.clip)
     monkeypatch.setattr('plumbing.tokenizer.VOCAB_SHA256', hashlib.sha256(file.read_bytes()).hexdigest())
     copy = put(tmp_path / 'copy.gz', file.read_bytes())
     for _ in range(2):
