@@ -27,8 +27,7 @@ from torchvision.ops import masks_to_boxes
 
 import eval
 import train
-from cosmos import (COSMOS, Output, Teacher, across_terms, cosmos_terms, gather, match, no_terms,
-                    total_loss, unit)
+from cosmos import COSMOS, Output, Teacher, cosmos_terms, gather, match, total_loss, unit
 from data import Counts, Crops, Order, Shards, Tokenizer
 from eval import embed_images, embed_texts, load, preprocessing, shard_image
 from extras import report
@@ -592,7 +591,7 @@ def test_one_group_of_figures(model, drawn):
 # --- The course ------------------------------------------------------------------------------------------------------
 
 def test_without_cross_attention(model, views):
-    """oracle: L_CLIP and the four terms of the embeddings themselves, with a second scale, as train.py's `plain`."""
+    """oracle: L_CLIP and the four terms of the embeddings themselves, with a second scale, as train.py's `no-cross-attention`."""
     network = experiments.WithoutCrossAttention(model[0].config)
     teacher = Teacher(network)
     targets = teacher(*views)
@@ -679,7 +678,7 @@ def test_onepage_is_train(drawn, sandbox):
 
 def test_average_without_a_teacher(drawn):
     """oracle: the weights before and after a step, averaged by the formula."""
-    student, teacher, _ = onepage.train(drawn, 1, terms=no_terms, batch=4, rate=0.05)
+    student, teacher, _ = onepage.train(drawn, 1, terms=train.no_terms, batch=4, rate=0.05)
     torch.manual_seed(0)
     before = COSMOS(student.config).state_dict()
     average = {name: (before[name] + 10 * after.cpu()) / 11 for name, after in student.state_dict().items()}
@@ -704,7 +703,7 @@ def test_reading_across():
     control has these two terms not at all."""
     *views, cls_t, eot_t = unit(torch.randn(6, 2, 3, 8))
     out = Output(*views)
-    terms = across_terms(out, cls_t, eot_t, 5)
+    terms = train.across_terms(out, cls_t, eot_t, 5)
     pairs = {
         'h_I_cls_t': (out.h_I, cls_t),
         'cls_eot_t': (out.cls, eot_t),
@@ -983,15 +982,15 @@ def test_the_picture_of_a_step():
     (_, image), (_, record) = draw_scene(World(), 'train', picture.PAIR)
     shards = SimpleNamespace(pair=lambda i: (json.loads(record)['captions'], image))
     crops = Crops(shards, None, train.PRESETS['tiny'].sizes, 0, Counts(2, 2, 2, 2), 'crops')
-    views, _, captions, _ = crops.sample(picture.EPOCH, picture.PAIR)
+    drawn = crops.sample(picture.EPOCH, picture.PAIR)
     steps = picture.drawn_steps()
     large, *small = [fromstring(svg) for svg in steps.values()]
     words = [text.text for text in large.iter('{http://www.w3.org/2000/svg}text')]
-    for name in *captions, *captions[:2], 'cls', 'eot', 'h_I', 'h_T', 'cls_t', 'eot_t', 'L_CLIP':
+    for name in *drawn.captions, *drawn.captions[:2], 'cls', 'eot', 'h_I', 'h_T', 'cls_t', 'eot_t', 'L_CLIP':
         words.remove(name)
     assert 'C^I: a sentence' in words and 'C^T: a view' in words
     found = [pixels.get('href') for pixels in large.iter('{http://www.w3.org/2000/svg}image')]
-    for view, uri in zip(views, found, strict=True):
+    for view, uri in zip(drawn.crops, found, strict=True):
         pixels = Image.open(io.BytesIO(base64.b64decode(uri.partition(',')[2])))
         assert_close(torch.from_numpy(np.array(pixels)), view.permute(1, 2, 0), rtol=0, atol=1)
     assert len(set(steps.values())) == len(steps) == 6
