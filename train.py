@@ -6,20 +6,17 @@
     python train.py --data /shards --accum 8                    on one GPU that can hold an eighth of a batch
     python train.py --init CKPT --data /shards                  COSMOS, starting from an existing CLIP
 
-To continue a run that stopped, give the same command with --resume. A run leaves these files in --out: last.pt (the
-checkpoint), log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (which process is
-using the folder). With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val) and
-val.npy (the index of the held-out shards). With extras/ it also leaves report.html (the run as a page) and maps.npz
-(what that page shows besides the log).
+To continue a run that stopped, give the same command with --resume. A run leaves in --out: last.pt (the checkpoint),
+log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (which process is using the
+folder). With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val) and val.npy (their
+index); with extras/ also report.html (the run as a page) and maps.npz (what that page shows besides the log).
 
-On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6, the run from top
-to bottom: `main` is the loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5 set up,
-log, save and evaluate; read them when you change them. lesson/onepage.py trains the same way on one page, without
-options, checkpoints or several GPUs.
-
-You can skip what comes from plumbing/. Its main parts are `training_options` (the command line), `Processes` (the
-ranks: their device, sums and broadcasts over them, how they end), `runs` (the folder of a run: checkpoints, log,
-resuming) and `Progress` (what has happened since the process started, and since the last log entry).
+On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6: `main` is the
+loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5 set up, log, save and evaluate;
+read them when you change them. lesson/onepage.py trains the same way on one page, without options, checkpoints or
+several GPUs. You can skip what comes from plumbing/: `training_options` (the command line), `Processes` (the ranks:
+their device, sums and broadcasts over them, how they end), `runs` (the folder of a run: checkpoints, log, resuming) and
+`Progress` (what has happened since the process started, and since the last log entry).
 """
 import os
 
@@ -66,9 +63,8 @@ PAPER = {
     'local_crops': 6, 'local_captions': 6, 'augment': 'full', 'vocab': 'clip'}
 # For small sets on a laptop (`tiny` and `photo`, below). The learning rate ends at a tenth of its peak. After s steps
 # the teacher's momentum, the paper's lambda, is at most s / (s + 10). Images are only cropped. In `tiny` that is
-# because the captions of the built-in set name colours, and a colour jitter would make them wrong. In `photo` it is
-# because a model trained with crops alone did better at retrieval on Flickr8k in a single short trial
-# (docs/own-data.md).
+# because the captions of the built-in set name colours, which a jitter would make wrong. In `photo` it is because crops
+# alone did better at retrieval on Flickr8k in a single short trial (docs/own-data.md).
 LAPTOP = {
     'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
     'momentum': 0.995, 'momentum_ramp': 10,
@@ -76,8 +72,7 @@ LAPTOP = {
 
 
 # Used with --init, whatever the preset. The learning rate is small, because the weights already know something. The
-# momentum has no ramp, because the teacher starts as a copy of these weights, not of random ones, which it would have
-# to forget.
+# momentum has no ramp, because the teacher starts as a copy of these weights, and has no random ones to forget.
 PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
 
 
@@ -251,9 +246,8 @@ def train_step(run, batch):
     student = run.student
     for group in run.optimizer.param_groups:
         group['lr'] = lr_at(run.step, options)
-    # V tensors (B, 3, s, s). The loader has cropped the images, and drawn how strongly the colours of each crop change
-    # and how much it is blurred. Here, on the device, the crops are changed and normalised. The string seeds the order
-    # of the colour jitters, so that it is the same on all ranks.
+    # V tensors (B, 3, s, s). The loader has cropped the images, and drawn how strongly each crop changes. Here, on the
+    # device, it is changed and normalised. The string seeds the order of the jitters, the same on all ranks.
     images = batch.views(f'{options.seed} {run.step}')
 
     # The teacher sees the globals, without gradient. It comes first, when the student does not hold memory for its
@@ -278,8 +272,7 @@ def train_step(run, batch):
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
-    # DDP has averaged the gradients. If one rank's gradient is not finite, neither is the mean, so all ranks skip the
-    # step.
+    # DDP has averaged the gradients, so if one rank's is not finite, neither is the mean, and all ranks skip the step.
     finite = bool(norm.isfinite())
     if finite:
         if options.clip_grad:
@@ -289,10 +282,7 @@ def train_step(run, batch):
         if run.method.has_teacher:
             run.teacher.update(student, momentum_at(run.step, options))
     else:
-        # This rank's loss may be finite even if another's is not.
-        [total] = run.processes.sum([loss])
-        tqdm.write(f'WARNING    step {run.step + 1} was skipped: loss {total / run.processes.world:.4g}, '
-                   f'gradient norm {norm:.4g}, both over all processes')
+        tqdm.write(f'WARNING    step {run.step + 1} was skipped, because the norm of its gradient is {norm:.4g}')
     run.scaler.update()             # fp16: after an infinity it lowers the scale
     run.step += 1                   # a skipped step counts, too
     return Step(out, cls_t, loss, parts, norm, finite)
@@ -371,15 +361,11 @@ def open_shards(options, processes, saved, built_in_set):
 
 
 def choose_model(options, saved):
-    """-> Config, tokenizer, weights to start from.
+    """-> Config, tokenizer (None if it must be learned), weights to start from ({}: none).
 
-    A resumed run: Config and tokenizer come from its checkpoint. The weights are {} here, because set_up restores them
-    later.
-    --init: Config and weights come from that checkpoint, and so does the tokenizer. If the file holds none, it is
-    CLIP's (--vocab may name its file).
-    Otherwise: the Config is the preset's, the tokenizer is that of --vocab, or None if it must be learned, and the
-    weights are {}.
-    In a new run, --method decides whether there is cross-attention and a second scale.
+    A resumed run has Config and tokenizer from its checkpoint, and set_up restores the weights. --init gives all three,
+    with CLIP's tokenizer if the file has none. Otherwise --preset gives the Config, and --vocab the tokenizer. In a new
+    run, --method decides whether there is cross-attention and a second scale.
     """
     if saved:
         config = Config(**saved['config'])
@@ -457,9 +443,9 @@ def set_up(options, processes, built_in_set):
         saved = runs.read_last(options.out, options.resume)
         config, tokenizer, weights = choose_model(options, saved)
         shards, val = open_shards(options, processes, saved, built_in_set)
-    # If ranks took other batches or other rates, nothing would say so. The time in last.pt differs between runs.
-    to_agree_on = vars(options) | {
-        'val': bool(options.val), 'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
+    # If ranks took other batches or other rates, nothing would say so. In last.pt the time tells runs apart.
+    read = {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
+    to_agree_on = vars(options) | read | {'val': bool(options.val)}
     for name in 'workers', 'data', 'vocab':             # may differ: the number of cores, and paths
         del to_agree_on[name]
     need(processes.broadcast(to_agree_on) == to_agree_on, 'options, shards or last.pt are not the same for all '
@@ -535,8 +521,7 @@ def save(run):
 
 def evaluate(run, val, watchers):
     """-> figures, {name: value}: steps, seconds and, with held-out shards, scores. Rank 0, the only one that has val,
-    computes the scores while the others wait. best.pt is written if the mean R@1 is the best so far. Afterwards all
-    ranks know run.best."""
+    computes the scores while the others wait. Afterwards all ranks know run.best."""
     figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)}
     if val:
         figures |= held_out_figures(run, val, watchers)
@@ -545,7 +530,7 @@ def evaluate(run, val, watchers):
 
 
 def held_out_figures(run, val, watchers):
-    """-> {'retrieval': ...}, and what the watchers add."""
+    """-> {'retrieval': ...}, and what the watchers add. best.pt is written if the mean R@1 is the best so far."""
     tokenizer = run.train_set.tokenizer
     preprocess = evaluation.preprocessing(run.model.config.image_size)
     retrieval, image_features = evaluation.zero_shot_retrieval(
@@ -581,8 +566,7 @@ def print_plan(run, val):
 
 
 def begin(run, val, watchers):
-    """If the run is complete, end here. Otherwise rank 0 prints the plan and writes config.json, before the first
-    step."""
+    """If the run is complete, end here. Otherwise rank 0 prints the plan and writes config.json."""
     options = run.options
     # A run that has taken all its steps but has no eval.json was cut short in its last evaluation, which is due again.
     has_figures = run.processes.broadcast((run.folder / 'eval.json').exists())
@@ -615,8 +599,7 @@ def finish(run, figures, watchers):
 # --- 6. A run, from the command line to the figures ------------------------------------------------------------------
 
 class Due(NamedTuple):
-    """What the loop does after run.step steps, before the next one. The fields need not be bools; only their truth
-    values count."""
+    """What the loop does after run.step steps, before the next one. Only the truth values count."""
     log: bool
     save: bool
     evaluate: bool
@@ -624,23 +607,22 @@ class Due(NamedTuple):
 
 
 def what_is_due(run, progress):
-    """-> Due. To change when a run logs, saves, evaluates or ends, edit this function. run.best covers past
-    evaluations only; if one is due at this step, its result is not in there yet.
+    """-> Due. To change when a run logs, saves, evaluates or ends, edit this function.
 
-    NB: ranks log, evaluate and end together. If one rank decides differently, the others hang. So base each decision on
-    what all ranks share: the step, the options, run.best, and progress, except its timings. Only rank 0 saves, so
-    saving may depend on the clock.
+    NB: ranks log, evaluate and end together. If one decides differently, the others hang. So base decisions on what all
+    ranks share: the step, the options, run.best (of past evaluations), and progress, except its timings. Only rank 0
+    saves, so saving may depend on the clock.
     """
     options = run.options
     step = run.step
     finished = step >= options.steps
     # After a signal the run is saved, so that it can be resumed. It is not evaluated, unless this was the last step.
     interrupted = progress.signals > 0 and not finished
-    # Step 0 is a multiple of --eval-every, which shows what the networks know before this training.
+    # Step 0 is a multiple of --eval-every, and shows what the networks know before this training.
     in_between = options.val and is_multiple(step, options.eval_every)
     evaluate = finished or (in_between and not interrupted)
-    # We log step 1, to see early whether all is well, and each step that is evaluated, so that its loss and its scores
-    # share an entry. progress.done is the latest Step. Before the first one it is None, and there is nothing to log.
+    # Step 1 shows early whether all is well. An evaluated step is logged, so that its loss and its scores share an
+    # entry. progress.done is the latest Step; before the first one it is None, and there is nothing to log.
     log = progress.done and (evaluate or step == 1 or is_multiple(step, options.log_every))
     overdue = 0 < 60 * options.save_minutes < time.perf_counter() - run.saved_at
     # An evaluation takes a long time and may fail, so the run is saved first.
@@ -649,16 +631,17 @@ def what_is_due(run, progress):
 
 
 def is_multiple(step, every):
-    """every: an option; 0 turns it off."""
+    """every: an option; 0 means never."""
     return every > 0 and step % every == 0
 
 
 def main(argv=None, watchers=(), built_in_set=None):
-    """Do one run, then end the process, with status 0 if all steps are done.
+    """Do one run of steps + 1 turns, then end the process, with status 0 if all steps are done. A turn first does what
+    is due, and all but the last one then take a step.
 
     A watcher has three methods, which rank 0 calls: begin(run), evaluated(run, val, image_features), which returns more
-    figures (or {}), and finish(run).
-    built_in_set(): draws the scenes of a run without --data, writes them as shards, and returns their folder.
+    figures (or {}), and finish(run). built_in_set(): draws the scenes of a run without --data, writes them as shards,
+    and returns their folder.
     """
     options = read_options(argv)
     processes = Processes(options.device)               # from here on only rank 0 prints

@@ -19,12 +19,9 @@ def part_by_part(network, images, texts, accum):
 
 
 class StudentInParts(torch.nn.Module):
-    """The student, run on --accum parts of a batch. DistributedDataParallel wraps it, and sees one forward pass.
-
-    With several parts no activations are stored. The backward pass computes them again, part by part (checkpoint). The
-    loss sees the embeddings of all parts at once, so the gradient is that of the whole batch, up to rounding. Averaging
-    the losses of the parts would lose negatives.
-    """
+    """The student, for DistributedDataParallel, which sees one forward pass. With several parts no activations are
+    stored: the backward pass computes them again, part by part. The loss sees the embeddings of all parts at once, so
+    the gradient is that of the whole batch, up to rounding. Averaging the losses of the parts would lose negatives."""
 
     def __init__(self, student, accum):
         super().__init__()

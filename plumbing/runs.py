@@ -1,8 +1,5 @@
-"""A run's folder: last.pt and best.pt, log.jsonl, and how a stopped run is resumed.
-
-No random state is saved, because every random number is a function of the seed and of either the step or the epoch and
-the pair.
-"""
+"""A run's folder: last.pt and best.pt, log.jsonl, and how a stopped run is resumed. No random state is saved, because
+every random number is a function of the seed and of either the step or the epoch and the pair."""
 import json
 import os
 import socket
@@ -24,21 +21,18 @@ from plumbing.weights import load_weights, read_checkpoint
 # --- 1. The folder ---------------------------------------------------------------------------------------------------
 
 def holds_run(folder):
-    """Whether a folder has a last.pt, or a best.pt whose last.pt was removed. A best.pt of step 0 does not count,
-    because it was left by a start that ended before its first checkpoint."""
+    """Whether a folder has a last.pt, or a best.pt of a later step than 0. A best.pt of step 0 alone was left by a
+    start that ended before its first checkpoint."""
     best = Path(folder, 'best.pt')
-    if Path(folder, 'last.pt').exists():
-        return True
-    return best.exists() and read_checkpoint(best)['step'] > 0
+    return Path(folder, 'last.pt').exists() or (best.exists() and read_checkpoint(best)['step'] > 0)
 
 
 LOCKS = []      # open files; closing one would free its lock
 
 
 def lock(folder):
-    """Locks the folder; Refused while another process has a run in it. The system frees the lock when the process ends,
-    even by SIGKILL, and workers do not inherit it. Partial files, which a kill in the middle of a save leaves, are
-    removed."""
+    """Lock the folder; Refused while another process has a run in it. The system frees the lock when the process ends,
+    even by SIGKILL. Partial files, which a kill in the middle of a save leaves, are removed."""
     path = Path(folder, 'lock')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,13 +59,13 @@ def lock(folder):
 
 def print_notes(shards, val, captions):
     """Before the first step, print what a user should know about the data. captions: how many are taken from a pair."""
-    sample = range(min(100, len(shards)))
+    looked_at = min(100, len(shards))
     single = 0
-    for i in sample:
+    for i in range(looked_at):
         with suppress(Unreadable):
             single += len(shards.pool(i)) == 1
-    if captions > 1 and single > len(sample) / 2:
-        note(f'most pairs have one sentence ({single} of the first {len(sample)}), so text crops repeat it; '
+    if captions > 1 and single > looked_at / 2:
+        note(f'most pairs have one sentence ({single} of the first {looked_at}), so text crops repeat it; '
              'see docs/own-data.md')
     if val is None:
         note('nothing is held out, so overfitting cannot be seen; '
@@ -83,8 +77,8 @@ def print_notes(shards, val, captions):
 
 
 def write_config(run):
-    """Write config.json, and remove an old eval.json. If an earlier start in this folder ended before its first
-    checkpoint, its log, its best.pt and its maps for the report are removed, too."""
+    """Write config.json. An old eval.json is removed, and so is what an earlier start left that ended before its first
+    checkpoint."""
     old = ['eval.json']
     if run.step == 0:
         old += ['log.jsonl', 'maps.npz', 'best.pt']
@@ -135,8 +129,7 @@ def networks_of(run):
 
 
 def write_last(run, fixed):
-    """Write last.pt, whole or not at all. fixed: see `check_fixed`. To save something else, add it here and in
-    `restore`."""
+    """Write last.pt. fixed: see `check_fixed`. To save something else, add it here and in `restore`."""
     save_tensors(run.folder / 'last.pt', networks_of(run) | {
         'optimizer': run.optimizer.state_dict(),
         'scaler': run.scaler.state_dict(),
@@ -162,8 +155,8 @@ def best_so_far(folder, val):
 
 @contextmanager
 def saved_on_error(student, write):
-    """After an error in this block, write() is called if the weights are finite. Then the error is raised again. Only
-    rank 0 writes; on GPUs an error of another rank ends the run unsaved, so last.pt is the previous checkpoint."""
+    """After an error in this block, write() is called if the weights are finite, and the error is raised again. On GPUs
+    an error of another rank than 0 ends the run unsaved, so last.pt is the previous checkpoint."""
     try:
         yield
     except Exception as error:
@@ -182,15 +175,10 @@ def saved_on_error(student, write):
 # --- 3. Resuming -----------------------------------------------------------------------------------------------------
 
 def read_last(folder, resume):
-    """What last.pt of a run to resume holds, or {} for a new run. Refused if a new run would go into the folder of
-    another one, or if a run's last.pt is gone."""
+    """What last.pt of a run to resume holds; {} for a new run, which must not go into the folder of another."""
     path = Path(folder, 'last.pt')
-    if not resume:
-        need(not holds_run(folder), f'{folder} holds a run; give --resume to go on with it, or another --out')
-        return {}
-    if not path.exists():
-        need(not holds_run(folder), f'{path} is missing, so this run cannot go on; to start another one from its best '
-             f"weights give --init {Path(folder, 'best.pt')}, without --resume, and another --out")
+    if not (resume and path.exists()):
+        need(not holds_run(folder), f'{folder} holds a run; give --resume to go on from its last.pt, or another --out')
         return {}
     saved = read_checkpoint(path)
     need('same' in saved, f'{path} holds no run to resume; to start from its weights give --init')
@@ -202,11 +190,7 @@ def read_last(folder, resume):
 
 def check_fixed(saved, options, fixed):
     """Refused if something has changed that must stay the same when a run is resumed. fixed: {its name: its value now},
-    see train.fixed_settings.
-
-    Other options may differ. They are taken from this command, typed or by default, except those that the checkpoint
-    settles. A line is printed for each option that differs. The code may differ, too, and a line says so.
-    """
+    see train.fixed_settings. Other options may differ, and so may the code; a line says what does."""
     before = saved['same']
     differs = [what for what in fixed if before.get(what) != fixed[what]]
     was = ', '.join(f'{what} {before.get(what)}' for what in differs)
@@ -215,15 +199,11 @@ def check_fixed(saved, options, fixed):
          'or start anew from its weights with --init')
     if saved['commit'] != commit() or commit().endswith('-dirty'):
         note(f"the code may have changed: it was at {saved['commit']}, is at {commit()}")
+    not_compared = 'out', 'resume', 'init', 'vocab', 'quick_gelu'     # the checkpoint has weights and vocabulary
     for name, new in vars(options).items():
         old = saved['options'].get(name, new)  # the code that saved it may not have had this option
-        flag = '--' + name.replace('_', '-')
-        if new == old or name in ('out', 'resume') or flag in fixed:
-            continue
-        change = f'was {old}, is now {new}'
-        if name in ('init', 'vocab', 'quick_gelu'):
-            change = 'is ignored, because the checkpoint has weights and vocabulary'
-        note(f'{flag} {change}')
+        if old != new and name not in not_compared:
+            note(f"--{name.replace('_', '-')} was {old}, is now {new}")
 
 
 def restore(run, saved):
