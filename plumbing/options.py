@@ -1,9 +1,4 @@
-"""Every option of train.py and eval.py, with its type and its help.
-
-1. a parser whose errors are sentences, and the types of options
-2. the options of train.py, and where their defaults come from
-3. the options of eval.py, and those that every command on a checkpoint takes
-"""
+"""Every option of train.py and eval.py, with its type and its help."""
 import argparse
 import math
 import sys

@@ -1,12 +1,5 @@
-"""The processes of a run, and what they use of the machine.
-
-1. the processes: ranks, devices, sums and broadcasts over all of them, and how they end
-2. threads and memory: cores() for each process, keep_memory, peak_memory
-3. precision and torch.compile
-4. signals and loaders: a run is saved before it ends, and no worker holds it up
-
-Windows lacks some of what is used here; such things are looked for where they are needed, not when this is imported.
-"""
+"""The processes of a run, and what they use of the machine. Windows lacks some of it; such things are looked for where
+they are needed, not when this is imported."""
 import atexit
 import contextlib
 import ctypes
