@@ -422,7 +422,8 @@ def make_run(options, processes, train_set, weights, batches):
         missing = student.load_state_dict(weights, strict=False).missing_keys
         # Each module once, in order.
         fresh = dict.fromkeys(name.partition('.')[0] for name in missing)
-        print(f"init       {options.init}{'; these start fresh: ' + ', '.join(fresh) if fresh else ''}")
+        rest = f"; these start fresh: {', '.join(fresh)}" if fresh else ''
+        print(f'init       {options.init}{rest}')
     for tower in student.visual, student.text:
         tower.transformer.grad_checkpointing = options.grad_checkpoint
     teacher = Teacher(student) if METHODS[options.method].has_teacher else None
