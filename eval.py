@@ -503,7 +503,7 @@ def run_segment(args, model, tokenizer, preprocess):
     matrix = torch.zeros(K, K, dtype=torch.int64)
     for image_path, mask_path in progress(pairs, 'images'):
         image = read_image(image_path)
-        truth = read_mask(mask_path, image.size, K, settings.reduce_zero_label)
+        truth = read_mask(mask_path, K, settings.reduce_zero_label)
         predicted = segment_image(model, image, vectors, class_of_name, settings)
         matrix += confusion(truth, predicted, K)
     facts = {'images': len(pairs), 'settings': str(settings), 'prompts': ' | '.join(templates)}
