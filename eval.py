@@ -112,7 +112,7 @@ class Images(Dataset):
 
 
 def batches(dataset, workers, title):
-    """The items of a set in batches, with a progress bar."""
+    """The items of a set in batches, with a progress bar that has this title."""
     return progress(DataLoader(dataset, IMAGE_BATCH, **loading(workers)), title)
 
 
