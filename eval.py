@@ -12,7 +12,7 @@ is none), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with G
 other CLIPs. We evaluate the teacher, which has the averaged weights, unless there is none or you give --weights
 student. Features are float32 vectors of unit length, and a score is the dot product of two of them.
 
-Parts 3 to 5 are the protocols; part 6, the command line, can be skipped. The marks (`ours`, ...) are those of cosmos.py.
+Parts 3 to 5 are the protocols. You can skip part 6, the command line. The marks (`ours`, ...) are those of cosmos.py.
 
 To compare with published figures:
     retrieval       --coco (COCO's val2017) or --flickr (the released list of Flickr30K)

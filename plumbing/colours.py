@@ -1,5 +1,5 @@
-"""Colour changes, and blur, for a batch, on the device that holds the images. From the draw (data.draw_strengths) to the
-pixels they are dicts {operation: strength}, in which operations that were not drawn are absent."""
+"""Colour changes, and blur, for a batch, on the device that holds the images. From the draw (data.draw_strengths) to
+the pixels they are dicts {operation: strength}, in which operations that were not drawn are absent."""
 from collections import defaultdict
 from functools import lru_cache
 from itertools import chain
