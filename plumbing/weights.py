@@ -51,7 +51,8 @@ def from_openclip(state_dict):
 
 def clean_names(state):
     """The state, without the prefixes that DistributedDataParallel and torch.compile put into its names."""
-    return {name.replace('_orig_mod.', '').removeprefix('module.'): value for name, value in state.items()}
+    names = [name.replace('_orig_mod.', '').removeprefix('module.') for name in state]
+    return dict(zip(names, state.values()))
 
 
 # --- 2. A file -> its tensors, and these -> a model ------------------------------------------------------------------
