@@ -160,8 +160,8 @@ def unit(x):
 
 
 class COSMOS(nn.Module):
-    """Two towers, two linear maps, two cross-attentions, two learned scales. With cross_heads = 0 it is CLIP's
-    model, two towers and one scale (or two, with config.two_scales).
+    """Two towers, two linear maps, two cross-attentions, two learned scales. With cross_heads = 0 it is CLIP's model:
+    two towers and one scale (or two, with config.two_scales).
 
     The towers are CLIP's. The maps bring patches and words to width D, for C^I and C^T to read. After training only the
     towers are needed: retrieval, classification and segmentation do without cross-attention.
@@ -359,8 +359,7 @@ def cosmos_terms(out, cls_t, eot_t, scale):
 
 
 def cosmos_loss(out, cls_t, eot_t, scale):
-    """L_COSMOS, the mean of the four terms, to be read and tested; total_loss weights them one by one.          Eq. 6
-    """
+    """L_COSMOS, the mean of the four terms. Training calls total_loss, which weights them one by one."""
     terms = cosmos_terms(out, cls_t, eot_t, scale)
     return sum(terms.values()) / len(terms)
 
@@ -372,7 +371,7 @@ def total_loss(model, out, cls_t, eot_t, terms=cosmos_terms):
     get the same weight. For a term of your own add a line before the sum: parts['name'] = (weight, term).
     """
     parts = {'clip': (1, clip_loss(out, model.logit_scale.exp()))}
-    scale = model.scales()[-1].exp()        # that of L_COSMOS comes last; if there is only one, both losses share it
+    scale = model.scales()[-1].exp()        # that of L_COSMOS or, if it has none of its own, that of L_CLIP
     distilled = terms(out, cls_t, eot_t, scale)
     for name, term in distilled.items():
         parts[name] = (1 / len(distilled), term)        # a quarter each, for the four of Eq. 6
@@ -444,8 +443,8 @@ class Tower(nn.Module):
     few percent in deeper towers; the result is the same. Cross-attention needs the other rows of view 0, too, so
     `with_sequence` computes them all.
 
-    A tower has `embed`, `transformer`, `norm` and `proj`. `embed` takes a list of tensors, in each n views of one size,
-    and returns for each of them the sequences (n, R, W), and for each sequence the number of its one row (n,).
+    A tower has `embed`, `transformer`, `norm` and `proj`. `embed` takes a list of tensors, in each n views of one size.
+    For each tensor it returns the sequences (n, R, W), and which row of each sequence becomes its vector (n,).
     """
 
     def forward(self, views):

@@ -90,7 +90,7 @@ def kinds_of_views(config, crop_min=0.4):
         Kind(small, (0.05, 0.4), 0.5, 0.8, 0.2, 0.5, 0.0)]
 
 
-# With --augment crops, these replace the probabilities of every Kind.
+# With --augment crops, these replace the probabilities of every Kind: all its fields after size and scale.
 CROPS_ONLY = dict.fromkeys(Kind._fields[2:], 0.0)
 
 
@@ -136,14 +136,13 @@ def image_crops(data, kinds, rng):
     pixels of the image at full size."""
     image, turn, (height, width) = read_header(data)    # for a JPEG this reads only the header
     boxes = draw_boxes(height, width, kinds, rng)
-    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. One decoding serves all views, and shrinking
-    # must not leave a crop with fewer pixels than its view, so the view whose box is smallest relative to the view's
-    # own size sets the limit. If its box is 200 x 200 pixels and the view 96 x 96, the image may shrink by 200 / 96 =
-    # 2.08, so 1/2 is allowed.
-    reductions = []
+    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides, and one decoding serves all views. But no crop
+    # may then have fewer pixels than its view. A box of 200 x 200 pixels for a view of 96 x 96 lets the image shrink by
+    # 200 / 96 = 2.08, so 1/2 is allowed. The strictest view decides.
+    limits = []
     for (_, _, h, w), kind in zip(boxes, kinds):
-        reductions.append(min(h, w) / kind.size)
-    pixels = decode(image, turn, at_most=min(reductions))
+        limits.append(min(h, w) / kind.size)
+    pixels = decode(image, turn, at_most=min(limits))
     _, decoded_height, decoded_width = pixels.shape
     ratio = min(decoded_height / height, decoded_width / width)     # 1, or about 1/2, 1/4, 1/8
     crops = []
@@ -217,9 +216,8 @@ class Crops(Dataset):
 
     def __post_init__(self):
         first, other, local = kinds_of_views(self.config, self.crop_min)
-        other_globals = self.counts.global_images - 1
-        # The kind of each of the V views.
-        self.kinds = [first] + other_globals * [other] + self.counts.local_images * [local]
+        others = (self.counts.global_images - 1) * [other]
+        self.kinds = [first, *others, *self.counts.local_images * [local]]      # the kind of each of the V views
         if self.augment == 'crops':
             self.kinds = [kind._replace(**CROPS_ONLY) for kind in self.kinds]
 
@@ -364,8 +362,8 @@ def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
 
 
 def loader(train_set, order, workers, device, multiple=1, whole_first=True):
-    """An ordinary DataLoader that serves the batches of an Order, one after another. Only for a GPU it pins memory,
-    because pinning opens a context on the GPU."""
+    """An ordinary DataLoader that serves the batches of an Order, one after another. It pins memory only if the model
+    is on a GPU, because pinning opens a context there."""
     make_batch = partial(collate, multiple=multiple, whole_first=whole_first,
                          global_texts=train_set.counts.global_texts)
     return DataLoader(train_set, batch_sampler=order, collate_fn=make_batch,

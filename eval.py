@@ -12,7 +12,7 @@ is none), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with G
 other CLIPs. We evaluate the teacher, which has the averaged weights, unless there is none or you give --weights
 student. Features are float32 vectors of unit length, and a score is the dot product of two of them.
 
-Parts 3 to 5 are the protocols; part 6, the command line, can be skipped. The marks (`ours`, ...) are those of cosmos.py.
+Parts 3 to 5 are the protocols. You can skip part 6, the command line. The marks (`ours`, ...) are those of cosmos.py.
 
 To compare with published figures:
     retrieval       --coco (COCO's val2017) or --flickr (the released list of Flickr30K)
@@ -112,7 +112,7 @@ class Images(Dataset):
 
 
 def batches(dataset, workers, title):
-    """The items of a set in batches, with a progress bar."""
+    """The items of a set in batches, with a progress bar that has this title."""
     return progress(DataLoader(dataset, IMAGE_BATCH, **loading(workers)), title)
 
 
@@ -503,7 +503,7 @@ def run_segment(args, model, tokenizer, preprocess):
     matrix = torch.zeros(K, K, dtype=torch.int64)
     for image_path, mask_path in progress(pairs, 'images'):
         image = read_image(image_path)
-        truth = read_mask(mask_path, image.size, K, settings.reduce_zero_label)
+        truth = read_mask(mask_path, K, settings.reduce_zero_label)
         predicted = segment_image(model, image, vectors, class_of_name, settings)
         matrix += confusion(truth, predicted, K)
     facts = {'images': len(pairs), 'settings': str(settings), 'prompts': ' | '.join(templates)}

@@ -1,8 +1,5 @@
-"""Colour changes, and blur, for a batch, with a strength for each image, on the device that holds the images.
-
-From the draw to the pixels a change is always {operation: strength}: data.draw_strengths makes such a dict for one view
-of one pair, and `by_view` gives one for each view of a batch. An operation that a dict does not have was not drawn.
-"""
+"""Colour changes, and blur, for a batch, on the device that holds the images. From the draw (data.draw_strengths) to
+the pixels they are dicts {operation: strength}, in which operations that were not drawn are absent."""
 from collections import defaultdict
 from functools import lru_cache
 from itertools import chain
@@ -127,8 +124,8 @@ def changes_of(pairs):
 
 
 def recolour(images, changes, order):
-    """uint8 (B, 3, h, w), one dict of Changes.by_view -> float32 in [0, 1]. order: all operations, in the order in which
-    they act."""
+    """uint8 (B, 3, h, w), one dict of Changes.by_view, a list of all operations in the order in which they act ->
+    float32 in [0, 1]."""
     x = images.float().div_(255)
     # `index` raises ValueError for an operation that was drawn but is not in `order`, so none is left out in silence.
     for name in sorted(changes, key=order.index):
