@@ -62,19 +62,20 @@ def add_training(parser, presets, methods):
     add('--data', nargs='+', help='tars, or folders of them; without it the built-in set')
     add('--val', nargs='+', help='held-out shards (the val/ of a single --data folder)')
     add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
-    add('--caption-pool', choices=POOL_KEYS, default='all', help="DreamLIP's captions (%(default)s)")
+    add('--caption-pool', choices=POOL_KEYS, default='all', help="which of DreamLIP's (%(default)s)")
     add('--vocab', help="clip, learn (from the captions), or a path to CLIP's file")
     loaders = min(8, cores() // 2 or 1)
     add('--workers', type=count, default=loaders, help='loaders of each process (%(default)s)')
 
     add = parser.add_argument_group('method').add_argument
-    add('--preset', choices=presets, help='sizes and recipe (tiny; with --data photo, or vit-b-16 on a GPU)')
-    add('--method', choices=methods, default='cosmos', help='a row of Table 5, or ours (%(default)s)')
+    add('--preset', choices=presets,
+        help='sizes and recipe (tiny; with --data vit-b-16 on a GPU, otherwise photo)')
+    add('--method', choices=methods, default='cosmos', help='Table 5, or ours (%(default)s)')
     add('--init', help='weights to start from, ours or not; they set sizes and vocabulary')
     add('--quick-gelu', action='store_true', help="the weights of --init have OpenAI's activation")
     add('--local-crops', type=count, help='local image views per pair')
     add('--local-captions', type=count, help='local captions per pair')
-    add('--augment', choices=['full', 'crops'], help='full: crops, flips and changes of colour')
+    add('--augment', choices=['full', 'crops'], help='full: also flips and changes of colour')
 
     schedule = parser.add_argument_group('schedule')
     length = schedule.add_mutually_exclusive_group().add_argument
@@ -97,16 +98,20 @@ def add_machine_and_output(parser):
     add = parser.add_argument_group('machine').add_argument
     switch = argparse.BooleanOptionalAction
     add('--precision', choices=['auto', *DTYPES], default='auto', help='auto: bf16 if it is fast')
-    add('--device', choices=['auto', 'cuda', 'mps', 'cpu'], default='auto', help='auto: cuda or cpu')
+    devices = ['auto', 'cuda', 'mps', 'cpu']
+    add('--device', choices=devices, default='auto', help='auto: cuda if available, otherwise cpu')
     add('--compile', action=switch, default=False, help='torch.compile; gains nothing on CPUs')
     add('--grad-checkpoint', action=switch, default=False, help='less memory, more time')
 
     add = parser.add_argument_group('output').add_argument
     add('--out', help='folder of checkpoint, log, report (runs/PRESET-METHOD, or runs/INIT-METHOD)')
     add('--resume', action='store_true', help='go on with the run in --out, or start one there')
-    add('--save-minutes', type=amount, default=20.0, help='minutes between saves (%(default)s)')
-    add('--save-every', type=count, default=0, help='steps between saves (%(default)s)')
-    add('--eval-every', type=count, help='steps between evaluations (a quarter of the run)')
+    add('--save-minutes', type=amount, default=20.0,
+        help='most minutes between checkpoints; 0: no limit (%(default)s)')
+    add('--save-every', type=count, default=0,
+        help='also save at every multiple of this step; 0: do not (%(default)s)')
+    add('--eval-every', type=count,
+        help='steps between evaluations (a quarter of the run); 0: only at the end')
     add('--log-every', type=positive, default=20, help='steps between log lines (%(default)s)')
 
 
@@ -172,7 +177,7 @@ def fill_in(options, recipe, pairs, parts, saved):
     if options.batch is None:
         options.batch = saved['options']['batch'] if saved else recipe['batch']
         if not saved and pairs < options.batch:
-            need(pairs >= parts, f'--data has {pairs} pairs for {parts} parts (processes x --accum)')
+            need(pairs >= parts, f'--data has {pairs} pairs, fewer than {parts} (processes x --accum)')
             options.batch = pairs // parts * parts
             note(f"--batch is {options.batch}, not {recipe['batch']}, because --data has {pairs} pairs")
     if options.steps is None and options.epochs is None:
@@ -215,7 +220,7 @@ def add_retrieval(parser, caption_keys):
 
 def add_classify(parser):
     one = parser.add_mutually_exclusive_group(required=True).add_argument
-    one('--dataset', choices=TORCHVISION_SETS, metavar='NAME', help='of torchvision: CIFAR10, DTD, ...')
+    one('--dataset', choices=TORCHVISION_SETS, metavar='NAME', help="torchvision's: CIFAR10, DTD, ...")
     one('--folder', help='one folder of images per class')
     add = parser.add_argument
     add('--root', default='data', help='folder of --dataset (%(default)s)')

@@ -26,7 +26,7 @@ def choose_device(name):
         'cpu': True}
     if name == 'auto':
         name = 'cuda' if found['cuda'] else 'cpu'
-    need(found[name], f'--device {name}: torch finds no such device on this machine; use --device auto')
+    need(found[name], f'--device {name}: torch finds no such device here; use --device auto')
     return torch.device(name)
 
 
@@ -83,7 +83,7 @@ class Processes:
             try:
                 self.broadcast(None)
             except RuntimeError:
-                os._exit(1)             # rank 0 was refused, and has said why, or another rank is gone
+                os._exit(1)     # rank 0 was refused, and has said why, or another rank is gone
         yield
         if self.rank == 0:
             self.broadcast(None)        # lets the others in
@@ -111,9 +111,10 @@ class Processes:
 def cores():
     """How many cores this process may use: its share of those that Slurm, or the machine, gives to this node."""
     here = os.cpu_count()
-    if hasattr(os, 'sched_getaffinity'):                # Linux, which says which cores a job may use
+    if hasattr(os, 'sched_getaffinity'):        # Linux, which says which cores a job may use
         here = len(os.sched_getaffinity(0))
-    return here // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) or 1      # torchrun says how many processes a node has
+    processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))      # torchrun sets it
+    return max(1, here // processes)
 
 
 def use_cores(workers):
@@ -126,7 +127,7 @@ def use_cores(workers):
 def keep_memory():
     """Make the C library keep memory that is freed. By default it hands large blocks back to the system, and getting
     them again, page by page and filled with zeros, takes a tenth of a vit-b-16 step on a CPU."""
-    with contextlib.suppress(AttributeError, TypeError):    # only glibc has mallopt; Windows takes no None
+    with contextlib.suppress(AttributeError, TypeError):    # only glibc has it; Windows takes no None
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)             # M_MMAP_MAX: no blocks from mmap, which go back when freed
         libc.mallopt(-1, -1)            # M_TRIM_THRESHOLD: no other memory goes back
@@ -142,7 +143,7 @@ def peak_memory(device):
     except ImportError:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == 'darwin' else 1e6)            # macOS counts bytes, Linux kilobytes
+    return peak / (1e9 if sys.platform == 'darwin' else 1e6)    # macOS counts bytes, Linux kilobytes
 
 
 # --- 3. Precision and torch.compile ----------------------------------------------------------------------------------
@@ -176,7 +177,8 @@ def compile_blocks(model):
 # --- 4. Signals and loaders ------------------------------------------------------------------------------------------
 
 # Slurm sends USR1, which Windows does not have.
-SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
+ENDING = 'SIGTERM', 'SIGINT', 'SIGUSR1'
+SIGNALS = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
@@ -230,7 +232,7 @@ def ignore_signals(worker):
 def end_workers():
     """Kill the workers. On exit Python would send them SIGTERM, which they ignore, and wait for them for ever."""
     if hasattr(signal, 'SIGCHLD'):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # otherwise torch raises an error for each worker that ends
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # otherwise each worker's end is an error
     for worker in multiprocessing.active_children():
-        if worker.daemon:               # as the loader's workers are; other children are not ours to kill
+        if worker.daemon:       # as the loader's workers are; other children are not ours to kill
             worker.kill()

@@ -44,7 +44,8 @@ def lock(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise Refused(f'{folder} is in use by {file.read()}; wait until it has ended, or give another --out') from None
+        holder = file.read()
+        raise Refused(f'{folder} is in use by {holder}; wait until it has ended, or give another --out') from None
     except (OSError, ImportError) as error:             # ImportError: Windows has no fcntl
         warn(f'{path}: no locks here ({error}), so do not start a second job in this folder')
         return
@@ -178,7 +179,8 @@ def read_last(folder, resume):
     """What last.pt of a run to resume holds; {} for a new run, which must not go into the folder of another."""
     path = Path(folder, 'last.pt')
     if not (resume and path.exists()):
-        need(not holds_run(folder), f'{folder} holds a run; give --resume to go on from its last.pt, or another --out')
+        need(not holds_run(folder),
+             f'{folder} holds a run; give --resume to go on from its last.pt, or another --out')
         return {}
     saved = read_checkpoint(path)
     need('same' in saved, f'{path} holds no run to resume; to start from its weights give --init')
@@ -199,7 +201,8 @@ def check_fixed(saved, options, fixed):
          'or start anew from its weights with --init')
     if saved['commit'] != commit() or commit().endswith('-dirty'):
         note(f"the code may have changed: it was at {saved['commit']}, is at {commit()}")
-    not_compared = 'out', 'resume', 'init', 'vocab', 'quick_gelu'     # the checkpoint has weights and vocabulary
+    # The checkpoint has weights and vocabulary.
+    not_compared = 'out', 'resume', 'init', 'vocab', 'quick_gelu'
     for name, new in vars(options).items():
         old = saved['options'].get(name, new)  # the code that saved it may not have had this option
         if old != new and name not in not_compared:

@@ -528,7 +528,7 @@ def test_what_is_asked_of_a_gpu(monkeypatch):
     refused('process 1 of this node has no GPU', train.Processes, 'auto')
     monkeypatch.setattr(found, 'is_available', lambda: False)
     for name in 'cuda', 'mps':
-        refused(f'--device {name}: torch finds no such device', train.Processes, name)
+        refused(f'--device {name}: torch finds no such device here', train.Processes, name)
 
 
 def test_the_preset_that_is_not_typed(monkeypatch, capsys):
@@ -574,7 +574,7 @@ def test_what_depends_on_the_data(monkeypatch, capsys):
             ('--preset photo --batch 99', 7, resumed, 99)):
         assert filled_in(flags, 60, parts, saved).batch == batch
     assert capsys.readouterr().out == 'note       --batch is 56, not 64, because --data has 60 pairs\n'
-    refused('--data has 60 pairs for 61 parts', filled_in, '--preset photo', 60, 61)
+    refused('--data has 60 pairs, fewer than 61 .processes x --accum.', filled_in, '--preset photo', 60, 61)
     monkeypatch.setitem(train.PRETRAINED, 'warmup', 7)
     assert filled_in('--preset tiny --init clip.pt').warmup == 7
 
