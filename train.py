@@ -337,7 +337,7 @@ def open_shards(options, processes, saved, built_in_set):
     index = f'{options.out}/index.npy'
     val_index = f'{options.out}/val.npy'
     choose_data(options, built_in_set)
-    keys = options.caption_keys or POOL_KEYS[options.caption_pool]
+    keys = options.caption_keys or POOL_KEYS[options.caption_pool]      # None: CAPTION_KEYS of plumbing/captions.py
     shards = Shards(options.data, keys, 'train', index)
     recipe = recipe_of(options.preset, options.method, options.init)
     parts = processes.world * options.accum

@@ -135,7 +135,7 @@ ROWS = {  # for each row of Table 5: global and local images, global and local c
     'across': [G, 6, G, 6, 0.4, 'h_I_cls_t', 'cls_eot_t', 'eot_cls_t', 'h_T_eot_t']}
 
 
-@pytest.mark.parametrize('method', ROWS)
+@pytest.mark.parametrize('method', train.METHODS)
 def test_views_and_losses_of_each_row(started, tmp_path, method):
     """oracle: the table, written out. If a recipe changes colours, clip alone leaves them as they are."""
     begun = started(tmp_path, '--method', method, '--local-crops', 6, '--local-captions', 6)
