@@ -420,7 +420,7 @@ def test_torchrun_as_it_is_typed(tmp_path):
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', *words, '--steps', '1', '--eval-every', '0'],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [done.stdout.count(word) for word in ('on 2 x ', 'step 1 ', '\ndone ')] == [1, 1, 1]
+    assert [done.stdout.count(word) for word in ('on 2 x ', '\nstep 1 ', '\ndone ')] == [1, 1, 1]
 
 
 HIDDEN = '''
