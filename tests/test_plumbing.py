@@ -502,7 +502,7 @@ def test_a_shard_that_was_written_anew(tmp_path, capsys):
     assert not after.is_mapped and np.array_equal(after.index, Shards(tar).index)
     assert after.index.tolist() != before.index.tolist() and after.fingerprint == before.fingerprint
     assert after.pool(10) == ['dog']
-    assert f'{path} is damaged, or the shards have changed since, so ' in capsys.readouterr().out
+    assert f'{path} is damaged, or of other shards, or they have changed, so ' in capsys.readouterr().out
     after.save(path)
     assert Shards(tar, index=path).is_mapped
     copy = Path(shutil.copy(tar, tmp_path / 'elsewhere.tar')).rename(put(tmp_path / 'copy/a.tar'))
