@@ -2,8 +2,8 @@
 
     python -m tests.fuzz --count 100000
 
-Only Refused may be raised (or Unreadable, which is one), and no mutation may take more than LIMIT_SECONDS. Anything else
-is printed with the number of its mutation; --first NUMBER --count 1 repeats it.
+Only Refused may be raised (or Unreadable, which is one), and no mutation may take more than LIMIT_SECONDS. Anything
+else is printed with the number of its mutation; --first NUMBER --count 1 repeats it.
 """
 import argparse
 import io

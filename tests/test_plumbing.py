@@ -309,7 +309,8 @@ def test_paths_and_their_lines(tmp_path, capsys, monkeypatch):
     assert names == '08 09 11 a[1]'
     assert f'2 of 7 shards are missing, the first is {tmp_path}/18.tar' in lines
     assert '1 shards are named twice' in lines
-    assert found('halves', split='val') == ('v', f'data       reading {tmp_path}/halves/val; its folder holds train/ and val/\n')
+    line = f'data       reading {tmp_path}/halves/val; its folder holds train/ and val/\n'
+    assert found('halves', split='val') == ('v', line)
     refused("halves' does not exist or holds no .tar file; give tars, or folders of them", found, 'halves')
     (tmp_path / 'link.tar').symlink_to('nowhere')
     names, lines = found('')
@@ -603,7 +604,7 @@ def test_the_vocabulary_is_fetched_once(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
     monkeypatch.delenv('COSMOS_VOCAB', raising=False)
     monkeypatch.setattr('plumbing.tokenizer.VOCAB_URL', file.as_uri())
-    refused('cannot be fetched .*save it once on a login node as .*--vocab PATH or COSMOS_VOCAB.*--vocab learn', Tokenizer.clip)
+    refused('cannot be fetched .*on a login node as .*--vocab PATH or COSMOS_VOCAB.*--vocab learn', Tokenizer.clip)
     monkeypatch.setattr('plumbing.tokenizer.VOCAB_SHA256', hashlib.sha256(file.read_bytes()).hexdigest())
     copy = put(tmp_path / 'copy.gz', file.read_bytes())
     for _ in range(2):
