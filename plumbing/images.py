@@ -19,7 +19,7 @@ SIDEWAYS = Turn.TRANSPOSE, Turn.ROTATE_270, Turn.TRANSVERSE, Turn.ROTATE_90     
 
 @contextmanager
 def pillow_errors(name):
-    """Inside this block any error becomes Unreadable, with this name, because Pillow raises almost any kind of error."""
+    """Inside this block any error becomes Unreadable, with this name, because Pillow raises almost any kind."""
     try:
         yield
     except Exception as error:
@@ -45,8 +45,8 @@ def read_image(source, as_stored=False):
 
 
 def read_header(source, name='its image'):
-    """-> Pillow image, how EXIF turns it (a value of TURNS, or None), and the (height, width) that it then has. A JPEG's
-    pixels are not decoded yet. Other images are, because Pillow needs the pixels of some of them to find EXIF."""
+    """-> Pillow image, how EXIF turns it (a value of TURNS, or None), and the (height, width) that it then has. Only
+    a JPEG's pixels are not decoded yet, because Pillow needs those of some other images to find EXIF."""
     with pillow_errors(name):
         image = open_image(source)
         if image.format not in ('JPEG', 'MPO'):         # MPO: a JPEG followed by other JPEGs

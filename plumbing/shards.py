@@ -80,11 +80,11 @@ class Shards:
             stored = np.load(path, mmap_mode='r')
             if stored.ndim == 1 and len(stored) % WIDTH == 1 and stored[0] == self.mark:
                 return stored
-        print(f'data       {path} is damaged, or the shards have changed since, so their headers are read again')
+        print(f'data       {path} is damaged, or of other shards, or they have changed, so headers are read again')
         return None
 
     def check_first_pairs(self):
-        """Refused if none can be used, which means that captions have other keys, or images are of another kind."""
+        """Refused if none can be used, because then captions have other keys, or images are of another kind."""
         if not len(self):
             raise Refused(f'{self.paths[0]}: no readable tar of images, each with a .json or .txt of the same name '
                           'next to it; docs/data.md shows the format')
@@ -152,7 +152,7 @@ class Shards:
         name = f'byte {offset}'
         with suppress(Unreadable, KeyError, tarfile.HeaderError):
             [header] = self.read(shard, [(offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)])
-            # Of a name of over 100 bytes, which takes other headers, this one holds the beginning.
+            # A name of over 100 bytes takes several headers; this one holds only its beginning.
             name = tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name
             name += f" ({self.record(i)['file']})"
         return f'{self.paths[shard]}:{name}'

@@ -81,8 +81,8 @@ def apart(char):
 
 
 def symbols_of(word):
-    """'cat' -> ['c', 'a', 't</w>']: a symbol per UTF-8 byte. The last one is marked, so that the word 'cat' differs from
-    the 'cat' in 'cats'."""
+    """'cat' -> ['c', 'a', 't</w>']: a symbol per UTF-8 byte. The last one is marked, so that the
+    word 'cat' differs from the 'cat' in 'cats'."""
     symbols = [BYTE_SYMBOL[byte] for byte in word.encode()]
     symbols[-1] += '</w>'
     return symbols
