@@ -36,7 +36,7 @@ def folder_features(model, preprocess, folder, file=None, workers=0):
     # What the features depend on: the model, for which some weights and the sizes are enough, and the images.
     source = [*model.visual.proj[0].tolist(), str(model.config)]
     for path in paths:
-        stat = path.lstat()
+        stat = path.stat()              # of the image itself, where the path is a link
         source += [str(path), stat.st_size, stat.st_mtime]
     if file and Path(file).exists():
         saved = read_checkpoint(file)

@@ -616,21 +616,34 @@ def bench_step(*flags):
     run(bench, 'step', '--preset', 'micro', '--batch', 16, '--steps', 3, '--device', 'cpu', *flags)
 
 
-@pytest.mark.parametrize('method', train.METHODS)
+@pytest.mark.parametrize('method', ['clip', 'image-distill', 'cosmos'])
 def test_step(method, monkeypatch, capsys):
-    """oracle: the views that Table 5 gives a method, and whether a moving average is taken; a clock that goes on by one
-    second whenever it is read, and a machine with a peak of 1 GFLOP/s."""
+    """oracle: the views that Table 5 gives a method; a clock that goes on by one second whenever it is read, and a
+    machine with a peak of 1 GFLOP/s. Memory is read before FLOPs are counted: its peak is never reset, and with
+    --compile the step that counts them, which is not compiled, may need more."""
+    events = []
+
+    class Counter(FlopCounterMode):
+        def __enter__(self):
+            events.append('FLOPs')
+            return super().__enter__()
+
+    def peak_memory(device):
+        events.append('memory')
+        return 2
+
+    monkeypatch.setattr(bench, 'FlopCounterMode', Counter)
+    monkeypatch.setattr(bench, 'peak_memory', peak_memory)
     monkeypatch.setattr(bench, 'time', SimpleNamespace(perf_counter=itertools.count().__next__))
     monkeypatch.setattr(bench, 'matmul_peak', lambda device, dtype: 1e9)
-    monkeypatch.setattr(bench, 'OPERATIONS', 1000)              # all of them
     bench_step('--method', method)
     printed = capsys.readouterr().out
     row = train.METHODS[method]
     assert number(printed, 'images') == row.global_images + 2 * row.has_local_images
     assert number(printed, 'captions') == row.global_texts + 2 * row.has_local_texts
-    assert ' 1,000.0 ms, the median of 3   16.0 samples/s ' in printed
+    assert ' 1,000.0 ms, the median of 3   16.0 samples/s   2.00 GB' in printed
     assert f"{number(printed, 'GFLOP '):.0%} of the 1 that" in printed
-    assert ('aten::_foreach_lerp_ ' in printed) == row.has_teacher
+    assert events == ['memory', 'FLOPs']
 
 
 def test_step_times_what_training_has(tmp_path, monkeypatch, capsys):
@@ -653,7 +666,7 @@ def test_step_times_what_training_has(tmp_path, monkeypatch, capsys):
     train_on_three(tmp_path)
     bench_step()
     bench_step('--data', tmp_path, '--batch', 3)
-    assert seen == [GLOBALS + 4] * (10 + 2 * (bench.WARM_UP + 5))         # 5: for FLOPs, 3 that are timed, the profile
+    assert seen == [GLOBALS + 4] * (10 + 2 * (bench.WARM_UP + 4))         # 4: three that are timed, and one for FLOPs
     assert re.findall('batch (16|3), 6 images and 4', capsys.readouterr().out) == ['16', '3']
 
 
@@ -678,7 +691,7 @@ def one_pass(L, C, layers, every_row=False):
 
 @pytest.mark.parametrize('preset, tokens, batch', [('vit-b-16', 40, 1024), ('tiny', 24, 32)])
 def test_a_plan_by_hand(preset, tokens, batch, capsys):
-    """oracle: the arithmetic above, for each view and caption; 16 bytes per parameter in last.pt."""
+    """oracle: the arithmetic above, for each view and caption."""
     run(bench, 'plan', '--preset', preset, '--gpus', 8, '--pairs', 10 * batch + 1, '--tokens', tokens, '--steps', 90,
         '--peak', 100, '--share', 0.5)
     printed = capsys.readouterr().out
@@ -699,19 +712,13 @@ def test_a_plan_by_hand(preset, tokens, batch, capsys):
     reads = 2 * P * C * D + 2 * T * W * D + (P + T) * 4 * D ** 2            # maps, keys, values
     asks = (2 + n) * (4 * D ** 2 + 4 * T * D) + (2 + u) * (4 * D ** 2 + 4 * P * D)
     # In the backward pass each product becomes two, but pixels need no gradient.
-    expected = {'images': (images, 2 * images - cut), 'captions': (captions, 2 * captions),
-                'cross-attention': (reads + asks, 2 * (reads + asks)), 'teacher': (teacher, 0)}
-    for name, counts in expected.items():
-        found = re.search(rf'^  {name} +(\S+) +(\S+)$', printed, re.M)
-        for k in 0, 1:
-            assert float(found[k + 1]) == pytest.approx(counts[k] / 1e9, abs=0.0006)
-    total = sum(sum(counts) for counts in expected.values())
+    total = 3 * (images + captions + reads + asks) - cut + teacher
+    assert number(printed, 'GFLOP per pair') == pytest.approx(total / 1e9, abs=0.0006)
     speed = 8 * 0.5 * 100e12 / total
     assert f'at 50% of 100 TFLOP/s per GPU: {speed:,.0f} pairs/s, {90 * batch / speed / 3600:,.1f} hours' in printed
     size = number(printed.replace(',', ''), 'parameters')
     vocabulary = LEARNED_VOCAB if recipe.get('vocab') == 'learn' else 49408
     assert size == sum(p.numel() for p in COSMOS(replace(config, vocab_size=vocabulary)).parameters())
-    assert f'last.pt has {16 * size / 1e9:.2f} GB' in printed
 
 
 @pytest.mark.parametrize('flags', ['--method=cosmos', '--method=clip', '--accum=2 --grad-checkpoint'])
@@ -724,9 +731,9 @@ def test_a_plan_has_the_flops_of_a_step(flags, monkeypatch):
         with FlopCounterMode(display=False) as counter:
             take_step(run, batch)
         images, texts = [[x.to('meta') for x in views] for views in (batch.crops, batch.texts)]
-        parts = bench.step_flops(run.options, deepcopy(run.student).to('meta'), [x.float() for x in images], texts)
+        planned = bench.step_flops(run.options, deepcopy(run.student).to('meta'), [x.float() for x in images], texts)
         losses = 2 * 16 ** 2 * MICRO.embed_dim * (2 * 3 if 'clip' in flags else 2 * 8 * 3 + 4 * 8 * (3 + 2))
-        assert counter.get_total_flops() == sum(parts.values()).sum() + losses
+        assert counter.get_total_flops() == planned + losses
         raise EOFError('one step is enough')
 
     monkeypatch.setattr(train, 'train_step', compared)
@@ -735,7 +742,7 @@ def test_a_plan_has_the_flops_of_a_step(flags, monkeypatch):
 
 
 def test_a_plan_has_the_bytes_that_a_step_keeps(monkeypatch):
-    """oracle: a forward pass of `tiny` on the CPU, with torch's attention kernel, under autocast."""
+    """oracle: a forward pass of `tiny` on the CPU, with torch's attention kernel, under autocast; the rest by hand."""
     def by_kernel(self, query, context, mask=None):
         x = F.scaled_dot_product_attention(*self.project(query, context), attn_mask=mask)
         return self.out_proj(x.transpose(1, 2).flatten(2))
@@ -755,10 +762,15 @@ def test_a_plan_has_the_bytes_that_a_step_keeps(monkeypatch):
         with torch.autocast('cpu', torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, keep):
             student(images, texts)
     one, two = [sum(storage.nbytes() for storage in storages.values()) for storages in kept]
-    planned = bench.step_bytes(train.read_options(['--precision=bf16']), student.to('meta'),
-                               [x.to('meta') for x in images], [x.to('meta') for x in texts])
-    activations = next(size for name, size in planned.items() if name.startswith('activations'))
+    inputs = student.to('meta'), [x.to('meta') for x in images], [x.to('meta') for x in texts]
+    whole, parts = [bench.step_bytes(train.read_options(['--precision=bf16', f'--accum={n}']), *inputs) for n in (1, 2)]
+    activations = 2 * (whole - parts)                       # in two parts half of them are kept at a time
     assert activations == pytest.approx(2 * (two - one), rel=0.005)
+    pixels = sum(view.numel() for view in images)
+    # Weights, gradients, two moments and the teacher in float32, weights in bf16; images as bytes and in float32; ten
+    # matrices of logits, of 2 x 4 views and 2 x 32 pairs.
+    size = sum(p.numel() for p in student.parameters())
+    assert whole - activations == 22 * size + 5 * pixels + 10 * 4 * 2 * 4 * 2 * 32
 
 
 @pytest.mark.parametrize('page', ['scaling', 'first-hour'])
