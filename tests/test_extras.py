@@ -563,7 +563,8 @@ def photos(tmp_path):
 
 def test_features_are_kept(tmp_path, photos, capsys):
     """oracle: whether the broken image is named, as it is whenever images are embedded: the first time, and again when
-    the weights, the activation or an image have changed. A file that holds something else is not written over."""
+    the weights, the activation, an image or the target of a link have changed. A file that holds something else is not
+    written over."""
     model, _, preprocess = speller()
 
     def check(anew, model=model):
@@ -579,6 +580,13 @@ def test_features_are_kept(tmp_path, photos, capsys):
     check(True)
     check(True, other)
     put(photos / 'two.png', picture('PNG', 'green').ljust(3000, b'\0'))
+    check(True)
+    target = put(tmp_path / 'target.png', picture('PNG', 'green'))
+    (photos / 'link.png').symlink_to(target)
+    check(True)
+    put(target, picture('PNG', 'black').ljust(3000, b'\0'))
+    check(True)
+    target.unlink()
     check(True)
     torch.save({'student': {}}, tmp_path / 'best.pt')
     refused('best.pt holds no features', search.folder_features, model, preprocess, photos, tmp_path / 'best.pt')
