@@ -140,7 +140,7 @@ def test_views_and_losses_of_each_row(started, tmp_path, method):
     terms = ROWS[method][5:]
     assert [*begun.train_set.counts, begun.train_set.crop_min, *terms] == ROWS[method]
     assert (begun.teacher is not None) == bool(terms)
-    options = train.read_options(['--data', 'x', '--method', method])
+    options = train.read_options(['--preset', 'vit-b-16', '--method', method])
     assert options.augment == ('crops' if method == 'clip' else 'full')
     _, images, texts = micro()
     assert step_of(begun.student, images, texts, method).parts.keys() == {'clip', *terms}
@@ -151,10 +151,11 @@ def test_views_and_losses_of_each_row(started, tmp_path, method):
 def step_of(model, images, texts, method='cosmos', accum=1, processes=ALONE, clip_grad=0, teacher=None):
     """train_step on this batch, by plain gradient descent with rate 0.5. The teacher becomes the student."""
     teacher = teacher or Teacher(COSMOS(model.config))
-    student = train.InParts(model, accum)
+    student = train.StudentInParts(model, accum)
     if processes.world > 1:
         student = DistributedDataParallel(student)
-    options = SimpleNamespace(method=method, clip_grad=clip_grad, seed=0, lr=1, warmup=2, momentum=0, momentum_ramp=0)
+    options = SimpleNamespace(method=method, accum=accum, clip_grad=clip_grad, seed=0, lr=1, warmup=2, momentum=0,
+                              momentum_ramp=0)
     state = train.Run(
         options, processes, None, model, student, teacher, torch.optim.SGD(model.parameters()),
         torch.amp.GradScaler('cpu', enabled=False), dtype=None)
@@ -208,8 +209,7 @@ def gradients(processes, method, accum):
 
 def one_rank(rank, port, path, flags):
     """What each of two processes does. It saves its gradients, and has train.py make three runs: one that nothing
-    disturbs, one that fails, and one that is stopped and resumed. It writes into files what it complains of, and how
-    often the first run sums numbers over the GPUs."""
+    disturbs, one that fails, and one that is stopped and resumed. It writes into a file what it complains of."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     processes = train.Processes('cpu')
@@ -218,8 +218,6 @@ def one_rank(rank, port, path, flags):
         for accum in 1, 2:
             torch.save(gradients(processes, method, accum), path / f'{rank}-{method}-{accum}')
     train.Processes = {'auto': processes, 'cpu': processes}.get
-    summed = []
-    add_up = processes.sum
     choose_model = train.choose_model
     train_step = train.train_step
 
@@ -230,10 +228,6 @@ def one_rank(rank, port, path, flags):
             time.sleep(0.1)
         return choose_model(*choices)
 
-    def counted(values):
-        summed.append(values)
-        return add_up(values)
-
     def signalled(run, batch):
         if (rank, run.step) == (1, 4):
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -242,17 +236,15 @@ def one_rank(rank, port, path, flags):
     with pytest.MonkeyPatch.context() as patch, open(path / f'{rank}.txt', 'w') as complaints:
         patch.setattr(os, '_exit', sys.exit)            # ends the run, but not this process
         patch.setattr(sys, 'stderr', complaints)
-        patch.setattr(processes, 'sum', counted)
         patch.setattr(train, 'choose_model', in_turn)
         assert run(train, *flags, path / 'two') == 0
-        put(path / f'{rank}.sums', [len(summed)])
         patch.setattr(train, 'choose_model', choose_model)
         assert run(train, *flags, path / 'failed', '--lr', 1e30) == 1
         patch.setattr(train, 'train_step', signalled)
         number = signal.SIGUSR1 if rank else signal.SIGTERM         # only rank 1 knows which signal it was
         assert run(train, *flags, path / 'stopped') == 128 + number
         patch.setattr(train, 'train_step', train_step)
-        assert saved(path / 'stopped')['step'] == 6     # the step of the signal, and one more
+        assert saved(path / 'stopped')['step'] == 5     # that of the signal
         assert run(train, *flags, path / 'stopped', '--resume') == 0
     processes.leave(0)
 
@@ -368,34 +360,25 @@ def test_a_signal_to_one_of_two_processes_stops_both(by_ranks):
     assert_close(*kept, rtol=0, atol=0)
 
 
-def test_a_step_has_no_sums_of_its_own(by_ranks):
-    """oracle: one sum for each entry of the log, whose numbers are on the GPU. Bad pairs and signals are added up by
-    the CPUs while the step runs."""
-    for rank in 0, 1:
-        assert read_json(by_ranks / f'{rank}.sums') == [len(read_log(by_ranks / 'two'))]
-
-
 def test_rank_0_fetches_the_vocabulary(by_ranks):
     """oracle: the turns in which the two choose model and vocabulary: rank 0 begins and ends before rank 1 begins."""
     assert (by_ranks / 'turns').read_text() == '0 0 1 1 '
 
 
-def test_ranks_that_read_different_checkpoints(monkeypatch, fit, whole, tmp_path):
-    """oracle: the refusal. Rank 0 has read another checkpoint than this rank, or this rank has found none."""
-    monkeypatch.setattr(train.Processes, 'broadcast', lambda processes, value: 9.0)
-    for out in whole, tmp_path:
-        assert 'let all nodes see the same --out' in fit(out, '--resume')
-
-
-def test_ranks_with_other_options_or_shards(monkeypatch, fit, tmp_path):
-    """oracle: the refusal. Rank 0 has another rate than this rank, or another number of pairs; nothing is written."""
-    for other in {'lr': 9.0}, {'pairs': 9}:
+def test_ranks_must_agree(monkeypatch, fit, whole, tmp_path):
+    """oracle: the refusal. Rank 0 has another rate, another number of pairs, or another checkpoint than this rank;
+    nothing is trained."""
+    for out, flag, other in (
+            (tmp_path, '--seed=0', {'lr': 9.0}),
+            (tmp_path, '--seed=0', {'pairs': 9}),
+            (tmp_path, '--resume', {'last.pt': 9.0}),           # this rank has found none
+            (whole, '--resume', {'last.pt': 9.0})):
         def broadcast(processes, value):
             return value | other if isinstance(value, dict) else value
 
         monkeypatch.setattr(train.Processes, 'broadcast', broadcast)
-        assert 'the same command, and the same files in --data' in fit(tmp_path)
-        assert not (tmp_path / 'last.pt').exists()
+        assert 'the same command, the same files in --data, and one --out' in fit(out, flag)
+    assert not (tmp_path / 'last.pt').exists()
 
 
 def test_loaders_start_before_the_model(monkeypatch, started, tmp_path):
@@ -437,7 +420,7 @@ def test_schedules_and_decay():
     """oracle: closed forms at the corners of warm-up, cosine and ramp; the rule that matrices decay, but not
     LayerNorms, biases, the class token and the scales."""
     options = train.read_options(
-        '--data x --steps 110 --warmup 10 --lr 1 --momentum 0.9 --momentum-ramp 3'.split())     # its lr_end is 0
+        '--preset vit-b-16 --steps 110 --warmup 10 --lr 1 --momentum 0.9 --momentum-ramp 3'.split())     # its lr_end is 0
     rates = [train.lr_at(step, options) for step in (0, 9, 10, 60, 110)]
     assert rates == pytest.approx([0.1, 1.0, 1.0, 0.5, 0])
     options.lr_end = 0.2
@@ -452,21 +435,26 @@ def test_schedules_and_decay():
 
 
 def test_what_is_asked_of_a_gpu(monkeypatch):
-    """oracle: the rule: take the GPU that torch finds, unless the CPU is asked for, and bf16 if it has units for that.
-    The second of two processes with one GPU is refused. On a GPU cuDNN's attention is off. What torch finds is set by
-    hand here."""
+    """oracle: the rule: take the GPU that torch finds, unless another device is asked for, and bf16 if it has units for
+    that. A device that is absent is refused, and so is the second of two processes with one GPU. On a GPU cuDNN's
+    attention is off. What torch finds is set by hand here."""
     found = torch.cuda
     switched = []
     monkeypatch.setattr(torch.backends.cuda, 'enable_cudnn_sdp', switched.append)
-    for has_gpu, asked, device in (
-            (False, 'auto', 'cpu'),
-            (True, 'cpu', 'cpu'),
-            (True, 'auto', 'cuda'),
-            (True, 'cuda', 'cuda')):
+    for has_gpu, has_mps, asked, device in (
+            (False, True, 'auto', 'cpu'),
+            (True, True, 'mps', 'mps'),
+            (True, False, 'cpu', 'cpu'),
+            (True, False, 'auto', 'cuda'),
+            (True, False, 'cuda', 'cuda')):
         monkeypatch.setattr(found, 'is_available', lambda: has_gpu)
-        gpu = train.Processes(asked).device
-        assert gpu.type == device
+        monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: has_mps)
+        processes = train.Processes(asked)
+        assert processes.device.type == device
+        if device == 'mps':         # it is not there, so a tensor on it would be an error
+            assert processes.sum([0.1, torch.tensor(2)]) == [0.1, 2]
     assert switched == [False, False]
+    gpu = processes.device
     for has_units, dtype in (True, torch.bfloat16), (False, None):
         monkeypatch.setattr(found, 'is_bf16_supported', lambda including_emulation: has_units)
         assert train.choose_dtype('auto', gpu) == dtype
@@ -475,39 +463,64 @@ def test_what_is_asked_of_a_gpu(monkeypatch):
         monkeypatch.setenv(name, '1')
     refused('process 1 of this node has no GPU', train.Processes, 'auto')
     monkeypatch.setattr(found, 'is_available', lambda: False)
-    refused('torch finds no GPU', train.Processes, 'cuda')
+    for name in 'cuda', 'mps':
+        refused(f'--device {name}: torch finds no such device', train.Processes, name)
 
 
-def add_preset(monkeypatch, **recipe):
-    """Adds the preset 'mine', whose recipe is LAPTOP with these changes."""
-    monkeypatch.setitem(train.PRESETS, 'mine', train.PRESETS['micro']._replace(recipe=train.LAPTOP | recipe))
+def test_the_preset_that_is_not_typed(monkeypatch, capsys):
+    """oracle: the rule, and a line that says which preset was chosen, and why."""
+    for has_gpu, flags, preset, line in (
+            (True, '', 'tiny', ''),
+            (True, '--data x', 'vit-b-16', 'note       --preset is vit-b-16, .* because there is a GPU\n'),
+            (True, '--data x --device cpu', 'photo', 'note       --preset is photo, .* because there is no GPU\n'),
+            (False, '--data x', 'photo', 'note       --preset is photo, .* because there is no GPU\n'),
+            (False, '--data x --preset tiny', 'tiny', '')):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
+        options = train.read_options(flags.split())
+        assert [options.preset, options.out] == [preset, f'runs/{preset}-cosmos']
+        assert re.fullmatch(line, capsys.readouterr().out)
 
 
-def test_lengths_of_runs(monkeypatch):
+def test_what_depends_on_the_data(monkeypatch, capsys):
     """oracle: arithmetic on 60 pairs: 15 batches of four a pass. At most a tenth of a run is warm-up, and a quarter
-    lies between evaluations. What is typed wins over the recipe. Two lengths at once are refused."""
+    lies between evaluations. A batch is lowered to what 60 pairs and three parts allow, and a line says so; a resumed
+    run has its own. What is typed wins. A warm-up counts in every recipe."""
     refused('not allowed with argument', train.read_options, ['--steps', '5', '--epochs', '1'])
-    add_preset(monkeypatch, steps=8000)
+
+    def filled_in(flags, pairs=60, parts=1, saved={}):
+        options = train.read_options(flags.split())
+        recipe = train.recipe_of(options.preset, options.method, options.init)
+        train.fill_in(options, recipe, pairs, parts, saved)
+        return options
+
     for flags, *lengths in (
-            ('--preset mine', 8000, 100, 2000),
-            ('--preset mine --epochs 100 --eval-every 7', 1500, 100, 7),
-            ('--steps 30000', 30000, 2000, 7500),
-            ('--epochs 0.01', 1, 0, 1),                  # at least one step
-            ('', 480, 48, 120)):
-        options = train.read_options(['--data', 'x', '--val', 'y', '--batch', '4', *flags.split()])
-        train.choose_lengths(options, 60, train.PRESETS[options.preset].recipe['warmup'])
+            ('--preset photo', 800, 80, 200),
+            ('--preset photo --epochs 100 --eval-every 7', 1500, 100, 7),
+            ('--preset vit-b-16 --steps 30000', 30000, 2000, 7500),
+            ('--preset vit-b-16 --epochs 0.01', 1, 0, 1),                   # at least one step
+            ('--preset vit-b-16', 480, 48, 120)):
+        options = filled_in(f'--batch 4 {flags}')
         assert [options.steps, options.warmup, options.eval_every] == lengths
+    assert capsys.readouterr().out == ''
+    resumed = {'options': {'batch': 20}}
+    for flags, parts, saved, batch in (
+            ('--preset tiny', 3, {}, 32),                                   # train.check_batch refuses it
+            ('--preset photo', 7, {}, 56),
+            ('--preset photo', 7, resumed, 20),
+            ('--preset photo --batch 99', 7, resumed, 99)):
+        assert filled_in(flags, 60, parts, saved).batch == batch
+    assert capsys.readouterr().out == 'note       --batch is 56, not 64, because --data has 60 pairs\n'
+    refused('--data has 60 pairs for 61 parts', filled_in, '--preset photo', 60, 61)
+    monkeypatch.setitem(train.PRETRAINED, 'warmup', 7)
+    assert filled_in('--preset tiny --init clip.pt').warmup == 7
 
 
 @pytest.mark.parametrize('name, value', [
     ('epochs', 0), ('steps', 0), ('batch', -4), ('lr', 'banana'), ('momentum', 1.1), ('augment', 'flips'),
-    ('colours', 3), ('warm', 5)])
-def test_options_that_are_refused(monkeypatch, name, value):
-    """oracle: values that no run can use, whether they are typed or in a recipe."""
-    sentence = f'--{name}.+{value}'
-    refused(sentence, train.read_options, [f'--{name}', str(value)])
-    add_preset(monkeypatch, **{name: value})
-    refused(sentence, train.read_options, ['--preset', 'mine'])
+    ('colours', 3)])
+def test_options_that_are_refused(name, value):
+    """oracle: values that no run can use."""
+    refused(f'--{name}.+{value}', train.read_options, [f'--{name}', str(value)])
 
 
 def test_help(capsys):
@@ -563,24 +576,25 @@ def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
     evaluated or logged twice. The scripted figures make the middle evaluation the best. best.pt has both networks of
     that step, and stays when the run goes on, also with copied held-out shards, but not with others. If a start ended
     before its first save, what it left is removed."""
-    save = runs.save
+    write_last = runs.write_last
     happened = []
     learned = {}
 
-    def noted(folder, networks, *rest):
-        happened.append(f'save {networks["step"]}')
-        save(folder, networks, *rest)
+    def noted(run, fixed):
+        happened.append(f'save {run.step}')
+        write_last(run, fixed)
 
-    def look(run, scored):
+    def look(run, val, image_features):
         happened.append(f'score {run.step}')
+        assert run.model is run.teacher.model and len(val) >= 16 and image_features == 'features'
         learned[run.step] = copy.deepcopy([run.student.state_dict(), run.teacher.model.state_dict()])
         return {'mine': run.step}
 
     def score(*scored, workers):
         to_text, to_image = scores.pop(0)
-        return {'image_to_text_R@1': to_text, 'text_to_image_R@1': to_image}, None
+        return {'image_to_text_R@1': to_text, 'text_to_image_R@1': to_image}, 'features'
 
-    monkeypatch.setattr(runs, 'save', noted)
+    monkeypatch.setattr(runs, 'write_last', noted)
     monkeypatch.setattr(evaluation, 'zero_shot_retrieval', score)
     watcher = SimpleNamespace(begin=print, evaluated=look, finish=print)
     shutil.copy(whole / 'log.jsonl', tmp_path)
@@ -635,7 +649,7 @@ def test_two_jobs_in_one_folder(monkeypatch, capsys, fit, tmp_path):
 
     monkeypatch.setattr('fcntl.lockf', no_locks)
     runs.lock(out)
-    assert f'{out}/lock: this file system has no locks' in capsys.readouterr().err
+    assert f'{out}/lock: no locks here' in capsys.readouterr().err
 
 
 def test_when_a_run_is_saved():
@@ -739,7 +753,7 @@ def test_resume_is_exact(monkeypatch, capsys, fit, whole, dogs, tmp_path, functi
     resource.setrlimit(resource.RLIMIT_FSIZE, LIMITS)
     for path in dogs.rglob('*.hidden'):
         path.rename(path.with_suffix(''))
-    assert ends in str(found) and runs.read_last(tmp_path).get('step') == kept
+    assert ends in str(found) and runs.read_last(tmp_path, resume=True).get('step') == kept
     assert ('last.pt cannot be written' in capsys.readouterr().err) == (harm == fill_the_disk)
     assert fit(tmp_path, '--resume', '--workers', workers) == 0
     same_run(whole, tmp_path, whole_log=function == 'train_step')
@@ -792,8 +806,7 @@ def test_what_is_no_run(fit, whole, tmp_path):
 
 def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_path):
     """oracle: the files of a finished run, byte for byte, after each command that must leave them alone. A change of
-    what must stay is refused, with all old and new values; other changes are noted. A fresh start takes the first free
-    name."""
+    what must stay is refused, with all old and new values; other changes are noted. A fresh start is refused."""
     out = tmp_path / 'out'
     shutil.copytree(whole, out)
     flags = '--preset tiny --method clip --batch 5 --seed 1 --local-crops 3 --local-captions 4'.split()
@@ -820,10 +833,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     assert 'their headers are read again' in capsys.readouterr().out
     for name in 'index.npy', 'val.npy':
         shutil.copy(whole / name, out)
-    for number in 2, 3:
-        assert fit(f'{out}/', '--steps', number) == 0
-        first, *_, last = capsys.readouterr().out.splitlines()
-        assert f'out holds a run, so this one goes into {out}-{number}; ' in first and f' {out}-{number}, ' in last
+    assert fit(f'{out}/', '--steps', 2) == f'error: {out}/ holds a run; give --resume to go on with it, or another --out'
     assert contents(out) == contents(whole)
 
 
