@@ -11,10 +11,12 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -850,7 +852,10 @@ def test_links_and_options_of_a_page(page):
 # --- report ----------------------------------------------------------------------------------------------------------
 
 HOSTILE = 'a </script><b>red</b> dog'
-RECORD = {'captions': [HOSTILE, 'dogs'], 'objects': [{'name': 'orange star', 'absent': ['red ring']}]}
+# Another program's set may have anything under `objects`.
+STRANGE = [5, {'absent': ['red ring']}, {'name': 'dog', 'absent': None}, {'name': 'dog', 'absent': [None]},
+           {'name': '', 'absent': []}]
+RECORD = {'captions': [HOSTILE, 'dogs'], 'objects': [*STRANGE, {'name': 'orange star', 'absent': ['red ring']}]}
 
 
 def three_pairs(folder, *images):
@@ -975,6 +980,36 @@ def test_the_page_says_what_eval_says(tmp_path, method):
         else:
             patches = evaluation.encode_dense(model, pixels) @ vector
         assert_close(maps[k], patches.flatten().double(), rtol=0, atol=1e-4)
+
+
+def test_an_evaluation_reads_and_writes_only_what_it_shows(tmp_path, monkeypatch):
+    """oracle: by hand, the pairs that are read, if two of three are shown; the file, which is the same one, although
+    torn once, and the names in it. A part that is written again counts, and no warning is printed."""
+    model, tokenizer, _ = speller()
+    val = three_pairs(tmp_path)
+    run = SimpleNamespace(folder=tmp_path, step=5, model=model, processes=SimpleNamespace(device=torch.device('cpu')),
+                          train_set=SimpleNamespace(tokenizer=tokenizer))
+    watcher = report.Report()
+    watcher.has_kept_images = False                         # as `begin` sets it
+    monkeypatch.setattr(watcher, 'keep_step', lambda run: None)
+    monkeypatch.setattr(report, 'SHOWN', 2)
+    monkeypatch.setattr(val, 'record', lambda i: read.append(i) or RECORD)
+    read = []
+    path = tmp_path / 'maps.npz'
+    report.keep(tmp_path, 'start', 'early')
+    path.write_bytes(path.read_bytes()[:60])
+    file = path.stat().st_ino
+    for step in 5, 6, 6:
+        run.step = step
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            assert watcher.evaluated(run, val, torch.ones(3, model.config.embed_dim)) == {}
+    assert read == [0, 1] * 3 and path.stat().st_ino == file
+    with ZipFile(path) as archive:
+        assert archive.namelist() == ['held out.npy'] + [f'texts 00000000{step}.npy' for step in (5, 6, 6)]
+    report.keep(tmp_path, 'start', 'late')
+    report.keep(tmp_path, 'start', 'later')
+    assert report.read_maps(path)['start'] == 'later'
 
 
 def test_partial_runs_give_a_page(tmp_path):
