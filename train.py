@@ -161,7 +161,7 @@ class Method(NamedTuple):
     has_local_images: bool          # as many as --local-crops says
     has_local_texts: bool           # captions of one sentence, as many as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
-    augments: bool                  # if False, --augment defaults to 'crops'; if True, to what the preset says
+    only_crops: bool                # --augment is 'crops' by default, whatever the preset says
     has_teacher: bool
     # C^I and C^T. Terms must use both h_I and h_T, because DDP stops if a parameter gets no gradient.
     has_cross_attention: bool
@@ -175,23 +175,23 @@ class Method(NamedTuple):
 # captions only (--caption-pool raw).
 G = GLOBALS
 METHODS = {
-    #                            globals   locals         crop  aug-   tea-   cross  two     learns
-    #                            img. txt. img.   txt.    min   ments  cher   attn.  scales  L_CLIP and
-    'clip':               Method(1,   1,   False, False,  0.9,  False, False, False, False,  no_terms),
-    'clip-aug':           Method(G,   1,   False, False,  0.4,  True,  False, False, False,  no_terms),
-    'image-distill':      Method(G,   1,   True,  False,  0.4,  True,  True,  False, False,  image_terms),
-    'text-crop':          Method(G,   G,   True,  True,   0.4,  True,  True,  False, False,  image_terms),
-    'text-distill':       Method(G,   G,   True,  True,   0.4,  True,  True,  False, False,  embedding_terms),
-    'cosmos':             Method(G,   G,   True,  True,   0.4,  True,  True,  True,  True,   cosmos_terms),
+    #                            globals   locals         crop  only   tea-   cross  two     learns
+    #                            img. txt. img.   txt.    min   crops  cher   attn.  scales  L_CLIP and
+    'clip':               Method(1,   1,   False, False,  0.9,  True,  False, False, False,  no_terms),
+    'clip-aug':           Method(G,   1,   False, False,  0.4,  False, False, False, False,  no_terms),
+    'image-distill':      Method(G,   1,   True,  False,  0.4,  False, True,  False, False,  image_terms),
+    'text-crop':          Method(G,   G,   True,  True,   0.4,  False, True,  False, False,  image_terms),
+    'text-distill':       Method(G,   G,   True,  True,   0.4,  False, True,  False, False,  embedding_terms),
+    'cosmos':             Method(G,   G,   True,  True,   0.4,  False, True,  True,  True,   cosmos_terms),
     # ours, not in the table
-    'no-cross-attention': Method(G,   G,   True,  True,   0.4,  True,  True,  False, True,   no_cross_attention_terms),
-    'across':             Method(G,   G,   True,  True,   0.4,  True,  True,  True,  True,   across_terms)}
+    'no-cross-attention': Method(G,   G,   True,  True,   0.4,  False, True,  False, True,   no_cross_attention_terms),
+    'across':             Method(G,   G,   True,  True,   0.4,  False, True,  True,  True,   across_terms)}
 
 
 def recipe_of(preset, method, init):
     """Defaults of options, {option: value}. init: what --init gives (a path), or None."""
     recipe = dict(PRESETS[preset].recipe)
-    if not METHODS[method].augments:
+    if METHODS[method].only_crops:
         recipe['augment'] = 'crops'
     if init:
         recipe |= PRETRAINED
@@ -424,7 +424,7 @@ def batches_left(options, processes, train_set, step):
     multiple = 8 if choose_dtype(options.precision, processes.device) else 1
     # C^T reads caption 0's padding.
     whole_first = METHODS[options.method].has_cross_attention
-    return iter(data.loader(train_set, order, options.workers, multiple, whole_first))
+    return iter(data.loader(train_set, order, options.workers, processes.device, multiple, whole_first))
 
 
 def make_run(options, processes, train_set, weights, batches):

@@ -32,7 +32,7 @@ from cosmos import COSMOS, GLOBALS, Teacher
 from data import check_batch
 from extras.prepare import crops_of
 from plumbing.errors import Unreadable, command
-from plumbing.options import Parser, above_zero, positive
+from plumbing.options import Parser, above_zero, fill_in, positive
 from plumbing.processes import DTYPES, Processes, peak_memory
 from plumbing.shards import Shards, find_shards, write_shard
 from plumbing.tokenizer import LEARNED_VOCAB, Tokenizer
@@ -180,8 +180,9 @@ class HalfOnGPU(TorchFunctionMode):
 
 
 def kept_bytes(student, images, texts, dtype):
-    """Bytes that a forward pass keeps for the backward pass, including parameters and their half-precision copies."""
+    """Bytes that a forward pass keeps for the backward pass, including copies of weights, but not the weights."""
     storages = set()                    # several tensors may share one
+    weights = {p.untyped_storage() for p in student.parameters()}
 
     def keep(tensor):
         storages.add(tensor.untyped_storage())
@@ -189,7 +190,7 @@ def kept_bytes(student, images, texts, dtype):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, keep), HalfOnGPU(dtype):
         student(images, texts)
-    return sum(storage.nbytes() for storage in storages)
+    return sum(storage.nbytes() for storage in storages - weights)
 
 
 def step_flops(options, student, images, texts):
@@ -213,19 +214,21 @@ def step_bytes(options, student, images, texts):
     for n in 1, 2:
         some = [[view[:n] for view in views] for views in (images, texts)]
         kept.append(kept_bytes(student, *some, dtype))
-    a_pair = kept[1] - kept[0]          # the parameters cancel, because they do not grow with the pairs
+    a_pair = kept[1] - kept[0]
+    copies = kept[0] - a_pair               # of weights, in half precision: each pass makes its own
     parameters = sum(p.numel() for p in student.parameters())
-    # Weights, gradients and AdamW's two moments in float32, and the half-precision weights that autocast keeps.
-    networks = (16 if dtype == torch.float32 else 18) * parameters
+    if options.accum == 1 and copies:       # autocast shares a copy among all passes
+        copies = 2 * parameters
+    networks = 16 * parameters              # weights, gradients and AdamW's two moments, in float32
     if train.METHODS[options.method].has_teacher:
         networks += 4 * parameters
     pixels = sum(5 * view.numel() for view in images)       # as bytes and as float32
     logits = 4 * GLOBALS * max(len(images), len(texts)) * pairs * options.batch     # of one L_nce
-    # From MANY on, those of one L_nce are kept at a time, else those of all 10: L_CLIP and the four terms of Eq. 6,
-    # each in both directions.
-    if logits < 4 * cosmos.MANY:
+    # From MANY_LOGITS on, those of one L_nce are kept at a time, else those of all 10: L_CLIP and the four terms of
+    # Eq. 6, each in both directions.
+    if logits < 4 * cosmos.MANY_LOGITS:
         logits *= 10
-    return networks + pixels + a_pair * pairs // options.accum + logits
+    return networks + copies + pixels + a_pair * pairs // options.accum + logits
 
 
 def plan(flags, gpus, pairs, tokens, peak, share):
@@ -236,7 +239,9 @@ def plan(flags, gpus, pairs, tokens, peak, share):
     config, _, _ = train.choose_model(options, {})
     if learns:
         config = replace(config, vocab_size=LEARNED_VOCAB)
-    check_batch(options.batch, pairs, gpus * options.accum)
+    parts = gpus * options.accum
+    fill_in(options, train.recipe_of(options.preset, options.method, options.init), pairs, parts, {})
+    check_batch(options.batch, pairs, parts)
     method = train.METHODS[options.method]
     sides = [config.image_size] * method.global_images
     lengths = [config.context_length] * method.global_texts
@@ -252,17 +257,16 @@ def plan(flags, gpus, pairs, tokens, peak, share):
     for tower in student.visual, student.text:
         tower.transformer.grad_checkpointing = options.grad_checkpoint
     size = sum(p.numel() for p in student.parameters())
-    steps = options.steps or round(options.epochs * (pairs // options.batch))
     print(f'{options.preset}, {options.method}, {size:,} parameters, {options.precision}, {len(sides)} images, '
           f'{len(lengths)} captions, {config.context_length} tokens in a global one, {tokens} in a local one')
-    print(f'{steps:,} steps of {options.batch:,} pairs, {mine:,} on each of {gpus} GPUs')
+    print(f'{options.steps:,} steps of {options.batch:,} pairs, {mine:,} on each of {gpus} GPUs')
 
     flops = step_flops(options, student, images, texts) / mine
     print(f'{flops / 1e9:,.3f} GFLOP per pair')
     print(f'{step_bytes(options, student, images, texts) / 1e9:,.2f} GB per GPU')
     for part in share if peak else []:
         speed = gpus * part * peak * 1e12 / flops
-        hours = steps * options.batch / speed / 3600
+        hours = options.steps * options.batch / speed / 3600
         print(f'at {part:.0%} of {peak:,.0f} TFLOP/s per GPU: {speed:,.0f} pairs/s, {hours:,.1f} hours, '
               f'{hours * gpus:,.0f} GPU-hours')
 

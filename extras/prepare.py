@@ -333,7 +333,7 @@ def inspect(shards, caption_keys, preset, vocab, out):
     keys = Counter()
     for i in progress(sample, 'reading pairs'):
         try:
-            _, _, drawn, _ = crops.sample(0, i)         # decodes and draws, as training does
+            drawn = crops.sample(0, i).captions         # decodes and draws, as training does
         except Unreadable as error:
             problems.append(f'{source.name(i)}: {error}')
             continue

@@ -316,7 +316,7 @@ def handed(model, tokenizer, preprocess, shards, scenes):
     """
     device = model.logit_scale.device
     cls, patches = [], []
-    for pixels, _ in DataLoader(Images(shards, preprocess), 100):
+    for pixels in DataLoader(Images(shards, preprocess), 100):
         encoded = model.encode_image(pixels.to(device))
         cls.append(unit(encoded[0]))
         patches.append(encoded[1])
@@ -445,7 +445,7 @@ def conflict(args, source, captions, questions):
     need(size > 1, 'there is one pair; conflict needs two or more')
     found = []                                          # of each group
     groups = DataLoader(Images(source, preprocess), size, num_workers=args.workers, drop_last=True)
-    for number, (pixels, _) in enumerate(islice(progress(groups, 'conflict'), GROUPS)):
+    for number, pixels in enumerate(islice(progress(groups, 'conflict'), GROUPS)):
         group = slice(number * size, (number + 1) * size)
         ids = tokenizer(questions[group]), tokenizer(captions[group])
         found.append(answers_of(student, teacher, pixels, *ids))

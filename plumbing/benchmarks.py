@@ -141,8 +141,10 @@ def check_names(names):
          'give each its own name in the file of --classes')
 
 
-def read_templates(path):
-    """Prompts with {} for the class, one per line. The path 'open_clip' means open_clip's own prompts."""
+def read_templates(path, default):
+    """Prompts with {} for the class, one per line. The path 'open_clip' means open_clip's own prompts; None: default."""
+    if path is None:
+        return default
     if path == 'open_clip':
         prompts, _ = open_clip_prompts()
         return prompts

@@ -211,20 +211,21 @@ def signals_caught():
             signal.signal(number, handler)
 
 
-# Seconds. If a loader's workers give nothing for so long, they hang, and the run ends with an error.
-LOADER_PATIENCE = 600
+# Seconds. A batch that takes longer is an error. A worker that was forked beside CUDA and nccl may, rarely, hang for
+# ever (pytorch#130610), and the other processes would wait with it.
+LONGEST_WAIT = 1800
 
 
-def loading(workers, method='fork'):
-    """Settings of a DataLoader. Its workers ignore the signals that end a run, and they end when the process ends.
-    method: how workers start. A forked worker shares the index of the shards, while others get a copy."""
+def loading(workers):
+    """Settings of a DataLoader. Its workers ignore the signals that end a run, and they end when the process ends."""
     if not workers:                     # DataLoader refuses the other settings then
         return {'num_workers': 0}
     atexit.register(end_workers)
     return {'num_workers': workers,
+            'timeout': LONGEST_WAIT,
             'worker_init_fn': ignore_signals,
-            'timeout': LOADER_PATIENCE,
-            'multiprocessing_context': method if sys.platform == 'linux' else None}
+            # A forked worker shares the index of the shards, while a spawned one gets a copy.
+            'multiprocessing_context': 'fork' if sys.platform == 'linux' else None}
 
 
 def ignore_signals(worker):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from torchvision.transforms import v2
 import eval as evaluation
 from cosmos import COSMOS, Block, Config, unit
 from data import Shards, Tokenizer
-from plumbing import benchmarks, lists
+from plumbing import benchmarks, lists, processes
 from plumbing.processes import SIGNALS
 from plumbing.weights import to_openclip
 from tests.helpers import MICRO, close, encoded, micro, pairs_tar, put, refused, run, seeded, shared  # noqa: F401
@@ -91,23 +92,18 @@ def test_retrieval_by_hand():
 
 def test_ranks_are_computed_where_the_features_are(monkeypatch):
     """oracle: torch's device `meta`, whose tensors hold no numbers and cannot be mixed with those of the CPU. The
-    features of a model on `meta` are ranked there."""
+    features of a model on `meta` are ranked there, those of a model on mps, which has no float64, on the CPU."""
     there = {'device': 'meta'}
     found = evaluation.ranks(torch.ones(5, 4, **there), torch.ones(9, 4, **there), torch.ones(5, **there),
                              torch.ones(9, **there), chunk=2)
     assert found.device.type == 'meta' and found.shape == (5,)
-    devices = []
-
-    def noted(*inputs):
-        devices.append([x.device.type for x in inputs])
-        return {}
-
-    monkeypatch.setattr(evaluation, 'retrieval', noted)
+    monkeypatch.setattr(evaluation, 'retrieval', lambda *inputs: [x.device.type for x in inputs])
     monkeypatch.setattr(evaluation, 'embed_images', lambda *source: torch.ones(2, 4))
     monkeypatch.setattr(evaluation, 'embed_texts', lambda *source: torch.ones(2, 4))
-    model = SimpleNamespace(logit_scale=torch.ones((), **there))
-    evaluation.zero_shot_retrieval(model, None, None, [], ['a', 'b'], torch.arange(2))
-    assert devices == [['meta'] * 3]
+    for device, expected in ('meta', 'meta'), ('mps', 'cpu'):
+        model = SimpleNamespace(logit_scale=SimpleNamespace(device=torch.device(device)))
+        devices, _ = evaluation.zero_shot_retrieval(model, None, None, [], ['a', 'b'], torch.arange(2))
+        assert devices == [expected] * 3
 
 
 def test_workers_outlive_the_signals_of_a_run(gallery, monkeypatch):
@@ -125,6 +121,20 @@ def test_workers_outlive_the_signals_of_a_run(gallery, monkeypatch):
 
     monkeypatch.setattr(evaluation, 'read_image', signalled)
     assert_close(evaluation.embed_images(model, gallery.images, preprocess, workers=2), wanted, rtol=0, atol=0)
+
+
+def test_a_worker_that_hangs_is_an_error(gallery, monkeypatch):
+    """oracle: the rule: whoever waits longer than LONGEST_WAIT gets an error; without workers nobody waits."""
+    model, _ = gallery.scored
+
+    def sleepy(image):
+        time.sleep(3)
+        return torch.zeros(3, 32, 32)
+
+    monkeypatch.setattr(processes, 'LONGEST_WAIT', 1)
+    with pytest.raises(RuntimeError, match='timed out after 1 seconds'):
+        evaluation.embed_images(model, gallery.images[:1], sleepy, workers=1)
+    assert evaluation.embed_images(model, gallery.images[:1], sleepy).shape == (1, 16)
 
 
 def test_classification_by_hand():
@@ -193,7 +203,7 @@ def test_segmentation_by_hand(monkeypatch):
             (9, {'area': 0.19}, [0, 1, 1, 1, 2, 1])):
         settings = benchmarks.Settings(size, scale=math.log(3), **changes)
         model = SimpleNamespace(config=SimpleNamespace(image_size=2))
-        found = evaluation.segment_image(model, Image.new('RGB', (3, 2)), scores, [1, 2, 1], settings).flatten()
+        found = evaluation.segment_image(model, Image.new('RGB', (3, 2)), scores, [0, 1, 1, 2], settings).flatten()
         assert found.tolist() == expected
     truth = torch.tensor([0, 1, 1, 255, 3, 0])
     figures = evaluation.segmentation_figures(
@@ -475,11 +485,11 @@ def test_names_that_are_mended():
 def test_prompts_of_open_clip(monkeypatch, gallery):
     """oracle: a stand-in for the package. Its names are used for ImageNet alone, here as folders of its codes."""
     monkeypatch.setitem(sys.modules, 'open_clip', None)
-    refused('pip install open_clip_torch', benchmarks.read_templates, 'open_clip')
+    refused('pip install open_clip_torch', benchmarks.open_clip_prompts)
     stand_in = SimpleNamespace(OPENAI_IMAGENET_TEMPLATES=(lambda c: f'my {c}.', lambda c: f'{c}!'),
                                IMAGENET_CLASSNAMES=['crane', 'crane'])
     monkeypatch.setitem(sys.modules, 'open_clip', stand_in)
-    assert benchmarks.read_templates('open_clip') == ['my {}.', '{}!']
+    assert benchmarks.read_templates('open_clip', None) == ['my {}.', '{}!']
     for i in range(2):
         put(f'set/n0000000{i}/a.png', encoded(gallery.images[i]))
     put('names', 'ox\ngnu')
@@ -514,7 +524,7 @@ def test_segment_command(gallery, monkeypatch):
     monkeypatch.setitem(benchmarks.BENCHMARKS, 'voc21', settings)
     vectors = evaluation.class_vectors(*gallery.scored, ['background', 'sky', 'ox'])
     for i, image in enumerate(gallery.images):          # masks of what must be found
-        labels = evaluation.segment_image(model, image, vectors, [2, 1], settings)
+        labels = evaluation.segment_image(model, image, vectors, [0, 0, 1], settings)
         put(f'masks/{i}_ids.png', encoded(Image.fromarray(labels.byte().numpy())))
     put('classes', 'background, sky\nox\n')
     line = 'segment --images images --masks masks --mask-suffix _ids --classes classes'

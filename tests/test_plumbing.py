@@ -609,8 +609,8 @@ def test_a_shard_that_is_cut_off_in_mid_run(tmp_path, capsys):
     os.truncate(tar, left)
     refused(sentence, shards.pool, 2)
     refused(sentence, shards.image, 11)
-    _, _, [caption], bad = Crops(shards, list, MICRO, 3, ONE)[0, 11]
-    assert caption in ('dog 0', 'dog 1') and bad > 0
+    sample = Crops(shards, list, MICRO, 3, ONE)[0, 11]
+    assert sample.ids in (['dog 0'], ['dog 1']) and sample.bad > 0
     assert f'a.tar:byte {shards.index[11, 1]}: {sentence}' in capsys.readouterr().err
 
 
@@ -629,8 +629,8 @@ def test_a_read_that_fails_is_tried_again(tmp_path, monkeypatch):
     failures += ['twice', 'once']
     refused('a.tar cannot be read .twice', shards.pool, 4)
     failures += ['twice', 'once']
-    _, _, [caption], bad = Crops(shards, list, MICRO, 3, ONE)[0, 4]
-    assert bad == 1 and caption != 'dog 4'
+    sample = Crops(shards, list, MICRO, 3, ONE)[0, 4]
+    assert sample.bad == 1 and sample.ids != ['dog 4']
 
 
 # --- Captions and tokenizer ------------------------------------------------------------------------------------------
@@ -793,7 +793,7 @@ def test_odd_exif_stops_nothing(kind, turns, odd):
     assert np.array_equal(decode(image, turn).permute(1, 2, 0), wanted)
     assert np.array_equal(read_image(file), wanted)
     for image in Image.open(io.BytesIO(file)), read_image(file):
-        [(seen, _)] = evaluation.Images([image], np.asarray)
+        [seen] = evaluation.Images([image], np.asarray)
         assert np.array_equal(seen, wanted)
 
 
