@@ -58,11 +58,11 @@ def short(tensor):
 
 
 def keep(folder, name, part):
-    """Add a part of the page, as bytes of JSON, to folder/maps.npz. It is appended, so that the parts before it need
-    not be written again. If a resumed run writes a part again, the last one counts."""
+    """Append a part of the page, as bytes of JSON, to folder/maps.npz. The last of several parts of one name counts,
+    because a resumed run writes some parts again."""
     array = np.array(json.dumps(part, default=short).encode())
     with warnings.catch_warnings(), ZipFile(Path(folder, 'maps.npz'), 'a', ZIP_DEFLATED) as archive:
-        warnings.simplefilter('ignore')                     # two parts of one name
+        warnings.simplefilter('ignore')                     # about parts of one name
         with archive.open(f'{name}.npy', 'w') as file:
             np.lib.format.write_array(file, array)
 
@@ -162,11 +162,10 @@ def names_in(record):
     listed = record.get('objects')
     found = []
     for thing in listed if isinstance(listed, list) else []:
-        names = []
         if isinstance(thing, dict) and isinstance(thing.get('absent'), list):
             names = [thing.get('name'), *thing['absent']]
-        if names and all(name and isinstance(name, str) for name in names):
-            found.append(names)
+            if all(name and isinstance(name, str) for name in names):
+                found.append(names)
     return found
 
 
@@ -227,7 +226,8 @@ class Report:
         pairs, images, ids = read_pairs(run.train_set)
         self.images = [normalize(view).to(device) for view in images]       # V of (B, 3, s, s)
         self.texts = ids.to(device)                                         # (U, B, T)
-        self.has_kept_images = False                                        # the held-out ones, which are kept once
+        self.has_kept_images = False                                        # the held-out ones
+        self.kept_step = None
         machine = f'{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}'
         if torch.cuda.is_available():
             machine += f', {torch.cuda.get_device_name()}'
@@ -246,6 +246,9 @@ class Report:
     @torch.no_grad()
     def keep_step(self, run):
         """Keep the pairs as student and teacher see them after run.step steps, in float32."""
+        if run.step == self.kept_step:              # an evaluation comes at the first step, or at the last
+            return
+        self.kept_step = run.step
         raw, weights = read_batch(run.student, self.images, self.texts)
         vectors = {name: unit(raw[name]) for name in raw}
         scales = [scale.exp() for scale in run.student.scales()]

@@ -913,6 +913,8 @@ def test_the_watcher(tmp_path, capsys):
     [page] = runs_on_page(tmp_path / 'val')
     for kind in 'batch', 'texts':
         assert [kept['step'] for kept in page['maps'][kind]] == [0, 5, 10]
+    with ZipFile(tmp_path / 'val/maps.npz') as archive:
+        assert len(archive.namelist()) == len(set(archive.namelist())) == 2 + 3 + 3     # none is kept twice
     assert page['eval'].keys() == {'steps', 'seconds', 'retrieval'}
     [page] = runs_on_page(tmp_path / 'no-val')
     assert [kept['step'] for kept in page['maps']['batch']] == [0, 10] and not page['maps']['texts']
@@ -1007,7 +1009,7 @@ def test_an_evaluation_reads_and_writes_only_what_it_shows(tmp_path, monkeypatch
                           train_set=SimpleNamespace(tokenizer=tokenizer))
     watcher = report.Report()
     watcher.has_kept_images = False                         # as `begin` sets it
-    monkeypatch.setattr(watcher, 'keep_step', lambda run: None)
+    monkeypatch.setattr(watcher, 'keep_step', print)
     monkeypatch.setattr(report, 'SHOWN', 2)
     monkeypatch.setattr(val, 'record', lambda i: read.append(i) or RECORD)
     read = []
