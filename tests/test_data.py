@@ -314,10 +314,9 @@ def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
 
 
 def test_what_strangers_send_stops_nothing():
-    """oracle: the rule that nothing but Refused comes out, for as many mutated images, records and tars as five seconds
-    allow. Before the mutation each image can be read."""
+    """oracle: the rule that nothing but Refused comes out, for mutated images, records and tars. Before the mutation each
+    image can be read."""
     for kind, content in fuzz.originals().items():
         if not kind.startswith(('json', 'tar')):
             read_image(content)
-    found, tried = fuzz.fuzz(seconds=5)
-    assert found == [] and tried > 50
+    assert fuzz.fuzz(400) == []
