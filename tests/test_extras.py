@@ -1138,7 +1138,7 @@ def test_the_page_in_a_browser(tmp_path, method, screens):
     built, seen = browse(tmp_path, report.write([tmp_path]), '400,3000')
     assert built.count('aria-label="image ') == 3 and built.index('class="screen') < built.index('<path')
     assert '&lt;b&gt;red' in built and '<b>red' not in built
-    check_code(seen, f'{method}_terms')
+    check_code(seen, train.METHODS[method].terms.__name__)
     assert [seen.pop(name) for name in ('screen', 'row', 'screens')] == ['1', '2', screens]
     texts = seen.pop('text')
     for screen, text in texts.items():
