@@ -7,7 +7,6 @@
     python -m extras.bench plan --gpus 8 --pairs 2800000          FLOPs, memory and hours, counted without a GPU
 
 `step` sets up a run as train.py does, takes a batch from its loader, and times train.train_step on it, again and again.
-Without --data it makes the pairs itself: images of noise, captions of random words.
 """
 import contextlib
 import io
