@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import eval as evaluation
 import train
-from cosmos import COSMOS, GLOBALS, Attention, Teacher, total_loss
+from cosmos import COSMOS, Attention, Teacher, total_loss
 from eval import load
 from extras import attend, bench, pairs, prepare, report, search, weights
 from plumbing.images import decode, read_header
