@@ -27,16 +27,15 @@ def word_weights(tokenizer, caption, weights):
     The weights of a word's pieces are summed. Start, end and padding are keys, too, but they are not words, so they are
     left out before scaling.
     """
-    words = []
     sums = []
     first = 1                                                       # position 0 is the start
     for word in tokenizer.split(caption):
         end = first + len(tokenizer.word_ids(word))
         if end < len(weights):      # a long caption was cut off, and its last position holds the end token
-            words.append(word)
-            sums.append(weights[first:end].sum().item())
+            sums.append((word, weights[first:end].sum().item()))
         first = end
-    return [(word, weight / max(sums)) for word, weight in zip(words, sums)]
+    most = max((weight for _, weight in sums), default=1)
+    return [(word, weight / most) for word, weight in sums]
 
 
 @torch.no_grad()
@@ -53,7 +52,7 @@ def attention(model, tokenizer, preprocess, image, caption):
     return heat, word_weights(tokenizer, caption, weights[0])
 
 
-# --- 2. The picture --------------------------------------------------------------------------------------------------
+# --- 2. The picture, and the command ---------------------------------------------------------------------------------
 
 TILE = 224                  # side of an image, in pixels
 LINE = 18                   # height of a word
@@ -102,11 +101,8 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path):
         canvas.save(partial, 'PNG')
 
 
-# --- 3. Command ------------------------------------------------------------------------------------------------------
-
 def run_attend(args, model, tokenizer, preprocess):
-    image = read_image(args.image)
-    attention_picture(model, tokenizer, preprocess, image, args.text, args.out)
+    attention_picture(model, tokenizer, preprocess, read_image(args.image), args.text, args.out)
     return {'picture': args.out}
 
 
@@ -115,9 +111,10 @@ def main():
                     usage='%(prog)s CKPT --image FILE --text TEXT ... [options]')
     add_checkpoint(parser)
     parser.set_defaults(command='attend', function=run_attend)
-    parser.add_argument('--image', required=True, help='the image to draw')
-    parser.add_argument('--text', required=True, nargs='+', help='one or more captions')
-    parser.add_argument('--out', default='runs/attention.png', help='the picture (default: %(default)s)')
+    add = parser.add_argument
+    add('--image', required=True, help='the image to draw')
+    add('--text', required=True, nargs='+', help='one or more captions')
+    add('--out', default='runs/attention.png', help='the picture (default: %(default)s)')
     execute(parser.parse_args())
 
 

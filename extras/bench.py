@@ -1,13 +1,12 @@
-"""How long a training step takes and where the time goes, how fast one loader worker is, and what a run will need.
+"""How long a training step takes, how fast one loader worker is, and what a run will need.
 
-    python -m extras.bench step --preset vit-b-16 --batch 128     median time, FLOPs, share of the matmul peak, parts
+    python -m extras.bench step --preset vit-b-16 --batch 128     median time, memory, FLOPs, share of the matmul peak
     python -m extras.bench step --preset tiny --method clip       without teacher and cross-attention
     python -m extras.bench step --data SHARDS --accum 4           any option of train.py
     python -m extras.bench loader SHARDS                          pairs that one worker reads, or prepares, per second
     python -m extras.bench plan --gpus 8 --pairs 2800000          FLOPs, memory and hours, counted without a GPU
 
 `step` sets up a run as train.py does, takes a batch from its loader, and times train.train_step on it, again and again.
-Without --data it makes the pairs itself: images of noise, captions of random words.
 """
 import contextlib
 import io
@@ -20,11 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.autograd import DeviceType
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +31,7 @@ from cosmos import COSMOS, GLOBALS, Teacher
 from data import check_batch
 from extras.prepare import crops_of
 from plumbing.errors import Unreadable, command
-from plumbing.options import Parser, above_zero, positive
+from plumbing.options import Parser, above_zero, fill_in, positive
 from plumbing.processes import DTYPES, Processes, peak_memory
 from plumbing.shards import Shards, find_shards, write_shard
 from plumbing.tokenizer import LEARNED_VOCAB, Tokenizer
@@ -42,7 +39,6 @@ from plumbing.tokenizer import LEARNED_VOCAB, Tokenizer
 SECONDS = 5             # for how long each part of the loader is measured
 WARM_UP = 2             # steps that are not timed: the first ones allocate memory and choose kernels
 PRODUCTS = 12           # how many products of two matrices are timed; the fastest counts as the peak
-OPERATIONS = 10         # how many operations are shown, the most expensive ones
 
 # --- 1. A step -------------------------------------------------------------------------------------------------------
 
@@ -59,12 +55,9 @@ def make_shard(path, pairs):
     rng = random.Random(0)
     members = []
     for i in range(pairs):
-        noise = np.frombuffer(rng.randbytes(SIDE * SIDE * 3), np.uint8)
         file = io.BytesIO()
-        Image.fromarray(noise.reshape(SIDE, SIDE, 3)).save(file, 'JPEG')
-        captions = []
-        for _ in range(5):
-            captions.append(' '.join(rng.choices(WORDS, k=rng.randint(5, 20))))
+        Image.effect_noise((SIDE, SIDE), 64).save(file, 'JPEG')
+        captions = [' '.join(rng.choices(WORDS, k=rng.randint(5, 20))) for _ in range(5)]
         members.append((f'{i}.jpg', file.getvalue()))
         members.append((f'{i}.json', json.dumps(captions).encode()))
     write_shard(path, members)
@@ -92,8 +85,7 @@ def matmul_peak(device, dtype):
 
 
 def measure_step(flags):
-    """Print time, samples/s, memory, FLOPs, their speed as a share of the machine's peak, and the costliest operations.
-    """
+    """Print time, samples/s, memory, FLOPs, and their speed as a share of the machine's peak."""
     with TemporaryDirectory() as folder:
         options = train.read_options([*DEFAULTS, *flags, '--workers=0', f'--out={folder}'])
         processes = Processes(options.device)
@@ -112,37 +104,20 @@ def measure_step(flags):
     print(f'{options.preset}, {options.method}, batch {options.batch}, {len(batch.crops)} images and '
           f'{len(batch.texts)} captions, {parameters:,} parameters, {run.dtype or torch.float32} '
           f'on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}')
+    timed(step, WARM_UP, device)
+    seconds = statistics.median(timed(step, options.steps, device))
+    # The peak of memory is read before FLOPs are counted, because the step that counts them may need more.
+    print(f'step   {1000 * seconds:10,.1f} ms, the median of {options.steps}   '
+          f'{options.batch / seconds:,.1f} samples/s   {peak_memory(device):.2f} GB')
     # Only matrix products are counted. The counter does not see into compiled blocks, so this step runs them
     # uncompiled.
     with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter:
         step()
-    timed(step, WARM_UP, device)
-    seconds = statistics.median(timed(step, options.steps, device))
-    print(f'step   {1000 * seconds:10,.1f} ms, the median of {options.steps}   '
-          f'{options.batch / seconds:,.1f} samples/s   {peak_memory(device):.2f} GB')
     flops = counter.get_total_flops()
     speed = flops / seconds
     peak = matmul_peak(device, run.dtype)
     print(f'FLOPs  {flops / 1e9:10,.3f} GFLOP   {speed / 1e9:,.1f} GFLOP/s, {speed / peak:.0%} of '
           f'the {peak / 1e9:,.0f} that a product of large matrices reaches here')
-    print_parts(step, device)
-
-
-def print_parts(step, device):
-    """Print the most expensive operations of a step, forward and backward together. The time of an operation does not
-    include that of the operations it calls."""
-    with torch.profiler.profile() as profile:
-        timed(step, 1, device)
-    clock = 'self_cpu_time_total' if device.type == 'cpu' else 'self_device_time_total'
-    costs = []
-    for event in profile.key_averages():
-        if event.device_type == DeviceType.CPU:     # the others are the kernels that these launch
-            costs.append((getattr(event, clock), event.key, event.count))   # microseconds
-    costs.sort(reverse=True)
-    total = sum(cost for cost, _, _ in costs)
-    for cost, name, calls in costs[:OPERATIONS]:
-        milliseconds = cost / 1000
-        print(f'{name[:40]:40} {milliseconds:10,.1f} ms   {cost / total:4.0%}   {calls:6,} calls')
 
 
 # --- 2. The loader ---------------------------------------------------------------------------------------------------
@@ -175,16 +150,14 @@ def measure_loader(shards, preset):
 
 # --- 3. A plan, without a GPU ----------------------------------------------------------------------------------------
 
-PLAN = """This is arithmetic: torch runs a step on its `meta` device, whose tensors have shapes but
-no numbers, and we count. The other options are those of train.py (--preset --batch --epochs
---method --accum --grad-checkpoint ...), but here the defaults are --preset vit-b-16 --precision
-bf16.
+PLAN = """Torch runs a step on its `meta` device, whose tensors have shapes but no numbers, and we
+count. The other options are those of train.py, with the defaults --preset vit-b-16 --precision bf16.
 
-GFLOP counts matrix products, except those of the losses, which are 0.1 % at a batch of 1,024. What
-is computed again (--accum, --grad-checkpoint) counts as backward. Hours leave out loading,
-evaluation and checkpoints. Memory is what stays during a whole step. It leaves out what lives for
-one operation only, the block that --grad-checkpoint computes again, fragmentation, CUDA itself and
-nccl."""
+GFLOP counts matrix products, forward and backward, but not those of the losses, which are 0.1 % at
+a batch of 1,024. Hours leave out loading, evaluation and checkpoints. GB is what stays during a
+whole step. It leaves out what lives for one operation only, the block that --grad-checkpoint
+computes again, the teacher's pass (which comes before the student's, and needs less),
+fragmentation, CUDA itself and nccl."""
 
 
 class HalfOnGPU(TorchFunctionMode):
@@ -206,75 +179,55 @@ class HalfOnGPU(TorchFunctionMode):
 
 
 def kept_bytes(student, images, texts, dtype):
-    """Bytes that a forward pass keeps for the backward pass, including parameters and their half-precision copies."""
+    """Bytes that a forward pass keeps for the backward pass, including copies of weights, but not the weights."""
     storages = set()                    # several tensors may share one
+    weights = {p.untyped_storage() for p in student.parameters()}
 
     def keep(tensor):
         storages.add(tensor.untyped_storage())
         return tensor
 
-    def give_back(tensor):
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, give_back), HalfOnGPU(dtype):
+    with torch.autograd.graph.saved_tensors_hooks(keep, keep), HalfOnGPU(dtype):
         student(images, texts)
-    return sum(storage.nbytes() for storage in storages)
-
-
-def count_flops(network, *inputs):
-    """FLOPs of a forward pass and of its backward pass -> array of the two."""
-    with FlopCounterMode(display=False) as counter:
-        out = network(*inputs)
-    forward = counter.get_total_flops()
-    tensors = [x for x in out if x is not None and x.requires_grad]     # the teacher has none
-    with FlopCounterMode(display=False) as counter:
-        if tensors:
-            torch.autograd.backward(tensors, [torch.ones_like(x) for x in tensors])
-    return np.array([forward, counter.get_total_flops()])
+    return sum(storage.nbytes() for storage in storages - weights)
 
 
 def step_flops(options, student, images, texts):
-    """{part of a step: its FLOPs, forward and backward}."""
-    visual, text = student.visual, student.text
-    if student.has_cross_attention:                     # it reads whole sequences
-        visual, text = visual.with_sequence, text.with_sequence
-    parts = {'images': count_flops(visual, images), 'captions': count_flops(text, texts)}
-    parts['cross-attention'] = count_flops(student, images, texts) - sum(parts.values())
-    if options.accum > 1:  # the backward pass begins with another forward pass
-        for cost in parts.values():
-            cost[1] += cost[0]
-    if train.METHODS[options.method].has_teacher:
-        parts['teacher'] = count_flops(Teacher(student), images[:GLOBALS], texts[:GLOBALS])
-    return parts
+    """FLOPs of a step, forward and backward, without its losses."""
+    with FlopCounterMode(display=False) as counter:
+        out = student(images, texts)
+        if options.accum > 1:           # the backward pass begins with another forward pass
+            student(images, texts)
+        if train.METHODS[options.method].has_teacher:
+            Teacher(student)(images[:GLOBALS], texts[:GLOBALS])
+        vectors = [x for x in out if x is not None]
+        torch.autograd.backward(vectors, [torch.ones_like(x) for x in vectors])
+    return counter.get_total_flops()
 
 
 def step_bytes(options, student, images, texts):
-    """{what stays on a GPU during a step: its bytes}. images, texts: those of all pairs on the GPU."""
+    """Bytes that stay on a GPU during a step. images, texts: those of all pairs on the GPU."""
     dtype = DTYPES[options.precision] or torch.float32
     pairs = len(images[0])
     kept = []
     for n in 1, 2:
         some = [[view[:n] for view in views] for views in (images, texts)]
         kept.append(kept_bytes(student, *some, dtype))
-    a_pair = kept[1] - kept[0]  # the parameters cancel, because they do not grow with the pairs
-    one = GLOBALS * max(len(images), len(texts)) * pairs * options.batch    # logits of one L_nce
+    a_pair = kept[1] - kept[0]
+    copies = kept[0] - a_pair               # of weights, in half precision: each pass makes its own
     parameters = sum(p.numel() for p in student.parameters())
-    # Weights, gradients and AdamW's two moments in float32, and the half-precision weights that autocast keeps.
-    return {
-        'weights, gradients, moments': (16 if dtype == torch.float32 else 18) * parameters,
-        'teacher': 4 * parameters * train.METHODS[options.method].has_teacher,
-        'images, as bytes and as float32': sum(5 * view.numel() for view in images),
-        f'activations, {a_pair / 1e6:,.1f} MB a pair': a_pair * pairs // options.accum,
-        # From MANY on, those of one L_nce are kept at a time, else those of all 10: L_CLIP and the four terms of Eq. 6,
-        # each in both directions.
-        'logits': 4 * (one if one >= cosmos.MANY_LOGITS else 10 * one)}
-
-
-def print_table(title, rows, *columns):
-    """Print rows {name: number, or an array of numbers}, and their sum last."""
-    print(f'{title:45}', *[f'{column:>10}' for column in columns])
-    for name, numbers in [*rows.items(), ('all', sum(rows.values()))]:
-        print(f'  {name:43}', *[f'{number / 1e9:10,.3f}' for number in np.atleast_1d(numbers)])
+    if options.accum == 1 and copies:       # autocast shares a copy among all passes
+        copies = 2 * parameters
+    networks = 16 * parameters              # weights, gradients and AdamW's two moments, in float32
+    if train.METHODS[options.method].has_teacher:
+        networks += 4 * parameters
+    pixels = sum(5 * view.numel() for view in images)       # as bytes and as float32
+    logits = 4 * GLOBALS * max(len(images), len(texts)) * pairs * options.batch     # of one L_nce
+    # From MANY_LOGITS on, those of one L_nce are kept at a time, else those of all 10: L_CLIP and the four terms of
+    # Eq. 6, each in both directions.
+    if logits < 4 * cosmos.MANY_LOGITS:
+        logits *= 10
+    return networks + copies + pixels + a_pair * pairs // options.accum + logits
 
 
 def plan(flags, gpus, pairs, tokens, peak, share):
@@ -285,7 +238,9 @@ def plan(flags, gpus, pairs, tokens, peak, share):
     config, _, _ = train.choose_model(options, {})
     if learns:
         config = replace(config, vocab_size=LEARNED_VOCAB)
-    check_batch(options.batch, pairs, gpus * options.accum)
+    parts = gpus * options.accum
+    fill_in(options, train.recipe_of(options.preset, options.method, options.init), pairs, parts, {})
+    check_batch(options.batch, pairs, parts)
     method = train.METHODS[options.method]
     sides = [config.image_size] * method.global_images
     lengths = [config.context_length] * method.global_texts
@@ -301,21 +256,16 @@ def plan(flags, gpus, pairs, tokens, peak, share):
     for tower in student.visual, student.text:
         tower.transformer.grad_checkpointing = options.grad_checkpoint
     size = sum(p.numel() for p in student.parameters())
-    steps = options.steps or round(options.epochs * (pairs // options.batch))
     print(f'{options.preset}, {options.method}, {size:,} parameters, {options.precision}, {len(sides)} images, '
           f'{len(lengths)} captions, {config.context_length} tokens in a global one, {tokens} in a local one')
-    print(f'{steps:,} steps of {options.batch:,} pairs, {mine:,} on each of {gpus} GPUs')
+    print(f'{options.steps:,} steps of {options.batch:,} pairs, {mine:,} on each of {gpus} GPUs')
 
-    flops = {name: cost / mine for name, cost in step_flops(options, student, images, texts).items()}
-    print_table('GFLOP per pair', flops, 'forward', 'backward')
-    print_table('GB per GPU', step_bytes(options, student, images, texts))
-    networks = 1 + method.has_teacher
-    print(f'last.pt has {4 * size * (networks + 2) / 1e9:.2f} GB')         # 2: AdamW's moments
-    if not peak:
-        return
-    for part in share:
-        speed = gpus * part * peak * 1e12 / sum(flops.values()).sum()
-        hours = steps * options.batch / speed / 3600
+    flops = step_flops(options, student, images, texts) / mine
+    print(f'{flops / 1e9:,.3f} GFLOP per pair')
+    print(f'{step_bytes(options, student, images, texts) / 1e9:,.2f} GB per GPU')
+    for part in share if peak else []:
+        speed = gpus * part * peak * 1e12 / flops
+        hours = options.steps * options.batch / speed / 3600
         print(f'at {part:.0%} of {peak:,.0f} TFLOP/s per GPU: {speed:,.0f} pairs/s, {hours:,.1f} hours, '
               f'{hours * gpus:,.0f} GPU-hours')
 
@@ -326,7 +276,7 @@ def main():
     prog = 'python -m extras.bench'
     parser = Parser(prog=prog, usage='%(prog)s step|loader|plan ... [options]', epilog=__doc__)
     commands = parser.add_subparsers(required=True, prog=prog)
-    one = commands.add_parser('step', help='how long a step takes, and where the time goes', description=STEP,
+    one = commands.add_parser('step', help='how long a step takes', description=STEP,
                               usage='%(prog)s [options of train.py]')
     one.set_defaults(function=measure_step)
     one = commands.add_parser('plan', help='FLOPs, memory and hours of a run, without a GPU', description=PLAN,

@@ -1,22 +1,20 @@
 """Hard negatives: can the model match k images with k captions (mostly two of each) that differ in only one thing?
 
     python -m extras.pairs CKPT --items FILE --images DIR     SugarCrepe, SVO-Probes, Winoground, MMVP-VLM, or your own
-    python -m extras.pairs CKPT --suppression DIR             are small objects found as well as big (dominant) ones?
 
 Your own items are JSON lines, {"images": ["a.jpg", "b.jpg"], "captions": ["a dog on a cat", "a cat on a dog"],
 "type": "relation"}. An item has k images and k captions, and those at equal positions belong together. An item may
-also have one image and k captions, or k images and one caption; then the first of the k is the right one. The probes of
---suppression are listed in DIR/probes.json; docs/data.md shows one.
+also have one image and k captions, or k images and one caption; then the first of the k is the right one.
 """
-import math
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
+
+import torch
 
 from eval import embed_images, embed_texts, execute
 from plumbing.errors import Refused, command, need
-from plumbing.files import field, read_json
 from plumbing.lists import read_rows
 from plumbing.options import Parser, add_checkpoint
 
@@ -47,7 +45,8 @@ def read_item(row, place):
     if 'images' in row and 'captions' in row:
         return Item(row['images'], row['captions'], kind)
     if row.keys() >= {'Question ID', 'Type', 'Statement'}:              # MMVP-VLM
-        return Item([f"{row['Type']}/{row['Question ID']}"], [f"a photo of {row['Statement']}"], row['Type'])
+        kind = row['Type']
+        return Item([f"{kind}/{row['Question ID']}"], [f"a photo of {row['Statement']}"], kind)
     for images, captions in COLUMNS:
         if row.keys() >= {*images, *captions}:
             return Item([row[name] for name in images], [row[name] for name in captions], kind)
@@ -55,41 +54,35 @@ def read_item(row, place):
                   'or the keys of SugarCrepe, SVO-Probes, Winoground or MMVP-VLM')
 
 
-def join_halves(halves):
-    """MMVP-VLM: rows 1 and 2 are an item of two images and two statements, rows 3 and 4 the next."""
-    items = []
-    for first, second in zip(halves[::2], halves[1::2]):
-        items.append(Item(first.images + second.images, first.captions + second.captions, first.kind))
-    return items
-
-
-def check_item(item, place):
-    """Refused unless the item asks a question that has one right answer."""
-    need(isinstance(item.images, list) and isinstance(item.captions, list),
-         f'{place} needs a list of image names and a list of captions')
-    k = len(item.images)
-    m = len(item.captions)
-    few, many = sorted((k, m))
-    need(many > 1 and few in (1, many),
-         f'{place} has {k} images and {m} captions; give k and k, k and 1, or 1 and k')
-
-
 def read_items(path):
-    """The items of a hard-negative test, from JSONL, JSON or CSV in one of the layouts above."""
+    """The items of a hard-negative test, from JSONL, JSON or CSV in one of the layouts above. Refused unless each item
+    asks a question that has one right answer."""
     rows = read_rows(path)
     items = []
     for number, row in enumerate(rows, 1):
         items.append(read_item(row, f'item {number} of {path}'))
-    if 'Question ID' in rows[0]:
+    if 'Question ID' in rows[0]:            # MMVP-VLM: rows 1 and 2 are an item, rows 3 and 4 the next
         need(len(items) % 2 == 0,
-             f'{path} has {len(items)} rows, but in MMVP-VLM two rows make an item; is the file complete?')
-        items = join_halves(items)
-    for number, item in enumerate(items, 1):
-        check_item(item, f'item {number} of {path}')
+             f'{path} has {len(items)} rows, but in MMVP-VLM two make an item; is it complete?')
+        halves = zip(items[::2], items[1::2])
+        items = [Item(a.images + b.images, a.captions + b.captions, a.kind) for a, b in halves]
+    for number, (images, captions, _) in enumerate(items, 1):
+        place = f'item {number} of {path}'
+        need(isinstance(images, list) and isinstance(captions, list),
+             f'{place} needs a list of image names and a list of captions')
+        few, many = sorted((len(images), len(captions)))
+        need(many > 1 and few in (1, many),
+             f'{place} has {len(images)} images and {len(captions)} captions; '
+             'give k and k, k and 1, or 1 and k')
     return items
 
 
 # --- 2. Scores -------------------------------------------------------------------------------------------------------
+
+# Cosines that differ by less count as equal. The feature of one and the same text depends, by some 1e-8, on the batch
+# that it was computed in, so two texts that are the same once they are cut to the context differ by as much.
+TIE = 1e-6
+
 
 def choices_right(scores):
     """scores (k images, m captions) -> min(k, m) bools, one for each caption j that has a right image, which is image
@@ -98,7 +91,7 @@ def choices_right(scores):
     A single image is always right, because there are no others.
     """
     right = scores.diagonal()
-    behind = scores[:, :len(right)] < right                 # False for the right one itself
+    behind = scores[:, :len(right)] < right - TIE           # False for the right one itself
     return (behind.sum(dim=0) == len(scores) - 1).tolist()
 
 
@@ -125,45 +118,35 @@ def pair_scores(matrices):
     return figures
 
 
-ENDINGS = '.jpg', '.jpeg', '.png', '.webp'
-
-
 def find_image(root, name):
     """The file of an image. Published tables name it with or without an ending."""
-    for ending in ENDINGS:
+    for ending in '.jpg', '.jpeg', '.png', '.webp':
         path = Path(root, f'{name}{ending}')
         if path.is_file():
             return path
     return Path(root, f'{name}')
 
 
-def score_items(model, tokenizer, preprocess, items, root, workers):
-    """Items -> their score matrices (k, m). Every image and every caption is embedded once."""
-    names = {}              # name: row of its feature
-    captions = {}
-    for item in items:
-        for name in item.images:
-            names.setdefault(name, len(names))
-        for caption in item.captions:
-            captions.setdefault(caption, len(captions))
-    paths = [find_image(root, name) for name in names]
-    image = embed_images(model, paths, preprocess, workers=workers)
-    text = embed_texts(model, tokenizer, list(captions))
-    matrices = []
-    for item in items:
-        rows = image[[names[name] for name in item.images]]
-        columns = text[[captions[caption] for caption in item.captions]]
-        matrices.append(rows @ columns.T)
-    return matrices
+# --- 3. Command ------------------------------------------------------------------------------------------------------
 
-
-def score_pairs(model, tokenizer, preprocess, path, root, workers):
+def run_pairs(args, model, tokenizer, preprocess):
     """The scores of a file of items: for all items of one shape (number of images x number of captions), and within a
     shape for each kind."""
-    items = read_items(path)
+    items = read_items(args.items)
+    root = args.images or Path(args.items).parent
+    images = {}             # name: vector; each image and each caption is embedded once
+    captions = {}
+    for item in items:
+        images.update(dict.fromkeys(item.images))
+        captions.update(dict.fromkeys(item.captions))
+    paths = [find_image(root, name) for name in images]
+    images.update(zip(images, embed_images(model, paths, preprocess, workers=args.workers)))
+    captions.update(zip(captions, embed_texts(model, tokenizer, list(captions))))
     groups = defaultdict(list)
-    all_scores = score_items(model, tokenizer, preprocess, items, root, workers)
-    for item, scores in zip(items, all_scores):
+    for item in items:
+        rows = torch.stack([images[name] for name in item.images])
+        columns = torch.stack([captions[caption] for caption in item.captions])
+        scores = rows @ columns.T           # in double precision
         shape = f'{len(item.images)} x {len(item.captions)}'
         groups[f'all {shape}'].append(scores)
         if item.kind:
@@ -171,63 +154,14 @@ def score_pairs(model, tokenizer, preprocess, path, root, workers):
     return {name: pair_scores(matrices) for name, matrices in groups.items()}
 
 
-# --- 3. Feature suppression ------------------------------------------------------------------------------------------
-
-def suppression(model, tokenizer, preprocess, root, workers=0):
-    """Feature suppression (is the small object drowned out by the dominant one?), measured on root/probes.json for both
-    objects of each probe.
-
-    Scenes A and B differ only in the small object, A and C only in the dominant one. scene_top1: of two scenes, how
-    often does an object's name find the one that has it? standard_error is that of scene_top1, over probes. name_top1:
-    how often does scene A score higher with the name of its object than with any of the probe's negatives?
-    """
-    path = Path(root, 'probes.json')
-    probes = read_json(path)
-    need(probes, f'{path} lists no probe')
-    figures = {}
-    for role, other in (('dominant', 'C'), ('small', 'B')):
-        scenes = []
-        names = []
-        for probe in probes:
-            images = field(probe, 'images', path)
-            query = field(probe, f'{role}_query', path)
-            right = field(query, 'positive', path)
-            scene = field(images, 'A', path)
-            scenes.append(Item([scene, field(images, other, path)], [right, field(query, 'swap', path)]))
-            negatives = field(query, 'negatives', path, list)
-            need(negatives, f'a {role}_query of {path} has no negatives; give it one or more')
-            names.append(Item([scene], [right, *negatives]))
-        # together, so that each image is embedded once
-        matrices = score_items(model, tokenizer, preprocess, scenes + names, root, workers)
-        share = [fmean(choices_right(scores)) for scores in matrices[:len(probes)]]
-        named = pair_scores(matrices[len(probes):])
-        figures[role] = {'probes': len(probes),
-                         'scene_top1': fmean(share), 'scene_chance': 0.5,
-                         'name_top1': named['text_score'], 'name_chance': named['text_chance']}
-        if len(probes) > 1:
-            figures[role]['standard_error'] = stdev(share) / math.sqrt(len(probes))
-    return figures
-
-
-# --- 4. Command ------------------------------------------------------------------------------------------------------
-
-def run_pairs(args, model, tokenizer, preprocess):
-    if args.suppression:
-        need(not args.images, '--images goes with --items; the images of probes.json lie in its own folder')
-        return suppression(model, tokenizer, preprocess, args.suppression, args.workers)
-    root = args.images or Path(args.items).parent
-    return score_pairs(model, tokenizer, preprocess, args.items, root, args.workers)
-
-
 def main():
     parser = Parser(prog='python -m extras.pairs', epilog=__doc__,
-                    usage='%(prog)s CKPT --items FILE | --suppression DIR [options]')
+                    usage='%(prog)s CKPT --items FILE [options]')
     add_checkpoint(parser)
     parser.set_defaults(command='pairs', function=run_pairs)
-    one = parser.add_mutually_exclusive_group(required=True).add_argument
-    one('--items', help='JSONL of images and captions, or a file of one of the four published sets')
-    one('--suppression', help='folder with probes.json')
-    parser.add_argument('--images', help='folder of the images of --items (default: the folder of that file)')
+    add = parser.add_argument
+    add('--items', required=True, help='JSONL of images and captions, or a file of a published set')
+    add('--images', help='folder of the images of --items (default: the folder of that file)')
     execute(parser.parse_args())
 
 

@@ -6,8 +6,8 @@
     python -m extras.prepare join dreamlip.csv /shards /joined        DreamLIP's captions onto img2dataset's shards
     python -m extras.prepare inspect shards                           counts, captions, what training would skip, views
 
-`pack` and `join` go on where they were interrupted. They refuse an output folder whose shards were made from something
-else. If a table has new images, `pack` adds them.
+The output folder must be a new one, and it appears only when it is whole. If `join` was interrupted, the same command
+goes on where it stopped; `pack` starts again.
 """
 import csv
 import itertools
@@ -19,6 +19,7 @@ import sqlite3
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from torchvision.transforms.v2.functional import resize
@@ -126,16 +127,9 @@ def name_left_out(problems):
         print(f'left out   {line}', file=sys.stderr)
 
 
-def claim(out, **source):
-    """A folder of shards belongs to one source. A second run with the same source goes on; one with another source is
-    Refused."""
-    label = Path(out, 'source.json')
-    # As long as there is no tar, a mistyped command may be mended and run again.
-    if list(Path(out).rglob('*.tar')):
-        need(label.exists() and read_json(label) == source,
-             f'{out} holds shards made from something else (see {label}); give another folder, or empty it')
-    Path(out).mkdir(parents=True, exist_ok=True)
-    write_json(label, source)
+def check_new(out):
+    """Refused if there is something under the name of the new folder."""
+    need(not Path(out).exists(), f'{out} exists; name a new folder, or remove that one')
 
 
 def image_kind(image):
@@ -147,41 +141,40 @@ def image_kind(image):
 
 
 def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_column=None):
-    """A file of rows and a folder of images -> shards of up to `size` images in `out`.
+    """A file of rows and a folder of images -> shards of up to `size` images in `out`, a new folder.
 
     val: this share of the images goes to out/val, the others to out/train; with 0 all go to out. An image's name alone
     decides where it goes. No val may be given with Karpathy's list, which already says where each image goes. Image
-    bytes are copied as they are. An image that is missing or broken, or has no caption, is left out. Images that are
-    already in a shard stay there; the others go into new shards.
+    bytes are copied as they are. An image that is missing or broken, or has no caption, is left out.
     """
+    check_new(out)
     need(0 <= val < 1, f'--val {val} is not a share below 1; give 0.1 for a tenth')
     records = records_by_image(read_rows(rows), rows, image_column, caption_column)
     sides = divide(records, rows, out, val)
-    claim(out, source=f'{Path(rows).resolve()}', images=f'{Path(images).resolve()}', val=val,
-          columns=[image_column, caption_column])
-    new = {}
-    for folder, side in sides.items():  # check both sides before a shard of either is written
-        new[folder] = not_packed(side, folder, rows)
     problems = []
-    for folder, left in sorted(new.items()):        # train first
-        number = 0
-        for start in range(0, len(left), size):
-            while Path(folder, f'{number:05d}.tar').exists():       # never write over a shard
-                number += 1
-            path = Path(folder, f'{number:05d}.tar')
-            write_shard(path, packed(left[start:start + size], images, number, problems))
-    name_left_out(problems)
-    listed = sum(map(len, sides.values()))
-    need(len(problems) < listed, f'none of the {listed} images could be packed; are they in {images}?')
-    for folder, side in sorted(sides.items()):
-        print(f'{folder} holds {len(shards_in(folder)):,} of the {len(side):,} images listed')
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # The folder is written under another name, because training on half of it would go unnoticed.
+    with TemporaryDirectory(prefix=f'{out.name}.', suffix='.partial', dir=out.parent) as folder:
+        whole = Path(folder, out.name)
+        for half, side in sorted(sides.items()):                            # train first
+            before = len(problems)
+            for number, start in enumerate(range(0, len(side), size)):
+                path = whole / half / f'{number:05d}.tar'
+                write_shard(path, packed(side[start:start + size], images, number, problems))
+            found = len(side) - (len(problems) - before)
+            print(f'{out / half} holds {found:,} of the {len(side):,} images listed')
+        name_left_out(problems)
+        listed = sum(map(len, sides.values()))
+        need(len(problems) < listed, f'none of the {listed} images could be packed; are they in {images}?')
+        whole.rename(out)
 
 
 def divide(records, rows, out, val):
-    """Which images go into which folder of shards -> {folder: {image name: record}}."""
+    """Which images go into which folder in `out` -> {folder: their records}."""
     splits = Counter(record[SPLIT] for record in records.values() if SPLIT in record)
     need(not (val and splits), f'{rows} already says which images are held out; leave out --val')
-    sides = defaultdict(dict)
+    sides = defaultdict(list)
     for name, record in records.items():
         if splits:
             half = HALVES.get(record.get(SPLIT))
@@ -190,29 +183,12 @@ def divide(records, rows, out, val):
         else:
             half = ''
         if half is not None:
-            sides[Path(out, half)][name] = record
+            sides[half].append(record)
     if splits:
         counts = ', '.join(f'{n:,} {split}' for split, n in splits.items())
         print(f'splits     {counts}; train and restval go to {out}/train, val to {out}/val, '
               'others stay out')
     return sides
-
-
-def shards_in(folder):
-    """The shards of a folder, which may have none yet."""
-    return Shards(folder) if list(folder.glob('*.tar')) else ()
-
-
-def not_packed(records, folder, rows):
-    """The records that are in no shard yet. Refused if a shard holds something that is not among the records."""
-    left = dict(records)
-    shards = shards_in(folder)
-    for i in range(len(shards)):
-        record = shards.record(i)
-        need(left.pop(record['file'], None) == record,
-             f"{folder} holds '{record['file']}', whose rows in {rows} are gone or changed; give another folder, or "
-             'empty it')
-    return list(left.values())
 
 
 def packed(records, images, number, problems):
@@ -257,12 +233,19 @@ def read_captions(table):
 
 
 def join(table, shards, out):
-    """Put DreamLIP's captions onto img2dataset's shards, matched by URL. The new shards hold the pairs that matched."""
+    """Put DreamLIP's captions onto img2dataset's shards, matched by URL. The new shards hold the pairs that matched. They
+    are written into OUT.partial, which becomes OUT when all are there."""
+    check_new(out)
     need(Path(table).is_file(), f'{table} is not a file; give a CSV with the captions')
     source = Shards(shards)
     database = read_captions(table)
-    claim(out, source=f'{Path(table).resolve()}, {os.path.getsize(table):,} bytes',
-          shards=source.fingerprint)
+    partial = Path(f'{out}.partial')
+    label = partial / 'source.json'
+    made_from = {'table': f'{Path(table).resolve()}, {os.path.getsize(table):,} bytes',
+                 'shards': source.fingerprint}
+    need(not label.exists() or read_json(label) == made_from,
+         f'{partial} was left by another command (see {label}); name another folder, or remove it')
+    write_json(label, made_from)
     counts = Counter()
     problems = []
 
@@ -285,12 +268,13 @@ def join(table, shards, out):
                 yield f'{number:05d}{i:07d}.json', json.dumps(record | json.loads(row[0])).encode()
 
     for number in progress(range(len(source.paths)), 'writing shards'):
-        path = Path(out, f'{number:05d}.tar')
+        path = partial / f'{number:05d}.tar'
         if not path.exists():                       # only whole shards have that name
             write_shard(path, members(number))
+    partial.rename(out)
     name_left_out(problems)
     print(f"{counts['matched']:,} of {counts['pairs']:,} pairs matched "
-          f"({counts['matched'] / max(counts['pairs'], 1):.1%}), in the shards that {out} did not have yet")
+          f"({counts['matched'] / max(counts['pairs'], 1):.1%}), in the shards that this command has written")
 
 
 # --- 3. A look at shards ---------------------------------------------------------------------------------------------
@@ -309,13 +293,6 @@ def sample_sheet(crops, path):
             print(f'    {label:6}  {caption}')
     with replacing(path) as partial:
         save_image(tiles, partial, format='png', nrow=len(crops.kinds), padding=4, pad_value=1)
-
-
-def unsplit(record):
-    """Is there a list under DreamLIP's keys whose only item has several sentences? Items are not split, so it gives one
-    caption."""
-    lists = [record[key] for key in DREAMLIP if isinstance(record.get(key), list)]
-    return any(len(value) == 1 and len(sentences(value)) > 1 for value in lists)
 
 
 def too_long(captions, texts, context_length, vocab):
@@ -352,7 +329,6 @@ def inspect(shards, caption_keys, preset, vocab, out):
     problems = []
     pools = []
     captions = []
-    paragraphs = 0
     images = set()
     keys = Counter()
     for i in progress(sample, 'reading pairs'):
@@ -364,9 +340,7 @@ def inspect(shards, caption_keys, preset, vocab, out):
         captions += drawn
         pools.append(source.pool(i))
         images.add(hash(source.image(i)))
-        record = source.record(i)
-        keys.update(record.keys())
-        paragraphs += unsplit(record)
+        keys.update(source.record(i).keys())
     name_left_out(problems)
     texts = sum(pools, [])
     print(f'{len(source):,} pairs in {len(source.paths)} shards, {sum(source.sizes) / 2**20:,.1f} MiB')
@@ -375,8 +349,6 @@ def inspect(shards, caption_keys, preset, vocab, out):
     print('keys                ',
           ', '.join(f'{key} ({n / len(pools):.0%})' for key, n in keys.most_common()))
     print('sentences per pair  ', percentiles(list(map(len, pools))))
-    print('unsplit paragraphs  ', f'in {paragraphs} of {len(pools)} pairs'
-          " under DreamLIP's keys; pack splits a paragraph that is a string, but leaves an item of a list whole")
     print('words per sentence  ', percentiles([len(text.split()) for text in texts]))
     print('longer than context ', too_long(captions, texts, crops.config.context_length, vocab))
     print('repeated            ', f'{len(pools) - len(images)} of {len(pools)} images, '

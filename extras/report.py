@@ -18,9 +18,10 @@ import platform
 import shlex
 import sys
 import textwrap
+import warnings
 from contextlib import suppress
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -29,13 +30,14 @@ from torch.utils.data import default_collate
 from torchvision.transforms.v2.functional import to_pil_image
 
 import cosmos
-from cosmos import COSMOS, GLOBALS, CrossAttention, Teacher, match, nce, unit
+from cosmos import COSMOS, GLOBALS, CrossAttention, Gathered, Teacher, match, nce, unit
 from data import normalize, text_crops
-from eval import encode_dense, shard_captions, shard_image
+from eval import HELD_OUT_KEYS, encode_dense, preprocessing, shard_image
 from plumbing.colours import OPERATIONS, changes_of, recolour
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import read_json, read_lines, replacing
 from plumbing.images import read_image
+from plumbing.lists import has_caption, with_owners
 from plumbing.options import Parser
 
 PAIRS = 16              # how many pairs the step shows, from all over the training set
@@ -56,15 +58,13 @@ def short(tensor):
 
 
 def keep(folder, name, part):
-    """Add a part of the page, as bytes of JSON, to folder/maps.npz."""
-    path = Path(folder, 'maps.npz')
-    arrays = {}
-    if path.exists():
-        with np.load(path) as stored:
-            arrays = dict(stored)
-    arrays[name] = json.dumps(part, default=short).encode()
-    with replacing(path) as partial, open(partial, 'wb') as file:
-        np.savez_compressed(file, **arrays)
+    """Append a part of the page, as bytes of JSON, to folder/maps.npz. The last of several parts of one name counts,
+    because a resumed run writes some parts again."""
+    array = np.array(json.dumps(part, default=short).encode())
+    with warnings.catch_warnings(), ZipFile(Path(folder, 'maps.npz'), 'a', ZIP_DEFLATED) as archive:
+        warnings.simplefilter('ignore')                     # about parts of one name
+        with archive.open(f'{name}.npy', 'w') as file:
+            np.lib.format.write_array(file, array)
 
 
 def picture(image, side=SIDE):
@@ -147,22 +147,34 @@ def read_batch(student, images, texts):
 
 def figures_of(a, b, scale):
     """Unit vectors a (V, B, D) and b (U, B, D) -> their loss, the mean cosine of all vectors of a with all of b, and
-    that of vectors of the same pair. `gather` is not needed, because only rank 0 comes here."""
+    that of vectors of the same pair. Only rank 0 comes here, so nothing is gathered."""
     cosines = torch.einsum('vad,ubd->vuab', a, b)                       # (V, U, B, B)
     return {
-        'loss': (nce(a, b, scale) + nce(b, a, scale)) / 2,
+        'loss': match(Gathered(a, a), Gathered(b, b), scale),
         'mean': cosines.mean(),
         'own': cosines.diagonal(dim1=2, dim2=3).mean()}
 
 
 # The explorer
 
-def objects_of(record):
-    """The objects of a drawn scene, which have absent names. Other sets may have anything under this key."""
+def names_in(record):
+    """For each object of a drawn scene, its name and the absent ones. Other sets may have anything under this key."""
     listed = record.get('objects')
-    if not isinstance(listed, list):
-        return []
-    return [thing for thing in listed if isinstance(thing, dict) and 'absent' in thing]
+    found = []
+    for thing in listed if isinstance(listed, list) else []:
+        if isinstance(thing, dict) and isinstance(thing.get('absent'), list):
+            names = [thing.get('name'), *thing['absent']]
+            if all(name and isinstance(name, str) for name in names):
+                found.append(names)
+    return found
+
+
+def captions_of(shards, record):
+    """The captions of a record as evaluation takes them, see eval.shard_captions."""
+    keys = shards.caption_keys or HELD_OUT_KEYS
+    present = [record[key] for key in keys if has_caption(record.get(key))]
+    captions, _ = with_owners(present[:1], str)
+    return captions
 
 
 def texts_about(i, pools, record):
@@ -176,23 +188,22 @@ def texts_about(i, pools, record):
     others = pools[i + 1:] + pools[:i]
     for pool in others[:RIVALS]:
         yield 'other', pool[0], None
-    for number, thing in enumerate(objects_of(record)):
-        for name in [thing['name'], *thing['absent']]:
-            kind = 'name' if name == thing['name'] else 'absent'
+    for number, names in enumerate(names_in(record)):
+        for name in names:
+            kind = 'name' if name == names[0] else 'absent'
             article = 'an' if name[0] in 'aeiou' else 'a'
             yield kind, f'there is {article} {name}', number
 
 
-def ask(seen, pixels, texts):
-    """seen: train.Evaluated. An image (1, 3, S, S) and n texts -> what the model makes of them, {cosine (n,), mean
-    (n,), maps (n, P)}.
+def ask(run, image_features, pixels, texts):
+    """An image (1, 3, S, S) and n texts -> what the model makes of them, {cosine (n,), mean (n,), maps (n, P)}.
 
     cosine: that of image and text. mean: the text's mean cosine with all held-out images. maps: the weights of C^I with
     the text as query. A model without cross-attention has no such weights, so there a map has the cosines of the text
     with the patches.
     """
-    model = seen.model
-    eot, _ = model.encode_text(seen.tokenizer(texts).to(pixels.device))     # (n, D)
+    model = run.model
+    eot, _ = model.encode_text(run.train_set.tokenizer(texts).to(pixels.device))    # (n, D)
     cls, patches = model.encode_image(pixels)                               # (1, D), (1, P, D)
     if model.has_cross_attention:
         maps = model.image_cross.weights(eot, patches.expand(len(eot), -1, -1))
@@ -201,7 +212,7 @@ def ask(seen, pixels, texts):
         maps = unit(eot) @ dense[0].T
     return {
         'cosine': torch.cosine_similarity(cls, eot),
-        'mean': unit(eot).cpu() @ seen.image_features.mean(dim=0),
+        'mean': unit(eot).cpu() @ image_features.mean(dim=0),
         'maps': packed(maps)}
 
 
@@ -215,6 +226,8 @@ class Report:
         pairs, images, ids = read_pairs(run.train_set)
         self.images = [normalize(view).to(device) for view in images]       # V of (B, 3, s, s)
         self.texts = ids.to(device)                                         # (U, B, T)
+        self.has_kept_images = False                                        # the held-out ones
+        self.kept_step = None
         machine = f'{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}'
         if torch.cuda.is_available():
             machine += f', {torch.cuda.get_device_name()}'
@@ -233,6 +246,9 @@ class Report:
     @torch.no_grad()
     def keep_step(self, run):
         """Keep the pairs as student and teacher see them after run.step steps, in float32."""
+        if run.step == self.kept_step:              # an evaluation comes at the first step, or at the last
+            return
+        self.kept_step = run.step
         raw, weights = read_batch(run.student, self.images, self.texts)
         vectors = {name: unit(raw[name]) for name in raw}
         scales = [scale.exp() for scale in run.student.scales()]
@@ -252,26 +268,27 @@ class Report:
             'weights': {name: packed(weights[name]) for name in weights}})
 
     @torch.no_grad()
-    def evaluated(self, run, seen):
+    def evaluated(self, run, val, image_features):
         """Keep what the page shows of an evaluation: the step, the first held-out images, and texts about them. Returns
         {}, because it adds no figures to eval.json."""
         self.keep_step(run)
-        captions, owner = shard_captions(seen.val)
-        pools = []
-        for i in range(min(SHOWN, len(seen.val))):
-            pools.append([caption for caption, image in zip(captions, owner.tolist()) if image == i])
+        preprocess = preprocessing(run.model.config.image_size)
+        records = [val.record(i) for i in range(min(SHOWN, len(val)))]
+        pools = [captions_of(val, record) for record in records]
         images = []
         found = []
-        for i in range(len(pools)):
-            image = shard_image(seen.val, i)
-            texts = list(texts_about(i, pools, seen.val.record(i)))
+        for i, record in enumerate(records):
+            image = shard_image(val, i)
+            texts = list(texts_about(i, pools, record))
             images.append({
                 'image': picture(ImageOps.fit(image, (SIDE, SIDE))),      # as the model sees it
                 'texts': texts})
-            pixels = seen.preprocess(image)[None].to(run.processes.device)
-            found.append(ask(seen, pixels, [text for _, text, _ in texts]))
-        keep(run.folder, 'held out', images)
-        texts = {'step': run.step, 'val': seen.val.fingerprint, 'images': found}
+            pixels = preprocess(image)[None].to(run.processes.device)
+            found.append(ask(run, image_features, pixels, [text for _, text, _ in texts]))
+        if not self.has_kept_images:
+            keep(run.folder, 'held out', images)
+            self.has_kept_images = True
+        texts = {'step': run.step, 'val': val.fingerprint, 'images': found}
         keep(run.folder, f'texts {run.step:09d}', texts)
         return {}
 

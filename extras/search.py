@@ -6,10 +6,11 @@
 
 --json FILE lists all images, with their scores, under 'ranking', best first. --features FILE keeps the features of the
 images for the next query. They are computed anew if the model has changed, or if images were added, removed or changed.
-Other programs can read them, too: torch.load(FILE, weights_only=True) gives {'paths': [n strings], 'features': (n, D)},
-unit vectors in the same order. (It also has 'source', what they depend on.)
+Other programs can read them, too: torch.load(FILE, weights_only=True) gives {'paths': [n strings], 'features': (n, D),
+...}, unit vectors in the same order.
 """
 import textwrap
+from operator import itemgetter
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
@@ -30,13 +31,12 @@ LABEL = 50              # height of the label below it, three lines
 # --- 1. Features of a folder -----------------------------------------------------------------------------------------
 
 def folder_features(model, preprocess, folder, file=None, workers=0):
-    """All readable images under a folder -> {'paths': n strings, 'features': (n, D)}. `file` keeps this for the
-    next call."""
+    """All readable images under a folder -> {'paths', 'features', 'source'}. `file` keeps this for the next call."""
     paths = images_in(folder)
     # What the features depend on: the model, for which some weights and the sizes are enough, and the images.
     source = [*model.visual.proj[0].tolist(), str(model.config)]
     for path in paths:
-        stat = path.lstat()
+        stat = path.stat() if path.exists() else path.lstat()       # of what a link leads to, unless that is gone
         source += [str(path), stat.st_size, stat.st_mtime]
     if file and Path(file).exists():
         saved = read_checkpoint(file)
@@ -57,19 +57,15 @@ def folder_features(model, preprocess, folder, file=None, workers=0):
     return found
 
 
-# --- 2. Contact sheet ------------------------------------------------------------------------------------------------
+# --- 2. Contact sheet and command ------------------------------------------------------------------------------------
 
 def draw_tile(path, label):
     """An image with a label of up to three lines below it, as (3, h, w) in [0, 1]."""
     tile = Image.new('RGB', (TILE, TILE + LABEL), 'white')
-    image = read_image(path)
-    tile.paste(ImageOps.pad(image, (TILE, TILE), color='white'))
-    text = textwrap.fill(label, 25)
-    ImageDraw.Draw(tile).text((2, TILE + 2), text, 'black', picture_font())
+    tile.paste(ImageOps.pad(read_image(path), (TILE, TILE), color='white'))
+    ImageDraw.Draw(tile).text((2, TILE + 2), textwrap.fill(label, 25), 'black', picture_font())
     return to_tensor(tile)
 
-
-# --- 3. Command ------------------------------------------------------------------------------------------------------
 
 def run_search(args, model, tokenizer, preprocess):
     if args.like:
@@ -77,10 +73,9 @@ def run_search(args, model, tokenizer, preprocess):
     else:
         query = embed_texts(model, tokenizer, args.query)[0]
     found = folder_features(model, preprocess, args.images, args.features, args.workers)
-    scores, order = (found['features'] @ query).sort(descending=True)
-    ranking = []
-    for i, score in zip(order.tolist(), scores.tolist()):
-        ranking.append({'image': found['paths'][i], 'score': score})
+    scores = (found['features'] @ query).tolist()
+    ranking = [{'image': path, 'score': score} for path, score in zip(found['paths'], scores)]
+    ranking.sort(key=itemgetter('score'), reverse=True)
     tiles = []
     for place in ranking[:args.top]:
         print(f"{place['score']:.4f}  {place['image']}")

@@ -5,9 +5,8 @@
     python -m extras.weights import clip.safetensors OUT.pt --config ViT-H-14.json
     python -m extras.weights fetch cosmos_vitb16_cc3m             downloads the released weights once, prints their path
 
-`import` takes the state dict of a ViT under open_clip's names, which are also OpenAI's. Weights do not say how wide an
-attention head is, nor what the activation is. open_clip's model config, a JSON file, says both. Without it heads are
-taken to be 64 wide. Every other command reads what `import` writes.
+Weights do not say how wide an attention head is, nor what the activation is. open_clip's model config, a JSON file,
+says both. Without it heads are taken to be 64 wide. Every other command reads what `import` writes.
 """
 import hashlib
 import sys
@@ -19,7 +18,7 @@ import torch
 from cosmos import COSMOS
 from eval import load
 from plumbing.errors import Refused, command, need
-from plumbing.files import field, read_json, reading, save_tensors, write_json
+from plumbing.files import read_json, reading, save_tensors, write_json
 from plumbing.options import Parser
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import (clean_names, from_openclip, infer_config, load_weights,
@@ -34,29 +33,20 @@ OPENCLIP_HAS = 'visual.', 'text.', 'logit_scale'
 
 def export(checkpoint, out):
     """Write the towers and the scale of the teacher (of the student if there is no teacher) under open_clip's names,
-    and next to them open_clip's model config.
-
-    open_clip has no place for cross-attention, its maps or its scale, so they are left out.
-    """
+    and next to them open_clip's model config. It has no place for cross-attention, so that is left out."""
     path = Path(out)
     layout = path.with_suffix('.json')
-    need(path.suffix == '.pt',
-         f'{path} must be named OUT.pt, because OUT.json is written next to it')
     need(not path.exists() and not layout.exists(), f'{path} or {layout} exists; name another file')
     model, _, _ = load(checkpoint)
     c = model.config
-    vision = {
-        'image_size': c.image_size, 'patch_size': c.patch_size, 'width': c.vision_width,
-        'layers': c.vision_layers, 'head_width': c.vision_width // c.vision_heads}
-    text = {
-        'context_length': c.context_length, 'vocab_size': c.vocab_size, 'width': c.text_width,
-        'layers': c.text_layers, 'heads': c.text_heads}
+    vision = {'image_size': c.image_size, 'patch_size': c.patch_size, 'width': c.vision_width,
+              'layers': c.vision_layers, 'head_width': c.vision_width // c.vision_heads}
+    text = {'context_length': c.context_length, 'vocab_size': c.vocab_size, 'width': c.text_width,
+            'layers': c.text_layers, 'heads': c.text_heads}
     write_json(layout, {'embed_dim': c.embed_dim, 'vision_cfg': vision, 'text_cfg': text,
                         'quick_gelu': c.quick_gelu})
-    towers = {}
-    for name, value in model.state_dict().items():
-        if name.startswith(OPENCLIP_HAS):
-            towers[name] = value
+    state = model.state_dict()
+    towers = {name: state[name] for name in state if name.startswith(OPENCLIP_HAS)}
     save_tensors(path, to_openclip(towers))
     print(f"open_clip.add_model_config('{layout}')\n"
           f"model = open_clip.create_model('{path.stem}', pretrained='{path}')")
@@ -67,15 +57,20 @@ def export(checkpoint, out):
 
 # --- 2. Others' as ours ----------------------------------------------------------------------------------------------
 
-OPENAI = ("open_clip has OpenAI's weights in the right form: "
-          "model = open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai'), "
-          "torch.save(model.state_dict(), 'clip.pt'), then import clip.pt with --quick-gelu")
+IMPORT = """OTHER.pt is a state dict of a ViT under open_clip's names, or a safetensors file. A file that may
+run code is refused. If you trust it, write its tensors into another file, and import that one:
+
+OpenAI's files (TorchScript), which also need --quick-gelu:
+    model = open_clip.create_model('ViT-B-32-quickgelu', pretrained='openai')
+    torch.save(model.state_dict(), 'clip.pt')
+others:
+    torch.save(torch.load('other.pt', weights_only=False)['state_dict'], 'clip.pt')"""
 # State dicts that were saved from OpenAI's files hold these sizes, too.
 SIZES = 'input_resolution', 'context_length', 'vocab_size'
 
 
 def read_weights(path):
-    """A file of tensors -> {name: tensor}. A file that might run code is Refused, with a remedy."""
+    """A file of tensors -> {name: tensor}."""
     if Path(path).suffix == '.safetensors':
         try:
             from safetensors import SafetensorError
@@ -87,17 +82,7 @@ def read_weights(path):
                 return load_file(path)
         except SafetensorError as error:
             raise Refused(f'{path} is torn, or no safetensors file ({error}); fetch it again') from None
-    try:
-        saved = read_checkpoint(path)
-    except Refused as error:
-        reason, _, _ = str(error).partition('; ')
-        if 'TorchScript' in reason:
-            raise Refused(f'{path} is TorchScript, which may run code; {OPENAI}') from None
-        if 'may run code' in reason:
-            raise Refused(f'{reason}; if you trust the file, run '
-                          f"torch.save(torch.load('{path}', weights_only=False)['state_dict'], 'clip.pt'), "
-                          'then import clip.pt') from None
-        raise
+    saved = read_checkpoint(path)
     return saved.get('state_dict', saved)
 
 
@@ -114,20 +99,18 @@ def import_weights(other, out, config=None, quick_gelu=False):
     if config:
         layout = read_json(config)
         layout = layout.get('model_cfg', layout)            # as in the Hugging Face hub's files
-        vision = field(layout, 'vision_cfg', config)
-        sizes = replace(
-            sizes,
-            vision_heads=sizes.vision_width // vision.get('head_width', 64),
-            text_heads=field(field(layout, 'text_cfg', config), 'heads', config),
-            quick_gelu=quick_gelu or layout.get('quick_gelu', False))
+        head_width = layout['vision_cfg'].get('head_width', 64)
+        sizes = replace(sizes, vision_heads=sizes.vision_width // head_width,
+                        text_heads=layout['text_cfg']['heads'],
+                        quick_gelu=quick_gelu or layout.get('quick_gelu', False))
     tokenizer = Tokenizer.clip(context_length=sizes.context_length)
     need(tokenizer.vocab_size == sizes.vocab_size,
-         f"{other} has a vocabulary of {sizes.vocab_size:,} ids, but CLIP's vocabulary has {tokenizer.vocab_size:,}; "
+         f"{other} has a vocabulary of {sizes.vocab_size:,} ids, but CLIP's has {tokenizer.vocab_size:,}; "
          'if its merges were learned, take the checkpoint that train.py wrote')
     # In all known models that are wider than 1024, heads are wider than 64.
     width = sizes.vision_width
     need(config or (width <= 1024 and width % 64 == 0),
-         f"the heads of {other} are probably not 64 wide; give open_clip's model config with --config")
+         f"the heads of {other} are probably not 64 wide; give open_clip's config with --config")
     model = COSMOS(sizes)
     load_weights(model, from_openclip(state), other)
     save_tensors(out, {'config': asdict(sizes), 'merges': tokenizer.merges, 'step': 0,
@@ -145,10 +128,8 @@ NAMES = [f'cosmos_vitb16_{name}' for name in DATA] + [f'cosmos_vitb32_{name}' fo
 
 
 def fetch(name):
-    """Print the path of released weights in torch's cache, and their size and SHA-256. They are downloaded once.
-
-    The authors publish no checksum, so compare this one with that of somebody else who has the file.
-    """
+    """Print the path of released weights in torch's cache, and their size and SHA-256. They are downloaded once. The
+    authors publish no checksum, so compare this one with that of somebody else who has the file."""
     path = Path(torch.hub.get_dir(), f'{name}.pt')
     address = RELEASED.format(name)
     if not path.exists():
@@ -156,12 +137,16 @@ def fetch(name):
         try:
             torch.hub.download_url_to_file(address, path)
         except OSError as error:
-            raise Refused(f'{address} cannot be fetched ({error}); get the file in another way') from None
-    content = path.read_bytes()
-    if content[:200].lstrip().lower().startswith((b'<!doctype', b'<html')):
+            raise Refused(f'{address} cannot be fetched ({error}); get the file elsewhere') from None
+    checksum = hashlib.sha256()
+    with open(path, 'rb') as file:
+        start = file.peek(200).lstrip().lower()
+        while piece := file.read(1 << 20):
+            checksum.update(piece)
+    if start.startswith((b'<!doctype', b'<html')):
         path.unlink()
-        raise Refused(f'{address} gave a web page instead of weights; get the file in another way')
-    print(f'{len(content):,} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}', file=sys.stderr)
+        raise Refused(f'{address} gave a web page instead of weights; get the file elsewhere')
+    print(f'{path.stat().st_size:,} bytes, SHA-256 {checksum.hexdigest()}', file=sys.stderr)
     print(path)                             # alone on standard output, for $(...)
 
 
@@ -173,11 +158,10 @@ def main():
     commands = parser.add_subparsers(required=True, prog=prog)
     one = commands.add_parser('export', help='our weights, for open_clip', usage='%(prog)s CKPT OUT.pt')
     one.set_defaults(function=export)
-    add = one.add_argument
-    add('checkpoint', metavar='CKPT')
-    add('out', metavar='OUT.pt', help='OUT.json is written next to it')
+    one.add_argument('checkpoint', metavar='CKPT')
+    one.add_argument('out', metavar='OUT.pt', help='OUT.json is written next to it')
     one = commands.add_parser('import', help="other people's weights, as our checkpoint",
-                              usage='%(prog)s OTHER.pt OUT.pt [options]')
+                              usage='%(prog)s OTHER.pt OUT.pt [options]', description=IMPORT)
     one.set_defaults(function=import_weights)
     add = one.add_argument
     add('other', metavar='OTHER.pt', help='a state dict, or a safetensors file')
