@@ -97,7 +97,7 @@ class Config:
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's; the end-of-text token has the largest id
     cross_heads: int = 8            # attention heads inside C^I and C^T; with 0 the model has neither
-    two_scales: bool = False        # a scale of its own for L_COSMOS even without C^I and C^T
+    two_scales: bool = False        # L_COSMOS has a scale of its own; with C^I and C^T it always has
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released COSMOS models use GELU
 
     def __post_init__(self):
@@ -160,8 +160,8 @@ def unit(x):
 
 
 class COSMOS(nn.Module):
-    """Two towers, two linear maps, two cross-attentions, two learned scales. With cross_heads = 0 it is a plain CLIP:
-    two towers and one scale (two with config.two_scales, for train.py's method `plain`).
+    """Two towers, two linear maps, two cross-attentions, two learned scales. With cross_heads = 0 it is CLIP's
+    model, two towers and one scale (or two, with config.two_scales).
 
     The towers are CLIP's. The maps bring patches and words to width D, for C^I and C^T to read. After training only the
     towers are needed: retrieval, classification and segmentation do without cross-attention.
@@ -172,7 +172,7 @@ class COSMOS(nn.Module):
         D = config.embed_dim
         self.config = config
         self.has_cross_attention = config.cross_heads > 0
-        self.has_two_scales = self.has_cross_attention or config.two_scales
+        self.two_scales = self.has_cross_attention or config.two_scales
         self.visual = VisionTower(config)
         self.text = TextTower(config)
         first_scale = torch.tensor(math.log(1 / 0.07))                  # ln(1/temperature)
@@ -183,7 +183,7 @@ class COSMOS(nn.Module):
             self.text_map = nn.Linear(config.text_width, D)
             self.image_cross = CrossAttention(D, config.cross_heads)    # C^I, reads patches
             self.text_cross = CrossAttention(D, config.cross_heads)     # C^T, reads words
-        if self.has_two_scales:         # paper silent: L_COSMOS has a scale of its own (model.py:274)
+        if self.two_scales:         # paper silent: L_COSMOS has a scale of its own (model.py:274)
             self.distill_logit_scale = nn.Parameter(first_scale.clone())
 
     def forward(self, images, texts):
@@ -234,7 +234,7 @@ class COSMOS(nn.Module):
 
     def scales(self):
         """The learned values of ln(1/temperature): first that of L_CLIP, then that of L_COSMOS if it has its own."""
-        if self.has_two_scales:
+        if self.two_scales:
             return [self.logit_scale, self.distill_logit_scale]
         return [self.logit_scale]
 
@@ -366,67 +366,17 @@ def cosmos_loss(out, cls_t, eot_t, scale):
     return sum(terms.values()) / len(terms)
 
 
-def across_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 with two of its terms changed, the second and the third, for the method `across` of train.py. ours: it is
-    not in the paper; see page 5 of lesson/README.md.
-
-    h_T has read the image, so it can find the image's cls_t by copying what it has read. Here eot, which has seen only
-    text, looks for cls_t instead. In the same way, cls rather than h_I looks for eot_t.
-    """
-    cls, eot, h_I, h_T = gather(out.cls, out.eot, out.h_I, out.h_T)
-    cls_t, eot_t = gather(cls_t, eot_t)
-    return {
-        'h_I_cls_t': match(h_I, cls_t, scale),
-        'cls_eot_t': match(cls, eot_t, scale),
-        'eot_cls_t': match(eot, cls_t, scale),
-        'h_T_eot_t': match(h_T, eot_t, scale)}
-
-
-def plain_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 without cross-attention, for the method `plain` of train.py (ours): cls and eot stand in for h_I and
-    h_T."""
-    cls, eot = gather(out.cls, out.eot)
-    cls_t, eot_t = gather(cls_t, eot_t)
-    return {
-        'cls_cls_t': match(cls, cls_t, scale),
-        'cls_eot_t': match(cls, eot_t, scale),
-        'eot_cls_t': match(eot, cls_t, scale),
-        'eot_eot_t': match(eot, eot_t, scale)}
-
-
-def embedding_terms(out, cls_t, eot_t, scale):
-    """Self-distillation without cross-attention, for the row of Table 5 that train.py calls `text-distill`.
-
-    ours: we do not know the paper's loss for this row, nor for the two rows that use image_terms. Here cls and eot take
-    the place of h_I and h_T, and each is compared with the teacher's vectors of its own modality.
-    """
-    return {
-        'cls_cls_t': match(*gather(out.cls, cls_t), scale),
-        'eot_eot_t': match(*gather(out.eot, eot_t), scale)}
-
-
-def image_terms(out, cls_t, eot_t, scale):
-    """Like embedding_terms, but with images only; train.py's methods `image-distill` and `text-crop` use it."""
-    return {'cls_cls_t': match(*gather(out.cls, cls_t), scale)}
-
-
-def no_terms(out, cls_t, eot_t, scale):
-    """Nothing besides L_CLIP, for train.py's methods `clip` and `clip-aug`. They have one image crop or two, and no
-    teacher."""
-    return {}
-
-
 def total_loss(model, out, cls_t, eot_t, terms=cosmos_terms):
     """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its parts {name: (weight, term)}, which the log shows.
 
-    terms: what is learned in addition to L_CLIP, a function such as cosmos_terms. For a term of your own add a line
-    before the sum: parts['name'] = (weight, term).
+    terms: what is learned in addition to L_CLIP, a function such as cosmos_terms; train.py has others. All its terms
+    get the same weight. For a term of your own add a line before the sum: parts['name'] = (weight, term).
     """
     parts = {'clip': (1, clip_loss(out, model.logit_scale.exp()))}
     scale = model.scales()[-1].exp()        # that of L_COSMOS comes last; if there is only one, both losses share it
     distilled = terms(out, cls_t, eot_t, scale)
     for name, term in distilled.items():
-        parts[name] = (1 / len(distilled), term)                        # Eq. 6: a quarter each
+        parts[name] = (1 / len(distilled), term)        # a quarter each, for the four of Eq. 6
     loss = sum(weight * term for weight, term in parts.values())
     return loss, parts
 

@@ -26,8 +26,7 @@ from torch.testing import assert_close
 
 import cosmos
 import train
-from cosmos import (COSMOS, GLOBALS, Attention, Config, Teacher, clip_loss, cosmos_loss, embedding_terms, image_terms,
-                    gather, match, no_terms, plain_terms, total_loss)
+from cosmos import COSMOS, GLOBALS, Attention, Config, Teacher, clip_loss, cosmos_loss, gather, match, total_loss
 from eval import encode_dense
 from plumbing.weights import from_openclip, to_openclip
 from tests.helpers import MICRO, ROOT, close, micro, refused, seeded, shared
@@ -316,19 +315,19 @@ def test_total_loss_is_clip_plus_cosmos():
 
 def test_losses_without_cross_attention():
     """oracle: the losses as loops. L_CLIP and the terms that compare a modality with the teacher's vectors of the
-    same modality share one scale; the four terms of `plain` use the second scale."""
+    same modality share one scale; the four terms of `no-cross-attention` use the second scale."""
     model, out, cls_t, eot_t = a_forward_pass('clip')
     clip = slow_loss(out.cls[:GLOBALS], out.eot, math.e)
     images = slow_loss(out.cls, cls_t, math.e)
     texts = slow_loss(out.eot, eot_t, math.e)
     for distill, expected in (
-            (no_terms, {}),
-            (image_terms, {'cls_cls_t': (1.0, images)}),
-            (embedding_terms, {'cls_cls_t': (0.5, images), 'eot_eot_t': (0.5, texts)})):
+            (train.no_terms, {}),
+            (train.image_terms, {'cls_cls_t': (1.0, images)}),
+            (train.embedding_terms, {'cls_cls_t': (0.5, images), 'eot_eot_t': (0.5, texts)})):
         _, parts = total_loss(model, out, cls_t, eot_t, distill)
         assert_close(parts, {'clip': (1, clip)} | expected)
-    model, out, cls_t, eot_t = a_forward_pass('plain')
-    _, parts = total_loss(model, out, cls_t, eot_t, plain_terms)        # with the second scale
+    model, out, cls_t, eot_t = a_forward_pass('no-cross-attention')
+    _, parts = total_loss(model, out, cls_t, eot_t, train.no_cross_attention_terms)        # with the second scale
     e = math.e ** 2
     assert_close(parts, {
         'clip': (1, slow_loss(out.cls[:GLOBALS], out.eot, math.e)),
@@ -339,10 +338,14 @@ def test_losses_without_cross_attention():
 
 
 @pytest.mark.parametrize('method, forward, backward', [
-    ('cosmos', [7, 9, 4], [9, 7]), ('plain', [7, 9, 4], [9, 7]), ('across', [7, 18, 4], [18, 7]), ('clip', [7], [7])])
+    ('cosmos', [7, 9, 4], [9, 7]),
+    ('no-cross-attention', [7, 9, 4], [9, 7]),
+    ('across', [7, 18, 4], [18, 7]),
+    ('clip', [7], [7])])
 def test_collectives_of_a_step(monkeypatch, method, forward, backward):
     """oracle: the table of docs/differences.md, 3 forward and 2 backward. The first sends 2 cls and 5 eot, for L_CLIP.
-    The second sends 4 h_I and 5 h_T (cosmos), or 4 cls and 5 eot (plain), or all of these (across). The third sends 2
+    The second sends 4 h_I and 5 h_T (cosmos), or 4 cls and 5 eot
+    (no-cross-attention), or all of these (across). The third sends 2
     cls_t and 2 eot_t, without a gradient. clip needs only the first.
 
     The other GPU has the same pairs, so every key is there twice, and every L_nce is larger by ln 2.

@@ -43,8 +43,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
-from cosmos import (COSMOS, GLOBALS, Config, Output, Teacher, across_terms, cosmos_terms,
-                    embedding_terms, gather, image_terms, no_terms, plain_terms, total_loss)
+from cosmos import COSMOS, GLOBALS, Config, Output, Teacher, cosmos_terms, gather, match, total_loss
 from data import Shards
 from plumbing import runs
 from plumbing.captions import POOL_KEYS
@@ -113,6 +112,48 @@ PRESETS = {
 
 # --- 2. The methods of Table 5 ---------------------------------------------------------------------------------------
 
+# Functions in place of cosmos.cosmos_terms, for all methods but `cosmos`. ours: we do not know the paper's losses for
+# the other rows of Table 5. As there, each view of the student is compared with each of the teacher.
+
+def no_terms(out, cls_t, eot_t, scale):
+    return {}
+
+
+def image_terms(out, cls_t, eot_t, scale):
+    """Self-distillation of images: cls, which has read nothing, looks for cls_t."""
+    return {'cls_cls_t': match(*gather(out.cls, cls_t), scale)}
+
+
+def embedding_terms(out, cls_t, eot_t, scale):
+    """Self-distillation of images and of texts, each within its own modality."""
+    return {
+        'cls_cls_t': match(*gather(out.cls, cls_t), scale),
+        'eot_eot_t': match(*gather(out.eot, eot_t), scale)}
+
+
+def no_cross_attention_terms(out, cls_t, eot_t, scale):
+    """Eq. 6 with cls and eot in place of h_I and h_T."""
+    cls, eot = gather(out.cls, out.eot)
+    cls_t, eot_t = gather(cls_t, eot_t)
+    return {
+        'cls_cls_t': match(cls, cls_t, scale),
+        'cls_eot_t': match(cls, eot_t, scale),
+        'eot_cls_t': match(eot, cls_t, scale),
+        'eot_eot_t': match(eot, eot_t, scale)}
+
+
+def across_terms(out, cls_t, eot_t, scale):
+    """Eq. 6, but what looks for the other modality has not read it. h_T could find the image's cls_t by copying what
+    it has read, so eot looks for it instead. In the same way cls, and not h_I, looks for eot_t."""
+    cls, eot, h_I, h_T = gather(out.cls, out.eot, out.h_I, out.h_T)
+    cls_t, eot_t = gather(cls_t, eot_t)
+    return {
+        'h_I_cls_t': match(h_I, cls_t, scale),
+        'cls_eot_t': match(cls, eot_t, scale),
+        'eot_cls_t': match(eot, cls_t, scale),
+        'h_T_eot_t': match(h_T, eot_t, scale)}
+
+
 class Method(NamedTuple):
     """A row of Table 5, or one of ours: what the student sees, and what it learns in addition to L_CLIP."""
     global_images: int
@@ -124,8 +165,8 @@ class Method(NamedTuple):
     has_teacher: bool
     # C^I and C^T. Terms must use both h_I and h_T, because DDP stops if a parameter gets no gradient.
     has_cross_attention: bool
-    has_own_scale: bool             # the terms have a temperature of their own, not that of L_CLIP
-    terms: Callable                 # a function from cosmos.py that returns what is learned in addition to L_CLIP
+    two_scales: bool                # the terms have a temperature of their own, not that of L_CLIP
+    terms: Callable                 # returns what is learned in addition to L_CLIP, {name: term}
 
 
 # Each row of the table adds to the one above. Only the rows clip and cosmos can be found in the released code, where
@@ -134,17 +175,17 @@ class Method(NamedTuple):
 # captions only (--caption-pool raw).
 G = GLOBALS
 METHODS = {
-    #                       globals   locals         crop  aug-   tea-   cross  own    learns
-    #                       img. txt. img.   txt.    min   ments  cher   attn.  scale  L_CLIP and
-    'clip':          Method(1,   1,   False, False,  0.9,  False, False, False, False, no_terms),
-    'clip-aug':      Method(G,   1,   False, False,  0.4,  True,  False, False, False, no_terms),
-    'image-distill': Method(G,   1,   True,  False,  0.4,  True,  True,  False, False, image_terms),
-    'text-crop':     Method(G,   G,   True,  True,   0.4,  True,  True,  False, False, image_terms),
-    'text-distill':  Method(G,   G,   True,  True,   0.4,  True,  True,  False, False, embedding_terms),
-    'cosmos':        Method(G,   G,   True,  True,   0.4,  True,  True,  True,  True,  cosmos_terms),
+    #                            globals   locals         crop  aug-   tea-   cross  two     learns
+    #                            img. txt. img.   txt.    min   ments  cher   attn.  scales  L_CLIP and
+    'clip':               Method(1,   1,   False, False,  0.9,  False, False, False, False,  no_terms),
+    'clip-aug':           Method(G,   1,   False, False,  0.4,  True,  False, False, False,  no_terms),
+    'image-distill':      Method(G,   1,   True,  False,  0.4,  True,  True,  False, False,  image_terms),
+    'text-crop':          Method(G,   G,   True,  True,   0.4,  True,  True,  False, False,  image_terms),
+    'text-distill':       Method(G,   G,   True,  True,   0.4,  True,  True,  False, False,  embedding_terms),
+    'cosmos':             Method(G,   G,   True,  True,   0.4,  True,  True,  True,  True,   cosmos_terms),
     # ours, not in the table
-    'plain':         Method(G,   G,   True,  True,   0.4,  True,  True,  False, True,  plain_terms),
-    'across':        Method(G,   G,   True,  True,   0.4,  True,  True,  True,  True,  across_terms)}
+    'no-cross-attention': Method(G,   G,   True,  True,   0.4,  True,  True,  False, True,   no_cross_attention_terms),
+    'across':             Method(G,   G,   True,  True,   0.4,  True,  True,  True,  True,   across_terms)}
 
 
 def recipe_of(preset, method, init):
@@ -354,7 +395,7 @@ def choose_model(options, saved):
     if method.has_cross_attention:
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
     # With C^I and C^T there are always two.
-    two_scales = method.has_own_scale and not method.has_cross_attention
+    two_scales = method.two_scales and not method.has_cross_attention
     return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
 
 
@@ -464,7 +505,7 @@ def log_entry(run, progress):
         'scale': run.student.logit_scale.exp().item(),
         'pairs_per_s': progress.steps * options.batch / progress.seconds,
         'bad_pairs': progress.bad}
-    if run.student.has_two_scales:
+    if run.student.two_scales:
         entry['distill_scale'] = run.student.distill_logit_scale.exp().item()
     means = {                       # these differ between ranks, so their mean is logged
         'loss': done.loss,

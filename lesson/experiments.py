@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cosmos import COSMOS, GLOBALS, Output, across_terms, cosmos_terms, image_terms, no_terms, plain_terms, unit
+from cosmos import COSMOS, GLOBALS, Output, cosmos_terms, unit
 from data import Counts, Order, Shards
 from eval import embed_texts, load, retrieval, shard_captions, show, zero_shot_retrieval
 from lesson import onepage, suppression
@@ -43,11 +43,12 @@ from plumbing.errors import command, need
 from plumbing.files import read_json, replacing, save_tensors, write_json
 from plumbing.lists import published_captions
 from plumbing.options import Parser, positive
+from train import across_terms, image_terms, no_cross_attention_terms, no_terms
 
 # --- 1. Other models, and other batches ------------------------------------------------------------------------------
 
 class WithoutCrossAttention(COSMOS):
-    """The model of train.py's method `plain`; onepage.train gives it the sizes of COSMOS."""
+    """The model of train.py's method `no-cross-attention`; onepage.train gives it the sizes of COSMOS."""
 
     def __init__(self, config):
         super().__init__(replace(config, cross_heads=0, two_scales=True))
@@ -131,7 +132,8 @@ METHODS = {
         'CLIP, two crops', 32, 2256, 1.25e-4, CLIP | {'counts': Counts(GLOBALS, 0, 1, 0)}),
     'text-crop': Method('text crops', 32, 1368, 5e-4, {'terms': image_terms, 'heads': 0}),
     'without-cross-attention': Method(
-        'COSMOS without cross-attention', 32, 1150, 1e-3, {'model': WithoutCrossAttention, 'terms': plain_terms}),
+        'COSMOS without cross-attention', 32, 1150, 1e-3,
+        {'model': WithoutCrossAttention, 'terms': no_cross_attention_terms}),
     'another-pair': Method(
         'COSMOS that reads another pair', 32, 1000, 1e-3, {'model': ReadsAnotherPair}),
     'across': Method('COSMOS that reads across', 32, 1000, 1e-3, {'terms': across_terms}),

@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from cosmos import GLOBALS, Config, Teacher, no_terms, total_loss
+from cosmos import GLOBALS, Config, Teacher, total_loss
 from data import Crops, Shards, Tokenizer, collate
 from eval import preprocessing, show, zero_shot_retrieval
 from lesson import suppression
@@ -22,6 +22,7 @@ from plumbing.errors import command
 from plumbing.options import Parser
 from plumbing.processes import choose_dtype, keep_memory
 from plumbing.tokenizer import learn_merges
+from train import no_terms
 
 CONTEXT = 64                    # maximum tokens per caption, start and end included
 

@@ -42,12 +42,16 @@ ALL = 6000                              # training photographs
 
 class Photos(NamedTuple):
     """How runs are made. Two experiments with the same variant share the runs of the seeds that both have."""
-    method: str                         # a row of train.METHODS
+    method: str                         # a row of train.METHODS; `plain` is no-cross-attention's name in results.csv
     steps: int
     rate: float                         # peak learning rate
     seeds: range
     photographs: int = ALL              # to train on
     is_scored: bool = True              # on the test photographs; runs that choose a rate are not
+
+    @property
+    def row(self):
+        return 'no-cross-attention' if self.method == 'plain' else self.method
 
     def label(self):
         return LABELS[self.method]
@@ -159,7 +163,7 @@ def commands(variant, seed, flickr8k):
     best = out / 'best.pt'
     shards = FOLDER / f'shards-{variant.photographs}'
     found = {'train': [
-        'train.py', '--data', shards, '--preset', 'photo', '--method', variant.method,
+        'train.py', '--data', shards, '--preset', 'photo', '--method', variant.row,
         '--steps', variant.steps, '--lr', variant.rate, '--seed', seed,
         '--eval-every', ceil(variant.steps / 8), '--precision', 'bf16', '--workers', 0, '--out', out]}
     if variant.is_scored:
@@ -167,14 +171,14 @@ def commands(variant, seed, flickr8k):
                        flickr8k / 'Images']
         scored = {'retrieval': [best], 'last': [out / 'last.pt']}       # does a lead depend on when training stops?
         # Does a lead depend on the teacher, which averages weights?
-        if METHODS[variant.method].has_teacher:
+        if METHODS[variant.row].has_teacher:
             scored['student'] = [best, '--weights', 'student']
         for what, checkpoint in scored.items():
             found[what] = ['eval.py', 'retrieval', *checkpoint, *photographs, '--json', out / f'{what}.json']
         if CIFAR10.is_dir():
             found['cifar10'] = [
                 'eval.py', 'classify', best, '--folder', CIFAR10, '--json', out / 'cifar10.json']
-        if METHODS[variant.method].has_cross_attention:
+        if METHODS[variant.row].has_cross_attention:
             found['conflict'] = ['-m', 'lesson.suppression', best, '--shards', shards / 'val',
                                  '--json', out / 'conflict.json']
     return out, {what: ['python', *map(str, words)] for what, words in found.items()}

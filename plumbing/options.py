@@ -78,7 +78,7 @@ def add_method(parser, presets, methods):
     add = parser.add_argument_group('method').add_argument
     add('--preset', choices=presets, help='sizes and recipe (vit-b-16 with --data, else tiny)')
     add('--method', choices=methods, default='cosmos',
-        help='a row of Table 5, or ours: plain, across (%(default)s)')
+        help='a row of Table 5, or ours: no-cross-attention, across (%(default)s)')
     add('--init', help='weights to start from, ours or not. They set sizes and vocabulary, and the '
         'defaults of --lr, --wd, --momentum-ramp and --out')
     add('--quick-gelu', action='store_true',

@@ -69,7 +69,7 @@ def micro(method='cosmos', B=3):
     model is a plain CLIP."""
     torch.manual_seed(0)
     cross_heads = 2 if method in ('cosmos', 'across') else 0
-    model = COSMOS(replace(MICRO, cross_heads=cross_heads, two_scales=method == 'plain'))
+    model = COSMOS(replace(MICRO, cross_heads=cross_heads, two_scales=method == 'no-cross-attention'))
     images = [torch.randn(B, 3, side, side) for side in [32] * cosmos.GLOBALS + [16] * 2]
     texts = [captions(B, length) for length in (9, 12, 5, 5, 5)]
     return model, images, texts

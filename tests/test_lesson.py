@@ -27,8 +27,7 @@ from torchvision.ops import masks_to_boxes
 
 import eval
 import train
-from cosmos import (COSMOS, Output, Teacher, across_terms, cosmos_terms, gather, match, no_terms,
-                    total_loss, unit)
+from cosmos import COSMOS, Output, Teacher, cosmos_terms, gather, match, total_loss, unit
 from data import Counts, Crops, Order, Shards, Tokenizer
 from eval import embed_images, embed_texts, load, preprocessing, shard_image
 from extras import report
@@ -592,7 +591,7 @@ def test_one_group_of_figures(model, drawn):
 # --- The course ------------------------------------------------------------------------------------------------------
 
 def test_without_cross_attention(model, views):
-    """oracle: L_CLIP and the four terms of the embeddings themselves, with a second scale, as train.py's `plain`."""
+    """oracle: L_CLIP and the four terms of the embeddings themselves, with a second scale, as train.py's `no-cross-attention`."""
     network = experiments.WithoutCrossAttention(model[0].config)
     teacher = Teacher(network)
     targets = teacher(*views)
@@ -679,7 +678,7 @@ def test_onepage_is_train(drawn, sandbox):
 
 def test_average_without_a_teacher(drawn):
     """oracle: the weights before and after a step, averaged by the formula."""
-    student, teacher, _ = onepage.train(drawn, 1, terms=no_terms, batch=4, rate=0.05)
+    student, teacher, _ = onepage.train(drawn, 1, terms=train.no_terms, batch=4, rate=0.05)
     torch.manual_seed(0)
     before = COSMOS(student.config).state_dict()
     average = {name: (before[name] + 10 * after.cpu()) / 11 for name, after in student.state_dict().items()}
@@ -704,7 +703,7 @@ def test_reading_across():
     control has these two terms not at all."""
     *views, cls_t, eot_t = unit(torch.randn(6, 2, 3, 8))
     out = Output(*views)
-    terms = across_terms(out, cls_t, eot_t, 5)
+    terms = train.across_terms(out, cls_t, eot_t, 5)
     pairs = {
         'h_I_cls_t': (out.h_I, cls_t),
         'cls_eot_t': (out.cls, eot_t),

@@ -129,7 +129,7 @@ ROWS = {  # for each row of Table 5: global and local images, global and local c
     'text-crop': [G, 6, G, 6, 0.4, 'cls_cls_t'],
     'text-distill': [G, 6, G, 6, 0.4, 'cls_cls_t', 'eot_eot_t'],
     'cosmos': [G, 6, G, 6, 0.4, 'h_I_cls_t', 'h_I_eot_t', 'h_T_cls_t', 'h_T_eot_t'],
-    'plain': [G, 6, G, 6, 0.4, 'cls_cls_t', 'cls_eot_t', 'eot_cls_t', 'eot_eot_t'],
+    'no-cross-attention': [G, 6, G, 6, 0.4, 'cls_cls_t', 'cls_eot_t', 'eot_cls_t', 'eot_eot_t'],
     'across': [G, 6, G, 6, 0.4, 'h_I_cls_t', 'cls_eot_t', 'eot_cls_t', 'h_T_eot_t']}
 
 
@@ -191,7 +191,7 @@ def test_a_step_that_another_process_spoils(monkeypatch, capsys):
     assert 'step 1 was skipped: loss nan, gradient norm nan, both over all' in capsys.readouterr().out
 
 
-OBJECTIVES = 'cosmos', 'across', 'plain', 'text-distill', 'image-distill', 'clip'
+OBJECTIVES = 'cosmos', 'across', 'no-cross-attention', 'text-distill', 'image-distill', 'clip'
 
 
 def gradients(processes, method, accum):
@@ -429,8 +429,8 @@ def test_options_that_weights_choose():
         flags = f'--preset {preset} --wd 0.3 --init runs/mine/best.pt'
         options = train.read_options(flags.split())
         assert [options.lr, options.wd, options.momentum_ramp, options.out] == [1e-5, 0.3, 0, 'runs/mine-cosmos']
-    options = train.read_options(['--init', 'a/clip.pt', '--method', 'plain'])
-    assert [options.wd, options.out] == [0.1, 'runs/clip-plain']
+    options = train.read_options(['--init', 'a/clip.pt', '--method', 'no-cross-attention'])
+    assert [options.wd, options.out] == [0.1, 'runs/clip-no-cross-attention']
 
 
 def test_schedules_and_decay():
