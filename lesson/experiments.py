@@ -42,7 +42,7 @@ import train
 from cosmos import COSMOS, Output, Teacher, cosmos_terms, unit
 from eval import show
 from plumbing.errors import command, need
-from plumbing.files import read_json, replacing, write_json
+from plumbing.files import read_json, replacing
 from plumbing.options import Parser
 from plumbing.weights import Origin
 
@@ -76,29 +76,22 @@ class SilentTeacher(Teacher):
         return None, None
 
 
-class Added(NamedTuple):
-    """A method for train.py: a row of its table, and what takes the place of its classes."""
-    row: train.Method
-    model: type = COSMOS
-    teacher: type = Teacher
-
-
+# {name: a row for train.METHODS, and what takes the place of train.COSMOS and of train.Teacher}
 ADDED = {
-    'clip-averaged': Added(train.METHODS['clip']._replace(has_teacher=True), teacher=SilentTeacher),
-    'clip-aug-averaged': Added(train.METHODS['clip-aug']._replace(has_teacher=True), teacher=SilentTeacher),
-    'another-pair': Added(train.METHODS['cosmos'], model=ReadsAnotherPair),
-    'two-terms': Added(train.METHODS['cosmos']._replace(terms=two_terms))}
+    'clip-averaged': (train.METHODS['clip']._replace(has_teacher=True), COSMOS, SilentTeacher),
+    'clip-aug-averaged': (train.METHODS['clip-aug']._replace(has_teacher=True), COSMOS, SilentTeacher),
+    'another-pair': (train.METHODS['cosmos'], ReadsAnotherPair, Teacher),
+    'two-terms': (train.METHODS['cosmos']._replace(terms=two_terms), COSMOS, Teacher)}
 
 
 def train_added(words):
     """train.py with these methods, too. Afterwards its module is as it was."""
     before = train.METHODS, train.COSMOS, train.Teacher
     try:
-        train.METHODS = train.METHODS | {name: added.row for name, added in ADDED.items()}
-        added = ADDED.get(train.read_options(words).method)
-        if added:
-            train.COSMOS = added.model
-            train.Teacher = added.teacher
+        train.METHODS = train.METHODS | {name: row for name, (row, _, _) in ADDED.items()}
+        method = train.read_options(words).method
+        if method in ADDED:
+            _, train.COSMOS, train.Teacher = ADDED[method]
         train.main(words)
     finally:
         train.METHODS, train.COSMOS, train.Teacher = before
@@ -113,7 +106,6 @@ WORLDS = {                          # options of lesson.scenes, for drawn scenes
     'alone': f'{TWO} --company none',
     'equal': f'{TWO} --company equal',
     'big': TWO}
-COMPANY = {'alone': 'alone', 'equal': 'beside\nan equal', 'big': 'beside\na big one'}   # of page 2: labels in plots
 FIVE = range(5)                     # seeds
 EIGHT = range(8)                    # if a difference was undecided or barely decided after five
 LATER = range(1, 6)                 # of long runs: 0 has chosen the rates, see `tune-longer`
@@ -203,9 +195,9 @@ def tune(table, tried, steps={}, seeds=range(100, 101), **how):
 def company():
     """Page 2: trained and tested with a small object alone, beside an equal, beside a big one."""
     variants = {}
-    for world in COMPANY:
-        for name, variant in race(ON_SCENES, 'clip cosmos', world=world, tested=tuple(COMPANY)).items():
-            variants[f'{name}-{world}'] = variant
+    for world in 'alone', 'equal', 'big':
+        runs = race(ON_SCENES, 'clip cosmos', world=world, tested=('alone', 'equal', 'big'))
+        variants |= {f'{name}-{world}': variant for name, variant in runs.items()}
     return variants
 
 
@@ -388,9 +380,7 @@ def make_row(variants, flickr8k, wanted):
             figures |= {'seconds': int(seconds)} | log_figures(out)
         else:
             figures |= figures_of(what, read_json(out / f'{what}.json'))
-    row = {'run': variant.key(), 'seed': seed} | origin() | flat(figures)
-    write_json(out / 'row.json', row)                   # for lesson.plots --mine
-    return row
+    return {'run': variant.key(), 'seed': seed} | origin() | flat(figures)
 
 
 def log_figures(out):
@@ -412,11 +402,12 @@ def log_figures(out):
 def figures_of(what, found):
     """The figures of a command, under the names of the columns. What it wrote about the checkpoint is left out."""
     for name in Origin._fields:
-        found.pop(name, None)
+        del found[name]
     if what == 'scenes':
         return found
-    found.pop('retrieval', None)                        # in a further world only the names count
-    if what not in WORLDS and len(found) == 1:          # lesson.suppression names its group of figures
+    if what in WORLDS:
+        del found['retrieval']
+    elif len(found) == 1:                               # lesson.suppression names its group of figures
         [found] = found.values()
     return {what: found}
 
@@ -481,16 +472,6 @@ def missing_runs(experiment):
     return sorted(missing, key=lambda wanted: wanted[0])
 
 
-def data_of(variants, wanted, flickr8k):
-    """-> {folder: the words that make it}, for all data of these runs."""
-    found = {}
-    for seed, name in wanted:
-        for world in (variants[name].world, *variants[name].tested):
-            path, words = data_command(world, seed, flickr8k)
-            found[path] = words
-    return found
-
-
 def main():
     if sys.argv[1:2] == ['train']:
         return train_added(sys.argv[2:])
@@ -511,10 +492,13 @@ def main():
     else:
         wanted = missing_runs(args.experiment)
         print(f'{len(wanted)} runs have no row in {RESULTS}; to make a run again, give --run')
-    data = data_of(variants, wanted, args.flickr8k)
+    data = {}                           # {folder: the words that make it}
+    for seed, name in wanted:
+        for world in (variants[name].world, *variants[name].tested):
+            path, words = data_command(world, seed, args.flickr8k)
+            data[path] = words
     if args.print:
-        for words in data.values():
-            print(line_of(words))
+        print(*map(line_of, data.values()), sep='\n')
         for seed, name in wanted:
             _, found = commands(variants[name], seed, args.flickr8k)
             print(f'# {name}, seed {seed}\n' + ' && '.join(map(line_of, found.values())))

@@ -4,21 +4,17 @@
     python -m lesson.suppression CKPT --karpathy dataset_flickr8k.json --images DIR
 
 CKPT is any checkpoint that eval.load reads. --shards is a folder that holds val/, or is a val/. If its scenes list no
-objects, only `conflict` is measured. A model without cross-attention has only `objects`. --only takes one group of
-these figures:
+objects, only `conflict` is measured. A model without cross-attention has only `objects`. The groups of figures:
 
-objects: what a vector of a whole image tells. For the dominant and for the small objects:
-
-    top1        named: take the object's own name, and the names of its colour with five shapes that the scene lacks.
-                From each name's cosine with this image subtract its mean over all held-out scenes, so that no name wins
-                by being popular. Is the object's own name now the highest? A tie is a miss; chance 16.7 %
-
-and for the whole set, `retrieval` among the held-out scenes, both ways.
+objects: what the vector of a whole image tells. `top1`, of the dominant and of the small objects, says how many are
+named: take the object's own name, and the names of its colour with five shapes that the scene lacks. From each name's
+cosine with this image subtract its mean over all held-out scenes, so that no name wins by being popular. Is the
+object's own name now the highest? A tie is a miss; chance is 16.7 %. And `retrieval` among the held-out scenes.
 
 pointing: where in the image does the highest weight of C^I lie? We ask "there is a NAME", with the object's own name
 and, as a control, with an absent name of its colour. The peak is on the object (`it`), on another one, or on the
-ground; `area` is a blind guess. For `color`, in scenes of several colours, we ask for an absent name of each colour: is
-the peak on an object of that colour, or of another?
+ground; `area` is a blind guess. For `color`, in scenes of both colours, we ask for an absent name of each: is the peak
+on an object of that colour, or of the other?
 
 handed: what does C^I hand over? We ask it for one name, and take its answer alone, without adding the question.
 `cosine`: how alike are two answers about one scene, to two different names (`names`)? As a control, to two random
@@ -27,8 +23,8 @@ queries (`random`)? And how alike are two answers to one name, about two differe
 conflict: give C^I the sentence of one pair and the image of another. Which of 32 images, as the teacher sees them, does
 h_T pick? See section 5. The student reads, whatever --weights says.
 
---karpathy measures `minor`, on photographs with several captions. A noun is minor in a photograph if one of its
-captions mentions it, and dominant if four or more do. See section 6.
+minor, with --karpathy: photographs with several captions. A noun is minor in a photograph if one caption mentions it,
+and dominant if four or more do. See section 6.
 """
 import re
 from collections import Counter, defaultdict
@@ -167,25 +163,12 @@ def pointing(args, scored, shards, scenes):
 
 # --- 4. What C^I hands over ------------------------------------------------------------------------------------------
 
-def answers_to(model, query, patches):
-    """What C^I hands over about each scene, without the query itself. query (D,), patches (n, P, D) -> (n, D), of unit
-    length."""
-    return unit(model.image_cross(query.expand(1, len(patches), -1), patches)[0])
-
-
-def likeness(model, queries, patches):
-    """queries (m, D), patches (n, P, D) -> the mean cosine of two answers to different queries about one scene, and of
-    two answers to one query about different scenes."""
-    m, n = len(queries), len(patches)
-    total = 0.0                         # the sum of all answers about a scene, (n, D)
-    between_scenes = 0.0
-    for query in queries:
-        answers = answers_to(model, query, patches)
-        total = total + answers
-        # |a_1 + ... + a_n|² = n + the sum of the cosines of all ordered pairs, because every answer has unit length.
-        between_scenes += (answers.sum(dim=0).square().sum().item() - n) / (n * (n - 1))
-    between_queries = (total.square().sum(dim=1).mean().item() - m) / (m * (m - 1))
-    return between_queries, between_scenes / m
+def mean_cosine(vectors):
+    """vectors (..., k, D) of unit length -> the mean cosine of two different ones of the k."""
+    k = vectors.shape[-2]
+    # |a_1 + ... + a_k|² = k + the sum of the cosines of all ordered pairs, because every vector has unit length.
+    squares = vectors.sum(dim=-2).square().sum(dim=-1)
+    return ((squares - k) / (k * (k - 1))).mean().item()
 
 
 @torch.no_grad()
@@ -202,9 +185,14 @@ def handed(args, scored, shards, scenes):
     questions = [question(name) for name in NAMES if name in listed]
     queries, _ = model.encode_text(tokenizer(questions).to(device))     # (m, D)
     random_queries = torch.randn(queries.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    between_names, between_scenes = likeness(model, queries, patches)
-    between_random, _ = likeness(model, random_queries * queries.std(), patches)
-    return {'handed': {'cosine': {'names': between_names, 'random': between_random, 'scenes': between_scenes}}}
+    answers = []
+    for query in torch.cat([queries, random_queries * queries.std()]):
+        answers.append(unit(model.image_cross(query.expand(1, len(patches), -1), patches)[0]))      # (n, D)
+    to_names, to_random = torch.stack(answers, dim=1).chunk(2, dim=1)   # (n, m, D) each
+    return {'handed': {'cosine': {
+        'names': mean_cosine(to_names),
+        'random': mean_cosine(to_random),
+        'scenes': mean_cosine(to_names.transpose(0, 1))}}}
 
 
 # --- 5. Conflict: the sentence of one pair, the image of another -----------------------------------------------------
@@ -312,21 +300,20 @@ def conflict(args, scored, shards, scenes):
 
 # --- 6. Minor: what one of a photograph's captions mentions ------------------------------------------------------------
 
-# For each noun the test photographs are ranked by their cosine with a few prompts. A photograph that mentions the noun
-# should rank above one that never does. But the scene gives most nouns away: who knows only what at least three of a
+# For each noun the test photographs are ranked by their cosine with a few prompts. One that mentions the noun should
+# rank above one that never does. But the scene gives most nouns away: who knows only what at least three of a
 # photograph's captions say (its context) ranks well without seeing the noun. So photographs are matched. A naive Bayes
-# model, learnt from the training captions, says how strongly a context suggests the noun, and a photograph is compared
-# only with the 20 whose contexts suggest it most nearly as strongly. A noun's own forms are no part of a context.
+# model, learnt from the training captions, says how strongly a context suggests the noun, whose own forms are left out;
+# and a photograph is compared only with the 20 whose contexts suggest it most nearly as strongly.
 #
 #     auc         the share of these 20 that rank below the photograph (a tie counts half), averaged over the
 #                 photographs of a noun, and then over the nouns with at least 12 such photographs
 #     context     the same for the naive Bayes model in place of cosines: what matching leaves of the scene
-#     nouns       how many nouns there are
 #
-# Cheats on the test photographs of Flickr8k, at minor and at dominant: a collapsed model, or noise, reaches .50. The
-# context itself reaches .543 and .583. How many different words the captions have reaches .567 and .456. Who knows what
-# at least two captions say, but not the noun itself, reaches .694 and .752. So a high figure alone does not prove that
-# the small thing was seen; compare models that see the same photographs.
+# Cheats on the test photographs of Flickr8k, at minor and at dominant: a collapsed model, or noise, reaches .50; the
+# context itself .543 and .583; how many different words the captions have .567 and .456. Who knows what at least two
+# captions say, but not the noun itself, reaches .694 and .752. So a high figure alone does not prove that the small
+# thing was seen. Compare models that trained on the same photographs.
 
 NOUNS = """
     dog ball water beach grass snow bike bicycle car hat shirt tree wall street mountain rock field sand fence bench
@@ -363,9 +350,7 @@ def mentions(photograph, forms):
 
 def context_of(photograph):
     """The words that at least KNOWN captions of a photograph have."""
-    counts = Counter()
-    for words in photograph:
-        counts.update(words)
+    counts = Counter(word for words in photograph for word in words)
     return {word for word, count in counts.items() if count >= KNOWN}
 
 
@@ -386,43 +371,48 @@ def log_odds(contexts, has_noun):
 
 def share_below(scores, positive, negatives):
     """The share of negatives that score below the positive; a tie counts half."""
-    below = (scores[negatives] < scores[positive]).double()
-    ties = (scores[negatives] == scores[positive]).double()
-    return (below + ties / 2).mean().item()
+    gaps = scores[positive] - scores[negatives]
+    return ((gaps > 0).double() + (gaps == 0).double() / 2).mean().item()
+
+
+def matched(scores, suggested, said, counts):
+    """share_below, averaged over the photographs that mention a noun so many times -> that of the scores, and that of
+    the contexts; None for fewer than FEWEST photographs. suggested, said (n,): how strongly each context suggests the
+    noun, and how many captions mention it."""
+    positives = [place for place, count in enumerate(said) if count in counts]
+    if len(positives) < FEWEST:
+        return None
+    without = torch.tensor([place for place, count in enumerate(said) if count == 0])
+    shares = []
+    for positive in positives:
+        gaps = (suggested[without] - suggested[positive]).abs()
+        nearest = without[gaps.argsort(stable=True)[:NEAREST]]
+        shares.append((share_below(scores, positive, nearest), share_below(suggested, positive, nearest)))
+    return list(map(fmean, zip(*shares)))
 
 
 def minor(cosines, photographs):
-    """-> {minor, dominant: {auc, context, nouns}}. cosines (n, nouns): of the test photographs and the nouns.
-    photographs: {'train', 'test': for each photograph the sets of words of its captions}."""
+    """-> {minor, dominant: {auc, context, nouns (how many)}}. cosines (n, nouns): of the test photographs and the
+    nouns. photographs: {'train', 'test': for each photograph the sets of words of its captions}."""
     contexts = {split: list(map(context_of, each)) for split, each in photographs.items()}
-    found = {kind: {'auc': [], 'context': []} for kind in KINDS}
-    for column, noun in zip(cosines.double().T, NOUNS, strict=True):
+    found = defaultdict(list)
+    for scores, noun in zip(cosines.T, NOUNS, strict=True):
         forms = forms_of(noun)
         has_noun = [mentions(photograph, forms) > 0 for photograph in photographs['train']]
         odds = log_odds([context - forms for context in contexts['train']], has_noun)
-        suggested = []                  # how strongly each test photograph's context suggests the noun
-        for context in contexts['test']:
+        suggested = []
+        for context in contexts['test']:                # sorted, because the last bits depend on the order
             suggested.append(sum(odds.get(word, 0.0) for word in sorted(context - forms)))
-        suggested = torch.tensor(suggested, dtype=torch.double)
-        said = torch.tensor([mentions(photograph, forms) for photograph in photographs['test']])
-        without = (said == 0).nonzero()[:, 0]
+        said = [mentions(photograph, forms) for photograph in photographs['test']]
         for kind, counts in KINDS.items():
-            positives = [place for place, count in enumerate(said.tolist()) if count in counts]
-            if len(positives) < FEWEST:
-                continue
-            shares = {'auc': [], 'context': []}
-            for positive in positives:
-                gap = (suggested[without] - suggested[positive]).abs()
-                nearest = without[gap.argsort(stable=True)[:NEAREST]]
-                shares['auc'].append(share_below(column, positive, nearest))
-                shares['context'].append(share_below(suggested, positive, nearest))
-            for name in shares:
-                found[kind][name].append(fmean(shares[name]))
+            shares = matched(scores, torch.tensor(suggested, dtype=torch.double), said, counts)
+            if shares:
+                found[kind].append(shares)
     figures = {}
-    for kind, of_nouns in found.items():
-        need(of_nouns['auc'], f'no noun of lesson.suppression is {kind} in {FEWEST} test photographs or more')
-        figures[kind] = {name: fmean(values) for name, values in of_nouns.items()}
-        figures[kind]['nouns'] = len(of_nouns['auc'])
+    for kind in KINDS:
+        need(found[kind], f'no noun of lesson.suppression is {kind} in {FEWEST} test photographs or more')
+        auc, context = map(fmean, zip(*found[kind]))
+        figures[kind] = {'auc': auc, 'context': context, 'nouns': len(found[kind])}
     return figures
 
 
