@@ -166,19 +166,19 @@ ON_PHOTOGRAPHS = {
     'across': Variant('across', 64, 800, 1e-3, PHOTOGRAPHS),
     'cosmos': Variant('cosmos', 64, 800, 1e-3, PHOTOGRAPHS)}
 SAME_PAIRS = dict.fromkeys(ON_PHOTOGRAPHS, 800)                 # steps
-PAIRS = {'clip': 500, 'text-crop': 1000, 'no-cross-attention': 1000, 'cosmos': 1000}    # on scenes: of 32 or 64 pairs
-# On scenes: three times the steps of `minutes`.
-LONGER = {'clip': 5796, 'text-crop': 4104, 'no-cross-attention': 3450, 'across': 3000, 'another-pair': 3000,
-          'cosmos': 3000}
+# On scenes: as many as 32,000 pairs make, and three times as many as `minutes` has.
+PAIRS = {'clip': 500, 'no-cross-attention': 1000, 'text-crop': 1000}
+LONGER = {'clip': 5796, 'text-crop': 4104, 'no-cross-attention': 3450,
+          'across': 3000, 'another-pair': 3000, 'cosmos': 3000}
 
 
 def race(table, methods, seeds=FIVE, steps={}, rates={}, **how):
     """A variant for each method of a table. steps, rates: {method: if they are not those of the table}."""
     variants = {}
     for name in methods.split():
-        variant = table[name]
-        variants[name] = variant._replace(
-            steps=steps.get(name, variant.steps), rate=rates.get(name, variant.rate), seeds=seeds, **how)
+        usual = table[name]
+        variants[name] = usual._replace(steps=steps.get(name, usual.steps), rate=rates.get(name, usual.rate),
+                                        seeds=seeds, **how)
     return variants
 
 
@@ -187,8 +187,8 @@ def tune(table, tried, steps={}, seeds=range(100, 101), **how):
     variants = {}
     for name, rates in tried.items():
         for rate in map(float, rates.split()):
-            [variant] = race(table, name, seeds, steps, {name: rate}, is_scored=False, **how).values()
-            variants[f'{name}-{rate:g}'] = variant
+            found = race(table, name, seeds, steps, {name: rate}, is_scored=False, **how)
+            variants[f'{name}-{rate:g}'] = found[name]
     return variants
 
 
@@ -216,7 +216,7 @@ EXPERIMENTS = {
     'tune-across': tune(ON_SCENES, {'across': '2e-3', 'two-terms': '2e-3 1e-3 5e-4'}) | tune(
         ON_SCENES, {'across': '1e-3 5e-4'}, seeds=range(100, 102)),
     'company': company(),
-    'company-size': company(),          # asked after the rows were known, so it is a family of its own
+    'company-size': company(),          # asked when the rows were known, so a family of its own
     # CLIP gets 15 % more steps than its row says, because with those it took less time than COSMOS.
     'minutes': race(ON_SCENES, 'cosmos no-cross-attention text-crop clip', EIGHT, {'clip': 1932}),
     'pairs': race(ON_SCENES, 'cosmos no-cross-attention text-crop clip', EIGHT, PAIRS),
@@ -231,11 +231,13 @@ EXPERIMENTS = {
     'handed': race(ON_SCENES, 'cosmos', range(10, 15)),
     'photo-tune': tune(ON_PHOTOGRAPHS, {
         'clip': '2e-3 1e-3 5e-4 2.5e-4 1.25e-4', 'clip-aug': '1e-3 5e-4 2.5e-4 1.25e-4',
-        'no-cross-attention': '4e-3 2e-3 1e-3 5e-4', 'cosmos': '2e-3 1e-3 5e-4', 'across': '2e-3 1e-3 5e-4'}),
+        'no-cross-attention': '4e-3 2e-3 1e-3 5e-4', 'across': '2e-3 1e-3 5e-4',
+        'cosmos': '2e-3 1e-3 5e-4'}),
     'photo-tune-pairs': tune(ON_PHOTOGRAPHS, {
         'clip': '1e-3 5e-4 2.5e-4 1.25e-4', 'clip-aug': '1e-3 5e-4 2.5e-4 1.25e-4'}, SAME_PAIRS),
     'tune-table-5': tune(ON_PHOTOGRAPHS, {
-        'image-distill': '1e-3 5e-4 2.5e-4', 'text-crop': '2e-3 1e-3 5e-4', 'text-distill': '2e-3 1e-3 5e-4'}),
+        'image-distill': '1e-3 5e-4 2.5e-4', 'text-crop': '2e-3 1e-3 5e-4',
+        'text-distill': '2e-3 1e-3 5e-4'}),
     'photo-pairs': race(ON_PHOTOGRAPHS, 'clip clip-aug', FIVE, SAME_PAIRS) | race(
         ON_PHOTOGRAPHS, 'no-cross-attention cosmos', EIGHT, SAME_PAIRS),
     'photo-minutes': race(ON_PHOTOGRAPHS, 'clip-aug no-cross-attention') | race(
@@ -259,7 +261,8 @@ NAMED = 'dominant.top1 small.top1'
 R_AT_1 = 'retrieval.image_to_text_R@1'
 # Of 1,000 photographs, R@10 is measured more precisely than R@1.
 R_AT_10 = 'retrieval.image_to_text_R@10 retrieval.text_to_image_R@10'
-LAST = 'last.image_to_text_R@10 last.text_to_image_R@10'    # in photo-* we decided to compare these after the runs
+# In photo-* we decided to compare these after the runs.
+LAST = 'last.image_to_text_R@10 last.text_to_image_R@10'
 RIVALS = 'cosmos~clip no-cross-attention~clip no-cross-attention~cosmos'
 PHOTO_RIVALS = 'cosmos~clip cosmos~clip-aug cosmos~no-cross-attention no-cross-attention~clip'
 READERS = ('across~cosmos across~no-cross-attention across~another-pair another-pair~cosmos '
@@ -316,7 +319,8 @@ def data_command(world, seed, flickr8k):
     """-> the folder of training and held-out data, and the words that make it."""
     if world == PHOTOGRAPHS:
         path = FOLDER / PHOTOGRAPHS
-        return path, ['-m', 'extras.prepare', 'pack', flickr8k / 'dataset_flickr8k.json', flickr8k / 'Images', path]
+        listing = flickr8k / 'dataset_flickr8k.json'
+        return path, ['-m', 'extras.prepare', 'pack', listing, flickr8k / 'Images', path]
     path = FOLDER / f'scenes-{world}-{seed}'
     return path, ['-m', 'lesson.scenes', path, *WORLDS[world].split(), '--seed', seed]
 
@@ -334,7 +338,8 @@ def commands(variant, seed, flickr8k):
     if variant.world != PHOTOGRAPHS:
         found['scenes'] = [*measure, last, '--shards', shards]
         for world in variant.tested:
-            found[world] = [*measure, last, '--shards', data_command(world, seed, flickr8k)[0], '--only', 'objects']
+            other, _ = data_command(world, seed, flickr8k)
+            found[world] = [*measure, last, '--shards', other, '--only', 'objects']
     elif variant.is_scored:
         images = ['--karpathy', flickr8k / 'dataset_flickr8k.json', '--images', flickr8k / 'Images']
         retrieval = ['eval.py', 'retrieval', *images, '--split', 'test']
@@ -342,9 +347,10 @@ def commands(variant, seed, flickr8k):
         found['last'] = [*retrieval, last]              # does a lead depend on when training stops?
         found['minor'] = [*measure, best, *images]
         found['minor_last'] = [*measure, last, *images]
-        if train.METHODS[variant.method].has_teacher:   # does it depend on the teacher, which averages weights?
+        method = train.METHODS[variant.method]
+        if method.has_teacher:                          # or on the teacher, which averages weights?
             found['student'] = [*retrieval, best, '--weights', 'student']
-        if train.METHODS[variant.method].has_cross_attention:
+        if method.has_cross_attention:
             found['conflict'] = [*measure, best, '--shards', shards]
     for what, words in found.items():
         if what != 'train':
@@ -355,8 +361,9 @@ def commands(variant, seed, flickr8k):
 def call(words):
     """Run python with these words, in a process of its own with one thread -> its processor seconds."""
     alone = os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, env=alone)
-    _, status, usage = os.wait4(process.pid, 0)         # of this process only, because two runs are made at a time
+    whole = [sys.executable, *map(str, words)]
+    process = subprocess.Popen(whole, stdout=subprocess.DEVNULL, env=alone)
+    _, status, usage = os.wait4(process.pid, 0)         # of this process only: two runs are made at once
     process.returncode = os.waitstatus_to_exitcode(status)
     need(process.returncode == 0, f'this command failed: {line_of(words)}')
     return usage.ru_utime + usage.ru_stime
@@ -427,12 +434,13 @@ def flat(figures, prefix=''):
 # to the last bit, which moved mean ranks by 0.002 at most, and R@1 of three long runs by one or two captions of 1,000.)
 # A commit that changes no number of a run joins this list once that has been shown, by runs that are made again.
 EQUAL_COMMITS = ('1d83ab1', '7e3ef2a', '01e2c63', 'bd9b7b1', '965bc15', '0a9b1b2')
-CODE = 'cosmos.py data.py eval.py train.py plumbing lesson/scenes.py lesson/suppression.py lesson/experiments.py'
+CODE = 'cosmos.py data.py eval.py train.py plumbing lesson/*.py'
 
 
 def origin():
     """The last commit that changed the code of a run, and the machine. NB: uncommitted edits go unnoticed."""
-    line = subprocess.getoutput('grep -sm1 "model name" /proc/cpuinfo')     # Linux says more than `platform`
+    # Linux says more than `platform`.
+    line = subprocess.getoutput('grep -sm1 "model name" /proc/cpuinfo')
     name = line.partition(': ')[2] or platform.processor()
     return {'commit': subprocess.getoutput(f'git log -1 --format=%h -- {CODE}'),
             'machine': f'{name}, {os.cpu_count()} cores'}
@@ -478,7 +486,7 @@ def main():
     parser = Parser(prog='python -m lesson.experiments', epilog=__doc__)
     parser.add_argument('experiment', choices=EXPERIMENTS)
     parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run')
-    parser.add_argument('--print', action='store_true', help='print the commands of the runs, and make none')
+    parser.add_argument('--print', action='store_true', help='print the commands, and make no run')
     parser.add_argument('--flickr8k', type=Path, default=SHARED / 'data/flickr8k',
                         help='folder with dataset_flickr8k.json and Images/ (%(default)s)')
     args = parser.parse_args()

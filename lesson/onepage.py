@@ -58,7 +58,8 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
                     context_length=CONTEXT, vocab_size=tokenizer.vocab_size)
     # train_set[epoch, index] gives random crops of image number `index`, and ids of random sentences about it: on top
     # of the two global views and captions, two local ones of each.
-    train_set = Crops(shards, tokenizer, config, seed, Counts(local_images=2, local_texts=2), augment='crops')
+    counts = Counts(local_images=2, local_texts=2)
+    train_set = Crops(shards, tokenizer, config, seed, counts, augment='crops')
 
     # Student, teacher, optimizer. Weight decay applies to matrices, not to biases, LayerNorms or scales.
     torch.manual_seed(seed)
@@ -106,8 +107,10 @@ def main():
     model = teacher.model               # a moving average of the student
     tokenizer = learn_tokenizer(Shards(folder, split='train'))          # the same as in `train`
     held_out = Shards(folder, split='val')
-    figures, image_features = zero_shot_retrieval(model, tokenizer, preprocessing(model.config.image_size), held_out)
-    show(figures | suppression.scene_figures(model, tokenizer, image_features, held_out))   # how many objects are named
+    preprocess = preprocessing(model.config.image_size)
+    figures, image_features = zero_shot_retrieval(model, tokenizer, preprocess, held_out)
+    # These say how many objects are named.
+    show(figures | suppression.scene_figures(model, tokenizer, image_features, held_out))
 
 
 if __name__ == '__main__':

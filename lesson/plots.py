@@ -33,8 +33,8 @@ import numpy as np
 from PIL import Image
 
 from lesson import picture
-from lesson.experiments import (EQUAL_COMMITS, EXPERIMENTS, RESULTS, family, missing_runs, read_results,
-                                signed)
+from lesson.experiments import (EQUAL_COMMITS, EXPERIMENTS, RESULTS, family, missing_runs,
+                                read_results, signed)
 from lesson.scenes import World, draw_scene
 from plumbing.errors import Refused, command, need
 from plumbing.options import Parser
@@ -63,7 +63,8 @@ def parsed(text):
 def values(experiment, name, column):
     """-> {seed: value in its unit}, for the seeds of this experiment; another one may have tuned on others. column: one
     of the rows', or a~b, the difference of two."""
-    need(name in EXPERIMENTS.get(experiment, {}), f'there is no experiment {experiment} with a variant {name}')
+    need(name in EXPERIMENTS.get(experiment, {}),
+         f'there is no experiment {experiment} with a variant {name}')
     variant = EXPERIMENTS[experiment][name]
     rows = parsed(RESULTS.read_text())
     found = {}
@@ -71,7 +72,9 @@ def values(experiment, name, column):
         row = rows.get((variant.key(), seed), {})
         parts = signed(column)
         if all(row.get(part) for part, _ in parts):
-            found[seed] = sum(sign * UNITS.get(part, 100) * float(row[part]) for part, sign in parts)
+            found[seed] = 0
+            for part, sign in parts:
+                found[seed] += sign * UNITS.get(part, 100) * float(row[part])
     return found
 
 
@@ -133,15 +136,24 @@ def differences(experiment):
 # --- 2. Tables -------------------------------------------------------------------------------------------------------
 
 NAMES = {                               # of methods
-    'clip': 'CLIP', 'clip-averaged': 'CLIP', 'clip-aug': 'CLIP, two crops', 'image-distill': 'image self-distillation',
-    'text-crop': 'text crops', 'text-distill': 'text self-distillation', 'cosmos': 'COSMOS',
-    'no-cross-attention': 'COSMOS without cross-attention', 'across': 'COSMOS that reads across',
-    'another-pair': 'COSMOS that reads another pair', 'two-terms': 'COSMOS without the two terms that leak'}
+    'clip': 'CLIP',
+    'clip-averaged': 'CLIP',
+    'clip-aug': 'CLIP, two crops',
+    'image-distill': 'image self-distillation',
+    'text-crop': 'text crops',
+    'text-distill': 'text self-distillation',
+    'cosmos': 'COSMOS',
+    'no-cross-attention': 'COSMOS without cross-attention',
+    'across': 'COSMOS that reads across',
+    'another-pair': 'COSMOS that reads another pair',
+    'two-terms': 'COSMOS without the two terms that leak'}
 TRACKS = {                              # of experiments
-    'pairs': 'same pairs', 'minutes': 'equal time', 'longer': 'three times the time',
-    'longer-reading': 'three times the time', 'photo-pairs': 'same pairs', 'photo-minutes': 'equal time'}
+    'pairs': 'same pairs', 'photo-pairs': 'same pairs',
+    'minutes': 'equal time', 'photo-minutes': 'equal time',
+    'longer': 'three times the time', 'longer-reading': 'three times the time'}
 LABELS = {                              # of columns
-    'seconds': 'minutes', 'pairs': 'thousand pairs', 'dominant.top1': 'big named', 'small.top1': 'small named',
+    'seconds': 'minutes', 'pairs': 'thousand pairs',
+    'dominant.top1': 'big named', 'small.top1': 'small named',
     'minor.minor.auc': 'minor', 'minor.dominant.auc': 'dominant',
     'minor.minor.auc~minor.dominant.auc': 'minor - dominant'}
 
@@ -153,7 +165,8 @@ def label(column):
 def row_label(experiment, name):
     """How a page names a row: 'CLIP, equal time'."""
     variant = EXPERIMENTS[experiment][name]
-    return ', '.join(filter(None, [NAMES[variant.method], variant.more.strip('-'), TRACKS.get(experiment)]))
+    words = [NAMES[variant.method], variant.more.strip('-'), TRACKS.get(experiment)]
+    return ', '.join(filter(None, words))
 
 
 def as_table(rows):
@@ -182,22 +195,23 @@ def table(columns, places, name_row):
 
 INTRODUCTION = """# All results
 
-`python -m lesson.plots` writes this page from `results.csv`, which has every figure of every run. A row there is
-found by the words of its training command; `python -m lesson.experiments NAME --print` shows the commands.
+`python -m lesson.plots` writes this page from `results.csv`, which has every figure of every run.
+A row there is found by the words of its training command, which
+`python -m lesson.experiments NAME --print` shows.
 
-Figures are in percent, except for minutes and thousands of pairs. ± is half of the 95 % interval; the held-out data are
-the same in all runs, so it is over training scenes and seeds, and on photographs over seeds alone.
+Figures are in percent. ± is half of the 95 % interval. The held-out data are the same in all runs,
+so it is over training scenes and seeds, and on photographs over seeds alone.
 
 ## Differences
 
-A difference is *undecided* if it does not survive Holm's correction at 5 %, over all differences of its experiment. So
-one that stands in two experiments may be decided in one of them only.
+A difference is *undecided* if it does not survive Holm's correction at 5 %, over all differences of
+its experiment. So one that stands in two experiments may be decided in one of them only.
 """
 RATES = """
 ## Learning rates
 
-A rate was chosen by the mean of big and small objects named, or by the mean of R@10 both ways on the validation
-photographs.
+A rate was chosen by the mean of big and small objects named, or by the mean of R@10 both ways on
+the validation photographs.
 
 """
 CHOSEN_BY = ['dominant.top1', 'small.top1', 'val.image_to_text_R@10', 'val.text_to_image_R@10']
@@ -259,7 +273,8 @@ def right_figure(figure, source):
     if '~' not in name:
         return f'{mean(experiment, name, column):.1f}'
     gaps, _ = differences(experiment)
-    need((name, column) in gaps, f'{source} has no rows, or is not among the COMPARISONS of {experiment}')
+    need((name, column) in gaps,
+         f'{source} has no rows, or is not among the COMPARISONS of {experiment}')
     gap, half = gaps[name, column]
     return f'{gap:+.1f} ± {half:.1f}' if '±' in figure else f'{gap:+.1f}'
 
@@ -271,7 +286,8 @@ def changes(page):
     found = []
     for match in TABLE.finditer(text):
         places = [place.split('/') for place in match[2].split()]
-        found.append((*match.span(3), match[3], table(match[1].split(), places, row_label), 'a table'))
+        new = table(match[1].split(), places, row_label)
+        found.append((*match.span(3), match[3], new, 'a table'))
     prose = CODE.sub(blanked, TABLE.sub(blanked, text))
     for paragraph in PARAGRAPH.finditer(prose):
         comment = SOURCES.search(paragraph[0])
@@ -279,8 +295,10 @@ def changes(page):
         end = paragraph.start() + comment.start() if comment else paragraph.end()
         figures = list(FIGURE.finditer(prose, paragraph.start(), end))
         words = ' '.join(figure[0] for figure in figures)
-        need(len(figures) == len(sources), f'the paragraph "{text[paragraph.start():][:60]}..." has {len(figures)} '
-             f'figures ({words}) and {len(sources)} sources; give one for each, in reading order')
+        beginning = text[paragraph.start():][:60]
+        need(len(figures) == len(sources),
+             f'the paragraph "{beginning}..." has {len(figures)} figures ({words}) and '
+             f'{len(sources)} sources; give one for each, in reading order')
         for figure, source in zip(figures, sources):
             found.append((*figure.span(), figure[0], right_figure(figure[0], source), source))
     return sorted(change for change in found if change[2] != change[3])
@@ -298,9 +316,11 @@ def fill(page):
 # --- 4. Pictures -----------------------------------------------------------------------------------------------------
 
 PAINT = {
-    'clip': '#0072b2', 'clip-averaged': '#0072b2', 'cosmos': '#d55e00', 'no-cross-attention': '#009e73',
-    'another-pair': '#cc79a7', 'clip-aug': '#56b4e9'}
+    'clip': '#0072b2', 'clip-averaged': '#0072b2', 'cosmos': '#d55e00',
+    'no-cross-attention': '#009e73', 'another-pair': '#cc79a7'}
 RED = 'tab:red'
+GREY = '#333333'
+MIDDLE = {'ha': 'center', 'va': 'center'}
 
 
 def show_runs(axis, experiment, name, column, x, color=None, is_flat=False):
@@ -309,13 +329,15 @@ def show_runs(axis, experiment, name, column, x, color=None, is_flat=False):
     runs = list(values(experiment, name, column).values())
     if not runs:
         return None
-    bar, width = ('|', 12) if is_flat else ('_', 18)
-    for shown, mark, size, alpha in (runs, 'o', 6, 0.4), ([fmean(runs)], bar, width, 1):
-        line = [[x] * len(shown), shown]
-        if is_flat:
-            line.reverse()
-        axis.plot(*line, mark, color=color or PAINT[EXPERIMENTS[experiment][name].method],
-                  markersize=size, markeredgewidth=2 if mark == bar else 1, alpha=alpha)
+    color = color or PAINT[EXPERIMENTS[experiment][name].method]
+    dots = {'marker': 'o', 'color': color, 'linestyle': '', 'alpha': 0.4}
+    places = [x] * len(runs)
+    if is_flat:
+        axis.plot(runs, places, **dots)
+        axis.plot(fmean(runs), x, '|', color=color, markersize=12, markeredgewidth=2)
+    else:
+        axis.plot(places, runs, **dots)
+        axis.plot(x, fmean(runs), '_', color=color, markersize=18, markeredgewidth=2)
     return fmean(runs)
 
 
@@ -328,7 +350,8 @@ def show_scale(axis, words, ticks, chance=CHANCE):
 
 
 COMPANY = {             # of page 2: a world, its options, and its label
-    'alone': (World(2, 0.38, 'none'), 'alone'), 'equal': (World(2, 0.38, 'equal'), 'beside an equal'),
+    'alone': (World(2, 0.38, 'none'), 'alone'),
+    'equal': (World(2, 0.38, 'equal'), 'beside an equal'),
     'big': (World(2, 0.38), 'beside a big one')}
 
 
@@ -339,7 +362,7 @@ def draw_company(figure):
         for method, side, shift in ('clip', 'right', -0.1), ('cosmos', 'left', 0.1):
             height = show_runs(axis, 'company', f'{method}-{name}', 'small.top1', x + shift)
             if name == 'alone':
-                axis.text(x + 2 * shift, height, NAMES[method], color=PAINT[method], ha=side, va='center')
+                axis.text(x + 2 * shift, height, NAMES[method], color=PAINT[method], ha=side)
         box = axis.inset_axes([x - 0.3, -0.36, 0.6, 0.32], transform=axis.get_xaxis_transform())
         (_, image), _ = draw_scene(world, 'val', 17)
         box.imshow(Image.open(io.BytesIO(image)))
@@ -348,36 +371,44 @@ def draw_company(figure):
     axis.set(xlim=(-0.5, 2.5), ylim=(0, 103), xticks=[])
 
 
-RACES = [               # of page 2: title, what is measured and its name, chance, top, ticks, what its experiments begin with
-    ('drawn scenes', 'small.top1', 'small objects named, %', CHANCE, 60, (1.2, 4), ''),
-    ('photographs', 'retrieval.text_to_image_R@10', 'photograph in the first ten, %', 1, 20, (4, 12), 'photo-')]
-SHIFT = {'clip': 0.92, 'no-cross-attention': 1.02, 'cosmos': 1.13}      # sideways, because minutes are nearly equal
+SHIFT = {'clip': 0.92, 'no-cross-attention': 1.02, 'cosmos': 1.13}      # sideways
+
+
+def draw_half_of_race(axis, prefix, column, top, ticks):
+    """Runs in equal time, and CLIP from the same pairs, over minutes. prefix: of the names of the experiments."""
+    for method, shift in SHIFT.items():     # minutes are nearly equal
+        x = shift * mean(f'{prefix}minutes', method, 'seconds')
+        show_runs(axis, f'{prefix}minutes', method, column, x)
+    x = mean(f'{prefix}pairs', 'clip', 'seconds')
+    height = show_runs(axis, f'{prefix}pairs', 'clip', column, x)
+    axis.text(x, height + top / 10, 'CLIP,\nsame pairs', color=PAINT['clip'], fontsize=11, **MIDDLE)
+    axis.set_xscale('log')
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.set_xticks([], minor=True)
+    axis.set(xlim=(0.6 * ticks[0], 2 * ticks[1]), ylim=(0, 1.03 * top), xlabel='minutes of training')
 
 
 def draw_race(figure):
     """Page 2: what is named and found over minutes, on drawn scenes and on photographs; a dot is a whole run."""
-    for axis, (title, column, words, chance, top, ticks, prefix) in zip(figure.subplots(1, 2), RACES):
-        for method, shift in SHIFT.items():
-            x = shift * mean(f'{prefix}minutes', method, 'seconds')
-            show_runs(axis, f'{prefix}minutes', method, column, x)
-        x = mean(f'{prefix}pairs', 'clip', 'seconds')
-        height = show_runs(axis, f'{prefix}pairs', 'clip', column, x)
-        axis.text(x, height + top / 12, 'CLIP,\nsame pairs', color=PAINT['clip'], ha='center', fontsize=11)
-        show_scale(axis, words, [top // 2, top], chance)
-        axis.set_title(title, loc='left')
-        axis.set_xscale('log')
-        axis.set_xticks(ticks, map(str, ticks))
-        axis.set_xticks([], minor=True)
-        axis.set(xlim=(0.6 * ticks[0], 2 * ticks[1]), ylim=(0, 1.03 * top), xlabel='minutes of training')
-    for y, method in (0.3, 'cosmos'), (0.2, 'no-cross-attention'), (0.1, 'clip'):
-        axis.text(0.98, y, NAMES[method], color=PAINT[method], ha='right', transform=axis.transAxes, fontsize=12)
+    scenes, photographs = figure.subplots(1, 2)
+    draw_half_of_race(scenes, '', 'small.top1', 60, (1.2, 4))
+    show_scale(scenes, 'small objects named, %', [30, 60])
+    draw_half_of_race(photographs, 'photo-', 'retrieval.text_to_image_R@10', 20, (4, 12))
+    show_scale(photographs, 'photograph in the first ten, %', [10, 20], chance=1)
+    scenes.set_title('drawn scenes', loc='left')
+    photographs.set_title('photographs', loc='left')
+    for y, method in (6, 'cosmos'), (4.3, 'no-cross-attention'), (2.6, 'clip'):
+        photographs.text(23, y, NAMES[method], color=PAINT[method], ha='right', fontsize=12)
 
 
 # Table 5 of the paper, on CC3M: its rows, and R@1 on COCO, image to text and text to image.
 TABLE_5 = {
-    'clip': ('CLIP', 15.0, 10.7), 'clip-aug': ('+ image augmentation', 17.5, 12.7),
-    'image-distill': ('+ image self-distillation', 20.6, 14.6), 'text-crop': ('+ text augmentation', 50.4, 37.5),
-    'text-distill': ('+ text self-distillation', 51.0, 38.0), 'cosmos': ('+ cross-attention = COSMOS', 53.1, 40.1)}
+    'clip': ('CLIP', 15.0, 10.7),
+    'clip-aug': ('+ image augmentation', 17.5, 12.7),
+    'image-distill': ('+ image self-distillation', 20.6, 14.6),
+    'text-crop': ('+ text augmentation', 50.4, 37.5),
+    'text-distill': ('+ text self-distillation', 51.0, 38.0),
+    'cosmos': ('+ cross-attention = COSMOS', 53.1, 40.1)}
 WAYS = {'retrieval.image_to_text_R@10': '#0072b2', 'retrieval.text_to_image_R@10': '#d55e00'}
 
 
@@ -390,9 +421,10 @@ def draw_table_5(figure):
             paper.plot([share], [y + shift], '|', color=color, markersize=12, markeredgewidth=2)
             show_runs(ours, 'table-5', name, column, y + shift, color, is_flat=True)
     for axis in paper, ours:
-        axis.set_yticks(range(len(TABLE_5)), [words for words, *_ in TABLE_5.values()] if axis is paper else [])
+        axis.set_yticks(range(len(TABLE_5)), [words for words, *_ in TABLE_5.values()])
         axis.hlines(np.arange(len(TABLE_5)) + 0.5, 0, 60, color='#dddddd', linewidth=1)
         axis.set_ylim(len(TABLE_5) - 0.5, -0.5)
+    ours.tick_params('y', labelleft=False)
     paper.set(xlim=(0, 60), title='the paper: CC3M, COCO', xlabel='R@1, %')
     ours.set(xlim=(0, 20), title='here: Flickr8k', xlabel='R@10, %')
     for color, words, y in zip(WAYS.values(), ('image to text', 'text to image'), (4, 5)):
@@ -415,20 +447,21 @@ def draw_pointing(figure):
     left, right = figure.subplots(1, 2)
     for x, what in enumerate(('asked', 'other')):
         show_runs(left, 'reading', 'cosmos', f'pointing.color.{what}', x)
-    left.set_xticks(
-        range(2), ('an object of the\ncolour it is asked for', 'an object of\nanother colour'), fontsize=11)
+    words = 'an object of the\ncolour it is asked for', 'an object of\nanother colour'
+    left.set_xticks(range(2), words, fontsize=11)
     left.set(ylim=(0, 100), xlim=(-0.5, 1.5), ylabel='C^I looks at, %')
     for x, what in enumerate(('names', 'random', 'scenes')):
         show_runs(right, 'handed', 'cosmos', f'handed.cosine.{what}', x)
-    right.set_xticks(
-        range(3), ('two names,\none scene', 'two random\nqueries,\none scene', 'one name,\ntwo scenes'), fontsize=11)
+    words = 'two names,\none scene', 'two random\nqueries,\none scene', 'one name,\ntwo scenes'
+    right.set_xticks(range(3), words, fontsize=11)
     right.set_yticks((0, 50, 100), ('0', '0.5', '1'))
     right.set(ylim=(0, 103), xlim=(-0.5, 2.5), ylabel='cosine of two answers of C^I')
     for axis in left, right:
         axis.spines[['top', 'right']].set_visible(False)
 
 
-CELLS = [               # of the 2 x 2: x, y, the term of COSMOS, the same term where nothing is read, is there a leak?
+# Of the 2 x 2: x, y, the term of COSMOS, the same term where nothing is read, is there a leak?
+CELLS = [
     (0, 0, 'h_I_cls_t', 'cls_cls_t', False),
     (1, 0, 'h_I_eot_t', 'cls_eot_t', True),
     (0, 1, 'h_T_cls_t', 'eot_cls_t', True),
@@ -442,16 +475,18 @@ def draw_leak(figure):
     for x, y, term, plain_term, leaks in CELLS:
         before = mean('reading', 'no-cross-attention', f'loss.{plain_term}')
         after = mean('reading', 'cosmos', f'loss.{term}')
-        ink, width, line, words = ('#555555', 1, '-', 'a copy is not enough')
+        words = 'a copy is not enough'
+        style = {'edgecolor': GREY, 'linewidth': 1, 'linestyle': '-'}
         if leaks:
-            ink, width, line, words = (RED, 3, '--', 'a copy is enough')
-        axis.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, edgecolor=ink, linewidth=width,
-                                 linestyle=line))
-        axis.text(x, y - 0.12, f'{before:.0f} → {after:.0f}', ha='center', va='center', fontsize=19, color=ink)
-        axis.text(x, y + 0.24, words, ha='center', va='center', fontsize=11, color=ink)
+            words = 'a copy is enough'
+            style = {'edgecolor': RED, 'linewidth': 3, 'linestyle': '--'}
+        axis.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, **style))
+        ink = {'color': style['edgecolor'], **MIDDLE}
+        axis.text(x, y - 0.12, f'{before:.0f} → {after:.0f}', fontsize=19, **ink)
+        axis.text(x, y + 0.24, words, fontsize=11, **ink)
     axis.set_xticks((0, 1), ("cls_t,\nthe teacher's image", "eot_t,\nthe teacher's caption"))
-    axis.set_yticks(
-        (0, 1), ('h_I, a view\nthat has read\nthe caption', 'h_T, a sentence\nthat has read\nthe image'))
+    readers = 'h_I, a view\nthat has read\nthe caption', 'h_T, a sentence\nthat has read\nthe image'
+    axis.set_yticks((0, 1), readers)
     axis.set(xlim=(-0.5, 1.5), ylim=(1.5, -0.5),
              xlabel='loss, in % of guessing:\nwithout cross-attention → COSMOS')
     axis.set_title('must find', fontsize=13)
@@ -463,7 +498,7 @@ def draw_leak(figure):
 READERS = {
     'cosmos': 'its own\npair', 'another-pair': 'another\npair', 'no-cross-attention': 'nothing'}
 # Of page 3: the image that h_T has read, and its caption's.
-PICKED = {'read': RED, 'sentence': '#333333'}
+PICKED = {'read': RED, 'sentence': GREY}
 
 
 def draw_reading(figure):
@@ -475,8 +510,8 @@ def draw_reading(figure):
     for x, method in enumerate(('cosmos', 'another-pair')):             # the third reads nothing
         for (what, color), shift in zip(PICKED.items(), (-0.15, 0.15)):
             show_runs(left, 'reading', method, f'conflict.h_T_caption.{what}', x + shift, color)
-    left.text(0.1, 80, 'the image\nthat it has read', color=PICKED['read'], va='center', fontsize=11)
-    left.text(0.42, 57, "its caption's\nimage", color=PICKED['sentence'], va='center', fontsize=11)
+    left.text(0.1, 76, 'the image\nthat it has read', color=RED, fontsize=11)
+    left.text(0.42, 53, "its caption's\nimage", color=GREY, fontsize=11)
     show_scale(left, 'h_T picks, %', (25, 50, 75, 100), chance=100 / 32)
     show_scale(right, 'small objects named, %', (0, 30, 40, 50))
     left.set(ylim=(-3, 103))
@@ -551,8 +586,9 @@ def check_runs():
                 row = rows[variant.key(), seed]
                 commit = 'equal' if row['commit'] in EQUAL_COMMITS else row['commit']
                 origins.add((commit, row['machine']))
-        need(len(origins) == 1 or experiment in ANY_MACHINE, f'{experiment} has runs of several origins: {origins}; '
-             'remove their rows from results.csv, and make the runs again, on one machine and at one commit')
+        need(len(origins) == 1 or experiment in ANY_MACHINE,
+             f'{experiment} has runs of several origins: {origins}; remove their rows from '
+             'results.csv, and make the runs again, on one machine and at one commit')
 
 
 def main():

@@ -77,18 +77,18 @@ for shape, (outline, *holes) in SHAPES.items():
 SIZE = 96                                       # side of an image in pixels
 SS = 4                                          # supersampling per axis
 GAP = 2                                         # fewest pixels between objects, and to the border
-TRIES = 200                                     # thousands of layouts to try before we say that objects do not fit
+TRIES = 200                                     # thousands of layouts to try
 VERSION = 6                                     # version of the built-in set; raise it when a scene changes
 
 COMPANY = 'big', 'equal', 'none'
-SMALL_SIZE = 0.2                                # side of a square with the area of a small object, as a share of SIZE
+SMALL_SIZE = 0.2                                # side of a square of its area, as a share of SIZE
 
 
 @dataclass(frozen=True)
 class World:
     """What the scenes of a set have in common. Worlds that differ only in `company` have the same small objects, pixel
     by pixel (in train and val), and in train the same sentences about them."""
-    objects: int = 3                # in a scene, the dominant one and the small ones together; their shapes differ
+    objects: int = 3                # in a scene, one dominant, the others small; their shapes differ
     dominant_size: float = 0.3      # as SMALL_SIZE, for the dominant object
     company: str = 'big'            # what small objects stand next to: 'big', 'equal' (of their size) or 'none'
     seed: int = 0                   # for the training scenes; the held-out ones are the same for all seeds
@@ -141,7 +141,8 @@ def place(rng, things):
             for thing, centre in zip(things, centres[fitting.argmax()]):
                 thing.centre = centre.real, centre.imag
             return
-    raise Refused(f'{len(things)} objects do not fit into an image; give lower --dominant-size or --objects')
+    raise Refused(f'{len(things)} objects do not fit into an image; '
+                  'give lower --dominant-size or --objects')
 
 
 def pixels_of(thing):
@@ -178,7 +179,7 @@ def training_captions(rng, things, shown):
     one. An object that is not shown is called "a picture"."""
     main, *small = things
     rng.shuffle(small)
-    rng.random()                    # unused: without it, every later number would be another, and so would the captions
+    rng.random()                    # unused: without it the numbers drawn later would be others
     captions = []
     for number in range(SENTENCES):
         thing = main
@@ -280,8 +281,8 @@ def built_in_set(root='runs/scenes'):
         folder = Path(f'{root}-{number}')
     print(f'data       drawing the built-in set into {folder}, once')
     if number > 1:
-        print(f'note       {root} holds scenes of another version or another world; a run that began on them goes on '
-              f'with --resume --data {root}')
+        print(f'note       {root} holds scenes of another version or another world; '
+              f'a run that began on them goes on with --resume --data {root}')
     make_scenes(folder)
     return folder
 

@@ -52,7 +52,8 @@ from plumbing.shards import Shards
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
 
-LISTED = {'name', 'role', 'centre', 'absent'}   # sets of another kind, or of an earlier version, lack some
+# Sets of another kind, or of an earlier version, lack some of these.
+LISTED = {'name', 'role', 'centre', 'absent'}
 
 
 def read_scenes(shards):
@@ -70,7 +71,8 @@ def read_scenes(shards):
             if isinstance(listed, dict) and LISTED <= set(listed):
                 color, shape = listed['name'].split()
                 number = len(scene) + 1
-                scene.append(SimpleNamespace(**listed, color=color, shape=shape, pair=pair, number=number))
+                more = {'color': color, 'shape': shape, 'pair': pair, 'number': number}
+                scene.append(SimpleNamespace(**listed, **more))
         scenes.append(scene)
     return scenes
 
@@ -115,7 +117,8 @@ def question(name):
 
 def objects_at(scene, config):
     """The number of the object in the middle of each patch, 0 for the ground, (P,)."""
-    mask = Image.fromarray(mask_of(scene)).resize((config.image_size, config.image_size), Image.NEAREST)
+    size = config.image_size
+    mask = Image.fromarray(mask_of(scene)).resize((size, size), Image.NEAREST)
     p = config.patch_size
     return pil_to_tensor(mask)[0, p // 2::p, p // 2::p].flatten()
 
@@ -138,7 +141,7 @@ def pointing(args, scored, shards, scenes):
         image = preprocess(shard_image(shards, pair))
         _, patches = model.encode_image(image[None].to(device))         # (1, P, D)
         numbers = objects_at(scene, model.config)                       # (P,)
-        peaks = {}                                          # {colour asked for: number of the object at the peak}
+        peaks = {}                      # {colour asked for: number of the object at the peak}
         for thing in scene:
             asked = [COLUMN[thing.name], COLUMN[thing.absent[0]]]
             weights = model.image_cross.weights(eot[asked], patches.expand(2, -1, -1))
@@ -184,10 +187,12 @@ def handed(args, scored, shards, scenes):
     listed = {thing.name for thing in sum(scenes, [])}
     questions = [question(name) for name in NAMES if name in listed]
     queries, _ = model.encode_text(tokenizer(questions).to(device))     # (m, D)
-    random_queries = torch.randn(queries.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator().manual_seed(0)
+    random_queries = torch.randn(queries.shape, generator=generator).to(device) * queries.std()
     answers = []
-    for query in torch.cat([queries, random_queries * queries.std()]):
-        answers.append(unit(model.image_cross(query.expand(1, len(patches), -1), patches)[0]))      # (n, D)
+    for query in torch.cat([queries, random_queries]):
+        answer = model.image_cross(query.expand(1, len(patches), -1), patches)      # (1, n, D)
+        answers.append(unit(answer[0]))
     to_names, to_random = torch.stack(answers, dim=1).chunk(2, dim=1)   # (n, m, D) each
     return {'handed': {'cosine': {
         'names': mean_cosine(to_names),
@@ -315,16 +320,19 @@ def conflict(args, scored, shards, scenes):
 # captions say, but not the noun itself, reaches .694 and .752. So a high figure alone does not prove that the small
 # thing was seen. Compare models that trained on the same photographs.
 
+# fixed before any figure
 NOUNS = """
-    dog ball water beach grass snow bike bicycle car hat shirt tree wall street mountain rock field sand fence bench
-    stick pool boat helmet jacket pants shorts dress coat glasses sunglasses hill river lake ocean wave sky building
-    house road sidewalk crowd tent toy rope horse bird soccer football basketball frisbee skateboard surfboard
-    motorcycle bag backpack chair table food drink camera phone guitar flag umbrella swing slide collar mouth tongue
-    hand face hair arm leg head log bridge sign truck train bus ramp trail path forest wood bush leaf flower park
-    playground yard stairs step rail window door bed couch floor ice cliff child boy girl man woman baby person
-    """.split()                         # fixed before any figure
+    dog ball water beach grass snow bike bicycle car hat shirt tree wall street mountain rock field
+    sand fence bench stick pool boat helmet jacket pants shorts dress coat glasses sunglasses hill
+    river lake ocean wave sky building house road sidewalk crowd tent toy rope horse bird soccer
+    football basketball frisbee skateboard surfboard motorcycle bag backpack chair table food drink
+    camera phone guitar flag umbrella swing slide collar mouth tongue hand face hair arm leg head
+    log bridge sign truck train bus ramp trail path forest wood bush leaf flower park playground
+    yard stairs step rail window door bed couch floor ice cliff child boy girl man woman baby person
+    """.split()
 PROMPTS = 'a {}', 'there is a {}', 'a photo of a {}'
-KINDS = {'minor': range(1, 2), 'dominant': range(4, 100)}   # how many captions of the photograph mention the noun
+# how many captions of the photograph mention the noun
+KINDS = {'minor': range(1, 2), 'dominant': range(4, 100)}
 FEWEST = 12                             # such photographs that a noun must have
 NEAREST = 20                            # photographs without the noun, for each with it
 KNOWN = 3                               # what so many captions say is the context
@@ -376,19 +384,20 @@ def share_below(scores, positive, negatives):
 
 
 def matched(scores, suggested, said, counts):
-    """share_below, averaged over the photographs that mention a noun so many times -> that of the scores, and that of
-    the contexts; None for fewer than FEWEST photographs. suggested, said (n,): how strongly each context suggests the
-    noun, and how many captions mention it."""
+    """share_below of the scores and of the contexts, averaged over the photographs that mention a noun so many times
+    -> {auc, context}; {} for fewer than FEWEST photographs. suggested, said (n,): how strongly each context suggests
+    the noun, and how many captions mention it."""
     positives = [place for place, count in enumerate(said) if count in counts]
     if len(positives) < FEWEST:
-        return None
+        return {}
     without = torch.tensor([place for place, count in enumerate(said) if count == 0])
-    shares = []
+    shares = {'auc': [], 'context': []}
     for positive in positives:
         gaps = (suggested[without] - suggested[positive]).abs()
         nearest = without[gaps.argsort(stable=True)[:NEAREST]]
-        shares.append((share_below(scores, positive, nearest), share_below(suggested, positive, nearest)))
-    return list(map(fmean, zip(*shares)))
+        shares['auc'].append(share_below(scores, positive, nearest))
+        shares['context'].append(share_below(suggested, positive, nearest))
+    return {name: fmean(found) for name, found in shares.items()}
 
 
 def minor(cosines, photographs):
@@ -401,8 +410,9 @@ def minor(cosines, photographs):
         has_noun = [mentions(photograph, forms) > 0 for photograph in photographs['train']]
         odds = log_odds([context - forms for context in contexts['train']], has_noun)
         suggested = []
-        for context in contexts['test']:                # sorted, because the last bits depend on the order
-            suggested.append(sum(odds.get(word, 0.0) for word in sorted(context - forms)))
+        for context in contexts['test']:
+            words = sorted(context - forms)             # because the last bits depend on the order
+            suggested.append(sum(odds.get(word, 0.0) for word in words))
         said = [mentions(photograph, forms) for photograph in photographs['test']]
         for kind, counts in KINDS.items():
             shares = matched(scores, torch.tensor(suggested, dtype=torch.double), said, counts)
@@ -411,8 +421,9 @@ def minor(cosines, photographs):
     figures = {}
     for kind in KINDS:
         need(found[kind], f'no noun of lesson.suppression is {kind} in {FEWEST} test photographs or more')
-        auc, context = map(fmean, zip(*found[kind]))
-        figures[kind] = {'auc': auc, 'context': context, 'nouns': len(found[kind])}
+        figures[kind] = {'nouns': len(found[kind])}
+        for name in 'auc', 'context':
+            figures[kind][name] = fmean(shares[name] for shares in found[kind])
     return figures
 
 
@@ -421,7 +432,8 @@ def measure_minor(args, model, tokenizer, preprocess):
     paths = []
     for split, name, captions in karpathy_rows(read_json(args.karpathy), args.karpathy):
         if split in photographs:
-            photographs[split].append([set(re.findall('[a-z]+', caption.lower())) for caption in captions])
+            words = [set(re.findall('[a-z]+', caption.lower())) for caption in captions]
+            photographs[split].append(words)
         if split == 'test':
             paths.append(Path(args.images or Path(args.karpathy).parent, name))
     image_features = embed_images(model, paths, preprocess, args.workers)
@@ -463,7 +475,7 @@ def measure(args, *scored):
     if args.karpathy:
         need(args.only in (None, 'minor'), f'--only {args.only} needs --shards; --karpathy is for minor')
         return measure_minor(args, *scored)
-    need(args.only != 'minor', '--only minor needs --karpathy and --images, because it is about photographs')
+    need(args.only != 'minor', '--only minor is about photographs; it needs --karpathy and --images')
     shards = Shards(args.shards, split='val')
     scenes = read_scenes(shards)
     possible = list(MEASURES)
@@ -489,10 +501,11 @@ def main():
     add_checkpoint(parser)
     parser.set_defaults(command='suppression', function=measure)
     source = parser.add_mutually_exclusive_group(required=True).add_argument
-    source('--shards', help='a set of scenes, as runs/scenes, or its val/; conflict also takes other held-out shards')
-    source('--karpathy', help="Karpathy's list of photographs, such as dataset_flickr8k.json: measures minor")
-    parser.add_argument('--images', help='folder of the photographs of --karpathy (default: the folder of the list)')
-    parser.add_argument('--only', choices=[*MEASURES, 'minor'], help='one group of figures, instead of all')
+    source('--shards', help='held-out scenes, as runs/scenes or its val/; conflict takes any held-out shards')
+    source('--karpathy', help="Karpathy's list, such as dataset_flickr8k.json: measures minor")
+    add = parser.add_argument
+    add('--images', help='folder of the photographs of --karpathy (default: the folder of the list)')
+    add('--only', choices=[*MEASURES, 'minor'], help='one group of figures, instead of all')
     execute(parser.parse_args())
 
 
