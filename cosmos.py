@@ -17,13 +17,13 @@ Symbols for shapes:
 Names taken from the paper:
     C^I, C^T  the two cross-attention modules: C^I reads (attends to) the image, C^T reads the text
     h_I, h_T  the image's and the text's vectors after each has read the other modality, Eq. 1-2
+              So the letters cross: C^T yields h_I, because the image asks and the text is read, and C^I yields h_T.
     cls_t, eot_t        the teacher's vectors of the images and of the texts
     L_CLIP, L_COSMOS    the two losses; training minimises their sum. Both are means of L_sym-nce, built from L_nce
 Views come first, (V, B, D), and views 0 and 1 are the two globals. Code that serves both modalities says "view" and V
 for captions, too. `ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors.
 
-One training step, with the names used in the code below (text_cross is the module for C^T, image_cross the one for
-C^I):
+One training step, with the names used in the code below (text_cross is C^T, image_cross is C^I):
 
     images: 2 global views, 6 local                               texts: 2 global captions, 6 local
            |                                                                        |
@@ -160,8 +160,8 @@ def unit(x):
 
 
 class COSMOS(nn.Module):
-    """Two towers, two linear maps, two cross-attentions, two learned scales. With cross_heads = 0 it is CLIP's
-    model, two towers and one scale (or two, with config.two_scales).
+    """Two towers, two linear maps, two cross-attentions, two learned scales. With cross_heads = 0 it is CLIP's model:
+    two towers and one scale (or two, with config.two_scales).
 
     The towers are CLIP's. The maps bring patches and words to width D, for C^I and C^T to read. After training only the
     towers are needed: retrieval, classification and segmentation do without cross-attention.
@@ -200,8 +200,9 @@ class COSMOS(nn.Module):
         eot, text_sequence = self.text.with_sequence(texts)             # (U, B, D), (B, T, W)
         patches = self.image_map(image_sequence[:, 1:])                 # (B, P, D)
         words = self.text_map(text_sequence)                            # (B, T, D)
-        h_I = self.text_cross(cls, words) + cls             # (V, B, D)  Eq. 1: images read words
-        h_T = self.image_cross(eot, patches) + eot          # (U, B, D)  Eq. 2: captions read patches
+        h_I = self.text_cross(cls, words) + cls         # (V, B, D)  Eq. 1: images read words
+        h_T = self.image_cross(eot, patches) + eot      # (U, B, D)  Eq. 2: captions read patches
+        # NB: h_T has read the image that it must find in Eq. 6; see page 3 of the course (lesson/README.md).
         return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
 
     def encode_image(self, images):
@@ -263,7 +264,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images, texts):
         """The global views and captions, lists of (B, 3, s, s) and (B, T) -> cls_t and eot_t, (2, B, D) each, of unit
-        length. (With one global caption, as in train.py's method `image-distill`, eot_t is (1, B, D).)"""
+        length."""
         return unit(self.model.visual(images)), unit(self.model.text(texts))
 
     @torch.no_grad()
@@ -273,50 +274,50 @@ class Teacher(nn.Module):
         ours, paper silent: we call it after optimizer.step, as DINO does. The released code calls it before, and so
         averages the student of one step earlier (its train.py:185-193 comes before 213-221).
         """
-        # The same as p_teacher.lerp_(p_student, 1 - momentum) for each parameter, but one call for all of them is
-        # faster.
-        mine = list(self.model.parameters())
-        torch._foreach_lerp_(mine, list(student.parameters()), 1 - momentum)
+        # One call for all parameters is faster than p_teacher.lerp_(p_student, 1 - momentum) for each.
+        averages = list(self.model.parameters())
+        torch._foreach_lerp_(averages, list(student.parameters()), 1 - momentum)
 
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
 # With this many logits or more, nce recomputes them in the backward pass. This many take 67 MB: they are those of 1,024
 # pairs on one GPU, if 2 x 8 pairs of views are compared.
-MANY = 2 ** 24
+MANY_LOGITS = 2 ** 24
 
 
 def nce(queries, keys, scale):
-    """L_nce: each query must find the key of its own pair among all N. Averaged over the V x U combinations of views,
+    """L_nce: each query must find the key of its own pair among all N. Averaged over the Vq x Vk combinations of views,
     and over the B pairs of this GPU.
 
-    queries (V, B, D) of this GPU, keys (U, N, D) of all GPUs, of unit length. Either side may be images or captions, so
-    here V is the number of the queries' views, and U that of the keys'. scale = 1/temperature.
+    queries (Vq, B, D) of this GPU, keys (Vk, N, D) of all GPUs, of unit length; either side may be images or captions.
+    scale = 1/temperature.
 
     By hand, with one view each: queries (1, 0) and (0, 1), keys (1, 0) and (0.6, 0.8), scale 1. The logits are
     [[1, 0.6], [0, 0.8]]. Query 0 costs ln(1 + e^-0.4) = 0.5130, query 1 ln(1 + e^-0.8) = 0.3711; the mean is 0.4421.
     With queries and keys exchanged it is ln(1 + e^-1) = 0.3133 and ln(1 + e^-0.2) = 0.5981; the mean is 0.4557.
     `match`, below, is the mean of both means: 0.4489.
     """
-    V, B, _ = queries.shape
-    U, N, _ = keys.shape
-    # The index of this GPU's first pair among all N pairs. N > B only on several GPUs.
-    first = dist.get_rank() * B if N > B else 0
-    own_key = torch.arange(first, first + B, device=queries.device)
-    target = own_key.view(1, B, 1).expand(V, B, U)
+    Vq, B, _ = queries.shape
+    Vk, N, _ = keys.shape
+    # The right answer for each query is the number of its own pair among all N. On several GPUs, where N > B, the pairs
+    # of this one begin at rank * B.
+    first_pair = dist.get_rank() * B if N > B else 0
+    own_pair = torch.arange(first_pair, first_pair + B, device=queries.device)
+    answers = own_pair.view(1, B, 1).expand(Vq, B, Vk).flatten()        # (Vq*B*Vk,)
 
     def cross_entropy(queries, keys, scale):        # a function, so that `checkpoint` can call it again
         with torch.autocast(queries.device.type, enabled=False):        # float32, even if called under autocast
-            # Row (v, b), column (u, n): all pairs of views in one product.
-            logits = scale * queries.flatten(0, 1) @ keys.flatten(0, 1).T   # (V*B, U*N)
-        # Row (v, b, u): query b of view v chooses among the N keys of view u; target (v, b, u) is its own key.
-        logits = logits.view(V, B, U, N).flatten(0, 2)                  # (V*B*U, N)
-        return F.cross_entropy(logits, target.flatten())
+            # Row (vq, b), column (vk, n): all combinations of views in one product.
+            logits = scale * queries.flatten(0, 1) @ keys.flatten(0, 1).T   # (Vq*B, Vk*N)
+        # Row (vq, b, vk): query b of view vq chooses among the N keys of view vk.
+        logits = logits.view(Vq, B, Vk, N).flatten(0, 2)                # (Vq*B*Vk, N)
+        return F.cross_entropy(logits, answers)
 
-    if V * B * U * N < MANY:
+    if Vq * B * Vk * N < MANY_LOGITS:
         return cross_entropy(queries, keys, scale)
-    # ours: we do not keep this many logits. The backward pass recomputes them, bit for bit, one L_nce at a time.
-    # A step has ten L_nce. With 4,096 pairs on one GPU their logits would take 11 GB together.
+    # ours: we do not keep this many logits, because with 4,096 pairs on one GPU those of a step's ten L_nce would take
+    # 11 GB. The backward pass recomputes them, bit for bit, one L_nce at a time.
     return checkpoint(cross_entropy, queries, keys, scale, use_reentrant=False)
 
 
@@ -343,9 +344,9 @@ def clip_loss(out, scale):
 def cosmos_terms(out, cls_t, eot_t, scale):
     """The four terms of L_COSMOS by name.                                                            Sec. 3.3, Eq. 6
 
-    total_loss weights them equally, so if you add a fifth term, each gets a weight of 1/5. Every term compares all
-    student views with both teacher views, 8 x 2 comparisons in the released recipe. The same view of student and
-    teacher (0 with 0, 1 with 1) is compared as well (paper silent; loss.py:131-139); DINO leaves such pairs out.
+    Every term compares all student views with both teacher views, 8 x 2 comparisons in the released recipe. The same
+    view of student and teacher (0 with 0, 1 with 1) is compared as well (paper silent; loss.py:131-139); DINO leaves
+    such pairs out. total_loss weights the terms equally, so with a fifth one each gets 1/5.
     scale = exp(distill_logit_scale).
     """
     h_I, h_T = gather(out.h_I, out.h_T)
@@ -358,10 +359,7 @@ def cosmos_terms(out, cls_t, eot_t, scale):
 
 
 def cosmos_loss(out, cls_t, eot_t, scale):
-    """L_COSMOS, the mean of the four terms.                                                          Sec. 3.3, Eq. 6
-
-    Training does not call it, because total_loss weights the same terms one by one. It is here to be read and tested.
-    """
+    """L_COSMOS, the mean of the four terms. Training calls total_loss, which weights them one by one."""
     terms = cosmos_terms(out, cls_t, eot_t, scale)
     return sum(terms.values()) / len(terms)
 
@@ -373,7 +371,7 @@ def total_loss(model, out, cls_t, eot_t, terms=cosmos_terms):
     get the same weight. For a term of your own add a line before the sum: parts['name'] = (weight, term).
     """
     parts = {'clip': (1, clip_loss(out, model.logit_scale.exp()))}
-    scale = model.scales()[-1].exp()        # that of L_COSMOS comes last; if there is only one, both losses share it
+    scale = model.scales()[-1].exp()        # that of L_COSMOS or, if it has none of its own, that of L_CLIP
     distilled = terms(out, cls_t, eot_t, scale)
     for name, term in distilled.items():
         parts[name] = (1 / len(distilled), term)        # a quarter each, for the four of Eq. 6
@@ -396,34 +394,32 @@ def gather(*vectors):
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [Gathered(x, x) for x in vectors]
-    everyones = Gather.apply(torch.cat(vectors)).split([len(x) for x in vectors])
-    return [Gathered(x, keys) for x, keys in zip(vectors, everyones)]
+    all_keys = Gather.apply(torch.cat(vectors)).split([len(x) for x in vectors])
+    return [Gathered(x, keys) for x, keys in zip(vectors, all_keys)]
 
 
 class Gather(torch.autograd.Function):
     """(V, B, D) on every rank -> (V, N, D) on all of them; each gradient goes back to the rank that its vector came
     from. B is equal on all ranks.
 
-    ours: the gradient is exact. Each rank computes its own rows of the loss, but they depend on the vectors of every
-    rank. So the backward pass adds up, for each vector, the gradients of all ranks. DDP then takes the mean over ranks,
-    which gives the gradient of the mean loss.
+    ours: the gradient is exact. Each rank computes the loss of its own pairs, which depends on the vectors of every
+    rank. So the backward pass sums, for each vector, the gradients that all ranks have for it. DDP then takes the mean
+    over ranks, and the result is the gradient of the mean loss.
 
-    In the released code each rank computes the whole loss, but differentiates it only with respect to its own vectors.
-    The sum of these pieces over ranks would be the full gradient, but DDP takes their mean. So the gradient is too
-    small by a factor equal to the number of ranks. (The two scales are not affected, because every rank has their whole
-    gradient.) AdamW cancels such a factor, apart from the effect of its eps.
+    In the released code it is smaller, by a factor equal to the number of ranks (that of the two scales is not). AdamW
+    cancels such a factor, apart from the effect of its eps. See docs/differences.md.
     """
 
     @staticmethod
     def forward(ctx, x):
-        ctx.B = x.shape[1]
         V, B, D = x.shape
+        ctx.B = B
         ranks = dist.get_world_size()
-        everyones = x.new_empty(ranks * V, B, D)
+        gathered = x.new_empty(ranks * V, B, D)
         # In torch versions without all_gather_single the same collective is called all_gather_into_tensor.
         all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
-        all_gather(everyones, x.contiguous())
-        return everyones.view(ranks, V, B, D).transpose(0, 1).flatten(1, 2)
+        all_gather(gathered, x.contiguous())
+        return gathered.view(ranks, V, B, D).transpose(0, 1).flatten(1, 2)
 
     @staticmethod
     def backward(ctx, grad):
@@ -447,33 +443,32 @@ class Tower(nn.Module):
     few percent in deeper towers; the result is the same. Cross-attention needs the other rows of view 0, too, so
     `with_sequence` computes them all.
 
-    Each tower defines `embed`. It takes the views in groups of a single size, one tensor (n, ...) per group, and
-    returns for each group the sequences (n, R, W) and the index of the row to pick in each, (n,). A tower also has
-    `transformer`, `norm` and `proj`.
+    A tower has `embed`, `transformer`, `norm` and `proj`. `embed` takes a list of tensors, in each n views of one size.
+    For each tensor it returns the sequences (n, R, W), and which row of each sequence becomes its vector (n,).
     """
 
     def forward(self, views):
         """views: list of V (B, ...); neighbours of the same size share a pass -> [cls] or [eot] (V, B, D)."""
-        features = []
+        vectors = []
         for x, row in self.embed(same_size(views)):
-            features.append(self.read_row(x, row))
-        return torch.cat(features).unflatten(0, (len(views), -1))       # view 0's B rows come first
+            vectors.append(self.vector(x, row))
+        return torch.cat(vectors).unflatten(0, (len(views), -1))        # view 0's B vectors come first
 
     def with_sequence(self, views):
         """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0 after the LayerNorm (B, R, W).
 
         View 0 goes through on its own, and all its rows are computed; the others go through as in `forward`.
         """
-        first, *others = self.embed([views[0], *same_size(views[1:])])
-        x, row = first
-        sequence = self.norm(self.transformer(x))              # (B, R, W)
-        features = [pick(sequence, row)[:, 0] @ self.proj]
+        view_0, *others = self.embed([views[0], *same_size(views[1:])])
+        x, row = view_0
+        sequence = self.norm(self.transformer(x))                       # (B, R, W)
+        vectors = [pick(sequence, row)[:, 0] @ self.proj]
         for x, row in others:
-            features.append(self.read_row(x, row))
-        return torch.cat(features).unflatten(0, (len(views), -1)), sequence
+            vectors.append(self.vector(x, row))
+        return torch.cat(vectors).unflatten(0, (len(views), -1)), sequence
 
-    def read_row(self, x, row):
-        """Sequences x (n, R, W), row (n,) -> (n, D)."""
+    def vector(self, x, row):
+        """Sequences x (n, R, W), row (n,) -> [cls] or [eot] (n, D)."""
         x = self.transformer(x, row)                                    # (n, 1, W)
         return self.norm(x[:, 0]) @ self.proj
 
@@ -496,8 +491,8 @@ class VisionTower(Tower):
         self.proj = nn.Parameter(std * torch.randn(W, config.embed_dim))
 
     def embed(self, groups):
-        """groups: tensors of images (n, 3, height, width), each of a single size -> for each group its sequences
-        (n, 1 + P, W), with positions added, and the row to read (n,): 0, the class token."""
+        """groups: tensors of images (n, 3, height, width) -> for each the sequences (n, 1 + P, W), with positions
+        added, and the row (n,) of the class token, 0."""
         p = self.patch_size
         embedded = []
         for images in groups:
@@ -557,8 +552,8 @@ class TextTower(Tower):
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
     def embed(self, groups):
-        """groups: tensors of ids (n, T), each of a single length -> for each group the vectors of its tokens, with
-        positions added, (n, T, W), and the row of each end-of-text token (n,), which is the token with the largest id.
+        """groups: tensors of ids (n, T) -> for each the sequences (n, T, W), with positions added, and the row (n,) of
+        the end-of-text token, which has the largest id.
 
         One lookup for all captions, because in the backward pass each lookup allocates a (vocab, W) gradient.
         """
@@ -647,22 +642,26 @@ def pick(x, row):
 
 
 class Attention(nn.MultiheadAttention):
-    """Attention(width, heads) has the parameters of torch's multi-head attention, but a forward pass of its own. Its
-    mask is True for keys that may be seen, as in scaled_dot_product_attention; nn.MultiheadAttention's is the opposite.
+    """Attention(width, heads) has the parameters of torch's multi-head attention, but its own forward pass, because we
+    need q, k and v themselves: for the weights that the pictures show, and for segmentation in eval.py.
 
-    The forward pass is written out because we need q, k and v themselves, for the weights that the pictures show and
-    for segmentation in eval.py. The query may be one row, as in the last block. in_proj_weight (3 W, W) stacks the
-    matrices of query, key and value, and in_proj_bias (3 W) stacks their biases. out_proj is the linear map at the end.
+    in_proj_weight (3 W, W) stacks the matrices of query, key and value, and in_proj_bias (3 W) stacks their biases.
+    out_proj is the linear map at the end.
     """
 
     def forward(self, query, context, mask=None):
-        """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). mask: (n, 1, Q, R) or (R, R). An (R, R) mask must be
-        the causal one, because on a GPU is_causal takes its place."""
+        """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). Q is R, or 1 in a last block, or V in cross-attention.
+
+        mask: True for keys that may be seen (in nn.MultiheadAttention it is the opposite). For whole sequences it is
+        (R, R), and must be the causal one; for one row of each sequence it is (n, 1, 1, R).
+        """
         q, k, v = self.project(query, context)
-        if q.device.type == 'cpu':    # up to 5 times as fast as the kernel below, in bf16
+        # On a CPU this is up to 5 times as fast as the kernels below, in bf16. On mps is_causal may leak in half
+        # precision (pytorch#195910).
+        if q.device.type in ('cpu', 'mps'):
             x = attention_weights(q, k, mask) @ v
         elif mask is not None and mask.ndim == 2:
-            # The causal mask of a whole sequence: the flash kernel takes no mask, but has is_causal.
+            # The flash kernel takes no mask, but knows the causal one.
             x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from cosmos import GLOBALS, Config
-from plumbing.colours import JITTERS, NEUTRAL, Changes, changes_of, constant, recolour
+from plumbing.colours import AFTER_JITTERS, JITTERS, Changes, changes_of, constant, recolour
 from plumbing.errors import Refused, Unreadable
 from plumbing.images import decode, read_header
 from plumbing.processes import loading
@@ -67,24 +67,20 @@ def draw_sentences(pool, count, rng):
 # --- 2. The kinds of image views ------------------------------------------------------------------------ Sec. 3.1 ---
 
 class Kind(NamedTuple):
-    """How a view is made. All but size and scale are the probabilities of an operation. How strongly it then acts is
-    drawn in draw_strengths."""
+    """How a view is made. All fields but size and scale are probabilities: of a flip, and of operations whose strength
+    draw_strengths draws."""
     size: int                   # side of the view, in pixels
     scale: tuple                # smallest and largest share of the image's area
     flip: float                 # left and right are swapped
-    jitter: float               # brightness, contrast, saturation and hue change; Batch.views draws their order
+    jitter: float               # brightness, contrast, saturation and hue change, in an order that Batch.views draws
     grey: float
     blur: float
     solarize: float             # bright pixels are inverted
 
 
 def kinds_of_views(config, crop_min=0.4):
-    """One Kind for the first global view, one for the other globals, and one for the locals, as released. To add
-    another kind of local view, append a row: the local views are divided as evenly as possible among the rows from the
-    third on.
-
-    crop_min: the smallest share of the image in a global view.
-    """
+    """One Kind for the first global view, one for the other globals, and one for the locals, as released. crop_min: the
+    smallest share of the image in a global view."""
     large = config.image_size
     small = config.local_image_size
     #    size   scale          flip  jitter  grey  blur  solarize
@@ -94,29 +90,24 @@ def kinds_of_views(config, crop_min=0.4):
         Kind(small, (0.05, 0.4), 0.5, 0.8, 0.2, 0.5, 0.0)]
 
 
-# With --augment crops, these replace the probabilities of every Kind.
-CROPS_ONLY = {'flip': 0.0, 'jitter': 0.0, 'grey': 0.0, 'blur': 0.0, 'solarize': 0.0}
+# With --augment crops, these replace the probabilities of every Kind: all its fields after size and scale.
+CROPS_ONLY = dict.fromkeys(Kind._fields[2:], 0.0)
 
 
 def draw_strengths(kind, rng):
-    """How strongly each operation acts on a view, {operation: strength}, in the released ranges.
-
-    An operation that is not drawn keeps its neutral strength, which changes nothing: the factors of brightness,
-    contrast and saturation are 1, the hue is turned by 0, 'grey' (the share of colour that is kept) is 1, the blur has
-    width 0, and no value exceeds the 'solarize' threshold.
-    """
-    strengths = dict(NEUTRAL)
+    """The operations that change a view, and how strongly, {operation: strength}, in the released ranges."""
+    strengths = {}
     if rng.random() < kind.jitter:
-        strengths['brightness'] = rng.uniform(0.6, 1.4)
+        strengths['brightness'] = rng.uniform(0.6, 1.4)     # a factor; 1 changes nothing
         strengths['contrast'] = rng.uniform(0.6, 1.4)
         strengths['saturation'] = rng.uniform(0.8, 1.2)
-        strengths['hue'] = rng.uniform(-0.1, 0.1)   # 1 would be a full turn of the colour wheel
+        strengths['hue'] = rng.uniform(-0.1, 0.1)           # 1 would be a full turn of the colour wheel
     if rng.random() < kind.grey:
-        strengths['grey'] = 0.0                         # no colour is left
+        strengths['grey'] = 0.0                             # the share of colour that is kept
     if rng.random() < kind.blur:
-        strengths['blur'] = rng.uniform(0.1, 2.0)       # standard deviation in pixels
+        strengths['blur'] = rng.uniform(0.1, 2.0)           # standard deviation in pixels
     if rng.random() < kind.solarize:
-        strengths['solarize'] = 127.5 / 255         # brighter values are inverted
+        strengths['solarize'] = 127.5 / 255                 # brighter values are inverted
     return strengths
 
 
@@ -145,14 +136,13 @@ def image_crops(data, kinds, rng):
     pixels of the image at full size."""
     image, turn, (height, width) = read_header(data)    # for a JPEG this reads only the header
     boxes = draw_boxes(height, width, kinds, rng)
-    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides. One decoding serves all views, and shrinking
-    # must not leave a crop with fewer pixels than its view, so the view whose box is smallest relative to the view's
-    # own size sets the limit. If its box is 200 x 200 pixels and the view 96 x 96, the image may shrink by 200 / 96 =
-    # 2.08, so 1/2 is allowed.
-    reductions = []
+    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides, and one decoding serves all views. But no crop
+    # may then have fewer pixels than its view. A box of 200 x 200 pixels for a view of 96 x 96 lets the image shrink by
+    # 200 / 96 = 2.08, so 1/2 is allowed. The strictest view decides.
+    limits = []
     for (_, _, h, w), kind in zip(boxes, kinds):
-        reductions.append(min(h, w) / kind.size)
-    pixels = decode(image, turn, at_most=min(reductions))
+        limits.append(min(h, w) / kind.size)
+    pixels = decode(image, turn, at_most=min(limits))
     _, decoded_height, decoded_width = pixels.shape
     ratio = min(decoded_height / height, decoded_width / width)     # 1, or about 1/2, 1/4, 1/8
     crops = []
@@ -188,23 +178,33 @@ class Counts(NamedTuple):
     local_texts: int = 6
 
 
+class Sample(NamedTuple):
+    """What a pair gives to one step. Crops.sample leaves the last two to __getitem__."""
+    crops: list             # V image crops (3, s, s), uint8; globals come first, here and below
+    boxes: list             # V: where each crop lies in the image, (y, x, h, w) in pixels
+    strengths: list         # V: the changes of each crop, {operation: strength}
+    captions: list          # U strings
+    ids: torch.Tensor = None            # (U, T), the token numbers of the captions
+    bad: int = 0                        # how many unreadable pairs this one replaces
+
+
 # Stop the run after this many unreadable pairs in a row: the first, and those drawn to replace it.
 MOST_BAD = 1000
 
 
 @dataclass
 class Crops(Dataset):
-    """The training set: (epoch, index of the pair) -> crops of the pair and ids of its captions, for `collate`.
+    """The training set: (epoch, index of the pair) -> Sample, for `collate`.
 
-    augment: 'full' is the released recipe; 'crops' leaves out colour changes and flips, because captions may mention
-    colours, or left and right, and blur, too. crop_min: the smallest share of the image in a global crop.
+    augment: 'full' is the released recipe; 'crops' leaves images unflipped, sharp and in their own colours, because
+    captions may mention colours, or left and right. crop_min: the smallest share of the image in a global crop.
 
     An Unreadable pair is reported by name and counted, and a random pair takes its place. If the replacement is already
     in the batch, its two copies are false negatives of each other; this is rare in a set that is much larger than a
     batch.
 
-    If you add a random draw, put it at the end of `sample`. Anywhere earlier it would shift the draws after it, and so
-    change every run.
+    If you add a random draw, give it a generator of its own in `sample`. With one of those that are there, it would
+    shift the draws that follow, and so change every run.
     """
     shards: Shards
     tokenizer: Tokenizer
@@ -215,34 +215,29 @@ class Crops(Dataset):
     crop_min: float = 0.4
 
     def __post_init__(self):
-        first, other, *kinds_of_locals = kinds_of_views(self.config, self.crop_min)
-        # The kind of each of the V views: one `first`, then `other` for the rest of the globals, then the locals.
-        self.kinds = [first] + [other] * (self.counts.global_images - 1)
-        n = self.counts.local_images
-        for k in range(n):              # with 2 kinds of local views, the first 3 of 6 are of the first kind
-            self.kinds.append(kinds_of_locals[k * len(kinds_of_locals) // n])
+        first, other, local = kinds_of_views(self.config, self.crop_min)
+        others = (self.counts.global_images - 1) * [other]
+        self.kinds = [first, *others, *self.counts.local_images * [local]]      # the kind of each of the V views
         if self.augment == 'crops':
             self.kinds = [kind._replace(**CROPS_ONLY) for kind in self.kinds]
 
     def __getitem__(self, place):
-        """-> V crops (3, s, s) uint8, strengths (V, operations), ids (U, T), how many pairs were unreadable."""
+        """-> the Sample of this pair or, if it is Unreadable, of another."""
         epoch, index = place
         replacements = random.Random(f'{self.seed} {epoch} {index} replacement')
         for bad in range(MOST_BAD):                     # how many have failed so far
             try:
-                crops, strengths, captions, _ = self.sample(epoch, index)
+                sample = self.sample(epoch, index)
             except Unreadable as error:
                 print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
                 index = replacements.randrange(len(self.shards))
             else:
-                # Columns in the order of NEUTRAL's keys, on which changes_of relies.
-                rows = [list(of_view.values()) for of_view in strengths]
-                return crops, torch.tensor(rows), self.tokenizer(captions), bad
+                return sample._replace(ids=self.tokenizer(sample.captions), bad=bad)
         raise Refused(f'{MOST_BAD} pairs in a row cannot be read; look at the shards with '
                       'python -m extras.prepare inspect')
 
     def sample(self, epoch, index):
-        """-> V crops (3, s, s) uint8, the strengths of each, U captions as strings, and the V boxes; globals first."""
+        """-> the Sample of this pair. Raises Unreadable if its image or its record is broken."""
         # Texts and images each have their own generator, so changing the number of captions does not change the image
         # crops. A generator that is seeded with a string draws the same numbers in every process.
         text_rng = random.Random(f'{self.seed} {epoch} {index} texts')
@@ -251,7 +246,7 @@ class Crops(Dataset):
         captions = text_crops(pool, text_rng, self.counts.global_texts, self.counts.local_texts)
         crops, boxes = image_crops(image, self.kinds, image_rng)
         strengths = [draw_strengths(kind, image_rng) for kind in self.kinds]
-        return crops, strengths, captions, boxes
+        return Sample(crops, boxes, strengths, captions)
 
 
 # --- 5. Which pairs make a batch -------------------------------------------------------------------------------------
@@ -324,15 +319,16 @@ class Batch(NamedTuple):
         seed_and_step: a string, the same on all ranks, that seeds the order of the jitters.
         """
         views = []
-        for k, (crops, changes) in enumerate(zip(self.crops, self.changes.by_view())):
+        changes = self.changes.by_view(len(self.crops))
+        for k, crops in enumerate(self.crops):
             # ours: one order of jitters for view k of all pairs. The released code draws a new order for every image.
-            order = random.Random(f'{seed_and_step} {k}').sample(JITTERS, len(JITTERS))
-            images = recolour(crops, changes, [*order, 'grey', 'blur', 'solarize'])
+            jitters = random.Random(f'{seed_and_step} {k}').sample(JITTERS, len(JITTERS))
+            images = recolour(crops, changes[k], [*jitters, *AFTER_JITTERS])
             views.append(normalize(images))
         return views
 
 
-def cut(captions, multiple):
+def cut_to_longest(captions, multiple):
     """A list of (B, T) ids, all cut to the length of the longest text in it, rounded up to a multiple of `multiple`."""
     if not captions:
         return []
@@ -353,18 +349,22 @@ def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
     multiple: the lengths are rounded up to a multiple of it; 8 is faster in half precision. whole_first: False if the
     student has no C^T, so that its caption 0 is cut like its other globals.
     """
-    crops, rows, ids, bad = default_collate(samples)    # V crops (B, 3, s, s), rows (B, V, operations), ids (B, U, T)
-    captions = ids.transpose(0, 1).contiguous().unbind()                # U tensors (B, T)
-    globals_cut = cut(captions[:global_texts], multiple)
-    locals_cut = cut(captions[global_texts:], multiple)
+    crops = default_collate([sample.crops for sample in samples])       # V (B, 3, s, s)
+    changes = changes_of([sample.strengths for sample in samples])
+    ids = torch.stack([sample.ids for sample in samples], dim=1)        # (U, B, T)
+    captions = ids.unbind()                                             # U (B, T)
+    globals_cut = cut_to_longest(captions[:global_texts], multiple)
+    locals_cut = cut_to_longest(captions[global_texts:], multiple)
     first = captions[0] if whole_first else globals_cut[0]
     texts = [first, *globals_cut[1:], *locals_cut]
-    return Batch(crops, changes_of(rows), texts, globals_cut, int(bad.sum()))
+    bad = sum(sample.bad for sample in samples)
+    return Batch(crops, changes, texts, globals_cut, bad)
 
 
-def loader(train_set, order, workers, multiple=1, whole_first=True):
-    """An ordinary DataLoader that serves the batches of an Order, one after another."""
+def loader(train_set, order, workers, device, multiple=1, whole_first=True):
+    """An ordinary DataLoader that serves the batches of an Order, one after another. It pins memory only if the model
+    is on a GPU, because pinning opens a context there."""
     make_batch = partial(collate, multiple=multiple, whole_first=whole_first,
                          global_texts=train_set.counts.global_texts)
     return DataLoader(train_set, batch_sampler=order, collate_fn=make_batch,
-                      pin_memory=torch.cuda.is_available(), **loading(workers))
+                      pin_memory=device.type == 'cuda', **loading(workers))

@@ -12,20 +12,19 @@ is none), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with G
 other CLIPs. We evaluate the teacher, which has the averaged weights, unless there is none or you give --weights
 student. Features are float32 vectors of unit length, and a score is the dot product of two of them.
 
-Parts 3 to 5 are the protocols. On a first reading, skip part 6, the command line. The marks (`ours`, ...) mean the same
-as in cosmos.py and data.py.
+Parts 3 to 5 are the protocols. You can skip part 6, the command line. The marks (`ours`, ...) are those of cosmos.py.
 
 To compare with published figures:
     retrieval       --coco (COCO's val2017) or --flickr (the released list of Flickr30K)
     ImageNet        --templates open_clip: CLIP's 80 prompts instead of our six, and open_clip's names of the classes
     segmentation    --benchmark and --templates open_clip
-    other sets      --templates FILE with prompts of your own, because the released ones are not here. (Caltech101 and
-                    SUN397 are scored whole here; the released figures are of random subsets.)
+    other sets      --templates FILE with prompts of your own, because the released ones are not here (and the released
+                    figures of Caltech101 and SUN397 are of random subsets, while here all images are scored)
 """
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -41,8 +40,7 @@ from data import BICUBIC, normalize
 from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, folder_set, is_imagenet,
                                  mask_pairs, open_clip_prompts, read_mask, read_synonyms, read_templates,
                                  torchvision_set)
-# Refused: an error that a user can fix, which `command` shows as one sentence. Unreadable(Refused): one image or
-# record is bad. need(condition, sentence): Refused unless the condition holds.
+# Refused: an error that a user can mend. Unreadable: a Refused about one image or record. need: Refused, unless.
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import write_json
 from plumbing.images import read_image, shorten
@@ -60,9 +58,8 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
     """-> (model in eval mode, tokenizer, preprocess: PIL image -> (3, S, S)).
 
     path: one of our checkpoints, the folder of a run (its best.pt, or its last.pt if there is none), released weights,
-    or open_clip's. vocab and quick_gelu are passed on to plumbing.weights.read_network; only train.py --init sets
-    quick_gelu. weights: 'teacher' or 'student'. If there is no teacher, the student is taken; model.origin says which
-    network of which checkpoint was loaded, and its step.
+    or open_clip's. weights: 'teacher' or 'student'; if there is no teacher, the student is taken. model.origin says
+    what was loaded. vocab and quick_gelu: see plumbing.weights.read_network.
     """
     path = Path(path)
     if path.is_dir():
@@ -76,9 +73,8 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
 
 
 def preprocessing(size):
-    """The evaluation transform: PIL image -> (3, size, size) float. It resizes the short side to `size` (bicubic), and
-    takes the square in the centre. `shorten` only cuts very wide or very tall images; `normalize` also scales the uint8
-    pixels."""
+    """The evaluation transform: PIL image -> (3, size, size) float. The short side is resized to `size` (bicubic), and
+    the square in the centre is taken. `shorten` first cuts the ends off very long images."""
     return v2.Compose(
         [shorten, v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
 
@@ -94,16 +90,15 @@ def shard_image(shards, i):
     """Pillow image of pair i. Raises Unreadable, with the name of the pair, if it cannot be decoded."""
     try:
         return read_image(shards.image(i))
-    except Unreadable as error:      # the name is looked up only on failure, because the look-up costs a read
+    except Unreadable as error:         # only now is the name read, because that costs time
         raise Unreadable(f'{shards.name(i)}: {error}') from None
 
 
 @dataclass
 class Images(Dataset):
-    """Shards, or a list of paths or of Pillow images. Item i is a tuple: preprocess(image i), usually pixels (3, S, S),
-    and the label 0, because `embed_labelled` expects a label."""
+    """Shards, or a list of paths or of Pillow images. Item i is preprocess(image i), usually pixels (3, S, S)."""
     source: object
-    preprocess: object
+    preprocess: Callable
 
     def __len__(self):
         return len(self.source)
@@ -113,21 +108,19 @@ class Images(Dataset):
             image = shard_image(self.source, i)
         else:
             image = read_image(self.source[i])
-        return self.preprocess(image), 0
+        return self.preprocess(image)
+
+
+def batches(dataset, workers, title):
+    """The items of a set in batches, with a progress bar that has this title."""
+    return progress(DataLoader(dataset, IMAGE_BATCH, **loading(workers)), title)
 
 
 @torch.no_grad()
-def embed_labelled(model, dataset, workers=0):
-    """A set of (pixels (3, S, S), label) -> (n, D) unit vectors on the CPU, (n,) labels."""
-    need(len(dataset), 'there is no image to embed; give one or more')
-    loader = DataLoader(dataset, IMAGE_BATCH, **loading(workers))
-    features = []
-    labels = []
-    for pixels, batch_labels in progress(loader, 'images'):
-        cls = model.visual([pixels.to(model.logit_scale.device)])       # (1, B, D)
-        features.append(unit(cls[0]).cpu())
-        labels.append(batch_labels)
-    return torch.cat(features), torch.cat(labels)
+def embed(model, pixels):
+    """(B, 3, S, S) -> (B, D) unit vectors on the CPU."""
+    cls = model.visual([pixels.to(model.logit_scale.device)])           # (1, B, D)
+    return unit(cls[0]).cpu()
 
 
 def embed_images(model, source, preprocess, workers=0):
@@ -135,8 +128,19 @@ def embed_images(model, source, preprocess, workers=0):
     raises Unreadable, with its name."""
     if isinstance(source, (str, Path, Image.Image)):
         source = [source]
-    features, _ = embed_labelled(model, Images(source, preprocess), workers)    # all labels are 0
-    return features
+    need(len(source), 'there is no image to embed; give one or more')
+    images = Images(source, preprocess)
+    return torch.cat([embed(model, pixels) for pixels in batches(images, workers, 'images')])
+
+
+def embed_labelled(model, dataset, workers=0):
+    """A set of (pixels (3, S, S), label) -> (n, D) unit vectors on the CPU, (n,) labels."""
+    features = []
+    labels = []
+    for pixels, batch_labels in batches(dataset, workers, 'images'):
+        features.append(embed(model, pixels))
+        labels.append(batch_labels)
+    return torch.cat(features), torch.cat(labels)
 
 
 @torch.no_grad()
@@ -158,32 +162,31 @@ def embed_texts(model, tokenizer, texts):
 # --- 3. Retrieval ----------------------------------------------------------------------------------------------------
 
 def ranks(queries, targets, query_ids, target_ids, chunk=1024):
-    """-> (n,): for each query the rank, counted from 1, of its highest-scoring right target. Target j is right for
-    query i if they have the same id. All four arguments must be on the same device; the result is on it, too.
+    """-> (n,): for each of n queries the rank, counted from 1, of its best right target among m targets. Target j is
+    right for query i if they have the same id: the number of an image in retrieval, of a class in classification.
 
-    In retrieval an id is the number of an image, in classification the number of a class. A wrong target with an equal
-    score counts as ahead; otherwise a model whose features are all the same would look perfect.
+    A tie counts against the model: a wrong target with the same score is ranked before the right one. Otherwise a model
+    whose features are all the same would look perfect. All four arguments, and the result, are on one device.
     """
-    found = []
+    ranks_of_chunks = []
     for rows in torch.arange(len(queries)).split(chunk):            # never the whole n x m matrix
-        # The product is computed in float64, and then rounded. In float32 the last bit of a score depends on its row
-        # and column, so two equal vectors might not tie.
+        # The product is computed in float64 and then rounded, so that equal vectors tie. In float32 the last bit of a
+        # score would depend on its row and column.
         scores = (queries[rows].double() @ targets.double().T).float()      # (chunk, m)
-        right = query_ids[rows][:, None] == target_ids              # (chunk, m)
-        best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-        # "not below", so that ties and NaN count against the model.
-        ahead = ~(scores < best) & ~right
-        found.append(1 + ahead.sum(dim=1))
-    return torch.cat(found)
+        is_right = query_ids[rows][:, None] == target_ids           # (chunk, m)
+        best = scores.masked_fill(~is_right, -math.inf).amax(dim=1, keepdim=True)
+        is_worse = scores < best                                    # False for ties, and for NaN
+        before = ~is_worse & ~is_right  # the wrong targets that come before the best right one
+        ranks_of_chunks.append(1 + before.sum(dim=1))
+    return torch.cat(ranks_of_chunks)
 
 
 def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures, computed on the device that holds the three arguments.
 
     owner (captions,): the image of each caption. An image's rank is that of its best-ranked caption. R@K are fractions,
-    and ranks count from 1. chance is the R@1 of guessing, 1 / n in both directions: an image that has c of the M
-    captions finds one of them with probability c / M, and because the c of the n images add up to M, the mean of these
-    probabilities is 1 / n.
+    and ranks count from 1. chance is the R@1 of guessing: 1 / n for a caption, and also on the mean over n images,
+    however many captions each of them has.
     """
     n = len(image_features)
     image_ids = torch.arange(n, device=owner.device)
@@ -202,12 +205,10 @@ HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --captio
 
 
 def shard_captions(shards):
-    """Held-out shards (of val/) -> all captions, and owner (captions,): the pair that each belongs to. Captions are
-    not cut into sentences.
+    """Held-out shards -> all captions, uncut, and owner (captions,): the pair that each belongs to.
 
-    For each pair we try shards.caption_keys in order (HELD_OUT_KEYS if none were given), and use the first key that has
-    a caption. Raises Refused, naming the pair, if its json cannot be read, or if it has no caption or one that is not
-    text.
+    For each pair we use the first of shards.caption_keys (if none were given, of HELD_OUT_KEYS) that has a caption.
+    Raises Refused, naming the pair, if its json cannot be read, or has no caption, or one that is not text.
     """
     keys = shards.caption_keys or HELD_OUT_KEYS
     captions_of_pairs = []
@@ -218,7 +219,7 @@ def shard_captions(shards):
             tar = shards.paths[shards.index[i, 0]]
             raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect {tar}') from None
         present = [key for key in keys if has_caption(record.get(key))]
-        if not present:  # the name is looked up only on failure, because the look-up costs a read
+        if not present:
             raise Refused(f"{shards.name(i)} has no caption under {', '.join(keys)}; name others with --caption-keys")
         captions_of_pairs.append(record[present[0]])
     return with_owners(captions_of_pairs, shards.name)
@@ -226,37 +227,37 @@ def shard_captions(shards):
 
 def check_held_out(shards, workers=0):
     """Read every caption and decode every image of held-out shards, so that a broken one is found now, and not in the
-    middle of a run. Raises Refused or Unreadable, with the name of the pair.
-
-    If the shards were opened from an index, images are not decoded again. train.py writes this index (val.npy) only
-    after this check, so they have passed it before.
-    """
+    middle of a run. Raises Refused or Unreadable, with the name of the pair."""
     shard_captions(shards)
-    if shards.is_mapped:
-        return
-    images = Images(shards, attrgetter('size'))         # decoded, but only the size is sent back
-    for _ in progress(DataLoader(images, IMAGE_BATCH, **loading(workers)), 'trying held-out images'):
-        pass
+    # train.py writes the index of held-out shards only after this check. So if they come with one, they have passed.
+    were_decoded = shards.is_mapped
+    if not were_decoded:
+        for _ in batches(Images(shards, size_of), workers, 'trying held-out images'):
+            pass
+
+
+def size_of(image):         # little to send back from a worker, once the image is decoded
+    return image.size
 
 
 def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
-    """-> the figures, and the image features (n, D) for callers that need these again.
-
-    source: image paths, with their captions and `owner`; or held-out shards, which have captions of their own.
-    """
+    """-> the figures, and the image features (n, D) for callers that need these again. source: held-out shards, or
+    image paths with their captions and `owner`."""
     if captions is None:
         captions, owner = shard_captions(source)
     image_features = embed_images(model, source, preprocess, workers)
     text_features = embed_texts(model, tokenizer, captions)
-    # The products of `ranks` are large, so they are made on the model's device.
-    on_device = [x.to(model.logit_scale.device) for x in (image_features, text_features, owner)]
+    # The products of `ranks` are large, so they are made on the model's device; but mps has no float64.
+    device = model.logit_scale.device
+    if device.type == 'mps':
+        device = 'cpu'
+    on_device = [x.to(device) for x in (image_features, text_features, owner)]
     return retrieval(*on_device), image_features
 
 
 # --- 4. Classification -----------------------------------------------------------------------------------------------
 
-# ours: six prompts for every set. The released evaluation has prompts of its own for each set (80 for ImageNet); pass
-# such prompts with --templates.
+# ours: six prompts for every set. The released evaluation has other prompts for each set; pass them with --templates.
 TEMPLATES = ('a photo of a {}', 'a picture of a {}', 'an image of a {}', 'there is a {} in the picture',
              'a small {}', 'a large {}')
 
@@ -269,7 +270,7 @@ def class_vectors(model, tokenizer, names, templates=TEMPLATES):
 
 
 def classify(image_features, vectors, labels):
-    """image_features (n, D), vectors (K, D), labels (n,) -> figures. A tie counts against the model, as in `ranks`."""
+    """image_features (n, D), vectors (K, D), labels (n,) -> figures."""
     K = len(vectors)
     # Each image is a query, and the K classes are its targets.
     rank = ranks(image_features, vectors, labels, torch.arange(K))
@@ -287,8 +288,7 @@ def classify(image_features, vectors, labels):
 
 # --- 5. Segmentation -------------------------------------------------------------------------------------------------
 
-# In pixels, as released; the long side is scaled to at most this, but see segment_image.
-LONGEST_SIDE = 2048
+LONGEST_SIDE = 2048         # of a scaled image, in pixels, as released
 
 
 def encode_dense(model, images, csa=False):
@@ -320,8 +320,8 @@ def correlative_block(block, x):
     """
     rows = block.ln_1(x)
     q, k, v = block.attn.project(rows, rows)                        # each (B, H, R, d)
-    weights = attention_weights(q, q) + attention_weights(k, k)     # (B, H, R, R); each row sums to 2, as in SCLIP
-    read = (weights @ v).transpose(1, 2).flatten(2)                 # (B, R, W), the heads side by side
+    weights = attention_weights(q, q) + attention_weights(k, k)     # (B, H, R, R); rows sum to 2
+    read = (weights @ v).transpose(1, 2).flatten(2)         # (B, R, W), the heads side by side
     x = x + block.attn.out_proj(read)
     return x + block.mlp(block.ln_2(x))
 
@@ -355,11 +355,11 @@ def window_scores(model, pixels, vectors, csa):
     return total / covered
 
 
-def segment_image(model, image, vectors, names_per_class, settings):
-    """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is first scaled to H x W pixels, so
-    that its short side has settings.size pixels (two comments below name exceptions), and is scored at that size.
+def segment_image(model, image, vectors, class_of_name, settings):
+    """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is scored at H x W pixels, to which
+    it is scaled first.
 
-    vectors (M, D): one for each name, class after class; a class has one name or several. The steps are those of
+    vectors (M, D): one for each name. class_of_name: M numbers; a class may have several names. The steps are those of
     clip_segmentor.py:113-276 of the released code:
         1. Each pixel takes its most probable class.
         2. If settings.area is above 0, a foreground class that covers at most this share of the foreground is dropped,
@@ -369,21 +369,16 @@ def segment_image(model, image, vectors, names_per_class, settings):
     """
     width, height = image.size
     short = min(width, height)
-    # The short side gets settings.size pixels, unless the long one would then exceed LONGEST_SIDE.
-    zoom = min(settings.size / short, LONGEST_SIDE / max(width, height))
-    # ours: the short side is at least a window long, even if the long one then exceeds LONGEST_SIDE.
-    zoom = max(zoom, model.config.image_size / short)
+    zoom = settings.size / short                            # the short side becomes settings.size,
+    zoom = min(zoom, LONGEST_SIDE / max(width, height))     # less if the long one would be too long,
+    zoom = max(zoom, model.config.image_size / short)       # but never less than a window (ours)
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)
     logits = settings.scale * scores                                # (M, H, W)
-    class_of_name = []
-    for number, count in enumerate(names_per_class):
-        class_of_name += [number] * count
     size = height, width
-    all_classes = range(len(names_per_class))
-    probability, classes = best_class(logits, size, class_of_name, all_classes)
+    probability, classes = best_class(logits, size, class_of_name, class_of_name)
     if settings.area:
-        pixels_of_class = torch.bincount(classes.flatten(), minlength=len(names_per_class))
+        pixels_of_class = torch.bincount(classes.flatten())
         foreground = pixels_of_class[1:].sum()
         kept = pixels_of_class > settings.area * foreground         # (classes,)
         kept[0] = True                                              # the background
@@ -394,22 +389,22 @@ def segment_image(model, image, vectors, names_per_class, settings):
 
 def best_class(logits, size, class_of_name, candidates):
     """logits (M, H, W) of M names -> two maps of `size` (h, w): for each pixel the probability of the best candidate
-    class, and that class. A class is as probable as its most probable name. The softmax runs over the names of all
-    classes, candidates or not.
+    class, and that class. A class is as probable as its most probable name. The softmax runs over all names, also those
+    of other classes.
 
-    The logit maps of the names are enlarged one at a time, because 100 of them at once, for a photo of 12 megapixels,
-    would take 5 GB.
+    The map of each name is enlarged on its own, because 100 of them at once, for a photo of 12 megapixels, would take 5
+    GB. So the softmax is computed name by name, too: e^highest / sum of e^logit = e^(highest - ln of that sum).
     """
-    highest = logits.new_full(size, -math.inf)                      # the best logit so far
-    total = logits.new_full(size, -math.inf)                        # ln of the sum of e^logit so far
+    highest = logits.new_full(size, -math.inf)              # of the candidates' logits so far
+    log_sum = logits.new_full(size, -math.inf)              # ln of the sum of e^logit so far
     classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
     for small, number in zip(logits, class_of_name):
         of_name = F.interpolate(small[None, None], size, mode='bilinear')[0, 0]     # (h, w)
-        total = total.logaddexp(of_name)
+        log_sum = log_sum.logaddexp(of_name)
         if number in candidates:
             classes[of_name > highest] = number
             highest = highest.maximum(of_name)
-    return (highest - total).exp(), classes
+    return (highest - log_sum).exp(), classes
 
 
 def confusion(truth, predicted, classes):
@@ -431,20 +426,16 @@ def segmentation_figures(matrix, names):
     for name, value in zip(names, iou.tolist()):
         if not math.isnan(value):
             iou_of[name] = value
-    pixels = truth.sum().item()
-    need(pixels, 'every pixel of every mask is ignored, so there is nothing to score; '
-         'see --masks and --benchmark')
     return {'classes': int((truth > 0).sum()),
             'mIoU': iou.nanmean().item(),
-            'pixel_accuracy': hit.sum().item() / pixels,
+            'pixel_accuracy': hit.sum().item() / truth.sum().item(),
             'IoU': iou_of}
 
 
 # --- 6. Commands -----------------------------------------------------------------------------------------------------
 
 def show(figures, indent=''):
-    """Print nested figures, one per line: ranks with one decimal, all other floats in percent. Lists are for --json
-    only."""
+    """Print nested figures, one per line, floats in percent (but not ranks). Lists are for --json only."""
     for name, value in figures.items():
         if isinstance(value, dict):
             print(f'{indent}{name}')
@@ -458,44 +449,36 @@ def show(figures, indent=''):
 
 def run_retrieval(args, model, tokenizer, preprocess):
     need(args.karpathy or not args.split, '--split is for --karpathy only; omit it')
-    need(args.karpathy or args.flickr or not args.images,
-         '--images is for --karpathy and --flickr; omit it')
+    need(args.karpathy or args.flickr or not args.images, '--images is for --karpathy and --flickr; omit it')
     if args.shards:
         source = Shards(args.shards, args.caption_keys, split='val')    # with captions of its own
         captions = owner = None
     else:
-        split = args.split or 'test'
         source, captions, owner = published_captions(
-            args.coco, args.karpathy, args.flickr, args.images, split)
-    figures, _ = zero_shot_retrieval(
-        model, tokenizer, preprocess, source, captions, owner, args.workers)
+            args.coco, args.karpathy, args.flickr, args.images, args.split or 'test')
+    figures, _ = zero_shot_retrieval(model, tokenizer, preprocess, source, captions, owner, args.workers)
     return figures
 
 
 def run_classify(args, model, tokenizer, preprocess):
     if args.folder:
-        need(not args.split,
-             '--split is for --dataset only; omit it, or give the folder of a split')
+        need(not args.split, '--split is for --dataset only; omit it, or give the folder of a split')
         split = 'none, all images'
         source = folder_set(args.folder, preprocess)
     else:
-        source, split = torchvision_set(
-            args.dataset, args.root, args.split, args.download, preprocess)
-    templates = read_templates(args.templates) if args.templates else TEMPLATES
+        source, split = torchvision_set(args.dataset, args.root, args.split, args.download, preprocess)
+    templates = read_templates(args.templates, TEMPLATES)
     if args.templates == 'open_clip' and not args.classes and is_imagenet(source):
         _, names = open_clip_prompts()
     else:
         names = class_names(source, args.classes)
     vectors = class_vectors(model, tokenizer, names, templates)
     features, labels = embed_labelled(model, source, args.workers)
-    need(labels.min() >= 0, 'some images have no label; give another --split')
     need(labels.max() < len(names),
          f'the labels go up to {labels.max()}, counted from 0, but there are {len(names)} names; '
          'give a longer list with --classes')
-    return classify(features, vectors, labels) | {
-        'split': split,
-        'prompts': ' | '.join(templates),
-        'names': names}
+    facts = {'split': split, 'prompts': ' | '.join(templates), 'names': names}
+    return classify(features, vectors, labels) | facts
 
 
 def run_segment(args, model, tokenizer, preprocess):
@@ -505,25 +488,26 @@ def run_segment(args, model, tokenizer, preprocess):
         settings = Settings(size=3 * model.config.image_size // 2)
     settings = settings._replace(csa=args.csa)
     synonyms = read_synonyms(args.classes)              # a list of names for each class
-    need(settings.classes in (0, len(synonyms)),        # 0: any number
+    need(settings.classes in (0, len(synonyms)),
          f'{args.classes} has {len(synonyms)} lines, but {args.benchmark} has {settings.classes} classes; '
          'give one line per class')
-    names = [of_class[0] for of_class in synonyms]
-    names_per_class = [len(of_class) for of_class in synonyms]
-    templates = read_templates(args.templates) if args.templates else TEMPLATES
-    all_names = [name for of_class in synonyms for name in of_class]
-    vectors = class_vectors(model, tokenizer, all_names, templates)
-    vectors = vectors.to(model.logit_scale.device)
+    all_names = []
+    class_of_name = []
+    for number, of_class in enumerate(synonyms):
+        all_names += of_class
+        class_of_name += [number] * len(of_class)
+    templates = read_templates(args.templates, TEMPLATES)
+    vectors = class_vectors(model, tokenizer, all_names, templates).to(model.logit_scale.device)
     pairs = mask_pairs(args.images, args.masks, args.image_suffix, args.mask_suffix, args.list)
-    matrix = torch.zeros(len(names), len(names), dtype=torch.int64)
+    K = len(synonyms)
+    matrix = torch.zeros(K, K, dtype=torch.int64)
     for image_path, mask_path in progress(pairs, 'images'):
         image = read_image(image_path)
-        truth = read_mask(mask_path, image.size, len(names), settings.reduce_zero_label)
-        predicted = segment_image(model, image, vectors, names_per_class, settings)
-        matrix += confusion(truth, predicted, len(names))
-    return {'images': len(pairs),
-            'settings': str(settings),
-            'prompts': ' | '.join(templates)} | segmentation_figures(matrix, names)
+        truth = read_mask(mask_path, K, settings.reduce_zero_label)
+        predicted = segment_image(model, image, vectors, class_of_name, settings)
+        matrix += confusion(truth, predicted, K)
+    facts = {'images': len(pairs), 'settings': str(settings), 'prompts': ' | '.join(templates)}
+    return facts | segmentation_figures(matrix, [of_class[0] for of_class in synonyms])
 
 
 def execute(args):
@@ -538,8 +522,7 @@ def execute(args):
 
 
 def main():
-    # args has the options that --help lists (CKPT is args.checkpoint), and args.command: retrieval, classify or
-    # segment.
+    # args has the options that --help lists, and args.command: retrieval, classify or segment.
     args = evaluation_options(__doc__, HELD_OUT_KEYS)
     functions = {'retrieval': run_retrieval, 'classify': run_classify, 'segment': run_segment}
     args.function = functions[args.command]

@@ -3,9 +3,10 @@
     pytest test_cosmos.py           this file
     pytest                          all tests: also those of data, training, evaluation, plumbing, course and extras
 
-Part 1 compares with the released code. Some of its numbers stand at the end of this file, and more are in the folder
-that the variable COSMOS_SHARED names (by default ../shared). If that folder is absent, the tests that need it are
-skipped. Parts 2-6 come in the order of cosmos.py.
+Part 1 compares with the released code. Some of its numbers stand at the end of this file; they were made by `python -m
+extras.released CLONE --record FILE`, where CLONE is a checkout of that code. More are in the folder that the variable
+COSMOS_SHARED names (by default ../shared); if it is absent, the tests that need it are skipped. Parts 2-6 come in the
+order of cosmos.py.
 """
 import itertools
 import math
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -84,8 +86,8 @@ def test_many_logits_are_computed_again(monkeypatch):
 
     monkeypatch.setattr(F, 'cross_entropy', counted)
     found = []
-    for many, times in (cosmos.MANY, 10), (1, 20):
-        monkeypatch.setattr(cosmos, 'MANY', many)
+    for many, times in (cosmos.MANY_LOGITS, 10), (1, 20):
+        monkeypatch.setattr(cosmos, 'MANY_LOGITS', many)
         model, images, texts = micro()
         loss, _ = total_loss(model, model(images, texts), *Teacher(model)(images[:GLOBALS], texts[:GLOBALS]))
         loss.backward()
@@ -298,43 +300,31 @@ def a_forward_pass(method):
     return model, model(images, texts), cls_t, eot_t
 
 
-def test_total_loss_is_clip_plus_cosmos():
-    """oracle: the definitions of L_CLIP and of L_COSMOS, Eq. 6, as loops, with scales e and e^2."""
-    model, out, cls_t, eot_t = a_forward_pass('cosmos')
-    e = math.e
-    loss, parts = total_loss(model, out, cls_t, eot_t)
-    expected = {
-        'clip': (1, slow_loss(out.cls[:GLOBALS], out.eot, e)),
-        'h_I_cls_t': (0.25, slow_loss(out.h_I, cls_t, e * e)),
-        'h_I_eot_t': (0.25, slow_loss(out.h_I, eot_t, e * e)),
-        'h_T_cls_t': (0.25, slow_loss(out.h_T, cls_t, e * e)),
-        'h_T_eot_t': (0.25, slow_loss(out.h_T, eot_t, e * e))}
+TERMS = {  # what each method learns in addition to L_CLIP: for cosmos Eq. 6
+    'cosmos': 'h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t',
+    'across': 'h_I_cls_t cls_eot_t eot_cls_t h_T_eot_t',
+    'no-cross-attention': 'cls_cls_t cls_eot_t eot_cls_t eot_eot_t',
+    'text-distill': 'cls_cls_t eot_eot_t',
+    'image-distill': 'cls_cls_t',
+    'clip': ''}
+
+
+@pytest.mark.parametrize('method', TERMS)
+def test_total_loss_of_each_method(method):
+    """oracle: the definitions of L_CLIP and of the terms as loops. The scale is e; if there is a second, it is e^2."""
+    model, out, cls_t, eot_t = a_forward_pass(method)
+    vectors = out._asdict() | {'cls_t': cls_t, 'eot_t': eot_t}
+    second = math.e ** len(model.scales())
+    names = TERMS[method].split()
+    expected = {'clip': (1, slow_loss(out.cls[:GLOBALS], out.eot, math.e))}
+    for name in names:
+        student, teacher = re.fullmatch('(.+)_(.+_t)', name).groups()
+        expected[name] = 1 / len(names), slow_loss(vectors[student], vectors[teacher], second)
+    loss, parts = total_loss(model, out, cls_t, eot_t, train.METHODS[method].terms)
     assert_close(parts, expected)
-    assert_close(loss, clip_loss(out, e) + cosmos_loss(out, cls_t, eot_t, e * e))
-
-
-def test_losses_without_cross_attention():
-    """oracle: the losses as loops. L_CLIP and the terms that compare a modality with the teacher's vectors of the
-    same modality share one scale; the four terms of `no-cross-attention` use the second scale."""
-    model, out, cls_t, eot_t = a_forward_pass('clip')
-    clip = slow_loss(out.cls[:GLOBALS], out.eot, math.e)
-    images = slow_loss(out.cls, cls_t, math.e)
-    texts = slow_loss(out.eot, eot_t, math.e)
-    for distill, expected in (
-            (train.no_terms, {}),
-            (train.image_terms, {'cls_cls_t': (1.0, images)}),
-            (train.embedding_terms, {'cls_cls_t': (0.5, images), 'eot_eot_t': (0.5, texts)})):
-        _, parts = total_loss(model, out, cls_t, eot_t, distill)
-        assert_close(parts, {'clip': (1, clip)} | expected)
-    model, out, cls_t, eot_t = a_forward_pass('no-cross-attention')
-    _, parts = total_loss(model, out, cls_t, eot_t, train.no_cross_attention_terms)        # with the second scale
-    e = math.e ** 2
-    assert_close(parts, {
-        'clip': (1, slow_loss(out.cls[:GLOBALS], out.eot, math.e)),
-        'cls_cls_t': (0.25, slow_loss(out.cls, cls_t, e)),
-        'cls_eot_t': (0.25, slow_loss(out.cls, eot_t, e)),
-        'eot_cls_t': (0.25, slow_loss(out.eot, cls_t, e)),
-        'eot_eot_t': (0.25, slow_loss(out.eot, eot_t, e))})
+    assert_close(loss, sum(weight * term for weight, term in expected.values()))
+    if method == 'cosmos':
+        assert_close(loss, clip_loss(out, math.e) + cosmos_loss(out, cls_t, eot_t, second))
 
 
 @pytest.mark.parametrize('method, forward, backward', [
@@ -447,6 +437,28 @@ def test_images_that_are_not_square():
     close(encode_dense(model, images), projected[:, 1:].view(2, 3, 5, -1))
 
 
+@pytest.mark.parametrize('device, kernels', [('cpu', 0), ('mps', 0), ('meta', 3)])
+def test_where_attention_is_written_out(monkeypatch, device, kernels):
+    """oracle: how often torch's kernel is called, for a causal mask, for that of one row, and for none. The tensors
+    hold no numbers, so no such device is needed; meta stands for a GPU."""
+    called = []
+
+    def kernel(q, k, v, **options):
+        called.append(options)
+        return q
+
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', kernel)
+    monkeypatch.setattr(cosmos, 'attention_weights', lambda q, k, mask: q @ k.mT)
+    one_head = SimpleNamespace(project=lambda *pair: [pair[k].unsqueeze(1) for k in (0, 1, 1)], out_proj=torch.clone)
+    with FakeTensorMode(), torch.device(device):
+        rows = torch.empty(2, 5, 8)
+        causal = torch.empty(5, 5, dtype=torch.bool)
+        of_one_row = torch.empty(2, 1, 1, 5, dtype=torch.bool)
+        for query, mask in (rows, causal), (torch.empty(2, 1, 8), of_one_row), (rows, None):
+            assert Attention.forward(one_head, query, rows, mask).shape == query.shape
+    assert len(called) == kernels
+
+
 def test_quick_gelu_by_hand():
     """oracle: x / (1 + exp(-1.702 x)), in each block of both towers. (Exact GELU: test_equals_the_released_code.)"""
     x = torch.linspace(-3, 3, 7)
@@ -456,39 +468,39 @@ def test_quick_gelu_by_hand():
             close(block.mlp.gelu(x), x / (1 + torch.exp(-1.702 * x)), 1e-6)
 
 
-def test_compiled_blocks_are_few(monkeypatch):
-    """oracle: the number of graphs, which a backend counts. A few must serve all layers, batches and lengths."""
+@pytest.fixture
+def graphs(monkeypatch):
+    """The number of graphs that torch.compile makes of blocks, as a backend counts them."""
     torch._dynamo.reset()
     counter = CompileCounter()
     monkeypatch.setattr(cosmos.Block, 'compile', partialmethod(torch.nn.Module.compile, backend=counter))
+    return counter
+
+
+def test_compiled_blocks_are_few(graphs):
+    """oracle: a few graphs must serve all layers, batches and lengths; by default the compiler gives up at 8."""
     model, _, _ = micro()
     train.compile_blocks(model)
     for B, length in (4, 5), (3, 7), (2, 9), (4, 8):
         _, images, texts = micro(B=B)
         model(images, [texts[0], texts[2][:, :length]])
-    assert 0 < counter.frame_count < 8                  # by default the compiler gives up at 8
+    assert 0 < graphs.frame_count < 8
 
 
-def test_compiled_blocks_are_whole_under_ddp(monkeypatch):
-    """oracle: the number of graphs without DistributedDataParallel. Under it torch would cut in two each block
-    that has more than a megabyte of parameters."""
+def test_compiled_blocks_are_whole_under_ddp(graphs, monkeypatch):
+    """oracle: as many graphs as without DistributedDataParallel. Under it torch would cut in two each block that has
+    more than a megabyte of parameters."""
     monkeypatch.setattr(torch._dynamo.config, 'optimize_ddp', True)     # torch's default
-    config = replace(MICRO, vision_width=192, vision_heads=3, text_width=192, text_heads=3)
     _, images, texts = micro()
-    graphs = []
+    model = COSMOS(replace(MICRO, vision_width=192, vision_heads=3, text_width=192, text_heads=3))
+    train.compile_blocks(model)
+    model(images, texts)
+    alone = graphs.frame_count
+    torch._dynamo.reset()
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    for wrapped in False, True:
-        torch._dynamo.reset()
-        counter = CompileCounter()
-        monkeypatch.setattr(cosmos.Block, 'compile', partialmethod(torch.nn.Module.compile, backend=counter))
-        model = COSMOS(config)
-        train.compile_blocks(model)
-        if wrapped:
-            model = DistributedDataParallel(model)
-        model(images, texts)
-        graphs.append(counter.frame_count)
+    DistributedDataParallel(model)(images, texts)
     dist.destroy_process_group()
-    assert graphs[0] == graphs[1] > 0
+    assert graphs.frame_count == 2 * alone > 0
 
 
 # --- 6. python cosmos.py ---------------------------------------------------------------------------------------------
@@ -506,36 +518,22 @@ def test_the_walk_through_runs():
 # --- Recorded --------------------------------------------------------------------------------------------------------
 
 # What the released code computes for the weights and inputs of test_equals_the_released_code: L_CLIP and L_COSMOS; the
-# first six numbers of h_I of view 0 and of h_T of caption 0, for pair 0; and for each of the 83 parameters the norm of
-# the gradient of the sum of both losses. Parameters come in the order of their released names, biases before weights.
-# Losses and vectors must agree to 1e-6, norms to 1e-5 of themselves (the worst that we saw was 2e-6, with four CPU
-# instruction sets, and on the CPU path of Attention as well as on its kernel path). The last two norms of either
-# cross-attention belong to the LayerNorm of its queries. They are below 1e-5, because they are what is left of sums
-# that cancel, so they are held to 1e-9, a quarter of a percent of the smallest. The keys' bias is a third of
-# in_proj_bias. Its gradient is rounding noise around 0, too small to show in the norm of the whole.
+# first six numbers of h_I of view 0 and of h_T of caption 0, for pair 0; and the norms of the gradient of both losses
+# for each of the 83 parameters, sorted by their released names. `python -m extras.released CLONE --record FILE` writes
+# them. Losses and vectors must agree to 1e-6, norms to 1e-5 of themselves (the worst that we saw was 2e-6, with four
+# CPU instruction sets, and on the CPU path of Attention as well as on its kernel path). The norms below 1e-5, of the
+# LayerNorms of C^I's and C^T's queries, are what is left of sums that cancel, so they are held to 1e-9.
 RELEASED_LOSSES = [1.144916, 1.142693]
 RELEASED_H_I = [0.281730, 0.157082, -0.238676, -0.069201, -0.208976, -0.218391]
 RELEASED_H_T = [-0.019756, 0.101438, -0.225228, 0.069547, 0.111738, -0.129658]
 RELEASED_NORMS = [
-    # distill_logit_scale, image_token_mapping, ln_final, logit_scale, positional_embedding
-    0.0860079, 0.008966249, 0.01063868, 0.1474542, 0.4828501, 0.09271745, 0.3959694,
-    # text_attn_cross_pool: attn.in_proj, attn.out_proj, ln_k, ln_q
-    0.0824772, 0.07270283, 0.09259583, 0.09177884, 0.0486663, 0.05176692, 5.344593e-06, 4.206319e-06,
-    # text_projection, text_token_mapping, token_embedding
-    0.4287219, 0.03167216, 0.0340934, 0.07844206,
-    # transformer.resblocks.0: attn.in_proj, attn.out_proj, ln_1; ln_2, mlp.c_fc, mlp.c_proj
-    0.03889835, 0.05442579, 0.04866956, 0.06314463, 0.02482899, 0.04738871,
-    0.02258297, 0.05162849, 0.03405978, 0.09143177, 0.04192249, 0.09855679,
-    # transformer.resblocks.1
-    0.03497801, 0.04319603, 0.04312738, 0.05648869, 0.02848439, 0.02735969,
-    0.02673336, 0.04692046, 0.03416764, 0.06722199, 0.04277705, 0.07045326,
-    # visual.attn_cross_pool
-    0.02671452, 0.02655507, 0.03811837, 0.03706304, 0.01735885, 0.0121855, 5.183537e-07, 4.266501e-07,
-    # visual.class_embedding, conv1, ln_post, ln_pre, positional_embedding, proj
-    0.01126326, 0.003982043, 0.1954721, 0.2119238, 0.04077208, 0.04295443, 0.01126796, 0.310719,
-    # visual.transformer.resblocks.0
-    0.02452159, 0.0261178, 0.03594523, 0.03915303, 0.02314647, 0.01683904,
-    0.02612027, 0.02304251, 0.03039998, 0.03447563, 0.03319042, 0.04503378,
-    # visual.transformer.resblocks.1
-    0.02016885, 0.02296936, 0.03225727, 0.03451009, 0.01834249, 0.0163414,
-    0.02185174, 0.01791096, 0.02699048, 0.02577644, 0.03208923, 0.03517524]
+    0.0860079, 0.008966249, 0.01063868, 0.1474542, 0.4828501, 0.09271745, 0.3959694, 0.0824772, 0.07270283,
+    0.09259583, 0.09177884, 0.0486663, 0.05176692, 5.344593e-06, 4.206319e-06, 0.4287219, 0.03167216, 0.0340934,
+    0.07844206, 0.03889835, 0.05442579, 0.04866956, 0.06314463, 0.02482899, 0.04738871, 0.02258297, 0.05162849,
+    0.03405978, 0.09143177, 0.04192249, 0.09855679, 0.03497801, 0.04319603, 0.04312738, 0.05648869, 0.02848439,
+    0.02735969, 0.02673336, 0.04692046, 0.03416764, 0.06722199, 0.04277705, 0.07045326, 0.02671452, 0.02655507,
+    0.03811837, 0.03706304, 0.01735885, 0.0121855, 5.183537e-07, 4.266501e-07, 0.01126326, 0.003982043, 0.1954721,
+    0.2119238, 0.04077208, 0.04295443, 0.01126796, 0.310719, 0.02452159, 0.0261178, 0.03594523, 0.03915303,
+    0.02314647, 0.01683904, 0.02612027, 0.02304251, 0.03039998, 0.03447563, 0.03319042, 0.04503378, 0.02016885,
+    0.02296936, 0.03225727, 0.03451009, 0.01834249, 0.0163414, 0.02185174, 0.01791096, 0.02699048, 0.02577644,
+    0.03208923, 0.03517524]

@@ -2,24 +2,21 @@
 
     python train.py                                             the built-in set on a laptop, in minutes
     torchrun --nproc_per_node=8 train.py --data /shards         vit-b-16, the paper's recipe, on eight GPUs
-    python train.py --data /shards --accum 8                    the same on one GPU that can hold an eighth of a batch
+    torchrun --nproc_per_node=2 train.py --out runs/two         two processes, which need no GPU
+    python train.py --data /shards --accum 8                    on one GPU that can hold an eighth of a batch
     python train.py --init CKPT --data /shards                  COSMOS, starting from an existing CLIP
 
-To continue a run that stopped, give the same command with --resume. (If the folder that --out named already held a run
-when yours began, yours went into NAME-2. In that case give --out NAME-2.) A run leaves these files in --out: last.pt
-(the checkpoint), log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (which
-process is using the folder). With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val)
-and val.npy (the index of the held-out shards). With extras/ it also leaves report.html (the run as a page) and maps.npz
-(what that page shows besides the log).
+To continue a run that stopped, give the same command with --resume. A run leaves in --out: last.pt (the checkpoint),
+log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (which process is using the
+folder). With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val) and val.npy (their
+index); with extras/ also report.html (the run as a page) and maps.npz (what that page shows besides the log).
 
-On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6, the run from top
-to bottom: `main` is the loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5 set up,
-log, save and evaluate; read them when you change them. lesson/onepage.py trains the same way in a hundred lines,
-without options, checkpoints or several GPUs.
-
-You can skip what comes from plumbing/. Its main parts are `training_options` (the command line), `Processes` (the
-ranks: their device, sums and broadcasts over them, how they end), `runs` (the folder of a run: checkpoints, log,
-resuming) and `Progress` (what has happened since the process started, and since the last log entry).
+On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6: `main` is the
+loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5 set up, log, save and evaluate;
+read them when you change them. lesson/onepage.py trains the same way on one page, without options, checkpoints or
+several GPUs. You can skip what comes from plumbing/: `training_options` (the command line), `Processes` (the ranks:
+their device, sums and broadcasts over them, how they end), `runs` (the folder of a run: checkpoints, log, resuming) and
+`Progress` (what has happened since the process started, and since the last log entry).
 """
 import os
 
@@ -47,11 +44,11 @@ from cosmos import COSMOS, GLOBALS, Config, Output, Teacher, cosmos_terms, gathe
 from data import Shards
 from plumbing import runs
 from plumbing.captions import POOL_KEYS
-from plumbing.errors import command
+from plumbing.errors import command, need
 from plumbing.files import write_json
-from plumbing.options import choose_data, choose_lengths, training_options
-from plumbing.parts import InParts
-from plumbing.processes import (Processes, choose_dtype, compile_blocks, peak_memory,
+from plumbing.options import choose_data, fill_in, training_options
+from plumbing.parts import StudentInParts, part_by_part
+from plumbing.processes import (Processes, choose_dtype, compile_blocks, keep_memory, peak_memory,
                                 signals_caught, use_cores)
 from plumbing.progress import Progress
 from plumbing.tokenizer import Tokenizer, learn_merges
@@ -66,9 +63,8 @@ PAPER = {
     'local_crops': 6, 'local_captions': 6, 'augment': 'full', 'vocab': 'clip'}
 # For small sets on a laptop (`tiny` and `photo`, below). The learning rate ends at a tenth of its peak. After s steps
 # the teacher's momentum, the paper's lambda, is at most s / (s + 10). Images are only cropped. In `tiny` that is
-# because the captions of the built-in set name colours, and a colour jitter would make them wrong. In `photo` it is
-# because a model trained with crops alone did better at retrieval on Flickr8k in a single short trial
-# (docs/own-data.md).
+# because the captions of the built-in set name colours, which a jitter would make wrong. In `photo` it is because crops
+# alone did better at retrieval on Flickr8k in a single short trial (docs/own-data.md).
 LAPTOP = {
     'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
     'momentum': 0.995, 'momentum_ramp': 10,
@@ -76,8 +72,7 @@ LAPTOP = {
 
 
 # Used with --init, whatever the preset. The learning rate is small, because the weights already know something. The
-# momentum has no ramp, because the teacher starts as a copy of these weights, not of random ones, which it would have
-# to forget.
+# momentum has no ramp, because the teacher starts as a copy of these weights, and has no random ones to forget.
 PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
 
 
@@ -161,7 +156,7 @@ class Method(NamedTuple):
     has_local_images: bool          # as many as --local-crops says
     has_local_texts: bool           # captions of one sentence, as many as --local-captions says
     crop_min: float                 # smallest share of the image in a global crop
-    augments: bool                  # if False, --augment defaults to 'crops'; if True, to what the preset says
+    only_crops: bool                # --augment is 'crops' by default, whatever the preset says
     has_teacher: bool
     # C^I and C^T. Terms must use both h_I and h_T, because DDP stops if a parameter gets no gradient.
     has_cross_attention: bool
@@ -175,23 +170,23 @@ class Method(NamedTuple):
 # captions only (--caption-pool raw).
 G = GLOBALS
 METHODS = {
-    #                            globals   locals         crop  aug-   tea-   cross  two     learns
-    #                            img. txt. img.   txt.    min   ments  cher   attn.  scales  L_CLIP and
-    'clip':               Method(1,   1,   False, False,  0.9,  False, False, False, False,  no_terms),
-    'clip-aug':           Method(G,   1,   False, False,  0.4,  True,  False, False, False,  no_terms),
-    'image-distill':      Method(G,   1,   True,  False,  0.4,  True,  True,  False, False,  image_terms),
-    'text-crop':          Method(G,   G,   True,  True,   0.4,  True,  True,  False, False,  image_terms),
-    'text-distill':       Method(G,   G,   True,  True,   0.4,  True,  True,  False, False,  embedding_terms),
-    'cosmos':             Method(G,   G,   True,  True,   0.4,  True,  True,  True,  True,   cosmos_terms),
+    #                            globals   locals         crop  only   tea-   cross  two     learns
+    #                            img. txt. img.   txt.    min   crops  cher   attn.  scales  L_CLIP and
+    'clip':               Method(1,   1,   False, False,  0.9,  True,  False, False, False,  no_terms),
+    'clip-aug':           Method(G,   1,   False, False,  0.4,  False, False, False, False,  no_terms),
+    'image-distill':      Method(G,   1,   True,  False,  0.4,  False, True,  False, False,  image_terms),
+    'text-crop':          Method(G,   G,   True,  True,   0.4,  False, True,  False, False,  image_terms),
+    'text-distill':       Method(G,   G,   True,  True,   0.4,  False, True,  False, False,  embedding_terms),
+    'cosmos':             Method(G,   G,   True,  True,   0.4,  False, True,  True,  True,   cosmos_terms),
     # ours, not in the table
-    'no-cross-attention': Method(G,   G,   True,  True,   0.4,  True,  True,  False, True,   no_cross_attention_terms),
-    'across':             Method(G,   G,   True,  True,   0.4,  True,  True,  True,  True,   across_terms)}
+    'no-cross-attention': Method(G,   G,   True,  True,   0.4,  False, True,  False, True,   no_cross_attention_terms),
+    'across':             Method(G,   G,   True,  True,   0.4,  False, True,  True,  True,   across_terms)}
 
 
 def recipe_of(preset, method, init):
     """Defaults of options, {option: value}. init: what --init gives (a path), or None."""
     recipe = dict(PRESETS[preset].recipe)
-    if not METHODS[method].augments:
+    if METHODS[method].only_crops:
         recipe['augment'] = 'crops'
     if init:
         recipe |= PRETRAINED
@@ -229,6 +224,11 @@ class Run:
     def folder(self):
         return Path(self.options.out)
 
+    @property
+    def model(self):
+        """The network that is evaluated."""
+        return self.teacher.model if self.teacher else self.student
+
 
 class Step(NamedTuple):
     """What a step has computed, for the log."""
@@ -241,24 +241,26 @@ class Step(NamedTuple):
 
 
 def train_step(run, batch):
-    """One training step -> Step. The order is student, teacher, loss, backward, optimizer, scales, moving average."""
+    """One training step -> Step. The order is teacher, student, loss, backward, optimizer, scales, moving average."""
     options = run.options
     student = run.student
     for group in run.optimizer.param_groups:
         group['lr'] = lr_at(run.step, options)
-    # V tensors (B, 3, s, s). The loader has cropped the images, and drawn how strongly the colours of each crop change
-    # and how much it is blurred. Here, on the device, the crops are changed and normalised. The string seeds the order
-    # of the colour jitters, so that it is the same on all ranks.
+    # V tensors (B, 3, s, s). The loader has cropped the images, and drawn how strongly each crop changes. Here, on the
+    # device, it is changed and normalised. The string seeds the order of the jitters, the same on all ranks.
     images = batch.views(f'{options.seed} {run.step}')
 
-    # The student sees all views and captions. The teacher sees the globals, without gradient. If there is C^T, the
-    # student's caption 0 keeps its padding, because C^T reads it. All other captions, the teacher's included, are cut
-    # to the longest of their kind in the batch.
+    # The teacher sees the globals, without gradient. It comes first, when the student does not hold memory for its
+    # backward pass yet. The student sees all views and captions. If there is C^T, its caption 0 keeps its padding,
+    # because C^T reads it. All other captions, the teacher's included, are cut to the longest of their kind.
     cls_t = eot_t = None
-    with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None):
-        out = run.forward(images, batch.texts)
+    # autocast would share a half-precision copy of each weight among the parts of --accum, and so add up the gradients
+    # of the parts in half precision.
+    with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
+                        cache_enabled=options.accum == 1):
         if run.method.has_teacher:
-            cls_t, eot_t = run.teacher(images[:GLOBALS], batch.teacher_texts)
+            cls_t, eot_t = part_by_part(run.teacher, images[:GLOBALS], batch.teacher_texts, options.accum)
+        out = run.forward(images, batch.texts)
 
     loss, parts = total_loss(student, out, cls_t, eot_t, run.method.terms)
     run.optimizer.zero_grad()
@@ -270,8 +272,7 @@ def train_step(run, batch):
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
-    # DDP has averaged the gradients. If one rank's gradient is not finite, neither is the mean, so all ranks skip the
-    # step.
+    # DDP has averaged the gradients, so if one rank's is not finite, neither is the mean, and all ranks skip the step.
     finite = bool(norm.isfinite())
     if finite:
         if options.clip_grad:
@@ -281,10 +282,7 @@ def train_step(run, batch):
         if run.method.has_teacher:
             run.teacher.update(student, momentum_at(run.step, options))
     else:
-        # This rank's loss may be finite even if another's is not.
-        [total] = run.processes.sum([loss])
-        tqdm.write(f'WARNING    step {run.step + 1} was skipped: loss {total / run.processes.world:.4g}, '
-                   f'gradient norm {norm:.4g}, both over all processes')
+        tqdm.write(f'WARNING    step {run.step + 1} was skipped, because the norm of its gradient is {norm:.4g}')
     run.scaler.update()             # fp16: after an infinity it lowers the scale
     run.step += 1                   # a skipped step counts, too
     return Step(out, cls_t, loss, parts, norm, finite)
@@ -320,60 +318,54 @@ def make_optimizer(student, lr, wd):
 # --- 4. Set-up: options, data, model, teacher, optimizer --------------------------------------------------------------
 
 def read_options(argv=None):
-    """A namespace with every option that --help lists: what is typed, else the recipe, else the default in --help;
-    `open_shards` fills in what depends on the data, such as --warmup."""
+    """A namespace with every option that --help lists: what is typed, else the recipe, else the default in --help.
+    `open_shards` fills in what depends on the data or on a checkpoint, such as --batch."""
     return training_options(argv, __doc__, PRESETS, METHODS, recipe_of)
 
 
-def identity(options, shards):
+def fixed_settings(options, shards):
     """What must stay the same when a run is resumed, {what: value}: these options, the data, and GLOBALS, in case
     somebody edits it. Other options may change."""
     names = 'preset', 'method', 'batch', 'seed', 'local_crops', 'local_captions'
-    same = {'--' + name.replace('_', '-'): getattr(options, name) for name in names}
-    return same | {'GLOBALS': GLOBALS, 'fingerprint of --data': shards.fingerprint[:8]}
+    fixed = {'--' + name.replace('_', '-'): getattr(options, name) for name in names}
+    return fixed | {'GLOBALS': GLOBALS, 'fingerprint of --data': shards.fingerprint[:8]}
 
 
 def open_shards(options, processes, saved, built_in_set):
     """-> training shards, and held-out shards. The latter are None on ranks other than 0, and everywhere if nothing is
-    held out.
-
-    Also fills in those of --data, --val, --steps, --warmup and --eval-every that were not typed.
-    """
+    held out. Also fills in the options that depend on the data or on the checkpoint, and checks them."""
     index = f'{options.out}/index.npy'
     val_index = f'{options.out}/val.npy'
+    choose_data(options, built_in_set)
+    keys = options.caption_keys or POOL_KEYS[options.caption_pool]
+    shards = Shards(options.data, keys, 'train', index)
+    recipe = recipe_of(options.preset, options.method, options.init)
+    parts = processes.world * options.accum
+    fill_in(options, recipe, len(shards), parts, saved)
+    data.check_batch(options.batch, len(shards), parts)
+    if saved:
+        runs.check_fixed(saved, options, fixed_settings(options, shards))
+    if processes.rank > 0:
+        return shards, None
+
     val = None
-    # Rank 0 scans all headers, and writes an index that the others memory-map.
-    with processes.rank_0_first():
-        choose_data(options, built_in_set)
-        keys = options.caption_keys or POOL_KEYS[options.caption_pool]
-        shards = Shards(options.data, keys, 'train', index)
-        data.check_batch(options.batch, len(shards), processes.world * options.accum)
-        choose_lengths(options, len(shards), PRESETS[options.preset].recipe['warmup'])
-        if saved:
-            runs.check_same(saved, options, identity(options, shards))
-        if processes.rank == 0:
-            if options.val:
-                # --caption-pool is for training.
-                val = Shards(options.val, options.caption_keys, 'val', val_index)
-                # Fail now, not in the middle of the run.
-                evaluation.check_held_out(val, options.workers)
-            runs.lock(options.out)
-            if val:
-                val.save(val_index)
-            shards.save(index)
+    if options.val:
+        val = Shards(options.val, options.caption_keys, 'val', val_index)       # --caption-pool is for training
+        evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
+    # Only now --out is touched. The other ranks will memory-map the index.
+    runs.lock(options.out)
+    shards.save(index)
+    if val:
+        val.save(val_index)
     return shards, val
 
 
 def choose_model(options, saved):
-    """-> Config, tokenizer, weights to start from.
+    """-> Config, tokenizer (None if it must be learned), weights to start from ({}: none).
 
-    A resumed run: Config and tokenizer come from its checkpoint. The weights are {} here, because set_up restores them
-    later.
-    --init: Config and weights come from that checkpoint, and so does the tokenizer. If the file holds none, it is
-    CLIP's (--vocab may name its file).
-    Otherwise: the Config is the preset's, the tokenizer is that of --vocab, or None if it must be learned, and the
-    weights are {}.
-    In a new run, --method decides whether there is cross-attention and a second scale.
+    A resumed run has Config and tokenizer from its checkpoint, and set_up restores the weights. --init gives all three,
+    with CLIP's tokenizer if the file has none. Otherwise --preset gives the Config, and --vocab the tokenizer. In a new
+    run, --method decides whether there is cross-attention and a second scale.
     """
     if saved:
         config = Config(**saved['config'])
@@ -399,15 +391,26 @@ def choose_model(options, saved):
     return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
 
 
+def make_train_set(options, shards, tokenizer, config):
+    method = METHODS[options.method]
+    counts = data.Counts(
+        global_images=method.global_images,
+        local_images=options.local_crops if method.has_local_images else 0,
+        global_texts=method.global_texts,
+        local_texts=options.local_captions if method.has_local_texts else 0)
+    return data.Crops(shards, tokenizer, config, options.seed, counts,
+                      augment=options.augment, crop_min=method.crop_min)
+
+
 def batches_left(options, processes, train_set, step):
     """An iterator over the batches that are left after `step` steps, for this rank. The loader's workers start here."""
     order = data.Order(len(train_set.shards), options.batch, step, options.steps,
                        options.seed, processes.rank, processes.world)
     # Half precision is faster if the length of captions is a multiple of 8.
-    return iter(data.loader(train_set, order, options.workers,
-                            multiple=8 if choose_dtype(options.precision, processes.device) else 1,
-                            # C^T reads caption 0's padding.
-                            whole_first=METHODS[options.method].has_cross_attention))
+    multiple = 8 if choose_dtype(options.precision, processes.device) else 1
+    # C^T reads caption 0's padding.
+    whole_first = METHODS[options.method].has_cross_attention
+    return iter(data.loader(train_set, order, options.workers, processes.device, multiple, whole_first))
 
 
 def make_run(options, processes, train_set, weights, batches):
@@ -419,7 +422,8 @@ def make_run(options, processes, train_set, weights, batches):
         missing = student.load_state_dict(weights, strict=False).missing_keys
         # Each module once, in order.
         fresh = dict.fromkeys(name.partition('.')[0] for name in missing)
-        print(f"init       {options.init}{'; these start fresh: ' + ', '.join(fresh) if fresh else ''}")
+        rest = f"; these start fresh: {', '.join(fresh)}" if fresh else ''
+        print(f'init       {options.init}{rest}')
     for tower in student.visual, student.text:
         tower.transformer.grad_checkpointing = options.grad_checkpoint
     teacher = Teacher(student) if METHODS[options.method].has_teacher else None
@@ -427,50 +431,37 @@ def make_run(options, processes, train_set, weights, batches):
     dtype = choose_dtype(options.precision, device)
     # With torch's own initial scale, 65,536, the first steps would overflow again and again.
     scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
-    forward = InParts(student, options.accum)
+    forward = StudentInParts(student, options.accum)
     return Run(options, processes, train_set, student, forward, teacher, optimizer, scaler, dtype, batches)
 
 
 def set_up(options, processes, built_in_set):
     """-> a Run, new or restored from its checkpoint, and the held-out shards (or None)."""
     if processes.device.type == 'cpu':
+        keep_memory()
         use_cores(options.workers)
-    saved = runs.read_last(options.out) if options.resume else {}
-    # All processes must have read the same checkpoint. Each holds its training time, which is different in all of them.
-    processes.must_agree(saved.get('seconds'), f'{options.out}/last.pt is not the same for all processes; '
-                         'let all nodes see the same --out')
-    if not saved:
-        options.out = processes.broadcast(runs.free_name(options.out))
-    with processes.rank_0_first():      # rank 0 may fetch CLIP's vocabulary
-        # Before anything is written into --out, because this may refuse.
+    with processes.rank_0_first():      # rank 0 may fetch CLIP's vocabulary, and writes the index of the shards
+        saved = runs.read_last(options.out, options.resume)
         config, tokenizer, weights = choose_model(options, saved)
-    shards, val = open_shards(options, processes, saved, built_in_set)
-    # Otherwise ranks would take other batches or other rates, and nothing would say so.
-    mine = vars(options) | {'val': bool(options.val), 'pairs': len(shards), 'fingerprint': shards.fingerprint}
+        shards, val = open_shards(options, processes, saved, built_in_set)
+    # If ranks took other batches or other rates, nothing would say so. In last.pt the time tells runs apart.
+    read = {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
+    to_agree_on = vars(options) | read | {'val': bool(options.val)}
     for name in 'workers', 'data', 'vocab':             # may differ: the number of cores, and paths
-        del mine[name]
-    processes.must_agree(mine, 'options or shards are not the same for all processes; give all nodes the same command, '
-                         'and the same files in --data')
+        del to_agree_on[name]
+    need(processes.broadcast(to_agree_on) == to_agree_on, 'options, shards or last.pt are not the same for all '
+         'processes; give all nodes the same command, the same files in --data, and one --out that all see')
+
     if tokenizer is None:
         merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
         tokenizer = Tokenizer(merges, config.context_length)
         config = replace(config, vocab_size=tokenizer.vocab_size)
-    method = METHODS[options.method]
-    counts = data.Counts(
-        global_images=method.global_images,
-        local_images=options.local_crops if method.has_local_images else 0,
-        global_texts=method.global_texts,
-        local_texts=options.local_captions if method.has_local_texts else 0)
-    train_set = data.Crops(shards, tokenizer, config, options.seed, counts,
-                           augment=options.augment, crop_min=method.crop_min)
-    # The loader forks its workers, and a fork may hang once nccl is up. So the loader comes before DDP, which starts
-    # nccl.
+    train_set = make_train_set(options, shards, tokenizer, config)
+    # The loader forks its workers, and a fork may hang once nccl is up. DDP starts nccl, so it comes last.
     batches = batches_left(options, processes, train_set, saved.get('step', 0))
     run = make_run(options, processes, train_set, weights, batches)
     if saved:
-        runs.restore(saved, run.student, run.teacher, run.optimizer, run.scaler, f'{options.out}/last.pt')
-        run.step = run.saved_step = saved['step']
-        run.begun -= saved['seconds']
+        runs.restore(run, saved)
     if options.compile:
         compile_blocks(run.student)
         if run.teacher:
@@ -487,9 +478,9 @@ def log_entry(run, progress):
     """The log entry of the step just done, {name: value}. Every rank must call it."""
     options = run.options
     done = progress.done
-    cls, eot = gather(done.out.cls[:1], done.out.eot[:1])
-    images = cls.keys[0]            # view 0 of the pairs of all ranks, (N, D)
-    captions = eot.keys[0]          # and caption 0
+    cls_of_all, eot_of_all = gather(done.out.cls[:1], done.out.eot[:1])
+    images = cls_of_all.keys[0]     # view 0 of the pairs of all ranks, (N, D)
+    captions = eot_of_all.keys[0]   # and caption 0
     nearest = (images @ captions.T).argmax(dim=1).cpu()     # which caption each image finds, (N,)
     # run.step already counts the step just done, which used the lr and momentum of run.step - 1.
     used = run.step - 1
@@ -512,8 +503,8 @@ def log_entry(run, progress):
         'waiting': progress.waited / progress.seconds,
         'memory_GB': peak_memory(run.processes.device)}
     if done.cls_t is not None:
-        mine = done.out.cls[0]                                          # (B, D)
-        means['cosine'] = (mine * done.cls_t[0]).sum() / len(mine)
+        cls = done.out.cls[0]                                           # (B, D)
+        means['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)
     for name, (_, term) in done.parts.items():
         means[name] = term
     for name, total in zip(means, run.processes.sum(means.values())):
@@ -521,35 +512,17 @@ def log_entry(run, progress):
     return entry
 
 
-def networks(run):
-    return runs.networks(
-        run.student, run.teacher, run.train_set.config, run.train_set.tokenizer.merges, run.step)
-
-
 def save(run):
     """Rank 0 writes last.pt if any step has been taken since the last save."""
     if run.processes.rank == 0 and run.step > run.saved_step:
-        seconds = time.perf_counter() - run.begun
-        same = identity(run.options, run.train_set.shards)
-        runs.save(run.folder, networks(run), run.optimizer, run.scaler, run.options, same, seconds)
+        runs.write_last(run, fixed_settings(run.options, run.train_set.shards))
     run.saved_step = run.step
     run.saved_at = time.perf_counter()
 
 
-class Evaluated(NamedTuple):
-    """What an evaluation hands to the watchers, objects that add to a run (see `main`). The first three are what
-    eval.load returns."""
-    model: COSMOS                   # the teacher, if there is one
-    tokenizer: Tokenizer
-    preprocess: Callable
-    val: Shards
-    image_features: torch.Tensor    # (n, D)
-
-
 def evaluate(run, val, watchers):
     """-> figures, {name: value}: steps, seconds and, with held-out shards, scores. Rank 0, the only one that has val,
-    computes the scores while the others wait. best.pt is written if the mean R@1 is the best so far. Afterwards all
-    ranks know run.best."""
+    computes the scores while the others wait. Afterwards all ranks know run.best."""
     figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)}
     if val:
         figures |= held_out_figures(run, val, watchers)
@@ -558,21 +531,22 @@ def evaluate(run, val, watchers):
 
 
 def held_out_figures(run, val, watchers):
-    """-> {'retrieval': ...}, and what the watchers add."""
-    model = run.teacher.model if run.teacher else run.student
-    scored = model, run.train_set.tokenizer, evaluation.preprocessing(model.config.image_size)
-    retrieval, image_features = evaluation.zero_shot_retrieval(*scored, val, workers=run.options.workers)
+    """-> {'retrieval': ...}, and what the watchers add. best.pt is written if the mean R@1 is the best so far."""
+    tokenizer = run.train_set.tokenizer
+    preprocess = evaluation.preprocessing(run.model.config.image_size)
+    retrieval, image_features = evaluation.zero_shot_retrieval(
+        run.model, tokenizer, preprocess, val, workers=run.options.workers)
     to_text = retrieval['image_to_text_R@1']
     to_image = retrieval['text_to_image_R@1']
     mean = (to_text + to_image) / 2
     if mean > run.best[0]:
         run.best = mean, run.step
-        runs.save_best(run.folder, networks(run), mean, val.fingerprint)
+        runs.write_best(run, mean, val)
     tqdm.write(f'eval       step {run.step}  R@1 {to_text:.1%} image to text, {to_image:.1%} text to '
                f'image, mean {mean:.1%}  best {run.best[0]:.1%} at step {run.best[1]}')
     figures = {'retrieval': retrieval}
     for watcher in watchers:
-        figures |= watcher.evaluated(run, Evaluated(*scored, val, image_features))
+        figures |= watcher.evaluated(run, val, image_features)
     return figures
 
 
@@ -593,8 +567,7 @@ def print_plan(run, val):
 
 
 def begin(run, val, watchers):
-    """If the run is complete, end here. Otherwise rank 0 prints the plan and writes config.json, before the first
-    step."""
+    """If the run is complete, end here. Otherwise rank 0 prints the plan and writes config.json."""
     options = run.options
     # A run that has taken all its steps but has no eval.json was cut short in its last evaluation, which is due again.
     has_figures = run.processes.broadcast((run.folder / 'eval.json').exists())
@@ -603,9 +576,9 @@ def begin(run, val, watchers):
         run.processes.leave(0)
     if run.processes.rank == 0:
         print_plan(run, val)
-        runs.begin(run.folder, options, run.train_set.config, goes_on=run.step > 0)
+        runs.write_config(run)
         if val:
-            run.best = runs.best_so_far(run.folder, val.fingerprint)
+            run.best = runs.best_so_far(run.folder, val)
         for watcher in watchers:
             watcher.begin(run)
     run.best = run.processes.broadcast(run.best)
@@ -627,8 +600,7 @@ def finish(run, figures, watchers):
 # --- 6. A run, from the command line to the figures ------------------------------------------------------------------
 
 class Due(NamedTuple):
-    """What the loop does after run.step steps, before the next one. The fields need not be bools; only their truth
-    values count."""
+    """What the loop does after run.step steps, before the next one. Only the truth values count."""
     log: bool
     save: bool
     evaluate: bool
@@ -636,37 +608,41 @@ class Due(NamedTuple):
 
 
 def what_is_due(run, progress):
-    """-> Due. To change when a run logs, saves, evaluates or ends, edit this function. run.best covers past
-    evaluations only; if one is due at this step, its result is not in there yet.
+    """-> Due. To change when a run logs, saves, evaluates or ends, edit this function.
 
-    NB: ranks log, evaluate and end together. If one rank decides differently, the others hang. So base each decision on
-    what all ranks share: the step, the options, run.best, and progress, except its timings. Only rank 0 saves, so
-    saving may depend on the clock.
+    NB: ranks log, evaluate and end together. If one decides differently, the others hang. So base decisions on what all
+    ranks share: the step, the options, run.best (of past evaluations), and progress, except its timings. Only rank 0
+    saves, so saving may depend on the clock.
     """
     options = run.options
     step = run.step
     finished = step >= options.steps
     # After a signal the run is saved, so that it can be resumed. It is not evaluated, unless this was the last step.
     interrupted = progress.signals > 0 and not finished
-    # A run is evaluated every --eval-every steps, and at step 0, to show what the networks know before this training.
-    regular = options.val and options.eval_every and step % options.eval_every == 0
-    evaluate = finished or (regular and not interrupted)
-    # We log step 1, to see early whether all is well, and each step that is evaluated, so that its loss and its scores
-    # share an entry. progress.done is the latest Step. Before the first one it is None, and there is nothing to log.
-    log = progress.done and (evaluate or step == 1 or step % options.log_every == 0)
+    # Step 0 is a multiple of --eval-every, and shows what the networks know before this training.
+    in_between = options.val and is_multiple(step, options.eval_every)
+    evaluate = finished or (in_between and not interrupted)
+    # Step 1 shows early whether all is well. An evaluated step is logged, so that its loss and its scores share an
+    # entry. progress.done is the latest Step; before the first one it is None, and there is nothing to log.
+    log = progress.done and (evaluate or step == 1 or is_multiple(step, options.log_every))
     overdue = 0 < 60 * options.save_minutes < time.perf_counter() - run.saved_at
-    regular_save = options.save_every and step % options.save_every == 0
     # An evaluation takes a long time and may fail, so the run is saved first.
-    save = evaluate or interrupted or overdue or regular_save
+    save = evaluate or interrupted or overdue or is_multiple(step, options.save_every)
     return Due(log, save, evaluate, stop=finished or interrupted)
 
 
-def main(argv=None, watchers=(), built_in_set=None):
-    """Do one run, then end the process, with status 0 if all steps are done.
+def is_multiple(step, every):
+    """every: an option; 0 means never."""
+    return every > 0 and step % every == 0
 
-    A watcher has three methods, which rank 0 calls: begin(run), evaluated(run, results) and finish(run). `results` is
-    an Evaluated, and `evaluated` returns more figures, which may be {}.
-    built_in_set(): draws the scenes of a run without --data, writes them as shards, and returns their folder.
+
+def main(argv=None, watchers=(), built_in_set=None):
+    """Do one run of steps + 1 turns, then end the process, with status 0 if all steps are done. A turn first does what
+    is due, and all but the last one then take a step.
+
+    A watcher has three methods, which rank 0 calls: begin(run), evaluated(run, val, image_features), which returns more
+    figures (or {}), and finish(run). built_in_set(): draws the scenes of a run without --data, writes them as shards,
+    and returns their folder.
     """
     options = read_options(argv)
     processes = Processes(options.device)               # from here on only rank 0 prints
@@ -677,7 +653,7 @@ def main(argv=None, watchers=(), built_in_set=None):
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
     # On an error, if the weights are finite.
     saving = runs.saved_on_error(run.student, partial(save, run))
-    with bar, saving, signals_caught() as caught:
+    with bar, saving, signals_caught() as signals:
         while True:
             due = what_is_due(run, progress)
             entry = {}
@@ -696,13 +672,10 @@ def main(argv=None, watchers=(), built_in_set=None):
                 break
 
             batch = progress.next_batch(run.batches)
-            # Unreadable pairs of this batch and signals so far, added up over the ranks while the step runs; `sums()`
-            # waits for the result.
-            sums = processes.sum_meanwhile(lambda: [batch.bad, len(caught)])
             done = train_step(run, batch.to(processes.device))
             bar.update()
-            bad, signals = sums()
-            progress.count(done, run.scaler.get_scale(), options.batch, bad, signals)
+            bad, signalled = processes.sum([batch.bad, len(signals)])
+            progress.count(done, run.scaler.get_scale(), options.batch, bad, signalled)
             failure = progress.reason_to_fail(run.step, run.folder)
             if failure:
                 save(run)
@@ -712,7 +685,7 @@ def main(argv=None, watchers=(), built_in_set=None):
         finish(run, figures, watchers)
         processes.leave(0)
     print(f'stopped    step {run.step} is saved; to go on, give the same command with --resume --out {run.folder}')
-    number = caught[0] if caught else SIGTERM           # caught is empty if the signal reached only other ranks
+    number = signals[0] if signals else SIGTERM         # there is none if the signal reached only other ranks
     processes.leave(128 + number)                       # the status that a shell reports
 
 

@@ -267,7 +267,7 @@ def step_bytes(options, student, images, texts):
         f'activations, {a_pair / 1e6:,.1f} MB a pair': a_pair * pairs // options.accum,
         # From MANY on, those of one L_nce are kept at a time, else those of all 10: L_CLIP and the four terms of Eq. 6,
         # each in both directions.
-        'logits': 4 * (one if one >= cosmos.MANY else 10 * one)}
+        'logits': 4 * (one if one >= cosmos.MANY_LOGITS else 10 * one)}
 
 
 def print_table(title, rows, *columns):

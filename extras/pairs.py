@@ -15,9 +15,9 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 from eval import embed_images, embed_texts, execute
-from extras.prepare import read_rows
 from plumbing.errors import Refused, command, need
 from plumbing.files import field, read_json
+from plumbing.lists import read_rows
 from plumbing.options import Parser, add_checkpoint
 
 # --- 1. Items, and the layouts they are published in -----------------------------------------------------------------

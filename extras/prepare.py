@@ -10,7 +10,6 @@
 else. If a table has new images, `pack` adds them.
 """
 import csv
-import io
 import itertools
 import json
 import os
@@ -32,7 +31,7 @@ from plumbing.captions import CAPTION_KEYS, DREAMLIP, caption_pool, sentences
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import read_json, replacing, write_json
 from plumbing.images import open_image, pillow_errors, read_image
-from plumbing.lists import coco_rows, karpathy_rows
+from plumbing.lists import SPLIT, read_rows, table_rows
 from plumbing.options import Parser, positive, share
 from plumbing.shards import Shards, write_shard
 from plumbing.tokenizer import LEARNED_VOCAB, Tokenizer
@@ -43,100 +42,12 @@ IMAGE_COLUMNS = ('image', 'image_path', 'filepath', 'file_name', 'filename', 'pa
 EVERY_CAPTION_KEY = sum(CAPTION_KEYS, [])
 URL_COLUMNS = 'url', 'URL', 'image_url', 'Image Path', 'image_path'     # DreamLIP's CSV: Image Path
 CAPTION_COLUMNS = 'caption', 'title', 'text', 'sentence'                # the first that is filled
-SPLIT = 'karpathy_split'  # a key in the json of pairs that came from Karpathy's list
 HALVES = {'train': 'train', 'restval': 'train', 'val': 'val'}  # Karpathy's other splits stay out
 NAMED = 10              # how many unusable images are named: the first few show what is wrong with all
 INSPECTED = 5000        # at most this many pairs are read: enough for percentages, and it takes only minutes
 KINDS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}  # MPO: JPEGs from some phones
 
 # --- 1. Rows ---------------------------------------------------------------------------------------------------------
-
-def json_values(text):
-    """All JSON values in a text, one after another. JSON has one, JSON lines have one per line."""
-    decoder = json.JSONDecoder(parse_constant={}.get)       # NaN, which is not JSON, becomes None
-    values = []
-    place = 0
-    while place < len(text):
-        value, place = decoder.raw_decode(text, place)
-        values.append(value)
-        place = re.compile(r'\s*').match(text, place).end()  # raw_decode does not skip white space
-    return values
-
-
-def rows_of_json(text, path):
-    """JSON lines, a list of objects, an object of objects (SugarCrepe), COCO's captions or Karpathy's list -> rows."""
-    values = json_values(text)
-    whole = values[0]
-    if len(values) > 1:
-        return values
-    if isinstance(whole, list):
-        return whole
-    images = whole.get('images')
-    if 'annotations' in whole:
-        return [{'image': name, 'caption': captions}
-                for name, captions in coco_rows(whole, path)]
-    if isinstance(images, list) and images and isinstance(images[0], dict):
-        return [{'image': name, 'captions': captions, SPLIT: split}
-                for split, name, captions in karpathy_rows(whole, path)]
-    if all(isinstance(value, dict) for value in whole.values()):
-        return list(whole.values())
-    return values                       # JSON lines with one line
-
-
-def table_rows(file, path, **form):
-    """The rows of an open CSV or TSV, as dicts. A quotation mark that nothing closes is Refused, with its line, because
-    it would swallow all rows up to the next one."""
-    reader = csv.DictReader(file, strict=True, **form)
-    line = 1
-    try:
-        names = [name for name in reader.fieldnames or [] if name.strip()]  # of the first line
-        for name in set(names):
-            need(names.count(name) == 1, f'{path} has several columns called {name}; '
-                 'give an image with several captions several rows')
-        line = reader.line_num + 1
-        for row in reader:
-            yield row
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise Refused(f'{path} cannot be read from line {line} on ({error}); '
-                      'close the quotation mark there, or double it') from None
-
-
-def rows_of_table(text, path):
-    """The rows of a CSV, a TSV, or Flickr30k's table. The first line shows what the delimiter is."""
-    first_line = text.partition('\n')[0]
-    delimiter = csv.Sniffer().sniff(first_line, ',;\t|').delimiter
-    # Neither a TSV nor Flickr30k's table, with its '| ', has quoting: a caption may begin with a quotation mark.
-    unquoted = delimiter == '\t' or '| ' in first_line
-    quoting = csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL
-    return list(table_rows(io.StringIO(text), path, delimiter=delimiter, quoting=quoting,
-                           skipinitialspace=True))
-
-
-def read_rows(path):
-    """The rows of a JSONL, JSON, CSV or TSV file, as dicts. The content says which it is, because names vary:
-    Flickr8k's captions.txt is a CSV. Any other file is Refused; the message names the file and, if there is one, the
-    row."""
-    try:
-        text = Path(path).read_text(encoding='utf-8-sig')
-        if text.lstrip().startswith(('{', '[')):
-            rows = rows_of_json(text.strip(), path)
-        else:
-            rows = rows_of_table(text, path)
-    except UnicodeDecodeError as error:
-        line = error.object.count(b'\n', 0, error.start) + 1
-        raise Refused(f'{path} is not UTF-8 (line {line}); save it as UTF-8, '
-                      'in Excel as the type CSV UTF-8') from None
-    except (OSError, json.JSONDecodeError, csv.Error) as error:
-        raise Refused(f'{path} cannot be read as JSONL, JSON, CSV or TSV ({error!r}); '
-                      'docs/data.md shows what a table looks like') from None
-    need(rows, f'{path} has no rows')
-    for number, row in enumerate(rows, 1):
-        need(isinstance(row, dict), f'row {number} of {path} is not an object with names for its values')
-        need(None not in row, f'row {number} of {path} has more fields than the first; '
-             'put texts that hold the delimiter in quotes')
-    return rows
-
 
 def find_column(names, columns, path, remedy=''):
     """The first of `names` that the table has as a column. Refused, with the remedy, if it has none of them."""
@@ -446,7 +357,7 @@ def inspect(shards, caption_keys, preset, vocab, out):
     keys = Counter()
     for i in progress(sample, 'reading pairs'):
         try:
-            _, _, drawn, _ = crops.sample(0, i)         # decodes and draws, as training does
+            drawn = crops.sample(0, i).captions         # decodes and draws, as training does
         except Unreadable as error:
             problems.append(f'{source.name(i)}: {error}')
             continue

@@ -89,14 +89,14 @@ def sample_views(crops, count=4):
     captions, boxes)."""
     for index in np.unique(np.linspace(0, len(crops.shards) - 1, count, dtype=int)):
         try:
-            images, strengths, captions, boxes = crops.sample(0, index)
+            drawn = crops.sample(0, index)
         except Unreadable:
             continue
         views = []
-        rows = [list(of_view.values()) for of_view in strengths]        # in the order of colours.NEUTRAL
-        for image, changes in zip(images, changes_of(torch.tensor([rows])).by_view()):
-            views.append(recolour(image[None], changes, OPERATIONS)[0])
-        yield index, views, captions, boxes
+        changes = changes_of([drawn.strengths]).by_view(len(drawn.crops))
+        for image, of_view in zip(drawn.crops, changes):
+            views.append(recolour(image[None], of_view, list(OPERATIONS))[0])
+        yield index, views, drawn.captions, drawn.boxes
 
 
 def read_pairs(crops):

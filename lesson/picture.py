@@ -31,9 +31,8 @@ def one_pair():
     (_, image), (_, record) = draw_scene(World(), 'train', PAIR)
     shards = SimpleNamespace(pair=lambda index: (json.loads(record)['captions'], image))
     # We only call `sample`, which needs no tokenizer.
-    crops = Crops(shards, None, SIZES, 0, COUNTS, 'crops')
-    views, _, captions, _ = crops.sample(EPOCH, PAIR)
-    return views, captions
+    drawn = Crops(shards, None, SIZES, 0, COUNTS, 'crops').sample(EPOCH, PAIR)
+    return drawn.crops, drawn.captions
 
 
 def drawn_steps():

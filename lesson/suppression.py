@@ -181,7 +181,7 @@ def handed(args, scored, shards, scenes):
     model, tokenizer, preprocess = scored
     device = model.logit_scale.device
     patches = []
-    for pixels, _ in DataLoader(Images(shards, preprocess), 100):
+    for pixels in DataLoader(Images(shards, preprocess), 100):
         patches.append(model.encode_image(pixels.to(device))[1])
     patches = torch.cat(patches)                                        # (n, P, D)
     listed = {thing.name for thing in sum(scenes, [])}
@@ -293,7 +293,7 @@ def conflict(args, scored, shards, scenes):
     need(size > 1, 'there is one pair; conflict needs two or more')
     found = []                                          # of each group
     groups = DataLoader(Images(shards, preprocess), size, num_workers=args.workers, drop_last=True)
-    for number, (pixels, _) in enumerate(islice(progress(groups, 'conflict'), GROUPS)):
+    for number, pixels in enumerate(islice(progress(groups, 'conflict'), GROUPS)):
         group = slice(number * size, (number + 1) * size)
         ids = tokenizer(questions[group]), tokenizer(captions[group])
         found.append(answers_of(student, teacher, pixels, *ids))
@@ -430,7 +430,7 @@ def minor(cosines, photographs):
 def measure_minor(args, model, tokenizer, preprocess):
     photographs = {'train': [], 'test': []}
     paths = []
-    for split, name, captions in karpathy_rows(read_json(args.karpathy), args.karpathy):
+    for split, name, captions in karpathy_rows(read_json(args.karpathy)):
         if split in photographs:
             words = [set(re.findall('[a-z]+', caption.lower())) for caption in captions]
             photographs[split].append(words)
@@ -460,8 +460,8 @@ class Named:
     def begin(self, run):
         """Nothing to prepare."""
 
-    def evaluated(self, run, seen):
-        return scene_figures(seen.model, seen.tokenizer, seen.image_features, seen.val)
+    def evaluated(self, run, val, image_features):
+        return scene_figures(run.model, run.train_set.tokenizer, image_features, val)
 
     def finish(self, run):
         """Nothing to write."""

@@ -17,23 +17,16 @@ from plumbing.images import images_in, read_image
 # Sets of torchvision.datasets with one label per image, grouped by whether their class names are words.
 IN_WORDS = ('CIFAR10 CIFAR100 Caltech101 DTD FGVCAircraft FashionMNIST Flowers102 Food101 ImageNet '
             'Imagenette OxfordIIITPet RenderedSST2 STL10 StanfordCars SUN397').split()
-MENDED = ['Caltech256', 'EuroSAT', 'MNIST']                 # words once `mend_name` has mended them
-NOT_IN_WORDS = 'CLEVRClassification Country211 FER2013 GTSRB KMNIST PCAM Places365 SVHN USPS'.split()
-TORCHVISION_SETS = sorted(IN_WORDS + MENDED + NOT_IN_WORDS)
-
-
-def mend_name(name):
-    """'001.ak47' -> 'ak47', '0 - zero' -> 'zero', 'AnnualCrop' -> 'Annual Crop'"""
-    name = re.sub(r'^\d+\W+', '', name)
-    return re.sub('(?<=[a-z])(?=[A-Z])', ' ', name)
+NOT_IN_WORDS = ('CLEVRClassification Caltech256 Country211 EuroSAT FER2013 GTSRB KMNIST MNIST PCAM '
+                'Places365 SVHN USPS').split()
+TORCHVISION_SETS = sorted(IN_WORDS + NOT_IN_WORDS)
 
 
 def torchvision_set(name, root, split, download, preprocess):
     """A name of TORCHVISION_SETS -> the set, and which split of it was opened.
 
-    split: None means 'test', which ImageNet and a few others do not have. Some sets have a switch `train` instead of
-    named splits. Others are not split at all, and then a split is refused. A set that torchvision cannot find or read
-    is refused, too.
+    split: None means 'test'. Some sets have a switch `train` instead of named splits, others are not split at all.
+    Refused: a split that the set does not have, and a set that torchvision cannot find or read.
     """
     kind = getattr(torchvision.datasets, name)
     known = inspect.signature(kind).parameters
@@ -45,11 +38,9 @@ def torchvision_set(name, root, split, download, preprocess):
         need(chosen in ('train', 'test'), f'{name} has no split {chosen}; give train or test')
         options['train'] = chosen == 'train'
     else:
-        need(not split, f'{name} has no splits in torchvision; '
-             'leave out --split, and all its images are scored')
+        need(not split, f'{name} has no splits in torchvision; leave out --split')
         chosen = 'none, all images'
     if download:
-        need('download' in known, f'torchvision does not download {name}; fetch it yourself into --root')
         options['download'] = True
     try:
         return kind(root, **options), chosen
@@ -59,7 +50,7 @@ def torchvision_set(name, root, split, download, preprocess):
 
 
 def folder_set(folder, preprocess):
-    """A set with one folder of images per class."""
+    """A set with a folder of images for each class."""
     with reading(folder):
         source = torchvision.datasets.ImageFolder(folder, preprocess, loader=read_image)
     classes = source.classes
@@ -67,19 +58,17 @@ def folder_set(folder, preprocess):
     need(not are_splits, f"{folder} holds the splits {', '.join(classes)}; give one of them")
     is_numbered = all(name.isdecimal() for name in classes)
     need(not is_numbered or classes == sorted(classes, key=int),
-         f'the folders of {folder} are numbered, and as text 10 comes before 2; rename them with leading zeros')
+         f'the folders of {folder} are numbered, and 10 comes before 2; rename them with leading zeros')
     return source
 
 
 def class_names(source, path=None):
     """The class names of a torchvision set, in words. path: a file to take them from, one per line in class order.
 
-    Two classes of the same name tie, and a tie counts against the model. So torchvision's own names for ImageNet are
-    refused, because two classes are called "crane", and two "maillot". A file may repeat a name, because that is the
-    user's decision.
+    torchvision's own names for ImageNet are refused by check_names, because two classes are called "crane", and two
+    "maillot". A file may repeat a name.
     """
     kind = type(source).__name__
-    # Caltech's sets call them categories.
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)
     if path:
         names = [line.replace('_', ' ').strip() for line in read_lines(path, numbered=True)]
@@ -87,41 +76,34 @@ def class_names(source, path=None):
              f'{path} has {len(names)} names for {len(classes or [])} classes; give one line per class')
         return names
     need(classes and kind not in NOT_IN_WORDS,
-         f'torchvision names the classes of {kind} by numbers or codes, or not at all; '
-         'give a file of names in words with --classes')
+         f'torchvision does not name the classes of {kind} in words; give a file of names with --classes')
     names = []
     for name in classes:
         if isinstance(name, tuple):
             name = name[0]              # ImageNet's: the first of several synonyms
-        if kind in MENDED:
-            name = mend_name(name)
         names.append(name.replace('_', ' ').strip())
     numbered = all(re.fullmatch(r'n?\d+', name) for name in names)        # n01440764: ImageNet
-    need(not numbered,
-         f'classes are called {names[0]} and the like; give names in words with --classes')
+    need(not numbered, f'classes are called {names[0]} and the like; give words with --classes')
     check_names(names)
     return names
 
 
 def open_clip_prompts():
-    """The installed open_clip's 80 prompts and 1,000 ImageNet names, with which the published figures were computed."""
+    """The installed open_clip's 80 prompts and 1,000 ImageNet names, with which published figures were computed."""
     try:
         from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
     except ImportError:
-        raise Refused('--templates open_clip needs one more package: '
-                      'pip install open_clip_torch') from None
-    return [template('{}') for template in OPENAI_IMAGENET_TEMPLATES], list(IMAGENET_CLASSNAMES)
-
-
-IMAGENET_CLASSES = 1000
+        raise Refused('--templates open_clip needs: pip install open_clip_torch') from None
+    templates = [template('{}') for template in OPENAI_IMAGENET_TEMPLATES]
+    return templates, list(IMAGENET_CLASSNAMES)
 
 
 def is_imagenet(source):
     """Whether a set is torchvision's ImageNet, or has ImageNet's 1,000 folders, which have names like n01440764."""
-    kind = type(source).__name__
-    if kind == 'ImageFolder' and len(source.classes) == IMAGENET_CLASSES:
-        return all(re.fullmatch(r'n\d{8}', name) for name in source.classes)
-    return kind == 'ImageNet'
+    if type(source).__name__ == 'ImageNet':
+        return True
+    classes = getattr(source, 'classes', [])
+    return len(classes) == 1000 and all(re.fullmatch(r'n\d{8}', name) for name in classes)
 
 
 def read_synonyms(path):
@@ -130,19 +112,21 @@ def read_synonyms(path):
     for line in read_lines(path, numbered=True):
         parts = line.replace('_', ' ').split(',')
         synonyms.append([name.strip() for name in parts if name.strip()])
-    need(all(synonyms), f'{path} has a line with only commas; give each class a name')
     check_names([first for first, *_ in synonyms])
     return synonyms
 
 
 def check_names(names):
+    """Classes of the same name would tie, which counts against the model."""
     twice = {name for name in names if names.count(name) > 1}
     need(not twice, f"several classes have the same name, and would tie: {', '.join(sorted(twice))}; "
          'give each its own name in the file of --classes')
 
 
-def read_templates(path):
-    """Prompts with {} for the class, one per line. The path 'open_clip' means open_clip's own prompts."""
+def read_templates(path, default):
+    """Prompts with {} for the class, one per line. The path 'open_clip' means open_clip's prompts, None the default."""
+    if path is None:
+        return default
     if path == 'open_clip':
         prompts, _ = open_clip_prompts()
         return prompts
@@ -179,17 +163,14 @@ BENCHMARKS = {
 IGNORE = 255                            # pixels of a mask that have this value are not scored
 
 
-def read_mask(path, size, classes, reduce_zero_label):
-    """A PNG of class numbers, grey or palette, of `size` (w, h) -> (h, w) int64; unscored pixels are IGNORE."""
-    mask = read_image(path, as_stored=True)
-    values = np.array(mask, np.int64)   # for a palette image these are the numbers, not the colours
-    need(values.shape == size[::-1],
-         f'mask {path} is a {mask.mode} image of {mask.size} pixels; '
-         f'it must be grey or palette, and have {size} pixels')
+def read_mask(path, classes, reduce_zero_label):
+    """A PNG of class numbers, grey or palette -> (h, w) int64; unscored pixels are IGNORE."""
+    # For a palette image these are the numbers, not the colours.
+    values = np.array(read_image(path, as_stored=True), np.int64)
     label = values[values != IGNORE].max(initial=0)
     most = classes if reduce_zero_label else classes - 1
-    need(label <= most, f'mask {path} has label {label}; with {classes} lines in the class file '
-         f'it may be at most {most}')
+    need(label <= most,
+         f'mask {path} has label {label}; with {classes} lines in the class file it may be at most {most}')
     if reduce_zero_label:
         values = np.where(np.isin(values, (0, IGNORE)), IGNORE, values - 1)
     return torch.from_numpy(values)
@@ -201,22 +182,19 @@ def by_stem(paths, suffix):
     for path in paths:
         if path.stem.endswith(suffix):
             stem = path.stem.removesuffix(suffix)
-            need(stem not in stems,
-                 f'{stems.get(stem)} and {path} have the same name; rename one, or separate images and masks')
+            need(stem not in stems, f'{stems.get(stem)} and {path} have one name; rename one')
             stems[stem] = path
     return stems
 
 
 def mask_pairs(images, masks, image_suffix, mask_suffix, listing=None):
-    """[(image path, mask path)], paired by their stem, which is the file's name without suffix and ending. listing: a
-    file of the stems to take, one per line; None: the stems of all masks."""
+    """[(image path, mask path)] of the same stem, which is a file's name without suffix and ending. listing: a file of
+    the stems to take, one per line; None: those of all masks."""
     image_paths = by_stem(images_in(images), image_suffix)
     png_paths = [path for path in images_in(masks) if path.suffix.lower() == '.png']
     mask_paths = by_stem(png_paths, mask_suffix)
     stems = read_lines(listing) if listing else mask_paths
     need(stems, f"{masks} has no mask '*{mask_suffix}.png'; see --mask-suffix")
     for stem in stems:
-        need(stem in mask_paths, f'{masks} has no {stem}{mask_suffix}.png; see --mask-suffix')
-        need(stem in image_paths,
-             f'{images} has no image {stem}{image_suffix} for its mask; see --image-suffix')
+        need(stem in image_paths, f'{images} has no image {stem}{image_suffix}; see --image-suffix')
     return [(image_paths[stem], mask_paths[stem]) for stem in stems]

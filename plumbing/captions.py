@@ -21,7 +21,7 @@ POOL_KEYS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LO
 
 
 def record_of(json_bytes, txt_bytes):
-    """The bytes of a .json and of a .txt, either of which may be b'' -> a dict, see Shards.record."""
+    """The bytes of a .json and of a .txt (b'' if absent) -> a dict. A bare list or string becomes {'captions': it}."""
     try:
         record = json.loads(json_bytes or '{}')
     except (ValueError, RecursionError) as error:       # RecursionError: thousands of nested lists

@@ -1,5 +1,8 @@
-"""Colour changes, and blur, for a batch, with a strength for each image, on the device that holds the images."""
+"""Colour changes, and blur, for a batch, on the device that holds the images. From the draw (data.draw_strengths) to
+the pixels they are dicts {operation: strength}, in which operations that were not drawn are absent."""
+from collections import defaultdict
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -69,6 +72,7 @@ def solarize(x, threshold):
     return torch.where(x > threshold, 1 - x, x)
 
 
+# In the order in which they act. The jitters act first, in an order that is drawn (Batch.views).
 OPERATIONS = {
     'brightness': brightness,
     'contrast': contrast,
@@ -77,56 +81,54 @@ OPERATIONS = {
     'grey': saturation,         # with strength 0
     'blur': blur,
     'solarize': solarize}
-# The strength with which each operation changes nothing. Images with this strength are left out. The order is that of
-# OPERATIONS.
-NEUTRAL = {
-    'brightness': 1.0,
-    'contrast': 1.0,
-    'saturation': 1.0,
-    'hue': 0.0,
-    'grey': 1.0,
-    'blur': 0.0,
-    'solarize': 1.0}
-JITTERS = 'brightness', 'contrast', 'saturation', 'hue'
+JITTERS = ['brightness', 'contrast', 'saturation', 'hue']
+AFTER_JITTERS = [name for name in OPERATIONS if name not in JITTERS]
 
 
 # --- 2. Which images of a batch each operation changes ----------------------------------------------------------------
 
 class Changes(NamedTuple):
-    """Which images each operation changes, in V views of B images. Changes are sorted by operation, then by view.
-
-    The CPU works this out, because asking a GPU how many images change would make it wait.
-    """
-    images: torch.Tensor        # (changes,) which image of the view
+    """The changes of B pairs with V views each, packed into two tensors, because each tensor more would be one more
+    copy to a GPU. The CPU packs them, because asking a GPU how many images change would make it wait."""
+    images: torch.Tensor        # (changes,) which image of its view each of them changes: 0 to B - 1
     strengths: torch.Tensor     # (changes,)
-    counts: list                # how many images each operation changes in each view; operations * V numbers
+    groups: list                # (view, operation), in the order of the two tensors
+    counts: list                # how many changes each group has
 
     def to(self, device):
-        return Changes(self.images.to(device, non_blocking=True), self.strengths.to(device, non_blocking=True),
-                       self.counts)
+        return self._replace(images=self.images.to(device, non_blocking=True),
+                             strengths=self.strengths.to(device, non_blocking=True))
 
-    def by_view(self):
-        """-> for each view a dict, {operation: (the images that it changes, their strengths)}."""
-        V = len(self.counts) // len(OPERATIONS)
-        of_each = list(zip(self.images.split(self.counts), self.strengths.split(self.counts)))
-        return [dict(zip(OPERATIONS, of_each[view::V])) for view in range(V)]
+    def by_view(self, V):
+        """-> for each of V views {operation: (the images that it changes, their strengths)}."""
+        views = [{} for _ in range(V)]
+        images = self.images.split(self.counts)
+        strengths = self.strengths.split(self.counts)
+        for (view, operation), changed, how_strongly in zip(self.groups, images, strengths):
+            views[view][operation] = changed, how_strongly
+        return views
 
 
-def changes_of(strengths):
-    """strengths (B, V, operations), in the order of NEUTRAL -> Changes."""
-    table = strengths.permute(2, 1, 0)                  # (operations, V, B)
-    neutral = torch.tensor(list(NEUTRAL.values())).view(-1, 1, 1)
-    is_changed = table != neutral
-    _, _, images = is_changed.nonzero(as_tuple=True)
-    return Changes(images, table[is_changed], is_changed.sum(dim=2).flatten().tolist())
+def changes_of(pairs):
+    """For each of B pairs its V dicts {operation: strength} -> Changes."""
+    images = defaultdict(list)          # {(view, operation): the images that it changes}
+    strengths = defaultdict(list)       # {(view, operation): how strongly}
+    for image, views in enumerate(pairs):
+        for view, of_view in enumerate(views):
+            for operation, strength in of_view.items():
+                images[view, operation].append(image)
+                strengths[view, operation].append(strength)
+    return Changes(torch.tensor([*chain(*images.values())], dtype=torch.long),
+                   torch.tensor([*chain(*strengths.values())], dtype=torch.float),
+                   groups=list(images), counts=[len(group) for group in images.values()])
 
 
 def recolour(images, changes, order):
-    """uint8 (B, 3, h, w), one dict of Changes.by_view, the names of the operations in the order in which they act ->
+    """uint8 (B, 3, h, w), one dict of Changes.by_view, a list of all operations in the order in which they act ->
     float32 in [0, 1]."""
     x = images.float().div_(255)
-    for name in order:
+    # `index` raises ValueError for an operation that was drawn but is not in `order`, so none is left out in silence.
+    for name in sorted(changes, key=order.index):
         changed, strengths = changes[name]
-        if len(changed):
-            x[changed] = OPERATIONS[name](x[changed], strengths.view(-1, 1, 1, 1))
+        x[changed] = OPERATIONS[name](x[changed], strengths.view(-1, 1, 1, 1))
     return x

@@ -24,6 +24,12 @@ def need(condition, message):
         raise Refused(message)
 
 
+def note(message):
+    """Print a line that a user should know, on rank 0 only."""
+    if os.environ.get('RANK', '0') == '0':
+        print(f'note       {message}')
+
+
 def warn(message):
     """Print a line on stderr, on rank 0 only."""
     if os.environ.get('RANK', '0') == '0':

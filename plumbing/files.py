@@ -69,11 +69,8 @@ def field(record, name, path, kind=object):
 
 
 def read_lines(path, numbered=False):
-    """The lines of a text file that are not blank.
-
-    numbered: the number of a line says which class it belongs to. A blank line would shift the lines after it, so it is
-    refused. Blank lines at the end are allowed.
-    """
+    """The lines of a text file that are not blank. numbered: the number of a line says which class it belongs to, so a
+    blank line, which would shift those after it, is refused, except at the end."""
     with reading(path):
         text = Path(path).read_text(encoding='utf-8-sig').rstrip()
     need(text, f'{path} holds no lines of text')

@@ -1,10 +1,4 @@
-"""Bytes -> pixels. Images are turned as EXIF says, JPEGs can be decoded at a smaller size, and broken images are
-reported.
-
-The bytes come from strangers, and Pillow raises almost any kind of error for them. So all of Pillow's errors become
-Unreadable (but those about EXIF are passed over). Our own code stays outside the blocks that do this, so that its bugs
-keep their traceback.
-"""
+"""Bytes from strangers -> pixels: turned as EXIF says, and JPEGs at a smaller size if that is enough."""
 import glob
 import io
 from contextlib import contextmanager
@@ -18,7 +12,6 @@ from torchvision.transforms.v2 import functional as TF
 from plumbing.errors import Unreadable, need
 
 Turn = Image.Transpose
-ORIENTATION = 0x112                             # the EXIF tag
 TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM,
          5: Turn.TRANSPOSE, 6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}
 SIDEWAYS = Turn.TRANSPOSE, Turn.ROTATE_270, Turn.TRANSVERSE, Turn.ROTATE_90     # these swap width and height
@@ -26,10 +19,10 @@ SIDEWAYS = Turn.TRANSPOSE, Turn.ROTATE_270, Turn.TRANSVERSE, Turn.ROTATE_90     
 
 @contextmanager
 def pillow_errors(name):
-    """Inside this block, any error that Pillow raises becomes Unreadable, with this name."""
+    """Inside this block any error becomes Unreadable, with this name, because Pillow raises almost any kind of error."""
     try:
         yield
-    except Exception as error:                  # also TypeError and the like, for bytes that Pillow did not expect
+    except Exception as error:
         raise Unreadable(f'{name} cannot be read as an image ({error})') from None
 
 
@@ -43,92 +36,73 @@ def open_image(source):
     return image
 
 
-def find_turn(image):
-    """How EXIF turns an image, a value of TURNS; None if it asks for no turn, or cannot be read."""
-    try:
-        return TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:                           # any error of Pillow's, see pillow_errors
-        return None
-
-
 def read_image(source, as_stored=False):
-    """A path, an open file, encoded bytes or a Pillow image -> RGB image, turned as EXIF says. Raises Unreadable, with
-    the path, if it cannot be read.
-
-    as_stored: the values stay as they are, because those of a mask are class numbers (palette indices, or grey of 8 or
-    16 bits).
-    """
+    """A path, an open file, encoded bytes or a Pillow image -> RGB image, turned as EXIF says. Unreadable if it is
+    broken. as_stored: the values stay as they are, because those of a mask are class numbers."""
     name = source if isinstance(source, (str, Path)) else 'its image'
+    image, turn, _ = read_header(source, name)
+    return pixels(image, turn, name, as_stored)
+
+
+def read_header(source, name='its image'):
+    """-> Pillow image, how EXIF turns it (a value of TURNS, or None), and the (height, width) that it then has. A JPEG's
+    pixels are not decoded yet. Other images are, because Pillow needs the pixels of some of them to find EXIF."""
     with pillow_errors(name):
         image = open_image(source)
-        image.load()
-    return turned(image, find_turn(image), name, as_stored)
-
-
-def read_header(data):
-    """Encoded bytes -> Pillow image, its turn (see find_turn), and the (height, width) that it has once it is turned.
-    `decode` takes image and turn. A JPEG's pixels are not decoded yet. Other images are decoded here, because they
-    cannot be decoded at a smaller size, and because for some of them Pillow needs the pixels to find EXIF."""
-    with pillow_errors('its image'):
-        image = open_image(data)
         if image.format not in ('JPEG', 'MPO'):         # MPO: a JPEG followed by other JPEGs
             image.load()
-        width, height = image.size
-    # Broken EXIF may give something else when it is read again, so it is read only once.
-    turn = find_turn(image)
+    try:
+        turn = TURNS.get(image.getexif().get(0x112))    # its tag Orientation
+    except Exception:                                   # broken EXIF turns nothing
+        turn = None
+    width, height = image.size
     if turn in SIDEWAYS:
         width, height = height, width
     return image, turn, (height, width)
 
 
 def decode(image, turn, at_most=1):
-    """Image and turn of read_header -> (3, h, w) uint8, turned. Its sides may be shorter than the stored ones, by a
-    factor of `at_most` or less.
+    """Image and turn of read_header -> (3, h, w) uint8, turned, its sides shorter by a factor of `at_most` or less.
 
     Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size in much less time. If it has 1000 x 800 pixels and at_most is
     2.08, then 481 x 385 pixels are enough, and `draft` takes the next larger size, 500 x 400.
     """
-    # These are sides before the turn, because `draft` comes first.
-    enough = [ceil(side / at_most) for side in image.size]
+    enough = [ceil(side / at_most) for side in image.size]              # before the turn
     with pillow_errors('its image'):
         image.draft('RGB', enough)
-        image.load()
-    return TF.pil_to_tensor(turned(image, turn, 'its image'))
+    return TF.pil_to_tensor(pixels(image, turn, 'its image'))
 
 
-def turned(image, turn, name, as_stored=False):
-    """A decoded image -> RGB image, turned, and without the EXIF that would turn it again. as_stored: only turned."""
-    if image.mode[0] in 'IF' and not as_stored:         # more than 8 bits a channel
-        image = eight_bits(image, name)
+def pixels(image, turn, name, as_stored=False):
+    """An image of read_header -> RGB image, turned, and without the EXIF that would turn it again."""
     with pillow_errors(name):
-        upright = image if as_stored else image.convert('RGB')  # a copy: its info is cleared below
+        image.load()
+        if not as_stored:
+            image = eight_bits(image).convert('RGB')    # a copy: its info is cleared below
         if turn is not None:            # FLIP_LEFT_RIGHT is 0
-            upright = upright.transpose(turn)
+            image = image.transpose(turn)
     if not as_stored:
-        upright.info = {}
-    return upright
+        image.info = {}
+    return image
 
 
-def eight_bits(image, name):
-    """A 16-bit grey image -> its upper 8 bits, which is also what Pillow keeps of 16-bit colour. Its own conversion
-    of 16-bit grey makes all values above 255 white."""
+def eight_bits(image):
+    """The upper 8 bits of 16-bit grey, as Pillow does for 16-bit colour; it makes all such grey above 255 white."""
+    if image.mode[0] not in 'IF':
+        return image
     values = np.asarray(image)
     if values.dtype.kind == 'f' or values.min() < 0 or values.max() > 65535:
-        raise Unreadable(f'{name} has 32 bits a channel; save it with 8')
+        raise ValueError('it has 32 bits a channel; save it with 8')
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-LONGEST = 8         # the long side of an image may be at most this many times its short side
-
-
 def shorten(image):
-    """Cuts the ends off an image that is longer than LONGEST allows. Evaluation enlarges the short side, so an image of
-    1 x 6,000 pixels would take gigabytes, although only a square in the middle is wanted."""
-    width, height = image.size
-    longest = LONGEST * min(width, height)
+    """Cuts an image to 8 times its short side. Evaluation enlarges the short side, so an image of 1 x 6,000 pixels
+    would take gigabytes, although only a square in the middle is wanted."""
+    longest = 8 * min(image.size)
     # An odd side stays odd and an even one even, so that the middle stays where it is.
-    size = [min(side, longest + side % 2) for side in (height, width)]
-    return image if size == [height, width] else TF.center_crop(image, size)
+    size = [min(side, longest + side % 2) for side in (image.height, image.width)]
+    return TF.center_crop(image, size)
 
 
 def images_in(folder):

@@ -1,39 +1,38 @@
-"""Published lists of images and captions: COCO's, Karpathy's, and the released code's list of Flickr30k."""
-from collections import defaultdict
+"""Tables of images and captions: rows of JSON, CSV or TSV, and the lists that COCO, Karpathy and Flickr30k publish."""
+import csv
+import io
+import json
+import re
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
 
 from plumbing.captions import without_spaced_stop
 from plumbing.errors import Refused, need
-from plumbing.files import field, read_json
+from plumbing.files import read_json
 
-# The next two functions return the rows of a published list, for eval.py and for extras.prepare, which packs them. A
-# list of another form is refused, and the error names its file, `path`.
+SPLIT = 'karpathy_split'  # a key in the json of pairs that came from Karpathy's list
 
-def coco_rows(listing, path):
+# --- 1. Published lists ----------------------------------------------------------------------------------------------
+
+def coco_rows(listing):
     """COCO's captions -> [(name of an image, its captions), ...]."""
     captions = defaultdict(list)                                    # {the image's id: captions}
-    for annotation in field(listing, 'annotations', path, list):
-        image_id = field(annotation, 'image_id', path, (int, str))
-        captions[image_id].append(field(annotation, 'caption', path))
-    rows = []
-    for image in field(listing, 'images', path, list):
-        image_id = field(image, 'id', path, (int, str))
-        rows.append((field(image, 'file_name', path, str), captions[image_id]))
-    return rows
+    for annotation in listing['annotations']:
+        captions[annotation['image_id']].append(annotation['caption'])
+    return [(image['file_name'], captions[image['id']]) for image in listing['images']]
 
 
-def karpathy_rows(listing, path):
+def karpathy_rows(listing):
     """Karpathy's dataset_coco.json and the like -> [(split, name of an image, its captions), ...]."""
     rows = []
-    for image in field(listing, 'images', path, list):
-        split = field(image, 'split', path, str)
-        name = field(image, 'filename', path, str)
+    for image in listing['images']:
+        name = image['filename']
         if image.get('filepath'):                                   # COCO's images lie in two folders
-            name = f"{field(image, 'filepath', path, str)}/{name}"
-        sentences = field(image, 'sentences', path, list)
-        rows.append((split, name, [field(sentence, 'raw', path) for sentence in sentences]))
+            name = f"{image['filepath']}/{name}"
+        captions = [sentence['raw'] for sentence in image['sentences']]
+        rows.append((image['split'], name, captions))
     return rows
 
 
@@ -42,59 +41,25 @@ def karpathy_rows(listing, path):
 
 def read_coco(folder):
     """COCO's folder, with images/val2017 and annotations/captions_val2017.json."""
-    path = Path(folder, 'annotations/captions_val2017.json')
-    rows = coco_rows(read_json(path), path)
+    rows = coco_rows(read_json(Path(folder, 'annotations/captions_val2017.json')))
     return [(Path(folder, 'images/val2017', name), captions) for name, captions in rows]
 
 
 def read_karpathy(path, images, split):
     """One split of Karpathy's list."""
     folder = images or Path(path).parent
-    rows = karpathy_rows(read_json(path), path)
+    rows = karpathy_rows(read_json(path))
     return [(Path(folder, name), captions) for part, name, captions in rows if part == split]
 
 
 def read_flickr(path, images):
     """The released code's flickr30k_val.json: [{"image": path, "caption": [five]}, ...]."""
     folder = images or Path(path).parent
-    listing = read_json(path)
-    need(isinstance(listing, list), f'{path} is not a list of images and captions; see --help')
     captions = defaultdict(list)            # {path of an image: its captions}; an image may have several items
-    for item in listing:
-        caption = field(item, 'caption', path)
-        more = caption if isinstance(caption, list) else [caption]
-        captions[Path(folder, field(item, 'image', path, str))] += more
+    for item in read_json(path):
+        caption = item['caption']
+        captions[Path(folder, item['image'])] += caption if isinstance(caption, list) else [caption]
     return list(captions.items())
-
-
-def has_caption(value):
-    """Whether a string, or an item of a list, is not blank. What is not text counts, too: with_owners refuses it."""
-    items = value if isinstance(value, list) else [value]
-    return any(str(item or '').strip() for item in items)
-
-
-def with_owners(pools, name):
-    """For each image its captions, a string or a list -> all captions in one list, and owner (captions,), the image
-    that each belongs to.
-
-    name(i): what messages call image i. An image is Refused if it has no caption, or one that is not text. A final ' .'
-    is taken off, as in training.
-    """
-    captions = []
-    owner = []
-    for i, pool in enumerate(pools):
-        usable = []
-        for caption in pool if isinstance(pool, list) else [pool]:
-            if not isinstance(caption, str):
-                raise Refused(f'{name(i)} has a caption that is not text: {str(caption)[:80]}; '
-                              'mend it, or take it out')
-            if caption.strip():
-                usable.append(without_spaced_stop(caption))
-        if not usable:
-            raise Refused(f'{name(i)} has no caption; give it one, or take the image out')
-        captions += usable
-        owner += [i] * len(usable)
-    return captions, torch.tensor(owner)
 
 
 def published_captions(coco, karpathy, flickr, images, split):
@@ -116,3 +81,116 @@ def published_captions(coco, karpathy, flickr, images, split):
 
     captions, owner = with_owners(pools, name)
     return paths, captions, owner
+
+
+# --- 2. Captions and their owners ------------------------------------------------------------------------------------
+
+def has_caption(value):
+    """Whether a string, or an item of a list, is not blank. What is not text counts, too: with_owners refuses it."""
+    items = value if isinstance(value, list) else [value]
+    return any(str(item or '').strip() for item in items)
+
+
+def with_owners(pools, name):
+    """For each image its captions, a string or a list -> all captions in one list, and owner (captions,), the image
+    that each belongs to.
+
+    name(i): what messages call image i. An image is Refused if it has no caption, or one that is not text. A final ' .'
+    is taken off, as in training.
+    """
+    captions = []
+    owner = []
+    for i, pool in enumerate(pools):
+        if not has_caption(pool):           # the name is looked up only here, because that may cost a read
+            raise Refused(f'{name(i)} has no caption; give it one, or take the image out')
+        for caption in pool if isinstance(pool, list) else [pool]:
+            if not isinstance(caption, str):
+                raise Refused(f'{name(i)} has a caption that is not text: {str(caption)[:80]}; '
+                              'mend it, or take it out')
+            if caption.strip():
+                captions.append(without_spaced_stop(caption))
+                owner.append(i)
+    return captions, torch.tensor(owner)
+
+
+# --- 3. Rows of any table --------------------------------------------------------------------------------------------
+
+def json_values(text):
+    """All JSON values in a text, one after another. JSON has one, JSON lines have one per line."""
+    decoder = json.JSONDecoder(parse_constant={}.get)       # NaN, which is not JSON, becomes None
+    values = []
+    place = 0
+    while place < len(text):
+        value, place = decoder.raw_decode(text, place)
+        values.append(value)
+        place = re.compile(r'\s*').match(text, place).end()  # raw_decode does not skip white space
+    return values
+
+
+def rows_of_json(text):
+    """JSON lines, a list of objects, an object of objects (SugarCrepe), COCO's captions or Karpathy's list -> rows."""
+    values = json_values(text)
+    whole = values[0]
+    if len(values) > 1:
+        return values
+    if isinstance(whole, list):
+        return whole
+    if 'annotations' in whole:
+        return [{'image': name, 'caption': captions} for name, captions in coco_rows(whole)]
+    images = whole.get('images')
+    if isinstance(images, list) and images and isinstance(images[0], dict):
+        return [{'image': name, 'captions': captions, SPLIT: split} for split, name, captions in karpathy_rows(whole)]
+    if all(isinstance(value, dict) for value in whole.values()):
+        return list(whole.values())
+    return values                       # JSON lines with one line
+
+
+def table_rows(file, path, **form):
+    """The rows of an open CSV or TSV, as dicts. A quotation mark that nothing closes is Refused, with its line, because
+    it would swallow all rows up to the next one."""
+    reader = csv.DictReader(file, strict=True, **form)
+    line = 1
+    try:
+        columns = Counter(reader.fieldnames or [])                      # of the first line
+        for name, times in columns.items():
+            need(times == 1 or not name.strip(), f'{path} has several columns called {name}; '
+                 'give an image with several captions several rows')
+        line = reader.line_num + 1
+        for row in reader:
+            yield row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise Refused(f'{path} cannot be read from line {line} on ({error}); '
+                      'close the quotation mark there, or double it') from None
+
+
+def rows_of_table(text, path):
+    """The rows of a CSV, a TSV, or Flickr30k's table. The first line shows what the delimiter is."""
+    first_line = text.partition('\n')[0]
+    delimiter = csv.Sniffer().sniff(first_line, ',;\t|').delimiter
+    # Neither a TSV nor Flickr30k's table, with its '| ', has quoting: a caption may begin with a quotation mark.
+    unquoted = delimiter == '\t' or '| ' in first_line
+    quoting = csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL
+    return list(table_rows(io.StringIO(text), path, delimiter=delimiter, quoting=quoting, skipinitialspace=True))
+
+
+def read_rows(path):
+    """The rows of a JSONL, JSON, CSV or TSV file, as dicts. The content says which it is, because names vary:
+    Flickr8k's captions.txt is a CSV. Any other file is Refused; the message names the file, and often the row."""
+    try:
+        text = Path(path).read_text(encoding='utf-8-sig')
+        is_json = text.lstrip().startswith(('{', '['))
+        rows = rows_of_json(text.strip()) if is_json else rows_of_table(text, path)
+    except UnicodeDecodeError as error:
+        line = error.object.count(b'\n', 0, error.start) + 1
+        raise Refused(f'{path} is not UTF-8 (line {line}); save it as UTF-8, '
+                      'in Excel as the type CSV UTF-8') from None
+    except (OSError, json.JSONDecodeError, csv.Error) as error:
+        raise Refused(f'{path} cannot be read as JSONL, JSON, CSV or TSV ({error!r}); '
+                      'docs/data.md shows what a table looks like') from None
+    need(rows, f'{path} has no rows')
+    for number, row in enumerate(rows, 1):
+        need(isinstance(row, dict), f'row {number} of {path} is not an object with names for its values')
+        need(None not in row, f'row {number} of {path} has more fields than the first; '
+             'put texts that hold the delimiter in quotes')
+    return rows

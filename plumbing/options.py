@@ -1,9 +1,4 @@
-"""Every option of train.py and eval.py, with its type and its help.
-
-1. a parser whose errors are sentences, and the types of options
-2. the options of train.py, and where their defaults come from
-3. the options of eval.py, and those that every command on a checkpoint takes
-"""
+"""Every option of train.py and eval.py, with its type and its help."""
 import argparse
 import math
 import sys
@@ -13,8 +8,8 @@ import torch
 
 from plumbing.benchmarks import BENCHMARKS, TORCHVISION_SETS
 from plumbing.captions import POOL_KEYS
-from plumbing.errors import Refused, need
-from plumbing.processes import DTYPES, cores
+from plumbing.errors import Refused, need, note
+from plumbing.processes import DTYPES, choose_device, cores
 
 # --- 1. Parser and types ---------------------------------------------------------------------------------------------
 
@@ -47,7 +42,8 @@ def device_type(text):
     try:
         torch.zeros(1, device=text)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise argparse.ArgumentTypeError(f'{text} is not a device on this machine ({str(error)[:80]})') from None
+        reason = str(error)[:80]
+        raise argparse.ArgumentTypeError(f'{text} is not a device on this machine ({reason})') from None
     return text
 
 
@@ -60,74 +56,60 @@ above_zero = number_type(float, 'a number above 0', sys.float_info.min, sys.floa
 
 # --- 2. train.py -----------------------------------------------------------------------------------------------------
 
-def add_data(parser):
+def add_training(parser, presets, methods):
+    """Every option of train.py. Those without a default get it from the recipe, or below."""
     add = parser.add_argument_group('data').add_argument
-    workers = min(8, cores() // 2 or 1)
     add('--data', nargs='+', help='tars, or folders of them; without it the built-in set')
-    add('--val', nargs='+',
-        help='held-out shards, evaluated as --eval-every says (the val/ of a single --data folder)')
+    add('--val', nargs='+', help='held-out shards (the val/ of a single --data folder)')
     add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
-    add('--caption-pool', choices=POOL_KEYS, default='all',
-        help="which of DreamLIP's captions to use (%(default)s)")
-    add('--vocab', default='clip', help="clip, learn (from the captions), or a path to CLIP's file")
-    add('--workers', type=count, default=workers,
-        help='processes that load data, for each process that trains (%(default)s)')
+    add('--caption-pool', choices=POOL_KEYS, default='all', help="which of DreamLIP's (%(default)s)")
+    add('--vocab', help="clip, learn (from the captions), or a path to CLIP's file")
+    loaders = min(8, cores() // 2 or 1)
+    add('--workers', type=count, default=loaders, help='loaders of each process (%(default)s)')
 
-
-def add_method(parser, presets, methods):
     add = parser.add_argument_group('method').add_argument
-    add('--preset', choices=presets, help='sizes and recipe (vit-b-16 with --data, else tiny)')
-    add('--method', choices=methods, default='cosmos',
-        help='a row of Table 5, or ours: no-cross-attention, across (%(default)s)')
-    add('--init', help='weights to start from, ours or not. They set sizes and vocabulary, and the '
-        'defaults of --lr, --wd, --momentum-ramp and --out')
-    add('--quick-gelu', action='store_true',
-        help="the weights of --init use OpenAI's activation, and their file does not say so")
-    add('--local-crops', type=count, default=6, help='local image views per pair (%(default)s)')
-    add('--local-captions', type=count, default=6, help='local captions per pair (%(default)s)')
-    add('--augment', choices=['full', 'crops'], default='full',
-        help='crops: only crops; full: also flips and changes of colour')
+    add('--preset', choices=presets,
+        help='sizes and recipe (tiny; with --data vit-b-16 on a GPU, otherwise photo)')
+    add('--method', choices=methods, default='cosmos', help='Table 5, or ours (%(default)s)')
+    add('--init', help='weights to start from, ours or not; they set sizes and vocabulary')
+    add('--quick-gelu', action='store_true', help="the weights of --init have OpenAI's activation")
+    add('--local-crops', type=count, help='local image views per pair')
+    add('--local-captions', type=count, help='local captions per pair')
+    add('--augment', choices=['full', 'crops'], help='full: also flips and changes of colour')
 
-
-def add_schedule(parser):
     schedule = parser.add_argument_group('schedule')
     length = schedule.add_mutually_exclusive_group().add_argument
     length('--steps', type=positive, help='optimizer steps in total')
     length('--epochs', type=above_zero, help='passes over the data, instead of --steps')
     add = schedule.add_argument
-    add('--batch', type=positive,
-        help='pairs per step, over all processes and all parts of --accum')
+    add('--batch', type=positive, help='pairs per step, over all processes and parts')
     add('--accum', type=positive, default=1, help='parts of a batch, to save memory (%(default)s)')
-    add('--lr', type=amount, help='peak learning rate (1e-5 with --init)')
-    add('--lr-end', type=share, default=0.0, help='final rate as a share of --lr (%(default)s)')
-    add('--warmup', type=count,
-        help='steps of linear warm-up before the cosine (at most a tenth of the run)')
-    add('--wd', type=amount, help='weight decay, of matrices only (0.1 with --init)')
-    add('--momentum', type=share,
-        help='lambda, the momentum of the teacher, which is a moving average')
-    add('--momentum-ramp', type=count, default=0,
-        help="R: at step s the teacher's lambda is at most s / (s + R); 0 means no ramp (with --init: 0)")
+    add('--lr', type=amount, help='peak learning rate')
+    add('--lr-end', type=share, help='final rate as a share of --lr')
+    add('--warmup', type=count, help='steps of linear warm-up (at most a tenth of the run)')
+    add('--wd', type=amount, help='weight decay, of matrices only')
+    add('--momentum', type=share, help="lambda, the teacher's momentum")
+    add('--momentum-ramp', type=count, help='R: lambda at step s is at most s / (s + R)')
     add('--clip-grad', type=amount, default=0.0, help='largest norm of the gradient; 0: no limit')
     add('--seed', type=count, default=0, help='seed of everything random (%(default)s)')
 
 
-def add_machine(parser):
+def add_machine_and_output(parser):
     add = parser.add_argument_group('machine').add_argument
     switch = argparse.BooleanOptionalAction
     add('--precision', choices=['auto', *DTYPES], default='auto', help='auto: bf16 if it is fast')
-    add('--device', choices=['auto', 'cuda', 'cpu'], default='auto', help='auto: cuda if available')
+    devices = ['auto', 'cuda', 'mps', 'cpu']
+    add('--device', choices=devices, default='auto', help='auto: cuda if available, otherwise cpu')
     add('--compile', action=switch, default=False, help='torch.compile; gains nothing on CPUs')
     add('--grad-checkpoint', action=switch, default=False, help='less memory, more time')
 
-
-def add_output(parser):
     add = parser.add_argument_group('output').add_argument
     add('--out', help='folder of checkpoint, log, report (runs/PRESET-METHOD, or runs/INIT-METHOD)')
     add('--resume', action='store_true', help='go on with the run in --out, or start one there')
     add('--save-minutes', type=amount, default=20.0,
         help='most minutes between checkpoints; 0: no limit (%(default)s)')
     add('--save-every', type=count, default=0,
-        help='also save at every step that is a multiple of this; 0: do not (%(default)s)')
+        help='also save at every multiple of this step; 0: do not (%(default)s)')
     add('--eval-every', type=count,
         help='steps between evaluations (a quarter of the run); 0: only at the end')
     add('--log-every', type=positive, default=20, help='steps between log lines (%(default)s)')
@@ -139,44 +121,43 @@ def name_of(weights):
     return path.parent.name if path.name in ('last.pt', 'best.pt') else path.stem
 
 
+def default_preset(data, device):
+    if not data:
+        return 'tiny'
+    if choose_device(device).type == 'cuda':
+        note('--preset is vit-b-16, the model of the paper, because there is a GPU')
+        return 'vit-b-16'
+    note('--preset is photo, a small model, because there is no GPU')
+    return 'photo'
+
+
+# `fill_in` sets these options of a recipe, because they also depend on the data or the checkpoint.
+FILLED_IN = 'batch', 'steps', 'epochs', 'warmup'
+
+
 def training_options(argv, description, presets, methods, recipe_of):
     """The command line -> a namespace. An option's value is what is typed, else the recipe's, else the default above.
-
-    argv: the words of the command; None: sys.argv's. presets, methods: their names. recipe_of(preset,
-    method, init) returns the recipe, {option: its default}.
-    """
-    words = sys.argv[1:] if argv is None else argv
+    What `choose_data` and `fill_in` set is still None if it is not typed. recipe_of(preset, method, init) returns the
+    recipe, {option: its default}."""
     recipes = ''.join(f'\n{name}: {recipe_of(name, "cosmos", None)}' for name in presets)
-    parser = Parser(usage='%(prog)s [options]', epilog=f'{description}\nA recipe takes precedence '
-                    f'over the defaults in brackets, and --init over a recipe.\n\nRecipes:{recipes}')
-    add_data(parser)
-    add_method(parser, presets, methods)
-    add_schedule(parser)
-    add_machine(parser)
-    add_output(parser)
+    parser = Parser(usage='%(prog)s [options]', epilog=f'{description}\nA recipe decides the options '
+                    f'that are not typed. With --init it changes.\n\nRecipes:{recipes}')
+    add_training(parser, presets, methods)
+    add_machine_and_output(parser)
 
-    first_look = parser.parse_args(words)               # at what chooses the recipe
-    preset = first_look.preset or ('vit-b-16' if first_look.data else 'tiny')
+    first_look = parser.parse_args(argv)                # at what chooses the recipe
+    preset = first_look.preset or default_preset(first_look.data, first_look.device)
     recipe = recipe_of(preset, first_look.method, first_look.init)
-    recipe.pop('warmup', None)          # choose_lengths sets it, and shortens it for a short run
-    # A typed length excludes the recipe's.
-    if first_look.steps or first_look.epochs:
-        recipe.pop('steps', None)
-        recipe.pop('epochs', None)
+    for name in FILLED_IN:
+        recipe.pop(name, None)
     name = name_of(first_look.init) if first_look.init else preset
-    parser.set_defaults(preset=preset, out=f'runs/{name}-{first_look.method}')
-    # The recipe's words go in front of the typed ones. So argparse checks them against types and choices, too, and the
-    # typed ones win, because they come later.
-    recipe_words = [f"--{name.replace('_', '-')}={value}" for name, value in recipe.items()]
-    return parser.parse_args([*recipe_words, *words])
+    parser.set_defaults(preset=preset, out=f'runs/{name}-{first_look.method}', **recipe)
+    return parser.parse_args(argv)
 
 
 def choose_data(options, built_in_set):
-    """Fill in --data and --val if they are not typed. built_in_set() draws shards, and returns their folder.
-
-    If --data is one folder with train/ and val/, --val becomes the same folder: Shards takes train/ for --data, and
-    val/ for --val.
-    """
+    """Fill in --data and --val if they are not typed. built_in_set() draws shards, and returns their folder. If --data
+    is one folder with train/ and val/, --val becomes the same folder: Shards takes the half that it is asked for."""
     if options.data is None:
         need(built_in_set,
              'the built-in set is drawn by lesson/, which is absent; give shards with --data')
@@ -187,12 +168,25 @@ def choose_data(options, built_in_set):
         options.val = options.data
 
 
-def choose_lengths(options, pairs, warmup):
-    """Fill in --steps, and --warmup and --eval-every if they are not typed. warmup: that of the recipe."""
+def fill_in(options, recipe, pairs, parts, saved):
+    """Fill in --batch, --steps, --warmup and --eval-every if they are not typed.
+
+    recipe: {option: its default}. pairs: how many the training set has. parts: processes x --accum, into which a batch
+    is cut. saved: the checkpoint of a resumed run, otherwise {}.
+    """
+    if options.batch is None:
+        options.batch = saved['options']['batch'] if saved else recipe['batch']
+        if not saved and pairs < options.batch:
+            need(pairs >= parts, f'--data has {pairs} pairs, fewer than {parts} (processes x --accum)')
+            options.batch = pairs // parts * parts
+            note(f"--batch is {options.batch}, not {recipe['batch']}, because --data has {pairs} pairs")
+    if options.steps is None and options.epochs is None:
+        options.steps = recipe.get('steps')
+        options.epochs = recipe.get('epochs')
     if options.epochs is not None:
         options.steps = round(options.epochs * (pairs // options.batch)) or 1
     if options.warmup is None:
-        options.warmup = min(warmup, options.steps // 10)       # a tenth of a short run
+        options.warmup = min(recipe['warmup'], options.steps // 10)     # a tenth of a short run
     if options.eval_every is None:
         options.eval_every = math.ceil(options.steps / 4)
 
@@ -201,14 +195,12 @@ def choose_lengths(options, pairs, warmup):
 
 def add_checkpoint(parser):
     """The options of every command that eval.execute runs."""
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     add = parser.add_argument
     add('checkpoint', metavar='CKPT')
-    add('--weights', choices=['teacher', 'student'], default='teacher',
-        help='which network (default: %(default)s)')
-    add('--device', type=device_type, default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='cuda or cpu (default: %(default)s)')
-    add('--workers', type=count, default=2,
-        help='processes that read images; segment ignores it (default: %(default)s)')
+    add('--weights', choices=['teacher', 'student'], default='teacher', help='(%(default)s)')
+    add('--device', type=device_type, default=device, help='cuda, mps or cpu (%(default)s)')
+    add('--workers', type=count, default=2, help='processes that read images (%(default)s)')
     add('--vocab', help="file of CLIP's merges, for checkpoints that carry none")
     add('--json', help='also write the figures to this file')
 
@@ -221,36 +213,33 @@ def add_retrieval(parser, caption_keys):
     one('--shards', nargs='+', help='held-out shards; a folder with train/ and val/ means its val/')
     add = parser.add_argument
     add('--split', help="Karpathy's split (default: test)")
-    add('--images', help='folder of the images of --karpathy or --flickr (default: the folder of the JSON)')
-    add('--caption-keys', help='json keys of the captions of --shards, joined by commas. For each pair '
-        f"only the first key that is present is used (default: {','.join(caption_keys)})")
+    add('--images', help='images of --karpathy or --flickr (default: the folder of the JSON)')
+    add('--caption-keys', help='json keys of the captions of --shards, joined by commas; the first '
+        f"that a pair has is used (default: {','.join(caption_keys)})")
 
 
 def add_classify(parser):
     one = parser.add_mutually_exclusive_group(required=True).add_argument
-    one('--dataset', choices=TORCHVISION_SETS, metavar='NAME',
-        help='a classification set of torchvision.datasets: CIFAR10, DTD, ...')
+    one('--dataset', choices=TORCHVISION_SETS, metavar='NAME', help="torchvision's: CIFAR10, DTD, ...")
     one('--folder', help='one folder of images per class')
     add = parser.add_argument
-    add('--root', default='data', help='folder of --dataset (default: %(default)s)')
+    add('--root', default='data', help='folder of --dataset (%(default)s)')
     add('--split', help="torchvision's name for the split (default: test; ImageNet has val)")
     add('--download', action='store_true', help='let torchvision fetch it into --root')
     add('--classes', help='file of class names, one per line in the order of the sorted folders '
         "(default: torchvision's, or the folders' names)")
-    add('--templates', help='file of prompts with {} for the class, one per line; or open_clip: the 80 '
-        'prompts of the installed open_clip, and for ImageNet also its class names')
+    add('--templates', help='file of prompts with {} for the class, one per line; or open_clip: the '
+        '80 prompts of the installed open_clip, and for ImageNet also its class names')
 
 
 def add_segment(parser):
     add = parser.add_argument
     add('--images', required=True, help='folder of images')
     add('--masks', required=True, help='folder of PNG masks of class numbers; 255 is ignored')
-    add('--classes', required=True,
-        help='file: a line with the names of each class, joined by commas, from class 0 on')
-    add('--image-suffix', default='',
-        help='suffix that only the names of images have, like _leftImg8bit')
-    add('--mask-suffix', default='', help='suffix that only the names of masks have, like _gtFine_labelTrainIds')
-    add('--list', help='file of the images to evaluate, one name per line, without ending and suffix')
+    add('--classes', required=True, help='file: for each class a line of its names, with commas')
+    add('--image-suffix', default='', help='which only images have, like _leftImg8bit')
+    add('--mask-suffix', default='', help='which only masks have, like _gtFine_labelTrainIds')
+    add('--list', help='file of the images to evaluate, a name per line, without ending')
     add('--templates', help='file of prompts with {} for the class; or open_clip: its 80 prompts')
     add('--benchmark', choices=BENCHMARKS, help='the released settings of this set (default: plain '
         'ones). The 80 released prompts are not among them; give those with --templates')

@@ -1,28 +1,29 @@
-"""Tars of image-text pairs. Every header is read once, into an index; after that any pair is one read away."""
+"""Tars of image-text pairs. tarfile reads every header once, into an index; after that any pair is one read away."""
+import glob
 import hashlib
 import io
 import os
 import re
 import tarfile
-import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import process_map, thread_map
 
 from plumbing.captions import caption_pool, record_of
-from plumbing.errors import Refused, Unreadable
+from plumbing.errors import Refused, Unreadable, warn
 from plumbing.files import replacing
 from plumbing.images import read_image
-from plumbing.tars import COLUMN, HEADER_BLOCKS, NO_PAIR, WIDTH, find_shards, member_name, scan_shard, why_unreadable
 
-MINUTE = 60.0       # seconds between two lines that say how many shards' headers have been read
-# A run starts only if at least one of its first 20 pairs can be used. These are enough to tell wrong keys from a few
-# broken pairs.
-FIRST_PAIRS = 20
+# The index has 7 integers per pair. A size of 0 bytes means that the pair has no such member.
+#     shard | image: offset, size | json: offset, size | txt: offset, size
+# {ending of the name: column of the offset}. The size is in the next column.
+COLUMN = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5}
+WIDTH = 7
+FIRST_PAIRS = 20        # enough to tell wrong keys from a few broken pairs
 
+# --- 1. Any pair of a set --------------------------------------------------------------------------------------------
 
 class Shards:
     """Random access to all pairs of a set of tars.
@@ -36,16 +37,17 @@ class Shards:
     def __init__(self, paths, caption_keys=None, split=None, index=None):
         self.paths = find_shards(paths, split)
         self.caption_keys = re.split(' *, *', caption_keys.strip()) if caption_keys else None
-        self.sizes = list(map(os.path.getsize, self.paths))
-        names = list(map(os.path.basename, self.paths))
-        self.fingerprint = digest([names, self.sizes])
-        times = list(map(os.path.getmtime, self.paths))
+        self.sizes = [os.path.getsize(path) for path in self.paths]
+        names = [os.path.basename(path) for path in self.paths]
+        times = [os.path.getmtime(path) for path in self.paths]
+        self.fingerprint = hashlib.sha1(repr([names, self.sizes]).encode()).hexdigest()
+        with_times = hashlib.sha1(repr([names, self.sizes, times]).encode()).hexdigest()
         # By this number a stored index knows its tars again: 60 bits, which fit into int64.
-        self.mark = int(digest([names, self.sizes, times])[:15], 16)
+        self.mark = int(with_times[:15], 16)
         stored = self.read_index(index)
         self.is_mapped = stored is not None
         # The mark and all rows are kept in one flat array, as in the file. Otherwise saving would copy all rows.
-        self.stored = stored if self.is_mapped else self.scan(index and part_of(index))
+        self.stored = stored if self.is_mapped else self.scan()
         self.check_first_pairs()
 
     @property
@@ -56,58 +58,36 @@ class Shards:
     def __len__(self):
         return len(self.index)
 
-    def scan(self, part):
-        """Read all headers -> the mark and the rows. Every minute the rows so far go into the file `part`, if one is
-        named, so that an interrupted start can go on from there. A terminal shows a progress bar; without a terminal, a
-        line every minute says how many shards have been read.
-        """
-        tables = [[self.mark]]
-        shard = 0                                       # the next one to read
-        before = self.read_index(part)
-        if before is not None and len(before) > 1:
-            tables = [before]
-            shard = int(before[-WIDTH]) + 1  # column 0 of the last row: the last shard with pairs
+    def scan(self):
+        """Read all headers -> the mark and the rows, as one flat array."""
         # Processes take seconds to start, so for a few shards they are not worth it.
-        executor = ProcessPoolExecutor if len(self.paths) - shard > 16 else ThreadPoolExecutor
-        shown = time.monotonic()
-        with executor(min(32, os.cpu_count() + 4)) as pool:
-            found = pool.map(scan_shard, self.paths[shard:], range(shard, len(self.paths)))
-            bar = tqdm(found, 'reading headers', len(self.paths), initial=shard, disable=None)
-            for table in bar:
-                tables.append(table.ravel())
-                shard += 1
-                if time.monotonic() - shown > MINUTE:
-                    shown = time.monotonic()
-                    if bar.disable:
-                        print(f'data       the headers of {shard:,} of {len(self.paths):,} shards have been read')
-                    if part:
-                        write_index(part, np.concatenate(tables))
-        return np.concatenate(tables)
+        scan_all = process_map if len(self.paths) > 16 else thread_map
+        numbers = range(len(self.paths))
+        tables = scan_all(scan_shard, self.paths, numbers, chunksize=1, desc='reading headers', disable=None)
+        return np.concatenate([[self.mark], *map(np.ravel, tables)])
 
     def save(self, path):
         """Write the index, unless it was read from a file."""
         if not self.is_mapped:
-            write_index(path, self.stored)
-            part_of(path).unlink(missing_ok=True)
+            with replacing(path) as temporary, open(temporary, 'wb') as file:
+                np.save(file, self.stored)
 
     def read_index(self, path):
-        """-> the mark and the rows; None if there is no file. None, too, if the file belongs to other shards or is
-        damaged, and in that case a line says so."""
+        """-> the mark and the rows. None if there is no file, or if a line says that it is of no use."""
         if not path or not os.path.exists(path):
             return None
         with suppress(OSError, ValueError, EOFError):   # not a numpy array
             stored = np.load(path, mmap_mode='r')
             if stored.ndim == 1 and len(stored) % WIDTH == 1 and stored[0] == self.mark:
                 return stored
-        print(f'data       {path} belongs to other shards, or is damaged, or the shards have changed since it was '
-              'written, so their headers are read again')
+        print(f'data       {path} is damaged, or the shards have changed since, so their headers are read again')
         return None
 
     def check_first_pairs(self):
-        """Raises Refused if none of the first pairs can be used, which means that captions have other keys, or images
-        are of another kind."""
+        """Refused if none can be used, which means that captions have other keys, or images are of another kind."""
         if not len(self):
-            raise Refused(f'{self.paths[0]}: {why_unreadable(self.paths[0]) or NO_PAIR}')
+            raise Refused(f'{self.paths[0]}: no readable tar of images, each with a .json or .txt of the same name '
+                          'next to it; docs/data.md shows the format')
         for i in range(min(FIRST_PAIRS, len(self))):
             try:
                 self.pool(i)
@@ -119,29 +99,26 @@ class Shards:
                       'captions with --caption-keys, or look at the shards with python -m extras.prepare inspect')
 
     def read(self, shard, places):
-        """The bytes at several places (offset, size) of a tar. Unreadable if it is cut off, or if the disk fails twice.
-        """
+        """The bytes at several places (offset, size) of a tar. Unreadable if the disk fails, or the tar is cut off."""
         path = self.paths[shard]
+        found = []
         try:
-            found = read_at(path, places)
-        except OSError:
-            try:
-                found = read_at(path, places)           # again, because network disks stumble
-            except OSError as error:
-                raise Unreadable(f'{path} cannot be read ({error})') from None
-        for data, (_, size) in zip(found, places):
-            if len(data) < size:
-                raise Unreadable(f'{path} has been cut off: it had {self.sizes[shard]:,} bytes, now '
-                                 f'{os.path.getsize(path):,}')
+            # Opened for each pair, so that there are never too many open files. By default a buffer is as large as a
+            # block of the file system, 1 MB on NFS and 4 MB on Lustre, and is filled even for an image of 30 kB.
+            with open(path, 'rb', buffering=tarfile.BLOCKSIZE) as file:
+                for offset, size in places:
+                    file.seek(offset)
+                    found.append(file.read(size))
+        except OSError as error:
+            raise Unreadable(f'{path} cannot be read ({error})') from None
+        if sum(map(len, found)) < sum(size for _, size in places):
+            raise Unreadable(f'{path} has been cut off since its headers were read')
         return found
 
     def members(self, i, *kinds):
-        """The bytes of these members of pair i, b'' for one that it lacks. The tar is opened once for all of them."""
+        """The bytes of these members of pair i, b'' for one that it lacks."""
         row = self.index[i].tolist()
-        places = []
-        for kind in kinds:
-            column = COLUMN[kind]
-            places.append(row[column:column + 2])
+        places = [row[COLUMN[kind]:COLUMN[kind] + 2] for kind in kinds]
         return self.read(row[0], places)
 
     def image(self, i):
@@ -150,73 +127,136 @@ class Shards:
         return data
 
     def record(self, i):
-        """The json of pair i as a dict, with the .txt under 'txt'. A bare list or string becomes {'captions': it}.
-
-        Raises Unreadable if it is not JSON.
-        """
+        """The json and .txt of pair i as a dict, see record_of. Unreadable if it is not JSON."""
         return record_of(*self.members(i, 'json', 'txt'))
 
     def pool(self, i):
         """All sentences of pair i. Unreadable if there are none."""
-        return self.sentences(*self.members(i, 'json', 'txt'))
+        return self.sentences(self.record(i))
 
     def pair(self, i):
-        """-> all sentences of pair i, as `pool` gives them, and the encoded bytes of its image. The tar is opened once.
-        """
+        """-> all sentences of pair i, and the encoded bytes of its image. The tar is opened once."""
         image, *texts = self.members(i, 'jpg', 'json', 'txt')
-        return self.sentences(*texts), image
+        return self.sentences(record_of(*texts)), image
 
-    def sentences(self, json_bytes, txt_bytes):
-        record = record_of(json_bytes, txt_bytes)
+    def sentences(self, record):
         pool = caption_pool(record, self.caption_keys)
         if not pool:
-            raise Unreadable(f"no usable caption under the keys {', '.join(sorted(record)) or '(none)'}")
+            keys = ', '.join(sorted(record)) or '(none)'
+            raise Unreadable(f'no usable caption under the keys {keys}')
         return pool
 
     def name(self, i):
         """Where pair i lies, for messages: the tar, the member, and the file that extras.prepare packed it from."""
         shard, offset = self.index[i, :2].tolist()
         name = f'byte {offset}'
-        with suppress(Unreadable, KeyError):
-            size = min(offset, HEADER_BLOCKS * tarfile.BLOCKSIZE)
-            [headers] = self.read(shard, [(offset - size, size)])
-            name = member_name(headers) or name
+        with suppress(Unreadable, KeyError, tarfile.HeaderError):
+            [header] = self.read(shard, [(offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)])
+            # Of a name of over 100 bytes, which takes other headers, this one holds the beginning.
+            name = tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name
             name += f" ({self.record(i)['file']})"
         return f'{self.paths[shard]}:{name}'
 
 
-def part_of(index):
-    """The file next to an index that holds the part that has been read so far."""
-    return Path(f'{index}.part')
+# --- 2. Which tars a path means --------------------------------------------------------------------------------------
 
+def find_shards(paths, split=None):
+    """A tar, a folder of tars, a quoted glob, or a list of these -> sorted paths of tars, each once.
 
-def write_index(path, stored):
-    with replacing(path) as temporary, open(temporary, 'wb') as file:
-        np.save(file, stored)
-
-
-def digest(value):
-    return hashlib.sha1(repr(value).encode()).hexdigest()
-
-
-def read_at(path, places):
-    """The bytes at several places (offset, size) of a file.
-
-    The buffer is as large as a block of a tar. By default `open` uses a buffer as large as a block of the file system,
-    1 MB on NFS and 4 MB on Lustre, and fills it even for an image of 30 kB.
+    split: 'train' or 'val'. If a folder holds both as subfolders, this one is taken, and a line says so.
+    Raises Refused if nothing is found. A line says how many paths lead nowhere, and how many tars are named twice.
     """
-    found = []
-    # Opened again for each pair, so that there are never too many open files.
-    with open(path, 'rb', buffering=tarfile.BLOCKSIZE) as file:
-        for offset, size in places:
-            file.seek(offset)
-            found.append(file.read(size))
-    return found
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
+    tars = []
+    for path in map(str, paths):
+        matches = [path] if os.path.exists(path) else glob.glob(path)
+        for match in matches or [path]:
+            if split and os.path.isdir(f'{match}/train') and os.path.isdir(f'{match}/val'):
+                match = f'{match}/{split}'
+                print(f'data       reading {match}; its folder holds train/ and val/')
+            if os.path.isdir(match):
+                tars += glob.glob(f'{glob.escape(match)}/*.tar') or [match]
+            else:
+                tars.append(match)
+    found = [tar for tar in tars if os.path.isfile(tar)]
+    missing = [tar for tar in tars if not os.path.isfile(tar)]
+    if not found:
+        raise Refused(f"'{missing[0]}' does not exist or holds no .tar file; give tars, or folders of them")
+    if missing:
+        warn(f'{len(missing)} of {len(tars)} shards are missing, the first is {missing[0]}')
+    unique = {os.path.realpath(path): path for path in sorted(found)}
+    if len(unique) < len(found):
+        warn(f'{len(found) - len(unique)} shards are named twice; each is used once')
+    return sorted(unique.values())
+
+
+# --- 3. Which pairs a tar holds --------------------------------------------------------------------------------------
+
+def tar_members(path):
+    """The members of a tar, as tarfile's TarInfo. If the tar is damaged, those that tarfile can read, and a line.
+
+    ignore_zeros allows tars that were joined by `cat`. It also makes tarfile step silently over most headers that it
+    cannot read. It stops at the others, and where a file is cut off.
+    """
+    length = os.path.getsize(path)
+    end = 0                                             # where the last whole member ends
+    is_whole = False
+    try:
+        # Without a buffer, because it would be filled anew for each header of 512 bytes, on Lustre with 4 MB.
+        with open(path, 'rb', buffering=0) as file, tarfile.open(fileobj=file, mode='r:', ignore_zeros=True) as tar:
+            for member in tar:
+                next_end = member.offset_data + member.size
+                # A negative size would send tarfile back again and again. The other member is cut off.
+                if member.size < 0 or next_end > length:
+                    break
+                yield member
+                end = next_end
+            is_whole = tar.offset == length             # else reading has stopped before the end
+    except OSError as error:            # of the disk, or a lack of permission
+        raise Refused(f'{path} cannot be read ({error}); mend that, or leave it out') from None
+    except Exception:                   # tarfile raises many kinds for a header that it cannot read
+        pass
+    if not is_whole:
+        warn(f'{path} is damaged, or is not a tar; only its first {end:,} bytes are used')
+
+
+def scan_shard(path, number):
+    """Headers of one tar -> the rows of its pairs in the index, in the order of the tar.
+
+    The members of a pair are neighbours, as in WebDataset. If a name comes up again later, it is another pair.
+    """
+    rows = []
+    open_stem = None                                    # of the pair that is being read
+    left_out = 0
+    for member in tar_members(path):
+        ending = os.path.basename(member.name).partition('.')[2]        # after the first dot
+        stem = member.name.removesuffix(ending)         # with its folders
+        kind = ending.lower()
+        if kind not in COLUMN:
+            continue
+        if member.issym() or member.islnk():            # a link has no bytes of its own
+            left_out += 1
+            continue
+        if stem != open_stem or kind in kinds:
+            open_stem = stem
+            kinds = set()
+            row = [number] + [0] * (WIDTH - 1)
+            rows.append(row)
+        kinds.add(kind)
+        column = COLUMN[kind]
+        if not row[column + 1]:                         # of a .jpg and a .png the first one counts
+            row[column:column + 2] = member.offset_data, member.size
+    table = np.array(rows, np.int64).reshape(-1, WIDTH)
+    image_size, json_size, txt_size = table[:, 2::2].T
+    pairs = table[(image_size > 0) & (json_size + txt_size > 0)]
+    left_out += len(rows) - len(pairs)
+    if left_out or not len(pairs):
+        warn(f'{path} has {len(pairs):,} pairs; {left_out:,} links and incomplete pairs are left out')
+    return pairs
 
 
 def write_shard(path, members):
-    """Write a tar of (name, bytes), whole or not at all, and none if there are no members. Equal members give equal
-    bytes."""
+    """Write a tar of (name, bytes), if there are any, whole or not at all. Equal members give equal bytes."""
     path = Path(path)
     with replacing(path) as partial, tarfile.open(partial, 'w', format=tarfile.USTAR_FORMAT) as tar:
         for name, data in members:

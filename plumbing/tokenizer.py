@@ -18,8 +18,8 @@ from plumbing.errors import Refused, Unreadable, need
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
 MOST_WORDS = 200_000    # `word_ids` caches no more, because there is no end of new words on the web
-# Only this many letters of a word are encoded, because the time to fuse a word grows with the square of its length.
-# With CLIP's merges they fill a context of 77, because an id stands for at most 32 letters.
+# Fusing a word takes time that grows with the square of its length, and so many letters fill any context: an id of
+# CLIP's stands for at most 32.
 LONGEST_WORD = 5000
 LEARN_FROM = 5000       # merges are learned from this many words, the most frequent ones
 LEARNED_VOCAB = 8192    # ids of a vocabulary that is learned
@@ -81,8 +81,8 @@ def apart(char):
 
 
 def symbols_of(word):
-    """'cat' -> ['c', 'a', 't</w>']: a symbol per UTF-8 byte. The last one is marked, so that the
-    word 'cat' differs from the 'cat' in 'cats'."""
+    """'cat' -> ['c', 'a', 't</w>']: a symbol per UTF-8 byte. The last one is marked, so that the word 'cat' differs from
+    the 'cat' in 'cats'."""
     symbols = [BYTE_SYMBOL[byte] for byte in word.encode()]
     symbols[-1] += '</w>'
     return symbols
@@ -109,9 +109,8 @@ def fetch_vocab():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(VOCAB_URL, str(path), VOCAB_SHA256, progress=False)
         except (OSError, RuntimeError) as error:  # RuntimeError: a wrong SHA-256, say of a proxy's page
-            fetch = 'python -c "from plumbing.tokenizer import fetch_vocab; fetch_vocab()"'
-            raise Refused(f'{VOCAB_URL} cannot be fetched ({error}); if there is no internet, run {fetch} once on a '
-                          f'login node; it saves the file as {path}; or {VOCAB_HELP}') from None
+            raise Refused(f'{VOCAB_URL} cannot be fetched ({error}); without internet, save it once on a login node as '
+                          f'{path}, or {VOCAB_HELP}') from None
     return path
 
 
@@ -159,8 +158,7 @@ class Tokenizer:
         for text in texts:
             tally.update(cls.split(text))
         words = {word: symbols_of(word) for word, _ in tally.most_common(LEARN_FROM) if word not in SPECIAL}
-        # A dict, because a pair may be chosen twice. If abc is made from a + bc first, and later from ab + c as well,
-        # then (abc, d) may be the most frequent pair after each of the two. Its first place counts.
+        # A dict, because a pair may be chosen twice: (abc, d) after a + bc has made abc, and again after ab + c.
         merges = {}
         most_merges = vocab_size - 2 * 256 - len(SPECIAL)
         for _ in tqdm(range(most_merges), 'learning merges', leave=False, disable=None):

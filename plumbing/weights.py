@@ -44,26 +44,21 @@ def to_openclip(state_dict):
 
 
 def from_openclip(state_dict):
-    """The released code's or open_clip's names -> ours, for load_state_dict(strict=True).
-
-    open_clip's weights have no cross-attention: load them into a model with cross_heads=0.
-    """
+    """The released code's or open_clip's names -> ours, for load_state_dict(strict=True); open_clip's need a model with
+    cross_heads=0."""
     return rename(state_dict, {theirs: ours for ours, theirs in RENAMES.items()})
 
 
 def clean_names(state):
     """The state, without the prefixes that DistributedDataParallel and torch.compile put into its names."""
-    cleaned = {}
-    for name, value in state.items():
-        cleaned[name.replace('_orig_mod.', '').removeprefix('module.')] = value
-    return cleaned
+    names = [name.replace('_orig_mod.', '').removeprefix('module.') for name in state]
+    return dict(zip(names, state.values()))
 
 
 # --- 2. A file -> its tensors, and these -> a model ------------------------------------------------------------------
 
 def read_checkpoint(path):
-    """Tensors and plain values from a file. Nothing in it is executed; a file that cannot be read without that
-    is Refused."""
+    """Tensors and plain values from a file. Nothing in it is executed; a file that needs that is Refused."""
     need(Path(path).exists(), f'checkpoint {path} does not exist')
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
@@ -76,15 +71,14 @@ def read_checkpoint(path):
         refused = re.search(r'TorchScript|(?<=GLOBAL )[\w.]+', str(error))
         if refused:
             reason = f'it holds {refused[0]}, which may run code'
-        raise Refused(f'{path} is not a checkpoint that can be read ({reason}); '
-                      'remove it and fetch it again if it was fetched, '
-                      'or see python -m extras.weights import --help') from None
+        raise Refused(f'{path} is not a checkpoint that can be read ({reason}); remove it and fetch it again '
+                      'if it was fetched, or see python -m extras.weights import --help') from None
     need(isinstance(saved, dict), f'{path} holds no weights by name; save model.state_dict()')
     return saved
 
 
 def load_weights(model, state, path):
-    """Load strictly: every name and shape must fit. Otherwise Refused, with the first ones that do not."""
+    """Load strictly: every name and shape must fit, or it is Refused, with the first ones that do not."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -98,8 +92,8 @@ def load_weights(model, state, path):
 def infer_config(state, quick_gelu=False):
     """Config of released or open_clip weights, from the shapes of their tensors.
 
-    Shapes do not tell how wide an attention head is, nor which GELU was used. So heads are taken to be 64 wide, as in
-    open_clip's ViTs up to L, and cross-attention to have 8 of them, as released.
+    Shapes do not tell how wide an attention head is. So heads are taken to be 64 wide, as in open_clip's ViTs up to L,
+    and cross-attention to have 8 of them, as released. Nor do shapes tell which GELU was used.
     """
     vision_width, _, _, patch = state['visual.conv1.weight'].shape
     context_length, text_width = state['positional_embedding'].shape
@@ -123,8 +117,7 @@ def infer_config(state, quick_gelu=False):
 
 
 class Origin(NamedTuple):
-    """Where weights come from: which network of which file, and if the file is ours, of which step. str() puts it into
-    words."""
+    """Which network of which file weights are, and if the file is ours, of which step. str() puts it into words."""
     network: str
     checkpoint: str
     step: object = None     # a number, 'unknown', or None for a file that is not ours
@@ -142,18 +135,6 @@ class Network(NamedTuple):
     state: dict             # {our name: tensor}
 
 
-def choose_weights(saved, weights):
-    """The content of a file -> (the key of its weights, {name: tensor}).
-
-    weights: 'teacher' or 'student'. The key is the first of these that the file has: the value of `weights`, 'student',
-    'state_dict'. If it has none, the file itself is taken for the weights, and the key is called 'state dict'.
-    """
-    for key in (weights, 'student', 'state_dict'):
-        if key in saved:
-            return key, clean_names(saved[key])
-    return 'state dict', clean_names(saved)
-
-
 def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
     """A file -> Network. The file is one of:
 
@@ -161,11 +142,14 @@ def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
         released    {'student', 'teacher'}, under open_clip's names
         open_clip   the state dict of a ViT, perhaps under 'state_dict'
 
-    The last two do not say which merges they use, so CLIP's are taken (vocab: the file of these; None: see
-    Tokenizer.clip). Nor do they say which activation (quick_gelu). Raises Refused for a file of another kind.
+    weights: 'teacher' or 'student'; a file without a teacher gives the student. The last two kinds do not say which
+    merges they use, so CLIP's are taken (vocab: their file, see Tokenizer.clip), nor which activation (quick_gelu).
+    Raises Refused for a file of another kind.
     """
     saved = read_checkpoint(path)
-    key, state = choose_weights(saved, weights)
+    keys = [key for key in (weights, 'student', 'state_dict') if key in saved]
+    key = keys[0] if keys else 'state dict'                             # the file itself
+    state = clean_names(saved[key] if keys else saved)
     if 'config' in saved and 'merges' in saved:         # ours
         config = Config(**saved['config'])
         tokenizer = Tokenizer(saved['merges'], config.context_length)
@@ -175,8 +159,7 @@ def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
     width = len(state.get('visual.class_embedding', ()))                # 0: there is none
     need(0 < width <= 1024 and width % 64 == 0 and 'text_projection' in state,
          f'{path} is neither a checkpoint of train.py, nor a released one, nor an open_clip ViT with heads 64 wide '
-         f"(its keys: {', '.join(list(state)[:5])}); "
-         f'python -m extras.weights import {path} OUT.pt converts others')
+         f"(its keys: {', '.join(list(state)[:5])}); python -m extras.weights import {path} OUT.pt converts others")
     config = infer_config(state, quick_gelu)
     tokenizer = Tokenizer.clip(vocab, config.context_length)
     need(tokenizer.vocab_size <= config.vocab_size,

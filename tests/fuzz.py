@@ -170,8 +170,7 @@ def use(shards, i):
     """Use a pair as training does, then as evaluation does. Either may refuse it without the other."""
     tokenizer = Tokenizer([], MICRO.context_length)
     with suppress(Refused):
-        _, _, captions, _ = Crops(shards, tokenizer, MICRO, seed=0).sample(0, i)
-        tokenizer(captions)
+        tokenizer(Crops(shards, tokenizer, MICRO, seed=0).sample(0, i).captions)
     with suppress(Refused):
         shards.record(i)
         preprocessing(MICRO.image_size)(read_image(shards.image(i)))

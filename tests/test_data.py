@@ -7,13 +7,12 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as V
 
 import data
 from cosmos import GLOBALS
 from data import Counts, Crops, Order, Shards, Tokenizer
-from plumbing.colours import NEUTRAL, changes_of
+from plumbing.colours import OPERATIONS, changes_of
 from plumbing.images import read_image
 from tests import fuzz
 from tests.helpers import MICRO, dog_tar, encoded, pairs_tar, refused, seeded  # noqa: F401
@@ -92,16 +91,16 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path):
     train_set = Crops(shards, WORDS, MICRO, 3, augment='crops', crop_min=0.9)
     augmented = replace(train_set, augment='full')
     for epoch in range(40):
-        plain, strengths, _, boxes = train_set.sample(epoch, 0)
-        full, *_ = augmented.sample(epoch, 0)
-        assert strengths == [NEUTRAL] * len(plain)
-        assert [crop.shape[1] for crop in plain] == GLOBALS * [32] + 6 * [16]
-        for crop, other, box in zip(plain, full, boxes, strict=True):
+        plain = train_set.sample(epoch, 0)
+        full = augmented.sample(epoch, 0)
+        assert not any(plain.strengths) and any(full.strengths)
+        assert [crop.shape[1] for crop in plain.crops] == GLOBALS * [32] + 6 * [16]
+        for crop, other, box in zip(plain.crops, full.crops, plain.boxes, strict=True):
             assert crop.equal(V.resized_crop(whole, *box, crop.shape[1:], data.BICUBIC))
             if not other.equal(crop):
                 assert other.equal(crop.flip(-1))
                 mirrored += 1
-        drawn.append(boxes)
+        drawn.append(plain.boxes)
     assert 120 < mirrored < 200                                         # out of 320
     _, _, height, width = np.array(drawn, float).T                      # each (views, epochs)
     share = height * width / 200 ** 2
@@ -119,22 +118,21 @@ def test_captions_leave_the_pictures_as_they_are(tmp_path):
     _, shards = mandelbrot_shards(tmp_path / 'a.tar')
     many = Crops(shards, WORDS, MICRO, 3)
     few = replace(many, counts=Counts(global_texts=1, local_texts=1))
-    crops, strengths, captions, boxes = many.sample(0, 0)
+    sample = many[0, 0]
     fewer = few.sample(0, 0)
-    assert_close(fewer[0], crops, rtol=0, atol=0)
-    assert (fewer[1], fewer[3]) == (strengths, boxes)
-    assert len(captions) == GLOBALS + 6
-    _, *next_epoch = many.sample(1, 0)
-    for before, after in zip([strengths, captions, boxes], next_epoch):
-        assert before != after
-    batch = data.collate([many[0, 0]])
-    assert_close([x[0] for x in batch.crops], crops, rtol=0, atol=0)
-    for found, expected in zip(batch.changes.by_view(), strengths, strict=True):
-        changed = {name: strength.tolist() for name, (_, strength) in found.items() if len(strength)}
-        assert changed == {name: pytest.approx([strength])
-                           for name, strength in expected.items() if strength != NEUTRAL[name]}
+    assert_close(fewer.crops, sample.crops, rtol=0, atol=0)
+    assert (fewer.strengths, fewer.boxes) == (sample.strengths, sample.boxes)
+    assert len(sample.captions) == GLOBALS + 6
+    next_epoch = many.sample(1, 0)
+    for field in 'strengths', 'captions', 'boxes':
+        assert getattr(next_epoch, field) != getattr(sample, field)
+    batch = data.collate([sample])
+    assert_close([x[0] for x in batch.crops], sample.crops, rtol=0, atol=0)
+    for found, expected in zip(batch.changes.by_view(8), sample.strengths, strict=True):
+        changed = {name: strength.item() for name, (_, strength) in found.items()}
+        assert changed == pytest.approx(expected)
     assert batch.bad == 0
-    assert torch.equal(batch.texts[0], WORDS(captions[0]))
+    assert torch.equal(batch.texts[0], WORDS(sample.captions[0]))
 
 
 def blurred(image, sigma):
@@ -145,7 +143,7 @@ def greyed(image, strength):
     return V.rgb_to_grayscale(image, 3)
 
 
-OPERATIONS = [  # torchvision's function; the released probability for each kind of view; the released range
+RELEASED = [  # torchvision's function; the released probability for each kind of view; the released range
     ('brightness', V.adjust_brightness, [0.8] * 3, 0.6, 1.4),
     ('contrast', V.adjust_contrast, [0.8] * 3, 0.6, 1.4),
     ('saturation', V.adjust_saturation, [0.8] * 3, 0.8, 1.2),
@@ -155,39 +153,50 @@ OPERATIONS = [  # torchvision's function; the released probability for each kind
     ('solarize', V.solarize, [0.0, 0.2, 0.0], 0.5, 0.5)]
 
 
-@pytest.mark.parametrize('name, function, shares, low, high', OPERATIONS)
+@pytest.mark.parametrize('name, function, shares, low, high', RELEASED)
 def test_each_colour_operation_is_the_released(monkeypatch, name, function, shares, low, high):
-    """oracle: torchvision's own function, image by image; at neutral strength an image stays as it is, bit for bit.
+    """oracle: torchvision's own function, image by image; without the operation an image stays as it is, bit for bit.
     5,000 draws for each kind of view have the released probabilities, and the mean of the released range."""
     images = torch.randint(0, 256, (12, 3, 20, 24), dtype=torch.uint8)
     images[0] = 77                                                      # grey
     images[1, 1:] = 0                                                   # red
-    table = torch.tensor([[[*NEUTRAL.values()]]] * 12)                  # (12, 1 view, operations)
-    strengths = table[:, 0, [*NEUTRAL].index(name)]
-    strengths[:9] = torch.linspace(low, high, 9)
+    strengths = torch.linspace(low, high, 9).tolist()
+    changes = changes_of([[{name: strength}] for strength in strengths] + [[{}]] * 3)       # one view each
     monkeypatch.setattr(data, 'normalize', torch.clone)
-    [found] = data.Batch([images], changes_of(table), [], [], 0).views(0)
-    for image, strength, x in zip(images / 255, strengths.tolist(), found):
-        if strength == NEUTRAL[name]:
-            assert x.equal(image)
-        else:
-            assert_close(x, function(image, strength), rtol=0, atol=2e-5)
+    [found] = data.Batch([images], changes, [], [], 0).views(0)
+    for image, strength, x in zip(images / 255, strengths, found):
+        assert_close(x, function(image, strength), rtol=0, atol=2e-5)
+    assert found[9:].equal(images[9:] / 255)
     rng = random.Random(1)
     kinds = Crops(None, WORDS, MICRO, 0, Counts(2, 1)).kinds            # the first global, another one, a local
     for kind, share in zip(kinds, shares, strict=True):
-        values = np.array([data.draw_strengths(kind, rng)[name] for _ in range(5000)])
-        changed = values[values != NEUTRAL[name]]
-        assert len(changed) / 5000 == pytest.approx(share, abs=0.03)
+        drawn = [data.draw_strengths(kind, rng) for _ in range(5000)]
+        values = [strengths[name] for strengths in drawn if name in strengths]
+        assert len(values) / 5000 == pytest.approx(share, abs=0.03)
         if share:
-            assert changed.mean() == pytest.approx((low + high) / 2, abs=0.05 * (high - low))
+            assert np.mean(values) == pytest.approx((low + high) / 2, abs=0.05 * (high - low))
+
+
+def test_no_operation_is_forgotten():
+    """oracle: the rule: each probability of a Kind but that of a flip draws something, and what it draws is in
+    OPERATIONS. What is drawn but is not among the operations that act is an error."""
+    never = data.kinds_of_views(MICRO)[0]._replace(**data.CROPS_ONLY)
+    assert data.draw_strengths(never, random.Random(0)) == {}
+    drawn = {}
+    for field in data.CROPS_ONLY.keys() - {'flip'}:
+        strengths = data.draw_strengths(never._replace(**{field: 1.0}), random.Random(0))
+        assert strengths
+        drawn |= strengths
+    assert drawn.keys() == OPERATIONS.keys()
+    batch = data.Batch([torch.zeros(1, 3, 9, 9)], changes_of([[{'posterize': 4}]]), [], [], 0)
+    refused('posterize', batch.views, 0)
 
 
 def test_jitters_come_in_the_order_of_the_step():
     """oracle: torchvision's two functions, followed by solarize. In 20 steps the two views show all four combinations
     of orders."""
     image = torch.randint(0, 256, (1, 3, 9, 9), dtype=torch.uint8)
-    strengths = NEUTRAL | {'brightness': 1.4, 'contrast': 0.6, 'solarize': 0.5}
-    changes = changes_of(torch.tensor([[[*strengths.values()]] * 2]))   # two views of one image
+    changes = changes_of([[{'brightness': 1.4, 'contrast': 0.6, 'solarize': 0.5}] * 2])     # two views of one image
     brighter = V.adjust_contrast(V.adjust_brightness(image / 255, 1.4), 0.6)
     first = data.normalize(V.solarize(brighter, 0.5))
     found = set()
@@ -214,7 +223,7 @@ def test_captions_are_cut():
     captions = []
     for counts in [4, 1, 0, 2], [3, 5, 0, 1]:
         captions.append(WORDS(['x ' * count for count in counts]))
-    samples = [([], torch.zeros(1, 7), ids, 1) for ids in captions]
+    samples = [data.Sample([], [], [], [], ids, bad=1) for ids in captions]
 
     def lengths(*options):
         batch = data.collate(samples, *options)
@@ -233,50 +242,36 @@ def test_captions_are_cut():
     assert lengths(3, True, 2) == '[[8, 8, 6, 6], [8, 8]]'              # 7 becomes 9, but there are 8; 4 becomes 6
 
 
+def tensors(batch):
+    return [*batch.crops, *batch.changes[:2], *batch.texts, *batch.teacher_texts]
+
+
 def test_batches_are_pinned_and_moved(monkeypatch, tmp_path):
-    """oracle: the batch that is not pinned. Each of its tensors is pinned once; here, without a GPU, that is only a
-    copy. All are contiguous, or else pinning would copy them once more. After the move to a device `views` copies
-    nothing from the CPU; the device is torch's meta, which refuses numbers of the CPU."""
+    """oracle: the batch that is not pinned. If the model is on a GPU, each of its tensors is pinned once; here, without
+    a GPU, that is only a copy. All are contiguous, or else pinning would copy them once more. After the move everything
+    is on the device; here it is torch's meta, which refuses to be mixed with the CPU."""
     crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 3)), WORDS, MICRO, 3)
     order = [[(0, 0), (0, 1), (0, 2)]]
-    [plain] = data.loader(crops, order, workers=0)
     pinned = []
 
-    def pin(x):
+    def pin(x, *device):
         pinned.append(x.clone())
         return pinned[-1]
 
     monkeypatch.setattr(torch.Tensor, 'pin_memory', pin)
     for kind in torch.cuda, torch.accelerator:
         monkeypatch.setattr(kind, 'is_available', lambda: True)
-    [batch] = data.loader(crops, order, workers=0)
-    assert_close(batch._asdict(), plain._asdict(), rtol=0, atol=0)
-    fields = [*batch.crops, *batch.changes[:2], *batch.texts, *batch.teacher_texts]
+    [plain] = data.loader(crops, order, 0, torch.device('cpu'))
+    assert pinned == []
+    [batch] = data.loader(crops, order, 0, torch.device('cuda'))
+    fields = tensors(batch)
+    assert_close(fields, tensors(plain), rtol=0, atol=0)
     assert [id(x) for x in pinned] == [id(x) for x in fields]
     assert all(x.is_contiguous() for x in fields)
-    half = changes_of(torch.full((3, len(batch.crops), len(NEUTRAL)), 0.5))     # changes all images
+    half = changes_of([[dict.fromkeys(OPERATIONS, 0.5)] * len(batch.crops)] * 3)    # changes all images
     moved = batch._replace(changes=half).to('meta')
-    moved.views('0')                                    # constants go to a device once
-    with Copies() as copies:
-        views = moved.views('0')
-    assert copies.found == []
-    for x in (*moved.texts, *moved.teacher_texts, *views):
+    for x in (*moved.texts, *moved.teacher_texts, *moved.views('0')):
         assert x.device.type == 'meta'
-
-
-class Copies(TorchDispatchMode):
-    """Notes each operation that copies from the CPU to another device."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        from_cpu = any(isinstance(x, torch.Tensor) and x.device.type == 'cpu' for x in args)
-        if from_cpu and isinstance(result, torch.Tensor) and result.device.type != 'cpu':
-            self.found.append(operation.name())
-        return result
 
 
 def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
@@ -287,9 +282,9 @@ def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
     served = set()
     bad = 0
     for index in range(12):
-        _, _, [caption], more = crops[0, index]
-        served.add(caption)
-        bad += more
+        sample = crops[0, index]
+        served.update(sample.ids)
+        bad += sample.bad
     assert served == {f'dog {i}' for i in range(12)} - {'dog 5', 'dog 7'}
     lines = capsys.readouterr().err
     assert lines.count('a.tar:5.png') + lines.count('a.tar:7.png') == bad >= 2

@@ -916,15 +916,15 @@ def test_the_picture_of_a_step():
     (_, image), (_, record) = draw_scene(World(), 'train', picture.PAIR)
     shards = SimpleNamespace(pair=lambda i: (json.loads(record)['captions'], image))
     crops = Crops(shards, None, train.PRESETS['tiny'].sizes, 0, Counts(2, 2, 2, 2), 'crops')
-    views, _, captions, _ = crops.sample(picture.EPOCH, picture.PAIR)
+    drawn = crops.sample(picture.EPOCH, picture.PAIR)
     steps = picture.drawn_steps()
     large, unmarked = [fromstring(svg) for svg in steps.values()]
     words = [text.text for text in large.iter('{http://www.w3.org/2000/svg}text')]
-    for name in *captions, *captions[:2], 'cls', 'eot', 'h_I', 'h_T', 'cls_t', 'eot_t', 'L_CLIP':
+    for name in *drawn.captions, *drawn.captions[:2], 'cls', 'eot', 'h_I', 'h_T', 'cls_t', 'eot_t', 'L_CLIP':
         words.remove(name)
     assert 'C^I: a sentence' in words and 'C^T: a view' in words
     found = [pixels.get('href') for pixels in large.iter('{http://www.w3.org/2000/svg}image')]
-    for view, uri in zip(views, found, strict=True):
+    for view, uri in zip(drawn.crops, found, strict=True):
         pixels = Image.open(io.BytesIO(base64.b64decode(uri.partition(',')[2])))
         assert_close(torch.from_numpy(np.array(pixels)), view.permute(1, 2, 0), rtol=0, atol=1)
     assert [large.get('class'), unmarked.get('class')] == ['marked', 'unmarked']

@@ -27,10 +27,10 @@ from PIL import Image, ImageOps
 import eval as evaluation
 import train
 from data import Counts, Crops, Shards, Tokenizer
-from plumbing import benchmarks, files, lists, options, runs
+from plumbing import benchmarks, files, options, runs
 from plumbing.captions import caption_pool, sentences
 from plumbing.images import decode, read_header, read_image
-from plumbing.shards import find_shards, read_at, scan_shard, write_shard
+from plumbing.shards import find_shards, scan_shard, write_shard
 from plumbing.weights import read_checkpoint
 from tests.helpers import MICRO, ROOT, dog_tar, encoded, pairs_tar, put, refused, run, shared, write_tar
 
@@ -81,9 +81,9 @@ BUGS = [
     # text_crops, image_crops, collate
     ('data', 'rng.randint(1, 5)', 'rng.randint(1, five)', 'NameError'),
     ('data', 'int(number * ratio)', 'int(number @ ratio)', 'TypeError'),
-    ('data', 'ids.transpose(0, 1)', 'ids.transpose(0, 3)', 'IndexError'),
+    ('data', 'ids.unbind()', 'ids.unbind(3)', 'IndexError'),
     # nce, CrossAttention
-    ('cosmos', 'logits.view(V, B, U, N)', 'logits.view(V, B, N)', 'RuntimeError'),
+    ('cosmos', 'logits.view(Vq, B, Vk, N)', 'logits.view(Vq, B, N)', 'RuntimeError'),
     ('cosmos', 'self.ln_k(tokens)).tr', 'self.ln_k(tokens[..., 1:])).tr', 'RuntimeError'),
     # train_step, retrieval
     ('train', '(images, batch.texts)', '(images, batch.text)', 'AttributeError'),
@@ -184,14 +184,11 @@ NUMBERS = {'positive': '1', 'count': '0 1', 'share': '0 1', 'amount': '0 1 1.5',
 
 
 def test_reading_a_file_hides_no_bug(tmp_path, monkeypatch):
-    """oracle: the rule that an error of our own keeps its kind, while a file that lacks something, or may not be read,
-    gives a sentence."""
-    path = put(tmp_path / 'list.json', [{'image': 'a.png'}])
+    """oracle: the rule that an error of our own keeps its kind, while a file that may not be read gives a sentence."""
+    path = put(tmp_path / 'list.json')
     for error in KeyError, TypeError:
         with pytest.raises(error), files.reading(path):
             raise error
-    refused(f"{path} .*'caption' is missing in .*a.png", lists.read_flickr, path, '')
-    refused(f"{path} .*'images' is missing", lists.read_karpathy, path, '', 'test')
 
     def load(*args, **options):
         raise PermissionError(13, 'Permission denied')
@@ -244,20 +241,19 @@ def test_full_disks(tmp_path):
     assert torch.load(path) == 'before' and len(list(path.parent.iterdir())) == 1
 
 
-def test_a_best_is_a_run(tmp_path, capsys):
-    """oracle: the rule for a folder whose last.pt was removed to save room. A fresh start takes another name, and
-    --resume says what is missing. But a best.pt of step 0 is not a run, and is replaced."""
-    out = str(tmp_path / 'run')
-    best = tmp_path / 'run/best.pt'
-    put(tmp_path / 'run-2/last.pt')
-    assert runs.free_name(out) == out and runs.read_last(out) == {}
-    torch.save({'step': 0}, put(best))
-    assert runs.free_name(out) == out and runs.read_last(out) == {}
-    torch.save({'step': 1}, best)
-    for _ in range(2):
-        assert runs.free_name(out) == f'{out}-3'
-        refused(f'{out}/last.pt is missing, .* --init {best}', runs.read_last, out)
-        put(best, 'broken')             # and yet somebody's
+def test_a_best_is_a_run(tmp_path):
+    """oracle: the rule for a folder whose last.pt was removed to save room: no run goes into it. But a best.pt of step 0
+    is not a run."""
+    best = tmp_path / 'best.pt'
+    for resume in False, True:
+        assert runs.read_last(tmp_path, resume) == {}
+        torch.save({'step': 0}, best)
+        assert runs.read_last(tmp_path, resume) == {}
+        torch.save({'step': 1}, best)
+        refused(f'{tmp_path} holds a run; give --resume to go on from its last.pt, or', runs.read_last, tmp_path, resume)
+        best.unlink()
+    put(best, 'broken')                 # and yet somebody's
+    refused('best.pt is not a checkpoint', runs.read_last, tmp_path, False)
 
 
 def test_the_commit_is_what_git_says(tmp_path, monkeypatch):
@@ -280,22 +276,19 @@ with processes.signals_caught():
     print('first')
     os.kill(os.getpid(), signal.SIGTERM)
     print('second')
-    processes.ONE_EVENT = 0
-    os.kill(os.getpid(), signal.SIGTERM)
-    print('third')
 '''
 
 
-@pytest.mark.parametrize('environment, lived', [
-    ('pop("RANK", None)', 'wait wait first'),
-    ('update(RANK="0")', 'wait wait first second')])
-def test_a_second_signal_ends_at_once(environment, lived):
+@pytest.mark.parametrize('environment, lived, status', [
+    ('pop("RANK", None)', 'wait wait first', 143),      # 128 + SIGTERM
+    ('update(RANK="0")', 'wait wait first second', 0)])
+def test_a_second_signal_ends_at_once(environment, lived, status):
     """oracle: the lines before the end, with a sentence for the first signal of each block. A process of torchrun gets
-    each signal twice within a moment, so there the second one does not count."""
+    signals from Slurm, too, so there another one is ignored."""
     process = start(ROOT, '-c', f'import os; os.environ.{environment}{SIGNALS}')
     output, _ = process.communicate()
-    assert re.findall('wait(?=ing for the end of this step)|first|second|third', output) == lived.split()
-    assert process.returncode == 143                    # 128 + SIGTERM
+    assert re.findall('wait(?=ing for the end of this step)|first|second', output) == lived.split()
+    assert process.returncode == status
 
 
 # --- Shards ----------------------------------------------------------------------------------------------------------
@@ -317,9 +310,7 @@ def test_paths_and_their_lines(tmp_path, capsys, monkeypatch):
     assert f'2 of 7 shards are missing, the first is {tmp_path}/18.tar' in lines
     assert '1 shards are named twice' in lines
     assert found('halves', split='val') == ('v', f'data       reading {tmp_path}/halves/val; its folder holds train/ and val/\n')
-    refused("halves' holds no .tar file, but its subfolders hold 2 tars: give '.*halves/./..tar'", found, 'halves')
-    put(tmp_path / 'packed/0.tar.gz')
-    refused("packed' holds no .tar file, but 1 files like 0.tar.gz; unpack them", found, 'packed')
+    refused("halves' does not exist or holds no .tar file; give tars, or folders of them", found, 'halves')
     (tmp_path / 'link.tar').symlink_to('nowhere')
     names, lines = found('')
     assert names == '08 09 11 a[1]' and f'1 of 5 shards are missing, the first is {tmp_path}/link.tar' in lines
@@ -350,21 +341,8 @@ def test_tars_of_every_format(tmp_path):
     assert Shards(tmp_path / 'moved').fingerprint == shards.fingerprint
 
 
-def test_names_of_every_script(tmp_path):
-    """oracle: the names as written, also if another header than the member's own holds them."""
-    names = 'döner ♥.png', 'ключ' * 30 + '.png', 'plain.png'            # the second has over 100 bytes
-    image = encoded(Image.new('RGB', (9, 9)))
-    for form in tarfile.GNU_FORMAT, tarfile.PAX_FORMAT:
-        members = []
-        for name in names:
-            members += [(name, image), (name.replace('.png', '.json'), ['dog'])]
-        tar = write_tar(tmp_path / 'a.tar', members, form)
-        shards = Shards(tar)
-        assert [shards.name(i) for i in range(3)] == [f'{tar}:{name}' for name in names]
-
-
 def test_links_are_counted(tmp_path, capsys):
-    """oracle: the links that were written, a hard one and a symbolic one. Their pairs are lost."""
+    """oracle: the links that were written, a hard one and a symbolic one, and the other halves of their pairs."""
     members = [('0.png', encoded(Image.new('RGB', (9, 9)))), ('0.txt', b'dog'), ('1.txt', b'cat'), ('2.png', b'image')]
     path = write_tar(tmp_path / 'a.tar', members)
     with tarfile.open(path, 'a') as tar:
@@ -374,20 +352,7 @@ def test_links_are_counted(tmp_path, capsys):
             info.linkname = '0' + name[1:]
             tar.addfile(info)
     assert len(Shards(path)) == 1
-    lines = capsys.readouterr().err
-    assert 'a.tar: 2 members are links to other files, and are left out; ' in lines and '--hard-dereference' in lines
-
-
-@pytest.mark.parametrize('content, sentence', [
-    (b'', 'a.tar.* is empty .0 bytes.; fetch it again'),
-    (gzip.compress(b'a tar'), 'a.tar.* is compressed, .*; unpack it with gunzip')])
-def test_what_is_no_tar_is_said(tmp_path, capsys, content, sentence):
-    """oracle: the sentence, a warning if there is also a whole tar, and an error if there is none."""
-    path = put(tmp_path / 'a.tar', content)
-    assert len(Shards([path, dog_tar(tmp_path / 'b.tar', 3)])) == 3
-    lines = capsys.readouterr().err
-    assert re.search(sentence, lines) and 'damaged' not in lines
-    refused(sentence, Shards, path)
+    assert 'a.tar has 1 pairs; 4 links and incomplete pairs are left out' in capsys.readouterr().err
 
 
 def test_many_shards_are_read_by_processes(tmp_path):
@@ -412,7 +377,7 @@ def test_members_of_a_pair_are_neighbours(tmp_path, capsys):
     for i in range(2):
         assert (shards.pool(i), shards.image(i)) == ([f'dog {i}'], images[i])
     [line] = capsys.readouterr().err.splitlines()
-    assert 'a.tar: 2 members are not next to the other members of the same name' in line
+    assert 'a.tar has 2 pairs; 2 links and incomplete pairs are left out' in line
 
 
 def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
@@ -428,7 +393,7 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
         shards = Shards(path)
         found = [shards.pool(i)[0] for i in range(len(shards))]
         assert found == [f'dog {i}' for i in left]
-        stopped = 'a.tar is damaged after byte ' in capsys.readouterr().err
+        stopped = 'a.tar is damaged, or is not a tar; ' in capsys.readouterr().err
         assert stopped == (left == '01')
 
     for form, stepped_over in (tarfile.USTAR_FORMAT, '0134'), (tarfile.PAX_FORMAT, '01'):
@@ -446,7 +411,7 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
     check(raw[:start] + header + raw[start + 512:], '01')
     path.write_bytes(raw[:600])                         # the first member is cut off
     refused('no readable tar', Shards, path)
-    assert 'a.tar is not a tar, or is damaged at its first member' in capsys.readouterr().err
+    assert 'a.tar is damaged, or is not a tar; only its first 0 bytes are used' in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -528,41 +493,6 @@ def test_which_index_is_used(tmp_path, monkeypatch):
     assert np.array_equal(Shards(tar, index=put(path, whole)).index, fresh.index)
 
 
-def test_a_scan_that_was_interrupted_goes_on(tmp_path, monkeypatch, capsys):
-    """oracle: a fresh reading, and which shards are read: those that were not read yet, or all if one has changed.
-    Without a terminal a line says how far the reading is. Only the index is left in the end. (A minute is a moment
-    here.)"""
-    for n in range(5):
-        dog_tar(tmp_path / f'{n}.tar', 2)
-    index = tmp_path / 'out/index.npy'
-    fresh = Shards(tmp_path).index
-    read = []
-
-    def scan(path, number):
-        read.append(number)
-        if number == stop:
-            raise KeyboardInterrupt
-        return scan_shard(path, number)
-
-    monkeypatch.setattr('plumbing.shards.scan_shard', scan)
-    monkeypatch.setattr('plumbing.shards.MINUTE', 0)
-    for stop in 3, 4:
-        with pytest.raises(KeyboardInterrupt):
-            Shards(tmp_path, index=index)
-        assert not index.exists()
-    assert sorted(read) == [0, 1, 2, 3, 3, 4, 4]
-    stop = None
-    for changed, again in (False, [4]), (True, [0, 1, 2, 3, 4]):
-        if changed:
-            os.utime(tmp_path / '0.tar', (1, 1))
-        read.clear()
-        shards = Shards(tmp_path, index=index)
-        assert sorted(read) == again and np.array_equal(shards.index, fresh)
-    assert 'the headers of 4 of 5 shards have been read' in capsys.readouterr().out
-    shards.save(index)
-    assert [path.name for path in index.parent.iterdir()] == ['index.npy']
-
-
 def test_a_shard_that_was_written_anew(tmp_path, capsys):
     """oracle: a fresh reading. The tar is written again with the same name and size, but its members lie elsewhere, so
     the index is made again, and a line says so. The index is also made again for a copy, whose times differ. The
@@ -579,7 +509,7 @@ def test_a_shard_that_was_written_anew(tmp_path, capsys):
     assert not after.is_mapped and np.array_equal(after.index, Shards(tar).index)
     assert after.index.tolist() != before.index.tolist() and after.fingerprint == before.fingerprint
     assert after.pool(10) == ['dog']
-    assert f'{path} belongs to other shards, or is damaged, or the shards have changed since' in capsys.readouterr().out
+    assert f'{path} is damaged, or the shards have changed since, so ' in capsys.readouterr().out
     after.save(path)
     assert Shards(tar, index=path).is_mapped
     copy = Path(shutil.copy(tar, tmp_path / 'elsewhere.tar')).rename(put(tmp_path / 'copy/a.tar'))
@@ -604,36 +534,34 @@ ONE = Counts(1, 0, 0, 1)                                # one image and one capt
 
 
 def test_a_shard_that_is_cut_off_in_mid_run(tmp_path, capsys):
-    """oracle: the sizes before and after, and the pairs that are left."""
+    """oracle: the pairs that are left."""
     tar = dog_tar(tmp_path / 'a.tar', 12)
     shards = Shards(tar)
     left = shards.index[2, 3] + 3                       # within the json of pair 2
-    sentence = f'{tar} has been cut off: it had {tar.stat().st_size:,} bytes, now {left:,}'
+    sentence = f'{tar} has been cut off since its headers were read'
     os.truncate(tar, left)
     refused(sentence, shards.pool, 2)
     refused(sentence, shards.image, 11)
-    _, _, [caption], bad = Crops(shards, list, MICRO, 3, ONE)[0, 11]
-    assert caption in ('dog 0', 'dog 1') and bad > 0
+    sample = Crops(shards, list, MICRO, 3, ONE)[0, 11]
+    assert sample.ids in (['dog 0'], ['dog 1']) and sample.bad > 0
     assert f'a.tar:byte {shards.index[11, 1]}: {sentence}' in capsys.readouterr().err
 
 
-def test_a_read_that_fails_is_tried_again(tmp_path, monkeypatch):
-    """oracle: how often reads fail here. A pair whose read fails twice in a row is replaced and counted."""
+def test_a_read_that_fails_spoils_its_pair(tmp_path, monkeypatch):
+    """oracle: a disk that fails here once. The pair is named, replaced and counted."""
     shards = Shards(dog_tar(tmp_path / 'a.tar', 12))
-    failures = ['once']
+    failures = ['stumbled']
 
-    def stumbling(*where):
+    def stumbling(*where, **settings):
         if failures:
             raise OSError(failures.pop())
-        return read_at(*where)
+        return io.open(*where, **settings)
 
-    monkeypatch.setattr('plumbing.shards.read_at', stumbling)
-    assert shards.pool(4) == ['dog 4']
-    failures += ['twice', 'once']
-    refused('a.tar cannot be read .twice', shards.pool, 4)
-    failures += ['twice', 'once']
-    _, _, [caption], bad = Crops(shards, list, MICRO, 3, ONE)[0, 4]
-    assert bad == 1 and caption != 'dog 4'
+    monkeypatch.setattr('builtins.open', stumbling)
+    refused('a.tar cannot be read .stumbled', shards.pool, 4)
+    failures.append('again')
+    sample = Crops(shards, list, MICRO, 3, ONE)[0, 4]
+    assert sample.bad == 1 and sample.ids != ['dog 4']
 
 
 # --- Captions and tokenizer ------------------------------------------------------------------------------------------
@@ -694,7 +622,7 @@ def test_the_vocabulary_is_fetched_once(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
     monkeypatch.delenv('COSMOS_VOCAB', raising=False)
     monkeypatch.setattr('plumbing.tokenizer.VOCAB_URL', file.as_uri())
-    refused('cannot be fetched .*once on a login node.*--vocab PATH or COSMOS_VOCAB.*--vocab learn', Tokenizer.clip)
+    refused('cannot be fetched .*save it once on a login node as .*--vocab PATH or COSMOS_VOCAB.*--vocab learn', Tokenizer.clip)
     monkeypatch.setattr('plumbing.tokenizer.VOCAB_SHA256', hashlib.sha256(file.read_bytes()).hexdigest())
     copy = put(tmp_path / 'copy.gz', file.read_bytes())
     for _ in range(2):
@@ -747,7 +675,7 @@ def test_options_of_another_version(capsys):
     """oracle: by hand. An option that only the checkpoint or only this version knows is passed over; one that both know
     is noted if it differs."""
     saved = {'same': {}, 'commit': 'abc', 'options': {'gone': 1, 'lr': 1}}
-    runs.check_same(saved, SimpleNamespace(out='a', lr=2, new=3), {})
+    runs.check_fixed(saved, SimpleNamespace(out='a', lr=2, new=3), {})
     assert re.findall('note +--(.*)', capsys.readouterr().out) == ['lr was 1, is now 2']
 
 
@@ -796,7 +724,7 @@ def test_odd_exif_stops_nothing(kind, turns, odd):
     assert np.array_equal(decode(image, turn).permute(1, 2, 0), wanted)
     assert np.array_equal(read_image(file), wanted)
     for image in Image.open(io.BytesIO(file)), read_image(file):
-        [(seen, _)] = evaluation.Images([image], np.asarray)
+        [seen] = evaluation.Images([image], np.asarray)
         assert np.array_equal(seen, wanted)
 
 
@@ -821,8 +749,8 @@ def test_images_of_16_bits_are_scaled(tmp_path):
     for found in decode(image, turn).numpy(), np.asarray(read_image(file)).transpose(2, 0, 1):
         assert np.array_equal(found, np.stack([values >> 8] * 3))
     mask = put(tmp_path / 'mask.png', encoded(Image.fromarray(np.uint16([[0, 299]]))))
-    assert benchmarks.read_mask(mask, (2, 1), 300, False).tolist() == [[0, 299]]
-    refused('its image has 32 bits a channel; save it with 8', read_image, encoded(Image.new('F', (3, 3)), 'TIFF'))
+    assert benchmarks.read_mask(mask, 300, False).tolist() == [[0, 299]]
+    refused('its image .*it has 32 bits a channel; save it with 8', read_image, encoded(Image.new('F', (3, 3)), 'TIFF'))
 
 
 def test_no_program_is_run(tmp_path):
