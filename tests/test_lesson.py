@@ -485,8 +485,8 @@ def test_minor_by_hand(tmp_path, monkeypatch):
     cosines.fill_(0.3)                                  # a collapsed model
     assert suppression.measure(args, None, None, None)['minor']['minor']['auc'] == 0.5
     monkeypatch.setattr(suppression, 'FEWEST', 2)
-    refused('no noun of lesson.suppression is minor in 2 test photographs', suppression.measure, args, None, None, None)
-    refused('--only minor needs --karpathy', suppression.measure, arguments(shards='x', only='minor'), None, None, None)
+    refused('no noun of lesson.suppression is minor in 2 test photographs', suppression.measure, args, *[None] * 3)
+    refused('--only minor is about photographs', suppression.measure, arguments(shards='x', only='minor'), *[None] * 3)
     refused('--only objects needs --shards', suppression.measure, arguments(karpathy='x', only='objects'), *[None] * 3)
 
 
