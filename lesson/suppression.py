@@ -475,20 +475,17 @@ def measure(args, *scored):
     if args.karpathy:
         need(args.only in (None, 'minor'), f'--only {args.only} needs --shards; --karpathy is for minor')
         return measure_minor(args, *scored)
-    need(args.only != 'minor', '--only minor is about photographs; it needs --karpathy and --images')
     shards = Shards(args.shards, split='val')
     scenes = read_scenes(shards)
     possible = list(MEASURES)
     if not scored[0].has_cross_attention:
         possible = ['objects']
-        need(args.only in (None, 'objects'),
-             f'{args.checkpoint} has no cross-attention, so --only {args.only} has nothing to measure; '
-             'give --only objects')
     if not any(scenes):
         possible = [name for name in possible if name == 'conflict']
-        need(possible and args.only in (None, 'conflict'),
-             f'{Path(shards.paths[0]).parent} lists no objects with centres and absent names; '
-             'draw a set by python -m lesson.scenes')
+    need(possible, f'{args.shards} lists no objects with centres and absent names, and {args.checkpoint} has no '
+         'cross-attention, so there is nothing to measure; draw a set by python -m lesson.scenes')
+    need(args.only in (None, *possible), f'--only {args.only} cannot be measured with this checkpoint and this set; '
+         f"these can: {', '.join(possible)} (minor: with --karpathy)")
     figures = {}
     for name in [args.only] if args.only else possible:
         print(f'measuring  {name}')
