@@ -371,11 +371,10 @@ def test_who_answers_what():
     assert list(shares) == ['own', 'sentence', 'read', 'alone']
 
 
-@pytest.mark.parametrize('has_objects', [True, False])
-def test_conflict_is_what_the_model_computes(model, val, monkeypatch, has_objects):
+def test_conflict_is_what_the_model_computes(model, val, monkeypatch):
     """oracle: COSMOS.forward of pairs that do not belong together. Of three groups of eight two count; the teacher has
-    other weights. The sentence of h_T names the objects of the scenes in turn; without objects it is the caption's
-    first."""
+    other weights. The sentence of h_T names the objects of the scenes in turn; in scene 0, whose objects are not
+    listed, it is the caption's first."""
     network, tokenizer, preprocess = model
     teacher = COSMOS(network.config).eval()
     network.origin, teacher.origin = 'student', 'teacher'
@@ -386,11 +385,10 @@ def test_conflict_is_what_the_model_computes(model, val, monkeypatch, has_object
     monkeypatch.setattr(suppression, 'GROUP', 8)
     monkeypatch.setattr(suppression, 'GROUPS', 2)
     captions = [val.record(i)['captions'][0] for i in range(24)]
-    questions = [caption.split('. ')[0] for caption in captions]
-    listed = [[]] * 24
-    if has_objects:
-        listed = read_scenes(val)
-        questions = [f'there is a {scene[i % 3].name}' for i, scene in enumerate(listed)]
+    listed = read_scenes(val)
+    questions = [f'there is a {scene[i % 3].name}' for i, scene in enumerate(listed)]
+    questions[0] = captions[0].split('. ')[0]
+    listed[0] = []
     figures = suppression.conflict(arguments(), model, val, listed)['conflict']
     images = [preprocess(shard_image(val, i)) for i in range(16)]
     itself = torch.arange(8)
@@ -446,15 +444,10 @@ def test_minor_by_hand(tmp_path, monkeypatch):
     assert suppression.measure(args, None, None, None)['minor']['minor']['auc'] == 0.5
     monkeypatch.setattr(suppression, 'FEWEST', 2)
     refused('no noun of lesson.suppression is minor in 2 test photographs', suppression.measure, args, *[None] * 3)
+    for noun, plural in ('bench', 'benches'), ('baby', 'babies'), ('leaf', 'leaves'), ('woman', 'women'):
+        assert {noun, plural} <= suppression.forms_of(noun)
+    assert {'children'} < suppression.forms_of('child') and {'people'} < suppression.forms_of('person')
     refused('--only objects needs --shards', suppression.measure, arguments(karpathy='x', only='objects'), *[None] * 3)
-
-
-@pytest.mark.parametrize('noun, plural', [
-    ('dog', 'dogs'), ('bench', 'benches'), ('baby', 'babies'), ('leaf', 'leaves'), ('woman', 'women'),
-    ('child', 'children'), ('person', 'people')])
-def test_plurals(noun, plural):
-    """oracle: English."""
-    assert {noun, plural} <= suppression.forms_of(noun) and noun in suppression.NOUNS
 
 
 def test_other_sets(model, tmp_path, monkeypatch):
@@ -752,14 +745,11 @@ Differences differ by +5.0, and columns by +10.0.
 @pytest.mark.parametrize('old, new, sentence', [
     ('40.0 %', '40.0 % or 3.5', '5 sources'),
     ('+10.0 ± 2.5', '-10.0 ± 2.5', '"-10.0 ± 2.5", and results.csv "+10.0 ± 2.5" (one/b~clip/small.top1)'),
-    ('+10.0', '10.0', '"10.0 ± 2.5", and'),
     ('1.2 minutes', '1.3 minutes', '"1.3", and results.csv "1.2"'),
     ('40.0 %, then +10.0 ± 2.5', '+10.0 ± 2.5 %, then 40.0', '"+10.0 ± 2.5", and results.csv "40.0"'),
     ('`2.5`', '2.5', '6 figures'),
     ('by +5.0, and columns by +10.0', 'by +10.0, and columns by +5.0', '"+10.0", and results.csv "+5.0"'),
-    (' one/c/seconds', '', '4 sources'),
     ('| 45.0', '| 40.0', 'a table'),
-    ('-->\n|', '-->\n\n|', 'figures'),
     ('    0.1', '0.1', '1 figures (0.1) and 0 sources'),
     ('one/b~clip', 'one/b~c', 'COMPARISONS of one'),
     ('one/clip/small.top1 one', 'one/clip/small.named one', 'no small.named of clip'),
