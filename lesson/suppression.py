@@ -88,6 +88,11 @@ def name_scores(model, tokenizer, image_features):
     return image_features @ class_vectors(model, tokenizer, NAMES, FORMS).T
 
 
+def share(flags):
+    """The share of a bool tensor that is true."""
+    return flags.double().mean().item()
+
+
 def named(scores, scenes):
     """-> {role: {top1, chance, objects (how many)}}. scores: of all scenes of the set, because their means are
     subtracted."""
@@ -96,7 +101,8 @@ def named(scores, scenes):
     for thing in sum(scenes, []):
         row = raised[thing.pair]
         wrong = row[[COLUMN[name] for name in thing.absent]]            # (ABSENT,)
-        hits[thing.role].append(bool(row[COLUMN[thing.name]] - wrong.max() > TIE))
+        lead = row[COLUMN[thing.name]] - wrong.max()
+        hits[thing.role].append(bool(lead > TIE))
     figures = {}
     for role, found in hits.items():
         figures[role] = {'top1': fmean(found), 'chance': 1 / (1 + ABSENT), 'objects': len(found)}
@@ -135,7 +141,8 @@ def pointing(args, scored, shards, scenes):
     """
     model, tokenizer, preprocess = scored
     device = model.logit_scale.device
-    eot, _ = model.encode_text(tokenizer(list(map(question, NAMES))).to(device))        # (K, D)
+    questions = tokenizer(list(map(question, NAMES)))
+    eot, _ = model.encode_text(questions.to(device))                    # (K, D)
     found = defaultdict(lambda: defaultdict(list))                      # by role and figure
     for pair, scene in enumerate(progress(scenes, 'maps')):
         image = preprocess(shard_image(shards, pair))
@@ -150,8 +157,8 @@ def pointing(args, scored, shards, scenes):
             for what, there in ('own', own), ('absent', absent), ('area', numbers):
                 on_it = there == thing.number
                 on_other = (there > 0) & ~on_it
-                found[thing.role][f'{what}_it'].append(on_it.double().mean().item())
-                found[thing.role][f'{what}_other'].append(on_other.double().mean().item())
+                found[thing.role][f'{what}_it'].append(share(on_it))
+                found[thing.role][f'{what}_other'].append(share(on_other))
         if len(peaks) > 1:
             color_of = {thing.number: thing.color for thing in scene}
             for asked_color, number in peaks.items():
@@ -188,9 +195,9 @@ def handed(args, scored, shards, scenes):
     questions = [question(name) for name in NAMES if name in listed]
     queries, _ = model.encode_text(tokenizer(questions).to(device))     # (m, D)
     generator = torch.Generator().manual_seed(0)
-    random_queries = torch.randn(queries.shape, generator=generator).to(device) * queries.std()
+    noise = torch.randn(queries.shape, generator=generator).to(device)
     answers = []
-    for query in torch.cat([queries, random_queries]):
+    for query in torch.cat([queries, noise * queries.std()]):
         answer = model.image_cross(query.expand(1, len(patches), -1), patches)      # (1, n, D)
         answers.append(unit(answer[0]))
     to_names, to_random = torch.stack(answers, dim=1).chunk(2, dim=1)   # (n, m, D) each
@@ -228,8 +235,8 @@ def picks(vectors, candidates, right):
     cosines = vectors @ candidates.T                                    # (B, B)
     wanted = right[:, None]
     others = cosines.scatter(1, wanted, -torch.inf)
-    hits = cosines.gather(1, wanted)[:, 0] - others.amax(dim=1) > TIE
-    return hits.double().mean().item()
+    lead = cosines.gather(1, wanted)[:, 0] - others.amax(dim=1)
+    return share(lead > TIE)
 
 
 def picked(queries, tokens, cross, candidates):
@@ -371,16 +378,16 @@ def log_odds(contexts, has_noun):
     photographs = Counter(has_noun)
     odds = {}
     for word in counts[True] | counts[False]:
-        share = (counts[True][word] + 1) / (photographs[True] + 2)      # smoothed, so it is never 0
-        other_share = (counts[False][word] + 1) / (photographs[False] + 2)
-        odds[word] = log(share) - log(other_share)
+        with_noun = (counts[True][word] + 1) / (photographs[True] + 2)  # smoothed, so it is never 0
+        without = (counts[False][word] + 1) / (photographs[False] + 2)
+        odds[word] = log(with_noun) - log(without)
     return odds
 
 
 def share_below(scores, positive, negatives):
     """The share of negatives that score below the positive; a tie counts half."""
     gaps = scores[positive] - scores[negatives]
-    return ((gaps > 0).double() + (gaps == 0).double() / 2).mean().item()
+    return share(gaps > 0) + share(gaps == 0) / 2
 
 
 def matched(scores, suggested, said, counts):
@@ -437,7 +444,8 @@ def measure_minor(args, model, tokenizer, preprocess):
         if split == 'test':
             paths.append(Path(args.images or Path(args.karpathy).parent, name))
     image_features = embed_images(model, paths, preprocess, args.workers)
-    cosines = image_features.double() @ class_vectors(model, tokenizer, NOUNS, PROMPTS).double().T
+    vectors = class_vectors(model, tokenizer, NOUNS, PROMPTS)
+    cosines = image_features.double() @ vectors.double().T              # (n, nouns)
     return {'minor': minor(cosines, photographs)}
 
 
