@@ -12,17 +12,15 @@ import math
 
 import torch
 
-from cosmos import GLOBALS, Config, Teacher, total_loss
-from data import Crops, Shards, Tokenizer, collate
+from cosmos import COSMOS, GLOBALS, Config, Teacher, total_loss
+from data import Counts, Crops, Order, Shards, Tokenizer, collate
 from eval import preprocessing, show, zero_shot_retrieval
 from lesson import suppression
 from lesson.scenes import built_in_set
-from lesson.setting import Setting
 from plumbing.errors import command
 from plumbing.options import Parser
 from plumbing.processes import choose_dtype, keep_memory
 from plumbing.tokenizer import learn_merges
-from train import no_terms
 
 CONTEXT = 64                    # maximum tokens per caption, start and end included
 
@@ -42,15 +40,9 @@ def learning_rate(step, steps, peak):
     return peak * (0.1 + (1 - 0.1) * cosine)
 
 
-def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **changes):
-    """-> student, teacher, optimizer.
-
-    folder: where the shards are, such as those that lesson/scenes.py draws. rate: the peak learning rate. changes:
-    fields of Setting (lesson/setting.py), which the experiments of the course (lesson/README.md) change.
-    """
-    # The defaults are a small COSMOS: L_CLIP and the terms of Eq. 6, 2 global + 2 local views, 2 + 2 captions, and
-    # 4 heads in each cross-attention.
-    setting = Setting(**changes)
+def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
+    """-> student, teacher, optimizer. folder: where the shards are, such as those that lesson/scenes.py draws. rate:
+    the peak learning rate."""
     keep_memory()                                       # reusing freed memory is faster
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = choose_dtype(precision, device)             # auto: bfloat16 if it is fast here
@@ -59,42 +51,40 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
     # Sizes and recipe are those of the preset `tiny` of train.py. The paper's recipe is that of `vit-b-16`.
     shards = Shards(folder, split='train')
     tokenizer = learn_tokenizer(shards)
-    config = Config(embed_dim=128, cross_heads=setting.heads,
+    config = Config(embed_dim=128, cross_heads=4,
                     image_size=48, local_image_size=24, patch_size=8,
                     vision_width=96, vision_layers=4, vision_heads=3,
                     text_width=128, text_layers=2, text_heads=2,
                     context_length=CONTEXT, vocab_size=tokenizer.vocab_size)
-    # train_set[epoch, index] gives random crops of image number `index`, and ids of random sentences about it.
-    train_set = Crops(shards, tokenizer, config, seed, setting.counts, setting.augment, setting.crop_min)
+    # train_set[epoch, index] gives random crops of image number `index`, and ids of random sentences about it: on top
+    # of the two global views and captions, two local ones of each.
+    counts = Counts(local_images=2, local_texts=2)
+    train_set = Crops(shards, tokenizer, config, seed, counts, augment='crops')
 
     # Student, teacher, optimizer. Weight decay applies to matrices, not to biases, LayerNorms or scales.
     torch.manual_seed(seed)
-    student = setting.model(config).to(device)
+    student = COSMOS(config).to(device)
     teacher = Teacher(student)
     matrices = [p for p in student.parameters() if p.ndim > 1]
     vectors = [p for p in student.parameters() if p.ndim < 2]
     groups = [{'params': matrices, 'weight_decay': 0.1}, {'params': vectors, 'weight_decay': 0.0}]
     optimizer = torch.optim.AdamW(groups, rate, betas=(0.9, 0.98), fused=True)
 
-    batches = setting.order(len(shards), batch, start=0, stop=steps, seed=seed)
-    for step, places in enumerate(batches):
+    for step, places in enumerate(Order(len(shards), batch, start=0, stop=steps, seed=seed)):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, rate)
 
         # A batch of B pairs. Padding is trimmed, but not in the student's caption 0, where C^T reads it.
         samples = [train_set[place] for place in places]                # a place is (epoch, index)
-        inputs = collate(samples, multiple, whole_first=setting.heads > 0,
-                         global_texts=setting.counts.global_texts).to(device)
+        inputs = collate(samples, multiple, whole_first=True).to(device)
         images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); a string as seed
         texts = inputs.texts                            # U tensors (B, T)
 
         # The student sees all views and captions. The teacher sees only the globals, and all its captions are trimmed.
-        cls_t = eot_t = None
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = student(images, texts)
-            if setting.terms is not no_terms:           # L_CLIP alone needs nothing from the teacher
-                cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
-        loss, parts = total_loss(student, out, cls_t, eot_t, setting.terms)     # in float32
+            cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
+        loss, parts = total_loss(student, out, cls_t, eot_t)            # L_CLIP + L_COSMOS, in float32
 
         # The optimizer moves the student. The teacher follows it, quickly at first so that its random start fades.
         optimizer.zero_grad()
@@ -103,7 +93,10 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3, **c
         student.clamp_scales()
         taken = step + 1
         teacher.update(student, min(0.995, taken / (taken + 10)))
-        setting.watch(taken, loss, parts)
+        if taken % 100 == 0:
+            print(f'step {taken:5}  loss {loss:.3f}')
+            for name, (weight, term) in parts.items():
+                print(f'    {name:10} {term:.3f}')
     return student, teacher, optimizer
 
 
@@ -113,11 +106,11 @@ def main():
     _, teacher, _ = train(folder)
     model = teacher.model               # a moving average of the student
     tokenizer = learn_tokenizer(Shards(folder, split='train'))          # the same as in `train`
-    scored = model, tokenizer, preprocessing(model.config.image_size)
     held_out = Shards(folder, split='val')
-    figures, image_features = zero_shot_retrieval(*scored, held_out)
-    # These say how many objects are named, and how many colours are bound to the right shape.
-    show(figures | suppression.scene_figures(*scored, image_features, held_out))
+    preprocess = preprocessing(model.config.image_size)
+    figures, image_features = zero_shot_retrieval(model, tokenizer, preprocess, held_out)
+    # These say how many objects are named.
+    show(figures | suppression.scene_figures(model, tokenizer, image_features, held_out))
 
 
 if __name__ == '__main__':

@@ -1,9 +1,8 @@
 """One step of COSMOS as a picture: the views, vectors and arrows of one pair, with the names of cosmos.py.
 
-`python -m lesson.plots` writes it in two sizes: large for README.md and for page 1 of the course (there without the
-marks of the leak, which page 5 explains), and small for the other pages, where everything that a page is not about is
-pale. The drawing is picture.svg; this module puts a real pair into it, with the crops and sentences that
-`python train.py` draws for that pair of the built-in set.
+`python -m lesson.plots` writes it twice: with red arrows where a copy is enough, for README.md and for page 3 of the
+course, and without them for page 1, which asks first which arrows these are. The drawing is picture.svg; this module
+puts a real pair into it, with the crops and sentences that `python train.py` draws for that pair of the built-in set.
 """
 import base64
 import io
@@ -16,19 +15,15 @@ from types import SimpleNamespace
 from torchvision.transforms.v2.functional import to_pil_image
 
 from cosmos import Config
-from data import Crops
+from data import Counts, Crops
 from lesson.scenes import World, draw_scene
-from lesson.setting import Setting
 
 EPOCH, PAIR = 3, 223            # with seed 0. The small views of this pair show the circle that a short caption names
 SIZES = Config(image_size=48, local_image_size=24, patch_size=8)    # as in lesson/onepage.py
-PICTURES = {                    # file: classes of the drawing, see picture.svg
-    'assets/lesson-step.svg': 'large',
-    'assets/lesson-step-1.svg': 'large page1',
-    'assets/lesson-step-2.svg': 'small page2',
-    'assets/lesson-step-3.svg': 'small page3',
-    'assets/lesson-step-4.svg': 'small page4',
-    'assets/lesson-step-5.svg': 'small page5'}
+COUNTS = Counts(local_images=2, local_texts=2)
+PICTURES = {                    # file: class of the drawing, see picture.svg
+    'assets/lesson-step.svg': 'marked',
+    'assets/lesson-step-1.svg': 'unmarked'}
 
 
 def one_pair():
@@ -36,7 +31,7 @@ def one_pair():
     (_, image), (_, record) = draw_scene(World(), 'train', PAIR)
     shards = SimpleNamespace(pair=lambda index: (json.loads(record)['captions'], image))
     # We only call `sample`, which needs no tokenizer.
-    drawn = Crops(shards, None, SIZES, 0, Setting().counts, 'crops').sample(EPOCH, PAIR)
+    drawn = Crops(shards, None, SIZES, 0, COUNTS, 'crops').sample(EPOCH, PAIR)
     return drawn.crops, drawn.captions
 
 
@@ -50,7 +45,7 @@ def drawn_steps():
         values[f'view{k}'] = 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
         values[f'caption{k}'] = caption
     template = Template(Path(__file__).with_suffix('.svg').read_text())
-    return {path: template.substitute(values, page=page) for path, page in PICTURES.items()}
+    return {path: template.substitute(values, marks=marks) for path, marks in PICTURES.items()}
 
 
 def without_pixels(svg):

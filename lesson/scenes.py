@@ -1,28 +1,26 @@
 """Draws a set of scenes: coloured shapes on a plain ground, and sentences that each name one of them.
 
     python -m lesson.scenes DIR                                 the built-in set: a dominant and two small objects
-    python -m lesson.scenes DIR --colors 16 --named 0.2         more colours; two of ten sentences name small objects
     python -m lesson.scenes DIR --objects 2 --dominant-size 0.38                        a big and a small object
     python -m lesson.scenes DIR --objects 2 --dominant-size 0.38 --company equal        the small one next to an equal
     python -m lesson.scenes DIR --objects 2 --dominant-size 0.38 --company none         the small one alone
 
-With few colours most scenes share their colours with many others, so that captions can only be told apart by shapes. No
-sentence mentions the size, the place or the role of its object. Only its outline gives away the shape of an object: all
-dominant objects cover the same number of pixels, and so do all small ones, each object has one colour, and places are
-drawn in the same way for all shapes. Objects never touch.
+Objects are red or blue. So most scenes share their colours with many others, and captions can only be told apart by
+shapes. No sentence mentions the size, the place or the role of its object. Only its outline gives away the shape of an
+object: all dominant objects cover the same number of pixels, and so do all small ones, each object has one colour, and
+places are drawn in the same way for all shapes. Objects never touch.
 
-DIR/train, DIR/val and DIR/twins hold tars of KEY.webp and KEY.json. The json has `captions`, which are ten sentences in
-train, and elsewhere one caption that names every object once. And it has `objects`, each with `name`, `role` (dominant
-or small), `bbox` (x, y, w, h in pixels), `area` in pixels, `centre` (x, y), from which mask_of can redraw the pixels
-that the object covers, and `absent`: its colour with five shapes that no object of the scene has. Twins are
-neighbours, 2 k and 2 k + 1, that are equal except for the shape of one object.
+DIR/train and DIR/val hold tars of KEY.webp and KEY.json. The json has `captions`, which are ten sentences in train, and
+in val one caption that names every object once. And it has `objects`, each with `name`, `role` (dominant or small),
+`area` in pixels, `centre` (x, y), from which mask_of can redraw the pixels that the object covers, and `absent`: its
+colour with five shapes that no object of the scene has.
 """
 import io
 import json
 import math
 import random
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -33,17 +31,12 @@ from tqdm import tqdm
 
 from plumbing.errors import Refused, command, need
 from plumbing.files import read_json, write_json
-from plumbing.options import Parser, count
+from plumbing.options import Parser, count, number_type
 from plumbing.shards import write_shard
 
 # --- 1. What there is to draw ----------------------------------------------------------------------------------------
 
-COLORS = {                                      # the first ones differ most
-    'red': '#de1e26', 'blue': '#1c5aeb', 'yellow': '#ffe01e', 'green': '#148732',
-    'white': '#fafafa', 'black': '#191919', 'orange': '#ff8400', 'purple': '#8228b4',
-    'cyan': '#28d7eb', 'pink': '#ff82c3', 'lime': '#a0eb28', 'navy': '#14196e',
-    'teal': '#0f8787', 'magenta': '#d70f8c', 'maroon': '#6e0f1e', 'peach': '#ffc396',
-}
+COLORS = {'red': '#de1e26', 'blue': '#1c5aeb'}
 GROUNDS = ['#848688', '#cdbea2', '#745c4a', '#7a7c56', '#5c6878', '#9e8694']
 
 # Outlines around 0, as complex numbers x + iy of any scale, with y down as in images. The first one is filled, and a
@@ -54,8 +47,6 @@ ARM = [0.34 + 1j, -0.34 + 1j, -0.34 + 0.34j]    # of the cross
 HEART = 13 * ROUND - 5 * ROUND ** 2 - 2 * ROUND ** 3 - ROUND ** 4
 OUTER_ARC = np.exp(1j * np.linspace(0.9, 5.38))
 INNER_ARC = np.exp(1j * np.linspace(4.5, 1.78))
-BODY = ROUND[4:-3]                              # of the fish, with a gap for the tail
-TAIL = [-0.9 + 0.6j, -0.7, -0.9 - 0.6j]
 SHAPES = {
     'circle': [ROUND],
     'ring': [ROUND, 0.5 * ROUND],
@@ -65,12 +56,9 @@ SHAPES = {
     'heart': [16 * ROUND.imag ** 3 - 1j * HEART.real],                  # the real part of HEART is its height
     'cross': [np.outer(CORNERS, ARM).ravel()],
     'moon': [np.append(OUTER_ARC, 0.45 + 0.8 * INNER_ARC)],
-    # hard to tell from others on few pixels, hence last
-    'flower': [ROUND * (0.55 + 0.45 * abs((ROUND ** 3).imag)), 0.2 * ROUND],
-    'fish': [np.append(0.35 - 0.75 * BODY.real - 0.55j * BODY.imag, TAIL)],
 }
 NAMES = [f'{color} {shape}' for color in COLORS for shape in SHAPES]
-FORMS = ['there is {}', 'we see {}', 'here is {}', 'it shows {}']       # the same for every object
+FORMS = ['there is a {}', 'we see a {}', 'here is a {}', 'it shows a {}']   # the same for every object
 SENTENCES = 10                                  # per training scene
 ABSENT = 5                                      # wrong names per object
 
@@ -89,45 +77,21 @@ for shape, (outline, *holes) in SHAPES.items():
 SIZE = 96                                       # side of an image in pixels
 SS = 4                                          # supersampling per axis
 GAP = 2                                         # fewest pixels between objects, and to the border
-TRIES = 200                                     # thousands of layouts to try before we say that objects do not fit
-VERSION = 5                                     # version of the built-in set; raise it when a scene changes
+TRIES = 200                                     # thousands of layouts to try
+VERSION = 6                                     # version of the built-in set; raise it when a scene changes
 
 COMPANY = 'big', 'equal', 'none'
-LIMITS = {                                      # for the fields of a World
-    'colors': (2, len(COLORS)), 'shapes': (6, len(SHAPES)), 'big_shapes': (0, 4), 'objects': (1, 4),
-    'dominant_size': (0.05, 0.5), 'small_size': (0.05, 0.5), 'named': (0, 1)}
+SMALL_SIZE = 0.2                                # side of a square of its area, as a share of SIZE
 
 
 @dataclass(frozen=True)
 class World:
     """What the scenes of a set have in common. Worlds that differ only in `company` have the same small objects, pixel
     by pixel (in train and val), and in train the same sentences about them."""
-    colors: int = 2                 # the first ones of COLORS; they may repeat in a scene
-    shapes: int = 8                 # the first ones of SHAPES; they do not repeat
-    big_shapes: int = 0             # how many shapes after those are for dominant objects alone; 0: all share the same
-    objects: int = 3                # in a scene, the dominant one and the small ones together
-    dominant_size: float = 0.3      # side of a square with its area, as a share of the image's side
-    small_size: float = 0.2
-    named: float = 0.5              # the share of sentences that name a small object
+    objects: int = 3                # in a scene, one dominant, the others small; their shapes differ
+    dominant_size: float = 0.3      # as SMALL_SIZE, for the dominant object
     company: str = 'big'            # what small objects stand next to: 'big', 'equal' (of their size) or 'none'
     seed: int = 0                   # for the training scenes; the held-out ones are the same for all seeds
-
-    def __post_init__(self):
-        for name, (low, high) in LIMITS.items():
-            value = getattr(self, name)
-            flag = name.replace('_', '-')
-            need(low <= value <= high, f'--{flag} {value} is out of range; give {low} to {high}')
-        need(self.company in COMPANY, f'--company {self.company} is none of {", ".join(COMPANY)}')
-        need(self.shapes + self.big_shapes <= len(SHAPES),
-             f'--big-shapes {self.big_shapes} is too many after --shapes {self.shapes}; there are {len(SHAPES)}')
-        least = self.objects + ABSENT
-        if self.big_shapes:
-            least -= 1                  # the dominant object takes none of these shapes
-        need(self.shapes >= least,
-             f'--shapes {self.shapes} is too few for {self.objects} objects and {ABSENT} shapes that '
-             f'are absent; give --shapes {least}')
-        need(self.company == 'big' or self.objects > 1,
-             f'--company {self.company} needs a small object; give --objects 2 or more')
 
 
 @dataclass
@@ -148,17 +112,15 @@ class Thing:
 
 def draw_things(rng, world):
     """-> the objects of a scene, the dominant one first, still without places."""
-    shapes = rng.sample(list(SHAPES)[:world.shapes], world.objects)
-    if world.big_shapes:
-        shapes[0] = rng.choice(list(SHAPES)[world.shapes:][:world.big_shapes])
-    colors = rng.choices(list(COLORS)[:world.colors], k=world.objects)
+    shapes = rng.sample(list(SHAPES), world.objects)
+    colors = rng.choices(list(COLORS), k=world.objects)
     things = []
     role = 'dominant'
     size = world.dominant_size
     for shape, color in zip(shapes, colors):
         things.append(Thing(shape, color, role, round((SIZE * size) ** 2)))
         role = 'small'
-        size = world.small_size
+        size = SMALL_SIZE
     return things
 
 
@@ -179,8 +141,8 @@ def place(rng, things):
             for thing, centre in zip(things, centres[fitting.argmax()]):
                 thing.centre = centre.real, centre.imag
             return
-    raise Refused(f'{len(things)} objects do not fit into an image; give lower --dominant-size, '
-                  '--small-size or --objects')
+    raise Refused(f'{len(things)} objects do not fit into an image; '
+                  'give lower --dominant-size or --objects')
 
 
 def pixels_of(thing):
@@ -212,24 +174,19 @@ def mask_of(things):
 
 # --- 3. Captions -----------------------------------------------------------------------------------------------------
 
-def with_article(name):
-    return f'an {name}' if name[0] in 'aeiou' else f'a {name}'
-
-
-def training_captions(rng, things, shown, named):
-    """Ten sentences, each about one object. The share `named` is about the small ones in turn, the rest about the
-    dominant one. An object that is not shown is called "a picture"."""
+def training_captions(rng, things, shown):
+    """Ten sentences, each about one object. Half of them are about the small ones in turn, the rest about the dominant
+    one. An object that is not shown is called "a picture"."""
     main, *small = things
     rng.shuffle(small)
-    # rounded up or down at random, so that the mean is right
-    count = int(SENTENCES * named + rng.random())
+    rng.random()                    # unused: without it the numbers drawn later would be others
     captions = []
     for number in range(SENTENCES):
         thing = main
-        if small and number < count:
+        if small and number < SENTENCES // 2:
             thing = small[number % len(small)]
         name = thing.name if thing in shown else 'picture'
-        captions.append(rng.choice(FORMS).format(with_article(name)))
+        captions.append(rng.choice(FORMS).format(name))
     return captions
 
 
@@ -237,7 +194,7 @@ def held_out_caption(rng, shown):
     """A sentence about every object, in random order, so the first need not be about the dominant one."""
     sentences = []
     for thing in rng.sample(shown, len(shown)):
-        sentences.append(rng.choice(FORMS).format(with_article(thing.name)))
+        sentences.append(rng.choice(FORMS).format(thing.name))
     return '. '.join(sentences)
 
 
@@ -252,35 +209,24 @@ def layout(rng, world):
         shown = things[1:]
     if world.company == 'equal':
         things[0].area = things[1].area
-    free = list(SHAPES)[:world.shapes]
-    for thing in things:
-        if thing.shape in free:
-            free.remove(thing.shape)
+    taken = [thing.shape for thing in things]
+    free = [shape for shape in SHAPES if shape not in taken]
     return things, shown, rng.sample(free, ABSENT)
 
 
 def draw_scene(world, split, index):
     """-> [(member name, bytes), ...]. The random numbers depend only on split, on index and, for train, on the seed."""
-    scene = index // 2 if split == 'twins' else index
     seed = world.seed if split == 'train' else 'any'
-    rng = random.Random(f'{seed}/{split}/{scene}')
+    rng = random.Random(f'{seed}/{split}/{index}')
     things, shown, absent = layout(rng, world)
-    if split == 'twins' and index % 2:
-        changed = shown[scene % len(shown)]
-        shape = changed.shape
-        changed.shape = absent[0]
-        absent[0] = shape
     pixels = np.full((SIZE, SIZE, 3), ImageColor.getrgb(rng.choice(GROUNDS)), float)
     mask = mask_of(shown)
     objects = []
     for number, thing in enumerate(shown, 1):
-        covered = mask == number
-        pixels[covered] = ImageColor.getrgb(COLORS[thing.color])
-        x, y, right, bottom = Image.fromarray(covered).getbbox()
+        pixels[mask == number] = ImageColor.getrgb(COLORS[thing.color])
         objects.append({
             'name': thing.name,
             'role': thing.role,
-            'bbox': [x, y, right - x, bottom - y],
             'area': thing.area,
             'centre': thing.centre,
             'absent': [f'{thing.color} {shape}' for shape in absent]})
@@ -289,7 +235,7 @@ def draw_scene(world, split, index):
     pixels *= rng.uniform(0.85, 1.1)
     image = Image.fromarray(np.uint8(pixels.clip(0, 255)))
     if split == 'train':
-        captions = training_captions(rng, things, shown, world.named)
+        captions = training_captions(rng, things, shown)
     else:
         captions = [held_out_caption(rng, shown)]
     record = {'captions': captions, 'objects': objects}
@@ -300,16 +246,18 @@ def draw_scene(world, split, index):
 
 
 def make_scenes(root, train=4000, val=1000, workers=None, **options):
-    """Draw a set into a folder, in tars of 1,000 scenes: `train` training scenes, `val` held-out ones and as many
-    twins. The other options are those of World. Equal arguments give equal bytes, for any number of `workers`.
+    """Draw a set into a folder, in tars of 1,000 scenes: `train` training scenes and `val` held-out ones. The other
+    options are those of World. Equal arguments give equal bytes, for any number of `workers`.
 
     Refused if objects do not fit, or if the folder already holds a whole set.
     """
     world = World(**options)
     root = Path(root)
     need(not (root / 'world.json').exists(), f'{root} holds a set of scenes; give another folder')
+    need(world.company == 'big' or world.objects > 1,
+         f'--company {world.company} needs a small object; give --objects 2 or more')
     with ProcessPoolExecutor(workers) as pool:
-        for split, count in ('train', train), ('twins', val // 2 * 2), ('val', val):
+        for split, count in ('train', train), ('val', val):
             draw = partial(draw_scene, world, split)
             for start in tqdm(range(0, count, 1000), f'drawing {split}', disable=None):
                 scenes = pool.map(draw, range(start, min(start + 1000, count)), chunksize=50)
@@ -332,6 +280,9 @@ def built_in_set(root='runs/scenes'):
         number += 1
         folder = Path(f'{root}-{number}')
     print(f'data       drawing the built-in set into {folder}, once')
+    if number > 1:
+        print(f'note       {root} holds scenes of another version or another world; '
+              f'a run that began on them goes on with --resume --data {root}')
     make_scenes(folder)
     return folder
 
@@ -340,13 +291,17 @@ def built_in_set(root='runs/scenes'):
 
 def main():
     parser = Parser(prog='python -m lesson.scenes', epilog=__doc__)
+    objects = number_type(int, 'a whole number from 1 to 3', 1, 3)
+    size = number_type(float, 'a number from 0.05 to 0.5', 0.05, 0.5)
     add = parser.add_argument
     add('root', metavar='DIR')
     add('--train', type=count, default=4000, help='training scenes (%(default)s)')
-    add('--val', type=count, default=1000, help='held-out scenes, and twins (%(default)s)')
-    for field in fields(World):
-        flag = field.name.replace('_', '-')
-        add(f'--{flag}', type=field.type, default=field.default, help='see World (%(default)s)')
+    add('--val', type=count, default=1000, help='held-out scenes (%(default)s)')
+    add('--objects', type=objects, default=3, help='in a scene (%(default)s)')
+    add('--dominant-size', type=size, default=0.3,
+        help="side of a square with the dominant object's area, as a share of the image's side (%(default)s)")
+    add('--company', choices=COMPANY, default='big', help='what small objects stand next to (%(default)s)')
+    add('--seed', type=count, default=0, help='of the training scenes (%(default)s)')
     args = parser.parse_args()
     make_scenes(**vars(args))
     print(f'{args.train} training and {args.val} held-out scenes in {args.root}')

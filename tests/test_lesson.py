@@ -6,10 +6,10 @@ compared with.
 import base64
 import io
 import json
+import random
 import re
 import shutil
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
@@ -23,29 +23,23 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
-from torchvision.ops import masks_to_boxes
 
-import eval
 import train
-from cosmos import COSMOS, Output, Teacher, cosmos_terms, gather, match, total_loss, unit
-from data import Counts, Crops, Order, Shards, Tokenizer
-from eval import embed_images, embed_texts, load, preprocessing, shard_image
-from extras import report
-from lesson import experiments, onepage, photos, picture, plots, scenes, suppression
-from lesson.experiments import EXPERIMENTS, METHODS, Variant
-from lesson.scenes import COLORS, NAMES, SHAPES, World, draw_scene, make_scenes, mask_of
-from lesson.setting import Setting
-from lesson.suppression import Named, read_scenes, score_table
+from cosmos import COSMOS, Output, cosmos_terms, unit
+from data import Counts, Crops, Shards, Tokenizer
+from eval import load, preprocessing, shard_image
+from lesson import experiments, onepage, picture, plots, scenes, suppression
+from lesson.experiments import EXPERIMENTS, ON_PHOTOGRAPHS, ON_SCENES, Variant
+from lesson.scenes import NAMES, SHAPES, World, draw_scene, make_scenes, mask_of
+from lesson.suppression import Named, read_scenes
 from plumbing.files import read_json
-from plumbing.weights import Origin, read_checkpoint
-from tests.helpers import MICRO, encoded, pairs_tar, put, refused, run, shared
-
-WORDS = [*COLORS, *SHAPES]
+from plumbing.weights import read_checkpoint
+from tests.helpers import MICRO, encoded, pairs_tar, put, refused, run
 
 
 @pytest.fixture(scope='module')
 def drawn(tmp_path_factory):
-    """A small built-in set, drawn by one process: 12 training scenes, 24 held-out ones, 12 pairs of twins."""
+    """A small built-in set, drawn by one process: 12 training scenes, 24 held-out ones."""
     root = tmp_path_factory.mktemp('scenes') / 'set'
     make_scenes(root, 12, 24, seed=1, workers=1)
     return root
@@ -102,7 +96,7 @@ def test_any_number_of_workers_draws_the_same(drawn, tmp_path):
     assert run(scenes, tmp_path / 'same', *flags, 1) is None
     assert 'holds a set of scenes' in run(scenes, tmp_path / 'same', *flags, 1)
     make_scenes(tmp_path / 'other', 12, 24, seed=2, workers=1)
-    for part in 'train', 'twins', 'val':
+    for part in 'train', 'val':
         first, same, other = [(root / part / '00000.tar').read_bytes() for root in (
             drawn, tmp_path / 'same', tmp_path / 'other')]
         assert first == same
@@ -110,35 +104,31 @@ def test_any_number_of_workers_draws_the_same(drawn, tmp_path):
 
 
 def test_what_is_listed(val):
-    """oracle: masks, for the boxes; the caption, which has each name once, that of the dominant object first in about a
-    third; the definition of absent names: of the object's colour, of two, with the five shapes that the scene lacks."""
+    """oracle: masks; the caption, which has each name once, that of the dominant object first in about a third; the
+    definition of absent names: of the object's colour, of two, with the five shapes that the scene lacks."""
     dominant_first = 0
     first_colors = set()
     for i, objects in enumerate(objects_in(val)):
-        numbers = torch.from_numpy(drawn_again(objects))
+        numbers = drawn_again(objects)
         [caption] = val.record(i)['captions']
         assert [thing['role'] for thing in objects] == ['dominant', 'small', 'small']
         colors, shapes = zip(*[thing['name'].split() for thing in objects])
         first_colors.update(colors)
         for number, thing in enumerate(objects, 1):
-            x, y, w, h = thing['bbox']
-            [box] = masks_to_boxes(numbers[None] == number).tolist()
-            assert box == [x, y, x + w - 1, y + h - 1]
             assert caption.count(thing['name']) == 1
             assert (numbers == number).sum() == thing['area']
-            lacking = set(list(SHAPES)[:8]) - set(shapes)
+            lacking = set(SHAPES) - set(shapes)
             absent = [f'{colors[number - 1]} {shape}' for shape in lacking]
             assert sorted(thing['absent']) == sorted(absent)
         dominant_first += caption.split('. ')[0].endswith(objects[0]['name'])
     assert 2 <= dominant_first <= 14 and first_colors == {'red', 'blue'}
 
 
-TWO = World(objects=2, dominant_size=0.38, colors=16)
+TWO = World(objects=2, dominant_size=0.38)
 
 
 @pytest.mark.parametrize('world, big', [
-    (World(shapes=10), {829}), (TWO, {1331}), (replace(TWO, company='equal'), {369}),
-    (replace(TWO, company='none'), set())])
+    (World(), {829}), (TWO, {1331}), (replace(TWO, company='equal'), {369}), (replace(TWO, company='none'), set())])
 def test_nothing_but_outlines_tells_shapes(world, big):
     """oracle: pixels of the image, counted. A number for big objects and one for small ones, each pixel of an object in
     one colour and every other one in that of the ground: so what is drawn again from the json is what was drawn. Two
@@ -155,30 +145,6 @@ def test_nothing_but_outlines_tells_shapes(world, big):
         for other in places[1:]:
             assert abs(places[0][:, None] - other).max(axis=2).min() > 2
     assert areas == {'dominant': big, 'small': {369}}
-
-
-@pytest.mark.parametrize('named, counts', [(0.3, [3]), (0.25, [2, 3])])
-def test_named_is_the_share_of_sentences_on_small_objects(named, counts):
-    """oracle: sentences counted by the names in them; the pictures are those of the world without the flag. Without the
-    name a sentence is one of the same few forms, for large and for small objects."""
-    forms = {'dominant': set(), 'small': set()}
-    found = set()
-    for i in range(12):
-        captions, objects, pixels, _ = drawn_scene(World(named=named), 'train', i)
-        _, _, same, _ = drawn_scene(World(), 'train', i)
-        counts_of = []
-        for thing in objects:
-            naming = [sentence for sentence in captions if thing['name'] in sentence]
-            counts_of.append(len(naming))
-            for sentence in naming:
-                forms[thing['role']].add(sentence.replace(f"a {thing['name']}", '{}'))
-        _, *small = counts_of
-        assert sum(counts_of) == len(captions) == 10
-        assert max(small) - min(small) <= 1                     # they take turns
-        assert (pixels == same).all()
-        found.add(sum(small))
-    assert sorted(found) == counts
-    assert forms['dominant'] == forms['small'] == set(scenes.FORMS)
 
 
 def test_company():
@@ -205,196 +171,133 @@ def test_company():
         assert pools['none'] == sentences and ' '.join(sentences).count('picture') == 5
 
 
-def test_big_shapes_are_no_small_ones():
-    """oracle: the order of SHAPES: here small objects have the first six, and big ones the last four. Wrong names are
-    of the six, all but the scene's own."""
-    six, four = set(list(SHAPES)[:6]), set(list(SHAPES)[6:])
-    found = set()
-    for i in range(60):
-        _, [big, small], *_ = drawn_scene(replace(TWO, shapes=6, big_shapes=4), 'val', i)
-        own = small['name'].split()[1]
-        found |= {big['name'].split()[1]}
-        assert {name.split()[1] for name in small['absent']} == six - {own}
-    assert found == four
-
-
-def test_twins_differ_in_one_shape(drawn):
-    """oracle: the definition, by json and mask: one object of each pair has another shape and the same colour, the rest
-    is equal. Its old shape is absent in the other scene."""
-    shards = Shards(drawn / 'twins')
-    objects = objects_in(shards)
-    assert len(objects) == 24
-    roles = set()
-    for i in range(0, 24, 2):
-        changed = []
-        for k, (a, b) in enumerate(zip(objects[i], objects[i + 1]), 1):
-            if a['name'] == b['name']:
-                assert ((drawn_again(objects[i]) == k) == (drawn_again(objects[i + 1]) == k)).all()
-                continue
-            changed.append(a['role'])
-            assert a['name'].split()[0] == b['name'].split()[0]
-            assert a['name'] in b['absent'] and b['name'] in a['absent']
-        assert len(changed) == 1
-        roles.update(changed)
-    assert roles == {'dominant', 'small'}
-
-
 @pytest.mark.parametrize('flags, sentence', [
-    ('--objects 4 --shapes 9 --small-size 0.3', '4 objects do not fit'),
-    ('--objects 4', 'give --shapes 9'),
+    ('--dominant-size 0.5', '3 objects do not fit into an image; give lower --dominant-size or --objects'),
+    ('--objects 4', '--objects: 4 is not a whole number from 1 to 3'),
     ('--objects 1 --company none', 'give --objects 2 or more'),
-    ('--shapes 8 --big-shapes 3', '--big-shapes 3 is too many after --shapes 8; there are 10'),
-    ('--company me', '--company me is none of big, equal, none'),
-    ('--named 1.5', '--named 1.5 is out of range; give 0 to 1')])
+    ('--company me', "--company: invalid choice: 'me'")])
 def test_worlds_that_cannot_be_drawn(tmp_path, flags, sentence):
     """oracle: one sentence that names the flag and the remedy."""
     error = run(scenes, tmp_path, '--train', 3, '--val', 1, *flags.split())
     assert sentence in error and len(error.splitlines()) == 1
 
 
-def test_an_older_set_is_left_alone(drawn, tmp_path, monkeypatch):
+def test_an_older_set_is_left_alone(drawn, tmp_path, monkeypatch, capsys):
     """oracle: which folder is returned, and what is drawn. A set of an older version, with or without a recipe, stays,
-    and so does one of another world; one that was interrupted is drawn again in its place."""
+    and so does one of another world; one that was interrupted is drawn again in its place. Whoever has a run on the
+    older set is told how to go on."""
     root = tmp_path / 'scenes'
     made = []
     monkeypatch.setattr(scenes, 'make_scenes', made.append)
     (root / 'train').mkdir(parents=True)
     assert scenes.built_in_set(root) == root and made == [root]
+    assert 'another version' not in capsys.readouterr().out
     (root / 'val').mkdir()
     (root / 'val/00000.tar').touch()
     second = tmp_path / 'scenes-2'
     assert scenes.built_in_set(root) == second and made == [root, second]
+    assert f'another version or another world; a run that began on them goes on with --resume --data {root}' in (
+        capsys.readouterr().out)
     for version, world, folder in (
-            (1, World(), second), (scenes.VERSION, World(colors=16), second), (scenes.VERSION, World(), root)):
+            (1, World(), second), (scenes.VERSION, TWO, second), (scenes.VERSION, World(), root)):
         put(root / 'world.json', {'version': version} | asdict(world))
         assert scenes.built_in_set(root) == folder
 
 
 # --- What is measured ------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope='module', params=[2, 16])
-def parts(request, tmp_path_factory):
-    """Scenes for training and held-out ones, 1,000 of each, of so many colours."""
+@pytest.fixture(scope='module')
+def parts(tmp_path_factory):
+    """Scenes for training and held-out ones, 1,000 of each."""
     root = tmp_path_factory.mktemp('parts')
-    make_scenes(root, 1000, 1000, colors=request.param)
+    make_scenes(root, 1000, 1000)
     return [read_scenes(Shards(root / part)) for part in ('train', 'val')]
 
 
-def knows_names(scene, color, shape):
-    return f'{color} {shape}' in [thing.name for thing in scene]
+def score_table(scenes, score):
+    """What a formula score(scene, color, shape) gives for all scenes and names, (n, K)."""
+    rows = []
+    for scene in scenes:
+        rows.append([score(scene, *name.split()) for name in NAMES])
+    return torch.tensor(rows, dtype=torch.double)
 
 
-def test_who_knows_all_names(val):
-    """oracle: all are right."""
-    listed = read_scenes(val)
-    table = score_table(listed, knows_names)
-    for figure in suppression.named(table, listed).values():
-        assert figure['top1'] == 1
-    bound = suppression.bound(table, listed)
-    assert bound['dominant_small'] == bound['small_small'] == 1
+def area_of(scene, color):
+    return sum(thing.area for thing in scene if thing.color == color)
 
 
-def test_who_knows_little_gets_little(parts):
-    """oracle: closed forms for who knows only the biggest object, adds the words of all, multiplies them, or likes some
-    names; chance, within three points, for who knows how many pixels each colour covers. 1,000 scenes."""
-    found = suppression.adversaries(*parts)
-    names = {}
-    for who, figures in found.items():
-        names[who] = figures['dominant']['top1'], figures['small']['top1']
-    assert names['areas'] == pytest.approx((1 / 6, 1 / 6), abs=0.03)
-    assert names['biggest'][0] == 1 and names['biggest'][1] < 0.2
-    assert names['sums'] == names['products'] == (1, 1)
-    assert names['likes'] == (0, 0)
-    for who in 'biggest', 'sums', 'products':
-        assert found[who]['bound']['dominant_small'] == found[who]['bound']['small_small'] == 0
+def salience(scene, word):
+    """How salient a colour or a shape is, if a big object counts as three small ones."""
+    weights = {'dominant': 3, 'small': 1}
+    return sum(weights[thing.role] for thing in scene if word in (thing.color, thing.shape))
 
 
-def test_ten_scenes_by_hand(model, val):
-    """oracle: loops over the objects of ten scenes, each sentence embedded by itself; means are over all 24."""
-    network, tokenizer, preprocess = model
-    image_features = embed_images(network, val, preprocess)
-    columns = {}
-    for name in NAMES:
-        total = 0
-        for form in 'there is a {}', 'we see a {}', 'here is a {}', 'it shows a {}':
-            total = total + embed_texts(network, tokenizer, form.format(name))[0]
-        columns[name] = image_features @ (total / total.norm())                     # (24,)
-    hits = {'dominant': [], 'small': []}
-    both = {'dominant_small': [], 'small_small': []}
-    listed = read_scenes(val)[:10]
-    for i, scene in enumerate(listed):
-        score = {name: column[i] for name, column in columns.items()}
-        raised = {name: column[i] - column.mean() for name, column in columns.items()}
+def test_named_can_be_cheated_by_little(parts):
+    """oracle: closed forms for hand-made models. All is named by who knows all names, and by who adds or multiplies the
+    words of a scene, without knowing which belong together; nothing, by who likes some names whatever it sees; chance,
+    within three points, by who knows how many pixels each colour covers, and by who knows only the biggest object, for
+    small ones."""
+    known, listed = parts
+    shapes = defaultdict(Counter)                       # {area of a colour: {shape: training objects}}
+    for scene in known:
         for thing in scene:
-            wrong = max(raised[name] for name in thing.absent)
-            hits[thing.role].append(raised[thing.name] > wrong)
-        big, c, d = scene
-        couples = [
-            ('dominant_small', big, c),
-            ('dominant_small', big, d),
-            ('small_small', c, d)]
-        for roles, a, b in couples:
-            if a.color != b.color:
-                first = score[a.name] > score[f'{a.color} {b.shape}']
-                both[roles].append(first and score[b.name] > score[f'{b.color} {a.shape}'])
-    scores = suppression.scores_of(val, *model)
-    figures = suppression.named(scores, listed)
-    for role, found in hits.items():
-        expected = {'top1': np.mean(found), 'chance': 1 / 6, 'objects': len(found)}
-        assert figures[role] == pytest.approx(expected)
-    figures = suppression.bound(scores, listed)
-    assert figures.pop('pairs') == sum(map(len, both.values()))
-    assert figures == {roles: np.mean(found) for roles, found in both.items()}
+            shapes[area_of(scene, thing.color)][thing.shape] += 1
+    liking = {name: random.Random(name).random() for name in NAMES}
 
+    def areas(scene, color, shape):
+        counts = shapes[area_of(scene, color)]
+        return counts[shape] / (1 + counts.total())
 
-def test_oracles_by_playing(val):
-    """oracle: scenes are counted: of k that look alike each is drawn once in k times. Names tell more."""
-    listed = read_scenes(val)
-    figures = suppression.oracles(listed)
-    colors = [sorted(thing.color for thing in scene) for scene in listed]
-    shares = [1 / colors.count(each) for each in colors]
-    assert figures['colors'] == pytest.approx(np.mean(shares)) and figures['names'] == 1
+    chance = pytest.approx(1 / 6, abs=0.03)
+    for score, big, small in (
+            (lambda scene, *name: ' '.join(name) in [thing.name for thing in scene], 1, 1),
+            (lambda scene, color, shape: salience(scene, color) + salience(scene, shape), 1, 1),
+            (lambda scene, color, shape: salience(scene, color) * salience(scene, shape), 1, 1),
+            (lambda scene, *name: liking[' '.join(name)], 0, 0),
+            (lambda scene, *name: scene[0].name == ' '.join(name), 1, chance),
+            (areas, chance, chance)):
+        figures = suppression.named(score_table(listed, score), listed)
+        assert (figures['dominant']['top1'], figures['small']['top1']) == (big, small)
 
 
 PATCHES = {'red': 28, 'blue': 35}
 
 
+def arguments(**given):
+    """What the command line of lesson.suppression gives."""
+    defaults = {'checkpoint': 'out/last.pt', 'shards': None, 'karpathy': None, 'images': None, 'device': 'cpu',
+                'workers': 0, 'vocab': None, 'only': None}
+    return SimpleNamespace(**defaults | given)
+
+
 def test_pointing_by_hand(monkeypatch, val, model):
-    """oracle: numpy on the masks, for a head that looks at patch 27 of every image, but for an absent name at 28, if it
-    is blue at 35, and for a whole caption at 28. 8 x 8 patches of an image of 64 pixels: their middles are pixels 4,
-    12, 20, ... The head is asked the right questions."""
+    """oracle: numpy on the masks, for a head that looks at patch 27 of every image, but for an absent name at 28, and
+    if it is blue at 35. 8 x 8 patches of an image of 64 pixels: their middles are pixels 4, 12, 20, ... The head is
+    asked the right questions."""
     network, tokenizer, _ = model
     scenes = read_scenes(val)
     things = sum(scenes, [])
     asked = []
-    captions = []
 
     def weights(queries, keys):
-        if len(queries) == 1:                           # asked with a whole caption
-            captions.append(queries)
-            return torch.eye(64)[[28]]
         patch = PATCHES[things[len(asked)].color]
         asked.append(queries)
         assert keys.shape == (2, 64, 128)
         return torch.eye(64)[[27, patch]]
 
     monkeypatch.setattr(network.image_cross, 'weights', weights)
-    figures = suppression.pointing(*model, val, scenes)
+    figures = suppression.pointing(arguments(), model, val, scenes)['pointing']
     expected = {}
-    for pair, scene in enumerate(scenes):
+    for scene in scenes:
         mask = Image.fromarray(mask_of(scene))
         numbers = np.array(mask.resize((64, 64), Image.NEAREST))[4::8, 4::8].flatten()
         for thing in scene:
             asked_absent = PATCHES[thing.color]
-            peaks = ('own', numbers[[27]]), ('absent', numbers[[asked_absent]]), ('area', numbers)
-            for where, there in peaks:
+            for where, there in ('own', numbers[[27]]), ('absent', numbers[[asked_absent]]), ('area', numbers):
                 on_it = there == thing.number
                 on_other = (there > 0) & ~on_it
-                for place, hits in ('it', on_it), ('other', on_other), ('ground', there == 0):
+                for place, hits in ('it', on_it), ('other', on_other):
                     expected.setdefault((thing.role, f'{where}_{place}'), []).append(hits.mean())
-        role = ['ground', *(thing.role for thing in scene)][numbers[28]]
-        for place in 'dominant', 'small', 'ground':
-            expected.setdefault(('caption', place), []).append(role == place)
         colors = [None, *(thing.color for thing in scene)]
         if {'red', 'blue'} <= set(colors):
             for color, patch in PATCHES.items():
@@ -403,9 +306,7 @@ def test_pointing_by_hand(monkeypatch, val, model):
                     expected.setdefault(('color', place), []).append(hit)
     for (role, name), shares in expected.items():
         assert figures[role][name] == pytest.approx(np.mean(shares))
-    assert len(expected) == 23
-    eot, _ = network.encode_text(tokenizer([val.record(i)['captions'][0] for i in range(24)]))
-    assert_close(torch.cat(captions), eot)
+    assert len(expected) == 14
     for thing, queries in zip(things, asked):
         sentences = [f'there is a {thing.name}', f'there is a {thing.absent[0]}']
         eot, _ = network.encode_text(tokenizer(sentences))
@@ -413,68 +314,39 @@ def test_pointing_by_hand(monkeypatch, val, model):
 
 
 def test_what_is_handed_over(val, model):
-    """oracle: loops. Every object of every scene is asked for, C^I alone answers, and for each object of the scene the
-    answer's cosines with names, and with images that have it or not, are compared one by one. The mean of all 24
-    scenes' answers to the same question is taken off."""
+    """oracle: loops. C^I alone answers to every name that the scenes have, and to random queries; the cosines of all
+    pairs of answers about one scene, and of all answers to one name."""
     network, tokenizer, preprocess = model
     listed = read_scenes(val)
-    images = torch.stack([preprocess(shard_image(val, i)) for i in range(24)])
-    cls, patches = network.encode_image(images)
-    owners = {}                                         # of each name, the scenes that have it
-    for thing in sum(listed, []):
-        owners.setdefault(thing.name, set()).add(thing.pair)
-    names = {}
-    for name in NAMES:
-        forms = [f'{form} a {name}' for form in ('there is', 'we see', 'here is', 'it shows')]
-        names[name] = unit(embed_texts(network, tokenizer, forms).mean(dim=0))
-    expected = {}
-    about = {i: [] for i in range(24)}                  # of each scene, the answers to all names
-    between_scenes = []
-    for asked in owners:
-        eot, _ = network.encode_text(tokenizer([f'there is a {asked}']))
-        answers = [unit(network.image_cross(eot[None], patches[[i]])[0, 0]) for i in range(24)]
-        for i, answer in enumerate(answers):
-            about[i].append(answer)
-            between_scenes += [(answer @ other).item() for k, other in enumerate(answers) if k != i]
-        for pair in owners[asked]:
-            def raised(vector):
-                return answers[pair] @ vector - torch.stack(answers).matmul(vector).mean()
+    _, patches = network.encode_image(torch.stack([preprocess(shard_image(val, i)) for i in range(24)]))
+    present = {thing.name for thing in sum(listed, [])}
+    eot, _ = network.encode_text(tokenizer([f'there is a {name}' for name in NAMES if name in present]))
+    random_queries = torch.randn(eot.shape, generator=torch.Generator().manual_seed(0)) * eot.std()
 
-            for thing in listed[pair]:
-                who = 'named' if thing.name == asked else 'other'
-                wins = [raised(names[thing.name]) > raised(names[wrong]) for wrong in thing.absent]
-                expected.setdefault((thing.role, f'{who}_top1'), []).append(all(wins))
-                wins = []
-                for other in owners[thing.name] - {pair}:
-                    for without in set(range(24)) - owners[thing.name]:
-                        wins.append(raised(unit(cls[other])) > raised(unit(cls[without])))
-                if wins:
-                    expected.setdefault((thing.role, f'{who}_found'), []).append(np.mean(wins))
-    figures = suppression.handed(*model, val, listed)
-    for (role, name), shares in expected.items():
-        assert figures[role][name] == pytest.approx(np.mean(shares))
-    assert len(expected) == 8
-    between_names = []
-    for answers in about.values():
-        for i, answer in enumerate(answers):
-            between_names += [(answer @ other).item() for k, other in enumerate(answers) if k != i]
-    expected = {'names': np.mean(between_names), 'scenes': np.mean(between_scenes)}
-    names_asked = [name for name in NAMES if name in owners]
-    eot, _ = network.encode_text(tokenizer([f'there is a {name}' for name in names_asked]))
-    queries = torch.randn(eot.shape, generator=torch.Generator().manual_seed(0)) * eot.std()
-    between_random = []
-    for i in range(24):
-        answers = [unit(network.image_cross(query[None, None], patches[[i]])[0, 0]) for query in queries]
-        for k, answer in enumerate(answers):
-            between_random += [(answer @ other).item() for j, other in enumerate(answers) if j != k]
-    expected['random'] = np.mean(between_random)
-    assert figures['cosine'] == pytest.approx(expected, rel=1e-5)
+    def mean_cosine(vectors):
+        cosines = vectors @ vectors.T
+        return cosines[~torch.eye(len(vectors), dtype=bool)].mean().item()
+
+    def answers(queries):
+        rows = []
+        for query in queries:
+            rows.append(torch.stack([unit(network.image_cross(query[None, None], each[None])[0, 0]) for each in patches]))
+        return torch.stack(rows)                        # (queries, scenes, D)
+
+    to_names = answers(eot)
+    to_random = answers(random_queries)
+    expected = {
+        'names': np.mean([mean_cosine(to_names[:, i]) for i in range(24)]),
+        'random': np.mean([mean_cosine(to_random[:, i]) for i in range(24)]),
+        'scenes': np.mean([mean_cosine(each) for each in to_names])}
+    figures = suppression.handed(arguments(), model, val, listed)
+    assert figures['handed']['cosine'] == pytest.approx(expected, rel=1e-5)
 
 
 def test_who_answers_what():
-    """oracle: closed forms. Who only copies what it reads has 100 % in own and read, 0 in sentence and kept; who only
-    heeds the sentence the reverse. One eot for all sentences: a copier has the same, and 1 in 32 alone. One answer for
-    all, the mean of all images, is 1 in 32, or where all are as near none: a tie is a miss."""
+    """oracle: closed forms. Who only copies what it reads has 100 % in own and read, 0 in sentence; who only heeds the
+    sentence the reverse. One eot for all sentences: a copier has the same, and 1 in 32 alone. One answer for all, the
+    mean of all images, is 1 in 32, or where all are as near none: a tie is a miss."""
     images = unit(torch.randn(32, 128))
     one = images[:1].expand(32, -1)
     alike = torch.eye(32)
@@ -489,19 +361,20 @@ def test_who_answers_what():
         return 1e4 * images.mean(dim=0) + heed(queries, tokens)
 
     for queries, cross, candidates, expected in (
-            (images, copy, images, (1, 0, 1, 1, 0)),
-            (images, heed, images, (1, 1, 0, 1, 1)),
-            (one, copy, images, (1, 0, 1, 1 / 32, 0)),
-            (one, say_mean, images, (1 / 32, 1 / 32, 1 / 32, 1 / 32, 1 / 32)),
-            (torch.ones(32, 32), heed, alike, (0, 0, 0, 0, 0))):
-        shares = suppression.picked(queries, candidates[:, None], cross, candidates, candidates)
+            (images, copy, images, (1, 0, 1, 1)),
+            (images, heed, images, (1, 1, 0, 1)),
+            (one, copy, images, (1, 0, 1, 1 / 32)),
+            (one, say_mean, images, (1 / 32, 1 / 32, 1 / 32, 1 / 32)),
+            (torch.ones(32, 32), heed, alike, (0, 0, 0, 0))):
+        shares = suppression.picked(queries, candidates[:, None], cross, candidates)
         assert tuple(shares.values()) == expected
-    assert list(shares) == ['own', 'sentence', 'read', 'alone', 'kept']
+    assert list(shares) == ['own', 'sentence', 'read', 'alone']
 
 
 def test_conflict_is_what_the_model_computes(model, val, monkeypatch):
     """oracle: COSMOS.forward of pairs that do not belong together. Of three groups of eight two count; the teacher has
-    other weights."""
+    other weights. The sentence of h_T names the objects of the scenes in turn; in scene 0, whose objects are not
+    listed, it is the caption's first."""
     network, tokenizer, preprocess = model
     teacher = COSMOS(network.config).eval()
     network.origin, teacher.origin = 'student', 'teacher'
@@ -512,96 +385,102 @@ def test_conflict_is_what_the_model_computes(model, val, monkeypatch):
     monkeypatch.setattr(suppression, 'GROUP', 8)
     monkeypatch.setattr(suppression, 'GROUPS', 2)
     captions = [val.record(i)['captions'][0] for i in range(24)]
-    questions = [caption.split('. ')[0] for caption in captions]
-    figures = suppression.conflict(experiments.options_for('', ''), val, captions, questions)
+    listed = read_scenes(val)
+    questions = [f'there is a {scene[i % 3].name}' for i, scene in enumerate(listed)]
+    questions[0] = captions[0].split('. ')[0]
+    listed[0] = []
+    figures = suppression.conflict(arguments(), model, val, listed)['conflict']
     images = [preprocess(shard_image(val, i)) for i in range(16)]
     itself = torch.arange(8)
     for who, texts in ('h_T', questions), ('h_T_caption', captions), ('h_I', captions):
-        hits = {'own': [], 'sentence': [], 'read': [], 'alone': [], 'kept': []}
-        groups = torch.stack(images).split(8), tokenizer(texts).split(8), tokenizer(captions).split(8)
-        for x, ids, whole_ids in zip(*groups):
+        hits = {'own': [], 'sentence': [], 'read': [], 'alone': []}
+        for x, ids in zip(torch.stack(images).split(8), tokenizer(texts).split(8)):
             out = network([x], [ids])
             if who == 'h_I':
-                h, alone, targets, kept = out.h_I, out.cls, teacher.text([ids]), teacher.visual([x])
+                h, alone, targets = out.h_I, out.cls, teacher.text([ids])
                 other = network([x], [ids.roll(1, 0)]).h_I
             else:
-                h, alone, targets, kept = out.h_T, out.eot, teacher.visual([x]), teacher.text([whole_ids])
+                h, alone, targets = out.h_T, out.eot, teacher.visual([x])
                 other = network([x.roll(1, 0)], [ids]).h_T
             answered = {
-                'own': (h, targets, itself),
-                'sentence': (other, targets, itself),
-                'read': (other, targets, itself.roll(1)),
-                'alone': (alone, targets, itself),
-                'kept': (other, kept, itself)}
-            for name, (vectors, among, right) in answered.items():
-                best = (vectors[0] @ unit(among[0]).T).argmax(dim=1)
+                'own': (h, itself), 'sentence': (other, itself), 'read': (other, itself.roll(1)),
+                'alone': (alone, itself)}
+            for name, (vectors, right) in answered.items():
+                best = (vectors[0] @ unit(targets[0]).T).argmax(dim=1)
                 hits[name] += (best == right).tolist()
         assert figures[who] == {name: np.mean(each) for name, each in hits.items()}
     assert len(set(figures['h_I'].values())) > 1
 
 
-def test_sharing_batches_with_two_big_objects():
-    """oracle: the page, with equally many scenes of each big object: about half of CLIP's sharing batches hold two big
-    objects, but a quarter in the world whose big objects have four shapes, and a quarter of COSMOS's."""
-    for big_objects, batch, wanted in (16, 64, 0.5), (8, 64, 0.25), (16, 32, 0.25):
-        groups = np.arange(4000) % big_objects
-        counts = []
-        for pairs in experiments.Grouped(4000, batch, 0, 4000 // batch, groups=groups, share=0.5):
-            counts.append(len({groups[index] for _, index in pairs}))
-        sharing = [count for count in counts if count <= 3]             # mixed batches hold nearly all of them
-        assert abs(len(sharing) - len(counts) / 2) <= 1
-        assert np.mean(np.array(sharing) > 1) == pytest.approx(wanted, abs=0.05)
+def photograph(split, *captions):
+    sentences = [{'raw': caption} for caption in captions]
+    return {'filename': f'{captions}.png', 'split': split, 'sentences': sentences}
+
+
+def test_minor_by_hand(tmp_path, monkeypatch):
+    """oracle: by hand. In training a park goes with a dog, the sea with none, so each raises or lowers the log odds by
+    ln 2. Photograph 0 mentions the dog once, 4 four times (`dogs`); both have the context `park`, for a dog is no
+    context of itself. Of the others the parks 1 and 2 are nearest, not the sea, whose cosine is the highest. Photograph
+    0 is above one of them and ties with the other: (1 + 1/2) / 2; the context ties with both. 4 is below both."""
+    park, sea = ['In a park.'] * 3, ['The sea!'] * 3
+    photographs = [
+        photograph('train', *['A dog in a park'] * 3), photograph('train', *sea), photograph('val', 'A dog by the sea'),
+        photograph('test', *park, 'Dog.'), photograph('test', *park), photograph('test', *park, 'Hotdogs'),
+        photograph('test', *sea), photograph('test', *['Dogs in a park'] * 4)]
+    listing = put(tmp_path / 'list.json', {'images': photographs})
+    cosines = torch.tensor([0.5, 0.4, 0.5, 0.9, 0.1])
+    paths = []
+    monkeypatch.setattr(suppression, 'NOUNS', ['dog'])
+    monkeypatch.setattr(suppression, 'FEWEST', 1)
+    monkeypatch.setattr(suppression, 'NEAREST', 2)
+    monkeypatch.setattr(suppression, 'class_vectors', lambda *asked: torch.ones(1, 1))
+    monkeypatch.setattr(suppression, 'embed_images', lambda model, images, *how: paths.extend(images) or cosines[:, None])
+    args = arguments(karpathy=listing, images=tmp_path, only='minor')
+    figures = suppression.measure(args, None, None, None)
+    assert figures == {'minor': {
+        'minor': {'auc': 0.75, 'context': 0.5, 'nouns': 1}, 'dominant': {'auc': 0, 'context': 0.5, 'nouns': 1}}}
+    assert paths == [tmp_path / each['filename'] for each in photographs[3:]]
+    cosines.fill_(0.3)                                  # a collapsed model
+    assert suppression.measure(args, None, None, None)['minor']['minor']['auc'] == 0.5
+    monkeypatch.setattr(suppression, 'FEWEST', 2)
+    refused('no noun of lesson.suppression is minor in 2 test photographs', suppression.measure, args, *[None] * 3)
+    for noun, plural in ('bench', 'benches'), ('baby', 'babies'), ('leaf', 'leaves'), ('woman', 'women'):
+        assert {noun, plural} <= suppression.forms_of(noun)
+    assert {'children'} < suppression.forms_of('child') and {'people'} < suppression.forms_of('person')
+    refused('--only objects needs --shards', suppression.measure, arguments(karpathy='x', only='objects'), *[None] * 3)
 
 
 def test_other_sets(model, tmp_path, monkeypatch):
-    """oracle: one sentence that names the folder and the remedy, for a plain CLIP; of others there is `conflict`, on
-    first sentences. During training there is nothing to report. Objects may be listed in another way."""
+    """oracle: one sentence that names the folder and the remedy, for a plain CLIP; of others there is `conflict`.
+    During training there is nothing to report. Objects may be listed in another way."""
     image = encoded(Image.new('RGB', (64, 64)))
-    for objects in [], ['dog'], 2, [3, 17], [['dog', [1, 2]]], [{'name': 'dog', 'role': 'small', 'absent': []}]:
+    nameless = {'role': 'small', 'centre': [1, 2], 'absent': []}
+    for objects in [], ['dog'], 2, [3, 17], [['dog', [1, 2]]], [{'name': 'dog', 'role': 'small', 'absent': []}], [nameless]:
         record = {'captions': ['a dog'], 'objects': objects}
         shards = Shards(pairs_tar(tmp_path / '0.tar', [record], [image]))
-        assert Named().evaluated(None, train.Evaluated(*model, shards, None)) == {}
-        assert not [text for kind, text, _ in report.texts_about(0, [['a dog']], record) if kind == 'absent']
-    args = experiments.options_for('out/last.pt', tmp_path)
+        assert suppression.scene_figures(*model[:2], None, shards) == {}
+    args = arguments(shards=tmp_path)
     clip = COSMOS(replace(model[0].config, cross_heads=0))
-    refused('lists no objects with centres and absent names; draw a set', suppression.measure, args, clip, *model[1:])
-    records = [{'captions': ['a dog. It barks.', 'no']}, {'caption': 'a cat'}]
-    pairs_tar(tmp_path / '0.tar', records, [image] * 2)
-    monkeypatch.setattr(suppression, 'conflict', lambda args, shards, *texts: texts)
-    texts = ['a dog. It barks.', 'a cat'], ['a dog', 'a cat']
-    assert suppression.measure(args, *model) == {'conflict': texts}
+    refused('lists no objects with centres .*; draw a set', suppression.measure, args, clip, *model[1:])
+    monkeypatch.setitem(suppression.MEASURES, 'conflict', lambda *given: {'conflict': given[-1]})
+    assert suppression.measure(args, *model) == {'conflict': [[]]}
     args.only = 'pointing'
-    refused('lists no objects with centres and absent names', suppression.measure, args, *model)
-    refused('has no cross-attention, so --only pointing has nothing', suppression.measure, args, clip, *model[1:])
+    refused('--only pointing cannot .*; these can: conflict ', suppression.measure, args, *model)
 
 
 def test_one_group_of_figures(model, drawn):
     """oracle: all figures at once; which groups a model without cross-attention has."""
-    args = experiments.options_for('out/last.pt', drawn)
+    args = arguments(shards=drawn)
     network, *rest = model
-    network.origin = 'student'
     clip = COSMOS(replace(network.config, cross_heads=0)).eval()
     whole = suppression.measure(args, clip, *rest)
-    assert set(whole) == {'dominant', 'small', 'bound', 'retrieval'}
+    assert set(whole) == {'dominant', 'small', 'retrieval'}
     for only, keys in ('objects', set(whole)), ('pointing', {'pointing'}), ('handed', {'handed'}):
         args.only = only
         assert set(suppression.measure(args, *model)) == keys
 
 
 # --- The course ------------------------------------------------------------------------------------------------------
-
-def test_without_cross_attention(model, views):
-    """oracle: L_CLIP and the four terms of the embeddings themselves, with a second scale, as train.py's `no-cross-attention`."""
-    network = experiments.WithoutCrossAttention(model[0].config)
-    teacher = Teacher(network)
-    targets = teacher(*views)
-    out = network(*views)
-    loss, parts = total_loss(network, out, *targets, METHODS['without-cross-attention'].differs['terms'])
-    terms = cosmos_terms(out._replace(h_I=out.cls, h_T=out.eot), *targets, 1 / 0.07)
-    assert_close([term for name, (_, term) in parts.items() if name != 'clip'], [*terms.values()])
-    assert_close(loss, parts['clip'][1] + sum(terms.values()) / 4)
-    assert len(network.scales()) == 2 and not teacher.model.has_cross_attention
-
 
 def test_reading_another_pair(model, views):
     """oracle: the cross-attention of a COSMOS with these weights, called by hand on the pair before."""
@@ -616,39 +495,6 @@ def test_reading_another_pair(model, views):
     h_T = whole.image_cross(eot[None], patches[before]) + eot
     assert_close(out.h_I[:1], unit(h_I))
     assert_close(out.h_T[:1], unit(h_T))
-
-
-def test_grouped_batches():
-    """oracle: by hand. Of 16 scenes 8 have each of two sets of colours. In an epoch of four batches each scene comes
-    once, batches are of one kind, or half of them are, and they come in another order each time."""
-    listed = []
-    for i in range(16):
-        colors = ('red', 'blue', 'red') if i % 2 else ('blue', 'red', 'blue')
-        listed.append([SimpleNamespace(color=color) for color in colors])
-    groups = experiments.groups_of(listed, 'colors')
-    assert sorted(groups) == 8 * [0] + 8 * [1] and groups[0] == groups[2] != groups[1]
-    for share in 1, 0.5:
-        indices = []
-        for batch in experiments.Grouped(16, 4, 0, 40, groups=groups, share=share):
-            indices.append([index for _, index in batch])
-        epochs = np.array(indices).reshape(10, 16)
-        assert (np.sort(epochs) == np.arange(16)).all()
-        kinds = groups[epochs].reshape(10, 4, 4).sum(axis=2)            # how many of a batch are of the second kind
-        pure = (kinds % 4 == 0).sum(axis=1)             # batches of an epoch
-        assert pure.min() >= 1 and (pure.min() == 4) == (share == 1)
-        assert len(np.unique(kinds, axis=0)) > 1
-    late = experiments.Grouped(16, 4, 0, 40, groups=groups, since=0.5)
-    plain = Order(16, 4, 0, 40)
-    for epoch in range(10):
-        assert (late.permutation(epoch) == plain.permutation(epoch)).all() == (epoch < 5)
-
-
-def test_grouped_by_the_big_object():
-    """oracle: the first object's name, by hand."""
-    listed = []
-    for name in 'red star', 'blue star', 'red star', 'red ring':
-        listed.append([SimpleNamespace(name=name), SimpleNamespace(name='blue heart')])
-    assert experiments.groups_of(listed, 'big').tolist() == [2, 0, 2, 1]
 
 
 @pytest.fixture
@@ -670,166 +516,176 @@ def test_onepage_is_train(drawn, sandbox):
     for name, part in made.items():
         assert_close(saved[name], part.state_dict(), rtol=0, atol=0, check_device=False)
     figures = read_json('out/eval.json')
-    again = suppression.measure(experiments.options_for('out', drawn), *load('out'))
+    again = suppression.measure(arguments(checkpoint='out', shards=drawn), *load('out'))
     assert again['conflict'].keys() == {'h_T', 'h_T_caption', 'h_I'}
-    for key in 'dominant', 'small', 'bound':
+    for key in 'dominant', 'small':
         assert figures[key].items() <= again[key].items()
 
 
-def test_average_without_a_teacher(drawn):
-    """oracle: the weights before and after a step, averaged by the formula."""
-    student, teacher, _ = onepage.train(drawn, 1, terms=train.no_terms, batch=4, rate=0.05)
+def train_words(drawn, method, steps, out):
+    return ['train', '--preset', 'tiny', '--method', method, '--batch', 4, '--steps', steps, '--lr', 0.01, '--data', drawn,
+            '--workers', 0, '--eval-every', 0, '--precision', 'fp32', '--out', out]
+
+
+@pytest.mark.parametrize('method', experiments.ADDED)
+def test_methods_that_train_does_not_have(method, drawn, sandbox):
+    """oracle: for CLIP the weights before and after a step, averaged by the formula; for the others what COSMOS gives,
+    which is something else. train.py knows the method only while it runs, and is afterwards as it was."""
+    before = vars(train).copy()
+    assert run(experiments, *train_words(drawn, method, 1, 'out')) == 0
+    assert vars(train) == before and method not in train.METHODS
+    assert 'invalid choice' in run(train, '--method', method)
+    saved = read_checkpoint('out/last.pt')
+    if not method.startswith('clip'):
+        assert run(experiments, *train_words(drawn, 'cosmos', 1, 'cosmos')) == 0
+        whole = read_checkpoint('cosmos/last.pt')['student']
+        assert whole.keys() == saved['student'].keys()
+        assert not all(whole[name].equal(saved['student'][name]) for name in whole)
+        return
+    assert run(train, *train_words(drawn, method.removesuffix('-averaged'), 1, 'plain')[1:]) == 0
+    assert_close(saved['student'], read_checkpoint('plain/last.pt')['student'], rtol=0, atol=0)
     torch.manual_seed(0)
-    before = COSMOS(student.config).state_dict()
-    average = {name: (before[name] + 10 * after.cpu()) / 11 for name, after in student.state_dict().items()}
-    assert_close(teacher.model.state_dict(), average, check_device=False)
+    first = COSMOS(train.Config(**saved['config'])).state_dict()
+    average = {name: (first[name] + 10 * after) / 11 for name, after in saved['student'].items()}
+    assert_close(saved['teacher'], average)
 
 
-def test_variants():
-    """oracle: the setting has every name, and there is every world. On the track `pairs` all see as many. A run that
-    two experiments need has one recipe."""
-    for variant in [each for variants in EXPERIMENTS.values() for each in variants.values()]:
-        for world in {variant.world, *variant.tested} - experiments.SETS.keys():
-            World(**experiments.WORLDS[world])
-    for method in METHODS.values():
-        assert method.differs.keys() <= set(Setting._fields)
-    for variant in EXPERIMENTS['pairs'].values():
-        assert variant.steps * METHODS[variant.method].batch == 32_000
-    assert EXPERIMENTS['minutes']['cosmos'].recipe() == EXPERIMENTS['pairs']['cosmos'].recipe()
+def test_experiments():
+    """oracle: by hand: keys; how many pairs and steps the tracks have; no race has a seed that chose its rate; what is
+    compared exists, and the families of the paper's experiments, in the order of its table."""
+    assert EXPERIMENTS['company']['clip-alone'].key() == (
+        'lesson.scenes --objects 2 --dominant-size 0.38 --company none DIR: -m lesson.experiments train --preset tiny '
+        '--method clip-averaged --batch 64 --steps 1684 --lr 0.00025 --eval-every 0 --precision bf16')
+    assert EXPERIMENTS['local-crops']['cosmos-2'].key() == (
+        'Flickr8k: train.py --preset photo --method cosmos --batch 64 --steps 800 --lr 0.001 --eval-every 100 '
+        '--precision bf16 --local-crops 2')
+    for experiment, pairs in ('pairs', 32_000), ('reading', 32_000), ('photo-pairs', 51_200), ('table-5', 51_200):
+        assert {v.steps * v.batch for v in EXPERIMENTS[experiment].values()} == {pairs}
+    for name, variant in EXPERIMENTS['longer'].items():
+        assert variant.steps == 3 * EXPERIMENTS['minutes'][name].steps
+    runs = {True: set(), False: set()}                  # of races, and of those that choose a rate
+    for variants in EXPERIMENTS.values():
+        for variant in variants.values():
+            runs[variant.is_scored].update((variant.key(), seed) for seed in variant.seeds)
+    assert runs[False] and not runs[True] & runs[False]
+    for experiment in experiments.COMPARISONS:
+        for pair, _ in experiments.family(experiment):
+            assert {name for name, _ in experiments.signed(pair)} <= set(EXPERIMENTS[experiment])
+    pairs = [pair for pair, column in experiments.family('table-5') if column == 'last.text_to_image_R@10']
+    assert pairs == ['clip-aug~clip', 'image-distill~clip-aug', 'text-crop~image-distill', 'text-distill~text-crop',
+                     'cosmos~text-distill', 'cosmos~clip']
+    assert len(experiments.family('minor')) == 9 and len(experiments.family('local-crops')) == 12
 
 
-def test_reading_across():
-    """oracle: the four pairs written out. Where what was read could be copied, what has read nothing is compared; the
-    control has these two terms not at all."""
+def test_two_terms():
+    """oracle: Eq. 6, of which two terms stay."""
     *views, cls_t, eot_t = unit(torch.randn(6, 2, 3, 8))
-    out = Output(*views)
-    terms = train.across_terms(out, cls_t, eot_t, 5)
-    pairs = {
-        'h_I_cls_t': (out.h_I, cls_t),
-        'cls_eot_t': (out.cls, eot_t),
-        'eot_cls_t': (out.eot, cls_t),
-        'h_T_eot_t': (out.h_T, eot_t)}
-    for name, (a, b) in pairs.items():
-        assert_close(terms[name], match(*gather(a, b), 5))
-    assert terms.keys() == pairs.keys()
-    kept = experiments.two_terms(out, cls_t, eot_t, 5)
-    assert_close(kept, {name: terms[name] for name in ('h_I_cls_t', 'h_T_eot_t')})
+    terms = cosmos_terms(Output(*views), cls_t, eot_t, 5)
+    kept = {name: terms[name] for name in ('h_I_cls_t', 'h_T_eot_t')}
+    assert_close(experiments.two_terms(Output(*views), cls_t, eot_t, 5), kept)
 
 
-def figures_in(path):
-    """What a command has written by --json, without what it says of the checkpoint."""
-    found = read_json(path)
-    for name in Origin._fields:
-        del found[name]
-    return found
+def in_this_process(words):
+    """What experiments.call does, without the seconds that a process takes to start."""
+    words = list(map(str, words))
+    if words[0] == '-m':
+        words = words[1:]
+    name, *argv = words
+    assert run(import_module(name.removesuffix('.py')), *argv) in (None, 0)
+    return 7.9
+
+
+class OneByOne:
+    """In place of a ThreadPoolExecutor: signals can be caught only in the main thread."""
+
+    def __init__(self, workers):
+        assert workers == 2
+        self.map = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
 
 
 @pytest.fixture
 def course(sandbox, monkeypatch):
-    """Two experiments that share a run of two steps; no result yet."""
+    """Two experiments that share a run; no result yet."""
     Path('lesson').mkdir()
-    variants = {'clip': Variant('clip', seeds=range(1), tested=('big',))}
+    variants = {'clip': Variant('clip-averaged', 4, 2, 0.001, seeds=range(3, 4), tested=('big',))}
     for module in experiments, plots:
         monkeypatch.setattr(module, 'EXPERIMENTS', {'one': dict(variants), 'two': dict(variants)})
-    for method in 'clip', 'without-cross-attention', 'cosmos':
-        monkeypatch.setitem(METHODS, method, METHODS[method]._replace(batch=4, steps=2))
-    experiments.RESULTS.write_text('')
+    monkeypatch.setattr(experiments, 'call', in_this_process)
+    monkeypatch.setattr(experiments, 'ThreadPoolExecutor', OneByOne)
+    monkeypatch.setattr(plots, 'OPEN', [])
+    experiments.RESULTS.write_text('run,seed\n')
 
 
 def test_missing_runs(course, monkeypatch):
     """oracle: by hand. Seeds one after another, variants in their order; what has a row is left out, in whichever
     experiment it was made."""
-    variants = {'b': Variant('clip', seeds=range(7, 9)), 'a': Variant('cosmos', seeds=range(7, 8))}
+    variants = {'b': Variant('clip', 4, 2, 1, seeds=range(7, 9)), 'a': Variant('cosmos', 4, 2, 1, seeds=range(7, 8))}
     monkeypatch.setitem(experiments.EXPERIMENTS, 'one', variants)
-    experiments.add_result({'run': variants['b'].recipe(), 'seed': 7})
-    assert experiments.missing_runs(variants) == [(7, 'a'), (8, 'b')]
-    assert experiments.missing_runs(variants, 3) == [(7, 'a'), (8, 'b'), (8, 'a'), (9, 'b'), (9, 'a')]
+    experiments.add_result({'run': variants['b'].key(), 'seed': 7})
+    assert experiments.missing_runs('one') == [(7, 'a'), (8, 'b')]
     assert 'no variant is called c; take one of b, a' in run(experiments, 'one', '--run', 'c', 7)
 
 
-def test_a_set_that_is_not_drawn(course, tmp_path, monkeypatch):
-    """oracle: the commands of eval.py and of lesson.suppression on its checkpoint. Held-out pairs may be shards, or lie
-    as in COCO."""
-    records = []
-    images = []
-    listing = {'images': [], 'annotations': []}
-    for i in range(6):
-        caption = f'a {NAMES[i]}. It is here.'
-        records.append({'captions': [caption]})
-        images.append(encoded(Image.new('RGB', (64, 64), (40 * i, 9, 9))))
-        put(tmp_path / f'coco/images/val2017/{i}.png', images[i])
-        listing['images'].append({'id': i, 'file_name': f'{i}.png'})
-        listing['annotations'].append({'image_id': i, 'caption': caption, 'kind': 'names'})
-    put(tmp_path / 'coco/annotations/captions_val2017.json', listing)
-    pairs_tar(tmp_path / '0.tar', records, images)
-    variant = Variant('cosmos', 'mine', augment='full')
-    rows = []
-    for held_out in '0.tar', 'coco':
-        monkeypatch.setitem(experiments.SETS, 'mine', (tmp_path / '0.tar', tmp_path / held_out))
-        rows.append(experiments.make_row({'a': variant}, (0, 'a')) | {'seconds': 0})
-    assert rows[0] == rows[1]
-    assert rows[0]['run'].startswith('cosmos, pairs of mine, augment full, grouped')
-    for annotation in listing['annotations'][:5]:
-        listing['annotations'].append(annotation | {'caption': 'on black', 'kind': 'names, background'})
-    put(tmp_path / 'coco/annotations/captions_val2017.json', listing)
-    out = experiments.run_folder(variant, 0)
-    scored = eval.load(out / 'last.pt')
-    told = experiments.set_figures('mine', experiments.options_for(out, None), scored)
-    asked = experiments.flat({'retrieval': told['objects']})
-    assert (told['retrieval']['captions'], rows[0] | asked) == (11, rows[0])        # as if they were not there
-    crops = experiments.make_row({'a': variant._replace(augment='crops')}, (0, 'a'))
-    assert crops['loss.clip'] != rows[0]['loss.clip']
-    flags = '--shards', tmp_path / '0.tar', '--json', 'x.json', '--device', 'cpu'
-    figures = {}
-    for module, words in (eval, ['retrieval']), (suppression, []):
-        assert run(module, *words, experiments.run_folder(variant, 0), *flags) is None
-        figures |= figures_in('x.json')
-    conflict = {'conflict': figures.pop('conflict')}
-    assert rows[0].items() >= experiments.flat({'retrieval': figures} | conflict).items()
+def test_a_process_is_timed():
+    """oracle: a loop that takes a tenth of a second of processor time, a sleep that takes none, and an error."""
+    busy = 'import time\nwhile time.process_time() < 0.1: pass'
+    import_only = experiments.call(['-c', 'import time; time.sleep(0.2)'])
+    assert 0 < import_only < 0.2 and experiments.call(['-c', busy]) >= 0.1
+    refused('this command failed: .* python -c .raise SystemExit', experiments.call, ['-c', 'raise SystemExit(3)'])
 
 
-@pytest.mark.parametrize('method', ['clip', 'without-cross-attention'])
-def test_a_run_has_one_row(method, course, drawn, monkeypatch):
-    """oracle: the command on its checkpoint and on its scenes; the loss of the same training. It is not made again for
-    the other experiment, and a row that is there stays."""
-    variant = Variant(method, seeds=range(3, 4), tested=('big',))
+@pytest.mark.parametrize('method', ['clip-averaged', 'cosmos'])
+def test_a_run_has_one_row(method, course, drawn, capsys):
+    """oracle: the commands that --print shows, on its checkpoint and on its scenes, and the log. It is not made again
+    for the other experiment, and a row that is there stays."""
+    variant = Variant(method, 4, 2, 0.001, seeds=range(3, 4), tested=('big',))
     for variants in experiments.EXPERIMENTS.values():
         variants['clip'] = variant
-    monkeypatch.setattr(experiments, 'scene_folder', lambda *which: drawn)
-    monkeypatch.setattr(experiments, 'ProcessPoolExecutor', lambda *how: ThreadPoolExecutor(1))
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
-    steps = []
-    onepage.train(
-        drawn, 2, seed=3, precision='bf16', batch=4, rate=METHODS[method].rate,
-        watch=lambda *step: steps.append(step), **METHODS[method].differs)
+    Path('runs/lesson').mkdir(parents=True)
+    for world in 'built-in', 'big':
+        Path(f'runs/lesson/scenes-{world}-3').symlink_to(drawn)
     assert run(experiments, 'one') is None
-    monkeypatch.setattr(onepage, 'train', None)
-    assert run(experiments, 'two') is None
     [row] = experiments.read_results().values()
-    own = read_json(experiments.run_folder(variant, 3) / 'row.json')
-    assert {name: str(value) for name, value in own.items()} == row
+    assert row.items() >= {'run': variant.key(), 'seed': '3', 'steps': '2', 'pairs': '8', 'seconds': '7'}.items()
+    assert row['small.top1'] == row['big.small.top1']
+    assert ('conflict.h_T.read' in row) == (method == 'cosmos')
+    capsys.readouterr()
+    assert run(experiments, 'two', '--print') is None
+    lines = capsys.readouterr().out.replace('OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= python ', '').splitlines()
+    assert lines[:3] == ['-m lesson.scenes runs/lesson/scenes-built-in-3 --seed 3',
+                         '-m lesson.scenes runs/lesson/scenes-big-3 --objects 2 --dominant-size 0.38 --seed 3',
+                         '# clip, seed 3']
+    out, _ = experiments.commands(variant, 3, None)
+    saved = read_checkpoint(out / 'last.pt')['teacher']
+    shutil.rmtree(out)
+    for line in lines[3].split(' && '):
+        in_this_process(line.split())
+    assert_close(read_checkpoint(out / 'last.pt')['teacher'], saved, rtol=0, atol=0)
+    found = read_json(out / 'scenes.json')
+    for name in 'dominant', 'small', 'retrieval':
+        for column, value in experiments.flat({name: found[name]}).items():
+            assert row[column] == str(value)
+    entry = json.loads((out / 'log.jsonl').read_text().splitlines()[-1])
+    for name in entry['weights']:
+        assert float(row[f'loss.{name}']) == pytest.approx(entry[name] / np.log(4), abs=1e-4)
+    shutil.rmtree(out)
+    assert run(experiments, 'two') is None and not out.exists()
     experiments.add_result({'run': row['run'], 'seed': 3})
     assert [row] == [*experiments.read_results().values()]
-    assert row.items() >= {'seed': '3', 'steps': '2', 'pairs': '8', 'precision': 'bf16'}.items()
-    assert row['small.top1'] == row['big.small.top1']
-    _, _, parts = steps[-1]
-    for name, (_, term) in parts.items():
-        assert float(row[f'loss.{name}']) == pytest.approx(term.item() / np.log(4), abs=1e-4)
-    out = experiments.run_folder(variant, 3)
-    command = [out / 'last.pt', '--shards', drawn, '--json', 'figures.json', '--device', 'cpu']
-    assert run(suppression, *command) is None
-    for name, value in experiments.flat(figures_in('figures.json')).items():
-        assert row[name] == str(value)
-    world = experiments.make_row({'a': Variant(experiments.NOBODY)}, (0, 'a'))
-    assert world['R@1.names'] == 1 and world['sums.bound.dominant_small'] == 0
 
 
 def add_rows(columns, *rows):
     """Rows `variant seed figures ...` of the first experiment."""
     for row in rows:
         name, seed, *figures = row.split()
-        recipe = plots.EXPERIMENTS['one'][name].recipe()
-        experiments.add_result({'run': recipe, 'seed': seed} | dict(zip(columns.split(), figures)))
+        key = plots.EXPERIMENTS['one'][name].key()
+        experiments.add_result({'run': key, 'seed': seed} | dict(zip(columns.split(), figures)))
 
 
 def test_intervals_by_hand():
@@ -845,17 +701,18 @@ def test_intervals_by_hand():
 
 @pytest.fixture
 def families(course, monkeypatch):
-    """Variants clip, b and c, with rows of seeds 0 to 2; two comparisons. Seed 100 is of no experiment here."""
+    """Variants clip, b and c, with rows of seeds 0 to 2; comparisons. Seed 100 is of no experiment here."""
     monkeypatch.setattr(plots, 'PICTURES', {})
     monkeypatch.setattr(picture, 'PICTURES', {})
-    monkeypatch.setattr(plots, 'COMPARISONS', {'one': {'small.top1': 'b~clip c~clip'}})
+    compared = {'small.top1': 'b~clip c~clip (b~clip)~(c~clip)', 'small.top1~big.top1': 'b~clip'}
+    monkeypatch.setattr(experiments, 'COMPARISONS', {'one': compared})
     plots.EXPERIMENTS['one'] |= {
-        'clip': Variant('clip'),
-        'b': Variant('cosmos', rate=1),
-        'c': Variant('cosmos', rate=2)}
+        'clip': Variant('clip', 4, 2, 0.1),
+        'b': Variant('cosmos', 4, 2, 1.0),
+        'c': Variant('cosmos', 4, 2, 2.0, more='--local-crops 2')}
     add_rows(
-        'small.top1 seconds', 'clip 0 .39 60', 'clip 1 .40 60', 'clip 2 .41 60', 'b 0 .5 60', 'b 1 .5 60', 'b 2 .5 60',
-        'c 0 .42 60', 'c 1 .45 60', 'c 2 .48 90', 'c 100 0 0')
+        'small.top1 seconds big.top1', 'clip 0 .39 60 .1', 'clip 1 .40 60 .1', 'clip 2 .41 60 .1', 'b 0 .5 60 .1',
+        'b 1 .5 60 .1', 'b 2 .5 60 .1', 'c 0 .42 60 .1', 'c 1 .45 60 .1', 'c 2 .48 90 .1', 'c 100 0 0 .1')
 
 
 PAGE = """# 1.2 is a figure, too
@@ -866,6 +723,9 @@ more in 1.2 minutes, or +5.0. See [1.1](https://1.1) and `2.5`.
 <!-- one/clip/small.top1 one/b~clip/small.top1 one/c/seconds
      one/c~clip/small.top1 paper -->
 
+Differences differ by +5.0, and columns by +10.0.
+<!-- one/(b~clip)~(c~clip)/small.top1 one/b~clip/small.top1~big.top1 -->
+
     0.1 of code
 
 ```
@@ -874,24 +734,22 @@ more in 1.2 minutes, or +5.0. See [1.1](https://1.1) and `2.5`.
 0.3
 ```
 
-<!-- table: small.top1 bound.small_small seconds | one/clip one/c -->
+<!-- table: small.top1 dominant.top1 seconds | one/clip one/c -->
 | in % | small named | minutes |
 | --- | --- | --- |
 | CLIP | 40.0 | 1.0 |
-| COSMOS | 45.0 | 1.2 |
+| COSMOS, local-crops 2 | 45.0 | 1.2 |
 """
 
 
 @pytest.mark.parametrize('old, new, sentence', [
     ('40.0 %', '40.0 % or 3.5', '5 sources'),
     ('+10.0 ± 2.5', '-10.0 ± 2.5', '"-10.0 ± 2.5", and results.csv "+10.0 ± 2.5" (one/b~clip/small.top1)'),
-    ('+10.0', '10.0', '"10.0 ± 2.5", and'),
     ('1.2 minutes', '1.3 minutes', '"1.3", and results.csv "1.2"'),
     ('40.0 %, then +10.0 ± 2.5', '+10.0 ± 2.5 %, then 40.0', '"+10.0 ± 2.5", and results.csv "40.0"'),
     ('`2.5`', '2.5', '6 figures'),
-    (' one/c/seconds', '', '4 sources'),
+    ('by +5.0, and columns by +10.0', 'by +10.0, and columns by +5.0', '"+10.0", and results.csv "+5.0"'),
     ('| 45.0', '| 40.0', 'a table'),
-    ('-->\n|', '-->\n\n|', 'figures'),
     ('    0.1', '0.1', '1 figures (0.1) and 0 sources'),
     ('one/b~clip', 'one/b~c', 'COMPARISONS of one'),
     ('one/clip/small.top1 one', 'one/clip/small.named one', 'no small.named of clip'),
@@ -906,32 +764,27 @@ def test_figures_and_sources(families, old, new, sentence):
 
 
 def test_filling_in(families, capsys):
-    """oracle: by hand, as above. What changes is printed; more than 5 points are refused without --accept, and nothing
-    is written. RESULTS.md begins with the family and what is decided in it; experiments that tune are folded at its
-    end.
-    """
-    plots.EXPERIMENTS['tune-one'] = {'d': Variant('cosmos', rate=2)}
+    """oracle: by hand, as above. What changes is printed. RESULTS.md has the family and what is decided in it, and at
+    its end the rates that were tried."""
+    plots.EXPERIMENTS['tune-one'] = {'d': Variant('cosmos', 4, 2, 2.0, more='--local-crops 2')}
     for page in plots.PAGES:
         page.write_text(PAGE.replace('40.0 %', '41.0 %').replace('| 45.0', '| 50.0'))
     assert run(plots) is None
     assert 'README.md: 41.0 becomes 40.0 (one/clip/small.top1)' in capsys.readouterr().out
     assert plots.PAGES[0].read_text() == plots.PAGES[1].read_text() == PAGE
     table = plots.APPENDIX.read_text()
-    assert '| b - clip | small.top1 | +10.0 ± 2.5 | yes |' in table
-    assert '| c - clip | small.top1 | +5.0 ± 5.0 | yes |' in table
-    assert '| clip × 5 | 1.0 | 40.0 |' in table
-    in_order = '| b - clip |', '| clip × 5 |', '<summary>tune-one</summary>', '| d × 5 |'
+    in_order = (
+        '| difference | small named | small top1~big top1 |', '| b - clip | +10.0 ± 2.5 | +10.0 ± 2.5 |',
+        '| c - clip | +5.0 ± 5.0, undecided |  |', '| (b - clip) - (c - clip) | +5.0 ± 7.5, undecided |  |',
+        '## Learning rates', '| tune-one/d | 45.0 |')
     parts = [table.index(words) for words in in_order]
     assert parts == sorted(parts)
-    wrong = PAGE.replace('40.0 %', '46.0 %')
-    plots.PAGES[1].write_text(wrong)
-    assert '46.0 would become 40.0' in run(plots) and plots.PAGES[1].read_text() == wrong
-    assert run(plots, '--accept') is None and plots.PAGES[1].read_text() == PAGE
 
 
 def test_check(course, monkeypatch):
-    """oracle: what is complete passes; another page, picture, commit or machine, and a missing run are named. Commits
-    that are equal may stand together. One's own run is a star, with --mine."""
+    """oracle: what is complete passes; another page, picture, commit or machine, a missing run and a missing figure
+    are named. Commits that are equal may stand together, and so may machines if the experiment may mix them. An
+    experiment that is open may lack runs, but must not lack none."""
     pytest.importorskip('matplotlib')
     Path('assets').mkdir()
     drawn = []
@@ -939,52 +792,59 @@ def test_check(course, monkeypatch):
     def show(figure):
         axis = figure.subplots()
         plots.show_runs(axis, 'one', 'clip', 'small.top1', 0)
+        assert plots.show_runs(axis, 'one', 'clip', 'no.such', 0) is None
         drawn.append([line.get_ydata().tolist() for line in axis.lines])
 
     monkeypatch.setattr(plots, 'PICTURES', {'a': (show, (1, 1))})
-    monkeypatch.setattr(plots, 'MINE', [])
-    variants = {'clip': Variant('clip', seeds=range(2))}
+    variants = {'clip': Variant('clip', 4, 2, 0.1, seeds=range(2)), 'b': Variant('clip', 4, 2, 0.2, seeds=range(2))}
+    monkeypatch.setattr(experiments, 'COMPARISONS', {'one': {'small.top1': 'b~clip'}})
     for module in experiments, plots:
         monkeypatch.setattr(module, 'EXPERIMENTS', {'one': variants})
     for page in plots.PAGES:
         page.write_text('')
     first, second = experiments.EQUAL_COMMITS[:2]
-    columns = 'commit machine precision small.top1'
-    add_rows(columns, f'clip 0 {first} m bf16 .5', f'clip 1 {second} m bf16 .25')
+    add_rows('commit machine small.top1', f'clip 0 {first} m .5', f'clip 1 {second} m .25', f'b 0 {first} m .1',
+             f'b 1 {first} m .3')
     assert run(plots) is None and run(plots, '--check') is None
-    put('runs/lesson/x/row.json', {'run': variants['clip'].recipe(), 'small.top1': 0.75})
-    put('runs/photos/tuned/row.json', {'run': variants['clip'].recipe()})
-    assert run(plots, '--mine') is None and Path('runs/lesson/a.png').exists()
-    assert drawn == [[[50, 25], [37.5], []], [[50, 25], [37.5], [75]]]
+    assert drawn == [[[50, 25], [37.5]]]
     results = experiments.RESULTS
-    for path, old, new, sentence in (
-            (plots.APPENDIX, '37.5', '37.6', 'RESULTS.md was written from other rows'),
-            (results, f'1,{second}', '1,x', 'one has runs of several origins'),
-            (results, ',m,', ',n,', 'one has runs of several origins'),
-            (results, f'1,{second}', f'7,{second}', 'one lacks 1 runs')):
-        text = path.read_text()
-        path.write_text(text.replace(old, new, 1))
-        if path == results:
-            assert run(plots) is None
-        assert sentence in run(plots, '--check')
-        path.write_text(text)
+    whole = results.read_text()
+    for old, new, sentence, may_mix, is_open in (
+            (f'1,{second}', '1,x', 'one has runs of several origins', False, False),
+            (f'{first},m,.5', f'{first},n,.5', 'one has runs of several origins', False, False),
+            (f'{first},m,.5', f'{first},n,.5', None, True, False),
+            ('m,.25', 'm,', 'one lacks runs or figures (1 first)', False, False),
+            (f'1,{second}', f'7,{second}', "one lacks runs or figures ((1, 'clip') first)", True, False),
+            (f'1,{second}', f'7,{second}', None, False, True)):
+        monkeypatch.setattr(plots, 'ANY_MACHINE', ['one'] if may_mix else [])
+        monkeypatch.setattr(plots, 'OPEN', ['one'] if is_open else [])
+        assert old in whole
+        results.write_text(whole.replace(old, new, 1))
+        assert run(plots) is None
+        found = run(plots, '--check')
+        assert found is None if sentence is None else sentence in found
+    results.write_text(whole)
+    monkeypatch.setattr(plots, 'OPEN', [])
+    assert 'RESULTS.md was written from other rows' in run(plots, '--check')
     plots.APPENDIX.write_text(plots.appendix())
     assert 'the picture a was drawn from other rows' in run(plots, '--check')
     assert run(plots) is None
+    monkeypatch.setattr(plots, 'OPEN', ['one'])
+    assert 'one has all its runs; take it off OPEN' in run(plots, '--check')
     path, *_ = picture.PICTURES
     put(path, Path(path).read_text().replace('eot_t', 'eot'))
     assert f'{path} is not what lesson/picture.py draws; run python -m lesson.plots' in run(plots, '--check')
 
 
 def test_the_picture_of_a_step():
-    """oracle: Crops, on the same scene with the recipe of `tiny`. The drawing has the names of cosmos.py, and each page
-    of the course another picture; the pictures are well-formed."""
+    """oracle: Crops, on the same scene with the recipe of `tiny`. The drawing has the names of cosmos.py; the one for
+    page 1 has no mark of the leak; the pictures are well-formed."""
     (_, image), (_, record) = draw_scene(World(), 'train', picture.PAIR)
     shards = SimpleNamespace(pair=lambda i: (json.loads(record)['captions'], image))
     crops = Crops(shards, None, train.PRESETS['tiny'].sizes, 0, Counts(2, 2, 2, 2), 'crops')
     drawn = crops.sample(picture.EPOCH, picture.PAIR)
     steps = picture.drawn_steps()
-    large, *small = [fromstring(svg) for svg in steps.values()]
+    large, unmarked = [fromstring(svg) for svg in steps.values()]
     words = [text.text for text in large.iter('{http://www.w3.org/2000/svg}text')]
     for name in *drawn.captions, *drawn.captions[:2], 'cls', 'eot', 'h_I', 'h_T', 'cls_t', 'eot_t', 'L_CLIP':
         words.remove(name)
@@ -993,102 +853,74 @@ def test_the_picture_of_a_step():
     for view, uri in zip(drawn.crops, found, strict=True):
         pixels = Image.open(io.BytesIO(base64.b64decode(uri.partition(',')[2])))
         assert_close(torch.from_numpy(np.array(pixels)), view.permute(1, 2, 0), rtol=0, atol=1)
-    assert len(set(steps.values())) == len(steps) == 6
+    assert [large.get('class'), unmarked.get('class')] == ['marked', 'unmarked']
 
 
 # --- Photographs -----------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def album(sandbox, monkeypatch):
-    """Six training pictures in Karpathy's layout, two for validation, three for the test; a model that is quick."""
+def album(course, monkeypatch):
+    """Six training pictures in Karpathy's layout, two for validation, three for the test, of which one mentions a dog
+    once and one four times; a model that is quick."""
     listing = {'images': []}
     for i, split in enumerate(['train'] * 6 + ['val'] * 2 + ['test'] * 3):
-        sentences = [{'raw': f'A {NAMES[i]} .'}, {'raw': f'It is the {NAMES[i]} .'}]
+        captions = [f'A {NAMES[i]} .'] + {9: ['A dog .'], 10: ['A dog .'] * 4}.get(i, [])
+        sentences = [{'raw': caption} for caption in captions]
         listing['images'].append({'filename': f'{i}.png', 'split': split, 'imgid': i, 'sentences': sentences})
         put(f'flickr8k/Images/{i}.png', encoded(Image.new('RGB', (70, 64), (20 * i, 9, 9))))
-        put(f'cifar10/{NAMES[i]}/{i}.png', encoded(Image.new('RGB', (32, 32), (20 * i, 9, 9))))
     put('flickr8k/dataset_flickr8k.json', listing)
-    put('lesson/photos.json', [4, 1, 5])
-    experiments.RESULTS.write_text('')
     recipe = train.LAPTOP | {'batch': 2, 'steps': 8, 'augment': 'full'}
     monkeypatch.setitem(train.PRESETS, 'photo', train.Preset(replace(MICRO, image_size=32), recipe))
-    monkeypatch.setattr(photos, 'BATCH', 2)
-    monkeypatch.setattr(photos, 'CIFAR10', Path('cifar10'))
-    monkeypatch.setattr(photos, 'ALL', 6)
-
-
-def in_this_process(words):
-    """What photos.call does, without the seconds that a process takes to start."""
-    if words[0] == '-m':
-        words = words[1:]
-    name, *argv = words
-    module = import_module(name.removesuffix('.py'))
-    assert run(module, *argv) in (None, 0)
+    monkeypatch.setattr(suppression, 'FEWEST', 1)
 
 
 def test_rows_of_photographs(album, monkeypatch, capsys):
-    """oracle: the commands that --print shows, given by hand, and the log. --print packs what they train on. A run that
-    chooses a rate is not scored on the test photographs; half of the photographs are those of the list."""
-    monkeypatch.setattr(photos, 'call', in_this_process)
-    variant = photos.Photos('cosmos', 8, 1e-3, range(3, 4), photographs=2)
-    tuned = variant._replace(method='plain', photographs=6, is_scored=False)
+    """oracle: the figures that its commands wrote, and the log. A run that chooses a rate is not scored on the test
+    photographs."""
+    variant = Variant('cosmos', 2, 8, 1e-3, experiments.PHOTOGRAPHS, seeds=range(3, 4))
+    tuned = variant._replace(method='no-cross-attention', is_scored=False)
     variants = {'cosmos': variant, 'tuned': tuned}
-    monkeypatch.setitem(photos.EXPERIMENTS, 'photo-half', variants)
-    assert run(photos, 'photo-half', '--flickr8k', 'flickr8k', '--print') is None
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('OMP_NUM_THREADS=1 ')]
-    flickr8k = Path('flickr8k')
-    row = photos.make_row(variants, flickr8k, (3, 'cosmos'))
-    listed = {record['file'] for record in map(Shards('runs/photos/shards-2/train').record, range(2))}
-    assert listed == {'4.png', '1.png'}
-    out, words = photos.commands(variant, 3, flickr8k)
-    assert [*words] == ['train', 'retrieval', 'last', 'student', 'cifar10', 'conflict']
-    shown = [line.split() for line in lines[0].replace('OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= ', '').split(' && ')]
-    assert shown == [*words.values()]
-    saved = read_checkpoint(out / 'last.pt')['student']
-    shutil.rmtree(out)
-    for _, *each in shown:
-        in_this_process(each)
-    assert_close(read_checkpoint(out / 'last.pt')['student'], saved, rtol=0, atol=0)
-    for what, column in (
+    monkeypatch.setitem(experiments.EXPERIMENTS, 'one', variants)
+    assert run(experiments, 'one', '--flickr8k', 'flickr8k', '--run', 'cosmos', 3) is None
+    [row] = experiments.read_results().values()
+    out, found = experiments.commands(variant, 3, Path('flickr8k'))
+    assert [*found] == ['train', 'retrieval', 'last', 'minor', 'minor_last', 'student', 'conflict']
+    for what, name in (
             ('retrieval', 'text_to_image_R@1'), ('last', 'text_to_image_mean_rank'),
-            ('student', 'text_to_image_mean_rank'), ('cifar10', 'top1'), ('conflict', 'conflict')):
-        found = read_json(out / f'{what}.json')[column]
-        expected = experiments.flat({column: found}, '' if what == 'conflict' else f'{what}.')
-        assert expected.items() <= row.items()
+            ('student', 'text_to_image_mean_rank'), ('minor', 'minor'), ('minor_last', 'minor'), ('conflict', 'conflict')):
+        value = read_json(out / f'{what}.json')[name]
+        column = f'{what}.{name}'
+        if isinstance(value, dict):                     # lesson.suppression names its group
+            column = what
+        for column, value in experiments.flat({column: value}).items():
+            assert row[column] == str(value)
     evaluations = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines() if '"eval"' in line]
-    best = [each['eval']['retrieval'] for each in evaluations if each['step'] == row['best_step']]
-    assert row['val.text_to_image_R@5'] == round(best[0]['text_to_image_R@5'], 4)
-    assert row['pairs'] == 16 and row['retrieval.images'] == 3 and row['val.images'] == 2
-    assert not any(name.startswith('retrieval') for name in photos.make_row(variants, flickr8k, (3, 'tuned')))
+    means = {}
+    for entry in evaluations:
+        of_step = entry['eval']['retrieval']
+        means[entry['step']] = of_step['image_to_text_R@1'] + of_step['text_to_image_R@1']
+    assert int(row['best_step']) == max(means, key=means.get)
+    assert (row['pairs'], row['retrieval.images'], row['val.images'], row['minor.minor.nouns']) == ('16', '3', '2', '1')
+    assert run(experiments, 'one', '--flickr8k', 'flickr8k') is None
+    second = experiments.read_results()[tuned.key(), 3]
+    assert second['val.images'] == '2' and not second['retrieval.images']
 
 
-def test_races_of_photographs():
-    """oracle: by hand. From the same pairs all methods see 800 steps of 64; those of a longer race take three times the
-    steps; a rate is chosen on a seed that no race has."""
-    for variant in photos.EXPERIMENTS['photo-pairs'].values():
-        assert variant.steps * photos.BATCH == 51_200
-    for method, variant in photos.EXPERIMENTS['photo-longer'].items():
-        assert variant.steps == 3 * photos.EXPERIMENTS['photo-minutes'][method].steps
-    tuned, raced = set(), set()
-    for variants in photos.EXPERIMENTS.values():
-        for variant in variants.values():
-            (raced if variant.is_scored else tuned).update(variant.seeds)
-    assert tuned and not tuned & raced
-
-
-@pytest.mark.parametrize('experiment', ['photo-tune', 'photo-tune-pairs', 'photo-tune-across'])
+@pytest.mark.parametrize('experiment', ['photo-tune', 'photo-tune-pairs', 'tune-table-5'])
 def test_rates_of_photographs(experiment):
     """oracle: the rows. The rate of a method has its best R@10 on the validation photographs, over both directions, and
     a lower and a higher rate were tried, too."""
+    if experiment in plots.OPEN:
+        pytest.skip(f'{experiment} still lacks runs')
     rows = experiments.read_results()
     found = defaultdict(dict)
-    for variant in photos.EXPERIMENTS[experiment].values():
-        row = rows[variant.recipe(), 100]
+    for variant in EXPERIMENTS[experiment].values():
+        row = rows[variant.key(), 100]
         both = float(row['val.image_to_text_R@10']) + float(row['val.text_to_image_R@10'])
         found[variant.method][variant.rate] = both
     for method, scores in found.items():
         best = max(scores, key=scores.get)
-        assert photos.RATES[method] == best
+        assert ON_PHOTOGRAPHS[method].rate == best
         assert min(scores) < best < max(scores)
 
 
@@ -1098,22 +930,14 @@ def test_rates_of_drawn_scenes():
     rows = experiments.read_results()
     found = defaultdict(lambda: defaultdict(list))
     for experiment in 'tune', 'tune-again', 'tune-across':
-        for variant in experiments.EXPERIMENTS[experiment].values():
+        for variant in EXPERIMENTS[experiment].values():
             for seed in variant.seeds:
-                row = rows[variant.recipe(), seed]
+                row = rows[variant.key(), seed]
                 both = float(row['dominant.top1']) + float(row['small.top1'])
                 found[variant.method][variant.rate].append(both)
-    assert set(found) == set(METHODS) - {'another-pair'}
+    rates = {variant.method: variant.rate for variant in ON_SCENES.values()}
+    assert set(found) == set(rates) - {'another-pair'}
     for method, scores in found.items():
         seeds = max(map(len, scores.values()))
         means = {rate: fmean(values) for rate, values in scores.items() if len(values) == seeds}
-        assert METHODS[method].rate == max(means, key=means.get)
-
-
-def test_photographs_that_are_kept():
-    """oracle: half of the training photographs, each once, and no others."""
-    kept = read_json(photos.FEWER)
-    assert len(kept) == len(set(kept)) == 3000
-    listing = read_json(shared('data/flickr8k/dataset_flickr8k.json'))
-    splits = {image['imgid']: image['split'] for image in listing['images']}
-    assert {splits[i] for i in kept} == {'train'}
+        assert rates[method] == max(means, key=means.get)
