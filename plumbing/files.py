@@ -59,15 +59,6 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding='utf-8-sig'))
 
 
-def field(record, name, path, kind=object):
-    """Returns record[name]; record comes from the json file at `path`. Refused if the name is missing, or if its value
-    is not of this kind."""
-    if isinstance(record, dict) and name in record and isinstance(record[name], kind):
-        return record[name]
-    raise Refused(f"{path} does not have the form that this command expects: '{name}' is missing in "
-                  f'{str(record)[:80]}, or is of another kind; see --help')
-
-
 def read_lines(path, numbered=False):
     """The lines of a text file that are not blank. numbered: the number of a line says which class it belongs to, so a
     blank line, which would shift those after it, is refused, except at the end."""
