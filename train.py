@@ -319,7 +319,8 @@ def open_shards(options, processes, saved, built_in_set):
     index = f'{options.out}/index.npy'
     val_index = f'{options.out}/val.npy'
     choose_data(options, built_in_set)
-    keys = options.caption_keys or POOL_KEYS[options.caption_pool]      # None: CAPTION_KEYS of plumbing/captions.py
+    # None means CAPTION_KEYS of plumbing/captions.py.
+    keys = options.caption_keys or POOL_KEYS[options.caption_pool]
     shards = Shards(options.data, keys, 'train', index)
     recipe = recipe_of(options.preset, options.method, options.init)
     parts = processes.world * options.accum
@@ -332,7 +333,7 @@ def open_shards(options, processes, saved, built_in_set):
 
     val = None
     if options.val:
-        val = Shards(options.val, options.caption_keys, 'val', val_index)       # --caption-pool is for training
+        val = Shards(options.val, options.caption_keys, 'val', val_index)   # --caption-pool is for training
         evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
     # Only now --out is touched. The other ranks will memory-map the index.
     runs.lock(options.out)
@@ -422,7 +423,8 @@ def set_up(options, processes, built_in_set):
     if processes.device.type == 'cpu':
         keep_memory()
         use_cores(options.workers)
-    with processes.rank_0_first():      # rank 0 may fetch CLIP's vocabulary, and writes the index of the shards
+    # Rank 0 may fetch CLIP's vocabulary, and writes the index of the shards.
+    with processes.rank_0_first():
         saved = runs.read_last(options.out, options.resume)
         config, tokenizer, weights = choose_model(options, saved)
         shards, val = open_shards(options, processes, saved, built_in_set)
@@ -667,7 +669,7 @@ def main(argv=None, watchers=(), built_in_set=None):
         finish(run, figures, watchers)
         processes.leave(0)
     print(f'stopped    step {run.step} is saved; to go on, give the same command with --resume --out {run.folder}')
-    number = signals[0] if signals else SIGTERM         # there is none if the signal reached only other ranks
+    number = signals[0] if signals else SIGTERM     # there is none if it reached only other ranks
     processes.leave(128 + number)                       # the status that a shell reports
 
 
