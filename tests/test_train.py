@@ -898,7 +898,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
         '--lr was 0.003, is now 1.0']
     moved = shutil.copytree(dogs, tmp_path / 'moved', copy_function=shutil.copyfile)    # its files have other times
     assert fit(out, '--resume', '--data', moved) == 0
-    assert 'their headers are read again' in capsys.readouterr().out
+    assert 'headers are read again' in capsys.readouterr().out
     for name in 'index.npy', 'val.npy':
         shutil.copy(whole / name, out)
     refusal = f'error: {out} holds a run; give --resume to go on from its last.pt, or another --out'
