@@ -329,12 +329,14 @@ def test_total_loss_of_each_method(method):
 
 @pytest.mark.parametrize('method, forward, backward', [
     ('cosmos', [7, 9, 4], [9, 7]),
-    ('across', [7, 6, 6, 7, 7], [7, 7, 6, 6, 7]),
+    ('no-cross-attention', [7, 9, 4], [9, 7]),
+    ('across', [7, 18, 4], [18, 7]),
     ('clip', [7], [7])])
 def test_collectives_of_a_step(monkeypatch, method, forward, backward):
     """oracle: the table of docs/differences.md, 3 forward and 2 backward. The first sends 2 cls and 5 eot, for L_CLIP.
-    In cosmos the second sends 4 h_I and 5 h_T, the third 2 cls_t and 2 eot_t, without a gradient. In across each term
-    sends its own vectors. clip needs only the first.
+    The second sends 4 h_I and 5 h_T (cosmos), or 4 cls and 5 eot
+    (no-cross-attention), or all of these (across). The third sends 2
+    cls_t and 2 eot_t, without a gradient. clip needs only the first.
 
     The other GPU has the same pairs, so every key is there twice, and every L_nce is larger by ln 2.
     """
