@@ -782,7 +782,7 @@ def test_a_plan_has_the_bytes_that_a_step_keeps(monkeypatch):
     assert parts - rest == pytest.approx(one, rel=0.005)
 
 
-@pytest.mark.parametrize('page', ['scaling', 'first-hour'])
+@pytest.mark.parametrize('page', ['scaling'])
 def test_the_scripts_of_a_page_can_be_read(page):
     """oracle: bash and Python, which parse the scripts but do not run them, because there is no Slurm here, and no GPU.
     """
