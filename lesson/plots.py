@@ -46,9 +46,7 @@ PICTURE = 'assets/lesson-{}.png'
 OPEN = ['tune-table-5', 'table-5', 'local-crops', 'no-local-captions', 'minor']
 # Experiments that may mix machines: there figures differ as between two seeds, but times must not be compared.
 ANY_MACHINE = ['table-5', 'local-crops', 'no-local-captions', 'minor']
-UNITS = {                               # all others: 100, which makes a share a percentage
-    'pairs': 1e-3, 'seconds': 1 / 60, 'best_step': 1,
-    'retrieval.image_to_text_median_rank': 1, 'retrieval.text_to_image_median_rank': 1}
+UNITS = {'pairs': 1e-3, 'seconds': 1 / 60}      # all others: 100, which makes a share a percentage
 CHANCE = 100 / 6                        # how often guessing names a shape, in percent
 LEVEL = 0.05
 

@@ -409,7 +409,7 @@ def test_conflict_is_what_the_model_computes(model, val, monkeypatch):
                 best = (vectors[0] @ unit(targets[0]).T).argmax(dim=1)
                 hits[name] += (best == right).tolist()
         assert figures[who] == {name: np.mean(each) for name, each in hits.items()}
-    assert len(set(figures['h_I'].values())) > 1
+    assert any(len(set(each.values())) > 1 for each in figures.values())
 
 
 def photograph(split, *captions):
@@ -885,20 +885,18 @@ def test_rows_of_photographs(album, monkeypatch, capsys):
     [row] = experiments.read_results().values()
     out, found = experiments.commands(variant, 3, Path('flickr8k'))
     assert [*found] == ['train', 'retrieval', 'last', 'minor', 'minor_last', 'student', 'conflict']
-    for what, name in (
-            ('retrieval', 'text_to_image_R@1'), ('last', 'text_to_image_mean_rank'),
-            ('student', 'text_to_image_mean_rank'), ('minor', 'minor'), ('minor_last', 'minor'), ('conflict', 'conflict')):
-        value = read_json(out / f'{what}.json')[name]
-        column = f'{what}.{name}'
-        if isinstance(value, dict):                     # lesson.suppression names its group
-            column = what
-        for column, value in experiments.flat({column: value}).items():
-            assert row[column] == str(value)
-    evaluations = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines() if '"eval"' in line]
+    for what in 'retrieval', 'last', 'student', 'minor', 'minor_last', 'conflict':
+        figures = read_json(out / f'{what}.json')
+        figures = figures.get(what.removesuffix('_last'), figures)      # lesson.suppression names its group
+        for name in set(figures) - {'network', 'checkpoint', 'step'}:
+            for column, value in experiments.flat({f'{what}.{name}': figures[name]}).items():
+                assert row[column] == str(value)
     means = {}
-    for entry in evaluations:
-        of_step = entry['eval']['retrieval']
-        means[entry['step']] = of_step['image_to_text_R@1'] + of_step['text_to_image_R@1']
+    for line in (out / 'log.jsonl').read_text().splitlines():
+        entry = json.loads(line)
+        if 'eval' in entry:
+            of_step = entry['eval']['retrieval']
+            means[entry['step']] = of_step['image_to_text_R@1'] + of_step['text_to_image_R@1']
     assert int(row['best_step']) == max(means, key=means.get)
     assert (row['pairs'], row['retrieval.images'], row['val.images'], row['minor.minor.nouns']) == ('16', '3', '2', '1')
     assert run(experiments, 'one', '--flickr8k', 'flickr8k') is None
