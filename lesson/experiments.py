@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import train
-from cosmos import COSMOS, Output, Teacher, unit
+from cosmos import COSMOS, Output, Teacher, cosmos_terms, unit
 from eval import show
 from plumbing.errors import command, need
 from plumbing.files import read_json, replacing
@@ -70,8 +70,13 @@ class SilentTeacher(Teacher):
         return silence, silence
 
 
-# Eq. 6 without the two terms that copying can make small. The other two have a weight of one half each.
-two_terms = train.terms_of('h_I cls_t', 'h_T eot_t')
+def two_terms(out, cls_t, eot_t, scale):
+    """Eq. 6 without the two terms that copying can make small. The other two have a weight of one half each."""
+    terms = cosmos_terms(out, cls_t, eot_t, scale)
+    del terms['h_T_cls_t'], terms['h_I_eot_t']
+    return terms
+
+
 # {name: a row for train.METHODS, and what takes the place of train.COSMOS and of train.Teacher}
 ADDED = {
     'clip-averaged': (train.METHODS['clip']._replace(has_teacher=True), COSMOS, SilentTeacher),
