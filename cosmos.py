@@ -1,27 +1,28 @@
 """COSMOS: cross-modality self-distillation for vision-language pre-training (CVPR 2025, arXiv 2412.01814).
 
-CLIP matches one vector of an image with one vector of its caption, and in each of them big objects drown out small
-ones. COSMOS takes several views of each: of the image, large and small crops; of the caption, groups of one to five
-sentences, and single sentences. A student network sees all of them. A teacher network, a slow average of the student,
-sees only the global ones: the large crops and the groups. In the student, cross-attention lets each vector of one
-modality attend to the tokens of the other. The result is added to the vector, and the sum is trained to pick out its
-own pair's teacher vectors from those of the whole batch. In this way a sentence about a small object is meant to find
-that object in the image.
+CLIP squeezes an image and its text into one vector each, and matches the two. In such a vector big objects drown out
+small ones. COSMOS takes several views of both: large and small crops of the image, and groups of one to five sentences
+and single sentences of the text, which are called captions. A student network sees all of them. A teacher network, a
+slow average of the student, sees only the global ones: the large crops and the groups. In the student, cross-attention
+lets each vector of one modality attend to the tokens of the other. The result is added to the vector, and the sum is
+trained to pick out its own pair's teacher vectors from those of the whole batch. CLIP's own loss is added. In this way
+a sentence about a small object is meant to find that object in the image.
 
 Symbols for shapes:
-    B pairs on this GPU     N pairs on all GPUs             V image views, 2 global + local
-    P patches               T tokens of a text, padded      U captions, 2 global + local
+    B pairs on this GPU     N pairs on all GPUs             V image views, 2 global, then the local ones
+    P patches               T tokens of a text, padded      U captions, 2 global, then the local ones
     W width of a tower      D width of the joint space      R rows of a sequence: T, P, or 1 + P with the class token
-    Q rows of queries       H attention heads of width d    n sequences that go through a tower together
+    Q query rows            H attention heads of width d    n sequences that go through a tower together
     s, p side of a view and of a patch, in pixels
 Names taken from the paper:
+    [cls], [eot]        the one vector of an image view, at the class token, and of a caption, at its end token
     C^I, C^T  the two cross-attention modules: C^I reads (attends to) the image, C^T reads the text
     h_I, h_T  the image's and the text's vectors after each has read the other modality, Eq. 1-2
               So the letters cross: C^T yields h_I, because the image asks and the text is read, and C^I yields h_T.
     cls_t, eot_t        the teacher's vectors of the images and of the texts
-    L_CLIP, L_COSMOS    the two losses; training minimises their sum. Both are means of L_sym-nce, built from L_nce
+    L_CLIP, L_COSMOS    the two losses; training minimises their sum. Each is a mean of L_sym-nce (`match`)
 Views come first, (V, B, D), and views 0 and 1 are the two globals. Code that serves both modalities says "view" and V
-for captions, too. `ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors.
+for captions, too. `ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors of tokens.
 
 One training step, with the names used in the code below (text_cross is C^T, image_cross is C^I):
 
@@ -33,7 +34,7 @@ One training step, with the names used in the code below (text_cross is C^T, ima
            |                  reads the words           reads the patches           |
            |                  of caption 0              of view 0                   |
            |                         |                        |                     |
-           |             h_I = C^T + cls   Eq. 1      h_T = C^I + eot   Eq. 2       |
+           |          h_I = C^T(..) + cls  Eq. 1   h_T = C^I(..) + eot  Eq. 2       |
            |                         |                        |                     |
            '--- global cls ----------|------ clip_loss -------|---- all eot --------'
                                      '----- cosmos_terms -----'
@@ -97,7 +98,7 @@ class Config:
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's; the end-of-text token has the largest id
     cross_heads: int = 8            # attention heads inside C^I and C^T; with 0 the model has neither
-    two_scales: bool = False        # L_COSMOS has a scale of its own; with C^I and C^T it always has
+    two_scales: bool = False        # L_COSMOS has a scale of its own even without C^I and C^T; with them always
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released COSMOS models use GELU
 
     def __post_init__(self):
@@ -175,8 +176,8 @@ class COSMOS(nn.Module):
         self.two_scales = self.has_cross_attention or config.two_scales
         self.visual = VisionTower(config)
         self.text = TextTower(config)
-        first_scale = torch.tensor(math.log(1 / 0.07))                  # ln(1/temperature)
-        self.logit_scale = nn.Parameter(first_scale)                    # L_CLIP
+        initial_scale = torch.tensor(math.log(1 / 0.07))                  # ln(1/temperature)
+        self.logit_scale = nn.Parameter(initial_scale)                  # L_CLIP
         if self.has_cross_attention:
             # paper silent: tokens go through a linear map before Eq. 1-2 (model.py:285-287, 331, 436)
             self.image_map = nn.Linear(config.vision_width, D)
@@ -184,7 +185,7 @@ class COSMOS(nn.Module):
             self.image_cross = CrossAttention(D, config.cross_heads)    # C^I, reads patches
             self.text_cross = CrossAttention(D, config.cross_heads)     # C^T, reads words
         if self.two_scales:         # paper silent: L_COSMOS has a scale of its own (model.py:274)
-            self.distill_logit_scale = nn.Parameter(first_scale.clone())
+            self.distill_logit_scale = nn.Parameter(initial_scale.clone())
 
     def forward(self, images, texts):
         """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output.
@@ -202,7 +203,7 @@ class COSMOS(nn.Module):
         words = self.text_map(text_sequence)                            # (B, T, D)
         h_I = self.text_cross(cls, words) + cls         # (V, B, D)  Eq. 1: images read words
         h_T = self.image_cross(eot, patches) + eot      # (U, B, D)  Eq. 2: captions read patches
-        # NB: h_T has read the image that it must find in Eq. 6; see page 3 of the course (lesson/README.md).
+        # NB: h_T has read the image, and h_I the caption, that it must find in Eq. 6; see page 3 of lesson/README.md.
         return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
 
     def encode_image(self, images):
@@ -225,9 +226,9 @@ class COSMOS(nn.Module):
     def attention(self, images, ids):
         """images (B, 3, h, w), ids (B, T) -> weights of C^I over patches (B, P), of C^T over words (B, T).
 
-        The query of C^I is the caption, the query of C^T is the image. The paper's qualitative figure shows such
-        weights (paper silent: whether they are the student's or the teacher's, and how heads are averaged). The weights
-        over words include start, end and padding. The model must have cross-attention.
+        The query of C^I is the caption, the query of C^T is the image. The paper's qualitative figures show such
+        weights (paper silent: of the student or of the teacher, and whether heads are averaged). The weights over words
+        include start, end and padding. The model must have cross-attention.
         """
         cls, patches = self.encode_image(images)
         eot, words = self.encode_text(ids)
@@ -247,7 +248,7 @@ class COSMOS(nn.Module):
             scale.clamp_(0, math.log(100))
 
 
-# --- 3. Its teacher ----------------------------------------------------------------------------- framework figure ---
+# --- 3. The teacher ----------------------------------------------------------------------------- framework figure ---
 
 class Teacher(nn.Module):
     """theta_t <- lambda theta_t + (1 - lambda) theta_s: an exponential moving average of the student, without gradient.
@@ -269,20 +270,20 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student, momentum):
-        """Move every parameter a fraction 1 - lambda of the way to the student's.
+        """Move every parameter a fraction 1 - momentum (the paper's lambda) of the way to the student's.
 
         ours, paper silent: we call it after optimizer.step, as DINO does. The released code calls it before, and so
         averages the student of one step earlier (its train.py:185-193 comes before 213-221).
         """
-        # One call for all parameters is faster than p_teacher.lerp_(p_student, 1 - momentum) for each.
+        # In place; one call for all parameters is faster than a call for each.
         averages = list(self.model.parameters())
         torch._foreach_lerp_(averages, list(student.parameters()), 1 - momentum)
 
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-# With this many logits or more, nce recomputes them in the backward pass. This many take 67 MB: they are those of 1,024
-# pairs on one GPU, if 2 x 8 pairs of views are compared.
+# With this many logits or more, which take 67 MB, nce recomputes them in the backward pass. 1,024 pairs on one GPU with
+# 2 x 8 combinations of views have so many.
 MANY_LOGITS = 2 ** 24
 
 
@@ -300,24 +301,24 @@ def nce(queries, keys, scale):
     """
     Vq, B, _ = queries.shape
     Vk, N, _ = keys.shape
-    # The right answer for each query is the number of its own pair among all N. On several GPUs, where N > B, the pairs
-    # of this one begin at rank * B.
+    # A query's right answer is the number of its own pair among all N. On several GPUs, where N > B, the pairs of this
+    # one begin at rank * B.
     first_pair = dist.get_rank() * B if N > B else 0
     own_pair = torch.arange(first_pair, first_pair + B, device=queries.device)
     answers = own_pair.view(1, B, 1).expand(Vq, B, Vk).flatten()        # (Vq*B*Vk,)
 
     def cross_entropy(queries, keys, scale):        # a function, so that `checkpoint` can call it again
         with torch.autocast(queries.device.type, enabled=False):        # float32, even if called under autocast
-            # Row (vq, b), column (vk, n): all combinations of views in one product.
-            logits = scale * queries.flatten(0, 1) @ keys.flatten(0, 1).T   # (Vq*B, Vk*N)
+            # Row (vq, b), column (vk, j) for pair j of N: all combinations of views in one product.
+            logits = (scale * queries.flatten(0, 1)) @ keys.flatten(0, 1).T     # (Vq*B, Vk*N)
         # Row (vq, b, vk): query b of view vq chooses among the N keys of view vk.
         logits = logits.view(Vq, B, Vk, N).flatten(0, 2)                # (Vq*B*Vk, N)
         return F.cross_entropy(logits, answers)
 
     if Vq * B * Vk * N < MANY_LOGITS:
         return cross_entropy(queries, keys, scale)
-    # ours: we do not keep this many logits, because with 4,096 pairs on one GPU those of a step's ten L_nce would take
-    # 11 GB. The backward pass recomputes them, bit for bit, one L_nce at a time.
+    # ours: we do not keep so many logits, because with 4,096 pairs on one GPU the ten L_nce of a step would need 11 GB
+    # for them. The backward pass recomputes them, one L_nce at a time.
     return checkpoint(cross_entropy, queries, keys, scale, use_reentrant=False)
 
 
@@ -331,23 +332,23 @@ def match(a, b, scale):
 
 
 def clip_loss(out, scale):
-    """L_CLIP: the student's global images with all its captions, 2 x 8 pairs of views in the released recipe.
-    scale = exp(logit_scale).
+    """L_CLIP: the student's global images with all its captions, 2 x 8 combinations of views in the released
+    recipe. scale = exp(logit_scale).
 
     It is CLIP's loss on [cls] and [eot], and cross-attention has no part in it.
 
     code≠paper?: local image views stay out, because with them the authors saw overfitting (loss.py:203-206).
     """
-    return match(*gather(out.cls[:GLOBALS], out.eot), scale)
+    cls, eot = gather(out.cls[:GLOBALS], out.eot)
+    return match(cls, eot, scale)
 
 
 def cosmos_terms(out, cls_t, eot_t, scale):
     """The four terms of L_COSMOS by name.                                                            Sec. 3.3, Eq. 6
 
-    Every term compares all student views with both teacher views, 8 x 2 comparisons in the released recipe. The same
-    view of student and teacher (0 with 0, 1 with 1) is compared as well (paper silent; loss.py:131-139); DINO leaves
-    such pairs out. total_loss weights the terms equally, so with a fifth one each gets 1/5.
-    scale = exp(distill_logit_scale).
+    Every term compares all student views with both teacher views, 8 x 2 combinations in the released recipe. In
+    h_I_cls_t and h_T_eot_t a view also meets itself, 0 with 0 and 1 with 1 (paper silent; loss.py:131-139); DINO leaves
+    these out. scale = exp(distill_logit_scale).
     """
     h_I, h_T = gather(out.h_I, out.h_T)
     cls_t, eot_t = gather(cls_t, eot_t)     # a separate call, because these need no gradient
@@ -367,8 +368,9 @@ def cosmos_loss(out, cls_t, eot_t, scale):
 def total_loss(model, out, cls_t, eot_t, terms=cosmos_terms):
     """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its parts {name: (weight, term)}, which the log shows.
 
-    terms: what is learned in addition to L_CLIP, a function such as cosmos_terms; train.py has others. All its terms
-    get the same weight. For a term of your own add a line before the sum: parts['name'] = (weight, term).
+    terms: a function such as cosmos_terms, which returns what is added to L_CLIP; train.py has others. All its terms
+    get the same weight, so with a fifth one each gets 1/5. For a term with a weight of its own add a line before the
+    sum: parts['name'] = (weight, term).
     """
     parts = {'clip': (1, clip_loss(out, model.logit_scale.exp()))}
     scale = model.scales()[-1].exp()        # that of L_COSMOS or, if it has none of its own, that of L_CLIP
@@ -390,7 +392,7 @@ class Gathered(NamedTuple):
 def gather(*vectors):
     """Several tensors (V, B, D) -> a Gathered for each; one collective serves them all.
 
-    The released code has two collectives for each pair of views, 2 x 8 pairs in L_CLIP and 4 x 16 in L_COSMOS.
+    The released code has two collectives for each combination of views, 2 x 8 in L_CLIP and 4 x 16 in L_COSMOS.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [Gathered(x, x) for x in vectors]
@@ -406,8 +408,8 @@ class Gather(torch.autograd.Function):
     rank. So the backward pass sums, for each vector, the gradients that all ranks have for it. DDP then takes the mean
     over ranks, and the result is the gradient of the mean loss.
 
-    In the released code it is smaller, by a factor equal to the number of ranks (that of the two scales is not). AdamW
-    cancels such a factor, apart from the effect of its eps. See docs/differences.md.
+    In the released code it is smaller by the number of ranks, except for the two scales. AdamW cancels such a factor,
+    apart from the effect of its eps. See docs/differences.md.
     """
 
     @staticmethod
@@ -430,7 +432,7 @@ class Gather(torch.autograd.Function):
 
 # --- 6. The two towers (CLIP) ----------------------------------------------------------------------------------------
 
-def same_size(views):
+def join_same_size(views):
     """Neighbouring views of the same size, joined: sizes 224, 96, 96, 96 -> two tensors, (B, ...) and (3 B, ...)."""
     return [torch.cat(list(group)) for _, group in groupby(views, key=lambda view: view.shape)]
 
@@ -443,24 +445,24 @@ class Tower(nn.Module):
     few percent in deeper towers; the result is the same. Cross-attention needs the other rows of view 0, too, so
     `with_sequence` computes them all.
 
-    A tower has `embed`, `transformer`, `norm` and `proj`. `embed` takes a list of tensors, in each n views of one size.
-    For each tensor it returns the sequences (n, R, W), and which row of each sequence becomes its vector (n,).
+    A tower has `embed`, `transformer`, `norm` and `proj`. `embed` takes a list of tensors, each with n images or
+    captions of one size. For each it returns the sequences (n, R, W) and `row` (n,), the row that becomes the vector.
     """
 
     def forward(self, views):
         """views: list of V (B, ...); neighbours of the same size share a pass -> [cls] or [eot] (V, B, D)."""
         vectors = []
-        for x, row in self.embed(same_size(views)):
+        for x, row in self.embed(join_same_size(views)):
             vectors.append(self.vector(x, row))
         return torch.cat(vectors).unflatten(0, (len(views), -1))        # view 0's B vectors come first
 
     def with_sequence(self, views):
-        """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0 after the LayerNorm (B, R, W).
+        """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0 after `norm` (B, R, W).
 
         View 0 goes through on its own, and all its rows are computed; the others go through as in `forward`.
         """
-        view_0, *others = self.embed([views[0], *same_size(views[1:])])
-        x, row = view_0
+        first, *others = self.embed([views[0], *join_same_size(views[1:])])
+        x, row = first
         sequence = self.norm(self.transformer(x))                       # (B, R, W)
         vectors = [pick(sequence, row)[:, 0] @ self.proj]
         for x, row in others:
@@ -656,12 +658,12 @@ class Attention(nn.MultiheadAttention):
         (R, R), and must be the causal one; for one row of each sequence it is (n, 1, 1, R).
         """
         q, k, v = self.project(query, context)
-        # On a CPU this is up to 5 times as fast as the kernels below, in bf16. On mps is_causal may leak in half
-        # precision (pytorch#195910).
+        # Plain products on two devices: in bf16 on a CPU they are up to 5 times as fast as the kernels below, and on
+        # mps is_causal may let a row see later ones in half precision (pytorch#195910).
         if q.device.type in ('cpu', 'mps'):
             x = attention_weights(q, k, mask) @ v
         elif mask is not None and mask.ndim == 2:
-            # The flash kernel takes no mask, but knows the causal one.
+            # The flash kernel takes no mask, but knows the causal one. So the contents of this mask are not read.
             x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

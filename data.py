@@ -1,7 +1,7 @@
 """From pairs to batches: text crops, image crops, the order of the pairs, and the batch itself.
 
 A pair is an image and a `pool`, all the sentences that describe the image. Both are cropped (Sec. 3.1 of the paper).
-Some image crops then have their colours changed, some are blurred, and all are normalised; the result is called a view.
+Image crops are then flipped, recoloured or blurred at random, and normalised; the result is called a view.
 A text crop is one sentence of the pool, or up to five of them joined; here and in cosmos.py it is also called a
 caption. The student sees all views and captions. The teacher sees only the global ones: large crops, and captions of up
 to five sentences.
@@ -10,9 +10,9 @@ Random choices for a pair depend only on (seed, epoch, index of the pair), the o
 the order of the colour jitters on (seed, step, number of the view). So with the same settings a run sees the same
 batches for any number of workers and GPUs, and can be resumed at any step.
 
-How a batch is made: for every step `Order` yields a list of places (epoch, index), one for each pair. `Crops` turns
-each place into crops and token ids, and `collate` joins them into a `Batch`; both run in the loader's workers, if there
-are any. `Batch.views` then runs on the model's device, where it changes the colours and normalises. The marks `ours`
+How a batch is made: for every step `Order` yields a list of places (epoch, index), one for each pair of this rank.
+`Crops` turns each place into crops and token ids, and `collate` joins them into a `Batch`; both run in the loader's
+workers, if there are any. `Batch.views` then changes colours and normalises, on the model's device. The marks `ours`
 and `paper silent` mean the same as in cosmos.py; "as released" means that the authors' code does so.
 
 The helpers are in plumbing/, and you can skip them: `Shards` gives the bytes of an image and the pool of its sentences,
@@ -45,10 +45,8 @@ def text_crops(pool, rng, global_texts, local_texts):
     """The sentences of a pair -> global_texts captions of 1-5 sentences joined by '. ', then local_texts single
     sentences, as a list of strings.
 
-    If the pool is large enough, each global caption draws its sentences without replacement, in random order; all local
-    captions come from one more such draw, one sentence each. If the pool has too few sentences, the whole pool is
-    repeated, in its own order, as often as it fits into the number of sentences wanted, and a random sample of the pool
-    fills the remaining places. As released; paper silent about the order, the '. ' and pools with too few sentences.
+    Each global caption is a random sample of the pool, without replacement and in random order. One further sample
+    gives all local captions. As released; paper silent about the order, the '. ' and pools with too few sentences.
     """
     captions = []
     for _ in range(global_texts):
@@ -58,6 +56,8 @@ def text_crops(pool, rng, global_texts, local_texts):
 
 
 def draw_sentences(pool, count, rng):
+    """A random sample of the pool. A pool that is too small is repeated whole, in its own order, as often as it fits,
+    and a sample makes up the rest."""
     if count <= len(pool):
         return rng.sample(pool, count)
     repeats, rest = divmod(count, len(pool))
@@ -67,8 +67,8 @@ def draw_sentences(pool, count, rng):
 # --- 2. The kinds of image views ------------------------------------------------------------------------ Sec. 3.1 ---
 
 class Kind(NamedTuple):
-    """How a view is made. All fields but size and scale are probabilities: of a flip, and of operations whose strength
-    draw_strengths draws."""
+    """How a view is made. All fields but size and scale are probabilities; draw_strengths draws how strong an operation
+    is."""
     size: int                   # side of the view, in pixels
     scale: tuple                # smallest and largest share of the image's area
     flip: float                 # left and right are swapped
@@ -83,14 +83,14 @@ def kinds_of_views(config, crop_min=0.4):
     smallest share of the image in a global view."""
     large = config.image_size
     small = config.local_image_size
-    #    size   scale          flip  jitter  grey  blur  solarize
     return [
-        Kind(large, (crop_min, 1), 0.5, 0.8, 0.2, 1.0, 0.0),
-        Kind(large, (crop_min, 1), 0.5, 0.8, 0.2, 0.1, 0.2),
-        Kind(small, (0.05, 0.4), 0.5, 0.8, 0.2, 0.5, 0.0)]
+        #    size   scale          flip jitter grey blur solarize
+        Kind(large, (crop_min, 1), 0.5, 0.8,   0.2, 1.0, 0.0),
+        Kind(large, (crop_min, 1), 0.5, 0.8,   0.2, 0.1, 0.2),
+        Kind(small, (0.05, 0.4),   0.5, 0.8,   0.2, 0.5, 0.0)]
 
 
-# With --augment crops, these replace the probabilities of every Kind: all its fields after size and scale.
+# With --augment crops every probability, which is every field after size and scale, is 0.
 CROPS_ONLY = dict.fromkeys(Kind._fields[2:], 0.0)
 
 
@@ -132,22 +132,22 @@ def draw_boxes(height, width, kinds, rng):
 
 
 def image_crops(data, kinds, rng):
-    """Encoded bytes, the kind of each view -> a random crop for each, (3, s, s) uint8, and their boxes (y, x, h, w), in
+    """An encoded image and the kinds of its V views -> V random crops (3, s, s), uint8, and their boxes (y, x, h, w) in
     pixels of the image at full size."""
     image, turn, (height, width) = read_header(data)    # for a JPEG this reads only the header
     boxes = draw_boxes(height, width, kinds, rng)
-    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides, and one decoding serves all views. But no crop
-    # may then have fewer pixels than its view. A box of 200 x 200 pixels for a view of 96 x 96 lets the image shrink by
+    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides, and one decoding serves all views. But then no
+    # crop may be smaller than its view. A box of 200 x 200 pixels for a view of 96 x 96 lets the image shrink by
     # 200 / 96 = 2.08, so 1/2 is allowed. The strictest view decides.
-    limits = []
+    reductions = []                 # how much the image may shrink for each view
     for (_, _, h, w), kind in zip(boxes, kinds):
-        limits.append(min(h, w) / kind.size)
-    pixels = decode(image, turn, at_most=min(limits))
+        reductions.append(min(h, w) / kind.size)
+    pixels = decode(image, turn, at_most=min(reductions))
     _, decoded_height, decoded_width = pixels.shape
     ratio = min(decoded_height / height, decoded_width / width)     # 1, or about 1/2, 1/4, 1/8
     crops = []
     for box, kind in zip(boxes, kinds):
-        y, x, h, w = [int(number * ratio) for number in box]        # rounded down, so never over an edge
+        y, x, h, w = [int(side * ratio) for side in box]            # rounded down, so never over an edge
         crop = TF.resized_crop(pixels, y, x, h, w, [kind.size, kind.size], BICUBIC)
         if rng.random() < kind.flip:
             crop = crop.flip(-1)
@@ -168,9 +168,8 @@ def normalize(images):
 class Counts(NamedTuple):
     """How many views and captions a pair gives: V = global_images + local_images, U = global_texts + local_texts.
 
-    COSMOS has GLOBALS global images and as many global texts. The first row of Table 5 (METHODS in train.py) has only
-    one global image. In that case there must be no local images, because L_CLIP would mistake the first local image for
-    the second global one.
+    COSMOS has GLOBALS global images and as many global texts. The method `clip` (see METHODS in train.py) has one
+    global image. It must then have no local ones, because L_CLIP would take the first of them for a second global one.
     """
     global_images: int = GLOBALS
     local_images: int = 6
@@ -181,7 +180,7 @@ class Counts(NamedTuple):
 class Sample(NamedTuple):
     """What a pair gives to one step. Crops.sample leaves the last two to __getitem__."""
     crops: list             # V image crops (3, s, s), uint8; globals come first, here and below
-    boxes: list             # V: where each crop lies in the image, (y, x, h, w) in pixels
+    boxes: list             # V: where each crop lies in the image, (y, x, h, w) in pixels; pictures show them
     strengths: list         # V: the changes of each crop, {operation: strength}
     captions: list          # U strings
     ids: torch.Tensor = None            # (U, T), the token numbers of the captions
@@ -189,22 +188,22 @@ class Sample(NamedTuple):
 
 
 # Stop the run after this many unreadable pairs in a row: the first, and those drawn to replace it.
-MOST_BAD = 1000
+MOST_UNREADABLE = 1000
 
 
 @dataclass
 class Crops(Dataset):
     """The training set: (epoch, index of the pair) -> Sample, for `collate`.
 
-    augment: 'full' is the released recipe; 'crops' leaves images unflipped, sharp and in their own colours, because
+    augment: 'full' is the released recipe; 'crops' only crops, without flips, blur and changes of colour, because
     captions may mention colours, or left and right. crop_min: the smallest share of the image in a global crop.
 
     An Unreadable pair is reported by name and counted, and a random pair takes its place. If the replacement is already
     in the batch, its two copies are false negatives of each other; this is rare in a set that is much larger than a
     batch.
 
-    If you add a random draw, give it a generator of its own in `sample`. With one of those that are there, it would
-    shift the draws that follow, and so change every run.
+    A new random draw needs a generator of its own in `sample`. If it used an existing one, it would shift all later
+    draws, and so change every run.
     """
     shards: Shards
     tokenizer: Tokenizer
@@ -217,7 +216,8 @@ class Crops(Dataset):
     def __post_init__(self):
         first, other, local = kinds_of_views(self.config, self.crop_min)
         others = (self.counts.global_images - 1) * [other]
-        self.kinds = [first, *others, *self.counts.local_images * [local]]      # the kind of each of the V views
+        locals_ = self.counts.local_images * [local]
+        self.kinds = [first, *others, *locals_]         # the kind of each of the V views
         if self.augment == 'crops':
             self.kinds = [kind._replace(**CROPS_ONLY) for kind in self.kinds]
 
@@ -225,7 +225,7 @@ class Crops(Dataset):
         """-> the Sample of this pair or, if it is Unreadable, of another."""
         epoch, index = place
         replacements = random.Random(f'{self.seed} {epoch} {index} replacement')
-        for bad in range(MOST_BAD):                     # how many have failed so far
+        for bad in range(MOST_UNREADABLE):              # how many have failed so far
             try:
                 sample = self.sample(epoch, index)
             except Unreadable as error:
@@ -233,7 +233,7 @@ class Crops(Dataset):
                 index = replacements.randrange(len(self.shards))
             else:
                 return sample._replace(ids=self.tokenizer(sample.captions), bad=bad)
-        raise Refused(f'{MOST_BAD} pairs in a row cannot be read; look at the shards with '
+        raise Refused(f'{MOST_UNREADABLE} pairs in a row cannot be read; look at the shards with '
                       'python -m extras.prepare inspect')
 
     def sample(self, epoch, index):
@@ -277,11 +277,11 @@ class Order:
         return shuffled(self.seed, epoch, self.pairs)
 
     def __iter__(self):
-        part = self.batch // self.world
+        per_rank = self.batch // self.world
         for step in range(self.start, self.stop):
             epoch, batch_of_epoch = divmod(step, self.pairs // self.batch)
-            begin = batch_of_epoch * self.batch + self.rank * part
-            indices = self.permutation(epoch)[begin:begin + part].tolist()
+            begin = batch_of_epoch * self.batch + self.rank * per_rank
+            indices = self.permutation(epoch)[begin:begin + per_rank].tolist()
             yield [(epoch, index) for index in indices]
 
 
@@ -299,10 +299,10 @@ def check_batch(batch, pairs, parts):
 class Batch(NamedTuple):
     """What a training step needs from its B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
-    changes: Changes        # which operation (colours, blur) changes which image, and how strongly
+    changes: Changes        # which operation (colours, blur, solarize) changes which image, and how strongly
     texts: list             # U captions (B, T) int64 for the student, see collate
     teacher_texts: list     # the global captions for the teacher, cut to a common length
-    bad: int                # the number of unreadable pairs
+    bad: int                # how many unreadable pairs were replaced
 
     def to(self, device):
         """Move the batch to a device, without waiting for the copies."""
@@ -313,10 +313,10 @@ class Batch(NamedTuple):
             teacher_texts=[x.to(device, non_blocking=True) for x in self.teacher_texts])
 
     def views(self, seed_and_step):
-        """V images (B, 3, s, s), float32, normalised. ours: colours change here, after `to`, and hence on the GPU if
-        there is one.
+        """V images (B, 3, s, s), float32, normalised. ours: colours are changed, and images blurred, here, after
+        `to`, so on the GPU if there is one.
 
-        seed_and_step: a string, the same on all ranks, that seeds the order of the jitters.
+        seed_and_step: a string such as '0 1200', the same on all ranks, that seeds the order of the jitters.
         """
         views = []
         changes = self.changes.by_view(len(self.crops))
@@ -334,9 +334,9 @@ def cut_to_longest(captions, multiple):
         return []
     ends = [ids.argmax(dim=1).max().item() for ids in captions]         # the end token has the largest id
     longest = max(ends) + 1
-    length = ceil(longest / multiple) * multiple        # may exceed T: slicing then keeps all T
+    rounded = ceil(longest / multiple) * multiple       # may exceed T: slicing then keeps all T
     # The slices are made contiguous here, in the worker, because otherwise pinning would make an extra copy.
-    return [ids[:, :length].contiguous() for ids in captions]
+    return [ids[:, :rounded].contiguous() for ids in captions]
 
 
 def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
@@ -349,10 +349,10 @@ def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
     multiple: the lengths are rounded up to a multiple of it; 8 is faster in half precision. whole_first: False if the
     student has no C^T, so that its caption 0 is cut like its other globals.
     """
-    crops = default_collate([sample.crops for sample in samples])       # V (B, 3, s, s)
+    crops = default_collate([sample.crops for sample in samples])       # B lists of V -> V (B, 3, s, s)
     changes = changes_of([sample.strengths for sample in samples])
     ids = torch.stack([sample.ids for sample in samples], dim=1)        # (U, B, T)
-    captions = ids.unbind()                                             # U (B, T)
+    captions = ids.unbind()                                             # a tuple of U (B, T)
     globals_cut = cut_to_longest(captions[:global_texts], multiple)
     locals_cut = cut_to_longest(captions[global_texts:], multiple)
     first = captions[0] if whole_first else globals_cut[0]
@@ -362,8 +362,8 @@ def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
 
 
 def loader(train_set, order, workers, device, multiple=1, whole_first=True):
-    """An ordinary DataLoader that serves the batches of an Order, one after another. It pins memory only if the model
-    is on a GPU, because pinning opens a context there."""
+    """An ordinary DataLoader that serves the batches of an Order, one after another. It pins memory only for a model
+    on a GPU, because pinning opens a context there."""
     make_batch = partial(collate, multiple=multiple, whole_first=whole_first,
                          global_texts=train_set.counts.global_texts)
     return DataLoader(train_set, batch_sampler=order, collate_fn=make_batch,

@@ -18,8 +18,8 @@ To compare with published figures:
     retrieval       --coco (COCO's val2017) or --flickr (the released list of Flickr30K)
     ImageNet        --templates open_clip: CLIP's 80 prompts instead of our six, and open_clip's names of the classes
     segmentation    --benchmark and --templates open_clip
-    other sets      --templates FILE with prompts of your own, because the released ones are not here (and the released
-                    figures of Caltech101 and SUN397 are of random subsets, while here all images are scored)
+    other sets      --templates FILE with the prompts of the released dataloaders/templates.json, which are not here.
+                    Caltech101 and SUN397 still differ: released on a random subset, here on all images
 """
 import math
 from collections.abc import Callable
@@ -40,7 +40,8 @@ from data import BICUBIC, normalize
 from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, folder_set, is_imagenet,
                                  mask_pairs, open_clip_prompts, read_mask, read_synonyms, read_templates,
                                  torchvision_set)
-# Refused: an error that a user can mend. Unreadable: a Refused about one image or record. need: Refused, unless.
+# Refused: an error that a user can mend. Unreadable: a Refused about one image or record.
+# need(condition, text) raises Refused(text) unless the condition holds.
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import write_json
 from plumbing.images import read_image, shorten
@@ -90,7 +91,7 @@ def shard_image(shards, i):
     """Pillow image of pair i. Raises Unreadable, with the name of the pair, if it cannot be decoded."""
     try:
         return read_image(shards.image(i))
-    except Unreadable as error:         # only now is the name read, because that costs time
+    except Unreadable as error:         # the name is read only here, because reading it takes time
         raise Unreadable(f'{shards.name(i)}: {error}') from None
 
 
@@ -124,7 +125,7 @@ def embed(model, pixels):
 
 
 def embed_images(model, source, preprocess, workers=0):
-    """Paths or Pillow images (or a single one), or Shards -> (n, D) unit vectors on the CPU. A file that isn't an image
+    """Paths or Pillow images (or a single one), or Shards -> (n, D) unit vectors on the CPU. A file that is no image
     raises Unreadable, with its name."""
     if isinstance(source, (str, Path, Image.Image)):
         source = [source]
@@ -175,7 +176,7 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
         scores = (queries[rows].double() @ targets.double().T).float()      # (chunk, m)
         is_right = query_ids[rows][:, None] == target_ids           # (chunk, m)
         best = scores.masked_fill(~is_right, -math.inf).amax(dim=1, keepdim=True)
-        is_worse = scores < best                                    # False for ties, and for NaN
+        is_worse = scores < best            # False for ties, and for NaN, which must not look perfect
         before = ~is_worse & ~is_right  # the wrong targets that come before the best right one
         ranks_of_chunks.append(1 + before.sum(dim=1))
     return torch.cat(ranks_of_chunks)
@@ -185,8 +186,8 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures, computed on the device that holds the three arguments.
 
     owner (captions,): the image of each caption. An image's rank is that of its best-ranked caption. R@K are fractions,
-    and ranks count from 1. chance is the R@1 of guessing: 1 / n for a caption, and also on the mean over n images,
-    however many captions each of them has.
+    and ranks count from 1. chance is the R@1 of guessing. For a caption it is 1 / n. For an image it is its
+    share of all captions, and the mean of these shares is 1 / n, too.
     """
     n = len(image_features)
     image_ids = torch.arange(n, device=owner.device)
@@ -205,10 +206,10 @@ HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --captio
 
 
 def shard_captions(shards):
-    """Held-out shards -> all captions, uncut, and owner (captions,): the pair that each belongs to.
+    """Held-out shards -> all captions, not split into sentences, and owner (captions,): the pair that each belongs to.
 
-    For each pair we use the first of shards.caption_keys (if none were given, of HELD_OUT_KEYS) that has a caption.
-    Raises Refused, naming the pair, if its json cannot be read, or has no caption, or one that is not text.
+    A pair's captions are under the first key that has any: of shards.caption_keys, or of HELD_OUT_KEYS if none were
+    given. Raises Refused, with the pair's name, if its json cannot be read, has no caption, or one that is not text.
     """
     keys = shards.caption_keys or HELD_OUT_KEYS
     captions_of_pairs = []
@@ -229,19 +230,19 @@ def check_held_out(shards, workers=0):
     """Read every caption and decode every image of held-out shards, so that a broken one is found now, and not in the
     middle of a run. Raises Refused or Unreadable, with the name of the pair."""
     shard_captions(shards)
-    # train.py writes the index of held-out shards only after this check. So if they come with one, they have passed.
+    # train.py saves the index of held-out shards only after this check, so shards opened from one have passed.
     were_decoded = shards.is_mapped
     if not were_decoded:
         for _ in batches(Images(shards, size_of), workers, 'trying held-out images'):
             pass
 
 
-def size_of(image):         # little to send back from a worker, once the image is decoded
+def size_of(image):         # decodes the image, and leaves little for the worker to send back
     return image.size
 
 
 def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
-    """-> the figures, and the image features (n, D) for callers that need these again. source: held-out shards, or
+    """-> the figures, and the image features (n, D) for callers that need them, too. source: held-out shards, or
     image paths with their captions and `owner`."""
     if captions is None:
         captions, owner = shard_captions(source)
@@ -298,7 +299,7 @@ def encode_dense(model, images, csa=False):
     last block.
     """
     tower = model.visual
-    [(x, _)] = tower.embed([images])                                # (B, 1 + P, W), [cls] first
+    [(x, _)] = tower.embed([images])            # one size, so one group: (B, 1 + P, W), [cls] first
     *blocks, last = tower.transformer.resblocks
     for block in blocks:
         x = block(x)
@@ -308,8 +309,8 @@ def encode_dense(model, images, csa=False):
         x = last(x)
     sequence = tower.norm(x)
     patches = unit(sequence[:, 1:] @ tower.proj)                    # (B, P, D)
-    rows = images.shape[2] // model.config.patch_size
-    return patches.unflatten(1, (rows, -1))
+    patch_rows = images.shape[2] // model.config.patch_size
+    return patches.unflatten(1, (patch_rows, -1))
 
 
 def correlative_block(block, x):
@@ -318,8 +319,8 @@ def correlative_block(block, x):
 
     Queries attend to queries and keys to keys. So a patch attends mostly to itself and to similar patches.
     """
-    rows = block.ln_1(x)
-    q, k, v = block.attn.project(rows, rows)                        # each (B, H, R, d)
+    normed = block.ln_1(x)
+    q, k, v = block.attn.project(normed, normed)                        # each (B, H, R, d)
     weights = attention_weights(q, q) + attention_weights(k, k)     # (B, H, R, R); rows sum to 2
     read = (weights @ v).transpose(1, 2).flatten(2)         # (B, R, W), the heads side by side
     x = x + block.attn.out_proj(read)
@@ -346,24 +347,24 @@ def window_scores(model, pixels, vectors, csa):
     covered = pixels.new_zeros(H, W)  # how many windows cover each pixel
     for top in window_starts(H, side):
         for left in window_starts(W, side):
-            place = (..., slice(top, top + side), slice(left, left + side))
-            patches = encode_dense(model, pixels[place][None], csa)     # (1, grid, grid, D)
+            window = (..., slice(top, top + side), slice(left, left + side))    # of all channels, or of all names
+            patches = encode_dense(model, pixels[window][None], csa)    # (1, grid, grid, D)
             cosines = (patches @ vectors.T).permute(0, 3, 1, 2)         # (1, M, grid, grid)
             scores = F.interpolate(cosines, (side, side), mode='bilinear')
-            total[place] += scores[0]
-            covered[place] += 1
+            total[window] += scores[0]
+            covered[window] += 1
     return total / covered
 
 
 def segment_image(model, image, vectors, class_of_name, settings):
-    """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is scored at H x W pixels, to which
-    it is scaled first.
+    """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is first scaled to H x W pixels and
+    scored there; then the scores are enlarged to h x w. (In this part H and W are pixels, not heads and width.)
 
     vectors (M, D): one for each name. class_of_name: M numbers; a class may have several names. The steps are those of
     clip_segmentor.py:113-276 of the released code:
         1. Each pixel takes its most probable class.
         2. If settings.area is above 0, a foreground class that covers at most this share of the foreground is dropped,
-           and its pixels take the next best class.
+           and its pixels take the best of the classes that are left.
         3. A pixel whose class is less probable than settings.probability becomes class 0, the background. (For sets
            without a background settings.probability is 0, so nothing changes.)
     """
@@ -380,7 +381,7 @@ def segment_image(model, image, vectors, class_of_name, settings):
     if settings.area:
         pixels_of_class = torch.bincount(classes.flatten())
         foreground = pixels_of_class[1:].sum()
-        kept = pixels_of_class > settings.area * foreground         # (classes,)
+        kept = pixels_of_class > settings.area * foreground         # (highest class + 1,)
         kept[0] = True                                              # the background
         kept_classes = kept.nonzero().flatten().tolist()
         probability, classes = best_class(logits, size, class_of_name, kept_classes)
@@ -392,18 +393,18 @@ def best_class(logits, size, class_of_name, candidates):
     class, and that class. A class is as probable as its most probable name. The softmax runs over all names, also those
     of other classes.
 
-    The map of each name is enlarged on its own, because 100 of them at once, for a photo of 12 megapixels, would take 5
-    GB. So the softmax is computed name by name, too: e^highest / sum of e^logit = e^(highest - ln of that sum).
+    The names' maps are enlarged one at a time, because 100 maps of 12 megapixels would take 5 GB. So the softmax is
+    accumulated name by name, too: e^highest / sum of e^logit = e^(highest - ln of that sum).
     """
     highest = logits.new_full(size, -math.inf)              # of the candidates' logits so far
     log_sum = logits.new_full(size, -math.inf)              # ln of the sum of e^logit so far
     classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
-    for small, number in zip(logits, class_of_name):
-        of_name = F.interpolate(small[None, None], size, mode='bilinear')[0, 0]     # (h, w)
-        log_sum = log_sum.logaddexp(of_name)
+    for logit_map, number in zip(logits, class_of_name):
+        enlarged = F.interpolate(logit_map[None, None], size, mode='bilinear')[0, 0]    # (h, w)
+        log_sum = log_sum.logaddexp(enlarged)
         if number in candidates:
-            classes[of_name > highest] = number
-            highest = highest.maximum(of_name)
+            classes[enlarged > highest] = number
+            highest = highest.maximum(enlarged)
     return (highest - log_sum).exp(), classes
 
 
@@ -487,19 +488,19 @@ def run_segment(args, model, tokenizer, preprocess):
     else:  # a short side of 1.5 times the model's image size (224 makes 336), and no background
         settings = Settings(size=3 * model.config.image_size // 2)
     settings = settings._replace(csa=args.csa)
-    synonyms = read_synonyms(args.classes)              # a list of names for each class
-    need(settings.classes in (0, len(synonyms)),
-         f'{args.classes} has {len(synonyms)} lines, but {args.benchmark} has {settings.classes} classes; '
+    names_of_classes = read_synonyms(args.classes)      # a list of names for each class
+    need(settings.classes in (0, len(names_of_classes)),
+         f'{args.classes} has {len(names_of_classes)} lines, but {args.benchmark} has {settings.classes} classes; '
          'give one line per class')
     all_names = []
     class_of_name = []
-    for number, of_class in enumerate(synonyms):
-        all_names += of_class
-        class_of_name += [number] * len(of_class)
+    for number, names in enumerate(names_of_classes):
+        all_names += names
+        class_of_name += [number] * len(names)
     templates = read_templates(args.templates, TEMPLATES)
     vectors = class_vectors(model, tokenizer, all_names, templates).to(model.logit_scale.device)
     pairs = mask_pairs(args.images, args.masks, args.image_suffix, args.mask_suffix, args.list)
-    K = len(synonyms)
+    K = len(names_of_classes)
     matrix = torch.zeros(K, K, dtype=torch.int64)
     for image_path, mask_path in progress(pairs, 'images'):
         image = read_image(image_path)
@@ -507,7 +508,7 @@ def run_segment(args, model, tokenizer, preprocess):
         predicted = segment_image(model, image, vectors, class_of_name, settings)
         matrix += confusion(truth, predicted, K)
     facts = {'images': len(pairs), 'settings': str(settings), 'prompts': ' | '.join(templates)}
-    return facts | segmentation_figures(matrix, [of_class[0] for of_class in synonyms])
+    return facts | segmentation_figures(matrix, [names[0] for names in names_of_classes])
 
 
 def execute(args):

@@ -6,7 +6,8 @@
     python train.py --data /shards --accum 8                    on one GPU that can hold an eighth of a batch
     python train.py --init CKPT --data /shards                  COSMOS, starting from an existing CLIP
 
-To continue a run that stopped, give the same command with --resume. A run leaves in --out: last.pt (the checkpoint),
+Without --preset it is tiny for the built-in set; with --data it is vit-b-16 on a GPU, and photo elsewhere. To continue
+a run that stopped, give the same command with --resume. A run leaves in --out: last.pt (the checkpoint),
 log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (which process is using the
 folder). With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val) and val.npy (their
 index); with extras/ also report.html (the run as a page) and maps.npz (what that page shows besides the log).
@@ -70,7 +71,6 @@ LAPTOP = {
     'momentum': 0.995, 'momentum_ramp': 10,
     'local_crops': 2, 'local_captions': 2, 'augment': 'crops', 'vocab': 'learn'}
 
-
 # Used with --init, whatever the preset. The learning rate is small, because the weights already know something. The
 # momentum has no ramp, because the teacher starts as a copy of these weights, and has no random ones to forget.
 PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
@@ -108,7 +108,7 @@ PRESETS = {
 # --- 2. The methods of Table 5 ---------------------------------------------------------------------------------------
 
 # Functions in place of cosmos.cosmos_terms, for all methods but `cosmos`. ours: we do not know the paper's losses for
-# the other rows of Table 5. As there, each view of the student is compared with each of the teacher.
+# the other rows of Table 5. As in cosmos_terms, each view of the student is compared with each of the teacher.
 
 def no_terms(out, cls_t, eot_t, scale):
     return {}
@@ -138,8 +138,8 @@ def no_cross_attention_terms(out, cls_t, eot_t, scale):
 
 
 def across_terms(out, cls_t, eot_t, scale):
-    """Eq. 6, but what looks for the other modality has not read it. h_T could find the image's cls_t by copying what
-    it has read, so eot looks for it instead. In the same way cls, and not h_I, looks for eot_t."""
+    """Eq. 6, but no vector looks for what it has read. h_T has read the image, and could find cls_t by copying, so eot,
+    which has read nothing, looks for cls_t. In the same way cls, and not h_I, looks for eot_t."""
     cls, eot, h_I, h_T = gather(out.cls, out.eot, out.h_I, out.h_T)
     cls_t, eot_t = gather(cls_t, eot_t)
     return {
@@ -202,7 +202,7 @@ class Run:
     processes: Processes
     train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
-    # How a step calls the student: in parts (--accum), and in DDP if there are several ranks.
+    # The student as a step calls it: in --accum parts, and in DDP if there are several ranks.
     forward: torch.nn.Module
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
@@ -246,14 +246,15 @@ def train_step(run, batch):
     student = run.student
     for group in run.optimizer.param_groups:
         group['lr'] = lr_at(run.step, options)
-    # V tensors (B, 3, s, s). The loader has cropped the images, and drawn how strongly each crop changes. Here, on the
-    # device, it is changed and normalised. The string seeds the order of the jitters, the same on all ranks.
+    # V tensors (B, 3, s, s). The loader has cropped the images, and drawn how strongly the colours of each crop change.
+    # Here, on the device, they are changed and normalised. The string seeds the order of the jitters, so that it is the
+    # same on all ranks.
     images = batch.views(f'{options.seed} {run.step}')
 
-    # The teacher sees the globals, without gradient. It comes first, when the student does not hold memory for its
-    # backward pass yet. The student sees all views and captions. If there is C^T, its caption 0 keeps its padding,
-    # because C^T reads it. All other captions, the teacher's included, are cut to the longest of their kind.
     cls_t = eot_t = None
+    # The teacher sees the globals, without gradient. It runs first, while the student holds no memory for its backward
+    # pass. The student sees all views and captions. If there is C^T, the student's caption 0 keeps its padding, which
+    # C^T reads. All other captions, the teacher's included, are cut to the longest global or local one.
     # autocast would share a half-precision copy of each weight among the parts of --accum, and so add up the gradients
     # of the parts in half precision.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
@@ -353,7 +354,7 @@ def open_shards(options, processes, saved, built_in_set):
     if options.val:
         val = Shards(options.val, options.caption_keys, 'val', val_index)   # --caption-pool is for training
         evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
-    # Only now --out is touched. The other ranks will memory-map the index.
+    # Nothing is written to --out before this line. The other ranks will memory-map the index.
     runs.lock(options.out)
     shards.save(index)
     if val:
@@ -364,9 +365,9 @@ def open_shards(options, processes, saved, built_in_set):
 def choose_model(options, saved):
     """-> Config, tokenizer (None if it must be learned), weights to start from ({}: none).
 
-    A resumed run has Config and tokenizer from its checkpoint, and set_up restores the weights. --init gives all three,
-    with CLIP's tokenizer if the file has none. Otherwise --preset gives the Config, and --vocab the tokenizer. In a new
-    run, --method decides whether there is cross-attention and a second scale.
+    A resumed run takes Config and tokenizer from its checkpoint; set_up restores its weights later. --init gives all
+    three (of our checkpoints the teacher's weights), with CLIP's tokenizer if the file has none. Otherwise --preset
+    gives the Config, and --vocab the tokenizer. In a new run, --method decides on cross-attention and a second scale.
     """
     if saved:
         config = Config(**saved['config'])
@@ -384,11 +385,9 @@ def choose_model(options, saved):
         tokenizer = Tokenizer.clip(path, config.context_length)
     method = METHODS[options.method]
     heads = 0
-    # If --init has no heads: 8, or 4 in a small model, as in the presets.
-    if method.has_cross_attention:
+    if method.has_cross_attention:      # as in --init; if that has none: 8, or 4 in a small model, as in the presets
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
-    # With C^I and C^T there are always two.
-    two_scales = method.two_scales and not method.has_cross_attention
+    two_scales = method.two_scales and not method.has_cross_attention       # with C^I and C^T it goes without saying
     return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
 
 
@@ -421,8 +420,8 @@ def make_run(options, processes, train_set, weights, batches):
     student = COSMOS(train_set.config).to(device)
     if weights:             # they may lack cross-attention, or have it although this model does not
         missing = student.load_state_dict(weights, strict=False).missing_keys
-        # Each module once, in order.
-        fresh = dict.fromkeys(name.partition('.')[0] for name in missing)
+        fresh = dict.fromkeys(      # each module once, in order
+            name.partition('.')[0] for name in missing)
         rest = f"; these start fresh: {', '.join(fresh)}" if fresh else ''
         print(f'init       {options.init}{rest}')
     for tower in student.visual, student.text:
@@ -446,7 +445,8 @@ def set_up(options, processes, built_in_set):
         saved = runs.read_last(options.out, options.resume)
         config, tokenizer, weights = choose_model(options, saved)
         shards, val = open_shards(options, processes, saved, built_in_set)
-    # If ranks took other batches or other rates, nothing would say so. In last.pt the time tells runs apart.
+    # Nothing would show that ranks took different batches or rates, so compare what these follow from. A last.pt is
+    # recognised by its running time.
     read = {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
     to_agree_on = vars(options) | read | {'val': bool(options.val)}
     for name in 'workers', 'data', 'vocab':             # may differ: the number of cores, and paths
@@ -459,7 +459,8 @@ def set_up(options, processes, built_in_set):
         tokenizer = Tokenizer(merges, config.context_length)
         config = replace(config, vocab_size=tokenizer.vocab_size)
     train_set = make_train_set(options, shards, tokenizer, config)
-    # The loader forks its workers, and a fork may hang once nccl is up. DDP starts nccl, so it comes last.
+    # The loader forks its workers, and a fork may hang once nccl is up. DDP starts nccl, so it comes last. Evaluations
+    # fork later, too, but their loaders end with an error if a worker hangs.
     batches = batches_left(options, processes, train_set, saved.get('step', 0))
     run = make_run(options, processes, train_set, weights, batches)
     if saved:
@@ -493,7 +494,7 @@ def log_entry(run, progress):
         'chance': math.log(options.batch),      # what guessing costs in each part of the loss
         'weights': {name: weight for name, (weight, _) in done.parts.items()},
         'accuracy': (nearest == torch.arange(len(nearest))).double().mean().item(),
-        'spread': images.std(dim=0, correction=0).norm().item(),        # 0: collapsed
+        'spread': images.std(dim=0, correction=0).norm().item(),        # from 0, all images alike, to 1
         'grad_norm': done.norm.item(),
         'scale': run.student.logit_scale.exp().item(),
         'pairs_per_s': progress.steps * options.batch / progress.seconds,
@@ -506,7 +507,7 @@ def log_entry(run, progress):
         'memory_GB': peak_memory(run.processes.device)}
     if done.cls_t is not None:
         cls = done.out.cls[0]                                           # (B, D)
-        means['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)
+        means['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)        # of student and teacher, view 0
     for name, (_, term) in done.parts.items():
         means[name] = term
     for name, total in zip(means, run.processes.sum(means.values())):
@@ -571,7 +572,7 @@ def print_plan(run, val):
 def begin(run, val, watchers):
     """If the run is complete, end here. Otherwise rank 0 prints the plan and writes config.json."""
     options = run.options
-    # A run that has taken all its steps but has no eval.json was cut short in its last evaluation, which is due again.
+    # A run that has taken all its steps but has no eval.json was stopped in its last evaluation, which is due again.
     has_figures = run.processes.broadcast((run.folder / 'eval.json').exists())
     if run.step >= options.steps and has_figures:
         print(f'nothing is left to do: step {run.step} of {options.steps} is reached')
@@ -639,8 +640,8 @@ def is_multiple(step, every):
 
 
 def main(argv=None, watchers=(), built_in_set=None):
-    """Do one run of steps + 1 turns, then end the process, with status 0 if all steps are done. A turn first does what
-    is due, and all but the last one then take a step.
+    """Train until all steps are done or a signal comes, then end the process, with status 0 if all steps are done. Each
+    turn of the loop does what is due, and all turns but the last then take a step.
 
     A watcher has three methods, which rank 0 calls: begin(run), evaluated(run, val, image_features), which returns more
     figures (or {}), and finish(run). built_in_set(): draws the scenes of a run without --data, writes them as shards,
@@ -653,7 +654,7 @@ def main(argv=None, watchers=(), built_in_set=None):
 
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
-    # On an error, if the weights are finite.
+    # If an error ends the loop, the run is saved, provided that its weights are finite.
     saving = runs.saved_on_error(run.student, partial(save, run))
     with bar, saving, signals_caught() as signals:
         while True:
