@@ -1,0 +1,250 @@
+"""The released code beside ours: do both compute the same numbers, and how long does a training step take on each side?
+
+    git clone https://github.com/ExplainableML/cosmos CLONE && git -C CLONE checkout c80348f
+    pip install -r requirements.txt ftfy regex
+    python -m extras.released CLONE                                         a small model, timed in float32
+    python -m extras.released CLONE --preset vit-b-16 --precision bf16      the paper's model, timed in bf16
+
+Both sides get the same weights, images and captions. Their numbers are compared in float32. If they agree, both sides
+take training steps in turns, and the exit status is 0. OMP_NUM_THREADS sets the number of threads.
+"""
+import math
+import platform
+import statistics
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import torch
+
+import train
+from cosmos import COSMOS, GLOBALS, Config, Teacher, clip_loss, cosmos_loss
+from data import cut
+from plumbing.errors import command, need
+from plumbing.options import Parser
+from plumbing.processes import DTYPES
+from plumbing.weights import from_openclip, to_openclip
+from tests.formula import SMALL, wavy_inputs, wavy_model
+
+
+# Config, pairs, views of an image, captions: for the comparison, and for the timing
+COMPARED = {'small': (SMALL, 3, 5, 4), 'vit-b-16': (Config(), 2, 8, 8)}
+TIMED = {
+    'small': (Config(128, 64, 32, 8, 192, 6, 3, 128, 4, 2), 32, 8, 8),
+    'vit-b-16': (Config(), 4, 8, 8)}
+# Relative distances, see docs/measurements.md; the deeper model may differ by three times as much.
+ALLOWED = {'gradients': 2e-5}
+ALLOWED_ELSE = 1e-6
+DEPTH = {'small': 1, 'vit-b-16': 3}
+RATE = 1e-3
+DECAY = 0.5
+MOMENTUM = 0.99
+TURNS = 7
+
+# --- 1. Two sides with one interface ---------------------------------------------------------------------------------
+
+class Ours:
+    rename = staticmethod(to_openclip)
+
+    def __init__(self, config):
+        """SMALL gets the weights of test_cosmos.py; other models get initial ones."""
+        torch.manual_seed(0)
+        small = config == SMALL
+        self.student = wavy_model(0) if small else COSMOS(config)
+        self.average = Teacher(wavy_model(100) if small else COSMOS(config))
+        self.teacher = self.average.model
+        self.optimizer = train.make_optimizer(self.student, RATE, DECAY)
+
+    def forward(self, images, texts):
+        multiple = 8 if torch.is_autocast_enabled('cpu') else 1     # captions are cut as in data.collate
+        globals_cut = cut(texts[:GLOBALS], multiple)
+        locals_cut = cut(texts[GLOBALS:], multiple)
+        out = self.student(images, [texts[0], *globals_cut[1:], *locals_cut])
+        cls_t, eot_t = self.average(images[:GLOBALS], globals_cut)
+        clip = clip_loss(out, self.student.logit_scale.exp())
+        cosmos = cosmos_loss(out, cls_t, eot_t, self.student.distill_logit_scale.exp())
+        return out._asdict() | {'cls_t': cls_t, 'eot_t': eot_t, 'L_CLIP': clip, 'L_COSMOS': cosmos}
+
+    def update(self):
+        self.optimizer.step()
+        self.student.clamp_scales()
+        self.average.update(self.student, MOMENTUM)
+
+
+class Released:
+    rename = staticmethod(dict)
+
+    def __init__(self, ours):
+        from open_clip.loss import COSMOSLoss
+        self.loss = COSMOSLoss()
+        self.student = self.copy(ours.student)
+        self.teacher = self.copy(ours.teacher).requires_grad_(False)
+        matrices = [p for p in self.student.parameters() if p.ndim > 1]     # main.py's rule gives the same two groups
+        vectors = [p for p in self.student.parameters() if p.ndim < 2]
+        groups = [{'params': matrices}, {'params': vectors, 'weight_decay': 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, RATE, (0.9, 0.98), weight_decay=DECAY)
+
+    def copy(self, model):
+        """The released model with our weights and sizes. For vit-b-16 the released code has the sizes itself."""
+        from open_clip import create_model
+        config = model.config
+        flags = {'output_all': True, 'attentional_pool': True}
+        sizes = {}
+        if config != Config():
+            vision = {
+                'image_size': config.image_size, 'patch_size': config.patch_size,
+                'width': config.vision_width, 'layers': config.vision_layers,
+                'head_width': config.vision_width // config.vision_heads}
+            text = {
+                'context_length': config.context_length, 'vocab_size': config.vocab_size,
+                'width': config.text_width, 'layers': config.text_layers, 'heads': config.text_heads}
+            sizes = {'embed_dim': config.embed_dim, 'vision_cfg': vision | flags, 'text_cfg': text | flags}
+        released = create_model('ViT-B-16', output_dict=True, cosmos=True, **flags, **sizes)
+        released.load_state_dict(to_openclip(model.state_dict()))
+        return released
+
+    def forward(self, images, texts):
+        B = len(images[0])
+        out = self.student(images, torch.cat(texts), B)
+        out_t = self.teacher(torch.cat(images[:GLOBALS]), torch.cat(texts[:GLOBALS]))
+        kinds = 'image_features', 'text_features', 'img_crossmodal_features', 'txt_crossmodal_features'
+        vectors = {f's_{kind}': out[kind].split(B) for kind in kinds}       # of each kind V or U tensors (B, D)
+        vectors |= {f't_{kind}': out_t[kind].split(B) for kind in kinds[:2]}
+        scales = {name: out[name] for name in ('logit_scale', 'distill_logit_scale')}
+        losses = self.loss(**vectors, **scales, output_dict=True)
+        found = {'L_CLIP': losses['clip_loss'], 'L_COSMOS': losses['distill_loss']}
+        for name, views in zip(['cls', 'eot', 'h_I', 'h_T', 'cls_t', 'eot_t'], vectors.values()):
+            found[name] = torch.stack(views)
+        return found
+
+    @torch.no_grad()
+    def update(self):
+        """In our order. The released code averages before the step, which takes as long."""
+        self.optimizer.step()
+        for scale in self.student.logit_scale, self.student.distill_logit_scale:
+            scale.clamp_(0, math.log(100))
+        for average, p in zip(self.teacher.parameters(), self.student.parameters()):
+            average.mul_(MOMENTUM)
+            average.add_((1 - MOMENTUM) * p)
+
+
+# --- 2. The same numbers? --------------------------------------------------------------------------------------------
+
+def backward(side, images, texts, dtype=None):
+    side.optimizer.zero_grad()
+    with torch.autocast('cpu', dtype, enabled=dtype is not None):
+        found = side.forward(images, texts)
+    (found['L_CLIP'] + found['L_COSMOS']).backward()
+    return found
+
+
+def step_by_step(side, images, texts, gradients=None):
+    """What a step computes: {what: tensor, or {released name: tensor}}. gradients: what AdamW takes instead of its own.
+    (Its first step divides each number by its own size, and so makes much of those that are only rounding.)"""
+    found = backward(side, images, texts)
+    parameters = dict(side.student.named_parameters())
+    found['gradients'] = side.rename({name: p.grad for name, p in parameters.items()})
+    if gradients:
+        for name, gradient in from_openclip(gradients).items():
+            parameters[name].grad = gradient
+    side.update()
+    found['student after AdamW'] = side.rename(side.student.state_dict())
+    found['teacher after its update'] = side.rename(side.teacher.state_dict())
+    return found
+
+
+def distance(found, expected):
+    """The largest relative distance of tensors with the same name."""
+    if isinstance(expected, torch.Tensor):
+        return distance({'': found}, {'': expected})
+    distances = []
+    for name, value in expected.items():
+        # Four gradients of SMALL are sums that cancel: their norms are below 1e-5, of which 1e-10 is rounding.
+        distances.append((found[name] - value).norm() / value.norm().clamp_min(5e-5))
+    return torch.stack(distances).max().item()
+
+
+def compare(found, expected, depth):
+    """Prints a table -> whether all is within what is allowed."""
+    print(f'{"":26}largest relative distance   allowed')
+    agree = True
+    for what in expected:
+        apart = distance(found[what], expected[what])
+        allowed = depth * ALLOWED.get(what, ALLOWED_ELSE)
+        within = apart <= allowed               # NaN is not
+        print(f'{what:26}{apart:25.1e}{allowed:10.0e}   {"yes" if within else "no"}')
+        agree = agree and within
+    return agree
+
+
+def record(found, path):
+    """Writes the numbers that test_cosmos.py holds, in its form."""
+    losses = [found['L_CLIP'], found['L_COSMOS']]
+    norms = [found['gradients'][name].norm() for name in sorted(found['gradients'])]
+    lists = {'LOSSES': losses, 'H_I': found['h_I'][0, 0, :6], 'H_T': found['h_T'][0, 0, :6], 'NORMS': norms}
+    with open(path, 'w') as file:
+        for name, values in lists.items():
+            digits = ', '.join(f'{value:.7g}' for value in values)
+            print(textwrap.fill(f'RELEASED_{name} = [{digits}]', 120, subsequent_indent='    '), file=file)
+
+
+def check(preset, path=None):
+    """-> whether both sides compute the same; path: where to record the released numbers."""
+    inputs = wavy_inputs(*COMPARED[preset])
+    ours = Ours(COMPARED[preset][0])
+    expected = step_by_step(Released(ours), *inputs)
+    if path:
+        record(expected, path)
+    return compare(step_by_step(ours, *inputs, expected['gradients']), expected, DEPTH[preset])
+
+
+# --- 3. Which is faster? ---------------------------------------------------------------------------------------------
+
+def race(preset, precision):
+    """Steps in turns, so that whatever else the machine does slows both sides. The first turn is not counted."""
+    inputs = wavy_inputs(*TIMED[preset])
+    ours = Ours(TIMED[preset][0])
+    seconds = {ours: [], Released(ours): []}
+    for _ in range(1 + TURNS):
+        for side, times in seconds.items():
+            begun = time.perf_counter()
+            backward(side, *inputs, DTYPES[precision])
+            side.update()
+            times.append(time.perf_counter() - begun)
+    mine, theirs = (times[1:] for times in seconds.values())
+    ratios = [slow / fast for slow, fast in zip(theirs, mine)]
+    print(f'released   {statistics.median(theirs):.3f} s a step, the median of {TURNS}')
+    print(f'ours       {statistics.median(mine):.3f} s')
+    print(f'ratio      {statistics.median(ratios):.2f}, in single turns {min(ratios):.2f} to {max(ratios):.2f}')
+
+
+def processor():
+    """Its name, if this system tells it."""
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(': ')[2] for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main():
+    parser = Parser(prog='python -m extras.released', epilog=__doc__, usage='%(prog)s CLONE [options]')
+    parser.add_argument('clone', metavar='CLONE', help='a checkout of the released code')
+    parser.add_argument('--preset', choices=list(TIMED), default='small', help='default: %(default)s')
+    parser.add_argument('--precision', choices=['fp32', 'bf16'], default='fp32', help='of the timed steps')
+    parser.add_argument('--record', metavar='FILE', help='write what test_cosmos.py holds of the small model')
+    args = parser.parse_args()
+    source = Path(args.clone, 'src')
+    need((source / 'open_clip').is_dir(), f'{source} has no open_clip; give a checkout of ExplainableML/cosmos')
+    need(args.preset == 'small' or not args.record, f'--record needs --preset small, not {args.preset}')
+    sys.path.insert(0, str(source))
+    if not check(args.preset, args.record):
+        sys.exit('the numbers differ')
+    _, pairs, *_ = TIMED[args.preset]
+    print(f'\n{args.preset}, {pairs} pairs, {args.precision}, torch {torch.__version__}, '
+          f'{torch.get_num_threads()} thread(s), {processor()}')
+    race(args.preset, args.precision)
+
+
+if __name__ == '__main__':
+    command(main)
