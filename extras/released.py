@@ -28,12 +28,12 @@ from plumbing.weights import from_openclip, to_openclip
 from tests.formula import SMALL, wavy_inputs, wavy_model
 
 
-# Config, pairs, views of an image, captions: for the comparison, and for the timing
+# sizes of the model, pairs, views of an image, captions
 COMPARED = {'small': (SMALL, 3, 5, 4), 'vit-b-16': (Config(), 2, 8, 8)}
 TIMED = {
     'small': (Config(128, 64, 32, 8, 192, 6, 3, 128, 4, 2), 32, 8, 8),
     'vit-b-16': (Config(), 4, 8, 8)}
-# relative distance; gradients may differ by 20 times as much, see docs/measurements.md
+# Relative distances. Gradients may be 20 times as far apart; docs/measurements.md says how far they are.
 ALLOWED = {'small': 1e-6, 'vit-b-16': 3e-6}
 NUMBERS = 'cls', 'eot', 'h_I', 'h_T', 'cls_t', 'eot_t', 'L_CLIP', 'L_COSMOS'
 RATE = 1e-3
@@ -44,11 +44,12 @@ TURNS = 7
 # --- 1. Two sides with one interface ---------------------------------------------------------------------------------
 
 class Ours:
-    """student, teacher, optimizer; `forward` gives NUMBERS, `update` ends a step, `rename` gives released names."""
+    """What a comparison needs: student, teacher and optimizer. `forward` computes NUMBERS, `update` does what comes
+    after the backward pass, and `rename` turns the names of parameters into the released ones."""
     rename = staticmethod(to_openclip)
 
     def __init__(self, config):
-        """SMALL gets the weights of test_cosmos.py; other models get initial ones."""
+        """SMALL gets the weights of test_cosmos.py, any other model initial ones."""
         torch.manual_seed(0)
         small = config == SMALL
         self.student = wavy_model(0) if small else COSMOS(config)
@@ -73,7 +74,7 @@ class Ours:
 
 
 class Released:
-    """The same of the released code."""
+    """The released code with the same interface. main has put CLONE on the path, so open_clip is the released one."""
     rename = staticmethod(dict)
 
     def __init__(self, ours):
@@ -81,14 +82,14 @@ class Released:
         self.loss = COSMOSLoss()
         self.student = self.copy(ours.student)
         self.teacher = self.copy(ours.teacher).requires_grad_(False)
-        # main.py splits parameters by their names, which gives the same two groups
+        # The released main.py goes by the names of parameters, too, but gets the same two groups.
         matrices = [p for p in self.student.parameters() if p.ndim > 1]
         vectors = [p for p in self.student.parameters() if p.ndim < 2]
         groups = [{'params': matrices}, {'params': vectors, 'weight_decay': 0.0}]
         self.optimizer = torch.optim.AdamW(groups, RATE, (0.9, 0.98), weight_decay=DECAY)
 
     def copy(self, model):
-        """The released model with our weights and sizes. For vit-b-16 the released code has the sizes itself."""
+        """A released model with our weights and sizes. The sizes of ViT-B/16 are known to the released code itself."""
         from open_clip import create_model
         config = model.config
         flags = {'output_all': True, 'attentional_pool': True}
@@ -101,7 +102,9 @@ class Released:
             text = {
                 'context_length': config.context_length, 'vocab_size': config.vocab_size,
                 'width': config.text_width, 'layers': config.text_layers, 'heads': config.text_heads}
-            sizes = {'embed_dim': config.embed_dim, 'vision_cfg': vision | flags, 'text_cfg': text | flags}
+            sizes['embed_dim'] = config.embed_dim
+            sizes['vision_cfg'] = vision | flags
+            sizes['text_cfg'] = text | flags
         released = create_model('ViT-B-16', output_dict=True, cosmos=True, **flags, **sizes)
         released.load_state_dict(to_openclip(model.state_dict()))
         return released
@@ -110,7 +113,8 @@ class Released:
         B = len(images[0])
         out = self.student(images, torch.cat(texts), B)
         out_t = self.teacher(torch.cat(images[:GLOBALS]), torch.cat(texts[:GLOBALS]))
-        kinds = 'image_features', 'text_features', 'img_crossmodal_features', 'txt_crossmodal_features'
+        kinds = [
+            'image_features', 'text_features', 'img_crossmodal_features', 'txt_crossmodal_features']
         vectors = {f's_{kind}': out[kind].split(B) for kind in kinds}       # V or U tensors (B, D)
         vectors |= {f't_{kind}': out_t[kind].split(B) for kind in kinds[:2]}
         scales = {name: out[name] for name in ('logit_scale', 'distill_logit_scale')}
@@ -120,7 +124,7 @@ class Released:
 
     @torch.no_grad()
     def update(self):
-        """In our order. The released code averages before the step, which takes as long."""
+        """The order is ours. The released code updates the teacher before the optimizer's step, in the same time."""
         self.optimizer.step()
         for scale in self.student.logit_scale, self.student.distill_logit_scale:
             scale.clamp_(0, math.log(100))
@@ -140,8 +144,8 @@ def backward(side, images, texts, dtype=None):
 
 
 def step_by_step(side, images, texts, gradients=None):
-    """What a step computes: {what: tensor, or {released name: tensor}}. gradients: what AdamW takes instead of its own.
-    (Its first step divides each number by its own size, and so makes much of those that are only rounding.)"""
+    """One step -> {what: tensor, or {released name: tensor}}. AdamW takes `gradients`, if given, instead of the side's
+    own, because its first step divides each number by its own size, and so blows up those that are only rounding."""
     found = backward(side, images, texts)
     parameters = dict(side.student.named_parameters())
     found['gradients'] = side.rename({name: p.grad for name, p in parameters.items()})
@@ -160,13 +164,13 @@ def distance(found, expected):
         return distance({'': found}, {'': expected})
     distances = []
     for name, value in expected.items():
-        # Four gradients of SMALL are sums that cancel: their norms are below 1e-5, of which 1e-10 is rounding.
+        # Four gradients of SMALL are sums that cancel. Their norms are below 1e-5, and rounding moves them by 1e-10.
         distances.append((found[name] - value).norm() / value.norm().clamp_min(5e-5))
     return torch.stack(distances).max().item()
 
 
 def compare(found, expected, allowed):
-    """Prints a table -> whether all is within what is allowed."""
+    """Prints a table, and returns whether everything is within what is allowed."""
     print(f'{"":26}largest relative distance   allowed')
     agree = True
     for what in expected:
@@ -187,11 +191,12 @@ def record(found, path):
     with open(path, 'w') as file:
         for name, values in {'LOSSES': losses, 'H_I': h_I, 'H_T': h_T, 'NORMS': norms}.items():
             digits = ', '.join(f'{value:.7g}' for value in values)
-            print(textwrap.fill(f'RELEASED_{name} = [{digits}]', 120, subsequent_indent='    '), file=file)
+            line = f'RELEASED_{name} = [{digits}]'
+            print(textwrap.fill(line, 120, subsequent_indent='    '), file=file)
 
 
 def check(preset, path=None):
-    """-> whether both sides compute the same; path: where to record the released numbers."""
+    """Whether both sides compute the same. path: where to record the released numbers."""
     inputs = wavy_inputs(*COMPARED[preset])
     ours = Ours(COMPARED[preset][0])
     expected = step_by_step(Released(ours), *inputs)
@@ -203,7 +208,7 @@ def check(preset, path=None):
 # --- 3. Which is faster? ---------------------------------------------------------------------------------------------
 
 def race(preset, precision):
-    """Steps in turns, so that whatever else the machine does slows both sides. The first turn is not counted."""
+    """Times steps of both sides in turns, so that other work on the machine slows both. The first turn is left out."""
     inputs = wavy_inputs(*TIMED[preset])
     ours = Ours(TIMED[preset][0])
     seconds = {ours: [], Released(ours): []}

@@ -7,7 +7,10 @@ import torch
 from cosmos import COSMOS, GLOBALS, Config
 from plumbing.weights import from_openclip, to_openclip
 
-SMALL = Config(24, 32, 16, 8, 32, 2, 2, 24, 2, 2, 12, 30, 8)
+SMALL = Config(
+    embed_dim=24, image_size=32, local_image_size=16, patch_size=8,
+    vision_width=32, vision_layers=2, vision_heads=2,
+    text_width=24, text_layers=2, text_heads=2, context_length=12, vocab_size=30)
 
 
 def wave(shape, number, size=1.0):
@@ -27,8 +30,8 @@ def wavy_model(first):
 
 
 def wavy_inputs(config=SMALL, pairs=3, views=5, captions=4):
-    """-> images, a list of V (B, 3, s, s), and texts, a list of U (B, T). Captions of SMALL have 3 to 7 words. At CLIP's
-    length global ones have 3 to 75 words, and local ones 3 to 19."""
+    """-> images, a list of V (B, 3, s, s), and texts, a list of U (B, T). Captions of SMALL have 3 to 7 words. If the
+    context is 77, global captions have 3 to 75 words, and local ones 3 to 19."""
     images = []
     for k in range(views):
         side = config.image_size if k < GLOBALS else config.local_image_size
@@ -40,6 +43,8 @@ def wavy_inputs(config=SMALL, pairs=3, views=5, captions=4):
         stretch = max(1, (T - 5) // (4 if u < GLOBALS else 16))
         for b in range(pairs):
             count = 3 + (u + 2 * b) % 5 * stretch
-            words = [1 + (5 * u + 3 * b + 7 * k) % (end - 2) for k in range(count)]
-            texts[u, b, :count + 2] = torch.tensor([end - 1, *words, end])
+            k = torch.arange(count)
+            texts[u, b, 0] = end - 1
+            texts[u, b, 1:count + 1] = 1 + (5 * u + 3 * b + 7 * k) % (end - 2)
+            texts[u, b, count + 1] = end
     return images, list(texts)
