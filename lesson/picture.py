@@ -31,7 +31,8 @@ def one_pair():
     (_, image), (_, record) = draw_scene(World(), 'train', PAIR)
     shards = SimpleNamespace(pair=lambda index: (json.loads(record)['captions'], image))
     # We only call `sample`, which needs no tokenizer.
-    drawn = Crops(shards, None, SIZES, 0, COUNTS, 'crops').sample(EPOCH, PAIR)
+    crops = Crops(shards, None, SIZES, 0, COUNTS, 'crops')
+    drawn = crops.sample(EPOCH, PAIR)
     return drawn.crops, drawn.captions
 
 

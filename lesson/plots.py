@@ -194,16 +194,12 @@ def table(columns, places, name_row):
 INTRODUCTION = """# All results
 
 `python -m lesson.plots` writes this page from `results.csv`, which has every figure of every run.
-A row there is found by the words of its training command, which
-`python -m lesson.experiments NAME --print` shows.
+`python -m lesson.experiments NAME --print` shows the commands of the runs.
 
-Figures are in percent. ± is half of the 95 % interval. The held-out data are the same in all runs,
-so it is over training scenes and seeds, and on photographs over seeds alone.
-
-## Differences
-
-A difference is *undecided* if it does not survive Holm's correction at 5 %, over all differences of
-its experiment. So one that stands in two experiments may be decided in one of them only.
+Figures are in percent; ± is half of the 95 % interval, over training scenes and seeds, and on
+photographs over seeds alone. A difference is *undecided* if it does not survive Holm's correction
+at 5 %, over all differences of its experiment. So one that stands in two experiments may be decided
+in one of them only.
 """
 RATES = """
 ## Learning rates
@@ -240,7 +236,7 @@ def appendix():
     for experiment in EXPERIMENTS:
         found = difference_table(experiment)
         if found:
-            text += f'\n### {experiment}\n\n{found}'
+            text += f'\n## {experiment}\n\n{found}'
     tried = []
     for experiment, variants in EXPERIMENTS.items():
         if 'tune' in experiment:

@@ -131,14 +131,9 @@ def objects_at(scene, config):
 
 @torch.no_grad()
 def pointing(args, scored, shards, scenes):
-    """Where does the highest weight of C^I lie? -> {role: {own_it, own_other, ...: shares of its objects}}.
-
-    own_, absent_: asked for the object, and for an absent name of its colour. area_: what a blind guess among all
-    patches hits. it: on the object; other: on another one. The rest is ground.
-
-    And {'color': {asked, other}} over the scenes of both colours. Each colour is asked for once, so a model that looks
-    at one place whatever is asked has equal shares of `asked` and `other`.
-    """
+    """-> {role: {own_it, own_other, absent_it, ...: shares of its objects}, color: {asked, other}}; see the head of this
+    file. What is neither `it` nor `other` is ground. Each of the two colours of a scene is asked for once, so a model
+    that looks at one place whatever is asked has equal shares of `asked` and `other`."""
     model, tokenizer, preprocess = scored
     device = model.logit_scale.device
     questions = tokenizer(list(map(question, NAMES)))
@@ -275,12 +270,11 @@ def answers_of(student, teacher, pixels, question_ids, caption_ids):
 
 
 def conflict(args, scored, shards, scenes):
-    """Does h_T say what the sentence says, or what it has read? -> {h_T, h_T_caption, h_I: {own, sentence, read,
-    alone}}, shares of the pairs.
+    """-> {h_T, h_T_caption, h_I: {own, sentence, read, alone}}, shares of the pairs.
 
     The student of args.checkpoint reads, and its teacher gives the targets; if the file holds one network, it does
-    both. h_T_caption and h_I have the first caption of each image. The sentence of h_T names one object of the scene:
-    in scene 0 the first, in scene 1 the second, and so on in turn. If a scene lists none, it is the caption's first.
+    both. h_T_caption and h_I have the first caption of each image. The sentence of h_T names one object of the scene,
+    each in turn from scene to scene. If a scene lists none, it is the first sentence of the caption.
     """
     student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab)
     teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)
