@@ -10,7 +10,6 @@ import torch
 
 from plumbing.captions import without_spaced_stop
 from plumbing.errors import Refused, need
-from plumbing.files import read_json
 
 SPLIT = 'karpathy_split'  # a key in the json of pairs that came from Karpathy's list
 
@@ -36,50 +35,25 @@ def karpathy_rows(listing):
     return rows
 
 
-# The three lists as eval.py takes them: each function returns [(path of an image, its captions), ...]. images: the
-# folder of the images; if none is given, they are looked for next to the list.
-
-def read_coco(folder):
-    """COCO's folder, with images/val2017 and annotations/captions_val2017.json."""
-    rows = coco_rows(read_json(Path(folder, 'annotations/captions_val2017.json')))
-    return [(Path(folder, 'images/val2017', name), captions) for name, captions in rows]
-
-
-def read_karpathy(path, images, split):
-    """One split of Karpathy's list."""
-    folder = images or Path(path).parent
-    rows = karpathy_rows(read_json(path))
-    return [(Path(folder, name), captions) for part, name, captions in rows if part == split]
-
-
-def read_flickr(path, images):
-    """The released code's flickr30k_val.json: [{"image": path, "caption": [five]}, ...]."""
-    folder = images or Path(path).parent
-    captions = defaultdict(list)            # {path of an image: its captions}; an image may have several items
-    for item in read_json(path):
-        caption = item['caption']
-        captions[Path(folder, item['image'])] += caption if isinstance(caption, list) else [caption]
-    return list(captions.items())
-
-
 def published_captions(coco, karpathy, flickr, images, split):
-    """Whichever of the three lists is given -> the paths of its images, and captions and owner as in `with_owners`."""
+    """The images and captions of COCO's folder, or else of Karpathy's list or of the released code's flickr30k_val.json,
+    [{"image": path, "caption": [five]}, ...] -> paths, and captions and owner as in `with_owners`. images: the folder
+    of the images (that of the list, if none is given)."""
     if coco:
-        pairs = read_coco(coco)
-    elif karpathy:
-        pairs = read_karpathy(karpathy, images, split)
+        listing = Path(coco, 'annotations/captions_val2017.json')
+        folder = Path(coco, 'images/val2017')
     else:
-        pairs = read_flickr(flickr, images)
-    listing = coco or karpathy or flickr
+        listing = Path(karpathy or flickr)
+        folder = images or listing.parent
+    pools = defaultdict(list)           # {path of an image: its captions}; an image may have several rows
+    for row in read_rows(listing):
+        if not karpathy or row[SPLIT] == split:
+            found = row['captions' if karpathy else 'caption']
+            pools[Path(folder, row['image'])] += found if isinstance(found, list) else [found]
     chosen = f' of the split {split}' if karpathy else ''
-    need(pairs, f'{listing} lists no image{chosen}; see --help')
-    paths = [path for path, _ in pairs]
-    pools = [pool for _, pool in pairs]
-
-    def name(i):
-        return f'{paths[i]}, listed in {listing},'
-
-    captions, owner = with_owners(pools, name)
+    need(pools, f'{listing} lists no image{chosen}; see --help')
+    paths = list(pools)
+    captions, owner = with_owners(pools.values(), lambda i: f'{paths[i]}, listed in {listing},')
     return paths, captions, owner
 
 

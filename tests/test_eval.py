@@ -352,11 +352,12 @@ def test_published_layouts(here):
     put('karpathy', """{"images": [
         {"split": "test", "filename": "a.jpg", "sentences": [{"raw": "y"}]},
         {"split": "val", "filename": "b.jpg", "filepath": "f", "sentences": [{"raw": "x"}]}]}""")
-    assert lists.read_coco('coco') == [
-        (Path('coco/images/val2017/a.jpg'), ['y']),
-        (Path('coco/images/val2017/b.jpg'), ['x'])]
-    assert lists.read_karpathy('karpathy', 'x', 'test') == [(Path('x/a.jpg'), ['y'])]
-    assert lists.read_karpathy('karpathy', '', 'val') == [(Path('f/b.jpg'), ['x'])]
+    paths, captions, _ = lists.published_captions('coco', None, None, None, 'test')
+    assert (paths, captions) == ([Path('coco/images/val2017/a.jpg'), Path('coco/images/val2017/b.jpg')], ['y', 'x'])
+    paths, captions, _ = lists.published_captions(None, 'karpathy', None, 'x', 'test')
+    assert (paths, captions) == ([Path('x/a.jpg')], ['y'])
+    paths, captions, _ = lists.published_captions(None, 'karpathy', None, None, 'val')
+    assert (paths, captions) == ([Path('f/b.jpg')], ['x'])
     pools = ['a scarf , laughing .', ['a dog.', ' ', 'J .']]
     captions, owner = lists.with_owners(pools, None)           # neither is the caption of white space
     assert (captions, owner.tolist()) == (['a scarf , laughing', 'a dog.', 'J'], [0, 1, 1])
