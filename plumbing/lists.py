@@ -3,13 +3,14 @@ import csv
 import io
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 
 from plumbing.captions import without_spaced_stop
 from plumbing.errors import Refused, need
+from plumbing.files import reading
 
 SPLIT = 'karpathy_split'  # a key in the json of pairs that came from Karpathy's list
 
@@ -111,8 +112,7 @@ def rows_of_json(text):
         return whole
     if 'annotations' in whole:
         return [{'image': name, 'caption': captions} for name, captions in coco_rows(whole)]
-    images = whole.get('images')
-    if isinstance(images, list) and images and isinstance(images[0], dict):
+    if 'images' in whole and 'captions' not in whole:
         return [{'image': name, 'captions': captions, SPLIT: split} for split, name, captions in karpathy_rows(whole)]
     if all(isinstance(value, dict) for value in whole.values()):
         return list(whole.values())
@@ -120,17 +120,19 @@ def rows_of_json(text):
 
 
 def table_rows(file, path, **form):
-    """The rows of an open CSV or TSV, as dicts. A quotation mark that nothing closes is Refused, with its line, because
-    it would swallow all rows up to the next one."""
+    """The rows of an open CSV or TSV, as dicts. A row is Refused, with its line, if it has too many fields, or if nothing
+    closes its quotation mark, because that would swallow all rows up to the next one."""
     reader = csv.DictReader(file, strict=True, **form)
     line = 1
     try:
-        columns = Counter(reader.fieldnames or [])                      # of the first line
-        for name, times in columns.items():
-            need(times == 1 or not name.strip(), f'{path} has several columns called {name}; '
+        columns = reader.fieldnames or []                               # of the first line
+        for name in columns:
+            need(columns.count(name) == 1 or not name.strip(), f'{path} has several columns called {name}; '
                  'give an image with several captions several rows')
         line = reader.line_num + 1
         for row in reader:
+            need(None not in row, f'line {line} of {path} has more fields than the first; '
+                 'put texts that hold the delimiter in quotes')
             yield row
             line = reader.line_num + 1
     except csv.Error as error:
@@ -141,7 +143,7 @@ def table_rows(file, path, **form):
 def rows_of_table(text, path):
     """The rows of a CSV, a TSV, or Flickr30k's table. The first line shows what the delimiter is."""
     first_line = text.partition('\n')[0]
-    delimiter = csv.Sniffer().sniff(first_line, ',;\t|').delimiter
+    delimiter = max(',;\t|', key=first_line.count)
     # Neither a TSV nor Flickr30k's table, with its '| ', has quoting: a caption may begin with a quotation mark.
     unquoted = delimiter == '\t' or '| ' in first_line
     quoting = csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL
@@ -150,21 +152,15 @@ def rows_of_table(text, path):
 
 def read_rows(path):
     """The rows of a JSONL, JSON, CSV or TSV file, as dicts. The content says which it is, because names vary:
-    Flickr8k's captions.txt is a CSV. Any other file is Refused; the message names the file, and often the row."""
-    try:
-        text = Path(path).read_text(encoding='utf-8-sig')
+    Flickr8k's captions.txt is a CSV."""
+    with reading(path):
+        try:
+            text = Path(path).read_text(encoding='utf-8-sig')
+        except UnicodeDecodeError as error:
+            line = error.object.count(b'\n', 0, error.start) + 1
+            raise Refused(f'{path} is not UTF-8 (line {line}); save it as UTF-8, '
+                          'in Excel as the type CSV UTF-8') from None
         is_json = text.lstrip().startswith(('{', '['))
         rows = rows_of_json(text.strip()) if is_json else rows_of_table(text, path)
-    except UnicodeDecodeError as error:
-        line = error.object.count(b'\n', 0, error.start) + 1
-        raise Refused(f'{path} is not UTF-8 (line {line}); save it as UTF-8, '
-                      'in Excel as the type CSV UTF-8') from None
-    except (OSError, json.JSONDecodeError, csv.Error) as error:
-        raise Refused(f'{path} cannot be read as JSONL, JSON, CSV or TSV ({error!r}); '
-                      'docs/data.md shows what a table looks like') from None
-    need(rows, f'{path} has no rows')
-    for number, row in enumerate(rows, 1):
-        need(isinstance(row, dict), f'row {number} of {path} is not an object with names for its values')
-        need(None not in row, f'row {number} of {path} has more fields than the first; '
-             'put texts that hold the delimiter in quotes')
+    need(rows, f'{path} has no rows; docs/data.md shows what a table looks like')
     return rows
