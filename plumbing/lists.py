@@ -16,14 +16,6 @@ SPLIT = 'karpathy_split'  # a key in the json of pairs that came from Karpathy's
 
 # --- 1. Published lists ----------------------------------------------------------------------------------------------
 
-def coco_rows(listing):
-    """COCO's captions -> [(name of an image, its captions), ...]."""
-    captions = defaultdict(list)                                    # {the image's id: captions}
-    for annotation in listing['annotations']:
-        captions[annotation['image_id']].append(annotation['caption'])
-    return [(image['file_name'], captions[image['id']]) for image in listing['images']]
-
-
 def karpathy_rows(listing):
     """Karpathy's dataset_coco.json and the like -> [(split, name of an image, its captions), ...]."""
     rows = []
@@ -90,8 +82,8 @@ def with_owners(pools, name):
 
 # --- 3. Rows of any table --------------------------------------------------------------------------------------------
 
-def json_values(text):
-    """All JSON values in a text, one after another. JSON has one, JSON lines have one per line."""
+def rows_of_json(text):
+    """JSON lines, a list of objects, an object of objects (SugarCrepe), COCO's captions or Karpathy's list -> rows."""
     decoder = json.JSONDecoder(parse_constant={}.get)       # NaN, which is not JSON, becomes None
     values = []
     place = 0
@@ -99,24 +91,21 @@ def json_values(text):
         value, place = decoder.raw_decode(text, place)
         values.append(value)
         place = re.compile(r'\s*').match(text, place).end()  # raw_decode does not skip white space
-    return values
-
-
-def rows_of_json(text):
-    """JSON lines, a list of objects, an object of objects (SugarCrepe), COCO's captions or Karpathy's list -> rows."""
-    values = json_values(text)
-    whole = values[0]
     if len(values) > 1:
         return values
+    [whole] = values
     if isinstance(whole, list):
         return whole
-    if 'annotations' in whole:
-        return [{'image': name, 'caption': captions} for name, captions in coco_rows(whole)]
-    if 'images' in whole and 'captions' not in whole:
+    if 'annotations' in whole:                              # COCO's captions
+        captions = defaultdict(list)                        # {the image's id: captions}
+        for annotation in whole['annotations']:
+            captions[annotation['image_id']].append(annotation['caption'])
+        return [{'image': image['file_name'], 'caption': captions[image['id']]} for image in whole['images']]
+    if 'images' in whole and 'captions' not in whole:       # Karpathy's list
         return [{'image': name, 'captions': captions, SPLIT: split} for split, name, captions in karpathy_rows(whole)]
     if all(isinstance(value, dict) for value in whole.values()):
         return list(whole.values())
-    return values                       # JSON lines with one line
+    return values                                           # JSON lines with one line
 
 
 def table_rows(file, path, **form):
