@@ -46,7 +46,7 @@ from plumbing.files import write_json
 from plumbing.images import read_image, shorten
 from plumbing.lists import has_caption, published_captions, with_owners
 from plumbing.options import evaluation_options
-from plumbing.processes import loading
+from plumbing.processes import choose_device, loading
 from plumbing.shards import Shards
 from plumbing.weights import load_weights, read_network
 
@@ -512,6 +512,7 @@ def run_segment(args, model, tokenizer, preprocess):
 
 def execute(args):
     """Load the checkpoint, run the command, show its figures. Commands in extras/ and lesson/ use it, too."""
+    args.device = choose_device(args.device)
     model, tokenizer, preprocess = load(args.checkpoint, args.weights, args.vocab)
     print(f'{args.command} of {model.origin}')
     model.to(args.device)

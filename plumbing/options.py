@@ -4,12 +4,10 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-
 from plumbing.benchmarks import BENCHMARKS, TORCHVISION_SETS
 from plumbing.captions import POOL_KEYS
 from plumbing.errors import Refused, need, note
-from plumbing.processes import DTYPES, choose_device, cores
+from plumbing.processes import DEVICES, DTYPES, choose_device, cores
 
 # --- 1. Parser and types ---------------------------------------------------------------------------------------------
 
@@ -35,16 +33,6 @@ def number_type(kind, words, least, most=float('inf')):
             raise argparse.ArgumentTypeError(f'{text} is not {words}')
         return value
     return parse
-
-
-def device_type(text):
-    """A type for argparse: a device that torch has on this machine."""
-    try:
-        torch.zeros(1, device=text)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        reason = str(error)[:80]
-        raise argparse.ArgumentTypeError(f'{text} is not a device on this machine ({reason})') from None
-    return text
 
 
 positive = number_type(int, 'a whole number of 1 or more', 1)
@@ -98,8 +86,7 @@ def add_machine_and_output(parser):
     add = parser.add_argument_group('machine').add_argument
     switch = argparse.BooleanOptionalAction
     add('--precision', choices=['auto', *DTYPES], default='auto', help='auto: bf16 if it is fast')
-    devices = ['auto', 'cuda', 'mps', 'cpu']
-    add('--device', choices=devices, default='auto', help='auto: cuda if available, otherwise cpu')
+    add('--device', choices=DEVICES, default='auto', help='auto: cuda if available, otherwise cpu')
     add('--compile', action=switch, default=False, help='torch.compile; gains nothing on CPUs')
     add('--grad-checkpoint', action=switch, default=False, help='less memory, more time')
 
@@ -195,11 +182,10 @@ def fill_in(options, recipe, pairs, parts, saved):
 
 def add_checkpoint(parser):
     """The options of every command that eval.execute runs."""
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     add = parser.add_argument
     add('checkpoint', metavar='CKPT')
     add('--weights', choices=['teacher', 'student'], default='teacher', help='(%(default)s)')
-    add('--device', type=device_type, default=device, help='cuda, mps or cpu (%(default)s)')
+    add('--device', choices=DEVICES, default='auto', help='auto: cuda if available, otherwise cpu')
     add('--workers', type=count, default=2, help='processes that read images (%(default)s)')
     add('--vocab', help="file of CLIP's merges, for checkpoints that carry none")
     add('--json', help='also write the figures to this file')

@@ -538,7 +538,7 @@ WRONG = {               # a command: what its sentence must say
     'retrieval last.pt --coco x': 'x/annotations/captions_val2017.json cannot be read',
     'retrieval last.pt --coco x --split val': '--split is for --karpathy',
     'retrieval last.pt --shards a.tar --images x': '--images is for --karpathy and --flickr',
-    'retrieval last.pt --shards a.tar --device gpu': 'gpu is not a device on this machine',
+    'retrieval last.pt --shards a.tar --device gpu': "--device: invalid choice: 'gpu'",
     'retrieval last.pt --shards a.tar --workers -1': '-1 is not a whole number of 0 or more',
     'classify last.pt --dataset DTD --root nowhere': 'cannot open DTD in nowhere .*--download',
     'classify last.pt --dataset MNIST --split val': 'MNIST has no split val; give train or test',
