@@ -524,7 +524,7 @@ def execute(args):
 
 def main():
     # args has the options that --help lists, and args.command: retrieval, classify or segment.
-    args = evaluation_options(__doc__, HELD_OUT_KEYS)
+    args = evaluation_options(__doc__)
     functions = {'retrieval': run_retrieval, 'classify': run_classify, 'segment': run_segment}
     args.function = functions[args.command]
     execute(args)
