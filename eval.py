@@ -47,7 +47,7 @@ from plumbing.files import write_json
 from plumbing.images import read_image, shorten
 from plumbing.lists import has_caption, published_captions, with_owners
 from plumbing.options import evaluation_options
-from plumbing.processes import loading
+from plumbing.processes import choose_device, loading
 from plumbing.shards import Shards
 from plumbing.weights import load_weights, read_network
 
@@ -513,6 +513,7 @@ def run_segment(args, model, tokenizer, preprocess):
 
 def execute(args):
     """Load the checkpoint, run the command, show its figures. Commands in extras/ and lesson/ use it, too."""
+    args.device = choose_device(args.device)
     model, tokenizer, preprocess = load(args.checkpoint, args.weights, args.vocab)
     print(f'{args.command} of {model.origin}')
     model.to(args.device)
@@ -524,7 +525,7 @@ def execute(args):
 
 def main():
     # args has the options that --help lists, and args.command: retrieval, classify or segment.
-    args = evaluation_options(__doc__, HELD_OUT_KEYS)
+    args = evaluation_options(__doc__)
     functions = {'retrieval': run_retrieval, 'classify': run_classify, 'segment': run_segment}
     args.function = functions[args.command]
     execute(args)

@@ -219,8 +219,6 @@ def read_captions(table):
     with open(table, encoding='utf-8-sig', errors='replace', newline='') as file:
         for row in progress(table_rows(file, table), 'reading the table'):
             url = (row[find_column(URL_COLUMNS, row, table)] or '').strip()
-            need(None not in row, f'the row of {url} in {table} has more fields than the first; '
-                 'put texts that hold the delimiter in quotes')
             record = {}
             for key in DREAMLIP:
                 found = sentences(row.get(key))

@@ -3,26 +3,18 @@ import csv
 import io
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 
 from plumbing.captions import without_spaced_stop
 from plumbing.errors import Refused, need
-from plumbing.files import read_json
+from plumbing.files import reading
 
 SPLIT = 'karpathy_split'  # a key in the json of pairs that came from Karpathy's list
 
 # --- 1. Published lists ----------------------------------------------------------------------------------------------
-
-def coco_rows(listing):
-    """COCO's captions -> [(name of an image, its captions), ...]."""
-    captions = defaultdict(list)                                    # {the image's id: captions}
-    for annotation in listing['annotations']:
-        captions[annotation['image_id']].append(annotation['caption'])
-    return [(image['file_name'], captions[image['id']]) for image in listing['images']]
-
 
 def karpathy_rows(listing):
     """Karpathy's dataset_coco.json and the like -> [(split, name of an image, its captions), ...]."""
@@ -36,50 +28,25 @@ def karpathy_rows(listing):
     return rows
 
 
-# The three lists as eval.py takes them: each function returns [(path of an image, its captions), ...]. images: the
-# folder of the images; if none is given, they are looked for next to the list.
-
-def read_coco(folder):
-    """COCO's folder, with images/val2017 and annotations/captions_val2017.json."""
-    rows = coco_rows(read_json(Path(folder, 'annotations/captions_val2017.json')))
-    return [(Path(folder, 'images/val2017', name), captions) for name, captions in rows]
-
-
-def read_karpathy(path, images, split):
-    """One split of Karpathy's list."""
-    folder = images or Path(path).parent
-    rows = karpathy_rows(read_json(path))
-    return [(Path(folder, name), captions) for part, name, captions in rows if part == split]
-
-
-def read_flickr(path, images):
-    """The released code's flickr30k_val.json: [{"image": path, "caption": [five]}, ...]."""
-    folder = images or Path(path).parent
-    captions = defaultdict(list)            # {path of an image: its captions}; an image may have several items
-    for item in read_json(path):
-        caption = item['caption']
-        captions[Path(folder, item['image'])] += caption if isinstance(caption, list) else [caption]
-    return list(captions.items())
-
-
 def published_captions(coco, karpathy, flickr, images, split):
-    """Whichever of the three lists is given -> the paths of its images, and captions and owner as in `with_owners`."""
+    """The images and captions of COCO's folder, or else of Karpathy's list or of the released code's flickr30k_val.json,
+    [{"image": path, "caption": [five]}, ...] -> paths, and captions and owner as in `with_owners`. images: the folder
+    of the images (that of the list, if none is given)."""
     if coco:
-        pairs = read_coco(coco)
-    elif karpathy:
-        pairs = read_karpathy(karpathy, images, split)
+        listing = Path(coco, 'annotations/captions_val2017.json')
+        folder = Path(coco, 'images/val2017')
     else:
-        pairs = read_flickr(flickr, images)
-    listing = coco or karpathy or flickr
+        listing = Path(karpathy or flickr)
+        folder = images or listing.parent
+    pools = defaultdict(list)           # {path of an image: its captions}; an image may have several rows
+    for row in read_rows(listing):
+        if not karpathy or row[SPLIT] == split:
+            found = row['captions' if karpathy else 'caption']
+            pools[Path(folder, row['image'])] += found if isinstance(found, list) else [found]
     chosen = f' of the split {split}' if karpathy else ''
-    need(pairs, f'{listing} lists no image{chosen}; see --help')
-    paths = [path for path, _ in pairs]
-    pools = [pool for _, pool in pairs]
-
-    def name(i):
-        return f'{paths[i]}, listed in {listing},'
-
-    captions, owner = with_owners(pools, name)
+    need(pools, f'{listing} lists no image{chosen}; see --help')
+    paths = list(pools)
+    captions, owner = with_owners(pools.values(), lambda i: f'{paths[i]}, listed in {listing},')
     return paths, captions, owner
 
 
@@ -115,8 +82,8 @@ def with_owners(pools, name):
 
 # --- 3. Rows of any table --------------------------------------------------------------------------------------------
 
-def json_values(text):
-    """All JSON values in a text, one after another. JSON has one, JSON lines have one per line."""
+def rows_of_json(text):
+    """JSON lines, a list of objects, an object of objects (SugarCrepe), COCO's captions or Karpathy's list -> rows."""
     decoder = json.JSONDecoder(parse_constant={}.get)       # NaN, which is not JSON, becomes None
     values = []
     place = 0
@@ -124,39 +91,37 @@ def json_values(text):
         value, place = decoder.raw_decode(text, place)
         values.append(value)
         place = re.compile(r'\s*').match(text, place).end()  # raw_decode does not skip white space
-    return values
-
-
-def rows_of_json(text):
-    """JSON lines, a list of objects, an object of objects (SugarCrepe), COCO's captions or Karpathy's list -> rows."""
-    values = json_values(text)
-    whole = values[0]
     if len(values) > 1:
         return values
+    [whole] = values
     if isinstance(whole, list):
         return whole
-    if 'annotations' in whole:
-        return [{'image': name, 'caption': captions} for name, captions in coco_rows(whole)]
-    images = whole.get('images')
-    if isinstance(images, list) and images and isinstance(images[0], dict):
+    if 'annotations' in whole:                              # COCO's captions
+        captions = defaultdict(list)                        # {the image's id: captions}
+        for annotation in whole['annotations']:
+            captions[annotation['image_id']].append(annotation['caption'])
+        return [{'image': image['file_name'], 'caption': captions[image['id']]} for image in whole['images']]
+    if 'images' in whole and 'captions' not in whole:       # Karpathy's list
         return [{'image': name, 'captions': captions, SPLIT: split} for split, name, captions in karpathy_rows(whole)]
     if all(isinstance(value, dict) for value in whole.values()):
         return list(whole.values())
-    return values                       # JSON lines with one line
+    return values                                           # JSON lines with one line
 
 
 def table_rows(file, path, **form):
-    """The rows of an open CSV or TSV, as dicts. A quotation mark that nothing closes is Refused, with its line, because
-    it would swallow all rows up to the next one."""
+    """The rows of an open CSV or TSV, as dicts. A row is Refused, with its line, if it has too many fields, or if nothing
+    closes its quotation mark, because that would swallow all rows up to the next one."""
     reader = csv.DictReader(file, strict=True, **form)
     line = 1
     try:
-        columns = Counter(reader.fieldnames or [])                      # of the first line
-        for name, times in columns.items():
-            need(times == 1 or not name.strip(), f'{path} has several columns called {name}; '
+        columns = reader.fieldnames or []                               # of the first line
+        for name in columns:
+            need(columns.count(name) == 1 or not name.strip(), f'{path} has several columns called {name}; '
                  'give an image with several captions several rows')
         line = reader.line_num + 1
         for row in reader:
+            need(None not in row, f'line {line} of {path} has more fields than the first; '
+                 'put texts that hold the delimiter in quotes')
             yield row
             line = reader.line_num + 1
     except csv.Error as error:
@@ -167,7 +132,7 @@ def table_rows(file, path, **form):
 def rows_of_table(text, path):
     """The rows of a CSV, a TSV, or Flickr30k's table. The first line shows what the delimiter is."""
     first_line = text.partition('\n')[0]
-    delimiter = csv.Sniffer().sniff(first_line, ',;\t|').delimiter
+    delimiter = max(',;\t|', key=first_line.count)
     # Neither a TSV nor Flickr30k's table, with its '| ', has quoting: a caption may begin with a quotation mark.
     unquoted = delimiter == '\t' or '| ' in first_line
     quoting = csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL
@@ -176,21 +141,15 @@ def rows_of_table(text, path):
 
 def read_rows(path):
     """The rows of a JSONL, JSON, CSV or TSV file, as dicts. The content says which it is, because names vary:
-    Flickr8k's captions.txt is a CSV. Any other file is Refused; the message names the file, and often the row."""
-    try:
-        text = Path(path).read_text(encoding='utf-8-sig')
+    Flickr8k's captions.txt is a CSV."""
+    with reading(path):
+        try:
+            text = Path(path).read_text(encoding='utf-8-sig')
+        except UnicodeDecodeError as error:
+            line = error.object.count(b'\n', 0, error.start) + 1
+            raise Refused(f'{path} is not UTF-8 (line {line}); save it as UTF-8, '
+                          'in Excel as the type CSV UTF-8') from None
         is_json = text.lstrip().startswith(('{', '['))
         rows = rows_of_json(text.strip()) if is_json else rows_of_table(text, path)
-    except UnicodeDecodeError as error:
-        line = error.object.count(b'\n', 0, error.start) + 1
-        raise Refused(f'{path} is not UTF-8 (line {line}); save it as UTF-8, '
-                      'in Excel as the type CSV UTF-8') from None
-    except (OSError, json.JSONDecodeError, csv.Error) as error:
-        raise Refused(f'{path} cannot be read as JSONL, JSON, CSV or TSV ({error!r}); '
-                      'docs/data.md shows what a table looks like') from None
-    need(rows, f'{path} has no rows')
-    for number, row in enumerate(rows, 1):
-        need(isinstance(row, dict), f'row {number} of {path} is not an object with names for its values')
-        need(None not in row, f'row {number} of {path} has more fields than the first; '
-             'put texts that hold the delimiter in quotes')
+    need(rows, f'{path} has no rows; docs/data.md shows what a table looks like')
     return rows

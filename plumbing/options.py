@@ -4,12 +4,10 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-
 from plumbing.benchmarks import BENCHMARKS, TORCHVISION_SETS
 from plumbing.captions import POOL_KEYS
 from plumbing.errors import Refused, need, note
-from plumbing.processes import DTYPES, choose_device, cores
+from plumbing.processes import DEVICES, DTYPES, choose_device, cores
 
 # --- 1. Parser and types ---------------------------------------------------------------------------------------------
 
@@ -35,16 +33,6 @@ def number_type(kind, words, least, most=float('inf')):
             raise argparse.ArgumentTypeError(f'{text} is not {words}')
         return value
     return parse
-
-
-def device_type(text):
-    """A type for argparse: a device that torch has on this machine."""
-    try:
-        torch.zeros(1, device=text)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        reason = str(error)[:80]
-        raise argparse.ArgumentTypeError(f'{text} is not a device on this machine ({reason})') from None
-    return text
 
 
 positive = number_type(int, 'a whole number of 1 or more', 1)
@@ -98,8 +86,7 @@ def add_machine_and_output(parser):
     add = parser.add_argument_group('machine').add_argument
     switch = argparse.BooleanOptionalAction
     add('--precision', choices=['auto', *DTYPES], default='auto', help='auto: bf16 if it is fast')
-    devices = ['auto', 'cuda', 'mps', 'cpu']
-    add('--device', choices=devices, default='auto', help='auto: cuda if available, otherwise cpu')
+    add('--device', choices=DEVICES, default='auto', help='auto: cuda if available, otherwise cpu')
     add('--compile', action=switch, default=False, help='torch.compile; gains nothing on CPUs')
     add('--grad-checkpoint', action=switch, default=False, help='less memory, more time')
 
@@ -195,17 +182,16 @@ def fill_in(options, recipe, pairs, parts, saved):
 
 def add_checkpoint(parser):
     """The options of every command that eval.execute runs."""
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     add = parser.add_argument
     add('checkpoint', metavar='CKPT')
     add('--weights', choices=['teacher', 'student'], default='teacher', help='(%(default)s)')
-    add('--device', type=device_type, default=device, help='cuda, mps or cpu (%(default)s)')
+    add('--device', choices=DEVICES, default='auto', help='auto: cuda if available, otherwise cpu')
     add('--workers', type=count, default=2, help='processes that read images (%(default)s)')
     add('--vocab', help="file of CLIP's merges, for checkpoints that carry none")
     add('--json', help='also write the figures to this file')
 
 
-def add_retrieval(parser, caption_keys):
+def add_retrieval(parser):
     one = parser.add_mutually_exclusive_group(required=True).add_argument
     one('--coco', help='folder with images/val2017 and annotations/captions_val2017.json')
     one('--karpathy', help="Karpathy's dataset_coco.json or dataset_flickr30k.json")
@@ -214,8 +200,7 @@ def add_retrieval(parser, caption_keys):
     add = parser.add_argument
     add('--split', help="Karpathy's split (default: test)")
     add('--images', help='images of --karpathy or --flickr (default: the folder of the JSON)')
-    add('--caption-keys', help='json keys of the captions of --shards, joined by commas; the first '
-        f"that a pair has is used (default: {','.join(caption_keys)})")
+    add('--caption-keys', help='comma-separated json keys of the captions of --shards; see docs/data.md')
 
 
 def add_classify(parser):
@@ -226,10 +211,8 @@ def add_classify(parser):
     add('--root', default='data', help='folder of --dataset (%(default)s)')
     add('--split', help="torchvision's name for the split (default: test; ImageNet has val)")
     add('--download', action='store_true', help='let torchvision fetch it into --root')
-    add('--classes', help='file of class names, one per line in the order of the sorted folders '
-        "(default: torchvision's, or the folders' names)")
-    add('--templates', help='file of prompts with {} for the class, one per line; or open_clip: the '
-        '80 prompts of the installed open_clip, and for ImageNet also its class names')
+    add('--classes', help='file of class names, one per line in the order of the sorted folders')
+    add('--templates', help='file of prompts with {} for the class; or open_clip, see docs/data.md')
 
 
 def add_segment(parser):
@@ -241,14 +224,12 @@ def add_segment(parser):
     add('--mask-suffix', default='', help='which only masks have, like _gtFine_labelTrainIds')
     add('--list', help='file of the images to evaluate, a name per line, without ending')
     add('--templates', help='file of prompts with {} for the class; or open_clip: its 80 prompts')
-    add('--benchmark', choices=BENCHMARKS, help='the released settings of this set (default: plain '
-        'ones). The 80 released prompts are not among them; give those with --templates')
+    add('--benchmark', choices=BENCHMARKS, help='the released settings of this set, without prompts')
     add('--csa', action='store_true', help='correlative self-attention in the last block')
 
 
-def evaluation_options(description, caption_keys):
-    """The command line of eval.py -> a namespace, whose `command` is one of the three. caption_keys: the default of
-    --caption-keys."""
+def evaluation_options(description):
+    """The command line of eval.py -> a namespace, whose `command` is one of the three."""
     program = Parser(usage='%(prog)s COMMAND CKPT [options]', epilog=description)
     commands = program.add_subparsers(dest='command', required=True, prog=program.prog)
 
@@ -257,7 +238,7 @@ def evaluation_options(description, caption_keys):
         add_checkpoint(parser)
         return parser
 
-    add_retrieval(add_command('retrieval', 'zero-shot R@1/5/10 and ranks, both ways'), caption_keys)
+    add_retrieval(add_command('retrieval', 'zero-shot R@1/5/10 and ranks, both ways'))
     add_classify(add_command('classify', 'zero-shot top-1, top-5, mean per class'))
     add_segment(add_command('segment', 'zero-shot mIoU, and IoU of each class'))
     return program.parse_args()

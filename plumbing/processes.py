@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from plumbing.errors import Refused, need
 
+DEVICES = 'auto', 'cuda', 'mps', 'cpu'
 DTYPES = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}           # None: no autocast
 
 # --- 1. Processes ----------------------------------------------------------------------------------------------------

@@ -352,11 +352,12 @@ def test_published_layouts(here):
     put('karpathy', """{"images": [
         {"split": "test", "filename": "a.jpg", "sentences": [{"raw": "y"}]},
         {"split": "val", "filename": "b.jpg", "filepath": "f", "sentences": [{"raw": "x"}]}]}""")
-    assert lists.read_coco('coco') == [
-        (Path('coco/images/val2017/a.jpg'), ['y']),
-        (Path('coco/images/val2017/b.jpg'), ['x'])]
-    assert lists.read_karpathy('karpathy', 'x', 'test') == [(Path('x/a.jpg'), ['y'])]
-    assert lists.read_karpathy('karpathy', '', 'val') == [(Path('f/b.jpg'), ['x'])]
+    paths, captions, _ = lists.published_captions('coco', None, None, None, 'test')
+    assert (paths, captions) == ([Path('coco/images/val2017/a.jpg'), Path('coco/images/val2017/b.jpg')], ['y', 'x'])
+    paths, captions, _ = lists.published_captions(None, 'karpathy', None, 'x', 'test')
+    assert (paths, captions) == ([Path('x/a.jpg')], ['y'])
+    paths, captions, _ = lists.published_captions(None, 'karpathy', None, None, 'val')
+    assert (paths, captions) == ([Path('f/b.jpg')], ['x'])
     pools = ['a scarf , laughing .', ['a dog.', ' ', 'J .']]
     captions, owner = lists.with_owners(pools, None)           # neither is the caption of white space
     assert (captions, owner.tolist()) == (['a scarf , laughing', 'a dog.', 'J'], [0, 1, 1])
@@ -537,7 +538,7 @@ WRONG = {               # a command: what its sentence must say
     'retrieval last.pt --coco x': 'x/annotations/captions_val2017.json cannot be read',
     'retrieval last.pt --coco x --split val': '--split is for --karpathy',
     'retrieval last.pt --shards a.tar --images x': '--images is for --karpathy and --flickr',
-    'retrieval last.pt --shards a.tar --device gpu': 'gpu is not a device on this machine',
+    'retrieval last.pt --shards a.tar --device gpu': "--device: invalid choice: 'gpu'",
     'retrieval last.pt --shards a.tar --workers -1': '-1 is not a whole number of 0 or more',
     'classify last.pt --dataset DTD --root nowhere': 'cannot open DTD in nowhere .*--download',
     'classify last.pt --dataset MNIST --split val': 'MNIST has no split val; give train or test',
