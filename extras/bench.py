@@ -231,13 +231,9 @@ def plan(flags, gpus, pairs, tokens, peak, share):
     parts = gpus * options.accum
     fill_in(options, train.recipe_of(options.preset, options.method, options.init), pairs, parts, {})
     check_batch(options.batch, pairs, parts)
-    method = train.METHODS[options.method]
-    sides = [config.image_size] * method.global_images
-    lengths = [config.context_length] * method.global_texts
-    if method.has_local_images:
-        sides += [config.local_image_size] * options.local_crops
-    if method.has_local_texts:
-        lengths += [tokens] * options.local_captions
+    crops = train.make_train_set(options, None, None, config)       # for its numbers; it has no pairs
+    sides = [kind.size for kind in crops.kinds]
+    lengths = [config.context_length] * crops.counts.global_texts + [tokens] * crops.counts.local_texts
     mine = options.batch // gpus
     with torch.device('meta'):
         student = COSMOS(config)
