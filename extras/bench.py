@@ -145,9 +145,7 @@ count. The other options are those of train.py, with the defaults --preset vit-b
 
 GFLOP counts matrix products, forward and backward, but not those of the losses, which are 0.1 % at
 a batch of 1,024. Hours leave out loading, evaluation and checkpoints. GB is what stays during a
-whole step. It leaves out what lives for one operation only, the block that --grad-checkpoint
-computes again, the teacher's pass (which comes before the student's, and needs less),
-fragmentation, CUDA itself and nccl."""
+whole step. It leaves out short-lived buffers, fragmentation, and what CUDA and nccl take."""
 
 
 class HalfOnGPU(TorchFunctionMode):
