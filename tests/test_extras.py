@@ -646,7 +646,7 @@ def test_search_command(tmp_path, photos, checkpoint, capsys):
     assert ranking == [{'image': path, 'score': pytest.approx(score.item())} for score, path in expected]
     run(search, *common, '--top', 2, '--like', photos / 'a/one.png')
     assert len(re.findall('^1.0000 .*one.png', capsys.readouterr().out, re.M)) == 2
-    assert whole(sheet).shape[2] == 2 * (search.TILE + 2) + 2
+    assert whole(sheet).shape == (3, search.TILE + 4, 2 * (search.TILE + 2) + 2)
     refused('one query, .*--like', run, search, *common)
 
 
