@@ -62,9 +62,7 @@ def read_items(path):
     for number, row in enumerate(rows, 1):
         items.append(read_item(row, f'item {number} of {path}'))
     if 'Question ID' in rows[0]:            # MMVP-VLM: rows 1 and 2 are an item, rows 3 and 4 the next
-        need(len(items) % 2 == 0,
-             f'{path} has {len(items)} rows, but in MMVP-VLM two make an item; is it complete?')
-        halves = zip(items[::2], items[1::2])
+        halves = zip(items[::2], items[1::2], strict=True)
         items = [Item(a.images + b.images, a.captions + b.captions, a.kind) for a, b in halves]
     for number, (images, captions, _) in enumerate(items, 1):
         place = f'item {number} of {path}'
