@@ -536,7 +536,7 @@ def test_published_layouts(name, tmp_path):
 def test_items_refused(tmp_path):
     """oracle: the sentence of the error, with the number of the item."""
     texts = {'item 1 of .*a.jsonl has the keys image;': ('a.jsonl', '{"image": "a"}'),
-             'item 1 of .*c.jsonl has 2 images and 3 captions': (
+             'item 1 of .*c.jsonl needs a list of k images': (
                  'c.jsonl', '{"images": ["1", "2"], "captions": ["x", "y", "z"]}'),
              'item 1 of .*d.jsonl needs a list': ('d.jsonl', '{"images": "a.jpg", "captions": ["x", "y"]}'),
              'zip.* is shorter': ('e.csv', 'Question ID,Type,Statement\n1,Color,red\n2,Color,blue\n3,Color,green\n')}
