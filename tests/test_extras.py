@@ -432,7 +432,7 @@ def test_export_and_back(tmp_path, vocab, kind):
     assert_close(state, {name: model.state_dict()[name] for name in state}, rtol=0, atol=0)
 
 
-def test_weights_that_are_refused(tmp_path, vocab, checkpoint, monkeypatch, capsys):
+def test_weights_that_are_refused(tmp_path, vocab, checkpoint, capsys):
     """oracle: the sentence of the error, which names the remedy; nothing is written, and nothing is overwritten."""
     out = tmp_path / 'out.pt'
     other = tmp_path / 'in.pt'
@@ -447,8 +447,6 @@ def test_weights_that_are_refused(tmp_path, vocab, checkpoint, monkeypatch, caps
         refused(sentence, weights.import_weights, other, out)
     torch.jit.save(torch.jit.script(torch.nn.Identity()), other)
     refused('holds TorchScript, .* import --help', weights.import_weights, other, out)
-    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
-    refused('pip install safetensors', weights.import_weights, 'a.safetensors', out)
     run(weights, 'export', checkpoint, out)             # works, because nothing is there yet
     assert 'The merges were learned' in capsys.readouterr().out
     refused('out.pt exists', weights.import_weights, other, out)
