@@ -837,9 +837,9 @@ def test_links_and_options_of_a_page(page):
 
 HOSTILE = 'a </script><b>red</b> dog'
 # Another program's set may have anything under `objects`.
-STRANGE = [5, {'absent': ['red ring']}, {'name': 'dog', 'absent': None}, {'name': 'dog', 'absent': [None]},
-           {'name': '', 'absent': []}]
-RECORD = {'captions': [HOSTILE, 'dogs'], 'objects': [*STRANGE, {'name': 'orange star', 'absent': ['red ring']}]}
+STRANGE = [5, 'dog', {'absent': ['red ring']}, {'name': 'dog', 'absent': None}]
+STAR = {'name': 'orange star', 'role': 'small', 'centre': [9, 9], 'absent': ['red ring']}
+RECORD = {'captions': [HOSTILE, 'dogs'], 'objects': [*STRANGE, STAR]}
 
 
 def three_pairs(folder, *images):
