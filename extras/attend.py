@@ -6,8 +6,6 @@ The picture has a row for each text. It shows the image, then how much C^I reads
 then how much C^T reads each word when the image is the query.
 """
 import math
-from contextlib import suppress
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -57,16 +55,6 @@ def attention(model, tokenizer, preprocess, image, caption):
 TILE = 224                  # side of an image, in pixels
 LINE = 18                   # height of a word
 MARGIN = 8
-FONTS = 'DejaVuSans.ttf', 'NotoSans-Regular.ttf', 'Arial Unicode.ttf'    # the last is macOS's
-
-
-@lru_cache
-def picture_font():
-    """A font with letters of many scripts, if Pillow finds one on this system. Pillow's own has ASCII letters only."""
-    for name in FONTS:
-        with suppress(OSError):
-            return ImageFont.truetype(name, 12)
-    return ImageFont.load_default(12)
 
 
 def attention_picture(model, tokenizer, preprocess, image, captions, path):
@@ -80,6 +68,7 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path):
     width = 3 * TILE + 200    # image, map, bars, and room for a word that is wider than its bar
     canvas = Image.new('RGB', (width, len(maps) * step + 30), 'white')      # the legend is below
     draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(12)       # Pillow's own: it draws letters that are not ASCII as boxes
     view = ImageOps.fit(image.convert('RGB'), (TILE, TILE))     # what `preprocess` shows the model
     left = 2 * TILE + 3 * MARGIN
     top = MARGIN
@@ -91,12 +80,12 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path):
         y = top
         for word, weight in words:
             draw.rectangle((left, y, left + TILE * weight, y + LINE - 3), '#ffea46')
-            draw.text((left + 4, y), word, 'black', picture_font())
+            draw.text((left + 4, y), word, 'black', font)
             y += LINE
         top += step
     legend = ('image | patches that the text attends to (C^I): blue least, yellow most | '
               'words that the image attends to (C^T): full bar most')
-    draw.text((MARGIN, top), legend, 'black', picture_font())
+    draw.text((MARGIN, top), legend, 'black', font)
     with replacing(path) as partial:
         canvas.save(partial, 'PNG')
 

@@ -3,12 +3,11 @@
     python -m extras.bench step --preset vit-b-16 --batch 128     median time, memory, FLOPs, share of the matmul peak
     python -m extras.bench step --preset tiny --method clip       without teacher and cross-attention
     python -m extras.bench step --data SHARDS --accum 4           any option of train.py
-    python -m extras.bench loader SHARDS                          pairs that one worker reads, or prepares, per second
+    python -m extras.bench loader SHARDS                          samples that one worker makes per second
     python -m extras.bench plan --gpus 8 --pairs 2800000          FLOPs, memory and hours, counted without a GPU
 
 `step` sets up a run as train.py does, takes a batch from its loader, and times train.train_step on it, again and again.
 """
-import contextlib
 import io
 import itertools
 import json
@@ -30,13 +29,13 @@ import train
 from cosmos import COSMOS, GLOBALS, Teacher
 from data import check_batch
 from extras.prepare import crops_of
-from plumbing.errors import Unreadable, command
+from plumbing.errors import command
 from plumbing.options import Parser, above_zero, fill_in, positive
 from plumbing.processes import DTYPES, Processes, peak_memory
 from plumbing.shards import Shards, find_shards, write_shard
 from plumbing.tokenizer import LEARNED_VOCAB, Tokenizer
 
-SECONDS = 5             # for how long each part of the loader is measured
+SECONDS = 5             # for how long the loader is measured
 WARM_UP = 2             # steps that are not timed: the first ones allocate memory and choose kernels
 PRODUCTS = 12           # how many products of two matrices are timed; the fastest counts as the peak
 
@@ -123,29 +122,20 @@ def measure_step(flags):
 # --- 2. The loader ---------------------------------------------------------------------------------------------------
 
 def measure_loader(shards, preset):
-    """Print how many pairs one worker reads per second, and how many whole samples it makes."""
+    """Print how many whole samples, with all crops and tokens, one worker makes per second."""
     source = Shards(shards, split='train')
     context_length = train.PRESETS[preset].sizes.context_length
     # It has no merges. In a long run they cost no time, because the ids of words are cached.
     tokenizer = Tokenizer([], context_length)
     crops = crops_of(source, preset, tokenizer)
     torch.set_num_threads(1)                                # as in a worker
-
-    def whole_sample(i):
-        return crops[0, i]
-
-    # The second measurement goes on where the first stopped, with pairs that the page cache does not hold yet, unless
-    # the set is small.
     order = itertools.cycle(torch.randperm(len(source)).tolist())
-    for name, part in ('read', source.pair), ('whole sample', whole_sample):
-        done = 0
-        begun = time.perf_counter()
-        while time.perf_counter() - begun < SECONDS:
-            with contextlib.suppress(Unreadable):           # training goes on after a bad pair, too
-                part(next(order))
-            done += 1
-        speed = done / (time.perf_counter() - begun)
-        print(f'{name:16} {speed:9,.0f} samples/s')
+    done = 0
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < SECONDS:
+        crops[0, next(order)]                               # in place of a bad pair this makes another
+        done += 1
+    print(f'one worker makes {done / (time.perf_counter() - begun):,.0f} samples/s')
 
 
 # --- 3. A plan, without a GPU ----------------------------------------------------------------------------------------
@@ -155,9 +145,7 @@ count. The other options are those of train.py, with the defaults --preset vit-b
 
 GFLOP counts matrix products, forward and backward, but not those of the losses, which are 0.1 % at
 a batch of 1,024. Hours leave out loading, evaluation and checkpoints. GB is what stays during a
-whole step. It leaves out what lives for one operation only, the block that --grad-checkpoint
-computes again, the teacher's pass (which comes before the student's, and needs less),
-fragmentation, CUDA itself and nccl."""
+whole step. It leaves out short-lived buffers, fragmentation, and what CUDA and nccl take."""
 
 
 class HalfOnGPU(TorchFunctionMode):
@@ -241,13 +229,9 @@ def plan(flags, gpus, pairs, tokens, peak, share):
     parts = gpus * options.accum
     fill_in(options, train.recipe_of(options.preset, options.method, options.init), pairs, parts, {})
     check_batch(options.batch, pairs, parts)
-    method = train.METHODS[options.method]
-    sides = [config.image_size] * method.global_images
-    lengths = [config.context_length] * method.global_texts
-    if method.has_local_images:
-        sides += [config.local_image_size] * options.local_crops
-    if method.has_local_texts:
-        lengths += [tokens] * options.local_captions
+    crops = train.make_train_set(options, None, None, config)       # for its numbers; it has no pairs
+    sides = [kind.size for kind in crops.kinds]
+    lengths = [config.context_length] * crops.counts.global_texts + [tokens] * crops.counts.local_texts
     mine = options.batch // gpus
     with torch.device('meta'):
         student = COSMOS(config)

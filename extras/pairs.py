@@ -62,18 +62,14 @@ def read_items(path):
     for number, row in enumerate(rows, 1):
         items.append(read_item(row, f'item {number} of {path}'))
     if 'Question ID' in rows[0]:            # MMVP-VLM: rows 1 and 2 are an item, rows 3 and 4 the next
-        need(len(items) % 2 == 0,
-             f'{path} has {len(items)} rows, but in MMVP-VLM two make an item; is it complete?')
-        halves = zip(items[::2], items[1::2])
+        halves = zip(items[::2], items[1::2], strict=True)
         items = [Item(a.images + b.images, a.captions + b.captions, a.kind) for a, b in halves]
     for number, (images, captions, _) in enumerate(items, 1):
-        place = f'item {number} of {path}'
-        need(isinstance(images, list) and isinstance(captions, list),
-             f'{place} needs a list of image names and a list of captions')
+        # A text in place of a list would be a list of letters.
+        is_list = isinstance(images, list) and isinstance(captions, list)
         few, many = sorted((len(images), len(captions)))
-        need(many > 1 and few in (1, many),
-             f'{place} has {len(images)} images and {len(captions)} captions; '
-             'give k and k, k and 1, or 1 and k')
+        need(is_list and many > 1 and few in (1, many),
+             f'item {number} of {path} needs a list of k images and one of k captions; one of the two may be of 1')
     return items
 
 

@@ -46,6 +46,7 @@ RIVALS = 5              # how many captions of other images the explorer compare
 MOST_STEPS = 6          # a page has the vectors and maps of at most this many evaluations
 SIDE = 224              # side of an image on the page, in pixels
 SMALL = 128             # side of a view
+SCENE_OBJECT = {'name', 'role', 'centre', 'absent'}     # what lesson/scenes.py says of an object
 # The page shows the source of these.
 CODE = (text_crops, Teacher.forward, Teacher.update, cosmos.clip_loss, match, nce, CrossAttention.weights,
         COSMOS.forward, cosmos.total_loss)
@@ -158,15 +159,13 @@ def figures_of(a, b, scale):
 # The explorer
 
 def names_in(record):
-    """For each object of a drawn scene, its name and the absent ones. Other sets may have anything under this key."""
+    """For each object of a drawn scene, its name and the absent ones. Other sets may have anything under this key, but
+    hardly an object with all that lesson/scenes.py says of one."""
     listed = record.get('objects')
-    found = []
-    for thing in listed if isinstance(listed, list) else []:
-        if isinstance(thing, dict) and isinstance(thing.get('absent'), list):
-            names = [thing.get('name'), *thing['absent']]
-            if all(name and isinstance(name, str) for name in names):
-                found.append(names)
-    return found
+    if not isinstance(listed, list):
+        return []
+    drawn = [thing for thing in listed if isinstance(thing, dict) and SCENE_OBJECT <= thing.keys()]
+    return [[thing['name'], *thing['absent']] for thing in drawn]
 
 
 def captions_of(shards, record):

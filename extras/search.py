@@ -1,4 +1,5 @@
-"""Rank the images of a folder for a query in words or for another image, and draw the best on a contact sheet.
+"""Rank the images of a folder for a query in words or for another image, and draw the best on a contact sheet, in the
+order in which they are printed, six in a row.
 
     python -m extras.search CKPT --images DIR "a red star" --out found.png
     python -m extras.search CKPT --images DIR --like a.jpg
@@ -9,16 +10,14 @@ images for the next query. They are computed anew if the model has changed, or i
 Other programs can read them, too: torch.load(FILE, weights_only=True) gives {'paths': [n strings], 'features': (n, D),
 ...}, unit vectors in the same order.
 """
-import textwrap
 from operator import itemgetter
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ImageOps
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 
 from eval import embed_images, embed_texts, execute, progress
-from extras.attend import picture_font
 from plumbing.errors import Unreadable, command, need
 from plumbing.files import replacing, save_tensors
 from plumbing.images import images_in, read_image
@@ -26,7 +25,6 @@ from plumbing.options import Parser, add_checkpoint, positive
 from plumbing.weights import read_checkpoint
 
 TILE = 176              # side of an image in the sheet, in pixels
-LABEL = 50              # height of the label below it, three lines
 
 # --- 1. Features of a folder -----------------------------------------------------------------------------------------
 
@@ -59,14 +57,6 @@ def folder_features(model, preprocess, folder, file=None, workers=0):
 
 # --- 2. Contact sheet and command ------------------------------------------------------------------------------------
 
-def draw_tile(path, label):
-    """An image with a label of up to three lines below it, as (3, h, w) in [0, 1]."""
-    tile = Image.new('RGB', (TILE, TILE + LABEL), 'white')
-    tile.paste(ImageOps.pad(read_image(path), (TILE, TILE), color='white'))
-    ImageDraw.Draw(tile).text((2, TILE + 2), textwrap.fill(label, 25), 'black', picture_font())
-    return to_tensor(tile)
-
-
 def run_search(args, model, tokenizer, preprocess):
     if args.like:
         query = embed_images(model, [args.like], preprocess)[0]
@@ -79,8 +69,7 @@ def run_search(args, model, tokenizer, preprocess):
     tiles = []
     for place in ranking[:args.top]:
         print(f"{place['score']:.4f}  {place['image']}")
-        name = Path(place['image']).relative_to(args.images)
-        tiles.append(draw_tile(place['image'], f"{place['score']:.3f} {name}"))
+        tiles.append(to_tensor(ImageOps.pad(read_image(place['image']), (TILE, TILE), color='white')))
     with replacing(args.out) as partial:
         save_image(tiles, partial, format='png', nrow=6, pad_value=1)
     return {'images': len(ranking), 'picture': args.out, 'ranking': ranking}

@@ -72,11 +72,8 @@ SIZES = 'input_resolution', 'context_length', 'vocab_size'
 def read_weights(path):
     """A file of tensors -> {name: tensor}."""
     if Path(path).suffix == '.safetensors':
-        try:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-        except ImportError:
-            raise Refused(f'{path} needs one more package: pip install safetensors') from None
+        from safetensors import SafetensorError             # a package of its own, see docs/questions.md
+        from safetensors.torch import load_file
         try:
             with reading(path):
                 return load_file(path)

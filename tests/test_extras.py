@@ -431,7 +431,7 @@ def test_export_and_back(tmp_path, vocab, kind):
     assert_close(state, {name: model.state_dict()[name] for name in state}, rtol=0, atol=0)
 
 
-def test_weights_that_are_refused(tmp_path, vocab, checkpoint, monkeypatch, capsys):
+def test_weights_that_are_refused(tmp_path, vocab, checkpoint, capsys):
     """oracle: the sentence of the error, which names the remedy; nothing is written, and nothing is overwritten."""
     out = tmp_path / 'out.pt'
     other = tmp_path / 'in.pt'
@@ -446,8 +446,6 @@ def test_weights_that_are_refused(tmp_path, vocab, checkpoint, monkeypatch, caps
         refused(sentence, weights.import_weights, other, out)
     torch.jit.save(torch.jit.script(torch.nn.Identity()), other)
     refused('holds TorchScript, .* import --help', weights.import_weights, other, out)
-    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
-    refused('pip install safetensors', weights.import_weights, 'a.safetensors', out)
     run(weights, 'export', checkpoint, out)             # works, because nothing is there yet
     assert 'The merges were learned' in capsys.readouterr().out
     refused('out.pt exists', weights.import_weights, other, out)
@@ -535,11 +533,10 @@ def test_published_layouts(name, tmp_path):
 def test_items_refused(tmp_path):
     """oracle: the sentence of the error, with the number of the item."""
     texts = {'item 1 of .*a.jsonl has the keys image;': ('a.jsonl', '{"image": "a"}'),
-             'item 1 of .*c.jsonl has 2 images and 3 captions': (
+             'item 1 of .*c.jsonl needs a list of k images': (
                  'c.jsonl', '{"images": ["1", "2"], "captions": ["x", "y", "z"]}'),
              'item 1 of .*d.jsonl needs a list': ('d.jsonl', '{"images": "a.jpg", "captions": ["x", "y"]}'),
-             'e.csv has 3 rows': (
-                 'e.csv', 'Question ID,Type,Statement\n1,Color,red\n2,Color,blue\n3,Color,green\n')}
+             'zip.* is shorter': ('e.csv', 'Question ID,Type,Statement\n1,Color,red\n2,Color,blue\n3,Color,green\n')}
     for sentence, (name, text) in texts.items():
         refused(sentence, pairs.read_items, put(tmp_path / name, text))
 
@@ -645,7 +642,7 @@ def test_search_command(tmp_path, photos, checkpoint, capsys):
     assert ranking == [{'image': path, 'score': pytest.approx(score.item())} for score, path in expected]
     run(search, *common, '--top', 2, '--like', photos / 'a/one.png')
     assert len(re.findall('^1.0000 .*one.png', capsys.readouterr().out, re.M)) == 2
-    assert whole(sheet).shape[2] == 2 * (search.TILE + 2) + 2
+    assert whole(sheet).shape == (3, search.TILE + 4, 2 * (search.TILE + 2) + 2)
     refused('one query, .*--like', run, search, *common)
 
 
@@ -701,13 +698,12 @@ def test_step(method, tmp_path, monkeypatch, capsys):
 
 
 def test_loader(tmp_path, monkeypatch, capsys):
-    """oracle: more work takes longer."""
-    monkeypatch.setattr(bench, 'SECONDS', 0.05)
+    """oracle: 39 samples in 5.125 s, by a clock that goes on by an eighth of a second whenever it is read."""
+    monkeypatch.setattr(bench, 'time', SimpleNamespace(perf_counter=itertools.count(0, 1 / 8).__next__))
     monkeypatch.setattr(torch, 'set_num_threads', int)          # else it would hold for the tests that follow
     write_pairs(tmp_path / '0.tar', 9 * '{"caption": "dogs run"}\n')
     run(bench, 'loader', tmp_path, '--preset', 'tiny')
-    read, sample = capsys.readouterr().out.splitlines()
-    assert number(read, 'samples') > number(sample, 'samples') > 0
+    assert capsys.readouterr().out == 'one worker makes 8 samples/s\n'
 
 
 def test_a_plan(capsys):
@@ -840,9 +836,9 @@ def test_links_and_options_of_a_page(page):
 
 HOSTILE = 'a </script><b>red</b> dog'
 # Another program's set may have anything under `objects`.
-STRANGE = [5, {'absent': ['red ring']}, {'name': 'dog', 'absent': None}, {'name': 'dog', 'absent': [None]},
-           {'name': '', 'absent': []}]
-RECORD = {'captions': [HOSTILE, 'dogs'], 'objects': [*STRANGE, {'name': 'orange star', 'absent': ['red ring']}]}
+STRANGE = [5, 'dog', {'absent': ['red ring']}, {'name': 'dog', 'absent': None}]
+STAR = {'name': 'orange star', 'role': 'small', 'centre': [9, 9], 'absent': ['red ring']}
+RECORD = {'captions': [HOSTILE, 'dogs'], 'objects': [*STRANGE, STAR]}
 
 
 def three_pairs(folder, *images):
