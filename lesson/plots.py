@@ -9,9 +9,9 @@ names the sources of its figures, in reading order:
     COSMOS names 33.8 % of the small objects, CLIP +5.3 ± 2.1 more. The paper has 53.1 %.
     <!-- minutes/cosmos/small.top1 minutes/clip~cosmos/small.top1 paper -->
 
-A difference may leave out its ±. (a~b)~(c~d) is a difference of differences, and columns can be subtracted, too. What
-the paper reports has the source `paper`, and constants are put in backticks. A table is written whole, below a comment
-that names its columns and its rows:
+A difference may leave out its ±. If words say the sign ("lowers it by 36.3"), its source begins with a minus.
+(a~b)~(c~d) is a difference of differences, and columns can be subtracted, too. What the paper reports has the source `paper`, and
+constants are put in backticks. A table is written whole, below a comment that names its columns and its rows:
 
     <!-- table: dominant.top1 small.top1 | minutes/clip minutes/cosmos -->
 
@@ -263,13 +263,17 @@ def right_figure(figure, source):
     if source == 'paper':
         return figure
     need(source.count('/') == 2, f'{source} is no source; give experiment/variant/column')
-    experiment, name, column = source.split('/')
+    turned = source.startswith('-')
+    experiment, name, column = source.removeprefix('-').split('/')
     if '~' not in name:
         return f'{mean(experiment, name, column):.1f}'
     gaps, _ = differences(experiment)
     need((name, column) in gaps,
          f'{source} has no rows, or is not among the COMPARISONS of {experiment}')
     gap, half = gaps[name, column]
+    if turned:
+        need(gap < 0, f'{source} is not negative; leave out its minus sign')
+        return f'{-gap:.1f}'
     return f'{gap:+.1f} ± {half:.1f}' if '±' in figure else f'{gap:+.1f}'
 
 
@@ -525,6 +529,11 @@ PICTURES = {            # how it is drawn, inches
     'reading': (draw_reading, (8.6, 4))}
 
 
+def finished_pictures():
+    """A picture that has the name of an experiment waits for its runs."""
+    return [name for name in PICTURES if name not in OPEN]
+
+
 def digest():
     """A digest of the rows. It travels in each picture, for --check. A change of this file goes unnoticed."""
     return hashlib.sha1(RESULTS.read_bytes()).hexdigest()
@@ -552,7 +561,7 @@ def check_pages():
         for _, _, old, new, source in changes(page):
             raise Refused(f'{page} has "{old}", and results.csv "{new}" ({source}); {REMEDY}')
     need(APPENDIX.read_text() == appendix(), f'{APPENDIX} was written from other rows; {REMEDY}')
-    for name in PICTURES:
+    for name in finished_pictures():
         description = Image.open(PICTURE.format(name)).text.get('Description')
         need(description == digest(), f'the picture {name} was drawn from other rows; {REMEDY}')
     for path, svg in picture.drawn_steps().items():
@@ -599,7 +608,7 @@ def main():
     APPENDIX.write_text(appendix())
     for file, svg in picture.drawn_steps().items():
         Path(file).write_text(svg)
-    for name in PICTURES:
+    for name in finished_pictures():
         draw(name, PICTURE.format(name))
 
 
