@@ -46,7 +46,9 @@ PICTURE = 'assets/lesson-{}.png'
 OPEN = ['tune-table-5', 'table-5', 'local-crops', 'no-local-captions', 'minor']
 # Experiments that may mix machines: there figures differ as between two seeds, but times must not be compared.
 ANY_MACHINE = ['table-5', 'local-crops', 'no-local-captions', 'minor']
-UNITS = {'pairs': 1e-3, 'seconds': 1 / 60}      # all others: 100, which makes a share a percentage
+# all others: 100, which makes a share a percentage
+UNITS = {'pairs': 1e-3, 'seconds': 1 / 60, 'handed.cosine.names': 1, 'handed.cosine.scenes': 1}
+DIGITS = {'handed.cosine.names': 2, 'handed.cosine.scenes': 2}      # after the point; all others: 1
 CHANCE = 100 / 6                        # how often guessing names a shape, in percent
 LEVEL = 0.05
 
@@ -266,7 +268,7 @@ def right_figure(figure, source):
     turned = source.startswith('-')
     experiment, name, column = source.removeprefix('-').split('/')
     if '~' not in name:
-        return f'{mean(experiment, name, column):.1f}'
+        return f'{mean(experiment, name, column):.{DIGITS.get(column, 1)}f}'
     gaps, _ = differences(experiment)
     need((name, column) in gaps,
          f'{source} has no rows, or is not among the COMPARISONS of {experiment}')
@@ -314,8 +316,7 @@ def fill(page):
 # --- 4. Pictures -----------------------------------------------------------------------------------------------------
 
 PAINT = {
-    'clip': '#0072b2', 'clip-averaged': '#0072b2', 'cosmos': '#d55e00',
-    'no-cross-attention': '#009e73', 'another-pair': '#cc79a7'}
+    'clip': '#0072b2', 'clip-averaged': '#0072b2', 'cosmos': '#d55e00', 'no-cross-attention': '#009e73'}
 RED = 'tab:red'
 GREY = '#333333'
 MIDDLE = {'ha': 'center', 'va': 'center'}
@@ -440,24 +441,6 @@ def draw_table_5(figure):
         axis.spines[['top', 'right']].set_visible(False)
 
 
-def draw_pointing(figure):
-    """Page 3: where the highest weight of C^I lies when it is asked for a colour, and how alike its answers are."""
-    left, right = figure.subplots(1, 2)
-    for x, what in enumerate(('asked', 'other')):
-        show_runs(left, 'reading', 'cosmos', f'pointing.color.{what}', x)
-    words = 'an object of the\ncolour it is asked for', 'an object of\nanother colour'
-    left.set_xticks(range(2), words, fontsize=11)
-    left.set(ylim=(0, 100), xlim=(-0.5, 1.5), ylabel='C^I looks at, %')
-    for x, what in enumerate(('names', 'random', 'scenes')):
-        show_runs(right, 'handed', 'cosmos', f'handed.cosine.{what}', x)
-    words = 'two names,\none scene', 'two random\nqueries,\none scene', 'one name,\ntwo scenes'
-    right.set_xticks(range(3), words, fontsize=11)
-    right.set_yticks((0, 50, 100), ('0', '0.5', '1'))
-    right.set(ylim=(0, 103), xlim=(-0.5, 2.5), ylabel='cosine of two answers of C^I')
-    for axis in left, right:
-        axis.spines[['top', 'right']].set_visible(False)
-
-
 # Of the 2 x 2: x, y, the term of COSMOS, the same term where nothing is read, is there a leak?
 CELLS = [
     (0, 0, 'h_I_cls_t', 'cls_cls_t', False),
@@ -493,40 +476,11 @@ def draw_leak(figure):
     axis.spines[:].set_visible(False)
 
 
-READERS = {
-    'cosmos': 'its own\npair', 'another-pair': 'another\npair', 'no-cross-attention': 'nothing'}
-# Of page 3: the image that h_T has read, and its caption's.
-PICKED = {'read': RED, 'sentence': GREY}
-
-
-def draw_reading(figure):
-    """Page 3: h_T of one caption has read another pair's image. Which of the two images does it pick? And how much is
-    named after the same training?"""
-    left, right = figure.subplots(1, 2)
-    for x, method in enumerate(READERS):
-        show_runs(right, 'reading', method, 'small.top1', x)
-    for x, method in enumerate(('cosmos', 'another-pair')):             # the third reads nothing
-        for (what, color), shift in zip(PICKED.items(), (-0.15, 0.15)):
-            show_runs(left, 'reading', method, f'conflict.h_T_caption.{what}', x + shift, color)
-    left.text(0.1, 76, 'the image\nthat it has read', color=RED, fontsize=11)
-    left.text(0.42, 53, "its caption's\nimage", color=GREY, fontsize=11)
-    show_scale(left, 'h_T picks, %', (25, 50, 75, 100), chance=100 / 32)
-    show_scale(right, 'small objects named, %', (0, 30, 40, 50))
-    left.set(ylim=(-3, 103))
-    right.set(ylim=(0, 52))
-    for axis in left, right:
-        axis.set_xticks(range(len(READERS)), READERS.values(), fontsize=10)
-        axis.set(xlim=(-0.5, 2.5), xlabel='what is read in training')
-    left.set_xlim(-0.5, 1.5)
-
-
 PICTURES = {            # how it is drawn, inches
     'company': (draw_company, (6, 4)),
     'race': (draw_race, (8.4, 3.8)),
     'table-5': (draw_table_5, (9, 6.4)),
-    'pointing': (draw_pointing, (8.4, 3.4)),
-    'leak': (draw_leak, (6.4, 4)),
-    'reading': (draw_reading, (8.6, 4))}
+    'leak': (draw_leak, (6.4, 4))}
 
 
 def finished_pictures():
