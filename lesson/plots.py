@@ -9,9 +9,10 @@ names the sources of its figures, in reading order:
     COSMOS names 33.8 % of the small objects, CLIP +5.3 ± 2.1 more. The paper has 53.1 %.
     <!-- minutes/cosmos/small.top1 minutes/clip~cosmos/small.top1 paper -->
 
-A difference may leave out its ±. If words say the sign ("lowers it by 36.3"), its source begins with a minus.
-(a~b)~(c~d) is a difference of differences, and columns can be subtracted, too. What the paper reports has the source `paper`, and
-constants are put in backticks. A table is written whole, below a comment that names its columns and its rows:
+A difference may leave out its ± and, if words say which way it goes, its sign. The source of "lowers it by 36.3"
+begins with a minus. (a~b)~(c~d) is a difference of differences, and columns can be subtracted, too. What the paper
+reports has the source `paper`, and constants are put in backticks. A table is written whole, below a comment that names
+its columns and its rows:
 
     <!-- table: dominant.top1 small.top1 | minutes/clip minutes/cosmos -->
 
@@ -274,9 +275,13 @@ def right_figure(figure, source):
          f'{source} has no rows, or is not among the COMPARISONS of {experiment}')
     gap, half = gaps[name, column]
     if turned:
-        need(gap < 0, f'{source} is not negative; leave out its minus sign')
-        return f'{-gap:.1f}'
-    return f'{gap:+.1f} ± {half:.1f}' if '±' in figure else f'{gap:+.1f}'
+        gap = -gap
+    if figure[0] in '+-':
+        shown = f'{gap:+.1f}'
+    else:                               # words say which way it goes
+        need(gap > 0, f'{source} has the other sign; write it, or begin the source with a minus')
+        shown = f'{gap:.1f}'
+    return f'{shown} ± {half:.1f}' if '±' in figure else shown
 
 
 def changes(page):
