@@ -1,4 +1,4 @@
-"""Writes the figures, tables and pictures of the course from lesson/results.csv, and the picture of the method.
+"""Writes the figures and pictures of the course from lesson/results.csv, and the picture of the method.
 
     python -m lesson.plots              writes README.md, lesson/README.md, lesson/RESULTS.md and assets/lesson-*
     python -m lesson.plots --check      are the runs complete, and do pages and pictures agree with them?
@@ -11,12 +11,10 @@ names the sources of its figures, in reading order:
 
 A difference may leave out its ± and, if words say which way it goes, its sign. The source of "lowers it by 36.3"
 begins with a minus. (a~b)~(c~d) is a difference of differences, and columns can be subtracted, too. What the paper
-reports has the source `paper`, and constants are put in backticks. A table is written whole, below a comment that names
-its columns and its rows:
+reports has the source `paper`, and constants are put in backticks.
 
-    <!-- table: dominant.top1 small.top1 | minutes/clip minutes/cosmos -->
 
-Shares are written in percent, `seconds` in minutes, `pairs` in thousands. Differences are taken within seeds, because
+Shares are written in percent, `seconds` in minutes. Differences are taken within seeds, because
 all runs of a seed have the same training scenes. (All runs on photographs have the same photographs; there the rule is
 kept, which costs a little power.) What is written is their mean, with its 95 % interval (Student's t). All differences
 of an experiment are one family, and Holm's correction says which of them are decided at 5 %.
@@ -25,7 +23,6 @@ import hashlib
 import io
 import math
 import re
-from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -48,7 +45,7 @@ OPEN = ['tune-table-5', 'table-5', 'local-crops', 'no-local-captions', 'minor']
 # Experiments that may mix machines: there figures differ as between two seeds, but times must not be compared.
 ANY_MACHINE = ['table-5', 'local-crops', 'no-local-captions', 'minor']
 # all others: 100, which makes a share a percentage
-UNITS = {'pairs': 1e-3, 'seconds': 1 / 60, 'handed.cosine.names': 1, 'handed.cosine.scenes': 1}
+UNITS = {'seconds': 1 / 60, 'handed.cosine.names': 1, 'handed.cosine.scenes': 1}
 DIGITS = {'handed.cosine.names': 2, 'handed.cosine.scenes': 2}      # after the point; all others: 1
 CHANCE = 100 / 6                        # how often guessing names a shape, in percent
 LEVEL = 0.05
@@ -134,26 +131,9 @@ def differences(experiment):
     return gaps, holm(chances)
 
 
-# --- 2. Tables -------------------------------------------------------------------------------------------------------
+# --- 2. The appendix -------------------------------------------------------------------------------------------------
 
-NAMES = {                               # of methods
-    'clip': 'CLIP',
-    'clip-averaged': 'CLIP',
-    'clip-aug': 'CLIP, two crops',
-    'image-distill': 'image self-distillation',
-    'text-crop': 'text crops',
-    'text-distill': 'text self-distillation',
-    'cosmos': 'COSMOS',
-    'no-cross-attention': 'COSMOS without cross-attention',
-    'across': 'COSMOS that reads across',
-    'another-pair': 'COSMOS that reads another pair',
-    'two-terms': 'COSMOS without the two terms that leak'}
-TRACKS = {                              # of experiments
-    'pairs': 'same pairs', 'photo-pairs': 'same pairs',
-    'minutes': 'equal time', 'photo-minutes': 'equal time',
-    'longer': 'three times the time', 'longer-reading': 'three times the time'}
 LABELS = {                              # of columns
-    'seconds': 'minutes', 'pairs': 'thousand pairs',
     'dominant.top1': 'big named', 'small.top1': 'small named',
     'minor.minor.auc': 'minor', 'minor.dominant.auc': 'dominant',
     'minor.minor.auc~minor.dominant.auc': 'minor - dominant'}
@@ -163,13 +143,6 @@ def label(column):
     return LABELS.get(column) or re.sub('[._]', ' ', column.removeprefix('retrieval.'))
 
 
-def row_label(experiment, name):
-    """How a page names a row: 'CLIP, equal time'."""
-    variant = EXPERIMENTS[experiment][name]
-    words = [NAMES[variant.method], variant.more.strip('-'), TRACKS.get(experiment)]
-    return ', '.join(filter(None, words))
-
-
 def as_table(rows):
     """[[cell, ...], ...], the first row being the heading -> Markdown; '' if there is nothing below the heading."""
     head, *rows = rows
@@ -177,21 +150,6 @@ def as_table(rows):
         return ''
     rule = ['---'] * len(head)
     return ''.join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *rows))
-
-
-def table(columns, places, name_row):
-    """A table of means. A place is (experiment, name). Rows and columns without a value are left out."""
-    cells = defaultdict(dict)
-    for place in places:
-        for column in columns:
-            found = values(*place, column)
-            if found:
-                cells[name_row(*place)][column] = f'{fmean(found.values()):.1f}'
-    columns = [column for column in columns if any(column in row for row in cells.values())]
-    rows = [['in %', *map(label, columns)]]
-    for words, row in cells.items():
-        rows.append([words, *(row.get(column, '') for column in columns)])
-    return as_table(rows)
 
 
 INTRODUCTION = """# All results
@@ -233,6 +191,22 @@ def difference_table(experiment):
     return as_table(rows)
 
 
+def rate_table():
+    """A row for each rate that was tried, and what it reached."""
+    rows = [['in %', *map(label, CHOSEN_BY)]]
+    for experiment in EXPERIMENTS:
+        if 'tune' not in experiment:
+            continue
+        for name in EXPERIMENTS[experiment]:
+            cells = []
+            for column in CHOSEN_BY:
+                found = values(experiment, name, column)
+                cells.append(f'{fmean(found.values()):.1f}' if found else '')
+            if any(cells):
+                rows.append([f'{experiment}/{name}', *cells])
+    return as_table(rows)
+
+
 def appendix():
     """RESULTS.md: the differences of all experiments, and the rates that were tried."""
     text = INTRODUCTION
@@ -240,16 +214,11 @@ def appendix():
         found = difference_table(experiment)
         if found:
             text += f'\n## {experiment}\n\n{found}'
-    tried = []
-    for experiment, variants in EXPERIMENTS.items():
-        if 'tune' in experiment:
-            tried += [(experiment, name) for name in variants]
-    return text + RATES + table(CHOSEN_BY, tried, '{}/{}'.format)
+    return text + RATES + rate_table()
 
 
 # --- 3. Pages --------------------------------------------------------------------------------------------------------
 
-TABLE = re.compile(r'<!-- table: ([^|]*)\|([^>]*) -->\n((?:\|.*\n)*)')
 # Code, in blocks and in lines, and the addresses of links: their numbers are not figures.
 CODE = re.compile(r'(?ms)^```.*?^```|(?<=\n\n)(?: {4}[^\n]*\n?)+|`[^`]*`|\]\([^)]*\)')
 PARAGRAPH = re.compile(r'(?:.+\n?)+')
@@ -285,15 +254,11 @@ def right_figure(figure, source):
 
 
 def changes(page):
-    """-> [(begin, end, old, new, source)] for all figures and tables of a page that differ from results.csv. Refused if
-    a paragraph has more figures than sources, or fewer."""
+    """-> [(begin, end, old, new, source)] for all figures of a page that differ from results.csv. Refused if a paragraph
+    has more figures than sources, or fewer."""
     text = page.read_text()
     found = []
-    for match in TABLE.finditer(text):
-        places = [place.split('/') for place in match[2].split()]
-        new = table(match[1].split(), places, row_label)
-        found.append((*match.span(3), match[3], new, 'a table'))
-    prose = CODE.sub(blanked, TABLE.sub(blanked, text))
+    prose = CODE.sub(blanked, text)
     for paragraph in PARAGRAPH.finditer(prose):
         comment = SOURCES.search(paragraph[0])
         sources = comment[1].split() if comment else []
@@ -306,11 +271,11 @@ def changes(page):
              f'{len(sources)} sources; give one for each, in reading order')
         for figure, source in zip(figures, sources):
             found.append((*figure.span(), figure[0], right_figure(figure[0], source), source))
-    return sorted(change for change in found if change[2] != change[3])
+    return [change for change in found if change[2] != change[3]]
 
 
 def fill(page):
-    """-> the text of a page with all figures and tables as results.csv has them. It prints what changes."""
+    """-> the text of a page with all figures as results.csv has them. It prints what changes."""
     text = page.read_text()
     for begin, end, old, new, source in reversed(changes(page)):
         print(f'{page}: {old} becomes {new} ({source})')
@@ -322,6 +287,7 @@ def fill(page):
 
 PAINT = {
     'clip': '#0072b2', 'clip-averaged': '#0072b2', 'cosmos': '#d55e00', 'no-cross-attention': '#009e73'}
+NAMES = {'clip': 'CLIP', 'cosmos': 'COSMOS', 'no-cross-attention': 'COSMOS without cross-attention'}
 RED = 'tab:red'
 GREY = '#333333'
 MIDDLE = {'ha': 'center', 'va': 'center'}
@@ -515,7 +481,7 @@ REMEDY = 'run python -m lesson.plots'
 
 
 def check_pages():
-    """Refuses a text, a table or a picture that does not agree with the rows."""
+    """Refuses a text or a picture that does not agree with the rows."""
     for page in PAGES:
         for _, _, old, new, source in changes(page):
             raise Refused(f'{page} has "{old}", and results.csv "{new}" ({source}); {REMEDY}')
