@@ -102,12 +102,6 @@ def add_machine_and_output(parser):
     add('--log-every', type=positive, default=20, help='steps between log lines (%(default)s)')
 
 
-def name_of(weights):
-    """clip.pt -> clip, runs/tiny-cosmos and runs/tiny-cosmos/best.pt -> tiny-cosmos"""
-    path = Path(weights).resolve()
-    return path.parent.name if path.name in ('last.pt', 'best.pt') else path.stem
-
-
 def default_preset(data, device):
     if not data:
         return 'tiny'
@@ -137,7 +131,10 @@ def training_options(argv, description, presets, methods, recipe_of):
     recipe = recipe_of(preset, first_look.method, first_look.init)
     for name in FILLED_IN:
         recipe.pop(name, None)
-    name = name_of(first_look.init) if first_look.init else preset
+    name = preset
+    if first_look.init:         # clip.pt -> clip, runs/tiny-cosmos and runs/tiny-cosmos/best.pt -> tiny-cosmos
+        path = Path(first_look.init).resolve()
+        name = path.parent.name if path.name in ('last.pt', 'best.pt') else path.stem
     parser.set_defaults(preset=preset, out=f'runs/{name}-{first_look.method}', **recipe)
     return parser.parse_args(argv)
 
