@@ -90,12 +90,9 @@ def class_names(source, path=None):
 
 def open_clip_prompts():
     """The installed open_clip's 80 prompts and 1,000 ImageNet names, with which published figures were computed."""
-    try:
-        from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
-    except ImportError:
-        raise Refused('--templates open_clip needs: pip install open_clip_torch') from None
-    templates = [template('{}') for template in OPENAI_IMAGENET_TEMPLATES]
-    return templates, list(IMAGENET_CLASSNAMES)
+    import open_clip                    # pip install open_clip_torch
+    templates = [template('{}') for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    return templates, list(open_clip.IMAGENET_CLASSNAMES)
 
 
 def is_imagenet(source):

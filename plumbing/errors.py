@@ -51,15 +51,12 @@ def command(main):
         # A DataLoader raises a worker's error again, but puts "Caught Refused in ...", the traceback and the name of
         # the class in front of its sentence.
         message = re.sub(r'(?s)^Caught .*\nplumbing\.errors\.\w+: ', '', str(error))
-        end(f'error: {message.rstrip()}')
+        message = f'error: {message.rstrip()}'
     except Exception:
-        end(traceback.format_exc())
-
-
-def end(message):
-    """End the process with status 1: by os._exit if there is a process group, because sys.exit may hang then (see
-    Processes.leave)."""
-    if dist.is_initialized():
+        message = traceback.format_exc()
+    else:
+        return
+    if dist.is_initialized():           # sys.exit may hang then, see Processes.leave
         print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)

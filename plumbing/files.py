@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.errors import Refused, need
+from plumbing.errors import Refused
 
 
 @contextmanager
@@ -64,7 +64,6 @@ def read_lines(path, numbered=False):
     blank line, which would shift those after it, is refused, except at the end."""
     with reading(path):
         text = Path(path).read_text(encoding='utf-8-sig').rstrip()
-    need(text, f'{path} holds no lines of text')
     lines = [line.strip() for line in text.split('\n')]
     if numbered and '' in lines:
         raise Refused(f'line {lines.index("") + 1} of {path} is blank; give every class a line, '

@@ -21,7 +21,7 @@ def karpathy_rows(listing):
     rows = []
     for image in listing['images']:
         name = image['filename']
-        if image.get('filepath'):                                   # COCO's images lie in two folders
+        if image.get('filepath'):       # COCO's images lie in two folders
             name = f"{image['filepath']}/{name}"
         captions = [sentence['raw'] for sentence in image['sentences']]
         rows.append((image['split'], name, captions))
@@ -38,7 +38,7 @@ def published_captions(coco, karpathy, flickr, images, split):
     else:
         listing = Path(karpathy or flickr)
         folder = images or listing.parent
-    pools = defaultdict(list)           # {path of an image: its captions}; an image may have several rows
+    pools = defaultdict(list)   # {path of an image: its captions}; an image may have several rows
     for row in read_rows(listing):
         if not karpathy or row[SPLIT] == split:
             found = row['captions' if karpathy else 'caption']
@@ -68,7 +68,7 @@ def with_owners(pools, name):
     captions = []
     owner = []
     for i, pool in enumerate(pools):
-        if not has_caption(pool):           # the name is looked up only here, because that may cost a read
+        if not has_caption(pool):   # the name is looked up only here, because that may cost a read
             raise Refused(f'{name(i)} has no caption; give it one, or take the image out')
         for caption in pool if isinstance(pool, list) else [pool]:
             if not isinstance(caption, str):
@@ -100,9 +100,11 @@ def rows_of_json(text):
         captions = defaultdict(list)                        # {the image's id: captions}
         for annotation in whole['annotations']:
             captions[annotation['image_id']].append(annotation['caption'])
-        return [{'image': image['file_name'], 'caption': captions[image['id']]} for image in whole['images']]
+        images = whole['images']
+        return [{'image': image['file_name'], 'caption': captions[image['id']]} for image in images]
     if 'images' in whole and 'captions' not in whole:       # Karpathy's list
-        return [{'image': name, 'captions': captions, SPLIT: split} for split, name, captions in karpathy_rows(whole)]
+        rows = karpathy_rows(whole)
+        return [{'image': name, 'captions': captions, SPLIT: split} for split, name, captions in rows]
     if all(isinstance(value, dict) for value in whole.values()):
         return list(whole.values())
     return values                                           # JSON lines with one line

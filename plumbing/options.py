@@ -95,17 +95,10 @@ def add_machine_and_output(parser):
     add('--resume', action='store_true', help='go on with the run in --out, or start one there')
     add('--save-minutes', type=amount, default=20.0,
         help='most minutes between checkpoints; 0: no limit (%(default)s)')
-    add('--save-every', type=count, default=0,
-        help='also save at every multiple of this step; 0: do not (%(default)s)')
+    add('--save-every', type=count, default=0, help='also save at multiples of this step; 0: do not')
     add('--eval-every', type=count,
         help='steps between evaluations (a quarter of the run); 0: only at the end')
     add('--log-every', type=positive, default=20, help='steps between log lines (%(default)s)')
-
-
-def name_of(weights):
-    """clip.pt -> clip, runs/tiny-cosmos and runs/tiny-cosmos/best.pt -> tiny-cosmos"""
-    path = Path(weights).resolve()
-    return path.parent.name if path.name in ('last.pt', 'best.pt') else path.stem
 
 
 def default_preset(data, device):
@@ -137,7 +130,10 @@ def training_options(argv, description, presets, methods, recipe_of):
     recipe = recipe_of(preset, first_look.method, first_look.init)
     for name in FILLED_IN:
         recipe.pop(name, None)
-    name = name_of(first_look.init) if first_look.init else preset
+    name = preset
+    if first_look.init:         # clip.pt -> clip; runs/mine and runs/mine/best.pt -> mine
+        path = Path(first_look.init).resolve()
+        name = path.parent.name if path.name in ('last.pt', 'best.pt') else path.stem
     parser.set_defaults(preset=preset, out=f'runs/{name}-{first_look.method}', **recipe)
     return parser.parse_args(argv)
 
@@ -200,7 +196,7 @@ def add_retrieval(parser):
     add = parser.add_argument
     add('--split', help="Karpathy's split (default: test)")
     add('--images', help='images of --karpathy or --flickr (default: the folder of the JSON)')
-    add('--caption-keys', help='comma-separated json keys of the captions of --shards; see docs/data.md')
+    add('--caption-keys', help='comma-separated json keys of the captions of --shards')
 
 
 def add_classify(parser):
@@ -224,7 +220,7 @@ def add_segment(parser):
     add('--mask-suffix', default='', help='which only masks have, like _gtFine_labelTrainIds')
     add('--list', help='file of the images to evaluate, a name per line, without ending')
     add('--templates', help='file of prompts with {} for the class; or open_clip: its 80 prompts')
-    add('--benchmark', choices=BENCHMARKS, help='the released settings of this set, without prompts')
+    add('--benchmark', choices=BENCHMARKS, help='the released settings of this set, but no prompts')
     add('--csa', action='store_true', help='correlative self-attention in the last block')
 
 

@@ -177,9 +177,9 @@ def compile_blocks(model):
 
 # --- 4. Signals and loaders ------------------------------------------------------------------------------------------
 
-# Slurm sends USR1, which Windows does not have.
-ENDING = 'SIGTERM', 'SIGINT', 'SIGUSR1'
-SIGNALS = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+if hasattr(signal, 'SIGUSR1'):          # Slurm sends it; Windows does not have it
+    SIGNALS.append(signal.SIGUSR1)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from functools import lru_cache
@@ -14,18 +14,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing.errors import Refused, Unreadable, need, note, warn
+from plumbing.errors import Refused, need, note, warn
 from plumbing.files import save_tensors, write_json
 from plumbing.weights import load_weights, read_checkpoint
 
 # --- 1. The folder ---------------------------------------------------------------------------------------------------
-
-def holds_run(folder):
-    """Whether a folder has a last.pt, or a best.pt of a later step than 0. A best.pt of step 0 alone was left by a
-    start that ended before its first checkpoint."""
-    best = Path(folder, 'best.pt')
-    return Path(folder, 'last.pt').exists() or (best.exists() and read_checkpoint(best)['step'] > 0)
-
 
 LOCKS = []      # open files; closing one would free its lock
 
@@ -58,16 +51,8 @@ def lock(folder):
         torn.unlink()
 
 
-def print_notes(shards, val, captions):
-    """Before the first step, print what a user should know about the data. captions: how many are taken from a pair."""
-    looked_at = min(100, len(shards))
-    single = 0
-    for i in range(looked_at):
-        with suppress(Unreadable):
-            single += len(shards.pool(i)) == 1
-    if captions > 1 and single > looked_at / 2:
-        note(f'most pairs have one sentence ({single} of the first {looked_at}), so text crops repeat it; '
-             'see docs/own-data.md')
+def print_notes(shards, val):
+    """Before the first step, print what a user should know about the data."""
     if val is None:
         note('nothing is held out, so overfitting cannot be seen; '
              'python -m extras.prepare pack --val 0.1 holds a tenth out')
@@ -176,14 +161,17 @@ def saved_on_error(student, write):
 # --- 3. Resuming -----------------------------------------------------------------------------------------------------
 
 def read_last(folder, resume):
-    """What last.pt of a run to resume holds; {} for a new run, which must not go into the folder of another."""
-    path = Path(folder, 'last.pt')
-    if not (resume and path.exists()):
-        need(not holds_run(folder),
+    """What last.pt of a run to resume holds; {} for a new run, which must not go into the folder of another. If the
+    folder has only a best.pt of step 0, an earlier start ended before its first checkpoint, so it is used as it is."""
+    last = Path(folder, 'last.pt')
+    best = Path(folder, 'best.pt')
+    if not (resume and last.exists()):
+        holds_run = last.exists() or (best.exists() and read_checkpoint(best)['step'] > 0)
+        need(not holds_run,
              f'{folder} holds a run; give --resume to go on from its last.pt, or another --out')
         return {}
-    saved = read_checkpoint(path)
-    need('same' in saved, f'{path} holds no run to resume; to start from its weights give --init')
+    saved = read_checkpoint(last)
+    need('same' in saved, f'{last} holds no run to resume; to start from its weights give --init')
     if saved['same'].get('--method') == 'plain':        # what no-cross-attention was called at first
         saved['same']['--method'] = 'no-cross-attention'
         saved['options']['method'] = 'no-cross-attention'
