@@ -1074,8 +1074,7 @@ def test_the_committed_page(tmp_path):
 
 
 @needs_chromium
-@pytest.mark.parametrize('method, screens', [
-    ('cosmos', '01234567'), ('across', '01234567'), ('clip', '01237'), ('image-distill', '01237')])
+@pytest.mark.parametrize('method, screens', [('across', '01234567'), ('clip', '01237'), ('image-distill', '01237')])
 def test_the_page_in_a_browser(tmp_path, method, screens):
     """oracle: Chromium: a silent console, no requests, all parts of the page, captions as text, a picture that is not
     blank. Python's values, to 1e-3, on each screen, at each evaluation and in each position of the switch, and how many
@@ -1102,7 +1101,7 @@ def test_the_page_in_a_browser(tmp_path, method, screens):
     expected = {f'screen {k} at {at}' for k in screens for at in range(3)}
     kept = runs_on_page(tmp_path)[0]['maps']['batch'][-1]
     figures = kept['figures']
-    if method in ('cosmos', 'across'):
+    if method == 'across':
         expected |= figures.keys() - {'clip'}
         for name in figures.keys() - {'clip'}:
             assert [python for _, python in seen[name]] == [figures[name][what] for what in ('loss', 'own', 'mean')]
@@ -1122,5 +1121,5 @@ def test_the_page_in_a_browser(tmp_path, method, screens):
             assert of_page == pytest.approx(of_python, abs=1e-3)
     _, _, panel = built.partition('Terms other than L_CLIP')
     lines = set(re.findall('<path[^>]* stroke="([^"]+)"', panel.partition('<h3>')[0]))
-    assert len(lines) == 8 + {'cosmos': 4, 'across': 4, 'clip': 0, 'image-distill': 1}[method]
+    assert len(lines) == 8 + {'across': 4, 'clip': 0, 'image-distill': 1}[method]
     assert len(Image.open(tmp_path / 'page.png').getcolors(1 << 20)) > 100
