@@ -124,9 +124,8 @@ def measure_step(flags):
 def measure_loader(shards, preset):
     """Print how many whole samples, with all crops and tokens, one worker makes per second."""
     source = Shards(shards, split='train')
-    context_length = train.PRESETS[preset].sizes.context_length
     # It has no merges. In a long run they cost no time, because the ids of words are cached.
-    tokenizer = Tokenizer([], context_length)
+    tokenizer = Tokenizer([], train.PRESETS[preset].sizes.context_length)
     crops = crops_of(source, preset, tokenizer)
     torch.set_num_threads(1)                                # as in a worker
     order = itertools.cycle(torch.randperm(len(source)).tolist())

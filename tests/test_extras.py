@@ -660,8 +660,9 @@ def test_loader(tmp_path, monkeypatch, capsys):
 def test_a_plan(capsys, monkeypatch):
     """oracle: the parameters of the released model; 41f0b8a's GFLOP, which are those of a count by hand; hours by hand:
     10 pairs more than ten batches of 1,024 are 10 steps, or 320 in 32 epochs. Its bytes would take as long again."""
-    monkeypatch.setattr(bench, 'step_bytes', lambda *args: 43e9)
-    run(bench, 'plan', '--gpus', 8, '--pairs', 10_250, '--peak', 100, '--share', 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, 'step_bytes', lambda *args: 43e9)
+        run(bench, 'plan', '--gpus', 8, '--pairs', 10_250, '--peak', 100, '--share', 0.5)
     printed = capsys.readouterr().out
     assert number(printed, 'parameters') == 152_382_466
     assert '320 steps of 1,024 pairs, 128 on each of 8 GPUs\n473.714 GFLOP per pair\n43.00 GB per GPU\n' in printed
