@@ -45,7 +45,6 @@ STEP = """The options are those of train.py, except --workers, because the loade
 --out. Some defaults differ: --preset vit-b-16 --batch 32 --steps 10 (that many steps are timed),
 and without --data images are noise and captions random words."""
 DEFAULTS = '--preset=vit-b-16', '--batch=32', '--steps=10'
-SIDE = 256                                              # side of an image of noise, in pixels
 WORDS = 'a small red dog runs over the green grass near blue water with some people behind it'.split()
 
 
@@ -55,7 +54,7 @@ def make_shard(path, pairs):
     members = []
     for i in range(pairs):
         file = io.BytesIO()
-        Image.effect_noise((SIDE, SIDE), 64).save(file, 'JPEG')
+        Image.effect_noise((256, 256), 64).save(file, 'JPEG')
         captions = [' '.join(rng.choices(WORDS, k=rng.randint(5, 20))) for _ in range(5)]
         members.append((f'{i}.jpg', file.getvalue()))
         members.append((f'{i}.json', json.dumps(captions).encode()))
@@ -124,9 +123,8 @@ def measure_step(flags):
 def measure_loader(shards, preset):
     """Print how many whole samples, with all crops and tokens, one worker makes per second."""
     source = Shards(shards, split='train')
-    context_length = train.PRESETS[preset].sizes.context_length
     # It has no merges. In a long run they cost no time, because the ids of words are cached.
-    tokenizer = Tokenizer([], context_length)
+    tokenizer = Tokenizer([], train.PRESETS[preset].sizes.context_length)
     crops = crops_of(source, preset, tokenizer)
     torch.set_num_threads(1)                                # as in a worker
     order = itertools.cycle(torch.randperm(len(source)).tolist())

@@ -83,8 +83,6 @@ TIE = 1e-6
 def choices_right(scores):
     """scores (k images, m captions) -> min(k, m) bools, one for each caption j that has a right image, which is image
     j: does this image score above all others? A tie is a miss. scores.T gives the same for images and their captions.
-
-    A single image is always right, because there are no others.
     """
     right = scores.diagonal()
     behind = scores[:, :len(right)] < right - TIE           # False for the right one itself
