@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import random
@@ -26,7 +27,7 @@ from PIL import Image, ImageOps
 import eval as evaluation
 import train
 from data import Counts, Crops, Shards, Tokenizer
-from plumbing import benchmarks, files, options, runs
+from plumbing import benchmarks, files, runs
 from plumbing.captions import caption_pool, sentences
 from plumbing.images import decode, read_header, read_image
 from plumbing.shards import find_shards, scan_shard, write_shard
@@ -179,9 +180,6 @@ def test_what_a_user_can_mend_is_one_sentence(monkeypatch, tmp_path, line):
     assert not Path('out').exists()
 
 
-NUMBERS = {'positive': '1', 'count': '0 1', 'share': '0 1', 'amount': '0 1 1.5', 'above_zero': '1 1.5'}
-
-
 def test_reading_a_file_hides_no_bug(tmp_path, monkeypatch):
     """oracle: the rule that an error of our own keeps its kind, while a file that may not be read gives a sentence."""
     path = put(tmp_path / 'list.json')
@@ -196,16 +194,23 @@ def test_reading_a_file_hides_no_bug(tmp_path, monkeypatch):
     refused('may not be read .Permission denied.; change', read_checkpoint, path)
 
 
+NUMBERS = {             # which of the numbers below are taken: by these options of train.py
+    '1': 'steps batch accum log-every',
+    '0 1': 'workers local-crops local-captions warmup momentum-ramp seed save-every eval-every',
+    '0 0.5 1': 'lr-end momentum',
+    '0 0.5 1 1.5': 'lr wd clip-grad save-minutes',
+    '0.5 1 1.5': 'epochs'}
+
+
 def test_numbers_of_options():
-    """oracle: what each type takes, written out. Anything else gives argparse's error."""
-    for kind, taken in NUMBERS.items():
-        parser = options.Parser(prog='prog')
-        parser.add_argument('-n', type=getattr(options, kind))
-        for text in '0 1 -4 1.5 banana nan inf'.split():
+    """oracle: the table. Anything else gives argparse's error."""
+    for taken, names in NUMBERS.items():
+        for name, text in itertools.product(names.split(), '0 0.5 1 -4 1.5 banana nan inf'.split()):
+            flags = [f'--{name}', text]
             if text in taken.split():
-                assert parser.parse_args(['-n', text]).n == float(text)
+                assert vars(train.read_options(flags))[name.replace('-', '_')] == float(text)
             else:
-                refused(f'argument -n: {text} is not a .*number.*; see prog', parser.parse_args, ['-n', text])
+                refused(f'argument --{name}: {text} is not a .*number.*; see', train.read_options, flags)
 
 
 def test_what_cannot_be_printed_ends_no_command(capsys):

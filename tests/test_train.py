@@ -579,14 +579,6 @@ def test_what_depends_on_the_data(monkeypatch, capsys):
     assert filled_in('--preset tiny --init clip.pt').warmup == 7
 
 
-@pytest.mark.parametrize('name, value', [
-    ('epochs', 0), ('steps', 0), ('batch', -4), ('lr', 'banana'), ('momentum', 1.1), ('augment', 'flips'),
-    ('colours', 3)])
-def test_options_that_are_refused(name, value):
-    """oracle: values that no run can use."""
-    refused(f'--{name}.+{value}', train.read_options, [f'--{name}', str(value)])
-
-
 def test_help(capsys):
     """oracle: the groups of options, written out, and the largest number of options that the design allows."""
     assert run(train, '--help') == 0
