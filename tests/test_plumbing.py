@@ -120,13 +120,15 @@ def test_the_four_files_and_plumbing_are_enough(tmp_path):
 
 
 def test_every_command_has_help(capsys):
-    """oracle: a usage for --help, and a sentence for an unknown option, from every command of lesson/ and extras/."""
+    """oracle: a usage for --help, and a sentence for an unknown option, from every file that is a program."""
+    modules = [train, evaluation]
     for path in [*ROOT.glob('lesson/*.py'), *ROOT.glob('extras/*.py')]:
         if '__main__' in path.read_text():
-            module = importlib.import_module(f'{path.parent.name}.{path.stem}')
-            assert run(module, '--help') == 0
-            assert 'usage: ' in capsys.readouterr().out
-            assert run(module, '--colours').startswith('error: ')
+            modules.append(importlib.import_module(f'{path.parent.name}.{path.stem}'))
+    for module in modules:
+        assert run(module, '--help') == 0
+        assert 'usage: ' in capsys.readouterr().out
+        assert run(module, '--colours').startswith('error: ')
 
 
 def test_a_bug_shows_its_place(tmp_path):

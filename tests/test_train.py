@@ -579,13 +579,6 @@ def test_what_depends_on_the_data(monkeypatch, capsys):
     assert filled_in('--preset tiny --init clip.pt').warmup == 7
 
 
-def test_help(capsys):
-    """oracle: the groups of options, written out, and the largest number of options that the design allows."""
-    assert run(train, '--help') == 0
-    text = capsys.readouterr().out
-    assert ' '.join(re.findall(r'(?m)^(\w+):$', text)) == 'options data method schedule machine output Recipes'
-    assert text.count('\n  --') <= 36
-
 
 # --- What a run leaves -----------------------------------------------------------------------------------------------
 
