@@ -800,24 +800,17 @@ def test_resume_is_exact(monkeypatch, capsys, fit, whole, dogs, tmp_path, functi
     same_run(whole, tmp_path, whole_log=function == 'train_step')
 
 
-def test_held_out_images_are_tried_first(fit, tmp_path):
-    """oracle: the refusal, which names the pair whose pixels are broken. No folder is made. Once the tar is repaired,
-    the same command works."""
-    out = tmp_path / 'out'
+def test_held_out_images_are_tried_once(monkeypatch, fit, started, tmp_path):
+    """oracle: how often images are decoded: once for all starts in a folder, by a worker, and again after the shard was
+    written anew. Broken pixels are refused by the pair's name, before a folder is made."""
     path = dog_tar(tmp_path / 'val.tar', 9)
     good = path.read_bytes()
     pixels = good.rindex(b'IDAT') + 4                   # those of the last image
     put(path, good[:pixels] + bytes(40) + good[pixels + 40:])
+    out = tmp_path / 'out'
     assert f'error: {path}:8.png: ' in fit(out, '--val', path)
     assert not out.exists()
     put(path, good)
-    assert fit(out, '--val', path) == 0
-
-
-def test_held_out_images_are_tried_once(monkeypatch, started, tmp_path):
-    """oracle: how often images are decoded: once for all starts in a folder, by a worker, and again after the shard was
-    written anew."""
-    path = dog_tar(tmp_path / 'val.tar', 9)
     tried = put(tmp_path / 'tried')
     decode = evaluation.shard_image
 
@@ -829,7 +822,7 @@ def test_held_out_images_are_tried_once(monkeypatch, started, tmp_path):
     monkeypatch.setattr(evaluation, 'shard_image', noted)
     for mtime, times in (1, 9), (1, 9), (2, 18):
         os.utime(path, (mtime, mtime))
-        started(tmp_path / 'out', '--val', path, '--workers', 1)
+        started(out, '--val', path, '--workers', 1)
         processes = tried.read_text().split()
         assert len(processes) == times and str(os.getpid()) not in processes
 
