@@ -22,13 +22,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import cosmos
 import train
-from cosmos import COSMOS, GLOBALS, Attention, Config, Teacher, clip_loss, cosmos_loss, gather, match, total_loss
+from cosmos import COSMOS, GLOBALS, Config, Teacher, clip_loss, cosmos_loss, gather, match, total_loss
 from eval import encode_dense
 from plumbing.weights import from_openclip, to_openclip
 from tests.helpers import MICRO, ROOT, close, micro, refused, seeded, shared
@@ -435,28 +434,6 @@ def test_images_that_are_not_square():
         x = block(x)
     projected = F.normalize(tower.norm(x) @ tower.proj, dim=-1)
     close(encode_dense(model, images), projected[:, 1:].view(2, 3, 5, -1))
-
-
-@pytest.mark.parametrize('device, kernels', [('cpu', 0), ('mps', 0), ('meta', 3)])
-def test_where_attention_is_written_out(monkeypatch, device, kernels):
-    """oracle: how often torch's kernel is called, for a causal mask, for that of one row, and for none. The tensors
-    hold no numbers, so no such device is needed; meta stands for a GPU."""
-    called = []
-
-    def kernel(q, k, v, **options):
-        called.append(options)
-        return q
-
-    monkeypatch.setattr(F, 'scaled_dot_product_attention', kernel)
-    monkeypatch.setattr(cosmos, 'attention_weights', lambda q, k, mask: q @ k.mT)
-    one_head = SimpleNamespace(project=lambda *pair: [pair[k].unsqueeze(1) for k in (0, 1, 1)], out_proj=torch.clone)
-    with FakeTensorMode(), torch.device(device):
-        rows = torch.empty(2, 5, 8)
-        causal = torch.empty(5, 5, dtype=torch.bool)
-        of_one_row = torch.empty(2, 1, 1, 5, dtype=torch.bool)
-        for query, mask in (rows, causal), (torch.empty(2, 1, 8), of_one_row), (rows, None):
-            assert Attention.forward(one_head, query, rows, mask).shape == query.shape
-    assert len(called) == kernels
 
 
 def test_quick_gelu_by_hand():

@@ -310,41 +310,42 @@ def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
             close(grads[name], expected[name])
 
 
-class SaysCuda(torch.Tensor):
-    """A tensor on the CPU that says it is on a GPU."""
+class Elsewhere(torch.Tensor):
+    """A tensor on the CPU that says it is on another device."""
     device = torch.device('cuda')
 
 
-def enter_the_branch_of_gpus(monkeypatch):
-    """Has Attention take the branch of GPUs, but on the CPU -> how the kernel is called from now on, a set of (rows of
-    queries, dimensions of the mask, or 'causal')."""
+@pytest.mark.parametrize('device, kernels', [
+    ('mps', set()),
+    ('cuda', {(17, 0), (5, 0), (12, 'causal'), (1, 0), (1, 4), (GLOBALS + 2, 0)})])
+def test_attention_of_gpus_equals_that_of_cpus(monkeypatch, device, kernels):
+    """oracle: the loss and all gradients of the CPU. kernels: how torch's kernel is called, as (rows of queries: of an
+    image, of a text, or one per view; dimensions of the mask, or 'causal')."""
     project = Attention.project
+    attention_weights = cosmos.attention_weights
     kernel = F.scaled_dot_product_attention
     calls = set()
 
-    def says_cuda(*inputs):
+    def elsewhere(*inputs):
         q, k, v = project(*inputs)
-        return q.as_subclass(SaysCuda), k, v
+        return q.as_subclass(Elsewhere), k, v
+
+    def written_out(q, k, mask=None):
+        return attention_weights(q.as_subclass(torch.Tensor), k, mask)
 
     def counted(q, k, v, attn_mask=None, is_causal=False):
-        mask = 'causal' if is_causal else 0 if attn_mask is None else attn_mask.ndim
+        mask = 'causal' if is_causal else getattr(attn_mask, 'ndim', 0)
         calls.add((q.shape[2], mask))
         return kernel(q.as_subclass(torch.Tensor), k, v, attn_mask, is_causal=is_causal)
 
-    monkeypatch.setattr(Attention, 'project', says_cuda)
     monkeypatch.setattr(F, 'scaled_dot_product_attention', counted)
-    return calls
-
-
-@pytest.mark.parametrize('accum', [1, 2])
-def test_attention_of_gpus_equals_that_of_cpus(monkeypatch, accum):
-    """oracle: the branch of CPUs: same loss, same gradient of every parameter. The queries are all rows (17 or 5 of an
-    image, 12 of a text), one row, or, in cross-attention, all 4 views or 5 captions. A whole text takes the kernel's
-    own causal mask, a single row of it brings its mask."""
-    expected, total = gradients(ALONE, 'cosmos', accum)
-    calls = enter_the_branch_of_gpus(monkeypatch)
-    found, loss = gradients(ALONE, 'cosmos', accum)
-    assert calls == {(17, 0), (5, 0), (12, 'causal'), (1, 0), (1, 4), (GLOBALS + 2, 0)}
+    expected, total = gradients(ALONE, 'cosmos', 1)
+    assert calls == set()                               # on a CPU attention is written out
+    monkeypatch.setattr(Elsewhere, 'device', torch.device(device))
+    monkeypatch.setattr(Attention, 'project', elsewhere)
+    monkeypatch.setattr(cosmos, 'attention_weights', written_out)
+    found, loss = gradients(ALONE, 'cosmos', 1)
+    assert calls == kernels
     assert loss == pytest.approx(total, rel=1e-6)
     for name in expected:
         close(found[name], expected[name])
