@@ -137,7 +137,7 @@ ROWS = {  # for each row of Table 5: global and local images, global and local c
 
 @pytest.mark.parametrize('method', train.METHODS)
 def test_views_and_losses_of_each_row(started, tmp_path, method):
-    """oracle: the table, written out. If a recipe changes colours, clip alone leaves them as they are."""
+    """oracle: the table. If a recipe changes colours, clip alone leaves them as they are."""
     begun = started(tmp_path, '--method', method, '--local-crops', 6, '--local-captions', 6)
     terms = ROWS[method][5:]
     assert [*begun.train_set.counts, begun.train_set.crop_min, *terms] == ROWS[method]
@@ -169,8 +169,8 @@ def step_of(model, images, texts, method='cosmos', accum=1, processes=ALONE, cli
 
 
 def test_a_step_by_hand():
-    """oracle: clip_loss + cosmos_loss, and by hand a step of gradient descent whose gradient is clipped to a norm of
-    0.1. The teacher sees only the global images and captions, and follows the student."""
+    """oracle: the sum of both losses, and a step of gradient descent by hand, whose gradient is clipped to a norm of
+    0.1. The teacher sees only the globals, and follows the student."""
     model, images, texts = micro()
     before = copy.deepcopy(model)
     teacher = Teacher(COSMOS(model.config))
@@ -190,7 +190,7 @@ OBJECTIVES = 'cosmos', 'across', 'no-cross-attention', 'text-distill', 'image-di
 
 
 def gradients(processes, method, accum):
-    """A step on this process's share of a batch of 8 -> {parameter: gradient}, and the mean loss over all processes."""
+    """A step on this process's share of 8 pairs -> {parameter: gradient}, and the mean loss over all processes."""
     model, images, texts = micro(method, B=8)
     if method in ('image-distill', 'clip'):
         texts = texts[:1]
@@ -202,8 +202,8 @@ def gradients(processes, method, accum):
 
 
 def one_rank(rank, port, path, flags):
-    """What each of two processes does. It saves its gradients, and has train.py make three runs: one that nothing
-    disturbs, one that fails, and one that is stopped and resumed. It writes into a file what it complains of."""
+    """What each of two processes does. It saves its gradients and makes three runs: an undisturbed one, one that fails,
+    and one that is stopped and resumed. What it complains of goes into a file."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     processes = train.Processes('cpu')
@@ -245,8 +245,7 @@ def one_rank(rank, port, path, flags):
 
 @pytest.fixture(scope='session')
 def by_ranks(tmp_path_factory):
-    """A folder with what two processes leave (see `one_rank`: gradients, and runs, of which 'two' is the undisturbed
-    one), and with the run 'one' of a single process."""
+    """A folder with what two processes leave (see `one_rank`), and with the run 'one' of a single process."""
     path = tmp_path_factory.mktemp('ranks')
     shards = dog_tar(path / 'dogs.tar', 80, broken=[3, 70])
     flags = ['--data', shards, shards, *QUICK, '--steps', 12, '--lr', 1e-3, '--out']
@@ -259,8 +258,8 @@ def by_ranks(tmp_path_factory):
 
 
 def test_the_teacher_sees_the_same_parts(monkeypatch):
-    """oracle: by hand: with --accum 3 three pairs come one by one, to the teacher first, to the student twice, because
-    the backward pass computes it again."""
+    """oracle: by hand: with --accum 3 three pairs come one by one, to the student twice, because of the backward
+    pass."""
     model, images, texts = micro()
     seen = []
 
@@ -295,9 +294,8 @@ def test_parts_are_exact_in_half_precision(monkeypatch):
 
 @pytest.mark.parametrize('method', OBJECTIVES)
 def test_ranks_and_accumulation_equal_one_process(by_ranks, method):
-    """oracle: one process with the whole batch. With --accum 2 (and --grad-checkpoint), with two processes, and with
-    both, the loss is the same, and so is the gradient of every parameter and scale. None of them is all zero, because
-    then it would never learn."""
+    """oracle: one process with the whole batch. Its loss and each of its gradients equal those of --accum 2 (with
+    --grad-checkpoint), of two processes, and of both together. No gradient is all zero."""
     expected, total = gradients(ALONE, method, 1)
     found = [gradients(ALONE, method, 2)]
     for path in by_ranks.glob(f'?-{method}-?'):
@@ -352,8 +350,8 @@ def test_attention_of_gpus_equals_that_of_cpus(monkeypatch, device, kernels):
 
 
 def test_a_step_leaves_nothing_on_the_cpu(monkeypatch):
-    """oracle: torch's device meta, whose tensors have no numbers, and refuse those of the CPU. (Autocast and `isfinite`
-    are replaced, because the first does not know meta, and the second needs numbers.)"""
+    """oracle: torch's device meta, which refuses tensors of the CPU. (Autocast does not know it, and `isfinite` needs
+    numbers, so they are replaced.)"""
     monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr(torch.Tensor, 'isfinite', lambda norm: True)
     model, images, texts = micro()
@@ -367,9 +365,8 @@ def test_a_step_leaves_nothing_on_the_cpu(monkeypatch):
 
 
 def test_two_processes_are_one_run(by_ranks):
-    """oracle: a single process with the same batches. The log counts the pairs of all ranks. A warning comes once a
-    run, and so does the sentence of a failure. Rank 0 has chosen model and vocabulary before rank 1 begins. The run that
-    a signal to one process stopped equals the undisturbed one, bit for bit."""
+    """oracle: one process with the same batches. Warnings and failures are told once. Rank 0 chooses model and
+    vocabulary before rank 1 begins. The run that a signal stopped equals the undisturbed one, bit for bit."""
     one = read_log(by_ranks / 'one')
     two = read_log(by_ranks / 'two')
     assert len(one) == len(two) == 12 and one[-1]['bad_pairs'] == 2
@@ -388,8 +385,8 @@ def test_two_processes_are_one_run(by_ranks):
 
 
 def test_ranks_must_agree(monkeypatch, fit, whole, tmp_path):
-    """oracle: the refusal. Rank 0 has another rate, another number of pairs, or another checkpoint than this rank;
-    nothing is trained."""
+    """oracle: the refusal, if rank 0 has another rate, another number of pairs, or another checkpoint than this
+    rank."""
     for out, flag, other in (
             (tmp_path, '--seed=0', {'lr': 9.0}),
             (tmp_path, '--seed=0', {'pairs': 9}),
@@ -404,8 +401,8 @@ def test_ranks_must_agree(monkeypatch, fit, whole, tmp_path):
 
 
 def test_torchrun_as_it_is_typed(tmp_path):
-    """oracle: the command at the head of train.py, in a folder with a small built-in set, with fewer steps: status 0,
-    and each line once."""
+    """oracle: the command at the head of train.py, with a small built-in set and one step: status 0, and each line
+    once."""
     run(scenes, tmp_path / 'runs/scenes', '--train', 64, '--val', 16)
     command = 'torchrun --nproc_per_node=2 train.py --out runs/two'
     assert command in train.__doc__
@@ -433,15 +430,15 @@ processes.end_workers()
 
 
 def test_what_windows_lacks_is_not_needed(tmp_path):
-    """oracle: the words of a program that hides these modules and signals, and then imports the four files. Without
-    locks it warns."""
+    """oracle: the words of a program that hides these modules and signals, and imports the four files. It has no
+    locks."""
     done = subprocess.run([sys.executable, '-c', HIDDEN, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == '0.0 2 True\n' and done.stderr.count('no locks here') == 1, done.stderr
 
 
 def test_loaders_start_before_the_model(monkeypatch, started, tmp_path):
-    """oracle: DDP's notes: once nccl is up, a process must not be forked. DDP comes after the model, so here it is
-    enough that the loaders come before the model."""
+    """oracle: DDP's notes: once nccl is up, nothing may be forked. DDP comes after the model, and the model after
+    loaders."""
     before = active_children()
 
     def model(config):
@@ -464,8 +461,7 @@ def test_workers_share_the_cores_of_a_node(monkeypatch):
 
 
 def test_options_that_weights_choose():
-    """oracle: docs/questions.md: the same defaults for each preset, but what is typed wins. The folder is called after
-    the weights."""
+    """oracle: the same defaults for each preset, but what is typed wins. The folder is called after the weights."""
     for preset in train.PRESETS:
         for weights, name in ('runs/mine/best.pt', 'mine'), ('a/clip.pt', 'clip'):
             options = train.read_options(f'--preset {preset} --wd 0.3 --init {weights} --method across'.split())
@@ -474,8 +470,7 @@ def test_options_that_weights_choose():
 
 
 def test_schedules_and_decay():
-    """oracle: closed forms at the corners of warm-up, cosine and ramp; the rule that matrices decay, but not
-    LayerNorms, biases, the class token and the scales."""
+    """oracle: closed forms at the corners of warm-up, cosine and ramp. Only matrices decay."""
     options = train.read_options(
         '--preset vit-b-16 --steps 110 --warmup 10 --lr 1 --momentum 0.9 --momentum-ramp 3'.split())    # its lr_end is 0
     rates = [train.lr_at(step, options) for step in (0, 9, 10, 60, 110)]
@@ -492,9 +487,8 @@ def test_schedules_and_decay():
 
 
 def test_what_is_asked_of_a_gpu(monkeypatch):
-    """oracle: the rule: take the GPU that torch finds, unless another device is asked for, and bf16 if it has units for
-    that. A device that is absent is refused, and so is the second of two processes with one GPU. On a GPU cuDNN's
-    attention is off. What torch finds is set by hand here."""
+    """oracle: the rule: the GPU that torch finds, unless another device is asked for, and bf16 if it has units for
+    that. A device that is absent is refused, and so is the second process on one GPU. cuDNN's attention is off."""
     found = torch.cuda
     switched = []
     monkeypatch.setattr(torch.backends.cuda, 'enable_cudnn_sdp', switched.append)
@@ -539,9 +533,8 @@ def test_the_preset_that_is_not_typed(monkeypatch, capsys):
 
 
 def test_what_depends_on_the_data(monkeypatch, capsys):
-    """oracle: arithmetic on 60 pairs: 15 batches of four a pass. At most a tenth of a run is warm-up, and a quarter
-    lies between evaluations. A batch is lowered to what 60 pairs and three parts allow, and a line says so; a resumed
-    run has its own. What is typed wins. A warm-up counts in every recipe."""
+    """oracle: arithmetic on 60 pairs. At most a tenth of a run is warm-up, and a quarter lies between evaluations. A
+    batch is lowered to what pairs and parts allow; a resumed run has its own. What is typed wins."""
     refused('not allowed with argument', train.read_options, ['--steps', '5', '--epochs', '1'])
 
     def filled_in(flags, pairs=60, parts=1, saved={}):
@@ -576,8 +569,7 @@ def test_what_depends_on_the_data(monkeypatch, capsys):
 # --- What a run leaves -----------------------------------------------------------------------------------------------
 
 def test_log_entry_by_hand(started, tmp_path):
-    """oracle: by hand. Four orthogonal embeddings have a spread of the root of 3/4. If two of four are exchanged,
-    accuracy and cosine are a half. Each part of the loss is logged under its name. A single pair gives numbers, too."""
+    """oracle: by hand. Four orthogonal embeddings have a spread of the root of 3/4; two of four are exchanged."""
     begun = started(tmp_path)
     exchanged = torch.eye(4)[None, [1, 0, 2, 3]]
     out = Output(torch.eye(4)[None], exchanged)
@@ -592,8 +584,7 @@ def test_log_entry_by_hand(started, tmp_path):
 
 
 def test_a_run_leaves_everything(whole, dogs, tmp_path):
-    """oracle: the files and the log's fields, written out; values by arithmetic; eval.py's score of the teacher, which
-    is not that of the student."""
+    """oracle: the files and the log's fields, written out; values by arithmetic; eval.py's score of the teacher."""
     assert contents(whole).keys() == {
         'last.pt', 'best.pt', 'log.jsonl', 'config.json', 'index.npy', 'val.npy', 'eval.json', 'lock'}
     line = (whole / 'log.jsonl').read_text().splitlines()[1]
@@ -614,10 +605,8 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
 
 
 def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
-    """oracle: what a run of four steps does, written out: a step is saved before it is evaluated, and nothing is saved,
-    evaluated or logged twice. The scripted figures make the middle evaluation the best. best.pt has both networks of
-    that step, and stays when the run goes on, also with copied held-out shards, but not with others. If a start ended
-    before its first save, what it left is removed."""
+    """oracle: what is due, written out: saved before it is evaluated, and nothing twice. Scripted figures say which
+    step is best. best.pt has its networks, and stays when the run goes on, but not with other held-out shards."""
     write_last = runs.write_last
     happened = []
     learned = {}
@@ -658,8 +647,8 @@ def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
 
 
 def test_two_jobs_in_one_folder(monkeypatch, capsys, fit, tmp_path):
-    """oracle: the refusal, which says which process has the folder. Once that process is killed, the next one gets in
-    at once, and removes what a torn save has left. If the file system has no locks, a line says so."""
+    """oracle: the refusal, which names the process. Once that is killed, the next one gets in, and removes what a torn
+    save has left. If the file system has no locks, a line says so."""
     out = tmp_path / 'out'
     torn = out / 'last.pt.0123.partial'
 
@@ -717,8 +706,7 @@ def test_pairs_of_one_sentence_are_noted(started, dogs, tmp_path, capsys):
 # --- Going on --------------------------------------------------------------------------------------------------------
 
 def test_a_kill_in_mid_run(fit, whole, tmp_path):
-    """oracle: the run that nobody killed, bit for bit, even though the last save was torn. The same command starts a
-    run and goes on with it."""
+    """oracle: the run that nobody killed, bit for bit. The same command starts a run and goes on with it."""
     flags = ['--save-every', 1, '--resume']
     log = tmp_path / 'log.jsonl'
     child = get_context('fork').Process(target=fit, args=[tmp_path, *flags, '--workers', 1])
@@ -776,8 +764,8 @@ def hide_shard(run):
     ('evaluate', 2, raise_a_bug, 'RuntimeError: a bug\n', 2),
     ('evaluate', 6, raise_a_bug, 'RuntimeError: a bug\n', 6)])
 def test_resume_is_exact(monkeypatch, capsys, fit, whole, dogs, tmp_path, function, at, harm, ends, kept):
-    """oracle: the run that was not interrupted: weights, optimizer, teacher, figures and log. Before a run ends, it
-    saves the last whole step, if its weights are finite and fit on the disk, and says why it ends."""
+    """oracle: the undisturbed run. The last whole step is saved if it is finite and fits on the disk; the end says
+    why."""
     original = getattr(train, function)
     signalled = isinstance(harm, signal.Signals)
     workers = 2 if signalled else 0
@@ -802,7 +790,7 @@ def test_resume_is_exact(monkeypatch, capsys, fit, whole, dogs, tmp_path, functi
 
 def test_held_out_images_are_tried_once(monkeypatch, fit, started, tmp_path):
     """oracle: how often images are decoded: once for all starts in a folder, by a worker, and again after the shard was
-    written anew. Broken pixels are refused by the pair's name, before a folder is made."""
+    written anew. Broken pixels are refused before a folder is made."""
     path = dog_tar(tmp_path / 'val.tar', 9)
     good = path.read_bytes()
     pixels = good.rindex(b'IDAT') + 4                   # those of the last image
@@ -839,8 +827,8 @@ def test_what_is_no_run(fit, whole, tmp_path):
 
 
 def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_path):
-    """oracle: the files of a finished run, byte for byte, after each command that must leave them alone. A change of
-    what must stay is refused, with all old and new values; other changes are noted. A fresh start is refused."""
+    """oracle: the files of a finished run, byte for byte, after each command that must leave them alone. What must stay
+    is refused with old and new values; other changes are noted."""
     out = tmp_path / 'out'
     shutil.copytree(whole, out)
     flags = '--preset tiny --method clip --batch 5 --seed 1 --local-crops 3 --local-captions 4'.split()
@@ -877,8 +865,8 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
 
 
 def test_init(fit, started, tmp_path, capsys):
-    """oracle: the weights of the file, before the first step. Cross-attention, which the file lacks, is that of a fresh
-    model. The plan names the file."""
+    """oracle: the weights of the file; cross-attention, which it lacks, is that of a fresh model. The plan names the
+    file."""
     assert fit(tmp_path / 'clip', '--method', 'clip') == 0
     path = tmp_path / 'clip/last.pt'
     begun = started(tmp_path / 'begun', '--init', path, '--batch', 60)  # all pairs
@@ -892,8 +880,8 @@ def test_init(fit, started, tmp_path, capsys):
 
 
 def test_overflows_in_half_precision(started, tmp_path):
-    """oracle: by hand: a step that overflows halves the scale and counts as a step, but changes neither student nor
-    teacher. The first one that does not overflow has the same gradient norm as in float32."""
+    """oracle: by hand: a step that overflows halves the scale and counts, but changes neither network. The first one
+    that does not overflow has the gradient norm of float32."""
     begun = started(tmp_path, '--precision', 'fp16')
     begun.scaler = torch.amp.GradScaler('cpu', 2.0 ** 18)
     begun.teacher.model.logit_scale.data.zero_()        # an update would move it
@@ -924,8 +912,8 @@ def test_bad_pairs_stop_a_run_beyond_5_percent(fit, tmp_path):
 
 
 def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, capsys, fit, started, tmp_path):
-    """oracle: chosen steps, whose losses are made NaN. A few in a row are skipped, with a line each; five stop the run.
-    In fp16 they only lower the scale, which is saved and restored. A --wd that is typed wins over the checkpoint's."""
+    """oracle: chosen steps, whose losses are made NaN. A few are skipped with a line each; five stop the run. In fp16
+    they only lower the scale, which is saved and restored. A typed --wd wins over the checkpoint's."""
     loss = cosmos.clip_loss
 
     def spoilt(*arguments):
