@@ -11,8 +11,7 @@ order of cosmos.py.
 import itertools
 import math
 import re
-import subprocess
-import sys
+import runpy
 from dataclasses import replace
 from functools import partialmethod
 from types import SimpleNamespace
@@ -465,14 +464,15 @@ def test_compiled_blocks_are_few_and_whole(monkeypatch):
 
 # --- 6. python cosmos.py ---------------------------------------------------------------------------------------------
 
-def test_the_walk_through_runs():
+def test_the_walk_through_runs(capsys):
     """oracle: the shapes of views and captions of 3 pairs, the five parts of the loss, and 2 ln 3, the cost of a
     guess."""
-    done = subprocess.run([sys.executable, 'cosmos.py'], cwd=ROOT, capture_output=True, text=True)
+    runpy.run_path(ROOT / 'cosmos.py', run_name='__main__')
+    printed = capsys.readouterr().out
     views, captions = str(GLOBALS + 3), str(GLOBALS + 2)
-    assert re.findall(r'\((\d), 3, 512\)', done.stdout) == [views, captions] * 2, done.stderr
-    assert len(re.findall(r'^\w+ +[\d.]+ x [\d.]+$', done.stdout, re.M)) == 5
-    assert f'{2 * math.log(3):.4f}' in done.stdout
+    assert re.findall(r'\((\d), 3, 512\)', printed) == [views, captions] * 2
+    assert len(re.findall(r'^\w+ +[\d.]+ x [\d.]+$', printed, re.M)) == 5
+    assert f'{2 * math.log(3):.4f}' in printed
 
 
 # --- Recorded --------------------------------------------------------------------------------------------------------
