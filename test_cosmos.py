@@ -73,8 +73,8 @@ def test_equals_the_released_code():
 
 
 def test_many_logits_are_computed_again(monkeypatch):
-    """oracle: the loss and the gradients of a run that keeps its logits, to the last bit. A run that does not keep them
-    computes the logits of each of the ten L_nce twice."""
+    """oracle: loss and gradients of a run that keeps its logits, to the last bit. Otherwise those of each of the ten
+    L_nce are computed twice."""
     cross_entropy = F.cross_entropy
     calls = []
 
@@ -109,7 +109,7 @@ def recorded(golden, name):
 
 
 def test_golden_training_step(golden):
-    """oracle: what was recorded of the released code: features, losses, gradients, and both models after the step."""
+    """oracle: what was recorded of the released code: features, losses, gradients, both models after the step."""
     expected = golden['expected']
     hyper = golden['hyper']
     images = golden['images']
@@ -141,8 +141,7 @@ def test_golden_training_step(golden):
 
 
 def test_golden_dense_features_and_attention(golden):
-    """oracle: what was recorded from the released code, on images of 64 x 96 pixels. Patches are a grid (rows,
-    columns), here 4 x 6."""
+    """oracle: what was recorded of the released code, on 64 x 96 pixels: a grid of 4 rows and 6 columns."""
     expected = golden['expected']
     model = recorded(golden, 'teacher')
     for name in 'dense_plain', 'dense_csa':
@@ -155,8 +154,8 @@ def test_golden_dense_features_and_attention(golden):
 
 
 def test_sizes_and_initial_values_are_the_released():
-    """oracle: how many parameters the paper's ViT-B/16 and open_clip's ViT-B/32 have; the standard deviations with
-    which CLIP starts, for an image tower of 96 channels and a text tower of 128 channels and 2 layers."""
+    """oracle: the parameters of the paper's ViT-B/16 and open_clip's ViT-B/32; the standard deviations of CLIP's
+    start."""
     for preset, cross_heads, count in (
             ('vit-b-32', 0, 151_277_313), ('vit-b-16', 8, 152_382_466)):
         with torch.device('meta'):
@@ -200,7 +199,7 @@ def test_sizes_that_do_not_fit_are_refused():
 # --- 3. Student and teacher ------------------------------------------------------------------------------------------
 
 def test_a_plain_clip_has_the_same_towers():
-    """oracle: a model with cross-attention and the same weights. The plain CLIP returns no patches and no words."""
+    """oracle: a model with cross-attention and the same weights. A plain CLIP has no patches and no words."""
     model, images, texts = micro()
     plain, _, _ = micro('clip')
     plain.load_state_dict(model.state_dict(), strict=False)
@@ -220,8 +219,7 @@ def torchs(attention, query, tokens):
 
 
 def test_every_view_reads_view_0_and_caption_0():
-    """oracle: Eq. 1-2 as they stand, one view at a time, with torch's attention, which also returns its attention
-    weights."""
+    """oracle: Eq. 1-2 as they stand, one view at a time, with torch's own attention, which returns weights, too."""
     model, images, texts = micro()
     out = model(images, texts)
 
@@ -241,8 +239,7 @@ def test_every_view_reads_view_0_and_caption_0():
 
 
 def test_teacher_is_a_moving_average():
-    """oracle: the closed form s + lambda^k (t0 - s) after k updates towards a constant student. Teacher and student
-    share no tensor."""
+    """oracle: the closed form s + lambda^k (t0 - s) after k updates. Teacher and student share no tensor."""
     model, images, texts = micro()
     teacher = Teacher(model)
     start = [p.clone() for p in model.parameters()]
@@ -331,13 +328,9 @@ def test_total_loss_of_each_method(method):
     ('across', [7, 18, 4], [18, 7]),
     ('clip', [7], [7])])
 def test_collectives_of_a_step(monkeypatch, method, forward, backward):
-    """oracle: the table of docs/differences.md, 3 forward and 2 backward. The first sends 2 cls and 5 eot, for L_CLIP.
-    The second sends 4 h_I and 5 h_T (cosmos), or 4 cls and 5 eot
-    (no-cross-attention), or all of these (across). The third sends 2
-    cls_t and 2 eot_t, without a gradient. clip needs only the first.
-
-    The other GPU has the same pairs, so every key is there twice, and every L_nce is larger by ln 2.
-    """
+    """oracle: the table of docs/differences.md: how many vectors each collective sends: 2 cls and 5 eot; 4 h_I and 5
+    h_T, or 4 cls and 5 eot, or all of these; 2 cls_t and 2 eot_t, without a gradient. The other GPU has the same pairs,
+    so every key is there twice, and every L_nce is larger by ln 2."""
     gathered = []
     reduced = []
 
@@ -378,8 +371,8 @@ def test_losses_are_float32_under_autocast():
 # --- 5. Towers, blocks, attention ------------------------------------------------------------------------------------
 
 def test_towers_equal_the_long_way(monkeypatch):
-    """oracle: every block computes all rows of full sequences, for texts with a causal mask, and then the row of the
-    class token or of the end token is picked. Captions that were cut must give the same vectors."""
+    """oracle: every block computes all rows of full sequences; then one row is picked. Cut captions give the same
+    vectors."""
     model, images, texts = micro()
     monkeypatch.setattr(cosmos, 'checkpoint', None)     # must not be called unless it is asked for
     cut = texts[:2] + [caption[:, :5] for caption in texts[2:]]
@@ -401,9 +394,8 @@ def test_towers_equal_the_long_way(monkeypatch):
 
 
 def bicubic(size, grid):
-    """-> (size, grid): the weight of each of `grid` points in each of `size` interpolated values, by torch's bicubic
-    rule. The parameter of its kernel is -3/4, and beyond the border the outermost points are repeated. DINO's 0.1
-    stretches the grid."""
+    """-> (size, grid): the weight of each grid point in each of `size` values, by torch's bicubic rule (-3/4; the
+    outermost points are repeated). DINO's 0.1 stretches the grid."""
     weights = torch.zeros(size, grid)
     for i in range(size):
         place = (i + 0.5) * grid / (size + 0.1) - 0.5
@@ -419,8 +411,8 @@ def bicubic(size, grid):
 
 
 def test_images_that_are_not_square():
-    """oracle: torch's convolution plus positions interpolated by hand, on 3 x 5 patches, row after row. encode_dense
-    has the same order."""
+    """oracle: torch's convolution plus positions interpolated by hand, on 3 x 5 patches. encode_dense has their
+    order."""
     model, _, _ = micro()
     tower = model.visual
     images = torch.randn(2, 3, 24, 40)
@@ -477,12 +469,10 @@ def test_the_walk_through_runs(capsys):
 
 # --- Recorded --------------------------------------------------------------------------------------------------------
 
-# What the released code computes for the weights and inputs of test_equals_the_released_code: L_CLIP and L_COSMOS; the
-# first six numbers of h_I of view 0 and of h_T of caption 0, for pair 0; and the norms of the gradient of both losses
-# for each of the 83 parameters, sorted by their released names. `python -m extras.released CLONE --record FILE` writes
-# them. Losses and vectors must agree to 1e-6, norms to 1e-5 of themselves (the worst that we saw was 2e-6, with four
-# CPU instruction sets, and on the CPU path of Attention as well as on its kernel path). The norms below 1e-5, of the
-# LayerNorms of C^I's and C^T's queries, are what is left of sums that cancel, so they are held to 1e-9.
+# L_CLIP and L_COSMOS; the first six numbers of h_I of view 0 and of h_T of caption 0, for pair 0; and the norms of the
+# gradient of both losses for each of the 83 parameters, sorted by their released names. The worst that we saw was 2e-6
+# of a norm, with four CPU instruction sets, and on both paths of Attention. The norms below 1e-5, of the LayerNorms of
+# C^I's and C^T's queries, are what is left of sums that cancel, so they are held to 1e-9.
 RELEASED_LOSSES = [1.144916, 1.142693]
 RELEASED_H_I = [0.281730, 0.157082, -0.238676, -0.069201, -0.208976, -0.218391]
 RELEASED_H_T = [-0.019756, 0.101438, -0.225228, 0.069547, 0.111738, -0.129658]
