@@ -413,29 +413,6 @@ def test_torchrun_as_it_is_typed(tmp_path):
     assert [done.stdout.count(word) for word in ('on 2 x ', '\nstep 1 ', '\ndone ')] == [1, 1, 1]
 
 
-HIDDEN = '''
-import os, signal, sys
-import torch, torchvision, tqdm
-for name in 'fcntl', 'resource':
-    sys.modules[name] = None
-for name in 'SIGUSR1', 'SIGCHLD', 'SIGKILL', 'SIGHUP', 'SIGALRM':
-    delattr(signal, name)
-del os.sched_getaffinity
-import cosmos, data, eval, train
-from plumbing import processes, runs
-print(processes.peak_memory(torch.device('cpu')), len(processes.SIGNALS), processes.cores() > 0)
-runs.lock(sys.argv[1])
-processes.end_workers()
-'''
-
-
-def test_what_windows_lacks_is_not_needed(tmp_path):
-    """oracle: the words of a program that hides these modules and signals, and imports the four files. It has no
-    locks."""
-    done = subprocess.run([sys.executable, '-c', HIDDEN, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == '0.0 2 True\n' and done.stderr.count('no locks here') == 1, done.stderr
-
-
 def test_loaders_start_before_the_model(monkeypatch, started, tmp_path):
     """oracle: DDP's notes: once nccl is up, nothing may be forked. DDP comes after the model, and the model after
     loaders."""
