@@ -11,11 +11,13 @@ import random
 import re
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +32,7 @@ import eval as evaluation
 import train
 from cosmos import CrossAttention
 from data import Counts, Crops, Shards, Tokenizer
-from plumbing import benchmarks, files, runs
+from plumbing import benchmarks, files, processes, runs
 from plumbing.captions import caption_pool, sentences
 from plumbing.images import decode, read_header, read_image
 from plumbing.shards import find_shards, scan_shard, write_shard
@@ -260,30 +262,28 @@ def test_the_commit_is_what_git_says(tmp_path, monkeypatch):
     assert ask() == '1234567-dirty'
 
 
-SIGNALS = '''
-import os, signal
-from plumbing import processes
-with processes.signals_caught() as caught:
-    os.kill(os.getpid(), signal.SIGINT)
-assert len(caught) == 1 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-with processes.signals_caught():
-    os.kill(os.getpid(), signal.SIGUSR1)
-    print('first')
-    os.kill(os.getpid(), signal.SIGTERM)
-    print('second')
-'''
+@pytest.mark.parametrize('rank, lived, status', [
+    ({}, 'wait wait first', 143),                       # 128 + SIGTERM
+    ({'RANK': '0'}, 'wait wait first second', 0)])
+def test_a_second_signal_ends_at_once(monkeypatch, capfd, rank, lived, status):
+    """oracle: the lines before the end, one for the first signal of each block. Under torchrun the second is ignored."""
+    def signalled():
+        before = signal.getsignal(signal.SIGTERM)
+        with processes.signals_caught() as caught:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert caught == [signal.SIGINT] and signal.getsignal(signal.SIGTERM) == before
+        with processes.signals_caught():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.write(2, b'first')
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.write(2, b'second')
 
-
-@pytest.mark.parametrize('environment, lived, status', [
-    ('pop("RANK", None)', 'wait wait first', 143),      # 128 + SIGTERM
-    ('update(RANK="0")', 'wait wait first second', 0)])
-def test_a_second_signal_ends_at_once(environment, lived, status):
-    """oracle: the lines before the end, with a sentence for the first signal of each block. A process of torchrun gets
-    signals from Slurm, too, so there another one is ignored."""
-    process = start(ROOT, '-c', f'import os; os.environ.{environment}{SIGNALS}')
-    output, _ = process.communicate()
-    assert re.findall('wait(?=ing for the end of this step)|first|second', output) == lived.split()
-    assert process.returncode == status
+    monkeypatch.setattr(os, 'environ', os.environ | rank)
+    process = get_context('fork').Process(target=signalled)
+    process.start()
+    process.join()
+    found = re.findall('wait(?=ing for the end of this step)|first|second', capfd.readouterr().err)
+    assert found == lived.split() and process.exitcode == status
 
 
 # --- Shards ----------------------------------------------------------------------------------------------------------
