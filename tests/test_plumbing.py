@@ -160,8 +160,7 @@ REFUSED = {         # flags: what their sentence must say
 
 @pytest.mark.parametrize('line', REFUSED)
 def test_what_a_user_can_mend_is_one_sentence(monkeypatch, tmp_path, line):
-    """oracle: the rule that such a mistake gives status 1 and one line with the value, the place and the remedy, and
-    that nothing is written."""
+    """oracle: status 1 and one line with the value, the place and the remedy. Nothing is written."""
     monkeypatch.chdir(tmp_path)
     dog_tar('dogs.tar', 20)
     dog_tar('broken.tar', 2, broken=[0, 1])
@@ -207,8 +206,7 @@ def test_numbers_of_options():
 
 
 def test_what_cannot_be_printed_ends_no_command(capsys):
-    """oracle: Python's escapes, for half an emoji, as a caption that was cut may have, and for a file name that is not
-    UTF-8."""
+    """oracle: Python's escapes, for half an emoji, and for a file name that is not UTF-8."""
     name = os.fsdecode(b'd\xf6ner.jpg')
     assert run(SimpleNamespace(main=lambda: print('\ud83d', name))) is None
     assert capsys.readouterr().out == '\\ud83d d\\udcf6ner.jpg\n'
@@ -239,8 +237,7 @@ def test_full_disks(tmp_path):
 
 
 def test_a_best_is_a_run(tmp_path):
-    """oracle: the rule for a folder whose last.pt was removed to save room: no run goes into it. But a best.pt of step 0
-    is not a run."""
+    """oracle: the rule for a folder without last.pt: a best.pt is a run, but not one of step 0."""
     best = tmp_path / 'best.pt'
     for resume in False, True:
         assert runs.read_last(tmp_path, resume) == {}
@@ -346,8 +343,8 @@ def test_many_shards_are_read_by_processes(tmp_path):
 
 
 def test_what_makes_a_pair(tmp_path, capsys):
-    """oracle: the pairs that were written, and what else was. Two tars, joined as by `cat`, have pairs of equal names.
-    Each also has half a pair of the name x, and half a pair whose other half is a link."""
+    """oracle: the pairs that were written. Two joined tars have pairs of equal names; each has half a pair x, and half
+    a pair whose other half is a link."""
     raw = b''
     images = encoded(Image.new('RGB', (9, 9))), b'another'
     path = tmp_path / 'a.tar'
@@ -369,9 +366,8 @@ def test_what_makes_a_pair(tmp_path, capsys):
 
 
 def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
-    """oracle: which of five pairs are left by each kind of damage to the third, and whether tarfile stops there. It
-    steps over a broken header in USTAR. In PAX that is the second header of two, so it is an error. Joined tars give
-    the pairs of both."""
+    """oracle: which of five pairs are left by damage to the third. tarfile steps over a broken header in USTAR; in PAX,
+    where it is the second of two, it stops there. Joined tars give the pairs of both."""
     image = encoded(Image.new('RGB', (9, 9)))
     joined = write_tar(tmp_path / 'b.tar', [('5.png', image), ('5.json', ['dog 5'])]).read_bytes()
     noise = random.Random(0).randbytes(512)
@@ -404,8 +400,7 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The paths that were opened, in order. Each `open` that sets no buffer gets one of 1 MB. So it is on NFS, because
-    Python takes the block size of the file system."""
+    """The paths that were opened, in order. As on NFS, an `open` that sets no buffer gets one of 1 MB."""
     paths = []
 
     def on_nfs(path, mode='r', buffering=-1, *args, **settings):
@@ -427,9 +422,8 @@ def bytes_read():
 
 
 def test_a_pair_costs_its_bytes(tmp_path, opened):
-    """oracle: the sizes of the members. There are 100 pairs of 30 kB, as img2dataset writes them. A sample reads at
-    most 1.1 times the bytes of its members, and opens the tar once. The .txt is used if the json has no sentence, if
-    there is no json, and if --caption-keys names it."""
+    """oracle: the sizes of the members. A sample reads at most 1.1 times their bytes, and opens the tar once. The .txt
+    is used if the json is absent or has no sentence, or if --caption-keys names it."""
     image = encoded(Image.new('RGB', (9, 9))).ljust(30_000)
     members = []
     for i in range(100):
@@ -453,8 +447,7 @@ def test_a_pair_costs_its_bytes(tmp_path, opened):
 
 
 def test_headers_cost_their_bytes(tmp_path, opened):
-    """oracle: the sizes of the headers, which in USTAR are 512 bytes per member, and two blocks of zeros at the end.
-    tarfile also reads a byte before each header, to see whether the file is whole."""
+    """oracle: in USTAR 512 bytes per member, and two blocks of zeros; tarfile reads a byte before each header, too."""
     path = tmp_path / 'a.tar'
     write_shard(path, [(f'{i:05}.{kind}', bytes(30_000)) for i in range(100) for kind in ('jpg', 'json')])
     before = bytes_read()
@@ -483,9 +476,8 @@ def test_which_index_is_used(tmp_path, monkeypatch):
 
 
 def test_a_shard_that_was_written_anew(tmp_path, capsys):
-    """oracle: a fresh reading. The tar is written again with the same name and size, but its members lie elsewhere, so
-    the index is made again, and a line says so. The index is also made again for a copy, whose times differ. The
-    fingerprint stays the same in both cases."""
+    """oracle: a fresh reading. A tar of the same name and size whose members lie elsewhere is read again, with a line
+    that says so, and so is a copy, whose times differ. The fingerprint stays."""
     tar = dog_tar(tmp_path / 'a.tar', 11)
     path = tmp_path / 'index.npy'
     before = Shards(tar)
@@ -579,7 +571,7 @@ def test_a_megabyte_without_a_sentence(part):
     ({'caption': [None, 7, ''], 'alt': 'one dog'}, [])])
 def test_captions_of_every_format(record, pool):
     """oracle: pools written by hand. PixelProse's original caption and items of DreamLIP's lists pass whole, as
-    released, and they also do if their keys are named."""
+    released."""
     assert caption_pool(record) == pool
     assert caption_pool(record, list(record)[:2])[:len(pool)] == pool
 
@@ -593,8 +585,7 @@ def test_tokenizer_equals_clip():
 
 
 def test_the_vocabulary_is_fetched_once(tmp_path, monkeypatch):
-    """oracle: the merges in a file. If its digest is wrong, they are not kept, and a sentence names the remedies. If it
-    is right, they are still there when the file is gone."""
+    """oracle: the merges in a file. With a wrong digest they are not kept; with the right one they outlive the file."""
     file = put(tmp_path / 'vocab.gz', gzip.compress(b'header\nl o\nlo w</w>'))
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
     monkeypatch.delenv('COSMOS_VOCAB', raising=False)
@@ -625,8 +616,7 @@ def test_ids_and_words_by_hand():
 
 
 def test_a_megabyte_of_text_is_encoded_soon():
-    """oracle: the ids of the words, one by one. For a word that is too long, it is what a context holds of the ids of
-    its first 8,000 letters. Both would otherwise take a minute and more."""
+    """oracle: the ids of the words, one by one. A word that is too long counts by its first 8,000 letters."""
     clip = Tokenizer.clip(shared('vocab', 'bpe_simple_vocab_16e6.txt.gz'))
     begun = time.process_time()
     assert clip.encode('a dog ' * 150_000) == [*clip.encode('a dog')] * 150_000
@@ -646,8 +636,8 @@ def test_learn_by_hand():
 
 
 def test_options_of_another_version(capsys):
-    """oracle: by hand. An option that only the checkpoint or only this version knows is passed over; one that both know
-    is noted if it differs."""
+    """oracle: by hand. An option that only one version knows is passed over; one that both know is noted if it
+    differs."""
     saved = {'same': {}, 'commit': 'abc', 'options': {'gone': 1, 'lr': 1}}
     runs.check_fixed(saved, SimpleNamespace(out='a', lr=2, new=3), {})
     assert re.findall('note +--(.*)', capsys.readouterr().out) == ['lr was 1, is now 2']
@@ -656,8 +646,8 @@ def test_options_of_another_version(capsys):
 # --- Images ----------------------------------------------------------------------------------------------------------
 
 def exif(*entries):
-    """EXIF with entries of (tag, type, count, value), as a camera writes it. An entry has 12 bytes; the value, or its
-    place if it is longer, takes 4 of them."""
+    """EXIF with entries of (tag, type, count, value), as a camera writes it: 12 bytes each; a long value lies behind
+    them."""
     table = b''
     values = b''
     first = 8 + 2 + 12 * len(entries) + 4                               # where the values begin
@@ -695,9 +685,8 @@ def decoded(file):
 @pytest.mark.parametrize('turns, odd', ODD_EXIF, ids=range(len(ODD_EXIF)))
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
 def test_odd_exif_stops_nothing(kind, turns, odd):
-    """oracle: what Pillow decodes, turned by a quarter if EXIF says so. EXIF that cannot be read turns nothing. This
-    holds for every reader: training's, and evaluation's of a file and of an image that Pillow has opened. An image
-    that is read twice is not turned twice."""
+    """oracle: what Pillow decodes, turned by a quarter if EXIF says so, by every reader; an image that is read twice is
+    turned once. EXIF that cannot be read turns nothing."""
     file = encoded(MANDELBROT, kind, exif=odd)
     wanted = Image.open(io.BytesIO(file)).convert('RGB')
     if turns:
