@@ -425,8 +425,7 @@ def test_class_names_with_synonyms():
 # Sets of torchvision as they lie on the disk: an image of each class, and its name in words, None where it has none.
 LAYOUTS = {
     'SUN397': {'SUN397/a/abbey/sun_a.jpg': 'abbey', 'SUN397/b/ball_pit/sun_b.jpg': 'ball pit'},
-    'EuroSAT': {'eurosat/2750/AnnualCrop/a.png': None, 'eurosat/2750/SeaLake/a.png': None},
-    'Country211': {'country211/test/AD/a.png': None}}
+    'EuroSAT': {'eurosat/2750/AnnualCrop/a.png': None, 'eurosat/2750/SeaLake/a.png': None}}
 
 
 @pytest.mark.parametrize('name', LAYOUTS)
@@ -440,14 +439,12 @@ def test_sets_of_torchvision(gallery, name):
     line = f'--dataset {name} --root .'
     if None in names:
         assert '--classes' in run(evaluation, 'classify', '.', *line.split())
-        names = ['ox', 'gnu'][:len(names)]
+        names = ['ox', 'gnu']
         put('names', '\n'.join(names))
         line += ' --classes names'
-    split = 'test' if name == 'Country211' else 'none, all images'
     figures = gallery.figures(f'classify {line}')
-    assert (figures['names'], figures['split'], figures['images']) == (names, split, len(names))
-    if split != 'test':
-        assert 'has no splits' in run(evaluation, 'classify', '.', *line.split(), '--split', 'test')
+    assert (figures['names'], figures['split'], figures['images']) == (names, 'none, all images', 2)
+    assert 'has no splits' in run(evaluation, 'classify', '.', *line.split(), '--split', 'test')
 
 
 def test_prompts_of_open_clip(monkeypatch, gallery):
@@ -506,9 +503,7 @@ def test_segment_command(gallery, monkeypatch):
 
 WRONG = {               # a command: what its sentence must say
     '': 'required: command; see prog --help',
-    'fly': "invalid choice: 'fly' .*, '?segment'?.",           # later versions of Python leave out the quotes
     'retrieval': 'required: CKPT; see prog retrieval --help',
-    'retrieval last.pt --shards a.tar --fast': 'unrecognized arguments: --fast',
     'retrieval page.pt --shards a.tar': 'page.pt is not a checkpoint (?!.*weights_only).* remove it and fetch it again',
     'retrieval empty --shards a.tar': 'empty/last.pt does not exist',
     'retrieval bad.pt --shards a.tar': 'bad.pt .* holds posix.system, which may run code',
@@ -520,16 +515,13 @@ WRONG = {               # a command: what its sentence must say
     'retrieval last.pt --coco x --split val': '--split is for --karpathy',
     'retrieval last.pt --shards a.tar --images x': '--images is for --karpathy and --flickr',
     'retrieval last.pt --shards a.tar --device gpu': 'gpu is not a device on this machine',
-    'retrieval last.pt --shards a.tar --workers -1': '-1 is not a whole number of 0 or more',
     'classify last.pt --dataset DTD --root nowhere': 'cannot open DTD in nowhere .*--download',
     'classify last.pt --dataset MNIST --split val': 'MNIST has no split val; give train or test',
-    'classify last.pt --dataset VOCDetection': "invalid choice: 'VOCDetection'",
     'classify last.pt --folder images --split test': '--split is for --dataset only',
     'classify last.pt --folder page.pt': 'page.pt cannot be read',
     'classify last.pt --folder bad --workers 0': 'bad/class/x.jpg cannot be read as an image',
     'classify last.pt --folder empty': 'class folder in empty',
     'segment last.pt --images empty --masks images --classes page.pt': 'empty has no image 0; see --image-suffix',
-    'segment last.pt --images a --masks empty --classes page.pt': 'a is not a folder',
     'segment last.pt --images images --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
     'segment last.pt --images a --masks a --classes twice': 'several classes have the same name',
     'segment last.pt --images a --masks a --classes blank': 'line 2 of blank is blank; give every class a line',
