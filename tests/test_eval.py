@@ -40,8 +40,8 @@ def here(monkeypatch, tmp_path):
 
 @pytest.fixture
 def gallery(here, monkeypatch):
-    """A checkpoint last.pt whose tokenizer reads text byte by byte, and three pictures, also as files in images/. Holds
-    the model and tokenizer, the pictures, their features, and figures(line), which runs a command of eval.py."""
+    """A checkpoint last.pt whose tokenizer reads bytes, and three pictures, also in images/: the model and tokenizer,
+    the pictures, their features, and figures(line), which runs a command of eval.py."""
     monkeypatch.setattr(evaluation, 'TEXT_BATCH', 2)
     tokenizer = Tokenizer([], 48)                       # 48 ids hold every template with every name
     config = replace(MICRO, vocab_size=tokenizer.vocab_size, context_length=48)
@@ -91,8 +91,8 @@ def test_retrieval_by_hand():
 
 
 def test_ranks_are_computed_where_the_features_are(monkeypatch):
-    """oracle: torch's device `meta`, whose tensors hold no numbers and cannot be mixed with those of the CPU. The
-    features of a model on `meta` are ranked there, those of a model on mps, which has no float64, on the CPU."""
+    """oracle: torch's device `meta`, which does not mix with the CPU. Features on mps, which has no float64, are ranked
+    on the CPU."""
     there = {'device': 'meta'}
     found = evaluation.ranks(torch.ones(5, 4, **there), torch.ones(9, 4, **there), torch.ones(5, **there),
                              torch.ones(9, **there), chunk=2)
@@ -164,8 +164,7 @@ def test_windows_are_averaged(gallery):
 
 
 def test_correlative_attention_is_two_of_torchs():
-    """oracle: the sum of two of torch's own attentions: in one the keys are projected as the queries are, in the other
-    the queries as the keys are. The rest of the block is made of torch's own pieces, too."""
+    """oracle: two of torch's own attentions: keys projected as the queries are, and queries as the keys are."""
     model, images, _ = micro()
     assert_close(evaluation.encode_dense(model, images[0]), evaluation.encode_dense(model, images[0], csa=False))
     block = Block(24, 4, quick_gelu=False)
@@ -184,8 +183,8 @@ def test_correlative_attention_is_two_of_torchs():
 
 
 def test_segmentation_by_hand(monkeypatch):
-    """oracle: six pixels worked out by pencil: synonyms, thresholds of probability and area, IoU. The size of the
-    scaled image is once set by the short side, once by the limit on the long one."""
+    """oracle: six pixels worked out by pencil. The size is once set by the short side, once by the limit on the long
+    one."""
     # names: ground | ape, monkey | ox. Softmax at scale ln 3 and cosines 0 or 1: one name at 1 of 4 gets 3/6.
     scores = torch.eye(4)[[0, 1, 2, 2, 3, 1]]
     scores[5, 2] = 1                                    # ape and monkey
@@ -248,8 +247,7 @@ def test_equal_names_tie_to_the_last_bit(gallery):
 # --- What is read ----------------------------------------------------------------------------------------------------
 
 def test_checkpoints_of_every_origin(here):
-    """oracle: the model that was saved, under the released names, with prefixes, and under open_clip's names. Weights
-    of another size, or with another vocabulary, are refused."""
+    """oracle: the model that was saved, under the released names, with prefixes, and under open_clip's."""
     vocab = shared('vocab', 'bpe_simple_vocab_16e6.txt.gz')
     model = COSMOS(Config(64, 224, 96, 16, 128, 2, 2, 64, 1, 1, 77, 49408, 8))
     plain = COSMOS(replace(model.config, cross_heads=0))
@@ -335,8 +333,8 @@ def test_images_are_resized_as_torchvision_does(monkeypatch):
 
 
 def test_captions_of_held_out_shards(here):
-    """oracle: pairs written here. The first key under which a pair has a caption is used, of the named ones if there
-    are any. Captions are not split."""
+    """oracle: pairs written here: the first key that has a caption, of the named ones if there are any; nothing is
+    split."""
     records = [
         b'{"captions": ["an ape. an ox", "a cow"], "caption": "dog", "mine": "an eel"}',
         b'{"captions": ["", null], "raw_caption": "a gnu. a hen", "caption": "ibis", "mine": " ", '
@@ -426,8 +424,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_sets_of_torchvision(gallery, name):
-    """oracle: a stand-in for each layout. Without splits all images are used. Class names are in words, or
-    --classes is asked for."""
+    """oracle: a stand-in for each layout. Class names are in words, or --classes is asked for."""
     put('SUN397/ClassName.txt', '/a/abbey\n/b/ball_pit')
     for file, image in zip(LAYOUTS[name], gallery.images):
         put(file, encoded(image))
