@@ -494,26 +494,11 @@ def test_a_shard_that_was_written_anew(tmp_path, capsys):
     assert copied.fingerprint == after.fingerprint
 
 
-ONE = Counts(1, 0, 0, 1)                                # one image and one caption per pair
-
-
-def test_a_shard_that_is_cut_off_in_mid_run(tmp_path, capsys):
-    """oracle: the pairs that are left."""
+def test_what_cannot_be_read_in_mid_run_is_replaced(tmp_path, capsys, monkeypatch):
+    """oracle: the pairs that are left by a disk that fails once, and by a tar that is cut off. The pair is named."""
     tar = dog_tar(tmp_path / 'a.tar', 12)
     shards = Shards(tar)
-    left = shards.index[2, 3] + 3                       # within the json of pair 2
-    sentence = f'{tar} has been cut off since its headers were read'
-    os.truncate(tar, left)
-    refused(sentence, shards.pool, 2)
-    refused(sentence, shards.image, 11)
-    sample = Crops(shards, list, MICRO, 3, ONE)[0, 11]
-    assert sample.ids in (['dog 0'], ['dog 1']) and sample.bad > 0
-    assert f'a.tar:byte {shards.index[11, 1]}: {sentence}' in capsys.readouterr().err
-
-
-def test_a_read_that_fails_spoils_its_pair(tmp_path, monkeypatch):
-    """oracle: a disk that fails here once. The pair is named, replaced and counted."""
-    shards = Shards(dog_tar(tmp_path / 'a.tar', 12))
+    crops = Crops(shards, list, MICRO, 3, Counts(1, 0, 0, 1))   # one image and one caption per pair
     failures = ['stumbled']
 
     def stumbling(*where, **settings):
@@ -524,8 +509,16 @@ def test_a_read_that_fails_spoils_its_pair(tmp_path, monkeypatch):
     monkeypatch.setattr('builtins.open', stumbling)
     refused('a.tar cannot be read .stumbled', shards.pool, 4)
     failures.append('again')
-    sample = Crops(shards, list, MICRO, 3, ONE)[0, 4]
+    sample = crops[0, 4]
     assert sample.bad == 1 and sample.ids != ['dog 4']
+    left = shards.index[2, 3] + 3                       # within the json of pair 2
+    sentence = f'{tar} has been cut off since its headers were read'
+    os.truncate(tar, left)
+    refused(sentence, shards.pool, 2)
+    refused(sentence, shards.image, 11)
+    sample = crops[0, 11]
+    assert sample.ids in (['dog 0'], ['dog 1']) and sample.bad > 0
+    assert f'a.tar:byte {shards.index[11, 1]}: {sentence}' in capsys.readouterr().err
 
 
 # --- Captions and tokenizer ------------------------------------------------------------------------------------------
