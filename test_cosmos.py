@@ -3,10 +3,9 @@
     pytest test_cosmos.py           this file
     pytest                          all tests: also those of data, training, evaluation, plumbing, course and extras
 
-Part 1 compares with the released code. Some of its numbers stand at the end of this file; they were made by `python -m
-extras.released CLONE --record FILE`, where CLONE is a checkout of that code. More are in the folder that the variable
-COSMOS_SHARED names (by default ../shared); if it is absent, the tests that need it are skipped. Parts 2-6 come in the
-order of cosmos.py.
+Part 1 compares with the released code. Some of its numbers stand at the end of this file, as written by `python -m
+extras.released CLONE --record FILE`. Others are in the folder that COSMOS_SHARED names (by default ../shared); without
+it, the tests that need them are skipped. Parts 2-6 come in the order of cosmos.py.
 """
 import itertools
 import math
@@ -154,10 +153,9 @@ def test_golden_dense_features_and_attention(golden):
 
 
 def test_sizes_and_initial_values_are_the_released():
-    """oracle: the parameters of the paper's ViT-B/16 and open_clip's ViT-B/32; the standard deviations of CLIP's
-    start."""
-    for preset, cross_heads, count in (
-            ('vit-b-32', 0, 151_277_313), ('vit-b-16', 8, 152_382_466)):
+    """oracle: the parameters of the paper's ViT-B/16 and open_clip's ViT-B/32; the standard deviations of CLIP's start;
+    the bounds 0 and ln 100 of the scales."""
+    for preset, cross_heads, count in ('vit-b-32', 0, 151_277_313), ('vit-b-16', 8, 152_382_466):
         with torch.device('meta'):
             model = COSMOS(replace(train.PRESETS[preset].sizes, cross_heads=cross_heads))
         assert sum(p.numel() for p in model.parameters()) == count
@@ -171,6 +169,10 @@ def test_sizes_and_initial_values_are_the_released():
         assert p.std().item() == pytest.approx(96 ** -0.5, rel=0.2)
     for scale in model.scales():
         assert scale.item() == pytest.approx(math.log(1 / 0.07))
+        for value, clamped in (9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0):
+            scale.data.fill_(value)
+            model.clamp_scales()
+            assert scale.item() == pytest.approx(clamped)
 
 
 # --- 2. Presets and sizes --------------------------------------------------------------------------------------------
@@ -253,15 +255,6 @@ def test_teacher_is_a_moving_average():
     for x in (*teacher.parameters(), cls_t, eot_t):
         assert not x.requires_grad
 
-
-def test_scales_are_clamped():
-    """oracle: the bounds 0 and ln 100. (That a scale between them stays as it is: test_a_step_by_hand.)"""
-    model, _, _ = micro()
-    for value, expected in (9.0, math.log(100)), (-1.0, 0.0):
-        for scale in model.logit_scale, model.distill_logit_scale:
-            scale.data.fill_(value)
-            model.clamp_scales()
-            assert scale.item() == pytest.approx(expected)
 
 
 # --- 4. The losses ---------------------------------------------------------------------------------------------------
