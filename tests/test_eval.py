@@ -106,8 +106,9 @@ def test_ranks_are_computed_where_the_features_are(monkeypatch):
         assert devices == [expected] * 3
 
 
-def test_workers_outlive_the_signals_of_a_run(gallery, monkeypatch):
-    """oracle: the features without workers. Slurm and torchrun signal every process, here each worker at each image."""
+def test_workers(gallery, monkeypatch):
+    """oracle: the features without workers, although Slurm and torchrun signal every process, here each worker at each
+    image. Whoever waits longer than LONGEST_WAIT gets an error; without workers nobody waits."""
     model, _ = gallery.scored
     preprocess = evaluation.preprocessing(32)
     wanted = evaluation.embed_images(model, gallery.images, preprocess)
@@ -119,18 +120,14 @@ def test_workers_outlive_the_signals_of_a_run(gallery, monkeypatch):
             os.kill(os.getpid(), number)
         return read_image(image)
 
-    monkeypatch.setattr(evaluation, 'read_image', signalled)
-    assert_close(evaluation.embed_images(model, gallery.images, preprocess, workers=2), wanted, rtol=0, atol=0)
-
-
-def test_a_worker_that_hangs_is_an_error(gallery, monkeypatch):
-    """oracle: the rule: whoever waits longer than LONGEST_WAIT gets an error; without workers nobody waits."""
-    model, _ = gallery.scored
-
     def sleepy(image):
         time.sleep(1)
         return torch.zeros(3, 32, 32)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, 'read_image', signalled)
+        found = evaluation.embed_images(model, gallery.images, preprocess, workers=2)
+    assert_close(found, wanted, rtol=0, atol=0)
     monkeypatch.setattr(processes, 'LONGEST_WAIT', 0.3)
     with pytest.raises(RuntimeError, match='timed out after 0.3 seconds'):
         evaluation.embed_images(model, gallery.images[:1], sleepy, workers=1)
