@@ -233,13 +233,6 @@ def test_large_photos_are_segmented_name_by_name(monkeypatch):
     assert max(sizes) == 15 * 20
 
 
-def test_equal_names_tie_to_the_last_bit(gallery):
-    """oracle: the rule: equal names have the same vector, whichever batches of prompts they are in."""
-    names = ['ox', 'a cow of many words', 'ox', 'gnu', 'ox']
-    vectors = evaluation.class_vectors(*gallery.scored, names, ['my {}'])
-    assert vectors[0].equal(vectors[2]) and vectors[0].equal(vectors[4])
-    assert_close(vectors, embed(*gallery.scored, *[f'my {name}' for name in names]))
-
 
 # --- What is read ----------------------------------------------------------------------------------------------------
 
@@ -455,7 +448,8 @@ def test_prompts_of_open_clip(monkeypatch, gallery):
 
 
 def test_classify_of_every_source(gallery):
-    """oracle: `classify`, which a test above checks, on the same images and prompts."""
+    """oracle: `classify`, which a test above checks, on the same images and prompts. Equal names have equal vectors, to
+    the last bit, whichever batches of prompts they are in."""
     files = ['banded/0.png', 'woven_/1.png', 'woven_/2.png']
     for file, image in zip(files, gallery.images):                      # as torchvision's DTD
         put(f'dtd/dtd/images/{file}', encoded(image))
@@ -468,6 +462,8 @@ def test_classify_of_every_source(gallery):
     for source, split in (('--dataset DTD --root . --classes names', 'test'),
                           ('--folder dtd/dtd/images', 'none, all images')):
         assert gallery.figures(f'classify {source} --templates prompts') == wanted | {'split': split}
+    vectors = evaluation.class_vectors(*gallery.scored, ['ox', 'a cow of many words', 'ox', 'gnu', 'ox'], ['my {}'])
+    assert vectors[0].equal(vectors[2]) and vectors[0].equal(vectors[4])
 
 
 def test_segment_command(gallery, monkeypatch):
