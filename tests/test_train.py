@@ -667,18 +667,6 @@ def test_when_a_run_is_saved():
         assert train.what_is_due(running, Progress()).save == saves
 
 
-def test_pairs_of_one_sentence_are_noted(started, dogs, tmp_path, capsys):
-    """oracle: how many sentences the pairs were given here, and how many captions the method takes."""
-    image = encoded(Image.new('RGB', (9, 9)))
-    two = pairs_tar(tmp_path / 'two.tar', [{'caption': 'A dog. It runs.'}] * 60, [image] * 60)
-    for flags, noted in (
-            (['--data', dogs / 'train'], True),
-            (['--data', dogs / 'train', '--method', 'image-distill'], False),
-            (['--data', two], False)):
-        train.print_plan(started(tmp_path / 'out', *flags), None)
-        said = capsys.readouterr().out
-        assert ('pairs have one sentence (60 of the first 60), so text crops repeat it' in said) == noted
-
 
 # --- Going on --------------------------------------------------------------------------------------------------------
 
@@ -843,12 +831,15 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
 
 def test_init(fit, started, tmp_path, capsys):
     """oracle: the weights of the file; cross-attention, which it lacks, is that of a fresh model. The plan names the
-    file."""
+    file, and says that text crops repeat the only sentence of these pairs."""
+    note = 'pairs have one sentence (60 of the first 60), so text crops repeat it'
     assert fit(tmp_path / 'clip', '--method', 'clip') == 0
+    assert note not in capsys.readouterr().out          # clip takes one caption
     path = tmp_path / 'clip/last.pt'
     begun = started(tmp_path / 'begun', '--init', path, '--batch', 60)  # all pairs
     train.print_plan(begun, None)
-    assert f'run        cosmos, the sizes of {path}, ' in capsys.readouterr().out
+    plan = capsys.readouterr().out
+    assert f'run        cosmos, the sizes of {path}, ' in plan and note in plan
     weights = evaluation.load(path)[0].state_dict()
     torch.manual_seed(0)
     expected = COSMOS(begun.train_set.config).state_dict() | weights
