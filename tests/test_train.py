@@ -257,22 +257,6 @@ def by_ranks(tmp_path_factory):
     return path
 
 
-def test_the_teacher_sees_the_same_parts(monkeypatch):
-    """oracle: by hand: with --accum 3 three pairs come one by one, to the student twice, because of the backward
-    pass."""
-    model, images, texts = micro()
-    seen = []
-
-    def note(network, inputs):
-        seen.append((type(network).__name__, len(inputs[0]), *[len(views[0]) for views in inputs]))
-
-    model.register_forward_pre_hook(note)
-    teacher = Teacher(COSMOS(model.config))
-    teacher.register_forward_pre_hook(note)
-    step_of(model, images, texts, accum=3, teacher=teacher)
-    assert seen == [('Teacher', GLOBALS, 1, 1)] * 3 + [('COSMOS', len(images), 1, 1)] * 6
-
-
 class Weight(torch.nn.Linear):
     """A student with a single weight, whose embeddings are image times weight."""
 
@@ -358,7 +342,17 @@ def test_a_step_leaves_nothing_on_the_cpu(monkeypatch):
     model.to('meta')
     images = [view.to('meta') for view in images]
     texts = [caption.to('meta') for caption in texts]
-    done = step_of(model, images, texts, accum=3, clip_grad=1, teacher=Teacher(model))
+    seen = []
+
+    def note(network, inputs):
+        seen.append((type(network).__name__, len(inputs[0]), *[len(views[0]) for views in inputs]))
+
+    teacher = Teacher(model)
+    for network in model, teacher:
+        network.register_forward_pre_hook(note)
+    done = step_of(model, images, texts, accum=3, clip_grad=1, teacher=teacher)
+    # Three pairs come one by one, to the student twice, because the backward pass computes it again.
+    assert seen == [('Teacher', GLOBALS, 1, 1)] * 3 + [('COSMOS', len(images), 1, 1)] * 6
     [(_, class_row)] = model.visual.embed(images[:1])
     for x in (done.loss, done.norm, class_row, *model.parameters()):
         assert x.device.type == 'meta'
