@@ -431,15 +431,6 @@ def test_workers_share_the_cores_of_a_node(monkeypatch):
         assert train.read_options([]).workers == workers
 
 
-def test_options_that_weights_choose():
-    """oracle: the same defaults for each preset, but what is typed wins. The folder is called after the weights."""
-    for preset in train.PRESETS:
-        for weights, name in ('runs/mine/best.pt', 'mine'), ('a/clip.pt', 'clip'):
-            options = train.read_options(f'--preset {preset} --wd 0.3 --init {weights} --method across'.split())
-            found = [options.lr, options.wd, options.momentum_ramp, options.out]
-            assert found == [1e-5, 0.3, 0, f'runs/{name}-across']
-
-
 def test_schedules_and_decay():
     """oracle: closed forms at the corners of warm-up, cosine and ramp. Only matrices decay."""
     options = train.read_options(
@@ -489,18 +480,26 @@ def test_what_is_asked_of_a_gpu(monkeypatch):
         refused(f'--device {name}: torch finds no such device here', train.Processes, name)
 
 
-def test_the_preset_that_is_not_typed(monkeypatch, capsys):
-    """oracle: the rule, and a line that says which preset was chosen, and why."""
+def test_what_is_not_typed(monkeypatch, capsys):
+    """oracle: the rule, and a line that says which preset was chosen, and why. --init gives each preset the same
+    defaults, and its folder the name of the weights; what is typed wins."""
+    vit = 'note       --preset is vit-b-16, .* because there is a GPU\n'
+    photo = 'note       --preset is photo, .* because there is no GPU\n'
     for has_gpu, flags, preset, line in (
             (True, '', 'tiny', ''),
-            (True, '--data x', 'vit-b-16', 'note       --preset is vit-b-16, .* because there is a GPU\n'),
-            (True, '--data x --device cpu', 'photo', 'note       --preset is photo, .* because there is no GPU\n'),
-            (False, '--data x', 'photo', 'note       --preset is photo, .* because there is no GPU\n'),
+            (True, '--data x', 'vit-b-16', vit),
+            (True, '--data x --device cpu', 'photo', photo),
+            (False, '--data x', 'photo', photo),
             (False, '--data x --preset tiny', 'tiny', '')):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
         options = train.read_options(flags.split())
         assert [options.preset, options.out] == [preset, f'runs/{preset}-cosmos']
         assert re.fullmatch(line, capsys.readouterr().out)
+    for preset in train.PRESETS:
+        for weights, name in ('runs/mine/best.pt', 'mine'), ('a/clip.pt', 'clip'):
+            options = train.read_options(f'--preset {preset} --wd 0.3 --init {weights} --method across'.split())
+            found = [options.lr, options.wd, options.momentum_ramp, options.out]
+            assert found == [1e-5, 0.3, 0, f'runs/{name}-across']
 
 
 def test_what_depends_on_the_data(monkeypatch, capsys):
