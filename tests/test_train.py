@@ -247,7 +247,7 @@ def one_rank(rank, port, path, flags):
 def by_ranks(tmp_path_factory):
     """A folder with what two processes leave (see `one_rank`), and with the run 'one' of a single process."""
     path = tmp_path_factory.mktemp('ranks')
-    shards = dog_tar(path / 'dogs.tar', 80, broken=[3, 70])
+    shards = dog_tar(path / 'dogs.tar', 80, broken=[3, 20])
     flags = ['--data', shards, shards, *QUICK, '--steps', 12, '--lr', 1e-3, '--out']
     set_forkserver_preload([__name__])                  # imported once, not in each process
     with socket.create_server(('127.0.0.1', 0)) as server:
