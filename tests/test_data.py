@@ -51,7 +51,10 @@ def test_text_crops_are_drawn_in_random_order():
 # --- Image crops, and how colours are drawn --------------------------------------------------------------------------
 
 @pytest.mark.parametrize('width, kind, tolerance', [
-    (192, 'PNG', 0.5), (2000, 'JPEG', 6), (1, 'PNG', 0.5), (3, 'JPEG', 6)])
+    (192, 'PNG', 0.5),
+    (2000, 'JPEG', 6),
+    (1, 'PNG', 0.5),
+    (3, 'JPEG', 6)])
 def test_image_crops_are_the_pixels_of_their_boxes(width, kind, tolerance):
     """oracle: torchvision's crop of each box from the upright image, flipped or not, also if a large JPEG is decoded
     smaller."""
@@ -99,7 +102,10 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path):
     assert 120 < mirrored < 200                                         # out of 320
     _, _, height, width = np.array(drawn, float).T                      # each (views, epochs)
     share = height * width / 200 ** 2
-    for found, low, high in (share[:GLOBALS], 0.9, 1), (share[GLOBALS:], 0.05, 0.4), (height / width, 3 / 4, 4 / 3):
+    for found, low, high in (
+            (share[:GLOBALS], 0.9, 1),
+            (share[GLOBALS:], 0.05, 0.4),
+            (height / width, 3 / 4, 4 / 3)):
         assert low - 0.04 < found.min() < low + 0.1
         assert high - 0.1 < found.max() < high + 0.04
 
@@ -169,24 +175,9 @@ def test_each_colour_operation_is_the_released(monkeypatch, name, function, shar
             assert np.mean(values) == pytest.approx((low + high) / 2, abs=0.05 * (high - low))
 
 
-def test_no_operation_is_forgotten():
-    """oracle: the rule: each probability but that of a flip draws something of OPERATIONS; anything else is an
-    error."""
-    never = data.kinds_of_views(MICRO)[0]._replace(**data.CROPS_ONLY)
-    assert data.draw_strengths(never, random.Random(0)) == {}
-    drawn = {}
-    for field in data.CROPS_ONLY.keys() - {'flip'}:
-        strengths = data.draw_strengths(never._replace(**{field: 1.0}), random.Random(0))
-        assert strengths
-        drawn |= strengths
-    assert drawn.keys() == OPERATIONS.keys()
-    batch = data.Batch([torch.zeros(1, 3, 9, 9)], changes_of([[{'posterize': 4}]]), [], [], 0)
-    refused('posterize', batch.views, 0)
-
-
 def test_jitters_come_in_the_order_of_the_step():
-    """oracle: torchvision's two functions, then solarize. In 20 steps two views show all four combinations of
-    orders."""
+    """oracle: torchvision's two functions, then solarize. In 20 steps two views show all four combinations of orders.
+    An operation that OPERATIONS does not have is an error."""
     image = torch.randint(0, 256, (1, 3, 9, 9), dtype=torch.uint8)
     changes = changes_of([[{'brightness': 1.4, 'contrast': 0.6, 'solarize': 0.5}] * 2])     # two views of one image
     brighter = V.adjust_contrast(V.adjust_brightness(image / 255, 1.4), 0.6)
@@ -196,6 +187,8 @@ def test_jitters_come_in_the_order_of_the_step():
         one, other = data.Batch([image, image], changes, [], [], 0).views(step)
         found.add((one.allclose(first, atol=1e-4), other.allclose(first, atol=1e-4)))
     assert len(found) == 4
+    batch = data.Batch([image], changes_of([[{'posterize': 4}]]), [], [], 0)
+    refused('posterize', batch.views, 0)
 
 
 # --- Order and batches -----------------------------------------------------------------------------------------------
