@@ -221,17 +221,6 @@ def test_what_is_printed(monkeypatch):
     assert reached == [b'\\ud83d d\\udcf6ner.jpg\n']
 
 
-def test_full_disks(tmp_path):
-    """oracle: the file as it was before a write that fails, because files may not grow beyond a limit."""
-    path = tmp_path / 'new/run/last.pt'
-    files.save_tensors(path, 'before')
-    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    refused('last.pt cannot be written', files.save_tensors, path, torch.zeros(10_000))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    assert torch.load(path) == 'before' and len(list(path.parent.iterdir())) == 1
-
-
 def test_a_best_is_a_run(tmp_path):
     """oracle: the rule for a folder without last.pt: a best.pt is a run, but not one of step 0."""
     best = tmp_path / 'best.pt'
