@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 import eval as evaluation
 from cosmos import COSMOS, Block, Config, unit
 from data import Shards, Tokenizer
-from plumbing import benchmarks, lists, processes
+from plumbing import benchmarks, processes
 from plumbing.processes import SIGNALS
 from plumbing.weights import to_openclip
 from tests.helpers import MICRO, close, encoded, micro, pairs_tar, put, refused, run, seeded, shared  # noqa: F401
