@@ -23,7 +23,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -36,7 +35,7 @@ from data import Batch
 from lesson import scenes
 from plumbing import runs
 from plumbing.progress import Progress
-from tests.helpers import ROOT, close, dog_tar, encoded, micro, pairs_tar, put, refused, run
+from tests.helpers import ROOT, close, dog_tar, micro, put, refused, run
 
 QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 2 '
          '--lr 0.003 --momentum 0.9 --momentum-ramp 10 --log-every 1 --eval-every 2 --workers 0 '
