@@ -383,7 +383,6 @@ def test_ranks_must_agree(monkeypatch, fit, whole, tmp_path):
     for out, flag, other in (
             (tmp_path, '--seed=0', {'lr': 9.0}),
             (tmp_path, '--seed=0', {'pairs': 9}),
-            (tmp_path, '--resume', {'last.pt': 9.0}),           # this rank has found none
             (whole, '--resume', {'last.pt': 9.0})):
         def broadcast(processes, value):
             return value | other if isinstance(value, dict) else value
@@ -546,10 +545,6 @@ def test_log_entry_by_hand(started, tmp_path):
     found = train.log_entry(begun, Progress(done, steps=3, seconds=2, waited=1))
     wanted = {'spread': 0.75 ** 0.5, 'accuracy': 0.5, 'cosine': 0.5, 'mine': 3, 'pairs_per_s': 6, 'waiting': 0.5}
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
-    single = exchanged[:, :1]
-    done = done._replace(out=Output(single, single), cls_t=single)
-    found = train.log_entry(begun, Progress(done, steps=3, seconds=2))
-    assert [found['spread'], found['accuracy']] == [0, 1]
 
 
 def test_a_run_leaves_everything(whole, dogs, tmp_path):
