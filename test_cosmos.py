@@ -72,8 +72,7 @@ def test_equals_the_released_code():
 
 
 def test_many_logits_are_computed_again(monkeypatch):
-    """oracle: loss and gradients of a run that keeps its logits, to the last bit. Otherwise those of each of the ten
-    L_nce are computed twice."""
+    """oracle: loss and gradients of a run that keeps its logits, to the last bit; otherwise each L_nce comes twice."""
     cross_entropy = F.cross_entropy
     calls = []
 
@@ -364,8 +363,7 @@ def test_losses_are_float32_under_autocast():
 # --- 5. Towers, blocks, attention ------------------------------------------------------------------------------------
 
 def test_towers_equal_the_long_way(monkeypatch):
-    """oracle: every block computes all rows of full sequences; then one row is picked. Cut captions give the same
-    vectors."""
+    """oracle: all rows of full sequences in every block, of which then one is picked; the same for captions cut."""
     model, images, texts = micro()
     monkeypatch.setattr(cosmos, 'checkpoint', None)     # must not be called unless it is asked for
     cut = texts[:2] + [caption[:, :5] for caption in texts[2:]]
@@ -404,8 +402,7 @@ def bicubic(size, grid):
 
 
 def test_images_that_are_not_square():
-    """oracle: torch's convolution plus positions interpolated by hand, on 3 x 5 patches. encode_dense has their
-    order."""
+    """oracle: torch's convolution plus positions interpolated by hand, on 3 x 5 patches, as in encode_dense."""
     model, _, _ = micro()
     tower = model.visual
     images = torch.randn(2, 3, 24, 40)
@@ -450,8 +447,7 @@ def test_compiled_blocks_are_few_and_whole(monkeypatch):
 # --- 6. python cosmos.py ---------------------------------------------------------------------------------------------
 
 def test_the_walk_through_runs(capsys):
-    """oracle: the shapes of views and captions of 3 pairs, the five parts of the loss, and 2 ln 3, the cost of a
-    guess."""
+    """oracle: the shapes of views and captions of 3 pairs, the five parts of the loss, and 2 ln 3, a guess."""
     runpy.run_path(ROOT / 'cosmos.py', run_name='__main__')
     printed = capsys.readouterr().out
     views, captions = str(GLOBALS + 3), str(GLOBALS + 2)

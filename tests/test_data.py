@@ -56,8 +56,7 @@ def test_text_crops_are_drawn_in_random_order():
     (1, 'PNG', 0.5),
     (3, 'JPEG', 6)])
 def test_image_crops_are_the_pixels_of_their_boxes(width, kind, tolerance):
-    """oracle: torchvision's crop of each box from the upright image, flipped or not, also if a large JPEG is decoded
-    smaller."""
+    """oracle: torchvision's crop of each box from the upright image, flipped or not, at full size."""
     rng = random.Random(0)
     kinds = data.kinds_of_views(MICRO)
     exif = Image.Exif()
@@ -111,8 +110,7 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path):
 
 
 def test_captions_leave_the_pictures_as_they_are(tmp_path):
-    """oracle: the same pair with other numbers of captions. Another epoch has other crops, colours and captions. The
-    batch holds this sample."""
+    """oracle: the same pair with other numbers of captions; another epoch, where all differs; the batch of one."""
     _, shards = mandelbrot_shards(tmp_path / 'a.tar')
     many = Crops(shards, WORDS, MICRO, 3)
     few = replace(many, counts=Counts(global_texts=1, local_texts=1))
@@ -259,8 +257,7 @@ def test_batches_are_pinned_and_moved(monkeypatch, tmp_path):
 
 
 def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
-    """oracle: the pairs that were broken on purpose: each is counted and named. If none can be read, the loader gives
-    up."""
+    """oracle: the pairs that were broken on purpose: each is counted and named. If all are, the loader gives up."""
     shards = Shards(dog_tar(tmp_path / 'a.tar', 12, broken=[5, 7]))
     crops = Crops(shards, list, MICRO, 3, Counts(1, 0, 0, 1))   # captions as they are
     served = set()

@@ -91,8 +91,8 @@ def test_retrieval_by_hand():
 
 
 def test_ranks_are_computed_where_the_features_are(monkeypatch):
-    """oracle: torch's device `meta`, which does not mix with the CPU. Features on mps, which has no float64, are ranked
-    on the CPU."""
+    """oracle: torch's device meta, which does not mix with the CPU. On mps there is no float64, so there it is the
+    CPU."""
     there = {'device': 'meta'}
     found = evaluation.ranks(torch.ones(5, 4, **there), torch.ones(9, 4, **there), torch.ones(5, **there),
                              torch.ones(9, **there), chunk=2)
@@ -180,8 +180,7 @@ def test_correlative_attention_is_two_of_torchs():
 
 
 def test_segmentation_by_hand(monkeypatch):
-    """oracle: six pixels worked out by pencil. The size is once set by the short side, once by the limit on the long
-    one."""
+    """oracle: six pixels worked out by pencil. Once the short side sets the size, once the limit on the long one."""
     # names: ground | ape, monkey | ox. Softmax at scale ln 3 and cosines 0 or 1: one name at 1 of 4 gets 3/6.
     scores = torch.eye(4)[[0, 1, 2, 2, 3, 1]]
     scores[5, 2] = 1                                    # ape and monkey
@@ -317,8 +316,7 @@ def test_images_are_resized_as_torchvision_does(monkeypatch):
 
 
 def test_captions_of_held_out_shards(here):
-    """oracle: pairs written here: the first key that has a caption, of the named ones if there are any; nothing is
-    split."""
+    """oracle: pairs written here: the first key that has a caption, of the named ones if any; nothing is split."""
     records = [
         b'{"captions": ["an ape. an ox", "a cow"], "caption": "dog", "mine": "an eel"}',
         b'{"captions": ["", null], "raw_caption": "a gnu. a hen", "caption": "ibis", "mine": " ", '

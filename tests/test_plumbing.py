@@ -79,8 +79,7 @@ LAYERS = {              # files: the packages and files of ours that they may im
 
 
 def test_imports_run_one_way():
-    """oracle: the table, also for imports in functions. Only the program at the foot of train.py knows lesson and
-    extras."""
+    """oracle: the table, also for imports in functions. Only the foot of train.py knows lesson and extras."""
     for pattern, allowed in LAYERS.items():
         for path in ROOT.glob(pattern):
             tree = ast.parse(path.read_text())
@@ -533,8 +532,7 @@ def test_a_megabyte_without_a_sentence():
     ({'caption': None, 'txt': 'one dog'}, ['one dog']),
     ({'caption': [None, 7, ''], 'alt': 'one dog'}, [])])
 def test_captions_of_every_format(record, pool):
-    """oracle: pools written by hand. PixelProse's original caption and items of DreamLIP's lists pass whole, as
-    released."""
+    """oracle: pools written by hand. PixelProse's original caption and DreamLIP's lists pass whole, as released."""
     assert caption_pool(record) == pool
     assert caption_pool(record, list(record)[:2])[:len(pool)] == pool
 
@@ -599,8 +597,7 @@ def test_learn_by_hand():
 
 
 def test_options_of_another_version(capsys):
-    """oracle: by hand. An option that only one version knows is passed over; one that both know is noted if it
-    differs."""
+    """oracle: by hand: an option that only one version knows is passed over; one that differs is noted."""
     saved = {'same': {}, 'commit': 'abc', 'options': {'gone': 1, 'lr': 1}}
     runs.check_fixed(saved, SimpleNamespace(out='a', lr=2, new=3), {})
     assert re.findall('note +--(.*)', capsys.readouterr().out) == ['lr was 1, is now 2']
@@ -609,8 +606,8 @@ def test_options_of_another_version(capsys):
 # --- Images ----------------------------------------------------------------------------------------------------------
 
 def exif(*entries):
-    """EXIF with entries of (tag, type, count, value), as a camera writes it: 12 bytes each; a long value lies behind
-    them."""
+    """EXIF with entries of (tag, type, count, value), as a camera writes it. An entry has 12 bytes; long values
+    follow."""
     table = b''
     values = b''
     first = 8 + 2 + 12 * len(entries) + 4                               # where the values begin

@@ -103,8 +103,8 @@ def read_log(out):
 
 
 def same_run(a, b, whole_log=True):
-    """Asserts that two --out folders hold networks, optimizers and figures that are equal bit for bit, and that their
-    logs differ in times only."""
+    """Asserts that networks, optimizers and figures of two --out folders are equal bit for bit, and logs but for
+    times."""
     found = []
     for out in a, b:
         log = read_log(out)
@@ -378,8 +378,7 @@ def test_two_processes_are_one_run(by_ranks):
 
 
 def test_ranks_must_agree(monkeypatch, fit, whole, tmp_path):
-    """oracle: the refusal, if rank 0 has another rate, another number of pairs, or another checkpoint than this
-    rank."""
+    """oracle: the refusal, if rank 0 has another rate, number of pairs, or checkpoint than this rank."""
     for out, flag, other in (
             (tmp_path, '--seed=0', {'lr': 9.0}),
             (tmp_path, '--seed=0', {'pairs': 9}),
@@ -393,8 +392,7 @@ def test_ranks_must_agree(monkeypatch, fit, whole, tmp_path):
 
 
 def test_torchrun_as_it_is_typed(tmp_path):
-    """oracle: the command at the head of train.py, with a small built-in set and one step: status 0, and each line
-    once."""
+    """oracle: the command at the head of train.py, with a small set and one step: status 0, and each line once."""
     run(scenes, tmp_path / 'runs/scenes', '--train', 64, '--val', 16)
     command = 'torchrun --nproc_per_node=2 train.py --out runs/two'
     assert command in train.__doc__
@@ -406,8 +404,7 @@ def test_torchrun_as_it_is_typed(tmp_path):
 
 
 def test_loaders_start_before_the_model(monkeypatch, started, tmp_path):
-    """oracle: DDP's notes: once nccl is up, nothing may be forked. DDP comes after the model, and the model after
-    loaders."""
+    """oracle: DDP's notes: once nccl is up, nothing may be forked. DDP comes later than the model."""
     before = active_children()
 
     def model(config):
@@ -611,8 +608,7 @@ def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
 
 
 def test_two_jobs_in_one_folder(monkeypatch, fit, tmp_path):
-    """oracle: the refusal, which names the process. Once it is killed, the next one gets in, and removes a torn
-    save."""
+    """oracle: the refusal, which names the process. After a kill the next one gets in, and removes a torn save."""
     out = tmp_path / 'out'
     torn = out / 'last.pt.0123.partial'
 
@@ -702,8 +698,7 @@ def fill_the_gpu(run):
     ('evaluate', 2, raise_a_bug, 'RuntimeError: a bug\n', 2),
     ('evaluate', 6, raise_a_bug, 'RuntimeError: a bug\n', 6)])
 def test_resume_is_exact(monkeypatch, capsys, fit, whole, tmp_path, function, at, harm, ends, kept):
-    """oracle: the undisturbed run. The last whole step is saved if it is finite and fits on the disk; the end says
-    why."""
+    """oracle: the undisturbed run. The last whole step is saved if it is finite and fits on the disk."""
     original = getattr(train, function)
     signalled = isinstance(harm, signal.Signals)
     workers = 2 if signalled else 0
