@@ -342,14 +342,6 @@ def test_collectives_of_a_step(monkeypatch, method, forward, backward):
     assert_close(loss, alone + math.log(2) * sum(weight for weight, _ in parts.values()))
 
 
-def test_three_globals(monkeypatch):
-    """oracle: GLOBALS = 3 means three images in L_CLIP. (Three captions for the teacher: test_captions_are_cut.)"""
-    monkeypatch.setattr(cosmos, 'GLOBALS', 3)
-    model, images, texts = micro()
-    out = model(images, texts)
-    assert_close(clip_loss(out, math.e), slow_loss(out.cls[:3], out.eot, math.e))
-
-
 def test_losses_are_float32_under_autocast():
     """oracle: the same loss outside autocast."""
     model, images, texts = micro()
