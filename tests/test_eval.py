@@ -189,15 +189,6 @@ def test_segmentation_by_hand(monkeypatch):
         assert pixels.shape == (3, 4, 6)
         return scores.T.view(4, 2, 3)
 
-    enlarge = F.interpolate
-    sizes = []
-
-    def interpolate(*args, **options):
-        result = enlarge(*args, **options)
-        sizes.append(result.numel())
-        return result
-
-    monkeypatch.setattr(F, 'interpolate', interpolate)
     monkeypatch.setattr(evaluation, 'window_scores', window_scores)
     monkeypatch.setattr(evaluation, 'LONGEST_SIDE', 6)
     for size, changes, expected in (
@@ -209,12 +200,36 @@ def test_segmentation_by_hand(monkeypatch):
         model = SimpleNamespace(config=SimpleNamespace(image_size=2))
         found = evaluation.segment_image(model, Image.new('RGB', (3, 2)), scores, [0, 1, 1, 2], settings).flatten()
         assert found.tolist() == expected
-    assert max(sizes) == 6                              # names are enlarged one by one, because a photo may be large
     truth = torch.tensor([0, 1, 1, 255, 3, 0])
     figures = evaluation.segmentation_figures(
         evaluation.confusion(truth, found, 5), ['ground', 'ape', 'ox', 'cow', 'absent'])
     assert figures == {'IoU': pytest.approx({'ground': 1 / 2, 'ape': 2 / 3, 'ox': 0, 'cow': 0}),
                        'mIoU': pytest.approx(7 / 24), 'pixel_accuracy': 3 / 5, 'classes': 3}
+
+
+def test_large_photos_are_segmented_name_by_name(monkeypatch):
+    """oracle: the softmax over all names at once, on all pixels. No step enlarges more than one name."""
+    enlarge = F.interpolate
+    sizes = []
+
+    def interpolate(*args, **options):
+        result = enlarge(*args, **options)
+        sizes.append(result.numel())
+        return result
+
+    monkeypatch.setattr(F, 'interpolate', interpolate)
+    names_per_class = [2, 1, 4, 3]
+    logits = 4 * torch.randn(10, 3, 4)
+    whole = enlarge(logits[None], (15, 20), mode='bilinear')[0].softmax(dim=0)
+    class_of_name = [0, 0, 1, 2, 2, 2, 2, 3, 3, 3]
+    for candidates in range(4), [0, 3]:
+        chosen = torch.full((4, 15, 20), -1.0)
+        for number in candidates:
+            chosen[number] = whole.split(names_per_class)[number].amax(dim=0)
+        highest, classes = evaluation.best_class(logits, (15, 20), class_of_name, candidates)
+        close(highest, chosen.amax(dim=0))
+        assert classes.equal(chosen.argmax(dim=0))
+    assert max(sizes) == 15 * 20
 
 
 
