@@ -255,7 +255,6 @@ def test_teacher_is_a_moving_average():
         assert not x.requires_grad
 
 
-
 # --- 4. The losses ---------------------------------------------------------------------------------------------------
 
 def test_nce_by_hand():

@@ -530,7 +530,6 @@ def test_what_depends_on_the_data(monkeypatch, capsys):
     assert filled_in('--preset tiny --init clip.pt').warmup == 7
 
 
-
 # --- What a run leaves -----------------------------------------------------------------------------------------------
 
 def test_log_entry_by_hand(started, tmp_path):
@@ -641,7 +640,6 @@ def test_when_a_run_is_saved():
         options = train.read_options(['--steps', '9000', *flags.split()])
         running = SimpleNamespace(options=options, step=step, saved_at=time.perf_counter() - 60 * minutes)
         assert train.what_is_due(running, Progress()).save == saves
-
 
 
 # --- Going on --------------------------------------------------------------------------------------------------------
