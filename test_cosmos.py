@@ -3,16 +3,14 @@
     pytest test_cosmos.py           this file
     pytest                          all tests: also those of data, training, evaluation, plumbing, course and extras
 
-Part 1 compares with the released code. Some of its numbers stand at the end of this file; they were made by `python -m
-extras.released CLONE --record FILE`, where CLONE is a checkout of that code. More are in the folder that the variable
-COSMOS_SHARED names (by default ../shared); if it is absent, the tests that need it are skipped. Parts 2-6 come in the
-order of cosmos.py.
+Part 1 compares with the released code. Some of its numbers stand at the end of this file, as written by `python -m
+extras.released CLONE --record FILE`. Others are in the folder that COSMOS_SHARED names (by default ../shared); without
+it, the tests that need them are skipped. Parts 2-6 come in the order of cosmos.py.
 """
 import itertools
 import math
 import re
-import subprocess
-import sys
+import runpy
 from dataclasses import replace
 from functools import partialmethod
 from types import SimpleNamespace
@@ -22,13 +20,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import cosmos
 import train
-from cosmos import COSMOS, GLOBALS, Attention, Config, Teacher, clip_loss, cosmos_loss, gather, match, total_loss
+from cosmos import COSMOS, GLOBALS, Config, Teacher, clip_loss, cosmos_loss, gather, match, total_loss
 from eval import encode_dense
 from plumbing.weights import from_openclip, to_openclip
 from tests.helpers import MICRO, ROOT, close, micro, refused, seeded, shared
@@ -75,8 +72,7 @@ def test_equals_the_released_code():
 
 
 def test_many_logits_are_computed_again(monkeypatch):
-    """oracle: the loss and the gradients of a run that keeps its logits, to the last bit. A run that does not keep them
-    computes the logits of each of the ten L_nce twice."""
+    """oracle: loss and gradients of a run that keeps its logits, to the last bit; otherwise each L_nce comes twice."""
     cross_entropy = F.cross_entropy
     calls = []
 
@@ -111,7 +107,7 @@ def recorded(golden, name):
 
 
 def test_golden_training_step(golden):
-    """oracle: what was recorded of the released code: features, losses, gradients, and both models after the step."""
+    """oracle: what was recorded of the released code: features, losses, gradients, both models after the step."""
     expected = golden['expected']
     hyper = golden['hyper']
     images = golden['images']
@@ -143,8 +139,7 @@ def test_golden_training_step(golden):
 
 
 def test_golden_dense_features_and_attention(golden):
-    """oracle: what was recorded from the released code, on images of 64 x 96 pixels. Patches are a grid (rows,
-    columns), here 4 x 6."""
+    """oracle: what was recorded of the released code, on 64 x 96 pixels: a grid of 4 rows and 6 columns."""
     expected = golden['expected']
     model = recorded(golden, 'teacher')
     for name in 'dense_plain', 'dense_csa':
@@ -157,10 +152,9 @@ def test_golden_dense_features_and_attention(golden):
 
 
 def test_sizes_and_initial_values_are_the_released():
-    """oracle: how many parameters the paper's ViT-B/16 and open_clip's ViT-B/32 have; the standard deviations with
-    which CLIP starts, for an image tower of 96 channels and a text tower of 128 channels and 2 layers."""
-    for preset, cross_heads, count in (
-            ('vit-b-32', 0, 151_277_313), ('vit-b-16', 8, 152_382_466)):
+    """oracle: the parameters of the paper's ViT-B/16 and open_clip's ViT-B/32; the standard deviations of CLIP's start;
+    the bounds 0 and ln 100 of the scales."""
+    for preset, cross_heads, count in ('vit-b-32', 0, 151_277_313), ('vit-b-16', 8, 152_382_466):
         with torch.device('meta'):
             model = COSMOS(replace(train.PRESETS[preset].sizes, cross_heads=cross_heads))
         assert sum(p.numel() for p in model.parameters()) == count
@@ -174,6 +168,10 @@ def test_sizes_and_initial_values_are_the_released():
         assert p.std().item() == pytest.approx(96 ** -0.5, rel=0.2)
     for scale in model.scales():
         assert scale.item() == pytest.approx(math.log(1 / 0.07))
+        for value, clamped in (9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0):
+            scale.data.fill_(value)
+            model.clamp_scales()
+            assert scale.item() == pytest.approx(clamped)
 
 
 # --- 2. Presets and sizes --------------------------------------------------------------------------------------------
@@ -202,7 +200,7 @@ def test_sizes_that_do_not_fit_are_refused():
 # --- 3. Student and teacher ------------------------------------------------------------------------------------------
 
 def test_a_plain_clip_has_the_same_towers():
-    """oracle: a model with cross-attention and the same weights. The plain CLIP returns no patches and no words."""
+    """oracle: a model with cross-attention and the same weights. A plain CLIP has no patches and no words."""
     model, images, texts = micro()
     plain, _, _ = micro('clip')
     plain.load_state_dict(model.state_dict(), strict=False)
@@ -222,8 +220,7 @@ def torchs(attention, query, tokens):
 
 
 def test_every_view_reads_view_0_and_caption_0():
-    """oracle: Eq. 1-2 as they stand, one view at a time, with torch's attention, which also returns its attention
-    weights."""
+    """oracle: Eq. 1-2 as they stand, one view at a time, with torch's own attention, which returns weights, too."""
     model, images, texts = micro()
     out = model(images, texts)
 
@@ -243,8 +240,7 @@ def test_every_view_reads_view_0_and_caption_0():
 
 
 def test_teacher_is_a_moving_average():
-    """oracle: the closed form s + lambda^k (t0 - s) after k updates towards a constant student. Teacher and student
-    share no tensor."""
+    """oracle: the closed form s + lambda^k (t0 - s) after k updates. Teacher and student share no tensor."""
     model, images, texts = micro()
     teacher = Teacher(model)
     start = [p.clone() for p in model.parameters()]
@@ -257,16 +253,6 @@ def test_teacher_is_a_moving_average():
     cls_t, eot_t = teacher(images[:2], texts[:2])
     for x in (*teacher.parameters(), cls_t, eot_t):
         assert not x.requires_grad
-
-
-def test_scales_are_clamped():
-    """oracle: the bounds 0 and ln 100. (That a scale between them stays as it is: test_a_step_by_hand.)"""
-    model, _, _ = micro()
-    for value, expected in (9.0, math.log(100)), (-1.0, 0.0):
-        for scale in model.logit_scale, model.distill_logit_scale:
-            scale.data.fill_(value)
-            model.clamp_scales()
-            assert scale.item() == pytest.approx(expected)
 
 
 # --- 4. The losses ---------------------------------------------------------------------------------------------------
@@ -333,13 +319,9 @@ def test_total_loss_of_each_method(method):
     ('across', [7, 18, 4], [18, 7]),
     ('clip', [7], [7])])
 def test_collectives_of_a_step(monkeypatch, method, forward, backward):
-    """oracle: the table of docs/differences.md, 3 forward and 2 backward. The first sends 2 cls and 5 eot, for L_CLIP.
-    The second sends 4 h_I and 5 h_T (cosmos), or 4 cls and 5 eot
-    (no-cross-attention), or all of these (across). The third sends 2
-    cls_t and 2 eot_t, without a gradient. clip needs only the first.
-
-    The other GPU has the same pairs, so every key is there twice, and every L_nce is larger by ln 2.
-    """
+    """oracle: the table of docs/differences.md: how many vectors each collective sends: 2 cls and 5 eot; 4 h_I and 5
+    h_T, or 4 cls and 5 eot, or all of these; 2 cls_t and 2 eot_t, without a gradient. The other GPU has the same pairs,
+    so every key is there twice, and every L_nce is larger by ln 2."""
     gathered = []
     reduced = []
 
@@ -359,14 +341,6 @@ def test_collectives_of_a_step(monkeypatch, method, forward, backward):
     assert_close(loss, alone + math.log(2) * sum(weight for weight, _ in parts.values()))
 
 
-def test_three_globals(monkeypatch):
-    """oracle: GLOBALS = 3 means three images in L_CLIP. (Three captions for the teacher: test_captions_are_cut.)"""
-    monkeypatch.setattr(cosmos, 'GLOBALS', 3)
-    model, images, texts = micro()
-    out = model(images, texts)
-    assert_close(clip_loss(out, math.e), slow_loss(out.cls[:3], out.eot, math.e))
-
-
 def test_losses_are_float32_under_autocast():
     """oracle: the same loss outside autocast."""
     model, images, texts = micro()
@@ -380,8 +354,7 @@ def test_losses_are_float32_under_autocast():
 # --- 5. Towers, blocks, attention ------------------------------------------------------------------------------------
 
 def test_towers_equal_the_long_way(monkeypatch):
-    """oracle: every block computes all rows of full sequences, for texts with a causal mask, and then the row of the
-    class token or of the end token is picked. Captions that were cut must give the same vectors."""
+    """oracle: all rows of full sequences in every block, of which then one is picked; the same for captions cut."""
     model, images, texts = micro()
     monkeypatch.setattr(cosmos, 'checkpoint', None)     # must not be called unless it is asked for
     cut = texts[:2] + [caption[:, :5] for caption in texts[2:]]
@@ -403,9 +376,8 @@ def test_towers_equal_the_long_way(monkeypatch):
 
 
 def bicubic(size, grid):
-    """-> (size, grid): the weight of each of `grid` points in each of `size` interpolated values, by torch's bicubic
-    rule. The parameter of its kernel is -3/4, and beyond the border the outermost points are repeated. DINO's 0.1
-    stretches the grid."""
+    """-> (size, grid): the weight of each grid point in each of `size` values, by torch's bicubic rule (-3/4; the
+    outermost points are repeated). DINO's 0.1 stretches the grid."""
     weights = torch.zeros(size, grid)
     for i in range(size):
         place = (i + 0.5) * grid / (size + 0.1) - 0.5
@@ -421,8 +393,7 @@ def bicubic(size, grid):
 
 
 def test_images_that_are_not_square():
-    """oracle: torch's convolution plus positions interpolated by hand, on 3 x 5 patches, row after row. encode_dense
-    has the same order."""
+    """oracle: torch's convolution plus positions interpolated by hand, on 3 x 5 patches, as in encode_dense."""
     model, _, _ = micro()
     tower = model.visual
     images = torch.randn(2, 3, 24, 40)
@@ -437,28 +408,6 @@ def test_images_that_are_not_square():
     close(encode_dense(model, images), projected[:, 1:].view(2, 3, 5, -1))
 
 
-@pytest.mark.parametrize('device, kernels', [('cpu', 0), ('mps', 0), ('meta', 3)])
-def test_where_attention_is_written_out(monkeypatch, device, kernels):
-    """oracle: how often torch's kernel is called, for a causal mask, for that of one row, and for none. The tensors
-    hold no numbers, so no such device is needed; meta stands for a GPU."""
-    called = []
-
-    def kernel(q, k, v, **options):
-        called.append(options)
-        return q
-
-    monkeypatch.setattr(F, 'scaled_dot_product_attention', kernel)
-    monkeypatch.setattr(cosmos, 'attention_weights', lambda q, k, mask: q @ k.mT)
-    one_head = SimpleNamespace(project=lambda *pair: [pair[k].unsqueeze(1) for k in (0, 1, 1)], out_proj=torch.clone)
-    with FakeTensorMode(), torch.device(device):
-        rows = torch.empty(2, 5, 8)
-        causal = torch.empty(5, 5, dtype=torch.bool)
-        of_one_row = torch.empty(2, 1, 1, 5, dtype=torch.bool)
-        for query, mask in (rows, causal), (torch.empty(2, 1, 8), of_one_row), (rows, None):
-            assert Attention.forward(one_head, query, rows, mask).shape == query.shape
-    assert len(called) == kernels
-
-
 def test_quick_gelu_by_hand():
     """oracle: x / (1 + exp(-1.702 x)), in each block of both towers. (Exact GELU: test_equals_the_released_code.)"""
     x = torch.linspace(-3, 3, 7)
@@ -468,61 +417,42 @@ def test_quick_gelu_by_hand():
             close(block.mlp.gelu(x), x / (1 + torch.exp(-1.702 * x)), 1e-6)
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """The number of graphs that torch.compile makes of blocks, as a backend counts them."""
+def test_compiled_blocks_are_few_and_whole(monkeypatch):
+    """oracle: fewer graphs than 8, of all layers, batches and lengths; the compiler gives up at 8 by default. Under DDP
+    torch would cut in two each block of more than a megabyte of parameters."""
     torch._dynamo.reset()
-    counter = CompileCounter()
-    monkeypatch.setattr(cosmos.Block, 'compile', partialmethod(torch.nn.Module.compile, backend=counter))
-    return counter
-
-
-def test_compiled_blocks_are_few(graphs):
-    """oracle: a few graphs must serve all layers, batches and lengths; by default the compiler gives up at 8."""
-    model, _, _ = micro()
-    train.compile_blocks(model)
-    for B, length in (4, 5), (3, 7), (2, 9), (4, 8):
-        _, images, texts = micro(B=B)
-        model(images, [texts[0], texts[2][:, :length]])
-    assert 0 < graphs.frame_count < 8
-
-
-def test_compiled_blocks_are_whole_under_ddp(graphs, monkeypatch):
-    """oracle: as many graphs as without DistributedDataParallel. Under it torch would cut in two each block that has
-    more than a megabyte of parameters."""
+    graphs = CompileCounter()
+    monkeypatch.setattr(cosmos.Block, 'compile', partialmethod(torch.nn.Module.compile, backend=graphs))
     monkeypatch.setattr(torch._dynamo.config, 'optimize_ddp', True)     # torch's default
-    _, images, texts = micro()
     model = COSMOS(replace(MICRO, vision_width=192, vision_heads=3, text_width=192, text_heads=3))
     train.compile_blocks(model)
-    model(images, texts)
-    alone = graphs.frame_count
-    torch._dynamo.reset()
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    DistributedDataParallel(model)(images, texts)
+    student = DistributedDataParallel(model)
+    for B, length in (4, 5), (3, 7), (2, 9), (4, 8):
+        _, images, texts = micro(B=B)
+        student(images, [texts[0], texts[2][:, :length]])
     dist.destroy_process_group()
-    assert graphs.frame_count == 2 * alone > 0
+    assert 0 < graphs.frame_count < 8
 
 
 # --- 6. python cosmos.py ---------------------------------------------------------------------------------------------
 
-def test_the_walk_through_runs():
-    """oracle: the shapes of views and captions of 3 pairs, the five parts of the loss, and 2 ln 3, the cost of a
-    guess."""
-    done = subprocess.run([sys.executable, 'cosmos.py'], cwd=ROOT, capture_output=True, text=True)
+def test_the_walk_through_runs(capsys):
+    """oracle: the shapes of views and captions of 3 pairs, the five parts of the loss, and 2 ln 3, a guess."""
+    runpy.run_path(ROOT / 'cosmos.py', run_name='__main__')
+    printed = capsys.readouterr().out
     views, captions = str(GLOBALS + 3), str(GLOBALS + 2)
-    assert re.findall(r'\((\d), 3, 512\)', done.stdout) == [views, captions] * 2, done.stderr
-    assert len(re.findall(r'^\w+ +[\d.]+ x [\d.]+$', done.stdout, re.M)) == 5
-    assert f'{2 * math.log(3):.4f}' in done.stdout
+    assert re.findall(r'\((\d), 3, 512\)', printed) == [views, captions] * 2
+    assert len(re.findall(r'^\w+ +[\d.]+ x [\d.]+$', printed, re.M)) == 5
+    assert f'{2 * math.log(3):.4f}' in printed
 
 
 # --- Recorded --------------------------------------------------------------------------------------------------------
 
-# What the released code computes for the weights and inputs of test_equals_the_released_code: L_CLIP and L_COSMOS; the
-# first six numbers of h_I of view 0 and of h_T of caption 0, for pair 0; and the norms of the gradient of both losses
-# for each of the 83 parameters, sorted by their released names. `python -m extras.released CLONE --record FILE` writes
-# them. Losses and vectors must agree to 1e-6, norms to 1e-5 of themselves (the worst that we saw was 2e-6, with four
-# CPU instruction sets, and on the CPU path of Attention as well as on its kernel path). The norms below 1e-5, of the
-# LayerNorms of C^I's and C^T's queries, are what is left of sums that cancel, so they are held to 1e-9.
+# L_CLIP and L_COSMOS; the first six numbers of h_I of view 0 and of h_T of caption 0, for pair 0; and the norms of the
+# gradient of both losses for each of the 83 parameters, sorted by their released names. The worst that we saw was 2e-6
+# of a norm, with four CPU instruction sets, and on both paths of Attention. The norms below 1e-5, of the LayerNorms of
+# C^I's and C^T's queries, are what is left of sums that cancel, so they are held to 1e-9.
 RELEASED_LOSSES = [1.144916, 1.142693]
 RELEASED_H_I = [0.281730, 0.157082, -0.238676, -0.069201, -0.208976, -0.218391]
 RELEASED_H_T = [-0.019756, 0.101438, -0.225228, 0.069547, 0.111738, -0.129658]

@@ -56,8 +56,8 @@ def refused(sentence, call, *args, **kwargs):
 
 
 def captions(B, length):
-    """(B, 12) ids: captions that end (with the highest id) after at most `length` ids. Behind the end are random words,
-    as noise in place of padding."""
+    """(B, 12) ids: captions that end, with the highest id, after at most `length` ids. Random words follow, as
+    noise."""
     ids = torch.randint(1, 49, (B, 12))
     pairs = torch.arange(B)
     ids[pairs, length - 1 - pairs % 3] = 49
@@ -65,8 +65,7 @@ def captions(B, length):
 
 
 def micro(method='cosmos', B=3):
-    """A micro model with one batch: (model, 2 + 2 images, 2 + 3 captions). If the method has no cross-attention, the
-    model is a plain CLIP."""
+    """A micro model and a batch: (model, 2 + 2 images, 2 + 3 captions). Without cross-attention it is a plain CLIP."""
     torch.manual_seed(0)
     cross_heads = 2 if method in ('cosmos', 'across') else 0
     model = COSMOS(replace(MICRO, cross_heads=cross_heads, two_scales=method == 'no-cross-attention'))
@@ -76,8 +75,7 @@ def micro(method='cosmos', B=3):
 
 
 def put(path, value=''):
-    """Writes a file, and makes the folders that it lies in -> path. Text and bytes are written as they are, all else as
-    JSON."""
+    """Writes text or bytes, or anything else as JSON, into a file, and makes its folders -> path."""
     if not isinstance(value, (str, bytes)):
         value = json.dumps(value)
     path = Path(path)
@@ -116,8 +114,7 @@ def pairs_tar(path, records, images=itertools.repeat(b'image'), format=tarfile.P
 
 
 def dog_tar(path, n, format=tarfile.PAX_FORMAT, broken=()):
-    """Writes a tar of n pairs -> path. Pair i has an image in a colour of its own and the caption 'dog i'; the images
-    listed in `broken` cannot be read."""
+    """Writes a tar of n pairs -> path: an image of its own colour, and 'dog i'. Those in `broken` cannot be read."""
     records = [{'caption': f'dog {i}'} for i in range(n)]
     images = [encoded(Image.new('RGB', (40, 30), (4 * i % 256, 37 * i % 256, 9))) for i in range(n)]
     for i in broken:

@@ -31,8 +31,7 @@ def pixels(source):
 # --- Text crops ------------------------------------------------------------------------------------------------------
 
 def test_text_crops_are_drawn_in_random_order():
-    """oracle: the rule itself: a global has 1 to 5 distinct sentences, and the locals are distinct. A pool that is too
-    small is repeated whole."""
+    """oracle: the rule: a global has 1 to 5 distinct sentences, locals are distinct, and a small pool is repeated."""
     pool = list('abcdefghi')
     lengths = set()
     in_order = 0
@@ -57,8 +56,7 @@ def test_text_crops_are_drawn_in_random_order():
     (1, 'PNG', 0.5),
     (3, 'JPEG', 6)])
 def test_image_crops_are_the_pixels_of_their_boxes(width, kind, tolerance):
-    """oracle: torchvision's crop of each box from the upright image (the camera was turned), flipped or not. A large
-    JPEG is decoded smaller, but its crops are still compared with those of the whole image."""
+    """oracle: torchvision's crop of each box from the upright image, flipped or not, at full size."""
     rng = random.Random(0)
     kinds = data.kinds_of_views(MICRO)
     exif = Image.Exif()
@@ -82,9 +80,8 @@ def mandelbrot_shards(path):
 
 
 def test_crops_of_the_released_sizes_and_sides(tmp_path):
-    """oracle: torchvision's crop of each box. Half of the 'full' crops are mirrored; the others are not, and keep their
-    colours. Globals cover 0.9 to 1 of the image (crop_min=0.9), locals 0.05 to 0.4; their aspects are the released
-    ones."""
+    """oracle: torchvision's crop of each box. Only 'full' crops are mirrored, one half of them. Shares of the image and
+    aspects are the released ones; for globals crop_min=0.9."""
     whole, shards = mandelbrot_shards(tmp_path / 'a.tar')
     mirrored = 0
     drawn = []
@@ -113,8 +110,7 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path):
 
 
 def test_captions_leave_the_pictures_as_they_are(tmp_path):
-    """oracle: the same pair with other numbers of captions. Another epoch has other crops, colours and captions. The
-    loader's batch holds this sample, with its strengths grouped by operation."""
+    """oracle: the same pair with other numbers of captions; another epoch, where all differs; the batch of one."""
     _, shards = mandelbrot_shards(tmp_path / 'a.tar')
     many = Crops(shards, WORDS, MICRO, 3)
     few = replace(many, counts=Counts(global_texts=1, local_texts=1))
@@ -155,8 +151,8 @@ RELEASED = [  # torchvision's function; the released probability for each kind o
 
 @pytest.mark.parametrize('name, function, shares, low, high', RELEASED)
 def test_each_colour_operation_is_the_released(monkeypatch, name, function, shares, low, high):
-    """oracle: torchvision's own function, image by image; without the operation an image stays as it is, bit for bit.
-    5,000 draws for each kind of view have the released probabilities, and the mean of the released range."""
+    """oracle: torchvision's own function, image by image; other images stay as they are, bit for bit. 5,000 draws have
+    the released probabilities, and the mean of the released range."""
     images = torch.randint(0, 256, (12, 3, 20, 24), dtype=torch.uint8)
     images[0] = 77                                                      # grey
     images[1, 1:] = 0                                                   # red
@@ -177,24 +173,9 @@ def test_each_colour_operation_is_the_released(monkeypatch, name, function, shar
             assert np.mean(values) == pytest.approx((low + high) / 2, abs=0.05 * (high - low))
 
 
-def test_no_operation_is_forgotten():
-    """oracle: the rule: each probability of a Kind but that of a flip draws something, and what it draws is in
-    OPERATIONS. What is drawn but is not among the operations that act is an error."""
-    never = data.kinds_of_views(MICRO)[0]._replace(**data.CROPS_ONLY)
-    assert data.draw_strengths(never, random.Random(0)) == {}
-    drawn = {}
-    for field in data.CROPS_ONLY.keys() - {'flip'}:
-        strengths = data.draw_strengths(never._replace(**{field: 1.0}), random.Random(0))
-        assert strengths
-        drawn |= strengths
-    assert drawn.keys() == OPERATIONS.keys()
-    batch = data.Batch([torch.zeros(1, 3, 9, 9)], changes_of([[{'posterize': 4}]]), [], [], 0)
-    refused('posterize', batch.views, 0)
-
-
 def test_jitters_come_in_the_order_of_the_step():
-    """oracle: torchvision's two functions, followed by solarize. In 20 steps the two views show all four combinations
-    of orders."""
+    """oracle: torchvision's two functions, then solarize. In 20 steps two views show all four combinations of orders.
+    An operation that OPERATIONS does not have is an error."""
     image = torch.randint(0, 256, (1, 3, 9, 9), dtype=torch.uint8)
     changes = changes_of([[{'brightness': 1.4, 'contrast': 0.6, 'solarize': 0.5}] * 2])     # two views of one image
     brighter = V.adjust_contrast(V.adjust_brightness(image / 255, 1.4), 0.6)
@@ -204,6 +185,8 @@ def test_jitters_come_in_the_order_of_the_step():
         one, other = data.Batch([image, image], changes, [], [], 0).views(step)
         found.add((one.allclose(first, atol=1e-4), other.allclose(first, atol=1e-4)))
     assert len(found) == 4
+    batch = data.Batch([image], changes_of([[{'posterize': 4}]]), [], [], 0)
+    refused('posterize', batch.views, 0)
 
 
 # --- Order and batches -----------------------------------------------------------------------------------------------
@@ -247,9 +230,8 @@ def tensors(batch):
 
 
 def test_batches_are_pinned_and_moved(monkeypatch, tmp_path):
-    """oracle: the batch that is not pinned. If the model is on a GPU, each of its tensors is pinned once; here, without
-    a GPU, that is only a copy. All are contiguous, or else pinning would copy them once more. After the move everything
-    is on the device; here it is torch's meta, which refuses to be mixed with the CPU."""
+    """oracle: the batch that is not pinned. For a GPU each tensor is contiguous, and pinned once; without one that is
+    only a copy. torch's device meta, to which all is moved, does not mix with the CPU."""
     crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 3)), WORDS, MICRO, 3)
     order = [[(0, 0), (0, 1), (0, 2)]]
     pinned = []
@@ -275,8 +257,7 @@ def test_batches_are_pinned_and_moved(monkeypatch, tmp_path):
 
 
 def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
-    """oracle: the pairs that were broken on purpose: none is served, and each is counted and named. If none can be read
-    any more, the loader gives up at the limit."""
+    """oracle: the pairs that were broken on purpose: each is counted and named. If all are, the loader gives up."""
     shards = Shards(dog_tar(tmp_path / 'a.tar', 12, broken=[5, 7]))
     crops = Crops(shards, list, MICRO, 3, Counts(1, 0, 0, 1))   # captions as they are
     served = set()
@@ -293,9 +274,8 @@ def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
 
 
 def test_what_strangers_send_stops_nothing():
-    """oracle: the rule that nothing but Refused comes out, for mutated images, records and tars. Before the mutation each
-    image can be read."""
+    """oracle: the rule that nothing but Refused comes out. Before the mutation each image can be read."""
     for kind, content in fuzz.originals().items():
         if not kind.startswith(('json', 'tar')):
             read_image(content)
-    assert fuzz.fuzz(400) == []
+    assert fuzz.fuzz(200) == []

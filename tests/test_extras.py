@@ -727,15 +727,10 @@ def test_a_plan_has_the_bytes_that_a_step_keeps(monkeypatch):
     assert parts - rest == pytest.approx(one, rel=0.005)
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize('page', ['scaling'])
-def test_the_scripts_of_a_page_can_be_read(page):
-=======
 PAGES = [ROOT / 'README.md', ROOT / 'lesson/README.md', *ROOT.glob('docs/*.md')]
 
 
 def test_the_scripts_in_docs_can_be_read():
->>>>>>> wt-x
     """oracle: bash and Python, which parse the scripts but do not run them, because there is no Slurm here, and no GPU.
     """
     text = '\n'.join(page.read_text() for page in ROOT.glob('docs/*.md'))
