@@ -312,7 +312,6 @@ def family(experiment):
 # --- 3. One run ------------------------------------------------------------------------------------------------------
 
 FOLDER = Path('runs/lesson')
-SHARED = Path(os.environ.get('COSMOS_SHARED', '../shared'))
 
 
 def data_command(world, seed, flickr8k):
@@ -487,7 +486,7 @@ def main():
     parser = Parser(prog='python -m lesson.experiments', epilog=__doc__)
     parser.add_argument('experiment', choices=EXPERIMENTS)
     parser.add_argument('--print', action='store_true', help='print the commands, and make no run')
-    parser.add_argument('--flickr8k', type=Path, default=SHARED / 'data/flickr8k',
+    parser.add_argument('--flickr8k', type=Path, default='flickr8k',
                         help='folder with dataset_flickr8k.json and Images/ (%(default)s)')
     args = parser.parse_args()
     variants = EXPERIMENTS[args.experiment]
