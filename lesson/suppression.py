@@ -11,10 +11,9 @@ named: take the object's own name, and the names of its colour with five shapes 
 cosine with this image subtract its mean over all held-out scenes, so that no name wins by being popular. Is the
 object's own name now the highest? A tie is a miss; chance is 16.7 %. And `retrieval` among the held-out scenes.
 
-pointing: where in the image does the highest weight of C^I lie? We ask "there is a NAME", with the object's own name
-and, as a control, with an absent name of its colour. The peak is on the object (`it`), on another one, or on the
-ground; `area` is a blind guess. For `color`, in scenes of both colours, we ask for an absent name of each: is the peak
-on an object of that colour, or of the other?
+pointing: where in the image does the highest weight of C^I lie? We ask "there is a NAME", with an object's own name: is
+the peak on the object (`own_it`), on another one (`own_other`), or on the ground? For `color`, in scenes of both
+colours, we ask for an absent name of each: is the peak on an object of that colour (`asked`), or of the other?
 
 handed: what does C^I hand over? We ask it for one name, and take its answer alone, without adding the question.
 `cosine`: how alike are two answers about one scene, to two different names (`names`)? As a control, to two random
@@ -131,9 +130,9 @@ def objects_at(scene, config):
 
 @torch.no_grad()
 def pointing(args, scored, shards, scenes):
-    """-> {role: {own_it, own_other, absent_it, ...: shares of its objects}, color: {asked, other}}; see the head of this
-    file. What is neither `it` nor `other` is ground. Each of the two colours of a scene is asked for once, so a model
-    that looks at one place whatever is asked has equal shares of `asked` and `other`."""
+    """-> {role: {own_it, own_other}, color: {asked, other}}, shares; see the head of this file. Each of the two colours of
+    a scene is asked for once, so a model that looks at one place whatever is asked has equal shares of `asked` and
+    `other`."""
     model, tokenizer, preprocess = scored
     device = model.logit_scale.device
     questions = tokenizer(list(map(question, NAMES)))
@@ -143,17 +142,14 @@ def pointing(args, scored, shards, scenes):
         image = preprocess(shard_image(shards, pair))
         _, patches = model.encode_image(image[None].to(device))         # (1, P, D)
         numbers = objects_at(scene, model.config)                       # (P,)
-        peaks = {}                      # {colour asked for: number of the object at the peak}
+        peaks = {}                      # {colour of an absent name: number of the object at the peak}
         for thing in scene:
             asked = [COLUMN[thing.name], COLUMN[thing.absent[0]]]
             weights = model.image_cross.weights(eot[asked], patches.expand(2, -1, -1))
-            own, absent = numbers[weights.argmax(dim=1).cpu()].split(1)
-            peaks[thing.color] = absent.item()              # the control serves for `color`, too
-            for what, there in ('own', own), ('absent', absent), ('area', numbers):
-                on_it = there == thing.number
-                on_other = (there > 0) & ~on_it
-                found[thing.role][f'{what}_it'].append(share(on_it))
-                found[thing.role][f'{what}_other'].append(share(on_other))
+            own, absent = numbers[weights.argmax(dim=1).cpu()].tolist()
+            found[thing.role]['own_it'].append(own == thing.number)
+            found[thing.role]['own_other'].append(own not in (thing.number, 0))
+            peaks[thing.color] = absent
         if len(peaks) > 1:
             color_of = {thing.number: thing.color for thing in scene}
             for asked_color, number in peaks.items():
