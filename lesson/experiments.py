@@ -2,7 +2,6 @@
 
     python -m lesson.experiments minutes                    makes the runs of `minutes` that have no row, two at a time
     python -m lesson.experiments minutes --print            shows their commands, and makes none
-    python -m lesson.experiments minutes --run cosmos 0     makes one run: prints figures, adds a row if it has none
     python -m lesson.experiments train --method two-terms   train.py, with the methods of section 1, too
 
 A run is a command of train.py, and commands that score its networks. Its row is found by its seed, and by the words of
@@ -313,7 +312,6 @@ def family(experiment):
 # --- 3. One run ------------------------------------------------------------------------------------------------------
 
 FOLDER = Path('runs/lesson')
-SHARED = Path(os.environ.get('COSMOS_SHARED', '../shared'))
 
 
 def data_command(world, seed, flickr8k):
@@ -487,21 +485,16 @@ def main():
         return train_added(sys.argv[2:])
     parser = Parser(prog='python -m lesson.experiments', epilog=__doc__)
     parser.add_argument('experiment', choices=EXPERIMENTS)
-    parser.add_argument('--run', nargs=2, metavar=('VARIANT', 'SEED'), help='make one run')
     parser.add_argument('--print', action='store_true', help='print the commands, and make no run')
-    parser.add_argument('--flickr8k', type=Path, default=SHARED / 'data/flickr8k',
+    parser.add_argument('--flickr8k', type=Path, default='flickr8k',
                         help='folder with dataset_flickr8k.json and Images/ (%(default)s)')
     args = parser.parse_args()
     variants = EXPERIMENTS[args.experiment]
-    if args.run:
-        name, seed = args.run
-        need(name in variants, f"no variant is called {name}; take one of {', '.join(variants)}")
-        wanted = [(int(seed), name)]
-    elif args.print:
+    if args.print:
         wanted = [(seed, name) for name, variant in variants.items() for seed in variant.seeds]
     else:
         wanted = missing_runs(args.experiment)
-        print(f'{len(wanted)} runs have no row in {RESULTS}; to make a run again, give --run')
+        print(f'{len(wanted)} runs have no row in {RESULTS}')
     data = {}                           # {folder: the words that make it}
     for seed, name in wanted:
         for world in (variants[name].world, *variants[name].tested):

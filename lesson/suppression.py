@@ -11,10 +11,9 @@ named: take the object's own name, and the names of its colour with five shapes 
 cosine with this image subtract its mean over all held-out scenes, so that no name wins by being popular. Is the
 object's own name now the highest? A tie is a miss; chance is 16.7 %. And `retrieval` among the held-out scenes.
 
-pointing: where in the image does the highest weight of C^I lie? We ask "there is a NAME", with the object's own name
-and, as a control, with an absent name of its colour. The peak is on the object (`it`), on another one, or on the
-ground; `area` is a blind guess. For `color`, in scenes of both colours, we ask for an absent name of each: is the peak
-on an object of that colour, or of the other?
+pointing: where in the image does the highest weight of C^I lie? We ask "there is a NAME", with an object's own name: is
+the peak on the object (`own_it`), on another one (`own_other`), or on the ground? For `color`, in scenes of both
+colours, we ask for an absent name of each: is the peak on an object of that colour (`asked`), or of the other?
 
 handed: what does C^I hand over? We ask it for one name, and take its answer alone, without adding the question.
 `cosine`: how alike are two answers about one scene, to two different names (`names`)? As a control, to two random
@@ -131,9 +130,9 @@ def objects_at(scene, config):
 
 @torch.no_grad()
 def pointing(args, scored, shards, scenes):
-    """-> {role: {own_it, own_other, absent_it, ...: shares of its objects}, color: {asked, other}}; see the head of this
-    file. What is neither `it` nor `other` is ground. Each of the two colours of a scene is asked for once, so a model
-    that looks at one place whatever is asked has equal shares of `asked` and `other`."""
+    """-> {role: {own_it, own_other}, color: {asked, other}}, shares; see the head of this file. Each of the two colours of
+    a scene is asked for once, so a model that looks at one place whatever is asked has equal shares of `asked` and
+    `other`."""
     model, tokenizer, preprocess = scored
     device = model.logit_scale.device
     questions = tokenizer(list(map(question, NAMES)))
@@ -143,17 +142,14 @@ def pointing(args, scored, shards, scenes):
         image = preprocess(shard_image(shards, pair))
         _, patches = model.encode_image(image[None].to(device))         # (1, P, D)
         numbers = objects_at(scene, model.config)                       # (P,)
-        peaks = {}                      # {colour asked for: number of the object at the peak}
+        peaks = {}                      # {colour of an absent name: number of the object at the peak}
         for thing in scene:
             asked = [COLUMN[thing.name], COLUMN[thing.absent[0]]]
             weights = model.image_cross.weights(eot[asked], patches.expand(2, -1, -1))
-            own, absent = numbers[weights.argmax(dim=1).cpu()].split(1)
-            peaks[thing.color] = absent.item()              # the control serves for `color`, too
-            for what, there in ('own', own), ('absent', absent), ('area', numbers):
-                on_it = there == thing.number
-                on_other = (there > 0) & ~on_it
-                found[thing.role][f'{what}_it'].append(share(on_it))
-                found[thing.role][f'{what}_other'].append(share(on_other))
+            own, absent = numbers[weights.argmax(dim=1).cpu()].tolist()
+            found[thing.role]['own_it'].append(own == thing.number)
+            found[thing.role]['own_other'].append(own not in (thing.number, 0))
+            peaks[thing.color] = absent
         if len(peaks) > 1:
             color_of = {thing.number: thing.color for thing in scene}
             for asked_color, number in peaks.items():
@@ -204,13 +200,12 @@ def handed(args, scored, shards, scenes):
 
 # --- 5. Conflict: the sentence of one pair, the image of another -----------------------------------------------------
 
-# In groups of 32 pairs, the student's h_T must pick among the teacher's cls_t of the 32 images. For h_I the roles are
-# swapped: its queries are images, it reads captions, and it picks among the teacher's eot_t of these captions.
+# In groups of 32 pairs, the student's h_T must pick among the teacher's cls_t of the 32 images.
 #
 #     own         it reads its own image: does it pick that image?
-#     sentence    it reads its neighbour's image: does it pick the image of its sentence (h_I: the image's caption),
+#     sentence    it reads its neighbour's image: does it pick the image of its sentence,
 #     read        or the one that it has read?
-#     alone       it reads nothing, so eot (h_I: cls) must pick: the most that `sentence` can be expected to reach
+#     alone       it reads nothing, so eot must pick: the most that `sentence` can be expected to reach
 #
 # No figure means much by itself. A model that only copies what it reads reaches 100 % at `own` and `read`, and 0 at
 # `sentence`, whatever it knows about sentences, and even if it has one eot for all of them. A model that reads nothing
@@ -253,28 +248,24 @@ def picked(queries, tokens, cross, candidates):
 
 @torch.no_grad()
 def answers_of(student, teacher, pixels, question_ids, caption_ids):
-    """A group of pairs -> {h_T, h_T_caption, h_I: {own, sentence, read, alone}}. ids (B, T) keep their padding, because
-    C^T has learnt to read it."""
+    """A group of pairs -> {h_T, h_T_caption: {own, sentence, read, alone}}."""
     device = student.logit_scale.device
     pixels = pixels.to(device)
-    caption_ids = caption_ids.to(device)
-    cls, patches = student.encode_image(pixels)
-    question_eot, _ = student.encode_text(question_ids.to(device))
-    caption_eot, words = student.encode_text(caption_ids)
+    _, patches = student.encode_image(pixels)
     cls_t = unit(teacher.encode_image(pixels)[0])
-    eot_t = unit(teacher.encode_text(caption_ids)[0])
-    return {
-        'h_T': picked(question_eot, patches, student.image_cross, cls_t),
-        'h_T_caption': picked(caption_eot, patches, student.image_cross, cls_t),
-        'h_I': picked(cls, words, student.text_cross, eot_t)}
+    found = {}
+    for who, ids in ('h_T', question_ids), ('h_T_caption', caption_ids):
+        eot, _ = student.encode_text(ids.to(device))
+        found[who] = picked(eot, patches, student.image_cross, cls_t)
+    return found
 
 
 def conflict(args, scored, shards, scenes):
-    """-> {h_T, h_T_caption, h_I: {own, sentence, read, alone}}, shares of the pairs.
+    """-> {h_T, h_T_caption: {own, sentence, read, alone}}, shares of the pairs.
 
     The student of args.checkpoint reads, and its teacher gives the targets; if the file holds one network, it does
-    both. h_T_caption and h_I have the first caption of each image. The sentence of h_T names one object of the scene,
-    each in turn from scene to scene. If a scene lists none, it is the first sentence of the caption.
+    both. h_T_caption has the first caption of each image. The sentence of h_T names one object of the scene, each in
+    turn from scene to scene. If a scene lists none, it is the first sentence of the caption.
     """
     student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab)
     teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)
