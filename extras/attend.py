@@ -68,7 +68,7 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path):
     width = 3 * TILE + 200    # image, map, bars, and room for a word that is wider than its bar
     canvas = Image.new('RGB', (width, len(maps) * step + 30), 'white')      # the legend is below
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(12)       # Pillow's own: it draws letters that are not ASCII as boxes
+    font = ImageFont.load_default(12)       # Pillow's own: other letters than ASCII become boxes
     view = ImageOps.fit(image.convert('RGB'), (TILE, TILE))     # what `preprocess` shows the model
     left = 2 * TILE + 3 * MARGIN
     top = MARGIN

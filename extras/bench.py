@@ -131,7 +131,7 @@ def measure_loader(shards, preset):
     done = 0
     begun = time.perf_counter()
     while time.perf_counter() - begun < SECONDS:
-        crops[0, next(order)]                               # in place of a bad pair this makes another
+        crops[0, next(order)]                       # in place of a bad pair this makes another
         done += 1
     print(f'one worker makes {done / (time.perf_counter() - begun):,.0f} samples/s')
 
@@ -227,9 +227,10 @@ def plan(flags, gpus, pairs, tokens, peak, share):
     parts = gpus * options.accum
     fill_in(options, train.recipe_of(options.preset, options.method, options.init), pairs, parts, {})
     check_batch(options.batch, pairs, parts)
-    crops = train.make_train_set(options, None, None, config)       # for its numbers; it has no pairs
+    crops = train.make_train_set(options, None, None, config)   # for its numbers; it has no pairs
     sides = [kind.size for kind in crops.kinds]
-    lengths = [config.context_length] * crops.counts.global_texts + [tokens] * crops.counts.local_texts
+    lengths = [config.context_length] * crops.counts.global_texts
+    lengths += [tokens] * crops.counts.local_texts
     mine = options.batch // gpus
     with torch.device('meta'):
         student = COSMOS(config)
@@ -239,7 +240,7 @@ def plan(flags, gpus, pairs, tokens, peak, share):
         tower.transformer.grad_checkpointing = options.grad_checkpoint
     size = sum(p.numel() for p in student.parameters())
     print(f'{options.preset}, {options.method}, {size:,} parameters, {options.precision}, {len(sides)} images, '
-          f'{len(lengths)} captions, {config.context_length} tokens in a global one, {tokens} in a local one')
+          f'{len(lengths)} captions, of {config.context_length} tokens, local ones of {tokens}')
     print(f'{options.steps:,} steps of {options.batch:,} pairs, {mine:,} on each of {gpus} GPUs')
 
     flops = step_flops(options, student, images, texts) / mine

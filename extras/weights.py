@@ -72,7 +72,7 @@ SIZES = 'input_resolution', 'context_length', 'vocab_size'
 def read_weights(path):
     """A file of tensors -> {name: tensor}."""
     if Path(path).suffix == '.safetensors':
-        from safetensors import SafetensorError             # a package of its own, see docs/questions.md
+        from safetensors import SafetensorError     # a package of its own, see docs/questions.md
         from safetensors.torch import load_file
         try:
             with reading(path):

@@ -717,8 +717,9 @@ def test_a_plan_has_the_bytes_that_a_step_keeps(monkeypatch):
     one, two = [sum(storage.nbytes() for storage in storages.values()) for storages in kept]
     a_pair = two - one
     inputs = student.to('meta'), [x.to('meta') for x in images], [x.to('meta') for x in texts]
-    whole, parts = [bench.step_bytes(train.read_options(['--preset=tiny', '--precision=bf16', '--batch=32', accum]), *inputs)
-                    for accum in ('--accum=1', '--accum=2')]
+    options = ['--preset=tiny', '--precision=bf16', '--batch=32']
+    whole = bench.step_bytes(train.read_options(options), *inputs)
+    parts = bench.step_bytes(train.read_options([*options, '--accum=2']), *inputs)
     # Weights, gradients, two moments and the teacher in float32; images as bytes and in float32; ten matrices of
     # logits, of 2 x 4 views and 2 x 32 pairs. In bf16 weights, all one copy; with --accum as many as it makes.
     size = sum(p.numel() for p in student.parameters())
@@ -1023,7 +1024,8 @@ def browse(folder, page, size, address=''):
 CODE = {                # the functions that each screen shows, by their first lines
     'screen 1': ['def text_crops('], 'screen 2': ['def forward(self, images, texts)', 'def update('],
     'screen 3': ['def clip_loss(', 'def match(', 'def nce('], 'screen 4': ['def weights('],
-    'screen 5': ['def forward(self, images, texts)'], 'screen 6': ['def cosmos_terms('], 'screen 7': ['def total_loss(']}
+    'screen 5': ['def forward(self, images, texts)'], 'screen 6': ['def cosmos_terms('],
+    'screen 7': ['def total_loss(']}
 needs_chromium = pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')
 
 
