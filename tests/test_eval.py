@@ -361,11 +361,11 @@ def test_retrieval_of_shards_and_lists(gallery):
     karpathy = [{'filename': 'x', 'split': 'train', 'sentences': [{'raw': 'x'}]}]
     coco = {'images': [], 'annotations': []}
     for i, caption in enumerate(captions):
-        put(f'images/val2017/{i}.png', encoded(gallery.images[i]))
-        coco['images'].append({'id': i, 'file_name': f'{i}.png'})
+        put(f'images/val2017/coco{i}.png', encoded(gallery.images[i]))
+        coco['images'].append({'id': i, 'file_name': f'coco{i}.png'})
         coco['annotations'].insert(0, {'image_id': i, 'caption': caption})
         sentences = [{'raw': f'{caption} .'}, {'raw': ' '}]
-        karpathy.append({'filepath': 'val2017', 'filename': f'{i}.png', 'split': 'test', 'sentences': sentences})
+        karpathy.append({'filepath': 'val2017', 'filename': f'coco{i}.png', 'split': 'test', 'sentences': sentences})
     put('annotations/captions_val2017.json', coco)
     put('images/karpathy', {'images': karpathy})
     put('karpathy', {'images': karpathy})
