@@ -349,8 +349,8 @@ def test_masks_and_their_errors(here):
 # --- Commands --------------------------------------------------------------------------------------------------------
 
 def test_retrieval_of_shards_and_lists(gallery):
-    """oracle: retrieval of the captions written here; in the lists they end in ' .', which is taken off, COCO's stand in
-    another order, and one of white space is none. Of a folder with two halves val/ is used."""
+    """oracle: retrieval of the captions written here. In the lists they end in ' .', which is taken off; COCO's stand
+    in another order; one of white space is none. Of a folder with two halves val/ is used."""
     captions = ['ox 0', 'ox 1', 'ox 2']
     wanted = evaluation.retrieval(gallery.features, embed(*gallery.scored, *captions), torch.arange(3))
     records = [{'caption': 'same', 'mine': caption} for caption in captions]
@@ -361,11 +361,11 @@ def test_retrieval_of_shards_and_lists(gallery):
     karpathy = [{'filename': 'x', 'split': 'train', 'sentences': [{'raw': 'x'}]}]
     coco = {'images': [], 'annotations': []}
     for i, caption in enumerate(captions):
-        put(f'images/val2017/{i}.png', encoded(gallery.images[i]))
-        coco['images'].append({'id': i, 'file_name': f'{i}.png'})
+        put(f'images/val2017/coco{i}.png', encoded(gallery.images[i]))
+        coco['images'].append({'id': i, 'file_name': f'coco{i}.png'})
         coco['annotations'].insert(0, {'image_id': i, 'caption': caption})
         sentences = [{'raw': f'{caption} .'}, {'raw': ' '}]
-        karpathy.append({'filepath': 'val2017', 'filename': f'{i}.png', 'split': 'test', 'sentences': sentences})
+        karpathy.append({'filepath': 'val2017', 'filename': f'coco{i}.png', 'split': 'test', 'sentences': sentences})
     put('annotations/captions_val2017.json', coco)
     put('images/karpathy', {'images': karpathy})
     put('karpathy', {'images': karpathy})
@@ -409,8 +409,8 @@ def test_sets_of_torchvision(gallery, name):
 
 
 def test_prompts_of_open_clip(monkeypatch, gallery):
-    """oracle: a stand-in for the package. Its names are used for ImageNet alone, here as folders of its codes. Of several
-    synonyms, as in torchvision's ImageNet, the first is the name; equal names are refused."""
+    """oracle: a stand-in for the package. Its names are used for ImageNet alone, here as folders of its codes. Of
+    torchvision's synonyms the first is the name; equal names are refused."""
     stand_in = SimpleNamespace(OPENAI_IMAGENET_TEMPLATES=(lambda c: f'my {c}.', lambda c: f'{c}!'),
                                IMAGENET_CLASSNAMES=['crane', 'crane'])
     monkeypatch.setitem(sys.modules, 'open_clip', stand_in)

@@ -64,8 +64,8 @@ processes.end_workers()
 
 
 def test_imports_change_nothing_and_need_nothing_of_unix(tmp_path):
-    """oracle: limits, warning filters and signals as they were, and the words of a program from which all is hidden that
-    Windows lacks. It has no locks and no git."""
+    """oracle: limits, warning filters and signals as they were; the words of a program that lacks all that Windows
+    lacks, and git."""
     done = subprocess.run([sys.executable, '-c', IMPORTS, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "0.0 2 True ['']\n" and done.stderr.count('no locks here') == 1, done.stderr
 
@@ -237,7 +237,7 @@ def test_a_best_is_a_run(tmp_path):
     ({}, 'wait wait first', 143),                       # 128 + SIGTERM
     ({'RANK': '0'}, 'wait wait first second', 0)])
 def test_a_second_signal_ends_at_once(monkeypatch, capfd, rank, lived, status):
-    """oracle: the lines before the end, one for the first signal of each block. Under torchrun the second is ignored."""
+    """oracle: the lines before the end, one for the first signal of each block. torchrun's second signal is ignored."""
     def signalled():
         before = signal.getsignal(signal.SIGTERM)
         with processes.signals_caught() as caught:

@@ -606,8 +606,9 @@ def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
     assert [json.loads(line)['step'] for line in lines if 'loss' in line] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_two_jobs_in_one_folder(monkeypatch, fit, tmp_path):
-    """oracle: the refusal, which names the process. After a kill the next one gets in, and removes a torn save."""
+def test_two_jobs_in_one_folder(monkeypatch, capsys, fit, tmp_path):
+    """oracle: the refusal, which names the process. After a kill the next one gets in, and removes a torn save. A line
+    says that a file system has no locks."""
     out = tmp_path / 'out'
     torn = out / 'last.pt.0123.partial'
 
@@ -627,6 +628,13 @@ def test_two_jobs_in_one_folder(monkeypatch, fit, tmp_path):
     holder.join()
     assert fit(out, '--steps', 1) == 0
     assert not torn.exists()
+
+    def no_locks(*how):
+        raise OSError(37, 'No locks available')
+
+    monkeypatch.setattr('fcntl.lockf', no_locks)
+    runs.lock(out)
+    assert f'{out}/lock: no locks here' in capsys.readouterr().err
 
 
 def test_when_a_run_is_saved():
