@@ -565,7 +565,8 @@ def print_plan(run, val):
           f'{len(shards):,} pairs')
     print(f'           on {run.processes.world} x {run.processes.device.type} in {run.dtype or torch.float32}, '
           f'{torch.get_num_threads()} threads and {options.workers} loaders each')
-    runs.print_notes(shards, val)
+    counts = run.train_set.counts
+    runs.print_notes(shards, val, counts.global_texts + counts.local_texts)
 
 
 def begin(run, val, watchers):

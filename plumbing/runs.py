@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import lru_cache
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing.errors import Refused, need, note, warn
+from plumbing.errors import Refused, Unreadable, need, note, warn
 from plumbing.files import save_tensors, write_json
 from plumbing.weights import load_weights, read_checkpoint
 
@@ -51,8 +51,16 @@ def lock(folder):
         torn.unlink()
 
 
-def print_notes(shards, val):
-    """Before the first step, print what a user should know about the data."""
+def print_notes(shards, val, captions):
+    """Before the first step, print what a user should know about the data. captions: how many are taken from a pair."""
+    looked_at = min(100, len(shards))
+    single = 0
+    for i in range(looked_at):
+        with suppress(Unreadable):
+            single += len(shards.pool(i)) == 1
+    if captions > 1 and single > looked_at / 2:
+        note(f'most pairs have one sentence ({single} of the first {looked_at}), so text crops repeat it; '
+             'see docs/own-data.md')
     if val is None:
         note('nothing is held out, so overfitting cannot be seen; '
              'python -m extras.prepare pack --val 0.1 holds a tenth out')
