@@ -735,6 +735,7 @@ def test_resume_is_exact(monkeypatch, capsys, fit, whole, tmp_path, function, at
     resource.setrlimit(resource.RLIMIT_FSIZE, LIMITS)
     assert ends in str(found) and runs.read_last(tmp_path, resume=True).get('step') == kept
     assert ('last.pt cannot be written' in capsys.readouterr().err) == (harm == fill_the_disk)
+    assert list(tmp_path.glob('*.partial')) == []
     assert fit(tmp_path, '--resume', '--workers', workers) == 0
     same_run(whole, tmp_path, whole_log=function == 'train_step')
 
