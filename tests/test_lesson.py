@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
@@ -589,20 +590,6 @@ def in_this_process(words):
     return 7.9
 
 
-class OneByOne:
-    """In place of a ThreadPoolExecutor: signals can be caught only in the main thread."""
-
-    def __init__(self, workers):
-        assert workers == 2
-        self.map = map
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-
 @pytest.fixture
 def course(sandbox, monkeypatch):
     """Two experiments that share a run; no result yet."""
@@ -611,7 +598,8 @@ def course(sandbox, monkeypatch):
     for module in experiments, plots:
         monkeypatch.setattr(module, 'EXPERIMENTS', {'one': dict(variants), 'two': dict(variants)})
     monkeypatch.setattr(experiments, 'call', in_this_process)
-    monkeypatch.setattr(experiments, 'ThreadPoolExecutor', OneByOne)
+    one_by_one = nullcontext(SimpleNamespace(map=map))      # signals can be caught only in the main thread
+    monkeypatch.setattr(experiments, 'ThreadPoolExecutor', lambda workers: one_by_one)
     monkeypatch.setattr(plots, 'OPEN', [])
     experiments.RESULTS.write_text('run,seed\n')
 
