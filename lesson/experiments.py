@@ -432,8 +432,8 @@ CODE = 'cosmos.py data.py eval.py train.py plumbing lesson/scenes.py lesson/supp
 
 
 def origin():
-    """The last commit that changed the code of a run, and the machine. NB: edits that are not committed go unnoticed, and
-    so do edits of this file; if you change a method of section 1, give it another name."""
+    """The last commit that changed the code of a run, and the machine. NB: edits that are not committed go unnoticed,
+    and so do edits of this file; if you change a method of section 1, give it another name."""
     # Linux says more than `platform`.
     line = subprocess.getoutput('grep -sm1 "model name" /proc/cpuinfo')
     name = line.partition(': ')[2] or platform.processor()

@@ -91,8 +91,8 @@ def student_t(freedom):
 
 
 def difference(experiment, pair, column):
-    """pair: 'a~b', a minus b, seed by seed -> the mean, half of its 95 % interval, and the p-value: the chance of a mean
-    this far from 0 if there is no difference. None if fewer than two seeds have all."""
+    """pair: 'a~b', a minus b, seed by seed -> the mean, half of its 95 % interval, and the p-value: the chance of a
+    mean this far from 0 if there is no difference. None if fewer than two seeds have all."""
     sides = [(values(experiment, name, column), sign) for name, sign in signed(pair)]
     seeds = set.intersection(*(set(found) for found, _ in sides))
     gaps = [sum(sign * found[seed] for found, sign in sides) for seed in sorted(seeds)]
@@ -247,8 +247,8 @@ def right_figure(figure, source):
 
 
 def changes(page):
-    """-> [(begin, end, old, new, source)] for all figures of a page that differ from results.csv. Refused if a paragraph
-    has more figures than sources, or fewer."""
+    """-> [(begin, end, old, new, source)] for all figures of a page that differ from results.csv. Refused if a
+    paragraph has more figures than sources, or fewer."""
     text = page.read_text()
     found = []
     prose = CODE.sub(blanked, text)

@@ -130,8 +130,8 @@ def objects_at(scene, config):
 
 @torch.no_grad()
 def pointing(args, scored, shards, scenes):
-    """-> {role: {own_it, own_other}, color: {asked, other}}, shares; see the head of this file. Each of the two colours of
-    a scene is asked for once, so a model that looks at one place whatever is asked has equal shares of `asked` and
+    """-> {role: {own_it, own_other}, color: {asked, other}}, shares; see the head of this file. Each of the two colours
+    of a scene is asked for once, so a model that looks at one place whatever is asked has equal shares of `asked` and
     `other`."""
     model, tokenizer, preprocess = scored
     device = model.logit_scale.device
@@ -174,7 +174,7 @@ def mean_cosine(vectors):
 
 @torch.no_grad()
 def handed(args, scored, shards, scenes):
-    """-> {cosine: {names, random, scenes}}, see the head of this file. Only names that the scenes have are asked for."""
+    """-> {cosine: {names, random, scenes}}; see the head of this file. Only names that scenes have are asked for."""
     model, tokenizer, preprocess = scored
     device = model.logit_scale.device
     patches = []
@@ -294,7 +294,7 @@ def conflict(args, scored, shards, scenes):
     return {'conflict': figures}
 
 
-# --- 6. Minor: what one of a photograph's captions mentions ------------------------------------------------------------
+# --- 6. Minor: what one of a photograph's captions mentions ----------------------------------------------------------
 
 # For each noun the test photographs are ranked by their cosine with a few prompts. One that mentions the noun should
 # rank above one that never does. But the scene gives most nouns away: who knows only what at least three of a
