@@ -79,7 +79,6 @@ def two_terms(out, cls_t, eot_t, scale):
 # {name: a row for train.METHODS, and what takes the place of train.COSMOS and of train.Teacher}
 ADDED = {
     'clip-averaged': (train.METHODS['clip']._replace(has_teacher=True), COSMOS, SilentTeacher),
-    'clip-aug-averaged': (train.METHODS['clip-aug']._replace(has_teacher=True), COSMOS, SilentTeacher),
     'another-pair': (train.METHODS['cosmos'], ReadsAnotherPair, Teacher),
     'two-terms': (train.METHODS['cosmos']._replace(terms=two_terms), COSMOS, Teacher)}
 
@@ -147,8 +146,6 @@ class Variant(NamedTuple):
 # over all seeds that tried it. With another pair, COSMOS keeps its rate.
 ON_SCENES = {
     'clip': Variant('clip-averaged', 64, 1684, 2.5e-4),
-    'clip-aug': Variant('clip-aug-averaged', 32, 2256, 1.25e-4),
-    'text-crop': Variant('text-crop', 32, 1368, 5e-4),
     'no-cross-attention': Variant('no-cross-attention', 32, 1150, 1e-3),
     'another-pair': Variant('another-pair', 32, 1000, 1e-3),
     'across': Variant('across', 32, 1000, 1e-3),
@@ -167,9 +164,8 @@ ON_PHOTOGRAPHS = {
     'cosmos': Variant('cosmos', 64, 800, 1e-3, PHOTOGRAPHS)}
 SAME_PAIRS = dict.fromkeys(ON_PHOTOGRAPHS, 800)                 # steps
 # On scenes: as many as 32,000 pairs make, and three times as many as `minutes` has.
-PAIRS = {'clip': 500, 'no-cross-attention': 1000, 'text-crop': 1000}
-LONGER = {'clip': 5796, 'text-crop': 4104, 'no-cross-attention': 3450,
-          'across': 3000, 'another-pair': 3000, 'cosmos': 3000}
+PAIRS = {'clip': 500, 'no-cross-attention': 1000}
+LONGER = {'clip': 5796, 'no-cross-attention': 3450, 'across': 3000, 'another-pair': 3000, 'cosmos': 3000}
 
 
 def race(table, methods, seeds=FIVE, steps={}, rates={}, **how):
@@ -204,24 +200,23 @@ def company():
 COSMOS_RUNS = ON_PHOTOGRAPHS['cosmos']
 EXPERIMENTS = {
     'tune': tune(ON_SCENES, {
-        'clip': '5e-4 2.5e-4 1.25e-4', 'clip-aug': '5e-4 2.5e-4 1.25e-4', 'text-crop': '1e-3 5e-4 2.5e-4',
-        'no-cross-attention': '2e-3 1e-3 5e-4', 'cosmos': '2e-3 1e-3 5e-4 2.5e-4'}),
-    'tune-again': tune(ON_SCENES, {
-        'clip': '2.5e-4 1.25e-4', 'text-crop': '5e-4 2.5e-4', 'cosmos': '1e-3 5e-4'}, seeds=range(101, 102)),
+        'clip': '5e-4 2.5e-4 1.25e-4', 'no-cross-attention': '2e-3 1e-3 5e-4',
+        'cosmos': '2e-3 1e-3 5e-4 2.5e-4'}),
+    'tune-again': tune(ON_SCENES, {'clip': '2.5e-4 1.25e-4', 'cosmos': '1e-3 5e-4'}, seeds=range(101, 102)),
     'tune-pairs': tune(ON_SCENES, {'clip': '1e-3 5e-4 2.5e-4 1.25e-4'}, PAIRS),
     'tune-longer': tune(ON_SCENES, {
-        'clip': '2.5e-4 1.25e-4', 'text-crop': '5e-4 2.5e-4', 'no-cross-attention': '1e-3 5e-4',
-        'across': '1e-3 5e-4', 'cosmos': '1e-3 5e-4'}, LONGER, range(1)),
+        'clip': '2.5e-4 1.25e-4', 'no-cross-attention': '1e-3 5e-4', 'across': '1e-3 5e-4',
+        'cosmos': '1e-3 5e-4'}, LONGER, range(1)),
     'tune-big': tune(ON_SCENES, {'clip': '1e-3 5e-4 2.5e-4 1.25e-4', 'cosmos': '1e-3 5e-4'}, world='big'),
     'tune-across': tune(ON_SCENES, {'across': '2e-3', 'two-terms': '2e-3 1e-3 5e-4'}) | tune(
         ON_SCENES, {'across': '1e-3 5e-4'}, seeds=range(100, 102)),
     'company': company(),
     'company-size': company(),          # asked when the rows were known, so a family of its own
     # CLIP gets 15 % more steps than its row says, because with those it took less time than COSMOS.
-    'minutes': race(ON_SCENES, 'cosmos no-cross-attention text-crop clip', EIGHT, {'clip': 1932}),
-    'pairs': race(ON_SCENES, 'cosmos no-cross-attention text-crop clip', EIGHT, PAIRS),
-    # Text crops take half of their usual rate. The last two were undecided after five seeds.
-    'longer': race(ON_SCENES, 'clip text-crop', LATER, LONGER, {'text-crop': 2.5e-4}) | race(
+    'minutes': race(ON_SCENES, 'cosmos no-cross-attention clip', EIGHT, {'clip': 1932}),
+    'pairs': race(ON_SCENES, 'cosmos no-cross-attention clip', EIGHT, PAIRS),
+    # The last two were undecided after five seeds.
+    'longer': race(ON_SCENES, 'clip', LATER, LONGER) | race(
         ON_SCENES, 'no-cross-attention cosmos', range(1, 9), LONGER),
     # Who reads what: from the same pairs (`reading`), in about the same minutes (`across`), in three times the minutes.
     'reading': race(ON_SCENES, 'cosmos another-pair no-cross-attention across two-terms', EIGHT, PAIRS),
@@ -437,8 +432,8 @@ CODE = 'cosmos.py data.py eval.py train.py plumbing lesson/scenes.py lesson/supp
 
 
 def origin():
-    """The last commit that changed the code of a run, and the machine. NB: edits that are not committed go unnoticed, and
-    so do edits of this file; if you change a method of section 1, give it another name."""
+    """The last commit that changed the code of a run, and the machine. NB: edits that are not committed go unnoticed,
+    and so do edits of this file; if you change a method of section 1, give it another name."""
     # Linux says more than `platform`.
     line = subprocess.getoutput('grep -sm1 "model name" /proc/cpuinfo')
     name = line.partition(': ')[2] or platform.processor()

@@ -14,10 +14,10 @@ begins with a minus. (a~b)~(c~d) is a difference of differences, and columns can
 reports has the source `paper`, and constants are put in backticks.
 
 
-Shares are written in percent, `seconds` in minutes. Differences are taken within seeds, because
-all runs of a seed have the same training scenes. (All runs on photographs have the same photographs; there the rule is
-kept, which costs a little power.) What is written is their mean, with its 95 % interval (Student's t). All differences
-of an experiment are one family, and Holm's correction says which of them are decided at 5 %.
+Shares are written in percent, `seconds` in minutes. Differences are taken within seeds, because all runs of a seed have
+the same training scenes. (All runs on photographs have the same photographs; there the rule is kept, which costs a
+little power.) What is written is their mean, with its 95 % interval (Student's t). All differences of an experiment are
+one family, and Holm's correction says which of them are decided at 5 %.
 """
 import hashlib
 import io
@@ -31,8 +31,7 @@ import numpy as np
 from PIL import Image
 
 from lesson import picture
-from lesson.experiments import (EQUAL_COMMITS, EXPERIMENTS, RESULTS, family, missing_runs,
-                                read_results, signed)
+from lesson.experiments import EQUAL_COMMITS, EXPERIMENTS, RESULTS, family, missing_runs, read_results, signed
 from lesson.scenes import World, draw_scene
 from plumbing.errors import Refused, command, need
 from plumbing.options import Parser
@@ -44,7 +43,7 @@ PICTURE = 'assets/lesson-{}.png'
 OPEN = ['tune-table-5', 'table-5', 'local-crops', 'no-local-captions', 'minor']
 # Experiments that may mix machines: there figures differ as between two seeds, but times must not be compared.
 ANY_MACHINE = ['table-5', 'local-crops', 'no-local-captions', 'minor']
-# all others: 100, which makes a share a percentage
+# What a value is multiplied by; all others: 100, which makes a share a percentage.
 UNITS = {'seconds': 1 / 60, 'handed.cosine.names': 1, 'handed.cosine.scenes': 1}
 DIGITS = {'handed.cosine.names': 2, 'handed.cosine.scenes': 2}      # after the point; all others: 1
 CHANCE = 100 / 6                        # how often guessing names a shape, in percent
@@ -93,9 +92,8 @@ def student_t(freedom):
 
 
 def difference(experiment, pair, column):
-    """pair: 'a~b', a minus b, seed by seed, because the runs of a seed have the same training scenes and rise and fall
-    together -> the mean, half of its 95 % interval, and the p-value: the chance of a mean this far from 0 if there is
-    no difference. None if fewer than two seeds have all."""
+    """pair: 'a~b', a minus b, seed by seed -> the mean, half of its 95 % interval, and the p-value: the chance of a
+    mean this far from 0 if there is no difference. None if fewer than two seeds have all."""
     sides = [(values(experiment, name, column), sign) for name, sign in signed(pair)]
     seeds = set.intersection(*(set(found) for found, _ in sides))
     gaps = [sum(sign * found[seed] for found, sign in sides) for seed in sorted(seeds)]
@@ -254,8 +252,8 @@ def right_figure(figure, source):
 
 
 def changes(page):
-    """-> [(begin, end, old, new, source)] for all figures of a page that differ from results.csv. Refused if a paragraph
-    has more figures than sources, or fewer."""
+    """-> [(begin, end, old, new, source)] for all figures of a page that differ from results.csv. Refused if a
+    paragraph has more figures than sources, or fewer."""
     text = page.read_text()
     found = []
     prose = CODE.sub(blanked, text)

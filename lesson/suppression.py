@@ -20,7 +20,7 @@ handed: what does C^I hand over? We ask it for one name, and take its answer alo
 queries (`random`)? And how alike are two answers to one name, about two different scenes (`scenes`)?
 
 conflict: give C^I the sentence of one pair and the image of another. Which of 32 images, as the teacher sees them, does
-h_T pick? See section 5. The student reads, whatever --weights says.
+h_T pick? See section 5.
 
 minor, with --karpathy: photographs with several captions. A noun is minor in a photograph if one caption mentions it,
 and dominant if four or more do. See section 6.
@@ -130,8 +130,8 @@ def objects_at(scene, config):
 
 @torch.no_grad()
 def pointing(args, scored, shards, scenes):
-    """-> {role: {own_it, own_other}, color: {asked, other}}, shares; see the head of this file. Each of the two colours of
-    a scene is asked for once, so a model that looks at one place whatever is asked has equal shares of `asked` and
+    """-> {role: {own_it, own_other}, color: {asked, other}}, shares; see the head of this file. Each of the two colours
+    of a scene is asked for once, so a model that looks at one place whatever is asked has equal shares of `asked` and
     `other`."""
     model, tokenizer, preprocess = scored
     device = model.logit_scale.device
@@ -174,8 +174,7 @@ def mean_cosine(vectors):
 
 @torch.no_grad()
 def handed(args, scored, shards, scenes):
-    """How alike are two answers of C^I? -> {'cosine': {names, random, scenes}}, see the head of this file. Only names
-    that the scenes have are asked for."""
+    """-> {cosine: {names, random, scenes}}; see the head of this file. Only names that scenes have are asked for."""
     model, tokenizer, preprocess = scored
     device = model.logit_scale.device
     patches = []
@@ -263,9 +262,9 @@ def answers_of(student, teacher, pixels, question_ids, caption_ids):
 def conflict(args, scored, shards, scenes):
     """-> {h_T, h_T_caption: {own, sentence, read, alone}}, shares of the pairs.
 
-    The student of args.checkpoint reads, and its teacher gives the targets; if the file holds one network, it does
-    both. h_T_caption has the first caption of each image. The sentence of h_T names one object of the scene, each in
-    turn from scene to scene. If a scene lists none, it is the first sentence of the caption.
+    The student of args.checkpoint reads, whatever --weights says, and its teacher gives the targets; if the file holds
+    one network, it does both. h_T_caption has the first caption of each image. The sentence of h_T names one object of
+    the scene, each in turn from scene to scene. If a scene lists none, it is the first sentence of the caption.
     """
     student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab)
     teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)
@@ -295,7 +294,7 @@ def conflict(args, scored, shards, scenes):
     return {'conflict': figures}
 
 
-# --- 6. Minor: what one of a photograph's captions mentions ------------------------------------------------------------
+# --- 6. Minor: what one of a photograph's captions mentions ----------------------------------------------------------
 
 # For each noun the test photographs are ranked by their cosine with a few prompts. One that mentions the noun should
 # rank above one that never does. But the scene gives most nouns away: who knows only what at least three of a

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
@@ -328,7 +329,8 @@ def test_what_is_handed_over(val, model):
     def answers(queries):
         rows = []
         for query in queries:
-            rows.append(torch.stack([unit(network.image_cross(query[None, None], each[None])[0, 0]) for each in patches]))
+            of_scenes = [network.image_cross(query[None, None], each[None])[0, 0] for each in patches]
+            rows.append(unit(torch.stack(of_scenes)))
         return torch.stack(rows)                        # (queries, scenes, D)
 
     to_names = answers(eot)
@@ -428,7 +430,12 @@ def test_minor_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(suppression, 'FEWEST', 1)
     monkeypatch.setattr(suppression, 'NEAREST', 2)
     monkeypatch.setattr(suppression, 'class_vectors', lambda *asked: torch.ones(1, 1))
-    monkeypatch.setattr(suppression, 'embed_images', lambda model, images, *how: paths.extend(images) or cosines[:, None])
+
+    def embed_images(model, images, *how):
+        paths.extend(images)
+        return cosines[:, None]
+
+    monkeypatch.setattr(suppression, 'embed_images', embed_images)
     args = arguments(karpathy=listing, images=tmp_path, only='minor')
     figures = suppression.measure(args, None, None, None)
     assert figures == {'minor': {
@@ -449,7 +456,8 @@ def test_other_sets(model, tmp_path, monkeypatch):
     During training there is nothing to report. Objects may be listed in another way."""
     image = encoded(Image.new('RGB', (64, 64)))
     nameless = {'role': 'small', 'centre': [1, 2], 'absent': []}
-    for objects in [], ['dog'], 2, [3, 17], [['dog', [1, 2]]], [{'name': 'dog', 'role': 'small', 'absent': []}], [nameless]:
+    no_centre = {'name': 'dog', 'role': 'small', 'absent': []}
+    for objects in [], ['dog'], 2, [3, 17], [['dog', [1, 2]]], [no_centre], [nameless]:
         record = {'captions': ['a dog'], 'objects': objects}
         shards = Shards(pairs_tar(tmp_path / '0.tar', [record], [image]))
         assert suppression.scene_figures(*model[:2], None, shards) == {}
@@ -517,8 +525,8 @@ def test_onepage_is_train(drawn, sandbox):
 
 
 def train_words(drawn, method, steps, out):
-    return ['train', '--preset', 'tiny', '--method', method, '--batch', 4, '--steps', steps, '--lr', 0.01, '--data', drawn,
-            '--workers', 0, '--eval-every', 0, '--precision', 'fp32', '--out', out]
+    return ['train', '--preset', 'tiny', '--method', method, '--batch', 4, '--steps', steps, '--lr', 0.01,
+            '--data', drawn, '--workers', 0, '--eval-every', 0, '--precision', 'fp32', '--out', out]
 
 
 @pytest.mark.parametrize('method', experiments.ADDED)
@@ -589,20 +597,6 @@ def in_this_process(words):
     return 7.9
 
 
-class OneByOne:
-    """In place of a ThreadPoolExecutor: signals can be caught only in the main thread."""
-
-    def __init__(self, workers):
-        assert workers == 2
-        self.map = map
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-
 @pytest.fixture
 def course(sandbox, monkeypatch):
     """Two experiments that share a run; no result yet."""
@@ -611,7 +605,8 @@ def course(sandbox, monkeypatch):
     for module in experiments, plots:
         monkeypatch.setattr(module, 'EXPERIMENTS', {'one': dict(variants), 'two': dict(variants)})
     monkeypatch.setattr(experiments, 'call', in_this_process)
-    monkeypatch.setattr(experiments, 'ThreadPoolExecutor', OneByOne)
+    one_by_one = nullcontext(SimpleNamespace(map=map))      # signals can be caught only in the main thread
+    monkeypatch.setattr(experiments, 'ThreadPoolExecutor', lambda workers: one_by_one)
     monkeypatch.setattr(plots, 'OPEN', [])
     experiments.RESULTS.write_text('run,seed\n')
 
