@@ -199,12 +199,13 @@ def handed(args, scored, shards, scenes):
 
 # --- 5. Conflict: the sentence of one pair, the image of another -----------------------------------------------------
 
-# In groups of 32 pairs, the student's h_T must pick among the teacher's cls_t of the 32 images.
+# In groups of 32 pairs, the student's h_T must pick among the teacher's cls_t of the 32 images. For h_I the roles are
+# swapped: its queries are images, it reads captions, and it picks among the teacher's eot_t of these captions.
 #
 #     own         it reads its own image: does it pick that image?
-#     sentence    it reads its neighbour's image: does it pick the image of its sentence,
+#     sentence    it reads its neighbour's image: does it pick the image of its sentence (h_I: the image's caption),
 #     read        or the one that it has read?
-#     alone       it reads nothing, so eot must pick: the most that `sentence` can be expected to reach
+#     alone       it reads nothing, so eot (h_I: cls) must pick: the most that `sentence` can be expected to reach
 #
 # No figure means much by itself. A model that only copies what it reads reaches 100 % at `own` and `read`, and 0 at
 # `sentence`, whatever it knows about sentences, and even if it has one eot for all of them. A model that reads nothing
@@ -247,24 +248,28 @@ def picked(queries, tokens, cross, candidates):
 
 @torch.no_grad()
 def answers_of(student, teacher, pixels, question_ids, caption_ids):
-    """A group of pairs -> {h_T, h_T_caption: {own, sentence, read, alone}}."""
+    """A group of pairs -> {h_T, h_T_caption, h_I: {own, sentence, read, alone}}. ids (B, T) keep their padding, because
+    C^T has learnt to read it."""
     device = student.logit_scale.device
     pixels = pixels.to(device)
-    _, patches = student.encode_image(pixels)
+    caption_ids = caption_ids.to(device)
+    cls, patches = student.encode_image(pixels)
+    question_eot, _ = student.encode_text(question_ids.to(device))
+    caption_eot, words = student.encode_text(caption_ids)
     cls_t = unit(teacher.encode_image(pixels)[0])
-    found = {}
-    for who, ids in ('h_T', question_ids), ('h_T_caption', caption_ids):
-        eot, _ = student.encode_text(ids.to(device))
-        found[who] = picked(eot, patches, student.image_cross, cls_t)
-    return found
+    eot_t = unit(teacher.encode_text(caption_ids)[0])
+    return {
+        'h_T': picked(question_eot, patches, student.image_cross, cls_t),
+        'h_T_caption': picked(caption_eot, patches, student.image_cross, cls_t),
+        'h_I': picked(cls, words, student.text_cross, eot_t)}
 
 
 def conflict(args, scored, shards, scenes):
-    """-> {h_T, h_T_caption: {own, sentence, read, alone}}, shares of the pairs.
+    """-> {h_T, h_T_caption, h_I: {own, sentence, read, alone}}, shares of the pairs.
 
     The student of args.checkpoint reads, whatever --weights says, and its teacher gives the targets; if the file holds
-    one network, it does both. h_T_caption has the first caption of each image. The sentence of h_T names one object of
-    the scene, each in turn from scene to scene. If a scene lists none, it is the first sentence of the caption.
+    one network, it does both. h_T_caption and h_I have the first caption of each image. The sentence of h_T names an
+    object of the scene, each in turn from scene to scene. If a scene lists none, it is the caption's first sentence.
     """
     student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab)
     teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)

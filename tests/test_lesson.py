@@ -392,15 +392,19 @@ def test_conflict_is_what_the_model_computes(model, val, monkeypatch):
     figures = suppression.conflict(arguments(), model, val, listed)['conflict']
     images = [preprocess(shard_image(val, i)) for i in range(16)]
     itself = torch.arange(8)
-    for who, texts in ('h_T', questions), ('h_T_caption', captions):
+    for who, texts in ('h_T', questions), ('h_T_caption', captions), ('h_I', captions):
         hits = {'own': [], 'sentence': [], 'read': [], 'alone': []}
         for x, ids in zip(torch.stack(images).split(8), tokenizer(texts).split(8)):
             out = network([x], [ids])
-            other = network([x.roll(1, 0)], [ids]).h_T
+            if who == 'h_I':
+                h, alone, targets = out.h_I, out.cls, teacher.text([ids])
+                other = network([x], [ids.roll(1, 0)]).h_I
+            else:
+                h, alone, targets = out.h_T, out.eot, teacher.visual([x])
+                other = network([x.roll(1, 0)], [ids]).h_T
             answered = {
-                'own': (out.h_T, itself), 'sentence': (other, itself), 'read': (other, itself.roll(1)),
-                'alone': (out.eot, itself)}
-            targets = teacher.visual([x])
+                'own': (h, itself), 'sentence': (other, itself), 'read': (other, itself.roll(1)),
+                'alone': (alone, itself)}
             for name, (vectors, right) in answered.items():
                 best = (vectors[0] @ unit(targets[0]).T).argmax(dim=1)
                 hits[name] += (best == right).tolist()
@@ -519,7 +523,7 @@ def test_onepage_is_train(drawn, sandbox):
         assert_close(saved[name], part.state_dict(), rtol=0, atol=0, check_device=False)
     figures = read_json('out/eval.json')
     again = suppression.measure(arguments(checkpoint='out', shards=drawn), *load('out'))
-    assert again['conflict'].keys() == {'h_T', 'h_T_caption'}
+    assert again['conflict'].keys() == {'h_T', 'h_T_caption', 'h_I'}
     for key in 'dominant', 'small':
         assert figures[key].items() <= again[key].items()
 
