@@ -709,7 +709,7 @@ def fill_the_gpu(run):
 
 @pytest.mark.parametrize('function, at, harm, ends, kept', [
     ('train_step', 3, signal.SIGTERM, '143', 4),
-    ('train_step', 0, signal.SIGUSR1, str(128 + signal.SIGUSR1), 1),
+    ('train_step', 5, signal.SIGUSR1, '0', 6),                          # in the last step, so the run ends as usual
     ('train_step', 0, raise_a_bug, 'RuntimeError: a bug\n', None),      # without a step there is no run to save
     ('train_step', 3, fill_the_gpu, 'error: the GPU has too little memory for this run; give --accum with more parts, '
      '--grad-checkpoint, or in a new run a smaller --batch', 3),
