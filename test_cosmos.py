@@ -7,7 +7,6 @@ Part 1 compares with the released code. Some of its numbers stand at the end of 
 extras.released CLONE --record FILE`. Others are in the folder that COSMOS_SHARED names (by default ../shared); without
 it, the tests that need them are skipped. Parts 2-6 come in the order of cosmos.py.
 """
-import itertools
 import math
 import re
 import runpy
@@ -28,36 +27,16 @@ import train
 from cosmos import COSMOS, GLOBALS, Config, Teacher, clip_loss, cosmos_loss, gather, match, total_loss
 from eval import encode_dense
 from plumbing.weights import from_openclip, to_openclip
+from tests.formula import wavy_inputs, wavy_model
 from tests.helpers import MICRO, ROOT, close, micro, refused, seeded, shared
 
 # --- 1. The released code --------------------------------------------------------------------------------------------
-
-def wave(shape, number, size=1.0):
-    """A formula for weights and images. The released code was run on the same numbers."""
-    j = torch.arange(math.prod(shape), dtype=torch.float64)
-    return (size * (0.1 * j ** 2 + number).sin()).float().view(shape)
-
-
-def wavy_model(first):
-    """Every parameter except the scales is a wave, numbered from `first` in the order of the released names."""
-    model = COSMOS(Config(24, 32, 16, 8, 32, 2, 2, 24, 2, 2, 12, 30, 8))
-    state = to_openclip(model.state_dict())
-    for number, name in enumerate(sorted(state), first):
-        if not name.endswith('logit_scale'):
-            state[name] = wave(state[name].shape, number, 0.2)
-    model.load_state_dict(from_openclip(state))
-    return model
-
 
 def test_equals_the_released_code():
     """oracle: the released code's losses, embeddings and norms of all gradients, at the end of this file."""
     student = wavy_model(0)
     teacher = Teacher(wavy_model(100))
-    images = [wave((3, 3, side, side), k) for k, side in enumerate([32, 32, 16, 16, 16])]
-    texts = torch.zeros(4, 3, 12, dtype=torch.long)
-    for u, b in itertools.product(range(4), range(3)):
-        words = [1 + (5 * u + 3 * b + 7 * k) % 27 for k in range(3 + (u + 2 * b) % 5)]
-        texts[u, b, :len(words) + 2] = torch.tensor([28, *words, 29])
+    images, texts = wavy_inputs()
     out = student(images, texts)
     cls_t, eot_t = teacher(images[:2], texts[:2])
     loss, parts = total_loss(student, out, cls_t, eot_t)
