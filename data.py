@@ -95,7 +95,11 @@ CROPS_ONLY = dict.fromkeys(Kind._fields[2:], 0.0)
 
 
 def draw_strengths(kind, rng):
-    """The operations that change a view, and how strongly, {operation: strength}, in the released ranges."""
+    """The operations that change a view, and how strongly, {operation: strength}, in the released ranges.
+
+    A new random draw needs a generator of its own, made in Crops.sample. With an existing one it would shift all later
+    draws, and so change every run.
+    """
     strengths = {}
     if rng.random() < kind.jitter:
         strengths['brightness'] = rng.uniform(0.6, 1.4)     # a factor; 1 changes nothing
@@ -201,9 +205,6 @@ class Crops(Dataset):
     An Unreadable pair is reported by name and counted, and a random pair takes its place. If the replacement is already
     in the batch, its two copies are false negatives of each other; this is rare in a set that is much larger than a
     batch.
-
-    A new random draw needs a generator of its own in `sample`. If it used an existing one, it would shift all later
-    draws, and so change every run.
     """
     shards: Shards
     tokenizer: Tokenizer

@@ -67,8 +67,9 @@ def captions(B, length):
 def micro(method='cosmos', B=3):
     """A micro model and a batch: (model, 2 + 2 images, 2 + 3 captions). Without cross-attention it is a plain CLIP."""
     torch.manual_seed(0)
-    cross_heads = 2 if method in ('cosmos', 'across') else 0
-    model = COSMOS(replace(MICRO, cross_heads=cross_heads, two_scales=method == 'no-cross-attention'))
+    row = train.METHODS[method]
+    cross_heads = 2 if row.has_cross_attention else 0
+    model = COSMOS(replace(MICRO, cross_heads=cross_heads, two_scales=row.two_scales and not cross_heads))
     images = [torch.randn(B, 3, side, side) for side in [32] * cosmos.GLOBALS + [16] * 2]
     texts = [captions(B, length) for length in (9, 12, 5, 5, 5)]
     return model, images, texts

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from torchvision.transforms import v2
 
 import eval as evaluation
+from plumbing.captions import CAPTION_KEYS
 from cosmos import COSMOS, Block, Config, unit
 from data import Shards, Tokenizer
 from plumbing import benchmarks, processes
@@ -307,6 +308,11 @@ def test_images_are_resized_as_torchvision_does(monkeypatch):
     image.paste('white', (112, 0, 336, 224))
     white = evaluation.preprocessing(224)(image).amin(dim=(1, 2))
     close(white, torch.tensor([1.9303, 2.0749, 2.1459]), 1e-4)
+
+
+def test_held_out_keys_are_of_every_family():
+    for family in CAPTION_KEYS:
+        assert set(family) & set(evaluation.HELD_OUT_KEYS), family
 
 
 def test_captions_of_held_out_shards(here):

@@ -42,11 +42,12 @@ from tests.helpers import MICRO, ROOT, dog_tar, encoded, pairs_tar, put, refused
 
 IMPORTS = '''
 import os, resource, signal, sys, warnings
+os.environ.pop('OMP_WAIT_POLICY', None)
 import torch.distributed, torch.utils.checkpoint, torchvision.transforms.v2, tqdm.contrib.concurrent
 names = [getattr(resource, name) for name in dir(resource) if name.startswith('RLIMIT')]
 def state(limit=resource.getrlimit):
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    return [limit(name) for name in names], warnings.filters[:], handlers
+    return dict(os.environ), [limit(name) for name in names], warnings.filters[:], handlers
 before = state()
 for name in 'fcntl', 'resource':
     sys.modules[name] = None

@@ -144,8 +144,12 @@ def test_views_and_losses_of_each_row(started, tmp_path, method):
     assert (begun.teacher is not None) == bool(terms)
     options = train.read_options(['--preset', 'vit-b-16', '--method', method])
     assert options.augment == ('crops' if method == 'clip' else 'full')
+    row = train.METHODS[method]
+    assert row.global_images == GLOBALS or not (row.has_local_images or row.has_teacher)
     _, images, texts = micro()
+    images[-1].requires_grad_()                 # a local view
     assert step_of(begun.student, images, texts, method).parts.keys() == {'clip', *terms}
+    assert images[-1].grad.any() == row.has_local_images        # if it is seen, something is learnt from it
     # Each parameter learns. If one had no gradient, DDP would stop at the second step.
     assert [name for name, p in begun.student.named_parameters() if p.grad is None] == []
 
