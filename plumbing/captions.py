@@ -11,7 +11,8 @@ LONG = ['longIB_captions', 'longSV_captions', 'longLLA_captions']
 # The keys of DreamLIP, the paper's main data. code≠paper: the paper speaks of the long captions; the released code uses
 # raw and short ones as well.
 DREAMLIP = ['raw_caption', *SHORT, *LONG]
-CAPTION_KEYS = [                # the pool comes from the first family that has a sentence
+# The pool comes from the first family that has a sentence. A key of yours belongs into HELD_OUT_KEYS of eval.py, too.
+CAPTION_KEYS = [
     DREAMLIP,
     ['captions'],
     ['original_caption', 'caption'],            # PixelProse has both, img2dataset only the second
