@@ -98,7 +98,7 @@ class Config:
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's; the end-of-text token has the largest id
     cross_heads: int = 8            # attention heads inside C^I and C^T; with 0 the model has neither
-    two_scales: bool = False        # L_COSMOS has a scale of its own even without C^I and C^T; with them always
+    two_scales: bool = False        # a second scale, for the loss added to L_CLIP; with C^I and C^T always
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released COSMOS models use GELU
 
     def __post_init__(self):
@@ -113,8 +113,8 @@ class Config:
 # --- 2. The student ----------------------------------------------------------------------------- Sec. 3.2, Eq. 1-2 ---
 
 class CrossAttention(nn.Module):
-    """C^I or C^T: a single attention layer, with no MLP. The [cls] or [eot] of every view reads the tokens of one view
-    of the other modality: caption 0 or view 0.
+    """C^I or C^T: a single attention layer, with no MLP. In C^T the [cls] of every image view reads
+    the words of caption 0; in C^I the [eot] of every caption reads the patches of view 0.
 
     The residual of Eq. 1-2 is added outside, in COSMOS.forward. The padding of a text is read as well (paper silent;
     transformer.py:210-230). The text tower is causal and the padding comes after the end, so the vectors at the padded
@@ -203,7 +203,7 @@ class COSMOS(nn.Module):
         words = self.text_map(text_sequence)                            # (B, T, D)
         h_I = self.text_cross(cls, words) + cls         # (V, B, D)  Eq. 1: images read words
         h_T = self.image_cross(eot, patches) + eot      # (U, B, D)  Eq. 2: captions read patches
-        # NB: h_T has read the image, and h_I the caption, that it must find in Eq. 6; see page 3 of lesson/README.md.
+        # NB: in Eq. 6 h_T must find the image that it has read, h_I its caption: see page 3 of lesson/README.md.
         return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
 
     def encode_image(self, images):
@@ -270,10 +270,10 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student, momentum):
-        """Move every parameter a fraction 1 - momentum (the paper's lambda) of the way to the student's.
+        """Move every parameter a fraction 1 - momentum of the way to the student's; momentum is the paper's lambda.
 
         ours, paper silent: we call it after optimizer.step, as DINO does. The released code calls it before, and so
-        averages the student of one step earlier (its train.py:185-193 comes before 213-221).
+        averages the student of one step earlier (there train.py:185-193 comes before 213-221).
         """
         # In place; one call for all parameters is faster than a call for each.
         averages = list(self.model.parameters())
@@ -282,8 +282,8 @@ class Teacher(nn.Module):
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
-# With this many logits or more, which take 67 MB, nce recomputes them in the backward pass. 1,024 pairs on one GPU with
-# 2 x 8 combinations of views have so many.
+# From this many logits on (67 MB), nce recomputes them in the backward pass. 1,024 pairs on one GPU with 2 x 8
+# combinations of views have so many.
 MANY_LOGITS = 2 ** 24
 
 
@@ -408,7 +408,7 @@ class Gather(torch.autograd.Function):
     rank. So the backward pass sums, for each vector, the gradients that all ranks have for it. DDP then takes the mean
     over ranks, and the result is the gradient of the mean loss.
 
-    In the released code it is smaller by the number of ranks, except for the two scales. AdamW cancels such a factor,
+    In the released code it is divided by the number of ranks, except for the two scales. AdamW cancels such a factor,
     apart from the effect of its eps. See docs/differences.md.
     """
 

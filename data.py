@@ -12,7 +12,7 @@ batches for any number of workers and GPUs, and can be resumed at any step.
 
 How a batch is made: for every step `Order` yields a list of places (epoch, index), one for each pair of this rank.
 `Crops` turns each place into crops and token ids, and `collate` joins them into a `Batch`; both run in the loader's
-workers, if there are any. `Batch.views` then changes colours and normalises, on the model's device. The marks `ours`
+workers, if there are any. `Batch.views` then colours, blurs and normalises, on the model's device. The marks `ours`
 and `paper silent` mean the same as in cosmos.py; "as released" means that the authors' code does so.
 
 The helpers are in plumbing/, and you can skip them: `Shards` gives the bytes of an image and the pool of its sentences,
@@ -90,15 +90,15 @@ def kinds_of_views(config, crop_min=0.4):
         Kind(small, (0.05, 0.4),   0.5, 0.8,   0.2, 0.5, 0.0)]
 
 
-# With --augment crops every probability, which is every field after size and scale, is 0.
+# `--augment crops` sets all probabilities, which are the fields after size and scale, to 0.
 CROPS_ONLY = dict.fromkeys(Kind._fields[2:], 0.0)
 
 
 def draw_strengths(kind, rng):
     """The operations that change a view, and how strongly, {operation: strength}, in the released ranges.
 
-    A new random draw needs a generator of its own, made in Crops.sample. With an existing one it would shift all later
-    draws, and so change every run.
+    If you add a random draw, give it a generator of its own in Crops.sample. From an existing one it would shift all
+    later draws, and so change every run.
     """
     strengths = {}
     if rng.random() < kind.jitter:
@@ -140,9 +140,9 @@ def image_crops(data, kinds, rng):
     pixels of the image at full size."""
     image, turn, (height, width) = read_header(data)    # for a JPEG this reads only the header
     boxes = draw_boxes(height, width, kinds, rng)
-    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides, and one decoding serves all views. But then no
-    # crop may be smaller than its view. A box of 200 x 200 pixels for a view of 96 x 96 lets the image shrink by
-    # 200 / 96 = 2.08, so 1/2 is allowed. The strictest view decides.
+    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides, and one decoding serves all views. But this
+    # must not make a crop smaller than its view. A box of 200 x 200 pixels for a view of 96 x 96 lets the image shrink
+    # by 200 / 96 = 2.08, so 1/2 is allowed. The strictest view decides.
     reductions = []                 # how much the image may shrink for each view
     for (_, _, h, w), kind in zip(boxes, kinds):
         reductions.append(min(h, w) / kind.size)
@@ -263,7 +263,8 @@ class Order:
     """Which pairs make up the batch of each step: a pure function of seed and step. Each rank takes an equal slice.
 
     Yields, for every step in [start, stop), this rank's list of places (epoch, index of the pair). An epoch holds
-    pairs // batch whole batches; the incomplete last one is dropped. `check_batch` refuses sizes that do not work.
+    pairs // batch whole batches; the incomplete last one is dropped (ours). `check_batch` refuses sizes that
+    do not work.
     """
     pairs: int                  # how many the set has
     batch: int                  # pairs per step, over all ranks
@@ -314,8 +315,8 @@ class Batch(NamedTuple):
             teacher_texts=[x.to(device, non_blocking=True) for x in self.teacher_texts])
 
     def views(self, seed_and_step):
-        """V images (B, 3, s, s), float32, normalised. ours: colours are changed, and images blurred, here, after
-        `to`, so on the GPU if there is one.
+        """V images (B, 3, s, s), float32, normalised. ours: colours and blur are applied here, after `to`, and so
+        on the GPU if there is one.
 
         seed_and_step: a string such as '0 1200', the same on all ranks, that seeds the order of the jitters.
         """

@@ -209,7 +209,7 @@ def shard_captions(shards):
     """Held-out shards -> all captions, not split into sentences, and owner (captions,): the pair that each belongs to.
 
     A pair's captions are under the first key that has any: of shards.caption_keys, or of HELD_OUT_KEYS if none were
-    given. Raises Refused, with the pair's name, if its json cannot be read, has no caption, or one that is not text.
+    given. Raises Refused, with the pair's name, if its json cannot be read, or has no caption, or one that is not text.
     """
     keys = shards.caption_keys or HELD_OUT_KEYS
     captions_of_pairs = []
@@ -230,14 +230,15 @@ def check_held_out(shards, workers=0):
     """Read every caption and decode every image of held-out shards, so that a broken one is found now, and not in the
     middle of a run. Raises Refused or Unreadable, with the name of the pair."""
     shard_captions(shards)
-    # train.py saves the index of held-out shards only after this check, so shards opened from one have passed.
+    # train.py saves the index of held-out shards only after this check. So shards that were opened with a saved index
+    # have passed it.
     were_decoded = shards.is_mapped
     if not were_decoded:
         for _ in batches(Images(shards, size_of), workers, 'trying held-out images'):
             pass
 
 
-def size_of(image):         # decodes the image, and leaves little for the worker to send back
+def size_of(image):         # read_image has decoded it; its size is little for the worker to send back
     return image.size
 
 
@@ -377,21 +378,21 @@ def segment_image(model, image, vectors, class_of_name, settings):
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)
     logits = settings.scale * scores                                # (M, H, W)
     size = height, width
-    probability, classes = best_class(logits, size, class_of_name, class_of_name)
+    probability, classes = best_class(logits, size, class_of_name, candidates=class_of_name)        # all classes
     if settings.area:
         pixels_of_class = torch.bincount(classes.flatten())
         foreground = pixels_of_class[1:].sum()
         kept = pixels_of_class > settings.area * foreground         # (highest class + 1,)
         kept[0] = True                                              # the background
         kept_classes = kept.nonzero().flatten().tolist()
-        probability, classes = best_class(logits, size, class_of_name, kept_classes)
+        probability, classes = best_class(logits, size, class_of_name, candidates=kept_classes)
     return classes.masked_fill(probability < settings.probability, 0).cpu()
 
 
 def best_class(logits, size, class_of_name, candidates):
     """logits (M, H, W) of M names -> two maps of `size` (h, w): for each pixel the probability of the best candidate
     class, and that class. A class is as probable as its most probable name. The softmax runs over all names, also those
-    of other classes.
+    of classes that are no candidates.
 
     The names' maps are enlarged one at a time, because 100 maps of 12 megapixels would take 5 GB. So the softmax is
     accumulated name by name, too: e^highest / sum of e^logit = e^(highest - ln of that sum).

@@ -6,7 +6,7 @@
     python train.py --data /shards --accum 8                    on one GPU that can hold an eighth of a batch
     python train.py --init CKPT --data /shards                  COSMOS, starting from an existing CLIP
 
-Without --preset it is tiny for the built-in set; with --data it is vit-b-16 on a GPU, and photo elsewhere. To continue
+The default of --preset is tiny for the built-in set; with --data it is vit-b-16 on a GPU, photo elsewhere. To continue
 a run that stopped, give the same command with --resume. A run leaves in --out: last.pt (the checkpoint),
 log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (which process is using the
 folder). With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val) and val.npy (their
@@ -107,7 +107,7 @@ PRESETS = {
 
 # --- 2. The methods of Table 5 ---------------------------------------------------------------------------------------
 
-# Functions in place of cosmos.cosmos_terms, for all methods but `cosmos`. ours: we do not know the paper's losses for
+# All methods but `cosmos` use one of these in place of cosmos.cosmos_terms. ours: we do not know the paper's losses for
 # the other rows of Table 5. As in cosmos_terms, each view of the student is compared with each of the teacher.
 
 def no_terms(out, cls_t, eot_t, scale):
@@ -202,7 +202,7 @@ class Run:
     processes: Processes
     train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
-    # The student as a step calls it: in --accum parts, and in DDP if there are several ranks.
+    # The student as a step calls it: in --accum parts, which the backward pass computes again; in DDP on several ranks.
     forward: torch.nn.Module
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
@@ -254,9 +254,9 @@ def train_step(run, batch):
     cls_t = eot_t = None
     # The teacher sees the globals, without gradient. It runs first, while the student holds no memory for its backward
     # pass. The student sees all views and captions. If there is C^T, the student's caption 0 keeps its padding, which
-    # C^T reads. All other captions, the teacher's included, are cut to the longest global or local one.
-    # autocast would share a half-precision copy of each weight among the parts of --accum, and so add up the gradients
-    # of the parts in half precision.
+    # C^T reads. Others, the teacher's included, are cut: globals to the longest global, locals to the longest local.
+    # cache_enabled: with its cache, autocast would share one half-precision copy of each weight among the parts of
+    # --accum, and so add up their gradients in half precision.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
                         cache_enabled=options.accum == 1):
         if run.method.has_teacher:
@@ -325,7 +325,7 @@ def read_options(argv=None):
 
 
 def fixed_settings(options, shards):
-    """What must stay the same when a run is resumed, {what: value}: these options, the data, and GLOBALS, in case
+    """What must stay the same when a run is resumed, {what: value}: the options below, the data, and GLOBALS, in case
     somebody edits it. Other options may change."""
     names = 'preset', 'method', 'batch', 'seed', 'local_crops', 'local_captions'
     fixed = {'--' + name.replace('_', '-'): getattr(options, name) for name in names}
@@ -338,7 +338,7 @@ def open_shards(options, processes, saved, built_in_set):
     index = f'{options.out}/index.npy'
     val_index = f'{options.out}/val.npy'
     choose_data(options, built_in_set)
-    # None means CAPTION_KEYS of plumbing/captions.py.
+    # a pool's keys may be None, which means CAPTION_KEYS.
     keys = options.caption_keys or POOL_KEYS[options.caption_pool]
     shards = Shards(options.data, keys, 'train', index)
     recipe = recipe_of(options.preset, options.method, options.init)
@@ -385,7 +385,7 @@ def choose_model(options, saved):
         tokenizer = Tokenizer.clip(path, config.context_length)
     method = METHODS[options.method]
     heads = 0
-    if method.has_cross_attention:      # as in --init; if that has none: 8, or 4 in a small model, as in the presets
+    if method.has_cross_attention:      # those of config; if --init has none, as many as in a preset of its size
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
     two_scales = method.two_scales and not method.has_cross_attention       # with C^I and C^T it goes without saying
     return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
@@ -445,8 +445,8 @@ def set_up(options, processes, built_in_set):
         saved = runs.read_last(options.out, options.resume)
         config, tokenizer, weights = choose_model(options, saved)
         shards, val = open_shards(options, processes, saved, built_in_set)
-    # Nothing would show that ranks took different batches or rates, so compare what these follow from. A last.pt is
-    # recognised by its running time.
+    # If ranks took different batches or learning rates, nothing would show it, so compare what determines them. Two
+    # last.pt count as the same if their running times are equal.
     read = {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
     to_agree_on = vars(options) | read | {'val': bool(options.val)}
     for name in 'workers', 'data', 'vocab':             # may differ: the number of cores, and paths
@@ -459,8 +459,8 @@ def set_up(options, processes, built_in_set):
         tokenizer = Tokenizer(merges, config.context_length)
         config = replace(config, vocab_size=tokenizer.vocab_size)
     train_set = make_train_set(options, shards, tokenizer, config)
-    # The loader forks its workers, and a fork may hang once nccl is up. DDP starts nccl, so it comes last. Evaluations
-    # fork later, too, but their loaders end with an error if a worker hangs.
+    # The loader forks its workers, and a fork may hang once nccl is up. DDP starts nccl, so it comes last; what was
+    # broadcast above went over gloo. Evaluations fork later, but their loaders end with an error if a worker hangs.
     batches = batches_left(options, processes, train_set, saved.get('step', 0))
     run = make_run(options, processes, train_set, weights, batches)
     if saved:
@@ -641,7 +641,7 @@ def is_multiple(step, every):
 
 def main(argv=None, watchers=(), built_in_set=None):
     """Train until all steps are done or a signal comes, then end the process, with status 0 if all steps are done. Each
-    turn of the loop does what is due, and all turns but the last then take a step.
+    turn of the loop does what is due and then, unless it is the last, takes a step.
 
     A watcher has three methods, which rank 0 calls: begin(run), evaluated(run, val, image_features), which returns more
     figures (or {}), and finish(run). built_in_set(): draws the scenes of a run without --data, writes them as shards,
@@ -684,11 +684,11 @@ def main(argv=None, watchers=(), built_in_set=None):
                 save(run)
                 processes.end_all(failure)
 
-    if due.evaluate:                # all steps are done
+    if due.evaluate:                # a signal ends the loop without an evaluation, so all steps are done
         finish(run, figures, watchers)
         processes.leave(0)
     print(f'stopped    step {run.step} is saved; to go on, give the same command with --resume --out {run.folder}')
-    number = signals[0] if signals else SIGTERM     # there is none if it reached only other ranks
+    number = signals[0] if signals else SIGTERM     # signals is empty if only other ranks got one
     processes.leave(128 + number)                       # the status that a shell reports
 
 
