@@ -293,9 +293,9 @@ def sample_sheet(crops, path):
         save_image(tiles, partial, format='png', nrow=len(crops.kinds), padding=4, pad_value=1)
 
 
-def too_long(captions, texts, context_length, vocab):
+def too_long(captions, texts, context_length, vocab, uses_clips):
     """In words: how many captions are longer than the context, and with which vocabulary this was counted."""
-    if vocab or 'COSMOS_VOCAB' in os.environ:
+    if vocab or uses_clips:
         tokenizer = Tokenizer.clip(vocab)
         by = "CLIP's vocabulary"
     else:
@@ -312,17 +312,17 @@ def percentiles(values):
     return f'least {least:g}, 10th percentile {tenth:g}, median {median:g}, 90th {ninetieth:g}, most {most:g}'
 
 
-def crops_of(source, preset, tokenizer=None):
-    """What a preset makes of the pairs."""
+def crops_of(source, preset, tokenizer=None, augment=None):
+    """What a preset makes of the pairs. augment: if it is not the preset's."""
     config, recipe = PRESETS[preset]
     counts = Counts(local_images=recipe['local_crops'], local_texts=recipe['local_captions'])
-    return Crops(source, tokenizer, config, seed=0, counts=counts, augment=recipe['augment'])
+    return Crops(source, tokenizer, config, seed=0, counts=counts, augment=augment or recipe['augment'])
 
 
-def inspect(shards, caption_keys, preset, vocab, out):
+def inspect(shards, caption_keys, preset, augment, vocab, out):
     """Print a report on pairs from all over the set, and draw a sheet of views. Unreadable pairs are left out."""
     source = Shards(shards, caption_keys, 'train')
-    crops = crops_of(source, preset)
+    crops = crops_of(source, preset, augment=augment)
     sample = np.unique(np.linspace(0, len(source) - 1, INSPECTED, dtype=int))
     problems = []
     pools = []
@@ -348,7 +348,9 @@ def inspect(shards, caption_keys, preset, vocab, out):
           ', '.join(f'{key} ({n / len(pools):.0%})' for key, n in keys.most_common()))
     print('sentences per pair  ', percentiles(list(map(len, pools))))
     print('words per sentence  ', percentiles([len(text.split()) for text in texts]))
-    print('longer than context ', too_long(captions, texts, crops.config.context_length, vocab))
+    _, recipe = PRESETS[preset]
+    print('longer than context ',
+          too_long(captions, texts, crops.config.context_length, vocab, recipe['vocab'] == 'clip'))
     print('repeated            ', f'{len(pools) - len(images)} of {len(pools)} images, '
           f'{len(texts) - len(set(texts))} of {len(texts)} sentences')
     sample_sheet(crops, out)
@@ -385,7 +387,8 @@ def main():
     add('shards', nargs='+', help='tars, or folders of them; if a folder has train/ and val/, its train/ is read')
     add('--caption-keys', help='comma-separated json keys of the captions')
     add('--preset', choices=PRESETS, default='tiny', help='the preset whose views are drawn (default: %(default)s)')
-    add('--vocab', help="CLIP's merges, to count tokens (default: COSMOS_VOCAB, else learned ones)")
+    add('--augment', choices=('full', 'crops'), help="as in train.py (default: the preset's)")
+    add('--vocab', help="file of CLIP's merges, to count tokens (default: the preset's vocabulary)")
     add('--out', default='runs/samples.png', help='the sheet of views (default: %(default)s)')
     options = vars(parser.parse_args())
     function = options.pop('function')

@@ -10,14 +10,18 @@ images for the next query. They are computed anew if the model has changed, or i
 Other programs can read them, too: torch.load(FILE, weights_only=True) gives {'paths': [n strings], 'features': (n, D),
 ...}, unit vectors in the same order.
 """
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
+from typing import Callable
 
+import torch
 from PIL import ImageOps
+from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 
-from eval import embed_images, embed_texts, execute, progress
+from eval import embed_images, embed_labelled, embed_texts, execute
 from plumbing.errors import Unreadable, command, need
 from plumbing.files import replacing, save_tensors
 from plumbing.images import images_in, read_image
@@ -27,6 +31,24 @@ from plumbing.weights import read_checkpoint
 TILE = 176              # side of an image in the sheet, in pixels
 
 # --- 1. Features of a folder -----------------------------------------------------------------------------------------
+
+@dataclass
+class Photographs(Dataset):
+    """Item i: pixels (3, S, S) of image i, and whether it can be read; if not, it is named, and its pixels are 0."""
+    paths: list
+    preprocess: Callable
+    size: int
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        try:
+            return self.preprocess(read_image(self.paths[i])), True
+        except Unreadable as error:
+            print(f'left out   {error}', flush=True)
+            return torch.zeros(3, self.size, self.size), False
+
 
 def folder_features(model, preprocess, folder, file=None, workers=0):
     """All readable images under a folder -> {'paths', 'features', 'source'}. `file` keeps this for the next call."""
@@ -41,15 +63,12 @@ def folder_features(model, preprocess, folder, file=None, workers=0):
         need('source' in saved, f'{file} holds no features; give --features another file')
         if saved['source'] == source:
             return saved
-    readable = []
-    for path in progress(paths, 'reading images'):
-        try:
-            read_image(path)
-            readable.append(str(path))
-        except Unreadable as error:
-            print(f'left out   {error}')
-    features = embed_images(model, readable, preprocess, workers)
-    found = {'paths': readable, 'features': features, 'source': source}
+    need(paths, f'{folder} has no images; give a folder of JPEG, PNG or WebP files')
+    photographs = Photographs(paths, preprocess, model.config.image_size)
+    features, is_readable = embed_labelled(model, photographs, workers)
+    readable = [str(path) for path, can_be_read in zip(paths, is_readable) if can_be_read]
+    need(readable, f'{folder} has no image that can be read')
+    found = {'paths': readable, 'features': features[is_readable], 'source': source}
     if file:
         save_tensors(file, found)
     return found

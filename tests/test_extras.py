@@ -319,6 +319,8 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert re.findall(r'left out   .*0.tar:(\d)', printed.err) == ['2', '3']
     assert whole(tmp_path / 'sheet.png').shape == (3, 3 * 132 + 4, 4 * 132 + 4)     # pairs, views
+    helpers.run(prepare, 'inspect', tmp_path, '--out', tmp_path / 'full.png', '--augment', 'full')
+    assert not whole(tmp_path / 'full.png').equal(whole(tmp_path / 'sheet.png'))    # `tiny` only crops
     for line in ('reading .*/train; its folder holds', 'left out +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
                  'sentences per pair +least 1, .* most 2',
                  'words per sentence +least 1, .* most 63', 'repeated +1 of 3 images, 0 of 4 sentences',
