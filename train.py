@@ -558,13 +558,9 @@ def print_plan(run, val):
     options = run.options
     shards = run.train_set.shards
     size = sum(p.numel() for p in run.student.parameters())
-    passes = options.steps * options.batch / len(shards)
-    sizes = f'the sizes of {options.init}' if options.init else options.preset
-    print(f'run        {options.method}, {sizes}, {size:,} parameters, into {run.folder}')
-    print(f'           steps {run.step} to {options.steps} of {options.batch} pairs, {passes:.1f} passes over '
-          f'{len(shards):,} pairs')
-    print(f'           on {run.processes.world} x {run.processes.device.type} in {run.dtype or torch.float32}, '
-          f'{torch.get_num_threads()} threads and {options.workers} loaders each')
+    print(f'run        {options.method}, {size:,} parameters, into {run.folder}')
+    print(f'           steps {run.step} to {options.steps}, each of {options.batch} of {len(shards):,} pairs')
+    print(f'           on {run.processes.world} x {run.processes.device.type} in {run.dtype or torch.float32}')
     counts = run.train_set.counts
     runs.print_notes(shards, val, counts.global_texts + counts.local_texts)
 
