@@ -420,10 +420,7 @@ def make_run(options, processes, train_set, weights, batches):
     student = COSMOS(train_set.config).to(device)
     if weights:             # they may lack cross-attention, or have it although this model does not
         missing = student.load_state_dict(weights, strict=False).missing_keys
-        fresh = dict.fromkeys(      # each module once, in order
-            name.partition('.')[0] for name in missing)
-        rest = f"; these start fresh: {', '.join(fresh)}" if fresh else ''
-        print(f'init       {options.init}{rest}')
+        print(f'init       {options.init}; {len(missing)} tensors that it lacks start fresh')
     for tower in student.visual, student.text:
         tower.transformer.grad_checkpointing = options.grad_checkpoint
     teacher = Teacher(student) if METHODS[options.method].has_teacher else None
