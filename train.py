@@ -491,7 +491,7 @@ def log_entry(run, progress):
         'chance': math.log(options.batch),      # what guessing costs in each part of the loss
         'weights': {name: weight for name, (weight, _) in done.parts.items()},
         'accuracy': (nearest == torch.arange(len(nearest))).double().mean().item(),
-        'spread': images.std(dim=0, correction=0).norm().item(),        # from 0, all images alike, to 1
+        'spread': images.std(dim=0, correction=0).norm().item(),  # from 0, all images alike, to 1
         'grad_norm': done.norm.item(),
         'scale': run.student.logit_scale.exp().item(),
         'pairs_per_s': progress.steps * options.batch / progress.seconds,
@@ -504,7 +504,7 @@ def log_entry(run, progress):
         'memory_GB': peak_memory(run.processes.device)}
     if done.cls_t is not None:
         cls = done.out.cls[0]                                           # (B, D)
-        means['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)        # of student and teacher, view 0
+        means['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)  # of student and teacher, view 0
     for name, (_, term) in done.parts.items():
         means[name] = term
     for name, total in zip(means, run.processes.sum(means.values())):
@@ -677,7 +677,7 @@ def main(argv=None, watchers=(), built_in_set=None):
                 save(run)
                 processes.end_all(failure)
 
-    if due.evaluate:                # a signal ends the loop without an evaluation, so all steps are done
+    if due.evaluate:                                    # else a signal has ended the loop
         finish(run, figures, watchers)
         processes.leave(0)
     print(f'stopped    step {run.step} is saved; to go on, give the same command with --resume --out {run.folder}')
