@@ -12,14 +12,9 @@ is none), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with G
 other CLIPs. We evaluate the teacher, which has the averaged weights, unless there is none or you give --weights
 student. Features are float32 vectors of unit length, and a score is the dot product of two of them.
 
-Parts 3 to 5 are the protocols. You can skip part 6, the command line. The marks (`ours`, ...) are those of cosmos.py.
+To compare with published figures, see docs/questions.md and docs/data.md.
 
-To compare with published figures:
-    retrieval       --coco (COCO's val2017) or --flickr (the released list of Flickr30K)
-    ImageNet        --templates open_clip: CLIP's 80 prompts instead of our six, and open_clip's names of the classes
-    segmentation    --benchmark and --templates open_clip
-    other sets      --templates FILE with the prompts of the released dataloaders/templates.json, which are not here.
-                    Caltech101 and SUN397 still differ: released on a random subset, here on all images
+Parts 3 to 5 are the protocols. You can skip part 6, the command line. The marks (`ours`, ...) are those of cosmos.py.
 """
 import math
 from collections.abc import Callable
