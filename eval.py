@@ -200,25 +200,25 @@ def retrieval(image_features, text_features, owner):
 HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --caption-keys names others
 
 
+def captions_of(shards, i):
+    """Held-out pair i -> what is under the first key that has a caption: of shards.caption_keys, or of HELD_OUT_KEYS if
+    none were given. Raises Refused, with the pair's name, if its json cannot be read, or has no caption."""
+    keys = shards.caption_keys or HELD_OUT_KEYS
+    try:
+        record = shards.record(i)
+    except Unreadable as error:
+        tar = shards.paths[shards.index[i, 0]]
+        raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect {tar}') from None
+    for key in keys:
+        if has_caption(record.get(key)):
+            return record[key]
+    raise Refused(f"{shards.name(i)} has no caption under {', '.join(keys)}; name others with --caption-keys")
+
+
 def shard_captions(shards):
     """Held-out shards -> all captions, not split into sentences, and owner (captions,): the pair that each belongs to.
-
-    A pair's captions are under the first key that has any: of shards.caption_keys, or of HELD_OUT_KEYS if none were
-    given. Raises Refused, with the pair's name, if its json cannot be read, or has no caption, or one that is not text.
-    """
-    keys = shards.caption_keys or HELD_OUT_KEYS
-    captions_of_pairs = []
-    for i in range(len(shards)):
-        try:
-            record = shards.record(i)
-        except Unreadable as error:
-            tar = shards.paths[shards.index[i, 0]]
-            raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect {tar}') from None
-        present = [key for key in keys if has_caption(record.get(key))]
-        if not present:
-            raise Refused(f"{shards.name(i)} has no caption under {', '.join(keys)}; name others with --caption-keys")
-        captions_of_pairs.append(record[present[0]])
-    return with_owners(captions_of_pairs, shards.name)
+    Raises Refused, as captions_of does, and also for a caption that is not text."""
+    return with_owners([captions_of(shards, i) for i in range(len(shards))], shards.name)
 
 
 def check_held_out(shards, workers=0):
