@@ -8,7 +8,7 @@
 
 The default of --preset is tiny for the built-in set; with --data it is vit-b-16 on a GPU, photo elsewhere. To continue
 a run that stopped, give the same command with --resume. A run leaves in --out: last.pt (the checkpoint),
-log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (which process is using the
+log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (it keeps other runs out of the
 folder). With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val) and val.npy (their
 index); with extras/ also report.html (the run as a page) and maps.npz (what that page shows besides the log).
 
