@@ -21,6 +21,7 @@ import torch
 import train
 from cosmos import COSMOS, GLOBALS, Config, Teacher, clip_loss, cosmos_loss
 from data import cut_to_longest
+from extras.weights import openclip_config
 from plumbing.errors import command, need
 from plumbing.options import Parser
 from plumbing.processes import DTYPES
@@ -89,23 +90,13 @@ class Released:
         self.optimizer = torch.optim.AdamW(groups, RATE, (0.9, 0.98), weight_decay=DECAY)
 
     def copy(self, model):
-        """A released model with our weights and sizes. The sizes of ViT-B/16 are known to the released code itself."""
+        """A released model with our weights and sizes, which replace those of ViT-B/16."""
         from open_clip import create_model
-        config = model.config
         flags = {'output_all': True, 'attentional_pool': True}
-        sizes = {}
-        if config != Config():
-            vision = {
-                'image_size': config.image_size, 'patch_size': config.patch_size,
-                'width': config.vision_width, 'layers': config.vision_layers,
-                'head_width': config.vision_width // config.vision_heads}
-            text = {
-                'context_length': config.context_length, 'vocab_size': config.vocab_size,
-                'width': config.text_width, 'layers': config.text_layers, 'heads': config.text_heads}
-            sizes['embed_dim'] = config.embed_dim
-            sizes['vision_cfg'] = vision | flags
-            sizes['text_cfg'] = text | flags
-        released = create_model('ViT-B-16', output_dict=True, cosmos=True, **flags, **sizes)
+        sizes = openclip_config(model.config)
+        sizes['vision_cfg'] |= flags
+        sizes['text_cfg'] |= flags
+        released = create_model('ViT-B-16', output_dict=True, cosmos=True, **sizes)
         released.load_state_dict(to_openclip(model.state_dict()))
         return released
 
