@@ -12,7 +12,6 @@ import math
 import platform
 import statistics
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -173,26 +172,11 @@ def compare(found, expected, allowed):
     return agree
 
 
-def record(found, path):
-    """Writes the numbers that test_cosmos.py holds, in its form."""
-    losses = [found['L_CLIP'], found['L_COSMOS']]
-    norms = [found['gradients'][name].norm() for name in sorted(found['gradients'])]
-    h_I = found['h_I'][0, 0, :6]
-    h_T = found['h_T'][0, 0, :6]
-    with open(path, 'w') as file:
-        for name, values in {'LOSSES': losses, 'H_I': h_I, 'H_T': h_T, 'NORMS': norms}.items():
-            digits = ', '.join(f'{value:.7g}' for value in values)
-            line = f'RELEASED_{name} = [{digits}]'
-            print(textwrap.fill(line, 120, subsequent_indent='    '), file=file)
-
-
-def check(preset, path=None):
-    """Whether both sides compute the same. path: where to record the released numbers."""
+def check(preset):
+    """Whether both sides compute the same."""
     inputs = wavy_inputs(*COMPARED[preset])
     ours = Ours(COMPARED[preset][0])
     expected = step_by_step(Released(ours), *inputs)
-    if path:
-        record(expected, path)
     return compare(step_by_step(ours, *inputs, expected['gradients']), expected, ALLOWED[preset])
 
 
@@ -229,13 +213,11 @@ def main():
     parser.add_argument('clone', metavar='CLONE', help='a checkout of the released code')
     parser.add_argument('--preset', choices=list(TIMED), default='small', help='(default: %(default)s)')
     parser.add_argument('--precision', choices=['fp32', 'bf16'], default='fp32', help='of the timed steps')
-    parser.add_argument('--record', metavar='FILE', help="write test_cosmos.py's numbers into FILE")
     args = parser.parse_args()
     source = Path(args.clone, 'src')
     need((source / 'open_clip').is_dir(), f'{source} has no open_clip; give a checkout of ExplainableML/cosmos')
-    need(args.preset == 'small' or not args.record, f'--record needs --preset small, not {args.preset}')
     sys.path.insert(0, str(source))
-    if not check(args.preset, args.record):
+    if not check(args.preset):
         sys.exit('the numbers differ')
     _, pairs, *_ = TIMED[args.preset]
     print(f'\n{args.preset}, {pairs} pairs, {args.precision}, torch {torch.__version__}, '
