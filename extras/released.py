@@ -9,7 +9,6 @@ Both sides get the same weights, images and captions. Their numbers are compared
 take training steps in turns, and the exit status is 0. OMP_NUM_THREADS sets the number of threads.
 """
 import math
-import platform
 import statistics
 import sys
 import time
@@ -200,14 +199,6 @@ def race(preset, precision):
     print(f'ratio      {statistics.median(ratios):.2f}, in single turns {min(ratios):.2f} to {max(ratios):.2f}')
 
 
-def processor():
-    """Its name, if this system tells it."""
-    cpuinfo = Path('/proc/cpuinfo')
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(': ')[2] for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main():
     parser = Parser(prog='python -m extras.released', epilog=__doc__, usage='%(prog)s CLONE [options]')
     parser.add_argument('clone', metavar='CLONE', help='a checkout of the released code')
@@ -221,7 +212,7 @@ def main():
         sys.exit('the numbers differ')
     _, pairs, *_ = TIMED[args.preset]
     print(f'\n{args.preset}, {pairs} pairs, {args.precision}, torch {torch.__version__}, '
-          f'{torch.get_num_threads()} thread(s), {processor()}')
+          f'{torch.get_num_threads()} thread(s)')
     race(args.preset, args.precision)
 
 
