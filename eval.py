@@ -225,12 +225,8 @@ def check_held_out(shards, workers=0):
     """Read every caption and decode every image of held-out shards, so that a broken one is found now, and not in the
     middle of a run. Raises Refused or Unreadable, with the name of the pair."""
     shard_captions(shards)
-    # train.py saves the index of held-out shards only after this check. So shards that were opened with a saved index
-    # have passed it.
-    were_decoded = shards.is_mapped
-    if not were_decoded:
-        for _ in batches(Images(shards, size_of), workers, 'trying held-out images'):
-            pass
+    for _ in batches(Images(shards, size_of), workers, 'trying held-out images'):
+        pass
 
 
 def size_of(image):         # read_image has decoded it; its size is little for the worker to send back

@@ -8,9 +8,9 @@
 
 The default of --preset is tiny for the built-in set; with --data it is vit-b-16 on a GPU, photo elsewhere. To continue
 a run that stopped, give the same command with --resume. A run leaves in --out: last.pt (the checkpoint),
-log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (it keeps other runs out of the
-folder). With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val) and val.npy (their
-index); with extras/ also report.html (the run as a page) and maps.npz (what that page shows besides the log).
+log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (it keeps other runs out).
+With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val); with extras/ also
+report.html (the run as a page) and maps.npz (what that page shows besides the log).
 
 On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6: `main` is the
 loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5 set up, log, save and evaluate;
@@ -336,7 +336,6 @@ def open_shards(options, processes, saved, built_in_set):
     """-> training shards, and held-out shards. The latter are None on ranks other than 0, and everywhere if nothing is
     held out. Also fills in the options that depend on the data or on the checkpoint, and checks them."""
     index = f'{options.out}/index.npy'
-    val_index = f'{options.out}/val.npy'
     choose_data(options, built_in_set)
     # a pool's keys may be None, which means CAPTION_KEYS.
     keys = options.caption_keys or POOL_KEYS[options.caption_pool]
@@ -352,13 +351,11 @@ def open_shards(options, processes, saved, built_in_set):
 
     val = None
     if options.val:
-        val = Shards(options.val, options.caption_keys, 'val', val_index)   # --caption-pool is for training
+        val = Shards(options.val, options.caption_keys, 'val')      # --caption-pool is for training
         evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
     # Nothing is written to --out before this line. The other ranks will memory-map the index.
     runs.lock(options.out)
     shards.save(index)
-    if val:
-        val.save(val_index)
     return shards, val
 
 
