@@ -37,7 +37,8 @@ def openclip_config(c):
               'layers': c.vision_layers, 'head_width': c.vision_width // c.vision_heads}
     text = {'context_length': c.context_length, 'vocab_size': c.vocab_size, 'width': c.text_width,
             'layers': c.text_layers, 'heads': c.text_heads}
-    return {'embed_dim': c.embed_dim, 'vision_cfg': vision, 'text_cfg': text, 'quick_gelu': c.quick_gelu}
+    return {'embed_dim': c.embed_dim, 'vision_cfg': vision, 'text_cfg': text,
+            'quick_gelu': c.quick_gelu}
 
 
 def export(checkpoint, out):
