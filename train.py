@@ -553,7 +553,7 @@ def print_plan(run, val):
     shards = run.train_set.shards
     size = sum(p.numel() for p in run.student.parameters())
     print(f'run        {options.method}, {size:,} parameters, into {run.folder}')
-    print(f'           steps {run.step} to {options.steps}, each of {options.batch} of {len(shards):,} pairs')
+    print(f'           steps {run.step} to {options.steps}, each with {options.batch} of {len(shards):,} pairs')
     print(f'           on {run.processes.world} x {run.processes.device.type} in {run.dtype or torch.float32}')
     counts = run.train_set.counts
     runs.print_notes(shards, val, counts.global_texts + counts.local_texts)
