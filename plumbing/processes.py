@@ -63,7 +63,8 @@ class Processes:
         """Numbers or scalar tensors, each summed over all processes -> list of floats."""
         # nccl adds on the GPU. All else adds on the CPU, because mps has no doubles.
         device = self.device if self.device.type == 'cuda' else 'cpu'
-        total = torch.tensor([float(value) for value in values], dtype=torch.double, device=device)
+        numbers = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
+        total = torch.tensor(numbers, dtype=torch.double, device=device)
         if self.world > 1:
             dist.all_reduce(total)
         return total.tolist()
