@@ -12,14 +12,9 @@ is none), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with G
 other CLIPs. We evaluate the teacher, which has the averaged weights, unless there is none or you give --weights
 student. Features are float32 vectors of unit length, and a score is the dot product of two of them.
 
-Parts 3 to 5 are the protocols. You can skip part 6, the command line. The marks (`ours`, ...) are those of cosmos.py.
+To compare with published figures, see docs/questions.md and docs/data.md.
 
-To compare with published figures:
-    retrieval       --coco (COCO's val2017) or --flickr (the released list of Flickr30K)
-    ImageNet        --templates open_clip: CLIP's 80 prompts instead of our six, and open_clip's names of the classes
-    segmentation    --benchmark and --templates open_clip
-    other sets      --templates FILE with the prompts of the released dataloaders/templates.json, which are not here.
-                    Caltech101 and SUN397 still differ: released on a random subset, here on all images
+Parts 3 to 5 are the protocols. You can skip part 6, the command line. The marks (`ours`, ...) are those of cosmos.py.
 """
 import math
 from collections.abc import Callable
@@ -205,37 +200,33 @@ def retrieval(image_features, text_features, owner):
 HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --caption-keys names others
 
 
+def captions_of(shards, i):
+    """Held-out pair i -> what is under the first key that has a caption: of shards.caption_keys, or of HELD_OUT_KEYS if
+    none were given. Raises Refused, with the pair's name, if its json cannot be read, or has no caption."""
+    keys = shards.caption_keys or HELD_OUT_KEYS
+    try:
+        record = shards.record(i)
+    except Unreadable as error:
+        tar = shards.paths[shards.index[i, 0]]
+        raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect {tar}') from None
+    for key in keys:
+        if has_caption(record.get(key)):
+            return record[key]
+    raise Refused(f"{shards.name(i)} has no caption under {', '.join(keys)}; name others with --caption-keys")
+
+
 def shard_captions(shards):
     """Held-out shards -> all captions, not split into sentences, and owner (captions,): the pair that each belongs to.
-
-    A pair's captions are under the first key that has any: of shards.caption_keys, or of HELD_OUT_KEYS if none were
-    given. Raises Refused, with the pair's name, if its json cannot be read, or has no caption, or one that is not text.
-    """
-    keys = shards.caption_keys or HELD_OUT_KEYS
-    captions_of_pairs = []
-    for i in range(len(shards)):
-        try:
-            record = shards.record(i)
-        except Unreadable as error:
-            tar = shards.paths[shards.index[i, 0]]
-            raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect {tar}') from None
-        present = [key for key in keys if has_caption(record.get(key))]
-        if not present:
-            raise Refused(f"{shards.name(i)} has no caption under {', '.join(keys)}; name others with --caption-keys")
-        captions_of_pairs.append(record[present[0]])
-    return with_owners(captions_of_pairs, shards.name)
+    Raises Refused, as captions_of does, and also for a caption that is not text."""
+    return with_owners([captions_of(shards, i) for i in range(len(shards))], shards.name)
 
 
 def check_held_out(shards, workers=0):
     """Read every caption and decode every image of held-out shards, so that a broken one is found now, and not in the
     middle of a run. Raises Refused or Unreadable, with the name of the pair."""
     shard_captions(shards)
-    # train.py saves the index of held-out shards only after this check. So shards that were opened with a saved index
-    # have passed it.
-    were_decoded = shards.is_mapped
-    if not were_decoded:
-        for _ in batches(Images(shards, size_of), workers, 'trying held-out images'):
-            pass
+    for _ in batches(Images(shards, size_of), workers, 'trying held-out images'):
+        pass
 
 
 def size_of(image):         # read_image has decoded it; its size is little for the worker to send back

@@ -3,9 +3,9 @@
     pytest test_cosmos.py           this file
     pytest                          all tests: also those of data, training, evaluation, plumbing, course and extras
 
-Part 1 compares with the released code. Some of its numbers stand at the end of this file, as written by `python -m
-extras.released CLONE --record FILE`. Others are in the folder that COSMOS_SHARED names (by default ../shared); without
-it, the tests that need them are skipped. Parts 2-6 come in the order of cosmos.py.
+Part 1 compares with the released code. Some of its numbers stand at the end of this file: what the released code gives
+for the weights and inputs of tests/formula.py. Others are in the folder that COSMOS_SHARED names (by default
+../shared); without it, the tests that need them are skipped. Parts 2-6 come in the order of cosmos.py.
 """
 import math
 import re

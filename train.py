@@ -8,9 +8,9 @@
 
 The default of --preset is tiny for the built-in set; with --data it is vit-b-16 on a GPU, photo elsewhere. To continue
 a run that stopped, give the same command with --resume. A run leaves in --out: last.pt (the checkpoint),
-log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (which process is using the
-folder). With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val) and val.npy (their
-index); with extras/ also report.html (the run as a page) and maps.npz (what that page shows besides the log).
+log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (it keeps other runs out).
+With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val); with extras/ also
+report.html (the run as a page) and maps.npz (what that page shows besides the log).
 
 On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6: `main` is the
 loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5 set up, log, save and evaluate;
@@ -336,7 +336,6 @@ def open_shards(options, processes, saved, built_in_set):
     """-> training shards, and held-out shards. The latter are None on ranks other than 0, and everywhere if nothing is
     held out. Also fills in the options that depend on the data or on the checkpoint, and checks them."""
     index = f'{options.out}/index.npy'
-    val_index = f'{options.out}/val.npy'
     choose_data(options, built_in_set)
     # a pool's keys may be None, which means CAPTION_KEYS.
     keys = options.caption_keys or POOL_KEYS[options.caption_pool]
@@ -352,13 +351,11 @@ def open_shards(options, processes, saved, built_in_set):
 
     val = None
     if options.val:
-        val = Shards(options.val, options.caption_keys, 'val', val_index)   # --caption-pool is for training
+        val = Shards(options.val, options.caption_keys, 'val')      # --caption-pool is for training
         evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
     # Nothing is written to --out before this line. The other ranks will memory-map the index.
     runs.lock(options.out)
     shards.save(index)
-    if val:
-        val.save(val_index)
     return shards, val
 
 
@@ -420,10 +417,7 @@ def make_run(options, processes, train_set, weights, batches):
     student = COSMOS(train_set.config).to(device)
     if weights:             # they may lack cross-attention, or have it although this model does not
         missing = student.load_state_dict(weights, strict=False).missing_keys
-        fresh = dict.fromkeys(      # each module once, in order
-            name.partition('.')[0] for name in missing)
-        rest = f"; these start fresh: {', '.join(fresh)}" if fresh else ''
-        print(f'init       {options.init}{rest}')
+        print(f'init       {options.init}; {len(missing)} tensors that it lacks start fresh')
     for tower in student.visual, student.text:
         tower.transformer.grad_checkpointing = options.grad_checkpoint
     teacher = Teacher(student) if METHODS[options.method].has_teacher else None
@@ -494,7 +488,7 @@ def log_entry(run, progress):
         'chance': math.log(options.batch),      # what guessing costs in each part of the loss
         'weights': {name: weight for name, (weight, _) in done.parts.items()},
         'accuracy': (nearest == torch.arange(len(nearest))).double().mean().item(),
-        'spread': images.std(dim=0, correction=0).norm().item(),        # from 0, all images alike, to 1
+        'spread': images.std(dim=0, correction=0).norm().item(),  # from 0, all images alike, to 1
         'grad_norm': done.norm.item(),
         'scale': run.student.logit_scale.exp().item(),
         'pairs_per_s': progress.steps * options.batch / progress.seconds,
@@ -507,7 +501,7 @@ def log_entry(run, progress):
         'memory_GB': peak_memory(run.processes.device)}
     if done.cls_t is not None:
         cls = done.out.cls[0]                                           # (B, D)
-        means['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)        # of student and teacher, view 0
+        means['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)  # of student and teacher, view 0
     for name, (_, term) in done.parts.items():
         means[name] = term
     for name, total in zip(means, run.processes.sum(means.values())):
@@ -558,13 +552,9 @@ def print_plan(run, val):
     options = run.options
     shards = run.train_set.shards
     size = sum(p.numel() for p in run.student.parameters())
-    passes = options.steps * options.batch / len(shards)
-    sizes = f'the sizes of {options.init}' if options.init else options.preset
-    print(f'run        {options.method}, {sizes}, {size:,} parameters, into {run.folder}')
-    print(f'           steps {run.step} to {options.steps} of {options.batch} pairs, {passes:.1f} passes over '
-          f'{len(shards):,} pairs')
-    print(f'           on {run.processes.world} x {run.processes.device.type} in {run.dtype or torch.float32}, '
-          f'{torch.get_num_threads()} threads and {options.workers} loaders each')
+    print(f'run        {options.method}, {size:,} parameters, into {run.folder}')
+    print(f'           steps {run.step} to {options.steps}, each with {options.batch} of {len(shards):,} pairs')
+    print(f'           on {run.processes.world} x {run.processes.device.type} in {run.dtype or torch.float32}')
     counts = run.train_set.counts
     runs.print_notes(shards, val, counts.global_texts + counts.local_texts)
 
@@ -684,7 +674,7 @@ def main(argv=None, watchers=(), built_in_set=None):
                 save(run)
                 processes.end_all(failure)
 
-    if due.evaluate:                # a signal ends the loop without an evaluation, so all steps are done
+    if due.evaluate:                                    # else a signal has ended the loop
         finish(run, figures, watchers)
         processes.leave(0)
     print(f'stopped    step {run.step} is saved; to go on, give the same command with --resume --out {run.folder}')

@@ -139,11 +139,8 @@ def measure_loader(shards, preset):
 # --- 3. A plan, without a GPU ----------------------------------------------------------------------------------------
 
 PLAN = """Torch runs a step on its `meta` device, whose tensors have shapes but no numbers, and we
-count. The other options are those of train.py, with the defaults --preset vit-b-16 --precision bf16.
-
-GFLOP counts matrix products, forward and backward, but not those of the losses, which are 0.1 % at
-a batch of 1,024. Hours leave out loading, evaluation and checkpoints. GB is what stays during a
-whole step. It leaves out short-lived buffers, fragmentation, and what CUDA and nccl take."""
+count what docs/scaling.md says. The other options are those of train.py, with the defaults
+--preset vit-b-16 --precision bf16."""
 
 
 class HalfOnGPU(TorchFunctionMode):

@@ -9,10 +9,8 @@ Both sides get the same weights, images and captions. Their numbers are compared
 take training steps in turns, and the exit status is 0. OMP_NUM_THREADS sets the number of threads.
 """
 import math
-import platform
 import statistics
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import torch
 import train
 from cosmos import COSMOS, GLOBALS, Config, Teacher, clip_loss, cosmos_loss
 from data import cut_to_longest
+from extras.weights import openclip_config
 from plumbing.errors import command, need
 from plumbing.options import Parser
 from plumbing.processes import DTYPES
@@ -89,23 +88,13 @@ class Released:
         self.optimizer = torch.optim.AdamW(groups, RATE, (0.9, 0.98), weight_decay=DECAY)
 
     def copy(self, model):
-        """A released model with our weights and sizes. The sizes of ViT-B/16 are known to the released code itself."""
+        """A released model with our weights and sizes, which replace those of ViT-B/16."""
         from open_clip import create_model
-        config = model.config
         flags = {'output_all': True, 'attentional_pool': True}
-        sizes = {}
-        if config != Config():
-            vision = {
-                'image_size': config.image_size, 'patch_size': config.patch_size,
-                'width': config.vision_width, 'layers': config.vision_layers,
-                'head_width': config.vision_width // config.vision_heads}
-            text = {
-                'context_length': config.context_length, 'vocab_size': config.vocab_size,
-                'width': config.text_width, 'layers': config.text_layers, 'heads': config.text_heads}
-            sizes['embed_dim'] = config.embed_dim
-            sizes['vision_cfg'] = vision | flags
-            sizes['text_cfg'] = text | flags
-        released = create_model('ViT-B-16', output_dict=True, cosmos=True, **flags, **sizes)
+        sizes = openclip_config(model.config)
+        sizes['vision_cfg'] |= flags
+        sizes['text_cfg'] |= flags
+        released = create_model('ViT-B-16', output_dict=True, cosmos=True, **sizes)
         released.load_state_dict(to_openclip(model.state_dict()))
         return released
 
@@ -182,26 +171,11 @@ def compare(found, expected, allowed):
     return agree
 
 
-def record(found, path):
-    """Writes the numbers that test_cosmos.py holds, in its form."""
-    losses = [found['L_CLIP'], found['L_COSMOS']]
-    norms = [found['gradients'][name].norm() for name in sorted(found['gradients'])]
-    h_I = found['h_I'][0, 0, :6]
-    h_T = found['h_T'][0, 0, :6]
-    with open(path, 'w') as file:
-        for name, values in {'LOSSES': losses, 'H_I': h_I, 'H_T': h_T, 'NORMS': norms}.items():
-            digits = ', '.join(f'{value:.7g}' for value in values)
-            line = f'RELEASED_{name} = [{digits}]'
-            print(textwrap.fill(line, 120, subsequent_indent='    '), file=file)
-
-
-def check(preset, path=None):
-    """Whether both sides compute the same. path: where to record the released numbers."""
+def check(preset):
+    """Whether both sides compute the same."""
     inputs = wavy_inputs(*COMPARED[preset])
     ours = Ours(COMPARED[preset][0])
     expected = step_by_step(Released(ours), *inputs)
-    if path:
-        record(expected, path)
     return compare(step_by_step(ours, *inputs, expected['gradients']), expected, ALLOWED[preset])
 
 
@@ -225,30 +199,20 @@ def race(preset, precision):
     print(f'ratio      {statistics.median(ratios):.2f}, in single turns {min(ratios):.2f} to {max(ratios):.2f}')
 
 
-def processor():
-    """Its name, if this system tells it."""
-    cpuinfo = Path('/proc/cpuinfo')
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(': ')[2] for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main():
     parser = Parser(prog='python -m extras.released', epilog=__doc__, usage='%(prog)s CLONE [options]')
     parser.add_argument('clone', metavar='CLONE', help='a checkout of the released code')
     parser.add_argument('--preset', choices=list(TIMED), default='small', help='(default: %(default)s)')
     parser.add_argument('--precision', choices=['fp32', 'bf16'], default='fp32', help='of the timed steps')
-    parser.add_argument('--record', metavar='FILE', help="write test_cosmos.py's numbers into FILE")
     args = parser.parse_args()
     source = Path(args.clone, 'src')
     need((source / 'open_clip').is_dir(), f'{source} has no open_clip; give a checkout of ExplainableML/cosmos')
-    need(args.preset == 'small' or not args.record, f'--record needs --preset small, not {args.preset}')
     sys.path.insert(0, str(source))
-    if not check(args.preset, args.record):
+    if not check(args.preset):
         sys.exit('the numbers differ')
     _, pairs, *_ = TIMED[args.preset]
     print(f'\n{args.preset}, {pairs} pairs, {args.precision}, torch {torch.__version__}, '
-          f'{torch.get_num_threads()} thread(s), {processor()}')
+          f'{torch.get_num_threads()} thread(s)')
     race(args.preset, args.precision)
 
 

@@ -32,12 +32,12 @@ from torchvision.transforms.v2.functional import to_pil_image
 import cosmos
 from cosmos import COSMOS, GLOBALS, CrossAttention, Gathered, Teacher, match, nce, unit
 from data import normalize, text_crops
-from eval import HELD_OUT_KEYS, encode_dense, preprocessing, shard_image
+from eval import captions_of, encode_dense, preprocessing, shard_image
 from plumbing.colours import OPERATIONS, changes_of, recolour
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import read_json, read_lines, replacing
 from plumbing.images import read_image
-from plumbing.lists import has_caption, with_owners
+from plumbing.lists import with_owners
 from plumbing.options import Parser
 
 PAIRS = 16              # how many pairs the step shows, from all over the training set
@@ -168,14 +168,6 @@ def names_in(record):
     return [[thing['name'], *thing['absent']] for thing in drawn]
 
 
-def captions_of(shards, record):
-    """The captions of a record as evaluation takes them, see eval.shard_captions."""
-    keys = shards.caption_keys or HELD_OUT_KEYS
-    present = [record[key] for key in keys if has_caption(record.get(key))]
-    captions, _ = with_owners(present[:1], str)
-    return captions
-
-
 def texts_about(i, pools, record):
     """Yields (kind, text, of), the texts that the explorer has for image i. pools: the captions of each image.
 
@@ -272,13 +264,15 @@ class Report:
         {}, because it adds no figures to eval.json."""
         self.keep_step(run)
         preprocess = preprocessing(run.model.config.image_size)
-        records = [val.record(i) for i in range(min(SHOWN, len(val)))]
-        pools = [captions_of(val, record) for record in records]
+        pools = []                      # the captions of each image, without blank ones
+        for i in range(min(SHOWN, len(val))):
+            captions, _ = with_owners([captions_of(val, i)], str)
+            pools.append(captions)
         images = []
         found = []
-        for i, record in enumerate(records):
+        for i in range(len(pools)):
             image = shard_image(val, i)
-            texts = list(texts_about(i, pools, record))
+            texts = list(texts_about(i, pools, val.record(i)))
             images.append({
                 'image': picture(ImageOps.fit(image, (SIDE, SIDE))),      # as the model sees it
                 'texts': texts})

@@ -31,26 +31,30 @@ CLIP_VOCABULARY = 49408
 OPENCLIP_HAS = 'visual.', 'text.', 'logit_scale'
 
 
-def export(checkpoint, out):
-    """Write the towers and the scale of the teacher (of the student if there is no teacher) under open_clip's names,
-    and next to them open_clip's model config. It has no place for cross-attention, so that is left out."""
-    path = Path(out)
-    layout = path.with_suffix('.json')
-    need(not path.exists() and not layout.exists(), f'{path} or {layout} exists; name another file')
-    model, _, _ = load(checkpoint)
-    c = model.config
+def openclip_config(c):
+    """Our Config -> open_clip's model config, which has no place for cross-attention."""
     vision = {'image_size': c.image_size, 'patch_size': c.patch_size, 'width': c.vision_width,
               'layers': c.vision_layers, 'head_width': c.vision_width // c.vision_heads}
     text = {'context_length': c.context_length, 'vocab_size': c.vocab_size, 'width': c.text_width,
             'layers': c.text_layers, 'heads': c.text_heads}
-    write_json(layout, {'embed_dim': c.embed_dim, 'vision_cfg': vision, 'text_cfg': text,
-                        'quick_gelu': c.quick_gelu})
+    return {'embed_dim': c.embed_dim, 'vision_cfg': vision, 'text_cfg': text,
+            'quick_gelu': c.quick_gelu}
+
+
+def export(checkpoint, out):
+    """Write the towers and the scale of the teacher (of the student if there is no teacher) under open_clip's names,
+    and next to them open_clip's model config. Cross-attention is left out."""
+    path = Path(out)
+    layout = path.with_suffix('.json')
+    need(not path.exists() and not layout.exists(), f'{path} or {layout} exists; name another file')
+    model, _, _ = load(checkpoint)
+    write_json(layout, openclip_config(model.config))
     state = model.state_dict()
     towers = {name: state[name] for name in state if name.startswith(OPENCLIP_HAS)}
     save_tensors(path, to_openclip(towers))
     print(f"open_clip.add_model_config('{layout}')\n"
           f"model = open_clip.create_model('{path.stem}', pretrained='{path}')")
-    if c.vocab_size != CLIP_VOCABULARY:
+    if model.config.vocab_size != CLIP_VOCABULARY:
         print('# The merges were learned, so open_clip has no tokenizer for them; '
               'use the one that eval.load gives.')
 
@@ -137,12 +141,8 @@ def fetch(name):
             raise Refused(f'{address} cannot be fetched ({error}); get the file elsewhere') from None
     checksum = hashlib.sha256()
     with open(path, 'rb') as file:
-        start = file.peek(200).lstrip().lower()
         while piece := file.read(1 << 20):
             checksum.update(piece)
-    if start.startswith((b'<!doctype', b'<html')):
-        path.unlink()
-        raise Refused(f'{address} gave a web page instead of weights; get the file elsewhere')
     print(f'{path.stat().st_size:,} bytes, SHA-256 {checksum.hexdigest()}', file=sys.stderr)
     print(path)                             # alone on standard output, for $(...)
 

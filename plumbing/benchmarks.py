@@ -10,7 +10,7 @@ import torchvision
 
 from plumbing.errors import Refused, need
 from plumbing.files import read_lines, reading
-from plumbing.images import images_in, read_image
+from plumbing.images import images_in, open_image, pillow_errors, read_image
 
 # --- 1. Classification: sets of labelled images, names of classes, prompts -------------------------------------------
 
@@ -162,8 +162,8 @@ IGNORE = 255                            # pixels of a mask that have this value 
 
 def read_mask(path, classes, reduce_zero_label):
     """A PNG of class numbers, grey or palette -> (h, w) int64; unscored pixels are IGNORE."""
-    # For a palette image these are the numbers, not the colours.
-    values = np.array(read_image(path, as_stored=True), np.int64)
+    with pillow_errors(path):
+        values = np.array(open_image(path), np.int64)       # of a palette image the numbers, not the colours
     label = values[values != IGNORE].max(initial=0)
     most = classes if reduce_zero_label else classes - 1
     need(label <= most,

@@ -36,12 +36,12 @@ def open_image(source):
     return image
 
 
-def read_image(source, as_stored=False):
+def read_image(source):
     """A path, an open file, encoded bytes or a Pillow image -> RGB image, turned as EXIF says. Unreadable if it is
-    broken. as_stored: the values stay as they are, because those of a mask are class numbers."""
+    broken."""
     name = source if isinstance(source, (str, Path)) else 'its image'
     image, turn, _ = read_header(source, name)
-    return pixels(image, turn, name, as_stored)
+    return pixels(image, turn, name)
 
 
 def read_header(source, name='its image'):
@@ -73,16 +73,14 @@ def decode(image, turn, at_most=1):
     return TF.pil_to_tensor(pixels(image, turn, 'its image'))
 
 
-def pixels(image, turn, name, as_stored=False):
+def pixels(image, turn, name):
     """An image of read_header -> RGB image, turned, and without the EXIF that would turn it again."""
     with pillow_errors(name):
         image.load()
-        if not as_stored:
-            image = eight_bits(image).convert('RGB')    # a copy: its info is cleared below
+        image = eight_bits(image).convert('RGB')        # a copy: its info is cleared below
         if turn is not None:            # FLIP_LEFT_RIGHT is 0
             image = image.transpose(turn)
-    if not as_stored:
-        image.info = {}
+    image.info = {}
     return image
 
 

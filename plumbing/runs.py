@@ -2,7 +2,6 @@
 every random number is a function of the seed and of either the step or the epoch and the pair."""
 import json
 import os
-import socket
 import subprocess
 import time
 from contextlib import contextmanager, suppress
@@ -29,24 +28,18 @@ def lock(folder):
     path = Path(folder, 'lock')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, 'a+')
+        file = open(path, 'w')
     except OSError as error:
         raise Refused(f'{path} cannot be written ({error}); give another --out') from None
     try:
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.seek(0)
-        holder = file.read()
-        raise Refused(f'{folder} is in use by {holder}; wait until it has ended, or give another --out') from None
+        raise Refused(f'{folder} is in use by another run; wait until it has ended, or give another --out') from None
     except (OSError, ImportError) as error:             # ImportError: Windows has no fcntl
         warn(f'{path}: no locks here ({error}), so do not start a second job in this folder')
         return
     LOCKS.append(file)
-    file.truncate(0)
-    job = os.environ.get('SLURM_JOB_ID', 'none')
-    file.write(f'process {os.getpid()} on {socket.gethostname()}, Slurm job {job}')
-    file.flush()
     for torn in path.parent.glob('*.partial'):
         torn.unlink()
 

@@ -31,16 +31,14 @@ def clone(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_equal_numbers_are_recorded_and_timed(clone, capsys):
-    """oracle: the numbers that test_cosmos.py holds."""
-    path = clone / 'numbers.py'
-    assert run(released, clone, '--record', path, '--precision', 'bf16') is None
+def test_equal_numbers_are_timed(clone, capsys):
+    """oracle: the exit status; by hand, how many rows the table has; our losses, those of test_cosmos.py."""
+    assert run(released, clone, '--precision', 'bf16') is None
     printed = capsys.readouterr().out
     assert printed.count(' yes\n') == 11 and 'ratio' in printed
-    recorded = {}
-    exec(path.read_text(), recorded)
-    for name in 'RELEASED_LOSSES', 'RELEASED_H_I', 'RELEASED_H_T', 'RELEASED_NORMS':
-        assert recorded[name] == pytest.approx(getattr(test_cosmos, name), rel=1e-5, abs=1e-6), name
+    found = released.backward(released.Ours(SMALL), *wavy_inputs())
+    losses = [found['L_CLIP'].item(), found['L_COSMOS'].item()]
+    assert losses == pytest.approx(test_cosmos.RELEASED_LOSSES, rel=1e-5)
 
 
 @pytest.mark.parametrize('name', released.NUMBERS)
@@ -64,4 +62,3 @@ def test_one_wrong_tensor_of_many_is_found(capsys, what, factor):
 def test_what_cannot_be_compared_is_refused(clone):
     """oracle: the sentences."""
     assert 'has no open_clip' in run(released, clone / 'src')
-    assert '--record needs --preset small' in run(released, clone, '--record', 'x.py', '--preset', 'vit-b-16')

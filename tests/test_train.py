@@ -551,7 +551,7 @@ def test_log_entry_by_hand(started, tmp_path):
 def test_a_run_leaves_everything(whole, dogs, tmp_path):
     """oracle: the files and the log's fields, written out; values by arithmetic; eval.py's score of the teacher."""
     assert contents(whole).keys() == {
-        'last.pt', 'best.pt', 'log.jsonl', 'config.json', 'index.npy', 'val.npy', 'eval.json', 'lock'}
+        'last.pt', 'best.pt', 'log.jsonl', 'config.json', 'index.npy', 'eval.json', 'lock'}
     line = (whole / 'log.jsonl').read_text().splitlines()[1]
     first = json.loads(line)
     names = ('step loss clip h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t weights chance accuracy spread lr momentum scale '
@@ -612,8 +612,8 @@ def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
 
 
 def test_two_jobs_in_one_folder(monkeypatch, capsys, fit, tmp_path):
-    """oracle: the refusal, which names the process. After a kill the next one gets in, and removes a torn save. A line
-    says that a file system has no locks."""
+    """oracle: the refusal. After a kill the next one gets in, and removes a torn save. A line says that a file system
+    has no locks."""
     out = tmp_path / 'out'
     torn = out / 'last.pt.0123.partial'
 
@@ -622,12 +622,11 @@ def test_two_jobs_in_one_folder(monkeypatch, capsys, fit, tmp_path):
         put(torn)
         time.sleep(60)
 
-    monkeypatch.setenv('SLURM_JOB_ID', '4711')
     holder = get_context('fork').Process(target=hold)
     holder.start()
     while not torn.exists():
         assert holder.is_alive()
-    assert f'out is in use by process {holder.pid} on {socket.gethostname()}, Slurm job 4711; ' in fit(out)
+    assert 'out is in use by another run; ' in fit(out)
     assert contents(out).keys() == {'lock', torn.name}
     holder.kill()
     holder.join()
@@ -744,9 +743,8 @@ def test_resume_is_exact(monkeypatch, capsys, fit, whole, tmp_path, function, at
     same_run(whole, tmp_path, whole_log=function == 'train_step')
 
 
-def test_held_out_images_are_tried_once(monkeypatch, fit, started, tmp_path):
-    """oracle: how often images are decoded: once for all starts in a folder, by a worker, and again after the shard was
-    written anew. Broken pixels are refused before a folder is made."""
+def test_held_out_images_are_tried(monkeypatch, fit, started, tmp_path):
+    """oracle: how often images are decoded: each once, by a worker. Broken pixels are refused before a folder is made."""
     path = dog_tar(tmp_path / 'val.tar', 9)
     good = path.read_bytes()
     pixels = good.rindex(b'IDAT') + 4                   # those of the last image
@@ -764,11 +762,9 @@ def test_held_out_images_are_tried_once(monkeypatch, fit, started, tmp_path):
         return decode(shards, i)
 
     monkeypatch.setattr(evaluation, 'shard_image', noted)
-    for mtime, times in (1, 9), (1, 9), (2, 18):
-        os.utime(path, (mtime, mtime))
-        started(out, '--val', path, '--workers', 1)
-        processes = tried.read_text().split()
-        assert len(processes) == times and str(os.getpid()) not in processes
+    started(out, '--val', path, '--workers', 1)
+    processes = tried.read_text().split()
+    assert len(processes) == 9 and str(os.getpid()) not in processes
 
 
 def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_path):
@@ -809,24 +805,22 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     moved = shutil.copytree(dogs, tmp_path / 'moved', copy_function=shutil.copyfile)    # its files have other times
     assert fit(out, '--resume', '--data', moved) == 0
     assert 'headers are read again' in capsys.readouterr().out
-    for name in 'index.npy', 'val.npy':
-        shutil.copy(whole / name, out)
+    shutil.copy(whole / 'index.npy', out)
     refusal = f'error: {out} holds a run; give --resume to go on from its last.pt, or another --out'
     assert fit(out, '--steps', 2) == refusal
     assert contents(out) == contents(whole)
 
 
 def test_init(fit, started, tmp_path, capsys):
-    """oracle: the weights of the file; cross-attention, which it lacks, is that of a fresh model. The plan names the
-    file, and says that text crops repeat the only sentence of these pairs."""
+    """oracle: the weights of the file; cross-attention, which it lacks, is that of a fresh model. The plan says that text
+    crops repeat the only sentence of these pairs."""
     note = 'pairs have one sentence (60 of the first 60), so text crops repeat it'
     assert fit(tmp_path / 'clip', '--method', 'clip') == 0
     assert note not in capsys.readouterr().out          # clip takes one caption
     path = tmp_path / 'clip/last.pt'
     begun = started(tmp_path / 'begun', '--init', path, '--batch', 60)  # all pairs
     train.print_plan(begun, None)
-    plan = capsys.readouterr().out
-    assert f'run        cosmos, the sizes of {path}, ' in plan and note in plan
+    assert note in capsys.readouterr().out
     weights = evaluation.load(path)[0].state_dict()
     torch.manual_seed(0)
     expected = COSMOS(begun.train_set.config).state_dict() | weights
