@@ -40,7 +40,7 @@ from typing import NamedTuple
 import train
 from cosmos import COSMOS, Output, Teacher, cosmos_terms, unit
 from eval import show
-from plumbing.errors import command, need
+from plumbing.errors import command, need, warn
 from plumbing.files import read_json, replacing
 from plumbing.options import Parser
 from plumbing.weights import Origin
@@ -453,9 +453,15 @@ def read_results():
 
 
 def add_result(row):
-    """Add a row, unless the run has one. It may bring new columns, so the file is written anew, whole or not at all."""
+    """Add a row. If the run has one, only columns that it lacks are filled, and a warning names figures that differ. There
+    may be new columns, so the file is written anew, whole or not at all."""
     rows = read_results()
-    rows.setdefault((row['run'], row['seed']), row)
+    old = rows.setdefault((row['run'], int(row['seed'])), {})
+    for column, value in row.items():
+        if not old.get(column):
+            old[column] = value
+        elif old[column] != str(value) and column not in ('seconds', 'commit', 'machine'):
+            warn(f'{column} stays {old[column]}, although it is now {value}: seed {row["seed"]} of {row["run"]}')
     columns = {}
     for each in rows.values():
         columns |= each
@@ -466,12 +472,19 @@ def add_result(row):
 
 
 def missing_runs(experiment):
-    """-> [(seed, name of a variant)] of the runs that have no row, sorted by seed, so that all variants get their first
-    seed first."""
-    done = read_results()
+    """-> [(seed, name of a variant)] of the runs that have no row, or one that lacks a column that is compared. Sorted
+    by seed, so that all variants get their first seed first."""
+    needed = {name: {'run'} for name in EXPERIMENTS[experiment]}        # columns
+    for pair, columns in family(experiment):
+        for name, _ in signed(pair):
+            needed[name].update(column for column, _ in signed(columns))
+    rows = read_results()
     missing = []
     for name, variant in EXPERIMENTS[experiment].items():
-        missing += [(seed, name) for seed in variant.seeds if (variant.key(), seed) not in done]
+        for seed in variant.seeds:
+            row = rows.get((variant.key(), seed), {})
+            if not all(row.get(column) for column in needed[name]):
+                missing.append((seed, name))
     return sorted(missing, key=lambda wanted: wanted[0])
 
 

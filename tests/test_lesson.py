@@ -615,13 +615,24 @@ def course(sandbox, monkeypatch):
     experiments.RESULTS.write_text('run,seed\n')
 
 
-def test_missing_runs(course, monkeypatch):
-    """oracle: by hand. Seeds one after another, variants in their order; what has a row is left out, in whichever
-    experiment it was made."""
-    variants = {'b': Variant('clip', 4, 2, 1, seeds=range(7, 9)), 'a': Variant('cosmos', 4, 2, 1, seeds=range(7, 8))}
+def test_missing_runs(course, monkeypatch, capsys):
+    """oracle: by hand. Seeds one after another, variants in their order. A run is left out if its row has all that is
+    compared, in whichever experiment it was made. What a row lacks is filled in; what it has stays, and a figure that
+    differs is named, but no time."""
+    variants = {'b': Variant('clip', 4, 2, 1, seeds=range(7, 9)), 'a': Variant('cosmos', 4, 2, 1, seeds=range(7, 8)),
+                'c': Variant('cosmos', 4, 2, 2, seeds=range(7, 8))}
     monkeypatch.setitem(experiments.EXPERIMENTS, 'one', variants)
-    experiments.add_result({'run': variants['b'].key(), 'seed': 7})
+    monkeypatch.setattr(experiments, 'COMPARISONS', {'one': {'y~z': 'a~b'}})
+    old = {'run': variants['b'].key(), 'seed': 7, 'seconds': 1, 'x': 0.5, 'y': 0.25}
+    experiments.add_result(old)
+    experiments.add_result({'run': variants['c'].key(), 'seed': 7})
+    assert experiments.missing_runs('one') == [(7, 'b'), (7, 'a'), (8, 'b')]
+    experiments.add_result(old | {'seconds': 2, 'x': 0.75, 'y': 0.25, 'z': 0.5})
     assert experiments.missing_runs('one') == [(7, 'a'), (8, 'b')]
+    row, _ = experiments.read_results().values()
+    assert row == {**old, 'seed': '7', 'seconds': '1', 'x': '0.5', 'y': '0.25', 'z': '0.5'}
+    [warning] = capsys.readouterr().err.splitlines()
+    assert 'x stays 0.5, although it is now 0.75: seed 7 of lesson.scenes' in warning
 
 
 def test_a_process_is_timed():
@@ -799,7 +810,7 @@ def test_check(course, monkeypatch):
             (f'1,{second}', '1,x', 'one has runs of several origins', False, False),
             (f'{first},m,.5', f'{first},n,.5', 'one has runs of several origins', False, False),
             (f'{first},m,.5', f'{first},n,.5', None, True, False),
-            ('m,.25', 'm,', 'one lacks runs or figures (1 first)', False, False),
+            ('m,.25', 'm,', "one lacks runs or figures ((1, 'clip') first)", False, False),
             (f'1,{second}', f'7,{second}', "one lacks runs or figures ((1, 'clip') first)", True, False),
             (f'1,{second}', f'7,{second}', None, False, True)):
         monkeypatch.setattr(plots, 'ANY_MACHINE', ['one'] if may_mix else [])
