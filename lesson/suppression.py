@@ -16,8 +16,8 @@ the peak on the object (`own_it`), on another one (`own_other`), or on the groun
 colours, we ask for an absent name of each: is the peak on an object of that colour (`asked`), or of the other?
 
 handed: what does C^I hand over? We ask it for one name, and take its answer alone, without adding the question.
-`cosine`: how alike are two answers about one scene, to two different names (`names`)? As a control, to two random
-queries (`random`)? And how alike are two answers to one name, about two different scenes (`scenes`)?
+`cosine`: how alike are two answers about one scene, to two different names (`names`)? And two answers to one name,
+about two different scenes (`scenes`)?
 
 conflict: give C^I the sentence of one pair and the image of another. Which of 32 images, as the teacher sees them, does
 h_T pick? See section 5.
@@ -174,7 +174,7 @@ def mean_cosine(vectors):
 
 @torch.no_grad()
 def handed(args, scored, shards, scenes):
-    """-> {cosine: {names, random, scenes}}; see the head of this file. Only names that scenes have are asked for."""
+    """-> {cosine: {names, scenes}}; see the head of this file. Only names that scenes have are asked for."""
     model, tokenizer, preprocess = scored
     device = model.logit_scale.device
     patches = []
@@ -184,17 +184,14 @@ def handed(args, scored, shards, scenes):
     listed = {thing.name for thing in sum(scenes, [])}
     questions = [question(name) for name in NAMES if name in listed]
     queries, _ = model.encode_text(tokenizer(questions).to(device))     # (m, D)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(queries.shape, generator=generator).to(device)
     answers = []
-    for query in torch.cat([queries, noise * queries.std()]):
+    for query in queries:
         answer = model.image_cross(query.expand(1, len(patches), -1), patches)      # (1, n, D)
         answers.append(unit(answer[0]))
-    to_names, to_random = torch.stack(answers, dim=1).chunk(2, dim=1)   # (n, m, D) each
+    answers = torch.stack(answers, dim=1)                               # (n, m, D)
     return {'handed': {'cosine': {
-        'names': mean_cosine(to_names),
-        'random': mean_cosine(to_random),
-        'scenes': mean_cosine(to_names.transpose(0, 1))}}}
+        'names': mean_cosine(answers),
+        'scenes': mean_cosine(answers.transpose(0, 1))}}}
 
 
 # --- 5. Conflict: the sentence of one pair, the image of another -----------------------------------------------------
