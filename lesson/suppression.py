@@ -174,24 +174,22 @@ def mean_cosine(vectors):
 
 @torch.no_grad()
 def handed(args, scored, shards, scenes):
-    """-> {cosine: {names, scenes}}; see the head of this file. Only names that scenes have are asked for."""
+    """-> {cosine: {names, scenes}}; see the head of this file."""
     model, tokenizer, preprocess = scored
     device = model.logit_scale.device
     patches = []
     for pixels in DataLoader(Images(shards, preprocess), 100):
         patches.append(model.encode_image(pixels.to(device))[1])
     patches = torch.cat(patches)                                        # (n, P, D)
-    listed = {thing.name for thing in sum(scenes, [])}
-    questions = [question(name) for name in NAMES if name in listed]
-    queries, _ = model.encode_text(tokenizer(questions).to(device))     # (m, D)
+    questions = tokenizer(list(map(question, NAMES)))
+    queries, _ = model.encode_text(questions.to(device))                # (K, D)
     answers = []
     for query in queries:
         answer = model.image_cross(query.expand(1, len(patches), -1), patches)      # (1, n, D)
         answers.append(unit(answer[0]))
-    answers = torch.stack(answers, dim=1)                               # (n, m, D)
-    return {'handed': {'cosine': {
-        'names': mean_cosine(answers),
-        'scenes': mean_cosine(answers.transpose(0, 1))}}}
+    of_scenes = torch.stack(answers, dim=1)                             # (n, K, D)
+    of_names = of_scenes.transpose(0, 1)
+    return {'handed': {'cosine': {'names': mean_cosine(of_scenes), 'scenes': mean_cosine(of_names)}}}
 
 
 # --- 5. Conflict: the sentence of one pair, the image of another -----------------------------------------------------
