@@ -51,27 +51,29 @@ from plumbing.shards import Shards
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
 
-# Sets of another kind, or of an earlier version, lack some of these.
-LISTED = {'name', 'role', 'centre', 'absent'}
+def lists_objects(record):
+    """Does the json of a pair list objects as those of this version of lesson.scenes do? Other sets may have anything
+    under this key."""
+    objects = record.get('objects')
+    if not isinstance(objects, list) or not objects or not isinstance(objects[0], dict):
+        return False
+    return {'name', 'role', 'centre', 'absent'} <= set(objects[0])
 
 
 def read_scenes(shards):
-    """-> [[object, ...], ...], a list for each scene. Objects that lack a key of LISTED are left out.
+    """-> [[object, ...], ...], a list for each scene; [] if the first pair of a set does not list objects.
 
     The attributes of an object are what its json lists, its color and shape, its pair, and its number in the mask.
     """
     scenes = []
+    if not lists_objects(shards.record(0)):
+        return scenes
     for pair in range(len(shards)):
         scene = []
-        objects = shards.record(pair).get('objects')
-        if not isinstance(objects, list):               # other sets may have anything under this key
-            objects = []
-        for listed in objects:
-            if isinstance(listed, dict) and LISTED <= set(listed):
-                color, shape = listed['name'].split()
-                number = len(scene) + 1
-                more = {'color': color, 'shape': shape, 'pair': pair, 'number': number}
-                scene.append(SimpleNamespace(**listed, **more))
+        for number, listed in enumerate(shards.record(pair)['objects'], 1):
+            color, shape = listed['name'].split()
+            more = {'color': color, 'shape': shape, 'pair': pair, 'number': number}
+            scene.append(SimpleNamespace(**listed, **more))
         scenes.append(scene)
     return scenes
 
@@ -264,7 +266,7 @@ def conflict(args, scored, shards, scenes):
 
     The student of args.checkpoint reads, whatever --weights says, and its teacher gives the targets; if the file holds
     one network, it does both. h_T_caption and h_I have the first caption of each image. The sentence of h_T names an
-    object of the scene, each in turn from scene to scene. If a scene lists none, it is the caption's first sentence.
+    object of the scene, each in turn from scene to scene. In other sets it is the caption's first sentence.
     """
     student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab)
     teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)
@@ -276,10 +278,10 @@ def conflict(args, scored, shards, scenes):
     for caption, image in zip(*shard_captions(shards)):
         firsts.setdefault(int(image), caption)
     captions = list(firsts.values())
-    questions = [(sentences(caption) or [caption])[0] for caption in captions]
-    for pair, scene in enumerate(scenes):
-        if scene:
-            questions[pair] = question(scene[pair % len(scene)].name)
+    if scenes:
+        questions = [question(scene[pair % len(scene)].name) for pair, scene in enumerate(scenes)]
+    else:
+        questions = [(sentences(caption) or [caption])[0] for caption in captions]
     size = min(GROUP, len(captions))
     need(size > 1, 'there is one pair; conflict needs two or more')
     found = []                                          # of each group
@@ -436,12 +438,9 @@ def measure_minor(args, model, tokenizer, preprocess):
 # --- 7. During training, and the command -----------------------------------------------------------------------------
 
 def scene_figures(model, tokenizer, image_features, shards):
-    """The figures of held-out scenes, which train.py writes to eval.json; {} if the set lists no objects, or none with
-    all keys of LISTED."""
-    if not shards.record(0).get('objects'):             # reading all records takes a while
-        return {}
+    """The figures of held-out scenes, which train.py writes to eval.json; {} if the set lists no objects."""
     scenes = read_scenes(shards)
-    if not any(scenes):
+    if not scenes:
         return {}
     return named(name_scores(model, tokenizer, image_features), scenes)
 
@@ -472,7 +471,7 @@ def measure(args, *scored):
     possible = list(MEASURES)
     if not scored[0].has_cross_attention:
         possible = ['objects']
-    if not any(scenes):
+    if not scenes:
         possible = [name for name in possible if name == 'conflict']
     need(possible, f'{args.shards} lists no objects with centres and absent names, and {args.checkpoint} has no '
          'cross-attention, so there is nothing to measure; draw a set by python -m lesson.scenes')

@@ -362,10 +362,11 @@ def test_who_answers_what():
     assert list(shares) == ['own', 'sentence', 'read', 'alone']
 
 
-def test_conflict_is_what_the_model_computes(model, val, monkeypatch):
+@pytest.mark.parametrize('lists_objects', [True, False])
+def test_conflict_is_what_the_model_computes(model, val, monkeypatch, lists_objects):
     """oracle: COSMOS.forward of pairs that do not belong together. Of three groups of eight two count; the teacher has
-    other weights. The sentence of h_T names the objects of the scenes in turn; in scene 0, whose objects are not
-    listed, it is the caption's first."""
+    other weights. The sentence of h_T names the objects of the scenes in turn; of other sets, it is the caption's
+    first."""
     network, tokenizer, preprocess = model
     teacher = COSMOS(network.config).eval()
     network.origin, teacher.origin = 'student', 'teacher'
@@ -378,8 +379,9 @@ def test_conflict_is_what_the_model_computes(model, val, monkeypatch):
     captions = [val.record(i)['captions'][0] for i in range(24)]
     listed = read_scenes(val)
     questions = [f'there is a {scene[i % 3].name}' for i, scene in enumerate(listed)]
-    questions[0] = captions[0].split('. ')[0]
-    listed[0] = []
+    if not lists_objects:
+        listed = []
+        questions = [caption.split('. ')[0] for caption in captions]
     figures = suppression.conflict(arguments(), model, val, listed)['conflict']
     images = [preprocess(shard_image(val, i)) for i in range(16)]
     itself = torch.arange(8)
@@ -460,7 +462,7 @@ def test_other_sets(model, tmp_path, monkeypatch):
     clip = COSMOS(replace(model[0].config, cross_heads=0))
     refused('lists no objects with centres .*; draw a set', suppression.measure, args, clip, *model[1:])
     monkeypatch.setitem(suppression.MEASURES, 'conflict', lambda *given: {'conflict': given[-1]})
-    assert suppression.measure(args, *model) == {'conflict': [[]]}
+    assert suppression.measure(args, *model) == {'conflict': []}
     args.only = 'pointing'
     refused('--only pointing cannot .*; these can: conflict ', suppression.measure, args, *model)
 
