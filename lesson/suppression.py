@@ -270,8 +270,6 @@ def conflict(args, scored, shards, scenes):
     """
     student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab)
     teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)
-    if student.origin == teacher.origin:
-        print(f'conflict   there is one network, the {student.origin}, so it also gives the targets')
     student.to(args.device)
     teacher.to(args.device)
     firsts = {}                                         # {image: its first caption}
@@ -473,12 +471,12 @@ def measure(args, *scored):
         possible = ['objects']
     if not scenes:
         possible = [name for name in possible if name == 'conflict']
-    need(possible, f'{args.shards} lists no objects with centres and absent names, and {args.checkpoint} has no '
-         'cross-attention, so there is nothing to measure; draw a set by python -m lesson.scenes')
-    need(args.only in (None, *possible), f'--only {args.only} cannot be measured with this checkpoint and this set; '
-         f"these can: {', '.join(possible)} (minor: with --karpathy)")
+    wanted = [args.only] if args.only else possible
+    need(wanted and set(wanted) <= set(possible),
+         f'with {args.checkpoint} and {args.shards} one can measure {possible}; the rest needs cross-attention, a set '
+         'drawn by python -m lesson.scenes or, for minor, --karpathy')
     figures = {}
-    for name in [args.only] if args.only else possible:
+    for name in wanted:
         print(f'measuring  {name}')
         figures |= MEASURES[name](args, scored, shards, scenes)
     return figures
