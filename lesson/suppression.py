@@ -368,24 +368,22 @@ def share_below(scores, positive, negatives):
 
 
 def matched(scores, suggested, said, counts):
-    """share_below of the scores and of the contexts, averaged over the photographs that mention a noun so many times
-    -> {auc, context}; {} for fewer than FEWEST photographs. suggested, said (n,): how strongly each context suggests
-    the noun, and how many captions mention it."""
+    """-> share_below, averaged over the photographs that mention a noun so many times; None for fewer than FEWEST.
+    suggested, said (n,): how strongly each context suggests the noun, and how many captions mention it."""
     positives = [place for place, count in enumerate(said) if count in counts]
     if len(positives) < FEWEST:
-        return {}
+        return None
     without = torch.tensor([place for place, count in enumerate(said) if count == 0])
-    shares = {'auc': [], 'context': []}
+    shares = []
     for positive in positives:
         gaps = (suggested[without] - suggested[positive]).abs()
         nearest = without[gaps.argsort(stable=True)[:NEAREST]]
-        shares['auc'].append(share_below(scores, positive, nearest))
-        shares['context'].append(share_below(suggested, positive, nearest))
-    return {name: fmean(found) for name, found in shares.items()}
+        shares.append(share_below(scores, positive, nearest))
+    return fmean(shares)
 
 
 def minor(cosines, photographs):
-    """-> {minor, dominant: {auc, context, nouns (how many)}}. cosines (n, nouns): of the test photographs and the
+    """-> {minor, dominant: {auc, nouns (how many)}}. cosines (n, nouns): of the test photographs and the
     nouns. photographs: {'train', 'test': for each photograph the sets of words of its captions}."""
     contexts = {split: list(map(context_of, each)) for split, each in photographs.items()}
     found = defaultdict(list)
@@ -399,15 +397,13 @@ def minor(cosines, photographs):
             suggested.append(sum(odds.get(word, 0.0) for word in words))
         said = [mentions(photograph, forms) for photograph in photographs['test']]
         for kind, counts in KINDS.items():
-            shares = matched(scores, torch.tensor(suggested, dtype=torch.double), said, counts)
-            if shares:
-                found[kind].append(shares)
+            auc = matched(scores, torch.tensor(suggested, dtype=torch.double), said, counts)
+            if auc is not None:
+                found[kind].append(auc)
     figures = {}
     for kind in KINDS:
         need(found[kind], f'no noun of lesson.suppression is {kind} in {FEWEST} test photographs or more')
-        figures[kind] = {'nouns': len(found[kind])}
-        for name in 'auc', 'context':
-            figures[kind][name] = fmean(shares[name] for shares in found[kind])
+        figures[kind] = {'auc': fmean(found[kind]), 'nouns': len(found[kind])}
     return figures
 
 

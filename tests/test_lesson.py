@@ -413,7 +413,7 @@ def test_minor_by_hand(tmp_path, monkeypatch):
     """oracle: by hand. In training a park goes with a dog, the sea with none, so each raises or lowers the log odds by
     ln 2. Photograph 0 mentions the dog once, 4 four times (`dogs`); both have the context `park`, for a dog is no
     context of itself. Of the others the parks 1 and 2 are nearest, not the sea, whose cosine is the highest. Photograph
-    0 is above one of them and ties with the other: (1 + 1/2) / 2; the context ties with both. 4 is below both."""
+    0 is above one of them and ties with the other: (1 + 1/2) / 2. 4 is below both."""
     park, sea = ['In a park.'] * 3, ['The sea!'] * 3
     photographs = [
         photograph('train', *['A dog in a park'] * 3), photograph('train', *sea), photograph('val', 'A dog by the sea'),
@@ -434,8 +434,7 @@ def test_minor_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(suppression, 'embed_images', embed_images)
     args = arguments(karpathy=listing, images=tmp_path, only='minor')
     figures = suppression.measure(args, None, None, None)
-    assert figures == {'minor': {
-        'minor': {'auc': 0.75, 'context': 0.5, 'nouns': 1}, 'dominant': {'auc': 0, 'context': 0.5, 'nouns': 1}}}
+    assert figures == {'minor': {'minor': {'auc': 0.75, 'nouns': 1}, 'dominant': {'auc': 0, 'nouns': 1}}}
     assert paths == [tmp_path / each['filename'] for each in photographs[3:]]
     cosines.fill_(0.3)                                  # a collapsed model
     assert suppression.measure(args, None, None, None)['minor']['minor']['auc'] == 0.5
