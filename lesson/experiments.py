@@ -10,17 +10,12 @@ it, so after an interruption just give the command again. A run takes one thread
 runs/lesson.
 
 On drawn scenes each seed draws training scenes of its own; the held-out scenes are always the same. After the last
-step the moving average of the weights is scored, for CLIP, too. On photographs (Flickr8k is not part of this
-repository; docs/own-data.md says where to get it) all runs train on the same 6,000, and the teacher is scored, if there
-is one, on 1,000 test photographs: at the step that is best on 1,000 validation photographs, and at the last (`last`).
-No rate and no step is chosen on the test photographs.
+step the moving average of the weights is scored, for CLIP, too. On photographs (docs/own-data.md says where to get
+Flickr8k) all runs train on the same 6,000. The teacher, or the only network, is scored on 1,000 test photographs: at
+the step that is best on 1,000 validation photographs, and at the last (`last`).
 
 Old rows of drawn scenes: `seconds` is the wall time of training alone, elsewhere the processor time of the whole
 command; no-cross-attention padded caption 0, which the command now cuts, so it differs in the last bits.
-
-To add an experiment of your own, give your method a row in ON_SCENES or ON_PHOTOGRAPHS, your runs an entry in
-EXPERIMENTS, and what is to be compared an entry in COMPARISONS. Take seeds from 20 to 99, because the others have rows
-that come from other machines, and an experiment must not mix machines.
 """
 import csv
 import json
@@ -84,16 +79,12 @@ ADDED = {
 
 
 def train_added(words):
-    """train.py with these methods, too. Afterwards its module is as it was."""
-    before = train.METHODS, train.COSMOS, train.Teacher
-    try:
-        train.METHODS = train.METHODS | {name: row for name, (row, _, _) in ADDED.items()}
-        method = train.read_options(words).method
-        if method in ADDED:
-            _, train.COSMOS, train.Teacher = ADDED[method]
-        train.main(words)
-    finally:
-        train.METHODS, train.COSMOS, train.Teacher = before
+    """train.py with these methods, too. NB: it changes the module for the rest of this process."""
+    train.METHODS = train.METHODS | {name: row for name, (row, _, _) in ADDED.items()}
+    method = train.read_options(words).method
+    if method in ADDED:
+        _, train.COSMOS, train.Teacher = ADDED[method]
+    train.main(words)
 
 
 # --- 2. The experiments ----------------------------------------------------------------------------------------------
