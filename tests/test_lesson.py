@@ -795,9 +795,6 @@ def test_check(course, monkeypatch):
     assert run(plots) is None
     monkeypatch.setattr(plots, 'OPEN', ['one'])
     assert 'one has all its runs; take it off OPEN' in run(plots, '--check')
-    path, *_ = picture.PICTURES
-    put(path, Path(path).read_text().replace('eot_t', 'eot'))
-    assert f'{path} is not what lesson/picture.py draws; run python -m lesson.plots' in run(plots, '--check')
 
 
 def test_the_picture_of_a_step():
