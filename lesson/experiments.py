@@ -159,23 +159,21 @@ PAIRS = {'clip': 500, 'no-cross-attention': 1000}
 LONGER = {'clip': 5796, 'no-cross-attention': 3450, 'across': 3000, 'another-pair': 3000, 'cosmos': 3000}
 
 
-def race(table, methods, seeds=FIVE, steps={}, rates={}, **how):
-    """A variant for each method of a table. steps, rates: {method: if they are not those of the table}."""
+def race(table, methods, seeds=FIVE, steps={}, **how):
+    """A variant for each method of a table. steps: {method: if they are not those of the table}."""
     variants = {}
     for name in methods.split():
         usual = table[name]
-        variants[name] = usual._replace(steps=steps.get(name, usual.steps), rate=rates.get(name, usual.rate),
-                                        seeds=seeds, **how)
+        variants[name] = usual._replace(steps=steps.get(name, usual.steps), seeds=seeds, **how)
     return variants
 
 
 def tune(table, tried, steps={}, seeds=range(100, 101), **how):
     """Which learning rate is best? tried: {method: rates}. These seeds, but for 0, are used for nothing else."""
     variants = {}
-    for name, rates in tried.items():
-        for rate in map(float, rates.split()):
-            found = race(table, name, seeds, steps, {name: rate}, is_scored=False, **how)
-            variants[f'{name}-{rate:g}'] = found[name]
+    for name, usual in race(table, ' '.join(tried), seeds, steps, is_scored=False, **how).items():
+        for rate in map(float, tried[name].split()):
+            variants[f'{name}-{rate:g}'] = usual._replace(rate=rate)
     return variants
 
 
