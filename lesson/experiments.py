@@ -442,8 +442,8 @@ def read_results():
 
 
 def add_result(row):
-    """Add a row. If the run has one, only columns that it lacks are filled, and a warning names figures that differ. There
-    may be new columns, so the file is written anew, whole or not at all."""
+    """Add a row. If the run has one, only the columns that it lacks are filled, and a figure that differs is a warning.
+    There may be new columns, so the file is written anew, whole or not at all."""
     rows = read_results()
     old = rows.setdefault((row['run'], int(row['seed'])), {})
     for column, value in row.items():
@@ -464,9 +464,9 @@ def missing_runs(experiment):
     """-> [(seed, name of a variant)] of the runs that have no row, or one that lacks a column that is compared. Sorted
     by seed, so that all variants get their first seed first."""
     needed = {name: {'run'} for name in EXPERIMENTS[experiment]}        # columns
-    for pair, columns in family(experiment):
+    for pair, compared in family(experiment):
         for name, _ in signed(pair):
-            needed[name].update(column for column, _ in signed(columns))
+            needed[name].update(column for column, _ in signed(compared))
     rows = read_results()
     missing = []
     for name, variant in EXPERIMENTS[experiment].items():
@@ -491,7 +491,7 @@ def main():
         wanted = [(seed, name) for name, variant in variants.items() for seed in variant.seeds]
     else:
         wanted = missing_runs(args.experiment)
-        print(f'{len(wanted)} runs have no row in {RESULTS}')
+        print(f'{len(wanted)} runs have no row in {RESULTS}, or not all of it')
     data = {}                           # {folder: the words that make it}
     for seed, name in wanted:
         for world in (variants[name].world, *variants[name].tested):
