@@ -178,7 +178,7 @@ def tune(table, tried, steps={}, seeds=range(100, 101), **how):
 
 
 def company():
-    """Page 2: trained and tested with a small object alone, beside an equal, beside a big one; and tested alone."""
+    """Page 2: trained and tested with a small object alone, beside an equal, beside a big one; then tested alone."""
     variants = {}
     for world in 'alone', 'equal', 'big':
         runs = race(ON_SCENES, 'clip cosmos', world=world, tested=('alone',))
