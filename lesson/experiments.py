@@ -10,17 +10,12 @@ it, so after an interruption just give the command again. A run takes one thread
 runs/lesson.
 
 On drawn scenes each seed draws training scenes of its own; the held-out scenes are always the same. After the last
-step the moving average of the weights is scored, for CLIP, too. On photographs (Flickr8k is not part of this
-repository; docs/own-data.md says where to get it) all runs train on the same 6,000, and the teacher is scored, if there
-is one, on 1,000 test photographs: at the step that is best on 1,000 validation photographs, and at the last (`last`).
-No rate and no step is chosen on the test photographs.
+step the moving average of the weights is scored, for CLIP, too. On photographs (docs/own-data.md says where to get
+Flickr8k) all runs train on the same 6,000. The teacher, or the only network, is scored on 1,000 test photographs: at
+the step that is best on 1,000 validation photographs, and at the last (`last`).
 
 Old rows of drawn scenes: `seconds` is the wall time of training alone, elsewhere the processor time of the whole
 command; no-cross-attention padded caption 0, which the command now cuts, so it differs in the last bits.
-
-To add an experiment of your own, give your method a row in ON_SCENES or ON_PHOTOGRAPHS, your runs an entry in
-EXPERIMENTS, and what is to be compared an entry in COMPARISONS. Take seeds from 20 to 99, because the others have rows
-that come from other machines, and an experiment must not mix machines.
 """
 import csv
 import json
@@ -40,7 +35,7 @@ from typing import NamedTuple
 import train
 from cosmos import COSMOS, Output, Teacher, cosmos_terms, unit
 from eval import show
-from plumbing.errors import command, need
+from plumbing.errors import command, need, warn
 from plumbing.files import read_json, replacing
 from plumbing.options import Parser
 from plumbing.weights import Origin
@@ -84,16 +79,12 @@ ADDED = {
 
 
 def train_added(words):
-    """train.py with these methods, too. Afterwards its module is as it was."""
-    before = train.METHODS, train.COSMOS, train.Teacher
-    try:
-        train.METHODS = train.METHODS | {name: row for name, (row, _, _) in ADDED.items()}
-        method = train.read_options(words).method
-        if method in ADDED:
-            _, train.COSMOS, train.Teacher = ADDED[method]
-        train.main(words)
-    finally:
-        train.METHODS, train.COSMOS, train.Teacher = before
+    """train.py with these methods, too. NB: it changes the module for the rest of this process."""
+    train.METHODS = train.METHODS | {name: row for name, (row, _, _) in ADDED.items()}
+    method = train.read_options(words).method
+    if method in ADDED:
+        _, train.COSMOS, train.Teacher = ADDED[method]
+    train.main(words)
 
 
 # --- 2. The experiments ----------------------------------------------------------------------------------------------
@@ -168,31 +159,29 @@ PAIRS = {'clip': 500, 'no-cross-attention': 1000}
 LONGER = {'clip': 5796, 'no-cross-attention': 3450, 'across': 3000, 'another-pair': 3000, 'cosmos': 3000}
 
 
-def race(table, methods, seeds=FIVE, steps={}, rates={}, **how):
-    """A variant for each method of a table. steps, rates: {method: if they are not those of the table}."""
+def race(table, methods, seeds=FIVE, steps={}, **how):
+    """A variant for each method of a table. steps: {method: if they are not those of the table}."""
     variants = {}
     for name in methods.split():
         usual = table[name]
-        variants[name] = usual._replace(steps=steps.get(name, usual.steps), rate=rates.get(name, usual.rate),
-                                        seeds=seeds, **how)
+        variants[name] = usual._replace(steps=steps.get(name, usual.steps), seeds=seeds, **how)
     return variants
 
 
 def tune(table, tried, steps={}, seeds=range(100, 101), **how):
     """Which learning rate is best? tried: {method: rates}. These seeds, but for 0, are used for nothing else."""
     variants = {}
-    for name, rates in tried.items():
-        for rate in map(float, rates.split()):
-            found = race(table, name, seeds, steps, {name: rate}, is_scored=False, **how)
-            variants[f'{name}-{rate:g}'] = found[name]
+    for name, usual in race(table, ' '.join(tried), seeds, steps, is_scored=False, **how).items():
+        for rate in map(float, tried[name].split()):
+            variants[f'{name}-{rate:g}'] = usual._replace(rate=rate)
     return variants
 
 
 def company():
-    """Page 2: trained and tested with a small object alone, beside an equal, beside a big one."""
+    """Page 2: trained and tested with a small object alone, beside an equal, beside a big one; then tested alone."""
     variants = {}
     for world in 'alone', 'equal', 'big':
-        runs = race(ON_SCENES, 'clip cosmos', world=world, tested=('alone', 'equal', 'big'))
+        runs = race(ON_SCENES, 'clip cosmos', world=world, tested=('alone',))
         variants |= {f'{name}-{world}': variant for name, variant in runs.items()}
     return variants
 
@@ -424,9 +413,8 @@ def flat(figures, prefix=''):
     return row
 
 
-# Runs of these commits have equal rows, so an experiment may mix them. (One exception: since 01e2c63 equal scores tie
-# to the last bit, which moved mean ranks by 0.002 at most, and R@1 of three long runs by one or two captions of 1,000.)
-# A commit that changes no number of a run joins this list once that has been shown, by runs that are made again.
+# Runs of these commits have equal rows, so an experiment may mix them. (Only R@1 of three long runs moved, by one or
+# two captions of 1,000.) A commit that changes no number joins this list once runs that are made again have shown it.
 EQUAL_COMMITS = ('1d83ab1', '7e3ef2a', '01e2c63', 'bd9b7b1', '965bc15', '0a9b1b2')
 CODE = 'cosmos.py data.py eval.py train.py plumbing lesson/scenes.py lesson/suppression.py'
 
@@ -453,9 +441,15 @@ def read_results():
 
 
 def add_result(row):
-    """Add a row, unless the run has one. It may bring new columns, so the file is written anew, whole or not at all."""
+    """Add a row. If the run has one, only the columns that it lacks are filled, and a figure that differs is a warning.
+    There may be new columns, so the file is written anew, whole or not at all."""
     rows = read_results()
-    rows.setdefault((row['run'], row['seed']), row)
+    old = rows.setdefault((row['run'], int(row['seed'])), {})
+    for column, value in row.items():
+        if not old.get(column):
+            old[column] = value
+        elif old[column] != str(value) and column not in ('seconds', 'commit', 'machine'):
+            warn(f'{column} stays {old[column]}, although it is now {value}: seed {row["seed"]} of {row["run"]}')
     columns = {}
     for each in rows.values():
         columns |= each
@@ -466,12 +460,19 @@ def add_result(row):
 
 
 def missing_runs(experiment):
-    """-> [(seed, name of a variant)] of the runs that have no row, sorted by seed, so that all variants get their first
-    seed first."""
-    done = read_results()
+    """-> [(seed, name of a variant)] of the runs that have no row, or one that lacks a column that is compared. Sorted
+    by seed, so that all variants get their first seed first."""
+    needed = {name: {'run'} for name in EXPERIMENTS[experiment]}        # columns
+    for pair, compared in family(experiment):
+        for name, _ in signed(pair):
+            needed[name].update(column for column, _ in signed(compared))
+    rows = read_results()
     missing = []
     for name, variant in EXPERIMENTS[experiment].items():
-        missing += [(seed, name) for seed in variant.seeds if (variant.key(), seed) not in done]
+        for seed in variant.seeds:
+            row = rows.get((variant.key(), seed), {})
+            if not all(row.get(column) for column in needed[name]):
+                missing.append((seed, name))
     return sorted(missing, key=lambda wanted: wanted[0])
 
 
@@ -489,7 +490,7 @@ def main():
         wanted = [(seed, name) for name, variant in variants.items() for seed in variant.seeds]
     else:
         wanted = missing_runs(args.experiment)
-        print(f'{len(wanted)} runs have no row in {RESULTS}')
+        print(f'{len(wanted)} runs have no row in {RESULTS}, or not all of it')
     data = {}                           # {folder: the words that make it}
     for seed, name in wanted:
         for world in (variants[name].world, *variants[name].tested):

@@ -13,7 +13,6 @@ A difference may leave out its ± and, if words say which way it goes, its sign.
 begins with a minus. (a~b)~(c~d) is a difference of differences, and columns can be subtracted, too. What the paper
 reports has the source `paper`, and constants are put in backticks.
 
-
 Shares are written in percent, `seconds` in minutes. Differences are taken within seeds, because all runs of a seed have
 the same training scenes. (All runs on photographs have the same photographs; there the rule is kept, which costs a
 little power.) What is written is their mean, with its 95 % interval (Student's t). All differences of an experiment are
@@ -60,8 +59,6 @@ def parsed(text):
 def values(experiment, name, column):
     """-> {seed: value in its unit}, for the seeds of this experiment; another one may have tuned on others. column: one
     of the rows', or a~b, the difference of two."""
-    need(name in EXPERIMENTS.get(experiment, {}),
-         f'there is no experiment {experiment} with a variant {name}')
     variant = EXPERIMENTS[experiment][name]
     rows = parsed(RESULTS.read_text())
     found = {}
@@ -232,15 +229,12 @@ def right_figure(figure, source):
     """What should stand in the text in place of `figure`."""
     if source == 'paper':
         return figure
-    need(source.count('/') == 2, f'{source} is no source; give experiment/variant/column')
     turned = source.startswith('-')
     experiment, name, column = source.removeprefix('-').split('/')
     if '~' not in name:
         return f'{mean(experiment, name, column):.{DIGITS.get(column, 1)}f}'
     gaps, _ = differences(experiment)
-    need((name, column) in gaps,
-         f'{source} has no rows, or is not among the COMPARISONS of {experiment}')
-    gap, half = gaps[name, column]
+    gap, half = gaps[name, column]      # KeyError: COMPARISONS lack it, or its runs have no rows yet
     if turned:
         gap = -gap
     if figure[0] in '+-':
@@ -487,9 +481,6 @@ def check_pages():
     for name in finished_pictures():
         description = Image.open(PICTURE.format(name)).text.get('Description')
         need(description == digest(), f'the picture {name} was drawn from other rows; {REMEDY}')
-    for path, svg in picture.drawn_steps().items():
-        drawn = picture.without_pixels(Path(path).read_text())
-        need(drawn == picture.without_pixels(svg), f'{path} is not what lesson/picture.py draws; {REMEDY}')
 
 
 def check_runs():
@@ -497,9 +488,6 @@ def check_runs():
     rows = read_results()
     for experiment, variants in EXPERIMENTS.items():
         missing = missing_runs(experiment)
-        for pair, column in family(experiment):
-            for name, _ in signed(pair):
-                missing += sorted(set(variants[name].seeds) - set(values(experiment, name, column)))
         if experiment in OPEN:
             need(missing, f'{experiment} has all its runs; take it off OPEN in lesson/plots.py')
             continue

@@ -88,7 +88,7 @@ SMALL_SIZE = 0.2                                # side of a square of its area, 
 class World:
     """What the scenes of a set have in common. Worlds that differ only in `company` have the same small objects, pixel
     by pixel (in train and val), and in train the same sentences about them."""
-    objects: int = 3                # in a scene, one dominant, the others small; their shapes differ
+    objects: int = 3                # in a scene, 2 or 3: one dominant, the others small; their shapes differ
     dominant_size: float = 0.3      # as SMALL_SIZE, for the dominant object
     company: str = 'big'            # what small objects stand next to: 'big', 'equal' (of their size) or 'none'
     seed: int = 0                   # for the training scenes; the held-out ones are the same for all seeds
@@ -183,7 +183,7 @@ def training_captions(rng, things, shown):
     captions = []
     for number in range(SENTENCES):
         thing = main
-        if small and number < SENTENCES // 2:
+        if number < SENTENCES // 2:
             thing = small[number % len(small)]
         name = thing.name if thing in shown else 'picture'
         captions.append(rng.choice(FORMS).format(name))
@@ -254,8 +254,6 @@ def make_scenes(root, train=4000, val=1000, workers=None, **options):
     world = World(**options)
     root = Path(root)
     need(not (root / 'world.json').exists(), f'{root} holds a set of scenes; give another folder')
-    need(world.company == 'big' or world.objects > 1,
-         f'--company {world.company} needs a small object; give --objects 2 or more')
     with ProcessPoolExecutor(workers) as pool:
         for split, count in ('train', train), ('val', val):
             draw = partial(draw_scene, world, split)
@@ -291,13 +289,12 @@ def built_in_set(root='runs/scenes'):
 
 def main():
     parser = Parser(prog='python -m lesson.scenes', epilog=__doc__)
-    objects = number_type(int, 'a whole number from 1 to 3', 1, 3)
     size = number_type(float, 'a number from 0.05 to 0.5', 0.05, 0.5)
     add = parser.add_argument
     add('root', metavar='DIR')
     add('--train', type=count, default=4000, help='training scenes (%(default)s)')
     add('--val', type=count, default=1000, help='held-out scenes (%(default)s)')
-    add('--objects', type=objects, default=3, help='in a scene (%(default)s)')
+    add('--objects', type=int, choices=(2, 3), default=3, help='in a scene (%(default)s)')
     add('--dominant-size', type=size, default=0.3,
         help="side of a square with the dominant object's area, as a share of the image's side (%(default)s)")
     add('--company', choices=COMPANY, default='big', help='what small objects stand next to (%(default)s)')

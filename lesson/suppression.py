@@ -16,8 +16,8 @@ the peak on the object (`own_it`), on another one (`own_other`), or on the groun
 colours, we ask for an absent name of each: is the peak on an object of that colour (`asked`), or of the other?
 
 handed: what does C^I hand over? We ask it for one name, and take its answer alone, without adding the question.
-`cosine`: how alike are two answers about one scene, to two different names (`names`)? As a control, to two random
-queries (`random`)? And how alike are two answers to one name, about two different scenes (`scenes`)?
+`cosine`: how alike are two answers about one scene, to two different names (`names`)? And two answers to one name,
+about two different scenes (`scenes`)?
 
 conflict: give C^I the sentence of one pair and the image of another. Which of 32 images, as the teacher sees them, does
 h_T pick? See section 5.
@@ -51,27 +51,29 @@ from plumbing.shards import Shards
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
 
-# Sets of another kind, or of an earlier version, lack some of these.
-LISTED = {'name', 'role', 'centre', 'absent'}
+def lists_objects(record):
+    """Does the json of a pair list objects as those of this version of lesson.scenes do? Other sets may have anything
+    under this key."""
+    objects = record.get('objects')
+    if not isinstance(objects, list) or not objects or not isinstance(objects[0], dict):
+        return False
+    return {'name', 'role', 'centre', 'absent'} <= set(objects[0])
 
 
 def read_scenes(shards):
-    """-> [[object, ...], ...], a list for each scene. Objects that lack a key of LISTED are left out.
+    """-> [[object, ...], ...], a list for each scene; [] if the first pair of a set does not list objects.
 
     The attributes of an object are what its json lists, its color and shape, its pair, and its number in the mask.
     """
     scenes = []
+    if not lists_objects(shards.record(0)):
+        return scenes
     for pair in range(len(shards)):
         scene = []
-        objects = shards.record(pair).get('objects')
-        if not isinstance(objects, list):               # other sets may have anything under this key
-            objects = []
-        for listed in objects:
-            if isinstance(listed, dict) and LISTED <= set(listed):
-                color, shape = listed['name'].split()
-                number = len(scene) + 1
-                more = {'color': color, 'shape': shape, 'pair': pair, 'number': number}
-                scene.append(SimpleNamespace(**listed, **more))
+        for number, listed in enumerate(shards.record(pair)['objects'], 1):
+            color, shape = listed['name'].split()
+            more = {'color': color, 'shape': shape, 'pair': pair, 'number': number}
+            scene.append(SimpleNamespace(**listed, **more))
         scenes.append(scene)
     return scenes
 
@@ -174,27 +176,22 @@ def mean_cosine(vectors):
 
 @torch.no_grad()
 def handed(args, scored, shards, scenes):
-    """-> {cosine: {names, random, scenes}}; see the head of this file. Only names that scenes have are asked for."""
+    """-> {cosine: {names, scenes}}; see the head of this file."""
     model, tokenizer, preprocess = scored
     device = model.logit_scale.device
     patches = []
     for pixels in DataLoader(Images(shards, preprocess), 100):
         patches.append(model.encode_image(pixels.to(device))[1])
     patches = torch.cat(patches)                                        # (n, P, D)
-    listed = {thing.name for thing in sum(scenes, [])}
-    questions = [question(name) for name in NAMES if name in listed]
-    queries, _ = model.encode_text(tokenizer(questions).to(device))     # (m, D)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(queries.shape, generator=generator).to(device)
+    questions = tokenizer(list(map(question, NAMES)))
+    queries, _ = model.encode_text(questions.to(device))                # (K, D)
     answers = []
-    for query in torch.cat([queries, noise * queries.std()]):
+    for query in queries:
         answer = model.image_cross(query.expand(1, len(patches), -1), patches)      # (1, n, D)
         answers.append(unit(answer[0]))
-    to_names, to_random = torch.stack(answers, dim=1).chunk(2, dim=1)   # (n, m, D) each
-    return {'handed': {'cosine': {
-        'names': mean_cosine(to_names),
-        'random': mean_cosine(to_random),
-        'scenes': mean_cosine(to_names.transpose(0, 1))}}}
+    of_scenes = torch.stack(answers, dim=1)                             # (n, K, D)
+    of_names = of_scenes.transpose(0, 1)
+    return {'handed': {'cosine': {'names': mean_cosine(of_scenes), 'scenes': mean_cosine(of_names)}}}
 
 
 # --- 5. Conflict: the sentence of one pair, the image of another -----------------------------------------------------
@@ -208,13 +205,8 @@ def handed(args, scored, shards, scenes):
 #     alone       it reads nothing, so eot (h_I: cls) must pick: the most that `sentence` can be expected to reach
 #
 # No figure means much by itself. A model that only copies what it reads reaches 100 % at `own` and `read`, and 0 at
-# `sentence`, whatever it knows about sentences, and even if it has one eot for all of them. A model that reads nothing
-# has `own` and `sentence` equal to `alone`, and `read` nearly 0; with the same towers, so has a model that scales what
-# it has read down to a tenth. So a high `own` proves nothing, and a high `sentence` proves something only if `own` is
-# above `alone`. h_T of `across` was never trained to find cls_t, so its low `read` proves little. And if the
-# neighbour's image shows what the sentence says, picking it is no mistake; with whole captions that is rarer.
-#
-# With fewer than 32 pairs the groups are smaller, and chance is higher.
+# `sentence`, whatever it knows about sentences. A model that hardly uses what it reads has `own` and `sentence` equal
+# to `alone`, and `read` nearly 0. With fewer than 32 pairs the groups are smaller, and chance is higher.
 
 GROUP = 32
 GROUPS = 30             # at most; they have 960 pairs
@@ -269,22 +261,20 @@ def conflict(args, scored, shards, scenes):
 
     The student of args.checkpoint reads, whatever --weights says, and its teacher gives the targets; if the file holds
     one network, it does both. h_T_caption and h_I have the first caption of each image. The sentence of h_T names an
-    object of the scene, each in turn from scene to scene. If a scene lists none, it is the caption's first sentence.
+    object of the scene, each in turn from scene to scene. In other sets it is the caption's first sentence.
     """
     student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab)
     teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)
-    if student.origin == teacher.origin:
-        print(f'conflict   there is one network, the {student.origin}, so it also gives the targets')
     student.to(args.device)
     teacher.to(args.device)
     firsts = {}                                         # {image: its first caption}
     for caption, image in zip(*shard_captions(shards)):
         firsts.setdefault(int(image), caption)
     captions = list(firsts.values())
-    questions = [(sentences(caption) or [caption])[0] for caption in captions]
-    for pair, scene in enumerate(scenes):
-        if scene:
-            questions[pair] = question(scene[pair % len(scene)].name)
+    if scenes:
+        questions = [question(scene[pair % len(scene)].name) for pair, scene in enumerate(scenes)]
+    else:
+        questions = [(sentences(caption) or [caption])[0] for caption in captions]
     size = min(GROUP, len(captions))
     need(size > 1, 'there is one pair; conflict needs two or more')
     found = []                                          # of each group
@@ -309,12 +299,10 @@ def conflict(args, scored, shards, scenes):
 #
 #     auc         the share of these 20 that rank below the photograph (a tie counts half), averaged over the
 #                 photographs of a noun, and then over the nouns with at least 12 such photographs
-#     context     the same for the naive Bayes model in place of cosines: what matching leaves of the scene
 #
-# Cheats on the test photographs of Flickr8k, at minor and at dominant: a collapsed model, or noise, reaches .50; the
-# context itself .543 and .583; how many different words the captions have .567 and .456. Who knows what at least two
-# captions say, but not the noun itself, reaches .694 and .752. So a high figure alone does not prove that the small
-# thing was seen. Compare models that trained on the same photographs.
+# On the test photographs of Flickr8k the context itself still reaches .543 at minor and .583 at dominant, and who knows
+# what at least two captions say, but not the noun itself, .694 and .752. So a high figure alone does not prove that the
+# small thing was seen. Compare models that trained on the same photographs.
 
 # fixed before any figure
 NOUNS = """
@@ -380,24 +368,22 @@ def share_below(scores, positive, negatives):
 
 
 def matched(scores, suggested, said, counts):
-    """share_below of the scores and of the contexts, averaged over the photographs that mention a noun so many times
-    -> {auc, context}; {} for fewer than FEWEST photographs. suggested, said (n,): how strongly each context suggests
-    the noun, and how many captions mention it."""
+    """-> share_below, averaged over the photographs that mention a noun so many times; None for fewer than FEWEST.
+    suggested, said (n,): how strongly each context suggests the noun, and how many captions mention it."""
     positives = [place for place, count in enumerate(said) if count in counts]
     if len(positives) < FEWEST:
-        return {}
+        return None
     without = torch.tensor([place for place, count in enumerate(said) if count == 0])
-    shares = {'auc': [], 'context': []}
+    shares = []
     for positive in positives:
         gaps = (suggested[without] - suggested[positive]).abs()
         nearest = without[gaps.argsort(stable=True)[:NEAREST]]
-        shares['auc'].append(share_below(scores, positive, nearest))
-        shares['context'].append(share_below(suggested, positive, nearest))
-    return {name: fmean(found) for name, found in shares.items()}
+        shares.append(share_below(scores, positive, nearest))
+    return fmean(shares)
 
 
 def minor(cosines, photographs):
-    """-> {minor, dominant: {auc, context, nouns (how many)}}. cosines (n, nouns): of the test photographs and the
+    """-> {minor, dominant: {auc, nouns (how many)}}. cosines (n, nouns): of the test photographs and the
     nouns. photographs: {'train', 'test': for each photograph the sets of words of its captions}."""
     contexts = {split: list(map(context_of, each)) for split, each in photographs.items()}
     found = defaultdict(list)
@@ -411,15 +397,13 @@ def minor(cosines, photographs):
             suggested.append(sum(odds.get(word, 0.0) for word in words))
         said = [mentions(photograph, forms) for photograph in photographs['test']]
         for kind, counts in KINDS.items():
-            shares = matched(scores, torch.tensor(suggested, dtype=torch.double), said, counts)
-            if shares:
-                found[kind].append(shares)
+            auc = matched(scores, torch.tensor(suggested, dtype=torch.double), said, counts)
+            if auc is not None:
+                found[kind].append(auc)
     figures = {}
     for kind in KINDS:
         need(found[kind], f'no noun of lesson.suppression is {kind} in {FEWEST} test photographs or more')
-        figures[kind] = {'nouns': len(found[kind])}
-        for name in 'auc', 'context':
-            figures[kind][name] = fmean(shares[name] for shares in found[kind])
+        figures[kind] = {'auc': fmean(found[kind]), 'nouns': len(found[kind])}
     return figures
 
 
@@ -441,12 +425,9 @@ def measure_minor(args, model, tokenizer, preprocess):
 # --- 7. During training, and the command -----------------------------------------------------------------------------
 
 def scene_figures(model, tokenizer, image_features, shards):
-    """The figures of held-out scenes, which train.py writes to eval.json; {} if the set lists no objects, or none with
-    all keys of LISTED."""
-    if not shards.record(0).get('objects'):             # reading all records takes a while
-        return {}
+    """The figures of held-out scenes, which train.py writes to eval.json; {} if the set lists no objects."""
     scenes = read_scenes(shards)
-    if not any(scenes):
+    if not scenes:
         return {}
     return named(name_scores(model, tokenizer, image_features), scenes)
 
@@ -477,14 +458,14 @@ def measure(args, *scored):
     possible = list(MEASURES)
     if not scored[0].has_cross_attention:
         possible = ['objects']
-    if not any(scenes):
+    if not scenes:
         possible = [name for name in possible if name == 'conflict']
-    need(possible, f'{args.shards} lists no objects with centres and absent names, and {args.checkpoint} has no '
-         'cross-attention, so there is nothing to measure; draw a set by python -m lesson.scenes')
-    need(args.only in (None, *possible), f'--only {args.only} cannot be measured with this checkpoint and this set; '
-         f"these can: {', '.join(possible)} (minor: with --karpathy)")
+    wanted = [args.only] if args.only else possible
+    need(wanted and set(wanted) <= set(possible),
+         f'with {args.checkpoint} and {args.shards} one can measure {possible}; the rest needs cross-attention, a set '
+         'drawn by python -m lesson.scenes or, for minor, --karpathy')
     figures = {}
-    for name in [args.only] if args.only else possible:
+    for name in wanted:
         print(f'measuring  {name}')
         figures |= MEASURES[name](args, scored, shards, scenes)
     return figures
