@@ -355,31 +355,16 @@ def test_towers_equal_the_long_way(monkeypatch):
         close(sequence, x[:3])
 
 
-def bicubic(size, grid):
-    """-> (size, grid): the weight of each grid point in each of `size` values, by torch's bicubic rule (-3/4; the
-    outermost points are repeated). DINO's 0.1 stretches the grid."""
-    weights = torch.zeros(size, grid)
-    for i in range(size):
-        place = (i + 0.5) * grid / (size + 0.1) - 0.5
-        first = math.floor(place) - 1
-        for point in range(first, first + 4):
-            x = abs(place - point)
-            if x < 1:
-                weight = 1.25 * x ** 3 - 2.25 * x ** 2 + 1
-            else:
-                weight = -0.75 * (x ** 3 - 5 * x ** 2 + 8 * x - 4)
-            weights[i, min(max(point, 0), grid - 1)] += weight
-    return weights
-
-
 def test_images_that_are_not_square():
-    """oracle: torch's convolution plus positions interpolated by hand, on 3 x 5 patches, as in encode_dense."""
+    """oracle: torch's convolution, and positions sampled by grid_sample, on 3 x 5 patches, as in encode_dense."""
     model, _, _ = micro()
     tower = model.visual
     images = torch.randn(2, 3, 24, 40)
-    learned = tower.positional_embedding[1:].view(4, 4, -1)
-    positions = torch.einsum('ya,xb,abc->yxc', bicubic(3, 4), bicubic(5, 4), learned)
-    patches = tower.conv1(images).permute(0, 2, 3, 1) + positions       # (2, 3, 5, W)
+    learned = tower.positional_embedding[1:].view(1, 4, 4, -1).permute(0, 3, 1, 2)
+    y, x = [2 * (torch.arange(size) + 0.5) / (size + 0.1) - 1 for size in (3, 5)]       # DINO's 0.1 stretches the grid
+    places = torch.cartesian_prod(y, x).flip(1).view(1, 3, 5, 2)
+    positions = F.grid_sample(learned, places, 'bicubic', padding_mode='border', align_corners=False)
+    patches = (tower.conv1(images) + positions).permute(0, 2, 3, 1)     # (2, 3, 5, W)
     [(x, _)] = tower.embed([images])
     close(x[:, 1:], tower.ln_pre(patches).flatten(1, 2))
     for block in tower.transformer.resblocks:
