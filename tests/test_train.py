@@ -23,7 +23,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -36,7 +35,7 @@ from data import Batch
 from lesson import scenes
 from plumbing import runs
 from plumbing.progress import Progress
-from tests.helpers import ROOT, close, dog_tar, encoded, micro, pairs_tar, put, refused, run
+from tests.helpers import ROOT, close, dog_tar, micro, put, refused, run
 
 QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 2 '
          '--lr 0.003 --momentum 0.9 --momentum-ramp 10 --log-every 1 --eval-every 2 --workers 0 '
@@ -653,19 +652,6 @@ def test_when_a_run_is_saved():
         options = train.read_options(['--steps', '9000', *flags.split()])
         running = SimpleNamespace(options=options, step=step, saved_at=time.perf_counter() - 60 * minutes)
         assert train.what_is_due(running, Progress()).save == saves
-
-
-def test_pairs_of_one_sentence_are_noted(started, dogs, tmp_path, capsys):
-    """oracle: how many sentences the pairs were given here, and how many captions the method takes."""
-    image = encoded(Image.new('RGB', (9, 9)))
-    two = pairs_tar(tmp_path / 'two.tar', [{'caption': 'A dog. It runs.'}] * 60, [image] * 60)
-    for flags, noted in (
-            (['--data', dogs / 'train'], True),
-            (['--data', dogs / 'train', '--method', 'image-distill'], False),
-            (['--data', two], False)):
-        train.print_plan(started(tmp_path / 'out', *flags), None)
-        said = capsys.readouterr().out
-        assert ('pairs have one sentence (60 of the first 60), so text crops repeat it' in said) == noted
 
 
 # --- Going on --------------------------------------------------------------------------------------------------------
