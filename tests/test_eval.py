@@ -109,7 +109,8 @@ def test_ranks_are_computed_where_the_features_are(monkeypatch):
 
 def test_workers(gallery, monkeypatch):
     """oracle: the features without workers, although Slurm and torchrun signal every process, here each worker at each
-    image. Whoever waits longer than LONGEST_WAIT gets an error; without workers nobody waits."""
+    image. One image may come as a name, as a path or opened by Pillow. Whoever waits longer than LONGEST_WAIT gets an
+    error; without workers nobody waits."""
     model, _ = gallery.scored
     preprocess = evaluation.preprocessing(32)
     wanted = evaluation.embed_images(model, gallery.images, preprocess)
@@ -129,6 +130,8 @@ def test_workers(gallery, monkeypatch):
         patch.setattr(evaluation, 'read_image', signalled)
         found = evaluation.embed_images(model, gallery.images, preprocess, workers=2)
     assert_close(found, wanted, rtol=0, atol=0)
+    for source in 'images/1.png', Path('images/1.png'), Image.open('images/1.png'):
+        close(evaluation.embed_images(model, source, preprocess), wanted[1:2])
     monkeypatch.setattr(processes, 'LONGEST_WAIT', 0.3)
     with pytest.raises(RuntimeError, match='timed out after 0.3 seconds'):
         evaluation.embed_images(model, gallery.images[:1], sleepy, workers=1)
@@ -258,13 +261,6 @@ def test_checkpoints_of_every_origin(here):
     refused('its merges were learned', load, other | {'token_embedding.weight': small})
     wide = COSMOS(replace(plain.config, vision_width=1024, vision_layers=1, vision_heads=16))    # of ViT-L
     assert load(to_openclip(wide.state_dict()))[0].config == wide.config
-
-
-def test_one_image(gallery):
-    """oracle: the features of three images. One may come as a name, as a path, opened by Pillow, or in a list."""
-    model, _ = gallery.scored
-    for source in 'images/1.png', Path('images/1.png'), Image.open('images/1.png'), ['images/1.png']:
-        close(evaluation.embed_images(model, source, evaluation.preprocessing(32)), gallery.features[1:2])
 
 
 def test_a_folder_means_its_best(gallery):
