@@ -15,6 +15,7 @@ from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 from zipfile import ZipFile
 
 import numpy as np
@@ -610,15 +611,9 @@ def test_step(tmp_path, monkeypatch, capsys):
     """oracle: a clock that goes on by one second whenever it is read, a machine with a peak of 1 GFLOP/s, and as GB the
     steps so far. Memory is read before FLOPs are counted: its peak is never reset, and with --compile the step that
     counts them, which is not compiled, may need more."""
-    take_step = train.train_step
-    steps = []
-
-    def counted(run, batch):
-        steps.append(run.step)
-        take_step(run, batch)
-
-    monkeypatch.setattr(train, 'train_step', counted)
-    monkeypatch.setattr(bench, 'peak_memory', lambda device: len(steps))
+    steps = Mock(wraps=train.train_step)
+    monkeypatch.setattr(train, 'train_step', steps)
+    monkeypatch.setattr(bench, 'peak_memory', lambda device: steps.call_count)
     monkeypatch.setattr(bench, 'time', SimpleNamespace(perf_counter=itertools.count().__next__))
     monkeypatch.setattr(bench, 'matmul_peak', lambda device, dtype: 1e9)
     three_pairs(tmp_path)
