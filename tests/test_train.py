@@ -34,6 +34,7 @@ from cosmos import COSMOS, GLOBALS, Attention, Output, Teacher, clip_loss, cosmo
 from data import Batch
 from lesson import scenes
 from plumbing import runs
+from plumbing.files import read_json
 from plumbing.progress import Progress
 from tests.helpers import ROOT, close, dog_tar, micro, put, refused, run
 
@@ -87,10 +88,6 @@ def whole(fit, tmp_path_factory):
 
 def saved(out, name='last.pt'):
     return torch.load(out / name, weights_only=True)
-
-
-def read_json(path):
-    return json.loads(path.read_text())
 
 
 def read_log(out):
