@@ -101,11 +101,8 @@ LINES = """{"image": "a.jpg", "captions": ["one dog", "a dog"]}
 {"image": "bad.jpg", "captions": ["x"]}
 {"image": "s/b.png", "captions": ["two. dogs"]}
 {"image": "absent.jpg", "captions": ["y"]}"""
-SOURCES = {             # the content says what a table is, not the name
-    'r.csv': COCO,
-    'captions.txt': 'filepath,title\na.jpg,one dog .\ns/b.png,two. dogs\na.jpg,a dog\n',
-    'r.tsv': 'filepath\ttitle\na.jpg\tone dog\ns/b.png\ttwo. dogs\na.jpg\ta dog\n',
-    'r.json': LINES}
+CSV = 'filepath,title\na.jpg,one dog .\ns/b.png,two. dogs\na.jpg,a dog\n'
+DOGS = [['one dog', 'a dog'], ['two', 'dogs']]          # the captions in each of these three
 
 
 @pytest.fixture
@@ -117,16 +114,14 @@ def images(tmp_path):
     return tmp_path / 'images'
 
 
-@pytest.mark.parametrize('name', SOURCES)
-def test_pack(name, tmp_path, images, capsys):
+def test_pack(tmp_path, images, capsys):
     """oracle: the rows that were packed. A folder that exists is refused."""
     out = tmp_path / 'new/out'
-    arguments = ['pack', put(tmp_path / name, SOURCES[name]), images, out, '--size', 1]
+    arguments = ['pack', put(tmp_path / 'r.json', LINES), images, out, '--size', 1]
     run(prepare, *arguments)
-    assert pools(out) == [['one dog', 'a dog'], ['two', 'dogs']]
+    assert pools(out) == DOGS
     assert data.Shards(out).image(1) == picture('PNG')
-    count = '2 of the 4' if name == 'r.json' else '2 of the 2'
-    assert f'out holds {count} images listed\n' in capsys.readouterr().out
+    assert 'out holds 2 of the 4 images listed\n' in capsys.readouterr().out
     refused('out exists; name a new folder', run, prepare, *arguments)
 
 
@@ -148,7 +143,7 @@ def written(tmp_path, monkeypatch):
 
 def test_an_interrupted_pack_leaves_nothing_that_trains(tmp_path, images, written):
     """oracle: the folder, which is not there before its last shard is written, nor after an interruption."""
-    table = put(tmp_path / 't.csv', SOURCES['captions.txt'])
+    table = put(tmp_path / 't.csv', CSV)
     out = tmp_path / 'out'
     with pytest.raises(KeyboardInterrupt):
         prepare.pack(table, images, out, 1)
@@ -158,37 +153,38 @@ def test_an_interrupted_pack_leaves_nothing_that_trains(tmp_path, images, writte
     assert out.stat().st_mode == images.stat().st_mode      # others may read it, too
 
 
-GARBLED = {
+TABLES = {              # what could be garbled: the captions, and the table; the columns to take, if they are named
+    "COCO's list": (DOGS, COCO),
+    'a CSV': (DOGS, CSV),
+    'a TSV': (DOGS, CSV.replace(',', '\t')),
     'columns that are named win over those that would be found': (
-        'b.tsv', [['ein Hund']], 'photo\timage\tcaption\tde\na.jpg\tb.jpg\ta dog\tein Hund\n', 'photo', 'de'),
+        [['ein Hund']], 'photo\timage\tcaption\tde\na.jpg\tb.jpg\ta dog\tein Hund\n', 'photo', 'de'),
     "rows of one image, in two keys and two forms; DreamLIP's strings are split, items of its lists are not": (
-        'r.jsonl', [['a dog', 'a cat'], ['An ox', 'A cow of J. Smith', 'Grass. Green.']],
+        [['a dog', 'a cat'], ['An ox', 'A cow of J. Smith', 'Grass. Green.']],
         """{"image": "a.jpg", "captions": ["a dog"]}
             {"image": "b.jpg", "raw_caption": "An ox. A cow of J. Smith."}
             {"image": "a.jpg", "captions": "a cat"}
             {"image": "b.jpg", "raw_caption": ["Grass. Green."]}
             {"image": "a.jpg", "captions": [{}]}"""),
-    'a line separator in a text': (
-        'u.jsonl', [['a\u2028dog']], '{"image": "a.jpg", "caption": "a\u2028dog"}\n\n'),
+    'a line separator in a text': ([['a\u2028dog']], '{"image": "a.jpg", "caption": "a\u2028dog"}\n\n'),
     'a quotation mark in a TSV': (
-        'q.tsv', [['"Oh, a cat'], ['a dog']], 'image\tcaption\na.jpg\t"Oh, a cat\nb.jpg\ta dog\n'),
+        [['"Oh, a cat'], ['a dog']], 'image\tcaption\na.jpg\t"Oh, a cat\nb.jpg\ta dog\n'),
     'a byte order mark, two columns of texts': (
-        'u.csv', [['a dog'], ['a cat']], '\ufeffimage,title,text\na.jpg,a dog,\nb.jpg,,a cat\n'),
+        [['a dog'], ['a cat']], '\ufeffimage,title,text\na.jpg,a dog,\nb.jpg,,a cat\n'),
     'NaN and blanks beside captions; a row alone': (
-        'n.jsonl', [['a dog']],
-        '{"image": "a.jpg", "caption": NaN, "txt": " ", "title": "a dog", "captions": [null, " "], "x": NaN}'),
+        [['a dog']], '{"image": "a.jpg", "caption": NaN, "txt": " ", "title": "a dog", "captions": [null, " "], "x": NaN}'),
     'a caption beside another text': (
-        't.csv', [['a dog'], ['a cat, old']], 'image,caption,text\na.jpg,a dog,SALE\nb.jpg,"a cat, old",\n'),
+        [['a dog'], ['a cat, old']], 'image,caption,text\na.jpg,a dog,SALE\nb.jpg,"a cat, old",\n'),
     "Flickr30k's, with a quotation mark, and a row that lacks a delimiter": (
-        'f.csv', [['Dogs run'], ['" Oh , a cat']],
+        [['Dogs run'], ['" Oh , a cat']],
         'image_name| comment_number| comment\na.jpg| 0| Dogs run .\nb.jpg| 0| " Oh , a cat .\na.jpg| 4   A dog .\n')}
 
 
-@pytest.mark.parametrize('case', GARBLED)
-def test_tables_that_could_be_garbled(case, tmp_path, images):
-    """oracle: the captions that the table holds."""
-    name, expected, text, *columns = GARBLED[case]
-    prepare.pack(put(tmp_path / name, text), images, tmp_path / 'out', 9, 0, *columns)
+@pytest.mark.parametrize('case', TABLES)
+def test_tables(case, tmp_path, images):
+    """oracle: the captions that the table holds. The content says what a table is, not the name."""
+    expected, text, *columns = TABLES[case]
+    prepare.pack(put(tmp_path / 't', text), images, tmp_path / 'out', 9, 0, *columns)
     assert pools(tmp_path / 'out') == expected
 
 
