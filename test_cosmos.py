@@ -254,7 +254,7 @@ def a_forward_pass(method):
 
 @pytest.mark.parametrize('method', train.METHODS)
 def test_total_loss_of_each_method(method):
-    """oracle: L_CLIP, and what the name of each term says, as loops. The scale is e; if there is a second, it is e^2."""
+    """oracle: L_CLIP, and what the name of a term says, as loops. The scale is e; if there is a second, it is e^2."""
     model, out, cls_t, eot_t = a_forward_pass(method)
     vectors = out._asdict() | {'cls_t': cls_t, 'eot_t': eot_t}
     second = math.e ** len(model.scales())

@@ -93,8 +93,7 @@ def test_retrieval_by_hand():
 
 
 def test_ranks_are_computed_where_the_features_are(monkeypatch):
-    """oracle: torch's device meta, which does not mix with the CPU. On mps there is no float64, so there it is the
-    CPU."""
+    """oracle: torch's device meta, which does not mix with the CPU. mps has no float64, so there it is the CPU."""
     there = {'device': 'meta'}
     found = evaluation.ranks(torch.ones(5, 4, **there), torch.ones(9, 4, **there), torch.ones(5, **there),
                              torch.ones(9, **there), chunk=2)
@@ -110,8 +109,8 @@ def test_ranks_are_computed_where_the_features_are(monkeypatch):
 
 def test_workers(gallery, monkeypatch):
     """oracle: the features without workers, although Slurm and torchrun signal every process, here each worker at each
-    image. One image may come as a name, as a path or opened by Pillow. Whoever waits longer than LONGEST_WAIT gets an
-    error; without workers nobody waits."""
+    image. Whoever waits longer than LONGEST_WAIT gets an error; without workers nobody waits. One image may be a name,
+    a path or opened."""
     model, _ = gallery.scored
     preprocess = evaluation.preprocessing(32)
     wanted = evaluation.embed_images(model, gallery.images, preprocess)
@@ -378,8 +377,7 @@ def test_retrieval_of_shards_and_lists(gallery):
 
 
 def test_sets_of_torchvision(gallery):
-    """oracle: stand-ins for sets as they lie on the disk. SUN397's names are words; EuroSAT's are not, so --classes is
-    asked for."""
+    """oracle: stand-ins for two sets. SUN397's names are words; EuroSAT's are not, so --classes is asked for."""
     put('SUN397/ClassName.txt', '/a/abbey\n/b/ball_pit')
     files = 'SUN397/a/abbey/sun_a.jpg SUN397/b/ball_pit/sun_b.jpg eurosat/2750/AnnualCrop/a.png'
     for file in files.split():

@@ -171,8 +171,8 @@ TABLES = {              # what could be garbled: the captions, and the table; th
         [['"Oh, a cat'], ['a dog']], 'image\tcaption\na.jpg\t"Oh, a cat\nb.jpg\ta dog\n'),
     'a byte order mark, two columns of texts': (
         [['a dog'], ['a cat']], '\ufeffimage,title,text\na.jpg,a dog,\nb.jpg,,a cat\n'),
-    'NaN and blanks beside captions; a row alone': (
-        [['a dog']], '{"image": "a.jpg", "caption": NaN, "txt": " ", "title": "a dog", "captions": [null, " "], "x": NaN}'),
+    'NaN and blanks beside captions': (
+        [['a dog']], '{"image": "a.jpg", "caption": NaN, "txt": " ", "title": "a dog", "captions": [null, " "]}'),
     'a caption beside another text': (
         [['a dog'], ['a cat, old']], 'image,caption,text\na.jpg,a dog,SALE\nb.jpg,"a cat, old",\n'),
     "Flickr30k's, with a quotation mark, and a row that lacks a delimiter": (
@@ -189,8 +189,7 @@ def test_tables(case, tmp_path, images):
 
 
 def test_a_share_is_held_out(tmp_path, images):
-    """oracle: the rows, each in one half; the halves of a shorter table, because a name alone decides. Of 30 images a
-    share of 0.3 is about 9."""
+    """oracle: the rows, each in one half; the halves of a shorter table, because a name alone decides."""
     rows = []
     for i in range(30):
         put(images / f'{i}.jpg', picture())
@@ -202,7 +201,7 @@ def test_a_share_is_held_out(tmp_path, images):
         halves.append([{pool for [pool] in pools(tmp_path / name / half)} for half in ('train', 'val')])
     (few_train, few_val), (train, val) = halves
     assert few_train < train and few_val < val
-    assert len(train) + len(val) == len(train | val) == 30 and 4 < len(val) < 14
+    assert len(train) + len(val) == len(train | val) == 30 and 4 < len(val) < 14        # a share of 0.3 is about 9
 
 
 def test_karpathys_list(tmp_path, capsys):
@@ -345,8 +344,7 @@ def test_attention_words(tmp_path):
 
 
 def test_attend_command(tmp_path, checkpoint):
-    """oracle: a row of 232 pixels for each text, and the legend; a plain CLIP is refused, and the sentence names a
-    method that has what it takes."""
+    """oracle: a row of 232 pixels for each text, and the legend; the sentence that refuses a plain CLIP."""
     out = tmp_path / 'seen.png'
     image = put(tmp_path / 'a.png', picture('PNG'))
     run(attend, checkpoint, '--image', image, '--text', 'a', 'b', '--out', out, '--device', 'cpu')
@@ -366,9 +364,8 @@ def vocab(monkeypatch):
 
 
 def test_export_and_back(tmp_path, vocab):
-    """oracle: the model that was exported, without cross-attention. Its heads are not 64 wide and it has quick GELU,
-    which only the config says. It comes back from safetensors, and from a dict with the sizes that OpenAI's archives
-    hold."""
+    """oracle: the model that was exported, without cross-attention. That its heads are not 64 wide, and quick GELU, only
+    the config says. It comes back from safetensors, and from a dict with sizes, as in OpenAI's archives."""
     save_file = pytest.importorskip('safetensors.torch').save_file
     merges = data.Tokenizer.clip(vocab).merges
     model, _, _ = speller(replace(MICRO, quick_gelu=True, text_heads=4), merges)
@@ -509,8 +506,7 @@ def test_pairs_command(tmp_path, checkpoint):
 
 
 def test_a_collapsed_model_scores_nothing(tmp_path, monkeypatch):
-    """oracle: zero, because nearly equal vectors are ties: all images have one vector, and all captions have another,
-    up to the error of float32."""
+    """oracle: zero, because vectors are ties that are equal up to the error of float32, as here all images' are."""
     lines = []
     for i in range(100):
         lines.append({'images': [f'{i}', f'{i + 1}'], 'captions': [f'a {i}', f'a {i + 1}']})
@@ -540,9 +536,8 @@ def photos(tmp_path):
 
 
 def test_features_are_kept(tmp_path, photos, capsys):
-    """oracle: whether the broken image is named, as it is whenever images are embedded: the first time, and again when
-    the weights, the activation, an image or the target of a link have changed. A file that holds something else is not
-    written over."""
+    """oracle: whether the broken image is named, as whenever images are embedded: at first, and when the weights, the
+    activation, an image or the target of a link have changed. A file that holds something else is not written over."""
     model, _, preprocess = speller()
 
     def check(anew, model=model):
@@ -571,8 +566,7 @@ def test_features_are_kept(tmp_path, photos, capsys):
 
 
 def test_search_command(tmp_path, photos, checkpoint, capsys):
-    """oracle: the features that are kept give the scores; an image and its copy score 1; the sheet is as wide as the
-    images that are shown."""
+    """oracle: the features that are kept give the scores; an image and its copy score 1; the sheet has two images."""
     sheet = tmp_path / 'sheet.png'
     common = [checkpoint, '--images', photos, '--workers', 0, '--device', 'cpu', '--out', sheet]
     run(search, *common, 'a red star', '--json', tmp_path / 'f.json', '--features', tmp_path / 'f.pt')
@@ -698,8 +692,7 @@ PAGES = [ROOT / 'README.md', ROOT / 'lesson/README.md', *ROOT.glob('docs/*.md')]
 
 
 def test_the_scripts_in_docs_can_be_read():
-    """oracle: bash and Python, which parse the scripts but do not run them, because there is no Slurm here, and no GPU.
-    """
+    """oracle: bash and Python, which parse the scripts but do not run them, because there is no Slurm or GPU here."""
     text = '\n'.join(page.read_text() for page in ROOT.glob('docs/*.md'))
     scripts = dict.fromkeys(['bash', 'python'], '')
     for language, script in re.findall(r'^```(bash|python)\n(.*?)^```', text, re.M | re.S):
@@ -763,8 +756,7 @@ def three_pairs(folder, *images):
 
 
 def train_on_three(folder, method='cosmos', val=True, watchers=(report.Report(),)):
-    """A run of four steps -> its teacher, as `load` gives it. With val, it evaluates before the first step, after two
-    and after four."""
+    """A run of four steps -> its teacher, as `load` gives it. With val, it evaluates at steps 0, 2 and 4."""
     three_pairs(folder)
     flags = f'--data {folder} --out {folder} --method {method} --preset micro --vocab learn'
     if val:
@@ -975,8 +967,7 @@ CLICKS = """<script>{
 
 
 def browse(folder, page, size, address=''):
-    """Open the page in Chromium and click through it -> its text as built, and what CLICKS saw. The console must stay
-    silent."""
+    """Open the page in Chromium, whose console must stay silent -> its text as built, and what CLICKS saw."""
     copy = put(folder / 'page.html', page.read_text().replace('</body>', CLICKS))
     command = f'chromium --headless --no-sandbox --enable-logging=stderr --dump-dom --screenshot={folder}/page.png'
     done = subprocess.run([*command.split(), f'--window-size={size}', copy.as_uri() + address],
@@ -997,8 +988,7 @@ CODE = {                # the functions that each screen shows; screen 0 has the
 def test_the_page_in_a_browser(tmp_path, method, screens):
     """oracle: Chromium: a silent console, no requests, all parts of the page, captions as text, a picture that is not
     blank. Python's values, to 1e-3, on each screen, at each evaluation and in each position of the switch, and how many
-    of them the button counts. The code is that of the functions named. Each term has a line, in a colour of its own. An
-    address opens a screen."""
+    of them the button counts. The code is that of CODE. Each term has a line of its colour. An address opens a screen."""
     train_on_three(tmp_path, method)
     built, seen = browse(tmp_path, report.write([tmp_path]), '400,3000', f'#screen-{screens[-2]}-other')
     assert seen.pop('first') == screens[-2]

@@ -65,8 +65,7 @@ processes.end_workers()
 
 
 def test_imports_change_nothing_and_need_nothing_of_unix(tmp_path):
-    """oracle: limits, warning filters and signals as they were; the words of a program that lacks all that Windows
-    lacks, and git."""
+    """oracle: limits, warning filters and signals as they were; what a program prints without git and Unix."""
     done = subprocess.run([sys.executable, '-c', IMPORTS, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "0.0 2 True ['']\n" and done.stderr.count('no locks here') == 1, done.stderr
 
@@ -283,8 +282,7 @@ def test_paths_and_their_lines(tmp_path, capsys, monkeypatch):
 
 
 def test_tars_of_every_format(tmp_path):
-    """oracle: the pairs and names as written, read through a saved index, and of more than 16 shards by processes. A
-    copied folder has the same fingerprint."""
+    """oracle: the pairs and names as written, read through a saved index, and of over 16 shards by processes."""
     jpg = encoded(Image.new('RGB', (40, 32)), 'JPEG')
     long = 'folder' * 15 + '/' + 'name' * 15        # over 100 characters: GNU and PAX add a header
     members = [
@@ -388,9 +386,9 @@ def bytes_read():
 
 
 def test_a_pair_costs_its_bytes(tmp_path, opened):
-    """oracle: the sizes of the members. A sample reads at most 1.1 times their bytes, and opens the tar once, and so does
-    the scan of the headers (in USTAR 512 bytes per member, and at most 20 blocks of zeros). The .txt is used if the
-    json is absent or has no sentence, or if --caption-keys names it."""
+    """oracle: the sizes of members and headers (in USTAR 512 bytes, and at most 20 blocks of zeros). A sample, and a
+    scan of the headers, reads at most 1.1 times these, and opens the tar once. The .txt is used if the json is absent
+    or has no sentence, or if --caption-keys names it."""
     image = encoded(Image.new('RGB', (9, 9))).ljust(30_000)
     members = []
     for i in range(100):
@@ -597,8 +595,7 @@ def test_options_of_another_version(capsys):
 # --- Images ----------------------------------------------------------------------------------------------------------
 
 def exif(*entries):
-    """EXIF with entries of (tag, type, count, value), as a camera writes it. An entry has 12 bytes; long values
-    follow."""
+    """EXIF with entries of (tag, type, count, value), as a camera writes it: 12 bytes each; long values follow."""
     table = b''
     values = b''
     first = 8 + 2 + 12 * len(entries) + 4                               # where the values begin
