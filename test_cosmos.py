@@ -187,19 +187,15 @@ def test_a_plain_clip_has_the_same_towers():
     assert out.h_I is out.h_T is patches is words is None
 
 
-def torchs(attention, query, tokens):
-    """torch's own forward pass with the parameters of an Attention -> values, weights."""
-    attention.batch_first = True
-    return torch.nn.MultiheadAttention.forward(attention, query, tokens, tokens)
-
-
 def test_every_view_reads_view_0_and_caption_0():
     """oracle: Eq. 1-2 as they stand, one view at a time, with torch's own attention, which returns weights, too."""
     model, images, texts = micro()
     out = model(images, texts)
 
     def read(cross, query, tokens):
-        values, weights = torchs(cross.attn, cross.ln_q(query)[:, None], cross.ln_k(tokens))
+        cross.attn.batch_first = True
+        keys = cross.ln_k(tokens)
+        values, weights = torch.nn.MultiheadAttention.forward(cross.attn, cross.ln_q(query)[:, None], keys, keys)
         return F.normalize(values[:, 0] + query, dim=-1), weights[:, 0]
 
     cls, patches = zip(*map(model.encode_image, images))

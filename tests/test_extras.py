@@ -36,6 +36,7 @@ from plumbing.images import decode, read_header
 from plumbing.shards import write_shard
 from plumbing.tokenizer import LEARNED_VOCAB
 from plumbing.weights import to_openclip
+from tests import helpers
 from tests.helpers import ROOT, encoded, put, refused, shared
 
 MICRO = replace(train.PRESETS['micro'].sizes, vocab_size=514)
@@ -291,7 +292,8 @@ def test_an_interrupted_join_goes_on(tmp_path, written):
 
 def test_inspect(tmp_path, capsys, monkeypatch):
     """oracle: the pairs that were broken on purpose, and counts by hand; captions are cut at the 64 tokens of `tiny`.
-    If a folder has two halves, its training pairs are read."""
+    If a folder has two halves, its training pairs are read. A program prints half an emoji, and each line at once,
+    because Slurm's output is a file."""
     members = []
     for i, image in enumerate([picture(), picture(), b'no image', picture()[:600], picture('PNG')]):
         members += [(f'{i}.jpg', image), (f'{i}.txt', b'Dogs. A cat')]
@@ -300,7 +302,8 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     write_shard(tmp_path / 'train/0.tar', members)
     write_shard(tmp_path / 'val/0.tar', members[:2])
     monkeypatch.delenv('COSMOS_VOCAB', raising=False)
-    run(prepare, 'inspect', tmp_path, '--out', tmp_path / 'sheet.png')
+    assert helpers.run(prepare, 'inspect', tmp_path, '--out', tmp_path / 'sheet.png') is None
+    assert sys.stdout.line_buffering
     printed = capsys.readouterr()
     assert re.findall(r'left out   .*0.tar:(\d)', printed.err) == ['2', '3']
     assert whole(tmp_path / 'sheet.png').shape == (3, 3 * 132 + 4, 4 * 132 + 4)     # pairs, views
@@ -308,7 +311,7 @@ def test_inspect(tmp_path, capsys, monkeypatch):
                  'sentences per pair +least 1, .* most 2',
                  'words per sentence +least 1, .* most 63', 'repeated +1 of 3 images, 0 of 4 sentences',
                  'longer than context +4 of 12 text crops, .* 64 tokens of a vocabulary learned',
-                 'row 1 of .*sheet.png: pair 0\n    global', 'row 3 of .*sheet.png: pair 4'):
+                 'row 1 of .*sheet.png: pair 0\n    global', r'row 3 of .*sheet.png: pair 4\n    global  .*Dogs\\ud83d'):
         assert re.search(line, printed.out), line
 
 

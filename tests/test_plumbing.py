@@ -200,21 +200,6 @@ def test_numbers_of_options():
                 refused(f'argument --{name}: {text} is not a .*number.*; see', train.read_options, flags)
 
 
-def test_what_is_printed(monkeypatch):
-    """oracle: what is in a file right after a line is printed, because Slurm's output is a file: Python's escapes, for
-    half an emoji, and for a file name that is not UTF-8."""
-    file = io.BytesIO()
-    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(file, 'utf-8'))
-    reached = []
-
-    def main():
-        print('\ud83d', os.fsdecode(b'd\xf6ner.jpg'))
-        reached.append(file.getvalue())
-
-    assert run(SimpleNamespace(main=main)) is None
-    assert reached == [b'\\ud83d d\\udcf6ner.jpg\n']
-
-
 def test_a_best_is_a_run(tmp_path):
     """oracle: the rule for a folder without last.pt: a best.pt is a run, but not one of step 0."""
     best = tmp_path / 'best.pt'

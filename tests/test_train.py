@@ -100,8 +100,7 @@ def read_log(out):
 
 
 def same_run(a, b, whole_log=True):
-    """Asserts that networks, optimizers and figures of two --out folders are equal bit for bit, and logs but for
-    times."""
+    """Asserts that networks, optimizers, figures and logs of two --out folders are equal bit for bit, but for times."""
     found = []
     for out in a, b:
         log = read_log(out)
@@ -334,8 +333,7 @@ def test_attention_of_gpus_equals_that_of_cpus(monkeypatch, device, kernels):
 
 
 def test_a_step_leaves_nothing_on_the_cpu(monkeypatch):
-    """oracle: torch's device meta, which refuses tensors of the CPU. (Autocast does not know it, and `isfinite` needs
-    numbers, so they are replaced.)"""
+    """oracle: torch's device meta, which refuses tensors of the CPU (and lacks autocast and `isfinite`)."""
     monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr(torch.Tensor, 'isfinite', lambda norm: True)
     model, images, texts = micro()
