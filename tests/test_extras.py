@@ -410,27 +410,6 @@ def test_weights_that_are_refused(tmp_path, vocab, checkpoint, capsys):
     refused('out.pt .*exists', weights.export, checkpoint, out)
 
 
-@torch.no_grad()
-def test_quick_gelu_in_and_out(tmp_path, vocab, capsys):
-    """oracle: the features of open_clip's own model with random weights. We read its file, and it reads ours by the two
-    lines that `export` prints."""
-    open_clip = pytest.importorskip('open_clip')
-    theirs = open_clip.create_model('ViT-B-32-quickgelu')
-    torch.save(theirs.state_dict(), tmp_path / 'theirs.pt')
-    ours = tmp_path / 'ours.pt'
-    run(weights, 'import', tmp_path / 'theirs.pt', ours, '--quick-gelu')
-    model, tokenizer, _ = load(ours)
-    capsys.readouterr()
-    run(weights, 'export', ours, tmp_path / 'back.pt')
-    there = {'open_clip': open_clip}
-    exec(capsys.readouterr().out, there)
-    pair = torch.randn(1, 3, 224, 224), tokenizer(['a dog'])
-    out = model(*[[view] for view in pair])
-    for other in theirs, there['model']:
-        cls, eot, _ = other.eval()(*pair)
-        assert_close((out.cls[0], out.eot[0]), (cls, eot), rtol=0, atol=1e-6)
-
-
 def test_released_names_are_fetched_once(tmp_path, monkeypatch, capsys):
     """oracle: the bytes at an address, and their SHA-256 by sha256sum. The second time they are gone, and the kept copy
     serves. If there are none, or a web page instead, a sentence says so."""
