@@ -400,31 +400,26 @@ def test_a_pair_costs_its_bytes(tmp_path, opened):
     assert both.pair(0) == (['a dog', 'a dog'], image)
 
 
-def test_which_index_is_used(tmp_path, monkeypatch):
-    """oracle: a fresh reading. With the index of the same shards no header is read again."""
-    tar = dog_tar(tmp_path / 'a.tar', 3)
-    fresh = Shards(tar)
+def test_which_index_is_used(tmp_path, capsys, monkeypatch):
+    """oracle: a fresh reading. With the index of the same shards no header is read again. A tar of the same name and
+    size whose members lie elsewhere is read again, with a line that says so, and so is a copy, whose times differ. The
+    fingerprint stays."""
     path = tmp_path / 'index.npy'
-    fresh.save(path)
-    whole = path.read_bytes()
-    Shards(dog_tar(tmp_path / 'b.tar', 3)).save(path)
+    Shards(dog_tar(tmp_path / 'b.tar', 11)).save(path)
     of_others = path.read_bytes()
-    np.save(path, fresh.index)                          # without the mark
-    for content in of_others, path.read_bytes(), whole[:-8], whole[:50], b'text', b'':
-        found = Shards(tar, index=put(path, content))
-        assert not found.is_mapped and np.array_equal(found.index, fresh.index)
-    monkeypatch.setattr('plumbing.shards.scan_shard', None)
-    assert np.array_equal(Shards(tar, index=put(path, whole)).index, fresh.index)
-    assert np.shares_memory(fresh.index, fresh.stored)  # what is saved and what is used are one array, never copied
-
-
-def test_a_shard_that_was_written_anew(tmp_path, capsys):
-    """oracle: a fresh reading. A tar of the same name and size whose members lie elsewhere is read again, with a line
-    that says so, and so is a copy, whose times differ. The fingerprint stays."""
     tar = dog_tar(tmp_path / 'a.tar', 11)
-    path = tmp_path / 'index.npy'
     before = Shards(tar)
     before.save(path)
+    whole = path.read_bytes()
+    np.save(path, before.index)                         # without the mark
+    for content in of_others, path.read_bytes(), whole[:-8], whole[:50], b'text', b'':
+        found = Shards(tar, index=put(path, content))
+        assert not found.is_mapped and np.array_equal(found.index, before.index)
+    with monkeypatch.context() as patch:
+        patch.setattr('plumbing.shards.scan_shard', None)
+        assert np.array_equal(Shards(tar, index=put(path, whole)).index, before.index)
+    assert np.shares_memory(before.index, before.stored)    # what is saved and what is used are one array, never copied
+    capsys.readouterr()
     size = tar.stat().st_size
     records = [{'caption': ['x' * 900, 'dog'][min(i, 1)]} for i in range(11)]
     pairs_tar(tar, records, [encoded(Image.new('RGB', (40, 30)))] * 11)
