@@ -94,10 +94,6 @@ def test_imports_run_one_way():
 
 # --- Programs: the four files, bugs, mistakes ------------------------------------------------------------------------
 
-TRAIN = ('train.py --preset tiny --steps 2 --batch 4 --workers 1 --eval-every 1 --device cpu --precision fp32 '
-         '--out out --data ../dogs.tar --val ../dogs.tar')
-
-
 def test_the_four_files_and_plumbing_are_enough(tmp_path):
     """oracle: the exit status and words of training and evaluation in a folder that has only these files."""
     dog_tar(tmp_path / 'dogs.tar', 9)
@@ -105,7 +101,9 @@ def test_the_four_files_and_plumbing_are_enough(tmp_path):
     shutil.copytree(ROOT / 'plumbing', folder / 'plumbing')
     for name in 'cosmos', 'data', 'eval', 'train':
         shutil.copy(ROOT / f'{name}.py', folder)
-    for command in TRAIN, 'eval.py retrieval out --shards ../dogs.tar':
+    for command in (
+            'train.py --preset tiny --steps 2 --batch 4 --workers 1 --device cpu --data ../dogs.tar --val ../dogs.tar --out a',
+            'eval.py retrieval a --shards ../dogs.tar'):
         done = subprocess.run([sys.executable, *command.split()], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0 and 'R@1' in done.stdout, done.stderr
     assert re.match('error: the built-in set is drawn by lesson/.*; give shards with --data', run(train))
