@@ -102,8 +102,8 @@ def test_the_four_files_and_plumbing_are_enough(tmp_path):
     for name in 'cosmos', 'data', 'eval', 'train':
         shutil.copy(ROOT / f'{name}.py', folder)
     for command in (
-            'train.py --preset tiny --steps 2 --batch 4 --workers 1 --device cpu --data ../dogs.tar --val ../dogs.tar --out a',
-            'eval.py retrieval a --shards ../dogs.tar'):
+            'train.py --preset tiny --steps 2 --batch 4 --workers 1 --data ../dogs.tar --val ../dogs.tar --out out',
+            'eval.py retrieval out --shards ../dogs.tar'):
         done = subprocess.run([sys.executable, *command.split()], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0 and 'R@1' in done.stdout, done.stderr
     assert re.match('error: the built-in set is drawn by lesson/.*; give shards with --data', run(train))
@@ -380,6 +380,7 @@ def test_a_pair_costs_its_bytes(tmp_path, opened):
     members += [('a.jpg', image), ('a.json', {'url': ''}), ('a.txt', b'of the txt'),
                 ('b.jpg', image), ('b.txt', b'alone')]
     path = write_tar(tmp_path / 'a.tar', members, tarfile.USTAR_FORMAT)
+    opened.clear()
     before = bytes_read()
     assert len(scan_shard(path, 0)) == 102
     assert len(members) * 512 < bytes_read() - before <= 1.1 * (len(members) + 20) * 512
