@@ -32,7 +32,6 @@ import train
 from cosmos import COSMOS, Attention, Teacher, total_loss
 from eval import load
 from extras import attend, bench, pairs, prepare, report, search, weights
-from plumbing.images import decode, read_header
 from plumbing.shards import write_shard
 from plumbing.tokenizer import LEARNED_VOCAB
 from plumbing.weights import to_openclip
@@ -71,12 +70,6 @@ def run(module, *argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['prog', *map(str, argv)])
         module.main()
-
-
-def whole(path):
-    """A picture as integers (3, h, w)."""
-    image, turn, _ = read_header(path.read_bytes())
-    return decode(image, turn)
 
 
 @pytest.fixture(scope='module')
@@ -301,7 +294,7 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     assert sys.stdout.line_buffering
     printed = capsys.readouterr()
     assert re.findall(r'left out   .*0.tar:(\d)', printed.err) == ['2', '3']
-    assert whole(tmp_path / 'sheet.png').shape == (3, 3 * 132 + 4, 4 * 132 + 4)     # pairs, views
+    assert Image.open(tmp_path / 'sheet.png').size == (4 * 132 + 4, 3 * 132 + 4)    # views, pairs
     for line in ('reading .*/train; its folder holds', 'left out +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
                  'sentences per pair +least 1, .* most 2',
                  'words per sentence +least 1, .* most 63', 'repeated +1 of 3 images, 0 of 4 sentences',
@@ -334,10 +327,10 @@ def test_attention_words(tmp_path):
     raw = patches.numpy().reshape(4, 4)                 # rows first
     assert np.allclose(grid, (raw - raw.min()) / np.ptp(raw))
     attend.attention_picture(*scored, image, ['dog ab dog'], tmp_path / 'seen.png')
-    seen = whole(tmp_path / 'seen.png')
+    seen = np.array(Image.open(tmp_path / 'seen.png'))
     y, x = 36 + 56 * np.argwhere(grid == 1)[0]          # the middle of the brightest patch
-    assert seen[0, y, x + 232] > 127                    # the red in yellow, over the image
-    assert seen[:, 10 + 18 * found.index(1), 690].tolist() == [255, 234, 70]
+    assert seen[y, x + 232, 0] > 127                    # the red in yellow, over the image
+    assert seen[10 + 18 * found.index(1), 690].tolist() == [255, 234, 70]
     assert len(attend.attention(*scored, image, 20 * 'dog ')[1]) == 10          # 12 ids, less start and end
 
 
@@ -346,7 +339,7 @@ def test_attend_command(tmp_path, checkpoint):
     out = tmp_path / 'seen.png'
     image = put(tmp_path / 'a.png', picture('PNG'))
     run(attend, checkpoint, '--image', image, '--text', 'a', 'b', '--out', out, '--device', 'cpu')
-    assert whole(out).shape == (3, 2 * 232 + 30, 872)
+    assert Image.open(out).size == (872, 2 * 232 + 30)
     plain = speller(replace(MICRO, cross_heads=0))
     refused('no cross-attention.*--method cosmos', attend.attention_picture, *plain, None, ['a'], out)
 
@@ -555,7 +548,7 @@ def test_search_command(tmp_path, photos, checkpoint, capsys):
     assert ranking == [{'image': path, 'score': pytest.approx(score.item())} for score, path in expected]
     run(search, *common, '--top', 2, '--like', photos / 'a/one.png')
     assert len(re.findall('^1.0000 .*one.png', capsys.readouterr().out, re.M)) == 2
-    assert whole(sheet).shape == (3, search.TILE + 4, 2 * (search.TILE + 2) + 2)
+    assert Image.open(sheet).size == (2 * (search.TILE + 2) + 2, search.TILE + 4)
     refused('one query, .*--like', run, search, *common)
 
 
