@@ -662,17 +662,6 @@ def test_a_plan_has_the_bytes_that_a_step_keeps(monkeypatch):
 PAGES = [ROOT / 'README.md', ROOT / 'lesson/README.md', *ROOT.glob('docs/*.md')]
 
 
-def test_the_scripts_in_docs_can_be_read():
-    """oracle: bash and Python, which parse the scripts but do not run them, because there is no Slurm or GPU here."""
-    text = '\n'.join(page.read_text() for page in ROOT.glob('docs/*.md'))
-    scripts = dict.fromkeys(['bash', 'python'], '')
-    for language, script in re.findall(r'^```(bash|python)\n(.*?)^```', text, re.M | re.S):
-        scripts[language] += script
-    assert 'sbatch' in scripts['bash'].lower()
-    subprocess.run(['bash', '-n'], input=scripts['bash'], text=True, check=True)
-    compile(scripts['python'], 'docs', 'exec')
-
-
 FOREIGN = (             # options on our pages that belong to other programs
     # torchrun, Slurm, docker
     '--help --max-restarts --nnodes --nproc_per_node --rdzv_backend --rdzv_endpoint --rdzv_id --signals-to-handle '
@@ -694,9 +683,15 @@ def anchors(page):
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
-def test_links_and_options_of_a_page(page):
-    """oracle: the files, the headings of the pages, and the options that the sources define."""
+def test_links_scripts_and_options_of_a_page(page):
+    """oracle: the files, the headings of the pages, and the options that the sources define; bash and Python, which parse
+    the scripts but do not run them, because there is no Slurm or GPU here (README shows single lines of Python)."""
     text = page.read_text()
+    for language, script in re.findall(r'^```(bash|python)\n(.*?)^```', text, re.M | re.S):
+        if language == 'bash':
+            subprocess.run(['bash', '-n'], input=script, text=True, check=True)
+        elif page.parent.name == 'docs':
+            compile(script, page.name, 'exec')
     for link in re.findall(r'(?:\]\(|src="|href=")([^)"\s]+)', text):
         name, _, anchor = link.partition('#')
         target = page.parent / name if name else page
