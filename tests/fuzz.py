@@ -9,7 +9,6 @@ import argparse
 import io
 import json
 import random
-import struct
 import sys
 import tempfile
 import time
@@ -31,10 +30,6 @@ from tests.helpers import MICRO, encoded, pairs_tar
 LIMIT_SECONDS = 15      # an image of 179 million pixels, the most that Pillow accepts, took 6
 RECORD = json.dumps({'caption': 'A boat. Two men', 'captions': ['a dog', 'a cat'], 'raw_caption': None, 'file': 'ä.jpg',
                      'shortIB_captions': ['A lake.', 'e.g. a hut'], 'width': 40, 'similarity': 0.3}).encode()
-
-
-def png_chunk(kind, data):
-    return struct.pack('>L', len(data)) + kind + data + struct.pack('>L', zlib.crc32(kind + data))
 
 
 def originals():
@@ -94,7 +89,8 @@ def mend_png(data):
     data = data[8:]
     while len(data) >= 12:
         length = min(int.from_bytes(data[:4], 'big'), len(data) - 12)
-        found += png_chunk(data[4:8], data[8:8 + length])
+        chunk = data[4:8 + length]                          # its kind, and its bytes
+        found += length.to_bytes(4, 'big') + chunk + zlib.crc32(chunk).to_bytes(4, 'big')
         data = data[12 + length:]
     return found + data
 

@@ -56,8 +56,7 @@ def refused(sentence, call, *args, **kwargs):
 
 
 def captions(B, length):
-    """(B, 12) ids: captions that end, with the highest id, after at most `length` ids. Random words follow, as
-    noise."""
+    """(B, 12) ids: captions that end, with the highest id, after at most `length` ids. Random words follow."""
     ids = torch.randint(1, 49, (B, 12))
     pairs = torch.arange(B)
     ids[pairs, length - 1 - pairs % 3] = 49
@@ -93,8 +92,7 @@ def encoded(image, kind='PNG', **options):
 
 
 def write_tar(path, members, format=tarfile.PAX_FORMAT):
-    """Writes a tar of members (name, value) -> path. Their times are fractions, as webdataset writes them, which takes
-    one more header in PAX."""
+    """Writes a tar of members (name, value) -> path. Their times are fractions, for which PAX has one more header."""
     with tarfile.open(path, 'w', format=format) as tar:
         for i, (name, value) in enumerate(members):
             if not isinstance(value, bytes):

@@ -15,6 +15,7 @@ from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 from zipfile import ZipFile
 
 import numpy as np
@@ -31,7 +32,6 @@ import train
 from cosmos import COSMOS, Attention, Teacher, total_loss
 from eval import load
 from extras import attend, bench, pairs, prepare, report, search, weights
-from plumbing.images import decode, read_header
 from plumbing.shards import write_shard
 from plumbing.tokenizer import LEARNED_VOCAB
 from plumbing.weights import to_openclip
@@ -72,23 +72,6 @@ def run(module, *argv):
         module.main()
 
 
-def whole(path):
-    """A picture as integers (3, h, w)."""
-    image, turn, _ = read_header(path.read_bytes())
-    return decode(image, turn)
-
-
-def number(printed, unit):
-    """The number before a unit."""
-    return float(re.search(rf'([\d,.]+) {unit}', printed)[1].replace(',', ''))
-
-
-@pytest.fixture(autouse=True)
-def user_cache(tmp_path, monkeypatch):
-    """Torch's cache folder, for this test alone."""
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
-
-
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
     """A file of random weights as train.py writes it. Its tokenizer reads text byte by byte."""
@@ -107,11 +90,8 @@ LINES = """{"image": "a.jpg", "captions": ["one dog", "a dog"]}
 {"image": "bad.jpg", "captions": ["x"]}
 {"image": "s/b.png", "captions": ["two. dogs"]}
 {"image": "absent.jpg", "captions": ["y"]}"""
-SOURCES = {             # the content says what a table is, not the name
-    'r.csv': COCO,
-    'captions.txt': 'filepath,title\na.jpg,one dog .\ns/b.png,two. dogs\na.jpg,a dog\n',
-    'r.tsv': 'filepath\ttitle\na.jpg\tone dog\ns/b.png\ttwo. dogs\na.jpg\ta dog\n',
-    'r.json': LINES}
+CSV = 'filepath,title\na.jpg,one dog .\ns/b.png,two. dogs\na.jpg,a dog\n'
+DOGS = [['one dog', 'a dog'], ['two', 'dogs']]          # the captions in each of these three
 
 
 @pytest.fixture
@@ -123,19 +103,15 @@ def images(tmp_path):
     return tmp_path / 'images'
 
 
-@pytest.mark.parametrize('name', SOURCES)
-def test_pack(name, tmp_path, images, capsys):
-    """oracle: the rows that were packed. A folder that exists is refused, and stays as it is."""
+def test_pack(tmp_path, images, capsys):
+    """oracle: the rows that were packed. A folder that exists is refused."""
     out = tmp_path / 'new/out'
-    arguments = ['pack', put(tmp_path / name, SOURCES[name]), images, out, '--size', 1]
+    arguments = ['pack', put(tmp_path / 'r.json', LINES), images, out, '--size', 1]
     run(prepare, *arguments)
-    assert pools(out) == [['one dog', 'a dog'], ['two', 'dogs']]
+    assert pools(out) == DOGS
     assert data.Shards(out).image(1) == picture('PNG')
-    count = '2 of the 4' if name == 'r.json' else '2 of the 2'
-    assert f'out holds {count} images listed\n' in capsys.readouterr().out
-    shards = {path: path.read_bytes() for path in out.iterdir()}
+    assert 'out holds 2 of the 4 images listed\n' in capsys.readouterr().out
     refused('out exists; name a new folder', run, prepare, *arguments)
-    assert shards == {path: path.read_bytes() for path in out.iterdir()}
 
 
 @pytest.fixture
@@ -156,7 +132,7 @@ def written(tmp_path, monkeypatch):
 
 def test_an_interrupted_pack_leaves_nothing_that_trains(tmp_path, images, written):
     """oracle: the folder, which is not there before its last shard is written, nor after an interruption."""
-    table = put(tmp_path / 't.csv', SOURCES['captions.txt'])
+    table = put(tmp_path / 't.csv', CSV)
     out = tmp_path / 'out'
     with pytest.raises(KeyboardInterrupt):
         prepare.pack(table, images, out, 1)
@@ -166,43 +142,43 @@ def test_an_interrupted_pack_leaves_nothing_that_trains(tmp_path, images, writte
     assert out.stat().st_mode == images.stat().st_mode      # others may read it, too
 
 
-GARBLED = {
+TABLES = {              # what could be garbled: the captions, and the table; the columns to take, if they are named
+    "COCO's list": (DOGS, COCO),
+    'a CSV': (DOGS, CSV),
+    'a TSV': (DOGS, CSV.replace(',', '\t')),
     'columns that are named win over those that would be found': (
-        'b.tsv', [['ein Hund']], 'photo\timage\tcaption\tde\na.jpg\tb.jpg\ta dog\tein Hund\n', 'photo', 'de'),
+        [['ein Hund']], 'photo\timage\tcaption\tde\na.jpg\tb.jpg\ta dog\tein Hund\n', 'photo', 'de'),
     "rows of one image, in two keys and two forms; DreamLIP's strings are split, items of its lists are not": (
-        'r.jsonl', [['a dog', 'a cat'], ['An ox', 'A cow of J. Smith', 'Grass. Green.']],
+        [['a dog', 'a cat'], ['An ox', 'A cow of J. Smith', 'Grass. Green.']],
         """{"image": "a.jpg", "captions": ["a dog"]}
             {"image": "b.jpg", "raw_caption": "An ox. A cow of J. Smith."}
             {"image": "a.jpg", "captions": "a cat"}
             {"image": "b.jpg", "raw_caption": ["Grass. Green."]}
             {"image": "a.jpg", "captions": [{}]}"""),
-    'a line separator in a text': (
-        'u.jsonl', [['a\u2028dog']], '{"image": "a.jpg", "caption": "a\u2028dog"}\n\n'),
+    'a line separator in a text': ([['a\u2028dog']], '{"image": "a.jpg", "caption": "a\u2028dog"}\n\n'),
     'a quotation mark in a TSV': (
-        'q.tsv', [['"Oh, a cat'], ['a dog']], 'image\tcaption\na.jpg\t"Oh, a cat\nb.jpg\ta dog\n'),
+        [['"Oh, a cat'], ['a dog']], 'image\tcaption\na.jpg\t"Oh, a cat\nb.jpg\ta dog\n'),
     'a byte order mark, two columns of texts': (
-        'u.csv', [['a dog'], ['a cat']], '\ufeffimage,title,text\na.jpg,a dog,\nb.jpg,,a cat\n'),
-    'NaN and blanks beside captions; a row alone': (
-        'n.jsonl', [['a dog']],
-        '{"image": "a.jpg", "caption": NaN, "txt": " ", "title": "a dog", "captions": [null, " "], "x": NaN}'),
+        [['a dog'], ['a cat']], '\ufeffimage,title,text\na.jpg,a dog,\nb.jpg,,a cat\n'),
+    'NaN and blanks beside captions': (
+        [['a dog']], '{"image": "a.jpg", "caption": NaN, "txt": " ", "title": "a dog", "captions": [null, " "]}'),
     'a caption beside another text': (
-        't.csv', [['a dog'], ['a cat, old']], 'image,caption,text\na.jpg,a dog,SALE\nb.jpg,"a cat, old",\n'),
+        [['a dog'], ['a cat, old']], 'image,caption,text\na.jpg,a dog,SALE\nb.jpg,"a cat, old",\n'),
     "Flickr30k's, with a quotation mark, and a row that lacks a delimiter": (
-        'f.csv', [['Dogs run'], ['" Oh , a cat']],
+        [['Dogs run'], ['" Oh , a cat']],
         'image_name| comment_number| comment\na.jpg| 0| Dogs run .\nb.jpg| 0| " Oh , a cat .\na.jpg| 4   A dog .\n')}
 
 
-@pytest.mark.parametrize('case', GARBLED)
-def test_tables_that_could_be_garbled(case, tmp_path, images):
-    """oracle: the captions that the table holds."""
-    name, expected, text, *columns = GARBLED[case]
-    prepare.pack(put(tmp_path / name, text), images, tmp_path / 'out', 9, 0, *columns)
+@pytest.mark.parametrize('case', TABLES)
+def test_tables(case, tmp_path, images):
+    """oracle: the captions that the table holds. The content says what a table is, not the name."""
+    expected, text, *columns = TABLES[case]
+    prepare.pack(put(tmp_path / 't', text), images, tmp_path / 'out', 9, 0, *columns)
     assert pools(tmp_path / 'out') == expected
 
 
 def test_a_share_is_held_out(tmp_path, images):
-    """oracle: the rows, each in one half; the halves of a shorter table, because a name alone decides. Of 30 images a
-    share of 0.3 is about 9."""
+    """oracle: the rows, each in one half; the halves of a shorter table, because a name alone decides."""
     rows = []
     for i in range(30):
         put(images / f'{i}.jpg', picture())
@@ -214,7 +190,7 @@ def test_a_share_is_held_out(tmp_path, images):
         halves.append([{pool for [pool] in pools(tmp_path / name / half)} for half in ('train', 'val')])
     (few_train, few_val), (train, val) = halves
     assert few_train < train and few_val < val
-    assert len(train) + len(val) == len(train | val) == 30 and 4 < len(val) < 14
+    assert len(train) + len(val) == len(train | val) == 30 and 4 < len(val) < 14        # a share of 0.3 is about 9
 
 
 def test_karpathys_list(tmp_path, capsys):
@@ -285,8 +261,6 @@ def test_join(tmp_path, capsys):
     out = tmp_path / 'another'
     nameless = put(tmp_path / 'n.csv', 'filepath,title\na,b\n')
     refused('n.csv has the columns filepath, title, but none of url', prepare.join, nameless, [shard], out)
-    wide = put(tmp_path / 'w.csv', 'url,raw_caption\nhttp://x/2,a dog, old\n')
-    refused('line 2 of .*w.csv has more fields', prepare.join, wide, [shard], out)
 
 
 def test_an_interrupted_join_goes_on(tmp_path, written):
@@ -306,7 +280,8 @@ def test_an_interrupted_join_goes_on(tmp_path, written):
 
 def test_inspect(tmp_path, capsys, monkeypatch):
     """oracle: the pairs that were broken on purpose, and counts by hand; captions are cut at the 64 tokens of `tiny`.
-    If a folder has two halves, its training pairs are read."""
+    If a folder has two halves, its training pairs are read. A program prints half an emoji, and each line at once,
+    because Slurm's output is a file."""
     members = []
     for i, image in enumerate([picture(), picture(), b'no image', picture()[:600], picture('PNG')]):
         members += [(f'{i}.jpg', image), (f'{i}.txt', b'Dogs. A cat')]
@@ -316,16 +291,17 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     write_shard(tmp_path / 'val/0.tar', members[:2])
     monkeypatch.delenv('COSMOS_VOCAB', raising=False)
     assert helpers.run(prepare, 'inspect', tmp_path, '--out', tmp_path / 'sheet.png') is None
+    assert sys.stdout.line_buffering
     printed = capsys.readouterr()
     assert re.findall(r'left out   .*0.tar:(\d)', printed.err) == ['2', '3']
-    assert whole(tmp_path / 'sheet.png').shape == (3, 3 * 132 + 4, 4 * 132 + 4)     # pairs, views
+    assert Image.open(tmp_path / 'sheet.png').size == (4 * 132 + 4, 3 * 132 + 4)    # views, pairs
     helpers.run(prepare, 'inspect', tmp_path, '--out', tmp_path / 'full.png', '--augment', 'full')
-    assert not whole(tmp_path / 'full.png').equal(whole(tmp_path / 'sheet.png'))    # `tiny` only crops
+    assert (tmp_path / 'full.png').read_bytes() != (tmp_path / 'sheet.png').read_bytes()    # `tiny` only crops
     for line in ('reading .*/train; its folder holds', 'left out +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
                  'sentences per pair +least 1, .* most 2',
                  'words per sentence +least 1, .* most 63', 'repeated +1 of 3 images, 0 of 4 sentences',
                  'longer than context +4 of 12 text crops, .* 64 tokens of a vocabulary learned',
-                 'row 1 of .*sheet.png: pair 0\n    global', 'row 3 of .*sheet.png: pair 4'):
+                 'row 1 of .*sheet.png: pair 0\n    global', r'row 3 of .*sheet.png: pair 4\n    global  .*Dogs\\ud83d'):
         assert re.search(line, printed.out), line
 
 
@@ -353,20 +329,19 @@ def test_attention_words(tmp_path):
     raw = patches.numpy().reshape(4, 4)                 # rows first
     assert np.allclose(grid, (raw - raw.min()) / np.ptp(raw))
     attend.attention_picture(*scored, image, ['dog ab dog'], tmp_path / 'seen.png')
-    seen = whole(tmp_path / 'seen.png')
+    seen = np.array(Image.open(tmp_path / 'seen.png'))
     y, x = 36 + 56 * np.argwhere(grid == 1)[0]          # the middle of the brightest patch
-    assert seen[0, y, x + 232] > 127                    # the red in yellow, over the image
-    assert seen[:, 10 + 18 * found.index(1), 690].tolist() == [255, 234, 70]
+    assert seen[y, x + 232, 0] > 127                    # the red in yellow, over the image
+    assert seen[10 + 18 * found.index(1), 690].tolist() == [255, 234, 70]
     assert len(attend.attention(*scored, image, 20 * 'dog ')[1]) == 10          # 12 ids, less start and end
 
 
 def test_attend_command(tmp_path, checkpoint):
-    """oracle: a row of 232 pixels for each text, and the legend; a plain CLIP is refused, and the sentence names a
-    method that has what it takes."""
+    """oracle: a row of 232 pixels for each text, and the legend; the sentence that refuses a plain CLIP."""
     out = tmp_path / 'seen.png'
     image = put(tmp_path / 'a.png', picture('PNG'))
     run(attend, checkpoint, '--image', image, '--text', 'a', 'b', '--out', out, '--device', 'cpu')
-    assert whole(out).shape == (3, 2 * 232 + 30, 872)
+    assert Image.open(out).size == (872, 2 * 232 + 30)
     plain = speller(replace(MICRO, cross_heads=0))
     refused('no cross-attention.*--method cosmos', attend.attention_picture, *plain, None, ['a'], out)
 
@@ -382,9 +357,8 @@ def vocab(monkeypatch):
 
 
 def test_export_and_back(tmp_path, vocab):
-    """oracle: the model that was exported, without cross-attention. Its heads are not 64 wide and it has quick GELU,
-    which only the config says. It comes back from safetensors, and from a dict with the sizes that OpenAI's archives
-    hold."""
+    """oracle: the model that was exported, without cross-attention. That its heads are not 64 wide, and quick GELU, only
+    the config says. It comes back from safetensors, and from a dict with sizes, as in OpenAI's archives."""
     save_file = pytest.importorskip('safetensors.torch').save_file
     merges = data.Tokenizer.clip(vocab).merges
     model, _, _ = speller(replace(MICRO, quick_gelu=True, text_heads=4), merges)
@@ -453,6 +427,7 @@ def test_released_names_are_fetched_once(tmp_path, monkeypatch, capsys):
     content = b'weights' * 2 ** 20
     file = put(tmp_path / 'there/cosmos_vitb32_cc12m.pt', content)
     monkeypatch.setattr(weights, 'RELEASED', f'{file.parent.as_uri()}/{{}}.pt')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))            # torch's cache
     for _ in range(2):
         run(weights, 'fetch', file.stem)
         printed = capsys.readouterr()
@@ -521,8 +496,7 @@ def test_pairs_command(tmp_path, checkpoint):
 
 
 def test_a_collapsed_model_scores_nothing(tmp_path, monkeypatch):
-    """oracle: zero, because nearly equal vectors are ties: all images have one vector, and all captions have another,
-    up to the error of float32."""
+    """oracle: zero, because vectors are ties that are equal up to the error of float32, as here all images' are."""
     lines = []
     for i in range(100):
         lines.append({'images': [f'{i}', f'{i + 1}'], 'captions': [f'a {i}', f'a {i + 1}']})
@@ -552,9 +526,8 @@ def photos(tmp_path):
 
 
 def test_features_are_kept(tmp_path, photos, capsys):
-    """oracle: whether the broken image is named, as it is whenever images are embedded: the first time, and again when
-    the weights, the activation, an image or the target of a link have changed. A file that holds something else is not
-    written over."""
+    """oracle: whether the broken image is named, as whenever images are embedded: at first, and when the weights, the
+    activation, an image or the target of a link have changed. A file that holds something else is not written over."""
     model, _, preprocess = speller()
 
     def check(anew, model=model):
@@ -583,8 +556,7 @@ def test_features_are_kept(tmp_path, photos, capsys):
 
 
 def test_search_command(tmp_path, photos, checkpoint, capsys):
-    """oracle: the features that are kept give the scores; an image and its copy score 1; the sheet is as wide as the
-    images that are shown."""
+    """oracle: the features that are kept give the scores; an image and its copy score 1; the sheet has two images."""
     sheet = tmp_path / 'sheet.png'
     common = [checkpoint, '--images', photos, '--workers', 0, '--device', 'cpu', '--out', sheet]
     run(search, *common, 'a red star', '--json', tmp_path / 'f.json', '--features', tmp_path / 'f.pt')
@@ -596,20 +568,8 @@ def test_search_command(tmp_path, photos, checkpoint, capsys):
     assert ranking == [{'image': path, 'score': pytest.approx(score.item())} for score, path in expected]
     run(search, *common, '--top', 2, '--like', photos / 'a/one.png')
     assert len(re.findall('^1.0000 .*one.png', capsys.readouterr().out, re.M)) == 2
-    assert whole(sheet).shape == (3, search.TILE + 4, 2 * (search.TILE + 2) + 2)
+    assert Image.open(sheet).size == (2 * (search.TILE + 2) + 2, search.TILE + 4)
     refused('one query, .*--like', run, search, *common)
-
-
-HELP = {bench: 'step loader plan', prepare: 'pack join inspect', weights: 'export import fetch'}
-
-
-@pytest.mark.parametrize('module', HELP)
-def test_help_shows_the_command_as_it_is_typed(module, capsys):
-    """oracle: the command, in a usage of one line."""
-    for name in HELP[module].split():
-        assert helpers.run(module, name, '--help') == 0
-        usage, empty, *_ = capsys.readouterr().out.splitlines()
-        assert usage.startswith(f'usage: python -m {module.__name__} {name} ') and not empty
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------
@@ -618,30 +578,22 @@ def bench_step(*flags):
     run(bench, 'step', '--preset', 'micro', '--batch', 16, '--steps', 3, '--device', 'cpu', *flags)
 
 
-@pytest.mark.parametrize('method', ['clip', 'cosmos'])
-def test_step(method, tmp_path, monkeypatch, capsys):
-    """oracle: the views that Table 5 gives a method; a clock that goes on by one second whenever it is read, a machine
-    with a peak of 1 GFLOP/s, and as GB the steps so far. Memory is read before FLOPs are counted: its peak is never
-    reset, and with --compile the step that counts them, which is not compiled, may need more."""
-    take_step = train.train_step
-    steps = []
-
-    def counted(run, batch):
-        steps.append(run.step)
-        take_step(run, batch)
-
-    monkeypatch.setattr(train, 'train_step', counted)
-    monkeypatch.setattr(bench, 'peak_memory', lambda device: len(steps))
+def test_step(tmp_path, monkeypatch, capsys):
+    """oracle: a clock that goes on by one second whenever it is read, a machine with a peak of 1 GFLOP/s, and as GB the
+    steps so far. Memory is read before FLOPs are counted: its peak is never reset, and with --compile the step that
+    counts them, which is not compiled, may need more."""
+    steps = Mock(wraps=train.train_step)
+    monkeypatch.setattr(train, 'train_step', steps)
+    monkeypatch.setattr(bench, 'peak_memory', lambda device: steps.call_count)
     monkeypatch.setattr(bench, 'time', SimpleNamespace(perf_counter=itertools.count().__next__))
     monkeypatch.setattr(bench, 'matmul_peak', lambda device, dtype: 1e9)
     three_pairs(tmp_path)
-    bench_step('--method', method, '--data', tmp_path, '--batch', 3)
+    bench_step('--method', 'clip', '--data', tmp_path, '--batch', 3)
     printed = capsys.readouterr().out
-    row = train.METHODS[method]
-    assert number(printed, 'images') == row.global_images + 2 * row.has_local_images
-    assert number(printed, 'captions') == row.global_texts + 2 * row.has_local_texts
+    assert 'batch 3, 1 images and 1 captions' in printed
     assert ' 1,000.0 ms, the median of 3   3.0 samples/s   5.00 GB' in printed
-    assert f"{number(printed, 'GFLOP '):.0%} of the 1 that" in printed
+    gflop = re.search('([0-9.]+) GFLOP ', printed)[1]
+    assert f'{float(gflop):.0%} of the 1 that' in printed
 
 
 def test_loader(tmp_path, monkeypatch, capsys):
@@ -660,14 +612,14 @@ def test_a_plan(capsys, monkeypatch):
         patch.setattr(bench, 'step_bytes', lambda *args: 43e9)
         run(bench, 'plan', '--gpus', 8, '--pairs', 10_250, '--peak', 100, '--share', 0.5)
     printed = capsys.readouterr().out
-    assert number(printed, 'parameters') == 152_382_466
+    assert ' 152,382,466 parameters' in printed
     assert '320 steps of 1,024 pairs, 128 on each of 8 GPUs\n473.714 GFLOP per pair\n43.00 GB per GPU\n' in printed
     speed = 8 * 0.5 * 100e12 / 473.714e9
     assert f'at 50% of 100 TFLOP/s per GPU: {speed:,.0f} pairs/s, {320 * 1024 / speed / 3600:,.1f} hours' in printed
     run(bench, 'plan', '--preset', 'tiny', '--gpus', 1, '--pairs', 4000)       # it learns its vocabulary
     sizes = replace(train.PRESETS['tiny'].sizes, vocab_size=LEARNED_VOCAB)
     learned = sum(p.numel() for p in COSMOS(sizes).parameters())
-    assert number(capsys.readouterr().out, 'parameters') == learned
+    assert f' {learned:,} parameters' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('flags', ['--method=clip', '--accum=2 --grad-checkpoint'])
@@ -730,18 +682,6 @@ def test_a_plan_has_the_bytes_that_a_step_keeps(monkeypatch):
 PAGES = [ROOT / 'README.md', ROOT / 'lesson/README.md', *ROOT.glob('docs/*.md')]
 
 
-def test_the_scripts_in_docs_can_be_read():
-    """oracle: bash and Python, which parse the scripts but do not run them, because there is no Slurm here, and no GPU.
-    """
-    text = '\n'.join(page.read_text() for page in ROOT.glob('docs/*.md'))
-    scripts = dict.fromkeys(['bash', 'python'], '')
-    for language, script in re.findall(r'^```(bash|python)\n(.*?)^```', text, re.M | re.S):
-        scripts[language] += script
-    assert 'sbatch' in scripts['bash'].lower()
-    subprocess.run(['bash', '-n'], input=scripts['bash'], text=True, check=True)
-    compile(scripts['python'], 'docs', 'exec')
-
-
 FOREIGN = (             # options on our pages that belong to other programs
     # torchrun, Slurm, docker
     '--help --max-restarts --nnodes --nproc_per_node --rdzv_backend --rdzv_endpoint --rdzv_id --signals-to-handle '
@@ -763,9 +703,12 @@ def anchors(page):
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
-def test_links_and_options_of_a_page(page):
-    """oracle: the files, the headings of the pages, and the options that the sources define."""
+def test_links_scripts_and_options_of_a_page(page):
+    """oracle: the files, the headings of the pages, and the options that the sources define; bash, which parses scripts
+    but does not run them, because there is no Slurm here."""
     text = page.read_text()
+    for script in re.findall('^```bash\n(.*?)^```', text, re.M | re.S):
+        subprocess.run(['bash', '-n'], input=script, text=True, check=True)
     for link in re.findall(r'(?:\]\(|src="|href=")([^)"\s]+)', text):
         name, _, anchor = link.partition('#')
         target = page.parent / name if name else page
@@ -796,8 +739,7 @@ def three_pairs(folder, *images):
 
 
 def train_on_three(folder, method='cosmos', val=True, watchers=(report.Report(),)):
-    """A run of four steps -> its teacher, as `load` gives it. With val, it evaluates before the first step, after two
-    and after four."""
+    """A run of four steps -> its teacher, as `load` gives it. With val, it evaluates at steps 0, 2 and 4."""
     three_pairs(folder)
     flags = f'--data {folder} --out {folder} --method {method} --preset micro --vocab learn'
     if val:
@@ -976,7 +918,6 @@ CLICKS = """<script>{
     const linesOf = pre => [...pre.children].map(line => line.textContent);
     seen.first = document.querySelector('.screen').dataset.screen;
     seen.code = {};
-    seen.text = {};
     for (const screen of screens) {
         press(screen);
         seen.code[screen] = [...document.querySelectorAll('.code pre')].map(linesOf);
@@ -986,11 +927,10 @@ CLICKS = """<script>{
             slider.dispatchEvent(new Event('input'));
             if (at < 9) note(`${screen} at ${at}`);
         }
-        seen.text[screen] = document.querySelector('.screen').textContent;
     }
-    if (screens.includes('screen 6')) press('screen 6');
-    for (const reading of ['own', 'other', 'nothing', 'across']) {
-        if (!screens.includes('screen 6')) break;
+    const readings = screens.includes('screen 6') ? ['own', 'other', 'nothing', 'across'] : [];
+    for (const reading of readings) {
+        press('screen 6');
         press(`reading ${reading}`);
         const cells = document.querySelectorAll('.cell');
         for (const {dataset} of cells) note(dataset.term, `[data-term=${dataset.term}]`);
@@ -998,7 +938,6 @@ CLICKS = """<script>{
             seen.picks = [...cells[2].querySelectorAll('b')].map(share => parseFloat(share.textContent));
             cells[2].querySelectorAll('rect')[0].dispatchEvent(new Event('click'));
             seen.asked = [...document.querySelectorAll('.thing')].map(thing => thing.textContent);
-            seen.follows = [...document.querySelectorAll('.follows')].map(cell => cell.dataset.term);
         }
     }
     seen.screens = screens.map(key => key.slice(-1)).join('');
@@ -1008,8 +947,7 @@ CLICKS = """<script>{
 
 
 def browse(folder, page, size, address=''):
-    """Open the page in Chromium and click through it -> its text as built, and what CLICKS saw. The console must stay
-    silent."""
+    """Open the page in Chromium, whose console must stay silent -> its text as built, and what CLICKS saw."""
     copy = put(folder / 'page.html', page.read_text().replace('</body>', CLICKS))
     command = f'chromium --headless --no-sandbox --enable-logging=stderr --dump-dom --screenshot={folder}/page.png'
     done = subprocess.run([*command.split(), f'--window-size={size}', copy.as_uri() + address],
@@ -1020,51 +958,28 @@ def browse(folder, page, size, address=''):
     return done.stdout.partition('<script>')[0], seen
 
 
-CODE = {                # the functions that each screen shows, by their first lines
-    'screen 1': ['def text_crops('], 'screen 2': ['def forward(self, images, texts)', 'def update('],
-    'screen 3': ['def clip_loss(', 'def match(', 'def nce('], 'screen 4': ['def weights('],
-    'screen 5': ['def forward(self, images, texts)'], 'screen 6': ['def cosmos_terms('],
-    'screen 7': ['def total_loss(']}
-needs_chromium = pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')
+CODE = {                # the functions that each screen shows; screen 0 has the step in the head of cosmos.py
+    'screen 0': '', 'screen 1': 'text_crops', 'screen 2': 'forward update', 'screen 3': 'clip_loss match nce',
+    'screen 4': 'weights', 'screen 5': 'forward', 'screen 6': 'across_terms', 'screen 7': 'total_loss'}
 
 
-def check_code(seen, terms='cosmos_terms'):
-    """By hand: each screen shows the functions that it names, and screen 0 the step in the head of cosmos.py."""
-    assert seen['code'].pop('screen 0')[0][0].startswith('One training step')
-    for screen, functions in seen['code'].items():
-        for lines, function in zip(functions, CODE[screen], strict=True):
-            [definition] = [line for line in lines if line.startswith('def ')]
-            assert definition.startswith(function.replace('cosmos_terms', terms))
-
-
-@needs_chromium
-def test_the_committed_page(tmp_path):
-    """oracle: by hand, its code. Its address opens a screen."""
-    _, seen = browse(tmp_path, ROOT / 'assets/step.html', '1280,800', '#screen-6-other')
-    check_code(seen)
-    assert seen['first'] == '6'
-
-
-@needs_chromium
+@pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')
 @pytest.mark.parametrize('method, screens', [('across', '01234567'), ('clip', '01237'), ('image-distill', '01237')])
 def test_the_page_in_a_browser(tmp_path, method, screens):
     """oracle: Chromium: a silent console, no requests, all parts of the page, captions as text, a picture that is not
-    blank. Python's values, to 1e-3, on each screen, at each evaluation and in each position of the switch, and how many
-    of them the button counts. The code is that of the functions named. Each term has a line, in a colour of its own."""
+    blank. Python's values, to 1e-3, on each screen, at each evaluation and in each position of the switch. CODE, and a
+    line for each term, in a colour of its own. An address opens a screen."""
     train_on_three(tmp_path, method)
-    built, seen = browse(tmp_path, report.write([tmp_path]), '400,3000')
+    built, seen = browse(tmp_path, report.write([tmp_path]), '400,3000', f'#screen-{screens[-2]}-other')
+    assert seen.pop('first') == screens[-2]
     assert built.count('aria-label="image ') == 3 and built.index('class="screen') < built.index('<path')
     assert '&lt;b&gt;red' in built and '<b>red' not in built
-    check_code(seen, train.METHODS[method].terms.__name__)
+    for screen, functions in seen.pop('code').items():
+        lines = '\n'.join(itertools.chain(*functions))
+        assert lines and re.findall(r'^def (\w+)', lines, re.M) == CODE[screen].split()
     assert seen.pop('screens') == screens
-    texts = seen.pop('text')
-    for screen, text in texts.items():
-        count = len(seen[f'{screen} at 2'])
-        assert (f"Python's values: {count} are compared" in text) == (count > 0)
     picks = seen.pop('picks', None)
     asked = seen.pop('asked', None)
-    follows = seen.pop('follows', None)
-    del seen['first'], seen['code']
     expected = {f'screen {k} at {at}' for k in screens for at in range(3)}
     kept = runs_on_page(tmp_path)[0]['maps']['batch'][-1]
     figures = kept['figures']
@@ -1077,7 +992,6 @@ def test_the_page_in_a_browser(tmp_path, method, screens):
         for found, right in zip(picks, ([0, 1, 2], [2, 0, 1])):         # its own pair, then the one that it has read
             share = (best == torch.tensor(right)).double().mean().item()
             assert found == pytest.approx(100 * share, abs=0.1)
-        assert follows == ['h_I_other_eot_t', 'h_T_other_cls_t']
         says, read, picked = asked
         assert says.startswith('says caption 0 of pair 1') and read == 'has read view 0 of pair 3'
         assert picked.startswith(f'picks view 0 of pair {best[0, 0, 0] + 1}')
