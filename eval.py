@@ -120,8 +120,8 @@ def embed(model, pixels):
 
 
 def embed_images(model, source, preprocess, workers=0):
-    """Paths or Pillow images (or a single one), or Shards -> (n, D) unit vectors on the CPU. A file that is no image
-    raises Unreadable, with its name."""
+    """Paths or Pillow images (or a single one), or Shards -> (n, D) unit vectors on the CPU. A file that is not an
+    image raises Unreadable, with its name."""
     if isinstance(source, (str, Path, Image.Image)):
         source = [source]
     need(len(source), 'there is no image to embed; give one or more')
@@ -197,7 +197,8 @@ def retrieval(image_features, text_features, owner):
     return figures
 
 
-HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']  # unless --caption-keys names others
+# The first key that has a caption counts, and the caption stays whole. --caption-keys names others.
+HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']
 
 
 def captions_of(shards, i):
@@ -229,12 +230,13 @@ def check_held_out(shards, workers=0):
         pass
 
 
-def size_of(image):         # read_image has decoded it; its size is little for the worker to send back
+def size_of(image):
+    """In place of preprocess: the image is decoded by then, and the worker sends back only two numbers."""
     return image.size
 
 
 def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
-    """-> the figures, and the image features (n, D) for callers that need them, too. source: held-out shards, or
+    """-> the figures, and the image features (n, D), which some callers need, too. source: held-out shards, or
     image paths with their captions and `owner`."""
     if captions is None:
         captions, owner = shard_captions(source)
@@ -350,7 +352,7 @@ def window_scores(model, pixels, vectors, csa):
 
 def segment_image(model, image, vectors, class_of_name, settings):
     """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is first scaled to H x W pixels and
-    scored there; then the scores are enlarged to h x w. (In this part H and W are pixels, not heads and width.)
+    scored there; then the scores are resized to h x w. (H and W are pixels here and above, not heads and width.)
 
     vectors (M, D): one for each name. class_of_name: M numbers; a class may have several names. The steps are those of
     clip_segmentor.py:113-276 of the released code:
@@ -369,7 +371,7 @@ def segment_image(model, image, vectors, class_of_name, settings):
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)
     logits = settings.scale * scores                                # (M, H, W)
     size = height, width
-    probability, classes = best_class(logits, size, class_of_name, candidates=class_of_name)        # all classes
+    probability, classes = best_class(logits, size, class_of_name, candidates=set(class_of_name))
     if settings.area:
         pixels_of_class = torch.bincount(classes.flatten())
         foreground = pixels_of_class[1:].sum()
@@ -383,20 +385,20 @@ def segment_image(model, image, vectors, class_of_name, settings):
 def best_class(logits, size, class_of_name, candidates):
     """logits (M, H, W) of M names -> two maps of `size` (h, w): for each pixel the probability of the best candidate
     class, and that class. A class is as probable as its most probable name. The softmax runs over all names, also those
-    of classes that are no candidates.
+    of other classes.
 
-    The names' maps are enlarged one at a time, because 100 maps of 12 megapixels would take 5 GB. So the softmax is
+    The names' maps are resized one at a time, because 100 maps of 12 megapixels would take 5 GB. So the softmax is
     accumulated name by name, too: e^highest / sum of e^logit = e^(highest - ln of that sum).
     """
     highest = logits.new_full(size, -math.inf)              # of the candidates' logits so far
     log_sum = logits.new_full(size, -math.inf)              # ln of the sum of e^logit so far
     classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
     for logit_map, number in zip(logits, class_of_name):
-        enlarged = F.interpolate(logit_map[None, None], size, mode='bilinear')[0, 0]    # (h, w)
-        log_sum = log_sum.logaddexp(enlarged)
+        resized = F.interpolate(logit_map[None, None], size, mode='bilinear')[0, 0]     # (h, w)
+        log_sum = log_sum.logaddexp(resized)
         if number in candidates:
-            classes[enlarged > highest] = number
-            highest = highest.maximum(enlarged)
+            classes[resized > highest] = number
+            highest = highest.maximum(resized)
     return (highest - log_sum).exp(), classes
 
 
@@ -461,6 +463,7 @@ def run_classify(args, model, tokenizer, preprocess):
     else:
         source, split = torchvision_set(args.dataset, args.root, args.split, args.download, preprocess)
     templates = read_templates(args.templates, TEMPLATES)
+    # Published figures of ImageNet use open_clip's names with its prompts.
     if args.templates == 'open_clip' and not args.classes and is_imagenet(source):
         _, names = open_clip_prompts()
     else:
@@ -477,11 +480,11 @@ def run_classify(args, model, tokenizer, preprocess):
 def run_segment(args, model, tokenizer, preprocess):
     if args.benchmark:
         settings = BENCHMARKS[args.benchmark]
-    else:  # a short side of 1.5 times the model's image size (224 makes 336), and no background
+    else:       # a short side of 1.5 times the model's image size (224 makes 336); no background is the default
         settings = Settings(size=3 * model.config.image_size // 2)
     settings = settings._replace(csa=args.csa)
     names_of_classes = read_synonyms(args.classes)      # a list of names for each class
-    need(settings.classes in (0, len(names_of_classes)),
+    need(settings.classes in (0, len(names_of_classes)),        # 0, the default: any number
          f'{args.classes} has {len(names_of_classes)} lines, but {args.benchmark} has {settings.classes} classes; '
          'give one line per class')
     all_names = []

@@ -3,14 +3,14 @@
     python train.py                                             the built-in set on a laptop, in minutes
     torchrun --nproc_per_node=8 train.py --data /shards         vit-b-16, the paper's recipe, on eight GPUs
     torchrun --nproc_per_node=2 train.py --out runs/two         two processes, which need no GPU
-    python train.py --data /shards --accum 8                    on one GPU that can hold an eighth of a batch
+    python train.py --data /shards --accum 8                    on one GPU that holds only an eighth of a batch
     python train.py --init CKPT --data /shards                  COSMOS, starting from an existing CLIP
 
 The default of --preset is tiny for the built-in set; with --data it is vit-b-16 on a GPU, photo elsewhere. To continue
 a run that stopped, give the same command with --resume. A run leaves in --out: last.pt (the checkpoint),
 log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (it keeps other runs out).
 With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val); with extras/ also
-report.html (the run as a page) and maps.npz (what that page shows besides the log).
+report.html (the run as a page) and maps.npz (for that page).
 
 On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6: `main` is the
 loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5 set up, log, save and evaluate;
@@ -71,8 +71,8 @@ LAPTOP = {
     'momentum': 0.995, 'momentum_ramp': 10,
     'local_crops': 2, 'local_captions': 2, 'augment': 'crops', 'vocab': 'learn'}
 
-# Used with --init, whatever the preset. The learning rate is small, because the weights already know something. The
-# momentum has no ramp, because the teacher starts as a copy of these weights, and has no random ones to forget.
+# Used with --init, whatever the preset. The learning rate is small, because the weights are already trained. The
+# momentum has no ramp, because the teacher's towers start as a copy of these weights, and have nothing to forget.
 PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
 
 
@@ -96,7 +96,7 @@ PRESETS = {
                text_width=128, text_layers=2, text_heads=2,
                context_length=64, cross_heads=4),
         LAPTOP | {'steps': 1000}),
-    # a few thousand photographs on two cores, in ten minutes if the cores support bf16 in hardware
+    # a few thousand photographs, in ten minutes of processor time if the processor has bf16 units
     'photo': Preset(
         Config(embed_dim=128, image_size=64, local_image_size=32, patch_size=8,
                vision_width=128, vision_layers=4, vision_heads=4,
@@ -115,7 +115,7 @@ def no_terms(out, cls_t, eot_t, scale):
 
 
 def image_terms(out, cls_t, eot_t, scale):
-    """Self-distillation of images: cls, which has read nothing, looks for cls_t."""
+    """Self-distillation of images: cls, without cross-attention, must find its own pair's cls_t."""
     return {'cls_cls_t': match(*gather(out.cls, cls_t), scale)}
 
 
@@ -255,8 +255,8 @@ def train_step(run, batch):
     # The teacher sees the globals, without gradient. It runs first, while the student holds no memory for its backward
     # pass. The student sees all views and captions. If there is C^T, the student's caption 0 keeps its padding, which
     # C^T reads. Others, the teacher's included, are cut: globals to the longest global, locals to the longest local.
-    # cache_enabled: with its cache, autocast would share one half-precision copy of each weight among the parts of
-    # --accum, and so add up their gradients in half precision.
+    # cache_enabled: autocast keeps one half-precision copy of each weight. The parts of --accum would share it, and
+    # their gradients would be summed there, in half precision. Without the cache they are summed in float32.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
                         cache_enabled=options.accum == 1):
         if run.method.has_teacher:
@@ -310,7 +310,7 @@ def momentum_at(step, options):
 
 
 def make_optimizer(student, lr, wd):
-    """AdamW; no decay for vectors (LayerNorm, biases) and the two scales (main.py:373-392 of the released code)."""
+    """AdamW; no decay for vectors (LayerNorm, biases, [cls]) and the scales (main.py:373-392 of the released code)."""
     matrices = {'params': [p for p in student.parameters() if p.ndim > 1], 'weight_decay': wd}
     vectors = {'params': [p for p in student.parameters() if p.ndim < 2], 'weight_decay': 0.0}
     return torch.optim.AdamW([matrices, vectors], lr=lr, betas=(0.9, 0.98), fused=True)
@@ -334,10 +334,11 @@ def fixed_settings(options, shards):
 
 def open_shards(options, processes, saved, built_in_set):
     """-> training shards, and held-out shards. The latter are None on ranks other than 0, and everywhere if nothing is
-    held out. Also fills in the options that depend on the data or on the checkpoint, and checks them."""
+    held out. Also fills in and checks the options that depend on the data or on the checkpoint, locks --out, and writes
+    index.npy there."""
     index = f'{options.out}/index.npy'
     choose_data(options, built_in_set)
-    # a pool's keys may be None, which means CAPTION_KEYS.
+    # A pool's keys may be None, which means plumbing.captions.CAPTION_KEYS.
     keys = options.caption_keys or POOL_KEYS[options.caption_pool]
     shards = Shards(options.data, keys, 'train', index)
     recipe = recipe_of(options.preset, options.method, options.init)
@@ -384,7 +385,8 @@ def choose_model(options, saved):
     heads = 0
     if method.has_cross_attention:      # those of config; if --init has none, as many as in a preset of its size
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
-    two_scales = method.two_scales and not method.has_cross_attention       # with C^I and C^T it goes without saying
+    # A model with C^I and C^T always has two scales, so config says it only for one without.
+    two_scales = method.two_scales and not method.has_cross_attention
     return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
 
 
@@ -411,7 +413,7 @@ def batches_left(options, processes, train_set, step):
 
 
 def make_run(options, processes, train_set, weights, batches):
-    """Model, teacher and optimizer on this process, before the first step."""
+    """-> this process's Run before the first step: student, teacher, optimizer and scaler."""
     device = processes.device
     torch.manual_seed(options.seed)                     # all ranks start from the same weights
     student = COSMOS(train_set.config).to(device)
@@ -443,7 +445,7 @@ def set_up(options, processes, built_in_set):
     # last.pt count as the same if their running times are equal.
     read = {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
     to_agree_on = vars(options) | read | {'val': bool(options.val)}
-    for name in 'workers', 'data', 'vocab':             # may differ: the number of cores, and paths
+    for name in 'workers', 'data', 'vocab':             # may differ: cores, and where a node has its files
         del to_agree_on[name]
     need(processes.broadcast(to_agree_on) == to_agree_on, 'options, shards or last.pt are not the same for all '
          'processes; give all nodes the same command, the same files in --data, and one --out that all see')
@@ -560,7 +562,8 @@ def print_plan(run, val):
 
 
 def begin(run, val, watchers):
-    """If the run is complete, end here. Otherwise rank 0 prints the plan and writes config.json."""
+    """If the run is complete, end here: `leave` does not return. Otherwise rank 0 prints the plan, and writes
+    config.json."""
     options = run.options
     # A run that has taken all its steps but has no eval.json was stopped in its last evaluation, which is due again.
     has_figures = run.processes.broadcast((run.folder / 'eval.json').exists())
@@ -569,7 +572,7 @@ def begin(run, val, watchers):
         run.processes.leave(0)
     if run.processes.rank == 0:
         print_plan(run, val)
-        runs.write_config(run)
+        runs.write_config(run)          # it also removes what an earlier start has left, before best_so_far looks
         if val:
             run.best = runs.best_so_far(run.folder, val)
         for watcher in watchers:
@@ -644,7 +647,7 @@ def main(argv=None, watchers=(), built_in_set=None):
 
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
-    # If an error ends the loop, the run is saved, provided that its weights are finite.
+    # If an error of rank 0 ends the loop, the run is saved, provided that its weights are finite.
     saving = runs.saved_on_error(run.student, partial(save, run))
     with bar, saving, signals_caught() as signals:
         while True:
