@@ -293,18 +293,19 @@ def sample_sheet(crops, path):
         save_image(tiles, partial, format='png', nrow=len(crops.kinds), padding=4, pad_value=1)
 
 
-def too_long(captions, texts, context_length, vocab, uses_clips):
+def too_long(captions, texts, preset, vocab):
     """In words: how many captions are longer than the context, and with which vocabulary this was counted."""
-    if vocab or uses_clips:
+    config, recipe = PRESETS[preset]
+    if vocab or recipe['vocab'] == 'clip':
         tokenizer = Tokenizer.clip(vocab)
         by = "CLIP's vocabulary"
     else:
         tokenizer = Tokenizer.learn(texts, LEARNED_VOCAB)
         by = 'a vocabulary learned from these pairs'
-    room = context_length - 2                       # without start and end
+    room = config.context_length - 2                # without start and end
     long = sum(len(tokenizer.encode(caption)) > room for caption in captions)
-    return (f'{long:,} of {len(captions):,} text crops, drawn as for one step; the context holds {context_length} '
-            f'tokens of {by}')
+    return (f'{long:,} of {len(captions):,} text crops, drawn as for one step; the context holds '
+            f'{config.context_length} tokens of {by}')
 
 
 def percentiles(values):
@@ -316,7 +317,8 @@ def crops_of(source, preset, tokenizer=None, augment=None):
     """What a preset makes of the pairs. augment: if it is not the preset's."""
     config, recipe = PRESETS[preset]
     counts = Counts(local_images=recipe['local_crops'], local_texts=recipe['local_captions'])
-    return Crops(source, tokenizer, config, seed=0, counts=counts, augment=augment or recipe['augment'])
+    augment = augment or recipe['augment']
+    return Crops(source, tokenizer, config, seed=0, counts=counts, augment=augment)
 
 
 def inspect(shards, caption_keys, preset, augment, vocab, out):
@@ -348,9 +350,7 @@ def inspect(shards, caption_keys, preset, augment, vocab, out):
           ', '.join(f'{key} ({n / len(pools):.0%})' for key, n in keys.most_common()))
     print('sentences per pair  ', percentiles(list(map(len, pools))))
     print('words per sentence  ', percentiles([len(text.split()) for text in texts]))
-    _, recipe = PRESETS[preset]
-    print('longer than context ',
-          too_long(captions, texts, crops.config.context_length, vocab, recipe['vocab'] == 'clip'))
+    print('longer than context ', too_long(captions, texts, preset, vocab))
     print('repeated            ', f'{len(pools) - len(images)} of {len(pools)} images, '
           f'{len(texts) - len(set(texts))} of {len(texts)} sentences')
     sample_sheet(crops, out)
