@@ -374,6 +374,13 @@ TABLE_5 = {
 WAYS = {'retrieval.image_to_text_R@10': '#0072b2', 'retrieval.text_to_image_R@10': '#d55e00'}
 
 
+def show_ways(figure):
+    """A legend above the panels."""
+    from matplotlib.lines import Line2D
+    lines = [Line2D([], [], color=color, linewidth=4) for color in WAYS.values()]
+    figure.legend(lines, ['image to text', 'text to image'], loc='outside upper right', ncols=2, frameon=False)
+
+
 def draw_table_5(figure):
     """Page 2: Table 5 row by row, the paper's and ours."""
     paper, ours = figure.subplots(1, 2)
@@ -389,8 +396,7 @@ def draw_table_5(figure):
     ours.tick_params('y', labelleft=False)
     paper.set(xlim=(0, 60), title='the paper: CC3M, COCO', xlabel='R@1, %')
     ours.set(xlim=(0, 20), title='here: Flickr8k', xlabel='R@10, %')
-    for color, words, y in zip(WAYS.values(), ('image to text', 'text to image'), (4, 5)):
-        paper.text(2, y, words, color=color, va='center')
+    show_ways(figure)
 
 
 def draw_local_crops(figure):
@@ -399,7 +405,8 @@ def draw_local_crops(figure):
     for x, count in enumerate((0, 2, 4, 6)):
         for (column, color), shift in zip(WAYS.items(), (-0.08, 0.08)):
             show_runs(crops, 'local-crops', f'cosmos-{count}', column, x + shift, color)
-        show_runs(minutes, 'local-crops', f'cosmos-{count}', 'seconds', x)
+        show_runs(minutes, 'local-crops', f'cosmos-{count}', 'seconds', x, GREY)
+    show_ways(figure)
     crops.set(ylim=(0, 20), ylabel='R@10, %')
     minutes.set(ylim=(0, 20), ylabel='minutes of training')
     for axis in crops, minutes:
