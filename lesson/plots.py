@@ -378,7 +378,7 @@ def show_ways(figure):
     """A legend above the panels."""
     from matplotlib.lines import Line2D
     lines = [Line2D([], [], color=color, linewidth=4) for color in WAYS.values()]
-    figure.legend(lines, ['image to text', 'text to image'], loc='outside upper right', ncols=2, frameon=False)
+    figure.legend(lines, ['image to text', 'text to image'], loc='outside upper center', ncols=2, frameon=False)
 
 
 def draw_table_5(figure):
@@ -408,10 +408,10 @@ def draw_local_crops(figure):
         show_runs(minutes, 'local-crops', f'cosmos-{count}', 'seconds', x, GREY)
     show_ways(figure)
     crops.set(ylim=(0, 20), ylabel='R@10, %')
-    minutes.set(ylim=(0, 20), ylabel='minutes of training')
+    minutes.set(ylim=(0, 20), ylabel='minutes')
     for axis in crops, minutes:
         axis.set_xticks(range(4), ('0', '2', '4', '6'))
-        axis.set(xlim=(-0.5, 3.5), xlabel='local crops of COSMOS')
+        axis.set(xlim=(-0.5, 3.5), xlabel='small crops of an image')
         axis.spines[['top', 'right']].set_visible(False)
 
 
@@ -454,13 +454,8 @@ PICTURES = {            # how it is drawn, inches
     'company': (draw_company, (6, 4)),
     'race': (draw_race, (8.4, 3.8)),
     'table-5': (draw_table_5, (9, 3.8)),
-    'local-crops': (draw_local_crops, (9, 2.6)),
+    'local-crops': (draw_local_crops, (9, 3)),
     'leak': (draw_leak, (6.4, 4))}
-
-
-def finished_pictures():
-    """A picture that has the name of an experiment waits for its runs."""
-    return [name for name in PICTURES if name not in OPEN]
 
 
 def digest():
@@ -490,7 +485,7 @@ def check_pages():
         for _, _, old, new, source in changes(page):
             raise Refused(f'{page} has "{old}", and results.csv "{new}" ({source}); {REMEDY}')
     need(APPENDIX.read_text() == appendix(), f'{APPENDIX} was written from other rows; {REMEDY}')
-    for name in finished_pictures():
+    for name in PICTURES:
         description = Image.open(PICTURE.format(name)).text.get('Description')
         need(description == digest(), f'the picture {name} was drawn from other rows; {REMEDY}')
 
@@ -531,7 +526,7 @@ def main():
     APPENDIX.write_text(appendix())
     for file, svg in picture.drawn_steps().items():
         Path(file).write_text(svg)
-    for name in finished_pictures():
+    for name in PICTURES:
         draw(name, PICTURE.format(name))
 
 
