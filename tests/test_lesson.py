@@ -773,7 +773,9 @@ def test_check(course, monkeypatch):
     plots.APPENDIX.write_text(plots.appendix())
     assert 'the picture a was drawn from other rows' in run(plots, '--check')
     assert run(plots) is None
+    assert '## one' in plots.APPENDIX.read_text()
     monkeypatch.setattr(plots, 'OPEN', ['one'])
+    assert run(plots) is None and '## one' not in plots.APPENDIX.read_text()
     assert 'one has all its runs; take it off OPEN' in run(plots, '--check')
 
 
