@@ -40,8 +40,6 @@ APPENDIX = Path('lesson/RESULTS.md')
 PICTURE = 'assets/lesson-{}.png'
 # Experiments whose runs are still being made. --check passes without their rows, and says when they are complete.
 OPEN = ['no-local-captions', 'minor']
-# Experiments that may mix machines: there figures differ as between two seeds, but times must not be compared.
-ANY_MACHINE = ['table-5', 'local-crops', 'no-local-captions', 'minor']
 # What a value is multiplied by; all others: 100, which makes a share a percentage.
 UNITS = {'seconds': 1 / 60, 'handed.cosine.names': 1, 'handed.cosine.scenes': 1}
 DIGITS = {'handed.cosine.names': 2, 'handed.cosine.scenes': 2}      # after the point; all others: 1
@@ -507,7 +505,7 @@ def check_runs():
                 row = rows[variant.key(), seed]
                 commit = 'equal' if row['commit'] in EQUAL_COMMITS else row['commit']
                 origins.add((commit, row['machine']))
-        need(len(origins) == 1 or experiment in ANY_MACHINE,
+        need(len(origins) == 1,
              f'{experiment} has runs of several origins: {origins}; remove their rows from '
              'results.csv, and make the runs again, on one machine and at one commit')
 

@@ -727,8 +727,8 @@ def test_filling_in(families, capsys):
 
 def test_check(course, monkeypatch):
     """oracle: what is complete passes; another page, picture, commit or machine, a missing run and a missing figure
-    are named. Commits that are equal may stand together, and so may machines if the experiment may mix them. An
-    experiment that is open may lack runs, but must not lack none."""
+    are named. Commits that are equal may stand together. An experiment that is open may lack runs, but must not lack
+    none."""
     pytest.importorskip('matplotlib')
     Path('assets').mkdir()
     drawn = []
@@ -753,14 +753,12 @@ def test_check(course, monkeypatch):
     assert drawn == [[[50, 25], [37.5]]]
     results = experiments.RESULTS
     whole = results.read_text()
-    for old, new, sentence, may_mix, is_open in (
-            (f'1,{second}', '1,x', 'one has runs of several origins', False, False),
-            (f'{first},m,.5', f'{first},n,.5', 'one has runs of several origins', False, False),
-            (f'{first},m,.5', f'{first},n,.5', None, True, False),
-            ('m,.25', 'm,', "one lacks runs or figures ((1, 'clip') first)", False, False),
-            (f'1,{second}', f'7,{second}', "one lacks runs or figures ((1, 'clip') first)", True, False),
-            (f'1,{second}', f'7,{second}', None, False, True)):
-        monkeypatch.setattr(plots, 'ANY_MACHINE', ['one'] if may_mix else [])
+    for old, new, sentence, is_open in (
+            (f'1,{second}', '1,x', 'one has runs of several origins', False),
+            (f'{first},m,.5', f'{first},n,.5', 'one has runs of several origins', False),
+            ('m,.25', 'm,', "one lacks runs or figures ((1, 'clip') first)", False),
+            (f'1,{second}', f'7,{second}', "one lacks runs or figures ((1, 'clip') first)", False),
+            (f'1,{second}', f'7,{second}', None, True)):
         monkeypatch.setattr(plots, 'OPEN', ['one'] if is_open else [])
         assert old in whole
         results.write_text(whole.replace(old, new, 1))
