@@ -213,6 +213,9 @@ EXPERIMENTS = {
     'longer-reading': race(ON_SCENES, 'cosmos another-pair no-cross-attention across', LATER, LONGER),
     # What C^I hands over; other seeds, because these runs come from another machine.
     'handed': race(ON_SCENES, 'cosmos', range(10, 15)),
+    # In `pairs` CLIP makes half as many steps as COSMOS. Does it learn more from as many, of 32 pairs each?
+    'tune-steps': tune(ON_SCENES, {'clip': '1e-3 5e-4 2.5e-4 1.25e-4'}, {'clip': 1000}, batch=32),
+    'steps': race(ON_SCENES, 'cosmos clip', range(10, 15), {'clip': 1000}, batch=32),
     'photo-tune': tune(ON_PHOTOGRAPHS, {
         'clip': '2e-3 1e-3 5e-4 2.5e-4 1.25e-4', 'clip-aug': '1e-3 5e-4 2.5e-4 1.25e-4',
         'no-cross-attention': '4e-3 2e-3 1e-3 5e-4', 'across': '2e-3 1e-3 5e-4',
@@ -258,6 +261,7 @@ COMPARISONS = {
     'company-size': {'small.top1': '(cosmos-big~cosmos-equal)~(clip-big~clip-equal)'},
     'minutes': {NAMED: RIVALS},
     'pairs': {NAMED: RIVALS},
+    'steps': {NAMED: 'cosmos~clip'},
     'longer': {NAMED: RIVALS},
     'reading': {NAMED: f'{READERS} two-terms~cosmos across~two-terms'},
     'across': {f'{NAMED} {R_AT_1}': READERS},
