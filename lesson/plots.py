@@ -356,7 +356,7 @@ def draw_race(figure):
     draw_half_of_race(scenes, '', 'small.top1', 60)
     show_scale(scenes, 'small objects named, %', [30, 60])
     draw_half_of_race(photographs, 'photo-', 'retrieval.text_to_image_R@10', 20)
-    show_scale(photographs, 'photograph in the first ten, %', [10, 20], chance=1)
+    show_scale(photographs, 'R@10, %', [10, 20], chance=1)
     scenes.set_title('drawn scenes', loc='left')
     photographs.set_title('photographs', loc='left')
     show_legend(figure, {NAMES[method]: PAINT[method] for method in NAMES})
