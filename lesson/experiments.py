@@ -186,7 +186,6 @@ def company():
     return variants
 
 
-COSMOS_RUNS = ON_PHOTOGRAPHS['cosmos']
 EXPERIMENTS = {
     'tune': tune(ON_SCENES, {
         'clip': '5e-4 2.5e-4 1.25e-4', 'no-cross-attention': '2e-3 1e-3 5e-4',
@@ -233,9 +232,7 @@ EXPERIMENTS = {
     'table-5': race(ON_PHOTOGRAPHS, ' '.join(ON_PHOTOGRAPHS), FIVE, SAME_PAIRS),
     # At the rate of four local crops, with the same four local captions. Four is the default, but is typed, so that
     # these runs are made together with the others: their times are compared.
-    'local-crops': {f'cosmos-{n}': COSMOS_RUNS._replace(more=f'--local-crops {n}') for n in (0, 2, 4, 6)},
-    'no-local-captions': {
-        'cosmos': COSMOS_RUNS, 'no-local-captions': COSMOS_RUNS._replace(more='--local-captions 0')},
+    'local-crops': {f'cosmos-{n}': ON_PHOTOGRAPHS['cosmos']._replace(more=f'--local-crops {n}') for n in (0, 2, 4, 6)},
     'minor': race(ON_PHOTOGRAPHS, 'cosmos no-cross-attention', FIVE, SAME_PAIRS) | {
         'clip-pairs': ON_PHOTOGRAPHS['clip']._replace(steps=800), 'clip-minutes': ON_PHOTOGRAPHS['clip']}}
 
@@ -274,7 +271,6 @@ COMPARISONS = {
             'clip-aug~clip image-distill~clip-aug text-crop~image-distill text-distill~text-crop cosmos~text-distill '
             'cosmos~clip'},
     'local-crops': {f'{R_AT_10} {LAST}': 'cosmos-0~cosmos-4 cosmos-2~cosmos-4 cosmos-6~cosmos-4'},
-    'no-local-captions': {f'{R_AT_10} {LAST}': 'no-local-captions~cosmos'},
     # The third column asks: does COSMOS lift what is minor more than what is dominant?
     'minor': {
         'minor.minor.auc minor.dominant.auc minor.minor.auc~minor.dominant.auc':

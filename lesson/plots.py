@@ -38,8 +38,6 @@ from plumbing.options import Parser
 PAGES = [Path('README.md'), Path('lesson/README.md')]
 APPENDIX = Path('lesson/RESULTS.md')
 PICTURE = 'assets/lesson-{}.png'
-# Experiments whose runs are still being made. --check passes without their rows, and says when they are complete.
-OPEN = ['tune-steps', 'steps', 'no-local-captions']
 # What a value is multiplied by; all others: 100, which makes a share a percentage.
 UNITS = {'seconds': 1 / 60, 'handed.cosine.names': 1, 'handed.cosine.scenes': 1}
 DIGITS = {'handed.cosine.names': 2, 'handed.cosine.scenes': 2}      # after the point; all others: 1
@@ -201,11 +199,11 @@ def rate_table():
 
 
 def appendix():
-    """RESULTS.md: the differences of all complete experiments, and the rates that were tried."""
+    """RESULTS.md: the differences of all experiments, and the rates that were tried."""
     text = INTRODUCTION
     for experiment in EXPERIMENTS:
         found = difference_table(experiment)
-        if found and experiment not in OPEN:    # some of its runs decide nothing yet
+        if found:
             text += f'\n## {experiment}\n\n{found}'
     return text + RATES + rate_table()
 
@@ -488,9 +486,6 @@ def check_runs():
     rows = read_results()
     for experiment, variants in EXPERIMENTS.items():
         missing = missing_runs(experiment)
-        if experiment in OPEN:
-            need(missing, f'{experiment} has all its runs; take it off OPEN in lesson/plots.py')
-            continue
         if missing:
             raise Refused(f'{experiment} lacks runs or figures ({missing[0]} first); make them by '
                           f'python -m lesson.experiments {experiment}')

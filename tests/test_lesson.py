@@ -558,7 +558,6 @@ def course(sandbox, monkeypatch):
     monkeypatch.setattr(experiments, 'call', in_this_process)
     one_by_one = nullcontext(SimpleNamespace(map=map))      # signals can be caught only in the main thread
     monkeypatch.setattr(experiments, 'ThreadPoolExecutor', lambda workers: one_by_one)
-    monkeypatch.setattr(plots, 'OPEN', [])
     experiments.RESULTS.write_text('run,seed\n')
 
 
@@ -727,8 +726,7 @@ def test_filling_in(families, capsys):
 
 def test_check(course, monkeypatch):
     """oracle: what is complete passes; another page, picture, commit or machine, a missing run and a missing figure
-    are named. Commits that are equal may stand together. An experiment that is open may lack runs, but must not lack
-    none."""
+    are named. Commits that are equal may stand together."""
     pytest.importorskip('matplotlib')
     Path('assets').mkdir()
     drawn = []
@@ -753,28 +751,20 @@ def test_check(course, monkeypatch):
     assert drawn == [[[50, 25], [37.5]]]
     results = experiments.RESULTS
     whole = results.read_text()
-    for old, new, sentence, is_open in (
-            (f'1,{second}', '1,x', 'one has runs of several origins', False),
-            (f'{first},m,.5', f'{first},n,.5', 'one has runs of several origins', False),
-            ('m,.25', 'm,', "one lacks runs or figures ((1, 'clip') first)", False),
-            (f'1,{second}', f'7,{second}', "one lacks runs or figures ((1, 'clip') first)", False),
-            (f'1,{second}', f'7,{second}', None, True)):
-        monkeypatch.setattr(plots, 'OPEN', ['one'] if is_open else [])
+    for old, new, sentence in (
+            (f'1,{second}', '1,x', 'one has runs of several origins'),
+            (f'{first},m,.5', f'{first},n,.5', 'one has runs of several origins'),
+            ('m,.25', 'm,', "one lacks runs or figures ((1, 'clip') first)"),
+            (f'1,{second}', f'7,{second}', "one lacks runs or figures ((1, 'clip') first)")):
         assert old in whole
         results.write_text(whole.replace(old, new, 1))
         assert run(plots) is None
-        found = run(plots, '--check')
-        assert found is None if sentence is None else sentence in found
+        assert sentence in run(plots, '--check')
     results.write_text(whole)
-    monkeypatch.setattr(plots, 'OPEN', [])
     assert 'RESULTS.md was written from other rows' in run(plots, '--check')
     plots.APPENDIX.write_text(plots.appendix())
     assert 'the picture a was drawn from other rows' in run(plots, '--check')
-    assert run(plots) is None
-    assert '## one' in plots.APPENDIX.read_text()
-    monkeypatch.setattr(plots, 'OPEN', ['one'])
-    assert run(plots) is None and '## one' not in plots.APPENDIX.read_text()
-    assert 'one has all its runs; take it off OPEN' in run(plots, '--check')
+    assert run(plots) is None and '## one' in plots.APPENDIX.read_text()
 
 
 def test_the_picture_of_a_step():
@@ -848,8 +838,6 @@ def test_rows_of_photographs(album, monkeypatch, capsys):
 def test_rates_of_photographs(experiment):
     """oracle: the rows. The rate of a method has its best R@10 on the validation photographs, over both directions, and
     a lower and a higher rate were tried, too."""
-    if experiment in plots.OPEN:
-        pytest.skip(f'{experiment} still lacks runs')
     rows = experiments.read_results()
     found = defaultdict(dict)
     for variant in EXPERIMENTS[experiment].values():
