@@ -16,6 +16,8 @@ the step that is best on 1,000 validation photographs, and at the last (`last`).
 
 Old rows of drawn scenes: `seconds` is the wall time of training alone, elsewhere the processor time of the whole
 command; no-cross-attention padded caption 0, which the command now cuts, so it differs in the last bits.
+Rows of photographs of 965bc15: the columns of `minor` were added later, from networks that were made again, and that
+gave all other figures to the digit.
 """
 import csv
 import json
