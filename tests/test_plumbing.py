@@ -94,7 +94,7 @@ def test_imports_run_one_way():
 
 # --- Programs: the four files, bugs, mistakes ------------------------------------------------------------------------
 
-def test_the_four_files_and_plumbing_are_enough(tmp_path):
+def test_the_four_files_and_plumbing_are_enough(tmp_path, monkeypatch):
     """oracle: the exit status and words of training and evaluation in a folder that has only these files."""
     dog_tar(tmp_path / 'dogs.tar', 9)
     folder = tmp_path / 'alone'
@@ -106,6 +106,7 @@ def test_the_four_files_and_plumbing_are_enough(tmp_path):
             'eval.py retrieval out --shards ../dogs.tar'):
         done = subprocess.run([sys.executable, *command.split()], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0 and 'R@1' in done.stdout, done.stderr
+    monkeypatch.chdir(tmp_path)                         # because the folder of the project may hold runs
     assert re.match('error: the built-in set is drawn by lesson/.*; give shards with --data', run(train))
 
 
