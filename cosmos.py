@@ -319,7 +319,7 @@ def nce(queries, keys, scale):
         return cross_entropy(queries, keys, scale)
     # ours: we do not keep so many logits, because with 4,096 pairs on one GPU the ten L_nce of a step would need 11 GB
     # for them. The backward pass recomputes them, one L_nce at a time.
-    return checkpoint(cross_entropy, queries, keys, scale, use_reentrant=False)
+    return checkpoint(cross_entropy, queries, keys, scale, use_reentrant=False, preserve_rng_state=False)
 
 
 def match(a, b, scale):
@@ -588,17 +588,13 @@ class Transformer(nn.Module):
 
         The blocks before the last must compute every row, because the next one reads them as keys and values.
         """
-        mask = None
-        if self.causal:
-            R = x.shape[1]
-            mask = x.new_ones(R, R, dtype=torch.bool).tril()            # True where a row may look
         *blocks, last = self.resblocks
         for block in blocks:
-            if self.grad_checkpointing:
-                x = checkpoint(block, x, mask, use_reentrant=False)
+            if self.grad_checkpointing:     # a block draws no random numbers, so their state need not be kept
+                x = checkpoint(block, x, self.causal, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, mask)
-        return last(x, mask, row)
+                x = block(x, self.causal)
+        return last(x, self.causal, row)
 
 
 class QuickGELU(nn.Module):
@@ -623,18 +619,22 @@ class Block(nn.Module):
             gelu=QuickGELU() if quick_gelu else nn.GELU(),
             c_proj=nn.Linear(4 * width, width)))
 
-    def forward(self, x, mask=None, row=None):
-        """x (n, R, W), mask (R, R) -> (n, R, W). With `row` (n,) only that row of each sequence is computed, (n, 1, W).
+    def forward(self, x, causal=False, row=None):
+        """x (n, R, W) -> (n, R, W). With `row` (n,) only that row of each sequence is computed, (n, 1, W).
 
         All rows are keys and values either way, so the result is the same as if all were computed and one taken.
         """
         context = query = self.ln_1(x)                                  # (n, R, W)
-        if row is not None:
+        if row is None:
+            x = x + self.attn(query, context, causal=causal)
+        else:
             x = pick(x, row)                                            # (n, 1, W)
             query = pick(context, row)                                  # (n, 1, W)
-            if mask is not None:
-                mask = mask[row][:, None, None]                         # (n, 1, 1, R)
-        x = x + self.attn(query, context, mask)
+            mask = None
+            if causal:
+                keys = torch.arange(context.shape[1], device=x.device)
+                mask = (keys <= row[:, None])[:, None, None]            # (n, 1, 1, R)
+            x = x + self.attn(query, context, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -651,22 +651,22 @@ class Attention(nn.MultiheadAttention):
     out_proj is the linear map at the end.
     """
 
-    def forward(self, query, context, mask=None):
+    def forward(self, query, context, mask=None, causal=False):
         """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). Q is R, or 1 in a last block, or V in cross-attention.
 
-        mask: True for keys that may be seen (in nn.MultiheadAttention it is the opposite). For whole sequences it is
-        (R, R), and must be the causal one; for one row of each sequence it is (n, 1, 1, R).
+        mask: True for keys that may be seen (in nn.MultiheadAttention it is the opposite), such as (n, 1, 1, R) for one
+        row of each sequence. causal, in place of a mask: row i of a whole sequence sees rows 0 to i.
         """
         q, k, v = self.project(query, context)
         # Plain products on two devices: in bf16 on a CPU they are up to 5 times as fast as the kernels below, and on
         # mps is_causal may let a row see later ones in half precision (pytorch#195910).
         if q.device.type in ('cpu', 'mps'):
+            if causal:
+                R = k.shape[2]
+                mask = q.new_ones(R, R, dtype=torch.bool).tril()        # True where a row may look
             x = attention_weights(q, k, mask) @ v
-        elif mask is not None and mask.ndim == 2:
-            # The flash kernel takes no mask, but knows the causal one. So the contents of this mask are not read.
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:       # the flash kernel takes no mask, but knows the causal one
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
     def project(self, query, context):

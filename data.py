@@ -33,7 +33,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from cosmos import GLOBALS, Config
 from plumbing.colours import AFTER_JITTERS, JITTERS, Changes, changes_of, constant, recolour
-from plumbing.errors import Refused, Unreadable
+from plumbing.errors import Refused, Unreadable, need
 from plumbing.images import decode, read_header
 from plumbing.processes import loading
 from plumbing.shards import Shards
@@ -57,7 +57,8 @@ def text_crops(pool, rng, global_texts, local_texts):
 
 def draw_sentences(pool, count, rng):
     """A random sample of the pool. A pool that is too small is repeated whole, in its own order, as often as it fits,
-    and a sample makes up the rest."""
+    and a sample makes up the rest. So a pool of one sentence gives global captions such as 'red kettle. red kettle. red
+    kettle', as released. Text crops add nothing then: give longer captions, or train with --method clip."""
     if count <= len(pool):
         return rng.sample(pool, count)
     repeats, rest = divmod(count, len(pool))
@@ -173,7 +174,8 @@ class Counts(NamedTuple):
     """How many views and captions a pair gives: V = global_images + local_images, U = global_texts + local_texts.
 
     COSMOS has GLOBALS global images and as many global texts. The method `clip` (see METHODS in train.py) has one
-    global image. It must then have no local ones, because L_CLIP would take the first of them for a second global one.
+    global image. It must then have no local ones, because L_CLIP and the teacher take the first GLOBALS images for
+    global ones. For the same reason there are never more than GLOBALS.
     """
     global_images: int = GLOBALS
     local_images: int = 6
@@ -215,6 +217,10 @@ class Crops(Dataset):
     crop_min: float = 0.4
 
     def __post_init__(self):
+        number, local_number = self.counts[:2]
+        need(number == GLOBALS or (number < GLOBALS and local_number == 0),
+             f'{number} global and {local_number} local images are refused, because L_CLIP takes the first {GLOBALS} '
+             f'for global ones; take {GLOBALS} global images, or fewer and no local ones')
         first, other, local = kinds_of_views(self.config, self.crop_min)
         others = (self.counts.global_images - 1) * [other]
         locals_ = self.counts.local_images * [local]

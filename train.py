@@ -188,6 +188,8 @@ def recipe_of(preset, method, init):
     recipe = dict(PRESETS[preset].recipe)
     if METHODS[method].only_crops:
         recipe['augment'] = 'crops'
+    if not METHODS[method].has_teacher:
+        del recipe['momentum']
     if init:
         recipe |= PRETRAINED
     return recipe
@@ -338,11 +340,16 @@ def open_shards(options, processes, saved, built_in_set):
     index.npy there."""
     index = f'{options.out}/index.npy'
     choose_data(options, built_in_set)
-    # A pool's keys may be None, which means plumbing.captions.CAPTION_KEYS.
-    keys = options.caption_keys or POOL_KEYS[options.caption_pool]
-    shards = Shards(options.data, keys, 'train', index)
+    shards = Shards(options.data, options.caption_keys, 'train', index)
     recipe = recipe_of(options.preset, options.method, options.init)
     parts = processes.world * options.accum
+    if options.caption_pool != 'all':
+        keys = POOL_KEYS[options.caption_pool]
+        shards.caption_keys = keys.split(',')
+        pools = runs.first_pools(shards)
+        need(pools.count([]) <= len(pools) / 2,
+             f'--caption-pool {options.caption_pool} takes {keys} of DreamLIP, but {pools.count([])} of the first '
+             f'{len(pools)} pairs of --data have none; leave it out, or give --caption-keys in its place')
     fill_in(options, recipe, len(shards), parts, saved)
     data.check_batch(options.batch, len(shards), parts)
     if saved:
@@ -460,7 +467,7 @@ def set_up(options, processes, built_in_set):
     batches = batches_left(options, processes, train_set, saved.get('step', 0))
     run = make_run(options, processes, train_set, weights, batches)
     if saved:
-        runs.restore(run, saved)
+        runs.restore(run)
     if options.compile:
         compile_blocks(run.student)
         if run.teacher:
@@ -486,7 +493,6 @@ def log_entry(run, progress):
     entry = {  # the same on all ranks, except pairs_per_s; rank 0 writes its own
         'step': run.step,
         'lr': lr_at(used, options),
-        'momentum': momentum_at(used, options),
         'chance': math.log(options.batch),      # what guessing costs in each part of the loss
         'weights': {name: weight for name, (weight, _) in done.parts.items()},
         'accuracy': (nearest == torch.arange(len(nearest))).double().mean().item(),
@@ -497,6 +503,8 @@ def log_entry(run, progress):
         'bad_pairs': progress.bad}
     if run.student.two_scales:
         entry['distill_scale'] = run.student.distill_logit_scale.exp().item()
+    if run.teacher:
+        entry['momentum'] = momentum_at(used, options)
     means = {                       # these differ between ranks, so their mean is logged
         'loss': done.loss,
         'waiting': progress.waited / progress.seconds,
@@ -647,9 +655,7 @@ def main(argv=None, watchers=(), built_in_set=None):
 
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
-    # If an error of rank 0 ends the loop, the run is saved, provided that its weights are finite.
-    saving = runs.saved_on_error(run.student, partial(save, run))
-    with bar, saving, signals_caught() as signals:
+    with bar, runs.memory_needed(), signals_caught() as signals:
         while True:
             due = what_is_due(run, progress)
             entry = {}
@@ -674,7 +680,8 @@ def main(argv=None, watchers=(), built_in_set=None):
             progress.count(done, run.scaler.get_scale(), options.batch, bad, signalled)
             failure = progress.reason_to_fail(run.step, run.folder)
             if failure:
-                save(run)
+                if done.finite:                 # otherwise the weights may have overflowed
+                    save(run)
                 processes.end_all(failure)
 
     if due.evaluate:                                    # else a signal has ended the loop

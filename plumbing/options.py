@@ -37,6 +37,7 @@ def number_type(kind, words, least, most=float('inf')):
 
 positive = number_type(int, 'a whole number of 1 or more', 1)
 count = number_type(int, 'a whole number of 0 or more', 0)
+seed = number_type(int, 'a whole number from 0 to 2^64 - 1', 0, 2 ** 64 - 1)       # what torch takes
 share = number_type(float, 'a number from 0 to 1', 0, 1)
 amount = number_type(float, 'a number of 0 or more', 0, sys.float_info.max)
 above_zero = number_type(float, 'a number above 0', sys.float_info.min, sys.float_info.max)
@@ -49,8 +50,9 @@ def add_training(parser, presets, methods):
     add = parser.add_argument_group('data').add_argument
     add('--data', nargs='+', help='tars, or folders of them; without it the built-in set')
     add('--val', nargs='+', help='held-out shards (the val/ of a single --data folder)')
-    add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
-    add('--caption-pool', choices=POOL_KEYS, default='all', help="which of DreamLIP's (%(default)s)")
+    captions = parser.add_mutually_exclusive_group().add_argument
+    captions('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
+    captions('--caption-pool', choices=POOL_KEYS, default='all', help="which of DreamLIP's (%(default)s)")
     add('--vocab', help="clip, learn (from the captions), or a path to CLIP's file")
     loaders = min(8, cores() // 2 or 1)
     add('--workers', type=count, default=loaders, help='loaders of each process (%(default)s)')
@@ -76,10 +78,10 @@ def add_training(parser, presets, methods):
     add('--lr-end', type=share, help='final rate as a share of --lr')
     add('--warmup', type=count, help='steps of linear warm-up (at most a tenth of the run)')
     add('--wd', type=amount, help='weight decay, of matrices only')
-    add('--momentum', type=share, help="lambda, the teacher's momentum")
+    add('--momentum', type=share, help="lambda, the teacher's momentum (with --init at most 1 - 3.9 / steps)")
     add('--momentum-ramp', type=count, help='R: lambda at step s is at most s / (s + R)')
     add('--clip-grad', type=amount, default=0.0, help='largest norm of the gradient; 0: no limit')
-    add('--seed', type=count, default=0, help='seed of everything random (%(default)s)')
+    add('--seed', type=seed, default=0, help='seed of everything random (%(default)s)')
 
 
 def add_machine_and_output(parser):
@@ -100,14 +102,18 @@ def add_machine_and_output(parser):
     add('--log-every', type=positive, default=20, help='steps between log lines (%(default)s)')
 
 
-def default_preset(data, device):
+def default_preset(data, device, init):
     if not data:
         return 'tiny'
+    preset = 'photo'
+    about = 'a small model, because there is no GPU'
     if choose_device(device).type == 'cuda':
-        note('--preset is vit-b-16, the model of the paper, because there is a GPU')
-        return 'vit-b-16'
-    note('--preset is photo, a small model, because there is no GPU')
-    return 'photo'
+        preset = 'vit-b-16'
+        about = 'the model of the paper, because there is a GPU'
+    if init:
+        about = 'of which only the recipe is used, because --init sets the sizes'
+    note(f'--preset is {preset}, {about}')
+    return preset
 
 
 # `fill_in` sets these options of a recipe, because they also depend on the data or the checkpoint.
@@ -125,10 +131,14 @@ def training_options(argv, description, presets, methods, recipe_of):
     add_machine_and_output(parser)
 
     first_look = parser.parse_args(argv)                # at what chooses the recipe
-    preset = first_look.preset or default_preset(first_look.data, first_look.device)
+    need(first_look.init or not first_look.quick_gelu,
+         '--quick-gelu says how the weights of --init were trained; give --init, too')
+    preset = first_look.preset or default_preset(first_look.data, first_look.device, first_look.init)
     recipe = recipe_of(preset, first_look.method, first_look.init)
     for name in FILLED_IN:
         recipe.pop(name, None)
+    if first_look.init:
+        recipe.pop('momentum', None)
     name = preset
     if first_look.init:         # clip.pt -> clip; runs/mine and runs/mine/best.pt -> mine
         path = Path(first_look.init).resolve()
@@ -151,7 +161,7 @@ def choose_data(options, built_in_set):
 
 
 def fill_in(options, recipe, pairs, parts, saved):
-    """Fill in --batch, --steps, --warmup and --eval-every if they are not typed.
+    """Fill in --batch, --steps, --warmup, --eval-every and, with --init, --momentum if they are not typed.
 
     recipe: {option: its default}. pairs: how many the training set has. parts: processes x --accum, into which a batch
     is cut. saved: the checkpoint of a resumed run, otherwise {}.
@@ -171,6 +181,13 @@ def fill_in(options, recipe, pairs, parts, saved):
         options.warmup = min(recipe['warmup'], options.steps // 10)     # a tenth of a short run
     if options.eval_every is None:
         options.eval_every = math.ceil(options.steps / 4)
+    if options.momentum is None and 'momentum' in recipe:
+        # The teacher starts as a copy of --init. With this momentum or a lower one, at most e^-3.9, 2 %, of the copy is
+        # left at the end.
+        options.momentum = min(recipe['momentum'], max(0.0, 1 - 3.9 / options.steps))
+        if options.momentum < recipe['momentum']:
+            note(f"--momentum is {options.momentum:.4g}, not {recipe['momentum']}, because in {options.steps} steps the "
+                 'teacher could not leave the weights of --init behind')
 
 
 # --- 3. eval.py, and other commands on a checkpoint ------------------------------------------------------------------

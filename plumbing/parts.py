@@ -14,8 +14,11 @@ def part_by_part(network, images, texts, accum):
         some_images = [view.chunk(accum)[k] for view in images]     # (B / accum, 3, s, s)
         some_texts = [text.chunk(accum)[k] for text in texts]       # (B / accum, T)
         outputs.append(network(some_images, some_texts))
-    # Without cross-attention the student's h_I and h_T are None.
-    return [torch.cat(pieces, dim=1) for pieces in zip(*outputs) if pieces[0] is not None]
+    joined = []
+    for pieces in zip(*outputs):
+        # Without cross-attention the student's h_I and h_T are None. They keep their places among the outputs.
+        joined.append(None if pieces[0] is None else torch.cat(pieces, dim=1))
+    return joined
 
 
 class StudentInParts(torch.nn.Module):
@@ -31,5 +34,6 @@ class StudentInParts(torch.nn.Module):
     def forward(self, images, texts):
         if self.accum == 1:
             return self.student(images, texts)
-        again_later = partial(checkpoint, self.student, use_reentrant=False)
+        # The student draws no random numbers, so their state need not be kept.
+        again_later = partial(checkpoint, self.student, use_reentrant=False, preserve_rng_state=False)
         return Output(*part_by_part(again_later, images, texts, self.accum))

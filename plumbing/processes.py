@@ -15,6 +15,8 @@ import torch.distributed as dist
 from plumbing.errors import Refused, need
 
 DEVICES = 'auto', 'cuda', 'mps', 'cpu'
+# nccl ends a process that waits longer for the others.
+TIMEOUT = timedelta(minutes=30)
 DTYPES = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}           # None: no autocast
 
 # --- 1. Processes ----------------------------------------------------------------------------------------------------
@@ -36,7 +38,13 @@ class Processes:
 
     def __init__(self, device):
         self.device = choose_device(device)
-        if self.device.type == 'cuda':
+        is_cuda = self.device.type == 'cuda'
+        if is_cuda:
+            # Captions have many lengths, and the freed memory of one often does not fit the next. With segments that
+            # grow, less of it is lost. torch reads this when CUDA starts, before version 2.9 under the second name.
+            if not {'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'} & os.environ.keys():
+                os.environ['PYTORCH_ALLOC_CONF'] = 'expandable_segments:True'
+                os.environ['PYTORCH_CUDA_ALLOC_CONF'] = 'expandable_segments:True'
             # cuDNN's attention would plan for half a second at each new shape, and captions have dozens of lengths.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.rank = 0
@@ -44,13 +52,14 @@ class Processes:
         self.patient = None             # a group of all processes with a timeout of days
         if 'RANK' not in os.environ:
             return
-        if self.device.type == 'cuda':
+        if is_cuda:
             local = int(os.environ['LOCAL_RANK'])
             need(local < torch.cuda.device_count(),
                  f'process {local} of this node has no GPU; lower --nproc_per_node')
             self.device = torch.device('cuda', local)
             torch.cuda.set_device(local)
-        dist.init_process_group()       # nccl for GPUs, gloo for CPUs
+        # Without a name torch would take the backend of an accelerator that it finds, even with --device cpu.
+        dist.init_process_group('nccl' if is_cuda else 'gloo', timeout=TIMEOUT)
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         if self.rank > 0:
@@ -61,12 +70,11 @@ class Processes:
 
     def sum(self, values):
         """Numbers or scalar tensors, each summed over all processes -> list of floats."""
-        # nccl adds on the GPU. All else adds on the CPU, because mps has no doubles.
-        device = self.device if self.device.type == 'cuda' else 'cpu'
+        # All is added on the CPU, by gloo: mps has no doubles, and on a GPU plain numbers would wait for its work.
         numbers = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
-        total = torch.tensor(numbers, dtype=torch.double, device=device)
+        total = torch.tensor(numbers, dtype=torch.double)
         if self.world > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.patient)
         return total.tolist()
 
     def broadcast(self, value):
@@ -165,6 +173,9 @@ def choose_dtype(precision, device):
 def compile_blocks(model):
     """torch.compile block by block, in place, so that parameters keep their names. A graph serves all layers of a tower
     and all lengths of captions, while the whole model would be compiled again for each length."""
+    # torch would start 32 compilers for each process, which are too many for a node with eight.
+    from torch._inductor import config
+    config.compile_threads = min(8, cores())
     # torch allows 8 graphs per piece of code. All blocks run the same piece, and together they need more than 8: each
     # tower needs its own, with gradient and without, and its last block, which may compute one row only, needs more.
     torch._dynamo.config.cache_size_limit = 128
@@ -207,9 +218,10 @@ def signals_caught():
             signal.signal(number, handler)
 
 
-# Seconds. A batch that takes longer is an error. A worker that was forked beside CUDA and nccl may, rarely, hang for
+# Seconds. A batch that takes longer is an error. This must come well before TIMEOUT, or nccl would end the processes
+# that wait for this one before the error is told. A worker that was forked beside CUDA and nccl may, rarely, hang for
 # ever (pytorch#130610), and the other processes would wait with it.
-LONGEST_WAIT = 1800
+LONGEST_WAIT = 900
 
 
 def loading(workers):

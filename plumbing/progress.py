@@ -48,10 +48,10 @@ class Progress:
     def reason_to_fail(self, step, folder):
         """A sentence if too many pairs are bad, or if too many steps in a row are broken; otherwise None."""
         if self.bad > max(0.05 * self.seen, 10):
-            return (f'over 5 % of the pairs cannot be read ({self.bad:.0f} of {self.seen}); '
+            return (f'over 5 % of the pairs cannot be read ({self.bad:.0f} of {self.seen + self.bad:.0f}); '
                     'see the lines above, and python -m extras.prepare inspect')
         if self.broken == MOST_BROKEN:
-            return (f'the gradients of {MOST_BROKEN} steps in a row, up to step {step}, were not finite; these steps '
-                    f'have not changed the weights in {folder}/last.pt, so give the same command with '
+            return (f'the gradients of {MOST_BROKEN} steps in a row, up to step {step}, were not finite; they '
+                    f'are not saved, and {folder}/last.pt is as it was before, so give the same command with '
                     '--resume and a lower --lr, --clip-grad 1, or --precision fp32')
         return None

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from functools import lru_cache
@@ -24,7 +24,8 @@ LOCKS = []      # open files; closing one would free its lock
 
 def lock(folder):
     """Lock the folder; Refused while another process has a run in it. The system frees the lock when the process ends,
-    even by SIGKILL. Partial files, which a kill in the middle of a save leaves, are removed."""
+    even by SIGKILL. Partial files, which a kill in the middle of a save leaves, are removed, but not those of other
+    programs, which may be writing a report here."""
     path = Path(folder, 'lock')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,20 +41,29 @@ def lock(folder):
         warn(f'{path}: no locks here ({error}), so do not start a second job in this folder')
         return
     LOCKS.append(file)
-    for torn in path.parent.glob('*.partial'):
-        torn.unlink()
+    for name in 'last.pt', 'best.pt', 'index.npy':
+        for torn in path.parent.glob(f'{name}.*partial'):
+            torn.unlink()
+
+
+def first_pools(shards):
+    """The sentences of each of the first 100 pairs, a list of lists; [] for a pair that cannot be read."""
+    pools = []
+    for i in range(min(100, len(shards))):
+        try:
+            pools.append(shards.pool(i))
+        except Unreadable:
+            pools.append([])
+    return pools
 
 
 def print_notes(shards, val, captions):
     """Before the first step, print what a user should know about the data. captions: how many are taken from a pair."""
-    looked_at = min(100, len(shards))
-    single = 0
-    for i in range(looked_at):
-        with suppress(Unreadable):
-            single += len(shards.pool(i)) == 1
-    if captions > 1 and single > looked_at / 2:
-        note(f'most pairs have one sentence ({single} of the first {looked_at}), so text crops repeat it; '
-             'see docs/own-data.md')
+    sizes = [len(pool) for pool in first_pools(shards)]
+    single = sizes.count(1)
+    if captions > 1 and single > len(sizes) / 2:
+        note(f'most pairs have one sentence ({single} of the first {len(sizes)}), so text crops repeat it, up to five '
+             'times in a caption, and add nothing; give --method clip, or longer captions; see docs/own-data.md')
     if val is None:
         note('nothing is held out, so overfitting cannot be seen; '
              'python -m extras.prepare pack --val 0.1 holds a tenth out')
@@ -71,6 +81,11 @@ def write_config(run):
         old += ['log.jsonl', 'maps.npz', 'best.pt']
     for name in old:
         Path(run.folder, name).unlink(missing_ok=True)
+    log = run.folder / 'log.jsonl'
+    # A kill may have cut its last line short. The next entry would continue that line, and be lost with it.
+    if log.exists() and log.read_bytes()[-1:] not in (b'', b'\n'):
+        with open(log, 'a') as file:
+            file.write('\n')
     more = {'config': asdict(run.train_set.config), 'commit': commit()}
     write_json(run.folder / 'config.json', vars(run.options) | more)
 
@@ -135,43 +150,42 @@ def best_so_far(folder, val):
     path = Path(folder, 'best.pt')
     if path.exists():
         best = read_checkpoint(path)
-        if best['val'] == val.fingerprint:
+        if best.get('val') == val.fingerprint:
             return best['score'], best['step']
     return -1.0, 0
 
 
 @contextmanager
-def saved_on_error(student, write):
-    """After an error in this block, write() is called if the weights are finite, and the error is raised again. On GPUs
-    an error of another rank than 0 ends the run unsaved, so last.pt is the previous checkpoint."""
+def memory_needed():
+    """If the GPU's memory does not suffice in this block, the error says what a user can do."""
     try:
         yield
-    except Exception as error:
-        # A sum takes no memory, of which there may be none.
-        if all(weights.sum().isfinite() for weights in student.parameters()):
-            try:
-                write()
-            except Refused as unsaved:  # such as a full disk; the first error matters more
-                warn(unsaved)
-        if isinstance(error, torch.OutOfMemoryError):
-            raise Refused('the GPU has too little memory for this run; give --accum with more parts, '
-                          '--grad-checkpoint, or in a new run a smaller --batch; all whole steps are saved') from None
-        raise
+    except torch.OutOfMemoryError:
+        raise Refused('the GPU has too little memory for this run; give --accum with more parts, --grad-checkpoint, or '
+                      'in a new run a smaller --batch; --resume goes on from the last save') from None
 
 
 # --- 3. Resuming -----------------------------------------------------------------------------------------------------
 
 def read_last(folder, resume):
-    """What last.pt of a run to resume holds; {} for a new run, which must not go into the folder of another. If the
-    folder has only a best.pt of step 0, an earlier start ended before its first checkpoint, so it is used as it is."""
+    """What last.pt of a run to resume holds, but for its tensors; {} for a new run, which must not go into the folder of
+    another. If the folder has only a best.pt of step 0 that train.py wrote, an earlier start ended before its first
+    checkpoint, so it is used as it is."""
     last = Path(folder, 'last.pt')
     best = Path(folder, 'best.pt')
-    if not (resume and last.exists()):
-        holds_run = last.exists() or (best.exists() and read_checkpoint(best)['step'] > 0)
-        need(not holds_run,
-             f'{folder} holds a run; give --resume to go on from its last.pt, or another --out')
+    start_anew = f'give another --out, and --init {best} to start from its weights'
+    if not last.exists():
+        if best.exists():
+            state = read_checkpoint(best, mmap=True)
+            # Only train.py's have a score. Another one may be imported, and this run would write its own over it.
+            need('score' in state and state['step'] == 0, f'{folder} holds a best.pt but no last.pt; {start_anew}')
         return {}
-    saved = read_checkpoint(last)
+    need(resume, f'{folder} holds a run; give --resume to go on from its last.pt, or another --out')
+    # The loaders are forked after this, and keep for the whole run what was read before. So nothing but plain values is
+    # read here; `restore` reads the tensors.
+    saved = read_checkpoint(last, start_anew if best.exists() else 'remove it to start anew', mmap=True)
+    for name in 'student', 'teacher', 'optimizer':
+        saved.pop(name, None)
     need('same' in saved, f'{last} holds no run to resume; to start from its weights give --init')
     if saved['same'].get('--method') == 'plain':        # what no-cross-attention was called at first
         saved['same']['--method'] = 'no-cross-attention'
@@ -198,9 +212,10 @@ def check_fixed(saved, options, fixed):
             note(f"--{name.replace('_', '-')} was {old}, is now {new}")
 
 
-def restore(run, saved):
+def restore(run):
     """Put what `write_last` has saved back into the run."""
     path = run.folder / 'last.pt'
+    saved = read_checkpoint(path)
     load_weights(run.student, saved['student'], path)
     if run.teacher:
         load_weights(run.teacher.model, saved['teacher'], path)

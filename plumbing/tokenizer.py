@@ -145,8 +145,7 @@ class Tokenizer:
         need(os.path.isfile(path), f'{path} does not exist; {VOCAB_HELP}')
         data = Path(path).read_bytes()
         need(hashlib.sha256(data).hexdigest() == VOCAB_SHA256,
-             f"{path} is not CLIP's vocabulary (wrong SHA-256; perhaps a git-lfs pointer or a web page); "
-             f'remove it, then {VOCAB_HELP}')
+             f"{path} is not CLIP's vocabulary (wrong SHA-256; perhaps a git-lfs pointer or a web page); {VOCAB_HELP}")
         lines = gzip.decompress(data).decode().split('\n')
         return cls(lines[1:48895], context_length)  # line 0 is a header; CLIP does not use the rest
 

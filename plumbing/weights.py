@@ -57,11 +57,15 @@ def clean_names(state):
 
 # --- 2. A file -> its tensors, and these -> a model ------------------------------------------------------------------
 
-def read_checkpoint(path):
-    """Tensors and plain values from a file. Nothing in it is executed; a file that needs that is Refused."""
+FETCH_OR_IMPORT = 'fetch it again if it was fetched, or see python -m extras.weights import --help'
+
+
+def read_checkpoint(path, remedy=FETCH_OR_IMPORT, mmap=False):
+    """Tensors and plain values from a file. Nothing in it is executed; a file that needs that is Refused. remedy: what
+    to do if it is torn. mmap: the tensors stay in the file, and take no memory until they are used."""
     need(Path(path).exists(), f'checkpoint {path} does not exist')
     try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
+        saved = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except PermissionError as error:
         raise Refused(f'{path} may not be read ({error.strerror}); change its permissions') from None
     except Exception as error:          # torch raises many kinds, for torn files and for files of another kind
@@ -71,8 +75,7 @@ def read_checkpoint(path):
         refused = re.search(r'TorchScript|(?<=GLOBAL )[\w.]+', str(error))
         if refused:
             reason = f'it holds {refused[0]}, which may run code'
-        raise Refused(f'{path} is not a checkpoint that can be read ({reason}); remove it and fetch it again '
-                      'if it was fetched, or see python -m extras.weights import --help') from None
+        raise Refused(f'{path} is not a checkpoint that can be read ({reason}); {remedy}') from None
     need(isinstance(saved, dict), f'{path} holds no weights by name; save model.state_dict()')
     return saved
 
