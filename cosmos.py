@@ -632,7 +632,7 @@ class Block(nn.Module):
             query = pick(context, row)                                  # (n, 1, W)
             mask = None
             if causal:
-                keys = torch.arange(context.shape[1], device=x.device)
+                keys = torch.arange(context.shape[1], device=row.device)
                 mask = (keys <= row[:, None])[:, None, None]            # (n, 1, 1, R)
             x = x + self.attn(query, context, mask)
         return x + self.mlp(self.ln_2(x))
