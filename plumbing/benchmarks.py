@@ -128,6 +128,7 @@ def read_templates(path, default):
         prompts, _ = open_clip_prompts()
         return prompts
     templates = read_lines(path)
+    need(templates, f'{path} holds no prompts; give one per line, with {{}} where the class goes')
     for template in templates:
         need('{}' in template, f"'{template}' in {path} needs {{}} where the class goes")
     return templates
