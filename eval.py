@@ -463,6 +463,7 @@ def run_retrieval(args, model, tokenizer, preprocess):
 
 def run_classify(args, model, tokenizer, preprocess):
     if args.folder:
+        need(not args.download, '--download is for --dataset only; omit it')
         need(not args.split, '--split is for --dataset only; omit it, or give the folder of a split')
         split = 'none, all images'
         source = folder_set(args.folder, preprocess)

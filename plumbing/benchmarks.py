@@ -109,6 +109,7 @@ def read_synonyms(path):
     for line in read_lines(path, numbered=True):
         parts = line.replace('_', ' ').split(',')
         synonyms.append([name.strip() for name in parts if name.strip()])
+    need(synonyms and all(synonyms), f'{path} must have a line for each class, with one name or more')
     check_names([first for first, *_ in synonyms])
     return synonyms
 

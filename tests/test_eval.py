@@ -466,6 +466,7 @@ WRONG = {               # a command: what its sentence must say
     'classify last.pt --dataset DTD --root nowhere': 'cannot open DTD in nowhere .*--download',
     'classify last.pt --dataset MNIST --split val': 'MNIST has no split val; give train or test',
     'classify last.pt --folder images --split test': '--split is for --dataset only',
+    'classify last.pt --folder images --download': '--download is for --dataset only',
     'classify last.pt --folder page.pt': 'page.pt cannot be read',
     'classify last.pt --folder bad --workers 0': 'bad/class/x.jpg cannot be read as an image',
     'classify last.pt --folder empty': 'class folder in empty',
@@ -474,6 +475,8 @@ WRONG = {               # a command: what its sentence must say
     'segment last.pt --images empty --masks images --classes page.pt': 'empty has no image 0; see --image-suffix',
     'segment last.pt --images images --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
     'segment last.pt --images a --masks a --classes twice': 'several classes have the same name',
+    'segment last.pt --images a --masks a --classes commas': 'commas must have a line for each class, with one name',
+    'segment last.pt --images a --masks a --classes empty/list': 'empty/list must have a line for each class',
     'segment last.pt --images a --masks a --classes blank': 'line 2 of blank is blank; give every class a line',
     'classify last.pt --folder numbered --classes blank': 'line 2 of blank is blank; give every class a line',
     'segment last.pt --images a --masks a --classes page.pt --benchmark voc20': 'has 1 lines, but voc20 has 20 classes',
@@ -498,6 +501,7 @@ def test_errors_are_one_sentence(gallery):
         put(f'{folder}/0.png', image)
     put('white', {'images': [{'filename': 'a.jpg', 'split': 'test', 'sentences': [{'raw': ' '}]}]})
     put('twice', 'ox, cow\nox')
+    put('commas', 'ox\n,')
     put('blank', 'ox\n \ngnu')
     torch.save({'student': Malicious()}, 'bad.pt')
     for line, sentence in WRONG.items():
