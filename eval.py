@@ -157,21 +157,26 @@ def embed_texts(model, tokenizer, texts):
 
 # --- 3. Retrieval ----------------------------------------------------------------------------------------------------
 
+# Cosines that differ by less count as equal. The vector of one and the same image or text depends, by some 1e-8, on the
+# batch that it was computed in.
+TIE = 1e-6
+
+
 def ranks(queries, targets, query_ids, target_ids, chunk=1024):
     """-> (n,): for each of n queries the rank, counted from 1, of its best right target among m targets. Target j is
     right for query i if they have the same id: the number of an image in retrieval, of a class in classification.
 
-    A tie counts against the model: a wrong target with the same score is ranked before the right one. Otherwise a model
-    whose features are all the same would look perfect. All four arguments, and the result, are on one device.
+    A tie counts against the model: a wrong target that is less than TIE behind the right one is ranked before it.
+    Otherwise a model whose features are all the same would look perfect. All four arguments, and the result, are on one
+    device.
     """
     ranks_of_chunks = []
     for rows in torch.arange(len(queries)).split(chunk):            # never the whole n x m matrix
-        # The product is computed in float64 and then rounded, so that equal vectors tie. In float32 the last bit of a
-        # score would depend on its row and column.
+        # The product is computed in float64, so it adds no error to that of the vectors.
         scores = (queries[rows].double() @ targets.double().T).float()      # (chunk, m)
         is_right = query_ids[rows][:, None] == target_ids           # (chunk, m)
         best = scores.masked_fill(~is_right, -math.inf).amax(dim=1, keepdim=True)
-        is_worse = scores < best            # False for ties, and for NaN, which must not look perfect
+        is_worse = scores < best - TIE      # False for ties, and for NaN, which must not look perfect
         before = ~is_worse & ~is_right  # the wrong targets that come before the best right one
         ranks_of_chunks.append(1 + before.sum(dim=1))
     return torch.cat(ranks_of_chunks)
@@ -444,6 +449,7 @@ def show(figures, indent=''):
 
 def run_retrieval(args, model, tokenizer, preprocess):
     need(args.karpathy or not args.split, '--split is for --karpathy only; omit it')
+    need(args.shards or not args.caption_keys, '--caption-keys is for --shards only; omit it')
     need(args.karpathy or args.flickr or not args.images, '--images is for --karpathy and --flickr; omit it')
     if args.shards:
         source = Shards(args.shards, args.caption_keys, split='val')    # with captions of its own
@@ -457,6 +463,7 @@ def run_retrieval(args, model, tokenizer, preprocess):
 
 def run_classify(args, model, tokenizer, preprocess):
     if args.folder:
+        need(not args.download, '--download is for --dataset only; omit it')
         need(not args.split, '--split is for --dataset only; omit it, or give the folder of a split')
         split = 'none, all images'
         source = folder_set(args.folder, preprocess)
@@ -513,9 +520,9 @@ def execute(args):
     print(f'{args.command} of {model.origin}')
     model.to(args.device)
     figures = args.function(args, model, tokenizer, preprocess)
-    show(figures)
-    if args.json:
+    if args.json:       # before they are printed, because with `| head` printing may fail
         write_json(args.json, model.origin._asdict() | figures)
+    show(figures)
 
 
 def main():

@@ -98,7 +98,7 @@ def run_attend(args, model, tokenizer, preprocess):
 def main():
     parser = Parser(prog='python -m extras.attend', epilog=__doc__,
                     usage='%(prog)s CKPT --image FILE --text TEXT ... [options]')
-    add_checkpoint(parser)
+    add_checkpoint(parser, workers=False)
     parser.set_defaults(command='attend', function=run_attend)
     add = parser.add_argument
     add('--image', required=True, help='the image to draw')

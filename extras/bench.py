@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cosmos
 import train
-from cosmos import COSMOS, GLOBALS, Teacher
+from cosmos import COSMOS, GLOBALS, Output, Teacher
 from data import check_batch
 from extras.prepare import crops_of
 from plumbing.errors import command
@@ -206,10 +206,12 @@ def step_bytes(options, student, images, texts):
         networks += 4 * parameters
     pixels = sum(5 * view.numel() for view in images)       # as bytes and as float32
     logits = 4 * GLOBALS * max(len(images), len(texts)) * pairs * options.batch     # of one L_nce
-    # From MANY_LOGITS on, those of one L_nce are kept at a time, else those of all 10: L_CLIP and the four terms of
-    # Eq. 6, each in both directions.
+    # From MANY_LOGITS on, those of one L_nce are kept at a time, else those of all: two for each part of the loss.
     if logits < 4 * cosmos.MANY_LOGITS:
-        logits *= 10
+        # One pair of one number, because only the number of terms matters.
+        x = torch.zeros(GLOBALS, 1, 1)
+        terms = train.METHODS[options.method].terms(Output(x, x, x, x), x, x, torch.ones(()))
+        logits *= 2 * (1 + len(terms))
     return networks + copies + pixels + a_pair * pairs // options.accum + logits
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from eval import embed_images, embed_texts, execute
+from eval import TIE, embed_images, embed_texts, execute
 from plumbing.errors import Refused, command, need
 from plumbing.lists import read_rows
 from plumbing.options import Parser, add_checkpoint
@@ -74,11 +74,6 @@ def read_items(path):
 
 
 # --- 2. Scores -------------------------------------------------------------------------------------------------------
-
-# Cosines that differ by less count as equal. The feature of one and the same text depends, by some 1e-8, on the batch
-# that it was computed in, so two texts that are the same once they are cut to the context differ by as much.
-TIE = 1e-6
-
 
 def choices_right(scores):
     """scores (k images, m captions) -> min(k, m) bools, one for each caption j that has a right image, which is image

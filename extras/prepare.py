@@ -129,7 +129,7 @@ def name_left_out(problems):
 
 def check_new(out):
     """Refused if there is something under the name of the new folder."""
-    need(not Path(out).exists(), f'{out} exists; name a new folder, or remove that one')
+    need(not out.exists(), f'{out} exists; name a new folder, or remove that one')
 
 
 def image_kind(image):
@@ -147,12 +147,12 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
     decides where it goes. No val may be given with Karpathy's list, which already says where each image goes. Image
     bytes are copied as they are. An image that is missing or broken, or has no caption, is left out.
     """
+    out = Path(out)
     check_new(out)
     need(0 <= val < 1, f'--val {val} is not a share below 1; give 0.1 for a tenth')
     records = records_by_image(read_rows(rows), rows, image_column, caption_column)
     sides = divide(records, rows, out, val)
     problems = []
-    out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     # The folder is written under another name, because training on half of it would go unnoticed.
     with TemporaryDirectory(prefix=f'{out.name}.', suffix='.partial', dir=out.parent) as folder:
@@ -184,6 +184,9 @@ def divide(records, rows, out, val):
             half = ''
         if half is not None:
             sides[half].append(record)
+    need(not val or len(sides) == 2,
+         f'--val {val} of the {len(records)} images in {rows} would leave {out}/train or {out}/val '
+         'empty; give another share')
     if splits:
         counts = ', '.join(f'{n:,} {split}' for split, n in splits.items())
         print(f'splits     {counts}; train and restval go to {out}/train, val to {out}/val, '
@@ -216,7 +219,7 @@ def read_captions(table):
     csv.field_size_limit(1 << 24)
     database = sqlite3.connect('')      # '' is a temporary file
     database.execute('create table captions (url primary key, record)')
-    with open(table, encoding='utf-8-sig', errors='replace', newline='') as file:
+    with open(table, encoding='utf-8-sig', newline='') as file:
         for row in progress(table_rows(file, table), 'reading the table'):
             url = (row[find_column(URL_COLUMNS, row, table)] or '').strip()
             record = {}
@@ -233,6 +236,7 @@ def read_captions(table):
 def join(table, shards, out):
     """Put DreamLIP's captions onto img2dataset's shards, matched by URL. The new shards hold the pairs that matched. They
     are written into OUT.partial, which becomes OUT when all are there."""
+    out = Path(out)         # without the slash that a shell may have put behind it
     check_new(out)
     need(Path(table).is_file(), f'{table} is not a file; give a CSV with the captions')
     source = Shards(shards)
@@ -269,8 +273,13 @@ def join(table, shards, out):
         path = partial / f'{number:05d}.tar'
         if not path.exists():                       # only whole shards have that name
             write_shard(path, members(number))
-    partial.rename(out)
     name_left_out(problems)
+    if not any(partial.glob('*.tar')):
+        label.unlink()
+        partial.rmdir()     # else the next try, with a better table, would find it
+        raise Refused(f'no pair has a url that {table} lists, so nothing was written; '
+                      'compare their urls')
+    partial.rename(out)
     print(f"{counts['matched']:,} of {counts['pairs']:,} pairs matched "
           f"({counts['matched'] / max(counts['pairs'], 1):.1%}), in the shards that this command has written")
 

@@ -87,10 +87,11 @@ def run_search(args, model, tokenizer, preprocess):
     ranking.sort(key=itemgetter('score'), reverse=True)
     tiles = []
     for place in ranking[:args.top]:
-        print(f"{place['score']:.4f}  {place['image']}")
         tiles.append(to_tensor(ImageOps.pad(read_image(place['image']), (TILE, TILE), color='white')))
     with replacing(args.out) as partial:
         save_image(tiles, partial, format='png', nrow=6, pad_value=1)
+    for place in ranking[:args.top]:                # last, because with `| head` printing may fail
+        print(f"{place['score']:.4f}  {place['image']}")
     return {'images': len(ranking), 'picture': args.out, 'ranking': ranking}
 
 

@@ -46,6 +46,7 @@ def export(checkpoint, out):
     and next to them open_clip's model config. Cross-attention is left out."""
     path = Path(out)
     layout = path.with_suffix('.json')
+    need(path != layout, f'{path} would also be the name of the config; name it {path.stem}.pt')
     need(not path.exists() and not layout.exists(), f'{path} or {layout} exists; name another file')
     model, _, _ = load(checkpoint)
     write_json(layout, openclip_config(model.config))

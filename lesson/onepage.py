@@ -50,6 +50,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
 
     # Sizes and recipe are those of the preset `tiny` of train.py. The paper's recipe is that of `vit-b-16`.
     shards = Shards(folder, split='train')
+    batch = min(batch, len(shards))                     # a smaller set is one batch
     tokenizer = learn_tokenizer(shards)
     config = Config(embed_dim=128, cross_heads=4,
                     image_size=48, local_image_size=24, patch_size=8,

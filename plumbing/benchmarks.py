@@ -109,6 +109,7 @@ def read_synonyms(path):
     for line in read_lines(path, numbered=True):
         parts = line.replace('_', ' ').split(',')
         synonyms.append([name.strip() for name in parts if name.strip()])
+    need(synonyms and all(synonyms), f'{path} must have a line for each class, with one name or more')
     check_names([first for first, *_ in synonyms])
     return synonyms
 
@@ -128,6 +129,7 @@ def read_templates(path, default):
         prompts, _ = open_clip_prompts()
         return prompts
     templates = read_lines(path)
+    need(templates, f'{path} holds no prompts; give one per line, with {{}} where the class goes')
     for template in templates:
         need('{}' in template, f"'{template}' in {path} needs {{}} where the class goes")
     return templates

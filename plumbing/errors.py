@@ -52,6 +52,9 @@ def command(main):
         # the class in front of its sentence.
         message = re.sub(r'(?s)^Caught .*\nplumbing\.errors\.\w+: ', '', str(error))
         message = f'error: {message.rstrip()}'
+    except BrokenPipeError:                 # of `... | head`, which has read enough
+        message = 'error: the program that read the output has ended'
+        sys.stdout = open(os.devnull, 'w')  # else Python would try again to write what is left
     except Exception:
         message = traceback.format_exc()
     else:

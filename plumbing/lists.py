@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from plumbing.captions import without_spaced_stop
-from plumbing.errors import Refused, need
+from plumbing.errors import Refused, need, warn
 from plumbing.files import reading
 
 SPLIT = 'karpathy_split'  # a key in the json of pairs that came from Karpathy's list
@@ -129,6 +129,8 @@ def table_rows(file, path, **form):
     except csv.Error as error:
         raise Refused(f'{path} cannot be read from line {line} on ({error}); '
                       'close the quotation mark there, or double it') from None
+    except UnicodeDecodeError:              # of a file that is decoded while it is read, a few lines ahead
+        raise Refused(f'{path} is not UTF-8 (at line {line} or soon after it); save it as UTF-8') from None
 
 
 def rows_of_table(text, path):
@@ -138,7 +140,12 @@ def rows_of_table(text, path):
     # Neither a TSV nor Flickr30k's table, with its '| ', has quoting: a caption may begin with a quotation mark.
     unquoted = delimiter == '\t' or '| ' in first_line
     quoting = csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL
-    return list(table_rows(io.StringIO(text), path, delimiter=delimiter, quoting=quoting, skipinitialspace=True))
+    rows = list(table_rows(io.StringIO(text), path, delimiter=delimiter, quoting=quoting, skipinitialspace=True))
+    short = [number for number, row in enumerate(rows, 1) if None in row.values()]
+    if short:           # as one in Flickr30k's table, which lacks a delimiter
+        warn(f'{len(short)} rows of {path} have fewer fields than its first line, the first is '
+             f'row {short[0]}; their last columns count as empty')
+    return rows
 
 
 def read_rows(path):

@@ -192,13 +192,14 @@ def fill_in(options, recipe, pairs, parts, saved):
 
 # --- 3. eval.py, and other commands on a checkpoint ------------------------------------------------------------------
 
-def add_checkpoint(parser):
-    """The options of every command that eval.execute runs."""
+def add_checkpoint(parser, workers=True):
+    """The options of every command that eval.execute runs. workers: whether it has processes that read images."""
     add = parser.add_argument
     add('checkpoint', metavar='CKPT')
     add('--weights', choices=['teacher', 'student'], default='teacher', help='(%(default)s)')
     add('--device', choices=DEVICES, default='auto', help='auto: cuda if available, otherwise cpu')
-    add('--workers', type=count, default=2, help='processes that read images (%(default)s)')
+    if workers:
+        add('--workers', type=count, default=2, help='processes that read images (%(default)s)')
     add('--vocab', help="file of CLIP's merges, for checkpoints that carry none")
     add('--json', help='also write the figures to this file')
 
@@ -247,7 +248,7 @@ def evaluation_options(description):
 
     def add_command(name, text):
         parser = commands.add_parser(name, help=text, description=text)
-        add_checkpoint(parser)
+        add_checkpoint(parser, workers=name != 'segment')
         return parser
 
     add_retrieval(add_command('retrieval', 'zero-shot R@1/5/10 and ranks, both ways'))

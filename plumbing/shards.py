@@ -5,6 +5,7 @@ import io
 import os
 import re
 import tarfile
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
@@ -223,16 +224,21 @@ def tar_members(path):
 def scan_shard(path, number):
     """Headers of one tar -> the rows of its pairs in the index, in the order of the tar.
 
-    The members of a pair are neighbours, as in WebDataset. If a name comes up again later, it is another pair.
+    The members of a pair are neighbours, as in WebDataset. If a name comes up again later, it is another pair. As in
+    WebDataset, a name ends at its first dot. So a.v2.jpg and a.v2.json are not a pair, and a line says so.
     """
     rows = []
     open_stem = None                                    # of the pair that is being read
     left_out = 0
+    dotted = defaultdict(set)                           # {a.v2: its columns}
     for member in tar_members(path):
         ending = os.path.basename(member.name).partition('.')[2]        # after the first dot
         stem = member.name.removesuffix(ending)         # with its folders
         kind = ending.lower()
         if kind not in COLUMN:
+            name, _, last = member.name.rpartition('.')
+            if last.lower() in COLUMN:
+                dotted[name].add(COLUMN[last.lower()])
             continue
         if member.issym() or member.islnk():            # a link has no bytes of its own
             left_out += 1
@@ -252,6 +258,13 @@ def scan_shard(path, number):
     left_out += len(rows) - len(pairs)
     if left_out or not len(pairs):
         warn(f'{path} has {len(pairs):,} pairs; {left_out:,} links and incomplete pairs are left out')
+    lost = []
+    for name, columns in dotted.items():
+        if COLUMN['jpg'] in columns and len(columns) > 1:           # an image and its text
+            lost.append(name)
+    if lost:
+        warn(f'{path} has {len(lost):,} pairs with a dot in their name, such as {lost[0]}, which are '
+             'left out; as in WebDataset, a name ends at its first dot, so rename them')
     return pairs
 
 

@@ -59,7 +59,8 @@ def gallery(here, monkeypatch):
     def figures(line):
         name, *flags = line.split()
         # of a folder its last.pt
-        assert run(evaluation, name, '.', '--workers', 0, '--json', 'json', *flags) is None
+        workers = [] if name == 'segment' else ['--workers', 0]
+        assert run(evaluation, name, '.', *workers, '--json', 'json', *flags) is None
         found = json.loads(Path('json').read_text())
         origin = [found.pop(name) for name in ('network', 'checkpoint', 'step')]
         assert origin == ['student', 'last.pt', 'unknown']
@@ -87,6 +88,8 @@ def test_retrieval_by_hand():
     vectors[9] = vectors[0]                             # the scores of both must tie, wherever they stand
     images = unit(vectors[:1] + torch.randn(300, 512) / 30)
     assert (evaluation.ranks(images, vectors, torch.zeros(300), torch.arange(10)) > 1).all()
+    one = unit(torch.randn(1, 512)).expand(65, -1) + 1e-8 * torch.randn(65, 512)        # one picture in several batches
+    assert (evaluation.ranks(one, one, torch.arange(65), torch.arange(65)) == 65).all()
     ids = torch.arange(30) % 10
     features = torch.full((30, 6), math.nan)            # must not look perfect
     assert evaluation.ranks(features, features, ids, ids).tolist() == [28] * 30
@@ -458,16 +461,22 @@ WRONG = {               # a command: what its sentence must say
     'retrieval last.pt --karpathy white --split val': 'white lists no image of the split val',
     'retrieval last.pt --karpathy white': 'a.jpg, listed in white, has no caption',
     'retrieval last.pt --coco x --split val': '--split is for --karpathy',
+    'retrieval last.pt --coco x --caption-keys a': '--caption-keys is for --shards only',
     'retrieval last.pt --shards a.tar --images x': '--images is for --karpathy and --flickr',
     'classify last.pt --dataset DTD --root nowhere': 'cannot open DTD in nowhere .*--download',
     'classify last.pt --dataset MNIST --split val': 'MNIST has no split val; give train or test',
     'classify last.pt --folder images --split test': '--split is for --dataset only',
+    'classify last.pt --folder images --download': '--download is for --dataset only',
     'classify last.pt --folder page.pt': 'page.pt cannot be read',
     'classify last.pt --folder bad --workers 0': 'bad/class/x.jpg cannot be read as an image',
     'classify last.pt --folder empty': 'class folder in empty',
+    'classify last.pt --folder bad --templates empty/list': 'empty/list holds no prompts; give one per line, with {}',
+    'segment last.pt --images a --masks a --classes page.pt --workers 2': 'unrecognized arguments: --workers 2',
     'segment last.pt --images empty --masks images --classes page.pt': 'empty has no image 0; see --image-suffix',
     'segment last.pt --images images --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
     'segment last.pt --images a --masks a --classes twice': 'several classes have the same name',
+    'segment last.pt --images a --masks a --classes commas': 'commas must have a line for each class, with one name',
+    'segment last.pt --images a --masks a --classes empty/list': 'empty/list must have a line for each class',
     'segment last.pt --images a --masks a --classes blank': 'line 2 of blank is blank; give every class a line',
     'classify last.pt --folder numbered --classes blank': 'line 2 of blank is blank; give every class a line',
     'segment last.pt --images a --masks a --classes page.pt --benchmark voc20': 'has 1 lines, but voc20 has 20 classes',
@@ -492,6 +501,7 @@ def test_errors_are_one_sentence(gallery):
         put(f'{folder}/0.png', image)
     put('white', {'images': [{'filename': 'a.jpg', 'split': 'test', 'sentences': [{'raw': ' '}]}]})
     put('twice', 'ox, cow\nox')
+    put('commas', 'ox\n,')
     put('blank', 'ox\n \ngnu')
     torch.save({'student': Malicious()}, 'bad.pt')
     for line, sentence in WRONG.items():

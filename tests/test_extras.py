@@ -32,6 +32,7 @@ import train
 from cosmos import COSMOS, Attention, Teacher, total_loss
 from eval import load
 from extras import attend, bench, pairs, prepare, report, search, weights
+from plumbing.lists import read_rows
 from plumbing.shards import write_shard
 from plumbing.tokenizer import LEARNED_VOCAB
 from plumbing.weights import to_openclip
@@ -177,6 +178,14 @@ def test_tables(case, tmp_path, images):
     assert pools(tmp_path / 'out') == expected
 
 
+def test_rows_with_too_few_fields_are_counted(tmp_path, capsys):
+    """oracle: by hand; the second row lacks a delimiter, as one in Flickr30k's table does."""
+    table = 'image_name| comment_number| comment\na.jpg| 0| A dog .\na.jpg| 4   A cat .\n'
+    rows = read_rows(put(tmp_path / 't', table))
+    assert [row['comment'] for row in rows] == ['A dog .', None]
+    assert '1 rows of ' in (line := capsys.readouterr().err) and 'the first is row 2;' in line
+
+
 def test_a_share_is_held_out(tmp_path, images):
     """oracle: the rows, each in one half; the halves of a shorter table, because a name alone decides."""
     rows = []
@@ -231,6 +240,8 @@ def test_pack_refuses(tmp_path, images):
     german = put(tmp_path / 't', GERMAN)
     refused('none of foto; .*--image-column', prepare.pack, german, images, out, 9, 0, 'foto')
     refused('none of the 2 images', prepare.pack, german, tmp_path, out, 9, 0, None, 'Beschreibung')
+    refused('--val 1e-06 of the 2 images in .*/t would leave .*/out/train or .*/out/val empty; give another share',
+            prepare.pack, german, images, out, 9, 1e-6, None, 'Beschreibung')
     prepare.pack(german, images, out, 9, 0, None, 'Beschreibung')
     assert pools(out) == [['größer']]
 
@@ -251,7 +262,7 @@ def test_join(tmp_path, capsys):
     shard = write_pairs(tmp_path / 'in/i.tar', URLS)
     bare = write_pairs(tmp_path / 'in/j.tar', '{"caption": "dog"}')
     out = tmp_path / 'joined'
-    run(prepare, 'join', table, shard, bare, out)
+    run(prepare, 'join', table, shard, bare, f'{out}/')     # with the slash of a shell
     assert [path.name for path in out.glob('*.tar')] == ['00000.tar']
     assert '2 of 7 pairs matched (28.6%)' in capsys.readouterr().out
     assert pools(out) == [['one dog', 'A dog'], ['two dogs', 'A dog', 'It is 3.5 m, big']]
@@ -261,6 +272,11 @@ def test_join(tmp_path, capsys):
     out = tmp_path / 'another'
     nameless = put(tmp_path / 'n.csv', 'filepath,title\na,b\n')
     refused('n.csv has the columns filepath, title, but none of url', prepare.join, nameless, [shard], out)
+    garbled = put(tmp_path / 'g.csv', 'url,raw_caption\nhttp://x/1,größer\n'.encode('cp1252'))
+    refused(r'g.csv is not UTF-8 \(at line 1 or soon', prepare.join, garbled, [shard], out)
+    foreign = put(tmp_path / 'f.csv', 'url,raw_caption\nhttp://y/1,one dog\n')
+    refused('no pair has a url that .*f.csv lists', prepare.join, foreign, [shard], out)
+    prepare.join(table, [shard], out)           # nothing was left that would stand in the way
 
 
 def test_an_interrupted_join_goes_on(tmp_path, written):
@@ -398,6 +414,8 @@ def test_weights_that_are_refused(tmp_path, vocab, checkpoint, capsys):
     assert 'The merges were learned' in capsys.readouterr().out
     refused('out.pt exists', weights.import_weights, other, out)
     refused('out.pt .*exists', weights.export, checkpoint, out)
+    layout = tmp_path / 'a.json'
+    refused('a.json would also be the name of the config; name it a.pt', weights.export, checkpoint, layout)
 
 
 @torch.no_grad()
@@ -572,6 +590,18 @@ def test_search_command(tmp_path, photos, checkpoint, capsys):
     refused('one query, .*--like', run, search, *common)
 
 
+def test_output_into_head(tmp_path, photos, checkpoint, monkeypatch):
+    """oracle: one sentence, of a program whose reader ends before it has printed all. The sheet is drawn by then."""
+    program = 'from plumbing.errors import command; command(lambda: print(bytes(10 ** 6)))'
+    done = subprocess.run(f'{sys.executable} -c "{program}" | true', shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == 'error: the program that read the output has ended\n'
+    (photos / 'bad.jpg').unlink()                           # it would be named before
+    monkeypatch.setattr(search, 'print', Mock(side_effect=BrokenPipeError), raising=False)
+    with pytest.raises(BrokenPipeError):
+        run(search, checkpoint, '--images', photos, '--workers', 0, '--out', tmp_path / 'sheet.png', 'a red star')
+    assert (tmp_path / 'sheet.png').exists()
+
+
 # --- bench -----------------------------------------------------------------------------------------------------------
 
 def bench_step(*flags):
@@ -672,11 +702,16 @@ def test_a_plan_has_the_bytes_that_a_step_keeps(monkeypatch):
     whole = bench.step_bytes(train.read_options(options), *inputs)
     parts = bench.step_bytes(train.read_options([*options, '--accum=2']), *inputs)
     # Weights, gradients, two moments and the teacher in float32; images as bytes and in float32; ten matrices of
-    # logits, of 2 x 4 views and 2 x 32 pairs. In bf16 weights, all one copy; with --accum as many as it makes.
+    # logits, of 2 x 4 views and 2 x 32 pairs; a fifth term has two more. In bf16 weights, all one copy; with --accum as
+    # many as it makes.
     size = sum(p.numel() for p in student.parameters())
     rest = 20 * size + 5 * sum(view.numel() for view in images) + 10 * 4 * 2 * 4 * 2 * 32
     assert whole - rest - 2 * size == pytest.approx(2 * a_pair, rel=0.005)
     assert parts - rest == pytest.approx(one, rel=0.005)
+    cosmos = train.METHODS['cosmos']
+    five = cosmos._replace(terms=lambda *vectors: cosmos.terms(*vectors) | {'fifth': 0})
+    monkeypatch.setitem(train.METHODS, 'cosmos', five)
+    assert bench.step_bytes(train.read_options(options), *inputs) - whole == 2 * 4 * 2 * 4 * 2 * 32
 
 
 PAGES = [ROOT / 'README.md', ROOT / 'lesson/README.md', *ROOT.glob('docs/*.md')]
@@ -1004,3 +1039,16 @@ def test_the_page_in_a_browser(tmp_path, method, screens):
     lines = set(re.findall('<path[^>]* stroke="([^"]+)"', panel.partition('<h3>')[0]))
     assert len(lines) == {'across': 4, 'clip': 0, 'image-distill': 1}[method]
     assert len(Image.open(tmp_path / 'page.png').getcolors(1 << 20)) > 100
+
+
+@pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')
+def test_the_page_is_told_how_many_views_are_global(tmp_path, monkeypatch):
+    """oracle: Python's values on each screen, if Python takes three views for global ones."""
+    monkeypatch.setattr(report, 'GLOBALS', 3)
+    train_on_three(tmp_path, 'across')
+    start = report.read_maps(tmp_path / 'maps.npz')['start']
+    report.keep(tmp_path, 'start', start | {'counts': [3, 1, 3, 1]})
+    _, seen = browse(tmp_path, report.write([tmp_path]), '400,3000')
+    for screen in 3, 6, 7:
+        for of_page, of_python in seen[f'screen {screen} at 2']:
+            assert of_page == pytest.approx(of_python, abs=1e-3)

@@ -35,7 +35,7 @@ from lesson.scenes import NAMES, SHAPES, World, draw_scene, make_scenes, mask_of
 from lesson.suppression import Named, read_scenes
 from plumbing.files import read_json
 from plumbing.weights import read_checkpoint
-from tests.helpers import MICRO, encoded, pairs_tar, put, refused, run, shared
+from tests.helpers import MICRO, encoded, pairs_tar, put, refused, run, seeded, shared  # noqa: F401
 
 
 @pytest.fixture(scope='module')
@@ -501,6 +501,12 @@ def test_onepage_is_train(drawn, sandbox):
     assert again['conflict'].keys() == {'h_T', 'h_T_caption', 'h_I'}
     for key in 'dominant', 'small':
         assert figures[key].items() <= again[key].items()
+
+
+def test_onepage_of_a_small_set(drawn):
+    """oracle: a batch of 12, asked for, of 12 scenes. More than there are, as by default, means the same."""
+    students = [onepage.train(drawn, 1, precision='fp32', batch=batch)[0].state_dict() for batch in (12, 32)]
+    assert_close(*students, rtol=0, atol=0)
 
 
 def train_words(drawn, method, steps, out):

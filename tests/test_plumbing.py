@@ -325,6 +325,16 @@ def test_what_makes_a_pair(tmp_path, capsys):
     assert 'a.tar has 2 pairs; 6 links and incomplete pairs are left out' in line
 
 
+def test_pairs_with_a_dot_in_their_name_are_counted(tmp_path, capsys):
+    """oracle: by hand. A mask is no half of a pair, so it is not counted."""
+    image = encoded(Image.new('RGB', (9, 9)))
+    names = 'a.jpg a.mask.png a.json b/c.v1.PNG b/c.v1.txt d.v2.jpg d.v2.json'.split()
+    members = [(name, ['dog'] if 'json' in name else image) for name in names]
+    shards = Shards(write_tar(tmp_path / 'a.tar', members))
+    assert len(shards) == 1 and shards.pool(0) == ['dog']
+    assert 'a.tar has 2 pairs with a dot in their name, such as b/c.v1, which are left' in capsys.readouterr().err
+
+
 def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
     """oracle: which of five pairs are left by damage to the third. tarfile steps over a broken header in USTAR; in PAX,
     where it is the second of two, it stops there. Joined tars give the pairs of both."""
