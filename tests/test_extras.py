@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,17 +23,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as evaluation
 import train
-from cosmos import COSMOS, Attention, Teacher, total_loss
+from cosmos import COSMOS, Teacher, total_loss
 from eval import load
 from extras import attend, bench, pairs, prepare, report, search, weights
 from plumbing.lists import read_rows
 from plumbing.shards import write_shard
-from plumbing.tokenizer import LEARNED_VOCAB
 from plumbing.weights import to_openclip
 from tests import helpers
 from tests.helpers import ROOT, encoded, put, refused, shared
@@ -633,85 +630,6 @@ def test_loader(tmp_path, monkeypatch, capsys):
     write_pairs(tmp_path / '0.tar', 9 * '{"caption": "dogs run"}\n')
     run(bench, 'loader', tmp_path, '--preset', 'tiny')
     assert capsys.readouterr().out == 'one worker makes 8 samples/s\n'
-
-
-def test_a_plan(capsys, monkeypatch):
-    """oracle: the parameters of the released model; 41f0b8a's GFLOP, which are those of a count by hand; hours by hand:
-    10 pairs more than ten batches of 1,024 are 10 steps, or 320 in 32 epochs. Its bytes would take as long again."""
-    with monkeypatch.context() as patch:
-        patch.setattr(bench, 'step_bytes', lambda *args: 43e9)
-        run(bench, 'plan', '--gpus', 8, '--pairs', 10_250, '--peak', 100, '--share', 0.5)
-    printed = capsys.readouterr().out
-    assert ' 152,382,466 parameters' in printed
-    assert '320 steps of 1,024 pairs, 128 on each of 8 GPUs\n473.714 GFLOP per pair\n43.00 GB per GPU\n' in printed
-    speed = 8 * 0.5 * 100e12 / 473.714e9
-    assert f'at 50% of 100 TFLOP/s per GPU: {speed:,.0f} pairs/s, {320 * 1024 / speed / 3600:,.1f} hours' in printed
-    run(bench, 'plan', '--preset', 'tiny', '--gpus', 1, '--pairs', 4000)       # it learns its vocabulary
-    sizes = replace(train.PRESETS['tiny'].sizes, vocab_size=LEARNED_VOCAB)
-    learned = sum(p.numel() for p in COSMOS(sizes).parameters())
-    assert f' {learned:,} parameters' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize('flags', ['--method=clip', '--accum=2 --grad-checkpoint'])
-def test_a_plan_has_the_flops_of_a_step(flags, monkeypatch):
-    """oracle: torch's counter around train_step on the CPU, and by hand its losses, which a plan leaves out. A product
-    of two views takes 2 B^2 D, and so does the gradient of each factor; the teacher's views as keys need none."""
-    take_step = train.train_step
-
-    def compared(run, batch):
-        with FlopCounterMode(display=False) as counter:
-            take_step(run, batch)
-        images, texts = [[x.to('meta') for x in views] for views in (batch.crops, batch.texts)]
-        planned = bench.step_flops(run.options, deepcopy(run.student).to('meta'), [x.float() for x in images], texts)
-        losses = 2 * 16 ** 2 * MICRO.embed_dim * (2 * 3 if 'clip' in flags else 2 * 8 * 3 + 4 * 8 * (3 + 2))
-        assert counter.get_total_flops() == planned + losses
-        raise EOFError('one step is enough')
-
-    monkeypatch.setattr(train, 'train_step', compared)
-    with pytest.raises(EOFError):
-        bench_step(*flags.split())
-
-
-def test_a_plan_has_the_bytes_that_a_step_keeps(monkeypatch):
-    """oracle: a forward pass of `tiny` on the CPU, with torch's attention kernel, under autocast; the rest by hand."""
-    def by_kernel(self, query, context, mask=None):
-        x = F.scaled_dot_product_attention(*self.project(query, context), attn_mask=mask)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
-
-    monkeypatch.setattr(Attention, 'forward', by_kernel)
-    kept = []
-
-    def keep(x):
-        kept[-1].setdefault(x.untyped_storage().data_ptr(), x.untyped_storage())
-        return x
-
-    student = COSMOS(replace(train.PRESETS['tiny'].sizes, vocab_size=100))
-    for B in 1, 2:
-        kept.append({})
-        images = [torch.randn(B, 3, side, side) for side in (48, 48, 24, 24)]
-        texts = [torch.randint(100, (B, length)) for length in (64, 64, 20, 20)]
-        with torch.autocast('cpu', torch.bfloat16, cache_enabled=False), \
-                torch.autograd.graph.saved_tensors_hooks(keep, keep):
-            student(images, texts)
-        for p in student.parameters():
-            kept[-1].pop(p.data_ptr(), None)
-    one, two = [sum(storage.nbytes() for storage in storages.values()) for storages in kept]
-    a_pair = two - one
-    inputs = student.to('meta'), [x.to('meta') for x in images], [x.to('meta') for x in texts]
-    options = ['--preset=tiny', '--precision=bf16', '--batch=32']
-    whole = bench.step_bytes(train.read_options(options), *inputs)
-    parts = bench.step_bytes(train.read_options([*options, '--accum=2']), *inputs)
-    # Weights, gradients, two moments and the teacher in float32; images as bytes and in float32; ten matrices of
-    # logits, of 2 x 4 views and 2 x 32 pairs; a fifth term has two more. In bf16 weights, all one copy; with --accum as
-    # many as it makes.
-    size = sum(p.numel() for p in student.parameters())
-    rest = 20 * size + 5 * sum(view.numel() for view in images) + 10 * 4 * 2 * 4 * 2 * 32
-    assert whole - rest - 2 * size == pytest.approx(2 * a_pair, rel=0.005)
-    assert parts - rest == pytest.approx(one, rel=0.005)
-    cosmos = train.METHODS['cosmos']
-    five = cosmos._replace(terms=lambda *vectors: cosmos.terms(*vectors) | {'fifth': 0})
-    monkeypatch.setitem(train.METHODS, 'cosmos', five)
-    assert bench.step_bytes(train.read_options(options), *inputs) - whole == 2 * 4 * 2 * 4 * 2 * 32
 
 
 PAGES = [ROOT / 'README.md', ROOT / 'lesson/README.md', *ROOT.glob('docs/*.md')]
