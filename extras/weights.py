@@ -1,15 +1,12 @@
-"""Convert weights from and to the formats of other programs, and fetch the released ones.
+"""Convert weights from and to the formats of other programs.
 
     python -m extras.weights export CKPT OUT.pt                   a state dict that open_clip loads, and OUT.json
     python -m extras.weights import clip.pt OUT.pt --quick-gelu   OpenAI's CLIP, or another, as our checkpoint
     python -m extras.weights import clip.safetensors OUT.pt --config ViT-H-14.json
-    python -m extras.weights fetch cosmos_vitb16_cc3m             downloads the released weights once, prints their path
 
 Weights do not say how wide an attention head is, nor what the activation is. open_clip's model config, a JSON file,
 says both. Without it heads are taken to be 64 wide. Every other command reads what `import` writes.
 """
-import hashlib
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -122,37 +119,11 @@ def import_weights(other, out, config=None, quick_gelu=False):
         print("note       GELU is assumed, but OpenAI's weights and some others need --quick-gelu")
 
 
-# --- 3. The released weights -----------------------------------------------------------------------------------------
-
-RELEASED = 'https://huggingface.co/sankim2/cosmos/resolve/main/{}.pt'
-DATA = 'cc3m', 'cc12m', 'yfcc15m', 'merged30m', 'pixelprose'            # what they were trained on
-NAMES = [f'cosmos_vitb16_{name}' for name in DATA] + [f'cosmos_vitb32_{name}' for name in DATA]
-
-
-def fetch(name):
-    """Print the path of released weights in torch's cache, and their size and SHA-256. They are downloaded once. The
-    authors publish no checksum, so compare this one with that of somebody else who has the file."""
-    path = Path(torch.hub.get_dir(), f'{name}.pt')
-    address = RELEASED.format(name)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(address, path)
-        except OSError as error:
-            raise Refused(f'{address} cannot be fetched ({error}); get the file elsewhere') from None
-    checksum = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while piece := file.read(1 << 20):
-            checksum.update(piece)
-    print(f'{path.stat().st_size:,} bytes, SHA-256 {checksum.hexdigest()}', file=sys.stderr)
-    print(path)                             # alone on standard output, for $(...)
-
-
-# --- 4. Commands -----------------------------------------------------------------------------------------------------
+# --- 3. Commands -----------------------------------------------------------------------------------------------------
 
 def main():
     prog = 'python -m extras.weights'
-    parser = Parser(prog=prog, usage='%(prog)s export|import|fetch ...', epilog=__doc__)
+    parser = Parser(prog=prog, usage='%(prog)s export|import ...', epilog=__doc__)
     commands = parser.add_subparsers(required=True, prog=prog)
     one = commands.add_parser('export', help='our weights, for open_clip', usage='%(prog)s CKPT OUT.pt')
     one.set_defaults(function=export)
@@ -166,9 +137,6 @@ def main():
     add('out', metavar='OUT.pt', help='our checkpoint')
     add('--config', help="open_clip's model config, for heads that are not 64 wide")
     add('--quick-gelu', action='store_true', help="the activation of OpenAI's CLIP")
-    one = commands.add_parser('fetch', help='the released weights', usage='%(prog)s NAME')
-    one.set_defaults(function=fetch)
-    one.add_argument('name', choices=NAMES, help=', '.join(NAMES))
     options = vars(parser.parse_args())
     function = options.pop('function')
     function(**options)

@@ -436,23 +436,6 @@ def test_quick_gelu_in_and_out(tmp_path, vocab, capsys):
         assert_close((out.cls[0], out.eot[0]), (cls, eot), rtol=0, atol=1e-6)
 
 
-def test_released_names_are_fetched_once(tmp_path, monkeypatch, capsys):
-    """oracle: the bytes at an address, and their SHA-256 by sha256sum. The second time they are gone, and the kept copy
-    serves. If there are none, a sentence says so."""
-    content = b'weights' * 2 ** 20
-    file = put(tmp_path / 'there/cosmos_vitb32_cc12m.pt', content)
-    monkeypatch.setattr(weights, 'RELEASED', f'{file.parent.as_uri()}/{{}}.pt')
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))            # torch's cache
-    for _ in range(2):
-        run(weights, 'fetch', file.stem)
-        printed = capsys.readouterr()
-        path = Path(printed.out.strip())
-        assert path.read_bytes() == content and path.is_relative_to(tmp_path / 'home')
-        assert '7,340,032 bytes, SHA-256 3fb1f30a' in printed.err
-        file.unlink(missing_ok=True)
-    refused('there/cosmos_vitb16_cc3m.pt cannot be fetched', run, weights, 'fetch', 'cosmos_vitb16_cc3m')
-
-
 # --- pairs -----------------------------------------------------------------------------------------------------------
 
 def test_pair_scores_by_hand():
