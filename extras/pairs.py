@@ -1,6 +1,6 @@
 """Hard negatives: can the model match k images with k captions (mostly two of each) that differ in only one thing?
 
-    python -m extras.pairs CKPT --items FILE --images DIR     SugarCrepe, SVO-Probes, Winoground, MMVP-VLM, or your own
+    python -m extras.pairs CKPT --items FILE --images DIR     SugarCrepe, SVO-Probes, MMVP-VLM, or your own
 
 Your own items are JSON lines, {"images": ["a.jpg", "b.jpg"], "captions": ["a dog on a cat", "a cat on a dog"],
 "type": "relation"}. An item has k images and k captions, and those at equal positions belong together. An item may
@@ -31,14 +31,13 @@ class Item(NamedTuple):
 # A published layout is recognised by the columns of its images and of its captions.
 COLUMNS = [
     (['filename'], ['caption', 'negative_caption']),                    # SugarCrepe
-    (['pos_image_id', 'neg_image_id'], ['sentence']),                   # SVO-Probes
-    (['image_0', 'image_1'], ['caption_0', 'caption_1'])]               # Winoground
+    (['pos_image_id', 'neg_image_id'], ['sentence'])]                   # SVO-Probes
 
 
 def read_item(row, place):
     """A row in one of the layouts -> Item. A row of MMVP-VLM is half an item: the next one has the other image and
     statement."""
-    kind = row.get('type') or row.get('tag')
+    kind = row.get('type')
     for name in 'subj_neg', 'verb_neg', 'obj_neg':                      # SVO-Probes
         if str(row.get(name)).lower() == 'true':
             kind = name
@@ -51,7 +50,7 @@ def read_item(row, place):
         if row.keys() >= {*images, *captions}:
             return Item([row[name] for name in images], [row[name] for name in captions], kind)
     raise Refused(f"{place} has the keys {', '.join(row)}; it needs images and captions, "
-                  'or the keys of SugarCrepe, SVO-Probes, Winoground or MMVP-VLM')
+                  'or the keys of SugarCrepe, SVO-Probes or MMVP-VLM')
 
 
 def read_items(path):
@@ -87,8 +86,8 @@ def choices_right(scores):
 def pair_scores(matrices):
     """Score matrices (k images, m captions), one per item -> shares of items.
 
-    image_score: each caption finds its image. text_score: each image finds its caption. group_score: both. These are
-    Winoground's definitions. Guessing is right about one of k images with probability 1/k.
+    image_score: each caption finds its image. text_score: each image finds its caption. Guessing is right about one of
+    k images with probability 1/k.
     """
     k, m = matrices[0].shape
     questions = min(k, m)
@@ -101,9 +100,6 @@ def pair_scores(matrices):
     if m > 1:
         figures['text_score'] = fmean(text_right)
         figures['text_chance'] = m ** -questions
-    if questions > 1:
-        both_right = [all(sides) for sides in zip(image_right, text_right)]
-        figures['group_score'] = fmean(both_right)
     return figures
 
 

@@ -439,14 +439,13 @@ def test_quick_gelu_in_and_out(tmp_path, vocab, capsys):
 # --- pairs -----------------------------------------------------------------------------------------------------------
 
 def test_pair_scores_by_hand():
-    """oracle: Winoground's three scores by pencil, ties as misses."""
+    """oracle: both scores by pencil, ties as misses."""
     right = torch.tensor([[2.0, 1], [1, 2]])
     image_only = torch.tensor([[2.0, 3], [1, 4]])       # each caption finds its image, image 0 not its caption
     text_only = torch.tensor([[2.0, 1], [3, 4]])
     tie = torch.ones(2, 2)
     assert pairs.pair_scores([right, image_only, text_only, tie]) == {
-        'items': 4, 'image_score': 0.5, 'image_chance': 0.25, 'text_score': 0.5, 'text_chance': 0.25,
-        'group_score': 0.25}
+        'items': 4, 'image_score': 0.5, 'image_chance': 0.25, 'text_score': 0.5, 'text_chance': 0.25}
     assert pairs.pair_scores([torch.tensor([[3.0, 1, 2]]), torch.tensor([[1.0, 0, 2]])]) == {
         'items': 2, 'text_score': 0.5, 'text_chance': pytest.approx(1 / 3)}
 
@@ -455,8 +454,6 @@ LAYOUTS = {
     'own.jsonl': ('{"images": ["a.jpg"], "captions": ["x", "y"], "type": "t"}\n\n', (['a.jpg'], ['x', 'y'], 't')),
     'crepe.json': ('{"0": {"filename": "a.jpg", "caption": "x", "negative_caption": "y"}}',
                    (['a.jpg'], ['x', 'y'], None)),
-    'wino.jsonl': ('{"image_0": "a", "image_1": "b", "caption_0": "x", "caption_1": "y", "tag": "Object"}',
-                   (['a', 'b'], ['x', 'y'], 'Object')),
     'svo.csv': ('sentence,pos_image_id,neg_image_id,subj_neg,verb_neg,obj_neg\nx,7,8,False,True,False',
                 (['7', '8'], ['x'], 'verb_neg')),
     'Questions.csv': ('Question ID,Type,Statement\n1,Color,red\n2,Color,blue\n',
@@ -508,7 +505,7 @@ def test_a_collapsed_model_scores_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, 'embed_images', lambda model, paths, *args, **how: collapsed(model, args, paths))
     args = SimpleNamespace(items=items, images=None, workers=0)
     figures = pairs.run_pairs(args, None, None, None)['all 2 x 2']
-    assert [figures[f'{side}_score'] for side in ('image', 'text', 'group')] == [0, 0, 0]
+    assert [figures[f'{side}_score'] for side in ('image', 'text')] == [0, 0]
 
 
 # --- search ----------------------------------------------------------------------------------------------------------
