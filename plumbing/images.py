@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
@@ -77,21 +76,13 @@ def pixels(image, turn, name):
     """An image of read_header -> RGB image, turned, and without the EXIF that would turn it again."""
     with pillow_errors(name):
         image.load()
-        image = eight_bits(image).convert('RGB')        # a copy: its info is cleared below
+        # I and F: grey of 16 or 32 bits, nearly all of which Pillow would make white.
+        need(image.mode[0] not in 'IF', 'it has over 8 bits a channel; save it with 8')
+        image = image.convert('RGB')    # a copy: its info is cleared below
         if turn is not None:            # FLIP_LEFT_RIGHT is 0
             image = image.transpose(turn)
     image.info = {}
     return image
-
-
-def eight_bits(image):
-    """The upper 8 bits of 16-bit grey, as Pillow does for 16-bit colour; it makes all such grey above 255 white."""
-    if image.mode[0] not in 'IF':
-        return image
-    values = np.asarray(image)
-    if values.dtype.kind == 'f' or values.min() < 0 or values.max() > 65535:
-        raise ValueError('it has 32 bits a channel; save it with 8')
-    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def shorten(image):

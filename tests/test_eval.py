@@ -336,6 +336,7 @@ def test_masks_and_their_errors(here):
     read = benchmarks.read_mask
     assert read(path, 3, False).tolist() == numbers
     assert read(path, 2, True).tolist() == [[255, 0, 255], [1, 1, 255]]
+    assert read(put('16.png', encoded(Image.fromarray(np.uint16([[0, 299]])))), 300, False).tolist() == [[0, 299]]
     refused('a_ids.png has label 2; with 2 lines in the class file it may be at most 1', read, path, 2, False)
     found = [name for name, settings in benchmarks.BENCHMARKS.items() if settings.reduce_zero_label]
     assert found == ['voc20', 'context59', 'ade20k']
