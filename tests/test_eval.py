@@ -3,7 +3,9 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import re
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -23,6 +25,7 @@ import eval as evaluation
 from plumbing.captions import CAPTION_KEYS
 from cosmos import COSMOS, Block, Config, unit
 from data import Shards, Tokenizer
+from extras import prepare
 from plumbing import benchmarks, processes
 from plumbing.processes import SIGNALS
 from plumbing.weights import to_openclip
@@ -509,3 +512,25 @@ def test_errors_are_one_sentence(gallery):
         error = run(evaluation, *line.split())
         assert re.fullmatch(f'error: .*{sentence}.*', error), f'{line}: {error}'
     assert not Path('executed').exists()
+
+
+def test_damaged_files_end_in_a_sentence(gallery):
+    """oracle: the rule: success, or one line. Each command reads a file in which something was cut out or put in."""
+    pairs_tar('a.tar', [{'caption': 'an ox. a cow'}] * 3, [encoded(gallery.images[0], 'JPEG')] * 3)
+    put('rows', [{'image': f'{i}.png', 'caption': 'an ox'} for i in range(3)])
+    put('classes', 'ox, cow\nsky\n')
+    put('masks/0.png', encoded(Image.fromarray(np.eye(40, 50, dtype=np.uint8))))
+    retrieval = 'retrieval . --workers 0'
+    segment = 'segment . --images images --masks masks --classes classes'
+    damaged = [('a.tar', f'{retrieval} --shards a.tar'), ('a.tar', 'inspect a.tar --out sheet.png'),
+               ('rows', f'{retrieval} --flickr rows --images images'), ('rows', 'pack rows images packed'),
+               ('images/0.png', segment), ('masks/0.png', segment), ('classes', segment), ('last.pt', segment)]
+    rng = random.Random(0)
+    for file, line in 8 * damaged:
+        whole = Path(file).read_bytes()
+        start = rng.randrange(min(len(whole), 2000))
+        put(file, whole[:start] + rng.randbytes(rng.choice([0, 1, 9])) + whole[start + rng.choice([0, 1, 9, 9999]):])
+        said = run(prepare if 'inspect' in line or 'pack' in line else evaluation, *line.split())
+        assert said is None or re.fullmatch('error: .*', said), (file, line, said)
+        put(file, whole)
+        shutil.rmtree('packed', ignore_errors=True)

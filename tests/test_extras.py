@@ -619,7 +619,7 @@ FOREIGN = (             # options on our pages that belong to other programs
     # torchrun, Slurm, docker
     '--help --max-restarts --nnodes --nproc_per_node --rdzv_backend --rdzv_endpoint --rdzv_id --signals-to-handle '
     '--standalone --cpus-per-task --format --gpus-per-node --job --job-name --kill-on-bad-exit --nodes --noheader '
-    '--ntasks-per-node --open-mode --output --requeue --signal --time --shm-size '
+    '--ntasks-per-node --open-mode --output --requeue --signal --time --count --shm-size '
     # img2dataset, tar
     '--image_size --input_format --output_folder --output_format --resize_mode --save_additional_columns --url_col '
     '--url_list --dereference --hard-dereference').split()
@@ -651,7 +651,7 @@ def test_links_scripts_and_options_of_a_page(page):
         if anchor and target.suffix == '.md':
             assert anchor in anchors(target), link
     ours = set(FOREIGN)
-    for pattern in '*.py', 'plumbing/*.py', 'extras/*.py', 'lesson/*.py', 'tests/fuzz.py':
+    for pattern in '*.py', 'plumbing/*.py', 'extras/*.py', 'lesson/*.py':
         for path in ROOT.glob(pattern):
             ours |= set(re.findall("'(--[a-z0-9-]+)'", path.read_text()))
     for option in re.findall(r'(?<![\w-])--[a-z][\w-]+', text):
