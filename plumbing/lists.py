@@ -16,32 +16,19 @@ SPLIT = 'karpathy_split'  # a key in the json of pairs that came from Karpathy's
 
 # --- 1. Published lists ----------------------------------------------------------------------------------------------
 
-def karpathy_rows(listing):
-    """Karpathy's dataset_coco.json and the like -> [(split, name of an image, its captions), ...]."""
-    rows = []
-    for image in listing['images']:
-        name = image['filename']
-        if image.get('filepath'):       # COCO's images lie in two folders
-            name = f"{image['filepath']}/{name}"
-        captions = [sentence['raw'] for sentence in image['sentences']]
-        rows.append((image['split'], name, captions))
-    return rows
-
-
 def published_captions(coco, karpathy, flickr, images, split):
     """The images and captions of COCO's folder, or else of Karpathy's list or of the released code's flickr30k_val.json,
     [{"image": path, "caption": [five]}, ...] -> paths, and captions and owner as in `with_owners`. images: the folder
     of the images (that of the list, if none is given)."""
-    if coco:
-        listing = Path(coco, 'annotations/captions_val2017.json')
-        folder = Path(coco, 'images/val2017')
-    else:
-        listing = Path(karpathy or flickr)
-        folder = images or listing.parent
+    listing = Path(karpathy or flickr or f'{coco}/annotations/captions_val2017.json')
+    folder = Path(coco, 'images/val2017') if coco else images or listing.parent
+    key = 'captions' if karpathy else 'caption'
+    needed = {'image', key, SPLIT} if karpathy else {'image', key}
     pools = defaultdict(list)   # {path of an image: its captions}; an image may have several rows
     for row in read_rows(listing):
+        need(row.keys() >= needed, f"a row of {listing} has the keys {', '.join(row)}; it needs image and {key}")
         if not karpathy or row[SPLIT] == split:
-            found = row['captions' if karpathy else 'caption']
+            found = row[key]
             pools[Path(folder, row['image'])] += found if isinstance(found, list) else [found]
     chosen = f' of the split {split}' if karpathy else ''
     need(pools, f'{listing} lists no image{chosen}; see --help')
@@ -60,11 +47,8 @@ def has_caption(value):
 
 def with_owners(pools, name):
     """For each image its captions, a string or a list -> all captions in one list, and owner (captions,), the image
-    that each belongs to.
-
-    name(i): what messages call image i. An image is Refused if it has no caption, or one that is not text. A final ' .'
-    is taken off, as in training.
-    """
+    that each belongs to. An image is Refused if it has no caption, or one that is not text; name(i) is what the message
+    calls image i. A final ' .' is taken off, as in training."""
     captions = []
     owner = []
     for i, pool in enumerate(pools):
@@ -72,8 +56,7 @@ def with_owners(pools, name):
             raise Refused(f'{name(i)} has no caption; give it one, or take the image out')
         for caption in pool if isinstance(pool, list) else [pool]:
             if not isinstance(caption, str):
-                raise Refused(f'{name(i)} has a caption that is not text: {str(caption)[:80]}; '
-                              'mend it, or take it out')
+                raise Refused(f'{name(i)} has a caption that is not text: {str(caption)[:80]}; mend it')
             if caption.strip():
                 captions.append(without_spaced_stop(caption))
                 owner.append(i)
@@ -81,6 +64,15 @@ def with_owners(pools, name):
 
 
 # --- 3. Rows of any table --------------------------------------------------------------------------------------------
+
+def karpathy_row(image):
+    """An image of Karpathy's dataset_coco.json and the like -> row."""
+    name = image['filename']
+    if image.get('filepath'):           # COCO's images lie in two folders
+        name = f"{image['filepath']}/{name}"
+    captions = [sentence['raw'] for sentence in image['sentences']]
+    return {'image': name, 'captions': captions, SPLIT: image['split']}
+
 
 def rows_of_json(text):
     """JSON lines, a list of objects, an object of objects (SugarCrepe), COCO's captions or Karpathy's list -> rows."""
@@ -103,8 +95,7 @@ def rows_of_json(text):
         images = whole['images']
         return [{'image': image['file_name'], 'caption': captions[image['id']]} for image in images]
     if 'images' in whole and 'captions' not in whole:       # Karpathy's list
-        rows = karpathy_rows(whole)
-        return [{'image': name, 'captions': captions, SPLIT: split} for split, name, captions in rows]
+        return [karpathy_row(image) for image in whole['images']]
     if all(isinstance(value, dict) for value in whole.values()):
         return list(whole.values())
     return values                                           # JSON lines with one line
@@ -137,9 +128,9 @@ def rows_of_table(text, path):
     """The rows of a CSV, a TSV, or Flickr30k's table. The first line shows what the delimiter is."""
     first_line = text.partition('\n')[0]
     delimiter = max(',;\t|', key=first_line.count)
-    # Neither a TSV nor Flickr30k's table, with its '| ', has quoting: a caption may begin with a quotation mark.
-    unquoted = delimiter == '\t' or '| ' in first_line
-    quoting = csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL
+    quoting = csv.QUOTE_MINIMAL
+    if delimiter == '\t' or '| ' in first_line:     # a TSV, Flickr30k's table: a caption may begin with a "
+        quoting = csv.QUOTE_NONE
     rows = list(table_rows(io.StringIO(text), path, delimiter=delimiter, quoting=quoting, skipinitialspace=True))
     short = [number for number, row in enumerate(rows, 1) if None in row.values()]
     if short:           # as one in Flickr30k's table, which lacks a delimiter

@@ -457,13 +457,15 @@ def test_segment_command(gallery, monkeypatch):
 
 WRONG = {               # a command: what its sentence must say
     '': 'required: command; see prog --help',
-    'retrieval page.pt --shards a.tar': 'page.pt is not a checkpoint (?!.*weights_only).* remove it and fetch it again',
+    'retrieval page.pt --shards a.tar': 'page.pt is not a checkpoint (?!.*weights_only).* fetch it again if it was fetched',
     'retrieval empty --shards a.tar': 'empty/last.pt does not exist',
     'retrieval bad.pt --shards a.tar': 'bad.pt .* holds posix.system, which may run code',
     'retrieval last.pt --shards empty': "'empty' .* no .tar file",
     'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read.*prepare inspect a.tar',
     'retrieval last.pt --karpathy white --split val': 'white lists no image of the split val',
     'retrieval last.pt --karpathy white': 'a.jpg, listed in white, has no caption',
+    'retrieval last.pt --flickr white': 'a row of white has the keys image, captions, .*; it needs image and caption',
+    'retrieval last.pt --karpathy rows': 'a row of rows has the keys image, captions; it needs',
     'retrieval last.pt --coco x --split val': '--split is for --karpathy',
     'retrieval last.pt --coco x --caption-keys a': '--caption-keys is for --shards only',
     'retrieval last.pt --shards a.tar --images x': '--images is for --karpathy and --flickr',
@@ -505,6 +507,7 @@ def test_errors_are_one_sentence(gallery):
         put(f'{folder}/0.png', image)
     put('white', {'images': [{'filename': 'a.jpg', 'split': 'test', 'sentences': [{'raw': ' '}]}]})
     put('twice', 'ox, cow\nox')
+    put('rows', [{'image': 'a.jpg', 'captions': ['x']}])
     put('commas', 'ox\n,')
     put('blank', 'ox\n \ngnu')
     torch.save({'student': Malicious()}, 'bad.pt')
