@@ -663,7 +663,7 @@ class Attention(nn.MultiheadAttention):
         if q.device.type in ('cpu', 'mps'):
             if causal:
                 R = k.shape[2]
-                mask = q.new_ones(R, R, dtype=torch.bool).tril()        # True where a row may look
+                mask = k.new_ones(R, R, dtype=torch.bool).tril()        # True where a row may look
             x = attention_weights(q, k, mask) @ v
         else:       # the flash kernel takes no mask, but knows the causal one
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
