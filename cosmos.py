@@ -57,10 +57,10 @@ Read it beside Section 3 of the paper. Parts 2-4 are COSMOS: student, teacher, l
 use several GPUs: on one GPU `gather` only returns each tensor as both queries and keys. Parts 6-7 are CLIP's towers
 and transformer. If you know them, read only how a tower treats its views (class Tower).
 
-We follow the released code (github.com/ExplainableML/cosmos); references such as `model.py:274` point into it. If the
-paper is silent or differs, the released code decides, and a mark says so:
-    code≠paper: the paper says something else.          paper silent: the paper does not say, as far as we know.
-    code≠paper?: summaries of the paper say something else, so check your copy of it.
+We follow the released code (github.com/ExplainableML/cosmos); references such as `model.py:274` point into it. The
+paper's text was not at hand; docs/differences.md lists our sources. If they are silent or say something else, the
+released code decides, and a mark says so:
+    paper silent, as far as our sources go.             code≠paper: a source, which is named, says something else.
 The last mark, `ours`, means that the decision is our own, because we differ from the released code on purpose or
 because that code has nothing of the kind.
 """
@@ -190,10 +190,10 @@ class COSMOS(nn.Module):
     def forward(self, images, texts):
         """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output.
 
-        Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper?:
-        summaries say, from all globals; model.py:370-382). `words` covers all T positions, padding included, so caption
-        0 must come at full length (paper silent; transformer.py:772-775). The others may be cut to save time, see
-        TextTower.
+        Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper: two
+        walk-throughs of the paper say, from the global views; model.py:370-382). `words` covers all T positions,
+        padding included, so caption 0 must come at full length (paper silent; transformer.py:772-775). The others may
+        be cut to save time, see TextTower.
         """
         if not self.has_cross_attention:
             return Output(unit(self.visual(images)), unit(self.text(texts)))
@@ -319,7 +319,8 @@ def nce(queries, keys, scale):
         return cross_entropy(queries, keys, scale)
     # ours: we do not keep so many logits, because with 4,096 pairs on one GPU the ten L_nce of a step would need 11 GB
     # for them. The backward pass recomputes them, one L_nce at a time.
-    return checkpoint(cross_entropy, queries, keys, scale, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(cross_entropy, queries, keys, scale,
+                      use_reentrant=False, preserve_rng_state=False)
 
 
 def match(a, b, scale):
@@ -335,9 +336,8 @@ def clip_loss(out, scale):
     """L_CLIP: the student's global images with all its captions, 2 x 8 combinations of views in the released
     recipe. scale = exp(logit_scale).
 
-    It is CLIP's loss on [cls] and [eot], and cross-attention has no part in it.
-
-    code≠paper?: local image views stay out, because with them the authors saw overfitting (loss.py:203-206).
+    It is CLIP's loss on [cls] and [eot], and cross-attention has no part in it. Local image views stay out, because
+    with them the authors saw overfitting (code≠paper: a walk-through of the paper has all views; loss.py:203-206).
     """
     cls, eot = gather(out.cls[:GLOBALS], out.eot)
     return match(cls, eot, scale)
@@ -590,8 +590,10 @@ class Transformer(nn.Module):
         """
         *blocks, last = self.resblocks
         for block in blocks:
-            if self.grad_checkpointing:     # a block draws no random numbers, so their state need not be kept
-                x = checkpoint(block, x, self.causal, use_reentrant=False, preserve_rng_state=False)
+            # A block draws no random numbers, so their state need not be kept.
+            if self.grad_checkpointing:
+                x = checkpoint(block, x, self.causal,
+                               use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, self.causal)
         return last(x, self.causal, row)
@@ -663,7 +665,7 @@ class Attention(nn.MultiheadAttention):
         if q.device.type in ('cpu', 'mps'):
             if causal:
                 R = k.shape[2]
-                mask = q.new_ones(R, R, dtype=torch.bool).tril()        # True where a row may look
+                mask = k.new_ones(R, R, dtype=torch.bool).tril()        # True where a row may look
             x = attention_weights(q, k, mask) @ v
         else:       # the flash kernel takes no mask, but knows the causal one
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)

@@ -348,8 +348,9 @@ def open_shards(options, processes, saved, built_in_set):
         shards.caption_keys = keys.split(',')
         pools = runs.first_pools(shards)
         need(pools.count([]) <= len(pools) / 2,
-             f'--caption-pool {options.caption_pool} takes {keys} of DreamLIP, but {pools.count([])} of the first '
-             f'{len(pools)} pairs of --data have none; leave it out, or give --caption-keys in its place')
+             f'--caption-pool {options.caption_pool} takes {keys} of DreamLIP, but '
+             f'{pools.count([])} of the first {len(pools)} pairs of --data have none; '
+             'leave it out, or give --caption-keys in its place')
     fill_in(options, recipe, len(shards), parts, saved)
     data.check_batch(options.batch, len(shards), parts)
     if saved:
