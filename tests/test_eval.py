@@ -482,7 +482,7 @@ WRONG = {               # a command: what its sentence must say
     'segment last.pt --images images --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
     'segment last.pt --images a --masks a --classes twice': 'several classes have the same name',
     'segment last.pt --images a --masks a --classes commas': 'commas must have a line for each class, with one name',
-    'segment last.pt --images a --masks a --classes empty/list': 'empty/list must have a line for each class',
+    'segment last.pt --images a --masks a --classes empty/list': 'line 1 of empty/list is blank; give every class',
     'segment last.pt --images a --masks a --classes blank': 'line 2 of blank is blank; give every class a line',
     'classify last.pt --folder numbered --classes blank': 'line 2 of blank is blank; give every class a line',
     'segment last.pt --images a --masks a --classes page.pt --benchmark voc20': 'has 1 lines, but voc20 has 20 classes',
