@@ -17,7 +17,8 @@ from plumbing.errors import Refused, Unreadable, warn
 from plumbing.files import replacing
 from plumbing.images import read_image
 
-# The index has 7 integers per pair. A size of 0 bytes means that the pair has no such member.
+# The index has 7 integers per pair. A size of 0 bytes means that the pair has no such member. Row 0 of the file has the
+# mark of the tars in place of a pair.
 #     shard | image: offset, size | json: offset, size | txt: offset, size
 # {ending of the name: column of the offset}. The size is in the next column.
 COLUMN = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5}
@@ -47,25 +48,25 @@ class Shards:
         self.mark = int(with_times[:15], 16)
         stored = self.read_index(index)
         self.is_mapped = stored is not None
-        # The mark and all rows are kept in one flat array, as in the file. Otherwise saving would copy all rows.
         self.stored = stored if self.is_mapped else self.scan()
         self.check_first_pairs()
 
     @property
     def index(self):
-        """The rows, (pairs, WIDTH), a view."""
-        return self.stored[1:].reshape(-1, WIDTH)
+        """The rows of the pairs, (pairs, WIDTH), a view."""
+        return self.stored[1:]
 
     def __len__(self):
         return len(self.index)
 
     def scan(self):
-        """Read all headers -> the mark and the rows, as one flat array."""
+        """Read all headers -> the table, with the mark in its first row."""
         # Processes take seconds to start, so for a few shards they are not worth it.
         scan_all = process_map if len(self.paths) > 16 else thread_map
         numbers = range(len(self.paths))
         tables = scan_all(scan_shard, self.paths, numbers, chunksize=1, desc='reading headers', disable=None)
-        return np.concatenate([[self.mark], *map(np.ravel, tables)])
+        first_row = [self.mark] + [0] * (WIDTH - 1)
+        return np.concatenate([[first_row], *tables])
 
     def save(self, path):
         """Write the index, unless it was read from a file."""
@@ -74,12 +75,12 @@ class Shards:
                 np.save(file, self.stored)
 
     def read_index(self, path):
-        """-> the mark and the rows. None if there is no file, or if a line says that it is of no use."""
+        """-> the table. None if there is no file, or if a line says that it is of no use."""
         if not path or not os.path.exists(path):
             return None
         with suppress(OSError, ValueError, EOFError):   # not a numpy array
             stored = np.load(path, mmap_mode='r')
-            if stored.ndim == 1 and len(stored) % WIDTH == 1 and stored[0] == self.mark:
+            if stored.shape[1:] == (WIDTH,) and self.mark in stored[:1, 0]:
                 return stored
         print(f'data       {path} is damaged, or of other shards, or they have changed, so headers are read again')
         return None
@@ -200,25 +201,22 @@ def tar_members(path):
     cannot read. It stops at the others, and where a file is cut off.
     """
     length = os.path.getsize(path)
-    end = 0                                             # where the last whole member ends
     is_whole = False
     try:
         # Without a buffer, because it would be filled anew for each header of 512 bytes, on Lustre with 4 MB.
         with open(path, 'rb', buffering=0) as file, tarfile.open(fileobj=file, mode='r:', ignore_zeros=True) as tar:
             for member in tar:
-                next_end = member.offset_data + member.size
                 # A negative size would send tarfile back again and again. The other member is cut off.
-                if member.size < 0 or next_end > length:
+                if member.size < 0 or member.offset_data + member.size > length:
                     break
                 yield member
-                end = next_end
             is_whole = tar.offset == length             # else reading has stopped before the end
     except OSError as error:            # of the disk, or a lack of permission
         raise Refused(f'{path} cannot be read ({error}); mend that, or leave it out') from None
     except Exception:                   # tarfile raises many kinds for a header that it cannot read
         pass
     if not is_whole:
-        warn(f'{path} is damaged, or is not a tar; only its first {end:,} bytes are used')
+        warn(f'{path} is damaged, or is not a tar; only what could be read is used')
 
 
 def scan_shard(path, number):
@@ -258,10 +256,8 @@ def scan_shard(path, number):
     left_out += len(rows) - len(pairs)
     if left_out or not len(pairs):
         warn(f'{path} has {len(pairs):,} pairs; {left_out:,} links and incomplete pairs are left out')
-    lost = []
-    for name, columns in dotted.items():
-        if COLUMN['jpg'] in columns and len(columns) > 1:           # an image and its text
-            lost.append(name)
+    # Those that have an image and a text.
+    lost = [name for name in dotted if COLUMN['jpg'] in dotted[name] and len(dotted[name]) > 1]
     if lost:
         warn(f'{path} has {len(lost):,} pairs with a dot in their name, such as {lost[0]}, which are '
              'left out; as in WebDataset, a name ends at its first dot, so rename them')
