@@ -328,11 +328,10 @@ class Batch(NamedTuple):
         seed_and_step: a string such as '0 1200', the same on all ranks, that seeds the order of the jitters.
         """
         views = []
-        changes = self.changes.by_view(len(self.crops))
         for k, crops in enumerate(self.crops):
             # ours: one order of jitters for view k of all pairs. The released code draws a new order for every image.
             jitters = random.Random(f'{seed_and_step} {k}').sample(JITTERS, len(JITTERS))
-            images = recolour(crops, changes[k], [*jitters, *AFTER_JITTERS])
+            images = recolour(crops, self.changes, k, [*jitters, *AFTER_JITTERS])
             views.append(normalize(images))
         return views
 

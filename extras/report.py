@@ -94,9 +94,9 @@ def sample_views(crops, count=4):
         except Unreadable:
             continue
         views = []
-        changes = changes_of([drawn.strengths]).by_view(len(drawn.crops))
-        for image, of_view in zip(drawn.crops, changes):
-            views.append(recolour(image[None], of_view, list(OPERATIONS))[0])
+        changes = changes_of([drawn.strengths])
+        for k, crop in enumerate(drawn.crops):
+            views.append(recolour(crop[None], changes, k, list(OPERATIONS))[0])
         yield index, views, drawn.captions, drawn.boxes
 
 

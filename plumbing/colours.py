@@ -1,10 +1,8 @@
-"""Colour changes, and blur, for a batch, on the device that holds the images. From the draw (data.draw_strengths) to
-the pixels they are dicts {operation: strength}, in which operations that were not drawn are absent."""
-from collections import defaultdict
+"""Colour changes, and blur, for a batch, on the device that holds the images."""
 from functools import lru_cache
-from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
@@ -88,47 +86,45 @@ AFTER_JITTERS = [name for name in OPERATIONS if name not in JITTERS]
 # --- 2. Which images of a batch each operation changes ----------------------------------------------------------------
 
 class Changes(NamedTuple):
-    """The changes of B pairs with V views each, packed into two tensors, because each tensor more would be one more
-    copy to a GPU. The CPU packs them, because asking a GPU how many images change would make it wait."""
-    images: torch.Tensor        # (changes,) which image of its view each of them changes: 0 to B - 1
-    strengths: torch.Tensor     # (changes,)
-    groups: list                # (view, operation), in the order of the two tensors
-    counts: list                # how many changes each group has
+    """The changes of B pairs with V views each, in two tables, because each tensor more would be one more copy to a GPU.
+    The CPU counts them, because asking a GPU how many images change would make it wait."""
+    images: torch.Tensor        # (operations, V, B): the images that change, 0 to B - 1; then zeros, which are not used
+    strengths: torch.Tensor     # (operations, V, B), in the same order
+    counts: list                # for each operation V numbers: how many images change
 
     def to(self, device):
         return self._replace(images=self.images.to(device, non_blocking=True),
                              strengths=self.strengths.to(device, non_blocking=True))
 
-    def by_view(self, V):
-        """-> for each of V views {operation: (the images that it changes, their strengths)}."""
-        views = [{} for _ in range(V)]
-        images = self.images.split(self.counts)
-        strengths = self.strengths.split(self.counts)
-        for (view, operation), changed, how_strongly in zip(self.groups, images, strengths):
-            views[view][operation] = changed, how_strongly
-        return views
-
 
 def changes_of(pairs):
     """For each of B pairs its V dicts {operation: strength} -> Changes."""
-    images = defaultdict(list)          # {(view, operation): the images that it changes}
-    strengths = defaultdict(list)       # {(view, operation): how strongly}
+    names = list(OPERATIONS)
+    V = len(pairs[0])
+    images = np.zeros((len(names), V, len(pairs)), np.int64)
+    strengths = np.zeros(images.shape, np.float32)
+    counts = [[0] * V for _ in names]
     for image, views in enumerate(pairs):
         for view, of_view in enumerate(views):
-            for operation, strength in of_view.items():
-                images[view, operation].append(image)
-                strengths[view, operation].append(strength)
-    return Changes(torch.tensor([*chain(*images.values())], dtype=torch.long),
-                   torch.tensor([*chain(*strengths.values())], dtype=torch.float),
-                   groups=list(images), counts=[len(group) for group in images.values()])
+            for name, strength in of_view.items():
+                operation = names.index(name)
+                place = counts[operation][view]
+                images[operation, view, place] = image
+                strengths[operation, view, place] = strength
+                counts[operation][view] += 1
+    return Changes(torch.from_numpy(images), torch.from_numpy(strengths), counts)
 
 
-def recolour(images, changes, order):
-    """uint8 (B, 3, h, w), one dict of Changes.by_view, a list of all operations in the order in which they act ->
-    float32 in [0, 1]."""
+def recolour(images, changes, view, order):
+    """The uint8 images (B, 3, h, w) of a view, the Changes of all views, and a list of all operations in the order in
+    which they act -> float32 in [0, 1]."""
     x = images.float().div_(255)
-    # `index` raises ValueError for an operation that was drawn but is not in `order`, so none is left out in silence.
-    for name in sorted(changes, key=order.index):
-        changed, strengths = changes[name]
-        x[changed] = OPERATIONS[name](x[changed], strengths.view(-1, 1, 1, 1))
+    names = list(OPERATIONS)
+    for name in sorted(names, key=order.index):         # an error if an operation is missing in `order`
+        operation = names.index(name)
+        count = changes.counts[operation][view]
+        if count:
+            changed = changes.images[operation, view, :count]
+            strengths = changes.strengths[operation, view, :count].view(-1, 1, 1, 1)
+            x[changed] = OPERATIONS[name](x[changed], strengths)
     return x
