@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -32,9 +33,8 @@ from tqdm import tqdm
 
 from cosmos import COSMOS, attention_weights, unit
 from data import BICUBIC, normalize
-from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, folder_set, is_imagenet,
-                                 mask_pairs, open_clip_prompts, read_mask, read_synonyms, read_templates,
-                                 torchvision_set)
+from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, folder_set, mask_pairs,
+                                 read_mask, read_synonyms, read_templates, torchvision_set)
 # Refused: an error that a user can mend. Unreadable: a Refused about one image or record.
 # need(condition, text) raises Refused(text) unless the condition holds.
 from plumbing.errors import Refused, Unreadable, command, need
@@ -213,8 +213,7 @@ def captions_of(shards, i):
     try:
         record = shards.record(i)
     except Unreadable as error:
-        tar = shards.paths[shards.index[i, 0]]
-        raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect {tar}') from None
+        raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect') from None
     for key in keys:
         if has_caption(record.get(key)):
             return record[key]
@@ -231,13 +230,9 @@ def check_held_out(shards, workers=0):
     """Read every caption and decode every image of held-out shards, so that a broken one is found now, and not in the
     middle of a run. Raises Refused or Unreadable, with the name of the pair."""
     shard_captions(shards)
-    for _ in batches(Images(shards, size_of), workers, 'trying held-out images'):
+    # In place of preprocess: the image is decoded by then, and the worker sends back only two numbers.
+    for _ in batches(Images(shards, attrgetter('size')), workers, 'trying held-out images'):
         pass
-
-
-def size_of(image):
-    """In place of preprocess: the image is decoded by then, and the worker sends back only two numbers."""
-    return image.size
 
 
 def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
@@ -470,11 +465,7 @@ def run_classify(args, model, tokenizer, preprocess):
     else:
         source, split = torchvision_set(args.dataset, args.root, args.split, args.download, preprocess)
     templates = read_templates(args.templates, TEMPLATES)
-    # Published figures of ImageNet use open_clip's names with its prompts.
-    if args.templates == 'open_clip' and not args.classes and is_imagenet(source):
-        _, names = open_clip_prompts()
-    else:
-        names = class_names(source, args.classes)
+    names = class_names(source, args.classes)
     vectors = class_vectors(model, tokenizer, names, templates)
     features, labels = embed_labelled(model, source, args.workers)
     need(labels.max() < len(names),

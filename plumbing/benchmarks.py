@@ -63,15 +63,15 @@ def folder_set(folder, preprocess):
 
 
 def class_names(source, path=None):
-    """The class names of a torchvision set, in words. path: a file to take them from, one per line in class order.
-
-    torchvision's own names for ImageNet are refused by check_names, because two classes are called "crane", and two
-    "maillot". A file may repeat a name.
-    """
+    """The class names of a torchvision set, in words. path: a file to take them from, one per line in class order, or
+    'open_clip' for its names of ImageNet's classes. Both may repeat a name, but torchvision's own names may not."""
     kind = type(source).__name__
     classes = getattr(source, 'classes', None) or getattr(source, 'categories', None)
     if path:
-        names = [line.replace('_', ' ').strip() for line in read_lines(path, numbered=True)]
+        if path == 'open_clip':
+            names = open_clip_prompts()[1]
+        else:
+            names = [line.replace('_', ' ').strip() for line in read_lines(path, numbered=True)]
         need(not classes or len(names) == len(classes),
              f'{path} has {len(names)} names for {len(classes or [])} classes; give one line per class')
         return names
@@ -82,8 +82,8 @@ def class_names(source, path=None):
         if isinstance(name, tuple):
             name = name[0]              # ImageNet's: the first of several synonyms
         names.append(name.replace('_', ' ').strip())
-    numbered = all(re.fullmatch(r'n?\d+', name) for name in names)        # n01440764: ImageNet
-    need(not numbered, f'classes are called {names[0]} and the like; give words with --classes')
+    is_numbered = all(re.fullmatch(r'n?\d+', name) for name in names)     # n01440764: ImageNet
+    need(not is_numbered, f'classes are called {names[0]} and the like; give words with --classes')
     check_names(names)
     return names
 
@@ -95,21 +95,13 @@ def open_clip_prompts():
     return templates, list(open_clip.IMAGENET_CLASSNAMES)
 
 
-def is_imagenet(source):
-    """Whether a set is torchvision's ImageNet, or has ImageNet's 1,000 folders, which have names like n01440764."""
-    if type(source).__name__ == 'ImageNet':
-        return True
-    classes = getattr(source, 'classes', [])
-    return len(classes) == 1000 and all(re.fullmatch(r'n\d{8}', name) for name in classes)
-
-
 def read_synonyms(path):
     """A file whose line i has the names of class i, separated by commas -> a list of names for each class."""
     synonyms = []
     for line in read_lines(path, numbered=True):
         parts = line.replace('_', ' ').split(',')
         synonyms.append([name.strip() for name in parts if name.strip()])
-    need(synonyms and all(synonyms), f'{path} must have a line for each class, with one name or more')
+    need(all(synonyms), f'{path} must have a line for each class, with one name or more')
     check_names([first for first, *_ in synonyms])
     return synonyms
 
@@ -118,7 +110,7 @@ def check_names(names):
     """Classes of the same name would tie, which counts against the model."""
     twice = {name for name in names if names.count(name) > 1}
     need(not twice, f"several classes have the same name, and would tie: {', '.join(sorted(twice))}; "
-         'give each its own name in the file of --classes')
+         'give each its own name in the file of --classes (for ImageNet: --classes open_clip)')
 
 
 def read_templates(path, default):
@@ -126,8 +118,7 @@ def read_templates(path, default):
     if path is None:
         return default
     if path == 'open_clip':
-        prompts, _ = open_clip_prompts()
-        return prompts
+        return open_clip_prompts()[0]
     templates = read_lines(path)
     need(templates, f'{path} holds no prompts; give one per line, with {{}} where the class goes')
     for template in templates:
