@@ -85,17 +85,14 @@ def records_by_image(rows, path, image_column=None, caption_column=None):
     """Rows -> {image name: record}. All rows of an image become one record with all its captions."""
     columns = dict.fromkeys(itertools.chain.from_iterable(rows))        # in their order
     names = [image_column] if image_column else IMAGE_COLUMNS
-    column = find_column(names, columns, path,
-                         '; give the column of the image names with --image-column')
+    column = find_column(names, columns, path, '; give that of the image names with --image-column')
     text_columns = CAPTION_COLUMNS
     if 'comment_number' in columns:                 # Flickr30k's table
         text_columns = ['comment']
     if caption_column:
-        text_columns = [find_column([caption_column], columns, path,
-                                    '; give the column of the captions with --caption-column')]
+        text_columns = [find_column([caption_column], columns, path, '; mend --caption-column')]
     records = {}
-    for number, row in enumerate(rows, 1):
-        record = dict(row)
+    for number, record in enumerate(rows, 1):
         name = record.pop(column, None)
         # A string of JSON can hold a NUL or half a surrogate pair, but a file name cannot.
         need(isinstance(name, str) and not re.search('[\0\ud800-\udfff]', name),
@@ -110,9 +107,8 @@ def records_by_image(rows, path, image_column=None, caption_column=None):
             record['caption'] = texts[0]
         # If it is the image's first row, this only turns its captions into lists.
         add_captions(records.setdefault(name, record), record)
-    need(any(map(caption_pool, records.values())),
-         f"{path} has no captions under a name known here; its columns are {', '.join(columns)}: "
-         'give the column of the captions with --caption-column')
+    need(any(map(caption_pool, records.values())), f'{path} has no captions under a name known here; its '
+         f"columns are {', '.join(columns)}: give that of the captions with --caption-column")
     return records
 
 
@@ -120,16 +116,10 @@ def records_by_image(rows, path, image_column=None, caption_column=None):
 
 def name_left_out(problems):
     """Name the first ten images that cannot be used, and count the others."""
-    lines = problems[:NAMED]
+    for problem in problems[:NAMED]:
+        print(f'left out   {problem}', file=sys.stderr)
     if len(problems) > NAMED:
-        lines.append(f'{len(problems) - NAMED} more')
-    for line in lines:
-        print(f'left out   {line}', file=sys.stderr)
-
-
-def check_new(out):
-    """Refused if there is something under the name of the new folder."""
-    need(not out.exists(), f'{out} exists; name a new folder, or remove that one')
+        print(f'left out   {len(problems) - NAMED} more', file=sys.stderr)
 
 
 def image_kind(image):
@@ -148,8 +138,7 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
     bytes are copied as they are. An image that is missing or broken, or has no caption, is left out.
     """
     out = Path(out)
-    check_new(out)
-    need(0 <= val < 1, f'--val {val} is not a share below 1; give 0.1 for a tenth')
+    need(not out.exists(), f'{out} exists; name a new folder, or remove that one')
     records = records_by_image(read_rows(rows), rows, image_column, caption_column)
     sides = divide(records, rows, out, val)
     problems = []
@@ -184,13 +173,11 @@ def divide(records, rows, out, val):
             half = ''
         if half is not None:
             sides[half].append(record)
-    need(not val or len(sides) == 2,
-         f'--val {val} of the {len(records)} images in {rows} would leave {out}/train or {out}/val '
-         'empty; give another share')
+    need(not val or len(sides) == 2, f'--val {val} of the {len(records)} images in {rows} would leave '
+         f'{out}/train or {out}/val empty; give another share')
     if splits:
         counts = ', '.join(f'{n:,} {split}' for split, n in splits.items())
-        print(f'splits     {counts}; train and restval go to {out}/train, val to {out}/val, '
-              'others stay out')
+        print(f'splits     {counts}; train and restval go to {out}/train, val to {out}/val')
     return sides
 
 
@@ -211,13 +198,9 @@ def packed(records, images, number, problems):
 
 
 def read_captions(table):
-    """DreamLIP's CSV -> a database with the captions of each URL, as sentences.
-
-    It lies in a temporary file, because the table may be larger than memory.
-    """
-    # Python's own limit of 131,072 characters in a field may be too low.
-    csv.field_size_limit(1 << 24)
-    database = sqlite3.connect('')      # '' is a temporary file
+    """DreamLIP's CSV -> a database with the captions of each URL, as sentences."""
+    csv.field_size_limit(1 << 24)       # Python's own limit of 131,072 characters may be too low
+    database = sqlite3.connect('')      # a temporary file, because the table may be larger than memory
     database.execute('create table captions (url primary key, record)')
     with open(table, encoding='utf-8-sig', newline='') as file:
         for row in progress(table_rows(file, table), 'reading the table'):
@@ -228,8 +211,7 @@ def read_captions(table):
                 if found:
                     record[key] = found
             if url and record:
-                database.execute('insert or ignore into captions values (?, ?)',
-                                 (url, json.dumps(record)))
+                database.execute('insert or ignore into captions values (?, ?)', (url, json.dumps(record)))
     return database
 
 
@@ -237,7 +219,7 @@ def join(table, shards, out):
     """Put DreamLIP's captions onto img2dataset's shards, matched by URL. The new shards hold the pairs that matched. They
     are written into OUT.partial, which becomes OUT when all are there."""
     out = Path(out)         # without the slash that a shell may have put behind it
-    check_new(out)
+    need(not out.exists(), f'{out} exists; name a new folder, or remove that one')
     need(Path(table).is_file(), f'{table} is not a file; give a CSV with the captions')
     source = Shards(shards)
     database = read_captions(table)
@@ -277,8 +259,7 @@ def join(table, shards, out):
     if not any(partial.glob('*.tar')):
         label.unlink()
         partial.rmdir()     # else the next try, with a better table, would find it
-        raise Refused(f'no pair has a url that {table} lists, so nothing was written; '
-                      'compare their urls')
+        raise Refused(f'no url of the pairs is in {table}, so nothing was written; compare them')
     partial.rename(out)
     print(f"{counts['matched']:,} of {counts['pairs']:,} pairs matched "
           f"({counts['matched'] / max(counts['pairs'], 1):.1%}), in the shards that this command has written")
@@ -355,8 +336,8 @@ def inspect(shards, caption_keys, preset, augment, vocab, out):
     print(f'{len(source):,} pairs in {len(source.paths)} shards, {sum(source.sizes) / 2**20:,.1f} MiB')
     print('left out            ', f'{len(problems)} of {len(sample)} pairs that were tried; '
           'training skips such pairs in --data, but does not start with one in --val')
-    print('keys                ',
-          ', '.join(f'{key} ({n / len(pools):.0%})' for key, n in keys.most_common()))
+    shares = [f'{key} ({n / len(pools):.0%})' for key, n in keys.most_common()]
+    print('keys                ', ', '.join(shares))
     print('sentences per pair  ', percentiles(list(map(len, pools))))
     print('words per sentence  ', percentiles([len(text.split()) for text in texts]))
     print('longer than context ', too_long(captions, texts, preset, vocab))

@@ -26,12 +26,9 @@ from plumbing.processes import DTYPES
 from plumbing.weights import from_openclip, to_openclip
 from tests.formula import SMALL, wavy_inputs, wavy_model
 
-
 # sizes of the model, pairs, views of an image, captions
 COMPARED = {'small': (SMALL, 3, 5, 4), 'vit-b-16': (Config(), 2, 8, 8)}
-TIMED = {
-    'small': (Config(128, 64, 32, 8, 192, 6, 3, 128, 4, 2), 32, 8, 8),
-    'vit-b-16': (Config(), 4, 8, 8)}
+TIMED = {'small': (Config(128, 64, 32, 8, 192, 6, 3, 128, 4, 2), 32, 8, 8), 'vit-b-16': (Config(), 4, 8, 8)}
 # Relative distances. Gradients may be 20 times as far apart; docs/measurements.md says how far they are.
 ALLOWED = {'small': 1e-6, 'vit-b-16': 3e-6}
 NUMBERS = 'cls', 'eot', 'h_I', 'h_T', 'cls_t', 'eot_t', 'L_CLIP', 'L_COSMOS'
@@ -102,8 +99,7 @@ class Released:
         B = len(images[0])
         out = self.student(images, torch.cat(texts), B)
         out_t = self.teacher(torch.cat(images[:GLOBALS]), torch.cat(texts[:GLOBALS]))
-        kinds = [
-            'image_features', 'text_features', 'img_crossmodal_features', 'txt_crossmodal_features']
+        kinds = ['image_features', 'text_features', 'img_crossmodal_features', 'txt_crossmodal_features']
         vectors = {f's_{kind}': out[kind].split(B) for kind in kinds}       # V or U tensors (B, D)
         vectors |= {f't_{kind}': out_t[kind].split(B) for kind in kinds[:2]}
         scales = {name: out[name] for name in ('logit_scale', 'distill_logit_scale')}
@@ -171,14 +167,6 @@ def compare(found, expected, allowed):
     return agree
 
 
-def check(preset):
-    """Whether both sides compute the same."""
-    inputs = wavy_inputs(*COMPARED[preset])
-    ours = Ours(COMPARED[preset][0])
-    expected = step_by_step(Released(ours), *inputs)
-    return compare(step_by_step(ours, *inputs, expected['gradients']), expected, ALLOWED[preset])
-
-
 # --- 3. Which is faster? ---------------------------------------------------------------------------------------------
 
 def race(preset, precision):
@@ -208,7 +196,11 @@ def main():
     source = Path(args.clone, 'src')
     need((source / 'open_clip').is_dir(), f'{source} has no open_clip; give a checkout of ExplainableML/cosmos')
     sys.path.insert(0, str(source))
-    if not check(args.preset):
+    inputs = wavy_inputs(*COMPARED[args.preset])
+    ours = Ours(COMPARED[args.preset][0])
+    expected = step_by_step(Released(ours), *inputs)
+    found = step_by_step(ours, *inputs, expected['gradients'])
+    if not compare(found, expected, ALLOWED[args.preset]):
         sys.exit('the numbers differ')
     _, pairs, *_ = TIMED[args.preset]
     print(f'\n{args.preset}, {pairs} pairs, {args.precision}, torch {torch.__version__}, '

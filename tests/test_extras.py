@@ -272,7 +272,7 @@ def test_join(tmp_path, capsys):
     garbled = put(tmp_path / 'g.csv', 'url,raw_caption\nhttp://x/1,größer\n'.encode('cp1252'))
     refused(r'g.csv is not UTF-8 \(at line 1 or soon', prepare.join, garbled, [shard], out)
     foreign = put(tmp_path / 'f.csv', 'url,raw_caption\nhttp://y/1,one dog\n')
-    refused('no pair has a url that .*f.csv lists', prepare.join, foreign, [shard], out)
+    refused('no url of the pairs is in .*f.csv', prepare.join, foreign, [shard], out)
     prepare.join(table, [shard], out)           # nothing was left that would stand in the way
 
 
