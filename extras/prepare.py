@@ -200,7 +200,7 @@ def packed(records, images, number, problems):
 def read_captions(table):
     """DreamLIP's CSV -> a database with the captions of each URL, as sentences."""
     csv.field_size_limit(1 << 24)       # Python's own limit of 131,072 characters may be too low
-    database = sqlite3.connect('')      # a temporary file, because the table may be larger than memory
+    database = sqlite3.connect('')      # a temporary file: the table may be larger than memory
     database.execute('create table captions (url primary key, record)')
     with open(table, encoding='utf-8-sig', newline='') as file:
         for row in progress(table_rows(file, table), 'reading the table'):
@@ -211,7 +211,8 @@ def read_captions(table):
                 if found:
                     record[key] = found
             if url and record:
-                database.execute('insert or ignore into captions values (?, ?)', (url, json.dumps(record)))
+                database.execute('insert or ignore into captions values (?, ?)',
+                                 (url, json.dumps(record)))
     return database
 
 

@@ -28,7 +28,8 @@ from tests.formula import SMALL, wavy_inputs, wavy_model
 
 # sizes of the model, pairs, views of an image, captions
 COMPARED = {'small': (SMALL, 3, 5, 4), 'vit-b-16': (Config(), 2, 8, 8)}
-TIMED = {'small': (Config(128, 64, 32, 8, 192, 6, 3, 128, 4, 2), 32, 8, 8), 'vit-b-16': (Config(), 4, 8, 8)}
+TIMED = {'small': (Config(128, 64, 32, 8, 192, 6, 3, 128, 4, 2), 32, 8, 8),
+         'vit-b-16': (Config(), 4, 8, 8)}
 # Relative distances. Gradients may be 20 times as far apart; docs/measurements.md says how far they are.
 ALLOWED = {'small': 1e-6, 'vit-b-16': 3e-6}
 NUMBERS = 'cls', 'eot', 'h_I', 'h_T', 'cls_t', 'eot_t', 'L_CLIP', 'L_COSMOS'

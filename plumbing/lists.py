@@ -56,7 +56,8 @@ def with_owners(pools, name):
             raise Refused(f'{name(i)} has no caption; give it one, or take the image out')
         for caption in pool if isinstance(pool, list) else [pool]:
             if not isinstance(caption, str):
-                raise Refused(f'{name(i)} has a caption that is not text: {str(caption)[:80]}; mend it')
+                raise Refused(f'{name(i)} has a caption that is not text: {str(caption)[:80]}; '
+                              'mend it, or take it out')
             if caption.strip():
                 captions.append(without_spaced_stop(caption))
                 owner.append(i)
@@ -120,7 +121,7 @@ def table_rows(file, path, **form):
     except csv.Error as error:
         raise Refused(f'{path} cannot be read from line {line} on ({error}); '
                       'close the quotation mark there, or double it') from None
-    except UnicodeDecodeError:              # of a file that is decoded while it is read, a few lines ahead
+    except UnicodeDecodeError:      # of a file that is decoded while it is read, a few lines ahead
         raise Refused(f'{path} is not UTF-8 (at line {line} or soon after it); save it as UTF-8') from None
 
 
