@@ -476,10 +476,10 @@ def run_classify(args, model, tokenizer, preprocess):
 
 
 def run_segment(args, model, tokenizer, preprocess):
+    # Without --benchmark the short side is 1.5 times the model's image size (224 makes 336), without a background.
+    settings = Settings(size=3 * model.config.image_size // 2)
     if args.benchmark:
         settings = BENCHMARKS[args.benchmark]
-    else:       # a short side of 1.5 times the model's image size (224 makes 336); no background is the default
-        settings = Settings(size=3 * model.config.image_size // 2)
     settings = settings._replace(csa=args.csa)
     names_of_classes = read_synonyms(args.classes)      # a list of names for each class
     need(settings.classes in (0, len(names_of_classes)),        # 0, the default: any number

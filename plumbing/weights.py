@@ -93,11 +93,9 @@ def load_weights(model, state, path):
 # --- 3. Which network a file holds -----------------------------------------------------------------------------------
 
 def infer_config(state, quick_gelu=False):
-    """Config of released or open_clip weights, from the shapes of their tensors.
-
-    Shapes do not tell how wide an attention head is. So heads are taken to be 64 wide, as in open_clip's ViTs up to L,
-    and cross-attention to have 8 of them, as released. Nor do shapes tell which GELU was used.
-    """
+    """Config of released or open_clip weights, from the shapes of their tensors. Shapes do not tell how wide an attention
+    head is. So heads are taken to be 64 wide, as in open_clip's ViTs up to L, and cross-attention to have 8 of them, as
+    released. Nor do shapes tell which GELU was used."""
     vision_width, _, _, patch = state['visual.conv1.weight'].shape
     context_length, text_width = state['positional_embedding'].shape
     grid = math.isqrt(len(state['visual.positional_embedding']) - 1)  # one row is the class token's
@@ -147,7 +145,6 @@ def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
 
     weights: 'teacher' or 'student'; a file without a teacher gives the student. The last two kinds do not say which
     merges they use, so CLIP's are taken (vocab: their file, see Tokenizer.clip), nor which activation (quick_gelu).
-    Raises Refused for a file of another kind.
     """
     saved = read_checkpoint(path)
     keys = [key for key in (weights, 'student', 'state_dict') if key in saved]
