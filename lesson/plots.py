@@ -1,4 +1,4 @@
-"""Writes the figures and pictures of the course from lesson/results.csv, and the picture of the method.
+"""Writes the figures and pictures of the course from lesson/results.csv.
 
     python -m lesson.plots              writes README.md, lesson/README.md, lesson/RESULTS.md and assets/lesson-*
     python -m lesson.plots --check      are the runs complete, and do pages and pictures agree with them?
@@ -29,7 +29,6 @@ from statistics import fmean, stdev
 import numpy as np
 from PIL import Image
 
-from lesson import picture
 from lesson.experiments import EQUAL_COMMITS, EXPERIMENTS, RESULTS, family, missing_runs, read_results, signed
 from lesson.scenes import World, draw_scene
 from plumbing.errors import Refused, command, need
@@ -512,8 +511,6 @@ def main():
     for page, text in zip(PAGES, texts):
         page.write_text(text)
     APPENDIX.write_text(appendix())
-    for file, svg in picture.drawn_steps().items():
-        Path(file).write_text(svg)
     for name in PICTURES:
         draw(name, PICTURE.format(name))
 

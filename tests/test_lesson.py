@@ -3,7 +3,6 @@ compared with.
 
     pytest tests/test_lesson.py
 """
-import base64
 import io
 import json
 import random
@@ -17,7 +16,6 @@ from importlib import import_module
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
-from xml.etree.ElementTree import fromstring
 
 import numpy as np
 import pytest
@@ -27,9 +25,9 @@ from torch.testing import assert_close
 
 import train
 from cosmos import COSMOS, Output, cosmos_terms, unit
-from data import Counts, Crops, Shards, Tokenizer
+from data import Shards, Tokenizer
 from eval import load, preprocessing, shard_image
-from lesson import experiments, onepage, picture, plots, scenes, suppression
+from lesson import experiments, onepage, plots, scenes, suppression
 from lesson.experiments import EXPERIMENTS, ON_PHOTOGRAPHS, ON_SCENES, Variant
 from lesson.scenes import NAMES, SHAPES, World, draw_scene, make_scenes, mask_of
 from lesson.suppression import Named, read_scenes
@@ -680,7 +678,6 @@ def test_intervals_by_hand():
 def families(course, monkeypatch):
     """Variants clip, b and c, with rows of seeds 0 to 2; comparisons. Seed 100 is of no experiment here."""
     monkeypatch.setattr(plots, 'PICTURES', {})
-    monkeypatch.setattr(picture, 'PICTURES', {})
     compared = {'small.top1': 'b~clip c~clip (b~clip)~(c~clip)', 'small.top1~big.top1': 'b~clip'}
     monkeypatch.setattr(experiments, 'COMPARISONS', {'one': compared})
     plots.EXPERIMENTS['one'] |= {
@@ -791,26 +788,6 @@ def test_check(course, monkeypatch):
     plots.APPENDIX.write_text(plots.appendix())
     assert 'the picture a was drawn from other rows' in run(plots, '--check')
     assert run(plots) is None and '## one' in plots.APPENDIX.read_text()
-
-
-def test_the_picture_of_a_step():
-    """oracle: Crops, on the same scene with the recipe of `tiny`. The drawing has the names of cosmos.py; the one for
-    page 1 has no mark of the leak; the pictures are well-formed."""
-    (_, image), (_, record) = draw_scene(World(), 'train', picture.PAIR)
-    shards = SimpleNamespace(pair=lambda i: (json.loads(record)['captions'], image))
-    crops = Crops(shards, None, train.PRESETS['tiny'].sizes, 0, Counts(2, 2, 2, 2), 'crops')
-    drawn = crops.sample(picture.EPOCH, picture.PAIR)
-    steps = picture.drawn_steps()
-    large, unmarked = [fromstring(svg) for svg in steps.values()]
-    words = [text.text for text in large.iter('{http://www.w3.org/2000/svg}text')]
-    for name in *drawn.captions, *drawn.captions[:2], 'cls', 'eot', 'h_I', 'h_T', 'cls_t', 'eot_t', 'L_CLIP':
-        words.remove(name)
-    assert 'C^I: a sentence' in words and 'C^T: a view' in words
-    found = [pixels.get('href') for pixels in large.iter('{http://www.w3.org/2000/svg}image')]
-    for view, uri in zip(drawn.crops, found, strict=True):
-        pixels = Image.open(io.BytesIO(base64.b64decode(uri.partition(',')[2])))
-        assert_close(torch.from_numpy(np.array(pixels)), view.permute(1, 2, 0), rtol=0, atol=1)
-    assert [large.get('class'), unmarked.get('class')] == ['marked', 'unmarked']
 
 
 # --- Photographs -----------------------------------------------------------------------------------------------------
