@@ -1,24 +1,16 @@
-"""Writes the figures and pictures of the course from lesson/results.csv.
+"""Draws the pictures of the course from lesson/results.csv, and writes the tables of lesson/RESULTS.md.
 
-    python -m lesson.plots              writes README.md, lesson/README.md, lesson/RESULTS.md and assets/lesson-*
-    python -m lesson.plots --check      are the runs complete, and do pages and pictures agree with them?
+    python -m lesson.plots
 
-In README.md and lesson/README.md every number with a decimal point is a figure. A comment at the end of the paragraph
-names the sources of its figures, in reading order:
-
-    COSMOS names 33.8 % of the small objects, CLIP +5.3 ± 2.1 more. The paper has 53.1 %.
-    <!-- minutes/cosmos/small.top1 minutes/clip~cosmos/small.top1 paper -->
-
-A difference may leave out its ± and, if words say which way it goes, its sign. The source of "lowers it by 36.3"
-begins with a minus. (a~b)~(c~d) is a difference of differences, and columns can be subtracted, too. What the paper
-reports has the source `paper`, and constants are put in backticks.
+In README.md and lesson/README.md the comment at the end of a paragraph says where its figures come from, in reading
+order: experiment/run/column. There a~b is a minus b, for runs and for columns, and (a~b)~(c~d) is a difference of
+differences.
 
 Shares are written in percent, `seconds` in minutes. Differences are taken within seeds, because all runs of a seed have
 the same training scenes. (All runs on photographs have the same photographs; there the rule is kept, which costs a
 little power.) What is written is their mean, with its 95 % interval (Student's t). All differences of an experiment are
 one family, and Holm's correction says which of them are decided at 5 %.
 """
-import hashlib
 import io
 import math
 import re
@@ -29,41 +21,30 @@ from statistics import fmean, stdev
 import numpy as np
 from PIL import Image
 
-from lesson.experiments import EQUAL_COMMITS, EXPERIMENTS, RESULTS, family, missing_runs, read_results, signed
+from lesson.experiments import EXPERIMENTS, family, read_results, signed
 from lesson.scenes import World, draw_scene
-from plumbing.errors import Refused, command, need
+from plumbing.errors import command, need
 from plumbing.options import Parser
 
-PAGES = [Path('README.md'), Path('lesson/README.md')]
-APPENDIX = Path('lesson/RESULTS.md')
+TABLES = Path('lesson/RESULTS.md')
 PICTURE = 'assets/lesson-{}.png'
-# What a value is multiplied by; all others: 100, which makes a share a percentage.
-UNITS = {'seconds': 1 / 60, 'handed.cosine.names': 1, 'handed.cosine.scenes': 1}
-DIGITS = {'handed.cosine.names': 2, 'handed.cosine.scenes': 2}      # after the point; all others: 1
 CHANCE = 100 / 6                        # how often guessing names a shape, in percent
 LEVEL = 0.05
 
 # --- 1. Figures ------------------------------------------------------------------------------------------------------
 
-@lru_cache(1)
-def parsed(text):
-    """The rows. text: what RESULTS holds, so that the rows are read again when it has changed."""
-    return read_results()
-
-
 def values(experiment, name, column):
-    """-> {seed: value in its unit}, for the seeds of this experiment; another one may have tuned on others. column: one
-    of the rows', or a~b, the difference of two."""
-    variant = EXPERIMENTS[experiment][name]
-    rows = parsed(RESULTS.read_text())
+    """-> {seed: percent, or minutes} of the seeds that have a row. column: one of the rows', or a~b, the difference of
+    two."""
+    run = EXPERIMENTS[experiment][name]
+    rows = read_results()
+    unit = 1 / 60 if column == 'seconds' else 100
     found = {}
-    for seed in variant.seeds:
-        row = rows.get((variant.key(), seed), {})
+    for seed in run.seeds:
+        row = rows.get((run.key(), seed), {})
         parts = signed(column)
         if all(row.get(part) for part, _ in parts):
-            found[seed] = 0
-            for part, sign in parts:
-                found[seed] += sign * UNITS.get(part, 100) * float(row[part])
+            found[seed] = unit * sum(sign * float(row[part]) for part, sign in parts)
     return found
 
 
@@ -121,7 +102,7 @@ def differences(experiment):
     return gaps, holm(chances)
 
 
-# --- 2. The appendix -------------------------------------------------------------------------------------------------
+# --- 2. The tables ---------------------------------------------------------------------------------------------------
 
 LABELS = {                              # of columns
     'dominant.top1': 'big named', 'small.top1': 'small named',
@@ -144,7 +125,7 @@ def as_table(rows):
 
 INTRODUCTION = """# All results
 
-`python -m lesson.plots` writes this page from `results.csv`, which has every figure of every run.
+`python -m lesson.plots` writes this page from `results.csv`, which has a row for every run.
 `python -m lesson.experiments NAME --print` shows the commands of the runs.
 
 Figures are in percent; ± is half of the 95 % interval, over training scenes and seeds, and on
@@ -197,7 +178,7 @@ def rate_table():
     return as_table(rows)
 
 
-def appendix():
+def results_page():
     """RESULTS.md: the differences of all experiments, and the rates that were tried."""
     text = INTRODUCTION
     for experiment in EXPERIMENTS:
@@ -207,70 +188,7 @@ def appendix():
     return text + RATES + rate_table()
 
 
-# --- 3. Pages --------------------------------------------------------------------------------------------------------
-
-# Code, in blocks and in lines, and the addresses of links: their numbers are not figures.
-CODE = re.compile(r'(?ms)^```.*?^```|(?<=\n\n)(?: {4}[^\n]*\n?)+|`[^`]*`|\]\([^)]*\)')
-PARAGRAPH = re.compile(r'(?:.+\n?)+')
-SOURCES = re.compile(r'<!--([^<>]*)-->\s*$')
-FIGURE = re.compile(r'[-+]?\d+\.\d+(?: ± \d+\.\d+)?')
-
-
-def blanked(match):
-    return re.sub('.', ' ', match[0])
-
-
-def right_figure(figure, source):
-    """What should stand in the text in place of `figure`."""
-    if source == 'paper':
-        return figure
-    turned = source.startswith('-')
-    experiment, name, column = source.removeprefix('-').split('/')
-    if '~' not in name:
-        return f'{mean(experiment, name, column):.{DIGITS.get(column, 1)}f}'
-    gaps, _ = differences(experiment)
-    gap, half = gaps[name, column]      # KeyError: COMPARISONS lack it, or its runs have no rows yet
-    if turned:
-        gap = -gap
-    if figure[0] in '+-':
-        shown = f'{gap:+.1f}'
-    else:                               # words say which way it goes
-        need(gap > 0, f'{source} has the other sign; write it, or begin the source with a minus')
-        shown = f'{gap:.1f}'
-    return f'{shown} ± {half:.1f}' if '±' in figure else shown
-
-
-def changes(page):
-    """-> [(begin, end, old, new, source)] for all figures of a page that differ from results.csv. Refused if a
-    paragraph has more figures than sources, or fewer."""
-    text = page.read_text()
-    found = []
-    prose = CODE.sub(blanked, text)
-    for paragraph in PARAGRAPH.finditer(prose):
-        comment = SOURCES.search(paragraph[0])
-        sources = comment[1].split() if comment else []
-        end = paragraph.start() + comment.start() if comment else paragraph.end()
-        figures = list(FIGURE.finditer(prose, paragraph.start(), end))
-        words = ' '.join(figure[0] for figure in figures)
-        beginning = text[paragraph.start():][:60]
-        need(len(figures) == len(sources),
-             f'the paragraph "{beginning}..." has {len(figures)} figures ({words}) and '
-             f'{len(sources)} sources; give one for each, in reading order')
-        for figure, source in zip(figures, sources):
-            found.append((*figure.span(), figure[0], right_figure(figure[0], source), source))
-    return [change for change in found if change[2] != change[3]]
-
-
-def fill(page):
-    """-> the text of a page with all figures as results.csv has them. It prints what changes."""
-    text = page.read_text()
-    for begin, end, old, new, source in reversed(changes(page)):
-        print(f'{page}: {old} becomes {new} ({source})')
-        text = text[:begin] + new + text[end:]
-    return text
-
-
-# --- 4. Pictures -----------------------------------------------------------------------------------------------------
+# --- 3. Pictures -----------------------------------------------------------------------------------------------------
 
 PAINT = {
     'clip': '#0072b2', 'clip-averaged': '#0072b2', 'cosmos': '#d55e00', 'no-cross-attention': '#009e73'}
@@ -281,11 +199,9 @@ MIDDLE = {'ha': 'center', 'va': 'center'}
 
 
 def show_runs(axis, experiment, name, column, x, color=None, is_flat=False):
-    """Draw runs as dots and their mean as a bar -> the mean, None if there is no row yet. color: if it is not the
+    """Draw runs as dots and their mean as a bar -> the mean. color: if it is not the
     method's. is_flat: x is a height, and the values go to the right."""
     runs = list(values(experiment, name, column).values())
-    if not runs:
-        return None
     color = color or PAINT[EXPERIMENTS[experiment][name].method]
     dots = {'marker': 'o', 'color': color, 'linestyle': '', 'alpha': 0.4}
     places = [x] * len(runs)
@@ -448,69 +364,22 @@ PICTURES = {            # how it is drawn, inches
     'leak': (draw_leak, (6.4, 4))}
 
 
-def digest():
-    """A digest of the rows. It travels in each picture, for --check. A change of this file goes unnoticed."""
-    return hashlib.sha1(RESULTS.read_bytes()).hexdigest()
-
-
 def draw(name, path):
     from matplotlib import pyplot
     function, inches = PICTURES[name]
     with pyplot.rc_context({'font.size': 13}):
         figure = pyplot.figure(figsize=inches, layout='constrained')
         function(figure)
-        figure.savefig(path, dpi=120, metadata={'Description': digest()})
+        figure.savefig(path, dpi=120)
     pyplot.close(figure)
     print(path)
 
 
-# --- 5. The command --------------------------------------------------------------------------------------------------
-
-REMEDY = 'run python -m lesson.plots'
-
-
-def check_pages():
-    """Refuses a text or a picture that does not agree with the rows."""
-    for page in PAGES:
-        for _, _, old, new, source in changes(page):
-            raise Refused(f'{page} has "{old}", and results.csv "{new}" ({source}); {REMEDY}')
-    need(APPENDIX.read_text() == appendix(), f'{APPENDIX} was written from other rows; {REMEDY}')
-    for name in PICTURES:
-        description = Image.open(PICTURE.format(name)).text.get('Description')
-        need(description == digest(), f'the picture {name} was drawn from other rows; {REMEDY}')
-
-
-def check_runs():
-    """Refuses runs or figures that are missing, and runs that cannot be compared."""
-    rows = read_results()
-    for experiment, variants in EXPERIMENTS.items():
-        missing = missing_runs(experiment)
-        if missing:
-            raise Refused(f'{experiment} lacks runs or figures ({missing[0]} first); make them by '
-                          f'python -m lesson.experiments {experiment}')
-        origins = set()
-        for variant in variants.values():
-            for seed in variant.seeds:
-                row = rows[variant.key(), seed]
-                commit = 'equal' if row['commit'] in EQUAL_COMMITS else row['commit']
-                origins.add((commit, row['machine']))
-        need(len(origins) == 1,
-             f'{experiment} has runs of several origins: {origins}; remove their rows from '
-             'results.csv, and make the runs again, on one machine and at one commit')
-
+# --- 4. The command --------------------------------------------------------------------------------------------------
 
 def main():
-    parser = Parser(prog='python -m lesson.plots', epilog=__doc__)
-    parser.add_argument('--check', action='store_true', help='only compare with results.csv')
-    args = parser.parse_args()
-    if args.check:
-        check_pages()
-        check_runs()
-        return
-    texts = [fill(page) for page in PAGES]              # both, before one is written
-    for page, text in zip(PAGES, texts):
-        page.write_text(text)
-    APPENDIX.write_text(appendix())
+    Parser(prog='python -m lesson.plots', epilog=__doc__).parse_args()
+    TABLES.write_text(results_page())
     for name in PICTURES:
         draw(name, PICTURE.format(name))
 

@@ -685,109 +685,38 @@ def families(course, monkeypatch):
         'b': Variant('cosmos', 4, 2, 1.0),
         'c': Variant('cosmos', 4, 2, 2.0, more='--local-crops 2')}
     add_rows(
-        'small.top1 seconds big.top1 handed.cosine.names', 'clip 0 .39 60 .1 .25', 'clip 1 .40 60 .1',
+        'small.top1 seconds big.top1', 'clip 0 .39 60 .1', 'clip 1 .40 60 .1',
         'clip 2 .41 60 .1', 'b 0 .5 60 .1', 'b 1 .5 60 .1', 'b 2 .5 60 .1', 'c 0 .42 60 .1', 'c 1 .45 60 .1',
         'c 2 .48 90 .1', 'c 100 0 0 .1')
 
 
-PAGE = """# 1.2 is a figure, too
-<!-- paper -->
-
-It names 40.0 %, then +10.0 ± 2.5
-more in 1.2 minutes, or +5.0. See [1.1](https://1.1) and `2.5`.
-<!-- one/clip/small.top1 one/b~clip/small.top1 one/c/seconds
-     one/c~clip/small.top1 paper -->
-
-Differences differ by +5.0, and columns by +10.0. A cosine is 0.25.
-<!-- one/(b~clip)~(c~clip)/small.top1 one/b~clip/small.top1~big.top1 one/clip/handed.cosine.names -->
-
-    0.1 of code
-
-```
-0.2 of code
-
-0.3
-```
-"""
-
-
-@pytest.mark.parametrize('old, new, sentence', [
-    ('40.0 %', '40.0 % or 3.5', '5 sources'),
-    ('+10.0 ± 2.5', '-10.0 ± 2.5', '"-10.0 ± 2.5", and results.csv "+10.0 ± 2.5" (one/b~clip/small.top1)'),
-    ('1.2 minutes', '1.3 minutes', '"1.3", and results.csv "1.2"'),
-    ('40.0 %, then +10.0 ± 2.5', '+10.0 ± 2.5 %, then 40.0', '"+10.0 ± 2.5", and results.csv "40.0"'),
-    ('`2.5`', '2.5', '6 figures'),
-    ('by +5.0, and columns by +10.0', 'by +10.0, and columns by +5.0', '"+10.0", and results.csv "+5.0"'),
-    ('    0.1', '0.1', '1 figures (0.1) and 0 sources'),
-    ('one/clip/small.top1 one', 'one/clip/small.named one', 'no small.named of clip')])
-def test_figures_and_sources(families, old, new, sentence):
-    """oracle: by hand. Gaps of 11, 10 and 9 in three seeds: 4.303 / sqrt(3) = 2.5. The page passes as it is, and no
-    changed one does."""
-    plots.PAGES[0].write_text(PAGE)
-    assert plots.changes(plots.PAGES[0]) == [] and old in PAGE
-    plots.PAGES[1].write_text(PAGE.replace(old, new))
-    assert sentence in run(plots, '--check')
-
-
-def test_filling_in(families, capsys):
-    """oracle: by hand, as above. What changes is printed. RESULTS.md has the family and what is decided in it, and at
-    its end the rates that were tried."""
-    plots.EXPERIMENTS['tune-one'] = {'d': Variant('cosmos', 4, 2, 2.0, more='--local-crops 2')}
-    for page in plots.PAGES:
-        page.write_text(PAGE.replace('40.0 %', '41.0 %'))
+def test_tables(families):
+    """oracle: by hand. Gaps of 11, 10 and 9 in three seeds: 4.303 / sqrt(3) = 2.5. A family has what COMPARISONS
+    names, and a seed of no run counts nowhere."""
     assert run(plots) is None
-    assert 'README.md: 41.0 becomes 40.0 (one/clip/small.top1)' in capsys.readouterr().out
-    assert plots.PAGES[0].read_text() == plots.PAGES[1].read_text() == PAGE
-    table = plots.APPENDIX.read_text()
+    table = plots.TABLES.read_text()
     in_order = (
-        '| difference | small named | small top1~big top1 |', '| b - clip | +10.0 ± 2.5 | +10.0 ± 2.5 |',
-        '| c - clip | +5.0 ± 5.0, undecided |  |', '| (b - clip) - (c - clip) | +5.0 ± 7.5, undecided |  |',
-        '## Learning rates', '| tune-one/d |  | 45.0 |  |  |')
+        '## one', '| difference | small named | small top1~big top1 |', '| b - clip | +10.0 ± 2.5 | +10.0 ± 2.5 |',
+        '| c - clip | +5.0 ± 5.0, undecided |  |', '| (b - clip) - (c - clip) | +5.0 ± 7.5, undecided |  |')
     parts = [table.index(words) for words in in_order]
     assert parts == sorted(parts)
+    assert plots.mean('one', 'clip', 'small.top1') == pytest.approx(40)
+    assert plots.mean('one', 'c', 'seconds') == pytest.approx(70 / 60)
+    refused('one has no small.named of clip', plots.mean, 'one', 'clip', 'small.named')
 
 
-def test_check(course, monkeypatch):
-    """oracle: what is complete passes; another page, picture, commit or machine, a missing run and a missing figure
-    are named. Commits that are equal may stand together."""
-    pytest.importorskip('matplotlib')
-    Path('assets').mkdir()
+@pytest.mark.parametrize('is_flat', [False, True])
+def test_runs_in_a_picture(families, is_flat):
+    """oracle: the rows of `families`: a dot each, and a bar at their mean."""
+    pyplot = pytest.importorskip('matplotlib.pyplot')
+    axis = pyplot.figure().subplots()
+    assert plots.show_runs(axis, 'one', 'clip', 'small.top1', 7, is_flat=is_flat) == pytest.approx(40)
     drawn = []
-
-    def show(figure):
-        axis = figure.subplots()
-        plots.show_runs(axis, 'one', 'clip', 'small.top1', 0)
-        assert plots.show_runs(axis, 'one', 'clip', 'no.such', 0) is None
-        drawn.append([line.get_ydata().tolist() for line in axis.lines])
-
-    monkeypatch.setattr(plots, 'PICTURES', {'a': (show, (1, 1))})
-    variants = {'clip': Variant('clip', 4, 2, 0.1, seeds=range(2)), 'b': Variant('clip', 4, 2, 0.2, seeds=range(2))}
-    monkeypatch.setattr(experiments, 'COMPARISONS', {'one': {'small.top1': 'b~clip'}})
-    for module in experiments, plots:
-        monkeypatch.setattr(module, 'EXPERIMENTS', {'one': variants})
-    for page in plots.PAGES:
-        page.write_text('')
-    first, second = experiments.EQUAL_COMMITS[:2]
-    add_rows('commit machine small.top1', f'clip 0 {first} m .5', f'clip 1 {second} m .25', f'b 0 {first} m .1',
-             f'b 1 {first} m .3')
-    assert run(plots) is None and run(plots, '--check') is None
-    assert drawn == [[[50, 25], [37.5]]]
-    results = experiments.RESULTS
-    whole = results.read_text()
-    for old, new, sentence in (
-            (f'1,{second}', '1,x', 'one has runs of several origins'),
-            (f'{first},m,.5', f'{first},n,.5', 'one has runs of several origins'),
-            ('m,.25', 'm,', "one lacks runs or figures ((1, 'clip') first)"),
-            (f'1,{second}', f'7,{second}', "one lacks runs or figures ((1, 'clip') first)")):
-        assert old in whole
-        results.write_text(whole.replace(old, new, 1))
-        assert run(plots) is None
-        assert sentence in run(plots, '--check')
-    results.write_text(whole)
-    assert 'RESULTS.md was written from other rows' in run(plots, '--check')
-    plots.APPENDIX.write_text(plots.appendix())
-    assert 'the picture a was drawn from other rows' in run(plots, '--check')
-    assert run(plots) is None and '## one' in plots.APPENDIX.read_text()
+    for line in axis.lines:
+        places = [line.get_xdata().tolist(), line.get_ydata().tolist()]
+        drawn.append(places[::-1] if is_flat else places)
+    pyplot.close()
+    assert drawn == [[[7, 7, 7], [39, 40, 41]], [[7], [40]]]
 
 
 # --- Photographs -----------------------------------------------------------------------------------------------------
