@@ -16,8 +16,6 @@ the step that is best on 1,000 validation photographs, and at the last (`last`).
 
 Old rows of drawn scenes: `seconds` is the wall time of training alone, elsewhere the processor time of the whole
 command; no-cross-attention padded caption 0, which the command now cuts, so it differs in the last bits.
-Rows of photographs of 965bc15: the columns of `minor` were added later, from networks that were made again, and that
-gave all other figures to the digit.
 """
 import csv
 import json
@@ -234,9 +232,7 @@ EXPERIMENTS = {
     'table-5': race(ON_PHOTOGRAPHS, ' '.join(ON_PHOTOGRAPHS), FIVE, SAME_PAIRS),
     # At the rate of four local crops, with the same four local captions. Four is the default, but is typed, so that
     # these runs are made together with the others: their times are compared.
-    'local-crops': {f'cosmos-{n}': ON_PHOTOGRAPHS['cosmos']._replace(more=f'--local-crops {n}') for n in (0, 2, 4, 6)},
-    'minor': race(ON_PHOTOGRAPHS, 'cosmos no-cross-attention', FIVE, SAME_PAIRS) | {
-        'clip-pairs': ON_PHOTOGRAPHS['clip']._replace(steps=800), 'clip-minutes': ON_PHOTOGRAPHS['clip']}}
+    'local-crops': {f'cosmos-{n}': ON_PHOTOGRAPHS['cosmos']._replace(more=f'--local-crops {n}') for n in (0, 2, 4, 6)}}
 
 # What is compared: {experiment: {columns: pairs of variants}}. a~b is a minus b, for columns, too. All differences of
 # one experiment are one family. It was fixed before the first row, except `company-size` and LAST; later additions to
@@ -272,11 +268,7 @@ COMPARISONS = {
         f'{R_AT_10} {LAST}':
             'clip-aug~clip image-distill~clip-aug text-crop~image-distill text-distill~text-crop cosmos~text-distill '
             'cosmos~clip'},
-    'local-crops': {f'{R_AT_10} {LAST}': 'cosmos-0~cosmos-4 cosmos-2~cosmos-4 cosmos-6~cosmos-4'},
-    # The third column asks: does COSMOS lift what is minor more than what is dominant?
-    'minor': {
-        'minor.minor.auc minor.dominant.auc minor.minor.auc~minor.dominant.auc':
-            'cosmos~clip-minutes cosmos~clip-pairs cosmos~no-cross-attention'}}
+    'local-crops': {f'{R_AT_10} {LAST}': 'cosmos-0~cosmos-4 cosmos-2~cosmos-4 cosmos-6~cosmos-4'}}
 
 
 def signed(words):
@@ -328,8 +320,6 @@ def commands(variant, seed, flickr8k):
         retrieval = ['eval.py', 'retrieval', *images, '--split', 'test']
         found['retrieval'] = [*retrieval, best]
         found['last'] = [*retrieval, last]              # does a lead depend on when training stops?
-        found['minor'] = [*measure, best, *images]
-        found['minor_last'] = [*measure, last, *images]
         method = train.METHODS[variant.method]
         if method.has_teacher:                          # or on the teacher, which averages weights?
             found['student'] = [*retrieval, best, '--weights', 'student']

@@ -105,9 +105,7 @@ def differences(experiment):
 # --- 2. The tables ---------------------------------------------------------------------------------------------------
 
 LABELS = {                              # of columns
-    'dominant.top1': 'big named', 'small.top1': 'small named',
-    'minor.minor.auc': 'minor', 'minor.dominant.auc': 'dominant',
-    'minor.minor.auc~minor.dominant.auc': 'minor - dominant'}
+    'dominant.top1': 'big named', 'small.top1': 'small named'}
 
 
 def label(column):

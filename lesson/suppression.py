@@ -1,7 +1,6 @@
 """Feature suppression: what does a checkpoint know of the small things?
 
     python -m lesson.suppression CKPT --shards runs/scenes [--only conflict] [--json figures.json]
-    python -m lesson.suppression CKPT --karpathy dataset_flickr8k.json --images DIR
 
 CKPT is any checkpoint that eval.load reads. --shards is a folder that holds val/, or is a val/. If its scenes list no
 objects, only `conflict` is measured. A model without cross-attention has only `objects`. The groups of figures:
@@ -21,15 +20,9 @@ about two different scenes (`scenes`)?
 
 conflict: give C^I the sentence of one pair and the image of another. Which of 32 images, as the teacher sees them, does
 h_T pick? See section 5.
-
-minor, with --karpathy: photographs with several captions. A noun is minor in a photograph if one caption mentions it,
-and dominant if four or more do. See section 6.
 """
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from itertools import islice
-from math import log
-from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -39,13 +32,10 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cosmos import unit
-from eval import (Images, class_vectors, embed_images, execute, load, progress, shard_captions,
-                  shard_image, zero_shot_retrieval)
+from eval import Images, class_vectors, execute, load, progress, shard_captions, shard_image, zero_shot_retrieval
 from lesson.scenes import ABSENT, FORMS, NAMES, mask_of
 from plumbing.captions import sentences
 from plumbing.errors import command, need
-from plumbing.files import read_json
-from plumbing.lists import karpathy_rows
 from plumbing.options import Parser, add_checkpoint
 from plumbing.shards import Shards
 
@@ -289,140 +279,7 @@ def conflict(args, scored, shards, scenes):
     return {'conflict': figures}
 
 
-# --- 6. Minor: what one of a photograph's captions mentions ----------------------------------------------------------
-
-# For each noun the test photographs are ranked by their cosine with a few prompts. One that mentions the noun should
-# rank above one that never does. But the scene gives most nouns away: who knows only what at least three of a
-# photograph's captions say (its context) ranks well without seeing the noun. So photographs are matched. A naive Bayes
-# model, learnt from the training captions, says how strongly a context suggests the noun, whose own forms are left out;
-# and a photograph is compared only with the 20 whose contexts suggest it most nearly as strongly.
-#
-#     auc         the share of these 20 that rank below the photograph (a tie counts half), averaged over the
-#                 photographs of a noun, and then over the nouns with at least 12 such photographs
-#
-# On the test photographs of Flickr8k the context itself still reaches .543 at minor and .583 at dominant, and who knows
-# what at least two captions say, but not the noun itself, .694 and .752. So a high figure alone does not prove that the
-# small thing was seen. Compare models that trained on the same photographs.
-
-# fixed before any figure
-NOUNS = """
-    dog ball water beach grass snow bike bicycle car hat shirt tree wall street mountain rock field
-    sand fence bench stick pool boat helmet jacket pants shorts dress coat glasses sunglasses hill
-    river lake ocean wave sky building house road sidewalk crowd tent toy rope horse bird soccer
-    football basketball frisbee skateboard surfboard motorcycle bag backpack chair table food drink
-    camera phone guitar flag umbrella swing slide collar mouth tongue hand face hair arm leg head
-    log bridge sign truck train bus ramp trail path forest wood bush leaf flower park playground
-    yard stairs step rail window door bed couch floor ice cliff child boy girl man woman baby person
-    """.split()
-PROMPTS = 'a {}', 'there is a {}', 'a photo of a {}'
-# how many captions of the photograph mention the noun
-KINDS = {'minor': range(1, 2), 'dominant': range(4, 100)}
-FEWEST = 12                             # such photographs that a noun must have
-NEAREST = 20                            # photographs without the noun, for each with it
-KNOWN = 3                               # what so many captions say is the context
-
-
-def forms_of(noun):
-    """The singular and the plural of a noun."""
-    forms = {noun, f'{noun}s', f'{noun}es'}
-    if noun == 'child':
-        forms.add('children')
-    if noun == 'person':
-        forms.add('people')
-    for singular, plural in ('y', 'ies'), ('f', 'ves'), ('man', 'men'):
-        if noun.endswith(singular):
-            forms.add(noun.removesuffix(singular) + plural)
-    return forms
-
-
-def mentions(photograph, forms):
-    """How many captions mention a noun. photograph: the set of words of each caption."""
-    return sum(not forms.isdisjoint(words) for words in photograph)
-
-
-def context_of(photograph):
-    """The words that at least KNOWN captions of a photograph have."""
-    counts = Counter(word for words in photograph for word in words)
-    return {word for word, count in counts.items() if count >= KNOWN}
-
-
-def log_odds(contexts, has_noun):
-    """Naive Bayes -> {word: how much more likely it is in the context of a photograph that mentions the noun than in
-    that of another, as a logarithm}. has_noun: a bool for each context."""
-    counts = {True: Counter(), False: Counter()}
-    for context, has in zip(contexts, has_noun):
-        counts[has].update(context)
-    photographs = Counter(has_noun)
-    odds = {}
-    for word in counts[True] | counts[False]:
-        with_noun = (counts[True][word] + 1) / (photographs[True] + 2)  # smoothed, so it is never 0
-        without = (counts[False][word] + 1) / (photographs[False] + 2)
-        odds[word] = log(with_noun) - log(without)
-    return odds
-
-
-def share_below(scores, positive, negatives):
-    """The share of negatives that score below the positive; a tie counts half."""
-    gaps = scores[positive] - scores[negatives]
-    return share(gaps > 0) + share(gaps == 0) / 2
-
-
-def matched(scores, suggested, said, counts):
-    """-> share_below, averaged over the photographs that mention a noun so many times; None for fewer than FEWEST.
-    suggested, said (n,): how strongly each context suggests the noun, and how many captions mention it."""
-    positives = [place for place, count in enumerate(said) if count in counts]
-    if len(positives) < FEWEST:
-        return None
-    without = torch.tensor([place for place, count in enumerate(said) if count == 0])
-    shares = []
-    for positive in positives:
-        gaps = (suggested[without] - suggested[positive]).abs()
-        nearest = without[gaps.argsort(stable=True)[:NEAREST]]
-        shares.append(share_below(scores, positive, nearest))
-    return fmean(shares)
-
-
-def minor(cosines, photographs):
-    """-> {minor, dominant: {auc, nouns (how many)}}. cosines (n, nouns): of the test photographs and the
-    nouns. photographs: {'train', 'test': for each photograph the sets of words of its captions}."""
-    contexts = {split: list(map(context_of, each)) for split, each in photographs.items()}
-    found = defaultdict(list)
-    for scores, noun in zip(cosines.T, NOUNS, strict=True):
-        forms = forms_of(noun)
-        has_noun = [mentions(photograph, forms) > 0 for photograph in photographs['train']]
-        odds = log_odds([context - forms for context in contexts['train']], has_noun)
-        suggested = []
-        for context in contexts['test']:
-            words = sorted(context - forms)             # because the last bits depend on the order
-            suggested.append(sum(odds.get(word, 0.0) for word in words))
-        said = [mentions(photograph, forms) for photograph in photographs['test']]
-        for kind, counts in KINDS.items():
-            auc = matched(scores, torch.tensor(suggested, dtype=torch.double), said, counts)
-            if auc is not None:
-                found[kind].append(auc)
-    figures = {}
-    for kind in KINDS:
-        need(found[kind], f'no noun of lesson.suppression is {kind} in {FEWEST} test photographs or more')
-        figures[kind] = {'auc': fmean(found[kind]), 'nouns': len(found[kind])}
-    return figures
-
-
-def measure_minor(args, model, tokenizer, preprocess):
-    photographs = {'train': [], 'test': []}
-    paths = []
-    for split, name, captions in karpathy_rows(read_json(args.karpathy)):
-        if split in photographs:
-            words = [set(re.findall('[a-z]+', caption.lower())) for caption in captions]
-            photographs[split].append(words)
-        if split == 'test':
-            paths.append(Path(args.images or Path(args.karpathy).parent, name))
-    image_features = embed_images(model, paths, preprocess, args.workers)
-    vectors = class_vectors(model, tokenizer, NOUNS, PROMPTS)
-    cosines = image_features.double() @ vectors.double().T              # (n, nouns)
-    return {'minor': minor(cosines, photographs)}
-
-
-# --- 7. During training, and the command -----------------------------------------------------------------------------
+# --- 6. During training, and the command -----------------------------------------------------------------------------
 
 def scene_figures(model, tokenizer, image_features, shards):
     """The figures of held-out scenes, which train.py writes to eval.json; {} if the set lists no objects."""
@@ -450,9 +307,6 @@ MEASURES = {'objects': objects, 'pointing': pointing, 'handed': handed, 'conflic
 
 def measure(args, *scored):
     """The figures that args.only names, or all that this model and this set have."""
-    if args.karpathy:
-        need(args.only in (None, 'minor'), f'--only {args.only} needs --shards; --karpathy is for minor')
-        return measure_minor(args, *scored)
     shards = Shards(args.shards, split='val')
     scenes = read_scenes(shards)
     possible = list(MEASURES)
@@ -462,8 +316,8 @@ def measure(args, *scored):
         possible = [name for name in possible if name == 'conflict']
     wanted = [args.only] if args.only else possible
     need(wanted and set(wanted) <= set(possible),
-         f'with {args.checkpoint} and {args.shards} one can measure {possible}; the rest needs cross-attention, a set '
-         'drawn by python -m lesson.scenes or, for minor, --karpathy')
+         f'with {args.checkpoint} and {args.shards} one can measure {possible}; the rest needs cross-attention, or a set '
+         'drawn by python -m lesson.scenes')
     figures = {}
     for name in wanted:
         print(f'measuring  {name}')
@@ -475,12 +329,9 @@ def main():
     parser = Parser(prog='python -m lesson.suppression', epilog=__doc__)
     add_checkpoint(parser)
     parser.set_defaults(command='suppression', function=measure)
-    source = parser.add_mutually_exclusive_group(required=True).add_argument
-    source('--shards', help='held-out scenes, as runs/scenes or its val/; conflict takes any held-out shards')
-    source('--karpathy', help="Karpathy's list, such as dataset_flickr8k.json: measures minor")
     add = parser.add_argument
-    add('--images', help='folder of the photographs of --karpathy (default: the folder of the list)')
-    add('--only', choices=[*MEASURES, 'minor'], help='one group of figures, instead of all')
+    add('--shards', required=True, help='held-out scenes, as runs/scenes or its val/; conflict takes any held-out shards')
+    add('--only', choices=MEASURES, help='one group of figures, instead of all')
     execute(parser.parse_args())
 
 

@@ -228,7 +228,7 @@ PATCHES = {'red': 28, 'blue': 35}
 
 def arguments(**given):
     """What the command line of lesson.suppression gives."""
-    defaults = {'checkpoint': 'out/last.pt', 'shards': None, 'karpathy': None, 'images': None, 'device': 'cpu',
+    defaults = {'checkpoint': 'out/last.pt', 'shards': None, 'device': 'cpu',
                 'workers': 0, 'vocab': None, 'only': None}
     return SimpleNamespace(**defaults | given)
 
@@ -367,75 +367,6 @@ def test_conflict_is_what_the_model_computes(model, val, monkeypatch, lists_obje
     assert any(len(set(each.values())) > 1 for each in figures.values())
 
 
-def photograph(split, *captions):
-    sentences = [{'raw': caption} for caption in captions]
-    return {'filename': f'{captions}.png', 'split': split, 'sentences': sentences}
-
-
-def test_minor_by_hand(tmp_path, monkeypatch):
-    """oracle: by hand. In training a park goes with a dog, the sea with none, so each raises or lowers the log odds by
-    ln 2. Photograph 0 mentions the dog once, 4 four times (`dogs`); both have the context `park`, for a dog is no
-    context of itself. Of the others the parks 1 and 2 are nearest, not the sea, whose cosine is the highest. Photograph
-    0 is above one of them and ties with the other: (1 + 1/2) / 2. 4 is below both."""
-    park, sea = ['In a park.'] * 3, ['The sea!'] * 3
-    photographs = [
-        photograph('train', *['A dog in a park'] * 3), photograph('train', *sea), photograph('val', 'A dog by the sea'),
-        photograph('test', *park, 'Dog.'), photograph('test', *park), photograph('test', *park, 'Hotdogs'),
-        photograph('test', *sea), photograph('test', *['Dogs in a park'] * 4)]
-    listing = put(tmp_path / 'list.json', {'images': photographs})
-    cosines = torch.tensor([0.5, 0.4, 0.5, 0.9, 0.1])
-    paths = []
-    monkeypatch.setattr(suppression, 'NOUNS', ['dog'])
-    monkeypatch.setattr(suppression, 'FEWEST', 1)
-    monkeypatch.setattr(suppression, 'NEAREST', 2)
-    monkeypatch.setattr(suppression, 'class_vectors', lambda *asked: torch.ones(1, 1))
-
-    def embed_images(model, images, *how):
-        paths.extend(images)
-        return cosines[:, None]
-
-    monkeypatch.setattr(suppression, 'embed_images', embed_images)
-    args = arguments(karpathy=listing, images=tmp_path, only='minor')
-    figures = suppression.measure(args, None, None, None)
-    assert figures == {'minor': {'minor': {'auc': 0.75, 'nouns': 1}, 'dominant': {'auc': 0, 'nouns': 1}}}
-    assert paths == [tmp_path / each['filename'] for each in photographs[3:]]
-    cosines.fill_(0.3)                                  # a collapsed model
-    assert suppression.measure(args, None, None, None)['minor']['minor']['auc'] == 0.5
-    monkeypatch.setattr(suppression, 'FEWEST', 2)
-    refused('no noun of lesson.suppression is minor in 2 test photographs', suppression.measure, args, *[None] * 3)
-    for noun, plural in ('bench', 'benches'), ('baby', 'babies'), ('leaf', 'leaves'), ('woman', 'women'):
-        assert {noun, plural} <= suppression.forms_of(noun)
-    assert {'children'} < suppression.forms_of('child')
-    assert {'people'} < suppression.forms_of('person')
-    refused('--only objects needs --shards', suppression.measure, arguments(karpathy='x', only='objects'), *[None] * 3)
-
-
-def test_minor_can_be_cheated(monkeypatch):
-    """oracle: the figures in the head of section 6, and on page 2 of the course. Who knows the context, or the words that
-    two captions share, but not the noun, ranks the test photographs of Flickr8k by naive Bayes and sees none of
-    them."""
-    photographs = {'train': [], 'val': [], 'test': []}
-    for each in read_json(shared('data', 'flickr8k', 'dataset_flickr8k.json'))['images']:
-        captions = [sentence['raw'].lower() for sentence in each['sentences']]
-        photographs[each['split']].append([set(re.findall('[a-z]+', caption)) for caption in captions])
-    for known, expected in (3, (0.543, 0.583)), (2, (0.694, 0.752)):
-        monkeypatch.setattr(suppression, 'KNOWN', known)
-        known_words = {}
-        for split, each in photographs.items():
-            known_words[split] = list(map(suppression.context_of, each))
-        scores = []
-        for forms in map(suppression.forms_of, suppression.NOUNS):
-            has_noun = [suppression.mentions(each, forms) > 0 for each in photographs['train']]
-            odds = suppression.log_odds([words - forms for words in known_words['train']], has_noun)
-            of_noun = []
-            for words in known_words['test']:
-                of_noun.append(sum(odds.get(word, 0) for word in words - forms))
-            scores.append(of_noun)
-        monkeypatch.setattr(suppression, 'KNOWN', 3)
-        figures = suppression.minor(torch.tensor(scores, dtype=torch.double).T, photographs)
-        assert [figures[kind]['auc'] for kind in suppression.KINDS] == pytest.approx(expected, abs=5e-4)
-
-
 def test_other_sets(model, tmp_path, monkeypatch):
     """oracle: one sentence that names the folder and the remedy, for a plain CLIP; of others there is `conflict`.
     During training there is nothing to report. Objects may be listed in another way."""
@@ -551,7 +482,7 @@ def test_experiments():
     pairs = [pair for pair, column in experiments.family('table-5') if column == 'last.text_to_image_R@10']
     assert pairs == ['clip-aug~clip', 'image-distill~clip-aug', 'text-crop~image-distill', 'text-distill~text-crop',
                      'cosmos~text-distill', 'cosmos~clip']
-    assert len(experiments.family('minor')) == 9 and len(experiments.family('local-crops')) == 12
+    assert len(experiments.family('local-crops')) == 12
 
 
 def test_two_terms():
@@ -723,18 +654,15 @@ def test_runs_in_a_picture(families, is_flat):
 
 @pytest.fixture
 def album(course, monkeypatch):
-    """Six training pictures in Karpathy's layout, two for validation, three for the test, of which one mentions a dog
-    once and one four times; a model that is quick."""
+    """Six training pictures in Karpathy's layout, two for validation, three for the test; a model that is quick."""
     listing = {'images': []}
     for i, split in enumerate(['train'] * 6 + ['val'] * 2 + ['test'] * 3):
-        captions = [f'A {NAMES[i]} .'] + {9: ['A dog .'], 10: ['A dog .'] * 4}.get(i, [])
-        sentences = [{'raw': caption} for caption in captions]
+        sentences = [{'raw': f'A {NAMES[i]} .'}]
         listing['images'].append({'filename': f'{i}.png', 'split': split, 'imgid': i, 'sentences': sentences})
         put(f'flickr8k/Images/{i}.png', encoded(Image.new('RGB', (70, 64), (20 * i, 9, 9))))
     put('flickr8k/dataset_flickr8k.json', listing)
     recipe = train.LAPTOP | {'batch': 2, 'steps': 8, 'augment': 'full'}
     monkeypatch.setitem(train.PRESETS, 'photo', train.Preset(replace(MICRO, image_size=32), recipe))
-    monkeypatch.setattr(suppression, 'FEWEST', 1)
 
 
 def test_rows_of_photographs(album, monkeypatch, capsys):
@@ -747,10 +675,10 @@ def test_rows_of_photographs(album, monkeypatch, capsys):
     assert run(experiments, 'one', '--flickr8k', 'flickr8k') is None
     row = experiments.read_results()[variant.key(), 3]
     out, found = experiments.commands(variant, 3, Path('flickr8k'))
-    assert [*found] == ['train', 'retrieval', 'last', 'minor', 'minor_last', 'student', 'conflict']
-    for what in 'retrieval', 'last', 'student', 'minor', 'minor_last', 'conflict':
+    assert [*found] == ['train', 'retrieval', 'last', 'student', 'conflict']
+    for what in 'retrieval', 'last', 'student', 'conflict':
         figures = read_json(out / f'{what}.json')
-        figures = figures.get(what.removesuffix('_last'), figures)      # lesson.suppression names its group
+        figures = figures.get(what, figures)      # lesson.suppression names its group
         for name in set(figures) - {'network', 'checkpoint', 'step'}:
             for column, value in experiments.flat({f'{what}.{name}': figures[name]}).items():
                 assert row[column] == str(value)
@@ -761,7 +689,7 @@ def test_rows_of_photographs(album, monkeypatch, capsys):
             of_step = entry['eval']['retrieval']
             means[entry['step']] = of_step['image_to_text_R@1'] + of_step['text_to_image_R@1']
     assert int(row['best_step']) == max(means, key=means.get)
-    assert (row['pairs'], row['retrieval.images'], row['val.images'], row['minor.minor.nouns']) == ('16', '3', '2', '1')
+    assert (row['pairs'], row['retrieval.images'], row['val.images']) == ('16', '3', '2')
     second = experiments.read_results()[tuned.key(), 3]
     assert second['val.images'] == '2' and not second['retrieval.images']
 
