@@ -210,8 +210,6 @@ EXPERIMENTS = {
     'reading': race(ON_SCENES, 'cosmos another-pair no-cross-attention across two-terms', EIGHT, PAIRS),
     'across': race(ON_SCENES, 'cosmos another-pair no-cross-attention across', EIGHT),
     'longer-reading': race(ON_SCENES, 'cosmos another-pair no-cross-attention across', LATER, LONGER),
-    # What C^I hands over; other seeds, because these runs come from another machine.
-    'handed': race(ON_SCENES, 'cosmos', range(10, 15)),
     # In `pairs` CLIP makes half as many steps as COSMOS. Does it learn more from as many, of 32 pairs each?
     'tune-steps': tune(ON_SCENES, {'clip': '1e-3 5e-4 2.5e-4 1.25e-4'}, {'clip': 1000}, batch=32),
     'steps': race(ON_SCENES, 'cosmos clip', range(10, 15), {'clip': 1000}, batch=32),

@@ -14,12 +14,8 @@ pointing: where in the image does the highest weight of C^I lie? We ask "there i
 the peak on the object (`own_it`), on another one (`own_other`), or on the ground? For `color`, in scenes of both
 colours, we ask for an absent name of each: is the peak on an object of that colour (`asked`), or of the other?
 
-handed: what does C^I hand over? We ask it for one name, and take its answer alone, without adding the question.
-`cosine`: how alike are two answers about one scene, to two different names (`names`)? And two answers to one name,
-about two different scenes (`scenes`)?
-
 conflict: give C^I the sentence of one pair and the image of another. Which of 32 images, as the teacher sees them, does
-h_T pick? See section 5.
+h_T pick? See section 4.
 """
 from collections import defaultdict
 from itertools import islice
@@ -154,37 +150,7 @@ def pointing(args, scored, shards, scenes):
     return {'pointing': figures}
 
 
-# --- 4. What C^I hands over ------------------------------------------------------------------------------------------
-
-def mean_cosine(vectors):
-    """vectors (..., k, D) of unit length -> the mean cosine of two different ones of the k."""
-    k = vectors.shape[-2]
-    # |a_1 + ... + a_k|² = k + the sum of the cosines of all ordered pairs, because every vector has unit length.
-    squares = vectors.sum(dim=-2).square().sum(dim=-1)
-    return ((squares - k) / (k * (k - 1))).mean().item()
-
-
-@torch.no_grad()
-def handed(args, scored, shards, scenes):
-    """-> {cosine: {names, scenes}}; see the head of this file."""
-    model, tokenizer, preprocess = scored
-    device = model.logit_scale.device
-    patches = []
-    for pixels in DataLoader(Images(shards, preprocess), 100):
-        patches.append(model.encode_image(pixels.to(device))[1])
-    patches = torch.cat(patches)                                        # (n, P, D)
-    questions = tokenizer(list(map(question, NAMES)))
-    queries, _ = model.encode_text(questions.to(device))                # (K, D)
-    answers = []
-    for query in queries:
-        answer = model.image_cross(query.expand(1, len(patches), -1), patches)      # (1, n, D)
-        answers.append(unit(answer[0]))
-    of_scenes = torch.stack(answers, dim=1)                             # (n, K, D)
-    of_names = of_scenes.transpose(0, 1)
-    return {'handed': {'cosine': {'names': mean_cosine(of_scenes), 'scenes': mean_cosine(of_names)}}}
-
-
-# --- 5. Conflict: the sentence of one pair, the image of another -----------------------------------------------------
+# --- 4. Conflict: the sentence of one pair, the image of another -----------------------------------------------------
 
 # In groups of 32 pairs, the student's h_T must pick among the teacher's cls_t of the 32 images. For h_I the roles are
 # swapped: its queries are images, it reads captions, and it picks among the teacher's eot_t of these captions.
@@ -279,7 +245,7 @@ def conflict(args, scored, shards, scenes):
     return {'conflict': figures}
 
 
-# --- 6. During training, and the command -----------------------------------------------------------------------------
+# --- 5. During training, and the command -----------------------------------------------------------------------------
 
 def scene_figures(model, tokenizer, image_features, shards):
     """The figures of held-out scenes, which train.py writes to eval.json; {} if the set lists no objects."""
@@ -302,7 +268,7 @@ class Named:
         """Nothing to write."""
 
 
-MEASURES = {'objects': objects, 'pointing': pointing, 'handed': handed, 'conflict': conflict}
+MEASURES = {'objects': objects, 'pointing': pointing, 'conflict': conflict}
 
 
 def measure(args, *scored):

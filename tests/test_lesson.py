@@ -274,29 +274,6 @@ def test_pointing_by_hand(monkeypatch, val, model):
         assert_close(queries, eot)
 
 
-def test_what_is_handed_over(val, model):
-    """oracle: loops. C^I alone answers to every name; the cosines of all pairs of answers about one scene, and of all
-    answers to one name."""
-    network, tokenizer, preprocess = model
-    _, patches = network.encode_image(torch.stack([preprocess(shard_image(val, i)) for i in range(24)]))
-    eot, _ = network.encode_text(tokenizer([f'there is a {name}' for name in NAMES]))
-
-    def mean_cosine(vectors):
-        cosines = vectors @ vectors.T
-        return cosines[~torch.eye(len(vectors), dtype=bool)].mean().item()
-
-    answers = []
-    for query in eot:
-        of_scenes = [network.image_cross(query[None, None], each[None])[0, 0] for each in patches]
-        answers.append(unit(torch.stack(of_scenes)))
-    answers = torch.stack(answers)                      # (names, scenes, D)
-    expected = {
-        'names': np.mean([mean_cosine(answers[:, i]) for i in range(24)]),
-        'scenes': np.mean([mean_cosine(each) for each in answers])}
-    figures = suppression.handed(arguments(), model, val, None)
-    assert figures['handed']['cosine'] == pytest.approx(expected, rel=1e-5)
-
-
 def test_who_answers_what():
     """oracle: closed forms. Who only copies what it reads has 100 % in own and read, 0 in sentence; who only heeds the
     sentence the reverse. One eot for all sentences: a copier has the same, and 1 in 32 alone. One answer for all, the
@@ -561,7 +538,7 @@ def test_a_run_has_one_row(method, course, drawn, capsys):
     [row] = experiments.read_results().values()
     assert row.items() >= {'run': variant.key(), 'seed': '3', 'steps': '2', 'pairs': '8', 'seconds': '7'}.items()
     assert row['small.top1'] == row['big.small.top1']
-    for column in 'conflict.h_T.read', 'pointing.small.own_it', 'handed.cosine.names':
+    for column in 'conflict.h_T.read', 'pointing.small.own_it':
         assert (column in row) == (method == 'cosmos') and f'big.{column}' not in row
     capsys.readouterr()
     assert run(experiments, 'two', '--print') is None
