@@ -312,7 +312,7 @@ def commands(variant, seed, flickr8k):
         found['scenes'] = [*measure, last, '--shards', shards]
         for world in variant.tested:
             other, _ = data_command(world, seed, flickr8k)
-            found[world] = [*measure, last, '--shards', other, '--only', 'objects']
+            found[world] = [*measure, last, '--shards', other, '--only', 'named']
     elif variant.is_scored:
         images = ['--karpathy', flickr8k / 'dataset_flickr8k.json', '--images', flickr8k / 'Images']
         retrieval = ['eval.py', 'retrieval', *images, '--split', 'test']

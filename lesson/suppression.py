@@ -3,18 +3,18 @@
     python -m lesson.suppression CKPT --shards runs/scenes [--only conflict] [--json figures.json]
 
 CKPT is any checkpoint that eval.load reads. --shards is a folder that holds val/, or is a val/. If its scenes list no
-objects, only `conflict` is measured. A model without cross-attention has only `objects`. The groups of figures:
+objects, only `conflict` is measured. A model without cross-attention has only `named`. The groups of figures:
 
-objects: what the vector of a whole image tells. `top1`, of the dominant and of the small objects, says how many are
+named: what the vector of a whole image tells. `top1`, of the dominant and of the small objects, says how many are
 named: take the object's own name, and the names of its colour with five shapes that the scene lacks. From each name's
 cosine with this image subtract its mean over all held-out scenes, so that no name wins by being popular. Is the
 object's own name now the highest? A tie is a miss; chance is 16.7 %. And `retrieval` among the held-out scenes.
 
 pointing: where in the image does the highest weight of C^I lie? We ask "there is a NAME", with an object's own name: is
-the peak on the object (`own_it`), on another one (`own_other`), or on the ground? For `color`, in scenes of both
-colours, we ask for an absent name of each: is the peak on an object of that colour (`asked`), or of the other?
+the peak on this object (`own_it`)? For `color`, in scenes of both colours, we ask for an absent name of each: is the
+peak on an object of that colour (`asked`), or of the other?
 
-conflict: give C^I the sentence of one pair and the image of another. Which of 32 images, as the teacher sees them, does
+conflict: give C^I the caption of one pair and the image of another. Which of 32 images, as the teacher sees them, does
 h_T pick? See section 4.
 """
 from collections import defaultdict
@@ -30,7 +30,6 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from cosmos import unit
 from eval import Images, class_vectors, execute, load, progress, shard_captions, shard_image, zero_shot_retrieval
 from lesson.scenes import ABSENT, FORMS, NAMES, mask_of
-from plumbing.captions import sentences
 from plumbing.errors import command, need
 from plumbing.options import Parser, add_checkpoint
 from plumbing.shards import Shards
@@ -96,7 +95,7 @@ def named(scores, scenes):
     return figures
 
 
-def objects(args, scored, shards, scenes):
+def measure_named(args, scored, shards, scenes):
     model, tokenizer, _ = scored
     ranking, image_features = zero_shot_retrieval(*scored, shards, workers=args.workers)
     return named(name_scores(model, tokenizer, image_features), scenes) | {'retrieval': ranking}
@@ -118,7 +117,7 @@ def objects_at(scene, config):
 
 @torch.no_grad()
 def pointing(args, scored, shards, scenes):
-    """-> {role: {own_it, own_other}, color: {asked, other}}, shares; see the head of this file. Each of the two colours
+    """-> {role: {own_it}, color: {asked, other}}, shares; see the head of this file. Each of the two colours
     of a scene is asked for once, so a model that looks at one place whatever is asked has equal shares of `asked` and
     `other`."""
     model, tokenizer, preprocess = scored
@@ -136,7 +135,6 @@ def pointing(args, scored, shards, scenes):
             weights = model.image_cross.weights(eot[asked], patches.expand(2, -1, -1))
             own, absent = numbers[weights.argmax(dim=1).cpu()].tolist()
             found[thing.role]['own_it'].append(own == thing.number)
-            found[thing.role]['own_other'].append(own not in (thing.number, 0))
             peaks[thing.color] = absent
         if len(peaks) > 1:
             color_of = {thing.number: thing.color for thing in scene}
@@ -152,13 +150,13 @@ def pointing(args, scored, shards, scenes):
 
 # --- 4. Conflict: the sentence of one pair, the image of another -----------------------------------------------------
 
-# In groups of 32 pairs, the student's h_T must pick among the teacher's cls_t of the 32 images. For h_I the roles are
-# swapped: its queries are images, it reads captions, and it picks among the teacher's eot_t of these captions.
+# In groups of 32 pairs, the student's h_T must pick among the teacher's cls_t of the 32 images. Its sentence is the
+# first caption of its image.
 #
 #     own         it reads its own image: does it pick that image?
-#     sentence    it reads its neighbour's image: does it pick the image of its sentence (h_I: the image's caption),
+#     sentence    it reads its neighbour's image: does it pick the image of its sentence,
 #     read        or the one that it has read?
-#     alone       it reads nothing, so eot (h_I: cls) must pick: the most that `sentence` can be expected to reach
+#     alone       it reads nothing, so eot must pick: the most that `sentence` can be expected to reach
 #
 # No figure means much by itself. A model that only copies what it reads reaches 100 % at `own` and `read`, and 0 at
 # `sentence`, whatever it knows about sentences. A model that hardly uses what it reads has `own` and `sentence` equal
@@ -195,29 +193,21 @@ def picked(queries, tokens, cross, candidates):
 
 
 @torch.no_grad()
-def answers_of(student, teacher, pixels, question_ids, caption_ids):
-    """A group of pairs -> {h_T, h_T_caption, h_I: {own, sentence, read, alone}}. ids (B, T) keep their padding, because
-    C^T has learnt to read it."""
+def answers_of(student, teacher, pixels, ids):
+    """What a group of pairs picks; ids (B, T): their captions."""
     device = student.logit_scale.device
     pixels = pixels.to(device)
-    caption_ids = caption_ids.to(device)
-    cls, patches = student.encode_image(pixels)
-    question_eot, _ = student.encode_text(question_ids.to(device))
-    caption_eot, words = student.encode_text(caption_ids)
+    _, patches = student.encode_image(pixels)
+    eot, _ = student.encode_text(ids.to(device))
     cls_t = unit(teacher.encode_image(pixels)[0])
-    eot_t = unit(teacher.encode_text(caption_ids)[0])
-    return {
-        'h_T': picked(question_eot, patches, student.image_cross, cls_t),
-        'h_T_caption': picked(caption_eot, patches, student.image_cross, cls_t),
-        'h_I': picked(cls, words, student.text_cross, eot_t)}
+    return picked(eot, patches, student.image_cross, cls_t)
 
 
 def conflict(args, scored, shards, scenes):
-    """-> {h_T, h_T_caption, h_I: {own, sentence, read, alone}}, shares of the pairs.
+    """-> {h_T_caption: {own, sentence, read, alone}}, shares of the pairs.
 
     The student of args.checkpoint reads, whatever --weights says, and its teacher gives the targets; if the file holds
-    one network, it does both. h_T_caption and h_I have the first caption of each image. The sentence of h_T names an
-    object of the scene, each in turn from scene to scene. In other sets it is the caption's first sentence.
+    one network, it does both.
     """
     student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab)
     teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)
@@ -227,22 +217,15 @@ def conflict(args, scored, shards, scenes):
     for caption, image in zip(*shard_captions(shards)):
         firsts.setdefault(int(image), caption)
     captions = list(firsts.values())
-    if scenes:
-        questions = [question(scene[pair % len(scene)].name) for pair, scene in enumerate(scenes)]
-    else:
-        questions = [(sentences(caption) or [caption])[0] for caption in captions]
     size = min(GROUP, len(captions))
     need(size > 1, 'there is one pair; conflict needs two or more')
-    found = []                                          # of each group
     groups = DataLoader(Images(shards, preprocess), size, num_workers=args.workers, drop_last=True)
+    found = defaultdict(list)
     for number, pixels in enumerate(islice(progress(groups, 'conflict'), GROUPS)):
-        group = slice(number * size, (number + 1) * size)
-        ids = tokenizer(questions[group]), tokenizer(captions[group])
-        found.append(answers_of(student, teacher, pixels, *ids))
-    figures = {}
-    for who, answered in found[0].items():
-        figures[who] = {name: fmean(group[who][name] for group in found) for name in answered}
-    return {'conflict': figures}
+        ids = tokenizer(captions[number * size:(number + 1) * size])
+        for name, value in answers_of(student, teacher, pixels, ids).items():
+            found[name].append(value)
+    return {'conflict': {'h_T_caption': {name: fmean(values) for name, values in found.items()}}}
 
 
 # --- 5. During training, and the command -----------------------------------------------------------------------------
@@ -268,7 +251,7 @@ class Named:
         """Nothing to write."""
 
 
-MEASURES = {'objects': objects, 'pointing': pointing, 'conflict': conflict}
+MEASURES = {'named': measure_named, 'pointing': pointing, 'conflict': conflict}
 
 
 def measure(args, *scored):
@@ -277,7 +260,7 @@ def measure(args, *scored):
     scenes = read_scenes(shards)
     possible = list(MEASURES)
     if not scored[0].has_cross_attention:
-        possible = ['objects']
+        possible = ['named']
     if not scenes:
         possible = [name for name in possible if name == 'conflict']
     wanted = [args.only] if args.only else possible
