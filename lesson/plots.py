@@ -191,9 +191,7 @@ def results_page():
 PAINT = {
     'clip': '#0072b2', 'clip-averaged': '#0072b2', 'cosmos': '#d55e00', 'no-cross-attention': '#009e73'}
 NAMES = {'clip': 'CLIP', 'no-cross-attention': 'COSMOS without cross-attention', 'cosmos': 'COSMOS'}
-RED = 'tab:red'
 GREY = '#333333'
-MIDDLE = {'ha': 'center', 'va': 'center'}
 
 
 def show_runs(axis, experiment, name, column, x, color=None, is_flat=False):
@@ -319,47 +317,11 @@ def draw_local_crops(figure):
         axis.spines[['top', 'right']].set_visible(False)
 
 
-# Of the 2 x 2: x, y, the term of COSMOS, the same term where nothing is read, is there a leak?
-CELLS = [
-    (0, 0, 'h_I_cls_t', 'cls_cls_t', False),
-    (1, 0, 'h_I_eot_t', 'cls_eot_t', True),
-    (0, 1, 'h_T_cls_t', 'eot_cls_t', True),
-    (1, 1, 'h_T_eot_t', 'eot_eot_t', False)]
-
-
-def draw_leak(figure):
-    """Page 3: who has read what, and what it must find; how far reading lowers each of the four losses."""
-    from matplotlib.patches import Rectangle
-    axis = figure.subplots()
-    for x, y, term, plain_term, leaks in CELLS:
-        before = mean('reading', 'no-cross-attention', f'loss.{plain_term}')
-        after = mean('reading', 'cosmos', f'loss.{term}')
-        words = 'a copy is not enough'
-        style = {'edgecolor': GREY, 'linewidth': 1, 'linestyle': '-'}
-        if leaks:
-            words = 'a copy is enough'
-            style = {'edgecolor': RED, 'linewidth': 3, 'linestyle': '--'}
-        axis.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, **style))
-        ink = {'color': style['edgecolor'], **MIDDLE}
-        axis.text(x, y - 0.12, f'{before:.0f} → {after:.0f}', fontsize=19, **ink)
-        axis.text(x, y + 0.24, words, fontsize=11, **ink)
-    axis.set_xticks((0, 1), ("cls_t,\nthe teacher's image", "eot_t,\nthe teacher's caption"))
-    readers = 'h_I, a view\nthat has read\nthe caption', 'h_T, a sentence\nthat has read\nthe image'
-    axis.set_yticks((0, 1), readers)
-    axis.set(xlim=(-0.5, 1.5), ylim=(1.5, -0.5),
-             xlabel='loss, in % of guessing:\nwithout cross-attention → COSMOS')
-    axis.set_title('must find', fontsize=13)
-    axis.tick_params(length=0)
-    axis.tick_params('x', labeltop=True, labelbottom=False)
-    axis.spines[:].set_visible(False)
-
-
 PICTURES = {            # how it is drawn, inches
     'company': (draw_company, (6, 4)),
     'race': (draw_race, (8.4, 3.8)),
     'table-5': (draw_table_5, (9, 3.8)),
-    'local-crops': (draw_local_crops, (9, 3)),
-    'leak': (draw_leak, (6.4, 4))}
+    'local-crops': (draw_local_crops, (9, 3))}
 
 
 def draw(name, path):
