@@ -191,7 +191,6 @@ def results_page():
 PAINT = {
     'clip': '#0072b2', 'clip-averaged': '#0072b2', 'cosmos': '#d55e00', 'no-cross-attention': '#009e73'}
 NAMES = {'clip': 'CLIP', 'no-cross-attention': 'COSMOS without cross-attention', 'cosmos': 'COSMOS'}
-GREY = '#333333'
 
 
 def show_runs(axis, experiment, name, column, x, color=None, is_flat=False):
@@ -301,27 +300,10 @@ def draw_table_5(figure):
     show_legend(figure, WAY_COLORS)
 
 
-def draw_local_crops(figure):
-    """Page 2: local crops against R@10 and minutes of training."""
-    crops, minutes = figure.subplots(1, 2)
-    for x, count in enumerate((0, 2, 4, 6)):
-        for (column, color), shift in zip(WAYS.items(), (-0.08, 0.08)):
-            show_runs(crops, 'local-crops', f'cosmos-{count}', column, x + shift, color)
-        show_runs(minutes, 'local-crops', f'cosmos-{count}', 'seconds', x, GREY)
-    show_legend(figure, WAY_COLORS)
-    crops.set(ylim=(0, 20), ylabel='R@10, %')
-    minutes.set(ylim=(0, 20), ylabel='minutes')
-    for axis in crops, minutes:
-        axis.set_xticks(range(4), ('0', '2', '4', '6'))
-        axis.set(xlim=(-0.5, 3.5), xlabel='small crops of an image')
-        axis.spines[['top', 'right']].set_visible(False)
-
-
 PICTURES = {            # how it is drawn, inches
     'company': (draw_company, (6, 4)),
     'race': (draw_race, (8.4, 3.8)),
-    'table-5': (draw_table_5, (9, 3.8)),
-    'local-crops': (draw_local_crops, (9, 3))}
+    'table-5': (draw_table_5, (9, 3.8))}
 
 
 def draw(name, path):
