@@ -74,11 +74,6 @@ def name_scores(model, tokenizer, image_features):
     return image_features @ class_vectors(model, tokenizer, NAMES, FORMS).T
 
 
-def share(flags):
-    """The share of a bool tensor that is true."""
-    return flags.double().mean().item()
-
-
 def named(scores, scenes):
     """-> {role: {top1, chance, objects (how many)}}. scores: of all scenes of the set, because their means are
     subtracted."""
@@ -103,10 +98,6 @@ def measure_named(args, scored, shards, scenes):
 
 # --- 3. Where C^I looks ----------------------------------------------------------------------------------------------
 
-def question(name):
-    return FORMS[0].format(name)                        # 'there is a red star'
-
-
 def objects_at(scene, config):
     """The number of the object in the middle of each patch, 0 for the ground, (P,)."""
     size = config.image_size
@@ -122,7 +113,7 @@ def pointing(args, scored, shards, scenes):
     `other`."""
     model, tokenizer, preprocess = scored
     device = model.logit_scale.device
-    questions = tokenizer(list(map(question, NAMES)))
+    questions = tokenizer([FORMS[0].format(name) for name in NAMES])            # 'there is a red star'
     eot, _ = model.encode_text(questions.to(device))                    # (K, D)
     found = defaultdict(lambda: defaultdict(list))                      # by role and figure
     for pair, scene in enumerate(progress(scenes, 'maps')):
@@ -172,7 +163,7 @@ def picks(vectors, candidates, right):
     wanted = right[:, None]
     others = cosines.scatter(1, wanted, -torch.inf)
     lead = cosines.gather(1, wanted)[:, 0] - others.amax(dim=1)
-    return share(lead > TIE)
+    return (lead > TIE).double().mean().item()
 
 
 def picked(queries, tokens, cross, candidates):
@@ -193,16 +184,6 @@ def picked(queries, tokens, cross, candidates):
 
 
 @torch.no_grad()
-def answers_of(student, teacher, pixels, ids):
-    """What a group of pairs picks; ids (B, T): their captions."""
-    device = student.logit_scale.device
-    pixels = pixels.to(device)
-    _, patches = student.encode_image(pixels)
-    eot, _ = student.encode_text(ids.to(device))
-    cls_t = unit(teacher.encode_image(pixels)[0])
-    return picked(eot, patches, student.image_cross, cls_t)
-
-
 def conflict(args, scored, shards, scenes):
     """-> {h_T_caption: {own, sentence, read, alone}}, shares of the pairs.
 
@@ -222,8 +203,12 @@ def conflict(args, scored, shards, scenes):
     groups = DataLoader(Images(shards, preprocess), size, num_workers=args.workers, drop_last=True)
     found = defaultdict(list)
     for number, pixels in enumerate(islice(progress(groups, 'conflict'), GROUPS)):
-        ids = tokenizer(captions[number * size:(number + 1) * size])
-        for name, value in answers_of(student, teacher, pixels, ids).items():
+        pixels = pixels.to(args.device)
+        ids = tokenizer(captions[number * size:(number + 1) * size]).to(args.device)
+        _, patches = student.encode_image(pixels)
+        eot, _ = student.encode_text(ids)
+        cls_t = unit(teacher.encode_image(pixels)[0])
+        for name, value in picked(eot, patches, student.image_cross, cls_t).items():
             found[name].append(value)
     return {'conflict': {'h_T_caption': {name: fmean(values) for name, values in found.items()}}}
 
