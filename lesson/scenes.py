@@ -114,13 +114,10 @@ def draw_things(rng, world):
     """-> the objects of a scene, the dominant one first, still without places."""
     shapes = rng.sample(list(SHAPES), world.objects)
     colors = rng.choices(list(COLORS), k=world.objects)
-    things = []
-    role = 'dominant'
-    size = world.dominant_size
-    for shape, color in zip(shapes, colors):
-        things.append(Thing(shape, color, role, round((SIZE * size) ** 2)))
-        role = 'small'
-        size = SMALL_SIZE
+    small = round((SIZE * SMALL_SIZE) ** 2)
+    things = [Thing(shape, color, 'small', small) for shape, color in zip(shapes, colors)]
+    things[0].role = 'dominant'
+    things[0].area = round((SIZE * world.dominant_size) ** 2)
     return things
 
 
