@@ -36,23 +36,19 @@ from plumbing.shards import Shards
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
 
-def lists_objects(record):
-    """Does the json of a pair list objects as those of this version of lesson.scenes do? Other sets may have anything
-    under this key."""
-    objects = record.get('objects')
-    if not isinstance(objects, list) or not objects or not isinstance(objects[0], dict):
-        return False
-    return {'name', 'role', 'centre', 'absent'} <= set(objects[0])
+LISTED = {'name', 'role', 'centre', 'absent'}           # what we need of an object
 
 
 def read_scenes(shards):
-    """-> [[object, ...], ...], a list for each scene; [] if the first pair of a set does not list objects.
+    """-> [[object, ...], ...], a list for each scene; [] if the first pair of a set does not list objects as this
+    version of lesson.scenes does: other sets may have anything under this key.
 
     The attributes of an object are what its json lists, its color and shape, its pair, and its number in the mask.
     """
+    first = shards.record(0).get('objects')
+    if not (isinstance(first, list) and first and isinstance(first[0], dict) and LISTED <= set(first[0])):
+        return []
     scenes = []
-    if not lists_objects(shards.record(0)):
-        return scenes
     for pair in range(len(shards)):
         scene = []
         for number, listed in enumerate(shards.record(pair)['objects'], 1):
@@ -250,8 +246,8 @@ def measure(args, *scored):
         possible = [name for name in possible if name == 'conflict']
     wanted = [args.only] if args.only else possible
     need(wanted and set(wanted) <= set(possible),
-         f'with {args.checkpoint} and {args.shards} one can measure {possible}; the rest needs cross-attention, or a set '
-         'drawn by python -m lesson.scenes')
+         f'with {args.checkpoint} and {args.shards} one can measure {possible}; the rest needs cross-attention, or a '
+         'set drawn by python -m lesson.scenes')
     figures = {}
     for name in wanted:
         print(f'measuring  {name}')
@@ -264,7 +260,7 @@ def main():
     add_checkpoint(parser)
     parser.set_defaults(command='suppression', function=measure)
     add = parser.add_argument
-    add('--shards', required=True, help='held-out scenes, as runs/scenes or its val/; conflict takes any held-out shards')
+    add('--shards', required=True, help='held-out scenes, as runs/scenes or its val/; for conflict any held-out shards')
     add('--only', choices=MEASURES, help='one group of figures, instead of all')
     execute(parser.parse_args())
 
