@@ -238,23 +238,19 @@ def draw_company(figure):
     axis.set(xlim=(-0.5, 2.5), ylim=(0, 103), xticks=[])
 
 
-def draw_half_of_race(axis, title, experiments, column, top):
-    """All runs of both races. experiments: from the same pairs, and in equal time."""
-    for x, experiment in enumerate(experiments):
-        for (name, (_, color)), shift in zip(METHODS.items(), (-0.2, 0, 0.2)):
-            show_runs(axis, experiment, name, column, x + shift, color)
-    axis.set_xticks((0, 1), ('same pairs', 'equal time'))
-    axis.set(xlim=(-0.5, 1.5), ylim=(0, 1.03 * top))
-    axis.set_title(title, loc='left')
-
-
 def draw_race(figure):
     """Page 2: what is named and found from the same pairs and in equal time, on drawn scenes and on photographs."""
     scenes, photographs = figure.subplots(1, 2)
-    draw_half_of_race(scenes, 'drawn scenes', ('pairs', 'minutes'), 'small.top1', 60)
+    for axis, title, prefix, column, top in (
+            (scenes, 'drawn scenes', '', 'small.top1', 60),
+            (photographs, 'photographs', 'photo-', 'retrieval.text_to_image_R@10', 20)):
+        for x, race in enumerate(('pairs', 'minutes')):
+            for (name, (_, color)), shift in zip(METHODS.items(), (-0.2, 0, 0.2)):
+                show_runs(axis, prefix + race, name, column, x + shift, color)
+        axis.set_xticks((0, 1), ('same pairs', 'equal time'))
+        axis.set(xlim=(-0.5, 1.5), ylim=(0, 1.03 * top))
+        axis.set_title(title, loc='left')
     show_scale(scenes, 'small objects named, %', [30, 60], CHANCE)
-    photo_races = 'photo-pairs', 'photo-minutes'
-    draw_half_of_race(photographs, 'photographs', photo_races, 'retrieval.text_to_image_R@10', 20)
     show_scale(photographs, 'R@10, %', [10, 20], 1)
     show_legend(figure, dict(METHODS.values()))
 
