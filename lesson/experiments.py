@@ -95,9 +95,9 @@ WORLDS = {                          # options of lesson.scenes, for drawn scenes
     'equal': f'{TWO} --company equal',
     'big': TWO}
 
-# Each line is a run, once for each of its seeds, and the experiments that use it. From `method` on, its columns are
-# options of train.py. The rate is the best of those that we tried on other seeds: by the mean of big and small objects
-# named, or by R@10 both ways on the validation photographs.
+# A line has a run, its seeds, and the experiments that use it. From `method` on, the columns are options of train.py.
+# The rate is the best of those that we tried on other seeds: by the mean of big and small objects named, or by R@10
+# both ways on the validation photographs. With another pair, COSMOS keeps its rate.
 TABLE = """
 # experiments              run                seeds data        method             batch steps lr       more
 # Trained and tested with a small object alone, next to an equal, next to a big one; all are then tested alone, too.
