@@ -459,6 +459,7 @@ def test_a_run_has_one_row(course, drawn, capsys):
     for folder in 'big-3', 'big-4', 'alone-3', 'alone-4':
         Path('runs/lesson').mkdir(parents=True, exist_ok=True)
         Path(f'runs/lesson/scenes-{folder}').symlink_to(drawn)
+    put('runs/lesson/big-clip-averaged-2-0.001-3/last.pt')              # of a run that was interrupted
     assert run(experiments, 'two') is None
     [(key, row)] = experiments.read_results().items()
     assert key == (course['two']['clip'].key, 3) and row['seconds'] == '7'
@@ -466,6 +467,7 @@ def test_a_run_has_one_row(course, drawn, capsys):
     assert run(experiments, 'one') is None
     rows = experiments.read_results()
     assert [seed for _, seed in rows] == [3, 3, 4] and rows[key] == row
+    assert len(experiments.RESULTS.read_text().splitlines()) == 1 + len(rows)
     assert [bool(each['conflict.h_T_caption.read']) for each in rows.values()] == [False, True, True]
     capsys.readouterr()
     assert run(experiments, 'one', '--print') is None
@@ -497,6 +499,7 @@ def test_rows_of_photographs(course, monkeypatch):
     groups = ['retrieval', 'last', 'student', 'conflict']
     assert [path.stem for path in found] == ['00000', 'last', *groups]
     assert read_json(out / 'config.json')['local_crops'] == 1
+    assert [out / 'last.pt' in found[out / f'{group}.json'] for group in groups] == [False, True, False, False]
     written = experiments.flat(read_json(out / 'conflict.json'))
     for group in groups[:3]:
         written |= experiments.flat(read_json(out / f'{group}.json'), f'{group}.')
