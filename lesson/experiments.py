@@ -1,35 +1,31 @@
 """The experiments of the course: which runs they have, each run being a row of lesson/results.csv.
 
-    python -m lesson.experiments minutes                    makes the runs of `minutes` that have no row, two at a time
-    python -m lesson.experiments minutes --print            shows their commands, and makes none
+    python -m lesson.experiments minutes                    makes the runs of `minutes` that have no row
+    python -m lesson.experiments minutes --print            shows the commands of all its runs, and makes none
     python -m lesson.experiments train --method two-terms   train.py, with the methods of section 1, too
 
-A run is a command of train.py, and commands that score its networks. Its row is found by its seed, and by the words of
-the training command that decide its numbers. A run that has a row is not made again, even if several experiments use
-it, so after an interruption just give the command again. A run takes one thread of a CPU. Data and networks are kept in
-runs/lesson.
+A run is a command of train.py, and commands that score its networks. It takes one thread of a CPU. Its row is found by
+its seed, and by the words of the training command that decide its numbers. A run that has a row is not made again, even
+if several experiments use it, so after an interruption just give the command again.
 
 On drawn scenes each seed draws training scenes of its own; the held-out scenes are always the same. After the last
 step the moving average of the weights is scored, for CLIP, too. On photographs (docs/own-data.md says where to get
 Flickr8k) all runs train on the same 6,000. The teacher, or the only network, is scored on 1,000 test photographs: at
 the step that is best on 1,000 validation photographs, and at the last (`last`).
 
-Old rows of drawn scenes: `seconds` is the wall time of training alone, elsewhere the processor time of the whole
-command; no-cross-attention padded caption 0, which the command now cuts, so it differs in the last bits.
-Rows of photographs of 965bc15: the columns of `minor` were added later, from networks that were made again, and that
-gave all other figures to the digit.
+A new row keeps the figures that the first line of results.csv names. Commit a052a90 has all figures of all runs, with
+machines and commits, and the runs that chose the rates. In old rows of drawn scenes `seconds` is the wall time of
+training alone, elsewhere the processor time of the whole command; and no-cross-attention padded caption 0, which the
+command now cuts, so it differs in the last bits.
 """
 import csv
-import json
 import os
-import platform
 import re
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -37,10 +33,9 @@ from typing import NamedTuple
 import train
 from cosmos import COSMOS, Output, Teacher, cosmos_terms, unit
 from eval import show
-from plumbing.errors import command, need, warn
-from plumbing.files import read_json, replacing
+from plumbing.errors import command, need
+from plumbing.files import read_json
 from plumbing.options import Parser
-from plumbing.weights import Origin
 
 # --- 1. Methods that train.py does not have --------------------------------------------------------------------------
 
@@ -78,11 +73,12 @@ ADDED = {
     'clip-averaged': (train.METHODS['clip']._replace(has_teacher=True), COSMOS, SilentTeacher),
     'another-pair': (train.METHODS['cosmos'], ReadsAnotherPair, Teacher),
     'two-terms': (train.METHODS['cosmos']._replace(terms=two_terms), COSMOS, Teacher)}
+METHODS = train.METHODS | {name: row for name, (row, _, _) in ADDED.items()}
 
 
 def train_added(words):
     """train.py with these methods, too. NB: it changes the module for the rest of this process."""
-    train.METHODS = train.METHODS | {name: row for name, (row, _, _) in ADDED.items()}
+    train.METHODS = METHODS
     method = train.read_options(words).method
     if method in ADDED:
         _, train.COSMOS, train.Teacher = ADDED[method]
@@ -98,258 +94,158 @@ WORLDS = {                          # options of lesson.scenes, for drawn scenes
     'alone': f'{TWO} --company none',
     'equal': f'{TWO} --company equal',
     'big': TWO}
-FIVE = range(5)                     # seeds
-EIGHT = range(8)                    # if a difference was undecided or barely decided after five
-LATER = range(1, 6)                 # of long runs: 0 has chosen the rates, see `tune-longer`
+
+# A line has a run, its seeds, and the experiments that use it. From `method` on, the columns are options of train.py.
+# The rate is the best of those that we tried on other seeds: by the mean of big and small objects named, or by R@10
+# both ways on the validation photographs. With another pair, COSMOS keeps its rate.
+TABLE = """
+# experiments              run                seeds data        method             batch steps lr       more
+# Trained and tested with a small object alone, next to an equal, next to a big one; all are then tested alone, too.
+company,company-size       clip-alone         0-4   alone       clip-averaged      64    1684  0.00025
+company,company-size       cosmos-alone       0-4   alone       cosmos             32    1000  0.001
+company,company-size       clip-equal         0-4   equal       clip-averaged      64    1684  0.00025
+company,company-size       cosmos-equal       0-4   equal       cosmos             32    1000  0.001
+company,company-size       clip-big           0-4   big         clip-averaged      64    1684  0.00025
+company,company-size       cosmos-big         0-4   big         cosmos             32    1000  0.001
+# In equal time; `across` compares who reads what. CLIP gets 15 % more steps than its first estimate of 1,684, because
+# with those it took less time than COSMOS. Seeds 5 to 7 came where a difference was undecided after five, or nearly so.
+minutes,across             cosmos             0-7   built-in    cosmos             32    1000  0.001
+minutes,across             no-cross-attention 0-7   built-in    no-cross-attention 32    1150  0.001
+minutes                    clip               0-7   built-in    clip-averaged      64    1932  0.00025
+reading,across             another-pair       0-7   built-in    another-pair       32    1000  0.001
+reading,across             across             0-7   built-in    across             32    1000  0.001
+# From the same 32,000 pairs; `reading` compares who reads what.
+reading,pairs              cosmos             0-7   built-in    cosmos             32    1000  0.001
+reading,pairs              no-cross-attention 0-7   built-in    no-cross-attention 32    1000  0.001
+pairs                      clip               0-7   built-in    clip-averaged      64    500   0.00025
+reading                    two-terms          0-7   built-in    two-terms          32    1000  0.001
+# Three times as long as `minutes`. Seed 0 has chosen the rates. The last two were undecided after five seeds.
+longer                     clip               1-5   built-in    clip-averaged      64    5796  0.00025
+longer                     no-cross-attention 1-8   built-in    no-cross-attention 32    3450  0.001
+longer                     cosmos             1-8   built-in    cosmos             32    3000  0.001
+longer-reading             no-cross-attention 1-5   built-in    no-cross-attention 32    3450  0.001
+longer-reading             cosmos             1-5   built-in    cosmos             32    3000  0.001
+longer-reading             another-pair       1-5   built-in    another-pair       32    3000  0.001
+longer-reading             across             1-5   built-in    across             32    3000  0.001
+# In `pairs` CLIP makes half as many steps as COSMOS. Does it learn more from as many, of 32 pairs each?
+steps                      cosmos             10-14 built-in    cosmos             32    1000  0.001
+steps                      clip               10-14 built-in    clip-averaged      32    1000  0.00025
+# On photographs: from the same 51,200 pairs, of which `table-5` has the rows of the paper's Table 5, and in equal time.
+photo-pairs,table-5        clip               0-4   photographs clip               64    800   0.00025
+photo-pairs,table-5        clip-aug           0-4   photographs clip-aug           64    800   0.00025
+table-5                    image-distill      0-4   photographs image-distill      64    800   0.0005
+table-5                    text-crop          0-4   photographs text-crop          64    800   0.002
+table-5                    text-distill       0-4   photographs text-distill       64    800   0.002
+table-5,photo-across       cosmos             0-4   photographs cosmos             64    800   0.001
+photo-pairs,photo-minutes  cosmos             0-7   photographs cosmos             64    800   0.001
+photo-pairs                no-cross-attention 0-7   photographs no-cross-attention 64    800   0.002
+photo-minutes,photo-across no-cross-attention 0-4   photographs no-cross-attention 64    870   0.002
+photo-minutes              clip               0-7   photographs clip               64    2740  0.00025
+photo-minutes              clip-aug           0-4   photographs clip-aug           64    1840  0.00025
+photo-across               across             0-4   photographs across             64    800   0.001
+# The rate and the four local captions are those of four local crops. Four is the default, but is typed, so that these
+# runs are made together with the others: their times are compared.
+local-crops                cosmos-0           0-4   photographs cosmos             64    800   0.001    --local-crops 0
+local-crops                cosmos-2           0-4   photographs cosmos             64    800   0.001    --local-crops 2
+local-crops                cosmos-4           0-4   photographs cosmos             64    800   0.001    --local-crops 4
+local-crops                cosmos-6           0-4   photographs cosmos             64    800   0.001    --local-crops 6
+"""
 
 
-class Variant(NamedTuple):
-    """How runs are made. Variants that differ in nothing but the last three fields share their runs."""
-    method: str                     # of train.METHODS, or of ADDED
-    batch: int
-    steps: int
-    rate: float                     # peak learning rate
-    world: str = 'built-in'         # of WORLDS, or PHOTOGRAPHS
-    more: str = ''                  # further options of train.py
-    seeds: range = FIVE
-    tested: tuple = ()              # further worlds in which objects are to be named
-    is_scored: bool = True          # on the test photographs; runs that choose a rate are not
+class Run(NamedTuple):
+    """A line of the table."""
+    seeds: range
+    data: str                       # of WORLDS, or PHOTOGRAPHS
+    method: str                     # of METHODS
+    batch: str
+    steps: str
+    rate: str                       # peak learning rate
+    more: list                      # words of further options
 
+    @property
     def words(self):
         """The words of the training command that decide the numbers of a run, except its seed."""
         program = '-m lesson.experiments train' if self.method in ADDED else 'train.py'
         preset = 'tiny'
         eval_every = 0
-        if self.world == PHOTOGRAPHS:
+        if self.data == PHOTOGRAPHS:
             preset = 'photo'
-            eval_every = ceil(self.steps / 8)
-        return (f'{program} --preset {preset} --method {self.method} --batch {self.batch} --steps {self.steps} '
-                f'--lr {self.rate} --eval-every {eval_every} --precision bf16 {self.more}').split()
+            eval_every = ceil(int(self.steps) / 8)
+        whole = (f'{program} --preset {preset} --method {self.method} --batch {self.batch} --steps {self.steps} '
+                 f'--lr {self.rate} --eval-every {eval_every} --precision bf16')
+        return [*whole.split(), *self.more]
 
+    @property
     def key(self):
         """What identifies a row, in addition to its seed."""
         data = ['Flickr8k:']
-        if self.world != PHOTOGRAPHS:
-            data = ['lesson.scenes', *WORLDS[self.world].split(), 'DIR:']
-        return ' '.join([*data, *self.words()])
+        if self.data != PHOTOGRAPHS:
+            data = ['lesson.scenes', *WORLDS[self.data].split(), 'DIR:']
+        return ' '.join([*data, *self.words])
 
 
-# What a race starts from. Steps: how many, by our estimate, take as long as those of COSMOS. The rate: of those that
-# `tune`, `tune-again` and `tune-across` tried, the one with which the mean of big and small objects named is highest,
-# over all seeds that tried it. With another pair, COSMOS keeps its rate.
-ON_SCENES = {
-    'clip': Variant('clip-averaged', 64, 1684, 2.5e-4),
-    'no-cross-attention': Variant('no-cross-attention', 32, 1150, 1e-3),
-    'another-pair': Variant('another-pair', 32, 1000, 1e-3),
-    'across': Variant('across', 32, 1000, 1e-3),
-    'two-terms': Variant('two-terms', 32, 1000, 1e-3),
-    'cosmos': Variant('cosmos', 32, 1000, 1e-3)}
-# The rate: the one with the best R@10 on the validation photographs, averaged over both directions. For CLIP it is the
-# same with many steps and with few.
-ON_PHOTOGRAPHS = {
-    'clip': Variant('clip', 64, 2740, 2.5e-4, PHOTOGRAPHS),
-    'clip-aug': Variant('clip-aug', 64, 1840, 2.5e-4, PHOTOGRAPHS),
-    'image-distill': Variant('image-distill', 64, 800, 5e-4, PHOTOGRAPHS),
-    'text-crop': Variant('text-crop', 64, 800, 2e-3, PHOTOGRAPHS),
-    'text-distill': Variant('text-distill', 64, 800, 2e-3, PHOTOGRAPHS),
-    'no-cross-attention': Variant('no-cross-attention', 64, 870, 2e-3, PHOTOGRAPHS),
-    'across': Variant('across', 64, 800, 1e-3, PHOTOGRAPHS),
-    'cosmos': Variant('cosmos', 64, 800, 1e-3, PHOTOGRAPHS)}
-SAME_PAIRS = dict.fromkeys(ON_PHOTOGRAPHS, 800)                 # steps
-# On scenes: as many as 32,000 pairs make, and three times as many as `minutes` has.
-PAIRS = {'clip': 500, 'no-cross-attention': 1000}
-LONGER = {'clip': 5796, 'no-cross-attention': 3450, 'across': 3000, 'another-pair': 3000, 'cosmos': 3000}
+def read_table(text):
+    """-> {experiment: {name: Run}}"""
+    found = {}
+    for line in text.splitlines():
+        if line and not line.startswith('#'):
+            experiments, name, seeds, data, method, batch, steps, rate, *more = line.split()
+            first, last = seeds.split('-')
+            run = Run(range(int(first), int(last) + 1), data, method, batch, steps, rate, more)
+            for experiment in experiments.split(','):
+                found.setdefault(experiment, {})[name] = run
+    return found
 
 
-def race(table, methods, seeds=FIVE, steps={}, **how):
-    """A variant for each method of a table. steps: {method: if they are not those of the table}."""
-    variants = {}
-    for name in methods.split():
-        usual = table[name]
-        variants[name] = usual._replace(steps=steps.get(name, usual.steps), seeds=seeds, **how)
-    return variants
-
-
-def tune(table, tried, steps={}, seeds=range(100, 101), **how):
-    """Which learning rate is best? tried: {method: rates}. These seeds, but for 0, are used for nothing else."""
-    variants = {}
-    for name, usual in race(table, ' '.join(tried), seeds, steps, is_scored=False, **how).items():
-        for rate in map(float, tried[name].split()):
-            variants[f'{name}-{rate:g}'] = usual._replace(rate=rate)
-    return variants
-
-
-def company():
-    """Page 2: trained and tested with a small object alone, beside an equal, beside a big one; then tested alone."""
-    variants = {}
-    for world in 'alone', 'equal', 'big':
-        runs = race(ON_SCENES, 'clip cosmos', world=world, tested=('alone',))
-        variants |= {f'{name}-{world}': variant for name, variant in runs.items()}
-    return variants
-
-
-EXPERIMENTS = {
-    'tune': tune(ON_SCENES, {
-        'clip': '5e-4 2.5e-4 1.25e-4', 'no-cross-attention': '2e-3 1e-3 5e-4',
-        'cosmos': '2e-3 1e-3 5e-4 2.5e-4'}),
-    'tune-again': tune(ON_SCENES, {'clip': '2.5e-4 1.25e-4', 'cosmos': '1e-3 5e-4'}, seeds=range(101, 102)),
-    'tune-pairs': tune(ON_SCENES, {'clip': '1e-3 5e-4 2.5e-4 1.25e-4'}, PAIRS),
-    'tune-longer': tune(ON_SCENES, {
-        'clip': '2.5e-4 1.25e-4', 'no-cross-attention': '1e-3 5e-4', 'across': '1e-3 5e-4',
-        'cosmos': '1e-3 5e-4'}, LONGER, range(1)),
-    'tune-big': tune(ON_SCENES, {'clip': '1e-3 5e-4 2.5e-4 1.25e-4', 'cosmos': '1e-3 5e-4'}, world='big'),
-    'tune-across': tune(ON_SCENES, {'across': '2e-3', 'two-terms': '2e-3 1e-3 5e-4'}) | tune(
-        ON_SCENES, {'across': '1e-3 5e-4'}, seeds=range(100, 102)),
-    'company': company(),
-    'company-size': company(),          # asked when the rows were known, so a family of its own
-    # CLIP gets 15 % more steps than its row says, because with those it took less time than COSMOS.
-    'minutes': race(ON_SCENES, 'cosmos no-cross-attention clip', EIGHT, {'clip': 1932}),
-    'pairs': race(ON_SCENES, 'cosmos no-cross-attention clip', EIGHT, PAIRS),
-    # The last two were undecided after five seeds.
-    'longer': race(ON_SCENES, 'clip', LATER, LONGER) | race(
-        ON_SCENES, 'no-cross-attention cosmos', range(1, 9), LONGER),
-    # Who reads what: from the same pairs (`reading`), in about the same minutes (`across`), in three times the minutes.
-    'reading': race(ON_SCENES, 'cosmos another-pair no-cross-attention across two-terms', EIGHT, PAIRS),
-    'across': race(ON_SCENES, 'cosmos another-pair no-cross-attention across', EIGHT),
-    'longer-reading': race(ON_SCENES, 'cosmos another-pair no-cross-attention across', LATER, LONGER),
-    # What C^I hands over; other seeds, because these runs come from another machine.
-    'handed': race(ON_SCENES, 'cosmos', range(10, 15)),
-    # In `pairs` CLIP makes half as many steps as COSMOS. Does it learn more from as many, of 32 pairs each?
-    'tune-steps': tune(ON_SCENES, {'clip': '1e-3 5e-4 2.5e-4 1.25e-4'}, {'clip': 1000}, batch=32),
-    'steps': race(ON_SCENES, 'cosmos clip', range(10, 15), {'clip': 1000}, batch=32),
-    'photo-tune': tune(ON_PHOTOGRAPHS, {
-        'clip': '2e-3 1e-3 5e-4 2.5e-4 1.25e-4', 'clip-aug': '1e-3 5e-4 2.5e-4 1.25e-4',
-        'no-cross-attention': '4e-3 2e-3 1e-3 5e-4', 'across': '2e-3 1e-3 5e-4',
-        'cosmos': '2e-3 1e-3 5e-4'}),
-    'photo-tune-pairs': tune(ON_PHOTOGRAPHS, {
-        'clip': '1e-3 5e-4 2.5e-4 1.25e-4', 'clip-aug': '1e-3 5e-4 2.5e-4 1.25e-4'}, SAME_PAIRS),
-    'tune-table-5': tune(ON_PHOTOGRAPHS, {
-        'image-distill': '1e-3 5e-4 2.5e-4', 'text-crop': '4e-3 2e-3 1e-3 5e-4',
-        'text-distill': '4e-3 2e-3 1e-3 5e-4'}),
-    'photo-pairs': race(ON_PHOTOGRAPHS, 'clip clip-aug', FIVE, SAME_PAIRS) | race(
-        ON_PHOTOGRAPHS, 'no-cross-attention cosmos', EIGHT, SAME_PAIRS),
-    'photo-minutes': race(ON_PHOTOGRAPHS, 'clip-aug no-cross-attention') | race(
-        ON_PHOTOGRAPHS, 'clip cosmos', EIGHT),
-    'photo-across': race(ON_PHOTOGRAPHS, 'no-cross-attention across cosmos'),
-    'table-5': race(ON_PHOTOGRAPHS, ' '.join(ON_PHOTOGRAPHS), FIVE, SAME_PAIRS),
-    # At the rate of four local crops, with the same four local captions. Four is the default, but is typed, so that
-    # these runs are made together with the others: their times are compared.
-    'local-crops': {f'cosmos-{n}': ON_PHOTOGRAPHS['cosmos']._replace(more=f'--local-crops {n}') for n in (0, 2, 4, 6)},
-    'minor': race(ON_PHOTOGRAPHS, 'cosmos no-cross-attention', FIVE, SAME_PAIRS) | {
-        'clip-pairs': ON_PHOTOGRAPHS['clip']._replace(steps=800), 'clip-minutes': ON_PHOTOGRAPHS['clip']}}
-
-# What is compared: {experiment: {columns: pairs of variants}}. a~b is a minus b, for columns, too. All differences of
-# one experiment are one family. It was fixed before the first row, except `company-size` and LAST; later additions to
-# `reading`, `across` and `longer-reading` only made it harder to decide something.
-NAMED = 'dominant.top1 small.top1'
-R_AT_1 = 'retrieval.image_to_text_R@1'
-# Of 1,000 photographs, R@10 is measured more precisely than R@1.
-R_AT_10 = 'retrieval.image_to_text_R@10 retrieval.text_to_image_R@10'
-# In photo-* we decided to compare these after the runs.
-LAST = 'last.image_to_text_R@10 last.text_to_image_R@10'
-RIVALS = 'cosmos~clip no-cross-attention~clip no-cross-attention~cosmos'
-PHOTO_RIVALS = 'cosmos~clip cosmos~clip-aug cosmos~no-cross-attention no-cross-attention~clip'
-READERS = ('across~cosmos across~no-cross-attention across~another-pair another-pair~cosmos '
-           'another-pair~no-cross-attention no-cross-attention~cosmos')
-COMPARISONS = {
-    'company': {
-        'small.top1':
-            'clip-equal~clip-alone clip-big~clip-equal cosmos-equal~cosmos-alone cosmos-big~cosmos-equal',
-        'alone.small.top1':
-            'clip-big~clip-alone clip-big~clip-equal cosmos-big~cosmos-alone cosmos-big~cosmos-equal'},
-    'company-size': {'small.top1': '(cosmos-big~cosmos-equal)~(clip-big~clip-equal)'},
-    'minutes': {NAMED: RIVALS},
-    'pairs': {NAMED: RIVALS},
-    'steps': {NAMED: 'cosmos~clip'},
-    'longer': {NAMED: RIVALS},
-    'reading': {NAMED: f'{READERS} two-terms~cosmos across~two-terms'},
-    'across': {f'{NAMED} {R_AT_1}': READERS},
-    'longer-reading': {f'{NAMED} {R_AT_1}': READERS},
-    'photo-pairs': {R_AT_10: PHOTO_RIVALS, LAST: 'cosmos~no-cross-attention'},
-    'photo-minutes': {R_AT_10: PHOTO_RIVALS, LAST: 'cosmos~clip cosmos~clip-aug'},
-    'photo-across': {R_AT_10: 'across~cosmos across~no-cross-attention', LAST: 'across~cosmos'},
-    'table-5': {
-        f'{R_AT_10} {LAST}':
-            'clip-aug~clip image-distill~clip-aug text-crop~image-distill text-distill~text-crop cosmos~text-distill '
-            'cosmos~clip'},
-    'local-crops': {f'{R_AT_10} {LAST}': 'cosmos-0~cosmos-4 cosmos-2~cosmos-4 cosmos-6~cosmos-4'},
-    # The third column asks: does COSMOS lift what is minor more than what is dominant?
-    'minor': {
-        'minor.minor.auc minor.dominant.auc minor.minor.auc~minor.dominant.auc':
-            'cosmos~clip-minutes cosmos~clip-pairs cosmos~no-cross-attention'}}
-
-
-def signed(words):
-    """'a~b' -> [('a', 1), ('b', -1)]; '(a~b)~(c~d)' -> [('a', 1), ('b', -1), ('c', -1), ('d', 1)]"""
-    return list(zip(re.findall('[^~()]+', words), (1, -1, -1, 1)))
-
-
-def family(experiment):
-    """-> [(pair of variants, column)]: all that is compared in an experiment."""
-    tests = []
-    for columns, pairs in COMPARISONS.get(experiment, {}).items():
-        for pair in pairs.split():
-            tests += [(pair, column) for column in columns.split()]
-    return tests
-
+EXPERIMENTS = read_table(TABLE)
 
 # --- 3. One run ------------------------------------------------------------------------------------------------------
 
 FOLDER = Path('runs/lesson')
 
 
-def data_command(world, seed, flickr8k):
+def data_command(data, seed, flickr8k):
     """-> the folder of training and held-out data, and the words that make it."""
-    if world == PHOTOGRAPHS:
+    if data == PHOTOGRAPHS:
         path = FOLDER / PHOTOGRAPHS
         listing = flickr8k / 'dataset_flickr8k.json'
         return path, ['-m', 'extras.prepare', 'pack', listing, flickr8k / 'Images', path]
-    path = FOLDER / f'scenes-{world}-{seed}'
-    return path, ['-m', 'lesson.scenes', path, *WORLDS[world].split(), '--seed', seed]
+    path = FOLDER / f'scenes-{data}-{seed}'
+    return path, ['-m', 'lesson.scenes', path, *WORLDS[data].split(), '--seed', seed]
 
 
-def commands(variant, seed, flickr8k):
-    """-> the folder of a run, {what: the words of a command}. 'train' comes first; each of the others writes
-    WHAT.json."""
-    name = f'{variant.world} {variant.method} {variant.steps} {variant.rate} {variant.more} {seed}'
+def commands(run, seed, flickr8k):
+    """-> the folder of a run, and {file: the words of the command that writes it}: the data (the file is their last
+    tar), the networks, the figures."""
+    name = f'{run.data} {run.method} {run.steps} {run.rate} {" ".join(run.more)} {seed}'
     out = FOLDER / re.sub('[ -]+', '-', name)
     best = out / 'best.pt'
     last = out / 'last.pt'
-    shards, _ = data_command(variant.world, seed, flickr8k)
+    shards, making = data_command(run.data, seed, flickr8k)
+    found = {
+        shards / 'val/00000.tar': making,
+        last: [*run.words, '--seed', seed, '--data', shards, '--workers', 0, '--out', out]}
     measure = ['-m', 'lesson.suppression']
-    found = {'train': [*variant.words(), '--seed', seed, '--data', shards, '--workers', 0, '--out', out]}
-    if variant.world != PHOTOGRAPHS:
-        found['scenes'] = [*measure, last, '--shards', shards]
-        for world in variant.tested:
-            other, _ = data_command(world, seed, flickr8k)
-            found[world] = [*measure, last, '--shards', other, '--only', 'objects']
-    elif variant.is_scored:
-        images = ['--karpathy', flickr8k / 'dataset_flickr8k.json', '--images', flickr8k / 'Images']
-        retrieval = ['eval.py', 'retrieval', *images, '--split', 'test']
-        found['retrieval'] = [*retrieval, best]
-        found['last'] = [*retrieval, last]              # does a lead depend on when training stops?
-        found['minor'] = [*measure, best, *images]
-        found['minor_last'] = [*measure, last, *images]
-        method = train.METHODS[variant.method]
-        if method.has_teacher:                          # or on the teacher, which averages weights?
-            found['student'] = [*retrieval, best, '--weights', 'student']
-        if method.has_cross_attention:
-            found['conflict'] = [*measure, best, '--shards', shards]
-    for what, words in found.items():
-        if what != 'train':
-            words += ['--json', out / f'{what}.json']
+    images = ['--karpathy', flickr8k / 'dataset_flickr8k.json', '--images', flickr8k / 'Images']
+    retrieval = ['eval.py', 'retrieval', *images, '--split', 'test']
+    scoring = {}                        # {group of figures: words}
+    if run.data == PHOTOGRAPHS:
+        scoring['retrieval'] = [*retrieval, best]
+        scoring['last'] = [*retrieval, last]            # does a lead depend on when training stops?
+        if METHODS[run.method].has_teacher:             # or on the teacher, which averages weights?
+            scoring['student'] = [*retrieval, best, '--weights', 'student']
+        if METHODS[run.method].has_cross_attention:
+            scoring['conflict'] = [*measure, best, '--shards', shards]
+    else:
+        scoring['scenes'] = [*measure, last, '--shards', shards]
+    if run.data in ('alone', 'equal', 'big'):
+        alone, making = data_command('alone', seed, flickr8k)
+        found[alone / 'val/00000.tar'] = making
+        scoring['alone'] = [*measure, last, '--shards', alone, '--only', 'named']
+    for group, words in scoring.items():
+        path = out / f'{group}.json'
+        found[path] = [*words, '--json', path]
     return out, found
-
-
-def call(words):
-    """Run python with these words, in a process of its own with one thread -> its processor seconds."""
-    alone = os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    whole = [sys.executable, *map(str, words)]
-    process = subprocess.Popen(whole, stdout=subprocess.DEVNULL, env=alone)
-    _, status, usage = os.wait4(process.pid, 0)         # of this process only: two runs are made at once
-    process.returncode = os.waitstatus_to_exitcode(status)
-    need(process.returncode == 0, f'this command failed: {line_of(words)}')
-    return usage.ru_utime + usage.ru_stime
 
 
 def line_of(words):
@@ -357,49 +253,15 @@ def line_of(words):
     return 'OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= ' + shlex.join(['python', *map(str, words)])
 
 
-def make_row(variants, flickr8k, wanted):
-    """Train a run, and return all its figures. wanted: seed, name of a variant."""
-    seed, name = wanted
-    variant = variants[name]
-    out, found = commands(variant, seed, flickr8k)
-    shutil.rmtree(out, ignore_errors=True)              # a run that was interrupted starts anew
-    figures = {'steps': variant.steps, 'pairs': variant.steps * variant.batch}
-    for what, words in found.items():
-        seconds = call(words)
-        if what == 'train':
-            figures |= {'seconds': int(seconds)} | log_figures(out)
-        else:
-            figures |= figures_of(what, read_json(out / f'{what}.json'))
-    return {'run': variant.key(), 'seed': seed} | origin() | flat(figures)
-
-
-def log_figures(out):
-    """The losses of the last batch, each as a share of the loss of a blind guess. And `val`, the figures of the
-    held-out set at the step that best.pt was saved at, which has the best mean R@1."""
-    best = -1
-    for line in (out / 'log.jsonl').read_text().splitlines():
-        entry = json.loads(line)
-        if 'eval' in entry:
-            found = entry['eval']['retrieval']
-            mean = (found['image_to_text_R@1'] + found['text_to_image_R@1']) / 2
-            if mean > best:
-                best = mean
-                figures = {'best_step': entry['step'], 'val': found}
-    losses = {name: entry[name] / entry['chance'] for name in entry['weights']}
-    return {'loss': losses} | figures
-
-
-def figures_of(what, found):
-    """The figures of a command, under the names of the columns. What it wrote about the checkpoint is left out."""
-    for name in Origin._fields:
-        del found[name]
-    if what == 'scenes':
-        return found
-    if what in WORLDS:
-        del found['retrieval']
-    elif len(found) == 1:                               # lesson.suppression names its group of figures
-        [found] = found.values()
-    return {what: found}
+def call(words):
+    """Run python with these words, in a process of its own with one thread -> its processor seconds. NB: they are right
+    only while one process runs at a time."""
+    alone = os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, env=alone)
+    need(done.returncode == 0, f'this command failed: {line_of(words)}')
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def flat(figures, prefix=''):
@@ -408,25 +270,27 @@ def flat(figures, prefix=''):
     for name, value in figures.items():
         if isinstance(value, dict):
             row |= flat(value, f'{prefix}{name}.')
-        else:
+        elif isinstance(value, (int, float)):           # commands also write the name of the checkpoint
             row[prefix + name] = round(value, 4)
     return row
 
 
-# Runs of these commits have equal rows, so an experiment may mix them. (Only R@1 of three long runs moved, by one or
-# two captions of 1,000.) A commit that changes no number joins this list once runs that are made again have shown it.
-EQUAL_COMMITS = ('1d83ab1', '7e3ef2a', '01e2c63', 'bd9b7b1', '965bc15', '96c9c58', '0a9b1b2', '76c4783', '1117868')
-CODE = 'cosmos.py data.py eval.py train.py plumbing lesson/scenes.py lesson/suppression.py'
-
-
-def origin():
-    """The last commit that changed the code of a run, and the machine. NB: edits that are not committed go unnoticed,
-    and so do edits of this file; if you change a method of section 1, give it another name."""
-    # Linux says more than `platform`.
-    line = subprocess.getoutput('grep -sm1 "model name" /proc/cpuinfo')
-    name = line.partition(': ')[2] or platform.processor()
-    return {'commit': subprocess.getoutput(f'git log -1 --format=%h -- {CODE}'),
-            'machine': f'{name}, {os.cpu_count()} cores'}
+def make_row(run, seed, flickr8k):
+    """Train a run and score it -> its row."""
+    out, found = commands(run, seed, flickr8k)
+    shutil.rmtree(out, ignore_errors=True)              # a run that was interrupted starts anew
+    row = {'run': run.key, 'seed': seed}
+    for path, words in found.items():
+        if path.exists():                               # data that another run has made
+            continue
+        seconds = call(words)
+        if path.name == 'last.pt':
+            row['seconds'] = int(seconds)
+        if path.suffix == '.json':
+            # lesson.suppression names the groups of its figures itself
+            prefix = '' if path.stem in ('scenes', 'conflict') else f'{path.stem}.'
+            row |= flat(read_json(path), prefix)
+    return row
 
 
 # --- 4. Many runs ----------------------------------------------------------------------------------------------------
@@ -440,40 +304,11 @@ def read_results():
     return {(row['run'], int(row['seed'])): row for row in rows}
 
 
-def add_result(row):
-    """Add a row. If the run has one, only the columns that it lacks are filled, and a figure that differs is a warning.
-    There may be new columns, so the file is written anew, whole or not at all."""
-    rows = read_results()
-    old = rows.setdefault((row['run'], int(row['seed'])), {})
-    for column, value in row.items():
-        if not old.get(column):
-            old[column] = value
-        elif old[column] != str(value) and column not in ('seconds', 'commit', 'machine'):
-            warn(f'{column} stays {old[column]}, although it is now {value}: seed {row["seed"]} of {row["run"]}')
-    columns = {}
-    for each in rows.values():
-        columns |= each
-    with replacing(RESULTS) as temporary, open(temporary, 'w') as file:
-        writer = csv.DictWriter(file, columns, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows.values())
-
-
-def missing_runs(experiment):
-    """-> [(seed, name of a variant)] of the runs that have no row, or one that lacks a column that is compared. Sorted
-    by seed, so that all variants get their first seed first."""
-    needed = {name: {'run'} for name in EXPERIMENTS[experiment]}        # columns
-    for pair, compared in family(experiment):
-        for name, _ in signed(pair):
-            needed[name].update(column for column, _ in signed(compared))
-    rows = read_results()
-    missing = []
-    for name, variant in EXPERIMENTS[experiment].items():
-        for seed in variant.seeds:
-            row = rows.get((variant.key(), seed), {})
-            if not all(row.get(column) for column in needed[name]):
-                missing.append((seed, name))
-    return sorted(missing, key=lambda wanted: wanted[0])
+def append_result(row):
+    """Of a row only the columns of the file are written."""
+    columns = RESULTS.read_text().splitlines()[0].split(',')
+    with open(RESULTS, 'a', newline='') as file:
+        csv.DictWriter(file, columns, extrasaction='ignore', lineterminator='\n').writerow(row)
 
 
 def main():
@@ -485,30 +320,21 @@ def main():
     parser.add_argument('--flickr8k', type=Path, default='flickr8k',
                         help='folder with dataset_flickr8k.json and Images/ (%(default)s)')
     args = parser.parse_args()
-    variants = EXPERIMENTS[args.experiment]
+    runs = EXPERIMENTS[args.experiment]
+    wanted = sorted((seed, name) for name, run in runs.items() for seed in run.seeds)
     if args.print:
-        wanted = [(seed, name) for name, variant in variants.items() for seed in variant.seeds]
-    else:
-        wanted = missing_runs(args.experiment)
-        print(f'{len(wanted)} runs have no row in {RESULTS}, or not all of it')
-    data = {}                           # {folder: the words that make it}
-    for seed, name in wanted:
-        for world in (variants[name].world, *variants[name].tested):
-            path, words = data_command(world, seed, args.flickr8k)
-            data[path] = words
-    if args.print:
-        print(*map(line_of, data.values()), sep='\n')
+        lines = []
         for seed, name in wanted:
-            _, found = commands(variants[name], seed, args.flickr8k)
-            print(f'# {name}, seed {seed}\n' + ' && '.join(map(line_of, found.values())))
+            _, found = commands(runs[name], seed, args.flickr8k)
+            lines += [f'# {name}, seed {seed}', *map(line_of, found.values())]
+        print(*dict.fromkeys(lines), sep='\n')          # once, what makes data that runs share
         return
-    for path, words in data.items():                    # now, before two runs need the same folder
-        if not (path / 'val/00000.tar').exists():       # written last
-            call(words)
-    with ThreadPoolExecutor(2) as pool:
-        for row in pool.map(partial(make_row, variants, args.flickr8k), wanted):
+    for seed, name in wanted:
+        run = runs[name]
+        if (run.key, seed) not in read_results():
+            row = make_row(run, seed, args.flickr8k)
             show(row)
-            add_result(row)
+            append_result(row)
 
 
 if __name__ == '__main__':

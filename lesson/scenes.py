@@ -114,13 +114,10 @@ def draw_things(rng, world):
     """-> the objects of a scene, the dominant one first, still without places."""
     shapes = rng.sample(list(SHAPES), world.objects)
     colors = rng.choices(list(COLORS), k=world.objects)
-    things = []
-    role = 'dominant'
-    size = world.dominant_size
-    for shape, color in zip(shapes, colors):
-        things.append(Thing(shape, color, role, round((SIZE * size) ** 2)))
-        role = 'small'
-        size = SMALL_SIZE
+    small = round((SIZE * SMALL_SIZE) ** 2)
+    things = [Thing(shape, color, 'small', small) for shape, color in zip(shapes, colors)]
+    things[0].role = 'dominant'
+    things[0].area = round((SIZE * world.dominant_size) ** 2)
     return things
 
 
@@ -192,10 +189,8 @@ def training_captions(rng, things, shown):
 
 def held_out_caption(rng, shown):
     """A sentence about every object, in random order, so the first need not be about the dominant one."""
-    sentences = []
-    for thing in rng.sample(shown, len(shown)):
-        sentences.append(rng.choice(FORMS).format(thing.name))
-    return '. '.join(sentences)
+    in_any_order = rng.sample(shown, len(shown))
+    return '. '.join(rng.choice(FORMS).format(thing.name) for thing in in_any_order)
 
 
 # --- 4. Scenes and sets ----------------------------------------------------------------------------------------------
@@ -225,10 +220,7 @@ def draw_scene(world, split, index):
     for number, thing in enumerate(shown, 1):
         pixels[mask == number] = ImageColor.getrgb(COLORS[thing.color])
         objects.append({
-            'name': thing.name,
-            'role': thing.role,
-            'area': thing.area,
-            'centre': thing.centre,
+            'name': thing.name, 'role': thing.role, 'area': thing.area, 'centre': thing.centre,
             'absent': [f'{thing.color} {shape}' for shape in absent]})
     # Make the whole image brighter or darker. Otherwise, in an image made smaller, counting the blended colours of
     # edges would give shapes away.
