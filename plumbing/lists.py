@@ -66,16 +66,13 @@ def with_owners(pools, name):
 
 # --- 3. Rows of any table --------------------------------------------------------------------------------------------
 
-def karpathy_rows(listing):
-    """Karpathy's dataset_coco.json and the like -> [(split, name of an image, its captions), ...]."""
-    rows = []
-    for image in listing['images']:
-        name = image['filename']
-        if image.get('filepath'):       # COCO's images lie in two folders
-            name = f"{image['filepath']}/{name}"
-        captions = [sentence['raw'] for sentence in image['sentences']]
-        rows.append((image['split'], name, captions))
-    return rows
+def karpathy_row(image):
+    """An image of Karpathy's dataset_coco.json and the like -> row."""
+    name = image['filename']
+    if image.get('filepath'):           # COCO's images lie in two folders
+        name = f"{image['filepath']}/{name}"
+    captions = [sentence['raw'] for sentence in image['sentences']]
+    return {'image': name, 'captions': captions, SPLIT: image['split']}
 
 
 def rows_of_json(text):
@@ -99,8 +96,7 @@ def rows_of_json(text):
         images = whole['images']
         return [{'image': image['file_name'], 'caption': captions[image['id']]} for image in images]
     if 'images' in whole and 'captions' not in whole:       # Karpathy's list
-        rows = karpathy_rows(whole)
-        return [{'image': name, 'captions': captions, SPLIT: split} for split, name, captions in rows]
+        return [karpathy_row(image) for image in whole['images']]
     if all(isinstance(value, dict) for value in whole.values()):
         return list(whole.values())
     return values                                           # JSON lines with one line
