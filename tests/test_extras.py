@@ -657,10 +657,11 @@ def unpacked(text, *shape):
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), np.int16) / 32767).view(shape)
 
 
-def test_the_watcher(tmp_path, capsys):
-    """oracle: by hand, the steps on the page (without --val the first and the last), the line at the end, and
-    eval.json, to which it adds no figures. Runs without it have the same weights, bit for bit. It does not import
-    train.py, which hands it over, a second time."""
+def test_the_watcher(tmp_path, capsys, monkeypatch):
+    """oracle: by hand, the steps on the page (without --val the first and the last), how many images it shows, the line
+    at the end, and eval.json, to which it adds no figures. Runs without it have the same weights, bit for bit. It does
+    not import train.py, which hands it over, a second time."""
+    monkeypatch.setattr(report, 'SHOWN', 2)
     students = []
     for name, options in {'val': {}, 'no val': {'val': False}, 'nobody': {'watchers': ()}}.items():
         folder = tmp_path / name.replace(' ', '-')
@@ -670,6 +671,7 @@ def test_the_watcher(tmp_path, capsys):
     [page] = runs_on_page(tmp_path / 'val')
     for kind in 'batch', 'texts':
         assert [kept['step'] for kept in page['maps'][kind]] == [0, 2, 4]
+    assert len(page['maps']['held out']) == len(page['maps']['texts'][0]['images']) == 2
     with ZipFile(tmp_path / 'val/maps.npz') as archive:
         assert len(archive.namelist()) == len(set(archive.namelist())) == 2 + 3 + 3     # none is kept twice
     assert page['eval'].keys() == {'steps', 'seconds', 'retrieval'}
@@ -750,39 +752,9 @@ def test_the_page_says_what_eval_says(tmp_path, method):
         assert_close(maps[k], patches.flatten().double(), rtol=0, atol=1e-4)
 
 
-def test_an_evaluation_reads_and_writes_only_what_it_shows(tmp_path, monkeypatch):
-    """oracle: by hand, the pairs that are read, twice, if two of three are shown; the file, which is the same one, although
-    torn once, and the names in it. A part that is written again counts, and no warning is printed."""
-    model, tokenizer, _ = speller()
-    val = three_pairs(tmp_path)
-    run = SimpleNamespace(folder=tmp_path, step=5, model=model, processes=SimpleNamespace(device=torch.device('cpu')),
-                          train_set=SimpleNamespace(tokenizer=tokenizer))
-    watcher = report.Report()
-    watcher.has_kept_images = False                         # as `begin` sets it
-    monkeypatch.setattr(watcher, 'keep_step', print)
-    monkeypatch.setattr(report, 'SHOWN', 2)
-    monkeypatch.setattr(val, 'record', lambda i: read.append(i) or RECORD)
-    read = []
-    path = tmp_path / 'maps.npz'
-    report.keep(tmp_path, 'start', 'early')
-    path.write_bytes(path.read_bytes()[:60])
-    file = path.stat().st_ino
-    for step in 5, 6, 6:
-        run.step = step
-        with warnings.catch_warnings():
-            warnings.simplefilter('error')
-            assert watcher.evaluated(run, val, torch.ones(3, model.config.embed_dim)) == {}
-    assert read == [0, 1] * 6 and path.stat().st_ino == file
-    with ZipFile(path) as archive:
-        assert archive.namelist() == ['held out.npy'] + [f'texts 00000000{step}.npy' for step in (5, 6, 6)]
-    report.keep(tmp_path, 'start', 'late')
-    report.keep(tmp_path, 'start', 'later')
-    assert report.read_maps(path)['start'] == 'later'
-
-
 def test_partial_runs_give_a_page(tmp_path):
-    """oracle: Crops itself; by hand, what the page has of a killed run in which a pair is broken and files are torn.
-    The error of a bug keeps its type."""
+    """oracle: Crops itself; by hand, what the page has of a killed run in which a pair is broken and files are torn. A
+    part that is written again counts. The error of a bug keeps its type."""
     model, tokenizer, _ = speller()
     crops = data.Crops(three_pairs(tmp_path, b'no image'), tokenizer, MICRO, seed=0)
     started = SimpleNamespace(train_set=crops, folder=tmp_path, step=0, student=model, teacher=None,
@@ -797,8 +769,13 @@ def test_partial_runs_give_a_page(tmp_path):
     # If a step was logged twice, the last entry counts, and adds to what was logged before.
     assert str(killed['log']) == "[{'step': 3}, {'step': 9, 'a': 2, 'b': nan}]"
     assert 'missing' in killed['config'] and 'missing' in killed['eval'] and 'held out' not in killed['maps']
-    put(tmp_path / 'maps.npz', (tmp_path / 'maps.npz').read_bytes()[:500])
+    maps = put(tmp_path / 'maps.npz', (tmp_path / 'maps.npz').read_bytes()[:500])
     assert 'missing' in runs_on_page(tmp_path)[0]['maps']
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for part in 'late', 'later':                        # behind what is torn
+            report.keep(tmp_path, 'start', part)
+    assert report.read_maps(maps)['start'] == 'later'
     refused('absent holds no run', report.write, [tmp_path / 'absent'])
     crops.kinds = None
     with pytest.raises(TypeError):
