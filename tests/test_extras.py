@@ -103,7 +103,9 @@ def test_pack(tmp_path, images, capsys):
     run(prepare, *arguments)
     assert pools(out) == DOGS
     assert data.Shards(out).image(1) == picture('PNG')
-    assert 'out holds 2 of the 4 images listed\n' in capsys.readouterr().out
+    prepare.name_left_out(12 * ['a'])
+    printed = capsys.readouterr()
+    assert 'out holds 2 of the 4 images listed\n' in printed.out and 'left out   2 more\n' in printed.err
     refused('out exists; name a new folder', run, prepare, *arguments)
 
 

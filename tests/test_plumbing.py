@@ -363,6 +363,7 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
     info.size = -1000                                   # would send tarfile back again and again
     header = info.tobuf(tarfile.GNU_FORMAT)[-512:]
     check(raw[:start] + header + raw[start + 512:], '01')
+    assert len(Shards(put(path, raw[:text.offset_data + text.size]))) == 3      # cut off just behind a member
     path.write_bytes(raw[:600])                         # the first member is cut off
     refused('no readable tar', Shards, path)
     assert 'a.tar is damaged, or is not a tar; only what could be read is used' in capsys.readouterr().err
