@@ -107,8 +107,9 @@ def records_by_image(rows, path, image_column=None, caption_column=None):
             record['caption'] = texts[0]
         # If it is the image's first row, this only turns its captions into lists.
         add_captions(records.setdefault(name, record), record)
-    need(any(map(caption_pool, records.values())), f'{path} has no captions under a name known here; its '
-         f"columns are {', '.join(columns)}: give that of the captions with --caption-column")
+    need(any(map(caption_pool, records.values())),
+         f"{path} has no captions under a name known here; its columns are {', '.join(columns)}: "
+         'give that of the captions with --caption-column')
     return records
 
 
@@ -173,8 +174,9 @@ def divide(records, rows, out, val):
             half = ''
         if half is not None:
             sides[half].append(record)
-    need(not val or len(sides) == 2, f'--val {val} of the {len(records)} images in {rows} would leave '
-         f'{out}/train or {out}/val empty; give another share')
+    need(not val or len(sides) == 2,
+         f'--val {val} of the {len(records)} images in {rows} would leave {out}/train or {out}/val '
+         'empty; give another share')
     if splits:
         counts = ', '.join(f'{n:,} {split}' for split, n in splits.items())
         print(f'splits     {counts}; train and restval go to {out}/train, val to {out}/val')

@@ -80,7 +80,8 @@ def read_weights(path):
             with reading(path):
                 return load_file(path)
         except SafetensorError as error:
-            raise Refused(f'{path} is torn, or no safetensors file ({error}); fetch it again') from None
+            raise Refused(f'{path} is torn, or no safetensors file ({error}); '
+                          'fetch it again') from None
     saved = read_checkpoint(path)
     return saved.get('state_dict', saved)
 

@@ -58,7 +58,7 @@ def folder_set(folder, preprocess):
     need(not are_splits, f"{folder} holds the splits {', '.join(classes)}; give one of them")
     is_numbered = all(name.isdecimal() for name in classes)
     need(not is_numbered or classes == sorted(classes, key=int),
-         f'the folders of {folder} are numbered, and 10 comes before 2; rename them with leading zeros')
+         f'the folders of {folder} are numbered, but 10 comes before 2; add leading zeros')
     return source
 
 
