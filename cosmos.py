@@ -319,7 +319,8 @@ def nce(queries, keys, scale):
         return cross_entropy(queries, keys, scale)
     # ours: we do not keep so many logits, because with 4,096 pairs on one GPU the ten L_nce of a step would need 11 GB
     # for them. The backward pass recomputes them, one L_nce at a time.
-    return checkpoint(cross_entropy, queries, keys, scale, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(cross_entropy, queries, keys, scale,
+                      use_reentrant=False, preserve_rng_state=False)
 
 
 def match(a, b, scale):
@@ -590,8 +591,10 @@ class Transformer(nn.Module):
         """
         *blocks, last = self.resblocks
         for block in blocks:
-            if self.grad_checkpointing:     # a block draws no random numbers, so their state need not be kept
-                x = checkpoint(block, x, self.causal, use_reentrant=False, preserve_rng_state=False)
+            # A block draws no random numbers, so their state need not be kept.
+            if self.grad_checkpointing:
+                x = checkpoint(block, x, self.causal,
+                               use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, self.causal)
         return last(x, self.causal, row)
@@ -632,7 +635,7 @@ class Block(nn.Module):
             query = pick(context, row)                                  # (n, 1, W)
             mask = None
             if causal:
-                keys = torch.arange(context.shape[1], device=x.device)
+                keys = torch.arange(context.shape[1], device=row.device)
                 mask = (keys <= row[:, None])[:, None, None]            # (n, 1, 1, R)
             x = x + self.attn(query, context, mask)
         return x + self.mlp(self.ln_2(x))
@@ -663,7 +666,7 @@ class Attention(nn.MultiheadAttention):
         if q.device.type in ('cpu', 'mps'):
             if causal:
                 R = k.shape[2]
-                mask = q.new_ones(R, R, dtype=torch.bool).tril()        # True where a row may look
+                mask = k.new_ones(R, R, dtype=torch.bool).tril()        # True where a row may look
             x = attention_weights(q, k, mask) @ v
         else:       # the flash kernel takes no mask, but knows the causal one
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)

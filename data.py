@@ -58,7 +58,8 @@ def text_crops(pool, rng, global_texts, local_texts):
 def draw_sentences(pool, count, rng):
     """A random sample of the pool. A pool that is too small is repeated whole, in its own order, as often as it fits,
     and a sample makes up the rest. So a pool of one sentence gives global captions such as 'red kettle. red kettle. red
-    kettle', as released. Text crops add nothing then: give longer captions, or train with --method clip."""
+    kettle', as released, with --method clip, too. Text crops add nothing then, so give longer captions, or train with
+    --method clip, which takes less time."""
     if count <= len(pool):
         return rng.sample(pool, count)
     repeats, rest = divmod(count, len(pool))

@@ -37,7 +37,7 @@ def number_type(kind, words, least, most=float('inf')):
 
 positive = number_type(int, 'a whole number of 1 or more', 1)
 count = number_type(int, 'a whole number of 0 or more', 0)
-seed = number_type(int, 'a whole number from 0 to 2^64 - 1', 0, 2 ** 64 - 1)       # what torch takes
+seed = number_type(int, 'a whole number from 0 to 2^64 - 1', 0, 2 ** 64 - 1)   # as in torch
 share = number_type(float, 'a number from 0 to 1', 0, 1)
 amount = number_type(float, 'a number of 0 or more', 0, sys.float_info.max)
 above_zero = number_type(float, 'a number above 0', sys.float_info.min, sys.float_info.max)
@@ -78,7 +78,8 @@ def add_training(parser, presets, methods):
     add('--lr-end', type=share, help='final rate as a share of --lr')
     add('--warmup', type=count, help='steps of linear warm-up (at most a tenth of the run)')
     add('--wd', type=amount, help='weight decay, of matrices only')
-    add('--momentum', type=share, help="lambda, the teacher's momentum (with --init at most 1 - 3.9 / steps)")
+    add('--momentum', type=share,
+        help="lambda, the teacher's momentum (with --init at most 1 - 3.9 / steps)")
     add('--momentum-ramp', type=count, help='R: lambda at step s is at most s / (s + R)')
     add('--clip-grad', type=amount, default=0.0, help='largest norm of the gradient; 0: no limit')
     add('--seed', type=seed, default=0, help='seed of everything random (%(default)s)')
@@ -186,8 +187,8 @@ def fill_in(options, recipe, pairs, parts, saved):
         # left at the end.
         options.momentum = min(recipe['momentum'], max(0.0, 1 - 3.9 / options.steps))
         if options.momentum < recipe['momentum']:
-            note(f"--momentum is {options.momentum:.4g}, not {recipe['momentum']}, because in {options.steps} steps the "
-                 'teacher could not leave the weights of --init behind')
+            note(f"--momentum is {options.momentum:.4g}, not {recipe['momentum']}, because in "
+                 f'{options.steps} steps the teacher could not leave the weights of --init behind')
 
 
 # --- 3. eval.py, and other commands on a checkpoint ------------------------------------------------------------------

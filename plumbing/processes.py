@@ -15,7 +15,7 @@ import torch.distributed as dist
 from plumbing.errors import need
 
 DEVICES = 'auto', 'cuda', 'mps', 'cpu'
-# nccl ends a process that waits longer for the others.
+# A process that waits longer than this for the others, in a step, ends.
 TIMEOUT = timedelta(minutes=30)
 DTYPES = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}           # None: no autocast
 

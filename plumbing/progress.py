@@ -52,7 +52,8 @@ class Progress:
     def reason_to_fail(self, step, folder):
         """A sentence if too many pairs are bad, or if too many steps in a row are broken; otherwise None."""
         if self.bad > max(0.05 * self.seen, 10):
-            return (f'over 5 % of the pairs cannot be read ({self.bad:.0f} of {self.seen + self.bad:.0f}); '
+            read = self.seen + self.bad         # for each bad one another pair was read
+            return (f'over 5 % of the pairs cannot be read ({self.bad:.0f} of {read:.0f}); '
                     'see the lines above, and python -m extras.prepare inspect')
         if self.broken == MOST_BROKEN:
             return (f'the gradients of {MOST_BROKEN} steps in a row, up to step {step}, were not finite; they '

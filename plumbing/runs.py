@@ -67,8 +67,8 @@ def choose_pool(shards, name):
     shards.caption_keys = keys.split(',')
     pools = first_pools(shards)
     need(pools.count([]) <= len(pools) / 2,
-         f'--caption-pool {name} takes {keys} of DreamLIP, but {pools.count([])} of the first {len(pools)} pairs of '
-         '--data have none; leave it out, or give --caption-keys in its place')
+         f'--caption-pool {name} takes {keys} of DreamLIP, but {pools.count([])} of the first '
+         f'{len(pools)} pairs of --data have none; leave it out, or give --caption-keys in its place')
 
 
 def print_notes(shards, val, captions):
@@ -76,8 +76,9 @@ def print_notes(shards, val, captions):
     sizes = [len(pool) for pool in first_pools(shards)]
     single = sizes.count(1)
     if captions > 1 and single > len(sizes) / 2:
-        note(f'most pairs have one sentence ({single} of the first {len(sizes)}), so text crops repeat it, up to five '
-             'times in a caption, and add nothing; give --method clip, or longer captions; see docs/own-data.md')
+        note(f'most pairs have one sentence ({single} of the first {len(sizes)}), '
+             'so text crops repeat it, up to five times in a caption, and add nothing; '
+             'give --method clip, or longer captions; see docs/own-data.md')
     if val is None:
         note('nothing is held out, so overfitting cannot be seen; '
              'python -m extras.prepare pack --val 0.1 holds a tenth out')
@@ -184,8 +185,9 @@ def memory_needed():
     try:
         yield
     except torch.OutOfMemoryError:
-        raise Refused('the GPU has too little memory for this run; give --accum with more parts, --grad-checkpoint, or '
-                      'in a new run a smaller --batch; --resume goes on from the last save') from None
+        raise Refused('the GPU has too little memory for this run; give --accum with more parts, '
+                      '--grad-checkpoint, or in a new run a smaller --batch; '
+                      '--resume goes on from the last save') from None
 
 
 # --- 3. Saving -------------------------------------------------------------------------------------------------------
@@ -261,12 +263,14 @@ def read_last(folder, resume):
         if best.exists():
             state = read_checkpoint(best, mmap=True)
             # Only train.py's have a score. Another one may be imported, and this run would write its own over it.
-            need('score' in state and state['step'] == 0, f'{folder} holds a best.pt but no last.pt; {start_anew}')
+            left_over = 'score' in state and state['step'] == 0
+            need(left_over, f'{folder} holds a best.pt but no last.pt; {start_anew}')
         return {}
     need(resume, f'{folder} holds a run; give --resume to go on from its last.pt, or another --out')
     # The loaders are forked after this, and keep for the whole run what was read before. So nothing but plain values is
     # read here; `restore` reads the tensors.
-    saved = read_checkpoint(last, start_anew if best.exists() else 'remove it to start anew', mmap=True)
+    remedy = start_anew if best.exists() else 'remove it to start anew'
+    saved = read_checkpoint(last, remedy, mmap=True)
     for name in 'student', 'teacher', 'optimizer':
         saved.pop(name, None)
     need('same' in saved, f'{last} holds no run to resume; to start from its weights give --init')

@@ -45,7 +45,14 @@ def test_text_crops_are_drawn_in_random_order():
     assert lengths == {1, 2, 3, 4, 5} and in_order < 5
     crops = data.text_crops(['a', 'b'], rng, 0, 5)
     assert crops[:4] == ['a', 'b', 'a', 'b']            # whole repeats, then a random rest
+    assert '. '.join(5 * ['red kettle']) in data.text_crops(['red kettle'], rng, 50, 0)     # as released
     assert {''.join(data.text_crops(['a', 'b'], rng, 0, 2)) for _ in range(20)} == {'ab', 'ba'}
+
+
+@pytest.mark.parametrize('counts', [Counts(1, 2), Counts(GLOBALS + 1, 0)])
+def test_globals_are_what_the_losses_take_for_globals(counts):
+    """oracle: the refusal: L_CLIP would take the first local for a global, or leave a global out."""
+    refused(f'{counts[0]} global and {counts[1]} local images are refused, because', Crops, None, WORDS, MICRO, 0, counts)
 
 
 # --- Image crops, and how colours are drawn --------------------------------------------------------------------------

@@ -150,7 +150,11 @@ REFUSED = {         # flags: what their sentence must say
     '--data empty/page': 'page: no readable tar of images',
     '--batch 9 --accum 2': '--batch 9 cannot be cut into 2 parts',
     '--data wordless.tar': 'wordless.tar.*no usable caption .*--caption-keys',
-    '--vocab empty/page': 'page .* not CLIP.* --vocab learn',
+    '--vocab empty/page': 'page is not CLIP[^;]*; perhaps a .*page.; give the file at .* --vocab learn',
+    '--seed 18446744073709551616': '--seed: 18446744073709551616 is not a whole number from 0 to',
+    '--quick-gelu': '--quick-gelu says how .*; give --init, too',
+    '--caption-pool raw': 'raw takes raw_caption of DreamLIP, but 20 of the first 20 pairs .* none; leave it out, or give',
+    '--caption-keys a --caption-pool raw': 'argument --caption-pool: not allowed with argument --caption-keys; see prog',
     '--init none.pt': 'none.pt does not exist',
     '--init other.pt': 'other.pt is neither a checkpoint of train.py, .*its keys: weights.* extras.weights import other.pt'}
 
@@ -200,15 +204,23 @@ def test_numbers_of_options():
 
 
 def test_a_best_is_a_run(tmp_path):
-    """oracle: the rule for a folder without last.pt: a best.pt is a run, but not one of step 0."""
+    """oracle: the rule for a folder without last.pt: a best.pt is a run, unless it is train.py's and of step 0. The way
+    out of a torn last.pt is a new run, from the weights of best.pt if it is there."""
     best = tmp_path / 'best.pt'
+    start_anew = f'; give another --out, and --init {best} to start from its weights'
     for resume in False, True:
         assert runs.read_last(tmp_path, resume) == {}
-        torch.save({'step': 0}, best)
+        torch.save({'step': 0, 'score': 0.0}, best)
         assert runs.read_last(tmp_path, resume) == {}
-        torch.save({'step': 1}, best)
-        refused(f'{tmp_path} holds a run; give --resume to go on from its last.pt, or', runs.read_last, tmp_path, resume)
+        for state in {'step': 1, 'score': 0.0}, {'step': 0}:            # the second was imported
+            torch.save(state, best)
+            refused(f'{tmp_path} holds a best.pt but no last.pt{start_anew}', runs.read_last, tmp_path, resume)
         best.unlink()
+    last = put(tmp_path / 'last.pt', 'torn')
+    refused('last.pt is not a checkpoint .*; remove it to start anew$', runs.read_last, tmp_path, True)
+    torch.save({'step': 1}, best)
+    refused(f'last.pt is not a checkpoint .*{start_anew}$', runs.read_last, tmp_path, True)
+    last.unlink()
     put(best, 'broken')                 # and yet somebody's
     refused('best.pt is not a checkpoint', runs.read_last, tmp_path, False)
 
