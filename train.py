@@ -16,8 +16,8 @@ Read `train_step` in section 3 first, which is the method, then `main` in sectio
 that come presets and methods, sections 1 and 2, and last the set-up, section 4, whose order is that of `set_up`.
 lesson/onepage.py trains the same way on one page, without options, checkpoints or several GPUs. You can skip what comes
 from plumbing/: `training_options` (the command line), `Processes` (the ranks: their device, sums and broadcasts over
-them, how they end), `runs` (the folder of a run: checkpoints, log, resuming) and `Progress` (what is counted between two
-log entries, and since the process started).
+them, how they end), `runs` (the folder of a run: checkpoints, log, resuming) and `Progress` (what is counted since the
+process started, and since the last log entry).
 """
 import os
 
@@ -148,8 +148,8 @@ def across_terms(out, cls_t, eot_t, scale):
 
 
 class Method(NamedTuple):
-    """A row of Table 5, or one of ours: what the student sees, and what it learns in addition to L_CLIP. The defaults are
-    those of the table's first row."""
+    """A row of Table 5, or one of ours: what the student sees, and what it learns in addition to L_CLIP. The defaults
+    are those of the table's first row."""
     terms: Callable = no_terms          # one of the functions above, or cosmos_terms
     global_images: int = 1
     crop_min: float = 0.9               # smallest share of the image in a global crop
@@ -171,9 +171,9 @@ def add_method(name, above, **what):
     METHODS[name] = METHODS[above]._replace(**what)
 
 
-# Only the rows clip and cosmos can be found in the released code, where clip uses open_clip's default crop and no colour
-# jitter (transform.py:66). The others are our reading of the table's labels. In the paper the first three score far
-# below the CLIP of its Table 1, so they were probably trained on raw captions only (--caption-pool raw).
+# Only the rows clip and cosmos can be found in the released code, where clip uses open_clip's default crop and no
+# colour jitter (transform.py:66). The others are our reading of the table's labels. In the paper the first three score
+# far below the CLIP of its Table 1, so they were probably trained on raw captions only (--caption-pool raw).
 add_method('clip-aug', 'clip', global_images=GLOBALS, crop_min=0.4, keeps_colours=False)
 add_method('image-distill', 'clip-aug', has_local_images=True, has_teacher=True, terms=image_terms)
 add_method('text-crop', 'image-distill', has_text_crops=True)
@@ -425,9 +425,9 @@ def make_run(options, processes, train_set, step, weights):
     dtype = choose_dtype(options.precision, device)
     order = data.Order(len(train_set.shards), options.batch, step, options.steps,
                        options.seed, processes.rank, processes.world)
-    # The loader forks its workers, and a fork may hang once nccl is up, which DDP starts. So the workers start here, and
-    # what was broadcast before went over gloo. Evaluations fork later, but their loaders end with an error if a worker
-    # hangs. multiple: half precision is faster if the length of captions is one of 8. C^T reads caption 0's padding.
+    # The loader forks its workers, and a fork may hang once nccl is up. DDP starts nccl, so it comes last; what was
+    # broadcast before went over gloo. Evaluations fork later, but their loaders end with an error if a worker hangs.
+    # multiple: half precision is faster if the length of captions is one of 8. C^T reads caption 0's padding.
     batches = iter(data.loader(train_set, order, options.workers, device,
                                multiple=8 if dtype else 1, whole_first=method.has_cross_attention))
     torch.manual_seed(options.seed)                     # all ranks start from the same weights
@@ -484,13 +484,13 @@ def main(argv=None, watchers=(), built_in_set=None):
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
     with bar, runs.memory_needed(), signals_caught() as signals:
-        # Each turn does what is due after run.step steps and then, unless it is the last turn, takes a step.
+        # A turn more than steps: each does what is due after run.step steps and then, but for the last, takes a step.
         # NB: ranks log, evaluate and stop together. If one decides differently, the others hang. So base decisions on
         # what all ranks share: the step, the options, figures, and progress, except its timings. Only rank 0 saves, so
         # saving may depend on the clock.
         while True:
             is_last = run.step >= options.steps
-            # After a signal the run is saved, so that it can be resumed. It is not evaluated, unless all steps are done.
+            # After a signal the run is saved, so that it can be resumed. It is evaluated only if all steps are taken.
             is_stopped = progress.signals > 0 and not is_last
             # Step 0 is a multiple, too, and shows what the networks know before this training.
             in_between = options.val and is_multiple(run.step, options.eval_every)

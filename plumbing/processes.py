@@ -99,9 +99,9 @@ class Processes:
 
     def leave(self, status):
         """End the process. status: a number or, as for sys.exit, a sentence that says what went wrong. If there are
-        several processes, each waits here until all have come, because torchrun ends all when one has failed, and rank 0
-        may still be saving. NB: os._exit, because sys.exit may hang: it frees DDP, which holds the GIL and waits for
-        gloo's thread, which may be waiting for the GIL."""
+        several processes, each waits here until all have come, because torchrun ends all when one has failed, while
+        rank 0 may still be saving. NB: os._exit, because sys.exit may hang: it frees DDP, which holds the GIL and waits
+        for gloo's thread, which may be waiting for the GIL."""
         if self.patient is None:
             sys.exit(status)
         if isinstance(status, str):

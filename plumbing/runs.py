@@ -1,6 +1,6 @@
-"""A run's folder: how a run begins and ends in it, its checkpoints, its log, and how a stopped run is resumed. No random
-state is saved, because every random number is a function of the seed and of either the step or the epoch and the pair.
-`run` is a train.Run."""
+"""A run's folder: how a run begins and ends in it, its checkpoints, its log, and how a stopped run is resumed. No
+random state is saved, because every random number is a function of the seed and of either the step or the epoch and the
+pair. `run` is a train.Run."""
 import json
 import os
 import subprocess
@@ -232,29 +232,21 @@ def keep_best(run, scores, val):
     to_text = scores['image_to_text_R@1']
     to_image = scores['text_to_image_R@1']
     mean = (to_text + to_image) / 2
-    best, step = best_so_far(run.folder, val)
-    if mean > best:
-        best, step = mean, run.step
-        save_tensors(run.folder / 'best.pt', networks_of(run) | {'score': mean, 'val': val.fingerprint})
+    path = run.folder / 'best.pt'
+    best = read_checkpoint(path, mmap=True) if path.exists() else {}
+    # Scores on other held-out shards cannot be compared with this one.
+    if best.get('val') != val.fingerprint or mean > best['score']:
+        best = networks_of(run) | {'score': mean, 'val': val.fingerprint}
+        save_tensors(path, best)
     tqdm.write(f'eval       step {run.step}  R@1 {to_text:.1%} image to text, {to_image:.1%} text to '
-               f'image, mean {mean:.1%}  best {best:.1%} at step {step}')
-
-
-def best_so_far(folder, val):
-    """(score, step) of best.pt; (-1, 0) if there is none, or if it was scored on other held-out shards."""
-    path = Path(folder, 'best.pt')
-    if path.exists():
-        best = read_checkpoint(path, mmap=True)
-        if best.get('val') == val.fingerprint:
-            return best['score'], best['step']
-    return -1.0, 0
+               f"image, mean {mean:.1%}  best {best['score']:.1%} at step {best['step']}")
 
 
 # --- 4. Resuming -----------------------------------------------------------------------------------------------------
 
 def read_last(folder, resume):
-    """What last.pt of a run to resume holds, but for its tensors; {} for a new run, which must not go into the folder of
-    another. If the folder has only a best.pt of step 0 that train.py wrote, an earlier start ended before its first
+    """What last.pt of a run to resume holds, but for its tensors; {} for a new run, which must not go into the folder
+    of another. If the folder has only a best.pt of step 0 that train.py wrote, an earlier start ended before its first
     checkpoint, so it is used as it is."""
     last = Path(folder, 'last.pt')
     best = Path(folder, 'best.pt')

@@ -627,8 +627,8 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
 
 def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
     """oracle: what is due, written out: saved before it is evaluated, and nothing twice. Scripted figures say which
-    step is best. best.pt has its networks, and stays when the run goes on, but not with other held-out shards. A watcher
-    gets what is logged, and a signal does not cut its end short."""
+    step is best. best.pt has its networks, and stays when the run goes on, but not with other held-out shards. A
+    watcher gets what is logged, and a signal does not cut its end short."""
     write = runs.save_tensors
     happened = []
     learned = {}
