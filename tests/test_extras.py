@@ -644,8 +644,8 @@ def test_a_plan_has_the_flops_of_a_step(flags, monkeypatch):
 
 def test_a_plan_has_the_bytes_that_a_step_keeps(monkeypatch):
     """oracle: a forward pass of `tiny` on the CPU, with torch's attention kernel, under autocast; the rest by hand."""
-    def by_kernel(self, query, context, mask=None):
-        x = F.scaled_dot_product_attention(*self.project(query, context), attn_mask=mask)
+    def by_kernel(self, query, context, mask=None, causal=False):
+        x = F.scaled_dot_product_attention(*self.project(query, context), attn_mask=mask, is_causal=causal)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
     monkeypatch.setattr(Attention, 'forward', by_kernel)
