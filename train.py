@@ -503,7 +503,8 @@ def main(argv=None, watchers=(), built_in_set=None):
             if to_log and progress.latest:              # before the first step there is nothing to log
                 entry = log_entry(run, progress)
                 print_entry(entry, options)
-            if to_evaluate or is_stopped or runs.is_overdue(run):
+            to_save = is_multiple(run.step, options.save_every) or runs.is_overdue(run)
+            if to_save or to_evaluate or is_stopped:
                 runs.save(run)                          # before an evaluation, which takes long and may fail
             if to_evaluate:
                 figures = evaluate(run, val, watchers)

@@ -206,11 +206,9 @@ def networks_of(run):
 
 
 def is_overdue(run):
-    """Is the run to be saved now because of --save-every or --save-minutes?"""
-    options = run.options
+    """Is the last save older than --save-minutes? 0 means no limit."""
     minutes = (time.perf_counter() - run.saved_at) / 60
-    too_old = 0 < options.save_minutes < minutes                # 0: never
-    return too_old or (options.save_every > 0 and run.step % options.save_every == 0)
+    return 0 < run.options.save_minutes < minutes
 
 
 def save(run):
