@@ -12,12 +12,12 @@ log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards)
 With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val); with extras/ also
 report.html (the run as a page) and maps.npz (for that page).
 
-On a first reading, take sections 1 to 3 (presets, the rows of Table 5, one step), and then section 6: `main` is the
-loop, and `what_is_due` says when it logs, saves, evaluates and ends. Sections 4 and 5 set up, log, save and evaluate;
-read them when you change them. lesson/onepage.py trains the same way on one page, without options, checkpoints or
-several GPUs. You can skip what comes from plumbing/: `training_options` (the command line), `Processes` (the ranks:
-their device, sums and broadcasts over them, how they end), `runs` (the folder of a run: checkpoints, log, resuming) and
-`Progress` (what has happened since the process started, and since the last log entry).
+Read `train_step` in section 3 first, which is the method, then `main` in section 5, which is the loop around it. After
+that come presets and methods, sections 1 and 2, and last the set-up, section 4, whose order is that of `set_up`.
+lesson/onepage.py trains the same way on one page, without options, checkpoints or several GPUs. You can skip what comes
+from plumbing/: `training_options` (the command line), `Processes` (the ranks: their device, sums and broadcasts over
+them, how they end), `runs` (the folder of a run: checkpoints, log, resuming) and `Progress` (what is counted since the
+process started, and since the last log entry).
 """
 import os
 
@@ -44,14 +44,12 @@ import eval as evaluation
 from cosmos import COSMOS, GLOBALS, Config, Output, Teacher, cosmos_terms, gather, match, total_loss
 from data import Shards
 from plumbing import runs
-from plumbing.captions import POOL_KEYS
 from plumbing.errors import command, need
 from plumbing.files import write_json
 from plumbing.options import choose_data, fill_in, training_options
 from plumbing.parts import StudentInParts, part_by_part
-from plumbing.processes import (Processes, choose_dtype, compile_blocks, keep_memory, peak_memory,
-                                signals_caught, use_cores)
-from plumbing.progress import Progress
+from plumbing.processes import Processes, choose_dtype, compile_blocks, keep_memory, signals_caught, use_cores
+from plumbing.progress import Progress, log_entry, print_entry
 from plumbing.tokenizer import Tokenizer, learn_merges
 
 # --- 1. Presets: the sizes of a model, and a recipe ------------------------------------------------------------------
@@ -150,43 +148,46 @@ def across_terms(out, cls_t, eot_t, scale):
 
 
 class Method(NamedTuple):
-    """A row of Table 5, or one of ours: what the student sees, and what it learns in addition to L_CLIP."""
-    global_images: int
-    global_texts: int               # captions of 1-5 sentences
-    has_local_images: bool          # as many as --local-crops says
-    has_local_texts: bool           # captions of one sentence, as many as --local-captions says
-    crop_min: float                 # smallest share of the image in a global crop
-    only_crops: bool                # --augment is 'crops' by default, whatever the preset says
-    has_teacher: bool
+    """A row of Table 5, or one of ours: what the student sees, and what it learns in addition to L_CLIP. The defaults
+    are those of the table's first row."""
+    terms: Callable = no_terms          # one of the functions above, or cosmos_terms
+    global_images: int = 1
+    crop_min: float = 0.9               # smallest share of the image in a global crop
+    keeps_colours: bool = True          # --augment is 'crops' by default, whatever the preset says
+    has_local_images: bool = False      # as many as --local-crops says
+    # GLOBALS captions of 1-5 sentences and, as many as --local-captions says, of one. Otherwise a single caption.
+    has_text_crops: bool = False
+    has_teacher: bool = False
     # C^I and C^T. Terms must use both h_I and h_T, because DDP stops if a parameter gets no gradient.
-    has_cross_attention: bool
-    two_scales: bool                # the terms have a temperature of their own, not that of L_CLIP
-    terms: Callable                 # returns what is learned in addition to L_CLIP, {name: term}
+    has_cross_attention: bool = False
+    two_scales: bool = False            # the terms have a temperature of their own, not that of L_CLIP
 
 
-# Each row of the table adds to the one above. Only the rows clip and cosmos can be found in the released code, where
-# clip uses open_clip's default crop and no colour jitter (transform.py:66). The others are our reading of the table's
-# labels. In the paper the first three score far below the CLIP of its Table 1, so they were probably trained on raw
-# captions only (--caption-pool raw).
-G = GLOBALS
-METHODS = {
-    #                            globals   locals         crop  only   tea-   cross  two     learns
-    #                            img. txt. img.   txt.    min   crops  cher   attn.  scales  L_CLIP and
-    'clip':               Method(1,   1,   False, False,  0.9,  True,  False, False, False,  no_terms),
-    'clip-aug':           Method(G,   1,   False, False,  0.4,  False, False, False, False,  no_terms),
-    'image-distill':      Method(G,   1,   True,  False,  0.4,  False, True,  False, False,  image_terms),
-    'text-crop':          Method(G,   G,   True,  True,   0.4,  False, True,  False, False,  image_terms),
-    'text-distill':       Method(G,   G,   True,  True,   0.4,  False, True,  False, False,  embedding_terms),
-    'cosmos':             Method(G,   G,   True,  True,   0.4,  False, True,  True,  True,   cosmos_terms),
-    # ours, not in the table
-    'no-cross-attention': Method(G,   G,   True,  True,   0.4,  False, True,  False, True,   no_cross_attention_terms),
-    'across':             Method(G,   G,   True,  True,   0.4,  False, True,  True,  True,   across_terms)}
+METHODS = {'clip': Method()}
+
+
+def add_method(name, above, **what):
+    """A row of the table: the row above, and what it adds or changes."""
+    METHODS[name] = METHODS[above]._replace(**what)
+
+
+# Only the rows clip and cosmos can be found in the released code, where clip uses open_clip's default crop and no
+# colour jitter (transform.py:66). The others are our reading of the table's labels. In the paper the first three score
+# far below the CLIP of its Table 1, so they were probably trained on raw captions only (--caption-pool raw).
+add_method('clip-aug', 'clip', global_images=GLOBALS, crop_min=0.4, keeps_colours=False)
+add_method('image-distill', 'clip-aug', has_local_images=True, has_teacher=True, terms=image_terms)
+add_method('text-crop', 'image-distill', has_text_crops=True)
+add_method('text-distill', 'text-crop', terms=embedding_terms)
+add_method('cosmos', 'text-distill', has_cross_attention=True, two_scales=True, terms=cosmos_terms)
+# ours, not in the table
+add_method('no-cross-attention', 'text-distill', two_scales=True, terms=no_cross_attention_terms)
+add_method('across', 'cosmos', terms=across_terms)
 
 
 def recipe_of(preset, method, init):
     """Defaults of options, {option: value}. init: what --init gives (a path), or None."""
     recipe = dict(PRESETS[preset].recipe)
-    if METHODS[method].only_crops:
+    if METHODS[method].keeps_colours:
         recipe['augment'] = 'crops'
     if not METHODS[method].has_teacher:
         del recipe['momentum']
@@ -205,7 +206,7 @@ class Run:
     train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
     # The student as a step calls it: in --accum parts, which the backward pass computes again; in DDP on several ranks.
-    forward: torch.nn.Module
+    wrapped: torch.nn.Module
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # for fp16; otherwise it does nothing
@@ -214,7 +215,6 @@ class Run:
     step: int = 0                   # steps taken
     saved_step: int = 0             # the step of last.pt
     saved_at: float = field(default_factory=time.perf_counter)
-    best: tuple = (-1.0, 0)         # the best mean R@1 on --val, and its step
     # After --resume: moved back by the time already taken.
     begun: float = field(default_factory=time.perf_counter)
 
@@ -233,27 +233,30 @@ class Run:
 
 
 class Step(NamedTuple):
-    """What a step has computed, for the log."""
+    """What a step has used and computed, for the log."""
     out: Output                 # the student's vectors
     cls_t: torch.Tensor         # the teacher's, (2, B, D), or None
     loss: torch.Tensor
-    parts: dict                 # the weighted terms in the loss, {name: (weight, term)}
+    terms: dict                 # what the loss sums up, {name: (weight, term)}
     norm: torch.Tensor          # the norm of the gradient
     finite: bool                # the norm is finite; if not, the update was skipped
+    lr: float
+    momentum: float             # None without a teacher
 
 
 def train_step(run, batch):
     """One training step -> Step. The order is teacher, student, loss, backward, optimizer, scales, moving average."""
     options = run.options
     student = run.student
+    lr = lr_at(run.step, options)
     for group in run.optimizer.param_groups:
-        group['lr'] = lr_at(run.step, options)
+        group['lr'] = lr
     # V tensors (B, 3, s, s). The loader has cropped the images, and drawn how strongly the colours of each crop change.
     # Here, on the device, they are changed and normalised. The string seeds the order of the jitters, so that it is the
     # same on all ranks.
     images = batch.views(f'{options.seed} {run.step}')
 
-    cls_t = eot_t = None
+    cls_t = eot_t = momentum = None
     # The teacher sees the globals, without gradient. It runs first, while the student holds no memory for its backward
     # pass. The student sees all views and captions. If there is C^T, the student's caption 0 keeps its padding, which
     # C^T reads. Others, the teacher's included, are cut: globals to the longest global, locals to the longest local.
@@ -263,12 +266,12 @@ def train_step(run, batch):
                         cache_enabled=options.accum == 1):
         if run.method.has_teacher:
             cls_t, eot_t = part_by_part(run.teacher, images[:GLOBALS], batch.teacher_texts, options.accum)
-        out = run.forward(images, batch.texts)
+        out = run.wrapped(images, batch.texts)
 
-    loss, parts = total_loss(student, out, cls_t, eot_t, run.method.terms)
+    loss, terms = total_loss(student, out, cls_t, eot_t, run.method.terms)
     run.optimizer.zero_grad()
     # In the backward pass DDP averages all gradients, even those of the two scales, which total_loss uses outside of
-    # run.forward.
+    # run.wrapped.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
     # p.grad is None if somebody has frozen p, or, on one GPU, if no term uses it.
@@ -277,18 +280,20 @@ def train_step(run, batch):
 
     # DDP has averaged the gradients, so if one rank's is not finite, neither is the mean, and all ranks skip the step.
     finite = bool(norm.isfinite())
+    if run.method.has_teacher:
+        momentum = momentum_at(run.step, options)
     if finite:
         if options.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(student.parameters(), options.clip_grad, norm)
         run.scaler.step(run.optimizer)
         student.clamp_scales()
         if run.method.has_teacher:
-            run.teacher.update(student, momentum_at(run.step, options))
+            run.teacher.update(student, momentum)
     else:
         tqdm.write(f'WARNING    step {run.step + 1} was skipped, because the norm of its gradient is {norm:.4g}')
     run.scaler.update()             # fp16: after an infinity it lowers the scale
     run.step += 1                   # a skipped step counts, too
-    return Step(out, cls_t, loss, parts, norm, finite)
+    return Step(out, cls_t, loss, terms, norm, finite, lr, momentum)
 
 
 # Schedules are pure functions of `step`, the number of steps taken so far.
@@ -298,8 +303,8 @@ def lr_at(step, options):
     (scheduler.py:43-53)."""
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
-    progress = (step - options.warmup) / max(options.steps - options.warmup, 1)
-    cosine = (1 + math.cos(math.pi * progress)) / 2
+    share = (step - options.warmup) / max(options.steps - options.warmup, 1)    # of the way down
+    cosine = (1 + math.cos(math.pi * share)) / 2
     return options.lr * (options.lr_end + (1 - options.lr_end) * cosine)
 
 
@@ -322,58 +327,62 @@ def make_optimizer(student, lr, wd):
 
 def read_options(argv=None):
     """A namespace with every option that --help lists: what is typed, else the recipe, else the default in --help.
-    `open_shards` fills in what depends on the data or on a checkpoint, such as --batch."""
+    `fill_in` adds what depends on the data or on a checkpoint, such as --batch."""
     return training_options(argv, __doc__, PRESETS, METHODS, recipe_of)
 
 
-def fixed_settings(options, shards):
-    """What must stay the same when a run is resumed, {what: value}: the options below, the data, and GLOBALS, in case
-    somebody edits it. Other options may change."""
-    names = 'preset', 'method', 'batch', 'seed', 'local_crops', 'local_captions'
-    fixed = {'--' + name.replace('_', '-'): getattr(options, name) for name in names}
-    return fixed | {'GLOBALS': GLOBALS, 'fingerprint of --data': shards.fingerprint[:8]}
-
-
-def open_shards(options, processes, saved, built_in_set):
-    """-> training shards, and held-out shards. The latter are None on ranks other than 0, and everywhere if nothing is
-    held out. Also fills in and checks the options that depend on the data or on the checkpoint, locks --out, and writes
-    index.npy there."""
+def set_up(options, processes, built_in_set):
+    """-> a Run, new or restored from last.pt, and the held-out shards. These are None on ranks other than 0, and
+    everywhere if nothing is held out."""
+    if processes.device.type == 'cpu':
+        keep_memory()
+        use_cores(options.workers)
     index = f'{options.out}/index.npy'
-    choose_data(options, built_in_set)
-    shards = Shards(options.data, options.caption_keys, 'train', index)
-    recipe = recipe_of(options.preset, options.method, options.init)
-    parts = processes.world * options.accum
-    if options.caption_pool != 'all':
-        keys = POOL_KEYS[options.caption_pool]
-        shards.caption_keys = keys.split(',')
-        pools = runs.first_pools(shards)
-        need(pools.count([]) <= len(pools) / 2,
-             f'--caption-pool {options.caption_pool} takes {keys} of DreamLIP, but '
-             f'{pools.count([])} of the first {len(pools)} pairs of --data have none; '
-             'leave it out, or give --caption-keys in its place')
-    fill_in(options, recipe, len(shards), parts, saved)
-    data.check_batch(options.batch, len(shards), parts)
-    if saved:
-        runs.check_fixed(saved, options, fixed_settings(options, shards))
-    if processes.rank > 0:
-        return shards, None
-
+    parts = processes.world * options.accum             # into which a batch is cut
     val = None
-    if options.val:
-        val = Shards(options.val, options.caption_keys, 'val')      # --caption-pool is for training
-        evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
-    # Nothing is written to --out before this line. The other ranks will memory-map the index.
-    runs.lock(options.out)
-    shards.save(index)
-    return shards, val
+    # Rank 0 goes first, because it may fetch CLIP's vocabulary, and writes the index of the shards.
+    with processes.rank_0_first():
+        saved = runs.read_last(options.out, options.resume)         # {} for a new run
+        config, tokenizer, weights = choose_model(options, saved)
+        choose_data(options, built_in_set)
+        shards = Shards(options.data, options.caption_keys, 'train', index)
+        runs.choose_pool(shards, options.caption_pool)
+        recipe = recipe_of(options.preset, options.method, options.init)
+        fill_in(options, recipe, len(shards), parts, saved)
+        data.check_batch(options.batch, len(shards), parts)
+        if saved:
+            runs.check_fixed(saved, options, runs.fixed_settings(options, shards))
+        if processes.rank == 0 and options.val:
+            val = Shards(options.val, options.caption_keys, 'val')      # --caption-pool is for training
+            evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
+        if processes.rank == 0:
+            runs.lock(options.out)          # nothing is written to --out before this line
+            shards.save(index)              # the other ranks will memory-map it
+
+    # If ranks took different batches or learning rates, nothing would show it, so compare what determines them. Two
+    # last.pt count as the same if their running times are equal.
+    mine = vars(options) | {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
+    # These may differ: cores, where a node has its files, and where it looks for held-out ones.
+    mine |= {'workers': None, 'data': None, 'vocab': None, 'val': bool(options.val)}
+    need(processes.broadcast(mine) == mine, 'options, shards or last.pt are not the same for all processes; '
+         'give all nodes the same command, the same files in --data, and one --out that all see')
+    if tokenizer is None:
+        merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
+        tokenizer = Tokenizer(merges, config.context_length)
+        config = replace(config, vocab_size=tokenizer.vocab_size)
+    train_set = make_train_set(options, shards, tokenizer, config)
+    run = make_run(options, processes, train_set, saved.get('step', 0), weights)
+    if saved:
+        runs.restore(run)
+    return run, val
 
 
 def choose_model(options, saved):
     """-> Config, tokenizer (None if it must be learned), weights to start from ({}: none).
 
-    A resumed run takes Config and tokenizer from its checkpoint; set_up restores its weights later. --init gives all
-    three (of our checkpoints the teacher's weights), with CLIP's tokenizer if the file has none. Otherwise --preset
-    gives the Config, and --vocab the tokenizer. In a new run, --method decides on cross-attention and a second scale.
+    A resumed run takes Config and tokenizer from its checkpoint, and its weights later. --init gives all three (of our
+    checkpoints the teacher's weights), with CLIP's tokenizer if the file has none. Otherwise --preset gives the Config,
+    and --vocab the tokenizer. In a new run, --method decides on cross-attention and a second scale.
     """
     if saved:
         config = Config(**saved['config'])
@@ -403,26 +412,24 @@ def make_train_set(options, shards, tokenizer, config):
     counts = data.Counts(
         global_images=method.global_images,
         local_images=options.local_crops if method.has_local_images else 0,
-        global_texts=method.global_texts,
-        local_texts=options.local_captions if method.has_local_texts else 0)
+        global_texts=GLOBALS if method.has_text_crops else 1,
+        local_texts=options.local_captions if method.has_text_crops else 0)
     return data.Crops(shards, tokenizer, config, options.seed, counts,
                       augment=options.augment, crop_min=method.crop_min)
 
 
-def batches_left(options, processes, train_set, step):
-    """An iterator over the batches that are left after `step` steps, for this rank. The loader's workers start here."""
+def make_run(options, processes, train_set, step, weights):
+    """-> this process's Run, whose batches are those after `step` steps. All else is as before the first one."""
+    device = processes.device
+    method = METHODS[options.method]
+    dtype = choose_dtype(options.precision, device)
     order = data.Order(len(train_set.shards), options.batch, step, options.steps,
                        options.seed, processes.rank, processes.world)
-    # Half precision is faster if the length of captions is a multiple of 8.
-    multiple = 8 if choose_dtype(options.precision, processes.device) else 1
-    # C^T reads caption 0's padding.
-    whole_first = METHODS[options.method].has_cross_attention
-    return iter(data.loader(train_set, order, options.workers, processes.device, multiple, whole_first))
-
-
-def make_run(options, processes, train_set, weights, batches):
-    """-> this process's Run before the first step: student, teacher, optimizer and scaler."""
-    device = processes.device
+    # The loader forks its workers, and a fork may hang once nccl is up. DDP starts nccl, so it comes last; what was
+    # broadcast before went over gloo. Evaluations fork later, but their loaders end with an error if a worker hangs.
+    # multiple: half precision is faster if the length of captions is one of 8. C^T reads caption 0's padding.
+    batches = iter(data.loader(train_set, order, options.workers, device,
+                               multiple=8 if dtype else 1, whole_first=method.has_cross_attention))
     torch.manual_seed(options.seed)                     # all ranks start from the same weights
     student = COSMOS(train_set.config).to(device)
     if weights:             # they may lack cross-attention, or have it although this model does not
@@ -430,210 +437,33 @@ def make_run(options, processes, train_set, weights, batches):
         print(f'init       {options.init}; {len(missing)} tensors that it lacks start fresh')
     for tower in student.visual, student.text:
         tower.transformer.grad_checkpointing = options.grad_checkpoint
-    teacher = Teacher(student) if METHODS[options.method].has_teacher else None
+    teacher = Teacher(student) if method.has_teacher else None
     optimizer = make_optimizer(student, options.lr, options.wd)
-    dtype = choose_dtype(options.precision, device)
     # With torch's own initial scale, 65,536, the first steps would overflow again and again.
     scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
-    forward = StudentInParts(student, options.accum)
-    return Run(options, processes, train_set, student, forward, teacher, optimizer, scaler, dtype, batches)
-
-
-def set_up(options, processes, built_in_set):
-    """-> a Run, new or restored from its checkpoint, and the held-out shards (or None)."""
-    if processes.device.type == 'cpu':
-        keep_memory()
-        use_cores(options.workers)
-    # Rank 0 may fetch CLIP's vocabulary, and writes the index of the shards.
-    with processes.rank_0_first():
-        saved = runs.read_last(options.out, options.resume)
-        config, tokenizer, weights = choose_model(options, saved)
-        shards, val = open_shards(options, processes, saved, built_in_set)
-    # If ranks took different batches or learning rates, nothing would show it, so compare what determines them. Two
-    # last.pt count as the same if their running times are equal.
-    read = {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
-    to_agree_on = vars(options) | read | {'val': bool(options.val)}
-    for name in 'workers', 'data', 'vocab':             # may differ: cores, and where a node has its files
-        del to_agree_on[name]
-    need(processes.broadcast(to_agree_on) == to_agree_on, 'options, shards or last.pt are not the same for all '
-         'processes; give all nodes the same command, the same files in --data, and one --out that all see')
-
-    if tokenizer is None:
-        merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
-        tokenizer = Tokenizer(merges, config.context_length)
-        config = replace(config, vocab_size=tokenizer.vocab_size)
-    train_set = make_train_set(options, shards, tokenizer, config)
-    # The loader forks its workers, and a fork may hang once nccl is up. DDP starts nccl, so it comes last; what was
-    # broadcast above went over gloo. Evaluations fork later, but their loaders end with an error if a worker hangs.
-    batches = batches_left(options, processes, train_set, saved.get('step', 0))
-    run = make_run(options, processes, train_set, weights, batches)
-    if saved:
-        runs.restore(run)
     if options.compile:
-        compile_blocks(run.student)
-        if run.teacher:
-            compile_blocks(run.teacher.model)
+        for network in [student, teacher.model] if teacher else [student]:
+            compile_blocks(network)
+    wrapped = StudentInParts(student, options.accum)
     if processes.world > 1:
-        run.forward = DistributedDataParallel(run.forward, gradient_as_bucket_view=True)
-    return run, val
+        wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
+    return Run(options, processes, train_set, student, wrapped, teacher, optimizer, scaler, dtype, batches)
 
 
-# --- 5. Log, save, evaluate ------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def log_entry(run, progress):
-    """The log entry of the step just done, {name: value}. Every rank must call it."""
-    options = run.options
-    done = progress.done
-    cls_of_all, eot_of_all = gather(done.out.cls[:1], done.out.eot[:1])
-    images = cls_of_all.keys[0]     # view 0 of the pairs of all ranks, (N, D)
-    captions = eot_of_all.keys[0]   # and caption 0
-    nearest = (images @ captions.T).argmax(dim=1).cpu()     # which caption each image finds, (N,)
-    # run.step already counts the step just done, which used the lr and momentum of run.step - 1.
-    used = run.step - 1
-    entry = {  # the same on all ranks, except pairs_per_s; rank 0 writes its own
-        'step': run.step,
-        'lr': lr_at(used, options),
-        'chance': math.log(options.batch),      # what guessing costs in each part of the loss
-        'weights': {name: weight for name, (weight, _) in done.parts.items()},
-        'accuracy': (nearest == torch.arange(len(nearest))).double().mean().item(),
-        'spread': images.std(dim=0, correction=0).norm().item(),  # from 0, all images alike, to 1
-        'grad_norm': done.norm.item(),
-        'scale': run.student.logit_scale.exp().item(),
-        'pairs_per_s': progress.steps * options.batch / progress.seconds,
-        'bad_pairs': progress.bad}
-    if run.student.two_scales:
-        entry['distill_scale'] = run.student.distill_logit_scale.exp().item()
-    if run.teacher:
-        entry['momentum'] = momentum_at(used, options)
-    means = {                       # these differ between ranks, so their mean is logged
-        'loss': done.loss,
-        'waiting': progress.waited / progress.seconds,
-        'memory_GB': peak_memory(run.processes.device)}
-    if done.cls_t is not None:
-        cls = done.out.cls[0]                                           # (B, D)
-        means['cosine'] = (cls * done.cls_t[0]).sum() / len(cls)  # of student and teacher, view 0
-    for name, (_, term) in done.parts.items():
-        means[name] = term
-    for name, total in zip(means, run.processes.sum(means.values())):
-        entry[name] = total / run.processes.world
-    return entry
-
-
-def save(run):
-    """Rank 0 writes last.pt if any step has been taken since the last save."""
-    if run.processes.rank == 0 and run.step > run.saved_step:
-        runs.write_last(run, fixed_settings(run.options, run.train_set.shards))
-    run.saved_step = run.step
-    run.saved_at = time.perf_counter()
-
+# --- 5. The loop -----------------------------------------------------------------------------------------------------
 
 def evaluate(run, val, watchers):
-    """-> figures, {name: value}: steps, seconds and, with held-out shards, scores. Rank 0, the only one that has val,
-    computes the scores while the others wait. Afterwards all ranks know run.best."""
+    """-> figures, {name: value}, the same on all ranks: steps, seconds and, with held-out shards, scores. Rank 0, the
+    only one that has val, computes the scores while the others wait."""
     figures = {'steps': run.step, 'seconds': int(time.perf_counter() - run.begun)}
     if val:
-        figures |= held_out_figures(run, val, watchers)
-    run.best = run.processes.broadcast(run.best)        # here the others wait
-    return figures
-
-
-def held_out_figures(run, val, watchers):
-    """-> {'retrieval': ...}, and what the watchers add. best.pt is written if the mean R@1 is the best so far."""
-    tokenizer = run.train_set.tokenizer
-    preprocess = evaluation.preprocessing(run.model.config.image_size)
-    retrieval, image_features = evaluation.zero_shot_retrieval(
-        run.model, tokenizer, preprocess, val, workers=run.options.workers)
-    to_text = retrieval['image_to_text_R@1']
-    to_image = retrieval['text_to_image_R@1']
-    mean = (to_text + to_image) / 2
-    if mean > run.best[0]:
-        run.best = mean, run.step
-        runs.write_best(run, mean, val)
-    tqdm.write(f'eval       step {run.step}  R@1 {to_text:.1%} image to text, {to_image:.1%} text to '
-               f'image, mean {mean:.1%}  best {run.best[0]:.1%} at step {run.best[1]}')
-    figures = {'retrieval': retrieval}
-    for watcher in watchers:
-        figures |= watcher.evaluated(run, val, image_features)
-    return figures
-
-
-def print_plan(run, val):
-    """Print what this run will do."""
-    options = run.options
-    shards = run.train_set.shards
-    size = sum(p.numel() for p in run.student.parameters())
-    print(f'run        {options.method}, {size:,} parameters, into {run.folder}')
-    print(f'           steps {run.step} to {options.steps}, each with {options.batch} of {len(shards):,} pairs')
-    print(f'           on {run.processes.world} x {run.processes.device.type} in {run.dtype or torch.float32}')
-    counts = run.train_set.counts
-    runs.print_notes(shards, val, counts.global_texts + counts.local_texts)
-
-
-def begin(run, val, watchers):
-    """If the run is complete, end here: `leave` does not return. Otherwise rank 0 prints the plan, and writes
-    config.json."""
-    options = run.options
-    # A run that has taken all its steps but has no eval.json was stopped in its last evaluation, which is due again.
-    has_figures = run.processes.broadcast((run.folder / 'eval.json').exists())
-    if run.step >= options.steps and has_figures:
-        print(f'nothing is left to do: step {run.step} of {options.steps} is reached')
-        run.processes.leave(0)
-    if run.processes.rank == 0:
-        print_plan(run, val)
-        runs.write_config(run)          # it also removes what an earlier start has left, before best_so_far looks
-        if val:
-            run.best = runs.best_so_far(run.folder, val)
+        preprocess = evaluation.preprocessing(run.model.config.image_size)
+        figures['retrieval'], image_features = evaluation.zero_shot_retrieval(
+            run.model, run.train_set.tokenizer, preprocess, val, workers=run.options.workers)
+        runs.keep_best(run, figures['retrieval'], val)
         for watcher in watchers:
-            watcher.begin(run)
-    run.best = run.processes.broadcast(run.best)
-
-
-def finish(run, figures, watchers):
-    """Rank 0 writes eval.json, lets the watchers write their own files, and says what to do next."""
-    if run.processes.rank > 0:
-        return
-    write_json(run.folder / 'eval.json', figures)
-    evaluation.show(figures)
-    for watcher in watchers:
-        watcher.finish(run)
-    best = 'best.pt' if (run.folder / 'best.pt').exists() else 'last.pt'
-    print(f'done       {run.folder}, the networks are in {best}; try python eval.py retrieval '
-          f'{run.folder}/{best} --shards {(run.options.val or run.options.data)[0]}')
-
-
-# --- 6. A run, from the command line to the figures ------------------------------------------------------------------
-
-class Due(NamedTuple):
-    """What the loop does after run.step steps, before the next one. Only the truth values count."""
-    log: bool
-    save: bool
-    evaluate: bool
-    stop: bool
-
-
-def what_is_due(run, progress):
-    """-> Due. To change when a run logs, saves, evaluates or ends, edit this function.
-
-    NB: ranks log, evaluate and end together. If one decides differently, the others hang. So base decisions on what all
-    ranks share: the step, the options, run.best (of past evaluations), and progress, except its timings. Only rank 0
-    saves, so saving may depend on the clock.
-    """
-    options = run.options
-    step = run.step
-    finished = step >= options.steps
-    # After a signal the run is saved, so that it can be resumed. It is not evaluated, unless this was the last step.
-    interrupted = progress.signals > 0 and not finished
-    # Step 0 is a multiple of --eval-every, and shows what the networks know before this training.
-    in_between = options.val and is_multiple(step, options.eval_every)
-    evaluate = finished or (in_between and not interrupted)
-    # Step 1 shows early whether all is well. An evaluated step is logged, so that its loss and its scores share an
-    # entry. progress.done is the latest Step; before the first one it is None, and there is nothing to log.
-    log = progress.done and (evaluate or step == 1 or is_multiple(step, options.log_every))
-    overdue = 0 < 60 * options.save_minutes < time.perf_counter() - run.saved_at
-    # An evaluation takes a long time and may fail, so the run is saved first.
-    save = evaluate or interrupted or overdue or is_multiple(step, options.save_every)
-    return Due(log, save, evaluate, stop=finished or interrupted)
+            figures |= watcher.evaluated(run, val, image_features)
+    return run.processes.broadcast(figures)             # here the others wait
 
 
 def is_multiple(step, every):
@@ -642,53 +472,67 @@ def is_multiple(step, every):
 
 
 def main(argv=None, watchers=(), built_in_set=None):
-    """Train until all steps are done or a signal comes, then end the process, with status 0 if all steps are done. Each
-    turn of the loop does what is due and then, unless it is the last, takes a step.
+    """Train until all steps are done or a signal comes, then end the process, with status 0 if all steps are done.
 
-    A watcher has three methods, which rank 0 calls: begin(run), evaluated(run, val, image_features), which returns more
-    figures (or {}), and finish(run). built_in_set(): draws the scenes of a run without --data, writes them as shards,
-    and returns their folder.
+    watchers: see runs.Watcher. built_in_set(): draws the scenes of a run without --data, writes them as shards, and
+    returns their folder.
     """
     options = read_options(argv)
     processes = Processes(options.device)               # from here on only rank 0 prints
     run, val = set_up(options, processes, built_in_set)
-    begin(run, val, watchers)
-
+    runs.begin(run, val, watchers)
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
     with bar, runs.memory_needed(), signals_caught() as signals:
+        # A turn more than steps: each does what is due after run.step steps and then, but for the last, takes a step.
+        # NB: ranks log, evaluate and stop together. If one decides differently, the others hang. So base decisions on
+        # what all ranks share: the step, the options, figures, and progress, except its timings. Only rank 0 saves, so
+        # saving may depend on the clock.
         while True:
-            due = what_is_due(run, progress)
+            is_last = run.step >= options.steps
+            # After a signal the run is saved, so that it can be resumed. It is evaluated only if all steps are taken.
+            is_stopped = progress.signals > 0 and not is_last
+            # Step 0 is a multiple, too, and shows what the networks know before this training.
+            in_between = options.val and is_multiple(run.step, options.eval_every)
+            to_evaluate = is_last or (in_between and not is_stopped)
+            # Step 1 shows early whether all is well. An evaluated step is logged, so that its loss and its scores share
+            # an entry.
+            to_log = to_evaluate or run.step == 1 or is_multiple(run.step, options.log_every)
+
             entry = {}
-            if due.log:
+            if to_log and progress.latest:              # before the first step there is nothing to log
                 entry = log_entry(run, progress)
-                progress.restart_clock()
-                runs.print_progress(entry, options.steps, options.batch)
-            if due.save:
-                save(run)
-            if due.evaluate:
+                print_entry(entry, options)
+            to_save = is_multiple(run.step, options.save_every) or runs.is_overdue(run)
+            if to_save or to_evaluate or is_stopped:
+                runs.save(run)                          # before an evaluation, which takes long and may fail
+            if to_evaluate:
                 figures = evaluate(run, val, watchers)
                 entry |= {'step': run.step, 'eval': figures}
             if entry and processes.rank == 0:
                 runs.write_log(run.folder, entry)
-            if due.stop:
+                for watcher in watchers:
+                    watcher.logged(run, entry)
+            if is_last or is_stopped:
                 break
 
             batch = progress.next_batch(run.batches)
-            done = train_step(run, batch.to(processes.device))
+            latest = train_step(run, batch.to(processes.device))
             bar.update()
             bad, signalled = processes.sum([batch.bad, len(signals)])
-            progress.count(done, run.scaler.get_scale(), options.batch, bad, signalled)
+            progress.count(latest, run.scaler.get_scale(), options.batch, bad, signalled)
             failure = progress.reason_to_fail(run.step, run.folder)
             if failure:
-                if done.finite:                 # otherwise the weights may have overflowed
-                    save(run)
-                processes.end_all(failure)
+                if latest.finite:                       # otherwise the weights may have overflowed
+                    runs.save(run)
+                processes.leave(f'error: {failure}')
 
-    if due.evaluate:                                    # else a signal has ended the loop
-        finish(run, figures, watchers)
+        if is_last and processes.rank == 0:
+            write_json(run.folder / 'eval.json', figures)
+            evaluation.show(figures)
+        runs.finish(run, watchers)                      # signals are still caught, so that none cuts a report short
+    if is_last:
         processes.leave(0)
-    print(f'stopped    step {run.step} is saved; to go on, give the same command with --resume --out {run.folder}')
     number = signals[0] if signals else SIGTERM     # signals is empty if only other ranks got one
     processes.leave(128 + number)                       # the status that a shell reports
 

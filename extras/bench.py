@@ -98,8 +98,10 @@ def measure_step(flags):
     timed(step, WARM_UP, device)
     seconds = statistics.median(timed(step, options.steps, device))
     # The peak of memory is read before FLOPs are counted, because the step that counts them may need more.
+    memory = peak_memory(device)
+    in_gb = '' if memory is None else f'   {memory:.2f} GB'
     print(f'step   {1000 * seconds:10,.1f} ms, the median of {options.steps}   '
-          f'{options.batch / seconds:,.1f} samples/s   {peak_memory(device):.2f} GB')
+          f'{options.batch / seconds:,.1f} samples/s{in_gb}')
     # Only matrix products are counted. The counter does not see into compiled blocks, so this step runs them
     # uncompiled.
     with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter:

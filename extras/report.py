@@ -39,6 +39,7 @@ from plumbing.files import read_json, read_lines, replacing
 from plumbing.images import read_image
 from plumbing.lists import with_owners
 from plumbing.options import Parser
+from plumbing.runs import Watcher
 
 PAIRS = 16              # how many pairs the step shows, from all over the training set
 SHOWN = 12              # how many images the explorer has: the first held-out ones
@@ -207,7 +208,7 @@ def ask(run, image_features, pixels, texts):
         'maps': packed(maps)}
 
 
-class Report:
+class Report(Watcher):
     """A watcher for train.main: it leaves in the run's folder what the page shows, and writes the page at the end.
     It draws no random numbers and leaves no gradients, so the run is the same without it."""
 

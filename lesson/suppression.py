@@ -32,6 +32,7 @@ from eval import Images, class_vectors, execute, load, progress, shard_captions,
 from lesson.scenes import ABSENT, FORMS, NAMES, mask_of
 from plumbing.errors import command, need
 from plumbing.options import Parser, add_checkpoint
+from plumbing.runs import Watcher
 from plumbing.shards import Shards
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
@@ -219,17 +220,11 @@ def scene_figures(model, tokenizer, image_features, shards):
     return named(name_scores(model, tokenizer, image_features), scenes)
 
 
-class Named:
+class Named(Watcher):
     """A watcher that tells train.main the figures of held-out scenes."""
-
-    def begin(self, run):
-        """Nothing to prepare."""
 
     def evaluated(self, run, val, image_features):
         return scene_figures(run.model, run.train_set.tokenizer, image_features, val)
-
-    def finish(self, run):
-        """Nothing to write."""
 
 
 MEASURES = {'named': measure_named, 'pointing': pointing, 'conflict': conflict}

@@ -11,9 +11,9 @@ def part_by_part(network, images, texts, accum):
     """network(images, texts), called for one part of the batch after another -> its outputs, joined along the batch."""
     outputs = []
     for k in range(accum):
-        some_images = [view.chunk(accum)[k] for view in images]     # (B / accum, 3, s, s)
-        some_texts = [text.chunk(accum)[k] for text in texts]       # (B / accum, T)
-        outputs.append(network(some_images, some_texts))
+        images_k = [view.chunk(accum)[k] for view in images]        # (B / accum, 3, s, s)
+        texts_k = [text.chunk(accum)[k] for text in texts]          # (B / accum, T)
+        outputs.append(network(images_k, texts_k))
     joined = []
     for pieces in zip(*outputs):
         # Without cross-attention the student's h_I and h_T are None. They keep their places among the outputs.

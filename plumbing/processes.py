@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from plumbing.errors import Refused, need
+from plumbing.errors import need
 
 DEVICES = 'auto', 'cuda', 'mps', 'cpu'
 # A process that waits longer than this for the others, in a step, ends.
@@ -97,22 +97,20 @@ class Processes:
         if self.rank == 0:
             self.broadcast(None)        # lets the others in
 
-    def end_all(self, sentence):
-        """All ranks must call it. Rank 0 says why, and all end with status 1. The others wait for rank 0, which may
-        still be saving, because torchrun ends all processes when one has failed."""
-        self.broadcast(None)
-        if self.rank > 0:
-            os._exit(1)
-        raise Refused(sentence)
-
     def leave(self, status):
-        """End the process. If there are several, each waits here until all have come. NB: os._exit, because sys.exit
-        may hang: it frees DDP, which holds the GIL and waits for gloo's thread, which may be waiting for the GIL."""
-        if self.patient:
-            dist.barrier(group=self.patient)
-            sys.stdout.flush()
-            os._exit(status)
-        sys.exit(status)
+        """End the process. status: a number or, as for sys.exit, a sentence that says what went wrong. If there are
+        several processes, each waits here until all have come, because torchrun ends all when one has failed, while
+        rank 0 may still be saving. NB: os._exit, because sys.exit may hang: it frees DDP, which holds the GIL and waits
+        for gloo's thread, which may be waiting for the GIL."""
+        if self.patient is None:
+            sys.exit(status)
+        if isinstance(status, str):
+            if self.rank == 0:
+                print(status, file=sys.stderr, flush=True)
+            status = 1
+        dist.barrier(group=self.patient)
+        sys.stdout.flush()
+        os._exit(status)
 
 
 # --- 2. Threads and memory -------------------------------------------------------------------------------------------
@@ -143,16 +141,8 @@ def keep_memory():
 
 
 def peak_memory(device):
-    """The most memory used so far, in GB: by tensors on the GPU or, if there is none, by this process. Windows does not
-    say, so there it is 0."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == 'darwin' else 1e6)    # macOS counts bytes, Linux kilobytes
+    """The most memory that tensors have used so far, in GB; None without a GPU."""
+    return torch.cuda.max_memory_allocated() / 1e9 if device.type == 'cuda' else None
 
 
 # --- 3. Precision and torch.compile ----------------------------------------------------------------------------------

@@ -1,6 +1,14 @@
-"""What the loop of train.py remembers from one step to the next: how fast it goes, and what goes wrong."""
+"""What the loop of train.py counts from one step to the next: how fast it goes, what goes wrong, and the log entry."""
+import math
 import time
 from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from tqdm import tqdm
+
+from cosmos import gather
+from plumbing.processes import peak_memory
 
 MOST_BROKEN = 5         # this many steps in a row without a finite gradient end the run
 
@@ -8,7 +16,7 @@ MOST_BROKEN = 5         # this many steps in a row without a finite gradient end
 @dataclass
 class Progress:
     """What has happened since this process started. All ranks have the same numbers, except for the times."""
-    done: tuple = None      # the latest Step
+    latest: tuple = None    # the latest train.Step; None before the first one
     signals: int = 0        # how many processes got a signal to end
     bad: int = 0            # pairs that could not be read
     seen: int = 0           # pairs of all steps
@@ -26,24 +34,20 @@ class Progress:
         self.waited += time.perf_counter() - self.begun
         return batch
 
-    def count(self, done, scale, pairs, bad, signals):
+    def count(self, latest, scale, pairs, bad, signals):
         """Every step ends with this call. scale: that of fp16's scaler, otherwise 1. All others are sums over all
         ranks: pairs, how many the step had; bad, how many of these were unreadable; signals, how many processes got a
         signal so far."""
-        self.done = done
+        self.latest = latest
         self.seen += pairs
         self.bad += bad
         self.signals = signals
-        if done.finite:
+        if latest.finite:
             self.broken = 0
         elif scale <= 1:    # above 1 it is fp16 that overflows: the scale is halved until it fits
             self.broken += 1
         self.steps += 1
         self.seconds += time.perf_counter() - self.begun
-
-    def restart_clock(self):
-        self.steps = 0
-        self.seconds = self.waited = 0.0
 
     def reason_to_fail(self, step, folder):
         """A sentence if too many pairs are bad, or if too many steps in a row are broken; otherwise None."""
@@ -56,3 +60,50 @@ class Progress:
                     f'are not saved, and {folder}/last.pt is as it was before, so give the same command with '
                     '--resume and a lower --lr, --clip-grad 1, or --precision fp32')
         return None
+
+
+@torch.no_grad()
+def log_entry(run, progress):
+    """The log entry of the latest step, {name: value}. Every rank must call it. What progress counts since the last
+    entry begins anew."""
+    latest = progress.latest
+    cls_of_all, eot_of_all = gather(latest.out.cls[:1], latest.out.eot[:1])
+    images = cls_of_all.keys[0]     # view 0 of the pairs of all ranks, (N, D)
+    captions = eot_of_all.keys[0]   # and caption 0
+    nearest = (images @ captions.T).argmax(dim=1).cpu()     # which caption each image finds, (N,)
+    entry = {  # the same on all ranks, except pairs_per_s; rank 0 writes its own
+        'step': run.step,
+        'lr': latest.lr,
+        'chance': math.log(run.options.batch),  # what guessing costs in each term of the loss
+        'weights': {name: weight for name, (weight, _) in latest.terms.items()},
+        'accuracy': (nearest == torch.arange(len(nearest))).double().mean().item(),
+        'spread': images.std(dim=0, correction=0).norm().item(),  # from 0, all images alike, to 1
+        'grad_norm': latest.norm.item(),
+        'scale': run.student.logit_scale.exp().item(),
+        'pairs_per_s': progress.steps * run.options.batch / progress.seconds,
+        'bad_pairs': progress.bad}
+    if run.student.two_scales:
+        entry['distill_scale'] = run.student.distill_logit_scale.exp().item()
+    # What differs between ranks. Its mean is logged.
+    means = {'loss': latest.loss, 'waiting': progress.waited / progress.seconds}
+    means |= {name: term for name, (_, term) in latest.terms.items()}
+    memory = peak_memory(run.processes.device)
+    if memory is not None:
+        means['memory_GB'] = memory
+    if run.teacher:
+        entry['momentum'] = latest.momentum
+        cls = latest.out.cls[0]                                 # (B, D)
+        means['cosine'] = (cls * latest.cls_t[0]).sum() / len(cls)      # of student and teacher, view 0
+    for name, total in zip(means, run.processes.sum(means.values())):
+        entry[name] = total / run.processes.world
+    progress.steps = 0
+    progress.seconds = progress.waited = 0.0
+    return entry
+
+
+def print_entry(entry, options):
+    """Print the numbers to watch from a log entry."""
+    seconds_left = (options.steps - entry['step']) * options.batch / entry['pairs_per_s']
+    line = ('step {step}  loss {loss:.3f}  clip {clip:.3f}  accuracy {accuracy:.0%}  lr {lr:.1e}  '
+            '{pairs_per_s:.0f} pairs/s'.format(**entry))
+    tqdm.write(f'{line}  {timedelta(seconds=int(seconds_left))} left')

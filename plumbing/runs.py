@@ -1,23 +1,25 @@
-"""A run's folder: last.pt and best.pt, log.jsonl, and how a stopped run is resumed. No random state is saved, because
-every random number is a function of the seed and of either the step or the epoch and the pair."""
+"""A run's folder: how a run begins and ends in it, its checkpoints, its log, and how a stopped run is resumed. No
+random state is saved, because every random number is a function of the seed and of either the step or the epoch and the
+pair. `run` is a train.Run."""
 import json
 import os
 import subprocess
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from cosmos import GLOBALS
+from plumbing.captions import POOL_KEYS
 from plumbing.errors import Refused, Unreadable, need, note, warn
 from plumbing.files import save_tensors, write_json
 from plumbing.weights import load_weights, read_checkpoint
 
-# --- 1. The folder ---------------------------------------------------------------------------------------------------
+# --- 1. The folder, and what a user should know about the data -------------------------------------------------------
 
 LOCKS = []      # open files; closing one would free its lock
 
@@ -57,8 +59,20 @@ def first_pools(shards):
     return pools
 
 
+def choose_pool(shards, name):
+    """--caption-pool: the captions are those under some of DreamLIP's keys."""
+    if name == 'all':
+        return
+    keys = POOL_KEYS[name]
+    shards.caption_keys = keys.split(',')
+    pools = first_pools(shards)
+    need(pools.count([]) <= len(pools) / 2,
+         f'--caption-pool {name} takes {keys} of DreamLIP, but {pools.count([])} of the first '
+         f'{len(pools)} pairs of --data have none; leave it out, or give --caption-keys in its place')
+
+
 def print_notes(shards, val, captions):
-    """Before the first step, print what a user should know about the data. captions: how many are taken from a pair."""
+    """captions: how many are taken from a pair."""
     sizes = [len(pool) for pool in first_pools(shards)]
     single = sizes.count(1)
     if captions > 1 and single > len(sizes) / 2:
@@ -91,14 +105,6 @@ def write_config(run):
     write_json(run.folder / 'config.json', vars(run.options) | more)
 
 
-def print_progress(entry, steps, batch):
-    """Print the numbers to watch from a log entry. steps: those of the whole run."""
-    seconds_left = (steps - entry['step']) * batch / entry['pairs_per_s']
-    line = ('step {step}  loss {loss:.3f}  clip {clip:.3f}  accuracy {accuracy:.0%}  lr {lr:.1e}  '
-            '{pairs_per_s:.0f} pairs/s'.format(**entry))
-    tqdm.write(f'{line}  {timedelta(seconds=int(seconds_left))} left')
-
-
 def write_log(folder, entry):
     """Append an entry to log.jsonl. A resumed run logs some steps again; the last entry of a step counts."""
     with open(Path(folder, 'log.jsonl'), 'a') as file:
@@ -110,13 +116,81 @@ def commit():
     """The commit of the code, with '-dirty' if files have changed since; '' if git cannot say."""
     command = ['git', 'describe', '--always', '--dirty', '--exclude=*']  # no tags, only the commit
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:                     # no git
         return ''
-    return done.stdout.strip()
+    return answer.stdout.strip()
 
 
-# --- 2. Checkpoints. In this section and the next one, `run` is a train.Run. -----------------------------------------
+# --- 2. How a run begins and ends ------------------------------------------------------------------------------------
+
+class Watcher:
+    """What accompanies a run, such as a report. Rank 0 calls these methods, which do nothing unless a subclass says so.
+    train.py's own watchers stand at its foot; a program hands others to train.main."""
+
+    def begin(self, run):
+        """Before the first step of this process."""
+
+    def logged(self, run, entry):
+        """After each line of log.jsonl. entry: its content."""
+
+    def evaluated(self, run, val, image_features):
+        """After each evaluation on held-out shards -> more figures for eval.json."""
+        return {}
+
+    def finish(self, run):
+        """After the last step, or after the one in which a signal came."""
+
+
+def begin(run, val, watchers):
+    """If the run is complete, end here: `leave` does not return. Otherwise rank 0 says what the run will do, and writes
+    config.json."""
+    options = run.options
+    # A run that has taken all its steps but has no eval.json was stopped in its last evaluation, which is due again.
+    has_figures = run.processes.broadcast((run.folder / 'eval.json').exists())
+    if run.step >= options.steps and has_figures:
+        print(f'nothing is left to do: step {run.step} of {options.steps} is reached')
+        run.processes.leave(0)
+    if run.processes.rank > 0:
+        return
+    shards = run.train_set.shards
+    size = sum(p.numel() for p in run.student.parameters())
+    print(f'run        {options.method}, {size:,} parameters, into {run.folder}')
+    print(f'           steps {run.step} to {options.steps}, each with {options.batch} of {len(shards):,} pairs')
+    print(f'           on {run.processes.world} x {run.processes.device.type} in {run.dtype or torch.float32}')
+    counts = run.train_set.counts
+    print_notes(shards, val, counts.global_texts + counts.local_texts)
+    write_config(run)
+    for watcher in watchers:
+        watcher.begin(run)
+
+
+def finish(run, watchers):
+    """Let the watchers finish, and say what to do next."""
+    if run.processes.rank > 0:
+        return
+    for watcher in watchers:
+        watcher.finish(run)
+    if run.step < run.options.steps:
+        print(f'stopped    step {run.step} is saved; to go on, give the same command with --resume --out {run.folder}')
+        return
+    best = 'best.pt' if (run.folder / 'best.pt').exists() else 'last.pt'
+    print(f'done       {run.folder}, the networks are in {best}; try python eval.py retrieval '
+          f'{run.folder}/{best} --shards {(run.options.val or run.options.data)[0]}')
+
+
+@contextmanager
+def memory_needed():
+    """If the GPU's memory does not suffice in this block, the error says what a user can do."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise Refused('the GPU has too little memory for this run; give --accum with more parts, '
+                      '--grad-checkpoint, or in a new run a smaller --batch; '
+                      '--resume goes on from the last save') from None
+
+
+# --- 3. Saving -------------------------------------------------------------------------------------------------------
 
 def networks_of(run):
     """What evaluation needs, as best.pt and last.pt both hold it."""
@@ -131,47 +205,46 @@ def networks_of(run):
     return state
 
 
-def write_last(run, fixed):
-    """Write last.pt. fixed: see `check_fixed`. To save something else, add it here and in `restore`."""
-    save_tensors(run.folder / 'last.pt', networks_of(run) | {
-        'optimizer': run.optimizer.state_dict(),
-        'scaler': run.scaler.state_dict(),
-        'options': vars(run.options),
-        'same': fixed,
-        'seconds': time.perf_counter() - run.begun})
+def is_overdue(run):
+    """Is the last save older than --save-minutes? 0 means no limit."""
+    minutes = (time.perf_counter() - run.saved_at) / 60
+    return 0 < run.options.save_minutes < minutes
 
 
-def write_best(run, score, val):
-    """Write best.pt. val: the held-out shards."""
-    save_tensors(run.folder / 'best.pt', networks_of(run) | {'score': score, 'val': val.fingerprint})
+def save(run):
+    """Rank 0 writes last.pt if any step has been taken since the last save. To save something else, add it here and in
+    `restore`."""
+    if run.processes.rank == 0 and run.step > run.saved_step:
+        save_tensors(run.folder / 'last.pt', networks_of(run) | {
+            'optimizer': run.optimizer.state_dict(),
+            'scaler': run.scaler.state_dict(),
+            'options': vars(run.options),
+            'same': fixed_settings(run.options, run.train_set.shards),
+            'seconds': time.perf_counter() - run.begun})
+    run.saved_step = run.step
+    run.saved_at = time.perf_counter()
 
 
-def best_so_far(folder, val):
-    """(score, step) of best.pt; (-1, 0) if there is none, or if it was scored on other held-out shards."""
-    path = Path(folder, 'best.pt')
-    if path.exists():
-        best = read_checkpoint(path)
-        if best.get('val') == val.fingerprint:
-            return best['score'], best['step']
-    return -1.0, 0
+def keep_best(run, scores, val):
+    """Write best.pt if the mean R@1 on the held-out shards is the best so far. scores: those of retrieval."""
+    to_text = scores['image_to_text_R@1']
+    to_image = scores['text_to_image_R@1']
+    mean = (to_text + to_image) / 2
+    path = run.folder / 'best.pt'
+    best = read_checkpoint(path, mmap=True) if path.exists() else {}
+    # Scores on other held-out shards cannot be compared with this one.
+    if best.get('val') != val.fingerprint or mean > best['score']:
+        best = networks_of(run) | {'score': mean, 'val': val.fingerprint}
+        save_tensors(path, best)
+    tqdm.write(f'eval       step {run.step}  R@1 {to_text:.1%} image to text, {to_image:.1%} text to '
+               f"image, mean {mean:.1%}  best {best['score']:.1%} at step {best['step']}")
 
 
-@contextmanager
-def memory_needed():
-    """If the GPU's memory does not suffice in this block, the error says what a user can do."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise Refused('the GPU has too little memory for this run; give --accum with more parts, '
-                      '--grad-checkpoint, or in a new run a smaller --batch; '
-                      '--resume goes on from the last save') from None
-
-
-# --- 3. Resuming -----------------------------------------------------------------------------------------------------
+# --- 4. Resuming -----------------------------------------------------------------------------------------------------
 
 def read_last(folder, resume):
-    """What last.pt of a run to resume holds, but for its tensors; {} for a new run, which must not go into the folder of
-    another. If the folder has only a best.pt of step 0 that train.py wrote, an earlier start ended before its first
+    """What last.pt of a run to resume holds, but for its tensors; {} for a new run, which must not go into the folder
+    of another. If the folder has only a best.pt of step 0 that train.py wrote, an earlier start ended before its first
     checkpoint, so it is used as it is."""
     last = Path(folder, 'last.pt')
     best = Path(folder, 'best.pt')
@@ -191,15 +264,20 @@ def read_last(folder, resume):
     for name in 'student', 'teacher', 'optimizer':
         saved.pop(name, None)
     need('same' in saved, f'{last} holds no run to resume; to start from its weights give --init')
-    if saved['same'].get('--method') == 'plain':        # what no-cross-attention was called at first
-        saved['same']['--method'] = 'no-cross-attention'
-        saved['options']['method'] = 'no-cross-attention'
     return saved
 
 
+def fixed_settings(options, shards):
+    """What must stay the same when a run is resumed, {what: value}: the options below, the data, and GLOBALS, in case
+    somebody edits it."""
+    names = 'preset', 'method', 'batch', 'seed', 'local_crops', 'local_captions'
+    fixed = {'--' + name.replace('_', '-'): getattr(options, name) for name in names}
+    return fixed | {'GLOBALS': GLOBALS, 'fingerprint of --data': shards.fingerprint[:8]}
+
+
 def check_fixed(saved, options, fixed):
-    """Refused if something has changed that must stay the same when a run is resumed. fixed: {its name: its value now},
-    see train.fixed_settings. Other options may differ, and so may the code; a line says what does."""
+    """Refused if one of the fixed settings has changed. Other options may differ, and so may the code; a line says what
+    does."""
     before = saved['same']
     differs = [what for what in fixed if before.get(what) != fixed[what]]
     was = ', '.join(f'{what} {before.get(what)}' for what in differs)
@@ -217,7 +295,7 @@ def check_fixed(saved, options, fixed):
 
 
 def restore(run):
-    """Put what `write_last` has saved back into the run."""
+    """Put what `save` has saved back into the run."""
     path = run.folder / 'last.pt'
     saved = read_checkpoint(path)
     load_weights(run.student, saved['student'], path)

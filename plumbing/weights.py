@@ -57,7 +57,8 @@ def clean_names(state):
 
 # --- 2. A file -> its tensors, and these -> a model ------------------------------------------------------------------
 
-FETCH_OR_IMPORT = 'fetch it again if it was fetched, or see python -m extras.weights import --help'
+FETCH_OR_IMPORT = ('remove it and fetch it again if it was fetched, '
+                   'or see python -m extras.weights import --help')
 
 
 def read_checkpoint(path, remedy=FETCH_OR_IMPORT, mmap=False):

@@ -58,7 +58,7 @@ import cosmos, data, eval, train
 assert state() == before
 from plumbing import processes, runs
 os.environ['PATH'] = ''
-print(processes.peak_memory(torch.device('cpu')), len(processes.SIGNALS), processes.cores() > 0, [runs.commit()])
+print(len(processes.SIGNALS), processes.cores() > 0, [runs.commit()])
 runs.lock(sys.argv[1])
 processes.end_workers()
 '''
@@ -67,7 +67,7 @@ processes.end_workers()
 def test_imports_change_nothing_and_need_nothing_of_unix(tmp_path):
     """oracle: limits, warning filters and signals as they were; what a program prints without git and Unix."""
     done = subprocess.run([sys.executable, '-c', IMPORTS, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "0.0 2 True ['']\n" and done.stderr.count('no locks here') == 1, done.stderr
+    assert done.stdout == "2 True ['']\n" and done.stderr.count('no locks here') == 1, done.stderr
 
 
 LAYERS = {              # files: the packages and files of ours that they may import

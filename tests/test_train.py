@@ -39,7 +39,7 @@ from plumbing import runs
 from plumbing.files import read_json
 from plumbing.parts import part_by_part
 from plumbing.processes import LONGEST_WAIT
-from plumbing.progress import Progress
+from plumbing.progress import Progress, log_entry
 from tests.helpers import ROOT, close, dog_tar, micro, put, refused, run
 
 QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 2 '
@@ -98,7 +98,7 @@ def read_log(out):
     """The entries of the log, one per step. If a step was logged twice, the last figures count. Times are set to 0."""
     entries = {}
     for line in (out / 'log.jsonl').read_text().splitlines():
-        entry = json.loads(re.sub('"(pairs_per_s|waiting|memory_GB|seconds)": [^,}]+', '"time": 0', line))
+        entry = json.loads(re.sub('"(pairs_per_s|waiting|seconds)": [^,}]+', '"time": 0', line))
         entries.setdefault(entry['step'], {}).update(entry)
     return list(entries.values())
 
@@ -147,7 +147,7 @@ def test_views_and_losses_of_each_row(started, tmp_path, method):
     assert row.global_images == GLOBALS or not (row.has_local_images or row.has_teacher)
     _, images, texts = micro()
     images[-1].requires_grad_()                 # a local view
-    assert step_of(begun.student, images, texts, method).parts.keys() == {'clip', *terms}
+    assert step_of(begun.student, images, texts, method).terms.keys() == {'clip', *terms}
     assert images[-1].grad.any() == row.has_local_images        # if it is seen, something is learnt from it
     # Each parameter learns. If one had no gradient, DDP would stop at the second step.
     assert [name for name, p in begun.student.named_parameters() if p.grad is None] == []
@@ -598,8 +598,8 @@ def test_log_entry_by_hand(started, tmp_path):
     begun = started(tmp_path)
     exchanged = torch.eye(4)[None, [1, 0, 2, 3]]
     out = Output(torch.eye(4)[None], exchanged)
-    done = train.Step(out, exchanged, 3.5, {'mine': (0.5, 3.0)}, torch.ones(()), True)
-    found = train.log_entry(begun, Progress(done, steps=3, seconds=2, waited=1))
+    step = train.Step(out, exchanged, 3.5, {'mine': (0.5, 3.0)}, torch.ones(()), True, 0.1, 0.9)
+    found = log_entry(begun, Progress(step, steps=3, seconds=2, waited=1))
     wanted = {'spread': 0.75 ** 0.5, 'accuracy': 0.5, 'cosine': 0.5, 'mine': 3, 'pairs_per_s': 6, 'waiting': 0.5}
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
 
@@ -611,7 +611,7 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
     line = (whole / 'log.jsonl').read_text().splitlines()[1]
     first = json.loads(line)
     names = ('step loss clip h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t weights chance accuracy spread lr momentum scale '
-             'distill_scale grad_norm cosine pairs_per_s waiting memory_GB bad_pairs')
+             'distill_scale grad_norm cosine pairs_per_s waiting bad_pairs')
     assert first.keys() == set(names.split())
     assert [first['lr'], first['momentum'], first['chance']] == pytest.approx([0.0015, 1 / 11, math.log(4)])
     assert 0 < first['waiting'] < 1
@@ -627,14 +627,16 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
 
 def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
     """oracle: what is due, written out: saved before it is evaluated, and nothing twice. Scripted figures say which
-    step is best. best.pt has its networks, and stays when the run goes on, but not with other held-out shards."""
-    write_last = runs.write_last
+    step is best. best.pt has its networks, and stays when the run goes on, but not with other held-out shards. A
+    watcher gets what is logged, and a signal does not cut its end short."""
+    write = runs.save_tensors
     happened = []
     learned = {}
+    logged = []
 
-    def noted(run, fixed):
-        happened.append(f'save {run.step}')
-        write_last(run, fixed)
+    def noted(path, state):
+        happened.append(f'{path.stem} {state["step"]}')
+        write(path, state)
 
     def look(run, val, image_features):
         happened.append(f'score {run.step}')
@@ -646,9 +648,12 @@ def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
         to_text, to_image = scores.pop(0)
         return {'image_to_text_R@1': to_text, 'text_to_image_R@1': to_image}, 'features'
 
-    monkeypatch.setattr(runs, 'write_last', noted)
+    monkeypatch.setattr(runs, 'save_tensors', noted)
     monkeypatch.setattr(evaluation, 'zero_shot_retrieval', score)
-    watcher = SimpleNamespace(begin=print, evaluated=look, finish=print)
+    watcher = runs.Watcher()
+    watcher.evaluated = look
+    watcher.logged = lambda run, entry: logged.append(json.dumps(entry))
+    watcher.finish = lambda run: os.kill(os.getpid(), signal.SIGINT)
     shutil.copy(whole / 'log.jsonl', tmp_path)
     torch.save({'step': 0, 'score': 0.0}, tmp_path / 'best.pt')
     copied = shutil.copytree(dogs / 'val', tmp_path / 'copied')
@@ -662,9 +667,9 @@ def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
         assert_close([best['student'], best['teacher']], learned[best_step], rtol=0, atol=0)
         assert read_json(tmp_path / 'eval.json')['mine'] == max(learned)
     assert ', '.join(happened).startswith(
-        'score 0, save 2, score 2, save 3, save 4, score 4, score 4, save 5, save 6, score 6')
-    lines = (tmp_path / 'log.jsonl').read_text().splitlines()
-    assert [json.loads(line)['step'] for line in lines if 'loss' in line] == [1, 2, 3, 4, 5, 6, 7, 8]
+        'best 0, score 0, last 2, best 2, score 2, last 3, last 4, score 4, score 4, last 5, last 6, score 6')
+    assert (tmp_path / 'log.jsonl').read_text().splitlines() == logged
+    assert [json.loads(line)['step'] for line in logged if 'loss' in line] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_two_jobs_in_one_folder(monkeypatch, capsys, fit, tmp_path):
@@ -700,16 +705,10 @@ def test_two_jobs_in_one_folder(monkeypatch, capsys, fit, tmp_path):
 
 
 def test_when_a_run_is_saved():
-    """oracle: the rule: every 20 minutes, at whatever step; after so many steps only if that is asked for."""
-    for flags, step, minutes, saves in (
-            ('', 1000, 19, False),
-            ('', 1001, 21, True),
-            ('--save-minutes 0', 1000, 21, False),
-            ('--save-every 500', 1000, 1, True),
-            ('--save-every 500', 1001, 1, False)):
-        options = train.read_options(['--steps', '9000', *flags.split()])
-        running = SimpleNamespace(options=options, step=step, saved_at=time.perf_counter() - 60 * minutes)
-        assert train.what_is_due(running, Progress()).save == saves
+    """oracle: the rule: every 20 minutes, or as often as --save-minutes says."""
+    for flags, minutes, saves in ([], 19, False), ([], 21, True), (['--save-minutes=0'], 21, False):
+        running = SimpleNamespace(options=train.read_options(flags), saved_at=time.perf_counter() - 60 * minutes)
+        assert runs.is_overdue(running) == saves
 
 
 # --- Going on --------------------------------------------------------------------------------------------------------
@@ -759,10 +758,11 @@ def fill_the_gpu(run):
     ('train_step', 3, fill_the_disk, 'last.pt cannot be written', 2),
     ('evaluate', 6, raise_a_bug, 'RuntimeError: a bug\n', 6)])
 def test_resume_is_exact(monkeypatch, fit, whole, tmp_path, function, at, harm, ends, kept):
-    """oracle: the undisturbed run. A signal saves the last step; after an error the save before it stands."""
+    """oracle: the undisturbed run. A signal saves the last step, and watchers finish; after an error the save before it
+    stands."""
     original = getattr(train, function)
     signalled = isinstance(harm, signal.Signals)
-    workers = 2 if signalled else 0
+    workers = 2 * signalled
     shutil.copy(whole / 'eval.json', tmp_path)          # from an earlier start; it is removed
 
     def harmed(run, *rest):
@@ -771,8 +771,10 @@ def test_resume_is_exact(monkeypatch, fit, whole, tmp_path, function, at, harm, 
         return original(run, *rest)
 
     monkeypatch.setattr(train, function, harmed)
-    found = fit(tmp_path, '--workers', workers)
+    watcher = Mock(**{'evaluated.return_value': {}})
+    found = fit(tmp_path, '--workers', workers, watchers=[watcher])
     monkeypatch.undo()
+    assert watcher.finish.called == signalled
     resource.setrlimit(resource.RLIMIT_FSIZE, LIMITS)
     assert ends in str(found) and runs.read_last(tmp_path, resume=True).get('step') == kept
     assert list(tmp_path.glob('*.partial')) == []
@@ -811,7 +813,7 @@ def test_a_torn_line_of_the_log_swallows_no_other(whole, started, tmp_path):
     """oracle: by hand: the next entry has a line of its own."""
     shutil.copy(whole / 'last.pt', tmp_path)
     log = put(tmp_path / 'log.jsonl', '{"st')
-    runs.write_config(started(tmp_path, '--resume'))
+    runs.begin(started(tmp_path, '--resume'), None, [])
     runs.write_log(tmp_path, {'step': 7})
     assert log.read_text() == '{"st\n{"step": 7}\n'
 
@@ -833,7 +835,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     out = tmp_path / 'out'
     shutil.copytree(whole, out)
     flags = '--preset tiny --method clip --batch 5 --seed 1 --local-crops 3 --local-captions 4'.split()
-    monkeypatch.setattr(train, 'GLOBALS', 9)
+    monkeypatch.setattr(runs, 'GLOBALS', 9)
     error = fit(out, '--resume', *flags, '--data', dog_tar(tmp_path / '0.tar', 9))
     monkeypatch.undo()
     assert re.search(
@@ -847,12 +849,6 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
         put(tmp_path / 'last.pt', content)
         assert sentence in fit(tmp_path, '--resume')
         assert (tmp_path / 'last.pt').read_bytes() == content
-    renamed = 'no-cross-attention'                      # which was called plain in the checkpoints of 41f0b8a
-    state = saved(out)
-    state['same']['--method'] = state['options']['method'] = 'plain'
-    torch.save(state, tmp_path / 'last.pt')
-    assert runs.read_last(tmp_path, resume=True)['same']['--method'] == renamed
-    assert f'--method {renamed}, not --method cosmos; ' in fit(tmp_path, '--resume')
     monkeypatch.setattr(runs, 'commit', lambda: 'another')
     assert fit(out, '--resume', '--steps', 4, '--lr', 1, '--vocab', 'clip', '--init', 'none') == 0
     monkeypatch.undo()
@@ -880,7 +876,7 @@ def test_init(fit, started, tmp_path, capsys):
     assert 'momentum' not in read_log(tmp_path / 'clip')[0]             # and has no teacher
     path = tmp_path / 'clip/last.pt'
     begun = started(tmp_path / 'begun', '--init', path, '--batch', 60)  # all pairs
-    train.print_plan(begun, None)
+    runs.begin(begun, None, [])
     assert note in capsys.readouterr().out
     weights = evaluation.load(path)[0].state_dict()
     torch.manual_seed(0)
