@@ -1,12 +1,12 @@
 """COSMOS: cross-modality self-distillation for vision-language pre-training (CVPR 2025, arXiv 2412.01814).
 
-CLIP squeezes an image and its text into one vector each, and matches the two. In such a vector big objects drown out
-small ones. COSMOS takes several views of both: large and small crops of the image, and groups of one to five sentences
-and single sentences of the text, which are called captions. A student network sees all of them. A teacher network, a
-slow average of the student, sees only the global ones: the large crops and the groups. In the student, cross-attention
-lets each vector of one modality attend to the tokens of the other. The result is added to the vector, and the sum is
-trained to pick out its own pair's teacher vectors from those of the whole batch. CLIP's own loss is added. In this way
-a sentence about a small object is meant to find that object in the image.
+CLIP squeezes an image and its text into one vector each, and matches the two. Large objects dominate such a vector, and
+small ones are lost. COSMOS takes several views of both: from the image large (global) and small (local) crops, from the
+text global captions of one to five sentences and local captions of one sentence. A student network sees all of them. A
+teacher network, a slow average of the student, sees only the global ones. In the student, cross-attention lets each
+vector of one modality attend to the tokens of the other. The result is added to the vector, and the sum is trained to
+pick out its own pair's teacher vectors from those of the whole batch. CLIP's own loss is added to this one. The aim is
+that a sentence about a small object finds that object in the image.
 
 Symbols for shapes:
     B pairs on this GPU     N pairs on all GPUs             V image views, 2 global, then the local ones
@@ -15,26 +15,27 @@ Symbols for shapes:
     Q query rows            H attention heads of width d    n sequences that go through a tower together
     s, p side of a view and of a patch, in pixels
 Names taken from the paper:
-    [cls], [eot]        the one vector of an image view, at the class token, and of a caption, at its end token
-    C^I, C^T  the two cross-attention modules: C^I reads (attends to) the image, C^T reads the text
-    h_I, h_T  the image's and the text's vectors after each has read the other modality, Eq. 1-2
-              So the letters cross: C^T yields h_I, because the image asks and the text is read, and C^I yields h_T.
+    [cls], [eot]        the vector of an image view, from its class token; that of a caption, from its end token
+    C^T, C^I  the two cross-attention modules. The letter says what is read (attended to): C^T is `read_text` in the
+              code, and C^I is `read_image`
+    h_I, h_T  the image's vector after it has read the text, and the text's after it has read the image, Eq. 1-2
     cls_t, eot_t        the teacher's vectors of the images and of the texts
-    L_CLIP, L_COSMOS    the two losses; training minimises their sum. Each is a mean of L_sym-nce (`match`)
+    L_CLIP, L_COSMOS    the two losses, whose sum is trained: one L_sym-nce (`match`), and the mean of four
 Views come first, (V, B, D), and views 0 and 1 are the two globals. Code that serves both modalities says "view" and V
 for captions, too. `ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors of tokens.
 
-One training step, with the names used in the code below (text_cross is C^T, image_cross is C^I):
+One training step, with the names used in the code below:
 
     images: 2 global views, 6 local                               texts: 2 global captions, 6 local
            |                                                                        |
       VisionTower                                                               TextTower                    STUDENT
            |                                                                        |
-     cls (V,B,D) -- query --> C^T: text_cross           C^I: image_cross <-- query -- eot (U,B,D)
-           |                  reads the words           reads the patches           |
-           |                  of caption 0              of view 0                   |
+     cls (V,B,D) -- query --> C^T: read_text             C^I: read_image <-- query -- eot (U,B,D)
+           |                  the words                  the patches                |
+           |                  of caption 0               of view 0                  |
            |                         |                        |                     |
-           |          h_I = C^T(..) + cls  Eq. 1   h_T = C^I(..) + eot  Eq. 2       |
+           |                         v                        v                     |
+           |       h_I = read_text(..) + cls  Eq. 1   h_T = read_image(..) + eot  Eq. 2
            |                         |                        |                     |
            '--- global cls ----------|------ clip_loss -------|---- all eot --------'
                                      '----- cosmos_terms -----'
@@ -46,7 +47,7 @@ One training step, with the names used in the code below (text_cross is C^T, ima
 
     out = model(images, texts)    # student, all views and captions
     cls_t, eot_t = teacher(images[:GLOBALS], texts[:GLOBALS])           # teacher, globals only
-    loss, parts = total_loss(model, out, cls_t, eot_t)                  # L_CLIP + L_COSMOS
+    loss, terms = total_loss(model, out, cls_t, eot_t)                  # L_CLIP + L_COSMOS
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -55,14 +56,13 @@ One training step, with the names used in the code below (text_cross is C^T, ima
 
 Read it beside Section 3 of the paper. Parts 2-4 are COSMOS: student, teacher, losses. You can skip part 5 unless you
 use several GPUs: on one GPU `gather` only returns each tensor as both queries and keys. Parts 6-7 are CLIP's towers
-and transformer. If you know them, read only how a tower treats its views (class Tower).
+and transformer. If you know them, read only class Tower: how views share a pass.
 
 We follow the released code (github.com/ExplainableML/cosmos); references such as `model.py:274` point into it. The
-paper's text was not at hand; docs/differences.md lists our sources. If they are silent or say something else, the
-released code decides, and a mark says so:
+paper's text was not at hand; docs/differences.md lists our sources. If they are silent or say something else, we follow
+the code, and a mark says so:
     paper silent, as far as our sources go.             code≠paper: a source, which is named, says something else.
-The last mark, `ours`, means that the decision is our own, because we differ from the released code on purpose or
-because that code has nothing of the kind.
+    ours: we differ from the released code on purpose, or it has no counterpart.
 """
 import copy
 import math
@@ -75,7 +75,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 # --- 1. Configuration ------------------------------------------------------------------------------------------------
 
@@ -84,7 +83,7 @@ GLOBALS = 2  # global views of an image, and global captions. They come first, a
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a model and of its views. Raises ValueError when they do not fit together."""
+    """The sizes of a model and of its views. Images must be multiples of the patch size, widths of their heads."""
     embed_dim: int = 512            # D, the joint space of images and texts
     image_size: int = 224           # side of a global view, in pixels; fixes the grid of positions
     local_image_size: int = 96      # side of a local view
@@ -96,19 +95,11 @@ class Config:
     text_layers: int = 12
     text_heads: int = 8
     context_length: int = 77        # T of a caption at full length
-    vocab_size: int = 49408         # CLIP's; the end-of-text token has the largest id
+    vocab_size: int = 49408         # CLIP's
     cross_heads: int = 8            # attention heads inside C^I and C^T; with 0 the model has neither
-    two_scales: bool = False        # a second scale, for the loss added to L_CLIP; with C^I and C^T always
+    two_scales: bool = False        # gives a model without C^I and C^T the second scale, which others always have
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released COSMOS models use GELU
 
-    def __post_init__(self):
-        for whole, part in (
-                ('image_size', 'patch_size'), ('local_image_size', 'patch_size'), ('vision_width', 'vision_heads'),
-                ('text_width', 'text_heads'), ('embed_dim', 'cross_heads')):
-            size = getattr(self, whole)
-            divisor = getattr(self, part)
-            if divisor and size % divisor:              # cross_heads may be 0
-                raise ValueError(f'{whole} {size} is not a multiple of {part} {divisor}')
 
 # --- 2. The student ----------------------------------------------------------------------------- Sec. 3.2, Eq. 1-2 ---
 
@@ -116,9 +107,9 @@ class CrossAttention(nn.Module):
     """C^I or C^T: a single attention layer, with no MLP. In C^T the [cls] of every image view reads
     the words of caption 0; in C^I the [eot] of every caption reads the patches of view 0.
 
-    The residual of Eq. 1-2 is added outside, in COSMOS.forward. The padding of a text is read as well (paper silent;
-    transformer.py:210-230). The text tower is causal and the padding comes after the end, so the vectors at the padded
-    positions have seen the whole caption: they are not noise, but further summaries of it.
+    The residual of Eq. 1-2 is added outside, in COSMOS.read. C^T reads the padding of caption 0, too (paper silent;
+    transformer.py:210-230), so give this caption at full length. The text tower is causal, so the vectors at padded
+    positions have seen the whole caption: they are further summaries of it, not noise.
     """
 
     def __init__(self, width, heads):
@@ -128,15 +119,12 @@ class CrossAttention(nn.Module):
         self.ln_k = nn.LayerNorm(width)
 
     def forward(self, query, tokens):
-        """query (V, B, D), not of unit length; tokens (B, R, D) -> (V, B, D).
-
-        All views of a pair are queries in one call, so the pair's keys and values are projected only once.
-        """
+        """query (V, B, D), tokens (B, R, D) -> (V, B, D), all unnormalised. A pair's views share keys and values."""
         query = self.ln_q(query).transpose(0, 1)                        # (B, V, D)
         return self.attn(query, self.ln_k(tokens)).transpose(0, 1)
 
     def weights(self, query, tokens):
-        """query (B, D), not of unit length, tokens (B, R, D) -> weights (B, R), averaged over heads, summing to 1."""
+        """query (B, D), tokens (B, R, D), unnormalised -> weights (B, R), averaged over heads, summing to 1."""
         query = self.ln_q(query)[:, None]                               # (B, 1, D)
         q, k, _ = self.attn.project(query, self.ln_k(tokens))           # (B, H, 1 or R, d)
         weights = attention_weights(q, k)                               # (B, H, 1, R)
@@ -144,7 +132,7 @@ class CrossAttention(nn.Module):
 
 
 class Output(NamedTuple):
-    """What the losses read, all of unit length. h_I and h_T are None in a model without cross-attention.
+    """What the losses compare, all of unit length. h_I and h_T are None in a model without cross-attention.
 
     In each tensor [:, b] belongs to pair b of the batch. Views and captions of a pair are never negatives of each
     other.
@@ -182,8 +170,8 @@ class COSMOS(nn.Module):
             # paper silent: tokens go through a linear map before Eq. 1-2 (model.py:285-287, 331, 436)
             self.image_map = nn.Linear(config.vision_width, D)
             self.text_map = nn.Linear(config.text_width, D)
-            self.image_cross = CrossAttention(D, config.cross_heads)    # C^I, reads patches
-            self.text_cross = CrossAttention(D, config.cross_heads)     # C^T, reads words
+            self.read_image = CrossAttention(D, config.cross_heads)     # C^I
+            self.read_text = CrossAttention(D, config.cross_heads)      # C^T
         if self.two_scales:         # paper silent: L_COSMOS has a scale of its own (model.py:274)
             self.distill_logit_scale = nn.Parameter(initial_scale.clone())
 
@@ -191,48 +179,56 @@ class COSMOS(nn.Module):
         """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output.
 
         Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper: two
-        walk-throughs of the paper say, from the global views; model.py:370-382). `words` covers all T positions,
-        padding included, so caption 0 must come at full length (paper silent; transformer.py:772-775). The others may
-        be cut to save time, see TextTower.
+        walk-throughs of the paper say, from the global views; model.py:370-382). The other captions may be cut, see
+        TextTower.
         """
         if not self.has_cross_attention:
-            return Output(unit(self.visual(images)), unit(self.text(texts)))
-        cls, image_sequence = self.visual.with_sequence(images)         # (V, B, D), (B, 1 + P, W)
-        eot, text_sequence = self.text.with_sequence(texts)             # (U, B, D), (B, T, W)
-        patches = self.image_map(image_sequence[:, 1:])                 # (B, P, D)
-        words = self.text_map(text_sequence)                            # (B, T, D)
-        h_I = self.text_cross(cls, words) + cls         # (V, B, D)  Eq. 1: images read words
-        h_T = self.image_cross(eot, patches) + eot      # (U, B, D)  Eq. 2: captions read patches
-        # NB: in Eq. 6 h_T must find the image that it has read, h_I its caption: see page 3 of lesson/README.md.
+            cls = torch.stack(self.visual(images))
+            eot = torch.stack(self.text(texts))
+            return Output(unit(cls), unit(eot))
+        # View 0 and caption 0 go through their towers alone, because only they need all their tokens.
+        first_cls, patches = self.encode_image(images[0])               # (B, D), (B, P, D)
+        first_eot, words = self.encode_text(texts[0])                   # (B, D), (B, T, D)
+        cls = torch.stack([first_cls, *self.visual(images[1:])])        # (V, B, D)
+        eot = torch.stack([first_eot, *self.text(texts[1:])])           # (U, B, D)
+        h_I, h_T = self.read(cls, eot, patches, words)
         return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
 
-    def encode_image(self, images):
-        """images (B, 3, h, w), h and w multiples of p -> [cls] (B, D), patches (B, P, D), neither of unit length.
+    def read(self, cls, eot, patches, words):
+        """cls (V, B, D), eot (U, B, D), patches (B, P, D), words (B, T, D) -> h_I, h_T like cls, eot; all unnormalised.
 
-        These patches are what C^I reads. They do not live in the joint space, so do not compare them with texts; for
-        that, use eval.encode_dense. If the model has no cross-attention, patches is None.
+        NB: the tokens that are read can leak the answer. In Eq. 6 h_T, which has read the image, must find this image's
+        cls_t, and h_I, which has read the caption, its eot_t, so both can copy. Page 3 of lesson/README.md measures it.
         """
-        cls, sequence = self.visual.with_sequence([images])
+        h_I = self.read_text(cls, words) + cls          # (V, B, D)  Eq. 1: images read words
+        h_T = self.read_image(eot, patches) + eot       # (U, B, D)  Eq. 2: captions read patches
+        return h_I, h_T
+
+    def encode_image(self, images):
+        """images (B, 3, h, w), h and w multiples of p -> [cls] (B, D), patches (B, P, D), unnormalised.
+
+        These patches are what C^I reads; without cross-attention they are None. They do not live in the joint space, so
+        do not compare them with texts; for that, use eval.encode_dense.
+        """
+        cls, sequence = self.visual.with_sequence(images)               # (B, D), (B, 1 + P, W)
         patches = self.image_map(sequence[:, 1:]) if self.has_cross_attention else None
-        return cls[0], patches
+        return cls, patches
 
     def encode_text(self, ids):
-        """ids (B, T) -> [eot] (B, D), words (B, T, D), neither of unit length. If the model has no cross-attention,
-        words is None."""
-        eot, sequence = self.text.with_sequence([ids])
+        """ids (B, T) -> [eot] (B, D), words (B, T, D), unnormalised; words is None without cross-attention."""
+        eot, sequence = self.text.with_sequence(ids)                    # (B, D), (B, T, W)
         words = self.text_map(sequence) if self.has_cross_attention else None
-        return eot[0], words
+        return eot, words
 
     def attention(self, images, ids):
         """images (B, 3, h, w), ids (B, T) -> weights of C^I over patches (B, P), of C^T over words (B, T).
 
         The query of C^I is the caption, the query of C^T is the image. The paper's qualitative figures show such
-        weights (paper silent: of the student or of the teacher, and whether heads are averaged). The weights over words
-        include start, end and padding. The model must have cross-attention.
+        weights (paper silent: of the student or of the teacher, and whether heads are averaged).
         """
         cls, patches = self.encode_image(images)
         eot, words = self.encode_text(ids)
-        return self.image_cross.weights(eot, patches), self.text_cross.weights(cls, words)
+        return self.read_image.weights(eot, patches), self.read_text.weights(cls, words)
 
     def scales(self):
         """The learned values of ln(1/temperature): first that of L_CLIP, then that of L_COSMOS if it has its own."""
@@ -242,8 +238,7 @@ class COSMOS(nn.Module):
 
     @torch.no_grad()
     def clamp_scales(self):
-        """Clamp the learned scales (logarithms) to [0, ln 100]; call this after each step. The bounds are the
-        released code's."""
+        """Clamp the learned scales (logarithms) to [0, ln 100] after each step, as released."""
         for scale in self.scales():
             scale.clamp_(0, math.log(100))
 
@@ -254,7 +249,7 @@ class Teacher(nn.Module):
     """theta_t <- lambda theta_t + (1 - lambda) theta_s: an exponential moving average of the student, without gradient.
 
     With lambda = 0.999 the last 693 versions of the student carry half the weight. The teacher starts as a copy of the
-    student. For teaching, only its two towers run. Cross-attention and scales are averaged as well, so that
+    student. Training uses only its two towers. Cross-attention and scales are averaged as well, so that
     teacher.model is a complete model, which can be evaluated, and whose attention can be drawn.
     """
 
@@ -264,9 +259,10 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, texts):
-        """The global views and captions, lists of (B, 3, s, s) and (B, T) -> cls_t and eot_t, (2, B, D) each, of unit
-        length."""
-        return unit(self.model.visual(images)), unit(self.model.text(texts))
+        """The globals, lists of (B, 3, s, s) and (B, T) -> cls_t and eot_t, (2, B, D) each, of unit length."""
+        cls_t = torch.stack(self.model.visual(images))
+        eot_t = torch.stack(self.model.text(texts))
+        return unit(cls_t), unit(eot_t)
 
     @torch.no_grad()
     def update(self, student, momentum):
@@ -275,17 +271,12 @@ class Teacher(nn.Module):
         ours, paper silent: we call it after optimizer.step, as DINO does. The released code calls it before, and so
         averages the student of one step earlier (there train.py:185-193 comes before 213-221).
         """
-        # In place; one call for all parameters is faster than a call for each.
+        # One call for all parameters is faster than a call for each.
         averages = list(self.model.parameters())
         torch._foreach_lerp_(averages, list(student.parameters()), 1 - momentum)
 
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
-
-# From this many logits on (67 MB), nce recomputes them in the backward pass. 1,024 pairs on one GPU with 2 x 8
-# combinations of views have so many.
-MANY_LOGITS = 2 ** 24
-
 
 def nce(queries, keys, scale):
     """L_nce: each query must find the key of its own pair among all N. Averaged over the Vq x Vk combinations of views,
@@ -301,43 +292,26 @@ def nce(queries, keys, scale):
     """
     Vq, B, _ = queries.shape
     Vk, N, _ = keys.shape
+    with torch.autocast(queries.device.type, enabled=False):  # float32, even under autocast
+        logits = torch.einsum('qbd,knd->qkbn', scale * queries, keys)   # (Vq, Vk, B, N)
     # A query's right answer is the number of its own pair among all N. On several GPUs, where N > B, the pairs of this
     # one begin at rank * B.
     first_pair = dist.get_rank() * B if N > B else 0
     own_pair = torch.arange(first_pair, first_pair + B, device=queries.device)
-    answers = own_pair.view(1, B, 1).expand(Vq, B, Vk).flatten()        # (Vq*B*Vk,)
-
-    def cross_entropy(queries, keys, scale):        # a function, so that `checkpoint` can call it again
-        with torch.autocast(queries.device.type, enabled=False):        # float32, even if called under autocast
-            # Row (vq, b), column (vk, j) for pair j of N: all combinations of views in one product.
-            logits = (scale * queries.flatten(0, 1)) @ keys.flatten(0, 1).T     # (Vq*B, Vk*N)
-        # Row (vq, b, vk): query b of view vq chooses among the N keys of view vk.
-        logits = logits.view(Vq, B, Vk, N).flatten(0, 2)                # (Vq*B*Vk, N)
-        return F.cross_entropy(logits, answers)
-
-    if Vq * B * Vk * N < MANY_LOGITS:
-        return cross_entropy(queries, keys, scale)
-    # ours: we do not keep so many logits, because with 4,096 pairs on one GPU the ten L_nce of a step would need 11 GB
-    # for them. The backward pass recomputes them, one L_nce at a time.
-    return checkpoint(cross_entropy, queries, keys, scale,
-                      use_reentrant=False, preserve_rng_state=False)
+    return F.cross_entropy(logits.flatten(0, 2), own_pair.repeat(Vq * Vk))
 
 
 def match(a, b, scale):
-    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a and b come from `gather`, so their queries are this GPU's
-    vectors and their keys are all GPUs' vectors.
-
-    On several GPUs each computes the mean over its own B pairs, and the loss is the mean over GPUs.
-    """
+    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a and b come from `gather`."""
     return (nce(a.queries, b.keys, scale) + nce(b.queries, a.keys, scale)) / 2
 
 
 def clip_loss(out, scale):
     """L_CLIP: the student's global images with all its captions, 2 x 8 combinations of views in the released
-    recipe. scale = exp(logit_scale).
+    recipe. scale = exp(logit_scale). Cross-attention has no part in it.
 
-    It is CLIP's loss on [cls] and [eot], and cross-attention has no part in it. Local image views stay out, because
-    with them the authors saw overfitting (code≠paper: a walk-through of the paper has all views; loss.py:203-206).
+    code≠paper: a walk-through of the paper has all views. The code leaves local image views out, because with them its
+    authors saw overfitting (loss.py:203-206).
     """
     cls, eot = gather(out.cls[:GLOBALS], out.eot)
     return match(cls, eot, scale)
@@ -346,9 +320,9 @@ def clip_loss(out, scale):
 def cosmos_terms(out, cls_t, eot_t, scale):
     """The four terms of L_COSMOS by name.                                                            Sec. 3.3, Eq. 6
 
-    Every term compares all student views with both teacher views, 8 x 2 combinations in the released recipe. In
-    h_I_cls_t and h_T_eot_t a view also meets itself, 0 with 0 and 1 with 1 (paper silent; loss.py:131-139); DINO leaves
-    these out. scale = exp(distill_logit_scale).
+    Every term compares all student views with both teacher views, 8 x 2 combinations in the released recipe. h_I_cls_t
+    and h_T_eot_t include a view against its own teacher vector, 0 with 0 and 1 with 1 (paper silent; loss.py:131-139);
+    DINO skips those. scale = exp(distill_logit_scale).
     """
     h_I, h_T = gather(out.h_I, out.h_T)
     cls_t, eot_t = gather(cls_t, eot_t)     # a separate call, because these need no gradient
@@ -360,25 +334,30 @@ def cosmos_terms(out, cls_t, eot_t, scale):
 
 
 def cosmos_loss(out, cls_t, eot_t, scale):
-    """L_COSMOS, the mean of the four terms. Training calls total_loss, which weights them one by one."""
-    terms = cosmos_terms(out, cls_t, eot_t, scale)
+    """L_COSMOS, the mean of the four terms."""
+    return mean_of(cosmos_terms(out, cls_t, eot_t, scale))
+
+
+def mean_of(terms):
     return sum(terms.values()) / len(terms)
 
 
-def total_loss(model, out, cls_t, eot_t, terms=cosmos_terms):
-    """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its parts {name: (weight, term)}, which the log shows.
+COSMOS_WEIGHT = 1       # of L_COSMOS in the total loss; as released, and in the paper the two are just added, too
 
-    terms: a function such as cosmos_terms, which returns what is added to L_CLIP; train.py has others. All its terms
-    get the same weight, so with a fifth one each gets 1/5. For a term with a weight of its own add a line before the
-    sum: parts['name'] = (weight, term).
+
+def total_loss(model, out, cls_t, eot_t, added_terms=cosmos_terms):
+    """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its terms by name, which the log shows.
+
+    added_terms: a function such as cosmos_terms, which returns losses by name, whose mean is added to L_CLIP; train.py
+    has others. For CLIP alone it returns {}.
     """
-    parts = {'clip': (1, clip_loss(out, model.logit_scale.exp()))}
+    clip = clip_loss(out, model.logit_scale.exp())
     scale = model.scales()[-1].exp()        # that of L_COSMOS or, if it has none of its own, that of L_CLIP
-    distilled = terms(out, cls_t, eot_t, scale)
-    for name, term in distilled.items():
-        parts[name] = (1 / len(distilled), term)        # a quarter each, for the four of Eq. 6
-    loss = sum(weight * term for weight, term in parts.values())
-    return loss, parts
+    added = added_terms(out, cls_t, eot_t, scale)
+    loss = clip
+    if added:
+        loss = clip + COSMOS_WEIGHT * mean_of(added)
+    return loss, {'clip': clip} | added
 
 
 # --- 5. Across GPUs: this GPU's pairs against all GPUs' pairs --------------------------------------------------------
@@ -390,10 +369,7 @@ class Gathered(NamedTuple):
 
 
 def gather(*vectors):
-    """Several tensors (V, B, D) -> a Gathered for each; one collective serves them all.
-
-    The released code has two collectives for each combination of views, 2 x 8 in L_CLIP and 4 x 16 in L_COSMOS.
-    """
+    """Several tensors (V, B, D) -> a Gathered for each; one collective serves them all."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [Gathered(x, x) for x in vectors]
     all_keys = Gather.apply(torch.cat(vectors)).split([len(x) for x in vectors])
@@ -404,12 +380,9 @@ class Gather(torch.autograd.Function):
     """(V, B, D) on every rank -> (V, N, D) on all of them; each gradient goes back to the rank that its vector came
     from. B is equal on all ranks.
 
-    ours: the gradient is exact. Each rank computes the loss of its own pairs, which depends on the vectors of every
-    rank. So the backward pass sums, for each vector, the gradients that all ranks have for it. DDP then takes the mean
-    over ranks, and the result is the gradient of the mean loss.
-
-    In the released code it is divided by the number of ranks, except for the two scales. AdamW cancels such a factor,
-    apart from the effect of its eps. See docs/differences.md.
+    ours: the gradient is exact. Each rank has the loss of its own pairs, so the backward pass sums the gradients that
+    all ranks have for a vector. DDP then divides by the number of ranks, which gives the gradient of the mean loss. The
+    released code has a smaller one, see docs/differences.md.
     """
 
     @staticmethod
@@ -432,47 +405,31 @@ class Gather(torch.autograd.Function):
 
 # --- 6. The two towers (CLIP) ----------------------------------------------------------------------------------------
 
-def join_same_size(views):
-    """Neighbouring views of the same size, joined: sizes 224, 96, 96, 96 -> two tensors, (B, ...) and (3 B, ...)."""
-    return [torch.cat(list(group)) for _, group in groupby(views, key=lambda view: view.shape)]
-
-
 class Tower(nn.Module):
     """What both towers do with their views.
 
-    Only one row of a view's sequence becomes its vector: the class token's row, or in a text the end token's. So the
-    last block computes this row alone, which saves a fifth of the multiplications in train.py's preset `tiny`, and a
-    few percent in deeper towers; the result is the same. Cross-attention needs the other rows of view 0, too, so
-    `with_sequence` computes them all.
-
-    A tower has `embed`, `transformer`, `norm` and `proj`. `embed` takes a list of tensors, each with n images or
-    captions of one size. For each it returns the sequences (n, R, W) and `row` (n,), the row that becomes the vector.
+    A tower has `embed`, `transformer`, `norm` and `proj`. `embed` takes n images or captions of one size. It returns
+    their sequences (n, R, W), and `row` (n,): which row of each becomes the vector, the class token's or the end
+    token's. If only the vectors are wanted, the last block computes this row alone. The vector is the same, and in
+    train.py's preset `tiny` it saves a fifth of the multiplications, in deeper towers a few percent.
     """
 
     def forward(self, views):
-        """views: list of V (B, ...); neighbours of the same size share a pass -> [cls] or [eot] (V, B, D)."""
+        """views: list of V (B, ...) -> list of V [cls] or [eot] (B, D). Neighbours of one size share a pass, so views
+        of sizes 224, 96, 96 and 96 take two."""
         vectors = []
-        for x, row in self.embed(join_same_size(views)):
-            vectors.append(self.vector(x, row))
-        return torch.cat(vectors).unflatten(0, (len(views), -1))        # view 0's B vectors come first
+        for _, neighbours in groupby(views, key=lambda view: view.shape):
+            same_size = list(neighbours)
+            sequences, row = self.embed(torch.cat(same_size))
+            picked = self.norm(self.transformer(sequences, row)[:, 0])  # (n, W)
+            vectors += (picked @ self.proj).chunk(len(same_size))
+        return vectors
 
-    def with_sequence(self, views):
-        """-> [cls] or [eot] of all views (V, B, D), and all rows of view 0 after `norm` (B, R, W).
-
-        View 0 goes through on its own, and all its rows are computed; the others go through as in `forward`.
-        """
-        first, *others = self.embed([views[0], *join_same_size(views[1:])])
-        x, row = first
-        sequence = self.norm(self.transformer(x))                       # (B, R, W)
-        vectors = [pick(sequence, row)[:, 0] @ self.proj]
-        for x, row in others:
-            vectors.append(self.vector(x, row))
-        return torch.cat(vectors).unflatten(0, (len(views), -1)), sequence
-
-    def vector(self, x, row):
-        """Sequences x (n, R, W), row (n,) -> [cls] or [eot] (n, D)."""
-        x = self.transformer(x, row)                                    # (n, 1, W)
-        return self.norm(x[:, 0]) @ self.proj
+    def with_sequence(self, view):
+        """One view (B, ...) -> [cls] or [eot] (B, D), and all rows of its sequence after `norm` (B, R, W)."""
+        embedded, row = self.embed(view)
+        sequence = self.norm(self.transformer(embedded))
+        return pick(sequence, row)[:, 0] @ self.proj, sequence
 
 
 class VisionTower(Tower):
@@ -492,27 +449,19 @@ class VisionTower(Tower):
         self.norm = nn.LayerNorm(W)
         self.proj = nn.Parameter(std * torch.randn(W, config.embed_dim))
 
-    def embed(self, groups):
-        """groups: tensors of images (n, 3, height, width) -> for each the sequences (n, 1 + P, W), with positions
-        added, and the row (n,) of the class token, 0."""
+    def embed(self, images):
+        """images (n, 3, height, width) -> sequences (n, 1 + P, W), with positions, and the row (n,) of the class token,
+        which is 0."""
+        n, _, height, width = images.shape
         p = self.patch_size
-        embedded = []
-        for images in groups:
-            n, _, height, width = images.shape
-            if height % p or width % p:
-                raise ValueError(f'an image of {height} x {width} pixels cannot be cut into patches of {p}; '
-                                 f'resize or pad it to multiples of {p}')
-            # Patches do not overlap, so conv1 is a matrix product. In bf16 on CPUs that is 3 to 5 times as fast as the
-            # convolution.
-            cells = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (n, 3, rows, p, columns, p)
-            in_order = cells.permute(0, 2, 4, 1, 3, 5)                  # (n, rows, columns, 3, p, p)
-            pixels = in_order.flatten(3).flatten(1, 2)                  # (n, P, 3 * p * p)
-            patches = F.linear(pixels, self.conv1.weight.flatten(1))    # (n, P, W)
-            cls = self.class_embedding.expand(n, 1, -1)
-            x = torch.cat([cls, patches], dim=1) + self.positions(height // p, width // p)
-            class_row = torch.zeros(n, dtype=torch.long, device=x.device)
-            embedded.append((self.ln_pre(x), class_row))
-        return embedded
+        if height % p or width % p:
+            raise ValueError(f'an image of {height} x {width} pixels cannot be cut into patches of {p}; '
+                             f'resize or pad it to multiples of {p}')
+        patches = self.conv1(images).flatten(2).mT                      # (n, P, W)
+        cls = self.class_embedding.expand(n, 1, -1)
+        x = torch.cat([cls, patches], dim=1) + self.positions(height // p, width // p)
+        class_row = torch.zeros(n, dtype=torch.long, device=x.device)
+        return self.ln_pre(x), class_row
 
     def positions(self, h, w):
         """Position embeddings for an h x w grid of patches, (1 + h*w, W): the learned ones if that is the training
@@ -531,10 +480,10 @@ class VisionTower(Tower):
 
 
 class TextTower(Tower):
-    """Causal transformer. The end-of-text token is the first that has seen the whole caption, and stands for it.
+    """Causal transformer. The end-of-text token is the first that sees the whole caption, so it represents it.
 
-    If only [eot] is needed, a tensor of B texts may be cut off where the longest one ends. Attention is causal, so an
-    end token never sees the padding after it. A text that is cut before its end gives a wrong [eot] without any error.
+    If only [eot] is wanted, B texts may be cut where the longest one ends, because an end token never sees the padding
+    after it. A text that is cut before its end gives a wrong [eot] without any error.
     """
 
     def __init__(self, config):
@@ -553,50 +502,33 @@ class TextTower(Tower):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * W) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
-    def embed(self, groups):
-        """groups: tensors of ids (n, T) -> for each the sequences (n, T, W), with positions added, and the row (n,) of
-        the end-of-text token, which has the largest id.
+    def embed(self, ids):
+        """ids (n, T) -> sequences (n, T, W), with positions added, and the end token's row (n,)."""
+        T = ids.shape[1]
+        return self.token_embedding(ids) + self.positional_embedding[:T], end_of(ids)
 
-        One lookup for all captions, because in the backward pass each lookup allocates a (vocab, W) gradient.
-        """
-        all_ids = torch.cat([ids.flatten() for ids in groups])
-        vectors = self.token_embedding(all_ids).split([ids.numel() for ids in groups])
-        embedded = []
-        for ids, x in zip(groups, vectors):
-            n, T = ids.shape
-            x = x.view(n, T, -1) + self.positional_embedding[:T]
-            embedded.append((x, ids.argmax(dim=1)))
-        return embedded
+
+def end_of(ids):
+    """ids (..., T) -> where each text ends (...): at the end-of-text token, which has the largest id."""
+    return ids.argmax(dim=-1)
 
 
 # --- 7. Transformer: stack, block, attention (CLIP) ------------------------------------------------------------------
 
 class Transformer(nn.Module):
-    """A stack of blocks. If causal, each row attends to itself and the rows before it, otherwise to every row.
-
-    `grad_checkpointing` saves memory: all blocks but the last are recomputed in the backward pass.
-    """
+    """A stack of blocks. If causal, each row attends to itself and the rows before it, otherwise to every row."""
 
     def __init__(self, width, layers, heads, quick_gelu, causal=False):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
-        self.causal = causal
-        self.grad_checkpointing = False
+        self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu, causal) for _ in range(layers))
 
     def forward(self, x, row=None):
-        """x (n, R, W) -> (n, R, W). With `row` (n,) only that row of each sequence, (n, 1, W).
-
-        The blocks before the last must compute every row, because the next one reads them as keys and values.
-        """
+        """x (n, R, W) -> (n, R, W). With `row` (n,) only that row of each sequence, (n, 1, W). Blocks before the last
+        compute every row, because the next one reads them all."""
         *blocks, last = self.resblocks
         for block in blocks:
-            # A block draws no random numbers, so their state need not be kept.
-            if self.grad_checkpointing:
-                x = checkpoint(block, x, self.causal,
-                               use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, self.causal)
-        return last(x, self.causal, row)
+            x = block(x)
+        return last(x, row)
 
 
 class QuickGELU(nn.Module):
@@ -611,32 +543,23 @@ class Block(nn.Module):
     """Pre-norm transformer block: x + attention(LN x), then x + MLP(LN x). GELU is exact, as in the released models,
     unless `quick_gelu` is set."""
 
-    def __init__(self, width, heads, quick_gelu):
+    def __init__(self, width, heads, quick_gelu, causal=False):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, causal)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(
             c_fc=nn.Linear(width, 4 * width),
             gelu=QuickGELU() if quick_gelu else nn.GELU(),
             c_proj=nn.Linear(4 * width, width)))
 
-    def forward(self, x, causal=False, row=None):
-        """x (n, R, W) -> (n, R, W). With `row` (n,) only that row of each sequence is computed, (n, 1, W).
-
-        All rows are keys and values either way, so the result is the same as if all were computed and one taken.
-        """
-        context = query = self.ln_1(x)                                  # (n, R, W)
+    def forward(self, x, row=None):
+        """x (n, R, W) -> (n, R, W). With `row` (n,) only that row asks, and all are read: (n, 1, W)."""
+        context = self.ln_1(x)                                          # (n, R, W)
         if row is None:
-            x = x + self.attn(query, context, causal=causal)
+            x = x + self.attn(context, context)
         else:
-            x = pick(x, row)                                            # (n, 1, W)
-            query = pick(context, row)                                  # (n, 1, W)
-            mask = None
-            if causal:
-                keys = torch.arange(context.shape[1], device=row.device)
-                mask = (keys <= row[:, None])[:, None, None]            # (n, 1, 1, R)
-            x = x + self.attn(query, context, mask)
+            x = pick(x, row) + self.attn(pick(context, row), context, row)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -646,30 +569,41 @@ def pick(x, row):
 
 
 class Attention(nn.MultiheadAttention):
-    """Attention(width, heads) has the parameters of torch's multi-head attention, but its own forward pass, because we
-    need q, k and v themselves: for the weights that the pictures show, and for segmentation in eval.py.
+    """torch's multi-head attention, whose names all checkpoints use, with its own forward pass, because we need q, k
+    and v themselves: for the weights that the pictures show, and for segmentation in eval.py.
 
     in_proj_weight (3 W, W) stacks the matrices of query, key and value, and in_proj_bias (3 W) stacks their biases.
-    out_proj is the linear map at the end.
     """
 
-    def forward(self, query, context, mask=None, causal=False):
-        """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). Q is R, or 1 in a last block, or V in cross-attention.
+    def __init__(self, width, heads, causal=False):
+        super().__init__(width, heads)
+        self.causal = causal
 
-        mask: True for keys that may be seen (in nn.MultiheadAttention it is the opposite), such as (n, 1, 1, R) for one
-        row of each sequence. causal, in place of a mask: row i of a whole sequence sees rows 0 to i.
+    def forward(self, query, context, row=None):
+        """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). Q is R, or 1 with `row`, or V in cross-attention.
+
+        If causal, a query sees the rows of the context up to its own, which is `row` (n,) if that is given.
         """
         q, k, v = self.project(query, context)
-        # Plain products on two devices: in bf16 on a CPU they are up to 5 times as fast as the kernels below, and on
-        # mps is_causal may let a row see later ones in half precision (pytorch#195910).
         if q.device.type in ('cpu', 'mps'):
-            if causal:
-                R = k.shape[2]
-                mask = k.new_ones(R, R, dtype=torch.bool).tril()        # True where a row may look
-            x = attention_weights(q, k, mask) @ v
-        else:       # the flash kernel takes no mask, but knows the causal one
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+            # In bf16 on a CPU plain products are up to 5 times as fast as the kernels below. On mps is_causal may let a
+            # row see later ones in half precision (pytorch#195910).
+            x = attention_weights(q, k, self.seen(context, row)) @ v
+        elif self.causal and row is None:       # the flash kernel takes no mask, but knows the causal one
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen(context, row))
         return self.out_proj(x.transpose(1, 2).flatten(2))
+
+    def seen(self, context, row):
+        """-> True for the rows of the context (n, R, W) that a query sees, (1, 1, R, R), or with `row` (n, 1, 1, R).
+        None: it sees all."""
+        if not self.causal:
+            return None
+        rows = torch.arange(context.shape[1], device=context.device)    # (R,)
+        own = rows[None] if row is None else row[:, None]               # each query's, (1, R) or (n, 1)
+        seen = rows <= own[..., None]                                   # (1, R, R) or (n, 1, R)
+        return seen[:, None]            # the same for all heads
 
     def project(self, query, context):
         """query (n, Q, W), context (n, R, W) -> q (n, H, Q, d), k and v (n, H, R, d)."""
@@ -681,12 +615,13 @@ class Attention(nn.MultiheadAttention):
         return [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v)]
 
 
-def attention_weights(q, k, mask=None):
-    """softmax(q k^T / sqrt(d)): q (..., Q, d), k (..., R, d) -> (..., Q, R). mask is True where a key may be seen."""
+def attention_weights(q, k, seen=None):
+    """softmax(q k^T / sqrt(d)): q (..., Q, d), k (..., R, d) -> (..., Q, R). seen: True for the keys that a query may
+    see; None: all."""
     q = q * q.shape[-1] ** -0.5
     scores = q @ k.transpose(-2, -1)                                    # (..., Q, R)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -math.inf)
     return scores.softmax(dim=-1)
 
 
@@ -698,14 +633,14 @@ if __name__ == '__main__':  # python cosmos.py: forward and backward on noise; p
     B = 3
     sides = [config.image_size] * GLOBALS + [config.local_image_size] * 3
     images = [torch.randn(B, 3, side, side) for side in sides]          # V = 5
-    texts = torch.randint(1, 1000, (GLOBALS + 2, B, 77))                # U = 4; the largest id ends a text
+    texts = torch.randint(1, 1000, (GLOBALS + 2, B, 77))                # U = 4
     out = model(images, texts)
     cls_t, eot_t = teacher(images[:GLOBALS], texts[:GLOBALS])
-    loss, parts = total_loss(model, out, cls_t, eot_t)
+    loss, terms = total_loss(model, out, cls_t, eot_t)
     loss.backward()
     for name, value in out._asdict().items():
         print(f'{name:10} {tuple(value.shape)}')
-    for name, (weight, term) in parts.items():
-        print(f'{name:10} {weight} x {term.item():.4f}')
+    for name, term in terms.items():
+        print(f'{name:10} {term.item():.4f}')
     print(f'loss       {loss.item():.4f} on noise; guessing costs ln {B} in L_CLIP and ln {B} in L_COSMOS, together '
           f'{2 * math.log(B):.4f}')

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from cosmos import GLOBALS, Config
+from cosmos import GLOBALS, Config, end_of
 from plumbing.colours import AFTER_JITTERS, JITTERS, Changes, changes_of, constant, recolour
 from plumbing.errors import Refused, Unreadable, need
 from plumbing.images import decode, read_header
@@ -340,7 +340,7 @@ def cut_to_longest(captions, multiple):
     """A list of (B, T) ids, all cut to the length of the longest text in it, rounded up to a multiple of `multiple`."""
     if not captions:
         return []
-    ends = [ids.argmax(dim=1).max().item() for ids in captions]         # the end token has the largest id
+    ends = [end_of(ids).max().item() for ids in captions]
     longest = max(ends) + 1
     rounded = ceil(longest / multiple) * multiple       # may exceed T: slicing then keeps all T
     # The slices are made contiguous here, in the worker, because otherwise pinning would make an extra copy.

@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from cosmos import COSMOS, attention_weights, unit
+from cosmos import COSMOS, attention_weights, end_of, unit
 from data import BICUBIC, normalize
 from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, folder_set, mask_pairs,
                                  read_mask, read_synonyms, read_templates, torchvision_set)
@@ -148,7 +148,7 @@ def embed_texts(model, tokenizer, texts):
     different = list(dict.fromkeys(texts))
     features = []
     for ids in progress(tokenizer(different).split(TEXT_BATCH), 'texts'):   # (B, T)
-        longest = ids.argmax(dim=1).max() + 1  # the end token has the largest id
+        longest = end_of(ids).max() + 1
         eot = model.text([ids[:, :longest].to(model.logit_scale.device)])   # (1, B, D)
         features.append(unit(eot[0]).cpu())
     row_of = {text: row for row, text in enumerate(different)}
@@ -293,7 +293,7 @@ def encode_dense(model, images, csa=False):
     last block.
     """
     tower = model.visual
-    [(x, _)] = tower.embed([images])            # one size, so one group: (B, 1 + P, W), [cls] first
+    x, _ = tower.embed(images)                  # (B, 1 + P, W), [cls] first
     *blocks, last = tower.transformer.resblocks
     for block in blocks:
         x = block(x)

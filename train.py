@@ -44,11 +44,13 @@ import eval as evaluation
 from cosmos import COSMOS, GLOBALS, Config, Output, Teacher, cosmos_terms, gather, match, total_loss
 from data import Shards
 from plumbing import runs
+from plumbing.captions import POOL_KEYS
 from plumbing.errors import command, need
 from plumbing.files import write_json
 from plumbing.options import choose_data, fill_in, training_options
 from plumbing.parts import StudentInParts, part_by_part
-from plumbing.processes import Processes, choose_dtype, compile_blocks, keep_memory, signals_caught, use_cores
+from plumbing.processes import (Processes, checkpoint_blocks, choose_dtype, compile_blocks, keep_memory,
+                                signals_caught, use_cores)
 from plumbing.progress import Progress, log_entry, print_entry
 from plumbing.tokenizer import Tokenizer, learn_merges
 
@@ -237,7 +239,7 @@ class Step(NamedTuple):
     out: Output                 # the student's vectors
     cls_t: torch.Tensor         # the teacher's, (2, B, D), or None
     loss: torch.Tensor
-    terms: dict                 # what the loss sums up, {name: (weight, term)}
+    terms: dict                 # what the loss sums up, {name: term}
     norm: torch.Tensor          # the norm of the gradient
     finite: bool                # the norm is finite; if not, the update was skipped
     lr: float
@@ -345,8 +347,8 @@ def set_up(options, processes, built_in_set):
         saved = runs.read_last(options.out, options.resume)         # {} for a new run
         config, tokenizer, weights = choose_model(options, saved)
         choose_data(options, built_in_set)
-        shards = Shards(options.data, options.caption_keys, 'train', index)
-        runs.choose_pool(shards, options.caption_pool)
+        keys = options.caption_keys or POOL_KEYS[options.caption_pool]
+        shards = Shards(options.data, keys, 'train', index)
         recipe = recipe_of(options.preset, options.method, options.init)
         fill_in(options, recipe, len(shards), parts, saved)
         data.check_batch(options.batch, len(shards), parts)
@@ -435,8 +437,6 @@ def make_run(options, processes, train_set, step, weights):
     if weights:             # they may lack cross-attention, or have it although this model does not
         missing = student.load_state_dict(weights, strict=False).missing_keys
         print(f'init       {options.init}; {len(missing)} tensors that it lacks start fresh')
-    for tower in student.visual, student.text:
-        tower.transformer.grad_checkpointing = options.grad_checkpoint
     teacher = Teacher(student) if method.has_teacher else None
     optimizer = make_optimizer(student, options.lr, options.wd)
     # With torch's own initial scale, 65,536, the first steps would overflow again and again.
@@ -444,6 +444,8 @@ def make_run(options, processes, train_set, step, weights):
     if options.compile:
         for network in [student, teacher.model] if teacher else [student]:
             compile_blocks(network)
+    if options.grad_checkpoint:         # last, because what is computed again is the compiled block
+        checkpoint_blocks(student)
     wrapped = StudentInParts(student, options.accum)
     if processes.world > 1:
         wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)

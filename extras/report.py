@@ -50,7 +50,7 @@ SMALL = 128             # side of a view
 SCENE_OBJECT = {'name', 'role', 'centre', 'absent'}     # what lesson/scenes.py says of an object
 # The page shows the source of these.
 CODE = (text_crops, Teacher.forward, Teacher.update, cosmos.clip_loss, match, nce, CrossAttention.weights,
-        COSMOS.forward, cosmos.total_loss)
+        COSMOS.read, cosmos.total_loss)
 
 # --- 1. During training: what a run leaves in maps.npz ---------------------------------------------------------------
 
@@ -129,21 +129,19 @@ def read_batch(student, images, texts):
     Computes what COSMOS.forward computes, and also h_I_other and h_T_other, for which pair b reads from pair b - 1
     instead (pair 0 from the last one).
     """
-    cls = student.visual(images)
-    eot = student.text(texts)
+    cls = torch.stack(student.visual(images))               # (V, B, D)
+    eot = torch.stack(student.text(texts))                  # (U, B, D)
     vectors = {'cls': cls, 'eot': eot}
     if not student.has_cross_attention:
         return vectors, {}
     _, patches = student.encode_image(images[0])            # (B, P, D)
     _, words = student.encode_text(texts[0])                # (B, T, D)
-    vectors |= {
-        'h_I': student.text_cross(cls, words) + cls,
-        'h_T': student.image_cross(eot, patches) + eot,
-        'h_I_other': student.text_cross(cls, words.roll(1, 0)) + cls,
-        'h_T_other': student.image_cross(eot, patches.roll(1, 0)) + eot}
+    vectors['h_I'], vectors['h_T'] = student.read(cls, eot, patches, words)
+    others = patches.roll(1, 0), words.roll(1, 0)
+    vectors['h_I_other'], vectors['h_T_other'] = student.read(cls, eot, *others)
     weights = {
-        'C_I': torch.stack([student.image_cross.weights(query, patches) for query in eot]),
-        'C_T': torch.stack([student.text_cross.weights(query, words) for query in cls])}
+        'C_I': torch.stack([student.read_image.weights(query, patches) for query in eot]),
+        'C_T': torch.stack([student.read_text.weights(query, words) for query in cls])}
     return vectors, weights
 
 
@@ -198,7 +196,7 @@ def ask(run, image_features, pixels, texts):
     eot, _ = model.encode_text(run.train_set.tokenizer(texts).to(pixels.device))    # (n, D)
     cls, patches = model.encode_image(pixels)                               # (1, D), (1, P, D)
     if model.has_cross_attention:
-        maps = model.image_cross.weights(eot, patches.expand(len(eot), -1, -1))
+        maps = model.read_image.weights(eot, patches.expand(len(eot), -1, -1))
     else:
         dense = encode_dense(model, pixels).flatten(1, 2)                   # (1, P, D)
         maps = unit(eot) @ dense[0].T

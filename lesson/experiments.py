@@ -42,15 +42,9 @@ from plumbing.options import Parser
 class ReadsAnotherPair(COSMOS):
     """What is read comes from another pair than the targets, so it cannot help to find them."""
 
-    def forward(self, images, texts):
-        cls, image_sequence = self.visual.with_sequence(images)
-        eot, text_sequence = self.text.with_sequence(texts)
+    def read(self, cls, eot, patches, words):
         # Pair i reads the image and the caption of pair i - 1.
-        patches = self.image_map(image_sequence[:, 1:]).roll(1, dims=0)
-        words = self.text_map(text_sequence).roll(1, dims=0)
-        h_I = self.text_cross(cls, words) + cls         # (V, B, D)
-        h_T = self.image_cross(eot, patches) + eot      # (U, B, D)
-        return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
+        return super().read(cls, eot, patches.roll(1, dims=0), words.roll(1, dims=0))
 
 
 class SilentTeacher(Teacher):

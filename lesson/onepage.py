@@ -85,7 +85,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = student(images, texts)
             cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
-        loss, parts = total_loss(student, out, cls_t, eot_t)            # L_CLIP + L_COSMOS, in float32
+        loss, terms = total_loss(student, out, cls_t, eot_t)            # L_CLIP + L_COSMOS, in float32
 
         # The optimizer moves the student. The teacher follows it, quickly at first so that its random start fades.
         optimizer.zero_grad()
@@ -96,7 +96,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
         teacher.update(student, min(0.995, taken / (taken + 10)))
         if taken % 100 == 0:
             print(f'step {taken:5}  loss {loss:.3f}')
-            for name, (weight, term) in parts.items():
+            for name, term in terms.items():
                 print(f'    {name:10} {term:.3f}')
     return student, teacher, optimizer
 

@@ -120,7 +120,7 @@ def pointing(args, scored, shards, scenes):
         peaks = {}                      # {colour of an absent name: number of the object at the peak}
         for thing in scene:
             asked = [COLUMN[thing.name], COLUMN[thing.absent[0]]]
-            weights = model.image_cross.weights(eot[asked], patches.expand(2, -1, -1))
+            weights = model.read_image.weights(eot[asked], patches.expand(2, -1, -1))
             own, absent = numbers[weights.argmax(dim=1).cpu()].tolist()
             found[thing.role]['own_it'].append(own == thing.number)
             peaks[thing.color] = absent
@@ -205,7 +205,7 @@ def conflict(args, scored, shards, scenes):
         _, patches = student.encode_image(pixels)
         eot, _ = student.encode_text(ids)
         cls_t = unit(teacher.encode_image(pixels)[0])
-        for name, value in picked(eot, patches, student.image_cross, cls_t).items():
+        for name, value in picked(eot, patches, student.read_image, cls_t).items():
             found[name].append(value)
     return {'conflict': {'h_T_caption': {name: fmean(values) for name, values in found.items()}}}
 

@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from plumbing.errors import need
 
@@ -173,7 +175,16 @@ def compile_blocks(model):
     # We need no cuts, because the gradients of other blocks are sent meanwhile.
     torch._dynamo.config.optimize_ddp = False
     for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
-        block.compile(dynamic=True)
+        block.forward = torch.compile(block.forward, dynamic=True)
+
+
+def checkpoint_blocks(model):
+    """Save memory: the activations of all blocks but each tower's last are computed again in the backward pass. In
+    place, so copy and compile the model before. Blocks draw no random numbers, so their state need not be kept."""
+    for tower in model.visual, model.text:
+        *blocks, _ = tower.transformer.resblocks
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 # --- 4. Signals and loaders ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 from tqdm import tqdm
 
-from cosmos import gather
+from cosmos import COSMOS_WEIGHT, gather
 from plumbing.processes import peak_memory
 
 MOST_BROKEN = 5         # this many steps in a row without a finite gradient end the run
@@ -62,6 +62,15 @@ class Progress:
         return None
 
 
+def weights_of(terms):
+    """{name: what total_loss multiplies the term by}."""
+    weights = {'clip': 1}
+    for name in terms:
+        if name != 'clip':
+            weights[name] = COSMOS_WEIGHT / (len(terms) - 1)
+    return weights
+
+
 @torch.no_grad()
 def log_entry(run, progress):
     """The log entry of the latest step, {name: value}. Every rank must call it. What progress counts since the last
@@ -75,7 +84,7 @@ def log_entry(run, progress):
         'step': run.step,
         'lr': latest.lr,
         'chance': math.log(run.options.batch),  # what guessing costs in each term of the loss
-        'weights': {name: weight for name, (weight, _) in latest.terms.items()},
+        'weights': weights_of(latest.terms),
         'accuracy': (nearest == torch.arange(len(nearest))).double().mean().item(),
         'spread': images.std(dim=0, correction=0).norm().item(),  # from 0, all images alike, to 1
         'grad_norm': latest.norm.item(),
@@ -86,7 +95,7 @@ def log_entry(run, progress):
         entry['distill_scale'] = run.student.distill_logit_scale.exp().item()
     # What differs between ranks. Its mean is logged.
     means = {'loss': latest.loss, 'waiting': progress.waited / progress.seconds}
-    means |= {name: term for name, (_, term) in latest.terms.items()}
+    means |= latest.terms
     memory = peak_memory(run.processes.device)
     if memory is not None:
         means['memory_GB'] = memory

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 from cosmos import GLOBALS
-from plumbing.captions import POOL_KEYS
 from plumbing.errors import Refused, Unreadable, need, note, warn
 from plumbing.files import save_tensors, write_json
 from plumbing.weights import load_weights, read_checkpoint
@@ -48,37 +47,16 @@ def lock(folder):
             torn.unlink()
 
 
-def first_pools(shards):
-    """The sentences of each of the first 100 pairs, a list of lists; [] for a pair that cannot be read."""
-    pools = []
-    for i in range(min(100, len(shards))):
-        try:
-            pools.append(shards.pool(i))
-        except Unreadable:
-            pools.append([])
-    return pools
-
-
-def choose_pool(shards, name):
-    """--caption-pool: the captions are those under some of DreamLIP's keys."""
-    if name == 'all':
-        return
-    keys = POOL_KEYS[name]
-    shards.caption_keys = keys.split(',')
-    pools = first_pools(shards)
-    need(pools.count([]) <= len(pools) / 2,
-         f'--caption-pool {name} takes {keys} of DreamLIP, but {pools.count([])} of the first '
-         f'{len(pools)} pairs of --data have none; leave it out, or give --caption-keys in its place')
-
-
 def print_notes(shards, val, captions):
     """captions: how many are taken from a pair."""
-    sizes = [len(pool) for pool in first_pools(shards)]
-    single = sizes.count(1)
-    if captions > 1 and single > len(sizes) / 2:
-        note(f'most pairs have one sentence ({single} of the first {len(sizes)}), '
-             'so text crops repeat it, up to five times in a caption, and add nothing; '
-             'give --method clip, or longer captions; see docs/own-data.md')
+    looked_at = min(100, len(shards))
+    single = 0
+    for i in range(looked_at):
+        with suppress(Unreadable):
+            single += len(shards.pool(i)) == 1
+    if captions > 1 and single > looked_at / 2:
+        note(f'most pairs have one sentence ({single} of the first {looked_at}), so text crops only repeat it; '
+             'give longer captions, or --method clip, which takes less time; see docs/own-data.md')
     if val is None:
         note('nothing is held out, so overfitting cannot be seen; '
              'python -m extras.prepare pack --val 0.1 holds a tenth out')

@@ -700,7 +700,7 @@ def test_the_step_is_that_of_the_loss(tmp_path):
     with torch.no_grad():
         out = student(images, texts)
         cls_t, eot_t = Teacher(teacher)(images[:2], batch.teacher_texts)
-        loss, parts = total_loss(student, out, cls_t, eot_t)
+        loss, terms = total_loss(student, out, cls_t, eot_t)
         expected = out._asdict() | {'cls_t': cls_t, 'eot_t': eot_t}
         expected['h_I_other'] = student(images, [ids.roll(1, 0) for ids in texts]).h_I
         expected['h_T_other'] = student([view.roll(1, 0) for view in images], texts).h_T
@@ -716,7 +716,7 @@ def test_the_step_is_that_of_the_loss(tmp_path):
     assert_close(unpacked(kept['weights']['C_T'], 4, 3, 12)[2], words.double(), rtol=0, atol=1e-4)
     length = student.encode_image(images[3])[0].norm(dim=1).tolist()
     assert kept['lengths']['cls'][3] == pytest.approx(length, abs=1e-4)
-    for name, (_, term) in parts.items():
+    for name, term in terms.items():
         assert kept['figures'][name]['loss'] == pytest.approx(term.item(), abs=1e-4)
     cosines = torch.stack([a @ b.T for a, b in itertools.product(vectors['cls'][:2], vectors['eot'])])
     own = cosines.diagonal(dim1=1, dim2=2)
@@ -837,7 +837,7 @@ def browse(folder, page, size, address=''):
 
 CODE = {                # the functions that each screen shows; screen 0 has the step in the head of cosmos.py
     'screen 0': '', 'screen 1': 'text_crops', 'screen 2': 'forward update', 'screen 3': 'clip_loss match nce',
-    'screen 4': 'weights', 'screen 5': 'forward', 'screen 6': 'across_terms', 'screen 7': 'total_loss'}
+    'screen 4': 'weights', 'screen 5': 'read', 'screen 6': 'across_terms', 'screen 7': 'total_loss'}
 
 
 @pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')

@@ -228,7 +228,7 @@ def test_pointing_by_hand(monkeypatch, val, model):
         assert keys.shape == (2, 64, 128)
         return torch.eye(64)[[27, patch]]
 
-    monkeypatch.setattr(network.image_cross, 'weights', weights)
+    monkeypatch.setattr(network.read_image, 'weights', weights)
     figures = suppression.pointing(arguments(), model, val, scenes)['pointing']
     hits = {'dominant.own_it': [], 'small.own_it': [], 'color.asked': [], 'color.other': []}
     for scene in scenes:
@@ -331,8 +331,8 @@ def test_reading_another_pair(model):
     network.load_state_dict(whole.state_dict())
     out = network(images, texts)
     before = [2, 0, 1]
-    h_I = whole.text_cross(cls[None], words[before]) + cls
-    h_T = whole.image_cross(eot[None], patches[before]) + eot
+    h_I = whole.read_text(cls[None], words[before]) + cls
+    h_T = whole.read_image(eot[None], patches[before]) + eot
     assert_close(out.h_I[:1], unit(h_I))
     assert_close(out.h_T[:1], unit(h_T))
 

@@ -153,7 +153,7 @@ REFUSED = {         # flags: what their sentence must say
     '--vocab empty/page': 'page is not CLIP[^;]*; perhaps a .*page.; give the file at .* --vocab learn',
     '--seed 18446744073709551616': '--seed: 18446744073709551616 is not a whole number from 0 to',
     '--quick-gelu': '--quick-gelu says how .*; give --init, too',
-    '--caption-pool raw': 'raw takes raw_caption of DreamLIP, but 20 of the first 20 pairs .* none; leave it out, or give',
+    '--caption-pool raw': 'none of the first 20 pairs .*no usable caption under the keys caption.; name the captions with --caption-keys',
     '--caption-keys a --caption-pool raw': 'argument --caption-pool: not allowed with argument --caption-keys; see prog',
     '--init none.pt': 'none.pt does not exist',
     '--init other.pt': 'other.pt is neither a checkpoint of train.py, .*its keys: weights.* extras.weights import other.pt'}
