@@ -38,7 +38,7 @@ from lesson import scenes
 from plumbing import runs
 from plumbing.files import read_json
 from plumbing.parts import part_by_part
-from plumbing.processes import LONGEST_WAIT, checkpoint_blocks
+from plumbing.processes import LONGEST_WAIT, checkpoint_blocks, end_workers
 from plumbing.progress import Progress, log_entry
 from tests.helpers import ROOT, close, dog_tar, micro, put, refused, run
 
@@ -65,7 +65,9 @@ def fit(dogs):
     """fit(out, *flags): runs train.py for seconds -> its exit status, or its error."""
     def fit(out, *flags, watchers=()):
         program = SimpleNamespace(main=partial(train.main, watchers=watchers))
-        return run(program, '--data', dogs, *QUICK, '--out', out, *flags)
+        status = run(program, '--data', dogs, *QUICK, '--out', out, *flags)
+        end_workers()           # as at the end of a process; else torch waits for each worker of a failed run
+        return status
 
     return fit
 
