@@ -16,8 +16,8 @@ Symbols for shapes:
     s, p side of a view and of a patch, in pixels
 Names taken from the paper:
     [cls], [eot]        the vector of an image view, from its class token; that of a caption, from its end token
-    C^T, C^I  the two cross-attention modules. The letter says what is read (attended to): C^T is `read_text` in the
-              code, and C^I is `read_image`
+    C^T, C^I  the two cross-attention modules. C^T, in the code `read_text`, reads (attends to) text: its queries are
+              images, its result is h_I. C^I, `read_image`, reads images: its queries are captions, its result is h_T
     h_I, h_T  the image's vector after it has read the text, and the text's after it has read the image, Eq. 1-2
     cls_t, eot_t        the teacher's vectors of the images and of the texts
     L_CLIP, L_COSMOS    the two losses, whose sum is trained: one L_sym-nce (`match`), and the mean of four
@@ -410,7 +410,7 @@ class Tower(nn.Module):
 
     A tower has `embed`, `transformer`, `norm` and `proj`. `embed` takes n images or captions of one size. It returns
     their sequences (n, R, W), and `row` (n,): which row of each becomes the vector, the class token's or the end
-    token's. If only the vectors are wanted, the last block computes this row alone. The vector is the same, and in
+    token's. If only the vectors are wanted, this row is the last block's only query. The vector is the same, and in
     train.py's preset `tiny` it saves a fifth of the multiplications, in deeper towers a few percent.
     """
 
@@ -554,7 +554,7 @@ class Block(nn.Module):
             c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x, row=None):
-        """x (n, R, W) -> (n, R, W). With `row` (n,) only that row asks, and all are read: (n, 1, W)."""
+        """x (n, R, W) -> (n, R, W). With `row` (n,) only that row is a query: (n, 1, W)."""
         context = self.ln_1(x)                                          # (n, R, W)
         if row is None:
             x = x + self.attn(context, context)

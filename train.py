@@ -12,12 +12,12 @@ log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards)
 With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val); with extras/ also
 report.html (the run as a page) and maps.npz (for that page).
 
-Read `train_step` in section 3 first, which is the method, then `main` in section 5, which is the loop around it. After
-that come presets and methods, sections 1 and 2, and last the set-up, section 4, whose order is that of `set_up`.
-lesson/onepage.py trains the same way on one page, without options, checkpoints or several GPUs. You can skip what comes
-from plumbing/: `training_options` (the command line), `Processes` (the ranks: their device, sums and broadcasts over
-them, how they end), `runs` (the folder of a run: checkpoints, log, resuming) and `Progress` (what is counted since the
-process started, and since the last log entry).
+The file is in the order in which one reads it: one step, which is the method; the loop around it; the presets and the
+rows of Table 5, from which a run is chosen; and last how it is set up. lesson/onepage.py trains the same way on one
+page, without options, checkpoints or several GPUs. You can skip what comes from plumbing/: `training_options` (the
+command line), `Processes` (the ranks: their device, sums and broadcasts over them, how they end), `runs` (the folder of
+a run: checkpoints, log, resuming) and `Progress` (what is counted since the process started, and since the last log
+entry).
 """
 import os
 
@@ -54,151 +54,7 @@ from plumbing.processes import (Processes, checkpoint_blocks, choose_dtype, comp
 from plumbing.progress import Progress, log_entry, print_entry
 from plumbing.tokenizer import Tokenizer, learn_merges
 
-# --- 1. Presets: the sizes of a model, and a recipe ------------------------------------------------------------------
-
-# A recipe is a set of defaults for options; what is typed takes precedence. PAPER is the released recipe for CC3M
-# (train_cc3m.sh).
-PAPER = {
-    'batch': 1024, 'lr': 5e-4, 'lr_end': 0.0, 'warmup': 2000, 'wd': 0.5,
-    'momentum': 0.999, 'momentum_ramp': 0,
-    'local_crops': 6, 'local_captions': 6, 'augment': 'full', 'vocab': 'clip'}
-# For small sets on a laptop (`tiny` and `photo`, below). The learning rate ends at a tenth of its peak. After s steps
-# the teacher's momentum, the paper's lambda, is at most s / (s + 10). Images are only cropped. In `tiny` that is
-# because the captions of the built-in set name colours, which a jitter would make wrong. In `photo` it is because crops
-# alone did better at retrieval on Flickr8k in a single short trial (docs/own-data.md).
-LAPTOP = {
-    'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
-    'momentum': 0.995, 'momentum_ramp': 10,
-    'local_crops': 2, 'local_captions': 2, 'augment': 'crops', 'vocab': 'learn'}
-
-# Used with --init, whatever the preset. The learning rate is small, because the weights are already trained. The
-# momentum has no ramp, because the teacher's towers start as a copy of these weights, and have nothing to forget.
-PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
-
-
-class Preset(NamedTuple):
-    sizes: Config
-    recipe: dict            # a recipe as above, with steps or epochs
-
-
-PRESETS = {
-    # the paper's main model, 152,382,466 parameters
-    'vit-b-16': Preset(Config(), PAPER | {'epochs': 32}),
-    # the other released one
-    'vit-b-32': Preset(Config(patch_size=32), PAPER | {'epochs': 32}),
-    # ours, from here on
-    'vit-s-16': Preset(
-        Config(embed_dim=384, vision_width=384, vision_heads=6, text_width=384, text_heads=6),
-        PAPER | {'epochs': 32}),
-    'tiny': Preset(
-        Config(embed_dim=128, image_size=48, local_image_size=24, patch_size=8,
-               vision_width=96, vision_layers=4, vision_heads=3,
-               text_width=128, text_layers=2, text_heads=2,
-               context_length=64, cross_heads=4),
-        LAPTOP | {'steps': 1000}),
-    # a few thousand photographs, in ten minutes of processor time if the processor has bf16 units
-    'photo': Preset(
-        Config(embed_dim=128, image_size=64, local_image_size=32, patch_size=8,
-               vision_width=128, vision_layers=4, vision_heads=4,
-               text_width=128, text_layers=2, text_heads=2,
-               context_length=64, cross_heads=4),
-        LAPTOP | {'batch': 64, 'local_crops': 4, 'local_captions': 4, 'steps': 800}),
-}
-
-# --- 2. The methods of Table 5 ---------------------------------------------------------------------------------------
-
-# All methods but `cosmos` use one of these in place of cosmos.cosmos_terms. ours: we do not know the paper's losses for
-# the other rows of Table 5. As in cosmos_terms, each view of the student is compared with each of the teacher.
-
-def no_terms(out, cls_t, eot_t, scale):
-    return {}
-
-
-def image_terms(out, cls_t, eot_t, scale):
-    """Self-distillation of images: cls, without cross-attention, must find its own pair's cls_t."""
-    return {'cls_cls_t': match(*gather(out.cls, cls_t), scale)}
-
-
-def embedding_terms(out, cls_t, eot_t, scale):
-    """Self-distillation of images and of texts, each within its own modality."""
-    return {
-        'cls_cls_t': match(*gather(out.cls, cls_t), scale),
-        'eot_eot_t': match(*gather(out.eot, eot_t), scale)}
-
-
-def no_cross_attention_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 with cls and eot in place of h_I and h_T."""
-    cls, eot = gather(out.cls, out.eot)
-    cls_t, eot_t = gather(cls_t, eot_t)
-    return {
-        'cls_cls_t': match(cls, cls_t, scale),
-        'cls_eot_t': match(cls, eot_t, scale),
-        'eot_cls_t': match(eot, cls_t, scale),
-        'eot_eot_t': match(eot, eot_t, scale)}
-
-
-def across_terms(out, cls_t, eot_t, scale):
-    """Eq. 6, but no vector looks for what it has read. h_T has read the image, and could find cls_t by copying, so eot,
-    which has read nothing, looks for cls_t. In the same way cls, and not h_I, looks for eot_t."""
-    cls, eot, h_I, h_T = gather(out.cls, out.eot, out.h_I, out.h_T)
-    cls_t, eot_t = gather(cls_t, eot_t)
-    return {
-        'h_I_cls_t': match(h_I, cls_t, scale),
-        'cls_eot_t': match(cls, eot_t, scale),
-        'eot_cls_t': match(eot, cls_t, scale),
-        'h_T_eot_t': match(h_T, eot_t, scale)}
-
-
-class Method(NamedTuple):
-    """A row of Table 5, or one of ours: what the student sees, and what it learns in addition to L_CLIP. The defaults
-    are those of the table's first row."""
-    terms: Callable = no_terms          # one of the functions above, or cosmos_terms
-    global_images: int = 1
-    crop_min: float = 0.9               # smallest share of the image in a global crop
-    keeps_colours: bool = True          # --augment is 'crops' by default, whatever the preset says
-    has_local_images: bool = False      # as many as --local-crops says
-    # GLOBALS captions of 1-5 sentences and, as many as --local-captions says, of one. Otherwise a single caption.
-    has_text_crops: bool = False
-    has_teacher: bool = False
-    # C^I and C^T. Terms must use both h_I and h_T, because DDP stops if a parameter gets no gradient.
-    has_cross_attention: bool = False
-    two_scales: bool = False            # the terms have a temperature of their own, not that of L_CLIP
-
-
-METHODS = {'clip': Method()}
-
-
-def add_method(name, above, **what):
-    """A row of the table: the row above, and what it adds or changes."""
-    METHODS[name] = METHODS[above]._replace(**what)
-
-
-# Only the rows clip and cosmos can be found in the released code, where clip uses open_clip's default crop and no
-# colour jitter (transform.py:66). The others are our reading of the table's labels. In the paper the first three score
-# far below the CLIP of its Table 1, so they were probably trained on raw captions only (--caption-pool raw).
-add_method('clip-aug', 'clip', global_images=GLOBALS, crop_min=0.4, keeps_colours=False)
-add_method('image-distill', 'clip-aug', has_local_images=True, has_teacher=True, terms=image_terms)
-add_method('text-crop', 'image-distill', has_text_crops=True)
-add_method('text-distill', 'text-crop', terms=embedding_terms)
-add_method('cosmos', 'text-distill', has_cross_attention=True, two_scales=True, terms=cosmos_terms)
-# ours, not in the table
-add_method('no-cross-attention', 'text-distill', two_scales=True, terms=no_cross_attention_terms)
-add_method('across', 'cosmos', terms=across_terms)
-
-
-def recipe_of(preset, method, init):
-    """Defaults of options, {option: value}. init: what --init gives (a path), or None."""
-    recipe = dict(PRESETS[preset].recipe)
-    if METHODS[method].keeps_colours:
-        recipe['augment'] = 'crops'
-    if not METHODS[method].has_teacher:
-        del recipe['momentum']
-    if init:
-        recipe |= PRETRAINED
-    return recipe
-
-
-# --- 3. One step -----------------------------------------------------------------------------------------------------
+# --- 1. One step -----------------------------------------------------------------------------------------------------
 
 @dataclass
 class Run:
@@ -207,7 +63,8 @@ class Run:
     processes: Processes
     train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
-    # The student as a step calls it: in --accum parts, which the backward pass computes again; in DDP on several ranks.
+    # What a step calls: the student, in --accum parts that the backward pass computes again, and in DDP on several
+    # ranks.
     wrapped: torch.nn.Module
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
@@ -239,7 +96,7 @@ class Step(NamedTuple):
     out: Output                 # the student's vectors
     cls_t: torch.Tensor         # the teacher's, (2, B, D), or None
     loss: torch.Tensor
-    terms: dict                 # what the loss sums up, {name: term}
+    terms: dict                 # {name: term}: L_CLIP, and those whose mean is added to it
     norm: torch.Tensor          # the norm of the gradient
     finite: bool                # the norm is finite; if not, the update was skipped
     lr: float
@@ -253,17 +110,15 @@ def train_step(run, batch):
     lr = lr_at(run.step, options)
     for group in run.optimizer.param_groups:
         group['lr'] = lr
-    # V tensors (B, 3, s, s). The loader has cropped the images, and drawn how strongly the colours of each crop change.
-    # Here, on the device, they are changed and normalised. The string seeds the order of the jitters, so that it is the
-    # same on all ranks.
+    # V tensors (B, 3, s, s). The loader has cropped the images; here, on the device, colours change as it has drawn.
+    # The string seeds the order of the jitters, the same on all ranks, so that two ranks make the same run as one.
     images = batch.views(f'{options.seed} {run.step}')
 
     cls_t = eot_t = momentum = None
-    # The teacher sees the globals, without gradient. It runs first, while the student holds no memory for its backward
-    # pass. The student sees all views and captions. If there is C^T, the student's caption 0 keeps its padding, which
-    # C^T reads. Others, the teacher's included, are cut: globals to the longest global, locals to the longest local.
+    # The teacher sees the globals, without gradient, the student all views and captions. The teacher runs first, while
+    # the student holds no memory for its backward pass.
     # cache_enabled: autocast keeps one half-precision copy of each weight. The parts of --accum would share it, and
-    # their gradients would be summed there, in half precision. Without the cache they are summed in float32.
+    # their gradients would be summed there in half precision; without the cache they are summed in float32.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
                         cache_enabled=options.accum == 1):
         if run.method.has_teacher:
@@ -276,7 +131,7 @@ def train_step(run, batch):
     # run.wrapped.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    # p.grad is None if somebody has frozen p, or, on one GPU, if no term uses it.
+    # p.grad is None if p is frozen or, on one GPU, if no term uses it; on several DDP would have stopped.
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
@@ -325,134 +180,7 @@ def make_optimizer(student, lr, wd):
     return torch.optim.AdamW([matrices, vectors], lr=lr, betas=(0.9, 0.98), fused=True)
 
 
-# --- 4. Set-up: options, data, model, teacher, optimizer --------------------------------------------------------------
-
-def read_options(argv=None):
-    """A namespace with every option that --help lists: what is typed, else the recipe, else the default in --help.
-    `fill_in` adds what depends on the data or on a checkpoint, such as --batch."""
-    return training_options(argv, __doc__, PRESETS, METHODS, recipe_of)
-
-
-def set_up(options, processes, built_in_set):
-    """-> a Run, new or restored from last.pt, and the held-out shards. These are None on ranks other than 0, and
-    everywhere if nothing is held out."""
-    if processes.device.type == 'cpu':
-        keep_memory()
-        use_cores(options.workers)
-    index = f'{options.out}/index.npy'
-    parts = processes.world * options.accum             # into which a batch is cut
-    val = None
-    # Rank 0 goes first, because it may fetch CLIP's vocabulary, and writes the index of the shards.
-    with processes.rank_0_first():
-        saved = runs.read_last(options.out, options.resume)         # {} for a new run
-        config, tokenizer, weights = choose_model(options, saved)
-        choose_data(options, built_in_set)
-        keys = options.caption_keys or POOL_KEYS[options.caption_pool]
-        shards = Shards(options.data, keys, 'train', index)
-        recipe = recipe_of(options.preset, options.method, options.init)
-        fill_in(options, recipe, len(shards), parts, saved)
-        data.check_batch(options.batch, len(shards), parts)
-        if saved:
-            runs.check_fixed(saved, options, runs.fixed_settings(options, shards))
-        if processes.rank == 0 and options.val:
-            val = Shards(options.val, options.caption_keys, 'val')      # --caption-pool is for training
-            evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
-        if processes.rank == 0:
-            runs.lock(options.out)          # nothing is written to --out before this line
-            shards.save(index)              # the other ranks will memory-map it
-
-    # If ranks took different batches or learning rates, nothing would show it, so compare what determines them. Two
-    # last.pt count as the same if their running times are equal.
-    mine = vars(options) | {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
-    # These may differ: cores, where a node has its files, and where it looks for held-out ones.
-    mine |= {'workers': None, 'data': None, 'vocab': None, 'val': bool(options.val)}
-    need(processes.broadcast(mine) == mine, 'options, shards or last.pt are not the same for all processes; '
-         'give all nodes the same command, the same files in --data, and one --out that all see')
-    if tokenizer is None:
-        merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
-        tokenizer = Tokenizer(merges, config.context_length)
-        config = replace(config, vocab_size=tokenizer.vocab_size)
-    train_set = make_train_set(options, shards, tokenizer, config)
-    run = make_run(options, processes, train_set, saved.get('step', 0), weights)
-    if saved:
-        runs.restore(run)
-    return run, val
-
-
-def choose_model(options, saved):
-    """-> Config, tokenizer (None if it must be learned), weights to start from ({}: none).
-
-    A resumed run takes Config and tokenizer from its checkpoint, and its weights later. --init gives all three (of our
-    checkpoints the teacher's weights), with CLIP's tokenizer if the file has none. Otherwise --preset gives the Config,
-    and --vocab the tokenizer. In a new run, --method decides on cross-attention and a second scale.
-    """
-    if saved:
-        config = Config(**saved['config'])
-        return config, Tokenizer(saved['merges'], config.context_length), {}
-    path = None if options.vocab in ('clip', 'learn') else options.vocab
-    tokenizer = None
-    weights = {}
-    config = PRESETS[options.preset].sizes
-    if options.init:
-        model, tokenizer, _ = evaluation.load(
-            options.init, vocab=path, quick_gelu=options.quick_gelu)
-        config = model.config
-        weights = model.state_dict()
-    elif options.vocab != 'learn':
-        tokenizer = Tokenizer.clip(path, config.context_length)
-    method = METHODS[options.method]
-    heads = 0
-    if method.has_cross_attention:      # those of config; if --init has none, as many as in a preset of its size
-        heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
-    # A model with C^I and C^T always has two scales, so config says it only for one without.
-    two_scales = method.two_scales and not method.has_cross_attention
-    return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
-
-
-def make_train_set(options, shards, tokenizer, config):
-    method = METHODS[options.method]
-    counts = data.Counts(
-        global_images=method.global_images,
-        local_images=options.local_crops if method.has_local_images else 0,
-        global_texts=GLOBALS if method.has_text_crops else 1,
-        local_texts=options.local_captions if method.has_text_crops else 0)
-    return data.Crops(shards, tokenizer, config, options.seed, counts,
-                      augment=options.augment, crop_min=method.crop_min)
-
-
-def make_run(options, processes, train_set, step, weights):
-    """-> this process's Run, whose batches are those after `step` steps. All else is as before the first one."""
-    device = processes.device
-    method = METHODS[options.method]
-    dtype = choose_dtype(options.precision, device)
-    order = data.Order(len(train_set.shards), options.batch, step, options.steps,
-                       options.seed, processes.rank, processes.world)
-    # The loader forks its workers, and a fork may hang once nccl is up. DDP starts nccl, so it comes last; what was
-    # broadcast before went over gloo. Evaluations fork later, but their loaders end with an error if a worker hangs.
-    # multiple: half precision is faster if the length of captions is one of 8. C^T reads caption 0's padding.
-    batches = iter(data.loader(train_set, order, options.workers, device,
-                               multiple=8 if dtype else 1, whole_first=method.has_cross_attention))
-    torch.manual_seed(options.seed)                     # all ranks start from the same weights
-    student = COSMOS(train_set.config).to(device)
-    if weights:             # they may lack cross-attention, or have it although this model does not
-        missing = student.load_state_dict(weights, strict=False).missing_keys
-        print(f'init       {options.init}; {len(missing)} tensors that it lacks start fresh')
-    teacher = Teacher(student) if method.has_teacher else None
-    optimizer = make_optimizer(student, options.lr, options.wd)
-    # With torch's own initial scale, 65,536, the first steps would overflow again and again.
-    scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
-    if options.compile:
-        for network in [student, teacher.model] if teacher else [student]:
-            compile_blocks(network)
-    if options.grad_checkpoint:         # last, because what is computed again is the compiled block
-        checkpoint_blocks(student)
-    wrapped = StudentInParts(student, options.accum)
-    if processes.world > 1:
-        wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
-    return Run(options, processes, train_set, student, wrapped, teacher, optimizer, scaler, dtype, batches)
-
-
-# --- 5. The loop -----------------------------------------------------------------------------------------------------
+# --- 2. The loop -----------------------------------------------------------------------------------------------------
 
 def evaluate(run, val, watchers):
     """-> figures, {name: value}, the same on all ranks: steps, seconds and, with held-out shards, scores. Rank 0, the
@@ -486,10 +214,10 @@ def main(argv=None, watchers=(), built_in_set=None):
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
     with bar, runs.memory_needed(), signals_caught() as signals:
-        # A turn more than steps: each does what is due after run.step steps and then, but for the last, takes a step.
+        # steps + 1 turns: each logs, saves and evaluates what is due, and all but the last then take a step.
         # NB: ranks log, evaluate and stop together. If one decides differently, the others hang. So base decisions on
-        # what all ranks share: the step, the options, figures, and progress, except its timings. Only rank 0 saves, so
-        # saving may depend on the clock.
+        # what all ranks share: the step, the options, figures, and progress, except its timings. Only saving, which
+        # rank 0 does alone, may depend on the clock.
         while True:
             is_last = run.step >= options.steps
             # After a signal the run is saved, so that it can be resumed. It is evaluated only if all steps are taken.
@@ -536,7 +264,286 @@ def main(argv=None, watchers=(), built_in_set=None):
     if is_last:
         processes.leave(0)
     number = signals[0] if signals else SIGTERM     # signals is empty if only other ranks got one
-    processes.leave(128 + number)                       # the status that a shell reports
+    processes.leave(128 + number)       # the status that a shell reports; `leave` does not return
+
+
+# --- 3. Presets: the sizes of a model, and a recipe ------------------------------------------------------------------
+
+# A recipe is a set of defaults for options, which the command line overrides. PAPER is the released recipe for CC3M
+# (train_cc3m.sh).
+PAPER = {
+    'batch': 1024, 'lr': 5e-4, 'lr_end': 0.0, 'warmup': 2000, 'wd': 0.5,
+    'momentum': 0.999, 'momentum_ramp': 0,
+    'local_crops': 6, 'local_captions': 6, 'augment': 'full', 'vocab': 'clip'}
+# For small sets on a laptop (`tiny` and `photo`, below).
+LAPTOP = {
+    'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
+    'momentum': 0.995, 'momentum_ramp': 10,             # see momentum_at
+    # Images are only cropped. The captions of the built-in set name colours, which a jitter would make wrong, and on
+    # Flickr8k crops alone did better at retrieval in a single short trial (docs/own-data.md).
+    'augment': 'crops',
+    'local_crops': 2, 'local_captions': 2, 'vocab': 'learn'}
+
+# Used with --init, whatever the preset. The learning rate is small, because the weights are already trained. The
+# momentum has no ramp, because the teacher's towers start as a copy of these weights, and have nothing to forget.
+PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
+
+
+class Preset(NamedTuple):
+    sizes: Config
+    recipe: dict            # a recipe as above, with steps or epochs
+
+
+PRESETS = {
+    # the paper's main model, 152,382,466 parameters
+    'vit-b-16': Preset(Config(), PAPER | {'epochs': 32}),
+    # the other released one
+    'vit-b-32': Preset(Config(patch_size=32), PAPER | {'epochs': 32}),
+    # ours, from here on
+    'vit-s-16': Preset(
+        Config(embed_dim=384, vision_width=384, vision_heads=6, text_width=384, text_heads=6),
+        PAPER | {'epochs': 32}),
+    'tiny': Preset(
+        Config(embed_dim=128, image_size=48, local_image_size=24, patch_size=8,
+               vision_width=96, vision_layers=4, vision_heads=3,
+               text_width=128, text_layers=2, text_heads=2,
+               context_length=64, cross_heads=4),
+        LAPTOP | {'steps': 1000}),
+    # a few thousand photographs, in ten minutes of processor time if the processor has bf16 units
+    'photo': Preset(
+        Config(embed_dim=128, image_size=64, local_image_size=32, patch_size=8,
+               vision_width=128, vision_layers=4, vision_heads=4,
+               text_width=128, text_layers=2, text_heads=2,
+               context_length=64, cross_heads=4),
+        LAPTOP | {'batch': 64, 'local_crops': 4, 'local_captions': 4, 'steps': 800}),
+}
+
+
+# --- 4. The methods of Table 5 ---------------------------------------------------------------------------------------
+
+# All methods but `cosmos` use one of these in place of cosmos.cosmos_terms. ours: we do not know the paper's losses for
+# the other rows of Table 5. As in cosmos_terms, each view of the student is compared with each of the teacher.
+
+def no_terms(out, cls_t, eot_t, scale):
+    return {}
+
+
+def image_terms(out, cls_t, eot_t, scale):
+    """Self-distillation of images: cls, without cross-attention, must find its own pair's cls_t."""
+    [cls] = gather(out.cls)
+    [cls_t] = gather(cls_t)             # a separate call, here and below, because the teacher needs no gradient
+    return {'cls_cls_t': match(cls, cls_t, scale)}
+
+
+def embedding_terms(out, cls_t, eot_t, scale):
+    """Self-distillation of images and of texts, each within its own modality."""
+    cls, eot = gather(out.cls, out.eot)
+    cls_t, eot_t = gather(cls_t, eot_t)
+    return {
+        'cls_cls_t': match(cls, cls_t, scale),
+        'eot_eot_t': match(eot, eot_t, scale)}
+
+
+def no_cross_attention_terms(out, cls_t, eot_t, scale):
+    """Eq. 6 with cls and eot in place of h_I and h_T."""
+    cls, eot = gather(out.cls, out.eot)
+    cls_t, eot_t = gather(cls_t, eot_t)
+    return {
+        'cls_cls_t': match(cls, cls_t, scale),
+        'cls_eot_t': match(cls, eot_t, scale),
+        'eot_cls_t': match(eot, cls_t, scale),
+        'eot_eot_t': match(eot, eot_t, scale)}
+
+
+def across_terms(out, cls_t, eot_t, scale):
+    """Eq. 6 without the leak: a vector that has read a modality is never matched to that modality's teacher. h_T has
+    read the image, and could find cls_t by copying, so eot takes its place there; likewise cls, and not h_I, looks for
+    eot_t."""
+    cls, eot, h_I, h_T = gather(out.cls, out.eot, out.h_I, out.h_T)
+    cls_t, eot_t = gather(cls_t, eot_t)
+    return {
+        'h_I_cls_t': match(h_I, cls_t, scale),
+        'cls_eot_t': match(cls, eot_t, scale),
+        'eot_cls_t': match(eot, cls_t, scale),
+        'h_T_eot_t': match(h_T, eot_t, scale)}
+
+
+class Method(NamedTuple):
+    """A row of Table 5, or one of ours: what the student sees, and what it learns in addition to L_CLIP. The defaults
+    are those of the table's first row."""
+    terms: Callable = no_terms          # one of the functions above, or cosmos_terms
+    global_images: int = 1
+    crop_min: float = 0.9               # smallest share of the image in a global crop
+    keeps_colours: bool = True          # --augment is 'crops' by default, whatever the preset says
+    has_local_images: bool = False      # as many as --local-crops says
+    # GLOBALS captions of 1-5 sentences, and --local-captions of one sentence. Without: a single caption.
+    has_text_crops: bool = False
+    has_teacher: bool = False
+    # C^I and C^T. With them the terms must use both h_I and h_T, because DDP stops if a parameter gets no gradient.
+    has_cross_attention: bool = False
+    two_scales: bool = False            # the terms have a temperature of their own, not that of L_CLIP
+
+
+METHODS = {'clip': Method()}
+
+
+def add_method(name, above, **what):
+    """Adds a row to the table: a copy of the row `above`, with these changes."""
+    METHODS[name] = METHODS[above]._replace(**what)
+
+
+# Only the rows clip and cosmos can be found in the released code, where clip uses open_clip's default crop and no
+# colour jitter (transform.py:66). The others are our reading of the table's labels. In the paper clip,
+# clip-aug and image-distill score far below the CLIP of Table 1, so they were probably trained on raw captions only
+# (--caption-pool raw).
+add_method('clip-aug', 'clip', global_images=GLOBALS, crop_min=0.4, keeps_colours=False)
+add_method('image-distill', 'clip-aug', has_local_images=True, has_teacher=True, terms=image_terms)
+add_method('text-crop', 'image-distill', has_text_crops=True)
+add_method('text-distill', 'text-crop', terms=embedding_terms)
+add_method('cosmos', 'text-distill', has_cross_attention=True, two_scales=True, terms=cosmos_terms)
+# ours, not in the table
+add_method('no-cross-attention', 'text-distill', two_scales=True, terms=no_cross_attention_terms)
+add_method('across', 'cosmos', terms=across_terms)
+
+
+def recipe_of(preset, method, init):
+    """Defaults of options, {option: value}. init: what --init gives (a path), or None."""
+    recipe = dict(PRESETS[preset].recipe)
+    if METHODS[method].keeps_colours:
+        recipe['augment'] = 'crops'
+    if not METHODS[method].has_teacher:
+        del recipe['momentum']
+    if init:
+        recipe |= PRETRAINED
+    return recipe
+
+
+# --- 5. Set-up: options, data, model, teacher, optimizer --------------------------------------------------------------
+
+def read_options(argv=None):
+    """A namespace with every option that --help lists: what is typed, else the recipe, else the default in --help.
+    `fill_in` adds what depends on the data or on a checkpoint, such as --batch."""
+    return training_options(argv, __doc__, PRESETS, METHODS, recipe_of)
+
+
+def set_up(options, processes, built_in_set):
+    """-> a Run, new or restored from last.pt, and the held-out shards, which only rank 0 gets; None if there are none.
+    """
+    if processes.device.type == 'cpu':
+        keep_memory()
+        use_cores(options.workers)
+    index = f'{options.out}/index.npy'
+    parts = processes.world * options.accum             # into which a batch is cut
+    val = None
+    # Rank 0 goes first, because it may fetch CLIP's vocabulary, and writes the index of the shards.
+    with processes.rank_0_first():
+        saved = runs.read_last(options.out, options.resume)         # {} for a new run
+        config, tokenizer, weights = choose_model(options, saved)
+        choose_data(options, built_in_set)
+        keys = options.caption_keys or POOL_KEYS[options.caption_pool]
+        shards = Shards(options.data, keys, 'train', index)
+        # The options that depend on the number of pairs, or on the checkpoint, are still open.
+        recipe = recipe_of(options.preset, options.method, options.init)
+        fill_in(options, recipe, len(shards), parts, saved)
+        data.check_batch(options.batch, len(shards), parts)
+        if saved:
+            runs.check_fixed(saved, options, runs.fixed_settings(options, shards))
+        if processes.rank == 0 and options.val:
+            val = Shards(options.val, options.caption_keys, 'val')      # --caption-pool is for training
+            evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
+        if processes.rank == 0:
+            runs.lock(options.out)          # nothing is written to --out before this line
+            shards.save(index)              # the other ranks will memory-map it
+
+    # Ranks that disagreed on batches or learning rates would train on in silence, so what determines them is compared.
+    # Two last.pt count as the same if their running times are equal.
+    mine = vars(options) | {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
+    # These may differ: cores, where a node has its files, and where it looks for held-out ones.
+    mine |= {'workers': None, 'data': None, 'vocab': None, 'val': bool(options.val)}
+    need(processes.broadcast(mine) == mine, 'options, shards or last.pt are not the same for all processes; '
+         'give all nodes the same command, the same files in --data, and one --out that all see')
+    if tokenizer is None:
+        merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
+        tokenizer = Tokenizer(merges, config.context_length)
+        config = replace(config, vocab_size=tokenizer.vocab_size)
+    train_set = make_train_set(options, shards, tokenizer, config)
+    run = make_run(options, processes, train_set, saved.get('step', 0), weights)
+    if saved:
+        runs.restore(run)
+    return run, val
+
+
+def choose_model(options, saved):
+    """-> Config, tokenizer (None if it must be learned), weights to start from ({}: none).
+
+    A resumed run takes Config and tokenizer from its checkpoint, and its weights later. --init gives all three (of our
+    checkpoints the teacher's weights), with CLIP's tokenizer if the file has none. Otherwise --preset gives the Config,
+    and --vocab the tokenizer. In a new run, --method decides on cross-attention and a second scale.
+    """
+    if saved:
+        config = Config(**saved['config'])
+        return config, Tokenizer(saved['merges'], config.context_length), {}
+    path = None if options.vocab in ('clip', 'learn') else options.vocab
+    tokenizer = None
+    weights = {}
+    config = PRESETS[options.preset].sizes
+    if options.init:
+        model, tokenizer, _ = evaluation.load(
+            options.init, vocab=path, quick_gelu=options.quick_gelu)
+        config = model.config
+        weights = model.state_dict()
+    elif options.vocab != 'learn':
+        tokenizer = Tokenizer.clip(path, config.context_length)
+    method = METHODS[options.method]
+    heads = 0
+    if method.has_cross_attention:      # those of config; if --init has none, as many as in a preset of its size
+        heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
+    # config.two_scales matters only without C^I and C^T; a model with them always has two.
+    two_scales = method.two_scales and not method.has_cross_attention
+    return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
+
+
+def make_train_set(options, shards, tokenizer, config):
+    method = METHODS[options.method]
+    counts = data.Counts(
+        global_images=method.global_images,
+        local_images=options.local_crops if method.has_local_images else 0,
+        global_texts=GLOBALS if method.has_text_crops else 1,
+        local_texts=options.local_captions if method.has_text_crops else 0)
+    return data.Crops(shards, tokenizer, config, options.seed, counts,
+                      augment=options.augment, crop_min=method.crop_min)
+
+
+def make_run(options, processes, train_set, step, weights):
+    """-> this process's Run. Its batches begin after `step` steps; all else is as before the first one."""
+    device = processes.device
+    method = METHODS[options.method]
+    dtype = choose_dtype(options.precision, device)
+    order = data.Order(len(train_set.shards), options.batch, step, options.steps,
+                       options.seed, processes.rank, processes.world)
+    multiple = 8 if dtype else 1        # of tokens in a caption, because half precision is faster then
+    # The loader forks its workers here, before DDP starts nccl, because a fork beside nccl may hang. Evaluations fork
+    # later, but their loaders end with an error if a worker hangs. whole_first: C^T reads caption 0's padding.
+    batches = iter(data.loader(train_set, order, options.workers, device, multiple,
+                               whole_first=method.has_cross_attention))
+    torch.manual_seed(options.seed)                     # all ranks start from the same weights
+    student = COSMOS(train_set.config).to(device)
+    if weights:             # they may lack cross-attention, or have it although this model does not
+        missing = student.load_state_dict(weights, strict=False).missing_keys
+        print(f'init       {options.init}; {len(missing)} tensors that it lacks start fresh')
+    teacher = Teacher(student) if method.has_teacher else None
+    optimizer = make_optimizer(student, options.lr, options.wd)
+    # With torch's own initial scale, 65,536, the first steps would overflow again and again.
+    scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
+    if options.compile:
+        for network in [student, teacher.model] if teacher else [student]:
+            compile_blocks(network)
+    if options.grad_checkpoint:         # last, because what is computed again is the compiled block
+        checkpoint_blocks(student)
+    wrapped = StudentInParts(student, options.accum)
+    if processes.world > 1:
+        wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
+    return Run(options, processes, train_set, student, wrapped, teacher, optimizer, scaler, dtype, batches)
 
 
 if __name__ == '__main__':

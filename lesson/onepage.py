@@ -45,8 +45,8 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
     the peak learning rate."""
     keep_memory()                                       # reusing freed memory is faster
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    dtype = choose_dtype(precision, device)             # auto: bfloat16 if it is fast here
-    multiple = 8 if dtype else 1                        # half precision prefers 8, 16, ... tokens
+    dtype = choose_dtype(precision, device)             # auto: bfloat16 if it is fast here; None: float32
+    multiple = 8 if dtype else 1                        # captions of 8, 16, ... tokens are faster in half precision
 
     # Sizes and recipe are those of the preset `tiny` of train.py. The paper's recipe is that of `vit-b-16`.
     shards = Shards(folder, split='train')
@@ -57,8 +57,8 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
                     vision_width=96, vision_layers=4, vision_heads=3,
                     text_width=128, text_layers=2, text_heads=2,
                     context_length=CONTEXT, vocab_size=tokenizer.vocab_size)
-    # train_set[epoch, index] gives random crops of image number `index`, and ids of random sentences about it: on top
-    # of the two global views and captions, two local ones of each.
+    # train_set[epoch, index] gives random crops of image number `index`, and ids of random sentences about it: two
+    # local views and captions, besides the GLOBALS of each.
     counts = Counts(local_images=2, local_texts=2)
     train_set = Crops(shards, tokenizer, config, seed, counts, augment='crops')
 
@@ -75,13 +75,14 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, rate)
 
-        # A batch of B pairs. Padding is trimmed, but not in the student's caption 0, where C^T reads it.
+        # A batch of B pairs. Captions are cut after the longest end token, but for the student's caption 0, whose
+        # padding C^T reads.
         samples = [train_set[place] for place in places]                # a place is (epoch, index)
         inputs = collate(samples, multiple, whole_first=True).to(device)
-        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); a string as seed
+        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s)
         texts = inputs.texts                            # U tensors (B, T)
 
-        # The student sees all views and captions. The teacher sees only the globals, and all its captions are trimmed.
+        # The student sees all views and captions, the teacher only the globals.
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = student(images, texts)
             cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
