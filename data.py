@@ -4,19 +4,21 @@ A pair is an image and a `pool`, all the sentences that describe the image. Both
 Image crops are then flipped, recoloured or blurred at random, and normalised; the result is called a view.
 A text crop is one sentence of the pool, or up to five of them joined; here and in cosmos.py it is also called a
 caption. The student sees all views and captions. The teacher sees only the global ones: large crops, and captions of up
-to five sentences.
+to five sentences. Images and texts are cropped independently. So no boxes of objects are needed, but a local caption
+may tell what no local view shows.
 
-Random choices for a pair depend only on (seed, epoch, index of the pair), the order of the pairs on (seed, epoch), and
-the order of the colour jitters on (seed, step, number of the view). So with the same settings a run sees the same
-batches for any number of workers and GPUs, and can be resumed at any step.
+How a batch is made. Crops and collate run in the loader's workers, if there are any, Batch.views on the model's device:
 
-How a batch is made: for every step `Order` yields a list of places (epoch, index), one for each pair of this rank.
-`Crops` turns each place into crops and token ids, and `collate` joins them into a `Batch`; both run in the loader's
-workers, if there are any. `Batch.views` then colours, blurs and normalises, on the model's device. The marks `ours`
-and `paper silent` mean the same as in cosmos.py; "as released" means that the authors' code does so.
+                                                                        what seeds its random choices
+    Order           a step -> its places (epoch, index of a pair)       (seed, epoch)
+    Crops           a place -> Sample: crops and token ids              (seed, epoch, index)
+    collate         B Samples -> Batch
+    Batch.views     crops -> views: coloured, blurred, normalised       (seed, step, view): order of the jitters
 
-The helpers are in plumbing/, and you can skip them: `Shards` gives the bytes of an image and the pool of its sentences,
-`decode` gives the pixels, `Tokenizer` the ids, and `recolour` changes the colours of a batch.
+So with the same settings a run sees the same batches for any number of workers and GPUs, and can be resumed at any
+step. The marks `ours` and `paper silent` mean the same as in cosmos.py; "as released" means that the authors' code does
+so. You can skip the helpers in plumbing/: `Shards` gives the bytes of an image and the pool of its sentences, `decode`
+gives the pixels, `Tokenizer` the ids, and `recolour` changes the colours of a batch.
 """
 import random
 import sys
@@ -45,8 +47,8 @@ def text_crops(pool, rng, global_texts, local_texts):
     """The sentences of a pair -> global_texts captions of 1-5 sentences joined by '. ', then local_texts single
     sentences, as a list of strings.
 
-    Each global caption is a random sample of the pool, without replacement and in random order. One further sample
-    gives all local captions. As released; paper silent about the order, the '. ' and pools with too few sentences.
+    Each global caption is a random sample of the pool, in random order; one further sample gives all local captions.
+    As released; paper silent about the order, the '. ' and pools with too few sentences (see draw_sentences).
     """
     captions = []
     for _ in range(global_texts):
@@ -56,10 +58,9 @@ def text_crops(pool, rng, global_texts, local_texts):
 
 
 def draw_sentences(pool, count, rng):
-    """A random sample of the pool. A pool that is too small is repeated whole, in its own order, as often as it fits,
-    and a sample makes up the rest. So a pool of one sentence gives global captions such as 'red kettle. red kettle. red
-    kettle', as released, with --method clip, too. Text crops add nothing then, so give longer captions, or train with
-    --method clip, which takes less time."""
+    """A random sample of the pool, without replacement. A pool that is too small is repeated whole, in its own order,
+    as often as it fits, and a sample makes up the rest. So a pool of one sentence only repeats itself, as released:
+    'red kettle. red kettle'. Text crops add nothing then. (--method clip repeats it, too, but takes less time.)"""
     if count <= len(pool):
         return rng.sample(pool, count)
     repeats, rest = divmod(count, len(pool))
@@ -69,8 +70,7 @@ def draw_sentences(pool, count, rng):
 # --- 2. The kinds of image views ------------------------------------------------------------------------ Sec. 3.1 ---
 
 class Kind(NamedTuple):
-    """How a view is made. All fields but size and scale are probabilities; draw_strengths draws how strong an operation
-    is."""
+    """How a view is made. From flip on, each field is the probability of an operation."""
     size: int                   # side of the view, in pixels
     scale: tuple                # smallest and largest share of the image's area
     flip: float                 # left and right are swapped
@@ -92,29 +92,29 @@ def kinds_of_views(config, crop_min=0.4):
         Kind(small, (0.05, 0.4),   0.5, 0.8,   0.2, 0.5, 0.0)]
 
 
-# `--augment crops` sets all probabilities, which are the fields after size and scale, to 0.
-CROPS_ONLY = dict.fromkeys(Kind._fields[2:], 0.0)
+CROPS_ONLY = dict(flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)      # for `--augment crops`
 
 
-def draw_strengths(kind, rng):
-    """The operations that change a view, and how strongly, {operation: strength}, in the released ranges.
+def draw_changes(kind, rng):
+    """The operations that change a view, {operation: strength}, in the released ranges. What a strength is depends on
+    the operation.
 
     If you add a random draw, give it a generator of its own in Crops.sample. From an existing one it would shift all
     later draws, and so change every run.
     """
-    strengths = {}
+    changes = {}
     if rng.random() < kind.jitter:
-        strengths['brightness'] = rng.uniform(0.6, 1.4)     # a factor; 1 changes nothing
-        strengths['contrast'] = rng.uniform(0.6, 1.4)
-        strengths['saturation'] = rng.uniform(0.8, 1.2)
-        strengths['hue'] = rng.uniform(-0.1, 0.1)           # 1 would be a full turn of the colour wheel
+        changes['brightness'] = rng.uniform(0.6, 1.4)     # a factor; 1 changes nothing
+        changes['contrast'] = rng.uniform(0.6, 1.4)
+        changes['saturation'] = rng.uniform(0.8, 1.2)
+        changes['hue'] = rng.uniform(-0.1, 0.1)           # 1 would be a full turn of the colour wheel
     if rng.random() < kind.grey:
-        strengths['grey'] = 0.0                             # the share of colour that is kept
+        changes['grey'] = 0.0                             # the share of colour that is kept
     if rng.random() < kind.blur:
-        strengths['blur'] = rng.uniform(0.1, 2.0)           # standard deviation in pixels
+        changes['blur'] = rng.uniform(0.1, 2.0)           # standard deviation in pixels
     if rng.random() < kind.solarize:
-        strengths['solarize'] = 127.5 / 255                 # brighter values are inverted
-    return strengths
+        changes['solarize'] = 127.5 / 255                 # brighter values are inverted
+    return changes
 
 
 # --- 3. Image crops: boxes, pixels and flips, in the loader's workers ------------------------------------ Sec. 3.1 ---
@@ -128,27 +128,28 @@ ASPECTS = (3 / 4, 4 / 3)                        # smallest and largest aspect ra
 def draw_boxes(height, width, kinds, rng):
     """For each view draw a random box (y, x, h, w) in an image of height x width pixels, as torchvision does.
 
-    torchvision's get_params draws from torch's global generator, but the boxes must depend only on rng. So we seed the
-    global generator from rng, and restore it afterwards.
+    torchvision's get_params draws from torch's global generator on the CPU, but the boxes must depend only on rng. So
+    we seed this generator from rng, and restore it afterwards. (torch.manual_seed would seed the GPUs', too.)
     """
-    image = torch.empty(1, 1, 1).expand(1, height, width)               # get_params only looks at its size
+    stand_in = torch.empty(1, 1, 1).expand(1, height, width)               # get_params only looks at its size
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng.getrandbits(32))
-        return [v2.RandomResizedCrop.get_params(image, kind.scale, ASPECTS) for kind in kinds]
+        return [v2.RandomResizedCrop.get_params(stand_in, kind.scale, ASPECTS) for kind in kinds]
 
 
-def image_crops(data, kinds, rng):
+def image_crops(encoded, kinds, rng):
     """An encoded image and the kinds of its V views -> V random crops (3, s, s), uint8, and their boxes (y, x, h, w) in
     pixels of the image at full size."""
-    image, turn, (height, width) = read_header(data)    # for a JPEG this reads only the header
+    # For a JPEG this reads only the header. height and width are those after the turn that EXIF asks for.
+    image, turn, (height, width) = read_header(encoded)
     boxes = draw_boxes(height, width, kinds, rng)
     # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides, and one decoding serves all views. But this
     # must not make a crop smaller than its view. A box of 200 x 200 pixels for a view of 96 x 96 lets the image shrink
     # by 200 / 96 = 2.08, so 1/2 is allowed. The strictest view decides.
-    reductions = []                 # how much the image may shrink for each view
+    allowed = []                    # by what factor the image may shrink, for each view
     for (_, _, h, w), kind in zip(boxes, kinds):
-        reductions.append(min(h, w) / kind.size)
-    pixels = decode(image, turn, at_most=min(reductions))
+        allowed.append(min(h, w) / kind.size)
+    pixels = decode(image, turn, at_most=min(allowed))
     _, decoded_height, decoded_width = pixels.shape
     ratio = min(decoded_height / height, decoded_width / width)     # 1, or about 1/2, 1/4, 1/8
     crops = []
@@ -172,12 +173,8 @@ def normalize(images):
 # --- 4. A pair: its views and captions -------------------------------------------------------------------------------
 
 class Counts(NamedTuple):
-    """How many views and captions a pair gives: V = global_images + local_images, U = global_texts + local_texts.
-
-    COSMOS has GLOBALS global images and as many global texts. The method `clip` (see METHODS in train.py) has one
-    global image. It must then have no local ones, because L_CLIP and the teacher take the first GLOBALS images for
-    global ones. For the same reason there are never more than GLOBALS.
-    """
+    """How many views and captions a pair gives: V = global_images + local_images, U = global_texts + local_texts. The
+    globals come first, here and below. Apart from that, view k and caption k have nothing to do with each other."""
     global_images: int = GLOBALS
     local_images: int = 6
     global_texts: int = GLOBALS
@@ -185,10 +182,11 @@ class Counts(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a pair gives to one step. Crops.sample leaves the last two to __getitem__."""
-    crops: list             # V image crops (3, s, s), uint8; globals come first, here and below
+    """What a pair gives to one step. Crops.sample leaves the last two to __getitem__, because `extras.prepare inspect`
+    has no tokenizer."""
+    crops: list             # V image crops (3, s, s), uint8
     boxes: list             # V: where each crop lies in the image, (y, x, h, w) in pixels; pictures show them
-    strengths: list         # V: the changes of each crop, {operation: strength}
+    changes: list           # V: the operations that change each crop, {operation: strength}
     captions: list          # U strings
     ids: torch.Tensor = None            # (U, T), the token numbers of the captions
     bad: int = 0                        # how many unreadable pairs this one replaces
@@ -205,9 +203,8 @@ class Crops(Dataset):
     augment: 'full' is the released recipe; 'crops' only crops, without flips, blur and changes of colour, because
     captions may mention colours, or left and right. crop_min: the smallest share of the image in a global crop.
 
-    An Unreadable pair is reported by name and counted, and a random pair takes its place. If the replacement is already
-    in the batch, its two copies are false negatives of each other; this is rare in a set that is much larger than a
-    batch.
+    An Unreadable pair is reported by name and counted, and a random pair replaces it. If that pair is already in the
+    batch, its two copies are false negatives of each other; this is rare in a set much larger than a batch.
     """
     shards: Shards
     tokenizer: Tokenizer
@@ -218,19 +215,18 @@ class Crops(Dataset):
     crop_min: float = 0.4
 
     def __post_init__(self):
-        number, local_number = self.counts[:2]
-        need(number == GLOBALS or (number < GLOBALS and local_number == 0),
-             f'{number} global and {local_number} local images are refused, because L_CLIP takes the first {GLOBALS} '
+        globals_ = self.counts.global_images
+        locals_ = self.counts.local_images
+        need(globals_ == GLOBALS or (globals_ < GLOBALS and locals_ == 0),
+             f'{globals_} global and {locals_} local images are refused, because L_CLIP takes the first {GLOBALS} '
              f'for global ones; take {GLOBALS} global images, or fewer and no local ones')
         first, other, local = kinds_of_views(self.config, self.crop_min)
-        others = (self.counts.global_images - 1) * [other]
-        locals_ = self.counts.local_images * [local]
-        self.kinds = [first, *others, *locals_]         # the kind of each of the V views
+        self.kinds = [first] + (globals_ - 1) * [other] + locals_ * [local]         # V
         if self.augment == 'crops':
             self.kinds = [kind._replace(**CROPS_ONLY) for kind in self.kinds]
 
     def __getitem__(self, place):
-        """-> the Sample of this pair or, if it is Unreadable, of another."""
+        """-> the Sample of this pair or of its replacement."""
         epoch, index = place
         replacements = random.Random(f'{self.seed} {epoch} {index} replacement')
         for bad in range(MOST_UNREADABLE):              # how many have failed so far
@@ -250,11 +246,11 @@ class Crops(Dataset):
         # crops. A generator that is seeded with a string draws the same numbers in every process.
         text_rng = random.Random(f'{self.seed} {epoch} {index} texts')
         image_rng = random.Random(f'{self.seed} {epoch} {index} images')
-        pool, image = self.shards.pair(index)
+        pool, encoded = self.shards.pair(index)
         captions = text_crops(pool, text_rng, self.counts.global_texts, self.counts.local_texts)
-        crops, boxes = image_crops(image, self.kinds, image_rng)
-        strengths = [draw_strengths(kind, image_rng) for kind in self.kinds]
-        return Sample(crops, boxes, strengths, captions)
+        crops, boxes = image_crops(encoded, self.kinds, image_rng)
+        changes = [draw_changes(kind, image_rng) for kind in self.kinds]
+        return Sample(crops=crops, boxes=boxes, changes=changes, captions=captions)
 
 
 # --- 5. Which pairs make a batch -------------------------------------------------------------------------------------
@@ -267,12 +263,8 @@ def shuffled(seed, epoch, pairs):
 
 @dataclass
 class Order:
-    """Which pairs make up the batch of each step: a pure function of seed and step. Each rank takes an equal slice.
-
-    Yields, for every step in [start, stop), this rank's list of places (epoch, index of the pair). An epoch holds
-    pairs // batch whole batches; the incomplete last one is dropped (ours). `check_batch` refuses sizes that
-    do not work.
-    """
+    """Yields, for every step in [start, stop), this rank's equal slice of the batch, a list of places (epoch, index of
+    the pair). ours: the incomplete last batch of an epoch is dropped. `check_batch` refuses sizes that do not work."""
     pairs: int                  # how many the set has
     batch: int                  # pairs per step, over all ranks
     start: int
@@ -287,9 +279,10 @@ class Order:
 
     def __iter__(self):
         per_rank = self.batch // self.world
+        steps_per_epoch = self.pairs // self.batch
         for step in range(self.start, self.stop):
-            epoch, batch_of_epoch = divmod(step, self.pairs // self.batch)
-            begin = batch_of_epoch * self.batch + self.rank * per_rank
+            epoch, step_of_epoch = divmod(step, steps_per_epoch)
+            begin = step_of_epoch * self.batch + self.rank * per_rank
             indices = self.permutation(epoch)[begin:begin + per_rank].tolist()
             yield [(epoch, index) for index in indices]
 
@@ -308,9 +301,9 @@ def check_batch(batch, pairs, parts):
 class Batch(NamedTuple):
     """What a training step needs from its B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
-    changes: Changes        # which operation (colours, blur, solarize) changes which image, and how strongly
-    texts: list             # U captions (B, T) int64 for the student, see collate
-    teacher_texts: list     # the global captions for the teacher, cut to a common length
+    changes: Changes        # those of all Samples, in one table for each operation and view
+    texts: list             # U captions (B, T') int64 for the student; collate says how long each is
+    teacher_texts: list     # the global captions (B, T') for the teacher
     bad: int                # how many unreadable pairs were replaced
 
     def to(self, device):
@@ -322,11 +315,9 @@ class Batch(NamedTuple):
             teacher_texts=[x.to(device, non_blocking=True) for x in self.teacher_texts])
 
     def views(self, seed_and_step):
-        """V images (B, 3, s, s), float32, normalised. ours: colours and blur are applied here, after `to`, and so
-        on the GPU if there is one.
-
-        seed_and_step: a string such as '0 1200', the same on all ranks, that seeds the order of the jitters.
-        """
+        """V images (B, 3, s, s), float32, normalised. ours: colours and blur are applied here, after `to`, and so on
+        the GPU if there is one. seed_and_step: a string such as '0 1200', the same on all ranks; with the number of the
+        view it seeds the order of the jitters."""
         views = []
         for k, crops in enumerate(self.crops):
             # ours: one order of jitters for view k of all pairs. The released code draws a new order for every image.
@@ -337,7 +328,7 @@ class Batch(NamedTuple):
 
 
 def cut_to_longest(captions, multiple):
-    """A list of (B, T) ids, all cut to the length of the longest text in it, rounded up to a multiple of `multiple`."""
+    """Captions (B, T) -> a list of them, all cut to the length of the longest text, rounded up to a multiple."""
     if not captions:
         return []
     ends = [end_of(ids).max().item() for ids in captions]
@@ -348,25 +339,23 @@ def cut_to_longest(captions, multiple):
 
 
 def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
-    """Samples -> Batch. Captions have three lengths:
-
-        the student's caption 0                             all T, because C^T reads its padding
-        the student's other globals, the teacher's globals  as long as the longest global of the batch
-        local captions                                      as long as the longest local of the batch
+    """Samples -> Batch. Globals are cut to the longest global of the batch, locals to the longest local. But the
+    student's caption 0 keeps its padding, because C^T reads it.
 
     multiple: the lengths are rounded up to a multiple of it; 8 is faster in half precision. whole_first: False if the
-    student has no C^T, so that its caption 0 is cut like its other globals.
+    student has no C^T; then its caption 0 is cut, too.
     """
     crops = default_collate([sample.crops for sample in samples])       # B lists of V -> V (B, 3, s, s)
-    changes = changes_of([sample.strengths for sample in samples])
+    changes = changes_of([sample.changes for sample in samples])
     ids = torch.stack([sample.ids for sample in samples], dim=1)        # (U, B, T)
-    captions = ids.unbind()                                             # a tuple of U (B, T)
-    globals_cut = cut_to_longest(captions[:global_texts], multiple)
-    locals_cut = cut_to_longest(captions[global_texts:], multiple)
-    first = captions[0] if whole_first else globals_cut[0]
-    texts = [first, *globals_cut[1:], *locals_cut]
+    captions = ids.unbind()                                             # U (B, T)
+    global_ids = cut_to_longest(captions[:global_texts], multiple)
+    local_ids = cut_to_longest(captions[global_texts:], multiple)
+    texts = global_ids + local_ids
+    if whole_first:
+        texts[0] = captions[0]
     bad = sum(sample.bad for sample in samples)
-    return Batch(crops, changes, texts, globals_cut, bad)
+    return Batch(crops=crops, changes=changes, texts=texts, teacher_texts=global_ids, bad=bad)
 
 
 def loader(train_set, order, workers, device, multiple=1, whole_first=True):

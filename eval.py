@@ -12,9 +12,8 @@ is none), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with G
 other CLIPs. We evaluate the teacher, which has the averaged weights, unless there is none or you give --weights
 student. Features are float32 vectors of unit length, and a score is the dot product of two of them.
 
-To compare with published figures, see docs/questions.md and docs/data.md.
-
-Parts 3 to 5 are the protocols. You can skip part 6, the command line. The marks (`ours`, ...) are those of cosmos.py.
+To compare with published figures, see docs/questions.md and docs/data.md. In this file parts 3 to 5 are the protocols,
+and you can skip part 6, the command line. The marks (`ours`, ...) are those of cosmos.py.
 """
 import math
 from collections.abc import Callable
@@ -46,16 +45,15 @@ from plumbing.processes import choose_device, loading
 from plumbing.shards import Shards
 from plumbing.weights import load_weights, read_network
 
-progress = partial(tqdm, leave=False, disable=None)     # silent if the output is not a terminal
+progress_bar = partial(tqdm, leave=False, disable=None)     # silent if the output is not a terminal
 
 # --- 1. A checkpoint -> a model --------------------------------------------------------------------------------------
 
 def load(path, weights='teacher', vocab=None, quick_gelu=False):
     """-> (model in eval mode, tokenizer, preprocess: PIL image -> (3, S, S)).
 
-    path: one of our checkpoints, the folder of a run (its best.pt, or its last.pt if there is none), released weights,
-    or open_clip's. weights: 'teacher' or 'student'; if there is no teacher, the student is taken. model.origin says
-    what was loaded. vocab and quick_gelu: see plumbing.weights.read_network.
+    path and weights: as CKPT and --weights at the head of this file. model.origin says what was loaded. vocab and
+    quick_gelu: see plumbing.weights.read_network.
     """
     path = Path(path)
     if path.is_dir():
@@ -75,7 +73,7 @@ def preprocessing(size):
         [shorten, v2.RGB(), v2.Resize(size, BICUBIC), v2.CenterCrop(size), v2.PILToTensor(), normalize])
 
 
-# --- 2. Features -----------------------------------------------------------------------------------------------------
+# --- 2. Features: (n, D), unit vectors on the CPU --------------------------------------------------------------------
 
 # Images and texts per batch, few enough for a small GPU. The numbers affect only the last bits of the results.
 IMAGE_BATCH = 64
@@ -109,50 +107,51 @@ class Images(Dataset):
 
 def batches(dataset, workers, title):
     """The items of a set in batches, with a progress bar that has this title."""
-    return progress(DataLoader(dataset, IMAGE_BATCH, **loading(workers)), title)
+    return progress_bar(DataLoader(dataset, IMAGE_BATCH, **loading(workers)), title)
 
 
 @torch.no_grad()
-def embed(model, pixels):
-    """(B, 3, S, S) -> (B, D) unit vectors on the CPU."""
+def embed_batch(model, pixels):
+    """(B, 3, S, S) -> (B, D). A tower takes a list of views and gives a vector for each; here there is one view."""
     cls = model.visual([pixels.to(model.logit_scale.device)])           # (1, B, D)
     return unit(cls[0]).cpu()
 
 
 def embed_images(model, source, preprocess, workers=0):
-    """Paths or Pillow images (or a single one), or Shards -> (n, D) unit vectors on the CPU. A file that is not an
-    image raises Unreadable, with its name."""
+    """Paths or Pillow images (or a single one), or Shards -> (n, D). A file that is not an image raises Unreadable,
+    with its name."""
     if isinstance(source, (str, Path, Image.Image)):
         source = [source]
     need(len(source), 'there is no image to embed; give one or more')
     images = Images(source, preprocess)
-    return torch.cat([embed(model, pixels) for pixels in batches(images, workers, 'images')])
+    return torch.cat([embed_batch(model, pixels) for pixels in batches(images, workers, 'images')])
 
 
 def embed_labelled(model, dataset, workers=0):
-    """A set of (pixels (3, S, S), label) -> (n, D) unit vectors on the CPU, (n,) labels."""
+    """A set of (pixels (3, S, S), label) -> (n, D), and (n,) labels."""
     features = []
     labels = []
     for pixels, batch_labels in batches(dataset, workers, 'images'):
-        features.append(embed(model, pixels))
+        features.append(embed_batch(model, pixels))
         labels.append(batch_labels)
     return torch.cat(features), torch.cat(labels)
 
 
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts):
-    """n texts (or a single one) -> (n, D) unit vectors on the CPU. Equal texts get one vector, so that they tie."""
+    """n texts (or a single one) -> (n, D). Equal texts get one vector, so that they tie."""
     if isinstance(texts, str):
         texts = [texts]
     need(len(texts), 'there is no text to embed; give one or more')
     different = list(dict.fromkeys(texts))
     features = []
-    for ids in progress(tokenizer(different).split(TEXT_BATCH), 'texts'):   # (B, T)
+    for ids in progress_bar(tokenizer(different).split(TEXT_BATCH), 'texts'):   # (B, T)
         longest = end_of(ids).max() + 1
         eot = model.text([ids[:, :longest].to(model.logit_scale.device)])   # (1, B, D)
         features.append(unit(eot[0]).cpu())
     row_of = {text: row for row, text in enumerate(different)}
-    return torch.cat(features)[[row_of[text] for text in texts]]
+    rows = [row_of[text] for text in texts]
+    return torch.cat(features)[rows]
 
 
 # --- 3. Retrieval ----------------------------------------------------------------------------------------------------
@@ -167,38 +166,35 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
     right for query i if they have the same id: the number of an image in retrieval, of a class in classification.
 
     A tie counts against the model: a wrong target that is less than TIE behind the right one is ranked before it.
-    Otherwise a model whose features are all the same would look perfect. All four arguments, and the result, are on one
-    device.
+    Otherwise a model whose features are all the same would look perfect. Arguments and result are on one device.
     """
-    ranks_of_chunks = []
+    targets = targets.double()      # in float64 the product adds no error to that of the vectors
+    found = []
     for rows in torch.arange(len(queries)).split(chunk):            # never the whole n x m matrix
-        # The product is computed in float64, so it adds no error to that of the vectors.
-        scores = (queries[rows].double() @ targets.double().T).float()      # (chunk, m)
-        is_right = query_ids[rows][:, None] == target_ids           # (chunk, m)
-        best = scores.masked_fill(~is_right, -math.inf).amax(dim=1, keepdim=True)
-        is_worse = scores < best - TIE      # False for ties, and for NaN, which must not look perfect
-        before = ~is_worse & ~is_right  # the wrong targets that come before the best right one
-        ranks_of_chunks.append(1 + before.sum(dim=1))
-    return torch.cat(ranks_of_chunks)
+        scores = (queries[rows].double() @ targets.T).float()       # (chunk, m)
+        is_wrong = query_ids[rows][:, None] != target_ids           # (chunk, m)
+        best = scores.masked_fill(is_wrong, -math.inf).amax(dim=1, keepdim=True)
+        not_behind = ~(scores < best - TIE)     # also ties, and NaN, which must not look perfect
+        found.append(1 + (is_wrong & not_behind).sum(dim=1))
+    return torch.cat(found)
 
 
 def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures, computed on the device that holds the three arguments.
 
-    owner (captions,): the image of each caption. An image's rank is that of its best-ranked caption. R@K are fractions,
-    and ranks count from 1. chance is the R@1 of guessing. For a caption it is 1 / n. For an image it is its
-    share of all captions, and the mean of these shares is 1 / n, too.
+    owner (captions,): the image of each caption. An image's rank is that of its best-ranked caption. R@K are fractions.
+    chance is the R@1 of guessing, 1 / n in both directions: an image's is its share of all captions, 1 / n in the mean.
     """
     n = len(image_features)
     image_ids = torch.arange(n, device=owner.device)
     figures = {'images': n, 'captions': len(owner), 'chance': 1 / n}
-    directions = {'image_to_text': ranks(image_features, text_features, image_ids, owner).cpu(),
-                  'text_to_image': ranks(text_features, image_features, owner, image_ids).cpu()}
-    for name, rank in directions.items():
+    ranks_of = {'image_to_text': ranks(image_features, text_features, image_ids, owner).cpu(),
+                'text_to_image': ranks(text_features, image_features, owner, image_ids).cpu()}
+    for direction, found in ranks_of.items():
         for k in (1, 5, 10):
-            figures[f'{name}_R@{k}'] = (rank <= k).float().mean().item()
-        figures[f'{name}_mean_rank'] = rank.float().mean().item()
-        figures[f'{name}_median_rank'] = rank.double().quantile(0.5).item()
+            figures[f'{direction}_R@{k}'] = (found <= k).float().mean().item()
+        figures[f'{direction}_mean_rank'] = found.float().mean().item()
+        figures[f'{direction}_median_rank'] = found.double().quantile(0.5).item()
     return figures
 
 
@@ -207,8 +203,7 @@ HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']
 
 
 def captions_of(shards, i):
-    """Held-out pair i -> what is under the first key that has a caption: of shards.caption_keys, or of HELD_OUT_KEYS if
-    none were given. Raises Refused, with the pair's name, if its json cannot be read, or has no caption."""
+    """The captions of held-out pair i. Raises Refused, with the pair's name, if its json cannot be read or has none."""
     keys = shards.caption_keys or HELD_OUT_KEYS
     try:
         record = shards.record(i)
@@ -222,7 +217,7 @@ def captions_of(shards, i):
 
 def shard_captions(shards):
     """Held-out shards -> all captions, not split into sentences, and owner (captions,): the pair that each belongs to.
-    Raises Refused, as captions_of does, and also for a caption that is not text."""
+    Raises Refused for a pair without a caption, or with one that is not text."""
     return with_owners([captions_of(shards, i) for i in range(len(shards))], shards.name)
 
 
@@ -267,17 +262,15 @@ def class_vectors(model, tokenizer, names, templates=TEMPLATES):
 def classify(image_features, vectors, labels):
     """image_features (n, D), vectors (K, D), labels (n,) -> figures."""
     K = len(vectors)
-    # Each image is a query, and the K classes are its targets.
-    rank = ranks(image_features, vectors, labels, torch.arange(K))
-    hit = (rank == 1).double()
+    found = ranks(image_features, vectors, labels, torch.arange(K))     # each image asks for its class
+    hit = (found == 1).double()
     images_of_class = torch.bincount(labels, minlength=K)
-    # (K,), NaN for an empty class.
-    share = torch.bincount(labels, weights=hit, minlength=K) / images_of_class
+    share = torch.bincount(labels, weights=hit, minlength=K) / images_of_class      # (K,), NaN for an empty class
     return {'images': len(labels),
             'classes': K,
             'chance': 1 / K,
             'top1': hit.mean().item(),
-            'top5': (rank <= 5).double().mean().item(),
+            'top5': (found <= 5).double().mean().item(),
             'mean_per_class_top1': share.nanmean().item()}
 
 
@@ -288,9 +281,7 @@ LONGEST_SIDE = 2048         # of a scaled image, in pixels, as released
 
 def encode_dense(model, images, csa=False):
     """images (B, 3, h, w) -> (B, h/p, w/p, D): a unit vector for each patch, which can be compared with text vectors.
-
-    `proj` is trained on [cls] alone, but here it is applied to patches. csa: correlative_block takes the place of the
-    last block.
+    `proj` is trained on [cls] alone, but here it is applied to patches. csa: the last block is a correlative_block.
     """
     tower = model.visual
     x, _ = tower.embed(images)                  # (B, 1 + P, W), [cls] first
@@ -311,7 +302,7 @@ def correlative_block(block, x):
     """x (B, R, W) -> (B, R, W): a block with SCLIP's correlative self-attention (transformer.py:687-764 of the released
     code).
 
-    Queries attend to queries and keys to keys. So a patch attends mostly to itself and to similar patches.
+    Queries attend to queries and keys to keys, so a patch attends mostly to itself and to similar patches.
     """
     normed = block.ln_1(x)
     q, k, v = block.attn.project(normed, normed)                        # each (B, H, R, d)
@@ -321,38 +312,36 @@ def correlative_block(block, x):
     return x + block.mlp(block.ln_2(x))
 
 
-def window_starts(length, window):
-    """Where windows start along a side of `length` pixels: one every half window; the last one ends at the border. With
-    a window of 224: 224 -> [0], 336 -> [0, 112], 340 -> [0, 112, 116]."""
-    return [*range(0, length - window, window // 2), length - window]
+def window_starts(length, side):
+    """Where windows start along `length` pixels: one every half window; the last one ends at the border. For a side of
+    224: 224 -> [0], 336 -> [0, 112], 340 -> [0, 112, 116]."""
+    return [*range(0, length - side, side // 2), length - side]
 
 
 @torch.no_grad()
 def window_scores(model, pixels, vectors, csa):
-    """pixels (3, H, W), vectors (M, D) of M names -> (M, H, W): cosines of patches and names, averaged over sliding
-    windows.
-
-    A window has the size of the model's images, as released. Each window is scored on its own, and its patch scores are
-    interpolated up to pixels.
+    """pixels (3, y, x), vectors (M, D) of M names -> (M, y, x): cosines of patches and names, averaged over sliding
+    windows. A window has the size of the model's images, as released, and its patch scores are interpolated to pixels.
     """
     side = model.config.image_size
-    _, H, W = pixels.shape
-    total = pixels.new_zeros(len(vectors), H, W)
-    covered = pixels.new_zeros(H, W)  # how many windows cover each pixel
-    for top in window_starts(H, side):
-        for left in window_starts(W, side):
-            window = (..., slice(top, top + side), slice(left, left + side))    # of all channels, or of all names
-            patches = encode_dense(model, pixels[window][None], csa)    # (1, grid, grid, D)
+    _, height, width = pixels.shape
+    total = pixels.new_zeros(len(vectors), height, width)
+    covered = pixels.new_zeros(height, width)                           # how many windows cover each pixel
+    for top in window_starts(height, side):
+        for left in window_starts(width, side):
+            rows = slice(top, top + side)
+            columns = slice(left, left + side)
+            patches = encode_dense(model, pixels[None, :, rows, columns], csa)      # (1, grid, grid, D)
             cosines = (patches @ vectors.T).permute(0, 3, 1, 2)         # (1, M, grid, grid)
             scores = F.interpolate(cosines, (side, side), mode='bilinear')
-            total[window] += scores[0]
-            covered[window] += 1
+            total[:, rows, columns] += scores[0]
+            covered[rows, columns] += 1
     return total / covered
 
 
 def segment_image(model, image, vectors, class_of_name, settings):
-    """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is first scaled to H x W pixels and
-    scored there; then the scores are resized to h x w. (H and W are pixels here and above, not heads and width.)
+    """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is first scaled to y by x pixels and
+    scored there; then the scores are resized to h x w.
 
     vectors (M, D): one for each name. class_of_name: M numbers; a class may have several names. The steps are those of
     clip_segmentor.py:113-276 of the released code:
@@ -369,7 +358,7 @@ def segment_image(model, image, vectors, class_of_name, settings):
     zoom = max(zoom, model.config.image_size / short)       # but never less than a window (ours)
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)
-    logits = settings.scale * scores                                # (M, H, W)
+    logits = settings.scale * scores                                # (M, y, x)
     size = height, width
     probability, classes = best_class(logits, size, class_of_name, candidates=set(class_of_name))
     if settings.area:
@@ -383,12 +372,11 @@ def segment_image(model, image, vectors, class_of_name, settings):
 
 
 def best_class(logits, size, class_of_name, candidates):
-    """logits (M, H, W) of M names -> two maps of `size` (h, w): for each pixel the probability of the best candidate
-    class, and that class. A class is as probable as its most probable name. The softmax runs over all names, also those
-    of other classes.
+    """logits (M, y, x) of M names -> two maps of `size` (h, w): for each pixel the probability of the best candidate
+    class, and that class. A class is as probable as its most probable name.
 
-    The names' maps are resized one at a time, because 100 maps of 12 megapixels would take 5 GB. So the softmax is
-    accumulated name by name, too: e^highest / sum of e^logit = e^(highest - ln of that sum).
+    A softmax in one pass over the names, because 100 maps of 12 megapixels would take 5 GB at once. log_sum runs over
+    all names, highest only over those of candidates; the probability is e^highest / e^log_sum.
     """
     highest = logits.new_full(size, -math.inf)              # of the candidates' logits so far
     log_sum = logits.new_full(size, -math.inf)              # ln of the sum of e^logit so far
@@ -403,7 +391,7 @@ def best_class(logits, size, class_of_name, candidates):
 
 
 def confusion(truth, predicted, classes):
-    """truth and predicted: class numbers, of the same shape -> (classes, classes) counts; rows are the truth. Pixels
+    """truth and predicted: class numbers, int64, of one shape -> (classes, classes) counts; rows are the truth. Pixels
     whose truth is IGNORE are not counted."""
     seen = truth != IGNORE
     cells = truth[seen] * classes + predicted[seen]
@@ -461,13 +449,13 @@ def run_classify(args, model, tokenizer, preprocess):
         need(not args.download, '--download is for --dataset only; omit it')
         need(not args.split, '--split is for --dataset only; omit it, or give the folder of a split')
         split = 'none, all images'
-        source = folder_set(args.folder, preprocess)
+        dataset = folder_set(args.folder, preprocess)
     else:
-        source, split = torchvision_set(args.dataset, args.root, args.split, args.download, preprocess)
+        dataset, split = torchvision_set(args.dataset, args.root, args.split, args.download, preprocess)
     templates = read_templates(args.templates, TEMPLATES)
-    names = class_names(source, args.classes)
+    names = class_names(dataset, args.classes)
     vectors = class_vectors(model, tokenizer, names, templates)
-    features, labels = embed_labelled(model, source, args.workers)
+    features, labels = embed_labelled(model, dataset, args.workers)
     need(labels.max() < len(names),
          f'the labels go up to {labels.max()}, counted from 0, but there are {len(names)} names; '
          'give a longer list with --classes')
@@ -477,10 +465,8 @@ def run_classify(args, model, tokenizer, preprocess):
 
 def run_segment(args, model, tokenizer, preprocess):
     # Without --benchmark the short side is 1.5 times the model's image size (224 makes 336), without a background.
-    settings = Settings(size=3 * model.config.image_size // 2)
-    if args.benchmark:
-        settings = BENCHMARKS[args.benchmark]
-    settings = settings._replace(csa=args.csa)
+    default = Settings(size=3 * model.config.image_size // 2)
+    settings = BENCHMARKS.get(args.benchmark, default)._replace(csa=args.csa)
     names_of_classes = read_synonyms(args.classes)      # a list of names for each class
     need(settings.classes in (0, len(names_of_classes)),        # 0, the default: any number
          f'{args.classes} has {len(names_of_classes)} lines, but {args.benchmark} has {settings.classes} classes; '
@@ -495,9 +481,11 @@ def run_segment(args, model, tokenizer, preprocess):
     pairs = mask_pairs(args.images, args.masks, args.image_suffix, args.mask_suffix, args.list)
     K = len(names_of_classes)
     matrix = torch.zeros(K, K, dtype=torch.int64)
-    for image_path, mask_path in progress(pairs, 'images'):
+    for image_path, mask_path in progress_bar(pairs, 'images'):
         image = read_image(image_path)
         truth = read_mask(mask_path, K, settings.reduce_zero_label)
+        need(truth.shape == (image.height, image.width),
+             f'mask {mask_path} and image {image_path} differ in size; make them equal')
         predicted = segment_image(model, image, vectors, class_of_name, settings)
         matrix += confusion(truth, predicted, K)
     facts = {'images': len(pairs), 'settings': str(settings), 'prompts': ' | '.join(templates)}
@@ -517,8 +505,7 @@ def execute(args):
 
 
 def main():
-    # args has the options that --help lists, and args.command: retrieval, classify or segment.
-    args = evaluation_options(__doc__)
+    args = evaluation_options(__doc__)      # the head of this file is part of --help
     functions = {'retrieval': run_retrieval, 'classify': run_classify, 'segment': run_segment}
     args.function = functions[args.command]
     execute(args)

@@ -26,7 +26,7 @@ from torchvision.transforms.v2.functional import resize
 from torchvision.utils import save_image
 
 from data import Counts, Crops
-from eval import progress
+from eval import progress_bar
 from extras.report import sample_views
 from plumbing.captions import CAPTION_KEYS, DREAMLIP, caption_pool, sentences
 from plumbing.errors import Refused, Unreadable, command, need
@@ -185,7 +185,7 @@ def divide(records, rows, out, val):
 
 def packed(records, images, number, problems):
     """Yields (name, bytes) of the members of a shard. If an image is left out, the reason goes into `problems`."""
-    for i, record in enumerate(progress(records, 'packing')):
+    for i, record in enumerate(progress_bar(records, 'packing')):
         try:
             image = Path(images, record['file']).read_bytes()
             read_image(image)
@@ -205,7 +205,7 @@ def read_captions(table):
     database = sqlite3.connect('')      # a temporary file: the table may be larger than memory
     database.execute('create table captions (url primary key, record)')
     with open(table, encoding='utf-8-sig', newline='') as file:
-        for row in progress(table_rows(file, table), 'reading the table'):
+        for row in progress_bar(table_rows(file, table), 'reading the table'):
             url = (row[find_column(URL_COLUMNS, row, table)] or '').strip()
             record = {}
             for key in DREAMLIP:
@@ -254,7 +254,7 @@ def join(table, shards, out):
                 yield f'{number:05d}{i:07d}.{kind}', image
                 yield f'{number:05d}{i:07d}.json', json.dumps(record | json.loads(row[0])).encode()
 
-    for number in progress(range(len(source.paths)), 'writing shards'):
+    for number in progress_bar(range(len(source.paths)), 'writing shards'):
         path = partial / f'{number:05d}.tar'
         if not path.exists():                       # only whole shards have that name
             write_shard(path, members(number))
@@ -324,7 +324,7 @@ def inspect(shards, caption_keys, preset, augment, vocab, out):
     captions = []
     images = set()
     keys = Counter()
-    for i in progress(sample, 'reading pairs'):
+    for i in progress_bar(sample, 'reading pairs'):
         try:
             drawn = crops.sample(0, i).captions         # decodes and draws, as training does
         except Unreadable as error:

@@ -95,7 +95,7 @@ def sample_views(crops, count=4):
         except Unreadable:
             continue
         views = []
-        changes = changes_of([drawn.strengths])
+        changes = changes_of([drawn.changes])
         for k, crop in enumerate(drawn.crops):
             views.append(recolour(crop[None], changes, k, list(OPERATIONS))[0])
         yield index, views, drawn.captions, drawn.boxes

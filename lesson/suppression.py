@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cosmos import unit
-from eval import Images, class_vectors, execute, load, progress, shard_captions, shard_image, zero_shot_retrieval
+from eval import Images, class_vectors, execute, load, progress_bar, shard_captions, shard_image, zero_shot_retrieval
 from lesson.scenes import ABSENT, FORMS, NAMES, mask_of
 from plumbing.errors import command, need
 from plumbing.options import Parser, add_checkpoint
@@ -113,7 +113,7 @@ def pointing(args, scored, shards, scenes):
     questions = tokenizer([FORMS[0].format(name) for name in NAMES])            # 'there is a red star'
     eot, _ = model.encode_text(questions.to(device))                    # (K, D)
     found = defaultdict(lambda: defaultdict(list))                      # by role and figure
-    for pair, scene in enumerate(progress(scenes, 'maps')):
+    for pair, scene in enumerate(progress_bar(scenes, 'maps')):
         image = preprocess(shard_image(shards, pair))
         _, patches = model.encode_image(image[None].to(device))         # (1, P, D)
         numbers = objects_at(scene, model.config)                       # (P,)
@@ -199,7 +199,7 @@ def conflict(args, scored, shards, scenes):
     need(size > 1, 'there is one pair; conflict needs two or more')
     groups = DataLoader(Images(shards, preprocess), size, num_workers=args.workers, drop_last=True)
     found = defaultdict(list)
-    for number, pixels in enumerate(islice(progress(groups, 'conflict'), GROUPS)):
+    for number, pixels in enumerate(islice(progress_bar(groups, 'conflict'), GROUPS)):
         pixels = pixels.to(args.device)
         ids = tokenizer(captions[number * size:(number + 1) * size]).to(args.device)
         _, patches = student.encode_image(pixels)

@@ -96,7 +96,7 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path):
     for epoch in range(40):
         plain = train_set.sample(epoch, 0)
         full = augmented.sample(epoch, 0)
-        assert not any(plain.strengths) and any(full.strengths)
+        assert not any(plain.changes) and any(full.changes)
         assert [crop.shape[1] for crop in plain.crops] == GLOBALS * [32] + 6 * [16]
         for crop, other, box in zip(plain.crops, full.crops, plain.boxes, strict=True):
             assert crop.equal(V.resized_crop(whole, *box, crop.shape[1:], data.BICUBIC))
@@ -123,16 +123,16 @@ def test_captions_leave_the_pictures_as_they_are(tmp_path):
     sample = many[0, 0]
     fewer = few.sample(0, 0)
     assert_close(fewer.crops, sample.crops, rtol=0, atol=0)
-    assert (fewer.strengths, fewer.boxes) == (sample.strengths, sample.boxes)
+    assert (fewer.changes, fewer.boxes) == (sample.changes, sample.boxes)
     assert len(sample.captions) == GLOBALS + 6
     # Recorded. If they move, every run is another one.
-    assert [round(x['blur'], 4) for x in sample.strengths if 'blur' in x] == [1.9224, 0.365, 1.1825, 0.9082]
+    assert [round(x['blur'], 4) for x in sample.changes if 'blur' in x] == [1.9224, 0.365, 1.1825, 0.9082]
     next_epoch = many.sample(1, 0)
-    for field in 'strengths', 'captions', 'boxes':
+    for field in 'changes', 'captions', 'boxes':
         assert getattr(next_epoch, field) != getattr(sample, field)
     batch = data.collate([sample])
     assert_close([x[0] for x in batch.crops], sample.crops, rtol=0, atol=0)
-    for view, expected in enumerate(sample.strengths):
+    for view, expected in enumerate(sample.changes):
         drawn = {}
         for name, count, found in zip(OPERATIONS, batch.changes.counts, batch.changes.strengths):
             if count[view]:
@@ -177,7 +177,7 @@ def test_each_colour_operation_is_the_released(monkeypatch, name, function, shar
     rng = random.Random(1)
     kinds = Crops(None, WORDS, MICRO, 0, Counts(2, 1)).kinds            # the first global, another one, a local
     for kind, share in zip(kinds, shares, strict=True):
-        drawn = [data.draw_strengths(kind, rng) for _ in range(5000)]
+        drawn = [data.draw_changes(kind, rng) for _ in range(5000)]
         values = [strengths[name] for strengths in drawn if name in strengths]
         assert len(values) / 5000 == pytest.approx(share, abs=0.03)
         if share:
@@ -188,10 +188,11 @@ def test_no_operation_is_forgotten():
     """oracle: the rule: each probability of a Kind but that of a flip draws something, and what it draws is in
     OPERATIONS. What is drawn but is none of them is an error."""
     never = data.kinds_of_views(MICRO)[0]._replace(**data.CROPS_ONLY)
-    assert data.draw_strengths(never, random.Random(0)) == {}
+    assert data.draw_changes(never, random.Random(0)) == {}
+    assert never[2:] == (0, 0, 0, 0, 0)
     drawn = {}
     for field in data.CROPS_ONLY.keys() - {'flip'}:
-        strengths = data.draw_strengths(never._replace(**{field: 1.0}), random.Random(0))
+        strengths = data.draw_changes(never._replace(**{field: 1.0}), random.Random(0))
         assert strengths
         drawn |= strengths
     assert drawn.keys() == OPERATIONS.keys()

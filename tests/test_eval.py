@@ -440,6 +440,8 @@ def test_segment_command(gallery, monkeypatch):
     assert (figures['images'], figures['mIoU']) == (3, 1)
     assert figures['settings'] == str(settings)
     assert gallery.figures(line)['settings'] == str(benchmarks.Settings(48))
+    put('masks/0_ids.png', encoded(Image.new('L', (3, 2))))
+    assert 'masks/0_ids.png and image images/' in run(evaluation, *line.replace(' ', ' . ', 1).split())
 
 
 WRONG = {               # a command: what its sentence must say
