@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cosmos import unit
-from eval import Images, class_vectors, execute, load, progress_bar, shard_captions, shard_image, zero_shot_retrieval
+from eval import (TIE, Images, class_vectors, execute, load, progress_bar, shard_captions, shard_image,
+                  zero_shot_retrieval)
 from lesson.scenes import ABSENT, FORMS, NAMES, mask_of
 from plumbing.errors import command, need
 from plumbing.options import Parser, add_checkpoint
@@ -63,7 +64,6 @@ def read_scenes(shards):
 # --- 2. Named --------------------------------------------------------------------------------------------------------
 
 COLUMN = {name: k for k, name in enumerate(NAMES)}      # of a table of scores (n images, K names)
-TIE = 1e-6                                              # a smaller difference is one of rounding
 
 
 def name_scores(model, tokenizer, image_features):

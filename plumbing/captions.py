@@ -8,8 +8,8 @@ from plumbing.errors import Unreadable
 
 SHORT = ['shortIB_captions', 'shortSV_captions', 'shortLLA_captions']
 LONG = ['longIB_captions', 'longSV_captions', 'longLLA_captions']
-# The keys of DreamLIP, the paper's main data. code≠paper: the paper speaks of the long captions; the released code uses
-# raw and short ones as well.
+# The keys of DreamLIP, the paper's main data. code≠paper: two summaries of the paper speak of the long captions; the
+# released code uses raw and short ones as well.
 DREAMLIP = ['raw_caption', *SHORT, *LONG]
 # The pool comes from the first family that has a sentence. A key of yours belongs into HELD_OUT_KEYS of eval.py, too.
 CAPTION_KEYS = [

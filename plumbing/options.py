@@ -225,7 +225,7 @@ def add_classify(parser):
     add('--root', default='data', help='folder of --dataset (%(default)s)')
     add('--split', help="torchvision's name for the split (default: test; ImageNet has val)")
     add('--download', action='store_true', help='let torchvision fetch it into --root')
-    add('--classes', help='file of class names, one per line in the order of the sorted folders')
+    add('--classes', help='file of class names, a line each in the order of the sorted folders; or open_clip')
     add('--templates', help='file of prompts with {} for the class; or open_clip, see docs/data.md')
 
 
