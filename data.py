@@ -5,9 +5,9 @@ Image crops are then flipped, recoloured or blurred at random, and normalised; t
 A text crop is one sentence of the pool, or up to five of them joined; here and in cosmos.py it is also called a
 caption. The student sees all views and captions. The teacher sees only the global ones: large crops, and captions of up
 to five sentences. Images and texts are cropped independently. So no boxes of objects are needed, but a local caption
-may tell what no local view shows.
+may describe what no local view shows.
 
-How a batch is made. Crops and collate run in the loader's workers, if there are any, Batch.views on the model's device:
+How a batch is made (Crops and collate in the loader's workers, if there are any, Batch.views on the model's device):
 
                                                                         what seeds its random choices
     Order           a step -> its places (epoch, index of a pair)       (seed, epoch)
@@ -131,7 +131,7 @@ def draw_boxes(height, width, kinds, rng):
     torchvision's get_params draws from torch's global generator on the CPU, but the boxes must depend only on rng. So
     we seed this generator from rng, and restore it afterwards. (torch.manual_seed would seed the GPUs', too.)
     """
-    stand_in = torch.empty(1, 1, 1).expand(1, height, width)               # get_params only looks at its size
+    stand_in = torch.empty(1, 1, 1).expand(1, height, width)        # get_params only looks at its size
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng.getrandbits(32))
         return [v2.RandomResizedCrop.get_params(stand_in, kind.scale, ASPECTS) for kind in kinds]
@@ -215,13 +215,13 @@ class Crops(Dataset):
     crop_min: float = 0.4
 
     def __post_init__(self):
-        globals_ = self.counts.global_images
-        locals_ = self.counts.local_images
-        need(globals_ == GLOBALS or (globals_ < GLOBALS and locals_ == 0),
-             f'{globals_} global and {locals_} local images are refused, because L_CLIP takes the first {GLOBALS} '
-             f'for global ones; take {GLOBALS} global images, or fewer and no local ones')
+        global_images = self.counts.global_images
+        local_images = self.counts.local_images
+        need(global_images == GLOBALS or (global_images < GLOBALS and local_images == 0),
+             f'{global_images} global and {local_images} local images are refused, because L_CLIP takes the first '
+             f'{GLOBALS} for global ones; take {GLOBALS} global images, or fewer and no local ones')
         first, other, local = kinds_of_views(self.config, self.crop_min)
-        self.kinds = [first] + (globals_ - 1) * [other] + locals_ * [local]         # V
+        self.kinds = [first] + (global_images - 1) * [other] + local_images * [local]       # V
         if self.augment == 'crops':
             self.kinds = [kind._replace(**CROPS_ONLY) for kind in self.kinds]
 

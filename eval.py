@@ -91,7 +91,7 @@ def shard_image(shards, i):
 @dataclass
 class Images(Dataset):
     """Shards, or a list of paths or of Pillow images. Item i is preprocess(image i), usually pixels (3, S, S)."""
-    source: object
+    source: Shards | list
     preprocess: Callable
 
     def __len__(self):
@@ -183,7 +183,8 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures, computed on the device that holds the three arguments.
 
     owner (captions,): the image of each caption. An image's rank is that of its best-ranked caption. R@K are fractions.
-    chance is the R@1 of guessing, 1 / n in both directions: an image's is its share of all captions, 1 / n in the mean.
+    chance is the R@1 of guessing: 1 / n for a caption. For an image it is its share of all captions, and these shares
+    average 1 / n, too.
     """
     n = len(image_features)
     image_ids = torch.arange(n, device=owner.device)
@@ -281,8 +282,7 @@ LONGEST_SIDE = 2048         # of a scaled image, in pixels, as released
 
 def encode_dense(model, images, csa=False):
     """images (B, 3, h, w) -> (B, h/p, w/p, D): a unit vector for each patch, which can be compared with text vectors.
-    `proj` is trained on [cls] alone, but here it is applied to patches. csa: the last block is a correlative_block.
-    """
+    `proj` is trained on [cls] alone, but here it is applied to patches. csa: the last block is a correlative_block."""
     tower = model.visual
     x, _ = tower.embed(images)                  # (B, 1 + P, W), [cls] first
     *blocks, last = tower.transformer.resblocks
@@ -300,10 +300,7 @@ def encode_dense(model, images, csa=False):
 
 def correlative_block(block, x):
     """x (B, R, W) -> (B, R, W): a block with SCLIP's correlative self-attention (transformer.py:687-764 of the released
-    code).
-
-    Queries attend to queries and keys to keys, so a patch attends mostly to itself and to similar patches.
-    """
+    code). Queries attend to queries and keys to keys, so a patch attends mostly to itself and to similar patches."""
     normed = block.ln_1(x)
     q, k, v = block.attn.project(normed, normed)                        # each (B, H, R, d)
     weights = attention_weights(q, q) + attention_weights(k, k)     # (B, H, R, R); rows sum to 2
@@ -320,9 +317,9 @@ def window_starts(length, side):
 
 @torch.no_grad()
 def window_scores(model, pixels, vectors, csa):
-    """pixels (3, y, x), vectors (M, D) of M names -> (M, y, x): cosines of patches and names, averaged over sliding
-    windows. A window has the size of the model's images, as released, and its patch scores are interpolated to pixels.
-    """
+    """pixels (3, h', w'), vectors (M, D) of M names -> (M, h', w'): cosines of patches and names, averaged over
+    sliding windows. A window has the size of the model's images, as released, and its patch scores are interpolated to
+    pixels."""
     side = model.config.image_size
     _, height, width = pixels.shape
     total = pixels.new_zeros(len(vectors), height, width)
@@ -340,8 +337,8 @@ def window_scores(model, pixels, vectors, csa):
 
 
 def segment_image(model, image, vectors, class_of_name, settings):
-    """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is first scaled to y by x pixels and
-    scored there; then the scores are resized to h x w.
+    """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is first scaled to h' x w' pixels
+    and scored there; then the scores are resized to h x w.
 
     vectors (M, D): one for each name. class_of_name: M numbers; a class may have several names. The steps are those of
     clip_segmentor.py:113-276 of the released code:
@@ -358,44 +355,44 @@ def segment_image(model, image, vectors, class_of_name, settings):
     zoom = max(zoom, model.config.image_size / short)       # but never less than a window (ours)
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)
-    logits = settings.scale * scores                                # (M, y, x)
+    logits = settings.scale * scores                                # (M, h', w')
     size = height, width
-    probability, classes = best_class(logits, size, class_of_name, candidates=set(class_of_name))
+    probability, class_map = best_class(logits, size, class_of_name, candidates=set(class_of_name))
     if settings.area:
-        pixels_of_class = torch.bincount(classes.flatten())
+        pixels_of_class = torch.bincount(class_map.flatten())
         foreground = pixels_of_class[1:].sum()
-        kept = pixels_of_class > settings.area * foreground         # (highest class + 1,)
-        kept[0] = True                                              # the background
-        kept_classes = kept.nonzero().flatten().tolist()
-        probability, classes = best_class(logits, size, class_of_name, candidates=kept_classes)
-    return classes.masked_fill(probability < settings.probability, 0).cpu()
+        is_candidate = pixels_of_class > settings.area * foreground     # (highest class + 1,)
+        is_candidate[0] = True                                          # the background
+        candidates = is_candidate.nonzero().flatten().tolist()
+        probability, class_map = best_class(logits, size, class_of_name, candidates)
+    return class_map.masked_fill(probability < settings.probability, 0).cpu()
 
 
 def best_class(logits, size, class_of_name, candidates):
-    """logits (M, y, x) of M names -> two maps of `size` (h, w): for each pixel the probability of the best candidate
+    """logits (M, h', w') of M names -> two maps of `size` (h, w): for each pixel the probability of the best candidate
     class, and that class. A class is as probable as its most probable name.
 
-    A softmax in one pass over the names, because 100 maps of 12 megapixels would take 5 GB at once. log_sum runs over
-    all names, highest only over those of candidates; the probability is e^highest / e^log_sum.
+    The softmax takes one name after another, because 100 maps of 12 megapixels would need 5 GB at once. log_sum runs
+    over all names, highest only over those of the candidates; the probability is e^highest / e^log_sum.
     """
     highest = logits.new_full(size, -math.inf)              # of the candidates' logits so far
     log_sum = logits.new_full(size, -math.inf)              # ln of the sum of e^logit so far
-    classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
+    class_map = torch.zeros(size, dtype=torch.int64, device=logits.device)
     for logit_map, number in zip(logits, class_of_name):
         resized = F.interpolate(logit_map[None, None], size, mode='bilinear')[0, 0]     # (h, w)
         log_sum = log_sum.logaddexp(resized)
         if number in candidates:
-            classes[resized > highest] = number
+            class_map[resized > highest] = number
             highest = highest.maximum(resized)
-    return (highest - log_sum).exp(), classes
+    return (highest - log_sum).exp(), class_map
 
 
-def confusion(truth, predicted, classes):
-    """truth and predicted: class numbers, int64, of one shape -> (classes, classes) counts; rows are the truth. Pixels
-    whose truth is IGNORE are not counted."""
+def confusion(truth, predicted, K):
+    """truth and predicted: class numbers, int64, of one shape -> counts (K, K) for K classes; rows are the truth.
+    Pixels whose truth is IGNORE are not counted."""
     seen = truth != IGNORE
-    cells = truth[seen] * classes + predicted[seen]
-    return torch.bincount(cells, minlength=classes ** 2).view(classes, classes)
+    cells = truth[seen] * K + predicted[seen]
+    return torch.bincount(cells, minlength=K ** 2).view(K, K)
 
 
 def segmentation_figures(matrix, names):
@@ -431,9 +428,12 @@ def show(figures, indent=''):
 
 
 def run_retrieval(args, model, tokenizer, preprocess):
-    need(args.karpathy or not args.split, '--split is for --karpathy only; omit it')
-    need(args.shards or not args.caption_keys, '--caption-keys is for --shards only; omit it')
-    need(args.karpathy or args.flickr or not args.images, '--images is for --karpathy and --flickr; omit it')
+    if args.split:
+        need(args.karpathy, '--split is for --karpathy only; omit it')
+    if args.caption_keys:
+        need(args.shards, '--caption-keys is for --shards only; omit it')
+    if args.images:
+        need(args.karpathy or args.flickr, '--images is for --karpathy and --flickr; omit it')
     if args.shards:
         source = Shards(args.shards, args.caption_keys, split='val')    # with captions of its own
         captions = owner = None
@@ -468,8 +468,9 @@ def run_segment(args, model, tokenizer, preprocess):
     default = Settings(size=3 * model.config.image_size // 2)
     settings = BENCHMARKS.get(args.benchmark, default)._replace(csa=args.csa)
     names_of_classes = read_synonyms(args.classes)      # a list of names for each class
-    need(settings.classes in (0, len(names_of_classes)),        # 0, the default: any number
-         f'{args.classes} has {len(names_of_classes)} lines, but {args.benchmark} has {settings.classes} classes; '
+    K = len(names_of_classes)
+    need(settings.classes in (0, K),        # 0, the default: any number
+         f'{args.classes} has {K} lines, but {args.benchmark} has {settings.classes} classes; '
          'give one line per class')
     all_names = []
     class_of_name = []
@@ -479,7 +480,6 @@ def run_segment(args, model, tokenizer, preprocess):
     templates = read_templates(args.templates, TEMPLATES)
     vectors = class_vectors(model, tokenizer, all_names, templates).to(model.logit_scale.device)
     pairs = mask_pairs(args.images, args.masks, args.image_suffix, args.mask_suffix, args.list)
-    K = len(names_of_classes)
     matrix = torch.zeros(K, K, dtype=torch.int64)
     for image_path, mask_path in progress_bar(pairs, 'images'):
         image = read_image(image_path)
