@@ -59,8 +59,8 @@ use several GPUs: on one GPU `gather` only returns each tensor as both queries a
 and transformer. If you know them, read only class Tower: how views share a pass.
 
 We follow the released code (github.com/ExplainableML/cosmos); references such as `model.py:274` point into it. We did
-not have the paper's text, but sources about it, which docs/differences.md lists. Marks say where they do not settle it:
-    paper silent: our sources say nothing.      code≠paper: a source, which is named, says something else.
+not have the paper's text, but sources about it, which docs/differences.md lists. There are three marks:
+    paper silent: our sources say nothing.      code≠paper: a source, which is named, contradicts the code.
     ours: we differ from the released code on purpose, or it has no counterpart.
 """
 import copy
@@ -96,8 +96,8 @@ class Config:
     text_heads: int = 8
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's
-    cross_heads: int = 8            # attention heads inside C^I and C^T; with 0 the model has neither
-    two_scales: bool = False        # a second scale for a model without C^I and C^T; with them it always has it
+    cross_heads: int = 8            # attention heads inside C^I and C^T; 0: no C^I and C^T
+    two_scales: bool = False        # L_COSMOS gets a scale of its own also without C^I and C^T
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released COSMOS models use GELU
 
 
@@ -107,9 +107,9 @@ class CrossAttention(nn.Module):
     """C^I or C^T: a single attention layer, with no MLP. In C^T the [cls] of every image view reads
     the words of caption 0; in C^I the [eot] of every caption reads the patches of view 0.
 
-    The residual of Eq. 1-2 is added outside, in COSMOS.read. C^T reads the padding of caption 0, too (paper silent;
-    transformer.py:210-230), so do not cut it. The text tower is causal, so the vectors at padded
-    positions have seen the whole caption: they are further summaries of it, not noise.
+    The residual of Eq. 1-2 is added outside, in COSMOS.read. The text tower is causal, so the vectors at padded positions
+    have seen the whole caption: they are further summaries of it, not noise. C^T reads them, too (paper silent;
+    transformer.py:210-230), so do not cut caption 0.
     """
 
     def __init__(self, width, heads):
@@ -598,7 +598,7 @@ class Attention(nn.MultiheadAttention):
         if not self.causal:
             return None
         rows = torch.arange(context.shape[1], device=context.device)    # (R,)
-        own = rows[None] if row is None else row[:, None]               # each query's, (1, R) or (n, 1)
+        own = rows[None] if row is None else row[:, None]               # the row of each query, (1, R) or (n, 1)
         seen = rows <= own[..., None]                                   # (1, R, R) or (n, 1, R)
         return seen[:, None]            # the same for all heads
 

@@ -13,7 +13,7 @@ How a batch is made (Crops and collate in the loader's workers, if there are any
     Order           a step -> its places (epoch, index of a pair)       (seed, epoch)
     Crops           a place -> Sample: crops and token ids              (seed, epoch, index)
     collate         B Samples -> Batch
-    Batch.views     crops -> views: coloured, blurred, normalised       (seed, step, view), only the order of jitters
+    Batch.views     crops -> views: coloured, blurred, normalised       (seed, step, view): the order of jitters
 
 So with the same settings a run sees the same batches for any number of workers and GPUs, and can be resumed at any
 step. The marks `ours` and `paper silent` mean the same as in cosmos.py; "as released" means that the authors' code does
@@ -58,9 +58,9 @@ def text_crops(pool, rng, global_texts, local_texts):
 
 
 def draw_sentences(pool, count, rng):
-    """A random sample of the pool, without replacement. A pool that is too small is repeated whole, in its own order,
-    as often as it fits, and a sample makes up the rest. So a pool of one sentence only repeats itself, as released:
-    'red kettle. red kettle'. Text crops add nothing then."""
+    """A random sample of the pool, without replacement. If count exceeds the pool, all of it count // len(pool) times,
+    then a sample for the rest. So a pool of one sentence only repeats itself, as released: 'red kettle. red kettle'.
+    Text crops add nothing then."""
     if count <= len(pool):
         return rng.sample(pool, count)
     repeats, rest = divmod(count, len(pool))
@@ -300,7 +300,7 @@ class Batch(NamedTuple):
     """What a training step needs from its B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
     changes: Changes        # those of all Samples, in one table for each operation and view
-    texts: list             # U captions (B, T') int64 for the student; collate says how long each is
+    texts: list             # U captions (B, T') int64 for the student, cut by collate to T' <= T
     teacher_texts: list     # the global captions (B, T') for the teacher
     bad: int                # how many unreadable pairs were replaced
 

@@ -184,7 +184,7 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures, computed on the device that holds the three arguments.
 
     owner (captions,): the image of each caption. An image's rank is that of its best-ranked caption. R@K are fractions.
-    chance: the R@1 of a random guess, 1 / n both ways, because the images' shares of the captions average 1 / n.
+    chance: the R@1 of a random guess, 1 / n both ways: an image with k of m captions has k / m, 1 / n on average.
     """
     n = len(image_features)
     image_ids = torch.arange(n, device=owner.device)
@@ -372,8 +372,8 @@ def best_class(logits, size, class_of_name, candidates):
     """logits (M, h', w') of M names -> two maps of `size` (h, w): for each pixel the probability of the best candidate
     class, and that class. A class is as probable as its most probable name.
 
-    The softmax takes one name after another, because 100 maps of 12 megapixels would need 5 GB at once. The probability
-    is e^(highest - log_sum), where log_sum runs over all names, and highest over those of the candidates.
+    A softmax over names, in one pass, because 100 maps of 12 megapixels would need 5 GB at once. The probability is
+    e^(highest - log_sum), where log_sum runs over all names, and highest over those of the candidates.
     """
     highest = logits.new_full(size, -math.inf)              # of the candidates' logits so far
     log_sum = logits.new_full(size, -math.inf)              # ln of the sum of e^logit so far
@@ -464,7 +464,7 @@ def run_classify(args, model, tokenizer, preprocess):
 
 
 def run_segment(args, model, tokenizer, preprocess):
-    # Without --benchmark the short side is 1.5 times the model's image size (224 makes 336), without a background.
+    # Without --benchmark there is no background, and the short side is 1.5 times the model's image size (224: 336).
     default = Settings(size=3 * model.config.image_size // 2)
     settings = BENCHMARKS.get(args.benchmark, default)._replace(csa=args.csa)
     names_of_classes = read_synonyms(args.classes)      # a list of names for each class

@@ -62,8 +62,8 @@ class Run:
     processes: Processes
     train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
-    # The student as a step calls it: it runs the batch in --accum parts, and computes each again in the backward pass.
-    # On several ranks it is in DDP.
+    # The student as a step calls it. With --accum above 1 it runs the batch in parts, and computes each again in the
+    # backward pass. On several ranks it is in DDP.
     wrapped: torch.nn.Module
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
@@ -116,8 +116,8 @@ def train_step(run, batch):
     cls_t = eot_t = momentum = None
     # The teacher sees the globals, without gradient, the student all views and captions. The teacher runs first, while
     # the student holds no memory for its backward pass.
-    # cache_enabled: autocast keeps one half-precision copy of each weight. The parts of --accum would share it, and
-    # their gradients would be summed there in half precision; without the cache they are summed in float32.
+    # cache_enabled: with the cache all parts of --accum would use one half-precision copy of each weight, so autograd
+    # would sum their gradients in half precision. Without it they are summed in float32.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
                         cache_enabled=options.accum == 1):
         if run.method.has_teacher:
@@ -242,7 +242,7 @@ def main(argv=None, watchers=(), built_in_set=None):
                 runs.write_log(run.folder, entry)
                 for watcher in watchers:
                     watcher.logged(run, entry)
-            if is_last or is_stopped:
+            if is_last or is_stopped:                   # here the last turn ends
                 break
 
             batch = progress.next_batch(run.batches)
@@ -375,7 +375,8 @@ class Method(NamedTuple):
     crop_min: float = 0.9               # smallest share of the image in a global crop
     only_crops: bool = True             # --augment is 'crops' by default, whatever the preset says
     has_local_images: bool = False      # as many as --local-crops says
-    # GLOBALS captions of 1-5 sentences, and --local-captions of one sentence. Without: a single caption.
+    # GLOBALS captions of 1-5 sentences, and --local-captions of one sentence. Without: a single one of
+    # 1-5 sentences.
     has_text_crops: bool = False
     has_teacher: bool = False
     # C^I and C^T. With them the terms must use both h_I and h_T, because DDP stops if a parameter gets no gradient.
@@ -457,8 +458,8 @@ def set_up(options, processes, built_in_set):
     # Ranks that disagreed on batches or learning rates would train on in silence, so each compares what determines them
     # with rank 0's. Two last.pt count as the same if their running times are equal.
     mine = vars(options) | {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
-    # These may differ: cores, where a node has its files, and where it looks for held-out ones.
-    mine |= {'workers': None, 'data': None, 'vocab': None, 'val': bool(options.val)}
+    # Workers and the paths of data may differ; of vocab and val only whether they are learned, or there.
+    mine |= {'workers': None, 'data': None, 'vocab': options.vocab == 'learn', 'val': bool(options.val)}
     need(processes.broadcast(mine) == mine, 'options, shards or last.pt are not the same for all processes; '
          'give all nodes the same command, the same files in --data, and one --out that all see')
     if tokenizer is None:
@@ -495,7 +496,7 @@ def choose_model(options, saved):
         tokenizer = Tokenizer.clip(path, config.context_length)
     method = METHODS[options.method]
     heads = 0
-    if method.has_cross_attention:      # those of config; if --init has none, as many as in a preset of its size
+    if method.has_cross_attention:      # as in config or, if --init has no cross-attention, as in a preset of its width
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
     # config.two_scales matters only without C^I and C^T; a model with them always has two.
     two_scales = method.two_scales and not method.has_cross_attention

@@ -75,11 +75,11 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, rate)
 
-        # A batch of B pairs. Captions are cut after the last end token, except the student's caption 0, whose padding
-        # C^T reads.
+        # A batch of B pairs. Captions are cut where the longest of the batch ends, except the student's caption 0,
+        # which cross-attention reads with its padding.
         samples = [train_set[place] for place in places]                # a place is (epoch, index)
         inputs = collate(samples, multiple, whole_first=True).to(device)
-        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s)
+        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); the string is a seed
         texts = inputs.texts                            # U tensors (B, T)
 
         # The student sees all views and captions, the teacher only the globals.
