@@ -35,7 +35,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import train
-from cosmos import COSMOS, Output, Teacher, cosmos_terms, unit
+import torch
+import torch.nn.functional as F
+
+from cosmos import COSMOS, Output, Teacher, attention_weights, cosmos_terms, match, unit
+from cosmos import gather
 from eval import show
 from plumbing.errors import command, need, warn
 from plumbing.files import read_json, replacing
@@ -58,6 +62,37 @@ class ReadsAnotherPair(COSMOS):
         return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
 
 
+class ReadsEveryImage(COSMOS):
+    """Each caption reads every image of the batch through C^I. There is no residual, so what was read can only help to
+    find the image if it agrees with the caption. After FLAIR (CVPR 2025). One process, --accum 1; h_I is None."""
+
+    def forward(self, images, texts):
+        """-> Output, with h_T (B, U, B, D): what each caption of each pair (the middle two) has read in each image."""
+        cls, image_sequence = self.visual.with_sequence(images)
+        eot = self.text(texts)                                          # (U, B, D)
+        patches = self.image_map(image_sequence[:, 1:])                 # (B, P, D)
+        cross = self.image_cross
+        queries = cross.ln_q(eot).flatten(0, 1)[None]                   # (1, U * B, D), the same for every image
+        q, k, v = cross.attn.project(queries, cross.ln_k(patches))
+        read = attention_weights(q, k) @ v                              # (B, H, U * B, d)
+        read = cross.attn.out_proj(read.transpose(1, 2).flatten(2))     # (B, U * B, D)
+        return Output(unit(cls), unit(eot), None, unit(read).unflatten(1, eot.shape[:2]))
+
+
+def every_image_terms(out, cls_t, eot_t, scale):
+    """A caption must find its own image among all, by what it reads there, and an image its own caption. Beside it,
+    self-distillation of both sides, as in text-distill."""
+    scores = scale * (out.h_T * out.eot).sum(dim=-1)                    # (B images, U, B captions)
+    own = torch.arange(len(scores), device=scores.device)
+    own = own[:, None].expand(-1, out.eot.shape[0])                     # (B, U)
+    finds_caption = F.cross_entropy(scores.transpose(1, 2), own)        # over the captions of a view
+    finds_image = F.cross_entropy(scores.permute(2, 0, 1), own)         # over the images
+    return {
+        'reads': (finds_caption + finds_image) / 2,
+        'cls_cls_t': match(*gather(out.cls, cls_t), scale),
+        'eot_eot_t': match(*gather(out.eot, eot_t), scale)}
+
+
 class SilentTeacher(Teacher):
     """An average of the student that is evaluated, but teaches nothing: for CLIP on drawn scenes."""
 
@@ -76,6 +111,12 @@ def two_terms(out, cls_t, eot_t, scale):
 # {name: a row for train.METHODS, and what takes the place of train.COSMOS and of train.Teacher}
 ADDED = {
     'clip-averaged': (train.METHODS['clip']._replace(has_teacher=True), COSMOS, SilentTeacher),
+    'several-captions': (
+        train.METHODS['text-distill']._replace(has_local_images=False, has_teacher=False, terms=train.no_terms),
+        COSMOS, Teacher),
+    'every-image': (train.METHODS['cosmos']._replace(terms=every_image_terms), ReadsEveryImage, Teacher),
+    # Its teacher sees the local image views, too.
+    'teacher-sees-all': (train.METHODS['cosmos'], COSMOS, Teacher),
     'another-pair': (train.METHODS['cosmos'], ReadsAnotherPair, Teacher),
     'two-terms': (train.METHODS['cosmos']._replace(terms=two_terms), COSMOS, Teacher)}
 
@@ -86,12 +127,15 @@ def train_added(words):
     method = train.read_options(words).method
     if method in ADDED:
         _, train.COSMOS, train.Teacher = ADDED[method]
+    if method == 'teacher-sees-all':
+        train.GLOBALS = None            # train_step gives the teacher images[:GLOBALS], so these are all
     train.main(words)
 
 
 # --- 2. The experiments ----------------------------------------------------------------------------------------------
 
 PHOTOGRAPHS = 'photographs'
+FEWER = {'photographs-1': 1, 'photographs-2': 2}    # how many captions a training photograph keeps, the first ones
 TWO = '--objects 2 --dominant-size 0.38'
 WORLDS = {                          # options of lesson.scenes, for drawn scenes
     'built-in': '',
@@ -115,12 +159,16 @@ class Variant(NamedTuple):
     tested: tuple = ()              # further worlds in which objects are to be named
     is_scored: bool = True          # on the test photographs; runs that choose a rate are not
 
+    @property
+    def is_of_photographs(self):
+        return self.world == PHOTOGRAPHS or self.world in FEWER
+
     def words(self):
         """The words of the training command that decide the numbers of a run, except its seed."""
         program = '-m lesson.experiments train' if self.method in ADDED else 'train.py'
         preset = 'tiny'
         eval_every = 0
-        if self.world == PHOTOGRAPHS:
+        if self.is_of_photographs:
             preset = 'photo'
             eval_every = ceil(self.steps / 8)
         return (f'{program} --preset {preset} --method {self.method} --batch {self.batch} --steps {self.steps} '
@@ -129,7 +177,9 @@ class Variant(NamedTuple):
     def key(self):
         """What identifies a row, in addition to its seed."""
         data = ['Flickr8k:']
-        if self.world != PHOTOGRAPHS:
+        if self.world in FEWER:
+            data = [f'Flickr8k-{FEWER[self.world]}:']
+        elif self.world != PHOTOGRAPHS:
             data = ['lesson.scenes', *WORLDS[self.world].split(), 'DIR:']
         return ' '.join([*data, *self.words()])
 
@@ -155,6 +205,15 @@ ON_PHOTOGRAPHS = {
     'no-cross-attention': Variant('no-cross-attention', 64, 870, 2e-3, PHOTOGRAPHS),
     'across': Variant('across', 64, 800, 1e-3, PHOTOGRAPHS),
     'cosmos': Variant('cosmos', 64, 800, 1e-3, PHOTOGRAPHS)}
+RIVALS_ON_PHOTOGRAPHS = {
+    'several-captions': Variant('several-captions', 64, 800, 1e-3, PHOTOGRAPHS),
+    'every-image': Variant('every-image', 64, 800, 1e-3, PHOTOGRAPHS),
+    'no-average': Variant('cosmos', 64, 800, 1e-3, PHOTOGRAPHS, '--momentum 0 --momentum-ramp 0'),
+    'teacher-sees-all': Variant('teacher-sees-all', 64, 800, 1e-3, PHOTOGRAPHS),
+    'clip-1': Variant('clip', 64, 800, 2.5e-4, 'photographs-1'),
+    'cosmos-1': Variant('cosmos', 64, 800, 1e-3, 'photographs-1'),
+    'clip-2': Variant('clip', 64, 800, 2.5e-4, 'photographs-2'),
+    'cosmos-2': Variant('cosmos', 64, 800, 1e-3, 'photographs-2')}
 SAME_PAIRS = dict.fromkeys(ON_PHOTOGRAPHS, 800)                 # steps
 # On scenes: as many as 32,000 pairs make, and three times as many as `minutes` has.
 PAIRS = {'clip': 500, 'no-cross-attention': 1000}
@@ -235,6 +294,14 @@ EXPERIMENTS = {
     # At the rate of four local crops, with the same four local captions. Four is the default, but is typed, so that
     # these runs are made together with the others: their times are compared.
     'local-crops': {f'cosmos-{n}': ON_PHOTOGRAPHS['cosmos']._replace(more=f'--local-crops {n}') for n in (0, 2, 4, 6)},
+    # Rivals that critics ask for: from the same pairs as COSMOS.
+    'rivals-tune': tune(RIVALS_ON_PHOTOGRAPHS, {
+        'several-captions': '2e-3 1e-3 5e-4 2.5e-4', 'every-image': '2e-3 1e-3 5e-4', 'no-average': '2e-3 1e-3 5e-4'}),
+    'captions-tune': tune(RIVALS_ON_PHOTOGRAPHS, {
+        'clip-1': '1e-3 5e-4 2.5e-4 1.25e-4', 'cosmos-1': '2e-3 1e-3 5e-4'}),
+    'probe': race(ON_PHOTOGRAPHS, 'cosmos clip', range(1), SAME_PAIRS),
+    'anew': race(ON_PHOTOGRAPHS, 'cosmos clip text-distill', FIVE, SAME_PAIRS),
+    'anew-scenes': race(ON_SCENES, 'cosmos clip across another-pair', FIVE, PAIRS),
     'minor': race(ON_PHOTOGRAPHS, 'cosmos no-cross-attention', FIVE, SAME_PAIRS) | {
         'clip-pairs': ON_PHOTOGRAPHS['clip']._replace(steps=800), 'clip-minutes': ON_PHOTOGRAPHS['clip']}}
 
@@ -304,6 +371,17 @@ def data_command(world, seed, flickr8k):
         path = FOLDER / PHOTOGRAPHS
         listing = flickr8k / 'dataset_flickr8k.json'
         return path, ['-m', 'extras.prepare', 'pack', listing, flickr8k / 'Images', path]
+    if world in FEWER:
+        path = FOLDER / world
+        listing = FOLDER / f'{world}.json'
+        if not listing.exists():
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            whole = read_json(flickr8k / 'dataset_flickr8k.json')
+            for photograph in whole['images']:
+                if photograph['split'] in ('train', 'restval'):
+                    photograph['sentences'] = photograph['sentences'][:FEWER[world]]
+            listing.write_text(json.dumps(whole))
+        return path, ['-m', 'extras.prepare', 'pack', listing, flickr8k / 'Images', path]
     path = FOLDER / f'scenes-{world}-{seed}'
     return path, ['-m', 'lesson.scenes', path, *WORLDS[world].split(), '--seed', seed]
 
@@ -318,7 +396,7 @@ def commands(variant, seed, flickr8k):
     shards, _ = data_command(variant.world, seed, flickr8k)
     measure = ['-m', 'lesson.suppression']
     found = {'train': [*variant.words(), '--seed', seed, '--data', shards, '--workers', 0, '--out', out]}
-    if variant.world != PHOTOGRAPHS:
+    if not variant.is_of_photographs:
         found['scenes'] = [*measure, last, '--shards', shards]
         for world in variant.tested:
             other, _ = data_command(world, seed, flickr8k)
@@ -328,8 +406,6 @@ def commands(variant, seed, flickr8k):
         retrieval = ['eval.py', 'retrieval', *images, '--split', 'test']
         found['retrieval'] = [*retrieval, best]
         found['last'] = [*retrieval, last]              # does a lead depend on when training stops?
-        found['minor'] = [*measure, best, *images]
-        found['minor_last'] = [*measure, last, *images]
         method = train.METHODS[variant.method]
         if method.has_teacher:                          # or on the teacher, which averages weights?
             found['student'] = [*retrieval, best, '--weights', 'student']
@@ -431,11 +507,13 @@ def origin():
 
 # --- 4. Many runs ----------------------------------------------------------------------------------------------------
 
-RESULTS = Path('lesson/results.csv')
+RESULTS = Path('lesson/results-anew.csv')     # of one AMD EPYC, so that old rows, of an Intel Xeon, stay apart
 
 
 def read_results():
     """-> {(run, seed): row}; a row is {column: text}."""
+    if not RESULTS.exists():
+        return {}
     rows = csv.DictReader(RESULTS.read_text().splitlines())
     return {(row['run'], int(row['seed'])): row for row in rows}
 
