@@ -38,7 +38,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from cosmos import unit
+from cosmos import Output, clip_loss, cosmos_terms, unit
 from eval import (Images, class_vectors, embed_images, execute, load, progress, shard_captions,
                   shard_image, zero_shot_retrieval)
 from lesson.scenes import ABSENT, FORMS, NAMES, mask_of
@@ -289,6 +289,59 @@ def conflict(args, scored, shards, scenes):
     return {'conflict': figures}
 
 
+# --- Cut: what each loss costs if one modality is cut away -----------------------------------------------------------
+
+def mean_of_batch(x):
+    """(B, ...) -> the same shape; every pair has the mean of the batch, so nothing tells one pair from another."""
+    return x.mean(dim=0, keepdim=True).expand_as(x)
+
+
+def losses_of(student, cls, eot, patches, words, cls_t, eot_t):
+    """One batch of the student's vectors and tokens, and the teacher's vectors -> {loss: share of guessing, ln B}."""
+    h_I = student.text_cross(cls[None], words)[0] + cls                 # Eq. 1
+    h_T = student.image_cross(eot[None], patches)[0] + eot              # Eq. 2
+    out = Output(*[unit(x)[None] for x in (cls, eot, h_I, h_T)])
+    losses = {'L_CLIP': clip_loss(out, student.logit_scale.exp())}
+    losses |= cosmos_terms(out, cls_t[None], eot_t[None], student.distill_logit_scale.exp())
+    return {name: loss.item() / log(len(cls)) for name, loss in losses.items()}
+
+
+@torch.no_grad()
+def cut(args, scored, shards, scenes):
+    """-> {L_CLIP and the four terms of Eq. 6: {all, text_cut, image_cut}}, each loss as a share of ln 32, over batches
+    of 32 pairs, one view and the first caption of each.
+
+    A cut replaces eot and words, or cls and patches, by their mean over the batch, before cross-attention. The student
+    is cut; the teacher's targets are whole.
+    """
+    student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab)
+    teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)
+    student.to(args.device)
+    teacher.to(args.device)
+    firsts = {}                                         # {image: its first caption}
+    for caption, image in zip(*shard_captions(shards)):
+        firsts.setdefault(int(image), caption)
+    captions = list(firsts.values())
+    size = min(GROUP, len(captions))
+    found = []                                          # of each batch
+    groups = DataLoader(Images(shards, preprocess), size, num_workers=args.workers, drop_last=True)
+    for number, pixels in enumerate(progress(groups, 'cut')):
+        ids = tokenizer(captions[number * size:(number + 1) * size]).to(args.device)
+        cls, patches = student.encode_image(pixels.to(args.device))
+        eot, words = student.encode_text(ids)
+        cls_t = unit(teacher.encode_image(pixels.to(args.device))[0])
+        eot_t = unit(teacher.encode_text(ids)[0])
+        cuts = {
+            'all': (cls, eot, patches, words),
+            'text_cut': (cls, mean_of_batch(eot), patches, mean_of_batch(words)),
+            'image_cut': (mean_of_batch(cls), eot, mean_of_batch(patches), words)}
+        found.append({name: losses_of(student, *vectors, cls_t, eot_t) for name, vectors in cuts.items()})
+    figures = {}
+    for loss in found[0]['all']:
+        figures[loss] = {name: fmean(batch[name][loss] for batch in found) for name in cuts}
+    return {'cut': figures}
+
+
 # --- 6. Minor: what one of a photograph's captions mentions ----------------------------------------------------------
 
 # For each noun the test photographs are ranked by their cosine with a few prompts. One that mentions the noun should
@@ -445,7 +498,7 @@ class Named:
         """Nothing to write."""
 
 
-MEASURES = {'objects': objects, 'pointing': pointing, 'handed': handed, 'conflict': conflict}
+MEASURES = {'objects': objects, 'pointing': pointing, 'handed': handed, 'conflict': conflict, 'cut': cut}
 
 
 def measure(args, *scored):
@@ -459,7 +512,7 @@ def measure(args, *scored):
     if not scored[0].has_cross_attention:
         possible = ['objects']
     if not scenes:
-        possible = [name for name in possible if name == 'conflict']
+        possible = [name for name in possible if name in ('conflict', 'cut')]
     wanted = [args.only] if args.only else possible
     need(wanted and set(wanted) <= set(possible),
          f'with {args.checkpoint} and {args.shards} one can measure {possible}; the rest needs cross-attention, a set '
