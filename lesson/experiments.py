@@ -406,11 +406,13 @@ def commands(variant, seed, flickr8k):
         retrieval = ['eval.py', 'retrieval', *images, '--split', 'test']
         found['retrieval'] = [*retrieval, best]
         found['last'] = [*retrieval, last]              # does a lead depend on when training stops?
-        method = train.METHODS[variant.method]
+        added = {name: row for name, (row, _, _) in ADDED.items()}
+        method = (train.METHODS | added)[variant.method]
         if method.has_teacher:                          # or on the teacher, which averages weights?
             found['student'] = [*retrieval, best, '--weights', 'student']
         if method.has_cross_attention:
-            found['conflict'] = [*measure, best, '--shards', shards]
+            found['conflict'] = [*measure, best, '--shards', shards, '--only', 'conflict']
+            found['cut'] = [*measure, best, '--shards', shards, '--only', 'cut']
     for what, words in found.items():
         if what != 'train':
             words += ['--json', out / f'{what}.json']
