@@ -291,8 +291,8 @@ PICTURES = {            # how it is drawn, inches
 
 
 def main():
-    from matplotlib import pyplot
     Parser(prog='python -m lesson.plots', epilog=__doc__).parse_args()
+    from matplotlib import pyplot       # --help and the tests do without it
     Path('lesson/RESULTS.md').write_text(results_page())
     for name, (function, inches) in PICTURES.items():
         with pyplot.rc_context({'font.size': 13}):
