@@ -141,6 +141,8 @@ def test_every_preset_has_a_recipe():
     for preset in train.PRESETS.values():
         assert paper.keys() - {'epochs'} < preset.recipe.keys() < options.keys()
         assert len({'steps', 'epochs'} & preset.recipe.keys()) == 1
+        with torch.device('meta'):
+            COSMOS(preset.sizes)        # its widths are multiples of its heads
     assert train.PRESETS['vit-b-16'].recipe == train.PRESETS['vit-b-32'].recipe == paper
 
 

@@ -260,6 +260,8 @@ def test_checkpoints_of_every_origin(here):
     refused('its merges were learned', load, other | {'token_embedding.weight': small})
     wide = COSMOS(replace(plain.config, vision_width=1024, vision_layers=1, vision_heads=16))    # of ViT-L
     assert load(to_openclip(wide.state_dict()))[0].config == wide.config
+    torch.save(other, 'saved.pt', _use_new_zipfile_serialization=False)     # as torch before 1.6: cannot be mapped
+    assert evaluation.load('saved.pt', 'teacher', vocab)[0].config == plain.config
 
 
 def test_a_folder_means_its_best(gallery):
@@ -468,6 +470,7 @@ WRONG = {               # a command: what its sentence must say
     'classify last.pt --folder bad --templates empty/list': 'empty/list holds no prompts; give one per line, with {}',
     'segment last.pt --images a --masks a --classes page.pt --workers 2': 'unrecognized arguments: --workers 2',
     'segment last.pt --images empty --masks images --classes page.pt': 'empty has no image 0; see --image-suffix',
+    'segment last.pt --images absent --masks images --classes page.pt': 'absent is not a folder; give a folder',
     'segment last.pt --images images --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
     'segment last.pt --images a --masks a --classes twice': 'several classes have the same name',
     'segment last.pt --images a --masks a --classes commas': 'commas must have a line for each class, with one name',
