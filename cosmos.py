@@ -16,11 +16,11 @@ Symbols for shapes:
     s, p side of a view and of a patch, in pixels
 Names taken from the paper:
     [cls], [eot]        the vector of an image view, from its class token; that of a caption, from its end token
-    C^T, C^I  the two cross-attention modules. C^T, in the code `read_text`, reads (attends to) text: its queries are
-              images, its result is h_I. C^I, `read_image`, reads images: its queries are captions, its result is h_T
-    h_I, h_T  the image's vector after it has read the text, and the text's after it has read the image, Eq. 1-2
+    C^T, C^I  the two cross-attention modules; the letter names what is read, that is, attended to:
+              C^T = `read_text`: queries [cls], keys words, result h_I, an image's vector that has read text, Eq. 1
+              C^I = `read_image`: queries [eot], keys patches, result h_T, a text's vector that has read an image, Eq. 2
     cls_t, eot_t        the teacher's vectors of the images and of the texts
-    L_CLIP, L_COSMOS    the two losses, whose sum is trained: one L_sym-nce (`match`), and the mean of four
+    L_CLIP, L_COSMOS    the two losses; their sum is trained. L_CLIP is one L_sym-nce (`match`), L_COSMOS a mean of four
 Views come first, (V, B, D), and views 0 and 1 are the two globals. Code that serves both modalities says "view" and V
 for captions, too. `ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors of tokens.
 
@@ -45,23 +45,22 @@ One training step, with the names used in the code below:
       on the 2 global views           a moving average of the student,           on the 2 global captions
                                       no gradient, no cross-attention
 
-    out = model(images, texts)    # student, all views and captions
+    out = student(images, texts)                        # all views and captions
     cls_t, eot_t = teacher(images[:GLOBALS], texts[:GLOBALS])           # teacher, globals only
-    loss, terms = total_loss(model, out, cls_t, eot_t)                  # L_CLIP + L_COSMOS
+    loss, terms = total_loss(student, out, cls_t, eot_t)                # L_CLIP + L_COSMOS
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    model.clamp_scales()
-    teacher.update(model, momentum)    # the paper's lambda, 0.999 at batch 1,024
+    student.clamp_scales()
+    teacher.update(student, momentum)                   # the paper's lambda, 0.999 at batch 1,024
 
 Read it beside Section 3 of the paper. Parts 2-4 are COSMOS: student, teacher, losses. You can skip part 5 unless you
 use several GPUs: on one GPU `gather` only returns each tensor as both queries and keys. Parts 6-7 are CLIP's towers
 and transformer. If you know them, read only class Tower: how views share a pass.
 
-We follow the released code (github.com/ExplainableML/cosmos); references such as `model.py:274` point into it. The
-paper's text was not at hand; docs/differences.md lists our sources. If they are silent or say something else, we follow
-the code, and a mark says so:
-    paper silent, as far as our sources go.             code≠paper: a source, which is named, says something else.
+We follow the released code (github.com/ExplainableML/cosmos); references such as `model.py:274` point into it. We did
+not have the paper's text, but sources about it, which docs/differences.md lists. There are three marks:
+    paper silent: our sources say nothing.      code≠paper: a source, which is named, contradicts the code.
     ours: we differ from the released code on purpose, or it has no counterpart.
 """
 import copy
@@ -83,7 +82,8 @@ GLOBALS = 2  # global views of an image, and global captions. They come first, a
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a model and of its views. Images must be multiples of the patch size, widths of their heads."""
+    """The sizes of a model and of its views. Sides of images must be divisible by patch_size, each width
+    by its number of heads."""
     embed_dim: int = 512            # D, the joint space of images and texts
     image_size: int = 224           # side of a global view, in pixels; fixes the grid of positions
     local_image_size: int = 96      # side of a local view
@@ -96,8 +96,8 @@ class Config:
     text_heads: int = 8
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's
-    cross_heads: int = 8            # attention heads inside C^I and C^T; with 0 the model has neither
-    two_scales: bool = False        # gives a model without C^I and C^T the second scale, which others always have
+    cross_heads: int = 8            # attention heads inside C^I and C^T; 0: no C^I and C^T
+    two_scales: bool = False        # L_COSMOS gets a scale of its own also without C^I and C^T
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released COSMOS models use GELU
 
 
@@ -107,9 +107,9 @@ class CrossAttention(nn.Module):
     """C^I or C^T: a single attention layer, with no MLP. In C^T the [cls] of every image view reads
     the words of caption 0; in C^I the [eot] of every caption reads the patches of view 0.
 
-    The residual of Eq. 1-2 is added outside, in COSMOS.read. C^T reads the padding of caption 0, too (paper silent;
-    transformer.py:210-230), so give this caption at full length. The text tower is causal, so the vectors at padded
-    positions have seen the whole caption: they are further summaries of it, not noise.
+    The residual of Eq. 1-2 is added outside, in COSMOS.read. The text tower is causal, so the vectors at padded positions
+    have seen the whole caption: they are further summaries of it, not noise. C^T reads them, too (paper silent;
+    transformer.py:210-230), so do not cut caption 0.
     """
 
     def __init__(self, width, heads):
@@ -197,8 +197,8 @@ class COSMOS(nn.Module):
     def read(self, cls, eot, patches, words):
         """cls (V, B, D), eot (U, B, D), patches (B, P, D), words (B, T, D) -> h_I, h_T like cls, eot; all unnormalised.
 
-        NB: the tokens that are read can leak the answer. In Eq. 6 h_T, which has read the image, must find this image's
-        cls_t, and h_I, which has read the caption, its eot_t, so both can copy. Page 3 of lesson/README.md measures it.
+        NB: Eq. 6 can be solved by copying: h_T has read the image whose cls_t it must find, and h_I the caption whose
+        eot_t it must find. Page 3 of lesson/README.md measures how far this goes.
         """
         h_I = self.read_text(cls, words) + cls          # (V, B, D)  Eq. 1: images read words
         h_T = self.read_image(eot, patches) + eot       # (U, B, D)  Eq. 2: captions read patches
@@ -279,8 +279,8 @@ class Teacher(nn.Module):
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---
 
 def nce(queries, keys, scale):
-    """L_nce: each query must find the key of its own pair among all N. Averaged over the Vq x Vk combinations of views,
-    and over the B pairs of this GPU.
+    """L_nce: each query must find the key of its own pair among all N. The mean over Vq x Vk combinations of views, and
+    over this GPU's B pairs.
 
     queries (Vq, B, D) of this GPU, keys (Vk, N, D) of all GPUs, of unit length; either side may be images or captions.
     scale = 1/temperature.
@@ -342,7 +342,7 @@ def mean_of(terms):
     return sum(terms.values()) / len(terms)
 
 
-COSMOS_WEIGHT = 1       # of L_COSMOS in the total loss; as released, and in the paper the two are just added, too
+COSMOS_WEIGHT = 1       # of L_COSMOS in the total loss; 1 in the released code and in the paper
 
 
 def total_loss(model, out, cls_t, eot_t, added_terms=cosmos_terms):
@@ -380,9 +380,8 @@ class Gather(torch.autograd.Function):
     """(V, B, D) on every rank -> (V, N, D) on all of them; each gradient goes back to the rank that its vector came
     from. B is equal on all ranks.
 
-    ours: the gradient is exact. Each rank has the loss of its own pairs, so the backward pass sums the gradients that
-    all ranks have for a vector. DDP then divides by the number of ranks, which gives the gradient of the mean loss. The
-    released code has a smaller one, see docs/differences.md.
+    ours: the gradient is exact. The backward pass sums a vector's gradients over the ranks, and DDP divides by their
+    number, which gives the gradient of the mean loss. The released code has a smaller one, see docs/differences.md.
     """
 
     @staticmethod
@@ -410,8 +409,8 @@ class Tower(nn.Module):
 
     A tower has `embed`, `transformer`, `norm` and `proj`. `embed` takes n images or captions of one size. It returns
     their sequences (n, R, W), and `row` (n,): which row of each becomes the vector, the class token's or the end
-    token's. If only the vectors are wanted, this row is the last block's only query. The vector is the same, and in
-    train.py's preset `tiny` it saves a fifth of the multiplications, in deeper towers a few percent.
+    token's. If only the vectors are wanted, the last block computes this row alone: the same vector, with fewer
+    multiplications (a fifth fewer in train.py's preset `tiny`, a few percent in deep towers).
     """
 
     def forward(self, views):
@@ -532,8 +531,7 @@ class Transformer(nn.Module):
 
 
 class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU. If weights were trained with GELU and run with QuickGELU, or the reverse, nothing
-    fails, but the scores drop."""
+    """An approximation of GELU that OpenAI's CLIP uses. Confusing the two raises no error, but lowers the scores."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
@@ -596,12 +594,11 @@ class Attention(nn.MultiheadAttention):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
     def seen(self, context, row):
-        """-> True for the rows of the context (n, R, W) that a query sees, (1, 1, R, R), or with `row` (n, 1, 1, R).
-        None: it sees all."""
+        """-> a mask, True where a query may look: (1, 1, R, R), or with `row` (n, 1, 1, R). None: everywhere."""
         if not self.causal:
             return None
         rows = torch.arange(context.shape[1], device=context.device)    # (R,)
-        own = rows[None] if row is None else row[:, None]               # each query's, (1, R) or (n, 1)
+        own = rows[None] if row is None else row[:, None]               # the row of each query, (1, R) or (n, 1)
         seen = rows <= own[..., None]                                   # (1, R, R) or (n, 1, R)
         return seen[:, None]            # the same for all heads
 

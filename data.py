@@ -13,12 +13,12 @@ How a batch is made (Crops and collate in the loader's workers, if there are any
     Order           a step -> its places (epoch, index of a pair)       (seed, epoch)
     Crops           a place -> Sample: crops and token ids              (seed, epoch, index)
     collate         B Samples -> Batch
-    Batch.views     crops -> views: coloured, blurred, normalised       (seed, step, view): order of the jitters
+    Batch.views     crops -> views: coloured, blurred, normalised       (seed, step, view): the order of jitters
 
 So with the same settings a run sees the same batches for any number of workers and GPUs, and can be resumed at any
 step. The marks `ours` and `paper silent` mean the same as in cosmos.py; "as released" means that the authors' code does
 so. You can skip the helpers in plumbing/: `Shards` gives the bytes of an image and the pool of its sentences, `decode`
-gives the pixels, `Tokenizer` the ids, and `recolour` changes the colours of a batch.
+gives the pixels, `Tokenizer` the ids; `Changes` are the drawn changes of colour as tensors, `recolour` makes them.
 """
 import random
 import sys
@@ -58,9 +58,9 @@ def text_crops(pool, rng, global_texts, local_texts):
 
 
 def draw_sentences(pool, count, rng):
-    """A random sample of the pool, without replacement. A pool that is too small is repeated whole, in its own order,
-    as often as it fits, and a sample makes up the rest. So a pool of one sentence only repeats itself, as released:
-    'red kettle. red kettle'. Text crops add nothing then. (--method clip repeats it, too, but takes less time.)"""
+    """A random sample of the pool, without replacement. If count exceeds the pool, all of it count // len(pool) times,
+    then a sample for the rest. So a pool of one sentence only repeats itself, as released: 'red kettle. red kettle'.
+    Text crops add nothing then."""
     if count <= len(pool):
         return rng.sample(pool, count)
     repeats, rest = divmod(count, len(pool))
@@ -96,11 +96,10 @@ CROPS_ONLY = dict(flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)      #
 
 
 def draw_changes(kind, rng):
-    """The operations that change a view, {operation: strength}, in the released ranges. What a strength is depends on
-    the operation.
+    """The operations that change a view, {operation: strength}, in the released ranges.
 
-    If you add a random draw, give it a generator of its own in Crops.sample. From an existing one it would shift all
-    later draws, and so change every run.
+    A new random draw here would shift all later ones, and so change every run. Give it a generator of its own, seeded
+    in Crops.sample.
     """
     changes = {}
     if rng.random() < kind.jitter:
@@ -174,7 +173,7 @@ def normalize(images):
 
 class Counts(NamedTuple):
     """How many views and captions a pair gives: V = global_images + local_images, U = global_texts + local_texts. The
-    globals come first, here and below. Apart from that, view k and caption k have nothing to do with each other."""
+    globals come first, here and below. View k and caption k are drawn independently."""
     global_images: int = GLOBALS
     local_images: int = 6
     global_texts: int = GLOBALS
@@ -182,8 +181,7 @@ class Counts(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a pair gives to one step. Crops.sample leaves the last two to __getitem__, because `extras.prepare inspect`
-    has no tokenizer."""
+    """What a pair gives to one step. __getitem__ sets ids and bad; `sample` alone needs no tokenizer."""
     crops: list             # V image crops (3, s, s), uint8
     boxes: list             # V: where each crop lies in the image, (y, x, h, w) in pixels; pictures show them
     changes: list           # V: the operations that change each crop, {operation: strength}
@@ -217,7 +215,7 @@ class Crops(Dataset):
     def __post_init__(self):
         global_images = self.counts.global_images
         local_images = self.counts.local_images
-        need(global_images == GLOBALS or (global_images < GLOBALS and local_images == 0),
+        need(global_images == GLOBALS or (0 < global_images < GLOBALS and local_images == 0),
              f'{global_images} global and {local_images} local images are refused, because L_CLIP takes the first '
              f'{GLOBALS} for global ones; take {GLOBALS} global images, or fewer and no local ones')
         first, other, local = kinds_of_views(self.config, self.crop_min)
@@ -302,7 +300,7 @@ class Batch(NamedTuple):
     """What a training step needs from its B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
     changes: Changes        # those of all Samples, in one table for each operation and view
-    texts: list             # U captions (B, T') int64 for the student; collate says how long each is
+    texts: list             # U captions (B, T') int64 for the student, cut by collate to T' <= T
     teacher_texts: list     # the global captions (B, T') for the teacher
     bad: int                # how many unreadable pairs were replaced
 

@@ -7,10 +7,12 @@
     python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21
     python eval.py segment ... --csa                              with SCLIP's attention, as in some rows of the paper
 
-CKPT is a checkpoint of this repository (a file, or a folder runs/NAME, from which we take best.pt, or last.pt if there
-is none), a released cosmos_vitb*.pt, or a state dict of an open_clip ViT with GELU; python -m extras.weights converts
-other CLIPs. We evaluate the teacher, which has the averaged weights, unless there is none or you give --weights
-student. Features are float32 vectors of unit length, and a score is the dot product of two of them.
+CKPT is one of these; python -m extras.weights converts other CLIPs:
+    a checkpoint of this repository, or the folder of a run, whose best.pt is taken, or else its last.pt
+    a released cosmos_vitb*.pt
+    a state dict of an open_clip ViT with GELU
+We evaluate the teacher, which has the averaged weights. If there is none, or with --weights student, it is the student.
+Features are float32 vectors of unit length, and a score is the dot product of two of them.
 
 To compare with published figures, see docs/questions.md and docs/data.md. In this file parts 3 to 5 are the protocols,
 and you can skip part 6, the command line. The marks (`ours`, ...) are those of cosmos.py.
@@ -156,8 +158,7 @@ def embed_texts(model, tokenizer, texts):
 
 # --- 3. Retrieval ----------------------------------------------------------------------------------------------------
 
-# Cosines that differ by less count as equal. The vector of one and the same image or text depends, by some 1e-8, on the
-# batch that it was computed in.
+# Cosines that differ by less count as equal. The same image, computed in another batch, differs by about 1e-8.
 TIE = 1e-6
 
 
@@ -183,8 +184,7 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures, computed on the device that holds the three arguments.
 
     owner (captions,): the image of each caption. An image's rank is that of its best-ranked caption. R@K are fractions.
-    chance is the R@1 of guessing: 1 / n for a caption. For an image it is its share of all captions, and these shares
-    average 1 / n, too.
+    chance: the R@1 of a random guess, 1 / n both ways: an image with k of m captions has k / m, 1 / n on average.
     """
     n = len(image_features)
     image_ids = torch.arange(n, device=owner.device)
@@ -226,7 +226,7 @@ def check_held_out(shards, workers=0):
     """Read every caption and decode every image of held-out shards, so that a broken one is found now, and not in the
     middle of a run. Raises Refused or Unreadable, with the name of the pair."""
     shard_captions(shards)
-    # In place of preprocess: the image is decoded by then, and the worker sends back only two numbers.
+    # `size` in place of preprocess: a worker decodes the image, and sends back only two numbers.
     for _ in batches(Images(shards, attrgetter('size')), workers, 'trying held-out images'):
         pass
 
@@ -343,8 +343,8 @@ def segment_image(model, image, vectors, class_of_name, settings):
     vectors (M, D): one for each name. class_of_name: M numbers; a class may have several names. The steps are those of
     clip_segmentor.py:113-276 of the released code:
         1. Each pixel takes its most probable class.
-        2. If settings.area is above 0, a foreground class that covers at most this share of the foreground is dropped,
-           and its pixels take the best of the classes that are left.
+        2. If settings.area is above 0, foreground classes that cover no more than this share of the foreground are
+           dropped, and each pixel chooses again.
         3. A pixel whose class is less probable than settings.probability becomes class 0, the background. (For sets
            without a background settings.probability is 0, so nothing changes.)
     """
@@ -372,8 +372,8 @@ def best_class(logits, size, class_of_name, candidates):
     """logits (M, h', w') of M names -> two maps of `size` (h, w): for each pixel the probability of the best candidate
     class, and that class. A class is as probable as its most probable name.
 
-    The softmax takes one name after another, because 100 maps of 12 megapixels would need 5 GB at once. log_sum runs
-    over all names, highest only over those of the candidates; the probability is e^highest / e^log_sum.
+    A softmax over names, in one pass, because 100 maps of 12 megapixels would need 5 GB at once. The probability is
+    e^(highest - log_sum), where log_sum runs over all names, and highest over those of the candidates.
     """
     highest = logits.new_full(size, -math.inf)              # of the candidates' logits so far
     log_sum = logits.new_full(size, -math.inf)              # ln of the sum of e^logit so far
@@ -464,7 +464,7 @@ def run_classify(args, model, tokenizer, preprocess):
 
 
 def run_segment(args, model, tokenizer, preprocess):
-    # Without --benchmark the short side is 1.5 times the model's image size (224 makes 336), without a background.
+    # Without --benchmark there is no background, and the short side is 1.5 times the model's image size (224: 336).
     default = Settings(size=3 * model.config.image_size // 2)
     settings = BENCHMARKS.get(args.benchmark, default)._replace(csa=args.csa)
     names_of_classes = read_synonyms(args.classes)      # a list of names for each class

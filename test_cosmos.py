@@ -134,7 +134,7 @@ def test_sizes_and_initial_values_are_the_released():
 # --- 2. Presets and sizes --------------------------------------------------------------------------------------------
 
 def test_every_preset_has_a_recipe():
-    """oracle: the options of train.py; the released script for CC3M."""
+    """oracle: the options of train.py; the released script for CC3M. A model of every size can be built."""
     options = vars(train.read_options([]))
     paper = dict(epochs=32, batch=1024, lr=5e-4, lr_end=0, warmup=2000, wd=0.5, momentum=0.999, momentum_ramp=0,
                  local_crops=6, local_captions=6, augment='full', vocab='clip')
@@ -142,7 +142,7 @@ def test_every_preset_has_a_recipe():
         assert paper.keys() - {'epochs'} < preset.recipe.keys() < options.keys()
         assert len({'steps', 'epochs'} & preset.recipe.keys()) == 1
         with torch.device('meta'):
-            COSMOS(preset.sizes)        # its widths are multiples of its heads
+            COSMOS(preset.sizes)        # its widths can be divided by its heads
     assert train.PRESETS['vit-b-16'].recipe == train.PRESETS['vit-b-32'].recipe == paper
 
 

@@ -12,12 +12,11 @@ log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards)
 With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val); with extras/ also
 report.html (the run as a page) and maps.npz (for that page).
 
-The file is in the order in which one reads it: one step, which is the method; the loop around it; the presets and the
-rows of Table 5, from which a run is chosen; and last how it is set up. lesson/onepage.py trains the same way on one
-page, without options, checkpoints or several GPUs. You can skip what comes from plumbing/: `training_options` (the
-command line), `Processes` (the ranks: their device, sums and broadcasts over them, how they end), `runs` (the folder of
-a run: checkpoints, log, resuming) and `Progress` (what is counted since the process started, and since the last log
-entry).
+Read the file from the top: one step, which is the method; the loop around it; the presets and the rows of Table 5, from
+which a run is chosen; and last how it is set up. lesson/onepage.py trains the same way on one page, without options,
+checkpoints or several GPUs. You can skip what comes from plumbing/: `training_options` (the command line), `Processes`
+(the ranks: their device, sums and broadcasts over them, how they end), `part_by_part` and `StudentInParts` (--accum),
+`runs` (the folder of a run: checkpoints, log, resuming) and `Progress` (what is counted for the log).
 """
 import os
 
@@ -63,8 +62,8 @@ class Run:
     processes: Processes
     train_set: data.Crops           # has the model's Config and the tokenizer, too
     student: COSMOS
-    # What a step calls: the student, in --accum parts that the backward pass computes again, and in DDP on several
-    # ranks.
+    # The student as a step calls it. With --accum above 1 it runs the batch in parts, and computes each again in the
+    # backward pass. On several ranks it is in DDP.
     wrapped: torch.nn.Module
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
@@ -110,15 +109,15 @@ def train_step(run, batch):
     lr = lr_at(run.step, options)
     for group in run.optimizer.param_groups:
         group['lr'] = lr
-    # V tensors (B, 3, s, s). The loader has cropped the images; here, on the device, colours change as it has drawn.
+    # V tensors (B, 3, s, s). The loader has cropped; the changes of colour that it drew are made here, on the device.
     # The string seeds the order of the jitters, the same on all ranks, so that two ranks make the same run as one.
     images = batch.views(f'{options.seed} {run.step}')
 
     cls_t = eot_t = momentum = None
     # The teacher sees the globals, without gradient, the student all views and captions. The teacher runs first, while
     # the student holds no memory for its backward pass.
-    # cache_enabled: autocast keeps one half-precision copy of each weight. The parts of --accum would share it, and
-    # their gradients would be summed there in half precision; without the cache they are summed in float32.
+    # cache_enabled: with the cache all parts of --accum would use one half-precision copy of each weight, so autograd
+    # would sum their gradients in half precision. Without it they are summed in float32.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
                         cache_enabled=options.accum == 1):
         if run.method.has_teacher:
@@ -156,8 +155,8 @@ def train_step(run, batch):
 # Schedules are pure functions of `step`, the number of steps taken so far.
 
 def lr_at(step, options):
-    """Linear warm-up to the peak lr, then a cosine down to lr_end times the peak; lr_end is 0 as released
-    (scheduler.py:43-53)."""
+    """Linear warm-up to the peak lr, then a cosine down to lr_end times the peak; lr_end is 0 in the released
+    recipe (scheduler.py:43-53)."""
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
     share = (step - options.warmup) / max(options.steps - options.warmup, 1)    # of the way down
@@ -243,7 +242,7 @@ def main(argv=None, watchers=(), built_in_set=None):
                 runs.write_log(run.folder, entry)
                 for watcher in watchers:
                     watcher.logged(run, entry)
-            if is_last or is_stopped:
+            if is_last or is_stopped:                   # here the last turn ends
                 break
 
             batch = progress.next_batch(run.batches)
@@ -285,7 +284,7 @@ LAPTOP = {
     'local_crops': 2, 'local_captions': 2, 'vocab': 'learn'}
 
 # Used with --init, whatever the preset. The learning rate is small, because the weights are already trained. The
-# momentum has no ramp, because the teacher's towers start as a copy of these weights, and have nothing to forget.
+# momentum has no ramp, because the teacher's towers start as a copy of these weights, so no random start has to fade.
 PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
 
 
@@ -374,9 +373,10 @@ class Method(NamedTuple):
     terms: Callable = no_terms          # one of the functions above, or cosmos_terms
     global_images: int = 1
     crop_min: float = 0.9               # smallest share of the image in a global crop
-    keeps_colours: bool = True          # --augment is 'crops' by default, whatever the preset says
+    only_crops: bool = True             # --augment is 'crops' by default, whatever the preset says
     has_local_images: bool = False      # as many as --local-crops says
-    # GLOBALS captions of 1-5 sentences, and --local-captions of one sentence. Without: a single caption.
+    # GLOBALS captions of 1-5 sentences, and --local-captions of one sentence. Without: a single one of
+    # 1-5 sentences.
     has_text_crops: bool = False
     has_teacher: bool = False
     # C^I and C^T. With them the terms must use both h_I and h_T, because DDP stops if a parameter gets no gradient.
@@ -387,16 +387,16 @@ class Method(NamedTuple):
 METHODS = {'clip': Method()}
 
 
-def add_method(name, above, **what):
-    """Adds a row to the table: a copy of the row `above`, with these changes."""
-    METHODS[name] = METHODS[above]._replace(**what)
+def add_method(name, base, **what):
+    """Adds a row to the table: a copy of the row `base`, with these changes."""
+    METHODS[name] = METHODS[base]._replace(**what)
 
 
 # Only the rows clip and cosmos can be found in the released code, where clip uses open_clip's default crop and no
 # colour jitter (transform.py:66). The others are our reading of the table's labels. In the paper clip,
 # clip-aug and image-distill score far below the CLIP of Table 1, so they were probably trained on raw captions only
 # (--caption-pool raw).
-add_method('clip-aug', 'clip', global_images=GLOBALS, crop_min=0.4, keeps_colours=False)
+add_method('clip-aug', 'clip', global_images=GLOBALS, crop_min=0.4, only_crops=False)
 add_method('image-distill', 'clip-aug', has_local_images=True, has_teacher=True, terms=image_terms)
 add_method('text-crop', 'image-distill', has_text_crops=True)
 add_method('text-distill', 'text-crop', terms=embedding_terms)
@@ -409,10 +409,10 @@ add_method('across', 'cosmos', terms=across_terms)
 def recipe_of(preset, method, init):
     """Defaults of options, {option: value}. init: what --init gives (a path), or None."""
     recipe = dict(PRESETS[preset].recipe)
-    if METHODS[method].keeps_colours:
+    if METHODS[method].only_crops:
         recipe['augment'] = 'crops'
     if not METHODS[method].has_teacher:
-        del recipe['momentum']
+        del recipe['momentum']          # so config.json says none; the ramp alone does nothing
     if init:
         recipe |= PRETRAINED
     return recipe
@@ -442,7 +442,7 @@ def set_up(options, processes, built_in_set):
         choose_data(options, built_in_set)
         keys = options.caption_keys or POOL_KEYS[options.caption_pool]
         shards = Shards(options.data, keys, 'train', index)
-        # The options that depend on the number of pairs, or on the checkpoint, are still open.
+        # Now the options that depend on the number of pairs, or on the checkpoint.
         recipe = recipe_of(options.preset, options.method, options.init)
         fill_in(options, recipe, len(shards), parts, saved)
         data.check_batch(options.batch, len(shards), parts)
@@ -455,11 +455,11 @@ def set_up(options, processes, built_in_set):
             runs.lock(options.out)          # nothing is written to --out before this line
             shards.save(index)              # the other ranks will memory-map it
 
-    # Ranks that disagreed on batches or learning rates would train on in silence, so what determines them is compared.
-    # Two last.pt count as the same if their running times are equal.
+    # Ranks that disagreed on batches or learning rates would train on in silence, so each compares what determines them
+    # with rank 0's. Two last.pt count as the same if their running times are equal.
     mine = vars(options) | {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
-    # These may differ: cores, where a node has its files, and where it looks for held-out ones.
-    mine |= {'workers': None, 'data': None, 'vocab': None, 'val': bool(options.val)}
+    # Workers and the paths of data may differ; of vocab and val only whether they are learned, or there.
+    mine |= {'workers': None, 'data': None, 'vocab': options.vocab == 'learn', 'val': bool(options.val)}
     need(processes.broadcast(mine) == mine, 'options, shards or last.pt are not the same for all processes; '
          'give all nodes the same command, the same files in --data, and one --out that all see')
     if tokenizer is None:
@@ -496,7 +496,7 @@ def choose_model(options, saved):
         tokenizer = Tokenizer.clip(path, config.context_length)
     method = METHODS[options.method]
     heads = 0
-    if method.has_cross_attention:      # those of config; if --init has none, as many as in a preset of its size
+    if method.has_cross_attention:      # as in config or, if --init has no cross-attention, as in a preset of its width
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
     # config.two_scales matters only without C^I and C^T; a model with them always has two.
     two_scales = method.two_scales and not method.has_cross_attention

@@ -43,22 +43,22 @@ def learning_rate(step, steps, peak):
 def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
     """-> student, teacher, optimizer. folder: where the shards are, such as those that lesson/scenes.py draws. rate:
     the peak learning rate."""
-    keep_memory()                                       # reusing freed memory is faster
+    keep_memory()                                       # keep freed memory for reuse, which is faster
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = choose_dtype(precision, device)             # auto: bfloat16 if it is fast here; None: float32
     multiple = 8 if dtype else 1                        # captions of 8, 16, ... tokens are faster in half precision
 
     # Sizes and recipe are those of the preset `tiny` of train.py. The paper's recipe is that of `vit-b-16`.
     shards = Shards(folder, split='train')
-    batch = min(batch, len(shards))                     # a smaller set is one batch
+    batch = min(batch, len(shards))                     # a smaller set is a single batch
     tokenizer = learn_tokenizer(shards)
     config = Config(embed_dim=128, cross_heads=4,
                     image_size=48, local_image_size=24, patch_size=8,
                     vision_width=96, vision_layers=4, vision_heads=3,
                     text_width=128, text_layers=2, text_heads=2,
                     context_length=CONTEXT, vocab_size=tokenizer.vocab_size)
-    # train_set[epoch, index] gives random crops of image number `index`, and ids of random sentences about it: two
-    # local views and captions, besides the GLOBALS of each.
+    # train_set[epoch, index] gives two global and two local views of image number `index`, as random crops, and as many
+    # captions about it, as token ids.
     counts = Counts(local_images=2, local_texts=2)
     train_set = Crops(shards, tokenizer, config, seed, counts, augment='crops')
 
@@ -75,11 +75,11 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, rate)
 
-        # A batch of B pairs. Captions are cut after the longest end token, but for the student's caption 0, whose
-        # padding C^T reads.
+        # A batch of B pairs. Captions are cut where the longest of the batch ends, except the student's caption 0,
+        # which cross-attention reads with its padding.
         samples = [train_set[place] for place in places]                # a place is (epoch, index)
         inputs = collate(samples, multiple, whole_first=True).to(device)
-        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s)
+        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); the string is a seed
         texts = inputs.texts                            # U tensors (B, T)
 
         # The student sees all views and captions, the teacher only the globals.
@@ -111,7 +111,7 @@ def main():
     held_out = Shards(folder, split='val')
     preprocess = preprocessing(model.config.image_size)
     figures, image_features = zero_shot_retrieval(model, tokenizer, preprocess, held_out)
-    # These say how many objects are named.
+    # How many big and small objects the image vectors tell: what COSMOS is meant to raise.
     show(figures | suppression.scene_figures(model, tokenizer, image_features, held_out))
 
 
