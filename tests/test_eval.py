@@ -1,4 +1,5 @@
 """eval.py: each figure by hand, each command against the functions, what is read and what is refused."""
+import io
 import json
 import math
 import multiprocessing
@@ -119,6 +120,7 @@ def test_workers(gallery, monkeypatch):
     a path or opened."""
     model, _ = gallery.scored
     preprocess = evaluation.preprocessing(32)
+    assert evaluation.progress_bar([], file=io.StringIO()).disable       # silent where there is no terminal
     wanted = evaluation.embed_images(model, gallery.images, preprocess)
     read_image = evaluation.read_image
 
@@ -260,6 +262,8 @@ def test_checkpoints_of_every_origin(here):
     refused('its merges were learned', load, other | {'token_embedding.weight': small})
     wide = COSMOS(replace(plain.config, vision_width=1024, vision_layers=1, vision_heads=16))    # of ViT-L
     assert load(to_openclip(wide.state_dict()))[0].config == wide.config
+    torch.save(other, 'saved.pt', _use_new_zipfile_serialization=False)     # as torch before 1.6: cannot be mapped
+    assert evaluation.load('saved.pt', 'teacher', vocab)[0].config == plain.config
 
 
 def test_a_folder_means_its_best(gallery):
@@ -374,8 +378,9 @@ def test_retrieval_of_shards_and_lists(gallery):
     assert (figures['images'], figures['captions']) == (3, 4)
 
 
-def test_sets_of_torchvision(gallery):
-    """oracle: stand-ins for two sets. SUN397's names are words; EuroSAT's are not, so --classes is asked for."""
+def test_sets_of_torchvision(gallery, monkeypatch):
+    """oracle: stand-ins for three sets. SUN397's names are words; EuroSAT's are not, so --classes is asked for. CIFAR10
+    has a switch in place of splits."""
     put('SUN397/ClassName.txt', '/a/abbey\n/b/ball_pit')
     files = 'SUN397/a/abbey/sun_a.jpg SUN397/b/ball_pit/sun_b.jpg eurosat/2750/AnnualCrop/a.png'
     for file in files.split():
@@ -385,6 +390,13 @@ def test_sets_of_torchvision(gallery):
     line = 'classify . --dataset EuroSAT --root .'
     assert '--classes' in run(evaluation, *line.split())
     assert 'has no splits' in run(evaluation, *line.split(), '--split', 'test')
+
+    def cifar(root, train, transform):
+        return train
+
+    monkeypatch.setattr(benchmarks.torchvision.datasets, 'CIFAR10', cifar)
+    for split, is_train in (None, False), ('train', True):
+        assert benchmarks.torchvision_set('CIFAR10', '.', split, False, None) == (is_train, split or 'test')
 
 
 def test_prompts_of_open_clip(monkeypatch, gallery):
@@ -468,6 +480,7 @@ WRONG = {               # a command: what its sentence must say
     'classify last.pt --folder bad --templates empty/list': 'empty/list holds no prompts; give one per line, with {}',
     'segment last.pt --images a --masks a --classes page.pt --workers 2': 'unrecognized arguments: --workers 2',
     'segment last.pt --images empty --masks images --classes page.pt': 'empty has no image 0; see --image-suffix',
+    'segment last.pt --images absent --masks images --classes page.pt': 'absent is not a folder; give a folder',
     'segment last.pt --images images --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
     'segment last.pt --images a --masks a --classes twice': 'several classes have the same name',
     'segment last.pt --images a --masks a --classes commas': 'commas must have a line for each class, with one name',

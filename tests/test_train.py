@@ -541,6 +541,7 @@ def test_what_is_not_typed(monkeypatch, capsys):
         options = train.read_options(flags.split())
         assert [options.preset, options.out] == [preset, f'runs/{preset}-cosmos']
         assert re.fullmatch(line, capsys.readouterr().out)
+    assert train.read_options(['--compile']).compile        # a switch
     assert train.read_options(['--data', 'x', '--init', 'clip.pt']).preset == 'photo'
     assert capsys.readouterr().out == recipe
     for preset in train.PRESETS:
@@ -870,8 +871,8 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
 
 
 def test_init(fit, started, tmp_path, capsys):
-    """oracle: the weights of the file; cross-attention, which it lacks, is that of a fresh model. The plan says that text
-    crops repeat the only sentence of these pairs."""
+    """oracle: the weights of the file; cross-attention, which it lacks, is that of a fresh model. A note says that
+    text crops repeat the only sentence of these pairs."""
     note = 'one sentence (60 of the first 60), so text crops only repeat it; give longer captions, or --method clip'
     assert fit(tmp_path / 'clip', '--method', 'clip') == 0
     assert note not in capsys.readouterr().out          # clip takes one caption
@@ -922,7 +923,8 @@ def test_bad_pairs_stop_a_run_beyond_5_percent(fit, tmp_path):
 
 def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, capsys, fit, started, tmp_path):
     """oracle: chosen steps, whose losses are made NaN. A few are skipped with a line each; five stop the run, and do
-    not replace what was saved before. In fp16 they only lower the scale, which is saved and restored. A typed --wd wins over the checkpoint's."""
+    not replace what was saved before. In fp16 they only lower the scale, which is saved and restored. A typed --wd wins over the
+    checkpoint's."""
     loss = cosmos.clip_loss
 
     def spoilt(*arguments):
