@@ -303,7 +303,8 @@ EXPERIMENTS = {
     # Rates: the best of `rivals-tune` on the validation photographs, R@10 averaged over both directions.
     'anew': race(ON_PHOTOGRAPHS, 'cosmos clip text-distill', FIVE, SAME_PAIRS) | {
         'several-captions': RIVALS_ON_PHOTOGRAPHS['several-captions']._replace(rate=5e-4),
-        'every-image': RIVALS_ON_PHOTOGRAPHS['every-image']._replace(rate=1e-3)},
+        'every-image': RIVALS_ON_PHOTOGRAPHS['every-image']._replace(rate=1e-3),
+        'no-average': RIVALS_ON_PHOTOGRAPHS['no-average']._replace(rate=1e-3)},
     'anew-scenes': race(ON_SCENES, 'cosmos clip across another-pair', FIVE, PAIRS),
     'minor': race(ON_PHOTOGRAPHS, 'cosmos no-cross-attention', FIVE, SAME_PAIRS) | {
         'clip-pairs': ON_PHOTOGRAPHS['clip']._replace(steps=800), 'clip-minutes': ON_PHOTOGRAPHS['clip']}}
