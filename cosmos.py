@@ -622,7 +622,7 @@ def attention_weights(q, k, seen=None):
     return scores.softmax(dim=-1)
 
 
-if __name__ == '__main__':  # python cosmos.py: forward and backward on noise; prints shapes and the parts of the loss
+if __name__ == '__main__':  # python cosmos.py: forward and backward on noise; prints shapes and the terms of the loss
     torch.manual_seed(0)
     config = Config(image_size=48, local_image_size=24, patch_size=8, vision_layers=2, text_layers=2, vocab_size=1000)
     model = COSMOS(config)
