@@ -82,8 +82,8 @@ GLOBALS = 2  # global views of an image, and global captions. They come first, a
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a model and of its views. Sides of images must be divisible by patch_size, each width
-    by its number of heads."""
+    """The sizes of a model and of its views. Sides of images must be divisible by patch_size, each width by its number
+    of heads."""
     embed_dim: int = 512            # D, the joint space of images and texts
     image_size: int = 224           # side of a global view, in pixels; fixes the grid of positions
     local_image_size: int = 96      # side of a local view
@@ -104,12 +104,12 @@ class Config:
 # --- 2. The student ----------------------------------------------------------------------------- Sec. 3.2, Eq. 1-2 ---
 
 class CrossAttention(nn.Module):
-    """C^I or C^T: a single attention layer, with no MLP. In C^T the [cls] of every image view reads
-    the words of caption 0; in C^I the [eot] of every caption reads the patches of view 0.
+    """C^I or C^T: a single attention layer, with no MLP. In C^T the [cls] of every image view reads the words of caption
+    0; in C^I the [eot] of every caption reads the patches of view 0.
 
-    The residual of Eq. 1-2 is added outside, in COSMOS.read. The text tower is causal, so the vectors at padded positions
-    have seen the whole caption: they are further summaries of it, not noise. C^T reads them, too (paper silent;
-    transformer.py:210-230), so do not cut caption 0.
+    The residual of Eq. 1-2 is added outside, in COSMOS.read. The text tower is causal, so the vectors at padded
+    positions have seen the whole caption: they are further summaries of it, not noise. C^T reads them, too (paper
+    silent; transformer.py:210-230), so do not cut caption 0.
     """
 
     def __init__(self, width, heads):

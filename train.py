@@ -375,8 +375,7 @@ class Method(NamedTuple):
     crop_min: float = 0.9               # smallest share of the image in a global crop
     only_crops: bool = True             # --augment is 'crops' by default, whatever the preset says
     has_local_images: bool = False      # as many as --local-crops says
-    # GLOBALS captions of 1-5 sentences, and --local-captions of one sentence. Without: a single one of
-    # 1-5 sentences.
+    # GLOBALS captions of 1-5 sentences, and --local-captions of one sentence. Without: a single one of 1-5 sentences.
     has_text_crops: bool = False
     has_teacher: bool = False
     # C^I and C^T. With them the terms must use both h_I and h_T, because DDP stops if a parameter gets no gradient.
@@ -393,9 +392,9 @@ def add_method(name, base, **what):
 
 
 # Only the rows clip and cosmos can be found in the released code, where clip uses open_clip's default crop and no
-# colour jitter (transform.py:66). The others are our reading of the table's labels. In the paper clip,
-# clip-aug and image-distill score far below the CLIP of Table 1, so they were probably trained on raw captions only
-# (--caption-pool raw).
+# colour jitter (transform.py:66). The others are our reading of the table's labels. In the paper clip, clip-aug and
+# image-distill score far below the CLIP of Table 1, so they were probably trained on raw captions only (--caption-pool
+# raw).
 add_method('clip-aug', 'clip', global_images=GLOBALS, crop_min=0.4, only_crops=False)
 add_method('image-distill', 'clip-aug', has_local_images=True, has_teacher=True, terms=image_terms)
 add_method('text-crop', 'image-distill', has_text_crops=True)

@@ -219,7 +219,7 @@ def read_captions(table):
 
 
 def join(table, shards, out):
-    """Put DreamLIP's captions onto img2dataset's shards, matched by URL. The new shards hold the pairs that matched. They
+    """Put DreamLIP's captions onto img2dataset's shards, matched by URL. The new shards hold the pairs that match. They
     are written into OUT.partial, which becomes OUT when all are there."""
     out = Path(out)         # without the slash that a shell may have put behind it
     need(not out.exists(), f'{out} exists; name a new folder, or remove that one')

@@ -46,7 +46,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
     keep_memory()                                       # keep freed memory for reuse, which is faster
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = choose_dtype(precision, device)             # auto: bfloat16 if it is fast here; None: float32
-    multiple = 8 if dtype else 1                        # captions of 8, 16, ... tokens are faster in half precision
+    multiple = 8 if dtype else 1        # of tokens in a caption: half precision is faster then
 
     # Sizes and recipe are those of the preset `tiny` of train.py. The paper's recipe is that of `vit-b-16`.
     shards = Shards(folder, split='train')
@@ -79,7 +79,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
         # which cross-attention reads with its padding.
         samples = [train_set[place] for place in places]                # a place is (epoch, index)
         inputs = collate(samples, multiple, whole_first=True).to(device)
-        images = inputs.views(f'{seed} {step}')         # V tensors (B, 3, s, s); the string is a seed
+        images = inputs.views(f'{seed} {step}')         # V (B, 3, s, s); the string is a seed
         texts = inputs.texts                            # U tensors (B, T)
 
         # The student sees all views and captions, the teacher only the globals.

@@ -86,7 +86,7 @@ AFTER_JITTERS = [name for name in OPERATIONS if name not in JITTERS]
 # --- 2. Which images of a batch each operation changes ----------------------------------------------------------------
 
 class Changes(NamedTuple):
-    """The changes of B pairs with V views each, in two tables, because each tensor more would be one more copy to a GPU.
+    """The changes of B pairs with V views each, in two tables, because each tensor more is one more copy to a GPU.
     The CPU counts them, because asking a GPU how many images change would make it wait."""
     images: torch.Tensor        # (operations, V, B): the images that change, 0 to B - 1; then zeros, which are not used
     strengths: torch.Tensor     # (operations, V, B), in the same order

@@ -17,7 +17,7 @@ SPLIT = 'karpathy_split'  # a key in the json of pairs that came from Karpathy's
 # --- 1. Published lists ----------------------------------------------------------------------------------------------
 
 def published_captions(coco, karpathy, flickr, images, split):
-    """The images and captions of COCO's folder, or else of Karpathy's list or of the released code's flickr30k_val.json,
+    """The images and captions of COCO's folder, or else of Karpathy's list or the released code's flickr30k_val.json,
     [{"image": path, "caption": [five]}, ...] -> paths, and captions and owner as in `with_owners`. images: the folder
     of the images (that of the list, if none is given)."""
     listing = Path(karpathy or flickr or f'{coco}/annotations/captions_val2017.json')
@@ -103,7 +103,7 @@ def rows_of_json(text):
 
 
 def table_rows(file, path, **form):
-    """The rows of an open CSV or TSV, as dicts. A row is Refused, with its line, if it has too many fields, or if nothing
+    """The rows of an open CSV or TSV, as dicts. A row is Refused, with its line, if it has too many fields, or nothing
     closes its quotation mark, because that would swallow all rows up to the next one."""
     reader = csv.DictReader(file, strict=True, **form)
     line = 1
