@@ -104,8 +104,8 @@ class Config:
 # --- 2. The student ----------------------------------------------------------------------------- Sec. 3.2, Eq. 1-2 ---
 
 class CrossAttention(nn.Module):
-    """C^I or C^T: a single attention layer, with no MLP. In C^T the [cls] of every image view reads the words of caption
-    0; in C^I the [eot] of every caption reads the patches of view 0.
+    """C^I or C^T: a single attention layer, with no MLP. In C^T the [cls] of every image view reads the words of
+    caption 0; in C^I the [eot] of every caption reads the patches of view 0.
 
     The residual of Eq. 1-2 is added outside, in COSMOS.read. The text tower is causal, so the vectors at padded
     positions have seen the whole caption: they are further summaries of it, not noise. C^T reads them, too (paper

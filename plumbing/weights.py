@@ -95,8 +95,8 @@ def load_weights(model, state, path):
 
 def infer_config(state, quick_gelu=False):
     """Config of released or open_clip weights, from the shapes of their tensors. Shapes do not tell how wide attention
-    heads are. So these are taken to be 64 wide, as in open_clip's ViTs up to L, and cross-attention to have 8 of them, as
-    released. Nor do shapes tell which GELU was used."""
+    heads are. So these are taken to be 64 wide, as in open_clip's ViTs up to L, and cross-attention to have 8 of them,
+    as released. Nor do shapes tell which GELU was used."""
     vision_width, _, _, patch = state['visual.conv1.weight'].shape
     context_length, text_width = state['positional_embedding'].shape
     grid = math.isqrt(len(state['visual.positional_embedding']) - 1)  # one row is the class token's
