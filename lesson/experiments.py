@@ -17,8 +17,13 @@ A new row keeps the figures that the first line of results.csv names. Commit a05
 machines and commits, and the runs that chose the rates. In old rows of drawn scenes `seconds` is the wall time of
 training alone, elsewhere the processor time of the whole command; and no-cross-attention padded caption 0, which the
 command now cuts, so it differs in the last bits.
+
+A processor rounds bf16 in its own way, so no experiment compares runs of two. Rows of data called @amd were made on an
+AMD EPYC, the others on an Intel Xeon. Commit 049e9e4 has all figures of the rows of @amd, and of the runs that chose
+their rates.
 """
 import csv
+import json
 import os
 import re
 import resource
@@ -30,9 +35,13 @@ from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
+
 import train
 from cosmos import COSMOS, Output, Teacher, cosmos_terms, unit
 from eval import show
+from lesson.suppression import Pointing
 from plumbing.errors import command, need
 from plumbing.files import read_json
 from plumbing.options import Parser
@@ -62,26 +71,67 @@ def two_terms(out, cls_t, eot_t, scale):
     return terms
 
 
-# {name: a row for train.METHODS, and what takes the place of train.COSMOS and of train.Teacher}
+class ReadsEveryImage(COSMOS):
+    """Each caption reads every image of the batch through C^I, and what it reads there is not added to eot. So what was
+    read cannot give the image away: the right one must be found by what agrees with the caption. After FLAIR (CVPR
+    2025). One process, --accum 1."""
+
+    def forward(self, images, texts):
+        """-> Output without h_I. Its h_T is (U, B, B, D): what each caption has read in each image."""
+        first_cls, patches = self.encode_image(images[0])               # (B, D), (B, P, D)
+        cls = torch.stack([first_cls, *self.visual(images[1:])])        # (V, B, D)
+        eot = torch.stack(self.text(texts))                             # (U, B, D)
+        captions = eot.flatten(0, 1)                                    # (U * B, D)
+        # The captions of all pairs are queries of each image.
+        queries = captions[:, None].expand(-1, len(patches), -1)        # (U * B, B, D)
+        read = self.read_image(queries, patches)                        # (U * B, B, D)
+        return Output(unit(cls), unit(eot), None, unit(read).unflatten(0, eot.shape[:2]))
+
+
+def every_image_terms(out, cls_t, eot_t, scale):
+    """A caption must find its own image among all images, by what it reads in each, and an image its own caption. Beside
+    this the self-distillation of both sides, as in text-distill."""
+    scores = scale * (out.h_T * out.eot[:, :, None]).sum(dim=-1)        # (U, B captions, B images)
+    U, B, _ = scores.shape
+    own_pair = torch.arange(B, device=scores.device).repeat(U)          # (U * B,)
+    finds_image = F.cross_entropy(scores.flatten(0, 1), own_pair)
+    finds_caption = F.cross_entropy(scores.transpose(1, 2).flatten(0, 1), own_pair)
+    reads = (finds_image + finds_caption) / 2
+    return {'reads': reads} | train.embedding_terms(out, cls_t, eot_t, scale)
+
+
+class Added(NamedTuple):
+    """A method that only the course compares."""
+    row: train.Method                   # for train.METHODS
+    student: type = COSMOS              # what takes the place of train.COSMOS
+    teacher: type = Teacher             # and of train.Teacher
+    watchers: tuple = ()
+
+
+OF_TRAIN = train.METHODS
 ADDED = {
-    'clip-averaged': (train.METHODS['clip']._replace(has_teacher=True), COSMOS, SilentTeacher),
-    'another-pair': (train.METHODS['cosmos'], ReadsAnotherPair, Teacher),
-    'two-terms': (train.METHODS['cosmos']._replace(terms=two_terms), COSMOS, Teacher)}
-METHODS = train.METHODS | {name: row for name, (row, _, _) in ADDED.items()}
+    'clip-averaged': Added(OF_TRAIN['clip']._replace(has_teacher=True), teacher=SilentTeacher),
+    'several-captions': Added(OF_TRAIN['clip-aug']._replace(has_text_crops=True)),
+    'another-pair': Added(OF_TRAIN['cosmos'], ReadsAnotherPair),
+    'every-image': Added(OF_TRAIN['cosmos']._replace(terms=every_image_terms), ReadsEveryImage),
+    'two-terms': Added(OF_TRAIN['cosmos']._replace(terms=two_terms)),
+    'watched': Added(OF_TRAIN['cosmos'], watchers=[Pointing()])}
+METHODS = OF_TRAIN | {name: added.row for name, added in ADDED.items()}
 
 
 def train_added(words):
     """train.py with these methods, too. NB: it changes the module for the rest of this process."""
     train.METHODS = METHODS
-    method = train.read_options(words).method
-    if method in ADDED:
-        _, train.COSMOS, train.Teacher = ADDED[method]
-    train.main(words)
+    added = ADDED.get(train.read_options(words).method, Added(None))
+    train.COSMOS = added.student
+    train.Teacher = added.teacher
+    train.main(words, added.watchers)
 
 
 # --- 2. The experiments ----------------------------------------------------------------------------------------------
 
 PHOTOGRAPHS = 'photographs'
+AMD = '@amd'
 TWO = '--objects 2 --dominant-size 0.38'
 WORLDS = {                          # options of lesson.scenes, for drawn scenes
     'built-in': '',
@@ -129,8 +179,10 @@ photo-pairs,table-5        clip               0-4   photographs clip            
 photo-pairs,table-5        clip-aug           0-4   photographs clip-aug           64    800   0.00025
 table-5                    image-distill      0-4   photographs image-distill      64    800   0.0005
 table-5                    text-crop          0-4   photographs text-crop          64    800   0.002
-table-5                    text-distill       0-4   photographs text-distill       64    800   0.002
-table-5,photo-across       cosmos             0-4   photographs cosmos             64    800   0.001
+table-5,ladder             text-distill       0-4   photographs text-distill       64    800   0.002
+table-5,ladder,photo-across cosmos            0-4   photographs cosmos             64    800   0.001
+# `ladder` takes the last row of Table 5 in two steps: first its losses on cls and eot themselves, then reading.
+ladder                     no-cross-attention 0-4   photographs no-cross-attention 64    800   0.002
 photo-pairs,photo-minutes  cosmos             0-7   photographs cosmos             64    800   0.001
 photo-pairs                no-cross-attention 0-7   photographs no-cross-attention 64    800   0.002
 photo-minutes,photo-across no-cross-attention 0-4   photographs no-cross-attention 64    870   0.002
@@ -143,13 +195,21 @@ local-crops                cosmos-0           0-4   photographs cosmos          
 local-crops                cosmos-2           0-4   photographs cosmos             64    800   0.001    --local-crops 2
 local-crops                cosmos-4           0-4   photographs cosmos             64    800   0.001    --local-crops 4
 local-crops                cosmos-6           0-4   photographs cosmos             64    800   0.001    --local-crops 6
+# Which losses need both the image and the text? And what do other methods find from the same pairs as COSMOS?
+cut,attention              cosmos             0-4   built-in@amd watched           32    1000  0.001    --eval-every 125
+cut                        across             0-4   built-in@amd across            32    1000  0.001
+cut                        another-pair       0-4   built-in@amd another-pair      32    1000  0.001
+cut,rivals                 cosmos-photographs 0-4   photographs@amd cosmos         64    800   0.001
+rivals                     clip               0-4   photographs@amd clip           64    800   0.00025
+rivals                     several-captions   0-4   photographs@amd several-captions 64  800   0.0005
+rivals                     every-image        0-4   photographs@amd every-image    64    800   0.001
 """
 
 
 class Run(NamedTuple):
     """A line of the table."""
     seeds: range
-    data: str                       # of WORLDS, or PHOTOGRAPHS
+    data: str                       # of WORLDS, or PHOTOGRAPHS; then, perhaps, @amd
     method: str                     # of METHODS
     batch: str
     steps: str
@@ -157,12 +217,17 @@ class Run(NamedTuple):
     more: list                      # words of further options
 
     @property
+    def world(self):
+        """The data without their @amd."""
+        return self.data.removesuffix(AMD)
+
+    @property
     def words(self):
         """The words of the training command that decide the numbers of a run, except its seed."""
         program = '-m lesson.experiments train' if self.method in ADDED else 'train.py'
         preset = 'tiny'
         eval_every = 0
-        if self.data == PHOTOGRAPHS:
+        if self.world == PHOTOGRAPHS:
             preset = 'photo'
             eval_every = ceil(int(self.steps) / 8)
         whole = (f'{program} --preset {preset} --method {self.method} --batch {self.batch} --steps {self.steps} '
@@ -172,9 +237,10 @@ class Run(NamedTuple):
     @property
     def key(self):
         """What identifies a row, in addition to its seed."""
-        data = ['Flickr8k:']
-        if self.data != PHOTOGRAPHS:
-            data = ['lesson.scenes', *WORLDS[self.data].split(), 'DIR:']
+        machine = self.data.removeprefix(self.world)
+        data = [f'Flickr8k{machine}:']
+        if self.world != PHOTOGRAPHS:
+            data = [f'lesson.scenes{machine}', *WORLDS[self.world].split(), 'DIR:']
         return ' '.join([*data, *self.words])
 
 
@@ -215,7 +281,7 @@ def commands(run, seed, flickr8k):
     out = FOLDER / re.sub('[ -]+', '-', name)
     best = out / 'best.pt'
     last = out / 'last.pt'
-    shards, making = data_command(run.data, seed, flickr8k)
+    shards, making = data_command(run.world, seed, flickr8k)
     found = {
         shards / 'val/00000.tar': making,
         last: [*run.words, '--seed', seed, '--data', shards, '--workers', 0, '--out', out]}
@@ -223,16 +289,16 @@ def commands(run, seed, flickr8k):
     images = ['--karpathy', flickr8k / 'dataset_flickr8k.json', '--images', flickr8k / 'Images']
     retrieval = ['eval.py', 'retrieval', *images, '--split', 'test']
     scoring = {}                        # {group of figures: words}
-    if run.data == PHOTOGRAPHS:
+    if run.world == PHOTOGRAPHS:
         scoring['retrieval'] = [*retrieval, best]
         scoring['last'] = [*retrieval, last]            # does a lead depend on when training stops?
         if METHODS[run.method].has_teacher:             # or on the teacher, which averages weights?
             scoring['student'] = [*retrieval, best, '--weights', 'student']
-        if METHODS[run.method].has_cross_attention:
-            scoring['conflict'] = [*measure, best, '--shards', shards]
+        if METHODS[run.method].has_cross_attention and run.method != 'every-image':     # which has no Eq. 1-2
+            scoring['reading'] = [*measure, best, '--shards', shards]
     else:
         scoring['scenes'] = [*measure, last, '--shards', shards]
-    if run.data in ('alone', 'equal', 'big'):
+    if run.world in ('alone', 'equal', 'big'):
         alone, making = data_command('alone', seed, flickr8k)
         found[alone / 'val/00000.tar'] = making
         scoring['alone'] = [*measure, last, '--shards', alone, '--only', 'named']
@@ -282,7 +348,7 @@ def make_row(run, seed, flickr8k):
             row['seconds'] = int(seconds)
         if path.suffix == '.json':
             # lesson.suppression names the groups of its figures itself
-            prefix = '' if path.stem in ('scenes', 'conflict') else f'{path.stem}.'
+            prefix = '' if path.stem in ('scenes', 'reading') else f'{path.stem}.'
             row |= flat(read_json(path), prefix)
     return row
 
@@ -290,6 +356,7 @@ def make_row(run, seed, flickr8k):
 # --- 4. Many runs ----------------------------------------------------------------------------------------------------
 
 RESULTS = Path('lesson/results.csv')
+CURVES = Path('lesson/curves.csv')
 
 
 def read_results():
@@ -303,6 +370,17 @@ def append_result(row):
     columns = RESULTS.read_text().splitlines()[0].split(',')
     with open(RESULTS, 'a', newline='') as file:
         csv.DictWriter(file, columns, extrasaction='ignore', lineterminator='\n').writerow(row)
+
+
+def append_curve(run, seed, out):
+    """What the run in `out` has found on its way: a line of curves.csv for each evaluation."""
+    columns = CURVES.read_text().splitlines()[0].split(',')
+    with open(CURVES, 'a', newline='') as file:
+        writer = csv.DictWriter(file, columns, extrasaction='ignore', lineterminator='\n')
+        for line in (out / 'log.jsonl').read_text().splitlines():
+            entry = json.loads(line)
+            if 'eval' in entry:
+                writer.writerow({'run': run.key, 'seed': seed, 'step': entry['step']} | flat(entry['eval']))
 
 
 def main():
@@ -329,6 +407,7 @@ def main():
             row = make_row(run, seed, args.flickr8k)
             show(row)
             append_result(row)
+            append_curve(run, seed, commands(run, seed, args.flickr8k)[0])
 
 
 if __name__ == '__main__':

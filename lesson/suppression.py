@@ -3,7 +3,7 @@
     python -m lesson.suppression CKPT --shards runs/scenes [--only conflict] [--json figures.json]
 
 CKPT is any checkpoint that eval.load reads. --shards is a folder that holds val/, or is a val/. If its scenes list no
-objects, only `conflict` is measured. A model without cross-attention has only `named`. The groups of figures:
+objects, only `conflict` and `cut` are measured. A model without cross-attention has only `named`. The groups of figures:
 
 named: what the vector of a whole image tells. `top1`, of the dominant and of the small objects, says how many are
 named: take the object's own name, and the names of its colour with five shapes that the scene lacks. From each name's
@@ -15,10 +15,13 @@ the peak on this object (`own_it`)? For `color`, in scenes of both colours, we a
 peak on an object of that colour (`asked`), or of the other?
 
 conflict: give C^I the caption of one pair and the image of another. Which of 32 images, as the teacher sees them, does
-h_T pick? See section 4.
+h_T pick? See section 5.
+
+cut: which of the losses need both the image and the text? See section 6.
 """
 from collections import defaultdict
 from itertools import islice
+from math import log
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -27,8 +30,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from cosmos import unit
-from eval import (TIE, Images, class_vectors, execute, load, progress_bar, shard_captions, shard_image,
+from cosmos import Output, clip_loss, cosmos_terms, unit
+from eval import (TIE, Images, class_vectors, execute, load, preprocessing, progress_bar, shard_captions, shard_image,
                   zero_shot_retrieval)
 from lesson.scenes import ABSENT, FORMS, NAMES, mask_of
 from plumbing.errors import command, need
@@ -136,7 +139,35 @@ def pointing(args, scored, shards, scenes):
     return {'pointing': figures}
 
 
-# --- 4. Conflict: the sentence of one pair, the image of another -----------------------------------------------------
+# --- 4. Groups of pairs ----------------------------------------------------------------------------------------------
+
+GROUP = 32
+
+
+def both_networks(args):
+    """-> student, teacher, tokenizer, preprocess of args.checkpoint, whatever --weights says. If the file holds one
+    network, it is both."""
+    student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab)
+    teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)
+    return student.to(args.device), teacher.to(args.device), tokenizer, preprocess
+
+
+def groups_of_pairs(args, shards, tokenizer, preprocess, what):
+    """Yields pixels (B, 3, s, s), and the ids (B, T) of the first caption of each pair. B is GROUP or, of a smaller
+    set, the number of its pairs; a last, smaller group is dropped."""
+    firsts = {}                                         # {image: its first caption}
+    for caption, image in zip(*shard_captions(shards)):
+        firsts.setdefault(int(image), caption)
+    captions = list(firsts.values())
+    size = min(GROUP, len(captions))
+    need(size > 1, f'there is one pair; {what} needs two or more')
+    images = DataLoader(Images(shards, preprocess), size, num_workers=args.workers, drop_last=True)
+    for number, pixels in enumerate(progress_bar(images, what)):
+        ids = tokenizer(captions[number * size:(number + 1) * size])
+        yield pixels.to(args.device), ids.to(args.device)
+
+
+# --- 5. Conflict: the sentence of one pair, the image of another -----------------------------------------------------
 
 # In groups of 32 pairs, the student's h_T must pick among the teacher's cls_t of the 32 images. Its sentence is the
 # first caption of its image.
@@ -150,7 +181,6 @@ def pointing(args, scored, shards, scenes):
 # `sentence`, whatever it knows about sentences. A model that hardly uses what it reads has `own` and `sentence` equal
 # to `alone`, and `read` nearly 0. With fewer than 32 pairs the groups are smaller, and chance is higher.
 
-GROUP = 32
 GROUPS = 30             # at most; they have 960 pairs
 
 
@@ -182,26 +212,12 @@ def picked(queries, tokens, cross, candidates):
 
 @torch.no_grad()
 def conflict(args, scored, shards, scenes):
-    """-> {h_T_caption: {own, sentence, read, alone}}, shares of the pairs.
-
-    The student of args.checkpoint reads, whatever --weights says, and its teacher gives the targets; if the file holds
-    one network, it does both.
-    """
-    student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab)
-    teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)
-    student.to(args.device)
-    teacher.to(args.device)
-    firsts = {}                                         # {image: its first caption}
-    for caption, image in zip(*shard_captions(shards)):
-        firsts.setdefault(int(image), caption)
-    captions = list(firsts.values())
-    size = min(GROUP, len(captions))
-    need(size > 1, 'there is one pair; conflict needs two or more')
-    groups = DataLoader(Images(shards, preprocess), size, num_workers=args.workers, drop_last=True)
+    """-> {h_T_caption: {own, sentence, read, alone}}, shares of the pairs. The student reads, and the teacher gives the
+    targets."""
+    student, teacher, tokenizer, preprocess = both_networks(args)
+    groups = groups_of_pairs(args, shards, tokenizer, preprocess, 'conflict')
     found = defaultdict(list)
-    for number, pixels in enumerate(islice(progress_bar(groups, 'conflict'), GROUPS)):
-        pixels = pixels.to(args.device)
-        ids = tokenizer(captions[number * size:(number + 1) * size]).to(args.device)
+    for pixels, ids in islice(groups, GROUPS):
         _, patches = student.encode_image(pixels)
         eot, _ = student.encode_text(ids)
         cls_t = unit(teacher.encode_image(pixels)[0])
@@ -210,7 +226,52 @@ def conflict(args, scored, shards, scenes):
     return {'conflict': {'h_T_caption': {name: fmean(values) for name, values in found.items()}}}
 
 
-# --- 5. During training, and the command -----------------------------------------------------------------------------
+# --- 6. Cut: which of the losses need both the image and the text? ---------------------------------------------------
+
+# What does each loss cost if the student knows nothing of one modality? Before cross-attention eot and words, or cls and
+# patches, are replaced by their mean over the batch, so they no longer tell one pair from another. The teacher's targets
+# stay whole. A loss that stays low does without that modality. A cut is outside what the network was trained on, so a
+# loss may also rise because of that.
+
+def mean_of_batch(x):
+    """(B, ...) -> the same shape, with the same mean for every pair."""
+    return x.mean(dim=0, keepdim=True).expand_as(x)
+
+
+def losses_of(student, cls, eot, patches, words, cls_t, eot_t):
+    """Vectors and tokens of the student, unnormalised, and vectors of the teacher, all of one batch (B, ...), one view
+    each -> {loss: its share of ln B, which is what guessing costs}."""
+    h_I, h_T = student.read(cls[None], eot[None], patches, words)
+    out = Output(unit(cls)[None], unit(eot)[None], unit(h_I), unit(h_T))
+    losses = {'L_CLIP': clip_loss(out, student.logit_scale.exp())}
+    losses |= cosmos_terms(out, cls_t[None], eot_t[None], student.distill_logit_scale.exp())
+    return {name: loss.item() / log(len(cls)) for name, loss in losses.items()}
+
+
+@torch.no_grad()
+def cut(args, scored, shards, scenes):
+    """-> {L_CLIP and each term of Eq. 6: {all, text_cut, image_cut}}, shares of ln B."""
+    student, teacher, tokenizer, preprocess = both_networks(args)
+    found = defaultdict(lambda: defaultdict(list))                      # by loss and by what is cut
+    for pixels, ids in groups_of_pairs(args, shards, tokenizer, preprocess, 'cut'):
+        cls, patches = student.encode_image(pixels)
+        eot, words = student.encode_text(ids)
+        cls_t = unit(teacher.encode_image(pixels)[0])
+        eot_t = unit(teacher.encode_text(ids)[0])
+        cuts = {
+            'all': (cls, eot, patches, words),
+            'text_cut': (cls, mean_of_batch(eot), patches, mean_of_batch(words)),
+            'image_cut': (mean_of_batch(cls), eot, mean_of_batch(patches), words)}
+        for name, vectors in cuts.items():
+            for loss, share in losses_of(student, *vectors, cls_t, eot_t).items():
+                found[loss][name].append(share)
+    figures = {}
+    for loss, columns in found.items():
+        figures[loss] = {name: fmean(shares) for name, shares in columns.items()}
+    return {'cut': figures}
+
+
+# --- 7. During training, and the command -----------------------------------------------------------------------------
 
 def scene_figures(model, tokenizer, image_features, shards):
     """The figures of held-out scenes, which train.py writes to eval.json; {} if the set lists no objects."""
@@ -227,7 +288,16 @@ class Named(Watcher):
         return scene_figures(run.model, run.train_set.tokenizer, image_features, val)
 
 
-MEASURES = {'named': measure_named, 'pointing': pointing, 'conflict': conflict}
+class Pointing(Watcher):
+    """A watcher that measures at every evaluation where C^I looks."""
+
+    def evaluated(self, run, val, image_features):
+        scored = run.model, run.train_set.tokenizer, preprocessing(run.model.config.image_size)
+        return pointing(None, scored, val, read_scenes(val))
+
+
+MEASURES = {'named': measure_named, 'pointing': pointing, 'conflict': conflict, 'cut': cut}
+ANY_SET = 'conflict', 'cut'              # these need no objects
 
 
 def measure(args, *scored):
@@ -238,7 +308,7 @@ def measure(args, *scored):
     if not scored[0].has_cross_attention:
         possible = ['named']
     if not scenes:
-        possible = [name for name in possible if name == 'conflict']
+        possible = [name for name in ANY_SET if name in possible]
     wanted = [args.only] if args.only else possible
     need(wanted and set(wanted) <= set(possible),
          f'with {args.checkpoint} and {args.shards} one can measure {possible}; the rest needs cross-attention, or a '
@@ -255,7 +325,7 @@ def main():
     add_checkpoint(parser)
     parser.set_defaults(command='suppression', function=measure)
     add = parser.add_argument
-    add('--shards', required=True, help='held-out scenes, as runs/scenes or its val/; for conflict any held-out shards')
+    add('--shards', required=True, help='held-out scenes, as runs/scenes or its val/; for conflict and cut any held-out shards')
     add('--only', choices=MEASURES, help='one group of figures, instead of all')
     execute(parser.parse_args())
 

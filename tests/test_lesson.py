@@ -20,7 +20,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import train
-from cosmos import COSMOS, Output, cosmos_terms, unit
+from cosmos import COSMOS, Output, clip_loss, cosmos_terms, unit
 from data import Shards, Tokenizer
 from eval import load, preprocessing, shard_image
 from lesson import experiments, onepage, plots, scenes, suppression
@@ -271,23 +271,29 @@ def test_who_answers_what():
         assert shares == dict(zip(('own', 'sentence', 'read', 'alone'), expected))
 
 
-def test_conflict_is_what_the_model_computes(model, val, monkeypatch):
-    """oracle: COSMOS.forward of pairs that do not belong together. Of three groups of eight two count; the teacher has
-    other weights."""
+@pytest.fixture
+def taught(model, val, monkeypatch):
+    """A checkpoint whose student is `model`: its teacher, with other weights, and the first two groups of ten scenes,
+    pixels and ids. The set has 24."""
     network, tokenizer, preprocess = model
     teacher = COSMOS(network.config).eval()
-    loaded = {
-        'student': (network, tokenizer, preprocess),
-        'teacher': (teacher, tokenizer, preprocess)}
-    monkeypatch.setattr(suppression, 'load', lambda path, name, vocab: loaded[name])
-    monkeypatch.setattr(suppression, 'GROUP', 8)
-    monkeypatch.setattr(suppression, 'GROUPS', 2)
-    captions = [val.record(i)['captions'][0] for i in range(24)]
+    loaded = {'student': network, 'teacher': teacher}
+    monkeypatch.setattr(suppression, 'load', lambda path, name, vocab: (loaded[name], tokenizer, preprocess))
+    monkeypatch.setattr(suppression, 'GROUP', 10)
+    images = torch.stack([preprocess(shard_image(val, i)) for i in range(20)])
+    ids = tokenizer([val.record(i)['captions'][0] for i in range(20)])
+    return teacher, [*zip(images.split(10), ids.split(10))]
+
+
+def test_conflict_is_what_the_model_computes(model, val, taught, monkeypatch):
+    """oracle: COSMOS.forward of pairs that do not belong together, in one group of two."""
+    network, *_ = model
+    teacher, groups = taught
+    monkeypatch.setattr(suppression, 'GROUPS', 1)
     figures = suppression.conflict(arguments(), model, val, None)['conflict']['h_T_caption']
-    images = [preprocess(shard_image(val, i)) for i in range(16)]
-    itself = torch.arange(8)
+    itself = torch.arange(10)
     hits = {'own': [], 'sentence': [], 'read': [], 'alone': []}
-    for x, ids in zip(torch.stack(images).split(8), tokenizer(captions).split(8)):
+    for x, ids in groups[:1]:
         out = network([x], [ids])
         other = network([x.roll(1, 0)], [ids]).h_T
         answered = {
@@ -299,8 +305,36 @@ def test_conflict_is_what_the_model_computes(model, val, monkeypatch):
     assert figures == {name: np.mean(each) for name, each in hits.items()} and len(set(figures.values())) > 1
 
 
+def test_cut_is_what_the_model_computes(model, val, taught, monkeypatch):
+    """oracle: with everything, the losses of COSMOS.forward. If C^T and C^I give nothing, h_I is cls and h_T is eot: a
+    cut of the other side changes nothing, and with the text cut all h_T are alike, so cls_t finds none of them."""
+    network, *_ = model
+    teacher, groups = taught
+    figures = suppression.cut(arguments(), model, val, None)['cut']
+    expected = {name: [] for name in figures}
+    alike = []
+    scale = network.distill_logit_scale.exp()
+    for x, ids in groups:
+        out = network([x], [ids])
+        cls_t, eot_t = unit(teacher.visual([x])[0]), unit(teacher.text([ids])[0])
+        terms = cosmos_terms(out, cls_t[None], eot_t[None], scale)
+        for name, loss in (terms | {'L_CLIP': clip_loss(out, network.logit_scale.exp())}).items():
+            expected[name].append(loss.item() / np.log(10))
+        eot, _ = network.encode_text(ids)
+        logits = scale * cls_t @ unit(eot.mean(dim=0))                  # of the one h_T with every cls_t
+        alike.append((logits.logsumexp(dim=0) - logits.mean()).item() / np.log(10))
+    assert {name: each['all'] for name, each in figures.items()} == pytest.approx(
+        {name: np.mean(each) for name, each in expected.items()}, rel=1e-4)
+    for cross in network.read_text, network.read_image:
+        monkeypatch.setattr(cross, 'forward', lambda query, tokens: torch.zeros_like(query))
+    figures = suppression.cut(arguments(), model, val, None)['cut']
+    for name, column in ('h_I_cls_t', 'text_cut'), ('h_T_eot_t', 'image_cut'):
+        assert figures[name][column] == pytest.approx(figures[name]['all'], rel=1e-5)
+    assert figures['h_T_cls_t']['text_cut'] == pytest.approx((np.mean(alike) + 1) / 2, rel=1e-4)
+
+
 def test_other_sets(model, tmp_path, monkeypatch):
-    """oracle: one sentence that names the folder and the remedy, for a plain CLIP; of others there is `conflict`.
+    """oracle: one sentence that names the folder and the remedy, for a plain CLIP; others have `conflict` and `cut`.
     During training there is nothing to report. Objects may be listed in another way."""
     image = encoded(Image.new('RGB', (64, 64)))
     nameless = {'role': 'small', 'centre': [1, 2], 'absent': []}
@@ -312,10 +346,11 @@ def test_other_sets(model, tmp_path, monkeypatch):
     args = arguments(shards=tmp_path)
     clip = COSMOS(replace(model[0].config, cross_heads=0))
     refused(r'can measure \[\]; .* a set drawn by python -m lesson.scenes', suppression.measure, args, clip, *model[1:])
-    monkeypatch.setitem(suppression.MEASURES, 'conflict', lambda *given: {'conflict': given[-1]})
-    assert suppression.measure(args, *model) == {'conflict': []}
+    for name in 'conflict', 'cut':
+        monkeypatch.setitem(suppression.MEASURES, name, lambda *given, name=name: {name: given[-1]})
+    assert suppression.measure(args, *model) == {'conflict': [], 'cut': []}
     args.only = 'pointing'
-    refused(r"can measure \['conflict'\]; ", suppression.measure, args, *model)
+    refused(r"can measure \['conflict', 'cut'\]; ", suppression.measure, args, *model)
 
 
 # --- The course ------------------------------------------------------------------------------------------------------
@@ -335,6 +370,31 @@ def test_reading_another_pair(model):
     h_T = whole.read_image(eot[None], patches[before]) + eot
     assert_close(out.h_I[:1], unit(h_I))
     assert_close(out.h_T[:1], unit(h_T))
+
+
+def test_every_image(model):
+    """oracle: a loop over captions and images, each read by COSMOS's own C^I."""
+    whole, tokenizer, _ = model
+    images = torch.randn(2, 3, 3, 64, 64)
+    texts = tokenizer(NAMES[:6]).view(2, 3, -1)
+    network = experiments.ReadsEveryImage(whole.config)
+    network.load_state_dict(whole.state_dict())
+    out = network(images, texts)
+    _, patches = whole.encode_image(images[0])
+    eot = torch.stack(whole.text(texts))
+    scores = torch.zeros(2, 3, 3)
+    for u in range(2):
+        for caption in range(3):
+            query = eot[u, caption][None, None]
+            for image in range(3):
+                read = whole.read_image(query, patches[[image]])[0, 0]
+                scores[u, caption, image] = 5 * torch.cosine_similarity(read, eot[u, caption], dim=0)
+    costs = []
+    for table in *scores, *scores.transpose(1, 2):
+        costs.append(-table.log_softmax(dim=1).diag().mean())
+    terms = experiments.every_image_terms(out, out.cls, out.eot, 5)
+    assert_close(terms['reads'], sum(costs) / 4)
+    assert terms.keys() == {'reads', 'cls_cls_t', 'eot_eot_t'} and out.h_I is None
 
 
 @pytest.fixture
@@ -359,7 +419,7 @@ def test_onepage_is_train(drawn, sandbox):
         assert_close(saved[name], part.state_dict(), rtol=0, atol=0, check_device=False)
     figures = read_json('out/eval.json')
     again = suppression.measure(arguments(checkpoint='out', shards=drawn), *load('out'))
-    assert again['conflict'].keys() == {'h_T_caption'}
+    assert again['conflict'].keys() == {'h_T_caption'} and len(again['cut']) == 5
     for key in 'dominant', 'small':
         assert figures[key].items() <= again[key].items()
 
@@ -372,18 +432,20 @@ def test_onepage_of_a_small_set(drawn):
 
 @pytest.mark.parametrize('method', experiments.ADDED)
 def test_methods_that_train_does_not_have(method, drawn, sandbox):
-    """oracle: for CLIP the weights before and after a step, averaged by the formula; for the others what COSMOS gives,
-    which is something else. train.py itself does not know the method."""
+    """oracle: for CLIP the weights before and after a step, averaged by the formula; for the others what the method of
+    train.py gives that is next to them, which is something else, but for `watched`, which only looks. train.py itself
+    does not know the method."""
     assert 'invalid choice' in run(train, '--method', method)
-    of_train = 'clip' if method == 'clip-averaged' else 'cosmos'
+    of_train = {'clip-averaged': 'clip', 'several-captions': 'clip-aug'}.get(method, 'cosmos')
     flags = f'train --preset tiny --batch 4 --steps 1 --lr 0.01 --data {drawn} --workers 0 --eval-every 0'
     for name, out in (of_train, 'plain'), (method, 'out'):
         assert run(experiments, *flags.split(), '--precision', 'fp32', '--method', name, '--out', out) == 0
     saved = read_checkpoint('out/last.pt')
     plain = read_checkpoint('plain/last.pt')['student']
-    if of_train == 'cosmos':
+    if of_train != 'clip':
         assert plain.keys() == saved['student'].keys()
-        assert not all(plain[name].equal(saved['student'][name]) for name in plain)
+        is_plain = all(plain[name].equal(saved['student'][name]) for name in plain)
+        assert is_plain == (method == 'watched') == ('pointing' in read_json('out/eval.json'))
         return
     assert_close(saved['student'], plain, rtol=0, atol=0)
     torch.manual_seed(0)
@@ -396,7 +458,7 @@ def test_methods_that_train_does_not_have(method, drawn, sandbox):
 FAMILIES = {
     'company': 8, 'company-size': 1, 'minutes': 6, 'pairs': 6, 'longer': 6, 'reading': 16, 'across': 18,
     'longer-reading': 18, 'steps': 2, 'photo-pairs': 10, 'photo-minutes': 12, 'photo-across': 6, 'table-5': 24,
-    'local-crops': 12}
+    'local-crops': 12, 'ladder': 8, 'rivals': 16}
 
 
 def test_experiments():
@@ -451,6 +513,7 @@ def course(sandbox, monkeypatch):
     monkeypatch.setattr(experiments, 'EXPERIMENTS', experiments.read_table(table))
     monkeypatch.setattr(experiments, 'call', in_this_process)
     put(experiments.RESULTS, f'run,seed,seconds,{",".join(COLUMNS)}\n')
+    put(experiments.CURVES, 'run,seed,step,retrieval.text_to_image_R@1\n')
     return experiments.EXPERIMENTS
 
 
@@ -504,17 +567,20 @@ def test_rows_of_photographs(course, monkeypatch):
     each = course['photo']['cosmos']
     row = experiments.read_results()[each.key, 3]
     out, found = experiments.commands(each, 3, Path('flickr8k'))
-    groups = ['retrieval', 'last', 'student', 'conflict']
+    groups = ['retrieval', 'last', 'student', 'reading']
     assert [path.stem for path in found] == ['00000', 'last', *groups]
     assert read_json(out / 'config.json')['local_crops'] == 1
     for group in groups:
         scored = out / ('last.pt' if group == 'last' else 'best.pt')
         assert scored in found[out / f'{group}.json']
-    written = experiments.flat(read_json(out / 'conflict.json'))
+    written = experiments.flat(read_json(out / 'reading.json'))
     for group in groups[:3]:
         written |= experiments.flat(read_json(out / f'{group}.json'), f'{group}.')
     kept = {column: str(written[column]) for column in COLUMNS if column in written}
     assert len(kept) == 4 and kept.items() <= row.items()
+    *_, curve = experiments.CURVES.read_text().splitlines()
+    found_at_the_end = read_json(out / 'eval.json')['retrieval']['text_to_image_R@1']
+    assert curve == f'{each.key},3,8,{round(found_at_the_end, 4)}'
 
 
 def test_intervals_by_hand():
@@ -541,7 +607,11 @@ def families(monkeypatch):
     for name, each in found['one'].items():
         for seed, value in enumerate(shares[name]):
             rows[each.key, seed] = {'small.top1': str(value), 'seconds': str(60 + 15 * seed)}
+            for column, share in ('all', .125), ('text_cut', .25), ('image_cut', .5 + seed / 10):
+                rows[each.key, seed][f'cut.L_CLIP.{column}'] = str(share)
+    found['cut'] = {'c': found['one']['c']}
     monkeypatch.setattr(plots, 'EXPERIMENTS', found)
+    monkeypatch.setattr(plots, 'LOSSES', ['L_CLIP'])
     monkeypatch.setattr(plots, 'read_results', lambda: rows)
     monkeypatch.setattr(plots, 'COMPARISONS', {'one': {'small.top1': 'b~clip c~clip (b~clip)~(c~clip)'}})
     return rows
@@ -557,6 +627,12 @@ def test_tables(families):
 | b - clip | +10.0 ± 2.5 |
 | c - clip | +5.0 ± 5.0, undecided |
 | (b - clip) - (c - clip) | +5.0 ± 7.5, undecided |
+
+## cut
+
+| run | loss | everything | text cut | image cut |
+| --- | --- | --- | --- | --- |
+| c | L_CLIP | 12.5 | 25.0 | 60.0 |
 """
     assert plots.mean('one', 'clip', 'small.top1') == pytest.approx(40)
     assert plots.mean('one', 'clip', 'seconds') == 1.25
