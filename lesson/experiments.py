@@ -33,13 +33,13 @@ import subprocess
 import sys
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import train
-from cosmos import COSMOS, Output, Teacher, cosmos_terms, unit
+from cosmos import COSMOS, Output, Teacher, cosmos_terms, total_loss, unit
 from eval import show
 from lesson.suppression import Pointing
 from plumbing.errors import command, need
@@ -89,8 +89,8 @@ class ReadsEveryImage(COSMOS):
 
 
 def every_image_terms(out, cls_t, eot_t, scale):
-    """A caption must find its own image among all images, by what it reads in each, and an image its own caption. Beside
-    this the self-distillation of both sides, as in text-distill."""
+    """A caption must find its own image among all images, by what it reads in each, and an image its own caption. The
+    self-distillation of both sides is added, as in text-distill."""
     scores = scale * (out.h_T * out.eot[:, :, None]).sum(dim=-1)        # (U, B captions, B images)
     U, B, _ = scores.shape
     own_pair = torch.arange(B, device=scores.device).repeat(U)          # (U * B,)
@@ -100,11 +100,18 @@ def every_image_terms(out, cls_t, eot_t, scale):
     return {'reads': reads} | train.embedding_terms(out, cls_t, eot_t, scale)
 
 
+def loss_without_clip(*given):
+    """L_COSMOS alone. L_CLIP is logged, but not trained."""
+    loss, terms = total_loss(*given)
+    return loss - terms['clip'], terms
+
+
 class Added(NamedTuple):
-    """A method that only the course compares."""
+    """A method that only the course compares, and what takes the place of train.py's names of its parts."""
     row: train.Method                   # for train.METHODS
-    student: type = COSMOS              # what takes the place of train.COSMOS
-    teacher: type = Teacher             # and of train.Teacher
+    student: type = COSMOS
+    teacher: type = Teacher
+    loss: Callable = total_loss
     watchers: tuple = ()
 
 
@@ -113,6 +120,7 @@ ADDED = {
     'clip-averaged': Added(OF_TRAIN['clip']._replace(has_teacher=True), teacher=SilentTeacher),
     'several-captions': Added(OF_TRAIN['clip-aug']._replace(has_text_crops=True)),
     'another-pair': Added(OF_TRAIN['cosmos'], ReadsAnotherPair),
+    'without-clip': Added(OF_TRAIN['cosmos'], loss=loss_without_clip),
     'every-image': Added(OF_TRAIN['cosmos']._replace(terms=every_image_terms), ReadsEveryImage),
     'two-terms': Added(OF_TRAIN['cosmos']._replace(terms=two_terms)),
     'watched': Added(OF_TRAIN['cosmos'], watchers=[Pointing()])}
@@ -125,6 +133,7 @@ def train_added(words):
     added = ADDED.get(train.read_options(words).method, Added(None))
     train.COSMOS = added.student
     train.Teacher = added.teacher
+    train.total_loss = added.loss
     train.main(words, added.watchers)
 
 
@@ -175,9 +184,9 @@ longer-reading             across             1-5   built-in    across          
 steps                      cosmos             10-14 built-in    cosmos             32    1000  0.001
 steps                      clip               10-14 built-in    clip-averaged      32    1000  0.00025
 # On photographs: from the same 51,200 pairs, of which `table-5` has the rows of the paper's Table 5, and in equal time.
-photo-pairs,table-5        clip               0-4   photographs clip               64    800   0.00025
+photo-pairs,table-5,first  clip               0-4   photographs clip               64    800   0.00025
 photo-pairs,table-5        clip-aug           0-4   photographs clip-aug           64    800   0.00025
-table-5                    image-distill      0-4   photographs image-distill      64    800   0.0005
+table-5,first              image-distill      0-4   photographs image-distill      64    800   0.0005
 table-5                    text-crop          0-4   photographs text-crop          64    800   0.002
 table-5,ladder             text-distill       0-4   photographs text-distill       64    800   0.002
 table-5,ladder,photo-across cosmos            0-4   photographs cosmos             64    800   0.001
@@ -197,7 +206,7 @@ local-crops                cosmos-4           0-4   photographs cosmos          
 local-crops                cosmos-6           0-4   photographs cosmos             64    800   0.001    --local-crops 6
 # Which losses need both the image and the text? And what do other methods find from the same pairs as COSMOS?
 cut,attention              cosmos             0-4   built-in@amd watched           32    1000  0.001    --eval-every 125
-cut                        across             0-4   built-in@amd across            32    1000  0.001
+cut                        without-clip       0-4   built-in@amd without-clip      32    1000  0.001
 cut                        another-pair       0-4   built-in@amd another-pair      32    1000  0.001
 cut,rivals                 cosmos-photographs 0-4   photographs@amd cosmos         64    800   0.001
 rivals                     clip               0-4   photographs@amd clip           64    800   0.00025

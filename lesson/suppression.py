@@ -3,7 +3,7 @@
     python -m lesson.suppression CKPT --shards runs/scenes [--only conflict] [--json figures.json]
 
 CKPT is any checkpoint that eval.load reads. --shards is a folder that holds val/, or is a val/. If its scenes list no
-objects, only `conflict` and `cut` are measured. A model without cross-attention has only `named`. The groups of figures:
+objects, only `conflict` and `cut` are measured. A model without cross-attention has only `named`. These are the groups:
 
 named: what the vector of a whole image tells. `top1`, of the dominant and of the small objects, says how many are
 named: take the object's own name, and the names of its colour with five shapes that the scene lacks. From each name's
@@ -228,10 +228,10 @@ def conflict(args, scored, shards, scenes):
 
 # --- 6. Cut: which of the losses need both the image and the text? ---------------------------------------------------
 
-# What does each loss cost if the student knows nothing of one modality? Before cross-attention eot and words, or cls and
-# patches, are replaced by their mean over the batch, so they no longer tell one pair from another. The teacher's targets
-# stay whole. A loss that stays low does without that modality. A cut is outside what the network was trained on, so a
-# loss may also rise because of that.
+# What does each loss cost if the student knows nothing of one modality? Before cross-attention eot and words, or cls
+# and patches, are replaced by their mean over the batch, so they no longer tell one pair from another. The teacher's
+# targets stay whole. A loss that stays low does without that modality. A cut is outside what the network was trained
+# on, so a loss may also rise because of that.
 
 def mean_of_batch(x):
     """(B, ...) -> the same shape, with the same mean for every pair."""
@@ -325,7 +325,8 @@ def main():
     add_checkpoint(parser)
     parser.set_defaults(command='suppression', function=measure)
     add = parser.add_argument
-    add('--shards', required=True, help='held-out scenes, as runs/scenes or its val/; for conflict and cut any held-out shards')
+    add('--shards', required=True,
+        help='held-out scenes, as runs/scenes or its val/; for conflict and cut any held-out shards')
     add('--only', choices=MEASURES, help='one group of figures, instead of all')
     execute(parser.parse_args())
 

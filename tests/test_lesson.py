@@ -20,7 +20,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import train
-from cosmos import COSMOS, Output, clip_loss, cosmos_terms, unit
+from cosmos import COSMOS, Output, clip_loss, cosmos_loss, cosmos_terms, unit
 from data import Shards, Tokenizer
 from eval import load, preprocessing, shard_image
 from lesson import experiments, onepage, plots, scenes, suppression
@@ -401,7 +401,7 @@ def test_every_image(model):
 def sandbox(tmp_path, monkeypatch):
     """An empty folder to run in. What lesson.experiments changes in train.py is taken back."""
     monkeypatch.chdir(tmp_path)
-    for name in 'METHODS', 'COSMOS', 'Teacher':
+    for name in 'METHODS', 'COSMOS', 'Teacher', 'total_loss':
         monkeypatch.setattr(train, name, getattr(train, name))
 
 
@@ -458,7 +458,7 @@ def test_methods_that_train_does_not_have(method, drawn, sandbox):
 FAMILIES = {
     'company': 8, 'company-size': 1, 'minutes': 6, 'pairs': 6, 'longer': 6, 'reading': 16, 'across': 18,
     'longer-reading': 18, 'steps': 2, 'photo-pairs': 10, 'photo-minutes': 12, 'photo-across': 6, 'table-5': 24,
-    'local-crops': 12, 'ladder': 8, 'rivals': 16}
+    'local-crops': 12, 'first': 4, 'ladder': 8, 'rivals': 16}
 
 
 def test_experiments():
@@ -477,9 +477,12 @@ def test_experiments():
     assert (ROOT / 'lesson/RESULTS.md').read_text() == plots.results_page()
 
 
-def test_two_terms():
-    """oracle: Eq. 6, of which two terms stay."""
+def test_terms_that_are_left_out(model):
+    """oracle: Eq. 6, of which two terms stay; L_COSMOS, which stays without L_CLIP."""
     *views, cls_t, eot_t = unit(torch.randn(6, 2, 3, 8))
+    loss, terms = experiments.loss_without_clip(model[0], Output(*views), cls_t, eot_t, cosmos_terms)
+    assert_close(loss, cosmos_loss(Output(*views), cls_t, eot_t, model[0].distill_logit_scale.exp()))
+    assert 'clip' in terms
     terms = cosmos_terms(Output(*views), cls_t, eot_t, 5)
     kept = {name: terms[name] for name in ('h_I_cls_t', 'h_T_eot_t')}
     assert_close(experiments.two_terms(Output(*views), cls_t, eot_t, 5), kept)
