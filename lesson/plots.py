@@ -10,6 +10,7 @@ the same training scenes. (All runs on photographs have the same photographs; th
 little power.) What is written is their mean, with its 95 % interval (Student's t). All differences of an experiment are
 one family, and Holm's correction says which of them are decided at 5 %.
 """
+import csv
 import math
 import re
 from functools import lru_cache
@@ -18,7 +19,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from lesson.experiments import EXPERIMENTS, read_results
+from lesson.experiments import CURVES, EXPERIMENTS, read_results
 from plumbing.errors import command, need
 from plumbing.options import Parser
 
@@ -291,9 +292,25 @@ def draw_ladder(figure):
     paper.invert_yaxis()
 
 
+def draw_pointing(figure):
+    """Page 4: how often C^I looks at the small object that it is asked for, during training. A line is a run."""
+    axis = figure.subplots()
+    curves = {}                         # {seed: ([step, ...], [share in percent, ...])}
+    for row in csv.DictReader(CURVES.read_text().splitlines()):
+        if row['run'] == EXPERIMENTS['attention']['cosmos'].key:
+            steps, shares = curves.setdefault(row['seed'], ([], []))
+            steps.append(int(row['step']))
+            shares.append(100 * float(row['pointing.small.own_it']))
+    for steps, shares in curves.values():
+        axis.plot(steps, shares, 'o-', color=RED, alpha=0.5)
+    axis.set(xlabel='training step', ylabel='peak on the object, %')
+    axis.spines[['top', 'right']].set_visible(False)
+
+
 PICTURES = {            # how it is drawn, inches
     'race': (draw_race, (10, 3.8)),
-    'ladder': (draw_ladder, (11, 4))}
+    'ladder': (draw_ladder, (11, 4)),
+    'pointing': (draw_pointing, (5, 2.6))}
 
 
 def main():
