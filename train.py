@@ -110,13 +110,14 @@ def train_step(run, batch):
     for group in run.optimizer.param_groups:
         group['lr'] = lr
     # V tensors (B, 3, s, s). The loader has cropped; the changes of colour that it drew are made here, on the device.
-    # The string seeds in which order brightness, contrast and the others change. The order is the same on all ranks, so
+    # The string is the seed of the order in which brightness, contrast and the others change, the same on all ranks, so
     # that two ranks make the same run as one.
     images = batch.views(f'{options.seed} {run.step}')
 
     cls_t = eot_t = momentum = None
-    # The teacher sees the globals, without gradient, the student all views and captions. The teacher runs first, while
-    # the student holds no memory for its backward pass.
+    # The teacher sees the globals, without gradient, the student all views and captions. (teacher_texts are the globals
+    # with all their padding cut; the student may need that of caption 0.) The teacher runs first, while the student
+    # holds no memory for its backward pass.
     # cache_enabled: with the cache all parts of --accum would use one half-precision copy of each weight, so autograd
     # would sum their gradients in half precision. Without it they are summed in float32.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
@@ -131,7 +132,7 @@ def train_step(run, batch):
     # run.wrapped.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    # p.grad is None if p is frozen or, on one GPU, if no term uses it; on several GPUs DDP would have stopped then.
+    # p.grad is None if p is frozen or, on one GPU, if no term uses it; on several GPUs DDP stops such a run.
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
@@ -253,7 +254,7 @@ def main(argv=None, watchers=(), built_in_set=None):
             progress.count(latest, run.scaler.get_scale(), options.batch, bad, signalled)
             failure = progress.reason_to_fail(run.step, run.folder)
             if failure:
-                if latest.finite:                       # otherwise the weights may have overflowed
+                if latest.finite:           # otherwise an earlier step may have spoiled the weights
                     runs.save(run)
                 processes.leave(f'error: {failure}')
 
@@ -498,7 +499,7 @@ def choose_model(options, saved):
     heads = 0
     if method.has_cross_attention:      # as in config or, if --init has no cross-attention, as in a preset of its width
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
-    # A model with C^I and C^T always has two scales, whatever its Config says; so there the Config says False.
+    # Config.two_scales only asks for a second scale in a model without C^I and C^T. With them there always is one.
     two_scales = method.two_scales and not method.has_cross_attention
     return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
 
@@ -521,7 +522,7 @@ def make_run(options, processes, train_set, step, weights):
     dtype = choose_dtype(options.precision, device)
     order = data.Order(len(train_set.shards), options.batch, step, options.steps,
                        options.seed, processes.rank, processes.world)
-    multiple = 8 if dtype else 1        # of tokens in a caption, because half precision is faster then
+    multiple = 8 if dtype else 1        # to which the loader cuts captions, because half precision is faster then
     # The loader forks its workers here, before DDP starts nccl, because a fork beside nccl may hang. (Until then ranks
     # talk through gloo.) Evaluations fork later, but their loaders end with an error if a worker hangs.
     # whole_first: caption 0 is not cut, because C^T reads its padding, too.
