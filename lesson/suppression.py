@@ -239,13 +239,15 @@ def mean_of_batch(x):
 
 
 def losses_of(student, cls, eot, patches, words, cls_t, eot_t):
-    """Vectors and tokens of the student, unnormalised, and vectors of the teacher, all of one batch (B, ...), one view
-    each -> {loss: its share of ln B, which is what guessing costs}."""
-    h_I, h_T = student.read(cls[None], eot[None], patches, words)
-    out = Output(unit(cls)[None], unit(eot)[None], unit(h_I), unit(h_T))
-    losses = {'L_CLIP': clip_loss(out, student.logit_scale.exp())}
-    losses |= cosmos_terms(out, cls_t[None], eot_t[None], student.distill_logit_scale.exp())
-    return {name: loss.item() / log(len(cls)) for name, loss in losses.items()}
+    """Of a batch, one view a pair: the student's vectors (1, B, D) and tokens (B, R, D), unnormalised, and the teacher's
+    vectors (1, B, D) -> {loss: its share of ln B, which is what guessing costs}."""
+    h_I, h_T = student.read(cls, eot, patches, words)
+    out = Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
+    scale, distill_scale = student.scales()
+    losses = {'L_CLIP': clip_loss(out, scale.exp())}
+    losses |= cosmos_terms(out, cls_t, eot_t, distill_scale.exp())
+    guess = log(len(patches))
+    return {name: loss.item() / guess for name, loss in losses.items()}
 
 
 @torch.no_grad()
@@ -254,16 +256,19 @@ def cut(args, scored, shards, scenes):
     student, teacher, tokenizer, preprocess = both_networks(args)
     found = defaultdict(lambda: defaultdict(list))                      # by loss and by what is cut
     for pixels, ids in groups_of_pairs(args, shards, tokenizer, preprocess, 'cut'):
+        out_t = teacher([pixels], [ids])
         cls, patches = student.encode_image(pixels)
         eot, words = student.encode_text(ids)
-        cls_t = unit(teacher.encode_image(pixels)[0])
-        eot_t = unit(teacher.encode_text(ids)[0])
+        # without a text, and without an image
+        no_eot, no_words = mean_of_batch(eot), mean_of_batch(words)
+        no_cls, no_patches = mean_of_batch(cls), mean_of_batch(patches)
         cuts = {
             'all': (cls, eot, patches, words),
-            'text_cut': (cls, mean_of_batch(eot), patches, mean_of_batch(words)),
-            'image_cut': (mean_of_batch(cls), eot, mean_of_batch(patches), words)}
-        for name, vectors in cuts.items():
-            for loss, share in losses_of(student, *vectors, cls_t, eot_t).items():
+            'text_cut': (cls, no_eot, patches, no_words),
+            'image_cut': (no_cls, eot, no_patches, words)}
+        for name, (cls_of, eot_of, *tokens) in cuts.items():
+            losses = losses_of(student, cls_of[None], eot_of[None], *tokens, out_t.cls, out_t.eot)
+            for loss, share in losses.items():
                 found[loss][name].append(share)
     figures = {}
     for loss, columns in found.items():

@@ -477,6 +477,18 @@ def test_experiments():
     assert (ROOT / 'lesson/RESULTS.md').read_text() == plots.results_page()
 
 
+def test_cut_on_the_pages():
+    """oracle: results.csv. What README.md and the course have in whole percents, RESULTS.md has with a decimal."""
+    for page, runs in ('README.md', ['cosmos-photographs']), ('lesson/README.md', ['cosmos', 'cosmos-photographs']):
+        text = (ROOT / page).read_text()
+        for loss in plots.LOSSES:
+            cells = []
+            for name in runs:
+                cells += [f"{plots.mean('cut', name, f'cut.{loss}.{column}'):.0f}" for column in plots.CUTS]
+            words = re.sub('^(h_.)_', r'\1 → ', loss)
+            assert f"| {words} | {' | '.join(cells)} |" in text
+
+
 def test_terms_that_are_left_out(model):
     """oracle: Eq. 6, of which two terms stay; L_COSMOS, which stays without L_CLIP."""
     *views, cls_t, eot_t = unit(torch.randn(6, 2, 3, 8))
