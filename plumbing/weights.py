@@ -93,7 +93,7 @@ def load_weights(model, state, path):
 
 # --- 3. Which network a file holds -----------------------------------------------------------------------------------
 
-def infer_config(state, quick_gelu=False):
+def infer_config(state, quick_gelu):
     """Config of released or open_clip weights, from the shapes of their tensors. Shapes do not tell how wide attention
     heads are. So these are taken to be 64 wide, as in open_clip's ViTs up to L, and cross-attention to have 8 of them,
     as released. Nor do shapes tell which GELU was used."""
@@ -137,7 +137,7 @@ class Network(NamedTuple):
     state: dict             # {our name: tensor}
 
 
-def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
+def read_network(path, weights, vocab, quick_gelu):
     """A file -> Network. The file is one of:
 
         ours        a checkpoint of train.py: {'student', 'teacher', 'config', 'merges', ...}

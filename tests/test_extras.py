@@ -694,7 +694,7 @@ def test_the_step_is_that_of_the_loss(tmp_path):
     teacher, tokenizer, _ = train_on_three(tmp_path)
     student, *_ = load(tmp_path / 'last.pt', 'student')
     crops = data.Crops(data.Shards(tmp_path), tokenizer, student.config, 0, data.Counts(2, 2, 2, 2), 'crops')
-    batch = data.collate([crops[0, i] for i in range(3)])
+    batch = data.collate([crops[0, i] for i in range(3)], 1, True)
     images = batch.views('')
     texts = batch.texts
     with torch.no_grad():
