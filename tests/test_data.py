@@ -13,7 +13,7 @@ import data
 from cosmos import GLOBALS
 from data import Counts, Crops, Order, Shards, Tokenizer
 from plumbing.colours import OPERATIONS, changes_of
-from plumbing.images import read_image
+from plumbing.images import decode, read_header, read_image
 from tests.helpers import MICRO, dog_tar, encoded, pairs_tar, refused, seeded  # noqa: F401
 
 WORDS = Tokenizer([], 8)                                # without merges, 'x' is one id
@@ -86,6 +86,8 @@ def test_crops_stay_within_a_smaller_decoding(monkeypatch, size):
     width, height = size
     monkeypatch.setattr(data, 'draw_boxes', lambda *image: [(height - 200, width - 200, 200, 200)])
     file = encoded(Image.new('L', size, 'white'), 'JPEG')
+    image, turn, _ = read_header(file)
+    assert decode(image, turn, at_most=200 / 16).shape == (3, -(-height // 8), -(-width // 8))
     [crop], _ = data.image_crops(file, data.kinds_of_views(MICRO, 0.4)[2:], random)
     assert crop.min() > 250
 

@@ -212,6 +212,7 @@ NO_TABLES = {
     GERMAN.encode('cp1252'): r'/t is not UTF-8 \(line 2\); .*CSV UTF-8',
     'image,caption\na.jpg,a dog, old\n': 'line 2 of .*/t has more fields than the first',
     'image,caption,caption,,\na.jpg,x,y,,\n': '/t has several columns called caption; .* several rows',
+    'image,"caption\na.jpg,x\n': '/t cannot be read from line 1 on',
     '5': '/t has no rows',
     '': '/t has no rows',
     '{"image": "a.jpg"}\n{"image"': 'line 2',
