@@ -61,11 +61,11 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
     if path.is_dir():
         best = path / 'best.pt'
         path = best if best.exists() else path / 'last.pt'
-    network = read_network(path, weights, vocab, quick_gelu)
-    model = COSMOS(network.config)
-    load_weights(model, network.state, path)
-    model.origin = network.origin
-    return model.eval(), network.tokenizer, preprocessing(network.config.image_size)
+    origin, config, tokenizer, state = read_network(path, weights, vocab, quick_gelu)
+    model = COSMOS(config)
+    load_weights(model, state, path)
+    model.origin = origin
+    return model.eval(), tokenizer, preprocessing(config.image_size)
 
 
 def preprocessing(size):
