@@ -122,6 +122,8 @@ def test_workers(gallery, monkeypatch):
     preprocess = evaluation.preprocessing(32)
     bar = evaluation.progress_bar([], file=io.StringIO())
     assert bar.disable and not bar.leave                # silent where there is no terminal
+    monkeypatch.setattr(sys, 'argv', 'prog retrieval last.pt --shards a.tar'.split())
+    assert evaluation.evaluation_options('').workers == 2
     wanted = evaluation.embed_images(model, gallery.images, preprocess)
     read_image = evaluation.read_image
 
