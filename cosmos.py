@@ -16,7 +16,7 @@ Symbols for shapes:
     s, p side of a view and of a patch, in pixels
 Names taken from the paper:
     [cls], [eot]        the vector of an image view, from its class token; that of a caption, from its end token
-    C^T, C^I  the two cross-attention modules; the letter names what is read, that is, attended to:
+    C^T, C^I  the two cross-attention modules, named for what they read; h_I and h_T are named for who reads:
               C^T = `read_text`: queries [cls], keys words, result h_I, an image's vector that has read text, Eq. 1
               C^I = `read_image`: queries [eot], keys patches, result h_T, a text's vector that has read an image, Eq. 2
     cls_t, eot_t        the teacher's vectors of the images and of the texts
@@ -179,8 +179,8 @@ class COSMOS(nn.Module):
         """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output.
 
         Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper: two
-        walk-throughs of the paper say, from the global views; model.py:370-382). The other captions may be cut, see
-        TextTower.
+        walk-throughs of the paper say that they come from the global views; model.py:370-382). The other captions may
+        be cut, see TextTower.
         """
         if not self.has_cross_attention:
             cls = torch.stack(self.visual(images))
@@ -381,7 +381,7 @@ class Gather(torch.autograd.Function):
     from. B is equal on all ranks.
 
     ours: the gradient is exact. The backward pass sums a vector's gradients over the ranks, and DDP divides by their
-    number, which gives the gradient of the mean loss. The released code has a smaller one, see docs/differences.md.
+    number, which gives the gradient of the mean loss. The released code's gradient is smaller, see docs/differences.md.
     """
 
     @staticmethod

@@ -58,9 +58,9 @@ def text_crops(pool, rng, global_texts, local_texts):
 
 
 def draw_sentences(pool, count, rng):
-    """A random sample of the pool, without replacement. If count exceeds the pool, all of it count // len(pool) times,
-    then a sample for the rest. So a pool of one sentence only repeats itself, as released: 'red kettle. red kettle'.
-    Text crops add nothing then."""
+    """A random sample of the pool, without replacement. If count exceeds the pool, the whole pool comes
+    count // len(pool) times, and then a sample for the rest. So a pool of one sentence only repeats itself, as
+    released: 'red kettle. red kettle'. Text crops add nothing then."""
     if count <= len(pool):
         return rng.sample(pool, count)
     repeats, rest = divmod(count, len(pool))
@@ -98,8 +98,8 @@ CROPS_ONLY = dict(flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)      #
 def draw_changes(kind, rng):
     """The operations that change a view, {operation: strength}, in the released ranges.
 
-    A new random draw here would shift all later ones, and so change every run. Give it a generator of its own, seeded
-    in Crops.sample.
+    If you add an operation, draw it from a generator of its own, seeded in Crops.sample. One more draw from `rng` would
+    shift all later draws, and so change every run.
     """
     changes = {}
     if rng.random() < kind.jitter:

@@ -184,7 +184,8 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures, computed on the device that holds the three arguments.
 
     owner (captions,): the image of each caption. An image's rank is that of its best-ranked caption. R@K are fractions.
-    chance: the R@1 of a random guess, 1 / n both ways: an image with k of m captions has k / m, 1 / n on average.
+    chance: the R@1 of a random guess. It is 1 / n for a caption. For an image with k of the m captions it is k / m, and
+    the mean of that over the images is 1 / n, too.
     """
     n = len(image_features)
     image_ids = torch.arange(n, device=owner.device)

@@ -110,12 +110,14 @@ def train_step(run, batch):
     for group in run.optimizer.param_groups:
         group['lr'] = lr
     # V tensors (B, 3, s, s). The loader has cropped; the changes of colour that it drew are made here, on the device.
-    # The string seeds the order of the jitters, the same on all ranks, so that two ranks make the same run as one.
+    # The string is the seed of the order in which brightness, contrast and the others change, the same on all ranks, so
+    # that two ranks make the same run as one.
     images = batch.views(f'{options.seed} {run.step}')
 
     cls_t = eot_t = momentum = None
-    # The teacher sees the globals, without gradient, the student all views and captions. The teacher runs first, while
-    # the student holds no memory for its backward pass.
+    # The teacher sees the globals, without gradient, the student all views and captions. (teacher_texts are the globals
+    # with all their padding cut; the student may need that of caption 0.) The teacher runs first, while the student
+    # holds no memory for its backward pass.
     # cache_enabled: with the cache all parts of --accum would use one half-precision copy of each weight, so autograd
     # would sum their gradients in half precision. Without it they are summed in float32.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
@@ -130,7 +132,7 @@ def train_step(run, batch):
     # run.wrapped.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    # p.grad is None if p is frozen or, on one GPU, if no term uses it; on several DDP would have stopped.
+    # p.grad is None if p is frozen or, on one GPU, if no term uses it; on several GPUs DDP stops such a run.
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
@@ -252,7 +254,7 @@ def main(argv=None, watchers=(), built_in_set=None):
             progress.count(latest, run.scaler.get_scale(), options.batch, bad, signalled)
             failure = progress.reason_to_fail(run.step, run.folder)
             if failure:
-                if latest.finite:                       # otherwise the weights may have overflowed
+                if latest.finite:           # otherwise an earlier step may have spoiled the weights
                     runs.save(run)
                 processes.leave(f'error: {failure}')
 
@@ -355,9 +357,9 @@ def no_cross_attention_terms(out, cls_t, eot_t, scale):
 
 
 def across_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 without the leak: a vector that has read a modality is never matched to that modality's teacher. h_T has
-    read the image, and could find cls_t by copying, so eot takes its place there; likewise cls, and not h_I, looks for
-    eot_t."""
+    """Eq. 6 without the leak: what has read a modality need not find that modality's teacher. h_T, a caption that has
+    read the image, could find cls_t by copying, so eot takes its place there. Likewise cls takes the place of h_I, an
+    image that has read the caption, in finding eot_t."""
     cls, eot, h_I, h_T = gather(out.cls, out.eot, out.h_I, out.h_T)
     cls_t, eot_t = gather(cls_t, eot_t)
     return {
@@ -421,8 +423,8 @@ def recipe_of(preset, method, init):
 # --- 5. Set-up: options, data, model, teacher, optimizer --------------------------------------------------------------
 
 def read_options(argv=None):
-    """A namespace with every option that --help lists: what is typed, else the recipe, else the default in --help.
-    `fill_in` adds what depends on the data or on a checkpoint, such as --batch."""
+    """A namespace with every option that --help lists: what is typed, else the recipe, else the default in --help. What
+    depends on the data or on a checkpoint, such as --batch, is None until set_up calls `fill_in`."""
     return training_options(argv, __doc__, PRESETS, METHODS, recipe_of)
 
 
@@ -458,7 +460,7 @@ def set_up(options, processes, built_in_set):
     # Ranks that disagreed on batches or learning rates would train on in silence, so each compares what determines them
     # with rank 0's. Two last.pt count as the same if their running times are equal.
     mine = vars(options) | {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
-    # Workers and the paths of data may differ; of vocab and val only whether they are learned, or there.
+    # Workers and paths may differ. But all must learn a vocabulary or none, and all must have held-out data or none.
     mine |= {'workers': None, 'data': None, 'vocab': options.vocab == 'learn', 'val': bool(options.val)}
     need(processes.broadcast(mine) == mine, 'options, shards or last.pt are not the same for all processes; '
          'give all nodes the same command, the same files in --data, and one --out that all see')
@@ -519,9 +521,10 @@ def make_run(options, processes, train_set, step, weights):
     dtype = choose_dtype(options.precision, device)
     order = data.Order(len(train_set.shards), options.batch, step, options.steps,
                        options.seed, processes.rank, processes.world)
-    multiple = 8 if dtype else 1        # of tokens in a caption, because half precision is faster then
-    # The loader forks its workers here, before DDP starts nccl, because a fork beside nccl may hang. Evaluations fork
-    # later, but their loaders end with an error if a worker hangs. whole_first: C^T reads caption 0's padding.
+    multiple = 8 if dtype else 1        # to which the loader cuts captions, because half precision is faster then
+    # The loader forks its workers here, before DDP starts nccl, because a fork beside nccl may hang. (Until then ranks
+    # talk through gloo.) Evaluations fork later, but their loaders end with an error if a worker hangs.
+    # whole_first: caption 0 is not cut, because C^T reads its padding, too.
     batches = iter(data.loader(train_set, order, options.workers, device, multiple,
                                whole_first=method.has_cross_attention))
     torch.manual_seed(options.seed)                     # all ranks start from the same weights

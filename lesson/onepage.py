@@ -111,7 +111,7 @@ def main():
     held_out = Shards(folder, split='val')
     preprocess = preprocessing(model.config.image_size)
     figures, image_features = zero_shot_retrieval(model, tokenizer, preprocess, held_out)
-    # How many big and small objects the image vectors tell: what COSMOS is meant to raise.
+    # How many big and small objects the image vectors tell. COSMOS is meant to raise this.
     show(figures | suppression.scene_figures(model, tokenizer, image_features, held_out))
 
 

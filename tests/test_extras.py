@@ -626,6 +626,19 @@ def test_links_scripts_and_options_of_a_page(page):
         assert option in ours, option
 
 
+def test_lines_that_readme_counts():
+    """oracle: the files and folders that its table names; a repair may change them by 3 %."""
+    text = (ROOT / 'README.md').read_text()
+    rows = re.findall(r'^\| (`.*?`) \|.*\| ([0-9,]+) \|.*\|$', text, re.M)
+    assert len(rows) == 9
+    for names, stated in [*rows, ('`cosmos.py`', re.search(r'file of ([0-9]+) lines', text)[1])]:
+        lines = 0
+        for name in re.findall('`(.*?)`', names):
+            for path in ROOT.glob(f'{name}*.py' if name.endswith('/') else name):
+                lines += len(path.read_text().splitlines())
+        assert int(stated.replace(',', '')) == pytest.approx(lines, rel=0.03), names
+
+
 # --- report ----------------------------------------------------------------------------------------------------------
 
 HOSTILE = 'a </script><b>red</b> dog'
