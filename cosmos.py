@@ -160,7 +160,7 @@ class COSMOS(nn.Module):
         super().__init__()
         D = config.embed_dim
         self.config = config
-        self.has_cross_attention = config.cross_heads > 0
+        self.has_cross_attention = bool(config.cross_heads)
         self.two_scales = self.has_cross_attention or config.two_scales
         self.visual = VisionTower(config)
         self.text = TextTower(config)
@@ -541,7 +541,7 @@ class Block(nn.Module):
     """Pre-norm transformer block: x + attention(LN x), then x + MLP(LN x). GELU is exact, as in the released models,
     unless `quick_gelu` is set."""
 
-    def __init__(self, width, heads, quick_gelu, causal=False):
+    def __init__(self, width, heads, quick_gelu, causal):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, causal)

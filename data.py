@@ -80,7 +80,7 @@ class Kind(NamedTuple):
     solarize: float             # bright pixels are inverted
 
 
-def kinds_of_views(config, crop_min=0.4):
+def kinds_of_views(config, crop_min):
     """One Kind for the first global view, one for the other globals, and one for the locals, as released. crop_min: the
     smallest share of the image in a global view."""
     large = config.image_size
@@ -130,7 +130,7 @@ def draw_boxes(height, width, kinds, rng):
     torchvision's get_params draws from torch's global generator on the CPU, but the boxes must depend only on rng. So
     we seed this generator from rng, and restore it afterwards. (torch.manual_seed would seed the GPUs', too.)
     """
-    stand_in = torch.empty(1, 1, 1).expand(1, height, width)        # get_params only looks at its size
+    stand_in = torch.empty(1).expand(height, width)     # get_params only looks at its size
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng.getrandbits(32))
         return [v2.RandomResizedCrop.get_params(stand_in, kind.scale, ASPECTS) for kind in kinds]
@@ -187,7 +187,7 @@ class Sample(NamedTuple):
     changes: list           # V: the operations that change each crop, {operation: strength}
     captions: list          # U strings
     ids: torch.Tensor = None            # (U, T), the token numbers of the captions
-    bad: int = 0                        # how many unreadable pairs this one replaces
+    bad: int = None                     # how many unreadable pairs this one replaces
 
 
 # Stop the run after this many unreadable pairs in a row: the first, and those drawn to replace it.
@@ -267,7 +267,7 @@ class Order:
     batch: int                  # pairs per step, over all ranks
     start: int
     stop: int
-    seed: int = 0
+    seed: int
     rank: int = 0
     world: int = 1
 
@@ -336,7 +336,7 @@ def cut_to_longest(captions, multiple):
     return [ids[:, :rounded].contiguous() for ids in captions]
 
 
-def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
+def collate(samples, multiple, whole_first, global_texts=GLOBALS):
     """Samples -> Batch. Globals are cut to the longest global of the batch, locals to the longest local. But the
     student's caption 0 keeps its padding, because C^T reads it.
 
@@ -356,7 +356,7 @@ def collate(samples, multiple=1, whole_first=True, global_texts=GLOBALS):
     return Batch(crops=crops, changes=changes, texts=texts, teacher_texts=global_ids, bad=bad)
 
 
-def loader(train_set, order, workers, device, multiple=1, whole_first=True):
+def loader(train_set, order, workers, device, multiple, whole_first):
     """An ordinary DataLoader that serves the batches of an Order, one after another. It pins memory only for a model
     on a GPU, because pinning opens a context there."""
     make_batch = partial(collate, multiple=multiple, whole_first=whole_first,

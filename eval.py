@@ -61,11 +61,11 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
     if path.is_dir():
         best = path / 'best.pt'
         path = best if best.exists() else path / 'last.pt'
-    network = read_network(path, weights, vocab, quick_gelu)
-    model = COSMOS(network.config)
-    load_weights(model, network.state, path)
-    model.origin = network.origin
-    return model.eval(), network.tokenizer, preprocessing(network.config.image_size)
+    origin, config, tokenizer, state = read_network(path, weights, vocab, quick_gelu)
+    model = COSMOS(config)
+    load_weights(model, state, path)
+    model.origin = origin
+    return model.eval(), tokenizer, preprocessing(config.image_size)
 
 
 def preprocessing(size):
@@ -129,7 +129,7 @@ def embed_images(model, source, preprocess, workers=0):
     return torch.cat([embed_batch(model, pixels) for pixels in batches(images, workers, 'images')])
 
 
-def embed_labelled(model, dataset, workers=0):
+def embed_labelled(model, dataset, workers):
     """A set of (pixels (3, S, S), label) -> (n, D), and (n,) labels."""
     features = []
     labels = []
@@ -223,7 +223,7 @@ def shard_captions(shards):
     return with_owners([captions_of(shards, i) for i in range(len(shards))], shards.name)
 
 
-def check_held_out(shards, workers=0):
+def check_held_out(shards, workers):
     """Read every caption and decode every image of held-out shards, so that a broken one is found now, and not in the
     middle of a run. Raises Refused or Unreadable, with the name of the pair."""
     shard_captions(shards)

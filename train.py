@@ -161,7 +161,7 @@ def lr_at(step, options):
     recipe (scheduler.py:43-53)."""
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
-    share = (step - options.warmup) / max(options.steps - options.warmup, 1)    # of the way down
+    share = (step - options.warmup) / (options.steps - options.warmup)      # of the way down
     cosine = (1 + math.cos(math.pi * share)) / 2
     return options.lr * (options.lr_end + (1 - options.lr_end) * cosine)
 
@@ -382,7 +382,8 @@ class Method(NamedTuple):
     has_teacher: bool = False
     # C^I and C^T. With them the terms must use both h_I and h_T, because DDP stops if a parameter gets no gradient.
     has_cross_attention: bool = False
-    two_scales: bool = False            # the terms have a temperature of their own, not that of L_CLIP
+    # The terms have a temperature of their own, not that of L_CLIP. With C^I and C^T they always have.
+    two_scales: bool = False
 
 
 METHODS = {'clip': Method()}
@@ -401,7 +402,7 @@ add_method('clip-aug', 'clip', global_images=GLOBALS, crop_min=0.4, only_crops=F
 add_method('image-distill', 'clip-aug', has_local_images=True, has_teacher=True, terms=image_terms)
 add_method('text-crop', 'image-distill', has_text_crops=True)
 add_method('text-distill', 'text-crop', terms=embedding_terms)
-add_method('cosmos', 'text-distill', has_cross_attention=True, two_scales=True, terms=cosmos_terms)
+add_method('cosmos', 'text-distill', has_cross_attention=True, terms=cosmos_terms)
 # ours, not in the table
 add_method('no-cross-attention', 'text-distill', two_scales=True, terms=no_cross_attention_terms)
 add_method('across', 'cosmos', terms=across_terms)
@@ -499,9 +500,7 @@ def choose_model(options, saved):
     heads = 0
     if method.has_cross_attention:      # as in config or, if --init has no cross-attention, as in a preset of its width
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
-    # Config.two_scales only asks for a second scale in a model without C^I and C^T. With them there always is one.
-    two_scales = method.two_scales and not method.has_cross_attention
-    return replace(config, cross_heads=heads, two_scales=two_scales), tokenizer, weights
+    return replace(config, cross_heads=heads, two_scales=method.two_scales), tokenizer, weights
 
 
 def make_train_set(options, shards, tokenizer, config):

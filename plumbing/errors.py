@@ -60,7 +60,7 @@ def command(main):
     else:
         return
     if dist.is_initialized():           # sys.exit may hang then, see Processes.leave
-        print(message, file=sys.stderr, flush=True)
+        print(message, file=sys.stderr)
         sys.stdout.flush()
         os._exit(1)
     sys.exit(message)

@@ -147,7 +147,7 @@ def read_rows(path):
         try:
             text = Path(path).read_text(encoding='utf-8-sig')
         except UnicodeDecodeError as error:
-            line = error.object.count(b'\n', 0, error.start) + 1
+            line = error.object[:error.start].count(b'\n') + 1
             raise Refused(f'{path} is not UTF-8 (line {line}); save it as UTF-8, '
                           'in Excel as the type CSV UTF-8') from None
         is_json = text.lstrip().startswith(('{', '['))

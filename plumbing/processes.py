@@ -108,7 +108,7 @@ class Processes:
             sys.exit(status)
         if isinstance(status, str):
             if self.rank == 0:
-                print(status, file=sys.stderr, flush=True)
+                print(status, file=sys.stderr)
             status = 1
         dist.barrier(group=self.patient)
         sys.stdout.flush()

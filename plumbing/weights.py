@@ -93,7 +93,7 @@ def load_weights(model, state, path):
 
 # --- 3. Which network a file holds -----------------------------------------------------------------------------------
 
-def infer_config(state, quick_gelu=False):
+def infer_config(state, quick_gelu):
     """Config of released or open_clip weights, from the shapes of their tensors. Shapes do not tell how wide attention
     heads are. So these are taken to be 64 wide, as in open_clip's ViTs up to L, and cross-attention to have 8 of them,
     as released. Nor do shapes tell which GELU was used."""
@@ -129,16 +129,8 @@ class Origin(NamedTuple):
         return words if self.step is None else f'{words}, step {self.step}'
 
 
-class Network(NamedTuple):
-    """What is needed to build a model, and to feed it."""
-    origin: Origin
-    config: Config
-    tokenizer: Tokenizer
-    state: dict             # {our name: tensor}
-
-
-def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
-    """A file -> Network. The file is one of:
+def read_network(path, weights, vocab, quick_gelu):
+    """A file -> Origin, Config, tokenizer, and {our name: tensor}. The file is one of:
 
         ours        a checkpoint of train.py: {'student', 'teacher', 'config', 'merges', ...}
         released    {'student', 'teacher'}, under open_clip's names
@@ -155,7 +147,7 @@ def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
         config = Config(**saved['config'])
         tokenizer = Tokenizer(saved['merges'], config.context_length)
         origin = Origin(key, str(path), saved.get('step', 'unknown'))
-        return Network(origin, config, tokenizer, state)
+        return origin, config, tokenizer, state
     # See infer_config for the width of heads. open_clip's ViTs that are wider than 1,024 have heads of another width.
     width = len(state.get('visual.class_embedding', ()))                # 0: there is none
     need(0 < width <= 1024 and width % 64 == 0 and 'text_projection' in state,
@@ -166,4 +158,4 @@ def read_network(path, weights='teacher', vocab=None, quick_gelu=False):
     need(tokenizer.vocab_size <= config.vocab_size,
          f"{path} knows {config.vocab_size:,} ids, CLIP's vocabulary has {tokenizer.vocab_size:,}: "
          'its merges were learned; take the checkpoint that train.py wrote')
-    return Network(Origin(key, str(path)), config, tokenizer, from_openclip(state))
+    return Origin(key, str(path)), config, tokenizer, from_openclip(state)

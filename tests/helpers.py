@@ -68,7 +68,7 @@ def micro(method='cosmos', B=3):
     torch.manual_seed(0)
     row = train.METHODS[method]
     cross_heads = 2 if row.has_cross_attention else 0
-    model = COSMOS(replace(MICRO, cross_heads=cross_heads, two_scales=row.two_scales and not cross_heads))
+    model = COSMOS(replace(MICRO, cross_heads=cross_heads, two_scales=row.two_scales))
     images = [torch.randn(B, 3, side, side) for side in [32] * cosmos.GLOBALS + [16] * 2]
     texts = [captions(B, length) for length in (9, 12, 5, 5, 5)]
     return model, images, texts

@@ -1,4 +1,5 @@
 """The claims of data.py. Each docstring names its oracle: what a result must equal."""
+import math
 import random
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ import data
 from cosmos import GLOBALS
 from data import Counts, Crops, Order, Shards, Tokenizer
 from plumbing.colours import OPERATIONS, changes_of
-from plumbing.images import read_image
+from plumbing.images import decode, read_header, read_image
 from tests.helpers import MICRO, dog_tar, encoded, pairs_tar, refused, seeded  # noqa: F401
 
 WORDS = Tokenizer([], 8)                                # without merges, 'x' is one id
@@ -64,7 +65,7 @@ def test_globals_are_what_the_losses_take_for_globals(counts):
 def test_image_crops_are_the_pixels_of_their_boxes(width, kind, tolerance):
     """oracle: torchvision's crop of each box from the upright image, flipped or not, at full size."""
     rng = random.Random(0)
-    kinds = data.kinds_of_views(MICRO)
+    kinds = data.kinds_of_views(MICRO, 0.4)
     exif = Image.Exif()
     exif[0x112] = 6                                     # a quarter turn
     image = mandelbrot(width, max(width * 7 // 10, 1))
@@ -78,6 +79,19 @@ def test_image_crops_are_the_pixels_of_their_boxes(width, kind, tolerance):
             distance = (crop - want).abs().mean()
             mirrored = (crop.flip(-1) - want).abs().mean()
             assert min(distance, mirrored) < tolerance                  # out of 255
+
+
+@pytest.mark.parametrize('size', [(257, 600), (600, 257)])
+def test_crops_stay_within_a_smaller_decoding(monkeypatch, size):
+    """oracle: white, because beyond an edge a crop is black. At an eighth 257 pixels become 33, which is a bit more."""
+    width, height = size
+    monkeypatch.setattr(data, 'draw_boxes', lambda *image: [(height - 200, width - 200, 200, 200)])
+    file = encoded(Image.new('L', size, 'white'), 'JPEG')
+    image, turn, _ = read_header(file)
+    eighth = [3, math.ceil(height / 8), math.ceil(width / 8)]
+    assert list(decode(image, turn, at_most=200 / 16).shape) == eighth
+    [crop], _ = data.image_crops(file, data.kinds_of_views(MICRO, 0.4)[2:], random)
+    assert crop.min() > 250
 
 
 def mandelbrot_shards(path):
@@ -130,7 +144,7 @@ def test_captions_leave_the_pictures_as_they_are(tmp_path):
     next_epoch = many.sample(1, 0)
     for field in 'changes', 'captions', 'boxes':
         assert getattr(next_epoch, field) != getattr(sample, field)
-    batch = data.collate([sample])
+    batch = data.collate([sample], 1, True)
     assert_close([x[0] for x in batch.crops], sample.crops, rtol=0, atol=0)
     for view, expected in enumerate(sample.changes):
         drawn = {}
@@ -176,7 +190,10 @@ def test_each_colour_operation_is_the_released(monkeypatch, name, function, shar
     assert found[9:].equal(images[9:] / 255)
     rng = random.Random(1)
     kinds = Crops(None, WORDS, MICRO, 0, Counts(2, 1)).kinds            # the first global, another one, a local
+    scales = [kind.scale for kind in kinds]
+    assert scales == [(0.4, 1), (0.4, 1), (0.05, 0.4)]
     for kind, share in zip(kinds, shares, strict=True):
+        assert kind.flip == 0.5
         drawn = [data.draw_changes(kind, rng) for _ in range(5000)]
         values = [strengths[name] for strengths in drawn if name in strengths]
         assert len(values) / 5000 == pytest.approx(share, abs=0.03)
@@ -187,7 +204,7 @@ def test_each_colour_operation_is_the_released(monkeypatch, name, function, shar
 def test_no_operation_is_forgotten():
     """oracle: the rule: each probability of a Kind but that of a flip draws something, and what it draws is in
     OPERATIONS. What is drawn but is none of them is an error."""
-    never = data.kinds_of_views(MICRO)[0]._replace(**data.CROPS_ONLY)
+    never = data.kinds_of_views(MICRO, 0.4)[0]._replace(**data.CROPS_ONLY)
     assert data.draw_changes(never, random.Random(0)) == {}
     assert never[2:] == (0, 0, 0, 0, 0)
     drawn = {}
@@ -266,15 +283,23 @@ def test_batches_are_pinned_and_moved(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.Tensor, 'pin_memory', pin)
     for kind in torch.cuda, torch.accelerator:
         monkeypatch.setattr(kind, 'is_available', lambda: True)
-    [plain] = data.loader(crops, order, 0, torch.device('cpu'))
+    [plain] = data.loader(crops, order, 0, torch.device('cpu'), 1, True)
     assert pinned == []
-    [batch] = data.loader(crops, order, 0, torch.device('cuda'))
+    [batch] = data.loader(crops, order, 0, torch.device('cuda'), 1, True)
     fields = tensors(batch)
     assert_close(fields, tensors(plain), rtol=0, atol=0)
     assert [id(x) for x in pinned] == [id(x) for x in fields]
     assert all(x.is_contiguous() for x in fields)
     half = changes_of([[dict.fromkeys(OPERATIONS, 0.5)] * len(batch.crops)] * 3)    # changes all images
-    moved = batch._replace(changes=half).to('meta')
+    to = torch.Tensor.to
+
+    def without_waiting(x, device, non_blocking):
+        assert non_blocking
+        return to(x, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, 'to', without_waiting)
+        moved = batch._replace(changes=half).to('meta')
     for x in (*moved.texts, *moved.teacher_texts, *moved.views('0')):
         assert x.device.type == 'meta'
 
