@@ -19,8 +19,7 @@ training alone, elsewhere the processor time of the whole command; and no-cross-
 command now cuts, so it differs in the last bits.
 
 A processor rounds bf16 in its own way, so no experiment compares runs of two. Rows of data called @amd were made on an
-AMD EPYC, the others on an Intel Xeon. Commit 049e9e4 has all figures of the rows of @amd, and of the runs that chose
-their rates.
+AMD EPYC, at commit e3f75eb, the others on an Intel Xeon. Commit 049e9e4 has the runs that chose the rates of @amd.
 """
 import csv
 import json
@@ -207,8 +206,8 @@ local-crops                cosmos-6           0-4   photographs cosmos          
 # Which losses need both the image and the text? And what do other methods find from the same pairs as COSMOS?
 cut,attention              cosmos             0-4   built-in@amd watched           32    1000  0.001    --eval-every 125
 cut                        without-clip       0-4   built-in@amd without-clip      32    1000  0.001
-cut                        another-pair       0-4   built-in@amd another-pair      32    1000  0.001
-cut,rivals                 cosmos-photographs 0-4   photographs@amd cosmos         64    800   0.001
+cut                        cosmos-photographs 0-4   photographs@amd cosmos         64    800   0.001
+rivals                     cosmos             0-4   photographs@amd cosmos         64    800   0.001
 rivals                     clip               0-4   photographs@amd clip           64    800   0.00025
 rivals                     several-captions   0-4   photographs@amd several-captions 64  800   0.0005
 rivals                     every-image        0-4   photographs@amd every-image    64    800   0.001
