@@ -177,6 +177,7 @@ def difference_tables(experiment):
 
 LOSSES = 'L_CLIP', 'h_I_cls_t', 'h_I_eot_t', 'h_T_cls_t', 'h_T_eot_t'
 CUTS = {'all': 'everything', 'text_cut': 'text cut', 'image_cut': 'image cut'}
+DRAWN = [f'cut.{loss}.{column}' for loss in LOSSES for column in CUTS]      # the columns of this table
 
 
 def cut_table():
@@ -184,7 +185,8 @@ def cut_table():
     text = f"\n## cut\n\n| run | loss | {' | '.join(CUTS.values())} |\n| --- | --- | --- | --- | --- |\n"
     for name in EXPERIMENTS['cut']:
         for loss in LOSSES:
-            shares = [f"{mean('cut', name, f'cut.{loss}.{column}'):.1f}" for column in CUTS]
+            columns = [column for column in DRAWN if loss in column]
+            shares = [f"{mean('cut', name, column):.1f}" for column in columns]
             text += f"| {name} | {loss} | {' | '.join(shares)} |\n"
     return text
 
