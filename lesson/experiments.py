@@ -206,6 +206,7 @@ local-crops                cosmos-6           0-4   photographs cosmos          
 # Which losses need both the image and the text? And what do other methods find from the same pairs as COSMOS?
 cut,attention              cosmos             0-4   built-in@amd watched           32    1000  0.001    --eval-every 125
 cut                        without-clip       0-4   built-in@amd without-clip      32    1000  0.001
+cut                        another-pair       0-4   built-in@amd another-pair      32    1000  0.001
 cut                        cosmos-photographs 0-4   photographs@amd cosmos         64    800   0.001
 rivals                     cosmos             0-4   photographs@amd cosmos         64    800   0.001
 rivals                     clip               0-4   photographs@amd clip           64    800   0.00025
