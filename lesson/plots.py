@@ -263,31 +263,27 @@ RUNGS = {
     'no-cross-attention': ('the losses of Eq. 6 in its place,\nbut nothing is read', None),
     'cosmos': ('+ reading = COSMOS', 40.1)}
 BLUE, RED = '#0072b2', '#d55e00'
-STEPS = {                               # {row: the row that it changes, colour of the step}
-    'clip-aug': ('clip', BLUE), 'image-distill': ('clip-aug', BLUE), 'text-crop': ('image-distill', BLUE),
-    'text-distill': ('text-crop', BLUE), 'no-cross-attention': ('text-distill', RED),
-    'cosmos': ('no-cross-attention', RED)}
+COLOR_OF = dict.fromkeys(RUNGS, BLUE) | {'no-cross-attention': RED, 'cosmos': RED}
 
 
 def draw_ladder(figure):
     """Page 2: Table 5 row by row, the paper's and ours. Its last row, in red, is taken in two steps."""
     paper, found_photographs, found_captions = figure.subplots(1, 3, sharey=True)
-    heights = {name: y for y, name in enumerate(RUNGS)}
-    scores = {name: score for name, (_, score) in RUNGS.items() if score}
-    color_of = {name: color for name, (_, color) in STEPS.items()} | {'clip': BLUE}
-    for name, score in scores.items():
-        paper.plot(score, heights[name], '|', color=color_of[name], markersize=14, markeredgewidth=3)
+    for y, (name, (_, score)) in enumerate(RUNGS.items()):
+        if score:
+            paper.plot(score, y, '|', color=COLOR_OF[name], markersize=14, markeredgewidth=3)
     paper.set_yticks(range(len(RUNGS)), [words for words, _ in RUNGS.values()])
     paper.set(xlim=(0, 45), title='the paper: text to image', xlabel='R@1 on COCO, %')
     for axis, column, title in zip(
             (found_photographs, found_captions), ('text_to_image_R@10', 'image_to_text_R@10'),
             ('here: text to image', 'here: image to text')):
-        means = {}
-        for name, y in heights.items():
+        mean_before = None
+        for y, (name, color) in enumerate(COLOR_OF.items()):
             experiment = 'ladder' if name == 'no-cross-attention' else 'table-5'
-            means[name] = show_runs(axis, experiment, name, f'retrieval.{column}', y, color_of[name], is_flat=True)
-        for name, (before, color) in STEPS.items():
-            axis.plot((means[before], means[name]), (heights[before], heights[name]), color=color)
+            mean_here = show_runs(axis, experiment, name, f'retrieval.{column}', y, color, is_flat=True)
+            if mean_before:
+                axis.plot((mean_before, mean_here), (y - 1, y), color=color)
+            mean_before = mean_here
         axis.set(xlim=(5, 20), title=title, xlabel='R@10 on Flickr8k, %')
     for axis in paper, found_photographs, found_captions:
         axis.spines[['top', 'right']].set_visible(False)
