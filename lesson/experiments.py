@@ -42,7 +42,7 @@ from cosmos import COSMOS, Output, Teacher, cosmos_terms, total_loss, unit
 from eval import show
 from lesson.suppression import Pointing
 from plumbing.errors import command, need
-from plumbing.files import read_json
+from plumbing.files import read_json, write_json
 from plumbing.options import Parser
 
 # --- 1. Methods that train.py does not have --------------------------------------------------------------------------
@@ -146,6 +146,8 @@ WORLDS = {                          # options of lesson.scenes, for drawn scenes
     'alone': f'{TWO} --company none',
     'equal': f'{TWO} --company equal',
     'big': TWO}
+# How many captions each training photograph keeps, its first ones. Validation and test keep all.
+FEWER = {'photographs-1': 1, 'photographs-2': 2}
 
 # A line has a run, its seeds, and the experiments that use it. From `method` on, the columns are options of train.py.
 # The rate is the best of those that we tried on other seeds: by the mean of big and small objects named, or by R@10
@@ -208,17 +210,21 @@ cut,attention              cosmos             0-4   built-in@amd watched        
 cut                        without-clip       0-4   built-in@amd without-clip      32    1000  0.001
 cut                        another-pair       0-4   built-in@amd another-pair      32    1000  0.001
 cut                        cosmos-photographs 0-4   photographs@amd cosmos         64    800   0.001
-rivals                     cosmos             0-4   photographs@amd cosmos         64    800   0.001
+rivals,average             cosmos             0-4   photographs@amd cosmos         64    800   0.001
 rivals                     clip               0-4   photographs@amd clip           64    800   0.00025
 rivals                     several-captions   0-4   photographs@amd several-captions 64  800   0.0005
-rivals                     every-image        0-4   photographs@amd every-image    64    800   0.001
+rivals,no-copy             every-image        0-4   photographs@amd every-image    64    800   0.001
+# Is it the reading that every-image owes its score to, or the self-distillation beside it?
+no-copy                    text-distill       0-4   photographs@amd text-distill   64    800   0.002
+# Without an average the teacher is the student of the step before.
+average                    no-average         0-4   photographs@amd cosmos         64    800   0.001    --momentum 0 --momentum-ramp 0
 """
 
 
 class Run(NamedTuple):
     """A line of the table."""
     seeds: range
-    data: str                       # of WORLDS, or PHOTOGRAPHS; then, perhaps, @amd
+    data: str                       # of WORLDS or FEWER, or PHOTOGRAPHS; then, perhaps, @amd
     method: str                     # of METHODS
     batch: str
     steps: str
@@ -231,12 +237,16 @@ class Run(NamedTuple):
         return self.data.removesuffix(AMD)
 
     @property
+    def has_photographs(self):
+        return self.world not in WORLDS
+
+    @property
     def words(self):
         """The words of the training command that decide the numbers of a run, except its seed."""
         program = '-m lesson.experiments train' if self.method in ADDED else 'train.py'
         preset = 'tiny'
         eval_every = 0
-        if self.world == PHOTOGRAPHS:
+        if self.has_photographs:
             preset = 'photo'
             eval_every = ceil(int(self.steps) / 8)
         whole = (f'{program} --preset {preset} --method {self.method} --batch {self.batch} --steps {self.steps} '
@@ -247,8 +257,9 @@ class Run(NamedTuple):
     def key(self):
         """What identifies a row, in addition to its seed."""
         machine = self.data.removeprefix(self.world)
-        data = [f'Flickr8k{machine}:']
-        if self.world != PHOTOGRAPHS:
+        if self.has_photographs:
+            data = [self.data.replace(PHOTOGRAPHS, 'Flickr8k') + ':']
+        else:
             data = [f'lesson.scenes{machine}', *WORLDS[self.world].split(), 'DIR:']
         return ' '.join([*data, *self.words])
 
@@ -273,11 +284,26 @@ EXPERIMENTS = read_table(TABLE)
 FOLDER = Path('runs/lesson')
 
 
+def first_captions(listing, count):
+    """Write the list of photographs again, with the first `count` captions of each training photograph -> its path."""
+    shorter = FOLDER / f'first-{count}.json'
+    if not shorter.exists():
+        whole = read_json(listing)
+        for photograph in whole['images']:
+            if photograph['split'] in ('train', 'restval'):
+                photograph['sentences'] = photograph['sentences'][:count]
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        write_json(shorter, whole)
+    return shorter
+
+
 def data_command(data, seed, flickr8k):
     """-> the folder of training and held-out data, and the words that make it."""
-    if data == PHOTOGRAPHS:
-        path = FOLDER / PHOTOGRAPHS
+    if data not in WORLDS:
+        path = FOLDER / data
         listing = flickr8k / 'dataset_flickr8k.json'
+        if data in FEWER:
+            listing = first_captions(listing, FEWER[data])
         return path, ['-m', 'extras.prepare', 'pack', listing, flickr8k / 'Images', path]
     path = FOLDER / f'scenes-{data}-{seed}'
     return path, ['-m', 'lesson.scenes', path, *WORLDS[data].split(), '--seed', seed]
@@ -298,7 +324,7 @@ def commands(run, seed, flickr8k):
     images = ['--karpathy', flickr8k / 'dataset_flickr8k.json', '--images', flickr8k / 'Images']
     retrieval = ['eval.py', 'retrieval', *images, '--split', 'test']
     scoring = {}                        # {group of figures: words}
-    if run.world == PHOTOGRAPHS:
+    if run.has_photographs:
         scoring['retrieval'] = [*retrieval, best]
         scoring['last'] = [*retrieval, last]            # does a lead depend on when training stops?
         if METHODS[run.method].has_teacher:             # or on the teacher, which averages weights?
