@@ -220,6 +220,7 @@ no-copy                    text-distill       0-4   photographs@amd text-distill
 # best with one and with five.
 captions                   clip-1             0-4   photographs-1@amd clip         64    800   0.0005
 captions                   cosmos-1           0-4   photographs-1@amd cosmos       64    800   0.001
+captions                   clip-2             0-4   photographs-2@amd clip         64    800   0.0005
 captions                   cosmos-2           0-4   photographs-2@amd cosmos       64    800   0.001
 # Without an average the teacher is the student of the step before.
 average                    no-average         0-4   photographs@amd cosmos         64    800   0.001    --momentum 0 --momentum-ramp 0
