@@ -210,7 +210,7 @@ cut,attention              cosmos             0-4   built-in@amd watched        
 cut                        without-clip       0-4   built-in@amd without-clip      32    1000  0.001
 cut                        another-pair       0-4   built-in@amd another-pair      32    1000  0.001
 cut                        cosmos-photographs 0-4   photographs@amd cosmos         64    800   0.001
-rivals,average,captions    cosmos             0-4   photographs@amd cosmos         64    800   0.001
+rivals,captions            cosmos             0-4   photographs@amd cosmos         64    800   0.001
 rivals,captions            clip               0-4   photographs@amd clip           64    800   0.00025
 rivals                     several-captions   0-4   photographs@amd several-captions 64  800   0.0005
 rivals,no-copy             every-image        0-4   photographs@amd every-image    64    800   0.001
@@ -222,8 +222,6 @@ captions                   clip-1             0-4   photographs-1@amd clip      
 captions                   cosmos-1           0-4   photographs-1@amd cosmos       64    800   0.001
 captions                   clip-2             0-4   photographs-2@amd clip         64    800   0.0005
 captions                   cosmos-2           0-4   photographs-2@amd cosmos       64    800   0.001
-# Without an average the teacher is the student of the step before.
-average                    no-average         0-4   photographs@amd cosmos         64    800   0.001    --momentum 0 --momentum-ramp 0
 """
 
 

@@ -3,7 +3,7 @@
     python -m lesson.suppression CKPT --shards runs/scenes [--only conflict] [--json figures.json]
 
 CKPT is any checkpoint that eval.load reads. --shards is a folder that holds val/, or is a val/. If its scenes list no
-objects, only `conflict` and `cut` are measured. A model without cross-attention has only `named`. These are the groups:
+objects, only `conflict` and the cuts are measured. A model without cross-attention has only `named`. These are the groups:
 
 named: what the vector of a whole image tells. `top1`, of the dominant and of the small objects, says how many are
 named: take the object's own name, and the names of its colour with five shapes that the scene lacks. From each name's
@@ -17,7 +17,7 @@ peak on an object of that colour (`asked`), or of the other?
 conflict: give C^I the caption of one pair and the image of another. Which of 32 images, as the teacher sees them, does
 h_T pick? See section 5.
 
-cut: which of the losses need both the image and the text? See section 6.
+cut: which of the losses need both the image and the text? See section 6. `cut_crops` asks it of crops as in training.
 """
 from collections import defaultdict
 from itertools import islice
@@ -30,7 +30,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from cosmos import Output, clip_loss, cosmos_terms, unit
+from cosmos import GLOBALS, Output, clip_loss, cosmos_terms, unit
+from data import Counts, Crops, Order, collate
 from eval import (TIE, Images, class_vectors, execute, load, preprocessing, progress_bar, shard_captions, shard_image,
                   zero_shot_retrieval)
 from lesson.scenes import ABSENT, FORMS, NAMES, mask_of
@@ -232,15 +233,16 @@ def conflict(args, scored, shards, scenes):
 # and patches, are replaced by their mean over the batch, so they no longer tell one pair from another. The teacher's
 # targets stay whole. A loss that stays low does without that modality. A cut is outside what the network was trained
 # on, so a loss may also rise because of that.
+#
+# `cut` takes one whole view of an image and its first caption, for student and teacher. A side finds itself there more
+# easily than in training, where it must find other crops; that is `cut_crops`.
 
-def mean_of_batch(x):
-    """(B, ...) -> the same shape, with the same mean for every pair."""
-    return x.mean(dim=0, keepdim=True).expand_as(x)
+LOCALS = 2              # local crops, and local captions, of a pair in `cut_crops`
 
 
 def losses_of(student, cls, eot, patches, words, cls_t, eot_t):
-    """Of a batch, one view a pair: the student's vectors (1, B, D) and tokens (B, R, D), unnormalised, and the teacher's
-    vectors (1, B, D) -> {loss: its share of ln B, which is what guessing costs}."""
+    """The student's vectors (V, B, D) and (U, B, D) and tokens (B, R, D), unnormalised, and the teacher's vectors
+    -> {loss: its share of ln B, which is what guessing costs}."""
     h_I, h_T = student.read(cls, eot, patches, words)
     out = Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
     scale, distill_scale = student.scales()
@@ -250,30 +252,59 @@ def losses_of(student, cls, eot, patches, words, cls_t, eot_t):
     return {name: loss.item() / guess for name, loss in losses.items()}
 
 
+def mean_over(x, dim):
+    """-> x with the mean over a dimension, the batch, in place of each of its entries."""
+    return x.mean(dim, keepdim=True).expand_as(x)
+
+
 @torch.no_grad()
-def cut(args, scored, shards, scenes):
-    """-> {L_CLIP and each term of Eq. 6: {all, text_cut, image_cut}}, shares of ln B."""
-    student, teacher, tokenizer, preprocess = both_networks(args)
+def losses_when_cut(student, teacher, batches):
+    """batches: of V images (B, 3, s, s), U texts (B, T) and the teacher's texts
+    -> {L_CLIP and each term of Eq. 6: {all, text_cut, image_cut}}, shares of ln B."""
     found = defaultdict(lambda: defaultdict(list))                      # by loss and by what is cut
-    for pixels, ids in groups_of_pairs(args, shards, tokenizer, preprocess, 'cut'):
-        out_t = teacher([pixels], [ids])
-        cls, patches = student.encode_image(pixels)
-        eot, words = student.encode_text(ids)
+    for images, texts, teacher_texts in batches:
+        out_t = teacher(images[:GLOBALS], teacher_texts)
+        first_cls, patches = student.encode_image(images[0])
+        first_eot, words = student.encode_text(texts[0])
+        cls = torch.stack([first_cls, *student.visual(images[1:])])     # (V, B, D)
+        eot = torch.stack([first_eot, *student.text(texts[1:])])        # (U, B, D)
         # without a text, and without an image
-        no_eot, no_words = mean_of_batch(eot), mean_of_batch(words)
-        no_cls, no_patches = mean_of_batch(cls), mean_of_batch(patches)
+        no_eot, no_words = mean_over(eot, 1), mean_over(words, 0)
+        no_cls, no_patches = mean_over(cls, 1), mean_over(patches, 0)
         cuts = {
             'all': (cls, eot, patches, words),
             'text_cut': (cls, no_eot, patches, no_words),
             'image_cut': (no_cls, eot, no_patches, words)}
-        for name, (cls_of, eot_of, *tokens) in cuts.items():
-            losses = losses_of(student, cls_of[None], eot_of[None], *tokens, out_t.cls, out_t.eot)
-            for loss, share in losses.items():
+        for name, seen in cuts.items():
+            for loss, share in losses_of(student, *seen, out_t.cls, out_t.eot).items():
                 found[loss][name].append(share)
     figures = {}
     for loss, columns in found.items():
         figures[loss] = {name: fmean(shares) for name, shares in columns.items()}
-    return {'cut': figures}
+    return figures
+
+
+def cut(args, scored, shards, scenes):
+    student, teacher, tokenizer, preprocess = both_networks(args)
+    groups = groups_of_pairs(args, shards, tokenizer, preprocess, 'cut')
+    batches = (([pixels], [ids], [ids]) for pixels, ids in groups)
+    return {'cut': losses_when_cut(student, teacher, batches)}
+
+
+def batches_of_crops(args, shards, tokenizer, config):
+    counts = Counts(GLOBALS, LOCALS, GLOBALS, LOCALS)
+    crops = Crops(shards, tokenizer, config, seed=0, counts=counts, augment='crops')
+    size = min(GROUP, len(shards))
+    order = Order(len(shards), size, start=0, stop=len(shards) // size, seed=0)
+    for places in progress_bar([*order], 'cut_crops'):
+        batch = collate([crops[place] for place in places], multiple=8, whole_first=True).to(args.device)
+        yield batch.views(''), batch.texts, batch.teacher_texts
+
+
+def cut_crops(args, scored, shards, scenes):
+    student, teacher, tokenizer, _ = both_networks(args)
+    batches = batches_of_crops(args, shards, tokenizer, student.config)
+    return {'cut_crops': losses_when_cut(student, teacher, batches)}
 
 
 # --- 7. During training, and the command -----------------------------------------------------------------------------
@@ -301,8 +332,8 @@ class Pointing(Watcher):
         return pointing(None, scored, val, read_scenes(val))
 
 
-MEASURES = {'named': measure_named, 'pointing': pointing, 'conflict': conflict, 'cut': cut}
-ANY_SET = 'conflict', 'cut'              # these need no objects
+MEASURES = {'named': measure_named, 'pointing': pointing, 'conflict': conflict, 'cut': cut, 'cut_crops': cut_crops}
+ANY_SET = 'conflict', 'cut', 'cut_crops'    # these need no objects
 
 
 def measure(args, *scored):
@@ -331,7 +362,7 @@ def main():
     parser.set_defaults(command='suppression', function=measure)
     add = parser.add_argument
     add('--shards', required=True,
-        help='held-out scenes, as runs/scenes or its val/; for conflict and cut any held-out shards')
+        help='held-out scenes, as runs/scenes or its val/; for conflict and the cuts any held-out shards')
     add('--only', choices=MEASURES, help='one group of figures, instead of all')
     execute(parser.parse_args())
 

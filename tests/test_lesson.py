@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 import train
 from cosmos import COSMOS, Output, clip_loss, cosmos_loss, cosmos_terms, unit
-from data import Shards, Tokenizer
+from data import Counts, Crops, Order, Shards, Tokenizer, loader
 from eval import load, preprocessing, shard_image
 from lesson import experiments, onepage, plots, scenes, suppression
 from lesson.experiments import EXPERIMENTS
@@ -333,8 +333,27 @@ def test_cut_is_what_the_model_computes(model, val, taught, monkeypatch):
     assert figures['h_T_cls_t']['text_cut'] == pytest.approx((np.mean(alike) + 1) / 2, rel=1e-4)
 
 
+def test_cut_of_crops_is_what_a_step_computes(model, val, taught):
+    """oracle: the losses of COSMOS.forward on what the loader of train.py gives, of all 24 scenes but the last four."""
+    network, tokenizer, _ = model
+    teacher, _ = taught
+    figures = suppression.cut_crops(arguments(), model, val, None)['cut_crops']
+    crops = Crops(val, tokenizer, network.config, 0, Counts(2, 2, 2, 2), 'crops')
+    expected = {name: [] for name in figures}
+    for batch in loader(crops, Order(24, 10, 0, 2, 0), 0, torch.device('cpu'), 8, True):
+        images = batch.views('')
+        out = network(images, batch.texts)
+        targets = teacher(images[:2], batch.teacher_texts)
+        terms = cosmos_terms(out, targets.cls, targets.eot, network.distill_logit_scale.exp())
+        for name, loss in (terms | {'L_CLIP': clip_loss(out, network.logit_scale.exp())}).items():
+            expected[name].append(loss.item() / np.log(10))
+    assert {name: each['all'] for name, each in figures.items()} == pytest.approx(
+        {name: np.mean(each) for name, each in expected.items()}, rel=1e-4)
+    assert all(each['all'] != each['text_cut'] and each['all'] != each['image_cut'] for each in figures.values())
+
+
 def test_other_sets(model, tmp_path, monkeypatch):
-    """oracle: one sentence that names the folder and the remedy, for a plain CLIP; others have `conflict` and `cut`.
+    """oracle: one sentence that names the folder and the remedy, for a plain CLIP; others have `conflict` and the cuts.
     During training there is nothing to report. Objects may be listed in another way."""
     image = encoded(Image.new('RGB', (64, 64)))
     nameless = {'role': 'small', 'centre': [1, 2], 'absent': []}
@@ -346,11 +365,11 @@ def test_other_sets(model, tmp_path, monkeypatch):
     args = arguments(shards=tmp_path)
     clip = COSMOS(replace(model[0].config, cross_heads=0))
     refused(r'can measure \[\]; .* a set drawn by python -m lesson.scenes', suppression.measure, args, clip, *model[1:])
-    for name in 'conflict', 'cut':
+    for name in suppression.ANY_SET:
         monkeypatch.setitem(suppression.MEASURES, name, lambda *given, name=name: {name: given[-1]})
-    assert suppression.measure(args, *model) == {'conflict': [], 'cut': []}
+    assert suppression.measure(args, *model) == {'conflict': [], 'cut': [], 'cut_crops': []}
     args.only = 'pointing'
-    refused(r"can measure \['conflict', 'cut'\]; ", suppression.measure, args, *model)
+    refused(r"can measure \['conflict', 'cut', 'cut_crops'\]; ", suppression.measure, args, *model)
 
 
 # --- The course ------------------------------------------------------------------------------------------------------
@@ -458,7 +477,7 @@ def test_methods_that_train_does_not_have(method, drawn, sandbox):
 FAMILIES = {
     'company': 8, 'company-size': 1, 'minutes': 6, 'pairs': 6, 'longer': 6, 'reading': 16, 'across': 18,
     'longer-reading': 18, 'steps': 2, 'photo-pairs': 10, 'photo-minutes': 12, 'photo-across': 6, 'table-5': 24,
-    'local-crops': 12, 'first': 4, 'ladder': 8, 'rivals': 16}
+    'local-crops': 12, 'first': 4, 'ladder': 8, 'rivals': 16, 'no-copy': 4, 'captions': 16}
 
 
 def test_experiments():
@@ -484,7 +503,7 @@ def test_cut_on_the_pages():
         for loss in plots.LOSSES:
             cells = []
             for name in runs:
-                cells += [f"{plots.mean('cut', name, f'cut.{loss}.{column}'):.0f}" for column in plots.CUTS]
+                cells += [f"{plots.mean('cut', name, f'cut_crops.{loss}.{column}'):.0f}" for column in plots.CUTS]
             words = re.sub('^(h_.)_', r'\1 → ', loss)
             assert f"| {words} | {' | '.join(cells)} |" in text
 
@@ -627,6 +646,7 @@ def families(monkeypatch):
     found['cut'] = {'c': found['one']['c']}
     monkeypatch.setattr(plots, 'EXPERIMENTS', found)
     monkeypatch.setattr(plots, 'LOSSES', ['L_CLIP'])
+    monkeypatch.setattr(plots, 'VIEWS', ['cut'])
     monkeypatch.setattr(plots, 'read_results', lambda: rows)
     monkeypatch.setattr(plots, 'COMPARISONS', {'one': {'small.top1': 'b~clip c~clip (b~clip)~(c~clip)'}})
     return rows
