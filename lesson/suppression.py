@@ -3,7 +3,7 @@
     python -m lesson.suppression CKPT --shards runs/scenes [--only conflict] [--json figures.json]
 
 CKPT is any checkpoint that eval.load reads. --shards is a folder that holds val/, or is a val/. If its scenes list no
-objects, only `conflict` and the cuts are measured. A model without cross-attention has only `named`. These are the groups:
+objects, only `conflict` and the cuts are measured. A model without cross-attention has only `named`. The groups are:
 
 named: what the vector of a whole image tells. `top1`, of the dominant and of the small objects, says how many are
 named: take the object's own name, and the names of its colour with five shapes that the scene lacks. From each name's
@@ -17,7 +17,8 @@ peak on an object of that colour (`asked`), or of the other?
 conflict: give C^I the caption of one pair and the image of another. Which of 32 images, as the teacher sees them, does
 h_T pick? See section 5.
 
-cut: which of the losses need both the image and the text? See section 6. `cut_crops` asks it of crops as in training.
+cut: which of the losses need both the image and the text, for one whole view? And cut_crops: for crops, as in training?
+See section 6.
 """
 from collections import defaultdict
 from itertools import islice
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cosmos import GLOBALS, Output, clip_loss, cosmos_terms, unit
-from data import Counts, Crops, Order, collate
+from data import Counts, Crops, Order, loader
 from eval import (TIE, Images, class_vectors, execute, load, preprocessing, progress_bar, shard_captions, shard_image,
                   zero_shot_retrieval)
 from lesson.scenes import ABSENT, FORMS, NAMES, mask_of
@@ -153,6 +154,11 @@ def both_networks(args):
     return student.to(args.device), teacher.to(args.device), tokenizer, preprocess
 
 
+def group_size(shards, what):
+    need(len(shards) > 1, f'there is one pair; {what} needs two or more')
+    return min(GROUP, len(shards))
+
+
 def groups_of_pairs(args, shards, tokenizer, preprocess, what):
     """Yields pixels (B, 3, s, s), and the ids (B, T) of the first caption of each pair. B is GROUP or, of a smaller
     set, the number of its pairs; a last, smaller group is dropped."""
@@ -160,8 +166,7 @@ def groups_of_pairs(args, shards, tokenizer, preprocess, what):
     for caption, image in zip(*shard_captions(shards)):
         firsts.setdefault(int(image), caption)
     captions = list(firsts.values())
-    size = min(GROUP, len(captions))
-    need(size > 1, f'there is one pair; {what} needs two or more')
+    size = group_size(shards, what)
     images = DataLoader(Images(shards, preprocess), size, num_workers=args.workers, drop_last=True)
     for number, pixels in enumerate(progress_bar(images, what)):
         ids = tokenizer(captions[number * size:(number + 1) * size])
@@ -235,7 +240,7 @@ def conflict(args, scored, shards, scenes):
 # on, so a loss may also rise because of that.
 #
 # `cut` takes one whole view of an image and its first caption, for student and teacher. A side finds itself there more
-# easily than in training, where it must find other crops; that is `cut_crops`.
+# easily than in training, where it must find other crops; so `cut_crops` takes crops, without changes of colour.
 
 LOCALS = 2              # local crops, and local captions, of a pair in `cut_crops`
 
@@ -292,12 +297,16 @@ def cut(args, scored, shards, scenes):
 
 
 def batches_of_crops(args, shards, tokenizer, config):
+    """Yields images, texts and the teacher's texts of a batch, in the order of an epoch; the last, smaller batch is
+    dropped."""
     counts = Counts(GLOBALS, LOCALS, GLOBALS, LOCALS)
     crops = Crops(shards, tokenizer, config, seed=0, counts=counts, augment='crops')
-    size = min(GROUP, len(shards))
+    size = group_size(shards, 'cut_crops')
     order = Order(len(shards), size, start=0, stop=len(shards) // size, seed=0)
-    for places in progress_bar([*order], 'cut_crops'):
-        batch = collate([crops[place] for place in places], multiple=8, whole_first=True).to(args.device)
+    device = torch.device(args.device)
+    batches = loader(crops, [*order], args.workers, device, multiple=8, whole_first=True)
+    for batch in progress_bar(batches, 'cut_crops'):
+        batch = batch.to(device)
         yield batch.views(''), batch.texts, batch.teacher_texts
 
 

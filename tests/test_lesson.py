@@ -333,6 +333,13 @@ def test_cut_is_what_the_model_computes(model, val, taught, monkeypatch):
     assert figures['h_T_cls_t']['text_cut'] == pytest.approx((np.mean(alike) + 1) / 2, rel=1e-4)
 
 
+def test_cuts_need_two_pairs(model, taught, monkeypatch):
+    """oracle: the sentence. The loss of a single pair is 0, and so is that of guessing."""
+    for name in 'cut', 'cut_crops':
+        monkeypatch.setattr(suppression, 'shard_captions', lambda shards: (['a dog'], [0]))
+        refused(f'there is one pair; {name} needs two or more', suppression.MEASURES[name], arguments(), model, [0], None)
+
+
 def test_cut_of_crops_is_what_a_step_computes(model, val, taught):
     """oracle: the losses of COSMOS.forward on what the loader of train.py gives, of all 24 scenes but the last four."""
     network, tokenizer, _ = model
@@ -591,10 +598,15 @@ def test_rows_of_photographs(course, monkeypatch):
     three for the test; a model that is quick."""
     listing = {'images': []}
     for i, split in enumerate(['train'] * 6 + ['val'] * 2 + ['test'] * 3):
-        sentences = [{'raw': f'A {NAMES[i]} .'}]
+        sentences = [{'raw': f'A {NAMES[i]} .'}, {'raw': f'One {NAMES[i]} .'}]
         listing['images'].append({'filename': f'{i}.png', 'split': split, 'imgid': i, 'sentences': sentences})
         put(f'flickr8k/Images/{i}.png', encoded(Image.new('RGB', (70, 64), (20 * i, 9, 9))))
     put('flickr8k/dataset_flickr8k.json', listing)
+    folder, words = experiments.data_command('photographs-1', 3, Path('flickr8k'))
+    shorter = {'images': [{**each, 'sentences': each['sentences'][:1]} for each in listing['images'][:6]]}
+    assert folder == Path('runs/lesson/photographs-1') and words[3:] == [
+        Path('runs/lesson/first-1.json'), Path('flickr8k/Images'), folder]
+    assert read_json(words[3])['images'] == shorter['images'] + listing['images'][6:]
     recipe = train.LAPTOP | {'batch': 2, 'steps': 8, 'augment': 'full'}
     monkeypatch.setitem(train.PRESETS, 'photo', train.Preset(replace(MICRO, image_size=32), recipe))
     assert run(experiments, 'photo', '--flickr8k', 'flickr8k') is None
