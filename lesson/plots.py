@@ -25,6 +25,7 @@ from plumbing.options import Parser
 
 CHANCE = 100 / 6                        # how often guessing names a shape, in percent
 LEVEL = 0.05
+AREA = 4                                # how much of a scene a small object covers, in percent
 
 # --- 1. What is compared ---------------------------------------------------------------------------------------------
 
@@ -306,6 +307,7 @@ def draw_pointing(figure):
             shares.append(100 * float(row['pointing.small.own_it']))
     for steps, shares in curves.values():
         axis.plot(steps, shares, 'o-', color=RED, alpha=0.5)
+    axis.axhline(AREA, color='black', linestyle=':')
     axis.set(xlabel='training step', ylabel='peak on the object, %')
     axis.spines[['top', 'right']].set_visible(False)
 
