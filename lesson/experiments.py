@@ -45,6 +45,7 @@ from lesson.suppression import Pointing
 from plumbing.errors import command, need
 from plumbing.files import read_json, write_json
 from plumbing.options import Parser
+from plumbing.runs import Watcher
 
 # --- 1. Methods that train.py does not have --------------------------------------------------------------------------
 
@@ -100,6 +101,13 @@ def every_image_terms(out, cls_t, eot_t, scale):
     return {'reads': reads} | train.embedding_terms(out, cls_t, eot_t, scale)
 
 
+class TeacherSeesAll(Watcher):
+    """The teacher sees the local crops, too, and each of them is a target like the large ones."""
+
+    def begin(self, run):
+        train.GLOBALS = None                            # train_step gives the teacher images[:GLOBALS]
+
+
 def loss_without_clip(*given):
     """L_COSMOS alone. L_CLIP is logged, but not trained."""
     loss, terms = total_loss(*given)
@@ -122,6 +130,7 @@ ADDED = {
     'another-pair': Added(OF_TRAIN['cosmos'], ReadsAnotherPair),
     'without-clip': Added(OF_TRAIN['cosmos'], loss=loss_without_clip),
     'every-image': Added(OF_TRAIN['cosmos']._replace(terms=every_image_terms), ReadsEveryImage),
+    'teacher-sees-all': Added(OF_TRAIN['cosmos'], watchers=[TeacherSeesAll()]),
     'two-terms': Added(OF_TRAIN['cosmos']._replace(terms=two_terms)),
     'watched': Added(OF_TRAIN['cosmos'], watchers=[Pointing()])}
 METHODS = OF_TRAIN | {name: added.row for name, added in ADDED.items()}
@@ -217,6 +226,13 @@ rivals                     several-captions   0-4   photographs@amd several-capt
 rivals,no-copy             every-image        0-4   photographs@amd every-image    64    800   0.001
 # Is it the reading that every-image owes its score to, or the self-distillation beside it?
 no-copy                    text-distill       0-4   photographs@amd text-distill   64    800   0.002
+scenes-no-copy             text-distill       0-4   built-in@amd text-distill      32    1000  0.001
+scenes-no-copy             cosmos             0-4   built-in@amd watched           32    1000  0.001    --eval-every 125
+scenes-no-copy             every-image        0-4   built-in@amd every-image       32    1000  0.001
+# Does the teacher have to be an average? And may it see the local crops?
+teacher                    cosmos             0-4   photographs@amd cosmos         64    800   0.001
+teacher                    no-average         0-4   photographs@amd cosmos         64    800   0.001    --momentum 0 --momentum-ramp 0
+teacher                    teacher-sees-all   0-4   photographs@amd teacher-sees-all 64  800   0.001
 # What is left of the lead if each training photograph has one caption, or two? With two, COSMOS has the rate that is
 # best with one and with five.
 captions                   clip-1             0-4   photographs-1@amd clip         64    800   0.0005
@@ -338,6 +354,8 @@ def commands(run, seed, flickr8k):
             scoring['reading'] = [*measure, best, '--shards', shards]
     else:
         scoring['scenes'] = [*measure, last, '--shards', shards]
+        if run.method == 'every-image':
+            scoring['scenes'] += ['--only', 'named']
     if run.world in ('alone', 'equal', 'big'):
         alone, making = data_command('alone', seed, flickr8k)
         found[alone / 'val/00000.tar'] = making

@@ -64,6 +64,8 @@ COMPARISONS = {
     'ladder': {f'{R_AT_10} {LAST}': 'no-cross-attention~text-distill cosmos~no-cross-attention'},
     'rivals': {f'{R_AT_10} {LAST}': 'cosmos~clip several-captions~clip cosmos~several-captions every-image~cosmos'},
     'no-copy': {f'{R_AT_10} {LAST}': 'every-image~text-distill'},
+    'scenes-no-copy': {NAMED: 'every-image~text-distill every-image~cosmos'},
+    'teacher': {f'{R_AT_10} {LAST}': 'cosmos~no-average cosmos~teacher-sees-all'},
     'captions': {
         f'{R_AT_10} {LAST}': 'cosmos-1~clip-1 cosmos-2~clip-2 cosmos~clip (cosmos~clip)~(cosmos-1~clip-1)'},
     'local-crops': {f'{R_AT_10} {LAST}': 'cosmos-0~cosmos-4 cosmos-2~cosmos-4 cosmos-6~cosmos-4'}}
