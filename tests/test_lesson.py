@@ -634,7 +634,7 @@ def test_tables(families):
 
 ## cut
 
-| run | loss | whole views: everything | whole views: text cut | whole views: image cut |
+| run | loss | whole views: nothing cut | whole views: text cut | whole views: image cut |
 | --- | --- | --- | --- | --- |
 | c | L_CLIP | 12.5 | 25.0 | 60.0 |
 """
