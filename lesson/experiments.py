@@ -19,8 +19,8 @@ training alone, elsewhere the processor time of the whole command; and no-cross-
 command now cuts, so it differs in the last bits.
 
 A processor rounds bf16 in its own way, so no experiment compares runs of two. Rows of data called @amd were made on an
-AMD EPYC, at e3f75eb (two at its parent) and, text-distill and fewer captions, at 7307453 and dd8518a. Of the others, drawn scenes but for `steps` come from an AMD EPYC, too,
-`steps` and photographs from an Intel Xeon. Commits 049e9e4 and 9bf674e have the runs that chose the rates of @amd.
+AMD EPYC, at e3f75eb (two at its parent) and, text-distill and fewer captions, at 7307453 and dd8518a. Of the others,
+drawn scenes but for `steps` come from an AMD EPYC, too, `steps` and photographs from an Intel Xeon. Commits 049e9e4 and 9bf674e have the runs that chose the rates of @amd.
 """
 import csv
 import json
@@ -150,12 +150,7 @@ def train_added(words):
 
 PHOTOGRAPHS = 'photographs'
 AMD = '@amd'
-TWO = '--objects 2 --dominant-size 0.38'
-WORLDS = {                          # options of lesson.scenes, for drawn scenes
-    'built-in': '',
-    'alone': f'{TWO} --company none',
-    'equal': f'{TWO} --company equal',
-    'big': TWO}
+SCENES = 'scenes'
 # How many captions each training photograph keeps, its first ones. Validation and test keep all.
 FEWER = {'photographs-1': 1, 'photographs-2': 2}
 
@@ -164,36 +159,29 @@ FEWER = {'photographs-1': 1, 'photographs-2': 2}
 # both ways on the validation photographs. With another pair, COSMOS keeps its rate.
 TABLE = """
 # experiments              run                seeds data        method             batch steps lr       more
-# Trained and tested with a small object alone, next to an equal, next to a big one; all are then tested alone, too.
-company,company-size       clip-alone         0-4   alone       clip-averaged      64    1684  0.00025
-company,company-size       cosmos-alone       0-4   alone       cosmos             32    1000  0.001
-company,company-size       clip-equal         0-4   equal       clip-averaged      64    1684  0.00025
-company,company-size       cosmos-equal       0-4   equal       cosmos             32    1000  0.001
-company,company-size       clip-big           0-4   big         clip-averaged      64    1684  0.00025
-company,company-size       cosmos-big         0-4   big         cosmos             32    1000  0.001
 # In equal time; `across` compares who reads what. CLIP gets 15 % more steps than its first estimate of 1,684, because
 # with those it took less time than COSMOS. Seeds 5 to 7 came where a difference was undecided after five, or nearly so.
-minutes,across             cosmos             0-7   built-in    cosmos             32    1000  0.001
-minutes,across             no-cross-attention 0-7   built-in    no-cross-attention 32    1150  0.001
-minutes                    clip               0-7   built-in    clip-averaged      64    1932  0.00025
-reading,across             another-pair       0-7   built-in    another-pair       32    1000  0.001
-reading,across             across             0-7   built-in    across             32    1000  0.001
+minutes,across             cosmos             0-7   scenes      cosmos             32    1000  0.001
+minutes,across             no-cross-attention 0-7   scenes      no-cross-attention 32    1150  0.001
+minutes                    clip               0-7   scenes      clip-averaged      64    1932  0.00025
+reading,across             another-pair       0-7   scenes      another-pair       32    1000  0.001
+reading,across             across             0-7   scenes      across             32    1000  0.001
 # From the same 32,000 pairs; `reading` compares who reads what.
-reading,pairs              cosmos             0-7   built-in    cosmos             32    1000  0.001
-reading,pairs              no-cross-attention 0-7   built-in    no-cross-attention 32    1000  0.001
-pairs                      clip               0-7   built-in    clip-averaged      64    500   0.00025
-reading                    two-terms          0-7   built-in    two-terms          32    1000  0.001
+reading,pairs              cosmos             0-7   scenes      cosmos             32    1000  0.001
+reading,pairs              no-cross-attention 0-7   scenes      no-cross-attention 32    1000  0.001
+pairs                      clip               0-7   scenes      clip-averaged      64    500   0.00025
+reading                    two-terms          0-7   scenes      two-terms          32    1000  0.001
 # Three times as long as `minutes`. Seed 0 has chosen the rates. The last two were undecided after five seeds.
-longer                     clip               1-5   built-in    clip-averaged      64    5796  0.00025
-longer                     no-cross-attention 1-8   built-in    no-cross-attention 32    3450  0.001
-longer                     cosmos             1-8   built-in    cosmos             32    3000  0.001
-longer-reading             no-cross-attention 1-5   built-in    no-cross-attention 32    3450  0.001
-longer-reading             cosmos             1-5   built-in    cosmos             32    3000  0.001
-longer-reading             another-pair       1-5   built-in    another-pair       32    3000  0.001
-longer-reading             across             1-5   built-in    across             32    3000  0.001
+longer                     clip               1-5   scenes      clip-averaged      64    5796  0.00025
+longer                     no-cross-attention 1-8   scenes      no-cross-attention 32    3450  0.001
+longer                     cosmos             1-8   scenes      cosmos             32    3000  0.001
+longer-reading             no-cross-attention 1-5   scenes      no-cross-attention 32    3450  0.001
+longer-reading             cosmos             1-5   scenes      cosmos             32    3000  0.001
+longer-reading             another-pair       1-5   scenes      another-pair       32    3000  0.001
+longer-reading             across             1-5   scenes      across             32    3000  0.001
 # In `pairs` CLIP makes half as many steps as COSMOS. Does it learn more from as many, of 32 pairs each?
-steps                      cosmos             10-14 built-in    cosmos             32    1000  0.001
-steps                      clip               10-14 built-in    clip-averaged      32    1000  0.00025
+steps                      cosmos             10-14 scenes      cosmos             32    1000  0.001
+steps                      clip               10-14 scenes      clip-averaged      32    1000  0.00025
 # On photographs: from the same 51,200 pairs, of which `table-5` has the rows of the paper's Table 5, and in equal time.
 photo-pairs,table-5,first  clip               0-4   photographs clip               64    800   0.00025
 photo-pairs,table-5        clip-aug           0-4   photographs clip-aug           64    800   0.00025
@@ -209,26 +197,21 @@ photo-minutes,photo-across no-cross-attention 0-4   photographs no-cross-attenti
 photo-minutes              clip               0-7   photographs clip               64    2740  0.00025
 photo-minutes              clip-aug           0-4   photographs clip-aug           64    1840  0.00025
 photo-across               across             0-4   photographs across             64    800   0.001
-# The rate and the four local captions are those of four local crops. Four is the default, but is typed, so that these
-# runs are made together with the others: their times are compared.
-local-crops                cosmos-0           0-4   photographs cosmos             64    800   0.001    --local-crops 0
-local-crops                cosmos-2           0-4   photographs cosmos             64    800   0.001    --local-crops 2
-local-crops                cosmos-4           0-4   photographs cosmos             64    800   0.001    --local-crops 4
-local-crops                cosmos-6           0-4   photographs cosmos             64    800   0.001    --local-crops 6
 # Which losses need both the image and the text? And what do other methods find from the same pairs as COSMOS?
-cut,attention              cosmos             0-4   built-in@amd watched           32    1000  0.001    --eval-every 125
-cut                        without-clip       0-4   built-in@amd without-clip      32    1000  0.001
-cut                        another-pair       0-4   built-in@amd another-pair      32    1000  0.001
+cut,attention              cosmos             0-4   scenes@amd   watched           32    1000  0.001    --eval-every 125
+cut                        without-clip       0-4   scenes@amd   without-clip      32    1000  0.001
+cut                        another-pair       0-4   scenes@amd   another-pair      32    1000  0.001
 cut                        cosmos-photographs 0-4   photographs@amd cosmos         64    800   0.001
 rivals,captions            cosmos             0-4   photographs@amd cosmos         64    800   0.001
 rivals,captions            clip               0-4   photographs@amd clip           64    800   0.00025
 rivals                     several-captions   0-4   photographs@amd several-captions 64  800   0.0005
 rivals,no-copy             every-image        0-4   photographs@amd every-image    64    800   0.001
-# Is it the reading that every-image owes its score to, or the self-distillation beside it?
+# Is it the reading that every-image owes its score to, or the self-distillation beside it? The rate of text-distill was
+# chosen on the Xeon.
 no-copy                    text-distill       0-4   photographs@amd text-distill   64    800   0.002
-scenes-no-copy             text-distill       0-4   built-in@amd text-distill      32    1000  0.001
-scenes-no-copy             cosmos             0-4   built-in@amd watched           32    1000  0.001    --eval-every 125
-scenes-no-copy             every-image        0-4   built-in@amd every-image       32    1000  0.001
+scenes-no-copy             text-distill       0-4   scenes@amd   text-distill      32    1000  0.001
+scenes-no-copy             cosmos             0-4   scenes@amd   watched           32    1000  0.001    --eval-every 125
+scenes-no-copy             every-image        0-4   scenes@amd   every-image       32    1000  0.001
 # Does the teacher have to be an average? And may it see the local crops?
 teacher                    cosmos             0-4   photographs@amd cosmos         64    800   0.001
 teacher                    no-average         0-4   photographs@amd cosmos         64    800   0.001    --momentum 0 --momentum-ramp 0
@@ -245,7 +228,7 @@ captions                   cosmos-2           0-4   photographs-2@amd cosmos    
 class Run(NamedTuple):
     """A line of the table."""
     seeds: range
-    data: str                       # of WORLDS or FEWER, or PHOTOGRAPHS; then, perhaps, @amd
+    data: str                       # SCENES, PHOTOGRAPHS, or of FEWER; then, perhaps, @amd
     method: str                     # of METHODS
     batch: str
     steps: str
@@ -253,13 +236,13 @@ class Run(NamedTuple):
     more: list                      # words of further options
 
     @property
-    def world(self):
+    def source(self):
         """The data without their @amd."""
         return self.data.removesuffix(AMD)
 
     @property
     def has_photographs(self):
-        return self.world not in WORLDS
+        return self.source != SCENES
 
     @property
     def words(self):
@@ -277,12 +260,11 @@ class Run(NamedTuple):
     @property
     def key(self):
         """What identifies a row, in addition to its seed."""
-        machine = self.data.removeprefix(self.world)
+        machine = self.data.removeprefix(self.source)
+        data = f'lesson.scenes{machine} DIR:'
         if self.has_photographs:
-            data = [self.data.replace(PHOTOGRAPHS, 'Flickr8k') + ':']
-        else:
-            data = [f'lesson.scenes{machine}', *WORLDS[self.world].split(), 'DIR:']
-        return ' '.join([*data, *self.words])
+            data = self.data.replace(PHOTOGRAPHS, 'Flickr8k') + ':'
+        return ' '.join([data, *self.words])
 
 
 def read_table(text):
@@ -320,14 +302,14 @@ def first_captions(listing, count):
 
 def data_command(data, seed, flickr8k):
     """-> the folder of training and held-out data, and the words that make it."""
-    if data not in WORLDS:
+    if data != SCENES:
         path = FOLDER / data
         listing = flickr8k / 'dataset_flickr8k.json'
         if data in FEWER:
             listing = first_captions(listing, FEWER[data])
         return path, ['-m', 'extras.prepare', 'pack', listing, flickr8k / 'Images', path]
-    path = FOLDER / f'scenes-{data}-{seed}'
-    return path, ['-m', 'lesson.scenes', path, *WORLDS[data].split(), '--seed', seed]
+    path = FOLDER / f'scenes-{seed}'
+    return path, ['-m', 'lesson.scenes', path, '--seed', seed]
 
 
 def commands(run, seed, flickr8k):
@@ -337,7 +319,7 @@ def commands(run, seed, flickr8k):
     out = FOLDER / re.sub('[ -]+', '-', name)
     best = out / 'best.pt'
     last = out / 'last.pt'
-    shards, making = data_command(run.world, seed, flickr8k)
+    shards, making = data_command(run.source, seed, flickr8k)
     found = {
         shards / 'val/00000.tar': making,
         last: [*run.words, '--seed', seed, '--data', shards, '--workers', 0, '--out', out]}
@@ -356,10 +338,6 @@ def commands(run, seed, flickr8k):
         scoring['scenes'] = [*measure, last, '--shards', shards]
         if run.method == 'every-image':
             scoring['scenes'] += ['--only', 'named']
-    if run.world in ('alone', 'equal', 'big'):
-        alone, making = data_command('alone', seed, flickr8k)
-        found[alone / 'val/00000.tar'] = making
-        scoring['alone'] = [*measure, last, '--shards', alone, '--only', 'named']
     for group, words in scoring.items():
         path = out / f'{group}.json'
         found[path] = [*words, '--json', path]

@@ -1,11 +1,8 @@
 """Draws a set of scenes: coloured shapes on a plain ground, and sentences that each name one of them.
 
-    python -m lesson.scenes DIR                                 the built-in set: a dominant and two small objects
-    python -m lesson.scenes DIR --objects 2 --dominant-size 0.38                        a big and a small object
-    python -m lesson.scenes DIR --objects 2 --dominant-size 0.38 --company equal        the small one next to an equal
-    python -m lesson.scenes DIR --objects 2 --dominant-size 0.38 --company none         the small one alone
+    python -m lesson.scenes DIR             the built-in set
 
-Objects are red or blue. So most scenes share their colours with many others, and captions can only be told apart by
+A scene has a dominant object and two small ones. Objects are red or blue. So most scenes share their colours with many others, and captions can only be told apart by
 shapes. No sentence mentions the size, the place or the role of its object. Only its outline gives away the shape of an
 object: all dominant objects cover the same number of pixels, and so do all small ones, each object has one colour, and
 places are drawn in the same way for all shapes. Objects never touch.
@@ -20,7 +17,7 @@ import json
 import math
 import random
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,9 +26,9 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
-from plumbing.errors import Refused, command, need
+from plumbing.errors import command, need
 from plumbing.files import read_json, write_json
-from plumbing.options import Parser, count, number_type
+from plumbing.options import Parser, count
 from plumbing.shards import write_shard
 
 # --- 1. What there is to draw ----------------------------------------------------------------------------------------
@@ -77,21 +74,10 @@ for shape, (outline, *holes) in SHAPES.items():
 SIZE = 96                                       # side of an image in pixels
 SS = 4                                          # supersampling per axis
 GAP = 2                                         # fewest pixels between objects, and to the border
-TRIES = 200                                     # thousands of layouts to try
 VERSION = 6                                     # version of the built-in set; raise it when a scene changes
 
-COMPANY = 'big', 'equal', 'none'
-SMALL_SIZE = 0.2                                # side of a square of its area, as a share of SIZE
-
-
-@dataclass(frozen=True)
-class World:
-    """What the scenes of a set have in common. Worlds that differ only in `company` have the same small objects, pixel
-    by pixel (in train and val), and in train the same sentences about them."""
-    objects: int = 3                # in a scene, 2 or 3: one dominant, the others small; their shapes differ
-    dominant_size: float = 0.3      # as SMALL_SIZE, for the dominant object
-    company: str = 'big'            # what small objects stand next to: 'big', 'equal' (of their size) or 'none'
-    seed: int = 0                   # for the training scenes; the held-out ones are the same for all seeds
+ROLES = 'dominant', 'small', 'small'            # of the objects of a scene; their shapes differ
+AREA = {'dominant': 829, 'small': 369}          # in pixels: 9 % of an image, and 4 %
 
 
 @dataclass
@@ -110,26 +96,22 @@ class Thing:
 
 # --- 2. Layout and drawing -------------------------------------------------------------------------------------------
 
-def draw_things(rng, world):
+def draw_things(rng):
     """-> the objects of a scene, the dominant one first, still without places."""
-    shapes = rng.sample(list(SHAPES), world.objects)
-    colors = rng.choices(list(COLORS), k=world.objects)
-    small = round((SIZE * SMALL_SIZE) ** 2)
-    things = [Thing(shape, color, 'small', small) for shape, color in zip(shapes, colors)]
-    things[0].role = 'dominant'
-    things[0].area = round((SIZE * world.dominant_size) ** 2)
-    return things
+    shapes = rng.sample(list(SHAPES), len(ROLES))
+    colors = rng.choices(list(COLORS), k=len(ROLES))
+    return [Thing(shape, color, role, AREA[role]) for shape, color, role in zip(shapes, colors, ROLES)]
 
 
 def place(rng, things):
     """Give each object its centre. Each gets a disc that holds any shape of its area, and discs keep apart, so a
-    place does not give a shape away. Refused if they do not fit."""
+    place does not give a shape away."""
     numbers = np.random.default_rng(rng.getrandbits(32))
     radius = np.array([REACH * math.sqrt(thing.area) for thing in things])       # (n,)
     room = SIZE / 2 - GAP - radius                                      # around the middle
     least = radius[:, None] + radius + GAP                              # (n, n)
     np.fill_diagonal(least, 0)
-    for _ in range(TRIES):
+    while True:                         # draw a thousand layouts, until one fits
         x, y = SIZE / 2 + numbers.uniform(-room, room, (2, 1000, len(things)))
         centres = x + 1j * y                                            # (1000, n)
         apart = abs(centres[:, :, None] - centres[:, None])             # (1000, n, n)
@@ -138,8 +120,6 @@ def place(rng, things):
             for thing, centre in zip(things, centres[fitting.argmax()]):
                 thing.centre = centre.real, centre.imag
             return
-    raise Refused(f'{len(things)} objects do not fit into an image; '
-                  'give lower --dominant-size or --objects')
 
 
 def pixels_of(thing):
@@ -171,9 +151,9 @@ def mask_of(things):
 
 # --- 3. Captions -----------------------------------------------------------------------------------------------------
 
-def training_captions(rng, things, shown):
+def training_captions(rng, things):
     """Ten sentences, each about one object. Half of them are about the small ones in turn, the rest about the dominant
-    one. An object that is not shown is called "a picture"."""
+    one."""
     main, *small = things
     rng.shuffle(small)
     rng.random()                    # unused: without it the numbers drawn later would be others
@@ -182,42 +162,32 @@ def training_captions(rng, things, shown):
         thing = main
         if number < SENTENCES // 2:
             thing = small[number % len(small)]
-        name = thing.name if thing in shown else 'picture'
-        captions.append(rng.choice(FORMS).format(name))
+        captions.append(rng.choice(FORMS).format(thing.name))
     return captions
 
 
-def held_out_caption(rng, shown):
+def held_out_caption(rng, things):
     """A sentence about every object, in random order, so the first need not be about the dominant one."""
-    in_any_order = rng.sample(shown, len(shown))
+    in_any_order = rng.sample(things, len(things))
     return '. '.join(rng.choice(FORMS).format(thing.name) for thing in in_any_order)
 
 
 # --- 4. Scenes and sets ----------------------------------------------------------------------------------------------
 
-def layout(rng, world):
-    """-> all objects of a scene in their places, the ones that are shown, and shapes that none of them has."""
-    things = draw_things(rng, world)
+def draw_scene(seed, split, index):
+    """-> [(member name, bytes), ...]. The random numbers depend only on split, on index and, for train, on the seed."""
+    if split == 'val':
+        seed = 'any'
+    rng = random.Random(f'{seed}/{split}/{index}')
+    things = draw_things(rng)
     place(rng, things)
-    shown = things
-    if world.company == 'none':
-        shown = things[1:]
-    if world.company == 'equal':
-        things[0].area = things[1].area
     taken = [thing.shape for thing in things]
     free = [shape for shape in SHAPES if shape not in taken]
-    return things, shown, rng.sample(free, ABSENT)
-
-
-def draw_scene(world, split, index):
-    """-> [(member name, bytes), ...]. The random numbers depend only on split, on index and, for train, on the seed."""
-    seed = world.seed if split == 'train' else 'any'
-    rng = random.Random(f'{seed}/{split}/{index}')
-    things, shown, absent = layout(rng, world)
+    absent = rng.sample(free, ABSENT)
     pixels = np.full((SIZE, SIZE, 3), ImageColor.getrgb(rng.choice(GROUNDS)), float)
-    mask = mask_of(shown)
+    mask = mask_of(things)
     objects = []
-    for number, thing in enumerate(shown, 1):
+    for number, thing in enumerate(things, 1):
         pixels[mask == number] = ImageColor.getrgb(COLORS[thing.color])
         objects.append({
             'name': thing.name, 'role': thing.role, 'area': thing.area, 'centre': thing.centre,
@@ -227,9 +197,9 @@ def draw_scene(world, split, index):
     pixels *= rng.uniform(0.85, 1.1)
     image = Image.fromarray(np.uint8(pixels.clip(0, 255)))
     if split == 'train':
-        captions = training_captions(rng, things, shown)
+        captions = training_captions(rng, things)
     else:
-        captions = [held_out_caption(rng, shown)]
+        captions = [held_out_caption(rng, things)]
     record = {'captions': captions, 'objects': objects}
     file = io.BytesIO()
     image.save(file, 'WEBP', lossless=True, quality=0, method=0)        # quality here is effort
@@ -237,30 +207,29 @@ def draw_scene(world, split, index):
             (f'{index:06d}.json', json.dumps(record, separators=(',', ':')).encode())]
 
 
-def make_scenes(root, train=4000, val=1000, workers=None, **options):
-    """Draw a set into a folder, in tars of 1,000 scenes: `train` training scenes and `val` held-out ones. The other
-    options are those of World. Equal arguments give equal bytes, for any number of `workers`.
+def make_scenes(root, train=4000, val=1000, seed=0, workers=None):
+    """Draw a set into a folder, in tars of 1,000 scenes: `train` training scenes and `val` held-out ones, which are the
+    same for all seeds. Equal arguments give equal bytes, for any number of `workers`.
 
-    Refused if objects do not fit, or if the folder already holds a whole set.
+    Refused if the folder already holds a whole set.
     """
-    world = World(**options)
     root = Path(root)
     need(not (root / 'world.json').exists(), f'{root} holds a set of scenes; give another folder')
     with ProcessPoolExecutor(workers) as pool:
         for split, count in ('train', train), ('val', val):
-            draw = partial(draw_scene, world, split)
+            draw = partial(draw_scene, seed, split)
             for start in tqdm(range(0, count, 1000), f'drawing {split}', disable=None):
                 scenes = pool.map(draw, range(start, min(start + 1000, count)), chunksize=50)
                 path = root / split / f'{start // 1000:05d}.tar'
                 write_shard(path, chain.from_iterable(scenes))
     # written last, so a folder that has it is complete
-    write_json(root / 'world.json', {'version': VERSION} | asdict(world))
+    write_json(root / 'world.json', {'version': VERSION, 'seed': seed})
 
 
 def built_in_set(root='runs/scenes'):
     """-> the folder of the built-in set, which is drawn if it is absent. The folder is `root`; if that holds another
-    version or another world, it is root-2, root-3, ..."""
-    built_in = {'version': VERSION} | asdict(World())
+    set, it is root-2, root-3, ..."""
+    built_in = {'version': VERSION, 'seed': 0}
     folder = Path(root)
     number = 1
     while (folder / 'val/00000.tar').exists():          # the last tar to be drawn
@@ -271,7 +240,7 @@ def built_in_set(root='runs/scenes'):
         folder = Path(f'{root}-{number}')
     print(f'data       drawing the built-in set into {folder}, once')
     if number > 1:
-        print(f'note       {root} holds scenes of another version or another world; '
+        print(f'note       {root} holds scenes of another version or seed; '
               f'a run that began on them goes on with --resume --data {root}')
     make_scenes(folder)
     return folder
@@ -281,15 +250,10 @@ def built_in_set(root='runs/scenes'):
 
 def main():
     parser = Parser(prog='python -m lesson.scenes', epilog=__doc__)
-    size = number_type(float, 'a number from 0.05 to 0.5', 0.05, 0.5)
     add = parser.add_argument
     add('root', metavar='DIR')
     add('--train', type=count, default=4000, help='training scenes (%(default)s)')
     add('--val', type=count, default=1000, help='held-out scenes (%(default)s)')
-    add('--objects', type=int, choices=(2, 3), default=3, help='in a scene (%(default)s)')
-    add('--dominant-size', type=size, default=0.3,
-        help="side of a square with the dominant object's area, as a share of the image's side (%(default)s)")
-    add('--company', choices=COMPANY, default='big', help='what small objects stand next to (%(default)s)')
     add('--seed', type=count, default=0, help='of the training scenes (%(default)s)')
     args = parser.parse_args()
     make_scenes(**vars(args))

@@ -7,7 +7,7 @@ import io
 import json
 import random
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +25,7 @@ from data import Counts, Crops, Order, Shards, Tokenizer, loader
 from eval import load, preprocessing, shard_image
 from lesson import experiments, onepage, plots, scenes, suppression
 from lesson.experiments import EXPERIMENTS
-from lesson.scenes import NAMES, SHAPES, World, draw_scene, make_scenes, mask_of
+from lesson.scenes import NAMES, SHAPES, draw_scene, make_scenes, mask_of
 from lesson.suppression import Named, read_scenes
 from plumbing.files import read_json
 from plumbing.weights import read_checkpoint
@@ -60,14 +60,6 @@ def drawn_again(objects):
         _, shape = listed['name'].split()
         things.append(SimpleNamespace(**listed, shape=shape))
     return mask_of(things)
-
-
-def drawn_scene(world, split, i):
-    """Scene i of a world, drawn -> captions, objects, pixels, numbers in the mask."""
-    members = {name[7:]: value for name, value in draw_scene(world, split, i)}
-    record = json.loads(members['json'])
-    pixels = np.array(Image.open(io.BytesIO(members['webp'])))
-    return record['captions'], record['objects'], pixels, drawn_again(record['objects'])
 
 
 # --- Scenes ----------------------------------------------------------------------------------------------------------
@@ -108,18 +100,16 @@ def test_what_is_listed(val):
     assert 2 <= dominant_first <= 14 and first_colors == {'red', 'blue'}
 
 
-TWO = World(objects=2, dominant_size=0.38)
-
-
-@pytest.mark.parametrize('world, big', [
-    (World(), {829}), (TWO, {1331}), (replace(TWO, company='equal'), {369}), (replace(TWO, company='none'), set())])
-def test_nothing_but_outlines_tells_shapes(world, big):
+def test_nothing_but_outlines_tells_shapes():
     """oracle: pixels of the image, counted. A number for big objects and one for small ones, each pixel of an object in
     one colour and every other one in that of the ground: so what is drawn again from the json is what was drawn. Two
     pixels or more between objects. By its outline an object fits into the disc that it was given."""
     areas = {'dominant': set(), 'small': set()}
     for i in range(60):
-        _, objects, pixels, mask = drawn_scene(world, 'val', i)
+        members = {name[7:]: value for name, value in draw_scene(0, 'val', i)}
+        objects = json.loads(members['json'])['objects']
+        pixels = np.array(Image.open(io.BytesIO(members['webp'])))
+        mask = drawn_again(objects)
         places = []
         for number, thing in enumerate(objects, 1):
             areas[thing['role']].add((mask == number).sum())
@@ -128,43 +118,12 @@ def test_nothing_but_outlines_tells_shapes(world, big):
             assert len(np.unique(pixels[mask == number], axis=0)) == 1
         for other in places[1:]:
             assert abs(places[0][:, None] - other).max(axis=2).min() > 2
-    assert areas == {'dominant': big, 'small': {369}}
-
-
-def test_company():
-    """oracle: the set with a big object. Alone and beside an equal the small object is the same, pixel by pixel, and so
-    are the sentences on it; those on an object that is left out name a picture."""
-    for i in range(8):
-        found = {}
-        pools = {}
-        for company in scenes.COMPANY:
-            world = replace(TWO, company=company)
-            _, (*other, small), pixels, mask = drawn_scene(world, 'val', i)
-            here = mask == 1 + len(other)
-            found[company] = small, here.tolist(), pixels[here].tolist()
-            areas = {'big': [1331], 'equal': [369], 'none': []}
-            assert [thing['area'] for thing in other] == areas[company]
-            pools[company], objects, *_ = drawn_scene(world, 'train', i)
-            if company == 'big':
-                left_out = objects[0]['name']
-        assert found['big'] == found['equal'] == found['none']
-        assert pools['big'] == pools['equal']
-        sentences = [re.sub(f'an? {left_out}', 'a picture', sentence) for sentence in pools['big']]
-        assert pools['none'] == sentences and ' '.join(sentences).count('picture') == 5
-
-
-@pytest.mark.parametrize('flags, sentence', [
-    ('--dominant-size 0.5', '3 objects do not fit into an image; give lower --dominant-size or --objects'),
-    ('--objects 4', '--objects: invalid choice: 4')])
-def test_worlds_that_cannot_be_drawn(tmp_path, flags, sentence):
-    """oracle: one sentence that names the flag and the remedy."""
-    error = run(scenes, tmp_path, '--train', 3, '--val', 1, *flags.split())
-    assert sentence in error and len(error.splitlines()) == 1
+    assert areas == {'dominant': {829}, 'small': {369}}
 
 
 def test_an_older_set_is_left_alone(drawn, tmp_path, monkeypatch, capsys):
     """oracle: which folder is returned, and what is drawn. A set of an older version, with or without a recipe, stays,
-    and so does one of another world; one that was interrupted is drawn again in its place. Whoever has a run on the
+    and so does one of another seed; one that was interrupted is drawn again in its place. Whoever has a run on the
     older set is told how to go on."""
     root = tmp_path / 'scenes'
     made = []
@@ -176,11 +135,10 @@ def test_an_older_set_is_left_alone(drawn, tmp_path, monkeypatch, capsys):
     (root / 'val/00000.tar').touch()
     second = tmp_path / 'scenes-2'
     assert scenes.built_in_set(root) == second and made == [root, second]
-    assert f'another version or another world; a run that began on them goes on with --resume --data {root}' in (
+    assert f'another version or seed; a run that began on them goes on with --resume --data {root}' in (
         capsys.readouterr().out)
-    for version, world, folder in (
-            (1, World(), second), (scenes.VERSION, TWO, second), (scenes.VERSION, World(), root)):
-        put(root / 'world.json', {'version': version} | asdict(world))
+    for version, seed, folder in (1, 0, second), (scenes.VERSION, 1, second), (scenes.VERSION, 0, root):
+        put(root / 'world.json', {'version': version, 'seed': seed})
         assert scenes.built_in_set(root) == folder
 
 
@@ -482,19 +440,19 @@ def test_methods_that_train_does_not_have(method, drawn, sandbox):
 
 # How many differences each family has. Holm's correction depends on it, so if one goes, another may become decided.
 FAMILIES = {
-    'company': 8, 'company-size': 1, 'minutes': 6, 'pairs': 6, 'longer': 6, 'reading': 16, 'across': 18,
+    'minutes': 6, 'pairs': 6, 'longer': 6, 'reading': 16, 'across': 18,
     'longer-reading': 18, 'steps': 2, 'photo-pairs': 10, 'photo-minutes': 12, 'photo-across': 6, 'table-5': 24,
-    'local-crops': 12, 'first': 4, 'ladder': 8, 'rivals': 16, 'no-copy': 4, 'captions': 16}
+    'first': 4, 'ladder': 8, 'rivals': 16, 'no-copy': 4, 'captions': 16}
 
 
 def test_experiments():
     """oracle: by hand: keys; how many pairs and steps the tracks have; FAMILIES; RESULTS.md, which the rows give."""
-    assert EXPERIMENTS['company']['clip-alone'].key == (
-        'lesson.scenes --objects 2 --dominant-size 0.38 --company none DIR: -m lesson.experiments train --preset tiny '
-        '--method clip-averaged --batch 64 --steps 1684 --lr 0.00025 --eval-every 0 --precision bf16')
-    assert EXPERIMENTS['local-crops']['cosmos-2'].key == (
-        'Flickr8k: train.py --preset photo --method cosmos --batch 64 --steps 800 --lr 0.001 --eval-every 100 '
-        '--precision bf16 --local-crops 2')
+    assert EXPERIMENTS['attention']['cosmos'].key == (
+        'lesson.scenes@amd DIR: -m lesson.experiments train --preset tiny --method watched --batch 32 --steps 1000 '
+        '--lr 0.001 --eval-every 0 --precision bf16 --eval-every 125')
+    assert EXPERIMENTS['captions']['clip-1'].key == (
+        'Flickr8k-1@amd: train.py --preset photo --method clip --batch 64 --steps 800 --lr 0.0005 --eval-every 100 '
+        '--precision bf16')
     for experiment, pairs in ('pairs', 32_000), ('reading', 32_000), ('photo-pairs', 51_200), ('table-5', 51_200):
         assert {int(each.steps) * int(each.batch) for each in EXPERIMENTS[experiment].values()} == {pairs}
     for name, each in EXPERIMENTS['longer'].items():
@@ -548,8 +506,8 @@ def test_a_process_is_timed():
 def course(sandbox, monkeypatch):
     """Two experiments, one on drawn scenes and one on photographs; no result yet."""
     table = """
-        one,two  clip    3-3  big          clip-averaged       4  2  0.001
-        one      cosmos  3-4  big          cosmos              4  2  0.001
+        one,two  clip    3-3  scenes       clip-averaged       4  2  0.001
+        one      cosmos  3-4  scenes       cosmos              4  2  0.001
         photo    cosmos  3-3  photographs  cosmos              2  8  0.001  --local-crops 1"""
     monkeypatch.setattr(experiments, 'EXPERIMENTS', experiments.read_table(table))
     monkeypatch.setattr(experiments, 'call', in_this_process)
@@ -559,21 +517,20 @@ def course(sandbox, monkeypatch):
 
 
 # of a row: figures of every group
-COLUMNS = ('small.top1', 'retrieval.text_to_image_R@1', 'pointing.small.own_it', 'alone.small.top1',
+COLUMNS = ('small.top1', 'retrieval.text_to_image_R@1', 'pointing.small.own_it',
            'conflict.h_T_caption.read', 'last.image_to_text_R@10', 'student.text_to_image_R@1')
 
 
 def test_a_run_has_one_row(course, drawn, capsys):
     """oracle: the commands that --print shows, in the order of seeds, and what they write. A run that has a row is not
     made again, and none of its figures changes."""
-    for folder in 'big-3', 'big-4', 'alone-3', 'alone-4':
+    for folder in 'scenes-3', 'scenes-4':
         Path('runs/lesson').mkdir(parents=True, exist_ok=True)
-        Path(f'runs/lesson/scenes-{folder}').symlink_to(drawn)
-    put('runs/lesson/big-clip-averaged-2-0.001-3/last.pt')              # of a run that was interrupted
+        Path(f'runs/lesson/{folder}').symlink_to(drawn)
+    put('runs/lesson/scenes-clip-averaged-2-0.001-3/last.pt')              # of a run that was interrupted
     assert run(experiments, 'two') is None
     [(key, row)] = experiments.read_results().items()
     assert key == (course['two']['clip'].key, 3) and row['seconds'] == '7'
-    assert row['small.top1'] == row['alone.small.top1']
     assert run(experiments, 'one') is None
     rows = experiments.read_results()
     assert [seed for _, seed in rows] == [3, 3, 4] and rows[key] == row
@@ -584,7 +541,7 @@ def test_a_run_has_one_row(course, drawn, capsys):
     assert run(experiments, 'one', '--print') is None
     lines = capsys.readouterr().out.replace('OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= python ', '').splitlines()
     assert [line for line in lines if line[0] == '#'] == ['# clip, seed 3', '# cosmos, seed 3', '# cosmos, seed 4']
-    assert lines[1] == '-m lesson.scenes runs/lesson/scenes-big-3 --objects 2 --dominant-size 0.38 --seed 3'
+    assert lines[1] == '-m lesson.scenes runs/lesson/scenes-3 --seed 3'
     out, found = experiments.commands(course['one']['clip'], 3, Path())
     for line, words in zip(lines[1:], found.values()):
         assert line.split() == list(map(str, words))
@@ -644,9 +601,9 @@ def test_intervals_by_hand():
 def families(monkeypatch):
     """Three runs of three seeds, their rows, and what is compared."""
     table = """
-        one  clip  0-2  built-in  clip    4  2  0.1
-        one  b     0-2  built-in  cosmos  4  2  1
-        one  c     0-2  built-in  cosmos  4  2  2"""
+        one  clip  0-2  scenes  clip    4  2  0.1
+        one  b     0-2  scenes  cosmos  4  2  1
+        one  c     0-2  scenes  cosmos  4  2  2"""
     found = experiments.read_table(table)
     shares = {'clip': (.39, .40, .41), 'b': (.5, .5, .5), 'c': (.42, .45, .48)}
     rows = {}
@@ -658,7 +615,7 @@ def families(monkeypatch):
     found['cut'] = {'c': found['one']['c']}
     monkeypatch.setattr(plots, 'EXPERIMENTS', found)
     monkeypatch.setattr(plots, 'LOSSES', ['L_CLIP'])
-    monkeypatch.setattr(plots, 'VIEWS', ['cut'])
+    monkeypatch.setattr(plots, 'VIEWS', {'cut': 'whole views'})
     monkeypatch.setattr(plots, 'read_results', lambda: rows)
     monkeypatch.setattr(plots, 'COMPARISONS', {'one': {'small.top1': 'b~clip c~clip (b~clip)~(c~clip)'}})
     return rows
@@ -677,7 +634,7 @@ def test_tables(families):
 
 ## cut
 
-| run | loss | everything | text cut | image cut |
+| run | loss | whole views: nothing cut | whole views: text cut | whole views: image cut |
 | --- | --- | --- | --- | --- |
 | c | L_CLIP | 12.5 | 25.0 | 60.0 |
 """
