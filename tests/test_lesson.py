@@ -385,7 +385,7 @@ def test_every_image(model):
 def sandbox(tmp_path, monkeypatch):
     """An empty folder to run in. What lesson.experiments changes in train.py is taken back."""
     monkeypatch.chdir(tmp_path)
-    for name in 'METHODS', 'COSMOS', 'Teacher', 'total_loss':
+    for name in 'METHODS', 'COSMOS', 'Teacher', 'total_loss', 'GLOBALS':
         monkeypatch.setattr(train, name, getattr(train, name))
 
 
@@ -442,7 +442,8 @@ def test_methods_that_train_does_not_have(method, drawn, sandbox):
 FAMILIES = {
     'minutes': 6, 'pairs': 6, 'longer': 6, 'reading': 16, 'across': 18,
     'longer-reading': 18, 'steps': 2, 'photo-pairs': 10, 'photo-minutes': 12, 'photo-across': 6, 'table-5': 24,
-    'first': 4, 'ladder': 8, 'rivals': 16, 'no-copy': 4, 'captions': 16}
+    'first': 4, 'ladder': 8, 'rivals': 16, 'no-copy': 4, 'scenes-no-copy': 4, 'teacher': 8,
+    'captions': 16}
 
 
 def test_experiments():
