@@ -259,14 +259,14 @@ def draw_race(figure):
 
 
 # Table 5 of the paper, on CC3M: its rows, and R@1 on COCO, text to image. Our two sources for it disagree on what the
-# second row is called. We take its last row in two steps; the paper has no figure for the first of them.
+# second row is called; one says EMA. We take its last row in two steps; the paper has no figure for the first of them.
 RUNGS = {
     'clip': ('CLIP', 10.7),
-    'clip-aug': ('+ image augmentation\n(one source: EMA)', 12.7),
+    'clip-aug': ('+ image augmentation', 12.7),
     'image-distill': ('+ image self-distillation', 14.6),
     'text-crop': ('+ text augmentation', 37.5),
     'text-distill': ('+ text self-distillation', 38.0),
-    'no-cross-attention': ('the losses of Eq. 6 in its place,\nbut nothing is read', None),
+    'no-cross-attention': ('the losses of Eq. 6 instead,\nbut nothing is read', None),
     'cosmos': ('+ reading = COSMOS', 40.1)}
 BLUE, RED = '#0072b2', '#d55e00'
 COLOR_OF = dict.fromkeys(RUNGS, BLUE) | {'no-cross-attention': RED, 'cosmos': RED}
