@@ -139,7 +139,11 @@ METHODS = OF_TRAIN | {name: added.row for name, added in ADDED.items()}
 def train_added(words):
     """train.py with these methods, too. NB: it changes the module for the rest of this process."""
     train.METHODS = METHODS
-    added = ADDED.get(train.read_options(words).method, Added(None))
+    options = train.read_options(words)
+    added = ADDED.get(options.method, Added(None))
+    is_whole = options.accum == 1 and int(os.environ.get('WORLD_SIZE', 1)) == 1
+    need(is_whole or added.student is not ReadsEveryImage,
+         f'--method {options.method} needs the whole batch at once; give it one process and --accum 1')
     train.COSMOS = added.student
     train.Teacher = added.teacher
     train.total_loss = added.loss

@@ -153,7 +153,7 @@ def choose_data(options, built_in_set):
     is one folder with train/ and val/, --val becomes the same folder: Shards takes the half that it is asked for."""
     if options.data is None:
         need(built_in_set,
-             'the built-in set is drawn by lesson/, which is absent; give shards with --data')
+             'without --data only train.py itself trains, on a set that lesson/ draws; give shards with --data')
         options.data = [str(built_in_set())]
     folder = Path(options.data[0])
     has_halves = (folder / 'train').is_dir() and (folder / 'val').is_dir()

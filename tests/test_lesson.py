@@ -356,8 +356,8 @@ def test_reading_another_pair(model):
     assert_close(out.h_T[:1], unit(h_T))
 
 
-def test_every_image(model):
-    """oracle: a loop over captions and images, each read by COSMOS's own C^I."""
+def test_every_image(model, sandbox):
+    """oracle: a loop over captions and images, each read by COSMOS's own C^I. A batch in parts is refused."""
     whole, tokenizer, _ = model
     images = torch.randn(2, 3, 3, 64, 64)
     texts = tokenizer(NAMES[:6]).view(2, 3, -1)
@@ -379,6 +379,8 @@ def test_every_image(model):
     terms = experiments.every_image_terms(out, out.cls, out.eot, 5)
     assert_close(terms['reads'], sum(costs) / 4)
     assert terms.keys() == {'reads', 'cls_cls_t', 'eot_eot_t'} and out.h_I is None
+    in_parts = '--data', 'absent', '--method', 'every-image', '--accum', '2'
+    refused('every-image needs the whole batch at once', experiments.train_added, in_parts)
 
 
 @pytest.fixture

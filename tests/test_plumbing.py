@@ -107,7 +107,7 @@ def test_the_four_files_and_plumbing_are_enough(tmp_path, monkeypatch):
         done = subprocess.run([sys.executable, *command.split()], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0 and 'R@1' in done.stdout, done.stderr
     monkeypatch.chdir(tmp_path)                         # because the folder of the project may hold runs
-    assert re.match('error: the built-in set is drawn by lesson/.*; give shards with --data', run(train))
+    assert re.match('error: without --data only train.py itself trains.*; give shards with --data', run(train))
 
 
 def test_every_command_has_help(capsys):
