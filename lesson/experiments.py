@@ -218,7 +218,7 @@ no-copy                    text-distill       0-4   photographs@amd text-distill
 scenes-no-copy             text-distill       0-4   scenes@amd   text-distill      32    1000  0.001
 scenes-no-copy             cosmos             0-4   scenes@amd   watched           32    1000  0.001    --eval-every 125
 scenes-no-copy             every-image        0-4   scenes@amd   every-image       32    1000  0.001
-# Does the teacher have to be an average? And may it see the local crops? (Three seeds, because time ran out.)
+# Does the teacher have to be an average? And may it see the local crops? (That has three seeds.)
 teacher                    cosmos             0-4   photographs@amd cosmos         64    800   0.001
 teacher                    no-average         0-4   photographs@amd cosmos         64    800   0.001    --momentum 0 --momentum-ramp 0
 teacher                    teacher-sees-all   0-2   photographs@amd teacher-sees-all 64  800   0.001

@@ -20,18 +20,18 @@ from statistics import fmean, stdev
 import numpy as np
 
 from lesson.experiments import CURVES, EXPERIMENTS, read_results
+from lesson.scenes import AREA, SIZE
 from plumbing.errors import command, need
 from plumbing.options import Parser
 
 CHANCE = 100 / 6                        # how often guessing names a shape, in percent
 LEVEL = 0.05
-AREA = 4                                # how much of a scene a small object covers, in percent
 
 # --- 1. What is compared ---------------------------------------------------------------------------------------------
 
 # {experiment: {columns: pairs of runs}}. a~b is a minus b. All differences of one experiment are one family. It was
-# fixed before the first row, except `ladder`, `first` and, in photo-*, LAST; later additions to
-# `reading`, `across` and `longer-reading` only made it harder to decide something.
+# fixed before the first row that it added, except `ladder`, `first` and, in photo-*, LAST; later additions to `reading`,
+# `across` and `longer-reading` only made it harder to decide something.
 NAMED = 'dominant.top1 small.top1'
 R_AT_1 = 'retrieval.image_to_text_R@1'
 # Of 1,000 photographs, R@10 is measured more precisely than R@1.
@@ -307,7 +307,7 @@ def draw_pointing(figure):
             shares.append(100 * float(row['pointing.small.own_it']))
     for steps, shares in curves.values():
         axis.plot(steps, shares, 'o-', color=RED, alpha=0.5)
-    axis.axhline(AREA, color='black', linestyle=':')
+    axis.axhline(100 * AREA['small'] / SIZE ** 2, color='black', linestyle=':')
     axis.set(xlabel='training step', ylabel='peak on the object, %')
     axis.spines[['top', 'right']].set_visible(False)
 

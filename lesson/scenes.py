@@ -2,10 +2,10 @@
 
     python -m lesson.scenes DIR             the built-in set
 
-A scene has a dominant object and two small ones. Objects are red or blue. So most scenes share their colours with many others, and captions can only be told apart by
-shapes. No sentence mentions the size, the place or the role of its object. Only its outline gives away the shape of an
-object: all dominant objects cover the same number of pixels, and so do all small ones, each object has one colour, and
-places are drawn in the same way for all shapes. Objects never touch.
+A scene has a dominant object and two small ones. Objects are red or blue. So most scenes share their colours with many
+others, and captions can only be told apart by shapes. No sentence mentions the size, the place or the role of its
+object. Only its outline gives away the shape of an object: all dominant objects cover the same number of pixels, and so
+do all small ones, each object has one colour, and places are drawn in the same way for all shapes. Objects never touch.
 
 DIR/train and DIR/val hold tars of KEY.webp and KEY.json. The json has `captions`, which are ten sentences in train, and
 in val one caption that names every object once. And it has `objects`, each with `name`, `role` (dominant or small),
@@ -176,9 +176,8 @@ def held_out_caption(rng, things):
 
 def draw_scene(seed, split, index):
     """-> [(member name, bytes), ...]. The random numbers depend only on split, on index and, for train, on the seed."""
-    if split == 'val':
-        seed = 'any'
-    rng = random.Random(f'{seed}/{split}/{index}')
+    drawn_from = seed if split == 'train' else 'any'
+    rng = random.Random(f'{drawn_from}/{split}/{index}')
     things = draw_things(rng)
     place(rng, things)
     taken = [thing.shape for thing in things]
