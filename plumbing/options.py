@@ -117,10 +117,6 @@ def default_preset(data, device, init):
     return preset
 
 
-# `fill_in` sets these options of a recipe, because they also depend on the data or the checkpoint.
-FILLED_IN = 'batch', 'steps', 'epochs', 'warmup'
-
-
 def training_options(argv, description, presets, methods, recipe_of):
     """The command line -> a namespace. An option's value is what is typed, else the recipe's, else the default above.
     What `choose_data` and `fill_in` set is still None if it is not typed. recipe_of(preset, method, init) returns the
@@ -136,7 +132,8 @@ def training_options(argv, description, presets, methods, recipe_of):
          '--quick-gelu says how the weights of --init were trained; give --init, too')
     preset = first_look.preset or default_preset(first_look.data, first_look.device, first_look.init)
     recipe = recipe_of(preset, first_look.method, first_look.init)
-    for name in FILLED_IN:
+    # `fill_in` sets these, because they also depend on the data or the checkpoint.
+    for name in 'batch', 'steps', 'epochs', 'warmup':
         recipe.pop(name, None)
     if first_look.init:
         recipe.pop('momentum', None)
