@@ -20,9 +20,6 @@ from plumbing.weights import load_weights, read_checkpoint
 
 # --- 1. The folder, and what a user should know about the data -------------------------------------------------------
 
-LOCKS = []      # open files; closing one would free its lock
-
-
 def lock(folder):
     """Lock the folder; Refused while another process has a run in it. The system frees the lock when the process ends,
     even by SIGKILL. Partial files, which a kill in the middle of a save leaves, are removed, but not those of other
@@ -30,7 +27,8 @@ def lock(folder):
     path = Path(folder, 'lock')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, 'w')
+        # A mere number, which stays open. A file object would be closed at the end of this function, and free the lock.
+        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     except OSError as error:
         raise Refused(f'{path} cannot be written ({error}); give another --out') from None
     try:
@@ -41,7 +39,6 @@ def lock(folder):
     except (OSError, ImportError) as error:             # ImportError: Windows has no fcntl
         warn(f'{path}: no locks here ({error}), so do not start a second job in this folder')
         return
-    LOCKS.append(file)
     for name in 'last.pt', 'best.pt', 'index.npy':
         for torn in path.parent.glob(f'{name}.*partial'):
             torn.unlink()
