@@ -149,9 +149,8 @@ def finish(run, watchers):
     if run.step < run.options.steps:
         print(f'stopped    step {run.step} is saved; to go on, give the same command with --resume --out {run.folder}')
         return
-    best = 'best.pt' if (run.folder / 'best.pt').exists() else 'last.pt'
-    print(f'done       {run.folder}, the networks are in {best}; try python eval.py retrieval '
-          f'{run.folder}/{best} --shards {(run.options.val or run.options.data)[0]}')
+    shards = (run.options.val or run.options.data)[0]
+    print(f'done       {run.folder}; try python eval.py retrieval {run.folder} --shards {shards}')
 
 
 @contextmanager
