@@ -275,10 +275,8 @@ def restore(run):
     load_weights(run.student, saved['student'], path)
     if run.teacher:
         load_weights(run.teacher.model, saved['teacher'], path)
-    decays = [group['weight_decay'] for group in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(saved['optimizer'])
-    for group, decay in zip(run.optimizer.param_groups, decays):
-        group['weight_decay'] = decay                   # this command's, not the checkpoint's
+    settings = run.optimizer.state_dict()['param_groups']       # this command's --wd, not the checkpoint's
+    run.optimizer.load_state_dict(saved['optimizer'] | {'param_groups': settings})
     if saved['scaler']:
         run.scaler.load_state_dict(saved['scaler'])
     run.step = run.saved_step = saved['step']
