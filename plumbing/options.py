@@ -117,10 +117,6 @@ def default_preset(data, device, init):
     return preset
 
 
-# `fill_in` sets these options of a recipe, because they also depend on the data or the checkpoint.
-FILLED_IN = 'batch', 'steps', 'epochs', 'warmup'
-
-
 def training_options(argv, description, presets, methods, recipe_of):
     """The command line -> a namespace. An option's value is what is typed, else the recipe's, else the default above.
     What `choose_data` and `fill_in` set is still None if it is not typed. recipe_of(preset, method, init) returns the
@@ -136,7 +132,8 @@ def training_options(argv, description, presets, methods, recipe_of):
          '--quick-gelu says how the weights of --init were trained; give --init, too')
     preset = first_look.preset or default_preset(first_look.data, first_look.device, first_look.init)
     recipe = recipe_of(preset, first_look.method, first_look.init)
-    for name in FILLED_IN:
+    # `fill_in` sets these, because they also depend on the data or the checkpoint.
+    for name in 'batch', 'steps', 'epochs', 'warmup':
         recipe.pop(name, None)
     if first_look.init:
         recipe.pop('momentum', None)
@@ -205,43 +202,6 @@ def add_checkpoint(parser, workers=True):
     add('--json', help='also write the figures to this file')
 
 
-def add_retrieval(parser):
-    one = parser.add_mutually_exclusive_group(required=True).add_argument
-    one('--coco', help='folder with images/val2017 and annotations/captions_val2017.json')
-    one('--karpathy', help="Karpathy's dataset_coco.json or dataset_flickr30k.json")
-    one('--flickr', help="the released code's flickr30k_val.json: a list of images with captions")
-    one('--shards', nargs='+', help='held-out shards; a folder with train/ and val/ means its val/')
-    add = parser.add_argument
-    add('--split', help="Karpathy's split (default: test)")
-    add('--images', help='images of --karpathy or --flickr (default: the folder of the JSON)')
-    add('--caption-keys', help='comma-separated json keys of the captions of --shards')
-
-
-def add_classify(parser):
-    one = parser.add_mutually_exclusive_group(required=True).add_argument
-    one('--dataset', choices=TORCHVISION_SETS, metavar='NAME', help="torchvision's: CIFAR10, DTD, ...")
-    one('--folder', help='one folder of images per class')
-    add = parser.add_argument
-    add('--root', default='data', help='folder of --dataset (%(default)s)')
-    add('--split', help="torchvision's name for the split (default: test; ImageNet has val)")
-    add('--download', action='store_true', help='let torchvision fetch it into --root')
-    add('--classes', help='file of class names, a line each in the order of the sorted folders; or open_clip')
-    add('--templates', help='file of prompts with {} for the class; or open_clip, see docs/data.md')
-
-
-def add_segment(parser):
-    add = parser.add_argument
-    add('--images', required=True, help='folder of images')
-    add('--masks', required=True, help='folder of PNG masks of class numbers; 255 is ignored')
-    add('--classes', required=True, help='file: for each class a line of its names, with commas')
-    add('--image-suffix', default='', help='which only images have, like _leftImg8bit')
-    add('--mask-suffix', default='', help='which only masks have, like _gtFine_labelTrainIds')
-    add('--list', help='file of the images to evaluate, a name per line, without ending')
-    add('--templates', help='file of prompts with {} for the class; or open_clip: its 80 prompts')
-    add('--benchmark', choices=BENCHMARKS, help='the released settings of this set, but no prompts')
-    add('--csa', action='store_true', help='correlative self-attention in the last block')
-
-
 def evaluation_options(description):
     """The command line of eval.py -> a namespace, whose `command` is one of the three."""
     program = Parser(usage='%(prog)s COMMAND CKPT [options]', epilog=description)
@@ -252,7 +212,36 @@ def evaluation_options(description):
         add_checkpoint(parser, workers=name != 'segment')
         return parser
 
-    add_retrieval(add_command('retrieval', 'zero-shot R@1/5/10 and ranks, both ways'))
-    add_classify(add_command('classify', 'zero-shot top-1, top-5, mean per class'))
-    add_segment(add_command('segment', 'zero-shot mIoU, and IoU of each class'))
+    parser = add_command('retrieval', 'zero-shot R@1/5/10 and ranks, both ways')
+    one = parser.add_mutually_exclusive_group(required=True).add_argument
+    one('--coco', help='folder with images/val2017 and annotations/captions_val2017.json')
+    one('--karpathy', help="Karpathy's dataset_coco.json or dataset_flickr30k.json")
+    one('--flickr', help="the released code's flickr30k_val.json: a list of images with captions")
+    one('--shards', nargs='+', help='held-out shards; a folder with train/ and val/ means its val/')
+    add = parser.add_argument
+    add('--split', help="Karpathy's split (default: test)")
+    add('--images', help='images of --karpathy or --flickr (default: the folder of the JSON)')
+    add('--caption-keys', help='comma-separated json keys of the captions of --shards')
+
+    parser = add_command('classify', 'zero-shot top-1, top-5, mean per class')
+    one = parser.add_mutually_exclusive_group(required=True).add_argument
+    one('--dataset', choices=TORCHVISION_SETS, metavar='NAME', help="torchvision's: CIFAR10, DTD, ...")
+    one('--folder', help='one folder of images per class')
+    add = parser.add_argument
+    add('--root', default='data', help='folder of --dataset (%(default)s)')
+    add('--split', help="torchvision's name for the split (default: test; ImageNet has val)")
+    add('--download', action='store_true', help='let torchvision fetch it into --root')
+    add('--classes', help='file of class names, a line each in the order of the sorted folders; or open_clip')
+    add('--templates', help='file of prompts with {} for the class; or open_clip, see docs/data.md')
+
+    add = add_command('segment', 'zero-shot mIoU, and IoU of each class').add_argument
+    add('--images', required=True, help='folder of images')
+    add('--masks', required=True, help='folder of PNG masks of class numbers; 255 is ignored')
+    add('--classes', required=True, help='file: for each class a line of its names, with commas')
+    add('--image-suffix', default='', help='which only images have, like _leftImg8bit')
+    add('--mask-suffix', default='', help='which only masks have, like _gtFine_labelTrainIds')
+    add('--list', help='file of the images to evaluate, a name per line, without ending')
+    add('--templates', help='file of prompts with {} for the class; or open_clip: its 80 prompts')
+    add('--benchmark', choices=BENCHMARKS, help='the released settings of this set, but no prompts')
+    add('--csa', action='store_true', help='correlative self-attention in the last block')
     return program.parse_args()

@@ -62,15 +62,6 @@ class Progress:
         return None
 
 
-def weights_of(terms):
-    """{name: what total_loss multiplies the term by}."""
-    weights = {'clip': 1}
-    for name in terms:
-        if name != 'clip':
-            weights[name] = COSMOS_WEIGHT / (len(terms) - 1)
-    return weights
-
-
 @torch.no_grad()
 def log_entry(run, progress):
     """The log entry of the latest step, {name: value}. Every rank must call it. What progress counts since the last
@@ -80,11 +71,15 @@ def log_entry(run, progress):
     images = cls_of_all.keys[0]     # view 0 of the pairs of all ranks, (N, D)
     captions = eot_of_all.keys[0]   # and caption 0
     nearest = (images @ captions.T).argmax(dim=1).cpu()     # which caption each image finds, (N,)
+    # What total_loss multiplies each term by. L_COSMOS is the mean of all but L_CLIP.
+    added = len(latest.terms) - 1
+    weights = dict.fromkeys(latest.terms, COSMOS_WEIGHT / max(1, added))
+    weights['clip'] = 1
     entry = {  # the same on all ranks, except pairs_per_s; rank 0 writes its own
         'step': run.step,
         'lr': latest.lr,
         'chance': math.log(run.options.batch),  # what guessing costs in each term of the loss
-        'weights': weights_of(latest.terms),
+        'weights': weights,
         'accuracy': (nearest == torch.arange(len(nearest))).double().mean().item(),
         'spread': images.std(dim=0, correction=0).norm().item(),  # from 0, all images alike, to 1
         'grad_norm': latest.norm.item(),

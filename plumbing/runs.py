@@ -20,9 +20,6 @@ from plumbing.weights import load_weights, read_checkpoint
 
 # --- 1. The folder, and what a user should know about the data -------------------------------------------------------
 
-LOCKS = []      # open files; closing one would free its lock
-
-
 def lock(folder):
     """Lock the folder; Refused while another process has a run in it. The system frees the lock when the process ends,
     even by SIGKILL. Partial files, which a kill in the middle of a save leaves, are removed, but not those of other
@@ -30,7 +27,8 @@ def lock(folder):
     path = Path(folder, 'lock')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, 'w')
+        # A mere number, which stays open. A file object would be closed at the end of this function, and free the lock.
+        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     except OSError as error:
         raise Refused(f'{path} cannot be written ({error}); give another --out') from None
     try:
@@ -41,7 +39,6 @@ def lock(folder):
     except (OSError, ImportError) as error:             # ImportError: Windows has no fcntl
         warn(f'{path}: no locks here ({error}), so do not start a second job in this folder')
         return
-    LOCKS.append(file)
     for name in 'last.pt', 'best.pt', 'index.npy':
         for torn in path.parent.glob(f'{name}.*partial'):
             torn.unlink()
@@ -152,9 +149,8 @@ def finish(run, watchers):
     if run.step < run.options.steps:
         print(f'stopped    step {run.step} is saved; to go on, give the same command with --resume --out {run.folder}')
         return
-    best = 'best.pt' if (run.folder / 'best.pt').exists() else 'last.pt'
-    print(f'done       {run.folder}, the networks are in {best}; try python eval.py retrieval '
-          f'{run.folder}/{best} --shards {(run.options.val or run.options.data)[0]}')
+    shards = (run.options.val or run.options.data)[0]
+    print(f'done       {run.folder}; try python eval.py retrieval {run.folder} --shards {shards}')
 
 
 @contextmanager
@@ -279,10 +275,8 @@ def restore(run):
     load_weights(run.student, saved['student'], path)
     if run.teacher:
         load_weights(run.teacher.model, saved['teacher'], path)
-    decays = [group['weight_decay'] for group in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(saved['optimizer'])
-    for group, decay in zip(run.optimizer.param_groups, decays):
-        group['weight_decay'] = decay                   # this command's, not the checkpoint's
+    settings = run.optimizer.state_dict()['param_groups']       # this command's --wd, not the checkpoint's
+    run.optimizer.load_state_dict(saved['optimizer'] | {'param_groups': settings})
     if saved['scaler']:
         run.scaler.load_state_dict(saved['scaler'])
     run.step = run.saved_step = saved['step']

@@ -48,40 +48,35 @@ class Shards:
         self.mark = int(with_times[:15], 16)
         stored = self.read_index(index)
         self.is_mapped = stored is not None
-        self.stored = stored if self.is_mapped else self.scan()
+        self.index = stored if self.is_mapped else self.scan()          # (pairs, WIDTH)
         self.check_first_pairs()
-
-    @property
-    def index(self):
-        """The rows of the pairs, (pairs, WIDTH), a view."""
-        return self.stored[1:]
 
     def __len__(self):
         return len(self.index)
 
     def scan(self):
-        """Read all headers -> the table, with the mark in its first row."""
+        """Read all headers -> the index."""
         # Processes take seconds to start, so for a few shards they are not worth it.
         scan_all = process_map if len(self.paths) > 16 else thread_map
         numbers = range(len(self.paths))
         tables = scan_all(scan_shard, self.paths, numbers, chunksize=1, desc='reading headers', disable=None)
-        first_row = [self.mark] + [0] * (WIDTH - 1)
-        return np.concatenate([[first_row], *tables])
+        return np.concatenate(tables)
 
     def save(self, path):
         """Write the index, unless it was read from a file."""
         if not self.is_mapped:
+            first_row = [self.mark] + [0] * (WIDTH - 1)
             with replacing(path) as temporary, open(temporary, 'wb') as file:
-                np.save(file, self.stored)
+                np.save(file, np.concatenate([[first_row], self.index]))
 
     def read_index(self, path):
-        """-> the table. None if there is no file, or if a line says that it is of no use."""
+        """-> the index. None if there is no file, or if a line says that it is of no use."""
         if not path or not os.path.exists(path):
             return None
         with suppress(OSError, ValueError, EOFError):   # not a numpy array
             stored = np.load(path, mmap_mode='r')
             if stored.shape[1:] == (WIDTH,) and self.mark in stored[:1, 0]:
-                return stored
+                return stored[1:]
         print(f'data       {path} is damaged, or of other shards, or they have changed, so headers are read again')
         return None
 
