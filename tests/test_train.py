@@ -474,6 +474,18 @@ def test_schedules_and_decay():
         assert (id(p) in free) == bool(re.search('bias|ln_|norm|scale|class_embedding', name)), name
 
 
+def test_compiled_blocks_of_a_gpu_have_one_cpu_thread(monkeypatch):
+    """oracle: the rule. (With more, `--compile --grad-checkpoint` ends at the first backward pass on a GPU. We tried it
+    on a CPU, with a backward pass in a thread of its own.)"""
+    numbers = []
+    monkeypatch.setattr(torch, 'set_num_threads', numbers.append)
+    tower = SimpleNamespace(transformer=SimpleNamespace(resblocks=[]))
+    for is_cuda in True, False:
+        parameters = iter([SimpleNamespace(is_cuda=is_cuda)])
+        train.compile_blocks(SimpleNamespace(visual=tower, text=tower, parameters=lambda: parameters))
+    assert numbers == [1]
+
+
 def test_what_is_asked_of_a_gpu(monkeypatch):
     """oracle: the rule: the GPU that torch finds, unless another device is asked for, and bf16 if it has units for
     that, or a CPU has. A device that is absent is refused, and so is the second process on one GPU. cuDNN's attention
