@@ -146,11 +146,12 @@ INTRODUCTION = """# All results
 `python -m lesson.plots` writes this page from `results.csv`, which has a row for every run.
 `python -m lesson.experiments NAME --print` shows the commands of the runs.
 
-Figures are in percent; ± is half of the 95 % interval, over training scenes and seeds, and on
-photographs over seeds alone. A difference is *undecided* if it does not survive Holm's correction
-at 5 %, over all differences of its experiment. So one that stands in two experiments may be decided
-in one of them only. In `cut`, figures are losses in percent of what guessing costs: of crops as in
-training, and of one whole view on both sides.
+Each table is an experiment, and each row a difference of two of its runs, in percent; ± is half of
+the 95 % interval, over training scenes and seeds, and on photographs over seeds alone. A difference
+is *undecided* if it does not survive Holm's correction at 5 %, over all differences of its
+experiment. So one that stands in two experiments may be decided in one of them only. In `cut` a row
+is a loss of a run, in percent of what guessing costs: of crops as in training, and of one whole view
+on both sides.
 """
 
 
@@ -160,12 +161,12 @@ def label(column):
 
 
 def difference_tables(experiment):
-    """Markdown: for each group of columns a table with a row for each pair."""
+    """Markdown: for each group of columns a table, headed by the experiment's name, with a row for each pair."""
     gaps, decided = differences(experiment)
-    text = f'\n## {experiment}\n'
+    text = ''
     for columns, pairs in COMPARISONS[experiment].items():
         columns = columns.split()
-        text += f"\n| difference | {' | '.join(map(label, columns))} |\n"
+        text += f"\n| **{experiment}** | {' | '.join(map(label, columns))} |\n"
         text += '| --- ' * (1 + len(columns)) + '|\n'
         for pair in pairs.split():
             text += f"| {pair.replace('~', ' - ')} |"
@@ -187,7 +188,7 @@ DRAWN = [f'{views}.{loss}.{column}' for views in VIEWS for loss in LOSSES for co
 def cut_table():
     """Markdown: what each loss costs, in percent of what guessing costs, with everything and with one side cut away."""
     titles = [f'{views}: {cut}' for views in VIEWS.values() for cut in CUTS.values()]
-    text = f"\n## cut\n\n| run | loss | {' | '.join(titles)} |\n" + '| --- ' * (2 + len(titles)) + '|\n'
+    text = f"\n| **cut** | loss | {' | '.join(titles)} |\n" + '| --- ' * (2 + len(titles)) + '|\n'
     for name in EXPERIMENTS['cut']:
         for loss in LOSSES:
             shares = []

@@ -627,17 +627,13 @@ def families(monkeypatch):
 def test_tables(families):
     """oracle: by hand. Gaps of 11, 10 and 9 in three seeds: 4.303 / sqrt(3) = 2.5. No family shrinks in silence."""
     assert plots.results_page().removeprefix(plots.INTRODUCTION) == """
-## one
-
-| difference | small named |
+| **one** | small named |
 | --- | --- |
 | b - clip | +10.0 ± 2.5 |
 | c - clip | +5.0 ± 5.0, undecided |
 | (b - clip) - (c - clip) | +5.0 ± 7.5, undecided |
 
-## cut
-
-| run | loss | whole views: nothing cut | whole views: text cut | whole views: image cut |
+| **cut** | loss | whole views: nothing cut | whole views: text cut | whole views: image cut |
 | --- | --- | --- | --- | --- |
 | c | L_CLIP | 12.5 | 25.0 | 60.0 |
 """
