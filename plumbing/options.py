@@ -97,7 +97,7 @@ def add_machine_and_output(parser):
     add('--resume', action='store_true', help='go on with the run in --out, or start one there')
     add('--save-minutes', type=amount, default=20.0,
         help='most minutes between checkpoints; 0: no limit (%(default)s)')
-    add('--save-every', type=count, default=0, help='also save at multiples of this step; 0: do not')
+    add('--save-every', type=count, default=0, help='also save at multiples of this step; 0: never')
     add('--eval-every', type=count,
         help='steps between evaluations (a quarter of the run); 0: only at the end')
     add('--log-every', type=positive, default=20, help='steps between log lines (%(default)s)')
