@@ -107,7 +107,8 @@ class TeacherSeesAll(Watcher):
     """The teacher sees the local crops, too, and each of them is a target like the large ones."""
 
     def begin(self, run):
-        train.GLOBALS = None                            # train_step gives the teacher images[:GLOBALS]
+        # train_step gives the teacher images[:GLOBALS]. The batches have been made with GLOBALS before.
+        train.GLOBALS = None
 
 
 def loss_without_clip(*given):
@@ -122,7 +123,7 @@ class Added(NamedTuple):
     student: type = COSMOS
     teacher: type = Teacher
     loss: Callable = total_loss
-    watchers: tuple = ()
+    watchers: list = []
 
 
 OF_TRAIN = train.METHODS
@@ -136,6 +137,8 @@ ADDED = {
     'two-terms': Added(OF_TRAIN['cosmos']._replace(terms=two_terms)),
     'watched': Added(OF_TRAIN['cosmos'], watchers=[Pointing()])}
 METHODS = OF_TRAIN | {name: added.row for name, added in ADDED.items()}
+# Patches are not gathered from other processes, and only the first process has watchers.
+IN_ONE_PROCESS = 'every-image', 'teacher-sees-all'
 
 
 def train_added(words):
@@ -144,7 +147,7 @@ def train_added(words):
     options = train.read_options(words)
     added = ADDED.get(options.method, Added(None))
     is_whole = options.accum == 1 and int(os.environ.get('WORLD_SIZE', 1)) == 1
-    need(is_whole or added.student is not ReadsEveryImage,
+    need(is_whole or options.method not in IN_ONE_PROCESS,
          f'--method {options.method} needs the whole batch at once; give it one process and --accum 1')
     train.COSMOS = added.student
     train.Teacher = added.teacher
@@ -218,7 +221,7 @@ no-copy                    text-distill       0-4   photographs@amd text-distill
 scenes-no-copy             text-distill       0-4   scenes@amd   text-distill      32    1000  0.001
 scenes-no-copy             cosmos             0-4   scenes@amd   watched           32    1000  0.001    --eval-every 125
 scenes-no-copy             every-image        0-4   scenes@amd   every-image       32    1000  0.001
-# Does the teacher have to be an average? And may it see the local crops? (That has three seeds.)
+# Does the teacher have to be an average? And may it see the local crops?
 teacher                    cosmos             0-4   photographs@amd cosmos         64    800   0.001
 teacher                    no-average         0-4   photographs@amd cosmos         64    800   0.001    --momentum 0 --momentum-ramp 0
 teacher                    teacher-sees-all   0-2   photographs@amd teacher-sees-all 64  800   0.001

@@ -1,9 +1,10 @@
-"""Draws the pictures of the course from lesson/results.csv, and writes the tables of lesson/RESULTS.md.
+"""Draws the pictures of the course from lesson/results.csv and curves.csv, and writes the tables of lesson/RESULTS.md.
 
     python -m lesson.plots
 
 In README.md and lesson/README.md the comment at the end of a paragraph says where its figures come from, in reading
-order: experiment/run/column, where a~b is a minus b, and (a~b)~(c~d) a difference of differences.
+order: experiment/run/column, where a~b is a minus b, and (a~b)~(c~d) a difference of differences. A minus before it
+turns the sign, and `constant` is a figure that has no row.
 
 Shares are written in percent, `seconds` in minutes. Differences are taken within seeds, because all runs of a seed have
 the same training scenes. (All runs on photographs have the same photographs; there the rule is kept, which costs a
@@ -239,7 +240,8 @@ def show_legend(figure, colors):
 
 
 def draw_race(figure):
-    """Page 2: what is named on drawn scenes, and found on photographs, from the same pairs and in equal time."""
+    """Page 2: what is named on drawn scenes, and found on photographs, from the same pairs, in equal time, and in three
+    times it."""
     big, small, photographs = figure.subplots(1, 3, width_ratios=(3, 3, 2))
     on_scenes = {'pairs': 'same\npairs', 'minutes': 'equal\ntime', 'longer': '3 x\nthe time'}
     on_photographs = {'photo-pairs': 'same\npairs', 'photo-minutes': 'equal\ntime'}
@@ -269,12 +271,12 @@ RUNGS = {
     'text-distill': ('+ text self-distillation', 38.0),
     'no-cross-attention': ('the losses of Eq. 6 instead,\nbut nothing is read', None),
     'cosmos': ('+ reading = COSMOS', 40.1)}
-BLUE, RED = '#0072b2', '#d55e00'
-COLOR_OF = dict.fromkeys(RUNGS, BLUE) | {'no-cross-attention': RED, 'cosmos': RED}
+BLUE, ORANGE = '#0072b2', '#d55e00'
+COLOR_OF = dict.fromkeys(RUNGS, BLUE) | {'no-cross-attention': ORANGE, 'cosmos': ORANGE}
 
 
 def draw_ladder(figure):
-    """Page 2: Table 5 row by row, the paper's and ours. Its last row, in red, is taken in two steps."""
+    """Page 2: Table 5 row by row, the paper's and ours. Its last row, in orange, is taken in two steps."""
     paper, found_photographs, found_captions = figure.subplots(1, 3, sharey=True)
     for y, (name, (_, score)) in enumerate(RUNGS.items()):
         if score:
@@ -307,7 +309,7 @@ def draw_pointing(figure):
             steps.append(int(row['step']))
             shares.append(100 * float(row['pointing.small.own_it']))
     for steps, shares in curves.values():
-        axis.plot(steps, shares, 'o-', color=RED, alpha=0.5)
+        axis.plot(steps, shares, 'o-', color=ORANGE, alpha=0.5)
     axis.axhline(100 * AREA['small'] / SIZE ** 2, color='black', linestyle=':')
     axis.set(xlabel='training step', ylabel='peak on the object, %')
     axis.spines[['top', 'right']].set_visible(False)

@@ -33,17 +33,18 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cosmos import GLOBALS, Output, clip_loss, cosmos_terms, unit
 from data import Counts, Crops, Order, loader
-from eval import (TIE, Images, class_vectors, execute, load, preprocessing, progress_bar, shard_captions, shard_image,
-                  zero_shot_retrieval)
+from eval import (TIE, Images, class_vectors, execute, load, preprocessing, progress_bar, ranks, shard_captions,
+                  shard_image, zero_shot_retrieval)
 from lesson.scenes import ABSENT, FORMS, NAMES, mask_of
 from plumbing.errors import command, need
 from plumbing.options import Parser, add_checkpoint
+from plumbing.processes import loading
 from plumbing.runs import Watcher
 from plumbing.shards import Shards
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
 
-LISTED = {'name', 'role', 'centre', 'absent'}           # what we need of an object
+LISTED = {'name', 'role', 'centre', 'area', 'absent'}   # what we need of an object
 
 
 def read_scenes(shards):
@@ -167,7 +168,7 @@ def groups_of_pairs(args, shards, tokenizer, preprocess, what):
         firsts.setdefault(int(image), caption)
     captions = list(firsts.values())
     size = group_size(shards, what)
-    images = DataLoader(Images(shards, preprocess), size, num_workers=args.workers, drop_last=True)
+    images = DataLoader(Images(shards, preprocess), size, drop_last=True, **loading(args.workers))
     for number, pixels in enumerate(progress_bar(images, what)):
         ids = tokenizer(captions[number * size:(number + 1) * size])
         yield pixels.to(args.device), ids.to(args.device)
@@ -192,11 +193,9 @@ GROUPS = 30             # at most; they have 960 pairs
 
 def picks(vectors, candidates, right):
     """The share of vectors (B, D) that are nearest to candidate right (B,) of (B, D); a tie is a miss."""
-    cosines = vectors @ candidates.T                                    # (B, B)
-    wanted = right[:, None]
-    others = cosines.scatter(1, wanted, -torch.inf)
-    lead = cosines.gather(1, wanted)[:, 0] - others.amax(dim=1)
-    return (lead > TIE).double().mean().item()
+    places = torch.arange(len(candidates))
+    found = ranks(vectors.cpu(), candidates.cpu(), right.cpu(), places)         # on the CPU: mps has no float64
+    return (found == 1).double().mean().item()
 
 
 def picked(queries, tokens, cross, candidates):

@@ -322,8 +322,8 @@ def test_other_sets(model, tmp_path, monkeypatch):
     During training there is nothing to report. Objects may be listed in another way."""
     image = encoded(Image.new('RGB', (64, 64)))
     nameless = {'role': 'small', 'centre': [1, 2], 'absent': []}
-    no_centre = {'name': 'dog', 'role': 'small', 'absent': []}
-    for objects in [], ['dog'], 2, [3, 17], [['dog', [1, 2]]], [no_centre], [nameless]:
+    no_area = {'name': 'red dog', 'role': 'small', 'centre': [1, 2], 'absent': []}
+    for objects in [], ['dog'], 2, [3, 17], [['dog', [1, 2]]], [no_area], [nameless]:
         record = {'captions': ['a dog'], 'objects': objects}
         shards = Shards(pairs_tar(tmp_path / '0.tar', [record], [image]))
         assert suppression.scene_figures(*model[:2], None, shards) == {}
@@ -356,8 +356,8 @@ def test_reading_another_pair(model):
     assert_close(out.h_T[:1], unit(h_T))
 
 
-def test_every_image(model, sandbox):
-    """oracle: a loop over captions and images, each read by COSMOS's own C^I. A batch in parts is refused."""
+def test_every_image(model):
+    """oracle: a loop over captions and images, each read by COSMOS's own C^I."""
     whole, tokenizer, _ = model
     images = torch.randn(2, 3, 3, 64, 64)
     texts = tokenizer(NAMES[:6]).view(2, 3, -1)
@@ -379,8 +379,6 @@ def test_every_image(model, sandbox):
     terms = experiments.every_image_terms(out, out.cls, out.eot, 5)
     assert_close(terms['reads'], sum(costs) / 4)
     assert terms.keys() == {'reads', 'cls_cls_t', 'eot_eot_t'} and out.h_I is None
-    in_parts = '--data', 'absent', '--method', 'every-image', '--accum', '2'
-    refused('every-image needs the whole batch at once', experiments.train_added, in_parts)
 
 
 @pytest.fixture
@@ -414,6 +412,16 @@ def test_onepage_of_a_small_set(drawn):
     """oracle: a batch of 12, asked for, of 12 scenes. More than there are, as by default, means the same."""
     students = [onepage.train(drawn, 1, precision='fp32', batch=batch)[0].state_dict() for batch in (12, 32)]
     assert_close(*students, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('method', ['every-image', 'teacher-sees-all'])
+def test_methods_of_one_process(method, sandbox, monkeypatch):
+    """oracle: the rule."""
+    words = ['--data', 'absent', '--method', method]
+    remedy = f'{method} needs the whole batch at once; give it one process and --accum 1'
+    refused(remedy, experiments.train_added, [*words, '--accum', '2'])
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    refused(remedy, experiments.train_added, words)
 
 
 @pytest.mark.parametrize('method', experiments.ADDED)
