@@ -27,6 +27,7 @@ and 5f95903 have the runs that chose the rates of @amd.
 import csv
 import json
 import os
+import random
 import re
 import resource
 import shlex
@@ -42,12 +43,16 @@ import torch.nn.functional as F
 
 import train
 from cosmos import COSMOS, Output, Teacher, cosmos_terms, total_loss, unit
-from eval import show
-from lesson.suppression import Pointing
+from data import Crops, draw_sentences, text_crops
+from eval import show, shard_image
+from lesson.scenes import Thing, mask_of
+from lesson.suppression import Pointing, read_scenes
+from plumbing.benchmarks import IGNORE
 from plumbing.errors import command, need
 from plumbing.files import read_json, write_json
 from plumbing.options import Parser
 from plumbing.runs import Watcher
+from plumbing.shards import Shards
 
 # --- 1. Methods that train.py does not have --------------------------------------------------------------------------
 
@@ -117,6 +122,47 @@ def loss_without_clip(*given):
     return loss - terms['clip'], terms
 
 
+class LongCaptions(Crops):
+    """Local captions have one to five sentences, too, so they differ from the global ones only in who sees them."""
+
+    def captions(self, pool, index, box, rng):
+        return text_crops(pool, rng, self.counts.global_texts + self.counts.local_texts, 0)
+
+    def sample(self, epoch, index):
+        drawn = super().sample(epoch, index)
+        pool = self.shards.pool(index)
+        rng = random.Random(f'{self.seed} {epoch} {index} texts')       # as in Crops.sample
+        return drawn._replace(captions=self.captions(pool, index, drawn.boxes[0], rng))
+
+
+class ShortCaptions(LongCaptions):
+    """Global captions are single sentences, too."""
+
+    def captions(self, pool, index, box, rng):
+        global_captions = [rng.choice(pool) for _ in range(self.counts.global_texts)]
+        return global_captions + draw_sentences(pool, self.counts.local_texts, rng)
+
+
+class CropsTogether(LongCaptions):
+    """Captions are drawn from the sentences about objects of which global view 0 shows at least half. Drawn scenes
+    only. If it shows no object by half, all sentences are drawn from."""
+
+    def captions(self, pool, index, box, rng):
+        y, x, h, w = box
+        things = []
+        for listed in self.shards.record(index)['objects']:
+            color, shape = listed['name'].split()
+            things.append(Thing(shape, color, listed['role'], listed['area'], listed['centre']))
+        mask = mask_of(things)
+        shown = []
+        for number, thing in enumerate(things, 1):
+            pixels = mask == number
+            if pixels[y:y + h, x:x + w].sum() >= pixels.sum() / 2:
+                shown.append(thing.name)
+        about_shown = [sentence for sentence in pool if sentence.endswith(tuple(shown))]
+        return text_crops(about_shown or pool, rng, self.counts.global_texts, self.counts.local_texts)
+
+
 class Added(NamedTuple):
     """A method that only the course compares, and what takes the place of train.py's names of its parts."""
     row: train.Method                   # for train.METHODS
@@ -124,6 +170,7 @@ class Added(NamedTuple):
     teacher: type = Teacher
     loss: Callable = total_loss
     watchers: list = []
+    crops: type = Crops
 
 
 OF_TRAIN = train.METHODS
@@ -135,6 +182,9 @@ ADDED = {
     'every-image': Added(OF_TRAIN['cosmos']._replace(terms=every_image_terms), ReadsEveryImage),
     'teacher-sees-all': Added(OF_TRAIN['cosmos'], watchers=[TeacherSeesAll()]),
     'two-terms': Added(OF_TRAIN['cosmos']._replace(terms=two_terms)),
+    'long-captions': Added(OF_TRAIN['cosmos'], crops=LongCaptions),
+    'short-captions': Added(OF_TRAIN['cosmos'], crops=ShortCaptions),
+    'crops-together': Added(OF_TRAIN['cosmos'], crops=CropsTogether),
     'watched': Added(OF_TRAIN['cosmos'], watchers=[Pointing()])}
 METHODS = OF_TRAIN | {name: added.row for name, added in ADDED.items()}
 # Patches are not gathered from other processes, and only the first process has watchers.
@@ -152,6 +202,7 @@ def train_added(words):
     train.COSMOS = added.student
     train.Teacher = added.teacher
     train.total_loss = added.loss
+    train.data.Crops = added.crops
     train.main(words, added.watchers)
 
 
@@ -160,6 +211,7 @@ def train_added(words):
 PHOTOGRAPHS = 'photographs'
 AMD = '@amd'
 SCENES = 'scenes'
+MASKED = 'masked'                       # scenes that are also segmented
 # How many captions each training photograph keeps, its first ones. Validation and test keep all.
 FEWER = {'photographs-1': 1, 'photographs-2': 2}
 
@@ -231,6 +283,22 @@ captions                   clip-1             0-4   photographs-1@amd clip      
 captions                   cosmos-1           0-4   photographs-1@amd cosmos       64    800   0.001
 captions                   clip-2             0-4   photographs-2@amd clip         64    800   0.0005
 captions                   cosmos-2           0-4   photographs-2@amd cosmos       64    800   0.001
+# Does it matter that global captions are long and local ones short? And would captions of what view 0 shows be better?
+tune-long                  a                  100-100 photographs@amd long-captions 64 800   0.001
+tune-long                  b                  100-100 photographs@amd long-captions 64 800   0.002
+tune-long                  c                  100-100 photographs@amd long-captions 64 800   0.0005
+tune-short                 a                  100-100 photographs@amd short-captions 64 800  0.001
+tune-short                 b                  100-100 photographs@amd short-captions 64 800  0.002
+tune-short                 c                  100-100 photographs@amd short-captions 64 800  0.0005
+tune-together              a                  100-100 scenes@amd crops-together    32    1000  0.001
+tune-together              b                  100-100 scenes@amd crops-together    32    1000  0.002
+tune-together              c                  100-100 scenes@amd crops-together    32    1000  0.0005
+# The paper's third task, on scenes, whose masks are known: runs in equal time, as in `minutes`.
+segment                    cosmos             0-0   masked@amd   cosmos            32    1000  0.001
+segment                    text-distill       0-0   masked@amd   text-distill      32    1000  0.001
+segment                    across             0-0   masked@amd   across            32    1000  0.001
+segment                    every-image        0-0   masked@amd   every-image       32    1000  0.001
+segment                    clip               0-0   masked@amd   clip-averaged     64    1932  0.00025
 """
 
 
@@ -251,7 +319,7 @@ class Run(NamedTuple):
 
     @property
     def has_photographs(self):
-        return self.source != SCENES
+        return self.source not in (SCENES, MASKED)
 
     @property
     def words(self):
@@ -271,6 +339,8 @@ class Run(NamedTuple):
         """What identifies a row, in addition to its seed."""
         machine = self.data.removeprefix(self.source)
         data = f'lesson.scenes{machine} DIR:'
+        if self.source == MASKED:
+            data = f'lesson.scenes{machine} MASKED:'
         if self.has_photographs:
             data = self.data.replace(PHOTOGRAPHS, 'Flickr8k') + ':'
         return ' '.join([data, *self.words])
@@ -311,7 +381,7 @@ def first_captions(listing, count):
 
 def data_command(data, seed, flickr8k):
     """-> the folder of training and held-out data, and the words that make it."""
-    if data != SCENES:
+    if data not in (SCENES, MASKED):
         path = FOLDER / data
         listing = flickr8k / 'dataset_flickr8k.json'
         if data in FEWER:
@@ -347,6 +417,11 @@ def commands(run, seed, flickr8k):
         scoring['scenes'] = [*measure, last, '--shards', shards]
         if run.method == 'every-image':
             scoring['scenes'] += ['--only', 'named']
+        if run.source == MASKED:
+            masks = FOLDER / 'masks'
+            found[masks / 'classes.txt'] = ['-m', 'lesson.experiments', 'masks', shards, masks]
+            scoring['segment'] = ['eval.py', 'segment', last, '--images', masks / 'images', '--masks', masks / 'masks',
+                                  '--classes', masks / 'classes.txt', '--templates', masks / 'templates.txt']
     for group, words in scoring.items():
         path = out / f'{group}.json'
         found[path] = [*words, '--json', path]
@@ -417,6 +492,25 @@ def append_result(row):
         csv.DictWriter(file, columns, extrasaction='ignore', lineterminator='\n').writerow(row)
 
 
+def write_masks(shards, out):
+    """The held-out scenes as images and masks for eval.py segment. The ground is left out, as in VOC20."""
+    from PIL import Image
+    from lesson.scenes import FORMS, NAMES
+    out = Path(out)
+    (out / 'images').mkdir(parents=True, exist_ok=True)
+    (out / 'masks').mkdir(exist_ok=True)
+    held_out = Shards(shards, split='val')
+    for pair, scene in enumerate(read_scenes(held_out)):
+        mask = mask_of(scene)
+        classes = mask * 0 + IGNORE
+        for thing in scene:
+            classes[mask == thing.number] = NAMES.index(thing.name)
+        Image.fromarray(classes).save(out / f'masks/{pair:04d}.png')
+        shard_image(held_out, pair).convert('RGB').save(out / f'images/{pair:04d}.png')
+    (out / 'templates.txt').write_text('\n'.join(FORMS) + '\n')
+    (out / 'classes.txt').write_text('\n'.join(NAMES) + '\n')
+
+
 def append_curve(run, seed, out):
     """What the run in `out` has found on its way: a line of curves.csv for each evaluation."""
     columns = CURVES.read_text().splitlines()[0].split(',')
@@ -431,6 +525,8 @@ def append_curve(run, seed, out):
 def main():
     if sys.argv[1:2] == ['train']:
         return train_added(sys.argv[2:])
+    if sys.argv[1:2] == ['masks']:
+        return write_masks(*sys.argv[2:])
     parser = Parser(prog='python -m lesson.experiments', epilog=__doc__)
     parser.add_argument('experiment', choices=EXPERIMENTS)
     parser.add_argument('--print', action='store_true', help='print the commands, and make no run')
