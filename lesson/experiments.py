@@ -294,11 +294,11 @@ tune-together              a                  100-100 scenes@amd crops-together 
 tune-together              b                  100-100 scenes@amd crops-together    32    1000  0.002
 tune-together              c                  100-100 scenes@amd crops-together    32    1000  0.0005
 # The paper's third task, on scenes, whose masks are known: runs in equal time, as in `minutes`.
-segment                    cosmos             0-0   masked@amd   cosmos            32    1000  0.001
-segment                    text-distill       0-0   masked@amd   text-distill      32    1000  0.001
-segment                    across             0-0   masked@amd   across            32    1000  0.001
-segment                    every-image        0-0   masked@amd   every-image       32    1000  0.001
-segment                    clip               0-0   masked@amd   clip-averaged     64    1932  0.00025
+segment                    cosmos             0-4   masked@amd   cosmos            32    1000  0.001
+segment                    text-distill       0-4   masked@amd   text-distill      32    1000  0.001
+segment                    across             0-4   masked@amd   across            32    1000  0.001
+segment                    every-image        0-4   masked@amd   every-image       32    1000  0.001
+segment                    clip               0-4   masked@amd   clip-averaged     64    1932  0.00025
 """
 
 
