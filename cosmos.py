@@ -335,29 +335,36 @@ def cosmos_terms(out, cls_t, eot_t, scale):
 
 def cosmos_loss(out, cls_t, eot_t, scale):
     """L_COSMOS, the mean of the four terms."""
-    return mean_of(cosmos_terms(out, cls_t, eot_t, scale))
-
-
-def mean_of(terms):
+    terms = cosmos_terms(out, cls_t, eot_t, scale)
     return sum(terms.values()) / len(terms)
 
 
-COSMOS_WEIGHT = 1       # of L_COSMOS in the total loss; 1 in the released code and in the paper
+def term_weights(names, clip_weight=1):
+    """What the total loss multiplies each term by, {name: weight}. names: those of the terms, 'clip' among them.
 
-
-def total_loss(model, out, cls_t, eot_t, added_terms=cosmos_terms):
-    """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its terms by name, which the log shows.
-
-    added_terms: a function such as cosmos_terms, which returns losses by name, whose mean is added to L_CLIP; train.py
-    has others. For CLIP alone it returns {}.
+    L_CLIP and L_COSMOS both weigh 1, in the released code and in the paper, and L_COSMOS is the mean of its terms. To
+    weigh one term differently, change its entry here: the loss, the log and the report all ask this function.
     """
-    clip = clip_loss(out, model.logit_scale.exp())
-    scale = model.scales()[-1].exp()        # that of L_COSMOS or, if it has none of its own, that of L_CLIP
-    added = added_terms(out, cls_t, eot_t, scale)
-    loss = clip
-    if added:
-        loss = clip + COSMOS_WEIGHT * mean_of(added)
-    return loss, {'clip': clip} | added
+    added = [name for name in names if name != 'clip']
+    weights = {'clip': clip_weight}
+    for name in added:
+        weights[name] = 1 / len(added)
+    return weights
+
+
+def total_loss(student, out, cls_t, eot_t, added_terms=cosmos_terms, clip_weight=1):
+    """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its terms by name, unweighted, which the log shows.
+
+    added_terms: a function such as cosmos_terms, which returns losses by name that are added to L_CLIP; train.py has
+    others. For CLIP alone it returns {}. clip_weight: 0 trains without L_CLIP.
+    """
+    clip = clip_loss(out, student.logit_scale.exp())
+    log_scale = student.scales()[-1]        # that of L_COSMOS or, if it has none of its own, that of L_CLIP
+    added = added_terms(out, cls_t, eot_t, log_scale.exp())
+    terms = {'clip': clip} | added
+    weights = term_weights(terms, clip_weight)
+    loss = weights['clip'] * clip + sum(weights[name] * term for name, term in added.items())
+    return loss, terms
 
 
 # --- 5. Across GPUs: this GPU's pairs against all GPUs' pairs --------------------------------------------------------

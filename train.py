@@ -126,7 +126,7 @@ def train_step(run, batch):
             cls_t, eot_t = part_by_part(run.teacher, images[:GLOBALS], batch.teacher_texts, options.accum)
         out = run.wrapped(images, batch.texts)
 
-    loss, terms = total_loss(student, out, cls_t, eot_t, run.method.terms)
+    loss, terms = total_loss(student, out, cls_t, eot_t, run.method.terms, run.method.clip_weight)
     run.optimizer.zero_grad()
     # In the backward pass DDP averages all gradients, even those of the two scales, which total_loss uses outside of
     # run.wrapped.
@@ -373,6 +373,7 @@ class Method(NamedTuple):
     """A row of Table 5, or one of ours: what the student sees, and what it learns in addition to L_CLIP. The defaults
     are those of the table's first row."""
     terms: Callable = no_terms          # one of the functions above, or cosmos_terms
+    clip_weight: float = 1              # of L_CLIP; 0 trains without it
     global_images: int = 1
     crop_min: float = 0.9               # smallest share of the image in a global crop
     only_crops: bool = True             # --augment is 'crops' by default, whatever the preset says

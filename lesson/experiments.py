@@ -36,13 +36,13 @@ import subprocess
 import sys
 from math import ceil
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import train
-from cosmos import COSMOS, Output, Teacher, cosmos_terms, total_loss, unit
+from cosmos import COSMOS, Output, Teacher, cosmos_terms, unit
 from data import Crops, draw_sentences, text_crops
 from eval import show, shard_image
 from lesson.scenes import Thing, mask_of
@@ -116,12 +116,6 @@ class TeacherSeesAll(Watcher):
         train.GLOBALS = None
 
 
-def loss_without_clip(*given):
-    """L_COSMOS alone. L_CLIP is logged, but not trained."""
-    loss, terms = total_loss(*given)
-    return loss - terms['clip'], terms
-
-
 class LongCaptions(Crops):
     """Local captions have one to five sentences, too, so they differ from the global ones only in who sees them."""
 
@@ -168,7 +162,6 @@ class Added(NamedTuple):
     row: train.Method                   # for train.METHODS
     student: type = COSMOS
     teacher: type = Teacher
-    loss: Callable = total_loss
     watchers: list = []
     crops: type = Crops
 
@@ -178,7 +171,7 @@ ADDED = {
     'clip-averaged': Added(OF_TRAIN['clip']._replace(has_teacher=True), teacher=SilentTeacher),
     'several-captions': Added(OF_TRAIN['clip-aug']._replace(has_text_crops=True)),
     'another-pair': Added(OF_TRAIN['cosmos'], ReadsAnotherPair),
-    'without-clip': Added(OF_TRAIN['cosmos'], loss=loss_without_clip),
+    'without-clip': Added(OF_TRAIN['cosmos']._replace(clip_weight=0)),
     'every-image': Added(OF_TRAIN['cosmos']._replace(terms=every_image_terms), ReadsEveryImage),
     'teacher-sees-all': Added(OF_TRAIN['cosmos'], watchers=[TeacherSeesAll()]),
     'two-terms': Added(OF_TRAIN['cosmos']._replace(terms=two_terms)),
@@ -201,7 +194,6 @@ def train_added(words):
          f'--method {options.method} needs the whole batch at once; give it one process and --accum 1')
     train.COSMOS = added.student
     train.Teacher = added.teacher
-    train.total_loss = added.loss
     train.data.Crops = added.crops
     train.main(words, added.watchers)
 

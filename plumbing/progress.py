@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 from tqdm import tqdm
 
-from cosmos import COSMOS_WEIGHT, gather
+from cosmos import gather, term_weights
 from plumbing.processes import peak_memory
 
 MOST_BROKEN = 5         # this many steps in a row without a finite gradient end the run
@@ -71,15 +71,11 @@ def log_entry(run, progress):
     images = cls_of_all.keys[0]     # view 0 of the pairs of all ranks, (N, D)
     captions = eot_of_all.keys[0]   # and caption 0
     nearest = (images @ captions.T).argmax(dim=1).cpu()     # which caption each image finds, (N,)
-    # What total_loss multiplies each term by. L_COSMOS is the mean of all but L_CLIP.
-    added = len(latest.terms) - 1
-    weights = dict.fromkeys(latest.terms, COSMOS_WEIGHT / max(1, added))
-    weights['clip'] = 1
     entry = {  # the same on all ranks, except pairs_per_s; rank 0 writes its own
         'step': run.step,
         'lr': latest.lr,
         'chance': math.log(run.options.batch),  # what guessing costs in each term of the loss
-        'weights': weights,
+        'weights': term_weights(latest.terms, run.method.clip_weight),
         'accuracy': (nearest == torch.arange(len(nearest))).double().mean().item(),
         'spread': images.std(dim=0, correction=0).norm().item(),  # from 0, all images alike, to 1
         'grad_norm': latest.norm.item(),

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import train
-from cosmos import COSMOS, Output, clip_loss, cosmos_loss, cosmos_terms, unit
+from cosmos import COSMOS, Output, clip_loss, cosmos_loss, cosmos_terms, term_weights, total_loss, unit
 from data import Counts, Crops, Order, Shards, Tokenizer, loader
 from eval import load, preprocessing, shard_image
 from lesson import experiments, onepage, plots, scenes, suppression
@@ -487,9 +487,10 @@ def test_cut_on_the_pages():
 def test_terms_that_are_left_out(model):
     """oracle: Eq. 6, of which two terms stay; L_COSMOS, which stays without L_CLIP."""
     *views, cls_t, eot_t = unit(torch.randn(6, 2, 3, 8))
-    loss, terms = experiments.loss_without_clip(model[0], Output(*views), cls_t, eot_t, cosmos_terms)
+    row = experiments.METHODS['without-clip']
+    loss, terms = total_loss(model[0], Output(*views), cls_t, eot_t, row.terms, row.clip_weight)
     assert_close(loss, cosmos_loss(Output(*views), cls_t, eot_t, model[0].distill_logit_scale.exp()))
-    assert 'clip' in terms
+    assert term_weights(terms, row.clip_weight)['clip'] == 0 < terms['clip']
     terms = cosmos_terms(Output(*views), cls_t, eot_t, 5)
     kept = {name: terms[name] for name in ('h_I_cls_t', 'h_T_eot_t')}
     assert_close(experiments.two_terms(Output(*views), cls_t, eot_t, 5), kept)

@@ -662,6 +662,33 @@ def test_log_entry_by_hand(started, tmp_path, capsys):
     assert progress.broken == 0
 
 
+def half_of_one(names, clip_weight=1):
+    weights = {'clip': clip_weight}
+    for name in names:
+        if name != 'clip':
+            weights[name] = 0.125 if name == 'h_T_eot_t' else 0.25
+    return weights
+
+
+@pytest.mark.parametrize('method', train.METHODS)
+def test_the_log_says_what_was_trained(monkeypatch, fit, tmp_path, method):
+    """oracle: by hand: each term but L_CLIP weighs one share, and the sum of all, weighted, is the loss. With one number
+    of term_weights halved, the log follows, and a guess still costs ln 4."""
+    flags = ['--method', method, '--steps', 1, '--eval-every', 0]
+    assert fit(tmp_path / 'plain', *flags) == 0
+    monkeypatch.setattr(cosmos.term_weights, '__code__', half_of_one.__code__)
+    assert fit(tmp_path / 'halved', *flags) == 0
+    for out in 'plain', 'halved':
+        [entry, *_] = read_log(tmp_path / out)
+        clip, *added = entry['weights'].values()
+        assert entry['loss'] == pytest.approx(sum(weight * entry[name] for name, weight in entry['weights'].items()))
+        assert entry['chance'] == pytest.approx(math.log(4))
+        if out == 'plain':
+            assert [clip, sum(added)] == [1, 1 if added else 0] and len(set(added)) < 2
+    if method == 'cosmos':
+        assert entry['weights'] == {'clip': 1, 'h_I_cls_t': 0.25, 'h_I_eot_t': 0.25, 'h_T_cls_t': 0.25, 'h_T_eot_t': 0.125}
+
+
 def test_a_run_leaves_everything(whole, dogs, tmp_path):
     """oracle: the files and the log's fields, written out; values by arithmetic; eval.py's score of the teacher."""
     assert contents(whole).keys() == {
