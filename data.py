@@ -236,7 +236,7 @@ class Crops(Dataset):
             else:
                 return sample._replace(ids=self.tokenizer(sample.captions), bad=bad)
         raise Refused(f'{MOST_UNREADABLE} pairs in a row cannot be read; look at the shards with '
-                      'python -m extras.prepare inspect')
+                      'python -m extras.inspect')
 
     def sample(self, epoch, index):
         """-> the Sample of this pair. Raises Unreadable if its image or its record is broken."""
@@ -354,6 +354,19 @@ def collate(samples, multiple, whole_first, global_texts=GLOBALS):
         texts[0] = captions[0]
     bad = sum(sample.bad for sample in samples)
     return Batch(crops=crops, changes=changes, texts=texts, teacher_texts=global_ids, bad=bad)
+
+
+def sample_views(crops, count=4):
+    """Yields what the student is shown of `count` pairs, spread evenly over the set: (index, views (3, s, s) in [0, 1],
+    captions, boxes)."""
+    for index in np.unique(np.linspace(0, len(crops.shards) - 1, count, dtype=int)):
+        try:
+            drawn = crops.sample(0, index)
+        except Unreadable:
+            continue
+        changes = changes_of([drawn.changes])
+        views = [recolour(crop[None], changes, k, [*JITTERS, *AFTER_JITTERS])[0] for k, crop in enumerate(drawn.crops)]
+        yield index, views, drawn.captions, drawn.boxes
 
 
 def loader(train_set, order, workers, device, multiple, whole_first):

@@ -7,10 +7,10 @@
     python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21
     python eval.py segment ... --csa                              with SCLIP's attention, as in some rows of the paper
 
-CKPT is one of these; python -m extras.weights converts other CLIPs:
+CKPT is one of these:
     a checkpoint of this repository, or the folder of a run, whose best.pt is taken, or else its last.pt
     a released cosmos_vitb*.pt
-    a state dict of an open_clip ViT with GELU
+    a state dict of an open_clip ViT, with --quick-gelu if it has the activation of OpenAI's CLIP
 We evaluate the teacher, which has the averaged weights. If there is none, or with --weights student, it is the student.
 Features are float32 vectors of unit length, and a score is the dot product of two of them.
 
@@ -41,7 +41,7 @@ from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, fold
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import write_json
 from plumbing.images import read_image, shorten
-from plumbing.lists import has_caption, published_captions, with_owners
+from plumbing.tables import has_caption, published_captions, with_owners
 from plumbing.options import evaluation_options
 from plumbing.processes import choose_device, loading
 from plumbing.shards import Shards
@@ -210,7 +210,7 @@ def captions_of(shards, i):
     try:
         record = shards.record(i)
     except Unreadable as error:
-        raise Refused(f'{shards.name(i)}: {error}; see python -m extras.prepare inspect') from None
+        raise Refused(f'{shards.name(i)}: {error}; see python -m extras.inspect') from None
     for key in keys:
         if has_caption(record.get(key)):
             return record[key]
@@ -496,7 +496,7 @@ def run_segment(args, model, tokenizer, preprocess):
 def execute(args):
     """Load the checkpoint, run the command, show its figures. Commands in extras/ and lesson/ use it, too."""
     args.device = choose_device(args.device)
-    model, tokenizer, preprocess = load(args.checkpoint, args.weights, args.vocab)
+    model, tokenizer, preprocess = load(args.checkpoint, args.weights, args.vocab, args.quick_gelu)
     print(f'{args.command} of {model.origin}')
     model.to(args.device)
     figures = args.function(args, model, tokenizer, preprocess)

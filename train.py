@@ -8,7 +8,7 @@
 
 The default of --preset is tiny for the built-in set; with --data it is vit-b-16 on a GPU, photo elsewhere. To continue
 a run that stopped, give the same command with --resume. A run leaves in --out: last.pt (the checkpoint),
-log.jsonl, config.json, eval.json, index.npy (where the pairs are in the shards) and lock (it keeps other runs out).
+log.jsonl, config.json, eval.json, index-*.npy (where the pairs are in the shards) and lock (it keeps other runs out).
 With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val); with extras/ also
 report.html (the run as a page) and maps.npz (for that page).
 
@@ -281,7 +281,7 @@ LAPTOP = {
     'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
     'momentum': 0.995, 'momentum_ramp': 10,             # see momentum_at
     # Images are only cropped. The captions of the built-in set name colours, which a jitter would make wrong, and on
-    # Flickr8k crops alone did better at retrieval in a single short trial (docs/own-data.md).
+    # Flickr8k crops alone did better at retrieval in a single short trial (docs/data.md).
     'augment': 'crops',
     'local_crops': 2, 'local_captions': 2, 'vocab': 'learn'}
 
@@ -456,7 +456,7 @@ def set_up(options, processes, built_in_set):
             evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
         if processes.rank == 0:
             runs.lock(options.out)          # nothing is written to --out before this line
-            shards.save(index)              # the other ranks will memory-map it
+            shards.save()                   # the other ranks will memory-map it
 
     # Ranks that disagreed on batches or learning rates would train on in silence, so each compares what determines them
     # with rank 0's. Two last.pt count as the same if their running times are equal.

@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from extras.prepare import crops_of
+from extras.inspect import crops_of
 from plumbing.errors import command
 from plumbing.options import Parser
 from plumbing.processes import Processes, peak_memory

@@ -31,13 +31,12 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import cosmos
 from cosmos import COSMOS, GLOBALS, CrossAttention, Gathered, Teacher, match, nce, unit
-from data import normalize, text_crops
+from data import normalize, sample_views, text_crops
 from eval import captions_of, encode_dense, preprocessing, shard_image
-from plumbing.colours import OPERATIONS, changes_of, recolour
-from plumbing.errors import Refused, Unreadable, command, need
+from plumbing.errors import Refused, command, need
 from plumbing.files import read_json, read_lines, replacing
 from plumbing.images import read_image
-from plumbing.lists import with_owners
+from plumbing.tables import with_owners
 from plumbing.options import Parser
 from plumbing.runs import Watcher
 
@@ -85,21 +84,6 @@ def packed(tensor):
 
 
 # The step
-
-def sample_views(crops, count=4):
-    """Yields what the student is shown of `count` pairs, spread evenly over the set: (index, views (3, s, s) in [0, 1],
-    captions, boxes)."""
-    for index in np.unique(np.linspace(0, len(crops.shards) - 1, count, dtype=int)):
-        try:
-            drawn = crops.sample(0, index)
-        except Unreadable:
-            continue
-        views = []
-        changes = changes_of([drawn.changes])
-        for k, crop in enumerate(drawn.crops):
-            views.append(recolour(crop[None], changes, k, list(OPERATIONS))[0])
-        yield index, views, drawn.captions, drawn.boxes
-
 
 def read_pairs(crops):
     """Training pairs -> what the page shows of each, V images (B, 3, s, s) in [0, 1], and the ids (U, B, T)."""
@@ -212,6 +196,8 @@ class Report(Watcher):
 
     def begin(self, run):
         """Keep what is known before the first step: the pairs of the step, and how the run was started."""
+        if run.step == 0:                   # an earlier start may have ended before its first checkpoint
+            Path(run.folder, 'maps.npz').unlink(missing_ok=True)
         device = run.processes.device
         pairs, images, ids = read_pairs(run.train_set)
         self.images = [normalize(view).to(device) for view in images]       # V of (B, 3, s, s)

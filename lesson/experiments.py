@@ -9,7 +9,7 @@ its seed, and by the words of the training command that decide its numbers. A ru
 if several experiments use it, so after an interruption just give the command again.
 
 On drawn scenes each seed draws training scenes of its own; the held-out scenes are always the same. After the last
-step the moving average of the weights is scored, for CLIP, too. On photographs (docs/own-data.md says where to get
+step the moving average of the weights is scored, for CLIP, too. On photographs (docs/data.md says where to get
 Flickr8k) all runs train on the same 6,000. The teacher, or the only network, is scored on 1,000 test photographs: at
 the step that is best on 1,000 validation photographs, and at the last (`last`).
 

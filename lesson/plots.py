@@ -181,7 +181,7 @@ def difference_tables(experiment):
 
 LOSSES = 'L_CLIP', 'h_I_cls_t', 'h_I_eot_t', 'h_T_cls_t', 'h_T_eot_t'
 CUTS = {'all': 'nothing cut', 'text_cut': 'text cut', 'image_cut': 'image cut'}
-VIEWS = {'cut_crops': 'crops', 'cut': 'whole views'}
+VIEWS = {'cut': 'crops', 'cut_views': 'whole views'}
 # the columns of the table
 DRAWN = [f'{views}.{loss}.{column}' for views in VIEWS for loss in LOSSES for column in CUTS]
 

@@ -3,7 +3,7 @@
     python -m lesson.suppression CKPT --shards runs/scenes [--only conflict] [--json figures.json]
 
 CKPT is any checkpoint that eval.load reads. --shards is a folder that holds val/, or is a val/. If its scenes list no
-objects, only `conflict` and the cuts are measured. A model without cross-attention has only `named`. The groups are:
+objects, only `conflict` and `cut` are measured. A model without cross-attention has only `named`. The groups are:
 
 named: what the vector of a whole image tells. `top1`, of the dominant and of the small objects, says how many are
 named: take the object's own name, and the names of its colour with five shapes that the scene lacks. From each name's
@@ -17,8 +17,7 @@ peak on an object of that colour (`asked`), or of the other?
 conflict: give C^I the caption of one pair and the image of another. Which of 32 images, as the teacher sees them, does
 h_T pick? See section 5.
 
-cut: which of the losses need both the image and the text, for one whole view? And cut_crops: for crops, as in training?
-See section 6.
+cut: which of the losses need both the image and the text? See section 6.
 """
 from collections import defaultdict
 from itertools import islice
@@ -150,8 +149,8 @@ GROUP = 32
 def both_networks(args):
     """-> student, teacher, tokenizer, preprocess of args.checkpoint, whatever --weights says. If the file holds one
     network, it is both."""
-    student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab)
-    teacher, *_ = load(args.checkpoint, 'teacher', args.vocab)
+    student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab, args.quick_gelu)
+    teacher, *_ = load(args.checkpoint, 'teacher', args.vocab, args.quick_gelu)
     return student.to(args.device), teacher.to(args.device), tokenizer, preprocess
 
 
@@ -236,12 +235,9 @@ def conflict(args, scored, shards, scenes):
 # What does each loss cost if the student knows nothing of one modality? Before cross-attention eot and words, or cls
 # and patches, are replaced by their mean over the batch, so they no longer tell one pair from another. The teacher's
 # targets stay whole. A loss that stays low does without that modality. A cut is outside what the network was trained
-# on, so a loss may also rise because of that.
-#
-# `cut` takes one whole view of an image and its first caption, for student and teacher. A side finds itself there more
-# easily than in training, where it must find other crops; so `cut_crops` takes crops, without changes of colour.
+# on, so a loss may also rise because of that. Crops are drawn as in training, without changes of colour.
 
-LOCALS = 2              # local crops, and local captions, of a pair in `cut_crops`
+LOCALS = 2              # local crops, and local captions, of a pair
 
 
 def losses_of(student, cls, eot, patches, words, cls_t, eot_t):
@@ -288,31 +284,24 @@ def losses_when_cut(student, teacher, batches):
     return figures
 
 
-def cut(args, scored, shards, scenes):
-    student, teacher, tokenizer, preprocess = both_networks(args)
-    groups = groups_of_pairs(args, shards, tokenizer, preprocess, 'cut')
-    batches = (([pixels], [ids], [ids]) for pixels, ids in groups)
-    return {'cut': losses_when_cut(student, teacher, batches)}
-
-
 def batches_of_crops(args, shards, tokenizer, config):
     """Yields images, texts and the teacher's texts of a batch, in the order of an epoch; the last, smaller batch is
     dropped."""
     counts = Counts(GLOBALS, LOCALS, GLOBALS, LOCALS)
     crops = Crops(shards, tokenizer, config, seed=0, counts=counts, augment='crops')
-    size = group_size(shards, 'cut_crops')
+    size = group_size(shards, 'cut')
     order = Order(len(shards), size, start=0, stop=len(shards) // size, seed=0)
     device = torch.device(args.device)
     batches = loader(crops, [*order], args.workers, device, multiple=8, whole_first=True)
-    for batch in progress_bar(batches, 'cut_crops'):
+    for batch in progress_bar(batches, 'cut'):
         batch = batch.to(device)
         yield batch.views(''), batch.texts, batch.teacher_texts
 
 
-def cut_crops(args, scored, shards, scenes):
+def cut(args, scored, shards, scenes):
     student, teacher, tokenizer, _ = both_networks(args)
     batches = batches_of_crops(args, shards, tokenizer, student.config)
-    return {'cut_crops': losses_when_cut(student, teacher, batches)}
+    return {'cut': losses_when_cut(student, teacher, batches)}
 
 
 # --- 7. During training, and the command -----------------------------------------------------------------------------
@@ -340,8 +329,8 @@ class Pointing(Watcher):
         return pointing(None, scored, val, read_scenes(val))
 
 
-MEASURES = {'named': measure_named, 'pointing': pointing, 'conflict': conflict, 'cut': cut, 'cut_crops': cut_crops}
-ANY_SET = 'conflict', 'cut', 'cut_crops'    # these need no objects
+MEASURES = {'named': measure_named, 'pointing': pointing, 'conflict': conflict, 'cut': cut}
+ANY_SET = 'conflict', 'cut'             # these need no objects
 
 
 def measure(args, *scored):
@@ -370,7 +359,7 @@ def main():
     parser.set_defaults(command='suppression', function=measure)
     add = parser.add_argument
     add('--shards', required=True,
-        help='held-out scenes, as runs/scenes or its val/; for conflict and the cuts any held-out shards')
+        help='held-out scenes, as runs/scenes or its val/; for conflict and cut any held-out shards')
     add('--only', choices=MEASURES, help='one group of figures, instead of all')
     execute(parser.parse_args())
 

@@ -199,6 +199,7 @@ def add_checkpoint(parser, workers=True):
     if workers:
         add('--workers', type=count, default=2, help='processes that read images (%(default)s)')
     add('--vocab', help="file of CLIP's merges, for checkpoints that carry none")
+    add('--quick-gelu', action='store_true', help="a state dict has the activation of OpenAI's CLIP")
     add('--json', help='also write the figures to this file')
 
 

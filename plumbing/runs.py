@@ -39,7 +39,7 @@ def lock(folder):
     except (OSError, ImportError) as error:             # ImportError: Windows has no fcntl
         warn(f'{path}: no locks here ({error}), so do not start a second job in this folder')
         return
-    for name in 'last.pt', 'best.pt', 'index.npy':
+    for name in 'last.pt', 'best.pt', 'index-*.npy':
         for torn in path.parent.glob(f'{name}.*partial'):
             torn.unlink()
 
@@ -53,7 +53,7 @@ def print_notes(shards, val, captions):
             single += len(shards.pool(i)) == 1
     if captions > 1 and single > looked_at / 2:
         note(f'most pairs have one sentence ({single} of the first {looked_at}), so text crops only repeat it; '
-             'give longer captions, or --method clip, which takes less time; see docs/own-data.md')
+             'give longer captions, or --method clip, which takes less time; see docs/data.md')
     if val is None:
         note('nothing is held out, so overfitting cannot be seen; '
              'python -m extras.prepare pack --val 0.1 holds a tenth out')
@@ -68,7 +68,7 @@ def write_config(run):
     checkpoint."""
     old = ['eval.json']
     if run.step == 0:
-        old += ['log.jsonl', 'maps.npz', 'best.pt']
+        old += ['log.jsonl', 'best.pt']
     for name in old:
         Path(run.folder, name).unlink(missing_ok=True)
     log = run.folder / 'log.jsonl'

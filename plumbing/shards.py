@@ -17,8 +17,7 @@ from plumbing.errors import Refused, Unreadable, warn
 from plumbing.files import replacing
 from plumbing.images import read_image
 
-# The index has 7 integers per pair. A size of 0 bytes means that the pair has no such member. Row 0 of the file has the
-# mark of the tars in place of a pair.
+# The index has 7 integers per pair. A size of 0 bytes means that the pair has no such member.
 #     shard | image: offset, size | json: offset, size | txt: offset, size
 # {ending of the name: column of the offset}. The size is in the next column.
 COLUMN = {'jpg': 1, 'jpeg': 1, 'png': 1, 'webp': 1, 'json': 3, 'txt': 5}
@@ -30,9 +29,10 @@ FIRST_PAIRS = 20        # enough to tell wrong keys from a few broken pairs
 class Shards:
     """Random access to all pairs of a set of tars.
 
-    caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: a file that `save` has
-    written, or will write. If it belongs to the same tars (same names, sizes and times of modification), it is mapped
-    into memory, and no header is read. In either case the first pairs are read, to see whether they can be used.
+    caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: the path of a table
+    that `save` has written or will write, such as OUT/index.npy. A mark of the tars, a hash of their names, sizes and
+    times of modification, is put into its name. So a table of the same tars is found and mapped into memory, and no
+    header is read. In either case the first pairs are read, to see whether they can be used.
     fingerprint: a hash of names and sizes only, so that a copied set counts as the same set.
     """
 
@@ -43,12 +43,10 @@ class Shards:
         names = [os.path.basename(path) for path in self.paths]
         times = [os.path.getmtime(path) for path in self.paths]
         self.fingerprint = hashlib.sha1(repr([names, self.sizes]).encode()).hexdigest()
-        with_times = hashlib.sha1(repr([names, self.sizes, times]).encode()).hexdigest()
-        # By this number a stored index knows its tars again: 60 bits, which fit into int64.
-        self.mark = int(with_times[:15], 16)
-        stored = self.read_index(index)
-        self.is_mapped = stored is not None
-        self.index = stored if self.is_mapped else self.scan()          # (pairs, WIDTH)
+        mark = hashlib.sha1(repr([names, self.sizes, times]).encode()).hexdigest()[:15]
+        self.file = index and Path(index).with_stem(f'{Path(index).stem}-{mark}')
+        stored = self.stored()
+        self.index = self.scan() if stored is None else stored          # (pairs, WIDTH)
         self.check_first_pairs()
 
     def __len__(self):
@@ -62,22 +60,21 @@ class Shards:
         tables = scan_all(scan_shard, self.paths, numbers, chunksize=1, desc='reading headers', disable=None)
         return np.concatenate(tables)
 
-    def save(self, path):
-        """Write the index, unless it was read from a file."""
-        if not self.is_mapped:
-            first_row = [self.mark] + [0] * (WIDTH - 1)
-            with replacing(path) as temporary, open(temporary, 'wb') as file:
-                np.save(file, np.concatenate([[first_row], self.index]))
+    def save(self):
+        """Write the index, unless it was read from its file."""
+        if not isinstance(self.index, np.memmap):
+            with replacing(self.file) as temporary, open(temporary, 'wb') as file:
+                np.save(file, self.index)
 
-    def read_index(self, path):
-        """-> the index. None if there is no file, or if a line says that it is of no use."""
-        if not path or not os.path.exists(path):
+    def stored(self):
+        """-> the index in the file. None if there is no file, or if a line says that it is damaged."""
+        if not self.file or not self.file.exists():
             return None
         with suppress(OSError, ValueError, EOFError):   # not a numpy array
-            stored = np.load(path, mmap_mode='r')
-            if stored.shape[1:] == (WIDTH,) and self.mark in stored[:1, 0]:
-                return stored[1:]
-        print(f'data       {path} is damaged, or of other shards, or they have changed, so headers are read again')
+            table = np.load(self.file, mmap_mode='r')
+            if table.shape[1:] == (WIDTH,):
+                return table
+        print(f'data       {self.file} is damaged, so headers are read again')
         return None
 
     def check_first_pairs(self):
@@ -93,7 +90,7 @@ class Shards:
             except Unreadable as error:
                 problem = error
         raise Refused(f'none of the first {i + 1} pairs can be used, the last is {self.name(i)} ({problem}); name the '
-                      'captions with --caption-keys, or look at the shards with python -m extras.prepare inspect')
+                      'captions with --caption-keys, or look at the shards with python -m extras.inspect')
 
     def read(self, shard, places):
         """The bytes at several places (offset, size) of a tar. Unreadable if the disk fails, or the tar is cut off."""

@@ -57,11 +57,12 @@ def clean_names(state):
 
 # --- 2. A file -> its tensors, and these -> a model ------------------------------------------------------------------
 
-FETCH_OR_IMPORT = ('remove it and fetch it again if it was fetched, '
-                   'or see python -m extras.weights import --help')
+SAVE_A_STATE_DICT = ("load other people's weights with open_clip, and torch.save(model.state_dict(), FILE); "
+                     'docs/questions.md shows it')
+FETCH_OR_SAVE = f'fetch it again if it was fetched; {SAVE_A_STATE_DICT}'
 
 
-def read_checkpoint(path, remedy=FETCH_OR_IMPORT, mmap=False):
+def read_checkpoint(path, remedy=FETCH_OR_SAVE, mmap=False):
     """Tensors and plain values from a file. Nothing in it is executed; a file that needs that is Refused. remedy: what
     to do if it is torn. mmap: the tensors stay in the file, and take no memory until they are used."""
     need(Path(path).exists(), f'checkpoint {path} does not exist')
@@ -145,6 +146,7 @@ def read_network(path, weights, vocab, quick_gelu):
     state = clean_names(saved[key] if keys else saved)
     if 'config' in saved and 'merges' in saved:         # ours
         config = Config(**saved['config'])
+        need(config.quick_gelu or not quick_gelu, f'{path} says itself which activation it has; omit --quick-gelu')
         tokenizer = Tokenizer(saved['merges'], config.context_length)
         origin = Origin(key, str(path), saved.get('step', 'unknown'))
         return origin, config, tokenizer, state
@@ -152,7 +154,7 @@ def read_network(path, weights, vocab, quick_gelu):
     width = len(state.get('visual.class_embedding', ()))                # 0: there is none
     need(0 < width <= 1024 and width % 64 == 0 and 'text_projection' in state,
          f'{path} is neither a checkpoint of train.py, nor a released one, nor an open_clip ViT with heads 64 wide '
-         f"(its keys: {', '.join(list(state)[:5])}); python -m extras.weights import {path} OUT.pt converts others")
+         f"(its keys: {', '.join(list(state)[:5])}); {SAVE_A_STATE_DICT}")
     config = infer_config(state, quick_gelu)
     tokenizer = Tokenizer.clip(vocab, config.context_length)
     need(tokenizer.vocab_size <= config.vocab_size,

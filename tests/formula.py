@@ -1,5 +1,5 @@
 """Weights, images and captions by formula. test_cosmos.py holds what the released code computes from them, and
-`python -m extras.released CLONE` runs the released code on them."""
+`python -m tests.released CLONE` runs the released code on them."""
 import math
 
 import torch

@@ -486,7 +486,7 @@ WRONG = {               # a command: what its sentence must say
     'retrieval empty --shards a.tar': 'empty/last.pt does not exist',
     'retrieval bad.pt --shards a.tar': 'bad.pt .* holds posix.system, which may run code',
     'retrieval last.pt --shards empty': "'empty' .* no .tar file",
-    'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read.*prepare inspect',
+    'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read.*extras.inspect',
     'retrieval last.pt --karpathy white --split val': 'white lists no image of the split val',
     'retrieval last.pt --karpathy white': 'a.jpg, listed in white, has no caption',
     'retrieval last.pt --flickr white': 'a row of white has the keys image, captions, .*; it needs image and caption',

@@ -25,9 +25,9 @@ import eval as evaluation
 import train
 from cosmos import COSMOS, Teacher, total_loss
 from eval import load
-from extras import attend, bench, pairs, prepare, report, search, weights
+from extras import attend, bench, export, inspect, prepare, report
 from plumbing.shards import write_shard
-from plumbing.weights import to_openclip
+from plumbing.weights import from_openclip
 from tests import helpers
 from tests.helpers import ROOT, encoded, put, refused, shared
 
@@ -296,12 +296,12 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     write_shard(tmp_path / 'train/0.tar', members)
     write_shard(tmp_path / 'val/0.tar', members[:2])
     monkeypatch.delenv('COSMOS_VOCAB', raising=False)
-    assert helpers.run(prepare, 'inspect', tmp_path, '--out', tmp_path / 'sheet.png') is None
+    assert helpers.run(inspect, tmp_path, '--out', tmp_path / 'sheet.png') is None
     assert sys.stdout.line_buffering
     printed = capsys.readouterr()
     assert re.findall(r'left out   .*0.tar:(\d)', printed.err) == ['2', '3']
     assert Image.open(tmp_path / 'sheet.png').size == (4 * 132 + 4, 3 * 132 + 4)    # views, pairs
-    helpers.run(prepare, 'inspect', tmp_path, '--out', tmp_path / 'full.png', '--augment', 'full')
+    helpers.run(inspect, tmp_path, '--out', tmp_path / 'full.png', '--augment', 'full')
     assert (tmp_path / 'full.png').read_bytes() != (tmp_path / 'sheet.png').read_bytes()    # `tiny` only crops
     for line in ('reading .*/train; its folder holds', 'left out +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
                  'sentences per pair +least 1, .* most 2',
@@ -352,7 +352,7 @@ def test_attend_command(tmp_path, checkpoint):
     refused('no cross-attention.*--method cosmos', attend.attention_picture, *plain, None, ['a'], out)
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
+# --- export ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def vocab(monkeypatch):
@@ -362,64 +362,34 @@ def vocab(monkeypatch):
     return path
 
 
-def test_export_and_back(tmp_path, vocab):
-    """oracle: the model that was exported, without cross-attention. That its heads are not 64 wide, and quick GELU, only
-    the config says. It comes back from safetensors, and from a dict with sizes, as in OpenAI's archives."""
-    save_file = pytest.importorskip('safetensors.torch').save_file
-    merges = data.Tokenizer.clip(vocab).merges
-    model, _, _ = speller(replace(MICRO, quick_gelu=True, text_heads=4), merges)
-    torch.save({'config': asdict(model.config), 'merges': merges, 'student': model.state_dict()}, tmp_path / 'last.pt')
-    run(weights, 'export', tmp_path / 'last.pt', tmp_path / 'clip.pt')
-    theirs = torch.load(tmp_path / 'clip.pt')
-    save_file(theirs, tmp_path / 'a.safetensors')
-    torch.save({'state_dict': theirs | {'context_length': torch.tensor(77)}}, tmp_path / 'b.pt')
-    for name in 'a.safetensors', 'b.pt':
-        back = tmp_path / f'{name}.back'
-        run(weights, 'import', tmp_path / name, back, '--config', tmp_path / 'clip.json')
-        again, tokenizer, _ = load(back)
-        assert again.config == replace(model.config, cross_heads=0) and tokenizer.merges == merges
-        state = again.state_dict()
-        assert 'ln_final.weight' in theirs and theirs.keys() == to_openclip(state).keys()
-        assert_close(state, {name: model.state_dict()[name] for name in state}, rtol=0, atol=0)
-    pointer = put(tmp_path / 'c.safetensors', 'version https://git-lfs.github.com/spec/v1')
-    refused('c.safetensors is torn, or no safetensors', weights.import_weights, pointer, tmp_path / 'c.pt')
-
-
-def test_weights_that_are_refused(tmp_path, vocab, checkpoint, capsys):
-    """oracle: the sentence of the error, which names the remedy; nothing is written, and nothing is overwritten."""
-    out = tmp_path / 'out.pt'
-    other = tmp_path / 'in.pt'
-    plain, _, _ = speller(replace(MICRO, cross_heads=0))
-    theirs = to_openclip(plain.state_dict())
-    for sentence, state in {
-            'has a vocabulary of 516 ids, .* 49,408': theirs,
-            'may run code.*; .* extras.weights import --help': plain,
-            'not named like .*vision_model.*; load these weights with open_clip': {'vision_model.x': 0},
-            'with --config': theirs | {'token_embedding.weight': torch.ones(49408, 1)}}.items():
-        torch.save(state, other)
-        refused(sentence, weights.import_weights, other, out)
-    torch.jit.save(torch.jit.script(torch.nn.Identity()), other)
-    refused('holds TorchScript, .* import --help', weights.import_weights, other, out)
-    run(weights, 'export', checkpoint, out)             # works, because nothing is there yet
+def test_export(tmp_path, checkpoint, capsys):
+    """oracle: the towers of the model, under open_clip's names; nothing is overwritten."""
+    out = tmp_path / 'clip.pt'
+    run(export, checkpoint, out)
     assert 'The merges were learned' in capsys.readouterr().out
-    refused('out.pt exists', weights.import_weights, other, out)
-    refused('out.pt .*exists', weights.export, checkpoint, out)
+    model, _, _ = load(checkpoint)
+    theirs = torch.load(out)
+    assert 'ln_final.weight' in theirs
+    state = model.state_dict()
+    towers = {name: value for name, value in state.items() if not re.match('read_|image_map|text_map|distill', name)}
+    assert_close(from_openclip(theirs), towers, rtol=0, atol=0)
+    refused('clip.pt .*exists', export.export, checkpoint, out)
     layout = tmp_path / 'a.json'
-    refused('a.json would also be the name of the config; name it a.pt', weights.export, checkpoint, layout)
+    refused('a.json would also be the name of the config; name it a.pt', export.export, checkpoint, layout)
 
 
 @torch.no_grad()
 def test_quick_gelu_in_and_out(tmp_path, vocab, capsys):
-    """oracle: the features of open_clip's own model with random weights. We read its file, and it reads ours by the two
-    lines that `export` prints."""
+    """oracle: the features of open_clip's own model with random weights, whose activation is OpenAI's. We read its
+    state dict with --quick-gelu, and without it the features differ; it reads ours by the two lines that export prints."""
     open_clip = pytest.importorskip('open_clip')
     theirs = open_clip.create_model('ViT-B-32-quickgelu')
     torch.save(theirs.state_dict(), tmp_path / 'theirs.pt')
-    ours = tmp_path / 'ours.pt'
-    run(weights, 'import', tmp_path / 'theirs.pt', ours, '--quick-gelu')
-    model, tokenizer, _ = load(ours)
-    capsys.readouterr()
-    run(weights, 'export', ours, tmp_path / 'back.pt')
+    model, tokenizer, _ = load(tmp_path / 'theirs.pt', quick_gelu=True)
+    plain, _, _ = load(tmp_path / 'theirs.pt')
+    torch.save({'config': asdict(model.config), 'merges': tokenizer.merges, 'student': model.state_dict()},
+               tmp_path / 'ours.pt')
+    run(export, tmp_path / 'ours.pt', tmp_path / 'back.pt')
     there = {'open_clip': open_clip}
     exec(capsys.readouterr().out, there)
     pair = torch.randn(1, 3, 224, 224), tokenizer(['a dog'])
@@ -427,131 +397,7 @@ def test_quick_gelu_in_and_out(tmp_path, vocab, capsys):
     for other in theirs, there['model']:
         cls, eot, _ = other.eval()(*pair)
         assert_close((out.cls[0], out.eot[0]), (cls, eot), rtol=0, atol=1e-6)
-
-
-# --- pairs -----------------------------------------------------------------------------------------------------------
-
-def test_pair_scores_by_hand():
-    """oracle: both scores by pencil, ties as misses."""
-    right = torch.tensor([[2.0, 1], [1, 2]])
-    image_only = torch.tensor([[2.0, 3], [1, 4]])       # each caption finds its image, image 0 not its caption
-    text_only = torch.tensor([[2.0, 1], [3, 4]])
-    tie = 1 + torch.tensor([[5e-7, 0], [0, 5e-7]])      # of equal vectors, up to the error of float32
-    assert pairs.pair_scores([right, image_only, text_only, tie]) == {
-        'items': 4, 'image_score': 0.5, 'image_chance': 0.25, 'text_score': 0.5, 'text_chance': 0.25}
-    assert pairs.pair_scores([torch.tensor([[3.0, 1, 2]]), torch.tensor([[1.0, 0, 2]])]) == {
-        'items': 2, 'text_score': 0.5, 'text_chance': pytest.approx(1 / 3)}
-
-
-LAYOUTS = {
-    'own.jsonl': ('{"images": ["a.jpg"], "captions": ["x", "y"], "type": "t"}\n\n', (['a.jpg'], ['x', 'y'], 't')),
-    'crepe.json': ('{"0": {"filename": "a.jpg", "caption": "x", "negative_caption": "y"}}',
-                   (['a.jpg'], ['x', 'y'], None)),
-    'svo.csv': ('sentence,pos_image_id,neg_image_id,subj_neg,verb_neg,obj_neg\nx,7,8,False,True,False',
-                (['7', '8'], ['x'], 'verb_neg')),
-    'Questions.csv': ('Question ID,Type,Statement\n1,Color,red\n2,Color,blue\n',
-                      (['Color/1', 'Color/2'], ['a photo of red', 'a photo of blue'], 'Color'))}
-
-
-@pytest.mark.parametrize('name', LAYOUTS)
-def test_published_layouts(name, tmp_path):
-    """oracle: rows as each set publishes them."""
-    text, item = LAYOUTS[name]
-    assert pairs.read_items(put(tmp_path / name, text)) == [item]
-
-
-def test_items_refused(tmp_path):
-    """oracle: the sentence of the error, with the number of the item."""
-    texts = {
-        '{"image": "a"}': 'item 1 of .*/t has the keys image;',
-        '{"images": ["1", "2"], "captions": ["x", "y", "z"]}': 'item 1 of .*/t needs a list of k images',
-        '{"images": "ab", "captions": ["x", "y"]}': 'item 1 of .*/t needs a list',
-        'Question ID,Type,Statement\n1,Color,red\n2,Color,blue\n3,Color,green\n': 'zip.* is shorter'}
-    for text, sentence in texts.items():
-        refused(sentence, pairs.read_items, put(tmp_path / 't', text))
-
-
-def test_pairs_command(tmp_path, checkpoint):
-    """oracle: of two items with exchanged captions one is right; an image against itself is a tie, so a miss."""
-    put(tmp_path / '7.png', picture())
-    items = put(tmp_path / 'items.jsonl', """{"images": ["7"], "captions": ["a dog", "two cats"]}
-        {"images": ["7"], "captions": ["two cats", "a dog"], "type": "t"}
-        {"images": ["7", "7"], "captions": ["a dog"]}""")
-    run(pairs, checkpoint, '--items', items, '--json', tmp_path / 'f.json', '--workers', 0, '--device', 'cpu')
-    figures = json.loads((tmp_path / 'f.json').read_text())
-    assert figures['t 1 x 2']['items'] == 1 and figures['all 1 x 2']['text_score'] == 0.5
-    assert figures['all 2 x 1'] == {'items': 1, 'image_score': 0, 'image_chance': 0.5}
-
-
-# --- search ----------------------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def photos(tmp_path):
-    """A picture, its copy, another, one that is broken, and hidden ones."""
-    for name, colour in {'a/one.png': 'red', 'b/one.png': 'red', 'two.png': 'blue', '.hidden/one.png': 'red'}.items():
-        put(tmp_path / 'photos' / name, picture('PNG', colour))
-    put(tmp_path / 'photos/bad.jpg', b'no image')
-    put(tmp_path / 'photos/._one.png', b'no image')
-    return tmp_path / 'photos'
-
-
-def test_features_are_kept(tmp_path, photos, capsys):
-    """oracle: whether the broken image is named, as whenever images are embedded: at first, and when the weights, the
-    activation, an image or the target of a link have changed. A file that holds something else is not written over."""
-    model, _, preprocess = speller()
-
-    def check(anew, model=model):
-        found = search.folder_features(model, preprocess, photos, tmp_path / 'features.pt')
-        assert ('bad.jpg cannot be read as an image' in capsys.readouterr().out) == anew
-        assert_close(found['features'], evaluation.embed_images(model, found['paths'], preprocess))
-
-    check(True)
-    check(False)
-    check(True, speller()[0])
-    other = COSMOS(replace(model.config, quick_gelu=True))
-    other.load_state_dict(model.state_dict())
-    check(True)
-    check(True, other)
-    put(photos / 'two.png', picture('PNG', 'green').ljust(3000, b'\0'))
-    check(True)
-    target = put(tmp_path / 'target.png', picture('PNG', 'green'))
-    (photos / 'link.png').symlink_to(target)
-    check(True)
-    put(target, picture('PNG', 'black').ljust(3000, b'\0'))
-    check(True)
-    target.unlink()
-    check(True)
-    torch.save({'student': {}}, tmp_path / 'best.pt')
-    refused('best.pt holds no features', search.folder_features, model, preprocess, photos, tmp_path / 'best.pt')
-
-
-def test_search_command(tmp_path, photos, checkpoint, capsys):
-    """oracle: the features that are kept give the scores; an image and its copy score 1; the sheet has two images."""
-    sheet = tmp_path / 'sheet.png'
-    common = [checkpoint, '--images', photos, '--workers', 0, '--device', 'cpu', '--out', sheet]
-    run(search, *common, 'a red star', '--json', tmp_path / 'f.json', '--features', tmp_path / 'f.pt')
-    saved = torch.load(tmp_path / 'f.pt', weights_only=True)
-    assert saved['paths'] == [f'{photos}/{name}' for name in ('a/one.png', 'b/one.png', 'two.png')]
-    query = evaluation.embed_texts(*load(checkpoint)[:2], 'a red star')[0]
-    ranking = json.loads((tmp_path / 'f.json').read_text())['ranking']
-    expected = sorted(zip(saved['features'] @ query, saved['paths']), key=lambda row: -row[0])
-    assert ranking == [{'image': path, 'score': pytest.approx(score.item())} for score, path in expected]
-    run(search, *common, '--top', 2, '--like', photos / 'a/one.png')
-    assert len(re.findall('^1.0000 .*one.png', capsys.readouterr().out, re.M)) == 2
-    assert Image.open(sheet).size == (2 * (search.TILE + 2) + 2, search.TILE + 4)
-    refused('one query, .*--like', run, search, *common)
-
-
-def test_output_into_head(tmp_path, photos, checkpoint, monkeypatch):
-    """oracle: one sentence, of a program whose reader ends before it has printed all. The sheet is drawn by then."""
-    program = 'from plumbing.errors import command; command(lambda: print(bytes(10 ** 6)))'
-    done = subprocess.run(f'{sys.executable} -c "{program}" | true', shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr == 'error: the program that read the output has ended\n'
-    (photos / 'bad.jpg').unlink()                           # it would be named before
-    monkeypatch.setattr(search, 'print', Mock(side_effect=BrokenPipeError), raising=False)
-    with pytest.raises(BrokenPipeError):
-        run(search, checkpoint, '--images', photos, '--workers', 0, '--out', tmp_path / 'sheet.png', 'a red star')
-    assert (tmp_path / 'sheet.png').exists()
+    assert (plain(*[[view] for view in pair]).cls - out.cls).norm() > 1e-3
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------
@@ -624,6 +470,24 @@ def test_links_scripts_and_options_of_a_page(page):
             ours |= set(re.findall("'(--[a-z0-9-]+)'", path.read_text()))
     for option in re.findall(r'(?<![\w-])--[a-z][\w-]+', text):
         assert option in ours, option
+
+
+def test_the_search_of_readme(tmp_path, checkpoint, monkeypatch, capsys):
+    """oracle: the block of the page as it stands, on three pictures: the cosines of embed_images and embed_texts."""
+    text = (ROOT / 'README.md').read_text()
+    [block] = [block for block in re.findall('^```python\n(.*?)^```', text, re.M | re.S) if 'topk' in block]
+    monkeypatch.chdir(tmp_path)
+    put('runs/tiny-cosmos/last.pt', checkpoint.read_bytes())
+    for colour in 'red', 'green', 'blue':
+        put(f'photographs/{colour}.jpg', picture(colour=colour))
+    exec(block, {})
+    model, tokenizer, preprocess = load(checkpoint)
+    query = evaluation.embed_texts(model, tokenizer, 'a red star')[0]
+    expected = []
+    for path in sorted(Path('photographs').iterdir()):
+        score = (evaluation.embed_images(model, path, preprocess) @ query).item()
+        expected.append(f'{score:.3f}  {path}')
+    assert capsys.readouterr().out.splitlines() == sorted(expected, reverse=True)
 
 
 def test_lines_that_readme_counts():

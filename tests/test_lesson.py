@@ -166,7 +166,8 @@ def test_named_can_be_cheated_by_little(tmp_path):
 
 def arguments(**given):
     """What the command line of lesson.suppression gives."""
-    defaults = {'checkpoint': 'out/last.pt', 'shards': None, 'device': 'cpu', 'workers': 0, 'vocab': None, 'only': None}
+    defaults = {'checkpoint': 'out/last.pt', 'shards': None, 'device': 'cpu', 'workers': 0, 'vocab': None, 'quick_gelu': False,
+                'only': None}
     return SimpleNamespace(**defaults | given)
 
 
@@ -263,46 +264,17 @@ def test_conflict_is_what_the_model_computes(model, val, taught, monkeypatch):
     assert figures == {name: np.mean(each) for name, each in hits.items()} and len(set(figures.values())) > 1
 
 
-def test_cut_is_what_the_model_computes(model, val, taught, monkeypatch):
-    """oracle: with everything, the losses of COSMOS.forward. If C^T and C^I give nothing, h_I is cls and h_T is eot: a
-    cut of the other side changes nothing, and with the text cut all h_T are alike, so cls_t finds none of them."""
-    network, *_ = model
-    teacher, groups = taught
-    figures = suppression.cut(arguments(), model, val, None)['cut']
-    expected = {name: [] for name in figures}
-    alike = []
-    scale = network.distill_logit_scale.exp()
-    for x, ids in groups:
-        out = network([x], [ids])
-        cls_t, eot_t = unit(teacher.visual([x])[0]), unit(teacher.text([ids])[0])
-        terms = cosmos_terms(out, cls_t[None], eot_t[None], scale)
-        for name, loss in (terms | {'L_CLIP': clip_loss(out, network.logit_scale.exp())}).items():
-            expected[name].append(loss.item() / np.log(10))
-        eot, _ = network.encode_text(ids)
-        logits = scale * cls_t @ unit(eot.mean(dim=0))                  # of the one h_T with every cls_t
-        alike.append((logits.logsumexp(dim=0) - logits.mean()).item() / np.log(10))
-    assert {name: each['all'] for name, each in figures.items()} == pytest.approx(
-        {name: np.mean(each) for name, each in expected.items()}, rel=1e-4)
-    for cross in network.read_text, network.read_image:
-        monkeypatch.setattr(cross, 'forward', lambda query, tokens: torch.zeros_like(query))
-    figures = suppression.cut(arguments(), model, val, None)['cut']
-    for name, column in ('h_I_cls_t', 'text_cut'), ('h_T_eot_t', 'image_cut'):
-        assert figures[name][column] == pytest.approx(figures[name]['all'], rel=1e-5)
-    assert figures['h_T_cls_t']['text_cut'] == pytest.approx((np.mean(alike) + 1) / 2, rel=1e-4)
-
-
-def test_cuts_need_two_pairs(model, taught, monkeypatch):
+def test_cuts_need_two_pairs(model):
     """oracle: the sentence. The loss of a single pair is 0, and so is that of guessing."""
-    for name in 'cut', 'cut_crops':
-        monkeypatch.setattr(suppression, 'shard_captions', lambda shards: (['a dog'], [0]))
-        refused(f'there is one pair; {name} needs two or more', suppression.MEASURES[name], arguments(), model, [0], None)
+    refused('there is one pair; cut needs two or more', suppression.cut, arguments(), model, [0], None)
 
 
-def test_cut_of_crops_is_what_a_step_computes(model, val, taught):
-    """oracle: the losses of COSMOS.forward on what the loader of train.py gives, of all 24 scenes but the last four."""
+def test_cut_is_what_a_step_computes(model, val, taught, monkeypatch):
+    """oracle: with everything, the losses of COSMOS.forward on what the loader of train.py gives, of all 24 scenes but
+    the last four. If C^T and C^I give nothing, h_I is cls and h_T is eot: a cut of the other side changes nothing."""
     network, tokenizer, _ = model
     teacher, _ = taught
-    figures = suppression.cut_crops(arguments(), model, val, None)['cut_crops']
+    figures = suppression.cut(arguments(), model, val, None)['cut']
     crops = Crops(val, tokenizer, network.config, 0, Counts(2, 2, 2, 2), 'crops')
     expected = {name: [] for name in figures}
     for batch in loader(crops, Order(24, 10, 0, 2, 0), 0, torch.device('cpu'), 8, True):
@@ -315,6 +287,11 @@ def test_cut_of_crops_is_what_a_step_computes(model, val, taught):
     assert {name: each['all'] for name, each in figures.items()} == pytest.approx(
         {name: np.mean(each) for name, each in expected.items()}, rel=1e-4)
     assert all(each['all'] != each['text_cut'] and each['all'] != each['image_cut'] for each in figures.values())
+    for cross in network.read_text, network.read_image:
+        monkeypatch.setattr(cross, 'forward', lambda query, tokens: torch.zeros_like(query))
+    figures = suppression.cut(arguments(), model, val, None)['cut']
+    for name, column in ('h_I_cls_t', 'text_cut'), ('h_T_eot_t', 'image_cut'):
+        assert figures[name][column] == pytest.approx(figures[name]['all'], rel=1e-5)
 
 
 def test_other_sets(model, tmp_path, monkeypatch):
@@ -332,9 +309,9 @@ def test_other_sets(model, tmp_path, monkeypatch):
     refused(r'can measure \[\]; .* a set drawn by python -m lesson.scenes', suppression.measure, args, clip, *model[1:])
     for name in suppression.ANY_SET:
         monkeypatch.setitem(suppression.MEASURES, name, lambda *given, name=name: {name: given[-1]})
-    assert suppression.measure(args, *model) == {'conflict': [], 'cut': [], 'cut_crops': []}
+    assert suppression.measure(args, *model) == {'conflict': [], 'cut': []}
     args.only = 'pointing'
-    refused(r"can measure \['conflict', 'cut', 'cut_crops'\]; ", suppression.measure, args, *model)
+    refused(r"can measure \['conflict', 'cut'\]; ", suppression.measure, args, *model)
 
 
 # --- The course ------------------------------------------------------------------------------------------------------
@@ -479,7 +456,7 @@ def test_cut_on_the_pages():
         for loss in plots.LOSSES:
             cells = []
             for name in runs:
-                cells += [f"{plots.mean('cut', name, f'cut_crops.{loss}.{column}'):.0f}" for column in plots.CUTS]
+                cells += [f"{plots.mean('cut', name, f'cut.{loss}.{column}'):.0f}" for column in plots.CUTS]
             words = re.sub('^(h_.)_', r'\1 → ', loss)
             assert f"| {words} | {' | '.join(cells)} |" in text
 

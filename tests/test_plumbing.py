@@ -34,7 +34,7 @@ from data import Counts, Crops, Shards, Tokenizer
 from plumbing import files, processes, runs, tokenizer
 from plumbing.captions import caption_pool, sentences
 from plumbing.images import decode, read_header, read_image
-from plumbing.shards import find_shards, scan_shard
+from plumbing.shards import find_shards
 from plumbing.weights import read_checkpoint
 from tests.helpers import MICRO, ROOT, dog_tar, encoded, pairs_tar, put, refused, run, shared, write_tar
 
@@ -157,7 +157,7 @@ REFUSED = {         # flags: what their sentence must say
     '--caption-pool raw': 'none of the first 20 pairs .*no usable caption under the keys caption.; name the captions with --caption-keys',
     '--caption-keys a --caption-pool raw': 'argument --caption-pool: not allowed with argument --caption-keys; see prog',
     '--init none.pt': 'none.pt does not exist',
-    '--init other.pt': 'other.pt is neither a checkpoint .*its keys: 0, 1, 2, 3, 4.; .* extras.weights import other.pt'}
+    '--init other.pt': 'other.pt is neither a checkpoint .*its keys: 0, 1, 2, 3, 4.; load other .* with open_clip, and torch.save'}
 
 
 @pytest.mark.parametrize('line', REFUSED)
@@ -175,6 +175,13 @@ def test_what_a_user_can_mend_is_one_sentence(monkeypatch, tmp_path, line):
     flags = f'--data dogs.tar --preset micro --batch 4 --device cpu --out out {line}'
     assert re.fullmatch(f'error: .*{REFUSED[line]}.*', run(train, *flags.split()))
     assert not Path('out').exists()
+
+
+def test_output_into_head():
+    """oracle: one sentence, of a program whose reader ends before it has printed all."""
+    program = 'from plumbing.errors import command; command(lambda: print(bytes(10 ** 6)))'
+    done = subprocess.run(f'{sys.executable} -c "{program}" | true', shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == 'error: the program that read the output has ended\n'
 
 
 def test_reading_a_file_hides_no_bug(tmp_path, monkeypatch):
@@ -309,7 +316,7 @@ def test_tars_of_every_format(tmp_path, capsys):
         write_tar(tmp_path / f'{form}.tar', members, form)
     shards = Shards(tmp_path)
     assert '0.tar has 2 pairs with a dot in their name, such as c.v1, which are left' in capsys.readouterr().err
-    shards.save(tmp_path / 'index.npy')
+    Shards(tmp_path, index=tmp_path / 'index.npy').save()
     found = Shards(tmp_path, index=tmp_path / 'index.npy')
     assert isinstance(found.index, np.memmap) and found.index.shape == (9, 7)
     for i in range(9):
@@ -399,42 +406,37 @@ def test_a_pair_costs_its_bytes(tmp_path, monkeypatch):
 
 
 def test_which_index_is_used(tmp_path, capsys, monkeypatch):
-    """oracle: a fresh reading. With the index of the same shards no header is read again. A tar of the same name and
-    size whose members lie elsewhere is read again, with a line that says so, and so is a copy, whose times differ. The
-    fingerprint stays."""
+    """oracle: a fresh reading. With the index of the same shards no header is read again; a damaged one is made anew,
+    with a line. A tar of the same name and size whose members lie elsewhere is read again, and so is a copy, whose
+    times differ: they have indexes of their own. The fingerprint stays."""
     path = tmp_path / 'index.npy'
     tar = dog_tar(tmp_path / 'a.tar', 11)
-    before = Shards(tar)
-    flat = np.insert(before.index.ravel(), 0, before.mark)              # as an earlier version wrote it
-    written = []
-    for table in before.index, flat:
-        np.save(path, table)
-        written.append(path.read_bytes())
-    for shards in Shards(dog_tar(tmp_path / 'b.tar', 11)), before:
-        shards.save(path)
-        written.append(path.read_bytes())
-    whole = written.pop()
-    for content in *written, whole[:-8], whole[:50], b'text', b'':
-        found = Shards(tar, index=put(path, content))
-        assert not found.is_mapped and np.array_equal(found.index, before.index)
+    before = Shards(tar, index=path)
+    before.save()
+    [file] = tmp_path.glob('index-*.npy')
+    whole = file.read_bytes()
+    np.save(tmp_path / 'flat.npy', before.index.ravel())
+    for content in (tmp_path / 'flat.npy').read_bytes(), whole[:-8], whole[:50], b'text', b'':
+        put(file, content)
+        found = Shards(tar, index=path)
+        assert f'{file} is damaged, so headers are read again' in capsys.readouterr().out
+        assert np.array_equal(found.index, before.index)
+        found.save()
+        assert file.read_bytes() == whole
     with monkeypatch.context() as patch:
         patch.setattr('plumbing.shards.scan_shard', None)
-        assert np.array_equal(Shards(tar, index=put(path, whole)).index, before.index)
-    capsys.readouterr()
+        assert np.array_equal(Shards(tar, index=path).index, before.index)
     size = tar.stat().st_size
     records = [{'caption': ['x' * 900, 'dog'][min(i, 1)]} for i in range(11)]
     pairs_tar(tar, records, [encoded(Image.new('RGB', (40, 30)))] * 11)
     assert tar.stat().st_size == size
     after = Shards(tar, index=path)
-    assert not after.is_mapped and after.pool(10) == ['dog']
-    assert after.index.tolist() != before.index.tolist() and after.fingerprint == before.fingerprint
-    assert f'{path} is damaged, or of other shards, or they have changed, so ' in capsys.readouterr().out
-    after.save(path)
-    assert Shards(tar, index=path).is_mapped
+    assert after.pool(10) == ['dog'] and after.fingerprint == before.fingerprint
+    assert after.index.tolist() != before.index.tolist()
     copy = Path(shutil.copy(tar, tmp_path / 'elsewhere.tar')).rename(put(tmp_path / 'copy/a.tar'))
     copied = Shards(copy, index=path)
-    assert not copied.is_mapped and np.array_equal(copied.index, after.index)
-    assert copied.fingerprint == after.fingerprint
+    assert np.array_equal(copied.index, after.index) and copied.fingerprint == after.fingerprint
+    assert len({shards.file for shards in (before, after, copied)}) == 3
 
 
 def test_what_cannot_be_read_in_mid_run_is_replaced(tmp_path, capsys, monkeypatch):

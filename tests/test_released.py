@@ -1,11 +1,11 @@
-"""extras.released, with a stand-in for the released code: our own side again, or one that is a little off."""
+"""tests.released, with a stand-in for the released code: our own side again, or one that is a little off."""
 import re
 import sys
 
 import pytest
 
 import test_cosmos
-from extras import released
+from tests import released
 from tests.formula import SMALL, wavy_inputs
 from tests.helpers import run
 

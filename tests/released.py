@@ -2,8 +2,8 @@
 
     git clone https://github.com/ExplainableML/cosmos CLONE && git -C CLONE checkout c80348f
     pip install -r requirements.txt ftfy regex
-    python -m extras.released CLONE                                         a small model, timed in float32
-    python -m extras.released CLONE --preset vit-b-16 --precision bf16      the paper's model, timed in bf16
+    python -m tests.released CLONE                                         a small model, timed in float32
+    python -m tests.released CLONE --preset vit-b-16 --precision bf16      the paper's model, timed in bf16
 
 Both sides get the same weights, images and captions. Their numbers are compared in float32. If they agree, both sides
 take training steps in turns, and the exit status is 0. OMP_NUM_THREADS sets the number of threads.
@@ -19,7 +19,7 @@ import torch
 import train
 from cosmos import COSMOS, GLOBALS, Config, Teacher, clip_loss, cosmos_loss
 from data import cut_to_longest
-from extras.weights import openclip_config
+from extras.export import openclip_config
 from plumbing.errors import command, need
 from plumbing.options import Parser
 from plumbing.processes import DTYPES
@@ -189,7 +189,7 @@ def race(preset, precision):
 
 
 def main():
-    parser = Parser(prog='python -m extras.released', epilog=__doc__, usage='%(prog)s CLONE [options]')
+    parser = Parser(prog='python -m tests.released', epilog=__doc__, usage='%(prog)s CLONE [options]')
     parser.add_argument('clone', metavar='CLONE', help='a checkout of the released code')
     parser.add_argument('--preset', choices=list(TIMED), default='small', help='(default: %(default)s)')
     parser.add_argument('--precision', choices=['fp32', 'bf16'], default='fp32', help='of the timed steps')
