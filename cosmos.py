@@ -16,11 +16,15 @@ Symbols for shapes:
     s, p side of a view and of a patch, in pixels
 Names taken from the paper:
     [cls], [eot]        the vector of an image view, from its class token; that of a caption, from its end token
-    C^T, C^I  the two cross-attention modules, named for what they read; h_I and h_T are named for who reads:
-              C^T = `read_text`: queries [cls], keys words, result h_I, an image's vector that has read text, Eq. 1
-              C^I = `read_image`: queries [eot], keys patches, result h_T, a text's vector that has read an image, Eq. 2
     cls_t, eot_t        the teacher's vectors of the images and of the texts
-    L_CLIP, L_COSMOS    the two losses; their sum is trained. L_CLIP is one L_sym-nce (`match`), L_COSMOS a mean of four
+    L_sym-nce           CLIP's loss: in a batch each vector must find its partner, in both directions (`match`)
+    L_CLIP, L_COSMOS    the two losses, whose sum is trained: one L_sym-nce, and the mean of four
+    C^T, C^I            the two cross-attention modules. They are named for what they read, h_I and h_T for who reads:
+
+    who asks            what it reads            module               result
+    an image, its cls   words of caption 0       C^T = read_text      h_I, an image that has read text, Eq. 1
+    a text, its eot     patches of view 0        C^I = read_image     h_T, a text that has read an image, Eq. 2
+
 Views come first, (V, B, D), and views 0 and 1 are the two globals. Code that serves both modalities says "view" and V
 for captions, too. `ids` are token numbers, as a tokenizer gives them; `patches` and `words` are vectors of tokens.
 
@@ -30,16 +34,16 @@ One training step, with the names used in the code below:
            |                                                                        |
       VisionTower                                                               TextTower                    STUDENT
            |                                                                        |
-     cls (V,B,D) -- query --> C^T: read_text             C^I: read_image <-- query -- eot (U,B,D)
-           |                  the words                  the patches                |
-           |                  of caption 0               of view 0                  |
-           |                         |                        |                     |
-           |                         v                        v                     |
-           |       h_I = read_text(..) + cls  Eq. 1   h_T = read_image(..) + eot  Eq. 2
-           |                         |                        |                     |
-           '--- global cls ----------|------ clip_loss -------|---- all eot --------'
-                                     '----- cosmos_terms -----'
-                                       h_I and h_T, each with cls_t and eot_t, Eq. 6
+     cls (V,B,D) ------------------------- clip_loss ------------------------- eot (U,B,D)
+           |                                                                        |
+           | query                patches of view 0, words of caption 0             | query
+           v                                                                        v
+     C^T: read_text, of the words                                    C^I: read_image, of the patches
+           |                                                                        |
+     h_I (V,B,D)  Eq. 1                                                 h_T (U,B,D)  Eq. 2
+           |                                                                        |
+           '------------------------------ cosmos_terms ----------------------------'
+                                    each of the two must find both:
                                              |            |
       VisionTower -------------------- cls_t (2,B,D)  eot_t (2,B,D) ------------------ TextTower             TEACHER
       on the 2 global views           a moving average of the student,           on the 2 global captions
@@ -74,6 +78,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # --- 1. Configuration ------------------------------------------------------------------------------------------------
 
@@ -97,7 +102,7 @@ class Config:
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's
     cross_heads: int = 8            # attention heads inside C^I and C^T; 0: no C^I and C^T
-    two_scales: bool = False        # L_COSMOS gets a scale of its own also without C^I and C^T
+    two_scales: bool = False        # a second scale, also without C^I and C^T; with them there always is one
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released COSMOS models use GELU
 
 
@@ -161,38 +166,43 @@ class COSMOS(nn.Module):
         D = config.embed_dim
         self.config = config
         self.has_cross_attention = bool(config.cross_heads)
-        self.two_scales = self.has_cross_attention or config.two_scales
+        self.has_two_scales = self.has_cross_attention or config.two_scales
         self.visual = VisionTower(config)
         self.text = TextTower(config)
-        initial_scale = torch.tensor(math.log(1 / 0.07))                  # ln(1/temperature)
-        self.logit_scale = nn.Parameter(initial_scale)                  # L_CLIP
+        initial_scale = math.log(1 / 0.07)                              # ln(1/temperature)
+        self.logit_scale = nn.Parameter(torch.tensor(initial_scale))    # L_CLIP
         if self.has_cross_attention:
             # paper silent: tokens go through a linear map before Eq. 1-2 (model.py:285-287, 331, 436)
             self.image_map = nn.Linear(config.vision_width, D)
             self.text_map = nn.Linear(config.text_width, D)
             self.read_image = CrossAttention(D, config.cross_heads)     # C^I
             self.read_text = CrossAttention(D, config.cross_heads)      # C^T
-        if self.two_scales:         # paper silent: L_COSMOS has a scale of its own (model.py:274)
-            self.distill_logit_scale = nn.Parameter(initial_scale.clone())
+        if self.has_two_scales:     # paper silent: L_COSMOS has a scale of its own (model.py:274)
+            self.distill_logit_scale = nn.Parameter(torch.tensor(initial_scale))
 
     def forward(self, images, texts):
-        """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output.
+        """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output."""
+        cls, eot, patches, words = self.encode(images, texts)
+        if not self.has_cross_attention:
+            return Output(unit(cls), unit(eot))
+        h_I, h_T = self.read(cls, eot, patches, words)
+        return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
 
-        Every [cls] and every [eot] is a query. Keys and values come from view 0 and caption 0 only (code≠paper: two
-        walk-throughs of the paper say that they come from the global views; model.py:370-382). The other captions may
-        be cut, see TextTower.
+    def encode(self, images, texts):
+        """Images and texts as in `forward` -> cls (V, B, D), eot (U, B, D), and the keys and values of cross-attention:
+        patches (B, P, D) of view 0 and words (B, T, D) of caption 0, None without it. All are unnormalised.
+
+        code≠paper: two walk-throughs of the paper say that keys and values come from all global views; in the released
+        code they come from view 0 and caption 0 only (model.py:370-382). The other captions may be cut, see TextTower.
         """
         if not self.has_cross_attention:
-            cls = torch.stack(self.visual(images))
-            eot = torch.stack(self.text(texts))
-            return Output(unit(cls), unit(eot))
+            return torch.stack(self.visual(images)), torch.stack(self.text(texts)), None, None
         # View 0 and caption 0 go through their towers alone, because only they need all their tokens.
         first_cls, patches = self.encode_image(images[0])               # (B, D), (B, P, D)
         first_eot, words = self.encode_text(texts[0])                   # (B, D), (B, T, D)
         cls = torch.stack([first_cls, *self.visual(images[1:])])        # (V, B, D)
         eot = torch.stack([first_eot, *self.text(texts[1:])])           # (U, B, D)
-        h_I, h_T = self.read(cls, eot, patches, words)
-        return Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
+        return cls, eot, patches, words
 
     def read(self, cls, eot, patches, words):
         """cls (V, B, D), eot (U, B, D), patches (B, P, D), words (B, T, D) -> h_I, h_T like cls, eot; all unnormalised.
@@ -231,16 +241,16 @@ class COSMOS(nn.Module):
         return self.read_image.weights(eot, patches), self.read_text.weights(cls, words)
 
     def scales(self):
-        """The learned values of ln(1/temperature): first that of L_CLIP, then that of L_COSMOS if it has its own."""
-        if self.two_scales:
+        """The learned values of ln(1/temperature): that of L_CLIP, and that of L_COSMOS if it has its own."""
+        if self.has_two_scales:
             return [self.logit_scale, self.distill_logit_scale]
         return [self.logit_scale]
 
     @torch.no_grad()
     def clamp_scales(self):
         """Clamp the learned scales (logarithms) to [0, ln 100] after each step, as released."""
-        for scale in self.scales():
-            scale.clamp_(0, math.log(100))
+        for log_scale in self.scales():
+            log_scale.clamp_(0, math.log(100))
 
 
 # --- 3. The teacher ----------------------------------------------------------------------------- framework figure ---
@@ -271,7 +281,7 @@ class Teacher(nn.Module):
         ours, paper silent: we call it after optimizer.step, as DINO does. The released code calls it before, and so
         averages the student of one step earlier (there train.py:185-193 comes before 213-221).
         """
-        # One call for all parameters is faster than a call for each.
+        # lerp moves each average the fraction 1 - momentum of the way. One call for all parameters is faster.
         averages = list(self.model.parameters())
         torch._foreach_lerp_(averages, list(student.parameters()), 1 - momentum)
 
@@ -291,12 +301,11 @@ def nce(queries, keys, scale):
     `match`, below, is the mean of both means: 0.4489.
     """
     Vq, B, _ = queries.shape
-    Vk, N, _ = keys.shape
+    Vk = len(keys)
     with torch.autocast(queries.device.type, enabled=False):  # float32, even under autocast
         logits = torch.einsum('qbd,knd->qkbn', scale * queries, keys)   # (Vq, Vk, B, N)
-    # A query's right answer is the number of its own pair among all N. On several GPUs, where N > B, the pairs of this
-    # one begin at rank * B.
-    first_pair = dist.get_rank() * B if N > B else 0
+    # A query's right answer is the number of its own pair among all N. Those of this GPU begin at rank * B.
+    first_pair = dist.get_rank() * B if has_other_ranks() else 0
     own_pair = torch.arange(first_pair, first_pair + B, device=queries.device)
     return F.cross_entropy(logits.flatten(0, 2), own_pair.repeat(Vq * Vk))
 
@@ -359,8 +368,10 @@ def total_loss(student, out, cls_t, eot_t, added_terms=cosmos_terms, clip_weight
     others. For CLIP alone it returns {}. clip_weight: 0 trains without L_CLIP.
     """
     clip = clip_loss(out, student.logit_scale.exp())
-    log_scale = student.scales()[-1]        # that of L_COSMOS or, if it has none of its own, that of L_CLIP
-    added = added_terms(out, cls_t, eot_t, log_scale.exp())
+    distill_scale = student.logit_scale.exp()
+    if student.has_two_scales:
+        distill_scale = student.distill_logit_scale.exp()
+    added = added_terms(out, cls_t, eot_t, distill_scale)
     terms = {'clip': clip} | added
     weights = term_weights(terms, clip_weight)
     loss = weights['clip'] * clip + sum(weights[name] * term for name, term in added.items())
@@ -375,32 +386,37 @@ class Gathered(NamedTuple):
     keys: torch.Tensor          # (V, N, D)  all GPUs'
 
 
+def has_other_ranks():
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def gather(*vectors):
     """Several tensors (V, B, D) -> a Gathered for each; one collective serves them all."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not has_other_ranks():
         return [Gathered(x, x) for x in vectors]
-    all_keys = Gather.apply(torch.cat(vectors)).split([len(x) for x in vectors])
+    all_keys = AllGather.apply(torch.cat(vectors)).split([len(x) for x in vectors])
     return [Gathered(x, keys) for x, keys in zip(vectors, all_keys)]
 
 
-class Gather(torch.autograd.Function):
+class AllGather(torch.autograd.Function):
     """(V, B, D) on every rank -> (V, N, D) on all of them; each gradient goes back to the rank that its vector came
     from. B is equal on all ranks.
 
-    ours: the gradient is exact. The backward pass sums a vector's gradients over the ranks, and DDP divides by their
-    number, which gives the gradient of the mean loss. The released code's gradient is smaller, see docs/differences.md.
+    ours: the gradient is exact. Each rank's loss is a mean over its B queries. The backward pass sums a vector's
+    gradients over the ranks, and DDP divides by their number, which gives the gradient of the mean over all N. The
+    released code's gradient is smaller, see docs/differences.md.
     """
 
     @staticmethod
     def forward(ctx, x):
         V, B, D = x.shape
         ctx.B = B
-        ranks = dist.get_world_size()
-        gathered = x.new_empty(ranks * V, B, D)
+        world = dist.get_world_size()
+        gathered = x.new_empty(world * V, B, D)
         # In torch versions without all_gather_single the same collective is called all_gather_into_tensor.
         all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
         all_gather(gathered, x.contiguous())
-        return gathered.view(ranks, V, B, D).transpose(0, 1).flatten(1, 2)
+        return gathered.view(world, V, B, D).transpose(0, 1).flatten(1, 2)
 
     @staticmethod
     def backward(ctx, grad):
@@ -417,7 +433,8 @@ class Tower(nn.Module):
     A tower has `embed`, `transformer`, `norm` and `proj`. `embed` takes n images or captions of one size. It returns
     their sequences (n, R, W), and `row` (n,): which row of each becomes the vector, the class token's or the end
     token's. If only the vectors are wanted, the last block computes this row alone: the same vector, with fewer
-    multiplications (a fifth fewer in train.py's preset `tiny`, a few percent in deep towers).
+    multiplications (a fifth fewer in train.py's preset `tiny`, a few percent in deep towers). On a first reading assume
+    that `row` is None below: then every row is computed.
     """
 
     def forward(self, views):
@@ -475,14 +492,14 @@ class VisionTower(Tower):
         grid = self.grid
         if h == w == grid:
             return self.positional_embedding
-        cls, patches = self.positional_embedding.split([1, grid ** 2])
-        patches = patches.T.unflatten(1, (grid, grid))[None]            # (1, W, grid, grid)
+        of_cls, of_patches = self.positional_embedding.split([1, grid ** 2])
+        learned = of_patches.T.unflatten(1, (grid, grid))[None]         # (1, W, grid, grid)
         # paper silent (transformer.py:646-669): like DINO, the released code adds 0.1, so that rounding never loses a
         # row of the grid. This also stretches the grid a little. The released weights were trained with the 0.1, so it
         # must stay.
         zoom = (h + 0.1) / grid, (w + 0.1) / grid
-        patches = F.interpolate(patches, scale_factor=zoom, mode='bicubic')  # (1, W, h, w)
-        return torch.cat([cls, patches[0].flatten(1).T])
+        zoomed = F.interpolate(learned, scale_factor=zoom, mode='bicubic')  # (1, W, h, w)
+        return torch.cat([of_cls, zoomed[0].flatten(1).T])
 
 
 class TextTower(Tower):
@@ -527,13 +544,17 @@ class Transformer(nn.Module):
     def __init__(self, width, layers, heads, quick_gelu, causal=False):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu, causal) for _ in range(layers))
+        self.saves_memory = False       # True: the backward pass computes all blocks but the last again
 
     def forward(self, x, row=None):
         """x (n, R, W) -> (n, R, W). With `row` (n,) only that row of each sequence, (n, 1, W). Blocks before the last
         compute every row, because the next one reads them all."""
         *blocks, last = self.resblocks
         for block in blocks:
-            x = block(x)
+            if self.saves_memory:       # blocks draw no random numbers, so their state need not be kept
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
         return last(x, row)
 
 
@@ -560,11 +581,11 @@ class Block(nn.Module):
 
     def forward(self, x, row=None):
         """x (n, R, W) -> (n, R, W). With `row` (n,) only that row is a query: (n, 1, W)."""
-        context = self.ln_1(x)                                          # (n, R, W)
+        normed = self.ln_1(x)                                           # (n, R, W)
         if row is None:
-            x = x + self.attn(context, context)
+            x = x + self.attn(normed, normed)
         else:
-            x = pick(x, row) + self.attn(pick(context, row), context, row)
+            x = pick(x, row) + self.attn(pick(normed, row), normed, row)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -591,23 +612,25 @@ class Attention(nn.MultiheadAttention):
         """
         q, k, v = self.project(query, context)
         if q.device.type in ('cpu', 'mps'):
-            # In bf16 on a CPU plain products are up to 5 times as fast as the kernels below. On mps is_causal may let a
-            # row see later ones in half precision (pytorch#195910).
-            x = attention_weights(q, k, self.seen(context, row)) @ v
+            # In bf16 on a CPU plain products are 2 to 7 times as fast as the kernels below (docs/measurements.md). On
+            # mps is_causal may let a row see later ones in half precision (pytorch#195910).
+            x = attention_weights(q, k, self.mask(context, row)) @ v
         elif self.causal and row is None:       # the flash kernel takes no mask, but knows the causal one
             x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen(context, row))
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(context, row))
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
-    def seen(self, context, row):
-        """-> a mask, True where a query may look: (1, 1, R, R), or with `row` (n, 1, 1, R). None: everywhere."""
+    def mask(self, context, row):
+        """-> True where a query may look, (1, 1, R, R), or with `row` (n, 1, 1, R). None: everywhere."""
         if not self.causal:
             return None
-        rows = torch.arange(context.shape[1], device=context.device)    # (R,)
-        own = rows[None] if row is None else row[:, None]               # the row of each query, (1, R) or (n, 1)
-        seen = rows <= own[..., None]                                   # (1, R, R) or (n, 1, R)
-        return seen[:, None]            # the same for all heads
+        places = torch.arange(context.shape[1], device=context.device)     # of the keys, (R,)
+        own_place = places[None]                                            # of each query, (1, R)
+        if row is not None:
+            own_place = row[:, None]                                        # (n, 1)
+        may_see = places <= own_place[..., None]                            # (1, R, R) or (n, 1, R)
+        return may_see[:, None]                                             # the same for all heads
 
     def project(self, query, context):
         """query (n, Q, W), context (n, R, W) -> q (n, H, Q, d), k and v (n, H, R, d)."""
@@ -619,28 +642,28 @@ class Attention(nn.MultiheadAttention):
         return [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v)]
 
 
-def attention_weights(q, k, seen=None):
-    """softmax(q k^T / sqrt(d)): q (..., Q, d), k (..., R, d) -> (..., Q, R). seen: True for the keys that a query may
+def attention_weights(q, k, mask=None):
+    """softmax(q k^T / sqrt(d)): q (..., Q, d), k (..., R, d) -> (..., Q, R). mask: True for the keys that a query may
     see; None: all."""
     q = q * q.shape[-1] ** -0.5
     scores = q @ k.transpose(-2, -1)                                    # (..., Q, R)
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(dim=-1)
 
 
 if __name__ == '__main__':  # python cosmos.py: forward and backward on noise; prints shapes and the terms of the loss
     torch.manual_seed(0)
     config = Config(image_size=48, local_image_size=24, patch_size=8, vision_layers=2, text_layers=2, vocab_size=1000)
-    model = COSMOS(config)
-    teacher = Teacher(model)
+    student = COSMOS(config)
+    teacher = Teacher(student)
     B = 3
     sides = [config.image_size] * GLOBALS + [config.local_image_size] * 3
     images = [torch.randn(B, 3, side, side) for side in sides]          # V = 5
     texts = torch.randint(1, 1000, (GLOBALS + 2, B, 77))                # U = 4
-    out = model(images, texts)
+    out = student(images, texts)
     cls_t, eot_t = teacher(images[:GLOBALS], texts[:GLOBALS])
-    loss, terms = total_loss(model, out, cls_t, eot_t)
+    loss, terms = total_loss(student, out, cls_t, eot_t)
     loss.backward()
     for name, value in out._asdict().items():
         print(f'{name:10} {tuple(value.shape)}')

@@ -7,11 +7,11 @@ caption. The student sees all views and captions. The teacher sees only the glob
 to five sentences. Images and texts are cropped independently. So no boxes of objects are needed, but a local caption
 may describe what no local view shows.
 
-How a batch is made (Crops and collate in the loader's workers, if there are any, Batch.views on the model's device):
+How a batch is made (TrainingSet and collate in the loader's workers, if there are any, Batch.views on the model's device):
 
                                                                         what seeds its random choices
     Order           a step -> its places (epoch, index of a pair)       (seed, epoch)
-    Crops           a place -> Sample: crops and token ids              (seed, epoch, index)
+    TrainingSet     a place -> Sample: crops and token ids              (seed, epoch, index)
     collate         B Samples -> Batch
     Batch.views     crops -> views: coloured, blurred, normalised       (seed, step, view): the order of jitters
 
@@ -19,6 +19,7 @@ So with the same settings a run sees the same batches for any number of workers 
 step. The marks `ours` and `paper silent` mean the same as in cosmos.py; "as released" means that the authors' code does
 so. You can skip the helpers in plumbing/: `Shards` gives the bytes of an image and the pool of its sentences, `decode`
 gives the pixels, `Tokenizer` the ids; `Changes` are the drawn changes of colour as tensors, `recolour` makes them.
+Refused is an error that a user can mend, Unreadable one of a single pair.
 """
 import random
 import sys
@@ -72,7 +73,7 @@ def draw_sentences(pool, count, rng):
 class Kind(NamedTuple):
     """How a view is made. From flip on, each field is the probability of an operation."""
     size: int                   # side of the view, in pixels
-    scale: tuple                # smallest and largest share of the image's area
+    area: tuple                 # smallest and largest share of the image's area
     flip: float                 # left and right are swapped
     jitter: float               # brightness, contrast, saturation and hue change, in an order that Batch.views draws
     grey: float
@@ -86,7 +87,7 @@ def kinds_of_views(config, crop_min):
     large = config.image_size
     small = config.local_image_size
     return [
-        #    size   scale          flip jitter grey blur solarize
+        #    size   area           flip jitter grey blur solarize
         Kind(large, (crop_min, 1), 0.5, 0.8,   0.2, 1.0, 0.0),
         Kind(large, (crop_min, 1), 0.5, 0.8,   0.2, 0.1, 0.2),
         Kind(small, (0.05, 0.4),   0.5, 0.8,   0.2, 0.5, 0.0)]
@@ -98,7 +99,7 @@ CROPS_ONLY = dict(flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)      #
 def draw_changes(kind, rng):
     """The operations that change a view, {operation: strength}, in the released ranges.
 
-    If you add an operation, draw it from a generator of its own, seeded in Crops.sample. One more draw from `rng` would
+    If you add an operation, draw it from a generator of its own, seeded in TrainingSet.sample. One more draw from `rng` would
     shift all later draws, and so change every run.
     """
     changes = {}
@@ -133,7 +134,7 @@ def draw_boxes(height, width, kinds, rng):
     stand_in = torch.empty(1).expand(height, width)     # get_params only looks at its size
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng.getrandbits(32))
-        return [v2.RandomResizedCrop.get_params(stand_in, kind.scale, ASPECTS) for kind in kinds]
+        return [v2.RandomResizedCrop.get_params(stand_in, kind.area, ASPECTS) for kind in kinds]
 
 
 def image_crops(encoded, kinds, rng):
@@ -148,7 +149,7 @@ def image_crops(encoded, kinds, rng):
     allowed = []                    # by what factor the image may shrink, for each view
     for (_, _, h, w), kind in zip(boxes, kinds):
         allowed.append(min(h, w) / kind.size)
-    pixels = decode(image, turn, at_most=min(allowed))
+    pixels = decode(image, turn, shrink_at_most=min(allowed))
     _, decoded_height, decoded_width = pixels.shape
     ratio = min(decoded_height / height, decoded_width / width)     # 1, or about 1/2, 1/4, 1/8
     crops = []
@@ -181,13 +182,13 @@ class Counts(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a pair gives to one step. __getitem__ sets ids and bad; `sample` alone needs no tokenizer."""
+    """What a pair gives to one step. __getitem__ sets ids and bad_pairs; `sample` alone needs no tokenizer."""
     crops: list             # V image crops (3, s, s), uint8
     boxes: list             # V: where each crop lies in the image, (y, x, h, w) in pixels; pictures show them
     changes: list           # V: the operations that change each crop, {operation: strength}
     captions: list          # U strings
     ids: torch.Tensor = None            # (U, T), the token numbers of the captions
-    bad: int = None                     # how many unreadable pairs this one replaces
+    bad_pairs: int = None               # how many unreadable pairs this one replaces
 
 
 # Stop the run after this many unreadable pairs in a row: the first, and those drawn to replace it.
@@ -195,7 +196,7 @@ MOST_UNREADABLE = 1000
 
 
 @dataclass
-class Crops(Dataset):
+class TrainingSet(Dataset):
     """The training set: (epoch, index of the pair) -> Sample, for `collate`.
 
     augment: 'full' is the released recipe; 'crops' only crops, without flips, blur and changes of colour, because
@@ -227,14 +228,13 @@ class Crops(Dataset):
         """-> the Sample of this pair or of its replacement."""
         epoch, index = place
         replacements = random.Random(f'{self.seed} {epoch} {index} replacement')
-        for bad in range(MOST_UNREADABLE):              # how many have failed so far
+        for bad_pairs in range(MOST_UNREADABLE):        # how many have failed so far
             try:
                 sample = self.sample(epoch, index)
+                return sample._replace(ids=self.tokenizer(sample.captions), bad_pairs=bad_pairs)
             except Unreadable as error:
                 print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
                 index = replacements.randrange(len(self.shards))
-            else:
-                return sample._replace(ids=self.tokenizer(sample.captions), bad=bad)
         raise Refused(f'{MOST_UNREADABLE} pairs in a row cannot be read; look at the shards with '
                       'python -m extras.inspect')
 
@@ -302,7 +302,7 @@ class Batch(NamedTuple):
     changes: Changes        # those of all Samples, in one table for each operation and view
     texts: list             # U captions (B, T') int64 for the student, cut by collate to T' <= T
     teacher_texts: list     # the global captions (B, T') for the teacher
-    bad: int                # how many unreadable pairs were replaced
+    bad_pairs: int          # how many unreadable pairs were replaced
 
     def to(self, device):
         """Move the batch to a device, without waiting for the copies."""
@@ -312,14 +312,14 @@ class Batch(NamedTuple):
             texts=[x.to(device, non_blocking=True) for x in self.texts],
             teacher_texts=[x.to(device, non_blocking=True) for x in self.teacher_texts])
 
-    def views(self, seed_and_step):
+    def views(self, seed, step):
         """V images (B, 3, s, s), float32, normalised. ours: colours and blur are applied here, after `to`, and so on
-        the GPU if there is one. seed_and_step: a string such as '0 1200', the same on all ranks; with the number of the
-        view it seeds the order of the jitters."""
+        the GPU if there is one. The order of the jitters depends on seed, step and view, so it is the same on all
+        ranks, and two ranks make the same run as one."""
         views = []
         for k, crops in enumerate(self.crops):
             # ours: one order of jitters for view k of all pairs. The released code draws a new order for every image.
-            jitters = random.Random(f'{seed_and_step} {k}').sample(JITTERS, len(JITTERS))
+            jitters = random.Random(f'{seed} {step} {k}').sample(JITTERS, len(JITTERS))
             images = recolour(crops, self.changes, k, [*jitters, *AFTER_JITTERS])
             views.append(normalize(images))
         return views
@@ -352,8 +352,8 @@ def collate(samples, multiple, whole_first, global_texts=GLOBALS):
     texts = global_ids + local_ids
     if whole_first:
         texts[0] = captions[0]
-    bad = sum(sample.bad for sample in samples)
-    return Batch(crops=crops, changes=changes, texts=texts, teacher_texts=global_ids, bad=bad)
+    bad_pairs = sum(sample.bad_pairs for sample in samples)
+    return Batch(crops=crops, changes=changes, texts=texts, teacher_texts=global_ids, bad_pairs=bad_pairs)
 
 
 def sample_views(crops, count=4):

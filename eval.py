@@ -21,7 +21,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -40,12 +39,12 @@ from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, fold
 # need(condition, text) raises Refused(text) unless the condition holds.
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import write_json
-from plumbing.images import read_image, shorten
+from plumbing.images import load_image, shorten
 from plumbing.tables import has_caption, published_captions, with_owners
 from plumbing.options import evaluation_options
 from plumbing.processes import choose_device, loading
 from plumbing.shards import Shards
-from plumbing.weights import load_weights, read_network
+from plumbing.weights import file_of, load_weights, read_network
 
 progress_bar = partial(tqdm, leave=False, disable=None)     # silent if the output is not a terminal
 
@@ -57,10 +56,7 @@ def load(path, weights='teacher', vocab=None, quick_gelu=False):
     path and weights: as CKPT and --weights at the head of this file. model.origin says what was loaded. vocab and
     quick_gelu: see plumbing.weights.read_network.
     """
-    path = Path(path)
-    if path.is_dir():
-        best = path / 'best.pt'
-        path = best if best.exists() else path / 'last.pt'
+    path = file_of(path)
     origin, config, tokenizer, state = read_network(path, weights, vocab, quick_gelu)
     model = COSMOS(config)
     load_weights(model, state, path)
@@ -85,7 +81,7 @@ TEXT_BATCH = 256
 def shard_image(shards, i):
     """Pillow image of pair i. Raises Unreadable, with the name of the pair, if it cannot be decoded."""
     try:
-        return read_image(shards.image(i))
+        return load_image(shards.image(i))
     except Unreadable as error:         # the name is read only here, because reading it takes time
         raise Unreadable(f'{shards.name(i)}: {error}') from None
 
@@ -103,7 +99,7 @@ class Images(Dataset):
         if isinstance(self.source, Shards):
             image = shard_image(self.source, i)
         else:
-            image = read_image(self.source[i])
+            image = load_image(self.source[i])
         return self.preprocess(image)
 
 
@@ -162,7 +158,7 @@ def embed_texts(model, tokenizer, texts):
 TIE = 1e-6
 
 
-def ranks(queries, targets, query_ids, target_ids, chunk=1024):
+def target_ranks(queries, targets, query_ids, target_ids, chunk=1024):
     """-> (n,): for each of n queries the rank, counted from 1, of its best right target among m targets. Target j is
     right for query i if they have the same id: the number of an image in retrieval, of a class in classification.
 
@@ -175,8 +171,8 @@ def ranks(queries, targets, query_ids, target_ids, chunk=1024):
         scores = (queries[rows].double() @ targets.T).float()       # (chunk, m)
         is_wrong = query_ids[rows][:, None] != target_ids           # (chunk, m)
         best = scores.masked_fill(is_wrong, -math.inf).amax(dim=1, keepdim=True)
-        not_behind = ~(scores < best - TIE)     # also ties, and NaN, which must not look perfect
-        found.append(1 + (is_wrong & not_behind).sum(dim=1))
+        is_behind = scores < best - TIE     # a tie is not behind, nor is NaN, which must not look perfect
+        found.append(1 + (is_wrong & ~is_behind).sum(dim=1))
     return torch.cat(found)
 
 
@@ -190,8 +186,8 @@ def retrieval(image_features, text_features, owner):
     n = len(image_features)
     image_ids = torch.arange(n, device=owner.device)
     figures = {'images': n, 'captions': len(owner), 'chance': 1 / n}
-    ranks_of = {'image_to_text': ranks(image_features, text_features, image_ids, owner).cpu(),
-                'text_to_image': ranks(text_features, image_features, owner, image_ids).cpu()}
+    ranks_of = {'image_to_text': target_ranks(image_features, text_features, image_ids, owner).cpu(),
+                'text_to_image': target_ranks(text_features, image_features, owner, image_ids).cpu()}
     for direction, found in ranks_of.items():
         for k in (1, 5, 10):
             figures[f'{direction}_R@{k}'] = (found <= k).float().mean().item()
@@ -227,9 +223,13 @@ def check_held_out(shards, workers):
     """Read every caption and decode every image of held-out shards, so that a broken one is found now, and not in the
     middle of a run. Raises Refused or Unreadable, with the name of the pair."""
     shard_captions(shards)
-    # `size` in place of preprocess: a worker decodes the image, and sends back only two numbers.
-    for _ in batches(Images(shards, attrgetter('size')), workers, 'trying held-out images'):
+    # size_of in place of preprocess: a worker decodes the image, and sends back only two numbers.
+    for _ in batches(Images(shards, size_of), workers, 'trying held-out images'):
         pass
+
+
+def size_of(image):
+    return image.size
 
 
 def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
@@ -239,7 +239,7 @@ def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, own
         captions, owner = shard_captions(source)
     image_features = embed_images(model, source, preprocess, workers)
     text_features = embed_texts(model, tokenizer, captions)
-    # The products of `ranks` are large, so they are made on the model's device; but mps has no float64.
+    # The products of `target_ranks` are large, so they are made on the model's device; but mps has no float64.
     device = model.logit_scale.device
     if device.type == 'mps':
         device = 'cpu'
@@ -264,7 +264,7 @@ def class_vectors(model, tokenizer, names, templates=TEMPLATES):
 def classify(image_features, vectors, labels):
     """image_features (n, D), vectors (K, D), labels (n,) -> figures."""
     K = len(vectors)
-    found = ranks(image_features, vectors, labels, torch.arange(K))     # each image asks for its class
+    found = target_ranks(image_features, vectors, labels, torch.arange(K))     # each image asks for its class
     hit = (found == 1).double()
     images_of_class = torch.bincount(labels, minlength=K)
     share = torch.bincount(labels, weights=hit, minlength=K) / images_of_class      # (K,), NaN for an empty class
@@ -373,8 +373,10 @@ def best_class(logits, size, class_of_name, candidates):
     """logits (M, h', w') of M names -> two maps of `size` (h, w): for each pixel the probability of the best candidate
     class, and that class. A class is as probable as its most probable name.
 
-    A softmax over names, in one pass, because 100 maps of 12 megapixels would need 5 GB at once. The probability is
-    e^(highest - log_sum), where log_sum runs over all names, and highest over those of the candidates.
+    Example, for one pixel: logits 2, 3 and 1 of the names ape, monkey and ox, of which ape and monkey are class 1. The
+    best class is 1, by its name monkey, with probability e^3 / (e^2 + e^3 + e^1). If only ox's class 2 is a candidate,
+    it is 2, with e^1 over the same sum. This goes through the names one by one, because 100 maps of 12 megapixels would
+    need 5 GB at once, and works on logarithms: probability = e^(highest - log_sum).
     """
     highest = logits.new_full(size, -math.inf)              # of the candidates' logits so far
     log_sum = logits.new_full(size, -math.inf)              # ln of the sum of e^logit so far
@@ -483,7 +485,7 @@ def run_segment(args, model, tokenizer, preprocess):
     pairs = mask_pairs(args.images, args.masks, args.image_suffix, args.mask_suffix, args.list)
     matrix = torch.zeros(K, K, dtype=torch.int64)
     for image_path, mask_path in progress_bar(pairs, 'images'):
-        image = read_image(image_path)
+        image = load_image(image_path)
         truth = read_mask(mask_path, K, settings.reduce_zero_label)
         need(truth.shape == (image.height, image.width),
              f'mask {mask_path} and image {image_path} differ in size; make them equal')

@@ -46,25 +46,24 @@ from plumbing import runs
 from plumbing.captions import POOL_KEYS
 from plumbing.errors import command, need
 from plumbing.files import write_json
-from plumbing.options import choose_data, fill_in, training_options
+from plumbing.options import choose_data, settle, training_options
 from plumbing.parts import StudentInParts, part_by_part
-from plumbing.processes import (Processes, checkpoint_blocks, choose_dtype, compile_blocks, keep_memory,
-                                signals_caught, use_cores)
+from plumbing.processes import Processes, choose_dtype, compile_blocks, keep_memory, signals_caught, use_cores
 from plumbing.progress import Progress, log_entry, print_entry
 from plumbing.tokenizer import Tokenizer, learn_merges
+from plumbing.weights import config_and_tokenizer
 
 # --- 1. One step -----------------------------------------------------------------------------------------------------
 
 @dataclass
 class Run:
     """What a step needs and changes, and what the loop records about the run."""
-    options: Namespace              # all that --help lists, see read_options
+    options: Namespace              # all that --help lists
     processes: Processes
-    train_set: data.Crops           # has the model's Config and the tokenizer, too
+    train_set: data.TrainingSet     # has the model's Config and the tokenizer, too
     student: COSMOS
-    # The student as a step calls it. With --accum above 1 it runs the batch in parts, and computes each again in the
-    # backward pass. On several ranks it is in DDP.
-    wrapped: torch.nn.Module
+    # The same student, as a step calls it: in parts with --accum above 1, and in DDP on several ranks.
+    student_to_call: torch.nn.Module
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # for fp16; otherwise it does nothing
@@ -86,11 +85,11 @@ class Run:
 
     @property
     def model(self):
-        """The network that is evaluated."""
+        """The network that is evaluated: the teacher's if there is one."""
         return self.teacher.model if self.teacher else self.student
 
 
-class Step(NamedTuple):
+class StepResult(NamedTuple):
     """What a step has used and computed, for the log."""
     out: Output                 # the student's vectors
     cls_t: torch.Tensor         # the teacher's, (2, B, D), or None
@@ -103,33 +102,32 @@ class Step(NamedTuple):
 
 
 def train_step(run, batch):
-    """One training step -> Step. The order is teacher, student, loss, backward, optimizer, scales, moving average."""
+    """One training step -> StepResult. The order is teacher, student, loss, backward, optimizer, scales, moving average."""
     options = run.options
+    method = run.method
     student = run.student
     lr = lr_at(run.step, options)
     for group in run.optimizer.param_groups:
         group['lr'] = lr
     # V tensors (B, 3, s, s). The loader has cropped; the changes of colour that it drew are made here, on the device.
-    # The string is the seed of the order in which brightness, contrast and the others change, the same on all ranks, so
-    # that two ranks make the same run as one.
-    images = batch.views(f'{options.seed} {run.step}')
+    images = batch.views(options.seed, run.step)
 
-    cls_t = eot_t = momentum = None
     # The teacher sees the globals, without gradient, the student all views and captions. (teacher_texts are the globals
     # with all their padding cut; the student may need that of caption 0.) The teacher runs first, while the student
     # holds no memory for its backward pass.
-    # cache_enabled: with the cache all parts of --accum would use one half-precision copy of each weight, so autograd
-    # would sum their gradients in half precision. Without it they are summed in float32.
+    cls_t = eot_t = momentum = None
+    teacher_images = images if method.teacher_sees_locals else images[:GLOBALS]
+    # NB: autocast keeps half-precision copies of the weights. All parts of --accum would share them, and their
+    # gradients would be added up in half precision, so with parts it keeps none.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
                         cache_enabled=options.accum == 1):
-        if run.method.has_teacher:
-            cls_t, eot_t = part_by_part(run.teacher, images[:GLOBALS], batch.teacher_texts, options.accum)
-        out = run.wrapped(images, batch.texts)
+        if method.has_teacher:
+            cls_t, eot_t = part_by_part(run.teacher, teacher_images, batch.teacher_texts, options.accum)
+        out = run.student_to_call(images, batch.texts)
 
-    loss, terms = total_loss(student, out, cls_t, eot_t, run.method.terms, run.method.clip_weight)
+    loss, terms = total_loss(student, out, cls_t, eot_t, method.terms, method.clip_weight)
     run.optimizer.zero_grad()
-    # In the backward pass DDP averages all gradients, even those of the two scales, which total_loss uses outside of
-    # run.wrapped.
+    # In the backward pass DDP averages all gradients, even those of the two scales, which only total_loss uses.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
     # p.grad is None if p is frozen or, on one GPU, if no term uses it; on several GPUs DDP stops such a run.
@@ -138,20 +136,20 @@ def train_step(run, batch):
 
     # DDP has averaged the gradients, so if one rank's is not finite, neither is the mean, and all ranks skip the step.
     finite = bool(norm.isfinite())
-    if run.method.has_teacher:
+    if method.has_teacher:
         momentum = momentum_at(run.step, options)
     if finite:
         if options.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(student.parameters(), options.clip_grad, norm)
         run.scaler.step(run.optimizer)
         student.clamp_scales()
-        if run.method.has_teacher:
+        if method.has_teacher:
             run.teacher.update(student, momentum)
     else:
         tqdm.write(f'WARNING    step {run.step + 1} was skipped, because the norm of its gradient is {norm:.4g}')
     run.scaler.update()             # fp16: after an infinity it lowers the scale
     run.step += 1                   # a skipped step counts, too
-    return Step(out, cls_t, loss, terms, norm, finite, lr, momentum)
+    return StepResult(out, cls_t, loss, terms, norm, finite, lr, momentum)
 
 
 # Schedules are pure functions of `step`, the number of steps taken so far.
@@ -197,6 +195,32 @@ def evaluate(run, val, watchers):
     return run.processes.broadcast(figures)             # here the others wait
 
 
+class Due(NamedTuple):
+    """What the loop does at the top of a turn, before it takes the next step."""
+    last: bool          # all steps are taken, so the run ends well
+    stop: bool          # a signal came: the run is saved, so that it can be resumed, and ends
+    evaluate: bool
+    log: bool
+    save: bool
+
+
+def due(run, progress):
+    """NB: ranks log, evaluate and stop together. If one decides differently, the others hang. So base decisions on what
+    all ranks share: the step, the options, figures, and progress, except its timings. Only saving, which rank 0 does
+    alone, may depend on the clock."""
+    options = run.options
+    last = run.step >= options.steps
+    stop = progress.signals > 0 and not last
+    # Step 0 is a multiple, too, and shows what the networks know before this training.
+    in_between = options.val and is_multiple(run.step, options.eval_every)
+    evaluate = last or (in_between and not stop)
+    # Step 1 shows early whether all is well. An evaluated step is logged, so that its loss and its scores share an entry.
+    log = evaluate or run.step == 1 or is_multiple(run.step, options.log_every)
+    # Before an evaluation, which takes long and may fail, all is saved.
+    save = stop or evaluate or is_multiple(run.step, options.save_every) or runs.is_overdue(run)
+    return Due(last, stop, evaluate, log, save)
+
+
 def is_multiple(step, every):
     """every: an option; 0 means never."""
     return every > 0 and step % every == 0
@@ -208,49 +232,37 @@ def main(argv=None, watchers=(), built_in_set=None):
     watchers: see runs.Watcher. built_in_set(): draws the scenes of a run without --data, writes them as shards, and
     returns their folder.
     """
-    options = read_options(argv)
-    processes = Processes(options.device)               # from here on only rank 0 prints
-    run, val = set_up(options, processes, built_in_set)
+    given, typed = read_options(argv)
+    processes = Processes(given['device'])              # from here on only rank 0 prints
+    run, val = set_up(given, typed, processes, built_in_set)
+    options = run.options
     runs.begin(run, val, watchers)
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
     with bar, runs.memory_needed(), signals_caught() as signals:
         # steps + 1 turns: each logs, saves and evaluates what is due, and all but the last then take a step.
-        # NB: ranks log, evaluate and stop together. If one decides differently, the others hang. So base decisions on
-        # what all ranks share: the step, the options, figures, and progress, except its timings. Only saving, which
-        # rank 0 does alone, may depend on the clock.
         while True:
-            is_last = run.step >= options.steps
-            # After a signal the run is saved, so that it can be resumed. It is evaluated only if all steps are taken.
-            is_stopped = progress.signals > 0 and not is_last
-            # Step 0 is a multiple, too, and shows what the networks know before this training.
-            in_between = options.val and is_multiple(run.step, options.eval_every)
-            to_evaluate = is_last or (in_between and not is_stopped)
-            # Step 1 shows early whether all is well. An evaluated step is logged, so that its loss and its scores share
-            # an entry.
-            to_log = to_evaluate or run.step == 1 or is_multiple(run.step, options.log_every)
-
+            now = due(run, progress)
             entry = {}
-            if to_log and progress.latest:              # before the first step there is nothing to log
+            if now.log and progress.latest:             # before the first step there is nothing to log
                 entry = log_entry(run, progress)
                 print_entry(entry, options)
-            to_save = is_multiple(run.step, options.save_every) or runs.is_overdue(run)
-            if to_save or to_evaluate or is_stopped:
-                runs.save(run)                          # before an evaluation, which takes long and may fail
-            if to_evaluate:
+            if now.save:
+                runs.save(run)
+            if now.evaluate:
                 figures = evaluate(run, val, watchers)
                 entry |= {'step': run.step, 'eval': figures}
             if entry and processes.rank == 0:
                 runs.write_log(run.folder, entry)
                 for watcher in watchers:
                     watcher.logged(run, entry)
-            if is_last or is_stopped:                   # here the last turn ends
+            if now.last or now.stop:                    # here the last turn ends
                 break
 
             batch = progress.next_batch(run.batches)
             latest = train_step(run, batch.to(processes.device))
             bar.update()
-            bad, signalled = processes.sum([batch.bad, len(signals)])
+            bad, signalled = processes.sum([batch.bad_pairs, len(signals)])
             progress.count(latest, run.scaler.get_scale(), options.batch, bad, signalled)
             failure = progress.reason_to_fail(run.step, run.folder)
             if failure:
@@ -258,11 +270,11 @@ def main(argv=None, watchers=(), built_in_set=None):
                     runs.save(run)
                 processes.leave(f'error: {failure}')
 
-        if is_last and processes.rank == 0:
+        if now.last and processes.rank == 0:
             write_json(run.folder / 'eval.json', figures)
             evaluation.show(figures)
         runs.finish(run, watchers)                      # signals are still caught, so that none cuts a report short
-    if is_last:
+    if now.last:
         processes.leave(0)
     number = signals[0] if signals else SIGTERM     # signals is empty if only other ranks got one
     processes.leave(128 + number)       # the status that a shell reports; `leave` does not return
@@ -281,7 +293,7 @@ LAPTOP = {
     'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
     'momentum': 0.995, 'momentum_ramp': 10,             # see momentum_at
     # Images are only cropped. The captions of the built-in set name colours, which a jitter would make wrong, and on
-    # Flickr8k crops alone did better at retrieval in a single short trial (docs/data.md).
+    # Flickr8k crops alone did better at retrieval in a single short trial.
     'augment': 'crops',
     'local_crops': 2, 'local_captions': 2, 'vocab': 'learn'}
 
@@ -370,43 +382,47 @@ def across_terms(out, cls_t, eot_t, scale):
 
 
 class Method(NamedTuple):
-    """A row of Table 5, or one of ours: what the student sees, and what it learns in addition to L_CLIP. The defaults
-    are those of the table's first row."""
-    terms: Callable = no_terms          # one of the functions above, or cosmos_terms
-    clip_weight: float = 1              # of L_CLIP; 0 trains without it
-    global_images: int = 1
-    crop_min: float = 0.9               # smallest share of the image in a global crop
-    only_crops: bool = True             # --augment is 'crops' by default, whatever the preset says
-    has_local_images: bool = False      # as many as --local-crops says
+    """A row of the table below: what the student sees, and what it learns."""
+    global_images: int
+    crop_min: float             # smallest share of the image in a global crop
+    only_crops: bool            # --augment is 'crops' by default, whatever the preset says
+    has_local_images: bool      # as many as --local-crops says
     # GLOBALS captions of 1-5 sentences, and --local-captions of one sentence. Without: a single one of 1-5 sentences.
-    has_text_crops: bool = False
-    has_teacher: bool = False
-    # C^I and C^T. With them the terms must use both h_I and h_T, because DDP stops if a parameter gets no gradient.
-    has_cross_attention: bool = False
-    # The terms have a temperature of their own, not that of L_CLIP. With C^I and C^T they always have.
-    two_scales: bool = False
-
-
-METHODS = {'clip': Method()}
-
-
-def add_method(name, base, **what):
-    """Adds a row to the table: a copy of the row `base`, with these changes."""
-    METHODS[name] = METHODS[base]._replace(**what)
+    has_text_crops: bool
+    has_teacher: bool
+    teacher_sees_locals: bool   # the local image views, too; each is a target like the globals
+    has_cross_attention: bool   # C^I and C^T
+    two_scales: bool            # the terms have a temperature of their own, as they always have with C^I and C^T
+    clip_weight: float          # of L_CLIP; 0 trains without it
+    student: type               # COSMOS, or a subclass of yours
+    train_set: type             # data.TrainingSet, or a subclass of yours
+    # One of the functions above, or cosmos_terms: what is learned in addition to L_CLIP. On several GPUs DDP stops if a
+    # parameter gets no gradient, as C^I does if your terms leave out h_T. Then add 0 * out.h_T.sum() to one of them.
+    terms: Callable
 
 
 # Only the rows clip and cosmos can be found in the released code, where clip uses open_clip's default crop and no
 # colour jitter (transform.py:66). The others are our reading of the table's labels. In the paper clip, clip-aug and
 # image-distill score far below the CLIP of Table 1, so they were probably trained on raw captions only (--caption-pool
-# raw).
-add_method('clip-aug', 'clip', global_images=GLOBALS, crop_min=0.4, only_crops=False)
-add_method('image-distill', 'clip-aug', has_local_images=True, has_teacher=True, terms=image_terms)
-add_method('text-crop', 'image-distill', has_text_crops=True)
-add_method('text-distill', 'text-crop', terms=embedding_terms)
-add_method('cosmos', 'text-distill', has_cross_attention=True, terms=cosmos_terms)
-# ours, not in the table
-add_method('no-cross-attention', 'text-distill', two_scales=True, terms=no_cross_attention_terms)
-add_method('across', 'cosmos', terms=across_terms)
+# raw). The last two are ours: `across` closes a leak of COSMOS, which its terms explain.
+no, yes = False, True
+ours = COSMOS, data.TrainingSet
+METHODS = {
+    #                             global  crop only   local   text        sees   C^I,  two     L_CLIP's  student,
+    #                             images, min, crops, images, crops, teacher, locals, C^T, scales, weight, set   terms
+    'clip':               Method(1,       0.9, yes, no,  no,  no,  no, no,  no,  1, *ours, no_terms),
+    'clip-aug':           Method(GLOBALS, 0.4, no,  no,  no,  no,  no, no,  no,  1, *ours, no_terms),
+    'image-distill':      Method(GLOBALS, 0.4, no,  yes, no,  yes, no, no,  no,  1, *ours, image_terms),
+    'text-crop':          Method(GLOBALS, 0.4, no,  yes, yes, yes, no, no,  no,  1, *ours, image_terms),
+    'text-distill':       Method(GLOBALS, 0.4, no,  yes, yes, yes, no, no,  no,  1, *ours, embedding_terms),
+    'cosmos':             Method(GLOBALS, 0.4, no,  yes, yes, yes, no, yes, no,  1, *ours, cosmos_terms),
+    'no-cross-attention': Method(GLOBALS, 0.4, no,  yes, yes, yes, no, no,  yes, 1, *ours, no_cross_attention_terms),
+    'across':             Method(GLOBALS, 0.4, no,  yes, yes, yes, no, yes, no,  1, *ours, across_terms)}
+
+
+def add_method(name, base, **changes):
+    """Adds a row to the table: a copy of the row `base`, with these changes."""
+    METHODS[name] = METHODS[base]._replace(**changes)
 
 
 def recipe_of(preset, method, init):
@@ -415,7 +431,7 @@ def recipe_of(preset, method, init):
     if METHODS[method].only_crops:
         recipe['augment'] = 'crops'
     if not METHODS[method].has_teacher:
-        del recipe['momentum']          # so config.json says none; the ramp alone does nothing
+        recipe['momentum'] = None       # so config.json says none; the ramp alone does nothing
     if init:
         recipe |= PRETRAINED
     return recipe
@@ -424,47 +440,38 @@ def recipe_of(preset, method, init):
 # --- 5. Set-up: options, data, model, teacher, optimizer --------------------------------------------------------------
 
 def read_options(argv=None):
-    """A namespace with every option that --help lists: what is typed, else the recipe, else the default in --help. What
-    depends on the data or on a checkpoint, such as --batch, is None until set_up calls `fill_in`."""
+    """-> two dicts {option: value}: every option as it is typed, else the recipe's, else the default in --help; and
+    those that are typed. set_up settles the few that depend on the data or on the run to resume, such as --batch."""
     return training_options(argv, __doc__, PRESETS, METHODS, recipe_of)
 
 
-def set_up(options, processes, built_in_set):
-    """-> a Run, new or restored from last.pt, and the held-out shards, which only rank 0 gets; None if there are none.
-    """
+def set_up(given, typed, processes, built_in_set):
+    """What read_options gives -> a Run, new or restored from last.pt, and the held-out shards, which only rank 0 gets;
+    None if there are none."""
     if processes.device.type == 'cpu':
         keep_memory()
-        use_cores(options.workers)
-    index = f'{options.out}/index.npy'
-    parts = processes.world * options.accum             # into which a batch is cut
+        use_cores(given['workers'])
+    parts = processes.world * given['accum']            # into which a batch is cut
     val = None
     # Rank 0 goes first, because it may fetch CLIP's vocabulary, and writes the index of the shards.
     with processes.rank_0_first():
-        saved = runs.read_last(options.out, options.resume)         # {} for a new run
-        config, tokenizer, weights = choose_model(options, saved)
-        choose_data(options, built_in_set)
-        keys = options.caption_keys or POOL_KEYS[options.caption_pool]
-        shards = Shards(options.data, keys, 'train', index)
-        # Now the options that depend on the number of pairs, or on the checkpoint.
-        recipe = recipe_of(options.preset, options.method, options.init)
-        fill_in(options, recipe, len(shards), parts, saved)
+        saved = runs.read_last(given['out'], given['resume'])       # {} for a new run
+        given['data'], given['val'] = choose_data(given, built_in_set)
+        keys = given['caption_keys'] or POOL_KEYS[given['caption_pool']]
+        shards = Shards(given['data'], keys, 'train', index=f"{given['out']}/index.npy")
+        config, tokenizer, weights = choose_model(given, saved)
+        batch_before = saved['options']['batch'] if saved else None
+        options = settle(given, typed, len(shards), parts, batch_before)
         data.check_batch(options.batch, len(shards), parts)
         if saved:
-            runs.check_fixed(saved, options, runs.fixed_settings(options, shards))
+            runs.check_resumed(saved, options, shards)
         if processes.rank == 0 and options.val:
             val = Shards(options.val, options.caption_keys, 'val')      # --caption-pool is for training
             evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
         if processes.rank == 0:
             runs.lock(options.out)          # nothing is written to --out before this line
             shards.save()                   # the other ranks will memory-map it
-
-    # Ranks that disagreed on batches or learning rates would train on in silence, so each compares what determines them
-    # with rank 0's. Two last.pt count as the same if their running times are equal.
-    mine = vars(options) | {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
-    # Workers and paths may differ. But all must learn a vocabulary or none, and all must have held-out data or none.
-    mine |= {'workers': None, 'data': None, 'vocab': options.vocab == 'learn', 'val': bool(options.val)}
-    need(processes.broadcast(mine) == mine, 'options, shards or last.pt are not the same for all processes; '
-         'give all nodes the same command, the same files in --data, and one --out that all see')
+    check_ranks(options, shards, saved, processes)
     if tokenizer is None:
         merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
         tokenizer = Tokenizer(merges, config.context_length)
@@ -476,7 +483,17 @@ def set_up(options, processes, built_in_set):
     return run, val
 
 
-def choose_model(options, saved):
+def check_ranks(options, shards, saved, processes):
+    """Ranks that disagreed on batches or learning rates would train on in silence, so each compares what determines
+    them with rank 0's. Two last.pt count as the same if their running times are equal."""
+    mine = vars(options) | {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
+    # Workers and paths may differ. But all must learn a vocabulary or none, and all must have held-out data or none.
+    mine |= {'workers': None, 'data': None, 'vocab': options.vocab == 'learn', 'val': bool(options.val)}
+    need(processes.broadcast(mine) == mine, 'options, shards or last.pt are not the same for all processes; '
+         'give all nodes the same command, the same files in --data, and one --out that all see')
+
+
+def choose_model(given, saved):
     """-> Config, tokenizer (None if it must be learned), weights to start from ({}: none).
 
     A resumed run takes Config and tokenizer from its checkpoint, and its weights later. --init gives all three (of our
@@ -484,20 +501,19 @@ def choose_model(options, saved):
     and --vocab the tokenizer. In a new run, --method decides on cross-attention and a second scale.
     """
     if saved:
-        config = Config(**saved['config'])
-        return config, Tokenizer(saved['merges'], config.context_length), {}
-    path = None if options.vocab in ('clip', 'learn') else options.vocab
+        return *config_and_tokenizer(saved), {}
+    vocab = given['vocab']
+    path = None if vocab in ('clip', 'learn') else vocab
     tokenizer = None
     weights = {}
-    config = PRESETS[options.preset].sizes
-    if options.init:
-        model, tokenizer, _ = evaluation.load(
-            options.init, vocab=path, quick_gelu=options.quick_gelu)
+    config = PRESETS[given['preset']].sizes
+    if given['init']:
+        model, tokenizer, _ = evaluation.load(given['init'], vocab=path, quick_gelu=given['quick_gelu'])
         config = model.config
         weights = model.state_dict()
-    elif options.vocab != 'learn':
+    elif vocab != 'learn':
         tokenizer = Tokenizer.clip(path, config.context_length)
-    method = METHODS[options.method]
+    method = METHODS[given['method']]
     heads = 0
     if method.has_cross_attention:      # as in config or, if --init has no cross-attention, as in a preset of its width
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
@@ -511,8 +527,8 @@ def make_train_set(options, shards, tokenizer, config):
         local_images=options.local_crops if method.has_local_images else 0,
         global_texts=GLOBALS if method.has_text_crops else 1,
         local_texts=options.local_captions if method.has_text_crops else 0)
-    return data.Crops(shards, tokenizer, config, options.seed, counts,
-                      augment=options.augment, crop_min=method.crop_min)
+    return method.train_set(shards, tokenizer, config, options.seed, counts,
+                            augment=options.augment, crop_min=method.crop_min)
 
 
 def make_run(options, processes, train_set, step, weights):
@@ -529,7 +545,7 @@ def make_run(options, processes, train_set, step, weights):
     batches = iter(data.loader(train_set, order, options.workers, device, multiple,
                                whole_first=method.has_cross_attention))
     torch.manual_seed(options.seed)                     # all ranks start from the same weights
-    student = COSMOS(train_set.config).to(device)
+    student = method.student(train_set.config).to(device)
     if weights:             # they may lack cross-attention, or have it although this model does not
         missing = student.load_state_dict(weights, strict=False).missing_keys
         print(f'init       {options.init}; {len(missing)} tensors that it lacks start fresh')
@@ -540,12 +556,12 @@ def make_run(options, processes, train_set, step, weights):
     if options.compile:
         for network in [student, teacher.model] if teacher else [student]:
             compile_blocks(network)
-    if options.grad_checkpoint:         # last, because what is computed again is the compiled block
-        checkpoint_blocks(student)
-    wrapped = StudentInParts(student, options.accum)
+    for tower in student.visual, student.text:
+        tower.transformer.saves_memory = options.grad_checkpoint
+    student_to_call = StudentInParts(student, options.accum)
     if processes.world > 1:
-        wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
-    return Run(options, processes, train_set, student, wrapped, teacher, optimizer, scaler, dtype, batches)
+        student_to_call = DistributedDataParallel(student_to_call, gradient_as_bucket_view=True)
+    return Run(options, processes, train_set, student, student_to_call, teacher, optimizer, scaler, dtype, batches)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from eval import execute
 from plumbing.errors import command, need
 from plumbing.files import replacing
-from plumbing.images import read_image
+from plumbing.images import load_image
 from plumbing.options import Parser, add_checkpoint
 
 # --- 1. Weights ------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path):
 
 
 def run_attend(args, model, tokenizer, preprocess):
-    attention_picture(model, tokenizer, preprocess, read_image(args.image), args.text, args.out)
+    attention_picture(model, tokenizer, preprocess, load_image(args.image), args.text, args.out)
     return {'picture': args.out}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from torchvision.transforms.v2.functional import resize
 from torchvision.utils import save_image
 
-from data import Counts, Crops, sample_views
+from data import Counts, TrainingSet, sample_views
 from eval import progress_bar
 from extras.prepare import name_left_out
 from plumbing.errors import Unreadable, command
@@ -60,7 +60,7 @@ def crops_of(source, preset, tokenizer=None, augment=None):
     config, recipe = PRESETS[preset]
     counts = Counts(local_images=recipe['local_crops'], local_texts=recipe['local_captions'])
     augment = augment or recipe['augment']
-    return Crops(source, tokenizer, config, seed=0, counts=counts, augment=augment)
+    return TrainingSet(source, tokenizer, config, seed=0, counts=counts, augment=augment)
 
 
 def inspect(shards, caption_keys, preset, augment, vocab, out):

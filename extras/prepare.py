@@ -26,7 +26,7 @@ from eval import progress_bar
 from plumbing.captions import CAPTION_KEYS, DREAMLIP, caption_pool, sentences
 from plumbing.errors import Refused, command, need
 from plumbing.files import read_json, write_json
-from plumbing.images import open_image, pillow_errors, read_image
+from plumbing.images import open_image, pillow_errors, load_image
 from plumbing.tables import SPLIT, read_rows, table_rows
 from plumbing.options import Parser, positive, share
 from plumbing.shards import Shards, write_shard
@@ -180,7 +180,7 @@ def packed(records, images, number, problems):
     for i, record in enumerate(progress_bar(records, 'packing')):
         try:
             image = Path(images, record['file']).read_bytes()
-            read_image(image)
+            load_image(image)
             need(caption_pool(record), f"no caption; the row has only {', '.join(record)}")
             kind = image_kind(image)
         except (OSError, Refused) as error:

@@ -35,7 +35,7 @@ from data import normalize, sample_views, text_crops
 from eval import captions_of, encode_dense, preprocessing, shard_image
 from plumbing.errors import Refused, command, need
 from plumbing.files import read_json, read_lines, replacing
-from plumbing.images import read_image
+from plumbing.images import load_image
 from plumbing.tables import with_owners
 from plumbing.options import Parser
 from plumbing.runs import Watcher
@@ -92,7 +92,7 @@ def read_pairs(crops):
     samples = []
     for index, views, captions, boxes in sample_views(crops, PAIRS):
         ids = crops.tokenizer(captions)
-        image = read_image(crops.shards.image(index))
+        image = load_image(crops.shards.image(index))
         samples.append((views, ids))
         pairs.append({
             'image': picture(image),
@@ -110,16 +110,12 @@ def read_batch(student, images, texts):
     """images: V of (B, 3, s, s), texts (U, B, T) -> vectors of the student {name: (V, B, D) or (U, B, D)}, not of
     unit length, and weights {C_I: (U, B, P), C_T: (V, B, T)}, {} for a model without cross-attention.
 
-    Computes what COSMOS.forward computes, and also h_I_other and h_T_other, for which pair b reads from pair b - 1
-    instead (pair 0 from the last one).
+    Also h_I_other and h_T_other, for which pair b reads from pair b - 1 instead (pair 0 from the last one).
     """
-    cls = torch.stack(student.visual(images))               # (V, B, D)
-    eot = torch.stack(student.text(texts))                  # (U, B, D)
+    cls, eot, patches, words = student.encode(images, texts)
     vectors = {'cls': cls, 'eot': eot}
     if not student.has_cross_attention:
         return vectors, {}
-    _, patches = student.encode_image(images[0])            # (B, P, D)
-    _, words = student.encode_text(texts[0])                # (B, T, D)
     vectors['h_I'], vectors['h_T'] = student.read(cls, eot, patches, words)
     others = patches.roll(1, 0), words.roll(1, 0)
     vectors['h_I_other'], vectors['h_T_other'] = student.read(cls, eot, *others)

@@ -27,7 +27,6 @@ and 5f95903 have the runs that chose the rates of @amd.
 import csv
 import json
 import os
-import random
 import re
 import resource
 import shlex
@@ -38,164 +37,29 @@ from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-
 import train
-from cosmos import COSMOS, Output, Teacher, cosmos_terms, unit
-from data import Crops, draw_sentences, text_crops
-from eval import show, shard_image
-from lesson.scenes import Thing, mask_of
+from eval import shard_image, show
+from lesson.methods import add_methods
+from lesson.scenes import mask_of
 from lesson.suppression import Pointing, read_scenes
 from plumbing.benchmarks import IGNORE
 from plumbing.errors import command, need
 from plumbing.files import read_json, write_json
 from plumbing.options import Parser
-from plumbing.runs import Watcher
 from plumbing.shards import Shards
 
 # --- 1. Methods that train.py does not have --------------------------------------------------------------------------
 
-class ReadsAnotherPair(COSMOS):
-    """What is read comes from another pair than the targets, so it cannot help to find them."""
-
-    def read(self, cls, eot, patches, words):
-        # Pair i reads the image and the caption of pair i - 1.
-        return super().read(cls, eot, patches.roll(1, dims=0), words.roll(1, dims=0))
-
-
-class SilentTeacher(Teacher):
-    """An average of the student that is evaluated, but teaches nothing: for CLIP on drawn scenes."""
-
-    def forward(self, images, texts):
-        silence = images[0].new_zeros(1, len(images[0]), self.model.config.embed_dim)
-        return silence, silence
-
-
-def two_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 without the two terms that copying can make small. The other two have a weight of one half each."""
-    terms = cosmos_terms(out, cls_t, eot_t, scale)
-    del terms['h_T_cls_t'], terms['h_I_eot_t']
-    return terms
-
-
-class ReadsEveryImage(COSMOS):
-    """Each caption reads every image of the batch through C^I, and what it reads there is not added to eot. So what was
-    read cannot give the image away: the right one must be found by what agrees with the caption. After FLAIR (CVPR
-    2025). One process, --accum 1."""
-
-    def forward(self, images, texts):
-        """-> Output without h_I. Its h_T is (U, B, B, D): what each caption has read in each image."""
-        first_cls, patches = self.encode_image(images[0])               # (B, D), (B, P, D)
-        cls = torch.stack([first_cls, *self.visual(images[1:])])        # (V, B, D)
-        eot = torch.stack(self.text(texts))                             # (U, B, D)
-        captions = eot.flatten(0, 1)                                    # (U * B, D)
-        # The captions of all pairs are queries of each image.
-        queries = captions[:, None].expand(-1, len(patches), -1)        # (U * B, B, D)
-        read = self.read_image(queries, patches)                        # (U * B, B, D)
-        return Output(unit(cls), unit(eot), None, unit(read).unflatten(0, eot.shape[:2]))
-
-
-def every_image_terms(out, cls_t, eot_t, scale):
-    """A caption must find its own image among all images, by what it reads in each, and an image its own caption. The
-    self-distillation of both sides is added, as in text-distill."""
-    scores = scale * (out.h_T * out.eot[:, :, None]).sum(dim=-1)        # (U, B captions, B images)
-    U, B, _ = scores.shape
-    own_pair = torch.arange(B, device=scores.device).repeat(U)          # (U * B,)
-    finds_image = F.cross_entropy(scores.flatten(0, 1), own_pair)
-    finds_caption = F.cross_entropy(scores.transpose(1, 2).flatten(0, 1), own_pair)
-    reads = (finds_image + finds_caption) / 2
-    return {'reads': reads} | train.embedding_terms(out, cls_t, eot_t, scale)
-
-
-class TeacherSeesAll(Watcher):
-    """The teacher sees the local crops, too, and each of them is a target like the large ones."""
-
-    def begin(self, run):
-        # train_step gives the teacher images[:GLOBALS]. The batches have been made with GLOBALS before.
-        train.GLOBALS = None
-
-
-class LongCaptions(Crops):
-    """Local captions have one to five sentences, too, so they differ from the global ones only in who sees them."""
-
-    def captions(self, pool, index, box, rng):
-        return text_crops(pool, rng, self.counts.global_texts + self.counts.local_texts, 0)
-
-    def sample(self, epoch, index):
-        drawn = super().sample(epoch, index)
-        pool = self.shards.pool(index)
-        rng = random.Random(f'{self.seed} {epoch} {index} texts')       # as in Crops.sample
-        return drawn._replace(captions=self.captions(pool, index, drawn.boxes[0], rng))
-
-
-class ShortCaptions(LongCaptions):
-    """Global captions are single sentences, too."""
-
-    def captions(self, pool, index, box, rng):
-        global_captions = [rng.choice(pool) for _ in range(self.counts.global_texts)]
-        return global_captions + draw_sentences(pool, self.counts.local_texts, rng)
-
-
-class CropsTogether(LongCaptions):
-    """Captions are drawn from the sentences about objects of which global view 0 shows at least half. Drawn scenes
-    only. If it shows no object by half, all sentences are drawn from."""
-
-    def captions(self, pool, index, box, rng):
-        y, x, h, w = box
-        things = []
-        for listed in self.shards.record(index)['objects']:
-            color, shape = listed['name'].split()
-            things.append(Thing(shape, color, listed['role'], listed['area'], listed['centre']))
-        mask = mask_of(things)
-        shown = []
-        for number, thing in enumerate(things, 1):
-            pixels = mask == number
-            if pixels[y:y + h, x:x + w].sum() >= pixels.sum() / 2:
-                shown.append(thing.name)
-        about_shown = [sentence for sentence in pool if sentence.endswith(tuple(shown))]
-        return text_crops(about_shown or pool, rng, self.counts.global_texts, self.counts.local_texts)
-
-
-class Added(NamedTuple):
-    """A method that only the course compares, and what takes the place of train.py's names of its parts."""
-    row: train.Method                   # for train.METHODS
-    student: type = COSMOS
-    teacher: type = Teacher
-    watchers: list = []
-    crops: type = Crops
-
-
-OF_TRAIN = train.METHODS
-ADDED = {
-    'clip-averaged': Added(OF_TRAIN['clip']._replace(has_teacher=True), teacher=SilentTeacher),
-    'several-captions': Added(OF_TRAIN['clip-aug']._replace(has_text_crops=True)),
-    'another-pair': Added(OF_TRAIN['cosmos'], ReadsAnotherPair),
-    'without-clip': Added(OF_TRAIN['cosmos']._replace(clip_weight=0)),
-    'every-image': Added(OF_TRAIN['cosmos']._replace(terms=every_image_terms), ReadsEveryImage),
-    'teacher-sees-all': Added(OF_TRAIN['cosmos'], watchers=[TeacherSeesAll()]),
-    'two-terms': Added(OF_TRAIN['cosmos']._replace(terms=two_terms)),
-    'long-captions': Added(OF_TRAIN['cosmos'], crops=LongCaptions),
-    'short-captions': Added(OF_TRAIN['cosmos'], crops=ShortCaptions),
-    'crops-together': Added(OF_TRAIN['cosmos'], crops=CropsTogether),
-    'watched': Added(OF_TRAIN['cosmos'], watchers=[Pointing()])}
-METHODS = OF_TRAIN | {name: added.row for name, added in ADDED.items()}
-# Patches are not gathered from other processes, and only the first process has watchers.
-IN_ONE_PROCESS = 'every-image', 'teacher-sees-all'
+OF_TRAIN = set(train.METHODS)
+add_methods()
+train.add_method('watched', 'cosmos')   # with Pointing
+METHODS = train.METHODS
 
 
 def train_added(words):
-    """train.py with these methods, too. NB: it changes the module for the rest of this process."""
-    train.METHODS = METHODS
-    options = train.read_options(words)
-    added = ADDED.get(options.method, Added(None))
-    is_whole = options.accum == 1 and int(os.environ.get('WORLD_SIZE', 1)) == 1
-    need(is_whole or options.method not in IN_ONE_PROCESS,
-         f'--method {options.method} needs the whole batch at once; give it one process and --accum 1')
-    train.COSMOS = added.student
-    train.Teacher = added.teacher
-    train.data.Crops = added.crops
-    train.main(words, added.watchers)
+    """train.py with these methods, too, and without its report."""
+    given, _ = train.read_options(words)
+    train.main(words, [Pointing()] if given['method'] == 'watched' else [])
 
 
 # --- 2. The experiments ----------------------------------------------------------------------------------------------
@@ -316,7 +180,7 @@ class Run(NamedTuple):
     @property
     def words(self):
         """The words of the training command that decide the numbers of a run, except its seed."""
-        program = '-m lesson.experiments train' if self.method in ADDED else 'train.py'
+        program = 'train.py' if self.method in OF_TRAIN else '-m lesson.experiments train'
         preset = 'tiny'
         eval_every = 0
         if self.has_photographs:

@@ -13,7 +13,7 @@ import math
 import torch
 
 from cosmos import COSMOS, GLOBALS, Config, Teacher, total_loss
-from data import Counts, Crops, Order, Shards, Tokenizer, collate
+from data import Counts, TrainingSet, Order, Shards, Tokenizer, collate
 from eval import preprocessing, show, zero_shot_retrieval
 from lesson import suppression
 from lesson.scenes import built_in_set
@@ -60,7 +60,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
     # train_set[epoch, index] gives two global and two local views of image number `index`, as random crops, and as many
     # captions about it, as token ids.
     counts = Counts(local_images=2, local_texts=2)
-    train_set = Crops(shards, tokenizer, config, seed, counts, augment='crops')
+    train_set = TrainingSet(shards, tokenizer, config, seed, counts, augment='crops')
 
     # Student, teacher, optimizer. Weight decay applies to matrices, not to biases, LayerNorms or scales.
     torch.manual_seed(seed)
@@ -79,7 +79,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
         # which cross-attention reads with its padding.
         samples = [train_set[place] for place in places]                # a place is (epoch, index)
         inputs = collate(samples, multiple, whole_first=True).to(device)
-        images = inputs.views(f'{seed} {step}')         # V (B, 3, s, s); the string is a seed
+        images = inputs.views(seed, step)         # V (B, 3, s, s); the string is a seed
         texts = inputs.texts                            # U tensors (B, T)
 
         # The student sees all views and captions, the teacher only the globals.

@@ -149,6 +149,15 @@ def mask_of(things):
     return mask
 
 
+def read_things(record):
+    """What the json of a scene lists -> its Things."""
+    things = []
+    for listed in record['objects']:
+        color, shape = listed['name'].split()
+        things.append(Thing(shape, color, listed['role'], listed['area'], listed['centre']))
+    return things
+
+
 # --- 3. Captions -----------------------------------------------------------------------------------------------------
 
 def training_captions(rng, things):

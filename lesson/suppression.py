@@ -31,9 +31,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cosmos import GLOBALS, Output, clip_loss, cosmos_terms, unit
-from data import Counts, Crops, Order, loader
-from eval import (TIE, Images, class_vectors, execute, load, preprocessing, progress_bar, ranks, shard_captions,
-                  shard_image, zero_shot_retrieval)
+from data import Counts, Order, TrainingSet, loader
+from eval import (TIE, Images, class_vectors, execute, load, preprocessing, progress_bar, shard_captions,
+                  shard_image, target_ranks, zero_shot_retrieval)
 from lesson.scenes import ABSENT, FORMS, NAMES, mask_of
 from plumbing.errors import command, need
 from plumbing.options import Parser, add_checkpoint
@@ -193,25 +193,19 @@ GROUPS = 30             # at most; they have 960 pairs
 def picks(vectors, candidates, right):
     """The share of vectors (B, D) that are nearest to candidate right (B,) of (B, D); a tie is a miss."""
     places = torch.arange(len(candidates))
-    found = ranks(vectors.cpu(), candidates.cpu(), right.cpu(), places)         # on the CPU: mps has no float64
+    found = target_ranks(vectors.cpu(), candidates.cpu(), right.cpu(), places)         # on the CPU: mps has no float64
     return (found == 1).double().mean().item()
 
 
-def picked(queries, tokens, cross, candidates):
-    """What a group of pairs picks -> {own, sentence, read, alone}.
-
-    queries (B, D): the sentences, not of unit length. tokens (B, R, D): what cross (C^I) reads of the images.
-    candidates (B, D): the teacher's images, of unit length.
-    """
-    places = torch.arange(len(queries), device=queries.device)
-    neighbours = places.roll(1)
-    h = unit(cross(queries[None], tokens)[0] + queries)                 # Eq. 2
-    h_other = unit(cross(queries[None], tokens[neighbours])[0] + queries)
+def picked(eot, h_T, h_T_other, cls_t):
+    """What a group of pairs picks -> {own, sentence, read, alone}. All (B, D): the sentences, once they have read their
+    own image and once their neighbour's, of any length, and the teacher's images, of unit length."""
+    places = torch.arange(len(eot), device=eot.device)
     return {
-        'own': picks(h, candidates, places),
-        'sentence': picks(h_other, candidates, places),
-        'read': picks(h_other, candidates, neighbours),
-        'alone': picks(unit(queries), candidates, places)}
+        'own': picks(unit(h_T), cls_t, places),
+        'sentence': picks(unit(h_T_other), cls_t, places),
+        'read': picks(unit(h_T_other), cls_t, places.roll(1)),
+        'alone': picks(unit(eot), cls_t, places)}
 
 
 @torch.no_grad()
@@ -222,10 +216,11 @@ def conflict(args, scored, shards, scenes):
     groups = groups_of_pairs(args, shards, tokenizer, preprocess, 'conflict')
     found = defaultdict(list)
     for pixels, ids in islice(groups, GROUPS):
-        _, patches = student.encode_image(pixels)
-        eot, _ = student.encode_text(ids)
+        cls, eot, patches, words = student.encode([pixels], [ids])
+        _, h_T = student.read(cls, eot, patches, words)
+        _, h_T_other = student.read(cls, eot, patches.roll(1, 0), words)        # pair b reads the image of pair b - 1
         cls_t = unit(teacher.encode_image(pixels)[0])
-        for name, value in picked(eot, patches, student.read_image, cls_t).items():
+        for name, value in picked(eot[0], h_T[0], h_T_other[0], cls_t).items():
             found[name].append(value)
     return {'conflict': {'h_T_caption': {name: fmean(values) for name, values in found.items()}}}
 
@@ -264,10 +259,7 @@ def losses_when_cut(student, teacher, batches):
     found = defaultdict(lambda: defaultdict(list))                      # by loss and by what is cut
     for images, texts, teacher_texts in batches:
         out_t = teacher(images[:GLOBALS], teacher_texts)
-        first_cls, patches = student.encode_image(images[0])
-        first_eot, words = student.encode_text(texts[0])
-        cls = torch.stack([first_cls, *student.visual(images[1:])])     # (V, B, D)
-        eot = torch.stack([first_eot, *student.text(texts[1:])])        # (U, B, D)
+        cls, eot, patches, words = student.encode(images, texts)
         # without a text, and without an image
         no_eot, no_words = mean_over(eot, 1), mean_over(words, 0)
         no_cls, no_patches = mean_over(cls, 1), mean_over(patches, 0)
@@ -288,14 +280,14 @@ def batches_of_crops(args, shards, tokenizer, config):
     """Yields images, texts and the teacher's texts of a batch, in the order of an epoch; the last, smaller batch is
     dropped."""
     counts = Counts(GLOBALS, LOCALS, GLOBALS, LOCALS)
-    crops = Crops(shards, tokenizer, config, seed=0, counts=counts, augment='crops')
+    crops = TrainingSet(shards, tokenizer, config, seed=0, counts=counts, augment='crops')
     size = group_size(shards, 'cut')
     order = Order(len(shards), size, start=0, stop=len(shards) // size, seed=0)
     device = torch.device(args.device)
     batches = loader(crops, [*order], args.workers, device, multiple=8, whole_first=True)
     for batch in progress_bar(batches, 'cut'):
         batch = batch.to(device)
-        yield batch.views(''), batch.texts, batch.teacher_texts
+        yield batch.views(0, 0), batch.texts, batch.teacher_texts
 
 
 def cut(args, scored, shards, scenes):

@@ -10,7 +10,7 @@ import torchvision
 
 from plumbing.errors import Refused, need
 from plumbing.files import read_lines, reading
-from plumbing.images import images_in, open_image, pillow_errors, read_image
+from plumbing.images import images_in, open_image, pillow_errors, load_image
 
 # --- 1. Classification: sets of labelled images, names of classes, prompts -------------------------------------------
 
@@ -52,7 +52,7 @@ def torchvision_set(name, root, split, download, preprocess):
 def folder_set(folder, preprocess):
     """A set with a folder of images for each class."""
     with reading(folder):
-        source = torchvision.datasets.ImageFolder(folder, preprocess, loader=read_image)
+        source = torchvision.datasets.ImageFolder(folder, preprocess, loader=load_image)
     classes = source.classes
     are_splits = set(classes) <= {'train', 'val', 'test'}
     need(not are_splits, f"{folder} holds the splits {', '.join(classes)}; give one of them")

@@ -35,7 +35,7 @@ def open_image(source):
     return image
 
 
-def read_image(source):
+def load_image(source):
     """A path, an open file, encoded bytes or a Pillow image -> RGB image, turned as EXIF says. Unreadable if it is
     broken."""
     name = source if isinstance(source, (str, Path)) else 'its image'
@@ -60,13 +60,13 @@ def read_header(source, name='its image'):
     return image, turn, (height, width)
 
 
-def decode(image, turn, at_most=1):
-    """Image and turn of read_header -> (3, h, w) uint8, turned, its sides shorter by a factor of `at_most` or less.
+def decode(image, turn, shrink_at_most=1):
+    """Image and turn of read_header -> (3, h, w) uint8, turned, its sides shorter by a factor of `shrink_at_most` or less.
 
-    Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size in much less time. If it has 1000 x 800 pixels and at_most is
+    Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size in much less time. If it has 1000 x 800 pixels and shrink_at_most is
     2.08, then 481 x 385 pixels are enough, and `draft` takes the next larger size, 500 x 400.
     """
-    enough = [ceil(side / at_most) for side in image.size]              # before the turn
+    enough = [ceil(side / shrink_at_most) for side in image.size]              # before the turn
     with pillow_errors('its image'):
         image.draft('RGB', enough)
     return TF.pil_to_tensor(pixels(image, turn, 'its image'))

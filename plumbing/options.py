@@ -8,6 +8,7 @@ from plumbing.benchmarks import BENCHMARKS, TORCHVISION_SETS
 from plumbing.captions import POOL_KEYS
 from plumbing.errors import Refused, need, note
 from plumbing.processes import DEVICES, DTYPES, choose_device, cores
+from plumbing.weights import BEST, LAST
 
 # --- 1. Parser and types ---------------------------------------------------------------------------------------------
 
@@ -117,75 +118,87 @@ def default_preset(data, device, init):
     return preset
 
 
+UNTYPED = object()
+
+
 def training_options(argv, description, presets, methods, recipe_of):
-    """The command line -> a namespace. An option's value is what is typed, else the recipe's, else the default above.
-    What `choose_data` and `fill_in` set is still None if it is not typed. recipe_of(preset, method, init) returns the
-    recipe, {option: its default}."""
+    """The command line -> options and typed, two dicts {option: value}. typed: what was typed. options: that, else the
+    recipe, else the default above. `settle` then decides what depends on the data or on a checkpoint.
+    recipe_of(preset, method, init) returns the recipe, {option: its default}."""
     recipes = ''.join(f'\n{name}: {recipe_of(name, "cosmos", None)}' for name in presets)
     parser = Parser(usage='%(prog)s [options]', epilog=f'{description}\nA recipe decides the options '
                     f'that are not typed. With --init it changes.\n\nRecipes:{recipes}')
     add_training(parser, presets, methods)
     add_machine_and_output(parser)
-
-    first_look = parser.parse_args(argv)                # at what chooses the recipe
-    need(first_look.init or not first_look.quick_gelu,
+    defaults = {action.dest: action.default for action in parser._actions if action.dest != 'help'}
+    # argparse leaves alone what the namespace has already, unless it is typed.
+    parsed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, UNTYPED))))
+    typed = {name: value for name, value in parsed.items() if value is not UNTYPED}
+    options = defaults | typed
+    need(options['init'] or not options['quick_gelu'],
          '--quick-gelu says how the weights of --init were trained; give --init, too')
-    preset = first_look.preset or default_preset(first_look.data, first_look.device, first_look.init)
-    recipe = recipe_of(preset, first_look.method, first_look.init)
-    # `fill_in` sets these, because they also depend on the data or the checkpoint.
-    for name in 'batch', 'steps', 'epochs', 'warmup':
-        recipe.pop(name, None)
-    if first_look.init:
-        recipe.pop('momentum', None)
-    name = preset
-    if first_look.init:         # clip.pt -> clip; runs/mine and runs/mine/best.pt -> mine
-        path = Path(first_look.init).resolve()
-        name = path.parent.name if path.name in ('last.pt', 'best.pt') else path.stem
-    parser.set_defaults(preset=preset, out=f'runs/{name}-{first_look.method}', **recipe)
-    return parser.parse_args(argv)
+    options['preset'] = typed.get('preset') or default_preset(options['data'], options['device'], options['init'])
+    recipe = recipe_of(options['preset'], options['method'], options['init'])
+    name = options['preset']
+    if options['init']:         # clip.pt -> clip; runs/mine and runs/mine/best.pt -> mine
+        path = Path(options['init']).resolve()
+        name = path.parent.name if path.name in (LAST, BEST) else path.stem
+    out = f"runs/{name}-{options['method']}"
+    return defaults | {'out': out} | recipe | typed | {'preset': options['preset']}, typed
 
 
 def choose_data(options, built_in_set):
-    """Fill in --data and --val if they are not typed. built_in_set() draws shards, and returns their folder. If --data
-    is one folder with train/ and val/, --val becomes the same folder: Shards takes the half that it is asked for."""
-    if options.data is None:
+    """-> --data and --val. Without --data built_in_set() draws shards, and returns their folder. If --data is one
+    folder with train/ and val/, --val is the same folder: Shards takes the half that it is asked for."""
+    data = options['data']
+    val = options['val']
+    if data is None:
         need(built_in_set,
              'without --data only train.py itself trains, on a set that lesson/ draws; give shards with --data')
-        options.data = [str(built_in_set())]
-    folder = Path(options.data[0])
+        data = [str(built_in_set())]
+    folder = Path(data[0])
     has_halves = (folder / 'train').is_dir() and (folder / 'val').is_dir()
-    if options.val is None and len(options.data) == 1 and has_halves:
-        options.val = options.data
+    if val is None and len(data) == 1 and has_halves:
+        val = data
+    return data, val
 
 
-def fill_in(options, recipe, pairs, parts, saved):
-    """Fill in --batch, --steps, --warmup, --eval-every and, with --init, --momentum if they are not typed.
+def settle(options, typed, pairs, parts, batch_before):
+    """Options as training_options gives them -> all options, as argparse.Namespace. What is not typed of --batch,
+    --steps, --warmup, --eval-every and, with --init, --momentum depends on the data or on the run that is resumed.
 
-    recipe: {option: its default}. pairs: how many the training set has. parts: processes x --accum, into which a batch
-    is cut. saved: the checkpoint of a resumed run, otherwise {}.
+    pairs: how many the training set has. parts: processes x --accum, into which a batch is cut. batch_before: that of
+    the run that is resumed, else None.
     """
-    if options.batch is None:
-        options.batch = saved['options']['batch'] if saved else recipe['batch']
-        if not saved and pairs < options.batch:
+    batch = options['batch']
+    if 'batch' not in typed:
+        if batch_before:
+            batch = batch_before
+        elif pairs < batch:
             need(pairs >= parts, f'--data has {pairs} pairs, fewer than {parts} (processes x --accum)')
-            options.batch = pairs // parts * parts
-            note(f"--batch is {options.batch}, not {recipe['batch']}, because --data has {pairs} pairs")
-    if options.steps is None and options.epochs is None:
-        options.steps = recipe.get('steps')
-        options.epochs = recipe.get('epochs')
-    if options.epochs is not None:
-        options.steps = round(options.epochs * (pairs // options.batch)) or 1
-    if options.warmup is None:
-        options.warmup = min(recipe['warmup'], options.steps // 10)     # a tenth of a short run
-    if options.eval_every is None:
-        options.eval_every = math.ceil(options.steps / 4)
-    if options.momentum is None and 'momentum' in recipe:
+            batch = pairs // parts * parts
+            note(f"--batch is {batch}, not {options['batch']}, because --data has {pairs} pairs")
+    steps = options['steps']
+    epochs = options['epochs']
+    if 'steps' in typed:
+        epochs = None
+    elif epochs is not None:
+        steps = round(epochs * (pairs // batch)) or 1
+    warmup = options['warmup']
+    if 'warmup' not in typed:
+        warmup = min(warmup, steps // 10)               # a tenth of a short run
+    eval_every = typed.get('eval_every', math.ceil(steps / 4))
+    momentum = options['momentum']
+    if 'momentum' not in typed and momentum is not None and options['init']:
         # The teacher starts as a copy of --init. With this momentum or a lower one, at most e^-3.9, 2 %, of the copy is
         # left at the end.
-        options.momentum = min(recipe['momentum'], max(0.0, 1 - 3.9 / options.steps))
-        if options.momentum < recipe['momentum']:
-            note(f"--momentum is {options.momentum:.4g}, not {recipe['momentum']}, because in "
-                 f'{options.steps} steps the teacher could not leave the weights of --init behind')
+        momentum = min(momentum, max(0.0, 1 - 3.9 / steps))
+        if momentum < options['momentum']:
+            note(f"--momentum is {momentum:.4g}, not {options['momentum']}, because in "
+                 f'{steps} steps the teacher could not leave the weights of --init behind')
+    return argparse.Namespace(**options | {
+        'batch': batch, 'steps': steps, 'epochs': epochs, 'warmup': warmup, 'eval_every': eval_every,
+        'momentum': momentum})
 
 
 # --- 3. eval.py, and other commands on a checkpoint ------------------------------------------------------------------

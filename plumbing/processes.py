@@ -8,20 +8,18 @@ import os
 import signal
 import sys
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 
 from plumbing.errors import need
 
 DEVICES = 'auto', 'cuda', 'mps', 'cpu'
-# A process that waits longer than this for the others, in a step, ends.
+# A process that waits longer than this for the embeddings or gradients of the others ends.
 TIMEOUT = timedelta(minutes=30)
 DTYPES = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}           # None: no autocast
 
-# --- 1. Processes ----------------------------------------------------------------------------------------------------
+# --- 1. Ranks --------------------------------------------------------------------------------------------------------
 
 def choose_device(name):
     """The device that --device names; auto means a GPU if torch finds one, otherwise the CPU."""
@@ -47,11 +45,11 @@ class Processes:
             if not {'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'} & os.environ.keys():
                 os.environ['PYTORCH_ALLOC_CONF'] = 'expandable_segments:True'
                 os.environ['PYTORCH_CUDA_ALLOC_CONF'] = 'expandable_segments:True'
-            # cuDNN's attention would plan for half a second at each new shape, and captions have dozens of lengths.
+            # cuDNN's attention plans anew for each shape, and captions have dozens of lengths. We expect that to be slow.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.rank = 0
         self.world = 1
-        self.patient = None             # a group of all processes with a timeout of days
+        self.patient = None             # a group of all processes that waits for days
         if 'RANK' not in os.environ:
             return
         if is_cuda:
@@ -67,7 +65,7 @@ class Processes:
         if self.rank > 0:
             sys.stdout = open(os.devnull, 'w')          # from here on rank 0 speaks for all
         # While rank 0 reads headers or evaluates, the others wait on this group, because the usual one gives up after
-        # minutes.
+        # TIMEOUT. The counts of a step go through it, too.
         self.patient = dist.new_group(backend='gloo', timeout=timedelta(days=7))
 
     def sum(self, values):
@@ -115,7 +113,7 @@ class Processes:
         os._exit(status)
 
 
-# --- 2. Threads and memory -------------------------------------------------------------------------------------------
+# --- 2. The machine: threads, memory, precision, torch.compile --------------------------------------------------------
 
 def cores():
     """How many cores this process may use: its share of those that Slurm, or the machine, gives to this node."""
@@ -135,7 +133,7 @@ def use_cores(workers):
 
 def keep_memory():
     """Make the C library keep memory that is freed. By default it hands large blocks back to the system, and getting
-    them again, page by page and filled with zeros, takes a tenth of a vit-b-16 step on a CPU."""
+    them again, page by page and filled with zeros, takes time."""
     with contextlib.suppress(AttributeError, TypeError):    # only glibc has it; Windows takes no None
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)             # M_MMAP_MAX: no blocks from mmap, which go back when freed
@@ -146,8 +144,6 @@ def peak_memory(device):
     """The most memory that tensors have used so far, in GB; None without a GPU."""
     return torch.cuda.max_memory_allocated() / 1e9 if device.type == 'cuda' else None
 
-
-# --- 3. Precision and torch.compile ----------------------------------------------------------------------------------
 
 def choose_dtype(precision, device):
     """-> dtype of autocast, or None for float32. A CPU without units for bfloat16 is slower in it than in float32."""
@@ -184,16 +180,7 @@ def compile_blocks(model):
         block.forward = torch.compile(block.forward, dynamic=True)
 
 
-def checkpoint_blocks(model):
-    """Save memory: the activations of all blocks but each tower's last are computed again in the backward pass. In
-    place, so copy and compile the model before. Blocks draw no random numbers, so their state need not be kept."""
-    for tower in model.visual, model.text:
-        *blocks, _ = tower.transformer.resblocks
-        for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-# --- 4. Signals and loaders ------------------------------------------------------------------------------------------
+# --- 3. Loaders and signals ------------------------------------------------------------------------------------------
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 if hasattr(signal, 'SIGUSR1'):          # Slurm sends it; Windows does not have it

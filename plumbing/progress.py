@@ -82,7 +82,7 @@ def log_entry(run, progress):
         'scale': run.student.logit_scale.exp().item(),
         'pairs_per_s': progress.steps * run.options.batch / progress.seconds,
         'bad_pairs': progress.bad}
-    if run.student.two_scales:
+    if run.student.has_two_scales:
         entry['distill_scale'] = run.student.distill_logit_scale.exp().item()
     # What differs between ranks. Its mean is logged.
     means = {'loss': latest.loss, 'waiting': progress.waited / progress.seconds}

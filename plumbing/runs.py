@@ -16,7 +16,7 @@ from tqdm import tqdm
 from cosmos import GLOBALS
 from plumbing.errors import Refused, Unreadable, need, note, warn
 from plumbing.files import save_tensors, write_json
-from plumbing.weights import load_weights, read_checkpoint
+from plumbing.weights import BEST, LAST, TENSORS, load_weights, networks, read_checkpoint
 
 # --- 1. The folder, and what a user should know about the data -------------------------------------------------------
 
@@ -39,7 +39,7 @@ def lock(folder):
     except (OSError, ImportError) as error:             # ImportError: Windows has no fcntl
         warn(f'{path}: no locks here ({error}), so do not start a second job in this folder')
         return
-    for name in 'last.pt', 'best.pt', 'index-*.npy':
+    for name in LAST, BEST, 'index-*.npy':
         for torn in path.parent.glob(f'{name}.*partial'):
             torn.unlink()
 
@@ -68,7 +68,7 @@ def write_config(run):
     checkpoint."""
     old = ['eval.json']
     if run.step == 0:
-        old += ['log.jsonl', 'best.pt']
+        old += ['log.jsonl', BEST]
     for name in old:
         Path(run.folder, name).unlink(missing_ok=True)
     log = run.folder / 'log.jsonl'
@@ -167,16 +167,8 @@ def memory_needed():
 # --- 3. Saving -------------------------------------------------------------------------------------------------------
 
 def networks_of(run):
-    """What evaluation needs, as best.pt and last.pt both hold it."""
-    state = {
-        'config': asdict(run.train_set.config),
-        'merges': run.train_set.tokenizer.merges,
-        'step': run.step,
-        'commit': commit(),
-        'student': run.student.state_dict()}
-    if run.teacher:
-        state['teacher'] = run.teacher.model.state_dict()
-    return state
+    train_set = run.train_set
+    return networks(train_set.config, train_set.tokenizer, run.student, run.teacher, run.step, commit())
 
 
 def is_overdue(run):
@@ -189,11 +181,12 @@ def save(run):
     """Rank 0 writes last.pt if any step has been taken since the last save. To save something else, add it here and in
     `restore`."""
     if run.processes.rank == 0 and run.step > run.saved_step:
-        save_tensors(run.folder / 'last.pt', networks_of(run) | {
+        save_tensors(run.folder / LAST, networks_of(run) | {
             'optimizer': run.optimizer.state_dict(),
             'scaler': run.scaler.state_dict(),
             'options': vars(run.options),
-            'same': fixed_settings(run.options, run.train_set.shards),
+            'globals': GLOBALS,
+            'data': run.train_set.shards.fingerprint[:8],
             'seconds': time.perf_counter() - run.begun})
     run.saved_step = run.step
     run.saved_at = time.perf_counter()
@@ -204,7 +197,7 @@ def keep_best(run, scores, val):
     to_text = scores['image_to_text_R@1']
     to_image = scores['text_to_image_R@1']
     mean = (to_text + to_image) / 2
-    path = run.folder / 'best.pt'
+    path = run.folder / BEST
     best = read_checkpoint(path, mmap=True) if path.exists() else {}
     # Scores on other held-out shards cannot be compared with this one.
     if best.get('val') != val.fingerprint or mean > best['score']:
@@ -220,13 +213,13 @@ def read_last(folder, resume):
     """What last.pt of a run to resume holds, but for its tensors; {} for a new run, which must not go into the folder
     of another. If the folder has only a best.pt of step 0 that train.py wrote, an earlier start ended before its first
     checkpoint, so it is used as it is."""
-    last = Path(folder, 'last.pt')
-    best = Path(folder, 'best.pt')
+    last = Path(folder, LAST)
+    best = Path(folder, BEST)
     start_anew = f'give another --out, and --init {best} to start from its weights'
     if not last.exists():
         if best.exists():
             state = read_checkpoint(best, mmap=True)
-            # Only train.py's have a score. Another one may be imported, and this run would write its own over it.
+            # Only train.py's have a score. Another one may be somebody's own, and this run would write over it.
             left_over = 'score' in state and state['step'] == 0
             need(left_over, f'{folder} holds a best.pt but no last.pt; {start_anew}')
         return {}
@@ -235,42 +228,45 @@ def read_last(folder, resume):
     # read here; `restore` reads the tensors.
     remedy = start_anew if best.exists() else 'remove it to start anew'
     saved = read_checkpoint(last, remedy, mmap=True)
-    for name in 'student', 'teacher', 'optimizer':
+    for name in TENSORS:
         saved.pop(name, None)
-    need('same' in saved, f'{last} holds no run to resume; to start from its weights give --init')
+    need('data' in saved, f'{last} holds no run of this version to resume; to start from its weights give --init')
     return saved
 
 
-def fixed_settings(options, shards):
-    """What must stay the same when a run is resumed, {what: value}: the options below, the data, and GLOBALS, in case
-    somebody edits it."""
-    names = 'preset', 'method', 'batch', 'seed', 'local_crops', 'local_captions'
-    fixed = {'--' + name.replace('_', '-'): getattr(options, name) for name in names}
-    return fixed | {'GLOBALS': GLOBALS, 'fingerprint of --data': shards.fingerprint[:8]}
+FIXED = 'preset', 'method', 'batch', 'seed', 'local_crops', 'local_captions'        # must be those of the checkpoint
+# These may differ without a word: where a run lies, and what only its first start used.
+NOT_COMPARED = 'out', 'resume', 'init', 'vocab', 'quick_gelu'
 
 
-def check_fixed(saved, options, fixed):
-    """Refused if one of the fixed settings has changed. Other options may differ, and so may the code; a line says what
-    does."""
-    before = saved['same']
-    differs = [what for what in fixed if before.get(what) != fixed[what]]
-    was = ', '.join(f'{what} {before.get(what)}' for what in differs)
-    now = ', '.join(f'{what} {fixed[what]}' for what in differs)
-    need(not differs, f'{options.out} was started with {was}, not {now}; give the same to resume it, or another --out, '
-         'or start anew from its weights with --init')
+def check_resumed(saved, options, shards):
+    """Refused if what must stay the same has changed: the options in FIXED, the data, and GLOBALS, in case somebody
+    edits it. Other options may differ, and so may the code; a line says what does."""
+    before = {'GLOBALS': saved['globals'], 'fingerprint of --data': saved['data']}
+    now = {'GLOBALS': GLOBALS, 'fingerprint of --data': shards.fingerprint[:8]}
+    changed = []
+    for name, new in vars(options).items():
+        flag = '--' + name.replace('_', '-')
+        old = saved['options'].get(name, new)           # the code that saved it may not have had this option
+        if name in FIXED:
+            before[flag] = old
+            now[flag] = new
+        elif old != new and name not in NOT_COMPARED:
+            changed.append(f'{flag} was {old}, is now {new}')
+    differs = [what for what in now if before[what] != now[what]]
+    was = ', '.join(f'{what} {before[what]}' for what in differs)
+    is_now = ', '.join(f'{what} {now[what]}' for what in differs)
+    need(not differs, f'{options.out} was started with {was}, not {is_now}; give the same to resume it, or another '
+         '--out, or start anew from its weights with --init')
     if saved['commit'] != commit() or commit().endswith('-dirty'):
         note(f"the code may have changed: it was at {saved['commit']}, is at {commit()}")
-    # The checkpoint has weights and vocabulary.
-    not_compared = 'out', 'resume', 'init', 'vocab', 'quick_gelu'
-    for name, new in vars(options).items():
-        old = saved['options'].get(name, new)  # the code that saved it may not have had this option
-        if old != new and name not in not_compared:
-            note(f"--{name.replace('_', '-')} was {old}, is now {new}")
+    for line in changed:
+        note(line)
 
 
 def restore(run):
     """Put what `save` has saved back into the run."""
-    path = run.folder / 'last.pt'
+    path = run.folder / LAST
     saved = read_checkpoint(path)
     load_weights(run.student, saved['student'], path)
     if run.teacher:

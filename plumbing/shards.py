@@ -15,7 +15,7 @@ from tqdm.contrib.concurrent import process_map, thread_map
 from plumbing.captions import caption_pool, record_of
 from plumbing.errors import Refused, Unreadable, warn
 from plumbing.files import replacing
-from plumbing.images import read_image
+from plumbing.images import load_image
 
 # The index has 7 integers per pair. A size of 0 bytes means that the pair has no such member.
 #     shard | image: offset, size | json: offset, size | txt: offset, size
@@ -85,7 +85,7 @@ class Shards:
         for i in range(min(FIRST_PAIRS, len(self))):
             try:
                 self.pool(i)
-                read_image(self.image(i))
+                load_image(self.image(i))
                 return
             except Unreadable as error:
                 problem = error

@@ -1,7 +1,8 @@
-"""Checkpoints, ours and other people's: how to read a file without running what is in it, turn its names into ours, and
-tell the sizes of a model from the shapes of its tensors."""
+"""Checkpoints, ours and other people's: what is in them, how to read a file without running what is in it, turn its
+names into ours, and tell the sizes of a model from the shapes of its tensors."""
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +93,44 @@ def load_weights(model, state, path):
         raise Refused(f'{path} does not fit this model: {problems}') from None
 
 
-# --- 3. Which network a file holds -----------------------------------------------------------------------------------
+# --- 3. Our checkpoints ----------------------------------------------------------------------------------------------
+
+# Both files of a run hold `networks`: best.pt those with the best score on held-out shards, last.pt the latest ones.
+#     best.pt  also   score, val (the fingerprint of those shards)
+#     last.pt  also   optimizer, scaler, options, globals (GLOBALS), data (the fingerprint of --data), seconds
+BEST = 'best.pt'
+LAST = 'last.pt'
+TENSORS = 'student', 'teacher', 'optimizer'
+
+
+def networks(config, tokenizer, student, teacher, step, commit):
+    """What evaluation needs of a run. teacher: None if there is none."""
+    state = {
+        'config': asdict(config),
+        'merges': tokenizer.merges,
+        'step': step,
+        'commit': commit,
+        'student': student.state_dict()}
+    if teacher:
+        state['teacher'] = teacher.model.state_dict()
+    return state
+
+
+def config_and_tokenizer(saved):
+    """What a checkpoint of ours holds -> Config, Tokenizer."""
+    config = Config(**saved['config'])
+    return config, Tokenizer(saved['merges'], config.context_length)
+
+
+def file_of(path):
+    """A run's folder means its best.pt, or its last.pt if there is none. Any other path means itself."""
+    path = Path(path)
+    if path.is_dir():
+        return path / BEST if (path / BEST).exists() else path / LAST
+    return path
+
+
+# --- 4. Which network a file holds -----------------------------------------------------------------------------------
 
 def infer_config(state, quick_gelu):
     """Config of released or open_clip weights, from the shapes of their tensors. Shapes do not tell how wide attention
@@ -145,9 +183,8 @@ def read_network(path, weights, vocab, quick_gelu):
     key = keys[0] if keys else 'state dict'                             # the file itself
     state = clean_names(saved[key] if keys else saved)
     if 'config' in saved and 'merges' in saved:         # ours
-        config = Config(**saved['config'])
+        config, tokenizer = config_and_tokenizer(saved)
         need(config.quick_gelu or not quick_gelu, f'{path} says itself which activation it has; omit --quick-gelu')
-        tokenizer = Tokenizer(saved['merges'], config.context_length)
         origin = Origin(key, str(path), saved.get('step', 'unknown'))
         return origin, config, tokenizer, state
     # See infer_config for the width of heads. open_clip's ViTs that are wider than 1,024 have heads of another width.

@@ -12,9 +12,9 @@ from torchvision.transforms.v2 import functional as V
 
 import data
 from cosmos import GLOBALS
-from data import Counts, Crops, Order, Shards, Tokenizer
+from data import Counts, TrainingSet, Order, Shards, Tokenizer
 from plumbing.colours import OPERATIONS, changes_of
-from plumbing.images import decode, read_header, read_image
+from plumbing.images import decode, read_header, load_image
 from tests.helpers import MICRO, dog_tar, encoded, pairs_tar, refused, seeded  # noqa: F401
 
 WORDS = Tokenizer([], 8)                                # without merges, 'x' is one id
@@ -25,7 +25,7 @@ def mandelbrot(width, height):
 
 
 def pixels(source):
-    return V.pil_to_tensor(read_image(source).convert('RGB'))
+    return V.pil_to_tensor(load_image(source).convert('RGB'))
 
 
 # --- Text crops ------------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def test_text_crops_are_drawn_in_random_order():
 @pytest.mark.parametrize('counts', [Counts(1, 2), Counts(GLOBALS + 1, 0)])
 def test_globals_are_what_the_losses_take_for_globals(counts):
     """oracle: the refusal: L_CLIP would take the first local for a global, or leave a global out."""
-    refused(f'{counts[0]} global and {counts[1]} local images are refused, because', Crops, None, WORDS, MICRO, 0, counts)
+    refused(f'{counts[0]} global and {counts[1]} local images are refused, because', TrainingSet, None, WORDS, MICRO, 0, counts)
 
 
 # --- Image crops, and how colours are drawn --------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_crops_stay_within_a_smaller_decoding(monkeypatch, size):
     file = encoded(Image.new('L', size, 'white'), 'JPEG')
     image, turn, _ = read_header(file)
     eighth = [3, math.ceil(height / 8), math.ceil(width / 8)]
-    assert list(decode(image, turn, at_most=200 / 16).shape) == eighth
+    assert list(decode(image, turn, shrink_at_most=200 / 16).shape) == eighth
     [crop], _ = data.image_crops(file, data.kinds_of_views(MICRO, 0.4)[2:], random)
     assert crop.min() > 250
 
@@ -105,7 +105,7 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path):
     whole, shards = mandelbrot_shards(tmp_path / 'a.tar')
     mirrored = 0
     drawn = []
-    train_set = Crops(shards, WORDS, MICRO, 3, augment='crops', crop_min=0.9)
+    train_set = TrainingSet(shards, WORDS, MICRO, 3, augment='crops', crop_min=0.9)
     augmented = replace(train_set, augment='full')
     for epoch in range(40):
         plain = train_set.sample(epoch, 0)
@@ -132,7 +132,7 @@ def test_crops_of_the_released_sizes_and_sides(tmp_path):
 def test_captions_leave_the_pictures_as_they_are(tmp_path):
     """oracle: the same pair with other numbers of captions; another epoch, where all differs; the batch of one."""
     _, shards = mandelbrot_shards(tmp_path / 'a.tar')
-    many = Crops(shards, WORDS, MICRO, 3)
+    many = TrainingSet(shards, WORDS, MICRO, 3)
     few = replace(many, counts=Counts(global_texts=1, local_texts=1))
     sample = many[0, 0]
     fewer = few.sample(0, 0)
@@ -152,7 +152,7 @@ def test_captions_leave_the_pictures_as_they_are(tmp_path):
             if count[view]:
                 drawn[name] = found[view, 0].item()
         assert drawn == pytest.approx(expected)
-    assert batch.bad == 0
+    assert batch.bad_pairs == 0
     assert torch.equal(batch.texts[0], WORDS(sample.captions[0]))
 
 
@@ -184,13 +184,13 @@ def test_each_colour_operation_is_the_released(monkeypatch, name, function, shar
     strengths = torch.linspace(low, high, 9).tolist()
     changes = changes_of([[{name: strength}] for strength in strengths] + [[{}]] * 3)       # one view each
     monkeypatch.setattr(data, 'normalize', torch.clone)
-    [found] = data.Batch([images], changes, [], [], 0).views(0)
+    [found] = data.Batch([images], changes, [], [], 0).views(0, 0)
     for image, strength, x in zip(images / 255, strengths, found):
         assert_close(x, function(image, strength), rtol=0, atol=2e-5)
     assert found[9:].equal(images[9:] / 255)
     rng = random.Random(1)
-    kinds = Crops(None, WORDS, MICRO, 0, Counts(2, 1)).kinds            # the first global, another one, a local
-    scales = [kind.scale for kind in kinds]
+    kinds = TrainingSet(None, WORDS, MICRO, 0, Counts(2, 1)).kinds            # the first global, another one, a local
+    scales = [kind.area for kind in kinds]
     assert scales == [(0.4, 1), (0.4, 1), (0.05, 0.4)]
     for kind, share in zip(kinds, shares, strict=True):
         assert kind.flip == 0.5
@@ -224,7 +224,7 @@ def test_jitters_come_in_the_order_of_the_step():
     first = data.normalize(V.solarize(brighter, 0.5))
     found = set()
     for step in range(20):
-        one, other = data.Batch([image, image], changes, [], [], 0).views(step)
+        one, other = data.Batch([image, image], changes, [], [], 0).views(0, step)
         found.add((one.allclose(first, atol=1e-4), other.allclose(first, atol=1e-4)))
     assert len(found) == 4
 
@@ -246,11 +246,11 @@ def test_captions_are_cut():
     captions = []
     for counts in [4, 1, 0, 2], [3, 5, 0, 1]:
         captions.append(WORDS(['x ' * count for count in counts]))
-    samples = [data.Sample([], [], [], [], ids, bad=1) for ids in captions]
+    samples = [data.Sample([], [], [], [], ids, bad_pairs=1) for ids in captions]
 
     def lengths(*options):
         batch = data.collate(samples, *options)
-        assert batch.bad == 2
+        assert batch.bad_pairs == 2
         found = []
         for texts in batch.texts, batch.teacher_texts:
             for text, ids in zip(texts, torch.stack(captions, dim=1)):
@@ -272,7 +272,7 @@ def tensors(batch):
 def test_batches_are_pinned_and_moved(monkeypatch, tmp_path):
     """oracle: the batch that is not pinned. For a GPU each tensor is contiguous, and pinned once; without one that is
     only a copy. torch's device meta, to which all is moved, does not mix with the CPU."""
-    crops = Crops(Shards(dog_tar(tmp_path / 'a.tar', 3)), WORDS, MICRO, 3)
+    crops = TrainingSet(Shards(dog_tar(tmp_path / 'a.tar', 3)), WORDS, MICRO, 3)
     order = [[(0, 0), (0, 1), (0, 2)]]
     pinned = []
 
@@ -300,20 +300,20 @@ def test_batches_are_pinned_and_moved(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, 'to', without_waiting)
         moved = batch._replace(changes=half).to('meta')
-    for x in (*moved.texts, *moved.teacher_texts, *moved.views('0')):
+    for x in (*moved.texts, *moved.teacher_texts, *moved.views(0, 0)):
         assert x.device.type == 'meta'
 
 
 def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
     """oracle: the pairs that were broken on purpose: each is counted and named. If all are, the loader gives up."""
     shards = Shards(dog_tar(tmp_path / 'a.tar', 12, broken=[5, 7]))
-    crops = Crops(shards, list, MICRO, 3, Counts(1, 0, 0, 1))   # captions as they are
+    crops = TrainingSet(shards, list, MICRO, 3, Counts(1, 0, 0, 1))   # captions as they are
     served = set()
     bad = 0
     for index in range(12):
         sample = crops[0, index]
         served.update(sample.ids)
-        bad += sample.bad
+        bad += sample.bad_pairs
     assert served == {f'dog {i}' for i in range(12)} - {'dog 5', 'dog 7'}
     lines = capsys.readouterr().err
     assert lines.count('a.tar:5.png') + lines.count('a.tar:7.png') == bad >= 2

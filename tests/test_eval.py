@@ -87,22 +87,22 @@ def test_retrieval_by_hand():
         wanted |= {f'{way}_R@1': 0.5, f'{way}_R@5': 1, f'{way}_R@10': 1}
         wanted |= {f'{way}_mean_rank': 1.5, f'{way}_median_rank': 1.5}
     assert figures == wanted
-    assert evaluation.ranks(captions, torch.eye(2), owner, torch.arange(2), chunk=1).tolist() == [1, 2, 2, 1]
+    assert evaluation.target_ranks(captions, torch.eye(2), owner, torch.arange(2), chunk=1).tolist() == [1, 2, 2, 1]
     vectors = unit(torch.randn(10, 512))
     vectors[9] = vectors[0]                             # the scores of both must tie, wherever they stand
     images = unit(vectors[:1] + torch.randn(300, 512) / 30)
-    assert (evaluation.ranks(images, vectors, torch.zeros(300), torch.arange(10)) > 1).all()
+    assert (evaluation.target_ranks(images, vectors, torch.zeros(300), torch.arange(10)) > 1).all()
     one = unit(torch.randn(1, 512)).expand(65, -1) + 1e-8 * torch.randn(65, 512)        # one picture in several batches
-    assert (evaluation.ranks(one, one, torch.arange(65), torch.arange(65)) == 65).all()
+    assert (evaluation.target_ranks(one, one, torch.arange(65), torch.arange(65)) == 65).all()
     ids = torch.arange(30) % 10
     features = torch.full((30, 6), math.nan)            # must not look perfect
-    assert evaluation.ranks(features, features, ids, ids).tolist() == [28] * 30
+    assert evaluation.target_ranks(features, features, ids, ids).tolist() == [28] * 30
 
 
 def test_ranks_are_computed_where_the_features_are(monkeypatch):
     """oracle: torch's device meta, which does not mix with the CPU. mps has no float64, so there it is the CPU."""
     there = {'device': 'meta'}
-    found = evaluation.ranks(torch.ones(5, 4, **there), torch.ones(9, 4, **there), torch.ones(5, **there),
+    found = evaluation.target_ranks(torch.ones(5, 4, **there), torch.ones(9, 4, **there), torch.ones(5, **there),
                              torch.ones(9, **there), chunk=2)
     assert found.device.type == 'meta' and found.shape == (5,)
     monkeypatch.setattr(evaluation, 'retrieval', lambda *inputs: [x.device.type for x in inputs])
@@ -125,20 +125,20 @@ def test_workers(gallery, monkeypatch):
     monkeypatch.setattr(sys, 'argv', 'prog retrieval last.pt --shards a.tar'.split())
     assert evaluation.evaluation_options('').workers == 2
     wanted = evaluation.embed_images(model, gallery.images, preprocess)
-    read_image = evaluation.read_image
+    load_image = evaluation.load_image
 
     def signalled(image):
         assert multiprocessing.parent_process()         # this is a worker
         for number in SIGNALS:
             os.kill(os.getpid(), number)
-        return read_image(image)
+        return load_image(image)
 
     def sleepy(image):
         time.sleep(1)
         return torch.zeros(3, 32, 32)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, 'read_image', signalled)
+        patch.setattr(evaluation, 'load_image', signalled)
         found = evaluation.embed_images(model, gallery.images, preprocess, workers=2)
     assert_close(found, wanted, rtol=0, atol=0)
     for source in 'images/1.png', Path('images/1.png'), Image.open('images/1.png'):

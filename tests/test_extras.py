@@ -571,9 +571,9 @@ def test_the_step_is_that_of_the_loss(tmp_path):
     other captions and images; its own attention; by hand, cosines, and the tokens of a caption."""
     teacher, tokenizer, _ = train_on_three(tmp_path)
     student, *_ = load(tmp_path / 'last.pt', 'student')
-    crops = data.Crops(data.Shards(tmp_path), tokenizer, student.config, 0, data.Counts(2, 2, 2, 2), 'crops')
+    crops = data.TrainingSet(data.Shards(tmp_path), tokenizer, student.config, 0, data.Counts(2, 2, 2, 2), 'crops')
     batch = data.collate([crops[0, i] for i in range(3)], 1, True)
-    images = batch.views('')
+    images = batch.views(0, 0)
     texts = batch.texts
     with torch.no_grad():
         out = student(images, texts)
@@ -633,10 +633,10 @@ def test_the_page_says_what_eval_says(tmp_path, method):
 
 
 def test_partial_runs_give_a_page(tmp_path):
-    """oracle: Crops itself; by hand, what the page has of a killed run in which a pair is broken and files are torn. A
+    """oracle: TrainingSet itself; by hand, what the page has of a killed run in which a pair is broken and files are torn. A
     part that is written again counts. The error of a bug keeps its type."""
     model, tokenizer, _ = speller()
-    crops = data.Crops(three_pairs(tmp_path, b'no image'), tokenizer, MICRO, seed=0)
+    crops = data.TrainingSet(three_pairs(tmp_path, b'no image'), tokenizer, MICRO, seed=0)
     started = SimpleNamespace(train_set=crops, folder=tmp_path, step=0, student=model, teacher=None,
                               method=train.METHODS['clip'], processes=SimpleNamespace(device=torch.device('cpu')))
     report.Report().begin(started)

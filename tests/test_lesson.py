@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 import train
 from cosmos import COSMOS, Output, clip_loss, cosmos_loss, cosmos_terms, term_weights, total_loss, unit
-from data import Counts, Crops, Order, Shards, Tokenizer, loader
+from data import Counts, TrainingSet, Order, Shards, Tokenizer, loader
 from eval import load, preprocessing, shard_image
 from lesson import experiments, onepage, plots, scenes, suppression
 from lesson.experiments import EXPERIMENTS
@@ -275,10 +275,10 @@ def test_cut_is_what_a_step_computes(model, val, taught, monkeypatch):
     network, tokenizer, _ = model
     teacher, _ = taught
     figures = suppression.cut(arguments(), model, val, None)['cut']
-    crops = Crops(val, tokenizer, network.config, 0, Counts(2, 2, 2, 2), 'crops')
+    crops = TrainingSet(val, tokenizer, network.config, 0, Counts(2, 2, 2, 2), 'crops')
     expected = {name: [] for name in figures}
     for batch in loader(crops, Order(24, 10, 0, 2, 0), 0, torch.device('cpu'), 8, True):
-        images = batch.views('')
+        images = batch.views(0, 0)
         out = network(images, batch.texts)
         targets = teacher(images[:2], batch.teacher_texts)
         terms = cosmos_terms(out, targets.cls, targets.eot, network.distill_logit_scale.exp())

@@ -30,10 +30,10 @@ import data
 import eval as evaluation
 import train
 from cosmos import CrossAttention
-from data import Counts, Crops, Shards, Tokenizer
+from data import Counts, TrainingSet, Shards, Tokenizer
 from plumbing import files, processes, runs, tokenizer
 from plumbing.captions import caption_pool, sentences
-from plumbing.images import decode, read_header, read_image
+from plumbing.images import decode, read_header, load_image
 from plumbing.shards import find_shards
 from plumbing.weights import read_checkpoint
 from tests.helpers import MICRO, ROOT, dog_tar, encoded, pairs_tar, put, refused, run, shared, write_tar
@@ -124,7 +124,7 @@ def test_every_command_has_help(capsys):
 
 @pytest.mark.parametrize('place, name, error', [
     (data, 'text_crops', NameError), (data, 'collate', IndexError),                                     # in a worker
-    (CrossAttention, 'forward', ValueError), (evaluation, 'ranks', OSError)])
+    (CrossAttention, 'forward', ValueError), (evaluation, 'target_ranks', OSError)])
 def test_a_bug_shows_its_place(monkeypatch, tmp_path, place, name, error):
     """oracle: the last place that is named, also of a bug in a loader's worker, and the error at the end."""
     def spoilt(*args, **options):
@@ -443,7 +443,7 @@ def test_what_cannot_be_read_in_mid_run_is_replaced(tmp_path, capsys, monkeypatc
     """oracle: the pairs that are left by a disk that fails once, and by a tar that is cut off. The pair is named."""
     tar = dog_tar(tmp_path / 'a.tar', 12)
     shards = Shards(tar)
-    crops = Crops(shards, list, MICRO, 3, Counts(1, 0, 0, 1))   # one image and one caption per pair
+    crops = TrainingSet(shards, list, MICRO, 3, Counts(1, 0, 0, 1))   # one image and one caption per pair
     failures = ['stumbled']
 
     def stumbling(*where, **settings):
@@ -455,14 +455,14 @@ def test_what_cannot_be_read_in_mid_run_is_replaced(tmp_path, capsys, monkeypatc
     refused('a.tar cannot be read .stumbled', shards.pool, 4)
     failures.append('again')
     sample = crops[0, 4]
-    assert sample.bad == 1 and sample.ids != ['dog 4']
+    assert sample.bad_pairs == 1 and sample.ids != ['dog 4']
     left = shards.index[2, 3] + 3                       # within the json of pair 2
     sentence = f'{tar} has been cut off since its headers were read'
     os.truncate(tar, left)
     refused(sentence, shards.pool, 2)
     refused(sentence, shards.image, 11)
     sample = crops[0, 11]
-    assert sample.ids in (['dog 0'], ['dog 1']) and sample.bad > 0
+    assert sample.ids in (['dog 0'], ['dog 1']) and sample.bad_pairs > 0
     assert f'a.tar:byte {shards.index[11, 1]}: {sentence}' in capsys.readouterr().err
 
 
@@ -631,8 +631,8 @@ def test_every_orientation_and_odd_exif(kind, orientation, odd):
     plain = encoded(MANDELBROT, kind, exif=PLAIN_EXIF[orientation])
     wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(plain))).convert('RGB')
     assert np.array_equal(decoded(file), wanted)
-    assert np.array_equal(read_image(file), wanted)
-    for image in Image.open(io.BytesIO(file)), read_image(file):
+    assert np.array_equal(load_image(file), wanted)
+    for image in Image.open(io.BytesIO(file)), load_image(file):
         [seen] = evaluation.Images([image], np.asarray)
         assert np.array_equal(seen, wanted)
 
@@ -651,5 +651,5 @@ NO_IMAGES = [                           # bytes, and Pillow's words (ours for Po
 def test_what_cannot_be_decoded_is_unreadable(monkeypatch, tmp_path, data, words):
     """oracle: the rule for errors, for training's reader and evaluation's."""
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40_000)              # Pillow's own limit
-    for call in (read_image, data), (read_image, put(tmp_path / 'a.jpg', data)), (decoded, data):
+    for call in (load_image, data), (load_image, put(tmp_path / 'a.jpg', data)), (decoded, data):
         refused(f'(its image|a.jpg) cannot be read as an image .*{words}', *call)

@@ -170,7 +170,7 @@ def step_of(model, images, texts, method='cosmos', accum=1, processes=ALONE, cli
         torch.amp.GradScaler('cpu', enabled=False), dtype)
     batch = Batch(None, None, texts, texts[:GLOBALS], 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batch, 'views', lambda batch, seed: images)
+        patch.setattr(Batch, 'views', lambda batch, seed, step: images)
         return train.train_step(state, batch)
 
 

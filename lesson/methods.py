@@ -1,0 +1,133 @@
+"""train.py, with the methods that only the course compares.
+
+    python -m lesson.methods --method every-image --preset photo --data shards --out runs/every-image
+
+Its options are those of train.py. A program of yours may add rows of its own in the same way: train.add_method, then
+train.main.
+"""
+import random
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import train
+from cosmos import COSMOS, Output, cosmos_terms, unit
+from data import TrainingSet, draw_sentences, text_crops
+from extras.report import Report
+from lesson.scenes import built_in_set, mask_of, read_things
+from lesson.suppression import Named
+from plumbing.errors import command, need
+
+# --- 1. Reading ------------------------------------------------------------------------------------------------------
+
+class ReadsAnotherPair(COSMOS):
+    """What is read comes from another pair than the targets, so it cannot help to find them."""
+
+    def read(self, cls, eot, patches, words):
+        # Pair i reads the image and the caption of pair i - 1.
+        return super().read(cls, eot, patches.roll(1, dims=0), words.roll(1, dims=0))
+
+
+def two_terms(out, cls_t, eot_t, scale):
+    """Eq. 6 without the two terms that copying can make small. The other two have a weight of one half each."""
+    terms = cosmos_terms(out, cls_t, eot_t, scale)
+    del terms['h_T_cls_t'], terms['h_I_eot_t']
+    return terms
+
+
+class ReadsEveryImage(COSMOS):
+    """Each caption reads every image of the batch through C^I, and what it reads there is not added to eot. So what was
+    read cannot give the image away: the right one must be found by what agrees with the caption. After FLAIR (CVPR
+    2025). One process, because patches are not gathered, and --accum 1."""
+
+    def forward(self, images, texts):
+        """-> Output without h_I. Its h_T is (U, B, B, D): what each caption has read in each image."""
+        need(not dist.is_initialized(), '--method every-image needs the whole batch at once; give it one process')
+        cls, eot, patches, _ = self.encode(images, texts)
+        captions = eot.flatten(0, 1)                                    # (U * B, D)
+        # The captions of all pairs are queries of each image.
+        queries = captions[:, None].expand(-1, len(patches), -1)        # (U * B, B, D)
+        read = self.read_image(queries, patches)                        # (U * B, B, D)
+        return Output(unit(cls), unit(eot), None, unit(read).unflatten(0, eot.shape[:2]))
+
+
+def every_image_terms(out, cls_t, eot_t, scale):
+    """A caption must find its own image among all images, by what it reads in each, and an image its own caption. The
+    self-distillation of both sides is added, as in text-distill."""
+    scores = scale * (out.h_T * out.eot[:, :, None]).sum(dim=-1)        # (U, B captions, B images)
+    U, B, images = scores.shape
+    need(images == B, '--method every-image needs the whole batch at once; give it --accum 1')
+    own_pair = torch.arange(B, device=scores.device).repeat(U)          # (U * B,)
+    finds_image = F.cross_entropy(scores.flatten(0, 1), own_pair)
+    finds_caption = F.cross_entropy(scores.transpose(1, 2).flatten(0, 1), own_pair)
+    reads = (finds_image + finds_caption) / 2
+    return {'reads': reads} | train.embedding_terms(out, cls_t, eot_t, scale)
+
+
+# --- 2. Captions -----------------------------------------------------------------------------------------------------
+
+class OtherCaptions(TrainingSet):
+    """Draws the captions of a pair in another way. A subclass says how, in `captions`."""
+
+    def sample(self, epoch, index):
+        drawn = super().sample(epoch, index)
+        rng = random.Random(f'{self.seed} {epoch} {index} texts')       # as in TrainingSet.sample
+        return drawn._replace(captions=self.captions(self.shards.pool(index), index, drawn.boxes[0], rng))
+
+
+class LongCaptions(OtherCaptions):
+    """Local captions have one to five sentences, too, so they differ from the global ones only in who sees them."""
+
+    def captions(self, pool, index, box, rng):
+        return text_crops(pool, rng, self.counts.global_texts + self.counts.local_texts, 0)
+
+
+class ShortCaptions(OtherCaptions):
+    """Global captions are single sentences, too."""
+
+    def captions(self, pool, index, box, rng):
+        global_captions = [rng.choice(pool) for _ in range(self.counts.global_texts)]
+        return global_captions + draw_sentences(pool, self.counts.local_texts, rng)
+
+
+class CropsTogether(OtherCaptions):
+    """Captions are drawn from the sentences about objects of which global view 0 shows at least half. Drawn scenes
+    only. If it shows no object by half, all sentences are drawn from."""
+
+    def captions(self, pool, index, box, rng):
+        y, x, h, w = box
+        things = read_things(self.shards.record(index))
+        mask = mask_of(things)
+        shown = []
+        for number, thing in enumerate(things, 1):
+            pixels = mask == number
+            if pixels[y:y + h, x:x + w].sum() >= pixels.sum() / 2:
+                shown.append(thing.name)
+        about_shown = [sentence for sentence in pool if sentence.endswith(tuple(shown))]
+        return text_crops(about_shown or pool, rng, self.counts.global_texts, self.counts.local_texts)
+
+
+# --- 3. The rows -----------------------------------------------------------------------------------------------------
+
+def add_methods():
+    add = train.add_method
+    add('clip-averaged', 'clip', has_teacher=True)                      # a teacher that teaches nothing, but is scored
+    add('several-captions', 'clip-aug', has_text_crops=True)
+    add('another-pair', 'cosmos', student=ReadsAnotherPair)
+    add('without-clip', 'cosmos', clip_weight=0)
+    add('two-terms', 'cosmos', terms=two_terms)
+    add('every-image', 'cosmos', student=ReadsEveryImage, terms=every_image_terms)
+    add('teacher-sees-all', 'cosmos', teacher_sees_locals=True)
+    add('long-captions', 'cosmos', train_set=LongCaptions)
+    add('short-captions', 'cosmos', train_set=ShortCaptions)
+    add('crops-together', 'cosmos', train_set=CropsTogether)
+
+
+def main(argv=None):
+    add_methods()
+    train.main(argv, [Named(), Report()], built_in_set)
+
+
+if __name__ == '__main__':
+    command(main)
