@@ -51,13 +51,12 @@ from plumbing.shards import Shards
 # --- 1. Methods that train.py does not have --------------------------------------------------------------------------
 
 OF_TRAIN = set(train.METHODS)
-add_methods()
-train.add_method('watched', 'cosmos')   # with Pointing
 METHODS = train.METHODS
 
 
 def train_added(words):
     """train.py with these methods, too, and without its report."""
+    train.add_method('watched', 'cosmos')               # with Pointing
     given, _ = train.read_options(words)
     train.main(words, [Pointing()] if given['method'] == 'watched' else [])
 
@@ -379,6 +378,7 @@ def append_curve(run, seed, out):
 
 
 def main():
+    add_methods()
     if sys.argv[1:2] == ['train']:
         return train_added(sys.argv[2:])
     if sys.argv[1:2] == ['masks']:

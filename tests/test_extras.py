@@ -486,8 +486,8 @@ def test_the_search_of_readme(tmp_path, checkpoint, monkeypatch, capsys):
     expected = []
     for path in sorted(Path('photographs').iterdir()):
         score = (evaluation.embed_images(model, path, preprocess) @ query).item()
-        expected.append(f'{score:.3f}  {path}')
-    assert capsys.readouterr().out.splitlines() == sorted(expected, reverse=True)
+        expected.append((score, f'{score:.3f}  {path}'))
+    assert capsys.readouterr().out.splitlines() == [line for _, line in sorted(expected, reverse=True)]
 
 
 def test_lines_that_readme_counts():

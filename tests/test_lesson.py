@@ -23,7 +23,7 @@ import train
 from cosmos import COSMOS, Output, clip_loss, cosmos_loss, cosmos_terms, term_weights, total_loss, unit
 from data import Counts, TrainingSet, Order, Shards, Tokenizer, loader
 from eval import load, preprocessing, shard_image
-from lesson import experiments, onepage, plots, scenes, suppression
+from lesson import experiments, methods, onepage, plots, scenes, suppression
 from lesson.experiments import EXPERIMENTS
 from lesson.scenes import NAMES, SHAPES, draw_scene, make_scenes, mask_of
 from lesson.suppression import Named, read_scenes
@@ -214,19 +214,15 @@ def test_who_answers_what():
     sentence the reverse. One eot for all sentences: a copier has the same, and 1 in 32 alone. Where all images are as
     near, none is picked: a tie is a miss."""
     images = unit(torch.randn(32, 128))
-
-    def copy(queries, tokens):
-        return 1e4 * tokens.mean(dim=1)[None]
-
-    def heed(queries, tokens):
-        return torch.zeros_like(queries)
-
-    for queries, cross, candidates, expected in (
-            (images, copy, images, (1, 0, 1, 1)),
-            (images, heed, images, (1, 1, 0, 1)),
-            (images[:1].expand(32, -1), copy, images, (1, 0, 1, 1 / 32)),
-            (torch.ones(32, 32), heed, torch.eye(32), (0, 0, 0, 0))):
-        shares = suppression.picked(queries, candidates[:, None], cross, candidates)
+    copies = 1e4 * images
+    one = images[:1].expand(32, -1)
+    ones = torch.ones(32, 32)
+    for eot, own, other, candidates, expected in (
+            (images, images + copies, images + copies.roll(1, 0), images, (1, 0, 1, 1)),
+            (images, images, images, images, (1, 1, 0, 1)),
+            (one, one + copies, one + copies.roll(1, 0), images, (1, 0, 1, 1 / 32)),
+            (ones, ones, ones, torch.eye(32), (0, 0, 0, 0))):
+        shares = suppression.picked(eot, own, other, candidates)
         assert shares == dict(zip(('own', 'sentence', 'read', 'alone'), expected))
 
 
@@ -237,7 +233,7 @@ def taught(model, val, monkeypatch):
     network, tokenizer, preprocess = model
     teacher = COSMOS(network.config).eval()
     loaded = {'student': network, 'teacher': teacher}
-    monkeypatch.setattr(suppression, 'load', lambda path, name, vocab: (loaded[name], tokenizer, preprocess))
+    monkeypatch.setattr(suppression, 'load', lambda path, name, vocab, quick_gelu: (loaded[name], tokenizer, preprocess))
     monkeypatch.setattr(suppression, 'GROUP', 10)
     images = torch.stack([preprocess(shard_image(val, i)) for i in range(20)])
     ids = tokenizer([val.record(i)['captions'][0] for i in range(20)])
@@ -264,8 +260,9 @@ def test_conflict_is_what_the_model_computes(model, val, taught, monkeypatch):
     assert figures == {name: np.mean(each) for name, each in hits.items()} and len(set(figures.values())) > 1
 
 
-def test_cuts_need_two_pairs(model):
+def test_cuts_need_two_pairs(model, monkeypatch):
     """oracle: the sentence. The loss of a single pair is 0, and so is that of guessing."""
+    monkeypatch.setattr(suppression, 'both_networks', lambda args: (model[0], *model))
     refused('there is one pair; cut needs two or more', suppression.cut, arguments(), model, [0], None)
 
 
@@ -323,7 +320,7 @@ def test_reading_another_pair(model):
     texts = tokenizer(NAMES[:6]).view(2, 3, -1)
     cls, patches = whole.encode_image(images[0])
     eot, words = whole.encode_text(texts[0])
-    network = experiments.ReadsAnotherPair(whole.config)
+    network = methods.ReadsAnotherPair(whole.config)
     network.load_state_dict(whole.state_dict())
     out = network(images, texts)
     before = [2, 0, 1]
@@ -338,7 +335,7 @@ def test_every_image(model):
     whole, tokenizer, _ = model
     images = torch.randn(2, 3, 3, 64, 64)
     texts = tokenizer(NAMES[:6]).view(2, 3, -1)
-    network = experiments.ReadsEveryImage(whole.config)
+    network = methods.ReadsEveryImage(whole.config)
     network.load_state_dict(whole.state_dict())
     out = network(images, texts)
     _, patches = whole.encode_image(images[0])
@@ -353,7 +350,7 @@ def test_every_image(model):
     costs = []
     for table in *scores, *scores.transpose(1, 2):
         costs.append(-table.log_softmax(dim=1).diag().mean())
-    terms = experiments.every_image_terms(out, out.cls, out.eot, 5)
+    terms = methods.every_image_terms(out, out.cls, out.eot, 5)
     assert_close(terms['reads'], sum(costs) / 4)
     assert terms.keys() == {'reads', 'cls_cls_t', 'eot_eot_t'} and out.h_I is None
 
@@ -362,8 +359,8 @@ def test_every_image(model):
 def sandbox(tmp_path, monkeypatch):
     """An empty folder to run in. What lesson.experiments changes in train.py is taken back."""
     monkeypatch.chdir(tmp_path)
-    for name in 'METHODS', 'COSMOS', 'Teacher', 'total_loss', 'GLOBALS':
-        monkeypatch.setattr(train, name, getattr(train, name))
+    monkeypatch.setattr(train, 'METHODS', dict(train.METHODS))
+    monkeypatch.setattr(experiments, 'METHODS', train.METHODS)
 
 
 def test_onepage_is_train(drawn, sandbox):
@@ -391,38 +388,68 @@ def test_onepage_of_a_small_set(drawn):
     assert_close(*students, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('method', ['every-image', 'teacher-sees-all'])
-def test_methods_of_one_process(method, sandbox, monkeypatch):
+def test_every_image_needs_the_whole_batch(drawn, sandbox, monkeypatch):
     """oracle: the rule."""
-    words = ['--data', 'absent', '--method', method]
-    remedy = f'{method} needs the whole batch at once; give it one process and --accum 1'
-    refused(remedy, experiments.train_added, [*words, '--accum', '2'])
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    refused(remedy, experiments.train_added, words)
+    flags = f'--preset tiny --batch 4 --steps 1 --data {drawn} --workers 0 --method every-image --out'
+    said = 'error: --method every-image needs the whole batch at once; give it '
+    assert run(methods, *flags.split(), 'parts', '--accum', 2) == said + '--accum 1'
+    monkeypatch.setattr(methods.dist, 'is_initialized', lambda: True)
+    refused('give it one process', methods.ReadsEveryImage.forward, None, None, None)
 
 
-@pytest.mark.parametrize('method', experiments.ADDED)
-def test_methods_that_train_does_not_have(method, drawn, sandbox):
-    """oracle: for CLIP the weights before and after a step, averaged by the formula; for the others what the method of
-    train.py gives that is next to them, which is something else, but for `watched`, which only looks. train.py itself
-    does not know the method."""
+NEAREST = {             # each method of the course, and the one of train.py that is next to it
+    'clip-averaged': 'clip', 'several-captions': 'clip-aug', 'another-pair': 'cosmos', 'without-clip': 'cosmos',
+    'two-terms': 'cosmos', 'every-image': 'cosmos', 'teacher-sees-all': 'cosmos', 'long-captions': 'cosmos',
+    'short-captions': 'cosmos', 'crops-together': 'cosmos'}
+
+
+@pytest.mark.parametrize('method', NEAREST)
+def test_methods_of_the_course(method, drawn, sandbox):
+    """oracle: for CLIP the weights before and after a step, averaged by the formula; for the others what the method next
+    to them gives, which is something else. The logged loss is that of the logged terms and weights. train.py itself does
+    not know the method."""
     assert 'invalid choice' in run(train, '--method', method)
-    of_train = {'clip-averaged': 'clip', 'several-captions': 'clip-aug'}.get(method, 'cosmos')
-    flags = f'train --preset tiny --batch 4 --steps 1 --lr 0.01 --data {drawn} --workers 0 --eval-every 0'
-    for name, out in (of_train, 'plain'), (method, 'out'):
-        assert run(experiments, *flags.split(), '--precision', 'fp32', '--method', name, '--out', out) == 0
+    flags = f'--preset tiny --batch 4 --steps 1 --lr 0.01 --data {drawn} --workers 0 --eval-every 0 --precision fp32'
+    for name, out in (NEAREST[method], 'plain'), (method, 'out'):
+        assert run(methods, *flags.split(), '--method', name, '--out', out) == 0
+    assert train.METHODS.keys() >= NEAREST.keys()
+    entry = json.loads(Path('out/log.jsonl').read_text().splitlines()[0])
+    assert entry['loss'] == pytest.approx(sum(weight * entry[name] for name, weight in entry['weights'].items()))
+    assert entry['weights']['clip'] == (method != 'without-clip')
     saved = read_checkpoint('out/last.pt')
     plain = read_checkpoint('plain/last.pt')['student']
-    if of_train != 'clip':
+    if method != 'clip-averaged':
         assert plain.keys() == saved['student'].keys()
-        is_plain = all(plain[name].equal(saved['student'][name]) for name in plain)
-        assert is_plain == (method == 'watched') == ('pointing' in read_json('out/eval.json'))
+        assert not all(plain[name].equal(saved['student'][name]) for name in plain)
         return
     assert_close(saved['student'], plain, rtol=0, atol=0)
     torch.manual_seed(0)
     first = COSMOS(train.Config(**saved['config'])).state_dict()
     average = {name: (first[name] + 10 * after) / 11 for name, after in saved['student'].items()}
     assert_close(saved['teacher'], average)
+
+
+def test_captions_of_the_course(drawn):
+    """oracle: the rules. Of long captions some local one has several sentences, of short ones none has. Together with
+    the crops only those objects are named of which view 0 shows half of the pixels, counted here."""
+    shards = Shards(drawn / 'train')
+    drawings = {}
+    for kind in methods.LongCaptions, methods.ShortCaptions, methods.CropsTogether:
+        train_set = kind(shards, None, MICRO, 0, Counts(2, 2, 2, 2), 'crops')
+        drawings[kind] = [train_set.sample(epoch, index) for epoch in range(4) for index in range(12)]
+    assert any('. ' in sample.captions[3] for sample in drawings[methods.LongCaptions])
+    assert not any('. ' in caption for sample in drawings[methods.ShortCaptions] for caption in sample.captions)
+    left_out = 0
+    for place, sample in enumerate(drawings[methods.CropsTogether]):
+        objects = shards.record(place % 12)['objects']
+        mask = drawn_again(objects)
+        y, x, h, w = sample.boxes[0]
+        words = '. '.join(sample.captions)
+        for number, thing in enumerate(objects, 1):
+            share = (mask[y:y + h, x:x + w] == number).sum() / (mask == number).sum()
+            left_out += share < 0.5
+            assert share >= 0.5 or thing['name'] not in words
+    assert left_out
 
 
 # How many differences each family has. Holm's correction depends on it, so if one goes, another may become decided.
@@ -464,13 +491,13 @@ def test_cut_on_the_pages():
 def test_terms_that_are_left_out(model):
     """oracle: Eq. 6, of which two terms stay; L_COSMOS, which stays without L_CLIP."""
     *views, cls_t, eot_t = unit(torch.randn(6, 2, 3, 8))
-    row = experiments.METHODS['without-clip']
+    row = train.METHODS['cosmos']._replace(clip_weight=0)
     loss, terms = total_loss(model[0], Output(*views), cls_t, eot_t, row.terms, row.clip_weight)
     assert_close(loss, cosmos_loss(Output(*views), cls_t, eot_t, model[0].distill_logit_scale.exp()))
     assert term_weights(terms, row.clip_weight)['clip'] == 0 < terms['clip']
     terms = cosmos_terms(Output(*views), cls_t, eot_t, 5)
     kept = {name: terms[name] for name in ('h_I_cls_t', 'h_T_eot_t')}
-    assert_close(experiments.two_terms(Output(*views), cls_t, eot_t, 5), kept)
+    assert_close(methods.two_terms(Output(*views), cls_t, eot_t, 5), kept)
 
 
 def in_this_process(words):

@@ -26,6 +26,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+import cosmos
 import data
 import eval as evaluation
 import train
@@ -209,10 +210,11 @@ def test_numbers_of_options():
         for name, text in itertools.product(names.split(), '0 0.5 1 -4 1.5 banana nan inf'.split()):
             flags = [f'--{name}', text]
             if text in taken.split():
-                assert vars(train.read_options(flags))[name.replace('-', '_')] == float(text)
+                given, typed = train.read_options(flags)
+                assert given[name.replace('-', '_')] == typed[name.replace('-', '_')] == float(text)
             else:
                 refused(f'argument --{name}: {text} is not a .*number.*; see', train.read_options, flags)
-    assert train.read_options([f'--seed={2 ** 64 - 1}']).seed == 2 ** 64 - 1       # the largest that torch takes
+    assert train.read_options([f'--seed={2 ** 64 - 1}'])[0]['seed'] == 2 ** 64 - 1      # the largest that torch takes
 
 
 @pytest.mark.parametrize('single, pairs, captions, counted', [
@@ -578,8 +580,8 @@ def test_learn_by_hand(monkeypatch):
 
 def test_options_of_another_version(capsys):
     """oracle: by hand: an option that only one version knows is passed over; one that differs is noted."""
-    saved = {'same': {}, 'commit': 'abc', 'options': {'gone': 1, 'lr': 1}}
-    runs.check_fixed(saved, SimpleNamespace(out='a', lr=2, new=3), {})
+    saved = {'globals': cosmos.GLOBALS, 'data': 'f' * 8, 'commit': 'abc', 'options': {'gone': 1, 'lr': 1}}
+    runs.check_resumed(saved, SimpleNamespace(out='a', lr=2, new=3), SimpleNamespace(fingerprint='f' * 40))
     assert re.findall('note +--(.*)', capsys.readouterr().out) == ['lr was 1, is now 2']
 
 

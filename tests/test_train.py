@@ -37,7 +37,8 @@ from data import Batch, check_batch
 from lesson import scenes
 from plumbing import runs
 from plumbing.files import read_json
-from plumbing.processes import LONGEST_WAIT, checkpoint_blocks, end_workers, peak_memory
+from plumbing.options import settle
+from plumbing.processes import LONGEST_WAIT, end_workers, peak_memory
 from plumbing.processes import cores as cores_of_a_process
 from plumbing.progress import Progress, log_entry, print_entry
 from tests.helpers import ROOT, close, dog_tar, micro, put, refused, run
@@ -47,6 +48,12 @@ QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 -
          '--augment full').split()
 ALONE = train.Processes('cpu')
 LIMITS = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+def read_options(words):
+    """The options that train.py has before they are settled."""
+    given, _ = train.read_options(words)
+    return SimpleNamespace(**given)
+
 
 # --- Helpers ---------------------------------------------------------------------------------------------------------
 
@@ -77,7 +84,7 @@ def started(dogs):
     """started(out, *flags): the Run that these flags make, as it stands before its first step."""
     def started(out, *flags):
         argv = ['--data', dogs, *QUICK, '--out', out, *flags]
-        begun, _ = train.set_up(train.read_options(list(map(str, argv))), ALONE, None)
+        begun, _ = train.set_up(*train.read_options(list(map(str, argv))), ALONE, None)
         return begun
 
     return started
@@ -143,8 +150,8 @@ def test_views_and_losses_of_each_row(started, tmp_path, method):
     terms = ROWS[method][5:]
     assert [*begun.train_set.counts, begun.train_set.crop_min, *terms] == ROWS[method]
     assert (begun.teacher is not None) == bool(terms)
-    assert begun.student.two_scales == (method in ('cosmos', 'no-cross-attention', 'across'))
-    options = train.read_options(['--preset', 'vit-b-16', '--method', method])
+    assert begun.student.has_two_scales == (method in ('cosmos', 'no-cross-attention', 'across'))
+    options = read_options(['--preset', 'vit-b-16', '--method', method])
     assert options.augment == ('crops' if method == 'clip' else 'full')
     row = train.METHODS[method]
     assert row.global_images == GLOBALS or not (row.has_local_images or row.has_teacher)
@@ -200,8 +207,8 @@ def gradients(processes, method, accum):
     model, images, texts = micro(method, B=8)
     if method in ('image-distill', 'clip'):
         texts = texts[:1]
-    if accum > 1:
-        checkpoint_blocks(model)
+    for tower in model.visual, model.text:
+        tower.transformer.saves_memory = accum > 1
     images, texts = ([x.chunk(processes.world)[processes.rank] for x in xs] for xs in (images, texts))
     loss = step_of(model, images, texts, method, accum, processes).loss
     [total] = processes.sum([loss])
@@ -450,7 +457,7 @@ def test_workers_share_the_cores_of_a_node(monkeypatch):
         monkeypatch.setattr(os, 'sched_getaffinity', {0: range(cores)}.get)         # 0: this process
         if processes:
             monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
-        assert train.read_options([]).workers == workers
+        assert read_options([]).workers == workers
         train.use_cores(workers)
         threads.assert_called_with(max(1, cores // (processes or 1) - workers))
     assert cores_of_a_process() == 1
@@ -458,7 +465,7 @@ def test_workers_share_the_cores_of_a_node(monkeypatch):
 
 def test_schedules_and_decay():
     """oracle: closed forms at the corners of warm-up, cosine and ramp. Only matrices decay."""
-    options = train.read_options(
+    options = read_options(
         '--preset vit-b-16 --steps 110 --warmup 10 --lr 1 --momentum 0.9 --momentum-ramp 3'.split())    # its lr_end is 0
     rates = [train.lr_at(step, options) for step in (0, 9, 10, 60, 110)]
     assert rates == pytest.approx([0.1, 1.0, 1.0, 0.5, 0])
@@ -572,17 +579,17 @@ def test_what_is_not_typed(monkeypatch, capsys):
             (False, '--data x', 'photo', photo),
             (False, '--data x --preset tiny', 'tiny', '')):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
-        options = train.read_options(flags.split())
+        options = read_options(flags.split())
         assert [options.preset, options.out] == [preset, f'runs/{preset}-cosmos']
         assert re.fullmatch(line, capsys.readouterr().out)
-    options = train.read_options(['--compile'])             # a switch
+    options = read_options(['--compile'])             # a switch
     assert options.compile and [options.accum, options.clip_grad, options.seed] == [1, 0, 0]
     assert [options.save_every, options.save_minutes, options.log_every] == [0, 20, 20]
-    assert train.read_options(['--data', 'x', '--init', 'clip.pt']).preset == 'photo'
+    assert read_options(['--data', 'x', '--init', 'clip.pt']).preset == 'photo'
     assert capsys.readouterr().out == recipe
     for preset in train.PRESETS:
         for weights, name in ('runs/mine/best.pt', 'mine'), ('a/clip.pt', 'clip'):
-            options = train.read_options(f'--preset {preset} --wd 0.3 --init {weights} --method across'.split())
+            options = read_options(f'--preset {preset} --wd 0.3 --init {weights} --method across'.split())
             found = [options.lr, options.wd, options.momentum_ramp, options.out]
             assert found == [1e-5, 0.3, 0, f'runs/{name}-across']
 
@@ -592,11 +599,8 @@ def test_what_depends_on_the_data(monkeypatch, capsys, tmp_path):
     batch is lowered to what pairs and parts allow; a resumed run has its own. What is typed wins."""
     refused('not allowed with argument', train.read_options, ['--steps', '5', '--epochs', '1'])
 
-    def filled_in(flags, pairs=60, parts=1, saved={}):
-        options = train.read_options(flags.split())
-        recipe = train.recipe_of(options.preset, options.method, options.init)
-        train.fill_in(options, recipe, pairs, parts, saved)
-        return options
+    def filled_in(flags, pairs=60, parts=1, batch_before=None):
+        return settle(*train.read_options(flags.split()), pairs, parts, batch_before)
 
     for flags, *lengths in (
             ('--preset photo', 800, 80, 200),
@@ -607,14 +611,13 @@ def test_what_depends_on_the_data(monkeypatch, capsys, tmp_path):
         options = filled_in(f'--batch 4 {flags}')
         assert [options.steps, options.warmup, options.eval_every] == lengths
     assert capsys.readouterr().out == ''
-    resumed = {'options': {'batch': 20}}
-    for flags, parts, saved, batch in (
-            ('--preset tiny', 3, {}, 32),                                   # train.check_batch refuses it
-            ('--preset photo', 7, {}, 56),
-            ('--preset photo', 60, {}, 60),
-            ('--preset photo', 7, resumed, 20),
-            ('--preset photo --batch 99', 7, resumed, 99)):
-        assert filled_in(flags, 60, parts, saved).batch == batch
+    for flags, parts, before, batch in (
+            ('--preset tiny', 3, None, 32),                                 # train.check_batch refuses it
+            ('--preset photo', 7, None, 56),
+            ('--preset photo', 60, None, 60),
+            ('--preset photo', 7, 20, 20),
+            ('--preset photo --batch 99', 7, 20, 99)):
+        assert filled_in(flags, 60, parts, before).batch == batch
     assert filled_in('--preset photo', 64).batch == 64
     line = 'note       --batch is {}, not 64, because --data has 60 pairs\n'
     assert capsys.readouterr().out == line.format(56) + line.format(60)
@@ -630,11 +633,10 @@ def test_what_depends_on_the_data(monkeypatch, capsys, tmp_path):
     assert re.findall('--momentum is (.*?), because', capsys.readouterr().out) == ['0.9025, not 0.995', '0, not 0.995']
     monkeypatch.setitem(train.PRETRAINED, 'warmup', 7)
     assert filled_in('--preset tiny --init clip.pt').warmup == 7
-    halved = SimpleNamespace(data=[str(tmp_path)], val=None)
-    for half, val in ('val', None), ('train', halved.data):             # both halves make one held out
+    halved = [str(tmp_path)]
+    for half, val in ('val', None), ('train', halved):                  # both halves make one held out
         (tmp_path / half).mkdir()
-        train.choose_data(halved, None)
-        assert halved.val == val
+        assert train.choose_data({'data': halved, 'val': None}, None) == (halved, val)
 
 
 # --- What a run leaves -----------------------------------------------------------------------------------------------
@@ -647,7 +649,7 @@ def test_log_entry_by_hand(started, tmp_path, capsys):
     orthogonal = torch.eye(4, 6)[None]
     exchanged = orthogonal[:, [1, 0, 2, 3]]
     out = Output(orthogonal, exchanged)
-    step = train.Step(out, exchanged, 3.5, {'clip': 0.5, 'mine': 3.0}, torch.ones(()), True, 0.1, 0.9)
+    step = train.StepResult(out, exchanged, 3.5, {'clip': 0.5, 'mine': 3.0}, torch.ones(()), True, 0.1, 0.9)
     progress = Progress(step, steps=3, seconds=2, waited=1)
     found = log_entry(begun, progress)
     wanted = {'spread': 0.75 ** 0.5, 'accuracy': 0.5, 'cosine': 0.5, 'mine': 3, 'pairs_per_s': 6, 'waiting': 0.5}
@@ -699,7 +701,7 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
     assert first.keys() == set(names.split())
     assert [first['lr'], first['momentum'], first['chance']] == pytest.approx([0.0015, 1 / 11, math.log(4)])
     assert 0 < first['waiting'] < 1 < first['pairs_per_s']
-    assert 0 < saved(whole)['seconds'] < 600 and len(saved(whole)['same']['fingerprint of --data']) == 8
+    assert 0 < saved(whole)['seconds'] < 600 and len(saved(whole)['data']) == 8
     assert first['loss'] == pytest.approx(sum(weight * first[name] for name, weight in first['weights'].items()))
     scores = []
     for weights in 'teacher', 'student':
@@ -797,7 +799,7 @@ def test_two_jobs_in_one_folder(monkeypatch, capsys, fit, tmp_path):
 def test_when_a_run_is_saved():
     """oracle: the rule: every 20 minutes, or as often as --save-minutes says."""
     for flags, minutes, saves in ([], 19.8, False), ([], 20.2, True), (['--save-minutes=0'], 21, False):
-        running = SimpleNamespace(options=train.read_options(flags), saved_at=time.perf_counter() - 60 * minutes)
+        running = SimpleNamespace(options=read_options(flags), saved_at=time.perf_counter() - 60 * minutes)
         assert runs.is_overdue(running) == saves
 
 
@@ -903,13 +905,13 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     error = fit(out, '--resume', *flags, '--data', dog_tar(tmp_path / '0.tar', 9))
     monkeypatch.undo()
     assert re.search(
-        '--preset micro, --method cosmos, --batch 4, --seed 0, --local-crops 2, --local-captions 2, GLOBALS [0-9], .* not '
-        '--preset tiny, --method clip, --batch 5, --seed 1, --local-crops 3, --local-captions 4, GLOBALS 9, fingerprint',
+        'GLOBALS [0-9], fingerprint of --data .*, --preset micro, --method cosmos, .*--batch 4, --seed 0, not GLOBALS 9, '
+        'fingerprint of --data .*, --preset tiny, --method clip, .*--batch 5, --seed 1;',
         error)
     for content, sentence in (
             ((whole / 'last.pt').read_bytes()[:9000], 'it is torn, or of another kind'),
             (b'a text', 'it is torn, or of another kind'),
-            ((whole / 'best.pt').read_bytes(), 'holds no run to resume; to start from its weights give --init')):
+            ((whole / 'best.pt').read_bytes(), 'holds no run of this version to resume; to start from its weights give --init')):
         put(tmp_path / 'last.pt', content)
         assert sentence in fit(tmp_path, '--resume')
         assert (tmp_path / 'last.pt').read_bytes() == content
@@ -951,7 +953,7 @@ def test_init(fit, started, tmp_path, capsys, monkeypatch):
     for width, heads in (256, 8), (255, 4):             # of cross-attention, if the weights have none
         weights = Mock(config=train.Config(width, cross_heads=0))
         monkeypatch.setattr(evaluation, 'load', lambda *path, **options: (weights, None, None))
-        config, _, _ = train.choose_model(train.read_options(['--init', 'clip.pt']), {})
+        config, _, _ = train.choose_model(vars(read_options(['--init', 'clip.pt'])), {})
         assert config.cross_heads == heads
 
 
