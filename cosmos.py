@@ -34,16 +34,14 @@ One training step, with the names used in the code below:
            |                                                                        |
       VisionTower                                                               TextTower                    STUDENT
            |                                                                        |
-     cls (V,B,D) ------------------------- clip_loss ------------------------- eot (U,B,D)
+     cls (V,B,D) --- global views --------- clip_loss -------- all captions --- eot (U,B,D)
            |                                                                        |
-           | query                patches of view 0, words of caption 0             | query
-           v                                                                        v
-     C^T: read_text, of the words                                    C^I: read_image, of the patches
+           | query           reads words of      and      reads patches of          | query
+           v                 caption 0                    view 0                    v
+     C^T: read_text                                                           C^I: read_image
            |                                                                        |
-     h_I (V,B,D)  Eq. 1                                                 h_T (U,B,D)  Eq. 2
-           |                                                                        |
-           '------------------------------ cosmos_terms ----------------------------'
-                                    each of the two must find both:
+     h_I (V,B,D)  Eq. 1 ------------------ cosmos_terms ----------------- h_T (U,B,D)  Eq. 2
+                                    each must find both:  Eq. 6
                                              |            |
       VisionTower -------------------- cls_t (2,B,D)  eot_t (2,B,D) ------------------ TextTower             TEACHER
       on the 2 global views           a moving average of the student,           on the 2 global captions
@@ -654,19 +652,18 @@ def attention_weights(q, k, mask=None):
 
 if __name__ == '__main__':  # python cosmos.py: forward and backward on noise; prints shapes and the terms of the loss
     torch.manual_seed(0)
-    config = Config(image_size=48, local_image_size=24, patch_size=8, vision_layers=2, text_layers=2, vocab_size=1000)
-    student = COSMOS(config)
-    teacher = Teacher(student)
     B = 3
-    sides = [config.image_size] * GLOBALS + [config.local_image_size] * 3
-    images = [torch.randn(B, 3, side, side) for side in sides]          # V = 5
-    texts = torch.randint(1, 1000, (GLOBALS + 2, B, 77))                # U = 4
+    small = Config(image_size=48, local_image_size=24, patch_size=8, vision_layers=2, text_layers=2, vocab_size=1000)
+    student = COSMOS(small)
+    teacher = Teacher(student)
+    images = [torch.randn(B, 3, side, side) for side in GLOBALS * [48] + 3 * [24]]      # V = 5
+    texts = torch.randint(1, 1000, (GLOBALS + 2, B, 77))                                # U = 4
     out = student(images, texts)
     cls_t, eot_t = teacher(images[:GLOBALS], texts[:GLOBALS])
     loss, terms = total_loss(student, out, cls_t, eot_t)
     loss.backward()
-    for name, value in out._asdict().items():
-        print(f'{name:10} {tuple(value.shape)}')
+    for name, vectors in out._asdict().items():
+        print(f'{name:10} {tuple(vectors.shape)}')
     for name, term in terms.items():
         print(f'{name:10} {term.item():.4f}')
     print(f'loss       {loss.item():.4f} on noise; guessing costs ln {B} in L_CLIP and ln {B} in L_COSMOS, together '

@@ -7,7 +7,7 @@ caption. The student sees all views and captions. The teacher sees only the glob
 to five sentences. Images and texts are cropped independently. So no boxes of objects are needed, but a local caption
 may describe what no local view shows.
 
-How a batch is made (TrainingSet and collate in the loader's workers, if there are any, Batch.views on the model's device):
+How a batch is made (TrainingSet and collate in the loader's workers, if any, Batch.views on the model's device):
 
                                                                         what seeds its random choices
     Order           a step -> its places (epoch, index of a pair)       (seed, epoch)
@@ -99,8 +99,8 @@ CROPS_ONLY = dict(flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)      #
 def draw_changes(kind, rng):
     """The operations that change a view, {operation: strength}, in the released ranges.
 
-    If you add an operation, draw it from a generator of its own, seeded in TrainingSet.sample. One more draw from `rng` would
-    shift all later draws, and so change every run.
+    If you add an operation, draw it from a generator of its own, seeded in TrainingSet.sample. One more draw from `rng`
+    would shift all later draws, and so change every run.
     """
     changes = {}
     if rng.random() < kind.jitter:

@@ -102,7 +102,7 @@ class StepResult(NamedTuple):
 
 
 def train_step(run, batch):
-    """One training step -> StepResult. The order is teacher, student, loss, backward, optimizer, scales, moving average."""
+    """One training step -> StepResult: teacher, student, loss, backward, optimizer, scales, moving average."""
     options = run.options
     method = run.method
     student = run.student
@@ -209,16 +209,16 @@ def due(run, progress):
     all ranks share: the step, the options, figures, and progress, except its timings. Only saving, which rank 0 does
     alone, may depend on the clock."""
     options = run.options
-    last = run.step >= options.steps
-    stop = progress.signals > 0 and not last
+    is_last = run.step >= options.steps
+    is_stopped = progress.signals > 0 and not is_last
     # Step 0 is a multiple, too, and shows what the networks know before this training.
     in_between = options.val and is_multiple(run.step, options.eval_every)
-    evaluate = last or (in_between and not stop)
-    # Step 1 shows early whether all is well. An evaluated step is logged, so that its loss and its scores share an entry.
-    log = evaluate or run.step == 1 or is_multiple(run.step, options.log_every)
-    # Before an evaluation, which takes long and may fail, all is saved.
-    save = stop or evaluate or is_multiple(run.step, options.save_every) or runs.is_overdue(run)
-    return Due(last, stop, evaluate, log, save)
+    to_evaluate = is_last or (in_between and not is_stopped)
+    # Step 1 shows early whether all is well. An evaluated step is logged, so that loss and scores share an entry.
+    to_log = to_evaluate or run.step == 1 or is_multiple(run.step, options.log_every)
+    # All is saved before an evaluation, which takes long and may fail.
+    to_save = is_stopped or to_evaluate or is_multiple(run.step, options.save_every) or runs.is_overdue(run)
+    return Due(is_last, is_stopped, to_evaluate, to_log, to_save)
 
 
 def is_multiple(step, every):
@@ -357,7 +357,7 @@ def embedding_terms(out, cls_t, eot_t, scale):
         'eot_eot_t': match(eot, eot_t, scale)}
 
 
-def no_cross_attention_terms(out, cls_t, eot_t, scale):
+def uncrossed_terms(out, cls_t, eot_t, scale):
     """Eq. 6 with cls and eot in place of h_I and h_T."""
     cls, eot = gather(out.cls, out.eot)
     cls_t, eot_t = gather(cls_t, eot_t)
@@ -406,18 +406,18 @@ class Method(NamedTuple):
 # image-distill score far below the CLIP of Table 1, so they were probably trained on raw captions only (--caption-pool
 # raw). The last two are ours: `across` closes a leak of COSMOS, which its terms explain.
 no, yes = False, True
-ours = COSMOS, data.TrainingSet
+ours = COSMOS, data.TrainingSet         # student and train_set
 METHODS = {
-    #                             global  crop only   local   text        sees   C^I,  two     L_CLIP's  student,
-    #                             images, min, crops, images, crops, teacher, locals, C^T, scales, weight, set   terms
-    'clip':               Method(1,       0.9, yes, no,  no,  no,  no, no,  no,  1, *ours, no_terms),
-    'clip-aug':           Method(GLOBALS, 0.4, no,  no,  no,  no,  no, no,  no,  1, *ours, no_terms),
-    'image-distill':      Method(GLOBALS, 0.4, no,  yes, no,  yes, no, no,  no,  1, *ours, image_terms),
-    'text-crop':          Method(GLOBALS, 0.4, no,  yes, yes, yes, no, no,  no,  1, *ours, image_terms),
-    'text-distill':       Method(GLOBALS, 0.4, no,  yes, yes, yes, no, no,  no,  1, *ours, embedding_terms),
-    'cosmos':             Method(GLOBALS, 0.4, no,  yes, yes, yes, no, yes, no,  1, *ours, cosmos_terms),
-    'no-cross-attention': Method(GLOBALS, 0.4, no,  yes, yes, yes, no, no,  yes, 1, *ours, no_cross_attention_terms),
-    'across':             Method(GLOBALS, 0.4, no,  yes, yes, yes, no, yes, no,  1, *ours, across_terms)}
+    #                            global   least  only   local  text   tea-  sees   C^I  two  L_CLIP
+    #                            images   crop   crops  images crops  cher  locals C^T  sc.  weight
+    'clip':               Method(1,       0.9,   yes,   no,    no,    no,   no,    no,  no,  1, *ours, no_terms),
+    'clip-aug':           Method(GLOBALS, 0.4,   no,    no,    no,    no,   no,    no,  no,  1, *ours, no_terms),
+    'image-distill':      Method(GLOBALS, 0.4,   no,    yes,   no,    yes,  no,    no,  no,  1, *ours, image_terms),
+    'text-crop':          Method(GLOBALS, 0.4,   no,    yes,   yes,   yes,  no,    no,  no,  1, *ours, image_terms),
+    'text-distill':       Method(GLOBALS, 0.4,   no,    yes,   yes,   yes,  no,    no,  no,  1, *ours, embedding_terms),
+    'cosmos':             Method(GLOBALS, 0.4,   no,    yes,   yes,   yes,  no,    yes, no,  1, *ours, cosmos_terms),
+    'no-cross-attention': Method(GLOBALS, 0.4,   no,    yes,   yes,   yes,  no,    no,  yes, 1, *ours, uncrossed_terms),
+    'across':             Method(GLOBALS, 0.4,   no,    yes,   yes,   yes,  no,    yes, no,  1, *ours, across_terms)}
 
 
 def add_method(name, base, **changes):

@@ -2,18 +2,22 @@
 
     python -m lesson.onepage            draws scenes if need be, trains (minutes on two CPU cores), prints scores
 
-Student, teacher and losses come from cosmos.py, whose docstring explains the names (B, V, U, C^T, cls_t). The views
-come from data.py, the drawn scenes from lesson/scenes.py. `python train.py --preset tiny` takes the same steps. A test
-runs both for 20 steps in float32 (train.py with --precision fp32 --batch 4 --workers 0), and checks that student,
-teacher and optimizer agree bit for bit. The rest of train.py deals with options, other methods, several GPUs, logging
-and recovery.
+Student, teacher and losses come from cosmos.py, the views from data.py, the drawn scenes from lesson/scenes.py. Symbols:
+
+    B pairs in a batch      V views of an image: 2 large (global) ones, 2 small (local) ones
+                            U captions: 2 global ones of up to five sentences, 2 local ones of a single sentence
+    T tokens of a caption   cls_t, eot_t: the teacher's vectors of the global images and of the global captions
+
+`python train.py --preset tiny` takes the same steps. A test runs both for 20 steps in float32 (train.py with
+--precision fp32 --batch 4 --workers 0), and checks that student, teacher and optimizer agree bit for bit. The rest of
+train.py deals with options, other methods, several GPUs, logging and recovery.
 """
 import math
 
 import torch
 
 from cosmos import COSMOS, GLOBALS, Config, Teacher, total_loss
-from data import Counts, TrainingSet, Order, Shards, Tokenizer, collate
+from data import Counts, Order, Shards, Tokenizer, TrainingSet, collate
 from eval import preprocessing, show, zero_shot_retrieval
 from lesson import suppression
 from lesson.scenes import built_in_set
@@ -71,15 +75,17 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
     groups = [{'params': matrices, 'weight_decay': 0.1}, {'params': vectors, 'weight_decay': 0.0}]
     optimizer = torch.optim.AdamW(groups, rate, betas=(0.9, 0.98), fused=True)
 
-    for step, places in enumerate(Order(len(shards), batch, start=0, stop=steps, seed=seed)):
+    # For each step the places of B pairs, (epoch, index of the pair).
+    order = Order(len(shards), batch, start=0, stop=steps, seed=seed)
+    for step, places in enumerate(order):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, rate)
 
         # A batch of B pairs. Captions are cut where the longest of the batch ends, except the student's caption 0,
         # which cross-attention reads with its padding.
-        samples = [train_set[place] for place in places]                # a place is (epoch, index)
+        samples = [train_set[place] for place in places]
         inputs = collate(samples, multiple, whole_first=True).to(device)
-        images = inputs.views(seed, step)         # V (B, 3, s, s); the string is a seed
+        images = inputs.views(seed, step)               # V tensors (B, 3, s, s)
         texts = inputs.texts                            # U tensors (B, T)
 
         # The student sees all views and captions, the teacher only the globals.

@@ -219,6 +219,7 @@ def scan_shard(path, number):
     """
     rows = []
     open_stem = None                                    # of the pair that is being read
+    kinds = set()                                       # of its members so far
     left_out = 0
     dotted = defaultdict(set)                           # {a.v2: its columns}
     for member in tar_members(path):
