@@ -297,6 +297,41 @@ def test_losses_are_float32_under_autocast():
     assert loss == cosmos_loss(out, out.cls, out.eot, 14.0)
 
 
+def strangers_that_copy(N=256, D=512):
+    """Images that live in the first half of the coordinates, texts that live in the second, strangers to each other, and
+    a cross-attention that copies what it reads -> Output."""
+    x, y = torch.randn(2, 1, N, D // 2)
+    nothing = torch.zeros_like(x)
+    cls = cosmos.unit(torch.cat([x, nothing], dim=-1))
+    eot = cosmos.unit(torch.cat([nothing, y], dim=-1))
+    h = cosmos.unit(cls + eot)
+    return cosmos.Output(cls, eot, h, h)
+
+
+@pytest.mark.parametrize('scale', [1 / 0.07, 30, 100])
+def test_a_low_cosmos_loss_proves_no_agreement(scale):
+    """oracle: every cosine of an image with a text is 0, so L_CLIP is ln N, a guess, while each term of Eq. 6 is below
+    1 % of it. Its complement: where L_CLIP is that low, each image and its text are nearer than any strangers."""
+    out = strangers_that_copy()
+    guess = math.log(256)
+    assert clip_loss(out, scale).item() == pytest.approx(guess, rel=1e-6)
+    for term in cosmos.cosmos_terms(out, out.cls, out.eot, scale).values():
+        assert term < 0.01 * guess
+    agreeing = out._replace(eot=cosmos.unit(out.cls + 0.5 * out.eot))
+    assert clip_loss(agreeing, scale) < 0.01 * guess
+    cosines = agreeing.cls[0] @ agreeing.eot[0].T
+    assert cosines.diag().min() > (cosines - 2 * torch.eye(256)).max()
+
+
+def test_the_proof_of_the_pages(capsys):
+    """oracle: the block of README.md and of the course as it stands, and the output that the page prints below it."""
+    for page in 'README.md', 'lesson/README.md':
+        text = (ROOT / page).read_text()
+        [(block, printed)] = re.findall(r'```python\n([^`]*strangers[^`]*)```\n+```\n([^`]*)```', text)
+        exec(block, {})
+        assert capsys.readouterr().out == printed
+
+
 # --- 5. Towers, blocks, attention ------------------------------------------------------------------------------------
 
 def test_towers_equal_the_long_way():

@@ -78,14 +78,15 @@ def matmul_peak(device, dtype):
 def measure_step(flags):
     """Print time, samples/s, memory, FLOPs, and their speed as a share of the machine's peak."""
     with TemporaryDirectory() as folder:
-        options = train.read_options([*DEFAULTS, *flags, '--workers=0', f'--out={folder}'])
-        processes = Processes(options.device)
+        given, typed = train.read_options([*DEFAULTS, *flags, '--workers=0', f'--out={folder}'])
+        processes = Processes(given['device'])
         device = processes.device
-        if options.data is None:
-            options.data = make_shard(Path(folder, 'made.tar'), options.batch)
+        if given['data'] is None:
+            given['data'] = make_shard(Path(folder, 'made.tar'), given['batch'])
         # We pass tars, not a folder. If the folder had a val/, train.set_up would decode all its images first.
-        options.data = find_shards(options.data, 'train')
-        run, _ = train.set_up(options, processes, None)
+        given['data'] = find_shards(given['data'], 'train')
+        run, _ = train.set_up(given, typed, processes, None)
+        options = run.options
         batch = next(run.batches)
 
     def step():
