@@ -251,6 +251,9 @@ class TrainingSet(Dataset):
         return Sample(crops=crops, boxes=boxes, changes=changes, captions=captions)
 
 
+Crops = TrainingSet     # its name in other programs
+
+
 # --- 5. Which pairs make a batch -------------------------------------------------------------------------------------
 
 @lru_cache(1)

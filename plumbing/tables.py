@@ -76,7 +76,7 @@ def karpathy_row(image):
 
 
 def rows_of_json(text):
-    """JSON lines, a list of objects, an object of objects (SugarCrepe), COCO's captions or Karpathy's list -> rows."""
+    """JSON lines, a list of objects, COCO's captions or Karpathy's list -> rows."""
     decoder = json.JSONDecoder(parse_constant={}.get)       # NaN, which is not JSON, becomes None
     values = []
     place = 0
@@ -97,8 +97,6 @@ def rows_of_json(text):
         return [{'image': image['file_name'], 'caption': captions[image['id']]} for image in images]
     if 'images' in whole and 'captions' not in whole:       # Karpathy's list
         return [karpathy_row(image) for image in whole['images']]
-    if all(isinstance(value, dict) for value in whole.values()):
-        return list(whole.values())
     return values                                           # JSON lines with one line
 
 
