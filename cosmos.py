@@ -18,8 +18,9 @@ Names taken from the paper:
     [cls], [eot]        the vector of an image view, from its class token; that of a caption, from its end token
     cls_t, eot_t        the teacher's vectors of the images and of the texts
     L_sym-nce           CLIP's loss: in a batch each vector must find its partner, in both directions (`match`)
-    L_CLIP, L_COSMOS    the two losses, whose sum is trained: one L_sym-nce, and the mean of four
-    C^T, C^I            the two cross-attention modules. They are named for what they read, h_I and h_T for who reads:
+    L_CLIP, L_COSMOS    one L_sym-nce, and the mean of four. Their sum is trained
+    C^T, C^I            the two cross-attention modules. The letter in C^T and C^I is what is read, text or image, that
+                        in h_I and h_T is who reads. So C^T makes h_I:
 
     who asks            what it reads            module               result
     an image, its cls   words of caption 0       C^T = read_text      h_I, an image that has read text, Eq. 1
@@ -36,12 +37,12 @@ One training step, with the names used in the code below:
            |                                                                        |
      cls (V,B,D) --- global views --------- clip_loss -------- all captions --- eot (U,B,D)
            |                                                                        |
-           | query           reads words of      and      reads patches of          | query
-           v                 caption 0                    view 0                    v
-     C^T: read_text                                                           C^I: read_image
+           | query                                                                  | query
+           v                                                                        v
+     C^T: read_text, of the words of caption 0       C^I: read_image, of the patches of view 0
            |                                                                        |
      h_I (V,B,D)  Eq. 1 ------------------ cosmos_terms ----------------- h_T (U,B,D)  Eq. 2
-                                    each must find both:  Eq. 6
+                           h_I and h_T must each find cls_t and eot_t: Eq. 6
                                              |            |
       VisionTower -------------------- cls_t (2,B,D)  eot_t (2,B,D) ------------------ TextTower             TEACHER
       on the 2 global views           a moving average of the student,           on the 2 global captions
@@ -57,8 +58,8 @@ One training step, with the names used in the code below:
     teacher.update(student, momentum)                   # the paper's lambda, 0.999 at batch 1,024
 
 Read it beside Section 3 of the paper. Parts 2-4 are COSMOS: student, teacher, losses. You can skip part 5 unless you
-use several GPUs: on one GPU `gather` only returns each tensor as both queries and keys. Parts 6-7 are CLIP's towers
-and transformer. If you know them, read only class Tower: how views share a pass.
+use several GPUs, because on one `gather` changes nothing. Parts 6-7 are CLIP's towers and transformer. If you know
+them, read only class Tower: how views share a pass.
 
 We follow the released code (github.com/ExplainableML/cosmos); references such as `model.py:274` point into it. We did
 not have the paper's text, but sources about it, which docs/differences.md lists. There are three marks:
@@ -100,7 +101,7 @@ class Config:
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's
     cross_heads: int = 8            # attention heads inside C^I and C^T; 0: no C^I and C^T
-    two_scales: bool = False        # a second scale, also without C^I and C^T; with them there always is one
+    two_scales: bool = False        # L_COSMOS has its own scale even without C^I and C^T; with them it always has
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released COSMOS models use GELU
 
 
@@ -122,8 +123,8 @@ class CrossAttention(nn.Module):
         self.ln_k = nn.LayerNorm(width)
 
     def forward(self, query, tokens):
-        """query (V, B, D), tokens (B, R, D) -> (V, B, D), all unnormalised. A pair's views share keys and values."""
-        query = self.ln_q(query).transpose(0, 1)                        # (B, V, D)
+        """query (V, B, D), tokens (B, R, D) -> (V, B, D), all unnormalised."""
+        query = self.ln_q(query).transpose(0, 1)                        # (B, V, D): a pair's views share its keys
         return self.attn(query, self.ln_k(tokens)).transpose(0, 1)
 
     def weights(self, query, tokens):
@@ -188,7 +189,8 @@ class COSMOS(nn.Module):
 
     def encode(self, images, texts):
         """Images and texts as in `forward` -> cls (V, B, D), eot (U, B, D), and the keys and values of cross-attention:
-        patches (B, P, D) of view 0 and words (B, T, D) of caption 0, None without it. All are unnormalised.
+        patches (B, P, D) of view 0 and words (B, T, D) of caption 0; both are None in a model without it. All are
+        unnormalised.
 
         code≠paper: two walk-throughs of the paper say that keys and values come from all global views; in the released
         code they come from view 0 and caption 0 only (model.py:370-382). The other captions may be cut, see TextTower.
@@ -205,8 +207,8 @@ class COSMOS(nn.Module):
     def read(self, cls, eot, patches, words):
         """cls (V, B, D), eot (U, B, D), patches (B, P, D), words (B, T, D) -> h_I, h_T like cls, eot; all unnormalised.
 
-        NB: Eq. 6 can be solved by copying: h_T has read the image whose cls_t it must find, and h_I the caption whose
-        eot_t it must find. Page 3 of lesson/README.md measures how far this goes.
+        NB: Two terms of Eq. 6 can be solved by copying. h_T has read the image, and must find that image's cls_t. h_I
+        has read the caption, and must find that caption's eot_t. lesson/README.md measures how far this goes.
         """
         h_I = self.read_text(cls, words) + cls          # (V, B, D)  Eq. 1: images read words
         h_T = self.read_image(eot, patches) + eot       # (U, B, D)  Eq. 2: captions read patches
@@ -279,7 +281,7 @@ class Teacher(nn.Module):
         ours, paper silent: we call it after optimizer.step, as DINO does. The released code calls it before, and so
         averages the student of one step earlier (there train.py:185-193 comes before 213-221).
         """
-        # lerp moves each average the fraction 1 - momentum of the way. One call for all parameters is faster.
+        # One lerp, that is one such move, for all parameters is faster than one for each.
         averages = list(self.model.parameters())
         torch._foreach_lerp_(averages, list(student.parameters()), 1 - momentum)
 
@@ -305,11 +307,12 @@ def nce(queries, keys, scale):
     # A query's right answer is the number of its own pair among all N. Those of this GPU begin at rank * B.
     first_pair = dist.get_rank() * B if has_other_ranks() else 0
     own_pair = torch.arange(first_pair, first_pair + B, device=queries.device)
-    return F.cross_entropy(logits.flatten(0, 2), own_pair.repeat(Vq * Vk))
+    return F.cross_entropy(logits.flatten(0, 2), own_pair.repeat(Vq * Vk))      # (Vq Vk B, N), pair by pair
 
 
 def match(a, b, scale):
-    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a and b come from `gather`."""
+    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a and b are Gathered: the vectors of this GPU as queries,
+    those of all GPUs as keys."""
     return (nce(a.queries, b.keys, scale) + nce(b.queries, a.keys, scale)) / 2
 
 
@@ -317,8 +320,8 @@ def clip_loss(out, scale):
     """L_CLIP: the student's global images with all its captions, 2 x 8 combinations of views in the released
     recipe. scale = exp(logit_scale). Cross-attention has no part in it.
 
-    code≠paper: a walk-through of the paper has all views. The code leaves local image views out, because with them its
-    authors saw overfitting (loss.py:203-206).
+    code≠paper: a walk-through of the paper uses all views here. The code leaves local image views out, because with
+    them its authors saw overfitting (loss.py:203-206).
     """
     cls, eot = gather(out.cls[:GLOBALS], out.eot)
     return match(cls, eot, scale)
@@ -366,10 +369,8 @@ def total_loss(student, out, cls_t, eot_t, added_terms=cosmos_terms, clip_weight
     others. For CLIP alone it returns {}. clip_weight: 0 trains without L_CLIP.
     """
     clip = clip_loss(out, student.logit_scale.exp())
-    distill_scale = student.logit_scale.exp()
-    if student.has_two_scales:
-        distill_scale = student.distill_logit_scale.exp()
-    added = added_terms(out, cls_t, eot_t, distill_scale)
+    log_scale = student.distill_logit_scale if student.has_two_scales else student.logit_scale
+    added = added_terms(out, cls_t, eot_t, log_scale.exp())
     terms = {'clip': clip} | added
     weights = term_weights(terms, clip_weight)
     loss = weights['clip'] * clip + sum(weights[name] * term for name, term in added.items())
@@ -400,9 +401,9 @@ class AllGather(torch.autograd.Function):
     """(V, B, D) on every rank -> (V, N, D) on all of them; each gradient goes back to the rank that its vector came
     from. B is equal on all ranks.
 
-    ours: the gradient is exact. Each rank's loss is a mean over its B queries. The backward pass sums a vector's
-    gradients over the ranks, and DDP divides by their number, which gives the gradient of the mean over all N. The
-    released code's gradient is smaller, see docs/differences.md.
+    ours: the gradient is exact. Each rank's loss is a mean over its B queries. The backward pass adds up the gradients
+    that all ranks have for a vector, and DDP then divides by the number of ranks, which gives the gradient of the mean
+    over all N. The released code's gradient is smaller, see docs/differences.md.
     """
 
     @staticmethod
@@ -414,7 +415,7 @@ class AllGather(torch.autograd.Function):
         # In torch versions without all_gather_single the same collective is called all_gather_into_tensor.
         all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
         all_gather(gathered, x.contiguous())
-        return gathered.view(world, V, B, D).transpose(0, 1).flatten(1, 2)
+        return gathered.view(world, V, B, D).transpose(0, 1).flatten(1, 2)      # (V, world * B = N, D)
 
     @staticmethod
     def backward(ctx, grad):
@@ -431,8 +432,8 @@ class Tower(nn.Module):
     A tower has `embed`, `transformer`, `norm` and `proj`. `embed` takes n images or captions of one size. It returns
     their sequences (n, R, W), and `row` (n,): which row of each becomes the vector, the class token's or the end
     token's. If only the vectors are wanted, the last block computes this row alone: the same vector, with fewer
-    multiplications (a fifth fewer in train.py's preset `tiny`, a few percent in deep towers). On a first reading assume
-    that `row` is None below: then every row is computed.
+    multiplications (a fifth fewer in train.py's preset `tiny`, a few percent in deep towers). In part 7 take `row` as
+    None on a first reading: then every row is computed.
     """
 
     def forward(self, views):
@@ -501,7 +502,7 @@ class VisionTower(Tower):
 
 
 class TextTower(Tower):
-    """Causal transformer. The end-of-text token is the first that sees the whole caption, so it represents it.
+    """Causal transformer. The end-of-text token is the first to see the whole caption, so its vector stands for it.
 
     If only [eot] is wanted, B texts may be cut where the longest one ends, because an end token never sees the padding
     after it. A text that is cut before its end gives a wrong [eot] without any error.
@@ -542,7 +543,7 @@ class Transformer(nn.Module):
     def __init__(self, width, layers, heads, quick_gelu, causal=False):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu, causal) for _ in range(layers))
-        self.saves_memory = False       # True: the backward pass computes all blocks but the last again
+        self.saves_memory = False       # True: the backward pass recomputes all blocks but the last
 
     def forward(self, x, row=None):
         """x (n, R, W) -> (n, R, W). With `row` (n,) only that row of each sequence, (n, 1, W). Blocks before the last
@@ -623,11 +624,9 @@ class Attention(nn.MultiheadAttention):
         """-> True where a query may look, (1, 1, R, R), or with `row` (n, 1, 1, R). None: everywhere."""
         if not self.causal:
             return None
-        places = torch.arange(context.shape[1], device=context.device)     # of the keys, (R,)
-        own_place = places[None]                                            # of each query, (1, R)
-        if row is not None:
-            own_place = row[:, None]                                        # (n, 1)
-        may_see = places <= own_place[..., None]                            # (1, R, R) or (n, 1, R)
+        keys = torch.arange(context.shape[1], device=context.device)        # their rows, (R,)
+        queries = keys[None] if row is None else row[:, None]               # theirs, (1, R) or (n, 1)
+        may_see = keys <= queries[..., None]                                # (1, R, R) or (n, 1, R)
         return may_see[:, None]                                             # the same for all heads
 
     def project(self, query, context):

@@ -18,8 +18,8 @@ How a batch is made (TrainingSet and collate in the loader's workers, if any, Ba
 So with the same settings a run sees the same batches for any number of workers and GPUs, and can be resumed at any
 step. The marks `ours` and `paper silent` mean the same as in cosmos.py; "as released" means that the authors' code does
 so. You can skip the helpers in plumbing/: `Shards` gives the bytes of an image and the pool of its sentences, `decode`
-gives the pixels, `Tokenizer` the ids; `Changes` are the drawn changes of colour as tensors, `recolour` makes them.
-Refused is an error that a user can mend, Unreadable one of a single pair.
+gives the pixels, `Tokenizer` the ids; `Changes` are the drawn changes (of colour, blur, solarizing) as tensors, and
+`recolour` applies them. Refused is an error that a user can mend; Unreadable is one that concerns a single pair.
 """
 import random
 import sys
@@ -59,8 +59,8 @@ def text_crops(pool, rng, global_texts, local_texts):
 
 
 def draw_sentences(pool, count, rng):
-    """A random sample of the pool, without replacement. If count exceeds the pool, the whole pool comes
-    count // len(pool) times, and then a sample for the rest. So a pool of one sentence only repeats itself, as
+    """A random sample of the pool, without replacement. If count exceeds the pool, the whole pool is repeated
+    count // len(pool) times, and a random sample fills the rest. So a pool of one sentence only repeats itself, as
     released: 'red kettle. red kettle'. Text crops add nothing then."""
     if count <= len(pool):
         return rng.sample(pool, count)
@@ -82,8 +82,8 @@ class Kind(NamedTuple):
 
 
 def kinds_of_views(config, crop_min):
-    """One Kind for the first global view, one for the other globals, and one for the locals, as released. crop_min: the
-    smallest share of the image in a global view."""
+    """One Kind for the first global view, one for the other globals, and one for the locals, as released: like DINO's,
+    the globals differ in blur and solarizing. crop_min: the smallest share of the image in a global view."""
     large = config.image_size
     small = config.local_image_size
     return [
@@ -109,7 +109,7 @@ def draw_changes(kind, rng):
         changes['saturation'] = rng.uniform(0.8, 1.2)
         changes['hue'] = rng.uniform(-0.1, 0.1)           # 1 would be a full turn of the colour wheel
     if rng.random() < kind.grey:
-        changes['grey'] = 0.0                             # the share of colour that is kept
+        changes['grey'] = 0.0                             # the share of colour that is kept: none
     if rng.random() < kind.blur:
         changes['blur'] = rng.uniform(0.1, 2.0)           # standard deviation in pixels
     if rng.random() < kind.solarize:
@@ -154,7 +154,7 @@ def image_crops(encoded, kinds, rng):
     ratio = min(decoded_height / height, decoded_width / width)     # 1, or about 1/2, 1/4, 1/8
     crops = []
     for box, kind in zip(boxes, kinds):
-        y, x, h, w = [int(side * ratio) for side in box]            # rounded down, so never over an edge
+        y, x, h, w = [int(number * ratio) for number in box]        # rounded down, so never over an edge
         crop = TF.resized_crop(pixels, y, x, h, w, [kind.size, kind.size], BICUBIC)
         if rng.random() < kind.flip:
             crop = crop.flip(-1)
@@ -182,7 +182,8 @@ class Counts(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a pair gives to one step. __getitem__ sets ids and bad_pairs; `sample` alone needs no tokenizer."""
+    """What a pair gives to one step. TrainingSet.sample leaves ids and bad_pairs to __getitem__, so it needs no
+    tokenizer."""
     crops: list             # V image crops (3, s, s), uint8
     boxes: list             # V: where each crop lies in the image, (y, x, h, w) in pixels; pictures show them
     changes: list           # V: the operations that change each crop, {operation: strength}
@@ -316,9 +317,9 @@ class Batch(NamedTuple):
             teacher_texts=[x.to(device, non_blocking=True) for x in self.teacher_texts])
 
     def views(self, seed, step):
-        """V images (B, 3, s, s), float32, normalised. ours: colours and blur are applied here, after `to`, and so on
-        the GPU if there is one. The order of the jitters depends on seed, step and view, so it is the same on all
-        ranks, and two ranks make the same run as one."""
+        """V images (B, 3, s, s), float32, normalised. ours: colours and blur are applied here, after `to`: on the GPU,
+        if there is one. The order of the jitters depends on seed, step and view, so it is the same on all ranks, and two
+        ranks make the same run as one."""
         views = []
         for k, crops in enumerate(self.crops):
             # ours: one order of jitters for view k of all pairs. The released code draws a new order for every image.
@@ -352,19 +353,19 @@ def collate(samples, multiple, whole_first, global_texts=GLOBALS):
     captions = ids.unbind()                                             # U (B, T)
     global_ids = cut_to_longest(captions[:global_texts], multiple)
     local_ids = cut_to_longest(captions[global_texts:], multiple)
-    texts = global_ids + local_ids
+    texts = global_ids + local_ids          # a new list, so the teacher's caption 0 stays cut
     if whole_first:
         texts[0] = captions[0]
     bad_pairs = sum(sample.bad_pairs for sample in samples)
     return Batch(crops=crops, changes=changes, texts=texts, teacher_texts=global_ids, bad_pairs=bad_pairs)
 
 
-def sample_views(crops, count=4):
+def sample_views(train_set, count=4):
     """Yields what the student is shown of `count` pairs, spread evenly over the set: (index, views (3, s, s) in [0, 1],
     captions, boxes)."""
-    for index in np.unique(np.linspace(0, len(crops.shards) - 1, count, dtype=int)):
+    for index in np.unique(np.linspace(0, len(train_set.shards) - 1, count, dtype=int)):
         try:
-            drawn = crops.sample(0, index)
+            drawn = train_set.sample(0, index)
         except Unreadable:
             continue
         changes = changes_of([drawn.changes])

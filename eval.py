@@ -11,7 +11,7 @@ CKPT is one of these:
     a checkpoint of this repository, or the folder of a run, whose best.pt is taken, or else its last.pt
     a released cosmos_vitb*.pt
     a state dict of an open_clip ViT, with --quick-gelu if it has the activation of OpenAI's CLIP
-We evaluate the teacher, which has the averaged weights. If there is none, or with --weights student, it is the student.
+We evaluate the teacher, which has the averaged weights, or the student if there is none or with --weights student.
 Features are float32 vectors of unit length, and a score is the dot product of two of them.
 
 To compare with published figures, see docs/questions.md and docs/data.md. In this file parts 3 to 5 are the protocols,
@@ -165,13 +165,13 @@ def target_ranks(queries, targets, query_ids, target_ids, chunk=1024):
     A tie counts against the model: a wrong target that is less than TIE behind the right one is ranked before it.
     Otherwise a model whose features are all the same would look perfect. Arguments and result are on one device.
     """
-    targets = targets.double()      # in float64 the product adds no error to that of the vectors
+    targets = targets.double()      # in float64 the product adds no error but the last rounding
     found = []
     for rows in torch.arange(len(queries)).split(chunk):            # never the whole n x m matrix
         scores = (queries[rows].double() @ targets.T).float()       # (chunk, m)
         is_wrong = query_ids[rows][:, None] != target_ids           # (chunk, m)
         best = scores.masked_fill(is_wrong, -math.inf).amax(dim=1, keepdim=True)
-        is_behind = scores < best - TIE     # a tie is not behind, nor is NaN, which must not look perfect
+        is_behind = scores < best - TIE     # a tie is not, nor is NaN: both rank before the right target
         found.append(1 + (is_wrong & ~is_behind).sum(dim=1))
     return torch.cat(found)
 
@@ -180,8 +180,7 @@ def retrieval(image_features, text_features, owner):
     """Zero-shot retrieval figures, computed on the device that holds the three arguments.
 
     owner (captions,): the image of each caption. An image's rank is that of its best-ranked caption. R@K are fractions.
-    chance: the R@1 of a random guess. It is 1 / n for a caption. For an image with k of the m captions it is k / m, and
-    the mean of that over the images is 1 / n, too.
+    chance: the R@1 of a random guess, 1 / n both ways. (An image with k of m captions has k / m; the mean is 1 / n.)
     """
     n = len(image_features)
     image_ids = torch.arange(n, device=owner.device)
@@ -264,7 +263,7 @@ def class_vectors(model, tokenizer, names, templates=TEMPLATES):
 def classify(image_features, vectors, labels):
     """image_features (n, D), vectors (K, D), labels (n,) -> figures."""
     K = len(vectors)
-    found = target_ranks(image_features, vectors, labels, torch.arange(K))     # each image asks for its class
+    found = target_ranks(image_features, vectors, labels, torch.arange(K))     # an image must find its class
     hit = (found == 1).double()
     images_of_class = torch.bincount(labels, minlength=K)
     share = torch.bincount(labels, weights=hit, minlength=K) / images_of_class      # (K,), NaN for an empty class
@@ -304,7 +303,7 @@ def correlative_block(block, x):
     code). Queries attend to queries and keys to keys, so a patch attends mostly to itself and to similar patches."""
     normed = block.ln_1(x)
     q, k, v = block.attn.project(normed, normed)                        # each (B, H, R, d)
-    weights = attention_weights(q, q) + attention_weights(k, k)     # (B, H, R, R); rows sum to 2
+    weights = attention_weights(q, q) + attention_weights(k, k)     # (B, H, R, R); rows sum to 2, as in SCLIP
     read = (weights @ v).transpose(1, 2).flatten(2)         # (B, R, W), the heads side by side
     x = x + block.attn.out_proj(read)
     return x + block.mlp(block.ln_2(x))
@@ -341,7 +340,8 @@ def segment_image(model, image, vectors, class_of_name, settings):
     """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is first scaled to h' x w' pixels
     and scored there; then the scores are resized to h x w.
 
-    vectors (M, D): one for each name. class_of_name: M numbers; a class may have several names. The steps are those of
+    vectors (M, D): one for each name. class_of_name: M numbers; a class may have several names. settings: size of the
+    short side, scale of the logits, and area and probability of steps 2 and 3. The steps are those of
     clip_segmentor.py:113-276 of the released code:
         1. Each pixel takes its most probable class.
         2. If settings.area is above 0, foreground classes that cover no more than this share of the foreground are
@@ -362,7 +362,7 @@ def segment_image(model, image, vectors, class_of_name, settings):
     if settings.area:
         pixels_of_class = torch.bincount(class_map.flatten())
         foreground = pixels_of_class[1:].sum()
-        is_candidate = pixels_of_class > settings.area * foreground     # (highest class + 1,)
+        is_candidate = pixels_of_class > settings.area * foreground     # one for each class up to the highest
         is_candidate[0] = True                                          # the background
         candidates = is_candidate.nonzero().flatten().tolist()
         probability, class_map = best_class(logits, size, class_of_name, candidates)
@@ -374,8 +374,8 @@ def best_class(logits, size, class_of_name, candidates):
     class, and that class. A class is as probable as its most probable name.
 
     Example, for one pixel: logits 2, 3 and 1 of the names ape, monkey and ox, of which ape and monkey are class 1. The
-    best class is 1, by its name monkey, with probability e^3 / (e^2 + e^3 + e^1). If only ox's class 2 is a candidate,
-    it is 2, with e^1 over the same sum. This goes through the names one by one, because 100 maps of 12 megapixels would
+    best class is 1, by its name monkey, with probability e^3 / (e^2 + e^3 + e^1). With the candidates {2}, ox alone, it
+    is 2, with e^1 over the same sum. This goes through the names one by one, because 100 maps of 12 megapixels would
     need 5 GB at once, and works on logarithms: probability = e^(highest - log_sum).
     """
     highest = logits.new_full(size, -math.inf)              # of the candidates' logits so far

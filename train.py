@@ -62,7 +62,7 @@ class Run:
     processes: Processes
     train_set: data.TrainingSet     # has the model's Config and the tokenizer, too
     student: COSMOS
-    # The same student, as a step calls it: in parts with --accum above 1, and in DDP on several ranks.
+    # `student`, wrapped for the forward pass of a step: StudentInParts (--accum), around it DDP on several ranks.
     student_to_call: torch.nn.Module
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
@@ -72,7 +72,7 @@ class Run:
     step: int = 0                   # steps taken
     saved_step: int = 0             # the step of last.pt
     saved_at: float = field(default_factory=time.perf_counter)
-    # After --resume: moved back by the time already taken.
+    # When the run began; after --resume, now minus the seconds that it had already run.
     begun: float = field(default_factory=time.perf_counter)
 
     @property
@@ -106,19 +106,20 @@ def train_step(run, batch):
     options = run.options
     method = run.method
     student = run.student
+    momentum = momentum_at(run.step, options) if method.has_teacher else None
     lr = lr_at(run.step, options)
     for group in run.optimizer.param_groups:
         group['lr'] = lr
     # V tensors (B, 3, s, s). The loader has cropped; the changes of colour that it drew are made here, on the device.
     images = batch.views(options.seed, run.step)
 
-    # The teacher sees the globals, without gradient, the student all views and captions. (teacher_texts are the globals
-    # with all their padding cut; the student may need that of caption 0.) The teacher runs first, while the student
-    # holds no memory for its backward pass.
-    cls_t = eot_t = momentum = None
+    # The teacher sees the globals, without gradient, the student all views and captions. teacher_texts are the same
+    # global captions, all cut; the student's caption 0 is whole if C^T reads it. The teacher runs first, while the
+    # student holds no memory for its backward pass. With --accum the towers run in parts, but the loss sees the batch.
+    cls_t = eot_t = None
     teacher_images = images if method.teacher_sees_locals else images[:GLOBALS]
-    # NB: autocast keeps half-precision copies of the weights. All parts of --accum would share them, and their
-    # gradients would be added up in half precision, so with parts it keeps none.
+    # NB: autocast caches half-precision copies of the weights. The gradients of all parts of --accum would be summed in
+    # such a copy, in half precision, so then there is no cache.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
                         cache_enabled=options.accum == 1):
         if method.has_teacher:
@@ -127,17 +128,15 @@ def train_step(run, batch):
 
     loss, terms = total_loss(student, out, cls_t, eot_t, method.terms, method.clip_weight)
     run.optimizer.zero_grad()
-    # In the backward pass DDP averages all gradients, even those of the two scales, which only total_loss uses.
+    # DDP averages the gradients of all parameters, also of the two scales, which are used outside its forward pass.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    # p.grad is None if p is frozen or, on one GPU, if no term uses it; on several GPUs DDP stops such a run.
+    # A frozen parameter has no gradient, nor has one that no term uses; on several GPUs DDP stops such a run.
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
     # DDP has averaged the gradients, so if one rank's is not finite, neither is the mean, and all ranks skip the step.
     finite = bool(norm.isfinite())
-    if method.has_teacher:
-        momentum = momentum_at(run.step, options)
     if finite:
         if options.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(student.parameters(), options.clip_grad, norm)
@@ -197,7 +196,7 @@ def evaluate(run, val, watchers):
 
 class Due(NamedTuple):
     """What the loop does at the top of a turn, before it takes the next step."""
-    last: bool          # all steps are taken, so the run ends well
+    last: bool          # all steps are taken: the run is complete
     stop: bool          # a signal came: the run is saved, so that it can be resumed, and ends
     evaluate: bool
     log: bool
@@ -205,15 +204,15 @@ class Due(NamedTuple):
 
 
 def due(run, progress):
-    """NB: ranks log, evaluate and stop together. If one decides differently, the others hang. So base decisions on what
-    all ranks share: the step, the options, figures, and progress, except its timings. Only saving, which rank 0 does
-    alone, may depend on the clock."""
+    """NB: ranks log, evaluate and stop together. If one rank decides differently, the others hang. So base decisions on
+    what all ranks share: the step, the options, figures, and progress, except its timings. Only saving, which rank 0
+    does alone, may depend on the clock."""
     options = run.options
     is_last = run.step >= options.steps
     is_stopped = progress.signals > 0 and not is_last
     # Step 0 is a multiple, too, and shows what the networks know before this training.
-    in_between = options.val and is_multiple(run.step, options.eval_every)
-    to_evaluate = is_last or (in_between and not is_stopped)
+    is_regular = options.val and is_multiple(run.step, options.eval_every)
+    to_evaluate = is_last or (is_regular and not is_stopped)
     # Step 1 shows early whether all is well. An evaluated step is logged, so that loss and scores share an entry.
     to_log = to_evaluate or run.step == 1 or is_multiple(run.step, options.log_every)
     # All is saved before an evaluation, which takes long and may fail.
@@ -240,7 +239,7 @@ def main(argv=None, watchers=(), built_in_set=None):
     progress = Progress()
     bar = tqdm(total=options.steps, initial=run.step, disable=True if processes.rank else None)
     with bar, runs.memory_needed(), signals_caught() as signals:
-        # steps + 1 turns: each logs, saves and evaluates what is due, and all but the last then take a step.
+        # A turn does what is due after run.step steps. Then it takes the next step, or the loop ends.
         while True:
             now = due(run, progress)
             entry = {}
@@ -268,7 +267,7 @@ def main(argv=None, watchers=(), built_in_set=None):
             if failure:
                 if latest.finite:           # otherwise an earlier step may have spoiled the weights
                     runs.save(run)
-                processes.leave(f'error: {failure}')
+                processes.leave(f'error: {failure}')    # does not return
 
         if now.last and processes.rank == 0:
             write_json(run.folder / 'eval.json', figures)
@@ -369,9 +368,8 @@ def uncrossed_terms(out, cls_t, eot_t, scale):
 
 
 def across_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 without the leak: what has read a modality need not find that modality's teacher. h_T, a caption that has
-    read the image, could find cls_t by copying, so eot takes its place there. Likewise cls takes the place of h_I, an
-    image that has read the caption, in finding eot_t."""
+    """Eq. 6 without the leak. h_T has read the image, so it could find cls_t by copying; here eot must find it instead.
+    Likewise cls, not h_I, which has read the caption, must find eot_t."""
     cls, eot, h_I, h_T = gather(out.cls, out.eot, out.h_I, out.h_T)
     cls_t, eot_t = gather(cls_t, eot_t)
     return {
@@ -387,13 +385,13 @@ class Method(NamedTuple):
     crop_min: float             # smallest share of the image in a global crop
     only_crops: bool            # --augment is 'crops' by default, whatever the preset says
     has_local_images: bool      # as many as --local-crops says
-    # GLOBALS captions of 1-5 sentences, and --local-captions of one sentence. Without: a single one of 1-5 sentences.
+    # yes: GLOBALS captions of 1-5 sentences and --local-captions of one sentence. no: one caption of 1-5 sentences.
     has_text_crops: bool
     has_teacher: bool
-    teacher_sees_locals: bool   # the local image views, too; each is a target like the globals
+    teacher_sees_locals: bool   # the local image views, too; each is a target like the globals (for rows of yours)
     has_cross_attention: bool   # C^I and C^T
     two_scales: bool            # the terms have a temperature of their own, as they always have with C^I and C^T
-    clip_weight: float          # of L_CLIP; 0 trains without it
+    clip_weight: float          # of L_CLIP; 0 trains without it (for rows of yours)
     student: type               # COSMOS, or a subclass of yours
     train_set: type             # data.TrainingSet, or a subclass of yours
     # One of the functions above, or cosmos_terms: what is learned in addition to L_CLIP. On several GPUs DDP stops if a
@@ -401,10 +399,10 @@ class Method(NamedTuple):
     terms: Callable
 
 
-# Only the rows clip and cosmos can be found in the released code, where clip uses open_clip's default crop and no
-# colour jitter (transform.py:66). The others are our reading of the table's labels. In the paper clip, clip-aug and
-# image-distill score far below the CLIP of Table 1, so they were probably trained on raw captions only (--caption-pool
-# raw). The last two are ours: `across` closes a leak of COSMOS, which its terms explain.
+# The first six rows are those of Table 5. Only clip and cosmos can be found in the released code, where clip uses
+# open_clip's default crop and no colour jitter (transform.py:66). The other four are our reading of the table's labels.
+# In the paper clip, clip-aug and image-distill score far below the CLIP of Table 1, so they were probably trained on
+# raw captions only (--caption-pool raw). The last two rows are ours; the terms of `across` say what it closes.
 no, yes = False, True
 ours = COSMOS, data.TrainingSet         # student and train_set
 METHODS = {
@@ -465,8 +463,8 @@ def set_up(given, typed, processes, built_in_set):
         data.check_batch(options.batch, len(shards), parts)
         if saved:
             runs.check_resumed(saved, options, shards)
-        if processes.rank == 0 and options.val:
-            val = Shards(options.val, options.caption_keys, 'val')      # --caption-pool is for training
+        if processes.rank == 0 and options.val:     # --caption-keys holds for both sets, --caption-pool for training
+            val = Shards(options.val, options.caption_keys, 'val')
             evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
         if processes.rank == 0:
             runs.lock(options.out)          # nothing is written to --out before this line
@@ -484,10 +482,10 @@ def set_up(given, typed, processes, built_in_set):
 
 
 def check_ranks(options, shards, saved, processes):
-    """Ranks that disagreed on batches or learning rates would train on in silence, so each compares what determines
-    them with rank 0's. Two last.pt count as the same if their running times are equal."""
+    """If ranks disagreed on batches or learning rates, training would go on without an error. So each compares its
+    options with rank 0's. Two last.pt count as the same if their running times are equal."""
     mine = vars(options) | {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
-    # Workers and paths may differ. But all must learn a vocabulary or none, and all must have held-out data or none.
+    # None: may differ between ranks. Of vocab and val only this must agree: learned or not, held-out data or none.
     mine |= {'workers': None, 'data': None, 'vocab': options.vocab == 'learn', 'val': bool(options.val)}
     need(processes.broadcast(mine) == mine, 'options, shards or last.pt are not the same for all processes; '
          'give all nodes the same command, the same files in --data, and one --out that all see')
@@ -496,9 +494,9 @@ def check_ranks(options, shards, saved, processes):
 def choose_model(given, saved):
     """-> Config, tokenizer (None if it must be learned), weights to start from ({}: none).
 
-    A resumed run takes Config and tokenizer from its checkpoint, and its weights later. --init gives all three (of our
-    checkpoints the teacher's weights), with CLIP's tokenizer if the file has none. Otherwise --preset gives the Config,
-    and --vocab the tokenizer. In a new run, --method decides on cross-attention and a second scale.
+    A resumed run takes Config and tokenizer from its checkpoint, and its weights later. --init gives all three: the
+    teacher's weights if the file is ours, and CLIP's tokenizer if the file has none. Otherwise --preset gives the
+    Config, and --vocab the tokenizer. In a new run, --method decides on cross-attention and a second scale.
     """
     if saved:
         return *config_and_tokenizer(saved), {}
@@ -515,7 +513,7 @@ def choose_model(given, saved):
         tokenizer = Tokenizer.clip(path, config.context_length)
     method = METHODS[given['method']]
     heads = 0
-    if method.has_cross_attention:      # as in config or, if --init has no cross-attention, as in a preset of its width
+    if method.has_cross_attention:      # those of --init; if it has none, as many as a preset of its width has
         heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
     return replace(config, cross_heads=heads, two_scales=method.two_scales), tokenizer, weights
 
@@ -538,7 +536,7 @@ def make_run(options, processes, train_set, step, weights):
     dtype = choose_dtype(options.precision, device)
     order = data.Order(len(train_set.shards), options.batch, step, options.steps,
                        options.seed, processes.rank, processes.world)
-    multiple = 8 if dtype else 1        # to which the loader cuts captions, because half precision is faster then
+    multiple = 8 if dtype else 1        # to which lengths of captions are rounded up: faster in half precision
     # The loader forks its workers here, before DDP starts nccl, because a fork beside nccl may hang. (Until then ranks
     # talk through gloo.) Evaluations fork later, but their loaders end with an error if a worker hangs.
     # whole_first: caption 0 is not cut, because C^T reads its padding, too.

@@ -2,7 +2,7 @@
 
     python -m lesson.onepage            draws scenes if need be, trains (minutes on two CPU cores), prints scores
 
-Student, teacher and losses come from cosmos.py, the views from data.py, the drawn scenes from lesson/scenes.py. Symbols:
+Student, teacher and losses come from cosmos.py, views from data.py, drawn scenes from lesson/scenes.py. Symbols:
 
     B pairs in a batch      V views of an image: 2 large (global) ones, 2 small (local) ones
                             U captions: 2 global ones of up to five sentences, 2 local ones of a single sentence
@@ -50,19 +50,19 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
     keep_memory()                                       # keep freed memory for reuse, which is faster
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = choose_dtype(precision, device)             # auto: bfloat16 if it is fast here; None: float32
-    multiple = 8 if dtype else 1        # of tokens in a caption: half precision is faster then
+    multiple = 8 if dtype else 1        # to which lengths of captions are rounded up: faster in half precision
 
     # Sizes and recipe are those of the preset `tiny` of train.py. The paper's recipe is that of `vit-b-16`.
     shards = Shards(folder, split='train')
-    batch = min(batch, len(shards))                     # a smaller set is a single batch
+    batch = min(batch, len(shards))                     # a set smaller than a batch is one batch
     tokenizer = learn_tokenizer(shards)
     config = Config(embed_dim=128, cross_heads=4,
                     image_size=48, local_image_size=24, patch_size=8,
                     vision_width=96, vision_layers=4, vision_heads=3,
                     text_width=128, text_layers=2, text_heads=2,
                     context_length=CONTEXT, vocab_size=tokenizer.vocab_size)
-    # train_set[epoch, index] gives two global and two local views of image number `index`, as random crops, and as many
-    # captions about it, as token ids.
+    # train_set[epoch, index]: four random crops of image number `index`, two global and two local, and the token ids of
+    # four captions.
     counts = Counts(local_images=2, local_texts=2)
     train_set = TrainingSet(shards, tokenizer, config, seed, counts, augment='crops')
 
@@ -81,14 +81,14 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, rate)
 
-        # A batch of B pairs. Captions are cut where the longest of the batch ends, except the student's caption 0,
-        # which cross-attention reads with its padding.
+        # A batch of B pairs. Global captions are cut to the longest global of the batch, local ones to the longest
+        # local. Only the student's caption 0 stays whole, because cross-attention reads its padding, too.
         samples = [train_set[place] for place in places]
         inputs = collate(samples, multiple, whole_first=True).to(device)
-        images = inputs.views(seed, step)               # V tensors (B, 3, s, s)
-        texts = inputs.texts                            # U tensors (B, T)
+        images = inputs.views(seed, step)               # V tensors (B, 3, s, s); a seed, for colours, which stay here
+        texts = inputs.texts                            # U tensors (B, T) of different T
 
-        # The student sees all views and captions, the teacher only the globals.
+        # The student sees all views and captions, the teacher only the globals, with caption 0 cut, too.
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = student(images, texts)
             cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
@@ -117,7 +117,7 @@ def main():
     held_out = Shards(folder, split='val')
     preprocess = preprocessing(model.config.image_size)
     figures, image_features = zero_shot_retrieval(model, tokenizer, preprocess, held_out)
-    # How many big and small objects the image vectors tell. COSMOS is meant to raise this.
+    # What share of the big and of the small objects can be told from an image's vector. COSMOS should raise the latter.
     show(figures | suppression.scene_figures(model, tokenizer, image_features, held_out))
 
 
