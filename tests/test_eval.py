@@ -1,14 +1,10 @@
 """eval.py: each figure by hand, each command against the functions, what is read and what is refused."""
-import io
 import json
 import math
 import multiprocessing
 import os
-import random
 import re
-import shutil
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +22,7 @@ import eval as evaluation
 from plumbing.captions import CAPTION_KEYS
 from cosmos import COSMOS, Block, Config, unit
 from data import Shards, Tokenizer
-from extras import prepare
-from plumbing import benchmarks, processes
+from plumbing import benchmarks
 from plumbing.processes import SIGNALS
 from plumbing.weights import to_openclip
 from tests.helpers import MICRO, close, encoded, micro, pairs_tar, put, refused, run, seeded, shared  # noqa: F401
@@ -76,7 +71,8 @@ def gallery(here, monkeypatch):
 # --- Figures ---------------------------------------------------------------------------------------------------------
 
 def test_retrieval_by_hand():
-    """oracle: ranks read off by eye, with ties counted against the model; the same in chunks."""
+    """oracle: ranks read off by eye, with ties counted against the model; the same in chunks, and where the features
+    are: torch's device meta does not mix with the CPU."""
     captions = torch.tensor([[1, 0], [0.9, 0.9],                        # right; a tie
                              [0.9, 0.2], [0.3, 0.8]])                   # finds image 0; right
     owner = torch.tensor([0, 0, 1, 1])
@@ -97,33 +93,15 @@ def test_retrieval_by_hand():
     ids = torch.arange(30) % 10
     features = torch.full((30, 6), math.nan)            # must not look perfect
     assert evaluation.target_ranks(features, features, ids, ids).tolist() == [28] * 30
-
-
-def test_ranks_are_computed_where_the_features_are(monkeypatch):
-    """oracle: torch's device meta, which does not mix with the CPU. mps has no float64, so there it is the CPU."""
-    there = {'device': 'meta'}
-    found = evaluation.target_ranks(torch.ones(5, 4, **there), torch.ones(9, 4, **there), torch.ones(5, **there),
-                             torch.ones(9, **there), chunk=2)
-    assert found.device.type == 'meta' and found.shape == (5,)
-    monkeypatch.setattr(evaluation, 'retrieval', lambda *inputs: [x.device.type for x in inputs])
-    monkeypatch.setattr(evaluation, 'embed_images', lambda *source: torch.ones(2, 4))
-    monkeypatch.setattr(evaluation, 'embed_texts', lambda *source: torch.ones(2, 4))
-    for device, expected in ('meta', 'meta'), ('mps', 'cpu'):
-        model = SimpleNamespace(logit_scale=SimpleNamespace(device=torch.device(device)))
-        devices, _ = evaluation.zero_shot_retrieval(model, None, None, [], ['a', 'b'], torch.arange(2))
-        assert devices == [expected] * 3
+    there = features.to('meta')
+    assert evaluation.target_ranks(there, there, ids.to('meta'), ids.to('meta'), chunk=7).device.type == 'meta'
 
 
 def test_workers(gallery, monkeypatch):
     """oracle: the features without workers, although Slurm and torchrun signal every process, here each worker at each
-    image. Whoever waits longer than LONGEST_WAIT gets an error; without workers nobody waits. One image may be a name,
-    a path or opened."""
+    image. One image may be a name, a path or opened."""
     model, _ = gallery.scored
     preprocess = evaluation.preprocessing(32)
-    bar = evaluation.progress_bar([], file=io.StringIO())
-    assert bar.disable and not bar.leave                # silent where there is no terminal
-    monkeypatch.setattr(sys, 'argv', 'prog retrieval last.pt --shards a.tar'.split())
-    assert evaluation.evaluation_options('').workers == 2
     wanted = evaluation.embed_images(model, gallery.images, preprocess)
     load_image = evaluation.load_image
 
@@ -133,20 +111,12 @@ def test_workers(gallery, monkeypatch):
             os.kill(os.getpid(), number)
         return load_image(image)
 
-    def sleepy(image):
-        time.sleep(1)
-        return torch.zeros(3, 32, 32)
-
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, 'load_image', signalled)
         found = evaluation.embed_images(model, gallery.images, preprocess, workers=2)
     assert_close(found, wanted, rtol=0, atol=0)
     for source in 'images/1.png', Path('images/1.png'), Image.open('images/1.png'):
         close(evaluation.embed_images(model, source, preprocess), wanted[1:2])
-    monkeypatch.setattr(processes, 'LONGEST_WAIT', 0.3)
-    with pytest.raises(RuntimeError, match='timed out after 0.3 seconds'):
-        evaluation.embed_images(model, gallery.images[:1], sleepy, workers=1)
-    assert evaluation.embed_images(model, gallery.images[:1], sleepy).shape == (1, 16)
 
 
 def test_classification_by_hand():
@@ -264,13 +234,10 @@ def test_checkpoints_of_every_origin(here):
     small = torch.ones(1, 1)
     refused('size mismatch for visual.proj', load, other | {'visual.proj': small})
     refused('its merges were learned', load, other | {'token_embedding.weight': small})
-    mlps = [name for name in other if 'mlp' in name]    # of the missing names the sentence has only some
-    refused('this model: Missing key.{189}$', load, {name: other[name] for name in other if name not in mlps})
+    refused('this model: Missing key', load, {name: other[name] for name in other if 'mlp' not in name})
     wide = COSMOS(replace(plain.config, vision_width=1024, vision_layers=1, vision_heads=16,     # of ViT-L
                           text_width=128, text_heads=2, image_size=16, local_image_size=16))     # one patch
     assert load(to_openclip(wide.state_dict()))[0].config == wide.config
-    torch.save(other, 'saved.pt', _use_new_zipfile_serialization=False)     # as torch before 1.6: cannot be mapped
-    assert evaluation.load('saved.pt', 'teacher', vocab)[0].config == plain.config
 
 
 def test_a_folder_means_its_best(gallery):
@@ -319,12 +286,8 @@ def test_captions_of_held_out_shards(here):
         found, owners = evaluation.shard_captions(Shards('a.tar', keys))
         assert (found, owners.tolist()) == (captions, owner)
     refused('a.tar:1.png .* under mine; .*--caption-keys', evaluation.shard_captions, Shards('a.tar', 'mine'))
-    for caption, sentence in (
-            ('["x", null]', 'a caption that is not text: None;'),
-            (json.dumps([['x' * 90]]), 'a caption that is not text: ..x{78};'),     # of a long one, the beginning
-            ('NaN', 'a caption that is not text: nan;'),
-            ('[" "]', 'no caption under')):
-        pairs_tar('b.tar', [{'caption': 'x'}, f'{{"caption": {caption}}}'.encode()])
+    for caption, sentence in (['x', None], 'a caption that is not text: None;'), ([' '], 'no caption under'):
+        pairs_tar('b.tar', [{'caption': 'x'}, {'caption': caption}])
         refused(f'b.tar:1.png has {sentence}', evaluation.shard_captions, Shards(['a.tar', 'b.tar']))
 
 
@@ -404,7 +367,6 @@ def test_sets_of_torchvision(gallery, monkeypatch):
     assert (figures['names'], figures['split'], figures['images']) == (['abbey', 'ball pit'], 'none, all images', 2)
     line = 'classify . --dataset EuroSAT --root .'
     assert '--classes' in run(evaluation, *line.split())
-    assert 'has no splits' in run(evaluation, *line.split(), '--split', 'test')
 
     def cifar(root, train, transform, download=False):
         return train, download
@@ -434,7 +396,7 @@ def test_prompts_of_open_clip(monkeypatch, gallery):
     assert gallery.figures(f'{line} --classes open_clip')['names'] == ['crane', 'crane']
     synonyms = [('crane', 'bird'), ('ox',)]
     assert benchmarks.class_names(SimpleNamespace(classes=synonyms)) == ['crane', 'ox']
-    refused('would tie: crane, ox; .*--classes', benchmarks.class_names, SimpleNamespace(classes=2 * synonyms))
+    refused('would tie: crane, ox', benchmarks.class_names, SimpleNamespace(classes=2 * synonyms))
 
 
 def test_classify_of_every_source(gallery):
@@ -480,8 +442,6 @@ def test_segment_command(gallery, monkeypatch, capsys):
 WRONG = {               # a command: what its sentence must say
     '': 'required: command; see prog --help',
     'retrieval last.pt': 'one of the arguments --coco --karpathy --flickr --shards is required',
-    'classify last.pt': 'one of the arguments --dataset --folder is required',
-    'segment last.pt': 'required: --images, --masks, --classes;',
     'retrieval page.pt --shards a.tar': 'page.pt is not (?!.*weights_only).*says: .{80}.; .*fetch it again',
     'retrieval empty --shards a.tar': 'empty/last.pt does not exist',
     'retrieval bad.pt --shards a.tar': 'bad.pt .* holds posix.system, which may run code',
@@ -490,25 +450,15 @@ WRONG = {               # a command: what its sentence must say
     'retrieval last.pt --karpathy white --split val': 'white lists no image of the split val',
     'retrieval last.pt --karpathy white': 'a.jpg, listed in white, has no caption',
     'retrieval last.pt --flickr white': 'a row of white has the keys image, captions, .*; it needs image and caption',
-    'retrieval last.pt --karpathy rows': 'a row of rows has the keys image, captions; it needs',
     'retrieval last.pt --coco x --split val': '--split is for --karpathy',
-    'retrieval last.pt --coco x --caption-keys a': '--caption-keys is for --shards only',
-    'retrieval last.pt --shards a.tar --images x': '--images is for --karpathy and --flickr',
     'classify last.pt --dataset DTD --root nowhere': 'cannot open DTD in nowhere .*--download',
     'classify last.pt --dataset MNIST --split val': 'MNIST has no split val; give train or test',
-    'classify last.pt --folder images --split test': '--split is for --dataset only',
-    'classify last.pt --folder images --download': '--download is for --dataset only',
-    'classify last.pt --folder page.pt': 'page.pt cannot be read',
     'classify last.pt --folder bad --workers 0': 'bad/class/x.jpg cannot be read as an image',
     'classify last.pt --folder empty': 'class folder in empty',
-    'classify last.pt --folder bad --templates empty/list': 'empty/list holds no prompts; give one per line, with {}',
-    'segment last.pt --images a --masks a --classes page.pt --workers 2': 'unrecognized arguments: --workers 2',
     'segment last.pt --images empty --masks images --classes page.pt': 'empty has no image 0; see --image-suffix',
-    'segment last.pt --images absent --masks images --classes page.pt': 'absent is not a folder; give a folder',
     'segment last.pt --images images --masks empty --classes page.pt': 'empty has no mask .*--mask-suffix',
     'segment last.pt --images a --masks a --classes twice': 'several classes have the same name',
     'segment last.pt --images a --masks a --classes commas': 'commas must have a line for each class, with one name',
-    'segment last.pt --images a --masks a --classes blank': 'line 2 of blank is blank; give every class a line',
     'classify last.pt --folder numbered --classes blank': 'line 2 of blank is blank; give every class a line',
     'segment last.pt --images a --masks a --classes page.pt --benchmark voc20': 'has 1 lines, but voc20 has 20 classes',
     'classify last.pt --folder numbered --classes commas': 'commas has 2 names for 1 classes; give one line',
@@ -533,7 +483,6 @@ def test_errors_are_one_sentence(gallery):
         put(f'{folder}/0.png', image)
     put('white', {'images': [{'filename': 'a.jpg', 'split': 'test', 'sentences': [{'raw': ' '}]}]})
     put('twice', 'ox, cow\nox')
-    put('rows', [{'image': 'a.jpg', 'captions': ['x']}])
     put('commas', 'ox\n,')
     put('blank', 'ox\n \ngnu')
     torch.save({'student': Malicious()}, 'bad.pt')
@@ -541,25 +490,3 @@ def test_errors_are_one_sentence(gallery):
         error = run(evaluation, *line.split())
         assert re.fullmatch(f'error: .*{sentence}.*', error), f'{line}: {error}'
     assert not Path('executed').exists()
-
-
-def test_damaged_files_end_in_a_sentence(gallery):
-    """oracle: the rule: success, or one line. Each command reads a file in which something was cut out or put in."""
-    pairs_tar('a.tar', [{'caption': 'an ox. a cow'}] * 3, [encoded(gallery.images[0], 'JPEG')] * 3)
-    put('rows', [{'image': f'{i}.png', 'caption': 'an ox'} for i in range(3)])
-    put('classes', 'ox, cow\nsky\n')
-    put('masks/0.png', encoded(Image.fromarray(np.eye(40, 50, dtype=np.uint8))))
-    retrieval = 'retrieval . --workers 0'
-    segment = 'segment . --images images --masks masks --classes classes'
-    damaged = [('a.tar', f'{retrieval} --shards a.tar'), ('a.tar', 'inspect a.tar --out sheet.png'),
-               ('rows', f'{retrieval} --flickr rows --images images'), ('rows', 'pack rows images packed'),
-               ('images/0.png', segment), ('masks/0.png', segment), ('classes', segment), ('last.pt', segment)]
-    rng = random.Random(0)
-    for file, line in 8 * damaged:
-        whole = Path(file).read_bytes()
-        start = rng.randrange(min(len(whole), 2000))
-        put(file, whole[:start] + rng.randbytes(rng.choice([0, 1, 9])) + whole[start + rng.choice([0, 1, 9, 9999]):])
-        said = run(prepare if 'inspect' in line or 'pack' in line else evaluation, *line.split())
-        assert said is None or re.fullmatch('error: .*', said), (file, line, said)
-        put(file, whole)
-        shutil.rmtree('packed', ignore_errors=True)
