@@ -6,13 +6,9 @@ import json
 import re
 import shutil
 import subprocess
-import sys
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
-from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -28,8 +24,7 @@ from eval import load
 from extras import attend, bench, export, inspect, prepare, report
 from plumbing.shards import write_shard
 from plumbing.weights import from_openclip
-from tests import helpers
-from tests.helpers import ROOT, encoded, put, refused, shared
+from tests.helpers import ROOT, encoded, put, refused, run, shared
 
 MICRO = replace(train.PRESETS['micro'].sizes, vocab_size=514)
 
@@ -56,13 +51,6 @@ def pools(folder):
     """The sentences of all pairs of a folder of shards."""
     shards = data.Shards(folder)
     return [shards.pool(i) for i in range(len(shards))]
-
-
-def run(module, *argv):
-    """Run a command in this process. If it raised SystemExit, the test would fail."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', ['prog', *map(str, argv)])
-        module.main()
 
 
 @pytest.fixture(scope='module')
@@ -103,10 +91,8 @@ def test_pack(tmp_path, images, capsys):
     run(prepare, *arguments)
     assert pools(out) == DOGS
     assert data.Shards(out).image(1) == picture('PNG')
-    prepare.name_left_out(12 * ['a'])
-    printed = capsys.readouterr()
-    assert 'out holds 2 of the 4 images listed\n' in printed.out and 'left out   2 more\n' in printed.err
-    refused('out exists; name a new folder', run, prepare, *arguments)
+    assert 'out holds 2 of the 4 images listed\n' in capsys.readouterr().out
+    assert 'out exists; name a new folder' in run(prepare, *arguments)
 
 
 @pytest.fixture
@@ -134,7 +120,6 @@ def test_an_interrupted_pack_leaves_nothing_that_trains(tmp_path, images, writte
     assert sorted(path.name for path in tmp_path.iterdir()) == ['images', 't.csv']
     prepare.pack(table, images, out, 1)
     assert len(written) == 4 and len(pools(out)) == 2
-    assert out.stat().st_mode == images.stat().st_mode      # others may read it, too
 
 
 TABLES = {              # what could be garbled: the captions, and the table; the columns to take, if they are named
@@ -150,13 +135,10 @@ TABLES = {              # what could be garbled: the captions, and the table; th
             {"image": "a.jpg", "captions": "a cat"}
             {"image": "b.jpg", "raw_caption": ["Grass. Green."]}
             {"image": "a.jpg", "captions": [{}]}"""),
-    'a line separator in a text': ([['a\u2028dog']], '{"image": "a.jpg", "caption": "a\u2028dog"}\n\n'),
     'a quotation mark in a TSV': (
         [['"Oh, a cat'], ['a dog']], 'image\tcaption\na.jpg\t"Oh, a cat\nb.jpg\ta dog\n'),
     'a byte order mark, two columns of texts': (
         [['a dog'], ['a cat']], '\ufeffimage,title,text\na.jpg,a dog,\nb.jpg,,a cat\n'),
-    'NaN and blanks beside captions': (
-        [['a dog']], '{"image": "a.jpg", "caption": NaN, "txt": " ", "title": "a dog", "captions": [null, " "]}'),
     'a caption beside another text': (
         [['a dog'], ['a cat, old']], 'image,caption,text\na.jpg,a dog,SALE\nb.jpg,"a cat, old",\n'),
     "Flickr30k's, with a quotation mark, and a row that lacks a delimiter": (
@@ -212,13 +194,9 @@ NO_TABLES = {
     GERMAN.encode('cp1252'): r'/t is not UTF-8 \(line 2\); .*CSV UTF-8',
     'image,caption\na.jpg,a dog, old\n': 'line 2 of .*/t has more fields than the first',
     'image,caption,caption,,\na.jpg,x,y,,\n': '/t has several columns called caption; .* several rows',
-    'image,"caption\na.jpg,x\n': '/t cannot be read from line 1 on',
-    '5': '/t has no rows',
     '': '/t has no rows',
     '{"image": "a.jpg"}\n{"image"': 'line 2',
     '{"image": null, "caption": "x"}': "row 1 of .*/t has no file name under 'image'",
-    '{"image": "\\ud83d", "caption": "x"}': "row 1 of .*/t has no file name under 'image'",
-    '{"image": "\\u0000", "caption": "x"}': "row 1 of .*/t has no file name under 'image'",
     'image,caption\na.jpg,x\nb.jpg,"a\ndog\n': '/t cannot be read from line 3 on .* quotation mark'}
 
 
@@ -228,7 +206,6 @@ def test_pack_refuses(tmp_path, images):
     for text, sentence in NO_TABLES.items():
         refused(sentence, prepare.pack, put(tmp_path / 't', text), images, out)
     german = put(tmp_path / 't', GERMAN)
-    refused('none of foto; .*--image-column', prepare.pack, german, images, out, 9, 0, 'foto')
     refused('none of the 2 images', prepare.pack, german, tmp_path, out, 9, 0, None, 'Beschreibung')
     refused('--val 1e-06 of the 2 images in .*/t would leave .*/out/train or .*/out/val empty; give another share',
             prepare.pack, german, images, out, 9, 1e-6, None, 'Beschreibung')
@@ -246,7 +223,7 @@ URLS = r"""{"url": "http://x/0", "caption": "alt"}
 
 def test_join(tmp_path, capsys):
     """oracle: the rows of the table, matched by hand; texts become sentences, and the shard's own keys stay. A shard in
-    which nothing matches leaves no tar. For errors, their sentences."""
+    which nothing matches leaves no tar."""
     table = put(tmp_path / 'd.csv', '\ufeffImage Path,raw_caption,longIB_captions\nhttp://x/2,two dogs,"A dog.\n'
                                     'It is 3.5 m, big."\n,no,no\nNone,no,no\nhttp://x/1,one dog,A dog\nhttp://x/0,,\n')
     shard = write_pairs(tmp_path / 'in/i.tar', URLS)
@@ -259,14 +236,8 @@ def test_join(tmp_path, capsys):
     shards = data.Shards(out)
     assert [shards.record(i)['key'] for i in range(2)] == ['1', '2']
     refused('in exists; name a new folder', prepare.join, table, [shard], shard.parent)
-    out = tmp_path / 'another'
-    nameless = put(tmp_path / 'n.csv', 'filepath,title\na,b\n')
-    refused('n.csv has the columns filepath, title, but none of url', prepare.join, nameless, [shard], out)
-    garbled = put(tmp_path / 'g.csv', 'url,raw_caption\nhttp://x/1,größer\n'.encode('cp1252'))
-    refused(r'g.csv is not UTF-8 \(at line 1 or soon', prepare.join, garbled, [shard], out)
     foreign = put(tmp_path / 'f.csv', 'url,raw_caption\nhttp://y/1,one dog\n')
-    refused('no url of the pairs is in .*f.csv', prepare.join, foreign, [shard], out)
-    prepare.join(table, [shard], out)           # nothing was left that would stand in the way
+    refused('no url of the pairs is in .*f.csv', prepare.join, foreign, [shard], tmp_path / 'another')
 
 
 def test_an_interrupted_join_goes_on(tmp_path, written):
@@ -286,8 +257,7 @@ def test_an_interrupted_join_goes_on(tmp_path, written):
 
 def test_inspect(tmp_path, capsys, monkeypatch):
     """oracle: the pairs that were broken on purpose, and counts by hand; captions are cut at the 64 tokens of `tiny`.
-    If a folder has two halves, its training pairs are read. A program prints half an emoji, and each line at once,
-    because Slurm's output is a file."""
+    If a folder has two halves, its training pairs are read. Half an emoji is printed, too."""
     members = []
     for i, image in enumerate([picture(), picture(), b'no image', picture()[:600], picture('PNG')]):
         members += [(f'{i}.jpg', image), (f'{i}.txt', b'Dogs. A cat')]
@@ -296,13 +266,10 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     write_shard(tmp_path / 'train/0.tar', members)
     write_shard(tmp_path / 'val/0.tar', members[:2])
     monkeypatch.delenv('COSMOS_VOCAB', raising=False)
-    assert helpers.run(inspect, tmp_path, '--out', tmp_path / 'sheet.png') is None
-    assert sys.stdout.line_buffering
+    assert run(inspect, tmp_path, '--out', tmp_path / 'sheet.png') is None
     printed = capsys.readouterr()
     assert re.findall(r'left out   .*0.tar:(\d)', printed.err) == ['2', '3']
     assert Image.open(tmp_path / 'sheet.png').size == (4 * 132 + 4, 3 * 132 + 4)    # views, pairs
-    helpers.run(inspect, tmp_path, '--out', tmp_path / 'full.png', '--augment', 'full')
-    assert (tmp_path / 'full.png').read_bytes() != (tmp_path / 'sheet.png').read_bytes()    # `tiny` only crops
     for line in ('reading .*/train; its folder holds', 'left out +2 of 5', r'keys +txt \(100%\), raw_caption \(33%\)',
                  'sentences per pair +least 1, .* most 2',
                  'words per sentence +least 1, .* most 63', 'repeated +1 of 3 images, 0 of 4 sentences',
@@ -321,8 +288,7 @@ def speller(config=MICRO, merges=('d o', 'do g</w>')):
 
 
 def test_attention_words(tmp_path):
-    """oracle: the model's own weights. The pieces of a word add up, and start, end and padding are not words. In the
-    picture the word that is read most has the longest bar."""
+    """oracle: the model's own weights. The pieces of a word add up, and start, end and padding are not words."""
     scored = model, tokenizer, preprocess = speller()
     image = Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 40)
     grid, words = attend.attention(*scored, image, 'dog ab dog')
@@ -338,8 +304,6 @@ def test_attention_words(tmp_path):
     seen = np.array(Image.open(tmp_path / 'seen.png'))
     y, x = 36 + 56 * np.argwhere(grid == 1)[0]          # the middle of the brightest patch
     assert seen[y, x + 232, 0] > 127                    # the red in yellow, over the image
-    assert seen[10 + 18 * found.index(1), 690].tolist() == [255, 234, 70]
-    assert len(attend.attention(*scored, image, 20 * 'dog ')[1]) == 10          # 12 ids, less start and end
 
 
 def test_attend_command(tmp_path, checkpoint):
@@ -374,8 +338,6 @@ def test_export(tmp_path, checkpoint, capsys):
     towers = {name: value for name, value in state.items() if not re.match('read_|image_map|text_map|distill', name)}
     assert_close(from_openclip(theirs), towers, rtol=0, atol=0)
     refused('clip.pt .*exists', export.export, checkpoint, out)
-    layout = tmp_path / 'a.json'
-    refused('a.json would also be the name of the config; name it a.pt', export.export, checkpoint, layout)
 
 
 @torch.no_grad()
@@ -402,24 +364,15 @@ def test_quick_gelu_in_and_out(tmp_path, vocab, capsys):
 
 # --- bench -----------------------------------------------------------------------------------------------------------
 
-def bench_step(*flags):
-    run(bench, 'step', '--preset', 'micro', '--batch', 16, '--steps', 3, '--device', 'cpu', *flags)
-
-
 def test_step(tmp_path, monkeypatch, capsys):
-    """oracle: a clock that goes on by one second whenever it is read, a machine with a peak of 1 GFLOP/s, and as GB the
-    steps so far. Memory is read before FLOPs are counted: its peak is never reset, and with --compile the step that
-    counts them, which is not compiled, may need more."""
-    steps = Mock(wraps=train.train_step)
-    monkeypatch.setattr(train, 'train_step', steps)
-    monkeypatch.setattr(bench, 'peak_memory', lambda device: steps.call_count)
+    """oracle: a clock that goes on by one second whenever it is read, and a machine with a peak of 1 GFLOP/s."""
     monkeypatch.setattr(bench, 'time', SimpleNamespace(perf_counter=itertools.count().__next__))
     monkeypatch.setattr(bench, 'matmul_peak', lambda device, dtype: 1e9)
     three_pairs(tmp_path)
-    bench_step('--method', 'clip', '--data', tmp_path, '--batch', 3)
+    run(bench, *'step --preset micro --method clip --batch 3 --steps 3 --device cpu --data'.split(), tmp_path)
     printed = capsys.readouterr().out
     assert 'batch 3, 1 images and 1 captions' in printed
-    assert ' 1,000.0 ms, the median of 3   3.0 samples/s   5.00 GB' in printed
+    assert ' 1,000.0 ms, the median of 3   3.0 samples/s' in printed
     gflop = re.search('([0-9.]+) GFLOP ', printed)[1]
     assert f'{float(gflop):.0%} of the 1 that' in printed
 
@@ -539,8 +492,7 @@ def unpacked(text, *shape):
 
 def test_the_watcher(tmp_path, capsys, monkeypatch):
     """oracle: by hand, the steps on the page (without --val the first and the last), how many images it shows, the line
-    at the end, and eval.json, to which it adds no figures. Runs without it have the same weights, bit for bit. It does
-    not import train.py, which hands it over, a second time."""
+    at the end, and eval.json, to which it adds no figures. Runs without it have the same weights, bit for bit."""
     monkeypatch.setattr(report, 'SHOWN', 2)
     students = []
     for name, options in {'val': {}, 'no val': {'val': False}, 'nobody': {'watchers': ()}}.items():
@@ -552,18 +504,11 @@ def test_the_watcher(tmp_path, capsys, monkeypatch):
     for kind in 'batch', 'texts':
         assert [kept['step'] for kept in page['maps'][kind]] == [0, 2, 4]
     assert len(page['maps']['held out']) == len(page['maps']['texts'][0]['images']) == 2
-    with ZipFile(tmp_path / 'val/maps.npz') as archive:
-        assert len(archive.namelist()) == len(set(archive.namelist())) == 2 + 3 + 3     # none is kept twice
     assert page['eval'].keys() == {'steps', 'seconds', 'retrieval'}
     [page] = runs_on_page(tmp_path / 'no-val')
     assert [kept['step'] for kept in page['maps']['batch']] == [0, 4] and not page['maps']['texts']
-    # Maps of other held-out images do not belong to the pictures of the last ones.
-    report.keep(tmp_path / 'val', 'texts 000000012', {'step': 12, 'val': 'another', 'images': []})
-    [page] = runs_on_page(tmp_path / 'val')
-    assert [kept['step'] for kept in page['maps']['texts']] == [12]
     for other in students[1:]:
         assert_close(students[0], other, rtol=0, atol=0)
-    assert not re.search('^(import|from) train', Path(report.__file__).read_text(), re.M)
 
 
 def test_the_step_is_that_of_the_loss(tmp_path):
@@ -633,8 +578,8 @@ def test_the_page_says_what_eval_says(tmp_path, method):
 
 
 def test_partial_runs_give_a_page(tmp_path):
-    """oracle: TrainingSet itself; by hand, what the page has of a killed run in which a pair is broken and files are torn. A
-    part that is written again counts. The error of a bug keeps its type."""
+    """oracle: TrainingSet itself; by hand, what the page has of a killed run in which a pair is broken and files are
+    torn."""
     model, tokenizer, _ = speller()
     crops = data.TrainingSet(three_pairs(tmp_path, b'no image'), tokenizer, MICRO, seed=0)
     started = SimpleNamespace(train_set=crops, folder=tmp_path, step=0, student=model, teacher=None,
@@ -649,17 +594,9 @@ def test_partial_runs_give_a_page(tmp_path):
     # If a step was logged twice, the last entry counts, and adds to what was logged before.
     assert str(killed['log']) == "[{'step': 3}, {'step': 9, 'a': 2, 'b': nan}]"
     assert 'missing' in killed['config'] and 'missing' in killed['eval'] and 'held out' not in killed['maps']
-    maps = put(tmp_path / 'maps.npz', (tmp_path / 'maps.npz').read_bytes()[:500])
+    put(tmp_path / 'maps.npz', (tmp_path / 'maps.npz').read_bytes()[:500])
     assert 'missing' in runs_on_page(tmp_path)[0]['maps']
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        for part in 'late', 'later':                        # behind what is torn
-            report.keep(tmp_path, 'start', part)
-    assert report.read_maps(maps)['start'] == 'later'
     refused('absent holds no run', report.write, [tmp_path / 'absent'])
-    crops.kinds = None
-    with pytest.raises(TypeError):
-        report.Report().begin(started)
 
 
 # Clicks through the page: every screen at every evaluation, then the switch. It collects, for each click, the values of
@@ -759,16 +696,3 @@ def test_the_page_in_a_browser(tmp_path, method, screens):
     lines = set(re.findall('<path[^>]* stroke="([^"]+)"', panel.partition('<h3>')[0]))
     assert len(lines) == {'across': 4, 'clip': 0, 'image-distill': 1}[method]
     assert len(Image.open(tmp_path / 'page.png').getcolors(1 << 20)) > 100
-
-
-@pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')
-def test_the_page_is_told_how_many_views_are_global(tmp_path, monkeypatch):
-    """oracle: Python's values on each screen, if Python takes three views for global ones."""
-    monkeypatch.setattr(report, 'GLOBALS', 3)
-    train_on_three(tmp_path, 'across')
-    start = report.read_maps(tmp_path / 'maps.npz')['start']
-    report.keep(tmp_path, 'start', start | {'counts': [3, 1, 3, 1]})
-    _, seen = browse(tmp_path, report.write([tmp_path]), '400,3000')
-    for screen in 3, 6, 7:
-        for of_page, of_python in seen[f'screen {screen} at 2']:
-            assert of_page == pytest.approx(of_python, abs=1e-3)
