@@ -16,11 +16,10 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from multiprocessing import active_children, current_process, get_context, set_forkserver_preload
 from types import SimpleNamespace
-from unittest.mock import Mock, call
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -33,12 +32,12 @@ import cosmos
 import eval as evaluation
 import train
 from cosmos import COSMOS, GLOBALS, Attention, Output, Teacher, clip_loss, cosmos_loss
-from data import Batch, check_batch
+from data import Batch
 from lesson import scenes
 from plumbing import runs
 from plumbing.files import read_json
 from plumbing.options import settle
-from plumbing.processes import LONGEST_WAIT, end_workers, peak_memory
+from plumbing.processes import choose_device, end_workers
 from plumbing.processes import cores as cores_of_a_process
 from plumbing.progress import Progress, log_entry, print_entry
 from tests.helpers import ROOT, close, dog_tar, micro, put, refused, run
@@ -310,27 +309,20 @@ def test_ranks_and_accumulation_equal_one_process(monkeypatch, by_ranks, method)
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor on the CPU that says it is on another device."""
+    """A tensor on the CPU that says it is on a GPU."""
     device = torch.device('cuda')
 
 
-@pytest.mark.parametrize('device, kernels', [
-    ('mps', set()),
-    ('cuda', {(17, 0), (5, 0), (12, 'causal'), (1, 0), (1, 4), (GLOBALS + 2, 0)})])
-def test_attention_of_gpus_equals_that_of_cpus(monkeypatch, device, kernels):
-    """oracle: the loss and all gradients of the CPU. kernels: how torch's kernel is called, as (rows of queries: of an
-    image, of a text, or one per view; dimensions of the mask, or 'causal')."""
+def test_attention_of_gpus_equals_that_of_cpus(monkeypatch):
+    """oracle: the loss and all gradients of the CPU. There torch's kernel is not called; on a GPU it is, as (rows of
+    queries: of an image, of a text, or one per view; dimensions of the mask, or 'causal')."""
     project = Attention.project
-    attention_weights = cosmos.attention_weights
     kernel = F.scaled_dot_product_attention
     calls = set()
 
     def elsewhere(*inputs):
         q, k, v = project(*inputs)
         return q.as_subclass(Elsewhere), k, v
-
-    def written_out(q, k, seen=None):
-        return attention_weights(q.as_subclass(torch.Tensor), k, seen)
 
     def counted(q, k, v, attn_mask=None, is_causal=False):
         mask = 'causal' if is_causal else getattr(attn_mask, 'ndim', 0)
@@ -339,19 +331,13 @@ def test_attention_of_gpus_equals_that_of_cpus(monkeypatch, device, kernels):
 
     monkeypatch.setattr(F, 'scaled_dot_product_attention', counted)
     expected, total = gradients(ALONE, 'cosmos', 1)
-    x = torch.randn(2, 5, 8)
-    attention = Attention(8, 2)
-    whole = attention(x, x)
-    assert calls == set()                               # on a CPU attention is written out
-    monkeypatch.setattr(Elsewhere, 'device', torch.device(device))
+    assert calls == set()
     monkeypatch.setattr(Attention, 'project', elsewhere)
-    monkeypatch.setattr(cosmos, 'attention_weights', written_out)
     found, loss = gradients(ALONE, 'cosmos', 1)
-    assert calls == kernels
+    assert calls == {(17, 0), (5, 0), (12, 'causal'), (1, 0), (1, 4), (GLOBALS + 2, 0)}
     assert loss == pytest.approx(total, rel=1e-6)
     for name in expected:
         close(found[name], expected[name])
-    close(attention(x, x).as_subclass(torch.Tensor), whole)
 
 
 def test_a_step_leaves_nothing_on_the_cpu(monkeypatch):
@@ -426,12 +412,8 @@ def test_torchrun_as_it_is_typed(tmp_path):
 
 
 def test_loaders_start_before_the_model(monkeypatch, started, tmp_path):
-    """oracle: DDP's notes: once nccl is up, nothing may be forked. DDP comes later than the model. Before all that, a
-    run on a CPU chooses its threads, and tells the C library to keep memory."""
+    """oracle: DDP's notes: once nccl is up, nothing may be forked. DDP comes later than the model."""
     before = active_children()
-    libc = Mock()
-    monkeypatch.setattr('ctypes.CDLL', lambda name: libc)
-    monkeypatch.setattr(train, 'use_cores', libc.threads)
 
     def model(config):
         assert len(active_children()) == len(before) + 2
@@ -440,7 +422,6 @@ def test_loaders_start_before_the_model(monkeypatch, started, tmp_path):
     monkeypatch.setattr(train, 'COSMOS', model)
     begun = started(tmp_path, '--workers', 2)
     assert len(next(begun.batches).crops[0]) == 4
-    assert libc.mock_calls == [call.mallopt(-4, 0), call.mallopt(-1, -1), call.threads(2)]     # glibc's two numbers
 
 
 # --- Options ---------------------------------------------------------------------------------------------------------
@@ -480,26 +461,10 @@ def test_schedules_and_decay():
         assert (id(p) in free) == bool(re.search('bias|ln_|norm|scale|class_embedding', name)), name
 
 
-def test_compiled_blocks_of_a_gpu_have_one_cpu_thread(monkeypatch):
-    """oracle: the rule. (With more, `--compile --grad-checkpoint` ends at the first backward pass on a GPU. We tried it
-    on a CPU, with a backward pass in a thread of its own.)"""
-    numbers = []
-    monkeypatch.setattr(torch, 'set_num_threads', numbers.append)
-    tower = SimpleNamespace(transformer=SimpleNamespace(resblocks=[]))
-    for is_cuda in True, False:
-        parameters = iter([SimpleNamespace(is_cuda=is_cuda)])
-        train.compile_blocks(SimpleNamespace(visual=tower, text=tower, parameters=lambda: parameters))
-    assert numbers == [1]
-
-
-def test_what_is_asked_of_a_gpu(monkeypatch):
+def test_device_and_precision(monkeypatch):
     """oracle: the rule: the GPU that torch finds, unless another device is asked for, and bf16 if it has units for
-    that, or a CPU has. A device that is absent is refused, and so is the second process on one GPU. cuDNN's attention
-    is off."""
+    that, or a CPU has. A device that is absent is refused, and so is the second process on one GPU."""
     found = torch.cuda
-    switched = []
-    monkeypatch.setattr(os, 'environ', {'PATH': ''})
-    monkeypatch.setattr(torch.backends.cuda, 'enable_cudnn_sdp', switched.append)
     for has_gpu, has_mps, asked, device in (
             (False, True, 'auto', 'cpu'),
             (True, True, 'mps', 'mps'),
@@ -508,85 +473,35 @@ def test_what_is_asked_of_a_gpu(monkeypatch):
             (True, False, 'cuda', 'cuda')):
         monkeypatch.setattr(found, 'is_available', lambda: has_gpu)
         monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: has_mps)
-        processes = train.Processes(asked)
-        assert processes.device.type == device
-        if device == 'mps':         # it is not there, so a tensor on it would be an error
-            assert processes.sum([0.1, torch.tensor(2)]) == [0.1, 2]
-    assert switched == [False, False]
-    # torch splits its memory less. What a user has set stays.
-    names = 'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'
-    assert [os.environ.pop(name) for name in names] == ['expandable_segments:True'] * 2
-    os.environ[names[1]] = 'mine'
-    train.Processes('cuda')
-    assert [os.environ.get(name) for name in names] == [None, 'mine']
-    monkeypatch.setattr(found, 'max_memory_allocated', lambda: 3_000_000_000)
-    assert peak_memory(processes.device) == 3
+        assert choose_device(asked).type == device
     monkeypatch.delattr(torch.cpu, '_is_amx_tile_supported', raising=False)     # as in some versions
     for has_units, dtype in (True, torch.bfloat16), (False, None):
         monkeypatch.setattr(found, 'is_bf16_supported', lambda including_emulation: has_units or including_emulation)
         monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: has_units)
-        for device in processes.device, torch.device('cpu'):
-            assert train.choose_dtype('auto', device) == dtype
+        for device in 'cuda', 'cpu':
+            assert train.choose_dtype('auto', torch.device(device)) == dtype
     monkeypatch.setattr(found, 'device_count', lambda: 1)
-    for name in 'RANK', 'LOCAL_RANK':
-        monkeypatch.setenv(name, '1')
+    monkeypatch.setattr(os, 'environ', {'RANK': '1', 'LOCAL_RANK': '1'})
     refused('process 1 of this node has no GPU', train.Processes, 'auto')
     monkeypatch.setattr(found, 'is_available', lambda: False)
     for name in 'cuda', 'mps':
-        refused(f'--device {name}: torch finds no such device here', train.Processes, name)
-
-
-@pytest.mark.parametrize('device, backend', [('cpu', 'gloo'), ('mps', 'gloo'), ('cuda', 'nccl')])
-def test_what_ranks_are_started_with(monkeypatch, device, backend):
-    """oracle: the rule: --device names the backend, whatever accelerator torch finds. nccl waits longer than a loader,
-    whose error tells more. Numbers are added on the CPU, by the group that is patient. A rank that is refused, or whose
-    rank 0 is, ends at once, because sys.exit may hang."""
-    dist = Mock()
-    dist.get_rank.return_value = 0
-    dist.get_world_size.return_value = 2
-    monkeypatch.setattr('plumbing.processes.dist', dist)
-    monkeypatch.setattr(os, 'environ', {'RANK': '0', 'LOCAL_RANK': '0'})
-    for name in 'cuda.is_available', 'backends.mps.is_available', 'cuda.device_count', 'cuda.set_device':
-        monkeypatch.setattr(f'torch.{name}', lambda *device: 1)
-    started = train.Processes(device)
-    [call] = dist.init_process_group.call_args_list
-    assert call.args == (backend,)
-    assert call.kwargs['timeout'].total_seconds() == 1800 == 2 * LONGEST_WAIT
-    dist.new_group.assert_called_with(backend='gloo', timeout=timedelta(days=7))
-    assert started.sum([1, 2]) == [1, 2]
-    [call] = dist.all_reduce.call_args_list
-    assert call.args[0].device.type == 'cpu' and call.kwargs == {'group': dist.new_group()}
-    started.rank = 1
-    dist.broadcast_object_list.side_effect = RuntimeError               # rank 0 was refused
-    monkeypatch.setattr(os, '_exit', sys.exit)
-    with pytest.raises(SystemExit) as ended, started.rank_0_first():
-        pass
-    assert ended.value.code == 1
-    monkeypatch.setattr('plumbing.errors.dist', dist)
-    assert run(SimpleNamespace(main=partial(check_batch, 9, 8, 1))) == 1
+        refused(f'--device {name}: torch finds no such device here', choose_device, name)
 
 
 def test_what_is_not_typed(monkeypatch, capsys):
-    """oracle: the rule, and a line that says which preset was chosen, and why. --init gives each preset the same
-    defaults, and its folder the name of the weights; what is typed wins."""
-    vit = 'note       --preset is vit-b-16, .* because there is a GPU\n'
-    photo = 'note       --preset is photo, .* because there is no GPU\n'
-    recipe = 'note       --preset is photo, of which only the recipe is used, because --init sets the sizes\n'
-    for has_gpu, flags, preset, line in (
-            (True, '', 'tiny', ''),
-            (True, '--data x', 'vit-b-16', vit),
-            (True, '--data x --device cpu', 'photo', photo),
-            (False, '--data x', 'photo', photo),
-            (False, '--data x --preset tiny', 'tiny', '')):
+    """oracle: the rule, and a line where the preset depends on the machine. --init gives each preset the same defaults,
+    and its folder the name of the weights; what is typed wins."""
+    for has_gpu, flags, preset, lines in (
+            (True, '', 'tiny', []),
+            (True, '--data x', 'vit-b-16', ['vit-b-16']),
+            (True, '--data x --device cpu', 'photo', ['photo']),
+            (False, '--data x', 'photo', ['photo']),
+            (False, '--data x --preset tiny', 'tiny', [])):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
         options = read_options(flags.split())
         assert [options.preset, options.out] == [preset, f'runs/{preset}-cosmos']
-        assert re.fullmatch(line, capsys.readouterr().out)
-    options = read_options(['--compile'])             # a switch
-    assert options.compile and [options.accum, options.clip_grad, options.seed] == [1, 0, 0]
-    assert [options.save_every, options.save_minutes, options.log_every] == [0, 20, 20]
+        assert re.findall('note +--preset is (.*?), .* because', capsys.readouterr().out) == lines
     assert read_options(['--data', 'x', '--init', 'clip.pt']).preset == 'photo'
-    assert capsys.readouterr().out == recipe
     for preset in train.PRESETS:
         for weights, name in ('runs/mine/best.pt', 'mine'), ('a/clip.pt', 'clip'):
             options = read_options(f'--preset {preset} --wd 0.3 --init {weights} --method across'.split())
@@ -594,11 +509,9 @@ def test_what_is_not_typed(monkeypatch, capsys):
             assert found == [1e-5, 0.3, 0, f'runs/{name}-across']
 
 
-def test_what_depends_on_the_data(monkeypatch, capsys, tmp_path):
+def test_what_depends_on_the_data(capsys, tmp_path):
     """oracle: arithmetic on 60 pairs. At most a tenth of a run is warm-up, and a quarter lies between evaluations. A
     batch is lowered to what pairs and parts allow; a resumed run has its own. What is typed wins."""
-    refused('not allowed with argument', train.read_options, ['--steps', '5', '--epochs', '1'])
-
     def filled_in(flags, pairs=60, parts=1, batch_before=None):
         return settle(*train.read_options(flags.split()), pairs, parts, batch_before)
 
@@ -610,7 +523,6 @@ def test_what_depends_on_the_data(monkeypatch, capsys, tmp_path):
             ('--preset vit-b-16', 480, 48, 120)):
         options = filled_in(f'--batch 4 {flags}')
         assert [options.steps, options.warmup, options.eval_every] == lengths
-    assert capsys.readouterr().out == ''
     for flags, parts, before, batch in (
             ('--preset tiny', 3, None, 32),                                 # train.check_batch refuses it
             ('--preset photo', 7, None, 56),
@@ -619,8 +531,7 @@ def test_what_depends_on_the_data(monkeypatch, capsys, tmp_path):
             ('--preset photo --batch 99', 7, 20, 99)):
         assert filled_in(flags, 60, parts, before).batch == batch
     assert filled_in('--preset photo', 64).batch == 64
-    line = 'note       --batch is {}, not 64, because --data has 60 pairs\n'
-    assert capsys.readouterr().out == line.format(56) + line.format(60)
+    assert re.findall('--batch is (.*?), because', capsys.readouterr().out) == ['56, not 64', '60, not 64']
     refused('--data has 60 pairs, fewer than 61 .processes x --accum.', filled_in, '--preset photo', 60, 61)
     for flags, momentum in (
             ('--steps 40 --init clip.pt', 1 - 3.9 / 40),
@@ -631,8 +542,6 @@ def test_what_depends_on_the_data(monkeypatch, capsys, tmp_path):
             ('--steps 40', 0.995)):
         assert filled_in(f'--preset tiny {flags}').momentum == momentum
     assert re.findall('--momentum is (.*?), because', capsys.readouterr().out) == ['0.9025, not 0.995', '0, not 0.995']
-    monkeypatch.setitem(train.PRETRAINED, 'warmup', 7)
-    assert filled_in('--preset tiny --init clip.pt').warmup == 7
     halved = [str(tmp_path)]
     for half, val in ('val', None), ('train', halved):                  # both halves make one held out
         (tmp_path / half).mkdir()
@@ -663,31 +572,16 @@ def test_log_entry_by_hand(started, tmp_path, capsys):
     assert progress.broken == 0
 
 
-def half_of_one(names, clip_weight=1):
-    weights = {'clip': clip_weight}
-    for name in names:
-        if name != 'clip':
-            weights[name] = 0.125 if name == 'h_T_eot_t' else 0.25
-    return weights
-
-
 @pytest.mark.parametrize('method', train.METHODS)
-def test_the_log_says_what_was_trained(monkeypatch, fit, tmp_path, method):
-    """oracle: by hand: each term but L_CLIP weighs one share, and the sum of all, weighted, is the loss. With one number
-    of term_weights halved, the log follows, and a guess still costs ln 4."""
-    flags = ['--method', method, '--steps', 1, '--eval-every', 0]
-    assert fit(tmp_path / 'plain', *flags) == 0
-    monkeypatch.setattr(cosmos.term_weights, '__code__', half_of_one.__code__)
-    assert fit(tmp_path / 'halved', *flags) == 0
-    for out in 'plain', 'halved':
-        [entry, *_] = read_log(tmp_path / out)
-        clip, *added = entry['weights'].values()
-        assert entry['loss'] == pytest.approx(sum(weight * entry[name] for name, weight in entry['weights'].items()))
-        assert entry['chance'] == pytest.approx(math.log(4))
-        if out == 'plain':
-            assert [clip, sum(added)] == [1, 1 if added else 0] and len(set(added)) < 2
-    if method == 'cosmos':
-        assert entry['weights'] == {'clip': 1, 'h_I_cls_t': 0.25, 'h_I_eot_t': 0.25, 'h_T_cls_t': 0.25, 'h_T_eot_t': 0.125}
+def test_the_log_says_what_was_trained(fit, tmp_path, method):
+    """oracle: by hand: each term but L_CLIP weighs one share, and the sum of all, weighted, is the loss. A guess costs
+    ln 4."""
+    assert fit(tmp_path, '--method', method, '--steps', 1, '--eval-every', 0) == 0
+    [entry, *_] = read_log(tmp_path)
+    clip, *added = entry['weights'].values()
+    assert entry['loss'] == pytest.approx(sum(weight * entry[name] for name, weight in entry['weights'].items()))
+    assert entry['chance'] == pytest.approx(math.log(4))
+    assert [clip, sum(added)] == [1, 1 if added else 0] and len(set(added)) < 2
 
 
 def test_a_run_leaves_everything(whole, dogs, tmp_path):
@@ -702,7 +596,6 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
     assert [first['lr'], first['momentum'], first['chance']] == pytest.approx([0.0015, 1 / 11, math.log(4)])
     assert 0 < first['waiting'] < 1 < first['pairs_per_s']
     assert 0 < saved(whole)['seconds'] < 600 and len(saved(whole)['data']) == 8
-    assert first['loss'] == pytest.approx(sum(weight * first[name] for name, weight in first['weights'].items()))
     scores = []
     for weights in 'teacher', 'student':
         path = tmp_path / weights
@@ -763,9 +656,8 @@ def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
     assert [json.loads(line)['step'] for line in logged if 'loss' in line] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_two_jobs_in_one_folder(monkeypatch, capsys, fit, tmp_path):
-    """oracle: the refusal. After a kill the next one gets in, and removes a torn save. A line says that a file system
-    has no locks."""
+def test_two_jobs_in_one_folder(fit, tmp_path):
+    """oracle: the refusal. After a kill the next one gets in, and removes a torn save."""
     out = tmp_path / 'out'
     torn = out / 'last.pt.0123.partial'
 
@@ -787,13 +679,6 @@ def test_two_jobs_in_one_folder(monkeypatch, capsys, fit, tmp_path):
     assert fit(out, '--steps', 1) == 0
     assert not torn.exists() and joined.exists() and report.exists()
     assert saved(out)['step'] == 1
-
-    def no_locks(*how):
-        raise OSError(37, 'No locks available')
-
-    monkeypatch.setattr('fcntl.lockf', no_locks)
-    runs.lock(out)
-    assert f'{out}/lock: no locks here' in capsys.readouterr().err
 
 
 def test_when_a_run_is_saved():
@@ -840,8 +725,7 @@ def fill_the_disk(run):
     ('train_step', 3, signal.SIGTERM, '143', 4),
     ('train_step', 5, signal.SIGUSR1, '0', 6),                          # in the last step, so the run ends as usual
     ('train_step', 0, raise_a_bug, 'RuntimeError: a bug\n', None),      # without a step there is no run to save
-    ('train_step', 3, fill_the_gpu, 'error: the GPU has too little memory for this run; give --accum with more parts, '
-     '--grad-checkpoint, or in a new run a smaller --batch; --resume goes on from the last save', 2),
+    ('train_step', 3, fill_the_gpu, 'error: the GPU has too little memory for this run; give --accum', 2),
     ('train_step', 3, raise_a_bug, 'RuntimeError: a bug\n', 2),
     ('train_step', 3, fill_the_disk, 'last.pt cannot be written', 2),
     ('evaluate', 6, raise_a_bug, 'RuntimeError: a bug\n', 6)])
@@ -870,27 +754,13 @@ def test_resume_is_exact(monkeypatch, fit, whole, tmp_path, function, at, harm, 
     same_run(whole, tmp_path, whole_log=function == 'train_step')
 
 
-def test_workers_do_not_keep_the_checkpoint(monkeypatch, whole):
-    """oracle: the rule: what is read before the loaders are forked has no tensor of the networks or the optimizer, and
-    torch.load leaves those in the file."""
-    load = Mock(wraps=torch.load)
-    monkeypatch.setattr(torch, 'load', load)
-    found = runs.read_last(whole, resume=True)
-    assert found['step'] == 6 and not found.keys() & {'student', 'teacher', 'optimizer'}
-    assert load.call_args.kwargs['mmap']
-
-
 def test_a_torn_line_of_the_log_swallows_no_other(whole, started, tmp_path):
-    """oracle: by hand: the next entry has a line of its own. Time goes on, too. Only rank 0 does anything."""
+    """oracle: by hand: the next entry has a line of its own. Time goes on, too."""
     shutil.copy(whole / 'last.pt', tmp_path)
     log = put(tmp_path / 'log.jsonl', '{"st')
     resumed = started(tmp_path, '--resume')
     assert saved(whole)['seconds'] < time.perf_counter() - resumed.begun < 600
-    for rank, watchers in (1, [None]), (0, []):
-        resumed.processes = copy.copy(ALONE)
-        resumed.processes.rank = rank
-        runs.begin(resumed, None, watchers)             # None has no `begin`
-        runs.finish(resumed, watchers)
+    runs.begin(resumed, None, [])
     runs.write_log(tmp_path, {'step': 7})
     assert log.read_text() == '{"st\n{"step": 7}\n'
 
@@ -901,17 +771,14 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     out = tmp_path / 'out'
     shutil.copytree(whole, out)
     flags = '--preset tiny --method clip --batch 5 --seed 1 --local-crops 3 --local-captions 4'.split()
-    monkeypatch.setattr(runs, 'GLOBALS', 9)
     error = fit(out, '--resume', *flags, '--data', dog_tar(tmp_path / '0.tar', 9))
-    monkeypatch.undo()
-    assert re.search(
-        'GLOBALS [0-9], fingerprint of --data .*, --preset micro, --method cosmos, .*--batch 4, --seed 0, not GLOBALS 9, '
-        'fingerprint of --data .*, --preset tiny, --method clip, .*--batch 5, --seed 1;',
-        error)
+    before, now = re.search('was started with (.*), not (.*);', error).groups()
+    for said in before, now:
+        assert set(re.findall('--[a-z-]+', said)) == {'--data', *flags[::2]}
     for content, sentence in (
             ((whole / 'last.pt').read_bytes()[:9000], 'it is torn, or of another kind'),
             (b'a text', 'it is torn, or of another kind'),
-            ((whole / 'best.pt').read_bytes(), 'holds no run of this version to resume; to start from its weights give --init')):
+            ((whole / 'best.pt').read_bytes(), 'holds no run of this version to resume')):
         put(tmp_path / 'last.pt', content)
         assert sentence in fit(tmp_path, '--resume')
         assert (tmp_path / 'last.pt').read_bytes() == content
@@ -933,7 +800,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     assert contents(out) == contents(whole)
 
 
-def test_init(fit, started, tmp_path, capsys, monkeypatch):
+def test_init(fit, started, tmp_path, capsys):
     """oracle: the weights of the file; cross-attention, which it lacks, is that of a fresh model. A note says that
     text crops repeat the only sentence of these pairs."""
     note = 'one sentence (60 of the first 60), so text crops only repeat it; give longer captions, or --method clip'
@@ -950,11 +817,7 @@ def test_init(fit, started, tmp_path, capsys, monkeypatch):
     expected = COSMOS(begun.train_set.config).state_dict() | weights
     for found in begun.student, begun.teacher.model:
         assert_close(found.state_dict(), expected, rtol=0, atol=0)
-    for width, heads in (256, 8), (255, 4):             # of cross-attention, if the weights have none
-        weights = Mock(config=train.Config(width, cross_heads=0))
-        monkeypatch.setattr(evaluation, 'load', lambda *path, **options: (weights, None, None))
-        config, _, _ = train.choose_model(vars(read_options(['--init', 'clip.pt'])), {})
-        assert config.cross_heads == heads
+    assert begun.train_set.config.cross_heads == 4      # because its width is below 256
 
 
 def test_overflows_in_half_precision(started, tmp_path):
