@@ -396,11 +396,8 @@ def test_compiled_blocks_are_few_and_whole(monkeypatch):
     graphs = CompileCounter()
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=graphs))
     monkeypatch.setattr(torch._dynamo.config, 'optimize_ddp', True)     # torch's default
-    monkeypatch.setattr(torch._inductor.config, 'compile_threads', 32)
     model = COSMOS(replace(MICRO, vision_width=192, vision_heads=3, text_width=192, text_heads=3))
-    monkeypatch.setattr('plumbing.processes.cores', lambda: 64)
     train.compile_blocks(model)
-    assert torch._inductor.config.compile_threads == 8
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     student = DistributedDataParallel(model)
     for B, length in (4, 5), (3, 7), (2, 9), (4, 8):
