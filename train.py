@@ -395,7 +395,8 @@ class Method(NamedTuple):
     student: type               # COSMOS, or a subclass of yours
     train_set: type             # data.TrainingSet, or a subclass of yours
     # One of the functions above, or cosmos_terms: what is learned in addition to L_CLIP. On several GPUs DDP stops if a
-    # parameter gets no gradient, as C^I does if your terms leave out h_T. Then add 0 * out.h_T.sum() to one of them.
+    # parameter gets no gradient: C^I's if your terms leave out h_T, C^T's without h_I, the second scale without `scale`.
+    # Then add what is left out to a term, times 0, as in 0 * out.h_T.sum().
     terms: Callable
 
 

@@ -49,7 +49,7 @@ SMALL = 128             # side of a view
 SCENE_OBJECT = {'name', 'role', 'centre', 'absent'}     # what lesson/scenes.py says of an object
 # The page shows the source of these.
 CODE = (text_crops, Teacher.forward, Teacher.update, cosmos.clip_loss, match, nce, CrossAttention.weights,
-        COSMOS.read, cosmos.total_loss)
+        COSMOS.read, cosmos.total_loss, cosmos.term_weights)
 
 # --- 1. During training: what a run leaves in maps.npz ---------------------------------------------------------------
 
@@ -226,8 +226,8 @@ class Report(Watcher):
         scales = [scale.exp() for scale in run.student.scales()]
         figures = {'clip': figures_of(vectors['cls'][:GLOBALS], vectors['eot'], scales[0])}
         if run.teacher:
-            targets = run.teacher(self.images[:GLOBALS], self.texts[:GLOBALS])
-            vectors['cls_t'], vectors['eot_t'] = targets
+            seen = self.images if run.method.teacher_sees_locals else self.images[:GLOBALS]
+            vectors['cls_t'], vectors['eot_t'] = run.teacher(seen, self.texts[:GLOBALS])
             for name in raw:
                 for target in 'cls_t', 'eot_t':
                     figures[f'{name}_{target}'] = figures_of(vectors[name], vectors[target], scales[-1])
