@@ -311,8 +311,8 @@ def test_losses_are_float32_under_autocast():
 
 
 def strangers_that_copy(N=256, D=512):
-    """Images that live in the first half of the coordinates, texts that live in the second, strangers to each other, and
-    a cross-attention that copies what it reads -> Output."""
+    """Images that live in the first half of the coordinates, texts that live in the second, strangers to each other,
+    and a cross-attention that copies what it reads -> Output."""
     x, y = torch.randn(2, 1, N, D // 2)
     nothing = torch.zeros_like(x)
     cls = cosmos.unit(torch.cat([x, nothing], dim=-1))

@@ -20,6 +20,7 @@ import sys
 import textwrap
 import warnings
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
 
@@ -291,7 +292,7 @@ def read_maps(path):
         found = [maps.pop(name) for name in list(maps) if name.startswith(kind)]
         # If --val has changed, older texts are about other images than the page shows.
         found = [part for part in found if part.get('val') == found[-1].get('val')]
-        every = len(found) // MOST_STEPS + 1
+        every = max(1, ceil((len(found) - 1) / (MOST_STEPS - 1)))
         maps[kind] = found[:-1:every] + found[-1:]          # the last one in any case
     return maps
 
@@ -309,7 +310,7 @@ def read_run(folder):
         path = folder / file
         try:
             found[path.stem] = read(path)
-        except (OSError, Refused, BadZipFile) as error:     # the page shows the other parts
+        except (OSError, Refused, BadZipFile, EOFError, ValueError) as error:   # the page shows the other parts
             found[path.stem] = {'missing': str(error)}
     return found
 

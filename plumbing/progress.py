@@ -57,7 +57,7 @@ class Progress:
                     'see the lines above, and python -m extras.inspect')
         if self.broken == MOST_BROKEN:
             return (f'the gradients of {MOST_BROKEN} steps in a row, up to step {step}, were not finite; they '
-                    f'are not saved, and {folder}/last.pt is as it was before, so give the same command with '
+                    f'are not saved, and {folder}/last.pt, if any, is as it was before, so give the same command with '
                     '--resume and a lower --lr, --clip-grad 1, or --precision fp32')
         return None
 
