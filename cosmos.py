@@ -293,7 +293,7 @@ def nce(queries, keys, scale):
     over this GPU's B pairs.
 
     queries (Vq, B, D) of this GPU, keys (Vk, N, D) of all GPUs, of unit length; either side may be images or captions.
-    scale = 1/temperature.
+    scale = 1/temperature. The pairs of this GPU begin at rank * B of the N. Float32, even under autocast.
 
     By hand, with one view each: queries (1, 0) and (0, 1), keys (1, 0) and (0.6, 0.8), scale 1. The logits are
     [[1, 0.6], [0, 0.8]]. Query 0 costs ln(1 + e^-0.4) = 0.5130, query 1 ln(1 + e^-0.8) = 0.3711; the mean is 0.4421.
@@ -302,9 +302,9 @@ def nce(queries, keys, scale):
     """
     Vq, B, _ = queries.shape
     Vk = len(keys)
-    with torch.autocast(queries.device.type, enabled=False):  # float32, even under autocast
+    with torch.autocast(queries.device.type, enabled=False):
         logits = torch.einsum('qbd,knd->qkbn', scale * queries, keys)   # (Vq, Vk, B, N)
-    # A query's right answer is the number of its own pair among all N. Those of this GPU begin at rank * B.
+    # A query's right answer is the number of its own pair among all N.
     first_pair = dist.get_rank() * B if has_other_ranks() else 0
     own_pair = torch.arange(first_pair, first_pair + B, device=queries.device)
     return F.cross_entropy(logits.flatten(0, 2), own_pair.repeat(Vq * Vk))      # (Vq Vk B, N), pair by pair
@@ -344,7 +344,7 @@ def cosmos_terms(out, cls_t, eot_t, scale):
 
 
 def cosmos_loss(out, cls_t, eot_t, scale):
-    """L_COSMOS, the mean of the four terms."""
+    """L_COSMOS, the mean of the four terms. Training does not call this: total_loss weighs the terms itself."""
     terms = cosmos_terms(out, cls_t, eot_t, scale)
     return sum(terms.values()) / len(terms)
 

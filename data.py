@@ -318,8 +318,8 @@ class Batch(NamedTuple):
 
     def views(self, seed, step):
         """V images (B, 3, s, s), float32, normalised. ours: colours and blur are applied here, after `to`: on the GPU,
-        if there is one. The order of the jitters depends on seed, step and view, so it is the same on all ranks, and two
-        ranks make the same run as one."""
+        if there is one. The order of the jitters depends on seed, step and view, so it is the same on all ranks, and
+        two ranks make the same run as one."""
         views = []
         for k, crops in enumerate(self.crops):
             # ours: one order of jitters for view k of all pairs. The released code draws a new order for every image.

@@ -401,6 +401,7 @@ def confusion(truth, predicted, K):
 def segmentation_figures(matrix, names):
     """Pixel accuracy; the IoU of each class that occurs in the truth or in the prediction; and mIoU, the mean of these
     IoUs. 'classes' counts only the classes in the truth, so it may be smaller than the number of IoUs."""
+    need(matrix.sum() > 0, 'every pixel of the masks is ignored (255, with some --benchmark also 0); give other masks')
     hit = matrix.diag()
     truth = matrix.sum(dim=1)
     predicted = matrix.sum(dim=0)
@@ -502,9 +503,11 @@ def execute(args):
     print(f'{args.command} of {model.origin}')
     model.to(args.device)
     figures = args.function(args, model, tokenizer, preprocess)
-    if args.json:       # before they are printed, because with `| head` printing may fail
-        write_json(args.json, model.origin._asdict() | figures)
-    show(figures)
+    try:
+        if args.json:       # before they are printed, because with `| head` printing may fail
+            write_json(args.json, model.origin._asdict() | figures)
+    finally:                # the file may fail, too
+        show(figures)
 
 
 def main():

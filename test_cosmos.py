@@ -287,6 +287,19 @@ def test_collectives_of_a_step(monkeypatch, method, forward, backward):
     assert_close(loss, alone + losses * math.log(2))
 
 
+def test_losses_of_two_ranks_are_those_of_one(monkeypatch):
+    """oracle: one process with all six pairs. Each rank has three of them as queries, and all as keys."""
+    a, b = F.normalize(torch.randn(2, 4, 6, 16), dim=-1)
+    whole = cosmos.match(cosmos.Gathered(a, a), cosmos.Gathered(b, b), 5)
+    losses = []
+    for rank in 0, 1:
+        monkeypatch.setattr(cosmos, 'dist', SimpleNamespace(
+            is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: rank))
+        own = slice(3 * rank, 3 * rank + 3)
+        losses.append(cosmos.match(cosmos.Gathered(a[:, own], a), cosmos.Gathered(b[:, own], b), 5))
+    assert_close(sum(losses) / 2, whole)
+
+
 def test_losses_are_float32_under_autocast():
     """oracle: the same loss outside autocast."""
     model, images, texts = micro()
@@ -298,8 +311,8 @@ def test_losses_are_float32_under_autocast():
 
 
 def strangers_that_copy(N=256, D=512):
-    """Images that live in the first half of the coordinates, texts that live in the second, strangers to each other, and
-    a cross-attention that copies what it reads -> Output."""
+    """Images that live in the first half of the coordinates, texts that live in the second, strangers to each other,
+    and a cross-attention that copies what it reads -> Output."""
     x, y = torch.randn(2, 1, N, D // 2)
     nothing = torch.zeros_like(x)
     cls = cosmos.unit(torch.cat([x, nothing], dim=-1))

@@ -215,8 +215,10 @@ def due(run, progress):
     to_evaluate = is_last or (is_regular and not is_stopped)
     # Step 1 shows early whether all is well. An evaluated step is logged, so that loss and scores share an entry.
     to_log = to_evaluate or run.step == 1 or is_multiple(run.step, options.log_every)
-    # All is saved before an evaluation, which takes long and may fail.
+    # All is saved before an evaluation, which takes long and may fail. But after a step whose gradient was not finite
+    # the weights may be spoiled, so in the middle of a run the last good save stands.
     to_save = is_stopped or to_evaluate or is_multiple(run.step, options.save_every) or runs.is_overdue(run)
+    to_save = is_last or (to_save and not progress.broken)
     return Due(is_last, is_stopped, to_evaluate, to_log, to_save)
 
 
@@ -395,7 +397,8 @@ class Method(NamedTuple):
     student: type               # COSMOS, or a subclass of yours
     train_set: type             # data.TrainingSet, or a subclass of yours
     # One of the functions above, or cosmos_terms: what is learned in addition to L_CLIP. On several GPUs DDP stops if a
-    # parameter gets no gradient, as C^I does if your terms leave out h_T. Then add 0 * out.h_T.sum() to one of them.
+    # parameter gets no gradient: that of C^I if your terms leave out h_T, of C^T without h_I, of the second scale
+    # without `scale`. Then add what is left out to a term, times 0, as in 0 * out.h_T.sum().
     terms: Callable
 
 
@@ -477,7 +480,7 @@ def set_up(given, typed, processes, built_in_set):
     train_set = make_train_set(options, shards, tokenizer, config)
     run = make_run(options, processes, train_set, saved.get('step', 0), weights)
     if saved:
-        runs.restore(run)
+        runs.restore(run, saved['step'])
     return run, val
 
 

@@ -35,8 +35,8 @@ PRODUCTS = 12           # how many products of two matrices are timed; the faste
 # --- 1. A step -------------------------------------------------------------------------------------------------------
 
 STEP = """The options are those of train.py, except --workers, because the loader is not timed, and
---out. Some defaults differ: --preset vit-b-16 --batch 32 --steps 10 (that many steps are timed),
-and without --data images are noise and captions random words."""
+--out and --epochs. Some defaults differ: --preset vit-b-16 --batch 32 --steps 10 (that many steps
+are timed), and without --data images are noise and captions random words."""
 DEFAULTS = '--preset=vit-b-16', '--batch=32', '--steps=10'
 WORDS = 'a small red dog runs over the green grass near blue water with some people behind it'.split()
 
@@ -79,6 +79,8 @@ def measure_step(flags):
     """Print time, samples/s, memory, FLOPs, and their speed as a share of the machine's peak."""
     with TemporaryDirectory() as folder:
         given, typed = train.read_options([*DEFAULTS, *flags, '--workers=0', f'--out={folder}'])
+        timed_steps = given['steps']
+        given['steps'] += WARM_UP + 1                       # the last one counts FLOPs
         processes = Processes(given['device'])
         device = processes.device
         if given['data'] is None:
@@ -97,11 +99,11 @@ def measure_step(flags):
           f'{len(batch.texts)} captions, {parameters:,} parameters, {run.dtype or torch.float32} '
           f'on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}')
     timed(step, WARM_UP, device)
-    seconds = statistics.median(timed(step, options.steps, device))
+    seconds = statistics.median(timed(step, timed_steps, device))
     # The peak of memory is read before FLOPs are counted, because the step that counts them may need more.
     memory = peak_memory(device)
     in_gb = '' if memory is None else f'   {memory:.2f} GB'
-    print(f'step   {1000 * seconds:10,.1f} ms, the median of {options.steps}   '
+    print(f'step   {1000 * seconds:10,.1f} ms, the median of {timed_steps}   '
           f'{options.batch / seconds:,.1f} samples/s{in_gb}')
     # Only matrix products are counted. The counter does not see into compiled blocks, so this step runs them
     # uncompiled.

@@ -20,6 +20,7 @@ import sys
 import textwrap
 import warnings
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
 
@@ -49,7 +50,7 @@ SMALL = 128             # side of a view
 SCENE_OBJECT = {'name', 'role', 'centre', 'absent'}     # what lesson/scenes.py says of an object
 # The page shows the source of these.
 CODE = (text_crops, Teacher.forward, Teacher.update, cosmos.clip_loss, match, nce, CrossAttention.weights,
-        COSMOS.read, cosmos.total_loss)
+        COSMOS.read, cosmos.total_loss, cosmos.term_weights)
 
 # --- 1. During training: what a run leaves in maps.npz ---------------------------------------------------------------
 
@@ -226,8 +227,8 @@ class Report(Watcher):
         scales = [scale.exp() for scale in run.student.scales()]
         figures = {'clip': figures_of(vectors['cls'][:GLOBALS], vectors['eot'], scales[0])}
         if run.teacher:
-            targets = run.teacher(self.images[:GLOBALS], self.texts[:GLOBALS])
-            vectors['cls_t'], vectors['eot_t'] = targets
+            seen = self.images if run.method.teacher_sees_locals else self.images[:GLOBALS]
+            vectors['cls_t'], vectors['eot_t'] = run.teacher(seen, self.texts[:GLOBALS])
             for name in raw:
                 for target in 'cls_t', 'eot_t':
                     figures[f'{name}_{target}'] = figures_of(vectors[name], vectors[target], scales[-1])
@@ -291,7 +292,7 @@ def read_maps(path):
         found = [maps.pop(name) for name in list(maps) if name.startswith(kind)]
         # If --val has changed, older texts are about other images than the page shows.
         found = [part for part in found if part.get('val') == found[-1].get('val')]
-        every = len(found) // MOST_STEPS + 1
+        every = max(1, ceil((len(found) - 1) / (MOST_STEPS - 1)))
         maps[kind] = found[:-1:every] + found[-1:]          # the last one in any case
     return maps
 
@@ -309,7 +310,7 @@ def read_run(folder):
         path = folder / file
         try:
             found[path.stem] = read(path)
-        except (OSError, Refused, BadZipFile) as error:     # the page shows the other parts
+        except (OSError, Refused, BadZipFile, EOFError, ValueError) as error:   # the page shows the other parts
             found[path.stem] = {'missing': str(error)}
     return found
 

@@ -223,6 +223,12 @@ def make_scenes(root, train=4000, val=1000, seed=0, workers=None):
     """
     root = Path(root)
     need(not (root / 'world.json').exists(), f'{root} holds a set of scenes; give another folder')
+    # An interrupted draw leaves tars, which are drawn over. Others would count as part of this set.
+    for split, scenes in ('train', train), ('val', val):
+        drawn = {f'{start // 1000:05d}.tar' for start in range(0, scenes, 1000)}
+        others = {path.name for path in (root / split).glob('*.tar')} - drawn
+        need(not others, f'{root / split} holds {sorted(others)[:1]}, which is not of this set; remove it, or give '
+             'another folder')
     with ProcessPoolExecutor(workers) as pool:
         for split, count in ('train', train), ('val', val):
             draw = partial(draw_scene, seed, split)

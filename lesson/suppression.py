@@ -47,18 +47,18 @@ LISTED = {'name', 'role', 'centre', 'area', 'absent'}   # what we need of an obj
 
 
 def read_scenes(shards):
-    """-> [[object, ...], ...], a list for each scene; [] if the first pair of a set does not list objects as this
-    version of lesson.scenes does: other sets may have anything under this key.
+    """-> [[object, ...], ...], a list for each scene; [] if a pair of the set does not list objects as this version of
+    lesson.scenes does: other sets may have anything under this key.
 
     The attributes of an object are what its json lists, its color and shape, its pair, and its number in the mask.
     """
-    first = shards.record(0).get('objects')
-    if not (isinstance(first, list) and first and isinstance(first[0], dict) and LISTED <= set(first[0])):
-        return []
     scenes = []
     for pair in range(len(shards)):
+        objects = shards.record(pair).get('objects')
+        if not (isinstance(objects, list) and objects and isinstance(objects[0], dict) and LISTED <= set(objects[0])):
+            return []
         scene = []
-        for number, listed in enumerate(shards.record(pair)['objects'], 1):
+        for number, listed in enumerate(objects, 1):
             color, shape = listed['name'].split()
             more = {'color': color, 'shape': shape, 'pair': pair, 'number': number}
             scene.append(SimpleNamespace(**listed, **more))

@@ -90,7 +90,10 @@ def class_names(source, path=None):
 
 def open_clip_prompts():
     """The installed open_clip's 80 prompts and 1,000 ImageNet names, with which published figures were computed."""
-    import open_clip                    # pip install open_clip_torch
+    try:
+        import open_clip
+    except ImportError:
+        raise Refused('open_clip is not installed; pip install open_clip_torch, or give a file') from None
     templates = [template('{}') for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     return templates, list(open_clip.IMAGENET_CLASSNAMES)
 
@@ -157,6 +160,7 @@ def read_mask(path, classes, reduce_zero_label):
     """A PNG of class numbers, grey or palette -> (h, w) int64; unscored pixels are IGNORE."""
     with pillow_errors(path):
         values = np.array(open_image(path), np.int64)       # of a palette image the numbers, not the colours
+    need(values.ndim == 2, f'mask {path} is in colour; save class numbers, grey or with a palette')
     label = values[values != IGNORE].max(initial=0)
     most = classes if reduce_zero_label else classes - 1
     need(label <= most,
@@ -187,4 +191,5 @@ def mask_pairs(images, masks, image_suffix, mask_suffix, listing=None):
     need(stems, f"{masks} has no mask '*{mask_suffix}.png'; see --mask-suffix")
     for stem in stems:
         need(stem in image_paths, f'{images} has no image {stem}{image_suffix}; see --image-suffix')
+        need(stem in mask_paths, f'{masks} has no mask {stem}{mask_suffix}; see --mask-suffix')
     return [(image_paths[stem], mask_paths[stem]) for stem in stems]

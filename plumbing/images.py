@@ -64,7 +64,7 @@ def read_header(source, name='its image'):
 
 
 def decode(image, turn, shrink_at_most=1):
-    """Image and turn of read_header -> (3, h, w) uint8, turned, its sides shorter by a factor of at most shrink_at_most.
+    """Image and turn of read_header -> (3, h, w) uint8, turned, its sides shortened by shrink_at_most or less.
 
     Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size in much less time. If it has 1000 x 800 pixels, and
     shrink_at_most is 2.08, then 481 x 385 pixels are enough, and `draft` takes the next larger size, 500 x 400.

@@ -45,7 +45,7 @@ class Processes:
             if not {'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'} & os.environ.keys():
                 os.environ['PYTORCH_ALLOC_CONF'] = 'expandable_segments:True'
                 os.environ['PYTORCH_CUDA_ALLOC_CONF'] = 'expandable_segments:True'
-            # cuDNN's attention plans anew for each shape, and captions have dozens of lengths. We expect that to be slow.
+            # cuDNN's attention plans anew for each shape, and captions have many lengths; we expect that to be slow.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.rank = 0
         self.world = 1

@@ -16,7 +16,7 @@ MOST_BROKEN = 5         # this many steps in a row without a finite gradient end
 @dataclass
 class Progress:
     """What has happened since this process started. All ranks have the same numbers, except for the times."""
-    latest: tuple = None    # the latest train.Step; None before the first one
+    latest: tuple = None    # the latest train.StepResult; None before the first one
     signals: int = 0        # how many processes got a signal to end
     bad: int = 0            # pairs that could not be read
     seen: int = 0           # pairs of all steps
@@ -57,7 +57,7 @@ class Progress:
                     'see the lines above, and python -m extras.inspect')
         if self.broken == MOST_BROKEN:
             return (f'the gradients of {MOST_BROKEN} steps in a row, up to step {step}, were not finite; they '
-                    f'are not saved, and {folder}/last.pt is as it was before, so give the same command with '
+                    f'are not saved, and {folder}/last.pt, if any, is as it was before, so give the same command with '
                     '--resume and a lower --lr, --clip-grad 1, or --precision fp32')
         return None
 

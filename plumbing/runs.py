@@ -264,10 +264,13 @@ def check_resumed(saved, options, shards):
         note(line)
 
 
-def restore(run):
-    """Put what `save` has saved back into the run."""
+def restore(run, step):
+    """Put what `save` has saved back into the run, whose batches begin after this step."""
     path = run.folder / LAST
-    saved = read_checkpoint(path)
+    remedy = f'it is damaged; --init {run.folder / BEST} starts another run from those weights, if they are there'
+    saved = read_checkpoint(path, remedy)
+    need(saved['step'] == step, f'{path} is of step {saved["step"]}, but was of step {step} when this started: another '
+         'run has just ended in its folder; give the command again')
     load_weights(run.student, saved['student'], path)
     if run.teacher:
         load_weights(run.teacher.model, saved['teacher'], path)

@@ -223,13 +223,16 @@ def scan_shard(path, number):
     left_out = 0
     dotted = defaultdict(set)                           # {a.v2: its columns}
     for member in tar_members(path):
-        ending = os.path.basename(member.name).partition('.')[2]        # after the first dot
+        name = os.path.basename(member.name)
+        if name.startswith('.'):                        # hidden, as the ._0.jpg that macOS adds for each 0.jpg
+            continue
+        ending = name.partition('.')[2]                 # after the first dot
         stem = member.name.removesuffix(ending)         # with its folders
         kind = ending.lower()
         if kind not in COLUMN:
-            name, _, last = member.name.rpartition('.')
+            longer_stem, _, last = member.name.rpartition('.')
             if last.lower() in COLUMN:
-                dotted[name].add(COLUMN[last.lower()])
+                dotted[longer_stem].add(COLUMN[last.lower()])
             continue
         if member.issym() or member.islnk():            # a link has no bytes of its own
             left_out += 1

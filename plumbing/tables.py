@@ -26,7 +26,8 @@ def published_captions(coco, karpathy, flickr, images, split):
     needed = {'image', key, SPLIT} if karpathy else {'image', key}
     pools = defaultdict(list)   # {path of an image: its captions}; an image may have several rows
     for row in read_rows(listing):
-        need(row.keys() >= needed, f"a row of {listing} has the keys {', '.join(row)}; it needs image and {key}")
+        need(row.keys() >= needed and isinstance(row['image'], str),
+             f"a row of {listing} has the keys {', '.join(row)}; it needs image, a name, and {key}")
         if not karpathy or row[SPLIT] == split:
             found = row[key]
             pools[Path(folder, row['image'])] += found if isinstance(found, list) else [found]
@@ -148,7 +149,11 @@ def read_rows(path):
             line = error.object[:error.start].count(b'\n') + 1
             raise Refused(f'{path} is not UTF-8 (line {line}); save it as UTF-8, '
                           'in Excel as the type CSV UTF-8') from None
-        is_json = text.lstrip().startswith(('{', '['))
-        rows = rows_of_json(text.strip()) if is_json else rows_of_table(text, path)
-    need(rows, f'{path} has no rows; docs/data.md shows what a table looks like')
+        try:
+            is_json = text.lstrip().startswith(('{', '['))
+            rows = rows_of_json(text.strip()) if is_json else rows_of_table(text, path)
+        except (KeyError, TypeError) as error:          # lists of images without their captions, and the like
+            raise Refused(f'{path} is JSON of an unknown kind ({error!r}); docs/data.md shows which are known') from None
+    need(rows and all(isinstance(row, dict) for row in rows),
+         f'{path} has no rows; docs/data.md shows what a table looks like')
     return rows

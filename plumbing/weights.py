@@ -181,7 +181,11 @@ def read_network(path, weights, vocab, quick_gelu):
     saved = read_checkpoint(path)
     keys = [key for key in (weights, 'student', 'state_dict') if key in saved]
     key = keys[0] if keys else 'state dict'                             # the file itself
-    state = clean_names(saved[key] if keys else saved)
+    found = saved[key] if keys else saved
+    if isinstance(found, dict) and all(isinstance(name, str) for name in found):
+        state = clean_names(found)
+    else:
+        state = {}                                                      # refused below
     if 'config' in saved and 'merges' in saved:         # ours
         config, tokenizer = config_and_tokenizer(saved)
         need(config.quick_gelu or not quick_gelu, f'{path} says itself which activation it has; omit --quick-gelu')
@@ -189,9 +193,9 @@ def read_network(path, weights, vocab, quick_gelu):
         return origin, config, tokenizer, state
     # See infer_config for the width of heads. open_clip's ViTs that are wider than 1,024 have heads of another width.
     width = len(state.get('visual.class_embedding', ()))                # 0: there is none
-    need(0 < width <= 1024 and width % 64 == 0 and 'text_projection' in state,
+    need(0 < width <= 1024 and width % 64 == 0 and {'text_projection', 'visual.conv1.weight'} <= state.keys(),
          f'{path} is neither a checkpoint of train.py, nor a released one, nor an open_clip ViT with heads 64 wide '
-         f"(its keys: {', '.join(list(state)[:5])}); {SAVE_A_STATE_DICT}")
+         f"(its keys: {', '.join(map(str, list(saved)[:5]))}); {SAVE_A_STATE_DICT}")
     config = infer_config(state, quick_gelu)
     tokenizer = Tokenizer.clip(vocab, config.context_length)
     need(tokenizer.vocab_size <= config.vocab_size,

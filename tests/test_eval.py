@@ -3,7 +3,9 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ import eval as evaluation
 from plumbing.captions import CAPTION_KEYS
 from cosmos import COSMOS, Block, Config, unit
 from data import Shards, Tokenizer
+from extras import inspect, prepare
 from plumbing import benchmarks
 from plumbing.processes import SIGNALS
 from plumbing.weights import to_openclip
@@ -449,7 +452,7 @@ WRONG = {               # a command: what its sentence must say
     'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read.*extras.inspect',
     'retrieval last.pt --karpathy white --split val': 'white lists no image of the split val',
     'retrieval last.pt --karpathy white': 'a.jpg, listed in white, has no caption',
-    'retrieval last.pt --flickr white': 'a row of white has the keys image, captions, .*; it needs image and caption',
+    'retrieval last.pt --flickr white': 'a row of white has the keys image, captions, .*; it needs image, a name, and caption',
     'retrieval last.pt --coco x --split val': '--split is for --karpathy',
     'classify last.pt --dataset DTD --root nowhere': 'cannot open DTD in nowhere .*--download',
     'classify last.pt --dataset MNIST --split val': 'MNIST has no split val; give train or test',
@@ -465,6 +468,13 @@ WRONG = {               # a command: what its sentence must say
     'classify last.pt --folder numbered': 'classes are called n01440764 and the like; .*--classes',
     'classify last.pt --folder halves': 'halves holds the splits test, train, val; give one of them',
     'classify last.pt --folder counted': 'counted are numbered, .*leading zeros',
+    'segment last.pt --images images --masks colour --classes blank2': 'colour/0.png is in colour; save class numbers',
+    'segment last.pt --images images --masks ignored --classes blank2': 'every pixel of the masks is ignored',
+    'segment last.pt --images images --masks ignored --classes blank2 --list three': 'ignored has no mask 1; see --mask',
+    'retrieval numbers.pt --shards a.tar': 'numbers.pt is neither .*its keys: 0.; load other',
+    'retrieval torn.pt --shards a.tar': 'torn.pt is neither .*its keys: student.; load other',
+    'retrieval last.pt --flickr ints': 'ints has no rows; docs/data.md',
+    'retrieval last.pt --flickr instances': "instances is JSON of an unknown kind .KeyError.'caption'",
     'segment last.pt --images a --masks a --classes page.pt --templates page.pt': "'<html>' in page.pt needs {}"}
 
 
@@ -485,8 +495,47 @@ def test_errors_are_one_sentence(gallery):
     put('twice', 'ox, cow\nox')
     put('commas', 'ox\n,')
     put('blank', 'ox\n \ngnu')
+    for folder, mask in ('colour', Image.new('RGB', (50, 40))), ('ignored', Image.new('L', (50, 40), 255)):
+        put(f'{folder}/0.png', encoded(mask))
+    put('blank2', 'ox\ngnu')
+    put('three', '0\n1\n2')
+    put('ints', [1, 2])
+    put('instances', {'images': [], 'annotations': [{'image_id': 1}]})
+    torch.save({0: torch.ones(1)}, 'numbers.pt')
+    torch.save({'student': torch.ones(1)}, 'torn.pt')
     torch.save({'student': Malicious()}, 'bad.pt')
     for line, sentence in WRONG.items():
         error = run(evaluation, *line.split())
         assert re.fullmatch(f'error: .*{sentence}.*', error), f'{line}: {error}'
     assert not Path('executed').exists()
+
+
+def test_figures_outlive_a_file_that_cannot_be_written(gallery, capsys):
+    """oracle: they are printed, and the sentence."""
+    pairs_tar('a.tar', [{'caption': 'an ox'}], [encoded(gallery.images[0])])
+    said = run(evaluation, *'retrieval . --shards a.tar --workers 0 --json images'.split())
+    assert 'images cannot be written' in said and 'image_to_text_R@1' in capsys.readouterr().out
+
+
+def test_damaged_files_end_in_a_sentence(gallery):
+    """oracle: the rule: success, or one line. Each command reads a file in which something was cut out or put in."""
+    pairs_tar('a.tar', [{'caption': 'an ox. a cow'}] * 3, [encoded(gallery.images[0], 'JPEG')] * 3)
+    put('rows', [{'image': f'{i}.png', 'caption': 'an ox'} for i in range(3)])
+    put('classes', 'ox, cow\nsky\n')
+    put('masks/0.png', encoded(Image.fromarray(np.eye(40, 50, dtype=np.uint8))))
+    retrieval = 'retrieval . --workers 0'
+    segment = 'segment . --images images --masks masks --classes classes'
+    damaged = [('a.tar', f'{retrieval} --shards a.tar'), ('a.tar', 'inspect a.tar --out sheet.png'),
+               ('rows', f'{retrieval} --flickr rows --images images'), ('rows', 'pack rows images packed'),
+               ('images/0.png', segment), ('masks/0.png', segment), ('classes', segment), ('last.pt', segment)]
+    rng = random.Random(0)
+    for file, line in 8 * damaged:
+        whole = Path(file).read_bytes()
+        start = rng.randrange(min(len(whole), 2000))
+        put(file, whole[:start] + rng.randbytes(rng.choice([0, 1, 9])) + whole[start + rng.choice([0, 1, 9, 9999]):])
+        words = line.split()
+        program = {'pack': prepare, 'inspect': inspect}.get(words[0], evaluation)
+        said = run(program, *words[program is inspect:])
+        assert said is None or re.fullmatch('error: .*', said), (file, line, said)
+        put(file, whole)
+        shutil.rmtree('packed', ignore_errors=True)

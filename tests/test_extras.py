@@ -652,7 +652,7 @@ def browse(folder, page, size, address=''):
 
 CODE = {                # the functions that each screen shows; screen 0 has the step in the head of cosmos.py
     'screen 0': '', 'screen 1': 'text_crops', 'screen 2': 'forward update', 'screen 3': 'clip_loss match nce',
-    'screen 4': 'weights', 'screen 5': 'read', 'screen 6': 'across_terms', 'screen 7': 'total_loss'}
+    'screen 4': 'weights', 'screen 5': 'read', 'screen 6': 'across_terms', 'screen 7': 'total_loss term_weights'}
 
 
 @pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')

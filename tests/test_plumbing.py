@@ -263,7 +263,7 @@ def test_tars_of_every_format(tmp_path, capsys):
         ('x/b.json', {'caption': 'json', 'file': 'my cat.jpg'}), ('x/b.JPG', jpg), ('x/b.png', b'2nd'),
         ('x/a.txt', b't'), ('x/a.mask.png', b'mask'), ('x/a.jpeg', jpg), (f'{long}.webp', jpg),
         (f'{long}.txt', b'long'), ('x/alone.jpg', jpg), ('c.v1.PNG', jpg), ('c.v1.txt', b''), ('d.v2.jpg', jpg),
-        ('d.v2.json', {})]
+        ('d.v2.json', {}), ('._x.jpg', b'of macOS'), ('._x.json', b'of macOS')]
     for form in range(3):                               # USTAR, GNU, PAX
         write_tar(tmp_path / f'{form}.tar', members, form)
     shards = Shards(tmp_path)

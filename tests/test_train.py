@@ -754,6 +754,19 @@ def test_resume_is_exact(monkeypatch, fit, whole, tmp_path, function, at, harm, 
     same_run(whole, tmp_path, whole_log=function == 'train_step')
 
 
+def test_another_run_ends_while_this_one_starts(monkeypatch, started, whole, tmp_path):
+    """oracle: the refusal, if last.pt is of another step when its weights are read than when the batches were chosen."""
+    shutil.copytree(whole, tmp_path / 'out')
+
+    def saved_meanwhile(run, step):
+        torch.save(saved(tmp_path / 'out') | {'step': 5}, tmp_path / 'out/last.pt')
+        restore(run, step)
+
+    restore = runs.restore
+    monkeypatch.setattr(runs, 'restore', saved_meanwhile)
+    refused('is of step 5, but was of step 6 .* give the command again', started, tmp_path / 'out', '--resume')
+
+
 def test_a_torn_line_of_the_log_swallows_no_other(whole, started, tmp_path):
     """oracle: by hand: the next entry has a line of its own. Time goes on, too."""
     shutil.copy(whole / 'last.pt', tmp_path)
@@ -866,9 +879,9 @@ def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, capsys, fit, starte
         return loss(*arguments) * (math.nan if next(numbers) in steps else 1)
 
     monkeypatch.setattr(cosmos, 'clip_loss', spoilt)
-    stopped = 'error: the gradients of 5 steps in a row, .* step 7.* not saved, .*last.pt is as it was .* --clip-grad 1'
+    stopped = 'error: the gradients of 5 steps in a row, .* step 7.* not saved, .*last.pt, if any, is as it was .* --clip-grad 1'
     for steps, precision, status, last, taken in (
-            ([1, 2, 3, 4, 6], 'fp32', 0, 9, 4), ([3, 4, 5, 6, 7], 'fp32', stopped, 6, 2),
+            ([1, 2, 3, 4, 6], 'fp32', 0, 9, 4), ([3, 4, 5, 6, 7], 'fp32', stopped, 2, 2),
             ([3, 4, 5, 6, 7], 'fp16', 0, 9, 4)):
         numbers = itertools.count(1)
         out = tmp_path / f'{precision}-{last}'
