@@ -38,7 +38,6 @@ from plumbing import runs
 from plumbing.files import read_json
 from plumbing.options import settle
 from plumbing.processes import choose_device, end_workers
-from plumbing.processes import cores as cores_of_a_process
 from plumbing.progress import Progress, log_entry, print_entry
 from tests.helpers import ROOT, close, dog_tar, micro, put, refused, run
 
@@ -427,21 +426,12 @@ def test_loaders_start_before_the_model(monkeypatch, started, tmp_path):
 # --- Options ---------------------------------------------------------------------------------------------------------
 
 def test_workers_share_the_cores_of_a_node(monkeypatch):
-    """oracle: all processes together get half of the cores for loaders, but each has at least one and at most eight. A
-    process on a CPU computes on the others, unless OMP_NUM_THREADS is set."""
-    threads = Mock()
-    monkeypatch.setattr(torch, 'set_num_threads', threads)
-    train.use_cores(0)
-    assert not threads.called
-    monkeypatch.delenv('OMP_NUM_THREADS')
+    """oracle: all processes together get half of the cores for loaders, but each has at least one and at most eight."""
     for cores, processes, workers in (16, None, 8), (16, 8, 1), (64, 4, 8), (24, 4, 3), (4, 8, 1):
         monkeypatch.setattr(os, 'sched_getaffinity', {0: range(cores)}.get)         # 0: this process
         if processes:
             monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
         assert read_options([]).workers == workers
-        train.use_cores(workers)
-        threads.assert_called_with(max(1, cores // (processes or 1) - workers))
-    assert cores_of_a_process() == 1
 
 
 def test_schedules_and_decay():
@@ -679,13 +669,6 @@ def test_two_jobs_in_one_folder(fit, tmp_path):
     assert fit(out, '--steps', 1) == 0
     assert not torn.exists() and joined.exists() and report.exists()
     assert saved(out)['step'] == 1
-
-
-def test_when_a_run_is_saved():
-    """oracle: the rule: every 20 minutes, or as often as --save-minutes says."""
-    for flags, minutes, saves in ([], 19.8, False), ([], 20.2, True), (['--save-minutes=0'], 21, False):
-        running = SimpleNamespace(options=read_options(flags), saved_at=time.perf_counter() - 60 * minutes)
-        assert runs.is_overdue(running) == saves
 
 
 # --- Going on --------------------------------------------------------------------------------------------------------
