@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from multiprocessing import active_children, current_process, get_context, set_forkserver_preload
 from types import SimpleNamespace
@@ -32,12 +33,12 @@ import cosmos
 import eval as evaluation
 import train
 from cosmos import COSMOS, GLOBALS, Attention, Output, Teacher, clip_loss, cosmos_loss
-from data import Batch
+from data import Batch, check_batch
 from lesson import scenes
 from plumbing import runs
 from plumbing.files import read_json
 from plumbing.options import settle
-from plumbing.processes import choose_device, end_workers
+from plumbing.processes import LONGEST_WAIT, choose_device, end_workers
 from plumbing.progress import Progress, log_entry, print_entry
 from tests.helpers import ROOT, close, dog_tar, micro, put, refused, run
 
@@ -538,6 +539,48 @@ def test_what_depends_on_the_data(capsys, tmp_path):
         assert train.choose_data({'data': halved, 'val': None}, None) == (halved, val)
 
 
+@pytest.mark.parametrize('device, backend', [('cpu', 'gloo'), ('mps', 'gloo'), ('cuda', 'nccl')])
+def test_what_ranks_are_started_with(monkeypatch, device, backend):
+    """oracle: the rule: --device names the backend, whatever accelerator torch finds. nccl waits longer than a loader,
+    whose error tells more. Numbers are added on the CPU, by the group that is patient. A rank that is refused, or whose
+    rank 0 is, ends at once, because sys.exit may hang."""
+    dist = Mock()
+    dist.get_rank.return_value = 0
+    dist.get_world_size.return_value = 2
+    monkeypatch.setattr('plumbing.processes.dist', dist)
+    monkeypatch.setattr(os, 'environ', {'RANK': '0', 'LOCAL_RANK': '0'})
+    for name in 'cuda.is_available', 'backends.mps.is_available', 'cuda.device_count', 'cuda.set_device':
+        monkeypatch.setattr(f'torch.{name}', lambda *device: 1)
+    started = train.Processes(device)
+    [call] = dist.init_process_group.call_args_list
+    assert call.args == (backend,)
+    assert call.kwargs['timeout'].total_seconds() == 1800 == 2 * LONGEST_WAIT
+    dist.new_group.assert_called_with(backend='gloo', timeout=timedelta(days=7))
+    assert started.sum([1, 2]) == [1, 2]
+    [call] = dist.all_reduce.call_args_list
+    assert call.args[0].device.type == 'cpu' and call.kwargs == {'group': dist.new_group()}
+    started.rank = 1
+    dist.broadcast_object_list.side_effect = RuntimeError               # rank 0 was refused
+    monkeypatch.setattr(os, '_exit', sys.exit)
+    with pytest.raises(SystemExit) as ended, started.rank_0_first():
+        pass
+    assert ended.value.code == 1
+    monkeypatch.setattr('plumbing.errors.dist', dist)
+    assert run(SimpleNamespace(main=partial(check_batch, 9, 8, 1))) == 1
+
+
+def test_compiled_blocks_of_a_gpu_have_one_cpu_thread(monkeypatch):
+    """oracle: the rule. (With more, `--compile --grad-checkpoint` ends at the first backward pass on a GPU. We tried it
+    on a CPU, with a backward pass in a thread of its own.)"""
+    numbers = []
+    monkeypatch.setattr(torch, 'set_num_threads', numbers.append)
+    tower = SimpleNamespace(transformer=SimpleNamespace(resblocks=[]))
+    for is_cuda in True, False:
+        parameters = iter([SimpleNamespace(is_cuda=is_cuda)])
+        train.compile_blocks(SimpleNamespace(visual=tower, text=tower, parameters=lambda: parameters))
+    assert numbers == [1]
+
+
 # --- What a run leaves -----------------------------------------------------------------------------------------------
 
 def test_log_entry_by_hand(started, tmp_path, capsys):
@@ -562,16 +605,31 @@ def test_log_entry_by_hand(started, tmp_path, capsys):
     assert progress.broken == 0
 
 
+def half_of_one(names, clip_weight=1):
+    weights = {'clip': clip_weight}
+    for name in names:
+        if name != 'clip':
+            weights[name] = 0.125 if name == 'h_T_eot_t' else 0.25
+    return weights
+
+
 @pytest.mark.parametrize('method', train.METHODS)
-def test_the_log_says_what_was_trained(fit, tmp_path, method):
-    """oracle: by hand: each term but L_CLIP weighs one share, and the sum of all, weighted, is the loss. A guess costs
-    ln 4."""
-    assert fit(tmp_path, '--method', method, '--steps', 1, '--eval-every', 0) == 0
-    [entry, *_] = read_log(tmp_path)
-    clip, *added = entry['weights'].values()
-    assert entry['loss'] == pytest.approx(sum(weight * entry[name] for name, weight in entry['weights'].items()))
-    assert entry['chance'] == pytest.approx(math.log(4))
-    assert [clip, sum(added)] == [1, 1 if added else 0] and len(set(added)) < 2
+def test_the_log_says_what_was_trained(monkeypatch, fit, tmp_path, method):
+    """oracle: by hand: each term but L_CLIP weighs one share, and the sum of all, weighted, is the loss. With one number
+    of term_weights halved, the log follows, and a guess still costs ln 4."""
+    flags = ['--method', method, '--steps', 1, '--eval-every', 0]
+    assert fit(tmp_path / 'plain', *flags) == 0
+    monkeypatch.setattr(cosmos.term_weights, '__code__', half_of_one.__code__)
+    assert fit(tmp_path / 'halved', *flags) == 0
+    for out in 'plain', 'halved':
+        [entry, *_] = read_log(tmp_path / out)
+        clip, *added = entry['weights'].values()
+        assert entry['loss'] == pytest.approx(sum(weight * entry[name] for name, weight in entry['weights'].items()))
+        assert entry['chance'] == pytest.approx(math.log(4))
+        if out == 'plain':
+            assert [clip, sum(added)] == [1, 1 if added else 0] and len(set(added)) < 2
+    if method == 'cosmos':
+        assert entry['weights'] == {'clip': 1, 'h_I_cls_t': 0.25, 'h_I_eot_t': 0.25, 'h_T_cls_t': 0.25, 'h_T_eot_t': 0.125}
 
 
 def test_a_run_leaves_everything(whole, dogs, tmp_path):
