@@ -185,7 +185,7 @@ FINDINGS = {
 def difference_tables(experiment):
     """Markdown: a finding, and for each group of columns a table with a row for each pair."""
     gaps, decided = differences(experiment)
-    text = f"\n{FINDINGS.get(experiment, '')}\n"
+    text = f"\n{FINDINGS[experiment]}\n"
     for columns, pairs in COMPARISONS[experiment].items():
         columns = columns.split()
         text += f"\n| **{experiment}** | {' | '.join(map(label, columns))} |\n"
