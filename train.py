@@ -217,8 +217,8 @@ def due(run, progress):
     to_log = to_evaluate or run.step == 1 or is_multiple(run.step, options.log_every)
     # All is saved before an evaluation, which takes long and may fail. But after a step whose gradient was not finite
     # the weights may be spoiled, so in the middle of a run the last good save stands.
-    to_save = is_stopped or to_evaluate or is_multiple(run.step, options.save_every) or runs.is_overdue(run)
-    to_save = is_last or (to_save and not progress.broken)
+    is_time = is_stopped or to_evaluate or is_multiple(run.step, options.save_every) or runs.is_overdue(run)
+    to_save = is_last or (is_time and not progress.broken)
     return Due(is_last, is_stopped, to_evaluate, to_log, to_save)
 
 
