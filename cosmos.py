@@ -19,8 +19,8 @@ Names taken from the paper:
     cls_t, eot_t        the teacher's vectors of the images and of the texts
     L_sym-nce           CLIP's loss: in a batch each vector must find its partner, in both directions (`match`)
     L_CLIP, L_COSMOS    one L_sym-nce, and the mean of four. Their sum is trained
-    C^T, C^I            the two cross-attention modules. The letter in C^T and C^I is what is read, text or image, that
-                        in h_I and h_T is who reads. So C^T makes h_I:
+    C^T, C^I            the two cross-attention modules. C^T reads text, C^I an image; in h_I and h_T the letter names
+                        the reader. So C^T makes h_I:
 
     who asks            what it reads            module               result
     an image, its cls   words of caption 0       C^T = read_text      h_I, an image that has read text, Eq. 1
@@ -101,7 +101,7 @@ class Config:
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's
     cross_heads: int = 8            # attention heads inside C^I and C^T; 0: no C^I and C^T
-    two_scales: bool = False        # L_COSMOS has its own scale even without C^I and C^T; with them it always has
+    two_scales: bool = False        # without C^I and C^T: terms other than L_CLIP have their own scale anyway
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released COSMOS models use GELU
 
 
@@ -624,9 +624,9 @@ class Attention(nn.MultiheadAttention):
         """-> True where a query may look, (1, 1, R, R), or with `row` (n, 1, 1, R). None: everywhere."""
         if not self.causal:
             return None
-        keys = torch.arange(context.shape[1], device=context.device)        # their rows, (R,)
-        queries = keys[None] if row is None else row[:, None]               # theirs, (1, R) or (n, 1)
-        may_see = keys <= queries[..., None]                                # (1, R, R) or (n, 1, R)
+        key_rows = torch.arange(context.shape[1], device=context.device)    # (R,)
+        query_rows = key_rows[None] if row is None else row[:, None]        # (1, R): all, or (n, 1): the given ones
+        may_see = key_rows <= query_rows[..., None]                         # (1, R, R) or (n, 1, R)
         return may_see[:, None]                                             # the same for all heads
 
     def project(self, query, context):

@@ -11,7 +11,7 @@ How a batch is made (TrainingSet and collate in the loader's workers, if any, Ba
 
                                                                         what seeds its random choices
     Order           a step -> its places (epoch, index of a pair)       (seed, epoch)
-    TrainingSet     a place -> Sample: crops and token ids              (seed, epoch, index)
+    TrainingSet     a place -> Sample: crops, drawn changes, ids        (seed, epoch, index)
     collate         B Samples -> Batch
     Batch.views     crops -> views: coloured, blurred, normalised       (seed, step, view): the order of jitters
 
@@ -48,8 +48,8 @@ def text_crops(pool, rng, global_texts, local_texts):
     """The sentences of a pair -> global_texts captions of 1-5 sentences joined by '. ', then local_texts single
     sentences, as a list of strings.
 
-    Each global caption is a random sample of the pool, in random order; one further sample gives all local captions.
-    As released; paper silent about the order, the '. ' and pools with too few sentences (see draw_sentences).
+    Each global caption is a random sample of the pool; one further sample gives all local captions.
+    As released; paper silent about the random order, the '. ' and small pools (see draw_sentences).
     """
     captions = []
     for _ in range(global_texts):
@@ -252,7 +252,7 @@ class TrainingSet(Dataset):
         return Sample(crops=crops, boxes=boxes, changes=changes, captions=captions)
 
 
-Crops = TrainingSet     # its name in other programs
+Crops = TrainingSet     # its former name, which programs that use this module may know
 
 
 # --- 5. Which pairs make a batch -------------------------------------------------------------------------------------
@@ -361,8 +361,8 @@ def collate(samples, multiple, whole_first, global_texts=GLOBALS):
 
 
 def sample_views(train_set, count=4):
-    """Yields what the student is shown of `count` pairs, spread evenly over the set: (index, views (3, s, s) in [0, 1],
-    captions, boxes)."""
+    """Yields `count` pairs, spread evenly over the set, as the student gets them in epoch 0, but not normalised, and
+    with the jitters in one fixed order: (index, pictures (3, s, s) in [0, 1], captions, boxes)."""
     for index in np.unique(np.linspace(0, len(train_set.shards) - 1, count, dtype=int)):
         try:
             drawn = train_set.sample(0, index)

@@ -171,7 +171,7 @@ def target_ranks(queries, targets, query_ids, target_ids, chunk=1024):
         scores = (queries[rows].double() @ targets.T).float()       # (chunk, m)
         is_wrong = query_ids[rows][:, None] != target_ids           # (chunk, m)
         best = scores.masked_fill(is_wrong, -math.inf).amax(dim=1, keepdim=True)
-        is_behind = scores < best - TIE     # a tie is not, nor is NaN: both rank before the right target
+        is_behind = scores < best - TIE     # False for ties and NaN, so these rank before the right target
         found.append(1 + (is_wrong & ~is_behind).sum(dim=1))
     return torch.cat(found)
 
@@ -373,9 +373,9 @@ def best_class(logits, size, class_of_name, candidates):
     """logits (M, h', w') of M names -> two maps of `size` (h, w): for each pixel the probability of the best candidate
     class, and that class. A class is as probable as its most probable name.
 
-    Example, for one pixel: logits 2, 3 and 1 of the names ape, monkey and ox, of which ape and monkey are class 1. The
-    best class is 1, by its name monkey, with probability e^3 / (e^2 + e^3 + e^1). With the candidates {2}, ox alone, it
-    is 2, with e^1 over the same sum. This goes through the names one by one, because 100 maps of 12 megapixels would
+    Example, for one pixel: logits 2, 3 and 1 of the names ape, monkey and ox, where ape and monkey are class 1, and ox
+    is class 2. The best class is 1, by its name monkey, with probability e^3 / (e^2 + e^3 + e^1). With the candidates
+    {2} it is 2, with e^1 over the same sum. This goes through the names one by one, because 100 maps of 12 megapixels would
     need 5 GB at once, and works on logarithms: probability = e^(highest - log_sum).
     """
     highest = logits.new_full(size, -math.inf)              # of the candidates' logits so far

@@ -62,7 +62,7 @@ class Run:
     processes: Processes
     train_set: data.TrainingSet     # has the model's Config and the tokenizer, too
     student: COSMOS
-    # `student`, wrapped for the forward pass of a step: StudentInParts (--accum), around it DDP on several ranks.
+    # What train_step calls: StudentInParts(student), which handles --accum; on several ranks DDP around that.
     student_to_call: torch.nn.Module
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
@@ -118,8 +118,8 @@ def train_step(run, batch):
     # student holds no memory for its backward pass. With --accum the towers run in parts, but the loss sees the batch.
     cls_t = eot_t = None
     teacher_images = images if method.teacher_sees_locals else images[:GLOBALS]
-    # NB: autocast caches half-precision copies of the weights. The gradients of all parts of --accum would be summed in
-    # such a copy, in half precision, so then there is no cache.
+    # NB: autocast caches half-precision copies of the weights. With --accum above 1 the gradients of the parts would be
+    # summed in these copies, in half precision. So the cache is on only with --accum 1.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
                         cache_enabled=options.accum == 1):
         if method.has_teacher:
@@ -131,7 +131,7 @@ def train_step(run, batch):
     # DDP averages the gradients of all parameters, also of the two scales, which are used outside its forward pass.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    # A frozen parameter has no gradient, nor has one that no term uses; on several GPUs DDP stops such a run.
+    # A frozen parameter has no gradient. Nor has one that no term uses, but on several GPUs DDP stops a run for that.
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
@@ -172,7 +172,8 @@ def momentum_at(step, options):
 
 
 def make_optimizer(student, lr, wd):
-    """AdamW; no decay for vectors (LayerNorm, biases, [cls]) and the scales (main.py:373-392 of the released code)."""
+    """AdamW; no decay for vectors (LayerNorm, biases, the class embedding) and the scales (main.py:373-392 of the
+    released code)."""
     matrices = {'params': [p for p in student.parameters() if p.ndim > 1], 'weight_decay': wd}
     vectors = {'params': [p for p in student.parameters() if p.ndim < 2], 'weight_decay': 0.0}
     return torch.optim.AdamW([matrices, vectors], lr=lr, betas=(0.9, 0.98), fused=True)
@@ -197,7 +198,7 @@ def evaluate(run, val, watchers):
 class Due(NamedTuple):
     """What the loop does at the top of a turn, before it takes the next step."""
     last: bool          # all steps are taken: the run is complete
-    stop: bool          # a signal came: the run is saved, so that it can be resumed, and ends
+    stop: bool          # a signal came: the run is saved (see `save`), so that it can be resumed, and ends
     evaluate: bool
     log: bool
     save: bool
@@ -215,8 +216,8 @@ def due(run, progress):
     to_evaluate = is_last or (is_regular and not is_stopped)
     # Step 1 shows early whether all is well. An evaluated step is logged, so that loss and scores share an entry.
     to_log = to_evaluate or run.step == 1 or is_multiple(run.step, options.log_every)
-    # All is saved before an evaluation, which takes long and may fail. But after a step whose gradient was not finite
-    # the weights may be spoiled, so in the middle of a run the last good save stands.
+    # All is saved before an evaluation, which takes long and may fail. A gradient that is not finite was not applied,
+    # but an earlier update may have spoiled the weights. So in the middle of a run the last good save then stands.
     is_time = is_stopped or to_evaluate or is_multiple(run.step, options.save_every) or runs.is_overdue(run)
     to_save = is_last or (is_time and not progress.broken)
     return Due(is_last, is_stopped, to_evaluate, to_log, to_save)
@@ -371,7 +372,7 @@ def uncrossed_terms(out, cls_t, eot_t, scale):
 
 def across_terms(out, cls_t, eot_t, scale):
     """Eq. 6 without the leak. h_T has read the image, so it could find cls_t by copying; here eot must find it instead.
-    Likewise cls, not h_I, which has read the caption, must find eot_t."""
+    h_I has read the caption, so it could copy eot_t; here cls must find it."""
     cls, eot, h_I, h_T = gather(out.cls, out.eot, out.h_I, out.h_T)
     cls_t, eot_t = gather(cls_t, eot_t)
     return {
@@ -397,28 +398,28 @@ class Method(NamedTuple):
     student: type               # COSMOS, or a subclass of yours
     train_set: type             # data.TrainingSet, or a subclass of yours
     # One of the functions above, or cosmos_terms: what is learned in addition to L_CLIP. On several GPUs DDP stops if a
-    # parameter gets no gradient: that of C^I if your terms leave out h_T, of C^T without h_I, of the second scale
-    # without `scale`. Then add what is left out to a term, times 0, as in 0 * out.h_T.sum().
+    # parameter gets no gradient. C^I gets none if your terms leave out h_T, C^T none without h_I, the second scale none
+    # without `scale`. For what you leave out add a zero to a term, as 0 * out.h_T.sum() or 0 * scale.
     terms: Callable
 
 
 # The first six rows are those of Table 5. Only clip and cosmos can be found in the released code, where clip uses
 # open_clip's default crop and no colour jitter (transform.py:66). The other four are our reading of the table's labels.
 # In the paper clip, clip-aug and image-distill score far below the CLIP of Table 1, so they were probably trained on
-# raw captions only (--caption-pool raw). The last two rows are ours; the terms of `across` say what it closes.
+# raw captions only (--caption-pool raw). The last two rows are ours; across_terms says why.
 no, yes = False, True
-ours = COSMOS, data.TrainingSet         # student and train_set
+usual = COSMOS, data.TrainingSet        # student and train_set
 METHODS = {
-    #                            global   least  only   local  text   tea-  sees   C^I  two  L_CLIP
-    #                            images   crop   crops  images crops  cher  locals C^T  sc.  weight
-    'clip':               Method(1,       0.9,   yes,   no,    no,    no,   no,    no,  no,  1, *ours, no_terms),
-    'clip-aug':           Method(GLOBALS, 0.4,   no,    no,    no,    no,   no,    no,  no,  1, *ours, no_terms),
-    'image-distill':      Method(GLOBALS, 0.4,   no,    yes,   no,    yes,  no,    no,  no,  1, *ours, image_terms),
-    'text-crop':          Method(GLOBALS, 0.4,   no,    yes,   yes,   yes,  no,    no,  no,  1, *ours, image_terms),
-    'text-distill':       Method(GLOBALS, 0.4,   no,    yes,   yes,   yes,  no,    no,  no,  1, *ours, embedding_terms),
-    'cosmos':             Method(GLOBALS, 0.4,   no,    yes,   yes,   yes,  no,    yes, no,  1, *ours, cosmos_terms),
-    'no-cross-attention': Method(GLOBALS, 0.4,   no,    yes,   yes,   yes,  no,    no,  yes, 1, *ours, uncrossed_terms),
-    'across':             Method(GLOBALS, 0.4,   no,    yes,   yes,   yes,  no,    yes, no,  1, *ours, across_terms)}
+    #                            global   least only   local  text   tea-  sees   C^I  two  L_CLIP
+    #                            images   crop  crops  images crops  cher  locals C^T  sc.  weight
+    'clip':               Method(1,       0.9,  yes,   no,    no,    no,   no,    no,  no,  1, *usual, no_terms),
+    'clip-aug':           Method(GLOBALS, 0.4,  no,    no,    no,    no,   no,    no,  no,  1, *usual, no_terms),
+    'image-distill':      Method(GLOBALS, 0.4,  no,    yes,   no,    yes,  no,    no,  no,  1, *usual, image_terms),
+    'text-crop':          Method(GLOBALS, 0.4,  no,    yes,   yes,   yes,  no,    no,  no,  1, *usual, image_terms),
+    'text-distill':       Method(GLOBALS, 0.4,  no,    yes,   yes,   yes,  no,    no,  no,  1, *usual, embedding_terms),
+    'cosmos':             Method(GLOBALS, 0.4,  no,    yes,   yes,   yes,  no,    yes, no,  1, *usual, cosmos_terms),
+    'no-cross-attention': Method(GLOBALS, 0.4,  no,    yes,   yes,   yes,  no,    no,  yes, 1, *usual, uncrossed_terms),
+    'across':             Method(GLOBALS, 0.4,  no,    yes,   yes,   yes,  no,    yes, no,  1, *usual, across_terms)}
 
 
 def add_method(name, base, **changes):
@@ -459,7 +460,7 @@ def set_up(given, typed, processes, built_in_set):
         saved = runs.read_last(given['out'], given['resume'])       # {} for a new run
         given['data'], given['val'] = choose_data(given, built_in_set)
         keys = given['caption_keys'] or POOL_KEYS[given['caption_pool']]
-        shards = Shards(given['data'], keys, 'train', index=f"{given['out']}/index.npy")
+        shards = Shards(given['data'], keys, 'train', index=f"{given['out']}/index.npy")      # index-MARK.npy
         config, tokenizer, weights = choose_model(given, saved)
         batch_before = saved['options']['batch'] if saved else None
         options = settle(given, typed, len(shards), parts, batch_before)

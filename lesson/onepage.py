@@ -50,7 +50,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
     keep_memory()                                       # keep freed memory for reuse, which is faster
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = choose_dtype(precision, device)             # auto: bfloat16 if it is fast here; None: float32
-    multiple = 8 if dtype else 1        # to which lengths of captions are rounded up: faster in half precision
+    multiple = 8 if dtype else 1        # caption lengths are rounded up to a multiple: faster in half precision
 
     # Sizes and recipe are those of the preset `tiny` of train.py. The paper's recipe is that of `vit-b-16`.
     shards = Shards(folder, split='train')
@@ -85,7 +85,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
         # local. Only the student's caption 0 stays whole, because cross-attention reads its padding, too.
         samples = [train_set[place] for place in places]
         inputs = collate(samples, multiple, whole_first=True).to(device)
-        images = inputs.views(seed, step)               # V tensors (B, 3, s, s); a seed, for colours, which stay here
+        images = inputs.views(seed, step)               # V (B, 3, s, s); 'crops' has no jitters to order by seed
         texts = inputs.texts                            # U tensors (B, T) of different T
 
         # The student sees all views and captions, the teacher only the globals, with caption 0 cut, too.

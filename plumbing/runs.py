@@ -147,7 +147,8 @@ def finish(run, watchers):
     for watcher in watchers:
         watcher.finish(run)
     if run.step < run.options.steps:
-        print(f'stopped    step {run.saved_step} is saved; to go on, give the same command with --resume --out {run.folder}')
+        print(f'stopped    step {run.saved_step} is saved; to go on, give the same command with --resume '
+              f'--out {run.folder}')
         return
     shards = (run.options.val or run.options.data)[0]
     print(f'done       {run.folder}; try python eval.py retrieval {run.folder} --shards {shards}')

@@ -74,6 +74,8 @@ def test_image_crops_are_the_pixels_of_their_boxes(width, kind, tolerance):
     for _ in range(30):
         crops, boxes = data.image_crops(file, kinds, rng)
         for crop, box, view in zip(crops, boxes, kinds, strict=True):
+            y, x, h, w = box
+            assert y + h <= whole.shape[1] and x + w <= whole.shape[2]
             want = V.resized_crop(whole, *box, [view.size] * 2, data.BICUBIC).float()
             distance = (crop - want).abs().mean()
             mirrored = (crop.flip(-1) - want).abs().mean()

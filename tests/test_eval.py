@@ -47,6 +47,7 @@ def gallery(here, monkeypatch):
     """A checkpoint last.pt whose tokenizer reads bytes, and three pictures, also in images/: the model and tokenizer,
     the pictures, their features, and figures(line), which runs a command of eval.py."""
     monkeypatch.setattr(evaluation, 'TEXT_BATCH', 2)
+    monkeypatch.setattr(evaluation, 'IMAGE_BATCH', 2)
     tokenizer = Tokenizer([], 48)                       # 48 ids hold every template with every name
     config = replace(MICRO, vocab_size=tokenizer.vocab_size, context_length=48)
     model = COSMOS(config).requires_grad_(False)
@@ -224,7 +225,7 @@ def test_checkpoints_of_every_origin(here):
         return evaluation.load('saved.pt', weights, vocab)
 
     both = {'student': other, 'teacher': theirs}
-    prefixed = {f'module._orig_mod.{key}': value for key, value in theirs.items()}
+    prefixed = {f'_orig_mod.module._orig_mod.{key}': value for key, value in theirs.items()}
     for state, weights, origin, source in [
             (both, 'teacher', 'teacher', model),
             (both, 'student', 'student', plain),

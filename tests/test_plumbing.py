@@ -496,7 +496,8 @@ def test_learn_by_hand(monkeypatch):
     learned = Tokenizer.learn(['low low lower', 'newest newest'], 600)
     assert learned.merges == ['l o', 'w e', 'lo w</w>', 'n e', 'ne we', 'newe s', 'newes t</w>']
     assert learned.encode('lowest') == [512, 513, 82, 256 + 83]        # lo, we, s, t at the end: '!' is 0
-    assert len(Tokenizer.learn(['low low'], 515).merges) == 1           # 512 bytes, start and end
+    assert len(Tokenizer.learn(['low low'], 515, 9).merges) == 1        # 512 bytes, start and end
+    assert Tokenizer.learn(['low low'], 515, 9).context_length == 9
     assert {learned.context_length, Tokenizer([]).context_length} == {77}
     assert [tokenizer.LEARN_FROM, tokenizer.LEARNED_VOCAB, tokenizer.PAIRS_TO_LEARN] == [5000, 8192, 20_000]
     monkeypatch.setattr(tokenizer, 'PAIRS_TO_LEARN', 2)
