@@ -375,8 +375,8 @@ def best_class(logits, size, class_of_name, candidates):
 
     Example, for one pixel: logits 2, 3 and 1 of the names ape, monkey and ox, where ape and monkey are class 1, and ox
     is class 2. The best class is 1, by its name monkey, with probability e^3 / (e^2 + e^3 + e^1). With the candidates
-    {2} it is 2, with e^1 over the same sum. This goes through the names one by one, because 100 maps of 12 megapixels would
-    need 5 GB at once, and works on logarithms: probability = e^(highest - log_sum).
+    {2} it is 2, with e^1 over the same sum. This goes through the names one by one, because 100 maps of 12 megapixels
+    would need 5 GB at once, and works on logarithms: probability = e^(highest - log_sum).
     """
     highest = logits.new_full(size, -math.inf)              # of the candidates' logits so far
     log_sum = logits.new_full(size, -math.inf)              # ln of the sum of e^logit so far
