@@ -148,6 +148,7 @@ tune-short                 c                  100-100 photographs@amd short-capt
 tune-together              a                  100-100 scenes@amd crops-together    32    1000  0.001
 tune-together              b                  100-100 scenes@amd crops-together    32    1000  0.002
 tune-together              c                  100-100 scenes@amd crops-together    32    1000  0.0005
+tune-together              d                  100-100 scenes@amd crops-together    32    1000  0.00025
 # The paper's third task, on scenes, whose masks are known: runs in equal time, as in `minutes`.
 segment                    cosmos             0-4   masked@amd   cosmos            32    1000  0.001
 segment                    text-distill       0-4   masked@amd   text-distill      32    1000  0.001
