@@ -647,23 +647,3 @@ def attention_weights(q, k, mask=None):
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(dim=-1)
-
-
-if __name__ == '__main__':  # python cosmos.py: forward and backward on noise; prints shapes and the terms of the loss
-    torch.manual_seed(0)
-    B = 3
-    small = Config(image_size=48, local_image_size=24, patch_size=8, vision_layers=2, text_layers=2, vocab_size=1000)
-    student = COSMOS(small)
-    teacher = Teacher(student)
-    images = [torch.randn(B, 3, side, side) for side in GLOBALS * [48] + 3 * [24]]      # V = 5
-    texts = torch.randint(1, 1000, (GLOBALS + 2, B, 77))                                # U = 4
-    out = student(images, texts)
-    cls_t, eot_t = teacher(images[:GLOBALS], texts[:GLOBALS])
-    loss, terms = total_loss(student, out, cls_t, eot_t)
-    loss.backward()
-    for name, vectors in out._asdict().items():
-        print(f'{name:10} {tuple(vectors.shape)}')
-    for name, term in terms.items():
-        print(f'{name:10} {term.item():.4f}')
-    print(f'loss       {loss.item():.4f} on noise; guessing costs ln {B} in L_CLIP and ln {B} in L_COSMOS, together '
-          f'{2 * math.log(B):.4f}')

@@ -275,17 +275,13 @@ class Order:
     rank: int = 0
     world: int = 1
 
-    # A method, so that an experiment can override it. It is called at every step, so it must be cheap.
-    def permutation(self, epoch):
-        return shuffled(self.seed, epoch, self.pairs)
-
     def __iter__(self):
         per_rank = self.batch // self.world
         steps_per_epoch = self.pairs // self.batch
         for step in range(self.start, self.stop):
             epoch, step_of_epoch = divmod(step, steps_per_epoch)
             begin = step_of_epoch * self.batch + self.rank * per_rank
-            indices = self.permutation(epoch)[begin:begin + per_rank].tolist()
+            indices = shuffled(self.seed, epoch, self.pairs)[begin:begin + per_rank].tolist()
             yield [(epoch, index) for index in indices]
 
 
