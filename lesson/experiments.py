@@ -359,8 +359,8 @@ def write_masks(shards, out):
     for pair, scene in enumerate(read_scenes(held_out)):
         mask = mask_of(scene)
         classes = mask * 0 + IGNORE
-        for thing in scene:
-            classes[mask == thing.number] = NAMES.index(thing.name)
+        for number, thing in enumerate(scene, 1):
+            classes[mask == number] = NAMES.index(thing.name)
         Image.fromarray(classes).save(out / f'masks/{pair:04d}.png')
         shard_image(held_out, pair).convert('RGB').save(out / f'images/{pair:04d}.png')
     (out / 'templates.txt').write_text('\n'.join(FORMS) + '\n')

@@ -88,6 +88,7 @@ class Thing:
     role: str                       # 'dominant' or 'small'
     area: int                       # in pixels
     centre: tuple = ()              # x, y
+    absent: tuple = ()              # names: its own colour with shapes that no object of the scene has
 
     @property
     def name(self):
@@ -149,12 +150,19 @@ def mask_of(things):
     return mask
 
 
+LISTED = {'name', 'role', 'area', 'centre', 'absent'}   # what the json says of each object
+
+
 def read_things(record):
-    """What the json of a scene lists -> its Things."""
+    """What the json of a scene lists -> its Things; [] if it does not list objects as this version of draw_scene does:
+    other sets may have anything under this key."""
+    objects = record.get('objects')
+    if not (isinstance(objects, list) and objects and isinstance(objects[0], dict) and LISTED <= set(objects[0])):
+        return []
     things = []
-    for listed in record['objects']:
+    for listed in objects:
         color, shape = listed['name'].split()
-        things.append(Thing(shape, color, listed['role'], listed['area'], listed['centre']))
+        things.append(Thing(shape, color, listed['role'], listed['area'], listed['centre'], listed['absent']))
     return things
 
 
@@ -192,14 +200,15 @@ def draw_scene(seed, split, index):
     taken = [thing.shape for thing in things]
     free = [shape for shape in SHAPES if shape not in taken]
     absent = rng.sample(free, ABSENT)
+    for thing in things:
+        thing.absent = [f'{thing.color} {shape}' for shape in absent]
     pixels = np.full((SIZE, SIZE, 3), ImageColor.getrgb(rng.choice(GROUNDS)), float)
     mask = mask_of(things)
     objects = []
     for number, thing in enumerate(things, 1):
         pixels[mask == number] = ImageColor.getrgb(COLORS[thing.color])
-        objects.append({
-            'name': thing.name, 'role': thing.role, 'area': thing.area, 'centre': thing.centre,
-            'absent': [f'{thing.color} {shape}' for shape in absent]})
+        objects.append({'name': thing.name, 'role': thing.role, 'area': thing.area, 'centre': thing.centre,
+                        'absent': thing.absent})
     # Make the whole image brighter or darker. Otherwise, in an image made smaller, counting the blended colours of
     # edges would give shapes away.
     pixels *= rng.uniform(0.85, 1.1)

@@ -23,7 +23,6 @@ from collections import defaultdict
 from itertools import islice
 from math import log
 from statistics import fmean
-from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -34,7 +33,7 @@ from cosmos import GLOBALS, Output, clip_loss, cosmos_terms, unit
 from data import Counts, Order, TrainingSet, loader
 from eval import (TIE, Images, class_vectors, execute, load, preprocessing, progress_bar, shard_captions,
                   shard_image, target_ranks, zero_shot_retrieval)
-from lesson.scenes import ABSENT, FORMS, NAMES, mask_of
+from lesson.scenes import ABSENT, FORMS, NAMES, mask_of, read_things
 from plumbing.errors import command, need
 from plumbing.options import Parser, add_checkpoint
 from plumbing.processes import loading
@@ -43,26 +42,14 @@ from plumbing.shards import Shards
 
 # --- 1. Scenes and their objects -------------------------------------------------------------------------------------
 
-LISTED = {'name', 'role', 'centre', 'area', 'absent'}   # what we need of an object
-
-
 def read_scenes(shards):
-    """-> [[object, ...], ...], a list for each scene; [] if a pair of the set does not list objects as this version of
-    lesson.scenes does: other sets may have anything under this key.
-
-    The attributes of an object are what its json lists, its color and shape, its pair, and its number in the mask.
-    """
+    """-> [[Thing, ...], ...], the objects of each scene; [] if a pair of the set lists none."""
     scenes = []
     for pair in range(len(shards)):
-        objects = shards.record(pair).get('objects')
-        if not (isinstance(objects, list) and objects and isinstance(objects[0], dict) and LISTED <= set(objects[0])):
+        things = read_things(shards.record(pair))
+        if not things:
             return []
-        scene = []
-        for number, listed in enumerate(objects, 1):
-            color, shape = listed['name'].split()
-            more = {'color': color, 'shape': shape, 'pair': pair, 'number': number}
-            scene.append(SimpleNamespace(**listed, **more))
-        scenes.append(scene)
+        scenes.append(things)
     return scenes
 
 
@@ -81,11 +68,11 @@ def named(scores, scenes):
     subtracted."""
     raised = scores - scores.mean(dim=0)
     hits = defaultdict(list)
-    for thing in sum(scenes, []):
-        row = raised[thing.pair]
-        wrong = row[[COLUMN[name] for name in thing.absent]]            # (ABSENT,)
-        lead = row[COLUMN[thing.name]] - wrong.max()
-        hits[thing.role].append(bool(lead > TIE))
+    for row, scene in zip(raised, scenes):
+        for thing in scene:
+            wrong = row[[COLUMN[name] for name in thing.absent]]        # (ABSENT,)
+            lead = row[COLUMN[thing.name]] - wrong.max()
+            hits[thing.role].append(bool(lead > TIE))
     figures = {}
     for role, found in hits.items():
         figures[role] = {'top1': fmean(found), 'chance': 1 / (1 + ABSENT), 'objects': len(found)}
@@ -123,16 +110,16 @@ def pointing(args, scored, shards, scenes):
         _, patches = model.encode_image(image[None].to(device))         # (1, P, D)
         numbers = objects_at(scene, model.config)                       # (P,)
         peaks = {}                      # {colour of an absent name: number of the object at the peak}
-        for thing in scene:
+        for number, thing in enumerate(scene, 1):
             asked = [COLUMN[thing.name], COLUMN[thing.absent[0]]]
             weights = model.read_image.weights(eot[asked], patches.expand(2, -1, -1))
             own, absent = numbers[weights.argmax(dim=1).cpu()].tolist()
-            found[thing.role]['own_it'].append(own == thing.number)
+            found[thing.role]['own_it'].append(own == number)
             peaks[thing.color] = absent
         if len(peaks) > 1:
-            color_of = {thing.number: thing.color for thing in scene}
-            for asked_color, number in peaks.items():
-                there = color_of.get(number)                # None: the ground
+            color_at = [None, *(thing.color for thing in scene)]            # None: the ground
+            for asked_color, peak in peaks.items():
+                there = color_at[peak]
                 found['color']['asked'].append(there == asked_color)
                 found['color']['other'].append(there not in (asked_color, None))
     figures = {}

@@ -196,8 +196,8 @@ def test_pointing_by_hand(monkeypatch, val, model):
     for scene in scenes:
         mask = Image.fromarray(mask_of(scene))
         numbers = np.array(mask.resize((64, 64), Image.NEAREST))[4::8, 4::8].flatten()
-        for thing in scene:
-            hits[f'{thing.role}.own_it'].append(numbers[27] == thing.number)
+        for number, thing in enumerate(scene, 1):
+            hits[f'{thing.role}.own_it'].append(numbers[27] == number)
         colors = [None, *(thing.color for thing in scene)]
         if {'red', 'blue'} <= set(colors):
             for color, patch in patches.items():
