@@ -149,6 +149,8 @@ tune-together              a                  100-100 scenes@amd crops-together 
 tune-together              b                  100-100 scenes@amd crops-together    32    1000  0.002
 tune-together              c                  100-100 scenes@amd crops-together    32    1000  0.0005
 tune-together              d                  100-100 scenes@amd crops-together    32    1000  0.00025
+together                   cosmos             0-4   scenes@amd   watched           32    1000  0.001    --eval-every 125
+together                   crops-together     0-2   scenes@amd   crops-together    32    1000  0.0005
 # The paper's third task, on scenes, whose masks are known: runs in equal time, as in `minutes`.
 segment                    cosmos             0-4   masked@amd   cosmos            32    1000  0.001
 segment                    text-distill       0-4   masked@amd   text-distill      32    1000  0.001

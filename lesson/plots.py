@@ -63,6 +63,7 @@ COMPARISONS = {
     'no-copy': {f'{R_AT_10} {LAST}': 'every-image~text-distill'},
     'scenes-no-copy': {NAMED: 'every-image~text-distill every-image~cosmos'},
     'teacher': {f'{R_AT_10} {LAST}': 'cosmos~no-average cosmos~teacher-sees-all'},
+    'together': {NAMED: 'crops-together~cosmos'},
     'captions': {
         f'{R_AT_10} {LAST}': 'cosmos-1~clip-1 cosmos-2~clip-2 cosmos~clip (cosmos~clip)~(cosmos-1~clip-1)'}}
 
@@ -179,6 +180,7 @@ FINDINGS = {
     'no-copy': 'Reading that cannot copy does no better than no reading.',
     'scenes-no-copy': 'On scenes neither can be told apart from the others.',
     'teacher': 'We could not tell whether an average, or a teacher of globals only, matters.',
+    'together': 'Captions of what the first crop shows: undecided.',
     'captions': 'The lead over CLIP grows with the captions that a photograph has.'}
 
 
