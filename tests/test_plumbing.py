@@ -1,5 +1,4 @@
-"""What plumbing/ promises, how mistakes and bugs end, which file may import which. Each docstring names its oracle."""
-import ast
+"""What plumbing/ promises, and how mistakes and bugs end. Each docstring names its oracle."""
 import gzip
 import hashlib
 import importlib
@@ -68,28 +67,6 @@ def test_imports_change_nothing_and_need_nothing_of_unix(tmp_path):
     assert done.stdout == "2 True ['']\n" and done.stderr.count('no locks here') == 1, done.stderr
 
 
-LAYERS = {              # files: the packages and files of ours that they may import
-    'cosmos.py': 'torch',
-    'plumbing/*.py': 'torch torchvision numpy PIL tqdm cosmos plumbing open_clip',
-    'data.py': 'torch torchvision numpy cosmos plumbing',
-    'eval.py': 'torch torchvision PIL tqdm cosmos plumbing data',
-    'train.py': 'torch tqdm cosmos plumbing data eval'}
-
-
-def test_imports_run_one_way():
-    """oracle: the table, also for imports in functions. Only the foot of train.py knows lesson and extras."""
-    for pattern, allowed in LAYERS.items():
-        for path in ROOT.glob(pattern):
-            tree = ast.parse(path.read_text())
-            if pattern == 'train.py':
-                tree.body.pop()
-            for node in ast.walk(tree):
-                if isinstance(node, (ast.Import, ast.ImportFrom)):
-                    for alias in node.names:
-                        name = getattr(node, 'module', alias.name).split('.')[0]
-                        assert name in {*allowed.split(), *sys.stdlib_module_names}, path
-
-
 # --- Programs: the four files, bugs, mistakes ------------------------------------------------------------------------
 
 def test_the_four_files_and_plumbing_are_enough(tmp_path, monkeypatch):
@@ -138,10 +115,7 @@ def test_a_bug_shows_its_place(monkeypatch, tmp_path, place, name, error):
 
 REFUSED = {         # flags: what their sentence must say
     '--step 3': 'arguments: --step 3; see prog --help',
-    '--method blip': "--method: invalid choice: 'blip'",
     '--batch 64': '--batch 64 .* 30 pairs; lower --batch',
-    '--data absent': "'absent' does not exist",
-    '--data empty': "'empty' .* no .tar file",
     '--data broken.tar': 'broken.tar:1.png .*its image cannot be read as an image',
     '--data empty/page': 'page: no readable tar of images',
     '--val holed.tar --workers 0': 'holed.tar:8.png: its image cannot be read as an image',
@@ -149,9 +123,7 @@ REFUSED = {         # flags: what their sentence must say
     '--data wordless.tar': 'wordless.tar.*no usable caption .*--caption-keys',
     '--vocab empty/page': 'page is not CLIP[^;]*; perhaps a .*page.; give the file at .* --vocab learn',
     '--quick-gelu': '--quick-gelu says how .*; give --init, too',
-    '--caption-pool raw': 'none of the first 20 pairs .*no usable caption under the keys caption.; name the captions with --caption-keys',
-    '--init none.pt': 'none.pt does not exist',
-    '--init other.pt': 'other.pt is neither a checkpoint .*its keys: 0, 1, 2, 3, 4.; load other .* with open_clip, and torch.save'}
+    '--caption-pool raw': 'none of the first 20 pairs .*no usable caption under the keys caption.; name the captions with --caption-keys'}
 
 
 @pytest.mark.parametrize('line', REFUSED)
@@ -165,7 +137,6 @@ def test_what_a_user_can_mend_is_one_sentence(monkeypatch, tmp_path, line):
     pixels = good.rindex(b'IDAT') + 4                   # those of the last image
     put('holed.tar', good[:pixels] + bytes(40) + good[pixels + 40:])
     put('empty/page', '<html>')
-    torch.save(dict.fromkeys('0123456'), 'other.pt')
     flags = f'--data dogs.tar --preset micro --batch 4 --device cpu --out out {line}'
     assert re.fullmatch(f'error: .*{REFUSED[line]}.*', run(train, *flags.split()))
     assert not Path('out').exists()
@@ -327,9 +298,6 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
         check(raw[:text.offset_data + 5], '01')
         check(raw + joined, '012345')
         check(raw[:start] + noise + raw[start + 512:], stepped_over)
-    info.size = -1000                                   # would send tarfile back again and again
-    header = info.tobuf(tarfile.GNU_FORMAT)[-512:]
-    check(raw[:start] + header + raw[start + 512:], '01')
     assert len(Shards(put(path, raw[:text.offset_data + text.size]))) == 3      # cut off just behind a member
     path.write_bytes(raw[:600])                         # the first member is cut off
     refused('no readable tar', Shards, path)
@@ -338,20 +306,15 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
 
 def test_a_pair_costs_its_bytes(tmp_path, monkeypatch):
     """oracle: how a tar is opened: once for all its headers, and once for a pair, with a buffer of at most 512 bytes.
-    On NFS a buffer of no set size has 1 MB, and each read fills it. The .txt counts if --caption-keys names it."""
-    image = encoded(Image.new('RGB', (9, 9)))
-    members = []
-    for i in range(9):
-        members += [(f'{i}.jpg', image), (f'{i}.json', {'caption': 'a dog'}), (f'{i}.txt', b'a dog')]
-    path = write_tar(tmp_path / 'a.tar', members)
+    On NFS a buffer of no set size has 1 MB, and each read fills it."""
+    path = dog_tar(tmp_path / 'a.tar', 2)
     opened = Mock(wraps=open)
     monkeypatch.setattr('builtins.open', opened)
     shards = Shards(path)
     assert opened.call_args_list[0] == call(str(path), 'rb', buffering=0)
-    for i in range(9):
-        assert shards.pair(i) == (['a dog'], image)
-    assert opened.call_args_list[-9:] == 9 * [call(str(path), 'rb', buffering=512)]
-    assert Shards(path, 'caption,txt').pair(0) == (['a dog', 'a dog'], image)
+    opened.reset_mock()
+    shards.pair(1)
+    opened.assert_called_once_with(str(path), 'rb', buffering=512)
 
 
 def test_which_index_is_used(tmp_path, capsys, monkeypatch):
@@ -516,8 +479,7 @@ EXIF = [                                # an orientation, and EXIF that means it
     *enumerate(PLAIN_EXIF),
     (1, HEAD + struct.pack('>HHL4sL', 0x112, 2, 2, b'6', 0)),           # a text
     (1, PLAIN_EXIF[6][:12]),
-    (1, b'Exif\0\0no TIFF'),
-    (1, b'Exif\0\0MM')]
+    (1, b'Exif\0\0no TIFF')]
 
 
 def decoded(file):
