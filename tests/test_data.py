@@ -59,8 +59,7 @@ def test_globals_are_what_the_losses_take_for_globals(counts):
 @pytest.mark.parametrize('width, kind, tolerance', [
     (192, 'PNG', 0.5),
     (400, 'JPEG', 10),
-    (1, 'PNG', 0.5),
-    (3, 'JPEG', 6)])
+    (1, 'PNG', 0.5)])
 def test_image_crops_are_the_pixels_of_their_boxes(width, kind, tolerance):
     """oracle: torchvision's crop of each box from the upright image, flipped or not, at full size."""
     rng = random.Random(0)

@@ -125,7 +125,6 @@ def test_an_interrupted_pack_leaves_nothing_that_trains(tmp_path, images, writte
 TABLES = {              # what could be garbled: the captions, and the table; the columns to take, if they are named
     "COCO's list": (DOGS, COCO),
     'a CSV': (DOGS, CSV),
-    'a TSV': (DOGS, CSV.replace(',', '\t')),
     'columns that are named win over those that would be found': (
         [['ein Hund']], 'photo\timage\tcaption\tde\na.jpg\tb.jpg\ta dog\tein Hund\n', 'photo', 'de'),
     "rows of one image, in two keys and two forms; DreamLIP's strings are split, items of its lists are not": (
@@ -318,14 +317,6 @@ def test_attend_command(tmp_path, checkpoint):
 
 # --- export ----------------------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def vocab(monkeypatch):
-    """CLIP's merges, by COSMOS_VOCAB -> their path."""
-    path = shared('vocab', 'bpe_simple_vocab_16e6.txt.gz')
-    monkeypatch.setenv('COSMOS_VOCAB', str(path))
-    return path
-
-
 def test_export(tmp_path, checkpoint, capsys):
     """oracle: the towers of the model, under open_clip's names; nothing is overwritten."""
     out = tmp_path / 'clip.pt'
@@ -341,10 +332,11 @@ def test_export(tmp_path, checkpoint, capsys):
 
 
 @torch.no_grad()
-def test_quick_gelu_in_and_out(tmp_path, vocab, capsys):
+def test_quick_gelu_in_and_out(tmp_path, monkeypatch, capsys):
     """oracle: the features of open_clip's own model with random weights, whose activation is OpenAI's. We read its
     state dict with --quick-gelu, and without it the features differ; it reads ours by the two lines that export prints."""
     open_clip = pytest.importorskip('open_clip')
+    monkeypatch.setenv('COSMOS_VOCAB', str(shared('vocab', 'bpe_simple_vocab_16e6.txt.gz')))
     theirs = open_clip.create_model('ViT-B-32-quickgelu')
     torch.save(theirs.state_dict(), tmp_path / 'theirs.pt')
     model, tokenizer, _ = load(tmp_path / 'theirs.pt', quick_gelu=True)
