@@ -27,7 +27,7 @@ from cosmos import COSMOS, GLOBALS, Config, Teacher, clip_loss, cosmos_loss, tot
 from eval import encode_dense
 from plumbing.weights import from_openclip, to_openclip
 from tests.formula import wavy_inputs, wavy_model
-from tests.helpers import MICRO, ROOT, close, micro, refused, shared
+from tests.helpers import MICRO, ROOT, close, micro, refused, seeded, shared
 
 # --- 1. The released code --------------------------------------------------------------------------------------------
 
