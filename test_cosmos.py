@@ -376,7 +376,8 @@ def test_images_that_are_not_square():
     """oracle: torch's convolution, and positions sampled by grid_sample, on 3 x 5 patches, as in encode_dense; the
     sentence that refuses what is no multiple of a patch."""
     model, _, _ = micro()
-    refused('30 x 32 pixels .* patches of 8', model.encode_image, torch.ones(1, 3, 30, 32))
+    refused('30 x 32 pixels .* patches of 8', model.encode_image, torch.ones(1, 3, 30, 32),
+            kind=ValueError)
     tower = model.visual
     images = torch.randn(2, 3, 24, 40)
     learned = tower.positional_embedding[1:].view(1, 4, 4, -1).permute(0, 3, 1, 2)

@@ -15,7 +15,7 @@ from PIL import Image
 import cosmos
 import train
 from cosmos import COSMOS
-from plumbing.errors import command
+from plumbing.errors import Refused, command
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get('COSMOS_SHARED') or ROOT.parent / 'shared')
@@ -49,9 +49,9 @@ def close(a, b, tolerance=1e-5):
     assert distance <= tolerance, f'relative distance {distance:.2e}, allowed {tolerance}'
 
 
-def refused(sentence, call, *args, **kwargs):
-    """Asserts that the call raises ValueError (Refused is one), and that its text matches `sentence`."""
-    with pytest.raises(ValueError, match=sentence):
+def refused(sentence, call, *args, kind=Refused, **kwargs):
+    """Asserts that the call raises Refused, or `kind`, and that its text matches `sentence`."""
+    with pytest.raises(kind, match=sentence):
         call(*args, **kwargs)
 
 

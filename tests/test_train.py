@@ -872,23 +872,23 @@ def test_bad_pairs_stop_a_run_beyond_5_percent(fit, tmp_path):
 
 
 def test_broken_steps_are_skipped_or_stop_a_run(monkeypatch, capsys, fit, started, tmp_path):
-    """oracle: chosen steps, whose losses are made NaN. A few are skipped with a line each; five stop the run, and do
-    not replace what was saved before. In fp16 they only lower the scale, which is saved and restored. A typed --wd wins over the
-    checkpoint's."""
+    """oracle: chosen steps, whose losses are made NaN, or so large that the norm is infinite. A few are skipped with a
+    line each; five stop the run, and do not replace what was saved before. In fp16 they only lower the scale, which is
+    saved and restored. A typed --wd wins over the checkpoint's."""
     loss = cosmos.clip_loss
 
     def spoilt(*arguments):
-        return loss(*arguments) * (math.nan if next(numbers) in steps else 1)
+        return loss(*arguments) * (factor if next(numbers) in steps else 1)
 
     monkeypatch.setattr(cosmos, 'clip_loss', spoilt)
     stopped = 'error: the gradients of 5 steps in a row, .* step 7.* not saved, .*last.pt, if any, is as it was .* --clip-grad 1'
-    for steps, precision, status, last, taken in (
-            ([1, 2, 3, 4, 6], 'fp32', 0, 9, 4), ([3, 4, 5, 6, 7], 'fp32', stopped, 2, 2),
-            ([3, 4, 5, 6, 7], 'fp16', 0, 9, 4)):
+    for steps, factor, norm, precision, status, last, taken in (
+            ([1, 2, 3, 4, 6], 1e30, 'inf', 'fp32', 0, 9, 4), ([3, 4, 5, 6, 7], math.nan, 'nan', 'fp32', stopped, 2, 2),
+            ([3, 4, 5, 6, 7], math.nan, 'nan', 'fp16', 0, 9, 4)):
         numbers = itertools.count(1)
         out = tmp_path / f'{precision}-{last}'
         assert re.match(str(status), str(fit(out, '--steps', 9, '--eval-every', 0, '--precision', precision)))
-        skipped = re.findall('step (.+) was skipped, because the norm of its gradient is nan', capsys.readouterr().out)
+        skipped = re.findall(f'step (.+) was skipped, because the norm of its gradient is {norm}', capsys.readouterr().out)
         assert skipped == list(map(str, steps))
         state = saved(out)
         assert state['step'] == last
