@@ -71,11 +71,6 @@ def write_config(run):
         old += ['log.jsonl', BEST]
     for name in old:
         Path(run.folder, name).unlink(missing_ok=True)
-    log = run.folder / 'log.jsonl'
-    # A kill may have cut its last line short. The next entry would continue that line, and be lost with it.
-    if log.exists() and log.read_bytes()[-1:] not in (b'', b'\n'):
-        with open(log, 'a') as file:
-            file.write('\n')
     more = {'config': asdict(run.train_set.config), 'commit': commit()}
     write_json(run.folder / 'config.json', vars(run.options) | more)
 
