@@ -49,7 +49,9 @@ def clean(text):
         text = unescape(text)
     text = re.sub('[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]', '', text)
     if not text.isascii():
-        text = ''.join(map(plain, text))
+        text = text.replace('\ufb05', 'ſt')             # NFKC would give 'st'
+        ligature_or_wide = '[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb06\uff01-\uffef]'
+        text = re.sub(ligature_or_wide, plain, text)
         text = re.sub('[\u02bc\u2018-\u201b]', "'", text)
         text = re.sub('[\u201c-\u201f]', '"', text)
         text = re.sub('[\ud800-\udfff]', '\ufffd', text)
@@ -61,15 +63,9 @@ def unescape(text):
     return html.unescape(html.unescape(text))
 
 
-@lru_cache
-def plain(char):
-    """One character as ftfy rewrites it: a ligature, or a wide or narrow form, becomes plain letters."""
-    if char == '\ufb05':
-        return 'ſt'                                     # NFKC would give 'st'
-    ligature_or_wide = '[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb06\uff01-\uffef]'
-    if re.match(ligature_or_wide, char):
-        return unicodedata.normalize('NFKC', char)
-    return char
+def plain(found):
+    """A match of ligature_or_wide -> plain letters."""
+    return unicodedata.normalize('NFKC', found[0])
 
 
 @lru_cache
