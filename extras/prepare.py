@@ -25,7 +25,7 @@ import numpy as np
 from eval import progress_bar
 from plumbing.captions import CAPTION_KEYS, DREAMLIP, caption_pool, sentences
 from plumbing.errors import Refused, command, need
-from plumbing.files import read_json, write_json
+from plumbing.files import read_json, reading, write_json
 from plumbing.images import open_image, pillow_errors, load_image
 from plumbing.tables import SPLIT, read_rows, table_rows
 from plumbing.options import Parser, positive, share
@@ -196,7 +196,7 @@ def read_captions(table):
     csv.field_size_limit(1 << 24)       # Python's own limit of 131,072 characters may be too low
     database = sqlite3.connect('')      # a temporary file: the table may be larger than memory
     database.execute('create table captions (url primary key, record)')
-    with open(table, encoding='utf-8-sig', newline='') as file:
+    with reading(table), open(table, encoding='utf-8-sig', newline='') as file:
         for row in progress_bar(table_rows(file, table), 'reading the table'):
             url = (row[find_column(URL_COLUMNS, row, table)] or '').strip()
             record = {}

@@ -120,8 +120,6 @@ def table_rows(file, path, **form):
     except csv.Error as error:
         raise Refused(f'{path} cannot be read from line {line} on ({error}); '
                       'close the quotation mark there, or double it') from None
-    except UnicodeDecodeError:      # of a file that is decoded while it is read, a few lines ahead
-        raise Refused(f'{path} is not UTF-8 (at line {line} or soon after it); save it as UTF-8') from None
 
 
 def rows_of_table(text, path):
@@ -143,12 +141,7 @@ def read_rows(path):
     """The rows of a JSONL, JSON, CSV or TSV file, as dicts. The content says which it is, because names vary:
     Flickr8k's captions.txt is a CSV."""
     with reading(path):
-        try:
-            text = Path(path).read_text(encoding='utf-8-sig')
-        except UnicodeDecodeError as error:
-            line = error.object[:error.start].count(b'\n') + 1
-            raise Refused(f'{path} is not UTF-8 (line {line}); save it as UTF-8, '
-                          'in Excel as the type CSV UTF-8') from None
+        text = Path(path).read_text(encoding='utf-8-sig')
         try:
             is_json = text.lstrip().startswith(('{', '['))
             rows = rows_of_json(text.strip()) if is_json else rows_of_table(text, path)
