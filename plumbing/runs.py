@@ -162,11 +162,6 @@ def memory_needed():
 
 # --- 3. Saving -------------------------------------------------------------------------------------------------------
 
-def networks_of(run):
-    train_set = run.train_set
-    return networks(train_set.config, train_set.tokenizer, run.student, run.teacher, run.step, commit())
-
-
 def is_overdue(run):
     """Is the last save older than --save-minutes? 0 means no limit."""
     minutes = (time.perf_counter() - run.saved_at) / 60
@@ -177,7 +172,7 @@ def save(run):
     """Rank 0 writes last.pt if any step has been taken since the last save. To save something else, add it here and in
     `restore`."""
     if run.processes.rank == 0 and run.step > run.saved_step:
-        save_tensors(run.folder / LAST, networks_of(run) | {
+        save_tensors(run.folder / LAST, networks(run, commit()) | {
             'optimizer': run.optimizer.state_dict(),
             'scaler': run.scaler.state_dict(),
             'options': vars(run.options),
@@ -197,7 +192,7 @@ def keep_best(run, scores, val):
     best = read_checkpoint(path, mmap=True) if path.exists() else {}
     # Scores on other held-out shards cannot be compared with this one.
     if best.get('val') != val.fingerprint or mean > best['score']:
-        best = networks_of(run) | {'score': mean, 'val': val.fingerprint}
+        best = networks(run, commit()) | {'score': mean, 'val': val.fingerprint}
         save_tensors(path, best)
     tqdm.write(f'eval       step {run.step}  R@1 {to_text:.1%} image to text, {to_image:.1%} text to '
                f"image, mean {mean:.1%}  best {best['score']:.1%} at step {best['step']}")

@@ -103,16 +103,16 @@ LAST = 'last.pt'
 TENSORS = 'student', 'teacher', 'optimizer'
 
 
-def networks(config, tokenizer, student, teacher, step, commit):
-    """What evaluation needs of a run. teacher: None if there is none."""
+def networks(run, commit):
+    """What evaluation needs of a train.Run."""
     state = {
-        'config': asdict(config),
-        'merges': tokenizer.merges,
-        'step': step,
+        'config': asdict(run.train_set.config),
+        'merges': run.train_set.tokenizer.merges,
+        'step': run.step,
         'commit': commit,
-        'student': student.state_dict()}
-    if teacher:
-        state['teacher'] = teacher.model.state_dict()
+        'student': run.student.state_dict()}
+    if run.teacher:
+        state['teacher'] = run.teacher.model.state_dict()
     return state
 
 
