@@ -2,6 +2,7 @@
 import argparse
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from plumbing.benchmarks import BENCHMARKS, TORCHVISION_SETS
@@ -26,13 +27,11 @@ class Parser(argparse.ArgumentParser):
 def number_type(kind, words, least, most=float('inf')):
     """A type for argparse: a number from least to most. words: how the error describes such a number."""
     def parse(text):
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most:      # NaN is in no range
-            raise argparse.ArgumentTypeError(f'{text} is not {words}')
-        return value
+            if least <= value <= most:      # NaN is in no range
+                return value
+        raise argparse.ArgumentTypeError(f'{text} is not {words}')
     return parse
 
 

@@ -233,25 +233,21 @@ NOT_COMPARED = 'out', 'resume', 'init', 'vocab', 'quick_gelu'
 def check_resumed(saved, options, shards):
     """Refused if what must stay the same has changed: the options in FIXED, the data, and GLOBALS, in case somebody
     edits it. Other options may differ, and so may the code; a line says what does."""
-    before = {'GLOBALS': saved['globals'], 'fingerprint of --data': saved['data']}
-    now = {'GLOBALS': GLOBALS, 'fingerprint of --data': shards.fingerprint[:8]}
-    changed = []
+    changed = {}
     for name, new in vars(options).items():
-        flag = '--' + name.replace('_', '-')
         old = saved['options'].get(name, new)           # the code that saved it may not have had this option
-        if name in FIXED:
-            before[flag] = old
-            now[flag] = new
-        elif old != new and name not in NOT_COMPARED:
-            changed.append(f'{flag} was {old}, is now {new}')
-    differs = [what for what in now if before[what] != now[what]]
-    was = ', '.join(f'{what} {before[what]}' for what in differs)
-    is_now = ', '.join(f'{what} {now[what]}' for what in differs)
-    need(not differs, f'{options.out} was started with {was}, not {is_now}; give the same to resume it, or another '
+        if old != new and name not in NOT_COMPARED:
+            changed[name] = f"--{name.replace('_', '-')} was {old}, is now {new}"
+    wrong = [changed.pop(name) for name in FIXED if name in changed]
+    if saved['data'] != shards.fingerprint[:8]:
+        wrong.append('--data were other shards')
+    if saved['globals'] != GLOBALS:
+        wrong.append(f"GLOBALS was {saved['globals']}, is now {GLOBALS}")
+    need(not wrong, f"{options.out} cannot be resumed so: {', '.join(wrong)}; give the same to resume it, or another "
          '--out, or start anew from its weights with --init')
     if saved['commit'] != commit() or commit().endswith('-dirty'):
         note(f"the code may have changed: it was at {saved['commit']}, is at {commit()}")
-    for line in changed:
+    for line in changed.values():
         note(line)
 
 
