@@ -23,11 +23,8 @@ TORCHVISION_SETS = sorted(IN_WORDS + NOT_IN_WORDS)
 
 
 def torchvision_set(name, root, split, download, preprocess):
-    """A name of TORCHVISION_SETS -> the set, and which split of it was opened.
-
-    split: None means 'test'. Some sets have a switch `train` instead of named splits, others are not split at all.
-    Refused: a split that the set does not have, and a set that torchvision cannot find or read.
-    """
+    """A name of TORCHVISION_SETS -> the set, and which split of it was opened. split: None means 'test'. Some sets have
+    a switch `train` instead of named splits, others are not split at all."""
     kind = getattr(torchvision.datasets, name)
     known = inspect.signature(kind).parameters
     options = {'transform': preprocess}
@@ -123,7 +120,6 @@ def read_templates(path, default):
     if path == 'open_clip':
         return open_clip_prompts()[0]
     templates = read_lines(path)
-    need(templates, f'{path} holds no prompts; give one per line, with {{}} where the class goes')
     for template in templates:
         need('{}' in template, f"'{template}' in {path} needs {{}} where the class goes")
     return templates

@@ -36,8 +36,7 @@ def open_image(source):
 
 
 def load_image(source):
-    """A path, an open file, encoded bytes or a Pillow image -> RGB image, turned as EXIF says. Unreadable if it is
-    broken."""
+    """What open_image takes -> RGB image, turned as EXIF says. Unreadable if it is broken."""
     name = source if isinstance(source, (str, Path)) else 'its image'
     image, turn, _ = read_header(source, name)
     return pixels(image, turn, name)

@@ -171,10 +171,9 @@ def compile_blocks(model):
     # We need no cuts, because the gradients of other blocks are sent meanwhile.
     torch._dynamo.config.optimize_ddp = False
     if next(model.parameters()).is_cuda:
-        # A GPU's backward pass runs in a thread of its own. There torch has one CPU thread, because the loader's thread
-        # for pinned memory asked for one, and does not have the two settings above. Graphs hold for one number of CPU
-        # threads, so blocks that are computed again there would be compiled again, until torch gives up and the run
-        # ends. With one CPU thread here, too, the graphs that exist serve.
+        # A GPU's backward pass runs in a thread of its own, without the two settings above, and with one CPU thread,
+        # because the loader's thread for pinned memory asked for one. Graphs hold for one number of CPU threads. With
+        # more here, blocks that are computed again there would be compiled again, until torch gives up.
         torch.set_num_threads(1)
     for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
         block.forward = torch.compile(block.forward, dynamic=True)

@@ -31,8 +31,7 @@ class Shards:
 
     caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: the path of a table
     that `save` has written or will write, such as OUT/index.npy. A mark of the tars, a hash of their names, sizes and
-    times of modification, is put into its name. So a table of the same tars is found and mapped into memory, and no
-    header is read. In either case the first pairs are read, to see whether they can be used.
+    times of modification, is put into its name. So no header is read again if a table of the same tars is there.
     fingerprint: a hash of names and sizes only, so that a copied set counts as the same set.
     """
 
@@ -158,7 +157,6 @@ def find_shards(paths, split=None):
     """A tar, a folder of tars, a quoted glob, or a list of these -> sorted paths of tars, each once.
 
     split: 'train' or 'val'. If a folder holds both as subfolders, this one is taken, and a line says so.
-    Raises Refused if nothing is found. A line says how many paths lead nowhere, and how many tars are named twice.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else paths
     tars = []

@@ -17,13 +17,13 @@ from plumbing.errors import Refused, Unreadable, need
 
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
-MOST_WORDS = 200_000    # `word_ids` caches no more, because there is no end of new words on the web
+MOST_WORDS = 200_000    # in the cache of `word_ids`: few words make up most texts, but there is no end of new ones
 # Fusing a word takes time that grows with the square of its length, and so many letters fill any context: an id of
 # CLIP's stands for at most 32.
 LONGEST_WORD = 5000
 LEARN_FROM = 5000       # merges are learned from this many words, the most frequent ones
 LEARNED_VOCAB = 8192    # ids of a vocabulary that is learned
-PAIRS_TO_LEARN = 20_000     # the fewest to take from a larger set; enough for every frequent word
+PAIRS_TO_LEARN = 20_000     # a larger set gives this many to twice as many; enough for every frequent word
 VOCAB_HELP = (f'give the file at {VOCAB_URL} with --vocab PATH or COSMOS_VOCAB, or learn a vocabulary '
               'from your captions with --vocab learn')
 
@@ -181,8 +181,7 @@ class Tokenizer:
 
     @lru_cache(MOST_WORDS)
     def word_ids(self, word):
-        """Ids of one word: fuses the pair of lowest rank while there is one. Cached, because few words make up most
-        texts."""
+        """Ids of one word: fuses the pair of lowest rank while there is one."""
         symbols = [word] if word in SPECIAL else symbols_of(word)
         while True:
             known = [pair for pair in zip(symbols, symbols[1:]) if pair in self.rank]
@@ -211,8 +210,7 @@ class Tokenizer:
 
 
 def learn_merges(shards):
-    """The merges of a vocabulary that is learned from pairs spread evenly over the set: from 20,000 to 40,000 of a
-    large set, and from all of a small one."""
+    """The merges of a vocabulary that is learned from pairs spread evenly over the set."""
     captions = []
     step = max(1, len(shards) // PAIRS_TO_LEARN)
     for i in range(0, len(shards), step):
