@@ -58,8 +58,7 @@ MARGIN = 8
 
 
 def attention_picture(model, tokenizer, preprocess, image, captions, path):
-    """Draw a PNG with a row per caption: the image, the map of C^I over it, and for each word a bar that shows its
-    weight in C^T."""
+    """Draw the PNG that the head of this file describes."""
     need(model.has_cross_attention, 'this model has no cross-attention, so there is nothing to draw; '
          'take a released model, or a run of --method cosmos or across')
     maps = [attention(model, tokenizer, preprocess, image, caption) for caption in captions]

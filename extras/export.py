@@ -1,6 +1,8 @@
 """Write the weights of a checkpoint as a state dict that open_clip loads, and next to it open_clip's model config.
 
     python -m extras.export CKPT OUT.pt                 writes OUT.pt and OUT.json, and prints how to load them
+
+open_clip has no tokenizer for merges that were learned; use the one that eval.load gives.
 """
 from pathlib import Path
 
@@ -10,7 +12,6 @@ from plumbing.files import save_tensors, write_json
 from plumbing.options import Parser
 from plumbing.weights import to_openclip
 
-CLIP_VOCABULARY = 49408
 # How those of our names begin that have a counterpart in open_clip. Cross-attention has none.
 OPENCLIP_HAS = 'visual.', 'text.', 'logit_scale'
 
@@ -29,7 +30,6 @@ def export(checkpoint, out):
     and next to them open_clip's model config. Cross-attention is left out."""
     path = Path(out)
     layout = path.with_suffix('.json')
-    need(path != layout, f'{path} would also be the name of the config; name it {path.stem}.pt')
     need(not path.exists() and not layout.exists(), f'{path} or {layout} exists; name another file')
     model, _, _ = load(checkpoint)
     write_json(layout, openclip_config(model.config))
@@ -38,9 +38,6 @@ def export(checkpoint, out):
     save_tensors(path, to_openclip(towers))
     print(f"open_clip.add_model_config('{layout}')\n"
           f"model = open_clip.create_model('{path.stem}', pretrained='{path}')")
-    if model.config.vocab_size != CLIP_VOCABULARY:
-        print('# The merges were learned, so open_clip has no tokenizer for them; '
-              'use the one that eval.load gives.')
 
 
 def main():

@@ -126,9 +126,8 @@ def image_kind(image):
 def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_column=None):
     """A file of rows and a folder of images -> shards of up to `size` images in `out`, a new folder.
 
-    val: this share of the images goes to out/val, the others to out/train; with 0 all go to out. An image's name alone
-    decides where it goes. No val may be given with Karpathy's list, which already says where each image goes. Image
-    bytes are copied as they are. An image that is missing or broken, or has no caption, is left out.
+    val: as --val. An image's name alone decides where it goes; Karpathy's list says so itself. Image bytes are copied
+    as they are. An image that is missing or broken, or has no caption, is left out.
     """
     out = Path(out)
     need(not out.exists(), f'{out} exists; name a new folder, or remove that one')
@@ -166,9 +165,6 @@ def divide(records, rows, out, val):
             half = ''
         if half is not None:
             sides[half].append(record)
-    need(not val or len(sides) == 2,
-         f'--val {val} of the {len(records)} images in {rows} would leave {out}/train or {out}/val '
-         'empty; give another share')
     if splits:
         counts = ', '.join(f'{n:,} {split}' for split, n in splits.items())
         print(f'splits     {counts}; train and restval go to {out}/train, val to {out}/val')
@@ -251,10 +247,7 @@ def join(table, shards, out):
         if not path.exists():                       # only whole shards have that name
             write_shard(path, members(number))
     name_left_out(problems)
-    if not any(partial.glob('*.tar')):
-        label.unlink()
-        partial.rmdir()     # else the next try, with a better table, would find it
-        raise Refused(f'no url of the pairs is in {table}, so nothing was written; compare them')
+    need(any(partial.glob('*.tar')), f'no url of the pairs is in {table}; compare them, and remove {partial}')
     partial.rename(out)
     print(f"{counts['matched']:,} of {counts['pairs']:,} pairs matched "
           f"({counts['matched'] / max(counts['pairs'], 1):.1%}), in the shards that this command has written")

@@ -170,8 +170,7 @@ def ask(run, image_features, pixels, texts):
     """An image (1, 3, S, S) and n texts -> what the model makes of them, {cosine (n,), mean (n,), maps (n, P)}.
 
     cosine: that of image and text. mean: the text's mean cosine with all held-out images. maps: the weights of C^I with
-    the text as query. A model without cross-attention has no such weights, so there a map has the cosines of the text
-    with the patches.
+    the text as query; without cross-attention, the cosines of the text with the patches.
     """
     model = run.model
     eot, _ = model.encode_text(run.train_set.tokenizer(texts).to(pixels.device))    # (n, D)
@@ -200,7 +199,6 @@ class Report(Watcher):
         self.images = [normalize(view).to(device) for view in images]       # V of (B, 3, s, s)
         self.texts = ids.to(device)                                         # (U, B, T)
         self.has_kept_images = False                                        # the held-out ones
-        self.kept_step = None
         machine = f'{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}'
         if torch.cuda.is_available():
             machine += f', {torch.cuda.get_device_name()}'
@@ -219,9 +217,6 @@ class Report(Watcher):
     @torch.no_grad()
     def keep_step(self, run):
         """Keep the pairs as student and teacher see them after run.step steps, in float32."""
-        if run.step == self.kept_step:              # an evaluation comes at the first step, or at the last
-            return
-        self.kept_step = run.step
         raw, weights = read_batch(run.student, self.images, self.texts)
         vectors = {name: unit(raw[name]) for name in raw}
         scales = [scale.exp() for scale in run.student.scales()]

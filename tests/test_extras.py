@@ -206,8 +206,6 @@ def test_pack_refuses(tmp_path, images):
         refused(sentence, prepare.pack, put(tmp_path / 't', text), images, out)
     german = put(tmp_path / 't', GERMAN)
     refused('none of the 2 images', prepare.pack, german, tmp_path, out, 9, 0, None, 'Beschreibung')
-    refused('--val 1e-06 of the 2 images in .*/t would leave .*/out/train or .*/out/val empty; give another share',
-            prepare.pack, german, images, out, 9, 1e-6, None, 'Beschreibung')
     prepare.pack(german, images, out, 9, 0, None, 'Beschreibung')
     assert pools(out) == [['größer']]
 
@@ -317,11 +315,10 @@ def test_attend_command(tmp_path, checkpoint):
 
 # --- export ----------------------------------------------------------------------------------------------------------
 
-def test_export(tmp_path, checkpoint, capsys):
+def test_export(tmp_path, checkpoint):
     """oracle: the towers of the model, under open_clip's names; nothing is overwritten."""
     out = tmp_path / 'clip.pt'
     run(export, checkpoint, out)
-    assert 'The merges were learned' in capsys.readouterr().out
     model, _, _ = load(checkpoint)
     theirs = torch.load(out)
     assert 'ln_final.weight' in theirs
