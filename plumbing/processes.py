@@ -211,9 +211,8 @@ def signals_caught():
             signal.signal(number, handler)
 
 
-# Seconds. A batch that takes longer is an error. This must come well before TIMEOUT, or nccl would end the processes
-# that wait for this one before the error is told. A worker that was forked beside CUDA and nccl may, rarely, hang for
-# ever (pytorch#130610), and the other processes would wait with it.
+# Seconds until a missing batch is an error. A worker that was forked beside CUDA and nccl may, rarely, hang for ever
+# (pytorch#130610). Well before TIMEOUT, or nccl would end the processes that wait before the error is told.
 LONGEST_WAIT = 900
 
 

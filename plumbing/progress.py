@@ -35,9 +35,8 @@ class Progress:
         return batch
 
     def count(self, latest, scale, pairs, bad, signals):
-        """Every step ends with this call. scale: that of fp16's scaler, otherwise 1. All others are sums over all
-        ranks: pairs, how many the step had; bad, how many of these were unreadable; signals, how many processes got a
-        signal so far."""
+        """Every step ends with this call. scale: that of fp16's scaler, otherwise 1. Over all ranks: pairs and bad of
+        this step, and signals so far."""
         self.latest = latest
         self.seen += pairs
         self.bad += bad

@@ -17,13 +17,13 @@ from plumbing.errors import Refused, Unreadable, need
 
 VOCAB_URL = 'https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz'
 VOCAB_SHA256 = '924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a'
-MOST_WORDS = 200_000    # in the cache of `word_ids`: few words make up most texts, but there is no end of new ones
+MOST_WORDS = 200_000    # in the cache of `word_ids`: the web has no end of new words
 # Fusing a word takes time that grows with the square of its length, and so many letters fill any context: an id of
 # CLIP's stands for at most 32.
 LONGEST_WORD = 5000
 LEARN_FROM = 5000       # merges are learned from this many words, the most frequent ones
 LEARNED_VOCAB = 8192    # ids of a vocabulary that is learned
-PAIRS_TO_LEARN = 20_000     # a larger set gives this many to twice as many; enough for every frequent word
+PAIRS_TO_LEARN = 20_000     # or up to twice as many, if there are more; enough for frequent words
 VOCAB_HELP = (f'give the file at {VOCAB_URL} with --vocab PATH or COSMOS_VOCAB, or learn a vocabulary '
               'from your captions with --vocab learn')
 
@@ -38,6 +38,7 @@ SPECIAL = '<start_of_text>', '<end_of_text>'    # as open_clip spells them
 # CLIP's pattern has \p{L} and \p{N}, which `re` lacks. Here [^\W\d_] is a letter and \d a digit, and `apart` makes
 # other numbers, such as ½, into words of their own.
 WORD = re.compile(r"<start_of_text>|<end_of_text>|'(?:[stmd]|re|ve|ll)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
+LIGATURE_OR_WIDE = '[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb06\uff01-\uffef]'
 
 
 def clean(text):
@@ -50,8 +51,7 @@ def clean(text):
     text = re.sub('[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]', '', text)
     if not text.isascii():
         text = text.replace('\ufb05', 'ſt')             # NFKC would give 'st'
-        ligature_or_wide = '[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb06\uff01-\uffef]'
-        text = re.sub(ligature_or_wide, plain, text)
+        text = re.sub(LIGATURE_OR_WIDE, plain, text)
         text = re.sub('[\u02bc\u2018-\u201b]', "'", text)
         text = re.sub('[\u201c-\u201f]', '"', text)
         text = re.sub('[\ud800-\udfff]', '\ufffd', text)
@@ -64,7 +64,7 @@ def unescape(text):
 
 
 def plain(found):
-    """A match of ligature_or_wide -> plain letters."""
+    """A match of LIGATURE_OR_WIDE -> plain letters."""
     return unicodedata.normalize('NFKC', found[0])
 
 
@@ -77,16 +77,14 @@ def apart(char):
 
 
 def symbols_of(word):
-    """'cat' -> ['c', 'a', 't</w>']: a symbol per UTF-8 byte. The last one is marked, so that the
-    word 'cat' differs from the 'cat' in 'cats'."""
+    """'cat' -> ['c', 'a', 't</w>']: a symbol per UTF-8 byte. The mark tells 'cat' from the 'cat' in 'cats'."""
     symbols = [BYTE_SYMBOL[byte] for byte in word.encode()]
     symbols[-1] += '</w>'
     return symbols
 
 
 def fuse(symbols, left, right):
-    """Joins `left` and `right` wherever they are neighbours, from the left on: fuse(['a', 'a', 'a'], 'a', 'a') is
-    ['aa', 'a']."""
+    """Joins neighbours `left` and `right`, from the left on: fuse(['a', 'a', 'a'], 'a', 'a') is ['aa', 'a']."""
     fused = []
     for symbol in symbols:
         if symbol == right and fused and fused[-1] == left:
