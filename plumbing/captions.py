@@ -54,8 +54,7 @@ def caption_pool(record, keys=None):
 # --- 2. Sentences (ours) ---------------------------------------------------------------------------------------------
 
 def sentences(value, whole=False):
-    """A string, or a list of strings -> its sentences. Anything else is left out. whole: each string is one sentence,
-    and is not split."""
+    """A string, or a list -> the sentences of its strings. whole: each string is one sentence, and is not split."""
     found = []
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str):

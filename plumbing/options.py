@@ -122,8 +122,7 @@ UNTYPED = object()
 
 def training_options(argv, description, presets, methods, recipe_of):
     """The command line -> options and typed, two dicts {option: value}. typed: what was typed. options: that, else the
-    recipe, else the default above. `settle` then decides what depends on the data or on a checkpoint.
-    recipe_of(preset, method, init) returns the recipe, {option: its default}."""
+    recipe, else the default above. `settle` then decides what depends on the data or on a checkpoint."""
     recipes = ''.join(f'\n{name}: {recipe_of(name, "cosmos", None)}' for name in presets)
     parser = Parser(usage='%(prog)s [options]', epilog=f'{description}\nA recipe decides the options '
                     f'that are not typed. With --init it changes.\n\nRecipes:{recipes}')

@@ -42,9 +42,8 @@ class Processes:
         if is_cuda:
             # Captions have many lengths, and the freed memory of one often does not fit the next. With segments that
             # grow, less of it is lost. torch reads this when CUDA starts, before version 2.9 under the second name.
-            if not {'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'} & os.environ.keys():
-                os.environ['PYTORCH_ALLOC_CONF'] = 'expandable_segments:True'
-                os.environ['PYTORCH_CUDA_ALLOC_CONF'] = 'expandable_segments:True'
+            conf = os.environ.setdefault('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')
+            os.environ.setdefault('PYTORCH_ALLOC_CONF', conf)
             # cuDNN's attention plans anew for each shape, and captions have many lengths; we expect that to be slow.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.rank = 0
@@ -98,10 +97,9 @@ class Processes:
             self.broadcast(None)        # lets the others in
 
     def leave(self, status):
-        """End the process. status: a number or, as for sys.exit, a sentence that says what went wrong. If there are
-        several processes, each waits here until all have come, because torchrun ends all when one has failed, while
-        rank 0 may still be saving. NB: os._exit, because sys.exit may hang: it frees DDP, which holds the GIL and waits
-        for gloo's thread, which may be waiting for the GIL."""
+        """End the process. status: a number or, as for sys.exit, a sentence. Several processes wait here until all have
+        come, because torchrun ends all when one has failed, while rank 0 may still be saving. NB: os._exit, because
+        sys.exit may hang: it frees DDP, which holds the GIL and waits for gloo's thread, which may wait for the GIL."""
         if self.patient is None:
             sys.exit(status)
         if isinstance(status, str):
@@ -188,9 +186,8 @@ if hasattr(signal, 'SIGUSR1'):          # Slurm sends it; Windows does not have 
 
 @contextlib.contextmanager
 def signals_caught():
-    """Inside this block the first signal does not end the process. Instead its number is put into the list that the
-    block gets. A second signal ends the process at once. Under torchrun it is ignored, because Slurm and torchrun both
-    deliver a signal, and the run must end saved."""
+    """Inside this block the first signal only puts its number into the list that the block gets. A second one ends the
+    process at once, but not under torchrun, because Slurm and torchrun both signal, and the run must end saved."""
     received = []
     is_torchrun = 'RANK' in os.environ
 

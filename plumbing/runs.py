@@ -64,8 +64,7 @@ def print_notes(shards, val, captions):
 
 
 def write_config(run):
-    """Write config.json. An old eval.json is removed, and so is what an earlier start left that ended before its first
-    checkpoint."""
+    """Write config.json, and remove an old eval.json and what a start left that ended before its first checkpoint."""
     old = ['eval.json']
     if run.step == 0:
         old += ['log.jsonl', BEST]

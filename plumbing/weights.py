@@ -133,9 +133,8 @@ def file_of(path):
 # --- 4. Which network a file holds -----------------------------------------------------------------------------------
 
 def infer_config(state, quick_gelu):
-    """Config of released or open_clip weights, from the shapes of their tensors. Shapes do not tell how wide attention
-    heads are. So these are taken to be 64 wide, as in open_clip's ViTs up to L, and cross-attention to have 8 of them,
-    as released. Nor do shapes tell which GELU was used."""
+    """Config of released or open_clip weights, from the shapes of their tensors, which do not tell how wide heads are.
+    So these are taken to be 64 wide, as in open_clip's ViTs up to L, and cross-attention to have 8, as released."""
     vision_width, _, _, patch = state['visual.conv1.weight'].shape
     context_length, text_width = state['positional_embedding'].shape
     grid = math.isqrt(len(state['visual.positional_embedding']) - 1)  # one row is the class token's
