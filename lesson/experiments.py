@@ -151,6 +151,8 @@ tune-together              c                  100-100 scenes@amd crops-together 
 tune-together              d                  100-100 scenes@amd crops-together    32    1000  0.00025
 together                   cosmos             0-4   scenes@amd   watched           32    1000  0.001    --eval-every 125
 together                   crops-together     0-2   scenes@amd   crops-together    32    1000  0.0005
+kinds                      cosmos             0-4   photographs@amd cosmos         64    800   0.001
+kinds                      long-captions      0-2   photographs@amd long-captions  64    800   0.002
 # The paper's third task, on scenes, whose masks are known: runs in equal time, as in `minutes`.
 segment                    cosmos             0-4   masked@amd   cosmos            32    1000  0.001
 segment                    text-distill       0-4   masked@amd   text-distill      32    1000  0.001
