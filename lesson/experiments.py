@@ -144,7 +144,6 @@ tune-long                  b                  100-100 photographs@amd long-capti
 tune-long                  c                  100-100 photographs@amd long-captions 64 800   0.0005
 tune-short                 a                  100-100 photographs@amd short-captions 64 800  0.001
 tune-short                 b                  100-100 photographs@amd short-captions 64 800  0.002
-tune-short                 c                  100-100 photographs@amd short-captions 64 800  0.0005
 tune-together              a                  100-100 scenes@amd crops-together    32    1000  0.001
 tune-together              b                  100-100 scenes@amd crops-together    32    1000  0.002
 tune-together              c                  100-100 scenes@amd crops-together    32    1000  0.0005
@@ -153,6 +152,7 @@ together                   cosmos             0-4   scenes@amd   watched        
 together                   crops-together     0-2   scenes@amd   crops-together    32    1000  0.0005
 kinds                      cosmos             0-4   photographs@amd cosmos         64    800   0.001
 kinds                      long-captions      0-2   photographs@amd long-captions  64    800   0.002
+kinds                      short-captions     0-2   photographs@amd short-captions 64    800   0.002
 # The paper's third task, on scenes, whose masks are known: runs in equal time, as in `minutes`.
 segment                    cosmos             0-4   masked@amd   cosmos            32    1000  0.001
 segment                    text-distill       0-4   masked@amd   text-distill      32    1000  0.001
