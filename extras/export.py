@@ -30,6 +30,7 @@ def export(checkpoint, out):
     and next to them open_clip's model config. Cross-attention is left out."""
     path = Path(out)
     layout = path.with_suffix('.json')
+    need(path != layout, f'{path} is where the config goes; call the weights {path.stem}.pt')
     need(not path.exists() and not layout.exists(), f'{path} or {layout} exists; name another file')
     model, _, _ = load(checkpoint)
     write_json(layout, openclip_config(model.config))

@@ -165,6 +165,8 @@ def divide(records, rows, out, val):
             half = ''
         if half is not None:
             sides[half].append(record)
+    need(not val or len(sides) == 2, f'--val {val} of {len(records)} images leaves {out}/train or {out}/val empty; give '
+         'another share')
     if splits:
         counts = ', '.join(f'{n:,} {split}' for split, n in splits.items())
         print(f'splits     {counts}; train and restval go to {out}/train, val to {out}/val')

@@ -203,13 +203,14 @@ class Report(Watcher):
         if torch.cuda.is_available():
             machine += f', {torch.cuda.get_device_name()}'
         code = {'cosmos': cosmos.__doc__}
-        for function in (*CODE, run.method.terms):
+        terms = getattr(run.method.terms, 'func', run.method.terms)         # of a functools.partial its function
+        for function in (*CODE, terms):
             code[function.__qualname__] = textwrap.dedent(inspect.getsource(function))
         keep(run.folder, 'start', {
             'pairs': pairs,
             'counts': run.train_set.counts,
             'code': code,
-            'terms': run.method.terms.__qualname__,
+            'terms': terms.__qualname__,
             'command': shlex.join(['python', *sys.argv]),
             'machine': machine})
         self.keep_step(run)

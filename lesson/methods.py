@@ -8,11 +8,10 @@ train.main.
 import random
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import train
-from cosmos import COSMOS, Output, cosmos_terms, unit
+from cosmos import COSMOS, Output, cosmos_terms, has_other_ranks, unit
 from data import TrainingSet, draw_sentences, text_crops
 from extras.report import Report
 from lesson.scenes import built_in_set, mask_of, read_things
@@ -22,9 +21,12 @@ from plumbing.errors import command, need
 # --- 1. Reading ------------------------------------------------------------------------------------------------------
 
 class ReadsAnotherPair(COSMOS):
-    """What is read comes from another pair than the targets, so it cannot help to find them."""
+    """What is read comes from another pair than the targets, so it cannot help to find them. With --accum or several
+    processes it comes from the same part of the batch."""
 
     def read(self, cls, eot, patches, words):
+        need(len(patches) > 1, '--method another-pair needs two pairs or more in each part of a batch; give a lower '
+             '--accum, or a larger --batch')
         # Pair i reads the image and the caption of pair i - 1.
         return super().read(cls, eot, patches.roll(1, dims=0), words.roll(1, dims=0))
 
@@ -43,7 +45,7 @@ class ReadsEveryImage(COSMOS):
 
     def forward(self, images, texts):
         """-> Output without h_I. Its h_T is (U, B, B, D): what each caption has read in each image."""
-        need(not dist.is_initialized(), '--method every-image needs the whole batch at once; give it one process')
+        need(not has_other_ranks(), '--method every-image needs the whole batch at once; give it one process')
         cls, eot, patches, _ = self.encode(images, texts)
         captions = eot.flatten(0, 1)                                    # (U * B, D)
         # The captions of all pairs are queries of each image.
@@ -98,6 +100,7 @@ class CropsTogether(OtherCaptions):
     def captions(self, pool, index, box, rng):
         y, x, h, w = box
         things = read_things(self.shards.record(index))
+        need(things, '--method crops-together needs scenes that list their objects; draw them by python -m lesson.scenes')
         mask = mask_of(things)
         shown = []
         for number, thing in enumerate(things, 1):

@@ -245,8 +245,10 @@ def make_scenes(root, train=4000, val=1000, seed=0, workers=None):
                 scenes = pool.map(draw, range(start, min(start + 1000, count)), chunksize=50)
                 path = root / split / f'{start // 1000:05d}.tar'
                 write_shard(path, chain.from_iterable(scenes))
-    # written last, so a folder that has it is complete
-    write_json(root / 'world.json', {'version': VERSION, 'seed': seed})
+    world = {'version': VERSION, 'seed': seed}
+    if (train, val) != (4000, 1000):                    # so that it is not taken for the built-in set
+        world |= {'train': train, 'val': val}
+    write_json(root / 'world.json', world)              # written last, so a folder that has it is complete
 
 
 def built_in_set(root='runs/scenes'):
@@ -263,7 +265,7 @@ def built_in_set(root='runs/scenes'):
         folder = Path(f'{root}-{number}')
     print(f'data       drawing the built-in set into {folder}, once')
     if number > 1:
-        print(f'note       {root} holds scenes of another version or seed; '
+        print(f'note       {root} holds scenes of another version, seed or number; '
               f'a run that began on them goes on with --resume --data {root}')
     make_scenes(folder)
     return folder

@@ -225,7 +225,7 @@ def read_last(folder, resume):
 
 
 FIXED = 'preset', 'method', 'batch', 'seed', 'local_crops', 'local_captions'        # must be those of the checkpoint
-# These may differ without a word: where a run lies, and what only its first start used.
+# These may differ without a word: where a run lies, and what only its first start used. --init chooses the recipe, too.
 NOT_COMPARED = 'out', 'resume', 'init', 'vocab', 'quick_gelu'
 
 
@@ -240,6 +240,8 @@ def check_resumed(saved, options, shards):
     wrong = [changed.pop(name) for name in FIXED if name in changed]
     if saved['data'] != shards.fingerprint[:8]:
         wrong.append('--data were other shards')
+    if bool(saved['options']['init']) != bool(options.init):
+        wrong.append(f"--init was {saved['options']['init']}, is now {options.init}")
     if saved['globals'] != GLOBALS:
         wrong.append(f"GLOBALS was {saved['globals']}, is now {GLOBALS}")
     need(not wrong, f"{options.out} cannot be resumed so: {', '.join(wrong)}; give the same to resume it, or another "

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -206,6 +207,7 @@ def test_pack_refuses(tmp_path, images):
         refused(sentence, prepare.pack, put(tmp_path / 't', text), images, out)
     german = put(tmp_path / 't', GERMAN)
     refused('none of the 2 images', prepare.pack, german, tmp_path, out, 9, 0, None, 'Beschreibung')
+    refused('leaves .* empty', prepare.pack, german, images, out, 9, 1, None, 'Beschreibung')
     prepare.pack(german, images, out, 9, 0, None, 'Beschreibung')
     assert pools(out) == [['größer']]
 
@@ -326,6 +328,7 @@ def test_export(tmp_path, checkpoint):
     towers = {name: value for name, value in state.items() if not re.match('read_|image_map|text_map|distill', name)}
     assert_close(from_openclip(theirs), towers, rtol=0, atol=0)
     refused('clip.pt .*exists', export.export, checkpoint, out)
+    refused('call the weights clip.pt', export.export, checkpoint, out.with_suffix('.json'))
 
 
 @torch.no_grad()
@@ -567,7 +570,8 @@ def test_partial_runs_give_a_page(tmp_path):
     model, tokenizer, _ = speller()
     crops = data.TrainingSet(three_pairs(tmp_path, b'no image'), tokenizer, MICRO, seed=0)
     started = SimpleNamespace(train_set=crops, folder=tmp_path, step=0, student=model, teacher=None,
-                              method=train.METHODS['clip'], processes=SimpleNamespace(device=torch.device('cpu')))
+                              method=train.METHODS['clip']._replace(terms=partial(train.no_terms)),
+                              processes=SimpleNamespace(device=torch.device('cpu')))
     report.Report().begin(started)
     put(tmp_path / 'config.json', 'torn')
     put(tmp_path / 'log.jsonl', '{"step": 9, "a": 1}\n{"step": 3}\n{"step": 9, "a": 2}\n{"step": 9, "b": NaN}\n{"st')

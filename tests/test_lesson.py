@@ -29,7 +29,7 @@ from lesson.scenes import NAMES, SHAPES, draw_scene, make_scenes, mask_of
 from lesson.suppression import Named, read_scenes
 from plumbing.files import read_json
 from plumbing.weights import read_checkpoint
-from tests.helpers import MICRO, ROOT, encoded, pairs_tar, put, refused, run, seeded  # noqa: F401
+from tests.helpers import MICRO, ROOT, dog_tar, encoded, pairs_tar, put, refused, run, seeded  # noqa: F401
 
 
 @pytest.fixture(scope='module')
@@ -138,11 +138,14 @@ def test_an_older_set_is_left_alone(drawn, tmp_path, monkeypatch, capsys):
     (root / 'val/00000.tar').touch()
     second = tmp_path / 'scenes-2'
     assert scenes.built_in_set(root) == second and made == [root, second]
-    assert f'another version or seed; a run that began on them goes on with --resume --data {root}' in (
+    assert f'another version, seed or number; a run that began on them goes on with --resume --data {root}' in (
         capsys.readouterr().out)
     for version, seed, folder in (1, 0, second), (scenes.VERSION, 1, second), (scenes.VERSION, 0, root):
         put(root / 'world.json', {'version': version, 'seed': seed})
         assert scenes.built_in_set(root) == folder
+    monkeypatch.undo()
+    make_scenes(tmp_path / 'few', 4, 4)                 # a smaller set is another set, too
+    assert read_json(tmp_path / 'few/world.json') == {'version': scenes.VERSION, 'seed': 0, 'train': 4, 'val': 4}
 
 
 # --- What is measured ------------------------------------------------------------------------------------------------
@@ -401,7 +404,7 @@ def test_every_image_needs_the_whole_batch(drawn, sandbox, monkeypatch):
     flags = f'--preset tiny --batch 4 --steps 1 --data {drawn} --workers 0 --method every-image --out'
     said = 'error: --method every-image needs the whole batch at once; give it '
     assert run(methods, *flags.split(), 'parts', '--accum', 2) == said + '--accum 1'
-    monkeypatch.setattr(methods.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(methods, 'has_other_ranks', lambda: True)
     refused('give it one process', methods.ReadsEveryImage.forward, None, None, None)
 
 
@@ -409,6 +412,14 @@ NEAREST = {             # each method of the course, and the one of train.py tha
     'clip-averaged': 'clip', 'several-captions': 'clip-aug', 'another-pair': 'cosmos', 'without-clip': 'cosmos',
     'two-terms': 'cosmos', 'every-image': 'cosmos', 'teacher-sees-all': 'cosmos', 'long-captions': 'cosmos',
     'short-captions': 'cosmos', 'crops-together': 'cosmos'}
+
+
+def test_a_method_is_refused_what_it_cannot_use(drawn, sandbox, tmp_path):
+    """oracle: the rules. A part of one pair would read itself, and photographs list no objects."""
+    flags = '--preset tiny --batch 4 --steps 1 --workers 0 --eval-every 0 --out out --method'.split()
+    assert 'two pairs or more' in run(methods, *flags, 'another-pair', '--data', drawn, '--accum', 4)
+    dogs = dog_tar(tmp_path / '0.tar', 8)
+    assert 'scenes that list their objects' in run(methods, *flags, 'crops-together', '--data', dogs)
 
 
 @pytest.mark.parametrize('method', NEAREST)

@@ -786,7 +786,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     is refused with old and new values; other changes are noted."""
     out = tmp_path / 'out'
     shutil.copytree(whole, out)
-    flags = '--preset tiny --method clip --batch 5 --seed 1 --local-crops 3 --local-captions 4'.split()
+    flags = '--preset tiny --method clip --batch 5 --seed 1 --local-crops 3 --local-captions 4 --init none'.split()
     error = fit(out, '--resume', *flags, '--data', dog_tar(tmp_path / '0.tar', 9))
     assert re.findall('--batch was .*?,|--data were other shards', error) == ['--batch was 4,', '--data were other shards']
     assert set(re.findall('(--[a-z-]+) w', error)) == {'--data', *flags[::2]}
@@ -797,7 +797,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
         assert sentence in fit(tmp_path, '--resume')
         assert (tmp_path / 'last.pt').read_bytes() == content
     monkeypatch.setattr(runs, 'commit', lambda: 'another')
-    assert fit(out, '--resume', '--steps', 4, '--lr', 1, '--vocab', 'clip', '--init', 'none') == 0
+    assert fit(out, '--resume', '--steps', 4, '--lr', 1, '--vocab', 'clip') == 0
     monkeypatch.undo()
     said = capsys.readouterr().out
     assert 'nothing is left to do: step 6 of 4 is reached' in said
