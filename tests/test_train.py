@@ -814,6 +814,13 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     assert contents(out) == contents(whole)
 
 
+def test_held_out_images_are_tried_first(fit, tmp_path):
+    """oracle: the rule. A broken one ends the start, although it would be scored only after the last step."""
+    broken = dog_tar(tmp_path / 'val.tar', 4, broken=[2])
+    assert 'val.tar:2.png' in fit(tmp_path / 'out', '--eval-every', 0, '--val', broken)
+    assert not (tmp_path / 'out').exists()
+
+
 def test_init(fit, started, tmp_path, capsys):
     """oracle: the weights of the file; cross-attention, which it lacks, is that of a fresh model. A note says that
     text crops repeat the only sentence of these pairs."""
