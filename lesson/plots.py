@@ -64,6 +64,7 @@ COMPARISONS = {
     'scenes-no-copy': {NAMED: 'every-image~text-distill every-image~cosmos'},
     'teacher': {f'{R_AT_10} {LAST}': 'cosmos~no-average cosmos~teacher-sees-all'},
     'together': {NAMED: 'crops-together~cosmos'},
+    'kinds': {f'{R_AT_10} {LAST}': 'cosmos~long-captions cosmos~short-captions'},
     'captions': {
         f'{R_AT_10} {LAST}': 'cosmos-1~clip-1 cosmos-2~clip-2 cosmos~clip (cosmos~clip)~(cosmos-1~clip-1)'}}
 
@@ -181,6 +182,7 @@ FINDINGS = {
     'scenes-no-copy': 'On scenes neither can be told apart from the others.',
     'teacher': 'We could not tell whether an average, or a teacher of globals only, matters.',
     'together': 'Captions of what the first crop shows: undecided.',
+    'kinds': 'Without short captions COSMOS finds fewer photographs; without long ones we could not tell.',
     'captions': 'The lead over CLIP grows with the captions that a photograph has.'}
 
 

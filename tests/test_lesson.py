@@ -476,7 +476,7 @@ FAMILIES = {
     'minutes': 6, 'pairs': 6, 'longer': 6, 'reading': 16, 'across': 18,
     'longer-reading': 18, 'steps': 2, 'photo-pairs': 10, 'photo-minutes': 12, 'photo-across': 6, 'table-5': 24,
     'first': 4, 'ladder': 8, 'rivals': 16, 'no-copy': 4, 'scenes-no-copy': 4, 'teacher': 8,
-    'captions': 16}
+    'captions': 16, 'together': 2, 'kinds': 8}
 
 
 def test_experiments():
