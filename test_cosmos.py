@@ -265,7 +265,8 @@ def test_total_loss_of_each_method(method):
 def test_collectives_of_a_step(monkeypatch, method, forward, backward):
     """oracle: the table of docs/differences.md: how many vectors each collective sends: 2 cls and 5 eot; 4 h_I and 5
     h_T, or 4 cls and 5 eot, or all of these; 2 cls_t and 2 eot_t, without a gradient. The other GPU has the same pairs,
-    so every key is there twice, and every L_nce is larger by ln 2."""
+    so every key is there twice, and every L_nce is larger by ln 2. On a GPU nothing is gathered on the CPU: torch's
+    device meta does not mix with it."""
     gathered = []
     reduced = []
 
@@ -284,6 +285,8 @@ def test_collectives_of_a_step(monkeypatch, method, forward, backward):
     assert (gathered, reduced) == (forward, backward)
     losses = 1 if len(terms) == 1 else 2        # L_CLIP, and the mean of the others
     assert_close(loss, alone + losses * math.log(2))
+    [there] = cosmos.gather(torch.ones(2, 3, 16, device='meta'))
+    assert there.keys.shape == (2, 6, 16)
 
 
 def test_losses_of_two_ranks_are_those_of_one(monkeypatch):
