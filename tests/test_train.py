@@ -385,8 +385,24 @@ def test_two_processes_are_one_run(by_ranks):
     assert_close(*kept, rtol=0, atol=0)
 
 
-def test_ranks_must_agree(monkeypatch, fit, whole, tmp_path):
-    """oracle: the refusal, if rank 0 has another rate, number of pairs, or checkpoint than this rank."""
+def test_ranks_must_agree(monkeypatch, fit, started, whole, tmp_path):
+    """oracle: the refusal, if rank 0 has another rate, number of pairs, or checkpoint than this rank. The same files
+    may lie elsewhere, but all ranks learn the vocabulary or none does, and all have held-out data or none has."""
+    begun = started(tmp_path / 'begun')
+    told = []
+
+    def rank_0s(mine):
+        told.append(mine)
+        return told[0]
+
+    def check(**options):
+        options = SimpleNamespace(**vars(begun.options) | options)
+        train.check_ranks(options, begun.train_set.shards, {}, SimpleNamespace(broadcast=rank_0s))
+
+    check(vocab='clip')                                 # rank 0
+    check(vocab='file', data=['a'], val=['b'], workers=9)
+    for other in {'vocab': 'learn'}, {'vocab': 'clip', 'val': None}:
+        refused('are not the same for all processes', check, **other)
     for out, flag, other in (
             (tmp_path, '--seed=0', {'lr': 9.0}),
             (tmp_path, '--seed=0', {'pairs': 9}),
@@ -641,7 +657,10 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
     assert first.keys() == set(names.split())
     assert [first['lr'], first['momentum'], first['chance']] == pytest.approx([0.0015, 1 / 11, math.log(4)])
     assert 0 < first['waiting'] < 1 < first['pairs_per_s']
-    assert 0 < saved(whole)['seconds'] < 600 and len(saved(whole)['data']) == 8
+    state = saved(whole)
+    assert 0 < state['seconds'] < 600 and len(state['data']) == 8
+    more = {name: state[name] for name in ('config', 'commit')}
+    assert read_json(whole / 'config.json') == state['options'] | more
     scores = []
     for weights in 'teacher', 'student':
         path = tmp_path / weights
@@ -654,7 +673,7 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
     assert scores[0] == figures | {'network': 'teacher', 'checkpoint': str(whole / 'last.pt'), 'step': 6}
 
 
-def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
+def test_what_is_due_and_best(monkeypatch, capsys, fit, whole, dogs, tmp_path):
     """oracle: what is due, written out: saved before it is evaluated, and nothing twice. Scripted figures say which
     step is best. best.pt has its networks, and stays when the run goes on, but not with other held-out shards. A
     watcher gets what is logged, and a signal does not cut its end short."""
@@ -696,6 +715,8 @@ def test_what_is_due_and_best(monkeypatch, fit, whole, dogs, tmp_path):
         assert best['step'] == best_step and best['score'] == {2: 0.03, 6: 0.02}[best_step]
         assert_close([best['student'], best['teacher']], learned[best_step], rtol=0, atol=0)
         assert read_json(tmp_path / 'eval.json')['mine'] == max(learned)
+    line = 'eval       step 2  R@1 0.0% image to text, 6.0% text to image, mean 3.0%  best 3.0% at step 2\n'
+    assert line in capsys.readouterr().out
     assert ', '.join(happened).startswith(
         'best 0, score 0, last 2, best 2, score 2, last 3, last 4, score 4, score 4, last 5, last 6, score 6')
     assert (tmp_path / 'log.jsonl').read_text().splitlines() == logged
@@ -783,7 +804,7 @@ def test_another_run_ends_while_this_one_starts(monkeypatch, started, whole, tmp
 
 def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_path):
     """oracle: the files of a finished run, byte for byte, after each command that must leave them alone. What must stay
-    is refused with old and new values; other changes are noted."""
+    is refused with old and new values; other changes are noted. An option that older code did not have is no change."""
     out = tmp_path / 'out'
     shutil.copytree(whole, out)
     flags = '--preset tiny --method clip --batch 5 --seed 1 --local-crops 3 --local-captions 4 --init none'.split()
@@ -809,6 +830,10 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     assert fit(out, '--resume', '--data', moved) == 0
     for index in {path.name for path in out.glob('index-*.npy')} - contents(whole).keys():
         (out / index).unlink()                          # that of the moved set
+    older = saved(whole)
+    del older['options']['seed']
+    torch.save(older, tmp_path / 'last.pt')
+    assert fit(tmp_path, '--resume') == 0
     refusal = f'error: {out} holds a run; give --resume to go on from its last.pt, or another --out'
     assert fit(out, '--steps', 2) == refusal
     assert contents(out) == contents(whole)
