@@ -197,6 +197,7 @@ NO_TABLES = {
     '': '/t has no rows',
     '{"image": "a.jpg"}\n{"image"': 'line 2',
     '{"image": null, "caption": "x"}': "row 1 of .*/t has no file name under 'image'",
+    'image,"caption\na.jpg,x\n': '/t cannot be read from line 1 on .* quotation mark',
     'image,caption\na.jpg,x\nb.jpg,"a\ndog\n': '/t cannot be read from line 3 on .* quotation mark'}
 
 
