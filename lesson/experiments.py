@@ -20,7 +20,8 @@ command now cuts, so it differs in the last bits.
 
 A processor rounds bf16 in its own way, so no experiment compares runs of two. Rows of data called @amd were made on an
 AMD EPYC, at e3f75eb (two at its parent); on photographs text-distill and fewer captions at 7307453 and dd8518a, and
-no-average and teacher-sees-all at 4f0baa6; on scenes text-distill and every-image at 4f0baa6. Of the others, drawn
+no-average and teacher-sees-all at 4f0baa6; on scenes text-distill and every-image at 4f0baa6. Kinds of
+captions, crops together and segmentation were made at 0ac0a0e to 9cc8088; their rates (on seed 100) have rows here. Of the others, drawn
 scenes but for `steps` come from an AMD EPYC, too, `steps` and photographs from an Intel Xeon. Commits 049e9e4, 9bf674e
 and 5f95903 have the runs that chose the rates of @amd.
 """

@@ -181,7 +181,7 @@ FINDINGS = {
     'no-copy': 'Reading that cannot copy does no better than no reading.',
     'scenes-no-copy': 'On scenes neither can be told apart from the others.',
     'teacher': 'We could not tell whether an average, or a teacher of globals only, matters.',
-    'together': 'Captions of what the first crop shows: undecided.',
+    'together': 'On scenes we could not tell whether captions of only what the first crop shows are better.',
     'kinds': 'Without short captions COSMOS finds fewer photographs; without long ones we could not tell.',
     'captions': 'The lead over CLIP grows with the captions that a photograph has.'}
 
