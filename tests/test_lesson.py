@@ -1,4 +1,4 @@
-"""The set of scenes, what is measured on it, and the runs of the course; each docstring says what the result is
+"""The set of scenes, what is measured on it, and the methods of the course; each docstring says what the result is
 compared with.
 
     pytest tests/test_lesson.py
@@ -9,7 +9,6 @@ import random
 import re
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +22,7 @@ import train
 from cosmos import COSMOS, Output, clip_loss, cosmos_loss, cosmos_terms, term_weights, total_loss, unit
 from data import Counts, TrainingSet, Order, Shards, Tokenizer, loader
 from eval import load, preprocessing, shard_image
-from lesson import experiments, methods, onepage, plots, scenes, suppression
-from lesson.experiments import EXPERIMENTS
+from lesson import methods, onepage, scenes, suppression
 from lesson.scenes import NAMES, SHAPES, draw_scene, make_scenes, mask_of
 from lesson.suppression import Named, read_scenes
 from plumbing.files import read_json
@@ -208,7 +206,8 @@ def test_pointing_by_hand(monkeypatch, val, model):
                 hits['color.asked'].append(there == color)
                 hits['color.other'].append(there not in (color, None))
     expected = {name: np.mean(each) for name, each in hits.items()}
-    assert experiments.flat(figures) == pytest.approx(expected, abs=1e-4)
+    found = {f'{role}.{name}': share for role, columns in figures.items() for name, share in columns.items()}
+    assert found == pytest.approx(expected)
     for thing, queries in zip(things, asked):
         sentences = [f'there is a {thing.name}', f'there is a {thing.absent[0]}']
         eot, _ = network.encode_text(tokenizer(sentences))
@@ -368,10 +367,9 @@ def test_every_image(model):
 
 @pytest.fixture
 def sandbox(tmp_path, monkeypatch):
-    """An empty folder to run in. What lesson.experiments changes in train.py is taken back."""
+    """An empty folder to run in. The rows that lesson.methods adds are taken back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, 'METHODS', dict(train.METHODS))
-    monkeypatch.setattr(experiments, 'METHODS', train.METHODS)
 
 
 def test_onepage_is_train(drawn, sandbox):
@@ -471,40 +469,17 @@ def test_captions_of_the_course(drawn):
     assert left_out
 
 
-# How many differences each family has. Holm's correction depends on it, so if one goes, another may become decided.
-FAMILIES = {
-    'minutes': 6, 'pairs': 6, 'longer': 6, 'reading': 16, 'across': 18,
-    'longer-reading': 18, 'steps': 2, 'photo-pairs': 10, 'photo-minutes': 12, 'photo-across': 6, 'table-5': 24,
-    'first': 4, 'ladder': 8, 'rivals': 16, 'no-copy': 4, 'scenes-no-copy': 4, 'teacher': 8,
-    'captions': 16, 'together': 2, 'kinds': 8}
-
-
-def test_experiments():
-    """oracle: by hand: keys; how many pairs and steps the tracks have; FAMILIES; RESULTS.md, which the rows give."""
-    assert EXPERIMENTS['attention']['cosmos'].key == (
-        'lesson.scenes@amd DIR: -m lesson.experiments train --preset tiny --method watched --batch 32 --steps 1000 '
-        '--lr 0.001 --eval-every 0 --precision bf16 --eval-every 125')
-    assert EXPERIMENTS['captions']['clip-1'].key == (
-        'Flickr8k-1@amd: train.py --preset photo --method clip --batch 64 --steps 800 --lr 0.0005 --eval-every 100 '
-        '--precision bf16')
-    for experiment, pairs in ('pairs', 32_000), ('reading', 32_000), ('photo-pairs', 51_200), ('table-5', 51_200):
-        assert {int(each.steps) * int(each.batch) for each in EXPERIMENTS[experiment].values()} == {pairs}
-    for name, each in EXPERIMENTS['longer'].items():
-        assert int(each.steps) == 3 * int(EXPERIMENTS['minutes'][name].steps)
-    assert FAMILIES == {experiment: len(plots.differences(experiment)[0]) for experiment in plots.COMPARISONS}
-    assert (ROOT / 'lesson/RESULTS.md').read_text() == plots.results_page()
-
-
 def test_cut_on_the_pages():
-    """oracle: results.csv. What README.md and the course have in whole percents, RESULTS.md has with a decimal."""
-    for page, runs in [('lesson/README.md', ['cosmos', 'cosmos-photographs'])]:
-        text = (ROOT / page).read_text()
-        for loss in plots.LOSSES:
-            cells = []
-            for name in runs:
-                cells += [f"{plots.mean('cut', name, f'cut.{loss}.{column}'):.0f}" for column in plots.CUTS]
-            words = re.sub('^(h_.)_', r'\1 → ', loss)
-            assert f"| {words} | {' | '.join(cells)} |" in text
+    """oracle: RESULTS.md, which has with a decimal what the course has in whole percents."""
+    results = (ROOT / 'lesson/RESULTS.md').read_text()
+    rows = re.findall(r'^\| (cosmos|cosmos-photographs) \| (L_CLIP|h_\w+) \| (.+) \|$', results, re.M)
+    percents = {}                       # {loss: scenes, then photographs}
+    for _, loss, shares in rows:
+        percents.setdefault(loss, []).extend(f'{float(share):.0f}' for share in shares.split(' | '))
+    assert len(percents) == 5
+    for loss, cells in percents.items():
+        words = re.sub('^(h_.)_', r'\1 → ', loss)
+        assert f"| {words} | {' | '.join(cells)} |" in (ROOT / 'lesson/README.md').read_text()
 
 
 def test_terms_that_are_left_out(model):
@@ -517,172 +492,3 @@ def test_terms_that_are_left_out(model):
     terms = cosmos_terms(Output(*views), cls_t, eot_t, 5)
     kept = {name: terms[name] for name in ('h_I_cls_t', 'h_T_eot_t')}
     assert_close(methods.two_terms(Output(*views), cls_t, eot_t, 5), kept)
-
-
-def in_this_process(words):
-    """What experiments.call does, without the seconds that a process takes to start."""
-    words = list(map(str, words))
-    if words[0] == '-m':
-        words = words[1:]
-    name, *argv = words
-    assert run(import_module(name.removesuffix('.py')), *argv) in (None, 0)
-    return 7.9
-
-
-def test_a_process_is_timed():
-    """oracle: a loop that takes a tenth of a second of processor time, a sleep that takes none, and an error."""
-    busy = 'import time\nwhile time.process_time() < 0.1: pass'
-    import_only = experiments.call(['-c', 'import time; time.sleep(0.2)'])
-    assert 0 < import_only < 0.2 and experiments.call(['-c', busy]) >= 0.1
-    refused('this command failed: .* python -c .raise SystemExit', experiments.call, ['-c', 'raise SystemExit(3)'])
-
-
-@pytest.fixture
-def course(sandbox, monkeypatch):
-    """Two experiments, one on drawn scenes and one on photographs; no result yet."""
-    table = """
-        one,two  clip    3-3  scenes       clip-averaged       4  2  0.001
-        one      cosmos  3-4  scenes       cosmos              4  2  0.001
-        photo    cosmos  3-3  photographs  cosmos              2  8  0.001  --local-crops 1"""
-    monkeypatch.setattr(experiments, 'EXPERIMENTS', experiments.read_table(table))
-    monkeypatch.setattr(experiments, 'call', in_this_process)
-    put(experiments.RESULTS, f'run,seed,seconds,{",".join(COLUMNS)}\n')
-    put(experiments.CURVES, 'run,seed,step,retrieval.text_to_image_R@1\n')
-    return experiments.EXPERIMENTS
-
-
-# of a row: figures of every group
-COLUMNS = ('small.top1', 'retrieval.text_to_image_R@1', 'pointing.small.own_it',
-           'conflict.h_T_caption.read', 'last.image_to_text_R@10', 'student.text_to_image_R@1')
-
-
-def test_a_run_has_one_row(course, drawn, capsys):
-    """oracle: the commands that --print shows, in the order of seeds, and what they write. A run that has a row is not
-    made again, and none of its figures changes."""
-    for folder in 'scenes-3', 'scenes-4':
-        Path('runs/lesson').mkdir(parents=True, exist_ok=True)
-        Path(f'runs/lesson/{folder}').symlink_to(drawn)
-    put('runs/lesson/scenes-clip-averaged-2-0.001-3/last.pt')              # of a run that was interrupted
-    assert run(experiments, 'two') is None
-    [(key, row)] = experiments.read_results().items()
-    assert key == (course['two']['clip'].key, 3) and row['seconds'] == '7'
-    assert run(experiments, 'one') is None
-    rows = experiments.read_results()
-    assert [seed for _, seed in rows] == [3, 3, 4] and rows[key] == row
-    assert len(experiments.RESULTS.read_text().splitlines()) == 1 + len(rows)
-    reads = [each['conflict.h_T_caption.read'] for each in rows.values()]
-    assert [bool(read) for read in reads] == [False, True, True]
-    capsys.readouterr()
-    assert run(experiments, 'one', '--print') is None
-    lines = capsys.readouterr().out.replace('OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= python ', '').splitlines()
-    assert [line for line in lines if line[0] == '#'] == ['# clip, seed 3', '# cosmos, seed 3', '# cosmos, seed 4']
-    assert lines[1] == '-m lesson.scenes runs/lesson/scenes-3 --seed 3'
-    out, found = experiments.commands(course['one']['clip'], 3, Path())
-    for line, words in zip(lines[1:], found.values()):
-        assert line.split() == list(map(str, words))
-    figures = read_json(out / 'scenes.json')
-    assert row['small.top1'] == str(round(figures['small']['top1'], 4))
-    assert row['retrieval.text_to_image_R@1'] == str(round(figures['retrieval']['text_to_image_R@1'], 4))
-
-
-def test_rows_of_photographs(course, monkeypatch):
-    """oracle: the figures that its commands wrote. Six training pictures in Karpathy's layout, two for validation,
-    three for the test; a model that is quick."""
-    listing = {'images': []}
-    for i, split in enumerate(['train'] * 6 + ['val'] * 2 + ['test'] * 3):
-        sentences = [{'raw': f'A {NAMES[i]} .'}, {'raw': f'One {NAMES[i]} .'}]
-        listing['images'].append({'filename': f'{i}.png', 'split': split, 'imgid': i, 'sentences': sentences})
-        put(f'flickr8k/Images/{i}.png', encoded(Image.new('RGB', (70, 64), (20 * i, 9, 9))))
-    put('flickr8k/dataset_flickr8k.json', listing)
-    folder, words = experiments.data_command('photographs-1', 3, Path('flickr8k'))
-    shorter = {'images': [{**each, 'sentences': each['sentences'][:1]} for each in listing['images'][:6]]}
-    assert folder == Path('runs/lesson/photographs-1') and words[3:] == [
-        Path('runs/lesson/first-1.json'), Path('flickr8k/Images'), folder]
-    assert read_json(words[3])['images'] == shorter['images'] + listing['images'][6:]
-    recipe = train.LAPTOP | {'batch': 2, 'steps': 8, 'augment': 'full'}
-    monkeypatch.setitem(train.PRESETS, 'photo', train.Preset(replace(MICRO, image_size=32), recipe))
-    assert run(experiments, 'photo', '--flickr8k', 'flickr8k') is None
-    each = course['photo']['cosmos']
-    row = experiments.read_results()[each.key, 3]
-    out, found = experiments.commands(each, 3, Path('flickr8k'))
-    groups = ['retrieval', 'last', 'student', 'reading']
-    assert [path.stem for path in found] == ['00000', 'last', *groups]
-    assert read_json(out / 'config.json')['local_crops'] == 1
-    for group in groups:
-        scored = out / ('last.pt' if group == 'last' else 'best.pt')
-        assert scored in found[out / f'{group}.json']
-    written = experiments.flat(read_json(out / 'reading.json'))
-    for group in groups[:3]:
-        written |= experiments.flat(read_json(out / f'{group}.json'), f'{group}.')
-    kept = {column: str(written[column]) for column in COLUMNS if column in written}
-    assert len(kept) == 4 and kept.items() <= row.items()
-    *_, curve = experiments.CURVES.read_text().splitlines()
-    found_at_the_end = read_json(out / 'eval.json')['retrieval']['text_to_image_R@1']
-    assert curve == f'{each.key},3,8,{round(found_at_the_end, 4)}'
-
-
-def test_intervals_by_hand():
-    """oracle: tables of Student's t, and its closed forms for one and two degrees of freedom."""
-    for freedom, value, chance in (
-            (1, 12.706, 0.05), (9, 2.262, 0.05), (1, 1, 1 / 2), (2, 3, 1 - 3 / 11 ** 0.5)):
-        t, chances = plots.student_t(freedom)
-        assert np.interp(value, t, chances) == pytest.approx(chance, abs=1e-4)
-    assert plots.holm({'a': 0.02, 'b': 0.01, 'c': 0.04}) == {'a', 'b', 'c'}
-    assert plots.holm({'a': 0.03, 'b': 0.01, 'c': 0.04}) == {'b'}           # 0.03 is above 0.05 / 2
-    assert plots.holm({'a': 0.02, 'b': 0.02, 'c': 0.04}) == set()           # 0.02 is above 0.05 / 3
-
-
-@pytest.fixture
-def families(monkeypatch):
-    """Three runs of three seeds, their rows, and what is compared."""
-    table = """
-        one  clip  0-2  scenes  clip    4  2  0.1
-        one  b     0-2  scenes  cosmos  4  2  1
-        one  c     0-2  scenes  cosmos  4  2  2"""
-    found = experiments.read_table(table)
-    shares = {'clip': (.39, .40, .41), 'b': (.5, .5, .5), 'c': (.42, .45, .48)}
-    rows = {}
-    for name, each in found['one'].items():
-        for seed, value in enumerate(shares[name]):
-            rows[each.key, seed] = {'small.top1': str(value), 'seconds': str(60 + 15 * seed)}
-            for column, share in ('all', .125), ('text_cut', .25), ('image_cut', .5 + seed / 10):
-                rows[each.key, seed][f'cut.L_CLIP.{column}'] = str(share)
-    found['cut'] = {'c': found['one']['c']}
-    monkeypatch.setattr(plots, 'EXPERIMENTS', found)
-    monkeypatch.setattr(plots, 'LOSSES', ['L_CLIP'])
-    monkeypatch.setattr(plots, 'VIEWS', {'cut': 'whole views'})
-    monkeypatch.setattr(plots, 'read_results', lambda: rows)
-    monkeypatch.setattr(plots, 'COMPARISONS', {'one': {'small.top1': 'b~clip c~clip (b~clip)~(c~clip)'}})
-    return rows
-
-
-def test_tables(families, monkeypatch):
-    """oracle: by hand. Gaps of 11, 10 and 9 in three seeds: 4.303 / sqrt(3) = 2.5. No family shrinks in silence."""
-    monkeypatch.setattr(plots, 'MEANS', [])
-    monkeypatch.setattr(plots, 'FINDINGS', {'one': 'b is ahead.'})
-    page = plots.results_page().removeprefix(plots.INTRODUCTION)
-    assert page.partition('\n| **means**')[0] == """
-b is ahead.
-
-| **one** | small named |
-| --- | --- |
-| b - clip | +10.0 ± 2.5 |
-| c - clip | +5.0 ± 5.0, undecided |
-| (b - clip) - (c - clip) | +5.0 ± 7.5, undecided |
-
-| **cut** | loss | whole views: nothing cut | whole views: text cut | whole views: image cut |
-| --- | --- | --- | --- | --- |
-| c | L_CLIP | 12.5 | 25.0 | 60.0 |
-"""
-    assert plots.mean('one', 'clip', 'small.top1') == pytest.approx(40)
-    assert plots.mean('one', 'clip', 'seconds') == 1.25
-    refused('no loss of one/clip, seed 0; make this run by .*experiments one', plots.mean, 'one', 'clip', 'loss')
-    families.popitem()
-    refused('no small.top1 of one/c, seed 2', plots.results_page)
-
-
-def test_runs_in_a_picture(families):
-    """oracle: the rows of `families`: a dot each, and a bar at their mean."""
-    axis = pytest.importorskip('matplotlib.figure').Figure().subplots()
-    plots.show_runs(axis, 'one', 'clip', 'small.top1', 7, 'red')
-    assert [line.get_xydata().tolist() for line in axis.lines] == [[[7, 39], [7, 40], [7, 41]], [[7, 40]]]
