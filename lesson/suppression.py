@@ -15,9 +15,9 @@ the peak on this object (`own_it`)? For `color`, in scenes of both colours, we a
 peak on an object of that colour (`asked`), or of the other?
 
 conflict: give C^I the caption of one pair and the image of another. Which of 32 images, as the teacher sees them, does
-h_T pick? See section 5.
+h_T pick? See section 5 below.
 
-cut: which of the losses need both the image and the text? See section 6.
+cut: which of the losses need both the image and the text? See section 6 below.
 """
 from collections import defaultdict
 from itertools import islice
