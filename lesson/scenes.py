@@ -239,10 +239,10 @@ def make_scenes(root, train=4000, val=1000, seed=0, workers=None):
         need(not others, f'{root / split} holds {sorted(others)[:1]}, which is not of this set; remove it, or give '
              'another folder')
     with ProcessPoolExecutor(workers) as pool:
-        for split, count in ('train', train), ('val', val):
+        for split, total in ('train', train), ('val', val):
             draw = partial(draw_scene, seed, split)
-            for start in tqdm(range(0, count, 1000), f'drawing {split}', disable=None):
-                scenes = pool.map(draw, range(start, min(start + 1000, count)), chunksize=50)
+            for start in tqdm(range(0, total, 1000), f'drawing {split}', disable=None):
+                scenes = pool.map(draw, range(start, min(start + 1000, total)), chunksize=50)
                 path = root / split / f'{start // 1000:05d}.tar'
                 write_shard(path, chain.from_iterable(scenes))
     world = {'version': VERSION, 'seed': seed}
