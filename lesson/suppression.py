@@ -15,9 +15,9 @@ the peak on this object (`own_it`)? For `color`, in scenes of both colours, we a
 peak on an object of that colour (`asked`), or of the other?
 
 conflict: give C^I the caption of one pair and the image of another. Which of 32 images, as the teacher sees them, does
-h_T pick? See section 5.
+h_T pick? See section 5 below.
 
-cut: which of the losses need both the image and the text? See section 6.
+cut: which of the losses need both the image and the text? See section 6 below.
 """
 from collections import defaultdict
 from itertools import islice
@@ -31,8 +31,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cosmos import GLOBALS, Output, clip_loss, cosmos_terms, unit
 from data import Counts, Order, TrainingSet, loader
-from eval import (TIE, Images, class_vectors, execute, load, preprocessing, progress_bar, shard_captions,
-                  shard_image, target_ranks, zero_shot_retrieval)
+from eval import (TIE, Images, class_vectors, execute, load, progress_bar, shard_captions, shard_image,
+                  target_ranks, zero_shot_retrieval)
 from lesson.scenes import ABSENT, FORMS, NAMES, mask_of, read_things
 from plumbing.errors import command, need
 from plumbing.options import Parser, add_checkpoint
@@ -298,14 +298,6 @@ class Named(Watcher):
 
     def evaluated(self, run, val, image_features):
         return scene_figures(run.model, run.train_set.tokenizer, image_features, val)
-
-
-class Pointing(Watcher):
-    """A watcher that measures at every evaluation where C^I looks."""
-
-    def evaluated(self, run, val, image_features):
-        scored = run.model, run.train_set.tokenizer, preprocessing(run.model.config.image_size)
-        return pointing(None, scored, val, read_scenes(val))
 
 
 MEASURES = {'named': measure_named, 'pointing': pointing, 'conflict': conflict, 'cut': cut}
