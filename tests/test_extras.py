@@ -381,7 +381,7 @@ FOREIGN = (             # options on our pages that belong to other programs
     '--standalone --cpus-per-task --format --gpus-per-node --job --job-name --kill-on-bad-exit --nodes --noheader '
     '--ntasks-per-node --open-mode --output --requeue --signal --time --count --shm-size '
     # img2dataset, tar
-    '--image_size --input_format --output_folder --output_format --resize_mode --save_additional_columns --url_col '
+    '--image_size --input_format --output_folder --output_format --resize_mode --url_col '
     '--url_list --dereference --hard-dereference').split()
 
 
