@@ -1,5 +1,5 @@
-"""Weights, images and captions by formula. test_cosmos.py holds what the released code computes from them, and
-`python -m tests.released CLONE` runs the released code on them."""
+"""Weights, images and captions by formula. formula.json has what the released code computes from them, to which
+test_cosmos.py compares ours; `python -m tests.released CLONE` runs the released code on them anew."""
 import math
 
 import torch
