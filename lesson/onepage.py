@@ -29,11 +29,6 @@ from plumbing.tokenizer import learn_merges
 CONTEXT = 64                    # maximum tokens per caption, start and end included
 
 
-def learn_tokenizer(shards):
-    """A tokenizer whose vocabulary is learned from the captions of training shards."""
-    return Tokenizer(learn_merges(shards), CONTEXT)
-
-
 def learning_rate(step, steps, peak):
     """The rate rises for a tenth of the run, at most 100 steps, then falls along a cosine to a tenth of the peak."""
     warmup = min(100, steps // 10)
@@ -55,7 +50,7 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
     # Sizes and recipe are those of the preset `tiny` of train.py. The paper's recipe is that of `vit-b-16`.
     shards = Shards(folder, split='train')
     batch = min(batch, len(shards))                     # a set smaller than a batch is one batch
-    tokenizer = learn_tokenizer(shards)
+    tokenizer = Tokenizer(learn_merges(shards), CONTEXT)        # its vocabulary is learned from the captions
     config = Config(embed_dim=128, cross_heads=4,
                     image_size=48, local_image_size=24, patch_size=8,
                     vision_width=96, vision_layers=4, vision_heads=3,
@@ -66,7 +61,8 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
     counts = Counts(local_images=2, local_texts=2)
     train_set = TrainingSet(shards, tokenizer, config, seed, counts, augment='crops')
 
-    # Student, teacher, optimizer. Weight decay applies to matrices, not to biases, LayerNorms or scales.
+    # Student, teacher, optimizer. Weight decay applies to matrices. It does not apply to vectors and scales, which are
+    # biases, LayerNorms, the class embedding and both temperatures.
     torch.manual_seed(seed)
     student = COSMOS(config).to(device)
     teacher = Teacher(student)
@@ -94,7 +90,8 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
             cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
         loss, terms = total_loss(student, out, cls_t, eot_t)            # L_CLIP + L_COSMOS, in float32
 
-        # The optimizer moves the student. The teacher follows it, quickly at first so that its random start fades.
+        # The optimizer moves the student. The teacher follows it, quickly at first so that its random start fades. (The
+        # cap of 0.995 is first reached at step 1,990.)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -113,7 +110,7 @@ def main():
     folder = built_in_set()
     _, teacher, _ = train(folder)
     model = teacher.model               # a moving average of the student
-    tokenizer = learn_tokenizer(Shards(folder, split='train'))          # the same as in `train`
+    tokenizer = Tokenizer(learn_merges(Shards(folder, split='train')), CONTEXT)     # the same as in `train`
     held_out = Shards(folder, split='val')
     preprocess = preprocessing(model.config.image_size)
     figures, image_features = zero_shot_retrieval(model, tokenizer, preprocess, held_out)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
@@ -74,7 +75,6 @@ for shape, (outline, *holes) in SHAPES.items():
 SIZE = 96                                       # side of an image in pixels
 SS = 4                                          # supersampling per axis
 GAP = 2                                         # fewest pixels between objects, and to the border
-VERSION = 6                                     # version of the built-in set; raise it when a scene changes
 
 ROLES = 'dominant', 'small', 'small'            # of the objects of a scene; their shapes differ
 AREA = {'dominant': 829, 'small': 369}          # in pixels: 9 % of an image, and 4 %
@@ -154,8 +154,8 @@ LISTED = {'name', 'role', 'area', 'centre', 'absent'}   # what the json says of 
 
 
 def read_things(record):
-    """What the json of a scene lists -> its Things; [] if it does not list objects as this version of draw_scene does:
-    other sets may have anything under this key."""
+    """What the json of a scene lists -> its Things; [] if it does not list objects as draw_scene does: other sets may
+    have anything under this key."""
     objects = record.get('objects')
     if not (isinstance(objects, list) and objects and isinstance(objects[0], dict) and LISTED <= set(objects[0])):
         return []
@@ -225,50 +225,33 @@ def draw_scene(seed, split, index):
 
 
 def make_scenes(root, train=4000, val=1000, seed=0, workers=None):
-    """Draw a set into a folder, in tars of 1,000 scenes: `train` training scenes and `val` held-out ones, which are the
-    same for all seeds. Equal arguments give equal bytes, for any number of `workers`.
-
-    Refused if the folder already holds a whole set.
-    """
+    """Draw a set into a new folder, in tars of 1,000 scenes: `train` training scenes and `val` held-out ones, which are
+    the same for all seeds. Equal arguments give equal bytes, for any number of `workers`. The folder appears only when
+    it is whole. Refused if there is one already."""
     root = Path(root)
-    need(not (root / 'world.json').exists(), f'{root} holds a set of scenes; give another folder')
-    # An interrupted draw leaves tars, which are drawn over. Others would count as part of this set.
-    for split, scenes in ('train', train), ('val', val):
-        drawn = {f'{start // 1000:05d}.tar' for start in range(0, scenes, 1000)}
-        others = {path.name for path in (root / split).glob('*.tar')} - drawn
-        need(not others, f'{root / split} holds {sorted(others)[:1]}, which is not of this set; remove it, or give '
-             'another folder')
-    with ProcessPoolExecutor(workers) as pool:
+    need(not root.exists(), f'{root} exists; give another folder, or remove it')
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(suffix='.partial', dir=root.parent) as folder, ProcessPoolExecutor(workers) as pool:
+        whole = Path(folder, root.name)
         for split, total in ('train', train), ('val', val):
             draw = partial(draw_scene, seed, split)
             for start in tqdm(range(0, total, 1000), f'drawing {split}', disable=None):
                 scenes = pool.map(draw, range(start, min(start + 1000, total)), chunksize=50)
-                path = root / split / f'{start // 1000:05d}.tar'
-                write_shard(path, chain.from_iterable(scenes))
-    world = {'version': VERSION, 'seed': seed}
-    if (train, val) != (4000, 1000):                    # so that it is not taken for the built-in set
-        world |= {'train': train, 'val': val}
-    write_json(root / 'world.json', world)              # written last, so a folder that has it is complete
+                write_shard(whole / split / f'{start // 1000:05d}.tar', chain.from_iterable(scenes))
+        write_json(whole / 'world.json', {'train': train, 'val': val, 'seed': seed})
+        whole.rename(root)
 
 
 def built_in_set(root='runs/scenes'):
-    """-> the folder of the built-in set, which is drawn if it is absent. The folder is `root`; if that holds another
-    set, it is root-2, root-3, ..."""
-    built_in = {'version': VERSION, 'seed': 0}
-    folder = Path(root)
-    number = 1
-    while (folder / 'val/00000.tar').exists():          # the last tar to be drawn
-        recipe = folder / 'world.json'
-        if recipe.exists() and read_json(recipe) == built_in:
-            return folder
-        number += 1
-        folder = Path(f'{root}-{number}')
-    print(f'data       drawing the built-in set into {folder}, once')
-    if number > 1:
-        print(f'note       {root} holds scenes of another version, seed or number; '
-              f'a run that began on them goes on with --resume --data {root}')
-    make_scenes(folder)
-    return folder
+    """-> the folder of the built-in set, which is drawn if it is absent. Refused if the folder has anything else."""
+    root = Path(root)
+    if not root.exists():
+        print(f'data       drawing the built-in set into {root}, once')
+        make_scenes(root)
+    recipe = root / 'world.json'
+    need(recipe.exists() and read_json(recipe) == {'train': 4000, 'val': 1000, 'seed': 0},
+         f'{root} is not the built-in set; rename that folder, or train on it with --data {root}')
+    return root
 
 
 # --- 5. Command ------------------------------------------------------------------------------------------------------

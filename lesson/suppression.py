@@ -14,10 +14,10 @@ pointing: where in the image does the highest weight of C^I lie? We ask "there i
 the peak on this object (`own_it`)? For `color`, in scenes of both colours, we ask for an absent name of each: is the
 peak on an object of that colour (`asked`), or of the other?
 
-conflict: give C^I the caption of one pair and the image of another. Which of 32 images, as the teacher sees them, does
-h_T pick? See section 5 below.
+conflict (section 5): give C^I the caption of one pair and the image of another. Which of 32 images, as the teacher sees
+them, does h_T pick?
 
-cut: which of the losses need both the image and the text? See section 6 below.
+cut (section 6): which of the losses need both the image and the text?
 """
 from collections import defaultdict
 from itertools import islice
@@ -51,6 +51,14 @@ def read_scenes(shards):
             return []
         scenes.append(things)
     return scenes
+
+
+def means_of(found):
+    """{group: {figure: list of values}} -> {group: {figure: their mean}}"""
+    figures = {}
+    for group, columns in found.items():
+        figures[group] = {name: fmean(values) for name, values in columns.items()}
+    return figures
 
 
 # --- 2. Named --------------------------------------------------------------------------------------------------------
@@ -122,10 +130,7 @@ def pointing(args, scored, shards, scenes):
                 there = color_at[peak]
                 found['color']['asked'].append(there == asked_color)
                 found['color']['other'].append(there not in (asked_color, None))
-    figures = {}
-    for role, columns in found.items():
-        figures[role] = {name: fmean(values) for name, values in columns.items()}
-    return {'pointing': figures}
+    return {'pointing': means_of(found)}
 
 
 # --- 4. Groups of pairs ----------------------------------------------------------------------------------------------
@@ -133,31 +138,13 @@ def pointing(args, scored, shards, scenes):
 GROUP = 32
 
 
-def both_networks(args):
+def both_networks(args, shards):
     """-> student, teacher, tokenizer, preprocess of args.checkpoint, whatever --weights says. If the file holds one
     network, it is both."""
+    need(len(shards) > 1, 'there is one pair, and so no other to mistake it for; give two or more')
     student, tokenizer, preprocess = load(args.checkpoint, 'student', args.vocab, args.quick_gelu)
     teacher, *_ = load(args.checkpoint, 'teacher', args.vocab, args.quick_gelu)
     return student.to(args.device), teacher.to(args.device), tokenizer, preprocess
-
-
-def group_size(shards, what):
-    need(len(shards) > 1, f'there is one pair; {what} needs two or more')
-    return min(GROUP, len(shards))
-
-
-def groups_of_pairs(args, shards, tokenizer, preprocess, what):
-    """Yields pixels (B, 3, s, s), and the ids (B, T) of the first caption of each pair. B is GROUP or, of a smaller
-    set, the number of its pairs; a last, smaller group is dropped."""
-    firsts = {}                                         # {image: its first caption}
-    for caption, image in zip(*shard_captions(shards)):
-        firsts.setdefault(int(image), caption)
-    captions = list(firsts.values())
-    size = group_size(shards, what)
-    images = DataLoader(Images(shards, preprocess), size, drop_last=True, **loading(args.workers))
-    for number, pixels in enumerate(progress_bar(images, what)):
-        ids = tokenizer(captions[number * size:(number + 1) * size])
-        yield pixels.to(args.device), ids.to(args.device)
 
 
 # --- 5. Conflict: the sentence of one pair, the image of another -----------------------------------------------------
@@ -170,9 +157,8 @@ def groups_of_pairs(args, shards, tokenizer, preprocess, what):
 #     read        or the one that it has read?
 #     alone       it reads nothing, so eot must pick: the most that `sentence` can be expected to reach
 #
-# No figure means much by itself. A model that only copies what it reads reaches 100 % at `own` and `read`, and 0 at
-# `sentence`, whatever it knows about sentences. A model that hardly uses what it reads has `own` and `sentence` equal
-# to `alone`, and `read` nearly 0. With fewer than 32 pairs the groups are smaller, and chance is higher.
+# A model that only copies what it reads has 100 % at `own` and `read`, and 0 at `sentence`, whatever it knows about
+# sentences. One that hardly uses what it reads has `own` and `sentence` equal to `alone`, and `read` nearly 0.
 
 GROUPS = 30             # at most; they have 960 pairs
 
@@ -198,18 +184,24 @@ def picked(eot, h_T, h_T_other, cls_t):
 @torch.no_grad()
 def conflict(args, scored, shards, scenes):
     """-> {h_T_caption: {own, sentence, read, alone}}, shares of the pairs. The student reads, and the teacher gives the
-    targets."""
-    student, teacher, tokenizer, preprocess = both_networks(args)
-    groups = groups_of_pairs(args, shards, tokenizer, preprocess, 'conflict')
+    targets. A smaller set than GROUP is one group; a last, smaller group is dropped."""
+    student, teacher, tokenizer, preprocess = both_networks(args, shards)
+    firsts = {}                                         # {image: its first caption}
+    for caption, image in zip(*shard_captions(shards)):
+        firsts.setdefault(int(image), caption)
+    captions = iter(firsts.values())
+    size = min(GROUP, len(shards))
+    images = DataLoader(Images(shards, preprocess), size, drop_last=True, **loading(args.workers))
     found = defaultdict(list)
-    for pixels, ids in islice(groups, GROUPS):
-        cls, eot, patches, words = student.encode([pixels], [ids])
+    for pixels in islice(progress_bar(images, 'conflict'), GROUPS):             # (B, 3, s, s)
+        ids = tokenizer([*islice(captions, size)])                              # (B, T)
+        cls, eot, patches, words = student.encode([pixels.to(args.device)], [ids.to(args.device)])
         _, h_T = student.read(cls, eot, patches, words)
         _, h_T_other = student.read(cls, eot, patches.roll(1, 0), words)        # pair b reads the image of pair b - 1
-        cls_t = unit(teacher.encode_image(pixels)[0])
+        cls_t = unit(teacher.encode_image(pixels.to(args.device))[0])
         for name, value in picked(eot[0], h_T[0], h_T_other[0], cls_t).items():
             found[name].append(value)
-    return {'conflict': {'h_T_caption': {name: fmean(values) for name, values in found.items()}}}
+    return {'conflict': means_of({'h_T_caption': found})}
 
 
 # --- 6. Cut: which of the losses need both the image and the text? ---------------------------------------------------
@@ -220,6 +212,19 @@ def conflict(args, scored, shards, scenes):
 # on, so a loss may also rise because of that. Crops are drawn as in training, without changes of colour.
 
 LOCALS = 2              # local crops, and local captions, of a pair
+
+
+def batches_of_crops(args, shards, tokenizer, config):
+    """Yields images, texts and the teacher's texts of each batch of an epoch; a last, smaller batch is dropped."""
+    counts = Counts(GLOBALS, LOCALS, GLOBALS, LOCALS)
+    crops = TrainingSet(shards, tokenizer, config, seed=0, counts=counts, augment='crops')
+    size = min(GROUP, len(shards))
+    order = Order(len(shards), size, start=0, stop=len(shards) // size, seed=0)
+    device = torch.device(args.device)
+    batches = loader(crops, [*order], args.workers, device, multiple=8, whole_first=True)
+    for batch in progress_bar(batches, 'cut'):
+        batch = batch.to(device)
+        yield batch.views(0, 0), batch.texts, batch.teacher_texts
 
 
 def losses_of(student, cls, eot, patches, words, cls_t, eot_t):
@@ -234,22 +239,19 @@ def losses_of(student, cls, eot, patches, words, cls_t, eot_t):
     return {name: loss.item() / guess for name, loss in losses.items()}
 
 
-def mean_over(x, dim):
-    """-> x with the mean over a dimension, the batch, in place of each of its entries."""
-    return x.mean(dim, keepdim=True).expand_as(x)
-
-
 @torch.no_grad()
-def losses_when_cut(student, teacher, batches):
-    """batches: of V images (B, 3, s, s), U texts (B, T) and the teacher's texts
-    -> {L_CLIP and each term of Eq. 6: {all, text_cut, image_cut}}, shares of ln B."""
+def cut(args, scored, shards, scenes):
+    """-> {L_CLIP and each term of Eq. 6: {all, text_cut, image_cut}}, shares of ln B."""
+    student, teacher, tokenizer, _ = both_networks(args, shards)
+    batches = batches_of_crops(args, shards, tokenizer, student.config)
     found = defaultdict(lambda: defaultdict(list))                      # by loss and by what is cut
     for images, texts, teacher_texts in batches:
         out_t = teacher(images[:GLOBALS], teacher_texts)
         cls, eot, patches, words = student.encode(images, texts)
-        # without a text, and without an image
-        no_eot, no_words = mean_over(eot, 1), mean_over(words, 0)
-        no_cls, no_patches = mean_over(cls, 1), mean_over(patches, 0)
+        no_eot = eot.mean(dim=1, keepdim=True).expand_as(eot)
+        no_words = words.mean(dim=0, keepdim=True).expand_as(words)
+        no_cls = cls.mean(dim=1, keepdim=True).expand_as(cls)
+        no_patches = patches.mean(dim=0, keepdim=True).expand_as(patches)
         cuts = {
             'all': (cls, eot, patches, words),
             'text_cut': (cls, no_eot, patches, no_words),
@@ -257,30 +259,7 @@ def losses_when_cut(student, teacher, batches):
         for name, seen in cuts.items():
             for loss, share in losses_of(student, *seen, out_t.cls, out_t.eot).items():
                 found[loss][name].append(share)
-    figures = {}
-    for loss, columns in found.items():
-        figures[loss] = {name: fmean(shares) for name, shares in columns.items()}
-    return figures
-
-
-def batches_of_crops(args, shards, tokenizer, config):
-    """Yields images, texts and the teacher's texts of a batch, in the order of an epoch; the last, smaller batch is
-    dropped."""
-    counts = Counts(GLOBALS, LOCALS, GLOBALS, LOCALS)
-    crops = TrainingSet(shards, tokenizer, config, seed=0, counts=counts, augment='crops')
-    size = group_size(shards, 'cut')
-    order = Order(len(shards), size, start=0, stop=len(shards) // size, seed=0)
-    device = torch.device(args.device)
-    batches = loader(crops, [*order], args.workers, device, multiple=8, whole_first=True)
-    for batch in progress_bar(batches, 'cut'):
-        batch = batch.to(device)
-        yield batch.views(0, 0), batch.texts, batch.teacher_texts
-
-
-def cut(args, scored, shards, scenes):
-    student, teacher, tokenizer, _ = both_networks(args)
-    batches = batches_of_crops(args, shards, tokenizer, student.config)
-    return {'cut': losses_when_cut(student, teacher, batches)}
+    return {'cut': means_of(found)}
 
 
 # --- 7. During training, and the command -----------------------------------------------------------------------------
