@@ -1,7 +1,7 @@
 """Zero-shot evaluation of a checkpoint: retrieval, classification, segmentation.
 
-    python eval.py retrieval CKPT --shards runs/scenes            or --coco DIR, or --flickr flickr30k_val.json
-    python eval.py retrieval CKPT --karpathy dataset_coco.json --split test --images DIR
+    python eval.py retrieval CKPT --shards runs/scenes            held-out shards
+    python eval.py retrieval CKPT --list FILE --images DIR        COCO's captions, or Karpathy's list
     python eval.py classify CKPT --dataset DTD --root DIR         a set of torchvision.datasets, by its name
     python eval.py classify CKPT --folder DIR                     one folder of images per class
     python eval.py segment CKPT --images DIR --masks DIR --classes voc.txt --benchmark voc21
@@ -110,9 +110,9 @@ def batches(dataset, workers, title):
 
 @torch.no_grad()
 def embed_batch(model, pixels):
-    """(B, 3, S, S) -> (B, D). A tower takes a list of views and gives a vector for each; here there is one view."""
-    cls = model.visual([pixels.to(model.logit_scale.device)])           # (1, B, D)
-    return unit(cls[0]).cpu()
+    """(B, 3, S, S) -> (B, D). A tower takes a list of views, and returns a list; here there is one view."""
+    [cls] = model.visual([pixels.to(model.logit_scale.device)])         # (B, D)
+    return unit(cls).cpu()
 
 
 def embed_images(model, source, preprocess, workers=0):
@@ -145,8 +145,8 @@ def embed_texts(model, tokenizer, texts):
     features = []
     for ids in progress_bar(tokenizer(different).split(TEXT_BATCH), 'texts'):   # (B, T)
         longest = end_of(ids).max() + 1
-        eot = model.text([ids[:, :longest].to(model.logit_scale.device)])   # (1, B, D)
-        features.append(unit(eot[0]).cpu())
+        [eot] = model.text([ids[:, :longest].to(model.logit_scale.device)])     # (B, D)
+        features.append(unit(eot).cpu())
     row_of = {text: row for row, text in enumerate(different)}
     rows = [row_of[text] for text in texts]
     return torch.cat(features)[rows]
@@ -216,19 +216,6 @@ def shard_captions(shards):
     """Held-out shards -> all captions, not split into sentences, and owner (captions,): the pair that each belongs to.
     Raises Refused for a pair without a caption, or with one that is not text."""
     return with_owners([captions_of(shards, i) for i in range(len(shards))], shards.name)
-
-
-def check_held_out(shards, workers):
-    """Read every caption and decode every image of held-out shards, so that a broken one is found now, and not in the
-    middle of a run. Raises Refused or Unreadable, with the name of the pair."""
-    shard_captions(shards)
-    # size_of in place of preprocess: a worker decodes the image, and sends back only two numbers.
-    for _ in batches(Images(shards, size_of), workers, 'trying held-out images'):
-        pass
-
-
-def size_of(image):
-    return image.size
 
 
 def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):
@@ -341,8 +328,8 @@ def segment_image(model, image, vectors, class_of_name, settings):
     and scored there; then the scores are resized to h x w.
 
     vectors (M, D): one for each name. class_of_name: M numbers; a class may have several names. settings: size of the
-    short side, scale of the logits, and area and probability of steps 2 and 3. The steps are those of
-    clip_segmentor.py:113-276 of the released code:
+    short side, scale of the logits, area and probability of steps 2 and 3, and csa, as in encode_dense. The steps are
+    those of clip_segmentor.py:113-276 of the released code:
         1. Each pixel takes its most probable class.
         2. If settings.area is above 0, foreground classes that cover no more than this share of the foreground are
            dropped, and each pixel chooses again.
@@ -357,20 +344,20 @@ def segment_image(model, image, vectors, class_of_name, settings):
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
     scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)
     logits = settings.scale * scores                                # (M, h', w')
-    size = height, width
-    probability, class_map = best_class(logits, size, class_of_name, candidates=set(class_of_name))
+    shape = height, width
+    probability, class_map = best_class(logits, shape, class_of_name, candidates=set(class_of_name))
     if settings.area:
         pixels_of_class = torch.bincount(class_map.flatten())
         foreground = pixels_of_class[1:].sum()
         is_candidate = pixels_of_class > settings.area * foreground     # one for each class up to the highest
         is_candidate[0] = True                                          # the background
         candidates = is_candidate.nonzero().flatten().tolist()
-        probability, class_map = best_class(logits, size, class_of_name, candidates)
+        probability, class_map = best_class(logits, shape, class_of_name, candidates)
     return class_map.masked_fill(probability < settings.probability, 0).cpu()
 
 
-def best_class(logits, size, class_of_name, candidates):
-    """logits (M, h', w') of M names -> two maps of `size` (h, w): for each pixel the probability of the best candidate
+def best_class(logits, shape, class_of_name, candidates):
+    """logits (M, h', w') of M names -> two maps of `shape` (h, w): for each pixel the probability of the best candidate
     class, and that class. A class is as probable as its most probable name.
 
     Example, for one pixel: logits 2, 3 and 1 of the names ape, monkey and ox, where ape and monkey are class 1, and ox
@@ -378,11 +365,11 @@ def best_class(logits, size, class_of_name, candidates):
     {2} it is 2, with e^1 over the same sum. This goes through the names one by one, because 100 maps of 12 megapixels
     would need 5 GB at once, and works on logarithms: probability = e^(highest - log_sum).
     """
-    highest = logits.new_full(size, -math.inf)              # of the candidates' logits so far
-    log_sum = logits.new_full(size, -math.inf)              # ln of the sum of e^logit so far
-    class_map = torch.zeros(size, dtype=torch.int64, device=logits.device)
+    highest = logits.new_full(shape, -math.inf)              # of the candidates' logits so far
+    log_sum = logits.new_full(shape, -math.inf)              # ln of the sum of e^logit so far
+    class_map = torch.zeros(shape, dtype=torch.int64, device=logits.device)
     for logit_map, number in zip(logits, class_of_name):
-        resized = F.interpolate(logit_map[None, None], size, mode='bilinear')[0, 0]     # (h, w)
+        resized = F.interpolate(logit_map[None, None], shape, mode='bilinear')[0, 0]     # (h, w)
         log_sum = log_sum.logaddexp(resized)
         if number in candidates:
             class_map[resized > highest] = number
@@ -432,18 +419,13 @@ def show(figures, indent=''):
 
 
 def run_retrieval(args, model, tokenizer, preprocess):
-    if args.split:
-        need(args.karpathy, '--split is for --karpathy only; omit it')
-    if args.caption_keys:
-        need(args.shards, '--caption-keys is for --shards only; omit it')
-    if args.images:
-        need(args.karpathy or args.flickr, '--images is for --karpathy and --flickr; omit it')
     if args.shards:
+        need(not (args.images or args.split), '--images and --split are for --list only; omit them')
         source = Shards(args.shards, args.caption_keys, split='val')    # with captions of its own
         captions = owner = None
     else:
-        source, captions, owner = published_captions(
-            args.coco, args.karpathy, args.flickr, args.images, args.split or 'test')
+        need(not args.caption_keys, '--caption-keys is for --shards only; omit it')
+        source, captions, owner = published_captions(args.list, args.images, args.split)
     figures, _ = zero_shot_retrieval(model, tokenizer, preprocess, source, captions, owner, args.workers)
     return figures
 

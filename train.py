@@ -469,7 +469,6 @@ def set_up(given, typed, processes, built_in_set):
             runs.check_resumed(saved, options, shards)
         if processes.rank == 0 and options.val:     # --caption-keys holds for both sets, --caption-pool for training
             val = Shards(options.val, options.caption_keys, 'val')
-            evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
         if processes.rank == 0:
             runs.lock(options.out)          # nothing is written to --out before this line
             shards.save()                   # the other ranks will memory-map it

@@ -1,7 +1,7 @@
 """Turn data from elsewhere into shards.
 
     python -m extras.prepare pack rows.csv images/ shards --val 0.1   a tenth held out: shards/train and shards/val
-    python -m extras.prepare pack rows.jsonl images/ shards           nothing held out; JSON, TSV, COCO's lists work too
+    python -m extras.prepare pack rows.jsonl images/ shards           nothing held out; JSON, TSV, COCO's lists, too
     python -m extras.prepare pack dataset_flickr8k.json Images shards Karpathy's list says what is held out
     python -m extras.prepare join dreamlip.csv /shards /joined        DreamLIP's captions onto img2dataset's shards
 
@@ -9,11 +9,9 @@ The output folder must be a new one, and it appears only when it is whole. If `j
 goes on where it stopped; `pack` starts again.
 """
 import csv
-import itertools
 import json
 import os
 import random
-import re
 import sqlite3
 import sys
 from collections import Counter, defaultdict
@@ -23,89 +21,20 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from eval import progress_bar
-from plumbing.captions import CAPTION_KEYS, DREAMLIP, caption_pool, sentences
+from plumbing.captions import DREAMLIP, sentences
 from plumbing.errors import Refused, command, need
 from plumbing.files import read_json, reading, write_json
 from plumbing.images import open_image, pillow_errors, load_image
-from plumbing.tables import SPLIT, read_rows, table_rows
+from plumbing.tables import read_list, table_rows
 from plumbing.options import Parser, positive, share
 from plumbing.shards import Shards, write_shard
 
-IMAGE_COLUMNS = ('image', 'image_path', 'filepath', 'file_name', 'filename', 'path', 'file',
-                 'image_name')
-EVERY_CAPTION_KEY = sum(CAPTION_KEYS, [])
-URL_COLUMNS = 'url', 'URL', 'image_url', 'Image Path', 'image_path'     # DreamLIP's CSV: Image Path
-CAPTION_COLUMNS = 'caption', 'title', 'text', 'sentence'                # the first that is filled
+URL_COLUMNS = 'url', 'image_url', 'image path', 'image_path'    # in any case; DreamLIP's CSV: Image Path
 HALVES = {'train': 'train', 'restval': 'train', 'val': 'val'}  # Karpathy's other splits stay out
 NAMED = 10              # how many unusable images are named: the first few show what is wrong with all
 KINDS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}  # MPO: JPEGs from some phones
 
-# --- 1. Rows ---------------------------------------------------------------------------------------------------------
-
-def find_column(names, columns, path, remedy=''):
-    """The first of `names` that the table has as a column. Refused, with the remedy, if it has none of them."""
-    for name in names:
-        if name in columns:
-            return name
-    raise Refused(f"{path} has the columns {', '.join(map(str, columns))}, but none of {', '.join(names)}{remedy}")
-
-
-def captions_under(key, record):
-    """The record's captions under a key, as a list. Strings under DreamLIP's keys are split, but items of a list pass
-    whole. What is blank, or not text, is not a caption."""
-    value = record.get(key)
-    if key in DREAMLIP and not isinstance(value, list):
-        return sentences(value)
-    items = value if isinstance(value, list) else [value]
-    return [item for item in items if isinstance(item, str) and item.strip()]
-
-
-def add_captions(record, other):
-    """Append the captions of `other` to those of `record`, key by key, without duplicates. Captions become lists, and
-    keys without captions are removed."""
-    for key in EVERY_CAPTION_KEY:
-        captions = captions_under(key, record)
-        for caption in captions_under(key, other):
-            if caption not in captions:
-                captions.append(caption)
-        record.pop(key, None)
-        if captions:
-            record[key] = captions
-
-
-def records_by_image(rows, path, image_column=None, caption_column=None):
-    """Rows -> {image name: record}. All rows of an image become one record with all its captions."""
-    columns = dict.fromkeys(itertools.chain.from_iterable(rows))        # in their order
-    names = [image_column] if image_column else IMAGE_COLUMNS
-    column = find_column(names, columns, path, '; give that of the image names with --image-column')
-    text_columns = CAPTION_COLUMNS
-    if 'comment_number' in columns:                 # Flickr30k's table
-        text_columns = ['comment']
-    if caption_column:
-        text_columns = [find_column([caption_column], columns, path, '; mend --caption-column')]
-    records = {}
-    for number, record in enumerate(rows, 1):
-        name = record.pop(column, None)
-        # A string of JSON can hold a NUL or half a surrogate pair, but a file name cannot.
-        need(isinstance(name, str) and not re.search('[\0\ud800-\udfff]', name),
-             f"row {number} of {path} has no file name under '{column}'")
-        name = os.path.normpath(name)               # ./a.jpg is a.jpg
-        record['file'] = name
-        texts = [record[key] for key in text_columns if captions_under(key, record)]
-        if caption_column:  # other captions are then used for neither training nor retrieval
-            for key in EVERY_CAPTION_KEY:
-                record.pop(key, None)
-        if texts:
-            record['caption'] = texts[0]
-        # If it is the image's first row, this only turns its captions into lists.
-        add_captions(records.setdefault(name, record), record)
-    need(any(map(caption_pool, records.values())),
-         f"{path} has no captions under a name known here; its columns are {', '.join(columns)}: "
-         'give that of the captions with --caption-column')
-    return records
-
-
-# --- 2. Into shards --------------------------------------------------------------------------------------------------
+# --- 1. A table and a folder of images -------------------------------------------------------------------------------
 
 def name_left_out(problems):
     """Name the first ten images that cannot be used, and count the others."""
@@ -123,16 +52,16 @@ def image_kind(image):
     return KINDS[kind]
 
 
-def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_column=None):
-    """A file of rows and a folder of images -> shards of up to `size` images in `out`, a new folder.
+def pack(rows, images, out, size=5000, val=0.0, image_column='image', caption_column='caption'):
+    """A table or a published list, and a folder of images -> shards of up to `size` images in `out`, a new folder.
 
     val: as --val. An image's name alone decides where it goes; Karpathy's list says so itself. Image bytes are copied
-    as they are. An image that is missing or broken, or has no caption, is left out.
+    as they are. The json of a pair has the name of its image as `file`, and its captions as `caption`. An image that is
+    missing or broken, or has no caption, is left out.
     """
     out = Path(out)
     need(not out.exists(), f'{out} exists; name a new folder, or remove that one')
-    records = records_by_image(read_rows(rows), rows, image_column, caption_column)
-    sides = divide(records, rows, out, val)
+    sides = divide(read_list(rows, image_column, caption_column), rows, out, val)
     problems = []
     out.parent.mkdir(parents=True, exist_ok=True)
     # The folder is written under another name, because training on half of it would go unnoticed.
@@ -151,21 +80,21 @@ def pack(rows, images, out, size=5000, val=0.0, image_column=None, caption_colum
         whole.rename(out)
 
 
-def divide(records, rows, out, val):
-    """Which images go into which folder in `out` -> {folder: their records}."""
-    splits = Counter(record[SPLIT] for record in records.values() if SPLIT in record)
+def divide(listed, rows, out, val):
+    """Which images go into which folder in `out` -> {folder: [(name, captions), ...]}."""
+    splits = Counter(image.split for image in listed.values() if image.split)
     need(not (val and splits), f'{rows} already says which images are held out; leave out --val')
     sides = defaultdict(list)
-    for name, record in records.items():
+    for name, image in listed.items():
         if splits:
-            half = HALVES.get(record.get(SPLIT))
+            half = HALVES.get(image.split)
         elif val:
             half = 'val' if random.Random(name).random() < val else 'train'
         else:
             half = ''
         if half is not None:
-            sides[half].append(record)
-    need(not val or len(sides) == 2, f'--val {val} of {len(records)} images leaves {out}/train or {out}/val empty; give '
+            sides[half].append((name, image.captions))
+    need(not val or len(sides) == 2, f'--val {val} of {len(listed)} images leaves {out}/train or {out}/val empty; give '
          'another share')
     if splits:
         counts = ', '.join(f'{n:,} {split}' for split, n in splits.items())
@@ -173,39 +102,59 @@ def divide(records, rows, out, val):
     return sides
 
 
-def packed(records, images, number, problems):
+def packed(side, images, number, problems):
     """Yields (name, bytes) of the members of a shard. If an image is left out, the reason goes into `problems`."""
-    for i, record in enumerate(progress_bar(records, 'packing')):
+    for i, (name, captions) in enumerate(progress_bar(side, 'packing')):
         try:
-            image = Path(images, record['file']).read_bytes()
+            image = Path(images, name).read_bytes()
             load_image(image)
-            need(caption_pool(record), f"no caption; the row has only {', '.join(record)}")
+            need(captions, 'it has no caption')
             kind = image_kind(image)
         except (OSError, Refused) as error:
-            problems.append(f"{record['file']}: {error}")
+            problems.append(f'{name}: {error}')
             continue
         key = f'{number:05d}{i:05d}'
         yield f'{key}.{kind}', image
-        yield f'{key}.json', json.dumps(record).encode()
+        yield f'{key}.json', json.dumps({'file': name, 'caption': captions}).encode()
 
+
+# --- 2. DreamLIP's captions onto img2dataset's shards ----------------------------------------------------------------
 
 def read_captions(table):
-    """DreamLIP's CSV -> a database with the captions of each URL, as sentences."""
+    """DreamLIP's CSV -> a database with the captions of each URL, as sentences. The first row of a URL that has captions
+    counts. Rows without a URL or without captions are counted, and said."""
     csv.field_size_limit(1 << 24)       # Python's own limit of 131,072 characters may be too low
     database = sqlite3.connect('')      # a temporary file: the table may be larger than memory
     database.execute('create table captions (url primary key, record)')
+    without = Counter()
     with reading(table), open(table, encoding='utf-8-sig', newline='') as file:
         for row in progress_bar(table_rows(file, table), 'reading the table'):
-            url = (row[find_column(URL_COLUMNS, row, table)] or '').strip()
+            url = (row[url_column(row, table)] or '').strip()
             record = {}
             for key in DREAMLIP:
                 found = sentences(row.get(key))
                 if found:
                     record[key] = found
-            if url and record:
+            if not url:
+                without['a URL'] += 1
+            elif None in row.values():
+                without['as many fields as the first line'] += 1
+            elif not record:
+                without['captions'] += 1
+            else:
                 database.execute('insert or ignore into captions values (?, ?)',
                                  (url, json.dumps(record)))
+    for what, rows in without.items():
+        print(f'note       {rows:,} rows of {table} have not {what}, and are not used')
     return database
+
+
+def url_column(row, table):
+    """The name of the column that has the URLs."""
+    found = [name for name in row if name.lower() in URL_COLUMNS]
+    need(len(found) == 1, f"{table} has the columns {', '.join(row)}; one of them, and no more, must be called "
+         f"{', '.join(URL_COLUMNS)}; rename that of the URLs to url")
+    return found[0]
 
 
 def join(table, shards, out):
@@ -268,13 +217,12 @@ def main():
         return one.add_argument
 
     add = add_command(pack, 'ROWS IMAGES OUT', 'make shards from rows and a folder of images')
-    add('rows', help='JSONL {"image", "captions"}, a CSV or TSV with such columns, COCO-caption JSON, or '
+    add('rows', help='JSONL {"image", "caption"}, a CSV or TSV with these columns, COCO-caption JSON, or '
         "Karpathy's list")
     add('images', help='folder of the images; the rows name them by their paths in it')
     add('out', help='folder for the shards')
-    add('--image-column',
-        help=f"column of the image names (default: the first of {', '.join(IMAGE_COLUMNS)})")
-    add('--caption-column', help='column of the caption; no other text of the row is then used')
+    add('--image-column', default='image', help='column of the image names (%(default)s, in any case)')
+    add('--caption-column', default='caption', help='column of the captions (%(default)s, in any case)')
     add('--val', type=share, default=0.0, help='share of the images that goes to OUT/val; the others go to OUT/train '
         "(default: all go to OUT; Karpathy's list already says what is held out)")
     add('--size', type=positive, default=5000, help='images per shard (default: %(default)s)')

@@ -51,8 +51,9 @@ def folder_set(folder, preprocess):
     with reading(folder):
         source = torchvision.datasets.ImageFolder(folder, preprocess, loader=load_image)
     classes = source.classes
-    are_splits = set(classes) <= {'train', 'val', 'test'}
-    need(not are_splits, f"{folder} holds the splits {', '.join(classes)}; give one of them")
+    halves = [name for name in classes if name.lower() in ('train', 'val', 'valid', 'validation', 'test')]
+    need(len(halves) < min(2, len(classes)),
+         f"{folder} holds the halves {', '.join(halves)}, which are no classes; give one of them, as {folder}/{halves[-1:]}")
     is_numbered = all(name.isdecimal() for name in classes)
     need(not is_numbered or classes == sorted(classes, key=int),
          f'the folders of {folder} are numbered, but 10 comes before 2; add leading zeros')
@@ -183,7 +184,9 @@ def mask_pairs(images, masks, image_suffix, mask_suffix, listing=None):
     image_paths = by_stem(images_in(images), image_suffix)
     png_paths = [path for path in images_in(masks) if path.suffix.lower() == '.png']
     mask_paths = by_stem(png_paths, mask_suffix)
-    stems = read_lines(listing) if listing else mask_paths
+    stems = read_lines(listing) if listing else list(mask_paths)
+    twice = [stem for stem in stems if stems.count(stem) > 1]
+    need(not twice, f'{listing} names {twice[:1]} more than once; each image is scored once, so leave one line')
     need(stems, f"{masks} has no mask '*{mask_suffix}.png'; see --mask-suffix")
     for stem in stems:
         need(stem in image_paths, f'{images} has no image {stem}{image_suffix}; see --image-suffix')

@@ -226,13 +226,11 @@ def evaluation_options(description):
 
     parser = add_command('retrieval', 'zero-shot R@1/5/10 and ranks, both ways')
     one = parser.add_mutually_exclusive_group(required=True).add_argument
-    one('--coco', help='folder with images/val2017 and annotations/captions_val2017.json')
-    one('--karpathy', help="Karpathy's dataset_coco.json or dataset_flickr30k.json")
-    one('--flickr', help="the released code's flickr30k_val.json: a list of images with captions")
+    one('--list', metavar='FILE', help="COCO's captions, Karpathy's list, or a table of images and captions")
     one('--shards', nargs='+', help='held-out shards; a folder with train/ and val/ means its val/')
     add = parser.add_argument
-    add('--split', help="Karpathy's split (default: test)")
-    add('--images', help='images of --karpathy or --flickr (default: the folder of the JSON)')
+    add('--images', help='folder of the images of --list (default: that of the list)')
+    add('--split', help="split of Karpathy's list (default: test)")
     add('--caption-keys', help='comma-separated json keys of the captions of --shards')
 
     parser = add_command('classify', 'zero-shot top-1, top-5, mean per class')

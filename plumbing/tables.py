@@ -1,9 +1,12 @@
-"""Tables of images and captions: rows of JSON, CSV or TSV, and the lists that COCO, Karpathy and Flickr30k publish."""
+"""Lists of images and captions: tables in JSON, CSV or TSV, and the lists that COCO and Karpathy publish."""
 import csv
 import io
 import json
+import os
 import re
 from collections import defaultdict
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,68 +15,9 @@ from plumbing.captions import without_spaced_stop
 from plumbing.errors import Refused, need, warn
 from plumbing.files import reading
 
-SPLIT = 'karpathy_split'  # a key in the json of pairs that came from Karpathy's list
+# --- 1. Rows ---------------------------------------------------------------------------------------------------------
 
-# --- 1. Published lists ----------------------------------------------------------------------------------------------
-
-def published_captions(coco, karpathy, flickr, images, split):
-    """The images and captions of COCO's folder, or else of Karpathy's list or the released code's flickr30k_val.json,
-    [{"image": path, "caption": [five]}, ...] -> paths, and captions and owner as in `with_owners`. images: the folder
-    of the images (that of the list, if none is given)."""
-    listing = Path(karpathy or flickr or f'{coco}/annotations/captions_val2017.json')
-    folder = Path(coco, 'images/val2017') if coco else images or listing.parent
-    key = 'captions' if karpathy else 'caption'
-    needed = {'image', key, SPLIT} if karpathy else {'image', key}
-    pools = defaultdict(list)   # {path of an image: its captions}; an image may have several rows
-    for row in read_rows(listing):
-        need(row.keys() >= needed and isinstance(row['image'], str),
-             f"a row of {listing} has the keys {', '.join(row)}; it needs image, a name, and {key}")
-        if not karpathy or row[SPLIT] == split:
-            found = row[key]
-            pools[Path(folder, row['image'])] += found if isinstance(found, list) else [found]
-    chosen = f' of the split {split}' if karpathy else ''
-    need(pools, f'{listing} lists no image{chosen}; see --help')
-    paths = list(pools)
-    captions, owner = with_owners(pools.values(), lambda i: f'{paths[i]}, listed in {listing},')
-    return paths, captions, owner
-
-
-# --- 2. Captions and their owners ------------------------------------------------------------------------------------
-
-def has_caption(value):
-    """Whether a string, or an item of a list, is not blank. What is not text counts, too: with_owners refuses it."""
-    items = value if isinstance(value, list) else [value]
-    return any(str(item or '').strip() for item in items)
-
-
-def with_owners(pools, name):
-    """For each image its captions, a string or a list -> all captions in one list, and owner (captions,), the image
-    that each belongs to. An image is Refused if it has no caption, or one that is not text; name(i) is what the message
-    calls image i. A final ' .' is taken off, as in training."""
-    captions = []
-    owner = []
-    for i, pool in enumerate(pools):
-        if not has_caption(pool):   # the name is looked up only here, because that may cost a read
-            raise Refused(f'{name(i)} has no caption; give it one, or take the image out')
-        for caption in pool if isinstance(pool, list) else [pool]:
-            if not isinstance(caption, str):
-                raise Refused(f'{name(i)} has a caption that is not text: {str(caption)[:80]}; '
-                              'mend it, or take it out')
-            if caption.strip():
-                captions.append(without_spaced_stop(caption))
-                owner.append(i)
-    return captions, torch.tensor(owner)
-
-
-# --- 3. Rows of any table --------------------------------------------------------------------------------------------
-
-def karpathy_row(image):
-    """An image of Karpathy's dataset_coco.json and the like -> row."""
-    name = image['filename']
-    if image.get('filepath'):           # COCO's images lie in two folders
-        name = f"{image['filepath']}/{name}"
-    captions = [sentence['raw'] for sentence in image['sentences']]
-    return {'image': name, 'captions': captions, SPLIT: image['split']}
+SPLIT = 'karpathy_split'        # of a row that comes from Karpathy's list
 
 
 def rows_of_json(text):
@@ -85,20 +29,22 @@ def rows_of_json(text):
         value, place = decoder.raw_decode(text, place)
         values.append(value)
         place = re.compile(r'\s*').match(text, place).end()  # raw_decode does not skip white space
-    if len(values) > 1:
-        return values
-    [whole] = values
-    if isinstance(whole, list):
-        return whole
-    if 'annotations' in whole:                              # COCO's captions
+    if len(values) == 1 and isinstance(values[0], list):
+        return values[0]
+    if len(values) == 1 and 'annotations' in values[0]:     # COCO's captions
         captions = defaultdict(list)                        # {the image's id: captions}
-        for annotation in whole['annotations']:
+        for annotation in values[0]['annotations']:
             captions[annotation['image_id']].append(annotation['caption'])
-        images = whole['images']
+        images = values[0]['images']
         return [{'image': image['file_name'], 'caption': captions[image['id']]} for image in images]
-    if 'images' in whole and 'captions' not in whole:       # Karpathy's list
-        return [karpathy_row(image) for image in whole['images']]
-    return values                                           # JSON lines with one line
+    if len(values) == 1 and 'images' in values[0]:          # Karpathy's list
+        rows = []
+        for image in values[0]['images']:
+            name = os.path.join(image.get('filepath', ''), image['filename'])   # COCO's images lie in two folders
+            captions = [sentence['raw'] for sentence in image['sentences']]
+            rows.append({'image': name, 'caption': captions, SPLIT: image['split']})
+        return rows
+    return values
 
 
 def table_rows(file, path, **form):
@@ -123,15 +69,11 @@ def table_rows(file, path, **form):
 
 
 def rows_of_table(text, path):
-    """The rows of a CSV, a TSV, or Flickr30k's table. The first line shows what the delimiter is."""
-    first_line = text.partition('\n')[0]
-    delimiter = max(',;\t|', key=first_line.count)
-    quoting = csv.QUOTE_MINIMAL
-    if delimiter == '\t' or '| ' in first_line:     # a TSV, Flickr30k's table: a caption may begin with a "
-        quoting = csv.QUOTE_NONE
-    rows = list(table_rows(io.StringIO(text), path, delimiter=delimiter, quoting=quoting, skipinitialspace=True))
+    """The rows of a CSV or a TSV. The first line shows what the delimiter is."""
+    delimiter = max(',;\t|', key=text.partition('\n')[0].count)
+    rows = list(table_rows(io.StringIO(text), path, delimiter=delimiter, skipinitialspace=True))
     short = [number for number, row in enumerate(rows, 1) if None in row.values()]
-    if short:           # as one in Flickr30k's table, which lacks a delimiter
+    if short:
         warn(f'{len(short)} rows of {path} have fewer fields than its first line, the first is '
              f'row {short[0]}; their last columns count as empty')
     return rows
@@ -150,3 +92,87 @@ def read_rows(path):
     need(rows and all(isinstance(row, dict) for row in rows),
          f'{path} has no rows; docs/data.md shows what a table looks like')
     return rows
+
+
+# --- 2. Images and their captions ------------------------------------------------------------------------------------
+
+@dataclass
+class Listed:
+    """An image of a list."""
+    split: str                                          # of Karpathy's lists, None elsewhere
+    captions: list = field(default_factory=list)
+
+
+def find_column(columns, wanted, option, path):
+    """The column called `wanted`, in any case. Refused, with the columns that there are, if there is not exactly one."""
+    found = [name for name in columns if name.lower() == wanted.lower()]
+    need(len(found) == 1, f"{path} has the columns {', '.join(columns)}, of which not one is '{wanted}'; "
+         f'say with {option} which to take')
+    return found[0]
+
+
+def read_list(path, image_column='image', caption_column='caption'):
+    """A table, or a published list -> {image name: Listed}. An image may have several rows. A caption is a string, or
+    an item of a list of them. What is blank is none, and what is not text is counted, and said."""
+    rows = read_rows(path)
+    columns = dict.fromkeys(chain.from_iterable(rows))                  # each once, in their order
+    image_column = find_column(columns, image_column, '--image-column', path)
+    caption_column = find_column(columns, caption_column, '--caption-column', path)
+    listed = {}
+    not_text = 0
+    for number, row in enumerate(rows, 1):
+        name = row.get(image_column)
+        # A string of JSON can hold a NUL or half a surrogate pair, but a file name cannot.
+        need(isinstance(name, str) and not re.search('[\0\ud800-\udfff]', name),
+             f"row {number} of {path} has no file name under '{image_column}'; its columns are {', '.join(row)}")
+        image = listed.setdefault(os.path.normpath(name), Listed(row.get(SPLIT)))       # ./a.jpg is a.jpg
+        value = row.get(caption_column)
+        for caption in value if isinstance(value, list) else [value]:
+            if not isinstance(caption, str):
+                not_text += 1
+            elif caption.strip():
+                image.captions.append(caption)
+    if not_text:
+        warn(f"{not_text} captions of {path}, under '{caption_column}', are absent or not text, and so not used")
+    return listed
+
+
+def published_captions(path, images=None, split=None):
+    """A list, the folder of its images (that of the list, if none is given), and a split of Karpathy's lists (test, if
+    none is given) -> paths, and captions and owner as in `with_owners`."""
+    listed = read_list(path)
+    splits = {image.split for image in listed.values()} - {None}
+    need(splits or not split, f'{path} has no splits; omit --split')
+    wanted = (split or 'test') if splits else None
+    chosen = {name: image.captions for name, image in listed.items() if image.split == wanted}
+    need(chosen, f"{path} lists no image of the split {wanted}; give one of {', '.join(sorted(splits))} with --split")
+    paths = [Path(images or Path(path).parent, name) for name in chosen]
+    captions, owner = with_owners(chosen.values(), lambda i: f'{paths[i]}, listed in {path},')
+    return paths, captions, owner
+
+
+# --- 3. Captions and their owners ------------------------------------------------------------------------------------
+
+def has_caption(value):
+    """Whether a string, or an item of a list, is not blank. What is not text counts, too: with_owners refuses it."""
+    items = value if isinstance(value, list) else [value]
+    return any(str(item or '').strip() for item in items)
+
+
+def with_owners(pools, name):
+    """For each image its captions, a string or a list -> all captions in one list, and owner (captions,), the image
+    that each belongs to. An image is Refused if it has no caption, or one that is not text; name(i) is what the message
+    calls image i. A final ' .' is taken off, as in training."""
+    captions = []
+    owner = []
+    for i, pool in enumerate(pools):
+        if not has_caption(pool):   # the name is looked up only here, because that may cost a read
+            raise Refused(f'{name(i)} has no caption; give it one, or take the image out')
+        for caption in pool if isinstance(pool, list) else [pool]:
+            if not isinstance(caption, str):
+                raise Refused(f'{name(i)} has a caption that is not text: {str(caption)[:80]}; '
+                              'mend it, or take it out')
+            if caption.strip():
+                captions.append(without_spaced_stop(caption))
+                owner.append(i)
+    return captions, torch.tensor(owner)

@@ -109,6 +109,7 @@ def networks(run, commit):
         'config': asdict(run.train_set.config),
         'merges': run.train_set.tokenizer.merges,
         'step': run.step,
+        'method': run.options.method,
         'commit': commit,
         'student': run.student.state_dict()}
     if run.teacher:
@@ -157,14 +158,20 @@ def infer_config(state, quick_gelu):
 
 
 class Origin(NamedTuple):
-    """Which network of which file weights are, and if the file is ours, of which step. str() puts it into words."""
+    """Which network of which file weights are, and if the file is ours, of which step and method. str() puts it into
+    words. Towers and cross-attention are read as those of cosmos.COSMOS, even if the method has a student of its own."""
     network: str
     checkpoint: str
     step: object = None     # a number, 'unknown', or None for a file that is not ours
+    method: str = None      # None if the file does not say
 
     def __str__(self):
         words = f'{self.network} of {self.checkpoint}'
-        return words if self.step is None else f'{words}, step {self.step}'
+        if self.step is not None:
+            words += f', step {self.step}'
+        if self.method:
+            words += f' of --method {self.method}'
+        return words
 
 
 def read_network(path, weights, vocab, quick_gelu):
@@ -188,7 +195,8 @@ def read_network(path, weights, vocab, quick_gelu):
     if 'config' in saved and 'merges' in saved:         # ours
         config, tokenizer = config_and_tokenizer(saved)
         need(config.quick_gelu or not quick_gelu, f'{path} says itself which activation it has; omit --quick-gelu')
-        origin = Origin(key, str(path), saved.get('step', 'unknown'))
+        need(not vocab, f'{path} carries its own merges; omit --vocab')
+        origin = Origin(key, str(path), saved.get('step', 'unknown'), saved.get('method'))
         return origin, config, tokenizer, state
     # See infer_config for the width of heads. open_clip's ViTs that are wider than 1,024 have heads of another width.
     width = len(state.get('visual.class_embedding', ()))                # 0: there is none

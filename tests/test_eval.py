@@ -62,8 +62,8 @@ def gallery(here, monkeypatch):
         workers = [] if name == 'segment' else ['--workers', 0]
         assert run(evaluation, name, '.', *workers, '--json', 'json', *flags) is None
         found = json.loads(Path('json').read_text())
-        origin = [found.pop(name) for name in ('network', 'checkpoint', 'step')]
-        assert origin == ['student', 'last.pt', 'unknown']
+        origin = [found.pop(name) for name in ('network', 'checkpoint', 'step', 'method')]
+        assert origin == ['student', 'last.pt', 'unknown', None]
         return found
 
     return SimpleNamespace(scored=(model, tokenizer), images=images, features=features, figures=figures)
@@ -246,10 +246,10 @@ def test_a_folder_means_its_best(gallery):
     model, _ = gallery.scored
     saved = torch.load('last.pt')
     saved['student'] = {name: value + 1 for name, value in saved['student'].items()}
-    torch.save(saved | {'step': 70}, 'best.pt')
+    torch.save(saved | {'step': 70, 'method': 'across'}, 'best.pt')
     loaded, _, _ = evaluation.load('.')
     assert_close(loaded.logit_scale, model.logit_scale + 1)
-    assert str(loaded.origin) == 'student of best.pt, step 70'
+    assert str(loaded.origin) == 'student of best.pt, step 70 of --method across'
 
 
 def test_images_are_resized_as_torchvision_does():
@@ -341,18 +341,18 @@ def test_retrieval_of_shards_and_lists(gallery):
     put('annotations/captions_val2017.json', coco)
     put('images/karpathy', {'images': karpathy})
     put('karpathy', {'images': karpathy})
-    assert gallery.figures('retrieval --coco .') == wanted
-    assert gallery.figures('retrieval --karpathy images/karpathy --split test') == wanted
-    assert gallery.figures('retrieval --karpathy karpathy --images images') == wanted
+    assert gallery.figures('retrieval --list annotations/captions_val2017.json --images images/val2017') == wanted
+    assert gallery.figures('retrieval --list images/karpathy --split test') == wanted
+    assert gallery.figures('retrieval --list karpathy --images images') == wanted
     for file, flags in ('images/list', ''), ('list', '--images images --workers 1'):
         put(file, listing)
-        assert gallery.figures(f'retrieval --flickr {file} {flags}') == wanted
+        assert gallery.figures(f'retrieval --list {file} {flags}') == wanted
     # An image may have several items.
     put('list', [{'image': '0.png', 'caption': 'ox 0'}, *listing[1:], {'image': '0.png', 'caption': 'ox 3'}])
     grouped = [{'image': '0.png', 'caption': ['ox 0', 'ox 3']}, *listing[1:]]
     put('grouped', grouped)
-    figures = gallery.figures('retrieval --flickr list --images images')
-    assert figures == gallery.figures('retrieval --flickr grouped --images images')
+    figures = gallery.figures('retrieval --list list --images images')
+    assert figures == gallery.figures('retrieval --list grouped --images images')
     assert (figures['images'], figures['captions']) == (3, 4)
 
 
@@ -445,10 +445,12 @@ WRONG = {               # a command: what its sentence must say
     'retrieval bad.pt --shards a.tar': 'bad.pt .* holds posix.system, which may run code',
     'retrieval last.pt --shards empty': "'empty' .* no .tar file",
     'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read.*extras.inspect',
-    'retrieval last.pt --karpathy white --split val': 'white lists no image of the split val',
-    'retrieval last.pt --karpathy white': 'a.jpg, listed in white, has no caption',
-    'retrieval last.pt --flickr white': 'a row of white has the keys image, captions, .*; it needs image, a name, and caption',
-    'retrieval last.pt --coco x --split val': '--split is for --karpathy',
+    'retrieval last.pt --list white --split val': 'white lists no image of the split val; give one of test with --split',
+    'retrieval last.pt --list white': 'a.jpg, listed in white, has no caption',
+    'retrieval last.pt --list keys': "keys has the columns image, text, of which not one is 'caption'",
+    'retrieval last.pt --list one --split val': 'one has no splits; omit --split',
+    'retrieval last.pt --shards a.tar --split val': '--images and --split are for --list',
+    'retrieval last.pt --shards a.tar --vocab x': 'last.pt carries its own merges; omit --vocab',
     'classify last.pt --dataset DTD --root nowhere': 'cannot open DTD in nowhere .*--download',
     'classify last.pt --dataset MNIST --split val': 'MNIST has no split val; give train or test',
     'classify last.pt --folder bad --workers 0': 'bad/class/x.jpg cannot be read as an image',
@@ -462,15 +464,16 @@ WRONG = {               # a command: what its sentence must say
     'segment last.pt --images a --masks a --classes page.pt --benchmark voc20': 'has 1 lines, but voc20 has 20 classes',
     'classify last.pt --folder numbered --classes commas': 'commas has 2 names for 1 classes; give one line',
     'classify last.pt --folder numbered': 'classes are called n01440764 and the like; .*--classes',
-    'classify last.pt --folder halves': 'halves holds the splits test, train, val; give one of them',
+    'classify last.pt --folder halves': r"halves holds the halves train, validation, which are no classes; give one of them",
+    'segment last.pt --images images --masks ignored --classes blank2 --list same': "same names .'0'. more than once",
     'classify last.pt --folder counted': 'counted are numbered, .*leading zeros',
     'segment last.pt --images images --masks colour --classes blank2': 'colour/0.png is in colour; save class numbers',
     'segment last.pt --images images --masks torn --classes blank2': 'torn/0.png cannot be read as an image',
     'segment last.pt --images images --masks ignored --classes blank2': 'every pixel of the masks is ignored',
     'segment last.pt --images images --masks ignored --classes blank2 --list three': 'ignored has no mask 1; see --mask',
     'retrieval numbers.pt --shards a.tar': 'numbers.pt is neither .*its keys: 0.; load other',
-    'retrieval last.pt --flickr half': 'half cannot be read as this command expects .JSONDecodeError',
-    'retrieval last.pt --flickr instances': "instances is JSON of an unknown kind .KeyError.'caption'",
+    'retrieval last.pt --list half': 'half cannot be read as this command expects .JSONDecodeError',
+    'retrieval last.pt --list instances': "instances is JSON of an unknown kind .KeyError.'caption'",
     'segment last.pt --images a --masks a --classes page.pt --templates page.pt': "'<html>' in page.pt needs {}"}
 
 
@@ -486,7 +489,7 @@ def test_errors_are_one_sentence(gallery):
     put('empty/list')
     put('torn/0.png')
     put('bad/class/x.jpg')
-    for folder in 'numbered/n01440764', 'halves/train', 'halves/val', 'halves/test', 'counted/2', 'counted/10':
+    for folder in 'numbered/n01440764', 'halves/train', 'halves/validation', 'halves/ox', 'counted/2', 'counted/10':
         put(f'{folder}/0.png', image)
     put('white', {'images': [{'filename': 'a.jpg', 'split': 'test', 'sentences': [{'raw': ' '}]}]})
     put('twice', 'ox, cow\nox')
@@ -496,6 +499,9 @@ def test_errors_are_one_sentence(gallery):
         put(f'{folder}/0.png', encoded(mask))
     put('blank2', 'ox\ngnu')
     put('three', '0\n1\n2')
+    put('same', '0\n0')
+    put('keys', [{'image': 'a.jpg', 'text': 'an ox'}])
+    put('one', [{'image': 'a.jpg', 'caption': 'an ox'}])
     put('half', '[{')
     put('instances', {'images': [], 'annotations': [{'image_id': 1}]})
     torch.save({0: torch.ones(1)}, 'numbers.pt')

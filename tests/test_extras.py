@@ -1,6 +1,8 @@
 """What extras/ promises, each claim with its oracle: the docstring says what the result is compared with."""
 import base64
+import csv
 import html
+import io
 import itertools
 import json
 import re
@@ -68,11 +70,11 @@ COCO = """{
     "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "s/b.png"}],
     "annotations": [{"image_id": 1, "caption": "one dog"}, {"image_id": 2, "caption": "two. dogs"},
                     {"image_id": 1, "caption": "a dog"}]}"""
-LINES = """{"image": "a.jpg", "captions": ["one dog", "a dog"]}
-{"image": "bad.jpg", "captions": ["x"]}
-{"image": "s/b.png", "captions": ["two. dogs"]}
-{"image": "absent.jpg", "captions": ["y"]}"""
-CSV = 'filepath,title\na.jpg,one dog .\ns/b.png,two. dogs\na.jpg,a dog\n'
+LINES = """{"image": "a.jpg", "caption": ["one dog", "a dog"]}
+{"image": "bad.jpg", "caption": ["x"]}
+{"image": "s/b.png", "caption": ["two. dogs"]}
+{"image": "absent.jpg", "caption": ["y"]}"""
+CSV = 'Image,CAPTION\na.jpg,one dog .\ns/b.png,two. dogs\na.jpg,a dog\n'
 DOGS = [['one dog', 'a dog'], ['two', 'dogs']]          # the captions in each of these three
 
 
@@ -123,38 +125,48 @@ def test_an_interrupted_pack_leaves_nothing_that_trains(tmp_path, images, writte
     assert len(written) == 4 and len(pools(out)) == 2
 
 
+QUOTED = [['"Oh, a cat', 'two\ndogs'], ['a, b', 'x']]         # captions that a table has to quote
+
+
+def written_table(delimiter):
+    """What Python's csv module writes for QUOTED: quotation marks doubled, a newline inside a field."""
+    file = io.StringIO()
+    rows = csv.writer(file, delimiter=delimiter)
+    rows.writerow(['caption', 'size', 'image'])
+    for name, captions in zip(['a.jpg', 'b.jpg'], QUOTED):
+        rows.writerows([caption, 7, name] for caption in captions)
+    return file.getvalue()
+
+
 TABLES = {              # what could be garbled: the captions, and the table; the columns to take, if they are named
     "COCO's list": (DOGS, COCO),
     'a CSV': (DOGS, CSV),
-    'columns that are named win over those that would be found': (
-        [['ein Hund']], 'photo\timage\tcaption\tde\na.jpg\tb.jpg\ta dog\tein Hund\n', 'photo', 'de'),
-    "rows of one image, in two keys and two forms; DreamLIP's strings are split, items of its lists are not": (
-        [['a dog', 'a cat'], ['An ox', 'A cow of J. Smith', 'Grass. Green.']],
-        """{"image": "a.jpg", "captions": ["a dog"]}
-            {"image": "b.jpg", "raw_caption": "An ox. A cow of J. Smith."}
-            {"image": "a.jpg", "captions": "a cat"}
-            {"image": "b.jpg", "raw_caption": ["Grass. Green."]}
-            {"image": "a.jpg", "captions": [{}]}"""),
-    'a quotation mark in a TSV': (
-        [['"Oh, a cat'], ['a dog']], 'image\tcaption\na.jpg\t"Oh, a cat\nb.jpg\ta dog\n'),
-    'a byte order mark, two columns of texts': (
-        [['a dog'], ['a cat']], '\ufeffimage,title,text\na.jpg,a dog,\nb.jpg,,a cat\n'),
-    'a caption beside another text': (
-        [['a dog'], ['a cat, old']], 'image,caption,text\na.jpg,a dog,SALE\nb.jpg,"a cat, old",\n'),
-    "Flickr30k's, with a quotation mark, and a row that lacks a delimiter": (
-        [['Dogs run'], ['" Oh , a cat']],
-        'image_name| comment_number| comment\na.jpg| 0| Dogs run .\nb.jpg| 0| " Oh , a cat .\na.jpg| 4   A dog .\n')}
+    'a CSV of the csv module': ([['"Oh, a cat', 'two', 'dogs'], ['a, b', 'x']], written_table(',')),
+    'a TSV of the csv module': ([['"Oh, a cat', 'two', 'dogs'], ['a, b', 'x']], written_table('\t')),
+    'columns that are named': (
+        [['ein Hund']], 'photo\timage\tcaption\tde\na.jpg\tb.jpg\ta dog\tein Hund\n', 'PHOTO', 'de'),
+    'rows of one image, in two forms; captions that are not text': (
+        [['a dog', 'a cat'], ['An ox']],
+        """{"image": "a.jpg", "caption": ["a dog", 5, null]}
+            {"image": "./a.jpg", "caption": "a cat"}
+            {"image": "b.jpg", "caption": "An ox"}
+            {"image": "b.jpg"}"""),
+    'a byte order mark, a row that is too short': (
+        [['a dog']], '\ufeffimage,caption\nb.jpg\na.jpg,a dog\n')}
+SAID = {'captions that are not text': "3 captions of {}/t, under 'caption', are absent or not text, and so not used",
+        'too short': '1 rows of {}/t have fewer fields than its first line, the first is row 1;'}
 
 
 @pytest.mark.parametrize('case', TABLES)
 def test_tables(case, tmp_path, images, capsys):
-    """oracle: the captions that the table holds. The content says what a table is, not the name. A row that is too short
-    is counted."""
+    """oracle: the captions that the table holds, and the lines that count what is not used. The content says what a
+    table is, not the name."""
     expected, text, *columns = TABLES[case]
     prepare.pack(put(tmp_path / 't', text), images, tmp_path / 'out', 9, 0, *columns)
     assert pools(tmp_path / 'out') == expected
-    counted = '/t have fewer fields than its first line, the first is row 3;' in capsys.readouterr().err
-    assert counted == ('lacks a delimiter' in case)
+    printed = capsys.readouterr().err
+    for what, sentence in SAID.items():
+        assert (sentence.format(tmp_path) in printed) == (what in case)
 
 
 def test_a_share_is_held_out(tmp_path, images):
@@ -190,13 +202,14 @@ def test_karpathys_list(tmp_path, capsys):
 
 GERMAN = 'image;Beschreibung\na.jpg;größer\nbad.jpg;alt\n'
 NO_TABLES = {
-    GERMAN: '/t has no .* columns are image, Beschreibung: .*--caption-column',
+    GERMAN: "/t has the columns image, Beschreibung, of which not one is 'caption'; say with --caption-column",
+    'Image,image,caption\na.jpg,b.jpg,x\n': "of which not one is 'image'; say with --image-column",
     GERMAN.encode('cp1252'): "/t cannot be read .*UnicodeDecodeError: 'utf-8' codec",
     'image,caption\na.jpg,a dog, old\n': 'line 2 of .*/t has more fields than the first',
     'image,caption,caption,,\na.jpg,x,y,,\n': '/t has several columns called caption; .* several rows',
     '': '/t has no rows',
     '{"image": "a.jpg"}\n{"image"': 'line 2',
-    '{"image": null, "caption": "x"}': "row 1 of .*/t has no file name under 'image'",
+    '{"image": null, "caption": "x"}': "row 1 of .*/t has no file name under 'image'; its columns are image, caption",
     'image,"caption\na.jpg,x\n': '/t cannot be read from line 1 on .* quotation mark',
     'image,caption\na.jpg,x\nb.jpg,"a\ndog\n': '/t cannot be read from line 3 on .* quotation mark'}
 
@@ -207,9 +220,9 @@ def test_pack_refuses(tmp_path, images):
     for text, sentence in NO_TABLES.items():
         refused(sentence, prepare.pack, put(tmp_path / 't', text), images, out)
     german = put(tmp_path / 't', GERMAN)
-    refused('none of the 2 images', prepare.pack, german, tmp_path, out, 9, 0, None, 'Beschreibung')
-    refused('leaves .* empty', prepare.pack, german, images, out, 9, 1, None, 'Beschreibung')
-    prepare.pack(german, images, out, 9, 0, None, 'Beschreibung')
+    refused('none of the 2 images', prepare.pack, german, tmp_path, out, 9, 0, 'image', 'Beschreibung')
+    refused('leaves .* empty', prepare.pack, german, images, out, 9, 1, 'image', 'Beschreibung')
+    prepare.pack(german, images, out, 9, 0, 'image', 'Beschreibung')
     assert pools(out) == [['größer']]
 
 
@@ -223,15 +236,18 @@ URLS = r"""{"url": "http://x/0", "caption": "alt"}
 
 def test_join(tmp_path, capsys):
     """oracle: the rows of the table, matched by hand; texts become sentences, and the shard's own keys stay. A shard in
-    which nothing matches leaves no tar."""
-    table = put(tmp_path / 'd.csv', '\ufeffImage Path,raw_caption,longIB_captions\nhttp://x/2,two dogs,"A dog.\n'
+    which nothing matches leaves no tar. A short row does not hide a later one; it is counted, as others without use."""
+    table = put(tmp_path / 'd.csv', '\ufeffImage Path,raw_caption,longIB_captions\nhttp://x/2,dog\nhttp://x/2,two dogs,"A dog.\n'
                                     'It is 3.5 m, big."\n,no,no\nNone,no,no\nhttp://x/1,one dog,A dog\nhttp://x/0,,\n')
     shard = write_pairs(tmp_path / 'in/i.tar', URLS)
     bare = write_pairs(tmp_path / 'in/j.tar', '{"caption": "dog"}')
     out = tmp_path / 'joined'
     run(prepare, 'join', table, shard, bare, f'{out}/')     # with the slash of a shell
     assert [path.name for path in out.glob('*.tar')] == ['00000.tar']
-    assert '2 of 7 pairs matched (28.6%)' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert '2 of 7 pairs matched (28.6%)' in printed
+    for counted in '1 rows of {} have not a URL', '1 rows of {} have not as many fields', '1 rows of {} have not captions':
+        assert counted.format(table) in printed
     assert pools(out) == [['one dog', 'A dog'], ['two dogs', 'A dog', 'It is 3.5 m, big']]
     shards = data.Shards(out)
     assert [shards.record(i)['key'] for i in range(2)] == ['1', '2']
