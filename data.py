@@ -266,7 +266,7 @@ def shuffled(seed, epoch, pairs):
 @dataclass
 class Order:
     """Yields, for every step in [start, stop), this rank's equal slice of the batch, a list of places (epoch, index of
-    the pair). ours: the incomplete last batch of an epoch is dropped. `check_batch` refuses sizes that do not work."""
+    the pair). ours: the incomplete last batch of an epoch is dropped. plumbing/setup.py refuses sizes that do not work."""
     pairs: int                  # how many the set has
     batch: int                  # pairs per step, over all ranks
     start: int
@@ -283,15 +283,6 @@ class Order:
             begin = step_of_epoch * self.batch + self.rank * per_rank
             indices = shuffled(self.seed, epoch, self.pairs)[begin:begin + per_rank].tolist()
             yield [(epoch, index) for index in indices]
-
-
-def check_batch(batch, pairs, parts):
-    """Raises Refused for a batch that the set cannot fill, or that cannot be cut into equal parts."""
-    if batch > pairs:
-        raise Refused(f'--batch {batch} is larger than the set of {pairs} pairs; lower --batch')
-    if batch % parts:
-        raise Refused(f'--batch {batch} cannot be cut into {parts} parts (processes x --accum); '
-                      f'choose a multiple of {parts}')
 
 
 # --- 6. The batch ----------------------------------------------------------------------------------------------------

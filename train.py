@@ -28,7 +28,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from signal import SIGTERM
@@ -41,17 +41,14 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from cosmos import COSMOS, GLOBALS, Config, Output, Teacher, cosmos_terms, gather, match, total_loss
-from data import Shards
 from plumbing import runs
-from plumbing.captions import POOL_KEYS
-from plumbing.errors import command, need
+from plumbing.errors import command
 from plumbing.files import write_json
-from plumbing.options import choose_data, settle, training_options
+from plumbing.options import training_options
 from plumbing.parts import StudentInParts, part_by_part
-from plumbing.processes import Processes, choose_dtype, compile_blocks, keep_memory, signals_caught, use_cores
+from plumbing.processes import Processes, choose_dtype, compile_blocks, signals_caught
 from plumbing.progress import Progress, log_entry, print_entry
-from plumbing.tokenizer import Tokenizer, learn_merges
-from plumbing.weights import config_and_tokenizer
+from plumbing.setup import choose_inputs
 
 # --- 1. One step -----------------------------------------------------------------------------------------------------
 
@@ -218,8 +215,9 @@ def due(run, progress):
     to_log = to_evaluate or run.step == 1 or is_multiple(run.step, options.log_every)
     # All is saved before an evaluation, which takes long and may fail. A gradient that is not finite was not applied,
     # but an earlier update may have spoiled the weights. So in the middle of a run the last good save then stands.
-    is_time = is_stopped or to_evaluate or is_multiple(run.step, options.save_every) or runs.is_overdue(run)
-    to_save = is_last or (is_time and not progress.broken)
+    time_to_save = (is_stopped or to_evaluate or is_multiple(run.step, options.save_every)
+                    or runs.is_overdue(run))
+    to_save = is_last or (time_to_save and not progress.broken)
     return Due(is_last, is_stopped, to_evaluate, to_log, to_save)
 
 
@@ -234,9 +232,9 @@ def main(argv=None, watchers=(), built_in_set=None):
     watchers: see runs.Watcher. built_in_set(): draws the scenes of a run without --data, writes them as shards, and
     returns their folder.
     """
-    given, typed = read_options(argv)
-    processes = Processes(given['device'])              # from here on only rank 0 prints
-    run, val = set_up(given, typed, processes, built_in_set)
+    unsettled, typed = read_options(argv)
+    processes = Processes(unsettled['device'])          # from here on only rank 0 prints
+    run, val = set_up(unsettled, typed, processes, built_in_set)
     options = run.options
     runs.begin(run, val, watchers)
     progress = Progress()
@@ -439,106 +437,24 @@ def recipe_of(preset, method, init):
     return recipe
 
 
-# --- 5. Set-up: options, data, model, teacher, optimizer --------------------------------------------------------------
+# --- 5. A run --------------------------------------------------------------------------------------------------------
 
 def read_options(argv=None):
     """-> two dicts {option: value}: every option as it is typed, else the recipe's, else the default in --help; and
-    those that are typed. set_up settles the few that depend on the data or on the run to resume, such as --batch."""
+    those that are typed. The few that depend on the data or on the run to resume, such as --batch, are settled later."""
     return training_options(argv, __doc__, PRESETS, METHODS, recipe_of)
 
 
-def set_up(given, typed, processes, built_in_set):
+def set_up(unsettled, typed, processes, built_in_set):
     """What read_options gives -> a Run, new or restored from last.pt, and the held-out shards, which only rank 0 gets;
     None if there are none."""
-    if processes.device.type == 'cpu':
-        keep_memory()
-        use_cores(given['workers'])
-    parts = processes.world * given['accum']            # into which a batch is cut
-    val = None
-    # Rank 0 goes first, because it may fetch CLIP's vocabulary, and writes the index of the shards.
-    with processes.rank_0_first():
-        saved = runs.read_last(given['out'], given['resume'])       # {} for a new run
-        given['data'], given['val'] = choose_data(given, built_in_set)
-        keys = given['caption_keys'] or POOL_KEYS[given['caption_pool']]
-        shards = Shards(given['data'], keys, 'train', index=f"{given['out']}/index.npy")      # index-MARK.npy
-        config, tokenizer, weights = choose_model(given, saved)
-        batch_before = saved['options']['batch'] if saved else None
-        options = settle(given, typed, len(shards), parts, batch_before)
-        data.check_batch(options.batch, len(shards), parts)
-        if saved:
-            runs.check_resumed(saved, options, shards)
-        if processes.rank == 0 and options.val:     # --caption-keys holds for both sets, --caption-pool for training
-            val = Shards(options.val, options.caption_keys, 'val')
-            evaluation.check_held_out(val, options.workers)     # fail now, not in the middle of the run
-        if processes.rank == 0:
-            runs.lock(options.out)          # nothing is written to --out before this line
-            shards.save()                   # the other ranks will memory-map it
-    check_ranks(options, shards, saved, processes)
-    if tokenizer is None:
-        merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
-        tokenizer = Tokenizer(merges, config.context_length)
-        config = replace(config, vocab_size=tokenizer.vocab_size)
-    train_set = make_train_set(options, shards, tokenizer, config)
-    run = make_run(options, processes, train_set, saved.get('step', 0), weights)
-    if saved:
-        runs.restore(run, saved['step'])
-    return run, val
-
-
-def check_ranks(options, shards, saved, processes):
-    """If ranks disagreed on batches or learning rates, training would go on without an error. So each compares its
-    options with rank 0's. Two last.pt count as the same if their running times are equal."""
-    mine = vars(options) | {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
-    # None: may differ between ranks. Of vocab and val only this must agree: learned or not, held-out data or none.
-    mine |= {'workers': None, 'data': None, 'vocab': options.vocab == 'learn', 'val': bool(options.val)}
-    need(processes.broadcast(mine) == mine, 'options, shards or last.pt are not the same for all processes; '
-         'give all nodes the same command, the same files in --data, and one --out that all see')
-
-
-def choose_model(given, saved):
-    """-> Config, tokenizer (None if it must be learned), weights to start from ({}: none).
-
-    A resumed run takes Config and tokenizer from its checkpoint, and its weights later. --init gives all three: the
-    teacher's weights if the file is ours, and CLIP's tokenizer if the file has none. Otherwise --preset gives the
-    Config, and --vocab the tokenizer. In a new run, --method decides on cross-attention and a second scale.
-    """
-    if saved:
-        return *config_and_tokenizer(saved), {}
-    vocab = given['vocab']
-    path = None if vocab in ('clip', 'learn') else vocab
-    tokenizer = None
-    weights = {}
-    config = PRESETS[given['preset']].sizes
-    if given['init']:
-        model, tokenizer, _ = evaluation.load(given['init'], vocab=path, quick_gelu=given['quick_gelu'])
-        config = model.config
-        weights = model.state_dict()
-    elif vocab != 'learn':
-        tokenizer = Tokenizer.clip(path, config.context_length)
-    method = METHODS[given['method']]
-    heads = 0
-    if method.has_cross_attention:      # those of --init; if it has none, as many as a preset of its width has
-        heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
-    return replace(config, cross_heads=heads, two_scales=method.two_scales), tokenizer, weights
-
-
-def make_train_set(options, shards, tokenizer, config):
+    inputs = choose_inputs(unsettled, typed, processes, built_in_set, PRESETS, METHODS)
+    options = inputs.options
+    train_set = inputs.train_set
     method = METHODS[options.method]
-    counts = data.Counts(
-        global_images=method.global_images,
-        local_images=options.local_crops if method.has_local_images else 0,
-        global_texts=GLOBALS if method.has_text_crops else 1,
-        local_texts=options.local_captions if method.has_text_crops else 0)
-    return method.train_set(shards, tokenizer, config, options.seed, counts,
-                            augment=options.augment, crop_min=method.crop_min)
-
-
-def make_run(options, processes, train_set, step, weights):
-    """-> this process's Run. Its batches begin after `step` steps; all else is as before the first one."""
     device = processes.device
-    method = METHODS[options.method]
     dtype = choose_dtype(options.precision, device)
-    order = data.Order(len(train_set.shards), options.batch, step, options.steps,
+    order = data.Order(len(train_set.shards), options.batch, inputs.resumed_step, options.steps,
                        options.seed, processes.rank, processes.world)
     multiple = 8 if dtype else 1        # to which lengths of captions are rounded up: faster in half precision
     # The loader forks its workers here, before DDP starts nccl, because a fork beside nccl may hang. (Until then ranks
@@ -548,22 +464,26 @@ def make_run(options, processes, train_set, step, weights):
                                whole_first=method.has_cross_attention))
     torch.manual_seed(options.seed)                     # all ranks start from the same weights
     student = method.student(train_set.config).to(device)
-    if weights:             # they may lack cross-attention, or have it although this model does not
-        missing = student.load_state_dict(weights, strict=False).missing_keys
+    if inputs.weights:      # they may lack cross-attention, or have it although this model does not
+        missing = student.load_state_dict(inputs.weights, strict=False).missing_keys
         print(f'init       {options.init}; {len(missing)} tensors that it lacks start fresh')
     teacher = Teacher(student) if method.has_teacher else None
-    optimizer = make_optimizer(student, options.lr, options.wd)
-    # With torch's own initial scale, 65,536, the first steps would overflow again and again.
-    scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
     if options.compile:
         for network in [student, teacher.model] if teacher else [student]:
             compile_blocks(network)
-    for tower in student.visual, student.text:
-        tower.transformer.saves_memory = options.grad_checkpoint
     student_to_call = StudentInParts(student, options.accum)
     if processes.world > 1:
         student_to_call = DistributedDataParallel(student_to_call, gradient_as_bucket_view=True)
-    return Run(options, processes, train_set, student, student_to_call, teacher, optimizer, scaler, dtype, batches)
+    run = Run(
+        options=options, processes=processes, train_set=train_set,
+        student=student, student_to_call=student_to_call, teacher=teacher,
+        optimizer=make_optimizer(student, options.lr, options.wd),
+        # With torch's own initial scale, 65,536, the first steps would overflow again and again.
+        scaler=torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16),
+        dtype=dtype, batches=batches)
+    if inputs.resumed_step:
+        runs.restore(run, inputs.resumed_step)
+    return run, inputs.val
 
 
 if __name__ == '__main__':

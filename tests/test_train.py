@@ -33,13 +33,14 @@ import cosmos
 import eval as evaluation
 import train
 from cosmos import COSMOS, GLOBALS, Attention, Output, Teacher, clip_loss, cosmos_loss
-from data import Batch, check_batch
+from data import Batch
 from lesson import scenes
-from plumbing import runs
+from plumbing import runs, setup
 from plumbing.files import read_json
-from plumbing.options import settle
+from plumbing.options import choose_data, settle
 from plumbing.processes import LONGEST_WAIT, choose_device, end_workers
 from plumbing.progress import Progress, log_entry, print_entry
+from plumbing.setup import check_batch
 from tests.helpers import ROOT, close, dog_tar, micro, put, refused, run
 
 QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 2 '
@@ -50,8 +51,8 @@ LIMITS = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 def read_options(words):
     """The options that train.py has before they are settled."""
-    given, _ = train.read_options(words)
-    return SimpleNamespace(**given)
+    unsettled, _ = train.read_options(words)
+    return SimpleNamespace(**unsettled)
 
 
 # --- Helpers ---------------------------------------------------------------------------------------------------------
@@ -225,7 +226,7 @@ def one_rank(rank, port, path, flags):
         for accum in 1, 2:
             torch.save(gradients(processes, method, accum), path / f'{rank}-{method}-{accum}')
     train.Processes = {'auto': processes, 'cpu': processes}.get
-    choose_model = train.choose_model
+    choose_model = setup.choose_model
     train_step = train.train_step
 
     def in_turn(*choices):
@@ -243,9 +244,9 @@ def one_rank(rank, port, path, flags):
     with pytest.MonkeyPatch.context() as patch, open(path / f'{rank}.txt', 'w') as complaints:
         patch.setattr(os, '_exit', sys.exit)            # ends the run, but not this process
         patch.setattr(sys, 'stderr', complaints)
-        patch.setattr(train, 'choose_model', in_turn)
+        patch.setattr(setup, 'choose_model', in_turn)
         assert run(train, *flags, path / 'two') == 0
-        patch.setattr(train, 'choose_model', choose_model)
+        patch.setattr(setup, 'choose_model', choose_model)
         assert run(train, *flags, path / 'failed', '--lr', 1e30) == 1
         patch.setattr(train, 'train_step', signalled)
         number = signal.SIGUSR1 if rank else signal.SIGTERM         # only rank 1 knows which signal it was
@@ -397,7 +398,7 @@ def test_ranks_must_agree(monkeypatch, fit, started, whole, tmp_path):
 
     def check(**options):
         options = SimpleNamespace(**vars(begun.options) | options)
-        train.check_ranks(options, begun.train_set.shards, {}, SimpleNamespace(broadcast=rank_0s))
+        setup.check_ranks(options, begun.train_set.shards, {}, SimpleNamespace(broadcast=rank_0s))
 
     check(vocab='clip')                                 # rank 0
     check(vocab='file', data=['a'], val=['b'], workers=9)
@@ -435,7 +436,7 @@ def test_loaders_start_before_the_model(monkeypatch, started, tmp_path):
         assert len(active_children()) == len(before) + 2
         return COSMOS(config)
 
-    monkeypatch.setattr(train, 'COSMOS', model)
+    monkeypatch.setitem(train.METHODS, 'cosmos', train.METHODS['cosmos']._replace(student=model))
     begun = started(tmp_path, '--workers', 2)
     assert len(next(begun.batches).crops[0]) == 4
 
@@ -530,7 +531,7 @@ def test_what_depends_on_the_data(capsys, tmp_path):
         options = filled_in(f'--batch 4 {flags}')
         assert [options.steps, options.warmup, options.eval_every] == lengths
     for flags, parts, before, batch in (
-            ('--preset tiny', 3, None, 32),                                 # train.check_batch refuses it
+            ('--preset tiny', 3, None, 32),                                 # check_batch refuses it
             ('--preset photo', 7, None, 56),
             ('--preset photo', 7, 20, 20),
             ('--preset photo --batch 99', 7, 20, 99)):
@@ -550,7 +551,7 @@ def test_what_depends_on_the_data(capsys, tmp_path):
     halved = [str(tmp_path)]
     for half, val in ('val', None), ('train', halved):                  # both halves make one held out
         (tmp_path / half).mkdir()
-        assert train.choose_data({'data': halved, 'val': None}, None) == (halved, val)
+        assert choose_data({'data': halved, 'val': None}, None) == (halved, val)
 
 
 @pytest.mark.parametrize('device, backend', [('cpu', 'gloo'), ('mps', 'gloo'), ('cuda', 'nccl')])
@@ -839,11 +840,13 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     assert contents(out) == contents(whole)
 
 
-def test_held_out_images_are_tried_first(fit, tmp_path):
-    """oracle: the rule. A broken one ends the start, although it would be scored only after the last step."""
+def test_a_broken_held_out_image_ends_the_start(fit, tmp_path):
+    """oracle: the rule. The first evaluation, before any step, names the image. The folder can be used again."""
     broken = dog_tar(tmp_path / 'val.tar', 4, broken=[2])
-    assert 'val.tar:2.png' in fit(tmp_path / 'out', '--eval-every', 0, '--val', broken)
-    assert not (tmp_path / 'out').exists()
+    out = tmp_path / 'out'
+    assert 'val.tar:2.png' in fit(out, '--val', broken)
+    assert not (out / 'last.pt').exists()
+    assert fit(out, '--steps', 1) == 0
 
 
 def test_init(fit, started, tmp_path, capsys):
