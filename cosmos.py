@@ -355,25 +355,24 @@ def term_weights(names, clip_weight=1):
     L_CLIP and L_COSMOS both weigh 1, in the released code and in the paper, and L_COSMOS is the mean of its terms. To
     weigh one term differently, change its entry here: the loss, the log and the report all ask this function.
     """
-    added = [name for name in names if name != 'clip']
-    weights = {'clip': clip_weight}
-    for name in added:
-        weights[name] = 1 / len(added)
+    weights = {}
+    for name in names:
+        weights[name] = clip_weight if name == 'clip' else 1 / (len(names) - 1)
     return weights
 
 
-def total_loss(student, out, cls_t, eot_t, added_terms=cosmos_terms, clip_weight=1):
+def total_loss(student, out, cls_t, eot_t, method_terms=cosmos_terms, clip_weight=1):
     """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its terms by name, unweighted, which the log shows.
 
-    added_terms: a function such as cosmos_terms, which returns losses by name that are added to L_CLIP; train.py has
+    method_terms: cosmos_terms, or another function that returns the terms to add to L_CLIP, by name; train.py has
     others. For CLIP alone it returns {}. clip_weight: 0 trains without L_CLIP.
     """
-    clip = clip_loss(out, student.logit_scale.exp())
     log_scale = student.distill_logit_scale if student.has_two_scales else student.logit_scale
-    added = added_terms(out, cls_t, eot_t, log_scale.exp())
-    terms = {'clip': clip} | added
+    terms = {'clip': clip_loss(out, student.logit_scale.exp())}
+    terms |= method_terms(out, cls_t, eot_t, log_scale.exp())
     weights = term_weights(terms, clip_weight)
-    loss = weights['clip'] * clip + sum(weights[name] * term for name, term in added.items())
+    weighted = {name: weights[name] * term for name, term in terms.items()}
+    loss = weighted.pop('clip') + sum(weighted.values())
     return loss, terms
 
 

@@ -246,13 +246,14 @@ class TrainingSet(Dataset):
         text_rng = random.Random(f'{self.seed} {epoch} {index} texts')
         image_rng = random.Random(f'{self.seed} {epoch} {index} images')
         pool, encoded = self.shards.pair(index)
-        captions = text_crops(pool, text_rng, self.counts.global_texts, self.counts.local_texts)
+        captions = self.captions(pool, text_rng)
         crops, boxes = image_crops(encoded, self.kinds, image_rng)
         changes = [draw_changes(kind, image_rng) for kind in self.kinds]
         return Sample(crops=crops, boxes=boxes, changes=changes, captions=captions)
 
-
-Crops = TrainingSet     # its former name, which programs that use this module may know
+    def captions(self, pool, rng):
+        """The captions of a pair, as strings; a subclass may draw them in another way."""
+        return text_crops(pool, rng, self.counts.global_texts, self.counts.local_texts)
 
 
 # --- 5. Which pairs make a batch -------------------------------------------------------------------------------------

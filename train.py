@@ -42,12 +42,12 @@ import data
 import eval as evaluation
 from cosmos import COSMOS, GLOBALS, Config, Output, Teacher, cosmos_terms, gather, match, total_loss
 from plumbing import runs
-from plumbing.errors import command
+from plumbing.errors import command, need
 from plumbing.files import write_json
 from plumbing.options import training_options
 from plumbing.parts import StudentInParts, part_by_part
 from plumbing.processes import Processes, choose_dtype, compile_blocks, signals_caught
-from plumbing.progress import Progress, log_entry, print_entry
+from plumbing.progress import LOG_NAMES, Progress, log_entry, print_entry
 from plumbing.setup import choose_inputs
 
 # --- 1. One step -----------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def train_step(run, batch):
             cls_t, eot_t = part_by_part(run.teacher, teacher_images, batch.teacher_texts, options.accum)
         out = run.student_to_call(images, batch.texts)
 
-    loss, terms = total_loss(student, out, cls_t, eot_t, method.terms, method.clip_weight)
+    loss, terms = total_loss(student, out, cls_t, eot_t, method.checked_terms, method.clip_weight)
     run.optimizer.zero_grad()
     # DDP averages the gradients of all parameters, also of the two scales, which are used outside its forward pass.
     run.scaler.scale(loss).backward()
@@ -334,90 +334,87 @@ PRESETS = {
 
 # --- 4. The methods of Table 5 ---------------------------------------------------------------------------------------
 
-# All methods but `cosmos` use one of these in place of cosmos.cosmos_terms. ours: we do not know the paper's losses for
-# the other rows of Table 5. As in cosmos_terms, each view of the student is compared with each of the teacher.
+def terms_of(*names):
+    """-> a function such as cosmos.cosmos_terms, with a term for each name. In 'h_I_cls_t' the student's h_I must find
+    the teacher's cls_t of its own pair."""
+    return partial(named_terms, names)
+
+
+def named_terms(names, out, cls_t, eot_t, scale):
+    """As in cosmos_terms, each view of the student is compared with each of the teacher."""
+    queries = {name: name.removesuffix('_cls_t').removesuffix('_eot_t') for name in names}
+    targets = {name: name.removeprefix(f'{queries[name]}_') for name in names}
+    student = gather_used(out._asdict(), queries.values())
+    # A separate call, because these need no gradient.
+    teacher = gather_used({'cls_t': cls_t, 'eot_t': eot_t}, targets.values())
+    return {name: match(student[queries[name]], teacher[targets[name]], scale) for name in names}
+
+
+def gather_used(vectors, used):
+    """{name: (V, B, D)} -> {name: Gathered} for the names in `used`."""
+    vectors = {name: x for name, x in vectors.items() if name in used}
+    return dict(zip(vectors, gather(*vectors.values())))
+
 
 def no_terms(out, cls_t, eot_t, scale):
     return {}
-
-
-def image_terms(out, cls_t, eot_t, scale):
-    """Self-distillation of images: cls, without cross-attention, must find its own pair's cls_t."""
-    [cls] = gather(out.cls)
-    [cls_t] = gather(cls_t)             # a separate call, here and below, because the teacher needs no gradient
-    return {'cls_cls_t': match(cls, cls_t, scale)}
-
-
-def embedding_terms(out, cls_t, eot_t, scale):
-    """Self-distillation of images and of texts, each within its own modality."""
-    cls, eot = gather(out.cls, out.eot)
-    cls_t, eot_t = gather(cls_t, eot_t)
-    return {
-        'cls_cls_t': match(cls, cls_t, scale),
-        'eot_eot_t': match(eot, eot_t, scale)}
-
-
-def uncrossed_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 with cls and eot in place of h_I and h_T."""
-    cls, eot = gather(out.cls, out.eot)
-    cls_t, eot_t = gather(cls_t, eot_t)
-    return {
-        'cls_cls_t': match(cls, cls_t, scale),
-        'cls_eot_t': match(cls, eot_t, scale),
-        'eot_cls_t': match(eot, cls_t, scale),
-        'eot_eot_t': match(eot, eot_t, scale)}
-
-
-def across_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 without the leak. h_T has read the image, so it could find cls_t by copying; here eot must find it instead.
-    h_I has read the caption, so it could copy eot_t; here cls must find it."""
-    cls, eot, h_I, h_T = gather(out.cls, out.eot, out.h_I, out.h_T)
-    cls_t, eot_t = gather(cls_t, eot_t)
-    return {
-        'h_I_cls_t': match(h_I, cls_t, scale),
-        'cls_eot_t': match(cls, eot_t, scale),
-        'eot_cls_t': match(eot, cls_t, scale),
-        'h_T_eot_t': match(h_T, eot_t, scale)}
 
 
 class Method(NamedTuple):
     """A row of the table below: what the student sees, and what it learns."""
     global_images: int
     crop_min: float             # smallest share of the image in a global crop
-    only_crops: bool            # --augment is 'crops' by default, whatever the preset says
     has_local_images: bool      # as many as --local-crops says
     # yes: GLOBALS captions of 1-5 sentences and --local-captions of one sentence. no: one caption of 1-5 sentences.
     has_text_crops: bool
     has_teacher: bool
-    teacher_sees_locals: bool   # the local image views, too; each is a target like the globals (for rows of yours)
     has_cross_attention: bool   # C^I and C^T
-    two_scales: bool            # the terms have a temperature of their own, as they always have with C^I and C^T
-    clip_weight: float          # of L_CLIP; 0 trains without it (for rows of yours)
-    student: type               # COSMOS, or a subclass of yours
-    train_set: type             # data.TrainingSet, or a subclass of yours
-    # One of the functions above, or cosmos_terms: what is learned in addition to L_CLIP. On several GPUs DDP stops if a
-    # parameter gets no gradient. C^I gets none if your terms leave out h_T, C^T none without h_I, the second scale none
-    # without `scale`. For what you leave out add a zero to a term, as 0 * out.h_T.sum() or 0 * scale.
+    # What is learned in addition to L_CLIP: cosmos_terms, terms_of(...), or a function of yours with the same arguments
+    # and result. On several GPUs DDP stops if a parameter gets no gradient. C^I gets none if your terms leave out h_T,
+    # C^T none without h_I, the second scale none without `scale`. For what you leave out add a zero to a term, as
+    # 0 * out.h_T.sum() or 0 * scale.
     terms: Callable
+    # What few rows change:
+    only_crops: bool = False            # --augment is 'crops' by default, whatever the preset says
+    two_scales: bool = False            # the terms have a scale of their own, as they always have with C^I and C^T
+    teacher_sees_locals: bool = False   # the local image views, too; each is a target like the globals
+    clip_weight: float = 1              # of L_CLIP; 0 trains without it
+    student: type = COSMOS              # or a subclass
+    train_set: type = data.TrainingSet  # or a subclass
+
+    def checked_terms(self, *vectors):
+        """What `terms` gives. Refused if the log has another value under one of its names."""
+        terms = self.terms(*vectors)
+        taken = sorted(LOG_NAMES & terms.keys())
+        need(not taken, f"a term is named {', '.join(taken)}, but the log has another value of that name; rename it in "
+             'the `terms` of its method')
+        return terms
 
 
 # The first six rows are those of Table 5. Only clip and cosmos can be found in the released code, where clip uses
-# open_clip's default crop and no colour jitter (transform.py:66). The other four are our reading of the table's labels.
-# In the paper clip, clip-aug and image-distill score far below the CLIP of Table 1, so they were probably trained on
-# raw captions only (--caption-pool raw). The last two rows are ours; across_terms says why.
+# open_clip's default crop and no colour jitter (transform.py:66). ours: we do not know the paper's losses for the other
+# four, which are our reading of the table's labels. In the paper clip, clip-aug and image-distill score far below the
+# CLIP of Table 1, so they were probably trained on raw captions only (--caption-keys raw_caption).
+#
+# The last two rows are ours. no-cross-attention is Eq. 6 with cls and eot in place of h_I and h_T. across is Eq. 6
+# without the leak: h_T has read the image, so it could find cls_t by copying, and here eot must find it instead. h_I has
+# read the caption, so it could copy eot_t, and here cls must find it.
 no, yes = False, True
-usual = COSMOS, data.TrainingSet        # student and train_set
 METHODS = {
-    #                            global   least only   local  text   tea-  sees   C^I  two  L_CLIP
-    #                            images   crop  crops  images crops  cher  locals C^T  sc.  weight
-    'clip':               Method(1,       0.9,  yes,   no,    no,    no,   no,    no,  no,  1, *usual, no_terms),
-    'clip-aug':           Method(GLOBALS, 0.4,  no,    no,    no,    no,   no,    no,  no,  1, *usual, no_terms),
-    'image-distill':      Method(GLOBALS, 0.4,  no,    yes,   no,    yes,  no,    no,  no,  1, *usual, image_terms),
-    'text-crop':          Method(GLOBALS, 0.4,  no,    yes,   yes,   yes,  no,    no,  no,  1, *usual, image_terms),
-    'text-distill':       Method(GLOBALS, 0.4,  no,    yes,   yes,   yes,  no,    no,  no,  1, *usual, embedding_terms),
-    'cosmos':             Method(GLOBALS, 0.4,  no,    yes,   yes,   yes,  no,    yes, no,  1, *usual, cosmos_terms),
-    'no-cross-attention': Method(GLOBALS, 0.4,  no,    yes,   yes,   yes,  no,    no,  yes, 1, *usual, uncrossed_terms),
-    'across':             Method(GLOBALS, 0.4,  no,    yes,   yes,   yes,  no,    yes, no,  1, *usual, across_terms)}
+    #                       global   least local   text   tea-  C^I
+    #                       images   crop  images  crops  cher  C^T   terms
+    'clip':          Method(1,       0.9,  no,     no,    no,   no,   no_terms, only_crops=yes),
+    'clip-aug':      Method(GLOBALS, 0.4,  no,     no,    no,   no,   no_terms),
+    'image-distill': Method(GLOBALS, 0.4,  yes,    no,    yes,  no,   terms_of('cls_cls_t')),
+    'text-crop':     Method(GLOBALS, 0.4,  yes,    yes,   yes,  no,   terms_of('cls_cls_t')),
+    'text-distill':  Method(GLOBALS, 0.4,  yes,    yes,   yes,  no,   terms_of('cls_cls_t', 'eot_eot_t')),
+    'cosmos':        Method(GLOBALS, 0.4,  yes,    yes,   yes,  yes,  cosmos_terms),
+    'no-cross-attention': Method(
+        GLOBALS, 0.4, yes, yes, yes, no,
+        terms_of('cls_cls_t', 'cls_eot_t', 'eot_cls_t', 'eot_eot_t'), two_scales=yes),
+    'across': Method(
+        GLOBALS, 0.4, yes, yes, yes, yes,
+        terms_of('h_I_cls_t', 'cls_eot_t', 'eot_cls_t', 'h_T_eot_t'))}
 
 
 def add_method(name, base, **changes):

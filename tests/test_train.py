@@ -39,7 +39,7 @@ from plumbing import runs, setup
 from plumbing.files import read_json
 from plumbing.options import choose_data, settle
 from plumbing.processes import LONGEST_WAIT, choose_device, end_workers
-from plumbing.progress import Progress, log_entry, print_entry
+from plumbing.progress import LOG_NAMES, Progress, log_entry, print_entry
 from plumbing.setup import check_batch
 from tests.helpers import ROOT, close, dog_tar, micro, put, refused, run
 
@@ -618,6 +618,19 @@ def test_log_entry_by_hand(started, tmp_path, capsys):
         assert list(vars(counts).values())[1:] == 8 * [0]
     progress.count(step._replace(finite=False), scale=2, pairs=4, bad=0, signals=0)
     assert progress.broken == 0
+
+
+def test_a_term_must_not_hide_a_figure_of_the_log(monkeypatch, fit, whole, tmp_path):
+    """oracle: the log: a term of one's own with the name of another figure ends the run before its first step. All
+    names of the log are known, but those of terms."""
+    figures = {name for line in (whole / 'log.jsonl').read_text().splitlines() for name in json.loads(line)}
+    assert figures - set(ROWS['cosmos']) == LOG_NAMES - {'memory_GB'}
+    for name in 'loss', 'clip', 'cosine', 'step':
+        monkeypatch.setattr(train, 'METHODS', dict(train.METHODS))
+        train.add_method('mine', 'clip', terms=lambda out, cls_t, eot_t, scale: {name: out.cls.mean()})
+        assert f'a term is named {name}, but the log has' in fit(tmp_path, '--method', 'mine')
+        assert not (tmp_path / 'log.jsonl').exists() or 'loss' not in (tmp_path / 'log.jsonl').read_text()
+        assert not (tmp_path / 'last.pt').exists()
 
 
 def half_of_one(names, clip_weight=1):
