@@ -77,7 +77,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 # --- 1. Configuration ------------------------------------------------------------------------------------------------
 
@@ -542,17 +541,13 @@ class Transformer(nn.Module):
     def __init__(self, width, layers, heads, quick_gelu, causal=False):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu, causal) for _ in range(layers))
-        self.saves_memory = False       # True: the backward pass recomputes all blocks but the last
 
     def forward(self, x, row=None):
         """x (n, R, W) -> (n, R, W). With `row` (n,) only that row of each sequence, (n, 1, W). Blocks before the last
         compute every row, because the next one reads them all."""
         *blocks, last = self.resblocks
         for block in blocks:
-            if self.saves_memory:       # blocks draw no random numbers, so their state need not be kept
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x)
+            x = block(x)
         return last(x, row)
 
 
@@ -620,13 +615,13 @@ class Attention(nn.MultiheadAttention):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
     def mask(self, context, row):
-        """-> True where a query may look, (1, 1, R, R), or with `row` (n, 1, 1, R). None: everywhere."""
+        """-> True where a query may look, (R, R), or with `row` (n, 1, 1, R). None: everywhere."""
         if not self.causal:
             return None
-        key_rows = torch.arange(context.shape[1], device=context.device)    # (R,)
-        query_rows = key_rows[None] if row is None else row[:, None]        # (1, R): all, or (n, 1): the given ones
-        may_see = key_rows <= query_rows[..., None]                         # (1, R, R) or (n, 1, R)
-        return may_see[:, None]                                             # the same for all heads
+        rows = torch.arange(context.shape[1], device=context.device)        # (R,)
+        if row is None:
+            return rows <= rows[:, None]
+        return rows <= row[:, None, None, None]
 
     def project(self, query, context):
         """query (n, Q, W), context (n, R, W) -> q (n, H, Q, d), k and v (n, H, R, d)."""

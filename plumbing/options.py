@@ -90,7 +90,6 @@ def add_machine_and_output(parser):
     add('--precision', choices=['auto', *DTYPES], default='auto', help='auto: bf16 if it is fast')
     add('--device', choices=DEVICES, default='auto', help='auto: cuda if available, otherwise cpu')
     add('--compile', action='store_true', help='torch.compile; gains nothing on CPUs')
-    add('--grad-checkpoint', action='store_true', help='less memory, more time')
 
     add = parser.add_argument_group('output').add_argument
     add('--out', help='folder of checkpoint, log, report (runs/PRESET-METHOD, or runs/INIT-METHOD)')
