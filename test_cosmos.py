@@ -154,7 +154,7 @@ def test_sizes_and_recipes():
             laptop | dict(steps=800, batch=64, local_crops=4, local_captions=4),
         MICRO: laptop}
     assert {preset.sizes: preset.recipe for preset in train.PRESETS.values()} == expected
-    assert train.PRETRAINED == dict(lr=1e-5, wd=0.1, momentum_ramp=0)
+    assert train.PRETRAINED == dict(lr=1e-5, wd=0.1, momentum=0.99, momentum_ramp=0)
     for sizes, recipe in expected.items():
         assert recipe.keys() < options.keys()
         with torch.device('meta'):

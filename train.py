@@ -299,7 +299,7 @@ LAPTOP = {
 
 # Used with --init, whatever the preset. The learning rate is small, because the weights are already trained. The
 # momentum has no ramp, because the teacher's towers start as a copy of these weights, so no random start has to fade.
-PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
+PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum': 0.99, 'momentum_ramp': 0}
 
 
 class Preset(NamedTuple):
@@ -423,14 +423,20 @@ def add_method(name, base, **changes):
 
 
 def recipe_of(preset, method, init):
-    """Defaults of options, {option: value}. init: what --init gives (a path), or None."""
+    """Defaults of options, {option: value}; None if the method has no use for an option. init: what --init gives (a
+    path), or None."""
+    row = METHODS[method]
     recipe = dict(PRESETS[preset].recipe)
-    if METHODS[method].only_crops:
-        recipe['augment'] = 'crops'
-    if not METHODS[method].has_teacher:
-        recipe['momentum'] = None       # so config.json says none; the ramp alone does nothing
     if init:
         recipe |= PRETRAINED
+    if row.only_crops:
+        recipe['augment'] = 'crops'
+    if not row.has_teacher:
+        recipe |= {'momentum': None, 'momentum_ramp': None}
+    if not row.has_local_images:
+        recipe['local_crops'] = None
+    if not row.has_text_crops:
+        recipe['local_captions'] = None
     return recipe
 
 

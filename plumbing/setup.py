@@ -88,17 +88,16 @@ def choose_model(unsettled, saved, presets, methods):
     """
     if saved:
         return *config_and_tokenizer(saved), {}
-    vocab = unsettled['vocab']
-    path = None if vocab in ('clip', 'learn') else vocab
+    vocab = unsettled['vocab']          # clip, learn, or a path; with --init a path, or None
     tokenizer = None
     weights = {}
     config = presets[unsettled['preset']].sizes
     if unsettled['init']:
-        model, tokenizer, _ = evaluation.load(unsettled['init'], vocab=path, quick_gelu=unsettled['quick_gelu'])
+        model, tokenizer, _ = evaluation.load(unsettled['init'], vocab=vocab, quick_gelu=unsettled['quick_gelu'])
         config = model.config
         weights = model.state_dict()
     elif vocab != 'learn':
-        tokenizer = Tokenizer.clip(path, config.context_length)
+        tokenizer = Tokenizer.clip(None if vocab == 'clip' else vocab, config.context_length)
     method = methods[unsettled['method']]
     heads = 0
     if method.has_cross_attention:      # those of --init; if it has none, as many as a preset of its width has
@@ -109,8 +108,8 @@ def choose_model(unsettled, saved, presets, methods):
 def make_train_set(options, shards, tokenizer, config, method):
     counts = data.Counts(
         global_images=method.global_images,
-        local_images=options.local_crops if method.has_local_images else 0,
+        local_images=options.local_crops or 0,          # None if the method has none
         global_texts=GLOBALS if method.has_text_crops else 1,
-        local_texts=options.local_captions if method.has_text_crops else 0)
+        local_texts=options.local_captions or 0)
     return method.train_set(shards, tokenizer, config, options.seed, counts,
                             augment=options.augment, crop_min=method.crop_min)

@@ -187,6 +187,7 @@ def read_network(path, weights, vocab, quick_gelu):
         state = {}                                                      # refused below
     if 'config' in saved and 'merges' in saved:         # ours
         config, tokenizer = config_and_tokenizer(saved)
+        need(not vocab, f'{path} carries its vocabulary; omit --vocab')
         need(config.quick_gelu or not quick_gelu, f'{path} says itself which activation it has; omit --quick-gelu')
         origin = Origin(key, str(path), saved.get('step', 'unknown'))
         return origin, config, tokenizer, state

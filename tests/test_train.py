@@ -43,8 +43,8 @@ from plumbing.progress import LOG_NAMES, Progress, log_entry, print_entry
 from plumbing.setup import check_batch
 from tests.helpers import ROOT, close, dog_tar, micro, put, refused, run
 
-QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 2 '
-         '--lr 0.003 --momentum 0.9 --momentum-ramp 10 --log-every 1 --eval-every 2 --workers 0 '
+QUICK = ('--preset micro --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 2 '
+         '--lr 0.003 --log-every 1 --eval-every 2 --workers 0 '
          '--augment full').split()
 ALONE = train.Processes('cpu')
 LIMITS = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -146,14 +146,19 @@ ROWS = {  # for each row of Table 5: global and local images, global and local c
 @pytest.mark.parametrize('method', train.METHODS)
 def test_views_and_losses_of_each_row(started, tmp_path, method):
     """oracle: the table. If a recipe changes colours, clip alone leaves them as they are."""
-    begun = started(tmp_path, '--method', method, '--local-crops', 6, '--local-captions', 6)
+    row = train.METHODS[method]
+    flags = []
+    if row.has_local_images:
+        flags += ['--local-crops', 6]
+    if row.has_text_crops:
+        flags += ['--local-captions', 6]
+    begun = started(tmp_path, '--method', method, *flags)
     terms = ROWS[method][5:]
     assert [*begun.train_set.counts, begun.train_set.crop_min, *terms] == ROWS[method]
     assert (begun.teacher is not None) == bool(terms)
     assert begun.student.has_two_scales == (method in ('cosmos', 'no-cross-attention', 'across'))
     options = read_options(['--preset', 'vit-b-16', '--method', method])
     assert options.augment == ('crops' if method == 'clip' else 'full')
-    row = train.METHODS[method]
     assert row.global_images == GLOBALS or not (row.has_local_images or row.has_teacher)
     _, images, texts = micro()
     images[-1].requires_grad_()                 # a local view
@@ -511,8 +516,27 @@ def test_what_is_not_typed(monkeypatch, capsys):
     for preset in train.PRESETS:
         for weights, name in ('runs/mine/best.pt', 'mine'), ('a/clip.pt', 'clip'):
             options = read_options(f'--preset {preset} --wd 0.3 --init {weights} --method across'.split())
-            found = [options.lr, options.wd, options.momentum_ramp, options.out]
-            assert found == [1e-5, 0.3, 0, f'runs/{name}-across']
+            found = [options.lr, options.wd, options.momentum, options.momentum_ramp, options.vocab, options.out]
+            assert found == [1e-5, 0.3, 0.99, 0, None, f'runs/{name}-across']
+
+
+def test_options_that_do_nothing_are_refused(fit, whole, tmp_path):
+    """oracle: the rule: what a method or the weights of --init have no use for is refused if it is typed. Otherwise it
+    is no part of config.json."""
+    for method, option in (
+            ('clip', '--local-crops'), ('clip-aug', '--local-captions'), ('image-distill', '--local-captions'),
+            ('clip', '--momentum'), ('clip-aug', '--momentum-ramp')):
+        refused(f'{option} does nothing with --method {method}; omit it',
+                train.read_options, ['--method', method, option, '1'])
+    for vocab, sentence in (
+            ('learn', '--vocab learn does nothing with --init'),
+            ('clip', '--vocab clip does nothing with --init'),
+            ('file', 'last.pt carries its vocabulary; omit --vocab')):
+        assert sentence in fit(tmp_path, '--init', whole / 'last.pt', '--vocab', vocab)
+    assert fit(tmp_path, '--method', 'clip', '--steps', 1, '--init', whole / 'last.pt') == 0
+    used = read_json(tmp_path / 'config.json')
+    for name in 'local_crops', 'local_captions', 'momentum', 'momentum_ramp', 'vocab':
+        assert used[name] is None
 
 
 def test_what_depends_on_the_data(capsys, tmp_path):
@@ -537,15 +561,7 @@ def test_what_depends_on_the_data(capsys, tmp_path):
     assert filled_in('--preset photo', 64).batch == 64
     assert re.findall('--batch is (.*?), because', capsys.readouterr().out) == ['56, not 64']
     refused('--data has 60 pairs, fewer than 61 .processes x --accum.', filled_in, '--preset photo', 60, 61)
-    for flags, momentum in (
-            ('--steps 40 --init clip.pt', 1 - 3.9 / 40),
-            ('--steps 3 --init clip.pt', 0),
-            ('--steps 900 --init clip.pt', 0.995),                          # the recipe's, which is lower
-            ('--steps 40 --init clip.pt --momentum 0.7', 0.7),
-            ('--steps 40 --init clip.pt --method clip', None),              # it has no teacher
-            ('--steps 40', 0.995)):
-        assert filled_in(f'--preset tiny {flags}').momentum == momentum
-    assert re.findall('--momentum is (.*?), because', capsys.readouterr().out) == ['0.9025, not 0.995', '0, not 0.995']
+    refused('--epochs: 1e308 is not a number above 0 and at most a million', filled_in, '--epochs 1e308')
     halved = [str(tmp_path)]
     for half, val in ('val', None), ('train', halved):                  # both halves make one held out
         (tmp_path / half).mkdir()
@@ -818,7 +834,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     is refused with old and new values; other changes are noted. An option that older code did not have is no change."""
     out = tmp_path / 'out'
     shutil.copytree(whole, out)
-    flags = '--preset tiny --method clip --batch 5 --seed 1 --local-crops 3 --local-captions 4 --init none'.split()
+    flags = '--preset tiny --method across --batch 5 --seed 1 --local-crops 3 --local-captions 4 --init none'.split()
     error = fit(out, '--resume', *flags, '--data', dog_tar(tmp_path / '0.tar', 9))
     assert re.findall('--batch was .*?,|--data were other shards', error) == ['--batch was 4,', '--data were other shards']
     assert set(re.findall('(--[a-z-]+) w', error)) == {'--data', *flags[::2]}
