@@ -77,7 +77,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 # --- 1. Configuration ------------------------------------------------------------------------------------------------
 
@@ -355,25 +354,24 @@ def term_weights(names, clip_weight=1):
     L_CLIP and L_COSMOS both weigh 1, in the released code and in the paper, and L_COSMOS is the mean of its terms. To
     weigh one term differently, change its entry here: the loss, the log and the report all ask this function.
     """
-    added = [name for name in names if name != 'clip']
-    weights = {'clip': clip_weight}
-    for name in added:
-        weights[name] = 1 / len(added)
+    weights = {}
+    for name in names:
+        weights[name] = clip_weight if name == 'clip' else 1 / (len(names) - 1)
     return weights
 
 
-def total_loss(student, out, cls_t, eot_t, added_terms=cosmos_terms, clip_weight=1):
+def total_loss(student, out, cls_t, eot_t, method_terms=cosmos_terms, clip_weight=1):
     """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its terms by name, unweighted, which the log shows.
 
-    added_terms: a function such as cosmos_terms, which returns losses by name that are added to L_CLIP; train.py has
+    method_terms: cosmos_terms, or another function that returns the terms to add to L_CLIP, by name; train.py has
     others. For CLIP alone it returns {}. clip_weight: 0 trains without L_CLIP.
     """
-    clip = clip_loss(out, student.logit_scale.exp())
     log_scale = student.distill_logit_scale if student.has_two_scales else student.logit_scale
-    added = added_terms(out, cls_t, eot_t, log_scale.exp())
-    terms = {'clip': clip} | added
+    terms = {'clip': clip_loss(out, student.logit_scale.exp())}
+    terms |= method_terms(out, cls_t, eot_t, log_scale.exp())
     weights = term_weights(terms, clip_weight)
-    loss = weights['clip'] * clip + sum(weights[name] * term for name, term in added.items())
+    weighted = {name: weights[name] * term for name, term in terms.items()}
+    loss = weighted.pop('clip') + sum(weighted.values())
     return loss, terms
 
 
@@ -543,17 +541,13 @@ class Transformer(nn.Module):
     def __init__(self, width, layers, heads, quick_gelu, causal=False):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, quick_gelu, causal) for _ in range(layers))
-        self.saves_memory = False       # True: the backward pass recomputes all blocks but the last
 
     def forward(self, x, row=None):
         """x (n, R, W) -> (n, R, W). With `row` (n,) only that row of each sequence, (n, 1, W). Blocks before the last
         compute every row, because the next one reads them all."""
         *blocks, last = self.resblocks
         for block in blocks:
-            if self.saves_memory:       # blocks draw no random numbers, so their state need not be kept
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x)
+            x = block(x)
         return last(x, row)
 
 
@@ -621,13 +615,13 @@ class Attention(nn.MultiheadAttention):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
     def mask(self, context, row):
-        """-> True where a query may look, (1, 1, R, R), or with `row` (n, 1, 1, R). None: everywhere."""
+        """-> True where a query may look, (R, R), or with `row` (n, 1, 1, R). None: everywhere."""
         if not self.causal:
             return None
-        key_rows = torch.arange(context.shape[1], device=context.device)    # (R,)
-        query_rows = key_rows[None] if row is None else row[:, None]        # (1, R): all, or (n, 1): the given ones
-        may_see = key_rows <= query_rows[..., None]                         # (1, R, R) or (n, 1, R)
-        return may_see[:, None]                                             # the same for all heads
+        rows = torch.arange(context.shape[1], device=context.device)        # (R,)
+        if row is None:
+            return rows <= rows[:, None]
+        return rows <= row[:, None, None, None]
 
     def project(self, query, context):
         """query (n, Q, W), context (n, R, W) -> q (n, H, Q, d), k and v (n, H, R, d)."""

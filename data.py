@@ -246,13 +246,14 @@ class TrainingSet(Dataset):
         text_rng = random.Random(f'{self.seed} {epoch} {index} texts')
         image_rng = random.Random(f'{self.seed} {epoch} {index} images')
         pool, encoded = self.shards.pair(index)
-        captions = text_crops(pool, text_rng, self.counts.global_texts, self.counts.local_texts)
+        captions = self.captions(pool, text_rng)
         crops, boxes = image_crops(encoded, self.kinds, image_rng)
         changes = [draw_changes(kind, image_rng) for kind in self.kinds]
         return Sample(crops=crops, boxes=boxes, changes=changes, captions=captions)
 
-
-Crops = TrainingSet     # its former name, which programs that use this module may know
+    def captions(self, pool, rng):
+        """The captions of a pair, as strings; a subclass may draw them in another way."""
+        return text_crops(pool, rng, self.counts.global_texts, self.counts.local_texts)
 
 
 # --- 5. Which pairs make a batch -------------------------------------------------------------------------------------
@@ -266,7 +267,7 @@ def shuffled(seed, epoch, pairs):
 @dataclass
 class Order:
     """Yields, for every step in [start, stop), this rank's equal slice of the batch, a list of places (epoch, index of
-    the pair). ours: the incomplete last batch of an epoch is dropped. `check_batch` refuses sizes that do not work."""
+    the pair). ours: the incomplete last batch of an epoch is dropped. plumbing/setup.py refuses sizes that do not work."""
     pairs: int                  # how many the set has
     batch: int                  # pairs per step, over all ranks
     start: int
@@ -285,21 +286,12 @@ class Order:
             yield [(epoch, index) for index in indices]
 
 
-def check_batch(batch, pairs, parts):
-    """Raises Refused for a batch that the set cannot fill, or that cannot be cut into equal parts."""
-    if batch > pairs:
-        raise Refused(f'--batch {batch} is larger than the set of {pairs} pairs; lower --batch')
-    if batch % parts:
-        raise Refused(f'--batch {batch} cannot be cut into {parts} parts (processes x --accum); '
-                      f'choose a multiple of {parts}')
-
-
 # --- 6. The batch ----------------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
     """What a training step needs from its B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
-    changes: Changes        # those of all Samples, in one table for each operation and view
+    change_tables: Changes  # the changes of all Samples, for each operation and view
     texts: list             # U captions (B, T') int64 for the student, cut by collate to T' <= T
     teacher_texts: list     # the global captions (B, T') for the teacher
     bad_pairs: int          # how many unreadable pairs were replaced
@@ -307,7 +299,7 @@ class Batch(NamedTuple):
     def to(self, device):
         """Move the batch to a device, without waiting for the copies."""
         return self._replace(
-            changes=self.changes.to(device),
+            change_tables=self.change_tables.to(device),
             crops=[x.to(device, non_blocking=True) for x in self.crops],
             texts=[x.to(device, non_blocking=True) for x in self.texts],
             teacher_texts=[x.to(device, non_blocking=True) for x in self.teacher_texts])
@@ -320,7 +312,7 @@ class Batch(NamedTuple):
         for k, crops in enumerate(self.crops):
             # ours: one order of jitters for view k of all pairs. The released code draws a new order for every image.
             jitters = random.Random(f'{seed} {step} {k}').sample(JITTERS, len(JITTERS))
-            images = recolour(crops, self.changes, k, [*jitters, *AFTER_JITTERS])
+            images = recolour(crops, self.change_tables, k, [*jitters, *AFTER_JITTERS])
             views.append(normalize(images))
         return views
 
@@ -344,7 +336,7 @@ def collate(samples, multiple, whole_first, global_texts=GLOBALS):
     student has no C^T; then its caption 0 is cut, too.
     """
     crops = default_collate([sample.crops for sample in samples])       # B lists of V -> V (B, 3, s, s)
-    changes = changes_of([sample.changes for sample in samples])
+    change_tables = changes_of([sample.changes for sample in samples])
     ids = torch.stack([sample.ids for sample in samples], dim=1)        # (U, B, T)
     captions = ids.unbind()                                             # U (B, T)
     global_ids = cut_to_longest(captions[:global_texts], multiple)
@@ -353,20 +345,8 @@ def collate(samples, multiple, whole_first, global_texts=GLOBALS):
     if whole_first:
         texts[0] = captions[0]
     bad_pairs = sum(sample.bad_pairs for sample in samples)
-    return Batch(crops=crops, changes=changes, texts=texts, teacher_texts=global_ids, bad_pairs=bad_pairs)
-
-
-def sample_views(train_set, count=4):
-    """Yields `count` pairs, spread evenly over the set, as the student gets them in epoch 0, but not normalised, and
-    with the jitters in one fixed order: (index, pictures (3, s, s) in [0, 1], captions, boxes)."""
-    for index in np.unique(np.linspace(0, len(train_set.shards) - 1, count, dtype=int)):
-        try:
-            drawn = train_set.sample(0, index)
-        except Unreadable:
-            continue
-        changes = changes_of([drawn.changes])
-        views = [recolour(crop[None], changes, k, [*JITTERS, *AFTER_JITTERS])[0] for k, crop in enumerate(drawn.crops)]
-        yield index, views, drawn.captions, drawn.boxes
+    return Batch(crops=crops, change_tables=change_tables, texts=texts, teacher_texts=global_ids,
+                 bad_pairs=bad_pairs)
 
 
 def loader(train_set, order, workers, device, multiple, whole_first):

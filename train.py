@@ -28,7 +28,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from signal import SIGTERM
@@ -41,17 +41,14 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 from cosmos import COSMOS, GLOBALS, Config, Output, Teacher, cosmos_terms, gather, match, total_loss
-from data import Shards
 from plumbing import runs
-from plumbing.captions import POOL_KEYS
 from plumbing.errors import command, need
 from plumbing.files import write_json
-from plumbing.options import choose_data, settle, training_options
+from plumbing.options import training_options
 from plumbing.parts import StudentInParts, part_by_part
-from plumbing.processes import Processes, choose_dtype, compile_blocks, keep_memory, signals_caught, use_cores
-from plumbing.progress import Progress, log_entry, print_entry
-from plumbing.tokenizer import Tokenizer, learn_merges
-from plumbing.weights import config_and_tokenizer
+from plumbing.processes import Processes, choose_dtype, compile_blocks, signals_caught
+from plumbing.progress import LOG_NAMES, Progress, log_entry, print_entry
+from plumbing.setup import choose_inputs
 
 # --- 1. One step -----------------------------------------------------------------------------------------------------
 
@@ -126,7 +123,7 @@ def train_step(run, batch):
             cls_t, eot_t = part_by_part(run.teacher, teacher_images, batch.teacher_texts, options.accum)
         out = run.student_to_call(images, batch.texts)
 
-    loss, terms = total_loss(student, out, cls_t, eot_t, method.terms, method.clip_weight)
+    loss, terms = total_loss(student, out, cls_t, eot_t, method.checked_terms, method.clip_weight)
     run.optimizer.zero_grad()
     # DDP averages the gradients of all parameters, also of the two scales, which are used outside its forward pass.
     run.scaler.scale(loss).backward()
@@ -218,8 +215,9 @@ def due(run, progress):
     to_log = to_evaluate or run.step == 1 or is_multiple(run.step, options.log_every)
     # All is saved before an evaluation, which takes long and may fail. A gradient that is not finite was not applied,
     # but an earlier update may have spoiled the weights. So in the middle of a run the last good save then stands.
-    is_time = is_stopped or to_evaluate or is_multiple(run.step, options.save_every) or runs.is_overdue(run)
-    to_save = is_last or (is_time and not progress.broken)
+    time_to_save = (is_stopped or to_evaluate or is_multiple(run.step, options.save_every)
+                    or runs.is_overdue(run))
+    to_save = is_last or (time_to_save and not progress.broken)
     return Due(is_last, is_stopped, to_evaluate, to_log, to_save)
 
 
@@ -234,9 +232,9 @@ def main(argv=None, watchers=(), built_in_set=None):
     watchers: see runs.Watcher. built_in_set(): draws the scenes of a run without --data, writes them as shards, and
     returns their folder.
     """
-    given, typed = read_options(argv)
-    processes = Processes(given['device'])              # from here on only rank 0 prints
-    run, val = set_up(given, typed, processes, built_in_set)
+    unsettled, typed = read_options(argv)
+    processes = Processes(unsettled['device'])          # from here on only rank 0 prints
+    run, val = set_up(unsettled, typed, processes, built_in_set)
     options = run.options
     runs.begin(run, val, watchers)
     progress = Progress()
@@ -301,7 +299,7 @@ LAPTOP = {
 
 # Used with --init, whatever the preset. The learning rate is small, because the weights are already trained. The
 # momentum has no ramp, because the teacher's towers start as a copy of these weights, so no random start has to fade.
-PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum_ramp': 0}
+PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum': 0.99, 'momentum_ramp': 0}
 
 
 class Preset(NamedTuple):
@@ -336,90 +334,87 @@ PRESETS = {
 
 # --- 4. The methods of Table 5 ---------------------------------------------------------------------------------------
 
-# All methods but `cosmos` use one of these in place of cosmos.cosmos_terms. ours: we do not know the paper's losses for
-# the other rows of Table 5. As in cosmos_terms, each view of the student is compared with each of the teacher.
+def terms_of(*names):
+    """-> a function such as cosmos.cosmos_terms, with a term for each name. In 'h_I_cls_t' the student's h_I must find
+    the teacher's cls_t of its own pair."""
+    return partial(named_terms, names)
+
+
+def named_terms(names, out, cls_t, eot_t, scale):
+    """As in cosmos_terms, each view of the student is compared with each of the teacher."""
+    queries = {name: name.removesuffix('_cls_t').removesuffix('_eot_t') for name in names}
+    targets = {name: name.removeprefix(f'{queries[name]}_') for name in names}
+    student = gather_used(out._asdict(), queries.values())
+    # A separate call, because these need no gradient.
+    teacher = gather_used({'cls_t': cls_t, 'eot_t': eot_t}, targets.values())
+    return {name: match(student[queries[name]], teacher[targets[name]], scale) for name in names}
+
+
+def gather_used(vectors, used):
+    """{name: (V, B, D)} -> {name: Gathered} for the names in `used`."""
+    vectors = {name: x for name, x in vectors.items() if name in used}
+    return dict(zip(vectors, gather(*vectors.values())))
+
 
 def no_terms(out, cls_t, eot_t, scale):
     return {}
-
-
-def image_terms(out, cls_t, eot_t, scale):
-    """Self-distillation of images: cls, without cross-attention, must find its own pair's cls_t."""
-    [cls] = gather(out.cls)
-    [cls_t] = gather(cls_t)             # a separate call, here and below, because the teacher needs no gradient
-    return {'cls_cls_t': match(cls, cls_t, scale)}
-
-
-def embedding_terms(out, cls_t, eot_t, scale):
-    """Self-distillation of images and of texts, each within its own modality."""
-    cls, eot = gather(out.cls, out.eot)
-    cls_t, eot_t = gather(cls_t, eot_t)
-    return {
-        'cls_cls_t': match(cls, cls_t, scale),
-        'eot_eot_t': match(eot, eot_t, scale)}
-
-
-def uncrossed_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 with cls and eot in place of h_I and h_T."""
-    cls, eot = gather(out.cls, out.eot)
-    cls_t, eot_t = gather(cls_t, eot_t)
-    return {
-        'cls_cls_t': match(cls, cls_t, scale),
-        'cls_eot_t': match(cls, eot_t, scale),
-        'eot_cls_t': match(eot, cls_t, scale),
-        'eot_eot_t': match(eot, eot_t, scale)}
-
-
-def across_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 without the leak. h_T has read the image, so it could find cls_t by copying; here eot must find it instead.
-    h_I has read the caption, so it could copy eot_t; here cls must find it."""
-    cls, eot, h_I, h_T = gather(out.cls, out.eot, out.h_I, out.h_T)
-    cls_t, eot_t = gather(cls_t, eot_t)
-    return {
-        'h_I_cls_t': match(h_I, cls_t, scale),
-        'cls_eot_t': match(cls, eot_t, scale),
-        'eot_cls_t': match(eot, cls_t, scale),
-        'h_T_eot_t': match(h_T, eot_t, scale)}
 
 
 class Method(NamedTuple):
     """A row of the table below: what the student sees, and what it learns."""
     global_images: int
     crop_min: float             # smallest share of the image in a global crop
-    only_crops: bool            # --augment is 'crops' by default, whatever the preset says
     has_local_images: bool      # as many as --local-crops says
     # yes: GLOBALS captions of 1-5 sentences and --local-captions of one sentence. no: one caption of 1-5 sentences.
     has_text_crops: bool
     has_teacher: bool
-    teacher_sees_locals: bool   # the local image views, too; each is a target like the globals (for rows of yours)
     has_cross_attention: bool   # C^I and C^T
-    two_scales: bool            # the terms have a temperature of their own, as they always have with C^I and C^T
-    clip_weight: float          # of L_CLIP; 0 trains without it (for rows of yours)
-    student: type               # COSMOS, or a subclass of yours
-    train_set: type             # data.TrainingSet, or a subclass of yours
-    # One of the functions above, or cosmos_terms: what is learned in addition to L_CLIP. On several GPUs DDP stops if a
-    # parameter gets no gradient. C^I gets none if your terms leave out h_T, C^T none without h_I, the second scale none
-    # without `scale`. For what you leave out add a zero to a term, as 0 * out.h_T.sum() or 0 * scale.
+    # What is learned in addition to L_CLIP: cosmos_terms, terms_of(...), or a function of yours with the same arguments
+    # and result. On several GPUs DDP stops if a parameter gets no gradient. C^I gets none if your terms leave out h_T,
+    # C^T none without h_I, the second scale none without `scale`. For what you leave out add a zero to a term, as
+    # 0 * out.h_T.sum() or 0 * scale.
     terms: Callable
+    # What few rows change:
+    only_crops: bool = False            # --augment is 'crops' by default, whatever the preset says
+    two_scales: bool = False            # the terms have a scale of their own, as they always have with C^I and C^T
+    teacher_sees_locals: bool = False   # the local image views, too; each is a target like the globals
+    clip_weight: float = 1              # of L_CLIP; 0 trains without it
+    student: type = COSMOS              # or a subclass
+    train_set: type = data.TrainingSet  # or a subclass
+
+    def checked_terms(self, *vectors):
+        """What `terms` gives. Refused if the log has another value under one of its names."""
+        terms = self.terms(*vectors)
+        taken = sorted(LOG_NAMES & terms.keys())
+        need(not taken, f"a term is named {', '.join(taken)}, but the log has another value of that name; rename it in "
+             'the `terms` of its method')
+        return terms
 
 
 # The first six rows are those of Table 5. Only clip and cosmos can be found in the released code, where clip uses
-# open_clip's default crop and no colour jitter (transform.py:66). The other four are our reading of the table's labels.
-# In the paper clip, clip-aug and image-distill score far below the CLIP of Table 1, so they were probably trained on
-# raw captions only (--caption-pool raw). The last two rows are ours; across_terms says why.
+# open_clip's default crop and no colour jitter (transform.py:66). ours: we do not know the paper's losses for the other
+# four, which are our reading of the table's labels. In the paper clip, clip-aug and image-distill score far below the
+# CLIP of Table 1, so they were probably trained on raw captions only (--caption-keys raw_caption).
+#
+# The last two rows are ours. no-cross-attention is Eq. 6 with cls and eot in place of h_I and h_T. across is Eq. 6
+# without the leak: h_T has read the image, so it could find cls_t by copying, and here eot must find it instead. h_I has
+# read the caption, so it could copy eot_t, and here cls must find it.
 no, yes = False, True
-usual = COSMOS, data.TrainingSet        # student and train_set
 METHODS = {
-    #                            global   least only   local  text   tea-  sees   C^I  two  L_CLIP
-    #                            images   crop  crops  images crops  cher  locals C^T  sc.  weight
-    'clip':               Method(1,       0.9,  yes,   no,    no,    no,   no,    no,  no,  1, *usual, no_terms),
-    'clip-aug':           Method(GLOBALS, 0.4,  no,    no,    no,    no,   no,    no,  no,  1, *usual, no_terms),
-    'image-distill':      Method(GLOBALS, 0.4,  no,    yes,   no,    yes,  no,    no,  no,  1, *usual, image_terms),
-    'text-crop':          Method(GLOBALS, 0.4,  no,    yes,   yes,   yes,  no,    no,  no,  1, *usual, image_terms),
-    'text-distill':       Method(GLOBALS, 0.4,  no,    yes,   yes,   yes,  no,    no,  no,  1, *usual, embedding_terms),
-    'cosmos':             Method(GLOBALS, 0.4,  no,    yes,   yes,   yes,  no,    yes, no,  1, *usual, cosmos_terms),
-    'no-cross-attention': Method(GLOBALS, 0.4,  no,    yes,   yes,   yes,  no,    no,  yes, 1, *usual, uncrossed_terms),
-    'across':             Method(GLOBALS, 0.4,  no,    yes,   yes,   yes,  no,    yes, no,  1, *usual, across_terms)}
+    #                       global   least local   text   tea-  C^I
+    #                       images   crop  images  crops  cher  C^T   terms
+    'clip':          Method(1,       0.9,  no,     no,    no,   no,   no_terms, only_crops=yes),
+    'clip-aug':      Method(GLOBALS, 0.4,  no,     no,    no,   no,   no_terms),
+    'image-distill': Method(GLOBALS, 0.4,  yes,    no,    yes,  no,   terms_of('cls_cls_t')),
+    'text-crop':     Method(GLOBALS, 0.4,  yes,    yes,   yes,  no,   terms_of('cls_cls_t')),
+    'text-distill':  Method(GLOBALS, 0.4,  yes,    yes,   yes,  no,   terms_of('cls_cls_t', 'eot_eot_t')),
+    'cosmos':        Method(GLOBALS, 0.4,  yes,    yes,   yes,  yes,  cosmos_terms),
+    'no-cross-attention': Method(
+        GLOBALS, 0.4, yes, yes, yes, no,
+        terms_of('cls_cls_t', 'cls_eot_t', 'eot_cls_t', 'eot_eot_t'), two_scales=yes),
+    'across': Method(
+        GLOBALS, 0.4, yes, yes, yes, yes,
+        terms_of('h_I_cls_t', 'cls_eot_t', 'eot_cls_t', 'h_T_eot_t'))}
 
 
 def add_method(name, base, **changes):
@@ -428,116 +423,41 @@ def add_method(name, base, **changes):
 
 
 def recipe_of(preset, method, init):
-    """Defaults of options, {option: value}. init: what --init gives (a path), or None."""
+    """Defaults of options, {option: value}; None if the method has no use for an option. init: what --init gives (a
+    path), or None."""
+    row = METHODS[method]
     recipe = dict(PRESETS[preset].recipe)
-    if METHODS[method].only_crops:
-        recipe['augment'] = 'crops'
-    if not METHODS[method].has_teacher:
-        recipe['momentum'] = None       # so config.json says none; the ramp alone does nothing
     if init:
         recipe |= PRETRAINED
+    if row.only_crops:
+        recipe['augment'] = 'crops'
+    if not row.has_teacher:
+        recipe |= {'momentum': None, 'momentum_ramp': None}
+    if not row.has_local_images:
+        recipe['local_crops'] = None
+    if not row.has_text_crops:
+        recipe['local_captions'] = None
     return recipe
 
 
-# --- 5. Set-up: options, data, model, teacher, optimizer --------------------------------------------------------------
+# --- 5. A run --------------------------------------------------------------------------------------------------------
 
 def read_options(argv=None):
     """-> two dicts {option: value}: every option as it is typed, else the recipe's, else the default in --help; and
-    those that are typed. set_up settles the few that depend on the data or on the run to resume, such as --batch."""
+    those that are typed. The few that depend on the data or on the run to resume, such as --batch, are settled later."""
     return training_options(argv, __doc__, PRESETS, METHODS, recipe_of)
 
 
-def set_up(given, typed, processes, built_in_set):
+def set_up(unsettled, typed, processes, built_in_set):
     """What read_options gives -> a Run, new or restored from last.pt, and the held-out shards, which only rank 0 gets;
     None if there are none."""
-    if processes.device.type == 'cpu':
-        keep_memory()
-        use_cores(given['workers'])
-    parts = processes.world * given['accum']            # into which a batch is cut
-    val = None
-    # Rank 0 goes first, because it may fetch CLIP's vocabulary, and writes the index of the shards.
-    with processes.rank_0_first():
-        saved = runs.read_last(given['out'], given['resume'])       # {} for a new run
-        given['data'], given['val'] = choose_data(given, built_in_set)
-        keys = given['caption_keys'] or POOL_KEYS[given['caption_pool']]
-        shards = Shards(given['data'], keys, 'train', index=f"{given['out']}/index.npy")      # index-MARK.npy
-        config, tokenizer, weights = choose_model(given, saved)
-        batch_before = saved['options']['batch'] if saved else None
-        options = settle(given, typed, len(shards), parts, batch_before)
-        data.check_batch(options.batch, len(shards), parts)
-        if saved:
-            runs.check_resumed(saved, options, shards)
-        if processes.rank == 0 and options.val:     # --caption-keys holds for both sets, --caption-pool for training
-            val = Shards(options.val, options.caption_keys, 'val')
-        if processes.rank == 0:
-            runs.lock(options.out)          # nothing is written to --out before this line
-            shards.save()                   # the other ranks will memory-map it
-    check_ranks(options, shards, saved, processes)
-    if tokenizer is None:
-        merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
-        tokenizer = Tokenizer(merges, config.context_length)
-        config = replace(config, vocab_size=tokenizer.vocab_size)
-    train_set = make_train_set(options, shards, tokenizer, config)
-    run = make_run(options, processes, train_set, saved.get('step', 0), weights)
-    if saved:
-        runs.restore(run, saved['step'])
-    return run, val
-
-
-def check_ranks(options, shards, saved, processes):
-    """If ranks disagreed on batches or learning rates, training would go on without an error. So each compares its
-    options with rank 0's. Two last.pt count as the same if their running times are equal."""
-    mine = vars(options) | {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
-    # None: may differ between ranks. Of vocab and val only this must agree: learned or not, held-out data or none.
-    mine |= {'workers': None, 'data': None, 'vocab': options.vocab == 'learn', 'val': bool(options.val)}
-    need(processes.broadcast(mine) == mine, 'options, shards or last.pt are not the same for all processes; '
-         'give all nodes the same command, the same files in --data, and one --out that all see')
-
-
-def choose_model(given, saved):
-    """-> Config, tokenizer (None if it must be learned), weights to start from ({}: none).
-
-    A resumed run takes Config and tokenizer from its checkpoint, and its weights later. --init gives all three: the
-    teacher's weights if the file is ours, and CLIP's tokenizer if the file has none. Otherwise --preset gives the
-    Config, and --vocab the tokenizer. In a new run, --method decides on cross-attention and a second scale.
-    """
-    if saved:
-        return *config_and_tokenizer(saved), {}
-    vocab = given['vocab']
-    path = None if vocab in ('clip', 'learn') else vocab
-    tokenizer = None
-    weights = {}
-    config = PRESETS[given['preset']].sizes
-    if given['init']:
-        model, tokenizer, _ = evaluation.load(given['init'], vocab=path, quick_gelu=given['quick_gelu'])
-        config = model.config
-        weights = model.state_dict()
-    elif vocab != 'learn':
-        tokenizer = Tokenizer.clip(path, config.context_length)
-    method = METHODS[given['method']]
-    heads = 0
-    if method.has_cross_attention:      # those of --init; if it has none, as many as a preset of its width has
-        heads = config.cross_heads or (8 if config.embed_dim >= 256 else 4)
-    return replace(config, cross_heads=heads, two_scales=method.two_scales), tokenizer, weights
-
-
-def make_train_set(options, shards, tokenizer, config):
+    inputs = choose_inputs(unsettled, typed, processes, built_in_set, PRESETS, METHODS)
+    options = inputs.options
+    train_set = inputs.train_set
     method = METHODS[options.method]
-    counts = data.Counts(
-        global_images=method.global_images,
-        local_images=options.local_crops if method.has_local_images else 0,
-        global_texts=GLOBALS if method.has_text_crops else 1,
-        local_texts=options.local_captions if method.has_text_crops else 0)
-    return method.train_set(shards, tokenizer, config, options.seed, counts,
-                            augment=options.augment, crop_min=method.crop_min)
-
-
-def make_run(options, processes, train_set, step, weights):
-    """-> this process's Run. Its batches begin after `step` steps; all else is as before the first one."""
     device = processes.device
-    method = METHODS[options.method]
     dtype = choose_dtype(options.precision, device)
-    order = data.Order(len(train_set.shards), options.batch, step, options.steps,
+    order = data.Order(len(train_set.shards), options.batch, inputs.resumed_step, options.steps,
                        options.seed, processes.rank, processes.world)
     multiple = 8 if dtype else 1        # to which lengths of captions are rounded up: faster in half precision
     # The loader forks its workers here, before DDP starts nccl, because a fork beside nccl may hang. (Until then ranks
@@ -547,22 +467,26 @@ def make_run(options, processes, train_set, step, weights):
                                whole_first=method.has_cross_attention))
     torch.manual_seed(options.seed)                     # all ranks start from the same weights
     student = method.student(train_set.config).to(device)
-    if weights:             # they may lack cross-attention, or have it although this model does not
-        missing = student.load_state_dict(weights, strict=False).missing_keys
+    if inputs.weights:      # they may lack cross-attention, or have it although this model does not
+        missing = student.load_state_dict(inputs.weights, strict=False).missing_keys
         print(f'init       {options.init}; {len(missing)} tensors that it lacks start fresh')
     teacher = Teacher(student) if method.has_teacher else None
-    optimizer = make_optimizer(student, options.lr, options.wd)
-    # With torch's own initial scale, 65,536, the first steps would overflow again and again.
-    scaler = torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16)
     if options.compile:
         for network in [student, teacher.model] if teacher else [student]:
             compile_blocks(network)
-    for tower in student.visual, student.text:
-        tower.transformer.saves_memory = options.grad_checkpoint
     student_to_call = StudentInParts(student, options.accum)
     if processes.world > 1:
         student_to_call = DistributedDataParallel(student_to_call, gradient_as_bucket_view=True)
-    return Run(options, processes, train_set, student, student_to_call, teacher, optimizer, scaler, dtype, batches)
+    run = Run(
+        options=options, processes=processes, train_set=train_set,
+        student=student, student_to_call=student_to_call, teacher=teacher,
+        optimizer=make_optimizer(student, options.lr, options.wd),
+        # With torch's own initial scale, 65,536, the first steps would overflow again and again.
+        scaler=torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16),
+        dtype=dtype, batches=batches)
+    if inputs.resumed_step:
+        runs.restore(run, inputs.resumed_step)
+    return run, inputs.val
 
 
 if __name__ == '__main__':

@@ -8,9 +8,10 @@ import numpy as np
 from torchvision.transforms.v2.functional import resize
 from torchvision.utils import save_image
 
-from data import Counts, TrainingSet, sample_views
+from data import Counts, TrainingSet
 from eval import progress_bar
 from extras.prepare import name_left_out
+from extras.report import sample_views
 from plumbing.errors import Unreadable, command
 from plumbing.files import replacing
 from plumbing.options import Parser

@@ -32,9 +32,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import cosmos
 from cosmos import COSMOS, GLOBALS, CrossAttention, Gathered, Teacher, match, nce, unit
-from data import normalize, sample_views, text_crops
+from data import normalize, text_crops
 from eval import captions_of, encode_dense, preprocessing, shard_image
-from plumbing.errors import Refused, command, need
+from plumbing.colours import AFTER_JITTERS, JITTERS, changes_of, recolour
+from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import read_json, read_lines, replacing
 from plumbing.images import load_image
 from plumbing.tables import with_owners
@@ -85,6 +86,20 @@ def packed(tensor):
 
 
 # The step
+
+def sample_views(train_set, count=4):
+    """Yields up to `count` pairs, spread evenly over the set, as the student gets them in epoch 0, but not normalised,
+    and with the jitters in one fixed order: (index, pictures (3, s, s) in [0, 1], captions, boxes)."""
+    for index in np.unique(np.linspace(0, len(train_set.shards) - 1, count, dtype=int)):
+        try:
+            drawn = train_set.sample(0, index)
+        except Unreadable:
+            continue
+        changes = changes_of([drawn.changes])
+        order = [*JITTERS, *AFTER_JITTERS]
+        views = [recolour(crop[None], changes, k, order)[0] for k, crop in enumerate(drawn.crops)]
+        yield index, views, drawn.captions, drawn.boxes
+
 
 def read_pairs(crops):
     """Training pairs -> what the page shows of each, V images (B, 3, s, s) in [0, 1], and the ids (U, B, T)."""

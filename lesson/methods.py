@@ -5,16 +5,14 @@
 Its options are those of train.py. A program of yours may add rows of its own in the same way: train.add_method, then
 train.main.
 """
-import random
-
 import torch
 import torch.nn.functional as F
 
 import train
-from cosmos import COSMOS, Output, cosmos_terms, has_other_ranks, unit
+from cosmos import COSMOS, Output, has_other_ranks, unit
 from data import TrainingSet, draw_sentences, text_crops
 from extras.report import Report
-from lesson.scenes import built_in_set, mask_of, read_things
+from lesson.scenes import built_in_set
 from lesson.suppression import Named
 from plumbing.errors import command, need
 
@@ -29,13 +27,6 @@ class ReadsAnotherPair(COSMOS):
              '--accum, or a larger --batch')
         # Pair i reads the image and the caption of pair i - 1.
         return super().read(cls, eot, patches.roll(1, dims=0), words.roll(1, dims=0))
-
-
-def two_terms(out, cls_t, eot_t, scale):
-    """Eq. 6 without the two terms that copying can make small. The other two have a weight of one half each."""
-    terms = cosmos_terms(out, cls_t, eot_t, scale)
-    del terms['h_T_cls_t'], terms['h_I_eot_t']
-    return terms
 
 
 class ReadsEveryImage(COSMOS):
@@ -64,67 +55,38 @@ def every_image_terms(out, cls_t, eot_t, scale):
     finds_image = F.cross_entropy(scores.flatten(0, 1), own_pair)
     finds_caption = F.cross_entropy(scores.transpose(1, 2).flatten(0, 1), own_pair)
     reads = (finds_image + finds_caption) / 2
-    return {'reads': reads} | train.embedding_terms(out, cls_t, eot_t, scale)
+    distilled = train.METHODS['text-distill'].terms(out, cls_t, eot_t, scale)
+    return {'reads': reads} | distilled
 
 
 # --- 2. Captions -----------------------------------------------------------------------------------------------------
 
-class OtherCaptions(TrainingSet):
-    """Draws the captions of a pair in another way. A subclass says how, in `captions`."""
-
-    def sample(self, epoch, index):
-        drawn = super().sample(epoch, index)
-        rng = random.Random(f'{self.seed} {epoch} {index} texts')       # as in TrainingSet.sample
-        return drawn._replace(captions=self.captions(self.shards.pool(index), index, drawn.boxes[0], rng))
-
-
-class LongCaptions(OtherCaptions):
+class LongCaptions(TrainingSet):
     """Local captions have one to five sentences, too, so they differ from the global ones only in who sees them."""
 
-    def captions(self, pool, index, box, rng):
+    def captions(self, pool, rng):
         return text_crops(pool, rng, self.counts.global_texts + self.counts.local_texts, 0)
 
 
-class ShortCaptions(OtherCaptions):
+class ShortCaptions(TrainingSet):
     """Global captions are single sentences, too."""
 
-    def captions(self, pool, index, box, rng):
+    def captions(self, pool, rng):
         global_captions = [rng.choice(pool) for _ in range(self.counts.global_texts)]
         return global_captions + draw_sentences(pool, self.counts.local_texts, rng)
-
-
-class CropsTogether(OtherCaptions):
-    """Captions are drawn from the sentences about objects of which global view 0 shows at least half. Drawn scenes
-    only. If it shows no object by half, all sentences are drawn from."""
-
-    def captions(self, pool, index, box, rng):
-        y, x, h, w = box
-        things = read_things(self.shards.record(index))
-        need(things, '--method crops-together needs scenes that list their objects; draw them by python -m lesson.scenes')
-        mask = mask_of(things)
-        shown = []
-        for number, thing in enumerate(things, 1):
-            pixels = mask == number
-            if pixels[y:y + h, x:x + w].sum() >= pixels.sum() / 2:
-                shown.append(thing.name)
-        about_shown = [sentence for sentence in pool if sentence.endswith(tuple(shown))]
-        return text_crops(about_shown or pool, rng, self.counts.global_texts, self.counts.local_texts)
 
 
 # --- 3. The rows -----------------------------------------------------------------------------------------------------
 
 def add_methods():
     add = train.add_method
-    add('clip-averaged', 'clip', has_teacher=True)                      # a teacher that teaches nothing, but is scored
     add('several-captions', 'clip-aug', has_text_crops=True)
     add('another-pair', 'cosmos', student=ReadsAnotherPair)
     add('without-clip', 'cosmos', clip_weight=0)
-    add('two-terms', 'cosmos', terms=two_terms)
     add('every-image', 'cosmos', student=ReadsEveryImage, terms=every_image_terms)
     add('teacher-sees-all', 'cosmos', teacher_sees_locals=True)
     add('long-captions', 'cosmos', train_set=LongCaptions)
     add('short-captions', 'cosmos', train_set=ShortCaptions)
-    add('crops-together', 'cosmos', train_set=CropsTogether)
 
 
 def main(argv=None):

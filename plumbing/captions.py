@@ -18,7 +18,6 @@ CAPTION_KEYS = [
     ['original_caption', 'caption'],            # PixelProse has both, img2dataset only the second
     ['txt'],
 ]
-POOL_KEYS = {'raw': 'raw_caption', 'short': ','.join(SHORT), 'long': ','.join(LONG), 'all': None}  # --caption-pool
 
 
 def record_of(json_bytes, txt_bytes):

@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from plumbing.benchmarks import BENCHMARKS, TORCHVISION_SETS
-from plumbing.captions import POOL_KEYS
 from plumbing.errors import Refused, need, note
 from plumbing.processes import DEVICES, DTYPES, choose_device, cores
 from plumbing.weights import BEST, LAST
@@ -40,7 +39,7 @@ count = number_type(int, 'a whole number of 0 or more', 0)
 seed = number_type(int, 'a whole number from 0 to 2^64 - 1', 0, 2 ** 64 - 1)   # as in torch
 share = number_type(float, 'a number from 0 to 1', 0, 1)
 amount = number_type(float, 'a number of 0 or more', 0, sys.float_info.max)
-above_zero = number_type(float, 'a number above 0', sys.float_info.min, sys.float_info.max)
+passes = number_type(float, 'a number above 0 and at most a million', sys.float_info.min, 1e6)
 
 
 # --- 2. train.py -----------------------------------------------------------------------------------------------------
@@ -50,10 +49,8 @@ def add_training(parser, presets, methods):
     add = parser.add_argument_group('data').add_argument
     add('--data', nargs='+', help='tars, or folders of them; without it the built-in set')
     add('--val', nargs='+', help='held-out shards (the val/ of a single --data folder)')
-    captions = parser.add_mutually_exclusive_group().add_argument
-    captions('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
-    captions('--caption-pool', choices=POOL_KEYS, default='all', help="which of DreamLIP's (%(default)s)")
-    add('--vocab', help="clip, learn (from the captions), or a path to CLIP's file")
+    add('--caption-keys', help='comma-separated json keys of the captions, of --val too; see docs/data.md')
+    add('--vocab', help="clip, learn (from the captions), or a path to CLIP's file; --init may bring its own")
     loaders = min(8, cores() // 2 or 1)
     add('--workers', type=count, default=loaders, help='loaders of each process (%(default)s)')
 
@@ -70,7 +67,7 @@ def add_training(parser, presets, methods):
     schedule = parser.add_argument_group('schedule')
     length = schedule.add_mutually_exclusive_group().add_argument
     length('--steps', type=positive, help='optimizer steps in total')
-    length('--epochs', type=above_zero, help='passes over the data, instead of --steps')
+    length('--epochs', type=passes, help='passes over the data, instead of --steps')
     add = schedule.add_argument
     add('--batch', type=positive, help='pairs per step, over all processes and parts')
     add('--accum', type=positive, default=1, help='parts of a batch, to save memory (%(default)s)')
@@ -78,8 +75,7 @@ def add_training(parser, presets, methods):
     add('--lr-end', type=share, help='final rate as a share of --lr')
     add('--warmup', type=count, help='steps of linear warm-up (at most a tenth of the run)')
     add('--wd', type=amount, help='weight decay, of matrices only')
-    add('--momentum', type=share,
-        help="lambda, the teacher's momentum (with --init at most 1 - 3.9 / steps)")
+    add('--momentum', type=share, help="lambda, the teacher's momentum")
     add('--momentum-ramp', type=count, help='R: lambda at step s is at most s / (s + R)')
     add('--clip-grad', type=amount, default=0.0, help='largest norm of the gradient; 0: no limit')
     add('--seed', type=seed, default=0, help='seed of everything random (%(default)s)')
@@ -90,7 +86,6 @@ def add_machine_and_output(parser):
     add('--precision', choices=['auto', *DTYPES], default='auto', help='auto: bf16 if it is fast')
     add('--device', choices=DEVICES, default='auto', help='auto: cuda if available, otherwise cpu')
     add('--compile', action='store_true', help='torch.compile; gains nothing on CPUs')
-    add('--grad-checkpoint', action='store_true', help='less memory, more time')
 
     add = parser.add_argument_group('output').add_argument
     add('--out', help='folder of checkpoint, log, report (runs/PRESET-METHOD, or runs/INIT-METHOD)')
@@ -137,6 +132,13 @@ def training_options(argv, description, presets, methods, recipe_of):
          '--quick-gelu says how the weights of --init were trained; give --init, too')
     options['preset'] = typed.get('preset') or default_preset(options['data'], options['device'], options['init'])
     recipe = recipe_of(options['preset'], options['method'], options['init'])
+    for option in typed:
+        need(option not in recipe or recipe[option] is not None,
+             f"--{option.replace('_', '-')} does nothing with --method {options['method']}; omit it")
+    if options['init']:
+        need(typed.get('vocab') not in ('clip', 'learn'),
+             f"--vocab {typed.get('vocab')} does nothing with --init, whose weights decide on the vocabulary; omit it")
+        recipe['vocab'] = None
     name = options['preset']
     if options['init']:         # clip.pt -> clip; runs/mine and runs/mine/best.pt -> mine
         path = Path(options['init']).resolve()
@@ -163,7 +165,7 @@ def choose_data(options, built_in_set):
 
 def settle(options, typed, pairs, parts, batch_before):
     """Options as training_options gives them -> all options, as argparse.Namespace. What is not typed of --batch,
-    --steps, --warmup, --eval-every and, with --init, --momentum depends on the data or on the run that is resumed.
+    --steps, --warmup and --eval-every depends on the data or on the run that is resumed.
 
     pairs: how many the training set has. parts: processes x --accum, into which a batch is cut. batch_before: that of
     the run that is resumed, else None.
@@ -186,17 +188,8 @@ def settle(options, typed, pairs, parts, batch_before):
     if 'warmup' not in typed:
         warmup = min(warmup, steps // 10)               # a tenth of a short run
     eval_every = typed.get('eval_every', math.ceil(steps / 4))
-    momentum = options['momentum']
-    if 'momentum' not in typed and momentum is not None and options['init']:
-        # The teacher starts as a copy of --init. With this momentum or a lower one, at most e^-3.9, 2 %, of the copy is
-        # left at the end.
-        momentum = min(momentum, max(0.0, 1 - 3.9 / steps))
-        if momentum < options['momentum']:
-            note(f"--momentum is {momentum:.4g}, not {options['momentum']}, because in "
-                 f'{steps} steps the teacher could not leave the weights of --init behind')
     return argparse.Namespace(**options | {
-        'batch': batch, 'steps': steps, 'epochs': epochs, 'warmup': warmup, 'eval_every': eval_every,
-        'momentum': momentum})
+        'batch': batch, 'steps': steps, 'epochs': epochs, 'warmup': warmup, 'eval_every': eval_every})
 
 
 # --- 3. eval.py, and other commands on a checkpoint ------------------------------------------------------------------

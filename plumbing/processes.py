@@ -157,24 +157,18 @@ def choose_dtype(precision, device):
 
 
 def compile_blocks(model):
-    """torch.compile block by block, in place, so that parameters keep their names. A graph serves all layers of a tower
-    and all lengths of captions, while the whole model would be compiled again for each length."""
-    # torch would start 32 compilers for each process, which are too many for a node with eight.
-    from torch._inductor import config
-    config.compile_threads = min(8, cores())
-    # torch allows 8 graphs per piece of code. All blocks run the same piece, and together they need more than 8: each
-    # tower needs its own, with gradient and without, and its last block, which may compute one row only, needs more.
+    """torch.compile block by block, so that one graph serves all layers of a tower and all lengths of captions, while
+    the whole model would be compiled again for each length."""
+    # torch compiles a piece of code at most 8 times, and all blocks are one piece. Each tower, each last block, with and
+    # without gradient, and each precision needs a graph of its own. Beyond 8 a block would run as if not compiled.
     torch._dynamo.config.cache_size_limit = 128
-    # Otherwise torch would cut each block after its first megabyte of parameters, so that DDP can send gradients early.
-    # We need no cuts, because the gradients of other blocks are sent meanwhile.
-    torch._dynamo.config.optimize_ddp = False
     if next(model.parameters()).is_cuda:
-        # A GPU's backward pass runs in a thread of its own, without the two settings above, and with one CPU thread,
-        # because the loader's thread for pinned memory asked for one. Graphs hold for one number of CPU threads. With
-        # more here, blocks that are computed again there would be compiled again, until torch gives up.
+        # Graphs hold for one number of CPU threads. With --accum blocks are computed again in the backward pass, which
+        # on a GPU runs in a thread of its own, with one CPU thread. With more here it would end with an error.
         torch.set_num_threads(1)
-    for block in [*model.visual.transformer.resblocks, *model.text.transformer.resblocks]:
-        block.forward = torch.compile(block.forward, dynamic=True)
+    for tower in model.visual, model.text:
+        for block in tower.transformer.resblocks:
+            block.compile(dynamic=True)
 
 
 # --- 3. Loaders and signals ------------------------------------------------------------------------------------------

@@ -10,6 +10,9 @@ from tqdm import tqdm
 from cosmos import gather, term_weights
 from plumbing.processes import peak_memory
 
+# What an entry of the log can hold, apart from the terms that a method adds to L_CLIP.
+LOG_NAMES = set('step loss clip weights chance accuracy spread lr momentum scale distill_scale grad_norm cosine '
+                'pairs_per_s waiting memory_GB bad_pairs eval'.split())
 MOST_BROKEN = 5         # this many steps in a row without a finite gradient end the run
 
 

@@ -155,7 +155,7 @@ def memory_needed():
         yield
     except torch.OutOfMemoryError:
         raise Refused('the GPU has too little memory for this run; give --accum with more parts, '
-                      '--grad-checkpoint, or in a new run a smaller --batch; '
+                      'or in a new run a smaller --batch; '
                       '--resume goes on from the last save') from None
 
 

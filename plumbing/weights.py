@@ -194,8 +194,8 @@ def read_network(path, weights, vocab, quick_gelu):
         state = {}                                                      # refused below
     if 'config' in saved and 'merges' in saved:         # ours
         config, tokenizer = config_and_tokenizer(saved)
+        need(not vocab, f'{path} carries its vocabulary; omit --vocab')
         need(config.quick_gelu or not quick_gelu, f'{path} says itself which activation it has; omit --quick-gelu')
-        need(not vocab, f'{path} carries its own merges; omit --vocab')
         origin = Origin(key, str(path), saved.get('step', 'unknown'), saved.get('method'))
         return origin, config, tokenizer, state
     # See infer_config for the width of heads. open_clip's ViTs that are wider than 1,024 have heads of another width.

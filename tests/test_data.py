@@ -148,7 +148,7 @@ def test_captions_leave_the_pictures_as_they_are(tmp_path):
     assert_close([x[0] for x in batch.crops], sample.crops, rtol=0, atol=0)
     for view, expected in enumerate(sample.changes):
         drawn = {}
-        for name, count, found in zip(OPERATIONS, batch.changes.counts, batch.changes.strengths):
+        for name, count, found in zip(OPERATIONS, batch.change_tables.counts, batch.change_tables.strengths):
             if count[view]:
                 drawn[name] = found[view, 0].item()
         assert drawn == pytest.approx(expected)
@@ -255,10 +255,10 @@ def test_batches_move_whole(tmp_path):
     because otherwise pinning it would be one more copy."""
     crops = TrainingSet(Shards(dog_tar(tmp_path / 'a.tar', 3)), WORDS, MICRO, 3)
     batch = data.collate([crops[0, i] for i in range(3)], 1, True)
-    for x in (*batch.crops, *batch.changes[:2], *batch.texts, *batch.teacher_texts):
+    for x in (*batch.crops, *batch.change_tables[:2], *batch.texts, *batch.teacher_texts):
         assert x.is_contiguous()
     half = changes_of([[dict.fromkeys(OPERATIONS, 0.5)] * len(batch.crops)] * 3)    # changes all images
-    moved = batch._replace(changes=half).to('meta')
+    moved = batch._replace(change_tables=half).to('meta')
     for x in (*moved.texts, *moved.teacher_texts, *moved.views(0, 0)):
         assert x.device.type == 'meta'
 

@@ -450,7 +450,7 @@ WRONG = {               # a command: what its sentence must say
     'retrieval last.pt --list keys': "keys has the columns image, text, of which not one is 'caption'",
     'retrieval last.pt --list one --split val': 'one has no splits; omit --split',
     'retrieval last.pt --shards a.tar --split val': '--images and --split are for --list',
-    'retrieval last.pt --shards a.tar --vocab x': 'last.pt carries its own merges; omit --vocab',
+    'retrieval last.pt --shards a.tar --vocab x': 'last.pt carries its vocabulary; omit --vocab',
     'classify last.pt --dataset DTD --root nowhere': 'cannot open DTD in nowhere .*--download',
     'classify last.pt --dataset MNIST --split val': 'MNIST has no split val; give train or test',
     'classify last.pt --folder bad --workers 0': 'bad/class/x.jpg cannot be read as an image',

@@ -587,7 +587,7 @@ def test_partial_runs_give_a_page(tmp_path):
     model, tokenizer, _ = speller()
     crops = data.TrainingSet(three_pairs(tmp_path, b'no image'), tokenizer, MICRO, seed=0)
     started = SimpleNamespace(train_set=crops, folder=tmp_path, step=0, student=model, teacher=None,
-                              method=train.METHODS['clip']._replace(terms=partial(train.no_terms)),
+                              method=train.METHODS['clip']._replace(terms=train.terms_of()),
                               processes=SimpleNamespace(device=torch.device('cpu')))
     report.Report().begin(started)
     put(tmp_path / 'config.json', 'torn')
@@ -657,7 +657,7 @@ def browse(folder, page, size, address=''):
 
 CODE = {                # the functions that each screen shows; screen 0 has the step in the head of cosmos.py
     'screen 0': '', 'screen 1': 'text_crops', 'screen 2': 'forward update', 'screen 3': 'clip_loss match nce',
-    'screen 4': 'weights', 'screen 5': 'read', 'screen 6': 'across_terms', 'screen 7': 'total_loss term_weights'}
+    'screen 4': 'weights', 'screen 5': 'read', 'screen 6': 'named_terms', 'screen 7': 'total_loss term_weights'}
 
 
 @pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')

@@ -28,7 +28,7 @@ from lesson.scenes import NAMES, SHAPES, draw_scene, make_scenes, mask_of
 from lesson.suppression import Named, read_scenes
 from plumbing.files import read_json
 from plumbing.weights import read_checkpoint
-from tests.helpers import MICRO, ROOT, dog_tar, encoded, pairs_tar, put, refused, run, seeded  # noqa: F401
+from tests.helpers import MICRO, ROOT, encoded, pairs_tar, put, refused, run, seeded  # noqa: F401
 
 
 @pytest.fixture(scope='module')

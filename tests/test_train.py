@@ -33,25 +33,26 @@ import cosmos
 import eval as evaluation
 import train
 from cosmos import COSMOS, GLOBALS, Attention, Output, Teacher, clip_loss, cosmos_loss
-from data import Batch, check_batch
+from data import Batch
 from lesson import scenes
-from plumbing import runs
+from plumbing import runs, setup
 from plumbing.files import read_json
-from plumbing.options import settle
+from plumbing.options import choose_data, settle
 from plumbing.processes import LONGEST_WAIT, choose_device, end_workers
-from plumbing.progress import Progress, log_entry, print_entry
+from plumbing.progress import LOG_NAMES, Progress, log_entry, print_entry
+from plumbing.setup import check_batch
 from tests.helpers import ROOT, close, dog_tar, micro, put, refused, run
 
-QUICK = ('--preset micro --vocab learn --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 2 '
-         '--lr 0.003 --momentum 0.9 --momentum-ramp 10 --log-every 1 --eval-every 2 --workers 0 '
+QUICK = ('--preset micro --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 2 '
+         '--lr 0.003 --log-every 1 --eval-every 2 --workers 0 '
          '--augment full').split()
 ALONE = train.Processes('cpu')
 LIMITS = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 def read_options(words):
     """The options that train.py has before they are settled."""
-    given, _ = train.read_options(words)
-    return SimpleNamespace(**given)
+    unsettled, _ = train.read_options(words)
+    return SimpleNamespace(**unsettled)
 
 
 # --- Helpers ---------------------------------------------------------------------------------------------------------
@@ -145,14 +146,19 @@ ROWS = {  # for each row of Table 5: global and local images, global and local c
 @pytest.mark.parametrize('method', train.METHODS)
 def test_views_and_losses_of_each_row(started, tmp_path, method):
     """oracle: the table. If a recipe changes colours, clip alone leaves them as they are."""
-    begun = started(tmp_path, '--method', method, '--local-crops', 6, '--local-captions', 6)
+    row = train.METHODS[method]
+    flags = []
+    if row.has_local_images:
+        flags += ['--local-crops', 6]
+    if row.has_text_crops:
+        flags += ['--local-captions', 6]
+    begun = started(tmp_path, '--method', method, *flags)
     terms = ROWS[method][5:]
     assert [*begun.train_set.counts, begun.train_set.crop_min, *terms] == ROWS[method]
     assert (begun.teacher is not None) == bool(terms)
     assert begun.student.has_two_scales == (method in ('cosmos', 'no-cross-attention', 'across'))
     options = read_options(['--preset', 'vit-b-16', '--method', method])
     assert options.augment == ('crops' if method == 'clip' else 'full')
-    row = train.METHODS[method]
     assert row.global_images == GLOBALS or not (row.has_local_images or row.has_teacher)
     _, images, texts = micro()
     images[-1].requires_grad_()                 # a local view
@@ -206,8 +212,6 @@ def gradients(processes, method, accum):
     model, images, texts = micro(method, B=8)
     if method in ('image-distill', 'clip'):
         texts = texts[:1]
-    for tower in model.visual, model.text:
-        tower.transformer.saves_memory = accum > 1
     images, texts = ([x.chunk(processes.world)[processes.rank] for x in xs] for xs in (images, texts))
     loss = step_of(model, images, texts, method, accum, processes).loss
     [total] = processes.sum([loss])
@@ -225,7 +229,7 @@ def one_rank(rank, port, path, flags):
         for accum in 1, 2:
             torch.save(gradients(processes, method, accum), path / f'{rank}-{method}-{accum}')
     train.Processes = {'auto': processes, 'cpu': processes}.get
-    choose_model = train.choose_model
+    choose_model = setup.choose_model
     train_step = train.train_step
 
     def in_turn(*choices):
@@ -243,9 +247,9 @@ def one_rank(rank, port, path, flags):
     with pytest.MonkeyPatch.context() as patch, open(path / f'{rank}.txt', 'w') as complaints:
         patch.setattr(os, '_exit', sys.exit)            # ends the run, but not this process
         patch.setattr(sys, 'stderr', complaints)
-        patch.setattr(train, 'choose_model', in_turn)
+        patch.setattr(setup, 'choose_model', in_turn)
         assert run(train, *flags, path / 'two') == 0
-        patch.setattr(train, 'choose_model', choose_model)
+        patch.setattr(setup, 'choose_model', choose_model)
         assert run(train, *flags, path / 'failed', '--lr', 1e30) == 1
         patch.setattr(train, 'train_step', signalled)
         number = signal.SIGUSR1 if rank else signal.SIGTERM         # only rank 1 knows which signal it was
@@ -292,8 +296,8 @@ def test_parts_are_exact_in_half_precision(monkeypatch):
 
 @pytest.mark.parametrize('method', OBJECTIVES)
 def test_ranks_and_accumulation_equal_one_process(monkeypatch, by_ranks, method):
-    """oracle: one process with the whole batch. Its loss and each of its gradients equal those of --accum 2 (with
-    --grad-checkpoint), of two processes, and of both together. No gradient is all zero. What is computed again draws
+    """oracle: one process with the whole batch. Its loss and each of its gradients equal those of --accum 2, of two
+    processes, and of both together. No gradient is all zero. What is computed again draws
     nothing, so torch must not look at its random state."""
     monkeypatch.setattr(torch, 'get_rng_state', None)
     expected, total = gradients(ALONE, method, 1)
@@ -397,7 +401,7 @@ def test_ranks_must_agree(monkeypatch, fit, started, whole, tmp_path):
 
     def check(**options):
         options = SimpleNamespace(**vars(begun.options) | options)
-        train.check_ranks(options, begun.train_set.shards, {}, SimpleNamespace(broadcast=rank_0s))
+        setup.check_ranks(options, begun.train_set.shards, {}, SimpleNamespace(broadcast=rank_0s))
 
     check(vocab='clip')                                 # rank 0
     check(vocab='file', data=['a'], val=['b'], workers=9)
@@ -435,7 +439,7 @@ def test_loaders_start_before_the_model(monkeypatch, started, tmp_path):
         assert len(active_children()) == len(before) + 2
         return COSMOS(config)
 
-    monkeypatch.setattr(train, 'COSMOS', model)
+    monkeypatch.setitem(train.METHODS, 'cosmos', train.METHODS['cosmos']._replace(student=model))
     begun = started(tmp_path, '--workers', 2)
     assert len(next(begun.batches).crops[0]) == 4
 
@@ -512,8 +516,27 @@ def test_what_is_not_typed(monkeypatch, capsys):
     for preset in train.PRESETS:
         for weights, name in ('runs/mine/best.pt', 'mine'), ('a/clip.pt', 'clip'):
             options = read_options(f'--preset {preset} --wd 0.3 --init {weights} --method across'.split())
-            found = [options.lr, options.wd, options.momentum_ramp, options.out]
-            assert found == [1e-5, 0.3, 0, f'runs/{name}-across']
+            found = [options.lr, options.wd, options.momentum, options.momentum_ramp, options.vocab, options.out]
+            assert found == [1e-5, 0.3, 0.99, 0, None, f'runs/{name}-across']
+
+
+def test_options_that_do_nothing_are_refused(fit, whole, tmp_path):
+    """oracle: the rule: what a method or the weights of --init have no use for is refused if it is typed. Otherwise it
+    is no part of config.json."""
+    for method, option in (
+            ('clip', '--local-crops'), ('clip-aug', '--local-captions'), ('image-distill', '--local-captions'),
+            ('clip', '--momentum'), ('clip-aug', '--momentum-ramp')):
+        refused(f'{option} does nothing with --method {method}; omit it',
+                train.read_options, ['--method', method, option, '1'])
+    for vocab, sentence in (
+            ('learn', '--vocab learn does nothing with --init'),
+            ('clip', '--vocab clip does nothing with --init'),
+            ('file', 'last.pt carries its vocabulary; omit --vocab')):
+        assert sentence in fit(tmp_path, '--init', whole / 'last.pt', '--vocab', vocab)
+    assert fit(tmp_path, '--method', 'clip', '--steps', 1, '--init', whole / 'last.pt') == 0
+    used = read_json(tmp_path / 'config.json')
+    for name in 'local_crops', 'local_captions', 'momentum', 'momentum_ramp', 'vocab':
+        assert used[name] is None
 
 
 def test_what_depends_on_the_data(capsys, tmp_path):
@@ -530,7 +553,7 @@ def test_what_depends_on_the_data(capsys, tmp_path):
         options = filled_in(f'--batch 4 {flags}')
         assert [options.steps, options.warmup, options.eval_every] == lengths
     for flags, parts, before, batch in (
-            ('--preset tiny', 3, None, 32),                                 # train.check_batch refuses it
+            ('--preset tiny', 3, None, 32),                                 # check_batch refuses it
             ('--preset photo', 7, None, 56),
             ('--preset photo', 7, 20, 20),
             ('--preset photo --batch 99', 7, 20, 99)):
@@ -538,19 +561,11 @@ def test_what_depends_on_the_data(capsys, tmp_path):
     assert filled_in('--preset photo', 64).batch == 64
     assert re.findall('--batch is (.*?), because', capsys.readouterr().out) == ['56, not 64']
     refused('--data has 60 pairs, fewer than 61 .processes x --accum.', filled_in, '--preset photo', 60, 61)
-    for flags, momentum in (
-            ('--steps 40 --init clip.pt', 1 - 3.9 / 40),
-            ('--steps 3 --init clip.pt', 0),
-            ('--steps 900 --init clip.pt', 0.995),                          # the recipe's, which is lower
-            ('--steps 40 --init clip.pt --momentum 0.7', 0.7),
-            ('--steps 40 --init clip.pt --method clip', None),              # it has no teacher
-            ('--steps 40', 0.995)):
-        assert filled_in(f'--preset tiny {flags}').momentum == momentum
-    assert re.findall('--momentum is (.*?), because', capsys.readouterr().out) == ['0.9025, not 0.995', '0, not 0.995']
+    refused('--epochs: 1e308 is not a number above 0 and at most a million', filled_in, '--epochs 1e308')
     halved = [str(tmp_path)]
     for half, val in ('val', None), ('train', halved):                  # both halves make one held out
         (tmp_path / half).mkdir()
-        assert train.choose_data({'data': halved, 'val': None}, None) == (halved, val)
+        assert choose_data({'data': halved, 'val': None}, None) == (halved, val)
 
 
 @pytest.mark.parametrize('device, backend', [('cpu', 'gloo'), ('mps', 'gloo'), ('cuda', 'nccl')])
@@ -584,8 +599,8 @@ def test_what_ranks_are_started_with(monkeypatch, device, backend):
 
 
 def test_compiled_blocks_of_a_gpu_have_one_cpu_thread(monkeypatch):
-    """oracle: the rule. (With more, `--compile --grad-checkpoint` ends at the first backward pass on a GPU. We tried it
-    on a CPU, with a backward pass in a thread of its own.)"""
+    """oracle: the rule. (With more, `--compile --accum 2` ends at the first backward pass on a GPU. We tried it on a CPU,
+    with a backward pass in a thread of its own.)"""
     numbers = []
     monkeypatch.setattr(torch, 'set_num_threads', numbers.append)
     tower = SimpleNamespace(transformer=SimpleNamespace(resblocks=[]))
@@ -617,6 +632,18 @@ def test_log_entry_by_hand(started, tmp_path, capsys):
         assert list(vars(counts).values())[1:] == 8 * [0]
     progress.count(step._replace(finite=False), scale=2, pairs=4, bad=0, signals=0)
     assert progress.broken == 0
+
+
+def test_a_term_must_not_hide_a_figure_of_the_log(monkeypatch, fit, whole, tmp_path):
+    """oracle: the log: a term of one's own with the name of another figure ends the run before its first step. All
+    names of the log are known, but those of terms."""
+    figures = {name for line in (whole / 'log.jsonl').read_text().splitlines() for name in json.loads(line)}
+    assert figures - set(ROWS['cosmos']) == LOG_NAMES - {'memory_GB'}
+    for name in 'loss', 'clip', 'cosine', 'step':
+        monkeypatch.setattr(train, 'METHODS', dict(train.METHODS))
+        train.add_method('mine', 'clip', terms=lambda out, cls_t, eot_t, scale: {name: out.cls.mean()})
+        assert f'a term is named {name}, but the log has' in fit(tmp_path, '--method', 'mine')
+        assert not (tmp_path / 'last.pt').exists()
 
 
 def half_of_one(names, clip_weight=1):
@@ -807,7 +834,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     is refused with old and new values; other changes are noted. An option that older code did not have is no change."""
     out = tmp_path / 'out'
     shutil.copytree(whole, out)
-    flags = '--preset tiny --method clip --batch 5 --seed 1 --local-crops 3 --local-captions 4 --init none'.split()
+    flags = '--preset tiny --method across --batch 5 --seed 1 --local-crops 3 --local-captions 4 --init none'.split()
     error = fit(out, '--resume', *flags, '--data', dog_tar(tmp_path / '0.tar', 9))
     assert re.findall('--batch was .*?,|--data were other shards', error) == ['--batch was 4,', '--data were other shards']
     assert set(re.findall('(--[a-z-]+) w', error)) == {'--data', *flags[::2]}
@@ -839,11 +866,13 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     assert contents(out) == contents(whole)
 
 
-def test_held_out_images_are_tried_first(fit, tmp_path):
-    """oracle: the rule. A broken one ends the start, although it would be scored only after the last step."""
+def test_a_broken_held_out_image_ends_the_start(fit, tmp_path):
+    """oracle: the rule. The first evaluation, before any step, names the image. The folder can be used again."""
     broken = dog_tar(tmp_path / 'val.tar', 4, broken=[2])
-    assert 'val.tar:2.png' in fit(tmp_path / 'out', '--eval-every', 0, '--val', broken)
-    assert not (tmp_path / 'out').exists()
+    out = tmp_path / 'out'
+    assert 'val.tar:2.png' in fit(out, '--val', broken)
+    assert not (out / 'last.pt').exists()
+    assert fit(out, '--steps', 1) == 0
 
 
 def test_init(fit, started, tmp_path, capsys):
