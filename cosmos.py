@@ -61,8 +61,9 @@ Read it beside Section 3 of the paper. Parts 2-4 are COSMOS: student, teacher, l
 use several GPUs, because on one `gather` changes nothing. Parts 6-7 are CLIP's towers and transformer. If you know
 them, read only class Tower: how views share a pass.
 
-We follow the released code (github.com/ExplainableML/cosmos); references such as `model.py:274` point into it. We did
-not have the paper's text, but sources about it, which docs/differences.md lists. There are three marks:
+We follow the released code (github.com/ExplainableML/cosmos): references such as `model.py:274` point into it, and "as
+released" means as in it. We did not have the paper's text, but sources about it, which docs/differences.md lists.
+There are three marks:
     paper silent: our sources say nothing.      code≠paper: a source, which is named, contradicts the code.
     ours: we differ from the released code on purpose, or it has no counterpart.
 """
@@ -135,11 +136,8 @@ class CrossAttention(nn.Module):
 
 
 class Output(NamedTuple):
-    """What the losses compare, all of unit length. h_I and h_T are None in a model without cross-attention.
-
-    In each tensor [:, b] belongs to pair b of the batch. Views and captions of a pair are never negatives of each
-    other.
-    """
+    """What the losses compare, all of unit length. h_I and h_T are None in a model without cross-attention. In each
+    tensor [:, b] belongs to pair b of the batch. Views and captions of a pair are never negatives of each other."""
     cls: torch.Tensor           # (V, B, D)  one vector for each image view
     eot: torch.Tensor           # (U, B, D)  one vector for each caption
     h_I: torch.Tensor = None    # (V, B, D)  each image view once it has read text, Eq. 1
@@ -281,8 +279,7 @@ class Teacher(nn.Module):
         averages the student of one step earlier (there train.py:185-193 comes before 213-221).
         """
         # One lerp, that is one such move, for all parameters is faster than one for each.
-        averages = list(self.model.parameters())
-        torch._foreach_lerp_(averages, list(student.parameters()), 1 - momentum)
+        torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - momentum)
 
 
 # --- 4. The two losses ---------------------------------------------------------------------------------- Sec. 3.3 ---

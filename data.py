@@ -16,10 +16,10 @@ How a batch is made (TrainingSet and collate in the loader's workers, if any, Ba
     Batch.views     crops -> views: coloured, blurred, normalised       (seed, step, view): the order of jitters
 
 So with the same settings a run sees the same batches for any number of workers and GPUs, and can be resumed at any
-step. The marks `ours` and `paper silent` mean the same as in cosmos.py; "as released" means that the authors' code does
-so. You can skip the helpers in plumbing/: `Shards` gives the bytes of an image and the pool of its sentences, `decode`
-gives the pixels, `Tokenizer` the ids; `Changes` are the drawn changes (of colour, blur, solarizing) as tensors, and
-`recolour` applies them. Refused is an error that a user can mend; Unreadable is one that concerns a single pair.
+step. `ours`, `paper silent` and "as released" mean the same as in cosmos.py. You can skip the helpers in plumbing/:
+`Shards` gives the bytes of an image and the pool of its sentences, `decode` the pixels, `Tokenizer` the ids; `Changes`
+are the drawn changes (of colour, blur, solarizing) as tensors, and `recolour` applies them. Refused is an error that a
+user can mend; Unreadable is one that concerns a single pair.
 """
 import random
 import sys
@@ -192,8 +192,7 @@ class Sample(NamedTuple):
     bad_pairs: int = None               # how many unreadable pairs this one replaces
 
 
-# Stop the run after this many unreadable pairs in a row: the first, and those drawn to replace it.
-MOST_UNREADABLE = 1000
+MOST_UNREADABLE = 1000      # after this many in a row, the first and those drawn to replace it, the run stops
 
 
 @dataclass
@@ -241,8 +240,8 @@ class TrainingSet(Dataset):
 
     def sample(self, epoch, index):
         """-> the Sample of this pair. Raises Unreadable if its image or its record is broken."""
-        # Texts and images each have their own generator, so changing the number of captions does not change the image
-        # crops. A generator that is seeded with a string draws the same numbers in every process.
+        # Texts and images each have their own generator, so that the number of captions does not change the image crops.
+        # A generator that is seeded with a string draws the same numbers in every process.
         text_rng = random.Random(f'{self.seed} {epoch} {index} texts')
         image_rng = random.Random(f'{self.seed} {epoch} {index} images')
         pool, encoded = self.shards.pair(index)
@@ -267,7 +266,7 @@ def shuffled(seed, epoch, pairs):
 @dataclass
 class Order:
     """Yields, for every step in [start, stop), this rank's equal slice of the batch, a list of places (epoch, index of
-    the pair). ours: the incomplete last batch of an epoch is dropped. plumbing/setup.py refuses sizes that do not work."""
+    the pair). ours: the incomplete last batch of an epoch is dropped."""
     pairs: int                  # how many the set has
     batch: int                  # pairs per step, over all ranks
     start: int
@@ -305,12 +304,11 @@ class Batch(NamedTuple):
             teacher_texts=[x.to(device, non_blocking=True) for x in self.teacher_texts])
 
     def views(self, seed, step):
-        """V images (B, 3, s, s), float32, normalised. ours: colours and blur are applied here, after `to`: on the GPU,
-        if there is one. The order of the jitters depends on seed, step and view, so it is the same on all ranks, and
-        two ranks make the same run as one."""
+        """V images (B, 3, s, s), float32, normalised. ours: colours and blur are applied here, on the GPU if there is
+        one, and the jitters of view k come in one order for all pairs, also on other ranks. The released code draws an
+        order for every image."""
         views = []
         for k, crops in enumerate(self.crops):
-            # ours: one order of jitters for view k of all pairs. The released code draws a new order for every image.
             jitters = random.Random(f'{seed} {step} {k}').sample(JITTERS, len(JITTERS))
             images = recolour(crops, self.change_tables, k, [*jitters, *AFTER_JITTERS])
             views.append(normalize(images))
@@ -329,11 +327,10 @@ def cut_to_longest(captions, multiple):
 
 
 def collate(samples, multiple, whole_first, global_texts=GLOBALS):
-    """Samples -> Batch. Globals are cut to the longest global of the batch, locals to the longest local. But the
-    student's caption 0 keeps its padding, because C^T reads it.
+    """Samples -> Batch. Globals are cut to the longest global of the batch, locals to the longest local.
 
-    multiple: the lengths are rounded up to a multiple of it; 8 is faster in half precision. whole_first: False if the
-    student has no C^T; then its caption 0 is cut, too.
+    multiple: the lengths are rounded up to a multiple of it; 8 is faster in half precision. whole_first: the student's
+    caption 0 keeps its padding, because C^T reads it.
     """
     crops = default_collate([sample.crops for sample in samples])       # B lists of V -> V (B, 3, s, s)
     change_tables = changes_of([sample.changes for sample in samples])

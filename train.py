@@ -12,11 +12,12 @@ log.jsonl, config.json, eval.json, index-*.npy (where the pairs are in the shard
 With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val); with extras/ also
 report.html (the run as a page) and maps.npz (for that page).
 
-Read the file from the top: one step, which is the method; the loop around it; the presets and the rows of Table 5, from
-which a run is chosen; and last how it is set up. lesson/onepage.py trains the same way on one page, without options,
-checkpoints or several GPUs. You can skip what comes from plumbing/: `training_options` (the command line), `Processes`
-(the ranks: their device, sums and broadcasts over them, how they end), `part_by_part` and `StudentInParts` (--accum),
-`runs` (the folder of a run: checkpoints, log, resuming) and `Progress` (what is counted for the log).
+Read the file from the top: one step, which is the method; the loop around it; and the presets and the rows of Table 5,
+from which a run is chosen. lesson/onepage.py trains the same way on one page, without options, checkpoints or several
+GPUs. You can skip what comes from plumbing/: `training_options` (the command line), `choose_inputs` and `make_run`
+(setup.py: how options, data and model become a Run), `Processes` (the ranks: their device, sums and broadcasts over
+them, how they end), `part_by_part` (--accum), `runs` (the folder of a run: checkpoints, log, resuming) and `Progress`
+(what is counted for the log).
 """
 import os
 
@@ -35,7 +36,6 @@ from signal import SIGTERM
 from typing import NamedTuple
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -45,10 +45,10 @@ from plumbing import runs
 from plumbing.errors import command, need
 from plumbing.files import write_json
 from plumbing.options import training_options
-from plumbing.parts import StudentInParts, part_by_part
-from plumbing.processes import Processes, choose_dtype, compile_blocks, signals_caught
+from plumbing.parts import part_by_part
+from plumbing.processes import Processes, signals_caught
 from plumbing.progress import LOG_NAMES, Progress, log_entry, print_entry
-from plumbing.setup import choose_inputs
+from plumbing.setup import choose_inputs, make_run
 
 # --- 1. One step -----------------------------------------------------------------------------------------------------
 
@@ -56,6 +56,7 @@ from plumbing.setup import choose_inputs
 class Run:
     """What a step needs and changes, and what the loop records about the run."""
     options: Namespace              # all that --help lists
+    method: 'Method'                # the row of METHODS that --method names
     processes: Processes
     train_set: data.TrainingSet     # has the model's Config and the tokenizer, too
     student: COSMOS
@@ -73,10 +74,6 @@ class Run:
     begun: float = field(default_factory=time.perf_counter)
 
     @property
-    def method(self):
-        return METHODS[self.options.method]
-
-    @property
     def folder(self):
         return Path(self.options.out)
 
@@ -89,11 +86,12 @@ class Run:
 class StepResult(NamedTuple):
     """What a step has used and computed, for the log."""
     out: Output                 # the student's vectors
-    cls_t: torch.Tensor         # the teacher's, (2, B, D), or None
+    # The teacher's, (2, B, D), or (V, B, D) if it sees local views, too. None without a teacher.
+    cls_t: torch.Tensor
     loss: torch.Tensor
     terms: dict                 # {name: term}: L_CLIP, and those whose mean is added to it
     norm: torch.Tensor          # the norm of the gradient
-    finite: bool                # the norm is finite; if not, the update was skipped
+    finite: bool                # is the norm finite? if not, the update was skipped
     lr: float
     momentum: float             # None without a teacher
 
@@ -115,8 +113,9 @@ def train_step(run, batch):
     # student holds no memory for its backward pass. With --accum the towers run in parts, but the loss sees the batch.
     cls_t = eot_t = None
     teacher_images = images if method.teacher_sees_locals else images[:GLOBALS]
-    # NB: autocast caches half-precision copies of the weights. With --accum above 1 the gradients of the parts would be
-    # summed in these copies, in half precision. So the cache is on only with --accum 1.
+    # NB: autocast caches half-precision copies of the weights, and the gradients of all passes that use a copy are summed
+    # in it, in half precision. Without --accum these are the few passes of a tower. With --accum there are as many more
+    # as parts, and a sum over them would lose more, so the cache is off.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
                         cache_enabled=options.accum == 1):
         if method.has_teacher:
@@ -128,7 +127,7 @@ def train_step(run, batch):
     # DDP averages the gradients of all parameters, also of the two scales, which are used outside its forward pass.
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    # A frozen parameter has no gradient. Nor has one that no term uses, but on several GPUs DDP stops a run for that.
+    # A parameter that no term uses has no gradient. (On several GPUs DDP stops a run for that.)
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
 
@@ -142,7 +141,8 @@ def train_step(run, batch):
         if method.has_teacher:
             run.teacher.update(student, momentum)
     else:
-        tqdm.write(f'WARNING    step {run.step + 1} was skipped, because the norm of its gradient is {norm:.4g}')
+        tqdm.write(f'WARNING    step {run.step + 1} was skipped, '
+                   f'because the norm of its gradient is {norm:.4g}')
     run.scaler.update()             # fp16: after an infinity it lowers the scale
     run.step += 1                   # a skipped step counts, too
     return StepResult(out, cls_t, loss, terms, norm, finite, lr, momentum)
@@ -161,9 +161,9 @@ def lr_at(step, options):
 
 
 def momentum_at(step, options):
-    """The teacher's momentum lambda. With a fixed 0.995 the random initial weights would still make up 37 % of the
-    teacher after 200 steps, which are a fifth of a run of `tiny`. So with --momentum-ramp the momentum starts low and
-    rises. Without a ramp, as in the paper's recipe, it is fixed."""
+    """The teacher's momentum lambda: --momentum, as in the paper's recipe, or with --momentum-ramp less in the first
+    steps. With a fixed 0.995 the random initial weights would still make up 37 % of the teacher after 200 steps, a fifth
+    of a run of `tiny`. Its ramp of 10 would reach 0.995 only at step 1,990, so there the ramp alone decides."""
     taken = step + 1
     return min(options.momentum, taken / (taken + options.momentum_ramp))
 
@@ -291,7 +291,7 @@ PAPER = {
 # For small sets on a laptop (`tiny` and `photo`, below).
 LAPTOP = {
     'batch': 32, 'lr': 1e-3, 'lr_end': 0.1, 'warmup': 100, 'wd': 0.1,
-    'momentum': 0.995, 'momentum_ramp': 10,             # see momentum_at
+    'momentum': 0.995, 'momentum_ramp': 10,             # the ramp decides, see momentum_at
     # Images are only cropped. The captions of the built-in set name colours, which a jitter would make wrong, and on
     # Flickr8k crops alone did better at retrieval in a single short trial.
     'augment': 'crops',
@@ -452,41 +452,7 @@ def set_up(unsettled, typed, processes, built_in_set):
     """What read_options gives -> a Run, new or restored from last.pt, and the held-out shards, which only rank 0 gets;
     None if there are none."""
     inputs = choose_inputs(unsettled, typed, processes, built_in_set, PRESETS, METHODS)
-    options = inputs.options
-    train_set = inputs.train_set
-    method = METHODS[options.method]
-    device = processes.device
-    dtype = choose_dtype(options.precision, device)
-    order = data.Order(len(train_set.shards), options.batch, inputs.resumed_step, options.steps,
-                       options.seed, processes.rank, processes.world)
-    multiple = 8 if dtype else 1        # to which lengths of captions are rounded up: faster in half precision
-    # The loader forks its workers here, before DDP starts nccl, because a fork beside nccl may hang. (Until then ranks
-    # talk through gloo.) Evaluations fork later, but their loaders end with an error if a worker hangs.
-    # whole_first: caption 0 is not cut, because C^T reads its padding, too.
-    batches = iter(data.loader(train_set, order, options.workers, device, multiple,
-                               whole_first=method.has_cross_attention))
-    torch.manual_seed(options.seed)                     # all ranks start from the same weights
-    student = method.student(train_set.config).to(device)
-    if inputs.weights:      # they may lack cross-attention, or have it although this model does not
-        missing = student.load_state_dict(inputs.weights, strict=False).missing_keys
-        print(f'init       {options.init}; {len(missing)} tensors that it lacks start fresh')
-    teacher = Teacher(student) if method.has_teacher else None
-    if options.compile:
-        for network in [student, teacher.model] if teacher else [student]:
-            compile_blocks(network)
-    student_to_call = StudentInParts(student, options.accum)
-    if processes.world > 1:
-        student_to_call = DistributedDataParallel(student_to_call, gradient_as_bucket_view=True)
-    run = Run(
-        options=options, processes=processes, train_set=train_set,
-        student=student, student_to_call=student_to_call, teacher=teacher,
-        optimizer=make_optimizer(student, options.lr, options.wd),
-        # With torch's own initial scale, 65,536, the first steps would overflow again and again.
-        scaler=torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16),
-        dtype=dtype, batches=batches)
-    if inputs.resumed_step:
-        runs.restore(run, inputs.resumed_step)
-    return run, inputs.val
+    return make_run(inputs, processes, Run, make_optimizer), inputs.val
 
 
 if __name__ == '__main__':

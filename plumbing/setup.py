@@ -1,27 +1,34 @@
-"""How a run of train.py is set up: its options, data and model are chosen, and checked before a step is taken.
+"""How a run of train.py is set up: its options, data and model are chosen and checked, and put together.
 
-This is the only module here that imports data.py and eval.py. Only train.py imports it, and hands it its tables, so that
-they stand where they are read.
+This is the only module here that imports data.py and eval.py. Only train.py imports it, and hands it what stands there
+to be read: the presets, the methods, Run and make_optimizer.
 """
 from argparse import Namespace
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
 import data
 import eval as evaluation
-from cosmos import GLOBALS
+from cosmos import GLOBALS, Teacher
 from data import Shards
 from plumbing import runs
 from plumbing.errors import need
 from plumbing.options import choose_data, settle
-from plumbing.processes import keep_memory, use_cores
+from plumbing.parts import StudentInParts
+from plumbing.processes import choose_dtype, compile_blocks, keep_memory, use_cores
 from plumbing.tokenizer import Tokenizer, learn_merges
 from plumbing.weights import config_and_tokenizer
 
 
+# --- 1. Options, data and model --------------------------------------------------------------------------------------
+
 class Inputs(NamedTuple):
     """What a run is made from."""
     options: Namespace
+    method: NamedTuple      # the row of METHODS that --method names
     train_set: data.TrainingSet
     val: Shards             # the held-out shards, on rank 0 only; None if there are none
     weights: dict           # to start from; {}: the student starts at random
@@ -58,8 +65,9 @@ def choose_inputs(unsettled, typed, processes, built_in_set, presets, methods):
         merges = processes.broadcast(learn_merges(shards) if processes.rank == 0 else None)
         tokenizer = Tokenizer(merges, config.context_length)
         config = replace(config, vocab_size=tokenizer.vocab_size)
-    train_set = make_train_set(options, shards, tokenizer, config, methods[options.method])
-    return Inputs(options, train_set, val, weights, saved.get('step', 0))
+    method = methods[options.method]
+    train_set = make_train_set(options, shards, tokenizer, config, method)
+    return Inputs(options, method, train_set, val, weights, saved.get('step', 0))
 
 
 def check_batch(batch, pairs, parts):
@@ -113,3 +121,45 @@ def make_train_set(options, shards, tokenizer, config, method):
         local_texts=options.local_captions or 0)
     return method.train_set(shards, tokenizer, config, options.seed, counts,
                             augment=options.augment, crop_min=method.crop_min)
+
+
+# --- 2. The run ------------------------------------------------------------------------------------------------------
+
+def make_run(inputs, processes, Run, make_optimizer):
+    """-> this process's train.Run, as it stands before its first step, or as its last.pt says."""
+    options = inputs.options
+    method = inputs.method
+    train_set = inputs.train_set
+    device = processes.device
+    dtype = choose_dtype(options.precision, device)
+    order = data.Order(len(train_set.shards), options.batch, inputs.resumed_step, options.steps,
+                       options.seed, processes.rank, processes.world)
+    multiple = 8 if dtype else 1        # to which lengths of captions are rounded up: faster in half precision
+    # The loader forks its workers here, before DDP starts nccl, because a fork beside nccl may hang. (Until then ranks
+    # talk through gloo.) Evaluations fork later, but their loaders end with an error if a worker hangs.
+    # whole_first: caption 0 is not cut, because C^T reads its padding, too.
+    batches = iter(data.loader(train_set, order, options.workers, device, multiple,
+                               whole_first=method.has_cross_attention))
+    torch.manual_seed(options.seed)                     # all ranks start from the same weights
+    student = method.student(train_set.config).to(device)
+    if inputs.weights:      # they may lack cross-attention, or have it although this model does not
+        missing = student.load_state_dict(inputs.weights, strict=False).missing_keys
+        print(f'init       {options.init}; {len(missing)} tensors that it lacks start fresh')
+    teacher = Teacher(student) if method.has_teacher else None
+    if options.compile:
+        compile_blocks(student)
+        if teacher:
+            compile_blocks(teacher.model)
+    student_to_call = StudentInParts(student, options.accum)
+    if processes.world > 1:
+        student_to_call = DistributedDataParallel(student_to_call, gradient_as_bucket_view=True)
+    run = Run(
+        options=options, method=method, processes=processes, train_set=train_set,
+        student=student, student_to_call=student_to_call, teacher=teacher,
+        optimizer=make_optimizer(student, options.lr, options.wd),
+        # With torch's own initial scale, 65,536, the first steps would overflow again and again.
+        scaler=torch.amp.GradScaler(device.type, 1024.0, enabled=dtype == torch.float16),
+        dtype=dtype, batches=batches)
+    if inputs.resumed_step:
+        runs.restore(run, inputs.resumed_step)
+    return run

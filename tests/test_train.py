@@ -38,7 +38,8 @@ from lesson import scenes
 from plumbing import runs, setup
 from plumbing.files import read_json
 from plumbing.options import choose_data, settle
-from plumbing.processes import LONGEST_WAIT, choose_device, end_workers
+from plumbing.parts import StudentInParts
+from plumbing.processes import LONGEST_WAIT, choose_device, choose_dtype, compile_blocks, end_workers
 from plumbing.progress import LOG_NAMES, Progress, log_entry, print_entry
 from plumbing.setup import check_batch
 from tests.helpers import ROOT, close, dog_tar, micro, put, refused, run
@@ -172,14 +173,15 @@ def step_of(model, images, texts, method='cosmos', accum=1, processes=ALONE, cli
     """train_step on this batch, by plain gradient descent with rate 0.5. The teacher becomes the student."""
     if teacher is None:
         teacher = Teacher(COSMOS(model.config))
-    student = train.StudentInParts(model, accum)
+    student = StudentInParts(model, accum)
     if processes.world > 1:
         student = DistributedDataParallel(student)
-    options = SimpleNamespace(method=method, accum=accum, clip_grad=clip_grad, seed=0, lr=1, warmup=2, momentum=0,
+    options = SimpleNamespace(accum=accum, clip_grad=clip_grad, seed=0, lr=1, warmup=2, momentum=0,
                               momentum_ramp=0)
     state = train.Run(
-        options, processes, None, model, student, teacher, torch.optim.SGD(model.parameters()),
-        torch.amp.GradScaler('cpu', enabled=False), dtype)
+        options=options, method=train.METHODS[method], processes=processes, train_set=None, student=model,
+        student_to_call=student, teacher=teacher, optimizer=torch.optim.SGD(model.parameters()),
+        scaler=torch.amp.GradScaler('cpu', enabled=False), dtype=dtype)
     batch = Batch(None, None, texts, texts[:GLOBALS], 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batch, 'views', lambda batch, seed, step: images)
@@ -490,7 +492,7 @@ def test_device_and_precision(monkeypatch):
         monkeypatch.setattr(found, 'is_bf16_supported', lambda including_emulation: has_units or including_emulation)
         monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: has_units)
         for device in 'cuda', 'cpu':
-            assert train.choose_dtype('auto', torch.device(device)) == dtype
+            assert choose_dtype('auto', torch.device(device)) == dtype
     monkeypatch.setattr(found, 'device_count', lambda: 1)
     monkeypatch.setattr(os, 'environ', {'RANK': '1', 'LOCAL_RANK': '1'})
     refused('process 1 of this node has no GPU', train.Processes, 'auto')
@@ -606,7 +608,7 @@ def test_compiled_blocks_of_a_gpu_have_one_cpu_thread(monkeypatch):
     tower = SimpleNamespace(transformer=SimpleNamespace(resblocks=[]))
     for is_cuda in True, False:
         parameters = iter([SimpleNamespace(is_cuda=is_cuda)])
-        train.compile_blocks(SimpleNamespace(visual=tower, text=tower, parameters=lambda: parameters))
+        compile_blocks(SimpleNamespace(visual=tower, text=tower, parameters=lambda: parameters))
     assert numbers == [1]
 
 
