@@ -10,7 +10,7 @@ The default of --preset is tiny for the built-in set; with --data it is vit-b-16
 a run that stopped, give the same command with --resume. A run leaves in --out: last.pt (the checkpoint),
 log.jsonl, config.json, eval.json, index-*.npy (where the pairs are in the shards) and lock (it keeps other runs out).
 With held-out shards it also leaves best.pt (the networks with the best mean R@1 on --val); with extras/ also
-report.html (the run as a page) and maps.npz (for that page).
+report.html (the run as a page) and maps.jsonl (for that page).
 
 Read the file from the top: one step, which is the method; the loop around it; and the presets and the rows of Table 5,
 from which a run is chosen. lesson/onepage.py trains the same way on one page, without options, checkpoints or several
@@ -211,8 +211,9 @@ def due(run, progress):
     # Step 0 is a multiple, too, and shows what the networks know before this training.
     is_regular = options.val and is_multiple(run.step, options.eval_every)
     to_evaluate = is_last or (is_regular and not is_stopped)
-    # Step 1 shows early whether all is well. An evaluated step is logged, so that loss and scores share an entry.
-    to_log = to_evaluate or run.step == 1 or is_multiple(run.step, options.log_every)
+    # Step 1 shows early whether all is well. An evaluated step is logged, so that loss and scores share an entry, and so
+    # is the one before a stop, because it may be evaluated once the run goes on.
+    to_log = to_evaluate or is_stopped or run.step == 1 or is_multiple(run.step, options.log_every)
     # All is saved before an evaluation, which takes long and may fail. A gradient that is not finite was not applied,
     # but an earlier update may have spoiled the weights. So in the middle of a run the last good save then stands.
     time_to_save = (is_stopped or to_evaluate or is_multiple(run.step, options.save_every)
@@ -247,20 +248,18 @@ def main(argv=None, watchers=(), built_in_set=None):
             if now.log and progress.latest:             # before the first step there is nothing to log
                 entry = log_entry(run, progress)
                 print_entry(entry, options)
+                runs.write_log(run, entry, watchers)    # before the step is saved: a resumed run does not log it again
             if now.save:
                 runs.save(run)
             if now.evaluate:
                 figures = evaluate(run, val, watchers)
-                entry |= {'step': run.step, 'eval': figures}
-            if entry and processes.rank == 0:
-                runs.write_log(run.folder, entry)
-                for watcher in watchers:
-                    watcher.logged(run, entry)
+                runs.write_log(run, entry | {'step': run.step, 'eval': figures}, watchers)
             if now.last or now.stop:                    # here the last turn ends
                 break
 
             batch = progress.next_batch(run.batches)
-            latest = train_step(run, batch.to(processes.device))
+            with progress.first_step_counted():
+                latest = train_step(run, batch.to(processes.device))
             bar.update()
             bad, signalled = processes.sum([batch.bad_pairs, len(signals)])
             progress.count(latest, run.scaler.get_scale(), options.batch, bad, signalled)

@@ -90,6 +90,7 @@ def attention_picture(model, tokenizer, preprocess, image, captions, path):
 
 
 def run_attend(args, model, tokenizer, preprocess):
+    need(args.out.lower().endswith('.png'), f'--out {args.out} is no PNG; name a file that ends in .png')
     attention_picture(model, tokenizer, preprocess, load_image(args.image), args.text, args.out)
     return {'picture': args.out}
 

@@ -1,11 +1,11 @@
-"""Show a run on one page: one step value by value, curves, and where cross-attention looks.
+"""Show a run on one page: one step value by value, and curves.
 
     python -m extras.report runs/tiny-cosmos                    writes runs/tiny-cosmos/report.html
     python -m extras.report runs/tiny-cosmos runs/tiny-clip     both on one page, in the folder of the first
 
 The page is a single file, which a browser can open from disk. Its template is report.html, next to this module.
 `Report` writes the page at the end of a run of train.py. The page shows config.json, log.jsonl and eval.json, and what
-`Report` leaves in maps.npz before the first step, at each evaluation and at the end. So it can be written without the
+`Report` leaves in maps.jsonl before the first step, at each evaluation and at the end. So it can be written without the
 weights or the data.
 
 The page computes matrices and losses itself, from the vectors of one batch. A button shows Python's value next to each.
@@ -18,56 +18,47 @@ import platform
 import shlex
 import sys
 import textwrap
-import warnings
 from contextlib import suppress
 from math import ceil
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
 
 import numpy as np
 import torch
-from PIL import ImageOps
 from torch.utils.data import default_collate
 from torchvision.transforms.v2.functional import to_pil_image
 
 import cosmos
 from cosmos import COSMOS, GLOBALS, CrossAttention, Gathered, Teacher, match, nce, unit
 from data import normalize, text_crops
-from eval import captions_of, encode_dense, preprocessing, shard_image
 from plumbing.colours import AFTER_JITTERS, JITTERS, changes_of, recolour
 from plumbing.errors import Refused, Unreadable, command, need
-from plumbing.files import read_json, read_lines, replacing
+from plumbing.files import drop_torn_line, read_json, read_lines, replacing
 from plumbing.images import load_image
-from plumbing.tables import with_owners
 from plumbing.options import Parser
 from plumbing.runs import Watcher
 
 PAIRS = 16              # how many pairs the step shows, from all over the training set
-SHOWN = 12              # how many images the explorer has: the first held-out ones
-RIVALS = 5              # how many captions of other images the explorer compares with an image's own
-MOST_STEPS = 6          # a page has the vectors and maps of at most this many evaluations
+MOST_STEPS = 6          # a page has the vectors and weights of at most this many evaluations
+MAPS = 'maps.jsonl'
 SIDE = 224              # side of an image on the page, in pixels
 SMALL = 128             # side of a view
-SCENE_OBJECT = {'name', 'role', 'centre', 'absent'}     # what lesson/scenes.py says of an object
 # The page shows the source of these.
 CODE = (text_crops, Teacher.forward, Teacher.update, cosmos.clip_loss, match, nce, CrossAttention.weights,
         COSMOS.read, cosmos.total_loss, cosmos.term_weights)
 
-# --- 1. During training: what a run leaves in maps.npz ---------------------------------------------------------------
+# --- 1. During training: what a run leaves in maps.jsonl -------------------------------------------------------------
 
 def short(tensor):
     """A tensor as a number or lists of numbers, rounded, for JSON."""
     return np.round(tensor.tolist(), 5).tolist()
 
 
-def keep(folder, name, part):
-    """Append a part of the page, as bytes of JSON, to folder/maps.npz. The last of several parts of one name counts,
-    because a resumed run writes some parts again."""
-    array = np.array(json.dumps(part, default=short).encode())
-    with warnings.catch_warnings(), ZipFile(Path(folder, 'maps.npz'), 'a', ZIP_DEFLATED) as archive:
-        warnings.simplefilter('ignore')                     # about parts of one name
-        with archive.open(f'{name}.npy', 'w') as file:
-            np.lib.format.write_array(file, array)
+def keep(folder, part, content):
+    """Append a part of the page to folder/maps.jsonl: 'start', or a 'batch', of which there is one for each step that is
+    kept. A resumed run writes some parts again, and the last one counts."""
+    text = json.dumps({'part': part} | content, default=short)
+    with open(Path(folder, MAPS), 'a', encoding='utf-8') as file:
+        file.write(f'{text}\n')
 
 
 def picture(image, side=SIDE):
@@ -151,56 +142,6 @@ def figures_of(a, b, scale):
         'own': cosines.diagonal(dim1=2, dim2=3).mean()}
 
 
-# The explorer
-
-def names_in(record):
-    """For each object of a drawn scene, its name and the absent ones. Other sets may have anything under this key, but
-    hardly an object with all that lesson/scenes.py says of one."""
-    listed = record.get('objects')
-    if not isinstance(listed, list):
-        return []
-    drawn = [thing for thing in listed if isinstance(thing, dict) and SCENE_OBJECT <= thing.keys()]
-    return [[thing['name'], *thing['absent']] for thing in drawn]
-
-
-def texts_about(i, pools, record):
-    """Yields (kind, text, of), the texts that the explorer has for image i. pools: the captions of each image.
-
-    kind: caption, other (a caption of another image), name (of an object in the image), absent (a name of nothing in
-    it). of: the number of the object that a name belongs to, or that an absent name is compared with; else None.
-    """
-    for caption in pools[i]:
-        yield 'caption', caption, None
-    others = pools[i + 1:] + pools[:i]
-    for pool in others[:RIVALS]:
-        yield 'other', pool[0], None
-    for number, names in enumerate(names_in(record)):
-        for name in names:
-            kind = 'name' if name == names[0] else 'absent'
-            article = 'an' if name[0] in 'aeiou' else 'a'
-            yield kind, f'there is {article} {name}', number
-
-
-def ask(run, image_features, pixels, texts):
-    """An image (1, 3, S, S) and n texts -> what the model makes of them, {cosine (n,), mean (n,), maps (n, P)}.
-
-    cosine: that of image and text. mean: the text's mean cosine with all held-out images. maps: the weights of C^I with
-    the text as query; without cross-attention, the cosines of the text with the patches.
-    """
-    model = run.model
-    eot, _ = model.encode_text(run.train_set.tokenizer(texts).to(pixels.device))    # (n, D)
-    cls, patches = model.encode_image(pixels)                               # (1, D), (1, P, D)
-    if model.has_cross_attention:
-        maps = model.read_image.weights(eot, patches.expand(len(eot), -1, -1))
-    else:
-        dense = encode_dense(model, pixels).flatten(1, 2)                   # (1, P, D)
-        maps = unit(eot) @ dense[0].T
-    return {
-        'cosine': torch.cosine_similarity(cls, eot),
-        'mean': unit(eot).cpu() @ image_features.mean(dim=0),
-        'maps': packed(maps)}
-
-
 class Report(Watcher):
     """A watcher for train.main: it leaves in the run's folder what the page shows, and writes the page at the end.
     It draws no random numbers and leaves no gradients, so the run is the same without it."""
@@ -208,12 +149,12 @@ class Report(Watcher):
     def begin(self, run):
         """Keep what is known before the first step: the pairs of the step, and how the run was started."""
         if run.step == 0:                   # an earlier start may have ended before its first checkpoint
-            Path(run.folder, 'maps.npz').unlink(missing_ok=True)
+            Path(run.folder, MAPS).unlink(missing_ok=True)
+        drop_torn_line(Path(run.folder, MAPS))
         device = run.processes.device
         pairs, images, ids = read_pairs(run.train_set)
         self.images = [normalize(view).to(device) for view in images]       # V of (B, 3, s, s)
         self.texts = ids.to(device)                                         # (U, B, T)
-        self.has_kept_images = False                                        # the held-out ones
         machine = f'{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}'
         if torch.cuda.is_available():
             machine += f', {torch.cuda.get_device_name()}'
@@ -243,7 +184,7 @@ class Report(Watcher):
             for name in raw:
                 for target in 'cls_t', 'eot_t':
                     figures[f'{name}_{target}'] = figures_of(vectors[name], vectors[target], scales[-1])
-        keep(run.folder, f'batch {run.step:09d}', {
+        keep(run.folder, 'batch', {
             'step': run.step,
             'scales': scales,
             'figures': figures,
@@ -251,31 +192,9 @@ class Report(Watcher):
             'vectors': {name: packed(vectors[name]) for name in vectors},
             'weights': {name: packed(weights[name]) for name in weights}})
 
-    @torch.no_grad()
     def evaluated(self, run, val, image_features):
-        """Keep what the page shows of an evaluation: the step, the first held-out images, and texts about them. Returns
-        {}, because it adds no figures to eval.json."""
+        """Keep the step once more. Returns {}, because it adds no figures to eval.json."""
         self.keep_step(run)
-        preprocess = preprocessing(run.model.config.image_size)
-        pools = []                      # the captions of each image, without blank ones
-        for i in range(min(SHOWN, len(val))):
-            captions, _ = with_owners([captions_of(val, i)], str)
-            pools.append(captions)
-        images = []
-        found = []
-        for i in range(len(pools)):
-            image = shard_image(val, i)
-            texts = list(texts_about(i, pools, val.record(i)))
-            images.append({
-                'image': picture(ImageOps.fit(image, (SIDE, SIDE))),      # as the model sees it
-                'texts': texts})
-            pixels = preprocess(image)[None].to(run.processes.device)
-            found.append(ask(run, image_features, pixels, [text for _, text, _ in texts]))
-        if not self.has_kept_images:
-            keep(run.folder, 'held out', images)
-            self.has_kept_images = True
-        texts = {'step': run.step, 'val': val.fingerprint, 'images': found}
-        keep(run.folder, f'texts {run.step:09d}', texts)
         return {}
 
     def finish(self, run):
@@ -285,27 +204,34 @@ class Report(Watcher):
 
 # --- 2. The page -----------------------------------------------------------------------------------------------------
 
-def read_log(path):
-    """Entries of log.jsonl, one per step. A resumed run logs some steps again, and what is logged last counts."""
-    entries = {}
+def lines_of(path):
+    """The objects in a file of JSON lines, without a last one that a crash has cut short."""
     for line in read_lines(path):
-        with suppress(json.JSONDecodeError):                # a line that was cut short
-            entry = json.loads(line)
-            entries[entry['step']] = entries.get(entry['step'], {}) | entry
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
+def read_log(path):
+    """Entries of log.jsonl, one per step. Of several entries of a step the last one counts."""
+    entries = {}
+    for entry in lines_of(path):
+        entries[entry['step']] = entries.get(entry['step'], {}) | entry
     return [entries[step] for step in sorted(entries)]
 
 
 def read_maps(path):
-    """maps.npz -> {start, held out, batch: [{step, ...}], texts: [{step, ...}]}, the lists with at most MOST_STEPS."""
-    with np.load(path) as stored:
-        maps = {name: json.loads(stored[name].item()) for name in sorted(stored)}
-    for kind in 'batch', 'texts':
-        found = [maps.pop(name) for name in list(maps) if name.startswith(kind)]
-        # If --val has changed, older texts are about other images than the page shows.
-        found = [part for part in found if part.get('val') == found[-1].get('val')]
-        every = max(1, ceil((len(found) - 1) / (MOST_STEPS - 1)))
-        maps[kind] = found[:-1:every] + found[-1:]          # the last one in any case
-    return maps
+    """maps.jsonl -> {start, batch: [{step, ...}, ...]}, with at most MOST_STEPS steps."""
+    start = {}
+    batch_of = {}                       # {step: batch}
+    for line in lines_of(path):
+        if line['part'] == 'start':
+            start = line
+        else:
+            batch_of[line['step']] = line
+    steps = sorted(batch_of)
+    every = max(1, ceil((len(steps) - 1) / (MOST_STEPS - 1)))
+    shown = steps[:-1:every] + steps[-1:]                   # the last one in any case
+    return {'start': start, 'batch': [batch_of[step] for step in shown]}
 
 
 def read_run(folder):
@@ -316,12 +242,12 @@ def read_run(folder):
         'config.json': read_json,
         'log.jsonl': read_log,
         'eval.json': read_json,
-        'maps.npz': read_maps}
+        MAPS: read_maps}
     for file, read in parts.items():
         path = folder / file
         try:
             found[path.stem] = read(path)
-        except (OSError, Refused, BadZipFile, EOFError, ValueError) as error:   # the page shows the other parts
+        except Refused as error:        # the page shows the other parts
             found[path.stem] = {'missing': str(error)}
     return found
 

@@ -42,6 +42,15 @@ def write_json(path, value):
         temporary.write_text(json.dumps(value, indent=1))
 
 
+def drop_torn_line(path):
+    """Cut off what a crash has left of the last line, if the file is there, because what is appended would stand behind
+    it on one line."""
+    if path.exists():
+        with open(path, 'rb+') as file:
+            whole = file.read().rfind(b'\n') + 1
+            file.truncate(whole)
+
+
 @contextmanager
 def reading(path):
     """Inside this block, an error in reading or decoding the file at `path` becomes Refused, which names the file."""

@@ -1,10 +1,12 @@
 """What the loop of train.py counts from one step to the next: how fast it goes, what goes wrong, and the log entry."""
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from cosmos import gather, term_weights
@@ -12,7 +14,7 @@ from plumbing.processes import peak_memory
 
 # What an entry of the log can hold, apart from the terms that a method adds to L_CLIP.
 LOG_NAMES = set('step loss clip weights chance accuracy spread lr momentum scale distill_scale grad_norm cosine '
-                'pairs_per_s waiting memory_GB bad_pairs eval'.split())
+                'pairs_per_s TFLOP_per_s waiting memory_GB bad_pairs eval'.split())
 MOST_BROKEN = 5         # this many steps in a row without a finite gradient end the run
 
 
@@ -28,6 +30,7 @@ class Progress:
     # Since the last log entry:
     steps: int = 0
     seconds: float = 0.0    # what these steps took
+    flops: int = 0          # of one step of this process, see first_step_counted
     waited: float = 0.0     # the part of them spent waiting for data
 
     def next_batch(self, batches):
@@ -36,6 +39,19 @@ class Progress:
         batch = next(batches)
         self.waited += time.perf_counter() - self.begun
         return batch
+
+    @contextmanager
+    def first_step_counted(self):
+        """Counts the floating-point operations of the first step in this block: those of matrix products, convolutions
+        and attention, in student and teacher, forward and backward, as torch counts them. A product of m x k and k x n
+        has 2 m k n. Later steps count as equal, although their captions may be cut to other lengths."""
+        if self.flops:
+            yield
+            return
+        counter = FlopCounterMode(display=False)
+        with counter:
+            yield
+        self.flops = counter.get_total_flops()
 
     def count(self, latest, scale, pairs, bad, signals):
         """Every step ends with this call. scale: that of fp16's scaler, otherwise 1. Over all ranks: pairs and bad of
@@ -73,7 +89,7 @@ def log_entry(run, progress):
     images = cls_of_all.keys[0]     # view 0 of the pairs of all ranks, (N, D)
     captions = eot_of_all.keys[0]   # and caption 0
     nearest = (images @ captions.T).argmax(dim=1).cpu()     # which caption each image finds, (N,)
-    entry = {  # the same on all ranks, except pairs_per_s; rank 0 writes its own
+    entry = {  # the same on all ranks, except the speeds; rank 0 writes its own
         'step': run.step,
         'lr': latest.lr,
         'chance': math.log(run.options.batch),  # what guessing costs in each term of the loss
@@ -83,6 +99,7 @@ def log_entry(run, progress):
         'grad_norm': latest.norm.item(),
         'scale': run.student.logit_scale.exp().item(),
         'pairs_per_s': progress.steps * run.options.batch / progress.seconds,
+        'TFLOP_per_s': progress.steps * progress.flops / progress.seconds / 1e12,       # of this process
         'bad_pairs': progress.bad}
     if run.student.has_two_scales:
         entry['distill_scale'] = run.student.distill_logit_scale.exp().item()
@@ -107,5 +124,5 @@ def print_entry(entry, options):
     """Print the numbers to watch from a log entry."""
     seconds_left = (options.steps - entry['step']) * options.batch / entry['pairs_per_s']
     line = ('step {step}  loss {loss:.3f}  clip {clip:.3f}  accuracy {accuracy:.0%}  lr {lr:.1e}  '
-            '{pairs_per_s:.0f} pairs/s'.format(**entry))
+            '{pairs_per_s:.0f} pairs/s  {TFLOP_per_s:.3g} TFLOP/s'.format(**entry))
     tqdm.write(f'{line}  {timedelta(seconds=int(seconds_left))} left')

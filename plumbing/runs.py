@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cosmos import GLOBALS
 from plumbing.errors import Refused, Unreadable, need, note, warn
-from plumbing.files import save_tensors, write_json
+from plumbing.files import drop_torn_line, save_tensors, write_json
 from plumbing.weights import BEST, LAST, TENSORS, load_weights, networks, read_checkpoint
 
 # --- 1. The folder, and what a user should know about the data -------------------------------------------------------
@@ -70,14 +70,19 @@ def write_config(run):
         old += ['log.jsonl', BEST]
     for name in old:
         Path(run.folder, name).unlink(missing_ok=True)
+    drop_torn_line(run.folder / 'log.jsonl')
     more = {'config': asdict(run.train_set.config), 'commit': commit()}
     write_json(run.folder / 'config.json', vars(run.options) | more)
 
 
-def write_log(folder, entry):
-    """Append an entry to log.jsonl. A resumed run logs some steps again; the last entry of a step counts."""
-    with open(Path(folder, 'log.jsonl'), 'a') as file:
-        file.write(json.dumps(entry) + '\n')
+def write_log(run, entry, watchers):
+    """Rank 0 appends an entry to log.jsonl. The last entry of a step counts: an evaluation adds its figures in another
+    one, and a resumed run logs some steps again."""
+    if run.processes.rank == 0:
+        with open(run.folder / 'log.jsonl', 'a') as file:
+            file.write(json.dumps(entry) + '\n')
+        for watcher in watchers:
+            watcher.logged(run, entry)
 
 
 @lru_cache                              # asked once, because files may change during a run

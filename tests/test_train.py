@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from dataclasses import replace
 from functools import partial
 from multiprocessing import active_children, get_context, set_forkserver_preload
 from types import SimpleNamespace
@@ -42,7 +43,7 @@ from plumbing.parts import StudentInParts
 from plumbing.processes import LONGEST_WAIT, choose_device, choose_dtype, compile_blocks, end_workers
 from plumbing.progress import LOG_NAMES, Progress, log_entry, print_entry
 from plumbing.setup import check_batch
-from tests.helpers import ROOT, close, dog_tar, micro, put, refused, run
+from tests.helpers import MICRO, ROOT, close, dog_tar, micro, put, refused, run
 
 QUICK = ('--preset micro --precision fp32 --device cpu --batch 4 --steps 6 --save-every 2 --warmup 2 '
          '--lr 0.003 --log-every 1 --eval-every 2 --workers 0 '
@@ -108,7 +109,7 @@ def read_log(out):
     """The entries of the log, one per step. If a step was logged twice, the last figures count. Times are set to 0."""
     entries = {}
     for line in (out / 'log.jsonl').read_text().splitlines():
-        entry = json.loads(re.sub('"(pairs_per_s|waiting|seconds)": [^,}]+', '"time": 0', line))
+        entry = json.loads(re.sub('"(pairs_per_s|TFLOP_per_s|waiting|seconds)": [^,}]+', '"time": 0', line))
         entries.setdefault(entry['step'], {}).update(entry)
     return list(entries.values())
 
@@ -427,8 +428,8 @@ def test_torchrun_as_it_is_typed(tmp_path):
     command = 'torchrun --nproc_per_node=2 train.py --out runs/two'
     assert command in train.__doc__
     words = command.replace('train.py', str(ROOT / 'train.py')).split()[1:]
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', *words, '--steps', '1', '--eval-every', '0'],
-                          cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', *words, '--steps', '1', '--eval-every', '0',
+                           '--data', 'runs/scenes'], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [done.stdout.count(word) for word in ('on 2 x ', '\nstep 1 ', '\ndone ')] == [1, 1, 1]
 
@@ -623,17 +624,42 @@ def test_log_entry_by_hand(started, tmp_path, capsys):
     exchanged = orthogonal[:, [1, 2, 0, 3]]
     out = Output(orthogonal, exchanged)
     step = train.StepResult(out, exchanged, 3.5, {'clip': 0.5, 'mine': 3.0}, torch.ones(()), True, 0.1, 0.9)
-    progress = Progress(step, steps=3, seconds=2, waited=1)
+    progress = Progress(step, steps=3, seconds=2, waited=1, flops=4e12)
     found = log_entry(begun, progress)
-    wanted = {'spread': 0.75 ** 0.5, 'accuracy': 0.25, 'cosine': 0.25, 'mine': 3, 'pairs_per_s': 6, 'waiting': 0.5}
+    wanted = {'spread': 0.75 ** 0.5, 'accuracy': 0.25, 'cosine': 0.25, 'mine': 3, 'pairs_per_s': 6, 'TFLOP_per_s': 6, 'waiting': 0.5}
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
     print_entry(found, begun.options)
-    line = 'step 2  loss 3.500  clip 0.500  accuracy 25%  lr 1.0e-01  6 pairs/s  0:00:02 left\n'
+    line = 'step 2  loss 3.500  clip 0.500  accuracy 25%  lr 1.0e-01  6 pairs/s  6 TFLOP/s  0:00:02 left\n'
     assert capsys.readouterr().out.endswith(line)
-    for counts in progress, Progress():
-        assert list(vars(counts).values())[1:] == 8 * [0]
+    assert progress == Progress(step, flops=4e12)
     progress.count(step._replace(finite=False), scale=2, pairs=4, bad=0, signals=0)
     assert progress.broken == 0
+
+
+def test_operations_of_a_step_by_hand():
+    """oracle: 2 m k n for each matrix product of CLIP with one view and one caption: forward once, and backward once for
+    its weights and once for its input, which the patches lack. On a CPU attention is two products, too."""
+    B, P, T = 3, 16, 12
+    sizes = replace(MICRO, cross_heads=0)
+    model = COSMOS(sizes)
+    progress = Progress()
+    with progress.first_step_counted():
+        cls, eot = model.visual([torch.randn(B, 3, 32, 32)]), model.text([torch.randint(1, 49, (B, T))])
+        (cls[0] @ eot[0].T).sum().backward()
+
+    def tower(rows, width, layers):
+        products = 0
+        for layer in range(layers):
+            asked = 1 if layer == layers - 1 else rows          # the last block computes one row of each sequence
+            products += (2 * rows + 2 * asked) * width ** 2     # keys and values; queries and the output
+            products += 2 * asked * 4 * width ** 2              # the MLP
+            products += 2 * asked * rows * width                # scores, and the sum of the values
+        return products + width * sizes.embed_dim               # proj
+
+    patches = P * 3 * 8 ** 2 * sizes.vision_width
+    towers = (tower(P + 1, sizes.vision_width, sizes.vision_layers) + tower(T, sizes.text_width, sizes.text_layers))
+    logits = B * B * sizes.embed_dim
+    assert progress.flops == 2 * (B * (3 * towers + 2 * patches) + 3 * logits)
 
 
 def test_a_term_must_not_hide_a_figure_of_the_log(monkeypatch, fit, whole, tmp_path):
@@ -682,7 +708,7 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
     line = (whole / 'log.jsonl').read_text().splitlines()[1]
     first = json.loads(line)
     names = ('step loss clip h_I_cls_t h_I_eot_t h_T_cls_t h_T_eot_t weights chance accuracy spread lr momentum scale '
-             'distill_scale grad_norm cosine pairs_per_s waiting bad_pairs')
+             'distill_scale grad_norm cosine pairs_per_s TFLOP_per_s waiting bad_pairs')
     assert first.keys() == set(names.split())
     assert [first['lr'], first['momentum'], first['chance']] == pytest.approx([0.0015, 1 / 11, math.log(4)])
     assert 0 < first['waiting'] < 1 < first['pairs_per_s']
@@ -699,7 +725,7 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
     assert figures['steps'] == 6 and 0 <= figures['seconds'] < 600
     figures = figures['retrieval']
     assert figures == read_log(whole)[-1]['eval']['retrieval'] != scores[1]
-    assert scores[0] == figures | {'network': 'teacher', 'checkpoint': str(whole / 'last.pt'), 'step': 6}
+    assert scores[0] == figures | {'network': 'teacher', 'checkpoint': str(whole / 'last.pt'), 'step': 6, 'method': 'cosmos'}
 
 
 def test_what_is_due_and_best(monkeypatch, capsys, fit, whole, dogs, tmp_path):
@@ -749,7 +775,7 @@ def test_what_is_due_and_best(monkeypatch, capsys, fit, whole, dogs, tmp_path):
     assert ', '.join(happened).startswith(
         'best 0, score 0, last 2, best 2, score 2, last 3, last 4, score 4, score 4, last 5, last 6, score 6')
     assert (tmp_path / 'log.jsonl').read_text().splitlines() == logged
-    assert [json.loads(line)['step'] for line in logged if 'loss' in line] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [json.loads(line)['step'] for line in logged if 'loss' in line] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]
 
 
 def test_two_jobs_in_one_folder(fit, tmp_path):
@@ -816,6 +842,24 @@ def test_resume_is_exact(monkeypatch, fit, whole, tmp_path, function, at, harm, 
     assert list(tmp_path.glob('*.partial')) == []
     assert fit(tmp_path, '--resume', '--workers', workers) == 0
     same_run(whole, tmp_path, whole_log=function == 'train_step')
+
+
+def test_the_log_of_a_resumed_run_is_whole(monkeypatch, fit, whole, tmp_path):
+    """oracle: the log of the undisturbed run. A signal comes in a step that will be evaluated, and a crash tears a line."""
+    original = train.train_step
+
+    def stopped(run, batch):
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, batch)
+
+    monkeypatch.setattr(train, 'train_step', stopped)
+    assert fit(tmp_path, '--log-every', 9) == 143
+    monkeypatch.undo()
+    with open(tmp_path / 'log.jsonl', 'a') as file:
+        file.write('{"step": 5, "lo')
+    assert fit(tmp_path, '--log-every', 9, '--resume') == 0
+    assert read_log(tmp_path) == [entry for entry in read_log(whole) if entry['step'] in (0, 1, 2, 4, 6)]
 
 
 def test_another_run_ends_while_this_one_starts(monkeypatch, started, whole, tmp_path):
