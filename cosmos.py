@@ -353,16 +353,17 @@ def term_weights(names, clip_weight=1):
     """
     weights = {}
     for name in names:
-        weights[name] = clip_weight if name == 'clip' else 1 / (len(names) - 1)
+        if name == 'clip':
+            weights[name] = clip_weight
+        else:
+            weights[name] = 1 / (len(names) - 1)
     return weights
 
 
 def total_loss(student, out, cls_t, eot_t, method_terms=cosmos_terms, clip_weight=1):
     """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its terms by name, unweighted, which the log shows.
-
     method_terms: cosmos_terms, or another function that returns the terms to add to L_CLIP, by name; train.py has
-    others. For CLIP alone it returns {}. clip_weight: 0 trains without L_CLIP.
-    """
+    others. For CLIP alone it returns {}. clip_weight: 0 trains without L_CLIP."""
     log_scale = student.distill_logit_scale if student.has_two_scales else student.logit_scale
     terms = {'clip': clip_loss(out, student.logit_scale.exp())}
     terms |= method_terms(out, cls_t, eot_t, log_scale.exp())
@@ -427,8 +428,7 @@ class Tower(nn.Module):
     A tower has `embed`, `transformer`, `norm` and `proj`. `embed` takes n images or captions of one size. It returns
     their sequences (n, R, W), and `row` (n,): which row of each becomes the vector, the class token's or the end
     token's. If only the vectors are wanted, the last block computes this row alone: the same vector, with fewer
-    multiplications (a fifth fewer in train.py's preset `tiny`, a few percent in deep towers). In part 7 take `row` as
-    None on a first reading: then every row is computed.
+    multiplications. In part 7 take `row` as None on a first reading: then every row is computed.
     """
 
     def forward(self, views):

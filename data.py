@@ -97,11 +97,9 @@ CROPS_ONLY = dict(flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)      #
 
 
 def draw_changes(kind, rng):
-    """The operations that change a view, {operation: strength}, in the released ranges.
-
-    If you add an operation, draw it from a generator of its own, seeded in TrainingSet.sample. One more draw from `rng`
-    would shift all later draws, and so change every run.
-    """
+    """The operations that change a view, {operation: strength}, in the released ranges. If you add an operation, draw it
+    from a generator of its own, seeded in TrainingSet.sample, because one more draw from `rng` would shift all later
+    draws, and so change every run."""
     changes = {}
     if rng.random() < kind.jitter:
         changes['brightness'] = rng.uniform(0.6, 1.4)     # a factor; 1 changes nothing
@@ -126,11 +124,9 @@ ASPECTS = (3 / 4, 4 / 3)                        # smallest and largest aspect ra
 
 
 def draw_boxes(height, width, kinds, rng):
-    """For each view draw a random box (y, x, h, w) in an image of height x width pixels, as torchvision does.
-
-    torchvision's get_params draws from torch's global generator on the CPU, but the boxes must depend only on rng. So
-    we seed this generator from rng, and restore it afterwards. (torch.manual_seed would seed the GPUs', too.)
-    """
+    """For each view draw a random box (y, x, h, w) in an image of height x width pixels, as torchvision does. Its
+    get_params draws from torch's global generator on the CPU, but the boxes must depend only on rng. So we seed this
+    generator from rng, and restore it afterwards. (torch.manual_seed would seed the GPUs', too.)"""
     stand_in = torch.empty(1).expand(height, width)     # get_params only looks at its size
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng.getrandbits(32))
@@ -327,11 +323,9 @@ def cut_to_longest(captions, multiple):
 
 
 def collate(samples, multiple, whole_first, global_texts=GLOBALS):
-    """Samples -> Batch. Globals are cut to the longest global of the batch, locals to the longest local.
-
-    multiple: the lengths are rounded up to a multiple of it; 8 is faster in half precision. whole_first: the student's
-    caption 0 keeps its padding, because C^T reads it.
-    """
+    """Samples -> Batch. Globals are cut to the longest global of the batch, locals to the longest local; these lengths
+    are rounded up to a multiple of `multiple`, because 8 is faster in half precision. whole_first: the student's caption
+    0 keeps its padding, because C^T reads it."""
     crops = default_collate([sample.crops for sample in samples])       # B lists of V -> V (B, 3, s, s)
     change_tables = changes_of([sample.changes for sample in samples])
     ids = torch.stack([sample.ids for sample in samples], dim=1)        # (U, B, T)

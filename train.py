@@ -114,8 +114,8 @@ def train_step(run, batch):
     cls_t = eot_t = None
     teacher_images = images if method.teacher_sees_locals else images[:GLOBALS]
     # NB: autocast caches half-precision copies of the weights, and the gradients of all passes that use a copy are summed
-    # in it, in half precision. Without --accum these are the few passes of a tower. With --accum there are as many more
-    # as parts, and a sum over them would lose more, so the cache is off.
+    # in it, in half precision. Without --accum these are the few passes of a tower. With --accum each part repeats them,
+    # and the longer sum would lose more, so the cache is off.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
                         cache_enabled=options.accum == 1):
         if method.has_teacher:

@@ -26,7 +26,9 @@ class ReadsAnotherPair(COSMOS):
         need(len(patches) > 1, '--method another-pair needs two pairs or more in each part of a batch; give a lower '
              '--accum, or a larger --batch')
         # Pair i reads the image and the caption of pair i - 1.
-        return super().read(cls, eot, patches.roll(1, dims=0), words.roll(1, dims=0))
+        patches = patches.roll(1, dims=0)
+        words = words.roll(1, dims=0)
+        return super().read(cls, eot, patches, words)
 
 
 class ReadsEveryImage(COSMOS):
@@ -42,7 +44,8 @@ class ReadsEveryImage(COSMOS):
         # The captions of all pairs are queries of each image.
         queries = captions[:, None].expand(-1, len(patches), -1)        # (U * B, B, D)
         read = self.read_image(queries, patches)                        # (U * B, B, D)
-        return Output(unit(cls), unit(eot), None, unit(read).unflatten(0, eot.shape[:2]))
+        h_T = unit(read).unflatten(0, eot.shape[:2])
+        return Output(cls=unit(cls), eot=unit(eot), h_T=h_T)
 
 
 def every_image_terms(out, cls_t, eot_t, scale):
@@ -52,8 +55,10 @@ def every_image_terms(out, cls_t, eot_t, scale):
     U, B, images = scores.shape
     need(images == B, '--method every-image needs the whole batch at once; give it --accum 1')
     own_pair = torch.arange(B, device=scores.device).repeat(U)          # (U * B,)
-    finds_image = F.cross_entropy(scores.flatten(0, 1), own_pair)
-    finds_caption = F.cross_entropy(scores.transpose(1, 2).flatten(0, 1), own_pair)
+    of_captions = scores.flatten(0, 1)                                  # (U * B, B images)
+    of_images = scores.transpose(1, 2).flatten(0, 1)                    # (U * B, B captions)
+    finds_image = F.cross_entropy(of_captions, own_pair)
+    finds_caption = F.cross_entropy(of_images, own_pair)
     reads = (finds_image + finds_caption) / 2
     distilled = train.METHODS['text-distill'].terms(out, cls_t, eot_t, scale)
     return {'reads': reads} | distilled
@@ -65,7 +70,8 @@ class LongCaptions(TrainingSet):
     """Local captions have one to five sentences, too, so they differ from the global ones only in who sees them."""
 
     def captions(self, pool, rng):
-        return text_crops(pool, rng, self.counts.global_texts + self.counts.local_texts, 0)
+        count = self.counts.global_texts + self.counts.local_texts
+        return text_crops(pool, rng, count, 0)
 
 
 class ShortCaptions(TrainingSet):

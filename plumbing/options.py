@@ -49,8 +49,8 @@ def add_training(parser, presets, methods):
     add = parser.add_argument_group('data').add_argument
     add('--data', nargs='+', help='tars, or folders of them; without it the built-in set')
     add('--val', nargs='+', help='held-out shards (the val/ of a single --data folder)')
-    add('--caption-keys', help='comma-separated json keys of the captions, of --val too; see docs/data.md')
-    add('--vocab', help="clip, learn (from the captions), or a path to CLIP's file; --init may bring its own")
+    add('--caption-keys', help='comma-separated json keys of the captions; see docs/data.md')
+    add('--vocab', help="clip, learn (from the captions), or a path to CLIP's file")
     loaders = min(8, cores() // 2 or 1)
     add('--workers', type=count, default=loaders, help='loaders of each process (%(default)s)')
 
@@ -132,18 +132,21 @@ def training_options(argv, description, presets, methods, recipe_of):
          '--quick-gelu says how the weights of --init were trained; give --init, too')
     options['preset'] = typed.get('preset') or default_preset(options['data'], options['device'], options['init'])
     recipe = recipe_of(options['preset'], options['method'], options['init'])
+    method = options['method']
     for option in typed:
+        words = option.replace('_', '-')
         need(option not in recipe or recipe[option] is not None,
-             f"--{option.replace('_', '-')} does nothing with --method {options['method']}; omit it")
+             f'--{words} does nothing with --method {method}; omit it')
     if options['init']:
-        need(typed.get('vocab') not in ('clip', 'learn'),
-             f"--vocab {typed.get('vocab')} does nothing with --init, whose weights decide on the vocabulary; omit it")
+        vocab = typed.get('vocab')
+        need(vocab not in ('clip', 'learn'),
+             f'--vocab {vocab} does nothing with --init, whose weights say the vocabulary; omit it')
         recipe['vocab'] = None
     name = options['preset']
     if options['init']:         # clip.pt -> clip; runs/mine and runs/mine/best.pt -> mine
         path = Path(options['init']).resolve()
         name = path.parent.name if path.name in (LAST, BEST) else path.stem
-    out = f"runs/{name}-{options['method']}"
+    out = f'runs/{name}-{method}'
     return defaults | {'out': out} | recipe | typed | {'preset': options['preset']}, typed
 
 

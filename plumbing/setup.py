@@ -48,7 +48,8 @@ def choose_inputs(unsettled, typed, processes, built_in_set, presets, methods):
         saved = runs.read_last(out, unsettled['resume'])            # {} for a new run
         paths, held_out = choose_data(unsettled, built_in_set)
         unsettled = unsettled | {'data': paths, 'val': held_out}
-        shards = Shards(paths, unsettled['caption_keys'], 'train', index=f'{out}/index.npy')    # index-MARK.npy
+        index = f'{out}/index.npy'          # in truth index-MARK.npy
+        shards = Shards(paths, unsettled['caption_keys'], 'train', index=index)
         config, tokenizer, weights = choose_model(unsettled, saved, presets, methods)
         batch_before = saved['options']['batch'] if saved else None
         options = settle(unsettled, typed, len(shards), parts, batch_before)
@@ -73,16 +74,17 @@ def choose_inputs(unsettled, typed, processes, built_in_set, presets, methods):
 def check_batch(batch, pairs, parts):
     """Raises Refused for a batch that the set cannot fill, or that cannot be cut into equal parts."""
     need(batch <= pairs, f'--batch {batch} is larger than the set of {pairs} pairs; lower --batch')
-    need(batch % parts == 0,
-         f'--batch {batch} cannot be cut into {parts} parts (processes x --accum); choose a multiple of {parts}')
+    need(batch % parts == 0, f'--batch {batch} cannot be cut into {parts} parts (processes x --accum); '
+         f'choose a multiple of {parts}')
 
 
 def check_ranks(options, shards, saved, processes):
     """If ranks disagreed on batches or learning rates, training would go on without an error. So each compares its
     options with rank 0's. Two last.pt count as the same if their running times are equal."""
-    mine = vars(options) | {'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds')}
-    # None: may differ between ranks. Of vocab and val only this must agree: learned or not, held-out data or none.
-    mine |= {'workers': None, 'data': None, 'vocab': options.vocab == 'learn', 'val': bool(options.val)}
+    mine = vars(options) | {
+        'pairs': len(shards), 'fingerprint': shards.fingerprint, 'last.pt': saved.get('seconds'),
+        'workers': None, 'data': None,                      # these may differ between ranks
+        'vocab': options.vocab == 'learn', 'val': bool(options.val)}    # and these in where their files lie
     need(processes.broadcast(mine) == mine, 'options, shards or last.pt are not the same for all processes; '
          'give all nodes the same command, the same files in --data, and one --out that all see')
 
@@ -101,7 +103,8 @@ def choose_model(unsettled, saved, presets, methods):
     weights = {}
     config = presets[unsettled['preset']].sizes
     if unsettled['init']:
-        model, tokenizer, _ = evaluation.load(unsettled['init'], vocab=vocab, quick_gelu=unsettled['quick_gelu'])
+        model, tokenizer, _ = evaluation.load(
+            unsettled['init'], vocab=vocab, quick_gelu=unsettled['quick_gelu'])
         config = model.config
         weights = model.state_dict()
     elif vocab != 'learn':
@@ -134,7 +137,7 @@ def make_run(inputs, processes, Run, make_optimizer):
     dtype = choose_dtype(options.precision, device)
     order = data.Order(len(train_set.shards), options.batch, inputs.resumed_step, options.steps,
                        options.seed, processes.rank, processes.world)
-    multiple = 8 if dtype else 1        # to which lengths of captions are rounded up: faster in half precision
+    multiple = 8 if dtype else 1        # caption lengths are rounded up to it: faster in half precision
     # The loader forks its workers here, before DDP starts nccl, because a fork beside nccl may hang. (Until then ranks
     # talk through gloo.) Evaluations fork later, but their loaders end with an error if a worker hangs.
     # whole_first: caption 0 is not cut, because C^T reads its padding, too.
