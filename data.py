@@ -232,7 +232,7 @@ class TrainingSet(Dataset):
                 print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
                 index = replacements.randrange(len(self.shards))
         raise Refused(f'{MOST_UNREADABLE} pairs in a row cannot be read; look at the shards with '
-                      'python -m extras.inspect')
+                      'python -m extras.look')
 
     def sample(self, epoch, index):
         """-> the Sample of this pair. Raises Unreadable if its image or its record is broken."""

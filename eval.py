@@ -205,7 +205,7 @@ def captions_of(shards, i):
     try:
         record = shards.record(i)
     except Unreadable as error:
-        raise Refused(f'{shards.name(i)}: {error}; see python -m extras.inspect') from None
+        raise Refused(f'{shards.name(i)}: {error}; see python -m extras.look') from None
     for key in keys:
         if has_caption(record.get(key)):
             return record[key]

@@ -22,7 +22,7 @@ def replacing(path):
             os.fsync(file.fileno())     # else a crash of the machine may leave an empty file
         temporary.replace(path)
     except OSError as error:
-        raise Refused(f'{path} cannot be written ({error}); what it held before is intact') from None
+        raise Refused(f'{path} cannot be written ({error}); nothing at this path was changed') from None
     finally:
         with suppress(OSError):         # it was renamed, or never written
             temporary.unlink()

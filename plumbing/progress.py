@@ -72,7 +72,7 @@ class Progress:
         if self.bad > max(0.05 * self.seen, 10):
             read = self.seen + self.bad         # for each bad one another pair was read
             return (f'over 5 % of the pairs cannot be read ({self.bad:.0f} of {read:.0f}); '
-                    'see the lines above, and python -m extras.inspect')
+                    'see the lines above, and python -m extras.look')
         if self.broken == MOST_BROKEN:
             return (f'the gradients of {MOST_BROKEN} steps in a row, up to step {step}, were not finite; they '
                     f'are not saved, and {folder}/last.pt, if any, is as it was before, so give the same command with '

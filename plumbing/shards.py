@@ -14,7 +14,7 @@ from tqdm.contrib.concurrent import process_map, thread_map
 
 from plumbing.captions import caption_pool, record_of
 from plumbing.errors import Refused, Unreadable, warn
-from plumbing.files import replacing
+from plumbing.files import reading, replacing
 from plumbing.images import load_image
 
 # The index has 7 integers per pair. A size of 0 bytes means that the pair has no such member.
@@ -32,7 +32,7 @@ class Shards:
     caption_keys: the json keys of the captions, joined by commas. split: see find_shards. index: the path of a table
     that `save` has written or will write, such as OUT/index.npy. A mark of the tars, a hash of their names, sizes and
     times of modification, is put into its name. So no header is read again if a table of the same tars is there.
-    fingerprint: a hash of names and sizes only, so that a copied set counts as the same set.
+    fingerprint: a hash that tells sets apart. It leaves out times, so that a copied set counts as the same set.
     """
 
     def __init__(self, paths, caption_keys=None, split=None, index=None):
@@ -41,12 +41,12 @@ class Shards:
         self.sizes = [os.path.getsize(path) for path in self.paths]
         names = [os.path.basename(path) for path in self.paths]
         times = [os.path.getmtime(path) for path in self.paths]
-        self.fingerprint = hashlib.sha1(repr([names, self.sizes]).encode()).hexdigest()
         mark = hashlib.sha1(repr([names, self.sizes, times]).encode()).hexdigest()[:15]
         self.file = index and Path(index).with_stem(f'{Path(index).stem}-{mark}')
         stored = self.stored()
         self.index = self.scan() if stored is None else stored          # (pairs, WIDTH)
         self.check_first_pairs()
+        self.fingerprint = self.hash_of_content(names)
 
     def __len__(self):
         return len(self.index)
@@ -76,6 +76,18 @@ class Shards:
         print(f'data       {self.file} is damaged, so headers are read again')
         return None
 
+    def hash_of_content(self, names):
+        """Two sets may have tars of the same names and sizes, and even pairs at the same places. So a few kB of each tar
+        are read, too, a quarter of the tar apart."""
+        digest = hashlib.sha1(repr([names, self.sizes]).encode())
+        digest.update(self.index.tobytes())
+        for path, size in zip(self.paths, self.sizes):
+            with reading(path), open(path, 'rb', buffering=0) as file:
+                for quarter in range(4):
+                    file.seek(size * quarter // 4)
+                    digest.update(file.read(4096))
+        return digest.hexdigest()
+
     def check_first_pairs(self):
         """Refused if none can be used, because then captions have other keys, or images are of another kind."""
         if not len(self):
@@ -89,7 +101,7 @@ class Shards:
             except Unreadable as error:
                 problem = error
         raise Refused(f'none of the first {i + 1} pairs can be used, the last is {self.name(i)} ({problem}); name the '
-                      'captions with --caption-keys, or look at the shards with python -m extras.inspect')
+                      'captions with --caption-keys, or look at the shards with python -m extras.look')
 
     def read(self, shard, places):
         """The bytes at several places (offset, size) of a tar. Unreadable if the disk fails, or the tar is cut off."""
@@ -191,6 +203,7 @@ def tar_members(path):
     cannot read. It stops at the others, and where a file is cut off.
     """
     length = os.path.getsize(path)
+    end = 0                             # of what could be read
     is_whole = False
     try:
         # Without a buffer, because it would be filled anew for each header of 512 bytes, on Lustre with 4 MB.
@@ -200,13 +213,14 @@ def tar_members(path):
                 if member.size < 0 or member.offset_data + member.size > length:
                     break
                 yield member
+                end = member.offset_data + member.size
             is_whole = tar.offset == length             # else reading has stopped before the end
     except OSError as error:            # of the disk, or a lack of permission
         raise Refused(f'{path} cannot be read ({error}); mend that, or leave it out') from None
     except Exception:                   # tarfile raises many kinds for a header that it cannot read
         pass
     if not is_whole:
-        warn(f'{path} is damaged, or is not a tar; only what could be read is used')
+        warn(f'{path} is damaged after byte {end:,}, or is not a tar; only what could be read is used')
 
 
 def scan_shard(path, number):

@@ -444,7 +444,7 @@ WRONG = {               # a command: what its sentence must say
     'retrieval empty --shards a.tar': 'empty/last.pt does not exist',
     'retrieval bad.pt --shards a.tar': 'bad.pt .* holds posix.system, which may run code',
     'retrieval last.pt --shards empty': "'empty' .* no .tar file",
-    'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read.*extras.inspect',
+    'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read.*extras.look',
     'retrieval last.pt --list white --split val': 'white lists no image of the split val; give one of test with --split',
     'retrieval last.pt --list white': 'a.jpg, listed in white, has no caption',
     'retrieval last.pt --list keys': "keys has the columns image, text, of which not one is 'caption'",

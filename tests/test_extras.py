@@ -24,7 +24,7 @@ import eval as evaluation
 import train
 from cosmos import COSMOS, Teacher, total_loss
 from eval import load
-from extras import attend, export, inspect, prepare, report
+from extras import attend, export, look, prepare, report
 from plumbing.shards import write_shard
 from plumbing.weights import from_openclip
 from tests.helpers import ROOT, encoded, put, refused, run, shared
@@ -271,7 +271,7 @@ def test_an_interrupted_join_goes_on(tmp_path, written):
     assert pools(out) == 3 * [['one dog']]
 
 
-def test_inspect(tmp_path, capsys, monkeypatch):
+def test_look(tmp_path, capsys, monkeypatch):
     """oracle: the pairs that were broken on purpose, and counts by hand; captions are cut at the 64 tokens of `tiny`.
     If a folder has two halves, its training pairs are read. Half an emoji is printed, too."""
     members = []
@@ -282,7 +282,7 @@ def test_inspect(tmp_path, capsys, monkeypatch):
     write_shard(tmp_path / 'train/0.tar', members)
     write_shard(tmp_path / 'val/0.tar', members[:2])
     monkeypatch.delenv('COSMOS_VOCAB', raising=False)
-    assert run(inspect, tmp_path, '--out', tmp_path / 'sheet.png') is None
+    assert run(look, tmp_path, '--out', tmp_path / 'sheet.png') is None
     printed = capsys.readouterr()
     assert re.findall(r'left out   .*0.tar:(\d)', printed.err) == ['2', '3']
     assert Image.open(tmp_path / 'sheet.png').size == (4 * 132 + 4, 3 * 132 + 4)    # views, pairs

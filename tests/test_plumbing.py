@@ -282,7 +282,7 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
         shards = Shards(path)
         found = [shards.pool(i)[0] for i in range(len(shards))]
         assert found == [f'dog {i}' for i in left]
-        stopped = 'a.tar is damaged, or is not a tar; ' in capsys.readouterr().err
+        stopped = 'a.tar is damaged after byte ' in capsys.readouterr().err
         assert stopped == (left == '01')
 
     for form, stepped_over in (tarfile.USTAR_FORMAT, '0134'), (tarfile.PAX_FORMAT, '01'):
@@ -298,7 +298,7 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
     assert len(Shards(put(path, raw[:text.offset_data + text.size]))) == 3      # cut off just behind a member
     path.write_bytes(raw[:600])                         # the first member is cut off
     refused('no readable tar', Shards, path)
-    assert 'a.tar is damaged, or is not a tar; only what could be read is used' in capsys.readouterr().err
+    assert 'a.tar is damaged after byte 0, or is not a tar; only what could be read is used' in capsys.readouterr().err
 
 
 def test_a_pair_costs_its_bytes(tmp_path, monkeypatch):
@@ -317,7 +317,7 @@ def test_a_pair_costs_its_bytes(tmp_path, monkeypatch):
 def test_which_index_is_used(tmp_path, capsys, monkeypatch):
     """oracle: a fresh reading. With the index of the same shards no header is read again; a damaged one is made anew,
     with a line. A tar of the same name and size whose members lie elsewhere is read again, and so is a copy, whose
-    times differ: they have indexes of their own. The fingerprint stays."""
+    times differ: they have indexes of their own. The fingerprint of the copy stays."""
     path = tmp_path / 'index.npy'
     tar = dog_tar(tmp_path / 'a.tar', 11)
     before = Shards(tar, index=path)
@@ -340,12 +340,26 @@ def test_which_index_is_used(tmp_path, capsys, monkeypatch):
     pairs_tar(tar, records, [encoded(Image.new('RGB', (40, 30)))] * 11)
     assert tar.stat().st_size == size
     after = Shards(tar, index=path)
-    assert after.pool(10) == ['dog'] and after.fingerprint == before.fingerprint
+    assert after.pool(10) == ['dog'] and after.fingerprint != before.fingerprint
     assert after.index.tolist() != before.index.tolist()
     copy = Path(shutil.copy(tar, tmp_path / 'elsewhere.tar')).rename(put(tmp_path / 'copy/a.tar'))
     copied = Shards(copy, index=path)
     assert np.array_equal(copied.index, after.index) and copied.fingerprint == after.fingerprint
     assert len({shards.file for shards in (before, after, copied)}) == 3
+
+
+def test_sets_of_one_shape_are_told_apart(tmp_path):
+    """oracle: the pictures. The tars agree in name, size, and the places of all pairs, because PNGs that are not
+    compressed are all of one size."""
+    sets = []
+    for seed in 0, 1:
+        image = encoded(Image.fromarray(np.random.default_rng(seed).integers(256, size=(40, 30, 3), dtype=np.uint8)),
+                        compress_level=0)
+        (tmp_path / f'{seed}').mkdir()
+        sets.append(Shards(pairs_tar(tmp_path / f'{seed}/a.tar', 3 * [{'caption': 'a dog'}], 3 * [image])))
+    first, second = sets
+    assert np.array_equal(first.index, second.index) and first.sizes == second.sizes
+    assert first.fingerprint != second.fingerprint
 
 
 def test_what_cannot_be_read_in_mid_run_is_replaced(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,6 @@
 """Look at shards: counts, captions, what training would skip, and a sheet of views.
 
-    python -m extras.inspect SHARDS ...
+    python -m extras.look SHARDS ...
 """
 from collections import Counter
 
@@ -12,14 +12,14 @@ from data import Counts, TrainingSet
 from eval import progress_bar
 from extras.prepare import name_left_out
 from extras.report import sample_views
-from plumbing.errors import Unreadable, command
+from plumbing.errors import Unreadable, command, need
 from plumbing.files import replacing
 from plumbing.options import Parser
 from plumbing.shards import Shards
 from plumbing.tokenizer import LEARNED_VOCAB, Tokenizer
 from train import PRESETS
 
-INSPECTED = 5000        # at most this many pairs are read: enough for percentages, and it takes only minutes
+LOOKED_AT = 5000        # at most this many pairs are read: enough for percentages, and it takes only minutes
 TILE = 128      # side of a view on the sheet, in pixels
 
 
@@ -56,19 +56,14 @@ def percentiles(values):
     return f'least {least:g}, 10th percentile {tenth:g}, median {median:g}, 90th {ninetieth:g}, most {most:g}'
 
 
-def crops_of(source, preset, tokenizer=None, augment=None):
-    """What a preset makes of the pairs. augment: if it is not the preset's."""
+def look(shards, caption_keys, preset, augment, vocab, out):
+    """Print a report on pairs from all over the set, and draw a sheet of views. Unreadable pairs are left out."""
+    source = Shards(shards, caption_keys, 'train')
     config, recipe = PRESETS[preset]
     counts = Counts(local_images=recipe['local_crops'], local_texts=recipe['local_captions'])
     augment = augment or recipe['augment']
-    return TrainingSet(source, tokenizer, config, seed=0, counts=counts, augment=augment)
-
-
-def inspect(shards, caption_keys, preset, augment, vocab, out):
-    """Print a report on pairs from all over the set, and draw a sheet of views. Unreadable pairs are left out."""
-    source = Shards(shards, caption_keys, 'train')
-    crops = crops_of(source, preset, augment=augment)
-    sample = np.unique(np.linspace(0, len(source) - 1, INSPECTED, dtype=int))
+    crops = TrainingSet(source, None, config, seed=0, counts=counts, augment=augment)      # what the preset makes of them
+    sample = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT, dtype=int))
     problems = []
     pools = []
     captions = []
@@ -85,6 +80,7 @@ def inspect(shards, caption_keys, preset, augment, vocab, out):
         images.add(hash(source.image(i)))
         keys.update(source.record(i).keys())
     name_left_out(problems)
+    need(pools, f'none of the {len(sample)} pairs that were tried can be used; see the reasons above')
     texts = sum(pools, [])
     print(f'{len(source):,} pairs in {len(source.paths)} shards, {sum(source.sizes) / 2**20:,.1f} MiB')
     print('left out            ', f'{len(problems)} of {len(sample)} pairs that were tried; '
@@ -100,7 +96,7 @@ def inspect(shards, caption_keys, preset, augment, vocab, out):
 
 
 def main():
-    parser = Parser(prog='python -m extras.inspect', usage='%(prog)s SHARDS ... [options]', epilog=__doc__)
+    parser = Parser(prog='python -m extras.look', usage='%(prog)s SHARDS ... [options]', epilog=__doc__)
     add = parser.add_argument
     add('shards', nargs='+', help='tars, or folders of them; if a folder has train/ and val/, its train/ is read')
     add('--caption-keys', help='comma-separated json keys of the captions')
@@ -108,7 +104,7 @@ def main():
     add('--augment', choices=('full', 'crops'), help="as in train.py (default: the preset's)")
     add('--vocab', help="file of CLIP's merges, to count tokens (default: the preset's vocabulary)")
     add('--out', default='runs/samples.png', help='the sheet of views (default: %(default)s)')
-    inspect(**vars(parser.parse_args()))
+    look(**vars(parser.parse_args()))
 
 
 if __name__ == '__main__':
