@@ -80,7 +80,7 @@ class Shards:
         """Two sets may have tars of the same names and sizes, and even pairs at the same places. So a few kB of each tar
         are read, too, a quarter of the tar apart."""
         digest = hashlib.sha1(repr([names, self.sizes]).encode())
-        digest.update(self.index.tobytes())
+        digest.update(np.ascontiguousarray(self.index))
         for path, size in zip(self.paths, self.sizes):
             with reading(path), open(path, 'rb', buffering=0) as file:
                 for quarter in range(4):
