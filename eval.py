@@ -40,7 +40,7 @@ from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, fold
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import write_json
 from plumbing.images import load_image, shorten
-from plumbing.tables import has_caption, published_captions, with_owners
+from plumbing.tables import published_captions, with_owners
 from plumbing.options import evaluation_options
 from plumbing.processes import choose_device, loading
 from plumbing.shards import Shards
@@ -200,22 +200,27 @@ HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']
 
 
 def captions_of(shards, i):
-    """The captions of held-out pair i. Raises Refused, with the pair's name, if its json cannot be read or has none."""
+    """The captions of held-out pair i, a list. Raises Refused, with the pair's name, if its json cannot be read, or has no
+    caption, or one that is not text."""
     keys = shards.caption_keys or HELD_OUT_KEYS
     try:
         record = shards.record(i)
     except Unreadable as error:
         raise Refused(f'{shards.name(i)}: {error}; see python -m extras.look') from None
     for key in keys:
-        if has_caption(record.get(key)):
-            return record[key]
+        value = record.get(key)
+        found = value if isinstance(value, list) else [value or '']
+        if not all(isinstance(caption, str) for caption in found):
+            raise Refused(f'{shards.name(i)} has a caption that is not text: {found}; mend it, or take it out')
+        captions = [caption for caption in found if caption.strip()]
+        if captions:
+            return captions
     raise Refused(f"{shards.name(i)} has no caption under {', '.join(keys)}; name others with --caption-keys")
 
 
 def shard_captions(shards):
-    """Held-out shards -> all captions, not split into sentences, and owner (captions,): the pair that each belongs to.
-    Raises Refused for a pair without a caption, or with one that is not text."""
-    return with_owners([captions_of(shards, i) for i in range(len(shards))], shards.name)
+    """Held-out shards -> all captions, not split into sentences, and owner (captions,): the pair that each belongs to."""
+    return with_owners([captions_of(shards, i) for i in range(len(shards))])
 
 
 def zero_shot_retrieval(model, tokenizer, preprocess, source, captions=None, owner=None, workers=0):

@@ -42,9 +42,6 @@ def load_image(source):
     return pixels(image, turn, name)
 
 
-read_image = load_image     # its name in other programs
-
-
 def read_header(source, name='its image'):
     """-> Pillow image, how EXIF turns it (a value of TURNS, or None), and the (height, width) that it then has. Only
     a JPEG's pixels are not decoded yet, because Pillow needs those of some other images to find EXIF."""

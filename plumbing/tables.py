@@ -146,33 +146,19 @@ def published_captions(path, images=None, split=None):
     wanted = (split or 'test') if splits else None
     chosen = {name: image.captions for name, image in listed.items() if image.split == wanted}
     need(chosen, f"{path} lists no image of the split {wanted}; give one of {', '.join(sorted(splits))} with --split")
+    for name, captions in chosen.items():
+        need(captions, f'{name}, listed in {path}, has no caption; give it one, or take the image out')
     paths = [Path(images or Path(path).parent, name) for name in chosen]
-    captions, owner = with_owners(chosen.values(), lambda i: f'{paths[i]}, listed in {path},')
-    return paths, captions, owner
+    return paths, *with_owners(chosen.values())
 
 
-# --- 3. Captions and their owners ------------------------------------------------------------------------------------
-
-def has_caption(value):
-    """Whether a string, or an item of a list, is not blank. What is not text counts, too: with_owners refuses it."""
-    items = value if isinstance(value, list) else [value]
-    return any(str(item or '').strip() for item in items)
-
-
-def with_owners(pools, name):
-    """For each image its captions, a string or a list -> all captions in one list, and owner (captions,), the image
-    that each belongs to. An image is Refused if it has no caption, or one that is not text; name(i) is what the message
-    calls image i. A final ' .' is taken off, as in training."""
+def with_owners(pools):
+    """For each image a list of captions -> all captions in one list, and owner (captions,), the image that each belongs
+    to. A final ' .' is taken off, as in training."""
     captions = []
     owner = []
     for i, pool in enumerate(pools):
-        if not has_caption(pool):   # the name is looked up only here, because that may cost a read
-            raise Refused(f'{name(i)} has no caption; give it one, or take the image out')
-        for caption in pool if isinstance(pool, list) else [pool]:
-            if not isinstance(caption, str):
-                raise Refused(f'{name(i)} has a caption that is not text: {str(caption)[:80]}; '
-                              'mend it, or take it out')
-            if caption.strip():
-                captions.append(without_spaced_stop(caption))
-                owner.append(i)
+        for caption in pool:
+            captions.append(without_spaced_stop(caption))
+            owner.append(i)
     return captions, torch.tensor(owner)

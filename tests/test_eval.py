@@ -275,7 +275,7 @@ def test_captions_of_held_out_shards(here):
     """oracle: pairs written here: the first key that has a caption, of the named ones if any; nothing is split."""
     records = [
         b'{"captions": ["an ape. an ox", "a cow"], "caption": "dog", "mine": "an eel"}',
-        b'{"captions": ["", null], "raw_caption": "a gnu. a hen", "caption": "ibis", "mine": " ", '
+        b'{"captions": ["", " "], "raw_caption": "a gnu. a hen", "caption": "ibis", "mine": " ", '
         b'"other": ["jay", "a kid. a lion"]}']
     pairs_tar('a.tar', records, [encoded(Image.new('L', (9, 9)))] * 2)
     for family in CAPTION_KEYS:
@@ -286,7 +286,7 @@ def test_captions_of_held_out_shards(here):
         found, owners = evaluation.shard_captions(Shards('a.tar', keys))
         assert (found, owners.tolist()) == (captions, owner)
     refused('a.tar:1.png .* under mine; .*--caption-keys', evaluation.shard_captions, Shards('a.tar', 'mine'))
-    for caption, sentence in (['x', None], 'a caption that is not text: None;'), ([' '], 'no caption under'):
+    for caption, sentence in (['x', None], 'a caption that is not text: .*None'), ([' '], 'no caption under'):
         pairs_tar('b.tar', [{'caption': 'x'}, {'caption': caption}])
         refused(f'b.tar:1.png has {sentence}', evaluation.shard_captions, Shards(['a.tar', 'b.tar']))
 
