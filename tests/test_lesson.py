@@ -6,7 +6,6 @@ compared with.
 import io
 import json
 import random
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -442,19 +441,6 @@ def test_captions_of_the_course(drawn):
         drawings[kind] = [train_set.sample(epoch, index) for epoch in range(4) for index in range(12)]
     assert any('. ' in sample.captions[3] for sample in drawings[methods.LongCaptions])
     assert not any('. ' in caption for sample in drawings[methods.ShortCaptions] for caption in sample.captions)
-
-
-def test_cut_on_the_pages():
-    """oracle: RESULTS.md, which has with a decimal what the course has in whole percents."""
-    results = (ROOT / 'lesson/RESULTS.md').read_text()
-    rows = re.findall(r'^\| (cosmos|cosmos-photographs) \| (L_CLIP|h_\w+) \| (.+) \|$', results, re.M)
-    percents = {}                       # {loss: scenes, then photographs}
-    for _, loss, shares in rows:
-        percents.setdefault(loss, []).extend(f'{float(share):.0f}' for share in shares.split(' | '))
-    assert len(percents) == 5
-    for loss, cells in percents.items():
-        words = re.sub('^(h_.)_', r'\1 → ', loss)
-        assert f"| {words} | {' | '.join(cells)} |" in (ROOT / 'lesson/README.md').read_text()
 
 
 def test_without_clip(model):

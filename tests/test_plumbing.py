@@ -54,18 +54,12 @@ for name in 'SIGUSR1', 'SIGCHLD', 'SIGKILL', 'SIGHUP', 'SIGALRM':
 del os.sched_getaffinity
 import cosmos, data, eval, train
 assert state() == before
-from plumbing import processes, runs
-os.environ['PATH'] = ''
-print(len(processes.SIGNALS), processes.cores() > 0, [runs.commit()])
-runs.lock(sys.argv[1])
-processes.end_workers()
 '''
 
 
-def test_imports_change_nothing_and_need_nothing_of_unix(tmp_path):
-    """oracle: limits, warning filters and signals as they were; what a program prints without git and Unix."""
-    done = subprocess.run([sys.executable, '-c', IMPORTS, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "2 True ['']\n" and done.stderr.count('no locks here') == 1, done.stderr
+def test_imports_change_nothing_and_need_nothing_of_unix():
+    """oracle: limits, warning filters and signals as they were; the status, without what Windows lacks."""
+    subprocess.run([sys.executable, '-c', IMPORTS], cwd=ROOT, check=True)
 
 
 # --- Programs: the four files, bugs, mistakes ------------------------------------------------------------------------
