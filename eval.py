@@ -200,8 +200,7 @@ HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']
 
 
 def captions_of(shards, i):
-    """The captions of held-out pair i, a list. Raises Refused, with the pair's name, if its json cannot be read, or has no
-    caption, or one that is not text."""
+    """The captions of held-out pair i, a list. Refused, with its name, if it has none, or one that is not text."""
     keys = shards.caption_keys or HELD_OUT_KEYS
     try:
         record = shards.record(i)
