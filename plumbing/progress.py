@@ -49,7 +49,8 @@ class Progress:
             yield
             return
         counter = FlopCounterMode(display=False)
-        with counter:
+        # NB: what torch.compile met first inside the counter would never be compiled, so this step runs without it.
+        with counter, torch.compiler.set_stance('force_eager'):
             yield
         self.flops = counter.get_total_flops()
 
