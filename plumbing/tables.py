@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from plumbing.captions import without_spaced_stop
-from plumbing.errors import Refused, need, warn
+from plumbing.errors import Refused, need, note, warn
 from plumbing.files import reading
 
 # --- 1. Rows ---------------------------------------------------------------------------------------------------------
@@ -118,6 +118,9 @@ def read_list(path, image_column='image', caption_column='caption'):
     columns = dict.fromkeys(chain.from_iterable(rows))                  # each once, in their order
     image_column = find_column(columns, image_column, '--image-column', path)
     caption_column = find_column(columns, caption_column, '--caption-column', path)
+    others = [name for name in columns if name not in (image_column, caption_column, SPLIT)]
+    if others:
+        note(f"of {path} only '{image_column}' and '{caption_column}' are used, not {', '.join(others)}")
     listed = {}
     not_text = 0
     for number, row in enumerate(rows, 1):

@@ -164,9 +164,10 @@ def test_tables(case, tmp_path, images, capsys):
     expected, text, *columns = TABLES[case]
     prepare.pack(put(tmp_path / 't', text), images, tmp_path / 'out', 9, 0, *columns)
     assert pools(tmp_path / 'out') == expected
-    printed = capsys.readouterr().err
+    printed = capsys.readouterr()
     for what, sentence in SAID.items():
-        assert (sentence.format(tmp_path) in printed) == (what in case)
+        assert (sentence.format(tmp_path) in printed.err) == (what in case)
+    assert ("only 'photo' and 'de' are used, not image, caption" in printed.out) == bool(columns)
 
 
 def test_a_share_is_held_out(tmp_path, images):
@@ -292,6 +293,9 @@ def test_look(tmp_path, capsys, monkeypatch):
                  'longer than context +4 of 12 text crops, .* 64 tokens of a vocabulary learned',
                  'row 1 of .*sheet.png: pair 0\n    global', r'row 3 of .*sheet.png: pair 4\n    global  .*Dogs\\ud83d'):
         assert re.search(line, printed.out), line
+    monkeypatch.setattr(look, 'LOOKED_AT', 1)
+    write_shard(tmp_path / 'bad.tar', members[4:6] + members[:2])       # a broken pair, which is tried, and a whole one
+    assert 'none of the 1 pairs that were tried can be used' in run(look, tmp_path / 'bad.tar')
 
 
 # --- attend ----------------------------------------------------------------------------------------------------------
