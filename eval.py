@@ -40,10 +40,10 @@ from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, fold
 from plumbing.errors import Refused, Unreadable, command, need
 from plumbing.files import write_json
 from plumbing.images import load_image, shorten
-from plumbing.tables import published_captions, with_owners
 from plumbing.options import evaluation_options
 from plumbing.processes import choose_device, loading
 from plumbing.shards import Shards
+from plumbing.tables import published_captions, with_owners
 from plumbing.weights import file_of, load_weights, read_network
 
 progress_bar = partial(tqdm, leave=False, disable=None)     # silent if the output is not a terminal
@@ -97,10 +97,8 @@ class Images(Dataset):
 
     def __getitem__(self, i):
         if isinstance(self.source, Shards):
-            image = shard_image(self.source, i)
-        else:
-            image = load_image(self.source[i])
-        return self.preprocess(image)
+            return self.preprocess(shard_image(self.source, i))
+        return self.preprocess(load_image(self.source[i]))
 
 
 def batches(dataset, workers, title):
