@@ -11,16 +11,15 @@ that a sentence about a small object finds that object in the image.
 Symbols for shapes:
     B pairs on this GPU     N pairs on all GPUs             V image views, 2 global, then the local ones
     P patches               T tokens of a text, padded      U captions, 2 global, then the local ones
-    W width of a tower      D width of the joint space      R rows of a sequence: T, P, or 1 + P with the class token
+    W width of a tower      D width of the joint space      R rows (tokens) of a sequence: T, P, or 1 + P
     Q query rows            H attention heads of width d    n sequences that go through a tower together
     s, p side of a view and of a patch, in pixels
-Names taken from the paper:
+The paper's names, as our sources give them:
     [cls], [eot]        the vector of an image view, from its class token; that of a caption, from its end token
     cls_t, eot_t        the teacher's vectors of the images and of the texts
     L_sym-nce           CLIP's loss: in a batch each vector must find its partner, in both directions (`match`)
     L_CLIP, L_COSMOS    one L_sym-nce, and the mean of four. Their sum is trained
-    C^T, C^I            the two cross-attention modules. C^T reads text, C^I an image; in h_I and h_T the letter names
-                        the reader. So C^T makes h_I:
+    C^T, C^I            the two cross-attention modules. C^T reads text and makes h_I; C^I reads an image and makes h_T:
 
     who asks            what it reads            module               result
     an image, its cls   words of caption 0       C^T = read_text      h_I, an image that has read text, Eq. 1
@@ -58,13 +57,13 @@ One training step, with the names used in the code below:
     teacher.update(student, momentum)                   # the paper's lambda, 0.999 at batch 1,024
 
 Read it beside Section 3 of the paper. Parts 2-4 are COSMOS: student, teacher, losses. You can skip part 5 unless you
-use several GPUs, because on one `gather` changes nothing. Parts 6-7 are CLIP's towers and transformer. If you know
+use several GPUs: on a single GPU `gather` changes nothing. Parts 6-7 are CLIP's towers and transformer. If you know
 them, read only class Tower: how views share a pass.
 
 We follow the released code (github.com/ExplainableML/cosmos): references such as `model.py:274` point into it, and "as
 released" means as in it. We did not have the paper's text, but sources about it, which docs/differences.md lists.
 There are three marks:
-    paper silent: our sources say nothing.      code≠paper: a source, which is named, contradicts the code.
+    paper silent: our sources do not mention it.        code≠paper: a source, which is named, contradicts the code.
     ours: we differ from the released code on purpose, or it has no counterpart.
 """
 import copy
@@ -101,7 +100,7 @@ class Config:
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's
     cross_heads: int = 8            # attention heads inside C^I and C^T; 0: no C^I and C^T
-    two_scales: bool = False        # without C^I and C^T: terms other than L_CLIP have their own scale anyway
+    two_scales: bool = False        # a second learned scale even without C^I and C^T, with which there always is one
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released COSMOS models use GELU
 
 
@@ -165,8 +164,8 @@ class COSMOS(nn.Module):
         self.has_two_scales = self.has_cross_attention or config.two_scales
         self.visual = VisionTower(config)
         self.text = TextTower(config)
-        initial_scale = math.log(1 / 0.07)                              # ln(1/temperature)
-        self.logit_scale = nn.Parameter(torch.tensor(initial_scale))    # L_CLIP
+        initial = math.log(1 / 0.07)                                    # all scales are learned as ln(1/temperature)
+        self.logit_scale = nn.Parameter(torch.tensor(initial))          # L_CLIP
         if self.has_cross_attention:
             # paper silent: tokens go through a linear map before Eq. 1-2 (model.py:285-287, 331, 436)
             self.image_map = nn.Linear(config.vision_width, D)
@@ -174,7 +173,7 @@ class COSMOS(nn.Module):
             self.read_image = CrossAttention(D, config.cross_heads)     # C^I
             self.read_text = CrossAttention(D, config.cross_heads)      # C^T
         if self.has_two_scales:     # paper silent: L_COSMOS has a scale of its own (model.py:274)
-            self.distill_logit_scale = nn.Parameter(torch.tensor(initial_scale))
+            self.distill_logit_scale = nn.Parameter(torch.tensor(initial))
 
     def forward(self, images, texts):
         """images: list of V (B, 3, s, s); texts: list of U (B, T) ids, or one tensor (U, B, T) -> Output."""
@@ -237,7 +236,7 @@ class COSMOS(nn.Module):
         eot, words = self.encode_text(ids)
         return self.read_image.weights(eot, patches), self.read_text.weights(cls, words)
 
-    def scales(self):
+    def log_scales(self):
         """The learned values of ln(1/temperature): that of L_CLIP, and that of L_COSMOS if it has its own."""
         if self.has_two_scales:
             return [self.logit_scale, self.distill_logit_scale]
@@ -246,7 +245,7 @@ class COSMOS(nn.Module):
     @torch.no_grad()
     def clamp_scales(self):
         """Clamp the learned scales (logarithms) to [0, ln 100] after each step, as released."""
-        for log_scale in self.scales():
+        for log_scale in self.log_scales():
             log_scale.clamp_(0, math.log(100))
 
 
@@ -266,7 +265,8 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, texts):
-        """The globals, lists of (B, 3, s, s) and (B, T) -> cls_t and eot_t, (2, B, D) each, of unit length."""
+        """The globals, lists of (B, 3, s, s) and (B, T) -> cls_t and eot_t, (2, B, D) each (as many as lists are long),
+        of unit length."""
         cls_t = torch.stack(self.model.visual(images))
         eot_t = torch.stack(self.model.text(texts))
         return unit(cls_t), unit(eot_t)
@@ -278,7 +278,7 @@ class Teacher(nn.Module):
         ours, paper silent: we call it after optimizer.step, as DINO does. The released code calls it before, and so
         averages the student of one step earlier (there train.py:185-193 comes before 213-221).
         """
-        # One lerp, that is one such move, for all parameters is faster than one for each.
+        # One call for all parameters is faster than one for each.
         torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - momentum)
 
 
@@ -303,7 +303,7 @@ def nce(queries, keys, scale):
     # A query's right answer is the number of its own pair among all N.
     first_pair = dist.get_rank() * B if has_other_ranks() else 0
     own_pair = torch.arange(first_pair, first_pair + B, device=queries.device)
-    return F.cross_entropy(logits.flatten(0, 2), own_pair.repeat(Vq * Vk))      # (Vq Vk B, N), pair by pair
+    return F.cross_entropy(logits.flatten(0, 2), own_pair.repeat(Vq * Vk))      # (Vq Vk B, N); own_pair repeats
 
 
 def match(a, b, scale):
@@ -361,9 +361,9 @@ def term_weights(names, clip_weight=1):
 
 
 def total_loss(student, out, cls_t, eot_t, method_terms=cosmos_terms, clip_weight=1):
-    """The loss of a step, L_CLIP + L_COSMOS -> scalar, and its terms by name, unweighted, which the log shows.
-    method_terms: cosmos_terms, or another function that returns the terms to add to L_CLIP, by name; train.py has
-    others. For CLIP alone it returns {}. clip_weight: 0 trains without L_CLIP."""
+    """-> the loss of a step, a scalar, L_CLIP + L_COSMOS; and {name: term}, unweighted, which the log shows.
+    method_terms: cosmos_terms, or another function that gives the terms to add to L_CLIP, by name. train.py has others;
+    that of CLIP alone gives {}. clip_weight: 0 trains without L_CLIP."""
     log_scale = student.distill_logit_scale if student.has_two_scales else student.logit_scale
     terms = {'clip': clip_loss(out, student.logit_scale.exp())}
     terms |= method_terms(out, cls_t, eot_t, log_scale.exp())
@@ -397,9 +397,9 @@ class AllGather(torch.autograd.Function):
     """(V, B, D) on every rank -> (V, N, D) on all of them; each gradient goes back to the rank that its vector came
     from. B is equal on all ranks.
 
-    ours: the gradient is exact. Each rank's loss is a mean over its B queries. The backward pass adds up the gradients
-    that all ranks have for a vector, and DDP then divides by the number of ranks, which gives the gradient of the mean
-    over all N. The released code's gradient is smaller, see docs/differences.md.
+    ours: the gradient is exact. Each rank's loss is a mean over its B queries, and gives every key a share of its
+    gradient. all_reduce sums the shares of all ranks, and DDP divides by the number of ranks: the gradient of the mean
+    over all N queries. The released code's gradient is smaller, see docs/differences.md.
     """
 
     @staticmethod
@@ -433,12 +433,12 @@ class Tower(nn.Module):
 
     def forward(self, views):
         """views: list of V (B, ...) -> list of V [cls] or [eot] (B, D). Neighbours of one size share a pass, so views
-        of sizes 224, 96, 96 and 96 take two."""
+        of sizes 224, 96, 96 and 96 take two (COSMOS.encode calls view 0 alone)."""
         vectors = []
         for _, neighbours in groupby(views, key=lambda view: view.shape):
             same_size = list(neighbours)
             sequences, row = self.embed(torch.cat(same_size))
-            picked = self.norm(self.transformer(sequences, row)[:, 0])  # (n, W)
+            picked = self.norm(self.transformer(sequences, row)[:, 0])  # (n, 1, W) -> (n, W)
             vectors += (picked @ self.proj).chunk(len(same_size))
         return vectors
 
@@ -602,8 +602,8 @@ class Attention(nn.MultiheadAttention):
         """
         q, k, v = self.project(query, context)
         if q.device.type in ('cpu', 'mps'):
-            # In bf16 on a CPU plain products are 2 to 7 times as fast as the kernels below (docs/measurements.md). On
-            # mps is_causal may let a row see later ones in half precision (pytorch#195910).
+            # On a CPU plain products take a half to a seventh of the kernels' time in bf16, but up to 1.7 times it in
+            # float32 (docs/measurements.md). On mps is_causal may let a row see later ones (pytorch#195910).
             x = attention_weights(q, k, self.mask(context, row)) @ v
         elif self.causal and row is None:       # the flash kernel takes no mask, but knows the causal one
             x = F.scaled_dot_product_attention(q, k, v, is_causal=True)

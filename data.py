@@ -1,10 +1,10 @@
 """From pairs to batches: text crops, image crops, the order of the pairs, and the batch itself.
 
 A pair is an image and a `pool`, all the sentences that describe the image. Both are cropped (Sec. 3.1 of the paper).
-Image crops are then flipped, recoloured or blurred at random, and normalised; the result is called a view.
+Image crops are flipped, recoloured or blurred at random, and normalised; the result is called a view.
 A text crop is one sentence of the pool, or up to five of them joined; here and in cosmos.py it is also called a
 caption. The student sees all views and captions. The teacher sees only the global ones: large crops, and captions of up
-to five sentences. Images and texts are cropped independently. So no boxes of objects are needed, but a local caption
+to five sentences. Images and texts are cropped independently. This needs no boxes of objects, but a local caption
 may describe what no local view shows.
 
 How a batch is made (TrainingSet and collate in the loader's workers, if any, Batch.views on the model's device):
@@ -82,7 +82,7 @@ class Kind(NamedTuple):
 
 
 def kinds_of_views(config, crop_min):
-    """One Kind for the first global view, one for the other globals, and one for the locals, as released: like DINO's,
+    """One Kind for the first global view, one for the other globals, and one for the locals, as released. As in DINO,
     the globals differ in blur and solarizing. crop_min: the smallest share of the image in a global view."""
     large = config.image_size
     small = config.local_image_size
@@ -97,9 +97,9 @@ CROPS_ONLY = dict(flip=0.0, jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)      #
 
 
 def draw_changes(kind, rng):
-    """The operations that change a view, {operation: strength}, in the released ranges. If you add an operation, draw it
-    from a generator of its own, seeded in TrainingSet.sample, because one more draw from `rng` would shift all later
-    draws, and so change every run."""
+    """The operations that change a view, {operation: strength}, in the released ranges. If you add an operation, give
+    it a generator of its own, seeded in TrainingSet.sample: another draw from `rng` would shift all later draws, and so
+    change every run."""
     changes = {}
     if rng.random() < kind.jitter:
         changes['brightness'] = rng.uniform(0.6, 1.4)     # a factor; 1 changes nothing
@@ -154,8 +154,8 @@ def image_crops(encoded, kinds, rng):
         crop = TF.resized_crop(pixels, y, x, h, w, [kind.size, kind.size], BICUBIC)
         if rng.random() < kind.flip:
             crop = crop.flip(-1)
-        # Decoded pixels, and so their crops, are interleaved in memory (RGBRGB). We separate the colours, because
-        # `recolour` is faster on whole planes.
+        # Decoded pixels are interleaved in memory (RGBRGB), and a crop of the whole image may still be. We separate the
+        # colours, because `recolour` is faster on whole planes.
         crops.append(crop.contiguous())
     return crops, boxes
 
@@ -188,7 +188,7 @@ class Sample(NamedTuple):
     bad_pairs: int = None               # how many unreadable pairs this one replaces
 
 
-MOST_UNREADABLE = 1000      # after this many in a row, the first and those drawn to replace it, the run stops
+MOST_UNREADABLE = 1000      # the run stops after so many failures in a row: a pair, and those drawn to replace it
 
 
 @dataclass
@@ -287,7 +287,7 @@ class Batch(NamedTuple):
     """What a training step needs from its B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
     change_tables: Changes  # the changes of all Samples, for each operation and view
-    texts: list             # U captions (B, T') int64 for the student, cut by collate to T' <= T
+    texts: list             # U captions (B, T') int64 for the student; globals and locals are each cut to a T' <= T
     teacher_texts: list     # the global captions (B, T') for the teacher
     bad_pairs: int          # how many unreadable pairs were replaced
 
@@ -323,9 +323,9 @@ def cut_to_longest(captions, multiple):
 
 
 def collate(samples, multiple, whole_first, global_texts=GLOBALS):
-    """Samples -> Batch. Globals are cut to the longest global of the batch, locals to the longest local; these lengths
-    are rounded up to a multiple of `multiple`, because 8 is faster in half precision. whole_first: the student's caption
-    0 keeps its padding, because C^T reads it."""
+    """Samples -> Batch. Globals are cut to the longest global of these samples, locals to the longest local. Both lengths
+    are rounded up to a multiple of `multiple`: 8 in half precision, where that is faster. whole_first: the student's
+    caption 0 keeps its padding, because C^T reads it."""
     crops = default_collate([sample.crops for sample in samples])       # B lists of V -> V (B, 3, s, s)
     change_tables = changes_of([sample.changes for sample in samples])
     ids = torch.stack([sample.ids for sample in samples], dim=1)        # (U, B, T)
@@ -341,8 +341,8 @@ def collate(samples, multiple, whole_first, global_texts=GLOBALS):
 
 
 def loader(train_set, order, workers, device, multiple, whole_first):
-    """An ordinary DataLoader that serves the batches of an Order, one after another. It pins memory only for a model
-    on a GPU, because pinning opens a context there."""
+    """An ordinary DataLoader that serves the batches of an Order, one after another. It pins memory only if the
+    model is on a GPU, because pinning creates a CUDA context."""
     make_batch = partial(collate, multiple=multiple, whole_first=whole_first,
                          global_texts=train_set.counts.global_texts)
     return DataLoader(train_set, batch_sampler=order, collate_fn=make_batch,

@@ -152,7 +152,7 @@ def embed_texts(model, tokenizer, texts):
 
 # --- 3. Retrieval ----------------------------------------------------------------------------------------------------
 
-# Cosines that differ by less count as equal. The same image, computed in another batch, differs by about 1e-8.
+# Cosines that differ by less count as equal. Those of one image, computed in other batches, differ by less than 1e-7.
 TIE = 1e-6
 
 
@@ -266,7 +266,7 @@ def classify(image_features, vectors, labels):
 
 # --- 5. Segmentation -------------------------------------------------------------------------------------------------
 
-LONGEST_SIDE = 2048         # of a scaled image, in pixels, as released
+LONGEST_SIDE = 2048         # of a scaled image, in pixels, as released, unless a window needs more
 
 
 def encode_dense(model, images, csa=False):
@@ -333,8 +333,8 @@ def segment_image(model, image, vectors, class_of_name, settings):
     short side, scale of the logits, area and probability of steps 2 and 3, and csa, as in encode_dense. The steps are
     those of clip_segmentor.py:113-276 of the released code:
         1. Each pixel takes its most probable class.
-        2. If settings.area is above 0, foreground classes that cover no more than this share of the foreground are
-           dropped, and each pixel chooses again.
+        2. If settings.area is above 0 (VOC21, which has a background), foreground classes that cover no more than this
+           share of the foreground are dropped, and each pixel chooses again.
         3. A pixel whose class is less probable than settings.probability becomes class 0, the background. (For sets
            without a background settings.probability is 0, so nothing changes.)
     """
@@ -364,8 +364,8 @@ def best_class(logits, shape, class_of_name, candidates):
 
     Example, for one pixel: logits 2, 3 and 1 of the names ape, monkey and ox, where ape and monkey are class 1, and ox
     is class 2. The best class is 1, by its name monkey, with probability e^3 / (e^2 + e^3 + e^1). With the candidates
-    {2} it is 2, with e^1 over the same sum. This goes through the names one by one, because 100 maps of 12 megapixels
-    would need 5 GB at once, and works on logarithms: probability = e^(highest - log_sum).
+    {2} it is 2, with e^1 over the same sum. We go through the names one by one, because 100 maps of 12 megapixels would
+    need 5 GB at once. We add up logarithms: probability = e^(highest - log_sum).
     """
     highest = logits.new_full(shape, -math.inf)              # of the candidates' logits so far
     log_sum = logits.new_full(shape, -math.inf)              # ln of the sum of e^logit so far
@@ -490,7 +490,7 @@ def execute(args):
     try:
         if args.json:       # before they are printed, because with `| head` printing may fail
             write_json(args.json, model.origin._asdict() | figures)
-    finally:                # the file may fail, too
+    finally:                # writing the file may fail as well
         show(figures)
 
 

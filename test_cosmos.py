@@ -69,7 +69,7 @@ def test_sizes_and_initial_values_are_the_released():
     visual = model.visual
     for p in visual.class_embedding, visual.positional_embedding, visual.proj:
         assert p.std().item() == pytest.approx(96 ** -0.5, rel=0.2)
-    for scale in model.scales():
+    for scale in model.log_scales():
         assert scale.item() == pytest.approx(math.log(1 / 0.07))
         for value, clamped in (9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0):
             scale.data.fill_(value)
@@ -180,7 +180,7 @@ def slow_loss(a, b, scale):
 def a_forward_pass(method):
     """(model, out, cls_t, eot_t). The scales differ, and the teacher's vectors are random."""
     model, images, texts = micro(method)
-    for k, scale in enumerate(model.scales(), 1):
+    for k, scale in enumerate(model.log_scales(), 1):
         scale.data.fill_(k)
     cls_t, eot_t = F.normalize(torch.randn(2, GLOBALS, 3, 16), dim=-1)
     return model, model(images, texts), cls_t, eot_t
@@ -191,7 +191,7 @@ def test_total_loss_of_each_method(method):
     """oracle: L_CLIP, and what the name of a term says, as loops. The scale is e; if there is a second, it is e^2."""
     model, out, cls_t, eot_t = a_forward_pass(method)
     vectors = out._asdict() | {'cls_t': cls_t, 'eot_t': eot_t}
-    second = math.e ** len(model.scales())
+    second = math.e ** len(model.log_scales())
     loss, terms = total_loss(model, out, cls_t, eot_t, train.METHODS[method].terms)
     clip, *added = terms
     expected = {clip: slow_loss(out.cls[:GLOBALS], out.eot, math.e)}

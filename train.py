@@ -60,7 +60,7 @@ class Run:
     processes: Processes
     train_set: data.TrainingSet     # has the model's Config and the tokenizer, too
     student: COSMOS
-    # What train_step calls: StudentInParts(student), which handles --accum; on several ranks DDP around that.
+    # What train_step calls: the student, wrapped for --accum and, on several ranks, in DDP.
     student_to_call: torch.nn.Module
     teacher: Teacher                # None if the method has none
     optimizer: torch.optim.Optimizer
@@ -105,17 +105,16 @@ def train_step(run, batch):
     lr = lr_at(run.step, options)
     for group in run.optimizer.param_groups:
         group['lr'] = lr
-    # V tensors (B, 3, s, s). The loader has cropped; the changes of colour that it drew are made here, on the device.
+    # V tensors (B, 3, s, s). The loader has cropped; the changes of colour, and the blur, are made here, on the device.
     images = batch.views(options.seed, run.step)
 
-    # The teacher sees the globals, without gradient, the student all views and captions. teacher_texts are the same
+    # The teacher sees the globals, without gradient; the student sees all views and captions. teacher_texts are the same
     # global captions, all cut; the student's caption 0 is whole if C^T reads it. The teacher runs first, while the
     # student holds no memory for its backward pass. With --accum the towers run in parts, but the loss sees the batch.
     cls_t = eot_t = None
     teacher_images = images if method.teacher_sees_locals else images[:GLOBALS]
-    # NB: autocast caches half-precision copies of the weights, and the gradients of all passes that use a copy are summed
-    # in it, in half precision. Without --accum these are the few passes of a tower. With --accum each part repeats them,
-    # and the longer sum would lose more, so the cache is off.
+    # NB: with autocast's cache all passes of a tower share one half-precision copy of a weight, and their gradients are
+    # summed in half precision. --accum multiplies the passes, and a longer sum loses more, so there the cache is off.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
                         cache_enabled=options.accum == 1):
         if method.has_teacher:
@@ -151,7 +150,7 @@ def train_step(run, batch):
 # Schedules are pure functions of `step`, the number of steps taken so far.
 
 def lr_at(step, options):
-    """Linear warm-up to the peak lr, then a cosine down to lr_end times the peak; lr_end is 0 in the released
+    """Linear warm-up to the peak lr, then a cosine towards lr_end times the peak; lr_end is 0 in the released
     recipe (scheduler.py:43-53)."""
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
@@ -163,7 +162,7 @@ def lr_at(step, options):
 def momentum_at(step, options):
     """The teacher's momentum lambda: --momentum, as in the paper's recipe, or with --momentum-ramp less in the first
     steps. With a fixed 0.995 the random initial weights would still make up 37 % of the teacher after 200 steps, a fifth
-    of a run of `tiny`. Its ramp of 10 would reach 0.995 only at step 1,990, so there the ramp alone decides."""
+    of a run of `tiny`. So `tiny` has a ramp of 10, which stays below 0.995 until step 1,990, past the end of its run."""
     taken = step + 1
     return min(options.momentum, taken / (taken + options.momentum_ramp))
 
@@ -195,7 +194,7 @@ def evaluate(run, val, watchers):
 class Due(NamedTuple):
     """What the loop does at the top of a turn, before it takes the next step."""
     last: bool          # all steps are taken: the run is complete
-    stop: bool          # a signal came: the run is saved (see `save`), so that it can be resumed, and ends
+    stop: bool          # a signal came: the run is saved, so that it can be resumed, and ends
     evaluate: bool
     log: bool
     save: bool
@@ -211,13 +210,14 @@ def due(run, progress):
     # Step 0 is a multiple, too, and shows what the networks know before this training.
     is_regular = options.val and is_multiple(run.step, options.eval_every)
     to_evaluate = is_last or (is_regular and not is_stopped)
-    # Step 1 shows early whether all is well. An evaluated step is logged, so that loss and scores share an entry, and so
-    # is the one before a stop, because it may be evaluated once the run goes on.
+    # Step 1 shows early whether all is well. An evaluated step has its loss and its scores in the log. A stopped run may
+    # evaluate this step when it goes on, and could not log it then.
     to_log = to_evaluate or is_stopped or run.step == 1 or is_multiple(run.step, options.log_every)
-    # All is saved before an evaluation, which takes long and may fail. A gradient that is not finite was not applied,
-    # but an earlier update may have spoiled the weights. So in the middle of a run the last good save then stands.
+    # An evaluation takes long and may fail, so all is saved before it.
     time_to_save = (is_stopped or to_evaluate or is_multiple(run.step, options.save_every)
                     or runs.is_overdue(run))
+    # progress.broken: the latest gradient was not finite. It was not applied, but an earlier update may have spoiled the
+    # weights. So in the middle of a run the last good save then stands.
     to_save = is_last or (time_to_save and not progress.broken)
     return Due(is_last, is_stopped, to_evaluate, to_log, to_save)
 
@@ -228,13 +228,13 @@ def is_multiple(step, every):
 
 
 def main(argv=None, watchers=(), built_in_set=None):
-    """Train until all steps are done or a signal comes, then end the process, with status 0 if all steps are done.
+    """Train until all steps are done, a signal comes or the run fails, then end the process; status 0: all are done.
 
-    watchers: see runs.Watcher. built_in_set(): draws the scenes of a run without --data, writes them as shards, and
-    returns their folder.
+    watchers: they add figures to an evaluation, or a page to the folder, see runs.Watcher. built_in_set(): draws the
+    scenes of a run without --data, writes them as shards, and returns their folder.
     """
     unsettled, typed = read_options(argv)
-    processes = Processes(unsettled['device'])          # from here on only rank 0 prints
+    processes = Processes(unsettled['device'])          # from here on only rank 0 writes to stdout
     run, val = set_up(unsettled, typed, processes, built_in_set)
     options = run.options
     runs.begin(run, val, watchers)
@@ -297,7 +297,7 @@ LAPTOP = {
     'local_crops': 2, 'local_captions': 2, 'vocab': 'learn'}
 
 # Used with --init, whatever the preset. The learning rate is small, because the weights are already trained. The
-# momentum has no ramp, because the teacher's towers start as a copy of these weights, so no random start has to fade.
+# momentum has no ramp, because the teacher's towers start as a copy of these weights: no random start has to fade.
 PRETRAINED = {'lr': 1e-5, 'wd': 0.1, 'momentum': 0.99, 'momentum_ramp': 0}
 
 
@@ -341,6 +341,7 @@ def terms_of(*names):
 
 def named_terms(names, out, cls_t, eot_t, scale):
     """As in cosmos_terms, each view of the student is compared with each of the teacher."""
+    # 'h_I_cls_t' has the query 'h_I' and the target 'cls_t'.
     queries = {name: name.removesuffix('_cls_t').removesuffix('_eot_t') for name in names}
     targets = {name: name.removeprefix(f'{queries[name]}_') for name in names}
     student = gather_used(out._asdict(), queries.values())
@@ -381,9 +382,9 @@ class Method(NamedTuple):
     student: type = COSMOS              # or a subclass
     train_set: type = data.TrainingSet  # or a subclass
 
-    def checked_terms(self, *vectors):
+    def checked_terms(self, *arguments):
         """What `terms` gives. Refused if the log has another value under one of its names."""
-        terms = self.terms(*vectors)
+        terms = self.terms(*arguments)
         taken = sorted(LOG_NAMES & terms.keys())
         need(not taken, f"a term is named {', '.join(taken)}, but the log has another value of that name; rename it in "
              'the `terms` of its method')
@@ -396,8 +397,8 @@ class Method(NamedTuple):
 # CLIP of Table 1, so they were probably trained on raw captions only (--caption-keys raw_caption).
 #
 # The last two rows are ours. no-cross-attention is Eq. 6 with cls and eot in place of h_I and h_T. across is Eq. 6
-# without the leak: h_T has read the image, so it could find cls_t by copying, and here eot must find it instead. h_I has
-# read the caption, so it could copy eot_t, and here cls must find it.
+# without the leak. h_T has read the image, and could find its cls_t by copying; h_I has read the caption, and could find
+# its eot_t. In these two terms the vectors that have read nothing take their places: eot for h_T, and cls for h_I.
 no, yes = False, True
 METHODS = {
     #                       global   least local   text   tea-  C^I

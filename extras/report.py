@@ -176,7 +176,7 @@ class Report(Watcher):
         """Keep the pairs as student and teacher see them after run.step steps, in float32."""
         raw, weights = read_batch(run.student, self.images, self.texts)
         vectors = {name: unit(raw[name]) for name in raw}
-        scales = [scale.exp() for scale in run.student.scales()]
+        scales = [scale.exp() for scale in run.student.log_scales()]
         figures = {'clip': figures_of(vectors['cls'][:GLOBALS], vectors['eot'], scales[0])}
         if run.teacher:
             seen = self.images if run.method.teacher_sees_locals else self.images[:GLOBALS]

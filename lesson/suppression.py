@@ -232,9 +232,9 @@ def losses_of(student, cls, eot, patches, words, cls_t, eot_t):
     -> {loss: its share of ln B, which is what guessing costs}."""
     h_I, h_T = student.read(cls, eot, patches, words)
     out = Output(unit(cls), unit(eot), unit(h_I), unit(h_T))
-    scale, distill_scale = student.scales()
-    losses = {'L_CLIP': clip_loss(out, scale.exp())}
-    losses |= cosmos_terms(out, cls_t, eot_t, distill_scale.exp())
+    log_scale, distill_log_scale = student.log_scales()
+    losses = {'L_CLIP': clip_loss(out, log_scale.exp())}
+    losses |= cosmos_terms(out, cls_t, eot_t, distill_log_scale.exp())
     guess = log(len(patches))
     return {name: loss.item() / guess for name, loss in losses.items()}
 
