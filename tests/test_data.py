@@ -177,7 +177,7 @@ RELEASED = [  # torchvision's function; the released probability for each kind o
 @pytest.mark.parametrize('name, function, shares, low, high', RELEASED)
 def test_each_colour_operation_is_the_released(monkeypatch, name, function, shares, low, high):
     """oracle: torchvision's own function, image by image; other images stay as they are, bit for bit. 5,000 draws have
-    the released probabilities, and the mean of the released range."""
+    the released probabilities, and the mean and the spread of the released range."""
     images = torch.randint(0, 256, (12, 3, 20, 24), dtype=torch.uint8)
     images[0] = 77                                                      # grey
     images[1, 1:] = 0                                                   # red
@@ -199,6 +199,7 @@ def test_each_colour_operation_is_the_released(monkeypatch, name, function, shar
         assert len(values) / 5000 == pytest.approx(share, abs=0.03)
         if share:
             assert np.mean(values) == pytest.approx((low + high) / 2, abs=0.05 * (high - low))
+            assert np.std(values) == pytest.approx((high - low) / 12 ** 0.5, abs=0.05 * (high - low))     # of a uniform
 
 
 def test_jitters_come_in_the_order_of_the_step():
