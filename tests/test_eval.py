@@ -91,6 +91,8 @@ def test_retrieval_by_hand():
     assert (evaluation.target_ranks(images, vectors, torch.zeros(300), torch.arange(10)) > 1).all()
     one = unit(torch.randn(1, 512)).expand(65, -1) + 1e-8 * torch.randn(65, 512)        # one picture in several batches
     assert (evaluation.target_ranks(one, one, torch.arange(65), torch.arange(65)) == 65).all()
+    near = unit(torch.tensor([[1, 0], [1, 0.01]]))      # 5e-5 behind is behind
+    assert evaluation.target_ranks(near[:1], near, torch.arange(1), torch.arange(2)).tolist() == [1]
     ids = torch.arange(30) % 10
     features = torch.full((30, 6), math.nan)            # must not look perfect
     assert evaluation.target_ranks(features, features, ids, ids).tolist() == [28] * 30
@@ -166,7 +168,7 @@ def test_correlative_attention_is_two_of_torchs():
 
 
 def test_segmentation_by_hand(monkeypatch):
-    """oracle: six pixels worked out by pencil. Once the short side sets the size, once the limit on the long one."""
+    """oracle: six pixels worked out by pencil. The short side sets the size, or the limit on the long one, or a window."""
     # names: ground | ape, monkey | ox. Softmax at scale ln 3 and cosines 0 or 1: one name at 1 of 4 gets 3/6.
     scores = torch.eye(4)[[0, 1, 2, 2, 3, 1]]
     scores[5, 2] = scores[1, 3] = 1                     # ape and monkey; ape and ox, of which the first counts
@@ -178,13 +180,13 @@ def test_segmentation_by_hand(monkeypatch):
     monkeypatch.setattr(evaluation, 'window_scores', window_scores)
     assert evaluation.LONGEST_SIDE == 2048              # as released
     monkeypatch.setattr(evaluation, 'LONGEST_SIDE', 6)
-    for size, changes, expected in (
-            (4, {}, [0, 1, 1, 1, 2, 1]),                                # monkey is ape
-            (4, {'probability': 0.4}, [0, 0, 1, 1, 2, 0]),              # two names share: 3/8 each
-            (4, {'area': 0.2}, [0, 1, 1, 1, 0, 1]),                     # ox has 1 of 5 foreground pixels
-            (9, {'area': 0.19}, [0, 1, 1, 1, 2, 1])):
+    for size, window, changes, expected in (
+            (4, 2, {}, [0, 1, 1, 1, 2, 1]),                                # monkey is ape
+            (4, 2, {'probability': 0.4}, [0, 0, 1, 1, 2, 0]),              # two names share: 3/8 each
+            (2, 4, {'area': 0.2}, [0, 1, 1, 1, 0, 1]),                     # ox has 1 of 5 foreground pixels
+            (9, 2, {'area': 0.19}, [0, 1, 1, 1, 2, 1])):
         settings = benchmarks.Settings(size, scale=math.log(3), **changes)
-        model = SimpleNamespace(config=SimpleNamespace(image_size=2))
+        model = SimpleNamespace(config=SimpleNamespace(image_size=window))
         found = evaluation.segment_image(model, Image.new('RGB', (3, 2)), scores, [0, 1, 1, 2], settings).flatten()
         assert found.tolist() == expected
     truth = torch.tensor([0, 1, 1, 255, 3, 0])
