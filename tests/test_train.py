@@ -616,17 +616,19 @@ def test_compiled_blocks_of_a_gpu_have_one_cpu_thread(monkeypatch):
 # --- What a run leaves -----------------------------------------------------------------------------------------------
 
 def test_log_entry_by_hand(started, tmp_path, capsys):
-    """oracle: by hand. Four orthogonal embeddings have a spread of the root of 3/4; three of four are exchanged. Four
-    of six steps are left. Then all counts begin anew. A step that overflows in fp16 is not yet a broken one."""
+    """oracle: by hand. Four orthogonal embeddings have a spread of the root of 3/4. Of the teacher's, three of four are
+    exchanged. Image 2 alone finds its caption, captions 0 and 2 their images. Four of six steps are left. Then all counts begin anew. A step that overflows in fp16 is not yet a broken one."""
     begun = started(tmp_path)
     begun.step = 2
     orthogonal = torch.eye(4, 6)[None]
     exchanged = orthogonal[:, [1, 2, 0, 3]]
-    out = Output(orthogonal, exchanged)
+    captions = torch.stack([orthogonal[:, 0], 3 * orthogonal[:, 0], orthogonal[:, 2], orthogonal[:, 1]], dim=1)
+    out = Output(orthogonal, captions)
     step = train.StepResult(out, exchanged, 3.5, {'clip': 0.5, 'mine': 3.0}, torch.ones(()), True, 0.1, 0.9)
     progress = Progress(step, steps=3, seconds=2, waited=1, flops=4e12)
     found = log_entry(begun, progress)
-    wanted = {'spread': 0.75 ** 0.5, 'accuracy': 0.25, 'cosine': 0.25, 'mine': 3, 'pairs_per_s': 6, 'TFLOP_per_s': 6, 'waiting': 0.5}
+    wanted = {'spread': 0.75 ** 0.5, 'accuracy': 0.25, 'cosine': 0.25, 'mine': 3,
+              'pairs_per_s': 6, 'TFLOP_per_s': 6, 'waiting': 0.5}
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
     print_entry(found, begun.options)
     line = 'step 2  loss 3.500  clip 0.500  accuracy 25%  lr 1.0e-01  6 pairs/s  6 TFLOP/s  0:00:02 left\n'
