@@ -53,7 +53,7 @@ def folder_set(folder, preprocess):
     classes = source.classes
     halves = [name for name in classes if name.lower() in ('train', 'val', 'valid', 'validation', 'test')]
     need(len(halves) < min(2, len(classes)),
-         f"{folder} holds the halves {', '.join(halves)}, which are no classes; give one of them, as {folder}/{halves[-1:]}")
+         f"{folder} holds the halves {', '.join(halves)}, which are no classes; give one of them as --folder")
     is_numbered = all(name.isdecimal() for name in classes)
     need(not is_numbered or classes == sorted(classes, key=int),
          f'the folders of {folder} are numbered, but 10 comes before 2; add leading zeros')
@@ -185,8 +185,8 @@ def mask_pairs(images, masks, image_suffix, mask_suffix, listing=None):
     png_paths = [path for path in images_in(masks) if path.suffix.lower() == '.png']
     mask_paths = by_stem(png_paths, mask_suffix)
     stems = read_lines(listing) if listing else list(mask_paths)
-    twice = [stem for stem in stems if stems.count(stem) > 1]
-    need(not twice, f'{listing} names {twice[:1]} more than once; each image is scored once, so leave one line')
+    twice = {stem for stem in stems if stems.count(stem) > 1}
+    need(not twice, f"{listing} names more than once {', '.join(sorted(twice))}; leave one line of each")
     need(stems, f"{masks} has no mask '*{mask_suffix}.png'; see --mask-suffix")
     for stem in stems:
         need(stem in image_paths, f'{images} has no image {stem}{image_suffix}; see --image-suffix')

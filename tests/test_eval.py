@@ -467,7 +467,7 @@ WRONG = {               # a command: what its sentence must say
     'classify last.pt --folder numbered --classes commas': 'commas has 2 names for 1 classes; give one line',
     'classify last.pt --folder numbered': 'classes are called n01440764 and the like; .*--classes',
     'classify last.pt --folder halves': r"halves holds the halves train, validation, which are no classes; give one of them",
-    'segment last.pt --images images --masks ignored --classes blank2 --list same': "same names .'0'. more than once",
+    'segment last.pt --images images --masks ignored --classes blank2 --list same': 'same names more than once 0; leave one',
     'classify last.pt --folder counted': 'counted are numbered, .*leading zeros',
     'segment last.pt --images images --masks colour --classes blank2': 'colour/0.png is in colour; save class numbers',
     'segment last.pt --images images --masks torn --classes blank2': 'torn/0.png cannot be read as an image',
