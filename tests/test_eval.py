@@ -411,6 +411,7 @@ def test_classify_of_every_source(gallery):
     put('prompts', 'my {}\n\n{}!')
     put('names', 'banded\n woven\n\n')                # a blank line at the end is none
     both = embed(*gallery.scored, 'my banded', 'my woven') + embed(*gallery.scored, 'banded!', 'woven!')
+    close(evaluation.class_vectors(*gallery.scored, ['banded', 'woven'], ['my {}', '{}!']), unit(both))
     wanted = evaluation.classify(gallery.features, unit(both), torch.tensor([0, 1, 1]))
     wanted |= {'prompts': 'my {} | {}!', 'names': ['banded', 'woven']}
     for source, split in (('--dataset DTD --root . --classes names', 'test'),
