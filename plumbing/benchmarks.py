@@ -108,8 +108,9 @@ def read_synonyms(path):
 
 
 def check_names(names):
-    """Classes of the same name would tie, which counts against the model."""
-    twice = {name for name in names if names.count(name) > 1}
+    """Classes of the same name would tie, which counts against the model. The tokenizer lowers case."""
+    lowered = [name.lower() for name in names]
+    twice = {name for name in lowered if lowered.count(name) > 1}
     need(not twice, f"several classes have the same name, and would tie: {', '.join(sorted(twice))}; "
          'give each its own name in the file of --classes (for ImageNet: --classes open_clip)')
 
