@@ -245,7 +245,7 @@ def check_resumed(saved, options, shards):
     wrong = [changed.pop(name) for name in FIXED if name in changed]
     if saved['data'] != shards.fingerprint[:8]:
         wrong.append('--data were other shards')
-    if bool(saved['options']['init']) != bool(options.init):
+    if saved['options']['init'] != options.init:        # otherwise config.json would name weights that were not used
         wrong.append(f"--init was {saved['options']['init']}, is now {options.init}")
     if saved['globals'] != GLOBALS:
         wrong.append(f"GLOBALS was {saved['globals']}, is now {GLOBALS}")
