@@ -2,6 +2,7 @@
 import glob
 import hashlib
 import io
+import math
 import os
 import re
 import tarfile
@@ -204,6 +205,7 @@ def tar_members(path):
     """
     length = os.path.getsize(path)
     end = 0                             # of what could be read
+    holes = 0                           # how many bytes between members tarfile stepped over
     is_whole = False
     try:
         # Without a buffer, because it would be filled anew for each header of 512 bytes, on Lustre with 4 MB.
@@ -212,13 +214,21 @@ def tar_members(path):
                 # A negative size would send tarfile back again and again. The other member is cut off.
                 if member.size < 0 or member.offset_data + member.size > length:
                     break
+                if member.offset > end:         # between tars that were joined by `cat` there are a few kB of zeros
+                    file.seek(end)
+                    skipped = file.read(member.offset - end)
+                    if any(skipped) or len(skipped) > 2 * tarfile.RECORDSIZE:
+                        holes += len(skipped)
                 yield member
-                end = member.offset_data + member.size
+                blocks = math.ceil(member.size / tarfile.BLOCKSIZE)
+                end = member.offset_data + blocks * tarfile.BLOCKSIZE
             is_whole = tar.offset == length             # else reading has stopped before the end
     except OSError as error:            # of the disk, or a lack of permission
         raise Refused(f'{path} cannot be read ({error}); mend that, or leave it out') from None
     except Exception:                   # tarfile raises many kinds for a header that it cannot read
         pass
+    if holes:
+        warn(f'{path} is damaged: {holes:,} bytes between its members cannot be read, and their pairs are left out')
     if not is_whole:
         warn(f'{path} is damaged after byte {end:,}, or is not a tar; only what could be read is used')
 

@@ -32,7 +32,7 @@ from data import Counts, TrainingSet, Shards, Tokenizer
 from plumbing import processes, runs, tokenizer
 from plumbing.captions import caption_pool, record_of, sentences
 from plumbing.images import decode, read_header, load_image
-from plumbing.shards import find_shards
+from plumbing.shards import find_shards, tar_members, write_shard
 from plumbing.tables import rows_of_json
 from tests.helpers import MICRO, ROOT, dog_tar, encoded, pairs_tar, put, refused, run, shared, write_tar
 
@@ -293,6 +293,18 @@ def test_damaged_shards_give_what_tarfile_reads(tmp_path, capsys):
     path.write_bytes(raw[:600])                         # the first member is cut off
     refused('no readable tar', Shards, path)
     assert 'a.tar is damaged after byte 0, or is not a tar; only what could be read is used' in capsys.readouterr().err
+
+
+def test_a_hole_in_a_tar_is_said(tmp_path, capsys):
+    """oracle: one byte of a header in the middle, after which tarfile goes on with the next member."""
+    path = put(tmp_path / 'a.tar', b'')
+    members = [(f'{i}.{kind}', b'x' * 700) for i in range(4) for kind in ('jpg', 'txt')]
+    write_shard(path, members)
+    assert len(list(tar_members(path))) == 8 and not capsys.readouterr().err
+    data = path.read_bytes()
+    put(path, data.replace(b'2.jpg', b'3.jpg'))
+    assert len(list(tar_members(path))) == 7
+    assert 'is damaged: 1,536 bytes between its members' in capsys.readouterr().err
 
 
 def test_a_pair_costs_its_bytes(tmp_path, monkeypatch):
