@@ -287,7 +287,7 @@ class Batch(NamedTuple):
     """What a training step needs from its B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
     change_tables: Changes  # the changes of all Samples, for each operation and view
-    texts: list             # U captions (B, T') int64 for the student; globals and locals are each cut to a T' <= T
+    texts: list             # U captions (B, T') int64 for the student; cut to T' <= T, but caption 0 is whole if C^T reads it
     teacher_texts: list     # the global captions (B, T') for the teacher
     bad_pairs: int          # how many unreadable pairs were replaced
 

@@ -194,7 +194,7 @@ def evaluate(run, val, watchers):
 class Due(NamedTuple):
     """What the loop does at the top of a turn, before it takes the next step."""
     last: bool          # all steps are taken: the run is complete
-    stop: bool          # a signal came: the run is saved, so that it can be resumed, and ends
+    stop: bool          # a signal came: the run ends; it is saved, unless its latest gradient was not finite
     evaluate: bool
     log: bool
     save: bool
@@ -210,7 +210,7 @@ def due(run, progress):
     # Step 0 is a multiple, too, and shows what the networks know before this training.
     is_regular = options.val and is_multiple(run.step, options.eval_every)
     to_evaluate = is_last or (is_regular and not is_stopped)
-    # Step 1 shows early whether all is well. An evaluated step has its loss and its scores in the log. A stopped run may
+    # Step 1 shows early whether all is well. An evaluated step but 0 has its loss and its scores in the log. A stopped run may
     # evaluate this step when it goes on, and could not log it then.
     to_log = to_evaluate or is_stopped or run.step == 1 or is_multiple(run.step, options.log_every)
     # An evaluation takes long and may fail, so all is saved before it.
