@@ -100,7 +100,7 @@ class Config:
     context_length: int = 77        # T of a caption at full length
     vocab_size: int = 49408         # CLIP's
     cross_heads: int = 8            # attention heads inside C^I and C^T; 0: no C^I and C^T
-    two_scales: bool = False        # a second learned scale even without C^I and C^T, with which there always is one
+    two_scales: bool = False        # L_COSMOS has its own scale also without C^I and C^T; with them it always has
     quick_gelu: bool = False        # the activation of OpenAI's CLIP; the released COSMOS models use GELU
 
 
@@ -185,7 +185,7 @@ class COSMOS(nn.Module):
 
     def encode(self, images, texts):
         """Images and texts as in `forward` -> cls (V, B, D), eot (U, B, D), and the keys and values of cross-attention:
-        patches (B, P, D) of view 0 and words (B, T, D) of caption 0; both are None in a model without it. All are
+        patches (B, P, D) of view 0 and words (B, T, D) of caption 0; both None without cross-attention. All are
         unnormalised.
 
         code≠paper: two walk-throughs of the paper say that keys and values come from all global views; in the released
@@ -265,8 +265,8 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, texts):
-        """The globals, lists of (B, 3, s, s) and (B, T) -> cls_t and eot_t, (2, B, D) each (as many as lists are long),
-        of unit length."""
+        """The globals, lists of (B, 3, s, s) and (B, T) -> cls_t and eot_t, (2, B, D) each, of unit length; with one
+        caption eot_t is (1, B, D)."""
         cls_t = torch.stack(self.model.visual(images))
         eot_t = torch.stack(self.model.text(texts))
         return unit(cls_t), unit(eot_t)
@@ -602,8 +602,8 @@ class Attention(nn.MultiheadAttention):
         """
         q, k, v = self.project(query, context)
         if q.device.type in ('cpu', 'mps'):
-            # On a CPU plain products take a half to a seventh of the kernels' time in bf16, but up to 1.7 times it in
-            # float32 (docs/measurements.md). On mps is_causal may let a row see later ones (pytorch#195910).
+            # In bf16 on a CPU plain products are 2 to 7 times as fast as the kernels below, in float32 they are no faster
+            # (docs/measurements.md). On mps is_causal may let a row see later ones in half precision (pytorch#195910).
             x = attention_weights(q, k, self.mask(context, row)) @ v
         elif self.causal and row is None:       # the flash kernel takes no mask, but knows the causal one
             x = F.scaled_dot_product_attention(q, k, v, is_causal=True)

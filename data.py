@@ -140,8 +140,8 @@ def image_crops(encoded, kinds, rng):
     image, turn, (height, width) = read_header(encoded)
     boxes = draw_boxes(height, width, kinds, rng)
     # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides, and one decoding serves all views. But this
-    # must not make a crop smaller than its view. A box of 200 x 200 pixels for a view of 96 x 96 lets the image shrink
-    # by 200 / 96 = 2.08, so 1/2 is allowed. The strictest view decides.
+    # must not make a crop smaller than its view. With a box of 200 x 200 pixels for a view of 96 x 96 the sides may
+    # be divided by up to 200 / 96 = 2.08, so 1/2 is allowed. The strictest view decides.
     allowed = []                    # by what factor the image may shrink, for each view
     for (_, _, h, w), kind in zip(boxes, kinds):
         allowed.append(min(h, w) / kind.size)
@@ -287,7 +287,7 @@ class Batch(NamedTuple):
     """What a training step needs from its B pairs."""
     crops: list             # V image crops (B, 3, s, s) uint8
     change_tables: Changes  # the changes of all Samples, for each operation and view
-    texts: list             # U captions (B, T') int64 for the student; cut to T' <= T, but caption 0 is whole if C^T reads it
+    texts: list             # U captions (B, T') int64 for the student, T' <= T: cut, except caption 0 if C^T reads it
     teacher_texts: list     # the global captions (B, T') for the teacher
     bad_pairs: int          # how many unreadable pairs were replaced
 

@@ -163,7 +163,7 @@ def target_ranks(queries, targets, query_ids, target_ids, chunk=1024):
     A tie counts against the model: a wrong target that is less than TIE behind the right one is ranked before it.
     Otherwise a model whose features are all the same would look perfect. Arguments and result are on one device.
     """
-    targets = targets.double()      # in float64 the product adds no error but the last rounding
+    targets = targets.double()      # in float64, so that only the rounding to float32 below adds an error
     found = []
     for rows in torch.arange(len(queries)).split(chunk):            # never the whole n x m matrix
         scores = (queries[rows].double() @ targets.T).float()       # (chunk, m)
@@ -364,8 +364,8 @@ def best_class(logits, shape, class_of_name, candidates):
 
     Example, for one pixel: logits 2, 3 and 1 of the names ape, monkey and ox, where ape and monkey are class 1, and ox
     is class 2. The best class is 1, by its name monkey, with probability e^3 / (e^2 + e^3 + e^1). With the candidates
-    {2} it is 2, with e^1 over the same sum. We go through the names one by one, because 100 maps of 12 megapixels would
-    need 5 GB at once. We add up logarithms: probability = e^(highest - log_sum).
+    {2} it is 2, with e^1 over the same sum, that of all names. We go through the names one by one, because 100 maps of
+    12 megapixels would need 5 GB at once. We add up logarithms: probability = e^(highest - log_sum).
     """
     highest = logits.new_full(shape, -math.inf)              # of the candidates' logits so far
     log_sum = logits.new_full(shape, -math.inf)              # ln of the sum of e^logit so far

@@ -162,7 +162,7 @@ def lr_at(step, options):
 def momentum_at(step, options):
     """The teacher's momentum lambda: --momentum, as in the paper's recipe, or with --momentum-ramp less in the first
     steps. With a fixed 0.995 the random initial weights would still make up 37 % of the teacher after 200 steps, a fifth
-    of a run of `tiny`. So `tiny` has a ramp of 10, which stays below 0.995 until step 1,990, past the end of its run."""
+    of a run of `tiny`. So `tiny` has a ramp of 10, which reaches 0.995 only at the 1,990th step, past the end of its run."""
     taken = step + 1
     return min(options.momentum, taken / (taken + options.momentum_ramp))
 
@@ -210,14 +210,14 @@ def due(run, progress):
     # Step 0 is a multiple, too, and shows what the networks know before this training.
     is_regular = options.val and is_multiple(run.step, options.eval_every)
     to_evaluate = is_last or (is_regular and not is_stopped)
-    # Step 1 shows early whether all is well. An evaluated step but 0 has its loss and its scores in the log. A stopped run may
-    # evaluate this step when it goes on, and could not log it then.
+    # Step 1 shows early whether all is well. An evaluated step has its loss in the log, too, except step 0. So does the
+    # step before a stop, because it may be evaluated when the run goes on, which then does not know the loss any more.
     to_log = to_evaluate or is_stopped or run.step == 1 or is_multiple(run.step, options.log_every)
     # An evaluation takes long and may fail, so all is saved before it.
     time_to_save = (is_stopped or to_evaluate or is_multiple(run.step, options.save_every)
                     or runs.is_overdue(run))
     # progress.broken: the latest gradient was not finite. It was not applied, but an earlier update may have spoiled the
-    # weights. So in the middle of a run the last good save then stands.
+    # weights. So we keep the last good save, except at the end of the run.
     to_save = is_last or (time_to_save and not progress.broken)
     return Due(is_last, is_stopped, to_evaluate, to_log, to_save)
 
@@ -253,7 +253,7 @@ def main(argv=None, watchers=(), built_in_set=None):
                 runs.save(run)
             if now.evaluate:
                 figures = evaluate(run, val, watchers)
-                runs.write_log(run, entry | {'step': run.step, 'eval': figures}, watchers)
+                runs.write_log(run, entry | {'step': run.step, 'eval': figures}, watchers)     # joins that line
             if now.last or now.stop:                    # here the last turn ends
                 break
 
@@ -398,7 +398,7 @@ class Method(NamedTuple):
 #
 # The last two rows are ours. no-cross-attention is Eq. 6 with cls and eot in place of h_I and h_T. across is Eq. 6
 # without the leak. h_T has read the image, and could find its cls_t by copying; h_I has read the caption, and could find
-# its eot_t. In these two terms the vectors that have read nothing take their places: eot for h_T, and cls for h_I.
+# its eot_t. In these two terms `across` has the vectors that have read nothing: eot for h_T, and cls for h_I.
 no, yes = False, True
 METHODS = {
     #                       global   least local   text   tea-  C^I

@@ -7,7 +7,7 @@ open_clip has no tokenizer for merges that were learned; use the one that eval.l
 from pathlib import Path
 
 from eval import load
-from plumbing.errors import command, need
+from plumbing.errors import command, need, warn
 from plumbing.files import save_tensors, write_json
 from plumbing.options import Parser
 from plumbing.weights import to_openclip
@@ -33,7 +33,10 @@ def export(checkpoint, out):
     need(path != layout, f'{path} is where the config goes; call the weights {path.stem}.pt')
     need(not path.exists() and not layout.exists(), f'{path} or {layout} exists; name another file')
     model, _, _ = load(checkpoint)
-    write_json(layout, openclip_config(model.config))
+    c = model.config
+    if c.vision_width != 64 * c.vision_heads or c.text_width != 64 * c.text_heads:
+        warn(f'its heads are not 64 wide, so eval.py and --init would read {path} wrongly; give them {checkpoint}')
+    write_json(layout, openclip_config(c))
     state = model.state_dict()
     towers = {name: state[name] for name in state if name.startswith(OPENCLIP_HAS)}
     save_tensors(path, to_openclip(towers))

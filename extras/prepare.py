@@ -121,20 +121,23 @@ def packed(side, images, number, problems):
 # --- 2. DreamLIP's captions onto img2dataset's shards ----------------------------------------------------------------
 
 def read_captions(table):
-    """DreamLIP's CSV -> a database with the captions of each URL, as sentences. The first row of a URL that has captions
-    counts. Rows without a URL or without captions are counted, and said."""
+    """DreamLIP's CSV -> a database with the captions of each URL. The first row of a URL that has captions counts. Rows
+    that are not used are counted, and said."""
     csv.field_size_limit(1 << 24)       # Python's own limit of 131,072 characters may be too low
     database = sqlite3.connect('')      # a temporary file: the table may be larger than memory
     database.execute('create table captions (url primary key, record)')
+    key_of = {key.lower(): key for key in DREAMLIP}
+    used = set()                        # columns
     without = Counter()
     with reading(table), open(table, encoding='utf-8-sig', newline='') as file:
         for row in progress_bar(table_rows(file, table), 'reading the table'):
             url = (row[url_column(row, table)] or '').strip()
             record = {}
-            for key in DREAMLIP:
-                found = sentences(row.get(key))
-                if found:
-                    record[key] = found
+            for name, text in row.items():
+                key = key_of.get(name.lower())
+                if key and sentences(text):
+                    record[key] = text
+                    used.add(name)
             if not url:
                 without['a URL'] += 1
             elif None in row.values():
@@ -142,8 +145,10 @@ def read_captions(table):
             elif not record:
                 without['captions'] += 1
             else:
-                database.execute('insert or ignore into captions values (?, ?)',
-                                 (url, json.dumps(record)))
+                done = database.execute('insert or ignore into captions values (?, ?)', (url, json.dumps(record)))
+                if not done.rowcount:
+                    without['a URL of their own'] += 1
+    print(f"captions   from the columns {', '.join(sorted(used))} of {table}")
     for what, rows in without.items():
         print(f'note       {rows:,} rows of {table} have not {what}, and are not used')
     return database

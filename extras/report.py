@@ -32,7 +32,7 @@ from cosmos import COSMOS, GLOBALS, CrossAttention, Gathered, Teacher, match, nc
 from data import normalize, text_crops
 from plumbing.colours import AFTER_JITTERS, JITTERS, changes_of, recolour
 from plumbing.errors import Refused, Unreadable, command, need
-from plumbing.files import drop_torn_line, read_json, read_lines, replacing
+from plumbing.files import drop_lost_lines, read_json, read_lines, replacing
 from plumbing.images import load_image
 from plumbing.options import Parser
 from plumbing.runs import Watcher
@@ -150,7 +150,7 @@ class Report(Watcher):
         """Keep what is known before the first step: the pairs of the step, and how the run was started."""
         if run.step == 0:                   # an earlier start may have ended before its first checkpoint
             Path(run.folder, MAPS).unlink(missing_ok=True)
-        drop_torn_line(Path(run.folder, MAPS))
+        drop_lost_lines(Path(run.folder, MAPS), run.step)
         device = run.processes.device
         pairs, images, ids = read_pairs(run.train_set)
         self.images = [normalize(view).to(device) for view in images]       # V of (B, 3, s, s)

@@ -81,10 +81,10 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
         # local. Only the student's caption 0 stays whole, because cross-attention reads its padding, too.
         samples = [train_set[place] for place in places]
         inputs = collate(samples, multiple, whole_first=True).to(device)
-        images = inputs.views(seed, step)               # V (B, 3, s, s); 'crops' has no jitters to order by seed
+        images = inputs.views(seed, step)               # V (B, 3, s, s); seed and step would order jitters
         texts = inputs.texts                            # U tensors (B, T) of different T
 
-        # The student sees all views and captions, the teacher only the globals, with caption 0 cut, too.
+        # The student sees all views and captions, the teacher only the globals; its caption 0 is cut, too.
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = student(images, texts)
             cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)

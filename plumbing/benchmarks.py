@@ -2,6 +2,7 @@
 Prompts and the released settings of eight segmentation sets are here, too. The measures are in eval.py."""
 import inspect
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +55,7 @@ def folder_set(folder, preprocess):
     halves = [name for name in classes if name.lower() in ('train', 'val', 'valid', 'validation', 'test')]
     need(len(halves) < min(2, len(classes)),
          f"{folder} holds the halves {', '.join(halves)}, which are no classes; give one of them as --folder")
+    need(not classes[0].startswith('.'), f'{folder} holds the hidden folder {classes[0]}, which is no class; remove it')
     is_numbered = all(name.isdecimal() for name in classes)
     need(not is_numbered or classes == sorted(classes, key=int),
          f'the folders of {folder} are numbered, but 10 comes before 2; add leading zeros')
@@ -157,7 +159,11 @@ IGNORE = 255                            # pixels of a mask that have this value 
 def read_mask(path, classes, reduce_zero_label):
     """A PNG of class numbers, grey or palette -> (h, w) int64; unscored pixels are IGNORE."""
     with pillow_errors(path):
-        values = np.array(open_image(path), np.int64)       # of a palette image the numbers, not the colours
+        mask = open_image(path)
+        depth = Path(path).read_bytes()[24]                 # bits of a value, by the header of a PNG
+        need(mask.mode != 'L' or mask.format != 'PNG' or depth == 8,
+             f'it is grey of {depth} bits, which Pillow would scale; save it with 8')
+        values = np.array(mask, np.int64)                   # of a palette image the numbers, not the colours
     need(values.ndim == 2, f'mask {path} is in colour; save class numbers, grey or with a palette')
     label = values[values != IGNORE].max(initial=0)
     most = classes if reduce_zero_label else classes - 1

@@ -42,13 +42,14 @@ def write_json(path, value):
         temporary.write_text(json.dumps(value, indent=1))
 
 
-def drop_torn_line(path):
-    """Cut off what a crash has left of the last line, if the file is there, because what is appended would stand behind
-    it on one line."""
+def drop_lost_lines(path, step):
+    """Of a file of JSON lines, if it is there, keep those up to this step, from which a run goes on. A crash may leave
+    lines of steps that are lost, and a torn line, behind which the next one would stand."""
     if path.exists():
-        with open(path, 'rb+') as file:
-            whole = file.read().rfind(b'\n') + 1
-            file.truncate(whole)
+        *lines, _ = path.read_bytes().split(b'\n')             # after the last line break: nothing, or a torn line
+        kept = [line + b'\n' for line in lines if json.loads(line).get('step', 0) <= step]
+        with replacing(path) as temporary:
+            temporary.write_bytes(b''.join(kept))
 
 
 @contextmanager

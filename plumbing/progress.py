@@ -70,8 +70,8 @@ class Progress:
 
     def reason_to_fail(self, step, folder):
         """A sentence if too many pairs are bad, or if too many steps in a row are broken; otherwise None."""
-        if self.bad > max(0.05 * self.seen, 10):
-            read = self.seen + self.bad         # for each bad one another pair was read
+        read = self.seen + self.bad             # for each bad one another pair was read
+        if self.bad > max(0.05 * read, 10):
             return (f'over 5 % of the pairs cannot be read ({self.bad:.0f} of {read:.0f}); '
                     'see the lines above, and python -m extras.look')
         if self.broken == MOST_BROKEN:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cosmos import GLOBALS
 from plumbing.errors import Refused, Unreadable, need, note, warn
-from plumbing.files import drop_torn_line, save_tensors, write_json
+from plumbing.files import drop_lost_lines, save_tensors, write_json
 from plumbing.weights import BEST, LAST, TENSORS, load_weights, networks, read_checkpoint
 
 # --- 1. The folder, and what a user should know about the data -------------------------------------------------------
@@ -70,7 +70,7 @@ def write_config(run):
         old += ['log.jsonl', BEST]
     for name in old:
         Path(run.folder, name).unlink(missing_ok=True)
-    drop_torn_line(run.folder / 'log.jsonl')
+    drop_lost_lines(run.folder / 'log.jsonl', run.step)
     more = {'config': asdict(run.train_set.config), 'commit': commit()}
     write_json(run.folder / 'config.json', vars(run.options) | more)
 
@@ -194,9 +194,10 @@ def keep_best(run, scores, val):
     mean = (to_text + to_image) / 2
     path = run.folder / BEST
     best = read_checkpoint(path, mmap=True) if path.exists() else {}
-    # Scores on other held-out shards cannot be compared with this one.
-    if best.get('val') != val.fingerprint or mean > best['score']:
-        best = networks(run, commit()) | {'score': mean, 'val': val.fingerprint}
+    # Scores on other held-out shards, or on other captions of theirs, cannot be compared with this one.
+    scored = f'{val.fingerprint} {val.caption_keys}'
+    if best.get('val') != scored or mean > best['score']:
+        best = networks(run, commit()) | {'score': mean, 'val': scored}
         save_tensors(path, best)
     tqdm.write(f'eval       step {run.step}  R@1 {to_text:.1%} image to text, {to_image:.1%} text to '
                f"image, mean {mean:.1%}  best {best['score']:.1%} at step {best['step']}")

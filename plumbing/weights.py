@@ -96,7 +96,7 @@ def load_weights(model, state, path):
 # --- 3. Our checkpoints ----------------------------------------------------------------------------------------------
 
 # Both files of a run hold `networks`: best.pt those with the best score on held-out shards, last.pt the latest ones.
-#     best.pt  also   score, val (the fingerprint of those shards)
+#     best.pt  also   score, val (the fingerprint of those shards, and --caption-keys)
 #     last.pt  also   optimizer, scaler, options, globals (GLOBALS), data (the fingerprint of --data), seconds
 BEST = 'best.pt'
 LAST = 'last.pt'
@@ -205,7 +205,7 @@ def read_network(path, weights, vocab, quick_gelu):
          f"(its keys: {', '.join(map(str, list(saved)[:5]))}); {SAVE_A_STATE_DICT}")
     config = infer_config(state, quick_gelu)
     tokenizer = Tokenizer.clip(vocab, config.context_length)
-    need(tokenizer.vocab_size <= config.vocab_size,
+    need(tokenizer.vocab_size == config.vocab_size,
          f"{path} knows {config.vocab_size:,} ids, CLIP's vocabulary has {tokenizer.vocab_size:,}: "
-         'its merges were learned; take the checkpoint that train.py wrote')
+         'it has other merges; if train.py trained it, take the checkpoint that train.py wrote')
     return Origin(key, str(path)), config, tokenizer, from_openclip(state)

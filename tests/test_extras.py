@@ -238,8 +238,8 @@ URLS = r"""{"url": "http://x/0", "caption": "alt"}
 def test_join(tmp_path, capsys):
     """oracle: the rows of the table, matched by hand; texts become sentences, and the shard's own keys stay. A shard in
     which nothing matches leaves no tar. A short row does not hide a later one; it is counted, as others without use."""
-    table = put(tmp_path / 'd.csv', '\ufeffImage Path,raw_caption,longIB_captions\nhttp://x/2,dog\nhttp://x/2,two dogs,"A dog.\n'
-                                    'It is 3.5 m, big."\n,no,no\nNone,no,no\nhttp://x/1,one dog,A dog\nhttp://x/0,,\n')
+    table = put(tmp_path / 'd.csv', '\ufeffImage Path,raw_caption,longIB_Captions\nhttp://x/2,dog\nhttp://x/2,two dogs,"A dog.\n'
+                                    'It is 3.5 m, big."\n,no,no\nNone,no,no\nhttp://x/1,one dog,A dog\nhttp://x/1,cat,\nhttp://x/0,,\n')
     shard = write_pairs(tmp_path / 'in/i.tar', URLS)
     bare = write_pairs(tmp_path / 'in/j.tar', '{"caption": "dog"}')
     out = tmp_path / 'joined'
@@ -247,11 +247,13 @@ def test_join(tmp_path, capsys):
     assert [path.name for path in out.glob('*.tar')] == ['00000.tar']
     printed = capsys.readouterr().out
     assert '2 of 7 pairs matched (28.6%)' in printed
-    for counted in '1 rows of {} have not a URL', '1 rows of {} have not as many fields', '1 rows of {} have not captions':
+    for counted in '1 rows of {} have not a URL', '1 rows of {} have not as many fields', '1 rows of {} have not captions', \
+            '1 rows of {} have not a URL of their own', 'from the columns longIB_Captions, raw_caption of {}':
         assert counted.format(table) in printed
     assert pools(out) == [['one dog', 'A dog'], ['two dogs', 'A dog', 'It is 3.5 m, big']]
     shards = data.Shards(out)
     assert [shards.record(i)['key'] for i in range(2)] == ['1', '2']
+    assert shards.record(1)['longIB_captions'] == 'A dog.\nIt is 3.5 m, big.'       # whole, as evaluation takes it
     refused('in exists; name a new folder', prepare.join, table, [shard], shard.parent)
     foreign = put(tmp_path / 'f.csv', 'url,raw_caption\nhttp://y/1,one dog\n')
     refused('no url of the pairs is in .*f.csv', prepare.join, foreign, [shard], tmp_path / 'another')
