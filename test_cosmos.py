@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 import cosmos
 import train
-from cosmos import COSMOS, GLOBALS, Config, Teacher, clip_loss, cosmos_loss, total_loss
+from cosmos import COSMOS, GLOBALS, Config, Teacher, clip_loss, cosmos_loss, total_loss, unit
 from eval import encode_dense
 from plumbing.processes import compile_blocks
 from plumbing.progress import Progress
@@ -258,6 +258,8 @@ def test_losses_are_float32_under_autocast():
         loss = cosmos_loss(out, out.cls, out.eot, 14.0)
     assert {features.dtype for features in out} == {torch.float32}
     assert loss == cosmos_loss(out, out.cls, out.eot, 14.0)
+    lengths = unit(torch.randn(50, 16).bfloat16()).norm(dim=-1)         # rounded to bf16 they would differ by 1e-3
+    assert_close(lengths, torch.ones(50), rtol=0, atol=1e-6)
 
 
 def strangers_that_copy(N=256, D=512):

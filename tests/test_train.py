@@ -205,6 +205,9 @@ def test_a_step_by_hand():
     for after, p in zip(model.parameters(), before.parameters()):
         close(after, p - 0.5 * 0.1 / norm * p.grad)
     assert_close(teacher.model.state_dict(), model.state_dict())
+    torch.nn.init.constant_(model.logit_scale, 9)
+    step_of(model, images, texts, clip_grad=0.1)
+    assert model.logit_scale.item() == pytest.approx(math.log(100))     # a step clamps
 
 
 OBJECTIVES = 'cosmos', 'across', 'no-cross-attention', 'text-distill', 'image-distill', 'clip'
