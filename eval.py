@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from cosmos import COSMOS, attention_weights, end_of, unit
 from data import BICUBIC, normalize
-from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, folder_set, mask_pairs,
-                                 read_mask, read_synonyms, read_templates, torchvision_set)
+from plumbing.benchmarks import (BENCHMARKS, IGNORE, Settings, class_names, classes_of_pixels, folder_set,
+                                 mask_pairs, read_mask, read_synonyms, read_templates, torchvision_set)
 # Refused: an error that a user can mend. Unreadable: a Refused about one image or record.
 # need(condition, text) raises Refused(text) unless the condition holds.
 from plumbing.errors import Refused, Unreadable, command, need
@@ -326,17 +326,11 @@ def window_scores(model, pixels, vectors, csa):
 
 
 def segment_image(model, image, vectors, class_of_name, settings):
-    """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is first scaled to h' x w' pixels
-    and scored there; then the scores are resized to h x w.
+    """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is scaled to h' x w' pixels and
+    scored there; the scores are resized to h x w, and `classes_of_pixels` takes for each pixel its most probable class.
 
-    vectors (M, D): one for each name. class_of_name: M numbers; a class may have several names. settings: size of the
-    short side, scale of the logits, area and probability of steps 2 and 3, and csa, as in encode_dense. The steps are
-    those of clip_segmentor.py:113-276 of the released code:
-        1. Each pixel takes its most probable class.
-        2. If settings.area is above 0 (VOC21, which has a background), foreground classes that cover no more than this
-           share of the foreground are dropped, and each pixel chooses again.
-        3. A pixel whose class is less probable than settings.probability becomes class 0, the background. (For sets
-           without a background settings.probability is 0, so nothing changes.)
+    vectors (M, D): one for each name. class_of_name: M numbers; a class may have several names. settings: the short
+    side and csa count here, the others in `classes_of_pixels`.
     """
     width, height = image.size
     short = min(width, height)
@@ -344,39 +338,8 @@ def segment_image(model, image, vectors, class_of_name, settings):
     zoom = min(zoom, LONGEST_SIDE / max(width, height))     # less if the long one would be too long,
     zoom = max(zoom, model.config.image_size / short)       # but never less than a window (ours)
     pixels = pil_to_tensor(ImageOps.scale(image.convert('RGB'), zoom, Image.BILINEAR))
-    scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)
-    logits = settings.scale * scores                                # (M, h', w')
-    shape = height, width
-    probability, class_map = best_class(logits, shape, class_of_name, candidates=set(class_of_name))
-    if settings.area:
-        pixels_of_class = torch.bincount(class_map.flatten())
-        foreground = pixels_of_class[1:].sum()
-        is_candidate = pixels_of_class > settings.area * foreground     # one for each class up to the highest
-        is_candidate[0] = True                                          # the background
-        candidates = is_candidate.nonzero().flatten().tolist()
-        probability, class_map = best_class(logits, shape, class_of_name, candidates)
-    return class_map.masked_fill(probability < settings.probability, 0).cpu()
-
-
-def best_class(logits, shape, class_of_name, candidates):
-    """logits (M, h', w') of M names -> two maps of `shape` (h, w): for each pixel the probability of the best candidate
-    class, and that class. A class is as probable as its most probable name.
-
-    Example, for one pixel: logits 2, 3 and 1 of the names ape, monkey and ox, where ape and monkey are class 1, and ox
-    is class 2. The best class is 1, by its name monkey, with probability e^3 / (e^2 + e^3 + e^1). With the candidates
-    {2} it is 2, with e^1 over the same sum, that of all names. We go through the names one by one, because 100 maps of
-    12 megapixels would need 5 GB at once. We add up logarithms: probability = e^(highest - log_sum).
-    """
-    highest = logits.new_full(shape, -math.inf)              # of the candidates' logits so far
-    log_sum = logits.new_full(shape, -math.inf)              # ln of the sum of e^logit so far
-    class_map = torch.zeros(shape, dtype=torch.int64, device=logits.device)
-    for logit_map, number in zip(logits, class_of_name):
-        resized = F.interpolate(logit_map[None, None], shape, mode='bilinear')[0, 0]     # (h, w)
-        log_sum = log_sum.logaddexp(resized)
-        if number in candidates:
-            class_map[resized > highest] = number
-            highest = highest.maximum(resized)
-    return (highest - log_sum).exp(), class_map
+    scores = window_scores(model, normalize(pixels.to(vectors.device)), vectors, settings.csa)      # (M, h', w')
+    return classes_of_pixels(scores, (height, width), class_of_name, settings).cpu()
 
 
 def confusion(truth, predicted, K):

@@ -1,12 +1,15 @@
 """Published sets: torchvision's, with their class names, and the masks of segmentation sets as they lie on disk.
-Prompts and the released settings of eight segmentation sets are here, too. The measures are in eval.py."""
+Prompts, the released settings of eight segmentation sets, and the released steps from scores to classes are here, too.
+The measures are in eval.py."""
 import inspect
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 
 from plumbing.errors import Refused, need
@@ -199,3 +202,48 @@ def mask_pairs(images, masks, image_suffix, mask_suffix, listing=None):
         need(stem in image_paths, f'{images} has no image {stem}{image_suffix}; see --image-suffix')
         need(stem in mask_paths, f'{masks} has no mask {stem}{mask_suffix}; see --mask-suffix')
     return [(image_paths[stem], mask_paths[stem]) for stem in stems]
+
+
+# --- 3. Segmentation: from scores to classes -------------------------------------------------------------------------
+
+def classes_of_pixels(scores, shape, class_of_name, settings):
+    """Cosines (M, h', w') of an image's pixels with M names -> (h, w) = shape, int64: the class of each pixel.
+
+    class_of_name: M numbers. The steps are those of clip_segmentor.py:113-276 of the released code:
+        1. Each pixel takes its most probable class.
+        2. If settings.area is above 0 (VOC21, which has a background), foreground classes that cover no more than this
+           share of the foreground are dropped, and each pixel chooses again.
+        3. A pixel whose class is less probable than settings.probability becomes class 0, the background. (For sets
+           without a background settings.probability is 0, so nothing changes.)
+    """
+    logits = settings.scale * scores
+    probability, class_map = best_class(logits, shape, class_of_name, candidates=set(class_of_name))
+    if settings.area:
+        pixels_of_class = torch.bincount(class_map.flatten())
+        foreground = pixels_of_class[1:].sum()
+        is_candidate = pixels_of_class > settings.area * foreground     # one for each class up to the highest
+        is_candidate[0] = True                                          # the background
+        candidates = is_candidate.nonzero().flatten().tolist()
+        probability, class_map = best_class(logits, shape, class_of_name, candidates)
+    return class_map.masked_fill(probability < settings.probability, 0)
+
+
+def best_class(logits, shape, class_of_name, candidates):
+    """logits (M, h', w') of M names -> two maps of `shape` (h, w): for each pixel the probability of the best candidate
+    class, and that class. A class is as probable as its most probable name.
+
+    Example, for one pixel: logits 2, 3 and 1 of the names ape, monkey and ox, where ape and monkey are class 1, and ox
+    is class 2. The best class is 1, by its name monkey, with probability e^3 / (e^2 + e^3 + e^1). With the candidates
+    {2} it is 2, with e^1 over the same sum, that of all names. We go through the names one by one, because 100 maps of
+    12 megapixels would need 5 GB at once. We add up logarithms: probability = e^(highest - log_sum).
+    """
+    highest = logits.new_full(shape, -math.inf)              # of the candidates' logits so far
+    log_sum = logits.new_full(shape, -math.inf)              # ln of the sum of e^logit so far
+    class_map = torch.zeros(shape, dtype=torch.int64, device=logits.device)
+    for logit_map, number in zip(logits, class_of_name):
+        resized = F.interpolate(logit_map[None, None], shape, mode='bilinear')[0, 0]     # (h, w)
+        log_sum = log_sum.logaddexp(resized)
+        if number in candidates:
+            class_map[resized > highest] = number
+            highest = highest.maximum(resized)
+    return (highest - log_sum).exp(), class_map

@@ -205,7 +205,7 @@ def test_large_photos_are_segmented_name_by_name(monkeypatch):
     class_0_and_3 = torch.stack([whole[:2].amax(dim=0), whole[7:].amax(dim=0)])
     spy = Mock(wraps=F.interpolate)
     monkeypatch.setattr(F, 'interpolate', spy)
-    highest, classes = evaluation.best_class(logits, (15, 20), [0, 0, 1, 2, 2, 2, 2, 3, 3, 3], [0, 3])
+    highest, classes = benchmarks.best_class(logits, (15, 20), [0, 0, 1, 2, 2, 2, 2, 3, 3, 3], [0, 3])
     close(highest, class_0_and_3.amax(dim=0))
     assert classes.equal(3 * class_0_and_3.argmax(dim=0))
     assert {call.args[0].shape for call in spy.call_args_list} == {(1, 1, 3, 4)}
