@@ -33,6 +33,7 @@ def export(checkpoint, out):
     need(path != layout, f'{path} is where the config goes; call the weights {path.stem}.pt')
     need(not path.exists() and not layout.exists(), f'{path} or {layout} exists; name another file')
     model, _, _ = load(checkpoint)
+    print(f'export of {model.origin}')
     c = model.config
     if c.vision_width != 64 * c.vision_heads or c.text_width != 64 * c.text_heads:
         warn(f'its heads are not 64 wide, so eval.py and --init would read {path} wrongly; give them {checkpoint}')

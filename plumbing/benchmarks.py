@@ -4,6 +4,7 @@ The measures are in eval.py."""
 import inspect
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from plumbing.errors import Refused, need
+from plumbing.errors import Refused, need, note
 from plumbing.files import read_lines, reading
 from plumbing.images import images_in, open_image, pillow_errors, load_image
 
@@ -109,6 +110,10 @@ def read_synonyms(path):
         synonyms.append([name.strip() for name in parts if name.strip()])
     need(all(synonyms), f'{path} must have a line for each class, with one name or more')
     check_names([first for first, *_ in synonyms])
+    count = Counter(name.lower() for names in synonyms for name in names)
+    shared = [name for name in count if count[name] > 1]
+    if shared:                          # as 'bed' in the released file of coco-object
+        note(f"in {path} several lines have the name {', '.join(shared)}; pixels of that name get the first class")
     return synonyms
 
 

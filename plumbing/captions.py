@@ -24,12 +24,13 @@ def record_of(json_bytes, txt_bytes):
     """The bytes of a .json and of a .txt (b'' if absent) -> a dict. A bare list or string becomes {'captions': it}."""
     try:
         record = json.loads(json_bytes or '{}')
+        text = txt_bytes.decode()
     except (ValueError, RecursionError) as error:       # RecursionError: thousands of nested lists
-        raise Unreadable(f'its json cannot be read: {error}') from None
+        raise Unreadable(f'its json or .txt cannot be read: {error}') from None
     if not isinstance(record, dict):
         record = {'captions': record}
-    if txt_bytes and not record.get('txt'):
-        record['txt'] = txt_bytes.decode('utf-8', 'replace')
+    if text and not record.get('txt'):
+        record['txt'] = text
     return record
 
 

@@ -194,9 +194,13 @@ def keep_best(run, scores, val):
     mean = (to_text + to_image) / 2
     path = run.folder / BEST
     best = read_checkpoint(path, mmap=True) if path.exists() else {}
-    # Scores on other held-out shards, or on other captions of theirs, cannot be compared with this one.
     scored = f'{val.fingerprint} {val.caption_keys}'
-    if best.get('val') != scored or mean > best['score']:
+    if best and best.get('val') != scored:
+        older = path.with_stem(f"best-{best['step']}")
+        path.rename(older)
+        note(f'{older} was the best on other held-out shards, or on other captions of theirs; {BEST} begins anew')
+        best = {}
+    if not best or mean > best['score']:
         best = networks(run, commit()) | {'score': mean, 'val': scored}
         save_tensors(path, best)
     tqdm.write(f'eval       step {run.step}  R@1 {to_text:.1%} image to text, {to_image:.1%} text to '
@@ -230,9 +234,10 @@ def read_last(folder, resume):
     return saved
 
 
-FIXED = 'preset', 'method', 'batch', 'seed', 'local_crops', 'local_captions'        # must be those of the checkpoint
-# These may differ without a word: where a run lies, and what only its first start used. --init chooses the recipe, too.
-NOT_COMPARED = 'out', 'resume', 'init', 'vocab', 'quick_gelu'
+# These must be those of the checkpoint. The last three are used by a first start only, so config.json would name what was
+# not used.
+FIXED = 'preset', 'method', 'batch', 'seed', 'local_crops', 'local_captions', 'init', 'vocab', 'quick_gelu'
+NOT_COMPARED = 'out', 'resume'
 
 
 def check_resumed(saved, options, shards):
@@ -246,8 +251,6 @@ def check_resumed(saved, options, shards):
     wrong = [changed.pop(name) for name in FIXED if name in changed]
     if saved['data'] != shards.fingerprint[:8]:
         wrong.append('--data were other shards')
-    if saved['options']['init'] != options.init:        # otherwise config.json would name weights that were not used
-        wrong.append(f"--init was {saved['options']['init']}, is now {options.init}")
     if saved['globals'] != GLOBALS:
         wrong.append(f"GLOBALS was {saved['globals']}, is now {GLOBALS}")
     need(not wrong, f"{options.out} cannot be resumed so: {', '.join(wrong)}; give the same to resume it, or another "

@@ -15,7 +15,7 @@ import eval as evaluation
 from cosmos import GLOBALS, Teacher
 from data import Shards
 from plumbing import runs
-from plumbing.errors import need
+from plumbing.errors import need, note
 from plumbing.options import choose_data, settle
 from plumbing.parts import StudentInParts
 from plumbing.processes import choose_dtype, compile_blocks, keep_memory, use_cores
@@ -54,7 +54,7 @@ def choose_inputs(unsettled, typed, processes, built_in_set, presets, methods):
         batch_before = saved['options']['batch'] if saved else None
         options = settle(unsettled, typed, len(shards), parts, batch_before)
         check_batch(options.batch, len(shards), parts)
-        if saved:
+        if saved and processes.rank == 0:               # others are compared with rank 0 below
             runs.check_resumed(saved, options, shards)
         if processes.rank == 0 and options.val:
             val = Shards(options.val, options.caption_keys, 'val')
@@ -105,6 +105,7 @@ def choose_model(unsettled, saved, presets, methods):
     if unsettled['init']:
         model, tokenizer, _ = evaluation.load(
             unsettled['init'], vocab=vocab, quick_gelu=unsettled['quick_gelu'])
+        note(f'--init is the {model.origin}')
         config = model.config
         weights = model.state_dict()
     elif vocab != 'learn':
@@ -147,7 +148,7 @@ def make_run(inputs, processes, Run, make_optimizer):
     student = method.student(train_set.config).to(device)
     if inputs.weights:      # they may lack cross-attention, or have it although this model does not
         missing = student.load_state_dict(inputs.weights, strict=False).missing_keys
-        print(f'init       {options.init}; {len(missing)} tensors that it lacks start fresh')
+        print(f'init       {len(missing)} tensors that {options.init} lacks start fresh')
     teacher = Teacher(student) if method.has_teacher else None
     if options.compile:
         compile_blocks(student)

@@ -47,6 +47,7 @@ class Shards:
         stored = self.stored()
         self.index = self.scan() if stored is None else stored          # (pairs, WIDTH)
         self.check_first_pairs()
+        self.check_caption_keys()
         self.fingerprint = self.hash_of_content(names)
 
     def __len__(self):
@@ -103,6 +104,17 @@ class Shards:
                 problem = error
         raise Refused(f'none of the first {i + 1} pairs can be used, the last is {self.name(i)} ({problem}); name the '
                       'captions with --caption-keys, or look at the shards with python -m extras.look')
+
+    def check_caption_keys(self):
+        """A line names those of --caption-keys that none of the first pairs has, because they may be misspelt."""
+        found = set()
+        for i in range(min(FIRST_PAIRS, len(self))):
+            with suppress(Unreadable):
+                found |= self.record(i).keys()
+        unknown = [key for key in self.caption_keys or () if key not in found]
+        if unknown:
+            warn(f"none of the first {i + 1} pairs has the key {', '.join(unknown)} of --caption-keys; "
+                 f"they have {', '.join(sorted(found))}")
 
     def read(self, shard, places):
         """The bytes at several places (offset, size) of a tar. Unreadable if the disk fails, or the tar is cut off."""

@@ -36,6 +36,9 @@ def rows_of_json(text):
         for annotation in values[0]['annotations']:
             captions[annotation['image_id']].append(annotation['caption'])
         images = values[0]['images']
+        unknown = captions.keys() - {image['id'] for image in images}
+        if unknown:
+            warn(f'captions of {len(unknown)} images are left out, because the list does not name these images')
         return [{'image': image['file_name'], 'caption': captions[image['id']]} for image in images]
     if len(values) == 1 and 'images' in values[0]:          # Karpathy's list
         rows = []
@@ -72,6 +75,10 @@ def rows_of_table(text, path):
     """The rows of a CSV or a TSV. The first line shows what the delimiter is."""
     delimiter = max(',;\t|', key=text.partition('\n')[0].count)
     rows = list(table_rows(io.StringIO(text), path, delimiter=delimiter, skipinitialspace=True))
+    long = [number for number, row in enumerate(rows, 1) if '\n' in ''.join(filter(None, row.values()))]
+    if long:
+        note(f'{len(long)} rows of {path} take several lines, because a quotation mark opens in one and closes in '
+             f'another; the first is row {long[0]}')
     short = [number for number, row in enumerate(rows, 1) if None in row.values()]
     if short:
         warn(f'{len(short)} rows of {path} have fewer fields than its first line, the first is '
@@ -129,6 +136,7 @@ def read_list(path, image_column='image', caption_column='caption'):
         need(isinstance(name, str) and not re.search('[\0\ud800-\udfff]', name),
              f"row {number} of {path} has no file name under '{image_column}'; its columns are {', '.join(row)}")
         image = listed.setdefault(os.path.normpath(name), Listed(row.get(SPLIT)))       # ./a.jpg is a.jpg
+        need(image.split == row.get(SPLIT), f'{name} is in two splits of {path}; take it out of one')
         value = row.get(caption_column)
         for caption in value if isinstance(value, list) else [value]:
             if not isinstance(caption, str):

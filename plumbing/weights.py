@@ -84,13 +84,16 @@ def read_checkpoint(path, remedy=FETCH_OR_SAVE, mmap=False):
 
 
 def load_weights(model, state, path):
-    """Load strictly: every name and shape must fit, or it is Refused, with the first ones that do not."""
+    """Load strictly: every name and shape must fit, or it is Refused, with the first ones that do not. So are weights
+    that are not finite, because scores could be computed with them."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         lines = [line.strip()[:200] for line in str(error).splitlines()]
         problems = '; '.join(lines[1:6])                    # line 0 is a heading
         raise Refused(f'{path} does not fit this model: {problems}') from None
+    spoiled = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    need(not spoiled, f'{path} has values that are not finite, first in {spoiled[:1]}; give an earlier checkpoint')
 
 
 # --- 3. Our checkpoints ----------------------------------------------------------------------------------------------

@@ -236,6 +236,7 @@ def test_checkpoints_of_every_origin(here):
         loaded, _, _ = load(state, weights)
         assert (loaded.config, str(loaded.origin)) == (source.config, f'{origin} of saved.pt')
         assert_close(loaded.state_dict(), source.state_dict(), rtol=0, atol=0)
+    refused("has values that are not finite, first in .'logit_scale'.", load, other | {'logit_scale': torch.tensor(math.nan)})
     small = torch.ones(1, 1)
     refused('size mismatch for visual.proj', load, other | {'visual.proj': small})
     refused('it has other merges', load, other | {'token_embedding.weight': small})
@@ -306,7 +307,7 @@ SETTINGS = {            # as released, after SCLIP: size, classes, scale, probab
     'coco-stuff': (448, 171, 40, 0, 0, False)}
 
 
-def test_masks_and_their_errors(here):
+def test_masks_and_their_errors(here, capsys):
     """oracle: a mask written here; a label too large is refused, with its file; the released settings."""
     numbers = [[0, 1, 255], [2, 2, 0]]
     image = Image.fromarray(np.uint8(numbers))
@@ -323,6 +324,8 @@ def test_masks_and_their_errors(here):
                           (b'IEND', b'')):
         four_bits += struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
     refused('four.png .*grey of 4 bits', read, put('four.png', four_bits), 150, False)
+    benchmarks.read_synonyms(put('names', 'wall, bed\nox\nbed\n'))
+    assert 'in names several lines have the name bed; ' in capsys.readouterr().out
     refused('would tie: crane', benchmarks.check_names, ['Crane', 'ox', 'crane'])
     found = {name: settings[:6] for name, settings in benchmarks.BENCHMARKS.items()}
     assert found == SETTINGS and benchmarks.Settings(336) == (336, 0, 40, 0, 0, False, False)
@@ -455,7 +458,7 @@ WRONG = {               # a command: what its sentence must say
     'retrieval empty --shards a.tar': 'empty/last.pt does not exist',
     'retrieval bad.pt --shards a.tar': 'bad.pt .* holds posix.system, which may run code',
     'retrieval last.pt --shards empty': "'empty' .* no .tar file",
-    'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json cannot be read.*extras.look',
+    'retrieval last.pt --shards a.tar': 'a.tar:1.png.* json or .txt cannot be read.*extras.look',
     'retrieval last.pt --list white --split val': 'white lists no image of the split val; give one of test with --split',
     'retrieval last.pt --list white': 'a.jpg, listed in white, has no caption',
     'retrieval last.pt --list keys': "keys has the columns image, text, of which not one is 'caption'",
@@ -477,6 +480,7 @@ WRONG = {               # a command: what its sentence must say
     'classify last.pt --folder numbered': 'classes are called n01440764 and the like; .*--classes',
     'classify last.pt --folder halves': r"halves holds the halves train, validation, which are no classes; give one of them",
     'segment last.pt --images images --masks ignored --classes blank2 --list same': 'same names more than once 0; leave one',
+    'classify last.pt --folder hidden': 'hidden holds the hidden folder .cache, which is no class',
     'classify last.pt --folder counted': 'counted are numbered, .*leading zeros',
     'segment last.pt --images images --masks colour --classes blank2': 'colour/0.png is in colour; save class numbers',
     'segment last.pt --images images --masks torn --classes blank2': 'torn/0.png cannot be read as an image',
@@ -500,7 +504,7 @@ def test_errors_are_one_sentence(gallery):
     put('empty/list')
     put('torn/0.png')
     put('bad/class/x.jpg')
-    for folder in 'numbered/n01440764', 'halves/train', 'halves/validation', 'halves/ox', 'counted/2', 'counted/10':
+    for folder in 'numbered/n01440764', 'halves/train', 'halves/validation', 'halves/ox', 'counted/2', 'counted/10', 'hidden/.cache', 'hidden/ox':
         put(f'{folder}/0.png', image)
     put('white', {'images': [{'filename': 'a.jpg', 'split': 'test', 'sentences': [{'raw': ' '}]}]})
     put('twice', 'ox, cow\nox')

@@ -69,7 +69,7 @@ def checkpoint(tmp_path_factory):
 COCO = """{
     "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "s/b.png"}],
     "annotations": [{"image_id": 1, "caption": "one dog"}, {"image_id": 2, "caption": "two. dogs"},
-                    {"image_id": 1, "caption": "a dog"}]}"""
+                    {"image_id": 1, "caption": "a dog"}, {"image_id": 3, "caption": "of no image"}]}"""
 LINES = """{"image": "a.jpg", "caption": ["one dog", "a dog"]}
 {"image": "bad.jpg", "caption": ["x"]}
 {"image": "s/b.png", "caption": ["two. dogs"]}
@@ -154,6 +154,8 @@ TABLES = {              # what could be garbled: the captions, and the table; th
     'a byte order mark, a row that is too short': (
         [['a dog']], '\ufeffimage,caption\nb.jpg\na.jpg,a dog\n')}
 SAID = {'captions that are not text': "3 captions of {}/t, under 'caption', are absent or not text, and so not used",
+        'csv module': '1 rows of {}/t take several lines, ',
+        "COCO's": 'captions of 1 images are left out',
         'too short': '1 rows of {}/t have fewer fields than its first line, the first is row 1;'}
 
 
@@ -166,7 +168,7 @@ def test_tables(case, tmp_path, images, capsys):
     assert pools(tmp_path / 'out') == expected
     printed = capsys.readouterr()
     for what, sentence in SAID.items():
-        assert (sentence.format(tmp_path) in printed.err) == (what in case)
+        assert (sentence.format(tmp_path) in printed.out + printed.err) == (what in case)
     assert ("only 'photo' and 'de' are used, not image, caption" in printed.out) == bool(columns)
 
 
@@ -210,6 +212,8 @@ NO_TABLES = {
     'image,caption,caption,,\na.jpg,x,y,,\n': '/t has several columns called caption; .* several rows',
     '': '/t has no rows',
     '{"image": "a.jpg"}\n{"image"': 'line 2',
+    '{"images": [' + ', '.join('{"filename": "a.jpg", "split": "%s", "sentences": []}' % half for half in ('val', 'test'))
+    + ']}': 'a.jpg is in two splits of .*/t',
     '{"image": null, "caption": "x"}': "row 1 of .*/t has no file name under 'image'; its columns are image, caption",
     'image,"caption\na.jpg,x\n': '/t cannot be read from line 1 on .* quotation mark',
     'image,caption\na.jpg,x\nb.jpg,"a\ndog\n': '/t cannot be read from line 3 on .* quotation mark'}
@@ -342,10 +346,13 @@ def test_attend_command(tmp_path, checkpoint):
 
 # --- export ----------------------------------------------------------------------------------------------------------
 
-def test_export(tmp_path, checkpoint):
-    """oracle: the towers of the model, under open_clip's names; nothing is overwritten."""
+def test_export(tmp_path, checkpoint, capsys):
+    """oracle: the towers of the model, under open_clip's names; nothing is overwritten. It says what it took, and that
+    these heads are not as wide as open_clip's."""
     out = tmp_path / 'clip.pt'
     run(export, checkpoint, out)
+    said = capsys.readouterr()
+    assert f'export of student of {checkpoint}' in said.out and 'its heads are not 64 wide' in said.err
     model, _, _ = load(checkpoint)
     theirs = torch.load(out)
     assert 'ln_final.weight' in theirs

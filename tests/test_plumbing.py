@@ -31,6 +31,7 @@ from cosmos import CrossAttention
 from data import Counts, TrainingSet, Shards, Tokenizer
 from plumbing import processes, runs, tokenizer
 from plumbing.captions import caption_pool, record_of, sentences
+from plumbing.errors import Unreadable
 from plumbing.images import decode, read_header, load_image
 from plumbing.shards import find_shards, tar_members, write_shard
 from plumbing.tables import rows_of_json
@@ -320,6 +321,17 @@ def test_a_pair_costs_its_bytes(tmp_path, monkeypatch):
     opened.assert_called_once_with(str(path), 'rb', buffering=512)
 
 
+def test_misspelt_caption_keys_are_said(tmp_path, capsys):
+    """oracle: the line, and none for a key that only some pairs have."""
+    records = [{'caption': 'a dog'}, {'caption': 'an ox', 'alt': 'x'}]
+    tar = pairs_tar(tmp_path / 'a.tar', records, 2 * [encoded(Image.new('RGB', (9, 9)))])
+    Shards(tar, 'alt,caption')
+    assert capsys.readouterr().err == ''
+    Shards(tar, 'captoin,caption')
+    line = 'none of the first 2 pairs has the key captoin of --caption-keys; they have alt, caption\n'
+    assert line in capsys.readouterr().err
+
+
 def test_which_index_is_used(tmp_path, capsys, monkeypatch):
     """oracle: a fresh reading. With the index of the same shards no header is read again; a damaged one is made anew,
     with a line. A tar of the same name and size whose members lie elsewhere is read again, and so is a copy, whose
@@ -424,7 +436,7 @@ def test_captions_of_every_format(record, pool):
 
 def test_odd_bytes_of_records_and_rows():
     """oracle: by hand. A .txt in Latin-1, a NaN in a table."""
-    assert record_of(b'', b'a caf\xe9') == {'txt': 'a caf\ufffd'}
+    refused('its json or .txt cannot be read', record_of, b'', b'a caf\xe9', kind=Unreadable)
     assert rows_of_json('[{"a": NaN}]') == [{'a': None}]
 
 

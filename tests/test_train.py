@@ -735,8 +735,8 @@ def test_a_run_leaves_everything(whole, dogs, tmp_path):
 
 def test_what_is_due_and_best(monkeypatch, capsys, fit, whole, dogs, tmp_path):
     """oracle: what is due, written out: saved before it is evaluated, and nothing twice. Scripted figures say which
-    step is best. best.pt has its networks, and stays when the run goes on, but not with other held-out shards. A
-    watcher gets what is logged, and a signal does not cut its end short."""
+    step is best. best.pt has its networks, and stays when the run goes on. With other held-out shards, or other
+    captions of theirs, it is kept under another name. A watcher gets what is logged, and a signal does not cut its end short."""
     write = runs.save_tensors
     happened = []
     learned = {}
@@ -769,18 +769,20 @@ def test_what_is_due_and_best(monkeypatch, capsys, fit, whole, dogs, tmp_path):
             ('--steps 4 --save-every 3 --log-every 3', [(0.02, 0), (0, 0.06), (0.04, 0)], 2),
             # At step 6 the score is that of step 2, which stays.
             (f'--steps 6 --resume --save-every 9 --save-minutes 1e-9 --val {copied}', [(0.04, 0.01), (0.06, 0)], 2),
-            (f'--steps 8 --resume --val {dogs}/train', [(0.02, 0.02), (0.03, 0)], 6)):
+            (f'--steps 8 --resume --val {dogs}/train', [(0.02, 0.02), (0.03, 0)], 6),
+            (f'--steps 10 --resume --val {dogs}/train --caption-keys caption', [(0.01, 0.01), (0, 0)], 8)):
         assert fit(tmp_path, *flags.split(), watchers=[watcher]) == 0
         best = saved(tmp_path, 'best.pt')
-        assert best['step'] == best_step and best['score'] == {2: 0.03, 6: 0.02}[best_step]
+        assert best['step'] == best_step and best['score'] == {2: 0.03, 6: 0.02, 8: 0.01}[best_step]
         assert_close([best['student'], best['teacher']], learned[best_step], rtol=0, atol=0)
         assert read_json(tmp_path / 'eval.json')['mine'] == max(learned)
+    assert [saved(tmp_path, f'best-{step}.pt')['score'] for step in (2, 6)] == [0.03, 0.02]
     line = 'eval       step 2  R@1 0.0% image to text, 6.0% text to image, mean 3.0%  best 3.0% at step 2\n'
     assert line in capsys.readouterr().out
     assert ', '.join(happened).startswith(
         'best 0, score 0, last 2, best 2, score 2, last 3, last 4, score 4, score 4, last 5, last 6, score 6')
     assert (tmp_path / 'log.jsonl').read_text().splitlines() == logged
-    assert [json.loads(line)['step'] for line in logged if 'loss' in line] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]
+    assert [json.loads(line)['step'] for line in logged if 'loss' in line] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8, 9, 10, 10]
 
 
 def test_two_jobs_in_one_folder(fit, tmp_path):
@@ -889,7 +891,8 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
     flags = '--preset tiny --method across --batch 5 --seed 1 --local-crops 3 --local-captions 4 --init none'.split()
     error = fit(out, '--resume', *flags, '--data', dog_tar(tmp_path / '0.tar', 9))
     assert re.findall('--batch was .*?,|--data were other shards', error) == ['--batch was 4,', '--data were other shards']
-    assert set(re.findall('(--[a-z-]+) w', error)) == {'--data', *flags[::2]}
+    assert set(re.findall('(--[a-z-]+) w', error)) == {'--data', '--vocab', *flags[::2]}      # --init has its own
+    assert '--vocab was learn, is now clip' in fit(out, '--resume', '--vocab', 'clip')
     for content, sentence in (
             ((whole / 'last.pt').read_bytes()[:9000], 'it is torn, or of another kind'),
             ((whole / 'best.pt').read_bytes(), 'holds no run of this version to resume')):
@@ -897,7 +900,7 @@ def test_a_run_never_costs_another(monkeypatch, capsys, fit, whole, dogs, tmp_pa
         assert sentence in fit(tmp_path, '--resume')
         assert (tmp_path / 'last.pt').read_bytes() == content
     monkeypatch.setattr(runs, 'commit', lambda: 'another')
-    assert fit(out, '--resume', '--steps', 4, '--lr', 1, '--vocab', 'clip') == 0
+    assert fit(out, '--resume', '--steps', 4, '--lr', 1) == 0
     monkeypatch.undo()
     said = capsys.readouterr().out
     assert 'nothing is left to do: step 6 of 4 is reached' in said
@@ -938,6 +941,7 @@ def test_init(fit, started, tmp_path, capsys):
     begun = started(tmp_path / 'begun', '--init', path, '--batch', 60)  # all pairs
     runs.begin(begun, None, [])
     said = capsys.readouterr().out
+    assert f'--init is the student of {path}, step 6 of --method clip' in said
     assert note in said and 'on 1 x cpu in torch.float32\n' in said
     weights = evaluation.load(path)[0].state_dict()
     torch.manual_seed(0)
