@@ -47,7 +47,6 @@ class Shards:
         stored = self.stored()
         self.index = self.scan() if stored is None else stored          # (pairs, WIDTH)
         self.check_first_pairs()
-        self.check_caption_keys()
         self.fingerprint = self.hash_of_content(names)
 
     def __len__(self):
@@ -91,30 +90,28 @@ class Shards:
         return digest.hexdigest()
 
     def check_first_pairs(self):
-        """Refused if none can be used, because then captions have other keys, or images are of another kind."""
+        """Refused if none can be used, because then captions have other keys, or images are of another kind. A line names
+        those of --caption-keys that none of these pairs has, because they may be misspelt."""
         if not len(self):
             raise Refused(f'{self.paths[0]}: no readable tar of images, each with a .json or .txt of the same name '
                           'next to it; docs/data.md shows the format')
-        for i in range(min(FIRST_PAIRS, len(self))):
+        first = range(min(FIRST_PAIRS, len(self)))
+        keys = set()
+        problems = []
+        for i in first:
             try:
+                keys |= self.record(i).keys()
                 self.pool(i)
                 load_image(self.image(i))
-                return
             except Unreadable as error:
-                problem = error
-        raise Refused(f'none of the first {i + 1} pairs can be used, the last is {self.name(i)} ({problem}); name the '
-                      'captions with --caption-keys, or look at the shards with python -m extras.look')
-
-    def check_caption_keys(self):
-        """A line names those of --caption-keys that none of the first pairs has, because they may be misspelt."""
-        found = set()
-        for i in range(min(FIRST_PAIRS, len(self))):
-            with suppress(Unreadable):
-                found |= self.record(i).keys()
-        unknown = [key for key in self.caption_keys or () if key not in found]
+                problems.append(f'{self.name(i)} ({error})')
+        if len(problems) == len(first):
+            raise Refused(f'none of the first {len(first)} pairs can be used, the last is {problems[-1]}; name the '
+                          'captions with --caption-keys, or look at the shards with python -m extras.look')
+        unknown = [key for key in self.caption_keys or () if key not in keys]
         if unknown:
-            warn(f"none of the first {i + 1} pairs has the key {', '.join(unknown)} of --caption-keys; "
-                 f"they have {', '.join(sorted(found))}")
+            warn(f"none of the first {len(first)} pairs has the key {', '.join(unknown)} of --caption-keys; "
+                 f"they have {', '.join(sorted(keys))}")
 
     def read(self, shard, places):
         """The bytes at several places (offset, size) of a tar. Unreadable if the disk fails, or the tar is cut off."""
