@@ -232,11 +232,11 @@ def test_captions_are_cut():
     captions = []
     for counts in [4, 1, 0, 2], [3, 5, 0, 1]:
         captions.append(WORDS(['x ' * count for count in counts]))
-    samples = [data.Sample([], [], [], [], ids, bad_pairs=1) for ids in captions]
+    samples = [data.Sample([], [], [], [], ids, bad_pairs=2) for ids in captions]
 
     def lengths(*options):
         batch = data.collate(samples, *options)
-        assert batch.bad_pairs == 2
+        assert batch.bad_pairs == 4
         found = []
         for texts in batch.texts, batch.teacher_texts:
             for text, ids in zip(texts, torch.stack(captions, dim=1)):
@@ -277,5 +277,6 @@ def test_bad_pairs_are_replaced_and_counted(tmp_path, capsys):
     assert served == {f'dog {i}' for i in range(12)} - {'dog 5', 'dog 7'}
     lines = capsys.readouterr().err
     assert lines.count('a.tar:5.png') + lines.count('a.tar:7.png') == bad >= 2
+    assert len({crops[epoch, 5].ids[0] for epoch in range(9)}) > 2      # another replacement in each epoch
     shards.index[:, 2] = 0                              # the size of each image
     refused('1000 pairs in a row cannot be read', crops.__getitem__, (0, 0))
