@@ -4,9 +4,9 @@ CLIP squeezes an image and its text into one vector each, and matches the two. L
 small ones are lost. COSMOS takes several views of both: from the image large (global) and small (local) crops, from the
 text global captions of one to five sentences and local captions of one sentence. A student network sees all of them. A
 teacher network, a slow average of the student, sees only the global ones. In the student, cross-attention lets each
-vector of one modality attend to the tokens of the other. The result is added to the vector, and the sum is trained to
-pick out its own pair's teacher vectors from those of the whole batch. CLIP's own loss is added to this one. The aim is
-that a sentence about a small object finds that object in the image.
+vector of one modality attend to the tokens of the other. The result is added to the vector. The sum and its own pair's
+teacher vectors are trained to find each other in the whole batch. CLIP's own loss is added to this one. The aim is that
+a sentence about a small object finds that object in the image.
 
 Symbols for shapes:
     B pairs on this GPU     N pairs on all GPUs             V image views, 2 global, then the local ones
@@ -16,7 +16,7 @@ Symbols for shapes:
     s, p side of a view and of a patch, in pixels
 The paper's names, as our sources give them:
     [cls], [eot]        the vector of an image view, from its class token; that of a caption, from its end token
-    cls_t, eot_t        the teacher's vectors of the images and of the texts
+    cls_t, eot_t        the teacher's vectors of the images and of the texts (small t: teacher; raised T, below: text)
     L_sym-nce           CLIP's loss: in a batch each vector must find its partner, in both directions (`match`)
     L_CLIP, L_COSMOS    one L_sym-nce, and the mean of four. Their sum is trained
     C^T, C^I            the two cross-attention modules. C^T reads text and makes h_I; C^I reads an image and makes h_T:
@@ -38,7 +38,7 @@ One training step, with the names used in the code below:
            |                                                                        |
            | query                                                                  | query
            v                                                                        v
-     C^T: read_text, of the words of caption 0       C^I: read_image, of the patches of view 0
+     C^T: read_text reads words of caption 0         C^I: read_image reads patches of view 0
            |                                                                        |
      h_I (V,B,D)  Eq. 1 ------------------ cosmos_terms ----------------- h_T (U,B,D)  Eq. 2
                            h_I and h_T must each find cls_t and eot_t: Eq. 6
@@ -63,7 +63,7 @@ them, read only class Tower: how views share a pass.
 We follow the released code (github.com/ExplainableML/cosmos): references such as `model.py:274` point into it, and "as
 released" means as in it. We did not have the paper's text, but sources about it, which docs/differences.md lists.
 There are three marks:
-    paper silent: our sources do not mention it.        code≠paper: a source, which is named, contradicts the code.
+    paper silent: our sources do not mention it.        code≠paper: one of our sources contradicts the code.
     ours: we differ from the released code on purpose, or it has no counterpart.
 """
 import copy
@@ -88,7 +88,7 @@ class Config:
     """The sizes of a model and of its views. Sides of images must be divisible by patch_size, each width by its number
     of heads."""
     embed_dim: int = 512            # D, the joint space of images and texts
-    image_size: int = 224           # side of a global view, in pixels; fixes the grid of positions
+    image_size: int = 224           # side of a global view, in pixels
     local_image_size: int = 96      # side of a local view
     patch_size: int = 16
     vision_width: int = 768
@@ -110,9 +110,10 @@ class CrossAttention(nn.Module):
     """C^I or C^T: a single attention layer, with no MLP. In C^T the [cls] of every image view reads the words of
     caption 0; in C^I the [eot] of every caption reads the patches of view 0.
 
-    The residual of Eq. 1-2 is added outside, in COSMOS.read. The text tower is causal, so the vectors at padded
-    positions have seen the whole caption: they are further summaries of it, not noise. C^T reads them, too (paper
-    silent; transformer.py:210-230), so do not cut caption 0.
+    The residual of Eq. 1-2 is added outside, in COSMOS.read. Attention stands in part 7: `attn(query, context)` lets
+    every row of the query attend to the rows of the context, and `project` gives its q, k and v. The text tower is
+    causal, so the vectors at padded positions have seen the whole caption. C^T reads them, too (paper silent;
+    transformer.py:210-230), so do not cut caption 0.
     """
 
     def __init__(self, width, heads):
@@ -203,8 +204,8 @@ class COSMOS(nn.Module):
     def read(self, cls, eot, patches, words):
         """cls (V, B, D), eot (U, B, D), patches (B, P, D), words (B, T, D) -> h_I, h_T like cls, eot; all unnormalised.
 
-        NB: Two terms of Eq. 6 can be solved by copying. h_T has read the image, and must find that image's cls_t. h_I
-        has read the caption, and must find that caption's eot_t. lesson/README.md measures how far this goes.
+        NB: Two terms of Eq. 6 can be solved by copying. h_T must find the cls_t of the very image that it has read, so
+        what C^I returns may suffice, whatever the caption says; likewise h_I and eot_t. lesson/README.md measures this.
         """
         h_I = self.read_text(cls, words) + cls          # (V, B, D)  Eq. 1: images read words
         h_T = self.read_image(eot, patches) + eot       # (U, B, D)  Eq. 2: captions read patches
@@ -254,9 +255,8 @@ class COSMOS(nn.Module):
 class Teacher(nn.Module):
     """theta_t <- lambda theta_t + (1 - lambda) theta_s: an exponential moving average of the student, without gradient.
 
-    With lambda = 0.999 the last 693 versions of the student carry half the weight. The teacher starts as a copy of the
-    student. Training uses only its two towers. Cross-attention and scales are averaged as well, so that
-    teacher.model is a complete model, which can be evaluated, and whose attention can be drawn.
+    The teacher starts as a copy of the student. Training uses only its two towers. Cross-attention and scales are
+    averaged as well, so that teacher.model is a complete model, which can be evaluated, and whose attention can be drawn.
     """
 
     def __init__(self, student):
@@ -265,8 +265,8 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, texts):
-        """The globals, lists of (B, 3, s, s) and (B, T) -> cls_t and eot_t, (2, B, D) each, of unit length; with one
-        caption eot_t is (1, B, D)."""
+        """Lists of views (B, 3, s, s) and captions (B, T), as a rule the 2 + 2 globals -> cls_t and eot_t, (2, B, D)
+        each, of unit length: a vector for each view, and for each caption."""
         cls_t = torch.stack(self.model.visual(images))
         eot_t = torch.stack(self.model.text(texts))
         return unit(cls_t), unit(eot_t)
@@ -307,8 +307,8 @@ def nce(queries, keys, scale):
 
 
 def match(a, b, scale):
-    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a and b are Gathered: the vectors of this GPU as queries,
-    those of all GPUs as keys."""
+    """L_sym-nce(a, b) = (L_nce(a, b) + L_nce(b, a)) / 2. a and b are Gathered (part 5): they have the vectors of this
+    GPU as `queries`, and those of all GPUs as `keys`. On one GPU both are the same tensor."""
     return (nce(a.queries, b.keys, scale) + nce(b.queries, a.keys, scale)) / 2
 
 
@@ -331,7 +331,7 @@ def cosmos_terms(out, cls_t, eot_t, scale):
     DINO skips those. scale = exp(distill_logit_scale).
     """
     h_I, h_T = gather(out.h_I, out.h_T)
-    cls_t, eot_t = gather(cls_t, eot_t)     # a separate call, because these need no gradient
+    cls_t, eot_t = gather(cls_t, eot_t)     # apart: in one call with h_I and h_T these would get gradients, too
     return {
         'h_I_cls_t': match(h_I, cls_t, scale),
         'h_I_eot_t': match(h_I, eot_t, scale),
@@ -349,7 +349,7 @@ def term_weights(names, clip_weight=1):
     """What the total loss multiplies each term by, {name: weight}. names: those of the terms, 'clip' among them.
 
     L_CLIP and L_COSMOS both weigh 1, in the released code and in the paper, and L_COSMOS is the mean of its terms. To
-    weigh one term differently, change its entry here: the loss, the log and the report all ask this function.
+    weigh one term differently, add a branch for its name: the loss, the log and the report all ask this function.
     """
     weights = {}
     for name in names:
@@ -361,7 +361,7 @@ def term_weights(names, clip_weight=1):
 
 
 def total_loss(student, out, cls_t, eot_t, method_terms=cosmos_terms, clip_weight=1):
-    """-> the loss of a step, a scalar, L_CLIP + L_COSMOS; and {name: term}, unweighted, which the log shows.
+    """-> the loss of a step, a scalar, by default L_CLIP + L_COSMOS; and {name: term}, unweighted, which the log shows.
     method_terms: cosmos_terms, or another function that gives the terms to add to L_CLIP, by name. train.py has others;
     that of CLIP alone gives {}. clip_weight: 0 trains without L_CLIP."""
     log_scale = student.distill_logit_scale if student.has_two_scales else student.logit_scale
@@ -596,13 +596,14 @@ class Attention(nn.MultiheadAttention):
         self.causal = causal
 
     def forward(self, query, context, row=None):
-        """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). Q is R, or 1 with `row`, or V in cross-attention.
+        """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). Q is R, or 1 with `row`; in cross-attention it is the
+        number of views that ask, and W is D.
 
         If causal, a query sees the rows of the context up to its own, which is `row` (n,) if that is given.
         """
         q, k, v = self.project(query, context)
         if q.device.type in ('cpu', 'mps'):
-            # In bf16 on a CPU plain products are 2 to 7 times as fast as the kernels below, in float32 they are no faster
+            # On a CPU plain products are 2 to 7 times as fast as the kernels below in bf16, though slower in float32
             # (docs/measurements.md). On mps is_causal may let a row see later ones in half precision (pytorch#195910).
             x = attention_weights(q, k, self.mask(context, row)) @ v
         elif self.causal and row is None:       # the flash kernel takes no mask, but knows the causal one

@@ -15,11 +15,11 @@ How a batch is made (TrainingSet and collate in the loader's workers, if any, Ba
     collate         B Samples -> Batch
     Batch.views     crops -> views: coloured, blurred, normalised       (seed, step, view): the order of jitters
 
-So with the same settings a run sees the same batches for any number of workers and GPUs, and can be resumed at any
-step. `ours`, `paper silent` and "as released" mean the same as in cosmos.py. You can skip the helpers in plumbing/:
-`Shards` gives the bytes of an image and the pool of its sentences, `decode` the pixels, `Tokenizer` the ids; `Changes`
-are the drawn changes (of colour, blur, solarizing) as tensors, and `recolour` applies them. Refused is an error that a
-user can mend; Unreadable is one that concerns a single pair.
+So with the same settings a run sees the same batches for any number of workers, and of GPUs that divides the batch, and
+can be resumed at any step. `ours`, `paper silent` and "as released" mean the same as in cosmos.py. You can skip the
+helpers in plumbing/: `Shards` gives the bytes of an image and the pool of its sentences, `decode` the pixels,
+`Tokenizer` the ids; `Changes` are the drawn changes (of colour, blur, solarizing) as tensors, and `recolour` applies
+them. Refused is an error that a user can mend; Unreadable is one that concerns a single pair.
 """
 import random
 import sys
@@ -59,7 +59,7 @@ def text_crops(pool, rng, global_texts, local_texts):
 
 
 def draw_sentences(pool, count, rng):
-    """A random sample of the pool, without replacement. If count exceeds the pool, the whole pool is repeated
+    """A random sample without replacement, if the pool has `count` sentences. If not, the whole pool is repeated
     count // len(pool) times, and a random sample fills the rest. So a pool of one sentence only repeats itself, as
     released: 'red kettle. red kettle'. Text crops add nothing then."""
     if count <= len(pool):
@@ -125,8 +125,8 @@ ASPECTS = (3 / 4, 4 / 3)                        # smallest and largest aspect ra
 
 def draw_boxes(height, width, kinds, rng):
     """For each view draw a random box (y, x, h, w) in an image of height x width pixels, as torchvision does. Its
-    get_params draws from torch's global generator on the CPU, but the boxes must depend only on rng. So we seed this
-    generator from rng, and restore it afterwards. (torch.manual_seed would seed the GPUs', too.)"""
+    RandomResizedCrop draws from torch's global generator on the CPU, but the boxes must depend only on rng. So we seed
+    this generator from rng, and restore it afterwards. (torch.manual_seed would seed the GPUs', too.)"""
     stand_in = torch.empty(1).expand(height, width)     # get_params only looks at its size
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng.getrandbits(32))
@@ -134,14 +134,14 @@ def draw_boxes(height, width, kinds, rng):
 
 
 def image_crops(encoded, kinds, rng):
-    """An encoded image and the kinds of its V views -> V random crops (3, s, s), uint8, and their boxes (y, x, h, w) in
-    pixels of the image at full size."""
+    """An encoded image and the kinds of its V views -> V random crops (3, s, s), uint8, some of them flipped, and their
+    boxes (y, x, h, w) in pixels of the image at full size."""
     # For a JPEG this reads only the header. height and width are those after the turn that EXIF asks for.
     image, turn, (height, width) = read_header(encoded)
     boxes = draw_boxes(height, width, kinds, rng)
-    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides, and one decoding serves all views. But this
-    # must not make a crop smaller than its view. With a box of 200 x 200 pixels for a view of 96 x 96 the sides may
-    # be divided by up to 200 / 96 = 2.08, so 1/2 is allowed. The strictest view decides.
+    # ours: a large JPEG decodes faster at 1/2, 1/4 or 1/8 of its sides, and one decoding serves all views. But it must
+    # not take from a crop pixels that its view could show. With a box of 200 x 200 pixels for a view of 96 x 96 the
+    # sides may be divided by up to 200 / 96 = 2.08, so 1/2 is allowed. The strictest view decides.
     allowed = []                    # by what factor the image may shrink, for each view
     for (_, _, h, w), kind in zip(boxes, kinds):
         allowed.append(min(h, w) / kind.size)
@@ -212,7 +212,8 @@ class TrainingSet(Dataset):
     def __post_init__(self):
         global_images = self.counts.global_images
         local_images = self.counts.local_images
-        need(global_images == GLOBALS or (0 < global_images < GLOBALS and local_images == 0),
+        local_among_globals = global_images < GLOBALS and local_images > 0
+        need(0 < global_images <= GLOBALS and not local_among_globals,
              f'{global_images} global and {local_images} local images are refused, because L_CLIP takes the first '
              f'{GLOBALS} for global ones; take {GLOBALS} global images, or fewer and no local ones')
         first, other, local = kinds_of_views(self.config, self.crop_min)
@@ -224,10 +225,10 @@ class TrainingSet(Dataset):
         """-> the Sample of this pair or of its replacement."""
         epoch, index = place
         replacements = random.Random(f'{self.seed} {epoch} {index} replacement')
-        for bad_pairs in range(MOST_UNREADABLE):        # how many have failed so far
+        for failed in range(MOST_UNREADABLE):           # so many pairs have failed so far
             try:
                 sample = self.sample(epoch, index)
-                return sample._replace(ids=self.tokenizer(sample.captions), bad_pairs=bad_pairs)
+                return sample._replace(ids=self.tokenizer(sample.captions), bad_pairs=failed)
             except Unreadable as error:
                 print(f'skipped {self.shards.name(index)}: {error}', file=sys.stderr)
                 index = replacements.randrange(len(self.shards))
@@ -236,8 +237,8 @@ class TrainingSet(Dataset):
 
     def sample(self, epoch, index):
         """-> the Sample of this pair. Raises Unreadable if its image or its record is broken."""
-        # Texts and images each have their own generator, so that the number of captions does not change the image crops.
-        # A generator that is seeded with a string draws the same numbers in every process.
+        # Texts and images each have their own generator, so that the number of captions does not change the image
+        # crops. A generator that is seeded with a string draws the same numbers in every process.
         text_rng = random.Random(f'{self.seed} {epoch} {index} texts')
         image_rng = random.Random(f'{self.seed} {epoch} {index} images')
         pool, encoded = self.shards.pair(index)
@@ -323,9 +324,9 @@ def cut_to_longest(captions, multiple):
 
 
 def collate(samples, multiple, whole_first, global_texts=GLOBALS):
-    """Samples -> Batch. Globals are cut to the longest global of these samples, locals to the longest local. Both lengths
-    are rounded up to a multiple of `multiple`: 8 in half precision, where that is faster. whole_first: the student's
-    caption 0 keeps its padding, because C^T reads it."""
+    """Samples -> Batch. Globals are cut to the longest global of these samples, locals to the longest local. Both
+    lengths are rounded up to a multiple of `multiple`: 8 in half precision, where that is faster. whole_first: the
+    student's caption 0 keeps its padding, because C^T reads it."""
     crops = default_collate([sample.crops for sample in samples])       # B lists of V -> V (B, 3, s, s)
     change_tables = changes_of([sample.changes for sample in samples])
     ids = torch.stack([sample.ids for sample in samples], dim=1)        # (U, B, T)

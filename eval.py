@@ -152,7 +152,7 @@ def embed_texts(model, tokenizer, texts):
 
 # --- 3. Retrieval ----------------------------------------------------------------------------------------------------
 
-# Cosines that differ by less count as equal. Those of one image, computed in other batches, differ by less than 1e-7.
+# Cosines that differ by less count as equal. Computed in another batch, the same cosine differs by less than 1e-7.
 TIE = 1e-6
 
 
@@ -163,7 +163,7 @@ def target_ranks(queries, targets, query_ids, target_ids, chunk=1024):
     A tie counts against the model: a wrong target that is less than TIE behind the right one is ranked before it.
     Otherwise a model whose features are all the same would look perfect. Arguments and result are on one device.
     """
-    targets = targets.double()      # in float64, so that only the rounding to float32 below adds an error
+    targets = targets.double()      # products in float64, rounded once: the float32 scores take half the memory
     found = []
     for rows in torch.arange(len(queries)).split(chunk):            # never the whole n x m matrix
         scores = (queries[rows].double() @ targets.T).float()       # (chunk, m)
@@ -216,7 +216,8 @@ def captions_of(shards, i):
 
 
 def shard_captions(shards):
-    """Held-out shards -> all captions, not split into sentences, and owner (captions,): the pair that each belongs to."""
+    """Held-out shards -> all captions, not split into sentences, and owner (captions,): the pair that each belongs
+    to."""
     return with_owners([captions_of(shards, i) for i in range(len(shards))])
 
 
@@ -327,10 +328,11 @@ def window_scores(model, pixels, vectors, csa):
 
 def segment_image(model, image, vectors, class_of_name, settings):
     """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is scaled to h' x w' pixels and
-    scored there; the scores are resized to h x w, and `classes_of_pixels` takes for each pixel its most probable class.
+    scored there. `classes_of_pixels` resizes the scores to h x w, takes a softmax over the names of settings.scale
+    times the cosines, and gives each pixel the class of its most probable name. With settings.area or
+    settings.probability uncertain pixels become class 0.
 
-    vectors (M, D): one for each name. class_of_name: M numbers; a class may have several names. settings: the short
-    side and csa count here, the others in `classes_of_pixels`.
+    vectors (M, D): one for each name. class_of_name: M numbers; a class may have several names.
     """
     width, height = image.size
     short = min(width, height)

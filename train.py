@@ -56,7 +56,7 @@ from plumbing.setup import choose_inputs, make_run
 class Run:
     """What a step needs and changes, and what the loop records about the run."""
     options: Namespace              # all that --help lists
-    method: 'Method'                # the row of METHODS that --method names
+    method: 'Method'                # the row of METHODS, in part 4, that --method names
     processes: Processes
     train_set: data.TrainingSet     # has the model's Config and the tokenizer, too
     student: COSMOS
@@ -89,7 +89,7 @@ class StepResult(NamedTuple):
     # The teacher's, (2, B, D), or (V, B, D) if it sees local views, too. None without a teacher.
     cls_t: torch.Tensor
     loss: torch.Tensor
-    terms: dict                 # {name: term}: L_CLIP, and those whose mean is added to it
+    terms: dict                 # {name: term}: L_CLIP, and those that the method adds to it
     norm: torch.Tensor          # the norm of the gradient
     finite: bool                # is the norm finite? if not, the update was skipped
     lr: float
@@ -108,13 +108,15 @@ def train_step(run, batch):
     # V tensors (B, 3, s, s). The loader has cropped; the changes of colour, and the blur, are made here, on the device.
     images = batch.views(options.seed, run.step)
 
-    # The teacher sees the globals, without gradient; the student sees all views and captions. teacher_texts are the same
-    # global captions, all cut; the student's caption 0 is whole if C^T reads it. The teacher runs first, while the
-    # student holds no memory for its backward pass. With --accum the towers run in parts, but the loss sees the batch.
+    # The teacher sees the globals, without gradient; the student sees all views and captions. teacher_texts are the
+    # same global captions, all cut; the student's caption 0 is whole if C^T reads it. The teacher runs first, while the
+    # student holds no memory for its backward pass. With --accum the towers run in parts, the student's inside
+    # student_to_call, but the loss sees the whole batch.
     cls_t = eot_t = None
     teacher_images = images if method.teacher_sees_locals else images[:GLOBALS]
-    # NB: with autocast's cache all passes of a tower share one half-precision copy of a weight, and their gradients are
-    # summed in half precision. --accum multiplies the passes, and a longer sum loses more, so there the cache is off.
+    # NB: autocast's cache gives all passes of a tower one half-precision copy of each weight. In this copy their
+    # gradients add up, in half precision, before they reach the float32 weight. --accum multiplies the passes, and a
+    # longer sum loses more, so there the cache is off.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
                         cache_enabled=options.accum == 1):
         if method.has_teacher:
@@ -161,15 +163,16 @@ def lr_at(step, options):
 
 def momentum_at(step, options):
     """The teacher's momentum lambda: --momentum, as in the paper's recipe, or with --momentum-ramp less in the first
-    steps. With a fixed 0.995 the random initial weights would still make up 37 % of the teacher after 200 steps, a fifth
-    of a run of `tiny`. So `tiny` has a ramp of 10, which reaches 0.995 only at the 1,990th step, past the end of its run."""
+    steps. With a fixed 0.995 the random initial weights would still make up 37 % of the teacher after 200 steps, a
+    fifth of a run of `tiny`. So `tiny` has a ramp of 10, which reaches 0.995 only at the 1,990th step, past the end of
+    its run."""
     taken = step + 1
     return min(options.momentum, taken / (taken + options.momentum_ramp))
 
 
 def make_optimizer(student, lr, wd):
-    """AdamW; no decay for vectors (LayerNorm, biases, the class embedding) and the scales (main.py:373-392 of the
-    released code)."""
+    """AdamW; weight decay for matrices and convolutions, but not for vectors (LayerNorm, biases, the class embedding)
+    and the scales (main.py:373-392 of the released code)."""
     matrices = {'params': [p for p in student.parameters() if p.ndim > 1], 'weight_decay': wd}
     vectors = {'params': [p for p in student.parameters() if p.ndim < 2], 'weight_decay': 0.0}
     return torch.optim.AdamW([matrices, vectors], lr=lr, betas=(0.9, 0.98), fused=True)
@@ -208,16 +211,16 @@ def due(run, progress):
     is_last = run.step >= options.steps
     is_stopped = progress.signals > 0 and not is_last
     # Step 0 is a multiple, too, and shows what the networks know before this training.
-    is_regular = options.val and is_multiple(run.step, options.eval_every)
+    is_regular = bool(options.val) and is_multiple(run.step, options.eval_every)
     to_evaluate = is_last or (is_regular and not is_stopped)
     # Step 1 shows early whether all is well. An evaluated step has its loss in the log, too, except step 0. So does the
-    # step before a stop, because it may be evaluated when the run goes on, which then does not know the loss any more.
+    # last step before a stop: when the run goes on, it may evaluate this step, but no longer has its loss.
     to_log = to_evaluate or is_stopped or run.step == 1 or is_multiple(run.step, options.log_every)
     # An evaluation takes long and may fail, so all is saved before it.
     time_to_save = (is_stopped or to_evaluate or is_multiple(run.step, options.save_every)
                     or runs.is_overdue(run))
-    # progress.broken: the latest gradient was not finite. It was not applied, but an earlier update may have spoiled the
-    # weights. So we keep the last good save, except at the end of the run.
+    # progress.broken: the latest gradient was not finite. It was not applied, but an earlier update may have spoiled
+    # the weights. So we keep the last good save, except at the end of the run.
     to_save = is_last or (time_to_save and not progress.broken)
     return Due(is_last, is_stopped, to_evaluate, to_log, to_save)
 
@@ -248,12 +251,12 @@ def main(argv=None, watchers=(), built_in_set=None):
             if now.log and progress.latest:             # before the first step there is nothing to log
                 entry = log_entry(run, progress)
                 print_entry(entry, options)
-                runs.write_log(run, entry, watchers)    # before the step is saved: a resumed run does not log it again
+                runs.write_log(run, entry, watchers)    # before the save: a run resumed from it logs later steps
             if now.save:
                 runs.save(run)
             if now.evaluate:
                 figures = evaluate(run, val, watchers)
-                runs.write_log(run, entry | {'step': run.step, 'eval': figures}, watchers)     # joins that line
+                runs.write_log(run, entry | {'step': run.step, 'eval': figures}, watchers)     # readers merge them
             if now.last or now.stop:                    # here the last turn ends
                 break
 
@@ -261,7 +264,7 @@ def main(argv=None, watchers=(), built_in_set=None):
             with progress.first_step_counted():
                 latest = train_step(run, batch.to(processes.device))
             bar.update()
-            bad, signalled = processes.sum([batch.bad_pairs, len(signals)])
+            bad, signalled = processes.sum([batch.bad_pairs, len(signals)])     # so all ranks stop in the same turn
             progress.count(latest, run.scaler.get_scale(), options.batch, bad, signalled)
             failure = progress.reason_to_fail(run.step, run.folder)
             if failure:
@@ -341,19 +344,12 @@ def terms_of(*names):
 
 def named_terms(names, out, cls_t, eot_t, scale):
     """As in cosmos_terms, each view of the student is compared with each of the teacher."""
-    # 'h_I_cls_t' has the query 'h_I' and the target 'cls_t'.
-    queries = {name: name.removesuffix('_cls_t').removesuffix('_eot_t') for name in names}
-    targets = {name: name.removeprefix(f'{queries[name]}_') for name in names}
-    student = gather_used(out._asdict(), queries.values())
-    # A separate call, because these need no gradient.
-    teacher = gather_used({'cls_t': cls_t, 'eot_t': eot_t}, targets.values())
+    queries = {name: name[:-len('_cls_t')] for name in names}       # 'h_I_cls_t': 'h_I' must find
+    targets = {name: name[-len('cls_t'):] for name in names}        # 'cls_t'
+    asking = sorted(set(queries.values()))
+    student = dict(zip(asking, gather(*[getattr(out, query) for query in asking])))
+    teacher = dict(zip(['cls_t', 'eot_t'], gather(cls_t, eot_t)))   # apart, see cosmos_terms
     return {name: match(student[queries[name]], teacher[targets[name]], scale) for name in names}
-
-
-def gather_used(vectors, used):
-    """{name: (V, B, D)} -> {name: Gathered} for the names in `used`."""
-    vectors = {name: x for name, x in vectors.items() if name in used}
-    return dict(zip(vectors, gather(*vectors.values())))
 
 
 def no_terms(out, cls_t, eot_t, scale):
@@ -397,8 +393,9 @@ class Method(NamedTuple):
 # CLIP of Table 1, so they were probably trained on raw captions only (--caption-keys raw_caption).
 #
 # The last two rows are ours. no-cross-attention is Eq. 6 with cls and eot in place of h_I and h_T. across is Eq. 6
-# without the leak. h_T has read the image, and could find its cls_t by copying; h_I has read the caption, and could find
-# its eot_t. In these two terms `across` has the vectors that have read nothing: eot for h_T, and cls for h_I.
+# without the copying that COSMOS.read describes. h_T has read the image, and could find its cls_t by copying; h_I has
+# read the caption, and could find its eot_t. In these two terms `across` has the vectors that have read nothing: eot
+# for h_T, and cls for h_I.
 no, yes = False, True
 METHODS = {
     #                       global   least local   text   tea-  C^I
@@ -444,7 +441,8 @@ def recipe_of(preset, method, init):
 
 def read_options(argv=None):
     """-> two dicts {option: value}: every option as it is typed, else the recipe's, else the default in --help; and
-    those that are typed. The few that depend on the data or on the run to resume, such as --batch, are settled later."""
+    those that are typed. The few that depend on the data or on the run to resume, such as --batch, are settled
+    later."""
     return training_options(argv, __doc__, PRESETS, METHODS, recipe_of)
 
 

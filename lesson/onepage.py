@@ -61,8 +61,8 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
     counts = Counts(local_images=2, local_texts=2)
     train_set = TrainingSet(shards, tokenizer, config, seed, counts, augment='crops')
 
-    # Student, teacher, optimizer. Weight decay applies to matrices. It does not apply to vectors and scales, which are
-    # biases, LayerNorms, the class embedding and both temperatures.
+    # Student, teacher, optimizer. Weight decay applies to matrices (and the patches' convolution), but not to vectors
+    # and scales, which are biases, LayerNorms, the class embedding and both temperatures.
     torch.manual_seed(seed)
     student = COSMOS(config).to(device)
     teacher = Teacher(student)
@@ -78,10 +78,11 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
             group['lr'] = learning_rate(step, steps, rate)
 
         # A batch of B pairs. Global captions are cut to the longest global of the batch, local ones to the longest
-        # local. Only the student's caption 0 stays whole, because cross-attention reads its padding, too.
+        # local. Only the student's caption 0 stays whole, because cross-attention also reads the vectors of its
+        # padding, which have seen the whole caption (class CrossAttention in cosmos.py).
         samples = [train_set[place] for place in places]
         inputs = collate(samples, multiple, whole_first=True).to(device)
-        images = inputs.views(seed, step)               # V (B, 3, s, s); seed and step would order jitters
+        images = inputs.views(seed, step)               # V (B, 3, s, s), normalised
         texts = inputs.texts                            # U tensors (B, T) of different T
 
         # The student sees all views and captions, the teacher only the globals; its caption 0 is cut, too.
@@ -90,8 +91,8 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
             cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
         loss, terms = total_loss(student, out, cls_t, eot_t)            # L_CLIP + L_COSMOS, in float32
 
-        # The optimizer moves the student. The teacher follows it, quickly at first so that its random start fades. (The
-        # cap of 0.995 is first reached at step 1,990.)
+        # The optimizer moves the student. The teacher follows it, quickly at first so that its random start fades. In
+        # runs of over 1,989 steps the momentum stays at 0.995.
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -114,7 +115,7 @@ def main():
     held_out = Shards(folder, split='val')
     preprocess = preprocessing(model.config.image_size)
     figures, image_features = zero_shot_retrieval(model, tokenizer, preprocess, held_out)
-    # What share of the big and of the small objects can be told from an image's vector. COSMOS should raise the latter.
+    # How often an image ranks the right name of a big or of a small object first. COSMOS should raise the latter.
     show(figures | suppression.scene_figures(model, tokenizer, image_features, held_out))
 
 

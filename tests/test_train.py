@@ -553,7 +553,7 @@ def test_what_depends_on_the_data(capsys, tmp_path):
 
     for flags, *lengths in (
             ('--preset photo', 800, 80, 200),
-            ('--preset photo --epochs 100 --eval-every 7', 1500, 100, 7),
+            ('--preset photo --batch 7 --epochs 100 --eval-every 7', 800, 80, 7),
             ('--preset vit-b-16 --steps 30000', 30000, 2000, 7500),
             ('--preset vit-b-16 --epochs 0.01', 1, 0, 1)):                  # at least one step
         options = filled_in(f'--batch 4 {flags}')
