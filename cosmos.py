@@ -4,9 +4,9 @@ CLIP squeezes an image and its text into one vector each, and matches the two. L
 small ones are lost. COSMOS takes several views of both: from the image large (global) and small (local) crops, from the
 text global captions of one to five sentences and local captions of one sentence. A student network sees all of them. A
 teacher network, a slow average of the student, sees only the global ones. In the student, cross-attention lets each
-vector of one modality attend to the tokens of the other. The result is added to the vector. The sum and its own pair's
-teacher vectors are trained to find each other in the whole batch. CLIP's own loss is added to this one. The aim is that
-a sentence about a small object finds that object in the image.
+vector of one modality attend to the tokens of the other. The result is added to the vector. The sum and its pair's
+teacher vectors must find each other in the batch. CLIP's own loss is added. The aim is that a sentence about a small
+object finds that object in the image.
 
 Symbols for shapes:
     B pairs on this GPU     N pairs on all GPUs             V image views, 2 global, then the local ones
@@ -16,7 +16,7 @@ Symbols for shapes:
     s, p side of a view and of a patch, in pixels
 The paper's names, as our sources give them:
     [cls], [eot]        the vector of an image view, from its class token; that of a caption, from its end token
-    cls_t, eot_t        the teacher's vectors of the images and of the texts (small t: teacher; raised T, below: text)
+    cls_t, eot_t        the teacher's vectors of the images and of the texts (small t: teacher)
     L_sym-nce           CLIP's loss: in a batch each vector must find its partner, in both directions (`match`)
     L_CLIP, L_COSMOS    one L_sym-nce, and the mean of four. Their sum is trained
     C^T, C^I            the two cross-attention modules. C^T reads text and makes h_I; C^I reads an image and makes h_T:
@@ -256,7 +256,7 @@ class Teacher(nn.Module):
     """theta_t <- lambda theta_t + (1 - lambda) theta_s: an exponential moving average of the student, without gradient.
 
     The teacher starts as a copy of the student. Training uses only its two towers. Cross-attention and scales are
-    averaged as well, so that teacher.model is a complete model, which can be evaluated, and whose attention can be drawn.
+    averaged as well, so that teacher.model is complete: it can be evaluated, and its attention can be drawn.
     """
 
     def __init__(self, student):
@@ -331,7 +331,7 @@ def cosmos_terms(out, cls_t, eot_t, scale):
     DINO skips those. scale = exp(distill_logit_scale).
     """
     h_I, h_T = gather(out.h_I, out.h_T)
-    cls_t, eot_t = gather(cls_t, eot_t)     # apart: in one call with h_I and h_T these would get gradients, too
+    cls_t, eot_t = gather(cls_t, eot_t)     # apart: these need no gradient, so no all_reduce
     return {
         'h_I_cls_t': match(h_I, cls_t, scale),
         'h_I_eot_t': match(h_I, eot_t, scale),
@@ -397,9 +397,10 @@ class AllGather(torch.autograd.Function):
     """(V, B, D) on every rank -> (V, N, D) on all of them; each gradient goes back to the rank that its vector came
     from. B is equal on all ranks.
 
-    ours: the gradient is exact. Each rank's loss is a mean over its B queries, and gives every key a share of its
-    gradient. all_reduce sums the shares of all ranks, and DDP divides by the number of ranks: the gradient of the mean
-    over all N queries. The released code's gradient is smaller, see docs/differences.md.
+    ours: the gradient is exact. Each rank's loss is a mean over its B queries, and its backward pass gives a gradient
+    to all N keys, also to those of other ranks. all_reduce sums these gradients over the ranks, and DDP divides by
+    their number: the gradient of the mean over all N queries. The released code's gradient is smaller, see
+    docs/differences.md.
     """
 
     @staticmethod
@@ -596,8 +597,7 @@ class Attention(nn.MultiheadAttention):
         self.causal = causal
 
     def forward(self, query, context, row=None):
-        """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). Q is R, or 1 with `row`; in cross-attention it is the
-        number of views that ask, and W is D.
+        """query (n, Q, W) reads context (n, R, W) -> (n, Q, W). In cross-attention W is D, and Q views ask.
 
         If causal, a query sees the rows of the context up to its own, which is `row` (n,) if that is given.
         """

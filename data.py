@@ -154,8 +154,8 @@ def image_crops(encoded, kinds, rng):
         crop = TF.resized_crop(pixels, y, x, h, w, [kind.size, kind.size], BICUBIC)
         if rng.random() < kind.flip:
             crop = crop.flip(-1)
-        # Decoded pixels are interleaved in memory (RGBRGB), and a crop of the whole image may still be. We separate the
-        # colours, because `recolour` is faster on whole planes.
+        # Decoded pixels are interleaved in memory (RGBRGB). A crop may keep this layout if it is the whole image. We
+        # separate the colours, because `recolour` is faster on whole planes.
         crops.append(crop.contiguous())
     return crops, boxes
 

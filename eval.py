@@ -163,7 +163,7 @@ def target_ranks(queries, targets, query_ids, target_ids, chunk=1024):
     A tie counts against the model: a wrong target that is less than TIE behind the right one is ranked before it.
     Otherwise a model whose features are all the same would look perfect. Arguments and result are on one device.
     """
-    targets = targets.double()      # products in float64, rounded once: the float32 scores take half the memory
+    targets = targets.double()      # products in float64; their float32 scores take half the memory
     found = []
     for rows in torch.arange(len(queries)).split(chunk):            # never the whole n x m matrix
         scores = (queries[rows].double() @ targets.T).float()       # (chunk, m)
@@ -193,7 +193,7 @@ def retrieval(image_features, text_features, owner):
     return figures
 
 
-# The first key that has a caption counts, and the caption stays whole. --caption-keys names others.
+# The first key that has a caption counts; captions are not split into sentences. --caption-keys names others.
 HELD_OUT_KEYS = ['captions', 'raw_caption', 'caption', 'txt']
 
 
@@ -328,8 +328,8 @@ def window_scores(model, pixels, vectors, csa):
 
 def segment_image(model, image, vectors, class_of_name, settings):
     """An image of h x w pixels -> (h, w) int64, the class of each pixel. The image is scaled to h' x w' pixels and
-    scored there. `classes_of_pixels` resizes the scores to h x w, takes a softmax over the names of settings.scale
-    times the cosines, and gives each pixel the class of its most probable name. With settings.area or
+    scored there. `classes_of_pixels` resizes the scores to h x w, multiplies them by settings.scale, takes a softmax
+    over the M names, and gives each pixel the class of its most probable name. With settings.area or
     settings.probability uncertain pixels become class 0.
 
     vectors (M, D): one for each name. class_of_name: M numbers; a class may have several names.

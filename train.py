@@ -114,9 +114,9 @@ def train_step(run, batch):
     # student_to_call, but the loss sees the whole batch.
     cls_t = eot_t = None
     teacher_images = images if method.teacher_sees_locals else images[:GLOBALS]
-    # NB: autocast's cache gives all passes of a tower one half-precision copy of each weight. In this copy their
-    # gradients add up, in half precision, before they reach the float32 weight. --accum multiplies the passes, and a
-    # longer sum loses more, so there the cache is off.
+    # NB: with autocast's cache all passes of a tower share one half-precision copy of a weight, and their gradients are
+    # summed in half precision. --accum makes many passes, and a longer sum loses more. So there the cache is off: each
+    # pass makes its own copy, and the sum is in float32.
     with torch.autocast(run.processes.device.type, run.dtype, enabled=run.dtype is not None,
                         cache_enabled=options.accum == 1):
         if method.has_teacher:
@@ -213,8 +213,8 @@ def due(run, progress):
     # Step 0 is a multiple, too, and shows what the networks know before this training.
     is_regular = bool(options.val) and is_multiple(run.step, options.eval_every)
     to_evaluate = is_last or (is_regular and not is_stopped)
-    # Step 1 shows early whether all is well. An evaluated step has its loss in the log, too, except step 0. So does the
-    # last step before a stop: when the run goes on, it may evaluate this step, but no longer has its loss.
+    # Step 1 shows early whether all is well. An evaluated step has its loss in the log, too, except step 0. The last
+    # step before a stop is logged, because the resumed run may evaluate it first, but no longer knows its loss.
     to_log = to_evaluate or is_stopped or run.step == 1 or is_multiple(run.step, options.log_every)
     # An evaluation takes long and may fail, so all is saved before it.
     time_to_save = (is_stopped or to_evaluate or is_multiple(run.step, options.save_every)
@@ -251,12 +251,12 @@ def main(argv=None, watchers=(), built_in_set=None):
             if now.log and progress.latest:             # before the first step there is nothing to log
                 entry = log_entry(run, progress)
                 print_entry(entry, options)
-                runs.write_log(run, entry, watchers)    # before the save: a run resumed from it logs later steps
+                runs.write_log(run, entry, watchers)    # before the save: a resumed run logs only later steps
             if now.save:
                 runs.save(run)
             if now.evaluate:
                 figures = evaluate(run, val, watchers)
-                runs.write_log(run, entry | {'step': run.step, 'eval': figures}, watchers)     # readers merge them
+                runs.write_log(run, entry | {'step': run.step, 'eval': figures}, watchers)     # the step's second line
             if now.last or now.stop:                    # here the last turn ends
                 break
 
@@ -344,8 +344,9 @@ def terms_of(*names):
 
 def named_terms(names, out, cls_t, eot_t, scale):
     """As in cosmos_terms, each view of the student is compared with each of the teacher."""
-    queries = {name: name[:-len('_cls_t')] for name in names}       # 'h_I_cls_t': 'h_I' must find
-    targets = {name: name[-len('cls_t'):] for name in names}        # 'cls_t'
+    # 'h_I_cls_t' has the query 'h_I' and the target 'cls_t'.
+    queries = {name: name[:-len('_cls_t')] for name in names}
+    targets = {name: name[-len('cls_t'):] for name in names}
     asking = sorted(set(queries.values()))
     student = dict(zip(asking, gather(*[getattr(out, query) for query in asking])))
     teacher = dict(zip(['cls_t', 'eot_t'], gather(cls_t, eot_t)))   # apart, see cosmos_terms
@@ -393,9 +394,8 @@ class Method(NamedTuple):
 # CLIP of Table 1, so they were probably trained on raw captions only (--caption-keys raw_caption).
 #
 # The last two rows are ours. no-cross-attention is Eq. 6 with cls and eot in place of h_I and h_T. across is Eq. 6
-# without the copying that COSMOS.read describes. h_T has read the image, and could find its cls_t by copying; h_I has
-# read the caption, and could find its eot_t. In these two terms `across` has the vectors that have read nothing: eot
-# for h_T, and cls for h_I.
+# without the copying that COSMOS.read describes: eot takes the place of h_T in finding cls_t, and cls that of h_I in
+# finding eot_t, because eot and cls have read nothing. The other two terms stay.
 no, yes = False, True
 METHODS = {
     #                       global   least local   text   tea-  C^I

@@ -78,8 +78,8 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
             group['lr'] = learning_rate(step, steps, rate)
 
         # A batch of B pairs. Global captions are cut to the longest global of the batch, local ones to the longest
-        # local. Only the student's caption 0 stays whole, because cross-attention also reads the vectors of its
-        # padding, which have seen the whole caption (class CrossAttention in cosmos.py).
+        # local. Only the student's caption 0 stays whole, because cross-attention reads the vectors of its padding.
+        # They come last, and the text tower is causal, so they have seen the whole caption.
         samples = [train_set[place] for place in places]
         inputs = collate(samples, multiple, whole_first=True).to(device)
         images = inputs.views(seed, step)               # V (B, 3, s, s), normalised
@@ -91,8 +91,8 @@ def train(folder, steps=1000, seed=0, precision='auto', batch=32, rate=1e-3):
             cls_t, eot_t = teacher(images[:GLOBALS], inputs.teacher_texts)
         loss, terms = total_loss(student, out, cls_t, eot_t)            # L_CLIP + L_COSMOS, in float32
 
-        # The optimizer moves the student. The teacher follows it, quickly at first so that its random start fades. In
-        # runs of over 1,989 steps the momentum stays at 0.995.
+        # The optimizer moves the student. The teacher follows it, quickly at first so that its random start fades. From
+        # step 1,990 on, if a run is that long, the momentum is 0.995.
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
