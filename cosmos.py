@@ -5,8 +5,7 @@ small ones are lost. COSMOS takes several views of both: from the image large (g
 text global captions of one to five sentences and local captions of one sentence. A student network sees all of them. A
 teacher network, a slow average of the student, sees only the global ones. In the student, cross-attention lets each
 vector of one modality attend to the tokens of the other. The result is added to the vector. The sum and its pair's
-teacher vectors must find each other in the batch. CLIP's own loss is added. The aim is that a sentence about a small
-object finds that object in the image.
+teacher vectors must find each other in the batch. CLIP's own loss is added. Small objects shall not be lost any more.
 
 Symbols for shapes:
     B pairs on this GPU     N pairs on all GPUs             V image views, 2 global, then the local ones
